@@ -1,0 +1,423 @@
+package agent
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/yamux"
+	"github.com/sourcegraph/jsonrpc2"
+)
+
+// Client is the host's end: it acts in one sandbox. All methods are safe for concurrent use. Errors of the guest keep their class:
+// errors.Is works with fs.ErrNotExist, syscall errnos and the Err variables of this package. When the pipe ends, calls in flight
+// fail with ErrLost. What comes from the guest is hostile; every size is bounded.
+type Client struct {
+	boot    string
+	version string
+	session *yamux.Session
+	rpc     *jsonrpc2.Conn
+	conn    *onceCloser
+
+	mu    sync.Mutex
+	cause error // why the session ended, if it was not the pipe
+}
+
+// NewClient greets the agent at the other end of conn, which it owns from then on. ctx bounds the handshake only.
+func NewClient(ctx context.Context, conn io.ReadWriteCloser, version string) (_ *Client, err error) {
+	c := &Client{conn: &onceCloser{ReadWriteCloser: conn}}
+	stop := context.AfterFunc(ctx, func() { _ = c.conn.Close() })
+	defer func() {
+		if !stop() && ctx.Err() != nil {
+			err = fmt.Errorf("handshake with agent: %w (%w)", context.Cause(ctx), ErrLost)
+		}
+		if err != nil {
+			_ = c.conn.Close()
+		}
+	}()
+	if err := writeHello(c.conn, hello{Protocol: Protocol, Version: version}); err != nil {
+		return nil, fmt.Errorf("handshake with agent: %w: %w", err, ErrLost)
+	}
+	reader := bufio.NewReaderSize(c.conn, maxHello)
+	var guest hello
+	if err := readHello(reader, &guest); err != nil {
+		return nil, fmt.Errorf("%w: %w", err, ErrLost)
+	}
+	if guest.Error != "" || guest.Protocol != Protocol {
+		return nil, fmt.Errorf("agent %q speaks protocol %d, this host %q speaks %d: %w", clip(guest.Version, 40), guest.Protocol, version, Protocol, ErrVersion)
+	}
+	c.boot, c.version = clip(guest.Boot, 64), clip(guest.Version, 40)
+	if c.session, err = yamux.Client(bufferedConn{reader, c.conn}, muxConfig()); err != nil {
+		return nil, err
+	}
+	stream, err := c.open(header{Stream: streamRPC})
+	if err != nil {
+		return nil, err
+	}
+	c.rpc = jsonrpc2.NewConn(context.Background(), messageStream{stream}, handlerFunc(c.refuse))
+	go c.watch()
+	return c, nil
+}
+
+// refuse ends the session: the guest never calls the host.
+func (c *Client) refuse(context.Context, *jsonrpc2.Conn, *jsonrpc2.Request) {
+	go c.fail(errors.New("the guest called the host"))
+}
+
+// watch ends the session when the guest opens a stream, which it never does.
+func (c *Client) watch() {
+	if stream, err := c.session.AcceptStream(); err == nil {
+		_ = stream.Close()
+		c.fail(errors.New("the guest opened a stream"))
+		return
+	}
+	c.fail(nil)
+}
+
+func (c *Client) fail(cause error) {
+	c.mu.Lock()
+	if c.cause == nil {
+		c.cause = cause
+	}
+	c.mu.Unlock()
+	_ = c.session.Close()
+	_ = c.rpc.Close()
+	_ = c.conn.Close()
+}
+
+// Close ends the session. The agent and its processes go on.
+func (c *Client) Close() error {
+	c.fail(nil)
+	return nil
+}
+
+// Done is closed when the session has ended, by either side.
+func (c *Client) Done() <-chan struct{} { return c.session.CloseChan() }
+
+// Boot identifies the boot of the agent; it is the same when a host attaches again.
+func (c *Client) Boot() string { return c.boot }
+
+// Version is the agent's version.
+func (c *Client) Version() string { return c.version }
+
+// lost says that an error came from the pipe, not from the guest's work.
+func (c *Client) lost(op string, err error) error {
+	var remote *Error
+	if errors.As(err, &remote) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.cause != nil {
+		return fmt.Errorf("%s: %w: %w", op, ErrLost, c.cause)
+	}
+	return fmt.Errorf("%s: %w: %w", op, ErrLost, err)
+}
+
+// call makes one call. When ctx ends the guest is told, and the answer is not waited for.
+func call[R any](ctx context.Context, c *Client, method string, args any) (result R, err error) {
+	waiter, err := c.rpc.DispatchCall(ctx, method, args)
+	if err != nil {
+		return result, c.lost(method, err)
+	}
+	err = waiter.Wait(ctx, &result)
+	var reply *jsonrpc2.Error
+	switch {
+	case err == nil:
+		return result, nil
+	case errors.As(err, &reply):
+		var e Error
+		if reply.Data == nil || json.Unmarshal(*reply.Data, &e) != nil {
+			e = Error{Message: reply.Message}
+		}
+		e.Message = clip(e.Message, 4000)
+		return result, &e
+	case ctx.Err() != nil:
+		return result, context.Cause(ctx)
+	}
+	return result, c.lost(method, err)
+}
+
+// Configure sets the sandbox' environment and limits.
+func (c *Client) Configure(ctx context.Context, config Config) error {
+	_, err := call[struct{}](ctx, c, callConfigure, config)
+	return err
+}
+
+// Start starts a process and waits up to req.WaitMS for its end; a short command is answered in this one round trip.
+func (c *Client) Start(ctx context.Context, req StartRequest) (Snapshot, error) {
+	return call[Snapshot](ctx, c, callStart, req)
+}
+
+// Wait waits up to req.WaitMS for the end of a process. Ending ctx ends the wait, never the process.
+func (c *Client) Wait(ctx context.Context, req WaitRequest) (Snapshot, error) {
+	return call[Snapshot](ctx, c, callWait, req)
+}
+
+// Signal sends a signal to the process group.
+func (c *Client) Signal(ctx context.Context, process, signal string) (Process, error) {
+	return call[Process](ctx, c, callSignal, SignalRequest{Process: process, Signal: signal})
+}
+
+// Kill ends a process and everything that it started.
+func (c *Client) Kill(ctx context.Context, process string) (Process, error) {
+	return call[Process](ctx, c, callKill, WaitRequest{Process: process})
+}
+
+// List lists processes, newest first.
+func (c *Client) List(ctx context.Context, req ListRequest) ([]Process, error) {
+	return call[[]Process](ctx, c, callList, req)
+}
+
+// Usage tells the consumption of all user processes.
+func (c *Client) Usage(ctx context.Context) (Usage, error) {
+	return call[Usage](ctx, c, callUsage, struct{}{})
+}
+
+// Stat describes a file, following symlinks.
+func (c *Client) Stat(ctx context.Context, path string) (FileInfo, error) {
+	return call[FileInfo](ctx, c, callStat, PathRequest{Path: path})
+}
+
+// Dir lists a directory.
+func (c *Client) Dir(ctx context.Context, req DirRequest) (DirResult, error) {
+	return call[DirResult](ctx, c, callDir, req)
+}
+
+// Mkdir makes a directory and its parents; it exists already is an error (fs.ErrExist).
+func (c *Client) Mkdir(ctx context.Context, req PathRequest) (FileInfo, error) {
+	return call[FileInfo](ctx, c, callMkdir, req)
+}
+
+// Move renames a file or directory; an existing file at the target is replaced.
+func (c *Client) Move(ctx context.Context, req MoveRequest) (FileInfo, error) {
+	return call[FileInfo](ctx, c, callMove, req)
+}
+
+// Remove removes a file or, when Recursive, a tree.
+func (c *Client) Remove(ctx context.Context, req PathRequest) error {
+	_, err := call[struct{}](ctx, c, callRemove, req)
+	return err
+}
+
+// Edit changes a text file in place, atomically.
+func (c *Client) Edit(ctx context.Context, req EditRequest) (EditResult, error) {
+	return call[EditResult](ctx, c, callEdit, req)
+}
+
+// Search finds files and lines.
+func (c *Client) Search(ctx context.Context, req SearchRequest) (SearchResult, error) {
+	return call[SearchResult](ctx, c, callSearch, req)
+}
+
+// Setattr sets user.* extended attributes; an empty value removes one.
+func (c *Client) Setattr(ctx context.Context, req PathRequest) (FileInfo, error) {
+	return call[FileInfo](ctx, c, callSetattr, req)
+}
+
+// open opens a stream with its header.
+func (c *Client) open(h header) (*yamux.Stream, error) {
+	stream, err := c.session.OpenStream()
+	if err != nil {
+		return nil, c.lost("open "+h.Stream, err)
+	}
+	if err := writeMessage(stream, h); err != nil {
+		_ = stream.Close()
+		return nil, c.lost("open "+h.Stream, err)
+	}
+	return stream, nil
+}
+
+// begin opens a stream that lives no longer than ctx, and reads the guest's answer. The caller calls end when it is done.
+func (c *Client) begin(ctx context.Context, h header) (stream *yamux.Stream, a answer, end func(), err error) {
+	if err := ctx.Err(); err != nil {
+		return nil, a, nil, context.Cause(ctx)
+	}
+	stream, err = c.open(h)
+	if err != nil {
+		return nil, a, nil, err
+	}
+	stop := context.AfterFunc(ctx, func() {
+		_ = stream.Close()
+		_ = stream.SetDeadline(time.Unix(1, 0))
+	})
+	end = func() {
+		stop()
+		_ = stream.Close()
+		_ = stream.SetDeadline(time.Unix(1, 0)) // unblocks what still reads
+	}
+	if err := readMessage(stream, &a); err != nil {
+		end()
+		return nil, a, nil, c.streamError(ctx, h.Stream, err)
+	}
+	if a.Error != nil {
+		end()
+		return nil, a, nil, a.Error
+	}
+	return stream, a, end, nil
+}
+
+func (c *Client) streamError(ctx context.Context, op string, err error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return c.lost(op, err)
+}
+
+// ReadFile reads limit bytes of a regular file from offset on; limit < 0 is all. The reader must be closed, and reads fail when ctx ends.
+func (c *Client) ReadFile(ctx context.Context, path string, offset, limit int64) (io.ReadCloser, FileInfo, error) {
+	stream, a, end, err := c.begin(ctx, header{Stream: streamRead, Path: path, Offset: offset, Limit: limit})
+	if err != nil {
+		return nil, FileInfo{}, err
+	}
+	if a.Info == nil {
+		end()
+		return nil, FileInfo{}, c.lost(streamRead, errors.New("answer without info"))
+	}
+	return &streamReader{Reader: &chunkReader{r: stream}, end: end}, *a.Info, nil
+}
+
+type streamReader struct {
+	io.Reader
+	end func()
+}
+
+// Close implements io.Closer.
+func (r *streamReader) Close() error {
+	r.end()
+	return nil
+}
+
+// Modes of WriteFile.
+const (
+	ModeReplace = "replace" // atomically: the file is the old or the new one, never half
+	ModeAppend  = "append"
+	ModeCreate  = "create" // an existing file is an error (fs.ErrExist)
+)
+
+// WriteOptions say how WriteFile writes.
+type WriteOptions struct {
+	Mode   string // default ModeReplace
+	User   string // owner of what is created; default the sandbox' user
+	Perm   uint32 // of a new file; default 0644
+	NoDirs bool   // a missing parent directory is an error
+}
+
+// WriteFile writes what r gives to a file.
+func (c *Client) WriteFile(ctx context.Context, path string, r io.Reader, o WriteOptions) (FileInfo, error) {
+	stream, _, end, err := c.begin(ctx, header{Stream: streamWrite, Path: path, Mode: o.Mode, User: o.User, Perm: o.Perm, Parents: !o.NoDirs})
+	if err != nil {
+		return FileInfo{}, err
+	}
+	defer end()
+	src := &sourceReader{r: r}
+	if _, err := writeChunks(stream, src); err == nil {
+		_ = endChunks(stream, answer{}) // a failure shows in the answer below
+	} else if src.err != nil {
+		return FileInfo{}, src.err // closing without the end: nothing of it becomes visible
+	}
+	var a answer
+	if err := readMessage(stream, &a); err != nil {
+		return FileInfo{}, c.streamError(ctx, streamWrite, err)
+	}
+	if a.Error != nil {
+		return FileInfo{}, a.Error
+	}
+	if a.Info == nil {
+		return FileInfo{}, c.lost(streamWrite, errors.New("answer without info"))
+	}
+	return *a.Info, nil
+}
+
+// sourceReader remembers the error of the caller's reader, to tell it from one of the stream.
+type sourceReader struct {
+	r   io.Reader
+	err error
+}
+
+func (s *sourceReader) Read(p []byte) (int, error) {
+	n, err := s.r.Read(p)
+	if err != nil && err != io.EOF {
+		s.err = err
+	}
+	return n, err
+}
+
+// WriteStdin writes to a process that was started with KeepStdin, and closes its stdin if eof. It blocks while the process
+// does not read; when ctx ends, written tells how much went through.
+func (c *Client) WriteStdin(ctx context.Context, process string, input []byte, eof bool) (written int64, err error) {
+	stream, _, end, err := c.begin(context.WithoutCancel(ctx), header{Stream: streamStdin, Process: process, Size: int64(len(input)), EOF: eof})
+	if err != nil {
+		return 0, err
+	}
+	defer end()
+	// At the end of ctx our half closes, the guest gives up, and still says how much was written.
+	stop := context.AfterFunc(ctx, func() {
+		_ = stream.SetWriteDeadline(time.Unix(1, 0))
+		_ = stream.Close()
+		_ = stream.SetReadDeadline(time.Now().Add(2 * time.Second))
+	})
+	defer stop()
+	_, _ = io.Copy(stream, bytes.NewReader(input)) // a failure shows in the answer below
+	var a answer
+	if err := readMessage(stream, &a); err != nil {
+		return 0, c.streamError(ctx, streamStdin, err)
+	}
+	if ctx.Err() != nil {
+		return a.Written, context.Cause(ctx)
+	}
+	if a.Error != nil {
+		return a.Written, a.Error
+	}
+	return a.Written, nil
+}
+
+// OutputFrame is some output of a process. End is set on the last one, which has no bytes.
+type OutputFrame struct {
+	Stream string // "stdout" or "stderr"
+	Offset int64
+	Data   []byte
+	End    *Process
+}
+
+// Output replays the output of a process from offset on and, with follow, goes on until nobody can write any more. It calls
+// each for every frame, and returns when that fails.
+func (c *Client) Output(ctx context.Context, process string, offset int64, follow bool, each func(OutputFrame) error) error {
+	stream, _, end, err := c.begin(ctx, header{Stream: streamOutput, Process: process, Offset: offset, Follow: follow})
+	if err != nil {
+		return err
+	}
+	defer end()
+	for {
+		kind, at, body, err := readFrame(stream)
+		if err != nil {
+			return c.streamError(ctx, streamOutput, err)
+		}
+		frame := OutputFrame{Offset: at, Data: body, Stream: streamName(kind - frameStdout)}
+		if kind == frameEnd {
+			frame = OutputFrame{Offset: at, End: &Process{}}
+			if err := json.Unmarshal(body, frame.End); err != nil {
+				return c.lost(streamOutput, err)
+			}
+		}
+		if err := each(frame); err != nil || kind == frameEnd {
+			return err
+		}
+	}
+}
+
+// Dial connects to a socket in the sandbox: "tcp" to its loopback, or "unix". Closing the result's writing half is its Close;
+// reads go on until the other side has closed too, or ctx ends.
+func (c *Client) Dial(ctx context.Context, network, address string) (io.ReadWriteCloser, error) {
+	stream, _, _, err := c.begin(ctx, header{Stream: streamDial, Network: network, Address: address})
+	if err != nil {
+		return nil, err
+	}
+	return stream, nil
+}

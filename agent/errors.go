@@ -1,0 +1,97 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"syscall"
+)
+
+// Causes that have no errno. They cross the pipe as a kind, so errors.Is holds on the host.
+var (
+	ErrNoProcess  = errors.New("no such process")
+	ErrEnded      = errors.New("process has ended")
+	ErrTagInUse   = errors.New("tag is in use by a running process")
+	ErrNoUser     = errors.New("no such user")
+	ErrNoSignal   = errors.New("no such signal")
+	ErrStdin      = errors.New("stdin is closed")
+	ErrInvalid    = errors.New("invalid request")
+	ErrTooLarge   = errors.New("too large")
+	ErrNotRegular = errors.New("not a regular file")
+	ErrNotText    = errors.New("not a text file")
+	ErrNoMatch    = errors.New("text does not occur in the file")
+	ErrAmbiguous  = errors.New("text occurs more than once")
+	ErrCwd        = errors.New("no such working directory")
+	ErrLimit      = errors.New("limit reached")
+	// ErrLost means that the agent or the pipe to it is gone.
+	ErrLost = errors.New("agent lost")
+	// ErrVersion means that host and agent speak different protocols.
+	ErrVersion = errors.New("protocol version mismatch")
+)
+
+var kinds = map[string]error{
+	"no_process": ErrNoProcess, "ended": ErrEnded, "tag_in_use": ErrTagInUse, "no_user": ErrNoUser, "no_signal": ErrNoSignal,
+	"stdin": ErrStdin, "invalid": ErrInvalid, "too_large": ErrTooLarge, "not_regular": ErrNotRegular, "not_text": ErrNotText,
+	"no_match": ErrNoMatch, "ambiguous": ErrAmbiguous, "cwd": ErrCwd, "limit": ErrLimit,
+}
+
+// Error is an error of the guest as it crosses the pipe.
+type Error struct {
+	Kind    string        `json:"kind,omitempty"`
+	Op      string        `json:"op,omitempty"`
+	Path    string        `json:"path,omitempty"`
+	Errno   syscall.Errno `json:"errno,omitempty"`
+	Message string        `json:"message"`
+}
+
+// Error gives the guest's own sentence.
+func (e *Error) Error() string { return e.Message }
+
+// Unwrap gives the errno and the kind, so that errors.Is works as if the error had happened here.
+func (e *Error) Unwrap() []error {
+	var all []error
+	if e.Errno != 0 {
+		all = append(all, e.Errno)
+	}
+	if kind := kinds[e.Kind]; kind != nil {
+		all = append(all, kind)
+	}
+	return all
+}
+
+// wireError turns any error into one that can cross the pipe. The text is bounded: file names may be in it.
+func wireError(err error) *Error {
+	var e *Error
+	if errors.As(err, &e) {
+		return e
+	}
+	e = &Error{Message: clip(err.Error(), 2000)}
+	errors.As(err, &e.Errno)
+	var path *fs.PathError
+	if errors.As(err, &path) {
+		e.Op, e.Path = path.Op, clip(path.Path, 1000)
+	}
+	var link *os.LinkError
+	if errors.As(err, &link) {
+		e.Op, e.Path = link.Op, clip(link.Old, 1000)
+	}
+	for kind, sentinel := range kinds {
+		if errors.Is(err, sentinel) {
+			e.Kind = kind
+		}
+	}
+	return e
+}
+
+func invalid(format string, args ...any) error {
+	return fmt.Errorf(format+": %w", append(args, ErrInvalid)...)
+}
+
+// clip bounds a text to n bytes and marks that it did.
+func clip(s string, n int) string {
+	if len(s) <= n {
+		return s
+	}
+	return s[:n] + "…"
+}

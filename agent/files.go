@@ -1,0 +1,534 @@
+package agent
+
+import (
+	"cmp"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"github.com/hashicorp/yamux"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	maxPath  = 4096
+	maxAttrs = 64
+)
+
+// checkPath takes clean absolute paths only, so that a path means one thing.
+func checkPath(op, name string) error {
+	switch {
+	case name == "":
+		return invalid("%s: the path is empty", op)
+	case strings.IndexByte(name, 0) >= 0:
+		return invalid("%s: the path contains a NUL byte", op)
+	case len(name) > maxPath:
+		return fmt.Errorf("%s: the path has %d bytes: %w", op, len(name), syscall.ENAMETOOLONG)
+	case !path.IsAbs(name):
+		return invalid("%s %q: the path is relative", op, name)
+	case slices.Contains(strings.Split(name, "/"), ".."):
+		return invalid("%s %q: the path contains \"..\"", op, name)
+	}
+	return nil
+}
+
+// openRegular opens a regular file for reading without ever blocking: not on a FIFO, a device or a lease.
+func openRegular(name string) (*os.File, error) {
+	fd, err := unix.Open(name, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC|unix.O_NOCTTY, 0)
+	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: name, Err: err}
+	}
+	f := os.NewFile(uintptr(fd), name)
+	info, err := f.Stat()
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	switch {
+	case info.IsDir():
+		return nil, errors.Join(&fs.PathError{Op: "read", Path: name, Err: syscall.EISDIR}, f.Close())
+	case !info.Mode().IsRegular():
+		return nil, errors.Join(fmt.Errorf("open %q: it is a %s: %w", name, describeMode(info.Mode()), ErrNotRegular), f.Close())
+	}
+	return f, nil
+}
+
+func describeMode(m fs.FileMode) string {
+	switch {
+	case m&fs.ModeNamedPipe != 0:
+		return "named pipe"
+	case m&fs.ModeSocket != 0:
+		return "socket"
+	case m&fs.ModeDevice != 0:
+		return "device"
+	}
+	return "special file"
+}
+
+// describeFile makes a FileInfo; name is as the caller wrote it.
+func describeFile(name string, info fs.FileInfo, owners ownerNames) FileInfo {
+	f := FileInfo{Path: name, Type: TypeOther, Size: info.Size(), Mode: fmt.Sprintf("%04o", unixMode(info.Mode())), MTime: info.ModTime()}
+	switch {
+	case info.Mode().IsRegular():
+		f.Type = TypeFile
+	case info.IsDir():
+		f.Type = TypeDir
+	case info.Mode()&fs.ModeSymlink != 0:
+		f.Type = TypeSymlink
+		if target, err := os.Readlink(name); err == nil {
+			f.Target = target
+		}
+	}
+	if st, ok := info.Sys().(*syscall.Stat_t); ok {
+		f.Owner, f.Group = nameOf(owners.users, st.Uid), nameOf(owners.groups, st.Gid)
+	}
+	return f
+}
+
+func unixMode(m fs.FileMode) uint32 {
+	mode := uint32(m.Perm())
+	for bit, unixBit := range map[fs.FileMode]uint32{fs.ModeSetuid: 0o4000, fs.ModeSetgid: 0o2000, fs.ModeSticky: 0o1000} {
+		if m&bit != 0 {
+			mode |= unixBit
+		}
+	}
+	return mode
+}
+
+func (s *Server) stat(r PathRequest) (FileInfo, error) {
+	if err := checkPath("stat", r.Path); err != nil {
+		return FileInfo{}, err
+	}
+	info, err := os.Stat(r.Path)
+	if errors.Is(err, fs.ErrNotExist) {
+		info, err = os.Lstat(r.Path) // a dangling link is there
+	}
+	if err != nil {
+		return FileInfo{}, err
+	}
+	f := describeFile(r.Path, info, loadOwnerNames())
+	f.Attrs = readAttrs(r.Path)
+	return f, nil
+}
+
+// dir lists a tree, breadth within depth, in path order, without following symlinks.
+func (s *Server) dir(r DirRequest) (DirResult, error) {
+	if err := checkPath("list", r.Path); err != nil {
+		return DirResult{}, err
+	}
+	limit := r.Limit
+	if limit <= 0 || limit > maxEntries {
+		limit = maxEntries
+	}
+	l := lister{owners: loadOwnerNames(), limit: limit, room: maxMessage / 2, result: DirResult{Entries: []FileInfo{}}}
+	err := l.list(path.Clean(r.Path), max(r.Depth, 1))
+	return l.result, err
+}
+
+type lister struct {
+	owners ownerNames
+	limit  int
+	room   int // bytes of names left
+	result DirResult
+}
+
+func (l *lister) list(dir string, depth int) error {
+	f, err := os.OpenFile(dir, os.O_RDONLY|syscall.O_DIRECTORY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return err
+	}
+	// Read in bounded batches: a directory may have millions of entries.
+	var names []string
+	for len(names) <= 4*maxEntries {
+		batch, err := f.Readdirnames(1000)
+		names = append(names, batch...)
+		if err != nil {
+			break // io.EOF, or what could be read is shown
+		}
+	}
+	_ = f.Close()
+	slices.Sort(names)
+	for _, name := range names {
+		full := path.Join(dir, name)
+		if len(l.result.Entries) >= l.limit || l.room < len(full)+300 {
+			l.result.More = true
+			return nil
+		}
+		info, err := os.Lstat(full)
+		if err != nil {
+			continue // gone since
+		}
+		entry := describeFile(full, info, l.owners)
+		l.room -= len(full) + len(entry.Target) + 300
+		l.result.Entries = append(l.result.Entries, entry)
+		if info.IsDir() && depth > 1 {
+			if err := l.list(full, depth-1); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (s *Server) mkdir(r PathRequest) (FileInfo, error) {
+	if err := checkPath("mkdir", r.Path); err != nil {
+		return FileInfo{}, err
+	}
+	owner, err := s.lookup(r.User)
+	if err != nil {
+		return FileInfo{}, err
+	}
+	if err := s.makeDirs(path.Dir(path.Clean(r.Path)), owner); err != nil {
+		return FileInfo{}, err
+	}
+	if err := os.Mkdir(r.Path, 0o755); err != nil {
+		return FileInfo{}, err
+	}
+	if err := s.give(r.Path, owner); err != nil {
+		return FileInfo{}, err
+	}
+	return s.stat(PathRequest{Path: r.Path})
+}
+
+// makeDirs makes the missing directories of a path and gives them to owner.
+func (s *Server) makeDirs(dir string, owner identity) error {
+	if info, err := os.Stat(dir); err == nil {
+		if !info.IsDir() {
+			return &fs.PathError{Op: "mkdir", Path: dir, Err: syscall.ENOTDIR}
+		}
+		return nil
+	}
+	if parent := path.Dir(dir); parent != dir {
+		if err := s.makeDirs(parent, owner); err != nil {
+			return err
+		}
+	}
+	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return s.give(dir, owner)
+}
+
+// give changes the owner of what was just made. Outside a sandbox everything belongs to the agent's user.
+func (s *Server) give(name string, owner identity) error {
+	if !s.opts.Init {
+		return nil
+	}
+	return os.Lchown(name, int(owner.uid), int(owner.gid))
+}
+
+func (s *Server) move(r MoveRequest) (FileInfo, error) {
+	if err := errors.Join(checkPath("move", r.From), checkPath("move to", r.To)); err != nil {
+		return FileInfo{}, err
+	}
+	if _, err := os.Lstat(r.From); err != nil {
+		return FileInfo{}, err
+	}
+	owner, err := s.lookup("")
+	if err != nil {
+		return FileInfo{}, err
+	}
+	if err := s.makeDirs(path.Dir(path.Clean(r.To)), owner); err != nil {
+		return FileInfo{}, err
+	}
+	err = os.Rename(r.From, r.To)
+	if errors.Is(err, syscall.EXDEV) {
+		err = s.moveAcross(r.From, r.To)
+	}
+	if err != nil {
+		return FileInfo{}, err
+	}
+	info, err := os.Lstat(r.To)
+	if err != nil {
+		return FileInfo{}, err
+	}
+	return describeFile(r.To, info, loadOwnerNames()), nil
+}
+
+// moveAcross moves between file systems by mv(1)'s way: copy all, then remove. Every sandbox image has cp.
+func (s *Server) moveAcross(from, to string) error {
+	p, err := s.spawn(StartRequest{Args: []string{"mv", "-T", "--", from, to}, Cwd: "/", User: s.rootUser()})
+	if err != nil {
+		return err
+	}
+	<-p.done
+	d := p.describe()
+	if d.ExitCode != 0 {
+		out, _ := p.output.window(Window{Head: 1000})
+		return fmt.Errorf("move across file systems: %s", strings.TrimSpace(string(out.Head)))
+	}
+	return nil
+}
+
+func (s *Server) rootUser() string {
+	if s.opts.Init {
+		return "0"
+	}
+	return ""
+}
+
+func (s *Server) remove(r PathRequest) (struct{}, error) {
+	none := struct{}{}
+	if err := checkPath("remove", r.Path); err != nil {
+		return none, err
+	}
+	clean := path.Clean(r.Path)
+	if clean == "/" {
+		return none, invalid("remove: the root directory cannot be removed")
+	}
+	if _, err := os.Lstat(clean); err != nil {
+		return none, err
+	}
+	if r.Recursive {
+		return none, os.RemoveAll(clean)
+	}
+	return none, os.Remove(clean)
+}
+
+// setattr sets user.* extended attributes.
+func (s *Server) setattr(r PathRequest) (FileInfo, error) {
+	if err := checkPath("setattr", r.Path); err != nil {
+		return FileInfo{}, err
+	}
+	for _, name := range slices.Sorted(maps.Keys(r.Attrs)) {
+		value := r.Attrs[name]
+		if name == "" || strings.IndexByte(name, 0) >= 0 {
+			return FileInfo{}, invalid("setattr: %q is not a name of an attribute", clip(name, 80))
+		}
+		var err error
+		if value == "" {
+			if err = unix.Removexattr(r.Path, "user."+name); err == unix.ENODATA {
+				err = nil
+			}
+		} else {
+			err = unix.Setxattr(r.Path, "user."+name, []byte(value), 0)
+		}
+		if err != nil {
+			return FileInfo{}, &fs.PathError{Op: "setattr", Path: r.Path, Err: err}
+		}
+	}
+	return s.stat(r)
+}
+
+func readAttrs(name string) map[string]string {
+	buf := make([]byte, 64<<10)
+	n, err := unix.Listxattr(name, buf)
+	if err != nil || n <= 0 {
+		return nil
+	}
+	attrs := map[string]string{}
+	for _, key := range strings.Split(strings.TrimSuffix(string(buf[:n]), "\x00"), "\x00") {
+		short, ok := strings.CutPrefix(key, "user.")
+		if !ok || len(attrs) >= maxAttrs {
+			continue
+		}
+		value := make([]byte, 4<<10)
+		if n, err := unix.Getxattr(name, key, value); err == nil {
+			attrs[short] = string(value[:n])
+		}
+	}
+	if len(attrs) == 0 {
+		return nil
+	}
+	return attrs
+}
+
+// serveRead sends a file.
+func (s *Server) serveRead(stream *yamux.Stream, h header) {
+	f, info, err := s.openRead(h)
+	if err != nil {
+		_ = writeMessage(stream, answer{Error: wireError(err)})
+		return
+	}
+	defer f.Close()
+	if err := writeMessage(stream, answer{Info: &info}); err != nil {
+		return
+	}
+	var from io.Reader = f
+	if h.Limit >= 0 {
+		from = io.LimitReader(f, h.Limit)
+	}
+	src := &sourceReader{r: from}
+	_, err = writeChunks(stream, src)
+	if err != nil && src.err == nil {
+		return // the host is gone
+	}
+	end := answer{}
+	if src.err != nil {
+		end.Error = wireError(src.err)
+	}
+	_ = endChunks(stream, end)
+}
+
+func (s *Server) openRead(h header) (*os.File, FileInfo, error) {
+	if err := checkPath("read", h.Path); err != nil {
+		return nil, FileInfo{}, err
+	}
+	f, err := openRegular(h.Path)
+	if err != nil {
+		return nil, FileInfo{}, err
+	}
+	st, err := f.Stat()
+	if err == nil && h.Offset > 0 {
+		_, err = f.Seek(h.Offset, io.SeekStart)
+	}
+	if err != nil {
+		return nil, FileInfo{}, errors.Join(err, f.Close())
+	}
+	return f, describeFile(h.Path, st, loadOwnerNames()), nil
+}
+
+// serveWrite receives a file. A replaced file is the old one until all has arrived, then the new one.
+func (s *Server) serveWrite(stream *yamux.Stream, h header) {
+	w, err := s.openWrite(h)
+	if err != nil {
+		_ = writeMessage(stream, answer{Error: wireError(err)})
+		return
+	}
+	defer w.abort()
+	if err := writeMessage(stream, answer{}); err != nil {
+		return
+	}
+	if _, err = io.Copy(w.file, &chunkReader{r: stream}); err == nil {
+		err = w.commit()
+	}
+	a := answer{}
+	if err != nil {
+		a.Error = wireError(err)
+	} else if info, err := s.stat(PathRequest{Path: h.Path}); err != nil {
+		a.Error = wireError(err)
+	} else {
+		a.Info = &info
+	}
+	_ = writeMessage(stream, a)
+}
+
+// fileWriter writes a file; nothing of it is left unless commit succeeds.
+type fileWriter struct {
+	file   *os.File
+	temp   string // renamed to target by commit; "" when the file is written in place
+	target string
+	undo   func() error // of a write in place
+	done   bool
+}
+
+func (s *Server) openWrite(h header) (_ *fileWriter, err error) {
+	if err := checkPath("write", h.Path); err != nil {
+		return nil, err
+	}
+	owner, err := s.lookup(h.User)
+	if err != nil {
+		return nil, err
+	}
+	target := path.Clean(h.Path)
+	if h.Parents {
+		if err := s.makeDirs(path.Dir(target), owner); err != nil {
+			return nil, err
+		}
+	}
+	perm := fs.FileMode(cmp.Or(h.Perm, 0o644)) & 0o7777
+	old, err := os.Stat(target)
+	switch {
+	case err == nil && old.IsDir():
+		return nil, &fs.PathError{Op: "write", Path: target, Err: syscall.EISDIR}
+	case err == nil && !old.Mode().IsRegular():
+		return nil, fmt.Errorf("write %q: it is a %s: %w", target, describeMode(old.Mode()), ErrNotRegular)
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		return nil, err
+	}
+	exists := err == nil
+	switch h.Mode {
+	case "", ModeReplace:
+	case ModeCreate:
+		if exists {
+			return nil, &fs.PathError{Op: "create", Path: target, Err: syscall.EEXIST}
+		}
+	case ModeAppend:
+		if exists {
+			return openAppend(target, old.Size())
+		}
+	default:
+		return nil, invalid("write: mode %q is none of replace, append, create", clip(h.Mode, 40))
+	}
+	if exists {
+		// Replace what a link points to, not the link.
+		if target, err = resolve(target); err != nil {
+			return nil, err
+		}
+		perm = old.Mode().Perm()
+		if st, ok := old.Sys().(*syscall.Stat_t); ok {
+			owner.uid, owner.gid = st.Uid, st.Gid
+		}
+	}
+	return s.openTemp(target, perm, owner)
+}
+
+// resolve follows the links of an existing path.
+func resolve(name string) (string, error) {
+	fd, err := unix.Open(name, unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", &fs.PathError{Op: "open", Path: name, Err: err}
+	}
+	defer unix.Close(fd)
+	return os.Readlink("/proc/self/fd/" + strconv.Itoa(fd))
+}
+
+func openAppend(target string, size int64) (*fileWriter, error) {
+	f, err := os.OpenFile(target, os.O_WRONLY|os.O_APPEND|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	return &fileWriter{file: f, target: target, undo: func() error { return f.Truncate(size) }}, nil
+}
+
+func (s *Server) openTemp(target string, perm fs.FileMode, owner identity) (*fileWriter, error) {
+	random := make([]byte, 6)
+	rand.Read(random)
+	temp := path.Join(path.Dir(target), ".soulbox-"+hex.EncodeToString(random))
+	f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, perm)
+	if err != nil {
+		return nil, err
+	}
+	w := &fileWriter{file: f, temp: temp, target: target}
+	if err := errors.Join(f.Chmod(perm), s.give(temp, owner)); err != nil {
+		w.abort()
+		return nil, err
+	}
+	return w, nil
+}
+
+func (w *fileWriter) commit() error {
+	if err := w.file.Close(); err != nil {
+		return err
+	}
+	if w.temp != "" {
+		if err := os.Rename(w.temp, w.target); err != nil {
+			return err
+		}
+	}
+	w.done = true
+	return nil
+}
+
+// abort takes back everything unless commit has succeeded.
+func (w *fileWriter) abort() {
+	if w.done {
+		return
+	}
+	if w.undo != nil {
+		_ = w.undo() // the disk may be gone; there is nothing else to try
+	}
+	_ = w.file.Close()
+	if w.temp != "" {
+		_ = os.Remove(w.temp)
+	}
+}

@@ -1,0 +1,106 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// attachSocket is where a bridge finds the agent: abstract, so that nothing in the file system can be removed or replaced.
+const attachSocket = "@soulbox-agent"
+
+// setUpMachine makes a freshly booted sandbox habitable.
+func setUpMachine() (*cgroups, error) {
+	groups, err := mountCgroups()
+	if err != nil {
+		return nil, err
+	}
+	for _, f := range passwdFields("/etc/passwd", 7) {
+		uid, uerr := strconv.Atoi(f[2])
+		gid, gerr := strconv.Atoi(f[3])
+		if uerr != nil || gerr != nil || uid < 1000 || uid >= 60000 {
+			continue
+		}
+		if err := giveHome(f[5], uid, gid); err != nil {
+			return nil, fmt.Errorf("set up home of %s: %w", f[0], err)
+		}
+	}
+	return groups, dropCapabilities()
+}
+
+// giveHome makes a home and gives it, and what the template put there, to its user.
+func giveHome(home string, uid, gid int) error {
+	if err := os.MkdirAll(home, 0o755); err != nil {
+		return err
+	}
+	return filepath.WalkDir(home, func(name string, _ os.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		return os.Lchown(name, uid, gid)
+	})
+}
+
+// dropCapabilities takes from the children, also from those of root, what only the agent needs. Their bounding set is inherited from
+// the thread that forks, so all threads drop it.
+func dropCapabilities() error {
+	_, _, errno := syscall.AllThreadsSyscall6(syscall.SYS_PRCTL, unix.PR_CAPBSET_DROP, unix.CAP_SYS_ADMIN, 0, 0, 0, 0)
+	if errno != 0 {
+		return fmt.Errorf("drop capabilities: %w", errno)
+	}
+	return nil
+}
+
+// ListenAttach serves bridges until the machine ends. Only root of the sandbox may connect.
+func (s *Server) ListenAttach() error {
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: attachSocket, Net: "unix"})
+	if err != nil {
+		return err
+	}
+	for {
+		conn, err := l.AcceptUnix()
+		if err != nil {
+			return err
+		}
+		if uid, err := peerUID(conn); err != nil || uid != 0 {
+			_ = conn.Close()
+			continue
+		}
+		go func() { _ = s.Serve(conn) }() // its end is the bridge's own affair
+	}
+}
+
+func peerUID(conn *net.UnixConn) (uint32, error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var cred *unix.Ucred
+	var cerr error
+	if err := raw.Control(func(fd uintptr) { cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil || cerr != nil {
+		return 0, errors.Join(err, cerr)
+	}
+	return cred.Uid, nil
+}
+
+// Attach is the bridge: it splices stdio to the agent of the machine it runs in.
+func Attach(in io.Reader, out io.WriteCloser) error {
+	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: attachSocket, Net: "unix"})
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	go func() {
+		_, _ = io.Copy(conn, in)
+		_ = conn.Close() // the host has gone
+	}()
+	_, err = io.Copy(out, conn)
+	return errors.Join(err, out.Close())
+}

@@ -1,0 +1,112 @@
+package agent
+
+import (
+	"bufio"
+	"cmp"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/yamux"
+)
+
+// muxConfig is yamux without keep-alives: a paused guest answers none, and the host sees the end of the pipe anyway.
+func muxConfig() *yamux.Config {
+	c := yamux.DefaultConfig()
+	c.EnableKeepAlive = false
+	c.AcceptBacklog = 512
+	c.ConnectionWriteTimeout = 24 * time.Hour // a paused guest reads nothing for as long
+	c.StreamOpenTimeout = 0
+	c.StreamCloseTimeout = 10 * time.Second
+	c.LogOutput = io.Discard
+	return c
+}
+
+// bufferedConn reads through the reader that has read the handshake.
+type bufferedConn struct {
+	*bufio.Reader
+	io.WriteCloser
+}
+
+// Read resolves the ambiguity of the two embedded types.
+func (c bufferedConn) Read(p []byte) (int, error) { return c.Reader.Read(p) }
+
+// Write resolves the ambiguity of the two embedded types.
+func (c bufferedConn) Write(p []byte) (int, error) { return c.WriteCloser.Write(p) }
+
+func writeHello(w io.Writer, h hello) error {
+	line, err := json.Marshal(h)
+	if err != nil {
+		return err
+	}
+	_, err = w.Write(append(line, '\n'))
+	return err
+}
+
+// readHello reads one bounded line.
+func readHello(r *bufio.Reader, h *hello) error {
+	line, err := r.ReadSlice('\n')
+	if errors.Is(err, bufio.ErrBufferFull) {
+		return fmt.Errorf("handshake line: %w", ErrTooLarge)
+	}
+	if err != nil {
+		return fmt.Errorf("handshake: %w", cutOff(err))
+	}
+	if err := json.Unmarshal(line, h); err != nil {
+		return fmt.Errorf("handshake: %w", err)
+	}
+	return nil
+}
+
+// messageStream is a stream of messages for jsonrpc2, with their bound.
+type messageStream struct{ conn io.ReadWriteCloser }
+
+// WriteObject implements jsonrpc2.ObjectStream.
+func (m messageStream) WriteObject(v any) error { return writeMessage(m.conn, v) }
+
+// ReadObject implements jsonrpc2.ObjectStream.
+func (m messageStream) ReadObject(v any) error { return readMessage(m.conn, v) }
+
+// Close implements jsonrpc2.ObjectStream.
+func (m messageStream) Close() error { return m.conn.Close() }
+
+func writeFrame(w io.Writer, kind int, offset int64, body []byte) error {
+	buf := make([]byte, 13, 13+len(body))
+	buf[0] = byte(kind)
+	binary.BigEndian.PutUint64(buf[1:], uint64(offset))
+	binary.BigEndian.PutUint32(buf[9:], uint32(len(body)))
+	_, err := w.Write(append(buf, body...))
+	return err
+}
+
+func readFrame(r io.Reader) (kind int, offset int64, body []byte, err error) {
+	var head [9]byte
+	if _, err := io.ReadFull(r, head[:]); err != nil {
+		return 0, 0, nil, cutOff(err)
+	}
+	body, err = readBlock(r, maxChunk)
+	return int(head[0]), int64(binary.BigEndian.Uint64(head[1:])), body, cutOff(err)
+}
+
+func sortedBySeq(all []*process) []*process {
+	slices.SortFunc(all, func(a, b *process) int { return cmp.Compare(a.seq, b.seq) })
+	return all
+}
+
+// onceCloser closes once, whoever calls.
+type onceCloser struct {
+	io.ReadWriteCloser
+	once sync.Once
+	err  error
+}
+
+// Close implements io.Closer.
+func (c *onceCloser) Close() error {
+	c.once.Do(func() { c.err = c.ReadWriteCloser.Close() })
+	return c.err
+}

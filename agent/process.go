@@ -1,0 +1,307 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	endedKept   = 256                    // ended processes that can still be asked for
+	drainBound  = 250 * time.Millisecond // how long output may still arrive once the leader has ended
+	killGrace   = 2 * time.Second        // between SIGTERM and SIGKILL at a timeout
+	maxTag      = 64
+	commandEcho = 4 << 10 // bytes of a command line that are repeated in answers
+)
+
+// process is a process that a user asked for, and what it left behind.
+type process struct {
+	id      string
+	seq     int
+	req     StartRequest
+	user    identity
+	cwd     string
+	args    []string
+	pid     int
+	started time.Time
+	output  *spool
+	group   *cgroup // nil outside a sandbox
+	pipes   [2]*pipeReader
+	stop    *time.Timer
+	done    chan struct{} // closed when the leader has ended and its output is drained
+
+	mu     sync.Mutex
+	stdin  *os.File // nil when closed
+	ended  time.Time
+	status syscall.WaitStatus
+	usage  syscall.Rusage
+	cause  string
+}
+
+// running says whether the leader is alive.
+func (p *process) running() bool {
+	select {
+	case <-p.done:
+		return false
+	default:
+		return true
+	}
+}
+
+// blame notes why the process is about to end; the first cause stands.
+func (p *process) blame(cause string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.cause == "" && p.ended.IsZero() {
+		p.cause = cause
+	}
+}
+
+// watch collects the end of the leader.
+func (p *process) watch(exit <-chan exitStatus) {
+	status := <-exit
+	for _, r := range p.pipes {
+		r.drain(time.Now().Add(drainBound))
+	}
+	p.mu.Lock()
+	p.ended, p.status, p.usage = time.Now(), status.status, status.usage
+	stdin := p.stdin
+	p.stdin = nil
+	p.mu.Unlock()
+	if stdin != nil {
+		_ = stdin.Close()
+	}
+	if p.stop != nil {
+		p.stop.Stop()
+	}
+	close(p.done)
+	// What it left behind may still write: the spool is finished when nobody can.
+	for _, r := range p.pipes {
+		<-r.eof
+	}
+	p.output.finish()
+}
+
+// expire ends the process at its timeout, politely first.
+func (p *process) expire() {
+	p.blame(CauseTimeout)
+	_ = p.signal(syscall.SIGTERM)
+	select {
+	case <-p.done:
+	case <-time.After(killGrace):
+	}
+	p.killAll()
+}
+
+// signal sends a signal to the process group of the leader or, when that has ended, to what it left behind.
+func (p *process) signal(sig syscall.Signal) error {
+	if p.running() {
+		if err := syscall.Kill(-p.pid, sig); err != nil && err != syscall.ESRCH {
+			return fmt.Errorf("signal process %s: %w", p.id, err)
+		}
+		return nil
+	}
+	// The leader's pid may belong to another process by now: go by the cgroup.
+	pids := p.group.pids()
+	if len(pids) == 0 {
+		return fmt.Errorf("signal process %s: %w", p.id, ErrEnded)
+	}
+	for _, pid := range pids {
+		if err := syscall.Kill(pid, sig); err != nil && err != syscall.ESRCH {
+			return fmt.Errorf("signal process %s: %w", p.id, err)
+		}
+	}
+	return nil
+}
+
+// killAll ends the leader's group and everything that left it.
+func (p *process) killAll() {
+	if p.running() {
+		_ = syscall.Kill(-p.pid, syscall.SIGKILL) // ESRCH: it has just ended
+	}
+	p.group.kill()
+}
+
+// describe tells the process as the protocol does.
+func (p *process) describe() Process {
+	d := Process{
+		ID: p.id, Tag: p.req.Tag, State: StateRunning, Command: clip(p.req.Command, commandEcho), Cwd: p.cwd,
+		User: p.user.name, PID: p.pid, Started: p.started,
+	}
+	if d.Command == "" {
+		d.Command = clip(strings.Join(p.args, " "), commandEcho)
+	}
+	d.Output, d.Dropped = p.output.sizes()
+	done := !p.running()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	d.StdinOpen, d.Cause = p.stdin != nil, p.cause
+	if !done {
+		d.CPUMS, d.Memory = p.group.usage(p.pid)
+		return d
+	}
+	d.State, d.Ended, d.ExitCode = StateExited, p.ended, p.status.ExitStatus()
+	if p.status.Signaled() {
+		d.ExitCode = 128 + int(p.status.Signal())
+		d.Signal = unix.SignalName(p.status.Signal())
+	}
+	d.CPUMS = (p.usage.Utime.Nano() + p.usage.Stime.Nano()) / 1e6
+	d.Memory = p.usage.Maxrss << 10
+	d.Children = len(p.group.pids())
+	return d
+}
+
+// wait waits for the end, at most for that long, and describes.
+func (p *process) wait(ctx context.Context, wait time.Duration, w Window) (Snapshot, error) {
+	if wait > 0 && p.running() {
+		timer := time.NewTimer(wait)
+		defer timer.Stop()
+		select {
+		case <-p.done:
+		case <-timer.C:
+		case <-ctx.Done():
+		}
+	}
+	s := Snapshot{Process: p.describe()} // first: output that comes later must not belong to an "exited" snapshot
+	var err error
+	s.Output, err = p.output.window(w)
+	return s, err
+}
+
+// writeStdin writes what r gives to stdin and closes it if eof. It blocks while the process does not read.
+func (p *process) writeStdin(ctx context.Context, r io.Reader, eof bool) (int64, error) {
+	p.mu.Lock()
+	stdin := p.stdin
+	p.mu.Unlock()
+	if !p.running() {
+		return 0, fmt.Errorf("write to process %s: %w", p.id, ErrEnded)
+	}
+	if stdin == nil {
+		return 0, fmt.Errorf("write to process %s: %w", p.id, ErrStdin)
+	}
+	stop := context.AfterFunc(ctx, func() { _ = stdin.SetWriteDeadline(time.Unix(1, 0)) })
+	n, err := io.Copy(onlyWriter{stdin}, r)
+	if !stop() {
+		_ = stdin.SetWriteDeadline(time.Time{}) // the next writer is not late
+	}
+	if errors.Is(err, syscall.EPIPE) || errors.Is(err, os.ErrClosed) {
+		err = fmt.Errorf("write to process %s: %w", p.id, ErrStdin)
+	}
+	if err == nil && eof {
+		p.mu.Lock()
+		p.stdin = nil
+		p.mu.Unlock()
+		_ = stdin.Close()
+	}
+	return n, err
+}
+
+// onlyWriter hides ReadFrom, which would splice and ignore deadlines.
+type onlyWriter struct{ io.Writer }
+
+// pipeReader moves what a process writes into its spool.
+type pipeReader struct {
+	file   *os.File
+	stream int
+	output *spool
+	mu     sync.Mutex // held while bytes are between pipe and spool
+	eof    chan struct{}
+}
+
+func newPipeReader(fd, stream int, output *spool) *pipeReader {
+	r := &pipeReader{file: os.NewFile(uintptr(fd), "output"), stream: stream, output: output, eof: make(chan struct{})}
+	go r.run()
+	return r
+}
+
+func (r *pipeReader) run() {
+	defer close(r.eof)
+	defer r.file.Close()
+	raw, err := r.file.SyscallConn()
+	if err != nil {
+		return
+	}
+	buf := make([]byte, 4<<10)
+	for {
+		var n int
+		var rerr error
+		err := raw.Read(func(fd uintptr) bool {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			n, rerr = unix.Read(int(fd), buf)
+			if rerr == unix.EAGAIN {
+				return false
+			}
+			if n > 0 {
+				r.output.append(r.stream, buf[:n])
+			}
+			return true
+		})
+		if rerr == unix.EINTR {
+			continue
+		}
+		if err != nil || rerr != nil || n <= 0 {
+			return
+		}
+		if n == len(buf) && n < 64<<10 {
+			buf = make([]byte, 64<<10)
+		}
+	}
+}
+
+// drain waits until what the leader wrote is in the spool: the pipe is at its end, or empty.
+func (r *pipeReader) drain(deadline time.Time) {
+	for time.Now().Before(deadline) {
+		select {
+		case <-r.eof:
+			return
+		default:
+		}
+		if r.empty() {
+			return
+		}
+		select {
+		case <-r.eof:
+			return
+		case <-time.After(200 * time.Microsecond):
+		}
+	}
+}
+
+func (r *pipeReader) empty() bool {
+	raw, err := r.file.SyscallConn()
+	if err != nil {
+		return true
+	}
+	n := 0
+	err = raw.Control(func(fd uintptr) {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		n, _ = unix.IoctlGetInt(int(fd), unix.TIOCINQ)
+	})
+	return err != nil || n == 0
+}
+
+// parseSignal takes "SIGTERM", "term" or "15".
+func parseSignal(name string) (syscall.Signal, error) {
+	if n, err := strconv.Atoi(name); err == nil && n > 0 && n <= 64 {
+		return syscall.Signal(n), nil
+	}
+	upper := strings.ToUpper(strings.TrimSpace(name))
+	if !strings.HasPrefix(upper, "SIG") {
+		upper = "SIG" + upper
+	}
+	if sig := unix.SignalNum(upper); sig != 0 {
+		return sig, nil
+	}
+	return 0, fmt.Errorf("signal %q: %w", clip(name, 40), ErrNoSignal)
+}

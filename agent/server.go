@@ -1,0 +1,593 @@
+package agent
+
+import (
+	"bufio"
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"runtime"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/yamux"
+	"github.com/sourcegraph/jsonrpc2"
+	"golang.org/x/sys/unix"
+)
+
+// Options is what a Server needs. The zero value serves the process' own user on this machine, as tests do.
+type Options struct {
+	Version  string
+	SpoolDir string // where large outputs are kept; default a directory in os.TempDir
+	Home     string // home of the only user outside a sandbox
+	Init     bool   // be the first process of a sandbox: reap orphans, use cgroups, switch users
+	Log      func(format string, args ...any)
+}
+
+// Server is the guest's end. All methods are safe for concurrent use.
+type Server struct {
+	opts   Options
+	boot   string
+	shell  string
+	null   int // descriptor of /dev/null
+	reaper *reaper
+	groups *cgroups // nil outside a sandbox
+	guard  *guard   // nil outside a sandbox
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+
+	oomKills atomic.Int64
+
+	mu     sync.Mutex
+	config Config
+	procs  map[string]*process // by id
+	tags   map[string]*process // the last one started under each tag
+	seq    int
+	hosts  int // sessions
+	orphan *time.Timer
+}
+
+// NewServer makes a Server; with opts.Init it also sets up the machine.
+func NewServer(opts Options) (*Server, error) {
+	null, err := unix.Open("/dev/null", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open /dev/null: %w", err)
+	}
+	boot := make([]byte, 8)
+	rand.Read(boot)
+	s := &Server{opts: opts, boot: hex.EncodeToString(boot), shell: "/bin/sh", null: null, procs: map[string]*process{}, tags: map[string]*process{}}
+	if lookPath("/bin/bash", "/", nil) != "" {
+		s.shell = "/bin/bash"
+	}
+	if s.opts.SpoolDir == "" {
+		s.opts.SpoolDir = os.TempDir()
+	}
+	if s.opts.Home == "" {
+		s.opts.Home = "/"
+	}
+	s.ctx, s.cancel = context.WithCancelCause(context.Background())
+	if opts.Init {
+		if s.groups, err = setUpMachine(); err != nil {
+			return nil, err
+		}
+		s.guard = &guard{server: s, woken: make(chan struct{}, 1)}
+		go s.guard.run()
+	}
+	s.reaper = newReaper(opts.Init)
+	return s, nil
+}
+
+// Close ends every process and waits for them. It is for tests: as init the agent ends with the machine.
+func (s *Server) Close() {
+	s.cancel(errors.New("agent closed"))
+	for _, p := range s.all() {
+		p.killAll()
+	}
+	for _, p := range s.all() {
+		<-p.done
+		p.output.discard()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.null >= 0 {
+		_ = unix.Close(s.null)
+		s.null = -1
+	}
+}
+
+// Done is closed when the agent has lived too long without a host, and should end.
+func (s *Server) Done() <-chan struct{} { return s.ctx.Done() }
+
+func (s *Server) log(format string, args ...any) {
+	if s.opts.Log != nil {
+		s.opts.Log(format, args...)
+	}
+}
+
+// Serve speaks the protocol on one pipe until it ends. Several pipes may be served at once.
+func (s *Server) Serve(conn io.ReadWriteCloser) error {
+	defer conn.Close()
+	s.present(1)
+	defer s.present(-1)
+	reader := bufio.NewReaderSize(conn, maxHello)
+	var host hello
+	if err := readHello(reader, &host); err != nil {
+		return err
+	}
+	mine := hello{Protocol: Protocol, Version: s.opts.Version, Boot: s.boot}
+	if host.Protocol != Protocol {
+		mine.Error = fmt.Sprintf("agent %s speaks protocol %d, host %s speaks %d", s.opts.Version, Protocol, clip(host.Version, 40), host.Protocol)
+	}
+	if err := writeHello(conn, mine); err != nil || mine.Error != "" {
+		return errors.Join(err, conn.Close())
+	}
+	session, err := yamux.Server(bufferedConn{reader, conn}, muxConfig())
+	if err != nil {
+		return err
+	}
+	defer session.Close()
+	ctx, cancel := context.WithCancel(s.ctx)
+	defer cancel()
+	context.AfterFunc(ctx, func() { _ = session.Close() })
+	var streams sync.WaitGroup
+	defer streams.Wait()
+	for {
+		stream, err := session.AcceptStream()
+		if err != nil {
+			cancel()
+			return nil // the pipe is at its end
+		}
+		streams.Go(func() {
+			defer stream.Close()
+			s.serveStream(ctx, stream)
+		})
+	}
+}
+
+// present counts hosts, and ends the agent when it has been without one for too long.
+func (s *Server) present(n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.hosts += n
+	if s.orphan != nil {
+		s.orphan.Stop()
+		s.orphan = nil
+	}
+	if s.hosts == 0 && s.config.OrphanMS > 0 {
+		s.orphan = time.AfterFunc(time.Duration(s.config.OrphanMS)*time.Millisecond, func() { s.cancel(errors.New("no host for too long")) })
+	}
+}
+
+// serveStream serves one stream by its header. A panic ends the stream, not the machine.
+func (s *Server) serveStream(ctx context.Context, stream *yamux.Stream) {
+	defer func() {
+		if r := recover(); r != nil {
+			buf := make([]byte, 4<<10)
+			s.log("panic: %v\n%s", r, buf[:runtime.Stack(buf, false)])
+		}
+	}()
+	var h header
+	if err := readMessage(stream, &h); err != nil {
+		return
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	switch h.Stream {
+	case streamRPC:
+		s.serveRPC(ctx, stream)
+	case streamRead:
+		s.serveRead(stream, h)
+	case streamWrite:
+		s.serveWrite(stream, h)
+	case streamOutput:
+		s.serveOutput(ctx, stream, h)
+	case streamStdin:
+		s.serveStdin(ctx, stream, h)
+	case streamDial:
+		s.serveDial(ctx, stream, h)
+	default:
+		_ = writeMessage(stream, answer{Error: wireError(invalid("unknown stream %q", clip(h.Stream, 40)))})
+	}
+}
+
+// enter gives a process its id and checks its tag.
+func (s *Server) enter(p *process) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if old := s.tags[p.req.Tag]; p.req.Tag != "" && old != nil && old.running() {
+		return fmt.Errorf("tag %q belongs to process %s: %w", p.req.Tag, old.id, ErrTagInUse)
+	}
+	s.seq++
+	p.seq, p.id = s.seq, "p"+strconv.Itoa(s.seq)
+	s.procs[p.id] = p
+	if p.req.Tag != "" {
+		s.tags[p.req.Tag] = p
+	}
+	return nil
+}
+
+// leave takes back what enter did.
+func (s *Server) leave(p *process) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.procs, p.id)
+	if s.tags[p.req.Tag] == p {
+		delete(s.tags, p.req.Tag)
+	}
+}
+
+// settle tidies up after the end of p: its cgroup goes when it is empty, and only the last ended processes are kept.
+func (s *Server) settle(p *process) {
+	p.group.remove()
+	s.mu.Lock()
+	var ended []*process
+	for _, q := range s.procs {
+		if q.pid != 0 && !q.running() {
+			ended = append(ended, q)
+		}
+	}
+	var drop []*process
+	for len(ended) > endedKept {
+		oldest := 0
+		for i, q := range ended {
+			if q.seq < ended[oldest].seq {
+				oldest = i
+			}
+		}
+		q := ended[oldest]
+		ended = append(ended[:oldest], ended[oldest+1:]...)
+		if !q.group.remove() {
+			continue // something it started still runs
+		}
+		drop = append(drop, q)
+		delete(s.procs, q.id)
+		if s.tags[q.req.Tag] == q {
+			delete(s.tags, q.req.Tag)
+		}
+	}
+	s.mu.Unlock()
+	for _, q := range drop {
+		q.output.discard()
+	}
+}
+
+// find gets a process by id or tag.
+func (s *Server) find(name string) (*process, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if p := s.procs[name]; p != nil && p.pid != 0 {
+		return p, nil
+	}
+	if p := s.tags[name]; p != nil && p.pid != 0 {
+		return p, nil
+	}
+	return nil, fmt.Errorf("process %q: %w", clip(name, 80), ErrNoProcess)
+}
+
+// all lists the processes by their start.
+func (s *Server) all() []*process {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var all []*process
+	for _, p := range s.procs {
+		if p.pid != 0 {
+			all = append(all, p)
+		}
+	}
+	return sortedBySeq(all)
+}
+
+func (s *Server) usage() Usage {
+	var u Usage
+	if s.groups != nil {
+		u = s.groups.usage()
+	}
+	u.OOMKills = s.oomKills.Load()
+	var fs unix.Statfs_t
+	if err := unix.Statfs("/", &fs); err == nil {
+		u.DiskTotal = int64(fs.Blocks) * fs.Bsize
+		u.DiskUsed = u.DiskTotal - int64(fs.Bfree)*fs.Bsize
+	}
+	_, u.AgentMemory = procUsage(os.Getpid())
+	return u
+}
+
+func (s *Server) configure(c Config) error {
+	s.mu.Lock()
+	s.config = c
+	s.mu.Unlock()
+	if s.groups == nil {
+		return nil
+	}
+	s.guard.wake()
+	return s.groups.limit(c.MaxProcesses, c.MaxMemory)
+}
+
+// serveRPC serves calls on the control channel, each in a goroutine of its own.
+func (s *Server) serveRPC(ctx context.Context, stream *yamux.Stream) {
+	var mu sync.Mutex
+	cancels := map[uint64]context.CancelFunc{}
+	handler := func(_ context.Context, conn *jsonrpc2.Conn, req *jsonrpc2.Request) {
+		if req.Notif {
+			var note struct {
+				ID uint64 `json:"id"`
+			}
+			if req.Method == noteCancel && req.Params != nil && json.Unmarshal(*req.Params, &note) == nil {
+				mu.Lock()
+				if cancel := cancels[note.ID]; cancel != nil {
+					cancel()
+				}
+				mu.Unlock()
+			}
+			return
+		}
+		callCtx, cancel := context.WithCancel(ctx)
+		mu.Lock()
+		cancels[req.ID.Num] = cancel
+		mu.Unlock()
+		go func() {
+			defer cancel()
+			result, err := s.call(callCtx, req)
+			mu.Lock()
+			delete(cancels, req.ID.Num)
+			mu.Unlock()
+			if err != nil {
+				e := wireError(err)
+				reply := &jsonrpc2.Error{Code: jsonrpc2.CodeInternalError, Message: e.Message}
+				reply.SetError(e)
+				_ = conn.ReplyWithError(callCtx, req.ID, reply) // the pipe is gone otherwise
+				return
+			}
+			_ = conn.Reply(callCtx, req.ID, result)
+		}()
+	}
+	conn := jsonrpc2.NewConn(ctx, messageStream{stream}, handlerFunc(handler))
+	<-conn.DisconnectNotify()
+}
+
+type handlerFunc func(context.Context, *jsonrpc2.Conn, *jsonrpc2.Request)
+
+func (f handlerFunc) Handle(ctx context.Context, c *jsonrpc2.Conn, r *jsonrpc2.Request) { f(ctx, c, r) }
+
+// call does one call.
+func (s *Server) call(ctx context.Context, req *jsonrpc2.Request) (result any, err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			result, err = nil, fmt.Errorf("%s: the agent panicked: %v", req.Method, r)
+		}
+	}()
+	switch req.Method {
+	case callConfigure:
+		return on(req, func(c Config) (struct{}, error) { return struct{}{}, s.configure(c) })
+	case callStart:
+		return on(req, func(r StartRequest) (Snapshot, error) { return s.start(ctx, r) })
+	case callWait:
+		return on(req, func(r WaitRequest) (Snapshot, error) {
+			p, err := s.find(r.Process)
+			if err != nil {
+				return Snapshot{}, err
+			}
+			return p.wait(ctx, time.Duration(r.WaitMS)*time.Millisecond, r.Window)
+		})
+	case callSignal:
+		return on(req, func(r SignalRequest) (Process, error) {
+			sig, err := parseSignal(r.Signal)
+			if err != nil {
+				return Process{}, err
+			}
+			p, err := s.find(r.Process)
+			if err != nil {
+				return Process{}, err
+			}
+			return p.describe(), p.signal(sig)
+		})
+	case callKill:
+		return on(req, func(r WaitRequest) (Process, error) {
+			p, err := s.find(r.Process)
+			if err != nil {
+				return Process{}, err
+			}
+			p.blame(CauseKilled)
+			p.killAll()
+			return p.describe(), nil
+		})
+	case callList:
+		return on(req, s.list)
+	case callStat:
+		return on(req, s.stat)
+	case callDir:
+		return on(req, s.dir)
+	case callMkdir:
+		return on(req, s.mkdir)
+	case callMove:
+		return on(req, s.move)
+	case callRemove:
+		return on(req, s.remove)
+	case callEdit:
+		return on(req, s.edit)
+	case callSetattr:
+		return on(req, s.setattr)
+	case callSearch:
+		return on(req, func(r SearchRequest) (SearchResult, error) { return s.search(ctx, r) })
+	case callUsage:
+		return on(req, func(struct{}) (Usage, error) { return s.usage(), nil })
+	}
+	return nil, invalid("unknown call %q", clip(req.Method, 40))
+}
+
+// on decodes the arguments of a call and makes it.
+func on[A, R any](req *jsonrpc2.Request, do func(A) (R, error)) (any, error) {
+	var args A
+	if req.Params != nil {
+		if err := json.Unmarshal(*req.Params, &args); err != nil {
+			return nil, invalid("%s: %v", req.Method, err)
+		}
+	}
+	return do(args)
+}
+
+func (s *Server) list(r ListRequest) ([]Process, error) {
+	list := []Process{}
+	size := 0
+	all := s.all()
+	for i := len(all) - 1; i >= 0; i-- { // newest first: they are kept where the size is cut
+		d := all[i].describe()
+		if r.Tag != "" && d.Tag != r.Tag || r.State != "" && d.State != r.State {
+			continue
+		}
+		if size += len(d.Command) + len(d.Cwd) + 500; size > maxMessage/2 {
+			break
+		}
+		list = append(list, d)
+	}
+	return list, nil
+}
+
+// serveDial connects the stream to a socket of the guest.
+func (s *Server) serveDial(ctx context.Context, stream *yamux.Stream, h header) {
+	if h.Network != "tcp" && h.Network != "unix" {
+		_ = writeMessage(stream, answer{Error: wireError(invalid("dial: network %q is neither tcp nor unix", clip(h.Network, 40)))})
+		return
+	}
+	if host, _, err := net.SplitHostPort(h.Address); h.Network == "tcp" && (err != nil || net.ParseIP(host) == nil || !net.ParseIP(host).IsLoopback()) {
+		_ = writeMessage(stream, answer{Error: wireError(invalid("dial %q: only the sandbox' own loopback can be dialled", clip(h.Address, 80)))})
+		return
+	}
+	dialer := net.Dialer{Timeout: 10 * time.Second}
+	conn, err := dialer.DialContext(ctx, h.Network, h.Address)
+	if err != nil {
+		_ = writeMessage(stream, answer{Error: wireError(err)})
+		return
+	}
+	defer conn.Close()
+	if err := writeMessage(stream, answer{}); err != nil {
+		return
+	}
+	splice(stream, conn)
+}
+
+// splice copies both ways and keeps half-closes.
+func splice(a, b io.ReadWriteCloser) {
+	var both sync.WaitGroup
+	oneWay := func(dst, src io.ReadWriteCloser) {
+		_, err := io.Copy(dst, src)
+		if half, ok := dst.(interface{ CloseWrite() error }); ok && err == nil {
+			_ = half.CloseWrite()
+			return
+		}
+		_ = dst.Close() // a yamux stream's Close is its half-close
+		if err != nil {
+			_ = src.Close()
+		}
+	}
+	both.Go(func() { oneWay(a, b) })
+	both.Go(func() { oneWay(b, a) })
+	both.Wait()
+}
+
+// serveStdin writes what comes to a process.
+func (s *Server) serveStdin(ctx context.Context, stream *yamux.Stream, h header) {
+	p, err := s.find(h.Process)
+	if err != nil {
+		_ = writeMessage(stream, answer{Error: wireError(err)})
+		return
+	}
+	if err := writeMessage(stream, answer{}); err != nil {
+		return
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	body := &countingReader{r: io.LimitReader(stream, h.Size)}
+	n, err := p.writeStdin(ctx, cancelOnClose(stream, body, h.Size, cancel), h.EOF)
+	if err == nil && body.n < h.Size {
+		err = io.ErrUnexpectedEOF
+	}
+	a := answer{Written: n}
+	if err != nil {
+		a.Error = wireError(err)
+	}
+	_ = writeMessage(stream, a)
+}
+
+// countingReader counts what was read.
+type countingReader struct {
+	r io.Reader
+	n int64
+}
+
+func (c *countingReader) Read(p []byte) (int, error) {
+	n, err := c.r.Read(p)
+	c.n += int64(n)
+	return n, err
+}
+
+// cancelOnClose reads body, and once that is complete watches the stream: the host closes it to give up a write that blocks.
+func cancelOnClose(stream io.Reader, body *countingReader, size int64, cancel context.CancelFunc) io.Reader {
+	watching := false
+	return readerFunc(func(p []byte) (int, error) {
+		n, err := body.Read(p)
+		if body.n >= size && !watching {
+			watching = true
+			go func() {
+				var one [1]byte
+				_, _ = stream.Read(one[:]) // returns when the host closes or serveStream ends
+				cancel()
+			}()
+		}
+		return n, err
+	})
+}
+
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
+// serveOutput replays and follows the output of a process.
+func (s *Server) serveOutput(ctx context.Context, stream *yamux.Stream, h header) {
+	p, err := s.find(h.Process)
+	if err != nil {
+		_ = writeMessage(stream, answer{Error: wireError(err)})
+		return
+	}
+	if err := writeMessage(stream, answer{}); err != nil {
+		return
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		var one [1]byte
+		_, _ = stream.Read(one[:]) // the host sends nothing: this returns when it closes
+		cancel()
+	}()
+	buf := make([]byte, 32<<10)
+	for at := h.Offset; ; {
+		n, found, on, wait, ended, err := p.output.next(buf, at)
+		if err != nil {
+			return // cut off: the host sees no end frame
+		}
+		if n > 0 {
+			if writeFrame(stream, frameStdout+on, found, buf[:n]) != nil {
+				return
+			}
+			at = found + int64(n)
+			continue
+		}
+		if ended || !h.Follow {
+			body, _ := json.Marshal(p.describe()) // a struct of plain fields
+			_ = writeFrame(stream, frameEnd, found, body)
+			return
+		}
+		select {
+		case <-wait:
+		case <-ctx.Done():
+			return
+		}
+	}
+}

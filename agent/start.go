@@ -1,0 +1,291 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+	maxCommand  = 128<<10 - 1 // MAX_ARG_STRLEN of Linux
+)
+
+// start starts a process, waits for its end as long as asked, and describes it.
+func (s *Server) start(ctx context.Context, req StartRequest) (Snapshot, error) {
+	p, err := s.spawn(req)
+	if err != nil {
+		return Snapshot{}, err
+	}
+	return p.wait(ctx, time.Duration(req.WaitMS)*time.Millisecond, req.Window)
+}
+
+// spawn starts a process and enters it in the table.
+func (s *Server) spawn(req StartRequest) (_ *process, err error) {
+	p, env, err := s.prepare(req)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.enter(p); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			s.leave(p)
+		}
+	}()
+	if s.groups != nil {
+		if p.group, err = s.groups.add(p.id); err != nil {
+			return nil, err
+		}
+	}
+	stdio, parent, err := s.openStdio(req.KeepStdin || len(req.Stdin) > 0)
+	if err != nil {
+		p.group.remove()
+		return nil, err
+	}
+	exit, err := s.launch(p, env, stdio)
+	for _, fd := range stdio {
+		if fd != s.null {
+			_ = unix.Close(fd)
+		}
+	}
+	if err != nil {
+		for _, fd := range parent {
+			if fd >= 0 {
+				_ = unix.Close(fd)
+			}
+		}
+		p.group.remove()
+		return nil, err
+	}
+	s.follow(p, parent, exit)
+	return p, nil
+}
+
+// prepare checks a request and works out everything that a process needs.
+func (s *Server) prepare(req StartRequest) (*process, []string, error) {
+	if (req.Command == "") == (len(req.Args) == 0) {
+		return nil, nil, invalid("start: give either a command or args")
+	}
+	if strings.IndexByte(req.Command, 0) >= 0 || slices.ContainsFunc(req.Args, func(a string) bool { return strings.IndexByte(a, 0) >= 0 }) {
+		return nil, nil, invalid("start: the command contains a NUL byte")
+	}
+	if len(req.Command) > maxCommand {
+		return nil, nil, fmt.Errorf("start: the command has %d bytes, at most %d are possible: %w", len(req.Command), maxCommand, ErrTooLarge)
+	}
+	if len(req.Tag) > maxTag {
+		return nil, nil, invalid("start: the tag has %d bytes, at most %d are allowed", len(req.Tag), maxTag)
+	}
+	user, err := s.lookup(req.User)
+	if err != nil {
+		return nil, nil, err
+	}
+	cwd := req.Cwd
+	if cwd == "" {
+		if cwd = user.home; !isDir(cwd) {
+			cwd = "/"
+		}
+	}
+	if !path.IsAbs(cwd) || strings.IndexByte(cwd, 0) >= 0 {
+		return nil, nil, invalid("start in %q: the working directory must be an absolute path", clip(cwd, 200))
+	}
+	if !isDir(cwd) {
+		return nil, nil, fmt.Errorf("start in %q: %w", clip(cwd, 200), ErrCwd)
+	}
+	env, err := s.environment(user, cwd, req.Env)
+	if err != nil {
+		return nil, nil, err
+	}
+	p := &process{req: req, user: user, cwd: cwd, args: req.Args, done: make(chan struct{}), output: newSpool(s.opts.SpoolDir)}
+	p.req.Env = nil // not kept: it may be secret
+	return p, env, nil
+}
+
+func isDir(name string) bool {
+	info, err := os.Stat(name)
+	return err == nil && info.IsDir()
+}
+
+// environment is the base, then the sandbox', then the request's own.
+func (s *Server) environment(user identity, cwd string, extra map[string]string) ([]string, error) {
+	vars := map[string]string{
+		"PATH": defaultPath, "HOME": user.home, "USER": user.name, "LOGNAME": user.name, "SHELL": s.shell,
+		"LANG": "C.UTF-8", "PWD": cwd,
+	}
+	s.mu.Lock()
+	shared := s.config.Env
+	s.mu.Unlock()
+	for _, from := range []map[string]string{shared, extra} {
+		for k, v := range from {
+			if k == "" || strings.ContainsAny(k, "=\x00") || strings.IndexByte(v, 0) >= 0 {
+				return nil, invalid("start: %q is not a name of an environment variable, or its value contains a NUL byte", clip(k, 80))
+			}
+			vars[k] = v
+		}
+	}
+	env := make([]string, 0, len(vars))
+	for k, v := range vars {
+		env = append(env, k+"="+v)
+	}
+	slices.Sort(env)
+	return env, nil
+}
+
+// openStdio makes the descriptors of the child and, in the same order, our ends; -1 where we have none.
+func (s *Server) openStdio(stdin bool) (child [3]int, parent [3]int, err error) {
+	child, parent = [3]int{s.null, -1, -1}, [3]int{-1, -1, -1}
+	defer func() {
+		if err != nil {
+			for _, fd := range append(child[:], parent[:]...) {
+				if fd >= 0 && fd != s.null {
+					_ = unix.Close(fd)
+				}
+			}
+		}
+	}()
+	for i := range child {
+		if i == 0 && !stdin {
+			continue
+		}
+		var fds [2]int
+		if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
+			return child, parent, fmt.Errorf("start: open pipe: %w", err)
+		}
+		child[i], parent[i] = fds[1], fds[0]
+		if i == 0 {
+			child[i], parent[i] = fds[0], fds[1]
+		}
+		if err := unix.SetNonblock(parent[i], true); err != nil {
+			return child, parent, fmt.Errorf("start: open pipe: %w", err)
+		}
+	}
+	return child, parent, nil
+}
+
+// launch forks and executes. A command of plain words skips the shell: it would only execute them in turn.
+func (s *Server) launch(p *process, env []string, stdio [3]int) (<-chan exitStatus, error) {
+	attr := &syscall.ProcAttr{Dir: p.cwd, Env: env, Files: []uintptr{uintptr(stdio[0]), uintptr(stdio[1]), uintptr(stdio[2])}}
+	attr.Sys = &syscall.SysProcAttr{Setsid: true}
+	if p.group != nil {
+		attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, int(p.group.dir.Fd())
+	}
+	if s.opts.Init {
+		attr.Sys.Credential = &syscall.Credential{Uid: p.user.uid, Gid: p.user.gid, Groups: p.user.groups}
+	}
+	p.started = time.Now()
+	if p.req.Command != "" {
+		if words := plainWords(p.req.Command, env); words != nil {
+			if name := lookPath(words[0], p.cwd, env); name != "" {
+				if exit, err := s.reaper.forkExec(p, name, words, attr); err == nil || errors.Is(err, syscall.EAGAIN) {
+					return exit, explainFork(err)
+				}
+			}
+		}
+		p.args = []string{s.shell, "-c", p.req.Command}
+	}
+	name := lookPath(p.args[0], p.cwd, env)
+	if name == "" {
+		return nil, fmt.Errorf("start %q: command not found: %w", clip(p.args[0], 200), syscall.ENOENT)
+	}
+	exit, err := s.reaper.forkExec(p, name, p.args, attr)
+	if err != nil {
+		err = fmt.Errorf("start %q: %w", clip(p.args[0], 200), explainFork(err))
+	}
+	return exit, err
+}
+
+// explainFork names the limit behind a refused fork.
+func explainFork(err error) error {
+	if errors.Is(err, syscall.EAGAIN) {
+		return fmt.Errorf("the sandbox has as many processes as it may have: %w", ErrLimit)
+	}
+	return err
+}
+
+// follow starts what serves a running process.
+func (s *Server) follow(p *process, parent [3]int, exit <-chan exitStatus) {
+	p.pipes[0] = newPipeReader(parent[1], onStdout, p.output)
+	p.pipes[1] = newPipeReader(parent[2], onStderr, p.output)
+	if parent[0] >= 0 {
+		stdin := os.NewFile(uintptr(parent[0]), "stdin")
+		p.mu.Lock()
+		p.stdin = stdin
+		p.mu.Unlock()
+		if input := p.req.Stdin; len(input) > 0 {
+			p.req.Stdin = nil
+			// The feeder ends with the process at the latest: watch closes stdin.
+			go func() { _, _ = p.writeStdin(s.ctx, bytes.NewReader(input), !p.req.KeepStdin) }()
+		}
+	}
+	if p.req.TimeoutMS > 0 {
+		p.stop = time.AfterFunc(time.Duration(p.req.TimeoutMS)*time.Millisecond, p.expire)
+	}
+	go func() {
+		p.watch(exit)
+		s.settle(p)
+	}()
+	if s.guard != nil {
+		s.guard.wake()
+	}
+}
+
+// lookPath finds an executable as execvp does; "" means that there is none.
+func lookPath(name, cwd string, env []string) string {
+	dirs := []string{""}
+	if !strings.Contains(name, "/") {
+		dirs = nil
+		for _, kv := range env {
+			if v, ok := strings.CutPrefix(kv, "PATH="); ok {
+				dirs = strings.Split(v, ":")
+			}
+		}
+	}
+	for _, dir := range dirs {
+		full := name
+		if !path.IsAbs(full) {
+			if full = path.Join(dir, name); !path.IsAbs(full) {
+				full = path.Join(cwd, full)
+			}
+		}
+		if info, err := os.Stat(full); err == nil && info.Mode().IsRegular() && info.Mode()&0o111 != 0 {
+			return full
+		}
+	}
+	return ""
+}
+
+// plainWords splits a command that means the same to execve as to the shell; nil where only the shell can tell.
+func plainWords(command string, env []string) []string {
+	for _, r := range command {
+		plain := r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("_@%+:,./=- \t", r)
+		if !plain {
+			return nil
+		}
+	}
+	words := strings.Fields(command)
+	if len(words) == 0 || strings.Contains(words[0], "=") || slices.Contains(shellWords, words[0]) {
+		return nil
+	}
+	for _, kv := range env {
+		if strings.HasPrefix(kv, "BASH_ENV=") || strings.HasPrefix(kv, "BASH_FUNC_") {
+			return nil
+		}
+	}
+	return words
+}
+
+// shellWords are the builtins and reserved words of bash 5 (bash(1), "RESERVED WORDS" and "SHELL BUILTIN COMMANDS").
+var shellWords = strings.Fields(`. : [ alias bg bind break builtin caller case cd command compgen complete compopt continue
+	coproc declare dirs disown do done echo elif else enable esac eval exec exit export false fc fg fi for function getopts hash help
+	history if in jobs kill let local logout mapfile popd printf pushd pwd read readarray readonly return select set shift shopt
+	source suspend test then time times trap true type typeset ulimit umask unalias unset until wait while`)

@@ -1,0 +1,110 @@
+package agent
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+)
+
+// identity is who a process runs as.
+type identity struct {
+	name   string
+	uid    uint32
+	gid    uint32
+	groups []uint32
+	home   string
+}
+
+// lookup finds a user by name, uid or uid:gid; "" is the sandbox' own user. Outside a sandbox there is only the agent's own.
+func (s *Server) lookup(spec string) (identity, error) {
+	if !s.opts.Init {
+		self := identity{name: strconv.Itoa(os.Getuid()), uid: uint32(os.Getuid()), gid: uint32(os.Getgid()), home: s.opts.Home}
+		if spec == "" || spec == self.name {
+			return self, nil
+		}
+		return identity{}, fmt.Errorf("user %q: %w", clip(spec, 80), ErrNoUser)
+	}
+	if spec == "" {
+		spec = "user"
+	}
+	name, group, numeric := strings.Cut(spec, ":")
+	id := identity{home: "/"}
+	found := false
+	for _, f := range passwdFields("/etc/passwd", 7) {
+		if f[0] != name && f[2] != name {
+			continue
+		}
+		uid, uerr := strconv.ParseUint(f[2], 10, 32)
+		gid, gerr := strconv.ParseUint(f[3], 10, 32)
+		if uerr == nil && gerr == nil {
+			id, found = identity{name: f[0], uid: uint32(uid), gid: uint32(gid), home: f[5]}, true
+			break
+		}
+	}
+	if !found {
+		uid, err := strconv.ParseUint(name, 10, 32)
+		if err != nil {
+			return identity{}, fmt.Errorf("user %q: %w", clip(spec, 80), ErrNoUser)
+		}
+		id = identity{name: name, uid: uint32(uid), gid: uint32(uid), home: "/"}
+	}
+	if numeric {
+		gid, err := strconv.ParseUint(group, 10, 32)
+		if err != nil {
+			return identity{}, fmt.Errorf("user %q: %w", clip(spec, 80), ErrNoUser)
+		}
+		id.gid = uint32(gid)
+	}
+	for _, f := range passwdFields("/etc/group", 4) {
+		if gid, err := strconv.ParseUint(f[2], 10, 32); err == nil && strings.Contains(","+f[3]+",", ","+id.name+",") {
+			id.groups = append(id.groups, uint32(gid))
+		}
+	}
+	return id, nil
+}
+
+// passwdFields reads a file of passwd(5) or group(5), whose content is the guest's: bounded, and broken lines are skipped.
+func passwdFields(name string, n int) [][]string {
+	f, err := openRegular(name)
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	var all [][]string
+	lines := bufio.NewScanner(io.LimitReader(f, 1<<20))
+	for lines.Scan() && len(all) < 10_000 {
+		if fields := strings.Split(lines.Text(), ":"); len(fields) >= n {
+			all = append(all, fields)
+		}
+	}
+	return all
+}
+
+// ownerNames maps ids to names for listings.
+type ownerNames struct{ users, groups map[string]string }
+
+func loadOwnerNames() ownerNames {
+	o := ownerNames{users: map[string]string{}, groups: map[string]string{}}
+	for _, f := range passwdFields("/etc/passwd", 7) {
+		if _, ok := o.users[f[2]]; !ok {
+			o.users[f[2]] = f[0]
+		}
+	}
+	for _, f := range passwdFields("/etc/group", 4) {
+		if _, ok := o.groups[f[2]]; !ok {
+			o.groups[f[2]] = f[0]
+		}
+	}
+	return o
+}
+
+func nameOf(names map[string]string, id uint32) string {
+	key := strconv.FormatUint(uint64(id), 10)
+	if name, ok := names[key]; ok {
+		return name
+	}
+	return key
+}

@@ -1,0 +1,432 @@
+package agent
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+	"io"
+	"time"
+)
+
+// Protocol is the version of the protocol in PROTOCOL.md.
+const Protocol = 1
+
+// Bounds of everything that crosses the pipe (PROTOCOL.md, section 5).
+const (
+	maxHello   = 4 << 10
+	maxMessage = 1 << 20
+	maxChunk   = 256 << 10
+	maxWindow  = 64 << 10
+	maxEntries = 10_000
+)
+
+// Stream kinds.
+const (
+	streamRPC    = "rpc"
+	streamRead   = "read"
+	streamWrite  = "write"
+	streamOutput = "output"
+	streamStdin  = "stdin"
+	streamDial   = "dial"
+)
+
+// Kinds of frames on an output stream.
+const (
+	frameStdout = 1
+	frameStderr = 2
+	frameEnd    = 3
+)
+
+// Names of calls.
+const (
+	callConfigure = "configure"
+	callStart     = "start"
+	callWait      = "wait"
+	callSignal    = "signal"
+	callKill      = "kill"
+	callList      = "list"
+	callStat      = "stat"
+	callDir       = "dir"
+	callMkdir     = "mkdir"
+	callMove      = "move"
+	callRemove    = "remove"
+	callEdit      = "edit"
+	callSearch    = "search"
+	callSetattr   = "setattr"
+	callUsage     = "usage"
+	noteCancel    = "$/cancelRequest"
+)
+
+// hello is the one line each side writes first.
+type hello struct {
+	Protocol int    `json:"protocol"`
+	Version  string `json:"version"`
+	Boot     string `json:"boot,omitempty"`
+	Error    string `json:"error,omitempty"`
+}
+
+// header opens every stream.
+type header struct {
+	Stream  string `json:"stream"`
+	Path    string `json:"path,omitempty"`
+	User    string `json:"user,omitempty"`
+	Offset  int64  `json:"offset,omitempty"`
+	Limit   int64  `json:"limit,omitempty"`
+	Mode    string `json:"mode,omitempty"`
+	Perm    uint32 `json:"perm,omitempty"`
+	Parents bool   `json:"parents,omitempty"`
+	Process string `json:"process,omitempty"`
+	Follow  bool   `json:"follow,omitempty"`
+	Size    int64  `json:"size,omitempty"`
+	EOF     bool   `json:"eof,omitempty"`
+	Network string `json:"network,omitempty"`
+	Address string `json:"address,omitempty"`
+}
+
+// answer is the guest's message on a raw stream.
+type answer struct {
+	Error   *Error    `json:"error,omitempty"`
+	Info    *FileInfo `json:"info,omitempty"`
+	Written int64     `json:"written,omitempty"`
+}
+
+// Config is what the host tells the agent about its sandbox.
+type Config struct {
+	// Env is added to the environment of every process.
+	Env map[string]string `json:"env,omitempty"`
+	// MaxProcesses bounds the tasks of all user processes together; zero means no bound.
+	MaxProcesses int64 `json:"max_processes,omitempty"`
+	// MaxMemory bounds the memory of all user processes together, in bytes: beyond it the largest one is killed
+	// with cause "oom". Zero means no bound.
+	MaxMemory int64 `json:"max_memory,omitempty"`
+	// OrphanMS is how long the agent lives without any host; zero means for ever.
+	OrphanMS int64 `json:"orphan_ms,omitempty"`
+}
+
+// StartRequest describes a process to start. Either Command (given to the shell) or Args is set.
+type StartRequest struct {
+	Command string            `json:"command,omitempty"`
+	Args    []string          `json:"args,omitempty"`
+	Cwd     string            `json:"cwd,omitempty"`  // absolute; default the user's home
+	Env     map[string]string `json:"env,omitempty"`  // added to the sandbox' environment
+	User    string            `json:"user,omitempty"` // name, uid or uid:gid; default "user"
+	// Stdin is given to the process, then its stdin is closed, unless KeepStdin holds it open for WriteStdin.
+	Stdin     []byte `json:"stdin,omitempty"`
+	KeepStdin bool   `json:"keep_stdin,omitempty"`
+	// Tag is a second name, unique among the running processes.
+	Tag string `json:"tag,omitempty"`
+	// TimeoutMS ends the process that long after its start, with cause "timeout"; zero means never.
+	TimeoutMS int64 `json:"timeout_ms,omitempty"`
+	// WaitMS is how long the call waits for the end.
+	WaitMS int64  `json:"wait_ms,omitempty"`
+	Window Window `json:"window"`
+}
+
+// WaitRequest asks for a process by id or tag and a window of its output.
+type WaitRequest struct {
+	Process string `json:"process"`
+	WaitMS  int64  `json:"wait_ms,omitempty"`
+	Window  Window `json:"window"`
+}
+
+// Window selects output: up to Head bytes from Offset on and, where that is not all, the last Tail bytes.
+type Window struct {
+	Offset int64  `json:"offset,omitempty"`
+	Head   int    `json:"head,omitempty"`
+	Tail   int    `json:"tail,omitempty"`
+	Stream string `json:"stream,omitempty"` // "", "stdout" or "stderr"
+}
+
+// Output is what a Window found. Offsets count stdout and stderr together.
+type Output struct {
+	Head []byte `json:"head,omitempty"`
+	Tail []byte `json:"tail,omitempty"`
+	// HeadEnd is the offset behind Head; what lies from there to TailStart is kept but was not asked for.
+	HeadEnd   int64 `json:"head_end"`
+	TailStart int64 `json:"tail_start"`
+	// End is the offset to go on from.
+	End int64 `json:"end"`
+	// Dropped counts the bytes of the window that are no longer kept.
+	Dropped int64 `json:"dropped,omitempty"`
+}
+
+// Snapshot is a process and some of its output at one moment.
+type Snapshot struct {
+	Process Process `json:"process"`
+	Output  Output  `json:"output"`
+}
+
+// States of a process.
+const (
+	StateRunning = "running"
+	StateExited  = "exited"
+)
+
+// Causes of a process' end that its exit status alone does not tell.
+const (
+	CauseOOM     = "oom"     // killed by the memory guard
+	CauseTimeout = "timeout" // killed at its timeout
+	CauseKilled  = "killed"  // killed by Kill
+)
+
+// Process is a running or ended process.
+type Process struct {
+	ID      string    `json:"id"`
+	Tag     string    `json:"tag,omitempty"`
+	State   string    `json:"state"`
+	Command string    `json:"command,omitempty"`
+	Args    []string  `json:"args,omitempty"`
+	Cwd     string    `json:"cwd"`
+	User    string    `json:"user"`
+	PID     int       `json:"pid"`
+	Started time.Time `json:"started"`
+	Ended   time.Time `json:"ended,omitzero"`
+	// ExitCode is the exit status, or 128+signal as shells have it; meaningful when exited.
+	ExitCode int    `json:"exit_code"`
+	Signal   string `json:"signal,omitempty"`
+	Cause    string `json:"cause,omitempty"`
+	// Children counts what the process started and left behind; they go on when it has ended.
+	Children int `json:"children,omitempty"`
+	// CPUMS is the CPU time used in milliseconds, Memory the bytes used now, or at most once it has ended.
+	CPUMS     int64 `json:"cpu_ms"`
+	Memory    int64 `json:"memory"`
+	Output    int64 `json:"output"`            // bytes written so far
+	Dropped   int64 `json:"dropped,omitempty"` // of these, bytes no longer kept
+	StdinOpen bool  `json:"stdin_open,omitempty"`
+}
+
+// ListRequest selects processes; zero values select all.
+type ListRequest struct {
+	Tag   string `json:"tag,omitempty"`
+	State string `json:"state,omitempty"`
+}
+
+// SignalRequest names a process by id or tag and a signal by name ("SIGTERM", "term") or number.
+type SignalRequest struct {
+	Process string `json:"process"`
+	Signal  string `json:"signal"`
+}
+
+// Usage is the consumption of all user processes of the sandbox.
+type Usage struct {
+	Memory    int64 `json:"memory"`     // bytes
+	CPUMS     int64 `json:"cpu_ms"`     // milliseconds since boot
+	Processes int64 `json:"processes"`  // tasks now
+	DiskUsed  int64 `json:"disk_used"`  // bytes of the root file system
+	DiskTotal int64 `json:"disk_total"` // bytes
+	OOMKills  int64 `json:"oom_kills"`  // since boot
+	// AgentMemory is the agent's own resident memory in bytes.
+	AgentMemory int64 `json:"agent_memory"`
+}
+
+// Types of files.
+const (
+	TypeFile    = "file"
+	TypeDir     = "dir"
+	TypeSymlink = "symlink"
+	TypeOther   = "other"
+)
+
+// FileInfo describes a file. It is the target's for Stat, the link's own in a directory listing.
+type FileInfo struct {
+	Path   string            `json:"path"`
+	Type   string            `json:"type"`
+	Size   int64             `json:"size"`
+	Mode   string            `json:"mode"` // permissions, octal
+	Owner  string            `json:"owner"`
+	Group  string            `json:"group"`
+	MTime  time.Time         `json:"mtime"`
+	Target string            `json:"target,omitempty"` // of a symlink
+	Attrs  map[string]string `json:"attrs,omitempty"`  // user.* extended attributes, without the prefix
+}
+
+// DirRequest lists a directory down to Depth levels (at least 1), at most Limit entries.
+type DirRequest struct {
+	Path  string `json:"path"`
+	Depth int    `json:"depth,omitempty"`
+	Limit int    `json:"limit,omitempty"`
+}
+
+// DirResult is a listing in tree order. More says that entries were left out.
+type DirResult struct {
+	Entries []FileInfo `json:"entries"`
+	More    bool       `json:"more,omitempty"`
+}
+
+// PathRequest names one file; User owns what is created; Recursive extends Remove to whole trees.
+type PathRequest struct {
+	Path      string            `json:"path"`
+	User      string            `json:"user,omitempty"`
+	Recursive bool              `json:"recursive,omitempty"`
+	Perm      uint32            `json:"perm,omitempty"`
+	Attrs     map[string]string `json:"attrs,omitempty"`
+}
+
+// MoveRequest renames From to To, across file systems if need be.
+type MoveRequest struct {
+	From string `json:"from"`
+	To   string `json:"to"`
+}
+
+// EditRequest replaces Old, which must occur exactly once unless All, or inserts New behind line InsertLine.
+type EditRequest struct {
+	Path       string `json:"path"`
+	Old        string `json:"old,omitempty"`
+	New        string `json:"new"`
+	All        bool   `json:"all,omitempty"`
+	InsertLine *int   `json:"insert_line,omitempty"` // 0 is before the first line
+}
+
+// EditResult tells what an edit did; Line is the first line that changed, and Snippet the lines around it.
+type EditResult struct {
+	Info     FileInfo `json:"info"`
+	Replaced int      `json:"replaced"`
+	Line     int      `json:"line"`
+	Snippet  string   `json:"snippet"`
+}
+
+// SearchRequest finds files under Path by Glob (** spans directories) and, with Pattern (RE2), lines in them.
+type SearchRequest struct {
+	Path    string `json:"path"`
+	Pattern string `json:"pattern,omitempty"`
+	Glob    string `json:"glob,omitempty"`
+	Limit   int    `json:"limit,omitempty"`
+}
+
+// SearchResult holds the matches in path order. More says that the limit or the time ended the search.
+type SearchResult struct {
+	Matches []Match `json:"matches"`
+	Files   int     `json:"files"` // files looked at
+	More    bool    `json:"more,omitempty"`
+}
+
+// Match is a file, or with Line > 0 a line in it.
+type Match struct {
+	Path string `json:"path"`
+	Line int    `json:"line,omitempty"`
+	Text string `json:"text,omitempty"`
+}
+
+// writeMessage writes v as a length and JSON.
+func writeMessage(w io.Writer, v any) error {
+	body, err := json.Marshal(v)
+	if err != nil {
+		return fmt.Errorf("encode message: %w", err)
+	}
+	if len(body) > maxMessage {
+		return fmt.Errorf("encode message: %d bytes are more than %d: %w", len(body), maxMessage, ErrTooLarge)
+	}
+	buf := make([]byte, 4, 4+len(body))
+	binary.BigEndian.PutUint32(buf, uint32(len(body)))
+	_, err = w.Write(append(buf, body...))
+	return err
+}
+
+// readMessage reads what writeMessage wrote.
+func readMessage(r io.Reader, v any) error {
+	body, err := readBlock(r, maxMessage)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(body, v); err != nil {
+		return fmt.Errorf("decode message: %w", err)
+	}
+	return nil
+}
+
+// readBlock reads a length of at most limit and that many bytes.
+func readBlock(r io.Reader, limit uint32) ([]byte, error) {
+	var size [4]byte
+	if _, err := io.ReadFull(r, size[:]); err != nil {
+		return nil, err
+	}
+	n := binary.BigEndian.Uint32(size[:])
+	if n > limit {
+		return nil, fmt.Errorf("block of %d bytes, allowed are %d: %w", n, limit, ErrTooLarge)
+	}
+	body := make([]byte, n)
+	if _, err := io.ReadFull(r, body); err != nil {
+		return nil, cutOff(err)
+	}
+	return body, nil
+}
+
+// cutOff makes the end of a stream in the middle of something an error of its own.
+func cutOff(err error) error {
+	if err == io.EOF {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// writeChunks copies r to w as chunks, without the end.
+func writeChunks(w io.Writer, r io.Reader) (int64, error) {
+	buf := make([]byte, 4+64<<10)
+	var total int64
+	for {
+		n, err := r.Read(buf[4:])
+		if n > 0 {
+			binary.BigEndian.PutUint32(buf, uint32(n))
+			if _, werr := w.Write(buf[:4+n]); werr != nil {
+				return total, werr
+			}
+			total += int64(n)
+		}
+		if err == io.EOF {
+			return total, nil
+		}
+		if err != nil {
+			return total, err
+		}
+	}
+}
+
+// endChunks ends a sequence of chunks.
+func endChunks(w io.Writer, trailer any) error {
+	if _, err := w.Write([]byte{0, 0, 0, 0}); err != nil {
+		return err
+	}
+	return writeMessage(w, trailer)
+}
+
+// chunkReader reads chunks up to their end; then trailer is decoded and its error, if any, is returned.
+type chunkReader struct {
+	r    io.Reader
+	left uint32
+	err  error
+}
+
+func (c *chunkReader) Read(p []byte) (int, error) {
+	if c.err != nil {
+		return 0, c.err
+	}
+	if c.left == 0 {
+		var size [4]byte
+		if _, err := io.ReadFull(c.r, size[:]); err != nil {
+			c.err = cutOff(err)
+			return 0, c.err
+		}
+		c.left = binary.BigEndian.Uint32(size[:])
+		switch {
+		case c.left > maxChunk:
+			c.err = fmt.Errorf("chunk of %d bytes, allowed are %d: %w", c.left, maxChunk, ErrTooLarge)
+			return 0, c.err
+		case c.left == 0:
+			var end answer
+			c.err = io.EOF
+			if err := readMessage(c.r, &end); err != nil {
+				c.err = cutOff(err)
+			} else if end.Error != nil {
+				c.err = end.Error
+			}
+			return 0, c.err
+		}
+	}
+	n, err := c.r.Read(p[:min(len(p), int(c.left))])
+	c.left -= uint32(n)
+	if err != nil {
+		c.err = cutOff(err)
+		err = c.err
+	}
+	return n, err
+}

@@ -1,0 +1,53 @@
+// Command soulbox-agent is the first process of every sandbox. It is started by the runtime, never by hand.
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"runtime/debug"
+
+	"soulbox.dev/soulbox/agent"
+)
+
+// version is set by the linker.
+var version = "dev"
+
+func main() {
+	if err := run(os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "soulbox-agent:", err)
+		os.Exit(1)
+	}
+}
+
+func run(args []string) error {
+	debug.SetMemoryLimit(40 << 20)
+	if len(args) == 1 && args[0] == "attach" {
+		return agent.Attach(os.Stdin, os.Stdout)
+	}
+	if len(args) != 1 || args[0] != "init" || os.Getpid() != 1 {
+		return errors.New("this is the first process of a SoulBox sandbox; it is of no use elsewhere")
+	}
+	server, err := agent.NewServer(agent.Options{
+		Version: version, SpoolDir: "/var/lib/soulbox/output", Init: true,
+		Log: func(format string, a ...any) { fmt.Fprintf(os.Stderr, format+"\n", a...) },
+	})
+	if err != nil {
+		return err
+	}
+	go func() { _ = server.ListenAttach() }()
+	go func() { _ = server.Serve(stdio{os.Stdin, os.Stdout}) }() // its end is not ours: another host may attach
+	<-server.Done()
+	return nil
+}
+
+// stdio is the pipe the runtime gave us.
+type stdio struct {
+	io.ReadCloser
+	out io.WriteCloser
+}
+
+func (s stdio) Write(p []byte) (int, error) { return s.out.Write(p) }
+
+func (s stdio) Close() error { return errors.Join(s.ReadCloser.Close(), s.out.Close()) }

@@ -1,0 +1,160 @@
+package main
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"time"
+
+	"soulbox.dev/soulbox/gvisor"
+	"soulbox.dev/soulbox/sandbox"
+	"soulbox.dev/soulbox/template"
+)
+
+// config is what flags and environment say. Nothing else reads them.
+type config struct {
+	runsc    string
+	agent    string
+	stateDir string
+	logFile  string
+	logLevel slog.Level
+	lifetime time.Duration
+	limits   sandbox.Limits
+	budget   int64 // bytes
+}
+
+// parseConfig reads the flags that all commands have.
+func parseConfig(name string, args []string, getenv func(string) string, stderr io.Writer) (config, error) {
+	var c config
+	flags := flag.NewFlagSet("soulbox-mcp "+name, flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	flags.StringVar(&c.runsc, "runsc", getenv("SOULBOX_RUNSC"), "`path` of runsc; default beside this program, then in PATH (SOULBOX_RUNSC)")
+	flags.StringVar(&c.agent, "agent", getenv("SOULBOX_AGENT"), "`path` of soulbox-agent; default beside this program (SOULBOX_AGENT)")
+	flags.StringVar(&c.stateDir, "state-dir", getenv("SOULBOX_STATE_DIR"), "`directory` of all state; default $XDG_STATE_HOME/soulbox, as root /var/lib/soulbox (SOULBOX_STATE_DIR)")
+	flags.StringVar(&c.logFile, "log-file", getenv("SOULBOX_LOG_FILE"), "`path` of the log; default stderr (SOULBOX_LOG_FILE)")
+	flags.TextVar(&c.logLevel, "log-level", slog.LevelInfo, "`level`: debug, info, warn or error")
+	flags.DurationVar(&c.lifetime, "lifetime", sandbox.DefaultLifetime, "life time of sandboxes that ask for none")
+	memory := flags.Int64("memory-mb", 0, "memory of sandboxes that ask for none, in MB; default 1024")
+	disk := flags.Int64("disk-mb", 0, "disk of sandboxes that ask for none, in MB; default 10240")
+	pids := flags.Int64("pids", 0, "processes of sandboxes that ask for no number; default 512")
+	cpu := flags.Float64("cpu", 0, "cores of sandboxes that ask for no number; default 2")
+	budget := flags.Int64("memory-budget-mb", 0, "memory of all sandboxes together, in MB; default 80 % of the machine")
+	if err := flags.Parse(args); err != nil {
+		return c, err
+	}
+	if flags.NArg() > 0 {
+		return c, fmt.Errorf("there is no argument %q; run 'soulbox-mcp %s --help'", flags.Arg(0), name)
+	}
+	if *memory < 0 || *disk < 0 || *pids < 0 || *cpu < 0 || *budget < 0 || c.lifetime <= 0 {
+		return c, errors.New("limits and times must be positive")
+	}
+	c.limits = sandbox.Limits{CPU: *cpu, Memory: *memory << 20, Disk: *disk << 20, Processes: *pids}
+	c.budget = *budget << 20
+	c.findPrograms()
+	if c.stateDir == "" {
+		c.stateDir = defaultStateDir(getenv)
+	}
+	var err error
+	if c.stateDir, err = filepath.Abs(c.stateDir); err != nil {
+		return c, err
+	}
+	return c, nil
+}
+
+// defaultStateDir is where XDG says; as root it is a place that the sandboxes' unprivileged user can reach.
+func defaultStateDir(getenv func(string) string) string {
+	if os.Geteuid() == 0 {
+		return "/var/lib/soulbox"
+	}
+	return filepath.Join(cmp.Or(getenv("XDG_STATE_HOME"), filepath.Join(getenv("HOME"), ".local/state")), "soulbox")
+}
+
+// findPrograms looks for what was not named. What is not found stays empty, and is an error when it is needed.
+func (c *config) findPrograms() {
+	if self, err := os.Executable(); err == nil {
+		beside := func(name string) string {
+			path := filepath.Join(filepath.Dir(self), name)
+			if info, err := os.Stat(path); err == nil && info.Mode().IsRegular() {
+				return path
+			}
+			return ""
+		}
+		c.runsc = cmp.Or(c.runsc, beside("runsc"))
+		c.agent = cmp.Or(c.agent, beside("soulbox-agent"))
+	}
+	if c.runsc == "" {
+		c.runsc, _ = exec.LookPath("runsc") // "" is an error later
+	}
+}
+
+// openLog makes the log. stdout is never used: it belongs to the protocol.
+func (c config) openLog(stderr io.Writer) (*slog.Logger, func() error, error) {
+	out, closeLog := stderr, func() error { return nil }
+	if c.logFile != "" {
+		f, err := os.OpenFile(c.logFile, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+		if err != nil {
+			return nil, nil, fmt.Errorf("open log: %w", err)
+		}
+		out, closeLog = f, f.Close
+	}
+	return slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: c.logLevel})), closeLog, nil
+}
+
+// newManager wires the domain to gVisor and the templates.
+func (c config) newManager(log *slog.Logger) (*sandbox.Manager, error) {
+	// Sandboxes may run as another user, who needs to walk through; what is inside is protected by itself.
+	if err := os.MkdirAll(c.stateDir, 0o711); err != nil {
+		return nil, fmt.Errorf("make state directory: %w", err)
+	}
+	runtime := &gvisor.Runtime{Runsc: c.runsc, Log: log}
+	if c.agent != "" {
+		var err error
+		if runtime.Agent, err = installAgent(c.agent, filepath.Join(c.stateDir, "agent")); err != nil {
+			return nil, fmt.Errorf("install agent: %w", err)
+		}
+	}
+	return sandbox.NewManager(sandbox.Options{
+		Dir: c.stateDir, Runtime: runtime, Templates: &template.Store{Dir: filepath.Join(c.stateDir, "templates")},
+		Log: log, Version: version, Lifetime: c.lifetime, Defaults: c.limits, MemoryBudget: c.budget,
+	})
+}
+
+// installAgent copies the agent to a directory named by its content, so that an upgrade changes nothing under running sandboxes.
+func installAgent(from, dir string) (string, error) {
+	body, err := os.ReadFile(from)
+	if err != nil {
+		return "", err
+	}
+	sum := sha256.Sum256(body)
+	home := filepath.Join(dir, hex.EncodeToString(sum[:8]))
+	path := filepath.Join(home, "soulbox-agent")
+	if _, err := os.Stat(path); err == nil {
+		return path, nil
+	}
+	if err := os.MkdirAll(dir, 0o711); err != nil {
+		return "", err
+	}
+	temp, err := os.MkdirTemp(dir, ".new-")
+	if err != nil {
+		return "", err
+	}
+	defer os.RemoveAll(temp)
+	if err := errors.Join(os.WriteFile(filepath.Join(temp, "soulbox-agent"), body, 0o755), os.Chmod(temp, 0o755)); err != nil {
+		return "", err
+	}
+	if err := os.Rename(temp, home); err != nil && !errors.Is(err, fs.ErrExist) {
+		if _, serr := os.Stat(path); serr != nil {
+			return "", err
+		}
+	}
+	return path, nil
+}

@@ -1,0 +1,59 @@
+// Command soulbox-mcp is the MCP server: it gives the AI agent of its client sandboxes to work in.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"syscall"
+)
+
+// version is set by the linker.
+var version = "dev"
+
+const usage = `soulbox-mcp gives AI agents computers of their own: isolated Linux sandboxes, through MCP.
+
+Usage:
+  soulbox-mcp stdio [flags]    serve one MCP client on stdin and stdout
+  soulbox-mcp doctor [flags]   check this machine, and say what is missing
+  soulbox-mcp version          print the version
+
+Run 'soulbox-mcp COMMAND --help' for the flags of a command.
+`
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	err := run(ctx, os.Args[1:], os.Getenv, os.Stdin, os.Stdout, os.Stderr)
+	stop()
+	if err != nil && !errors.Is(err, flag.ErrHelp) {
+		fmt.Fprintln(os.Stderr, "soulbox-mcp:", err)
+		os.Exit(1)
+	}
+}
+
+// run is main with its surroundings as arguments.
+func run(ctx context.Context, args []string, getenv func(string) string, stdin io.Reader, stdout, stderr io.Writer) error {
+	debug.SetMemoryLimit(48 << 20) // soft: the server is to stay small beside what it serves
+	command := ""
+	if len(args) > 0 {
+		command, args = args[0], args[1:]
+	}
+	switch command {
+	case "stdio":
+		return runStdio(ctx, args, getenv, stdin, stdout, stderr)
+	case "doctor":
+		return runDoctor(ctx, args, getenv, stdout, stderr)
+	case "version", "--version":
+		_, err := fmt.Fprintln(stdout, "soulbox-mcp", version)
+		return err
+	case "", "help", "--help", "-h":
+		_, err := fmt.Fprint(stdout, usage)
+		return err
+	}
+	return fmt.Errorf("there is no command %q; run 'soulbox-mcp help'", command)
+}

@@ -1,0 +1,146 @@
+package gvisor
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// hostID is whom sandboxes run as where the server is root: an id that owns nothing else. An ordinary user's sandboxes run as that user.
+const hostID = 65_431
+
+// containerID is the same for all, as each has a --root of its own: paths of sockets stay short.
+const containerID = "sb"
+
+// runsc is how runsc is called: the plain struct is the configuration, and command is the one place that builds a call.
+type runsc struct {
+	path string // of the binary
+	root string // --root
+	disk string // directory of the upper layer
+	size int64  // of the upper layer, bytes
+}
+
+// ids are the host ids that a sandbox' root is mapped to.
+func ids() (uid, gid int) {
+	if os.Geteuid() == 0 {
+		return hostID, hostID
+	}
+	return os.Geteuid(), os.Getegid()
+}
+
+// command builds a call of runsc in new user, mount and IPC namespaces. Its mounts vanish with them.
+func (r runsc) command(ctx context.Context, args ...string) (*exec.Cmd, io.Closer, error) {
+	flags := []string{
+		"--root=" + r.root, "--ignore-cgroups", "--platform=systrap", "--network=none", "--in-sandbox-cgroup=v2",
+		"--file-access=exclusive", "--file-access-mounts=exclusive", "--overlay2=" + fmt.Sprintf("root:dir=%s,size=%dk", r.disk, r.size>>10),
+	}
+	// By descriptor: where the server is root, the sandbox' user need not be able to walk to the binary.
+	binary, err := os.Open(r.path)
+	if err != nil {
+		return nil, nil, fmt.Errorf("open runsc: %w", err)
+	}
+	cmd := exec.CommandContext(ctx, fmt.Sprintf("/proc/self/fd/%d", binary.Fd()), append(flags, args...)...)
+	cmd.Args[0] = "runsc"
+	cmd.Env = []string{"PATH=/usr/bin:/bin", "HOME=/"}
+	cmd.Dir = "/"
+	uid, gid := ids()
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNS | syscall.CLONE_NEWIPC,
+		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: uid, Size: 1}},
+		GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: gid, Size: 1}},
+		Setsid:      true, // a terminal's Ctrl-C is the server's business
+	}
+	if os.Geteuid() == 0 {
+		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: 0, Gid: 0}
+		cmd.SysProcAttr.GidMappingsEnableSetgroups = true
+	}
+	cmd.WaitDelay = time.Second
+	return cmd, binary, nil
+}
+
+// run starts the container of a bundle, detached, with the given stdio, and returns when it runs.
+func (r runsc) run(ctx context.Context, bundle string, stdin, stdout, stderr *os.File, errOutput *headBuffer) error {
+	cmd, binary, err := r.command(ctx, "run", "--detach", "--bundle="+bundle, containerID)
+	if err != nil {
+		return err
+	}
+	defer binary.Close()
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = stdin, stdout, stderr
+	if err := cmd.Run(); err != nil {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		return fmt.Errorf("runsc run: %w: %s", err, errOutput.text())
+	}
+	return nil
+}
+
+// version asks runsc for its version; it shows that the binary starts.
+func version(ctx context.Context, path string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, path, "--version").Output()
+	if err != nil {
+		return "", fmt.Errorf("start %s: %w", path, err)
+	}
+	first, _, _ := bytes.Cut(out, []byte("\n"))
+	return strings.TrimSpace(string(first)), nil
+}
+
+// stdio are the two ends of a machine's standard streams.
+type stdio struct {
+	in, out, err           *os.File // the machine's
+	toIn, fromOut, fromErr *os.File // ours
+}
+
+func newStdio() (*stdio, error) {
+	s := &stdio{}
+	var err error
+	pipe := func(r, w **os.File) {
+		if err == nil {
+			*r, *w, err = os.Pipe()
+		}
+	}
+	pipe(&s.in, &s.toIn)
+	pipe(&s.fromOut, &s.out)
+	pipe(&s.fromErr, &s.err)
+	if err != nil {
+		s.closeAll()
+		return nil, fmt.Errorf("open pipes: %w", err)
+	}
+	return s, nil
+}
+
+// handOver closes the machine's ends once it has them.
+func (s *stdio) handOver() {
+	for _, f := range []*os.File{s.in, s.out, s.err} {
+		_ = f.Close()
+	}
+}
+
+func (s *stdio) closeAll() {
+	for _, f := range []*os.File{s.in, s.out, s.err, s.toIn, s.fromOut, s.fromErr} {
+		if f != nil {
+			_ = f.Close()
+		}
+	}
+}
+
+// pipe is our end of stdin and stdout as one.
+type pipe struct {
+	*os.File // stdout of the machine
+	toIn     *os.File
+}
+
+// Write implements io.Writer.
+func (p pipe) Write(b []byte) (int, error) { return p.toIn.Write(b) }
+
+// Close implements io.Closer.
+func (p pipe) Close() error { return errors.Join(p.toIn.Close(), p.File.Close()) }

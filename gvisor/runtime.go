@@ -1,0 +1,271 @@
+package gvisor
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"soulbox.dev/soulbox/sandbox"
+)
+
+// Runtime runs machines with runsc. The zero values of its fields but Runsc and Agent are the documented defaults. It is safe for
+// concurrent use.
+type Runtime struct {
+	Runsc string       // path of the binary; required
+	Agent string       // path of soulbox-agent in a directory that holds nothing else; required
+	Log   *slog.Logger // what sandboxes write to the stderr of their init, at level debug; default discards
+
+	nextCPU atomic.Uint32 // spreads machines that may not use all cores
+}
+
+var _ sandbox.Runtime = (*Runtime)(nil)
+
+// manifest is machine.json.
+type manifest struct {
+	Agent string `json:"agent"` // path of the agent in the sandbox
+}
+
+// Version tells runsc's version, and thereby that it starts.
+func (r *Runtime) Version(ctx context.Context) (string, error) { return version(ctx, r.Runsc) }
+
+func (r *Runtime) log() *slog.Logger {
+	if r.Log == nil {
+		return slog.New(slog.DiscardHandler)
+	}
+	return r.Log
+}
+
+// machine implements sandbox.Machine.
+type machine struct {
+	runtime *Runtime
+	dir     string
+	pipe    pipe
+	stderr  sync.WaitGroup
+	fromErr *os.File
+}
+
+func runDir(dir string) string { return filepath.Join(dir, "run") }
+
+// Boot implements sandbox.Runtime.
+func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (_ sandbox.Machine, err error) {
+	if err := r.check(); err != nil {
+		return nil, err
+	}
+	m := &machine{runtime: r, dir: spec.Dir}
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("boot: %w", err), r.undo(spec.Dir))
+		}
+	}()
+	if err := makeDirs(spec.Dir); err != nil {
+		return nil, err
+	}
+	bundle := filepath.Join(spec.Dir, "bundle")
+	if err := writeBundle(bundle, spec, r.Agent); err != nil {
+		return nil, err
+	}
+	body, err := json.Marshal(manifest{Agent: filepath.Join(agentDir, filepath.Base(r.Agent))})
+	if err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(filepath.Join(spec.Dir, "machine.json"), body, 0o600); err != nil {
+		return nil, err
+	}
+	if err := giveAway(spec.Dir); err != nil {
+		return nil, err
+	}
+	streams, err := newStdio()
+	if err != nil {
+		return nil, err
+	}
+	errOutput := m.follow(streams.fromErr)
+	call := runsc{path: r.Runsc, root: runDir(spec.Dir), disk: filepath.Join(spec.Dir, "disk"), size: spec.Limits.Disk}
+	err = r.onCPUs(spec.Limits.CPU, func() error {
+		return call.run(ctx, bundle, streams.in, streams.out, streams.err, errOutput)
+	})
+	streams.handOver()
+	m.pipe = pipe{File: streams.fromOut, toIn: streams.toIn}
+	if err != nil {
+		_ = m.pipe.Close()
+		return nil, err
+	}
+	return m, nil
+}
+
+// check says what is missing before anything is begun.
+func (r *Runtime) check() error {
+	for what, path := range map[string]string{"runsc": r.Runsc, "soulbox-agent": r.Agent} {
+		if path == "" {
+			return fmt.Errorf("%s is not found; run 'soulbox-mcp doctor' to see how to mend it", what)
+		}
+	}
+	return nil
+}
+
+// undo ends what a failed Boot has begun.
+func (r *Runtime) undo(dir string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	return r.Reap(ctx, dir)
+}
+
+// makeDirs makes the parts of a machine's directory.
+func makeDirs(dir string) error {
+	for _, name := range []string{"bundle", "run", "disk"} {
+		if err := os.Mkdir(filepath.Join(dir, name), 0o700); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// giveAway gives a machine's directory to whom the sandbox runs as. As an ordinary user that is the same.
+func giveAway(dir string) error {
+	uid, gid := ids()
+	if uid == os.Geteuid() {
+		return nil
+	}
+	for _, name := range []string{"bundle", "bundle/config.json", "run", "disk"} {
+		if err := os.Lchown(filepath.Join(dir, name), uid, gid); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// headBuffer keeps the first bytes of a stream, for error messages.
+type headBuffer struct {
+	mu  sync.Mutex
+	buf []byte
+}
+
+func (h *headBuffer) add(p []byte) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if room := 2<<10 - len(h.buf); room > 0 {
+		h.buf = append(h.buf, p[:min(room, len(p))]...)
+	}
+}
+
+func (h *headBuffer) text() string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return string(bytes.TrimSpace(h.buf))
+}
+
+// logBound is how much of a machine's stderr is logged; the rest is read and dropped, since it may be the guest's.
+const logBound = 64 << 10
+
+// follow reads a machine's stderr to its end.
+func (m *machine) follow(from *os.File) *headBuffer {
+	head := &headBuffer{}
+	m.fromErr = from
+	m.stderr.Go(func() {
+		buf := make([]byte, 4<<10)
+		logged := 0
+		for {
+			n, err := from.Read(buf)
+			head.add(buf[:n])
+			if n > 0 && logged < logBound {
+				logged += n
+				m.runtime.log().Debug("stderr of init", "dir", filepath.Base(m.dir), "text", string(buf[:n]))
+			}
+			if err != nil {
+				_ = from.Close()
+				return
+			}
+		}
+	})
+	return head
+}
+
+// Attach implements sandbox.Runtime: it starts a bridge in the machine by the control socket.
+func (r *Runtime) Attach(ctx context.Context, dir string) (_ sandbox.Machine, err error) {
+	body, err := os.ReadFile(filepath.Join(dir, "machine.json"))
+	if err != nil {
+		return nil, fmt.Errorf("attach: %w", err)
+	}
+	var mf manifest
+	if err := json.Unmarshal(body, &mf); err != nil {
+		return nil, fmt.Errorf("attach: machine.json: %w", err)
+	}
+	streams, err := newStdio()
+	if err != nil {
+		return nil, fmt.Errorf("attach: %w", err)
+	}
+	args := &execArgs{Filename: mf.Agent, Argv: []string{mf.Agent, "attach"}, Envv: []string{"PATH=/usr/bin:/bin"}, WorkingDirectory: "/", ContainerID: containerID}
+	args.Files = []*os.File{streams.in, streams.out, streams.err}
+	var pid int32
+	if err := control(ctx, runDir(dir), "ExecuteAsync", args, &pid); err != nil {
+		streams.closeAll()
+		return nil, fmt.Errorf("attach: %w", err)
+	}
+	streams.handOver()
+	m := &machine{runtime: r, dir: dir, pipe: pipe{File: streams.fromOut, toIn: streams.toIn}}
+	m.follow(streams.fromErr)
+	return m, nil
+}
+
+// Reap implements sandbox.Runtime.
+func (r *Runtime) Reap(ctx context.Context, dir string) error {
+	if err := killAll(ctx, dir); err != nil {
+		return fmt.Errorf("reap %s: %w", filepath.Base(dir), err)
+	}
+	// runsc mounts here; the mount goes with its namespace, unless somebody ran it without one.
+	err := unix.Unmount(filepath.Join(runDir(dir), "null-netns"), unix.MNT_DETACH)
+	if err != nil && err != unix.EINVAL && err != unix.ENOENT && err != unix.EPERM {
+		return fmt.Errorf("reap %s: unmount: %w", filepath.Base(dir), err)
+	}
+	return nil
+}
+
+// Pipe implements sandbox.Machine.
+func (m *machine) Pipe() io.ReadWriteCloser { return m.pipe }
+
+// Pause implements sandbox.Machine.
+func (m *machine) Pause(ctx context.Context) error {
+	return control(ctx, runDir(m.dir), "Pause", &struct{}{}, &struct{}{})
+}
+
+// Resume implements sandbox.Machine.
+func (m *machine) Resume(ctx context.Context) error {
+	return control(ctx, runDir(m.dir), "Resume", &struct{}{}, &struct{}{})
+}
+
+// Usage implements sandbox.Machine: the share of memory of the machine's processes on the host.
+func (m *machine) Usage(context.Context) (sandbox.Usage, error) {
+	var u sandbox.Usage
+	pids, err := processesOf(m.dir)
+	if err != nil {
+		return u, fmt.Errorf("measure: %w", err)
+	}
+	for _, p := range pids {
+		pss, err := readPSS(p.pid)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return u, fmt.Errorf("measure: %w", err)
+		}
+		u.Memory += pss
+	}
+	return u, nil
+}
+
+// Destroy implements sandbox.Machine. SIGKILL is the first word already: it works on a wedged sentry too, and leaves nothing.
+func (m *machine) Destroy(ctx context.Context) error {
+	err := m.runtime.Reap(ctx, m.dir)
+	_ = m.pipe.Close() // again is no harm
+	_ = m.fromErr.Close()
+	m.stderr.Wait()
+	return err
+}

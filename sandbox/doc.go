@@ -1,0 +1,87 @@
+// Package sandbox is the domain: which sandboxes there are, whose they are, in which state, for how long, and within which limits.
+// It does not know how a sandbox is run (Runtime) nor what is in it (package agent acts there), and nothing of MCP, HTTP or flags.
+//
+// State is files: every sandbox has a directory with state.json and a lock, whose flock belongs to the server that runs it. A
+// directory whose lock is free was left by a dead server and is reaped at the next start.
+//
+// Lock order: Manager.mu, then Sandbox.mu.
+package sandbox
+
+import (
+	"context"
+	"io"
+	"time"
+)
+
+// Runtime acts on sandboxes: it boots and destroys the machines they run on. Implementations are safe for concurrent use.
+type Runtime interface {
+	// Boot makes a machine in spec.Dir, which exists and is empty, and starts its init. When it fails nothing is left running.
+	Boot(ctx context.Context, spec Spec) (Machine, error)
+	// Attach connects anew to a machine that another server has booted in dir.
+	Attach(ctx context.Context, dir string) (Machine, error)
+	// Reap ends whatever still runs of a machine in dir, in whatever state its server left it, and undoes its mounts. It does not
+	// remove dir. It does nothing where nothing is left.
+	Reap(ctx context.Context, dir string) error
+}
+
+// Machine is a running sandbox as the Runtime sees it.
+type Machine interface {
+	// Pipe is the way to the agent; it belongs to the caller.
+	Pipe() io.ReadWriteCloser
+	// Pause freezes all processes, the agent too, in memory.
+	Pause(ctx context.Context) error
+	// Resume goes on after Pause.
+	Resume(ctx context.Context) error
+	// Usage tells what the machine takes from the host.
+	Usage(ctx context.Context) (Usage, error)
+	// Destroy ends the machine whatever its state; afterwards nothing of it runs. It may be called twice.
+	Destroy(ctx context.Context) error
+}
+
+// Usage is what a machine takes from the host.
+type Usage struct {
+	Memory int64 // bytes in memory, shared pages counted in part (PSS)
+}
+
+// Spec describes a machine.
+type Spec struct {
+	ID       string
+	Dir      string // the sandbox' own directory
+	Template Template
+	Limits   Limits
+}
+
+// Limits bound a sandbox. Zero values mean the defaults of DefaultLimits.
+type Limits struct {
+	CPU       float64 `json:"cpu"`       // cores
+	Memory    int64   `json:"memory"`    // bytes
+	Disk      int64   `json:"disk"`      // bytes that may be written
+	Processes int64   `json:"processes"` // tasks
+}
+
+// DefaultLimits are the limits of a sandbox that asks for none.
+func DefaultLimits() Limits {
+	return Limits{CPU: 2, Memory: 1 << 30, Disk: 10 << 30, Processes: 512}
+}
+
+// DefaultLifetime is how long a sandbox lives that asks for no other time, counted from its readiness.
+const DefaultLifetime = time.Hour
+
+// Templates finds root file systems.
+type Templates interface {
+	// Template gives a template by name; "" is the default. Unknown names are ErrNoTemplate.
+	Template(ctx context.Context, name string) (Template, error)
+}
+
+// Template is a root file system with defaults and a name.
+type Template struct {
+	Name   string
+	Root   string  // host directory that is the read-only base of the root
+	Mounts []Mount // host directories in it
+}
+
+// Mount shows a host directory, read-only, in the sandbox.
+type Mount struct {
+	Source      string
+	Destination string
+}

@@ -1,0 +1,48 @@
+package sandbox
+
+import (
+	"crypto/rand"
+	"encoding/base32"
+	"regexp"
+	"slices"
+	"strings"
+)
+
+// State is where a sandbox is in its life.
+type State string
+
+// The states of DESIGN.md.
+const (
+	Creating State = "creating"
+	Running  State = "running"
+	Paused   State = "paused"
+	Killed   State = "killed"
+	Failed   State = "failed"
+)
+
+// moves are the allowed changes of state.
+var moves = map[State][]State{
+	Creating: {Running, Killed, Failed},
+	Running:  {Paused, Killed, Failed},
+	Paused:   {Running, Killed, Failed},
+}
+
+func (s State) mayBecome(next State) bool { return slices.Contains(moves[s], next) }
+
+// Ended says that no move leads on.
+func (s State) Ended() bool { return len(moves[s]) == 0 }
+
+// States lists all states in the order of a life.
+func States() []State { return []State{Creating, Running, Paused, Killed, Failed} }
+
+var idPattern = regexp.MustCompile(`^[a-z0-9]{1,40}$`)
+
+// ValidID says whether a text has the form of a sandbox id; only such a text ever becomes part of a path.
+func ValidID(id string) bool { return idPattern.MatchString(id) }
+
+// newID makes an id that cannot be guessed: 100 random bits.
+func newID() string {
+	var random [13]byte
+	rand.Read(random[:])
+	return "sb" + strings.ToLower(base32.StdEncoding.WithPadding(base32.NoPadding).EncodeToString(random[:]))[:20]
+}

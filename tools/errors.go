@@ -1,0 +1,89 @@
+package tools
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"strings"
+	"syscall"
+
+	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/sandbox"
+)
+
+// advice is the next call to make for each class of error: the one place where errors become advice. The first that fits is given.
+var advice = []struct {
+	class error
+	text  string
+}{
+	{sandbox.ErrNotFound, "Call sandbox_list to see the sandboxes there are, or leave sandbox_id out to use this session's own."},
+	{sandbox.ErrNoTemplate, "The only template so far is \"host\"; leave template out to use it."},
+	{sandbox.ErrNoRoom, "Kill a sandbox you no longer need with sandbox_kill, or ask for less memory_mb."},
+	{sandbox.ErrClosed, "The server is shutting down; try again when it is back."},
+	{agent.ErrNoProcess, "Call process_list to see the processes there are."},
+	{agent.ErrTagInUse, "Use another tag, or end that process with process_signal."},
+	{agent.ErrEnded, "Its output is still there: call process_wait."},
+	{agent.ErrNoUser, "Leave user out to run as \"user\", or use \"root\"."},
+	{agent.ErrNoSignal, "Use a name such as SIGINT, SIGTERM or SIGKILL."},
+	{agent.ErrStdin, "Start it with background true to keep its stdin open for process_write."},
+	{agent.ErrCwd, "Make it with exec (mkdir -p), or leave cwd out to use the home directory."},
+	{agent.ErrNoMatch, "Read the file with file_read and copy old_str exactly, with its white space."},
+	{agent.ErrAmbiguous, "Add lines around it to old_str until it is unique, or set replace_all."},
+	{agent.ErrNotText, "Use exec to change it."},
+	{agent.ErrNotRegular, "Use exec to work with it."},
+	{agent.ErrTooLarge, "Use exec to work with it in parts."},
+	{agent.ErrLimit, "End some processes with process_signal; process_list shows them."},
+	{agent.ErrLost, "The sandbox has ended. Call sandbox_create for a new one."},
+	{syscall.ENOSPC, "The sandbox' disk is full: remove files with file_remove or exec; sandbox_get shows how much is used."},
+	{syscall.EISDIR, "It is a directory: use file_list to see what is in it, or give the path of a file."},
+	{syscall.ENOTDIR, "A part of the path is not a directory: check it with file_list."},
+	{syscall.ENOTEMPTY, "The directory is not empty: set recursive to remove it with all that is in it."},
+	{syscall.EROFS, "This part of the sandbox is read-only; use a path in /home/user, /tmp or /opt."},
+	{syscall.ENAMETOOLONG, "Use a shorter path."},
+	{fs.ErrNotExist, "Check the path with file_list."},
+	{fs.ErrExist, "Use another path, or mode replace."},
+	{fs.ErrPermission, "Run a command as user root with exec if it has to be."},
+	{context.DeadlineExceeded, "Try again, or do it in smaller steps."},
+}
+
+// explain turns any error into one sentence on what is wrong and one on what to do.
+func explain(tool string, err error) string {
+	var argument argumentError
+	if errors.As(err, &argument) {
+		return string(argument)
+	}
+	what := sentence(err)
+	var state *sandbox.StateError
+	if errors.As(err, &state) {
+		if errors.Is(err, errDefaultEnded) {
+			return fmt.Sprintf("%s (sandbox %s: %s).", strings.TrimSuffix(sentence(errDefaultEnded), "."), state.ID, state.Cause)
+		}
+		if state.State.Ended() {
+			return what + " Call sandbox_create for a new one."
+		}
+		return what + " Call sandbox_get to see when that changes."
+	}
+	if errors.Is(err, agent.ErrInvalid) && strings.Contains(what, "path") {
+		return what + " Give an absolute path without \"..\", such as /home/user/file.txt."
+	}
+	for _, a := range advice {
+		if errors.Is(err, a.class) {
+			return what + " " + a.text
+		}
+	}
+	if errors.Is(err, agent.ErrInvalid) || errors.Is(err, sandbox.ErrInvalid) {
+		return what + " Correct the arguments of " + tool + " and call it again."
+	}
+	return what
+}
+
+// sentence makes a sentence of an error's text; what the guest put into it is made inert.
+func sentence(err error) string {
+	text := render([]byte(err.Error()))
+	if text == "" {
+		return "It failed."
+	}
+	text = strings.ToUpper(text[:1]) + text[1:]
+	return strings.TrimSuffix(text, ".") + "."
+}

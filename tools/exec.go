@@ -1,0 +1,221 @@
+package tools
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/mark3labs/mcp-go/server"
+
+	"soulbox.dev/soulbox/agent"
+)
+
+const (
+	defaultYield = 30_000 // milliseconds
+	maxYield     = 50_000 // clients give up after 60 s
+	defaultChars = 30_000
+	maxChars     = 100_000
+	progressTick = 500 * time.Millisecond
+)
+
+func (s *Service) execTools() []server.ServerTool {
+	return []server.ServerTool{
+		define("exec", "Run a shell command (bash) in the sandbox and return its output and exit code. If it has not ended after yield_ms it goes on in the background: the result then has state \"running\" and a process_id for process_wait, process_write and process_signal. Set background for servers.",
+			hints{title: "Run a command", destructive: true}, s.exec),
+	}
+}
+
+type execInput struct {
+	Command    string            `json:"command" jsonschema:"the shell command"`
+	Cwd        string            `json:"cwd,omitempty" jsonschema:"absolute working directory; default the user's home"`
+	Env        map[string]string `json:"env,omitempty" jsonschema:"extra environment variables"`
+	User       string            `json:"user,omitempty" jsonschema:"user name or uid; default user"`
+	Stdin      string            `json:"stdin,omitempty" jsonschema:"text given to stdin"`
+	Tag        string            `json:"tag,omitempty" jsonschema:"a name to find the process by, unique among the running ones"`
+	YieldMS    *int64            `json:"yield_ms,omitempty" jsonschema:"how long to wait for the end, 0 to 50000; default 30000"`
+	TimeoutMS  int64             `json:"timeout_ms,omitempty" jsonschema:"kill the command after this time; default never"`
+	MaxChars   *int              `json:"max_output_chars,omitempty" jsonschema:"longer output is cut in the middle; default 30000"`
+	Background bool              `json:"background,omitempty" jsonschema:"return as soon as it has started, and keep its stdin open"`
+	target
+}
+
+// execOutput tells how a process is and what it wrote.
+type execOutput struct {
+	SandboxID  string `json:"sandbox_id"`
+	ProcessID  string `json:"process_id"`
+	State      string `json:"state" enum:"running,exited"`
+	ExitCode   *int   `json:"exit_code,omitempty" jsonschema:"128+signal if a signal ended it"`
+	Signal     string `json:"signal,omitempty"`
+	Cause      string `json:"cause,omitempty" jsonschema:"oom, timeout or killed"`
+	Output     string `json:"output" jsonschema:"stdout and stderr as they came; bytes that are not text as \\xNN"`
+	LeftOut    int64  `json:"left_out,omitempty" jsonschema:"bytes cut from the output"`
+	Dropped    int64  `json:"dropped,omitempty" jsonschema:"bytes no longer kept"`
+	NextOffset int64  `json:"next_offset" jsonschema:"give this to process_wait for what comes next"`
+	DurationMS int64  `json:"duration_ms"`
+	Children   int    `json:"children,omitempty" jsonschema:"processes it left running"`
+	Note       string `json:"note,omitempty" jsonschema:"what to do next"`
+}
+
+func (o execOutput) text() string {
+	status := fmt.Sprintf("process %s is still running after %d ms", o.ProcessID, o.DurationMS)
+	if o.ExitCode != nil {
+		status = fmt.Sprintf("exit code %d after %d ms, process %s", *o.ExitCode, o.DurationMS, o.ProcessID)
+	}
+	if o.Signal != "" {
+		status += ", ended by " + o.Signal
+	}
+	if o.Cause != "" {
+		status += ", cause: " + o.Cause
+	}
+	if o.Dropped > 0 {
+		status += fmt.Sprintf(", %s no longer kept", plural(o.Dropped, "byte"))
+	}
+	status += fmt.Sprintf(", sandbox %s, next_offset %d", o.SandboxID, o.NextOffset)
+	if o.Note != "" {
+		status += "; " + o.Note
+	}
+	if o.Output == "" {
+		return "[" + status + "]"
+	}
+	newline := "\n"
+	if o.Output[len(o.Output)-1] == '\n' {
+		newline = ""
+	}
+	return o.Output + newline + "[" + status + "]"
+}
+
+func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
+	if in.Command == "" {
+		return execOutput{}, badArgument("The argument \"command\" is empty. Give a shell command.")
+	}
+	yield, chars, err := bounds(in.YieldMS, in.MaxChars)
+	if err != nil {
+		return execOutput{}, err
+	}
+	if in.TimeoutMS < 0 {
+		return execOutput{}, badArgument("The argument \"timeout_ms\" cannot be negative; leave it out for no limit.")
+	}
+	if in.Background && in.YieldMS == nil {
+		yield = 0
+	}
+	sb, client, err := s.agent(ctx, in.target, "run a command in")
+	if err != nil {
+		return execOutput{}, err
+	}
+	w := agent.Window{Head: chars / 2, Tail: chars - chars/2}
+	// The start itself is not cancelled: whether it happened would be unknown. A cancellation that comes meanwhile is seen below.
+	snap, err := client.Start(context.WithoutCancel(ctx), agent.StartRequest{
+		Command: in.Command, Cwd: in.Cwd, Env: in.Env, User: in.User, Stdin: []byte(in.Stdin), KeepStdin: in.Background, Tag: in.Tag,
+		TimeoutMS: in.TimeoutMS, Window: w, WaitMS: min(yield, startSlice).Milliseconds(),
+	})
+	if err != nil {
+		return execOutput{}, err
+	}
+	if snap, err = follow(ctx, client, snap, w, yield-startSlice); err == nil && ctx.Err() != nil {
+		snap, err = giveUp(ctx, client, snap, w)
+	}
+	if err != nil {
+		return execOutput{}, err
+	}
+	return show(sb.ID(), snap, w, chars), nil
+}
+
+// startSlice bounds the one round trip that starts a process and waits, since it is not cancelled.
+const startSlice = 200 * time.Millisecond
+
+// bounds checks the two arguments that all waiting tools have.
+func bounds(yieldMS *int64, maxOutput *int) (yield time.Duration, chars int, err error) {
+	ms, chars := int64(defaultYield), defaultChars
+	if yieldMS != nil {
+		ms = *yieldMS
+	}
+	if maxOutput != nil {
+		chars = *maxOutput
+	}
+	if ms < 0 || ms > maxYield {
+		return 0, 0, badArgument("The argument \"yield_ms\" must be from 0 to %d; a command that takes longer goes on, and process_wait waits for it.", maxYield)
+	}
+	if chars < 100 || chars > maxChars {
+		return 0, 0, badArgument("The argument \"max_output_chars\" must be from 100 to %d; process_wait gives the rest of a longer output.", maxChars)
+	}
+	return time.Duration(ms) * time.Millisecond, chars, nil
+}
+
+// follow waits for the end of a process, and tells its last line meanwhile. When ctx ends it returns what it has.
+func follow(ctx context.Context, client *agent.Client, snap agent.Snapshot, w agent.Window, yield time.Duration) (agent.Snapshot, error) {
+	p := newProgress(ctx)
+	for end := time.Now().Add(yield); snap.Process.State == agent.StateRunning && time.Now().Before(end); {
+		p.tell(lastLine(render(append(snap.Output.Head, snap.Output.Tail...))))
+		slice := time.Until(end)
+		if p.wanted() {
+			slice = min(slice, progressTick)
+		}
+		next, err := client.Wait(ctx, agent.WaitRequest{Process: snap.Process.ID, WaitMS: max(1, slice.Milliseconds()), Window: w})
+		if ctx.Err() != nil {
+			return snap, nil
+		}
+		if err != nil {
+			return snap, err
+		}
+		snap = next
+	}
+	return snap, nil
+}
+
+// giveUp handles the end of a call's context: a client that leaves gets what there is; one that cancels wants the command ended.
+func giveUp(ctx context.Context, client *agent.Client, snap agent.Snapshot, w agent.Window) (agent.Snapshot, error) {
+	cause := context.Cause(ctx)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	defer cancel()
+	var leaving interface{ Yield() bool }
+	if errors.As(cause, &leaving) && leaving.Yield() {
+		return client.Wait(ctx, agent.WaitRequest{Process: snap.Process.ID, Window: w})
+	}
+	if _, err := client.Kill(ctx, snap.Process.ID); err != nil {
+		return snap, fmt.Errorf("kill cancelled command: %w", err)
+	}
+	return snap, cause
+}
+
+// show turns a snapshot into a result of at most chars characters of output.
+func show(sandboxID string, snap agent.Snapshot, w agent.Window, chars int) execOutput {
+	p, o := snap.Process, snap.Output
+	out := execOutput{SandboxID: sandboxID, ProcessID: p.ID, State: p.State, Signal: p.Signal, Cause: p.Cause, Dropped: o.Dropped, NextOffset: o.End, Children: p.Children}
+	out.DurationMS = time.Since(p.Started).Milliseconds()
+	if p.State == agent.StateExited {
+		out.ExitCode = &p.ExitCode
+		out.DurationMS = p.Ended.Sub(p.Started).Milliseconds()
+	}
+	cut := o.TailStart > o.HeadEnd
+	head, tail := o.Head, o.Tail
+	if cut {
+		head, tail = wholeRunes(head), fromRune(tail)
+	}
+	left := []rune(render(head))
+	right := []rune(render(tail))
+	// Escapes take more room than the bytes they stand for.
+	if room := chars / 2; len(left)+len(right) > chars {
+		if len(tail) == 0 {
+			room = chars
+		}
+		if len(left) > room {
+			left, cut = left[:room], true
+		}
+		if len(right) > chars-room {
+			right, cut = right[len(right)-(chars-room):], true
+		}
+	}
+	out.Output = string(left) + string(right)
+	if !cut {
+		return out
+	}
+	out.LeftOut = max(o.TailStart-o.HeadEnd, 0)
+	again := fmt.Sprintf("process_wait with process_id %q and offset %d gives the rest", p.ID, o.HeadEnd)
+	if w.Tail == 0 {
+		out.NextOffset, out.Note = o.HeadEnd, again
+		return out
+	}
+	out.Output = fmt.Sprintf("%s\n[… %s left out; %s …]\n%s", string(left), plural(out.LeftOut, "byte"), again, string(right))
+	return out
+}

@@ -1,0 +1,487 @@
+package tools
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/mark3labs/mcp-go/mcp"
+	"github.com/mark3labs/mcp-go/server"
+
+	"soulbox.dev/soulbox/agent"
+)
+
+const (
+	maxFile     = 1 << 20  // bytes of a file in one call
+	maxSkip     = 64 << 20 // bytes that are read to find a line
+	defaultTree = 500      // entries of a listing
+)
+
+func (s *Service) fileTools() []server.ServerTool {
+	return []server.ServerTool{
+		define("file_read", "Read a text file by lines, an image as an image, or any file as base64. Directories: file_list.",
+			hints{title: "Read a file", readOnly: true, idempotent: true}, s.fileRead),
+		define("file_write", "Create or replace a file (atomically), append to it, or write several files at once. Missing directories are made.",
+			hints{title: "Write a file", destructive: true, idempotent: true}, s.fileWrite),
+		define("file_edit", "Change a text file: replace old_str, which must occur exactly once, by new_str; or insert new_str behind line insert_line.",
+			hints{title: "Edit a file", destructive: true}, s.fileEdit),
+		define("file_list", "List a directory as a tree, or describe a file.",
+			hints{title: "List files", readOnly: true, idempotent: true}, s.fileList),
+		define("file_search", "Find files by name (glob, ** spans directories) and, with pattern, the lines in them that match.",
+			hints{title: "Search files", readOnly: true, idempotent: true}, s.fileSearch),
+		define("file_move", "Move or rename a file or directory; an existing file at the target is replaced.",
+			hints{title: "Move a file", destructive: true}, s.fileMove),
+		define("file_remove", "Remove a file, or with recursive a directory and all in it.",
+			hints{title: "Remove a file", destructive: true}, s.fileRemove),
+	}
+}
+
+type fileReadInput struct {
+	Path     string `json:"path" jsonschema:"absolute path"`
+	Offset   int64  `json:"offset,omitempty" jsonschema:"first line, from 1; with base64 the first byte, from 0"`
+	Limit    int64  `json:"limit,omitempty" jsonschema:"lines, or bytes with base64; default what fits 30000 characters"`
+	Encoding string `json:"encoding,omitempty" enum:"text,base64" jsonschema:"default text"`
+	target
+}
+
+type fileReadOutput struct {
+	Path       string `json:"path"`
+	Content    string `json:"content"`
+	Encoding   string `json:"encoding" enum:"text,base64,image"`
+	Size       int64  `json:"size" jsonschema:"bytes of the whole file"`
+	FirstLine  int64  `json:"first_line,omitempty"`
+	LastLine   int64  `json:"last_line,omitempty"`
+	NextOffset int64  `json:"next_offset,omitempty" jsonschema:"where to go on; absent at the end"`
+
+	image *mcp.ImageContent
+}
+
+func (o fileReadOutput) text() string {
+	status := fmt.Sprintf("%s, %d bytes", o.Path, o.Size)
+	switch {
+	case o.Encoding == "image":
+		return "[" + status + ", shown as an image]"
+	case o.LastLine > 0:
+		status += fmt.Sprintf(", lines %d to %d", o.FirstLine, o.LastLine)
+	}
+	if o.NextOffset > 0 {
+		status += fmt.Sprintf("; more: call file_read with offset %d", o.NextOffset)
+	} else {
+		status += ", to the end"
+	}
+	newline := "\n"
+	if o.Content == "" || strings.HasSuffix(o.Content, "\n") {
+		newline = ""
+	}
+	return o.Content + newline + "[" + status + "]"
+}
+
+func (o fileReadOutput) content() []mcp.Content {
+	if o.image == nil {
+		return nil
+	}
+	return []mcp.Content{*o.image}
+}
+
+func (s *Service) fileRead(ctx context.Context, in fileReadInput) (fileReadOutput, error) {
+	if in.Offset < 0 || in.Limit < 0 {
+		return fileReadOutput{}, badArgument("The arguments \"offset\" and \"limit\" cannot be negative.")
+	}
+	_, client, err := s.agent(ctx, in.target, "read a file in")
+	if err != nil {
+		return fileReadOutput{}, err
+	}
+	if in.Encoding == "base64" {
+		return readBytes(ctx, client, in)
+	}
+	r, info, err := client.ReadFile(ctx, in.Path, 0, maxSkip+1)
+	if err != nil {
+		return fileReadOutput{}, err
+	}
+	defer r.Close()
+	br := bufio.NewReaderSize(r, 64<<10)
+	start, err := br.Peek(8 << 10)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return fileReadOutput{}, err
+	}
+	kind := http.DetectContentType(start)
+	if slices.Contains([]string{"image/png", "image/jpeg", "image/gif", "image/webp"}, kind) {
+		return readImage(br, info, kind)
+	}
+	if bytes.IndexByte(start, 0) >= 0 {
+		return fileReadOutput{}, badArgument("The file %s is not text (%s, %d bytes). Read it with encoding base64, or work with it by exec.", in.Path, kind, info.Size)
+	}
+	return readLines(br, info, in)
+}
+
+func readBytes(ctx context.Context, client *agent.Client, in fileReadInput) (fileReadOutput, error) {
+	if in.Limit == 0 {
+		in.Limit = defaultChars * 3 / 4
+	}
+	if in.Limit > maxFile {
+		return fileReadOutput{}, badArgument("The argument \"limit\" can be at most %d bytes; read the file in parts.", maxFile)
+	}
+	r, info, err := client.ReadFile(ctx, in.Path, in.Offset, in.Limit)
+	if err != nil {
+		return fileReadOutput{}, err
+	}
+	defer r.Close()
+	body, err := io.ReadAll(r)
+	if err != nil {
+		return fileReadOutput{}, err
+	}
+	out := fileReadOutput{Path: in.Path, Content: base64.StdEncoding.EncodeToString(body), Encoding: "base64", Size: info.Size}
+	if next := in.Offset + int64(len(body)); next < info.Size && len(body) > 0 {
+		out.NextOffset = next
+	}
+	return out, nil
+}
+
+func readImage(r io.Reader, info agent.FileInfo, kind string) (fileReadOutput, error) {
+	body, err := io.ReadAll(io.LimitReader(r, maxFile+1))
+	if err != nil {
+		return fileReadOutput{}, err
+	}
+	if len(body) > maxFile {
+		return fileReadOutput{}, badArgument("The image %s is larger than %d bytes. Make it smaller with exec, or read it in parts with encoding base64.", info.Path, maxFile)
+	}
+	image := mcp.NewImageContent(base64.StdEncoding.EncodeToString(body), kind)
+	return fileReadOutput{Path: info.Path, Encoding: "image", Size: info.Size, image: &image}, nil
+}
+
+// readLines reads whole lines from line in.Offset on; only the first one shown is cut where it is too long by itself.
+func readLines(r *bufio.Reader, info agent.FileInfo, in fileReadInput) (fileReadOutput, error) {
+	first := max(in.Offset, 1)
+	room, lines := defaultChars, in.Limit
+	if in.Limit > 0 {
+		room = maxFile
+	} else {
+		lines = 1 << 40
+	}
+	out := fileReadOutput{Path: in.Path, Encoding: "text", Size: info.Size}
+	var b strings.Builder
+	var line, read int64
+	for line = 1; ; line++ {
+		part, n, err := readPart(r, room-b.Len())
+		read += n
+		if read > maxSkip {
+			return out, badArgument("The lines lie beyond the first %d MB of the file, which has %d bytes. Use exec, such as: sed -n '%d,%dp' FILE.", maxSkip>>20, info.Size, first, first+200)
+		}
+		if err != nil && !errors.Is(err, io.EOF) {
+			return out, err
+		}
+		if n == 0 {
+			break // the end of the file
+		}
+		if line < first {
+			continue
+		}
+		if line >= first+lines || b.Len() > 0 && n > int64(room-b.Len()) {
+			out.NextOffset = line
+			break
+		}
+		b.WriteString(render(wholeRunes(part)))
+		out.FirstLine, out.LastLine = first, line
+		if int64(len(part)) < n {
+			fmt.Fprintf(&b, "[… %d bytes of this line left out …]\n", n-int64(len(part)))
+		}
+	}
+	if out.LastLine == 0 && first > 1 {
+		return out, badArgument("The file has %d lines; offset %d is behind its end.", line-1, first)
+	}
+	out.Content = b.String()
+	return out, nil
+}
+
+// readPart reads a line, keeps at most room bytes of it (at least 1), and tells its length.
+func readPart(r *bufio.Reader, room int) (part []byte, n int64, err error) {
+	for {
+		piece, err := r.ReadSlice('\n')
+		n += int64(len(piece))
+		part = append(part, piece[:max(0, min(len(piece), max(room, 1)-len(part)))]...)
+		if !errors.Is(err, bufio.ErrBufferFull) {
+			return part, n, err
+		}
+	}
+}
+
+type fileWriteInput struct {
+	Path     string      `json:"path,omitempty" jsonschema:"absolute path"`
+	Content  string      `json:"content,omitempty"`
+	Encoding string      `json:"encoding,omitempty" enum:"text,base64" jsonschema:"default text"`
+	Mode     string      `json:"mode,omitempty" enum:"replace,append,create" jsonschema:"default replace; create refuses an existing file"`
+	Files    []fileToPut `json:"files,omitempty" jsonschema:"several files, instead of path and content"`
+	target
+}
+
+type fileToPut struct {
+	Path     string `json:"path"`
+	Content  string `json:"content"`
+	Encoding string `json:"encoding,omitempty" enum:"text,base64"`
+}
+
+// fileInfo is a file in results.
+type fileInfo struct {
+	Path     string `json:"path"`
+	Type     string `json:"type"`
+	Size     int64  `json:"size"`
+	Mode     string `json:"mode"`
+	Owner    string `json:"owner"`
+	Modified string `json:"modified"`
+	Target   string `json:"target,omitempty" jsonschema:"of a symlink"`
+}
+
+func describeFile(f agent.FileInfo) fileInfo {
+	return fileInfo{
+		Path: render([]byte(f.Path)), Type: f.Type, Size: f.Size, Mode: f.Mode, Owner: render([]byte(f.Owner)), Modified: f.MTime.UTC().Format(time.RFC3339),
+		Target: render([]byte(f.Target)),
+	}
+}
+
+func (f fileInfo) text() string {
+	name := f.Path
+	switch f.Type {
+	case agent.TypeDir:
+		name = strings.TrimSuffix(name, "/") + "/"
+	case agent.TypeSymlink:
+		name += " -> " + f.Target
+	}
+	return fmt.Sprintf("%s %-8s %10d %s %s", f.Mode, f.Owner, f.Size, f.Modified, name)
+}
+
+type filesOutput struct {
+	Files []fileInfo `json:"files"`
+	More  bool       `json:"more,omitempty" jsonschema:"entries were left out"`
+}
+
+func (o filesOutput) text() string {
+	lines := []string{}
+	for _, f := range o.Files {
+		lines = append(lines, f.text())
+	}
+	if o.More {
+		lines = append(lines, "[more were left out: list a smaller directory, less depth, or raise limit]")
+	}
+	if len(lines) == 0 {
+		return "The directory is empty."
+	}
+	return strings.Join(lines, "\n")
+}
+
+func (s *Service) fileWrite(ctx context.Context, in fileWriteInput) (filesOutput, error) {
+	puts := in.Files
+	switch {
+	case len(puts) > 0 && (in.Path != "" || in.Content != ""):
+		return filesOutput{}, badArgument("Give either \"path\" and \"content\", or \"files\".")
+	case len(puts) == 0 && in.Path == "":
+		return filesOutput{}, badArgument("The argument \"path\" is missing: the absolute path of the file.")
+	case len(puts) == 0:
+		puts = []fileToPut{{Path: in.Path, Content: in.Content, Encoding: in.Encoding}}
+	}
+	// All is checked before anything is written.
+	bodies := make([][]byte, len(puts))
+	for i, f := range puts {
+		bodies[i] = []byte(f.Content)
+		if f.Encoding == "base64" {
+			var err error
+			if bodies[i], err = base64.StdEncoding.DecodeString(f.Content); err != nil {
+				return filesOutput{}, badArgument("The content of %s is not base64: %v.", f.Path, err)
+			}
+		}
+		if len(bodies[i]) > maxFile {
+			return filesOutput{}, badArgument("The content of %s has %d bytes, at most %d can be written in one call. Write it in parts with mode append.", f.Path, len(bodies[i]), maxFile)
+		}
+	}
+	_, client, err := s.agent(ctx, in.target, "write a file in")
+	if err != nil {
+		return filesOutput{}, err
+	}
+	out := filesOutput{Files: []fileInfo{}}
+	for i, f := range puts {
+		info, err := client.WriteFile(ctx, f.Path, bytes.NewReader(bodies[i]), agent.WriteOptions{Mode: in.Mode})
+		if err != nil && len(out.Files) > 0 {
+			err = fmt.Errorf("%w (the %d files before it are written)", err, len(out.Files))
+		}
+		if err != nil {
+			return filesOutput{}, err
+		}
+		out.Files = append(out.Files, describeFile(info))
+	}
+	return out, nil
+}
+
+type fileEditInput struct {
+	Path       string `json:"path" jsonschema:"absolute path"`
+	OldStr     string `json:"old_str,omitempty" jsonschema:"text to replace, exactly as in the file"`
+	NewStr     string `json:"new_str,omitempty" jsonschema:"text to put there; empty removes"`
+	ReplaceAll bool   `json:"replace_all,omitempty" jsonschema:"replace every occurrence"`
+	InsertLine *int   `json:"insert_line,omitempty" jsonschema:"instead of old_str: insert behind this line, 0 is the start"`
+	target
+}
+
+type fileEditOutput struct {
+	Path     string `json:"path"`
+	Replaced int    `json:"replaced"`
+	Line     int    `json:"line" jsonschema:"of the first change"`
+	Snippet  string `json:"snippet" jsonschema:"the lines around it, numbered"`
+	Size     int64  `json:"size"`
+}
+
+func (o fileEditOutput) text() string {
+	return fmt.Sprintf("%s[%s, %s, first at line %d, now %d bytes]", o.Snippet, o.Path, plural(int64(o.Replaced), "change"), o.Line, o.Size)
+}
+
+func (s *Service) fileEdit(ctx context.Context, in fileEditInput) (fileEditOutput, error) {
+	_, client, err := s.agent(ctx, in.target, "edit a file in")
+	if err != nil {
+		return fileEditOutput{}, err
+	}
+	r, err := client.Edit(ctx, agent.EditRequest{Path: in.Path, Old: in.OldStr, New: in.NewStr, All: in.ReplaceAll, InsertLine: in.InsertLine})
+	if err != nil {
+		return fileEditOutput{}, err
+	}
+	return fileEditOutput{Path: in.Path, Replaced: r.Replaced, Line: r.Line, Snippet: render([]byte(r.Snippet)), Size: r.Info.Size}, nil
+}
+
+type fileListInput struct {
+	Path  string `json:"path,omitempty" jsonschema:"absolute path; default /home/user"`
+	Depth int    `json:"depth,omitempty" jsonschema:"levels of directories; default 1"`
+	Limit int    `json:"limit,omitempty" jsonschema:"entries; default 500"`
+	target
+}
+
+func (s *Service) fileList(ctx context.Context, in fileListInput) (filesOutput, error) {
+	if in.Path == "" {
+		in.Path = "/home/user"
+	}
+	if in.Limit <= 0 {
+		in.Limit = defaultTree
+	}
+	_, client, err := s.agent(ctx, in.target, "list files in")
+	if err != nil {
+		return filesOutput{}, err
+	}
+	info, err := client.Stat(ctx, in.Path)
+	if err != nil {
+		return filesOutput{}, err
+	}
+	if info.Type != agent.TypeDir {
+		return filesOutput{Files: []fileInfo{describeFile(info)}}, nil
+	}
+	dir, err := client.Dir(ctx, agent.DirRequest{Path: in.Path, Depth: in.Depth, Limit: in.Limit})
+	if err != nil {
+		return filesOutput{}, err
+	}
+	out := filesOutput{Files: []fileInfo{}, More: dir.More}
+	for _, f := range dir.Entries {
+		out.Files = append(out.Files, describeFile(f))
+	}
+	return out, nil
+}
+
+type fileSearchInput struct {
+	Path    string `json:"path,omitempty" jsonschema:"where to search; default /home/user"`
+	Pattern string `json:"pattern,omitempty" jsonschema:"regular expression (RE2) for lines"`
+	Glob    string `json:"glob,omitempty" jsonschema:"such as *.go or src/**/*.ts"`
+	Limit   int    `json:"limit,omitempty" jsonschema:"matches; default 200"`
+	target
+}
+
+type fileSearchOutput struct {
+	Matches []searchMatch `json:"matches"`
+	Files   int           `json:"files" jsonschema:"files looked at"`
+	More    bool          `json:"more,omitempty" jsonschema:"there are more matches, or the time was over"`
+}
+
+type searchMatch struct {
+	Path string `json:"path"`
+	Line int    `json:"line,omitempty"`
+	Text string `json:"text,omitempty"`
+}
+
+func (o fileSearchOutput) text() string {
+	var b strings.Builder
+	for _, m := range o.Matches {
+		if m.Line > 0 {
+			fmt.Fprintf(&b, "%s:%d:%s\n", m.Path, m.Line, m.Text)
+		} else {
+			b.WriteString(m.Path + "\n")
+		}
+	}
+	status := fmt.Sprintf("%d found in %s", len(o.Matches), plural(int64(o.Files), "file"))
+	if o.More {
+		status += "; there may be more: narrow the search or raise limit"
+	}
+	return b.String() + "[" + status + "]"
+}
+
+func (s *Service) fileSearch(ctx context.Context, in fileSearchInput) (fileSearchOutput, error) {
+	if in.Path == "" {
+		in.Path = "/home/user"
+	}
+	if in.Limit <= 0 {
+		in.Limit = 200
+	}
+	_, client, err := s.agent(ctx, in.target, "search files in")
+	if err != nil {
+		return fileSearchOutput{}, err
+	}
+	found, err := client.Search(ctx, agent.SearchRequest{Path: in.Path, Pattern: in.Pattern, Glob: in.Glob, Limit: in.Limit})
+	if err != nil {
+		return fileSearchOutput{}, err
+	}
+	out := fileSearchOutput{Matches: []searchMatch{}, Files: found.Files, More: found.More}
+	for _, m := range found.Matches {
+		out.Matches = append(out.Matches, searchMatch{Path: render([]byte(m.Path)), Line: m.Line, Text: render([]byte(m.Text))})
+	}
+	return out, nil
+}
+
+type fileMoveInput struct {
+	From string `json:"from" jsonschema:"absolute path"`
+	To   string `json:"to" jsonschema:"absolute path, with the new name"`
+	target
+}
+
+func (s *Service) fileMove(ctx context.Context, in fileMoveInput) (fileInfo, error) {
+	_, client, err := s.agent(ctx, in.target, "move a file in")
+	if err != nil {
+		return fileInfo{}, err
+	}
+	info, err := client.Move(ctx, agent.MoveRequest{From: in.From, To: in.To})
+	if err != nil {
+		return fileInfo{}, err
+	}
+	return describeFile(info), nil
+}
+
+type fileRemoveInput struct {
+	Path      string `json:"path" jsonschema:"absolute path"`
+	Recursive bool   `json:"recursive,omitempty"`
+	target
+}
+
+type fileRemoveOutput struct {
+	Removed string `json:"removed"`
+}
+
+func (o fileRemoveOutput) text() string { return "Removed " + o.Removed + "." }
+
+func (s *Service) fileRemove(ctx context.Context, in fileRemoveInput) (fileRemoveOutput, error) {
+	_, client, err := s.agent(ctx, in.target, "remove a file in")
+	if err != nil {
+		return fileRemoveOutput{}, err
+	}
+	if err := client.Remove(ctx, agent.PathRequest{Path: in.Path, Recursive: in.Recursive}); err != nil {
+		return fileRemoveOutput{}, err
+	}
+	return fileRemoveOutput{Removed: in.Path}, nil
+}

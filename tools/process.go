@@ -1,0 +1,291 @@
+package tools
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/mark3labs/mcp-go/server"
+
+	"soulbox.dev/soulbox/agent"
+)
+
+func (s *Service) processTools() []server.ServerTool {
+	return []server.ServerTool{
+		define("process_wait", "Wait for a process to end and read its output, also after it has ended. Without offset: head and tail of all its output. With offset: what came since, from the next_offset of the last result.",
+			hints{title: "Wait for a process", readOnly: true, idempotent: true}, s.processWait),
+		define("process_write", "Write to the stdin of a process that was started with background, and return what it answers.",
+			hints{title: "Write to a process"}, s.processWrite),
+		define("process_signal", "Send a signal to a process and its group.",
+			hints{title: "Signal a process", destructive: true}, s.processSignal),
+		define("process_list", "List the processes started by exec, running and ended, newest first.",
+			hints{title: "List processes", readOnly: true, idempotent: true}, s.processList),
+	}
+}
+
+// processTarget names a process by one of its two names.
+type processTarget struct {
+	ProcessID string `json:"process_id,omitempty" jsonschema:"from exec or process_list"`
+	Tag       string `json:"tag,omitempty" jsonschema:"instead of process_id"`
+}
+
+func (t processTarget) name() (string, error) {
+	switch {
+	case t.ProcessID != "" && t.Tag != "":
+		return "", badArgument("Give either \"process_id\" or \"tag\", not both.")
+	case t.ProcessID != "":
+		return t.ProcessID, nil
+	case t.Tag != "":
+		return t.Tag, nil
+	}
+	return "", badArgument("Give the argument \"process_id\" (from exec or process_list) or \"tag\".")
+}
+
+type processWaitInput struct {
+	processTarget
+	Offset   *int64 `json:"offset,omitempty" jsonschema:"byte offset to read from"`
+	Stream   string `json:"stream,omitempty" enum:"stdout,stderr" jsonschema:"only this one; default both"`
+	YieldMS  *int64 `json:"yield_ms,omitempty" jsonschema:"how long to wait for the end, 0 to 50000; default 30000"`
+	MaxChars *int   `json:"max_output_chars,omitempty" jsonschema:"default 30000"`
+	target
+}
+
+func (s *Service) processWait(ctx context.Context, in processWaitInput) (execOutput, error) {
+	name, err := in.name()
+	if err != nil {
+		return execOutput{}, err
+	}
+	yield, chars, err := bounds(in.YieldMS, in.MaxChars)
+	if err != nil {
+		return execOutput{}, err
+	}
+	sb, client, err := s.agent(ctx, in.target, "wait in")
+	if err != nil {
+		return execOutput{}, err
+	}
+	w := agent.Window{Stream: in.Stream, Head: chars / 2, Tail: chars - chars/2}
+	if in.Offset != nil {
+		if *in.Offset < 0 {
+			return execOutput{}, badArgument("The argument \"offset\" cannot be negative.")
+		}
+		w = agent.Window{Stream: in.Stream, Offset: *in.Offset, Head: min(chars, 60_000)}
+	}
+	snap, err := client.Wait(ctx, agent.WaitRequest{Process: name, Window: w})
+	if err != nil {
+		return execOutput{}, err
+	}
+	// Cancelling a wait ends the wait, never the process: it was not begun by this call.
+	if snap, err = follow(ctx, client, snap, w, yield); err != nil {
+		return execOutput{}, err
+	}
+	return show(sb.ID(), snap, w, chars), nil
+}
+
+type processWriteInput struct {
+	processTarget
+	Input   string `json:"input,omitempty" jsonschema:"text to write; end a line with \\n"`
+	EOF     bool   `json:"eof,omitempty" jsonschema:"close stdin after it"`
+	YieldMS *int64 `json:"yield_ms,omitempty" jsonschema:"how long to wait for an answer, 0 to 50000; default 2000"`
+	target
+}
+
+// settle is how long a process must be silent for its answer to be complete.
+const settle = 40 * time.Millisecond
+
+func (s *Service) processWrite(ctx context.Context, in processWriteInput) (execOutput, error) {
+	name, err := in.name()
+	if err != nil {
+		return execOutput{}, err
+	}
+	if in.Input == "" && !in.EOF {
+		return execOutput{}, badArgument("Give the argument \"input\", \"eof\", or both.")
+	}
+	if in.YieldMS == nil {
+		in.YieldMS = new(int64)
+		*in.YieldMS = 2000
+	}
+	yield, chars, err := bounds(in.YieldMS, nil)
+	if err != nil {
+		return execOutput{}, err
+	}
+	sb, client, err := s.agent(ctx, in.target, "write in")
+	if err != nil {
+		return execOutput{}, err
+	}
+	before, err := client.Wait(ctx, agent.WaitRequest{Process: name})
+	if err != nil {
+		return execOutput{}, err
+	}
+	id := before.Process.ID
+	writeCtx, cancel := context.WithTimeoutCause(ctx, max(yield, time.Second), errSlowReader)
+	written, err := client.WriteStdin(writeCtx, id, []byte(in.Input), in.EOF)
+	cancel()
+	if err != nil && (ctx.Err() != nil || context.Cause(writeCtx) != errSlowReader) {
+		return execOutput{}, err
+	}
+	w := agent.Window{Offset: before.Process.Output, Head: chars}
+	snap, werr := listen(ctx, client, id, w, yield)
+	if werr != nil {
+		return execOutput{}, werr
+	}
+	out := show(sb.ID(), snap, w, chars)
+	if err != nil {
+		out.Note = fmt.Sprintf("only %d of %d bytes were taken: the process does not read; write the rest later", written, len(in.Input))
+	}
+	return out, nil
+}
+
+var errSlowReader = badArgument("The process does not read its stdin.")
+
+// listen waits until a process has answered and is silent, has ended, or the time is over.
+func listen(ctx context.Context, client *agent.Client, id string, w agent.Window, yield time.Duration) (agent.Snapshot, error) {
+	end := time.Now().Add(yield)
+	var last agent.Snapshot
+	for heard := false; ; {
+		slice := max(1, min(settle, time.Until(end)).Milliseconds())
+		snap, err := client.Wait(ctx, agent.WaitRequest{Process: id, WaitMS: slice, Window: w})
+		if err != nil {
+			return snap, err
+		}
+		quiet := heard && snap.Process.Output == last.Process.Output
+		if snap.Process.State != agent.StateRunning || quiet || !time.Now().Before(end) {
+			return snap, nil
+		}
+		heard, last = snap.Process.Output > w.Offset, snap
+	}
+}
+
+type processSignalInput struct {
+	processTarget
+	Signal string `json:"signal,omitempty" jsonschema:"such as SIGINT, SIGTERM, SIGKILL; default SIGTERM"`
+	target
+}
+
+// processInfo is a process in a list.
+type processInfo struct {
+	ProcessID string `json:"process_id"`
+	Tag       string `json:"tag,omitempty"`
+	State     string `json:"state"`
+	Command   string `json:"command"`
+	User      string `json:"user"`
+	Cwd       string `json:"cwd"`
+	StartedAt string `json:"started_at"`
+	EndedAt   string `json:"ended_at,omitempty"`
+	ExitCode  *int   `json:"exit_code,omitempty"`
+	Signal    string `json:"signal,omitempty"`
+	Cause     string `json:"cause,omitempty"`
+	Children  int    `json:"children,omitempty" jsonschema:"processes it left running"`
+	CPUMS     int64  `json:"cpu_ms"`
+	MemoryMB  int64  `json:"memory_mb,omitempty"`
+	Output    int64  `json:"output_bytes"`
+}
+
+func describeProcess(p agent.Process) processInfo {
+	info := processInfo{
+		ProcessID: p.ID, Tag: render([]byte(p.Tag)), State: p.State, Command: shorten(render([]byte(p.Command)), 200), User: p.User, Cwd: render([]byte(p.Cwd)),
+		StartedAt: p.Started.UTC().Format(time.RFC3339Nano), Signal: p.Signal, Cause: p.Cause, Children: p.Children,
+		CPUMS: p.CPUMS, MemoryMB: (p.Memory + 1<<19) >> 20, Output: p.Output,
+	}
+	if p.State == agent.StateExited {
+		info.ExitCode, info.EndedAt = &p.ExitCode, p.Ended.UTC().Format(time.RFC3339Nano)
+	}
+	return info
+}
+
+func (p processInfo) text() string {
+	state := p.State
+	if p.ExitCode != nil {
+		state = fmt.Sprintf("exited %d", *p.ExitCode)
+	}
+	for _, more := range []string{p.Signal, p.Cause} {
+		if more != "" {
+			state += " " + more
+		}
+	}
+	if p.Children > 0 {
+		state += fmt.Sprintf(" (%d left running)", p.Children)
+	}
+	tag := ""
+	if p.Tag != "" {
+		tag = " tag=" + p.Tag
+	}
+	times := p.StartedAt
+	if p.EndedAt != "" {
+		times += " to " + p.EndedAt
+	}
+	return fmt.Sprintf("%s%s %s, user %s, cwd %s, cpu %d ms, memory %d MB, output %d bytes, %s: %s",
+		p.ProcessID, tag, state, p.User, p.Cwd, p.CPUMS, p.MemoryMB, p.Output, times, p.Command)
+}
+
+func (s *Service) processSignal(ctx context.Context, in processSignalInput) (processInfo, error) {
+	name, err := in.name()
+	if err != nil {
+		return processInfo{}, err
+	}
+	if in.Signal == "" {
+		in.Signal = "SIGTERM"
+	}
+	_, client, err := s.agent(ctx, in.target, "signal in")
+	if err != nil {
+		return processInfo{}, err
+	}
+	before, err := client.Signal(ctx, name, in.Signal)
+	if err != nil {
+		return processInfo{}, err
+	}
+	// Most signals end a process at once: tell the state that the model will find.
+	after, err := client.Wait(ctx, agent.WaitRequest{Process: before.ID, WaitMS: 100})
+	if err != nil {
+		return processInfo{}, err
+	}
+	return describeProcess(after.Process), nil
+}
+
+type processListInput struct {
+	Tag   string `json:"tag,omitempty"`
+	State string `json:"state,omitempty" enum:"running,exited"`
+	Limit int    `json:"limit,omitempty" jsonschema:"default 50"`
+	target
+}
+
+type processListOutput struct {
+	SandboxID string        `json:"sandbox_id"`
+	Processes []processInfo `json:"processes"`
+	More      int           `json:"more,omitempty" jsonschema:"left out by limit"`
+}
+
+func (o processListOutput) text() string {
+	if len(o.Processes) == 0 {
+		return "No processes in sandbox " + o.SandboxID + "."
+	}
+	var b strings.Builder
+	for _, p := range o.Processes {
+		b.WriteString(p.text() + "\n")
+	}
+	if o.More > 0 {
+		fmt.Fprintf(&b, "[%d more; raise limit to see them]\n", o.More)
+	}
+	fmt.Fprintf(&b, "[sandbox %s]", o.SandboxID)
+	return b.String()
+}
+
+func (s *Service) processList(ctx context.Context, in processListInput) (processListOutput, error) {
+	sb, client, err := s.agent(ctx, in.target, "list processes in")
+	if err != nil {
+		return processListOutput{}, err
+	}
+	if in.Limit <= 0 {
+		in.Limit = 50
+	}
+	list, err := client.List(ctx, agent.ListRequest{Tag: in.Tag, State: in.State})
+	if err != nil {
+		return processListOutput{}, err
+	}
+	out := processListOutput{SandboxID: sb.ID(), Processes: []processInfo{}}
+	for _, p := range list[:min(in.Limit, len(list))] {
+		out.Processes = append(out.Processes, describeProcess(p))
+	}
+	out.More = len(list) - len(out.Processes)
+	return out, nil
+}

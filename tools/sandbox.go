@@ -1,0 +1,253 @@
+package tools
+
+import (
+	"context"
+	"encoding/base64"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/mark3labs/mcp-go/server"
+
+	"soulbox.dev/soulbox/sandbox"
+)
+
+func (s *Service) sandboxTools() []server.ServerTool {
+	return []server.ServerTool{
+		define("sandbox_create", "Make a new sandbox: an isolated Linux machine with its own files and processes and no network. Not needed for a single one: exec and the file tools make this session's own at first use.",
+			hints{title: "Create a sandbox"}, s.sandboxCreate),
+		define("sandbox_list", "List sandboxes, newest first.",
+			hints{title: "List sandboxes", readOnly: true, idempotent: true}, s.sandboxList),
+		define("sandbox_get", "Tell all about a sandbox: state, when and how it ends, limits, usage.",
+			hints{title: "Describe a sandbox", readOnly: true, idempotent: true}, s.sandboxGet),
+		define("sandbox_update", "Change the metadata or the life time of a sandbox.",
+			hints{title: "Update a sandbox"}, s.sandboxUpdate),
+		define("sandbox_kill", "End a sandbox. Its files and processes are lost.",
+			hints{title: "Kill a sandbox", destructive: true}, s.sandboxKill),
+	}
+}
+
+type sandboxCreateInput struct {
+	Template      string            `json:"template,omitempty" jsonschema:"default host: this machine's programs, read-only"`
+	Metadata      map[string]string `json:"metadata,omitempty" jsonschema:"to find it by"`
+	Env           map[string]string `json:"env,omitempty" jsonschema:"environment of all its processes"`
+	TimeoutMS     int64             `json:"timeout_ms,omitempty" jsonschema:"life time; default 3600000"`
+	MaxLifetimeMS int64             `json:"max_lifetime_ms,omitempty" jsonschema:"bound of all extensions; default none"`
+	CPU           float64           `json:"cpu,omitempty" jsonschema:"cores; default 2"`
+	MemoryMB      int64             `json:"memory_mb,omitempty" jsonschema:"default 1024"`
+	DiskMB        int64             `json:"disk_mb,omitempty" jsonschema:"default 10240"`
+	Pids          int64             `json:"pids,omitempty" jsonschema:"processes at once; default 512"`
+}
+
+// sandboxInfo is a sandbox in results.
+type sandboxInfo struct {
+	SandboxID string            `json:"sandbox_id"`
+	State     string            `json:"state"`
+	Cause     string            `json:"cause,omitempty" jsonschema:"why it ended"`
+	Default   bool              `json:"default,omitempty" jsonschema:"it is this session's own"`
+	Template  string            `json:"template"`
+	Metadata  map[string]string `json:"metadata,omitempty"`
+	CreatedAt string            `json:"created_at"`
+	EndsAt    string            `json:"ends_at,omitempty"`
+	CPU       float64           `json:"cpu"`
+	MemoryMB  int64             `json:"memory_mb"`
+	DiskMB    int64             `json:"disk_mb"`
+	Pids      int64             `json:"pids"`
+}
+
+func (s *Service) describe(ctx context.Context, i sandbox.Info) sandboxInfo {
+	info := sandboxInfo{
+		SandboxID: i.ID, State: string(i.State), Cause: i.Cause, Default: s.isDefault(ctx, i.ID), Template: i.Template, Metadata: i.Metadata,
+		CreatedAt: i.Created.UTC().Format(time.RFC3339), CPU: i.Limits.CPU, MemoryMB: i.Limits.Memory >> 20, DiskMB: i.Limits.Disk >> 20, Pids: i.Limits.Processes,
+	}
+	switch {
+	case i.State.Ended():
+		info.EndsAt = i.Changed.UTC().Format(time.RFC3339)
+	case !i.ExpiresAt.IsZero():
+		info.EndsAt = i.ExpiresAt.UTC().Format(time.RFC3339)
+	}
+	return info
+}
+
+func (i sandboxInfo) text() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "sandbox %s is %s", i.SandboxID, i.State)
+	if i.Cause != "" {
+		fmt.Fprintf(&b, " (%s)", i.Cause)
+	}
+	if i.Default {
+		b.WriteString(", this session's own")
+	}
+	fmt.Fprintf(&b, ": template %s, created %s", i.Template, i.CreatedAt)
+	if i.EndsAt != "" {
+		fmt.Fprintf(&b, ", end %s", i.EndsAt)
+	}
+	fmt.Fprintf(&b, ", limits: cpu %g, memory %d MB, disk %d MB, %d processes", i.CPU, i.MemoryMB, i.DiskMB, i.Pids)
+	for _, k := range slices.Sorted(maps.Keys(i.Metadata)) {
+		fmt.Fprintf(&b, ", %s=%s", k, i.Metadata[k])
+	}
+	return b.String()
+}
+
+func (s *Service) sandboxCreate(ctx context.Context, in sandboxCreateInput) (sandboxInfo, error) {
+	p := newProgress(ctx)
+	p.tell("starting a sandbox")
+	sb, err := s.manager.Create(ctx, sandbox.CreateOptions{
+		Template: in.Template, Metadata: in.Metadata, Env: in.Env,
+		Lifetime: time.Duration(in.TimeoutMS) * time.Millisecond, MaxLifetime: time.Duration(in.MaxLifetimeMS) * time.Millisecond,
+		Limits: sandbox.Limits{CPU: in.CPU, Memory: in.MemoryMB << 20, Disk: in.DiskMB << 20, Processes: in.Pids},
+	})
+	if err != nil {
+		return sandboxInfo{}, err
+	}
+	s.adopt(ctx, sb)
+	return s.describe(ctx, sb.Info()), nil
+}
+
+type sandboxListInput struct {
+	Metadata map[string]string `json:"metadata,omitempty" jsonschema:"all pairs must match"`
+	State    string            `json:"state,omitempty" enum:"creating,running,paused,killed,failed" jsonschema:"default all that have not ended"`
+	Template string            `json:"template,omitempty"`
+	Limit    int               `json:"limit,omitempty" jsonschema:"default 50"`
+	Cursor   string            `json:"cursor,omitempty" jsonschema:"next_cursor of the last page"`
+}
+
+type sandboxListOutput struct {
+	Sandboxes  []sandboxInfo `json:"sandboxes"`
+	NextCursor string        `json:"next_cursor,omitempty"`
+}
+
+func (o sandboxListOutput) text() string {
+	if len(o.Sandboxes) == 0 {
+		return "There are no such sandboxes."
+	}
+	var lines []string
+	for _, i := range o.Sandboxes {
+		lines = append(lines, i.text())
+	}
+	if o.NextCursor != "" {
+		lines = append(lines, "[more: call sandbox_list with cursor "+o.NextCursor+"]")
+	}
+	return strings.Join(lines, "\n")
+}
+
+// sandboxList pages by the last id shown: the order is by age, so sandboxes made or ended meanwhile repeat or hide none of the others.
+func (s *Service) sandboxList(ctx context.Context, in sandboxListInput) (sandboxListOutput, error) {
+	if in.Limit <= 0 || in.Limit > 200 {
+		in.Limit = 50
+	}
+	list := s.manager.List(sandbox.Filter{State: sandbox.State(in.State), Template: in.Template, Metadata: in.Metadata})
+	if in.Cursor != "" {
+		after, err := base64.RawURLEncoding.DecodeString(in.Cursor)
+		at, id, ok := strings.Cut(string(after), " ")
+		created, perr := time.Parse(time.RFC3339Nano, at)
+		if err != nil || !ok || perr != nil {
+			return sandboxListOutput{}, badArgument("The argument \"cursor\" is not one that sandbox_list gave; leave it out to begin anew.")
+		}
+		list = slices.DeleteFunc(list, func(i sandbox.Info) bool {
+			return i.Created.After(created) || i.Created.Equal(created) && i.ID <= id
+		})
+	}
+	out := sandboxListOutput{Sandboxes: []sandboxInfo{}}
+	for _, i := range list[:min(in.Limit, len(list))] {
+		out.Sandboxes = append(out.Sandboxes, s.describe(ctx, i))
+	}
+	if n := len(out.Sandboxes); n < len(list) {
+		last := list[n-1]
+		out.NextCursor = base64.RawURLEncoding.EncodeToString([]byte(last.Created.UTC().Format(time.RFC3339Nano) + " " + last.ID))
+	}
+	return out, nil
+}
+
+type sandboxGetInput struct{ target }
+
+type sandboxGetOutput struct {
+	sandboxInfo
+	Usage *usageInfo `json:"usage,omitempty"`
+}
+
+type usageInfo struct {
+	MemoryMB     int64 `json:"memory_mb" jsonschema:"of its processes"`
+	HostMemoryMB int64 `json:"host_memory_mb" jsonschema:"of the host, all in all"`
+	DiskMB       int64 `json:"disk_mb"`
+	CPUMS        int64 `json:"cpu_ms"`
+	Processes    int64 `json:"processes"`
+	OOMKills     int64 `json:"oom_kills,omitempty"`
+}
+
+func (o sandboxGetOutput) text() string {
+	if o.Usage == nil {
+		return o.sandboxInfo.text()
+	}
+	u := o.Usage
+	return fmt.Sprintf("%s, usage: memory %d MB (host %d MB), disk %d MB, cpu %d ms, %d processes, %d oom kills",
+		o.sandboxInfo.text(), u.MemoryMB, u.HostMemoryMB, u.DiskMB, u.CPUMS, u.Processes, u.OOMKills)
+}
+
+func (s *Service) sandboxGet(ctx context.Context, in sandboxGetInput) (sandboxGetOutput, error) {
+	sb, err := s.sandbox(ctx, in.SandboxID)
+	if err != nil {
+		return sandboxGetOutput{}, err
+	}
+	out := sandboxGetOutput{sandboxInfo: s.describe(ctx, sb.Info())}
+	if out.State != string(sandbox.Running) {
+		return out, nil
+	}
+	inside, outside, err := sb.Usage(ctx)
+	if err != nil {
+		return sandboxGetOutput{}, err
+	}
+	out.Usage = &usageInfo{
+		MemoryMB: inside.Memory >> 20, HostMemoryMB: outside.Memory >> 20, DiskMB: inside.DiskUsed >> 20, CPUMS: inside.CPUMS,
+		Processes: inside.Processes, OOMKills: inside.OOMKills,
+	}
+	return out, nil
+}
+
+type sandboxUpdateInput struct {
+	Metadata      map[string]*string `json:"metadata,omitempty" jsonschema:"pairs to set; null removes one"`
+	ExtendMS      *int64             `json:"extend_ms,omitempty" jsonschema:"add to its life time"`
+	TimeoutMS     *int64             `json:"timeout_ms,omitempty" jsonschema:"life time from now on; may shorten it"`
+	MaxLifetimeMS *int64             `json:"max_lifetime_ms,omitempty" jsonschema:"bound of all extensions, from its start"`
+	target
+}
+
+func (s *Service) sandboxUpdate(ctx context.Context, in sandboxUpdateInput) (sandboxInfo, error) {
+	if in.Metadata == nil && in.ExtendMS == nil && in.TimeoutMS == nil && in.MaxLifetimeMS == nil {
+		return sandboxInfo{}, badArgument("There is nothing to change: give metadata, extend_ms, timeout_ms or max_lifetime_ms.")
+	}
+	sb, err := s.sandbox(ctx, in.SandboxID)
+	if err != nil {
+		return sandboxInfo{}, err
+	}
+	info, err := sb.Update(sandbox.Update{Metadata: in.Metadata, Extend: millis(in.ExtendMS), Lifetime: millis(in.TimeoutMS), MaxLifetime: millis(in.MaxLifetimeMS)})
+	if err != nil {
+		return sandboxInfo{}, err
+	}
+	return s.describe(ctx, info), nil
+}
+
+func millis(ms *int64) *time.Duration {
+	if ms == nil {
+		return nil
+	}
+	d := time.Duration(*ms) * time.Millisecond
+	return &d
+}
+
+type sandboxKillInput struct {
+	SandboxID string `json:"sandbox_id" jsonschema:"from sandbox_list or an earlier result"`
+}
+
+func (s *Service) sandboxKill(ctx context.Context, in sandboxKillInput) (sandboxInfo, error) {
+	sb, err := s.manager.Get(in.SandboxID)
+	if err != nil {
+		return sandboxInfo{}, err
+	}
+	if err := sb.Kill(sandbox.CauseKilled); err != nil {
+		return sandboxInfo{}, err
+	}
+	return s.describe(ctx, sb.Info()), nil
+}

@@ -1,0 +1,203 @@
+package tools
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"reflect"
+	"strings"
+
+	"github.com/google/jsonschema-go/jsonschema"
+	"github.com/mark3labs/mcp-go/mcp"
+	"github.com/mark3labs/mcp-go/server"
+)
+
+// hints are the four annotations of a tool; every tool states all of them.
+type hints struct {
+	title       string
+	readOnly    bool
+	destructive bool
+	idempotent  bool
+}
+
+// maxResult is what a client is asked to show of a long result, in characters.
+const maxResult = 200_000
+
+// output is what a tool returns: structured content, and the same as text.
+type output interface{ text() string }
+
+// define makes a tool of a method. In and Out are structs whose fields carry their descriptions; a field without omitempty is required.
+func define[In any, Out output](name, description string, h hints, do func(context.Context, In) (Out, error)) server.ServerTool {
+	tool := mcp.NewToolWithRawSchema(name, description, schema[In](true))
+	tool.RawOutputSchema = schema[Out](false)
+	tool.Annotations = mcp.ToolAnnotation{
+		Title: h.title, ReadOnlyHint: &h.readOnly, DestructiveHint: &h.destructive, IdempotentHint: &h.idempotent, OpenWorldHint: new(bool),
+	}
+	tool.Meta = &mcp.Meta{AdditionalFields: map[string]any{"anthropic/maxResultSizeChars": maxResult}}
+	handle := func(ctx context.Context, req mcp.CallToolRequest) (*mcp.CallToolResult, error) {
+		var in In
+		if err := decode(req.Params.RawArguments, &in); err != nil {
+			return fail(name, err), nil
+		}
+		out, err := do(withProgress(ctx, req.Params.Meta), in)
+		if err != nil {
+			return fail(name, err), nil
+		}
+		result := &mcp.CallToolResult{Content: []mcp.Content{mcp.NewTextContent(out.text())}, StructuredContent: out}
+		if more, ok := any(out).(interface{ content() []mcp.Content }); ok {
+			result.Content = append(result.Content, more.content()...)
+		}
+		return result, nil
+	}
+	return server.ServerTool{Tool: tool, Handler: handle}
+}
+
+// schema is the JSON Schema of a struct. Fields may say enum:"a,b". Optional is said by omission, not by null.
+func schema[T any](input bool) json.RawMessage {
+	s, err := jsonschema.For[T](nil)
+	if err != nil {
+		panic(err) // a type of this package is at fault: every test fails
+	}
+	tidy(s, reflect.TypeFor[T](), input)
+	body, err := json.Marshal(s)
+	if err != nil {
+		panic(err)
+	}
+	return body
+}
+
+func tidy(s *jsonschema.Schema, t reflect.Type, input bool) {
+	for t.Kind() == reflect.Pointer {
+		t = t.Elem()
+	}
+	if len(s.Types) > 0 {
+		for _, kind := range s.Types {
+			if kind != "null" {
+				s.Type = kind
+			}
+		}
+		s.Types = nil
+	}
+	if !input {
+		s.AdditionalProperties = nil // room for later fields
+	}
+	switch {
+	case s.Items != nil:
+		tidy(s.Items, t.Elem(), input)
+	case t.Kind() == reflect.Struct && s.Properties != nil:
+		for _, f := range reflect.VisibleFields(t) {
+			name, _, _ := strings.Cut(f.Tag.Get("json"), ",")
+			p := s.Properties[name]
+			if p == nil {
+				continue
+			}
+			if list := f.Tag.Get("enum"); list != "" {
+				for _, v := range strings.Split(list, ",") {
+					p.Enum = append(p.Enum, v)
+				}
+			}
+			tidy(p, f.Type, input)
+		}
+	}
+}
+
+// argumentError says what is wrong with an argument, in words for a model.
+type argumentError string
+
+func (e argumentError) Error() string { return string(e) }
+
+func badArgument(format string, args ...any) error {
+	return argumentError(fmt.Sprintf(format, args...))
+}
+
+// aliases are other tools' names of our arguments, which models know.
+var aliases = map[string]string{"cmd": "command", "workdir": "cwd", "file_path": "path", "old_string": "old_str", "new_string": "new_str", "yield_time_ms": "yield_ms"}
+
+// decode fills a struct from a call's arguments, argument by argument, so that an error names the one that is wrong.
+func decode(raw json.RawMessage, in any) error {
+	given := map[string]json.RawMessage{}
+	if len(raw) > 0 && string(raw) != "null" {
+		if err := json.Unmarshal(raw, &given); err != nil {
+			return badArgument("The arguments must be a JSON object.")
+		}
+	}
+	value := reflect.ValueOf(in).Elem()
+	fields := map[string]reflect.StructField{}
+	var names []string
+	for _, f := range reflect.VisibleFields(value.Type()) {
+		if name, _, _ := strings.Cut(f.Tag.Get("json"), ","); name != "" && name != "-" {
+			fields[name] = f
+			names = append(names, name)
+		}
+	}
+	for name, arg := range given {
+		f, ok := fields[name]
+		if !ok {
+			f, ok = fields[aliases[name]]
+		}
+		if !ok {
+			return badArgument("There is no argument %q. The arguments are: %s.", shorten(name, 60), strings.Join(names, ", "))
+		}
+		if string(arg) == "null" {
+			continue
+		}
+		if err := setArgument(value.FieldByIndex(f.Index), arg); err != nil {
+			return badArgument("The argument %q must be %s; got %s.", name, describeType(f.Type), shorten(string(arg), 60))
+		}
+		if list := f.Tag.Get("enum"); list != "" && !strings.Contains(","+list+",", ","+value.FieldByIndex(f.Index).String()+",") {
+			return badArgument("The argument %q must be one of: %s; got %s.", name, strings.ReplaceAll(list, ",", ", "), shorten(string(arg), 60))
+		}
+		delete(fields, name)
+		delete(fields, aliases[name])
+	}
+	for _, name := range names {
+		if f, missing := fields[name]; missing && !strings.Contains(f.Tag.Get("json"), ",omit") {
+			return badArgument("The argument %q is missing: %s.", name, f.Tag.Get("jsonschema"))
+		}
+	}
+	return nil
+}
+
+// setArgument decodes one argument. Numbers and booleans in quotes are taken as what they stand for: models write them.
+func setArgument(field reflect.Value, arg json.RawMessage) error {
+	err := json.Unmarshal(arg, field.Addr().Interface())
+	if err == nil {
+		return nil
+	}
+	var quoted string
+	if json.Unmarshal(arg, &quoted) == nil && json.Valid([]byte(quoted)) {
+		return json.Unmarshal([]byte(quoted), field.Addr().Interface())
+	}
+	return err
+}
+
+func describeType(t reflect.Type) string {
+	for t.Kind() == reflect.Pointer {
+		t = t.Elem()
+	}
+	switch t.Kind() {
+	case reflect.String:
+		return "a string"
+	case reflect.Bool:
+		return "true or false"
+	case reflect.Int, reflect.Int64:
+		return "a whole number"
+	case reflect.Float64:
+		return "a number"
+	case reflect.Slice:
+		return "an array"
+	}
+	return "an object with string values"
+}
+
+func shorten(s string, n int) string {
+	if r := []rune(s); len(r) > n {
+		return string(r[:n]) + "…"
+	}
+	return s
+}
+
+// fail is the result of a call that did not work.
+func fail(tool string, err error) *mcp.CallToolResult {
+	return &mcp.CallToolResult{IsError: true, Content: []mcp.Content{mcp.NewTextContent(explain(tool, err))}}
+}
