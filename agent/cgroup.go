@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -17,7 +18,9 @@ import (
 // cgroups is the part of the guest's cgroup tree that holds all user processes. It is reached by descriptors only: what users
 // see at /sys/fs/cgroup is read-only, so that root in the sandbox cannot lift its limits.
 type cgroups struct {
-	dir *os.File
+	dir  *os.File
+	pids atomic.Int64 // the limit of tasks, or 0
+	cpu  atomic.Int64 // milliseconds used in cgroups that are removed
 }
 
 // cgroup holds one process and everything it started. A nil cgroup is one outside a sandbox: it is empty.
@@ -63,6 +66,7 @@ func mountCgroups() (*cgroups, error) {
 
 // limit bounds the number of tasks of all user processes together, and tells programs the memory limit, which the guard enforces.
 func (c *cgroups) limit(pids, memory int64) error {
+	c.pids.Store(pids)
 	for name, value := range map[string]int64{"pids.max": pids, "memory.max": memory} {
 		text := "max"
 		if value > 0 {
@@ -75,7 +79,7 @@ func (c *cgroups) limit(pids, memory int64) error {
 	return nil
 }
 
-// add makes a cgroup for a process.
+// add makes a cgroup for a process. It may fill all but an eighth of the users' cgroup, so that a fork bomb in one leaves room for others.
 func (c *cgroups) add(name string) (*cgroup, error) {
 	if err := unix.Mkdirat(int(c.dir.Fd()), name, 0o755); err != nil {
 		return nil, fmt.Errorf("make cgroup %s: %w", name, err)
@@ -85,7 +89,14 @@ func (c *cgroups) add(name string) (*cgroup, error) {
 		_ = unix.Unlinkat(int(c.dir.Fd()), name, unix.AT_REMOVEDIR)
 		return nil, fmt.Errorf("open cgroup %s: %w", name, err)
 	}
-	return &cgroup{dir: os.NewFile(uintptr(fd), name), parent: c, name: name}, nil
+	g := &cgroup{dir: os.NewFile(uintptr(fd), name), parent: c, name: name}
+	if share := c.pids.Load() / 8 * 7; share > 0 {
+		if err := writeAt(g.dir, "pids.max", strconv.FormatInt(share, 10)); err != nil {
+			g.remove()
+			return nil, fmt.Errorf("limit cgroup %s: %w", name, err)
+		}
+	}
+	return g, nil
 }
 
 // remove takes the cgroup away if nothing is left in it.
@@ -98,9 +109,11 @@ func (g *cgroup) remove() bool {
 	if g.removed {
 		return true
 	}
+	cpu := keyed(readAt(g.dir, "cpu.stat"), "usage_usec") / 1000 // the parent forgets it
 	if err := unix.Unlinkat(int(g.parent.dir.Fd()), g.name, unix.AT_REMOVEDIR); err != nil {
 		return false
 	}
+	g.parent.cpu.Add(cpu)
 	g.removed = true
 	_ = g.dir.Close()
 	return true
@@ -142,6 +155,9 @@ func (g *cgroup) kill() {
 	}
 }
 
+// hitLimit says whether a fork in the cgroup was refused for its number of tasks.
+func (g *cgroup) hitLimit() bool { return g != nil && keyed(g.read("pids.events"), "max") > 0 }
+
 // usage gives CPU milliseconds and memory bytes of the cgroup, or outside a sandbox of the process.
 func (g *cgroup) usage(pid int) (cpuMS, memory int64) {
 	if g == nil {
@@ -167,7 +183,7 @@ func procUsage(pid int) (cpuMS, memory int64) {
 func (c *cgroups) usage() Usage {
 	return Usage{
 		Memory:    number(readAt(c.dir, "memory.current")),
-		CPUMS:     keyed(readAt(c.dir, "cpu.stat"), "usage_usec") / 1000,
+		CPUMS:     c.cpu.Load() + keyed(readAt(c.dir, "cpu.stat"), "usage_usec")/1000,
 		Processes: number(readAt(c.dir, "pids.current")),
 	}
 }

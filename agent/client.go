@@ -316,14 +316,15 @@ func (c *Client) WriteFile(ctx context.Context, path string, r io.Reader, o Writ
 		return FileInfo{}, err
 	}
 	defer end()
+	answered := awaitAnswer(stream)
 	src := &sourceReader{r: r}
 	if _, err := writeChunks(stream, src); err == nil {
 		_ = endChunks(stream, answer{}) // a failure shows in the answer below
 	} else if src.err != nil {
 		return FileInfo{}, src.err // closing without the end: nothing of it becomes visible
 	}
-	var a answer
-	if err := readMessage(stream, &a); err != nil {
+	a, err := answered()
+	if err != nil {
 		return FileInfo{}, c.streamError(ctx, streamWrite, err)
 	}
 	if a.Error != nil {
@@ -333,6 +334,21 @@ func (c *Client) WriteFile(ctx context.Context, path string, r io.Reader, o Writ
 		return FileInfo{}, c.lost(streamWrite, errors.New("answer without info"))
 	}
 	return *a.Info, nil
+}
+
+// awaitAnswer reads the guest's second answer while we write: one that comes early says that the rest is of no use, and ends the writing.
+func awaitAnswer(stream *yamux.Stream) (answered func() (answer, error)) {
+	var a answer
+	done := make(chan error, 1)
+	go func() {
+		err := readMessage(stream, &a)
+		_ = stream.SetWriteDeadline(time.Unix(1, 0))
+		done <- err
+	}()
+	return func() (answer, error) {
+		err := <-done
+		return a, err
+	}
 }
 
 // sourceReader remembers the error of the caller's reader, to tell it from one of the stream.
@@ -364,9 +380,10 @@ func (c *Client) WriteStdin(ctx context.Context, process string, input []byte, e
 		_ = stream.SetReadDeadline(time.Now().Add(2 * time.Second))
 	})
 	defer stop()
+	answered := awaitAnswer(stream)
 	_, _ = io.Copy(stream, bytes.NewReader(input)) // a failure shows in the answer below
-	var a answer
-	if err := readMessage(stream, &a); err != nil {
+	a, err := answered()
+	if err != nil {
 		return 0, c.streamError(ctx, streamStdin, err)
 	}
 	if ctx.Err() != nil {

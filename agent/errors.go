@@ -23,6 +23,7 @@ var (
 	ErrNoMatch    = errors.New("text does not occur in the file")
 	ErrAmbiguous  = errors.New("text occurs more than once")
 	ErrCwd        = errors.New("no such working directory")
+	ErrCommand    = errors.New("command line too long")
 	ErrLimit      = errors.New("limit reached")
 	// ErrLost means that the agent or the pipe to it is gone.
 	ErrLost = errors.New("agent lost")
@@ -33,7 +34,7 @@ var (
 var kinds = map[string]error{
 	"no_process": ErrNoProcess, "ended": ErrEnded, "tag_in_use": ErrTagInUse, "no_user": ErrNoUser, "no_signal": ErrNoSignal,
 	"stdin": ErrStdin, "invalid": ErrInvalid, "too_large": ErrTooLarge, "not_regular": ErrNotRegular, "not_text": ErrNotText,
-	"no_match": ErrNoMatch, "ambiguous": ErrAmbiguous, "cwd": ErrCwd, "limit": ErrLimit,
+	"no_match": ErrNoMatch, "ambiguous": ErrAmbiguous, "cwd": ErrCwd, "limit": ErrLimit, "command": ErrCommand,
 }
 
 // Error is an error of the guest as it crosses the pipe.

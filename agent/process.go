@@ -45,6 +45,8 @@ type process struct {
 	status syscall.WaitStatus
 	usage  syscall.Rusage
 	cause  string
+	// limitHit says that it wanted more processes than it may have.
+	limitHit bool
 }
 
 // running says whether the leader is alive.
@@ -72,8 +74,9 @@ func (p *process) watch(exit <-chan exitStatus) {
 	for _, r := range p.pipes {
 		r.drain(time.Now().Add(drainBound))
 	}
+	limitHit := p.group.hitLimit()
 	p.mu.Lock()
-	p.ended, p.status, p.usage = time.Now(), status.status, status.usage
+	p.ended, p.status, p.usage, p.limitHit = time.Now(), status.status, status.usage, limitHit
 	stdin := p.stdin
 	p.stdin = nil
 	p.mu.Unlock()
@@ -111,6 +114,10 @@ func (p *process) signal(sig syscall.Signal) error {
 		return nil
 	}
 	// The leader's pid may belong to another process by now: go by the cgroup.
+	if sig == syscall.SIGKILL && p.group != nil {
+		p.group.kill() // at once: a fork bomb outruns a list of pids
+		return nil
+	}
 	pids := p.group.pids()
 	if len(pids) == 0 {
 		return fmt.Errorf("signal process %s: %w", p.id, ErrEnded)
@@ -144,7 +151,7 @@ func (p *process) describe() Process {
 	done := !p.running()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	d.StdinOpen, d.Cause = p.stdin != nil, p.cause
+	d.StdinOpen, d.Cause, d.LimitHit = p.stdin != nil, p.cause, p.limitHit || p.group.hitLimit()
 	if !done {
 		d.CPUMS, d.Memory = p.group.usage(p.pid)
 		return d
@@ -155,9 +162,18 @@ func (p *process) describe() Process {
 		d.Signal = unix.SignalName(p.status.Signal())
 	}
 	d.CPUMS = (p.usage.Utime.Nano() + p.usage.Stime.Nano()) / 1e6
-	d.Memory = p.usage.Maxrss << 10
+	if peak := p.usage.Maxrss << 10; peak > agentPeak() {
+		d.Memory = peak // a smaller one is the agent's own, which the fork began with
+	}
 	d.Children = len(p.group.pids())
 	return d
+}
+
+// agentPeak is the agent's own largest resident memory so far, in bytes.
+func agentPeak() int64 {
+	var u syscall.Rusage
+	_ = syscall.Getrusage(syscall.RUSAGE_SELF, &u) // cannot fail
+	return u.Maxrss << 10
 }
 
 // wait waits for the end, at most for that long, and describes.

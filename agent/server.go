@@ -186,16 +186,22 @@ func (s *Server) serveStream(ctx context.Context, stream *yamux.Stream) {
 		s.serveRead(stream, h)
 	case streamWrite:
 		s.serveWrite(stream, h)
+		discard(stream)
 	case streamOutput:
 		s.serveOutput(ctx, stream, h)
 	case streamStdin:
 		s.serveStdin(ctx, stream, h)
+		cancel()
+		discard(stream)
 	case streamDial:
 		s.serveDial(ctx, stream, h)
 	default:
 		_ = writeMessage(stream, answer{Error: wireError(invalid("unknown stream %q", clip(h.Stream, 40)))})
 	}
 }
+
+// discard reads what the host still sends until it closes: closing first would reset the stream, and our answer with it.
+func discard(stream *yamux.Stream) { _, _ = io.Copy(io.Discard, stream) }
 
 // enter gives a process its id and checks its tag.
 func (s *Server) enter(p *process) error {

@@ -81,7 +81,7 @@ func (s *Server) prepare(req StartRequest) (*process, []string, error) {
 		return nil, nil, invalid("start: the command contains a NUL byte")
 	}
 	if len(req.Command) > maxCommand {
-		return nil, nil, fmt.Errorf("start: the command has %d bytes, at most %d are possible: %w", len(req.Command), maxCommand, ErrTooLarge)
+		return nil, nil, fmt.Errorf("start: the command has %d bytes, at most %d are possible: %w", len(req.Command), maxCommand, ErrCommand)
 	}
 	if len(req.Tag) > maxTag {
 		return nil, nil, invalid("start: the tag has %d bytes, at most %d are allowed", len(req.Tag), maxTag)

@@ -18,6 +18,12 @@ type identity struct {
 	home   string
 }
 
+// builtin are the users that every sandbox has.
+var builtin = map[string]identity{
+	"root": {name: "root", home: "/root"},
+	"user": {name: "user", uid: 1000, gid: 1000, home: "/home/user"},
+}
+
 // lookup finds a user by name, uid or uid:gid; "" is the sandbox' own user. Outside a sandbox there is only the agent's own.
 func (s *Server) lookup(spec string) (identity, error) {
 	if !s.opts.Init {
@@ -43,6 +49,9 @@ func (s *Server) lookup(spec string) (identity, error) {
 			id, found = identity{name: f[0], uid: uint32(uid), gid: uint32(gid), home: f[5]}, true
 			break
 		}
+	}
+	if known, ok := builtin[name]; ok && !found {
+		id, found = known, true // the guest has lost its /etc/passwd: it can still be worked in
 	}
 	if !found {
 		uid, err := strconv.ParseUint(name, 10, 32)

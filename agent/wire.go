@@ -187,6 +187,8 @@ type Process struct {
 	Cause    string `json:"cause,omitempty"`
 	// Children counts what the process started and left behind; they go on when it has ended.
 	Children int `json:"children,omitempty"`
+	// LimitHit says that a fork was refused because there were too many processes.
+	LimitHit bool `json:"limit_hit,omitempty"`
 	// CPUMS is the CPU time used in milliseconds, Memory the bytes used now, or at most once it has ended.
 	CPUMS     int64 `json:"cpu_ms"`
 	Memory    int64 `json:"memory"`

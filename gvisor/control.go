@@ -20,6 +20,7 @@ type execArgs struct {
 	Envv             []string `json:"envv"`
 	WorkingDirectory string   `json:"wd"`
 	ContainerID      string
+	GuestFDs         []int // where the guest sees Files
 	urpc.FilePayload
 }
 

@@ -27,8 +27,8 @@ type runsc struct {
 	size int64  // of the upper layer, bytes
 }
 
-// ids are the host ids that a sandbox' root is mapped to.
-func ids() (uid, gid int) {
+// Owner is whom sandboxes run as on the host: the server's own user, or where that is root an id that owns nothing else.
+func Owner() (uid, gid int) {
 	if os.Geteuid() == 0 {
 		return hostID, hostID
 	}
@@ -50,7 +50,7 @@ func (r runsc) command(ctx context.Context, args ...string) (*exec.Cmd, io.Close
 	cmd.Args[0] = "runsc"
 	cmd.Env = []string{"PATH=/usr/bin:/bin", "HOME=/"}
 	cmd.Dir = "/"
-	uid, gid := ids()
+	uid, gid := Owner()
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNS | syscall.CLONE_NEWIPC,
 		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: uid, Size: 1}},

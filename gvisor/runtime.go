@@ -133,7 +133,7 @@ func makeDirs(dir string) error {
 
 // giveAway gives a machine's directory to whom the sandbox runs as. As an ordinary user that is the same.
 func giveAway(dir string) error {
-	uid, gid := ids()
+	uid, gid := Owner()
 	if uid == os.Geteuid() {
 		return nil
 	}
@@ -205,7 +205,7 @@ func (r *Runtime) Attach(ctx context.Context, dir string) (_ sandbox.Machine, er
 	if err != nil {
 		return nil, fmt.Errorf("attach: %w", err)
 	}
-	args := &execArgs{Filename: mf.Agent, Argv: []string{mf.Agent, "attach"}, Envv: []string{"PATH=/usr/bin:/bin"}, WorkingDirectory: "/", ContainerID: containerID}
+	args := &execArgs{Filename: mf.Agent, Argv: []string{mf.Agent, "attach"}, Envv: []string{"PATH=/usr/bin:/bin"}, WorkingDirectory: "/", ContainerID: containerID, GuestFDs: []int{0, 1, 2}}
 	args.Files = []*os.File{streams.in, streams.out, streams.err}
 	var pid int32
 	if err := control(ctx, runDir(dir), "ExecuteAsync", args, &pid); err != nil {

@@ -23,6 +23,8 @@ const HostName = "host"
 // Store gives templates. It is safe for concurrent use.
 type Store struct {
 	Dir string // where root file systems are kept; made if missing
+	// UID and GID are given what is made; zero leaves it to the server's user. Sandboxes see them as root.
+	UID, GID int
 
 	mu   sync.Mutex
 	root string // of the host template, once it is made
@@ -120,11 +122,14 @@ func (s *Store) makeRoot(mounts []sandbox.Mount, links map[string]string) (strin
 	if err := fill(temp, mounts, links); err != nil {
 		return "", err
 	}
+	if err := s.giveAway(temp); err != nil {
+		return "", err
+	}
 	sum, err := digest(temp)
 	if err != nil {
 		return "", err
 	}
-	final := filepath.Join(s.Dir, "host-"+sum[:16])
+	final := filepath.Join(s.Dir, fmt.Sprintf("host-%s-%d", sum[:16], s.UID))
 	if _, err := os.Stat(final); err == nil {
 		return final, nil
 	}
@@ -135,6 +140,19 @@ func (s *Store) makeRoot(mounts []sandbox.Mount, links map[string]string) (strin
 		return "", err
 	}
 	return final, nil
+}
+
+// giveAway gives a tree to whom sandboxes run as.
+func (s *Store) giveAway(root string) error {
+	if s.UID == 0 {
+		return nil
+	}
+	return filepath.WalkDir(root, func(name string, _ fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		return os.Lchown(name, s.UID, s.GID)
+	})
 }
 
 func fill(root string, mounts []sandbox.Mount, links map[string]string) error {

@@ -32,13 +32,14 @@ var advice = []struct {
 	{agent.ErrAmbiguous, "Add lines around it to old_str until it is unique, or set replace_all."},
 	{agent.ErrNotText, "Use exec to change it."},
 	{agent.ErrNotRegular, "Use exec to work with it."},
+	{agent.ErrCommand, "Write it to a file with file_write and run that."},
 	{agent.ErrTooLarge, "Use exec to work with it in parts."},
 	{agent.ErrLimit, "End some processes with process_signal; process_list shows them."},
 	{agent.ErrLost, "The sandbox has ended. Call sandbox_create for a new one."},
 	{syscall.ENOSPC, "The sandbox' disk is full: remove files with file_remove or exec; sandbox_get shows how much is used."},
-	{syscall.EISDIR, "It is a directory: use file_list to see what is in it, or give the path of a file."},
+	{syscall.EISDIR, "Use file_list to see what is in it, or give the path of a file."},
 	{syscall.ENOTDIR, "A part of the path is not a directory: check it with file_list."},
-	{syscall.ENOTEMPTY, "The directory is not empty: set recursive to remove it with all that is in it."},
+	{syscall.ENOTEMPTY, "Set recursive to remove it with all that is in it."},
 	{syscall.EROFS, "This part of the sandbox is read-only; use a path in /home/user, /tmp or /opt."},
 	{syscall.ENAMETOOLONG, "Use a shorter path."},
 	{fs.ErrNotExist, "Check the path with file_list."},
@@ -81,6 +82,9 @@ func explain(tool string, err error) string {
 // sentence makes a sentence of an error's text; what the guest put into it is made inert.
 func sentence(err error) string {
 	text := render([]byte(err.Error()))
+	for _, plain := range []error{agent.ErrInvalid, sandbox.ErrInvalid} {
+		text = strings.TrimSuffix(text, ": "+plain.Error())
+	}
 	if text == "" {
 		return "It failed."
 	}

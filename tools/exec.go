@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/mark3labs/mcp-go/server"
@@ -22,7 +23,7 @@ const (
 func (s *Service) execTools() []server.ServerTool {
 	return []server.ServerTool{
 		define("exec", "Run a shell command (bash) in the sandbox and return its output and exit code. If it has not ended after yield_ms it goes on in the background: the result then has state \"running\" and a process_id for process_wait, process_write and process_signal. Set background for servers.",
-			hints{title: "Run a command", destructive: true}, s.exec),
+			hints{title: "Run a command", destructive: true, long: true}, s.exec),
 	}
 }
 
@@ -187,6 +188,14 @@ func show(sandboxID string, snap agent.Snapshot, w agent.Window, chars int) exec
 		out.ExitCode = &p.ExitCode
 		out.DurationMS = p.Ended.Sub(p.Started).Milliseconds()
 	}
+	var notes []string
+	if p.LimitHit {
+		notes = append(notes, "it wanted more processes than a command may have")
+	}
+	if p.Children > 0 {
+		notes = append(notes, fmt.Sprintf("%s it started still running, process_signal reaches them", plural(int64(p.Children), "process")))
+	}
+	out.Note = strings.Join(notes, "; ")
 	cut := o.TailStart > o.HeadEnd
 	head, tail := o.Head, o.Tail
 	if cut {
@@ -213,7 +222,7 @@ func show(sandboxID string, snap agent.Snapshot, w agent.Window, chars int) exec
 	out.LeftOut = max(o.TailStart-o.HeadEnd, 0)
 	again := fmt.Sprintf("process_wait with process_id %q and offset %d gives the rest", p.ID, o.HeadEnd)
 	if w.Tail == 0 {
-		out.NextOffset, out.Note = o.HeadEnd, again
+		out.NextOffset, out.Note = o.HeadEnd, strings.Join(append(notes, again), "; ")
 		return out
 	}
 	out.Output = fmt.Sprintf("%s\n[… %s left out; %s …]\n%s", string(left), plural(out.LeftOut, "byte"), again, string(right))

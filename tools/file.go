@@ -28,7 +28,7 @@ const (
 func (s *Service) fileTools() []server.ServerTool {
 	return []server.ServerTool{
 		define("file_read", "Read a text file by lines, an image as an image, or any file as base64. Directories: file_list.",
-			hints{title: "Read a file", readOnly: true, idempotent: true}, s.fileRead),
+			hints{title: "Read a file", readOnly: true, idempotent: true, long: true}, s.fileRead),
 		define("file_write", "Create or replace a file (atomically), append to it, or write several files at once. Missing directories are made.",
 			hints{title: "Write a file", destructive: true, idempotent: true}, s.fileWrite),
 		define("file_edit", "Change a text file: replace old_str, which must occur exactly once, by new_str; or insert new_str behind line insert_line.",
@@ -276,13 +276,33 @@ func (o filesOutput) text() string {
 	return strings.Join(lines, "\n")
 }
 
-func (s *Service) fileWrite(ctx context.Context, in fileWriteInput) (filesOutput, error) {
+// written is a file that a tool has changed.
+type written struct {
+	Path string `json:"path"`
+	Size int64  `json:"size"`
+}
+
+func (w written) text() string { return fmt.Sprintf("%s, now %d bytes", w.Path, w.Size) }
+
+type fileWriteOutput struct {
+	Files []written `json:"files"`
+}
+
+func (o fileWriteOutput) text() string {
+	var lines []string
+	for _, w := range o.Files {
+		lines = append(lines, "Wrote "+w.text()+".")
+	}
+	return strings.Join(lines, "\n")
+}
+
+func (s *Service) fileWrite(ctx context.Context, in fileWriteInput) (fileWriteOutput, error) {
 	puts := in.Files
 	switch {
 	case len(puts) > 0 && (in.Path != "" || in.Content != ""):
-		return filesOutput{}, badArgument("Give either \"path\" and \"content\", or \"files\".")
+		return fileWriteOutput{}, badArgument("Give either \"path\" and \"content\", or \"files\".")
 	case len(puts) == 0 && in.Path == "":
-		return filesOutput{}, badArgument("The argument \"path\" is missing: the absolute path of the file.")
+		return fileWriteOutput{}, badArgument("The argument \"path\" is missing: the absolute path of the file.")
 	case len(puts) == 0:
 		puts = []fileToPut{{Path: in.Path, Content: in.Content, Encoding: in.Encoding}}
 	}
@@ -293,27 +313,27 @@ func (s *Service) fileWrite(ctx context.Context, in fileWriteInput) (filesOutput
 		if f.Encoding == "base64" {
 			var err error
 			if bodies[i], err = base64.StdEncoding.DecodeString(f.Content); err != nil {
-				return filesOutput{}, badArgument("The content of %s is not base64: %v.", f.Path, err)
+				return fileWriteOutput{}, badArgument("The content of %s is not base64: %v.", f.Path, err)
 			}
 		}
 		if len(bodies[i]) > maxFile {
-			return filesOutput{}, badArgument("The content of %s has %d bytes, at most %d can be written in one call. Write it in parts with mode append.", f.Path, len(bodies[i]), maxFile)
+			return fileWriteOutput{}, badArgument("The content of %s has %d bytes, at most %d can be written in one call. Write it in parts with mode append.", f.Path, len(bodies[i]), maxFile)
 		}
 	}
 	_, client, err := s.agent(ctx, in.target, "write a file in")
 	if err != nil {
-		return filesOutput{}, err
+		return fileWriteOutput{}, err
 	}
-	out := filesOutput{Files: []fileInfo{}}
+	out := fileWriteOutput{Files: []written{}}
 	for i, f := range puts {
 		info, err := client.WriteFile(ctx, f.Path, bytes.NewReader(bodies[i]), agent.WriteOptions{Mode: in.Mode})
 		if err != nil && len(out.Files) > 0 {
 			err = fmt.Errorf("%w (the %d files before it are written)", err, len(out.Files))
 		}
 		if err != nil {
-			return filesOutput{}, err
+			return fileWriteOutput{}, err
 		}
-		out.Files = append(out.Files, describeFile(info))
+		out.Files = append(out.Files, written{Path: info.Path, Size: info.Size})
 	}
 	return out, nil
 }
@@ -451,16 +471,16 @@ type fileMoveInput struct {
 	target
 }
 
-func (s *Service) fileMove(ctx context.Context, in fileMoveInput) (fileInfo, error) {
+func (s *Service) fileMove(ctx context.Context, in fileMoveInput) (written, error) {
 	_, client, err := s.agent(ctx, in.target, "move a file in")
 	if err != nil {
-		return fileInfo{}, err
+		return written{}, err
 	}
 	info, err := client.Move(ctx, agent.MoveRequest{From: in.From, To: in.To})
 	if err != nil {
-		return fileInfo{}, err
+		return written{}, err
 	}
-	return describeFile(info), nil
+	return written{Path: render([]byte(info.Path)), Size: info.Size}, nil
 }
 
 type fileRemoveInput struct {

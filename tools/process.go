@@ -14,7 +14,7 @@ import (
 func (s *Service) processTools() []server.ServerTool {
 	return []server.ServerTool{
 		define("process_wait", "Wait for a process to end and read its output, also after it has ended. Without offset: head and tail of all its output. With offset: what came since, from the next_offset of the last result.",
-			hints{title: "Wait for a process", readOnly: true, idempotent: true}, s.processWait),
+			hints{title: "Wait for a process", readOnly: true, idempotent: true, long: true}, s.processWait),
 		define("process_write", "Write to the stdin of a process that was started with background, and return what it answers.",
 			hints{title: "Write to a process"}, s.processWrite),
 		define("process_signal", "Send a signal to a process and its group.",
@@ -218,28 +218,49 @@ func (p processInfo) text() string {
 		p.ProcessID, tag, state, p.User, p.Cwd, p.CPUMS, p.MemoryMB, p.Output, times, p.Command)
 }
 
-func (s *Service) processSignal(ctx context.Context, in processSignalInput) (processInfo, error) {
+type processSignalOutput struct {
+	ProcessID string `json:"process_id"`
+	State     string `json:"state"`
+	ExitCode  *int   `json:"exit_code,omitempty"`
+	Children  int    `json:"children,omitempty"`
+}
+
+func (o processSignalOutput) text() string {
+	switch {
+	case o.ExitCode == nil:
+		return "Process " + o.ProcessID + " got the signal and is still running."
+	case o.Children > 0:
+		return fmt.Sprintf("Process %s has exited with %d; %d of the processes it started still run.", o.ProcessID, *o.ExitCode, o.Children)
+	}
+	return fmt.Sprintf("Process %s has exited with %d.", o.ProcessID, *o.ExitCode)
+}
+
+func (s *Service) processSignal(ctx context.Context, in processSignalInput) (processSignalOutput, error) {
 	name, err := in.name()
 	if err != nil {
-		return processInfo{}, err
+		return processSignalOutput{}, err
 	}
 	if in.Signal == "" {
 		in.Signal = "SIGTERM"
 	}
 	_, client, err := s.agent(ctx, in.target, "signal in")
 	if err != nil {
-		return processInfo{}, err
+		return processSignalOutput{}, err
 	}
 	before, err := client.Signal(ctx, name, in.Signal)
 	if err != nil {
-		return processInfo{}, err
+		return processSignalOutput{}, err
 	}
 	// Most signals end a process at once: tell the state that the model will find.
 	after, err := client.Wait(ctx, agent.WaitRequest{Process: before.ID, WaitMS: 100})
 	if err != nil {
-		return processInfo{}, err
+		return processSignalOutput{}, err
 	}
-	return describeProcess(after.Process), nil
+	out := processSignalOutput{ProcessID: after.Process.ID, State: after.Process.State, Children: after.Process.Children}
+	if out.State == agent.StateExited {
+		out.ExitCode = &after.Process.ExitCode
+	}
+	return out, nil
 }
 
 type processListInput struct {

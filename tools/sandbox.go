@@ -241,13 +241,20 @@ type sandboxKillInput struct {
 	SandboxID string `json:"sandbox_id" jsonschema:"from sandbox_list or an earlier result"`
 }
 
-func (s *Service) sandboxKill(ctx context.Context, in sandboxKillInput) (sandboxInfo, error) {
+type sandboxKillOutput struct {
+	SandboxID string `json:"sandbox_id"`
+	State     string `json:"state"`
+}
+
+func (o sandboxKillOutput) text() string { return "Sandbox " + o.SandboxID + " is " + o.State + "." }
+
+func (s *Service) sandboxKill(_ context.Context, in sandboxKillInput) (sandboxKillOutput, error) {
 	sb, err := s.manager.Get(in.SandboxID)
 	if err != nil {
-		return sandboxInfo{}, err
+		return sandboxKillOutput{}, err
 	}
 	if err := sb.Kill(sandbox.CauseKilled); err != nil {
-		return sandboxInfo{}, err
+		return sandboxKillOutput{}, err
 	}
-	return s.describe(ctx, sb.Info()), nil
+	return sandboxKillOutput{SandboxID: sb.ID(), State: string(sb.Info().State)}, nil
 }

@@ -104,7 +104,7 @@ func (s *Service) isDefault(ctx context.Context, id string) bool {
 
 // target is embedded in every input that may name a sandbox.
 type target struct {
-	SandboxID string `json:"sandbox_id,omitempty" jsonschema:"default: this session's own sandbox"`
+	SandboxID string `json:"sandbox_id,omitempty"`
 }
 
 // agent finds the agent of a target's sandbox.

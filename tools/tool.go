@@ -18,6 +18,7 @@ type hints struct {
 	readOnly    bool
 	destructive bool
 	idempotent  bool
+	long        bool // its results may be long, which some clients want to know
 }
 
 // maxResult is what a client is asked to show of a long result, in characters.
@@ -33,7 +34,9 @@ func define[In any, Out output](name, description string, h hints, do func(conte
 	tool.Annotations = mcp.ToolAnnotation{
 		Title: h.title, ReadOnlyHint: &h.readOnly, DestructiveHint: &h.destructive, IdempotentHint: &h.idempotent, OpenWorldHint: new(bool),
 	}
-	tool.Meta = &mcp.Meta{AdditionalFields: map[string]any{"anthropic/maxResultSizeChars": maxResult}}
+	if h.long {
+		tool.Meta = &mcp.Meta{AdditionalFields: map[string]any{"anthropic/maxResultSizeChars": maxResult}}
+	}
 	handle := func(ctx context.Context, req mcp.CallToolRequest) (*mcp.CallToolResult, error) {
 		var in In
 		if err := decode(req.Params.RawArguments, &in); err != nil {

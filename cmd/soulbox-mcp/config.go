@@ -122,8 +122,12 @@ func (c config) newManager(log *slog.Logger) (*sandbox.Manager, error) {
 			return nil, fmt.Errorf("install agent: %w", err)
 		}
 	}
+	templates := &template.Store{Dir: filepath.Join(c.stateDir, "templates")}
+	if os.Geteuid() == 0 {
+		templates.UID, templates.GID = gvisor.Owner()
+	}
 	return sandbox.NewManager(sandbox.Options{
-		Dir: c.stateDir, Runtime: runtime, Templates: &template.Store{Dir: filepath.Join(c.stateDir, "templates")},
+		Dir: c.stateDir, Runtime: runtime, Templates: templates,
 		Log: log, Version: version, Lifetime: c.lifetime, Defaults: c.limits, MemoryBudget: c.budget,
 	})
 }

@@ -1,0 +1,43 @@
+# SoulBox. `make demo` and `make test` need Go, git and make; everything else they build.
+SHELL   := /bin/bash
+GO      ?= go
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+GVISOR  := $(shell sed -n 's|.*gvisor.dev/gvisor \(v[^ ]*\).*|\1|p' gvisor/runsc/go.mod)
+LDFLAGS := -s -w -X main.version=$(VERSION)
+# The race detector needs a C compiler; a bare machine has none.
+RACE    := $(shell command -v gcc >/dev/null && echo -race)
+export CGO_ENABLED = $(if $(RACE),1,0)
+
+.PHONY: build demo test lint golden bench clean
+.DELETE_ON_ERROR:
+
+build: bin/runsc
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
+
+bin/runsc: gvisor/runsc/go.mod gvisor/runsc/go.sum
+	@echo "building runsc $(GVISOR), once; this takes some minutes"
+	mkdir -p bin
+	cd gvisor/runsc && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X gvisor.dev/gvisor/runsc/version.version=$(GVISOR)' -o ../../bin/runsc gvisor.dev/gvisor/runsc
+
+demo: build
+	timeout 120 bin/soulbox-mcp demo
+
+test: build
+	timeout 1200 $(GO) test $(RACE) -timeout 15m ./...
+
+lint:
+	@out=$$(gofmt -l .); test -z "$$out" || { echo "gofmt these:"; echo "$$out"; exit 1; }
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+	$(GO) mod tidy -diff
+	cd gvisor/runsc && $(GO) mod tidy -diff
+
+# Rewrites the recorded outputs that tests compare with; review them as a diff.
+golden: build
+	UPDATE_GOLDEN=1 $(GO) test ./tools ./mcpserver ./cmd/soulbox-mcp -run 'Golden|Readme' -count=1
+
+bench: build
+	timeout 900 env CGO_ENABLED=0 $(GO) test ./agent ./cmd/soulbox-mcp -run '^$$' -bench . -benchtime 200x -timeout 14m
+
+clean:
+	rm -rf bin

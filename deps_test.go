@@ -1,0 +1,166 @@
+// Package soulbox_test holds the rules of the house that concern all packages.
+package soulbox_test
+
+import (
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+const module = "soulbox.dev/soulbox"
+
+// mayImport is the graph of DESIGN.md: which of our packages each may import. Tests may also use internal/sandboxtest.
+var mayImport = map[string][]string{
+	"agent":                {},
+	"sandbox":              {"agent"},
+	"gvisor":               {"sandbox"},
+	"template":             {"sandbox", "agent"},
+	"mcpserver":            {},
+	"tools":                {"sandbox", "agent", "template"},
+	"internal/sandboxtest": {"sandbox", "agent"},
+	"cmd/soulbox-agent":    {"agent"},
+	"cmd/soulbox-mcp":      {"agent", "sandbox", "gvisor", "template", "mcpserver", "tools"},
+}
+
+// testsMayImport adds to mayImport for tests: a runtime is tested with the domain on top and a template below.
+var testsMayImport = map[string][]string{
+	"sandbox": {"internal/sandboxtest"},
+	"gvisor":  {"internal/sandboxtest", "agent", "template"},
+	"tools":   {"internal/sandboxtest", "mcpserver"},
+	"agent":   {},
+}
+
+// onlyIn says who may import a library. Those not named here are free to all but the agent.
+var onlyIn = map[string][]string{
+	"github.com/mark3labs/mcp-go":            {"tools", "resources", "mcpserver", "cmd/soulbox-mcp"},
+	"github.com/opencontainers/runtime-spec": {"gvisor", "template"},
+	"github.com/opencontainers/image-spec":   {"gvisor", "template"},
+	"gvisor.dev/gvisor":                      {"gvisor"},
+	"flag":                                   {"cmd/soulbox-mcp", "cmd/soulbox"},
+	"github.com/google/jsonschema-go":        {"tools"},
+	"github.com/sourcegraph/jsonrpc2":        {"agent"},
+	"github.com/hashicorp/yamux":             {"agent"},
+}
+
+// agentMayUse are the libraries of the agent, which must stay small.
+var agentMayUse = []string{"github.com/sourcegraph/jsonrpc2", "github.com/hashicorp/yamux", "github.com/creack/pty", "github.com/fsnotify/fsnotify", "golang.org/x/sys"}
+
+func TestImports(t *testing.T) {
+	seen := map[string]bool{}
+	for file, imports := range allImports(t) {
+		pkg := path.Dir(file)
+		if pkg == "." {
+			continue
+		}
+		seen[pkg] = true
+		allowed, known := mayImport[pkg]
+		if !known {
+			t.Errorf("%s: package %s is not in the layout of DESIGN.md", file, pkg)
+			continue
+		}
+		test := strings.HasSuffix(file, "_test.go")
+		if test {
+			allowed = append(slices.Clone(allowed), append(testsMayImport[pkg], pkg, "internal/sandboxtest")...)
+		}
+		for _, imported := range imports {
+			if ours, ok := strings.CutPrefix(imported, module+"/"); ok && !slices.Contains(allowed, ours) {
+				t.Errorf("%s imports %s, which %s may not", file, ours, pkg)
+			}
+			for library, owners := range onlyIn {
+				if (imported == library || strings.HasPrefix(imported, library+"/")) && !slices.Contains(owners, pkg) {
+					t.Errorf("%s imports %s, which only %s may", file, imported, strings.Join(owners, ", "))
+				}
+			}
+			first, _, _ := strings.Cut(imported, "/")
+			if pkg == "agent" && !test && strings.Contains(first, ".") &&
+				!slices.ContainsFunc(agentMayUse, func(lib string) bool { return imported == lib || strings.HasPrefix(imported, lib+"/") }) {
+				t.Errorf("%s imports %s: the agent is to stay small", file, imported)
+			}
+		}
+	}
+	for pkg := range mayImport {
+		if !seen[pkg] {
+			t.Errorf("package %s of the layout does not exist", pkg)
+		}
+	}
+}
+
+// TestEnvironment keeps reading of the environment in cmd.
+func TestEnvironment(t *testing.T) {
+	for file := range allImports(t) {
+		if strings.HasPrefix(file, "cmd/") || strings.HasPrefix(file, "internal/") || strings.HasSuffix(file, "_test.go") {
+			continue
+		}
+		body, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, call := range []string{"os.Getenv(", "os.LookupEnv(", "os.Environ("} {
+			if strings.Contains(string(body), call) {
+				t.Errorf("%s calls %s; only cmd reads the environment", file, call)
+			}
+		}
+	}
+}
+
+// TestPackageDocs wants a paragraph on every package.
+func TestPackageDocs(t *testing.T) {
+	for pkg := range mayImport {
+		files, err := filepath.Glob(filepath.Join(pkg, "*.go"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		documented := false
+		for _, file := range files {
+			parsed, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.ParseComments|parser.PackageClauseOnly)
+			if err != nil {
+				t.Fatal(err)
+			}
+			documented = documented || parsed.Doc != nil
+		}
+		if !documented {
+			t.Errorf("package %s has no doc comment", pkg)
+		}
+	}
+}
+
+// allImports maps every Go file of the module to its imports.
+func allImports(t *testing.T) map[string][]string {
+	t.Helper()
+	all := map[string][]string{}
+	err := filepath.WalkDir(".", func(name string, entry fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if entry.IsDir() && (name == "bin" || name == ".git" || name == "gvisor/runsc") {
+			return fs.SkipDir
+		}
+		if !strings.HasSuffix(name, ".go") {
+			return nil
+		}
+		parsed, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.ImportsOnly)
+		if err != nil {
+			return err
+		}
+		all[name] = nil
+		for _, spec := range parsed.Imports {
+			imported, err := strconv.Unquote(spec.Path.Value)
+			if err != nil {
+				return err
+			}
+			all[name] = append(all[name], imported)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}

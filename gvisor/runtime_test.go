@@ -1,0 +1,306 @@
+package gvisor_test
+
+import (
+	"context"
+	"errors"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/gvisor"
+	"soulbox.dev/soulbox/internal/sandboxtest"
+	"soulbox.dev/soulbox/sandbox"
+	"soulbox.dev/soulbox/template"
+)
+
+func TestMain(m *testing.M) { sandboxtest.Main(m) }
+
+func newRuntime(t *testing.T) (*gvisor.Runtime, sandbox.Template) {
+	t.Helper()
+	host, err := newStore(sandboxtest.Dir(t)).Template(t.Context(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &gvisor.Runtime{Runsc: sandboxtest.Program(t, "runsc"), Agent: sandboxtest.AgentPath(t)}, host
+}
+
+func newStore(dir string) *template.Store {
+	store := &template.Store{Dir: filepath.Join(dir, "templates")}
+	if os.Geteuid() == 0 {
+		store.UID, store.GID = gvisor.Owner()
+	}
+	return store
+}
+
+func TestRuntime(t *testing.T) {
+	runtime, host := newRuntime(t)
+	sandboxtest.Suite(t, runtime, host)
+}
+
+// newSandbox is a real sandbox under a real Manager.
+func newSandbox(t *testing.T, o sandbox.CreateOptions) (*sandbox.Sandbox, *agent.Client) {
+	t.Helper()
+	runtime, _ := newRuntime(t)
+	dir := sandboxtest.Dir(t)
+	manager, err := sandbox.NewManager(sandbox.Options{Dir: dir, Runtime: runtime, Templates: newStore(dir), Version: "test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := manager.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	sb, err := manager.Create(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	client, err := sb.Agent("test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return sb, client
+}
+
+func output(s agent.Snapshot) string { return string(s.Output.Head) + string(s.Output.Tail) }
+
+// TestNothingOfTheHost is THREATS.md's first row.
+func TestNothingOfTheHost(t *testing.T) {
+	secret := filepath.Join(sandboxtest.Dir(t), "secret")
+	if err := os.WriteFile(secret, []byte("top secret"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("SOULBOX_TEST_SECRET", "top secret")
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	_, port, err := net.SplitHostPort(listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, c := newSandbox(t, sandbox.CreateOptions{})
+	for name, test := range map[string]struct{ command, want string }{
+		"a host file":       {"cat " + secret + " 2>&1", "No such file"},
+		"homes":             {"ls /home", "user\n"},
+		"root's home":       {"ls -A /root", ""},
+		"logs":              {"ls /var/log", ""},
+		"processes":         {"ls -d /proc/[0-9]* | wc -l | { read n; test $n -le 5 && echo few; }", "few\n"},
+		"interfaces":        {"cat /proc/net/dev | tail -n +3 | cut -d: -f1 | tr -d ' \\n'", "lo"},
+		"the host's ports":  {"(exec 3<>/dev/tcp/127.0.0.1/" + port + ") 2>&1", "refused"},
+		"the agent's files": {"ls -l /proc/self/fd | tail -n +2 | wc -l", "4\n"}, // 0, 1, 2 and the directory itself
+		"init's memory":     {"cat /proc/1/environ; head -c 10 /proc/1/mem; ls /proc/1/fd; true", ""},
+		"mounting":          {"mount -t tmpfs none /mnt 2>&1; umount /sys 2>&1; unshare -m true 2>&1; mknod /tmp/x b 8 0 2>&1; ls /tmp", ""},
+	} {
+		got := output(sandboxtest.RunAs(t, c, "root", test.command))
+		if name == "mounting" {
+			if strings.Contains(got, "\nx\n") || !strings.Contains(got, "ermi") {
+				t.Errorf("%s: got %q", name, got)
+			}
+			continue
+		}
+		if name == "init's memory" {
+			if strings.Contains(got, "secret") {
+				t.Errorf("%s: got %q", name, got)
+			}
+			continue
+		}
+		if !strings.Contains(got, test.want) || test.want == "" && got != "" {
+			t.Errorf("%s: got %q, want %q", name, got, test.want)
+		}
+	}
+	env := output(sandboxtest.Run(t, c, "env"))
+	if strings.Contains(env, "SECRET") || strings.Contains(env, "SOULBOX") {
+		t.Errorf("the host's environment is seen: %s", env)
+	}
+}
+
+func TestRemoveEverything(t *testing.T) {
+	before, err := os.Stat("/usr/bin/env")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, c := newSandbox(t, sandbox.CreateOptions{})
+	sandboxtest.RunAs(t, c, "root", "rm -rf --no-preserve-root /home /etc /var /tmp /root /opt /bin /lib /lib64 /usr/bin /.soulbox; true")
+	if after, err := os.Stat("/usr/bin/env"); err != nil || !after.ModTime().Equal(before.ModTime()) {
+		t.Fatalf("the host was touched: %v", err)
+	}
+	// The agent lives: files and direct commands go on.
+	if _, err := c.WriteFile(t.Context(), "/home/user/new", strings.NewReader("x"), agent.WriteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	// A loader is not there any more, so a command fails; but it says so.
+	if _, err := c.Start(t.Context(), agent.StartRequest{Args: []string{"/usr/bin/true"}, WaitMS: 10_000}); err != nil && !errors.Is(err, os.ErrNotExist) {
+		t.Fatal(err)
+	}
+}
+
+func TestKillEverything(t *testing.T) {
+	sb, c := newSandbox(t, sandbox.CreateOptions{})
+	sandboxtest.RunAs(t, c, "root", "kill -9 -1; true")
+	if got := output(sandboxtest.Run(t, c, "echo alive")); got != "alive\n" {
+		t.Fatalf("got %q", got)
+	}
+	// gVisor does not shield init from root's own kill -9 1 (task_signals.go has it as a TODO): that ends the sandbox, with a cause.
+	_, _ = c.Start(t.Context(), agent.StartRequest{Command: "kill -9 1", User: "root"})
+	sandboxtest.Eventually(t, "the sandbox has failed", func() bool { return sb.Info().State == sandbox.Failed })
+	if cause := sb.Info().Cause; cause != "agent lost" {
+		t.Fatalf("cause %q", cause)
+	}
+}
+
+func TestForkBomb(t *testing.T) {
+	_, c := newSandbox(t, sandbox.CreateOptions{Limits: sandbox.Limits{Processes: 128}})
+	for _, user := range []string{"user", "root"} {
+		bomb, err := c.Start(t.Context(), agent.StartRequest{Command: "b() { b | b & }; b; sleep 600", User: user})
+		if err != nil {
+			t.Fatal(err)
+		}
+		sandboxtest.Eventually(t, "the limit is hit", func() bool {
+			snap, err := c.Wait(t.Context(), agent.WaitRequest{Process: bomb.Process.ID})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return snap.Process.LimitHit
+		})
+		if got := output(sandboxtest.Run(t, c, "echo alive")); got != "alive\n" {
+			t.Fatalf("as %s: got %q", user, got)
+		}
+		// Root cannot lift the limit either.
+		lift := sandboxtest.RunAs(t, c, "root", "for f in $(find /sys/fs/cgroup -name pids.max); do echo max > $f; done 2>&1")
+		if !strings.Contains(output(lift), "Read-only") {
+			t.Fatalf("as %s: lifting the limit: %q", user, output(lift))
+		}
+		if _, err := c.Kill(t.Context(), bomb.Process.ID); err != nil {
+			t.Fatal(err)
+		}
+		sandboxtest.Eventually(t, "the bomb is gone", func() bool {
+			u, err := c.Usage(t.Context())
+			return err == nil && u.Processes == 0
+		})
+	}
+}
+
+func TestMemoryBombs(t *testing.T) {
+	sb, c := newSandbox(t, sandbox.CreateOptions{Limits: sandbox.Limits{Memory: 256 << 20}})
+	for name, command := range map[string]string{
+		"fast":       "python3 -c 'x = bytearray(4 << 30)'",
+		"slow":       "python3 -c 'x = []\nwhile True: x.append(bytearray(1 << 20))'",
+		"many":       "for i in 1 2 3 4 5 6; do python3 -c 'x = bytearray(100 << 20); import time; time.sleep(600)' & done; wait -n; kill $(jobs -p)",
+		"by a child": "(python3 -c 'x = bytearray(4 << 30)'); exit 0",
+	} {
+		snap := sandboxtest.Run(t, c, command)
+		if snap.Process.Cause != agent.CauseOOM {
+			t.Errorf("%s: cause %q, exit %d, output %q", name, snap.Process.Cause, snap.Process.ExitCode, output(snap))
+		}
+		if got := output(sandboxtest.Run(t, c, "echo alive")); got != "alive\n" {
+			t.Errorf("%s: afterwards got %q", name, got)
+		}
+	}
+	// Shared memory is bounded too: a tmpfs is memory.
+	snap := sandboxtest.Run(t, c, "head -c 1G /dev/zero > /dev/shm/x; rm /dev/shm/x")
+	if !strings.Contains(output(snap), "No space") && snap.Process.Cause != agent.CauseOOM {
+		t.Errorf("a tmpfs: %q, cause %q", output(snap), snap.Process.Cause)
+	}
+	if sb.Info().State != sandbox.Running {
+		t.Fatalf("the sandbox is %s", sb.Info().State)
+	}
+}
+
+func TestFullDisk(t *testing.T) {
+	_, c := newSandbox(t, sandbox.CreateOptions{Limits: sandbox.Limits{Disk: 64 << 20}})
+	snap := sandboxtest.Run(t, c, "head -c 200M /dev/zero > /home/user/big")
+	if !strings.Contains(output(snap), "No space left") {
+		t.Fatalf("got %q", output(snap))
+	}
+	_, err := c.WriteFile(t.Context(), "/home/user/small", strings.NewReader(strings.Repeat("x", 1<<20)), agent.WriteOptions{})
+	if !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("write on a full disk: %v", err)
+	}
+	// No partial state: neither the file nor a temporary one.
+	left := output(sandboxtest.Run(t, c, "ls -A /home/user | grep -e small -e soulbox; echo end"))
+	if left != "end\n" {
+		t.Fatalf("left: %q", left)
+	}
+	// Output still works, from memory.
+	flood := sandboxtest.Run(t, c, "seq 1 200000")
+	if !strings.HasSuffix(string(flood.Output.Tail), "\n200000\n") || !strings.HasPrefix(string(flood.Output.Head), "1\n2\n") {
+		t.Fatalf("the output of a flood on a full disk: %+v", flood.Process)
+	}
+	if err := c.Remove(t.Context(), agent.PathRequest{Path: "/home/user/big"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.WriteFile(t.Context(), "/home/user/small", strings.NewReader("x"), agent.WriteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestNoZombies(t *testing.T) {
+	_, c := newSandbox(t, sandbox.CreateOptions{})
+	sandboxtest.Run(t, c, "for i in $(seq 50); do (setsid sh -c 'sleep 0.01 & exec sleep 0.02' &) ; done; sleep 0.2")
+	sandboxtest.Eventually(t, "no zombie is left", func() bool {
+		return output(sandboxtest.RunAs(t, c, "root", "cat /proc/[0-9]*/stat | awk '$3 == \"Z\"' | wc -l")) == "0\n"
+	})
+}
+
+func TestSentryKilled(t *testing.T) {
+	sb, c := newSandbox(t, sandbox.CreateOptions{})
+	snap, err := c.Start(t.Context(), agent.StartRequest{Command: "sleep 600"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	waited := make(chan error, 1)
+	go func() {
+		_, err := c.Wait(context.Background(), agent.WaitRequest{Process: snap.Process.ID, WaitMS: 50_000})
+		waited <- err
+	}()
+	for _, pid := range sandboxtest.Processes(os.TempDir()) {
+		_ = syscall.Kill(pid, syscall.SIGKILL) // it may be gone with another one
+	}
+	if err := <-waited; !errors.Is(err, agent.ErrLost) {
+		t.Fatalf("a wait in flight: %v", err)
+	}
+	sandboxtest.Eventually(t, "the sandbox has failed", func() bool { return sb.Info().State == sandbox.Failed })
+	if _, err := sb.Agent("use"); !errors.Is(err, sandbox.ErrState) || !strings.Contains(err.Error(), "agent lost") {
+		t.Fatal(err)
+	}
+}
+
+func TestSentryStopped(t *testing.T) {
+	sb, _ := newSandbox(t, sandbox.CreateOptions{})
+	for _, pid := range sandboxtest.Processes(os.TempDir()) {
+		if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+	}
+	begin := time.Now()
+	if err := sb.Kill(sandbox.CauseKilled); err != nil {
+		t.Fatal(err)
+	}
+	if took := time.Since(begin); took > 20*time.Second {
+		t.Fatalf("it took %s", took)
+	}
+}
+
+func TestMissingRunsc(t *testing.T) {
+	_, host := newRuntime(t)
+	spec := sandbox.Spec{ID: "sbx", Dir: sandboxtest.Dir(t), Template: host, Limits: sandbox.DefaultLimits()}
+	_, err := (&gvisor.Runtime{Agent: sandboxtest.AgentPath(t)}).Boot(t.Context(), spec)
+	if err == nil || !strings.Contains(err.Error(), "soulbox-mcp doctor") {
+		t.Fatal(err)
+	}
+	broken := filepath.Join(sandboxtest.Dir(t), "runsc")
+	if err := os.WriteFile(broken, []byte("#!/bin/sh\necho it is broken >&2; exit 1\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	_, err = (&gvisor.Runtime{Runsc: broken, Agent: sandboxtest.AgentPath(t)}).Boot(t.Context(), spec)
+	if err == nil {
+		t.Fatal("a broken runsc booted")
+	}
+}

@@ -1,0 +1,197 @@
+package sandboxtest
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// programsVar names the directory of the built programs to a test binary that runs as an ordinary user.
+const programsVar = "SOULBOX_TEST_PROGRAMS"
+
+// ordinaryID is the user that tests run as when they were started as root.
+const ordinaryID = 65_432
+
+// Main runs a package's tests and, when it was started as root, runs them again as an ordinary user with an empty home. What needs
+// runsc fails where runsc does not run: nothing is skipped.
+func Main(m *testing.M) {
+	code := m.Run()
+	if code == 0 && os.Geteuid() == 0 {
+		if err := again(); err != nil {
+			fmt.Fprintln(os.Stderr, "tests as an ordinary user:", err)
+			code = 1
+		}
+	}
+	os.Exit(code)
+}
+
+// again runs this test binary as an ordinary user.
+func again() (err error) {
+	dir, err := os.MkdirTemp("", "soulbox-user-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	wd, err := os.Getwd()
+	if err != nil {
+		return err
+	}
+	copies := map[string]string{self: "test", filepath.Join(wd, "testdata"): "testdata"}
+	programs, err := findPrograms()
+	if err != nil {
+		return err
+	}
+	for _, name := range []string{"runsc", "soulbox-agent", "soulbox-mcp"} {
+		copies[filepath.Join(programs, name)] = name
+	}
+	for from, to := range copies {
+		if err := copyAll(from, filepath.Join(dir, to)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	home := filepath.Join(dir, "home")
+	if err := os.Mkdir(home, 0o700); err != nil {
+		return err
+	}
+	if err := errors.Join(os.Chown(home, ordinaryID, ordinaryID), os.Chmod(dir, 0o755)); err != nil {
+		return err
+	}
+	var args []string
+	for _, a := range os.Args[1:] {
+		if !strings.HasPrefix(a, "-test.testlogfile") && !strings.HasPrefix(a, "-test.gocoverdir") && !strings.HasPrefix(a, "-test.coverprofile") &&
+			!strings.HasPrefix(a, "-test.outputdir") {
+			args = append(args, a)
+		}
+	}
+	fmt.Println("again as an ordinary user")
+	cmd := exec.Command(filepath.Join(dir, "test"), args...)
+	cmd.Dir = dir
+	cmd.Env = []string{"HOME=" + home, "TMPDIR=" + home, "PATH=" + os.Getenv("PATH"), programsVar + "=" + dir}
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: ordinaryID, Gid: ordinaryID}}
+	return cmd.Run()
+}
+
+func copyAll(from, to string) error {
+	info, err := os.Stat(from)
+	if err != nil {
+		return err
+	}
+	if info.IsDir() {
+		return os.CopyFS(to, os.DirFS(from))
+	}
+	src, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	dst, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, info.Mode().Perm())
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(dst, src)
+	return errors.Join(err, dst.Close())
+}
+
+// findPrograms finds bin/ of the module.
+func findPrograms() (string, error) {
+	if dir := os.Getenv(programsVar); dir != "" {
+		return dir, nil
+	}
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for ; dir != "/"; dir = filepath.Dir(dir) {
+		if _, err := os.Stat(filepath.Join(dir, "deps_test.go")); err == nil {
+			bin := filepath.Join(dir, "bin")
+			if _, err := os.Stat(filepath.Join(bin, "runsc")); err != nil {
+				return "", fmt.Errorf("%w: run 'make build' first", err)
+			}
+			return bin, nil
+		}
+	}
+	return "", errors.New("the module's root is not found")
+}
+
+// Program is the path of a built program: runsc, soulbox-agent or soulbox-mcp.
+func Program(t testing.TB, name string) string {
+	t.Helper()
+	dir, err := findPrograms()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Join(dir, name)
+}
+
+// AgentPath is the path of the agent in a directory of its own, which any user can walk to.
+func AgentPath(t testing.TB) string {
+	t.Helper()
+	path := filepath.Join(Dir(t), "soulbox-agent")
+	if err := copyAll(Program(t, "soulbox-agent"), path); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// Dir is a temporary directory that any user can walk through, as sandboxes of a server that is root must. When the test ends, no
+// process of a sandbox in it may run, and it must be possible to remove it: a mount in it would not let it go.
+func Dir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "soulbox-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(dir, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if left := Processes(dir); len(left) > 0 {
+			t.Errorf("processes are left: %v", left)
+		}
+		if err := os.RemoveAll(dir); err != nil {
+			t.Errorf("something is left: %v", err)
+		}
+	})
+	return dir
+}
+
+// Processes lists the processes on the host whose command line names dir: sentries and gofers of sandboxes in it.
+func Processes(dir string) []int {
+	lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		return nil
+	}
+	var pids []int
+	for _, name := range lines {
+		line, err := os.ReadFile(name)
+		pid, perr := strconv.Atoi(filepath.Base(filepath.Dir(name)))
+		if err == nil && perr == nil && pid != os.Getpid() && bytes.Contains(line, []byte("--root="+dir)) {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+// Eventually waits until a condition holds. The bound is far beyond what it should take: it only keeps a failing test from hanging.
+func Eventually(t testing.TB, what string, holds func() bool) {
+	t.Helper()
+	for end := time.Now().Add(30 * time.Second); !holds(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("not within 30 s: %s", what)
+		}
+	}
+}
