@@ -60,7 +60,7 @@ func NewClient(ctx context.Context, conn io.ReadWriteCloser, version string) (_ 
 	if err != nil {
 		return nil, err
 	}
-	c.rpc = jsonrpc2.NewConn(context.Background(), messageStream{stream}, handlerFunc(c.refuse))
+	c.rpc = jsonrpc2.NewConn(context.Background(), messageStream{stream}, handlerFunc(c.refuse), quiet)
 	go c.watch()
 	return c, nil
 }
@@ -234,6 +234,9 @@ func (c *Client) open(h header) (*yamux.Stream, error) {
 	return stream, nil
 }
 
+// drainTime is how long a guest has to end a stream that we have closed.
+const drainTime = 5 * time.Second
+
 // begin opens a stream that lives no longer than ctx, and reads the guest's answer. The caller calls end when it is done.
 func (c *Client) begin(ctx context.Context, h header) (stream *yamux.Stream, a answer, end func(), err error) {
 	if err := ctx.Err(); err != nil {
@@ -250,7 +253,8 @@ func (c *Client) begin(ctx context.Context, h header) (stream *yamux.Stream, a a
 	end = func() {
 		stop()
 		_ = stream.Close()
-		_ = stream.SetDeadline(time.Unix(1, 0)) // unblocks what still reads
+		_ = stream.SetReadDeadline(time.Now().Add(drainTime))
+		go discard(stream) // what the guest sends until it sees the end: at most a window
 	}
 	if err := readMessage(stream, &a); err != nil {
 		end()
@@ -368,6 +372,18 @@ func (s *sourceReader) Read(p []byte) (int, error) {
 // WriteStdin writes to a process that was started with KeepStdin, and closes its stdin if eof. It blocks while the process
 // does not read; when ctx ends, written tells how much went through.
 func (c *Client) WriteStdin(ctx context.Context, process string, input []byte, eof bool) (written int64, err error) {
+	for {
+		part := input[:min(len(input), maxStdin)]
+		input = input[len(part):]
+		n, err := c.writeStdin(ctx, process, part, eof && len(input) == 0)
+		written += n
+		if err != nil || len(input) == 0 {
+			return written, err
+		}
+	}
+}
+
+func (c *Client) writeStdin(ctx context.Context, process string, input []byte, eof bool) (int64, error) {
 	stream, _, end, err := c.begin(context.WithoutCancel(ctx), header{Stream: streamStdin, Process: process, Size: int64(len(input)), EOF: eof})
 	if err != nil {
 		return 0, err

@@ -353,6 +353,7 @@ func (s *Server) serveRead(stream *yamux.Stream, h header) {
 	if err := writeMessage(stream, answer{Info: &info}); err != nil {
 		return
 	}
+	giveUpOnClose(stream)
 	var from io.Reader = f
 	if h.Limit >= 0 {
 		from = io.LimitReader(f, h.Limit)

@@ -8,11 +8,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/hashicorp/yamux"
+	"github.com/sourcegraph/jsonrpc2"
 )
 
 // muxConfig is yamux without keep-alives: a paused guest answers none, and the host sees the end of the pipe anyway.
@@ -22,10 +24,13 @@ func muxConfig() *yamux.Config {
 	c.AcceptBacklog = 512
 	c.ConnectionWriteTimeout = 24 * time.Hour // a paused guest reads nothing for as long
 	c.StreamOpenTimeout = 0
-	c.StreamCloseTimeout = 10 * time.Second
+	c.StreamCloseTimeout = 5 * time.Minute // of a half-closed dial; everything else is closed by both sides at once
 	c.LogOutput = io.Discard
 	return c
 }
+
+// quiet keeps jsonrpc2 from logging what the other side did wrong: it ends the session, and callers are told.
+var quiet = jsonrpc2.SetLogger(log.New(io.Discard, "", 0))
 
 // bufferedConn reads through the reader that has read the handshake.
 type bufferedConn struct {

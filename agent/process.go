@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -35,9 +36,12 @@ type process struct {
 	started time.Time
 	output  *spool
 	group   *cgroup // nil outside a sandbox
-	pipes   [2]*pipeReader
+	pipes   [2]*outputPipe
 	stop    *time.Timer
-	done    chan struct{} // closed when the leader has ended and its output is drained
+	ready   atomic.Bool // everything above is set: others may see it
+	// namesake had the tag before; it gets it back if this one cannot be started.
+	namesake *process
+	done     chan struct{} // closed when the leader has ended and its output is drained
 
 	mu     sync.Mutex
 	stdin  *os.File // nil when closed
@@ -71,8 +75,9 @@ func (p *process) blame(cause string) {
 // watch collects the end of the leader.
 func (p *process) watch(exit <-chan exitStatus) {
 	status := <-exit
-	for _, r := range p.pipes {
-		r.drain(time.Now().Add(drainBound))
+	deadline := time.Now().Add(drainBound)
+	for _, pipe := range p.pipes {
+		pipe.drain(deadline)
 	}
 	limitHit := p.group.hitLimit()
 	p.mu.Lock()
@@ -88,8 +93,8 @@ func (p *process) watch(exit <-chan exitStatus) {
 	}
 	close(p.done)
 	// What it left behind may still write: the spool is finished when nobody can.
-	for _, r := range p.pipes {
-		<-r.eof
+	for _, pipe := range p.pipes {
+		<-pipe.eof
 	}
 	p.output.finish()
 }
@@ -132,7 +137,8 @@ func (p *process) signal(sig syscall.Signal) error {
 
 // killAll ends the leader's group and everything that left it.
 func (p *process) killAll() {
-	if p.running() {
+	// Without a cgroup, outside a sandbox, the group is all there is: also of a leader that has ended, whose children go on.
+	if p.running() || p.group == nil {
 		_ = syscall.Kill(-p.pid, syscall.SIGKILL) // ESRCH: it has just ended
 	}
 	p.group.kill()
@@ -223,89 +229,6 @@ func (p *process) writeStdin(ctx context.Context, r io.Reader, eof bool) (int64,
 
 // onlyWriter hides ReadFrom, which would splice and ignore deadlines.
 type onlyWriter struct{ io.Writer }
-
-// pipeReader moves what a process writes into its spool.
-type pipeReader struct {
-	file   *os.File
-	stream int
-	output *spool
-	mu     sync.Mutex // held while bytes are between pipe and spool
-	eof    chan struct{}
-}
-
-func newPipeReader(fd, stream int, output *spool) *pipeReader {
-	r := &pipeReader{file: os.NewFile(uintptr(fd), "output"), stream: stream, output: output, eof: make(chan struct{})}
-	go r.run()
-	return r
-}
-
-func (r *pipeReader) run() {
-	defer close(r.eof)
-	defer r.file.Close()
-	raw, err := r.file.SyscallConn()
-	if err != nil {
-		return
-	}
-	buf := make([]byte, 4<<10)
-	for {
-		var n int
-		var rerr error
-		err := raw.Read(func(fd uintptr) bool {
-			r.mu.Lock()
-			defer r.mu.Unlock()
-			n, rerr = unix.Read(int(fd), buf)
-			if rerr == unix.EAGAIN {
-				return false
-			}
-			if n > 0 {
-				r.output.append(r.stream, buf[:n])
-			}
-			return true
-		})
-		if rerr == unix.EINTR {
-			continue
-		}
-		if err != nil || rerr != nil || n <= 0 {
-			return
-		}
-		if n == len(buf) && n < 64<<10 {
-			buf = make([]byte, 64<<10)
-		}
-	}
-}
-
-// drain waits until what the leader wrote is in the spool: the pipe is at its end, or empty.
-func (r *pipeReader) drain(deadline time.Time) {
-	for time.Now().Before(deadline) {
-		select {
-		case <-r.eof:
-			return
-		default:
-		}
-		if r.empty() {
-			return
-		}
-		select {
-		case <-r.eof:
-			return
-		case <-time.After(200 * time.Microsecond):
-		}
-	}
-}
-
-func (r *pipeReader) empty() bool {
-	raw, err := r.file.SyscallConn()
-	if err != nil {
-		return true
-	}
-	n := 0
-	err = raw.Control(func(fd uintptr) {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		n, _ = unix.IoctlGetInt(int(fd), unix.TIOCINQ)
-	})
-	return err != nil || n == 0
-}
 
 // parseSignal takes "SIGTERM", "term" or "15".
 func parseSignal(name string) (syscall.Signal, error) {

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -33,15 +34,16 @@ type Options struct {
 
 // Server is the guest's end. All methods are safe for concurrent use.
 type Server struct {
-	opts   Options
-	boot   string
-	shell  string
-	null   int // descriptor of /dev/null
-	reaper *reaper
-	groups *cgroups // nil outside a sandbox
-	guard  *guard   // nil outside a sandbox
-	ctx    context.Context
-	cancel context.CancelCauseFunc
+	opts      Options
+	boot      string
+	shell     string
+	null      int // descriptor of /dev/null
+	reaper    *reaper
+	collector *collector
+	groups    *cgroups // nil outside a sandbox
+	guard     *guard   // nil outside a sandbox
+	ctx       context.Context
+	cancel    context.CancelCauseFunc
 
 	oomKills atomic.Int64
 
@@ -73,6 +75,9 @@ func NewServer(opts Options) (*Server, error) {
 		s.opts.Home = "/"
 	}
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
+	if s.collector, err = newCollector(); err != nil {
+		return nil, err
+	}
 	if opts.Init {
 		if s.groups, err = setUpMachine(); err != nil {
 			return nil, err
@@ -92,6 +97,9 @@ func (s *Server) Close() {
 	}
 	for _, p := range s.all() {
 		<-p.done
+	}
+	s.collector.close()
+	for _, p := range s.all() {
 		p.output.discard()
 	}
 	s.mu.Lock()
@@ -191,13 +199,20 @@ func (s *Server) serveStream(ctx context.Context, stream *yamux.Stream) {
 		s.serveOutput(ctx, stream, h)
 	case streamStdin:
 		s.serveStdin(ctx, stream, h)
-		cancel()
 		discard(stream)
 	case streamDial:
 		s.serveDial(ctx, stream, h)
 	default:
 		_ = writeMessage(stream, answer{Error: wireError(invalid("unknown stream %q", clip(h.Stream, 40)))})
 	}
+}
+
+// giveUpOnClose ends writes to a stream when the host closes its half, which is how it cancels what it only reads.
+func giveUpOnClose(stream *yamux.Stream) {
+	go func() {
+		discard(stream)
+		_ = stream.SetWriteDeadline(time.Unix(1, 0))
+	}()
 }
 
 // discard reads what the host still sends until it closes: closing first would reset the stream, and our answer with it.
@@ -214,6 +229,7 @@ func (s *Server) enter(p *process) error {
 	p.seq, p.id = s.seq, "p"+strconv.Itoa(s.seq)
 	s.procs[p.id] = p
 	if p.req.Tag != "" {
+		p.namesake = s.tags[p.req.Tag]
 		s.tags[p.req.Tag] = p
 	}
 	return nil
@@ -226,6 +242,9 @@ func (s *Server) leave(p *process) {
 	delete(s.procs, p.id)
 	if s.tags[p.req.Tag] == p {
 		delete(s.tags, p.req.Tag)
+		if p.namesake != nil {
+			s.tags[p.req.Tag] = p.namesake
+		}
 	}
 }
 
@@ -235,7 +254,7 @@ func (s *Server) settle(p *process) {
 	s.mu.Lock()
 	var ended []*process
 	for _, q := range s.procs {
-		if q.pid != 0 && !q.running() {
+		if q.ready.Load() && !q.running() {
 			ended = append(ended, q)
 		}
 	}
@@ -268,10 +287,10 @@ func (s *Server) settle(p *process) {
 func (s *Server) find(name string) (*process, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if p := s.procs[name]; p != nil && p.pid != 0 {
+	if p := s.procs[name]; p != nil && p.ready.Load() {
 		return p, nil
 	}
-	if p := s.tags[name]; p != nil && p.pid != 0 {
+	if p := s.tags[name]; p != nil && p.ready.Load() {
 		return p, nil
 	}
 	return nil, fmt.Errorf("process %q: %w", clip(name, 80), ErrNoProcess)
@@ -283,7 +302,7 @@ func (s *Server) all() []*process {
 	defer s.mu.Unlock()
 	var all []*process
 	for _, p := range s.procs {
-		if p.pid != 0 {
+		if p.ready.Load() {
 			all = append(all, p)
 		}
 	}
@@ -354,7 +373,7 @@ func (s *Server) serveRPC(ctx context.Context, stream *yamux.Stream) {
 			_ = conn.Reply(callCtx, req.ID, result)
 		}()
 	}
-	conn := jsonrpc2.NewConn(ctx, messageStream{stream}, handlerFunc(handler))
+	conn := jsonrpc2.NewConn(ctx, messageStream{stream}, handlerFunc(handler), quiet)
 	<-conn.DisconnectNotify()
 }
 
@@ -508,52 +527,28 @@ func (s *Server) serveStdin(ctx context.Context, stream *yamux.Stream, h header)
 	if err := writeMessage(stream, answer{}); err != nil {
 		return
 	}
+	if h.Size < 0 || h.Size > maxStdin {
+		_ = writeMessage(stream, answer{Error: wireError(invalid("stdin: %d bytes, at most %d are allowed", h.Size, maxStdin))})
+		return
+	}
+	// All is read before any is written: then a read of the stream returns when the host gives up, however long the process does not read.
+	body := make([]byte, h.Size)
+	if _, err := io.ReadFull(stream, body); err != nil {
+		return // the host is gone
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	body := &countingReader{r: io.LimitReader(stream, h.Size)}
-	n, err := p.writeStdin(ctx, cancelOnClose(stream, body, h.Size, cancel), h.EOF)
-	if err == nil && body.n < h.Size {
-		err = io.ErrUnexpectedEOF
-	}
-	a := answer{Written: n}
+	go func() {
+		discard(stream)
+		cancel()
+	}()
+	a := answer{}
+	a.Written, err = p.writeStdin(ctx, bytes.NewReader(body), h.EOF)
 	if err != nil {
 		a.Error = wireError(err)
 	}
 	_ = writeMessage(stream, a)
 }
-
-// countingReader counts what was read.
-type countingReader struct {
-	r io.Reader
-	n int64
-}
-
-func (c *countingReader) Read(p []byte) (int, error) {
-	n, err := c.r.Read(p)
-	c.n += int64(n)
-	return n, err
-}
-
-// cancelOnClose reads body, and once that is complete watches the stream: the host closes it to give up a write that blocks.
-func cancelOnClose(stream io.Reader, body *countingReader, size int64, cancel context.CancelFunc) io.Reader {
-	watching := false
-	return readerFunc(func(p []byte) (int, error) {
-		n, err := body.Read(p)
-		if body.n >= size && !watching {
-			watching = true
-			go func() {
-				var one [1]byte
-				_, _ = stream.Read(one[:]) // returns when the host closes or serveStream ends
-				cancel()
-			}()
-		}
-		return n, err
-	})
-}
-
-type readerFunc func([]byte) (int, error)
-
-func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
 
 // serveOutput replays and follows the output of a process.
 func (s *Server) serveOutput(ctx context.Context, stream *yamux.Stream, h header) {
@@ -568,9 +563,9 @@ func (s *Server) serveOutput(ctx context.Context, stream *yamux.Stream, h header
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	go func() {
-		var one [1]byte
-		_, _ = stream.Read(one[:]) // the host sends nothing: this returns when it closes
+		discard(stream) // the host sends nothing: this returns when it closes
 		cancel()
+		_ = stream.SetWriteDeadline(time.Unix(1, 0))
 	}()
 	buf := make([]byte, 32<<10)
 	for at := h.Offset; ; {

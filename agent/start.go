@@ -214,8 +214,8 @@ func explainFork(err error) error {
 
 // follow starts what serves a running process.
 func (s *Server) follow(p *process, parent [3]int, exit <-chan exitStatus) {
-	p.pipes[0] = newPipeReader(parent[1], onStdout, p.output)
-	p.pipes[1] = newPipeReader(parent[2], onStderr, p.output)
+	p.pipes[0] = s.collector.add(parent[1], onStdout, p.output)
+	p.pipes[1] = s.collector.add(parent[2], onStderr, p.output)
 	if parent[0] >= 0 {
 		stdin := os.NewFile(uintptr(parent[0]), "stdin")
 		p.mu.Lock()
@@ -230,6 +230,8 @@ func (s *Server) follow(p *process, parent [3]int, exit <-chan exitStatus) {
 	if p.req.TimeoutMS > 0 {
 		p.stop = time.AfterFunc(time.Duration(p.req.TimeoutMS)*time.Millisecond, p.expire)
 	}
+	p.namesake = nil
+	p.ready.Store(true)
 	go func() {
 		p.watch(exit)
 		s.settle(p)

@@ -18,6 +18,7 @@ const (
 	maxChunk   = 256 << 10
 	maxWindow  = 64 << 10
 	maxEntries = 10_000
+	maxStdin   = 256 << 10
 )
 
 // Stream kinds.
