@@ -122,9 +122,9 @@ func (c *Client) lost(op string, err error) error {
 
 // call makes one call. When ctx ends the guest is told, and the answer is not waited for.
 func call[R any](ctx context.Context, c *Client, method string, args any) (result R, err error) {
-	waiter, err := c.rpc.DispatchCall(ctx, method, args)
+	waiter, err := orGiveUp(ctx, func() (jsonrpc2.Waiter, error) { return c.rpc.DispatchCall(ctx, method, args) }, nil)
 	if err != nil {
-		return result, c.lost(method, err)
+		return result, c.streamError(ctx, method, err)
 	}
 	err = waiter.Wait(ctx, &result)
 	var reply *jsonrpc2.Error
@@ -142,6 +142,33 @@ func call[R any](ctx context.Context, c *Client, method string, args any) (resul
 		return result, context.Cause(ctx)
 	}
 	return result, c.lost(method, err)
+}
+
+// orGiveUp does what may block for as long as the guest does not read its pipe: neither jsonrpc2 nor yamux can be interrupted while they
+// write. When ctx ends first, do goes on alone until the pipe moves or ends, and undo gets its result.
+func orGiveUp[T any](ctx context.Context, do func() (T, error), undo func(T)) (T, error) {
+	type outcome struct {
+		value T
+		err   error
+	}
+	done := make(chan outcome)
+	go func() {
+		value, err := do()
+		select {
+		case done <- outcome{value, err}:
+		case <-ctx.Done():
+			if err == nil && undo != nil {
+				undo(value)
+			}
+		}
+	}()
+	select {
+	case o := <-done:
+		return o.value, o.err
+	case <-ctx.Done():
+		var none T
+		return none, context.Cause(ctx)
+	}
 }
 
 // Configure sets the sandbox' environment and limits.
@@ -242,7 +269,7 @@ func (c *Client) begin(ctx context.Context, h header) (stream *yamux.Stream, a a
 	if err := ctx.Err(); err != nil {
 		return nil, a, nil, context.Cause(ctx)
 	}
-	stream, err = c.open(h)
+	stream, err = orGiveUp(ctx, func() (*yamux.Stream, error) { return c.open(h) }, func(s *yamux.Stream) { _ = s.Close() })
 	if err != nil {
 		return nil, a, nil, err
 	}
