@@ -86,9 +86,16 @@ func (s *Session) Notify(method string, params map[string]any) error {
 
 // writer writes messages whole, one after the other.
 type writer struct {
-	mu  sync.Mutex
-	w   io.Writer
-	err error // of the first write that failed; nothing is written after it
+	mu     sync.Mutex // held while a client does not read
+	w      io.Writer
+	failed atomic.Pointer[error] // of the first write that failed; nothing is written after it
+}
+
+func (w *writer) err() error {
+	if e := w.failed.Load(); e != nil {
+		return *e
+	}
+	return nil
 }
 
 var errEncode = errors.New("encode message")
@@ -100,8 +107,11 @@ func (w *writer) write(v any) error {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.err == nil {
-		_, w.err = w.w.Write(line)
+	if err := w.err(); err != nil {
+		return err
 	}
-	return w.err
+	if _, err := w.w.Write(line); err != nil {
+		w.failed.Store(&err)
+	}
+	return w.err()
 }

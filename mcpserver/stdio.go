@@ -77,10 +77,8 @@ func (s Stdio) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 	defer s.Server.UnregisterSession(callCtx, l.session.SessionID())
 	callCtx = s.Server.WithContext(callCtx, l.session)
 
-	var notes sync.WaitGroup
 	stopNotes := make(chan struct{})
-	notes.Go(func() { l.forwardNotes(stopNotes) })
-	defer notes.Wait()
+	go l.forwardNotes(stopNotes) // not waited for: a client that does not read may hold it
 	defer close(stopNotes)
 
 	ended := make(chan error, 1)
@@ -93,8 +91,8 @@ func (s Stdio) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 		drain = 0
 	}
 	l.drain(cancel, drain)
-	if w.err != nil {
-		return errors.Join(err, fmt.Errorf("write to client: %w", w.err))
+	if werr := w.err(); werr != nil {
+		return errors.Join(err, fmt.Errorf("write to client: %w", werr))
 	}
 	return err
 }

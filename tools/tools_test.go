@@ -1,0 +1,215 @@
+package tools_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/mark3labs/mcp-go/mcp"
+	"github.com/mark3labs/mcp-go/server"
+
+	"soulbox.dev/soulbox/internal/sandboxtest"
+	"soulbox.dev/soulbox/mcpserver"
+	"soulbox.dev/soulbox/sandbox"
+	"soulbox.dev/soulbox/tools"
+)
+
+// newServer is the tools on a Fake: commands run on this machine.
+func newServer(t *testing.T) (*server.MCPServer, *sandbox.Manager) {
+	t.Helper()
+	m, err := sandbox.NewManager(sandbox.Options{Dir: t.TempDir(), Runtime: &sandboxtest.Fake{}, Templates: sandboxtest.Templates{}, MemoryBudget: 8 << 30})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	s := server.NewMCPServer("test", "1", server.WithOutputSchemaValidation())
+	tools.New(m).Register(s)
+	return s, m
+}
+
+func listTools(t *testing.T, s *server.MCPServer) []mcp.Tool {
+	t.Helper()
+	response := s.HandleMessage(t.Context(), json.RawMessage(`{"jsonrpc":"2.0","id":1,"method":"tools/list"}`))
+	body, err := json.Marshal(response)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var list struct{ Result mcp.ListToolsResult }
+	if err := json.Unmarshal(body, &list); err != nil {
+		t.Fatal(err)
+	}
+	return list.Result.Tools
+}
+
+// golden compares with a recorded output, or records it.
+func golden(t *testing.T, name string, got []byte) {
+	t.Helper()
+	path := filepath.Join("testdata", name)
+	if os.Getenv("UPDATE_GOLDEN") != "" {
+		if err := os.WriteFile(path, got, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatalf("%v: record it by 'make golden'", err)
+	}
+	if !bytes.Equal(got, want) {
+		t.Errorf("%s differs; if that is meant, 'make golden' and review the diff.\n%s", path, firstDifference(got, want))
+	}
+}
+
+func firstDifference(got, want []byte) string {
+	g, w := strings.Split(string(got), "\n"), strings.Split(string(want), "\n")
+	for i := range min(len(g), len(w)) {
+		if g[i] != w[i] {
+			return fmt.Sprintf("line %d: got  %s\nline %d: want %s", i+1, g[i], i+1, w[i])
+		}
+	}
+	return fmt.Sprintf("got %d lines, want %d", len(g), len(w))
+}
+
+func TestGoldenList(t *testing.T) {
+	s, _ := newServer(t)
+	list := listTools(t, s)
+	compact, err := json.Marshal(list)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(compact) > 26_000 {
+		t.Errorf("tools/list has %d bytes; it is to stay under 26 KB", len(compact))
+	}
+	pretty, err := json.MarshalIndent(list, "", " ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "tools.json", append(pretty, '\n'))
+}
+
+// TestEveryTool has what MCP.md asks of every tool.
+func TestEveryTool(t *testing.T) {
+	s, _ := newServer(t)
+	name := regexp.MustCompile(`^[a-z]+(_[a-z]+)*$`)
+	for _, tool := range listTools(t, s) {
+		a := tool.Annotations
+		if a.Title == "" || a.ReadOnlyHint == nil || a.DestructiveHint == nil || a.IdempotentHint == nil || a.OpenWorldHint == nil {
+			t.Errorf("%s: not all annotations are there", tool.Name)
+		}
+		if *a.ReadOnlyHint && *a.DestructiveHint {
+			t.Errorf("%s: read-only and destructive", tool.Name)
+		}
+		if tool.Description == "" || tool.OutputSchema.Type != "object" || len(tool.OutputSchema.Properties) == 0 {
+			t.Errorf("%s: no description or no typed output", tool.Name)
+		}
+		if !name.MatchString(tool.Name) || len(tool.Name) > 24 {
+			t.Errorf("%s: not a name", tool.Name)
+		}
+		for arg, property := range tool.InputSchema.Properties {
+			p, ok := property.(map[string]any)
+			if !ok || p["type"] == nil {
+				t.Errorf("%s: argument %s has no type", tool.Name, arg)
+			}
+		}
+	}
+	if len(tools.Instructions) >= 2048 {
+		t.Errorf("the instructions have %d bytes", len(tools.Instructions))
+	}
+}
+
+// conversation runs a script of tool calls through the stdio loop and records what is answered. Lines: "> tool {arguments}".
+func conversation(t *testing.T, script string) []byte {
+	t.Helper()
+	s, _ := newServer(t)
+	inR, inW := io.Pipe()
+	outR, outW := io.Pipe()
+	done := make(chan error, 1)
+	go func() { done <- mcpserver.Stdio{Server: s}.Serve(context.Background(), inR, outW) }()
+	answers := json.NewDecoder(outR)
+	var out bytes.Buffer
+	for i, line := range strings.Split(strings.TrimSpace(script), "\n") {
+		if !strings.HasPrefix(line, "> ") {
+			continue
+		}
+		tool, args, _ := strings.Cut(strings.TrimPrefix(line, "> "), " ")
+		fmt.Fprintln(&out, line)
+		if _, err := fmt.Fprintf(inW, `{"jsonrpc":"2.0","id":%d,"method":"tools/call","params":{"name":%q,"arguments":%s}}`+"\n", i, tool, args); err != nil {
+			t.Fatal(err)
+		}
+		var answer struct {
+			Error  any
+			Result struct {
+				IsError           bool
+				StructuredContent map[string]any
+				Content           []struct{ Type, Text, MimeType string }
+			}
+		}
+		if err := answers.Decode(&answer); err != nil {
+			t.Fatal(err)
+		}
+		if answer.Error != nil {
+			fmt.Fprintf(&out, "error: %v\n", answer.Error)
+		}
+		if answer.Result.IsError {
+			out.WriteString("isError: ")
+		} else if answer.Result.StructuredContent == nil {
+			t.Errorf("%s: no structured content", line)
+		}
+		for _, c := range answer.Result.Content {
+			fmt.Fprintln(&out, strings.TrimSpace(c.Type+" "+c.MimeType)+":", c.Text)
+		}
+		if structured, err := json.Marshal(answer.Result.StructuredContent); err == nil && answer.Result.StructuredContent != nil {
+			fmt.Fprintf(&out, "= %s\n", structured)
+		}
+	}
+	_ = inW.Close()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	return steady(out.Bytes())
+}
+
+// steady replaces what differs from run to run.
+func steady(out []byte) []byte {
+	for _, r := range []struct{ pattern, with string }{
+		{`sb[a-z2-7]{20}`, "SANDBOX"},
+		{`/tmp/[^ "'\n\\]*?/sandboxes/SANDBOX`, "HOME"},
+		{`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z`, "TIME"},
+		{`after \d+ ms`, "after N ms"}, {`"duration_ms":\d+`, `"duration_ms":N`},
+		{`cpu \d+ ms, memory \d+ MB`, "cpu N ms, memory N MB"}, {`"cpu_ms":\d+`, `"cpu_ms":N`}, {`,"memory_mb":\d+,"output`, `,"output`},
+		{`usage: .*`, "usage: N"}, {`"usage":\{[^}]*\}`, `"usage":{}`},
+		{fmt.Sprintf(`user %d`, os.Getuid()), "user ME"}, {fmt.Sprintf(`"user":"%d"`, os.Getuid()), `"user":"ME"`},
+		{`(0\d{3}) (root|[a-z0-9]+) +(\d+)`, "$1 OWNER $3"}, {`"owner":"[^"]*"`, `"owner":"OWNER"`},
+		{`"(ends|created|started|ended)_at":"[^"]*"`, `"${1}_at":"TIME"`},
+	} {
+		out = regexp.MustCompile(r.pattern).ReplaceAll(out, []byte(r.with))
+	}
+	return out
+}
+
+// TestGoldenConversations replays every testdata/*.txt.
+func TestGoldenConversations(t *testing.T) {
+	scripts, err := filepath.Glob("testdata/*.txt")
+	if err != nil || len(scripts) == 0 {
+		t.Fatal("no conversations", err)
+	}
+	for _, name := range scripts {
+		t.Run(filepath.Base(name), func(t *testing.T) {
+			body, err := os.ReadFile(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			golden(t, filepath.Base(name), conversation(t, string(body)))
+		})
+	}
+}
