@@ -85,7 +85,7 @@ func insertAt(old string, line int, add string) (text string, at int, err error)
 
 // snippet shows the lines around a change with their numbers.
 func snippet(text string, line, extra int) string {
-	lines := strings.Split(text, "\n")
+	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
 	from, to := max(line-1-snippetLines, 0), min(line+min(extra, 40)+snippetLines, len(lines))
 	var b strings.Builder
 	for i := from; i < to; i++ {

@@ -190,10 +190,10 @@ func TestForkBomb(t *testing.T) {
 func TestMemoryBombs(t *testing.T) {
 	sb, c := newSandbox(t, sandbox.CreateOptions{Limits: sandbox.Limits{Memory: 256 << 20}})
 	for name, command := range map[string]string{
-		"fast":       "python3 -c 'x = bytearray(4 << 30)'",
-		"slow":       "python3 -c 'x = []\nwhile True: x.append(bytearray(1 << 20))'",
-		"many":       "for i in 1 2 3 4 5 6; do python3 -c 'x = bytearray(100 << 20); import time; time.sleep(600)' & done; wait -n; kill $(jobs -p)",
-		"by a child": "(python3 -c 'x = bytearray(4 << 30)'); exit 0",
+		"fast":       "perl -e '$x = q(x) x (4 << 30)'",
+		"slow":       "perl -e 'push @x, q(x) x (1 << 20) while 1'",
+		"many":       "for i in 1 2 3 4 5 6; do perl -e '$x = q(x) x (100 << 20); sleep 600' & done; wait -n; kill $(jobs -p)",
+		"by a child": "(perl -e '$x = q(x) x (4 << 30)'); exit 0",
 	} {
 		snap := sandboxtest.Run(t, c, command)
 		if snap.Process.Cause != agent.CauseOOM {

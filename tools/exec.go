@@ -94,8 +94,8 @@ func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
 	if err != nil {
 		return execOutput{}, err
 	}
-	if in.TimeoutMS < 0 {
-		return execOutput{}, badArgument("The argument \"timeout_ms\" cannot be negative; leave it out for no limit.")
+	if _, err := millis("timeout_ms", &in.TimeoutMS); err != nil {
+		return execOutput{}, err
 	}
 	if in.Background && in.YieldMS == nil {
 		yield = 0

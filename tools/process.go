@@ -183,7 +183,7 @@ type processInfo struct {
 
 func describeProcess(p agent.Process) processInfo {
 	info := processInfo{
-		ProcessID: p.ID, Tag: render([]byte(p.Tag)), State: p.State, Command: shorten(render([]byte(p.Command)), 200), User: p.User, Cwd: render([]byte(p.Cwd)),
+		ProcessID: p.ID, Tag: render([]byte(p.Tag)), State: p.State, Command: shorten(strings.ReplaceAll(render([]byte(p.Command)), "\n", "; "), 200), User: p.User, Cwd: render([]byte(p.Cwd)),
 		StartedAt: p.Started.UTC().Format(time.RFC3339Nano), Signal: p.Signal, Cause: p.Cause, Children: p.Children,
 		CPUMS: p.CPUMS, MemoryMB: (p.Memory + 1<<19) >> 20, Output: p.Output,
 	}

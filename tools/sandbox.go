@@ -92,11 +92,22 @@ func (i sandboxInfo) text() string {
 }
 
 func (s *Service) sandboxCreate(ctx context.Context, in sandboxCreateInput) (sandboxInfo, error) {
+	lifetime, err := millis("timeout_ms", &in.TimeoutMS)
+	if err != nil {
+		return sandboxInfo{}, err
+	}
+	maxLifetime, err := millis("max_lifetime_ms", &in.MaxLifetimeMS)
+	if err != nil {
+		return sandboxInfo{}, err
+	}
+	if max(in.MemoryMB, in.DiskMB, in.Pids) > maxNumber {
+		return sandboxInfo{}, badArgument("The arguments \"memory_mb\", \"disk_mb\" and \"pids\" can be at most %d.", maxNumber)
+	}
 	p := newProgress(ctx)
 	p.tell("starting a sandbox")
 	sb, err := s.manager.Create(ctx, sandbox.CreateOptions{
 		Template: in.Template, Metadata: in.Metadata, Env: in.Env,
-		Lifetime: time.Duration(in.TimeoutMS) * time.Millisecond, MaxLifetime: time.Duration(in.MaxLifetimeMS) * time.Millisecond,
+		Lifetime: *lifetime, MaxLifetime: *maxLifetime,
 		Limits: sandbox.Limits{CPU: in.CPU, Memory: in.MemoryMB << 20, Disk: in.DiskMB << 20, Processes: in.Pids},
 	})
 	if err != nil {
@@ -222,19 +233,37 @@ func (s *Service) sandboxUpdate(ctx context.Context, in sandboxUpdateInput) (san
 	if err != nil {
 		return sandboxInfo{}, err
 	}
-	info, err := sb.Update(sandbox.Update{Metadata: in.Metadata, Extend: millis(in.ExtendMS), Lifetime: millis(in.TimeoutMS), MaxLifetime: millis(in.MaxLifetimeMS)})
+	u := sandbox.Update{Metadata: in.Metadata}
+	for name, to := range map[string]struct {
+		ms *int64
+		d  **time.Duration
+	}{"extend_ms": {in.ExtendMS, &u.Extend}, "timeout_ms": {in.TimeoutMS, &u.Lifetime}, "max_lifetime_ms": {in.MaxLifetimeMS, &u.MaxLifetime}} {
+		if *to.d, err = millis(name, to.ms); err != nil {
+			return sandboxInfo{}, err
+		}
+	}
+	info, err := sb.Update(u)
 	if err != nil {
 		return sandboxInfo{}, err
 	}
 	return s.describe(ctx, info), nil
 }
 
-func millis(ms *int64) *time.Duration {
+const (
+	maxNumber = 1 << 30                  // of MB or processes
+	maxMillis = 10 * 365 * 24 * 3600_000 // ten years
+)
+
+// millis turns an argument into a duration; nil stays nil.
+func millis(name string, ms *int64) (*time.Duration, error) {
 	if ms == nil {
-		return nil
+		return nil, nil
+	}
+	if *ms < 0 || *ms > maxMillis {
+		return nil, badArgument("The argument %q must be from 0 to %d.", name, int64(maxMillis))
 	}
 	d := time.Duration(*ms) * time.Millisecond
-	return &d
+	return &d, nil
 }
 
 type sandboxKillInput struct {

@@ -20,6 +20,7 @@ const usage = `soulbox-mcp gives AI agents computers of their own: isolated Linu
 
 Usage:
   soulbox-mcp stdio [flags]    serve one MCP client on stdin and stdout
+  soulbox-mcp demo [flags]     show a sandbox at work, through a real MCP client
   soulbox-mcp doctor [flags]   check this machine, and say what is missing
   soulbox-mcp version          print the version
 
@@ -46,6 +47,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdin i
 	switch command {
 	case "stdio":
 		return runStdio(ctx, args, getenv, stdin, stdout, stderr)
+	case "demo":
+		return runDemo(ctx, args, getenv, stdout, stderr)
 	case "doctor":
 		return runDoctor(ctx, args, getenv, stdout, stderr)
 	case "version", "--version":

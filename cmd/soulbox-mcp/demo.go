@@ -1,0 +1,140 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"time"
+
+	"github.com/mark3labs/mcp-go/client"
+	"github.com/mark3labs/mcp-go/client/transport"
+	"github.com/mark3labs/mcp-go/mcp"
+)
+
+// step is one call of the demo; check says what is to be in its text.
+type step struct {
+	say   string
+	tool  string
+	args  map[string]any
+	check string
+}
+
+// demoSteps are what the demo does. A bare Debian has perl but no python; a sandbox of the host template has what the host has.
+func demoSteps(home string) []step {
+	compute, serve := "python3 -c 'print(sum(i * i for i in range(10**6)))'", "python3 -u -m http.server 8000 --directory /home/user/site"
+	if _, err := os.Stat("/usr/bin/python3"); err != nil {
+		compute = `perl -e '$s += $_ * $_ for 0 .. 10**6 - 1; print "$s\n"'`
+		serve = `perl -MIO::Socket::INET -e '$l = IO::Socket::INET->new(LocalAddr => "127.0.0.1", LocalPort => 8000, Listen => 5, ReuseAddr => 1) or die; $| = 1;
+			while ($c = $l->accept) { print "127.0.0.1 ", scalar <$c>; open F, "/home/user/site/index.html"; print $c "HTTP/1.0 200 OK\r\n\r\n", <F>; close $c }'`
+	}
+	// Asks as soon as the server listens.
+	ask := "for i in $(seq 100); do (exec 3<>/dev/tcp/127.0.0.1/8000 && printf 'GET / HTTP/1.0\\r\\n\\r\\n' >&3 && cat <&3) 2>/dev/null && break; sleep 0.05; done"
+	return []step{
+		{"Who am I, and where?", "exec", map[string]any{"command": "id; uname -sr; pwd; nproc"}, "uid=1000(user)"},
+		{"Again: the sandbox is there now, and a command takes milliseconds.", "exec", map[string]any{"command": "echo hello from $(hostname)"}, "hello from"},
+		{"Compute something.", "exec", map[string]any{"command": compute}, "333332833333500000"},
+		{"Write a file ...", "file_write", map[string]any{"path": "/home/user/site/index.html", "content": "<h1>Hello</h1>\n<p>from nowhere</p>\n"}, "index.html"},
+		{"... edit it ...", "file_edit", map[string]any{"path": "/home/user/site/index.html", "old_str": "from nowhere", "new_str": "from a gVisor sandbox"}, "1 change"},
+		{"... and find it.", "file_search", map[string]any{"path": "/home/user", "pattern": "gVisor"}, "index.html:2"},
+		{"Start a web server in the background ...", "exec", map[string]any{"command": serve, "background": true, "tag": "web"}, "is still running"},
+		{"... and ask it.", "exec", map[string]any{"command": ask}, "from a gVisor sandbox"},
+		{"Its log is kept.", "process_wait", map[string]any{"tag": "web", "yield_ms": 0}, "GET / HTTP/1.0"},
+		{"What runs?", "process_list", map[string]any{}, "tag=web running"},
+		{"Stop it.", "process_signal", map[string]any{"tag": "web"}, "has exited"},
+		{"What can the sandbox not see? Your home and root's ...", "exec", map[string]any{"command": "ls /home; ls " + home + " 2>&1 | head -3; ls /root 2>&1 | tail -1"}, "user\n"},
+		{"... your processes ...", "exec", map[string]any{"command": "cat /proc/[0-9]*/cmdline | tr '\\0' ' '", "user": "root"}, "soulbox-agent init"},
+		{"... any network ...", "exec", map[string]any{"command": "tail -n +3 /proc/net/dev | cut -d: -f1; (exec 3<>/dev/tcp/192.0.2.1/53) 2>&1 | tail -1"}, "lo"},
+		{"... and it cannot harm your programs, not even as root.", "exec", map[string]any{"command": "rm -rf /usr/bin 2>&1 | tail -1; ls /usr/bin | wc -l", "user": "root"}, "Read-only file system"},
+		{"What does it cost?", "sandbox_get", map[string]any{}, "is running"},
+	}
+}
+
+// runDemo lets a real MCP client talk to this program in a process of its own, as an IDE would, and prints what is said.
+func runDemo(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) (err error) {
+	c, err := parseConfig("demo", args, getenv, stderr)
+	if err != nil {
+		return err
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	begin := time.Now()
+	var server *exec.Cmd
+	stdio := transport.NewStdioWithOptions(self, nil, append([]string{"stdio", "--log-level=warn", "--state-dir=" + c.stateDir}, args...),
+		transport.WithCommandFunc(func(ctx context.Context, name string, env []string, args []string) (*exec.Cmd, error) {
+			server = exec.CommandContext(ctx, name, args...)
+			server.Env = append(os.Environ(), env...)
+			return server, nil
+		}))
+	mc := client.NewClient(stdio)
+	if err := mc.Start(ctx); err != nil {
+		return fmt.Errorf("start server: %w", err)
+	}
+	defer func() { err = errors.Join(err, mc.Close()) }()
+	go func() { _, _ = io.Copy(stderr, stdio.Stderr()) }() // ends with the server
+	var init mcp.InitializeRequest
+	init.Params.ProtocolVersion = mcp.LATEST_PROTOCOL_VERSION
+	init.Params.ClientInfo = mcp.Implementation{Name: "soulbox-demo", Version: version}
+	hello, err := mc.Initialize(ctx, init)
+	if err != nil {
+		return fmt.Errorf("initialize: %w", err)
+	}
+	list, err := mc.ListTools(ctx, mcp.ListToolsRequest{})
+	if err != nil {
+		return fmt.Errorf("list tools: %w", err)
+	}
+	fmt.Fprintf(stdout, "An MCP client (protocol %s) talks over stdio to %s %s, which offers %d tools.\n", hello.ProtocolVersion, hello.ServerInfo.Name, hello.ServerInfo.Version, len(list.Tools))
+	steps := demoSteps(getenv("HOME"))
+	for _, s := range steps {
+		if err := runStep(ctx, mc, s, stdout); err != nil {
+			return err
+		}
+	}
+	fmt.Fprintf(stdout, "\nDone in %.1f s: %d steps, all as expected. The sandbox ends with its client.\n", time.Since(begin).Seconds(), len(steps))
+	return nil
+}
+
+func runStep(ctx context.Context, mc *client.Client, s step, stdout io.Writer) error {
+	var call mcp.CallToolRequest
+	call.Params.Name, call.Params.Arguments = s.tool, s.args
+	begin := time.Now()
+	result, err := mc.CallTool(ctx, call)
+	took := time.Since(begin)
+	if err != nil {
+		return fmt.Errorf("%s: %w", s.tool, err)
+	}
+	var text strings.Builder
+	for _, c := range result.Content {
+		if t, ok := c.(mcp.TextContent); ok {
+			text.WriteString(t.Text)
+		}
+	}
+	fmt.Fprintf(stdout, "\n# %s\n  %s %s   (%.1f ms)\n", s.say, s.tool, describeArgs(s.args), float64(took.Microseconds())/1000)
+	for line := range strings.Lines(text.String()) {
+		fmt.Fprintf(stdout, "  | %s\n", strings.TrimRight(line, "\n"))
+	}
+	if result.IsError || !strings.Contains(text.String(), s.check) {
+		return fmt.Errorf("demo: %s did not give %q", s.tool, s.check)
+	}
+	return nil
+}
+
+// describeArgs shows the arguments that matter, on one line.
+func describeArgs(args map[string]any) string {
+	var parts []string
+	for _, name := range []string{"command", "path", "old_str", "new_str", "pattern", "tag", "user", "background"} {
+		if v, ok := args[name]; ok {
+			text := strings.ReplaceAll(fmt.Sprint(v), "\n", "; ")
+			if r := []rune(text); len(r) > 100 {
+				text = string(r[:100]) + "…"
+			}
+			parts = append(parts, name+"="+text)
+		}
+	}
+	return strings.Join(parts, " ")
+}
