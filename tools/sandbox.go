@@ -186,6 +186,7 @@ type usageInfo struct {
 	CPUMS        int64 `json:"cpu_ms"`
 	Processes    int64 `json:"processes"`
 	OOMKills     int64 `json:"oom_kills,omitempty"`
+	AgentMB      int64 `json:"agent_memory_mb"`
 }
 
 func (o sandboxGetOutput) text() string {
@@ -212,7 +213,7 @@ func (s *Service) sandboxGet(ctx context.Context, in sandboxGetInput) (sandboxGe
 	}
 	out.Usage = &usageInfo{
 		MemoryMB: inside.Memory >> 20, HostMemoryMB: outside.Memory >> 20, DiskMB: inside.DiskUsed >> 20, CPUMS: inside.CPUMS,
-		Processes: inside.Processes, OOMKills: inside.OOMKills,
+		Processes: inside.Processes, OOMKills: inside.OOMKills, AgentMB: inside.AgentMemory >> 20,
 	}
 	return out, nil
 }

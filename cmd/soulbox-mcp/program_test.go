@@ -1,0 +1,345 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"soulbox.dev/soulbox/internal/sandboxtest"
+)
+
+// TestWork is a model's ordinary hour with the real program.
+func TestWork(t *testing.T) {
+	p := launch(t, "")
+	if got := p.exec("id -un; pwd"); got != "user\n/home/user\n" {
+		t.Fatalf("%q", got)
+	}
+	p.call("file_write", map[string]any{"path": "/home/user/a/b.txt", "content": "one\ntwo\n"})
+	p.call("file_edit", map[string]any{"path": "/home/user/a/b.txt", "old_str": "two", "new_str": "three"})
+	if got := p.exec("stat -c '%U %a' a/b.txt; cat a/b.txt"); got != "user 644\none\nthree\n" {
+		t.Fatalf("%q", got)
+	}
+	p.call("file_write", map[string]any{"files": []map[string]any{{"path": "/home/user/x", "content": "AAEC", "encoding": "base64"}, {"path": "/home/user/y", "content": "y"}}})
+	if got := p.call("file_read", map[string]any{"path": "/home/user/x", "encoding": "base64"}); got.Result.StructuredContent["content"] != "AAEC" {
+		t.Fatal(got.text())
+	}
+	if got := p.exec("printf '\\211PNG\\r\\n\\032\\n0000' > p.png; echo made"); got != "made\n" {
+		t.Fatal(got)
+	}
+	if got := p.call("file_read", map[string]any{"path": "/home/user/p.png"}); got.Result.StructuredContent["encoding"] != "image" || len(got.Result.Content) != 2 {
+		t.Fatal(got.text())
+	}
+	if got := p.call("file_list", map[string]any{"depth": 2}).text(); !strings.Contains(got, "/home/user/a/b.txt") {
+		t.Fatal(got)
+	}
+	if got := p.call("file_search", map[string]any{"pattern": "thr.e"}).text(); !strings.Contains(got, "b.txt:2:three") {
+		t.Fatal(got)
+	}
+	p.call("file_move", map[string]any{"from": "/home/user/a", "to": "/tmp/a"})
+	p.call("file_remove", map[string]any{"path": "/tmp/a", "recursive": true})
+	shell := p.call("exec", map[string]any{"command": "bash", "background": true, "tag": "shell"})
+	if shell.Result.StructuredContent["state"] != "running" {
+		t.Fatal(shell.text())
+	}
+	if got := p.call("process_write", map[string]any{"tag": "shell", "input": "echo $((6*7))\n"}); got.Result.StructuredContent["output"] != "42\n" {
+		t.Fatal(got.text())
+	}
+	if got := p.call("sandbox_get", nil).text(); !strings.Contains(got, "is running, this session's own") {
+		t.Fatal(got)
+	}
+	second := p.call("sandbox_create", map[string]any{"env": map[string]string{"SECRET": "s3cret"}})
+	id := second.Result.StructuredContent["sandbox_id"]
+	if got := p.call("exec", map[string]any{"sandbox_id": id, "command": "echo $SECRET; ls /home/user"}).Result.StructuredContent["output"]; got != "s3cret\n" {
+		t.Fatalf("%q", got)
+	}
+	// Secrets are in no file of the host.
+	out, err := exec.Command("grep", "-rl", "--exclude-dir=templates", "--exclude-dir=disk", "s3cret", p.state).CombinedOutput()
+	if err == nil {
+		t.Fatalf("the secret is in %s", out)
+	}
+	p.call("sandbox_kill", map[string]any{"sandbox_id": id})
+	gone := p.await(p.start("exec", map[string]any{"sandbox_id": id, "command": "true"}))
+	if !gone.Result.IsError || !strings.Contains(gone.text(), "killed by request") || !strings.Contains(gone.text(), "sandbox_create") {
+		t.Fatal(gone.text())
+	}
+}
+
+// TestDefaultSandboxEnds: the model is told once, and goes on with a new one.
+func TestDefaultSandboxEnds(t *testing.T) {
+	p := launch(t, "")
+	id := p.call("exec", map[string]any{"command": "true"}).Result.StructuredContent["sandbox_id"]
+	p.call("sandbox_kill", map[string]any{"sandbox_id": id})
+	told := p.await(p.start("exec", map[string]any{"command": "true"}))
+	if !told.Result.IsError || !strings.Contains(told.text(), "makes a new one") {
+		t.Fatal(told.text())
+	}
+	if again := p.call("exec", map[string]any{"command": "true"}).Result.StructuredContent["sandbox_id"]; again == id {
+		t.Fatal("the same sandbox came back")
+	}
+}
+
+// TestFiftyInFlight: one long call delays none of the others; cancelling it ends its whole group, and it is not answered.
+func TestFiftyInFlight(t *testing.T) {
+	p := launch(t, "")
+	p.exec("true")
+	long := p.start("exec", map[string]any{"command": "sleep 60 & sleep 60; sleep 60", "tag": "long", "yield_ms": 50_000})
+	var others []pending
+	for i := range 49 {
+		others = append(others, p.start("exec", map[string]any{"command": fmt.Sprintf("echo %d", i)}))
+	}
+	for i, o := range others {
+		if got := p.await(o).Result.StructuredContent["output"]; got != fmt.Sprintf("%d\n", i) {
+			t.Fatalf("call %d got %v", i, got)
+		}
+	}
+	sandboxtest.Eventually(t, "three sleeps of a shell run", func() bool { return strings.Count(p.exec("cat /proc/[0-9]*/cmdline | tr '\\0' ' '"), "sleep 60 ") >= 2 })
+	p.send(map[string]any{"jsonrpc": "2.0", "method": "notifications/cancelled", "params": map[string]any{"requestId": long.id}})
+	begin := time.Now()
+	sandboxtest.Eventually(t, "the whole group is gone", func() bool {
+		return p.call("process_list", map[string]any{"tag": "long", "state": "exited"}).Result.StructuredContent["processes"].([]any) != nil &&
+			!strings.Contains(p.exec("cat /proc/[0-9]*/cmdline | tr '\\0' ' ' | grep -o '[s]leep 6[0]' | head -1"), "sleep")
+	})
+	t.Logf("gone after %s", time.Since(begin))
+	p.close() // an answer to the cancelled call would be an error of the reader
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.waiting[fmt.Sprint(long.id)] == nil {
+		t.Fatal("a cancelled call was answered")
+	}
+}
+
+// TestProgress: while a command runs, its last line is told, before the answer.
+func TestProgress(t *testing.T) {
+	p := launch(t, "")
+	m := p.await(p.request("tools/call", map[string]any{
+		"name": "exec", "arguments": map[string]any{"command": "for i in 1 2 3 4; do echo line $i; sleep 0.6; done"}, "_meta": map[string]any{"progressToken": "tok"},
+	}))
+	if m.Error != nil || m.Result.IsError {
+		t.Fatal(m.text())
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if m.notesBefore == 0 || m.notesBefore != len(p.notes) {
+		t.Fatalf("%d of %d notes came before the answer", m.notesBefore, len(p.notes))
+	}
+	for i, n := range p.notes {
+		if n.Method != "notifications/progress" || n.Params["progressToken"] != "tok" || n.Params["progress"] != float64(i+1) || !strings.HasPrefix(fmt.Sprint(n.Params["message"]), "line ") {
+			t.Errorf("%+v", n)
+		}
+	}
+}
+
+// TestPipeIntoStdio is `printf … | soulbox-mcp stdio`, 100 times: all is answered, whatever comes first, the end of stdin or the work.
+func TestPipeIntoStdio(t *testing.T) {
+	state := sandboxtest.Dir(t)
+	var input strings.Builder
+	for i := range 5 {
+		fmt.Fprintf(&input, `{"jsonrpc":"2.0","id":%d,"method":"tools/call","params":{"name":"sandbox_list","arguments":{}}}`+"\n", i)
+	}
+	for i := range 100 {
+		if i == 50 { // also with a sandbox that is not there yet when stdin ends
+			input.WriteString(`{"jsonrpc":"2.0","id":5,"method":"tools/call","params":{"name":"exec","arguments":{"command":"echo hi"}}}` + "\n")
+		}
+		if i > 52 {
+			input.Reset()
+			input.WriteString(strings.Repeat(`{"jsonrpc":"2.0","id":1,"method":"ping"}`+"\n", 5))
+		}
+		cmd := exec.Command(sandboxtest.Program(t, "soulbox-mcp"), "stdio", "--state-dir="+state, "--log-level=warn")
+		cmd.Stdin = strings.NewReader(input.String())
+		out, err := cmd.Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if asked, answered := strings.Count(input.String(), "\n"), bytes.Count(out, []byte("\n")); answered != asked || bytes.Contains(out, []byte(`"isError"`)) {
+			t.Fatalf("run %d: asked %d, answered %d:\n%s", i, asked, answered, out)
+		}
+	}
+}
+
+// TestFloods: much output and many commands cost neither server nor agent much memory. `make bench` does it with 2 GB and 10,000.
+func TestFloods(t *testing.T) {
+	const limit = 64 << 20
+	p := launch(t, "")
+	p.exec("yes | head -c 300M")
+	if got := p.exec("yes a line | head -c 100M | tail -c 12; printf '%090000000d' 7 | tail -c 3"); !strings.HasSuffix(got, "007") {
+		t.Fatalf("%q", got)
+	}
+	for range 300 {
+		p.exec("/bin/true")
+	}
+	usage := p.call("sandbox_get", nil).Result.StructuredContent["usage"].(map[string]any)
+	agent := int64(usage["agent_memory_mb"].(float64)) << 20
+	if rss := p.rss(); rss > limit || agent > limit {
+		t.Fatalf("the server takes %d MB, the agent %d MB", rss>>20, agent>>20)
+	}
+}
+
+// TestServerKilled: kill -9 at random moments, and after the next start nothing is left.
+func TestServerKilled(t *testing.T) {
+	state := sandboxtest.Dir(t)
+	for i := range 20 {
+		p := launch(t, state)
+		p.start("exec", map[string]any{"command": "sleep 600 & sleep 600"})
+		p.start("sandbox_create", nil)
+		p.start("file_write", map[string]any{"path": "/home/user/x", "content": strings.Repeat("x", 100_000)})
+		time.Sleep(time.Duration(rand.IntN(250)) * time.Millisecond) // the random moment: this is what is tested, not a wait
+		if err := p.cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		_ = p.cmd.Wait() // it was killed
+		<-p.ended
+		if i%5 != 4 {
+			continue // leave it to a later start
+		}
+		next := launch(t, state)
+		sandboxtest.Eventually(t, "nothing is left", func() bool { return len(sandboxtest.Processes(state)) == 0 && len(directories(t, state)) == 0 })
+		if next.exec("echo alive") != "alive\n" {
+			t.Fatal("the next server does not work")
+		}
+		next.close()
+	}
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	if err != nil || bytes.Contains(mounts, []byte(state)) {
+		t.Fatalf("a mount is left: %v", err)
+	}
+	if left := directories(t, state); len(left) > 0 {
+		t.Fatalf("left: %v", left)
+	}
+}
+
+func directories(t *testing.T, state string) []string {
+	t.Helper()
+	entries, err := os.ReadDir(filepath.Join(state, "sandboxes"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var dirs []string
+	for _, e := range entries {
+		if e.IsDir() {
+			dirs = append(dirs, e.Name())
+		}
+	}
+	return dirs
+}
+
+// TestTwoServers share a state directory: neither touches the other's sandboxes.
+func TestTwoServers(t *testing.T) {
+	state := sandboxtest.Dir(t)
+	a := launch(t, state)
+	a.exec("echo kept > kept")
+	b := launch(t, state)
+	b.exec("true")
+	b.close()
+	if got := a.exec("cat kept"); got != "kept\n" {
+		t.Fatalf("%q", got)
+	}
+}
+
+func TestSignalEndsServer(t *testing.T) {
+	for _, sig := range []os.Signal{syscall.SIGTERM, syscall.SIGINT} {
+		p := launch(t, "")
+		p.exec("true")
+		running := p.start("exec", map[string]any{"command": "sleep 600", "yield_ms": 50_000})
+		sandboxtest.Eventually(t, "it runs", func() bool {
+			return strings.Contains(p.call("process_list", map[string]any{"state": "running"}).text(), "sleep 600")
+		})
+		if err := p.cmd.Process.Signal(sig); err != nil {
+			t.Fatal(err)
+		}
+		if m := p.await(running); m.Result.StructuredContent["state"] != "running" {
+			t.Fatalf("%s: the call in flight got %s", sig, m.text())
+		}
+		p.close()
+		if left := sandboxtest.Processes(p.state); len(left) > 0 {
+			t.Fatalf("%s: left: %v", sig, left)
+		}
+	}
+}
+
+// TestMissingPrograms: the server still speaks, and says what to do.
+func TestMissingPrograms(t *testing.T) {
+	dir := sandboxtest.Dir(t)
+	alone := filepath.Join(dir, "soulbox-mcp")
+	body, err := os.ReadFile(sandboxtest.Program(t, "soulbox-mcp"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(alone, body, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(alone, "stdio", "--state-dir="+filepath.Join(dir, "state"), "--log-level=error")
+	cmd.Env = []string{"PATH=/usr/bin:/bin"}
+	cmd.Stdin = strings.NewReader(`{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"exec","arguments":{"command":"true"}}}` + "\n")
+	out, err := cmd.Output()
+	if err != nil || !bytes.Contains(out, []byte("is not found; run 'soulbox-mcp doctor'")) {
+		t.Fatalf("%s %v", out, err)
+	}
+	cmd = exec.Command(alone, "doctor", "--state-dir="+filepath.Join(dir, "state"))
+	cmd.Env = []string{"PATH=/usr/bin:/bin"}
+	out, err = cmd.CombinedOutput()
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || !regexp.MustCompile(`(?s)FAIL  runsc.*make build.*FAIL  agent.*checks failed`).Match(out) {
+		t.Fatalf("%s %v", out, err)
+	}
+}
+
+func TestDoctorAndDemo(t *testing.T) {
+	for command, want := range map[string]string{"doctor": "This machine can run sandboxes.", "demo": "all as expected"} {
+		cmd := exec.Command(sandboxtest.Program(t, "soulbox-mcp"), command, "--state-dir="+sandboxtest.Dir(t))
+		if out, err := cmd.CombinedOutput(); err != nil || !bytes.Contains(out, []byte(want)) {
+			t.Errorf("%s: %v\n%s", command, err, out)
+		}
+	}
+}
+
+func TestCommandLine(t *testing.T) {
+	for _, test := range []struct {
+		args []string
+		code int
+		want string
+	}{
+		{nil, 0, "Usage:"}, {[]string{"help"}, 0, "Usage:"}, {[]string{"version"}, 0, "soulbox-mcp "}, {[]string{"bogus"}, 1, "there is no command"},
+		{[]string{"stdio", "--bogus"}, 1, "-bogus"}, {[]string{"stdio", "more"}, 1, "there is no argument"}, {[]string{"stdio", "--memory-mb=-1"}, 1, "must be positive"},
+		{[]string{"stdio", "--help"}, 0, "-state-dir"}, {[]string{"stdio", "--log-level=loud"}, 1, "loud"},
+	} {
+		cmd := exec.Command(sandboxtest.Program(t, "soulbox-mcp"), test.args...)
+		cmd.Env = []string{"HOME=" + sandboxtest.Dir(t)}
+		out, _ := cmd.CombinedOutput()
+		if cmd.ProcessState.ExitCode() != test.code || !strings.Contains(string(out), test.want) {
+			t.Errorf("%v: exit %d, %s", test.args, cmd.ProcessState.ExitCode(), out)
+		}
+	}
+}
+
+// TestReadme: its table of tools is the list that the program gives.
+func TestReadme(t *testing.T) {
+	readme, err := os.ReadFile("../../README.md")
+	if errors.Is(err, os.ErrNotExist) && os.Getenv("SOULBOX_TEST_PROGRAMS") != "" {
+		return // the second run, as an ordinary user, has no source tree; the first one has compared
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	var named, offered []string
+	for _, row := range regexp.MustCompile("(?m)^\\| `([a-z_]+)` \\|").FindAllStringSubmatch(string(readme), -1) {
+		named = append(named, row[1])
+	}
+	for name := range newServer(nil).ListTools() {
+		offered = append(offered, name)
+	}
+	slices.Sort(named)
+	slices.Sort(offered)
+	if !slices.Equal(named, offered) {
+		t.Errorf("README.md has %v\nthe program has %v", named, offered)
+	}
+}
