@@ -1,5 +1,6 @@
 # SoulBox. `make demo` and `make test` need Go, git and make; everything else they build.
 SHELL   := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 GO      ?= go
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 GVISOR  := $(shell sed -n 's|.*gvisor.dev/gvisor \(v[^ ]*\).*|\1|p' gvisor/runsc/go.mod)
@@ -37,7 +38,7 @@ golden: build
 	UPDATE_GOLDEN=1 $(GO) test ./tools ./mcpserver ./cmd/soulbox-mcp -run 'Golden|Readme' -count=1
 
 bench: build
-	timeout 900 env CGO_ENABLED=0 $(GO) test ./agent ./cmd/soulbox-mcp -run '^$$' -bench . -benchtime 200x -timeout 14m
+	timeout 900 env CGO_ENABLED=0 $(GO) test ./cmd/soulbox-mcp -run '^$$' -bench . -benchtime 1x -timeout 14m -v | grep -v -e '^=== ' -e '^ok'
 
 clean:
 	rm -rf bin

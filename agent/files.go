@@ -115,7 +115,7 @@ func (s *Server) stat(r PathRequest) (FileInfo, error) {
 	if err != nil {
 		return FileInfo{}, err
 	}
-	f := describeFile(r.Path, info, loadOwnerNames())
+	f := describeFile(r.Path, info, s.ownerNames())
 	f.Attrs = readAttrs(r.Path)
 	return f, nil
 }
@@ -129,7 +129,7 @@ func (s *Server) dir(r DirRequest) (DirResult, error) {
 	if limit <= 0 || limit > maxEntries {
 		limit = maxEntries
 	}
-	l := lister{owners: loadOwnerNames(), limit: limit, room: maxMessage / 2, result: DirResult{Entries: []FileInfo{}}}
+	l := lister{owners: s.ownerNames(), limit: limit, room: maxMessage / 2, result: DirResult{Entries: []FileInfo{}}}
 	err := l.list(path.Clean(r.Path), max(r.Depth, 1))
 	return l.result, err
 }
@@ -251,7 +251,7 @@ func (s *Server) move(r MoveRequest) (FileInfo, error) {
 	if err != nil {
 		return FileInfo{}, err
 	}
-	return describeFile(r.To, info, loadOwnerNames()), nil
+	return describeFile(r.To, info, s.ownerNames()), nil
 }
 
 // moveAcross moves between file systems by mv(1)'s way: copy all, then remove. Every sandbox image has cp.
@@ -385,7 +385,7 @@ func (s *Server) openRead(h header) (*os.File, FileInfo, error) {
 	if err != nil {
 		return nil, FileInfo{}, errors.Join(err, f.Close())
 	}
-	return f, describeFile(h.Path, st, loadOwnerNames()), nil
+	return f, describeFile(h.Path, st, s.ownerNames()), nil
 }
 
 // serveWrite receives a file. A replaced file is the old one until all has arrived, then the new one.

@@ -51,6 +51,7 @@ type process struct {
 	cause  string
 	// limitHit says that it wanted more processes than it may have.
 	limitHit bool
+	left     bool // processes, when it ended
 }
 
 // running says whether the leader is alive.
@@ -79,9 +80,11 @@ func (p *process) watch(exit <-chan exitStatus) {
 	for _, pipe := range p.pipes {
 		pipe.drain(deadline)
 	}
-	limitHit := p.group.hitLimit()
+	// Reading cgroups is a good part of a short command's time: one that ended well and left nothing behind is not asked further.
+	left := len(p.group.pids()) > 0
+	limitHit := (left || status.status != 0) && p.group.hitLimit()
 	p.mu.Lock()
-	p.ended, p.status, p.usage, p.limitHit = time.Now(), status.status, status.usage, limitHit
+	p.ended, p.status, p.usage, p.limitHit, p.left = time.Now(), status.status, status.usage, limitHit, left
 	stdin := p.stdin
 	p.stdin = nil
 	p.mu.Unlock()
@@ -157,7 +160,10 @@ func (p *process) describe() Process {
 	done := !p.running()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	d.StdinOpen, d.Cause, d.LimitHit = p.stdin != nil, p.cause, p.limitHit || p.group.hitLimit()
+	d.StdinOpen, d.Cause, d.LimitHit = p.stdin != nil, p.cause, p.limitHit
+	if !done || p.left {
+		d.LimitHit = p.limitHit || p.group.hitLimit()
+	}
 	if !done {
 		d.CPUMS, d.Memory = p.group.usage(p.pid)
 		return d
@@ -171,7 +177,9 @@ func (p *process) describe() Process {
 	if peak := p.usage.Maxrss << 10; peak > agentPeak() {
 		d.Memory = peak // a smaller one is the agent's own, which the fork began with
 	}
-	d.Children = len(p.group.pids())
+	if p.left {
+		d.Children = len(p.group.pids())
+	}
 	return d
 }
 

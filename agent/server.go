@@ -46,6 +46,7 @@ type Server struct {
 	cancel    context.CancelCauseFunc
 
 	oomKills atomic.Int64
+	fields   fieldCache
 
 	mu     sync.Mutex
 	config Config
@@ -251,6 +252,9 @@ func (s *Server) leave(p *process) {
 // settle tidies up after the end of p: its cgroup goes when it is empty, and only the last ended processes are kept.
 func (s *Server) settle(p *process) {
 	p.group.remove()
+	if s.groups != nil {
+		s.groups.stock()
+	}
 	s.mu.Lock()
 	var ended []*process
 	for _, q := range s.procs {

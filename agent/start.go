@@ -44,7 +44,7 @@ func (s *Server) spawn(req StartRequest) (_ *process, err error) {
 		}
 	}()
 	if s.groups != nil {
-		if p.group, err = s.groups.add(p.id); err != nil {
+		if p.group, err = s.groups.add(); err != nil {
 			return nil, err
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 )
 
 // identity is who a process runs as.
@@ -39,7 +40,7 @@ func (s *Server) lookup(spec string) (identity, error) {
 	name, group, numeric := strings.Cut(spec, ":")
 	id := identity{home: "/"}
 	found := false
-	for _, f := range passwdFields("/etc/passwd", 7) {
+	for _, f := range s.fields.read("/etc/passwd", 7) {
 		if f[0] != name && f[2] != name {
 			continue
 		}
@@ -67,12 +68,42 @@ func (s *Server) lookup(spec string) (identity, error) {
 		}
 		id.gid = uint32(gid)
 	}
-	for _, f := range passwdFields("/etc/group", 4) {
+	for _, f := range s.fields.read("/etc/group", 4) {
 		if gid, err := strconv.ParseUint(f[2], 10, 32); err == nil && strings.Contains(","+f[3]+",", ","+id.name+",") {
 			id.groups = append(id.groups, uint32(gid))
 		}
 	}
 	return id, nil
+}
+
+// fieldCache keeps the fields of passwd(5) and group(5) files for as long as the files stay the same.
+type fieldCache struct {
+	mu    sync.Mutex
+	files map[string]cachedFields
+}
+
+type cachedFields struct {
+	info   os.FileInfo
+	fields [][]string
+}
+
+// read gives the fields of each line that has at least n.
+func (c *fieldCache) read(name string, n int) [][]string {
+	info, err := os.Stat(name)
+	if err != nil {
+		return nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if old, ok := c.files[name]; ok && os.SameFile(old.info, info) && old.info.ModTime().Equal(info.ModTime()) && old.info.Size() == info.Size() {
+		return old.fields
+	}
+	if c.files == nil {
+		c.files = map[string]cachedFields{}
+	}
+	fields := passwdFields(name, n)
+	c.files[name] = cachedFields{info, fields}
+	return fields
 }
 
 // passwdFields reads a file of passwd(5) or group(5), whose content is the guest's: bounded, and broken lines are skipped.
@@ -95,14 +126,14 @@ func passwdFields(name string, n int) [][]string {
 // ownerNames maps ids to names for listings.
 type ownerNames struct{ users, groups map[string]string }
 
-func loadOwnerNames() ownerNames {
+func (s *Server) ownerNames() ownerNames {
 	o := ownerNames{users: map[string]string{}, groups: map[string]string{}}
-	for _, f := range passwdFields("/etc/passwd", 7) {
+	for _, f := range s.fields.read("/etc/passwd", 7) {
 		if _, ok := o.users[f[2]]; !ok {
 			o.users[f[2]] = f[0]
 		}
 	}
-	for _, f := range passwdFields("/etc/group", 4) {
+	for _, f := range s.fields.read("/etc/group", 4) {
 		if _, ok := o.groups[f[2]]; !ok {
 			o.groups[f[2]] = f[0]
 		}

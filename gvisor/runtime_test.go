@@ -45,8 +45,12 @@ func TestRuntime(t *testing.T) {
 // newSandbox is a real sandbox under a real Manager.
 func newSandbox(t *testing.T, o sandbox.CreateOptions) (*sandbox.Sandbox, *agent.Client) {
 	t.Helper()
+	return newSandboxIn(t, sandboxtest.Dir(t), o)
+}
+
+func newSandboxIn(t *testing.T, dir string, o sandbox.CreateOptions) (*sandbox.Sandbox, *agent.Client) {
+	t.Helper()
 	runtime, _ := newRuntime(t)
-	dir := sandboxtest.Dir(t)
 	manager, err := sandbox.NewManager(sandbox.Options{Dir: dir, Runtime: runtime, Templates: newStore(dir), Version: "test"})
 	if err != nil {
 		t.Fatal(err)
@@ -250,7 +254,8 @@ func TestNoZombies(t *testing.T) {
 }
 
 func TestSentryKilled(t *testing.T) {
-	sb, c := newSandbox(t, sandbox.CreateOptions{})
+	dir := sandboxtest.Dir(t)
+	sb, c := newSandboxIn(t, dir, sandbox.CreateOptions{})
 	snap, err := c.Start(t.Context(), agent.StartRequest{Command: "sleep 600"})
 	if err != nil {
 		t.Fatal(err)
@@ -260,7 +265,7 @@ func TestSentryKilled(t *testing.T) {
 		_, err := c.Wait(context.Background(), agent.WaitRequest{Process: snap.Process.ID, WaitMS: 50_000})
 		waited <- err
 	}()
-	for _, pid := range sandboxtest.Processes(os.TempDir()) {
+	for _, pid := range sandboxtest.Processes(dir) {
 		_ = syscall.Kill(pid, syscall.SIGKILL) // it may be gone with another one
 	}
 	if err := <-waited; !errors.Is(err, agent.ErrLost) {
@@ -273,8 +278,9 @@ func TestSentryKilled(t *testing.T) {
 }
 
 func TestSentryStopped(t *testing.T) {
-	sb, _ := newSandbox(t, sandbox.CreateOptions{})
-	for _, pid := range sandboxtest.Processes(os.TempDir()) {
+	dir := sandboxtest.Dir(t)
+	sb, _ := newSandboxIn(t, dir, sandbox.CreateOptions{})
+	for _, pid := range sandboxtest.Processes(dir) {
 		if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
 			t.Fatal(err)
 		}

@@ -17,13 +17,19 @@ var (
 	ErrState = errors.New("wrong state")
 )
 
-// Causes of a sandbox' end.
-var (
-	CauseKilled   = errors.New("killed by request")
-	CauseTimeout  = errors.New("its life time was over")
-	CauseShutdown = errors.New("its server has ended")
-	CauseLost     = errors.New("agent lost")
+// Cause is why a sandbox has ended, as its users are told.
+type Cause string
+
+// The causes that the domain itself knows; a failed boot has its error as cause.
+const (
+	CauseKilled   Cause = "killed by request"
+	CauseTimeout  Cause = "its life time was over"
+	CauseShutdown Cause = "its server has ended"
+	CauseLost     Cause = "agent lost"
 )
+
+// Error implements error.
+func (c Cause) Error() string { return string(c) }
 
 // StateError says that a sandbox is not in the state that a verb needs.
 type StateError struct {
