@@ -17,22 +17,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// hostProcess is a process of a machine on the host.
-type hostProcess struct {
-	pid   int
-	state byte // of /proc/PID/stat
-}
-
 // processesOf finds all processes of a machine: runsc names the machine's directory on the command line of each. So they are found
 // whatever happened to whoever started them.
-func processesOf(dir string) ([]hostProcess, error) {
+func processesOf(dir string) ([]int, error) {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
 		return nil, err
 	}
 	want := []byte("--root=" + runDir(dir) + "\x00")
 	self := os.Getpid()
-	var found []hostProcess
+	var found []int
 	for _, e := range entries {
 		pid, err := strconv.Atoi(e.Name())
 		if err != nil || pid == self {
@@ -42,21 +36,42 @@ func processesOf(dir string) ([]hostProcess, error) {
 		if err != nil || !bytes.Contains(append(line, 0), want) {
 			continue // gone, or another user's
 		}
-		found = append(found, hostProcess{pid: pid, state: stateOf(pid)})
+		found = append(found, pid)
 	}
 	return found, nil
 }
 
-func stateOf(pid int) byte {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+// readStatus gives the state of a process and its anonymous memory in bytes (proc(5), status).
+func readStatus(pid int) (state byte, anonymous int64, err error) {
+	body, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
-		return 'X'
+		return 0, 0, gone(err)
 	}
-	rest := stat[bytes.LastIndexByte(stat, ')')+1:]
-	if len(rest) < 2 {
-		return 'X'
+	for line := range strings.Lines(string(body)) {
+		if rest, ok := strings.CutPrefix(line, "State:"); ok {
+			state = strings.TrimSpace(rest)[0]
+		}
+		if rest, ok := strings.CutPrefix(line, "RssAnon:"); ok {
+			if anonymous, err = kilobytes(rest); err != nil {
+				return 0, 0, err
+			}
+		}
 	}
-	return rest[1]
+	return state, anonymous, nil
+}
+
+// kilobytes reads " 12 kB".
+func kilobytes(text string) (int64, error) {
+	kb, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(text), " kB"), 10, 64)
+	return kb << 10, err
+}
+
+// gone makes the two ways in which /proc says that a process has ended one.
+func gone(err error) error {
+	if errors.Is(err, syscall.ESRCH) {
+		return fs.ErrNotExist
+	}
+	return err
 }
 
 // killAll ends all processes of a machine and waits until they are gone.
@@ -69,8 +84,8 @@ func killAll(ctx context.Context, dir string) error {
 		if len(processes) == 0 {
 			return nil
 		}
-		for _, p := range processes {
-			if err := killPID(ctx, p.pid); err != nil {
+		for _, pid := range processes {
+			if err := killPID(ctx, pid); err != nil {
 				return err
 			}
 		}
@@ -108,15 +123,11 @@ func killPID(ctx context.Context, pid int) error {
 func readPSS(pid int) (int64, error) {
 	body, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
 	if err != nil {
-		if errors.Is(err, syscall.ESRCH) {
-			err = fs.ErrNotExist
-		}
-		return 0, err
+		return 0, gone(err)
 	}
 	for line := range strings.Lines(string(body)) {
 		if rest, ok := strings.CutPrefix(line, "Pss:"); ok {
-			kb, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(rest), " kB"), 10, 64)
-			return kb << 10, err
+			return kilobytes(rest)
 		}
 	}
 	return 0, nil

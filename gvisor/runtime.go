@@ -54,7 +54,12 @@ type machine struct {
 	pipe    pipe
 	stderr  sync.WaitGroup
 	fromErr *os.File
+	pids    []int // of its processes on the host
 }
+
+// kernelMemory bounds what the sentry takes for itself, in bytes. An idle one takes a tenth of that; each file or other object of
+// the guest's takes some, which no limit inside the guest counts.
+const kernelMemory = 512 << 20
 
 func runDir(dir string) string { return filepath.Join(dir, "run") }
 
@@ -97,6 +102,9 @@ func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (_ sandbox.Machin
 	})
 	streams.handOver()
 	m.pipe = pipe{File: streams.fromOut, toIn: streams.toIn}
+	if err == nil {
+		m.pids, err = processesOf(spec.Dir)
+	}
 	if err != nil {
 		_ = m.pipe.Close()
 		return nil, err
@@ -215,6 +223,9 @@ func (r *Runtime) Attach(ctx context.Context, dir string) (_ sandbox.Machine, er
 	streams.handOver()
 	m := &machine{runtime: r, dir: dir, pipe: pipe{File: streams.fromOut, toIn: streams.toIn}}
 	m.follow(streams.fromErr)
+	if m.pids, err = processesOf(dir); err != nil {
+		return nil, errors.Join(fmt.Errorf("attach: %w", err), m.pipe.Close())
+	}
 	return m, nil
 }
 
@@ -251,14 +262,32 @@ func (m *machine) Usage(context.Context) (sandbox.Usage, error) {
 	if err != nil {
 		return u, fmt.Errorf("measure: %w", err)
 	}
-	for _, p := range pids {
-		pss, err := readPSS(p.pid)
+	for _, pid := range pids {
+		pss, err := readPSS(pid)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return u, fmt.Errorf("measure: %w", err)
 		}
 		u.Memory += pss
 	}
 	return u, nil
+}
+
+// Check implements sandbox.Machine.
+func (m *machine) Check() error {
+	for _, pid := range m.pids {
+		state, anonymous, err := readStatus(pid)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			continue // the agent's pipe tells it
+		case err != nil:
+			return fmt.Errorf("check: %w", err)
+		case state == 'T' || state == 't':
+			return errors.New("a process of its runtime was stopped")
+		case anonymous > kernelMemory:
+			return fmt.Errorf("its kernel took %d MB, more than %d MB, for files and other objects", anonymous>>20, kernelMemory>>20)
+		}
+	}
+	return nil
 }
 
 // Destroy implements sandbox.Machine. SIGKILL is the first word already: it works on a wedged sentry too, and leaves nothing.

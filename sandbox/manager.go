@@ -30,6 +30,7 @@ type Options struct {
 }
 
 const (
+	checkEvery     = time.Second
 	destroyTimeout = 20 * time.Second
 	endedKept      = 1000 // ended sandboxes whose cause is remembered
 	maxMetadata    = 64

@@ -271,6 +271,17 @@ func TestAgentLost(t *testing.T) {
 	}
 }
 
+func TestMachineUnwell(t *testing.T) {
+	fake := &sandboxtest.Fake{}
+	m := newManager(t, t.TempDir(), fake, nil)
+	sb := create(t, m, sandbox.CreateOptions{})
+	fake.Sicken(errors.New("it has a cold"))
+	sandboxtest.Eventually(t, "it has failed and is gone", func() bool { return sb.Info().State == sandbox.Failed && fake.Running() == 0 })
+	if cause := sb.Info().Cause; cause != "it has a cold" {
+		t.Fatal(cause)
+	}
+}
+
 func TestList(t *testing.T) {
 	m := newManager(t, t.TempDir(), &sandboxtest.Fake{}, nil)
 	a := create(t, m, sandbox.CreateOptions{Metadata: map[string]string{"team": "x", "job": "1"}})

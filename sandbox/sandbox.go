@@ -119,14 +119,26 @@ func (s *Sandbox) boot(ctx context.Context, template Template) error {
 		return err // killed meanwhile
 	}
 	s.expiry = time.AfterFunc(s.life, func() { _ = s.Kill(CauseTimeout) }) // end logs its error
-	s.m.work.Go(func() { s.watch(client) })
+	s.m.work.Go(func() { s.watch(machine, client) })
 	return nil
 }
 
-// watch ends the sandbox when its agent is gone.
-func (s *Sandbox) watch(client *agent.Client) {
-	<-client.Done()
-	s.end(Failed, CauseLost)
+// watch ends the sandbox when its agent is gone or its machine is not well.
+func (s *Sandbox) watch(machine Machine, client *agent.Client) {
+	ticker := time.NewTicker(checkEvery)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-client.Done():
+			_ = s.end(Failed, CauseLost) // end logs its error; it has ended already where this is not news
+			return
+		case <-ticker.C:
+			if err := machine.Check(); err != nil {
+				_ = s.end(Failed, err)
+				return
+			}
+		}
+	}
 }
 
 // Agent is the way into a running sandbox, for the verb that the caller is about to do.

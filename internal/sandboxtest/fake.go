@@ -22,6 +22,14 @@ type Fake struct {
 
 	mu       sync.Mutex
 	machines map[string]*fakeMachine // by directory
+	unwell   error
+}
+
+// Sicken makes every Check fail.
+func (f *Fake) Sicken(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.unwell = err
 }
 
 var _ sandbox.Runtime = (*Fake)(nil)
@@ -145,6 +153,13 @@ func (c *fakeConn) Resume(context.Context) error { c.gate.open(); return nil }
 // Usage implements sandbox.Machine.
 func (c *fakeConn) Usage(context.Context) (sandbox.Usage, error) {
 	return sandbox.Usage{Memory: 1 << 20}, nil
+}
+
+// Check implements sandbox.Machine.
+func (c *fakeConn) Check() error {
+	c.fake.mu.Lock()
+	defer c.fake.mu.Unlock()
+	return c.fake.unwell
 }
 
 // Destroy implements sandbox.Machine.
