@@ -2,6 +2,7 @@ package gvisor
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -26,6 +27,8 @@ type Runtime struct {
 	Runsc string       // path of the binary; required
 	Agent string       // path of soulbox-agent in a directory that holds nothing else; required
 	Log   *slog.Logger // what sandboxes write to the stderr of their init, at level debug; default discards
+	// Cgroups is where the host's cgroups are mounted; default /sys/fs/cgroup. Where the server may write there they are the hard limit.
+	Cgroups string
 
 	nextCPU atomic.Uint32 // spreads machines that may not use all cores
 }
@@ -34,11 +37,24 @@ var _ sandbox.Runtime = (*Runtime)(nil)
 
 // manifest is machine.json.
 type manifest struct {
-	Agent string `json:"agent"` // path of the agent in the sandbox
+	Agent  string      `json:"agent"`            // path of the agent in the sandbox
+	Cgroup *hostCgroup `json:"cgroup,omitempty"` // on the host, if there is one
+}
+
+func readManifest(dir string) (manifest, error) {
+	var mf manifest
+	body, err := os.ReadFile(filepath.Join(dir, "machine.json"))
+	if err != nil {
+		return mf, err
+	}
+	return mf, json.Unmarshal(body, &mf)
 }
 
 // Version tells runsc's version, and thereby that it starts.
 func (r *Runtime) Version(ctx context.Context) (string, error) { return version(ctx, r.Runsc) }
+
+// HardLimits says whether machines get cgroups of the host.
+func (r *Runtime) HardLimits() bool { return planCgroup(cmp.Or(r.Cgroups, cgroupRoot), "soulbox-") != nil }
 
 func (r *Runtime) log() *slog.Logger {
 	if r.Log == nil {
@@ -81,7 +97,9 @@ func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (_ sandbox.Machin
 	if err := writeBundle(bundle, spec, r.Agent); err != nil {
 		return nil, err
 	}
-	body, err := json.Marshal(manifest{Agent: filepath.Join(agentDir, filepath.Base(r.Agent))})
+	// The manifest names the cgroup before it is made: whoever reaps knows of it.
+	mf := manifest{Agent: filepath.Join(agentDir, filepath.Base(r.Agent)), Cgroup: planCgroup(cmp.Or(r.Cgroups, cgroupRoot), "soulbox-"+spec.ID)}
+	body, err := json.Marshal(mf)
 	if err != nil {
 		return nil, err
 	}
@@ -104,6 +122,11 @@ func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (_ sandbox.Machin
 	m.pipe = pipe{File: streams.fromOut, toIn: streams.toIn}
 	if err == nil {
 		m.pids, err = processesOf(spec.Dir)
+	}
+	if err == nil && mf.Cgroup != nil {
+		if cerr := errors.Join(mf.Cgroup.create(spec.Limits), mf.Cgroup.enter(m.pids)); cerr != nil {
+			r.log().Warn("a sandbox has no cgroup on the host; its other limits hold", "sandbox", spec.ID, "error", cerr)
+		}
 	}
 	if err != nil {
 		_ = m.pipe.Close()
@@ -201,13 +224,9 @@ func (m *machine) follow(from *os.File) *headBuffer {
 
 // Attach implements sandbox.Runtime: it starts a bridge in the machine by the control socket.
 func (r *Runtime) Attach(ctx context.Context, dir string) (_ sandbox.Machine, err error) {
-	body, err := os.ReadFile(filepath.Join(dir, "machine.json"))
+	mf, err := readManifest(dir)
 	if err != nil {
-		return nil, fmt.Errorf("attach: %w", err)
-	}
-	var mf manifest
-	if err := json.Unmarshal(body, &mf); err != nil {
-		return nil, fmt.Errorf("attach: machine.json: %w", err)
+		return nil, fmt.Errorf("attach: read machine.json: %w", err)
 	}
 	streams, err := newStdio()
 	if err != nil {
@@ -233,6 +252,12 @@ func (r *Runtime) Attach(ctx context.Context, dir string) (_ sandbox.Machine, er
 func (r *Runtime) Reap(ctx context.Context, dir string) error {
 	if err := killAll(ctx, dir); err != nil {
 		return fmt.Errorf("reap %s: %w", filepath.Base(dir), err)
+	}
+	// A manifest that is half written is of a machine that has no cgroup yet.
+	if mf, err := readManifest(dir); err == nil && mf.Cgroup != nil {
+		if err := mf.Cgroup.remove(); err != nil {
+			return fmt.Errorf("reap %s: %w", filepath.Base(dir), err)
+		}
 	}
 	// runsc mounts here; the mount goes with its namespace, unless somebody ran it without one.
 	err := unix.Unmount(filepath.Join(runDir(dir), "null-netns"), unix.MNT_DETACH)

@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -315,6 +316,35 @@ func TestAttributes(t *testing.T) {
 	info, err := c.Setattr(t.Context(), agent.PathRequest{Path: "/home/user/f", Attrs: map[string]string{"origin": "a test"}})
 	if err != nil || info.Attrs["origin"] != "a test" || info.Owner != "user" {
 		t.Fatal(info, err)
+	}
+}
+
+// TestInHostCgroup: every process of a machine is in its cgroup on the host, where there is one, and the cgroup goes with the machine.
+func TestInHostCgroup(t *testing.T) {
+	dir := sandboxtest.Dir(t)
+	sb, _ := newSandboxIn(t, dir, sandbox.CreateOptions{})
+	manifest, err := os.ReadFile(filepath.Join(dir, "sandboxes", sb.ID(), "machine.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := "soulbox-" + sb.ID()
+	planned := strings.Contains(string(manifest), name)
+	for _, pid := range sandboxtest.Processes(dir) {
+		in, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "cgroup"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(string(in), name) != planned {
+			t.Errorf("planned is %v, but process %d is in %s", planned, pid, in)
+		}
+	}
+	if err := sb.Kill(sandbox.CauseKilled); err != nil {
+		t.Fatal(err)
+	}
+	for _, depth := range []string{"*", "*/*", "*/*/*", "*/*/*/*"} {
+		if left, err := filepath.Glob(filepath.Join("/sys/fs/cgroup", depth, name)); err != nil || len(left) > 0 {
+			t.Errorf("left: %v %v", left, err)
+		}
 	}
 }
 

@@ -37,6 +37,7 @@ var checks = []check{
 	{"state directory", "Name a directory by --state-dir that you can write to; as root, one that every user can walk to.", checkStateDir},
 	{"disk", "Free some disk space: a sandbox may write 10 GB by default (--disk-mb).", checkDisk},
 	{"memory", "Sandboxes get 1 GB by default; give them less by --memory-mb.", checkMemory},
+	{"hard limits", "", checkHardLimits},
 	{"sandbox", "The lines above may say why. If they are all ok, run it again with --log-level debug and report what it says.", checkSandbox},
 }
 
@@ -157,6 +158,14 @@ func checkMemory(context.Context, config) (string, error) {
 		return "", fmt.Errorf("the machine has %d MB", total>>20)
 	}
 	return fmt.Sprintf("%d GB, of which sandboxes may be promised 80 %%", total>>30), nil
+}
+
+// checkHardLimits only tells: sandboxes work either way.
+func checkHardLimits(context.Context, config) (string, error) {
+	if (&gvisor.Runtime{}).HardLimits() {
+		return "memory, CPU and processes by the host's cgroups, above what the sandbox itself enforces", nil
+	}
+	return "none: the host's cgroups cannot be written; the sandbox itself enforces memory, processes and disk, CPU is bound to cores", nil
 }
 
 // checkSandbox runs a command in a real sandbox.
