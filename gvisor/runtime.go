@@ -54,7 +54,9 @@ func readManifest(dir string) (manifest, error) {
 func (r *Runtime) Version(ctx context.Context) (string, error) { return version(ctx, r.Runsc) }
 
 // HardLimits says whether machines get cgroups of the host.
-func (r *Runtime) HardLimits() bool { return planCgroup(cmp.Or(r.Cgroups, cgroupRoot), "soulbox-") != nil }
+func (r *Runtime) HardLimits() bool {
+	return planCgroup(cmp.Or(r.Cgroups, cgroupRoot), "soulbox-") != nil
+}
 
 func (r *Runtime) log() *slog.Logger {
 	if r.Log == nil {
