@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"os"
 	"sync"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -101,40 +100,42 @@ func (c *collector) run(wake *os.File) {
 			if e.Fd == int32(wake.Fd()) {
 				return
 			}
-			if p != nil && p.read(buf) {
+			if p == nil {
+				continue
+			}
+			if _, end := p.read(buf); end {
 				c.finish(p)
 			}
 		}
 	}
 }
 
-// read moves what is there, up to the size of buf, and says whether that was the end.
-func (p *outputPipe) read(buf []byte) (end bool) {
+// read moves what is there, up to the size of buf, and tells how much that was, and whether the pipe is at its end.
+func (p *outputPipe) read(buf []byte) (n int, end bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.closed {
+		return 0, true
+	}
 	n, err := unix.Read(p.fd, buf)
 	if n > 0 {
 		p.output.append(p.stream, buf[:n])
 	}
-	return n == 0 || err != nil && err != unix.EAGAIN && err != unix.EINTR
+	return max(n, 0), n == 0 || err != nil && err != unix.EAGAIN && err != unix.EINTR
 }
 
-// drain waits until what the leader wrote is in the spool: the pipe is at its end, or empty.
-func (p *outputPipe) drain(deadline time.Time) {
-	for !p.empty() && time.Now().Before(deadline) {
-		select {
-		case <-p.eof:
-		case <-time.After(200 * time.Microsecond):
+// drain moves what the leader wrote before its end, which is at most what a pipe can hold: a child that goes on writing does not hold
+// it up. It does not wait for the collector, which may be late on a busy machine.
+func (p *outputPipe) drain() {
+	buf := make([]byte, 8<<10)
+	for left := pipeCapacity; left > 0; {
+		n, _ := p.read(buf)
+		if n == 0 {
+			return
 		}
+		left -= n
 	}
 }
 
-func (p *outputPipe) empty() bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.closed {
-		return true
-	}
-	n, err := unix.IoctlGetInt(p.fd, unix.TIOCINQ)
-	return err != nil || n == 0
-}
+// pipeCapacity is the most a pipe can hold in bytes (pipe(7), /proc/sys/fs/pipe-max-size).
+const pipeCapacity = 1 << 20

@@ -17,9 +17,8 @@ import (
 )
 
 const (
-	endedKept   = 256                    // ended processes that can still be asked for
-	drainBound  = 250 * time.Millisecond // how long output may still arrive once the leader has ended
-	killGrace   = 2 * time.Second        // between SIGTERM and SIGKILL at a timeout
+	endedKept   = 256             // ended processes that can still be asked for
+	killGrace   = 2 * time.Second // between SIGTERM and SIGKILL at a timeout
 	maxTag      = 64
 	commandEcho = 4 << 10 // bytes of a command line that are repeated in answers
 )
@@ -76,9 +75,8 @@ func (p *process) blame(cause string) {
 // watch collects the end of the leader.
 func (p *process) watch(exit <-chan exitStatus) {
 	status := <-exit
-	deadline := time.Now().Add(drainBound)
 	for _, pipe := range p.pipes {
-		pipe.drain(deadline)
+		pipe.drain()
 	}
 	// Reading cgroups is a good part of a short command's time: one that ended well and left nothing behind is not asked further.
 	left := len(p.group.pids()) > 0
