@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -70,8 +71,13 @@ func mountCgroups() (*cgroups, error) {
 // limit bounds the number of tasks of all user processes together, and tells programs the memory limit, which the guard enforces.
 func (c *cgroups) limit(pids, memory int64) error {
 	c.pids.Store(pids)
-	for len(c.ready) > 0 { // they have the old limit
-		(<-c.ready).remove()
+	for stale := true; stale; { // they have the old limit
+		select {
+		case g := <-c.ready:
+			g.remove()
+		default:
+			stale = false
+		}
 	}
 	for name, value := range map[string]int64{"pids.max": pids, "memory.max": memory} {
 		text := "max"
@@ -271,6 +277,8 @@ type guard struct {
 	server *Server
 	woken  chan struct{}
 	awake  atomic.Bool // it will look again by itself
+	victim int         // pid of the last one
+	killed time.Time
 }
 
 func (g *guard) wake() {
@@ -303,7 +311,7 @@ func (g *guard) run() {
 		pause := 100 * time.Millisecond
 		switch {
 		case used > limit:
-			g.server.killLargest(used, limit)
+			g.relieve(used, limit)
 			pause = 2 * time.Millisecond
 		case used > limit/2:
 			pause = 10 * time.Millisecond
@@ -315,8 +323,19 @@ func (g *guard) run() {
 	}
 }
 
-// killLargest kills the user process with the most memory.
-func (s *Server) killLargest(used, limit int64) {
+// relieve kills the largest process, unless the last victim's memory is still being freed.
+func (g *guard) relieve(used, limit int64) {
+	if g.victim > 0 && time.Since(g.killed) < victimTime && syscall.Kill(g.victim, 0) == nil {
+		return
+	}
+	g.victim, g.killed = g.server.killLargest(used, limit), time.Now()
+}
+
+// victimTime is how long a killed process may take to be gone before another one is killed.
+const victimTime = 300 * time.Millisecond
+
+// killLargest kills the user process with the most memory, and gives its pid, or 0 where there is none.
+func (s *Server) killLargest(used, limit int64) int {
 	var victim *process
 	var worst, pid int64
 	for _, p := range s.all() {
@@ -327,10 +346,11 @@ func (s *Server) killLargest(used, limit int64) {
 		}
 	}
 	if victim == nil {
-		return
+		return 0
 	}
 	victim.blame(CauseOOM)
 	s.oomKills.Add(1)
 	s.log("out of memory: %d of %d bytes used: kill pid %d of process %s with %d bytes", used, limit, pid, victim.id, worst)
 	_ = unix.Kill(int(pid), unix.SIGKILL)
+	return int(pid)
 }

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/yamux"
@@ -24,6 +25,7 @@ type Client struct {
 	session *yamux.Session
 	rpc     *jsonrpc2.Conn
 	conn    *onceCloser
+	lastID  atomic.Uint64
 
 	mu    sync.Mutex
 	cause error // why the session ended, if it was not the pipe
@@ -53,7 +55,7 @@ func NewClient(ctx context.Context, conn io.ReadWriteCloser, version string) (_ 
 		return nil, fmt.Errorf("agent %q speaks protocol %d, this host %q speaks %d: %w", clip(guest.Version, 40), guest.Protocol, version, Protocol, ErrVersion)
 	}
 	c.boot, c.version = clip(guest.Boot, 64), clip(guest.Version, 40)
-	if c.session, err = yamux.Client(bufferedConn{reader, c.conn}, muxConfig()); err != nil {
+	if c.session, err = yamux.Client(bufferedConn{&guestFrames{r: reader}, c.conn}, muxConfig()); err != nil {
 		return nil, err
 	}
 	stream, err := c.open(header{Stream: streamRPC})
@@ -62,6 +64,10 @@ func NewClient(ctx context.Context, conn io.ReadWriteCloser, version string) (_ 
 	}
 	c.rpc = jsonrpc2.NewConn(context.Background(), messageStream{stream}, handlerFunc(c.refuse), quiet)
 	go c.watch()
+	go func() {
+		<-c.rpc.DisconnectNotify()
+		c.fail(errors.New("the control channel has ended"))
+	}()
 	return c, nil
 }
 
@@ -122,7 +128,13 @@ func (c *Client) lost(op string, err error) error {
 
 // call makes one call. When ctx ends the guest is told, and the answer is not waited for.
 func call[R any](ctx context.Context, c *Client, method string, args any) (result R, err error) {
-	waiter, err := orGiveUp(ctx, func() (jsonrpc2.Waiter, error) { return c.rpc.DispatchCall(ctx, method, args) }, nil)
+	id := c.lastID.Add(1)
+	waiter, err := orGiveUp(ctx, func() (jsonrpc2.Waiter, error) {
+		return c.rpc.DispatchCall(ctx, method, args, jsonrpc2.PickID(jsonrpc2.ID{Num: id}))
+	}, nil)
+	if errors.Is(err, ErrTooLarge) {
+		return result, fmt.Errorf("%s: %w", method, err) // our own request: it was not sent
+	}
 	if err != nil {
 		return result, c.streamError(ctx, method, err)
 	}
@@ -139,6 +151,8 @@ func call[R any](ctx context.Context, c *Client, method string, args any) (resul
 		e.Message = clip(e.Message, 4000)
 		return result, &e
 	case ctx.Err() != nil:
+		// Not waited for: it matters only to the guest, which may not read.
+		go func() { _ = c.rpc.Notify(context.Background(), noteCancel, map[string]uint64{"id": id}) }()
 		return result, context.Cause(ctx)
 	}
 	return result, c.lost(method, err)
@@ -261,11 +275,18 @@ func (c *Client) open(h header) (*yamux.Stream, error) {
 	return stream, nil
 }
 
-// drainTime is how long a guest has to end a stream that we have closed.
-const drainTime = 5 * time.Second
-
 // begin opens a stream that lives no longer than ctx, and reads the guest's answer. The caller calls end when it is done.
-func (c *Client) begin(ctx context.Context, h header) (stream *yamux.Stream, a answer, end func(), err error) {
+func (c *Client) begin(ctx context.Context, h header) (*yamux.Stream, answer, func(), error) {
+	stream, a, end, err := c.handshake(ctx, h)
+	if err != nil {
+		return nil, a, nil, err
+	}
+	stop := context.AfterFunc(ctx, end)
+	return stream, a, func() { stop(); end() }, nil
+}
+
+// handshake opens a stream and reads the guest's answer; ctx bounds that and no more.
+func (c *Client) handshake(ctx context.Context, h header) (stream *yamux.Stream, a answer, end func(), err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, a, nil, context.Cause(ctx)
 	}
@@ -273,16 +294,13 @@ func (c *Client) begin(ctx context.Context, h header) (stream *yamux.Stream, a a
 	if err != nil {
 		return nil, a, nil, err
 	}
-	stop := context.AfterFunc(ctx, func() {
-		_ = stream.Close()
-		_ = stream.SetDeadline(time.Unix(1, 0))
+	opened := stream
+	end = sync.OnceFunc(func() {
+		// The guest sees our half close, and closes its own: what it has sent until then goes with the stream.
+		_ = opened.Close()
+		_ = opened.SetDeadline(time.Unix(1, 0))
 	})
-	end = func() {
-		stop()
-		_ = stream.Close()
-		_ = stream.SetReadDeadline(time.Now().Add(drainTime))
-		go discard(stream) // what the guest sends until it sees the end: at most a window
-	}
+	defer context.AfterFunc(ctx, end)()
 	if err := readMessage(stream, &a); err != nil {
 		end()
 		return nil, a, nil, c.streamError(ctx, h.Stream, err)
@@ -311,7 +329,25 @@ func (c *Client) ReadFile(ctx context.Context, path string, offset, limit int64)
 		end()
 		return nil, FileInfo{}, c.lost(streamRead, errors.New("answer without info"))
 	}
-	return &streamReader{Reader: &chunkReader{r: stream}, end: end}, *a.Info, nil
+	body := io.Reader(&chunkReader{r: stream})
+	if limit >= 0 {
+		body = &atMost{r: body, left: limit}
+	}
+	return &streamReader{Reader: body, end: end}, *a.Info, nil
+}
+
+// atMost fails when there is more than there may be: the guest was told how much was wanted.
+type atMost struct {
+	r    io.Reader
+	left int64
+}
+
+func (a *atMost) Read(p []byte) (int, error) {
+	n, err := a.r.Read(p)
+	if a.left -= int64(n); a.left < 0 {
+		return 0, fmt.Errorf("read: the guest sent more than was asked for: %w", ErrLost)
+	}
+	return n, err
 }
 
 type streamReader struct {
@@ -411,7 +447,7 @@ func (c *Client) WriteStdin(ctx context.Context, process string, input []byte, e
 }
 
 func (c *Client) writeStdin(ctx context.Context, process string, input []byte, eof bool) (int64, error) {
-	stream, _, end, err := c.begin(context.WithoutCancel(ctx), header{Stream: streamStdin, Process: process, Size: int64(len(input)), EOF: eof})
+	stream, _, end, err := c.handshake(ctx, header{Stream: streamStdin, Process: process, Size: int64(len(input)), EOF: eof})
 	if err != nil {
 		return 0, err
 	}

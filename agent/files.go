@@ -129,7 +129,7 @@ func (s *Server) dir(r DirRequest) (DirResult, error) {
 	if limit <= 0 || limit > maxEntries {
 		limit = maxEntries
 	}
-	l := lister{owners: s.ownerNames(), limit: limit, room: maxMessage / 2, result: DirResult{Entries: []FileInfo{}}}
+	l := lister{owners: s.ownerNames(), limit: limit, room: maxMessage * 9 / 10, result: DirResult{Entries: []FileInfo{}}}
 	err := l.list(path.Clean(r.Path), max(r.Depth, 1))
 	return l.result, err
 }
@@ -159,7 +159,7 @@ func (l *lister) list(dir string, depth int) error {
 	slices.Sort(names)
 	for _, name := range names {
 		full := path.Join(dir, name)
-		if len(l.result.Entries) >= l.limit || l.room < len(full)+300 {
+		if len(l.result.Entries) >= l.limit || l.room < encodedSize(full)+300 {
 			l.result.More = true
 			return nil
 		}
@@ -168,7 +168,10 @@ func (l *lister) list(dir string, depth int) error {
 			continue // gone since
 		}
 		entry := describeFile(full, info, l.owners)
-		l.room -= len(full) + len(entry.Target) + 300
+		if l.room -= encodedSize(full, entry.Target, entry.Owner, entry.Group) + 300; l.room < 0 {
+			l.result.More = true
+			return nil
+		}
 		l.result.Entries = append(l.result.Entries, entry)
 		if info.IsDir() && depth > 1 {
 			if err := l.list(full, depth-1); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -58,7 +59,8 @@ func dropCapabilities() error {
 	return nil
 }
 
-// ListenAttach serves bridges until the machine ends. Only root of the sandbox may connect.
+// ListenAttach serves bridges until the machine ends. A bridge is root's, and in the agent's own cgroup, where only the runtime can put a
+// process: whoever speaks to the agent can lift the limits, so no process of a user may, not even root's.
 func (s *Server) ListenAttach() error {
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: attachSocket, Net: "unix"})
 	if err != nil {
@@ -69,7 +71,7 @@ func (s *Server) ListenAttach() error {
 		if err != nil {
 			return err
 		}
-		if uid, err := peerUID(conn); err != nil || uid != 0 {
+		if !isBridge(conn) {
 			_ = conn.Close()
 			continue
 		}
@@ -77,17 +79,18 @@ func (s *Server) ListenAttach() error {
 	}
 }
 
-func peerUID(conn *net.UnixConn) (uint32, error) {
+func isBridge(conn *net.UnixConn) bool {
 	raw, err := conn.SyscallConn()
 	if err != nil {
-		return 0, err
+		return false
 	}
 	var cred *unix.Ucred
 	var cerr error
-	if err := raw.Control(func(fd uintptr) { cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil || cerr != nil {
-		return 0, errors.Join(err, cerr)
+	if err := raw.Control(func(fd uintptr) { cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil || cerr != nil || cred.Uid != 0 {
+		return false
 	}
-	return cred.Uid, nil
+	in, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", cred.Pid))
+	return err == nil && strings.TrimSpace(string(in)) == "0::/agent"
 }
 
 // Attach is the bridge: it splices stdio to the agent of the machine it runs in.

@@ -34,15 +34,51 @@ var quiet = jsonrpc2.SetLogger(log.New(io.Discard, "", 0))
 
 // bufferedConn reads through the reader that has read the handshake.
 type bufferedConn struct {
-	*bufio.Reader
+	io.Reader
 	io.WriteCloser
 }
 
-// Read resolves the ambiguity of the two embedded types.
-func (c bufferedConn) Read(p []byte) (int, error) { return c.Reader.Read(p) }
+// guestFrames reads what a guest sends and ends at the first frame that no honest agent sends: one that opens a stream, and a ping,
+// each of which would cost the host a goroutine until the guest reads its answer. Frames are as in yamux' specification.
+type guestFrames struct {
+	r    io.Reader
+	head [12]byte
+	have int // bytes of head that were read
+	sent int // bytes of head that were passed on
+	body uint32
+}
 
-// Write resolves the ambiguity of the two embedded types.
-func (c bufferedConn) Write(p []byte) (int, error) { return c.WriteCloser.Write(p) }
+// errFrame says that the guest does not keep to the protocol.
+var errFrame = errors.New("the guest opened a stream or sent a ping")
+
+// Read implements io.Reader.
+func (g *guestFrames) Read(p []byte) (int, error) {
+	if g.body > 0 {
+		n, err := g.r.Read(p[:min(len(p), int(g.body))])
+		g.body -= uint32(n)
+		return n, err
+	}
+	for g.have < len(g.head) {
+		n, err := g.r.Read(g.head[g.have:])
+		g.have += n
+		if err != nil {
+			return 0, err
+		}
+	}
+	const data, ping, syn = 0, 2, 1
+	kind, flags := g.head[1], binary.BigEndian.Uint16(g.head[2:4])
+	if kind == ping || flags&syn != 0 {
+		return 0, errFrame
+	}
+	n := copy(p, g.head[g.sent:])
+	if g.sent += n; g.sent == len(g.head) {
+		g.have, g.sent = 0, 0
+		if kind == data {
+			g.body = binary.BigEndian.Uint32(g.head[8:])
+		}
+	}
+	return n, nil
+}
 
 func writeHello(w io.Writer, h hello) error {
 	line, err := json.Marshal(h)

@@ -42,6 +42,8 @@ type process struct {
 	namesake *process
 	done     chan struct{} // closed when the leader has ended and its output is drained
 
+	writing sync.Mutex // held by who writes to stdin; before mu
+
 	mu     sync.Mutex
 	stdin  *os.File // nil when closed
 	ended  time.Time
@@ -216,9 +218,16 @@ func (p *process) writeStdin(ctx context.Context, r io.Reader, eof bool) (int64,
 	if stdin == nil {
 		return 0, fmt.Errorf("write to process %s: %w", p.id, ErrStdin)
 	}
-	stop := context.AfterFunc(ctx, func() { _ = stdin.SetWriteDeadline(time.Unix(1, 0)) })
+	p.writing.Lock() // one writer at a time: their bytes do not mix, nor their deadlines
+	defer p.writing.Unlock()
+	late := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		_ = stdin.SetWriteDeadline(time.Unix(1, 0))
+		close(late)
+	})
 	n, err := io.Copy(onlyWriter{stdin}, r)
 	if !stop() {
+		<-late
 		_ = stdin.SetWriteDeadline(time.Time{}) // the next writer is not late
 	}
 	if errors.Is(err, syscall.EPIPE) || errors.Is(err, os.ErrClosed) {

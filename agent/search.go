@@ -36,7 +36,7 @@ func (s *Server) search(ctx context.Context, r SearchRequest) (SearchResult, err
 	if len(r.Pattern) > maxPattern || len(r.Glob) > maxPattern {
 		return SearchResult{}, invalid("search: pattern and glob may have %d bytes", maxPattern)
 	}
-	q := &searcher{ctx: ctx, root: path.Clean(r.Path), limit: r.Limit, room: maxMessage / 2, result: SearchResult{Matches: []Match{}}}
+	q := &searcher{ctx: ctx, root: path.Clean(r.Path), limit: r.Limit, room: maxMessage * 9 / 10, result: SearchResult{Matches: []Match{}}}
 	if q.limit <= 0 || q.limit > searchLimit {
 		q.limit = searchLimit
 	}
@@ -107,7 +107,7 @@ func (q *searcher) visit(name string, entry fs.DirEntry, err error) error {
 }
 
 func (q *searcher) add(m Match) error {
-	size := len(m.Path) + len(m.Text) + 40
+	size := encodedSize(m.Path, m.Text) + 40
 	if len(q.result.Matches) >= q.limit || size > q.room {
 		q.result.More = true
 		return fs.SkipAll

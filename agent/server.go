@@ -2,7 +2,6 @@ package agent
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -10,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"runtime"
 	"strconv"
@@ -208,17 +206,6 @@ func (s *Server) serveStream(ctx context.Context, stream *yamux.Stream) {
 	}
 }
 
-// giveUpOnClose ends writes to a stream when the host closes its half, which is how it cancels what it only reads.
-func giveUpOnClose(stream *yamux.Stream) {
-	go func() {
-		discard(stream)
-		_ = stream.SetWriteDeadline(time.Unix(1, 0))
-	}()
-}
-
-// discard reads what the host still sends until it closes: closing first would reset the stream, and our answer with it.
-func discard(stream *yamux.Stream) { _, _ = io.Copy(io.Discard, stream) }
-
 // enter gives a process its id and checks its tag.
 func (s *Server) enter(p *process) error {
 	s.mu.Lock()
@@ -368,17 +355,23 @@ func (s *Server) serveRPC(ctx context.Context, stream *yamux.Stream) {
 			delete(cancels, req.ID.Num)
 			mu.Unlock()
 			if err != nil {
-				e := wireError(err)
-				reply := &jsonrpc2.Error{Code: jsonrpc2.CodeInternalError, Message: e.Message}
-				reply.SetError(e)
-				_ = conn.ReplyWithError(callCtx, req.ID, reply) // the pipe is gone otherwise
+				_ = conn.ReplyWithError(callCtx, req.ID, replyError(err)) // the pipe is gone otherwise
 				return
 			}
-			_ = conn.Reply(callCtx, req.ID, result)
+			if err := conn.Reply(callCtx, req.ID, result); errors.Is(err, ErrTooLarge) {
+				_ = conn.ReplyWithError(callCtx, req.ID, replyError(err))
+			}
 		}()
 	}
 	conn := jsonrpc2.NewConn(ctx, messageStream{stream}, handlerFunc(handler), quiet)
 	<-conn.DisconnectNotify()
+}
+
+func replyError(err error) *jsonrpc2.Error {
+	e := wireError(err)
+	reply := &jsonrpc2.Error{Code: jsonrpc2.CodeInternalError, Message: e.Message}
+	reply.SetError(e)
+	return reply
 }
 
 type handlerFunc func(context.Context, *jsonrpc2.Conn, *jsonrpc2.Request)
@@ -471,128 +464,10 @@ func (s *Server) list(r ListRequest) ([]Process, error) {
 		if r.Tag != "" && d.Tag != r.Tag || r.State != "" && d.State != r.State {
 			continue
 		}
-		if size += len(d.Command) + len(d.Cwd) + 500; size > maxMessage/2 {
+		if size += encodedSize(d.Command, d.Cwd, d.Tag, d.User) + 500; size > maxMessage*9/10 {
 			break
 		}
 		list = append(list, d)
 	}
 	return list, nil
-}
-
-// serveDial connects the stream to a socket of the guest.
-func (s *Server) serveDial(ctx context.Context, stream *yamux.Stream, h header) {
-	if h.Network != "tcp" && h.Network != "unix" {
-		_ = writeMessage(stream, answer{Error: wireError(invalid("dial: network %q is neither tcp nor unix", clip(h.Network, 40)))})
-		return
-	}
-	if host, _, err := net.SplitHostPort(h.Address); h.Network == "tcp" && (err != nil || net.ParseIP(host) == nil || !net.ParseIP(host).IsLoopback()) {
-		_ = writeMessage(stream, answer{Error: wireError(invalid("dial %q: only the sandbox' own loopback can be dialled", clip(h.Address, 80)))})
-		return
-	}
-	dialer := net.Dialer{Timeout: 10 * time.Second}
-	conn, err := dialer.DialContext(ctx, h.Network, h.Address)
-	if err != nil {
-		_ = writeMessage(stream, answer{Error: wireError(err)})
-		return
-	}
-	defer conn.Close()
-	if err := writeMessage(stream, answer{}); err != nil {
-		return
-	}
-	splice(stream, conn)
-}
-
-// splice copies both ways and keeps half-closes.
-func splice(a, b io.ReadWriteCloser) {
-	var both sync.WaitGroup
-	oneWay := func(dst, src io.ReadWriteCloser) {
-		_, err := io.Copy(dst, src)
-		if half, ok := dst.(interface{ CloseWrite() error }); ok && err == nil {
-			_ = half.CloseWrite()
-			return
-		}
-		_ = dst.Close() // a yamux stream's Close is its half-close
-		if err != nil {
-			_ = src.Close()
-		}
-	}
-	both.Go(func() { oneWay(a, b) })
-	both.Go(func() { oneWay(b, a) })
-	both.Wait()
-}
-
-// serveStdin writes what comes to a process.
-func (s *Server) serveStdin(ctx context.Context, stream *yamux.Stream, h header) {
-	p, err := s.find(h.Process)
-	if err != nil {
-		_ = writeMessage(stream, answer{Error: wireError(err)})
-		return
-	}
-	if err := writeMessage(stream, answer{}); err != nil {
-		return
-	}
-	if h.Size < 0 || h.Size > maxStdin {
-		_ = writeMessage(stream, answer{Error: wireError(invalid("stdin: %d bytes, at most %d are allowed", h.Size, maxStdin))})
-		return
-	}
-	// All is read before any is written: then a read of the stream returns when the host gives up, however long the process does not read.
-	body := make([]byte, h.Size)
-	if _, err := io.ReadFull(stream, body); err != nil {
-		return // the host is gone
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	go func() {
-		discard(stream)
-		cancel()
-	}()
-	a := answer{}
-	a.Written, err = p.writeStdin(ctx, bytes.NewReader(body), h.EOF)
-	if err != nil {
-		a.Error = wireError(err)
-	}
-	_ = writeMessage(stream, a)
-}
-
-// serveOutput replays and follows the output of a process.
-func (s *Server) serveOutput(ctx context.Context, stream *yamux.Stream, h header) {
-	p, err := s.find(h.Process)
-	if err != nil {
-		_ = writeMessage(stream, answer{Error: wireError(err)})
-		return
-	}
-	if err := writeMessage(stream, answer{}); err != nil {
-		return
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	go func() {
-		discard(stream) // the host sends nothing: this returns when it closes
-		cancel()
-		_ = stream.SetWriteDeadline(time.Unix(1, 0))
-	}()
-	buf := make([]byte, 32<<10)
-	for at := h.Offset; ; {
-		n, found, on, wait, ended, err := p.output.next(buf, at)
-		if err != nil {
-			return // cut off: the host sees no end frame
-		}
-		if n > 0 {
-			if writeFrame(stream, frameStdout+on, found, buf[:n]) != nil {
-				return
-			}
-			at = found + int64(n)
-			continue
-		}
-		if ended || !h.Follow {
-			body, _ := json.Marshal(p.describe()) // a struct of plain fields
-			_ = writeFrame(stream, frameEnd, found, body)
-			return
-		}
-		select {
-		case <-wait:
-		case <-ctx.Done():
-			return
-		}
-	}
 }

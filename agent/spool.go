@@ -229,6 +229,9 @@ func (s *spool) collect(from, to int64, limit int, stream string) ([]byte, int64
 		if err != nil || n == 0 {
 			return all, to, err
 		}
+		if found > at && len(all) > 0 {
+			return all, at, nil // what lies between is no longer kept: do not join what it has parted
+		}
 		if stream == "" || stream == streamName(on) {
 			all = append(all, buf[:n]...)
 		}

@@ -83,6 +83,9 @@ func (s *Server) prepare(req StartRequest) (*process, []string, error) {
 	if len(req.Command) > maxCommand {
 		return nil, nil, fmt.Errorf("start: the command has %d bytes, at most %d are possible: %w", len(req.Command), maxCommand, ErrCommand)
 	}
+	if len(req.Tag) > 1 && req.Tag[0] == 'p' && strings.Trim(req.Tag[1:], "0123456789") == "" {
+		return nil, nil, invalid("start: the tag %q looks like the id of a process", req.Tag)
+	}
 	if len(req.Tag) > maxTag {
 		return nil, nil, invalid("start: the tag has %d bytes, at most %d are allowed", len(req.Tag), maxTag)
 	}

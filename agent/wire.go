@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 )
 
@@ -308,6 +309,20 @@ type Match struct {
 	Path string `json:"path"`
 	Line int    `json:"line,omitempty"`
 	Text string `json:"text,omitempty"`
+}
+
+// encodedSize is how many bytes texts take in JSON at most: encoding/json writes some bytes as six.
+func encodedSize(texts ...string) int {
+	n := 0
+	for _, text := range texts {
+		n += len(text)
+		for i := range len(text) {
+			if c := text[i]; c < 0x20 || c >= 0x7f || strings.IndexByte(`<>&"\\`, c) >= 0 {
+				n += 5
+			}
+		}
+	}
+	return n
 }
 
 // writeMessage writes v as a length and JSON.

@@ -76,18 +76,26 @@ func gone(err error) error {
 
 // killAll ends all processes of a machine and waits until they are gone.
 func killAll(ctx context.Context, dir string) error {
+	foreign := map[int]bool{} // another user's, who wrote the same on a command line
 	for {
 		processes, err := processesOf(dir)
 		if err != nil {
 			return err
 		}
-		if len(processes) == 0 {
-			return nil
-		}
+		left := false
 		for _, pid := range processes {
-			if err := killPID(ctx, pid); err != nil {
+			if foreign[pid] {
+				continue
+			}
+			left = true
+			if err := killPID(ctx, pid); errors.Is(err, unix.EPERM) {
+				foreign[pid] = true
+			} else if err != nil {
 				return err
 			}
+		}
+		if !left {
+			return nil
 		}
 	}
 }

@@ -262,7 +262,7 @@ func (r *Runtime) Reap(ctx context.Context, dir string) error {
 		}
 	}
 	// runsc mounts here; the mount goes with its namespace, unless somebody ran it without one.
-	err := unix.Unmount(filepath.Join(runDir(dir), "null-netns"), unix.MNT_DETACH)
+	err := unix.Unmount(filepath.Join(runDir(dir), "null-netns"), unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
 	if err != nil && err != unix.EINVAL && err != unix.ENOENT && err != unix.EPERM {
 		return fmt.Errorf("reap %s: unmount: %w", filepath.Base(dir), err)
 	}
@@ -291,7 +291,7 @@ func (m *machine) Usage(context.Context) (sandbox.Usage, error) {
 	}
 	for _, pid := range pids {
 		pss, err := readPSS(pid)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) { // another user's is none of it
 			return u, fmt.Errorf("measure: %w", err)
 		}
 		u.Memory += pss

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -43,6 +44,8 @@ func run(args []string) error {
 	if err != nil {
 		return err
 	}
+	// A host that is gone must not end the sandbox: writing to its pipe would.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	go func() { _ = server.ListenAttach() }()
 	go func() { _ = server.Serve(stdio{os.Stdin, os.Stdout}) }() // its end is not ours: another host may attach
 	<-server.Done()
