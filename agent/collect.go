@@ -3,6 +3,7 @@ package agent
 import (
 	"fmt"
 	"os"
+	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -69,16 +70,20 @@ func (c *collector) add(fd, stream int, output *spool) *outputPipe {
 	return p
 }
 
+// finish ends a pipe, once.
 func (c *collector) finish(p *outputPipe) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return
+	}
+	p.closed = true
 	c.mu.Lock()
 	delete(c.pipes, int32(p.fd))
 	c.mu.Unlock()
-	p.mu.Lock()
-	p.closed = true
 	// Not by closing alone: a child between fork and exec holds the pipe for a moment.
 	_ = unix.EpollCtl(c.epoll, unix.EPOLL_CTL_DEL, p.fd, nil)
 	_ = unix.Close(p.fd)
-	p.mu.Unlock()
 	close(p.eof)
 }
 
@@ -88,54 +93,71 @@ func (c *collector) run(wake *os.File) {
 	defer wake.Close()
 	events := make([]unix.EpollEvent, 64)
 	buf := make([]byte, 64<<10)
-	for {
-		n, err := unix.EpollWait(c.epoll, events, -1)
-		if err != nil && err != unix.EINTR {
-			return
-		}
-		for _, e := range events[:max(n, 0)] {
-			c.mu.Lock()
-			p := c.pipes[e.Fd]
-			c.mu.Unlock()
-			if e.Fd == int32(wake.Fd()) {
-				return
-			}
-			if p == nil {
-				continue
-			}
-			if _, end := p.read(buf); end {
-				c.finish(p)
-			}
-		}
+	for c.poll(events, buf, -1, int32(wake.Fd())) {
 	}
 }
 
-// read moves what is there, up to the size of buf, and tells how much that was, and whether the pipe is at its end.
-func (p *outputPipe) read(buf []byte) (n int, end bool) {
+// poll moves what is there, in the order in which it came, once some is there or the time (milliseconds) is over. It may be called by
+// several at once: each pipe is read under its lock. It says false when the collector is to end.
+func (c *collector) poll(events []unix.EpollEvent, buf []byte, wait int, wake int32) bool {
+	n, err := unix.EpollWait(c.epoll, events, wait)
+	if err != nil && err != unix.EINTR {
+		return false
+	}
+	for _, e := range events[:max(n, 0)] {
+		if e.Fd == wake {
+			return false
+		}
+		c.mu.Lock()
+		p := c.pipes[e.Fd]
+		c.mu.Unlock()
+		if p != nil && p.read(buf) {
+			c.finish(p)
+		}
+	}
+	return true
+}
+
+// drain moves what a process wrote before its end. It does not wait for the collector, which may be late on a busy machine. What a child
+// goes on writing does not hold it up: a pipe holds 1 MiB at most (pipe(7)), and that much is moved here.
+func (c *collector) drain(pipes ...*outputPipe) {
+	var events []unix.EpollEvent
+	var buf []byte
+	for range (1 << 20) / drainPart {
+		full := slices.ContainsFunc(pipes, func(p *outputPipe) bool { return !p.empty() })
+		if !full {
+			return
+		}
+		if buf == nil {
+			events, buf = make([]unix.EpollEvent, 16), make([]byte, drainPart)
+		}
+		c.poll(events, buf, 0, -1)
+	}
+}
+
+// drainPart is how many bytes drain reads at once.
+const drainPart = 16 << 10
+
+// read moves what is there, up to the size of buf, and says whether that was the end.
+func (p *outputPipe) read(buf []byte) (end bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
-		return 0, true
+		return false
 	}
 	n, err := unix.Read(p.fd, buf)
 	if n > 0 {
 		p.output.append(p.stream, buf[:n])
 	}
-	return max(n, 0), n == 0 || err != nil && err != unix.EAGAIN && err != unix.EINTR
+	return n == 0 || err != nil && err != unix.EAGAIN && err != unix.EINTR
 }
 
-// drain moves what the leader wrote before its end, which is at most what a pipe can hold: a child that goes on writing does not hold
-// it up. It does not wait for the collector, which may be late on a busy machine.
-func (p *outputPipe) drain() {
-	buf := make([]byte, 8<<10)
-	for left := pipeCapacity; left > 0; {
-		n, _ := p.read(buf)
-		if n == 0 {
-			return
-		}
-		left -= n
+func (p *outputPipe) empty() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return true
 	}
+	n, err := unix.IoctlGetInt(p.fd, unix.TIOCINQ)
+	return err != nil || n == 0
 }
-
-// pipeCapacity is the most a pipe can hold in bytes (pipe(7), /proc/sys/fs/pipe-max-size).
-const pipeCapacity = 1 << 20

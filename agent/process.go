@@ -25,19 +25,20 @@ const (
 
 // process is a process that a user asked for, and what it left behind.
 type process struct {
-	id      string
-	seq     int
-	req     StartRequest
-	user    identity
-	cwd     string
-	args    []string
-	pid     int
-	started time.Time
-	output  *spool
-	group   *cgroup // nil outside a sandbox
-	pipes   [2]*outputPipe
-	stop    *time.Timer
-	ready   atomic.Bool // everything above is set: others may see it
+	id        string
+	seq       int
+	req       StartRequest
+	user      identity
+	cwd       string
+	args      []string
+	pid       int
+	started   time.Time
+	output    *spool
+	group     *cgroup // nil outside a sandbox
+	pipes     [2]*outputPipe
+	collector *collector
+	stop      *time.Timer
+	ready     atomic.Bool // everything above is set: others may see it
 	// namesake had the tag before; it gets it back if this one cannot be started.
 	namesake *process
 	done     chan struct{} // closed when the leader has ended and its output is drained
@@ -77,9 +78,7 @@ func (p *process) blame(cause string) {
 // watch collects the end of the leader.
 func (p *process) watch(exit <-chan exitStatus) {
 	status := <-exit
-	for _, pipe := range p.pipes {
-		pipe.drain()
-	}
+	p.collector.drain(p.pipes[0], p.pipes[1])
 	// Reading cgroups is a good part of a short command's time: one that ended well and left nothing behind is not asked further.
 	left := len(p.group.pids()) > 0
 	limitHit := (left || status.status != 0) && p.group.hitLimit()

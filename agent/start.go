@@ -217,6 +217,7 @@ func explainFork(err error) error {
 
 // follow starts what serves a running process.
 func (s *Server) follow(p *process, parent [3]int, exit <-chan exitStatus) {
+	p.collector = s.collector
 	p.pipes[0] = s.collector.add(parent[1], onStdout, p.output)
 	p.pipes[1] = s.collector.add(parent[2], onStderr, p.output)
 	if parent[0] >= 0 {

@@ -57,6 +57,7 @@ type loop struct {
 	mu       sync.Mutex
 	inflight map[string]context.CancelCauseFunc
 	held     int // bytes of the requests in flight
+	closing  bool
 }
 
 // Serve reads from in until its end or the end of ctx, answers everything it was asked, and returns. A message that is not
@@ -99,6 +100,9 @@ func (s Stdio) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 
 // drain waits for the calls in flight.
 func (l *loop) drain(cancel context.CancelCauseFunc, patience time.Duration) {
+	l.mu.Lock()
+	l.closing = true // from here on no call is added
+	l.mu.Unlock()
 	done := make(chan struct{})
 	go func() { l.calls.Wait(); close(done) }()
 	for _, step := range []time.Duration{patience, yieldTime} {
@@ -185,7 +189,7 @@ func (l *loop) handle(ctx context.Context, line []byte) {
 		l.cancel(m)
 	case !m.isRequest():
 		// A note, or an answer to a question of ours. mcp-go wants notes in their order.
-		l.Server.HandleMessage(ctx, line)
+		l.call(ctx, m, line)
 	case inline[m.Method]:
 		l.respond(m, l.call(ctx, m, line))
 	default:
@@ -199,7 +203,13 @@ func (l *loop) start(ctx context.Context, m message, line []byte) {
 	l.mu.Lock()
 	_, reused := l.inflight[m.key()]
 	full := len(l.inflight) >= l.Pending || l.held+len(line) > maxHeld
+	if l.closing {
+		l.mu.Unlock()
+		cancel(nil)
+		return // the conversation is over: nothing that comes now is read
+	}
 	if !reused && !full {
+		l.calls.Add(1)
 		l.inflight[m.key()] = cancel
 		l.held += len(line)
 	}
@@ -213,14 +223,20 @@ func (l *loop) start(ctx context.Context, m message, line []byte) {
 		}
 		return
 	}
-	l.calls.Go(func() {
+	go func() {
+		defer l.calls.Done()
 		defer cancel(nil)
+		var response any
 		select {
 		case l.slots <- struct{}{}:
-			defer func() { <-l.slots }()
-		case <-ctx.Done(): // the handler will see it
+			// A call that is cancelled gives its slot back at once, however long its handler takes to notice.
+			free := sync.OnceFunc(func() { <-l.slots })
+			defer free()
+			defer context.AfterFunc(ctx, free)()
+			response = l.call(ctx, m, line)
+		case <-ctx.Done(): // never begun
+			response = failure(m.ID, codeBusy, "the server is ending; the call was not begun")
 		}
-		response := l.call(ctx, m, line)
 		// From here on a cancellation comes too late; before, it forbids the answer.
 		l.mu.Lock()
 		delete(l.inflight, m.key())
@@ -229,7 +245,7 @@ func (l *loop) start(ctx context.Context, m message, line []byte) {
 		if !errors.Is(context.Cause(ctx), ErrCancelled) {
 			l.respond(m, response)
 		}
-	})
+	}()
 }
 
 // cancel cancels a request in flight. One that is not known has ended already, which is no error.

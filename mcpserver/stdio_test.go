@@ -188,7 +188,7 @@ func TestWaitingCalls(t *testing.T) {
 		t.Fatalf("an id in use: %+v", r)
 	}
 	for i := range 4 {
-		c.send(fmt.Sprintf(`{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":%d}}`, i))
+		c.send(fmt.Sprintf(`{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":%d}}`, 3-i)) // the waiting ones first
 	}
 	c.call("last", "echo", `{"text":"hi"}`)
 	for {
@@ -197,6 +197,9 @@ func TestWaitingCalls(t *testing.T) {
 		if r.Error == nil {
 			if string(r.ID) != `"last"` {
 				t.Fatalf("%+v", r)
+			}
+			if len(started) > 0 {
+				t.Fatal("a call that was cancelled while it waited was begun")
 			}
 			return
 		}

@@ -48,6 +48,7 @@ type Manager struct {
 	work   sync.WaitGroup // goroutines of the manager and its sandboxes
 
 	mu        sync.Mutex
+	closed    bool
 	sandboxes map[string]*Sandbox
 	ended     []string   // ids of ended sandboxes in sandboxes, oldest first
 	room      sync.Mutex // held while memory is promised, so that two creations do not take the same
@@ -116,9 +117,15 @@ type CreateOptions struct {
 
 // Create boots a sandbox and returns when its agent answers. When ctx ends before that, nothing is left.
 func (m *Manager) Create(ctx context.Context, o CreateOptions) (*Sandbox, error) {
-	if m.ctx.Err() != nil {
+	// Close waits for a creation that has begun, and none begins after it.
+	m.mu.Lock()
+	if m.closed {
+		m.mu.Unlock()
 		return nil, fmt.Errorf("create sandbox: %w", ErrClosed)
 	}
+	m.work.Add(1)
+	m.mu.Unlock()
+	defer m.work.Done()
 	if err := o.check(); err != nil {
 		return nil, err
 	}
@@ -142,6 +149,7 @@ func (m *Manager) Create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 		cancel(err)
 		return nil, err
 	}
+	defer cancel(nil)
 	if err := sb.boot(ctx, template); err != nil {
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
@@ -257,6 +265,7 @@ func (m *Manager) forget(id string) {
 func (m *Manager) Close() error {
 	m.cancel(ErrClosed)
 	m.mu.Lock()
+	m.closed = true
 	all := slices.Collect(maps.Values(m.sandboxes))
 	m.mu.Unlock()
 	var ends sync.WaitGroup

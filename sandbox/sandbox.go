@@ -197,10 +197,12 @@ func (s *Sandbox) end(final State, cause error) error {
 func (s *Sandbox) destroy(machine Machine, client *agent.Client) error {
 	ctx, cancel := context.WithTimeout(context.Background(), destroyTimeout)
 	defer cancel()
+	end := func(ctx context.Context) error { return s.m.opts.Runtime.Reap(ctx, s.m.store.path(s.id)) } // of a boot that failed
 	if machine != nil {
-		if err := machine.Destroy(ctx); err != nil {
-			return errors.Join(err, s.lock.Close()) // the directory stays for the next start to reap
-		}
+		end = machine.Destroy
+	}
+	if err := end(ctx); err != nil {
+		return errors.Join(err, s.lock.Close()) // the directory stays for the next start to reap
 	}
 	if client != nil {
 		_ = client.Close()

@@ -17,6 +17,7 @@ const (
 	maxYield     = 50_000 // clients give up after 60 s
 	defaultChars = 30_000
 	maxChars     = 100_000
+	maxStdin     = 256 << 10
 	progressTick = 500 * time.Millisecond
 )
 
@@ -56,6 +57,8 @@ type execOutput struct {
 	DurationMS int64  `json:"duration_ms"`
 	Children   int    `json:"children,omitempty" jsonschema:"processes it left running"`
 	Note       string `json:"note,omitempty" jsonschema:"what to do next"`
+
+	limitHit bool
 }
 
 func (o execOutput) text() string {
@@ -100,13 +103,21 @@ func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
 	if in.Background && in.YieldMS == nil {
 		yield = 0
 	}
+	if len(in.Stdin) > maxStdin {
+		return execOutput{}, badArgument("The argument \"stdin\" has %d bytes, at most %d can be given. Write it to a file with file_write and redirect it: command < file.", len(in.Stdin), maxStdin)
+	}
 	sb, client, err := s.agent(ctx, in.target, "run a command in")
 	if err != nil {
 		return execOutput{}, err
 	}
 	w := agent.Window{Head: chars / 2, Tail: chars - chars/2}
 	// The start itself is not cancelled: whether it happened would be unknown. A cancellation that comes meanwhile is seen below.
-	snap, err := client.Start(context.WithoutCancel(ctx), agent.StartRequest{
+	if ctx.Err() != nil {
+		return execOutput{}, context.Cause(ctx)
+	}
+	startCtx, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), startTime, errSilent)
+	defer cancel()
+	snap, err := client.Start(startCtx, agent.StartRequest{
 		Command: in.Command, Cwd: in.Cwd, Env: in.Env, User: in.User, Stdin: []byte(in.Stdin), KeepStdin: in.Background, Tag: in.Tag,
 		TimeoutMS: in.TimeoutMS, Window: w, WaitMS: min(yield, startSlice).Milliseconds(),
 	})
@@ -119,8 +130,13 @@ func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
 	if err != nil {
 		return execOutput{}, err
 	}
-	return show(sb.ID(), snap, w, chars), nil
+	return show(ctx, client, sb.ID(), snap, w, chars)
 }
+
+// startTime is how long a sandbox has to start a process, also when it is full of others.
+const startTime = 20 * time.Second
+
+var errSilent = errors.New("the sandbox does not answer")
 
 // startSlice bounds the one round trip that starts a process and waits, since it is not cancelled.
 const startSlice = 200 * time.Millisecond
@@ -179,52 +195,70 @@ func giveUp(ctx context.Context, client *agent.Client, snap agent.Snapshot, w ag
 	return snap, cause
 }
 
-// show turns a snapshot into a result of at most chars characters of output.
-func show(sandboxID string, snap agent.Snapshot, w agent.Window, chars int) execOutput {
-	p, o := snap.Process, snap.Output
-	out := execOutput{SandboxID: sandboxID, ProcessID: p.ID, State: p.State, Signal: p.Signal, Cause: p.Cause, Dropped: o.Dropped, NextOffset: o.End, Children: p.Children}
-	out.DurationMS = time.Since(p.Started).Milliseconds()
+// show turns a snapshot into a result of at most chars characters of output. What it leaves out can be got from the offset that it names.
+func show(ctx context.Context, client *agent.Client, sandboxID string, snap agent.Snapshot, w agent.Window, chars int) (execOutput, error) {
+	room := chars
+	if snap.Output.TailStart > snap.Output.HeadEnd || w.Tail > 0 && len(snap.Output.Head) > chars/2 {
+		room = chars / 2
+		if w.Tail == 0 {
+			room = chars
+		}
+	}
+	left, used := renderHead(snap.Output.Head, room, snap.Output.HeadEnd >= snap.Output.End)
+	if used < len(snap.Output.Head) {
+		// Not all of it fits, since escapes take more room than the bytes they stand for, or it ends within a character. Ask for just what
+		// is shown, so that the offset behind it is exact.
+		w.Head = used
+		again, err := client.Wait(ctx, agent.WaitRequest{Process: snap.Process.ID, Window: w})
+		if err != nil {
+			return execOutput{}, err
+		}
+		snap.Output = again.Output
+	}
+	o := snap.Output
+	right := renderTail(o.Tail, chars-len([]rune(left)))
+	out := describe(sandboxID, snap)
+	if o.HeadEnd >= o.End {
+		out.Output = left
+		return out, nil
+	}
+	out.LeftOut = o.TailStart - o.HeadEnd
+	again := fmt.Sprintf("process_wait with process_id %q and offset %d gives the rest", snap.Process.ID, o.HeadEnd)
+	switch {
+	case w.Tail == 0:
+		out.Output, out.NextOffset = left, o.HeadEnd
+		out.Note = strings.Join(append(out.notes(), again), "; ")
+	case out.LeftOut == 0 && right == render(o.Tail):
+		out.Output = left + right
+	default:
+		out.Output = fmt.Sprintf("%s\n[… %s left out; %s …]\n%s", left, plural(max(out.LeftOut, 1), "byte"), again, right)
+	}
+	return out, nil
+}
+
+// describe is a snapshot without its output.
+func describe(sandboxID string, snap agent.Snapshot) execOutput {
+	p := snap.Process
+	out := execOutput{
+		SandboxID: sandboxID, ProcessID: p.ID, State: p.State, Signal: render([]byte(p.Signal)), Cause: render([]byte(p.Cause)),
+		Dropped: snap.Output.Dropped, NextOffset: snap.Output.End, Children: p.Children, DurationMS: time.Since(p.Started).Milliseconds(), limitHit: p.LimitHit,
+	}
 	if p.State == agent.StateExited {
 		out.ExitCode = &p.ExitCode
 		out.DurationMS = p.Ended.Sub(p.Started).Milliseconds()
 	}
+	out.Note = strings.Join(out.notes(), "; ")
+	return out
+}
+
+// notes are what a model should know beside the output.
+func (o execOutput) notes() []string {
 	var notes []string
-	if p.LimitHit {
+	if o.limitHit {
 		notes = append(notes, "it wanted more processes than a command may have")
 	}
-	if p.Children > 0 {
-		notes = append(notes, fmt.Sprintf("%s it started still running, process_signal reaches them", plural(int64(p.Children), "process")))
+	if o.Children > 0 {
+		notes = append(notes, fmt.Sprintf("%s it started still running, process_signal reaches them", plural(int64(o.Children), "process")))
 	}
-	out.Note = strings.Join(notes, "; ")
-	cut := o.TailStart > o.HeadEnd
-	head, tail := o.Head, o.Tail
-	if cut {
-		head, tail = wholeRunes(head), fromRune(tail)
-	}
-	left := []rune(render(head))
-	right := []rune(render(tail))
-	// Escapes take more room than the bytes they stand for.
-	if room := chars / 2; len(left)+len(right) > chars {
-		if len(tail) == 0 {
-			room = chars
-		}
-		if len(left) > room {
-			left, cut = left[:room], true
-		}
-		if len(right) > chars-room {
-			right, cut = right[len(right)-(chars-room):], true
-		}
-	}
-	out.Output = string(left) + string(right)
-	if !cut {
-		return out
-	}
-	out.LeftOut = max(o.TailStart-o.HeadEnd, 0)
-	again := fmt.Sprintf("process_wait with process_id %q and offset %d gives the rest", p.ID, o.HeadEnd)
-	if w.Tail == 0 {
-		out.NextOffset, out.Note = o.HeadEnd, strings.Join(append(notes, again), "; ")
-		return out
-	}
-	out.Output = fmt.Sprintf("%s\n[… %s left out; %s …]\n%s", string(left), plural(out.LeftOut, "byte"), again, string(right))
-	return out
+	return notes
 }

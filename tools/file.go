@@ -188,10 +188,11 @@ func readLines(r *bufio.Reader, info agent.FileInfo, in fileReadInput) (fileRead
 			out.NextOffset = line
 			break
 		}
-		b.WriteString(render(wholeRunes(part)))
+		text, used := renderHead(part, room-b.Len(), int64(len(part)) == n)
+		b.WriteString(text)
 		out.FirstLine, out.LastLine = first, line
-		if int64(len(part)) < n {
-			fmt.Fprintf(&b, "[… %d bytes of this line left out …]\n", n-int64(len(part)))
+		if left := n - int64(used); left > 0 {
+			fmt.Fprintf(&b, "[… %s of this line left out …]\n", plural(left, "byte"))
 		}
 	}
 	if out.LastLine == 0 && first > 1 {
@@ -333,7 +334,7 @@ func (s *Service) fileWrite(ctx context.Context, in fileWriteInput) (fileWriteOu
 		if err != nil {
 			return fileWriteOutput{}, err
 		}
-		out.Files = append(out.Files, written{Path: info.Path, Size: info.Size})
+		out.Files = append(out.Files, written{Path: render([]byte(info.Path)), Size: info.Size})
 	}
 	return out, nil
 }

@@ -79,7 +79,7 @@ func (s *Service) processWait(ctx context.Context, in processWaitInput) (execOut
 	if snap, err = follow(ctx, client, snap, w, yield); err != nil {
 		return execOutput{}, err
 	}
-	return show(sb.ID(), snap, w, chars), nil
+	return show(ctx, client, sb.ID(), snap, w, chars)
 }
 
 type processWriteInput struct {
@@ -129,7 +129,10 @@ func (s *Service) processWrite(ctx context.Context, in processWriteInput) (execO
 	if werr != nil {
 		return execOutput{}, werr
 	}
-	out := show(sb.ID(), snap, w, chars)
+	out, serr := show(ctx, client, sb.ID(), snap, w, chars)
+	if serr != nil {
+		return execOutput{}, serr
+	}
 	if err != nil {
 		out.Note = fmt.Sprintf("only %d of %d bytes were taken: the process does not read; write the rest later", written, len(in.Input))
 	}
@@ -183,8 +186,8 @@ type processInfo struct {
 
 func describeProcess(p agent.Process) processInfo {
 	info := processInfo{
-		ProcessID: p.ID, Tag: render([]byte(p.Tag)), State: p.State, Command: shorten(strings.ReplaceAll(render([]byte(p.Command)), "\n", "; "), 200), User: p.User, Cwd: render([]byte(p.Cwd)),
-		StartedAt: p.Started.UTC().Format(time.RFC3339Nano), Signal: p.Signal, Cause: p.Cause, Children: p.Children,
+		ProcessID: p.ID, Tag: render([]byte(p.Tag)), State: render([]byte(p.State)), Command: shorten(strings.ReplaceAll(render([]byte(p.Command)), "\n", "; "), 200), User: render([]byte(p.User)), Cwd: render([]byte(p.Cwd)),
+		StartedAt: p.Started.UTC().Format(time.RFC3339Nano), Signal: render([]byte(p.Signal)), Cause: render([]byte(p.Cause)), Children: p.Children,
 		CPUMS: p.CPUMS, MemoryMB: (p.Memory + 1<<19) >> 20, Output: p.Output,
 	}
 	if p.State == agent.StateExited {

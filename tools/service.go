@@ -5,6 +5,7 @@ import (
 	_ "embed"
 	"errors"
 	"sync"
+	"sync/atomic"
 
 	"github.com/mark3labs/mcp-go/server"
 
@@ -27,8 +28,8 @@ type Service struct {
 
 // session is what one client's conversation has: its default sandbox.
 type session struct {
-	mu      sync.Mutex // held while the default sandbox is made: calls at the same time get the same one
-	current *sandbox.Sandbox
+	making  sync.Mutex // held while the default sandbox is made: calls at the same time get the same one
+	current atomic.Pointer[sandbox.Sandbox]
 }
 
 // New makes the tools of a Manager.
@@ -65,41 +66,38 @@ func (s *Service) sandbox(ctx context.Context, id string) (*sandbox.Sandbox, err
 		return s.manager.Get(id)
 	}
 	own := s.session(ctx)
-	own.mu.Lock()
-	defer own.mu.Unlock()
-	if own.current != nil {
-		info := own.current.Info()
+	own.making.Lock()
+	defer own.making.Unlock()
+	if current := own.current.Load(); current != nil {
+		info := current.Info()
 		if !info.State.Ended() {
-			return own.current, nil
+			return current, nil
 		}
-		own.current = nil
+		own.current.Store(nil)
 		return nil, errors.Join(errDefaultEnded, &sandbox.StateError{ID: info.ID, Verb: "use", State: info.State, Cause: info.Cause, At: info.Changed})
 	}
 	sb, err := s.manager.Create(ctx, sandbox.CreateOptions{})
 	if err != nil {
 		return nil, err
 	}
-	own.current = sb
+	own.current.Store(sb)
 	return sb, nil
 }
 
 // adopt makes a sandbox the session's own if it has none.
-func (s *Service) adopt(ctx context.Context, sb *sandbox.Sandbox) bool {
+func (s *Service) adopt(ctx context.Context, sb *sandbox.Sandbox) {
 	own := s.session(ctx)
-	own.mu.Lock()
-	defer own.mu.Unlock()
-	if own.current == nil || own.current.Info().State.Ended() {
-		own.current = sb
+	own.making.Lock()
+	defer own.making.Unlock()
+	if current := own.current.Load(); current == nil || current.Info().State.Ended() {
+		own.current.Store(sb)
 	}
-	return own.current == sb
 }
 
 // isDefault says whether a sandbox is the session's own.
 func (s *Service) isDefault(ctx context.Context, id string) bool {
-	own := s.session(ctx)
-	own.mu.Lock()
-	defer own.mu.Unlock()
-	return own.current != nil && own.current.ID() == id
+	current := s.session(ctx).current.Load()
+	return current != nil && current.ID() == id
 }
 
 // target is embedded in every input that may name a sandbox.

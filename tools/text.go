@@ -10,58 +10,53 @@ import (
 // render makes bytes of a guest safe and readable: valid UTF-8, no terminal escapes. Bytes that are not text, and control
 // characters, are shown as \xNN; a line's \r\n becomes \n.
 func render(p []byte) string {
-	clean := true
-	for _, r := range string(p) {
-		if r == utf8.RuneError || unicode.IsControl(r) && r != '\n' && r != '\t' {
-			clean = false
+	text, _ := renderHead(p, len(p)*6, true)
+	return text
+}
+
+// renderHead renders as much from the start of p as fits into room characters, and tells how many bytes that is. Unless p is whole, a
+// character that p cuts off at its end is left for later.
+func renderHead(p []byte, room int, whole bool) (text string, used int) {
+	var b strings.Builder
+	for used < len(p) {
+		piece, n := renderOne(p[used:])
+		if !whole && !utf8.FullRune(p[used:]) || room < utf8.RuneCountInString(piece) {
+			break
+		}
+		room -= utf8.RuneCountInString(piece)
+		b.WriteString(piece)
+		used += n
+	}
+	return b.String(), used
+}
+
+// renderTail renders as much of the end of p as fits into room characters. A character that p begins within is left out.
+func renderTail(p []byte, room int) string {
+	for i := 0; i < utf8.UTFMax && i < len(p); i++ {
+		if utf8.RuneStart(p[i]) {
+			p = p[i:]
 			break
 		}
 	}
-	if clean {
-		return string(p)
-	}
-	var b strings.Builder
-	for i := 0; i < len(p); {
-		r, n := utf8.DecodeRune(p[i:])
-		switch {
-		case r == utf8.RuneError && n <= 1:
-			fmt.Fprintf(&b, `\x%02x`, p[i])
-		case r == '\r' && i+1 < len(p) && p[i+1] == '\n':
-		case unicode.IsControl(r) && r != '\n' && r != '\t':
-			if r < 0x80 {
-				fmt.Fprintf(&b, `\x%02x`, r)
-			} else {
-				fmt.Fprintf(&b, `\u%04x`, r)
-			}
-		default:
-			b.Write(p[i : i+n])
-		}
-		i += n
-	}
-	return b.String()
+	text := []rune(render(p))
+	return string(text[max(0, len(text)-max(room, 0)):])
 }
 
-// wholeRunes cuts the part of a character off the end of a head, where the rest of it was not read.
-func wholeRunes(head []byte) []byte {
-	for i := 1; i <= utf8.UTFMax && i <= len(head); i++ {
-		if c := head[len(head)-i]; utf8.RuneStart(c) {
-			if !utf8.FullRune(head[len(head)-i:]) {
-				return head[:len(head)-i]
-			}
-			return head
+// renderOne renders the first character of p, or byte where there is none.
+func renderOne(p []byte) (text string, n int) {
+	r, n := utf8.DecodeRune(p)
+	switch {
+	case r == utf8.RuneError && n <= 1:
+		return fmt.Sprintf(`\x%02x`, p[0]), 1
+	case r == '\r' && len(p) > 1 && p[1] == '\n':
+		return "", 1
+	case unicode.IsControl(r) && r != '\n' && r != '\t':
+		if r < 0x80 {
+			return fmt.Sprintf(`\x%02x`, r), 1
 		}
+		return fmt.Sprintf(`\u%04x`, r), n
 	}
-	return head
-}
-
-// fromRune cuts the rest of a character off the start of a tail.
-func fromRune(tail []byte) []byte {
-	for i := 0; i < utf8.UTFMax && i < len(tail); i++ {
-		if utf8.RuneStart(tail[i]) {
-			return tail[i:]
-		}
-	}
-	return tail
+	return string(p[:n]), n
 }
 
 // lastLine is the last line that says something, for progress notes.
