@@ -129,19 +129,20 @@ func TestStartRefuses(t *testing.T) {
 		req  StartRequest
 		want error
 	}{
-		"nothing":         {StartRequest{}, ErrInvalid},
-		"both":            {StartRequest{Command: "a", Args: []string{"b"}}, ErrInvalid},
-		"a NUL":           {StartRequest{Command: "echo a\x00b"}, ErrInvalid},
-		"a long command":  {StartRequest{Command: strings.Repeat("x", maxCommand+1)}, ErrCommand},
-		"no such cwd":     {StartRequest{Command: "true", Cwd: "/no/such"}, ErrCwd},
-		"a file as cwd":   {StartRequest{Command: "true", Cwd: "/etc/passwd"}, ErrCwd},
-		"a relative cwd":  {StartRequest{Command: "true", Cwd: "tmp"}, ErrInvalid},
-		"no such user":    {StartRequest{Command: "true", User: "nobody-here"}, ErrNoUser},
-		"a tag in use":    {StartRequest{Command: "true", Tag: "taken"}, ErrTagInUse},
-		"a long tag":      {StartRequest{Command: "true", Tag: strings.Repeat("x", maxTag+1)}, ErrInvalid},
-		"a bad variable":  {StartRequest{Command: "true", Env: map[string]string{"A=B": "c"}}, ErrInvalid},
-		"no such program": {StartRequest{Args: []string{"no-such-program"}}, fs.ErrNotExist},
-		"a directory":     {StartRequest{Args: []string{"/usr"}}, fs.ErrNotExist},
+		"nothing":          {StartRequest{}, ErrInvalid},
+		"both":             {StartRequest{Command: "a", Args: []string{"b"}}, ErrInvalid},
+		"a NUL":            {StartRequest{Command: "echo a\x00b"}, ErrInvalid},
+		"a long command":   {StartRequest{Command: strings.Repeat("x", maxCommand+1)}, ErrCommand},
+		"no such cwd":      {StartRequest{Command: "true", Cwd: "/no/such"}, ErrCwd},
+		"a file as cwd":    {StartRequest{Command: "true", Cwd: "/etc/passwd"}, ErrCwd},
+		"a relative cwd":   {StartRequest{Command: "true", Cwd: "tmp"}, ErrInvalid},
+		"no such user":     {StartRequest{Command: "true", User: "nobody-here"}, ErrNoUser},
+		"a tag in use":     {StartRequest{Command: "true", Tag: "taken"}, ErrTagInUse},
+		"a long tag":       {StartRequest{Command: "true", Tag: strings.Repeat("x", maxTag+1)}, ErrInvalid},
+		"a tag like an id": {StartRequest{Command: "true", Tag: "p12"}, ErrInvalid},
+		"a bad variable":   {StartRequest{Command: "true", Env: map[string]string{"A=B": "c"}}, ErrInvalid},
+		"no such program":  {StartRequest{Args: []string{"no-such-program"}}, fs.ErrNotExist},
+		"a directory":      {StartRequest{Args: []string{"/usr"}}, fs.ErrNotExist},
 	} {
 		if _, err := c.Start(t.Context(), test.req); !errors.Is(err, test.want) {
 			t.Errorf("%s: got %v, want %v", name, err, test.want)
@@ -448,6 +449,10 @@ func TestHostileGuest(t *testing.T) {
 				_, _ = session.OpenStream()
 			}
 		},
+		"a ping": func(g net.Conn) {
+			greet(g)
+			_, _ = g.Write([]byte{0, 2, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1})
+		},
 		"its own call": stream(message(`{"jsonrpc":"2.0","id":1,"method":"start","params":{}}`)),
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -476,6 +481,111 @@ func TestHostileGuest(t *testing.T) {
 			_ = g.Close()
 		})
 	}
+}
+
+// TestForgedRead: a guest cannot make the host take more than it asked for.
+func TestForgedRead(t *testing.T) {
+	host, g := net.Pipe()
+	go func() {
+		var h hello
+		_ = readHello(bufio.NewReader(g), &h)
+		_ = writeHello(g, hello{Protocol: Protocol})
+		session, err := yamux.Server(g, muxConfig())
+		if err != nil {
+			return
+		}
+		_, _ = session.AcceptStream() // rpc
+		s, err := session.AcceptStream()
+		if err != nil {
+			return
+		}
+		_ = writeMessage(s, answer{Info: &FileInfo{}})
+		_, _ = writeChunks(s, readerFunc(func(p []byte) (int, error) { return len(p), nil })) // for ever
+	}()
+	c, err := NewClient(t.Context(), host, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	r, _, err := c.ReadFile(t.Context(), "/x", 0, 1000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if body, err := io.ReadAll(r); !errors.Is(err, ErrLost) || len(body) > 1000 {
+		t.Fatalf("%d bytes, %v", len(body), err)
+	}
+}
+
+// TestLargeAnswers are cut, or are an error: they are never lost.
+func TestLargeAnswers(t *testing.T) {
+	c, dir := pair(t)
+	for i := range 4000 {
+		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("%s%04d", strings.Repeat("<\x01", 100), i)), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if r, err := c.Dir(t.Context(), DirRequest{Path: dir}); err != nil || !r.More || len(r.Entries) < 100 {
+		t.Fatal(len(r.Entries), err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "text"), bytes.Repeat([]byte(strings.Repeat("<", 299)+"\n"), 2000), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := c.Search(t.Context(), SearchRequest{Path: dir, Pattern: "<", Glob: "text"}); err != nil || !r.More || len(r.Matches) < 100 {
+		t.Fatal(len(r.Matches), err)
+	}
+	if _, err := c.Start(t.Context(), StartRequest{Command: "cat", Stdin: make([]byte, 900_000)}); !errors.Is(err, ErrTooLarge) || errors.Is(err, ErrLost) {
+		t.Fatal(err)
+	}
+	run(t, c, StartRequest{Command: "true"})
+}
+
+// TestCancelReachesGuest: a wait that is given up ends in the guest too.
+func TestCancelReachesGuest(t *testing.T) {
+	c, _ := pair(t)
+	s, err := c.Start(t.Context(), StartRequest{Command: "exec sleep 600"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	waiting := func() int {
+		buf := make([]byte, 4<<20)
+		return strings.Count(string(buf[:runtime.Stack(buf, true)]), "agent.(*process).wait(")
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	for range 10 {
+		go func() { _, _ = c.Wait(ctx, WaitRequest{Process: s.Process.ID, WaitMS: 600_000}) }()
+	}
+	eventually(t, "ten waits", func() bool { return waiting() == 10 })
+	cancel()
+	eventually(t, "no wait", func() bool { return waiting() == 0 })
+}
+
+// TestOrphan: an agent that no host talks to ends by itself, also with a connection open that it was asked to make.
+func TestOrphan(t *testing.T) {
+	server, err := NewServer(Options{Version: "test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	host, guest := net.Pipe()
+	go func() { _ = server.Serve(guest) }()
+	c, err := NewClient(t.Context(), host, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Configure(t.Context(), Config{OrphanMS: 20}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Dial(t.Context(), "tcp", l.Addr().String()); err != nil {
+		t.Fatal(err)
+	}
+	_ = c.Close()
+	<-server.Done()
 }
 
 func message(body string) []byte {

@@ -53,6 +53,10 @@ func (s *Server) spawn(req StartRequest) (_ *process, err error) {
 		p.group.remove()
 		return nil, err
 	}
+	// Before the process runs: pipes that are added when both have output would be taken in the order of adding.
+	p.collector = s.collector
+	p.pipes[0] = s.collector.add(parent[1], onStdout, p.output)
+	p.pipes[1] = s.collector.add(parent[2], onStderr, p.output)
 	exit, err := s.launch(p, env, stdio)
 	for _, fd := range stdio {
 		if fd != s.null {
@@ -60,15 +64,13 @@ func (s *Server) spawn(req StartRequest) (_ *process, err error) {
 		}
 	}
 	if err != nil {
-		for _, fd := range parent {
-			if fd >= 0 {
-				_ = unix.Close(fd)
-			}
+		if parent[0] >= 0 {
+			_ = unix.Close(parent[0])
 		}
-		p.group.remove()
+		p.group.remove() // the collector sees the end of the pipes by itself
 		return nil, err
 	}
-	s.follow(p, parent, exit)
+	s.follow(p, parent[0], exit)
 	return p, nil
 }
 
@@ -216,12 +218,9 @@ func explainFork(err error) error {
 }
 
 // follow starts what serves a running process.
-func (s *Server) follow(p *process, parent [3]int, exit <-chan exitStatus) {
-	p.collector = s.collector
-	p.pipes[0] = s.collector.add(parent[1], onStdout, p.output)
-	p.pipes[1] = s.collector.add(parent[2], onStderr, p.output)
-	if parent[0] >= 0 {
-		stdin := os.NewFile(uintptr(parent[0]), "stdin")
+func (s *Server) follow(p *process, stdinFD int, exit <-chan exitStatus) {
+	if stdinFD >= 0 {
+		stdin := os.NewFile(uintptr(stdinFD), "stdin")
 		p.mu.Lock()
 		p.stdin = stdin
 		p.mu.Unlock()

@@ -218,6 +218,26 @@ func TestMemoryBombs(t *testing.T) {
 	}
 }
 
+// TestDeviceDirectory: /dev is memory, so little may be put there.
+func TestDeviceDirectory(t *testing.T) {
+	_, c := newSandbox(t, sandbox.CreateOptions{})
+	got := output(sandboxtest.RunAs(t, c, "root", "head -c 100M /dev/zero > /dev/fill; stat -c %s /dev/fill"))
+	if !strings.Contains(got, "No space") {
+		t.Fatalf("%q", got)
+	}
+}
+
+// TestAttachAsGuest: not even root of the sandbox may speak to the agent as its host does, and so lift its own limits.
+func TestAttachAsGuest(t *testing.T) {
+	_, c := newSandbox(t, sandbox.CreateOptions{})
+	for _, user := range []string{"user", "root"} {
+		snap := sandboxtest.RunAs(t, c, user, `{ echo '{"protocol":1,"version":"x"}'; sleep 1; } | /.soulbox/soulbox-agent attach; echo end`)
+		if got := output(snap); strings.Contains(got, "protocol") || !strings.HasSuffix(got, "end\n") {
+			t.Errorf("as %s: %q", user, got)
+		}
+	}
+}
+
 func TestFullDisk(t *testing.T) {
 	_, c := newSandbox(t, sandbox.CreateOptions{Limits: sandbox.Limits{Disk: 64 << 20}})
 	snap := sandboxtest.Run(t, c, "head -c 200M /dev/zero > /home/user/big")

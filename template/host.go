@@ -108,38 +108,16 @@ func (s *Store) host() (sandbox.Template, error) {
 
 // makeRoot makes the directory that is the base of the root, or finds one with the same content.
 func (s *Store) makeRoot(mounts []sandbox.Mount, links map[string]string) (string, error) {
-	if err := os.MkdirAll(s.Dir, 0o711); err != nil {
-		return "", err
-	}
-	temp, err := os.MkdirTemp(s.Dir, ".host-")
-	if err != nil {
-		return "", err
-	}
-	defer os.RemoveAll(temp)
-	if err := os.Chmod(temp, 0o755); err != nil {
-		return "", err
-	}
-	if err := fill(temp, mounts, links); err != nil {
-		return "", err
-	}
-	if err := s.giveAway(temp); err != nil {
-		return "", err
-	}
-	sum, err := digest(temp)
-	if err != nil {
-		return "", err
-	}
-	final := filepath.Join(s.Dir, fmt.Sprintf("host-%s-%d", sum[:16], s.UID))
-	if _, err := os.Stat(final); err == nil {
-		return final, nil
-	}
-	if err := os.Rename(temp, final); err != nil {
-		if _, serr := os.Stat(final); serr == nil {
-			return final, nil // another server was faster
+	return sandbox.Install(s.Dir, func(temp string) (string, error) {
+		if err := fill(temp, mounts, links); err != nil {
+			return "", err
 		}
-		return "", err
-	}
-	return final, nil
+		sum, err := digest(temp)
+		if err != nil {
+			return "", err
+		}
+		return fmt.Sprintf("host-%s-%d", sum[:16], s.UID), s.giveAway(temp)
+	})
 }
 
 // giveAway gives a tree to whom sandboxes run as.

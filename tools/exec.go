@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/mark3labs/mcp-go/server"
 
@@ -198,11 +199,8 @@ func giveUp(ctx context.Context, client *agent.Client, snap agent.Snapshot, w ag
 // show turns a snapshot into a result of at most chars characters of output. What it leaves out can be got from the offset that it names.
 func show(ctx context.Context, client *agent.Client, sandboxID string, snap agent.Snapshot, w agent.Window, chars int) (execOutput, error) {
 	room := chars
-	if snap.Output.TailStart > snap.Output.HeadEnd || w.Tail > 0 && len(snap.Output.Head) > chars/2 {
+	if len(snap.Output.Tail) > 0 {
 		room = chars / 2
-		if w.Tail == 0 {
-			room = chars
-		}
 	}
 	left, used := renderHead(snap.Output.Head, room, snap.Output.HeadEnd >= snap.Output.End)
 	if used < len(snap.Output.Head) {
@@ -216,22 +214,22 @@ func show(ctx context.Context, client *agent.Client, sandboxID string, snap agen
 		snap.Output = again.Output
 	}
 	o := snap.Output
-	right := renderTail(o.Tail, chars-len([]rune(left)))
+	right, skipped := renderTail(o.Tail, chars-utf8.RuneCountInString(left))
 	out := describe(sandboxID, snap)
 	if o.HeadEnd >= o.End {
 		out.Output = left
 		return out, nil
 	}
-	out.LeftOut = o.TailStart - o.HeadEnd
+	out.LeftOut = o.TailStart + int64(skipped) - o.HeadEnd
 	again := fmt.Sprintf("process_wait with process_id %q and offset %d gives the rest", snap.Process.ID, o.HeadEnd)
 	switch {
 	case w.Tail == 0:
 		out.Output, out.NextOffset = left, o.HeadEnd
 		out.Note = strings.Join(append(out.notes(), again), "; ")
-	case out.LeftOut == 0 && right == render(o.Tail):
+	case out.LeftOut == 0:
 		out.Output = left + right
 	default:
-		out.Output = fmt.Sprintf("%s\n[… %s left out; %s …]\n%s", left, plural(max(out.LeftOut, 1), "byte"), again, right)
+		out.Output = fmt.Sprintf("%s\n[… %s left out; %s …]\n%s", left, plural(out.LeftOut, "byte"), again, right)
 	}
 	return out, nil
 }

@@ -30,16 +30,19 @@ func renderHead(p []byte, room int, whole bool) (text string, used int) {
 	return b.String(), used
 }
 
-// renderTail renders as much of the end of p as fits into room characters. A character that p begins within is left out.
-func renderTail(p []byte, room int) string {
-	for i := 0; i < utf8.UTFMax && i < len(p); i++ {
-		if utf8.RuneStart(p[i]) {
-			p = p[i:]
-			break
-		}
+// renderTail renders as much of the end of p as fits into room characters, and tells how many bytes before that it skipped. A character
+// that p begins within is skipped.
+func renderTail(p []byte, room int) (text string, skipped int) {
+	for skipped < min(len(p), utf8.UTFMax-1) && !utf8.RuneStart(p[skipped]) {
+		skipped++
 	}
-	text := []rune(render(p))
-	return string(text[max(0, len(text)-max(room, 0)):])
+	over := utf8.RuneCountInString(render(p[skipped:])) - room
+	for over > 0 {
+		piece, n := renderOne(p[skipped:])
+		over -= utf8.RuneCountInString(piece)
+		skipped += n
+	}
+	return render(p[skipped:]), skipped
 }
 
 // renderOne renders the first character of p, or byte where there is none.

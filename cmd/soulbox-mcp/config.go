@@ -8,7 +8,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -138,27 +137,11 @@ func installAgent(from, dir string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	sum := sha256.Sum256(body)
-	home := filepath.Join(dir, hex.EncodeToString(sum[:8]))
-	path := filepath.Join(home, "soulbox-agent")
-	if _, err := os.Stat(path); err == nil {
-		return path, nil
-	}
-	if err := os.MkdirAll(dir, 0o711); err != nil {
-		return "", err
-	}
-	temp, err := os.MkdirTemp(dir, ".new-")
-	if err != nil {
-		return "", err
-	}
-	defer os.RemoveAll(temp)
-	if err := errors.Join(os.WriteFile(filepath.Join(temp, "soulbox-agent"), body, 0o755), os.Chmod(temp, 0o755)); err != nil {
-		return "", err
-	}
-	if err := os.Rename(temp, home); err != nil && !errors.Is(err, fs.ErrExist) {
-		if _, serr := os.Stat(path); serr != nil {
-			return "", err
-		}
-	}
-	return path, nil
+	home, err := sandbox.Install(dir, func(temp string) (string, error) {
+		sum := sha256.Sum256(body)
+		return hex.EncodeToString(sum[:8]), os.WriteFile(filepath.Join(temp, agentName), body, 0o755)
+	})
+	return filepath.Join(home, agentName), err
 }
+
+const agentName = "soulbox-agent"

@@ -215,6 +215,49 @@ func TestServerKilled(t *testing.T) {
 	if left := directories(t, state); len(left) > 0 {
 		t.Fatalf("left: %v", left)
 	}
+	for _, pattern := range []string{"*/.new-*", ".*", "*/*/.*-*"} {
+		if left, err := filepath.Glob(filepath.Join(state, pattern)); err != nil || len(left) > 0 {
+			t.Fatalf("left: %v %v", left, err)
+		}
+	}
+}
+
+// TestClientGone: a client that ends with all its pipes takes its sandboxes along, and so does a terminal that is closed.
+func TestClientGone(t *testing.T) {
+	state := sandboxtest.Dir(t)
+	for name, leave := range map[string]func(*exec.Cmd, ...*os.File){
+		"pipes closed": func(_ *exec.Cmd, ends ...*os.File) {
+			for _, f := range ends {
+				_ = f.Close()
+			}
+		},
+		"hangup": func(cmd *exec.Cmd, _ ...*os.File) { _ = cmd.Process.Signal(syscall.SIGHUP) },
+	} {
+		inR, inW, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		outR, outW, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd := exec.Command(sandboxtest.Program(t, "soulbox-mcp"), "stdio", "--state-dir="+state)
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = inR, outW, outW
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		_, _ = inR.Close(), outW.Close()
+		for i := range 3 {
+			fmt.Fprintf(inW, `{"jsonrpc":"2.0","id":%d,"method":"tools/call","params":{"name":"sandbox_create","arguments":{}}}`+"\n", i)
+		}
+		sandboxtest.Eventually(t, "sandboxes run", func() bool { return len(sandboxtest.Processes(state)) >= 6 })
+		leave(cmd, inW, outR)
+		_ = cmd.Wait() // it may say that the client is gone
+		_, _ = inW.Close(), outR.Close()
+		if left := sandboxtest.Processes(state); len(left) > 0 || len(directories(t, state)) > 0 {
+			t.Errorf("%s: left: %v %v", name, left, directories(t, state))
+		}
+	}
 }
 
 func directories(t *testing.T, state string) []string {
