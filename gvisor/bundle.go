@@ -23,9 +23,10 @@ var capabilities = []string{
 
 // writeBundle writes config.json for a machine.
 func writeBundle(dir string, spec sandbox.Spec, agent string) error {
+	// What is memory has a size, or is read-only: gVisor's /dev takes no size.
 	mounts := []specs.Mount{
 		{Destination: "/proc", Type: "proc", Source: "proc"},
-		{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"mode=755", "size=64k"}},
+		{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"mode=755", "ro"}},
 		{Destination: "/dev/pts", Type: "devpts", Source: "devpts"},
 		{Destination: "/dev/shm", Type: "tmpfs", Source: "tmpfs", Options: []string{"mode=1777", fmt.Sprintf("size=%d", spec.Limits.Memory/2)}},
 		{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"ro"}},
