@@ -1,0 +1,212 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/hashicorp/yamux"
+)
+
+// ReadFile reads limit bytes of a regular file from offset on; limit < 0 is all. The reader must be closed, and reads fail when ctx ends.
+func (c *Client) ReadFile(ctx context.Context, path string, offset, limit int64) (io.ReadCloser, FileInfo, error) {
+	stream, a, end, err := c.begin(ctx, header{Stream: streamRead, Path: path, Offset: offset, Limit: limit})
+	if err != nil {
+		return nil, FileInfo{}, err
+	}
+	if a.Info == nil {
+		end()
+		return nil, FileInfo{}, c.lost(streamRead, errors.New("answer without info"))
+	}
+	body := io.Reader(&chunkReader{r: stream})
+	if limit >= 0 {
+		body = &atMost{r: body, left: limit}
+	}
+	return &streamReader{Reader: body, end: end}, *a.Info, nil
+}
+
+// atMost fails when there is more than there may be: the guest was told how much was wanted.
+type atMost struct {
+	r    io.Reader
+	left int64
+}
+
+func (a *atMost) Read(p []byte) (int, error) {
+	n, err := a.r.Read(p)
+	if a.left -= int64(n); a.left < 0 {
+		return 0, fmt.Errorf("read: the guest sent more than was asked for: %w", ErrLost)
+	}
+	return n, err
+}
+
+type streamReader struct {
+	io.Reader
+	end func()
+}
+
+// Close implements io.Closer.
+func (r *streamReader) Close() error {
+	r.end()
+	return nil
+}
+
+// Modes of WriteFile.
+const (
+	ModeReplace = "replace" // atomically: the file is the old or the new one, never half
+	ModeAppend  = "append"
+	ModeCreate  = "create" // an existing file is an error (fs.ErrExist)
+)
+
+// WriteOptions say how WriteFile writes.
+type WriteOptions struct {
+	Mode   string // default ModeReplace
+	User   string // owner of what is created; default the sandbox' user
+	Perm   uint32 // of a new file; default 0644
+	NoDirs bool   // a missing parent directory is an error
+}
+
+// WriteFile writes what r gives to a file.
+func (c *Client) WriteFile(ctx context.Context, path string, r io.Reader, o WriteOptions) (FileInfo, error) {
+	stream, _, end, err := c.begin(ctx, header{Stream: streamWrite, Path: path, Mode: o.Mode, User: o.User, Perm: o.Perm, Parents: !o.NoDirs})
+	if err != nil {
+		return FileInfo{}, err
+	}
+	defer end()
+	answered := awaitAnswer(stream)
+	src := &sourceReader{r: r}
+	if _, err := writeChunks(stream, src); err == nil {
+		_ = endChunks(stream, answer{}) // a failure shows in the answer below
+	} else if src.err != nil {
+		return FileInfo{}, src.err // closing without the end: nothing of it becomes visible
+	}
+	a, err := answered()
+	if err != nil {
+		return FileInfo{}, c.streamError(ctx, streamWrite, err)
+	}
+	if a.Error != nil {
+		return FileInfo{}, a.Error
+	}
+	if a.Info == nil {
+		return FileInfo{}, c.lost(streamWrite, errors.New("answer without info"))
+	}
+	return *a.Info, nil
+}
+
+// awaitAnswer reads the guest's second answer while we write: one that comes early says that the rest is of no use, and ends the writing.
+func awaitAnswer(stream *yamux.Stream) (answered func() (answer, error)) {
+	var a answer
+	done := make(chan error, 1)
+	go func() {
+		err := readMessage(stream, &a)
+		_ = stream.SetWriteDeadline(time.Unix(1, 0))
+		done <- err
+	}()
+	return func() (answer, error) {
+		err := <-done
+		return a, err
+	}
+}
+
+// sourceReader remembers the error of the caller's reader, to tell it from one of the stream.
+type sourceReader struct {
+	r   io.Reader
+	err error
+}
+
+func (s *sourceReader) Read(p []byte) (int, error) {
+	n, err := s.r.Read(p)
+	if err != nil && err != io.EOF {
+		s.err = err
+	}
+	return n, err
+}
+
+// WriteStdin writes to a process that was started with KeepStdin, and closes its stdin if eof. It blocks while the process
+// does not read; when ctx ends, written tells how much went through.
+func (c *Client) WriteStdin(ctx context.Context, process string, input []byte, eof bool) (written int64, err error) {
+	for {
+		part := input[:min(len(input), maxStdin)]
+		input = input[len(part):]
+		n, err := c.writeStdin(ctx, process, part, eof && len(input) == 0)
+		written += n
+		if err != nil || len(input) == 0 {
+			return written, err
+		}
+	}
+}
+
+func (c *Client) writeStdin(ctx context.Context, process string, input []byte, eof bool) (int64, error) {
+	stream, _, end, err := c.handshake(ctx, header{Stream: streamStdin, Process: process, Size: int64(len(input)), EOF: eof})
+	if err != nil {
+		return 0, err
+	}
+	defer end()
+	// At the end of ctx our half closes, the guest gives up, and still says how much was written.
+	stop := context.AfterFunc(ctx, func() {
+		_ = stream.SetWriteDeadline(time.Unix(1, 0))
+		_ = stream.Close()
+		_ = stream.SetReadDeadline(time.Now().Add(2 * time.Second))
+	})
+	defer stop()
+	answered := awaitAnswer(stream)
+	_, _ = io.Copy(stream, bytes.NewReader(input)) // a failure shows in the answer below
+	a, err := answered()
+	if err != nil {
+		return 0, c.streamError(ctx, streamStdin, err)
+	}
+	if ctx.Err() != nil {
+		return a.Written, context.Cause(ctx)
+	}
+	if a.Error != nil {
+		return a.Written, a.Error
+	}
+	return a.Written, nil
+}
+
+// OutputFrame is some output of a process. End is set on the last one, which has no bytes.
+type OutputFrame struct {
+	Stream string // "stdout" or "stderr"
+	Offset int64
+	Data   []byte
+	End    *Process
+}
+
+// Output replays the output of a process from offset on and, with follow, goes on until nobody can write any more. It calls
+// each for every frame, and returns when that fails.
+func (c *Client) Output(ctx context.Context, process string, offset int64, follow bool, each func(OutputFrame) error) error {
+	stream, _, end, err := c.begin(ctx, header{Stream: streamOutput, Process: process, Offset: offset, Follow: follow})
+	if err != nil {
+		return err
+	}
+	defer end()
+	for {
+		kind, at, body, err := readFrame(stream)
+		if err != nil {
+			return c.streamError(ctx, streamOutput, err)
+		}
+		frame := OutputFrame{Offset: at, Data: body, Stream: streamName(kind - frameStdout)}
+		if kind == frameEnd {
+			frame = OutputFrame{Offset: at, End: &Process{}}
+			if err := json.Unmarshal(body, frame.End); err != nil {
+				return c.lost(streamOutput, err)
+			}
+		}
+		if err := each(frame); err != nil || kind == frameEnd {
+			return err
+		}
+	}
+}
+
+// Dial connects to a socket in the sandbox: "tcp" to its loopback, or "unix". Closing the result's writing half is its Close;
+// reads go on until the other side has closed too, or ctx ends.
+func (c *Client) Dial(ctx context.Context, network, address string) (io.ReadWriteCloser, error) {
+	stream, _, _, err := c.begin(ctx, header{Stream: streamDial, Network: network, Address: address})
+	if err != nil {
+		return nil, err
+	}
+	return stream, nil
+}
