@@ -215,6 +215,12 @@ func (c *Client) List(ctx context.Context, req ListRequest) ([]Process, error) {
 	return call[[]Process](ctx, c, callList, req)
 }
 
+// Ping returns when the agent has answered.
+func (c *Client) Ping(ctx context.Context) error {
+	_, err := call[struct{}](ctx, c, callPing, struct{}{})
+	return err
+}
+
 // Usage tells the consumption of all user processes.
 func (c *Client) Usage(ctx context.Context) (Usage, error) {
 	return call[Usage](ctx, c, callUsage, struct{}{})

@@ -43,6 +43,9 @@ func (s *Server) edit(r EditRequest) (EditResult, error) {
 		case n > 1 && !r.All:
 			return EditResult{}, fmt.Errorf("edit %q: %d times: %w", r.Path, n, ErrAmbiguous)
 		}
+		if size := len(old) + n*(len(r.New)-len(r.Old)); size > maxEdit {
+			return EditResult{}, fmt.Errorf("edit %q: it would have %d bytes, more than %d: %w", r.Path, size, maxEdit, ErrTooLarge)
+		}
 		result.Replaced = n
 		at = strings.Index(old, r.Old)
 		text = strings.ReplaceAll(old, r.Old, r.New)
@@ -73,12 +76,17 @@ func insertAt(old string, line int, add string) (text string, at int, err error)
 	if line < 0 || line > len(lines) {
 		return "", 0, invalid("line %d is outside the file, which has %d lines", line, len(lines))
 	}
+	end := "\n"
+	if len(lines) > 0 && strings.HasSuffix(lines[0], "\r\n") {
+		end = "\r\n" // as the file has it
+		add = strings.ReplaceAll(strings.ReplaceAll(add, "\r\n", "\n"), "\n", end)
+	}
 	before := strings.Join(lines[:line], "")
 	if before != "" && !strings.HasSuffix(before, "\n") {
-		before += "\n"
+		before += end
 	}
 	if !strings.HasSuffix(add, "\n") {
-		add += "\n"
+		add += end
 	}
 	return before + add + strings.Join(lines[line:], ""), len(before), nil
 }

@@ -253,6 +253,8 @@ func (s *Server) move(r MoveRequest) (FileInfo, error) {
 
 // moveAcross moves between file systems by mv(1)'s way: copy all, then remove. Every sandbox image has cp.
 func (s *Server) moveAcross(from, to string) error {
+	_, lerr := os.Lstat(to)
+	fresh := errors.Is(lerr, fs.ErrNotExist)
 	p, err := s.spawn(StartRequest{Args: []string{"mv", "-T", "--", from, to}, Cwd: "/", User: s.rootUser()})
 	if err != nil {
 		return err
@@ -260,6 +262,9 @@ func (s *Server) moveAcross(from, to string) error {
 	<-p.done
 	d := p.describe()
 	if d.ExitCode != 0 {
+		if fresh {
+			_ = os.RemoveAll(to) // the half that was copied
+		}
 		out, _ := p.output.window(Window{Head: 1000})
 		return fmt.Errorf("move across file systems: %s", strings.TrimSpace(string(out.Head)))
 	}

@@ -33,7 +33,10 @@ func setUpMachine() (*cgroups, error) {
 			return nil, fmt.Errorf("set up home of %s: %w", f[0], err)
 		}
 	}
-	return groups, dropCapabilities()
+	if err := dropCapabilities(); err != nil {
+		return nil, err
+	}
+	return groups, restrict()
 }
 
 // giveHome makes a home and gives it, and what the template put there, to its user.

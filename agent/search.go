@@ -11,6 +11,7 @@ import (
 	"path"
 	"path/filepath"
 	"regexp"
+	"regexp/syntax"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -19,9 +20,10 @@ import (
 const (
 	searchTime  = 20 * time.Second
 	searchLimit = 1000
-	searchLine  = 300     // bytes of a line that are shown
-	maxLine     = 1 << 20 // bytes of a line that are searched
+	searchLine  = 300      // bytes of a line that are shown
+	maxLine     = 64 << 10 // bytes of a line that are searched
 	maxPattern  = 4 << 10
+	maxProgram  = 2000    // instructions of a pattern: its cost for each byte
 	sniff       = 8 << 10 // bytes that tell a binary file by a NUL
 )
 
@@ -42,8 +44,8 @@ func (s *Server) search(ctx context.Context, r SearchRequest) (SearchResult, err
 	}
 	var err error
 	if r.Pattern != "" {
-		if q.pattern, err = regexp.Compile(r.Pattern); err != nil {
-			return SearchResult{}, invalid("search: %v", err)
+		if q.pattern, err = compilePattern(r.Pattern); err != nil {
+			return SearchResult{}, err
 		}
 	}
 	if r.Glob != "" {
@@ -62,6 +64,22 @@ func (s *Server) search(ctx context.Context, r SearchRequest) (SearchResult, err
 		q.result.More, err = true, nil
 	}
 	return q.result, err
+}
+
+// compilePattern compiles a pattern whose cost is bounded: matching cannot be interrupted.
+func compilePattern(pattern string) (*regexp.Regexp, error) {
+	parsed, err := syntax.Parse(pattern, syntax.Perl)
+	if err != nil {
+		return nil, invalid("search: %v", err)
+	}
+	program, err := syntax.Compile(parsed.Simplify())
+	if err != nil {
+		return nil, invalid("search: %v", err)
+	}
+	if len(program.Inst) > maxProgram {
+		return nil, invalid("search: the pattern is too costly, it has %d states, at most %d are allowed", len(program.Inst), maxProgram)
+	}
+	return regexp.Compile(pattern)
 }
 
 type searcher struct {

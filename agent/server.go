@@ -438,6 +438,8 @@ func (s *Server) call(ctx context.Context, req *jsonrpc2.Request) (result any, e
 		return on(req, s.setattr)
 	case callSearch:
 		return on(req, func(r SearchRequest) (SearchResult, error) { return s.search(ctx, r) })
+	case callPing:
+		return struct{}{}, nil
 	case callUsage:
 		return on(req, func(struct{}) (Usage, error) { return s.usage(), nil })
 	}

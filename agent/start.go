@@ -18,6 +18,7 @@ import (
 const (
 	defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 	maxCommand  = 128<<10 - 1 // MAX_ARG_STRLEN of Linux
+	maxEnv      = 1 << 20
 )
 
 // start starts a process, waits for its end as long as asked, and describes it.
@@ -143,6 +144,12 @@ func (s *Server) environment(user identity, cwd string, extra map[string]string)
 		env = append(env, k+"="+v)
 	}
 	slices.Sort(env)
+	size := 0
+	for _, kv := range env {
+		if size += len(kv) + 1; len(kv) > maxCommand || size > maxEnv {
+			return nil, invalid("start: the environment is too large: a variable may have %d bytes, all together %d", maxCommand, maxEnv)
+		}
+	}
 	return env, nil
 }
 
@@ -203,6 +210,9 @@ func (s *Server) launch(p *process, env []string, stdio [3]int) (<-chan exitStat
 		return nil, fmt.Errorf("start %q: command not found: %w", clip(p.args[0], 200), syscall.ENOENT)
 	}
 	exit, err := s.reaper.forkExec(p, name, p.args, attr)
+	if errors.Is(err, syscall.EACCES) && p.args[0] == s.shell {
+		return nil, fmt.Errorf("start in %q: user %s may not enter it: %w", clip(p.cwd, 200), p.user.name, syscall.EACCES)
+	}
 	if err != nil {
 		err = fmt.Errorf("start %q: %w", clip(p.args[0], 200), explainFork(err))
 	}

@@ -56,7 +56,7 @@ func (s *Server) lookup(spec string) (identity, error) {
 	}
 	if !found {
 		uid, err := strconv.ParseUint(name, 10, 32)
-		if err != nil {
+		if err != nil || uid == 1<<32-1 { // which means "no change" to the kernel
 			return identity{}, fmt.Errorf("user %q: %w", clip(spec, 80), ErrNoUser)
 		}
 		id = identity{name: name, uid: uint32(uid), gid: uint32(uid), home: "/"}

@@ -56,6 +56,7 @@ const (
 	callSearch    = "search"
 	callSetattr   = "setattr"
 	callUsage     = "usage"
+	callPing      = "ping"
 	noteCancel    = "$/cancelRequest"
 )
 

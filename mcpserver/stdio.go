@@ -233,8 +233,11 @@ func (l *loop) start(ctx context.Context, m message, line []byte) {
 			free := sync.OnceFunc(func() { <-l.slots })
 			defer free()
 			defer context.AfterFunc(ctx, free)()
+		case <-ctx.Done():
+		}
+		if ctx.Err() == nil {
 			response = l.call(ctx, m, line)
-		case <-ctx.Done(): // never begun
+		} else { // it was cancelled while it waited: never begun
 			response = failure(m.ID, codeBusy, "the server is ending; the call was not begun")
 		}
 		// From here on a cancellation comes too late; before, it forbids the answer.

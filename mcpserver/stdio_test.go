@@ -176,9 +176,10 @@ func TestWaitingCalls(t *testing.T) {
 	c := connect(t, mcpserver.Stdio{Server: newServer(started, nil), Parallel: 2, Pending: 4})
 	for i := range 4 {
 		c.call(i, "block", "{}")
+		if i < 2 {
+			<-started
+		}
 	}
-	<-started
-	<-started
 	c.call(4, "echo", "{}")
 	if r := c.receive(); r.Error == nil || !strings.Contains(r.Error.Message, "in flight") {
 		t.Fatalf("the fifth call: %+v", r)

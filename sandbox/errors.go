@@ -26,6 +26,7 @@ const (
 	CauseTimeout  Cause = "its life time was over"
 	CauseShutdown Cause = "its server has ended"
 	CauseLost     Cause = "agent lost"
+	CauseSilent   Cause = "its agent did not answer"
 )
 
 // Error implements error.

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 )
@@ -31,10 +32,14 @@ type Options struct {
 
 const (
 	checkEvery     = time.Second
+	pingEvery      = 10 * time.Second
+	pingTime       = 20 * time.Second // a full sandbox may be slow
 	destroyTimeout = 20 * time.Second
 	endedKept      = 1000 // ended sandboxes whose cause is remembered
 	maxMetadata    = 64
 	maxMetadataLen = 1024
+	maxEnvValue    = 100_000
+	maxCPU         = 1024
 )
 
 // Manager knows all sandboxes of this server. It is safe for concurrent use.
@@ -138,7 +143,7 @@ func (m *Manager) Create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 	stop := context.AfterFunc(m.ctx, func() { cancel(context.Cause(m.ctx)) })
 	defer stop()
 	id := newID()
-	sb := &Sandbox{m: m, id: id, cancel: cancel, booted: make(chan struct{}), env: maps.Clone(o.Env), life: cmp.Or(o.Lifetime, m.opts.Lifetime), rec: record{
+	sb := &Sandbox{m: m, id: id, cancel: cancel, booted: make(chan struct{}), ended: make(chan struct{}), env: maps.Clone(o.Env), life: cmp.Or(o.Lifetime, m.opts.Lifetime), rec: record{
 		Version: recordVersion, ID: id, State: Creating, Template: template.Name, Metadata: maps.Clone(o.Metadata),
 		Limits: o.Limits.or(m.opts.Defaults), Created: now, Changed: now, MaxLife: o.MaxLifetime,
 	}}
@@ -187,9 +192,14 @@ func (o CreateOptions) check() error {
 	if err := checkMetadata(o.Metadata); err != nil {
 		return err
 	}
+	for k, v := range o.Env {
+		if k == "" || strings.ContainsAny(k, "=\x00") || strings.IndexByte(v, 0) >= 0 || len(v) > maxEnvValue {
+			return fmt.Errorf("create sandbox: %q is not a name of an environment variable, or its value is not one: %w", k, ErrInvalid)
+		}
+	}
 	l := o.Limits
-	if l.CPU < 0 || l.Memory < 0 || l.Disk < 0 || l.Processes < 0 || o.Lifetime < 0 || o.MaxLifetime < 0 {
-		return fmt.Errorf("create sandbox: limits and times cannot be negative: %w", ErrInvalid)
+	if l.CPU < 0 || l.CPU > maxCPU || l.Memory < 0 || l.Disk < 0 || l.Processes < 0 || o.Lifetime < 0 || o.MaxLifetime < 0 {
+		return fmt.Errorf("create sandbox: limits and times cannot be negative, nor cpu more than 1024: %w", ErrInvalid)
 	}
 	if l.Memory != 0 && l.Memory < 64<<20 || l.Disk != 0 && l.Disk < 16<<20 || l.Processes != 0 && l.Processes < 8 {
 		return fmt.Errorf("create sandbox: at least 64 MB of memory, 16 MB of disk and 8 processes are needed: %w", ErrInvalid)

@@ -20,6 +20,7 @@ type Sandbox struct {
 	life   time.Duration           // from readiness on
 	cancel context.CancelCauseFunc // ends the boot
 	booted chan struct{}           // closed when the boot is over, whatever came of it
+	ended  chan struct{}           // closed when its end has begun, with a cause
 
 	mu      sync.Mutex
 	rec     record
@@ -127,6 +128,8 @@ func (s *Sandbox) boot(ctx context.Context, template Template) error {
 func (s *Sandbox) watch(machine Machine, client *agent.Client) {
 	ticker := time.NewTicker(checkEvery)
 	defer ticker.Stop()
+	pings := time.NewTicker(pingEvery)
+	defer pings.Stop()
 	for {
 		select {
 		case <-client.Done():
@@ -137,8 +140,25 @@ func (s *Sandbox) watch(machine Machine, client *agent.Client) {
 				_ = s.end(Failed, err)
 				return
 			}
+		case <-pings.C:
+			if !s.answers(client) {
+				_ = s.end(Failed, CauseSilent)
+				return
+			}
 		}
 	}
+}
+
+// answers says whether a running sandbox' agent does. One that is paused, or was meanwhile, does not have to.
+func (s *Sandbox) answers(client *agent.Client) bool {
+	before := s.Info()
+	ctx, cancel := context.WithTimeout(s.m.ctx, pingTime)
+	defer cancel()
+	if before.State != Running || client.Ping(ctx) == nil {
+		return true
+	}
+	after := s.Info()
+	return after.State != Running || after.Changed != before.Changed || ctx.Err() != context.DeadlineExceeded
 }
 
 // Agent is the way into a running sandbox, for the verb that the caller is about to do.
@@ -149,6 +169,15 @@ func (s *Sandbox) Agent(verb string) (*agent.Client, error) {
 		return nil, s.wrong(verb)
 	}
 	return s.client, nil
+}
+
+// AwaitEnd waits until the sandbox has ended or ctx has, and describes it.
+func (s *Sandbox) AwaitEnd(ctx context.Context) Info {
+	select {
+	case <-s.ended:
+	case <-ctx.Done():
+	}
+	return s.Info()
 }
 
 // Kill ends the sandbox; nothing of it is left when it returns.
@@ -171,6 +200,7 @@ func (s *Sandbox) end(final State, cause error) error {
 		return err
 	}
 	s.ending = make(chan struct{})
+	close(s.ended)
 	if s.expiry != nil {
 		s.expiry.Stop()
 	}

@@ -41,6 +41,8 @@ var advice = []struct {
 	{syscall.ENOTDIR, "A part of the path is not a directory: check it with file_list."},
 	{syscall.ENOTEMPTY, "Set recursive to remove it with all that is in it."},
 	{syscall.EROFS, "This part of the sandbox is read-only; use a path in /home/user, /tmp or /opt."},
+	{syscall.ELOOP, "Its symlinks lead in a circle: look at them with file_list."},
+	{syscall.EINVAL, "Correct the arguments and call it again."},
 	{syscall.ENAMETOOLONG, "Use a shorter path."},
 	{fs.ErrNotExist, "Check the path with file_list."},
 	{fs.ErrExist, "Use another path, or mode replace."},

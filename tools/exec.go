@@ -24,7 +24,7 @@ const (
 
 func (s *Service) execTools() []server.ServerTool {
 	return []server.ServerTool{
-		define("exec", "Run a shell command (bash) in the sandbox and return its output and exit code. If it has not ended after yield_ms it goes on in the background: the result then has state \"running\" and a process_id for process_wait, process_write and process_signal. Set background for servers.",
+		define(s, "exec", "Run a shell command (bash) in the sandbox and return its output and exit code. If it has not ended after yield_ms it goes on in the background: the result then has state \"running\" and a process_id for process_wait, process_write and process_signal. Set background for servers.",
 			hints{title: "Run a command", destructive: true, long: true}, s.exec),
 	}
 }

@@ -27,19 +27,19 @@ const (
 
 func (s *Service) fileTools() []server.ServerTool {
 	return []server.ServerTool{
-		define("file_read", "Read a text file by lines, an image as an image, or any file as base64. Directories: file_list.",
+		define(s, "file_read", "Read a text file by lines, an image as an image, or any file as base64. Directories: file_list.",
 			hints{title: "Read a file", readOnly: true, idempotent: true, long: true}, s.fileRead),
-		define("file_write", "Create or replace a file (atomically), append to it, or write several files at once. Missing directories are made.",
+		define(s, "file_write", "Create or replace a file (atomically), append to it, or write several files at once. Missing directories are made.",
 			hints{title: "Write a file", destructive: true, idempotent: true}, s.fileWrite),
-		define("file_edit", "Change a text file: replace old_str, which must occur exactly once, by new_str; or insert new_str behind line insert_line.",
+		define(s, "file_edit", "Change a text file: replace old_str, which must occur exactly once, by new_str; or insert new_str behind line insert_line.",
 			hints{title: "Edit a file", destructive: true}, s.fileEdit),
-		define("file_list", "List a directory as a tree, or describe a file.",
+		define(s, "file_list", "List a directory as a tree, or describe a file.",
 			hints{title: "List files", readOnly: true, idempotent: true}, s.fileList),
-		define("file_search", "Find files by name (glob, ** spans directories) and, with pattern, the lines in them that match.",
+		define(s, "file_search", "Find files by name (glob, ** spans directories) and, with pattern, the lines in them that match.",
 			hints{title: "Search files", readOnly: true, idempotent: true}, s.fileSearch),
-		define("file_move", "Move or rename a file or directory; an existing file at the target is replaced.",
+		define(s, "file_move", "Move or rename a file or directory; an existing file at the target is replaced.",
 			hints{title: "Move a file", destructive: true}, s.fileMove),
-		define("file_remove", "Remove a file, or with recursive a directory and all in it.",
+		define(s, "file_remove", "Remove a file, or with recursive a directory and all in it.",
 			hints{title: "Remove a file", destructive: true}, s.fileRemove),
 	}
 }
@@ -242,8 +242,8 @@ type fileInfo struct {
 
 func describeFile(f agent.FileInfo) fileInfo {
 	return fileInfo{
-		Path: render([]byte(f.Path)), Type: f.Type, Size: f.Size, Mode: f.Mode, Owner: render([]byte(f.Owner)), Modified: f.MTime.UTC().Format(time.RFC3339),
-		Target: render([]byte(f.Target)),
+		Path: renderName(f.Path), Type: f.Type, Size: f.Size, Mode: f.Mode, Owner: render([]byte(f.Owner)), Modified: f.MTime.UTC().Format(time.RFC3339),
+		Target: renderName(f.Target),
 	}
 }
 
@@ -461,7 +461,7 @@ func (s *Service) fileSearch(ctx context.Context, in fileSearchInput) (fileSearc
 	}
 	out := fileSearchOutput{Matches: []searchMatch{}, Files: found.Files, More: found.More}
 	for _, m := range found.Matches {
-		out.Matches = append(out.Matches, searchMatch{Path: render([]byte(m.Path)), Line: m.Line, Text: render([]byte(m.Text))})
+		out.Matches = append(out.Matches, searchMatch{Path: renderName(m.Path), Line: m.Line, Text: render([]byte(m.Text))})
 	}
 	return out, nil
 }

@@ -13,13 +13,13 @@ import (
 
 func (s *Service) processTools() []server.ServerTool {
 	return []server.ServerTool{
-		define("process_wait", "Wait for a process to end and read its output, also after it has ended. Without offset: head and tail of all its output. With offset: what came since, from the next_offset of the last result.",
+		define(s, "process_wait", "Wait for a process to end and read its output, also after it has ended. Without offset: head and tail of all its output. With offset: what came since, from the next_offset of the last result.",
 			hints{title: "Wait for a process", readOnly: true, idempotent: true, long: true}, s.processWait),
-		define("process_write", "Write to the stdin of a process that was started with background, and return what it answers.",
+		define(s, "process_write", "Write to the stdin of a process that was started with background, and return what it answers.",
 			hints{title: "Write to a process"}, s.processWrite),
-		define("process_signal", "Send a signal to a process and its group.",
+		define(s, "process_signal", "Send a signal to a process and its group.",
 			hints{title: "Signal a process", destructive: true}, s.processSignal),
-		define("process_list", "List the processes started by exec, running and ended, newest first.",
+		define(s, "process_list", "List the processes started by exec, running and ended, newest first.",
 			hints{title: "List processes", readOnly: true, idempotent: true}, s.processList),
 	}
 }

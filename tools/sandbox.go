@@ -16,15 +16,15 @@ import (
 
 func (s *Service) sandboxTools() []server.ServerTool {
 	return []server.ServerTool{
-		define("sandbox_create", "Make a new sandbox: an isolated Linux machine with its own files and processes and no network. Not needed for a single one: exec and the file tools make this session's own at first use.",
+		define(s, "sandbox_create", "Make a new sandbox: an isolated Linux machine with its own files and processes and no network. Not needed for a single one: exec and the file tools make this session's own at first use.",
 			hints{title: "Create a sandbox"}, s.sandboxCreate),
-		define("sandbox_list", "List sandboxes, newest first.",
+		define(s, "sandbox_list", "List sandboxes, newest first.",
 			hints{title: "List sandboxes", readOnly: true, idempotent: true}, s.sandboxList),
-		define("sandbox_get", "Tell all about a sandbox: state, when and how it ends, limits, usage.",
+		define(s, "sandbox_get", "Tell all about a sandbox: state, when and how it ends, limits, usage.",
 			hints{title: "Describe a sandbox", readOnly: true, idempotent: true}, s.sandboxGet),
-		define("sandbox_update", "Change the metadata or the life time of a sandbox.",
+		define(s, "sandbox_update", "Change the metadata or the life time of a sandbox.",
 			hints{title: "Update a sandbox"}, s.sandboxUpdate),
-		define("sandbox_kill", "End a sandbox. Its files and processes are lost.",
+		define(s, "sandbox_kill", "End a sandbox. Its files and processes are lost.",
 			hints{title: "Kill a sandbox", destructive: true}, s.sandboxKill),
 	}
 }
@@ -100,8 +100,8 @@ func (s *Service) sandboxCreate(ctx context.Context, in sandboxCreateInput) (san
 	if err != nil {
 		return sandboxInfo{}, err
 	}
-	if max(in.MemoryMB, in.DiskMB, in.Pids) > maxNumber {
-		return sandboxInfo{}, badArgument("The arguments \"memory_mb\", \"disk_mb\" and \"pids\" can be at most %d.", maxNumber)
+	if max(in.MemoryMB, in.DiskMB, in.Pids) > maxNumber || min(in.MemoryMB, in.DiskMB, in.Pids) < 0 {
+		return sandboxInfo{}, badArgument("The arguments \"memory_mb\", \"disk_mb\" and \"pids\" must be from 0 to %d.", maxNumber)
 	}
 	p := newProgress(ctx)
 	p.tell("starting a sandbox")

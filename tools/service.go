@@ -6,6 +6,7 @@ import (
 	"errors"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/mark3labs/mcp-go/server"
 
@@ -103,6 +104,25 @@ func (s *Service) isDefault(ctx context.Context, id string) bool {
 // target is embedded in every input that may name a sandbox.
 type target struct {
 	SandboxID string `json:"sandbox_id,omitempty"`
+}
+
+func (t target) id() string { return t.SandboxID }
+
+// whyLost finds out why a sandbox ended under a call: its end is known a moment after its agent is gone.
+func (s *Service) whyLost(ctx context.Context, id string, lost error) error {
+	sb := s.session(ctx).current.Load()
+	if id != "" {
+		sb, _ = s.manager.Get(id) // nil where it is not known: then lost is all there is to say
+	}
+	if sb == nil {
+		return lost
+	}
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	if info := sb.AwaitEnd(ctx); info.State.Ended() {
+		return &sandbox.StateError{ID: info.ID, Verb: "go on in", State: info.State, Cause: info.Cause, At: info.Changed}
+	}
+	return lost
 }
 
 // agent finds the agent of a target's sandbox.

@@ -8,7 +8,7 @@ import (
 )
 
 // render makes bytes of a guest safe and readable: valid UTF-8, no terminal escapes. Bytes that are not text, and control
-// characters, are shown as \xNN; a line's \r\n becomes \n.
+// characters, are shown as \xNN; \n, \t and a line's \r\n stay.
 func render(p []byte) string {
 	text, _ := renderHead(p, len(p)*6, true)
 	return text
@@ -52,7 +52,7 @@ func renderOne(p []byte) (text string, n int) {
 	case r == utf8.RuneError && n <= 1:
 		return fmt.Sprintf(`\x%02x`, p[0]), 1
 	case r == '\r' && len(p) > 1 && p[1] == '\n':
-		return "", 1
+		return "\r", 1
 	case unicode.IsControl(r) && r != '\n' && r != '\t':
 		if r < 0x80 {
 			return fmt.Sprintf(`\x%02x`, r), 1
@@ -60,6 +60,11 @@ func renderOne(p []byte) (text string, n int) {
 		return fmt.Sprintf(`\u%04x`, r), n
 	}
 	return string(p[:n]), n
+}
+
+// renderName renders the name of a file for a line of its own.
+func renderName(name string) string {
+	return strings.ReplaceAll(render([]byte(name)), "\n", `\x0a`)
 }
 
 // lastLine is the last line that says something, for progress notes.

@@ -3,6 +3,7 @@ package tools
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"reflect"
 	"strings"
@@ -10,6 +11,8 @@ import (
 	"github.com/google/jsonschema-go/jsonschema"
 	"github.com/mark3labs/mcp-go/mcp"
 	"github.com/mark3labs/mcp-go/server"
+
+	"soulbox.dev/soulbox/agent"
 )
 
 // hints are the four annotations of a tool; every tool states all of them.
@@ -28,7 +31,7 @@ const maxResult = 200_000
 type output interface{ text() string }
 
 // define makes a tool of a method. In and Out are structs whose fields carry their descriptions; a field without omitempty is required.
-func define[In any, Out output](name, description string, h hints, do func(context.Context, In) (Out, error)) server.ServerTool {
+func define[In any, Out output](s *Service, name, description string, h hints, do func(context.Context, In) (Out, error)) server.ServerTool {
 	tool := mcp.NewToolWithRawSchema(name, description, schema[In](true))
 	tool.RawOutputSchema = schema[Out](false)
 	tool.Annotations = mcp.ToolAnnotation{
@@ -44,6 +47,9 @@ func define[In any, Out output](name, description string, h hints, do func(conte
 		}
 		out, err := do(withProgress(ctx, req.Params.Meta), in)
 		if err != nil {
+			if t, ok := any(in).(interface{ id() string }); ok && errors.Is(err, agent.ErrLost) {
+				err = s.whyLost(ctx, t.id(), err)
+			}
 			return fail(name, err), nil
 		}
 		result := &mcp.CallToolResult{Content: []mcp.Content{mcp.NewTextContent(out.text())}, StructuredContent: out}
@@ -135,8 +141,11 @@ func decode(raw json.RawMessage, in any) error {
 	}
 	for name, arg := range given {
 		f, ok := fields[name]
-		if !ok {
-			f, ok = fields[aliases[name]]
+		if real := aliases[name]; !ok && real != "" {
+			if _, both := given[real]; both {
+				return badArgument("Give either %q or %q: they are the same argument.", real, name)
+			}
+			f, ok = fields[real]
 		}
 		if !ok {
 			return badArgument("There is no argument %q. The arguments are: %s.", shorten(name, 60), strings.Join(names, ", "))
@@ -165,6 +174,11 @@ func decode(raw json.RawMessage, in any) error {
 func setArgument(field reflect.Value, arg json.RawMessage) error {
 	err := json.Unmarshal(arg, field.Addr().Interface())
 	if err == nil {
+		return nil
+	}
+	var number float64
+	if field.Kind() == reflect.Int64 && json.Unmarshal(arg, &number) == nil && number == float64(int64(number)) {
+		field.SetInt(int64(number)) // 1000.0 is an integer to JSON Schema
 		return nil
 	}
 	var quoted string

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"soulbox.dev/soulbox/gvisor"
@@ -65,6 +66,9 @@ func parseConfig(name string, args []string, getenv func(string) string, stderr 
 	var err error
 	if c.stateDir, err = filepath.Abs(c.stateDir); err != nil {
 		return c, err
+	}
+	if strings.ContainsAny(c.stateDir, ":,") {
+		return c, fmt.Errorf("the state directory %s has a ':' or ',' in its name, which runsc cannot take; name another by --state-dir", c.stateDir)
 	}
 	return c, nil
 }

@@ -88,6 +88,25 @@ func TestDefaultSandboxEnds(t *testing.T) {
 	}
 }
 
+// TestEndUnderCall: a call whose sandbox ends is told why.
+func TestEndUnderCall(t *testing.T) {
+	p := launch(t, "")
+	id := p.call("sandbox_create", map[string]any{"timeout_ms": 2000}).Result.StructuredContent["sandbox_id"]
+	m := p.await(p.start("exec", map[string]any{"sandbox_id": id, "command": "sleep 600", "yield_ms": 50_000}))
+	if !m.Result.IsError || !strings.Contains(m.text(), "its life time was over") || !strings.Contains(m.text(), "sandbox_create") {
+		t.Fatal(m.text())
+	}
+}
+
+// TestUmask: how private the files of whoever starts the server are does not matter to sandboxes.
+func TestUmask(t *testing.T) {
+	defer syscall.Umask(syscall.Umask(0o077))
+	p := launch(t, "")
+	if got := p.exec("whoami; head -c 4 /etc/passwd"); got != "user\nroot" {
+		t.Fatalf("%q", got)
+	}
+}
+
 // TestFiftyInFlight: one long call delays none of the others; cancelling it ends its whole group, and it is not answered.
 func TestFiftyInFlight(t *testing.T) {
 	p := launch(t, "")
