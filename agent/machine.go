@@ -33,10 +33,7 @@ func setUpMachine() (*cgroups, error) {
 			return nil, fmt.Errorf("set up home of %s: %w", f[0], err)
 		}
 	}
-	if err := dropCapabilities(); err != nil {
-		return nil, err
-	}
-	return groups, restrict()
+	return groups, dropCapabilities()
 }
 
 // giveHome makes a home and gives it, and what the template put there, to its user.

@@ -36,6 +36,7 @@ func writeBundle(dir string, spec sandbox.Spec, agent string) error {
 	for _, m := range spec.Template.Mounts {
 		mounts = append(mounts, specs.Mount{Destination: m.Destination, Type: "bind", Source: m.Source, Options: []string{"ro", "rbind", "nosuid", "nodev"}})
 	}
+	tasks := uint64(spec.Limits.Processes) + 128
 	config := specs.Spec{
 		Version:  "1.0.2",
 		Hostname: spec.ID,
@@ -45,7 +46,12 @@ func writeBundle(dir string, spec sandbox.Spec, agent string) error {
 			Cwd:          "/",
 			Env:          []string{"PATH=/usr/bin:/bin"},
 			Capabilities: &specs.LinuxCapabilities{Bounding: capabilities, Effective: capabilities, Permitted: capabilities},
-			Rlimits:      []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Hard: 1 << 20, Soft: 1 << 20}},
+			Rlimits: []specs.POSIXRlimit{
+				{Type: "RLIMIT_NOFILE", Hard: 1 << 20, Soft: 1 << 20},
+				// Behind the guest's cgroup, which root in a user namespace of its own can leave: this one it cannot. It is per user, so
+				// the agent's own threads have room in it.
+				{Type: "RLIMIT_NPROC", Hard: tasks, Soft: tasks},
+			},
 		},
 		Mounts: mounts,
 		Linux: &specs.Linux{

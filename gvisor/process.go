@@ -60,6 +60,27 @@ func readStatus(pid int) (state byte, anonymous int64, err error) {
 	return state, anonymous, nil
 }
 
+// guestMemoryOf gives how much memory a sentry has for its guest, in bytes: the size of the file in memory that it keeps it in, which has a
+// descriptor and the name runsc-memory (gVisor, pkg/sentry/pgalloc). It is 0 for other processes.
+func guestMemoryOf(pid int) int64 {
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return 0
+	}
+	for _, e := range entries {
+		name := filepath.Join(dir, e.Name())
+		if link, err := os.Readlink(name); err != nil || !strings.HasPrefix(link, "/memfd:runsc-memory") {
+			continue
+		}
+		var st syscall.Stat_t
+		if err := syscall.Stat(name, &st); err == nil {
+			return st.Blocks * 512
+		}
+	}
+	return 0
+}
+
 // kilobytes reads " 12 kB".
 func kilobytes(text string) (int64, error) {
 	kb, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(text), " kB"), 10, 64)

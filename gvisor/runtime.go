@@ -39,6 +39,7 @@ var _ sandbox.Runtime = (*Runtime)(nil)
 type manifest struct {
 	Agent  string      `json:"agent"`            // path of the agent in the sandbox
 	Cgroup *hostCgroup `json:"cgroup,omitempty"` // on the host, if there is one
+	Memory int64       `json:"memory"`           // machine.memory
 }
 
 func readManifest(dir string) (manifest, error) {
@@ -73,6 +74,7 @@ type machine struct {
 	stderr  sync.WaitGroup
 	fromErr *os.File
 	pids    []int // of its processes on the host
+	memory  int64 // bytes that its memory may have on the host; 0 is no bound
 }
 
 // kernelMemory bounds what the sentry takes for itself, in bytes. An idle one takes a tenth of that; each file or other object of
@@ -86,7 +88,7 @@ func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (_ sandbox.Machin
 	if err := r.check(); err != nil {
 		return nil, err
 	}
-	m := &machine{runtime: r, dir: spec.Dir}
+	m := &machine{runtime: r, dir: spec.Dir, memory: guestMemory(spec.Limits.Memory)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("boot: %w", err), r.undo(spec.Dir))
@@ -100,7 +102,7 @@ func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (_ sandbox.Machin
 		return nil, err
 	}
 	// The manifest names the cgroup before it is made: whoever reaps knows of it.
-	mf := manifest{Agent: filepath.Join(agentDir, filepath.Base(r.Agent)), Cgroup: planCgroup(cmp.Or(r.Cgroups, cgroupRoot), "soulbox-"+spec.ID)}
+	mf := manifest{Memory: m.memory, Agent: filepath.Join(agentDir, filepath.Base(r.Agent)), Cgroup: planCgroup(cmp.Or(r.Cgroups, cgroupRoot), "soulbox-"+spec.ID)}
 	body, err := json.Marshal(mf)
 	if err != nil {
 		return nil, err
@@ -242,7 +244,7 @@ func (r *Runtime) Attach(ctx context.Context, dir string) (_ sandbox.Machine, er
 		return nil, fmt.Errorf("attach: %w", err)
 	}
 	streams.handOver()
-	m := &machine{runtime: r, dir: dir, pipe: pipe{File: streams.fromOut, toIn: streams.toIn}}
+	m := &machine{runtime: r, dir: dir, memory: mf.Memory, pipe: pipe{File: streams.fromOut, toIn: streams.toIn}}
 	m.follow(streams.fromErr)
 	if m.pids, err = processesOf(dir); err != nil {
 		return nil, errors.Join(fmt.Errorf("attach: %w", err), m.pipe.Close())
@@ -299,9 +301,16 @@ func (m *machine) Usage(context.Context) (sandbox.Usage, error) {
 	return u, nil
 }
 
+// guestMemory bounds what the sentry holds for the guest: the limit that the agent keeps, half of it for tmpfs, and what the agent and a
+// look every half a second need. It is the last word on whatever escapes the guest's own cgroups.
+func guestMemory(limit int64) int64 { return limit + limit/2 + 256<<20 }
+
 // Check implements sandbox.Machine.
 func (m *machine) Check() error {
 	for _, pid := range m.pids {
+		if used := guestMemoryOf(pid); m.memory > 0 && used > m.memory {
+			return fmt.Errorf("it took %d MB of memory, more than %d MB", used>>20, m.memory>>20)
+		}
 		state, anonymous, err := readStatus(pid)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):

@@ -35,7 +35,7 @@ type Machine interface {
 	// Usage tells what the machine takes from the host.
 	Usage(ctx context.Context) (Usage, error)
 	// Check says what is wrong with the machine that its agent may not notice: that it is stopped, or takes more of the host than it may.
-	// It is cheap and is called about every second.
+	// It is cheap and is called about twice a second.
 	Check() error
 	// Destroy ends the machine whatever its state; afterwards nothing of it runs. It may be called twice.
 	Destroy(ctx context.Context) error

@@ -31,7 +31,7 @@ type Options struct {
 }
 
 const (
-	checkEvery     = time.Second
+	checkEvery     = 500 * time.Millisecond
 	pingEvery      = 10 * time.Second
 	pingTime       = 20 * time.Second // a full sandbox may be slow
 	destroyTimeout = 20 * time.Second
