@@ -75,9 +75,8 @@ func (p *process) blame(cause string) {
 	}
 }
 
-// watch collects the end of the leader.
-func (p *process) watch(exit <-chan exitStatus) {
-	status := <-exit
+// finish notes the end of the leader, and tells those who wait for it.
+func (p *process) finish(status exitStatus) {
 	p.collector.drain(p.pipes[0], p.pipes[1])
 	// Reading cgroups is a good part of a short command's time: one that ended well and left nothing behind is not asked further.
 	left := len(p.group.pids()) > 0
@@ -94,11 +93,6 @@ func (p *process) watch(exit <-chan exitStatus) {
 		p.stop.Stop()
 	}
 	close(p.done)
-	// What it left behind may still write: the spool is finished when nobody can.
-	for _, pipe := range p.pipes {
-		<-pipe.eof
-	}
-	p.output.finish()
 }
 
 // expire ends the process at its timeout, politely first.

@@ -19,14 +19,14 @@ type reaper struct {
 
 	mu       sync.Mutex
 	started  *sync.Cond // a child may exist
-	starting int        // forks in flight: their pids are not known yet
+	starting int        // forks whose child nobody waits for yet
 	forks    int        // forks begun so far
-	waiting  map[int]chan exitStatus
-	early    map[int]exitStatus // ended while a fork was in flight: perhaps that fork's child
+	waiting  map[int]func(exitStatus)
+	early    map[int]exitStatus // ended before somebody waited for them
 }
 
 func newReaper(init bool) *reaper {
-	r := &reaper{init: init, waiting: map[int]chan exitStatus{}, early: map[int]exitStatus{}}
+	r := &reaper{init: init, waiting: map[int]func(exitStatus){}, early: map[int]exitStatus{}}
 	r.started = sync.NewCond(&r.mu)
 	if init {
 		go r.run() // for the life of the machine
@@ -34,40 +34,52 @@ func newReaper(init bool) *reaper {
 	return r
 }
 
-// forkExec starts a child, sets p.pid, and gives a channel on which its end will come.
-func (r *reaper) forkExec(p *process, name string, args []string, attr *syscall.ProcAttr) (<-chan exitStatus, error) {
-	exit := make(chan exitStatus, 1)
+// forkExec starts a child. If that works, await must follow.
+func (r *reaper) forkExec(name string, args []string, attr *syscall.ProcAttr) (pid int, err error) {
 	r.mu.Lock()
 	r.starting++
 	r.forks++
 	r.started.Broadcast()
 	r.mu.Unlock()
-	pid, err := syscall.ForkExec(name, args, attr)
+	if pid, err = syscall.ForkExec(name, args, attr); err != nil {
+		r.mu.Lock()
+		r.settled()
+		r.mu.Unlock()
+	}
+	return pid, err
+}
+
+// await has ended called, once, when the child of forkExec has ended: on the thread that waits, since to wake another one costs about
+// as much as all that ended does. It must be short.
+func (r *reaper) await(pid int, ended func(exitStatus)) {
 	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.starting--
-	if err == nil {
-		p.pid = pid
-		if status, ok := r.early[pid]; ok {
-			exit <- status
-		} else if r.init {
-			r.waiting[pid] = exit
-		} else {
-			go waitOne(pid, exit)
-		}
+	status, over := r.early[pid]
+	if !over && r.init {
+		r.waiting[pid] = ended
 	}
-	if r.starting == 0 {
-		clear(r.early)
+	r.settled()
+	r.mu.Unlock()
+	switch {
+	case over:
+		ended(status)
+	case !r.init:
+		go waitOne(pid, ended)
 	}
-	return exit, err
+}
+
+// settled says that a fork has failed, or that its child is awaited. r.mu is held.
+func (r *reaper) settled() {
+	if r.starting--; r.starting == 0 {
+		clear(r.early) // orphans: nobody waits for them
+	}
 }
 
 // waitOne waits for one child; it is used outside a sandbox, where other children belong to others.
-func waitOne(pid int, exit chan<- exitStatus) {
+func waitOne(pid int, ended func(exitStatus)) {
 	var s exitStatus
 	for {
 		if _, err := syscall.Wait4(pid, &s.status, 0, &s.usage); err != syscall.EINTR {
-			exit <- s
+			ended(s)
 			return
 		}
 	}
@@ -93,10 +105,13 @@ func (r *reaper) run() {
 			unix.Nanosleep(&unix.Timespec{Nsec: 200_000}, nil)
 			continue
 		case err == nil:
-			if exit, ok := r.waiting[pid]; ok {
+			if ended, ok := r.waiting[pid]; ok {
 				delete(r.waiting, pid)
-				exit <- s
-			} else if r.starting > 0 {
+				r.mu.Unlock()
+				ended(s)
+				continue
+			}
+			if r.starting > 0 {
 				r.early[pid] = s
 			}
 		}

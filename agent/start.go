@@ -58,7 +58,7 @@ func (s *Server) spawn(req StartRequest) (_ *process, err error) {
 	p.collector = s.collector
 	p.pipes[0] = s.collector.add(parent[1], onStdout, p.output)
 	p.pipes[1] = s.collector.add(parent[2], onStderr, p.output)
-	exit, err := s.launch(p, env, stdio)
+	err = s.launch(p, env, stdio)
 	for _, fd := range stdio {
 		if fd != s.null {
 			_ = unix.Close(fd)
@@ -71,7 +71,7 @@ func (s *Server) spawn(req StartRequest) (_ *process, err error) {
 		p.group.remove() // the collector sees the end of the pipes by itself
 		return nil, err
 	}
-	s.follow(p, parent[0], exit)
+	s.follow(p, parent[0])
 	return p, nil
 }
 
@@ -185,7 +185,7 @@ func (s *Server) openStdio(stdin bool) (child [3]int, parent [3]int, err error) 
 }
 
 // launch forks and executes. A command of plain words skips the shell: it would only execute them in turn.
-func (s *Server) launch(p *process, env []string, stdio [3]int) (<-chan exitStatus, error) {
+func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
 	attr := &syscall.ProcAttr{Dir: p.cwd, Env: env, Files: []uintptr{uintptr(stdio[0]), uintptr(stdio[1]), uintptr(stdio[2])}}
 	attr.Sys = &syscall.SysProcAttr{Setsid: true}
 	if p.group != nil {
@@ -198,8 +198,8 @@ func (s *Server) launch(p *process, env []string, stdio [3]int) (<-chan exitStat
 	if p.req.Command != "" {
 		if words := plainWords(p.req.Command, env); words != nil {
 			if name := lookPath(words[0], p.cwd, env); name != "" {
-				if exit, err := s.reaper.forkExec(p, name, words, attr); err == nil || errors.Is(err, syscall.EAGAIN) {
-					return exit, explainFork(err)
+				if p.pid, err = s.reaper.forkExec(name, words, attr); err == nil || errors.Is(err, syscall.EAGAIN) {
+					return explainFork(err)
 				}
 			}
 		}
@@ -207,16 +207,16 @@ func (s *Server) launch(p *process, env []string, stdio [3]int) (<-chan exitStat
 	}
 	name := lookPath(p.args[0], p.cwd, env)
 	if name == "" {
-		return nil, fmt.Errorf("start %q: command not found: %w", clip(p.args[0], 200), syscall.ENOENT)
+		return fmt.Errorf("start %q: command not found: %w", clip(p.args[0], 200), syscall.ENOENT)
 	}
-	exit, err := s.reaper.forkExec(p, name, p.args, attr)
+	p.pid, err = s.reaper.forkExec(name, p.args, attr)
 	if errors.Is(err, syscall.EACCES) && p.args[0] == s.shell {
-		return nil, fmt.Errorf("start in %q: user %s may not enter it: %w", clip(p.cwd, 200), p.user.name, syscall.EACCES)
+		return fmt.Errorf("start in %q: user %s may not enter it: %w", clip(p.cwd, 200), p.user.name, syscall.EACCES)
 	}
 	if err != nil {
 		err = fmt.Errorf("start %q: %w", clip(p.args[0], 200), explainFork(err))
 	}
-	return exit, err
+	return err
 }
 
 // explainFork names the limit behind a refused fork.
@@ -228,7 +228,7 @@ func explainFork(err error) error {
 }
 
 // follow starts what serves a running process.
-func (s *Server) follow(p *process, stdinFD int, exit <-chan exitStatus) {
+func (s *Server) follow(p *process, stdinFD int) {
 	if stdinFD >= 0 {
 		stdin := os.NewFile(uintptr(stdinFD), "stdin")
 		p.mu.Lock()
@@ -245,10 +245,17 @@ func (s *Server) follow(p *process, stdinFD int, exit <-chan exitStatus) {
 	}
 	p.namesake = nil
 	p.ready.Store(true)
-	go func() {
-		p.watch(exit)
-		s.settle(p)
-	}()
+	s.reaper.await(p.pid, func(status exitStatus) {
+		p.finish(status)
+		go func() {
+			// What it left behind may still write: the spool is finished when nobody can.
+			for _, pipe := range p.pipes {
+				<-pipe.eof
+			}
+			p.output.finish()
+			s.settle(p)
+		}()
+	})
 	if s.guard != nil {
 		s.guard.wake()
 	}
