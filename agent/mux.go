@@ -2,14 +2,12 @@ package agent
 
 import (
 	"bufio"
-	"cmp"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log"
-	"slices"
 	"sync"
 	"time"
 
@@ -132,11 +130,6 @@ func readFrame(r io.Reader) (kind int, offset int64, body []byte, err error) {
 	}
 	body, err = readBlock(r, maxChunk)
 	return int(head[0]), int64(binary.BigEndian.Uint64(head[1:])), body, cutOff(err)
-}
-
-func sortedBySeq(all []*process) []*process {
-	slices.SortFunc(all, func(a, b *process) int { return cmp.Compare(a.seq, b.seq) })
-	return all
 }
 
 // onceCloser closes once, whoever calls.

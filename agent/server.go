@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -11,6 +12,7 @@ import (
 	"io"
 	"os"
 	"runtime"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -297,7 +299,8 @@ func (s *Server) all() []*process {
 			all = append(all, p)
 		}
 	}
-	return sortedBySeq(all)
+	slices.SortFunc(all, func(a, b *process) int { return cmp.Compare(a.seq, b.seq) })
+	return all
 }
 
 func (s *Server) usage() Usage {

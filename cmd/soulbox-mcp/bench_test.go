@@ -76,10 +76,10 @@ func BenchmarkSoulBox(b *testing.B) {
 
 func benchExec(b *testing.B, t *table, p *program, id string) {
 	const n = 300
-	empty := t.measure(b, "empty tool call (process_list of nothing) by MCP stdio", n, func() {
+	empty := t.measure(b, "empty tool call (sandbox_list of nothing) by MCP stdio", n, func() {
 		p.call("sandbox_list", map[string]any{"limit": 1, "metadata": map[string]string{"no": "such"}})
 	})
-	t.say("", fmt.Sprintf("empty tool call: %.2f ms, wanted under 0.5", empty.Seconds()*1000))
+	t.say("empty tool call", fmt.Sprintf("%.2f ms, wanted under 0.5", empty.Seconds()*1000))
 	t.measure(b, "call to the agent (process_list) by MCP stdio", n, func() { p.call("process_list", map[string]any{"limit": 1}) })
 	own := ownForkExec(b, p)
 	truth := t.measure(b, "exec /bin/true by MCP stdio", n, func() { p.exec("/bin/true") })
