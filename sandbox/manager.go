@@ -28,12 +28,13 @@ type Options struct {
 	MemoryBudget int64
 	// BootTimeout bounds the time until a new sandbox' agent answers; default 60 s.
 	BootTimeout time.Duration
+	// PingEvery is how often agents are asked whether they answer; default 10 s. PingTime is how long one may take, which in a full
+	// sandbox may be long; default 20 s.
+	PingEvery, PingTime time.Duration
 }
 
 const (
 	checkEvery     = 500 * time.Millisecond
-	pingEvery      = 10 * time.Second
-	pingTime       = 20 * time.Second // a full sandbox may be slow
 	destroyTimeout = 20 * time.Second
 	endedKept      = 1000 // ended sandboxes whose cause is remembered
 	maxMetadata    = 64
@@ -66,6 +67,7 @@ func NewManager(opts Options) (*Manager, error) {
 	}
 	opts.Lifetime = cmp.Or(opts.Lifetime, DefaultLifetime)
 	opts.BootTimeout = cmp.Or(opts.BootTimeout, time.Minute)
+	opts.PingEvery, opts.PingTime = cmp.Or(opts.PingEvery, 10*time.Second), cmp.Or(opts.PingTime, 20*time.Second)
 	opts.Defaults = opts.Defaults.or(DefaultLimits())
 	if opts.MemoryBudget == 0 {
 		total, err := memoryTotal()

@@ -121,6 +121,7 @@ func (s *Sandbox) boot(ctx context.Context, template Template) error {
 	}
 	s.expiry = time.AfterFunc(s.life, func() { _ = s.Kill(CauseTimeout) }) // end logs its error
 	s.m.work.Go(func() { s.watch(machine, client) })
+	s.m.work.Go(func() { s.ping(client) })
 	return nil
 }
 
@@ -128,8 +129,6 @@ func (s *Sandbox) boot(ctx context.Context, template Template) error {
 func (s *Sandbox) watch(machine Machine, client *agent.Client) {
 	ticker := time.NewTicker(checkEvery)
 	defer ticker.Stop()
-	pings := time.NewTicker(pingEvery)
-	defer pings.Stop()
 	for {
 		select {
 		case <-client.Done():
@@ -140,7 +139,20 @@ func (s *Sandbox) watch(machine Machine, client *agent.Client) {
 				_ = s.end(Failed, err)
 				return
 			}
-		case <-pings.C:
+		}
+	}
+}
+
+// ping ends the sandbox when its agent does not answer. It is apart from watch: waiting for a silent agent must not hold up the checks
+// of a machine whose root may have silenced it.
+func (s *Sandbox) ping(client *agent.Client) {
+	ticker := time.NewTicker(s.m.opts.PingEvery)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-client.Done():
+			return
+		case <-ticker.C:
 			if !s.answers(client) {
 				_ = s.end(Failed, CauseSilent)
 				return
@@ -152,7 +164,7 @@ func (s *Sandbox) watch(machine Machine, client *agent.Client) {
 // answers says whether a running sandbox' agent does. One that is paused, or was meanwhile, does not have to.
 func (s *Sandbox) answers(client *agent.Client) bool {
 	before := s.Info()
-	ctx, cancel := context.WithTimeout(s.m.ctx, pingTime)
+	ctx, cancel := context.WithTimeout(s.m.ctx, s.m.opts.PingTime)
 	defer cancel()
 	if before.State != Running || client.Ping(ctx) == nil {
 		return true

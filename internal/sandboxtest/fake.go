@@ -41,6 +41,15 @@ func (f *Fake) Running() int {
 	return len(f.machines)
 }
 
+// Silence makes the agent in dir answer nothing, as a stopped one.
+func (f *Fake) Silence(dir string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if m := f.machines[dir]; m != nil {
+		m.gate.shut()
+	}
+}
+
 // Crash ends the machine in dir as a dead sentry would: its pipe ends, and nobody is told.
 func (f *Fake) Crash(dir string) {
 	f.mu.Lock()
