@@ -323,9 +323,10 @@ func (g *guard) run() {
 	}
 }
 
-// relieve kills the largest process, unless the last victim's memory is still being freed.
+// relieve kills the largest process, unless the last victim's memory is still being freed. Far beyond the limit it does not wait: many
+// processes that grow at once would outrun it.
 func (g *guard) relieve(used, limit int64) {
-	if g.victim > 0 && time.Since(g.killed) < victimTime && syscall.Kill(g.victim, 0) == nil {
+	if used < limit+limit/4 && g.victim > 0 && time.Since(g.killed) < victimTime && syscall.Kill(g.victim, 0) == nil {
 		return
 	}
 	g.victim, g.killed = g.server.killLargest(used, limit), time.Now()

@@ -29,7 +29,7 @@ func TestPlanV2(t *testing.T) {
 	if err := g.create(sandbox.DefaultLimits()); err != nil {
 		t.Fatal(err)
 	}
-	for file, want := range map[string]string{"cpu.max": "200000 100000", "memory.max": "1879048192", "pids.max": "9216"} {
+	for file, want := range map[string]string{"cpu.max": "200000 100000", "memory.max": "3221225472", "pids.max": "9216"} {
 		if got, err := os.ReadFile(filepath.Join(g.Dirs[""], file)); err != nil || string(got) != want {
 			t.Errorf("%s: %q %v", file, got, err)
 		}
@@ -61,7 +61,7 @@ func TestHostCgroup(t *testing.T) {
 			}
 		}
 	}
-	for _, want := range []string{"150000", "667942912", "1184"} {
+	for _, want := range []string{"150000", "1767899136", "1184"} {
 		if !strings.Contains(all.String(), want) {
 			t.Errorf("%s is not in %q", want, all.String())
 		}

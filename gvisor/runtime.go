@@ -301,9 +301,9 @@ func (m *machine) Usage(context.Context) (sandbox.Usage, error) {
 	return u, nil
 }
 
-// guestMemory bounds what the sentry holds for the guest: the limit that the agent keeps, half of it for tmpfs, and what the agent and a
-// look every half a second need. It is the last word on whatever escapes the guest's own cgroups.
-func guestMemory(limit int64) int64 { return limit + limit/2 + 256<<20 }
+// guestMemory bounds what the sentry holds for the guest: the limit that the agent keeps, half of it for tmpfs, and what many processes
+// may take before the agent has killed enough of them, also on a slow machine. It is the last word on whatever escapes the guest's cgroups.
+func guestMemory(limit int64) int64 { return limit + limit/2 + 1<<30 }
 
 // Check implements sandbox.Machine.
 func (m *machine) Check() error {
