@@ -24,17 +24,19 @@ var mayImport = map[string][]string{
 	"template":             {"sandbox", "agent"},
 	"mcpserver":            {},
 	"tools":                {"sandbox", "agent", "template"},
+	"resources":            {"sandbox", "agent", "template"},
 	"internal/sandboxtest": {"sandbox", "agent"},
 	"cmd/soulbox-agent":    {"agent"},
-	"cmd/soulbox-mcp":      {"agent", "sandbox", "gvisor", "template", "mcpserver", "tools"},
+	"cmd/soulbox-mcp":      {"agent", "sandbox", "gvisor", "template", "mcpserver", "tools", "resources"},
 }
 
 // testsMayImport adds to mayImport for tests: a runtime is tested with the domain on top and a template below.
 var testsMayImport = map[string][]string{
-	"sandbox": {"internal/sandboxtest"},
-	"gvisor":  {"internal/sandboxtest", "agent", "template"},
-	"tools":   {"internal/sandboxtest", "mcpserver"},
-	"agent":   {},
+	"sandbox":   {"internal/sandboxtest"},
+	"gvisor":    {"internal/sandboxtest", "agent", "template"},
+	"tools":     {"internal/sandboxtest", "mcpserver"},
+	"resources": {"internal/sandboxtest", "mcpserver"},
+	"agent":     {},
 }
 
 // onlyIn says who may import a library. Those not named here are free to all but the agent.

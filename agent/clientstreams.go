@@ -210,3 +210,25 @@ func (c *Client) Dial(ctx context.Context, network, address string) (io.ReadWrit
 	}
 	return stream, nil
 }
+
+// Watch tells each what changes in a directory, or of a file, until ctx ends or each fails. Once started is called, no change is missed.
+func (c *Client) Watch(ctx context.Context, path string, started func(), each func(WatchBatch) error) error {
+	stream, _, end, err := c.begin(ctx, header{Stream: streamWatch, Path: path})
+	if err != nil {
+		return err
+	}
+	defer end()
+	started()
+	for {
+		var batch WatchBatch
+		if err := readMessage(stream, &batch); err != nil {
+			return c.streamError(ctx, streamWatch, err)
+		}
+		if len(batch.Events) > maxWatchEvents {
+			return c.lost(streamWatch, errors.New("too many events"))
+		}
+		if err := each(batch); err != nil {
+			return err
+		}
+	}
+}

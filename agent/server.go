@@ -46,6 +46,7 @@ type Server struct {
 	cancel    context.CancelCauseFunc
 
 	oomKills atomic.Int64
+	watches  atomic.Int64
 	fields   fieldCache
 
 	mu     sync.Mutex
@@ -201,6 +202,8 @@ func (s *Server) serveStream(ctx context.Context, stream *yamux.Stream) {
 	case streamStdin:
 		s.serveStdin(ctx, stream, h)
 		discard(stream)
+	case streamWatch:
+		s.serveWatch(ctx, stream, h)
 	case streamDial:
 		s.serveDial(ctx, stream, h)
 	default:

@@ -30,6 +30,7 @@ const (
 	streamOutput = "output"
 	streamStdin  = "stdin"
 	streamDial   = "dial"
+	streamWatch  = "watch"
 )
 
 // Kinds of frames on an output stream.

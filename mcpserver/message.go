@@ -5,26 +5,77 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+
+	"github.com/mark3labs/mcp-go/mcp"
 )
 
-// JSON-RPC 2.0 error codes.
+// JSON-RPC 2.0 error codes, and those of MCP 2026-07-28.
 const (
-	codeParse    = -32700
-	codeInvalid  = -32600
-	codeInternal = -32603
-	codeBusy     = -32000 // of the range for implementations
+	codeParse      = mcp.PARSE_ERROR
+	codeInvalid    = mcp.INVALID_REQUEST
+	codeNoMethod   = mcp.METHOD_NOT_FOUND
+	codeParams     = mcp.INVALID_PARAMS
+	codeInternal   = mcp.INTERNAL_ERROR
+	codeBusy       = -32000 // of the range for implementations
+	codeNoResource = mcp.RESOURCE_NOT_FOUND
+	codeCapability = mcp.MISSING_REQUIRED_CLIENT_CAPABILITY
 )
+
+// Error is an error of the protocol: a client gets it as it is.
+type Error struct {
+	Code    int    `json:"code"`
+	Message string `json:"message"`
+	Data    any    `json:"data,omitempty"`
+}
+
+// Error implements error.
+func (e *Error) Error() string { return e.Message }
+
+// asError makes any error one of the protocol.
+func asError(err error) *Error {
+	var e *Error
+	if errors.As(err, &e) {
+		return e
+	}
+	var other interface {
+		ProtocolError() (code int, message string)
+	}
+	if errors.As(err, &other) {
+		code, text := other.ProtocolError()
+		return &Error{Code: code, Message: text}
+	}
+	return &Error{Code: codeInternal, Message: err.Error()}
+}
 
 // maxDepth bounds the nesting of what a client sends.
 const maxDepth = 64
 
-// message is the part of a JSON-RPC message that the loop needs.
+// message is the part of a JSON-RPC message that this package needs.
 type message struct {
 	Method string          `json:"method"`
 	ID     json.RawMessage `json:"id"`
 	Result json.RawMessage `json:"result"`
-	Error  json.RawMessage `json:"error"`
+	Error  *Error          `json:"error"`
 	Params json.RawMessage `json:"params"`
+
+	head params // of Params
+}
+
+// params is the part of a request's params that this package needs.
+type params struct {
+	Name string          `json:"name"`
+	URI  string          `json:"uri"`
+	Task json.RawMessage `json:"task"`
+	Ref  struct {
+		Type string `json:"type"`
+	} `json:"ref"`
+	TaskID         string                     `json:"taskId"`
+	InputResponses map[string]json.RawMessage `json:"inputResponses"`
+	Meta           struct {
+		Version      string          `json:"io.modelcontextprotocol/protocolVersion"`
+		Client       json.RawMessage `json:"io.modelcontextprotocol/clientInfo"`
+		Capabilities json.RawMessage `json:"io.modelcontextprotocol/clientCapabilities"`
+	} `json:"_meta"`
 }
 
 func (m message) isRequest() bool { return m.Method != "" && m.hasID() }
@@ -33,7 +84,20 @@ func (m message) hasID() bool     { return len(m.ID) > 0 && string(m.ID) != "nul
 // key is the id as the client spells it; 1 and "1" are two.
 func (m message) key() string { return string(m.ID) }
 
-var errBatch = errors.New("batches are not supported; send one message per line")
+// modern says whether the message is of the era that began with 2026-07-28, in which requests stand for themselves.
+func (m message) modern() bool { return mcp.IsModernProtocol(m.head.Meta.Version) }
+
+// tool is the tool that a request calls.
+func (m message) tool() string {
+	if m.Method == string(mcp.MethodToolsCall) {
+		return m.head.Name
+	}
+	return ""
+}
+
+func (m message) completesResource() bool { return m.head.Ref.Type == "ref/resource" }
+
+var errBatch = errors.New("batches are not supported; send one message at a time")
 
 // parse reads one message and checks its shape.
 func parse(line []byte) (message, error) {
@@ -45,7 +109,7 @@ func parse(line []byte) (message, error) {
 		return m, errBatch
 	}
 	if err := json.Unmarshal(line, &m); err != nil {
-		return m, fmt.Errorf("this line is not a JSON-RPC message: %w", err)
+		return m, fmt.Errorf("this is not a JSON-RPC message: %w", err)
 	}
 	if m.Method == "" && m.Result == nil && m.Error == nil {
 		return m, errors.New("the message has no method")
@@ -53,7 +117,25 @@ func parse(line []byte) (message, error) {
 	if m.hasID() && m.ID[0] != '"' && m.ID[0] != '-' && (m.ID[0] < '0' || m.ID[0] > '9') {
 		return message{}, errors.New("the id is neither a string nor a number")
 	}
+	if len(m.Params) > 0 && m.Params[0] == '{' {
+		_ = json.Unmarshal(m.Params, &m.head) // what does not fit is missed where it is needed, with an error of its own
+	}
 	return m, nil
+}
+
+// checkModern checks the fields of 2026-07-28 that every request must have; mcp-go does so for the methods it answers.
+func checkModern(m message) *Error {
+	if !m.modern() {
+		return nil
+	}
+	if !mcp.IsValidProtocolVersion(m.head.Meta.Version) {
+		e := mcp.UnsupportedProtocolVersionError{Version: m.head.Meta.Version, Supported: mcp.ValidProtocolVersions}.JSONRPCError().Error
+		return &Error{Code: e.Code, Message: e.Message, Data: e.Data}
+	}
+	if c := m.head.Meta.Capabilities; len(c) == 0 || c[0] != '{' {
+		return &Error{Code: codeParams, Message: "missing or invalid _meta field " + mcp.MetaKeyClientCapabilities}
+	}
+	return nil
 }
 
 // checkDepth bounds nesting without building anything.
@@ -90,17 +172,21 @@ func encode(v any) ([]byte, error) {
 }
 
 // failure is an error response.
-func failure(id json.RawMessage, code int, text string) any {
-	type detail struct {
-		Code    int    `json:"code"`
-		Message string `json:"message"`
-	}
+func failure(id json.RawMessage, e *Error) mcp.JSONRPCError {
 	if len(id) == 0 {
 		id = json.RawMessage("null")
 	}
-	return struct {
-		JSONRPC string          `json:"jsonrpc"`
-		ID      json.RawMessage `json:"id"`
-		Error   detail          `json:"error"`
-	}{"2.0", id, detail{code, text}}
+	return mcp.JSONRPCError{JSONRPC: mcp.JSONRPC_VERSION, ID: mcp.NewRequestId(id), Error: mcp.NewJSONRPCErrorDetails(e.Code, e.Message, e.Data)}
+}
+
+// note is a message that wants no answer; a question wants one.
+type note struct {
+	JSONRPC string `json:"jsonrpc"`
+	ID      string `json:"id,omitempty"`
+	Method  string `json:"method"`
+	Params  any    `json:"params,omitempty"`
+}
+
+func newNote(method string, params any) note {
+	return note{JSONRPC: mcp.JSONRPC_VERSION, Method: method, Params: params}
 }

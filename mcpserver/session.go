@@ -1,117 +1,377 @@
 package mcpserver
 
 import (
+	"context"
 	"crypto/rand"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
-	"io"
+	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/mark3labs/mcp-go/mcp"
 	"github.com/mark3labs/mcp-go/server"
 )
 
-// Session is one client's conversation. It implements mcp-go's session interfaces, and Notify, which is how notes keep their order.
-type Session struct {
-	id          string
-	out         *writer
-	notes       chan mcp.JSONRPCNotification // mcp-go's own notes
-	initialized atomic.Bool
+// sender is where the messages of a call go.
+type sender interface {
+	// write writes a message whole before it returns, so that it precedes whatever its caller writes later.
+	write(v any) error
+}
 
-	mu           sync.Mutex
-	info         mcp.Implementation
-	capabilities mcp.ClientCapabilities
+// Session is a client's conversation as one call of it sees it: what the client is and may do, and where notes about the call go. It
+// implements the session interfaces of mcp-go.
+type Session struct {
+	*conversation
+	client *client // of the conversation; a call of 2026-07-28 has its own
+	out    sender  // nil: notes go nowhere
+	inTask bool
+	failed atomic.Pointer[Error]
+}
+
+// SessionFrom is the session of a call; nil where there is none.
+func SessionFrom(ctx context.Context) *Session {
+	s, _ := server.ClientSessionFromContext(ctx).(*Session)
+	return s
 }
 
 var (
-	_ server.ClientSession         = (*Session)(nil)
-	_ server.SessionWithClientInfo = (*Session)(nil)
+	_ server.SessionWithClientInfo      = (*Session)(nil)
+	_ server.SessionWithLogging         = (*Session)(nil)
+	_ server.SessionWithElicitation     = (*Session)(nil)
+	_ server.SessionWithSampling        = (*Session)(nil)
+	_ server.SessionWithRoots           = (*Session)(nil)
+	_ server.SessionWithProtocolVersion = (*Session)(nil)
 )
 
-func newSession(out *writer) *Session {
+// client is what a client has told about itself.
+type client struct {
+	mu sync.Mutex
+	clientState
+}
+
+type clientState struct {
+	initialized  bool
+	info         mcp.Implementation
+	capabilities mcp.ClientCapabilities
+	version      string
+	level        mcp.LoggingLevel
+}
+
+// conversation is what outlasts the calls of a session.
+type conversation struct {
+	id     string
+	owner  string // whose it is, as authenticated; "" is the user of this machine
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	open   context.Context // ends when nothing is begun any more; what lasts ends with it
+	shut   context.CancelFunc
+	client client
+	slots  chan struct{}
+	feed   *feed
+	values sync.Map // what other packages keep for the conversation
+
+	calls sync.WaitGroup
+
+	mu        sync.Mutex
+	inflight  map[string]context.CancelCauseFunc
+	held      int // bytes of the requests in flight
+	closing   bool
+	asked     int
+	questions map[string]chan message            // put to the client, by id
+	watched   map[string]context.CancelCauseFunc // subscriptions, by URI
+	streams   []*stream                          // of HTTP, that a client may come back to
+	attached  int                                // HTTP requests at work on it
+	listener  context.CancelCauseFunc            // of the HTTP request that gets what belongs to no call
+	used      time.Time
+}
+
+func newConversation(ctx context.Context, owner string, parallel int) *conversation {
+	c := &conversation{id: randomID(), owner: owner, slots: make(chan struct{}, parallel), feed: newFeed(),
+		inflight: map[string]context.CancelCauseFunc{}, used: time.Now()}
+	c.ctx, c.cancel = context.WithCancelCause(ctx)
+	c.open, c.shut = context.WithCancel(c.ctx)
+	return c
+}
+
+// randomID cannot be guessed: 128 random bits.
+func randomID() string {
 	var random [16]byte
 	rand.Read(random[:])
-	return &Session{id: hex.EncodeToString(random[:]), out: out, notes: make(chan mcp.JSONRPCNotification, 64)}
+	return hex.EncodeToString(random[:])
 }
+
+// session is the conversation for one call.
+func (c *conversation) session(m message, out sender) *Session {
+	s := &Session{conversation: c, client: &c.client, out: out}
+	if m.modern() {
+		s.client = &client{}
+		_ = json.Unmarshal(m.head.Meta.Capabilities, &s.client.capabilities) // what is wrong with them is answered by who reads the request
+	}
+	return s
+}
+
+// flight is a request in flight.
+type flight struct {
+	c      *conversation
+	ctx    context.Context // ends with the conversation, and when the client cancels the request
+	cancel context.CancelCauseFunc
+	key    string
+	size   int
+}
+
+// begin enters a request among those in flight. Whoever gets a flight calls land and then done.
+func (c *conversation) begin(m message, size, limit int) (*flight, *Error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	_, reused := c.inflight[m.key()]
+	switch {
+	case c.closing:
+		return nil, &Error{Code: codeBusy, Message: "the conversation is over; the call was not begun"}
+	case reused:
+		return nil, &Error{Code: codeInvalid, Message: "a request with this id is still in flight"}
+	case len(c.inflight) >= limit || c.held+size > maxHeld:
+		return nil, &Error{Code: codeBusy, Message: "too many calls are in flight already; wait for some of them"}
+	}
+	f := &flight{c: c, key: m.key(), size: size}
+	f.ctx, f.cancel = context.WithCancelCause(c.ctx)
+	c.calls.Add(1)
+	c.inflight[f.key] = f.cancel
+	c.held += size
+	return f, nil
+}
+
+// land takes the request out of those that can be cancelled, and says whether it has been cancelled, which forbids an answer.
+func (f *flight) land() (cancelled bool) {
+	f.c.mu.Lock()
+	delete(f.c.inflight, f.key)
+	f.c.held -= f.size
+	f.c.mu.Unlock()
+	return errors.Is(context.Cause(f.ctx), ErrCancelled)
+}
+
+// done is called when the answer is written.
+func (f *flight) done() {
+	f.cancel(nil)
+	f.c.calls.Done()
+}
+
+// cancelCall cancels the request that a notifications/cancelled names. One that is not known has ended already, which is no error.
+func (c *conversation) cancelCall(m message) {
+	var params struct {
+		RequestID json.RawMessage `json:"requestId"`
+	}
+	if json.Unmarshal(m.Params, &params) != nil {
+		return
+	}
+	c.mu.Lock()
+	cancel := c.inflight[string(params.RequestID)]
+	c.mu.Unlock()
+	if cancel != nil {
+		cancel(ErrCancelled)
+	}
+}
+
+// drain waits for the calls in flight, then asks them to yield; nothing is begun any more. It reports whether all have ended.
+func (c *conversation) drain(patience time.Duration) bool {
+	c.mu.Lock()
+	c.closing = true
+	c.mu.Unlock()
+	c.shut()
+	done := make(chan struct{})
+	go func() { c.calls.Wait(); close(done) }()
+	for _, step := range []time.Duration{patience, yieldTime} {
+		timer := time.NewTimer(step)
+		select {
+		case <-done:
+			timer.Stop()
+			c.cancel(gone{"the conversation has ended"})
+			return true
+		case <-timer.C:
+			c.cancel(gone{"the client has gone"})
+		}
+	}
+	return false
+}
+
+// yieldTime is how long calls have to yield before their answers are given up.
+const yieldTime = 3 * time.Second
 
 // SessionID implements server.ClientSession.
 func (s *Session) SessionID() string { return s.id }
 
+// Owner is whose the conversation is, as authenticated; "" is the user of this machine.
+func (s *Session) Owner() string { return s.owner }
+
+// InTask says whether the call goes on as a task: nobody waits for its answer, so it may take its time.
+func (s *Session) InTask() bool { return s.inTask }
+
+// Value is what a package keeps for the conversation under a key of its own type; make makes it at first use. It goes with the conversation.
+func (s *Session) Value(key any, make func() any) any {
+	if v, ok := s.values.Load(key); ok {
+		return v
+	}
+	v, _ := s.values.LoadOrStore(key, make())
+	return v
+}
+
 // Initialize implements server.ClientSession.
-func (s *Session) Initialize() { s.initialized.Store(true) }
+func (s *Session) Initialize() { s.client.set(func(c *client) { c.initialized = true }) }
 
 // Initialized implements server.ClientSession.
-func (s *Session) Initialized() bool { return s.initialized.Load() }
+func (s *Session) Initialized() bool { return s.client.get().initialized }
 
-// NotificationChannel implements server.ClientSession; only mcp-go itself uses it.
-func (s *Session) NotificationChannel() chan<- mcp.JSONRPCNotification { return s.notes }
+// NotificationChannel implements server.ClientSession. Only mcp-go would use it, for clients that are registered with it: ours are not.
+func (s *Session) NotificationChannel() chan<- mcp.JSONRPCNotification { return nil }
+
+func (c *client) get() clientState {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.clientState
+}
+
+func (c *client) set(change func(*client)) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	change(c)
+}
 
 // GetClientInfo implements server.SessionWithClientInfo.
-func (s *Session) GetClientInfo() mcp.Implementation {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.info
-}
+func (s *Session) GetClientInfo() mcp.Implementation { return s.client.get().info }
 
 // SetClientInfo implements server.SessionWithClientInfo.
 func (s *Session) SetClientInfo(info mcp.Implementation) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.info = info
+	s.client.set(func(c *client) { c.info = info })
 }
 
 // GetClientCapabilities implements server.SessionWithClientInfo.
-func (s *Session) GetClientCapabilities() mcp.ClientCapabilities {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.capabilities
-}
+func (s *Session) GetClientCapabilities() mcp.ClientCapabilities { return s.client.get().capabilities }
 
 // SetClientCapabilities implements server.SessionWithClientInfo.
-func (s *Session) SetClientCapabilities(c mcp.ClientCapabilities) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.capabilities = c
+func (s *Session) SetClientCapabilities(capabilities mcp.ClientCapabilities) {
+	s.client.set(func(c *client) { c.capabilities = capabilities })
 }
 
-// Notify writes a note before it returns, so that it precedes whatever its caller answers later.
+// ProtocolVersion implements server.SessionWithProtocolVersion.
+func (s *Session) ProtocolVersion() string { return s.client.get().version }
+
+// SetProtocolVersion is told by mcp-go what initialize has settled.
+func (s *Session) SetProtocolVersion(version string) {
+	s.client.set(func(c *client) { c.version = version })
+}
+
+// SetLogLevel implements server.SessionWithLogging.
+func (s *Session) SetLogLevel(level mcp.LoggingLevel) {
+	s.client.set(func(c *client) { c.level = level })
+}
+
+// GetLogLevel implements server.SessionWithLogging.
+func (s *Session) GetLogLevel() mcp.LoggingLevel { return s.client.get().level }
+
+// Notify writes a note about the call at hand before it returns, so that it precedes the call's answer.
 func (s *Session) Notify(method string, params map[string]any) error {
-	return s.out.write(struct {
-		JSONRPC string         `json:"jsonrpc"`
-		Method  string         `json:"method"`
-		Params  map[string]any `json:"params,omitempty"`
-	}{"2.0", method, params})
-}
-
-// writer writes messages whole, one after the other.
-type writer struct {
-	mu     sync.Mutex // held while a client does not read
-	w      io.Writer
-	failed atomic.Pointer[error] // of the first write that failed; nothing is written after it
-}
-
-func (w *writer) err() error {
-	if e := w.failed.Load(); e != nil {
-		return *e
+	if s.out == nil {
+		return nil
 	}
-	return nil
+	return s.out.write(newNote(method, params))
 }
 
-var errEncode = errors.New("encode message")
+// levels are the levels of MCP's log messages, the least serious first.
+var levels = []mcp.LoggingLevel{mcp.LoggingLevelDebug, mcp.LoggingLevelInfo, mcp.LoggingLevelNotice, mcp.LoggingLevelWarning,
+	mcp.LoggingLevelError, mcp.LoggingLevelCritical, mcp.LoggingLevelAlert, mcp.LoggingLevelEmergency}
 
-func (w *writer) write(v any) error {
-	line, err := encode(v)
-	if err != nil {
-		return errors.Join(errEncode, err)
+// Log sends a client a log message about the call at hand if it wants messages of this level: from info on where it has not said so,
+// none before its handshake, and none in 2026-07-28, where a request says so itself.
+func (s *Session) Log(ctx context.Context, level mcp.LoggingLevel, logger string, data any) error {
+	least := s.GetLogLevel()
+	if info := server.RequestProtocolInfoFromContext(ctx); info != nil && info.Modern {
+		if least = info.LogLevel; least == "" {
+			return nil
+		}
+	} else if !s.Initialized() {
+		return nil
+	} else if least == "" {
+		least = mcp.LoggingLevelInfo
 	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if err := w.err(); err != nil {
+	if slices.Index(levels, level) < slices.Index(levels, least) {
+		return nil
+	}
+	return s.Notify("notifications/message", map[string]any{"level": level, "logger": logger, "data": data})
+}
+
+// errNotAsked is of a call that has no way to its client.
+var errNotAsked = errors.New("the client cannot be asked here")
+
+// ask puts a question to the client on the stream of the call at hand and waits for the answer.
+func (s *Session) ask(ctx context.Context, method string, params, answer any) error {
+	if s.out == nil {
+		return errNotAsked
+	}
+	reply := make(chan message, 1)
+	s.mu.Lock()
+	s.asked++
+	id := fmt.Sprintf("soulbox-%d", s.asked)
+	if s.questions == nil {
+		s.questions = map[string]chan message{}
+	}
+	s.questions[id] = reply
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		delete(s.questions, id)
+		s.mu.Unlock()
+	}()
+	q := newNote(method, params)
+	q.ID = id
+	if err := s.out.write(q); err != nil {
 		return err
 	}
-	if _, err := w.w.Write(line); err != nil {
-		w.failed.Store(&err)
+	select {
+	case m := <-reply:
+		if m.Error != nil {
+			return fmt.Errorf("the client answered: %s", m.Error.Message)
+		}
+		if err := json.Unmarshal(m.Result, answer); err != nil {
+			return fmt.Errorf("the client's answer: %w", err)
+		}
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
-	return w.err()
+}
+
+// answered takes a client's answer to a question. One that nobody waits for is dropped.
+func (c *conversation) answered(m message) {
+	var id string
+	if json.Unmarshal(m.ID, &id) != nil {
+		return
+	}
+	c.mu.Lock()
+	reply := c.questions[id]
+	delete(c.questions, id)
+	c.mu.Unlock()
+	if reply != nil {
+		reply <- m
+	}
+}
+
+// RequestElicitation implements server.SessionWithElicitation.
+func (s *Session) RequestElicitation(ctx context.Context, req mcp.ElicitationRequest) (*mcp.ElicitationResult, error) {
+	var answer mcp.ElicitationResult
+	return &answer, s.ask(ctx, string(mcp.MethodElicitationCreate), req.Params, &answer)
+}
+
+// RequestSampling implements server.SessionWithSampling.
+func (s *Session) RequestSampling(ctx context.Context, req mcp.CreateMessageRequest) (*mcp.CreateMessageResult, error) {
+	var answer mcp.CreateMessageResult
+	return &answer, s.ask(ctx, string(mcp.MethodSamplingCreateMessage), req.CreateMessageParams, &answer)
+}
+
+// ListRoots implements server.SessionWithRoots.
+func (s *Session) ListRoots(ctx context.Context, _ mcp.ListRootsRequest) (*mcp.ListRootsResult, error) {
+	var answer mcp.ListRootsResult
+	return &answer, s.ask(ctx, string(mcp.MethodListRoots), nil, &answer)
 }

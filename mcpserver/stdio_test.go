@@ -19,7 +19,7 @@ import (
 )
 
 // newServer has tools that show what the loop does.
-func newServer(started chan<- string, ended chan<- error) *server.MCPServer {
+func newServer(started chan<- string, ended chan<- error, limits ...int) *mcpserver.Server {
 	m := server.NewMCPServer("test", "1")
 	text := func(s string) *mcp.CallToolResult { return mcp.NewToolResultText(s) }
 	m.AddTool(mcp.NewTool("echo", mcp.WithString("text")), func(_ context.Context, r mcp.CallToolRequest) (*mcp.CallToolResult, error) {
@@ -36,8 +36,8 @@ func newServer(started chan<- string, ended chan<- error) *server.MCPServer {
 		return text("yielded"), nil
 	})
 	m.AddTool(mcp.NewTool("notes", mcp.WithNumber("count")), func(ctx context.Context, r mcp.CallToolRequest) (*mcp.CallToolResult, error) {
-		session, ok := server.ClientSessionFromContext(ctx).(*mcpserver.Session)
-		if !ok {
+		session := mcpserver.SessionFrom(ctx)
+		if session == nil {
 			return nil, errors.New("no session")
 		}
 		for i := range r.GetInt("count", 0) {
@@ -48,7 +48,11 @@ func newServer(started chan<- string, ended chan<- error) *server.MCPServer {
 		return text("done"), nil
 	})
 	m.AddTool(mcp.NewTool("panic"), func(context.Context, mcp.CallToolRequest) (*mcp.CallToolResult, error) { panic("oh") })
-	return m
+	o := mcpserver.Options{MCP: m}
+	if len(limits) > 0 {
+		o.Parallel, o.Pending = limits[0], limits[1]
+	}
+	return mcpserver.New(o)
 }
 
 // client is the other end of a conversation.
@@ -153,7 +157,7 @@ func (c *client) end() []reply {
 // Trap 1: slow calls hold up neither others nor cancellations.
 func TestManySlowCalls(t *testing.T) {
 	started, ended := make(chan string, 200), make(chan error, 200)
-	c := connect(t, mcpserver.Stdio{Server: newServer(started, ended), Parallel: 100})
+	c := connect(t, mcpserver.Stdio{Server: newServer(started, ended, 100, 0)})
 	for i := range 60 {
 		c.call(i, "block", "{}")
 	}
@@ -173,7 +177,7 @@ func TestManySlowCalls(t *testing.T) {
 // Beyond the calls that run at once others wait; even those can be cancelled.
 func TestWaitingCalls(t *testing.T) {
 	started := make(chan string, 10)
-	c := connect(t, mcpserver.Stdio{Server: newServer(started, nil), Parallel: 2, Pending: 4})
+	c := connect(t, mcpserver.Stdio{Server: newServer(started, nil, 2, 4)})
 	for i := range 4 {
 		c.call(i, "block", "{}")
 		if i < 2 {
@@ -279,7 +283,7 @@ func TestTwoConversations(t *testing.T) {
 	var mu sync.Mutex
 	ids := map[string]bool{}
 	m := newServer(nil, nil)
-	m.AddTool(mcp.NewTool("id"), func(ctx context.Context, _ mcp.CallToolRequest) (*mcp.CallToolResult, error) {
+	m.MCP.AddTool(mcp.NewTool("id"), func(ctx context.Context, _ mcp.CallToolRequest) (*mcp.CallToolResult, error) {
 		mu.Lock()
 		defer mu.Unlock()
 		ids[server.ClientSessionFromContext(ctx).SessionID()] = true

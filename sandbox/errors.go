@@ -12,6 +12,7 @@ var (
 	ErrNoTemplate = errors.New("no such template")
 	ErrInvalid    = errors.New("invalid request")
 	ErrNoRoom     = errors.New("no room")
+	ErrTooMany    = errors.New("too many sandboxes")
 	ErrClosed     = errors.New("server is shutting down")
 	// ErrState is behind every StateError.
 	ErrState = errors.New("wrong state")

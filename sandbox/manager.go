@@ -31,6 +31,14 @@ type Options struct {
 	// PingEvery is how often agents are asked whether they answer; default 10 s. PingTime is how long one may take, which in a full
 	// sandbox may be long; default 20 s.
 	PingEvery, PingTime time.Duration
+	// MaxPerOwner bounds the living sandboxes of one owner; default 100.
+	MaxPerOwner int
+	// Keep says that sandboxes outlive the server: Close leaves them running, and the next server that is started adopts them.
+	Keep bool
+	// Changed is told of every change of a sandbox. It is called with locks held: it must neither block nor call back.
+	Changed func(Info)
+	// Observe is told how long a creation or a ping took and how it ended. It must not block.
+	Observe func(what string, took time.Duration, err error)
 }
 
 const (
@@ -65,6 +73,10 @@ func NewManager(opts Options) (*Manager, error) {
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
 	}
+	if opts.Observe == nil {
+		opts.Observe = func(string, time.Duration, error) {}
+	}
+	opts.MaxPerOwner = cmp.Or(opts.MaxPerOwner, 100)
 	opts.Lifetime = cmp.Or(opts.Lifetime, DefaultLifetime)
 	opts.BootTimeout = cmp.Or(opts.BootTimeout, time.Minute)
 	opts.PingEvery, opts.PingTime = cmp.Or(opts.PingEvery, 10*time.Second), cmp.Or(opts.PingTime, 20*time.Second)
@@ -96,6 +108,12 @@ func (m *Manager) reap() {
 		m.log.Error("look for sandboxes of dead servers", "error", err)
 	}
 	for id, lock := range orphans {
+		if err := m.adopt(id, lock); err == nil {
+			m.log.Info("adopted sandbox", "sandbox", id)
+			continue
+		} else if r, lerr := m.store.load(id); lerr == nil && r.Keep {
+			m.log.Warn("cannot adopt sandbox; it is ended", "sandbox", id, "error", err)
+		}
 		ctx, cancel := context.WithTimeout(context.Background(), destroyTimeout)
 		err := m.opts.Runtime.Reap(ctx, m.store.path(id))
 		cancel()
@@ -114,6 +132,7 @@ func (m *Manager) reap() {
 
 // CreateOptions describe a new sandbox; zero values mean the defaults.
 type CreateOptions struct {
+	Owner       string // whose it is; nobody else finds it. "" is the user of this machine
 	Template    string
 	Metadata    map[string]string
 	Env         map[string]string // of every process; not written to disk
@@ -124,6 +143,13 @@ type CreateOptions struct {
 
 // Create boots a sandbox and returns when its agent answers. When ctx ends before that, nothing is left.
 func (m *Manager) Create(ctx context.Context, o CreateOptions) (*Sandbox, error) {
+	began := time.Now()
+	sb, err := m.create(ctx, o)
+	m.opts.Observe("create", time.Since(began), err)
+	return sb, err
+}
+
+func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error) {
 	// Close waits for a creation that has begun, and none begins after it.
 	m.mu.Lock()
 	if m.closed {
@@ -145,8 +171,8 @@ func (m *Manager) Create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 	stop := context.AfterFunc(m.ctx, func() { cancel(context.Cause(m.ctx)) })
 	defer stop()
 	id := newID()
-	sb := &Sandbox{m: m, id: id, cancel: cancel, booted: make(chan struct{}), ended: make(chan struct{}), env: maps.Clone(o.Env), life: cmp.Or(o.Lifetime, m.opts.Lifetime), rec: record{
-		Version: recordVersion, ID: id, State: Creating, Template: template.Name, Metadata: maps.Clone(o.Metadata),
+	sb := &Sandbox{m: m, id: id, owner: o.Owner, cancel: cancel, booted: make(chan struct{}), left: make(chan struct{}), ended: make(chan struct{}), env: maps.Clone(o.Env), life: cmp.Or(o.Lifetime, m.opts.Lifetime), rec: record{
+		Version: recordVersion, ID: id, Owner: o.Owner, Keep: m.opts.Keep, State: Creating, Template: template.Name, Metadata: maps.Clone(o.Metadata),
 		Limits: o.Limits.or(m.opts.Defaults), Created: now, Changed: now, MaxLife: o.MaxLifetime,
 	}}
 	if o.MaxLifetime > 0 {
@@ -171,6 +197,9 @@ func (m *Manager) Create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 func (m *Manager) promise(sb *Sandbox) error {
 	m.room.Lock()
 	defer m.room.Unlock()
+	if n := len(m.List(Filter{Owner: sb.rec.Owner})); n >= m.opts.MaxPerOwner {
+		return fmt.Errorf("create sandbox: you have %d, the most one may have: %w", n, ErrTooMany)
+	}
 	promised, err := m.store.promised()
 	if err != nil {
 		return fmt.Errorf("create sandbox: %w", err)
@@ -187,6 +216,9 @@ func (m *Manager) promise(sb *Sandbox) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.sandboxes[sb.rec.ID] = sb
+	sb.mu.Lock()
+	defer sb.mu.Unlock()
+	sb.record("%s", Creating)
 	return nil
 }
 
@@ -221,30 +253,34 @@ func checkMetadata(metadata map[string]string) error {
 	return nil
 }
 
-// Get finds a sandbox, also one that has ended not long ago. Unknown ids are ErrNotFound.
-func (m *Manager) Get(id string) (*Sandbox, error) {
+// Get finds a sandbox of an owner, also one that has ended not long ago. Unknown ids, and those of others, are ErrNotFound.
+func (m *Manager) Get(owner, id string) (*Sandbox, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if sb := m.sandboxes[id]; sb != nil {
+	if sb := m.sandboxes[id]; sb != nil && sb.owner == owner {
 		return sb, nil
 	}
 	return nil, ErrNotFound
 }
 
-// Filter selects sandboxes; zero values select all that have not ended.
+// Filter selects sandboxes of an owner; zero values select all that have not ended.
 type Filter struct {
+	Owner    string
 	State    State
 	Template string
 	Metadata map[string]string // all pairs must match
 }
 
-// List lists sandboxes, the newest first.
+// List lists sandboxes of an owner, the newest first.
 func (m *Manager) List(f Filter) []Info {
 	m.mu.Lock()
 	all := slices.Collect(maps.Values(m.sandboxes))
 	m.mu.Unlock()
 	var list []Info
 	for _, sb := range all {
+		if sb.owner != f.Owner {
+			continue
+		}
 		info := sb.Info()
 		if f.State == "" && info.State.Ended() || f.State != "" && info.State != f.State || f.Template != "" && info.Template != f.Template {
 			continue
@@ -262,6 +298,19 @@ func (m *Manager) List(f Filter) []Info {
 	return list
 }
 
+// Room is how much memory is still to be promised, in bytes, and how many sandboxes of all owners are in each state.
+func (m *Manager) Room() (free int64, states map[State]int, err error) {
+	promised, err := m.store.promised()
+	states = map[State]int{}
+	m.mu.Lock()
+	all := slices.Collect(maps.Values(m.sandboxes))
+	m.mu.Unlock()
+	for _, sb := range all {
+		states[sb.Info().State]++
+	}
+	return max(0, m.opts.MemoryBudget-promised), states, err
+}
+
 // forget drops the oldest ended sandboxes beyond the number that is remembered.
 func (m *Manager) forget(id string) {
 	m.mu.Lock()
@@ -273,7 +322,8 @@ func (m *Manager) forget(id string) {
 	}
 }
 
-// Close ends all sandboxes of this server and waits until nothing of them is left. It may be called twice.
+// Close ends all sandboxes of this server and waits until nothing of them is left; those that are kept it leaves running. It may be called
+// twice.
 func (m *Manager) Close() error {
 	m.cancel(ErrClosed)
 	m.mu.Lock()
@@ -285,6 +335,9 @@ func (m *Manager) Close() error {
 	var errs error
 	for _, sb := range all {
 		ends.Go(func() {
+			if sb.leave() {
+				return
+			}
 			if err := sb.Kill(CauseShutdown); err != nil && !errors.Is(err, ErrState) {
 				mu.Lock()
 				errs = errors.Join(errs, err)

@@ -92,10 +92,10 @@ func TestLife(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(dir, "sandboxes", sb.ID())); !errors.Is(err, os.ErrNotExist) {
 		t.Fatal("its directory is left")
 	}
-	if got, err := m.Get(sb.ID()); err != nil || got.Info().Cause != "killed by request" {
+	if got, err := m.Get("", sb.ID()); err != nil || got.Info().Cause != "killed by request" {
 		t.Fatal("an ended sandbox is forgotten at once")
 	}
-	if _, err := m.Get("sbnone"); !errors.Is(err, sandbox.ErrNotFound) {
+	if _, err := m.Get("", "sbnone"); !errors.Is(err, sandbox.ErrNotFound) {
 		t.Fatal(err)
 	}
 }
@@ -227,7 +227,7 @@ func TestBootEndsEarly(t *testing.T) {
 		"by its caller": func(cancel context.CancelCauseFunc) { cancel(why) },
 		"by a kill": func(context.CancelCauseFunc) {
 			for _, i := range m.List(sandbox.Filter{State: sandbox.Creating}) {
-				sb, err := m.Get(i.ID)
+				sb, err := m.Get("", i.ID)
 				if err != nil {
 					t.Error(err)
 				}

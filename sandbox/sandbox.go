@@ -16,10 +16,12 @@ import (
 type Sandbox struct {
 	m      *Manager
 	id     string
+	owner  string
 	env    map[string]string
 	life   time.Duration           // from readiness on
 	cancel context.CancelCauseFunc // ends the boot
 	booted chan struct{}           // closed when the boot is over, whatever came of it
+	left   chan struct{}           // closed when this server leaves it to the next
 	ended  chan struct{}           // closed when its end has begun, with a cause
 
 	mu      sync.Mutex
@@ -29,11 +31,14 @@ type Sandbox struct {
 	client  *agent.Client
 	expiry  *time.Timer
 	ending  chan struct{} // closed when nothing of an ended sandbox is left
+	changed chan struct{} // closed at the next change of what Info or Logs tell
+	log     []LogEntry
 }
 
 // Info is a sandbox at one moment.
 type Info struct {
 	ID        string
+	Owner     string // "" is the user of this machine
 	State     State
 	Cause     string // why it has ended
 	Template  string
@@ -57,7 +62,7 @@ func (s *Sandbox) Info() Info {
 
 func (s *Sandbox) info() Info {
 	r := s.rec
-	return Info{ID: r.ID, State: r.State, Cause: r.Cause, Template: r.Template, Metadata: maps.Clone(r.Metadata), Limits: r.Limits,
+	return Info{ID: r.ID, Owner: r.Owner, State: r.State, Cause: r.Cause, Template: r.Template, Metadata: maps.Clone(r.Metadata), Limits: r.Limits,
 		Created: r.Created, Changed: r.Changed, Ready: r.Ready, ExpiresAt: r.ExpiresAt}
 }
 
@@ -75,6 +80,11 @@ func (s *Sandbox) become(verb string, next State, cause error) error {
 		return err
 	}
 	s.rec = r
+	if r.Cause != "" {
+		s.record("%s: %s", next, r.Cause)
+	} else {
+		s.record("%s", next)
+	}
 	return nil
 }
 
@@ -119,10 +129,16 @@ func (s *Sandbox) boot(ctx context.Context, template Template) error {
 	if err := s.become("start", Running, nil); err != nil {
 		return err // killed meanwhile
 	}
-	s.expiry = time.AfterFunc(s.life, func() { _ = s.Kill(CauseTimeout) }) // end logs its error
+	s.live()
+	return nil
+}
+
+// live begins what goes on as long as the sandbox lives. s.mu is held.
+func (s *Sandbox) live() {
+	machine, client := s.machine, s.client
+	s.expiry = time.AfterFunc(time.Until(s.rec.ExpiresAt), func() { _ = s.Kill(CauseTimeout) }) // end logs its error
 	s.m.work.Go(func() { s.watch(machine, client) })
 	s.m.work.Go(func() { s.ping(client) })
-	return nil
 }
 
 // watch ends the sandbox when its agent is gone or its machine is not well.
@@ -131,7 +147,12 @@ func (s *Sandbox) watch(machine Machine, client *agent.Client) {
 	defer ticker.Stop()
 	for {
 		select {
+		case <-s.left:
+			return
 		case <-client.Done():
+			if s.isLeft() {
+				return
+			}
 			_ = s.end(Failed, CauseLost) // end logs its error; it has ended already where this is not news
 			return
 		case <-ticker.C:
@@ -166,7 +187,13 @@ func (s *Sandbox) answers(client *agent.Client) bool {
 	before := s.Info()
 	ctx, cancel := context.WithTimeout(s.m.ctx, s.m.opts.PingTime)
 	defer cancel()
-	if before.State != Running || client.Ping(ctx) == nil {
+	if before.State != Running {
+		return true
+	}
+	began := time.Now()
+	err := client.Ping(ctx)
+	s.m.opts.Observe("ping", time.Since(began), err)
+	if err == nil {
 		return true
 	}
 	after := s.Info()
@@ -304,6 +331,7 @@ func (s *Sandbox) Update(u Update) (Info, error) {
 		return Info{}, err
 	}
 	s.rec = r
+	s.record("updated")
 	s.expiry.Reset(max(0, time.Until(r.ExpiresAt)))
 	return s.info(), nil
 }

@@ -16,6 +16,8 @@ import (
 type record struct {
 	Version   int               `json:"version"`
 	ID        string            `json:"id"`
+	Owner     string            `json:"owner,omitempty"`
+	Keep      bool              `json:"keep,omitempty"` // it outlives its server, and the next one adopts it
 	State     State             `json:"state"`
 	Cause     string            `json:"cause,omitempty"`
 	Template  string            `json:"template"`

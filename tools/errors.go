@@ -19,6 +19,7 @@ var advice = []struct {
 }{
 	{sandbox.ErrNotFound, "Call sandbox_list to see the sandboxes there are, or leave sandbox_id out to use this session's own."},
 	{sandbox.ErrNoTemplate, "The only template so far is \"host\"; leave template out to use it."},
+	{sandbox.ErrTooMany, "Kill one you no longer need with sandbox_kill; sandbox_list shows them."},
 	{sandbox.ErrNoRoom, "Kill a sandbox you no longer need with sandbox_kill, or ask for less memory_mb."},
 	{sandbox.ErrClosed, "The server is shutting down; try again when it is back."},
 	{agent.ErrNoProcess, "Call process_list to see the processes there are."},

@@ -20,6 +20,7 @@ const (
 	maxChars     = 100_000
 	maxStdin     = 256 << 10
 	progressTick = 500 * time.Millisecond
+	taskYield    = 24 * time.Hour // a task has nobody who gives up
 )
 
 func (s *Service) execTools() []server.ServerTool {
@@ -103,6 +104,8 @@ func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
 	}
 	if in.Background && in.YieldMS == nil {
 		yield = 0
+	} else if in.YieldMS == nil && inTask(ctx) {
+		yield = taskYield
 	}
 	if len(in.Stdin) > maxStdin {
 		return execOutput{}, badArgument("The argument \"stdin\" has %d bytes, at most %d can be given. Write it to a file with file_write and redirect it: command < file.", len(in.Stdin), maxStdin)

@@ -7,14 +7,33 @@ import (
 	"github.com/mark3labs/mcp-go/server"
 )
 
-// progressKey carries a call's progress token; it is request-scoped data, which is what context values are for.
-type progressKey struct{}
+// requestKey carries a call's parameters beside its arguments; they are request-scoped data, which is what context values are for.
+type requestKey struct{}
 
-func withProgress(ctx context.Context, meta *mcp.Meta) context.Context {
-	if meta == nil || meta.ProgressToken == nil {
-		return ctx
+func withRequest(ctx context.Context, params *mcp.CallToolParams) context.Context {
+	return context.WithValue(ctx, requestKey{}, params)
+}
+
+func request(ctx context.Context) *mcp.CallToolParams {
+	if params, ok := ctx.Value(requestKey{}).(*mcp.CallToolParams); ok {
+		return params
 	}
-	return context.WithValue(ctx, progressKey{}, meta.ProgressToken)
+	return &mcp.CallToolParams{}
+}
+
+// inTask says whether a call goes on as a task: nobody waits for its answer.
+func inTask(ctx context.Context) bool {
+	s, ok := server.ClientSessionFromContext(ctx).(interface{ InTask() bool })
+	return ok && s.InTask()
+}
+
+// logTo tells a client that listens what a call has done beside its result. One that is gone is noticed by whoever answers it.
+func logTo(ctx context.Context, text string) {
+	if s, ok := server.ClientSessionFromContext(ctx).(interface {
+		Log(ctx context.Context, level mcp.LoggingLevel, logger string, data any) error
+	}); ok {
+		_ = s.Log(ctx, mcp.LoggingLevelInfo, "soulbox", text)
+	}
 }
 
 // notifier is the ability of a session to write a note at once, before the answer that follows it.
@@ -24,19 +43,23 @@ type notifier interface {
 
 // progress tells a client that asked for it how a call is getting on.
 type progress struct {
-	token any
-	to    notifier
-	last  string
-	count int
+	token  any
+	always bool // a task's message, which needs no token
+	to     notifier
+	last   string
+	count  int
 }
 
 func newProgress(ctx context.Context) *progress {
-	p := &progress{token: ctx.Value(progressKey{})}
+	p := &progress{always: inTask(ctx)}
+	if meta := request(ctx).Meta; meta != nil {
+		p.token = meta.ProgressToken
+	}
 	p.to, _ = server.ClientSessionFromContext(ctx).(notifier)
 	return p
 }
 
-func (p *progress) wanted() bool { return p.token != nil && p.to != nil }
+func (p *progress) wanted() bool { return (p.token != nil || p.always) && p.to != nil }
 
 // tell sends a note if there is something new. A client that is gone is noticed by whoever answers it.
 func (p *progress) tell(message string) {
@@ -45,5 +68,9 @@ func (p *progress) tell(message string) {
 	}
 	p.last = message
 	p.count++
-	_ = p.to.Notify("notifications/progress", map[string]any{"progressToken": p.token, "progress": p.count, "message": message})
+	params := map[string]any{"progress": p.count, "message": message}
+	if p.token != nil {
+		params["progressToken"] = p.token
+	}
+	_ = p.to.Notify("notifications/progress", params)
 }

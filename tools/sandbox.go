@@ -11,6 +11,7 @@ import (
 
 	"github.com/mark3labs/mcp-go/server"
 
+	"soulbox.dev/soulbox/agent"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -105,8 +106,12 @@ func (s *Service) sandboxCreate(ctx context.Context, in sandboxCreateInput) (san
 	}
 	p := newProgress(ctx)
 	p.tell("starting a sandbox")
-	sb, err := s.manager.Create(ctx, sandbox.CreateOptions{
-		Template: in.Template, Metadata: in.Metadata, Env: in.Env,
+	who, err := caller(ctx)
+	if err != nil {
+		return sandboxInfo{}, err
+	}
+	sb, err := s.Manager.Create(ctx, sandbox.CreateOptions{
+		Owner: who.Owner(), Template: in.Template, Metadata: in.Metadata, Env: in.Env,
 		Lifetime: *lifetime, MaxLifetime: *maxLifetime,
 		Limits: sandbox.Limits{CPU: in.CPU, Memory: in.MemoryMB << 20, Disk: in.DiskMB << 20, Processes: in.Pids},
 	})
@@ -149,7 +154,11 @@ func (s *Service) sandboxList(ctx context.Context, in sandboxListInput) (sandbox
 	if in.Limit <= 0 || in.Limit > 200 {
 		in.Limit = 50
 	}
-	list := s.manager.List(sandbox.Filter{State: sandbox.State(in.State), Template: in.Template, Metadata: in.Metadata})
+	who, err := caller(ctx)
+	if err != nil {
+		return sandboxListOutput{}, err
+	}
+	list := s.Manager.List(sandbox.Filter{Owner: who.Owner(), State: sandbox.State(in.State), Template: in.Template, Metadata: in.Metadata})
 	if in.Cursor != "" {
 		after, err := base64.RawURLEncoding.DecodeString(in.Cursor)
 		at, id, ok := strings.Cut(string(after), " ")
@@ -268,7 +277,8 @@ func millis(name string, ms *int64) (*time.Duration, error) {
 }
 
 type sandboxKillInput struct {
-	SandboxID string `json:"sandbox_id" jsonschema:"from sandbox_list or an earlier result"`
+	SandboxID string `json:"sandbox_id" header:"Sandbox-Id" jsonschema:"from sandbox_list or an earlier result"`
+	Confirm   bool   `json:"confirm,omitempty" jsonschema:"end it though processes run in it"`
 }
 
 type sandboxKillOutput struct {
@@ -278,13 +288,40 @@ type sandboxKillOutput struct {
 
 func (o sandboxKillOutput) text() string { return "Sandbox " + o.SandboxID + " is " + o.State + "." }
 
-func (s *Service) sandboxKill(_ context.Context, in sandboxKillInput) (sandboxKillOutput, error) {
-	sb, err := s.manager.Get(in.SandboxID)
+// sandboxKill asks first where processes still run: their work is lost. What cannot be asked, such as a sandbox that does not answer, is
+// no reason to keep it.
+func (s *Service) sandboxKill(ctx context.Context, in sandboxKillInput) (sandboxKillOutput, error) {
+	who, err := caller(ctx)
 	if err != nil {
 		return sandboxKillOutput{}, err
+	}
+	sb, err := s.Manager.Get(who.Owner(), in.SandboxID)
+	if err != nil {
+		return sandboxKillOutput{}, err
+	}
+	if n := running(ctx, sb); n > 0 && !in.Confirm {
+		err := s.confirm(ctx, "kill "+sb.ID(), fmt.Sprintf("In sandbox %s %s still running; their work and its files are lost when it ends.", sb.ID(), are(n, "process")))
+		if err != nil {
+			return sandboxKillOutput{}, err
+		}
 	}
 	if err := sb.Kill(sandbox.CauseKilled); err != nil {
 		return sandboxKillOutput{}, err
 	}
 	return sandboxKillOutput{SandboxID: sb.ID(), State: string(sb.Info().State)}, nil
+}
+
+// running counts the processes that run in a sandbox, as far as it answers soon.
+func running(ctx context.Context, sb *sandbox.Sandbox) int {
+	client, err := sb.Agent("list processes of")
+	if err != nil {
+		return 0
+	}
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	list, err := client.List(ctx, agent.ListRequest{State: agent.StateRunning})
+	if err != nil {
+		return 0
+	}
+	return len(list)
 }

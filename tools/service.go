@@ -2,8 +2,12 @@ package tools
 
 import (
 	"context"
+	"crypto/rand"
 	_ "embed"
 	"errors"
+	"fmt"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -19,12 +23,19 @@ import (
 //go:embed instructions.md
 var Instructions string
 
+// Options configure the tools; zero values mean the documented defaults.
+type Options struct {
+	Manager *sandbox.Manager // required
+	// Toolsets are the names of those that are offered, of Toolsets; default all.
+	Toolsets []string
+	// ReadOnly leaves out every tool that changes anything, and makes no sandbox by itself.
+	ReadOnly bool
+}
+
 // Service is the tools on one Manager. It is safe for concurrent use.
 type Service struct {
-	manager *sandbox.Manager
-
-	mu       sync.Mutex
-	sessions map[string]*session
+	Options
+	secret [32]byte // signs what a client gives back
 }
 
 // session is what one client's conversation has: its default sandbox.
@@ -34,28 +45,68 @@ type session struct {
 }
 
 // New makes the tools of a Manager.
-func New(manager *sandbox.Manager) *Service {
-	return &Service{manager: manager, sessions: map[string]*session{}}
+func New(o Options) (*Service, error) {
+	for _, set := range o.Toolsets {
+		if !slices.Contains(Toolsets(), set) {
+			return nil, fmt.Errorf("there is no toolset %q; there are %s", set, strings.Join(Toolsets(), ", "))
+		}
+	}
+	s := &Service{Options: o}
+	rand.Read(s.secret[:])
+	return s, nil
 }
 
-// Register adds all tools to a server.
+// Toolsets are the names of the groups of tools.
+func Toolsets() []string { return []string{"core", "files", "lifecycle"} }
+
+// toolset is the group of a tool.
+func toolset(tool string) string {
+	switch {
+	case strings.HasPrefix(tool, "file_"):
+		return "files"
+	case tool == "sandbox_update":
+		return "lifecycle"
+	}
+	return "core"
+}
+
+// Register adds the tools that are offered to a server.
 func (s *Service) Register(m *server.MCPServer) {
 	for _, noun := range []func() []server.ServerTool{s.execTools, s.processTools, s.fileTools, s.sandboxTools} {
-		m.AddTools(noun()...)
+		for _, t := range noun() {
+			if (len(s.Toolsets) == 0 || slices.Contains(s.Toolsets, toolset(t.Tool.Name))) && (!s.ReadOnly || *t.Tool.Annotations.ReadOnlyHint) {
+				m.AddTools(t)
+			}
+		}
 	}
 }
 
-func (s *Service) session(ctx context.Context) *session {
-	id := ""
-	if client := server.ClientSessionFromContext(ctx); client != nil {
-		id = client.SessionID()
+// conversation is what the tools need of the session of a call.
+type conversation interface {
+	Owner() string
+	Value(key any, make func() any) any
+}
+
+// errNoSession is a fault of the server: a call without a session is nobody's.
+var errNoSession = errors.New("the call belongs to no session")
+
+// caller finds whose a call is.
+func caller(ctx context.Context) (conversation, error) {
+	if c, ok := server.ClientSessionFromContext(ctx).(conversation); ok {
+		return c, nil
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.sessions[id] == nil {
-		s.sessions[id] = &session{}
+	return nil, errNoSession
+}
+
+type sessionKey struct{ *Service }
+
+// session finds what a call's conversation has.
+func (s *Service) session(ctx context.Context) (own *session, owner string, err error) {
+	c, err := caller(ctx)
+	if err != nil {
+		return nil, "", err
 	}
-	return s.sessions[id]
+	return c.Value(sessionKey{s}, func() any { return &session{} }).(*session), c.Owner(), nil
 }
 
 // errDefaultEnded is told once when the default sandbox of a session has ended; the next call makes a new one.
@@ -63,10 +114,13 @@ var errDefaultEnded = errors.New("this session's sandbox has ended, and its file
 
 // sandbox finds the sandbox that a call goes to. Without an id that is the session's own, made at first use.
 func (s *Service) sandbox(ctx context.Context, id string) (*sandbox.Sandbox, error) {
-	if id != "" {
-		return s.manager.Get(id)
+	own, owner, err := s.session(ctx)
+	if err != nil {
+		return nil, err
 	}
-	own := s.session(ctx)
+	if id != "" {
+		return s.Manager.Get(owner, id)
+	}
 	own.making.Lock()
 	defer own.making.Unlock()
 	if current := own.current.Load(); current != nil {
@@ -77,17 +131,24 @@ func (s *Service) sandbox(ctx context.Context, id string) (*sandbox.Sandbox, err
 		own.current.Store(nil)
 		return nil, errors.Join(errDefaultEnded, &sandbox.StateError{ID: info.ID, Verb: "use", State: info.State, Cause: info.Cause, At: info.Changed})
 	}
-	sb, err := s.manager.Create(ctx, sandbox.CreateOptions{})
+	if s.ReadOnly {
+		return nil, badArgument("The argument \"sandbox_id\" is missing: this server only reads, so it makes no sandbox. Call sandbox_list to see those there are.")
+	}
+	sb, err := s.Manager.Create(ctx, sandbox.CreateOptions{Owner: owner})
 	if err != nil {
 		return nil, err
 	}
 	own.current.Store(sb)
+	logTo(ctx, "sandbox "+sb.ID()+" is this session's own")
 	return sb, nil
 }
 
 // adopt makes a sandbox the session's own if it has none.
 func (s *Service) adopt(ctx context.Context, sb *sandbox.Sandbox) {
-	own := s.session(ctx)
+	own, _, err := s.session(ctx)
+	if err != nil {
+		return // it was made for somebody, so this cannot be
+	}
 	own.making.Lock()
 	defer own.making.Unlock()
 	if current := own.current.Load(); current == nil || current.Info().State.Ended() {
@@ -97,22 +158,30 @@ func (s *Service) adopt(ctx context.Context, sb *sandbox.Sandbox) {
 
 // isDefault says whether a sandbox is the session's own.
 func (s *Service) isDefault(ctx context.Context, id string) bool {
-	current := s.session(ctx).current.Load()
+	own, _, err := s.session(ctx)
+	if err != nil {
+		return false
+	}
+	current := own.current.Load()
 	return current != nil && current.ID() == id
 }
 
 // target is embedded in every input that may name a sandbox.
 type target struct {
-	SandboxID string `json:"sandbox_id,omitempty"`
+	SandboxID string `json:"sandbox_id,omitempty" header:"Sandbox-Id"`
 }
 
 func (t target) id() string { return t.SandboxID }
 
 // whyLost finds out why a sandbox ended under a call: its end is known a moment after its agent is gone.
 func (s *Service) whyLost(ctx context.Context, id string, lost error) error {
-	sb := s.session(ctx).current.Load()
+	own, owner, err := s.session(ctx)
+	if err != nil {
+		return lost
+	}
+	sb := own.current.Load()
 	if id != "" {
-		sb, _ = s.manager.Get(id) // nil where it is not known: then lost is all there is to say
+		sb, _ = s.Manager.Get(owner, id) // nil where it is not known: then lost is all there is to say
 	}
 	if sb == nil {
 		return lost

@@ -3,23 +3,20 @@ package tools
 import (
 	"fmt"
 	"strings"
-	"unicode"
 	"unicode/utf8"
+
+	"soulbox.dev/soulbox/agent"
 )
 
-// render makes bytes of a guest safe and readable: valid UTF-8, no terminal escapes. Bytes that are not text, and control
-// characters, are shown as \xNN; \n, \t and a line's \r\n stay.
-func render(p []byte) string {
-	text, _ := renderHead(p, len(p)*6, true)
-	return text
-}
+// render makes bytes of a guest safe and readable.
+func render(p []byte) string { return agent.Inert(p) }
 
 // renderHead renders as much from the start of p as fits into room characters, and tells how many bytes that is. Unless p is whole, a
 // character that p cuts off at its end is left for later.
 func renderHead(p []byte, room int, whole bool) (text string, used int) {
 	var b strings.Builder
 	for used < len(p) {
-		piece, n := renderOne(p[used:])
+		piece, n := agent.InertRune(p[used:])
 		if !whole && !utf8.FullRune(p[used:]) || room < utf8.RuneCountInString(piece) {
 			break
 		}
@@ -38,28 +35,11 @@ func renderTail(p []byte, room int) (text string, skipped int) {
 	}
 	over := utf8.RuneCountInString(render(p[skipped:])) - room
 	for over > 0 {
-		piece, n := renderOne(p[skipped:])
+		piece, n := agent.InertRune(p[skipped:])
 		over -= utf8.RuneCountInString(piece)
 		skipped += n
 	}
 	return render(p[skipped:]), skipped
-}
-
-// renderOne renders the first character of p, or byte where there is none.
-func renderOne(p []byte) (text string, n int) {
-	r, n := utf8.DecodeRune(p)
-	switch {
-	case r == utf8.RuneError && n <= 1:
-		return fmt.Sprintf(`\x%02x`, p[0]), 1
-	case r == '\r' && len(p) > 1 && p[1] == '\n':
-		return "\r", 1
-	case unicode.IsControl(r) && r != '\n' && r != '\t':
-		if r < 0x80 {
-			return fmt.Sprintf(`\x%02x`, r), 1
-		}
-		return fmt.Sprintf(`\u%04x`, r), n
-	}
-	return string(p[:n]), n
 }
 
 // renderName renders the name of a file for a line of its own.
@@ -84,4 +64,12 @@ func plural(n int64, noun string) string {
 		noun += "e"
 	}
 	return fmt.Sprintf("%d %ss", n, noun)
+}
+
+// are is a number of things and the verb that goes with it.
+func are(n int, noun string) string {
+	if n == 1 {
+		return plural(1, noun) + " is"
+	}
+	return plural(int64(n), noun) + " are"
 }

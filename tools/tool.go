@@ -45,7 +45,15 @@ func define[In any, Out output](s *Service, name, description string, h hints, d
 		if err := decode(req.Params.RawArguments, &in); err != nil {
 			return fail(name, err), nil
 		}
-		out, err := do(withProgress(ctx, req.Params.Meta), in)
+		out, err := do(withRequest(ctx, &req.Params), in)
+		var question *inputNeeded
+		if errors.As(err, &question) {
+			return question.result, nil
+		}
+		var protocol *protocolError
+		if errors.As(err, &protocol) {
+			return nil, protocol
+		}
 		if err != nil {
 			if t, ok := any(in).(interface{ id() string }); ok && errors.Is(err, agent.ErrLost) {
 				err = s.whyLost(ctx, t.id(), err)
@@ -104,6 +112,9 @@ func tidy(s *jsonschema.Schema, t reflect.Type, input bool) {
 				for _, v := range strings.Split(list, ",") {
 					p.Enum = append(p.Enum, v)
 				}
+			}
+			if header := f.Tag.Get("header"); header != "" && input {
+				p.Extra = map[string]any{"x-mcp-header": header} // so that a proxy can route by it (SEP-2243)
 			}
 			tidy(p, f.Type, input)
 		}

@@ -34,7 +34,11 @@ func newServer(t *testing.T) (*server.MCPServer, *sandbox.Manager) {
 		}
 	})
 	s := server.NewMCPServer("test", "1", server.WithOutputSchemaValidation())
-	tools.New(m).Register(s)
+	service, err := tools.New(tools.Options{Manager: m})
+	if err != nil {
+		t.Fatal(err)
+	}
+	service.Register(s)
 	return s, m
 }
 
@@ -134,7 +138,9 @@ func conversation(t *testing.T, script string) []byte {
 	inR, inW := io.Pipe()
 	outR, outW := io.Pipe()
 	done := make(chan error, 1)
-	go func() { done <- mcpserver.Stdio{Server: s}.Serve(context.Background(), inR, outW) }()
+	go func() {
+		done <- mcpserver.Stdio{Server: mcpserver.New(mcpserver.Options{MCP: s})}.Serve(context.Background(), inR, outW)
+	}()
 	answers := json.NewDecoder(outR)
 	var out bytes.Buffer
 	for i, line := range strings.Split(strings.TrimSpace(script), "\n") {
@@ -146,7 +152,8 @@ func conversation(t *testing.T, script string) []byte {
 		if _, err := fmt.Fprintf(inW, `{"jsonrpc":"2.0","id":%d,"method":"tools/call","params":{"name":%q,"arguments":%s}}`+"\n", i, tool, args); err != nil {
 			t.Fatal(err)
 		}
-		var answer struct {
+		type reply struct {
+			ID     any
 			Error  any
 			Result struct {
 				IsError           bool
@@ -154,8 +161,12 @@ func conversation(t *testing.T, script string) []byte {
 				Content           []struct{ Type, Text, MimeType string }
 			}
 		}
-		if err := answers.Decode(&answer); err != nil {
-			t.Fatal(err)
+		var answer reply
+		for answer.ID == nil { // notes come before the answer
+			answer = reply{}
+			if err := answers.Decode(&answer); err != nil {
+				t.Fatal(err)
+			}
 		}
 		if answer.Error != nil {
 			fmt.Fprintf(&out, "error: %v\n", answer.Error)

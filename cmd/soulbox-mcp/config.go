@@ -18,6 +18,7 @@ import (
 	"soulbox.dev/soulbox/gvisor"
 	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/template"
+	"soulbox.dev/soulbox/tools"
 )
 
 // config is what flags and environment say. Nothing else reads them.
@@ -30,11 +31,21 @@ type config struct {
 	lifetime time.Duration
 	limits   sandbox.Limits
 	budget   int64 // bytes
+	perOwner int
+	onExit   string
+	toolsets string
+	readOnly bool
+	fixtures bool
 }
 
 // parseConfig reads the flags that all commands have.
 func parseConfig(name string, args []string, getenv func(string) string, stderr io.Writer) (config, error) {
-	var c config
+	c := config{onExit: "kill"}
+	return c, c.parse(name, args, getenv, stderr)
+}
+
+// parse reads the flags that all commands have, and those that more adds. What is set before is a default.
+func (c *config) parse(name string, args []string, getenv func(string) string, stderr io.Writer, more ...func(*flag.FlagSet)) error {
 	flags := flag.NewFlagSet("soulbox-mcp "+name, flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	flags.StringVar(&c.runsc, "runsc", getenv("SOULBOX_RUNSC"), "`path` of runsc; default beside this program, then in PATH (SOULBOX_RUNSC)")
@@ -48,14 +59,21 @@ func parseConfig(name string, args []string, getenv func(string) string, stderr 
 	pids := flags.Int64("pids", 0, "processes of sandboxes that ask for no number; default 512")
 	cpu := flags.Float64("cpu", 0, "cores of sandboxes that ask for no number; default 2")
 	budget := flags.Int64("memory-budget-mb", 0, "memory of all sandboxes together, in MB; default 80 % of the machine")
+	flags.IntVar(&c.perOwner, "max-sandboxes", 0, "living sandboxes of one owner; default 100")
+	for _, add := range more {
+		add(flags)
+	}
 	if err := flags.Parse(args); err != nil {
-		return c, err
+		return err
+	}
+	if c.onExit != "keep" && c.onExit != "kill" {
+		return fmt.Errorf("--on-exit is keep or kill, not %q", c.onExit)
 	}
 	if flags.NArg() > 0 {
-		return c, fmt.Errorf("there is no argument %q; run 'soulbox-mcp %s --help'", flags.Arg(0), name)
+		return fmt.Errorf("there is no argument %q; run 'soulbox-mcp %s --help'", flags.Arg(0), name)
 	}
 	if *memory < 0 || *disk < 0 || *pids < 0 || *cpu < 0 || *budget < 0 || c.lifetime <= 0 {
-		return c, errors.New("limits and times must be positive")
+		return errors.New("limits and times must be positive")
 	}
 	c.limits = sandbox.Limits{CPU: *cpu, Memory: *memory << 20, Disk: *disk << 20, Processes: *pids}
 	c.budget = *budget << 20
@@ -65,12 +83,12 @@ func parseConfig(name string, args []string, getenv func(string) string, stderr 
 	}
 	var err error
 	if c.stateDir, err = filepath.Abs(c.stateDir); err != nil {
-		return c, err
+		return err
 	}
 	if strings.ContainsAny(c.stateDir, ":,") {
-		return c, fmt.Errorf("the state directory %s has a ':' or ',' in its name, which runsc cannot take; name another by --state-dir", c.stateDir)
+		return fmt.Errorf("the state directory %s has a ':' or ',' in its name, which runsc cannot take; name another by --state-dir", c.stateDir)
 	}
-	return c, nil
+	return nil
 }
 
 // defaultStateDir is where XDG says; as root it is a place that the sandboxes' unprivileged user can reach.
@@ -112,27 +130,40 @@ func (c config) openLog(stderr io.Writer) (*slog.Logger, func() error, error) {
 	return slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: c.logLevel})), closeLog, nil
 }
 
+// serving are the flags of the commands that serve clients.
+func (c *config) serving(flags *flag.FlagSet) {
+	flags.StringVar(&c.onExit, "on-exit", c.onExit, "what becomes of sandboxes when the server ends: `keep` (the next server has them) or kill")
+	flags.StringVar(&c.toolsets, "toolsets", "", "`names` of the tools that are offered, of "+strings.Join(tools.Toolsets(), ",")+"; default all")
+	flags.BoolVar(&c.readOnly, "read-only", false, "offer only tools that change nothing")
+	flags.BoolVar(&c.fixtures, "conformance", false, "offer what the official conformance suite needs, too")
+}
+
 // newManager wires the domain to gVisor and the templates.
-func (c config) newManager(log *slog.Logger) (*sandbox.Manager, error) {
+func (c config) newManager(log *slog.Logger, watch func(*sandbox.Options)) (*sandbox.Manager, *template.Store, error) {
 	// Sandboxes may run as another user, who needs to walk through; what is inside is protected by itself.
 	if err := os.MkdirAll(c.stateDir, 0o711); err != nil {
-		return nil, fmt.Errorf("make state directory: %w", err)
+		return nil, nil, fmt.Errorf("make state directory: %w", err)
 	}
 	runtime := &gvisor.Runtime{Runsc: c.runsc, Log: log}
 	if c.agent != "" {
 		var err error
 		if runtime.Agent, err = installAgent(c.agent, filepath.Join(c.stateDir, "agent")); err != nil {
-			return nil, fmt.Errorf("install agent: %w", err)
+			return nil, nil, fmt.Errorf("install agent: %w", err)
 		}
 	}
 	templates := &template.Store{Dir: filepath.Join(c.stateDir, "templates")}
 	if os.Geteuid() == 0 {
 		templates.UID, templates.GID = gvisor.Owner()
 	}
-	return sandbox.NewManager(sandbox.Options{
-		Dir: c.stateDir, Runtime: runtime, Templates: templates,
-		Log: log, Version: version, Lifetime: c.lifetime, Defaults: c.limits, MemoryBudget: c.budget,
-	})
+	o := sandbox.Options{
+		Dir: c.stateDir, Runtime: runtime, Templates: templates, Log: log, Version: version, Lifetime: c.lifetime, Defaults: c.limits,
+		MemoryBudget: c.budget, MaxPerOwner: c.perOwner, Keep: c.onExit == "keep",
+	}
+	if watch != nil {
+		watch(&o)
+	}
+	manager, err := sandbox.NewManager(o)
+	return manager, templates, err
 }
 
 // installAgent copies the agent to a directory named by its content, so that an upgrade changes nothing under running sandboxes.

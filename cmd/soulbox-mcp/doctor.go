@@ -174,7 +174,7 @@ func checkSandbox(ctx context.Context, c config) (_ string, err error) {
 	if c.logLevel <= slog.LevelDebug {
 		log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: c.logLevel}))
 	}
-	manager, err := c.newManager(log)
+	manager, _, err := c.newManager(log, nil)
 	if err != nil {
 		return "", err
 	}

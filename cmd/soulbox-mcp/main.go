@@ -20,6 +20,9 @@ const usage = `soulbox-mcp gives AI agents computers of their own: isolated Linu
 
 Usage:
   soulbox-mcp stdio [flags]    serve one MCP client on stdin and stdout
+  soulbox-mcp http [flags]     serve many MCP clients over HTTP
+  soulbox-mcp key create|list|revoke [flags]
+                               make and end the keys that clients of 'http' need
   soulbox-mcp demo [flags]     show a sandbox at work, through a real MCP client
   soulbox-mcp doctor [flags]   check this machine, and say what is missing
   soulbox-mcp version          print the version
@@ -50,6 +53,10 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdin i
 	switch command {
 	case "stdio":
 		return runStdio(ctx, args, getenv, stdin, stdout, stderr)
+	case "http":
+		return runHTTP(ctx, args, getenv, stdout, stderr)
+	case "key":
+		return runKey(args, getenv, stdout, stderr)
 	case "demo":
 		return runDemo(ctx, args, getenv, stdout, stderr)
 	case "doctor":

@@ -1,0 +1,237 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"soulbox.dev/soulbox/gvisor"
+	"soulbox.dev/soulbox/mcpserver"
+	"soulbox.dev/soulbox/sandbox"
+)
+
+// httpConfig is what flags say of the HTTP server.
+type httpConfig struct {
+	config
+	listen      string
+	allowRemote bool
+	origins     list
+	hosts       list
+	issuer      string
+	audience    string
+	idle        time.Duration
+	rate        float64
+}
+
+// list is a flag that may be given more than once, or with commas.
+type list []string
+
+// String implements flag.Value.
+func (l *list) String() string { return strings.Join(*l, ",") }
+
+// Set implements flag.Value.
+func (l *list) Set(v string) error {
+	*l = append(*l, strings.Split(v, ",")...)
+	return nil
+}
+
+const (
+	drainTime    = 10 * time.Second // for calls in flight when the server ends
+	headerTime   = 10 * time.Second
+	idleTime     = 2 * time.Minute // of a connection without a request
+	maxHeaders   = 64 << 10
+	shutdownTime = drainTime + 10*time.Second
+)
+
+func parseHTTP(args []string, getenv func(string) string, stderr io.Writer) (c httpConfig, err error) {
+	c.onExit = "keep"
+	err = c.parse("http", args, getenv, stderr, c.serving, func(f *flag.FlagSet) {
+		f.StringVar(&c.listen, "listen", "127.0.0.1:8787", "`address` to listen on")
+		f.BoolVar(&c.allowRemote, "allow-remote", false, "listen on more than loopback; needs keys or an OpenID provider, and --origin")
+		f.Var(&c.origins, "origin", "`origin` of web pages that may use the server, such as https://ide.example.com; may be repeated")
+		f.Var(&c.hosts, "allow-host", "`name` by which clients may call the server, beside loopback and the hosts of --origin; may be repeated")
+		f.StringVar(&c.issuer, "oidc-issuer", "", "`URL` of an OpenID provider whose tokens are taken beside keys")
+		f.StringVar(&c.audience, "oidc-audience", "", "`audience` that its tokens must have")
+		f.DurationVar(&c.idle, "session-idle", 30*time.Minute, "after which a session that nobody uses ends")
+		f.Float64Var(&c.rate, "rate", 200, "requests per second of one owner")
+	})
+	if err != nil {
+		return c, err
+	}
+	return c, c.check()
+}
+
+// check refuses what would serve strangers.
+func (c *httpConfig) check() error {
+	host, _, err := net.SplitHostPort(c.listen)
+	if err != nil || host == "" {
+		return fmt.Errorf("--listen %q: name a host and a port, such as 127.0.0.1:8787; to listen on all addresses say so: 0.0.0.0:8787", c.listen)
+	}
+	if (c.issuer == "") != (c.audience == "") {
+		return errors.New("--oidc-issuer and --oidc-audience go together")
+	}
+	for _, o := range c.origins {
+		u, err := url.Parse(o)
+		if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || strings.Trim(u.Path, "/") != "" {
+			return fmt.Errorf("--origin %q: give scheme and host, such as https://ide.example.com", o)
+		}
+		c.hosts = append(c.hosts, u.Hostname())
+	}
+	ip, err := netip.ParseAddr(host)
+	if host == "localhost" || err == nil && ip.IsLoopback() {
+		return nil
+	}
+	if !c.allowRemote {
+		return fmt.Errorf("--listen %q is not on loopback: give --allow-remote too if everybody who can reach it may try keys", c.listen)
+	}
+	if len(c.origins) == 0 {
+		return errors.New("--allow-remote needs --origin: the origins of web pages that may use the server, or its own URL if there are none")
+	}
+	if c.issuer != "" {
+		return nil
+	}
+	keys, err := (&sandbox.Keys{Dir: c.stateDir}).List()
+	if err != nil {
+		return err
+	}
+	for _, k := range keys {
+		if k.Valid(time.Now()) {
+			return nil
+		}
+	}
+	return errors.New("--allow-remote needs a key: make one with 'soulbox-mcp key create --owner NAME'")
+}
+
+// runHTTP serves any number of clients until a signal comes.
+func runHTTP(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) (err error) {
+	c, err := parseHTTP(args, getenv, stderr)
+	if err != nil {
+		return err
+	}
+	s, err := newService(c.config, stderr)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.Close()) }()
+	listener, err := net.Listen("tcp", c.listen)
+	if err != nil {
+		return err
+	}
+	at := "http://" + listener.Addr().String()
+	endpoint := s.mcp.HTTP(mcpserver.HTTPOptions{Access: c.access(at, s.log), SessionIdle: c.idle, Rate: c.rate})
+	s.metrics.watch(s.manager, endpoint.Sessions)
+	web := &http.Server{
+		Handler: c.routes(s, endpoint, at), ReadHeaderTimeout: headerTime, IdleTimeout: idleTime, MaxHeaderBytes: maxHeaders,
+		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- web.Serve(listener) }()
+	s.log.Info("serving", "version", version, "url", at+"/mcp", "state_dir", c.stateDir, "runsc", c.runsc)
+	if _, err := fmt.Fprintln(stdout, at+"/mcp"); err != nil {
+		s.log.Warn("tell the address", "error", err)
+	}
+	select {
+	case err = <-ended:
+		endpoint.Close(0)
+		return err
+	case <-ctx.Done():
+	}
+	s.log.Info("ending: no new connections; calls in flight may go on for a moment")
+	over, cancel := context.WithTimeout(context.Background(), shutdownTime)
+	defer cancel()
+	stopped := make(chan error, 1)
+	go func() { stopped <- web.Shutdown(over) }()
+	endpoint.Close(drainTime)
+	if err := <-stopped; err != nil {
+		return errors.Join(fmt.Errorf("end: %w", err), web.Close())
+	}
+	return nil
+}
+
+// access says who may use the server. Once it has a key, or a provider, nobody may without one.
+func (c httpConfig) access(at string, log *slog.Logger) mcpserver.Access {
+	keys := &sandbox.Keys{Dir: c.stateDir}
+	a := mcpserver.Access{Origins: c.origins, Hosts: c.hosts, Log: log}
+	var closed atomic.Bool
+	closed.Store(c.issuer != "" || c.allowRemote)
+	a.Required = func() bool {
+		if !closed.Load() {
+			all, err := keys.List()
+			if err != nil {
+				log.Error("read keys", "error", err)
+			}
+			if err != nil || len(all) > 0 {
+				closed.Store(true)
+			}
+		}
+		return closed.Load()
+	}
+	var provider *openID
+	if c.issuer != "" {
+		provider = &openID{issuer: c.issuer, audience: c.audience}
+		a.Metadata = at + metadataPath
+	}
+	a.Authenticate = func(ctx context.Context, token string) (string, error) {
+		if provider != nil && !strings.HasPrefix(token, "e2b_") {
+			return provider.owner(ctx, token)
+		}
+		return keys.Owner(token)
+	}
+	return a
+}
+
+const metadataPath = "/.well-known/oauth-protected-resource"
+
+// routes are all paths of the server.
+func (c httpConfig) routes(s *service, endpoint *mcpserver.HTTP, at string) http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("/mcp", endpoint)
+	guard := endpoint.Access.Guard
+	mux.Handle("GET /health", guard(s.health()))
+	mux.Handle("GET /metrics", endpoint.Access.Private(s.metrics.handler()))
+	if c.issuer != "" {
+		metadata := guard(answerJSON(func() (any, error) {
+			return map[string]any{"resource": at + "/mcp", "authorization_servers": []string{c.issuer}, "bearer_methods_supported": []string{"header"}}, nil
+		}))
+		mux.Handle("GET "+metadataPath, metadata)
+		mux.Handle("GET "+metadataPath+"/mcp", metadata)
+	}
+	return mux
+}
+
+// health tells whether the server works, and what room it has. It tells nothing of anybody's sandboxes.
+func (s *service) health() http.Handler {
+	began, hard := time.Now(), (&gvisor.Runtime{}).HardLimits()
+	return answerJSON(func() (any, error) {
+		free, _, err := s.manager.Room()
+		if err != nil {
+			return nil, err
+		}
+		return map[string]any{"status": "ok", "version": version, "uptime_s": int64(time.Since(began).Seconds()), "free_memory_mb": free >> 20, "hard_limits": hard}, nil
+	})
+}
+
+func answerJSON(of func() (any, error)) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		v, err := of()
+		status := http.StatusOK
+		if err != nil {
+			v, status = map[string]any{"status": "failing", "error": err.Error()}, http.StatusServiceUnavailable
+		}
+		w.Header().Set("Content-Type", "application/json")
+		w.Header().Set("Cache-Control", "no-store")
+		w.WriteHeader(status)
+		_ = json.NewEncoder(w).Encode(v) // a client that is gone misses nothing
+	})
+}

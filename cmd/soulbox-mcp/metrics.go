@@ -1,0 +1,104 @@
+package main
+
+import (
+	"net/http"
+	"time"
+
+	"github.com/mark3labs/mcp-go/server"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"soulbox.dev/soulbox/sandbox"
+)
+
+// metrics are what Prometheus is told. No label carries what a client or a guest can make up.
+type metrics struct {
+	registry *prometheus.Registry
+	requests *prometheus.CounterVec
+	latency  *prometheus.HistogramVec
+	creates  *prometheus.CounterVec
+	creation prometheus.Histogram
+	ping     prometheus.Histogram
+}
+
+func newMetrics() *metrics {
+	fast := prometheus.ExponentialBuckets(0.0005, 2, 18) // 0.5 ms to a minute
+	m := &metrics{
+		registry: prometheus.NewRegistry(),
+		requests: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "soulbox_mcp_requests_total", Help: "MCP requests answered, by method, tool and outcome (ok, error, refused, cancelled)."}, []string{"method", "tool", "outcome"}),
+		latency:  prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "soulbox_mcp_request_seconds", Help: "Time to answer an MCP request, by method and tool; tool exec is the latency of commands.", Buckets: fast}, []string{"method", "tool"}),
+		creates:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: "soulbox_sandbox_creates_total", Help: "Sandboxes created, by outcome (ok, error)."}, []string{"outcome"}),
+		creation: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "soulbox_sandbox_create_seconds", Help: "Time until a new sandbox was ready.", Buckets: fast}),
+		ping:     prometheus.NewHistogram(prometheus.HistogramOpts{Name: "soulbox_agent_round_trip_seconds", Help: "Time in which the agents of sandboxes answered.", Buckets: fast}),
+	}
+	m.registry.MustRegister(m.requests, m.latency, m.creates, m.creation, m.ping, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return m
+}
+
+// watch adds what is asked for only when somebody looks.
+func (m *metrics) watch(manager *sandbox.Manager, sessions func() int) {
+	m.registry.MustRegister(room{manager}, prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "soulbox_http_sessions", Help: "MCP sessions over HTTP."}, func() float64 { return float64(sessions()) }))
+}
+
+func (m *metrics) handler() http.Handler {
+	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: 10 * time.Second})
+}
+
+// known are the methods of MCP; whatever else a client asks for is "other".
+var known = map[string]bool{
+	"initialize": true, "ping": true, "server/discover": true, "tools/list": true, "tools/call": true, "prompts/list": true, "prompts/get": true, "resources/list": true,
+	"resources/templates/list": true, "resources/read": true, "resources/subscribe": true, "resources/unsubscribe": true, "subscriptions/listen": true,
+	"completion/complete": true, "logging/setLevel": true, "tasks/get": true, "tasks/update": true, "tasks/cancel": true,
+}
+
+func (m *metrics) observeRequest(s *server.MCPServer, method, tool, outcome string, took time.Duration) {
+	if !known[method] {
+		method = "other"
+	}
+	if tool != "" && s.GetTool(tool) == nil {
+		tool = "other"
+	}
+	m.requests.WithLabelValues(method, tool, outcome).Inc()
+	m.latency.WithLabelValues(method, tool).Observe(took.Seconds())
+}
+
+func (m *metrics) observeSandbox(what string, took time.Duration, err error) {
+	if what == "ping" {
+		if err == nil {
+			m.ping.Observe(took.Seconds())
+		}
+		return
+	}
+	outcome := "ok"
+	if err != nil {
+		outcome = "error"
+	} else {
+		m.creation.Observe(took.Seconds())
+	}
+	m.creates.WithLabelValues(outcome).Inc()
+}
+
+// room collects the sandboxes by state and the memory that is left.
+type room struct{ manager *sandbox.Manager }
+
+var (
+	sandboxesDesc = prometheus.NewDesc("soulbox_sandboxes", "Sandboxes, by state; ended ones as long as they are remembered.", []string{"state"}, nil)
+	freeDesc      = prometheus.NewDesc("soulbox_memory_free_bytes", "Memory that can still be promised to sandboxes.", nil, nil)
+)
+
+// Describe implements prometheus.Collector.
+func (r room) Describe(ch chan<- *prometheus.Desc) { ch <- sandboxesDesc; ch <- freeDesc }
+
+// Collect implements prometheus.Collector.
+func (r room) Collect(ch chan<- prometheus.Metric) {
+	free, states, err := r.manager.Room()
+	if err != nil {
+		ch <- prometheus.NewInvalidMetric(freeDesc, err)
+		return
+	}
+	ch <- prometheus.MustNewConstMetric(freeDesc, prometheus.GaugeValue, float64(free))
+	for _, s := range sandbox.States() {
+		ch <- prometheus.MustNewConstMetric(sandboxesDesc, prometheus.GaugeValue, float64(states[s]), string(s))
+	}
+}

@@ -1,0 +1,51 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/coreos/go-oidc/v3/oidc"
+)
+
+// openID checks tokens of an OpenID provider, which is asked for its keys when the first token comes.
+type openID struct {
+	issuer, audience string
+
+	mu       sync.Mutex
+	verifier *oidc.IDTokenVerifier
+}
+
+// providerTime bounds what the provider is asked.
+const providerTime = 10 * time.Second
+
+// owner is the subject of a token, apart from the owners of keys.
+func (p *openID) owner(ctx context.Context, token string) (string, error) {
+	v, err := p.get()
+	if err != nil {
+		return "", fmt.Errorf("ask the OpenID provider: %w", err)
+	}
+	t, err := v.Verify(ctx, token)
+	if err != nil {
+		return "", errors.New("the token is not valid") // what is wrong with it could repeat parts of it in the log
+	}
+	return "oidc:" + t.Subject, nil
+}
+
+func (p *openID) get() (*oidc.IDTokenVerifier, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.verifier == nil {
+		// The keys are fetched again by the provider's own client, whenever they change, so its context must last.
+		ctx := oidc.ClientContext(context.Background(), &http.Client{Timeout: providerTime})
+		provider, err := oidc.NewProvider(ctx, p.issuer)
+		if err != nil {
+			return nil, err
+		}
+		p.verifier = provider.VerifierContext(ctx, &oidc.Config{ClientID: p.audience})
+	}
+	return p.verifier, nil
+}

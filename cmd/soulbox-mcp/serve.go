@@ -1,0 +1,106 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"strings"
+	"time"
+
+	"github.com/mark3labs/mcp-go/server"
+
+	"soulbox.dev/soulbox/mcpserver"
+	"soulbox.dev/soulbox/resources"
+	"soulbox.dev/soulbox/sandbox"
+	"soulbox.dev/soulbox/tools"
+)
+
+// service is what both transports serve.
+type service struct {
+	config
+	log      *slog.Logger
+	closeLog func() error
+	manager  *sandbox.Manager
+	mcp      *mcpserver.Server
+	metrics  *metrics
+}
+
+// newService wires everything. It is to be closed.
+func newService(c config, stderr io.Writer) (_ *service, err error) {
+	s := &service{config: c, metrics: newMetrics()}
+	if s.log, s.closeLog, err = c.openLog(stderr); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.closeLog())
+		}
+	}()
+	ready := make(chan struct{}) // sandboxes may be adopted before there is anybody to tell
+	manager, templates, err := c.newManager(s.log, func(o *sandbox.Options) {
+		o.Observe = s.metrics.observeSandbox
+		o.Changed = func(i sandbox.Info) {
+			select {
+			case <-ready:
+				s.mcp.Changed(mcpserver.NoteResourcesChanged, &i.Owner)
+			default:
+			}
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	s.manager = manager
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, manager.Close())
+		}
+	}()
+	all := func(ctx context.Context) ([]sandbox.Template, error) {
+		t, err := templates.Template(ctx, "")
+		return []sandbox.Template{t}, err
+	}
+	o := tools.Options{Manager: manager, ReadOnly: c.readOnly}
+	if c.toolsets != "" {
+		o.Toolsets = strings.Split(c.toolsets, ",")
+	}
+	if s.mcp, err = newMCP(o, all, c.fixtures, s.metrics, s.log); err != nil {
+		return nil, err
+	}
+	close(ready)
+	return s, nil
+}
+
+// Close ends the sandboxes, or leaves them to the next server.
+func (s *service) Close() error { return errors.Join(s.manager.Close(), s.closeLog()) }
+
+// newMCP is the MCP server with everything it offers.
+func newMCP(o tools.Options, templates func(context.Context) ([]sandbox.Template, error), fixtures bool, m *metrics, log *slog.Logger) (*mcpserver.Server, error) {
+	offered, err := tools.New(o)
+	if err != nil {
+		return nil, fmt.Errorf("--toolsets: %w", err)
+	}
+	s := server.NewMCPServer("soulbox", version, server.WithToolCapabilities(true), server.WithResourceCapabilities(true, true), server.WithPromptCapabilities(true),
+		server.WithLogging(), server.WithCompletions(), server.WithInstructions(tools.Instructions), server.WithTitle("SoulBox"),
+		server.WithExtensions(map[string]any{mcpserver.TasksExtension: map[string]any{}}))
+	offered.Register(s)
+	options := mcpserver.Options{
+		MCP: s, Name: "soulbox", Version: version, Log: log,
+		Resources: resources.New(resources.Options{Manager: o.Manager, Templates: templates, NotFound: mcpserver.ErrNoResource}),
+		Tasks:     map[string]mcpserver.TaskRule{"exec": {After: taskAfter}},
+	}
+	if m != nil {
+		options.Observe = func(method, tool, outcome string, took time.Duration) {
+			m.observeRequest(s, method, tool, outcome, took)
+		}
+	}
+	if fixtures {
+		return withFixtures(options), nil
+	}
+	return mcpserver.New(options), nil
+}
+
+// taskAfter is how long a command may run before the client that can is given a task instead of waiting.
+const taskAfter = 2 * time.Second

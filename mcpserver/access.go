@@ -1,0 +1,159 @@
+package mcpserver
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strings"
+)
+
+// Access decides whose a request is, and whether it may come from where it comes. The zero value admits everybody on loopback.
+type Access struct {
+	// Authenticate finds the owner of a bearer token; an error says why it is not one, for the log. Nil: no token is looked at.
+	Authenticate func(ctx context.Context, token string) (owner string, err error)
+	// Required says whether a request without a token is refused; else it is the user's of this machine. Nil: never.
+	Required func() bool
+	// Origins are the origins of web pages that may ask, such as https://ide.example.com, beside those on loopback.
+	Origins []string
+	// Hosts are the names by which this server may be called, beside those of loopback. A page of another name that resolves to this
+	// machine (DNS rebinding) is refused.
+	Hosts []string
+	// Metadata is the URL of the protected resource's metadata (RFC 9728), told to clients without a token; "" is none.
+	Metadata string
+	Log      *slog.Logger // default discards
+}
+
+// ErrDenied is of a token that is not, or no longer, valid.
+var ErrDenied = errors.New("the token is not valid")
+
+// Guard refuses requests that come by a foreign name or from a foreign web page.
+func (a Access) Guard(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if a.admitSource(w, r) {
+			next.ServeHTTP(w, r)
+		}
+	})
+}
+
+// Private is Guard for what is shown only to those who have a token, where one is needed.
+func (a Access) Private(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if _, ok := a.admit(w, r); ok {
+			next.ServeHTTP(w, r)
+		}
+	})
+}
+
+func (a Access) admitSource(w http.ResponseWriter, r *http.Request) bool {
+	switch {
+	case !a.knowsHost(r.Host):
+		a.log(r, "foreign host")
+		refuse(w, http.StatusForbidden, nil, codeInvalid, "this server is not called that; name it by --allow-host")
+	case !a.knowsOrigin(r.Header.Values("Origin")):
+		a.log(r, "foreign origin")
+		refuse(w, http.StatusForbidden, nil, codeInvalid, "this web page may not use the server; name its origin by --origin")
+	default:
+		return true
+	}
+	return false
+}
+
+func (a Access) log(r *http.Request, why string) {
+	if a.Log != nil {
+		a.Log.Warn("refused a request", "why", why, "from", r.RemoteAddr, "method", r.Method, "path", r.URL.Path)
+	}
+}
+
+// admit checks a request, and says whose it is.
+func (a Access) admit(w http.ResponseWriter, r *http.Request) (owner string, ok bool) {
+	if !a.admitSource(w, r) {
+		return "", false
+	}
+	owner, err := a.owner(r)
+	if err == nil {
+		return owner, true
+	}
+	a.log(r, err.Error())
+	challenge := "Bearer"
+	if a.Metadata != "" {
+		challenge += ` resource_metadata="` + a.Metadata + `"`
+	}
+	if r.Header.Get("Authorization") != "" {
+		sep := " "
+		if a.Metadata != "" {
+			sep = ", "
+		}
+		challenge += sep + `error="invalid_token"`
+	}
+	w.Header().Set("WWW-Authenticate", challenge)
+	refuse(w, http.StatusUnauthorized, nil, codeInvalid, "give a valid key as Authorization: Bearer KEY; soulbox-mcp key create makes one")
+	return "", false
+}
+
+var errNoToken = errors.New("no token")
+
+// owner finds whose a request is.
+func (a Access) owner(r *http.Request) (string, error) {
+	given := r.Header.Values("Authorization")
+	if a.Authenticate == nil || len(given) == 0 {
+		if a.Required != nil && a.Required() {
+			return "", errNoToken
+		}
+		return "", nil
+	}
+	scheme, token, _ := strings.Cut(given[0], " ")
+	if len(given) > 1 || !strings.EqualFold(scheme, "Bearer") || token == "" {
+		return "", ErrDenied
+	}
+	return a.Authenticate(r.Context(), strings.TrimSpace(token))
+}
+
+// still says whether a request that was admitted would still be.
+func (a Access) still(r *http.Request) bool {
+	_, err := a.owner(r)
+	return err == nil
+}
+
+// bareHost is a host without its port, brackets, trailing dot and case.
+func bareHost(host string) string {
+	if name, _, err := net.SplitHostPort(host); err == nil {
+		host = name
+	}
+	return strings.TrimSuffix(strings.ToLower(strings.Trim(host, "[]")), ".")
+}
+
+func isLoopback(host string) bool {
+	if host == "localhost" {
+		return true
+	}
+	ip, err := netip.ParseAddr(host)
+	return err == nil && ip.Unmap().IsLoopback()
+}
+
+func (a Access) knowsHost(host string) bool {
+	name := bareHost(host)
+	return isLoopback(name) || slices.ContainsFunc(a.Hosts, func(h string) bool { return bareHost(h) == name })
+}
+
+// knowsOrigin admits requests of no web page (no header), of pages on loopback, and of those that are listed.
+func (a Access) knowsOrigin(origins []string) bool {
+	if len(origins) == 0 {
+		return true
+	}
+	if len(origins) > 1 {
+		return false
+	}
+	u, err := url.Parse(origins[0])
+	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
+		return false
+	}
+	if isLoopback(bareHost(u.Host)) {
+		return true
+	}
+	return slices.ContainsFunc(a.Origins, func(o string) bool { return strings.EqualFold(strings.TrimSuffix(o, "/"), origins[0]) })
+}

@@ -1,0 +1,523 @@
+package mcpserver
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/mark3labs/mcp-go/mcp"
+	"golang.org/x/time/rate"
+)
+
+// HTTPOptions configure the HTTP transport; zero values mean the documented defaults.
+type HTTPOptions struct {
+	Access      Access
+	MaxBody     int64         // bytes of a request; default 4 MiB
+	SessionIdle time.Duration // after which a session that nobody uses ends; default 30 min
+	MaxSessions int           // of all clients; default 10,000
+	Rate        float64       // requests per second of one owner; default 200
+	Burst       int           // requests of one owner at once beyond Rate; default 1000
+	InFlight    int           // calls of one owner at once, in all its sessions; default 1024
+}
+
+// HTTP is one endpoint for all revisions of MCP: those with sessions (2024-11-05 to 2025-11-25) and the stateless one (2026-07-28). A
+// request says itself of which it is. It is an http.Handler.
+type HTTP struct {
+	HTTPOptions
+	s      *Server
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	work   sync.WaitGroup
+
+	mu       sync.Mutex
+	closing  bool
+	sessions map[string]*conversation // by id
+	clients  map[string]*conversation // of stateless requests, by owner and client
+	owners   map[string]*allowance
+}
+
+// allowance is what an owner may still ask for.
+type allowance struct {
+	rate     *rate.Limiter
+	inflight int
+	sessions int
+}
+
+// HTTP makes the HTTP transport. It is to be closed.
+func (s *Server) HTTP(o HTTPOptions) *HTTP {
+	o.MaxBody, o.SessionIdle, o.MaxSessions = cmp.Or(o.MaxBody, 4<<20), cmp.Or(o.SessionIdle, 30*time.Minute), cmp.Or(o.MaxSessions, 10_000)
+	o.Rate, o.Burst, o.InFlight = cmp.Or(o.Rate, 200), cmp.Or(o.Burst, 1000), cmp.Or(o.InFlight, 1024)
+	h := &HTTP{HTTPOptions: o, s: s, sessions: map[string]*conversation{}, clients: map[string]*conversation{}, owners: map[string]*allowance{}}
+	h.ctx, h.cancel = context.WithCancelCause(context.Background())
+	h.work.Go(h.expire)
+	return h
+}
+
+// Close lets calls in flight run for patience, asks those that last longer to yield, and ends all sessions.
+func (h *HTTP) Close(patience time.Duration) {
+	h.mu.Lock()
+	h.closing = true
+	all := h.conversations()
+	h.mu.Unlock()
+	var drains sync.WaitGroup
+	for _, c := range all {
+		drains.Go(func() {
+			if !c.drain(patience) {
+				h.s.Log.Warn("calls did not end in time; their answers are lost")
+			}
+		})
+	}
+	drains.Wait()
+	h.cancel(gone{"the server is ending"})
+	h.work.Wait()
+}
+
+// conversations are all there are. h.mu is held.
+func (h *HTTP) conversations() []*conversation {
+	all := make([]*conversation, 0, len(h.sessions)+len(h.clients))
+	for _, c := range h.sessions {
+		all = append(all, c)
+	}
+	for _, c := range h.clients {
+		all = append(all, c)
+	}
+	return all
+}
+
+// Sessions counts the sessions there are, those of stateless clients too.
+func (h *HTTP) Sessions() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return len(h.sessions) + len(h.clients)
+}
+
+// expire ends the sessions that nobody uses.
+func (h *HTTP) expire() {
+	ticker := time.NewTicker(max(min(h.SessionIdle/4, time.Minute), time.Millisecond))
+	defer ticker.Stop()
+	for {
+		select {
+		case <-h.ctx.Done():
+			return
+		case <-ticker.C:
+			h.mu.Lock()
+			all := h.conversations()
+			h.mu.Unlock()
+			for _, c := range all {
+				if c.idleFor() > h.SessionIdle {
+					h.end(c)
+				}
+			}
+		}
+	}
+}
+
+// idleFor is how long nobody has used the conversation.
+func (c *conversation) idleFor() time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.attached > 0 || len(c.inflight) > 0 {
+		return 0
+	}
+	return time.Since(c.used)
+}
+
+// attach counts an HTTP request at work on the conversation; the caller calls what it returns.
+func (c *conversation) attach() (detach func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.attached++
+	return func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.attached--
+		c.used = time.Now()
+	}
+}
+
+// end ends a session: its calls yield, its streams end.
+func (h *HTTP) end(c *conversation) {
+	h.mu.Lock()
+	if h.sessions[c.id] == c {
+		delete(h.sessions, c.id)
+		h.owners[c.owner].sessions--
+	}
+	for key, other := range h.clients {
+		if other == c {
+			delete(h.clients, key)
+		}
+	}
+	h.mu.Unlock()
+	h.work.Go(func() { c.drain(0) })
+}
+
+// ServeHTTP implements http.Handler.
+func (h *HTTP) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	owner, ok := h.Access.admit(w, r)
+	if !ok {
+		return
+	}
+	modern := mcp.IsModernProtocol(r.Header.Get(mcp.HeaderProtocolVersion))
+	switch {
+	case r.Method == http.MethodPost:
+		h.post(w, r, owner)
+	case (r.Method == http.MethodGet || r.Method == http.MethodDelete) && !modern:
+		h.session(w, r, owner)
+	default:
+		w.Header().Set("Allow", "POST")
+		if !modern {
+			w.Header().Set("Allow", "POST, GET, DELETE")
+		}
+		refuse(w, http.StatusMethodNotAllowed, nil, codeInvalid, r.Method+" is not a method of this endpoint")
+	}
+}
+
+// refuse answers a request that is not taken.
+func refuse(w http.ResponseWriter, status int, id json.RawMessage, code int, text string) {
+	refuseWith(w, status, id, &Error{Code: code, Message: text})
+}
+
+func refuseWith(w http.ResponseWriter, status int, id json.RawMessage, e *Error) {
+	body, err := encode(failure(id, e))
+	if err != nil {
+		status, body = http.StatusInternalServerError, nil
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_, _ = w.Write(body) // a client that is gone misses nothing
+}
+
+// session answers GET, which listens to a session or resumes a stream of it, and DELETE, which ends it.
+func (h *HTTP) session(w http.ResponseWriter, r *http.Request, owner string) {
+	if v := r.Header.Get(mcp.HeaderProtocolVersion); v != "" && !mcp.IsValidProtocolVersion(v) {
+		refuse(w, http.StatusBadRequest, nil, codeInvalid, "the protocol version is not known")
+		return
+	}
+	c := h.find(w, r, owner, nil)
+	if c == nil {
+		return
+	}
+	if r.Method == http.MethodDelete {
+		h.end(c)
+		w.WriteHeader(http.StatusNoContent)
+		return
+	}
+	if !strings.Contains(r.Header.Get("Accept"), "text/event-stream") {
+		refuse(w, http.StatusNotAcceptable, nil, codeInvalid, "a GET of this endpoint is answered by text/event-stream; accept it")
+		return
+	}
+	defer c.attach()()
+	if last := r.Header.Get(mcp.HeaderLastEventID); last != "" {
+		if old, since, found := c.findStream(last); found {
+			old.resume(w, since)
+			old.wait(r.Context())
+			return
+		}
+	}
+	h.listenTo(c, newStream(w, r), r)
+}
+
+// listenTo sends a session's notes that belong to no call. The latest listener gets them.
+func (h *HTTP) listenTo(c *conversation, st *stream, r *http.Request) {
+	ctx, cancel := context.WithCancelCause(r.Context())
+	defer cancel(nil)
+	defer context.AfterFunc(c.open, func() { cancel(nil) })()
+	c.mu.Lock()
+	earlier := c.listener
+	c.listener = cancel
+	c.mu.Unlock()
+	if earlier != nil {
+		earlier(nil)
+	}
+	st.mu.Lock()
+	st.allowed, st.refused = func() bool { return h.Access.still(r) }, func() { cancel(nil) }
+	st.open()
+	if err := st.put([]byte(": listening\n\n")); err != nil { // sends the headers
+		cancel(err)
+	}
+	st.mu.Unlock()
+	_ = c.feed.tell(ctx, st, nil) // what a client that is gone has missed is due again
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.end()
+}
+
+// find finds the session that a request names. One of another owner is not there.
+func (h *HTTP) find(w http.ResponseWriter, r *http.Request, owner string, id json.RawMessage) *conversation {
+	name := r.Header.Get(mcp.HeaderSessionID)
+	if name == "" {
+		refuse(w, http.StatusBadRequest, id, codeInvalid, "the header Mcp-Session-Id is missing; initialize first")
+		return nil
+	}
+	h.mu.Lock()
+	c := h.sessions[name]
+	h.mu.Unlock()
+	if c == nil || c.owner != owner {
+		refuse(w, http.StatusNotFound, id, codeInvalid, "there is no such session; initialize anew")
+		return nil
+	}
+	return c
+}
+
+// read reads a request's message.
+func (h *HTTP) read(w http.ResponseWriter, r *http.Request) (m message, body []byte, ok bool) {
+	if kind, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";"); !strings.EqualFold(strings.TrimSpace(kind), "application/json") {
+		refuse(w, http.StatusUnsupportedMediaType, nil, codeInvalid, "the content type must be application/json")
+		return m, nil, false
+	}
+	if a := r.Header.Get("Accept"); a != "" && !strings.Contains(a, "*/*") && !strings.Contains(a, "application/json") && !strings.Contains(a, "application/*") && !strings.Contains(a, "text/event-stream") {
+		refuse(w, http.StatusNotAcceptable, nil, codeInvalid, "accept application/json and text/event-stream")
+		return m, nil, false
+	}
+	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(readTime)) // a ResponseWriter that has none is a test's
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, h.MaxBody))
+	_ = http.NewResponseController(w).SetReadDeadline(time.Time{})
+	var tooLarge *http.MaxBytesError
+	if errors.As(err, &tooLarge) {
+		refuse(w, http.StatusRequestEntityTooLarge, nil, codeInvalid, fmt.Sprintf("the message is longer than %d bytes; send large content in parts", h.MaxBody))
+		return m, nil, false
+	}
+	if err != nil {
+		refuse(w, http.StatusBadRequest, nil, codeParse, "the message did not arrive whole")
+		return m, nil, false
+	}
+	body = []byte(strings.TrimSpace(string(body)))
+	if len(body) == 0 {
+		refuse(w, http.StatusBadRequest, nil, codeParse, "the message is empty")
+		return m, nil, false
+	}
+	if m, err = parse(body); err != nil {
+		refuseWith(w, http.StatusBadRequest, nil, malformed(body, err))
+		return m, nil, false
+	}
+	return m, body, true
+}
+
+// readTime is how long a request's body may take to arrive.
+const readTime = 30 * time.Second
+
+// post answers a POST, which carries one message.
+func (h *HTTP) post(w http.ResponseWriter, r *http.Request, owner string) {
+	m, body, ok := h.read(w, r)
+	if !ok {
+		return
+	}
+	version := r.Header.Get(mcp.HeaderProtocolVersion)
+	if mcp.IsModernProtocol(version) || m.modern() {
+		if e := h.checkHeaders(r, m); e != nil {
+			refuseWith(w, http.StatusBadRequest, m.ID, e)
+			return
+		}
+		if !m.isRequest() { // a cancellation by note would be anybody's; here a client cancels by leaving
+			w.WriteHeader(http.StatusAccepted)
+			return
+		}
+		if c := h.client(owner, m); c != nil {
+			h.call(w, r, c, m, body)
+		} else {
+			refuse(w, http.StatusServiceUnavailable, m.ID, codeBusy, "the server has too many clients, or is ending; try again later")
+		}
+		return
+	}
+	if version != "" && !mcp.IsValidProtocolVersion(version) {
+		refuse(w, http.StatusBadRequest, m.ID, codeInvalid, "the protocol version is not known")
+		return
+	}
+	if m.Method == string(mcp.MethodInitialize) && m.isRequest() {
+		h.initialize(w, r, owner, m, body)
+		return
+	}
+	c := h.find(w, r, owner, m.ID)
+	if c == nil {
+		return
+	}
+	if m.isRequest() {
+		h.call(w, r, c, m, body)
+		return
+	}
+	defer c.attach()()
+	switch m.Method {
+	case "":
+		c.answered(m)
+	case "notifications/cancelled":
+		c.cancelCall(m)
+	default:
+		session := c.session(m, nil)
+		h.s.dispatch(h.s.MCP.WithContext(c.ctx, session), session, m, body)
+	}
+	w.WriteHeader(http.StatusAccepted)
+}
+
+// initialize begins a session.
+func (h *HTTP) initialize(w http.ResponseWriter, r *http.Request, owner string, m message, body []byte) {
+	c := newConversation(h.ctx, owner, h.s.Parallel)
+	h.mu.Lock()
+	full := h.closing || len(h.sessions) >= h.MaxSessions
+	if !full {
+		h.sessions[c.id] = c
+		h.allowance(owner).sessions++
+	}
+	h.mu.Unlock()
+	if full {
+		refuse(w, http.StatusServiceUnavailable, m.ID, codeBusy, "the server has too many sessions, or is ending; try again later")
+		return
+	}
+	stop := h.s.follow(c.feed, subscription{owner: owner, by: &c.client})
+	context.AfterFunc(c.ctx, stop)
+	w.Header().Set(mcp.HeaderSessionID, c.id)
+	h.call(w, r, c, m, body)
+	if !c.session(m, nil).Initialized() {
+		h.end(c)
+	}
+}
+
+// client finds the conversation of stateless requests: those of one owner with one program.
+func (h *HTTP) client(owner string, m message) *conversation {
+	var info struct {
+		Name string `json:"name"`
+	}
+	_ = json.Unmarshal(m.head.Meta.Client, &info) // it need not say what it is
+	key := owner + "\x00" + info.Name[:min(len(info.Name), 64)]
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	c := h.clients[key]
+	if c == nil && !h.closing && len(h.clients) < h.MaxSessions {
+		c = newConversation(h.ctx, owner, h.s.Parallel)
+		h.clients[key] = c
+	}
+	return c
+}
+
+// allowance is an owner's. h.mu is held.
+func (h *HTTP) allowance(owner string) *allowance {
+	a := h.owners[owner]
+	if a == nil {
+		a = &allowance{rate: rate.NewLimiter(rate.Limit(h.Rate), h.Burst)}
+		h.owners[owner] = a
+	}
+	return a
+}
+
+// take takes one call from what an owner may ask for; the caller calls done.
+func (h *HTTP) take(owner string) (done func(), ok bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	a := h.allowance(owner)
+	if a.inflight >= h.InFlight || !a.rate.Allow() {
+		return nil, false
+	}
+	a.inflight++
+	return func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		a.inflight--
+	}, true
+}
+
+// call runs a request and answers it. The client of a session may leave and come back for the answer; a stateless one that leaves cancels.
+func (h *HTTP) call(w http.ResponseWriter, r *http.Request, c *conversation, m message, body []byte) {
+	defer c.attach()()
+	done, ok := h.take(c.owner)
+	if !ok {
+		w.Header().Set("Retry-After", "1")
+		refuse(w, http.StatusTooManyRequests, m.ID, codeBusy, "you have sent too many requests, or have too many calls in flight; wait for some of them")
+		return
+	}
+	inner := m
+	if m.modern() { // ids are the client's own: two of its programs may use the same at once
+		inner.ID = json.RawMessage(`"` + randomID() + `"`)
+	}
+	f, refusal := c.begin(inner, len(body), h.s.Pending)
+	if refusal != nil {
+		done()
+		refuseWith(w, http.StatusOK, m.ID, refusal)
+		return
+	}
+	st := newStream(w, r)
+	st.mu.Lock()
+	st.resumable = !m.modern()
+	st.priming = st.resumable && c.session(m, nil).ProtocolVersion() >= mcp.ProtocolVersion20251125
+	if st.resumable && st.events {
+		st.opened = func() { c.remember(st) }
+	}
+	if m.Method == methodListen {
+		st.allowed, st.refused = func() bool { return h.Access.still(r) }, func() { f.cancel(gone{"the key is no longer valid"}) }
+	}
+	st.mu.Unlock()
+	go func() {
+		defer done()
+		answered := false
+		h.s.run(f, c.session(m, st), m, body, func(response any) {
+			answered = true
+			if err := st.finish(statusOf(m, response), response); errors.Is(err, errEncode) {
+				h.s.Log.Error("encode response", "method", m.Method, "error", err)
+				_ = st.finish(http.StatusOK, failure(m.ID, &Error{Code: codeInternal, Message: "the answer could not be encoded"}))
+			}
+		})
+		if !answered { // cancelled: the stream ends without an answer
+			st.mu.Lock()
+			defer st.mu.Unlock()
+			st.open()
+			st.end()
+		}
+	}()
+	st.wait(r.Context())
+	if m.modern() && r.Context().Err() != nil {
+		f.cancel(ErrCancelled)
+	}
+}
+
+// checkHeaders checks what 2026-07-28 wants a request's headers to say, which is what its body says.
+func (h *HTTP) checkHeaders(r *http.Request, m message) *Error {
+	header, meta := r.Header.Get(mcp.HeaderProtocolVersion), m.head.Meta.Version
+	mismatch := func(text string) *Error { return &Error{Code: mcp.HEADER_MISMATCH, Message: text} }
+	switch {
+	case !m.isRequest():
+		return nil
+	case header == "":
+		return mismatch("the header MCP-Protocol-Version is missing")
+	case meta == "":
+		return &Error{Code: codeParams, Message: "missing or invalid _meta field " + mcp.MetaKeyProtocolVersion}
+	case header != meta:
+		return mismatch("the header MCP-Protocol-Version says another version than the message")
+	}
+	if e := checkModern(m); e != nil {
+		return e
+	}
+	if err := mcp.ValidateStandardHeaders(r.Header.Get, meta, mcp.MCPMethod(m.Method), m.Params); err != nil {
+		return mismatch(err.Error())
+	}
+	if m.Method == methodTasksGet || m.Method == methodTasksUpdate || m.Method == methodTasksCancel {
+		if name, ok := mcp.DecodeHeaderValue(r.Header.Get(mcp.HeaderName)); !ok || name != m.head.TaskID {
+			return mismatch("the header Mcp-Name is not the task of the message")
+		}
+	}
+	if m.tool() == "" {
+		return nil
+	}
+	if tool := h.s.MCP.GetTool(m.tool()); tool != nil {
+		if err := mcp.ValidateParamHeadersLookup(lookup(r.Header), &tool.Tool, m.Params); err != nil {
+			return mismatch(err.Error())
+		}
+	}
+	return nil
+}
+
+// lookup tells an empty header from a missing one.
+func lookup(h http.Header) func(string) (string, bool) {
+	return func(name string) (string, bool) {
+		values := h.Values(name)
+		if len(values) == 0 {
+			return "", false
+		}
+		return values[0], true
+	}
+}

@@ -1,0 +1,251 @@
+package mcpserver
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"runtime/debug"
+	"sync"
+	"time"
+
+	"github.com/mark3labs/mcp-go/mcp"
+	"github.com/mark3labs/mcp-go/server"
+)
+
+// ErrCancelled is the cause of a call's context when the client has cancelled it: what the call began is to be undone.
+var ErrCancelled = errors.New("cancelled by the client")
+
+// gone is the cause of a call's context when its client is leaving: the call is to return what it has, and undo nothing.
+type gone struct{ text string }
+
+func (g gone) Error() string { return g.text }
+
+// Yield tells a handler to return what it has.
+func (gone) Yield() bool { return true }
+
+// Options configure a Server; zero values mean the documented defaults.
+type Options struct {
+	MCP       *server.MCPServer   // tools, prompts, and the methods it knows; required
+	Resources Resources           // nil: none
+	Tasks     map[string]TaskRule // tools that may go on as tasks, by name
+	Log       *slog.Logger        // default discards
+	Parallel  int                 // calls of one conversation that run at once; more wait; default 64
+	Pending   int                 // calls of one conversation that run or wait; more are refused; default 4096
+	// Observe is told of every request that was answered: its tool if it called one, and how it ended. It must not block.
+	Observe func(method, tool, outcome string, took time.Duration)
+
+	Name, Version string // what the server calls itself in the answers that are not mcp-go's
+}
+
+// Server answers MCP requests of any number of conversations, on any transport. It is safe for concurrent use.
+type Server struct {
+	Options
+	tasks tasks
+
+	mu    sync.Mutex
+	feeds map[*feed]subscription // everybody who is told of changed lists
+}
+
+// New makes a server. It adds to o.MCP what lets tools answer with an *Error.
+func New(o Options) *Server {
+	o.Parallel, o.Pending = cmp.Or(o.Parallel, 64), cmp.Or(o.Pending, 4096)
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if o.Observe == nil {
+		o.Observe = func(string, string, string, time.Duration) {}
+	}
+	s := &Server{Options: o, feeds: map[*feed]subscription{}}
+	s.tasks.byID = map[string]*task{}
+	o.MCP.Use(keepError)
+	return s
+}
+
+// keepError remembers the error of a tool that is meant for the client as it is: mcp-go would call it an internal one.
+func keepError(next server.ToolHandlerFunc) server.ToolHandlerFunc {
+	return func(ctx context.Context, req mcp.CallToolRequest) (*mcp.CallToolResult, error) {
+		result, err := next(ctx, req)
+		if session := SessionFrom(ctx); session != nil && err != nil {
+			if e := asError(err); e.Code != codeInternal {
+				session.failed.Store(e)
+			}
+		}
+		return result, err
+	}
+}
+
+// maxHeld bounds the bytes of all requests in flight of one conversation.
+const maxHeld = 64 << 20
+
+// run answers a request that is in flight. respond is not called when the client has cancelled it, which forbids an answer.
+func (s *Server) run(f *flight, session *Session, m message, raw []byte, respond func(any)) {
+	defer f.done()
+	began := time.Now()
+	ctx := s.MCP.WithContext(f.ctx, session)
+	if m.Method != methodListen { // which lasts, and costs nothing
+		select {
+		case f.c.slots <- struct{}{}:
+			// A call that is cancelled gives its slot back at once, however long its handler takes to notice.
+			free := sync.OnceFunc(func() { <-f.c.slots })
+			defer free()
+			defer context.AfterFunc(ctx, free)()
+		case <-ctx.Done():
+		}
+	}
+	var response any = failure(m.ID, &Error{Code: codeBusy, Message: "the server is ending; the call was not begun"})
+	if ctx.Err() == nil {
+		response = s.answer(ctx, session, m, raw)
+	}
+	if f.land() {
+		s.Observe(m.Method, m.tool(), "cancelled", time.Since(began))
+		return
+	}
+	s.Observe(m.Method, m.tool(), outcome(response), time.Since(began))
+	if response != nil {
+		respond(response)
+	}
+}
+
+func outcome(response any) string {
+	switch r := response.(type) {
+	case mcp.JSONRPCError:
+		return "refused"
+	case mcp.JSONRPCResponse:
+		if result, ok := toolResult(r.Result); ok && result.IsError {
+			return "error"
+		}
+	}
+	return "ok"
+}
+
+func toolResult(v any) (mcp.CallToolResult, bool) {
+	switch r := v.(type) {
+	case mcp.CallToolResult:
+		return r, true
+	case *mcp.CallToolResult:
+		if r != nil {
+			return *r, true
+		}
+	}
+	return mcp.CallToolResult{}, false
+}
+
+// answer finds who knows a method.
+func (s *Server) answer(ctx context.Context, session *Session, m message, raw []byte) (response any) {
+	defer s.recover(m, &response)
+	if own := s.own(m); own != nil {
+		if err := checkModern(m); err != nil {
+			return failure(m.ID, err)
+		}
+		result, err := own(ctx, session, m)
+		if err != nil {
+			return failure(m.ID, asError(err))
+		}
+		if m.modern() {
+			s.decorate(m.Method, result)
+		}
+		return mcp.NewJSONRPCResultResponse(mcp.NewRequestId(m.ID), result)
+	}
+	if rule, may := s.Tasks[m.tool()]; may && m.Method == string(mcp.MethodToolsCall) {
+		return s.mayBecomeTask(ctx, session, m, raw, rule)
+	}
+	return s.dispatch(ctx, session, m, raw)
+}
+
+// recover turns a panic into one failed request: it is not the end of the server.
+func (s *Server) recover(m message, response *any) {
+	if r := recover(); r != nil {
+		s.Log.Error("panic in a handler", "method", m.Method, "panic", r, "stack", string(debug.Stack()))
+		*response = failure(m.ID, &Error{Code: codeInternal, Message: "internal error; the server's log tells more"})
+	}
+}
+
+// dispatch lets mcp-go answer. Its answers carry the id as the client wrote it: mcp-go turns numbers into floats.
+func (s *Server) dispatch(ctx context.Context, session *Session, m message, raw []byte) (response any) {
+	defer s.recover(m, &response)
+	id := mcp.NewRequestId(m.ID)
+	if len(m.head.Task) > 0 {
+		raw = withoutTask(raw)
+	}
+	switch r := s.MCP.HandleMessage(ctx, raw).(type) {
+	case mcp.JSONRPCResponse:
+		r.ID = id
+		return r
+	case mcp.JSONRPCError:
+		if e := session.failed.Load(); e != nil {
+			return failure(m.ID, e)
+		}
+		r.ID = id
+		return r
+	}
+	return nil
+}
+
+// withoutTask takes out by what clients of 2025-11-25 ask for that revision's tasks, which mcp-go offers and we do not.
+func withoutTask(raw []byte) []byte {
+	var request, params map[string]json.RawMessage
+	if json.Unmarshal(raw, &request) != nil || json.Unmarshal(request["params"], &params) != nil {
+		return raw
+	}
+	delete(params, "task")
+	var err error
+	if request["params"], err = json.Marshal(params); err != nil {
+		return raw
+	}
+	if plain, err := json.Marshal(request); err == nil {
+		return plain
+	}
+	return raw
+}
+
+// method is a method that mcp-go does not know, or not as it should be.
+type method func(ctx context.Context, session *Session, m message) (mcp.ResultMetadata, error)
+
+func (s *Server) own(m message) method {
+	switch m.Method {
+	case methodListen:
+		if m.modern() {
+			return s.listen
+		}
+	case methodSubscribe:
+		if !m.modern() && s.Resources != nil {
+			return s.subscribe
+		}
+	case methodUnsubscribe:
+		if !m.modern() && s.Resources != nil {
+			return s.unsubscribe
+		}
+	case methodTasksGet, methodTasksUpdate, methodTasksCancel:
+		if m.modern() && len(s.Tasks) > 0 {
+			return s.taskMethod
+		}
+	case string(mcp.MethodResourcesList), string(mcp.MethodResourcesTemplatesList), string(mcp.MethodResourcesRead):
+		if s.Resources != nil {
+			return s.resourceMethod
+		}
+	case string(mcp.MethodCompletionComplete):
+		if s.Resources != nil && m.completesResource() {
+			return s.complete
+		}
+	case "tasks/list", "tasks/result": // of a revision whose tasks mcp-go offers; nobody may think we do
+		return func(context.Context, *Session, message) (mcp.ResultMetadata, error) {
+			return nil, &Error{Code: codeNoMethod, Message: "there is no method " + m.Method}
+		}
+	}
+	return nil
+}
+
+// decorate adds what 2026-07-28 wants in every result.
+func (s *Server) decorate(method string, result mcp.ResultMetadata) {
+	if result.GetResultType() == "" {
+		result.SetResultType(mcp.ResultTypeComplete)
+	}
+	if meta := result.EnsureResultMeta(); meta.ServerInfo() == nil {
+		meta.SetServerInfo(mcp.Implementation{Name: s.Name, Version: s.Version})
+	}
+	if c, ok := result.(mcp.CacheHintSetter); ok && (method == string(mcp.MethodResourcesList) || method == string(mcp.MethodResourcesTemplatesList) || method == string(mcp.MethodResourcesRead)) {
+		c.SetCacheHints(0, mcp.CacheScopePrivate)
+	}
+}

@@ -1,0 +1,323 @@
+package mcpserver
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/mark3labs/mcp-go/mcp"
+)
+
+const (
+	writeTime = 30 * time.Second // for one message, to a client that reads slowly
+	firstBeat = 5 * time.Second  // after which an answer that is not there becomes a stream, so that nobody on the way gives up
+	beat      = 15 * time.Second
+	retryMS   = 500 // when a client is to come back to a stream that broke
+
+	maxKept        = 256 << 10 // bytes of one stream, for a client that comes back
+	maxKeptStreams = 8         // of one conversation, after their end
+)
+
+// event is a message of a stream, as it goes over the wire.
+type event struct {
+	seq  int
+	data []byte
+	note bool
+}
+
+// stream is the answer to one HTTP request: a single JSON body if nothing precedes it, else server-sent events. In the revisions with
+// sessions its client may go and come back for what it has missed.
+type stream struct {
+	id        string
+	events    bool        // the client takes a stream of events
+	resumable bool        // events have ids and are kept
+	priming   bool        // the first event is empty: it is there for its id (2025-11-25)
+	allowed   func() bool // nil, or whether the client may still listen; asked now and then
+	refused   func()      // called once when it may not
+	opened    func()      // nil, or called when it becomes a stream of events
+	ended     atomic.Bool
+
+	mu     sync.Mutex
+	w      http.ResponseWriter // nil while no client is attached
+	away   chan struct{}       // closed when the client at hand is detached
+	isOpen bool                // it is a stream of events
+	kept   []event
+	size   int
+	seq    int
+	beats  *time.Timer
+}
+
+func newStream(w http.ResponseWriter, r *http.Request) *stream {
+	accept := r.Header.Get("Accept")
+	st := &stream{id: randomID()[:16], w: w, away: make(chan struct{})}
+	st.events = accept == "" || strings.Contains(accept, "text/event-stream") || strings.Contains(accept, "*/*")
+	if st.events {
+		st.beats = time.AfterFunc(firstBeat, st.keepAlive)
+	}
+	return st
+}
+
+// write implements sender for notes and questions: the first makes the answer a stream. A client that takes none misses them.
+func (st *stream) write(v any) error {
+	if !st.events {
+		return nil
+	}
+	line, err := encode(v)
+	if err != nil {
+		return fmt.Errorf("%w: %w", errEncode, err)
+	}
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.open()
+	return st.send(line, true)
+}
+
+// finish writes the answer.
+func (st *stream) finish(status int, v any) error {
+	body, err := encode(v)
+	if err != nil {
+		return fmt.Errorf("%w: %w", errEncode, err)
+	}
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if st.isOpen {
+		err = st.send(body, false)
+	} else if st.w != nil {
+		st.w.Header().Set("Content-Type", "application/json")
+		st.deadline()
+		st.w.WriteHeader(status)
+		_, err = st.w.Write(body)
+	}
+	st.end()
+	return err
+}
+
+// end ends the stream: nothing follows. st.mu is held.
+func (st *stream) end() {
+	st.ended.Store(true)
+	if st.beats != nil {
+		st.beats.Stop()
+	}
+	st.detach()
+}
+
+// detach lets the client at hand go; nothing is written to it any more. st.mu is held.
+func (st *stream) detach() {
+	if st.w != nil {
+		st.w = nil
+		close(st.away)
+	}
+}
+
+// open makes the answer a stream of events. st.mu is held.
+func (st *stream) open() {
+	if st.isOpen {
+		return
+	}
+	st.isOpen = true
+	if st.opened != nil {
+		st.opened()
+	}
+	st.headers()
+	if st.priming {
+		st.kept = append(st.kept, event{seq: st.seq})
+		_ = st.put(fmt.Appendf(nil, "id: %s-%d\nretry: %d\ndata: \n\n", st.id, st.seq, retryMS)) // a client that is gone is noticed by the next
+	}
+}
+
+func (st *stream) headers() {
+	if st.w == nil {
+		return
+	}
+	h := st.w.Header()
+	h.Set("Content-Type", "text/event-stream")
+	h.Set("Cache-Control", "no-cache, no-transform")
+	h.Set("X-Accel-Buffering", "no")
+	st.w.WriteHeader(http.StatusOK)
+}
+
+// send writes an event to the client at hand and keeps it for one that comes back. st.mu is held.
+func (st *stream) send(line []byte, isNote bool) error {
+	st.seq++
+	e := event{seq: st.seq, data: bytes.TrimSuffix(line, []byte("\n")), note: isNote}
+	if st.resumable {
+		st.keep(e)
+	}
+	return st.put(st.encode(e))
+}
+
+// keep bounds what is kept: the oldest notes go first, the answer never. st.mu is held.
+func (st *stream) keep(e event) {
+	st.kept = append(st.kept, e)
+	st.size += len(e.data)
+	for len(st.kept) > 1 && st.size > maxKept && st.kept[0].seq != e.seq {
+		st.size -= len(st.kept[0].data)
+		st.kept = st.kept[1:]
+	}
+}
+
+func (st *stream) encode(e event) []byte {
+	var b bytes.Buffer
+	if st.resumable {
+		fmt.Fprintf(&b, "id: %s-%d\n", st.id, e.seq)
+	}
+	b.WriteString("event: message\ndata: ")
+	b.Write(e.data)
+	b.WriteString("\n\n")
+	return b.Bytes()
+}
+
+// put writes to the client at hand. One that cannot be written to is let go; with a stream that can be resumed that is no error.
+func (st *stream) put(p []byte) error {
+	if st.w == nil {
+		if st.resumable {
+			return nil
+		}
+		return errGone
+	}
+	st.deadline()
+	_, err := st.w.Write(p)
+	if err == nil {
+		err = http.NewResponseController(st.w).Flush()
+	}
+	if err != nil {
+		st.detach()
+		if st.resumable {
+			return nil
+		}
+	}
+	return err
+}
+
+var errGone = gone{"the client has gone"}
+
+func (st *stream) deadline() {
+	_ = http.NewResponseController(st.w).SetWriteDeadline(time.Now().Add(writeTime)) // a ResponseWriter that has none is a test's
+}
+
+// keepAlive sends what means nothing, so that no proxy ends the stream, and looks whether the client may still have it.
+func (st *stream) keepAlive() {
+	st.mu.Lock()
+	allowed, refused := st.allowed, st.refused
+	st.mu.Unlock()
+	if allowed != nil && !allowed() {
+		refused()
+		return
+	}
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if st.ended.Load() {
+		return
+	}
+	if st.w != nil {
+		st.open()
+		_ = st.put([]byte(": keep-alive\n\n")) // put lets a client go that cannot be written to
+	}
+	st.beats.Reset(beat)
+}
+
+// wait returns when the client at hand is done with: answered, sent away or gone. Afterwards nothing is written to it.
+func (st *stream) wait(ctx context.Context) {
+	st.mu.Lock()
+	away := st.away
+	st.mu.Unlock()
+	select {
+	case <-away:
+	case <-ctx.Done():
+		st.mu.Lock()
+		defer st.mu.Unlock()
+		if st.away == away {
+			st.detach()
+		}
+	}
+}
+
+// resume attaches a client that comes back, and sends it what it has missed since the event it names.
+func (st *stream) resume(w http.ResponseWriter, since int) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.detach() // a client that has been away for less time than we know
+	st.w, st.away = w, make(chan struct{})
+	st.headers()
+	for _, e := range st.kept {
+		if e.seq > since {
+			_ = st.put(st.encode(e)) // put lets a client go that cannot be written to
+		}
+	}
+	if st.ended.Load() {
+		st.detach()
+	}
+}
+
+// findStream finds the stream of a Last-Event-ID.
+func (c *conversation) findStream(lastEvent string) (st *stream, since int, found bool) {
+	id, seq, ok := strings.Cut(lastEvent, "-")
+	since, err := strconv.Atoi(seq)
+	if !ok || err != nil {
+		return nil, 0, false
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, st := range c.streams {
+		if st.id == id {
+			return st, since, true
+		}
+	}
+	return nil, 0, false
+}
+
+// remember keeps a stream for clients that come back; of those that have ended only the latest. Lock order: stream.mu, conversation.mu.
+func (c *conversation) remember(st *stream) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	over := -maxKeptStreams
+	for _, old := range c.streams {
+		if old.ended.Load() {
+			over++
+		}
+	}
+	kept := c.streams[:0]
+	for _, old := range c.streams {
+		if over > 0 && old.ended.Load() {
+			over--
+			continue
+		}
+		kept = append(kept, old)
+	}
+	clear(c.streams[len(kept):])
+	c.streams = append(kept, st)
+}
+
+// Disconnect ends the HTTP response of the call at hand though the call goes on; its client comes back for the answer (SEP-1699). It
+// does nothing where the client could not.
+func (s *Session) Disconnect() {
+	st, ok := s.out.(*stream)
+	if !ok || !st.resumable || !st.events {
+		return
+	}
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.open()
+	st.detach()
+}
+
+// statusOf is the HTTP status of an answer: 2026-07-28 gives each class of errors one, the revisions before it none.
+func statusOf(m message, response any) int {
+	e, failed := response.(mcp.JSONRPCError)
+	if !failed || !m.modern() {
+		return http.StatusOK
+	}
+	switch e.Error.Code {
+	case codeNoMethod:
+		return http.StatusNotFound
+	case mcp.HEADER_MISMATCH, codeCapability, mcp.UNSUPPORTED_PROTOCOL_VERSION, codeInvalid, codeParams, codeParse:
+		return http.StatusBadRequest
+	}
+	return http.StatusOK
+}

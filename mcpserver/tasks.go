@@ -1,0 +1,338 @@
+package mcpserver
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"sync"
+	"time"
+
+	"github.com/mark3labs/mcp-go/mcp"
+)
+
+// TasksExtension is the extension by which a call that lasts goes on as a task (SEP-2663). Clients declare it in their capabilities.
+const TasksExtension = "io.modelcontextprotocol/tasks"
+
+const (
+	methodTasksGet    = "tasks/get"
+	methodTasksUpdate = "tasks/update"
+	methodTasksCancel = "tasks/cancel"
+
+	maxTasks = 64        // of one owner
+	taskTTL  = time.Hour // from its creation, and again from its end
+	taskPoll = time.Second
+)
+
+// TaskRule says when a tool's call goes on as a task.
+type TaskRule struct {
+	After    time.Duration // it is answered as any other call if it ends within this time
+	Required bool          // clients without the extension are refused
+	AskFirst bool          // what it asks of the client it asks before the task is made
+}
+
+// The statuses of a task.
+const (
+	taskWorking   = "working"
+	taskInput     = "input_required"
+	taskCompleted = "completed"
+	taskFailed    = "failed"
+	taskCancelled = "cancelled"
+)
+
+// taskInfo is a task as tools/call and tasks/get show it.
+type taskInfo struct {
+	mcp.Result
+	TaskID        string            `json:"taskId"`
+	Status        string            `json:"status"`
+	Message       string            `json:"statusMessage,omitempty"`
+	CreatedAt     string            `json:"createdAt"`
+	UpdatedAt     string            `json:"lastUpdatedAt"`
+	TTLMS         int64             `json:"ttlMs"`
+	PollMS        int64             `json:"pollIntervalMs"`
+	InputRequests mcp.InputRequests `json:"inputRequests,omitempty"`
+	Outcome       any               `json:"result,omitempty"`
+	Error         any               `json:"error,omitempty"`
+}
+
+// task is a call that goes on without its client.
+type task struct {
+	id, owner string
+	cancel    context.CancelCauseFunc
+	ended     chan struct{}
+
+	mu        sync.Mutex
+	announced bool   // notes no longer go to the call's stream but are its message
+	stream    sender // of the call
+	info      taskInfo
+	created   time.Time
+	expires   time.Time
+	responses map[string]json.RawMessage
+	answered  chan struct{} // closed when nothing it asked for is missing
+}
+
+// tasks are all tasks of a server.
+type tasks struct {
+	mu   sync.Mutex
+	byID map[string]*task
+}
+
+func (t *tasks) add(n *task) *Error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	maps.DeleteFunc(t.byID, func(_ string, old *task) bool { return old.expired() })
+	count := 0
+	for _, other := range t.byID {
+		if other.owner == n.owner {
+			count++
+		}
+	}
+	if count >= maxTasks {
+		return &Error{Code: codeBusy, Message: fmt.Sprintf("there are %d tasks already; each is kept for an hour", maxTasks)}
+	}
+	t.byID[n.id] = n
+	return nil
+}
+
+func (t *tasks) remove(n *task) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.byID, n.id)
+}
+
+// find finds a task of an owner. Another owner's is not there.
+func (t *tasks) find(owner, id string) (*task, *Error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if n := t.byID[id]; n != nil && n.owner == owner && !n.expired() {
+		return n, nil
+	}
+	return nil, &Error{Code: codeParams, Message: "there is no such task"}
+}
+
+func (n *task) expired() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return !n.expires.IsZero() && time.Now().After(n.expires)
+}
+
+// write implements sender: until the client knows the task, notes are the call's; then the last progress is the task's message.
+func (n *task) write(v any) error {
+	n.mu.Lock()
+	if !n.announced {
+		stream := n.stream
+		n.mu.Unlock()
+		if stream == nil {
+			return nil
+		}
+		return stream.write(v)
+	}
+	defer n.mu.Unlock()
+	if p, ok := v.(note); ok && p.ID == "" && p.Method == "notifications/progress" {
+		if params, ok := p.Params.(map[string]any); ok {
+			n.info.Message, _ = params["message"].(string)
+			n.touch()
+		}
+	}
+	if p, ok := v.(note); ok && p.ID != "" {
+		return errNotAsked
+	}
+	return nil
+}
+
+// touch notes the time of a change. n.mu is held.
+func (n *task) touch() { n.info.UpdatedAt = stamp(time.Now()) }
+
+func stamp(t time.Time) string { return t.UTC().Format("2006-01-02T15:04:05.000Z") }
+
+func declaresTasks(session *Session) bool {
+	_, ok := session.GetClientCapabilities().Extensions[TasksExtension]
+	return ok
+}
+
+var errNoTasks = &Error{Code: codeCapability, Message: "this needs a client that declares the extension " + TasksExtension,
+	Data: map[string]any{"requiredCapabilities": map[string]any{"extensions": map[string]any{TasksExtension: map[string]any{}}}}}
+
+// mayBecomeTask answers a call of a tool whose calls may go on as tasks. The client does not ask for that: it can, or it can't.
+func (s *Server) mayBecomeTask(ctx context.Context, session *Session, m message, raw []byte, rule TaskRule) any {
+	if !m.modern() || !declaresTasks(session) {
+		if rule.Required {
+			return failure(m.ID, errNoTasks)
+		}
+		return s.dispatch(ctx, session, m, raw)
+	}
+	if rule.AskFirst && len(m.head.InputResponses) == 0 {
+		return s.dispatch(ctx, session, m, raw)
+	}
+	now := time.Now()
+	n := &task{id: randomID(), owner: session.owner, ended: make(chan struct{}), stream: session.out, created: now, info: taskInfo{
+		Status: taskWorking, CreatedAt: stamp(now), UpdatedAt: stamp(now), TTLMS: taskTTL.Milliseconds(), PollMS: taskPoll.Milliseconds()}}
+	n.info.TaskID = n.id
+	if err := s.tasks.add(n); err != nil {
+		return failure(m.ID, err)
+	}
+	taskCtx, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	n.cancel = cancel
+	context.AfterFunc(session.ctx, func() { cancel(context.Cause(session.ctx)) })
+	var response any
+	session.calls.Add(1) // the call itself is counted, so drain has not returned
+	go func() {
+		defer session.calls.Done()
+		defer cancel(nil)
+		response = s.work(taskCtx, n, session, m, raw)
+		n.settle(response)
+		close(n.ended)
+	}()
+	timer := time.NewTimer(rule.After)
+	defer timer.Stop()
+	select {
+	case <-n.ended: // so soon that it need not be a task
+		s.tasks.remove(n)
+		return response
+	case <-ctx.Done():
+		cancel(context.Cause(ctx))
+		<-n.ended
+		s.tasks.remove(n)
+		return response
+	case <-timer.C:
+	}
+	n.mu.Lock()
+	n.announced = true
+	result := n.info
+	n.mu.Unlock()
+	result.Status, result.InputRequests, result.Outcome, result.Error = taskWorking, nil, nil, nil // what has become of it since, tasks/get tells
+	result.SetResultType("task")
+	s.decorate(m.Method, &result)
+	return mcp.NewJSONRPCResultResponse(mcp.NewRequestId(m.ID), &result)
+}
+
+// work calls the tool, and again with what it asks for.
+func (s *Server) work(ctx context.Context, n *task, session *Session, m message, raw []byte) any {
+	call := &Session{conversation: session.conversation, client: session.client, out: n, inTask: true}
+	ctx = s.MCP.WithContext(ctx, call)
+	for {
+		response := s.dispatch(ctx, call, m, raw)
+		r, ok := response.(mcp.JSONRPCResponse)
+		if !ok {
+			return response
+		}
+		result, ok := toolResult(r.Result)
+		if !ok || !result.NeedsInput() {
+			return response
+		}
+		responses, err := n.askFor(ctx, result.InputRequests)
+		if err != nil {
+			return failure(m.ID, &Error{Code: codeInternal, Message: err.Error()})
+		}
+		if raw, err = withInput(raw, responses, result.RequestState); err != nil {
+			return failure(m.ID, asError(err))
+		}
+	}
+}
+
+// askFor waits until the client has answered everything.
+func (n *task) askFor(ctx context.Context, requests mcp.InputRequests) (map[string]json.RawMessage, error) {
+	n.mu.Lock()
+	answered := make(chan struct{})
+	n.answered, n.responses = answered, map[string]json.RawMessage{}
+	n.info.Status, n.info.InputRequests = taskInput, maps.Clone(requests)
+	n.touch()
+	n.mu.Unlock()
+	select {
+	case <-answered:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.responses, nil
+}
+
+// withInput is a request with the client's answers in it.
+func withInput(raw []byte, responses map[string]json.RawMessage, state string) ([]byte, error) {
+	var request, params map[string]json.RawMessage
+	if err := json.Unmarshal(raw, &request); err != nil {
+		return nil, err
+	}
+	if err := json.Unmarshal(request["params"], &params); err != nil {
+		return nil, err
+	}
+	var err error
+	if params["inputResponses"], err = json.Marshal(responses); err != nil {
+		return nil, err
+	}
+	if params["requestState"], err = json.Marshal(state); err != nil {
+		return nil, err
+	}
+	if request["params"], err = json.Marshal(params); err != nil {
+		return nil, err
+	}
+	return json.Marshal(request)
+}
+
+// settle notes the outcome. A task that was cancelled stays so.
+func (n *task) settle(response any) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.expires = time.Now().Add(taskTTL)
+	if n.info.Status == taskCancelled {
+		return
+	}
+	n.info.InputRequests = nil
+	switch r := response.(type) {
+	case mcp.JSONRPCResponse:
+		n.info.Status, n.info.Outcome = taskCompleted, r.Result
+	case mcp.JSONRPCError:
+		n.info.Status, n.info.Error = taskFailed, r.Error
+	default:
+		n.info.Status, n.info.Error = taskFailed, Error{Code: codeInternal, Message: "the call had no answer"}
+	}
+	n.touch()
+}
+
+// taskMethod answers tasks/get, tasks/update and tasks/cancel.
+func (s *Server) taskMethod(_ context.Context, session *Session, m message) (mcp.ResultMetadata, error) {
+	if !declaresTasks(session) {
+		return nil, errNoTasks
+	}
+	n, notFound := s.tasks.find(session.owner, m.head.TaskID)
+	if notFound != nil {
+		return nil, notFound
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	switch m.Method {
+	case methodTasksUpdate:
+		n.take(m.head.InputResponses)
+	case methodTasksCancel:
+		if n.info.Status == taskWorking || n.info.Status == taskInput {
+			n.info.Status, n.info.InputRequests = taskCancelled, nil
+			n.touch()
+			n.cancel(ErrCancelled)
+		}
+	default:
+		info := n.info
+		info.Meta = nil // it is decorated for this answer alone
+		info.InputRequests = maps.Clone(info.InputRequests)
+		return &info, nil
+	}
+	return &mcp.Result{}, nil
+}
+
+// take keeps the answers that were asked for. n.mu is held.
+func (n *task) take(responses map[string]json.RawMessage) {
+	if n.info.Status != taskInput {
+		return
+	}
+	for id, r := range responses {
+		if _, asked := n.info.InputRequests[id]; asked {
+			n.responses[id] = r
+			delete(n.info.InputRequests, id)
+		}
+	}
+	if len(n.info.InputRequests) == 0 {
+		n.info.Status = taskWorking
+		close(n.answered)
+	}
+	n.touch()
+}

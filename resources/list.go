@@ -1,0 +1,172 @@
+package resources
+
+import (
+	"context"
+	"encoding/base64"
+	"fmt"
+	"path"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/mark3labs/mcp-go/mcp"
+
+	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/sandbox"
+)
+
+const (
+	pageSize   = 10 // sandboxes in a page
+	maxOutputs = 50 // processes listed of one sandbox, the latest
+)
+
+// List lists the caller's sandboxes, the newest first, and what can be read of each; templates come last. It pages by the last sandbox
+// shown: sandboxes made or ended meanwhile repeat or hide none of the others.
+func (s *Service) List(ctx context.Context, cursor string) ([]mcp.Resource, string, error) {
+	who, known := owner(ctx)
+	if !known {
+		return nil, "", nil
+	}
+	list := s.Manager.List(sandbox.Filter{Owner: who})
+	if cursor != "" {
+		after, err := base64.RawURLEncoding.DecodeString(cursor)
+		at, id, ok := strings.Cut(string(after), " ")
+		created, perr := time.Parse(time.RFC3339Nano, at)
+		if err != nil || !ok || perr != nil {
+			return nil, "", invalidCursor{}
+		}
+		list = slices.DeleteFunc(list, func(i sandbox.Info) bool {
+			return i.Created.After(created) || i.Created.Equal(created) && i.ID <= id
+		})
+	}
+	var page []mcp.Resource
+	for _, i := range list[:min(pageSize, len(list))] {
+		page = append(page, s.of(ctx, who, i)...)
+	}
+	if len(list) > pageSize {
+		last := list[pageSize-1]
+		return page, base64.RawURLEncoding.EncodeToString([]byte(last.Created.UTC().Format(time.RFC3339Nano) + " " + last.ID)), nil
+	}
+	templates, err := s.Options.Templates(ctx)
+	if err != nil {
+		return nil, "", err
+	}
+	for _, t := range templates {
+		page = append(page, mcp.NewResource("template://"+t.Name, t.Name, mcp.WithResourceDescription("Template "+t.Name), mcp.WithMIMEType("application/json")))
+	}
+	return page, "", nil
+}
+
+type invalidCursor struct{}
+
+func (invalidCursor) Error() string { return "the cursor is not one that resources/list gave" }
+
+// ProtocolError says that the request was wrong.
+func (e invalidCursor) ProtocolError() (code int, message string) {
+	return mcp.INVALID_PARAMS, e.Error()
+}
+
+// of lists what can be read of a sandbox.
+func (s *Service) of(ctx context.Context, who string, i sandbox.Info) []mcp.Resource {
+	add := func(uri, name, description, kind string) mcp.Resource {
+		return mcp.NewResource(uri, name, mcp.WithResourceDescription(description), mcp.WithMIMEType(kind))
+	}
+	uri := sandboxURI(i.ID)
+	list := []mcp.Resource{
+		add(uri, i.ID, fmt.Sprintf("Sandbox %s, %s", i.ID, i.State), "application/json"),
+		add(uri+"/logs", i.ID+" logs", "What has happened to it", "text/plain"),
+	}
+	sb, err := s.Manager.Get(who, i.ID)
+	if err != nil || i.State != sandbox.Running {
+		return list
+	}
+	list = append(list, add(uri+"/metrics", i.ID+" metrics", "What it uses now", "application/json"), add(fileURI(i.ID, "/home/user"), i.ID+" files", "Its home directory", "text/plain"))
+	client, err := sb.Agent("list processes of")
+	if err != nil {
+		return list
+	}
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second) // one that is silent does not keep the others from being listed
+	defer cancel()
+	processes, err := client.List(ctx, agent.ListRequest{})
+	if err != nil {
+		return list
+	}
+	for _, p := range processes[max(0, len(processes)-maxOutputs):] {
+		what := "Output of a process that has exited"
+		if p.State == agent.StateRunning {
+			what = "Output of a running process"
+		}
+		title := i.ID + " " + p.ID
+		if p.Tag != "" {
+			title += " " + agent.Inert([]byte(p.Tag))
+		}
+		list = append(list, add(outputURI(i.ID, p.ID), title, what, "text/plain"))
+	}
+	return list
+}
+
+// Complete completes ids of sandboxes and processes, paths and names of templates.
+func (s *Service) Complete(ctx context.Context, template, variable, value string, known map[string]string) ([]string, error) {
+	var all []string
+	who, ok := owner(ctx)
+	if !ok {
+		return nil, nil
+	}
+	switch {
+	case strings.HasPrefix(template, "template://") && variable == "name":
+		templates, err := s.Options.Templates(ctx)
+		if err != nil {
+			return nil, err
+		}
+		for _, t := range templates {
+			all = append(all, t.Name)
+		}
+	case variable == "id":
+		for _, i := range s.Manager.List(sandbox.Filter{Owner: who}) {
+			all = append(all, i.ID)
+		}
+	case variable == "process_id" || variable == "path" || variable == "+path":
+		sb, err := s.Manager.Get(who, known["id"])
+		if err != nil {
+			return nil, nil // nothing completes what is not there
+		}
+		client, err := sb.Agent("complete")
+		if err != nil {
+			return nil, nil
+		}
+		if variable != "process_id" {
+			return paths(ctx, client, value), nil
+		}
+		processes, err := client.List(ctx, agent.ListRequest{})
+		if err != nil {
+			return nil, err
+		}
+		for _, p := range processes {
+			all = append(all, p.ID)
+		}
+	}
+	return slices.DeleteFunc(all, func(v string) bool { return !strings.HasPrefix(v, value) }), nil
+}
+
+// paths completes a path, which in the URI has no slash before it.
+func paths(ctx context.Context, client *agent.Client, value string) []string {
+	dir, _ := path.Split("/" + value)
+	list, err := client.Dir(ctx, agent.DirRequest{Path: path.Clean(dir), Depth: 1, Limit: 1000})
+	if err != nil {
+		return nil // nothing completes what is not there
+	}
+	var all []string
+	for _, e := range list.Entries {
+		p := strings.TrimPrefix(e.Path, "/")
+		if !strings.HasPrefix(e.Path, "/") {
+			p = strings.TrimPrefix(path.Join(dir, e.Path), "/")
+		}
+		if e.Type == agent.TypeDir {
+			p += "/"
+		}
+		if strings.HasPrefix(p, value) {
+			all = append(all, p)
+		}
+	}
+	return all
+}

@@ -1,0 +1,309 @@
+package resources
+
+import (
+	"bytes"
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"mime"
+	"net/http"
+	"path"
+	"strings"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/mark3labs/mcp-go/mcp"
+	"github.com/mark3labs/mcp-go/server"
+
+	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/sandbox"
+)
+
+// maxRead is how much one read gives, in bytes; the rest is read by ranges.
+const maxRead = 1 << 20
+
+// Options configure the resources.
+type Options struct {
+	Manager   *sandbox.Manager
+	Templates func(ctx context.Context) ([]sandbox.Template, error)
+	// NotFound is the error that says that a URI leads nowhere, of whoever asks.
+	NotFound error
+}
+
+// Service is the resources of a Manager. It is safe for concurrent use.
+type Service struct{ Options }
+
+// New makes the resources of a Manager.
+func New(o Options) *Service { return &Service{o} }
+
+// owner finds whose a call is. A call of nobody finds nothing.
+func owner(ctx context.Context) (string, bool) {
+	c, ok := server.ClientSessionFromContext(ctx).(interface{ Owner() string })
+	if !ok {
+		return "", false
+	}
+	return c.Owner(), true
+}
+
+// notFound says the same of everything that is not there for the caller, whether or not it is for others.
+func (s *Service) notFound(uri string) error {
+	if len(uri) > 200 {
+		uri = uri[:200] + "…"
+	}
+	return fmt.Errorf("%w: %q; resources/list shows those there are", s.NotFound, uri)
+}
+
+// find finds the sandbox of a URI.
+func (s *Service) find(ctx context.Context, uri string) (name, *sandbox.Sandbox, error) {
+	n, ok := parse(uri)
+	who, known := owner(ctx)
+	if !ok || !known {
+		return n, nil, s.notFound(uri)
+	}
+	if n.kind == kindTemplate {
+		return n, nil, nil
+	}
+	sb, err := s.Manager.Get(who, n.sandbox)
+	if err != nil {
+		return n, nil, s.notFound(uri)
+	}
+	return n, sb, nil
+}
+
+// Templates are the shapes of all URIs.
+func (s *Service) Templates() []mcp.ResourceTemplate {
+	var all []mcp.ResourceTemplate
+	for _, t := range []struct{ uri, name, description, mime string }{
+		{"sandbox://{id}", "sandbox", "State, limits and life time of a sandbox.", "application/json"},
+		{"sandbox://{id}/files/{+path}", "file", "A file of a sandbox, or the list of a directory. Add ?offset=N&limit=M for a range in bytes.", ""},
+		{"sandbox://{id}/processes/{process_id}/output", "output", "What a process has written. Add ?offset=N&limit=M for a range in bytes.", "text/plain"},
+		{"sandbox://{id}/logs", "logs", "What has happened to a sandbox.", "text/plain"},
+		{"sandbox://{id}/metrics", "metrics", "What a sandbox uses now.", "application/json"},
+		{"template://{name}", "template", "A template of sandboxes.", "application/json"},
+	} {
+		all = append(all, mcp.NewResourceTemplate(t.uri, t.name, mcp.WithTemplateDescription(t.description), mcp.WithTemplateMIMEType(t.mime)))
+	}
+	return all
+}
+
+// Read reads a resource.
+func (s *Service) Read(ctx context.Context, uri string) ([]mcp.ResourceContents, error) {
+	n, sb, err := s.find(ctx, uri)
+	if err != nil {
+		return nil, err
+	}
+	switch n.kind {
+	case kindTemplate:
+		return s.template(ctx, uri, n.sandbox)
+	case kindSandbox:
+		return asJSON(uri, describe(sb.Info()))
+	case kindLogs:
+		var b strings.Builder
+		for _, e := range sb.Logs() {
+			fmt.Fprintf(&b, "%s %s\n", e.Time.UTC().Format(time.RFC3339Nano), agent.Inert([]byte(e.Message)))
+		}
+		return asText(uri, "text/plain", b.String(), nil), nil
+	case kindMetrics:
+		inside, outside, err := sb.Usage(ctx)
+		if err != nil {
+			return nil, err
+		}
+		return asJSON(uri, map[string]any{
+			"time": time.Now().UTC().Format(time.RFC3339Nano), "memory_bytes": inside.Memory, "host_memory_bytes": outside.Memory, "disk_used_bytes": inside.DiskUsed,
+			"cpu_ms": inside.CPUMS, "processes": inside.Processes, "oom_kills": inside.OOMKills,
+		})
+	}
+	client, err := sb.Agent("read")
+	if err != nil {
+		return nil, err
+	}
+	if n.kind == kindOutput {
+		return s.output(ctx, client, uri, n)
+	}
+	return s.file(ctx, client, uri, n)
+}
+
+func asText(uri, mimeType, text string, meta map[string]any) []mcp.ResourceContents {
+	return []mcp.ResourceContents{mcp.TextResourceContents{URI: uri, MIMEType: mimeType, Text: text, Meta: meta}}
+}
+
+func asJSON(uri string, v any) ([]mcp.ResourceContents, error) {
+	body, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return nil, err
+	}
+	return asText(uri, "application/json", string(body), nil), nil
+}
+
+// describe is a sandbox as its resource shows it.
+func describe(i sandbox.Info) map[string]any {
+	d := map[string]any{
+		"sandbox_id": i.ID, "state": i.State, "template": i.Template, "created_at": i.Created.UTC().Format(time.RFC3339), "cpu": i.Limits.CPU,
+		"memory_mb": i.Limits.Memory >> 20, "disk_mb": i.Limits.Disk >> 20, "pids": i.Limits.Processes,
+	}
+	if len(i.Metadata) > 0 {
+		d["metadata"] = i.Metadata
+	}
+	switch {
+	case i.State.Ended():
+		d["ended_at"], d["cause"] = i.Changed.UTC().Format(time.RFC3339), i.Cause
+	case !i.ExpiresAt.IsZero():
+		d["ends_at"] = i.ExpiresAt.UTC().Format(time.RFC3339)
+	}
+	return d
+}
+
+func (s *Service) template(ctx context.Context, uri, wanted string) ([]mcp.ResourceContents, error) {
+	all, err := s.Options.Templates(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, t := range all {
+		if t.Name == wanted {
+			return asJSON(uri, map[string]any{"name": t.Name})
+		}
+	}
+	return nil, s.notFound(uri)
+}
+
+// missing turns the error of a file or process that is not there into that of a resource.
+func (s *Service) missing(uri string, err error) error {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, agent.ErrNoProcess) || errors.Is(err, agent.ErrInvalid) {
+		return s.notFound(uri)
+	}
+	return err
+}
+
+// room is how much of a range one read gives.
+func (n name) room() int64 {
+	if n.limit > 0 {
+		return min(n.limit, maxRead)
+	}
+	return maxRead
+}
+
+// rest tells how to read on.
+func rest(uri string, size, next int64) map[string]any {
+	meta := map[string]any{"size": size}
+	if next < size {
+		meta["next"] = part(uri, next)
+	}
+	return meta
+}
+
+func (s *Service) file(ctx context.Context, client *agent.Client, uri string, n name) ([]mcp.ResourceContents, error) {
+	info, err := client.Stat(ctx, n.path)
+	if err != nil {
+		return nil, s.missing(uri, err)
+	}
+	if info.Type == agent.TypeDir {
+		return s.directory(ctx, client, uri, n)
+	}
+	r, info, err := client.ReadFile(ctx, n.path, n.offset, n.room())
+	if err != nil {
+		return nil, s.missing(uri, err)
+	}
+	defer r.Close()
+	body, err := io.ReadAll(r)
+	if err != nil {
+		return nil, err
+	}
+	next := n.offset + int64(len(body))
+	kind := mimeType(n.path, body)
+	if next < info.Size { // a character that the range cuts in two is left for the next
+		if whole := wholeRunes(body); isText(whole) && len(whole) > 0 {
+			next -= int64(len(body) - len(whole))
+			body = whole
+		}
+	}
+	meta := rest(uri, info.Size, next)
+	if isText(body) {
+		return asText(uri, kind, string(body), meta), nil
+	}
+	return []mcp.ResourceContents{mcp.BlobResourceContents{URI: uri, MIMEType: kind, Blob: base64.StdEncoding.EncodeToString(body), Meta: meta}}, nil
+}
+
+// wholeRunes is p without a character that its end cuts in two.
+func wholeRunes(p []byte) []byte {
+	for i := 1; i < utf8.UTFMax && i <= len(p); i++ {
+		if tail := p[len(p)-i:]; utf8.RuneStart(tail[0]) {
+			if !utf8.FullRune(tail) {
+				return p[:len(p)-i]
+			}
+			break
+		}
+	}
+	return p
+}
+
+// isText says whether p can be shown as it is: valid UTF-8 without terminal escapes.
+func isText(p []byte) bool {
+	return utf8.Valid(p) && bytes.IndexFunc(p, func(r rune) bool { return unicode.IsControl(r) && r != '\n' && r != '\t' && r != '\r' }) < 0
+}
+
+// mimeType is told by the name where that is known, else by the content.
+func mimeType(name string, body []byte) string {
+	if t := mime.TypeByExtension(path.Ext(name)); t != "" {
+		return t
+	}
+	return http.DetectContentType(body)
+}
+
+// directory lists a directory, a line for each entry.
+func (s *Service) directory(ctx context.Context, client *agent.Client, uri string, n name) ([]mcp.ResourceContents, error) {
+	list, err := client.Dir(ctx, agent.DirRequest{Path: n.path, Depth: 1, Limit: 10_000})
+	if err != nil {
+		return nil, s.missing(uri, err)
+	}
+	var b strings.Builder
+	for _, e := range list.Entries {
+		entry := e.Path
+		if e.Type == agent.TypeDir {
+			entry += "/"
+		}
+		fmt.Fprintf(&b, "%s\t%d\t%s\n", strings.ReplaceAll(agent.Inert([]byte(entry)), "\n", `\x0a`), e.Size, e.MTime.UTC().Format(time.RFC3339))
+	}
+	if list.More {
+		b.WriteString("[there are more]\n")
+	}
+	return asText(uri, "text/plain", b.String(), nil), nil
+}
+
+// output reads a range of what a process has written, terminal escapes made inert.
+func (s *Service) output(ctx context.Context, client *agent.Client, uri string, n name) ([]mcp.ResourceContents, error) {
+	var body []byte
+	first, next, size := int64(-1), n.offset, int64(0)
+	err := client.Output(ctx, n.process, n.offset, false, func(f agent.OutputFrame) error {
+		if f.End != nil {
+			size = f.End.Output
+			return nil
+		}
+		if first < 0 {
+			first = f.Offset
+		}
+		body = append(body, f.Data[:min(int64(len(f.Data)), n.room()-int64(len(body)))]...)
+		if next = first + int64(len(body)); int64(len(body)) >= n.room() {
+			return errEnough
+		}
+		return nil
+	})
+	if errors.Is(err, errEnough) {
+		snap, werr := client.Wait(ctx, agent.WaitRequest{Process: n.process})
+		size, err = snap.Process.Output, werr
+	}
+	if err != nil {
+		return nil, s.missing(uri, err)
+	}
+	meta := rest(uri, size, next)
+	if first > n.offset {
+		meta["dropped"] = first - n.offset
+	}
+	return asText(uri, "text/plain", agent.Inert(body), meta), nil
+}
+
+var errEnough = errors.New("enough")

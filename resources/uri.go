@@ -1,0 +1,105 @@
+package resources
+
+import (
+	"net/url"
+	"strconv"
+	"strings"
+
+	"soulbox.dev/soulbox/sandbox"
+)
+
+// kind is what a URI names.
+type kind int
+
+const (
+	kindSandbox kind = iota
+	kindFile
+	kindOutput
+	kindLogs
+	kindMetrics
+	kindTemplate
+)
+
+// name is a URI taken apart.
+type name struct {
+	kind    kind
+	sandbox string
+	path    string // of a file, absolute
+	process string
+	offset  int64 // of a range; of a process' output counted from its beginning
+	limit   int64 // 0: as much as one read gives
+}
+
+// parse takes a URI apart. One that is none of ours, in whatever way, is not there.
+func parse(uri string) (name, bool) {
+	u, err := url.Parse(uri)
+	if err != nil || u.User != nil || u.Fragment != "" || u.Opaque != "" || len(uri) > 8192 {
+		return name{}, false
+	}
+	n := name{sandbox: u.Host}
+	if !n.ranged(u.RawQuery) {
+		return name{}, false
+	}
+	if u.Scheme == "template" {
+		n.kind = kindTemplate
+		return n, u.Host != "" && u.Path == "" && u.RawQuery == ""
+	}
+	if u.Scheme != "sandbox" || !sandbox.ValidID(u.Host) {
+		return name{}, false
+	}
+	switch rest := u.Path; {
+	case rest == "" && u.RawQuery == "":
+		n.kind = kindSandbox
+	case rest == "/logs" && u.RawQuery == "":
+		n.kind = kindLogs
+	case rest == "/metrics" && u.RawQuery == "":
+		n.kind = kindMetrics
+	case strings.HasPrefix(rest, "/files/"):
+		n.kind, n.path = kindFile, strings.TrimPrefix(rest, "/files")
+	case strings.HasPrefix(rest, "/processes/") && strings.HasSuffix(rest, "/output"):
+		n.kind, n.process = kindOutput, strings.TrimSuffix(strings.TrimPrefix(rest, "/processes/"), "/output")
+		return n, n.process != "" && !strings.Contains(n.process, "/")
+	default:
+		return name{}, false
+	}
+	return n, true
+}
+
+// ranged reads the range of a URI: offset and limit in bytes.
+func (n *name) ranged(query string) bool {
+	values, err := url.ParseQuery(query)
+	if err != nil {
+		return false
+	}
+	for key, list := range values {
+		v, err := strconv.ParseInt(list[0], 10, 64)
+		if err != nil || v < 0 || len(list) != 1 {
+			return false
+		}
+		switch key {
+		case "offset":
+			n.offset = v
+		case "limit":
+			n.limit = v
+		default:
+			return false
+		}
+	}
+	return true
+}
+
+func sandboxURI(id string) string { return "sandbox://" + id }
+
+func fileURI(id, path string) string {
+	return (&url.URL{Scheme: "sandbox", Host: id, Path: "/files" + path}).String()
+}
+
+func outputURI(id, process string) string {
+	return (&url.URL{Scheme: "sandbox", Host: id, Path: "/processes/" + process + "/output"}).String()
+}
+
+// part adds a range to a URI.
+func part(uri string, offset int64) string {
+	base, _, _ := strings.Cut(uri, "?")
+	return base + "?offset=" + strconv.FormatInt(offset, 10)
+}

@@ -1,0 +1,109 @@
+package resources
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/sandbox"
+)
+
+const (
+	metricsEvery = 5 * time.Second
+	outputPause  = 50 * time.Millisecond // between two looks at a process that writes without end
+)
+
+// Watch tells of every change of a resource until ctx ends. It returns when no later change is missed.
+func (s *Service) Watch(ctx context.Context, uri string, changed func()) error {
+	n, sb, err := s.find(ctx, uri)
+	if err != nil {
+		return err
+	}
+	switch n.kind {
+	case kindTemplate:
+		_, err := s.Read(ctx, uri) // templates never change, but must be there
+		return err
+	case kindSandbox, kindLogs:
+		go watchState(ctx, sb, changed, sb.Changed(), 0)
+		return nil
+	case kindMetrics:
+		go watchState(ctx, sb, changed, sb.Changed(), metricsEvery)
+		return nil
+	}
+	client, err := sb.Agent("watch")
+	if err != nil {
+		return err
+	}
+	if n.kind == kindOutput {
+		snap, err := client.Wait(ctx, agent.WaitRequest{Process: n.process})
+		if err != nil {
+			return s.missing(uri, err)
+		}
+		go watchOutput(ctx, client, n.process, snap.Process.Output, changed)
+		return nil
+	}
+	return s.missing(uri, watchFile(ctx, client, n.path, changed))
+}
+
+// watchState tells of changes of the sandbox itself, and now and then besides, if every is not 0, while it runs.
+func watchState(ctx context.Context, sb *sandbox.Sandbox, changed func(), next <-chan struct{}, every time.Duration) {
+	var tick <-chan time.Time
+	if every > 0 {
+		ticker := time.NewTicker(every)
+		defer ticker.Stop()
+		tick = ticker.C
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick:
+			changed()
+		case <-next:
+			next = sb.Changed()
+			changed()
+			if sb.Info().State.Ended() {
+				return
+			}
+		}
+	}
+}
+
+// watchOutput tells that a process has written more, and that it has ended. What it wrote meanwhile is not looked at, and does not pile up:
+// while we pause, the agent waits.
+func watchOutput(ctx context.Context, client *agent.Client, process string, from int64, changed func()) {
+	err := client.Output(ctx, process, from, true, func(agent.OutputFrame) error {
+		changed()
+		select {
+		case <-time.After(outputPause):
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	})
+	if err != nil && ctx.Err() == nil {
+		changed() // the sandbox has ended, which is to be seen by reading
+	}
+}
+
+// watchFile returns when the agent has begun to watch.
+func watchFile(ctx context.Context, client *agent.Client, path string, changed func()) error {
+	began := make(chan error, 1)
+	go func() {
+		err := client.Watch(ctx, path, func() { began <- nil }, func(agent.WatchBatch) error { changed(); return nil })
+		select {
+		case began <- err: // it has not begun
+		default:
+			if ctx.Err() == nil {
+				changed() // the sandbox has ended, which is to be seen by reading
+			}
+		}
+	}()
+	select {
+	case err := <-began:
+		return err
+	case <-ctx.Done():
+		return errors.Join(context.Cause(ctx))
+	}
+}

@@ -1,0 +1,169 @@
+package sandbox
+
+import (
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"sync"
+	"time"
+)
+
+// Keys are the API keys of a state directory, in its file "keys": hashed, since whoever reads the file must not be able to use them. Any
+// number of processes may use it at once: each sees the others' changes at its next look. It is safe for concurrent use.
+type Keys struct {
+	Dir string
+
+	mu    sync.Mutex
+	seen  os.FileInfo
+	known []Key
+}
+
+// Key is an API key without its secret.
+type Key struct {
+	ID      string    `json:"id"`
+	Owner   string    `json:"owner"`
+	Hash    string    `json:"sha256"` // of the secret: 160 random bits, which need no slow hash
+	Created time.Time `json:"created"`
+	Expires time.Time `json:"expires,omitzero"`
+	Revoked time.Time `json:"revoked,omitzero"`
+}
+
+// Valid says whether the key admits anybody at a time.
+func (k Key) Valid(at time.Time) bool {
+	return k.Revoked.IsZero() && (k.Expires.IsZero() || at.Before(k.Expires))
+}
+
+// ErrKey is of a key that is not, or no longer, valid. It does not tell which, nor why.
+var ErrKey = errors.New("the key is not valid")
+
+var (
+	keyPattern   = regexp.MustCompile(`^e2b_[0-9a-f]{40}$`)
+	ownerPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$`)
+)
+
+// Create makes a key of an owner, valid for a time (zero: for good), and returns its secret, which is kept nowhere.
+func (k *Keys) Create(owner string, valid time.Duration) (secret string, key Key, err error) {
+	if !ownerPattern.MatchString(owner) || valid < 0 {
+		return "", Key{}, fmt.Errorf("create key: an owner is 1 to 64 letters, digits or . _ @ - and a key is valid for a positive time: %w", ErrInvalid)
+	}
+	var random [24]byte
+	rand.Read(random[:])
+	secret = "e2b_" + hex.EncodeToString(random[:20])
+	key = Key{ID: hex.EncodeToString(random[20:]), Owner: owner, Hash: hash(secret), Created: time.Now().UTC()}
+	if valid > 0 {
+		key.Expires = key.Created.Add(valid)
+	}
+	return secret, key, k.change(func(all []Key) ([]Key, error) { return append(all, key), nil })
+}
+
+// Revoke ends a key. It stays in the list, so that a server whose keys are all revoked is not mistaken for one that wants none.
+func (k *Keys) Revoke(id string) error {
+	return k.change(func(all []Key) ([]Key, error) {
+		for i := range all {
+			if all[i].ID == id {
+				if all[i].Revoked.IsZero() {
+					all[i].Revoked = time.Now().UTC()
+				}
+				return all, nil
+			}
+		}
+		return nil, fmt.Errorf("revoke key %q: there is no such key: %w", id, ErrNotFound)
+	})
+}
+
+// List lists all keys, also those that are not valid any more.
+func (k *Keys) List() ([]Key, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err := k.look(); err != nil {
+		return nil, err
+	}
+	return append([]Key(nil), k.known...), nil
+}
+
+// Owner finds whose a secret is. It takes the same time for every secret that is none.
+func (k *Keys) Owner(secret string) (string, error) {
+	all, err := k.List()
+	if err != nil {
+		return "", err
+	}
+	given, owner, found := []byte(hash(secret)), "", 0
+	for _, key := range all {
+		same := subtle.ConstantTimeCompare(given, []byte(key.Hash))
+		if same == 1 && key.Valid(time.Now()) {
+			owner, found = key.Owner, 1
+		}
+	}
+	if found == 0 || !keyPattern.MatchString(secret) {
+		return "", ErrKey
+	}
+	return owner, nil
+}
+
+func hash(secret string) string {
+	sum := sha256.Sum256([]byte(secret))
+	return hex.EncodeToString(sum[:])
+}
+
+func (k *Keys) path() string { return filepath.Join(k.Dir, "keys") }
+
+// look reads the file if it has changed. k.mu is held.
+func (k *Keys) look() error {
+	now, err := os.Stat(k.path())
+	if errors.Is(err, fs.ErrNotExist) {
+		k.seen, k.known = nil, nil
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("read keys: %w", err)
+	}
+	if k.seen != nil && os.SameFile(now, k.seen) && now.ModTime().Equal(k.seen.ModTime()) && now.Size() == k.seen.Size() {
+		return nil
+	}
+	body, err := os.ReadFile(k.path())
+	if err != nil {
+		return fmt.Errorf("read keys: %w", err)
+	}
+	var known []Key
+	if err := json.Unmarshal(body, &known); err != nil {
+		return fmt.Errorf("read keys: %w", err)
+	}
+	k.seen, k.known = now, known
+	return nil
+}
+
+// change rewrites the file, while no other process does.
+func (k *Keys) change(to func([]Key) ([]Key, error)) error {
+	lock, err := lockFile(k.path()+".lock", true)
+	if err != nil {
+		return fmt.Errorf("write keys: %w", err)
+	}
+	defer lock.Close()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.seen = nil
+	if err := k.look(); err != nil {
+		return err
+	}
+	changed, err := to(append([]Key(nil), k.known...))
+	if err != nil {
+		return err
+	}
+	body, err := json.MarshalIndent(changed, "", "  ")
+	if err != nil {
+		return fmt.Errorf("write keys: %w", err)
+	}
+	k.seen = nil
+	if err := writeFile(k.path(), body); err != nil {
+		return fmt.Errorf("write keys: %w", err)
+	}
+	return nil
+}
