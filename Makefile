@@ -9,7 +9,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 RACE    := $(shell command -v gcc >/dev/null && echo -race)
 export CGO_ENABLED = $(if $(RACE),1,0)
 
-.PHONY: build demo test lint golden bench clean
+.PHONY: build demo test lint golden bench conformance clean
 .DELETE_ON_ERROR:
 
 build: bin/runsc
@@ -36,6 +36,11 @@ lint:
 # Rewrites the recorded outputs that tests compare with; review them as a diff.
 golden: build
 	UPDATE_GOLDEN=1 $(GO) test ./tools ./mcpserver ./cmd/soulbox-mcp -run 'Golden|Readme' -count=1
+
+# The official MCP conformance suite, the Inspector and the TypeScript SDKs, from npm, against the real program.
+conformance: build
+	@command -v npm >/dev/null || { echo "npm is missing: apt-get install npm"; exit 1; }
+	timeout 1200 conformance/run.sh
 
 bench: build
 	timeout 900 env CGO_ENABLED=0 $(GO) test ./cmd/soulbox-mcp -run '^$$' -bench . -benchtime 1x -timeout 14m -v | grep -v -e '^=== ' -e '^ok'

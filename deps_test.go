@@ -49,6 +49,9 @@ var onlyIn = map[string][]string{
 	"github.com/google/jsonschema-go":        {"tools"},
 	"github.com/sourcegraph/jsonrpc2":        {"agent"},
 	"github.com/hashicorp/yamux":             {"agent"},
+	"github.com/fsnotify/fsnotify":           {"agent"},
+	"github.com/modelcontextprotocol/go-sdk": {"cmd/soulbox-mcp"}, // in tests only
+	"github.com/coreos/go-oidc":              {"cmd/soulbox-mcp"},
 }
 
 // agentMayUse are the libraries of the agent, which must stay small.

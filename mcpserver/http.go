@@ -21,6 +21,7 @@ type HTTPOptions struct {
 	Access      Access
 	MaxBody     int64         // bytes of a request; default 4 MiB
 	SessionIdle time.Duration // after which a session that nobody uses ends; default 30 min
+	Beat        time.Duration // between two signs of life on a stream; default 15 s
 	MaxSessions int           // of all clients; default 10,000
 	Rate        float64       // requests per second of one owner; default 200
 	Burst       int           // requests of one owner at once beyond Rate; default 1000
@@ -53,6 +54,7 @@ type allowance struct {
 // HTTP makes the HTTP transport. It is to be closed.
 func (s *Server) HTTP(o HTTPOptions) *HTTP {
 	o.MaxBody, o.SessionIdle, o.MaxSessions = cmp.Or(o.MaxBody, 4<<20), cmp.Or(o.SessionIdle, 30*time.Minute), cmp.Or(o.MaxSessions, 10_000)
+	o.Beat = cmp.Or(o.Beat, 15*time.Second)
 	o.Rate, o.Burst, o.InFlight = cmp.Or(o.Rate, 200), cmp.Or(o.Burst, 1000), cmp.Or(o.InFlight, 1024)
 	h := &HTTP{HTTPOptions: o, s: s, sessions: map[string]*conversation{}, clients: map[string]*conversation{}, owners: map[string]*allowance{}}
 	h.ctx, h.cancel = context.WithCancelCause(context.Background())
@@ -222,7 +224,7 @@ func (h *HTTP) session(w http.ResponseWriter, r *http.Request, owner string) {
 			return
 		}
 	}
-	h.listenTo(c, newStream(w, r), r)
+	h.listenTo(c, newStream(w, r, h.Beat), r)
 }
 
 // listenTo sends a session's notes that belong to no call. The latest listener gets them.
@@ -441,7 +443,7 @@ func (h *HTTP) call(w http.ResponseWriter, r *http.Request, c *conversation, m m
 		refuseWith(w, http.StatusOK, m.ID, refusal)
 		return
 	}
-	st := newStream(w, r)
+	st := newStream(w, r, h.Beat)
 	st.mu.Lock()
 	st.resumable = !m.modern()
 	st.priming = st.resumable && c.session(m, nil).ProtocolVersion() >= mcp.ProtocolVersion20251125

@@ -16,8 +16,6 @@ import (
 
 const (
 	writeTime = 30 * time.Second // for one message, to a client that reads slowly
-	firstBeat = 5 * time.Second  // after which an answer that is not there becomes a stream, so that nobody on the way gives up
-	beat      = 15 * time.Second
 	retryMS   = 500 // when a client is to come back to a stream that broke
 
 	maxKept        = 256 << 10 // bytes of one stream, for a client that comes back
@@ -51,14 +49,16 @@ type stream struct {
 	size   int
 	seq    int
 	beats  *time.Timer
+	beat   time.Duration
 }
 
-func newStream(w http.ResponseWriter, r *http.Request) *stream {
+// newStream is the answer to r. After a third of beat an answer that is not there becomes a stream, so that nobody on the way gives up.
+func newStream(w http.ResponseWriter, r *http.Request, beat time.Duration) *stream {
 	accept := r.Header.Get("Accept")
-	st := &stream{id: randomID()[:16], w: w, away: make(chan struct{})}
+	st := &stream{id: randomID()[:16], w: w, beat: beat, away: make(chan struct{})}
 	st.events = accept == "" || strings.Contains(accept, "text/event-stream") || strings.Contains(accept, "*/*")
 	if st.events {
-		st.beats = time.AfterFunc(firstBeat, st.keepAlive)
+		st.beats = time.AfterFunc(beat/3, st.keepAlive)
 	}
 	return st
 }
@@ -219,7 +219,7 @@ func (st *stream) keepAlive() {
 		st.open()
 		_ = st.put([]byte(": keep-alive\n\n")) // put lets a client go that cannot be written to
 	}
-	st.beats.Reset(beat)
+	st.beats.Reset(st.beat)
 }
 
 // wait returns when the client at hand is done with: answered, sent away or gone. Afterwards nothing is written to it.
