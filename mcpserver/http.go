@@ -55,7 +55,7 @@ type allowance struct {
 func (s *Server) HTTP(o HTTPOptions) *HTTP {
 	o.MaxBody, o.SessionIdle, o.MaxSessions = cmp.Or(o.MaxBody, 4<<20), cmp.Or(o.SessionIdle, 30*time.Minute), cmp.Or(o.MaxSessions, 10_000)
 	o.Beat = cmp.Or(o.Beat, 15*time.Second)
-	o.Rate, o.Burst, o.InFlight = cmp.Or(o.Rate, 200), cmp.Or(o.Burst, 1000), cmp.Or(o.InFlight, 1024)
+	o.Rate, o.Burst, o.InFlight = cmp.Or(o.Rate, 200), cmp.Or(o.Burst, max(1000, int(o.Rate))), cmp.Or(o.InFlight, 1024)
 	h := &HTTP{HTTPOptions: o, s: s, sessions: map[string]*conversation{}, clients: map[string]*conversation{}, owners: map[string]*allowance{}}
 	h.ctx, h.cancel = context.WithCancelCause(context.Background())
 	h.work.Go(h.expire)
@@ -113,6 +113,7 @@ func (h *HTTP) expire() {
 			all := h.conversations()
 			h.mu.Unlock()
 			for _, c := range all {
+				c.forgetStreams()
 				if c.idleFor() > h.SessionIdle {
 					h.end(c)
 				}
@@ -427,6 +428,15 @@ func (h *HTTP) take(owner string) (done func(), ok bool) {
 // call runs a request and answers it. The client of a session may leave and come back for the answer; a stateless one that leaves cancels.
 func (h *HTTP) call(w http.ResponseWriter, r *http.Request, c *conversation, m message, body []byte) {
 	defer c.attach()()
+	again := ""
+	if !m.modern() {
+		again = r.Header.Get(headerCall)
+		if st := c.findCall(again); st != nil { // it was made before, and its client did not get the answer
+			st.resume(w, 0)
+			st.wait(r.Context())
+			return
+		}
+	}
 	done, ok := h.take(c.owner)
 	if !ok {
 		w.Header().Set("Retry-After", "1")
@@ -447,7 +457,9 @@ func (h *HTTP) call(w http.ResponseWriter, r *http.Request, c *conversation, m m
 	st.mu.Lock()
 	st.resumable = !m.modern()
 	st.priming = st.resumable && c.session(m, nil).ProtocolVersion() >= mcp.ProtocolVersion20251125
-	if st.resumable && st.events {
+	if st.call = again; st.call != "" && st.events {
+		c.remember(st)
+	} else if st.resumable && st.events {
 		st.opened = func() { c.remember(st) }
 	}
 	if m.Method == methodListen {

@@ -60,6 +60,7 @@ func New(o Options) *Server {
 	s := &Server{Options: o, feeds: map[*feed]subscription{}}
 	s.tasks.byID = map[string]*task{}
 	o.MCP.Use(keepError)
+	server.WithPromptHandlerMiddleware(keepPromptError)(o.MCP)
 	return s
 }
 
@@ -67,12 +68,25 @@ func New(o Options) *Server {
 func keepError(next server.ToolHandlerFunc) server.ToolHandlerFunc {
 	return func(ctx context.Context, req mcp.CallToolRequest) (*mcp.CallToolResult, error) {
 		result, err := next(ctx, req)
-		if session := SessionFrom(ctx); session != nil && err != nil {
-			if e := asError(err); e.Code != codeInternal {
-				session.failed.Store(e)
-			}
-		}
+		keep(ctx, err)
 		return result, err
+	}
+}
+
+// keepPromptError does the same for prompts.
+func keepPromptError(next server.PromptHandlerFunc) server.PromptHandlerFunc {
+	return func(ctx context.Context, req mcp.GetPromptRequest) (*mcp.GetPromptResult, error) {
+		result, err := next(ctx, req)
+		keep(ctx, err)
+		return result, err
+	}
+}
+
+func keep(ctx context.Context, err error) {
+	if session := SessionFrom(ctx); session != nil && err != nil {
+		if e := asError(err); e.Code != codeInternal {
+			session.failed.Store(e)
+		}
 	}
 }
 

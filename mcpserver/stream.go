@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -16,10 +17,12 @@ import (
 
 const (
 	writeTime = 30 * time.Second // for one message, to a client that reads slowly
-	retryMS   = 500 // when a client is to come back to a stream that broke
+	retryMS   = 500              // when a client is to come back to a stream that broke
 
 	maxKept        = 256 << 10 // bytes of one stream, for a client that comes back
-	maxKeptStreams = 8         // of one conversation, after their end
+	maxKeptStreams = 1000      // of one conversation, after their end
+	maxKeptBytes   = 4 << 20   // of these
+	keptTime       = time.Minute
 )
 
 // event is a message of a stream, as it goes over the wire.
@@ -39,17 +42,19 @@ type stream struct {
 	allowed   func() bool // nil, or whether the client may still listen; asked now and then
 	refused   func()      // called once when it may not
 	opened    func()      // nil, or called when it becomes a stream of events
+	call      string      // by which a client that got no answer asks for it again; "" is none
 	ended     atomic.Bool
 
-	mu     sync.Mutex
-	w      http.ResponseWriter // nil while no client is attached
-	away   chan struct{}       // closed when the client at hand is detached
-	isOpen bool                // it is a stream of events
-	kept   []event
-	size   int
-	seq    int
-	beats  *time.Timer
-	beat   time.Duration
+	mu      sync.Mutex
+	w       http.ResponseWriter // nil while no client is attached
+	away    chan struct{}       // closed when the client at hand is detached
+	isOpen  bool                // it is a stream of events
+	kept    []event
+	size    int
+	seq     int
+	endedAt time.Time
+	beats   *time.Timer
+	beat    time.Duration
 }
 
 // newStream is the answer to r. After a third of beat an answer that is not there becomes a stream, so that nobody on the way gives up.
@@ -86,6 +91,9 @@ func (st *stream) finish(status int, v any) error {
 	}
 	st.mu.Lock()
 	defer st.mu.Unlock()
+	if st.call != "" && !st.isOpen { // kept for a client that does not get it
+		st.keep(event{seq: 1, data: bytes.TrimSuffix(body, []byte("\n"))})
+	}
 	if st.isOpen {
 		err = st.send(body, false)
 	} else if st.w != nil {
@@ -100,6 +108,7 @@ func (st *stream) finish(status int, v any) error {
 
 // end ends the stream: nothing follows. st.mu is held.
 func (st *stream) end() {
+	st.endedAt = time.Now()
 	st.ended.Store(true)
 	if st.beats != nil {
 		st.beats.Stop()
@@ -243,7 +252,7 @@ func (st *stream) resume(w http.ResponseWriter, since int) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	st.detach() // a client that has been away for less time than we know
-	st.w, st.away = w, make(chan struct{})
+	st.w, st.away, st.isOpen = w, make(chan struct{}), true
 	st.headers()
 	for _, e := range st.kept {
 		if e.seq > since {
@@ -253,6 +262,25 @@ func (st *stream) resume(w http.ResponseWriter, since int) {
 	if st.ended.Load() {
 		st.detach()
 	}
+}
+
+// findCall finds the stream of a call that was made before.
+func (c *conversation) findCall(call string) *stream {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, st := range c.streams {
+		if call != "" && st.call == call {
+			return st
+		}
+	}
+	return nil
+}
+
+// forgetStreams lets go of what clients have had time to come back for.
+func (c *conversation) forgetStreams() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.streams = slices.DeleteFunc(c.streams, func(st *stream) bool { return st.ended.Load() && time.Since(st.endedAt) > keptTime })
 }
 
 // findStream finds the stream of a Last-Event-ID.
@@ -276,16 +304,18 @@ func (c *conversation) findStream(lastEvent string) (st *stream, since int, foun
 func (c *conversation) remember(st *stream) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	over := -maxKeptStreams
+	over, bytes := -maxKeptStreams, -maxKeptBytes
 	for _, old := range c.streams {
 		if old.ended.Load() {
 			over++
+			bytes += old.size
 		}
 	}
 	kept := c.streams[:0]
 	for _, old := range c.streams {
-		if over > 0 && old.ended.Load() {
+		if old.ended.Load() && (over > 0 || bytes > 0) {
 			over--
+			bytes -= old.size
 			continue
 		}
 		kept = append(kept, old)

@@ -70,8 +70,11 @@ func toolset(tool string) string {
 	return "core"
 }
 
-// Register adds the tools that are offered to a server.
+// Register adds the tools that are offered to a server, and the prompts that use them.
 func (s *Service) Register(m *server.MCPServer) {
+	if !s.ReadOnly && len(s.Toolsets) == 0 { // they name tools of all sets
+		registerPrompts(m)
+	}
 	for _, noun := range []func() []server.ServerTool{s.execTools, s.processTools, s.fileTools, s.sandboxTools} {
 		for _, t := range noun() {
 			if (len(s.Toolsets) == 0 || slices.Contains(s.Toolsets, toolset(t.Tool.Name))) && (!s.ReadOnly || *t.Tool.Annotations.ReadOnlyHint) {

@@ -224,3 +224,71 @@ func TestGoldenConversations(t *testing.T) {
 		})
 	}
 }
+
+// TestToolsets: what is not asked for is not offered, and a server that only reads offers nothing that changes anything.
+func TestToolsets(t *testing.T) {
+	_, m := newServer(t)
+	offered := func(o tools.Options) string {
+		o.Manager = m
+		service, err := tools.New(o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := server.NewMCPServer("test", "1")
+		service.Register(s)
+		var names []string
+		for _, tool := range listTools(t, s) {
+			if o.ReadOnly && !*tool.Annotations.ReadOnlyHint {
+				t.Errorf("%s does not only read", tool.Name)
+			}
+			names = append(names, tool.Name)
+		}
+		return strings.Join(names, " ")
+	}
+	if got := offered(tools.Options{Toolsets: []string{"files"}}); strings.Contains(got, "exec") || !strings.Contains(got, "file_edit") {
+		t.Error(got)
+	}
+	if got := offered(tools.Options{ReadOnly: true}); !strings.Contains(got, "file_read") || strings.Contains(got, "file_write") {
+		t.Error(got)
+	}
+	if a, b := offered(tools.Options{}), offered(tools.Options{}); a != b {
+		t.Error("the order differs")
+	}
+	if _, err := tools.New(tools.Options{Toolsets: []string{"nope"}}); err == nil || !strings.Contains(err.Error(), "core") {
+		t.Error(err)
+	}
+}
+
+// TestPrompts: every prompt names only tools that there are, and says what is missing.
+func TestPrompts(t *testing.T) {
+	s, _ := newServer(t)
+	get := func(method, params string) string {
+		body, err := json.Marshal(s.HandleMessage(t.Context(), json.RawMessage(`{"jsonrpc":"2.0","id":1,"method":"`+method+`","params":`+params+`}`)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(body)
+	}
+	names := map[string]bool{}
+	for _, tool := range listTools(t, s) {
+		names[tool.Name] = true
+	}
+	list := regexp.MustCompile(`"name":"([a-z]+_[a-z_]+)"`).FindAllStringSubmatch(get("prompts/list", "{}"), -1)
+	if len(list) < 3 {
+		t.Fatal(list)
+	}
+	for _, p := range []string{"set_up_project", "debug_failing_test", "review_repository"} {
+		text := get("prompts/get", `{"name":"`+p+`","arguments":{"project":"MINE","command":"MINE","subject":"MINE"}}`)
+		if !strings.Contains(text, "MINE") || strings.Contains(text, "{sandbox_id}") || strings.Contains(text, "{goal}") {
+			t.Error(text)
+		}
+		for _, tool := range regexp.MustCompile(`\b(sandbox|process|file)_[a-z]+\b`).FindAllString(text, -1) {
+			if !names[tool] && tool != "sandbox_id" && tool != "process_id" {
+				t.Errorf("%s names %s, which there is not", p, tool)
+			}
+		}
+	}
+	if got := get("prompts/get", `{"name":"set_up_project"}`); !strings.Contains(got, "is missing") {
+		t.Error(got)
+	}
+}

@@ -69,6 +69,7 @@ func BenchmarkSoulBox(b *testing.B) {
 	benchMany(b, &t, p)
 	benchLoad(b, &t, p)
 	p.close()
+	benchHTTP(b, &t)
 	benchLife(b, &t)
 	benchIdle(b, &t)
 	t.print()

@@ -194,11 +194,14 @@ func (p *program) exec(command string) string {
 }
 
 // rss is the server's resident memory in bytes.
-func (p *program) rss() int64 {
-	p.t.Helper()
-	body, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(p.cmd.Process.Pid), "status"))
+func (p *program) rss() int64 { return rssOf(p.t, p.cmd.Process.Pid) }
+
+// rssOf is the resident memory of a process, in bytes.
+func rssOf(t testing.TB, pid int) int64 {
+	t.Helper()
+	body, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "status"))
 	if err != nil {
-		p.t.Fatal(err)
+		t.Fatal(err)
 	}
 	for line := range strings.Lines(string(body)) {
 		var kb int64
@@ -206,6 +209,6 @@ func (p *program) rss() int64 {
 			return kb << 10
 		}
 	}
-	p.t.Fatal("no VmRSS")
+	t.Fatal("no VmRSS")
 	return 0
 }

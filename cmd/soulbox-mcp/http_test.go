@@ -3,10 +3,13 @@ package main
 import (
 	"bufio"
 	"context"
+	"crypto/rand"
+	"crypto/rsa"
 	"encoding/json"
 	"fmt"
 	"io"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"regexp"
@@ -16,6 +19,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/go-jose/go-jose/v4"
 
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
@@ -535,10 +540,10 @@ func TestKeptSandboxes(t *testing.T) {
 func TestRefusesToServe(t *testing.T) {
 	state := sandboxtest.Dir(t)
 	for flags, want := range map[string]string{
-		"--listen=:8787":                               "name a host and a port",
-		"--listen=0.0.0.0:0":                           "--allow-remote",
-		"--listen=0.0.0.0:0 --allow-remote":            "--origin",
-		"--listen=0.0.0.0:0 --allow-remote --origin=x": "give scheme and host",
+		"--listen=:8787":                                               "name a host and a port",
+		"--listen=0.0.0.0:0":                                           "--allow-remote",
+		"--listen=0.0.0.0:0 --allow-remote":                            "--origin",
+		"--listen=0.0.0.0:0 --allow-remote --origin=x":                 "give scheme and host",
 		"--listen=0.0.0.0:0 --allow-remote --origin=https://a.example": "needs a key",
 		"--toolsets=core,nothing":                                      "there is no toolset",
 		"--on-exit=explode":                                            "keep or kill",
@@ -602,5 +607,96 @@ func TestHealthAndMetrics(t *testing.T) {
 		if !strings.Contains(want, name+" ") {
 			t.Errorf("the dashboard shows %s, which there is not", name)
 		}
+	}
+}
+
+// TestConnect: an IDE that only knows stdio uses a server with a key; the key is nowhere to be seen.
+func TestConnect(t *testing.T) {
+	state := sandboxtest.Dir(t)
+	key := makeKey(t, state, "ann")
+	w := serve(t, state)
+	file := state + "/key"
+	if err := os.WriteFile(file, []byte(key+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := launch(t, "", "--connect="+w.url, "--key-file="+file)
+	if got := p.exec("echo over there"); got != "over there\n" {
+		t.Fatal(got)
+	}
+	cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p.cmd.Process.Pid))
+	if err != nil || strings.Contains(string(cmdline), key) || strings.Contains(w.log.String(), key) {
+		t.Fatal("the key can be seen", err)
+	}
+	list := must2(t)(w.client(key, true).Call(t.Context(), "sandbox_list", nil))
+	if !strings.Contains(list.Text(), "is running") {
+		t.Fatal("the sandbox is not the key's owner's: ", list.Text())
+	}
+}
+
+func must2(t testing.TB) func(sandboxtest.Answer, error) sandboxtest.Answer {
+	return func(a sandboxtest.Answer, err error) sandboxtest.Answer { t.Helper(); return must(t, a, err) }
+}
+
+// TestOpenID: tokens of the provider are taken, those of others, for others and out of date are not.
+func TestOpenID(t *testing.T) {
+	private, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mux := http.NewServeMux()
+	issuer := httptest.NewServer(mux)
+	defer issuer.Close()
+	answer := func(path string, v any) {
+		mux.HandleFunc(path, func(w http.ResponseWriter, _ *http.Request) { _ = json.NewEncoder(w).Encode(v) })
+	}
+	answer("/.well-known/openid-configuration", map[string]any{"issuer": issuer.URL, "jwks_uri": issuer.URL + "/keys", "authorization_endpoint": issuer.URL + "/a",
+		"token_endpoint": issuer.URL + "/t", "id_token_signing_alg_values_supported": []string{"RS256"}})
+	answer("/keys", jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: &private.PublicKey, KeyID: "k", Algorithm: "RS256", Use: "sig"}}})
+	token := func(key *rsa.PrivateKey, iss, aud, sub string, left time.Duration) string {
+		signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.RS256, Key: jose.JSONWebKey{Key: key, KeyID: "k"}}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		claims, err := json.Marshal(map[string]any{"iss": iss, "aud": aud, "sub": sub, "exp": time.Now().Add(left).Unix(), "iat": time.Now().Unix()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		signed, err := signer.Sign(claims)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text, err := signed.CompactSerialize()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return text
+	}
+	w := serve(t, "", "--oidc-issuer="+issuer.URL, "--oidc-audience=soulbox")
+	status := func(key string) int {
+		a, err := (&sandboxtest.MCP{URL: w.url, Key: key, Modern: true}).Call(t.Context(), "sandbox_list", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a.Status
+	}
+	if got := status(token(private, issuer.URL, "soulbox", "ann", time.Hour)); got != http.StatusOK {
+		t.Fatal(got, w.log)
+	}
+	for what, bad := range map[string]string{
+		"of another key": token(other, issuer.URL, "soulbox", "ann", time.Hour), "for another": token(private, issuer.URL, "other", "ann", time.Hour),
+		"out of date": token(private, issuer.URL, "soulbox", "ann", -time.Hour), "of another issuer": token(private, "https://evil.example", "soulbox", "ann", time.Hour),
+		"none": "", "made up": "a.b.c", "without a subject": token(private, issuer.URL, "soulbox", "", time.Hour),
+	} {
+		if got := status(bad); got != http.StatusUnauthorized {
+			t.Errorf("a token %s: %d", what, got)
+		}
+	}
+	code, body := w.get("/.well-known/oauth-protected-resource", "")
+	if code != http.StatusOK || !strings.Contains(body, issuer.URL) {
+		t.Error(code, body)
 	}
 }

@@ -32,6 +32,9 @@ func (p *openID) owner(ctx context.Context, token string) (string, error) {
 	if err != nil {
 		return "", errors.New("the token is not valid") // what is wrong with it could repeat parts of it in the log
 	}
+	if t.Subject == "" {
+		return "", errors.New("the token names nobody")
+	}
 	return "oidc:" + t.Subject, nil
 }
 

@@ -3,7 +3,12 @@ package main
 import (
 	"context"
 	"errors"
+	"flag"
+	"fmt"
 	"io"
+	"net/url"
+	"os"
+	"strings"
 
 	"soulbox.dev/soulbox/mcpserver"
 )
@@ -11,8 +16,16 @@ import (
 // runStdio serves one client until it closes stdin or a signal comes.
 func runStdio(ctx context.Context, args []string, getenv func(string) string, stdin io.Reader, stdout, stderr io.Writer) (err error) {
 	c := config{onExit: "kill"}
-	if err := c.parse("stdio", args, getenv, stderr, c.serving); err != nil {
+	var remote, keyFile string
+	err = c.parse("stdio", args, getenv, stderr, c.serving, func(f *flag.FlagSet) {
+		f.StringVar(&remote, "connect", getenv("SOULBOX_URL"), "`URL` of a SoulBox server to use instead of this machine, such as https://box.example.com/mcp (SOULBOX_URL)")
+		f.StringVar(&keyFile, "key-file", "", "`path` of a file with the key for --connect; default the environment's SOULBOX_KEY")
+	})
+	if err != nil {
 		return err
+	}
+	if remote != "" {
+		return c.connect(ctx, remote, keyFile, getenv("SOULBOX_KEY"), stdin, stdout, stderr)
 	}
 	s, err := newService(c, stderr)
 	if err != nil {
@@ -21,4 +34,26 @@ func runStdio(ctx context.Context, args []string, getenv func(string) string, st
 	defer func() { err = errors.Join(err, s.Close()) }()
 	s.log.Info("serving", "version", version, "state_dir", c.stateDir, "runsc", c.runsc)
 	return mcpserver.Stdio{Server: s.mcp}.Serve(ctx, stdin, stdout)
+}
+
+// connect passes everything on to a remote server.
+func (c config) connect(ctx context.Context, remote, keyFile, key string, stdin io.Reader, stdout, stderr io.Writer) (err error) {
+	u, err := url.Parse(remote)
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
+		return errors.New("--connect: give the URL of the server's endpoint, such as https://box.example.com/mcp")
+	}
+	if keyFile != "" {
+		body, err := os.ReadFile(keyFile)
+		if err != nil {
+			return fmt.Errorf("--key-file: %w", err)
+		}
+		key = strings.TrimSpace(string(body))
+	}
+	log, closeLog, err := c.openLog(stderr)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, closeLog()) }()
+	log.Info("connecting", "version", version, "url", u.Redacted())
+	return mcpserver.Bridge{URL: remote, Key: key, Log: log}.Serve(ctx, stdin, stdout)
 }
