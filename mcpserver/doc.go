@@ -1,3 +1,7 @@
-// Package mcpserver carries MCP between a client and an mcp-go server: our own stdio loop, whose answers, notes and cancellations keep
-// their order (shared/MCP.md, traps 1 to 5). It knows JSON-RPC and sessions; it does not know sandboxes.
+// Package mcpserver carries MCP between clients and an mcp-go server, in both eras of the protocol: the revisions with sessions
+// (2024-11-05 to 2025-11-25) and the stateless one (2026-07-28). Server is the engine: it answers one request of one conversation; mcp-go
+// answers what it knows, and what it gets wrong is answered here (shared/MCP.md has the list). Stdio and HTTP are its transports, Bridge
+// leads from the one to the other. It knows JSON-RPC, sessions, streams and owners; it does not know sandboxes.
+//
+// Lock order: stream.mu, conversation.mu; HTTP.mu, conversation.mu; Server.mu, feed.mu.
 package mcpserver

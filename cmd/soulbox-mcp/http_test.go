@@ -95,9 +95,7 @@ func (w *web) client(key string, modern bool) *sandboxtest.MCP {
 	return c.Open(w.t)
 }
 
-// key makes a key with the program itself.
-func (w *web) key(owner string) string { return makeKey(w.t, w.state, owner) }
-
+// makeKey makes a key with the program itself.
 func makeKey(t testing.TB, state, owner string) string {
 	t.Helper()
 	out, err := exec.Command(sandboxtest.Program(t, "soulbox-mcp"), "key", "create", "--owner="+owner, "--state-dir="+state).Output()
