@@ -15,6 +15,7 @@ import (
 	"github.com/mark3labs/mcp-go/mcp"
 	"github.com/mark3labs/mcp-go/server"
 
+	"soulbox.dev/soulbox/internal/sandboxtest"
 	"soulbox.dev/soulbox/mcpserver"
 )
 
@@ -402,3 +403,46 @@ func TestBrokenOutput(t *testing.T) {
 type brokenWriter struct{}
 
 func (brokenWriter) Write([]byte) (int, error) { return 0, errors.New("broken") }
+
+// TestNotesOnStdio (must show 2): 1,000 calls with three notes each, 16 at once, in both eras: each note arrives, in order, before its answer.
+func TestNotesOnStdio(t *testing.T) {
+	eras(t, func(t *testing.T, modern bool) {
+		s := &site{started: make(chan string, 1), ended: make(chan error, 1)}
+		c := connect(t, mcpserver.Stdio{Server: mcpserver.New(mcpserver.Options{MCP: newTools(s)})})
+		meta := ""
+		if modern {
+			meta = `"io.modelcontextprotocol/protocolVersion":"2026-07-28","io.modelcontextprotocol/clientCapabilities":{},`
+		}
+		const calls = 1000
+		free := make(chan struct{}, 16)
+		go func() {
+			for i := range calls {
+				free <- struct{}{}
+				fmt.Fprintf(c.in, `{"jsonrpc":"2.0","id":%d,"method":"tools/call","params":{"name":"notes","arguments":{},"_meta":{%s"progressToken":"t%d"}}}`+"\n", i, meta, i)
+			}
+		}()
+		told := map[string]int{}
+		for answered := 0; answered < calls; {
+			line, err := c.out.ReadBytes('\n')
+			if err != nil {
+				t.Fatal(err)
+			}
+			var m sandboxtest.Message
+			if err := json.Unmarshal(line, &m); err != nil {
+				t.Fatal(err)
+			}
+			if m.Method == "" {
+				if told["t"+string(m.ID)] != 3 || m.Error != nil {
+					t.Fatalf("%s after %d notes", line, told["t"+string(m.ID)])
+				}
+				answered++
+				<-free
+				continue
+			}
+			token := fmt.Sprint(m.Params["progressToken"])
+			if told[token]++; m.Params["progress"] != float64(told[token]) {
+				t.Fatalf("%s is the %dth", line, told[token])
+			}
+		}
+	})
+}

@@ -196,7 +196,7 @@ const metadataPath = "/.well-known/oauth-protected-resource"
 // routes are all paths of the server.
 func (c httpConfig) routes(s *service, endpoint *mcpserver.HTTP, at string) http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("/mcp", endpoint)
+	mux.Handle("/mcp", s.metrics.count(endpoint))
 	guard := endpoint.Access.Guard
 	mux.Handle("GET /health", guard(s.health()))
 	mux.Handle("GET /metrics", endpoint.Access.Private(s.metrics.handler()))

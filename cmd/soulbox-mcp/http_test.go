@@ -8,12 +8,12 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
 	"regexp"
-	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -309,23 +309,50 @@ func TestUpdates(t *testing.T) {
 		for range messages { // it ends
 		}
 	}
+	for _, modern := range []bool{false, true} {
+		updatesOnStdio(t, modern, writes)
+	}
+}
+
+// updatesOnStdio is the same on stdio.
+func updatesOnStdio(t *testing.T, modern bool, writes string) {
 	p := launch(t, "")
 	home := p.await(p.request("tools/call", map[string]any{"name": "exec", "arguments": map[string]any{"command": "mkdir -p /home/user/d"}}))
 	dir := "sandbox://" + fmt.Sprint(home.Result.StructuredContent["sandbox_id"]) + "/files/home/user/d"
-	if m := p.await(p.request("resources/subscribe", map[string]any{"uri": dir})); m.Error != nil {
+	told := func(method string) int {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		count := 0
+		for _, n := range p.notes {
+			if n.Method == method {
+				count++
+			}
+		}
+		return count
+	}
+	await := func(method string, above int) {
+		t.Helper()
+		for deadline := time.Now().Add(30 * time.Second); told(method) <= above; time.Sleep(5 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("no %s came on stdio", method)
+			}
+		}
+	}
+	if modern {
+		p.request("subscriptions/listen", map[string]any{"notifications": map[string]any{"resourceSubscriptions": []string{dir}}, "_meta": map[string]any{
+			"io.modelcontextprotocol/protocolVersion": sandboxtest.ModernVersion, "io.modelcontextprotocol/clientCapabilities": map[string]any{}}})
+		await("notifications/subscriptions/acknowledged", 0)
+	} else if m := p.await(p.request("resources/subscribe", map[string]any{"uri": dir})); m.Error != nil {
 		t.Fatal(m.Error)
 	}
 	p.exec(writes)
-	told := func() bool {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		return slices.ContainsFunc(p.notes, func(n message) bool { return n.Method == "notifications/resources/updated" && n.Params["uri"] == dir })
+	await("notifications/resources/updated", 0)
+	for before := -1; before != told("notifications/resources/updated"); time.Sleep(100 * time.Millisecond) { // what is still to come is of the writes, too
+		before = told("notifications/resources/updated")
 	}
-	for deadline := time.Now().Add(30 * time.Second); !told(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("no update came on stdio")
-		}
-	}
+	before := told("notifications/resources/updated")
+	p.call("file_write", map[string]any{"path": "/home/user/d/f1", "content": "after"})
+	await("notifications/resources/updated", before)
 }
 
 func drainUpdates(messages <-chan sandboxtest.Message) {
@@ -579,7 +606,7 @@ func TestHealthAndMetrics(t *testing.T) {
 	for _, m := range regexp.MustCompile(`(?m)^# TYPE (soulbox_\S+ \S+)$`).FindAllStringSubmatch(body, -1) {
 		names = append(names, m[1])
 	}
-	const want = "soulbox_agent_round_trip_seconds histogram\nsoulbox_http_sessions gauge\nsoulbox_mcp_request_seconds histogram\nsoulbox_mcp_requests_total counter\n" +
+	const want = "soulbox_agent_round_trip_seconds histogram\nsoulbox_http_bytes_total counter\nsoulbox_http_sessions gauge\nsoulbox_mcp_request_seconds histogram\nsoulbox_mcp_requests_total counter\n" +
 		"soulbox_memory_free_bytes gauge\nsoulbox_sandbox_create_seconds histogram\nsoulbox_sandbox_creates_total counter\nsoulbox_sandboxes gauge"
 	if got := strings.Join(names, "\n"); got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
@@ -696,5 +723,27 @@ func TestOpenID(t *testing.T) {
 	code, body := w.get("/.well-known/oauth-protected-resource", "")
 	if code != http.StatusOK || !strings.Contains(body, issuer.URL) {
 		t.Error(code, body)
+	}
+}
+
+// TestIdleConnections: a thousand connections that say nothing, or speak very slowly, disturb nobody and cost little.
+func TestIdleConnections(t *testing.T) {
+	w := serve(t, "")
+	at := strings.TrimSuffix(strings.TrimPrefix(w.url, "http://"), "/mcp")
+	before := rssOf(t, w.cmd.Process.Pid)
+	for i := range 1000 {
+		conn, err := net.Dial("tcp", at)
+		if err != nil {
+			t.Fatal(i, err)
+		}
+		defer conn.Close()
+		if i%2 == 0 {
+			fmt.Fprintf(conn, "POST /mcp HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{")
+		}
+	}
+	c := w.client("", true)
+	must2(t)(c.Call(t.Context(), "exec", map[string]any{"command": "true"}))
+	if cost := rssOf(t, w.cmd.Process.Pid) - before; cost > 64<<20 {
+		t.Errorf("they cost %d MB", cost>>20)
 	}
 }

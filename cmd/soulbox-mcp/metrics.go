@@ -1,6 +1,7 @@
 package main
 
 import (
+	"io"
 	"net/http"
 	"time"
 
@@ -20,6 +21,7 @@ type metrics struct {
 	creates  *prometheus.CounterVec
 	creation prometheus.Histogram
 	ping     prometheus.Histogram
+	bytes    *prometheus.CounterVec
 }
 
 func newMetrics() *metrics {
@@ -31,8 +33,9 @@ func newMetrics() *metrics {
 		creates:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: "soulbox_sandbox_creates_total", Help: "Sandboxes created, by outcome (ok, error)."}, []string{"outcome"}),
 		creation: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "soulbox_sandbox_create_seconds", Help: "Time until a new sandbox was ready.", Buckets: fast}),
 		ping:     prometheus.NewHistogram(prometheus.HistogramOpts{Name: "soulbox_agent_round_trip_seconds", Help: "Time in which the agents of sandboxes answered.", Buckets: fast}),
+		bytes:    prometheus.NewCounterVec(prometheus.CounterOpts{Name: "soulbox_http_bytes_total", Help: "Bytes of MCP requests (in) and answers (out) over HTTP."}, []string{"direction"}),
 	}
-	m.registry.MustRegister(m.requests, m.latency, m.creates, m.creation, m.ping, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	m.registry.MustRegister(m.bytes, m.requests, m.latency, m.creates, m.creation, m.ping, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
 
@@ -102,3 +105,39 @@ func (r room) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.MustNewConstMetric(sandboxesDesc, prometheus.GaugeValue, float64(states[s]), string(s))
 	}
 }
+
+// count counts the bytes of requests and answers.
+func (m *metrics) count(next http.Handler) http.Handler {
+	in, out := m.bytes.WithLabelValues("in"), m.bytes.WithLabelValues("out")
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		r.Body = countedBody{r.Body, in}
+		next.ServeHTTP(countedWriter{w, out}, r)
+	})
+}
+
+type countedBody struct {
+	io.ReadCloser
+	n prometheus.Counter
+}
+
+// Read implements io.Reader.
+func (c countedBody) Read(p []byte) (int, error) {
+	n, err := c.ReadCloser.Read(p)
+	c.n.Add(float64(n))
+	return n, err
+}
+
+type countedWriter struct {
+	http.ResponseWriter
+	n prometheus.Counter
+}
+
+// Write implements io.Writer.
+func (c countedWriter) Write(p []byte) (int, error) {
+	n, err := c.ResponseWriter.Write(p)
+	c.n.Add(float64(n))
+	return n, err
+}
+
+// Unwrap lets http.ResponseController find deadlines and flushing.
+func (c countedWriter) Unwrap() http.ResponseWriter { return c.ResponseWriter }

@@ -1,0 +1,106 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+// watch begins to watch a path and gives what changes to a channel.
+func watch(t *testing.T, c *Client, path string) <-chan WatchBatch {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	started, batches, ended := make(chan struct{}), make(chan WatchBatch, 1000), make(chan error, 1)
+	go func() {
+		ended <- c.Watch(ctx, path, func() { close(started) }, func(b WatchBatch) error { batches <- b; return nil })
+	}()
+	t.Cleanup(func() { cancel(); <-ended })
+	select {
+	case <-started:
+	case err := <-ended:
+		ended <- err
+		t.Fatal(err)
+	}
+	return batches
+}
+
+// await collects events until all are there that are wanted.
+func await(t *testing.T, batches <-chan WatchBatch, want ...WatchEvent) {
+	t.Helper()
+	missing := map[WatchEvent]bool{}
+	for _, e := range want {
+		missing[e] = true
+	}
+	eventually(t, fmt.Sprint(want), func() bool {
+		select {
+		case b := <-batches:
+			for _, e := range b.Events {
+				delete(missing, e)
+			}
+		default:
+		}
+		return len(missing) == 0
+	})
+}
+
+func TestWatch(t *testing.T) {
+	c, dir := pair(t)
+	in := func(name string) string { return filepath.Join(dir, name) }
+	write := func(name string) {
+		t.Helper()
+		if err := os.WriteFile(in(name), []byte("x"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("there")
+	all, one := watch(t, c, dir), watch(t, c, in("there"))
+	write("new")
+	await(t, all, WatchEvent{"create", in("new")}, WatchEvent{"write", in("new")})
+	if err := os.Rename(in("new"), in("there")); err != nil { // as editors save
+		t.Fatal(err)
+	}
+	await(t, all, WatchEvent{"rename", in("new")}, WatchEvent{"create", in("there")})
+	await(t, one, WatchEvent{"create", in("there")})
+	write("there")
+	await(t, one, WatchEvent{"write", in("there")})
+	if err := os.Remove(in("there")); err != nil {
+		t.Fatal(err)
+	}
+	await(t, one, WatchEvent{"remove", in("there")})
+	write("there")
+	await(t, one, WatchEvent{"create", in("there")})
+}
+
+// TestWatchBounds: what cannot be watched is said, many events are cut and said to be, and there are 64 watches at most.
+func TestWatchBounds(t *testing.T) {
+	c, dir := pair(t)
+	for path, want := range map[string]error{filepath.Join(dir, "no"): fs.ErrNotExist, "relative": ErrInvalid, dir + "/../x": ErrInvalid} {
+		if err := c.Watch(t.Context(), path, func() { t.Error("started") }, nil); !errors.Is(err, want) {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+	batches := watch(t, c, dir)
+	run(t, c, StartRequest{Command: fmt.Sprintf("cd %s; for i in $(seq 3000); do : > f$i; done", dir)})
+	events, overflow := 0, false
+	eventually(t, "all events, or the word that there were more", func() bool {
+		select {
+		case b := <-batches:
+			if len(b.Events) > maxWatchEvents {
+				t.Fatal(len(b.Events))
+			}
+			events, overflow = events+len(b.Events), overflow || b.Overflow
+		default:
+		}
+		return overflow || events >= 3000
+	})
+	for range maxWatches - 1 {
+		watch(t, c, dir)
+	}
+	if err := c.Watch(t.Context(), dir, func() {}, nil); !errors.Is(err, ErrLimit) {
+		t.Fatal(err)
+	}
+}
