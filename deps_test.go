@@ -52,6 +52,8 @@ var onlyIn = map[string][]string{
 	"github.com/fsnotify/fsnotify":           {"agent"},
 	"github.com/modelcontextprotocol/go-sdk": {"cmd/soulbox-mcp"}, // in tests only
 	"github.com/coreos/go-oidc":              {"cmd/soulbox-mcp"},
+	"github.com/charmbracelet":               {"tools"},
+	"github.com/creack/pty":                  {"agent"},
 }
 
 // agentMayUse are the libraries of the agent, which must stay small.

@@ -205,6 +205,11 @@ func (c *Client) Signal(ctx context.Context, process, signal string) (Process, e
 	return call[Process](ctx, c, callSignal, SignalRequest{Process: process, Signal: signal})
 }
 
+// Resize changes the size of a process' terminal. A process without one is ErrNoTerminal.
+func (c *Client) Resize(ctx context.Context, req ResizeRequest) (Process, error) {
+	return call[Process](ctx, c, callResize, req)
+}
+
 // Kill ends a process and everything that it started.
 func (c *Client) Kill(ctx context.Context, process string) (Process, error) {
 	return call[Process](ctx, c, callKill, WaitRequest{Process: process})

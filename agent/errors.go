@@ -25,6 +25,7 @@ var (
 	ErrCwd        = errors.New("no such working directory")
 	ErrCommand    = errors.New("command line too long")
 	ErrLimit      = errors.New("limit reached")
+	ErrNoTerminal = errors.New("process has no terminal")
 	// ErrLost means that the agent or the pipe to it is gone.
 	ErrLost = errors.New("agent lost")
 	// ErrVersion means that host and agent speak different protocols.
@@ -34,7 +35,7 @@ var (
 var kinds = map[string]error{
 	"no_process": ErrNoProcess, "ended": ErrEnded, "tag_in_use": ErrTagInUse, "no_user": ErrNoUser, "no_signal": ErrNoSignal,
 	"stdin": ErrStdin, "invalid": ErrInvalid, "too_large": ErrTooLarge, "not_regular": ErrNotRegular, "not_text": ErrNotText,
-	"no_match": ErrNoMatch, "ambiguous": ErrAmbiguous, "cwd": ErrCwd, "limit": ErrLimit, "command": ErrCommand,
+	"no_match": ErrNoMatch, "ambiguous": ErrAmbiguous, "cwd": ErrCwd, "limit": ErrLimit, "no_terminal": ErrNoTerminal, "command": ErrCommand,
 }
 
 // Error is an error of the guest as it crosses the pipe.

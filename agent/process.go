@@ -35,7 +35,7 @@ type process struct {
 	started   time.Time
 	output    *spool
 	group     *cgroup // nil outside a sandbox
-	pipes     [2]*outputPipe
+	pipes     []*outputPipe
 	collector *collector
 	stop      *time.Timer
 	ready     atomic.Bool // everything above is set: others may see it
@@ -45,12 +45,14 @@ type process struct {
 
 	writing sync.Mutex // held by who writes to stdin; before mu
 
-	mu     sync.Mutex
-	stdin  *os.File // nil when closed
-	ended  time.Time
-	status syscall.WaitStatus
-	usage  syscall.Rusage
-	cause  string
+	mu    sync.Mutex
+	stdin *os.File // nil when closed; of a terminal our end of it
+	// terminal is its size; nil without one.
+	terminal *Terminal
+	ended    time.Time
+	status   syscall.WaitStatus
+	usage    syscall.Rusage
+	cause    string
 	// limitHit says that it wanted more processes than it may have.
 	limitHit bool
 	left     bool // processes, when it ended
@@ -77,7 +79,7 @@ func (p *process) blame(cause string) {
 
 // finish notes the end of the leader, and tells those who wait for it.
 func (p *process) finish(status exitStatus) {
-	p.collector.drain(p.pipes[0], p.pipes[1])
+	p.collector.drain(p.pipes...)
 	// Reading cgroups is a good part of a short command's time: one that ended well and left nothing behind is not asked further.
 	left := len(p.group.pids()) > 0
 	limitHit := (left || status.status != 0) && p.group.hitLimit()
@@ -109,7 +111,11 @@ func (p *process) expire() {
 // signal sends a signal to the process group of the leader or, when that has ended, to what it left behind.
 func (p *process) signal(sig syscall.Signal) error {
 	if p.running() {
-		if err := syscall.Kill(-p.pid, sig); err != nil && err != syscall.ESRCH {
+		done, err := p.signalTerminal(sig)
+		if !done {
+			err = ignoreGone(syscall.Kill(-p.pid, sig))
+		}
+		if err != nil {
 			return fmt.Errorf("signal process %s: %w", p.id, err)
 		}
 		return nil
@@ -153,7 +159,7 @@ func (p *process) describe() Process {
 	done := !p.running()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	d.StdinOpen, d.Cause, d.LimitHit = p.stdin != nil, p.cause, p.limitHit
+	d.StdinOpen, d.Cause, d.LimitHit, d.Terminal = p.stdin != nil, p.cause, p.limitHit, p.terminal
 	if !done || p.left {
 		d.LimitHit = p.limitHit || p.group.hitLimit()
 	}
@@ -183,15 +189,28 @@ func agentPeak() int64 {
 	return u.Maxrss << 10
 }
 
-// wait waits for the end, at most for that long, and describes.
-func (p *process) wait(ctx context.Context, wait time.Duration, w Window) (Snapshot, error) {
+// wait waits for the end or, if beyond is set, for output beyond it, at most for that long, and describes.
+func (p *process) wait(ctx context.Context, wait time.Duration, beyond *int64, w Window) (Snapshot, error) {
 	if wait > 0 && p.running() {
 		timer := time.NewTimer(wait)
 		defer timer.Stop()
-		select {
-		case <-p.done:
-		case <-timer.C:
-		case <-ctx.Done():
+		for waiting := true; waiting; {
+			var more <-chan struct{} // nil: only the end counts
+			if beyond != nil {
+				written, changed := p.output.progress()
+				if written > *beyond {
+					break
+				}
+				more = changed
+			}
+			select {
+			case <-more:
+				continue
+			case <-p.done:
+			case <-timer.C:
+			case <-ctx.Done():
+			}
+			waiting = false
 		}
 	}
 	s := Snapshot{Process: p.describe()} // first: output that comes later must not belong to an "exited" snapshot
@@ -226,7 +245,9 @@ func (p *process) writeStdin(ctx context.Context, r io.Reader, eof bool) (int64,
 	if errors.Is(err, syscall.EPIPE) || errors.Is(err, os.ErrClosed) {
 		err = fmt.Errorf("write to process %s: %w", p.id, ErrStdin)
 	}
-	if err == nil && eof {
+	if err == nil && eof && p.terminal != nil {
+		_, err = stdin.Write([]byte{4}) // what ends input at a terminal is typed: ctrl-d
+	} else if err == nil && eof {
 		p.mu.Lock()
 		p.stdin = nil
 		p.mu.Unlock()

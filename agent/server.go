@@ -402,7 +402,7 @@ func (s *Server) call(ctx context.Context, req *jsonrpc2.Request) (result any, e
 			if err != nil {
 				return Snapshot{}, err
 			}
-			return p.wait(ctx, time.Duration(r.WaitMS)*time.Millisecond, r.Window)
+			return p.wait(ctx, time.Duration(r.WaitMS)*time.Millisecond, r.Beyond, r.Window)
 		})
 	case callSignal:
 		return on(req, func(r SignalRequest) (Process, error) {
@@ -416,6 +416,8 @@ func (s *Server) call(ctx context.Context, req *jsonrpc2.Request) (result any, e
 			}
 			return p.describe(), p.signal(sig)
 		})
+	case callResize:
+		return on(req, s.resize)
 	case callKill:
 		return on(req, func(r WaitRequest) (Process, error) {
 			p, err := s.find(r.Process)

@@ -157,6 +157,13 @@ func (s *spool) sizes() (written, dropped int64) {
 	return s.end, s.lost(0, s.end)
 }
 
+// progress tells how much was written, and what is closed when that changes.
+func (s *spool) progress() (written int64, changed <-chan struct{}) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.end, s.changed
+}
+
 // lost counts the bytes in [from, to) that are no longer kept.
 func (s *spool) lost(from, to int64) int64 {
 	return max(0, min(to, s.start)-max(from, int64(len(s.head))))

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -27,7 +28,7 @@ func (s *Server) start(ctx context.Context, req StartRequest) (Snapshot, error) 
 	if err != nil {
 		return Snapshot{}, err
 	}
-	return p.wait(ctx, time.Duration(req.WaitMS)*time.Millisecond, req.Window)
+	return p.wait(ctx, time.Duration(req.WaitMS)*time.Millisecond, nil, req.Window)
 }
 
 // spawn starts a process and enters it in the table.
@@ -49,34 +50,74 @@ func (s *Server) spawn(req StartRequest) (_ *process, err error) {
 			return nil, err
 		}
 	}
-	stdio, parent, err := s.openStdio(req.KeepStdin || len(req.Stdin) > 0)
+	p.collector = s.collector
+	run := s.runOnPipes
+	if p.terminal != nil {
+		run = s.runOnTerminal
+	}
+	stdin, err := run(p, env)
 	if err != nil {
-		p.group.remove()
+		p.group.remove() // the collector sees the end of the pipes by itself
+		return nil, err
+	}
+	s.follow(p, stdin)
+	return p, nil
+}
+
+// runOnPipes starts a process with pipes, and returns the writing end of its stdin if it has one.
+func (s *Server) runOnPipes(p *process, env []string) (stdin *os.File, err error) {
+	stdio, parent, err := s.openStdio(p.req.KeepStdin || len(p.req.Stdin) > 0)
+	if err != nil {
 		return nil, err
 	}
 	// Before the process runs: pipes that are added when both have output would be taken in the order of adding.
-	p.collector = s.collector
-	p.pipes[0] = s.collector.add(parent[1], onStdout, p.output)
-	p.pipes[1] = s.collector.add(parent[2], onStderr, p.output)
+	p.pipes = []*outputPipe{s.collector.add(parent[1], onStdout, p.output), s.collector.add(parent[2], onStderr, p.output)}
 	err = s.launch(p, env, stdio)
 	for _, fd := range stdio {
 		if fd != s.null {
 			_ = unix.Close(fd)
 		}
 	}
-	if err != nil {
-		if parent[0] >= 0 {
-			_ = unix.Close(parent[0])
-		}
-		p.group.remove() // the collector sees the end of the pipes by itself
+	switch {
+	case parent[0] < 0:
+		return nil, err
+	case err != nil:
+		_ = unix.Close(parent[0])
 		return nil, err
 	}
-	s.follow(p, parent[0])
-	return p, nil
+	return os.NewFile(uintptr(parent[0]), "stdin"), nil
+}
+
+// runOnTerminal starts a process with a terminal, and returns our end of it.
+func (s *Server) runOnTerminal(p *process, env []string) (*os.File, error) {
+	child, master, reader, err := s.openTerminal(*p.terminal, p.user)
+	if err != nil {
+		return nil, err
+	}
+	defer child.Close()
+	p.pipes = []*outputPipe{s.collector.add(reader, onStdout, p.output)}
+	var launched error
+	if err := control(child, func(fd uintptr) error {
+		launched = s.launch(p, env, [3]int{int(fd), int(fd), int(fd)})
+		return nil
+	}); err != nil || launched != nil {
+		return nil, errors.Join(err, launched, master.Close())
+	}
+	return master, nil
 }
 
 // prepare checks a request and works out everything that a process needs.
 func (s *Server) prepare(req StartRequest) (*process, []string, error) {
+	if req.Terminal != nil {
+		size := Terminal{Rows: cmp.Or(req.Terminal.Rows, defaultRows), Cols: cmp.Or(req.Terminal.Cols, defaultCols)}
+		if err := size.check(); err != nil {
+			return nil, nil, err
+		}
+		req.Terminal = &size
+		if req.Command == "" && len(req.Args) == 0 {
+			req.Args = []string{s.shell, "-il"}
+		}
+	}
 	if (req.Command == "") == (len(req.Args) == 0) {
 		return nil, nil, invalid("start: give either a command or args")
 	}
@@ -108,11 +149,11 @@ func (s *Server) prepare(req StartRequest) (*process, []string, error) {
 	if !isDir(cwd) {
 		return nil, nil, fmt.Errorf("start in %q: %w", clip(cwd, 200), ErrCwd)
 	}
-	env, err := s.environment(user, cwd, req.Env)
+	env, err := s.environment(user, cwd, req.Env, req.Terminal != nil)
 	if err != nil {
 		return nil, nil, err
 	}
-	p := &process{req: req, user: user, cwd: cwd, args: req.Args, done: make(chan struct{}), output: newSpool(s.opts.SpoolDir)}
+	p := &process{req: req, terminal: req.Terminal, user: user, cwd: cwd, args: req.Args, done: make(chan struct{}), output: newSpool(s.opts.SpoolDir)}
 	p.req.Env = nil // not kept: it may be secret
 	return p, env, nil
 }
@@ -123,10 +164,13 @@ func isDir(name string) bool {
 }
 
 // environment is the base, then the sandbox', then the request's own.
-func (s *Server) environment(user identity, cwd string, extra map[string]string) ([]string, error) {
+func (s *Server) environment(user identity, cwd string, extra map[string]string, terminal bool) ([]string, error) {
 	vars := map[string]string{
 		"PATH": defaultPath, "HOME": user.home, "USER": user.name, "LOGNAME": user.name, "SHELL": s.shell,
 		"LANG": "C.UTF-8", "PWD": cwd,
+	}
+	if terminal {
+		vars["TERM"] = "xterm-256color"
 	}
 	s.mu.Lock()
 	shared := s.config.Env
@@ -187,7 +231,7 @@ func (s *Server) openStdio(stdin bool) (child [3]int, parent [3]int, err error) 
 // launch forks and executes. A command of plain words skips the shell: it would only execute them in turn.
 func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
 	attr := &syscall.ProcAttr{Dir: p.cwd, Env: env, Files: []uintptr{uintptr(stdio[0]), uintptr(stdio[1]), uintptr(stdio[2])}}
-	attr.Sys = &syscall.SysProcAttr{Setsid: true}
+	attr.Sys = &syscall.SysProcAttr{Setsid: true, Setctty: p.terminal != nil} // its terminal is descriptor 0
 	if p.group != nil {
 		attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, int(p.group.dir.Fd())
 	}
@@ -228,16 +272,15 @@ func explainFork(err error) error {
 }
 
 // follow starts what serves a running process.
-func (s *Server) follow(p *process, stdinFD int) {
-	if stdinFD >= 0 {
-		stdin := os.NewFile(uintptr(stdinFD), "stdin")
+func (s *Server) follow(p *process, stdin *os.File) {
+	if stdin != nil {
 		p.mu.Lock()
 		p.stdin = stdin
 		p.mu.Unlock()
 		if input := p.req.Stdin; len(input) > 0 {
 			p.req.Stdin = nil
 			// The feeder ends with the process at the latest: watch closes stdin.
-			go func() { _, _ = p.writeStdin(s.ctx, bytes.NewReader(input), !p.req.KeepStdin) }()
+			go func() { _, _ = p.writeStdin(s.ctx, bytes.NewReader(input), !p.req.KeepStdin && p.terminal == nil) }()
 		}
 	}
 	if p.req.TimeoutMS > 0 {

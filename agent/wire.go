@@ -46,6 +46,7 @@ const (
 	callStart     = "start"
 	callWait      = "wait"
 	callSignal    = "signal"
+	callResize    = "resize"
 	callKill      = "kill"
 	callList      = "list"
 	callStat      = "stat"
@@ -117,6 +118,8 @@ type StartRequest struct {
 	// Stdin is given to the process, then its stdin is closed, unless KeepStdin holds it open for WriteStdin.
 	Stdin     []byte `json:"stdin,omitempty"`
 	KeepStdin bool   `json:"keep_stdin,omitempty"`
+	// Terminal gives the process a terminal of that size as stdin, stdout and stderr; zero sizes are 24 and 80. Its stdin stays open.
+	Terminal *Terminal `json:"terminal,omitempty"`
 	// Tag is a second name, unique among the running processes.
 	Tag string `json:"tag,omitempty"`
 	// TimeoutMS ends the process that long after its start, with cause "timeout"; zero means never.
@@ -130,7 +133,9 @@ type StartRequest struct {
 type WaitRequest struct {
 	Process string `json:"process"`
 	WaitMS  int64  `json:"wait_ms,omitempty"`
-	Window  Window `json:"window"`
+	// Beyond, if set, ends the wait also when the process has written more than so many bytes in all.
+	Beyond *int64 `json:"beyond,omitempty"`
+	Window Window `json:"window"`
 }
 
 // Window selects output: up to Head bytes from Offset on and, where that is not all, the last Tail bytes.
@@ -199,6 +204,8 @@ type Process struct {
 	Output    int64 `json:"output"`            // bytes written so far
 	Dropped   int64 `json:"dropped,omitempty"` // of these, bytes no longer kept
 	StdinOpen bool  `json:"stdin_open,omitempty"`
+	// Terminal is the size of its terminal, if it has one.
+	Terminal *Terminal `json:"terminal,omitempty"`
 }
 
 // ListRequest selects processes; zero values select all.
@@ -211,6 +218,12 @@ type ListRequest struct {
 type SignalRequest struct {
 	Process string `json:"process"`
 	Signal  string `json:"signal"`
+}
+
+// ResizeRequest changes the size of a process' terminal.
+type ResizeRequest struct {
+	Process  string   `json:"process"`
+	Terminal Terminal `json:"terminal"`
 }
 
 // Usage is the consumption of all user processes of the sandbox.

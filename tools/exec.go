@@ -20,7 +20,8 @@ const (
 	maxChars     = 100_000
 	maxStdin     = 256 << 10
 	progressTick = 500 * time.Millisecond
-	taskYield    = 24 * time.Hour // a task has nobody who gives up
+	taskYield    = 24 * time.Hour  // a task has nobody who gives up
+	ttyYield     = 2 * time.Second // at most, until a program at a terminal is silent
 )
 
 func (s *Service) execTools() []server.ServerTool {
@@ -31,7 +32,7 @@ func (s *Service) execTools() []server.ServerTool {
 }
 
 type execInput struct {
-	Command    string            `json:"command" jsonschema:"the shell command"`
+	Command    string            `json:"command,omitempty" jsonschema:"the shell command; with tty it may be left out for a login shell"`
 	Cwd        string            `json:"cwd,omitempty" jsonschema:"absolute working directory; default the user's home"`
 	Env        map[string]string `json:"env,omitempty" jsonschema:"extra environment variables"`
 	User       string            `json:"user,omitempty" jsonschema:"user name or uid; default user"`
@@ -41,24 +42,28 @@ type execInput struct {
 	TimeoutMS  int64             `json:"timeout_ms,omitempty" jsonschema:"kill the command after this time; default never"`
 	MaxChars   *int              `json:"max_output_chars,omitempty" jsonschema:"longer output is cut in the middle; default 30000"`
 	Background bool              `json:"background,omitempty" jsonschema:"return as soon as it has started, and keep its stdin open"`
+	TTY        bool              `json:"tty,omitempty" jsonschema:"give it a terminal, for interactive and full-screen programs; returns when it is silent"`
+	Rows       int               `json:"rows,omitempty" jsonschema:"of the terminal; default 24"`
+	Cols       int               `json:"cols,omitempty" jsonschema:"default 80"`
 	target
 }
 
 // execOutput tells how a process is and what it wrote.
 type execOutput struct {
-	SandboxID  string `json:"sandbox_id"`
-	ProcessID  string `json:"process_id"`
-	State      string `json:"state" enum:"running,exited"`
-	ExitCode   *int   `json:"exit_code,omitempty" jsonschema:"128+signal if a signal ended it"`
-	Signal     string `json:"signal,omitempty"`
-	Cause      string `json:"cause,omitempty" jsonschema:"oom, timeout or killed"`
-	Output     string `json:"output" jsonschema:"stdout and stderr as they came; bytes that are not text as \\xNN"`
-	LeftOut    int64  `json:"left_out,omitempty" jsonschema:"bytes cut from the output"`
-	Dropped    int64  `json:"dropped,omitempty" jsonschema:"bytes no longer kept"`
-	NextOffset int64  `json:"next_offset" jsonschema:"give this to process_wait for what comes next"`
-	DurationMS int64  `json:"duration_ms"`
-	Children   int    `json:"children,omitempty" jsonschema:"processes it left running"`
-	Note       string `json:"note,omitempty" jsonschema:"what to do next"`
+	SandboxID  string      `json:"sandbox_id"`
+	ProcessID  string      `json:"process_id"`
+	State      string      `json:"state" enum:"running,exited"`
+	ExitCode   *int        `json:"exit_code,omitempty" jsonschema:"128+signal if a signal ended it"`
+	Signal     string      `json:"signal,omitempty"`
+	Cause      string      `json:"cause,omitempty" jsonschema:"oom, timeout or killed"`
+	Output     string      `json:"output" jsonschema:"stdout and stderr as they came; bytes that are not text as \\xNN"`
+	LeftOut    int64       `json:"left_out,omitempty" jsonschema:"bytes cut from the output"`
+	Dropped    int64       `json:"dropped,omitempty" jsonschema:"bytes no longer kept"`
+	NextOffset int64       `json:"next_offset" jsonschema:"give this to process_wait for what comes next"`
+	DurationMS int64       `json:"duration_ms"`
+	Children   int         `json:"children,omitempty" jsonschema:"processes it left running"`
+	Note       string      `json:"note,omitempty" jsonschema:"what to do next"`
+	Screen     *screenInfo `json:"screen,omitempty" jsonschema:"of the rendered screen, which output then is"`
 
 	limitHit bool
 }
@@ -78,6 +83,12 @@ func (o execOutput) text() string {
 		status += fmt.Sprintf(", %s no longer kept", plural(o.Dropped, "byte"))
 	}
 	status += fmt.Sprintf(", sandbox %s, next_offset %d", o.SandboxID, o.NextOffset)
+	if s := o.Screen; s != nil {
+		status += fmt.Sprintf(", screen of %d x %d, cursor in row %d, column %d", s.Rows, s.Cols, s.CursorRow, s.CursorCol)
+		if s.Title != "" {
+			status += ", title " + s.Title
+		}
+	}
 	if o.Note != "" {
 		status += "; " + o.Note
 	}
@@ -92,8 +103,11 @@ func (o execOutput) text() string {
 }
 
 func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
-	if in.Command == "" {
-		return execOutput{}, badArgument("The argument \"command\" is empty. Give a shell command.")
+	if in.Command == "" && !in.TTY {
+		return execOutput{}, badArgument("The argument \"command\" is missing. Give a shell command.")
+	}
+	if !in.TTY && (in.Rows != 0 || in.Cols != 0) {
+		return execOutput{}, badArgument("The arguments \"rows\" and \"cols\" are of a terminal. Set tty, or leave them out.")
 	}
 	yield, chars, err := bounds(in.YieldMS, in.MaxChars)
 	if err != nil {
@@ -104,6 +118,8 @@ func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
 	}
 	if in.Background && in.YieldMS == nil {
 		yield = 0
+	} else if in.TTY && in.YieldMS == nil {
+		yield = ttyYield
 	} else if in.YieldMS == nil && inTask(ctx) {
 		yield = taskYield
 	}
@@ -121,20 +137,29 @@ func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
 	}
 	startCtx, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), startTime, errSilent)
 	defer cancel()
+	var terminal *agent.Terminal
+	if in.TTY {
+		terminal = &agent.Terminal{Rows: in.Rows, Cols: in.Cols}
+	}
 	snap, err := client.Start(startCtx, agent.StartRequest{
-		Command: in.Command, Cwd: in.Cwd, Env: in.Env, User: in.User, Stdin: []byte(in.Stdin), KeepStdin: in.Background, Tag: in.Tag,
+		Terminal: terminal, Command: in.Command, Cwd: in.Cwd, Env: in.Env, User: in.User, Stdin: []byte(in.Stdin), KeepStdin: in.Background, Tag: in.Tag,
 		TimeoutMS: in.TimeoutMS, Window: w, WaitMS: min(yield, startSlice).Milliseconds(),
 	})
 	if err != nil {
 		return execOutput{}, err
 	}
-	if snap, err = follow(ctx, client, snap, w, yield-startSlice); err == nil && ctx.Err() != nil {
+	if in.TTY {
+		snap, err = listen(ctx, client, snap.Process.ID, w, yield)
+	} else {
+		snap, err = follow(ctx, client, snap, w, yield-startSlice)
+	}
+	if err == nil && ctx.Err() != nil {
 		snap, err = giveUp(ctx, client, snap, w)
 	}
 	if err != nil {
 		return execOutput{}, err
 	}
-	return show(ctx, client, sb.ID(), snap, w, chars)
+	return s.show(ctx, client, sb.ID(), snap, w, chars, false)
 }
 
 // startTime is how long a sandbox has to start a process, also when it is full of others.
@@ -200,7 +225,10 @@ func giveUp(ctx context.Context, client *agent.Client, snap agent.Snapshot, w ag
 }
 
 // show turns a snapshot into a result of at most chars characters of output. What it leaves out can be got from the offset that it names.
-func show(ctx context.Context, client *agent.Client, sandboxID string, snap agent.Snapshot, w agent.Window, chars int) (execOutput, error) {
+func (s *Service) show(ctx context.Context, client *agent.Client, sandboxID string, snap agent.Snapshot, w agent.Window, chars int, raw bool) (execOutput, error) {
+	if snap.Process.Terminal != nil && !raw {
+		return showTerminal(sandboxID, snap, chars), nil
+	}
 	room := chars
 	if len(snap.Output.Tail) > 0 {
 		room = chars / 2
@@ -262,4 +290,26 @@ func (o execOutput) notes() []string {
 		notes = append(notes, fmt.Sprintf("%s it started still running, process_signal reaches them", plural(int64(o.Children), "process")))
 	}
 	return notes
+}
+
+// showTerminal shows output of a terminal as text. Offsets count its bytes, escapes too.
+func showTerminal(sandboxID string, snap agent.Snapshot, chars int) execOutput {
+	out, o := describe(sandboxID, snap), snap.Output
+	left, right := []rune(render([]byte(terminalText(o.Head)))), []rune(render([]byte(terminalText(o.Tail))))
+	out.Output = string(left[:min(len(left), chars)])
+	if o.HeadEnd >= o.End {
+		return out
+	}
+	out.LeftOut = o.TailStart - o.HeadEnd
+	again := fmt.Sprintf("process_wait with process_id %q and offset %d gives the rest", snap.Process.ID, o.HeadEnd)
+	if len(right) == 0 {
+		out.NextOffset = o.HeadEnd
+		out.Note = strings.Join(append(out.notes(), again), "; ")
+		return out
+	}
+	if room := max(0, chars-len(left)); len(right) > room {
+		right = right[len(right)-room:]
+	}
+	out.Output += fmt.Sprintf("\n[… %s left out; %s …]\n", plural(out.LeftOut, "byte"), again) + string(right)
+	return out
 }

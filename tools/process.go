@@ -15,8 +15,10 @@ func (s *Service) processTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "process_wait", "Wait for a process to end and read its output, also after it has ended. Without offset: head and tail of all its output. With offset: what came since, from the next_offset of the last result.",
 			hints{title: "Wait for a process", readOnly: true, idempotent: true, long: true}, s.processWait),
-		define(s, "process_write", "Write to the stdin of a process that was started with background, and return what it answers.",
+		define(s, "process_write", "Write to the stdin of a process that was started with background or tty, and return what it answers.",
 			hints{title: "Write to a process"}, s.processWrite),
+		define(s, "process_resize", "Change the size of a process' terminal.",
+			hints{title: "Resize a terminal", idempotent: true}, s.processResize),
 		define(s, "process_signal", "Send a signal to a process and its group.",
 			hints{title: "Signal a process", destructive: true}, s.processSignal),
 		define(s, "process_list", "List the processes started by exec, running and ended, newest first.",
@@ -46,6 +48,9 @@ type processWaitInput struct {
 	processTarget
 	Offset   *int64 `json:"offset,omitempty" jsonschema:"byte offset to read from"`
 	Stream   string `json:"stream,omitempty" enum:"stdout,stderr" jsonschema:"only this one; default both"`
+	Screen   bool   `json:"screen,omitempty" jsonschema:"of a tty: its rendered screen as it is now; returns when it is silent"`
+	Above    int    `json:"lines_above,omitempty" jsonschema:"with screen: so many lines that have scrolled away, up to 500"`
+	Raw      bool   `json:"raw,omitempty" jsonschema:"of a tty: with its escapes"`
 	YieldMS  *int64 `json:"yield_ms,omitempty" jsonschema:"how long to wait for the end, 0 to 50000; default 30000"`
 	MaxChars *int   `json:"max_output_chars,omitempty" jsonschema:"default 30000"`
 	target
@@ -75,31 +80,92 @@ func (s *Service) processWait(ctx context.Context, in processWaitInput) (execOut
 	if err != nil {
 		return execOutput{}, err
 	}
+	if in.Screen {
+		return s.processScreen(ctx, client, sb.ID(), snap.Process, in, yield)
+	}
 	// Cancelling a wait ends the wait, never the process: it was not begun by this call.
 	if snap, err = follow(ctx, client, snap, w, yield); err != nil {
 		return execOutput{}, err
 	}
-	return show(ctx, client, sb.ID(), snap, w, chars)
+	return s.show(ctx, client, sb.ID(), snap, w, chars, in.Raw)
+}
+
+// processScreen waits until a terminal is silent and renders it.
+func (s *Service) processScreen(ctx context.Context, client *agent.Client, sandboxID string, p agent.Process, in processWaitInput, yield time.Duration) (execOutput, error) {
+	if p.Terminal == nil {
+		return execOutput{}, badArgument("Process %s has no terminal, so it has no screen. Start it with tty.", p.ID)
+	}
+	if in.YieldMS == nil {
+		yield = settleTerminal // what is on the screen now, once it is silent
+	}
+	snap, err := listen(ctx, client, p.ID, agent.Window{Offset: p.Output}, yield)
+	if err != nil {
+		return execOutput{}, err
+	}
+	out := describe(sandboxID, snap)
+	sc := s.screens.get(sandboxID + "/" + p.ID)
+	sc.mu.Lock()
+	defer sc.mu.Unlock()
+	if err := sc.update(ctx, client, snap.Process); err != nil {
+		return execOutput{}, err
+	}
+	out.Output, out.Screen = sc.text(min(max(in.Above, 0), scrollLines))
+	return out, nil
+}
+
+type processResizeInput struct {
+	processTarget
+	Rows int `json:"rows" jsonschema:"1 to 300"`
+	Cols int `json:"cols" jsonschema:"1 to 500"`
+	target
+}
+
+type processResizeOutput struct {
+	ProcessID string `json:"process_id"`
+	Rows      int    `json:"rows"`
+	Cols      int    `json:"cols"`
+}
+
+func (o processResizeOutput) text() string {
+	return fmt.Sprintf("The terminal of process %s has %d rows and %d columns.", o.ProcessID, o.Rows, o.Cols)
+}
+
+func (s *Service) processResize(ctx context.Context, in processResizeInput) (processResizeOutput, error) {
+	name, err := in.name()
+	if err != nil {
+		return processResizeOutput{}, err
+	}
+	_, client, err := s.agent(ctx, in.target, "resize a terminal in")
+	if err != nil {
+		return processResizeOutput{}, err
+	}
+	p, err := client.Resize(ctx, agent.ResizeRequest{Process: name, Terminal: agent.Terminal{Rows: in.Rows, Cols: in.Cols}})
+	return processResizeOutput{ProcessID: p.ID, Rows: in.Rows, Cols: in.Cols}, err
 }
 
 type processWriteInput struct {
 	processTarget
-	Input   string `json:"input,omitempty" jsonschema:"text to write; end a line with \\n"`
-	EOF     bool   `json:"eof,omitempty" jsonschema:"close stdin after it"`
-	YieldMS *int64 `json:"yield_ms,omitempty" jsonschema:"how long to wait for an answer, 0 to 50000; default 2000"`
+	Input   string   `json:"input,omitempty" jsonschema:"text to write; end a line with \\n"`
+	Keys    []string `json:"keys,omitempty" jsonschema:"of a tty, pressed after input: enter, esc, tab, up, ctrl-c, f1, alt-x, …"`
+	Paste   bool     `json:"paste,omitempty" jsonschema:"of a tty: input comes as a paste"`
+	EOF     bool     `json:"eof,omitempty" jsonschema:"close stdin after it; at a tty, type ctrl-d"`
+	YieldMS *int64   `json:"yield_ms,omitempty" jsonschema:"how long to wait for an answer, 0 to 50000; default 2000"`
 	target
 }
 
-// settle is how long a process must be silent for its answer to be complete.
-const settle = 40 * time.Millisecond
+// settle is how long a process must be silent for its answer to be complete; at a terminal programs start and paint in between.
+const (
+	settle         = 40 * time.Millisecond
+	settleTerminal = 120 * time.Millisecond
+)
 
 func (s *Service) processWrite(ctx context.Context, in processWriteInput) (execOutput, error) {
 	name, err := in.name()
 	if err != nil {
 		return execOutput{}, err
 	}
-	if in.Input == "" && !in.EOF {
-		return execOutput{}, badArgument("Give the argument \"input\", \"eof\", or both.")
+	if in.Input == "" && !in.EOF && len(in.Keys) == 0 {
+		return execOutput{}, badArgument("Give the argument \"input\", \"keys\" or \"eof\".")
 	}
 	if in.YieldMS == nil {
 		in.YieldMS = new(int64)
@@ -118,6 +184,9 @@ func (s *Service) processWrite(ctx context.Context, in processWriteInput) (execO
 		return execOutput{}, err
 	}
 	id := before.Process.ID
+	if in.Input, err = s.typed(ctx, client, sb.ID(), before.Process, in); err != nil {
+		return execOutput{}, err
+	}
 	writeCtx, cancel := context.WithTimeoutCause(ctx, max(yield, time.Second), errSlowReader)
 	written, err := client.WriteStdin(writeCtx, id, []byte(in.Input), in.EOF)
 	cancel()
@@ -129,7 +198,7 @@ func (s *Service) processWrite(ctx context.Context, in processWriteInput) (execO
 	if werr != nil {
 		return execOutput{}, werr
 	}
-	out, serr := show(ctx, client, sb.ID(), snap, w, chars)
+	out, serr := s.show(ctx, client, sb.ID(), snap, w, chars, false)
 	if serr != nil {
 		return execOutput{}, serr
 	}
@@ -139,23 +208,48 @@ func (s *Service) processWrite(ctx context.Context, in processWriteInput) (execO
 	return out, nil
 }
 
+// typed is what is written for an input: keys as the program wants them, and a paste in brackets if it has asked for them.
+func (s *Service) typed(ctx context.Context, client *agent.Client, sandboxID string, p agent.Process, in processWriteInput) (string, error) {
+	if len(in.Keys) == 0 && !in.Paste {
+		return in.Input, nil
+	}
+	if p.Terminal == nil {
+		return "", badArgument("Process %s has no terminal, so it takes no keys. Give \"input\", or start it with tty.", p.ID)
+	}
+	sc := s.screens.get(sandboxID + "/" + p.ID)
+	sc.mu.Lock()
+	defer sc.mu.Unlock()
+	if err := sc.update(ctx, client, p); err != nil {
+		return "", err
+	}
+	keys, err := encodeKeys(in.Keys, sc.appCursor)
+	if err != nil {
+		return "", err
+	}
+	if in.Paste && sc.brackets {
+		return "\x1b[200~" + strings.ReplaceAll(in.Input, "\x1b[201~", "") + "\x1b[201~" + keys, nil
+	}
+	return in.Input + keys, nil
+}
+
 var errSlowReader = badArgument("The process does not read its stdin.")
 
-// listen waits until a process has answered and is silent, has ended, or the time is over.
+// listen waits until a process has answered and is silent, has ended, or the time is over. Who gives it less time is content with less silence.
 func listen(ctx context.Context, client *agent.Client, id string, w agent.Window, yield time.Duration) (agent.Snapshot, error) {
-	end := time.Now().Add(yield)
-	var last agent.Snapshot
-	for heard := false; ; {
-		slice := max(1, min(settle, time.Until(end)).Milliseconds())
-		snap, err := client.Wait(ctx, agent.WaitRequest{Process: id, WaitMS: slice, Window: w})
+	end, heard, quiet := time.Now().Add(yield), w.Offset, time.Duration(0)
+	for wait := yield; ; wait = min(quiet, time.Until(end)) {
+		snap, err := client.Wait(ctx, agent.WaitRequest{Process: id, WaitMS: max(1, wait.Milliseconds()), Beyond: &heard, Window: w})
 		if err != nil {
 			return snap, err
 		}
-		quiet := heard && snap.Process.Output == last.Process.Output
-		if snap.Process.State != agent.StateRunning || quiet || !time.Now().Before(end) {
+		if snap.Process.State != agent.StateRunning || snap.Process.Output <= heard || !time.Now().Before(end) {
 			return snap, nil
 		}
-		heard, last = snap.Process.Output > w.Offset, snap
+		heard, quiet = snap.Process.Output, settle
+		if snap.Process.Terminal != nil {
+			quiet = settleTerminal
+		}
+		quiet = min(quiet, max(time.Millisecond, yield/25))
 	}
 }
 

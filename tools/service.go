@@ -35,7 +35,8 @@ type Options struct {
 // Service is the tools on one Manager. It is safe for concurrent use.
 type Service struct {
 	Options
-	secret [32]byte // signs what a client gives back
+	secret  [32]byte // signs what a client gives back
+	screens screens
 }
 
 // session is what one client's conversation has: its default sandbox.

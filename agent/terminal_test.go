@@ -1,0 +1,138 @@
+package agent
+
+import (
+	"errors"
+	"strings"
+	"testing"
+	"time"
+)
+
+// terminal is a process on a terminal, and what it has written.
+type terminal struct {
+	t  *testing.T
+	c  *Client
+	id string
+}
+
+func openTerminal(t *testing.T, c *Client, req StartRequest) *terminal {
+	t.Helper()
+	if req.Terminal == nil {
+		req.Terminal = &Terminal{}
+	}
+	s, err := c.Start(t.Context(), req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &terminal{t, c, s.Process.ID}
+}
+
+func (p *terminal) output() string {
+	p.t.Helper()
+	s, err := p.c.Wait(p.t.Context(), WaitRequest{Process: p.id, Window: Window{Head: maxWindow}})
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return string(s.Output.Head)
+}
+
+func (p *terminal) process() Process {
+	p.t.Helper()
+	s, err := p.c.Wait(p.t.Context(), WaitRequest{Process: p.id})
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return s.Process
+}
+
+func (p *terminal) typed(text string) {
+	p.t.Helper()
+	if _, err := p.c.WriteStdin(p.t.Context(), p.id, []byte(text), false); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+func (p *terminal) shows(what string) {
+	p.t.Helper()
+	eventually(p.t, what, func() bool { return strings.Contains(p.output(), what) })
+}
+
+// TestTerminal: a login shell with job control, as at a terminal.
+func TestTerminal(t *testing.T) {
+	c, _ := pair(t)
+	p := openTerminal(t, c, StartRequest{Terminal: &Terminal{Rows: 30, Cols: 100}, Env: map[string]string{"PS1": "$ "}})
+	p.typed("stty size; tty; echo $TERM\n")
+	p.shows("30 100")
+	p.shows("/dev/pts/")
+	p.shows("xterm-256color")
+	if _, err := c.Resize(t.Context(), ResizeRequest{p.id, Terminal{40, 120}}); err != nil {
+		t.Fatal(err)
+	}
+	p.typed("stty size\n")
+	p.shows("40 120")
+	if got := p.process().Terminal; got == nil || got.Rows != 40 {
+		t.Fatal(got)
+	}
+	p.typed("sleep 600\n")
+	eventually(t, "sleep in the foreground", func() bool {
+		out := run(t, c, StartRequest{Command: "ps -eo stat,args 2>/dev/null | grep '[s]leep 600' || cat /proc/*/cmdline | tr '\\0' ' '"}).Output.Head
+		return strings.Contains(string(out), "sleep 600")
+	})
+	p.typed("\x03") // ctrl-c ends sleep and not bash
+	p.typed("echo still-$((40 + 2))\n")
+	p.shows("still-42")
+	p.typed("sleep 601\n")
+	time.Sleep(10 * time.Millisecond)
+	eventually(t, "SIGINT to the foreground group", func() bool {
+		if _, err := c.Signal(t.Context(), p.id, "INT"); err != nil {
+			t.Fatal(err)
+		}
+		p.typed("echo again-$((40 + 3))\n")
+		return strings.Contains(p.output(), "again-43")
+	})
+	if p.process().State != StateRunning {
+		t.Fatal("bash has ended")
+	}
+	if _, err := c.WriteStdin(t.Context(), p.id, nil, true); err != nil { // ctrl-d
+		t.Fatal(err)
+	}
+	eventually(t, "the end of bash", func() bool { return p.process().State == StateExited })
+}
+
+// TestTerminalHangUp: SIGHUP ends the shell and what is in its foreground.
+func TestTerminalHangUp(t *testing.T) {
+	c, _ := pair(t)
+	p := openTerminal(t, c, StartRequest{Env: map[string]string{"PS1": "$ "}})
+	p.typed("sleep 602\n")
+	if _, err := c.Signal(t.Context(), p.id, "HUP"); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the end", func() bool { return p.process().State == StateExited })
+}
+
+// TestTerminalOutput: all that is written before the end is there at the end.
+func TestTerminalOutput(t *testing.T) {
+	c, _ := pair(t)
+	for range 20 {
+		s := run(t, c, StartRequest{Command: "seq 1 2000; printf the-end", Terminal: &Terminal{}})
+		eventually(t, "all output", func() bool {
+			again, err := c.Wait(t.Context(), WaitRequest{Process: s.Process.ID, Window: Window{Head: maxWindow}})
+			return err == nil && strings.HasSuffix(string(again.Output.Head), "2000\r\nthe-end")
+		})
+	}
+}
+
+func TestTerminalRefuses(t *testing.T) {
+	c, _ := pair(t)
+	for _, size := range []Terminal{{-1, 80}, {24, 501}, {301, 80}} {
+		if _, err := c.Start(t.Context(), StartRequest{Terminal: &size}); !errors.Is(err, ErrInvalid) {
+			t.Errorf("%v: %v", size, err)
+		}
+	}
+	s, err := c.Start(t.Context(), StartRequest{Command: "sleep 60"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Resize(t.Context(), ResizeRequest{s.Process.ID, Terminal{24, 80}}); !errors.Is(err, ErrNoTerminal) {
+		t.Fatal(err)
+	}
+}
