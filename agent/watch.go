@@ -32,7 +32,8 @@ type WatchBatch struct {
 	Overflow bool         `json:"overflow,omitempty"`
 }
 
-// serveWatch tells what changes in a directory, or of a file: then its directory is watched, since editors replace files.
+// serveWatch tells what changes in a directory, or of a file: then its directory is watched, since editors replace files. What is reached
+// by a symlink is watched where it is, too. A directory that is removed is watched again as soon as there is one of that name.
 func (s *Server) serveWatch(ctx context.Context, stream *yamux.Stream, h header) {
 	refuse := func(err error) { _ = writeMessage(stream, answer{Error: wireError(err)}) }
 	if err := checkPath("watch", h.Path); err != nil {
@@ -45,22 +46,18 @@ func (s *Server) serveWatch(ctx context.Context, stream *yamux.Stream, h header)
 		return
 	}
 	defer s.watches.Add(-1)
-	dir, only := filepath.Clean(h.Path), ""
-	info, err := os.Stat(dir)
+	info, err := os.Stat(h.Path)
 	if err != nil {
 		refuse(err)
 		return
 	}
-	if !info.IsDir() {
-		only, dir = dir, filepath.Dir(dir)
-	}
-	w, err := fsnotify.NewWatcher()
-	if err != nil {
+	w := &watcher{isDir: info.IsDir(), names: map[string]bool{}, dirs: map[string]bool{}}
+	if w.Watcher, err = fsnotify.NewWatcher(); err != nil {
 		refuse(err)
 		return
 	}
 	defer w.Close()
-	if err := w.Add(dir); err != nil {
+	if err := w.begin(filepath.Clean(h.Path)); err != nil {
 		refuse(&fs.PathError{Op: "watch", Path: h.Path, Err: err})
 		return
 	}
@@ -75,15 +72,73 @@ func (s *Server) serveWatch(ctx context.Context, stream *yamux.Stream, h header)
 		_ = stream.SetWriteDeadline(time.Unix(1, 0))
 	}()
 	for {
-		batch, ok := nextBatch(ctx, w, only)
+		batch, ok := w.next(ctx)
 		if !ok || writeMessage(stream, batch) != nil {
 			return
 		}
 	}
 }
 
-// nextBatch waits for a change, and a moment for more.
-func nextBatch(ctx context.Context, w *fsnotify.Watcher, only string) (b WatchBatch, ok bool) {
+// watcher watches one path under the names that it has.
+type watcher struct {
+	*fsnotify.Watcher
+	isDir bool
+	names map[string]bool // of the file, or of the directory whose entries count: as it was named, and where its symlinks lead
+	dirs  map[string]bool // directories that lead to it, in which only the next step counts
+}
+
+// begin watches the path and what leads to it.
+func (w *watcher) begin(path string) error {
+	real, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return err
+	}
+	for _, name := range []string{path, real} {
+		w.names[name] = true
+		if w.isDir {
+			if err := w.Add(name); err != nil {
+				return err
+			}
+		}
+		for dir := filepath.Dir(name); ; dir = filepath.Dir(dir) {
+			w.dirs[dir] = true
+			if err := w.Add(dir); err != nil && dir == filepath.Dir(name) && !w.isDir {
+				return err // without those above, only what becomes of the directory itself is missed
+			}
+			if dir == filepath.Dir(dir) {
+				break
+			}
+		}
+	}
+	return nil
+}
+
+// again watches anew what has come back: a directory of a name that led to the path, and what is in it by now.
+func (w *watcher) again(name string) {
+	for dir := range w.dirs {
+		if dir == name || strings.HasPrefix(dir, name+"/") {
+			_ = w.Add(dir) // one that is not there yet comes later
+		}
+	}
+	if w.isDir {
+		for n := range w.names {
+			if n == name || strings.HasPrefix(n, name+"/") {
+				_ = w.Add(n) // as above
+			}
+		}
+	}
+}
+
+// counts says whether an event is of what is watched, or leads to it (then it says no more than that something changed).
+func (w *watcher) counts(e fsnotify.Event) (own, above bool) {
+	if w.names[e.Name] || w.isDir && w.names[filepath.Dir(e.Name)] {
+		return true, w.names[e.Name] && w.isDir && e.Has(fsnotify.Create)
+	}
+	return false, w.dirs[e.Name] && e.Has(fsnotify.Create|fsnotify.Remove|fsnotify.Rename)
+}
+
+// next waits for a change, and a moment for more.
+func (w *watcher) next(ctx context.Context) (b WatchBatch, ok bool) {
 	var full <-chan time.Time
 	for {
 		select {
@@ -100,11 +155,16 @@ func nextBatch(ctx context.Context, w *fsnotify.Watcher, only string) (b WatchBa
 			if !open {
 				return b, false
 			}
-			if only != "" && e.Name != only {
-				continue
+			own, above := w.counts(e)
+			if above && e.Has(fsnotify.Create) {
+				w.again(e.Name)
+				b.Overflow = true // what was made before it was watched again is not known one by one
 			}
-			if b.Overflow = b.Overflow || len(b.Events) >= maxWatchEvents; !b.Overflow {
-				b.Events = append(b.Events, WatchEvent{Op: opName(e.Op), Path: strings.ToValidUTF8(e.Name, "\uFFFD")})
+			b.Overflow = b.Overflow || above
+			if own && !b.Overflow {
+				if b.Overflow = len(b.Events) >= maxWatchEvents; !b.Overflow {
+					b.Events = append(b.Events, WatchEvent{Op: opName(e.Op), Path: strings.ToValidUTF8(e.Name, "\uFFFD")})
+				}
 			}
 		}
 		if full == nil && (b.Overflow || len(b.Events) > 0) {

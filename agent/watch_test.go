@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 )
 
 // watch begins to watch a path and gives what changes to a channel.
@@ -103,4 +104,45 @@ func TestWatchBounds(t *testing.T) {
 	if err := c.Watch(t.Context(), dir, func() {}, nil); !errors.Is(err, ErrLimit) {
 		t.Fatal(err)
 	}
+}
+
+// TestWatchAgain: a directory that is removed and made anew is watched on, and so is the target of a symlink.
+func TestWatchAgain(t *testing.T) {
+	c, dir := pair(t)
+	in := func(name string) string { return filepath.Join(dir, name) }
+	sh := func(command string) { t.Helper(); run(t, c, StartRequest{Command: "cd " + dir + " && " + command}) }
+	sh("mkdir -p a/d && echo 1 > a/d/f && ln -s a/d/f link")
+	tree, file, link := watch(t, c, in("a/d")), watch(t, c, in("a/d/f")), watch(t, c, in("link"))
+	something := func(what string, batches <-chan WatchBatch) {
+		t.Helper()
+		eventually(t, what, func() bool {
+			select {
+			case <-batches:
+				return true
+			default:
+				return false
+			}
+		})
+		for quiet := false; !quiet; { // what belongs to it comes within a moment
+			select {
+			case <-batches:
+			case <-time.After(10 * watchBatch):
+				quiet = true
+			}
+		}
+	}
+	sh("echo 2 >> a/d/f")
+	something("a change of the target", link)
+	something("a change of the file", file)
+	something("a change in the directory", tree)
+	sh("rm -r a")
+	something("the end of the directory", tree)
+	something("the end of the file", file)
+	sh("mkdir -p a/d")
+	something("the directory again", tree)
+	sh("echo 3 > a/d/f")
+	something("a change in the new directory", tree)
+	something("the file again", file)
+	sh("echo 4 >> a/d/f")
+	something("a change of the new file", file)
 }

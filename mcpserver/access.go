@@ -40,12 +40,18 @@ func (a Access) Guard(next http.Handler) http.Handler {
 	})
 }
 
-// Private is Guard for what is shown only to those who have a token, where one is needed.
-func (a Access) Private(next http.Handler) http.Handler {
+// Private is Guard for what is shown only to one owner, where tokens are needed.
+func (a Access) Private(owner string, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if _, ok := a.admit(w, r); ok {
-			next.ServeHTTP(w, r)
+		who, ok := a.admit(w, r)
+		if !ok {
+			return
 		}
+		if who != owner && a.Required != nil && a.Required() {
+			refuse(w, http.StatusForbidden, nil, codeInvalid, "this is for the operator only")
+			return
+		}
+		next.ServeHTTP(w, r)
 	})
 }
 
@@ -58,9 +64,31 @@ func (a Access) admitSource(w http.ResponseWriter, r *http.Request) bool {
 		a.log(r, "foreign origin")
 		refuse(w, http.StatusForbidden, nil, codeInvalid, "this web page may not use the server; name its origin by --origin")
 	default:
-		return true
+		return !a.cors(w, r)
 	}
 	return false
+}
+
+// cors lets the web pages that are admitted read answers (Fetch standard, 3.2), and answers their question beforehand.
+func (a Access) cors(w http.ResponseWriter, r *http.Request) (answered bool) {
+	origin := r.Header.Get("Origin")
+	if origin == "" {
+		return false
+	}
+	h := w.Header()
+	h.Set("Access-Control-Allow-Origin", origin)
+	h.Add("Vary", "Origin")
+	h.Set("Access-Control-Expose-Headers", "Mcp-Session-Id, WWW-Authenticate, Retry-After")
+	if r.Method != http.MethodOptions {
+		return false
+	}
+	h.Set("Access-Control-Allow-Methods", "GET, POST, DELETE")
+	if wanted := r.Header.Get("Access-Control-Request-Headers"); wanted != "" {
+		h.Set("Access-Control-Allow-Headers", wanted)
+	}
+	h.Set("Access-Control-Max-Age", "600")
+	w.WriteHeader(http.StatusNoContent)
+	return true
 }
 
 func (a Access) log(r *http.Request, why string) {

@@ -13,6 +13,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/url"
 	"strconv"
 	"strings"
 	"sync"
@@ -42,13 +43,18 @@ type bridge struct {
 	out  *writer
 	ctx  context.Context // ends with the conversation
 	work sync.WaitGroup
+	// shown is the URL without what may be secret in it.
+	shown string
+	notes chan func() // that are still to be sent, in their order
 
 	mu       sync.Mutex
 	session  string
 	version  string // the revision that initialize has settled
 	hello    []byte // the client's initialize
 	ready    bool   // it has said that it is initialized
+	dedupes  bool   // the server remembers calls by their names
 	watched  map[string]bool
+	listened bool // to what the server says beside answers, once or more often
 	inflight map[string]context.CancelFunc
 	tools    map[string]*mcp.Tool // nil: not asked for yet
 
@@ -66,7 +72,9 @@ func (b Bridge) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 	defer transport.CloseIdleConnections()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	l := &bridge{Bridge: b, http: &http.Client{Transport: transport}, out: &writer{w: out}, ctx: ctx, watched: map[string]bool{}, inflight: map[string]context.CancelFunc{}}
+	client := &http.Client{Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	l := &bridge{Bridge: b, http: client, shown: withoutSecrets(b.URL), notes: make(chan func(), maxNotes), out: &writer{w: out}, ctx: ctx, watched: map[string]bool{}, inflight: map[string]context.CancelFunc{}}
+	go l.sendNotes() // ends with ctx
 	ended := make(chan error, 1)
 	go func() { ended <- l.read(in) }() // a blocked read of stdin ends with the process
 	var err error
@@ -80,6 +88,72 @@ func (b Bridge) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 	}
 	return err
 }
+
+// maxNotes bounds the notes that wait for a server that is away; more are dropped.
+const maxNotes = 1000
+
+// withoutSecrets is a URL that can be shown to anybody.
+func withoutSecrets(raw string) string {
+	u, err := url.Parse(raw)
+	if err != nil {
+		return "its address"
+	}
+	return (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
+}
+
+// sendNotes sends what wants no answer, in its order.
+func (l *bridge) sendNotes() {
+	for {
+		select {
+		case send := <-l.notes:
+			send()
+		case <-l.ctx.Done():
+			return
+		}
+	}
+}
+
+// maxRedirects is how many redirects one request follows.
+const maxRedirects = 5
+
+// do sends a request and follows redirects: the message stays a message (Go would make a GET of it), the key is not shown to another
+// server, and nothing goes over plain HTTP that was to go over TLS.
+func (l *bridge) do(r *http.Request) (*http.Response, error) {
+	for range maxRedirects {
+		res, err := l.http.Do(r)
+		if err != nil {
+			return nil, err
+		}
+		switch res.StatusCode {
+		case http.StatusMovedPermanently, http.StatusFound, http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
+		default:
+			return res, nil
+		}
+		to, err := res.Location()
+		_ = res.Body.Close() // it says nothing
+		if err != nil {
+			return nil, fmt.Errorf("redirect: %w", err)
+		}
+		if r.URL.Scheme == "https" && to.Scheme != "https" {
+			return nil, errDowngrade
+		}
+		next := r.Clone(r.Context())
+		next.URL, next.Host = to, ""
+		if to.Host != r.URL.Host || to.Scheme != r.URL.Scheme {
+			next.Header.Del("Authorization")
+			next.Header.Del(mcp.HeaderSessionID)
+		}
+		if r.GetBody != nil {
+			if next.Body, err = r.GetBody(); err != nil {
+				return nil, err
+			}
+		}
+		r = next
+	}
+	return nil, errors.New("the server redirects without end")
+}
+
+var errDowngrade = errors.New("the server redirects from https to http, which is not followed")
 
 // end lets calls in flight finish, and takes leave of the server.
 func (l *bridge) end(cancel context.CancelFunc) {
@@ -95,7 +169,7 @@ func (l *bridge) end(cancel context.CancelFunc) {
 	if session != "" {
 		ctx, stop := context.WithTimeout(context.WithoutCancel(l.ctx), yieldTime)
 		if r, err := l.request(ctx, http.MethodDelete, nil, message{}); err == nil {
-			if res, err := l.http.Do(r); err == nil {
+			if res, err := l.do(r); err == nil {
 				_ = res.Body.Close() // a session that is not taken leave of ends by itself
 			}
 		}
@@ -179,19 +253,40 @@ func (l *bridge) note(m message, line []byte) {
 			return
 		}
 	}
-	ctx, cancel := context.WithTimeout(l.ctx, readTime)
-	defer cancel()
-	r, err := l.request(ctx, http.MethodPost, line, m)
-	if err == nil {
-		var res *http.Response
-		if res, err = l.http.Do(r); err == nil {
-			_ = res.Body.Close() // it says nothing
+	select {
+	case l.notes <- func() { l.send(m, line) }:
+	default:
+		l.Log.Warn("the server is away; a note is dropped", "method", m.Method)
+	}
+}
+
+// noteTries is how often a note, or an answer to the server's question, is sent to a server that is away.
+const noteTries = 8
+
+// send sends what wants no answer.
+func (l *bridge) send(m message, line []byte) {
+	for try := range noteTries {
+		ctx, cancel := context.WithTimeout(l.ctx, readTime)
+		r, err := l.request(ctx, http.MethodPost, line, m)
+		if err == nil {
+			var res *http.Response
+			if res, err = l.do(r); err == nil {
+				_ = res.Body.Close() // it says nothing
+				if res.StatusCode >= http.StatusInternalServerError || res.StatusCode == http.StatusTooManyRequests {
+					err = errors.New(res.Status)
+				}
+			}
+		}
+		cancel()
+		if err == nil {
+			break
+		}
+		l.Log.Warn("send note", "method", m.Method, "error", withoutURL(err))
+		if backoff(l.ctx, try) != nil {
+			return
 		}
 	}
-	if err != nil {
-		l.Log.Warn("send note", "method", m.Method, "error", err)
-	}
-	if m.Method == "notifications/initialized" && m.ID == nil {
+	if m.Method == "notifications/initialized" {
 		l.mu.Lock()
 		first := !l.ready && l.session != ""
 		l.ready = true
@@ -200,6 +295,15 @@ func (l *bridge) note(m message, line []byte) {
 			go l.listen() // ends with the conversation
 		}
 	}
+}
+
+// withoutURL is an error of a request without its URL, which may hold secrets.
+func withoutURL(err error) error {
+	var u *url.Error
+	if errors.As(err, &u) {
+		return u.Err
+	}
+	return err
 }
 
 // request makes an HTTP request of a message.
@@ -249,21 +353,35 @@ func backoff(ctx context.Context, try int) error {
 	}
 }
 
-// call carries one request to its answer, over as many connections as that takes.
+// call carries one request to its answer, over as many connections as that takes. A tool is called once: what may have reached a server
+// that does not know the call any more is not sent again.
 func (l *bridge) call(ctx context.Context, m message, line []byte) {
-	id, lastEvent := randomID(), ""
-	deadline := time.Now().Add(l.Patience)
+	id, lastEvent, sent := randomID(), "", false
+	patience := l.Patience
+	if m.Method == "initialize" {
+		patience = min(patience, helloTime)
+	}
+	deadline := time.Now().Add(patience)
+	first := l.current()
 	for try := 0; ; try++ {
-		p := l.attempt(ctx, m, line, id, lastEvent)
+		only := "" // the session that may be asked again
+		if sent && m.tool() != "" {
+			only = first
+		}
+		p := l.attempt(ctx, m, line, id, lastEvent, only)
 		if p.answered || ctx.Err() != nil {
 			return
 		}
 		if p.progress {
-			deadline, try = time.Now().Add(l.Patience), 0
+			deadline, try = time.Now().Add(patience), 0
 		}
+		sent = sent || p.sent
 		lastEvent = cmp.Or(p.lastEvent, lastEvent)
+		if sent && m.tool() != "" && (p.forgotten || lastEvent == "" && !l.remembers(m)) {
+			p.final = unknownOutcome
+		}
 		if p.final != "" || time.Now().After(deadline) {
-			l.fail(m.ID, codeInternal, cmp.Or(p.final, "the server at "+l.URL+" is not there; try again later"))
+			l.fail(m.ID, codeInternal, cmp.Or(p.final, "the server at "+l.shown+" is not there; try again later"))
 			return
 		}
 		l.Log.Debug("try again", "method", m.Method, "try", try, "why", p.why)
@@ -273,6 +391,26 @@ func (l *bridge) call(ctx context.Context, m message, line []byte) {
 	}
 }
 
+// unknownOutcome is told of a call of which nobody knows what became.
+const unknownOutcome = "the connection to the server broke in the middle of the call, which may have been carried out; look, with process_list or file_read, before you call it again"
+
+// current is the session at hand.
+func (l *bridge) current() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.session
+}
+
+// helloTime is how long the handshake may take: clients give up on a server that does not answer it.
+const helloTime = 8 * time.Second
+
+// remembers says whether the server keeps the answer of a call for a client that asks for it again.
+func (l *bridge) remembers(m message) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.dedupes && !m.modern()
+}
+
 // part is what came of one attempt.
 type part struct {
 	answered  bool
@@ -280,10 +418,12 @@ type part struct {
 	lastEvent string // id of the last event that came
 	final     string // no further attempt can help
 	atOnce    bool   // the next attempt need not wait
+	sent      bool   // the server may have begun the call
+	forgotten bool   // the server does not know the session, or the stream, any more
 	why       string
 }
 
-func (l *bridge) attempt(ctx context.Context, m message, line []byte, id, lastEvent string) part {
+func (l *bridge) attempt(ctx context.Context, m message, line []byte, id, lastEvent, only string) part {
 	method, body := http.MethodPost, line
 	if lastEvent != "" {
 		method, body = http.MethodGet, nil
@@ -291,6 +431,9 @@ func (l *bridge) attempt(ctx context.Context, m message, line []byte, id, lastEv
 	r, err := l.request(ctx, method, body, m)
 	if err != nil {
 		return part{final: err.Error()}
+	}
+	if only != "" && r.Header.Get(mcp.HeaderSessionID) != only { // begun anew meanwhile
+		return part{final: unknownOutcome}
 	}
 	if lastEvent != "" {
 		r.Header.Set(mcp.HeaderLastEventID, lastEvent)
@@ -302,13 +445,13 @@ func (l *bridge) attempt(ctx context.Context, m message, line []byte, id, lastEv
 			r.Header.Set(k, v)
 		}
 	}
-	res, err := l.http.Do(r)
+	res, err := l.do(r)
 	if err != nil {
-		var dial *net.OpError
-		if unsent := errors.As(err, &dial) && dial.Op == "dial"; !unsent && m.modern() && m.tool() != "" {
-			return part{final: "the connection to the server broke, which has cancelled the call"}
+		if errors.Is(err, errDowngrade) {
+			return part{final: err.Error()}
 		}
-		return part{why: err.Error()}
+		var dial *net.OpError
+		return part{why: withoutURL(err).Error(), sent: !errors.As(err, &dial) || dial.Op != "dial"}
 	}
 	defer res.Body.Close()
 	return l.receive(ctx, res, m)
@@ -320,38 +463,52 @@ func (l *bridge) receive(ctx context.Context, res *http.Response, m message) par
 	case http.StatusNotFound:
 		if s := res.Request.Header.Get(mcp.HeaderSessionID); s != "" {
 			if err := l.renew(ctx, s); err != nil {
-				return part{why: err.Error()}
+				return part{why: withoutURL(err).Error(), forgotten: true}
 			}
-			return part{why: "the session was begun anew", atOnce: true}
+			return part{why: "the session was begun anew", atOnce: true, forgotten: true}
 		}
-	case http.StatusTooManyRequests, http.StatusServiceUnavailable, http.StatusBadGateway, http.StatusGatewayTimeout:
+	case http.StatusTooManyRequests, http.StatusServiceUnavailable: // not begun
 		return part{why: res.Status}
-	case http.StatusUnauthorized, http.StatusForbidden:
-		return part{final: "the server refuses this key (" + res.Status + "): set SOULBOX_KEY, or --key-file, to one that 'soulbox-mcp key create' made there"}
+	case http.StatusBadGateway, http.StatusGatewayTimeout:
+		return part{why: res.Status, sent: true}
+	case http.StatusUnauthorized:
+		return part{final: "the server does not take this key: set SOULBOX_KEY, or --key-file, to one that 'soulbox-mcp key create' made there"}
+	case http.StatusBadRequest:
+		if res.Request.Header.Get(mcp.HeaderLastEventID) != "" {
+			return part{why: "the stream is not kept any more", forgotten: true, sent: true}
+		}
 	}
 	if strings.HasPrefix(res.Header.Get("Content-Type"), "text/event-stream") {
 		return l.events(res.Body, m)
 	}
 	body, err := io.ReadAll(io.LimitReader(res.Body, 64<<20))
 	if err != nil {
-		if m.modern() {
-			return part{final: "the connection to the server broke, which has cancelled the call"}
-		}
-		return part{why: err.Error()}
+		return part{why: err.Error(), sent: true}
 	}
 	var line bytes.Buffer
 	if json.Compact(&line, body) != nil || line.Len() == 0 {
-		return part{final: "the server at " + l.URL + " answered " + res.Status + ", which is no MCP"}
+		return part{final: "the server at " + l.shown + " answered " + res.Status + ", which is no MCP"}
+	}
+	got, err := parse(line.Bytes())
+	switch {
+	case err != nil || got.Method != "":
+		return part{final: "the server at " + l.shown + " answered " + res.Status + ", which is no MCP"}
+	case got.key() != m.key(): // refused before it was read
+		if got.Error == nil {
+			return part{final: "the server at " + l.shown + " answered another request"}
+		}
+		_ = l.out.write(failure(m.ID, got.Error)) // a failing pipe shows at the end
+		return part{answered: true}
 	}
 	if m.Method == "initialize" {
-		l.begun(res.Header.Get(mcp.HeaderSessionID), body)
+		l.begun(res.Header, body)
 	}
 	_ = l.out.write(json.RawMessage(line.Bytes())) // a failing pipe shows at the end
 	return part{answered: true}
 }
 
 // begun notes the session that initialize has begun.
-func (l *bridge) begun(session string, body []byte) {
+func (l *bridge) begun(header http.Header, body []byte) {
 	var answer struct {
 		Result struct {
 			Version string `json:"protocolVersion"`
@@ -360,7 +517,7 @@ func (l *bridge) begun(session string, body []byte) {
 	_ = json.Unmarshal(body, &answer) // an error begins nothing
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.session, l.version = session, answer.Result.Version
+	l.session, l.version, l.dedupes = header.Get(mcp.HeaderSessionID), answer.Result.Version, header.Get(headerCall) != ""
 }
 
 // events passes a stream's messages on, up to the answer.
@@ -379,11 +536,7 @@ func (l *bridge) events(body io.Reader, m message) (p part) {
 	if p.why = "the stream ended"; err != nil {
 		p.why = err.Error()
 	}
-	if !p.answered && m.modern() {
-		p.final = "the connection to the server broke, which has cancelled the call"
-	} else if !p.answered && p.lastEvent == "" {
-		p.final = "" // the call is asked for again under its id
-	}
+	p.sent = true
 	return p
 }
 
@@ -443,7 +596,7 @@ func (l *bridge) renew(ctx context.Context, old string) error {
 	if err != nil {
 		return err
 	}
-	res, err := l.http.Do(r)
+	res, err := l.do(r)
 	if err != nil {
 		return err
 	}
@@ -452,10 +605,10 @@ func (l *bridge) renew(ctx context.Context, old string) error {
 	if err != nil || res.StatusCode != http.StatusOK {
 		return fmt.Errorf("begin the session anew: %s %w", res.Status, err)
 	}
-	l.begun(res.Header.Get(mcp.HeaderSessionID), body)
+	l.begun(res.Header, body)
 	l.Log.Warn("the server did not know the session any more; it was begun anew")
 	if ready {
-		l.note(message{Method: "notifications/initialized"}, []byte(`{"jsonrpc":"2.0","method":"notifications/initialized"}`))
+		l.send(message{Method: "notifications/initialized"}, []byte(`{"jsonrpc":"2.0","method":"notifications/initialized"}`))
 	}
 	for i, uri := range uris { // what the client was subscribed to, it is again
 		line, err := encode(note{JSONRPC: mcp.JSONRPC_VERSION, ID: "soulbox-again-" + strconv.Itoa(i), Method: methodSubscribe, Params: map[string]string{"uri": uri}})
@@ -466,7 +619,7 @@ func (l *bridge) renew(ctx context.Context, old string) error {
 		if err != nil {
 			return err
 		}
-		res, err := l.http.Do(again)
+		res, err := l.do(again)
 		if err != nil {
 			return err
 		}
@@ -482,12 +635,13 @@ func (l *bridge) listen() {
 		if err != nil {
 			return
 		}
-		res, err := l.http.Do(r)
+		res, err := l.do(r)
 		if err != nil {
 			continue
 		}
 		switch res.StatusCode {
 		case http.StatusOK:
+			l.retell()
 			if p := l.events(res.Body, message{}); p.progress {
 				try = 0
 			}
@@ -500,6 +654,25 @@ func (l *bridge) listen() {
 			return
 		}
 		_ = res.Body.Close()
+	}
+}
+
+// retell tells the client that everything it watches may have changed: what did while nobody listened is not known.
+func (l *bridge) retell() {
+	l.mu.Lock()
+	again := l.listened
+	l.listened = true
+	var uris []string
+	for uri, on := range l.watched {
+		if on {
+			uris = append(uris, uri)
+		}
+	}
+	l.mu.Unlock()
+	for _, uri := range uris {
+		if again {
+			_ = l.out.write(newNote(noteUpdated, map[string]string{"uri": uri})) // a failing pipe shows at the end
+		}
 	}
 }
 
@@ -539,7 +712,7 @@ func (l *bridge) askTools(ctx context.Context, m message) map[string]*mcp.Tool {
 	if err != nil {
 		return nil
 	}
-	res, err := l.http.Do(r)
+	res, err := l.do(r)
 	if err != nil {
 		return nil // the call itself tells what is wrong
 	}

@@ -3,7 +3,6 @@ package mcpserver_test
 import (
 	"bufio"
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -45,7 +44,10 @@ func (p *proxy) serve() {
 			_ = in.Close()
 			continue
 		}
-		out, err := net.Dial("tcp", p.to)
+		p.mu.Lock()
+		to := p.to
+		p.mu.Unlock()
+		out, err := net.Dial("tcp", to)
 		if err != nil {
 			_ = in.Close()
 			continue
@@ -249,10 +251,57 @@ func TestBridgeRefused(t *testing.T) {
 	if r := ask(func(b *mcpserver.Bridge) { b.URL, b.Patience = "http://127.0.0.1:1", time.Millisecond }); r.Error == nil || !strings.Contains(r.Error.Message, "not there") {
 		t.Errorf("%+v", r)
 	}
-	moved := httptest.NewServer(http.RedirectHandler(s.URL, http.StatusTemporaryRedirect))
+	key := make(chan string, 10)
+	elsewhere := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		key <- r.Header.Get("Authorization")
+		w.WriteHeader(http.StatusTeapot)
+	}))
+	defer elsewhere.Close()
+	mux := http.NewServeMux()
+	mux.Handle("/mcp", s.http)
+	mux.Handle("/moved", http.RedirectHandler("/mcp", http.StatusMovedPermanently))
+	mux.Handle("/away", http.RedirectHandler(elsewhere.URL, http.StatusTemporaryRedirect))
+	moved := httptest.NewServer(mux)
 	defer moved.Close()
-	if r := ask(func(b *mcpserver.Bridge) { b.Key, b.URL = "right", moved.URL }); r.Error != nil || r.Result.Content[0].Text != "ann" {
-		body, _ := json.Marshal(r)
-		t.Errorf("%s", body)
+	if r := ask(func(b *mcpserver.Bridge) { b.Key, b.URL = "right", moved.URL+"/moved" }); r.Error != nil || r.Result.Content[0].Text != "ann" {
+		t.Errorf("%+v", r.Error)
+	}
+	if r := ask(func(b *mcpserver.Bridge) { b.Key, b.URL = "right", moved.URL+"/away?token=secret" }); r.Error == nil || strings.Contains(r.Error.Message, "secret") {
+		t.Errorf("%+v", r)
+	}
+	if k := <-key; k != "" {
+		t.Error("another server got the key")
+	}
+}
+
+// TestBridgeServerDies: a call that was in a server that is no more is not made again in the next one; the client is told.
+func TestBridgeServerDies(t *testing.T) {
+	first, second := newSite(t, nil), newSite(t, nil)
+	b := newBridge(t, first, nil)
+	b.hello()
+	b.call(1, "block", "{}")
+	<-first.started
+	b.proxy.mu.Lock()
+	b.proxy.to = second.Listener.Addr().String()
+	b.proxy.mu.Unlock()
+	b.proxy.breakAll()
+	for {
+		r := b.receive()
+		if r.Method != "" {
+			continue
+		}
+		if string(r.ID) != "1" || r.Error == nil || !strings.Contains(r.Error.Message, "may have been carried out") {
+			t.Fatalf("%+v", r)
+		}
+		break
+	}
+	select {
+	case <-second.started:
+		t.Fatal("the call was made again")
+	default:
+	}
+	b.call(2, "echo", `{"text":"hi"}`)
+	if r := b.receive(); r.Result.Content[0].Text != "hi" {
+		t.Fatalf("%+v", r)
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/mark3labs/mcp-go/mcp"
@@ -22,7 +23,8 @@ type HTTPOptions struct {
 	MaxBody     int64         // bytes of a request; default 4 MiB
 	SessionIdle time.Duration // after which a session that nobody uses ends; default 30 min
 	Beat        time.Duration // between two signs of life on a stream; default 15 s
-	MaxSessions int           // of all clients; default 10,000
+	MaxSessions int           // of one owner, and four times as many in all; default 2,500
+	MaxReading  int64         // bytes of bodies that are being read of one owner, and four times as many in all; default 64 MiB
 	Rate        float64       // requests per second of one owner; default 200
 	Burst       int           // requests of one owner at once beyond Rate; default 1000
 	InFlight    int           // calls of one owner at once, in all its sessions; default 1024
@@ -39,24 +41,37 @@ type HTTP struct {
 
 	mu       sync.Mutex
 	closing  bool
-	sessions map[string]*conversation // by id
-	clients  map[string]*conversation // of stateless requests, by owner and client
+	sessions map[string]*conversation  // by id
+	clients  map[program]*conversation // of stateless requests
 	owners   map[string]*allowance
+	all      allowance // without a rate
 }
 
-// allowance is what an owner may still ask for.
+// program is an owner's client of stateless requests.
+type program struct{ owner, name string }
+
+// allowance is what an owner has in use.
 type allowance struct {
 	rate     *rate.Limiter
 	inflight int
 	sessions int
+	programs int
+	reading  int64
+	kept     atomic.Int64 // bytes of answers that are kept for clients that come back
 }
+
+const (
+	maxPrograms = 100     // stateless clients of one owner that are told apart by their names; the rest is one
+	maxOwnKept  = 8 << 20 // of one owner
+)
 
 // HTTP makes the HTTP transport. It is to be closed.
 func (s *Server) HTTP(o HTTPOptions) *HTTP {
-	o.MaxBody, o.SessionIdle, o.MaxSessions = cmp.Or(o.MaxBody, 4<<20), cmp.Or(o.SessionIdle, 30*time.Minute), cmp.Or(o.MaxSessions, 10_000)
+	o.MaxBody, o.SessionIdle, o.MaxSessions = cmp.Or(o.MaxBody, 4<<20), cmp.Or(o.SessionIdle, 30*time.Minute), cmp.Or(o.MaxSessions, 2500)
+	o.MaxReading = cmp.Or(o.MaxReading, 64<<20)
 	o.Beat = cmp.Or(o.Beat, 15*time.Second)
 	o.Rate, o.Burst, o.InFlight = cmp.Or(o.Rate, 200), cmp.Or(o.Burst, max(1000, int(o.Rate))), cmp.Or(o.InFlight, 1024)
-	h := &HTTP{HTTPOptions: o, s: s, sessions: map[string]*conversation{}, clients: map[string]*conversation{}, owners: map[string]*allowance{}}
+	h := &HTTP{HTTPOptions: o, s: s, sessions: map[string]*conversation{}, clients: map[program]*conversation{}, owners: map[string]*allowance{}}
 	h.ctx, h.cancel = context.WithCancelCause(context.Background())
 	h.work.Go(h.expire)
 	return h
@@ -113,7 +128,7 @@ func (h *HTTP) expire() {
 			all := h.conversations()
 			h.mu.Unlock()
 			for _, c := range all {
-				c.forgetStreams()
+				c.forgetStreams(keptTime)
 				if c.idleFor() > h.SessionIdle {
 					h.end(c)
 				}
@@ -151,13 +166,16 @@ func (h *HTTP) end(c *conversation) {
 	if h.sessions[c.id] == c {
 		delete(h.sessions, c.id)
 		h.owners[c.owner].sessions--
+		h.all.sessions--
 	}
 	for key, other := range h.clients {
 		if other == c {
 			delete(h.clients, key)
+			h.owners[c.owner].programs--
 		}
 	}
 	h.mu.Unlock()
+	c.forgetStreams(0)
 	h.work.Go(func() { c.drain(0) })
 }
 
@@ -166,6 +184,10 @@ func (h *HTTP) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	owner, ok := h.Access.admit(w, r)
 	if !ok {
+		return
+	}
+	if !h.mayAsk(owner) {
+		tooMany(w, nil)
 		return
 	}
 	modern := mcp.IsModernProtocol(r.Header.Get(mcp.HeaderProtocolVersion))
@@ -181,6 +203,11 @@ func (h *HTTP) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 		refuse(w, http.StatusMethodNotAllowed, nil, codeInvalid, r.Method+" is not a method of this endpoint")
 	}
+}
+
+func tooMany(w http.ResponseWriter, id json.RawMessage) {
+	w.Header().Set("Retry-After", "1")
+	refuse(w, http.StatusTooManyRequests, id, codeBusy, "you have sent too many requests, or have too many calls in flight; wait for some of them")
 }
 
 // refuse answers a request that is not taken.
@@ -219,11 +246,14 @@ func (h *HTTP) session(w http.ResponseWriter, r *http.Request, owner string) {
 	}
 	defer c.attach()()
 	if last := r.Header.Get(mcp.HeaderLastEventID); last != "" {
-		if old, since, found := c.findStream(last); found {
-			old.resume(w, since)
-			old.wait(r.Context())
+		old, since, found := c.findStream(last)
+		if !found {
+			refuse(w, http.StatusBadRequest, nil, codeInvalid, "that stream is not kept any more")
 			return
 		}
+		old.resume(w, since)
+		old.wait(r.Context())
+		return
 	}
 	h.listenTo(c, newStream(w, r, h.Beat), r)
 }
@@ -271,7 +301,7 @@ func (h *HTTP) find(w http.ResponseWriter, r *http.Request, owner string, id jso
 }
 
 // read reads a request's message.
-func (h *HTTP) read(w http.ResponseWriter, r *http.Request) (m message, body []byte, ok bool) {
+func (h *HTTP) read(w http.ResponseWriter, r *http.Request, owner string) (m message, body []byte, ok bool) {
 	if kind, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";"); !strings.EqualFold(strings.TrimSpace(kind), "application/json") {
 		refuse(w, http.StatusUnsupportedMediaType, nil, codeInvalid, "the content type must be application/json")
 		return m, nil, false
@@ -281,7 +311,13 @@ func (h *HTTP) read(w http.ResponseWriter, r *http.Request) (m message, body []b
 		return m, nil, false
 	}
 	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(readTime)) // a ResponseWriter that has none is a test's
+	done, ok := h.mayRead(owner, r.ContentLength)
+	if !ok {
+		tooMany(w, nil)
+		return m, nil, false
+	}
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, h.MaxBody))
+	done()
 	_ = http.NewResponseController(w).SetReadDeadline(time.Time{})
 	var tooLarge *http.MaxBytesError
 	if errors.As(err, &tooLarge) {
@@ -309,7 +345,7 @@ const readTime = 30 * time.Second
 
 // post answers a POST, which carries one message.
 func (h *HTTP) post(w http.ResponseWriter, r *http.Request, owner string) {
-	m, body, ok := h.read(w, r)
+	m, body, ok := h.read(w, r, owner)
 	if !ok {
 		return
 	}
@@ -363,10 +399,12 @@ func (h *HTTP) post(w http.ResponseWriter, r *http.Request, owner string) {
 func (h *HTTP) initialize(w http.ResponseWriter, r *http.Request, owner string, m message, body []byte) {
 	c := newConversation(h.ctx, owner, h.s.Parallel)
 	h.mu.Lock()
-	full := h.closing || len(h.sessions) >= h.MaxSessions
+	a := h.allowance(owner)
+	full := h.closing || a.sessions >= h.MaxSessions || h.all.sessions >= 4*h.MaxSessions
 	if !full {
 		h.sessions[c.id] = c
-		h.allowance(owner).sessions++
+		a.sessions++
+		h.all.sessions++
 	}
 	h.mu.Unlock()
 	if full {
@@ -376,6 +414,7 @@ func (h *HTTP) initialize(w http.ResponseWriter, r *http.Request, owner string, 
 	stop := h.s.follow(c.feed, subscription{owner: owner, by: &c.client})
 	context.AfterFunc(c.ctx, stop)
 	w.Header().Set(mcp.HeaderSessionID, c.id)
+	w.Header().Set(headerCall, "1") // calls may carry names, by which they are asked for again
 	h.call(w, r, c, m, body)
 	if !c.session(m, nil).Initialized() {
 		h.end(c)
@@ -388,13 +427,18 @@ func (h *HTTP) client(owner string, m message) *conversation {
 		Name string `json:"name"`
 	}
 	_ = json.Unmarshal(m.head.Meta.Client, &info) // it need not say what it is
-	key := owner + "\x00" + info.Name[:min(len(info.Name), 64)]
+	key := program{owner, info.Name[:min(len(info.Name), 64)]}
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	a := h.allowance(owner)
+	if h.clients[key] == nil && a.programs >= maxPrograms {
+		key.name = ""
+	}
 	c := h.clients[key]
-	if c == nil && !h.closing && len(h.clients) < h.MaxSessions {
+	if c == nil && !h.closing {
 		c = newConversation(h.ctx, owner, h.s.Parallel)
 		h.clients[key] = c
+		a.programs++
 	}
 	return c
 }
@@ -409,12 +453,40 @@ func (h *HTTP) allowance(owner string) *allowance {
 	return a
 }
 
+// mayAsk counts a request of an owner.
+func (h *HTTP) mayAsk(owner string) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.allowance(owner).rate.Allow()
+}
+
+// mayRead reserves room for a body, whose size may be unknown (-1); the caller calls done.
+func (h *HTTP) mayRead(owner string, size int64) (done func(), ok bool) {
+	if size < 0 || size > h.MaxBody {
+		size = h.MaxBody
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	a := h.allowance(owner)
+	if a.reading+size > h.MaxReading || h.all.reading+size > 4*h.MaxReading {
+		return nil, false
+	}
+	a.reading += size
+	h.all.reading += size
+	return func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		a.reading -= size
+		h.all.reading -= size
+	}, true
+}
+
 // take takes one call from what an owner may ask for; the caller calls done.
 func (h *HTTP) take(owner string) (done func(), ok bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	a := h.allowance(owner)
-	if a.inflight >= h.InFlight || !a.rate.Allow() {
+	if a.inflight >= h.InFlight {
 		return nil, false
 	}
 	a.inflight++
@@ -439,8 +511,7 @@ func (h *HTTP) call(w http.ResponseWriter, r *http.Request, c *conversation, m m
 	}
 	done, ok := h.take(c.owner)
 	if !ok {
-		w.Header().Set("Retry-After", "1")
-		refuse(w, http.StatusTooManyRequests, m.ID, codeBusy, "you have sent too many requests, or have too many calls in flight; wait for some of them")
+		tooMany(w, m.ID)
 		return
 	}
 	inner := m
@@ -457,6 +528,9 @@ func (h *HTTP) call(w http.ResponseWriter, r *http.Request, c *conversation, m m
 	st.mu.Lock()
 	st.resumable = !m.modern()
 	st.priming = st.resumable && c.session(m, nil).ProtocolVersion() >= mcp.ProtocolVersion20251125
+	h.mu.Lock()
+	st.kept = &h.allowance(c.owner).kept
+	h.mu.Unlock()
 	if st.call = again; st.call != "" && st.events {
 		c.remember(st)
 	} else if st.resumable && st.events {
@@ -478,9 +552,12 @@ func (h *HTTP) call(w http.ResponseWriter, r *http.Request, c *conversation, m m
 		})
 		if !answered { // cancelled: the stream ends without an answer
 			st.mu.Lock()
-			defer st.mu.Unlock()
 			st.open()
 			st.end()
+			st.mu.Unlock()
+		}
+		if c.over() { // nobody can come back any more
+			st.forget()
 		}
 	}()
 	st.wait(r.Context())

@@ -109,7 +109,7 @@ func parse(line []byte) (message, error) {
 		return m, errBatch
 	}
 	if err := json.Unmarshal(line, &m); err != nil {
-		return m, fmt.Errorf("this is not a JSON-RPC message: %w", err)
+		return m, errors.New("this is not a JSON-RPC message: send one object with jsonrpc, method and, for a request, id")
 	}
 	if m.Method == "" && m.Result == nil && m.Error == nil {
 		return m, errors.New("the message has no method")

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"log/slog"
 	"runtime/debug"
+	"strings"
 	"sync"
 	"time"
 
@@ -98,7 +99,7 @@ func (s *Server) run(f *flight, session *Session, m message, raw []byte, respond
 	defer f.done()
 	began := time.Now()
 	ctx := s.MCP.WithContext(f.ctx, session)
-	if m.Method != methodListen { // which lasts, and costs nothing
+	if m.Method != methodListen && !inline[m.Method] && !strings.HasPrefix(m.Method, "tasks/") { // which cost nothing, or must not wait for calls
 		select {
 		case f.c.slots <- struct{}{}:
 			// A call that is cancelled gives its slot back at once, however long its handler takes to notice.

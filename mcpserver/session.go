@@ -302,12 +302,15 @@ func (s *Session) Log(ctx context.Context, level mcp.LoggingLevel, logger string
 	return s.Notify("notifications/message", map[string]any{"level": level, "logger": logger, "data": data})
 }
 
+// askTime is how long a client's user may take to answer.
+const askTime = 10 * time.Minute
+
 // errNotAsked is of a call that has no way to its client.
 var errNotAsked = errors.New("the client cannot be asked here")
 
 // ask puts a question to the client on the stream of the call at hand and waits for the answer.
 func (s *Session) ask(ctx context.Context, method string, params, answer any) error {
-	if s.out == nil {
+	if st, http := s.out.(*stream); s.out == nil || http && !st.events {
 		return errNotAsked
 	}
 	reply := make(chan message, 1)
@@ -329,7 +332,11 @@ func (s *Session) ask(ctx context.Context, method string, params, answer any) er
 	if err := s.out.write(q); err != nil {
 		return err
 	}
+	timer := time.NewTimer(askTime)
+	defer timer.Stop()
 	select {
+	case <-timer.C:
+		return errors.New("the client has not answered")
 	case m := <-reply:
 		if m.Error != nil {
 			return fmt.Errorf("the client answered: %s", m.Error.Message)

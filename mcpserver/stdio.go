@@ -93,7 +93,7 @@ func readLine(r *bufio.Reader, limit int) (line []byte, tooLong bool, err error)
 }
 
 // inline are the methods that are answered on the read loop: they are cheap, and what follows them may depend on them.
-var inline = map[string]bool{"initialize": true, "ping": true, "server/discover": true, methodSubscribe: true, methodUnsubscribe: true}
+var inline = map[string]bool{"initialize": true, "ping": true, "server/discover": true}
 
 // handle starts what a message asks for; it never waits for a call.
 func (l *loop) handle(line []byte) {

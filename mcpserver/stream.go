@@ -21,8 +21,7 @@ const (
 
 	maxKept        = 256 << 10 // bytes of one stream, for a client that comes back
 	maxKeptStreams = 1000      // of one conversation, after their end
-	maxKeptBytes   = 4 << 20   // of these
-	keptTime       = time.Minute
+	keptTime       = 5 * time.Minute
 )
 
 // event is a message of a stream, as it goes over the wire.
@@ -36,20 +35,21 @@ type event struct {
 // sessions its client may go and come back for what it has missed.
 type stream struct {
 	id        string
-	events    bool        // the client takes a stream of events
-	resumable bool        // events have ids and are kept
-	priming   bool        // the first event is empty: it is there for its id (2025-11-25)
-	allowed   func() bool // nil, or whether the client may still listen; asked now and then
-	refused   func()      // called once when it may not
-	opened    func()      // nil, or called when it becomes a stream of events
-	call      string      // by which a client that got no answer asks for it again; "" is none
+	events    bool          // the client takes a stream of events
+	resumable bool          // events have ids and are kept
+	priming   bool          // the first event is empty: it is there for its id (2025-11-25)
+	allowed   func() bool   // nil, or whether the client may still listen; asked now and then
+	refused   func()        // called once when it may not
+	opened    func()        // nil, or called when it becomes a stream of events
+	call      string        // by which a client that got no answer asks for it again; "" is none
+	kept      *atomic.Int64 // nil, or what all streams of the owner keep
 	ended     atomic.Bool
 
 	mu      sync.Mutex
 	w       http.ResponseWriter // nil while no client is attached
 	away    chan struct{}       // closed when the client at hand is detached
 	isOpen  bool                // it is a stream of events
-	kept    []event
+	missed  []event             // what is kept for a client that comes back
 	size    int
 	seq     int
 	endedAt time.Time
@@ -135,7 +135,7 @@ func (st *stream) open() {
 	}
 	st.headers()
 	if st.priming {
-		st.kept = append(st.kept, event{seq: st.seq})
+		st.missed = append(st.missed, event{seq: st.seq})
 		_ = st.put(fmt.Appendf(nil, "id: %s-%d\nretry: %d\ndata: \n\n", st.id, st.seq, retryMS)) // a client that is gone is noticed by the next
 	}
 }
@@ -163,12 +163,30 @@ func (st *stream) send(line []byte, isNote bool) error {
 
 // keep bounds what is kept: the oldest notes go first, the answer never. st.mu is held.
 func (st *stream) keep(e event) {
-	st.kept = append(st.kept, e)
-	st.size += len(e.data)
-	for len(st.kept) > 1 && st.size > maxKept && st.kept[0].seq != e.seq {
-		st.size -= len(st.kept[0].data)
-		st.kept = st.kept[1:]
+	if st.kept != nil && st.kept.Load()+int64(len(e.data)) > maxOwnKept {
+		return // the owner keeps too much already: a client that comes back misses this
 	}
+	st.missed = append(st.missed, e)
+	st.grow(len(e.data))
+	for len(st.missed) > 1 && st.size > maxKept && st.missed[0].seq != e.seq {
+		st.grow(-len(st.missed[0].data))
+		st.missed = st.missed[1:]
+	}
+}
+
+func (st *stream) grow(n int) {
+	st.size += n
+	if st.kept != nil {
+		st.kept.Add(int64(n))
+	}
+}
+
+// forget lets go of what is kept.
+func (st *stream) forget() {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.grow(-st.size)
+	st.missed = nil
 }
 
 func (st *stream) encode(e event) []byte {
@@ -254,7 +272,7 @@ func (st *stream) resume(w http.ResponseWriter, since int) {
 	st.detach() // a client that has been away for less time than we know
 	st.w, st.away, st.isOpen = w, make(chan struct{}), true
 	st.headers()
-	for _, e := range st.kept {
+	for _, e := range st.missed {
 		if e.seq > since {
 			_ = st.put(st.encode(e)) // put lets a client go that cannot be written to
 		}
@@ -276,11 +294,19 @@ func (c *conversation) findCall(call string) *stream {
 	return nil
 }
 
-// forgetStreams lets go of what clients have had time to come back for.
-func (c *conversation) forgetStreams() {
+// forgetStreams lets go of what clients have had so much time to come back for.
+func (c *conversation) forgetStreams(age time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.streams = slices.DeleteFunc(c.streams, func(st *stream) bool { return st.ended.Load() && time.Since(st.endedAt) > keptTime })
+	var gone []*stream
+	c.streams = slices.DeleteFunc(c.streams, func(st *stream) bool {
+		old := st.ended.Load() && time.Since(st.endedAt) >= age
+		if old {
+			gone = append(gone, st)
+		}
+		return old
+	})
+	forgetAll(gone)
 }
 
 // findStream finds the stream of a Last-Event-ID.
@@ -303,25 +329,35 @@ func (c *conversation) findStream(lastEvent string) (st *stream, since int, foun
 // remember keeps a stream for clients that come back; of those that have ended only the latest. Lock order: stream.mu, conversation.mu.
 func (c *conversation) remember(st *stream) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	over, bytes := -maxKeptStreams, -maxKeptBytes
+	over := -maxKeptStreams
 	for _, old := range c.streams {
 		if old.ended.Load() {
 			over++
-			bytes += old.size
 		}
 	}
-	kept := c.streams[:0]
-	for _, old := range c.streams {
-		if old.ended.Load() && (over > 0 || bytes > 0) {
-			over--
-			bytes -= old.size
-			continue
+	var gone []*stream
+	c.streams = slices.DeleteFunc(c.streams, func(old *stream) bool {
+		if over <= 0 || !old.ended.Load() {
+			return false
 		}
-		kept = append(kept, old)
+		over--
+		gone = append(gone, old)
+		return true
+	})
+	c.streams = append(c.streams, st)
+	c.mu.Unlock()
+	forgetAll(gone)
+}
+
+// forgetAll lets go of streams that have ended; apart, since the caller may hold the lock of another.
+func forgetAll(gone []*stream) {
+	if len(gone) > 0 {
+		go func() {
+			for _, st := range gone {
+				st.forget()
+			}
+		}()
 	}
-	clear(c.streams[len(kept):])
-	c.streams = append(kept, st)
 }
 
 // Disconnect ends the HTTP response of the call at hand though the call goes on; its client comes back for the answer (SEP-1699). It

@@ -3,8 +3,8 @@ package mcpserver
 import (
 	"context"
 	"encoding/json"
-	"fmt"
 	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -19,9 +19,10 @@ const (
 	methodTasksUpdate = "tasks/update"
 	methodTasksCancel = "tasks/cancel"
 
-	maxTasks = 64        // of one owner
-	taskTTL  = time.Hour // from its creation, and again from its end
-	taskPoll = time.Second
+	maxTasks    = 64 // unfinished ones of one owner; a call beyond them is answered as any other
+	maxFinished = 256
+	taskTTL     = time.Hour // from its creation, and again from its end
+	taskPoll    = time.Second
 )
 
 // TaskRule says when a tool's call goes on as a task.
@@ -61,12 +62,13 @@ type task struct {
 	cancel    context.CancelCauseFunc
 	ended     chan struct{}
 
+	expires time.Time // zero while it is unfinished; guarded by tasks.mu
+
+	telling   sync.Mutex // held while a note is written, and while the task is announced: before mu
 	mu        sync.Mutex
 	announced bool   // notes no longer go to the call's stream but are its message
 	stream    sender // of the call
 	info      taskInfo
-	created   time.Time
-	expires   time.Time
 	responses map[string]json.RawMessage
 	answered  chan struct{} // closed when nothing it asked for is missing
 }
@@ -77,27 +79,50 @@ type tasks struct {
 	byID map[string]*task
 }
 
-func (t *tasks) add(n *task) *Error {
+// add enters a task. Unfinished ones are bounded; of the finished ones the oldest go.
+func (t *tasks) add(n *task) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	maps.DeleteFunc(t.byID, func(_ string, old *task) bool { return old.expired() })
-	count := 0
+	unfinished, finished := 0, []*task{}
 	for _, other := range t.byID {
-		if other.owner == n.owner {
-			count++
+		switch {
+		case other.owner != n.owner:
+		case other.expires.IsZero():
+			unfinished++
+		default:
+			finished = append(finished, other)
 		}
 	}
-	if count >= maxTasks {
-		return &Error{Code: codeBusy, Message: fmt.Sprintf("there are %d tasks already; each is kept for an hour", maxTasks)}
+	if unfinished >= maxTasks {
+		return false
+	}
+	slices.SortFunc(finished, func(a, b *task) int { return a.expires.Compare(b.expires) })
+	for _, old := range finished[:max(0, len(finished)-maxFinished)] {
+		delete(t.byID, old.id)
 	}
 	t.byID[n.id] = n
-	return nil
+	return true
 }
 
-func (t *tasks) remove(n *task) {
+// room says whether an owner may have another task.
+func (t *tasks) room(owner string) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	delete(t.byID, n.id)
+	unfinished := 0
+	for _, n := range t.byID {
+		if n.owner == owner && n.expires.IsZero() {
+			unfinished++
+		}
+	}
+	return unfinished < maxTasks
+}
+
+// finished notes the end of a task, from which on it is kept for some time.
+func (t *tasks) finished(n *task) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	n.expires = time.Now().Add(taskTTL)
 }
 
 // find finds a task of an owner. Another owner's is not there.
@@ -111,23 +136,23 @@ func (t *tasks) find(owner, id string) (*task, *Error) {
 }
 
 func (n *task) expired() bool {
-	n.mu.Lock()
-	defer n.mu.Unlock()
 	return !n.expires.IsZero() && time.Now().After(n.expires)
 }
 
 // write implements sender: until the client knows the task, notes are the call's; then the last progress is the task's message.
 func (n *task) write(v any) error {
+	n.telling.Lock() // a note that is being written precedes the announcement
+	defer n.telling.Unlock()
 	n.mu.Lock()
-	if !n.announced {
-		stream := n.stream
-		n.mu.Unlock()
+	defer n.mu.Unlock()
+	if stream := n.stream; !n.announced {
 		if stream == nil {
 			return nil
 		}
+		n.mu.Unlock()
+		defer n.mu.Lock()
 		return stream.write(v)
 	}
-	defer n.mu.Unlock()
 	if p, ok := v.(note); ok && p.ID == "" && p.Method == "notifications/progress" {
 		if params, ok := p.Params.(map[string]any); ok {
 			n.info.Message, _ = params["message"].(string)
@@ -161,45 +186,55 @@ func (s *Server) mayBecomeTask(ctx context.Context, session *Session, m message,
 		}
 		return s.dispatch(ctx, session, m, raw)
 	}
-	if rule.AskFirst && len(m.head.InputResponses) == 0 {
+	if rule.AskFirst && len(m.head.InputResponses) == 0 || !s.tasks.room(session.owner) {
 		return s.dispatch(ctx, session, m, raw)
 	}
 	now := time.Now()
-	n := &task{id: randomID(), owner: session.owner, ended: make(chan struct{}), stream: session.out, created: now, info: taskInfo{
+	n := &task{id: randomID(), owner: session.owner, ended: make(chan struct{}), stream: session.out, info: taskInfo{
 		Status: taskWorking, CreatedAt: stamp(now), UpdatedAt: stamp(now), TTLMS: taskTTL.Milliseconds(), PollMS: taskPoll.Milliseconds()}}
 	n.info.TaskID = n.id
-	if err := s.tasks.add(n); err != nil {
-		return failure(m.ID, err)
-	}
 	taskCtx, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	n.cancel = cancel
-	context.AfterFunc(session.ctx, func() { cancel(context.Cause(session.ctx)) })
+	stop := context.AfterFunc(session.ctx, func() { cancel(context.Cause(session.ctx)) })
 	var response any
-	session.calls.Add(1) // the call itself is counted, so drain has not returned
+	session.calls.Add(1)       // the call itself is counted, so drain has not returned
+	detach := session.attach() // a session with a task is not idle
 	go func() {
 		defer session.calls.Done()
+		defer detach()
 		defer cancel(nil)
+		defer stop()
 		response = s.work(taskCtx, n, session, m, raw)
 		n.settle(response)
+		s.tasks.finished(n)
 		close(n.ended)
 	}()
 	timer := time.NewTimer(rule.After)
 	defer timer.Stop()
 	select {
 	case <-n.ended: // so soon that it need not be a task
-		s.tasks.remove(n)
 		return response
 	case <-ctx.Done():
 		cancel(context.Cause(ctx))
 		<-n.ended
-		s.tasks.remove(n)
 		return response
 	case <-timer.C:
 	}
+	if !s.tasks.add(n) { // there are too many: it is a call that lasts
+		select {
+		case <-n.ended:
+		case <-ctx.Done():
+			cancel(context.Cause(ctx))
+			<-n.ended
+		}
+		return response
+	}
+	n.telling.Lock()
 	n.mu.Lock()
 	n.announced = true
 	result := n.info
 	n.mu.Unlock()
+	n.telling.Unlock()
 	result.Status, result.InputRequests, result.Outcome, result.Error = taskWorking, nil, nil, nil // what has become of it since, tasks/get tells
 	result.SetResultType("task")
 	s.decorate(m.Method, &result)
@@ -235,8 +270,10 @@ func (n *task) askFor(ctx context.Context, requests mcp.InputRequests) (map[stri
 	n.mu.Lock()
 	answered := make(chan struct{})
 	n.answered, n.responses = answered, map[string]json.RawMessage{}
-	n.info.Status, n.info.InputRequests = taskInput, maps.Clone(requests)
-	n.touch()
+	if n.info.Status != taskCancelled {
+		n.info.Status, n.info.InputRequests = taskInput, maps.Clone(requests)
+		n.touch()
+	}
 	n.mu.Unlock()
 	select {
 	case <-answered:
@@ -274,7 +311,6 @@ func withInput(raw []byte, responses map[string]json.RawMessage, state string) (
 func (n *task) settle(response any) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.expires = time.Now().Add(taskTTL)
 	if n.info.Status == taskCancelled {
 		return
 	}

@@ -83,7 +83,7 @@ func TestTaskSurvivesItsClient(t *testing.T) {
 	}
 }
 
-// TestTaskBounds: an owner has 64 tasks at most, and another owner's are not there.
+// TestTaskBounds: an owner has 64 unfinished tasks at most, beyond which calls are answered as any other; and another owner's are not there.
 func TestTaskBounds(t *testing.T) {
 	s := newSite(t, func(o *mcpserver.HTTPOptions) {
 		o.Access.Authenticate = func(_ context.Context, token string) (string, error) { return token, nil }
@@ -96,8 +96,8 @@ func TestTaskBounds(t *testing.T) {
 			first = got
 		}
 	}
-	a, err := ann.Call(t.Context(), "slow", map[string]any{"ms": 60_000})
-	if err != nil || a.Error == nil || !strings.Contains(a.Error.Message, "64 tasks") {
+	a, err := ann.Call(t.Context(), "slow", map[string]any{"ms": 100}) // one more is a call as any other
+	if err != nil || a.Text() != "done" {
 		t.Fatalf("%v %+v", err, a)
 	}
 	for _, id := range []string{first.TaskID, "nope"} {

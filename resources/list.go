@@ -150,6 +150,7 @@ func (s *Service) Complete(ctx context.Context, template, variable, value string
 
 // paths completes a path, which in the URI has no slash before it.
 func paths(ctx context.Context, client *agent.Client, value string) []string {
+	value = strings.TrimPrefix(value, "/") // as models write it
 	dir, _ := path.Split("/" + value)
 	list, err := client.Dir(ctx, agent.DirRequest{Path: path.Clean(dir), Depth: 1, Limit: 1000})
 	if err != nil {

@@ -55,7 +55,7 @@ func (s *Service) notFound(uri string) error {
 	if len(uri) > 200 {
 		uri = uri[:200] + "…"
 	}
-	return fmt.Errorf("%w: %q; resources/list shows those there are", s.NotFound, uri)
+	return fmt.Errorf("%w: %q; resources/list shows the sandboxes there are, and the URI of a directory its files", s.NotFound, uri)
 }
 
 // find finds the sandbox of a URI.
@@ -91,8 +91,24 @@ func (s *Service) Templates() []mcp.ResourceTemplate {
 	return all
 }
 
+// unreadable is of what is there but cannot be read: the request is at fault, not the server.
+type unreadable struct{ error }
+
+// ProtocolError says that the request was wrong.
+func (e unreadable) ProtocolError() (code int, message string) {
+	return mcp.INVALID_PARAMS, "it cannot be read: " + e.Error() + "; exec can look at it"
+}
+
 // Read reads a resource.
 func (s *Service) Read(ctx context.Context, uri string) ([]mcp.ResourceContents, error) {
+	contents, err := s.read(ctx, uri)
+	if err != nil && ctx.Err() == nil && !errors.Is(err, agent.ErrLost) && !errors.Is(err, s.NotFound) {
+		err = unreadable{err}
+	}
+	return contents, err
+}
+
+func (s *Service) read(ctx context.Context, uri string) ([]mcp.ResourceContents, error) {
 	n, sb, err := s.find(ctx, uri)
 	if err != nil {
 		return nil, err

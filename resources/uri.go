@@ -33,7 +33,7 @@ type name struct {
 // parse takes a URI apart. One that is none of ours, in whatever way, is not there.
 func parse(uri string) (name, bool) {
 	u, err := url.Parse(uri)
-	if err != nil || u.User != nil || u.Fragment != "" || u.Opaque != "" || len(uri) > 8192 {
+	if err != nil || u.User != nil || u.Fragment != "" || u.Opaque != "" || u.ForceQuery || len(uri) > 8192 {
 		return name{}, false
 	}
 	n := name{sandbox: u.Host}

@@ -12,6 +12,7 @@ import (
 const (
 	metricsEvery = 5 * time.Second
 	outputPause  = 50 * time.Millisecond // between two looks at a process that writes without end
+	filePause    = 20 * time.Millisecond // between two batches of changed files
 )
 
 // Watch tells of every change of a resource until ctx ends. It returns when no later change is missed.
@@ -36,7 +37,9 @@ func (s *Service) Watch(ctx context.Context, uri string, changed func()) error {
 		return err
 	}
 	if n.kind == kindOutput {
-		snap, err := client.Wait(ctx, agent.WaitRequest{Process: n.process})
+		begin, cancel := context.WithTimeoutCause(ctx, watchTime, errSilent)
+		defer cancel()
+		snap, err := client.Wait(begin, agent.WaitRequest{Process: n.process})
 		if err != nil {
 			return s.missing(uri, err)
 		}
@@ -45,6 +48,11 @@ func (s *Service) Watch(ctx context.Context, uri string, changed func()) error {
 	}
 	return s.missing(uri, watchFile(ctx, client, n.path, changed))
 }
+
+// watchTime is how long a sandbox may take to begin a watch.
+const watchTime = 10 * time.Second
+
+var errSilent = errors.New("the sandbox does not answer; try again")
 
 // watchState tells of changes of the sandbox itself, and now and then besides, if every is not 0, while it runs.
 func watchState(ctx context.Context, sb *sandbox.Sandbox, changed func(), next <-chan struct{}, every time.Duration) {
@@ -90,20 +98,33 @@ func watchOutput(ctx context.Context, client *agent.Client, process string, from
 // watchFile returns when the agent has begun to watch.
 func watchFile(ctx context.Context, client *agent.Client, path string, changed func()) error {
 	began := make(chan error, 1)
+	ctx, cancel := context.WithCancelCause(ctx)
 	go func() {
-		err := client.Watch(ctx, path, func() { began <- nil }, func(agent.WatchBatch) error { changed(); return nil })
-		select {
-		case began <- err: // it has not begun
-		default:
-			if ctx.Err() == nil {
-				changed() // the sandbox has ended, which is to be seen by reading
+		defer cancel(nil)
+		started := false
+		err := client.Watch(ctx, path, func() { started = true; began <- nil }, func(agent.WatchBatch) error {
+			changed()
+			select {
+			case <-time.After(filePause):
+				return nil
+			case <-ctx.Done():
+				return context.Cause(ctx)
 			}
+		})
+		if !started {
+			began <- err
+		} else if ctx.Err() == nil {
+			changed() // the sandbox has ended, which is to be seen by reading
 		}
 	}()
+	timer := time.NewTimer(watchTime)
+	defer timer.Stop()
 	select {
 	case err := <-began:
 		return err
+	case <-timer.C:
+		cancel(errSilent)
 	case <-ctx.Done():
-		return errors.Join(context.Cause(ctx))
 	}
+	return context.Cause(ctx)
 }

@@ -2,7 +2,6 @@ package sandbox
 
 import (
 	"context"
-	"fmt"
 	"os"
 	"time"
 
@@ -12,15 +11,78 @@ import (
 // adoptTime bounds the adoption of one sandbox.
 const adoptTime = 20 * time.Second
 
-// adopt takes over a sandbox that a server left running on purpose. Nothing has changed when it fails.
-func (m *Manager) adopt(id string, lock *os.File) (err error) {
+// rescanEvery is how often a server that keeps sandboxes looks for ones that others have left; adoptTries is how often it tries to take one
+// over that runs but does not answer, before it is given up for dead.
+const (
+	rescanEvery = 5 * time.Second
+	adoptTries  = 6
+)
+
+// isLeft says whether a server has left the sandbox running on purpose, and its time is not over.
+func (r record) isLeft() bool { return r.Keep && r.State == Running && time.Now().Before(r.ExpiresAt) }
+
+// reap clears what dead servers left, and takes over what servers left on purpose if this one keeps sandboxes, too; others leave it alone.
+// A failure is logged and leaves the sandbox for later.
+func (m *Manager) reap() {
+	tries := map[string]int{}
+	ticker := time.NewTicker(rescanEvery)
+	defer ticker.Stop()
+	for {
+		orphans, err := m.store.orphans()
+		if err != nil {
+			m.log.Error("look for sandboxes of dead servers", "error", err)
+		}
+		for id, lock := range orphans {
+			m.takeOver(id, lock, tries)
+		}
+		if !m.opts.Keep {
+			return
+		}
+		select {
+		case <-m.ctx.Done():
+			return
+		case <-ticker.C:
+		}
+	}
+}
+
+// takeOver adopts or reaps a sandbox that nobody owns.
+func (m *Manager) takeOver(id string, lock *os.File, tries map[string]int) {
 	r, err := m.store.load(id)
-	if err != nil {
-		return err
+	if err == nil && r.isLeft() {
+		if m.opts.Keep {
+			if err = m.adopt(r, lock); err == nil {
+				m.log.Info("adopted sandbox", "sandbox", id)
+				return
+			}
+		}
+		tries[id]++
+		if !m.opts.Keep || m.ctx.Err() != nil || tries[id] < adoptTries {
+			if err != nil {
+				m.log.Warn("adopt sandbox; will try again", "sandbox", id, "error", err)
+			}
+			_ = lock.Close() // it was only read
+			return
+		}
+		m.log.Error("cannot adopt sandbox; it is ended", "sandbox", id, "error", err)
 	}
-	if !r.Keep || r.State != Running || !time.Now().Before(r.ExpiresAt) {
-		return fmt.Errorf("it was not to outlive its server, or its time is over: %w", ErrInvalid)
+	ctx, cancel := context.WithTimeout(context.Background(), destroyTimeout)
+	defer cancel()
+	if err := m.opts.Runtime.Reap(ctx, m.store.path(id)); err != nil {
+		m.log.Error("reap sandbox of a dead server", "sandbox", id, "error", err)
+		_ = lock.Close() // the next start tries again
+		return
 	}
+	if err := m.store.remove(id, lock); err != nil {
+		m.log.Error("remove sandbox of a dead server", "sandbox", id, "error", err)
+		return
+	}
+	m.log.Info("reaped sandbox of a dead server", "sandbox", id)
+}
+
+// adopt takes over a sandbox that a server left running on purpose. Nothing has changed when it fails.
+func (m *Manager) adopt(r record, lock *os.File) (err error) {
+	id := r.ID
 	ctx, cancel := context.WithTimeout(m.ctx, adoptTime)
 	defer cancel()
 	machine, err := m.opts.Runtime.Attach(ctx, m.store.path(id))
@@ -29,7 +91,7 @@ func (m *Manager) adopt(id string, lock *os.File) (err error) {
 	}
 	client, err := agent.NewClient(ctx, machine.Pipe(), m.opts.Version)
 	if err != nil {
-		_ = machine.Pipe().Close() // the sandbox is reaped next
+		_ = machine.Pipe().Close() // the sandbox does not notice
 		return err
 	}
 	sb := &Sandbox{m: m, id: id, owner: r.Owner, cancel: func(error) {}, booted: make(chan struct{}), left: make(chan struct{}), ended: make(chan struct{}),

@@ -29,7 +29,13 @@ func TestAdopt(t *testing.T) {
 		t.Fatal("it did not outlive its server")
 	}
 
-	second := newManager(t, dir, fake, nil)
+	// A server that keeps none leaves it alone, and so does one that ends before it could adopt it.
+	other := newManager(t, dir, fake, nil)
+	gone := newManager(t, dir, fake, keep)
+	if err := errors.Join(gone.Close(), other.Close()); err != nil || fake.Running() != 1 {
+		t.Fatal(err, fake.Running())
+	}
+	second := newManager(t, dir, fake, keep)
 	again := awaitSandbox(t, second, "ann", before.ID)
 	after := again.Info()
 	if after.State != sandbox.Running || after.Metadata["a"] != "1" || !after.ExpiresAt.Equal(before.ExpiresAt) {

@@ -44,6 +44,9 @@ func (k Key) Valid(at time.Time) bool {
 // ErrKey is of a key that is not, or no longer, valid. It does not tell which, nor why.
 var ErrKey = errors.New("the key is not valid")
 
+// ErrNoKey is of an id that no key has.
+var ErrNoKey = errors.New("there is no such key; 'soulbox-mcp key list' shows them")
+
 var (
 	keyPattern   = regexp.MustCompile(`^e2b_[0-9a-f]{40}$`)
 	ownerPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$`)
@@ -75,7 +78,7 @@ func (k *Keys) Revoke(id string) error {
 				return all, nil
 			}
 		}
-		return nil, fmt.Errorf("revoke key %q: there is no such key: %w", id, ErrNotFound)
+		return nil, fmt.Errorf("revoke key %q: %w", id, ErrNoKey)
 	})
 }
 

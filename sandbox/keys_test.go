@@ -47,7 +47,7 @@ func TestKeys(t *testing.T) {
 	if all, err := server.List(); err != nil || len(all) != 1 {
 		t.Fatal(all, err)
 	}
-	if err := mine.Revoke("nope"); !errors.Is(err, sandbox.ErrNotFound) {
+	if err := mine.Revoke("nope"); !errors.Is(err, sandbox.ErrNoKey) {
 		t.Fatal(err)
 	}
 	brief, _, err := mine.Create("bob", time.Nanosecond)

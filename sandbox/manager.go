@@ -101,35 +101,6 @@ func (l Limits) or(d Limits) Limits {
 	return Limits{CPU: cmp.Or(l.CPU, d.CPU), Memory: cmp.Or(l.Memory, d.Memory), Disk: cmp.Or(l.Disk, d.Disk), Processes: cmp.Or(l.Processes, d.Processes)}
 }
 
-// reap clears what dead servers left. A failure is logged and leaves the sandbox for the next start.
-func (m *Manager) reap() {
-	orphans, err := m.store.orphans()
-	if err != nil {
-		m.log.Error("look for sandboxes of dead servers", "error", err)
-	}
-	for id, lock := range orphans {
-		if err := m.adopt(id, lock); err == nil {
-			m.log.Info("adopted sandbox", "sandbox", id)
-			continue
-		} else if r, lerr := m.store.load(id); lerr == nil && r.Keep {
-			m.log.Warn("cannot adopt sandbox; it is ended", "sandbox", id, "error", err)
-		}
-		ctx, cancel := context.WithTimeout(context.Background(), destroyTimeout)
-		err := m.opts.Runtime.Reap(ctx, m.store.path(id))
-		cancel()
-		if err != nil {
-			m.log.Error("reap sandbox of a dead server", "sandbox", id, "error", err)
-			_ = lock.Close()
-			continue
-		}
-		if err := m.store.remove(id, lock); err != nil {
-			m.log.Error("remove sandbox of a dead server", "sandbox", id, "error", err)
-			continue
-		}
-		m.log.Info("reaped sandbox of a dead server", "sandbox", id)
-	}
-}
-
 // CreateOptions describe a new sandbox; zero values mean the defaults.
 type CreateOptions struct {
 	Owner       string // whose it is; nobody else finds it. "" is the user of this machine

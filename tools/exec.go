@@ -19,6 +19,7 @@ const (
 	defaultChars = 30_000
 	maxChars     = 100_000
 	maxStdin     = 256 << 10
+	maxCommand   = 128<<10 - 1 // as much as Linux takes in one argument
 	progressTick = 500 * time.Millisecond
 	taskYield    = 24 * time.Hour  // a task has nobody who gives up
 	ttyYield     = 2 * time.Second // at most, until a program at a terminal is silent
@@ -108,6 +109,9 @@ func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
 	}
 	if !in.TTY && (in.Rows != 0 || in.Cols != 0) {
 		return execOutput{}, badArgument("The arguments \"rows\" and \"cols\" are of a terminal. Set tty, or leave them out.")
+	}
+	if len(in.Command) > maxCommand {
+		return execOutput{}, badArgument("The argument \"command\" has %d bytes, at most %d can be given. Write it to a file with file_write and run that.", len(in.Command), maxCommand)
 	}
 	yield, chars, err := bounds(in.YieldMS, in.MaxChars)
 	if err != nil {

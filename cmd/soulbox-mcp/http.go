@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -28,6 +29,8 @@ type httpConfig struct {
 	allowRemote bool
 	origins     list
 	hosts       list
+	publicURL   string
+	operator    string
 	issuer      string
 	audience    string
 	idle        time.Duration
@@ -61,6 +64,8 @@ func parseHTTP(args []string, getenv func(string) string, stderr io.Writer) (c h
 		f.BoolVar(&c.allowRemote, "allow-remote", false, "listen on more than loopback; needs keys or an OpenID provider, and --origin")
 		f.Var(&c.origins, "origin", "`origin` of web pages that may use the server, such as https://ide.example.com; may be repeated")
 		f.Var(&c.hosts, "allow-host", "`name` by which clients may call the server, beside loopback and the hosts of --origin; may be repeated")
+		f.StringVar(&c.publicURL, "public-url", "", "`URL` by which clients reach the server, such as https://box.example.com; default the address it listens on")
+		f.StringVar(&c.operator, "operator", "operator", "`owner` whose key may read /metrics, once keys are needed")
 		f.StringVar(&c.issuer, "oidc-issuer", "", "`URL` of an OpenID provider whose tokens are taken beside keys")
 		f.StringVar(&c.audience, "oidc-audience", "", "`audience` that its tokens must have")
 		f.DurationVar(&c.idle, "session-idle", 30*time.Minute, "after which a session that nobody uses ends")
@@ -77,6 +82,14 @@ func (c *httpConfig) check() error {
 	host, _, err := net.SplitHostPort(c.listen)
 	if err != nil || host == "" {
 		return fmt.Errorf("--listen %q: name a host and a port, such as 127.0.0.1:8787; to listen on all addresses say so: 0.0.0.0:8787", c.listen)
+	}
+	if c.publicURL != "" {
+		u, err := url.Parse(c.publicURL)
+		if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
+			return fmt.Errorf("--public-url %q: give scheme and host, such as https://box.example.com", c.publicURL)
+		}
+		c.hosts = append(c.hosts, u.Hostname())
+		c.publicURL = strings.TrimSuffix(c.publicURL, "/")
 	}
 	if (c.issuer == "") != (c.audience == "") {
 		return errors.New("--oidc-issuer and --oidc-audience go together")
@@ -119,20 +132,22 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 	if err != nil {
 		return err
 	}
+	listener, err := net.Listen("tcp", c.listen) // first: one that cannot serve must not touch the sandboxes of one that does
+	if err != nil {
+		return err
+	}
+	defer listener.Close()
 	s, err := newService(c.config, stderr)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
-	listener, err := net.Listen("tcp", c.listen)
-	if err != nil {
-		return err
-	}
 	at := "http://" + listener.Addr().String()
-	endpoint := s.mcp.HTTP(mcpserver.HTTPOptions{Access: c.access(at, s.log), SessionIdle: c.idle, Rate: c.rate})
+	public := cmp.Or(c.publicURL, at)
+	endpoint := s.mcp.HTTP(mcpserver.HTTPOptions{Access: c.access(public, s.log), SessionIdle: c.idle, Rate: c.rate})
 	s.metrics.watch(s.manager, endpoint.Sessions)
 	web := &http.Server{
-		Handler: c.routes(s, endpoint, at), ReadHeaderTimeout: headerTime, IdleTimeout: idleTime, MaxHeaderBytes: maxHeaders,
+		Handler: c.routes(s, endpoint, public), ReadHeaderTimeout: headerTime, IdleTimeout: idleTime, MaxHeaderBytes: maxHeaders,
 		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 	}
 	ended := make(chan error, 1)
@@ -199,7 +214,7 @@ func (c httpConfig) routes(s *service, endpoint *mcpserver.HTTP, at string) http
 	mux.Handle("/mcp", s.metrics.count(endpoint))
 	guard := endpoint.Access.Guard
 	mux.Handle("GET /health", guard(s.health()))
-	mux.Handle("GET /metrics", endpoint.Access.Private(s.metrics.handler()))
+	mux.Handle("GET /metrics", endpoint.Access.Private(c.operator, s.metrics.handler()))
 	if c.issuer != "" {
 		metadata := guard(answerJSON(func() (any, error) {
 			return map[string]any{"resource": at + "/mcp", "authorization_servers": []string{c.issuer}, "bearer_methods_supported": []string{"header"}}, nil
@@ -218,7 +233,7 @@ func (s *service) health() http.Handler {
 		if err != nil {
 			return nil, err
 		}
-		return map[string]any{"status": "ok", "version": version, "uptime_s": int64(time.Since(began).Seconds()), "free_memory_mb": free >> 20, "hard_limits": hard}, nil
+		return map[string]any{"status": "ok", "version": version, "uptime_s": int64(time.Since(began).Seconds()), "free_memory_mb": free >> 30 << 10, "hard_limits": hard}, nil
 	})
 }
 

@@ -253,8 +253,10 @@ func TestOneOwnersThings(t *testing.T) {
 	if ack := fmt.Sprint((<-messages).Params); strings.Contains(ack, id) {
 		t.Errorf("bob listens to ann's: %s", ack)
 	}
-	if status, _ := w.get("/metrics", ""); status != http.StatusUnauthorized {
-		t.Errorf("/metrics without a key: %d", status)
+	for key, want := range map[string]int{"": http.StatusUnauthorized, bobKey: http.StatusForbidden, makeKey(t, state, "operator"): http.StatusOK} {
+		if status, _ := w.get("/metrics", key); status != want {
+			t.Errorf("/metrics: %d, want %d", status, want)
+		}
 	}
 	thief := &sandboxtest.MCP{URL: w.url, Key: bobKey, Session: ann.Session}
 	if a, err := thief.Do(t.Context(), "tools/list", nil); err != nil || a.Status != http.StatusNotFound {

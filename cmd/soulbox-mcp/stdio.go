@@ -54,6 +54,6 @@ func (c config) connect(ctx context.Context, remote, keyFile, key string, stdin 
 		return err
 	}
 	defer func() { err = errors.Join(err, closeLog()) }()
-	log.Info("connecting", "version", version, "url", u.Redacted())
+	log.Info("connecting", "version", version, "url", (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String())
 	return mcpserver.Bridge{URL: remote, Key: key, Log: log}.Serve(ctx, stdin, stdout)
 }
