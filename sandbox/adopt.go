@@ -107,6 +107,7 @@ func (m *Manager) adopt(r record, lock *os.File) (err error) {
 	sb.mu.Lock()
 	defer sb.mu.Unlock()
 	sb.record("adopted by a new server")
+	sb.serveAgain()
 	sb.live()
 	return nil
 }
@@ -126,6 +127,7 @@ func (s *Sandbox) leave() bool {
 	s.expiry.Stop()
 	client, lock := s.client, s.lock
 	s.mu.Unlock()
+	s.closePorts()
 	_ = client.Close() // its end of the pipe is the agent's business
 	if err := lock.Close(); err != nil {
 		s.m.log.Error("leave sandbox", "sandbox", s.id, "error", err)

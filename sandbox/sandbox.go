@@ -31,6 +31,7 @@ type Sandbox struct {
 	client  *agent.Client
 	expiry  *time.Timer
 	ending  chan struct{} // closed when nothing of an ended sandbox is left
+	ports   map[int]*exposed
 	changed chan struct{} // closed at the next change of what Info or Logs tell
 	log     []LogEntry
 }
@@ -250,6 +251,7 @@ func (s *Sandbox) end(final State, cause error) error {
 	machine, client := s.machine, s.client
 	s.mu.Unlock()
 
+	s.closePorts()
 	err = s.destroy(machine, client)
 	if err != nil {
 		err = fmt.Errorf("end sandbox %s: %w", s.id, err)

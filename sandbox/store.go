@@ -28,6 +28,7 @@ type record struct {
 	Ready     time.Time         `json:"ready,omitzero"`
 	ExpiresAt time.Time         `json:"expires_at,omitzero"`
 	MaxLife   time.Duration     `json:"max_lifetime,omitempty"`
+	Ports     []Port            `json:"ports,omitempty"`
 }
 
 const recordVersion = 1

@@ -25,6 +25,7 @@ var advice = []struct {
 	{agent.ErrNoProcess, "Call process_list to see the processes there are."},
 	{agent.ErrTagInUse, "Use another tag, or end that process with process_signal."},
 	{agent.ErrEnded, "Its output is still there: call process_wait."},
+	{sandbox.ErrNotExposed, "Call sandbox_get to see the ports that are."},
 	{agent.ErrNoTerminal, "Start it with tty to give it one."},
 	{agent.ErrNoUser, "Leave user out to run as \"user\", or use \"root\"."},
 	{agent.ErrNoSignal, "Use a name such as SIGINT, SIGTERM or SIGKILL."},

@@ -185,7 +185,14 @@ type sandboxGetInput struct{ target }
 
 type sandboxGetOutput struct {
 	sandboxInfo
-	Usage *usageInfo `json:"usage,omitempty"`
+	Usage     *usageInfo `json:"usage,omitempty"`
+	Listening []int      `json:"listening_ports,omitempty" jsonschema:"on which something listens in it; port_expose makes them reachable"`
+	Ports     []portInfo `json:"exposed_ports,omitempty"`
+}
+
+type portInfo struct {
+	Port int    `json:"port"`
+	URL  string `json:"url"`
 }
 
 type usageInfo struct {
@@ -202,9 +209,15 @@ func (o sandboxGetOutput) text() string {
 	if o.Usage == nil {
 		return o.sandboxInfo.text()
 	}
-	u := o.Usage
+	u, ports := o.Usage, ""
+	if len(o.Listening) > 0 {
+		ports = ", listening on ports " + strings.Trim(fmt.Sprint(o.Listening), "[]")
+	}
+	for _, p := range o.Ports {
+		ports += fmt.Sprintf(", port %d is at %s", p.Port, p.URL)
+	}
 	return fmt.Sprintf("%s, usage: memory %d MB (host %d MB), disk %d MB, cpu %d ms, %d processes, %d oom kills",
-		o.sandboxInfo.text(), u.MemoryMB, u.HostMemoryMB, u.DiskMB, u.CPUMS, u.Processes, u.OOMKills)
+		o.sandboxInfo.text(), u.MemoryMB, u.HostMemoryMB, u.DiskMB, u.CPUMS, u.Processes, u.OOMKills) + ports
 }
 
 func (s *Service) sandboxGet(ctx context.Context, in sandboxGetInput) (sandboxGetOutput, error) {
@@ -219,6 +232,12 @@ func (s *Service) sandboxGet(ctx context.Context, in sandboxGetInput) (sandboxGe
 	inside, outside, err := sb.Usage(ctx)
 	if err != nil {
 		return sandboxGetOutput{}, err
+	}
+	if out.Listening, err = sb.Listening(ctx); err != nil {
+		return sandboxGetOutput{}, err
+	}
+	for _, p := range sb.Ports() {
+		out.Ports = append(out.Ports, portInfo{p.Port, "http://" + p.Address()})
 	}
 	out.Usage = &usageInfo{
 		MemoryMB: inside.Memory >> 20, HostMemoryMB: outside.Memory >> 20, DiskMB: inside.DiskUsed >> 20, CPUMS: inside.CPUMS,

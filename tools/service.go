@@ -58,13 +58,15 @@ func New(o Options) (*Service, error) {
 }
 
 // Toolsets are the names of the groups of tools.
-func Toolsets() []string { return []string{"core", "files", "lifecycle"} }
+func Toolsets() []string { return []string{"core", "files", "net", "lifecycle"} }
 
 // toolset is the group of a tool.
 func toolset(tool string) string {
 	switch {
 	case strings.HasPrefix(tool, "file_"):
 		return "files"
+	case strings.HasPrefix(tool, "port_"):
+		return "net"
 	case tool == "sandbox_update":
 		return "lifecycle"
 	}
@@ -76,7 +78,7 @@ func (s *Service) Register(m *server.MCPServer) {
 	if !s.ReadOnly && len(s.Toolsets) == 0 { // they name tools of all sets
 		registerPrompts(m)
 	}
-	for _, noun := range []func() []server.ServerTool{s.execTools, s.processTools, s.fileTools, s.sandboxTools} {
+	for _, noun := range []func() []server.ServerTool{s.execTools, s.processTools, s.fileTools, s.portTools, s.sandboxTools} {
 		for _, t := range noun() {
 			if (len(s.Toolsets) == 0 || slices.Contains(s.Toolsets, toolset(t.Tool.Name))) && (!s.ReadOnly || *t.Tool.Annotations.ReadOnlyHint) {
 				m.AddTools(t)

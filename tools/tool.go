@@ -22,6 +22,7 @@ type hints struct {
 	destructive bool
 	idempotent  bool
 	long        bool // its results may be long, which some clients want to know
+	likeExec    bool // its result is that of exec, which describes the fields: the list is read by models, and is to be short
 }
 
 // maxResult is what a client is asked to show of a long result, in characters.
@@ -34,6 +35,9 @@ type output interface{ text() string }
 func define[In any, Out output](s *Service, name, description string, h hints, do func(context.Context, In) (Out, error)) server.ServerTool {
 	tool := mcp.NewToolWithRawSchema(name, description, schema[In](true))
 	tool.RawOutputSchema = schema[Out](false)
+	if h.likeExec {
+		tool.RawOutputSchema = undescribed(tool.RawOutputSchema)
+	}
 	tool.Annotations = mcp.ToolAnnotation{
 		Title: h.title, ReadOnlyHint: &h.readOnly, DestructiveHint: &h.destructive, IdempotentHint: &h.idempotent, OpenWorldHint: new(bool),
 	}
@@ -81,6 +85,27 @@ func schema[T any](input bool) json.RawMessage {
 		panic(err)
 	}
 	return body
+}
+
+// undescribed is a schema without its descriptions.
+func undescribed(body json.RawMessage) json.RawMessage {
+	var s *jsonschema.Schema
+	if err := json.Unmarshal(body, &s); err != nil {
+		panic(err) // we have just written it: every test fails
+	}
+	var strip func(*jsonschema.Schema)
+	strip = func(s *jsonschema.Schema) {
+		s.Description = ""
+		for _, p := range s.Properties {
+			strip(p)
+		}
+	}
+	strip(s)
+	plain, err := json.Marshal(s)
+	if err != nil {
+		panic(err)
+	}
+	return plain
 }
 
 func tidy(s *jsonschema.Schema, t reflect.Type, input bool) {

@@ -198,7 +198,7 @@ func steady(out []byte) []byte {
 		{`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z`, "TIME"},
 		{`after \d+ ms`, "after N ms"}, {`"duration_ms":\d+`, `"duration_ms":N`},
 		{`cpu \d+ ms, memory \d+ MB`, "cpu N ms, memory N MB"}, {`"cpu_ms":\d+`, `"cpu_ms":N`}, {`,"memory_mb":\d+,"output`, `,"output`},
-		{`usage: .*`, "usage: N"}, {`"usage":\{[^}]*\}`, `"usage":{}`},
+		{`,"listening_ports":\[[^\]]*\]`, ""}, {`usage: .*`, "usage: N"}, {`"usage":\{[^}]*\}`, `"usage":{}`},
 		{fmt.Sprintf(`user %d`, os.Getuid()), "user ME"}, {fmt.Sprintf(`"user":"%d"`, os.Getuid()), `"user":"ME"`},
 		{`(0\d{3}) (root|[a-z0-9]+) +(\d+)`, "$1 OWNER $3"}, {`"owner":"[^"]*"`, `"owner":"OWNER"`},
 		{`"(ends|created|started|ended)_at":"[^"]*"`, `"${1}_at":"TIME"`},

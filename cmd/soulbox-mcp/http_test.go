@@ -198,7 +198,7 @@ func TestOneOwnersThings(t *testing.T) {
 			if _, ok := tool.InputSchema.Properties["process_id"]; ok {
 				args["process_id"] = process
 			}
-			for name, value := range map[string]string{"path": "/home/user/f", "content": "x", "input": "x"} {
+			for name, value := range map[string]string{"path": "/home/user/f", "content": "x", "input": "x", "command": "true"} {
 				if _, ok := tool.InputSchema.Properties[name]; ok {
 					args[name] = value
 				}

@@ -1,0 +1,299 @@
+package sandbox
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"soulbox.dev/soulbox/agent"
+)
+
+const (
+	maxExposed   = 64               // ports of one sandbox
+	maxConns     = 512              // connections to one sandbox at once; more wait
+	dialTime     = 10 * time.Second // for the sandbox to take a connection
+	peekTime     = 2 * time.Second  // for a client to say what it speaks, where nothing listens
+	listenPoll   = 50 * time.Millisecond
+	maxListening = 1 << 20 // bytes of the guest's list of sockets
+)
+
+// Port is a port of a sandbox that can be reached on this machine.
+type Port struct {
+	Port int `json:"port"`      // in the sandbox
+	Host int `json:"host_port"` // on the host's loopback
+}
+
+// Address is where the port is reached.
+func (p Port) Address() string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(p.Host)) }
+
+// exposed is a port that is served.
+type exposed struct {
+	Port
+	listener net.Listener
+	cancel   context.CancelFunc
+	conns    sync.WaitGroup
+}
+
+// Expose makes a port of the sandbox reachable on the host's loopback, at the same number as long as the sandbox lives. One that is
+// exposed already stays as it is.
+func (s *Sandbox) Expose(port int) (Port, error) {
+	if port < 1 || port > 65535 {
+		return Port{}, fmt.Errorf("expose port %d: a port is from 1 to 65535: %w", port, ErrInvalid)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.rec.State != Running {
+		return Port{}, s.wrong("expose a port of")
+	}
+	if e := s.ports[port]; e != nil {
+		return e.Port, nil
+	}
+	if len(s.ports) >= maxExposed {
+		return Port{}, fmt.Errorf("expose port %d: %d are exposed already: %w", port, maxExposed, ErrInvalid)
+	}
+	e, err := s.serve(Port{Port: port})
+	if err != nil {
+		return Port{}, fmt.Errorf("expose port %d: %w", port, err)
+	}
+	r := s.rec
+	r.Ports = append(slices.Clone(r.Ports), e.Port)
+	if err := s.m.store.save(r); err != nil {
+		e.close()
+		return Port{}, err
+	}
+	s.rec = r
+	s.ports[port] = e
+	s.record("port %d is exposed", port)
+	return e.Port, nil
+}
+
+// ErrNotExposed is of a port that is not exposed.
+var ErrNotExposed = errors.New("port is not exposed")
+
+// Unexpose ends what Expose began, and the connections to it.
+func (s *Sandbox) Unexpose(port int) error {
+	s.mu.Lock()
+	e := s.ports[port]
+	if e == nil {
+		s.mu.Unlock()
+		return fmt.Errorf("close port %d: %w", port, ErrNotExposed)
+	}
+	r := s.rec
+	r.Ports = slices.DeleteFunc(slices.Clone(r.Ports), func(p Port) bool { return p.Port == port })
+	err := s.m.store.save(r)
+	if err == nil {
+		s.rec = r
+		delete(s.ports, port)
+		s.record("port %d is not exposed any more", port)
+	}
+	s.mu.Unlock()
+	if err == nil {
+		e.close()
+	}
+	return err
+}
+
+// Ports lists the exposed ports.
+func (s *Sandbox) Ports() []Port {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var list []Port
+	for _, port := range slices.Sorted(maps.Keys(s.ports)) {
+		list = append(list, s.ports[port].Port)
+	}
+	return list
+}
+
+// serve begins to listen for a port, at p.Host if that is not 0. s.mu is held.
+func (s *Sandbox) serve(p Port) (*exposed, error) {
+	l, err := net.Listen("tcp", p.Address())
+	if err != nil {
+		return nil, err
+	}
+	if s.ports == nil {
+		s.ports = map[int]*exposed{}
+	}
+	p.Host = l.Addr().(*net.TCPAddr).Port
+	ctx, cancel := context.WithCancel(context.Background())
+	e := &exposed{Port: p, listener: l, cancel: cancel}
+	client := s.client
+	slots := make(chan struct{}, maxConns)
+	e.conns.Go(func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return // it was closed
+			}
+			slots <- struct{}{}
+			e.conns.Go(func() {
+				defer func() { <-slots }()
+				splice(ctx, client, conn, p.Port)
+			})
+		}
+	})
+	return e, nil
+}
+
+// serveAgain serves the ports of a sandbox that is adopted. s.mu is held.
+func (s *Sandbox) serveAgain() {
+	for _, p := range s.rec.Ports {
+		e, err := s.serve(p)
+		if err != nil {
+			s.m.log.Error("expose port again", "sandbox", s.id, "port", p.Port, "error", err)
+			continue
+		}
+		s.ports[p.Port] = e
+	}
+}
+
+// closePorts ends all ports. It is called without locks.
+func (s *Sandbox) closePorts() {
+	s.mu.Lock()
+	all := slices.Collect(maps.Values(s.ports))
+	s.ports = nil
+	s.mu.Unlock()
+	for _, e := range all {
+		e.close()
+	}
+}
+
+func (e *exposed) close() {
+	_ = e.listener.Close() // ends Accept
+	e.cancel()
+	e.conns.Wait()
+}
+
+// splice connects a client to a port of the sandbox, both ways, half-closes kept, until both have closed or ctx ends.
+func splice(ctx context.Context, client *agent.Client, conn net.Conn, port int) {
+	defer conn.Close()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
+	guest, release, err := dial(ctx, client, port)
+	if err != nil {
+		sayNothingListens(conn, port)
+		return
+	}
+	defer release()
+	defer context.AfterFunc(ctx, func() { _ = guest.Close() })()
+	back := make(chan struct{})
+	go func() {
+		defer close(back)
+		if _, err := io.Copy(conn, guest); err != nil {
+			cancel()
+			return
+		}
+		if half, ok := conn.(*net.TCPConn); ok {
+			_ = half.CloseWrite() // a client that is gone shows below
+		}
+	}()
+	if _, err := io.Copy(guest, conn); err != nil {
+		cancel()
+	}
+	_ = guest.Close() // its writing half
+	<-back
+}
+
+// dial connects to a server in the sandbox, on either loopback. The connection lives until it is released.
+func dial(ctx context.Context, client *agent.Client, port int) (conn io.ReadWriteCloser, release func(), err error) {
+	var errs error
+	for _, host := range []string{"127.0.0.1", "::1"} {
+		// The context of a connection bounds its life: the time for the dial alone is kept apart.
+		life, cancel := context.WithCancel(ctx)
+		timer := time.AfterFunc(dialTime, cancel)
+		conn, err := client.Dial(life, "tcp", net.JoinHostPort(host, strconv.Itoa(port)))
+		if err == nil && timer.Stop() {
+			return conn, cancel, nil
+		}
+		timer.Stop()
+		cancel()
+		errs = errors.Join(errs, err)
+	}
+	return nil, nil, errs
+}
+
+// sayNothingListens answers a client that speaks HTTP with a page; others see the connection close.
+func sayNothingListens(conn net.Conn, port int) {
+	_ = conn.SetDeadline(time.Now().Add(peekTime)) // one that is gone is seen by the read
+	r := bufio.NewReader(conn)
+	line, err := r.ReadSlice('\n')
+	if err != nil || !bytes.Contains(line, []byte(" HTTP/1.")) {
+		return
+	}
+	body := fmt.Sprintf("Nothing listens on port %d of this sandbox. Start a server there (on 127.0.0.1 or 0.0.0.0), then try again.\n", port)
+	_, _ = fmt.Fprintf(conn, "HTTP/1.1 502 Bad Gateway\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", len(body), body) // as above
+	for err == nil {                                                                                                                                       // what the client still sends is read, so that it sees the page and not a reset
+		_, err = r.ReadSlice('\n')
+		if errors.Is(err, bufio.ErrBufferFull) {
+			err = nil
+		}
+	}
+}
+
+// Listening lists the TCP ports on which something listens in the sandbox.
+func (s *Sandbox) Listening(ctx context.Context) ([]int, error) {
+	client, err := s.Agent("look for listening ports in")
+	if err != nil {
+		return nil, err
+	}
+	found := map[int]bool{}
+	for _, name := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
+		r, _, err := client.ReadFile(ctx, name, 0, maxListening)
+		if err != nil {
+			return nil, err
+		}
+		body, err := io.ReadAll(r)
+		_ = r.Close() // it is read
+		if err != nil {
+			return nil, err
+		}
+		for line := range strings.Lines(string(body)) {
+			if port, ok := listeningPort(line); ok {
+				found[port] = true
+			}
+		}
+	}
+	return slices.Sorted(maps.Keys(found)), nil
+}
+
+// listeningPort reads a line of /proc/net/tcp (proc(5)): "sl local_address rem_address st", 0A is a listening socket.
+func listeningPort(line string) (int, bool) {
+	fields := strings.Fields(line)
+	if len(fields) < 4 || fields[3] != "0A" {
+		return 0, false
+	}
+	_, port, _ := strings.Cut(fields[1], ":")
+	b, err := hex.DecodeString(port)
+	if err != nil || len(b) != 2 {
+		return 0, false
+	}
+	return int(b[0])<<8 | int(b[1]), true
+}
+
+// AwaitPort waits until something listens on a port, at most for that long, and says whether it does.
+func (s *Sandbox) AwaitPort(ctx context.Context, port int, wait time.Duration) (bool, error) {
+	for end := time.Now().Add(wait); ; {
+		list, err := s.Listening(ctx)
+		if err != nil || slices.Contains(list, port) || !time.Now().Before(end) {
+			return slices.Contains(list, port), err
+		}
+		timer := time.NewTimer(min(listenPoll, time.Until(end)))
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return false, context.Cause(ctx)
+		}
+	}
+}

@@ -1,0 +1,81 @@
+package tools
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/mark3labs/mcp-go/server"
+)
+
+func (s *Service) portTools() []server.ServerTool {
+	return []server.ServerTool{
+		define(s, "port_expose", "Make a TCP port of the sandbox reachable for the user: returns a URL on the host's loopback. HTTP, WebSocket and any other TCP pass.",
+			hints{title: "Expose a port", idempotent: true}, s.portExpose),
+		define(s, "port_close", "End what port_expose began, and the connections to it.",
+			hints{title: "Close a port", destructive: true, idempotent: true}, s.portClose),
+	}
+}
+
+type portExposeInput struct {
+	Port   int   `json:"port" jsonschema:"on which a server in the sandbox listens, on 127.0.0.1 or 0.0.0.0"`
+	WaitMS int64 `json:"wait_ms,omitempty" jsonschema:"how long to wait until something listens, up to 50000; default 5000"`
+	target
+}
+
+type portExposeOutput struct {
+	SandboxID string `json:"sandbox_id"`
+	Port      int    `json:"port"`
+	URL       string `json:"url" jsonschema:"for HTTP; other protocols use its host and port"`
+	Listening bool   `json:"listening" jsonschema:"something listens on the port"`
+}
+
+func (o portExposeOutput) text() string {
+	text := fmt.Sprintf("Port %d of sandbox %s is at %s.", o.Port, o.SandboxID, o.URL)
+	if !o.Listening {
+		text += " Nothing listens there yet: start a server with exec and background, and look at its output with process_wait."
+	}
+	return text
+}
+
+func (s *Service) portExpose(ctx context.Context, in portExposeInput) (portExposeOutput, error) {
+	wait := 5 * time.Second
+	if in.WaitMS != 0 {
+		if in.WaitMS < 0 || in.WaitMS > maxYield {
+			return portExposeOutput{}, badArgument("The argument \"wait_ms\" must be from 0 to %d.", maxYield)
+		}
+		wait = time.Duration(in.WaitMS) * time.Millisecond
+	}
+	sb, err := s.sandbox(ctx, in.SandboxID)
+	if err != nil {
+		return portExposeOutput{}, err
+	}
+	p, err := sb.Expose(in.Port)
+	if err != nil {
+		return portExposeOutput{}, err
+	}
+	listening, err := sb.AwaitPort(ctx, in.Port, wait)
+	return portExposeOutput{SandboxID: sb.ID(), Port: p.Port, URL: "http://" + p.Address(), Listening: listening}, err
+}
+
+type portCloseInput struct {
+	Port int `json:"port"`
+	target
+}
+
+type portCloseOutput struct {
+	SandboxID string `json:"sandbox_id"`
+	Port      int    `json:"port"`
+}
+
+func (o portCloseOutput) text() string {
+	return fmt.Sprintf("Port %d of sandbox %s is not exposed any more.", o.Port, o.SandboxID)
+}
+
+func (s *Service) portClose(ctx context.Context, in portCloseInput) (portCloseOutput, error) {
+	sb, err := s.sandbox(ctx, in.SandboxID)
+	if err != nil {
+		return portCloseOutput{}, err
+	}
+	return portCloseOutput{sb.ID(), in.Port}, sb.Unexpose(in.Port)
+}
