@@ -43,7 +43,7 @@ type process struct {
 	namesake *process
 	done     chan struct{} // closed when the leader has ended and its output is drained
 
-	writing sync.Mutex // held by who writes to stdin; before mu
+	writing chan struct{} // has a token while somebody writes to stdin
 
 	mu    sync.Mutex
 	stdin *os.File // nil when closed; of a terminal our end of it
@@ -222,7 +222,7 @@ func (p *process) wait(ctx context.Context, wait time.Duration, beyond *int64, w
 // writeStdin writes what r gives to stdin and closes it if eof. It blocks while the process does not read.
 func (p *process) writeStdin(ctx context.Context, r io.Reader, eof bool) (int64, error) {
 	p.mu.Lock()
-	stdin := p.stdin
+	stdin, terminal := p.stdin, p.terminal != nil
 	p.mu.Unlock()
 	if !p.running() {
 		return 0, fmt.Errorf("write to process %s: %w", p.id, ErrEnded)
@@ -230,8 +230,14 @@ func (p *process) writeStdin(ctx context.Context, r io.Reader, eof bool) (int64,
 	if stdin == nil {
 		return 0, fmt.Errorf("write to process %s: %w", p.id, ErrStdin)
 	}
-	p.writing.Lock() // one writer at a time: their bytes do not mix, nor their deadlines
-	defer p.writing.Unlock()
+	select { // one writer at a time: their bytes do not mix, nor their deadlines
+	case p.writing <- struct{}{}:
+		defer func() { <-p.writing }()
+	case <-ctx.Done():
+		return 0, context.Cause(ctx)
+	case <-p.done:
+		return 0, fmt.Errorf("write to process %s: %w", p.id, ErrEnded)
+	}
 	late := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		_ = stdin.SetWriteDeadline(time.Unix(1, 0))
@@ -245,7 +251,7 @@ func (p *process) writeStdin(ctx context.Context, r io.Reader, eof bool) (int64,
 	if errors.Is(err, syscall.EPIPE) || errors.Is(err, os.ErrClosed) {
 		err = fmt.Errorf("write to process %s: %w", p.id, ErrStdin)
 	}
-	if err == nil && eof && p.terminal != nil {
+	if err == nil && eof && terminal {
 		_, err = stdin.Write([]byte{4}) // what ends input at a terminal is typed: ctrl-d
 	} else if err == nil && eof {
 		p.mu.Lock()

@@ -153,7 +153,7 @@ func (s *Server) prepare(req StartRequest) (*process, []string, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	p := &process{req: req, terminal: req.Terminal, user: user, cwd: cwd, args: req.Args, done: make(chan struct{}), output: newSpool(s.opts.SpoolDir)}
+	p := &process{req: req, terminal: req.Terminal, user: user, cwd: cwd, args: req.Args, done: make(chan struct{}), writing: make(chan struct{}, 1), output: newSpool(s.opts.SpoolDir)}
 	p.req.Env = nil // not kept: it may be secret
 	return p, env, nil
 }

@@ -37,38 +37,38 @@ func (t Terminal) check() error {
 // openTerminal makes a pseudo-terminal: its end for the process, as stdin, stdout and stderr, and ours, once for writing and once for the
 // collector to read.
 func (s *Server) openTerminal(size Terminal, user identity) (child *os.File, master *os.File, reader int, err error) {
-	master, child, err = pty.Open()
+	ours, theirs, err := pty.Open()
 	if err != nil {
 		return nil, nil, -1, fmt.Errorf("start: open a terminal: %w", err)
 	}
+	reader = -1
 	defer func() {
 		if err != nil {
-			err = errors.Join(fmt.Errorf("start: open a terminal: %w", err), master.Close(), child.Close())
+			err = errors.Join(fmt.Errorf("start: open a terminal: %w", err), ours.Close(), theirs.Close())
+			if reader >= 0 {
+				_ = unix.Close(reader)
+			}
 		}
 	}()
-	if err = resizeTerminal(master, size); err != nil {
+	if err = resizeTerminal(ours, size); err != nil {
 		return nil, nil, -1, err
 	}
 	// os.File has made it non-blocking, which the programs on it would share.
-	if err = control(child, func(fd uintptr) error { return unix.SetNonblock(int(fd), false) }); err != nil {
+	if err = control(theirs, func(fd uintptr) error { return unix.SetNonblock(int(fd), false) }); err != nil {
 		return nil, nil, -1, err
 	}
 	if s.opts.Init { // programs such as tmux and sudo open it by its name
-		if err = child.Chown(int(user.uid), int(user.gid)); err != nil {
+		if err = theirs.Chown(int(user.uid), int(user.gid)); err != nil {
 			return nil, nil, -1, err
 		}
 	}
-	reader = -1
-	if cerr := control(master, func(fd uintptr) error {
-		reader, err = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0)
-		if err == nil {
+	err = control(ours, func(fd uintptr) (err error) {
+		if reader, err = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0); err == nil {
 			err = unix.SetNonblock(reader, true)
 		}
 		return err
-	}); cerr != nil {
-		return nil, nil, -1, cerr
-	}
-	return child, master, reader, nil
+	})
+	return theirs, ours, reader, err
 }
 
 // control does something with a file's descriptor without making it blocking.
@@ -142,7 +142,7 @@ func (p *process) signalTerminal(sig syscall.Signal) (done bool, err error) {
 		ctx, cancel := context.WithTimeout(context.Background(), typeTime)
 		defer cancel()
 		_, err := p.writeStdin(ctx, bytes.NewReader([]byte{key}), false)
-		return true, err
+		return err == nil, nil // where it cannot be typed, the leader's group gets the signal
 	}
 	return false, nil
 }

@@ -376,12 +376,18 @@ func (l *bridge) call(ctx context.Context, m message, line []byte) {
 			deadline, try = time.Now().Add(patience), 0
 		}
 		sent = sent || p.sent
-		lastEvent = cmp.Or(p.lastEvent, lastEvent)
+		if lastEvent = cmp.Or(p.lastEvent, lastEvent); p.forgotten {
+			lastEvent = "" // what is not a tool's is asked anew
+		}
 		if sent && m.tool() != "" && (p.forgotten || lastEvent == "" && !l.remembers(m)) {
 			p.final = unknownOutcome
 		}
 		if p.final != "" || time.Now().After(deadline) {
-			l.fail(m.ID, codeInternal, cmp.Or(p.final, "the server at "+l.shown+" is not there; try again later"))
+			missing := "the server at " + l.shown + " is not there; try again later"
+			if sent && m.tool() != "" {
+				missing = unknownOutcome
+			}
+			l.fail(m.ID, codeInternal, cmp.Or(p.final, missing))
 			return
 		}
 		l.Log.Debug("try again", "method", m.Method, "try", try, "why", p.why)
@@ -467,8 +473,13 @@ func (l *bridge) receive(ctx context.Context, res *http.Response, m message) par
 			}
 			return part{why: "the session was begun anew", atOnce: true, forgotten: true}
 		}
-	case http.StatusTooManyRequests, http.StatusServiceUnavailable: // not begun
-		return part{why: res.Status}
+	case http.StatusTooManyRequests, http.StatusServiceUnavailable: // not begun, if it is the server that says so and not something before it
+		body, err := io.ReadAll(io.LimitReader(res.Body, 64<<10))
+		var refusal struct {
+			Error *Error `json:"error"`
+		}
+		ours := err == nil && json.Unmarshal(body, &refusal) == nil && refusal.Error != nil && refusal.Error.Code == codeBusy
+		return part{why: res.Status, sent: !ours}
 	case http.StatusBadGateway, http.StatusGatewayTimeout:
 		return part{why: res.Status, sent: true}
 	case http.StatusUnauthorized:

@@ -175,6 +175,7 @@ func (h *HTTP) end(c *conversation) {
 		}
 	}
 	h.mu.Unlock()
+	c.close()
 	c.forgetStreams(0)
 	h.work.Go(func() { c.drain(0) })
 }
@@ -529,8 +530,12 @@ func (h *HTTP) call(w http.ResponseWriter, r *http.Request, c *conversation, m m
 	st.resumable = !m.modern()
 	st.priming = st.resumable && c.session(m, nil).ProtocolVersion() >= mcp.ProtocolVersion20251125
 	h.mu.Lock()
-	st.kept = &h.allowance(c.owner).kept
+	kept := &h.allowance(c.owner).kept
 	h.mu.Unlock()
+	st.kept = kept
+	if kept.Load() > maxOwnKept { // answers are never dropped, so older ones are
+		c.forgetStreams(keptTime / 20)
+	}
 	if st.call = again; st.call != "" && st.events {
 		c.remember(st)
 	} else if st.resumable && st.events {

@@ -175,12 +175,17 @@ func (c *conversation) cancelCall(m message) {
 	}
 }
 
-// drain waits for the calls in flight, then asks them to yield; nothing is begun any more. It reports whether all have ended.
-func (c *conversation) drain(patience time.Duration) bool {
+// close lets nothing be begun any more.
+func (c *conversation) close() {
 	c.mu.Lock()
 	c.closing = true
 	c.mu.Unlock()
 	c.shut()
+}
+
+// drain waits for the calls in flight, then asks them to yield; nothing is begun any more. It reports whether all have ended.
+func (c *conversation) drain(patience time.Duration) bool {
+	c.close()
 	done := make(chan struct{})
 	go func() { c.calls.Wait(); close(done) }()
 	for _, step := range []time.Duration{patience, yieldTime} {

@@ -91,7 +91,7 @@ func (st *stream) finish(status int, v any) error {
 	}
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	if st.call != "" && !st.isOpen { // kept for a client that does not get it
+	if st.call != "" && st.events && !st.isOpen { // kept for a client that does not get it
 		st.keep(event{seq: 1, data: bytes.TrimSuffix(body, []byte("\n"))})
 	}
 	if st.isOpen {
@@ -163,8 +163,8 @@ func (st *stream) send(line []byte, isNote bool) error {
 
 // keep bounds what is kept: the oldest notes go first, the answer never. st.mu is held.
 func (st *stream) keep(e event) {
-	if st.kept != nil && st.kept.Load()+int64(len(e.data)) > maxOwnKept {
-		return // the owner keeps too much already: a client that comes back misses this
+	if e.note && st.kept != nil && st.kept.Load()+int64(len(e.data)) > maxOwnKept {
+		return // the owner keeps too much already: a client that comes back misses this, but never an answer
 	}
 	st.missed = append(st.missed, e)
 	st.grow(len(e.data))

@@ -2,7 +2,10 @@ package sandbox
 
 import (
 	"context"
+	"errors"
+	"io/fs"
 	"os"
+	"sync"
 	"time"
 
 	"soulbox.dev/soulbox/agent"
@@ -16,6 +19,7 @@ const adoptTime = 20 * time.Second
 const (
 	rescanEvery = 5 * time.Second
 	adoptTries  = 6
+	adoptAtOnce = 8
 )
 
 // isLeft says whether a server has left the sandbox running on purpose, and its time is not over.
@@ -24,6 +28,7 @@ func (r record) isLeft() bool { return r.Keep && r.State == Running && time.Now(
 // reap clears what dead servers left, and takes over what servers left on purpose if this one keeps sandboxes, too; others leave it alone.
 // A failure is logged and leaves the sandbox for later.
 func (m *Manager) reap() {
+	var mu sync.Mutex
 	tries := map[string]int{}
 	ticker := time.NewTicker(rescanEvery)
 	defer ticker.Stop()
@@ -32,9 +37,21 @@ func (m *Manager) reap() {
 		if err != nil {
 			m.log.Error("look for sandboxes of dead servers", "error", err)
 		}
+		var all sync.WaitGroup
+		slots := make(chan struct{}, adoptAtOnce) // one that is silent must not hold up the others
 		for id, lock := range orphans {
-			m.takeOver(id, lock, tries)
+			slots <- struct{}{}
+			all.Go(func() {
+				defer func() { <-slots }()
+				m.takeOver(id, lock, func() int {
+					mu.Lock()
+					defer mu.Unlock()
+					tries[id]++
+					return tries[id]
+				})
+			})
 		}
+		all.Wait()
 		if !m.opts.Keep {
 			return
 		}
@@ -47,8 +64,14 @@ func (m *Manager) reap() {
 }
 
 // takeOver adopts or reaps a sandbox that nobody owns.
-func (m *Manager) takeOver(id string, lock *os.File, tries map[string]int) {
+func (m *Manager) takeOver(id string, lock *os.File, try func() int) {
 	r, err := m.store.load(id)
+	var io *fs.PathError
+	if errors.As(err, &io) && !errors.Is(err, fs.ErrNotExist) || errors.Is(err, ErrInvalid) && r.Keep { // it cannot be read now, or is of another version: not for us to end
+		m.log.Error("read the state of a sandbox; it is left alone", "sandbox", id, "error", err)
+		_ = lock.Close() // it was only read
+		return
+	}
 	if err == nil && r.isLeft() {
 		if m.opts.Keep {
 			if err = m.adopt(r, lock); err == nil {
@@ -56,8 +79,7 @@ func (m *Manager) takeOver(id string, lock *os.File, tries map[string]int) {
 				return
 			}
 		}
-		tries[id]++
-		if !m.opts.Keep || m.ctx.Err() != nil || tries[id] < adoptTries {
+		if !m.opts.Keep || m.ctx.Err() != nil || try() < adoptTries {
 			if err != nil {
 				m.log.Warn("adopt sandbox; will try again", "sandbox", id, "error", err)
 			}
@@ -127,8 +149,9 @@ func (s *Sandbox) leave() bool {
 	s.expiry.Stop()
 	client, lock := s.client, s.lock
 	s.mu.Unlock()
-	s.closePorts()
+	wait := s.stopPorts()
 	_ = client.Close() // its end of the pipe is the agent's business
+	wait()
 	if err := lock.Close(); err != nil {
 		s.m.log.Error("leave sandbox", "sandbox", s.id, "error", err)
 	}

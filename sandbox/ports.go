@@ -53,7 +53,7 @@ func (s *Sandbox) Expose(port int) (Port, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.rec.State != Running {
+	if s.rec.State != Running || s.isLeft() {
 		return Port{}, s.wrong("expose a port of")
 	}
 	if e := s.ports[port]; e != nil {
@@ -62,14 +62,23 @@ func (s *Sandbox) Expose(port int) (Port, error) {
 	if len(s.ports) >= maxExposed {
 		return Port{}, fmt.Errorf("expose port %d: %d are exposed already: %w", port, maxExposed, ErrInvalid)
 	}
-	e, err := s.serve(Port{Port: port})
+	r := s.rec
+	r.Ports = slices.Clone(r.Ports)
+	want := Port{Port: port}
+	if i := slices.IndexFunc(r.Ports, func(p Port) bool { return p.Port == port }); i >= 0 { // it could not be had again when it was adopted
+		want = r.Ports[i]
+		r.Ports = slices.Delete(r.Ports, i, i+1)
+	}
+	e, err := s.serve(want)
+	if err != nil && want.Host != 0 {
+		e, err = s.serve(Port{Port: port})
+	}
 	if err != nil {
 		return Port{}, fmt.Errorf("expose port %d: %w", port, err)
 	}
-	r := s.rec
-	r.Ports = append(slices.Clone(r.Ports), e.Port)
+	r.Ports = append(r.Ports, e.Port)
 	if err := s.m.store.save(r); err != nil {
-		e.close()
+		e.stop()
 		return Port{}, err
 	}
 	s.rec = r
@@ -99,7 +108,8 @@ func (s *Sandbox) Unexpose(port int) error {
 	}
 	s.mu.Unlock()
 	if err == nil {
-		e.close()
+		e.stop()
+		s.m.work.Go(e.conns.Wait)
 	}
 	return err
 }
@@ -128,14 +138,26 @@ func (s *Sandbox) serve(p Port) (*exposed, error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	e := &exposed{Port: p, listener: l, cancel: cancel}
 	client := s.client
-	slots := make(chan struct{}, maxConns)
+	if s.connSlots == nil {
+		s.connSlots = make(chan struct{}, maxConns)
+	}
+	slots := s.connSlots
 	e.conns.Go(func() {
 		for {
 			conn, err := l.Accept()
-			if err != nil {
-				return // it was closed
+			if errors.Is(err, net.ErrClosed) {
+				return
 			}
-			slots <- struct{}{}
+			if err != nil { // such as no descriptors: later there may be some
+				time.Sleep(listenPoll)
+				continue
+			}
+			select {
+			case slots <- struct{}{}:
+			case <-ctx.Done():
+				_ = conn.Close()
+				return
+			}
 			e.conns.Go(func() {
 				defer func() { <-slots }()
 				splice(ctx, client, conn, p.Port)
@@ -157,21 +179,26 @@ func (s *Sandbox) serveAgain() {
 	}
 }
 
-// closePorts ends all ports. It is called without locks.
-func (s *Sandbox) closePorts() {
+// stopPorts ends all ports; wait is to be called when the agent's pipe is closed. It is called without locks.
+func (s *Sandbox) stopPorts() (wait func()) {
 	s.mu.Lock()
 	all := slices.Collect(maps.Values(s.ports))
 	s.ports = nil
 	s.mu.Unlock()
 	for _, e := range all {
-		e.close()
+		e.stop()
+	}
+	return func() {
+		for _, e := range all {
+			e.conns.Wait()
+		}
 	}
 }
 
-func (e *exposed) close() {
+// stop ends the port without waiting: a connection may hang on a guest that reads nothing until the guest's pipe is closed.
+func (e *exposed) stop() {
 	_ = e.listener.Close() // ends Accept
 	e.cancel()
-	e.conns.Wait()
 }
 
 // splice connects a client to a port of the sandbox, both ways, half-closes kept, until both have closed or ctx ends.

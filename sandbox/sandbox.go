@@ -32,8 +32,10 @@ type Sandbox struct {
 	expiry  *time.Timer
 	ending  chan struct{} // closed when nothing of an ended sandbox is left
 	ports   map[int]*exposed
-	changed chan struct{} // closed at the next change of what Info or Logs tell
-	log     []LogEntry
+	// connSlots bounds the connections to all ports.
+	connSlots chan struct{}
+	changed   chan struct{} // closed at the next change of what Info or Logs tell
+	log       []LogEntry
 }
 
 // Info is a sandbox at one moment.
@@ -234,6 +236,10 @@ func (s *Sandbox) end(final State, cause error) error {
 		defer s.mu.Unlock()
 		return s.wrong("kill")
 	}
+	if s.isLeft() { // another server's by now
+		s.mu.Unlock()
+		return fmt.Errorf("end sandbox %s: %w", s.id, ErrClosed)
+	}
 	err := s.become("kill", final, cause)
 	if err != nil {
 		s.mu.Unlock()
@@ -251,8 +257,12 @@ func (s *Sandbox) end(final State, cause error) error {
 	machine, client := s.machine, s.client
 	s.mu.Unlock()
 
-	s.closePorts()
+	wait := s.stopPorts()
 	err = s.destroy(machine, client)
+	if client != nil {
+		_ = client.Close() // also where the machine could not be ended: what hangs on it is freed
+	}
+	wait()
 	if err != nil {
 		err = fmt.Errorf("end sandbox %s: %w", s.id, err)
 		s.m.log.Error("end sandbox", "sandbox", s.id, "error", err)
@@ -293,7 +303,7 @@ type Update struct {
 func (s *Sandbox) Update(u Update) (Info, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.rec.State != Running && s.rec.State != Paused {
+	if s.rec.State != Running && s.rec.State != Paused || s.isLeft() {
 		return Info{}, s.wrong("update")
 	}
 	r := s.rec

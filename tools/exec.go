@@ -153,7 +153,7 @@ func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
 		return execOutput{}, err
 	}
 	if in.TTY {
-		snap, err = listen(ctx, client, snap.Process.ID, w, yield)
+		snap, err = listen(ctx, client, snap, w, yield)
 	} else {
 		snap, err = follow(ctx, client, snap, w, yield-startSlice)
 	}

@@ -98,19 +98,20 @@ func (s *Service) processScreen(ctx context.Context, client *agent.Client, sandb
 	if in.YieldMS == nil {
 		yield = settleTerminal // what is on the screen now, once it is silent
 	}
-	snap, err := listen(ctx, client, p.ID, agent.Window{Offset: p.Output}, yield)
+	snap, err := listen(ctx, client, agent.Snapshot{Process: p}, agent.Window{Offset: p.Output}, yield)
 	if err != nil {
 		return execOutput{}, err
 	}
 	out := describe(sandboxID, snap)
-	sc := s.screens.get(sandboxID + "/" + p.ID)
-	sc.mu.Lock()
-	defer sc.mu.Unlock()
-	if err := sc.update(ctx, client, snap.Process); err != nil {
-		return execOutput{}, err
+	chars := defaultChars
+	if in.MaxChars != nil {
+		chars = *in.MaxChars
 	}
-	out.Output, out.Screen = sc.text(min(max(in.Above, 0), scrollLines))
-	return out, nil
+	err = s.screens.with(ctx, client, sandboxID, snap.Process, func(sc *screen) error {
+		out.Output, out.Screen = sc.text(min(max(in.Above, 0), scrollLines), chars)
+		return nil
+	})
+	return out, err
 }
 
 type processResizeInput struct {
@@ -194,7 +195,7 @@ func (s *Service) processWrite(ctx context.Context, in processWriteInput) (execO
 		return execOutput{}, err
 	}
 	w := agent.Window{Offset: before.Process.Output, Head: chars}
-	snap, werr := listen(ctx, client, id, w, yield)
+	snap, werr := listen(ctx, client, before, w, yield)
 	if werr != nil {
 		return execOutput{}, werr
 	}
@@ -216,41 +217,52 @@ func (s *Service) typed(ctx context.Context, client *agent.Client, sandboxID str
 	if p.Terminal == nil {
 		return "", badArgument("Process %s has no terminal, so it takes no keys. Give \"input\", or start it with tty.", p.ID)
 	}
-	sc := s.screens.get(sandboxID + "/" + p.ID)
-	sc.mu.Lock()
-	defer sc.mu.Unlock()
-	if err := sc.update(ctx, client, p); err != nil {
-		return "", err
-	}
-	keys, err := encodeKeys(in.Keys, sc.appCursor)
-	if err != nil {
-		return "", err
-	}
-	if in.Paste && sc.brackets {
-		return "\x1b[200~" + strings.ReplaceAll(in.Input, "\x1b[201~", "") + "\x1b[201~" + keys, nil
-	}
-	return in.Input + keys, nil
+	input := in.Input
+	err := s.screens.with(ctx, client, sandboxID, p, func(sc *screen) error {
+		keys, err := encodeKeys(in.Keys, sc.appCursor)
+		if in.Paste && sc.brackets {
+			input = "\x1b[200~" + strings.ReplaceAll(input, "\x1b[201~", "") + "\x1b[201~"
+		}
+		input += keys
+		return err
+	})
+	return input, err
 }
 
 var errSlowReader = badArgument("The process does not read its stdin.")
 
-// listen waits until a process has answered and is silent, has ended, or the time is over. Who gives it less time is content with less silence.
-func listen(ctx context.Context, client *agent.Client, id string, w agent.Window, yield time.Duration) (agent.Snapshot, error) {
-	end, heard, quiet := time.Now().Add(yield), w.Offset, time.Duration(0)
-	for wait := yield; ; wait = min(quiet, time.Until(end)) {
-		snap, err := client.Wait(ctx, agent.WaitRequest{Process: id, WaitMS: max(1, wait.Milliseconds()), Beyond: &heard, Window: w})
+// listen waits until a process has answered and is silent, has ended, or the time is over. Who gives it less time is content with less
+// silence. When ctx ends it returns what there is.
+func listen(ctx context.Context, client *agent.Client, snap agent.Snapshot, w agent.Window, yield time.Duration) (agent.Snapshot, error) {
+	id, heard, quiet := snap.Process.ID, w.Offset, time.Duration(0)
+	end := time.Now().Add(yield)
+	for wait := yield; wait > 0; wait = min(quiet, time.Until(end)) {
+		next, err := client.Wait(ctx, agent.WaitRequest{Process: id, WaitMS: max(1, wait.Milliseconds()), Beyond: &heard})
+		if ctx.Err() != nil {
+			return snap, nil
+		}
 		if err != nil {
 			return snap, err
 		}
-		if snap.Process.State != agent.StateRunning || snap.Process.Output <= heard || !time.Now().Before(end) {
-			return snap, nil
+		if next.Process.State != agent.StateRunning || next.Process.Output <= heard {
+			break
 		}
-		heard, quiet = snap.Process.Output, settle
-		if snap.Process.Terminal != nil {
+		heard, quiet = next.Process.Output, settle
+		if next.Process.Terminal != nil {
 			quiet = settleTerminal
 		}
 		quiet = min(quiet, max(time.Millisecond, yield/25))
+		select { // one that writes without end is not asked without end
+		case <-time.After(quiet / 4):
+		case <-ctx.Done():
+			return snap, nil
+		}
 	}
+	last, err := client.Wait(ctx, agent.WaitRequest{Process: id, Window: w})
+	if ctx.Err() != nil {
+		return snap, nil
+	}
+	return last, err
 }
 
 type processSignalInput struct {

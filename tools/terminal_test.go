@@ -3,6 +3,9 @@ package tools
 import (
 	"strings"
 	"testing"
+	"time"
+
+	"soulbox.dev/soulbox/agent"
 )
 
 func TestTerminalText(t *testing.T) {
@@ -32,4 +35,63 @@ func TestEncodeKeys(t *testing.T) {
 	if _, err := encodeKeys([]string{"ctrl-alt-wrong"}, false); err == nil || !strings.Contains(err.Error(), "page-up") {
 		t.Error(err)
 	}
+}
+
+// rendered is what a screen shows of some output.
+func rendered(t *testing.T, size agent.Terminal, output string) (string, *screenInfo, *screen) {
+	t.Helper()
+	sc := &screen{}
+	sc.reset(size, 0)
+	for i := 0; i < len(output); i += 3 { // cut anywhere
+		if err := sc.write([]byte(output[i:min(i+3, len(output))])); err != nil {
+			t.Fatal(err)
+		}
+	}
+	text, info := sc.text(scrollLines, 100_000)
+	return text, info, sc
+}
+
+func TestScreen(t *testing.T) {
+	small := agent.Terminal{Rows: 3, Cols: 10}
+	for _, c := range []struct{ in, want string }{
+		{"one\r\ntwo", "one\ntwo"}, {"\x1b[2;3Hhere", "\n  here"}, {"\x1b[31mred\x1b[0m", "red"}, {"a\x1b[3bb", "aaaab"}, {"日本", "日本"},
+		{"main\x1b[?1049hfull\x1b[2J\x1b[Hscreen", "screen"}, {"main\x1b[?1049hfull\x1b[?1049l!", "main!"}, {"\x1b[?25;1049hx", "x"}, {"\x1b[6n\x1b[c\x1b]10;?\x07after", "after"},
+		{"1\r\n2\r\n3\r\n4\r\n5", "1\n2\n3\n4\n5"}, {"ě2024", "ě2024"}, {"\x1b]0;a title\x07x", "x"},
+	} {
+		if got, _, _ := rendered(t, small, c.in); got != c.want {
+			t.Errorf("%q: %q, want %q", c.in, got, c.want)
+		}
+	}
+	_, info, sc := rendered(t, small, "\x1b]0;a title\x07\x1b[?1h\x1b[?2004h\x1b[2;4H")
+	if info.Title != "a title" || info.CursorRow != 2 || info.CursorCol != 4 || !sc.appCursor || !sc.brackets {
+		t.Errorf("%+v %v %v", info, sc.appCursor, sc.brackets)
+	}
+}
+
+// TestScreenHostile: what a guest writes to cost us time or memory costs little.
+func TestScreenHostile(t *testing.T) {
+	for name, one := range map[string]string{
+		"repeat": "x\x1b[2147483646b", "erase": "\x1b[2147483646X", "tabs": "\x1b[2147483646I", "back tabs": "\x1b[2147483646Z", "insert": "\x1b[2147483646@", "scroll": "\x1b[2147483646S",
+		"lines": "\x1b[2147483646L", "C1": "x\x9b2147483646b", "parameters": "\x1b[" + strings.Repeat("9;", 10_000) + "m", "alternate": "\x1b[?1049hx\x1b[499b\r\n", "switches": "\x1b[?1049h\x1b[?1049l",
+	} {
+		begin := time.Now()
+		rendered(t, agent.Terminal{Rows: 300, Cols: 500}, strings.Repeat(one, 3))
+		if d := time.Since(begin); d > 20*time.Second {
+			t.Errorf("%s took %s", name, d)
+		}
+	}
+	if got := terminalText([]byte(strings.Repeat("x", 30_000) + strings.Repeat("\b", 30_000))); got != "" {
+		t.Error(len(got))
+	}
+}
+
+func FuzzScreen(f *testing.F) {
+	f.Add([]byte("\x1b[?1049h\x1b[2J\x1b[3;4Hx\x1b[99999b\x1b[?1049l"))
+	f.Fuzz(func(t *testing.T, p []byte) {
+		sc := &screen{}
+		sc.reset(agent.Terminal{Rows: 5, Cols: 20}, 0)
+		defer func() { _ = recover() }() // update recovers, too
+		_ = sc.write(p)
+		sc.text(10, 1000)
+	})
 }

@@ -1,0 +1,379 @@
+package tools
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/charmbracelet/x/ansi"
+	"github.com/charmbracelet/x/vt"
+
+	"soulbox.dev/soulbox/agent"
+)
+
+// Bounds of rendering, which is work that a guest can make us do.
+const (
+	maxScreens  = 8       // small terminals that are kept rendered; others are rendered anew from their output
+	maxCells    = 10_000  // of a small one
+	maxReplay   = 1 << 20 // bytes of output that are rendered at most: what was before has long scrolled away
+	renderPart  = 512     // bytes between two looks at the time
+	renderTime  = 2 * time.Second
+	scrollLines = 200 // lines above the screen
+	maxParams   = 64  // bytes of parameters of one sequence
+	maxDigits   = 3   // of one parameter: nothing on a screen is further away
+	maxCell     = 32  // bytes of one character with what is combined with it
+)
+
+// screens are the terminals that somebody has looked at, the latest last.
+type screens struct {
+	mu  sync.Mutex
+	all []*screen
+}
+
+// screen is the rendered output of a process, up to an offset. A full-screen program has an emulator of its own: the library's second
+// screen would keep 10,000 lines that nobody sees.
+type screen struct {
+	key string // sandbox and process
+
+	mu     sync.Mutex
+	main   *vt.Emulator
+	alt    *vt.Emulator // nil while no full-screen program runs
+	size   agent.Terminal
+	offset int64
+	title  string
+	feed   sequence
+	// appCursor and brackets are what the program has asked of the keyboard.
+	appCursor, brackets bool
+}
+
+// with finds the screen of a process, up to date, and does something with it.
+func (s *screens) with(ctx context.Context, client *agent.Client, sandboxID string, p agent.Process, do func(*screen) error) error {
+	key := sandboxID + "/" + p.ID
+	s.mu.Lock()
+	var sc *screen
+	for i, old := range s.all {
+		if old.key == key {
+			sc, s.all = old, slices.Delete(s.all, i, i+1)
+			break
+		}
+	}
+	if sc == nil {
+		sc = &screen{key: key}
+	}
+	small := p.Terminal != nil && p.Terminal.Rows*p.Terminal.Cols <= maxCells
+	if small {
+		s.all = append(s.all, sc)
+		if len(s.all) > maxScreens {
+			s.all = slices.Delete(s.all, 0, 1) // it has nothing to close but memory
+		}
+	}
+	s.mu.Unlock()
+	sc.mu.Lock()
+	defer sc.mu.Unlock()
+	if err := sc.update(ctx, client, p); err != nil {
+		return err
+	}
+	return do(sc)
+}
+
+// reset begins with an empty screen at an offset. sc.mu is held.
+func (sc *screen) reset(size agent.Terminal, offset int64) {
+	sc.size, sc.offset, sc.title, sc.appCursor, sc.brackets, sc.feed = size, offset, "", false, false, sequence{}
+	sc.main, sc.alt = sc.emulator(scrollLines), nil
+}
+
+func (sc *screen) emulator(above int) *vt.Emulator {
+	e := vt.NewEmulator(sc.size.Cols, sc.size.Rows)
+	e.SetScrollbackSize(above)
+	if answers, ok := e.InputPipe().(io.Closer); ok { // what a terminal would answer goes nowhere, instead of waiting to be read
+		_ = answers.Close()
+	}
+	mode := func(on bool) func(ansi.Mode) {
+		return func(m ansi.Mode) {
+			switch m {
+			case ansi.ModeCursorKeys:
+				sc.appCursor = on
+			case ansi.ModeBracketedPaste:
+				sc.brackets = on
+			}
+		}
+	}
+	e.SetCallbacks(vt.Callbacks{Title: func(t string) { sc.title = shorten(t, 200) }, EnableMode: mode(true), DisableMode: mode(false)})
+	return e
+}
+
+// shown is the emulator that has the screen.
+func (sc *screen) shown() *vt.Emulator {
+	if sc.alt != nil {
+		return sc.alt
+	}
+	return sc.main
+}
+
+// write renders output.
+func (sc *screen) write(p []byte) error {
+	return sc.feed.each(p, func(b []byte) error {
+		if len(b) == 0 {
+			return nil
+		}
+		_, err := sc.shown().Write(b)
+		return err
+	}, func(on bool) {
+		switch {
+		case on && sc.alt == nil:
+			sc.alt = sc.emulator(1)
+		case !on:
+			sc.alt = nil
+		}
+	})
+}
+
+// errTooMuch is of output that takes too long to render.
+var errTooMuch = badArgument("What the terminal shows takes too long to render. Read it with process_wait and raw.")
+
+// update renders what the process has written since.
+func (sc *screen) update(ctx context.Context, client *agent.Client, p agent.Process) (err error) {
+	defer func() {
+		if r := recover(); r != nil { // a guest's bytes must not end more than their own screen
+			sc.main = nil
+			err = fmt.Errorf("render the terminal of %s: %v", p.ID, r)
+		}
+	}()
+	size := agent.Terminal{Rows: 24, Cols: 80}
+	if p.Terminal != nil {
+		size = agent.Terminal{Rows: min(max(p.Terminal.Rows, 1), 300), Cols: min(max(p.Terminal.Cols, 1), 500)}
+	}
+	if sc.main == nil || p.Output-sc.offset > maxReplay || p.Output < sc.offset {
+		sc.reset(size, max(0, p.Output-maxReplay))
+	}
+	if sc.size != size {
+		sc.size = size
+		sc.main.Resize(size.Cols, size.Rows)
+		if sc.alt != nil {
+			sc.alt.Resize(size.Cols, size.Rows)
+		}
+	}
+	deadline, budget, again := time.Now().Add(renderTime), 2*maxReplay, true // it may write on while we read
+	err = client.Output(ctx, p.ID, sc.offset, false, func(f agent.OutputFrame) error {
+		if budget -= max(1, len(f.Data)); budget < 0 {
+			return errEnoughOutput
+		}
+		if f.Offset > sc.offset && len(f.Data) > 0 { // what lies between is no longer kept
+			if !again {
+				return errEnoughOutput
+			}
+			again = false
+			sc.reset(size, f.Offset)
+		}
+		for part := range slices.Chunk(f.Data, renderPart) {
+			if err := sc.write(part); err != nil {
+				return err
+			}
+			if time.Now().After(deadline) || ctx.Err() != nil {
+				sc.main = nil
+				return errTooMuch
+			}
+		}
+		sc.offset = max(sc.offset, f.Offset+int64(len(f.Data)))
+		return nil
+	})
+	if errors.Is(err, errEnoughOutput) {
+		return nil
+	}
+	return err
+}
+
+var errEnoughOutput = errors.New("enough output")
+
+// sequence takes output apart as far as it must be: parameters of control sequences (ECMA-48, 5.4) are cut to what can be on a screen, since
+// an emulator would repeat a character as often as it is told, and the switch to the alternate screen is ours.
+type sequence struct {
+	state  int
+	utf8   int // continuation bytes that are still to come
+	params []byte
+	long   bool // the parameters are longer than any that means something
+}
+
+const (
+	inText = iota
+	afterEscape
+	inControl
+)
+
+// alternate are the private modes that switch to the alternate screen.
+var alternate = []string{"47", "1047", "1049"}
+
+// each gives what is to be rendered to flush, and switches screens in between.
+func (s *sequence) each(p []byte, flush func([]byte) error, toAlternate func(on bool)) error {
+	var out []byte
+	for _, c := range p {
+		switch s.state {
+		case inText:
+			switch {
+			case c == 0x1b:
+				s.state, s.utf8 = afterEscape, 0
+				continue
+			case s.utf8 > 0 && c&0xc0 == 0x80:
+				s.utf8--
+			case c == 0x9b: // CSI as one byte
+				s.begin()
+				continue
+			default:
+				s.utf8 = continuation(c)
+			}
+			out = append(out, c)
+		case afterEscape:
+			if c == '[' {
+				s.begin()
+				continue
+			}
+			if s.state = inText; c == 0x1b {
+				s.state = afterEscape
+				continue
+			}
+			out = append(out, 0x1b, c)
+		case inControl:
+			switch {
+			case c >= 0x20 && c < 0x40: // parameters and intermediates
+				if s.long = s.long || len(s.params) >= maxParams; !s.long {
+					s.params = append(s.params, c)
+				}
+			case c >= 0x40 && c < 0x7f: // the end
+				s.state = inText
+				if s.long {
+					continue
+				}
+				params, on, switches := s.finish(c)
+				if switches {
+					if err := flush(out); err != nil {
+						return err
+					}
+					out = out[:0:0]
+					toAlternate(on)
+				}
+				if params != nil {
+					out = append(append(append(out, 0x1b, '['), params...), c)
+				}
+			case c == 0x1b:
+				s.state = afterEscape
+			case c == 0x18 || c == 0x1a: // cancelled
+				s.state = inText
+			default: // a control character within a sequence is carried out
+				out = append(out, c)
+			}
+		}
+	}
+	return flush(out)
+}
+
+func (s *sequence) begin() { s.state, s.utf8, s.long, s.params = inControl, 0, false, s.params[:0] }
+
+// continuation is how many bytes of a character follow its first (RFC 3629).
+func continuation(c byte) int {
+	switch {
+	case c >= 0xf0 && c < 0xf8:
+		return 3
+	case c >= 0xe0 && c < 0xf0:
+		return 2
+	case c >= 0xc2 && c < 0xe0:
+		return 1
+	}
+	return 0
+}
+
+// finish gives the parameters of a sequence that are to be rendered (nil: none of it), and whether it switches screens.
+func (s *sequence) finish(final byte) (params []byte, on, switches bool) {
+	if len(s.params) > 0 && s.params[0] == '?' {
+		if final != 'h' && final != 'l' {
+			return slices.Clone(s.params), false, false
+		}
+		modes := slices.DeleteFunc(strings.Split(string(s.params[1:]), ";"), func(m string) bool {
+			is := slices.Contains(alternate, m)
+			switches = switches || is
+			return is
+		})
+		if len(modes) == 0 {
+			return nil, final == 'h', switches
+		}
+		return []byte("?" + strings.Join(modes, ";")), final == 'h', switches
+	}
+	digits := 0
+	params = []byte{}
+	for _, c := range s.params {
+		if c < '0' || c > '9' {
+			digits = 0
+		} else if digits++; digits > maxDigits {
+			continue
+		}
+		params = append(params, c)
+	}
+	return params, false, false
+}
+
+// screenInfo tells about a rendered screen beside its text.
+type screenInfo struct {
+	Rows      int    `json:"rows"`
+	Cols      int    `json:"cols"`
+	CursorRow int    `json:"cursor_row" jsonschema:"from 1"`
+	CursorCol int    `json:"cursor_col" jsonschema:"from 1"`
+	Title     string `json:"title,omitempty"`
+	Alternate bool   `json:"alternate,omitempty" jsonschema:"a full-screen program has it"`
+	Above     int    `json:"lines_above,omitempty" jsonschema:"that have scrolled away"`
+}
+
+// text renders the screen, a line for each row, with up to above lines that have scrolled away before it, in at most chars characters. sc.mu
+// is held.
+func (sc *screen) text(above, chars int) (string, *screenInfo) {
+	e := sc.shown()
+	at := e.CursorPosition()
+	info := &screenInfo{Rows: sc.size.Rows, Cols: sc.size.Cols, CursorRow: at.Y + 1, CursorCol: at.X + 1, Title: render([]byte(sc.title)), Alternate: sc.alt != nil, Above: e.ScrollbackLen()}
+	if info.Alternate {
+		info.Above = 0 // it has none
+	}
+	var lines []string
+	for y := max(0, info.Above-above); y < info.Above; y++ {
+		lines = append(lines, cells(sc.size.Cols, func(x int) (string, int) { return cellOf(e.ScrollbackCellAt(x, y)) }))
+	}
+	for y := range sc.size.Rows {
+		lines = append(lines, cells(sc.size.Cols, func(x int) (string, int) { return cellOf(e.CellAt(x, y)) }))
+	}
+	return shorten(strings.TrimRight(strings.Join(lines, "\n"), "\n"), chars), info
+}
+
+// cells joins the cells of a line.
+func cells(cols int, at func(x int) (content string, width int)) string {
+	var b strings.Builder
+	for x := 0; x < cols; {
+		content, width := at(x)
+		if content == "" {
+			content, width = " ", 1
+		}
+		b.WriteString(render([]byte(content[:min(len(content), maxCell)])))
+		x += max(1, width)
+	}
+	return strings.TrimRight(b.String(), " ")
+}
+
+// terminalText is output of a terminal as lines of text: without escapes, and of a line that was written over only what stands there.
+func terminalText(p []byte) string {
+	var done, line []rune
+	for _, r := range ansi.Strip(strings.ToValidUTF8(string(bytes.ReplaceAll(p, []byte("\r\n"), []byte("\n"))), "\uFFFD")) {
+		switch r {
+		case '\n':
+			done, line = append(append(done, line...), '\n'), line[:0]
+		case '\r':
+			line = line[:0]
+		case '\b':
+			line = line[:max(0, len(line)-1)]
+		default:
+			line = append(line, r)
+		}
+	}
+	return string(append(done, line...))
+}
