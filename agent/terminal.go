@@ -174,7 +174,8 @@ func (p *process) foreground() int {
 	return group
 }
 
-// hangUp ends what is on a terminal as its closing would.
+// hangUp ends what is on a terminal as its closing would. What has not ended soon after, because it was about to start something when the
+// signal came, is killed: its terminal would be gone.
 func (p *process) hangUp() error {
 	for _, group := range []int{p.foreground(), p.pid} {
 		if group <= 1 {
@@ -186,5 +187,10 @@ func (p *process) hangUp() error {
 			}
 		}
 	}
+	time.AfterFunc(killGrace, func() {
+		if p.running() {
+			p.killAll()
+		}
+	})
 	return nil
 }
