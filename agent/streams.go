@@ -20,6 +20,17 @@ func giveUpOnClose(stream *yamux.Stream) {
 	}()
 }
 
+// untilClosed is a context that also ends when the host, which only listens, closes its half; then writes end, too.
+func untilClosed(ctx context.Context, stream *yamux.Stream) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(ctx)
+	go func() {
+		discard(stream)
+		cancel()
+		_ = stream.SetWriteDeadline(time.Unix(1, 0))
+	}()
+	return ctx, cancel
+}
+
 // discard reads what the host still sends until it closes: closing first would reset the stream, and our answer with it.
 func discard(stream *yamux.Stream) { _, _ = io.Copy(io.Discard, stream) }
 
@@ -109,13 +120,8 @@ func (s *Server) serveOutput(ctx context.Context, stream *yamux.Stream, h header
 	if err := writeMessage(stream, answer{}); err != nil {
 		return
 	}
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, cancel := untilClosed(ctx, stream)
 	defer cancel()
-	go func() {
-		discard(stream) // the host sends nothing: this returns when it closes
-		cancel()
-		_ = stream.SetWriteDeadline(time.Unix(1, 0))
-	}()
 	buf := make([]byte, 32<<10)
 	for at := h.Offset; ; {
 		n, found, on, wait, ended, err := p.output.next(buf, at)

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"strings"
 	"testing"
-	"time"
 )
 
 // terminal is a process on a terminal, and what it has written.
@@ -81,7 +80,6 @@ func TestTerminal(t *testing.T) {
 	p.typed("echo still-$((40 + 2))\n")
 	p.shows("still-42")
 	p.typed("sleep 601\n")
-	time.Sleep(10 * time.Millisecond)
 	eventually(t, "SIGINT to the foreground group", func() bool {
 		if _, err := c.Signal(t.Context(), p.id, "INT"); err != nil {
 			t.Fatal(err)

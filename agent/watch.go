@@ -64,13 +64,8 @@ func (s *Server) serveWatch(ctx context.Context, stream *yamux.Stream, h header)
 	if err := writeMessage(stream, answer{}); err != nil {
 		return
 	}
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, cancel := untilClosed(ctx, stream)
 	defer cancel()
-	go func() {
-		discard(stream) // the host sends nothing: this returns when it closes
-		cancel()
-		_ = stream.SetWriteDeadline(time.Unix(1, 0))
-	}()
 	for {
 		batch, ok := w.next(ctx)
 		if !ok || writeMessage(stream, batch) != nil {

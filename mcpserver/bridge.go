@@ -10,11 +10,8 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"math/rand/v2"
 	"net"
 	"net/http"
-	"net/url"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -92,15 +89,6 @@ func (b Bridge) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 // maxNotes bounds the notes that wait for a server that is away; more are dropped.
 const maxNotes = 1000
 
-// withoutSecrets is a URL that can be shown to anybody.
-func withoutSecrets(raw string) string {
-	u, err := url.Parse(raw)
-	if err != nil {
-		return "its address"
-	}
-	return (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
-}
-
 // sendNotes sends what wants no answer, in its order.
 func (l *bridge) sendNotes() {
 	for {
@@ -112,48 +100,6 @@ func (l *bridge) sendNotes() {
 		}
 	}
 }
-
-// maxRedirects is how many redirects one request follows.
-const maxRedirects = 5
-
-// do sends a request and follows redirects: the message stays a message (Go would make a GET of it), the key is not shown to another
-// server, and nothing goes over plain HTTP that was to go over TLS.
-func (l *bridge) do(r *http.Request) (*http.Response, error) {
-	for range maxRedirects {
-		res, err := l.http.Do(r)
-		if err != nil {
-			return nil, err
-		}
-		switch res.StatusCode {
-		case http.StatusMovedPermanently, http.StatusFound, http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
-		default:
-			return res, nil
-		}
-		to, err := res.Location()
-		_ = res.Body.Close() // it says nothing
-		if err != nil {
-			return nil, fmt.Errorf("redirect: %w", err)
-		}
-		if r.URL.Scheme == "https" && to.Scheme != "https" {
-			return nil, errDowngrade
-		}
-		next := r.Clone(r.Context())
-		next.URL, next.Host = to, ""
-		if to.Host != r.URL.Host || to.Scheme != r.URL.Scheme {
-			next.Header.Del("Authorization")
-			next.Header.Del(mcp.HeaderSessionID)
-		}
-		if r.GetBody != nil {
-			if next.Body, err = r.GetBody(); err != nil {
-				return nil, err
-			}
-		}
-		r = next
-	}
-	return nil, errors.New("the server redirects without end")
-}
-
-var errDowngrade = errors.New("the server redirects from https to http, which is not followed")
 
 // end lets calls in flight finish, and takes leave of the server.
 func (l *bridge) end(cancel context.CancelFunc) {
@@ -294,62 +240,6 @@ func (l *bridge) send(m message, line []byte) {
 		if first {
 			go l.listen() // ends with the conversation
 		}
-	}
-}
-
-// withoutURL is an error of a request without its URL, which may hold secrets.
-func withoutURL(err error) error {
-	var u *url.Error
-	if errors.As(err, &u) {
-		return u.Err
-	}
-	return err
-}
-
-// request makes an HTTP request of a message.
-func (l *bridge) request(ctx context.Context, method string, body []byte, m message) (*http.Request, error) {
-	r, err := http.NewRequestWithContext(ctx, method, l.URL, bytes.NewReader(body))
-	if err != nil {
-		return nil, err
-	}
-	r.Header.Set("Accept", "application/json, text/event-stream")
-	if method == http.MethodPost {
-		r.Header.Set("Content-Type", "application/json")
-	}
-	if l.Key != "" {
-		r.Header.Set("Authorization", "Bearer "+l.Key)
-	}
-	if m.modern() {
-		r.Header.Set(mcp.HeaderProtocolVersion, m.head.Meta.Version)
-		for k, v := range mcp.StandardHeaders(m.head.Meta.Version, mcp.MCPMethod(m.Method), m.Params) {
-			r.Header.Set(k, v)
-		}
-		if m.head.TaskID != "" {
-			r.Header.Set(mcp.HeaderName, m.head.TaskID)
-		}
-		return r, nil
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.session != "" && m.Method != "initialize" {
-		r.Header.Set(mcp.HeaderSessionID, l.session)
-		if l.version != "" {
-			r.Header.Set(mcp.HeaderProtocolVersion, l.version)
-		}
-	}
-	return r, nil
-}
-
-// backoff waits longer each time, and never as long as others do.
-func backoff(ctx context.Context, try int) error {
-	d := min(50*time.Millisecond<<min(try, 7), 5*time.Second)
-	timer := time.NewTimer(d/2 + rand.N(d))
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
 	}
 }
 
@@ -518,19 +408,6 @@ func (l *bridge) receive(ctx context.Context, res *http.Response, m message) par
 	return part{answered: true}
 }
 
-// begun notes the session that initialize has begun.
-func (l *bridge) begun(header http.Header, body []byte) {
-	var answer struct {
-		Result struct {
-			Version string `json:"protocolVersion"`
-		} `json:"result"`
-	}
-	_ = json.Unmarshal(body, &answer) // an error begins nothing
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.session, l.version, l.dedupes = header.Get(mcp.HeaderSessionID), answer.Result.Version, header.Get(headerCall) != ""
-}
-
 // events passes a stream's messages on, up to the answer.
 func (l *bridge) events(body io.Reader, m message) (p part) {
 	err := readEvents(body, func(id string, data []byte) error {
@@ -549,196 +426,4 @@ func (l *bridge) events(body io.Reader, m message) (p part) {
 	}
 	p.sent = true
 	return p
-}
-
-// readEvents reads a stream of server-sent events (HTML living standard, 9.2.6), as far as MCP uses them.
-func readEvents(body io.Reader, each func(id string, data []byte) error) error {
-	r := bufio.NewReaderSize(body, 64<<10)
-	id, data := "", []byte(nil)
-	for {
-		line, tooLong, err := readLine(r, 64<<20)
-		if tooLong {
-			return errors.New("an event is longer than 64 MiB")
-		}
-		if err != nil {
-			if errors.Is(err, io.EOF) {
-				return nil
-			}
-			return err
-		}
-		line = bytes.TrimRight(line, "\r\n")
-		switch {
-		case len(line) == 0:
-			if id != "" || data != nil {
-				if err := each(id, data); err != nil {
-					return err
-				}
-			}
-			id, data = "", nil
-		case bytes.HasPrefix(line, []byte("id:")):
-			id = strings.TrimSpace(string(line[3:]))
-		case bytes.HasPrefix(line, []byte("data:")):
-			data = append(data, bytes.TrimSpace(line[5:])...)
-		}
-	}
-}
-
-// renew begins a session anew in place of one that the server no longer knows. Of many calls that notice, one does.
-func (l *bridge) renew(ctx context.Context, old string) error {
-	l.renewing.Lock()
-	defer l.renewing.Unlock()
-	l.mu.Lock()
-	hello, current, ready := l.hello, l.session, l.ready
-	var uris []string
-	for uri, on := range l.watched {
-		if on {
-			uris = append(uris, uri)
-		}
-	}
-	l.mu.Unlock()
-	if current != old {
-		return nil
-	}
-	m, err := parse(hello)
-	if err != nil {
-		return err
-	}
-	r, err := l.request(ctx, http.MethodPost, hello, m)
-	if err != nil {
-		return err
-	}
-	res, err := l.do(r)
-	if err != nil {
-		return err
-	}
-	defer res.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(res.Body, 1<<20))
-	if err != nil || res.StatusCode != http.StatusOK {
-		return fmt.Errorf("begin the session anew: %s %w", res.Status, err)
-	}
-	l.begun(res.Header, body)
-	l.Log.Warn("the server did not know the session any more; it was begun anew")
-	if ready {
-		l.send(message{Method: "notifications/initialized"}, []byte(`{"jsonrpc":"2.0","method":"notifications/initialized"}`))
-	}
-	for i, uri := range uris { // what the client was subscribed to, it is again
-		line, err := encode(note{JSONRPC: mcp.JSONRPC_VERSION, ID: "soulbox-again-" + strconv.Itoa(i), Method: methodSubscribe, Params: map[string]string{"uri": uri}})
-		if err != nil {
-			return err
-		}
-		again, err := l.request(ctx, http.MethodPost, line, message{})
-		if err != nil {
-			return err
-		}
-		res, err := l.do(again)
-		if err != nil {
-			return err
-		}
-		_ = res.Body.Close() // what is not there any more has no updates
-	}
-	return nil
-}
-
-// listen passes on what the server says beside answers, for as long as the conversation lasts.
-func (l *bridge) listen() {
-	for try := 0; backoff(l.ctx, try) == nil; try++ {
-		r, err := l.request(l.ctx, http.MethodGet, nil, message{})
-		if err != nil {
-			return
-		}
-		res, err := l.do(r)
-		if err != nil {
-			continue
-		}
-		switch res.StatusCode {
-		case http.StatusOK:
-			l.retell()
-			if p := l.events(res.Body, message{}); p.progress {
-				try = 0
-			}
-		case http.StatusNotFound:
-			if err := l.renew(l.ctx, r.Header.Get(mcp.HeaderSessionID)); err != nil {
-				l.Log.Debug("listen", "error", err)
-			}
-		case http.StatusMethodNotAllowed:
-			_ = res.Body.Close()
-			return
-		}
-		_ = res.Body.Close()
-	}
-}
-
-// retell tells the client that everything it watches may have changed: what did while nobody listened is not known.
-func (l *bridge) retell() {
-	l.mu.Lock()
-	again := l.listened
-	l.listened = true
-	var uris []string
-	for uri, on := range l.watched {
-		if on {
-			uris = append(uris, uri)
-		}
-	}
-	l.mu.Unlock()
-	for _, uri := range uris {
-		if again {
-			_ = l.out.write(newNote(noteUpdated, map[string]string{"uri": uri})) // a failing pipe shows at the end
-		}
-	}
-}
-
-// tool is what the server says of a tool, which tells the headers that its calls need. One that is not known needs none.
-func (l *bridge) tool(ctx context.Context, m message) *mcp.Tool {
-	l.mu.Lock()
-	known := l.tools
-	l.mu.Unlock()
-	if known == nil {
-		known = l.askTools(ctx, m)
-		l.mu.Lock()
-		l.tools = known
-		l.mu.Unlock()
-	}
-	if t := known[m.tool()]; t != nil {
-		return t
-	}
-	return &mcp.Tool{}
-}
-
-func (l *bridge) askTools(ctx context.Context, m message) map[string]*mcp.Tool {
-	var meta struct {
-		Meta json.RawMessage `json:"_meta"`
-	}
-	if json.Unmarshal(m.Params, &meta) != nil {
-		return nil
-	}
-	line, err := encode(note{JSONRPC: mcp.JSONRPC_VERSION, ID: "soulbox-tools", Method: string(mcp.MethodToolsList), Params: meta})
-	if err != nil {
-		return nil
-	}
-	ask, err := parse(line)
-	if err != nil {
-		return nil
-	}
-	r, err := l.request(ctx, http.MethodPost, line, ask)
-	if err != nil {
-		return nil
-	}
-	res, err := l.do(r)
-	if err != nil {
-		return nil // the call itself tells what is wrong
-	}
-	defer res.Body.Close()
-	var answer struct {
-		Result struct {
-			Tools []*mcp.Tool `json:"tools"`
-		} `json:"result"`
-	}
-	if json.NewDecoder(io.LimitReader(res.Body, 4<<20)).Decode(&answer) != nil {
-		return nil
-	}
-	known := map[string]*mcp.Tool{}
-	for _, t := range answer.Result.Tools {
-		known[t.Name] = t
-	}
-	return known
 }

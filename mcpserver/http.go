@@ -10,11 +10,9 @@ import (
 	"net/http"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/mark3labs/mcp-go/mcp"
-	"golang.org/x/time/rate"
 )
 
 // HTTPOptions configure the HTTP transport; zero values mean the documented defaults.
@@ -49,16 +47,6 @@ type HTTP struct {
 
 // program is an owner's client of stateless requests.
 type program struct{ owner, name string }
-
-// allowance is what an owner has in use.
-type allowance struct {
-	rate     *rate.Limiter
-	inflight int
-	sessions int
-	programs int
-	reading  int64
-	kept     atomic.Int64 // bytes of answers that are kept for clients that come back
-}
 
 const (
 	maxPrograms = 100     // stateless clients of one owner that are told apart by their names; the rest is one
@@ -204,11 +192,6 @@ func (h *HTTP) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 		refuse(w, http.StatusMethodNotAllowed, nil, codeInvalid, r.Method+" is not a method of this endpoint")
 	}
-}
-
-func tooMany(w http.ResponseWriter, id json.RawMessage) {
-	w.Header().Set("Retry-After", "1")
-	refuse(w, http.StatusTooManyRequests, id, codeBusy, "you have sent too many requests, or have too many calls in flight; wait for some of them")
 }
 
 // refuse answers a request that is not taken.
@@ -444,60 +427,6 @@ func (h *HTTP) client(owner string, m message) *conversation {
 	return c
 }
 
-// allowance is an owner's. h.mu is held.
-func (h *HTTP) allowance(owner string) *allowance {
-	a := h.owners[owner]
-	if a == nil {
-		a = &allowance{rate: rate.NewLimiter(rate.Limit(h.Rate), h.Burst)}
-		h.owners[owner] = a
-	}
-	return a
-}
-
-// mayAsk counts a request of an owner.
-func (h *HTTP) mayAsk(owner string) bool {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.allowance(owner).rate.Allow()
-}
-
-// mayRead reserves room for a body, whose size may be unknown (-1); the caller calls done.
-func (h *HTTP) mayRead(owner string, size int64) (done func(), ok bool) {
-	if size < 0 || size > h.MaxBody {
-		size = h.MaxBody
-	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	a := h.allowance(owner)
-	if a.reading+size > h.MaxReading || h.all.reading+size > 4*h.MaxReading {
-		return nil, false
-	}
-	a.reading += size
-	h.all.reading += size
-	return func() {
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		a.reading -= size
-		h.all.reading -= size
-	}, true
-}
-
-// take takes one call from what an owner may ask for; the caller calls done.
-func (h *HTTP) take(owner string) (done func(), ok bool) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	a := h.allowance(owner)
-	if a.inflight >= h.InFlight {
-		return nil, false
-	}
-	a.inflight++
-	return func() {
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		a.inflight--
-	}, true
-}
-
 // call runs a request and answers it. The client of a session may leave and come back for the answer; a stateless one that leaves cancels.
 func (h *HTTP) call(w http.ResponseWriter, r *http.Request, c *conversation, m message, body []byte) {
 	defer c.attach()()
@@ -525,6 +454,19 @@ func (h *HTTP) call(w http.ResponseWriter, r *http.Request, c *conversation, m m
 		refuseWith(w, http.StatusOK, m.ID, refusal)
 		return
 	}
+	st := h.newCallStream(w, r, c, m, again, f)
+	go func() {
+		defer done()
+		h.answer(f, c, m, body, st)
+	}()
+	st.wait(r.Context())
+	if m.modern() && r.Context().Err() != nil {
+		f.cancel(ErrCancelled)
+	}
+}
+
+// newCallStream is the stream of a call; again is the name by which its client may ask for it again.
+func (h *HTTP) newCallStream(w http.ResponseWriter, r *http.Request, c *conversation, m message, again string, f *flight) *stream {
 	st := newStream(w, r, h.Beat)
 	st.mu.Lock()
 	st.resumable = !m.modern()
@@ -545,29 +487,27 @@ func (h *HTTP) call(w http.ResponseWriter, r *http.Request, c *conversation, m m
 		st.allowed, st.refused = func() bool { return h.Access.still(r) }, func() { f.cancel(gone{"the key is no longer valid"}) }
 	}
 	st.mu.Unlock()
-	go func() {
-		defer done()
-		answered := false
-		h.s.run(f, c.session(m, st), m, body, func(response any) {
-			answered = true
-			if err := st.finish(statusOf(m, response), response); errors.Is(err, errEncode) {
-				h.s.Log.Error("encode response", "method", m.Method, "error", err)
-				_ = st.finish(http.StatusOK, failure(m.ID, &Error{Code: codeInternal, Message: "the answer could not be encoded"}))
-			}
-		})
-		if !answered { // cancelled: the stream ends without an answer
-			st.mu.Lock()
-			st.open()
-			st.end()
-			st.mu.Unlock()
+	return st
+}
+
+// answer runs a request and writes what comes of it.
+func (h *HTTP) answer(f *flight, c *conversation, m message, body []byte, st *stream) {
+	answered := false
+	h.s.run(f, c.session(m, st), m, body, func(response any) {
+		answered = true
+		if err := st.finish(statusOf(m, response), response); errors.Is(err, errEncode) {
+			h.s.Log.Error("encode response", "method", m.Method, "error", err)
+			_ = st.finish(http.StatusOK, failure(m.ID, &Error{Code: codeInternal, Message: "the answer could not be encoded"}))
 		}
-		if c.over() { // nobody can come back any more
-			st.forget()
-		}
-	}()
-	st.wait(r.Context())
-	if m.modern() && r.Context().Err() != nil {
-		f.cancel(ErrCancelled)
+	})
+	if !answered { // cancelled: the stream ends without an answer
+		st.mu.Lock()
+		st.open()
+		st.end()
+		st.mu.Unlock()
+	}
+	if c.over() { // nobody can come back any more
+		st.forget()
 	}
 }
 

@@ -79,21 +79,34 @@ type tasks struct {
 	byID map[string]*task
 }
 
-// add enters a task. Unfinished ones are bounded; of the finished ones the oldest go.
+// of are an owner's tasks: how many are unfinished, and the finished ones. t.mu is held.
+func (t *tasks) of(owner string) (unfinished int, finished []*task) {
+	for _, n := range t.byID {
+		switch {
+		case n.owner != owner:
+		case n.expires.IsZero():
+			unfinished++
+		default:
+			finished = append(finished, n)
+		}
+	}
+	return unfinished, finished
+}
+
+// room says whether an owner may have another task.
+func (t *tasks) room(owner string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	unfinished, _ := t.of(owner)
+	return unfinished < maxTasks
+}
+
+// add enters a task if there is room. Of the finished ones the oldest go.
 func (t *tasks) add(n *task) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	maps.DeleteFunc(t.byID, func(_ string, old *task) bool { return old.expired() })
-	unfinished, finished := 0, []*task{}
-	for _, other := range t.byID {
-		switch {
-		case other.owner != n.owner:
-		case other.expires.IsZero():
-			unfinished++
-		default:
-			finished = append(finished, other)
-		}
-	}
+	unfinished, finished := t.of(n.owner)
 	if unfinished >= maxTasks {
 		return false
 	}
@@ -103,19 +116,6 @@ func (t *tasks) add(n *task) bool {
 	}
 	t.byID[n.id] = n
 	return true
-}
-
-// room says whether an owner may have another task.
-func (t *tasks) room(owner string) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	unfinished := 0
-	for _, n := range t.byID {
-		if n.owner == owner && n.expires.IsZero() {
-			unfinished++
-		}
-	}
-	return unfinished < maxTasks
 }
 
 // finished notes the end of a task, from which on it is kept for some time.

@@ -1,0 +1,78 @@
+package mcpserver
+
+import (
+	"encoding/json"
+	"net/http"
+	"sync/atomic"
+
+	"golang.org/x/time/rate"
+)
+
+// allowance is what an owner has in use.
+type allowance struct {
+	rate     *rate.Limiter
+	inflight int
+	sessions int
+	programs int
+	reading  int64
+	kept     atomic.Int64 // bytes of answers that are kept for clients that come back
+}
+
+// allowance is an owner's. h.mu is held.
+func (h *HTTP) allowance(owner string) *allowance {
+	a := h.owners[owner]
+	if a == nil {
+		a = &allowance{rate: rate.NewLimiter(rate.Limit(h.Rate), h.Burst)}
+		h.owners[owner] = a
+	}
+	return a
+}
+
+// mayAsk counts a request of an owner.
+func (h *HTTP) mayAsk(owner string) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.allowance(owner).rate.Allow()
+}
+
+// mayRead reserves room for a body, whose size may be unknown (-1); the caller calls done.
+func (h *HTTP) mayRead(owner string, size int64) (done func(), ok bool) {
+	if size < 0 || size > h.MaxBody {
+		size = h.MaxBody
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	a := h.allowance(owner)
+	if a.reading+size > h.MaxReading || h.all.reading+size > 4*h.MaxReading {
+		return nil, false
+	}
+	a.reading += size
+	h.all.reading += size
+	return func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		a.reading -= size
+		h.all.reading -= size
+	}, true
+}
+
+// take takes one call from what an owner may ask for; the caller calls done.
+func (h *HTTP) take(owner string) (done func(), ok bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	a := h.allowance(owner)
+	if a.inflight >= h.InFlight {
+		return nil, false
+	}
+	a.inflight++
+	return func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		a.inflight--
+	}, true
+}
+
+func tooMany(w http.ResponseWriter, id json.RawMessage) {
+	w.Header().Set("Retry-After", "1")
+	refuse(w, http.StatusTooManyRequests, id, codeBusy, "you have sent too many requests, or have too many calls in flight; wait for some of them")
+}
