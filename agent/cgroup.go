@@ -19,22 +19,35 @@ import (
 // cgroups is the part of the guest's cgroup tree that holds all user processes. It is reached by descriptors only: what users
 // see at /sys/fs/cgroup is read-only, so that root in the sandbox cannot lift its limits.
 type cgroups struct {
-	dir  *os.File
-	pids atomic.Int64 // the limit of tasks, or 0
-	seq  atomic.Int64 // names of cgroups
-	// ready holds cgroups made ahead: making one costs about as much as a tenth of a short command.
+	dir *os.File
+	// What the guard looks at is kept open, as are the files of each cgroup: a system call of the guest costs tens of microseconds.
+	memory, tasks *os.File
+	limits        atomic.Pointer[groupLimits]
+	seq           atomic.Int64 // names of cgroups
+	// ready holds cgroups made ahead, or used before and left empty: making one costs about as much as a tenth of a short command.
 	ready chan *cgroup
 	cpu   atomic.Int64 // milliseconds used in cgroups that are removed
 }
 
+// groupLimits is what a cgroup is made with: one that was made with others is not used again.
+type groupLimits struct{ pids int64 }
+
 // cgroup holds one process and everything it started. A nil cgroup is one outside a sandbox: it is empty.
 type cgroup struct {
-	dir    *os.File
-	parent *cgroups
-	name   string
+	*groupDir
+	cpuBefore, refusedBefore int64 // by those who used the directory before: milliseconds, and refused forks
 
-	mu      sync.Mutex
-	removed bool
+	mu   sync.Mutex
+	gone bool // the directory is removed, or another's
+}
+
+// groupDir is a cgroup's directory.
+type groupDir struct {
+	parent              *cgroups
+	name                string
+	limits              *groupLimits
+	dir                 *os.File
+	procs, cpu, refused *os.File
 }
 
 const cgroupMount = "/sys/fs/cgroup"
@@ -65,12 +78,18 @@ func mountCgroups() (*cgroups, error) {
 	if err := unix.Mount("cgroup2", cgroupMount, "cgroup2", unix.MS_RDONLY, ""); err != nil {
 		return nil, fmt.Errorf("mount cgroups read-only: %w", err)
 	}
-	return &cgroups{dir: dir, ready: make(chan *cgroup, 4)}, nil
+	c := &cgroups{dir: dir, ready: make(chan *cgroup, 4)}
+	c.limits.Store(&groupLimits{})
+	if c.memory, err = openAt(dir, "memory.current"); err != nil {
+		return nil, err
+	}
+	c.tasks, err = openAt(dir, "pids.current")
+	return c, err
 }
 
 // limit bounds the number of tasks of all user processes together, and tells programs the memory limit, which the guard enforces.
 func (c *cgroups) limit(pids, memory int64) error {
-	c.pids.Store(pids)
+	c.limits.Store(&groupLimits{pids: pids})
 	for stale := true; stale; { // they have the old limit
 		select {
 		case g := <-c.ready:
@@ -118,23 +137,54 @@ func (c *cgroups) stock() {
 }
 
 func (c *cgroups) make() (*cgroup, error) {
-	name := "p" + strconv.FormatInt(c.seq.Add(1), 10)
-	if err := unix.Mkdirat(int(c.dir.Fd()), name, 0o755); err != nil {
-		return nil, fmt.Errorf("make cgroup %s: %w", name, err)
+	d := &groupDir{parent: c, name: "p" + strconv.FormatInt(c.seq.Add(1), 10), limits: c.limits.Load()}
+	g := &cgroup{groupDir: d}
+	if err := unix.Mkdirat(int(c.dir.Fd()), d.name, 0o755); err != nil {
+		return nil, fmt.Errorf("make cgroup %s: %w", d.name, err)
 	}
-	fd, err := unix.Openat(int(c.dir.Fd()), name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		_ = unix.Unlinkat(int(c.dir.Fd()), name, unix.AT_REMOVEDIR)
-		return nil, fmt.Errorf("open cgroup %s: %w", name, err)
-	}
-	g := &cgroup{dir: os.NewFile(uintptr(fd), name), parent: c, name: name}
-	if share := c.pids.Load() / 8 * 7; share > 0 {
-		if err := writeAt(g.dir, "pids.max", strconv.FormatInt(share, 10)); err != nil {
+	var err error
+	for _, f := range []struct {
+		file **os.File
+		in   *os.File
+		name string
+	}{{&d.dir, c.dir, d.name}, {&d.procs, nil, "cgroup.procs"}, {&d.cpu, nil, "cpu.stat"}, {&d.refused, nil, "pids.events"}} {
+		if f.in == nil {
+			f.in = d.dir
+		}
+		if *f.file, err = openAt(f.in, f.name); err != nil {
 			g.remove()
-			return nil, fmt.Errorf("limit cgroup %s: %w", name, err)
+			return nil, fmt.Errorf("open cgroup %s: %w", d.name, err)
+		}
+	}
+	if share := d.limits.pids / 8 * 7; share > 0 {
+		if err := writeAt(d.dir, "pids.max", strconv.FormatInt(share, 10)); err != nil {
+			g.remove()
+			return nil, fmt.Errorf("limit cgroup %s: %w", d.name, err)
 		}
 	}
 	return g, nil
+}
+
+// release gives the cgroup back to be used again, if nothing is left in it; otherwise it does what remove does.
+func (g *cgroup) release() {
+	if g == nil {
+		return
+	}
+	g.mu.Lock()
+	c := g.parent
+	if g.gone || g.limits != c.limits.Load() || len(c.ready) == cap(c.ready) || readFile(g.procs) != "" {
+		g.mu.Unlock()
+		g.remove()
+		return
+	}
+	next := &cgroup{groupDir: g.groupDir, cpuBefore: g.groupDir.cpuMS(), refusedBefore: g.groupDir.refusals()}
+	g.gone = true
+	g.mu.Unlock()
+	select {
+	case c.ready <- next:
+	default:
+		next.remove()
+	}
 }
 
 // remove takes the cgroup away if nothing is left in it.
@@ -144,36 +194,39 @@ func (g *cgroup) remove() bool {
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.removed {
+	if g.gone {
 		return true
 	}
-	cpu := keyed(readAt(g.dir, "cpu.stat"), "usage_usec") / 1000 // the parent forgets it
+	cpu := g.groupDir.cpuMS() // the parent forgets it
 	if err := unix.Unlinkat(int(g.parent.dir.Fd()), g.name, unix.AT_REMOVEDIR); err != nil {
 		return false
 	}
 	g.parent.cpu.Add(cpu)
-	g.removed = true
-	_ = g.dir.Close()
+	g.gone = true
+	for _, f := range []*os.File{g.dir, g.procs, g.groupDir.cpu, g.refused} {
+		_ = f.Close() // nil where it could not be opened
+	}
 	return true
 }
 
-// read reads a file of the cgroup; "" when it is gone.
-func (g *cgroup) read(name string) string {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.removed {
-		return ""
-	}
-	return readAt(g.dir, name)
-}
+// cpuMS is the CPU time used in the directory since it was made, in milliseconds.
+func (d *groupDir) cpuMS() int64 { return keyed(readFile(d.cpu), "usage_usec") / 1000 }
+
+// refusals counts the forks that were refused in the directory since it was made.
+func (d *groupDir) refusals() int64 { return keyed(readFile(d.refused), "max") }
 
 // pids lists what runs in the cgroup.
 func (g *cgroup) pids() []int {
 	if g == nil {
 		return nil
 	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.gone {
+		return nil
+	}
 	var pids []int
-	for _, line := range strings.Fields(g.read("cgroup.procs")) {
+	for _, line := range strings.Fields(readFile(g.procs)) {
 		if pid, err := strconv.Atoi(line); err == nil && pid > 1 {
 			pids = append(pids, pid)
 		}
@@ -188,20 +241,32 @@ func (g *cgroup) kill() {
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if !g.removed {
+	if !g.gone {
 		_ = writeAt(g.dir, "cgroup.kill", "1")
 	}
 }
 
 // hitLimit says whether a fork in the cgroup was refused for its number of tasks.
-func (g *cgroup) hitLimit() bool { return g != nil && keyed(g.read("pids.events"), "max") > 0 }
+func (g *cgroup) hitLimit() bool {
+	if g == nil {
+		return false
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return !g.gone && g.refusals() > g.refusedBefore
+}
 
 // usage gives CPU milliseconds and memory bytes of the cgroup, or outside a sandbox of the process.
 func (g *cgroup) usage(pid int) (cpuMS, memory int64) {
 	if g == nil {
 		return procUsage(pid)
 	}
-	return keyed(g.read("cpu.stat"), "usage_usec") / 1000, number(g.read("memory.current"))
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.gone {
+		return 0, 0
+	}
+	return g.groupDir.cpuMS() - g.cpuBefore, number(readAt(g.dir, "memory.current"))
 }
 
 func procUsage(pid int) (cpuMS, memory int64) {
@@ -220,22 +285,37 @@ func procUsage(pid int) (cpuMS, memory int64) {
 // usage is the consumption of all user processes.
 func (c *cgroups) usage() Usage {
 	return Usage{
-		Memory:    number(readAt(c.dir, "memory.current")),
+		Memory:    number(readFile(c.memory)),
 		CPUMS:     c.cpu.Load() + keyed(readAt(c.dir, "cpu.stat"), "usage_usec")/1000,
-		Processes: number(readAt(c.dir, "pids.current")),
+		Processes: number(readFile(c.tasks)),
 	}
 }
 
-func readAt(dir *os.File, name string) string {
+// openAt opens a file of a cgroup, or a cgroup, to read.
+func openAt(dir *os.File, name string) (*os.File, error) {
 	fd, err := unix.Openat(int(dir.Fd()), name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), name), nil
+}
+
+// readAt reads a file of a cgroup; "" where that fails.
+func readAt(dir *os.File, name string) string {
+	f, err := openAt(dir, name)
 	if err != nil {
 		return ""
 	}
-	defer unix.Close(fd)
+	defer f.Close()
+	return readFile(f)
+}
+
+// readFile reads a file of a cgroup as it is now; "" where that fails.
+func readFile(f *os.File) string {
 	var all []byte
 	buf := make([]byte, 4<<10)
 	for len(all) < 1<<20 {
-		n, err := unix.Read(fd, buf)
+		n, err := unix.Pread(int(f.Fd()), buf, int64(len(all)))
 		if n <= 0 || err != nil {
 			break
 		}
@@ -298,6 +378,11 @@ func (g *guard) run() {
 		case <-g.server.ctx.Done():
 			return
 		case <-g.woken:
+			// Most commands have ended by then, and a look at the memory costs about as much as a tenth of one. It cannot fill much meanwhile.
+			if !g.awake.Swap(true) {
+				timer.Reset(firstLook)
+			}
+			continue
 		case <-timer.C:
 		}
 		g.awake.Store(false) // who starts a process from here on wakes it again
@@ -307,7 +392,8 @@ func (g *guard) run() {
 		if limit <= 0 {
 			continue
 		}
-		used := number(readAt(g.server.groups.dir, "memory.current"))
+		g.server.reaper.reap()
+		used := number(readFile(g.server.groups.memory))
 		pause := 100 * time.Millisecond
 		switch {
 		case used > limit:
@@ -315,13 +401,16 @@ func (g *guard) run() {
 			pause = 2 * time.Millisecond
 		case used > limit/2:
 			pause = 10 * time.Millisecond
-		case number(readAt(g.server.groups.dir, "pids.current")) == 0:
+		case number(readFile(g.server.groups.tasks)) == 0:
 			continue // until the next start
 		}
 		g.awake.Store(true)
 		timer.Reset(pause)
 	}
 }
+
+// firstLook is how long after a start the guard looks.
+const firstLook = 10 * time.Millisecond
 
 // relieve kills the largest process, unless the last victim's memory is still being freed. Far beyond the limit it does not wait: many
 // processes that grow at once would outrun it.

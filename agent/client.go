@@ -54,7 +54,7 @@ func NewClient(ctx context.Context, conn io.ReadWriteCloser, version string) (_ 
 		return nil, fmt.Errorf("agent %q speaks protocol %d, this host %q speaks %d: %w", clip(guest.Version, 40), guest.Protocol, version, Protocol, ErrVersion)
 	}
 	c.boot, c.version = clip(guest.Boot, 64), clip(guest.Version, 40)
-	if c.session, err = yamux.Client(bufferedConn{&guestFrames{r: reader}, c.conn}, muxConfig()); err != nil {
+	if c.session, err = yamux.Client(newBufferedConn(&guestFrames{r: reader}, c.conn), muxConfig()); err != nil {
 		return nil, err
 	}
 	stream, err := c.open(header{Stream: streamRPC})

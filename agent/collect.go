@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -12,46 +13,53 @@ import (
 // collector moves what all processes write into their spools. One thread waits for all pipes by epoll, which tells them in the order in
 // which they became readable: so stdout and stderr of a process keep their order but for bursts within microseconds.
 type collector struct {
-	epoll int
-	wake  *os.File // closed to end it
+	epoll *os.File // waited for by the Go runtime like any other file: a thread of its own would hold back a processor, and wake late
+	done  chan struct{}
 
 	mu    sync.Mutex
-	pipes map[int32]*outputPipe // by descriptor
-	done  chan struct{}
+	seq   token
+	pipes map[token]*outputPipe
+	ends  map[token]processEnd
+}
+
+// token names what is waited for. No two have the same one, while descriptors are used again: an event that comes late is nobody's.
+type token uint64
+
+// processEnd is a process whose end is waited for.
+type processEnd struct {
+	pidfd int
+	ended func()
 }
 
 // outputPipe is the reading end of one stream of a process.
 type outputPipe struct {
+	token  token
 	fd     int
 	stream int
 	output *spool
 	eof    chan struct{} // closed when nobody can write any more
 
 	mu     sync.Mutex // held while bytes are between pipe and spool
+	over   bool       // nothing is in it any more, nor will be
 	closed bool
 }
 
 func newCollector() (*collector, error) {
-	epoll, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {
 		return nil, fmt.Errorf("make epoll: %w", err)
 	}
-	r, w, err := os.Pipe()
-	if err != nil {
-		_ = unix.Close(epoll)
-		return nil, fmt.Errorf("make epoll: %w", err)
+	if err := unix.SetNonblock(fd, true); err != nil { // os.NewFile goes by it
+		return nil, errors.Join(fmt.Errorf("make epoll: %w", err), unix.Close(fd))
 	}
-	c := &collector{epoll: epoll, wake: w, pipes: map[int32]*outputPipe{}, done: make(chan struct{})}
-	if err := unix.EpollCtl(epoll, unix.EPOLL_CTL_ADD, int(r.Fd()), &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(r.Fd())}); err != nil {
-		return nil, fmt.Errorf("make epoll: %w", err)
-	}
-	go c.run(r)
+	c := &collector{epoll: os.NewFile(uintptr(fd), "epoll"), pipes: map[token]*outputPipe{}, ends: map[token]processEnd{}, done: make(chan struct{})}
+	go c.run()
 	return c, nil
 }
 
 // close ends the collector, and with it what is still open.
 func (c *collector) close() {
-	_ = c.wake.Close()
+	_ = c.epoll.Close()
 	<-c.done
 	for _, p := range c.pipes { // nobody else is left
 		c.finish(p)
@@ -62,13 +70,49 @@ func (c *collector) close() {
 func (c *collector) add(fd, stream int, output *spool) *outputPipe {
 	p := &outputPipe{fd: fd, stream: stream, output: output, eof: make(chan struct{})}
 	c.mu.Lock()
-	c.pipes[int32(fd)] = p
+	c.seq++
+	p.token = c.seq
+	c.pipes[p.token] = p
 	c.mu.Unlock()
-	if err := unix.EpollCtl(c.epoll, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(fd)}); err != nil {
+	if err := c.control(unix.EPOLL_CTL_ADD, fd, p.token); err != nil {
 		c.finish(p) // no memory for it: the output is lost, the process is not
 	}
 	return p
 }
+
+// await has ended called once the process behind a pidfd, which it takes over, has ended.
+func (c *collector) await(pidfd int, ended func()) {
+	c.mu.Lock()
+	c.seq++
+	t := c.seq
+	c.ends[t] = processEnd{pidfd, ended}
+	c.mu.Unlock()
+	if err := c.control(unix.EPOLL_CTL_ADD, pidfd, t); err != nil {
+		c.over(t)
+	}
+}
+
+// over ends the wait for a process.
+func (c *collector) over(t token) {
+	c.mu.Lock()
+	end, ok := c.ends[t]
+	delete(c.ends, t)
+	c.mu.Unlock()
+	if !ok {
+		return // another one was first
+	}
+	_ = c.control(unix.EPOLL_CTL_DEL, end.pidfd, t)
+	_ = unix.Close(end.pidfd)
+	end.ended()
+}
+
+func (c *collector) control(op, fd int, t token) error {
+	return control(c.epoll, func(epoll uintptr) error {
+		return unix.EpollCtl(int(epoll), op, fd, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(t), Pad: int32(t >> 32)})
+	})
+}
+
+func tokenOf(e unix.EpollEvent) token { return token(uint32(e.Fd)) | token(uint32(e.Pad))<<32 }
 
 // finish ends a pipe, once.
 func (c *collector) finish(p *outputPipe) {
@@ -79,43 +123,56 @@ func (c *collector) finish(p *outputPipe) {
 	}
 	p.closed = true
 	c.mu.Lock()
-	delete(c.pipes, int32(p.fd))
+	delete(c.pipes, p.token)
 	c.mu.Unlock()
 	// Not by closing alone: a child between fork and exec holds the pipe for a moment.
-	_ = unix.EpollCtl(c.epoll, unix.EPOLL_CTL_DEL, p.fd, nil)
+	_ = c.control(unix.EPOLL_CTL_DEL, p.fd, p.token)
 	_ = unix.Close(p.fd)
 	close(p.eof)
 }
 
-func (c *collector) run(wake *os.File) {
+func (c *collector) run() {
 	defer close(c.done)
-	defer unix.Close(c.epoll)
-	defer wake.Close()
-	events := make([]unix.EpollEvent, 64)
-	buf := make([]byte, 64<<10)
-	for c.poll(events, buf, -1, int32(wake.Fd())) {
+	raw, err := c.epoll.SyscallConn()
+	if err != nil {
+		return
 	}
+	events, buf := make([]unix.EpollEvent, 64), make([]byte, 64<<10)
+	// Read returns when the file is closed.
+	_ = raw.Read(func(epoll uintptr) (end bool) {
+		for c.poll(int(epoll), events, buf) > 0 {
+		}
+		return false
+	})
 }
 
-// poll moves what is there, in the order in which it came, once some is there or the time (milliseconds) is over. It may be called by
-// several at once: each pipe is read under its lock. It says false when the collector is to end.
-func (c *collector) poll(events []unix.EpollEvent, buf []byte, wait int, wake int32) bool {
-	n, err := unix.EpollWait(c.epoll, events, wait)
-	if err != nil && err != unix.EINTR {
-		return false
-	}
+// poll moves what is there, in the order in which it came, and tells how many descriptors had something. It may be called by several at
+// once: each pipe is read under its lock. Who waits for the end of a process hears of it before its pipes are put away.
+func (c *collector) poll(epoll int, events []unix.EpollEvent, buf []byte) int {
+	n, _ := unix.EpollWait(epoll, events, 0) // EINTR: the next one sees it
+	var over []*outputPipe
+	var ended []token
 	for _, e := range events[:max(n, 0)] {
-		if e.Fd == wake {
-			return false
-		}
 		c.mu.Lock()
-		p := c.pipes[e.Fd]
+		p := c.pipes[tokenOf(e)]
 		c.mu.Unlock()
-		if p != nil && p.read(buf) {
-			c.finish(p)
+		switch {
+		case p == nil:
+			ended = append(ended, tokenOf(e))
+		case e.Events&unix.EPOLLIN == 0: // nothing in it, and nobody to write
+			p.dry()
+			over = append(over, p)
+		case p.read(buf):
+			over = append(over, p)
 		}
 	}
-	return true
+	for _, t := range ended {
+		c.over(t)
+	}
+	for _, p := range over {
+		c.finish(p)
+	}
+	return n
 }
 
 // drain moves what a process wrote before its end. It does not wait for the collector, which may be late on a busy machine. What a child
@@ -131,7 +188,10 @@ func (c *collector) drain(pipes ...*outputPipe) {
 		if buf == nil {
 			events, buf = make([]unix.EpollEvent, 16), make([]byte, drainPart)
 		}
-		c.poll(events, buf, 0, -1)
+		_ = control(c.epoll, func(epoll uintptr) error {
+			c.poll(int(epoll), events, buf)
+			return nil
+		})
 	}
 }
 
@@ -149,13 +209,22 @@ func (p *outputPipe) read(buf []byte) (end bool) {
 	if n > 0 {
 		p.output.append(p.stream, buf[:n])
 	}
-	return n == 0 || err != nil && err != unix.EAGAIN && err != unix.EINTR
+	end = n == 0 || err != nil && err != unix.EAGAIN && err != unix.EINTR
+	p.over = end
+	return end
+}
+
+// dry notes that nothing is left to read: what somebody else has just read is in the spool by then.
+func (p *outputPipe) dry() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.over = true
 }
 
 func (p *outputPipe) empty() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.closed {
+	if p.over || p.closed {
 		return true
 	}
 	n, err := unix.IoctlGetInt(p.fd, unix.TIOCINQ)

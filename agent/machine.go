@@ -6,10 +6,12 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -33,7 +35,7 @@ func setUpMachine() (*cgroups, error) {
 			return nil, fmt.Errorf("set up home of %s: %w", f[0], err)
 		}
 	}
-	return groups, dropCapabilities()
+	return groups, errors.Join(dropCapabilities(), forgetSignals())
 }
 
 // giveHome makes a home and gives it, and what the template put there, to its user.
@@ -107,3 +109,28 @@ func Attach(in io.Reader, out io.WriteCloser) error {
 	_, err = io.Copy(out, conn)
 	return errors.Join(err, out.Close())
 }
+
+// forgetSignals takes the signals that no agent gets from the Go runtime's hands: it installs a handler for each, which every child takes
+// back with a system call before it executes, and the one for SIGCHLD runs at the end of every process. What is left are those that
+// somebody may send to init; the real-time signals are not among them.
+func forgetSignals() error {
+	forget := []syscall.Signal{syscall.SIGCHLD, syscall.SIGWINCH}
+	for sig := firstRealTime; sig <= lastRealTime; sig++ {
+		forget = append(forget, sig)
+	}
+	byDefault := make([]uint64, 4) // struct sigaction of the kernel: SIG_DFL, no flags, no mask
+	for _, sig := range forget {
+		signal.Ignore(sig) // now the runtime does not handle it, but children would inherit that it is ignored
+		_, _, errno := syscall.RawSyscall6(syscall.SYS_RT_SIGACTION, uintptr(sig), uintptr(unsafe.Pointer(&byDefault[0])), 0, 8, 0, 0)
+		if errno != 0 {
+			return fmt.Errorf("reset signal %d: %w", sig, errno)
+		}
+	}
+	return nil
+}
+
+// The real-time signals but for those which the Go runtime and the C library keep for themselves, see signal(7).
+const (
+	firstRealTime syscall.Signal = 35
+	lastRealTime  syscall.Signal = 64
+)

@@ -30,17 +30,56 @@ func muxConfig() *yamux.Config {
 // quiet keeps jsonrpc2 from logging what the other side did wrong: it ends the session, and callers are told.
 var quiet = jsonrpc2.SetLogger(log.New(io.Discard, "", 0))
 
-// bufferedConn reads through the reader that has read the handshake.
+// bufferedConn reads through the reader that has read the handshake, and writes each frame at once.
 type bufferedConn struct {
 	io.Reader
-	io.WriteCloser
+	io.Closer
+	frameWriter
 }
+
+func newBufferedConn(r io.Reader, conn io.WriteCloser) *bufferedConn {
+	return &bufferedConn{r, conn, frameWriter{w: conn}}
+}
+
+// frameWriter joins the head of a frame and its body, which yamux writes one after the other: each write would wake the other side.
+type frameWriter struct {
+	w   io.Writer
+	buf []byte
+}
+
+// Write implements io.Writer, for one frame after the other.
+func (f *frameWriter) Write(p []byte) (int, error) {
+	if len(f.buf) == 0 && len(p) == frameHead && p[1] == frameData && binary.BigEndian.Uint32(p[8:]) > 0 {
+		f.buf = append(f.buf, p...)
+		return len(p), nil
+	}
+	if len(f.buf) == 0 {
+		return f.w.Write(p)
+	}
+	f.buf = append(f.buf, p...)
+	n, err := f.w.Write(f.buf)
+	if f.buf = f.buf[:0]; cap(f.buf) > maxJoined {
+		f.buf = nil
+	}
+	return max(0, n-frameHead), err
+}
+
+// maxJoined is how much memory a frameWriter keeps.
+const maxJoined = 64 << 10
+
+// As in yamux' specification.
+const (
+	frameHead = 12
+	frameData = 0
+	framePing = 2
+	flagSYN   = 1
+)
 
 // guestFrames reads what a guest sends and ends at the first frame that no honest agent sends: one that opens a stream, and a ping,
 // each of which would cost the host a goroutine until the guest reads its answer. Frames are as in yamux' specification.
 type guestFrames struct {
 	r    io.Reader
-	head [12]byte
+	head [frameHead]byte
 	have int // bytes of head that were read
 	sent int // bytes of head that were passed on
 	body uint32
@@ -63,15 +102,14 @@ func (g *guestFrames) Read(p []byte) (int, error) {
 			return 0, err
 		}
 	}
-	const data, ping, syn = 0, 2, 1
 	kind, flags := g.head[1], binary.BigEndian.Uint16(g.head[2:4])
-	if kind == ping || flags&syn != 0 {
+	if kind == framePing || flags&flagSYN != 0 {
 		return 0, errFrame
 	}
 	n := copy(p, g.head[g.sent:])
 	if g.sent += n; g.sent == len(g.head) {
 		g.have, g.sent = 0, 0
-		if kind == data {
+		if kind == frameData {
 			g.body = binary.BigEndian.Uint32(g.head[8:])
 		}
 	}

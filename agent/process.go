@@ -31,7 +31,7 @@ type process struct {
 	user      identity
 	cwd       string
 	args      []string
-	pid       int
+	child     // its leader
 	started   time.Time
 	output    *spool
 	group     *cgroup // nil outside a sandbox

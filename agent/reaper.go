@@ -15,55 +15,55 @@ type exitStatus struct {
 
 // reaper waits for children. As init it waits for every process of the sandbox, orphans too, so that no zombie stays.
 type reaper struct {
-	init bool
+	init      bool
+	collector *collector // tells when a child has ended
 
 	mu       sync.Mutex
-	started  *sync.Cond // a child may exist
-	starting int        // forks whose child nobody waits for yet
-	forks    int        // forks begun so far
+	starting int // forks whose child nobody waits for yet
 	waiting  map[int]func(exitStatus)
 	early    map[int]exitStatus // ended before somebody waited for them
 }
 
-func newReaper(init bool) *reaper {
-	r := &reaper{init: init, waiting: map[int]func(exitStatus){}, early: map[int]exitStatus{}}
-	r.started = sync.NewCond(&r.mu)
-	if init {
-		go r.run() // for the life of the machine
-	}
-	return r
+func newReaper(init bool, c *collector) *reaper {
+	return &reaper{init: init, collector: c, waiting: map[int]func(exitStatus){}, early: map[int]exitStatus{}}
 }
 
-// forkExec starts a child. If that works, await must follow.
-func (r *reaper) forkExec(name string, args []string, attr *syscall.ProcAttr) (pid int, err error) {
+// forkExec starts a child. If that works, await must follow with what it returns.
+func (r *reaper) forkExec(name string, args []string, attr *syscall.ProcAttr) (c child, err error) {
+	c.pidfd = -1
+	if r.init {
+		attr.Sys.PidFD = &c.pidfd
+	}
 	r.mu.Lock()
 	r.starting++
-	r.forks++
-	r.started.Broadcast()
 	r.mu.Unlock()
-	if pid, err = syscall.ForkExec(name, args, attr); err != nil {
+	if c.pid, err = syscall.ForkExec(name, args, attr); err != nil {
 		r.mu.Lock()
 		r.settled()
 		r.mu.Unlock()
 	}
-	return pid, err
+	return c, err
 }
 
-// await has ended called, once, when the child of forkExec has ended: on the thread that waits, since to wake another one costs about
-// as much as all that ended does. It must be short.
-func (r *reaper) await(pid int, ended func(exitStatus)) {
+// child is what forkExec started.
+type child struct{ pid, pidfd int }
+
+// await has ended called, once, when the child of forkExec has ended. It must be short.
+func (r *reaper) await(c child, ended func(exitStatus)) {
 	r.mu.Lock()
-	status, over := r.early[pid]
+	status, over := r.early[c.pid]
 	if !over && r.init {
-		r.waiting[pid] = ended
+		r.waiting[c.pid] = ended
 	}
 	r.settled()
 	r.mu.Unlock()
-	switch {
-	case over:
+	if r.init {
+		r.collector.await(c.pidfd, func() { r.reapOne(c.pid) })
+	} else {
+		go waitOne(c.pid, ended)
+	}
+	if over {
 		ended(status)
-	case !r.init:
-		go waitOne(pid, ended)
 	}
 }
 
@@ -85,36 +85,31 @@ func waitOne(pid int, ended func(exitStatus)) {
 	}
 }
 
-// run reaps everything. Orphans come to init at any time, so where there is no child at all it asks again whenever
-// something is started; a process without ancestors in the table cannot appear otherwise, but for exec of the runtime.
-func (r *reaper) run() {
-	for {
-		r.mu.Lock()
-		forks := r.forks
-		r.mu.Unlock()
-		var s exitStatus
-		pid, err := syscall.Wait4(-1, &s.status, unix.WALL, &s.usage)
-		r.mu.Lock()
-		switch {
-		case err == syscall.ECHILD:
-			// A fork in flight makes a child soon; otherwise sleep until one begins.
-			if r.starting == 0 && r.forks == forks {
-				r.started.Wait()
-			}
-			r.mu.Unlock()
-			unix.Nanosleep(&unix.Timespec{Nsec: 200_000}, nil)
-			continue
-		case err == nil:
-			if ended, ok := r.waiting[pid]; ok {
-				delete(r.waiting, pid)
-				r.mu.Unlock()
-				ended(s)
-				continue
-			}
-			if r.starting > 0 {
-				r.early[pid] = s
-			}
-		}
-		r.mu.Unlock()
+// reap takes the status of every child that has ended. The guard calls it now and then for orphans, of which nothing tells.
+func (r *reaper) reap() {
+	for r.reapOne(-1) {
 	}
+}
+
+// reapOne takes the status of a child that has ended, or of any with -1, and says whether there was one.
+func (r *reaper) reapOne(pid int) bool {
+	var s exitStatus
+	pid, err := syscall.Wait4(pid, &s.status, unix.WALL|unix.WNOHANG, &s.usage)
+	if err == syscall.EINTR {
+		return true
+	}
+	if err != nil || pid <= 0 {
+		return false
+	}
+	r.mu.Lock()
+	ended, ok := r.waiting[pid]
+	delete(r.waiting, pid)
+	if !ok && r.starting > 0 {
+		r.early[pid] = s
+	}
+	r.mu.Unlock()
+	if ok {
+		ended(s)
+	}
+	return true
 }

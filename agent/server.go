@@ -80,6 +80,7 @@ func NewServer(opts Options) (*Server, error) {
 	if s.collector, err = newCollector(); err != nil {
 		return nil, err
 	}
+	s.reaper = newReaper(opts.Init, s.collector)
 	if opts.Init {
 		if s.groups, err = setUpMachine(); err != nil {
 			return nil, err
@@ -87,7 +88,6 @@ func NewServer(opts Options) (*Server, error) {
 		s.guard = &guard{server: s, woken: make(chan struct{}, 1)}
 		go s.guard.run()
 	}
-	s.reaper = newReaper(opts.Init)
 	return s, nil
 }
 
@@ -138,7 +138,7 @@ func (s *Server) Serve(conn io.ReadWriteCloser) error {
 	if err := writeHello(conn, mine); err != nil || mine.Error != "" {
 		return errors.Join(err, conn.Close())
 	}
-	session, err := yamux.Server(bufferedConn{reader, conn}, muxConfig())
+	session, err := yamux.Server(newBufferedConn(reader, conn), muxConfig())
 	if err != nil {
 		return err
 	}
@@ -243,7 +243,7 @@ func (s *Server) leave(p *process) {
 
 // settle tidies up after the end of p: its cgroup goes when it is empty, and only the last ended processes are kept.
 func (s *Server) settle(p *process) {
-	p.group.remove()
+	p.group.release()
 	if s.groups != nil {
 		s.groups.stock()
 	}

@@ -57,7 +57,7 @@ func (s *Server) spawn(req StartRequest) (_ *process, err error) {
 	}
 	stdin, err := run(p, env)
 	if err != nil {
-		p.group.remove() // the collector sees the end of the pipes by itself
+		p.group.release() // the collector sees the end of the pipes by itself
 		return nil, err
 	}
 	s.follow(p, stdin)
@@ -137,17 +137,15 @@ func (s *Server) prepare(req StartRequest) (*process, []string, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	cwd := req.Cwd
-	if cwd == "" {
-		if cwd = user.home; !isDir(cwd) {
-			cwd = "/"
-		}
-	}
+	cwd := cmp.Or(req.Cwd, user.home)
 	if !path.IsAbs(cwd) || strings.IndexByte(cwd, 0) >= 0 {
 		return nil, nil, invalid("start in %q: the working directory must be an absolute path", clip(cwd, 200))
 	}
 	if !isDir(cwd) {
-		return nil, nil, fmt.Errorf("start in %q: %w", clip(cwd, 200), ErrCwd)
+		if req.Cwd != "" {
+			return nil, nil, fmt.Errorf("start in %q: %w", clip(cwd, 200), ErrCwd)
+		}
+		cwd = "/"
 	}
 	env, err := s.environment(user, cwd, req.Env, req.Terminal != nil)
 	if err != nil {
@@ -221,7 +219,7 @@ func (s *Server) openStdio(stdin bool) (child [3]int, parent [3]int, err error) 
 		if i == 0 {
 			child[i], parent[i] = fds[0], fds[1]
 		}
-		if err := unix.SetNonblock(parent[i], true); err != nil {
+		if _, err := unix.FcntlInt(uintptr(parent[i]), unix.F_SETFL, unix.O_NONBLOCK); err != nil { // a fresh pipe has no other flags
 			return child, parent, fmt.Errorf("start: open pipe: %w", err)
 		}
 	}
@@ -242,7 +240,7 @@ func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
 	if p.req.Command != "" {
 		if words := plainWords(p.req.Command, env); words != nil {
 			if name := lookPath(words[0], p.cwd, env); name != "" {
-				if p.pid, err = s.reaper.forkExec(name, words, attr); err == nil || errors.Is(err, syscall.EAGAIN) {
+				if p.child, err = s.reaper.forkExec(name, words, attr); err == nil || errors.Is(err, syscall.EAGAIN) {
 					return explainFork(err)
 				}
 			}
@@ -253,7 +251,7 @@ func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
 	if name == "" {
 		return fmt.Errorf("start %q: command not found: %w", clip(p.args[0], 200), syscall.ENOENT)
 	}
-	p.pid, err = s.reaper.forkExec(name, p.args, attr)
+	p.child, err = s.reaper.forkExec(name, p.args, attr)
 	if errors.Is(err, syscall.EACCES) && p.args[0] == s.shell {
 		return fmt.Errorf("start in %q: user %s may not enter it: %w", clip(p.cwd, 200), p.user.name, syscall.EACCES)
 	}
@@ -288,7 +286,7 @@ func (s *Server) follow(p *process, stdin *os.File) {
 	}
 	p.namesake = nil
 	p.ready.Store(true)
-	s.reaper.await(p.pid, func(status exitStatus) {
+	s.reaper.await(p.child, func(status exitStatus) {
 		p.finish(status)
 		go func() {
 			// What it left behind may still write: the spool is finished when nobody can.

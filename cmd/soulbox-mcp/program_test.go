@@ -118,8 +118,8 @@ func TestFiftyInFlight(t *testing.T) {
 		others = append(others, p.start("exec", map[string]any{"command": fmt.Sprintf("echo %d", i)}))
 	}
 	for i, o := range others {
-		if got := p.await(o).Result.StructuredContent["output"]; got != fmt.Sprintf("%d\n", i) {
-			t.Fatalf("call %d got %v", i, got)
+		if m := p.await(o); m.Result.StructuredContent["output"] != fmt.Sprintf("%d\n", i) {
+			t.Fatalf("call %d got %s", i, m.text())
 		}
 	}
 	sandboxtest.Eventually(t, "three sleeps of a shell run", func() bool { return strings.Count(p.exec("cat /proc/[0-9]*/cmdline | tr '\\0' ' '"), "sleep 60 ") >= 2 })
