@@ -39,6 +39,8 @@ func Owner() (uid, gid int) {
 func (r runsc) command(ctx context.Context, args ...string) (*exec.Cmd, io.Closer, error) {
 	flags := []string{
 		"--root=" + r.root, "--ignore-cgroups", "--platform=systrap", "--network=none", "--in-sandbox-cgroup=v2",
+		// Commands of agents are short: large pages cost each of them about a tenth of its time.
+		"--app-huge-pages=false",
 		"--file-access=exclusive", "--file-access-mounts=exclusive", "--overlay2=" + fmt.Sprintf("root:dir=%s,size=%dk", r.disk, r.size>>10),
 	}
 	// By descriptor: where the server is root, the sandbox' user need not be able to walk to the binary.
