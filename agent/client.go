@@ -231,6 +231,11 @@ func (c *Client) Usage(ctx context.Context) (Usage, error) {
 	return call[Usage](ctx, c, callUsage, struct{}{})
 }
 
+// Shell tells what a shell remembers.
+func (c *Client) Shell(ctx context.Context, req ShellRequest) (ShellInfo, error) {
+	return call[ShellInfo](ctx, c, callShell, req)
+}
+
 // Stat describes a file, following symlinks.
 func (c *Client) Stat(ctx context.Context, path string) (FileInfo, error) {
 	return call[FileInfo](ctx, c, callStat, PathRequest{Path: path})

@@ -37,6 +37,7 @@ type process struct {
 	group     *cgroup // nil outside a sandbox
 	pipes     []*outputPipe
 	collector *collector
+	shell     *shellRun // nil where none remembers
 	stop      *time.Timer
 	ready     atomic.Bool // everything above is set: others may see it
 	// namesake had the tag before; it gets it back if this one cannot be started.
@@ -48,11 +49,13 @@ type process struct {
 	mu    sync.Mutex
 	stdin *os.File // nil when closed; of a terminal our end of it
 	// terminal is its size; nil without one.
-	terminal *Terminal
-	ended    time.Time
-	status   syscall.WaitStatus
-	usage    syscall.Rusage
-	cause    string
+	terminal  *Terminal
+	ended     time.Time
+	status    syscall.WaitStatus
+	usage     syscall.Rusage
+	cause     string
+	shellCwd  string
+	forgotten bool
 	// limitHit says that it wanted more processes than it may have.
 	limitHit bool
 	left     bool // processes, when it ended
@@ -83,8 +86,10 @@ func (p *process) finish(status exitStatus) {
 	// Reading cgroups is a good part of a short command's time: one that ended well and left nothing behind is not asked further.
 	left := len(p.group.pids()) > 0
 	limitHit := (left || status.status != 0) && p.group.hitLimit()
+	cwd, err := p.shell.leave()
 	p.mu.Lock()
 	p.ended, p.status, p.usage, p.limitHit, p.left = time.Now(), status.status, status.usage, limitHit, left
+	p.shellCwd, p.forgotten = cwd, err != nil
 	stdin := p.stdin
 	p.stdin = nil
 	p.mu.Unlock()
@@ -156,6 +161,9 @@ func (p *process) describe() Process {
 		d.Command = clip(strings.Join(p.args, " "), commandEcho)
 	}
 	d.Output, d.Dropped = p.output.sizes()
+	if p.shell != nil {
+		d.GoneCwd = p.shell.gone
+	}
 	done := !p.running()
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -167,6 +175,7 @@ func (p *process) describe() Process {
 		d.CPUMS, d.Memory = p.group.usage(p.pid)
 		return d
 	}
+	d.ShellCwd, d.Forgotten = p.shellCwd, p.forgotten
 	d.State, d.Ended, d.ExitCode = StateExited, p.ended, p.status.ExitStatus()
 	if p.status.Signaled() {
 		d.ExitCode = 128 + int(p.status.Signal())

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strconv"
@@ -27,6 +28,7 @@ import (
 type Options struct {
 	Version  string
 	SpoolDir string // where large outputs are kept; default a directory in os.TempDir
+	ShellDir string // where shells report what they leave; default a directory in SpoolDir
 	Home     string // home of the only user outside a sandbox
 	Init     bool   // be the first process of a sandbox: reap orphans, use cgroups, switch users
 	Log      func(format string, args ...any)
@@ -48,6 +50,7 @@ type Server struct {
 	oomKills atomic.Int64
 	watches  atomic.Int64
 	fields   fieldCache
+	shells   *shells
 
 	mu     sync.Mutex
 	config Config
@@ -76,6 +79,7 @@ func NewServer(opts Options) (*Server, error) {
 	if s.opts.Home == "" {
 		s.opts.Home = "/"
 	}
+	s.shells = newShells(cmp.Or(opts.ShellDir, filepath.Join(s.opts.SpoolDir, "shell")))
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 	if s.collector, err = newCollector(); err != nil {
 		return nil, err
@@ -430,6 +434,8 @@ func (s *Server) call(ctx context.Context, req *jsonrpc2.Request) (result any, e
 		})
 	case callList:
 		return on(req, s.list)
+	case callShell:
+		return on(req, s.describeShell)
 	case callStat:
 		return on(req, s.stat)
 	case callDir:

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path"
 	"slices"
@@ -137,7 +138,13 @@ func (s *Server) prepare(req StartRequest) (*process, []string, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	cwd := cmp.Or(req.Cwd, user.home)
+	run, state := (*shellRun)(nil), &shellState{}
+	if req.Shell != "" && path.Base(s.shell) == "bash" {
+		run = s.shells.enter(shellID{req.Shell, user.name})
+		state = run.begin
+	}
+	home, gone := state.existing(user.home)
+	cwd := cmp.Or(req.Cwd, home)
 	if !path.IsAbs(cwd) || strings.IndexByte(cwd, 0) >= 0 {
 		return nil, nil, invalid("start in %q: the working directory must be an absolute path", clip(cwd, 200))
 	}
@@ -147,11 +154,21 @@ func (s *Server) prepare(req StartRequest) (*process, []string, error) {
 		}
 		cwd = "/"
 	}
-	env, err := s.environment(user, cwd, req.Env, req.Terminal != nil)
+	base := s.environment(user, req.Terminal != nil)
+	vars := state.environment(base)
+	vars["PWD"] = cwd
+	maps.Copy(vars, req.Env)
+	env, err := environ(vars)
 	if err != nil {
 		return nil, nil, err
 	}
-	p := &process{req: req, terminal: req.Terminal, user: user, cwd: cwd, args: req.Args, done: make(chan struct{}), writing: make(chan struct{}, 1), output: newSpool(s.opts.SpoolDir)}
+	if run != nil {
+		run.base, run.env, run.cwd = base, vars, cwd
+		if req.Cwd == "" {
+			run.gone = gone
+		}
+	}
+	p := &process{shell: run, req: req, terminal: req.Terminal, user: user, cwd: cwd, args: req.Args, done: make(chan struct{}), writing: make(chan struct{}, 1), output: newSpool(s.opts.SpoolDir)}
 	p.req.Env = nil // not kept: it may be secret
 	return p, env, nil
 }
@@ -161,24 +178,25 @@ func isDir(name string) bool {
 	return err == nil && info.IsDir()
 }
 
-// environment is the base, then the sandbox', then the request's own.
-func (s *Server) environment(user identity, cwd string, extra map[string]string, terminal bool) ([]string, error) {
+// environment is what every process of a user is given.
+func (s *Server) environment(user identity, terminal bool) map[string]string {
 	vars := map[string]string{
-		"PATH": defaultPath, "HOME": user.home, "USER": user.name, "LOGNAME": user.name, "SHELL": s.shell,
-		"LANG": "C.UTF-8", "PWD": cwd,
+		"PATH": defaultPath, "HOME": user.home, "USER": user.name, "LOGNAME": user.name, "SHELL": s.shell, "LANG": "C.UTF-8",
 	}
 	if terminal {
 		vars["TERM"] = "xterm-256color"
 	}
 	s.mu.Lock()
-	shared := s.config.Env
-	s.mu.Unlock()
-	for _, from := range []map[string]string{shared, extra} {
-		for k, v := range from {
-			if k == "" || strings.ContainsAny(k, "=\x00") || strings.IndexByte(v, 0) >= 0 {
-				return nil, invalid("start: %q is not a name of an environment variable, or its value contains a NUL byte", clip(k, 80))
-			}
-			vars[k] = v
+	defer s.mu.Unlock()
+	maps.Copy(vars, s.config.Env)
+	return vars
+}
+
+// environ is the environment as execve takes it.
+func environ(vars map[string]string) ([]string, error) {
+	for k, v := range vars {
+		if k == "" || strings.ContainsAny(k, "=\x00") || strings.IndexByte(v, 0) >= 0 {
+			return nil, invalid("start: %q is not a name of an environment variable, or its value contains a NUL byte", clip(k, 80))
 		}
 	}
 	env := make([]string, 0, len(vars))
@@ -238,7 +256,7 @@ func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
 	}
 	p.started = time.Now()
 	if p.req.Command != "" {
-		if words := plainWords(p.req.Command, env); words != nil {
+		if words := plainWords(p.req.Command, env); words != nil && !p.shell.needed() {
 			if name := lookPath(words[0], p.cwd, env); name != "" {
 				if p.child, err = s.reaper.forkExec(name, words, attr); err == nil || errors.Is(err, syscall.EAGAIN) {
 					return explainFork(err)
@@ -246,6 +264,16 @@ func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
 			}
 		}
 		p.args = []string{s.shell, "-c", p.req.Command}
+		if p.shell != nil {
+			if forked := p.req.Fork || p.terminal != nil; !forked {
+				p.shell.report()
+			}
+			if p.shell.file != "" || p.shell.needed() {
+				var more []string
+				p.args, more = p.shell.wrap(s.shell, p.req.Command)
+				attr.Env = append(env, more...)
+			}
+		}
 	}
 	name := lookPath(p.args[0], p.cwd, env)
 	if name == "" {

@@ -58,6 +58,7 @@ const (
 	callSearch    = "search"
 	callSetattr   = "setattr"
 	callUsage     = "usage"
+	callShell     = "shell"
 	callPing      = "ping"
 	noteCancel    = "$/cancelRequest"
 )
@@ -122,6 +123,12 @@ type StartRequest struct {
 	Terminal *Terminal `json:"terminal,omitempty"`
 	// Tag is a second name, unique among the running processes.
 	Tag string `json:"tag,omitempty"`
+	// Shell names a shell that remembers: the command starts in its directory, with its environment, functions and options, and leaves them
+	// to the next command as it has changed them. Each user has a shell of that name. Without bash only the request's own counts.
+	Shell string `json:"shell,omitempty"`
+	// Fork starts the command as the shell would with "&": it gets what the shell has, and changes nothing of it. A command with a terminal
+	// always is one.
+	Fork bool `json:"fork,omitempty"`
 	// TimeoutMS ends the process that long after its start, with cause "timeout"; zero means never.
 	TimeoutMS int64 `json:"timeout_ms,omitempty"`
 	// WaitMS is how long the call waits for the end.
@@ -206,6 +213,39 @@ type Process struct {
 	StdinOpen bool  `json:"stdin_open,omitempty"`
 	// Terminal is the size of its terminal, if it has one.
 	Terminal *Terminal `json:"terminal,omitempty"`
+	// ShellCwd is where its shell is now, if that has moved.
+	ShellCwd string `json:"shell_cwd,omitempty"`
+	// GoneCwd is where its shell was, if that directory is gone; it was started in one above.
+	GoneCwd string `json:"gone_cwd,omitempty"`
+	// Forgotten says that what it has changed of its shell could not be remembered.
+	Forgotten bool `json:"forgotten,omitempty"`
+}
+
+// ShellRequest asks what a shell remembers.
+type ShellRequest struct {
+	Shell string `json:"shell"`
+	User  string `json:"user,omitempty"`
+}
+
+// ShellInfo is what a shell remembers, by names: values may be secret. Each list is cut at 100 names.
+type ShellInfo struct {
+	Cwd       string   `json:"cwd"`
+	Env       []string `json:"env,omitempty"`       // exported variables that were set
+	Unset     []string `json:"unset,omitempty"`     // variables of the environment that were taken away
+	Variables []string `json:"variables,omitempty"` // all others
+	Functions []string `json:"functions,omitempty"`
+	Aliases   []string `json:"aliases,omitempty"`
+	Options   []string `json:"options,omitempty"` // as arguments of set and shopt
+}
+
+// bound keeps the answer small.
+func (i *ShellInfo) bound() {
+	for _, list := range []*[]string{&i.Env, &i.Unset, &i.Variables, &i.Functions, &i.Aliases, &i.Options} {
+		*list = (*list)[:min(len(*list), 100)]
+		for j, name := range *list {
+			(*list)[j] = clip(name, 100)
+		}
+	}
 }
 
 // ListRequest selects processes; zero values select all.

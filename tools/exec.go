@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -34,7 +35,7 @@ func (s *Service) execTools() []server.ServerTool {
 
 type execInput struct {
 	Command    string            `json:"command,omitempty" jsonschema:"the shell command; with tty it may be left out for a login shell"`
-	Cwd        string            `json:"cwd,omitempty" jsonschema:"absolute working directory; default the user's home"`
+	Cwd        string            `json:"cwd,omitempty" jsonschema:"absolute directory for this command; default where the last one left the shell"`
 	Env        map[string]string `json:"env,omitempty" jsonschema:"extra environment variables"`
 	User       string            `json:"user,omitempty" jsonschema:"user name or uid; default user"`
 	Stdin      string            `json:"stdin,omitempty" jsonschema:"text given to stdin"`
@@ -43,6 +44,7 @@ type execInput struct {
 	TimeoutMS  int64             `json:"timeout_ms,omitempty" jsonschema:"kill the command after this time; default never"`
 	MaxChars   *int              `json:"max_output_chars,omitempty" jsonschema:"longer output is cut in the middle; default 30000"`
 	Background bool              `json:"background,omitempty" jsonschema:"return as soon as it has started, and keep its stdin open"`
+	Isolated   bool              `json:"isolated,omitempty" jsonschema:"start fresh and leave nothing: no cwd, variables or functions of earlier commands"`
 	TTY        bool              `json:"tty,omitempty" jsonschema:"give it a terminal, for interactive and full-screen programs; returns when it is silent"`
 	Rows       int               `json:"rows,omitempty" jsonschema:"of the terminal; default 24"`
 	Cols       int               `json:"cols,omitempty" jsonschema:"default 80"`
@@ -67,6 +69,7 @@ type execOutput struct {
 	Screen     *screenInfo `json:"screen,omitempty" jsonschema:"of the rendered screen, which output then is"`
 
 	limitHit bool
+	notices  []string
 }
 
 func (o execOutput) text() string {
@@ -134,6 +137,10 @@ func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
 	if err != nil {
 		return execOutput{}, err
 	}
+	shell, err := s.shell(ctx, in.Isolated)
+	if err != nil {
+		return execOutput{}, err
+	}
 	w := agent.Window{Head: chars / 2, Tail: chars - chars/2}
 	// The start itself is not cancelled: whether it happened would be unknown. A cancellation that comes meanwhile is seen below.
 	if ctx.Err() != nil {
@@ -146,7 +153,7 @@ func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
 		terminal = &agent.Terminal{Rows: in.Rows, Cols: in.Cols}
 	}
 	snap, err := client.Start(startCtx, agent.StartRequest{
-		Terminal: terminal, Command: in.Command, Cwd: in.Cwd, Env: in.Env, User: in.User, Stdin: []byte(in.Stdin), KeepStdin: in.Background, Tag: in.Tag,
+		Shell: shell, Fork: in.Background, Terminal: terminal, Command: in.Command, Cwd: in.Cwd, Env: in.Env, User: in.User, Stdin: []byte(in.Stdin), KeepStdin: in.Background, Tag: in.Tag,
 		TimeoutMS: in.TimeoutMS, Window: w, WaitMS: min(yield, startSlice).Milliseconds(),
 	})
 	if err != nil {
@@ -280,13 +287,29 @@ func describe(sandboxID string, snap agent.Snapshot) execOutput {
 		out.ExitCode = &p.ExitCode
 		out.DurationMS = p.Ended.Sub(p.Started).Milliseconds()
 	}
+	out.notices = shellNotices(p)
 	out.Note = strings.Join(out.notes(), "; ")
 	return out
 }
 
+// shellNotices are what a model should know of the shell that its commands share.
+func shellNotices(p agent.Process) []string {
+	var notices []string
+	if p.ShellCwd != "" {
+		notices = append(notices, "the shell is now in "+render([]byte(p.ShellCwd)))
+	}
+	if p.GoneCwd != "" {
+		notices = append(notices, fmt.Sprintf("the shell's directory %s is gone, the command ran in %s", render([]byte(p.GoneCwd)), render([]byte(p.Cwd))))
+	}
+	if p.Forgotten {
+		notices = append(notices, "what it changed of the shell is not remembered: at most 256 KB of variables and functions are")
+	}
+	return notices
+}
+
 // notes are what a model should know beside the output.
 func (o execOutput) notes() []string {
-	var notes []string
+	notes := slices.Clone(o.notices)
 	if o.limitHit {
 		notes = append(notes, "it wanted more processes than a command may have")
 	}

@@ -24,7 +24,7 @@ func (s *Service) sandboxTools() []server.ServerTool {
 		define(s, "sandbox_get", "Tell all about a sandbox: state, when and how it ends, limits, usage.",
 			hints{title: "Describe a sandbox", readOnly: true, idempotent: true}, s.sandboxGet),
 		define(s, "sandbox_update", "Change the metadata or the life time of a sandbox.",
-			hints{title: "Update a sandbox"}, s.sandboxUpdate),
+			hints{title: "Update a sandbox", brief: true}, s.sandboxUpdate),
 		define(s, "sandbox_kill", "End a sandbox. Its files and processes are lost.",
 			hints{title: "Kill a sandbox", destructive: true}, s.sandboxKill),
 	}
@@ -188,6 +188,48 @@ type sandboxGetOutput struct {
 	Usage     *usageInfo `json:"usage,omitempty"`
 	Listening []int      `json:"listening_ports,omitempty" jsonschema:"on which something listens in it; port_expose makes them reachable"`
 	Ports     []portInfo `json:"exposed_ports,omitempty"`
+	Shell     *shellInfo `json:"shell,omitempty" jsonschema:"what exec remembers for this session; no values"`
+}
+
+type shellInfo struct {
+	Cwd  string              `json:"cwd"`
+	Kept map[string][]string `json:"kept,omitempty" jsonschema:"names by kind"`
+}
+
+// text is a clause for each kind of thing that is remembered.
+func (i *shellInfo) text() string {
+	if i == nil {
+		return ""
+	}
+	text := ", the session's shell is in " + i.Cwd
+	for _, kind := range slices.Sorted(maps.Keys(i.Kept)) {
+		text += fmt.Sprintf(", %s: %s", kind, strings.Join(i.Kept[kind], " "))
+	}
+	return text
+}
+
+// shellOf tells what the shell of a call's session remembers.
+func (s *Service) shellOf(ctx context.Context, client *agent.Client) (*shellInfo, error) {
+	name, err := s.shell(ctx, false)
+	if err != nil {
+		return nil, err
+	}
+	i, err := client.Shell(ctx, agent.ShellRequest{Shell: name})
+	if err != nil {
+		return nil, err
+	}
+	info := &shellInfo{Cwd: render([]byte(i.Cwd)), Kept: map[string][]string{
+		"exported": i.Env, "unset": i.Unset, "variables": i.Variables, "functions": i.Functions, "aliases": i.Aliases, "options": i.Options,
+	}}
+	for kind, names := range info.Kept {
+		if len(names) == 0 {
+			delete(info.Kept, kind)
+		}
+		for j, name := range names {
+			names[j] = render([]byte(name))
+		}
+	}
+	return info, nil
 }
 
 type portInfo struct {
@@ -217,7 +259,7 @@ func (o sandboxGetOutput) text() string {
 		ports += fmt.Sprintf(", port %d is at %s", p.Port, p.URL)
 	}
 	return fmt.Sprintf("%s, usage: memory %d MB (host %d MB), disk %d MB, cpu %d ms, %d processes, %d oom kills",
-		o.sandboxInfo.text(), u.MemoryMB, u.HostMemoryMB, u.DiskMB, u.CPUMS, u.Processes, u.OOMKills) + ports
+		o.sandboxInfo.text(), u.MemoryMB, u.HostMemoryMB, u.DiskMB, u.CPUMS, u.Processes, u.OOMKills) + ports + o.Shell.text()
 }
 
 func (s *Service) sandboxGet(ctx context.Context, in sandboxGetInput) (sandboxGetOutput, error) {
@@ -234,6 +276,13 @@ func (s *Service) sandboxGet(ctx context.Context, in sandboxGetInput) (sandboxGe
 		return sandboxGetOutput{}, err
 	}
 	if out.Listening, err = sb.Listening(ctx); err != nil {
+		return sandboxGetOutput{}, err
+	}
+	client, err := sb.Agent("look into")
+	if err != nil {
+		return sandboxGetOutput{}, err
+	}
+	if out.Shell, err = s.shellOf(ctx, client); err != nil {
 		return sandboxGetOutput{}, err
 	}
 	for _, p := range sb.Ports() {

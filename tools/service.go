@@ -41,6 +41,7 @@ type Service struct {
 
 // session is what one client's conversation has: its default sandbox.
 type session struct {
+	shell   string     // what its commands share; each sandbox has one of that name
 	making  sync.Mutex // held while the default sandbox is made: calls at the same time get the same one
 	current atomic.Pointer[sandbox.Sandbox]
 }
@@ -112,7 +113,16 @@ func (s *Service) session(ctx context.Context) (own *session, owner string, err 
 	if err != nil {
 		return nil, "", err
 	}
-	return c.Value(sessionKey{s}, func() any { return &session{} }).(*session), c.Owner(), nil
+	return c.Value(sessionKey{s}, func() any { return &session{shell: rand.Text()} }).(*session), c.Owner(), nil
+}
+
+// shell is the name of the shell that the commands of a call's session share; "" for one on its own.
+func (s *Service) shell(ctx context.Context, isolated bool) (string, error) {
+	own, _, err := s.session(ctx)
+	if err != nil || isolated {
+		return "", err
+	}
+	return own.shell, nil
 }
 
 // errDefaultEnded is told once when the default sandbox of a session has ended; the next call makes a new one.

@@ -22,7 +22,7 @@ type hints struct {
 	destructive bool
 	idempotent  bool
 	long        bool // its results may be long, which some clients want to know
-	likeExec    bool // its result is that of exec, which describes the fields: the list is read by models, and is to be short
+	brief       bool // another tool of the same result describes its fields: the list is read by models, and is to be short
 }
 
 // maxResult is what a client is asked to show of a long result, in characters.
@@ -35,7 +35,7 @@ type output interface{ text() string }
 func define[In any, Out output](s *Service, name, description string, h hints, do func(context.Context, In) (Out, error)) server.ServerTool {
 	tool := mcp.NewToolWithRawSchema(name, description, schema[In](true))
 	tool.RawOutputSchema = schema[Out](false)
-	if h.likeExec {
+	if h.brief {
 		tool.RawOutputSchema = undescribed(tool.RawOutputSchema)
 	}
 	tool.Annotations = mcp.ToolAnnotation{
@@ -87,7 +87,7 @@ func schema[T any](input bool) json.RawMessage {
 	return body
 }
 
-// undescribed is a schema without its descriptions.
+// undescribed is a schema without its descriptions, and without what its parts are made of.
 func undescribed(body json.RawMessage) json.RawMessage {
 	var s *jsonschema.Schema
 	if err := json.Unmarshal(body, &s); err != nil {
@@ -95,9 +95,9 @@ func undescribed(body json.RawMessage) json.RawMessage {
 	}
 	var strip func(*jsonschema.Schema)
 	strip = func(s *jsonschema.Schema) {
-		s.Description = ""
 		for _, p := range s.Properties {
 			strip(p)
+			p.Description, p.Properties, p.Required = "", nil, nil
 		}
 	}
 	strip(s)

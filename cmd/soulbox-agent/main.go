@@ -44,7 +44,7 @@ func run(args []string) error {
 		return errors.New("this is the first process of a SoulBox sandbox; it is of no use elsewhere")
 	}
 	server, err := agent.NewServer(agent.Options{
-		Version: version, SpoolDir: "/var/lib/soulbox/output", Init: true,
+		Version: version, SpoolDir: "/var/lib/soulbox/output", ShellDir: "/run/soulbox", Init: true,
 		Log: func(format string, a ...any) { fmt.Fprintf(os.Stderr, format+"\n", a...) },
 	})
 	if err != nil {
