@@ -236,6 +236,15 @@ func (c *Client) Shell(ctx context.Context, req ShellRequest) (ShellInfo, error)
 	return call[ShellInfo](ctx, c, callShell, req)
 }
 
+// WatchTree begins a watch of a tree, reads one or ends it. What it has to tell is kept for a host that comes later.
+func (c *Client) WatchTree(ctx context.Context, req TreeRequest) (TreeResult, error) {
+	r, err := call[TreeResult](ctx, c, callTree, req)
+	if err == nil && len(r.Events) > maxTreeBatch {
+		return TreeResult{}, c.lost(callTree, errors.New("too many events"))
+	}
+	return r, err
+}
+
 // Stat describes a file, following symlinks.
 func (c *Client) Stat(ctx context.Context, path string) (FileInfo, error) {
 	return call[FileInfo](ctx, c, callStat, PathRequest{Path: path})

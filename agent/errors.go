@@ -26,6 +26,8 @@ var (
 	ErrCommand    = errors.New("command line too long")
 	ErrLimit      = errors.New("limit reached")
 	ErrNoTerminal = errors.New("process has no terminal")
+	ErrNoWatch    = errors.New("no such watch")
+	ErrWatches    = errors.New("too many watches")
 	// ErrLost means that the agent or the pipe to it is gone.
 	ErrLost = errors.New("agent lost")
 	// ErrVersion means that host and agent speak different protocols.
@@ -36,6 +38,7 @@ var kinds = map[string]error{
 	"no_process": ErrNoProcess, "ended": ErrEnded, "tag_in_use": ErrTagInUse, "no_user": ErrNoUser, "no_signal": ErrNoSignal,
 	"stdin": ErrStdin, "invalid": ErrInvalid, "too_large": ErrTooLarge, "not_regular": ErrNotRegular, "not_text": ErrNotText,
 	"no_match": ErrNoMatch, "ambiguous": ErrAmbiguous, "cwd": ErrCwd, "limit": ErrLimit, "no_terminal": ErrNoTerminal, "command": ErrCommand,
+	"no_watch": ErrNoWatch, "watches": ErrWatches,
 }
 
 // Error is an error of the guest as it crosses the pipe.

@@ -51,6 +51,7 @@ type Server struct {
 	watches  atomic.Int64
 	fields   fieldCache
 	shells   *shells
+	trees    *trees
 
 	mu     sync.Mutex
 	config Config
@@ -69,7 +70,7 @@ func NewServer(opts Options) (*Server, error) {
 	}
 	boot := make([]byte, 8)
 	rand.Read(boot)
-	s := &Server{opts: opts, boot: hex.EncodeToString(boot), shell: "/bin/sh", null: null, procs: map[string]*process{}, tags: map[string]*process{}}
+	s := &Server{opts: opts, boot: hex.EncodeToString(boot), shell: "/bin/sh", null: null, procs: map[string]*process{}, tags: map[string]*process{}, trees: newTrees()}
 	if lookPath("/bin/bash", "/", nil) != "" {
 		s.shell = "/bin/bash"
 	}
@@ -105,6 +106,7 @@ func (s *Server) Close() {
 		<-p.done
 	}
 	s.collector.close()
+	s.trees.closeAll(&s.watches)
 	for _, p := range s.all() {
 		p.output.discard()
 	}
@@ -434,6 +436,8 @@ func (s *Server) call(ctx context.Context, req *jsonrpc2.Request) (result any, e
 		})
 	case callList:
 		return on(req, s.list)
+	case callTree:
+		return on(req, func(r TreeRequest) (TreeResult, error) { return s.watchTree(ctx, r) })
 	case callShell:
 		return on(req, s.describeShell)
 	case callStat:

@@ -42,7 +42,7 @@ func (s *Server) serveWatch(ctx context.Context, stream *yamux.Stream, h header)
 	}
 	if s.watches.Add(1) > maxWatches {
 		s.watches.Add(-1)
-		refuse(fmt.Errorf("watch %q: there are %d watches already: %w", h.Path, maxWatches, ErrLimit))
+		refuse(fmt.Errorf("watch %q: there are %d watches already: %w", h.Path, maxWatches, ErrWatches))
 		return
 	}
 	defer s.watches.Add(-1)

@@ -101,7 +101,7 @@ func TestWatchBounds(t *testing.T) {
 	for range maxWatches - 1 {
 		watch(t, c, dir)
 	}
-	if err := c.Watch(t.Context(), dir, func() {}, nil); !errors.Is(err, ErrLimit) {
+	if err := c.Watch(t.Context(), dir, func() {}, nil); !errors.Is(err, ErrWatches) {
 		t.Fatal(err)
 	}
 }

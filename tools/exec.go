@@ -40,11 +40,11 @@ type execInput struct {
 	User       string            `json:"user,omitempty" jsonschema:"user name or uid; default user"`
 	Stdin      string            `json:"stdin,omitempty" jsonschema:"text given to stdin"`
 	Tag        string            `json:"tag,omitempty" jsonschema:"a name to find the process by, unique among the running ones"`
-	YieldMS    *int64            `json:"yield_ms,omitempty" jsonschema:"how long to wait for the end, 0 to 50000; default 30000"`
+	YieldMS    *int64            `json:"yield_ms,omitempty" jsonschema:"0 to 50000; default 30000"`
 	TimeoutMS  int64             `json:"timeout_ms,omitempty" jsonschema:"kill the command after this time; default never"`
 	MaxChars   *int              `json:"max_output_chars,omitempty" jsonschema:"longer output is cut in the middle; default 30000"`
 	Background bool              `json:"background,omitempty" jsonschema:"return as soon as it has started, and keep its stdin open"`
-	Isolated   bool              `json:"isolated,omitempty" jsonschema:"start fresh and leave nothing: no cwd, variables or functions of earlier commands"`
+	Isolated   bool              `json:"isolated,omitempty" jsonschema:"without what earlier commands left, and leaving nothing"`
 	TTY        bool              `json:"tty,omitempty" jsonschema:"give it a terminal, for interactive and full-screen programs; returns when it is silent"`
 	Rows       int               `json:"rows,omitempty" jsonschema:"of the terminal; default 24"`
 	Cols       int               `json:"cols,omitempty" jsonschema:"default 80"`

@@ -51,7 +51,7 @@ type processWaitInput struct {
 	Screen   bool   `json:"screen,omitempty" jsonschema:"of a tty: its rendered screen as it is now; returns when it is silent"`
 	Above    int    `json:"lines_above,omitempty" jsonschema:"with screen: so many lines that have scrolled away, up to 500"`
 	Raw      bool   `json:"raw,omitempty" jsonschema:"of a tty: with its escapes"`
-	YieldMS  *int64 `json:"yield_ms,omitempty" jsonschema:"how long to wait for the end, 0 to 50000; default 30000"`
+	YieldMS  *int64 `json:"yield_ms,omitempty" jsonschema:"0 to 50000; default 30000"`
 	MaxChars *int   `json:"max_output_chars,omitempty" jsonschema:"default 30000"`
 	target
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"slices"
 	"strings"
 
 	"github.com/google/jsonschema-go/jsonschema"
@@ -22,7 +23,7 @@ type hints struct {
 	destructive bool
 	idempotent  bool
 	long        bool // its results may be long, which some clients want to know
-	brief       bool // another tool of the same result describes its fields: the list is read by models, and is to be short
+	brief       bool // another tool of the same result tells all its fields: the list is read by models, and is to be short
 }
 
 // maxResult is what a client is asked to show of a long result, in characters.
@@ -36,7 +37,7 @@ func define[In any, Out output](s *Service, name, description string, h hints, d
 	tool := mcp.NewToolWithRawSchema(name, description, schema[In](true))
 	tool.RawOutputSchema = schema[Out](false)
 	if h.brief {
-		tool.RawOutputSchema = undescribed(tool.RawOutputSchema)
+		tool.RawOutputSchema = brief(tool.RawOutputSchema)
 	}
 	tool.Annotations = mcp.ToolAnnotation{
 		Title: h.title, ReadOnlyHint: &h.readOnly, DestructiveHint: &h.destructive, IdempotentHint: &h.idempotent, OpenWorldHint: new(bool),
@@ -87,25 +88,22 @@ func schema[T any](input bool) json.RawMessage {
 	return body
 }
 
-// undescribed is a schema without its descriptions, and without what its parts are made of.
-func undescribed(body json.RawMessage) json.RawMessage {
+// brief is a schema with what is always there, undescribed.
+func brief(body json.RawMessage) json.RawMessage {
 	var s *jsonschema.Schema
 	if err := json.Unmarshal(body, &s); err != nil {
 		panic(err) // we have just written it: every test fails
 	}
-	var strip func(*jsonschema.Schema)
-	strip = func(s *jsonschema.Schema) {
-		for _, p := range s.Properties {
-			strip(p)
-			p.Description, p.Properties, p.Required = "", nil, nil
+	for name, p := range s.Properties {
+		if p.Description = ""; !slices.Contains(s.Required, name) {
+			delete(s.Properties, name)
 		}
 	}
-	strip(s)
-	plain, err := json.Marshal(s)
+	short, err := json.Marshal(s)
 	if err != nil {
 		panic(err)
 	}
-	return plain
+	return short
 }
 
 func tidy(s *jsonschema.Schema, t reflect.Type, input bool) {
@@ -119,6 +117,9 @@ func tidy(s *jsonschema.Schema, t reflect.Type, input bool) {
 			}
 		}
 		s.Types = nil
+	}
+	if len(s.Required) == 0 {
+		s.Required = nil
 	}
 	if !input {
 		s.AdditionalProperties = nil // room for later fields

@@ -1,0 +1,473 @@
+package agent
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path"
+	"regexp"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Bounds of a watched tree.
+const (
+	maxTreeEvents = 8192
+	maxTreeDirs   = 16 << 10
+	maxKnown      = 100_000 // names of files that all trees together remember
+	maxIgnore     = 32
+	pairTime      = 10 * time.Millisecond // between the two halves of a rename
+)
+
+// Ops of a TreeEvent.
+const (
+	opCreate = "create"
+	opWrite  = "write"
+	opRemove = "remove"
+	opRename = "rename" // From is where it was
+	opSave   = "save"   // From was renamed onto an existing file, as editors save
+	opAttrib = "attrib"
+	opLost   = "lost" // events are missing here
+)
+
+// tree watches a directory, and with recursive all that are in it, also those made later. Events are kept in a ring, so that they can be
+// read again. It is safe for concurrent use.
+type tree struct {
+	id     string
+	root   string // as it was named
+	only   string // the name of the one file that counts, or ""
+	ignore []*regexp.Regexp
+	deep   bool
+	notify *inotify
+	known  *atomic.Int64 // names that all trees remember
+
+	// Of the goroutine that follows.
+	dirs  map[int32]string // watched directories, by watch descriptor
+	wds   map[string]int32
+	files map[string]bool // what is known to exist, to tell saving from renaming, and what was found from what is made
+	// missed says that a directory was not there when it was looked at; a rename that explains it may be among the next events.
+	missed bool
+
+	mu        sync.Mutex
+	ring      []TreeEvent
+	first     int64            // sequence number of ring[0]
+	delivered int64            // all events before this one were read
+	written   map[string]int64 // the last opWrite of a path
+	changed   chan struct{}
+	gone      bool // the directory is not there any more
+	used      time.Time
+}
+
+// openTree begins to watch. Once it returns, nothing is missed.
+func openTree(id string, r TreeRequest, known *atomic.Int64) (_ *tree, err error) {
+	if err := checkPath("watch", r.Path); err != nil {
+		return nil, err
+	}
+	if len(r.Ignore) > maxIgnore {
+		return nil, invalid("watch: %d patterns to ignore, at most %d are possible", len(r.Ignore), maxIgnore)
+	}
+	t := &tree{id: id, root: path.Clean(r.Path), deep: r.Recursive, known: known, dirs: map[int32]string{}, wds: map[string]int32{}, files: map[string]bool{},
+		written: map[string]int64{}, changed: make(chan struct{}), used: time.Now()}
+	for _, glob := range r.Ignore {
+		if glob == "" || len(glob) > maxPattern {
+			return nil, invalid("watch: a pattern to ignore has %d bytes, it may have 1 to %d", len(glob), maxPattern)
+		}
+		re, err := compileGlob(strings.TrimSuffix(glob, "/"))
+		if err != nil {
+			return nil, err
+		}
+		t.ignore = append(t.ignore, re)
+	}
+	info, err := os.Stat(t.root)
+	if err != nil {
+		return nil, err
+	}
+	if !info.IsDir() {
+		t.root, t.only, t.deep = path.Dir(t.root), path.Base(t.root), false
+	}
+	if t.notify, err = newInotify(); err != nil {
+		return nil, err
+	}
+	if err := t.enter(t.root, false); err != nil {
+		_ = t.notify.file.Close()
+		t.forget()
+		return nil, &fs.PathError{Op: "watch", Path: r.Path, Err: err}
+	}
+	go t.follow()
+	return t, nil
+}
+
+// enter watches a directory and looks at what is in it: first the one, then the other, so that nothing is made unseen. With tell, what is
+// found is told as made.
+func (t *tree) enter(dir string, tell bool) error {
+	if len(t.dirs) >= maxTreeDirs {
+		t.lost()
+		return nil
+	}
+	wd, err := t.notify.add(dir, dir == t.root)
+	if err != nil {
+		return err
+	}
+	if old, known := t.dirs[wd]; known {
+		delete(t.wds, old) // it was found under another name
+	}
+	t.dirs[wd], t.wds[dir] = dir, wd
+	entries, err := os.ReadDir(dir) // what could be read comes with an error
+	for _, e := range entries {
+		name := path.Join(dir, e.Name())
+		if t.ignored(name) {
+			continue
+		}
+		isNew := t.learn(name)
+		if tell && isNew {
+			t.emit(TreeEvent{Op: opCreate, Path: name, Dir: e.IsDir()})
+		}
+		if e.IsDir() && t.deep {
+			t.descend(name, tell)
+		}
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.lost()
+	}
+	return nil
+}
+
+// descend enters a directory of the tree, if it is still there.
+func (t *tree) descend(name string, tell bool) {
+	err := t.enter(name, tell)
+	switch {
+	case errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR):
+		t.missed = true // it was removed, or renamed
+	case err != nil:
+		t.lost() // such as no more watches: what happens there is not seen
+	}
+}
+
+// ignored says whether a path is not to be told: its name, or the path below the root, matches a pattern.
+func (t *tree) ignored(name string) bool {
+	below := strings.TrimPrefix(name, strings.TrimSuffix(t.root, "/")+"/")
+	if t.only != "" && below != t.only {
+		return true
+	}
+	for _, re := range t.ignore {
+		if re.MatchString(below) || re.MatchString(path.Base(name)) {
+			return true
+		}
+	}
+	return false
+}
+
+// learn notes that a path exists, and says whether that is new.
+func (t *tree) learn(name string) (isNew bool) {
+	if t.files[name] {
+		return false
+	}
+	if t.known.Load() < maxKnown {
+		t.files[name] = true
+		t.known.Add(1)
+	}
+	return true
+}
+
+// unlearn notes that a path does not exist any more.
+func (t *tree) unlearn(name string) {
+	if t.files[name] {
+		delete(t.files, name)
+		t.known.Add(-1)
+	}
+}
+
+func (t *tree) forget() {
+	t.known.Add(-int64(len(t.files)))
+	t.files = nil
+}
+
+// follow takes events until the watch is closed.
+func (t *tree) follow() {
+	defer t.forget()
+	var from *rawEvent // the first half of a rename
+	for {
+		if from != nil {
+			_ = t.notify.file.SetReadDeadline(time.Now().Add(pairTime))
+		}
+		events, err := t.notify.read()
+		if from != nil {
+			_ = t.notify.file.SetReadDeadline(time.Time{})
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				t.movedAway(*from)
+				from = nil
+				continue
+			}
+		}
+		if err != nil {
+			return // closed
+		}
+		for _, e := range events {
+			if from != nil && !(e.has(unix.IN_MOVED_TO) && e.cookie == from.cookie) {
+				t.movedAway(*from)
+				from = nil
+			}
+			switch {
+			case e.has(unix.IN_MOVED_FROM):
+				half := e
+				from = &half
+			case from != nil:
+				t.renamed(*from, e)
+				from = nil
+			default:
+				t.take(e)
+			}
+		}
+		if t.notify.drained {
+			t.missed = false
+		}
+		t.tell()
+	}
+}
+
+// take enters one event that is no rename within the tree.
+func (t *tree) take(e rawEvent) {
+	if e.has(unix.IN_Q_OVERFLOW) {
+		t.again()
+		return
+	}
+	dir, ok := t.dirs[e.wd]
+	if !ok {
+		return // one that is not watched any more
+	}
+	isDir := e.has(unix.IN_ISDIR)
+	name := path.Join(dir, e.name)
+	switch {
+	case e.has(unix.IN_IGNORED):
+		delete(t.dirs, e.wd)
+		if t.wds[dir] == e.wd {
+			delete(t.wds, dir)
+		}
+		if dir == t.root {
+			t.end()
+		}
+	case e.has(unix.IN_MOVE_SELF) && dir == t.root:
+		t.end()
+	case e.name == "" || t.ignored(name): // of the directory itself: its parent tells it
+	case e.has(unix.IN_CREATE | unix.IN_MOVED_TO):
+		isNew := t.learn(name)
+		if isNew {
+			t.emit(TreeEvent{Op: opCreate, Path: name, Dir: isDir})
+		} else if e.has(unix.IN_MOVED_TO) {
+			t.emit(TreeEvent{Op: opSave, Path: name})
+		}
+		if isDir && t.deep {
+			if _, watched := t.wds[name]; !watched || e.has(unix.IN_MOVED_TO) {
+				t.descend(name, true)
+			}
+		}
+	case e.has(unix.IN_DELETE):
+		t.unlearn(name)
+		t.emit(TreeEvent{Op: opRemove, Path: name, Dir: isDir})
+	case e.has(unix.IN_MODIFY):
+		t.emit(TreeEvent{Op: opWrite, Path: name})
+	case e.has(unix.IN_ATTRIB):
+		t.emit(TreeEvent{Op: opAttrib, Path: name, Dir: isDir})
+	}
+}
+
+// movedAway enters the first half of a rename whose second is not in the tree.
+func (t *tree) movedAway(e rawEvent) {
+	dir, ok := t.dirs[e.wd]
+	if !ok {
+		return
+	}
+	name := path.Join(dir, e.name)
+	if t.ignored(name) {
+		return
+	}
+	t.leave(name)
+	t.emit(TreeEvent{Op: opRemove, Path: name, Dir: e.has(unix.IN_ISDIR)})
+	t.tell()
+}
+
+// renamed enters both halves of a rename.
+func (t *tree) renamed(from, to rawEvent) {
+	source, ok1 := t.dirs[from.wd]
+	target, ok2 := t.dirs[to.wd]
+	if !ok1 || !ok2 {
+		t.take(to)
+		return
+	}
+	old, name, isDir := path.Join(source, from.name), path.Join(target, to.name), to.has(unix.IN_ISDIR)
+	switch hidden := t.ignored(old); {
+	case t.ignored(name):
+		t.movedAway(from)
+		return
+	case hidden:
+		t.take(to)
+		return
+	}
+	e := TreeEvent{Op: opRename, Path: name, From: old, Dir: isDir}
+	if !isDir && t.files[name] {
+		e.Op = opSave
+	}
+	if !isDir {
+		t.unlearn(old)
+		t.learn(name)
+		t.emit(e)
+		return
+	}
+	t.rebase(old, name)
+	t.learn(name)
+	t.emit(e)
+	if t.missed && t.deep {
+		t.descend(name, true) // it, or something in it, may have had this name already when its old one was looked for
+	}
+}
+
+// rebase gives all that is below a directory its new name.
+func (t *tree) rebase(old, name string) {
+	moved := func(p string) (string, bool) {
+		if p == old {
+			return name, true
+		}
+		rest, ok := strings.CutPrefix(p, old+"/")
+		return path.Join(name, rest), ok
+	}
+	for wd, dir := range t.dirs {
+		if next, ok := moved(dir); ok {
+			delete(t.wds, dir)
+			t.dirs[wd] = next
+		}
+	}
+	for wd, dir := range t.dirs {
+		t.wds[dir] = wd
+	}
+	var files []string
+	for p := range t.files {
+		if _, ok := moved(p); ok {
+			files = append(files, p)
+		}
+	}
+	for _, p := range files {
+		t.unlearn(p)
+	}
+	for _, p := range files {
+		next, _ := moved(p)
+		t.learn(next)
+	}
+}
+
+// leave ends the watching of all that was at or below a path.
+func (t *tree) leave(name string) {
+	below := func(p string) bool { return p == name || strings.HasPrefix(p, name+"/") }
+	for wd, dir := range t.dirs {
+		if below(dir) {
+			t.notify.remove(wd)
+			delete(t.dirs, wd)
+			delete(t.wds, dir)
+		}
+	}
+	for p := range t.files {
+		if below(p) {
+			t.unlearn(p)
+		}
+	}
+}
+
+// again looks at everything anew, after events were lost.
+func (t *tree) again() {
+	t.lost()
+	t.forget()
+	t.files = map[string]bool{}
+	for wd, dir := range t.dirs {
+		if dir != t.root {
+			t.notify.remove(wd)
+		}
+	}
+	clear(t.dirs)
+	clear(t.wds)
+	if err := t.enter(t.root, false); err != nil {
+		t.end()
+	}
+}
+
+// lost says that events are missing.
+func (t *tree) lost() { t.emit(TreeEvent{Op: opLost, Path: t.root}) }
+
+// end says that there is nothing to watch any more.
+func (t *tree) end() {
+	t.mu.Lock()
+	t.gone = true
+	t.mu.Unlock()
+	t.tell()
+}
+
+// emit puts an event into the ring. A write that says no more than one that nobody has read yet is left out, as is a second loss.
+func (t *tree) emit(e TreeEvent) {
+	e.Path, e.From = strings.ToValidUTF8(e.Path, "\uFFFD"), strings.ToValidUTF8(e.From, "\uFFFD")
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	next := t.first + int64(len(t.ring))
+	if e.Op == opWrite {
+		if at, ok := t.written[e.Path]; ok && at >= max(t.delivered, t.first) {
+			return
+		}
+		t.written[e.Path] = next
+	} else {
+		delete(t.written, e.Path)
+		delete(t.written, e.From)
+	}
+	if n := len(t.ring); e.Op == opLost && n > 0 && t.ring[n-1].Op == opLost {
+		return
+	}
+	t.ring = append(t.ring, e)
+	if len(t.ring) > 2*maxTreeEvents { // in large steps: what is cut is copied
+		cut := len(t.ring) - maxTreeEvents
+		t.ring = append([]TreeEvent(nil), t.ring[cut:]...)
+		t.first += int64(cut)
+		for p, at := range t.written {
+			if at < t.first {
+				delete(t.written, p)
+			}
+		}
+	}
+}
+
+// tell wakes those who wait.
+func (t *tree) tell() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	close(t.changed)
+	t.changed = make(chan struct{})
+}
+
+// read gives the kept events from a sequence number on, at most limit and as many as fit into a message. Lost says that others are missing.
+func (t *tree) read(from int64, limit int) (r TreeResult, changed <-chan struct{}, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.used = time.Now()
+	end := t.first + int64(len(t.ring))
+	if from > end || from < 0 {
+		return r, nil, invalid("watch %s: there is no event %d, the next one is %d", t.id, from, end)
+	}
+	oldest := max(t.first, end-maxTreeEvents)
+	r = TreeResult{Watch: t.id, Next: max(from, oldest), Lost: from < oldest, Gone: t.gone, Events: []TreeEvent{}}
+	size := 0
+	for _, e := range t.ring[r.Next-t.first:] {
+		if size += encodedSize(e.Path, e.From) + 64; len(r.Events) >= limit || size > maxMessage/2 {
+			r.More = true
+			break
+		}
+		r.Next++
+		if e.Op == opLost {
+			r.Lost = true
+			continue
+		}
+		r.Events = append(r.Events, e)
+	}
+	t.delivered = max(t.delivered, r.Next)
+	return r, t.changed, nil
+}
+
+func (t *tree) close() { _ = t.notify.file.Close() }

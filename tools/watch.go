@@ -1,0 +1,128 @@
+package tools
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/mark3labs/mcp-go/server"
+
+	"soulbox.dev/soulbox/agent"
+)
+
+func (s *Service) watchTools() []server.ServerTool {
+	return []server.ServerTool{
+		define(s, "file_watch", "See what changes in files. Begin with path; then the cursor gives the changes since, or waits for the first.",
+			hints{title: "Watch files", readOnly: true, idempotent: true, long: true}, s.fileWatch),
+	}
+}
+
+type fileWatchInput struct {
+	Path    string   `json:"path,omitempty" jsonschema:"directory, with all below, or file"`
+	Flat    bool     `json:"flat,omitempty" jsonschema:"the directory only"`
+	Ignore  []string `json:"ignore,omitempty" jsonschema:"globs, such as node_modules or *.log"`
+	Cursor  string   `json:"cursor,omitempty" jsonschema:"of the last result; can be used again"`
+	YieldMS *int64   `json:"yield_ms,omitempty" jsonschema:"0 to 50000; default 30000"`
+	Limit   int      `json:"limit,omitempty" jsonschema:"changes; default 200"`
+	Close   bool     `json:"close,omitempty" jsonschema:"with cursor: end the watch"`
+	target
+}
+
+type fileWatchOutput struct {
+	Cursor string       `json:"cursor"`
+	Events []watchEvent `json:"events"`
+	More   bool         `json:"more,omitempty"`
+	Lost   bool         `json:"lost,omitempty" jsonschema:"changes are missing"`
+	Gone   bool         `json:"gone,omitempty" jsonschema:"the watch has ended"`
+}
+
+type watchEvent struct {
+	Op   string `json:"op" enum:"create,write,remove,rename,save,attrib"`
+	Path string `json:"path"`
+	From string `json:"from,omitempty"`
+	Dir  bool   `json:"dir,omitempty"`
+}
+
+func (o fileWatchOutput) text() string {
+	var lines []string
+	for _, e := range o.Events {
+		line := e.Op + " " + e.Path
+		if e.Dir {
+			line += "/"
+		}
+		if e.From != "" {
+			line += " from " + e.From
+		}
+		lines = append(lines, line)
+	}
+	status := plural(int64(len(o.Events)), "change")
+	if len(o.Events) == 0 {
+		status = "nothing has changed"
+	}
+	if o.More {
+		status += ", there are more"
+	}
+	if o.Lost {
+		status += ", others are missing: there were too many, so look at the files anew with file_list"
+	}
+	if o.Gone {
+		status += "; the watch has ended"
+	} else {
+		status += "; call file_watch with cursor " + o.Cursor + " for what comes next"
+	}
+	return strings.Join(append(lines, "["+status+"]"), "\n")
+}
+
+// maxWatchEvents is how many changes a call gives at most.
+const maxWatchEvents = 1000
+
+func (s *Service) fileWatch(ctx context.Context, in fileWatchInput) (fileWatchOutput, error) {
+	yield, _, err := bounds(in.YieldMS, nil)
+	switch {
+	case err != nil:
+		return fileWatchOutput{}, err
+	case (in.Path == "") == (in.Cursor == ""):
+		return fileWatchOutput{}, badArgument("Give either the argument \"path\", to begin, or \"cursor\", to read on.")
+	case in.Cursor != "" && (in.Flat || len(in.Ignore) > 0):
+		return fileWatchOutput{}, badArgument("The arguments \"flat\" and \"ignore\" go with \"path\": they are those of the beginning. Leave them out.")
+	case in.Path != "" && in.Close:
+		return fileWatchOutput{}, badArgument("The argument \"close\" goes with \"cursor\". Leave it out to begin.")
+	case in.Limit < 0 || in.Limit > maxWatchEvents:
+		return fileWatchOutput{}, badArgument("The argument \"limit\" must be from 1 to %d.", maxWatchEvents)
+	}
+	if in.Limit == 0 {
+		in.Limit = 200
+	}
+	req := agent.TreeRequest{Path: in.Path, Recursive: !in.Flat, Ignore: in.Ignore, Close: in.Close, Limit: in.Limit, WaitMS: yield.Milliseconds()}
+	if in.Cursor != "" {
+		watch, from, ok := strings.Cut(in.Cursor, ".")
+		if req.From, err = strconv.ParseInt(from, 10, 64); err != nil || !ok || req.From < 0 {
+			return fileWatchOutput{}, badArgument("The argument \"cursor\" is not one that file_watch gave; give a path to begin anew.")
+		}
+		req.Watch = watch
+	} else if in.YieldMS == nil {
+		req.WaitMS = 0
+	}
+	_, client, err := s.agent(ctx, in.target, "watch files in")
+	if err != nil {
+		return fileWatchOutput{}, err
+	}
+	return watchTree(ctx, client, req)
+}
+
+// watchTree reads a watch. A client that leaves while it waits gets what there is.
+func watchTree(ctx context.Context, client *agent.Client, req agent.TreeRequest) (fileWatchOutput, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, time.Duration(req.WaitMS)*time.Millisecond+startTime, errSilent)
+	defer cancel()
+	r, err := client.WatchTree(ctx, req)
+	if err != nil {
+		return fileWatchOutput{}, err
+	}
+	out := fileWatchOutput{Cursor: fmt.Sprintf("%s.%d", render([]byte(r.Watch)), r.Next), Events: []watchEvent{}, More: r.More, Lost: r.Lost, Gone: r.Gone}
+	for _, e := range r.Events {
+		out.Events = append(out.Events, watchEvent{render([]byte(e.Op)), render([]byte(e.Path)), render([]byte(e.From)), e.Dir})
+	}
+	return out, nil
+}
