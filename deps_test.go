@@ -27,7 +27,8 @@ var mayImport = map[string][]string{
 	"resources":            {"sandbox", "agent", "template"},
 	"internal/sandboxtest": {"sandbox", "agent"},
 	"cmd/soulbox-agent":    {"agent"},
-	"cmd/soulbox-mcp":      {"agent", "sandbox", "gvisor", "template", "mcpserver", "tools", "resources"},
+	"api":                  {"sandbox", "agent", "template"},
+	"cmd/soulbox-mcp":      {"agent", "sandbox", "gvisor", "template", "mcpserver", "tools", "resources", "api"},
 }
 
 // testsMayImport adds to mayImport for tests: a runtime is tested with the domain on top and a template below.
@@ -36,6 +37,7 @@ var testsMayImport = map[string][]string{
 	"gvisor":    {"internal/sandboxtest", "agent", "template"},
 	"tools":     {"internal/sandboxtest", "mcpserver"},
 	"resources": {"internal/sandboxtest", "mcpserver"},
+	"api":       {"internal/sandboxtest"},
 	"agent":     {},
 }
 

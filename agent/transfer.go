@@ -169,7 +169,7 @@ func openAppend(target string, size int64) (*fileWriter, error) {
 func (s *Server) openTemp(target string, perm fs.FileMode, owner identity) (*fileWriter, error) {
 	random := make([]byte, 6)
 	rand.Read(random)
-	temp := path.Join(path.Dir(target), ".soulbox-"+hex.EncodeToString(random))
+	temp := path.Join(path.Dir(target), tempPrefix+hex.EncodeToString(random))
 	f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, perm)
 	if err != nil {
 		return nil, err
@@ -208,3 +208,6 @@ func (w *fileWriter) abort() {
 		_ = os.Remove(w.temp)
 	}
 }
+
+// tempPrefix begins the names of files that become others when they are whole.
+const tempPrefix = ".soulbox-"

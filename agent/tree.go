@@ -150,7 +150,7 @@ func (t *tree) descend(name string, tell bool) {
 // ignored says whether a path is not to be told: its name, or the path below the root, matches a pattern.
 func (t *tree) ignored(name string) bool {
 	below := strings.TrimPrefix(name, strings.TrimSuffix(t.root, "/")+"/")
-	if t.only != "" && below != t.only {
+	if t.only != "" && below != t.only || strings.HasPrefix(path.Base(name), tempPrefix) {
 		return true
 	}
 	for _, re := range t.ignore {

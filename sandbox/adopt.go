@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"io/fs"
 	"os"
@@ -116,8 +117,11 @@ func (m *Manager) adopt(r record, lock *os.File) (err error) {
 		_ = machine.Pipe().Close() // the sandbox does not notice
 		return err
 	}
-	sb := &Sandbox{m: m, id: id, owner: r.Owner, cancel: func(error) {}, booted: make(chan struct{}), left: make(chan struct{}), ended: make(chan struct{}),
-		rec: r, lock: lock, machine: machine, client: client}
+	if r.Traffic == "" { // of an older version; it is saved with the next change
+		r.Traffic = rand.Text()
+	}
+	sb := m.newSandbox(r)
+	sb.lock, sb.machine, sb.client = lock, machine, client
 	close(sb.booted)
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -32,6 +32,8 @@ const (
 type Port struct {
 	Port int `json:"port"`      // in the sandbox
 	Host int `json:"host_port"` // on the host's loopback
+	// Public says that a gateway serves it to everybody, not only to those who show the sandbox' traffic token.
+	Public bool `json:"public,omitempty"`
 }
 
 // Address is where the port is reached.
@@ -45,9 +47,9 @@ type exposed struct {
 	conns    sync.WaitGroup
 }
 
-// Expose makes a port of the sandbox reachable on the host's loopback, at the same number as long as the sandbox lives. One that is
-// exposed already stays as it is.
-func (s *Sandbox) Expose(port int) (Port, error) {
+// Expose makes a port of the sandbox reachable on the host's loopback, at the same number as long as the sandbox lives, and by a gateway.
+// One that is exposed already stays where it is, and becomes public or not.
+func (s *Sandbox) Expose(port int, public bool) (Port, error) {
 	if port < 1 || port > 65535 {
 		return Port{}, fmt.Errorf("expose port %d: a port is from 1 to 65535: %w", port, ErrInvalid)
 	}
@@ -57,21 +59,21 @@ func (s *Sandbox) Expose(port int) (Port, error) {
 		return Port{}, s.wrong("expose a port of")
 	}
 	if e := s.ports[port]; e != nil {
-		return e.Port, nil
+		return e.Port, s.publish(e, public)
 	}
 	if len(s.ports) >= maxExposed {
 		return Port{}, fmt.Errorf("expose port %d: %d are exposed already: %w", port, maxExposed, ErrInvalid)
 	}
 	r := s.rec
 	r.Ports = slices.Clone(r.Ports)
-	want := Port{Port: port}
+	want := Port{Port: port, Public: public}
 	if i := slices.IndexFunc(r.Ports, func(p Port) bool { return p.Port == port }); i >= 0 { // it could not be had again when it was adopted
-		want = r.Ports[i]
+		want.Host = r.Ports[i].Host
 		r.Ports = slices.Delete(r.Ports, i, i+1)
 	}
 	e, err := s.serve(want)
 	if err != nil && want.Host != 0 {
-		e, err = s.serve(Port{Port: port})
+		e, err = s.serve(Port{Port: port, Public: public})
 	}
 	if err != nil {
 		return Port{}, fmt.Errorf("expose port %d: %w", port, err)
@@ -85,6 +87,92 @@ func (s *Sandbox) Expose(port int) (Port, error) {
 	s.ports[port] = e
 	s.record("port %d is exposed", port)
 	return e.Port, nil
+}
+
+// publish makes an exposed port public, or not. s.mu is held.
+func (s *Sandbox) publish(e *exposed, public bool) error {
+	if e.Public == public {
+		return nil
+	}
+	r := s.rec
+	r.Ports = slices.Clone(r.Ports)
+	for i := range r.Ports {
+		if r.Ports[i].Port == e.Port.Port {
+			r.Ports[i].Public = public
+		}
+	}
+	if err := s.m.store.save(r); err != nil {
+		return err
+	}
+	s.rec = r
+	e.Public = public
+	s.record("port %d is public: %t", e.Port.Port, public)
+	return nil
+}
+
+// Exposed tells how a port is exposed, if it is.
+func (s *Sandbox) Exposed(port int) (Port, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if e := s.ports[port]; e != nil {
+		return e.Port, true
+	}
+	return Port{}, false
+}
+
+// TrafficToken is what a gateway's clients show to reach a port that is not public. It is a secret.
+func (s *Sandbox) TrafficToken() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.rec.Traffic
+}
+
+// ErrNothingListens is of a port on which nothing listens in the sandbox.
+var ErrNothingListens = errors.New("nothing listens on the port")
+
+// Dial connects to a port of the sandbox, for a gateway. It waits while the sandbox has as many connections as it may have.
+func (s *Sandbox) Dial(ctx context.Context, port int) (net.Conn, error) {
+	client, err := s.Agent("connect to a port of")
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case s.connSlots <- struct{}{}:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	// The connection outlives the request that it is made for.
+	life, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, cancel)
+	stream, release, err := dial(life, client, port)
+	if !stop() && err == nil {
+		release()
+		err = context.Cause(ctx)
+	}
+	conn, ok := stream.(net.Conn)
+	if err != nil || !ok {
+		cancel()
+		<-s.connSlots
+		return nil, fmt.Errorf("port %d: %w: %w", port, ErrNothingListens, errors.Join(err))
+	}
+	return &portConn{Conn: conn, end: sync.OnceFunc(func() {
+		release()
+		cancel()
+		<-s.connSlots
+	})}, nil
+}
+
+// portConn is a connection to a port of a sandbox.
+type portConn struct {
+	net.Conn
+	end func()
+}
+
+// Close ends both directions.
+func (c *portConn) Close() error {
+	err := c.Conn.Close() // the writing half
+	c.end()
+	return err
 }
 
 // ErrNotExposed is of a port that is not exposed.
@@ -138,9 +226,6 @@ func (s *Sandbox) serve(p Port) (*exposed, error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	e := &exposed{Port: p, listener: l, cancel: cancel}
 	client := s.client
-	if s.connSlots == nil {
-		s.connSlots = make(chan struct{}, maxConns)
-	}
 	slots := s.connSlots
 	e.conns.Go(func() {
 		for {

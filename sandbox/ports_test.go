@@ -44,7 +44,7 @@ func guest(t *testing.T, serve func(net.Conn)) (port int) {
 
 func exposePort(t *testing.T, sb *sandbox.Sandbox, port int) sandbox.Port {
 	t.Helper()
-	p, err := sb.Expose(port)
+	p, err := sb.Expose(port, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -147,7 +147,7 @@ func TestPortNothingListens(t *testing.T) {
 		t.Fatal(line)
 	}
 	for _, wrong := range []int{0, -1, 65536} {
-		if _, err := sb.Expose(wrong); !errors.Is(err, sandbox.ErrInvalid) {
+		if _, err := sb.Expose(wrong, false); !errors.Is(err, sandbox.ErrInvalid) {
 			t.Error(wrong, err)
 		}
 	}

@@ -29,6 +29,7 @@ type record struct {
 	ExpiresAt time.Time         `json:"expires_at,omitzero"`
 	MaxLife   time.Duration     `json:"max_lifetime,omitempty"`
 	Ports     []Port            `json:"ports,omitempty"`
+	Traffic   string            `json:"traffic_token,omitempty"`
 }
 
 const recordVersion = 1

@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"github.com/mark3labs/mcp-go/server"
+
+	"soulbox.dev/soulbox/sandbox"
 )
 
 func (s *Service) portTools() []server.ServerTool {
@@ -20,6 +22,7 @@ func (s *Service) portTools() []server.ServerTool {
 type portExposeInput struct {
 	Port   int   `json:"port" jsonschema:"on which a server in the sandbox listens, on 127.0.0.1 or 0.0.0.0"`
 	WaitMS int64 `json:"wait_ms,omitempty" jsonschema:"how long to wait until something listens, up to 50000; default 5000"`
+	Public bool  `json:"public,omitempty" jsonschema:"open to everybody"`
 	target
 }
 
@@ -50,12 +53,12 @@ func (s *Service) portExpose(ctx context.Context, in portExposeInput) (portExpos
 	if err != nil {
 		return portExposeOutput{}, err
 	}
-	p, err := sb.Expose(in.Port)
+	p, err := sb.Expose(in.Port, in.Public)
 	if err != nil {
 		return portExposeOutput{}, err
 	}
 	listening, err := sb.AwaitPort(ctx, in.Port, wait)
-	return portExposeOutput{SandboxID: sb.ID(), Port: p.Port, URL: "http://" + p.Address(), Listening: listening}, err
+	return portExposeOutput{SandboxID: sb.ID(), Port: p.Port, URL: s.portURL(sb, p), Listening: listening}, err
 }
 
 type portCloseInput struct {
@@ -78,4 +81,12 @@ func (s *Service) portClose(ctx context.Context, in portCloseInput) (portCloseOu
 		return portCloseOutput{}, err
 	}
 	return portCloseOutput{sb.ID(), in.Port}, sb.Unexpose(in.Port)
+}
+
+// portURL is where the user reaches a port: by the gateway where there is one, else on this machine's loopback.
+func (s *Service) portURL(sb *sandbox.Sandbox, p sandbox.Port) string {
+	if s.PortURL != nil {
+		return s.PortURL(sb, p)
+	}
+	return "http://" + p.Address()
 }

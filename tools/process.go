@@ -83,6 +83,9 @@ func (s *Service) processWait(ctx context.Context, in processWaitInput) (execOut
 	if in.Screen {
 		return s.processScreen(ctx, client, sb.ID(), snap.Process, in, yield)
 	}
+	if in.Offset != nil && snap.Output.HeadEnd < snap.Output.End {
+		yield = 0 // there is more than is shown: nothing to wait for
+	}
 	// Cancelling a wait ends the wait, never the process: it was not begun by this call.
 	if snap, err = follow(ctx, client, snap, w, yield); err != nil {
 		return execOutput{}, err

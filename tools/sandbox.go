@@ -17,7 +17,7 @@ import (
 
 func (s *Service) sandboxTools() []server.ServerTool {
 	return []server.ServerTool{
-		define(s, "sandbox_create", "Make a new sandbox: an isolated Linux machine with its own files and processes and no network. Not needed for a single one: exec and the file tools make this session's own at first use.",
+		define(s, "sandbox_create", "Make a new sandbox: an isolated Linux machine with its own files and processes and no network. Not needed for one: exec makes this session's own.",
 			hints{title: "Create a sandbox"}, s.sandboxCreate),
 		define(s, "sandbox_list", "List sandboxes, newest first.",
 			hints{title: "List sandboxes", readOnly: true, idempotent: true}, s.sandboxList),
@@ -286,7 +286,7 @@ func (s *Service) sandboxGet(ctx context.Context, in sandboxGetInput) (sandboxGe
 		return sandboxGetOutput{}, err
 	}
 	for _, p := range sb.Ports() {
-		out.Ports = append(out.Ports, portInfo{p.Port, "http://" + p.Address()})
+		out.Ports = append(out.Ports, portInfo{p.Port, s.portURL(sb, p)})
 	}
 	out.Usage = &usageInfo{
 		MemoryMB: inside.Memory >> 20, HostMemoryMB: outside.Memory >> 20, DiskMB: inside.DiskUsed >> 20, CPUMS: inside.CPUMS,

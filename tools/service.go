@@ -28,6 +28,8 @@ type Options struct {
 	Manager *sandbox.Manager // required
 	// Toolsets are the names of those that are offered, of Toolsets; default all.
 	Toolsets []string
+	// PortURL is where a user reaches an exposed port; default on this machine's loopback.
+	PortURL func(*sandbox.Sandbox, sandbox.Port) string
 	// ReadOnly leaves out every tool that changes anything, and makes no sandbox by itself.
 	ReadOnly bool
 }

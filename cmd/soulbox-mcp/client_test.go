@@ -47,6 +47,9 @@ type message struct {
 		Content           []struct {
 			Text string `json:"text"`
 		} `json:"content"`
+		Contents []struct {
+			Text string `json:"text"`
+		} `json:"contents"`
 	} `json:"result"`
 	notesBefore int
 }

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -36,6 +37,7 @@ type config struct {
 	toolsets string
 	readOnly bool
 	fixtures bool
+	gateway  *url.URL // where ports of sandboxes are reached by name; nil is nowhere
 }
 
 // parseConfig reads the flags that all commands have.

@@ -17,6 +17,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"soulbox.dev/soulbox/api"
 	"soulbox.dev/soulbox/gvisor"
 	"soulbox.dev/soulbox/mcpserver"
 	"soulbox.dev/soulbox/sandbox"
@@ -30,6 +31,7 @@ type httpConfig struct {
 	origins     list
 	hosts       list
 	publicURL   string
+	domain      string
 	operator    string
 	issuer      string
 	audience    string
@@ -65,6 +67,7 @@ func parseHTTP(args []string, getenv func(string) string, stderr io.Writer) (c h
 		f.Var(&c.origins, "origin", "`origin` of web pages that may use the server, such as https://ide.example.com; may be repeated")
 		f.Var(&c.hosts, "allow-host", "`name` by which clients may call the server, beside loopback and the hosts of --origin; may be repeated")
 		f.StringVar(&c.publicURL, "public-url", "", "`URL` by which clients reach the server, such as https://box.example.com; default the address it listens on")
+		f.StringVar(&c.domain, "domain", "", "`domain` under which exposed ports are served as {port}-{sandbox}.{domain}, such as box.example.com; its wildcard must lead here, as *.localhost does by itself")
 		f.StringVar(&c.operator, "operator", "operator", "`owner` whose key may read /metrics, once keys are needed")
 		f.StringVar(&c.issuer, "oidc-issuer", "", "`URL` of an OpenID provider whose tokens are taken beside keys")
 		f.StringVar(&c.audience, "oidc-audience", "", "`audience` that its tokens must have")
@@ -137,18 +140,28 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 		return err
 	}
 	defer listener.Close()
+	at := "http://" + listener.Addr().String()
+	public := cmp.Or(c.publicURL, at)
+	if c.domain != "" {
+		if c.gateway, err = api.Base(c.domain, public); err != nil {
+			return fmt.Errorf("--domain: %w", err)
+		}
+	}
 	s, err := newService(c.config, stderr)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
-	at := "http://" + listener.Addr().String()
-	public := cmp.Or(c.publicURL, at)
 	endpoint := s.mcp.HTTP(mcpserver.HTTPOptions{Access: c.access(public, s.log), SessionIdle: c.idle, Rate: c.rate})
 	s.metrics.watch(s.manager, endpoint.Sessions)
 	web := &http.Server{
 		Handler: c.routes(s, endpoint, public), ReadHeaderTimeout: headerTime, IdleTimeout: idleTime, MaxHeaderBytes: maxHeaders,
-		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug), Protocols: new(http.Protocols),
+	}
+	web.Protocols.SetHTTP1(true)
+	web.Protocols.SetUnencryptedHTTP2(true) // a proxy that speaks TLS, and gRPC, may use it
+	if s.gateway != nil {
+		web.Handler = s.gateway.Handler(web.Handler)
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- web.Serve(listener) }()

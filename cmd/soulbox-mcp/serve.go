@@ -11,6 +11,7 @@ import (
 
 	"github.com/mark3labs/mcp-go/server"
 
+	"soulbox.dev/soulbox/api"
 	"soulbox.dev/soulbox/mcpserver"
 	"soulbox.dev/soulbox/resources"
 	"soulbox.dev/soulbox/sandbox"
@@ -25,6 +26,7 @@ type service struct {
 	manager  *sandbox.Manager
 	mcp      *mcpserver.Server
 	metrics  *metrics
+	gateway  *api.Gateway // nil where ports are on loopback only
 }
 
 // newService wires everything. It is to be closed.
@@ -63,6 +65,10 @@ func newService(c config, stderr io.Writer) (_ *service, err error) {
 		return []sandbox.Template{t}, err
 	}
 	o := tools.Options{Manager: manager, ReadOnly: c.readOnly}
+	if c.gateway != nil {
+		s.gateway = api.NewGateway(manager, c.gateway, s.log)
+		o.PortURL = s.gateway.URL
+	}
 	if c.toolsets != "" {
 		o.Toolsets = strings.Split(c.toolsets, ",")
 	}
