@@ -200,6 +200,11 @@ func (c *Client) Wait(ctx context.Context, req WaitRequest) (Snapshot, error) {
 	return call[Snapshot](ctx, c, callWait, req)
 }
 
+// Input writes to a process and listens to its answer. Ending ctx ends the listening.
+func (c *Client) Input(ctx context.Context, req InputRequest) (InputResult, error) {
+	return call[InputResult](ctx, c, callInput, req)
+}
+
 // Signal sends a signal to the process group.
 func (c *Client) Signal(ctx context.Context, process, signal string) (Process, error) {
 	return call[Process](ctx, c, callSignal, SignalRequest{Process: process, Signal: signal})

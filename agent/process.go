@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -269,6 +270,70 @@ func (p *process) writeStdin(ctx context.Context, r io.Reader, eof bool) (int64,
 		_ = stdin.Close()
 	}
 	return n, err
+}
+
+// takeTime is how long a process has at least to take what is written to it.
+const takeTime = time.Second
+
+// input writes to a process and listens to its answer.
+func (s *Server) input(ctx context.Context, r InputRequest) (InputResult, error) {
+	p, err := s.find(r.Process)
+	if err != nil {
+		return InputResult{}, err
+	}
+	if len(r.Data) > maxInput {
+		return InputResult{}, invalid("input: %d bytes, at most %d are allowed", len(r.Data), maxInput)
+	}
+	if r.Window.Offset < 0 {
+		r.Window.Offset, _ = p.output.sizes()
+	}
+	wait := time.Duration(r.WaitMS) * time.Millisecond
+	var result InputResult
+	if len(r.Data) > 0 || r.EOF {
+		taking, cancel := context.WithTimeout(ctx, max(wait, takeTime))
+		result.Written, err = p.writeStdin(taking, bytes.NewReader(r.Data), r.EOF)
+		result.Blocked = taking.Err() != nil && ctx.Err() == nil
+		cancel()
+		if err != nil && !result.Blocked {
+			return InputResult{}, err
+		}
+	}
+	settle := time.Duration(r.SettleMS) * time.Millisecond
+	if p.req.Terminal == nil {
+		settle /= 3 // at a terminal programs paint in between
+	}
+	result.Offset = r.Window.Offset
+	p.listen(ctx, r.Window.Offset, wait, settle)
+	result.Snapshot, err = p.wait(ctx, 0, nil, r.Window)
+	return result, err
+}
+
+// listen waits until a process has written beyond an offset and is silent, has ended, or the time is over.
+func (p *process) listen(ctx context.Context, heard int64, wait, settle time.Duration) {
+	end := time.NewTimer(wait)
+	defer end.Stop()
+	var quiet <-chan time.Time // nil: nothing was heard
+	for p.running() {
+		written, changed := p.output.progress()
+		if written > heard {
+			heard, quiet = written, time.After(settle)
+		}
+		select {
+		case <-changed:
+			select { // one that writes without end is not looked at without end
+			case <-time.After(settle / 4):
+			case <-end.C:
+				return
+			}
+		case <-quiet:
+			return
+		case <-p.done:
+		case <-end.C:
+			return
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // onlyWriter hides ReadFrom, which would splice and ignore deadlines.

@@ -436,6 +436,8 @@ func (s *Server) call(ctx context.Context, req *jsonrpc2.Request) (result any, e
 		})
 	case callList:
 		return on(req, s.list)
+	case callInput:
+		return on(req, func(r InputRequest) (InputResult, error) { return s.input(ctx, r) })
 	case callTree:
 		return on(req, func(r TreeRequest) (TreeResult, error) { return s.watchTree(ctx, r) })
 	case callShell:

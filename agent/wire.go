@@ -20,6 +20,7 @@ const (
 	maxWindow  = 64 << 10
 	maxEntries = 10_000
 	maxStdin   = 256 << 10
+	maxInput   = 64 << 10
 )
 
 // Stream kinds.
@@ -60,6 +61,7 @@ const (
 	callUsage     = "usage"
 	callShell     = "shell"
 	callTree      = "tree"
+	callInput     = "input"
 	callPing      = "ping"
 	noteCancel    = "$/cancelRequest"
 )
@@ -539,4 +541,28 @@ type TreeResult struct {
 	Lost bool `json:"lost,omitempty"`
 	// Gone says that what is watched does not exist any more.
 	Gone bool `json:"gone,omitempty"`
+}
+
+// InputRequest writes to the stdin of a process, which may be nothing, and listens to what it answers, all in one round trip.
+type InputRequest struct {
+	Process string `json:"process"`
+	Data    []byte `json:"data,omitempty"` // at most MaxInput bytes
+	EOF     bool   `json:"eof,omitempty"`
+	// WaitMS is how long to listen at most, SettleMS how long the process must be silent for its answer to be complete: without
+	// a terminal a third of that.
+	WaitMS   int64 `json:"wait_ms,omitempty"`
+	SettleMS int64 `json:"settle_ms,omitempty"`
+	// Window is of the answer; with a negative offset the answer is what comes from now on.
+	Window Window `json:"window"`
+}
+
+// MaxInput bounds the bytes of an InputRequest; WriteStdin takes any number.
+const MaxInput = maxInput
+
+// InputResult is what a process has answered. Blocked says that it did not take all of the input, but the first Written bytes.
+type InputResult struct {
+	Snapshot
+	Offset  int64 `json:"offset"` // where the answer begins
+	Written int64 `json:"written,omitempty"`
+	Blocked bool  `json:"blocked,omitempty"`
 }

@@ -160,7 +160,13 @@ func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
 		return execOutput{}, err
 	}
 	if in.TTY {
-		snap, err = listen(ctx, client, snap, w, yield)
+		var heard agent.InputResult
+		if heard, err = listen(ctx, client, agent.InputRequest{Process: snap.Process.ID, Window: w}, yield); err == nil {
+			snap = heard.Snapshot
+		}
+		if ctx.Err() != nil {
+			err = nil // what becomes of it is seen below
+		}
 	} else {
 		snap, err = follow(ctx, client, snap, w, yield-startSlice)
 	}

@@ -101,10 +101,11 @@ func (s *Service) processScreen(ctx context.Context, client *agent.Client, sandb
 	if in.YieldMS == nil {
 		yield = settleTerminal // what is on the screen now, once it is silent
 	}
-	snap, err := listen(ctx, client, agent.Snapshot{Process: p}, agent.Window{Offset: p.Output}, yield)
+	heard, err := listen(ctx, client, agent.InputRequest{Process: p.ID, Window: agent.Window{Offset: p.Output}}, yield)
 	if err != nil {
 		return execOutput{}, err
 	}
+	snap := heard.Snapshot
 	out := describe(sandboxID, snap)
 	chars := defaultChars
 	if in.MaxChars != nil {
@@ -157,11 +158,8 @@ type processWriteInput struct {
 	target
 }
 
-// settle is how long a process must be silent for its answer to be complete; at a terminal programs start and paint in between.
-const (
-	settle         = 40 * time.Millisecond
-	settleTerminal = 120 * time.Millisecond
-)
+// settleTerminal is how long a process must be silent for its answer to be complete: programs start and paint in between.
+const settleTerminal = 120 * time.Millisecond
 
 func (s *Service) processWrite(ctx context.Context, in processWriteInput) (execOutput, error) {
 	name, err := in.name()
@@ -183,45 +181,60 @@ func (s *Service) processWrite(ctx context.Context, in processWriteInput) (execO
 	if err != nil {
 		return execOutput{}, err
 	}
-	before, err := client.Wait(ctx, agent.WaitRequest{Process: name})
+	if in.Input, err = s.typed(ctx, client, sb.ID(), name, in); err != nil {
+		return execOutput{}, err
+	}
+	w := agent.Window{Offset: -1, Head: chars}
+	written, early := int64(0), max(0, len(in.Input)-agent.MaxInput) // what goes ahead of the one call that also listens
+	if early > 0 {
+		before, err := client.Wait(ctx, agent.WaitRequest{Process: name})
+		if err != nil {
+			return execOutput{}, err
+		}
+		w.Offset = before.Process.Output
+		writeCtx, cancel := context.WithTimeoutCause(ctx, max(yield, time.Second), errSlowReader)
+		written, err = client.WriteStdin(writeCtx, name, []byte(in.Input[:early]), false)
+		cancel()
+		if err != nil && (ctx.Err() != nil || context.Cause(writeCtx) != errSlowReader) {
+			return execOutput{}, err
+		}
+	}
+	req := agent.InputRequest{Process: name, Window: w}
+	if written == int64(early) {
+		req.Data, req.EOF = []byte(in.Input[early:]), in.EOF
+	}
+	r, err := listen(ctx, client, req, yield)
 	if err != nil {
 		return execOutput{}, err
 	}
-	id := before.Process.ID
-	if in.Input, err = s.typed(ctx, client, sb.ID(), before.Process, in); err != nil {
-		return execOutput{}, err
-	}
-	writeCtx, cancel := context.WithTimeoutCause(ctx, max(yield, time.Second), errSlowReader)
-	written, err := client.WriteStdin(writeCtx, id, []byte(in.Input), in.EOF)
-	cancel()
-	if err != nil && (ctx.Err() != nil || context.Cause(writeCtx) != errSlowReader) {
-		return execOutput{}, err
-	}
-	w := agent.Window{Offset: before.Process.Output, Head: chars}
-	snap, werr := listen(ctx, client, before, w, yield)
-	if werr != nil {
-		return execOutput{}, werr
-	}
+	w.Offset = r.Offset
+	written += r.Written
+	snap := r.Snapshot
 	out, serr := s.show(ctx, client, sb.ID(), snap, w, chars, false)
 	if serr != nil {
 		return execOutput{}, serr
 	}
-	if err != nil {
+	if written < int64(len(in.Input)) {
 		out.Note = fmt.Sprintf("only %d of %d bytes were taken: the process does not read; write the rest later", written, len(in.Input))
 	}
 	return out, nil
 }
 
 // typed is what is written for an input: keys as the program wants them, and a paste in brackets if it has asked for them.
-func (s *Service) typed(ctx context.Context, client *agent.Client, sandboxID string, p agent.Process, in processWriteInput) (string, error) {
+func (s *Service) typed(ctx context.Context, client *agent.Client, sandboxID, name string, in processWriteInput) (string, error) {
 	if len(in.Keys) == 0 && !in.Paste {
 		return in.Input, nil
 	}
+	snap, err := client.Wait(ctx, agent.WaitRequest{Process: name})
+	if err != nil {
+		return "", err
+	}
+	p := snap.Process
 	if p.Terminal == nil {
 		return "", badArgument("Process %s has no terminal, so it takes no keys. Give \"input\", or start it with tty.", p.ID)
 	}
 	input := in.Input
-	err := s.screens.with(ctx, client, sandboxID, p, func(sc *screen) error {
+	err = s.screens.with(ctx, client, sandboxID, p, func(sc *screen) error {
 		keys, err := encodeKeys(in.Keys, sc.appCursor)
 		if in.Paste && sc.brackets {
 			input = "\x1b[200~" + strings.ReplaceAll(input, "\x1b[201~", "") + "\x1b[201~"
@@ -234,38 +247,14 @@ func (s *Service) typed(ctx context.Context, client *agent.Client, sandboxID str
 
 var errSlowReader = badArgument("The process does not read its stdin.")
 
-// listen waits until a process has answered and is silent, has ended, or the time is over. Who gives it less time is content with less
-// silence. When ctx ends it returns what there is.
-func listen(ctx context.Context, client *agent.Client, snap agent.Snapshot, w agent.Window, yield time.Duration) (agent.Snapshot, error) {
-	id, heard, quiet := snap.Process.ID, w.Offset, time.Duration(0)
-	end := time.Now().Add(yield)
-	for wait := yield; wait > 0; wait = min(quiet, time.Until(end)) {
-		next, err := client.Wait(ctx, agent.WaitRequest{Process: id, WaitMS: max(1, wait.Milliseconds()), Beyond: &heard})
-		if ctx.Err() != nil {
-			return snap, nil
-		}
-		if err != nil {
-			return snap, err
-		}
-		if next.Process.State != agent.StateRunning || next.Process.Output <= heard {
-			break
-		}
-		heard, quiet = next.Process.Output, settle
-		if next.Process.Terminal != nil {
-			quiet = settleTerminal
-		}
-		quiet = min(quiet, max(time.Millisecond, yield/25))
-		select { // one that writes without end is not asked without end
-		case <-time.After(quiet / 4):
-		case <-ctx.Done():
-			return snap, nil
-		}
-	}
-	last, err := client.Wait(ctx, agent.WaitRequest{Process: id, Window: w})
-	if ctx.Err() != nil {
-		return snap, nil
-	}
-	return last, err
+// listen writes to a process, if there is something to write, and waits until it has answered and is silent, has ended, or the time is
+// over. Who gives it less time is content with less silence.
+func listen(ctx context.Context, client *agent.Client, req agent.InputRequest, yield time.Duration) (agent.InputResult, error) {
+	quiet := min(settleTerminal, max(time.Millisecond, yield/25))
+	req.WaitMS, req.SettleMS = yield.Milliseconds(), quiet.Milliseconds()
+	ctx, cancel := context.WithTimeoutCause(ctx, yield+startTime, errSilent)
+	defer cancel()
+	return client.Input(ctx, req)
 }
 
 type processSignalInput struct {

@@ -31,7 +31,7 @@ func (s *Service) sandboxTools() []server.ServerTool {
 }
 
 type sandboxCreateInput struct {
-	Template      string            `json:"template,omitempty" jsonschema:"default host: this machine's programs, read-only"`
+	Template      string            `json:"template,omitempty" jsonschema:"default host: this machine's programs"`
 	Metadata      map[string]string `json:"metadata,omitempty" jsonschema:"to find it by"`
 	Env           map[string]string `json:"env,omitempty" jsonschema:"environment of all its processes"`
 	TimeoutMS     int64             `json:"timeout_ms,omitempty" jsonschema:"life time; default 3600000"`

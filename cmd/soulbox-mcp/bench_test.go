@@ -76,6 +76,7 @@ func BenchmarkSoulBox(b *testing.B) {
 	id := fmt.Sprint(p.call("exec", map[string]any{"command": "true"}).Result.StructuredContent["sandbox_id"])
 	benchExec(b, &t, p, id)
 	benchFiles(b, &t, p)
+	benchLiving(b, &t, p)
 	benchMany(b, &t, p)
 	benchLoad(b, &t, p)
 	p.close()
