@@ -18,7 +18,7 @@ import (
 const (
 	maxTreeEvents = 8192
 	maxTreeDirs   = 16 << 10
-	maxKnown      = 100_000 // names of files that all trees together remember
+	maxKnown      = 50_000 // names of files that all trees together remember
 	maxIgnore     = 32
 	pairTime      = 10 * time.Millisecond // between the two halves of a rename
 )

@@ -144,6 +144,15 @@ func TestTree(t *testing.T) {
 			t.Errorf("not told: %+v", want)
 		}
 	}
+	for _, op := range []string{opCreate, opSave} { // as the file tools write: what they write to first is not told
+		if _, err := c.WriteFile(t.Context(), in("new/tool"), strings.NewReader("x"), WriteOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		r.until(TreeEvent{Op: op, Path: in("new/tool")})
+	}
+	if slices.ContainsFunc(r.seen, func(e TreeEvent) bool { return strings.Contains(e.Path+e.From, tempPrefix) }) {
+		t.Errorf("%+v", r.seen)
+	}
 	flat.until(TreeEvent{Op: opWrite, Path: in("end")})
 	if slices.ContainsFunc(flat.seen, func(e TreeEvent) bool { return path.Dir(e.Path) != dir+"/w" }) {
 		t.Errorf("%+v", flat.seen)

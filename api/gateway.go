@@ -127,7 +127,7 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, label string) {
 			f.write(w, r)
 			return
 		}
-		if where == TokenQuery && (r.Method == http.MethodGet || r.Method == http.MethodHead) {
+		if where == TokenQuery && (r.Method == http.MethodGet || r.Method == http.MethodHead) && r.Header.Get("Upgrade") == "" {
 			g.remember(w, r, shown)
 			return
 		}

@@ -177,6 +177,15 @@ func TestGatewayToken(t *testing.T) {
 	if res, _ := g.get(host, "//elsewhere.example/"+link.RequestURI()[1:]); strings.HasPrefix(res.Header.Get("Location"), "//") {
 		t.Error("leads away:", res.Header)
 	}
+	conn, err := net.Dial("tcp", g.front.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	fmt.Fprintf(conn, "GET /socket?%s=%s HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", TokenQuery, secret, host)
+	if res, err := http.ReadResponse(bufio.NewReader(conn), nil); err != nil || res.StatusCode != http.StatusSwitchingProtocols {
+		t.Error("a WebSocket with the token in its URL:", res, err)
+	}
 	if p, err = g.sb.Expose(g.port, true); err != nil || !p.Public {
 		t.Fatal(p, err)
 	}

@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
 // tty is a process on a terminal of a sandbox, driven by the tools.
@@ -132,6 +134,19 @@ func TestTerminals(t *testing.T) {
 		sh.write("q")
 		sh.hides("load average")
 		sh.shows("$")
+	}
+	if needs(t, "htop") {
+		sh.write("clear; htop\n")
+		sh.shows("F10")
+		p.call("process_resize", map[string]any{"process_id": sh.id, "rows": 12, "cols": 60})
+		// Its line of keys is the last one: it has seen the new size.
+		sandboxtest.Eventually(t, "htop in its new size", func() bool {
+			rows := strings.Split(sh.screen(), "\n")
+			return len(rows) >= 12 && strings.Contains(rows[11], "F1")
+		})
+		p.call("process_resize", map[string]any{"process_id": sh.id, "rows": 24, "cols": 80})
+		sh.write("", "f10")
+		sh.hides("F10")
 	}
 	if needs(t, "python3") {
 		sh.write("clear; /usr/bin/python3 -q\n")
