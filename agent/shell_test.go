@@ -185,6 +185,27 @@ func TestShellsBounded(t *testing.T) {
 	}
 }
 
+// TestChangesNothing: what may change the shell is never taken for what cannot.
+func TestChangesNothing(t *testing.T) {
+	for command, want := range map[string]bool{
+		"ls -la | head -3": true, "grep -n 'a b' \"$HOME/x\" > out 2>&1": true, "echo hi && git status; make -j4 || echo no": true, "npm test &": true, "test -f x": true,
+		"[ -f x ] && cat x": true, "ls *.go": true, "echo $?": true, "echo 'cd /'; find . -name \"*.c\"": true, "tar --file=x -x": true, "echo a\nls": true, "ls; ": true, "": true,
+		"cd /": false, "ls; cd /": false, "ls && cd /": false, "ls | cd /": false, "ls\ncd /": false, "ls &cd /": false, "'cd' /": false, "\"cd\" /": false, "c'd' /": false, "c\\d /": false,
+		"export X=1": false, "X=1": false, "X=1 ls": false, "X+=1": false, "a[0]=1": false, "echo ${X:=1}": false, "echo $((X++))": false, "echo $(cd /)": false, "echo `cd /`": false,
+		"> out cd /": false, "2> out cd /": false, "2>out cd /": false, "<x cd /": false, "ls <<E\ncd /\nE": false, "cat <<< x": false, "$X": false, "\"$X\" /": false, "c? /": false, "{ cd /; }": false,
+		"! cd /": false, "time cd /": false, "if true; then cd /; fi": false, "(cd /)": false, ". x": false, "source x": false, "printf -v X a": false, "read X": false, "exit": false, "exec ls": false,
+		"set -e": false, "alias a=b": false, "ls # x\ncd /": false, "f() { :; }": false, "ls \"a": false, "ls 'a": false, "[[ x ]]": false, "command cd /": false, "builtin cd /": false, "ls ;; cd": false,
+		"ls >&2 cd": true, "ls 2>&1|cd /": false, "ls >& out; cd /": false, "ls &> out": false, "ls \r": false,
+	} {
+		if got := changesNothing(command, nil); got != want {
+			t.Errorf("%q: %v", command, got)
+		}
+	}
+	if changesNothing("ls", []string{"BASH_FUNC_ls%%=() { cd /; }"}) {
+		t.Error("a function of the environment")
+	}
+}
+
 // FuzzShellReport: what bash tells may come from anybody.
 func FuzzShellReport(f *testing.F) {
 	good := strings.Join([]string{"a:b", "a", "", "", "/x\n", "umask 0022\n", "", "declare -f g\n", "g () \n{ \n    :\n}\n", "declare -x A=\"1\"\ndeclare -a B=([0]=\"x\ny\")\n", "end", ""}, "\x00")

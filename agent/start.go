@@ -265,7 +265,8 @@ func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
 		}
 		p.args = []string{s.shell, "-c", p.req.Command}
 		if p.shell != nil {
-			if forked := p.req.Fork || p.terminal != nil; !forked {
+			forked := p.req.Fork || p.terminal != nil
+			if !forked && (p.shell.needed() || !changesNothing(p.req.Command, env)) {
 				p.shell.report()
 			}
 			if p.shell.file != "" || p.shell.needed() {
@@ -354,29 +355,3 @@ func lookPath(name, cwd string, env []string) string {
 	}
 	return ""
 }
-
-// plainWords splits a command that means the same to execve as to the shell; nil where only the shell can tell.
-func plainWords(command string, env []string) []string {
-	for _, r := range command {
-		plain := r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("_@%+:,./=- \t", r)
-		if !plain {
-			return nil
-		}
-	}
-	words := strings.Fields(command)
-	if len(words) == 0 || strings.Contains(words[0], "=") || slices.Contains(shellWords, words[0]) {
-		return nil
-	}
-	for _, kv := range env {
-		if strings.HasPrefix(kv, "BASH_ENV=") || strings.HasPrefix(kv, "BASH_FUNC_") {
-			return nil
-		}
-	}
-	return words
-}
-
-// shellWords are the builtins and reserved words of bash 5 (bash(1), "RESERVED WORDS" and "SHELL BUILTIN COMMANDS").
-var shellWords = strings.Fields(`. : [ alias bg bind break builtin caller case cd command compgen complete compopt continue
-	coproc declare dirs disown do done echo elif else enable esac eval exec exit export false fc fg fi for function getopts hash help
-	history if in jobs kill let local logout mapfile popd printf pushd pwd read readarray readonly return select set shift shopt
-	source suspend test then time times trap true type typeset ulimit umask unalias unset until wait while`)

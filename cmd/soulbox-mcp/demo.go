@@ -40,6 +40,11 @@ func demoSteps(home string) []step {
 		{"Write a file ...", "file_write", map[string]any{"path": "/home/user/site/index.html", "content": "<h1>Hello</h1>\n<p>from nowhere</p>\n"}, "index.html"},
 		{"... edit it ...", "file_edit", map[string]any{"path": "/home/user/site/index.html", "old_str": "from nowhere", "new_str": "from a gVisor sandbox"}, "1 change"},
 		{"... and find it.", "file_search", map[string]any{"path": "/home/user", "pattern": "gVisor"}, "index.html:2"},
+		{"Commands share a shell: go there, set a variable, define a function ...", "exec", map[string]any{"command": "cd site; export WHO=you; greet() { echo \"hello $1 in $(pwd)\"; }"}, "the shell is now in /home/user/site"},
+		{"... and the next one, even after an exit, has them.", "exec", map[string]any{"command": "greet $WHO; cd ..; exit 3"}, "hello you in /home/user/site"},
+		{"Watch the files ...", "file_watch", map[string]any{"path": "/home/user/site"}, "cursor w1.0"},
+		{"... change some ...", "exec", map[string]any{"command": "mkdir site/img; touch site/img/a.png; mv site/img site/pictures"}, "exit code 0"},
+		{"... and see what has changed.", "file_watch", map[string]any{"cursor": "w1.0"}, "rename /home/user/site/pictures/ from /home/user/site/img"},
 		{"Start a web server in the background ...", "exec", map[string]any{"command": serve, "background": true, "tag": "web"}, "is still running"},
 		{"... and ask it.", "exec", map[string]any{"command": ask}, "from a gVisor sandbox"},
 		{"Its log is kept.", "process_wait", map[string]any{"tag": "web", "yield_ms": 0}, "GET / HTTP/1.0"},
@@ -127,7 +132,7 @@ func runStep(ctx context.Context, mc *client.Client, s step, stdout io.Writer) e
 // describeArgs shows the arguments that matter, on one line.
 func describeArgs(args map[string]any) string {
 	var parts []string
-	for _, name := range []string{"command", "path", "old_str", "new_str", "pattern", "tag", "user", "background"} {
+	for _, name := range []string{"command", "path", "cursor", "old_str", "new_str", "pattern", "tag", "user", "background"} {
 		if v, ok := args[name]; ok {
 			text := strings.ReplaceAll(fmt.Sprint(v), "\n", "; ")
 			if r := []rune(text); len(r) > 100 {
