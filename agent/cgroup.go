@@ -401,8 +401,13 @@ func (g *guard) run() {
 			pause = 2 * time.Millisecond
 		case used > limit/2:
 			pause = 10 * time.Millisecond
-		case number(readFile(g.server.groups.tasks)) == 0:
-			continue // until the next start
+		default:
+			switch tasks := number(readFile(g.server.groups.tasks)); {
+			case tasks == 0:
+				continue // until the next start
+			case tasks > g.server.groups.limits.Load().pids/2: // orphans that have ended may be among them
+				pause = 10 * time.Millisecond
+			}
 		}
 		g.awake.Store(true)
 		timer.Reset(pause)

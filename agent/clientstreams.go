@@ -3,10 +3,12 @@ package agent
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"time"
 
 	"github.com/hashicorp/yamux"
@@ -202,12 +204,17 @@ func (c *Client) Output(ctx context.Context, process string, offset int64, follo
 }
 
 // Dial connects to a socket in the sandbox: "tcp" to its loopback, or "unix". Closing the result's writing half is its Close;
-// reads go on until the other side has closed too, or ctx ends.
-func (c *Client) Dial(ctx context.Context, network, address string) (io.ReadWriteCloser, error) {
-	stream, _, _, err := c.begin(ctx, header{Stream: streamDial, Network: network, Address: address})
+// reads go on until the other side has closed too, or ctx ends: then the connection is at its end in the sandbox, too.
+func (c *Client) Dial(ctx context.Context, network, address string) (net.Conn, error) {
+	name := rand.Text()
+	stream, _, _, err := c.begin(ctx, header{Stream: streamDial, Network: network, Address: address, Dial: name})
 	if err != nil {
 		return nil, err
 	}
+	context.AfterFunc(ctx, func() {
+		// A stream's close says only that we write no more: what is read there would be sent for as long as there is room for it.
+		_ = c.rpc.Notify(context.Background(), noteHangUp, map[string]string{"dial": name}) // the guest is gone otherwise
+	})
 	return stream, nil
 }
 

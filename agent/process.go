@@ -253,7 +253,14 @@ func (p *process) writeStdin(ctx context.Context, r io.Reader, eof bool) (int64,
 		_ = stdin.SetWriteDeadline(time.Unix(1, 0))
 		close(late)
 	})
+	typed := int64(0)
+	if eof && terminal { // what ends input at a terminal is typed: ctrl-d
+		r, typed = io.MultiReader(r, bytes.NewReader([]byte{4})), 1
+	}
 	n, err := io.Copy(onlyWriter{stdin}, r)
+	if err == nil {
+		n -= typed
+	}
 	if !stop() {
 		<-late
 		_ = stdin.SetWriteDeadline(time.Time{}) // the next writer is not late
@@ -261,9 +268,7 @@ func (p *process) writeStdin(ctx context.Context, r io.Reader, eof bool) (int64,
 	if errors.Is(err, syscall.EPIPE) || errors.Is(err, os.ErrClosed) {
 		err = fmt.Errorf("write to process %s: %w", p.id, ErrStdin)
 	}
-	if err == nil && eof && terminal {
-		_, err = stdin.Write([]byte{4}) // what ends input at a terminal is typed: ctrl-d
-	} else if err == nil && eof {
+	if err == nil && eof && !terminal {
 		p.mu.Lock()
 		p.stdin = nil
 		p.mu.Unlock()

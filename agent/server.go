@@ -49,6 +49,7 @@ type Server struct {
 
 	oomKills atomic.Int64
 	watches  atomic.Int64
+	dials    sync.Map // of the names of connections that the host may hang up: what does it
 	fields   fieldCache
 	shells   *shells
 	trees    *trees
@@ -345,7 +346,8 @@ func (s *Server) serveRPC(ctx context.Context, stream *yamux.Stream) {
 	handler := func(_ context.Context, conn *jsonrpc2.Conn, req *jsonrpc2.Request) {
 		if req.Notif {
 			var note struct {
-				ID uint64 `json:"id"`
+				ID   uint64 `json:"id"`
+				Dial string `json:"dial"`
 			}
 			if req.Method == noteCancel && req.Params != nil && json.Unmarshal(*req.Params, &note) == nil {
 				mu.Lock()
@@ -353,6 +355,11 @@ func (s *Server) serveRPC(ctx context.Context, stream *yamux.Stream) {
 					cancel()
 				}
 				mu.Unlock()
+			}
+			if req.Method == noteHangUp && req.Params != nil && json.Unmarshal(*req.Params, &note) == nil {
+				if hangUp, ok := s.dials.Load(note.Dial); ok {
+					hangUp.(context.CancelFunc)()
+				}
 			}
 			return
 		}

@@ -1,8 +1,8 @@
-# What bash does around a command that a remembering shell runs (shell.go). The name of the file to write is put in place of @FILE@.
-# Aliases are expanded when a line is read, and none exist yet; functions of the user's that are named like a builtin are got around
-# by "builtin", and one named "builtin" by POSIX mode, in which special builtins are found before functions.
+# What bash does at the end of a command that a remembering shell runs (shell.go): it reports to $__soulbox_file how the shell is.
+# Aliases are expanded when a line is read, and none are while this is read; functions of the user's that are named like a builtin are got
+# around by "builtin", and one named "builtin" by POSIX mode, in which special builtins are found before functions.
 __soulbox_save() {
-	__soulbox_status=$? __soulbox_o=$SHELLOPTS __soulbox_b=$BASHOPTS POSIXLY_CORRECT=1
+	__soulbox_o=$SHELLOPTS __soulbox_b=$BASHOPTS POSIXLY_CORRECT=1
 	unset -f builtin
 	unset POSIXLY_CORRECT
 	builtin set +eux
@@ -21,9 +21,8 @@ __soulbox_save() {
 		builtin printf '\0'
 		builtin declare -f
 		builtin printf '\0'
-		builtin declare -p
+		[[ ${#FUNCNAME[@]} -gt 1 ]] || builtin declare -p
 		builtin printf '%s\0' '' "$@" end
-	} >|@FILE@
-	builtin return "$__soulbox_status"
+	} >|"$__soulbox_file"
 }
 trap '[[ -n ${__soulbox_saved-} ]] || { __soulbox_save "$@"; } 2>/dev/null' EXIT

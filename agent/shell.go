@@ -70,6 +70,7 @@ type shellRun struct {
 	begin  *shellState       // what it began with
 	base   map[string]string // the environment without the shell
 	env    map[string]string // the environment it began with
+	given  map[string]string // what of it is for this command only
 	cwd    string
 	gone   string // where the shell was, which does not exist any more
 }
@@ -164,18 +165,18 @@ func (s *shellState) existing(home string) (dir, gone string) {
 var saveShell string
 
 // script is what bash does before the command: it becomes what its predecessors left.
-func (s *shellState) script(file string) string {
+func (s *shellState) script(file string, given map[string]string) string {
 	var b strings.Builder
 	line := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
+	own := func(name string) bool { _, ok := given[name]; return !ok }
 	line(`unset "${!%s@}"`, ownPrefix) // what this came in
-	if file != "" {
-		line("%s", strings.ReplaceAll(saveShell, "@FILE@", quoteShell(file)))
-	}
 	line("__soulbox_command=$1 __soulbox_fo=$SHELLOPTS __soulbox_fb=$BASHOPTS")
 	line("set -- %s", quoteAll(s.args))
-	line("unset -v -- %s", quoteAll(slices.Sorted(maps.Keys(s.unset))))
+	line("unset -v -- %s", quoteAll(slices.DeleteFunc(slices.Sorted(maps.Keys(s.unset)), func(name string) bool { return !own(name) })))
 	for _, name := range slices.Sorted(maps.Keys(s.decls)) {
-		line("%s", s.decls[name])
+		if own(name) {
+			line("%s", s.decls[name])
+		}
 	}
 	line("%s", s.umask)
 	// Functions may need an option to be read, and stand in for any builtin from there on; aliases and options of set do so at once.
@@ -187,6 +188,11 @@ func (s *shellState) script(file string) string {
 	line("%s", s.alias)
 	line("%s", s.funcs)
 	line(`\builtin declare -fx -- %s`, quoteAll(s.public))
+	if file != "" { // after those of the user, one of which may have its name
+		line(`\builtin unset -f %ssave`, ownPrefix)
+		line("__soulbox_file=%s", quoteShell(file))
+		line("%s", saveShell)
+	}
 	if slices.Contains(s.shopt, expandAliases) {
 		line(`\builtin shopt %s`, expandAliases)
 	}
@@ -212,7 +218,7 @@ func quoteShell(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''
 // wrap is the argument list and the environment with which bash runs a command. The script goes by the environment, in parts: that needs no
 // file, so it works on a full disk. bash takes it from there before anything else runs.
 func (r *shellRun) wrap(bash, command string) (args, env []string) {
-	script := r.begin.script(r.file)
+	script := r.begin.script(r.file, r.given)
 	var restore strings.Builder
 	for i := 0; len(script) > 0; i++ {
 		part := script[:min(len(script), envPart)]
@@ -223,7 +229,7 @@ func (r *shellRun) wrap(bash, command string) (args, env []string) {
 	}
 	line := fmt.Sprintf(`{ eval "%s"; } 2>/dev/null; builtin eval "$__soulbox_command"`, restore.String())
 	if r.file != "" {
-		line += `; { __soulbox_save "$@"; } 2>/dev/null`
+		line += `; __soulbox_status=$?; { __soulbox_save "$@"; } 2>/dev/null; builtin exit "$__soulbox_status"`
 	}
 	return []string{bash, "-c", line, "bash", command}, env
 }
@@ -299,10 +305,15 @@ func readDump(name string) ([]byte, error) {
 // merge is what is remembered now, with what one command has changed.
 func (r *shellRun) merge(now *shellState, end *shellState) *shellState {
 	next := *now
-	if end.cwd != r.cwd {
+	if end.cwd != r.cwd || r.gone != "" {
 		next.cwd = end.cwd
 	}
 	next.env, next.unset, next.decls = cloned(now.env), cloned(now.unset), cloned(now.decls)
+	// What was given for this command, and is as it was given, is not the shell's.
+	own := func(name string) bool { v, given := r.given[name]; return !given || end.env[name] != v }
+	if end.env == nil {
+		end.env, end.decls, end.args = r.env, r.begin.decls, r.begin.args
+	}
 	for name, value := range end.env {
 		if old, ok := r.env[name]; !ok || old != value {
 			next.env[name] = value
@@ -324,7 +335,7 @@ func (r *shellRun) merge(now *shellState, end *shellState) *shellState {
 		}
 	}
 	for name := range r.begin.decls {
-		if _, ok := end.decls[name]; !ok {
+		if _, ok := end.decls[name]; !ok && own(name) {
 			delete(next.decls, name)
 		}
 	}

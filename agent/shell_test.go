@@ -2,6 +2,7 @@ package agent
 
 import (
 	"fmt"
+	"os"
 	"strings"
 	"testing"
 )
@@ -65,10 +66,11 @@ func TestShellUnbroken(t *testing.T) {
 	for name, test := range map[string]struct {
 		command string
 		kept    bool // what it changed before is remembered
+		moved   bool // its directory is, but no variables
 		shows   string
 	}{
 		"exit":                  {command: "cd sub; export V=1; exit 3", kept: true},
-		"exit in a function":    {command: "q() { exit 0; }; cd sub; export V=1; q; echo never", kept: true},
+		"exit in a function":    {command: "q() { exit 0; }; cd sub; export V=1; q; echo never", moved: true},
 		"errexit":               {command: "set -e; cd sub; export V=1; false; echo never", kept: true},
 		"a trap of its own":     {command: "trap 'echo bye' EXIT; cd sub; export V=1", kept: true, shows: "bye\n"},
 		"trap and exit":         {command: "trap 'echo bye' EXIT; cd sub; export V=1; exit", shows: "bye\n"},
@@ -101,6 +103,9 @@ func TestShellUnbroken(t *testing.T) {
 				t.Errorf("shows %q", out)
 			}
 			want := "0 w h " + dir
+			if test.moved {
+				want = "0 w h " + dir + "/sub"
+			}
 			if test.kept {
 				want = "1 w h " + dir + "/sub"
 			}
@@ -215,7 +220,48 @@ func FuzzShellReport(f *testing.F) {
 		end, err := parseShell(dump)
 		if err == nil {
 			_ = end.size()
-			_ = end.script("/f")
+			_ = end.script("/f", nil)
 		}
 	})
+}
+
+// TestShellRepaired: what a model may do by mistake can be undone by the next command.
+func TestShellRepaired(t *testing.T) {
+	c, dir := pair(t)
+	r := remembering{t, c}
+	r.run("export BIG=$(printf %0200000d 0); export SMALL=1")
+	r.expect("echo ${#BIG} $SMALL; unset BIG", "200000 1\n")
+	r.expect("echo ${BIG-none}; ls / >/dev/null && echo runs", "none\nruns\n")
+	r.run("FOO=x; unset LANG")
+	if got := r.start(StartRequest{Command: "echo $FOO $LANG $(printenv FOO); cd sub 2>/dev/null", Env: map[string]string{"FOO": "b", "LANG": "given"}}); got != "b given b\n" {
+		t.Errorf("%q", got)
+	}
+	r.expect("echo $FOO ${LANG-none} $(printenv FOO)", "x none\n")
+	r.run("mkdir gone; cd gone; rmdir ../gone")
+	r.expect("cd "+dir+"; pwd", dir+"\n")
+	r.expect("pwd", dir+"\n")
+	r.run("h() { echo h; }; unset -f $(compgen -A function); V=1; true")
+	if s := start(t, c, StartRequest{Command: "unset -f $(compgen -A function); (exit 4)", Shell: "s"}); s.Process.ExitCode != 4 {
+		t.Errorf("exit code %d", s.Process.ExitCode)
+	}
+	r.run("readonly -f __soulbox_save; declare -f > lib.sh; W=1")
+	r.run("V=2; . ./lib.sh; mkdir -p here; cd here")
+	r.expect("echo $V; pwd; cd ..", "2\n"+dir+"/here\n")
+	r.run("f() { local IFS=, A=lost; cd /usr; exit 0; }; set -- p q")
+	r.run("f x y z")
+	r.expect("x='a,b'; printf '<%s>' $x; echo ${A-none} $# $PWD; cd "+dir, "<a,b>none 2 /usr\n")
+	if os.Getuid() != 0 {
+		r.run("mkdir -p closed; cd closed && chmod 0 .")
+		s := start(t, c, StartRequest{Command: "pwd; cd " + dir, Shell: "s"})
+		if string(s.Output.Head) != "/\n" || s.Process.GoneCwd != dir+"/closed" {
+			t.Errorf("%q %+v", s.Output.Head, s.Process)
+		}
+		r.expect("pwd; chmod 700 closed", dir+"\n")
+	}
+	// A report that the command itself writes, as large as it may be, costs nobody anything.
+	s := start(t, c, StartRequest{Command: "perl -e 'print join \":\", map { \"o$_\" =~ tr/0-9/a-j/r } 1 .. 50000' > /tmp/o 2>/dev/null; (cat /tmp/o; printf '\\0'; cat /tmp/o; printf '\\0\\0\\0/\\0\\0\\0\\0\\0\\0end\\0') > \"$__soulbox_file\"; kill -9 $$", Shell: "s"})
+	if !s.Process.Forgotten {
+		t.Errorf("%+v", s.Process)
+	}
+	r.expect("pwd", dir+"\n")
 }

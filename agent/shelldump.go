@@ -18,32 +18,46 @@ const dumpFields = 10
 func parseShell(dump []byte) (*shellState, error) {
 	fields := strings.Split(string(dump), "\x00")
 	n := len(fields)
+	for _, list := range fields[:min(n, 4)] {
+		if len(list) > maxOptions {
+			return nil, fmt.Errorf("the shell reports options of %d bytes: %w", len(list), errShellReport)
+		}
+	}
 	if n < dumpFields+2 || fields[n-1] != "" || fields[n-2] != "end" {
 		return nil, fmt.Errorf("the shell's report is incomplete: %w", errShellReport)
 	}
 	end := &shellState{}
 	end.set = optionChanges(fields[0], fields[1], "-o", "+o")
+	// An option that ends or silences a shell holds for the command that sets it: the next one would end or say nothing for no visible reason.
+	end.set = slices.DeleteFunc(end.set, func(o string) bool { return slices.Contains(passing, o) })
 	end.shopt = optionChanges(fields[2], fields[3], "-s", "-u")
-	end.cwd = strings.TrimSuffix(fields[4], "\n")
+	end.cwd = strings.Clone(strings.TrimSuffix(fields[4], "\n"))
 	if !strings.HasPrefix(end.cwd, "/") {
 		return nil, fmt.Errorf("the shell is in %q: %w", clip(end.cwd, 80), errShellReport)
 	}
-	if end.umask = strings.TrimSuffix(fields[5], "\n"); end.umask == defaultUmask {
+	if end.umask = strings.Clone(strings.TrimSuffix(fields[5], "\n")); end.umask == defaultUmask {
 		end.umask = ""
 	}
-	end.alias = fields[6]
+	end.alias = strings.Clone(fields[6])
 	for line := range strings.Lines(fields[7]) {
 		flags, name, ok := strings.Cut(strings.TrimPrefix(strings.TrimSuffix(line, "\n"), "declare -"), " ")
-		if !ok {
+		if !ok || strings.HasPrefix(name, ownPrefix) {
 			continue
 		}
+		name = strings.Clone(name) // what is kept must not keep all that was reported
 		end.names = append(end.names, name)
 		if strings.Contains(flags, "x") {
 			end.public = append(end.public, name)
 		}
 	}
 	slices.Sort(end.names)
-	end.funcs = fields[8]
+	end.funcs = strings.Clone(fields[8])
+	if fields[9] == "" { // it ended within a function, whose own variables and parameters are not the shell's
+		return end, nil
+	}
+	for _, arg := range fields[dumpFields : n-2] {
+		end.args = append(end.args, strings.Clone(arg))
+	}
 	// Every bash begins with an exported OLDPWD that has no value: where it has another one, or none, it was made anew.
 	end.env, end.decls = map[string]string{}, map[string]string{"OLDPWD": "unset -v OLDPWD"}
 	for _, decl := range declarations(fields[9]) {
@@ -51,17 +65,13 @@ func parseShell(dump []byte) (*shellState, error) {
 			return nil, err
 		}
 	}
-	if args := fields[dumpFields : n-2]; len(args) > 0 {
-		end.args = args
-	}
-	// An option that ends or silences a shell holds for the command that sets it: the next one would end or say nothing for no visible reason.
-	end.set = slices.DeleteFunc(end.set, func(o string) bool { return slices.Contains(passing, o) })
 	return end, nil
 }
 
 const (
 	ownPrefix    = "__soulbox_"
 	defaultUmask = "umask 0022"
+	maxOptions   = 4 << 10
 )
 
 // passing are the options of set that are not remembered.
@@ -122,7 +132,7 @@ func (s *shellState) take(decl string) error {
 	if name == "OLDPWD" {
 		delete(s.decls, name)
 		if flags != "-x" {
-			s.decls[name] = "unset -v OLDPWD; " + decl
+			s.decls["OLDPWD"] = "unset -v OLDPWD; " + decl
 			return nil
 		}
 	}
@@ -134,12 +144,18 @@ func (s *shellState) take(decl string) error {
 		if err != nil {
 			return err
 		}
-		s.env[name] = text
-		return nil
+		if len(text) < maxExported {
+			s.env[strings.Clone(name)] = strings.Clone(text)
+			return nil
+		}
 	}
-	s.decls[name] = decl
+	s.decls[strings.Clone(name)] = strings.Clone(decl)
 	return nil
 }
+
+// maxExported bounds what bash is given by its environment, in bytes: Linux takes 128 KiB. What is longer it is told by the script, so that
+// it starts, and says itself that programs cannot.
+const maxExported = 64 << 10
 
 // startUp are the variables that bash itself acts on when it starts: it must not, for they were set after that.
 var startUp = []string{"BASH_ENV", "ENV"}

@@ -163,7 +163,7 @@ func (s *Server) prepare(req StartRequest) (*process, []string, error) {
 		return nil, nil, err
 	}
 	if run != nil {
-		run.base, run.env, run.cwd = base, vars, cwd
+		run.base, run.env, run.given, run.cwd = base, vars, req.Env, cwd
 		if req.Cwd == "" {
 			run.gone = gone
 		}
@@ -258,7 +258,7 @@ func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
 	if p.req.Command != "" {
 		if words := plainWords(p.req.Command, env); words != nil && !p.shell.needed() {
 			if name := lookPath(words[0], p.cwd, env); name != "" {
-				if p.child, err = s.reaper.forkExec(name, words, attr); err == nil || errors.Is(err, syscall.EAGAIN) {
+				if p.child, err = s.fork(p, name, words, attr); err == nil || errors.Is(err, syscall.EAGAIN) {
 					return explainFork(err)
 				}
 			}
@@ -280,7 +280,7 @@ func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
 	if name == "" {
 		return fmt.Errorf("start %q: command not found: %w", clip(p.args[0], 200), syscall.ENOENT)
 	}
-	p.child, err = s.reaper.forkExec(name, p.args, attr)
+	p.child, err = s.fork(p, name, p.args, attr)
 	if errors.Is(err, syscall.EACCES) && p.args[0] == s.shell {
 		return fmt.Errorf("start in %q: user %s may not enter it: %w", clip(p.cwd, 200), p.user.name, syscall.EACCES)
 	}
@@ -288,6 +288,23 @@ func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
 		err = fmt.Errorf("start %q: %w", clip(p.args[0], 200), explainFork(err))
 	}
 	return err
+}
+
+// fork starts a process. A directory that the shell remembers, but its user may not enter any more, is given up for the root: otherwise no
+// command could leave it.
+func (s *Server) fork(p *process, name string, args []string, attr *syscall.ProcAttr) (child, error) {
+	c, err := s.reaper.forkExec(name, args, attr)
+	if !errors.Is(err, syscall.EACCES) || p.shell == nil || p.req.Cwd != "" || p.shell.begin.cwd == "" || attr.Dir == "/" {
+		return c, err
+	}
+	again := *attr
+	again.Dir, again.Env = "/", append(slices.Clone(attr.Env), "PWD=/")
+	c, err2 := s.reaper.forkExec(name, args, &again)
+	if err2 != nil {
+		return c, err // it was not the directory
+	}
+	p.shell.gone, p.shell.cwd, p.cwd = p.shell.begin.cwd, "/", "/"
+	return c, nil
 }
 
 // explainFork names the limit behind a refused fork.
@@ -316,8 +333,14 @@ func (s *Server) follow(p *process, stdin *os.File) {
 	p.namesake = nil
 	p.ready.Store(true)
 	s.reaper.await(p.child, func(status exitStatus) {
-		p.finish(status)
+		reports := p.shell != nil && p.shell.file != ""
+		if !reports {
+			p.finish(status)
+		}
 		go func() {
+			if reports { // which takes as long as the guest wants, within bounds: not on the thread that all others wait for
+				p.finish(status)
+			}
 			// What it left behind may still write: the spool is finished when nobody can.
 			for _, pipe := range p.pipes {
 				<-pipe.eof

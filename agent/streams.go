@@ -51,7 +51,16 @@ func (s *Server) serveDial(ctx context.Context, stream *yamux.Stream, h header) 
 		return
 	}
 	defer conn.Close()
-	defer context.AfterFunc(ctx, func() { _ = conn.Close() })() // the host is gone
+	ctx, hangUp := context.WithCancel(ctx)
+	defer hangUp()
+	if h.Dial != "" {
+		s.dials.Store(h.Dial, hangUp)
+		defer s.dials.Delete(h.Dial)
+	}
+	defer context.AfterFunc(ctx, func() { // the host is gone, or wants no more of it
+		_ = conn.Close()
+		_ = stream.SetDeadline(time.Unix(1, 0))
+	})()
 	if err := writeMessage(stream, answer{}); err != nil {
 		return
 	}

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"errors"
+	"io"
 	"io/fs"
 	"os"
 	"path"
@@ -18,7 +19,9 @@ import (
 const (
 	maxTreeEvents = 8192
 	maxTreeDirs   = 16 << 10
-	maxKnown      = 50_000 // names of files that all trees together remember
+	maxTreeBytes  = 4 << 20 // of the paths in its events
+	maxKnown      = 8 << 20 // bytes of the names of files that all trees together remember
+	readDirPart   = 500
 	maxIgnore     = 32
 	pairTime      = 10 * time.Millisecond // between the two halves of a rename
 )
@@ -54,6 +57,7 @@ type tree struct {
 
 	mu        sync.Mutex
 	ring      []TreeEvent
+	bytes     int              // of the paths in it
 	first     int64            // sequence number of ring[0]
 	delivered int64            // all events before this one were read
 	written   map[string]int64 // the last opWrite of a path
@@ -116,24 +120,38 @@ func (t *tree) enter(dir string, tell bool) error {
 		delete(t.wds, old) // it was found under another name
 	}
 	t.dirs[wd], t.wds[dir] = dir, wd
-	entries, err := os.ReadDir(dir) // what could be read comes with an error
-	for _, e := range entries {
-		name := path.Join(dir, e.Name())
-		if t.ignored(name) {
-			continue
-		}
-		isNew := t.learn(name)
-		if tell && isNew {
-			t.emit(TreeEvent{Op: opCreate, Path: name, Dir: e.IsDir()})
-		}
-		if e.IsDir() && t.deep {
-			t.descend(name, tell)
-		}
+	f, err := os.Open(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // it is gone again
 	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err != nil {
 		t.lost()
+		return nil
 	}
-	return nil
+	defer f.Close()
+	for {
+		entries, err := f.ReadDir(readDirPart) // a directory may be larger than memory
+		for _, e := range entries {
+			name := path.Join(dir, e.Name())
+			if t.ignored(name) {
+				continue
+			}
+			isNew := t.learn(name)
+			if tell && isNew {
+				t.emit(TreeEvent{Op: opCreate, Path: name, Dir: e.IsDir()})
+			}
+			if e.IsDir() && t.deep {
+				t.descend(name, tell)
+			}
+		}
+		if err == io.EOF || errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
+			t.lost()
+			return nil
+		}
+	}
 }
 
 // descend enters a directory of the tree, if it is still there.
@@ -166,23 +184,28 @@ func (t *tree) learn(name string) (isNew bool) {
 	if t.files[name] {
 		return false
 	}
-	if t.known.Load() < maxKnown {
+	if size := int64(len(name)) + nameCost; t.known.Load()+size < maxKnown {
 		t.files[name] = true
-		t.known.Add(1)
+		t.known.Add(size)
 	}
 	return true
 }
+
+// nameCost is what a name takes beside its bytes.
+const nameCost = 48
 
 // unlearn notes that a path does not exist any more.
 func (t *tree) unlearn(name string) {
 	if t.files[name] {
 		delete(t.files, name)
-		t.known.Add(-1)
+		t.known.Add(-int64(len(name)) - nameCost)
 	}
 }
 
 func (t *tree) forget() {
-	t.known.Add(-int64(len(t.files)))
+	for name := range t.files {
+		t.known.Add(-int64(len(name)) - nameCost)
+	}
 	t.files = nil
 }
 
@@ -285,7 +308,11 @@ func (t *tree) movedAway(e rawEvent) {
 	if t.ignored(name) {
 		return
 	}
-	t.leave(name)
+	if e.has(unix.IN_ISDIR) {
+		t.leave(name)
+	} else {
+		t.unlearn(name)
+	}
 	t.emit(TreeEvent{Op: opRemove, Path: name, Dir: e.has(unix.IN_ISDIR)})
 	t.tell()
 }
@@ -422,8 +449,12 @@ func (t *tree) emit(e TreeEvent) {
 		return
 	}
 	t.ring = append(t.ring, e)
-	if len(t.ring) > 2*maxTreeEvents { // in large steps: what is cut is copied
-		cut := len(t.ring) - maxTreeEvents
+	t.bytes += len(e.Path) + len(e.From)
+	if len(t.ring) > 2*maxTreeEvents || t.bytes > maxTreeBytes { // in large steps: what is cut is copied
+		cut := max(len(t.ring)-maxTreeEvents, len(t.ring)/2)
+		for _, old := range t.ring[:cut] {
+			t.bytes -= len(old.Path) + len(old.From)
+		}
 		t.ring = append([]TreeEvent(nil), t.ring[cut:]...)
 		t.first += int64(cut)
 		for p, at := range t.written {

@@ -2,8 +2,9 @@ package agent
 
 import (
 	"context"
+	"crypto/rand"
 	"fmt"
-	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -14,7 +15,6 @@ type trees struct {
 	known atomic.Int64
 
 	mu   sync.Mutex
-	seq  int
 	byID map[string]*tree
 }
 
@@ -70,10 +70,7 @@ func (s *trees) open(r TreeRequest, watches *atomic.Int64) (*tree, error) {
 		watches.Add(-1)
 		return nil, fmt.Errorf("watch %q: there are %d watches already: %w", clip(r.Path, 200), maxWatches, ErrWatches)
 	}
-	s.mu.Lock()
-	s.seq++
-	id := "w" + strconv.Itoa(s.seq)
-	s.mu.Unlock()
+	id := "w" + strings.ToLower(rand.Text()[:8]) // no other sandbox' watch has it: a cursor that goes to the wrong one is refused
 	t, err := openTree(id, r, &s.known)
 	if err != nil {
 		watches.Add(-1)

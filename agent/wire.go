@@ -64,6 +64,7 @@ const (
 	callInput     = "input"
 	callPing      = "ping"
 	noteCancel    = "$/cancelRequest"
+	noteHangUp    = "$/hangUp"
 )
 
 // hello is the one line each side writes first.
@@ -90,6 +91,8 @@ type header struct {
 	EOF     bool   `json:"eof,omitempty"`
 	Network string `json:"network,omitempty"`
 	Address string `json:"address,omitempty"`
+	// Dial names a connection, for noteHangUp.
+	Dial string `json:"dial,omitempty"`
 }
 
 // answer is the guest's message on a raw stream.

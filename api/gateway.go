@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -30,6 +31,7 @@ const (
 
 const (
 	proxyIdle  = 60 * time.Second // of a connection to a sandbox that may be used again
+	maxHeader  = 64 << 10         // bytes of an answer's headers, which the guest fills
 	cookieLife = 24 * time.Hour
 )
 
@@ -41,17 +43,23 @@ type Gateway struct {
 	Log     *slog.Logger
 
 	plain, multiplexed http.RoundTripper
+	closing            context.Context
+	close              context.CancelFunc
 }
 
 // NewGateway makes a Gateway.
 func NewGateway(m *sandbox.Manager, base *url.URL, log *slog.Logger) *Gateway {
 	g := &Gateway{Manager: m, Base: base, Log: log}
-	g.plain = &http.Transport{DialContext: g.dial, IdleConnTimeout: proxyIdle, MaxIdleConnsPerHost: 16, DisableCompression: true}
+	g.closing, g.close = context.WithCancel(context.Background())
+	g.plain = &http.Transport{DialContext: g.dial, IdleConnTimeout: proxyIdle, MaxIdleConnsPerHost: 16, DisableCompression: true, MaxResponseHeaderBytes: maxHeader}
 	two := new(http.Protocols)
 	two.SetUnencryptedHTTP2(true)
-	g.multiplexed = &http.Transport{DialContext: g.dial, IdleConnTimeout: proxyIdle, Protocols: two, DisableCompression: true}
+	g.multiplexed = &http.Transport{DialContext: g.dial, IdleConnTimeout: proxyIdle, Protocols: two, DisableCompression: true, MaxResponseHeaderBytes: maxHeader}
 	return g
 }
+
+// Close ends all requests that are being passed on.
+func (g *Gateway) Close() { g.close() }
 
 // URL is where a port of a sandbox is reached. Unless it is public the URL carries the token.
 func (g *Gateway) URL(sb *sandbox.Sandbox, p sandbox.Port) string {
@@ -77,7 +85,10 @@ func (g *Gateway) Handler(next http.Handler) http.Handler {
 			next.ServeHTTP(w, r)
 			return
 		}
-		g.serve(w, r, label)
+		ctx, cancel := context.WithCancel(r.Context())
+		defer cancel()
+		defer context.AfterFunc(g.closing, cancel)()
+		g.serve(w, r.WithContext(ctx), label)
 	})
 }
 
@@ -93,7 +104,7 @@ func (f failure) write(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	h.Set("Cache-Control", "no-store")
 	h.Set("X-Content-Type-Options", "nosniff")
-	if strings.Contains(r.UserAgent(), "Mozilla/") {
+	if isBrowser(r) {
 		h.Set("Content-Type", "text/html; charset=utf-8")
 		w.WriteHeader(f.Code)
 		_, _ = fmt.Fprintf(w, "<html><head><title>SoulBox</title></head><body><h1>%d</h1><p>%s</p></body></html>\n", f.Code, html.EscapeString(f.Message)) // a client that is gone misses nothing
@@ -121,14 +132,15 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, label string) {
 	}
 	p, exposed := sb.Exposed(port)
 	if !exposed || !p.Public {
-		shown, where := token(r)
-		if shown == "" || subtle.ConstantTimeCompare([]byte(shown), []byte(sb.TrafficToken())) != 1 {
+		secret := sb.TrafficToken()
+		if !g.admits(r, secret) {
 			f.Code, f.Message = http.StatusForbidden, "This port needs the sandbox' traffic token, as header "+TokenHeader+" or in the URL that port_expose gave"
 			f.write(w, r)
 			return
 		}
-		if where == TokenQuery && (r.Method == http.MethodGet || r.Method == http.MethodHead) && r.Header.Get("Upgrade") == "" {
-			g.remember(w, r, shown)
+		// A browser keeps the token as a cookie, and shows an address that can be passed on. Programs have none.
+		if r.URL.Query().Has(TokenQuery) && r.Method == http.MethodGet && r.Header.Get("Upgrade") == "" && isBrowser(r) {
+			g.remember(w, r, secret)
 			return
 		}
 	}
@@ -140,24 +152,33 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, label string) {
 	g.proxy(sb.ID(), port).ServeHTTP(w, r)
 }
 
-// token is what a request shows, and by which means.
-func token(r *http.Request) (shown, where string) {
-	if t := r.Header.Get(TokenHeader); t != "" {
-		return t, TokenHeader
+// cookie is the name of the cookie with the token. With TLS it is one that no other host of the domain can set (RFC 6265bis, 4.1.3.2).
+func (g *Gateway) cookie() string {
+	if g.Base.Scheme == "https" {
+		return "__Host-" + tokenCookie
 	}
-	if t := r.URL.Query().Get(TokenQuery); t != "" {
-		return t, TokenQuery
-	}
-	if c, err := r.Cookie(tokenCookie); err == nil {
-		return c.Value, tokenCookie
-	}
-	return "", ""
+	return tokenCookie
 }
+
+// admits says whether a request shows the token, by any of its means.
+func (g *Gateway) admits(r *http.Request, secret string) bool {
+	shown := append(r.Header.Values(TokenHeader), r.URL.Query()[TokenQuery]...)
+	for _, c := range r.CookiesNamed(g.cookie()) {
+		shown = append(shown, c.Value)
+	}
+	ok := false
+	for _, t := range shown {
+		ok = subtle.ConstantTimeCompare([]byte(t), []byte(secret)) == 1 || ok
+	}
+	return ok && secret != ""
+}
+
+func isBrowser(r *http.Request) bool { return strings.Contains(r.UserAgent(), "Mozilla/") }
 
 // remember turns a token of a link into a cookie of that host, and takes it out of the address.
 func (g *Gateway) remember(w http.ResponseWriter, r *http.Request, shown string) {
 	http.SetCookie(w, &http.Cookie{
-		Name: tokenCookie, Value: shown, Path: "/", MaxAge: int(cookieLife.Seconds()), HttpOnly: true, Secure: g.Base.Scheme == "https", SameSite: http.SameSiteLaxMode,
+		Name: g.cookie(), Value: shown, Path: "/", MaxAge: int(cookieLife.Seconds()), HttpOnly: true, Secure: g.Base.Scheme == "https", SameSite: http.SameSiteLaxMode,
 	})
 	w.Header().Set("Cache-Control", "no-store")
 	w.Header().Set("Referrer-Policy", "no-referrer")
@@ -186,11 +207,10 @@ func (g *Gateway) proxy(id string, port int) *httputil.ReverseProxy {
 				r.Out.URL = withoutToken(q)
 			}
 			r.Out.Header.Del(TokenHeader)
-			r.Out.Header.Del("Cookie")
-			for _, c := range r.In.Cookies() {
-				if c.Name != tokenCookie {
-					r.Out.AddCookie(c)
-				}
+			if cookies := otherCookies(r.In.Header.Values("Cookie"), g.cookie()); len(cookies) > 0 {
+				r.Out.Header["Cookie"] = cookies
+			} else {
+				r.Out.Header.Del("Cookie")
 			}
 			r.SetXForwarded()
 			r.Out.Header.Set("X-Forwarded-Proto", g.Base.Scheme)
@@ -203,13 +223,31 @@ func (g *Gateway) proxy(id string, port int) *httputil.ReverseProxy {
 			}
 			g.Log.Debug("gateway", "sandbox", id, "port", port, "error", err)
 			f := failure{SandboxID: id, Port: port, Code: http.StatusBadGateway, Message: "The sandbox is running but port is not open"}
-			if !errors.Is(err, sandbox.ErrNothingListens) {
+			switch {
+			case errors.Is(err, sandbox.ErrBusy):
+				f.Code, f.Message = http.StatusServiceUnavailable, "The sandbox has as many connections as it may have"
+			case !errors.Is(err, sandbox.ErrNothingListens):
 				f.Message = "The server on this port of the sandbox broke off"
 			}
 			f.write(w, r)
 		},
 		ErrorLog: slog.NewLogLogger(g.Log.Handler(), slog.LevelDebug),
 	}
+}
+
+// otherCookies takes one cookie out of Cookie headers, and leaves all others as they are.
+func otherCookies(headers []string, name string) []string {
+	var kept []string
+	for _, h := range headers {
+		parts := slices.DeleteFunc(strings.Split(h, ";"), func(part string) bool {
+			n, _, _ := strings.Cut(part, "=")
+			return strings.TrimSpace(n) == name
+		})
+		if h = strings.TrimSpace(strings.Join(parts, ";")); h != "" {
+			kept = append(kept, h)
+		}
+	}
+	return kept
 }
 
 // transport speaks HTTP/2 to servers that are spoken to in it by gRPC, which knows nothing else, and HTTP/1.1 to all others.

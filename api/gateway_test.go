@@ -30,11 +30,26 @@ type gatewayTest struct {
 	front  *httptest.Server
 	port   int
 	client *http.Client
+	broken chan struct{} // gets a token for each flood that has ended
 }
 
 // app is what runs in the sandbox.
-func app() http.Handler {
+func app(broken chan<- struct{}) http.Handler {
 	mux := http.NewServeMux()
+	mux.HandleFunc("/flood", func(w http.ResponseWriter, r *http.Request) {
+		part := make([]byte, 64<<10)
+		for {
+			if _, err := w.Write(part); err != nil {
+				broken <- struct{}{}
+				return
+			}
+		}
+	})
+	mux.HandleFunc("/headers", func(w http.ResponseWriter, r *http.Request) {
+		for i := range 2000 {
+			w.Header().Set(fmt.Sprintf("X-%d", i), strings.Repeat("x", 100))
+		}
+	})
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(w, "%s %s host=%s for=%s proto=%s cookie=%q token=%q", r.Method, r.URL.RequestURI(), r.Host, r.Header.Get("X-Forwarded-For"), r.Header.Get("X-Forwarded-Proto"),
 			r.Header.Get("Cookie"), r.Header.Get(TokenHeader))
@@ -85,13 +100,14 @@ func newGatewayTest(t *testing.T) *gatewayTest {
 	if err != nil {
 		t.Fatal(err)
 	}
-	inside := httptest.NewUnstartedServer(app())
+	broken := make(chan struct{}, 100)
+	inside := httptest.NewUnstartedServer(app(broken))
 	inside.Config.Protocols = new(http.Protocols)
 	inside.Config.Protocols.SetHTTP1(true)
 	inside.Config.Protocols.SetUnencryptedHTTP2(true)
 	inside.Start()
 	t.Cleanup(inside.Close)
-	g := &gatewayTest{T: t, sb: sb, m: m, port: inside.Listener.Addr().(*net.TCPAddr).Port}
+	g := &gatewayTest{T: t, sb: sb, m: m, broken: broken, port: inside.Listener.Addr().(*net.TCPAddr).Port}
 	g.front = httptest.NewUnstartedServer(nil)
 	base, err := Base("Box.Test", "http://"+g.front.Listener.Addr().String())
 	if err != nil {
@@ -167,14 +183,21 @@ func TestGatewayToken(t *testing.T) {
 	if err != nil || link.Port() == "" || link.Hostname() != host {
 		t.Fatal(link, err)
 	}
-	res, _ := g.get(host, link.RequestURI()+"&x=1")
+	if _, body := g.get(host, link.RequestURI()+"&x=1"); body != want("/?x=1", "") {
+		t.Error("a program with the link:", body)
+	}
+	odd := `a=1; prefs={"dark":true}; n=Zürich; b=2`
+	if _, body := g.get(host, "/", "Cookie", tokenCookie+"=wrong; "+odd+"; "+tokenCookie+"="+secret); body != want("/", odd) {
+		t.Error(body)
+	}
+	res, _ := g.get(host, link.RequestURI()+"&x=1", "User-Agent", "Mozilla/5.0")
 	if res.StatusCode != http.StatusFound || res.Header.Get("Location") != "/?x=1" || len(res.Cookies()) != 1 {
 		t.Fatal(res.StatusCode, res.Header)
 	}
 	if c := res.Cookies()[0]; c.Value != secret || !c.HttpOnly || c.Domain != "" {
 		t.Error(c)
 	}
-	if res, _ := g.get(host, "//elsewhere.example/"+link.RequestURI()[1:]); strings.HasPrefix(res.Header.Get("Location"), "//") {
+	if res, _ := g.get(host, "//elsewhere.example/"+link.RequestURI()[1:], "User-Agent", "Mozilla/5.0"); strings.HasPrefix(res.Header.Get("Location"), "//") {
 		t.Error("leads away:", res.Header)
 	}
 	conn, err := net.Dial("tcp", g.front.Listener.Addr().String())
@@ -299,6 +322,77 @@ func TestGatewayPasses(t *testing.T) {
 			t.Errorf("%s: %s %v %v", kind, body, res.Proto, res.Trailer)
 		}
 	}
+}
+
+// TestGatewayEnds: what a client gives up ends in the sandbox too, and what a port carries ends with the port.
+func TestGatewayEnds(t *testing.T) {
+	g := newGatewayTest(t)
+	expose := func(public bool) {
+		t.Helper()
+		if _, err := g.sb.Expose(g.port, public); err != nil {
+			t.Fatal(err)
+		}
+	}
+	expose(true)
+	for range 20 {
+		ctx, cancel := context.WithCancel(t.Context())
+		req, _ := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+g.host(g.port)+"/flood", nil)
+		res, err := g.client.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.CopyN(io.Discard, res.Body, 1<<20); err != nil {
+			t.Fatal(err)
+		}
+		cancel()
+		_ = res.Body.Close()
+		<-g.broken // the server in the sandbox has seen it
+	}
+	if res, body := g.get(g.host(g.port), "/headers"); res.StatusCode != http.StatusBadGateway || len(res.Header) > 20 {
+		t.Error(res.StatusCode, len(res.Header), body)
+	}
+	for name, end := range map[string]func(){
+		"closed":         func() { _ = g.sb.Unexpose(g.port) },
+		"public no more": func() { expose(false) },
+	} {
+		expose(true)
+		conn := g.socket()
+		end()
+		if _, err := conn.ReadString('\n'); err == nil {
+			t.Errorf("%s: goes on", name)
+		}
+	}
+	expose(true)
+	req, _ := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+g.host(g.port)+"/events", nil)
+	res, err := g.client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.g.Close()
+	if _, err := io.ReadAll(res.Body); err == nil {
+		t.Error("a stream outlives the gateway")
+	}
+	_ = res.Body.Close()
+}
+
+// socket opens a WebSocket that answers what it is told.
+func (g *gatewayTest) socket() *bufio.Reader {
+	g.Helper()
+	conn, err := net.Dial("tcp", g.front.Listener.Addr().String())
+	if err != nil {
+		g.Fatal(err)
+	}
+	g.Cleanup(func() { _ = conn.Close() })
+	fmt.Fprintf(conn, "GET /socket HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", g.host(g.port))
+	r := bufio.NewReader(conn)
+	if res, err := http.ReadResponse(r, nil); err != nil || res.StatusCode != http.StatusSwitchingProtocols {
+		g.Fatal(res, err)
+	}
+	fmt.Fprint(conn, "frame\n")
+	if line, err := r.ReadString('\n'); err != nil || line != "frame\n" {
+		g.Fatal(line, err)
+	}
+	return r
 }
 
 type zeros struct{}

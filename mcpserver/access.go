@@ -18,7 +18,7 @@ type Access struct {
 	Authenticate func(ctx context.Context, token string) (owner string, err error)
 	// Required says whether a request without a token is refused; else it is the user's of this machine. Nil: never.
 	Required func() bool
-	// Origins are the origins of web pages that may ask, such as https://ide.example.com, beside those on loopback.
+	// Origins are the origins of web pages that may ask, such as https://ide.example.com, beside the server's own on loopback.
 	Origins []string
 	// Hosts are the names by which this server may be called, beside those of loopback. A page of another name that resolves to this
 	// machine (DNS rebinding) is refused.
@@ -60,7 +60,7 @@ func (a Access) admitSource(w http.ResponseWriter, r *http.Request) bool {
 	case !a.knowsHost(r.Host):
 		a.log(r, "foreign host")
 		refuse(w, http.StatusForbidden, nil, codeInvalid, "this server is not called that; name it by --allow-host")
-	case !a.knowsOrigin(r.Header.Values("Origin")):
+	case !a.knowsOrigin(r.Header.Values("Origin"), r.Host):
 		a.log(r, "foreign origin")
 		refuse(w, http.StatusForbidden, nil, codeInvalid, "this web page may not use the server; name its origin by --origin")
 	default:
@@ -155,6 +155,17 @@ func bareHost(host string) string {
 	return strings.TrimSuffix(strings.ToLower(strings.Trim(host, "[]")), ".")
 }
 
+// portOf is the port of a host, as it is named or as the scheme has it.
+func portOf(host, scheme string) string {
+	if _, port, err := net.SplitHostPort(host); err == nil {
+		return port
+	}
+	if scheme == "https" {
+		return "443"
+	}
+	return "80"
+}
+
 func isLoopback(host string) bool {
 	if host == "localhost" {
 		return true
@@ -168,8 +179,9 @@ func (a Access) knowsHost(host string) bool {
 	return isLoopback(name) || slices.ContainsFunc(a.Hosts, func(h string) bool { return bareHost(h) == name })
 }
 
-// knowsOrigin admits requests of no web page (no header), of pages on loopback, and of those that are listed.
-func (a Access) knowsOrigin(origins []string) bool {
+// knowsOrigin admits requests of no web page (no header), of this server's own, and of those that are listed. A page on another port of this
+// machine may be anybody's: for one, of a server in a sandbox.
+func (a Access) knowsOrigin(origins []string, host string) bool {
 	if len(origins) == 0 {
 		return true
 	}
@@ -180,7 +192,7 @@ func (a Access) knowsOrigin(origins []string) bool {
 	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
 		return false
 	}
-	if isLoopback(bareHost(u.Host)) {
+	if isLoopback(bareHost(u.Host)) && isLoopback(bareHost(host)) && portOf(u.Host, u.Scheme) == portOf(host, "http") {
 		return true
 	}
 	return slices.ContainsFunc(a.Origins, func(o string) bool { return strings.EqualFold(strings.TrimSuffix(o, "/"), origins[0]) })

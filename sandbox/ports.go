@@ -45,7 +45,12 @@ type exposed struct {
 	listener net.Listener
 	cancel   context.CancelFunc
 	conns    sync.WaitGroup
+	// gate ends with what a gateway has let through.
+	gate     context.Context
+	shutGate context.CancelFunc
 }
+
+func (e *exposed) openGate() { e.gate, e.shutGate = context.WithCancel(context.Background()) }
 
 // Expose makes a port of the sandbox reachable on the host's loopback, at the same number as long as the sandbox lives, and by a gateway.
 // One that is exposed already stays where it is, and becomes public or not.
@@ -106,6 +111,8 @@ func (s *Sandbox) publish(e *exposed, public bool) error {
 	}
 	s.rec = r
 	e.Public = public
+	e.shutGate() // who came in without the token stays no longer
+	e.openGate()
 	s.record("port %d is public: %t", e.Port.Port, public)
 	return nil
 }
@@ -130,32 +137,51 @@ func (s *Sandbox) TrafficToken() string {
 // ErrNothingListens is of a port on which nothing listens in the sandbox.
 var ErrNothingListens = errors.New("nothing listens on the port")
 
-// Dial connects to a port of the sandbox, for a gateway. It waits while the sandbox has as many connections as it may have.
+// ErrBusy is of a sandbox that has as many connections as it may have.
+var ErrBusy = errors.New("too many connections to the sandbox")
+
+// Dial connects to an exposed port of the sandbox, for a gateway. Closing the connection ends both directions; it also ends when the port
+// is closed or becomes public or not. It waits for a while if the sandbox has as many connections as it may have: then that is ErrBusy.
 func (s *Sandbox) Dial(ctx context.Context, port int) (net.Conn, error) {
 	client, err := s.Agent("connect to a port of")
 	if err != nil {
 		return nil, err
 	}
+	s.mu.Lock()
+	e := s.ports[port]
+	var gate context.Context
+	if e != nil {
+		gate = e.gate
+	}
+	s.mu.Unlock()
+	if e == nil {
+		return nil, fmt.Errorf("port %d: %w", port, ErrNotExposed)
+	}
+	busy := time.NewTimer(dialTime)
+	defer busy.Stop()
 	select {
 	case s.connSlots <- struct{}{}:
+	case <-gate.Done():
+		return nil, fmt.Errorf("port %d: %w", port, ErrNotExposed)
+	case <-busy.C:
+		return nil, fmt.Errorf("port %d: %w", port, ErrBusy)
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
 	// The connection outlives the request that it is made for.
-	life, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	life, cancel := context.WithCancel(gate)
 	stop := context.AfterFunc(ctx, cancel)
 	stream, release, err := dial(life, client, port)
 	if !stop() && err == nil {
 		release()
 		err = context.Cause(ctx)
 	}
-	conn, ok := stream.(net.Conn)
-	if err != nil || !ok {
+	if err != nil {
 		cancel()
 		<-s.connSlots
-		return nil, fmt.Errorf("port %d: %w: %w", port, ErrNothingListens, errors.Join(err))
+		return nil, fmt.Errorf("port %d: %w: %w", port, ErrNothingListens, err)
 	}
-	return &portConn{Conn: conn, end: sync.OnceFunc(func() {
+	return &portConn{Conn: stream, end: sync.OnceFunc(func() {
 		release()
 		cancel()
 		<-s.connSlots
@@ -170,9 +196,8 @@ type portConn struct {
 
 // Close ends both directions.
 func (c *portConn) Close() error {
-	err := c.Conn.Close() // the writing half
 	c.end()
-	return err
+	return nil
 }
 
 // ErrNotExposed is of a port that is not exposed.
@@ -225,6 +250,7 @@ func (s *Sandbox) serve(p Port) (*exposed, error) {
 	p.Host = l.Addr().(*net.TCPAddr).Port
 	ctx, cancel := context.WithCancel(context.Background())
 	e := &exposed{Port: p, listener: l, cancel: cancel}
+	e.openGate()
 	client := s.client
 	slots := s.connSlots
 	e.conns.Go(func() {
@@ -284,6 +310,7 @@ func (s *Sandbox) stopPorts() (wait func()) {
 func (e *exposed) stop() {
 	_ = e.listener.Close() // ends Accept
 	e.cancel()
+	e.shutGate()
 }
 
 // splice connects a client to a port of the sandbox, both ways, half-closes kept, until both have closed or ctx ends.
@@ -318,7 +345,7 @@ func splice(ctx context.Context, client *agent.Client, conn net.Conn, port int) 
 }
 
 // dial connects to a server in the sandbox, on either loopback. The connection lives until it is released.
-func dial(ctx context.Context, client *agent.Client, port int) (conn io.ReadWriteCloser, release func(), err error) {
+func dial(ctx context.Context, client *agent.Client, port int) (conn net.Conn, release func(), err error) {
 	var errs error
 	for _, host := range []string{"127.0.0.1", "::1"} {
 		// The context of a connection bounds its life: the time for the dial alone is kept apart.

@@ -42,9 +42,9 @@ func demoSteps(home string) []step {
 		{"... and find it.", "file_search", map[string]any{"path": "/home/user", "pattern": "gVisor"}, "index.html:2"},
 		{"Commands share a shell: go there, set a variable, define a function ...", "exec", map[string]any{"command": "cd site; export WHO=you; greet() { echo \"hello $1 in $(pwd)\"; }"}, "the shell is now in /home/user/site"},
 		{"... and the next one, even after an exit, has them.", "exec", map[string]any{"command": "greet $WHO; cd ..; exit 3"}, "hello you in /home/user/site"},
-		{"Watch the files ...", "file_watch", map[string]any{"path": "/home/user/site"}, "cursor w1.0"},
+		{"Watch the files ...", "file_watch", map[string]any{"path": "/home/user/site"}, "with cursor w"},
 		{"... change some ...", "exec", map[string]any{"command": "mkdir site/img; touch site/img/a.png; mv site/img site/pictures"}, "exit code 0"},
-		{"... and see what has changed.", "file_watch", map[string]any{"cursor": "w1.0"}, "rename /home/user/site/pictures/ from /home/user/site/img"},
+		{"... and see what has changed.", "file_watch", map[string]any{"cursor": lastCursor}, "rename /home/user/site/pictures/ from /home/user/site/img"},
 		{"Start a web server in the background ...", "exec", map[string]any{"command": serve, "background": true, "tag": "web"}, "is still running"},
 		{"... and ask it.", "exec", map[string]any{"command": ask}, "from a gVisor sandbox"},
 		{"Its log is kept.", "process_wait", map[string]any{"tag": "web", "yield_ms": 0}, "GET / HTTP/1.0"},
@@ -94,9 +94,12 @@ func runDemo(ctx context.Context, args []string, getenv func(string) string, std
 		return fmt.Errorf("list tools: %w", err)
 	}
 	fmt.Fprintf(stdout, "An MCP client (protocol %s) talks over stdio to %s %s, which offers %d tools.\n", hello.ProtocolVersion, hello.ServerInfo.Name, hello.ServerInfo.Version, len(list.Tools))
-	steps := demoSteps(getenv("HOME"))
+	steps, cursor := demoSteps(getenv("HOME")), ""
 	for _, s := range steps {
-		if err := runStep(ctx, mc, s, stdout); err != nil {
+		if s.args["cursor"] == lastCursor {
+			s.args["cursor"] = cursor
+		}
+		if cursor, err = runStep(ctx, mc, s, stdout, cursor); err != nil {
 			return err
 		}
 	}
@@ -104,14 +107,21 @@ func runDemo(ctx context.Context, args []string, getenv func(string) string, std
 	return nil
 }
 
-func runStep(ctx context.Context, mc *client.Client, s step, stdout io.Writer) error {
+// lastCursor stands for the cursor that the last step with one has given.
+const lastCursor = "the last one"
+
+// runStep makes one call, shows it, and gives the cursor that it has given, or else the one before.
+func runStep(ctx context.Context, mc *client.Client, s step, stdout io.Writer, cursor string) (string, error) {
 	var call mcp.CallToolRequest
 	call.Params.Name, call.Params.Arguments = s.tool, s.args
 	begin := time.Now()
 	result, err := mc.CallTool(ctx, call)
 	took := time.Since(begin)
 	if err != nil {
-		return fmt.Errorf("%s: %w", s.tool, err)
+		return "", fmt.Errorf("%s: %w", s.tool, err)
+	}
+	if fields, ok := result.StructuredContent.(map[string]any); ok && fields["cursor"] != nil {
+		cursor = fmt.Sprint(fields["cursor"])
 	}
 	var text strings.Builder
 	for _, c := range result.Content {
@@ -124,9 +134,9 @@ func runStep(ctx context.Context, mc *client.Client, s step, stdout io.Writer) e
 		fmt.Fprintf(stdout, "  | %s\n", strings.TrimRight(line, "\n"))
 	}
 	if result.IsError || !strings.Contains(text.String(), s.check) {
-		return fmt.Errorf("demo: %s did not give %q", s.tool, s.check)
+		return "", fmt.Errorf("demo: %s did not give %q", s.tool, s.check)
 	}
-	return nil
+	return cursor, nil
 }
 
 // describeArgs shows the arguments that matter, on one line.

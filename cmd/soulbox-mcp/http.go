@@ -146,6 +146,9 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 		if c.gateway, err = api.Base(c.domain, public); err != nil {
 			return fmt.Errorf("--domain: %w", err)
 		}
+		if u, err := url.Parse(public); err == nil && strings.HasSuffix(strings.ToLower(u.Hostname()), "."+strings.ToLower(c.domain)) {
+			return fmt.Errorf("--domain %q contains the server's own name %s: give sandboxes a domain of their own", c.domain, u.Hostname())
+		}
 	}
 	s, err := newService(c.config, stderr)
 	if err != nil {
@@ -181,6 +184,9 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 	stopped := make(chan error, 1)
 	go func() { stopped <- web.Shutdown(over) }()
 	endpoint.Close(drainTime)
+	if s.gateway != nil {
+		s.gateway.Close() // streams of sandboxes have no end of their own
+	}
 	if err := <-stopped; err != nil {
 		return errors.Join(fmt.Errorf("end: %w", err), web.Close())
 	}

@@ -286,7 +286,7 @@ func TestGatewayOfServer(t *testing.T) {
 	if status, body := fetch(plain + "hi"); status != http.StatusForbidden {
 		t.Error(status, body)
 	}
-	status, cookie := fetch(url)
+	status, cookie := fetch(url, "User-Agent", "Mozilla/5.0")
 	if status != http.StatusFound {
 		t.Fatal(status, cookie)
 	}
