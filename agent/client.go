@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -146,6 +147,9 @@ func call[R any](ctx context.Context, c *Client, method string, args any) (resul
 		var e Error
 		if reply.Data == nil || json.Unmarshal(*reply.Data, &e) != nil {
 			e = Error{Message: reply.Message}
+		}
+		if e.Kind == "invalid" && strings.HasPrefix(e.Message, unknownCall) {
+			return result, fmt.Errorf("%s: the sandbox was made by an older version, which does not know it: %w", method, ErrVersion)
 		}
 		e.Message = clip(e.Message, 4000)
 		return result, &e

@@ -277,6 +277,30 @@ func (p *process) writeStdin(ctx context.Context, r io.Reader, eof bool) (int64,
 	return n, err
 }
 
+// InputRequest writes to the stdin of a process, which may be nothing, and listens to what it answers, all in one round trip.
+type InputRequest struct {
+	Process string `json:"process"`
+	Data    []byte `json:"data,omitempty"` // at most MaxInput bytes
+	EOF     bool   `json:"eof,omitempty"`
+	// WaitMS is how long to listen at most, SettleMS how long the process must be silent for its answer to be complete: without
+	// a terminal a third of that.
+	WaitMS   int64 `json:"wait_ms,omitempty"`
+	SettleMS int64 `json:"settle_ms,omitempty"`
+	// Window is of the answer; with a negative offset the answer is what comes from now on.
+	Window Window `json:"window"`
+}
+
+// MaxInput bounds the bytes of an InputRequest; WriteStdin takes any number.
+const MaxInput = maxInput
+
+// InputResult is what a process has answered. Blocked says that it did not take all of the input, but the first Written bytes.
+type InputResult struct {
+	Snapshot
+	Offset  int64 `json:"offset"` // where the answer begins
+	Written int64 `json:"written,omitempty"`
+	Blocked bool  `json:"blocked,omitempty"`
+}
+
 // takeTime is how long a process has at least to take what is written to it.
 const takeTime = time.Second
 
@@ -357,4 +381,22 @@ func parseSignal(name string) (syscall.Signal, error) {
 		return sig, nil
 	}
 	return 0, fmt.Errorf("signal %q: %w", clip(name, 40), ErrNoSignal)
+}
+
+// list describes the processes that are asked for, as many as fit into a message.
+func (s *Server) list(r ListRequest) ([]Process, error) {
+	list := []Process{}
+	size := 0
+	all := s.all()
+	for i := len(all) - 1; i >= 0; i-- { // newest first: they are kept where the size is cut
+		d := all[i].describe()
+		if r.Tag != "" && d.Tag != r.Tag || r.State != "" && d.State != r.State {
+			continue
+		}
+		if size += encodedSize(d.Command, d.Cwd, d.Tag, d.User) + 500; size > maxMessage*9/10 {
+			break
+		}
+		list = append(list, d)
+	}
+	return list, nil
 }

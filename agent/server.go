@@ -470,7 +470,7 @@ func (s *Server) call(ctx context.Context, req *jsonrpc2.Request) (result any, e
 	case callUsage:
 		return on(req, func(struct{}) (Usage, error) { return s.usage(), nil })
 	}
-	return nil, invalid("unknown call %q", clip(req.Method, 40))
+	return nil, invalid(unknownCall+" %q", clip(req.Method, 40))
 }
 
 // on decodes the arguments of a call and makes it.
@@ -482,21 +482,4 @@ func on[A, R any](req *jsonrpc2.Request, do func(A) (R, error)) (any, error) {
 		}
 	}
 	return do(args)
-}
-
-func (s *Server) list(r ListRequest) ([]Process, error) {
-	list := []Process{}
-	size := 0
-	all := s.all()
-	for i := len(all) - 1; i >= 0; i-- { // newest first: they are kept where the size is cut
-		d := all[i].describe()
-		if r.Tag != "" && d.Tag != r.Tag || r.State != "" && d.State != r.State {
-			continue
-		}
-		if size += encodedSize(d.Command, d.Cwd, d.Tag, d.User) + 500; size > maxMessage*9/10 {
-			break
-		}
-		list = append(list, d)
-	}
-	return list, nil
 }

@@ -19,6 +19,33 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// ShellRequest asks what a shell remembers.
+type ShellRequest struct {
+	Shell string `json:"shell"`
+	User  string `json:"user,omitempty"`
+}
+
+// ShellInfo is what a shell remembers, by names: values may be secret. Each list is cut at 100 names.
+type ShellInfo struct {
+	Cwd       string   `json:"cwd"`
+	Env       []string `json:"env,omitempty"`       // exported variables that were set
+	Unset     []string `json:"unset,omitempty"`     // variables of the environment that were taken away
+	Variables []string `json:"variables,omitempty"` // all others
+	Functions []string `json:"functions,omitempty"`
+	Aliases   []string `json:"aliases,omitempty"`
+	Options   []string `json:"options,omitempty"` // as arguments of set and shopt
+}
+
+// bound keeps the answer small.
+func (i *ShellInfo) bound() {
+	for _, list := range []*[]string{&i.Env, &i.Unset, &i.Variables, &i.Functions, &i.Aliases, &i.Options} {
+		*list = (*list)[:min(len(*list), 100)]
+		for j, name := range *list {
+			(*list)[j] = clip(name, 100)
+		}
+	}
+}
+
 // Bounds of what shells remember.
 const (
 	maxShells     = 64

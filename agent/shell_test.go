@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -264,4 +265,12 @@ func TestShellRepaired(t *testing.T) {
 		t.Errorf("%+v", s.Process)
 	}
 	r.expect("pwd", dir+"\n")
+}
+
+// TestOlderAgent: a call that the agent does not know is said to be one of versions.
+func TestOlderAgent(t *testing.T) {
+	c, _ := pair(t)
+	if _, err := call[struct{}](t.Context(), c, "of the future", nil); !errors.Is(err, ErrVersion) {
+		t.Error(err)
+	}
 }

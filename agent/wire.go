@@ -67,6 +67,9 @@ const (
 	noteHangUp    = "$/hangUp"
 )
 
+// unknownCall begins the error of a call that an agent does not know, because its host is newer.
+const unknownCall = "unknown call"
+
 // hello is the one line each side writes first.
 type hello struct {
 	Protocol int    `json:"protocol"`
@@ -225,33 +228,6 @@ type Process struct {
 	GoneCwd string `json:"gone_cwd,omitempty"`
 	// Forgotten says that what it has changed of its shell could not be remembered.
 	Forgotten bool `json:"forgotten,omitempty"`
-}
-
-// ShellRequest asks what a shell remembers.
-type ShellRequest struct {
-	Shell string `json:"shell"`
-	User  string `json:"user,omitempty"`
-}
-
-// ShellInfo is what a shell remembers, by names: values may be secret. Each list is cut at 100 names.
-type ShellInfo struct {
-	Cwd       string   `json:"cwd"`
-	Env       []string `json:"env,omitempty"`       // exported variables that were set
-	Unset     []string `json:"unset,omitempty"`     // variables of the environment that were taken away
-	Variables []string `json:"variables,omitempty"` // all others
-	Functions []string `json:"functions,omitempty"`
-	Aliases   []string `json:"aliases,omitempty"`
-	Options   []string `json:"options,omitempty"` // as arguments of set and shopt
-}
-
-// bound keeps the answer small.
-func (i *ShellInfo) bound() {
-	for _, list := range []*[]string{&i.Env, &i.Unset, &i.Variables, &i.Functions, &i.Aliases, &i.Options} {
-		*list = (*list)[:min(len(*list), 100)]
-		for j, name := range *list {
-			(*list)[j] = clip(name, 100)
-		}
-	}
 }
 
 // ListRequest selects processes; zero values select all.
@@ -508,64 +484,4 @@ func (c *chunkReader) Read(p []byte) (int, error) {
 		err = c.err
 	}
 	return n, err
-}
-
-// TreeRequest begins, reads or ends a watch that outlasts the call.
-type TreeRequest struct {
-	// Path and what follows begin one: of a directory, or of one file. Ignore are globs of names, or of paths below it.
-	Path      string   `json:"path,omitempty"`
-	Recursive bool     `json:"recursive,omitempty"`
-	Ignore    []string `json:"ignore,omitempty"`
-	// Watch names one that was begun, From is the number of the first event to read: those that are kept can be read again.
-	Watch string `json:"watch,omitempty"`
-	From  int64  `json:"from,omitempty"`
-	Close bool   `json:"close,omitempty"`
-	// Limit bounds the events, WaitMS the wait for the first one.
-	Limit  int   `json:"limit,omitempty"`
-	WaitMS int64 `json:"wait_ms,omitempty"`
-}
-
-// TreeEvent is a change in a watched tree: create, write, remove, rename (From is where it was), save (a file was replaced by a rename, From
-// is what by, if that was in the tree) or attrib.
-type TreeEvent struct {
-	Op   string `json:"op"`
-	Path string `json:"path"`
-	From string `json:"from,omitempty"`
-	Dir  bool   `json:"dir,omitempty"`
-}
-
-// TreeResult is what a watch has to tell.
-type TreeResult struct {
-	Watch  string      `json:"watch"`
-	Events []TreeEvent `json:"events"`
-	Next   int64       `json:"next"`           // the first event that is not in it
-	More   bool        `json:"more,omitempty"` // there are some already
-	// Lost says that events are missing: because there were too many, or the reader was too slow. What is there must be looked at anew.
-	Lost bool `json:"lost,omitempty"`
-	// Gone says that what is watched does not exist any more.
-	Gone bool `json:"gone,omitempty"`
-}
-
-// InputRequest writes to the stdin of a process, which may be nothing, and listens to what it answers, all in one round trip.
-type InputRequest struct {
-	Process string `json:"process"`
-	Data    []byte `json:"data,omitempty"` // at most MaxInput bytes
-	EOF     bool   `json:"eof,omitempty"`
-	// WaitMS is how long to listen at most, SettleMS how long the process must be silent for its answer to be complete: without
-	// a terminal a third of that.
-	WaitMS   int64 `json:"wait_ms,omitempty"`
-	SettleMS int64 `json:"settle_ms,omitempty"`
-	// Window is of the answer; with a negative offset the answer is what comes from now on.
-	Window Window `json:"window"`
-}
-
-// MaxInput bounds the bytes of an InputRequest; WriteStdin takes any number.
-const MaxInput = maxInput
-
-// InputResult is what a process has answered. Blocked says that it did not take all of the input, but the first Written bytes.
-type InputResult struct {
-	Snapshot
-	Offset  int64 `json:"offset"` // where the answer begins
-	Written int64 `json:"written,omitempty"`
-	Blocked bool  `json:"blocked,omitempty"`
 }

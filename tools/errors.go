@@ -28,6 +28,7 @@ var advice = []struct {
 	{sandbox.ErrNotExposed, "Call sandbox_get to see the ports that are."},
 	{agent.ErrNoWatch, "Begin anew with file_watch and a path: watches end with close, and when nobody reads them while others are wanted."},
 	{agent.ErrWatches, "End one with file_watch, its cursor and close."},
+	{agent.ErrVersion, "Commands and files still work in it; for this, make a new one with sandbox_create."},
 	{agent.ErrNoTerminal, "Start it with tty to give it one."},
 	{agent.ErrNoUser, "Leave user out to run as \"user\", or use \"root\"."},
 	{agent.ErrNoSignal, "Use a name such as SIGINT, SIGTERM or SIGKILL."},
