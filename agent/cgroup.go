@@ -359,6 +359,8 @@ type guard struct {
 	awake  atomic.Bool // it will look again by itself
 	victim int         // pid of the last one
 	killed time.Time
+	low    int64     // the least that was used since
+	freed  time.Time // when it became less, or he was killed
 }
 
 func (g *guard) wake() {
@@ -423,7 +425,15 @@ func (g *guard) relieve(used, limit int64) {
 	if used < limit+limit/4 && g.victim > 0 && time.Since(g.killed) < victimTime && syscall.Kill(g.victim, 0) == nil {
 		return
 	}
+	// A large victim takes a while to be gone, also when its pid is: meanwhile whoever is there would die for it.
+	if used < g.low {
+		g.low, g.freed = used, time.Now()
+	}
+	if g.victim > 0 && used < g.low+limit/16 && time.Since(g.freed) < victimTime {
+		return
+	}
 	g.victim, g.killed = g.server.killLargest(used, limit), time.Now()
+	g.low, g.freed = used, g.killed
 }
 
 // victimTime is how long a killed process may take to be gone before another one is killed.

@@ -205,8 +205,8 @@ func TestMemoryBombs(t *testing.T) {
 		if snap.Process.Cause != agent.CauseOOM {
 			t.Errorf("%s: cause %q, exit %d, output %q", name, snap.Process.Cause, snap.Process.ExitCode, output(snap))
 		}
-		if got := output(sandboxtest.Run(t, c, "echo alive")); got != "alive\n" {
-			t.Errorf("%s: afterwards got %q", name, got)
+		if s := sandboxtest.Run(t, c, "echo alive"); output(s) != "alive\n" {
+			t.Errorf("%s: afterwards got %+v", name, s.Process)
 		}
 	}
 	// Shared memory is bounded too: a tmpfs is memory.
