@@ -404,10 +404,10 @@ func (g *guard) run() {
 		case used > limit/2:
 			pause = 10 * time.Millisecond
 		default:
-			switch tasks := number(readFile(g.server.groups.tasks)); {
+			switch tasks, most := number(readFile(g.server.groups.tasks)), g.server.groups.limits.Load().pids; {
 			case tasks == 0:
 				continue // until the next start
-			case tasks > g.server.groups.limits.Load().pids/2: // orphans that have ended may be among them
+			case most > 0 && tasks > most/2: // orphans that have ended may be among them
 				pause = 10 * time.Millisecond
 			}
 		}
@@ -419,8 +419,8 @@ func (g *guard) run() {
 // firstLook is how long after a start the guard looks.
 const firstLook = 10 * time.Millisecond
 
-// relieve kills the largest process, unless the last victim's memory is still being freed. Far beyond the limit it does not wait: many
-// processes that grow at once would outrun it.
+// relieve kills the largest process, unless the last victim's memory is still being freed. Where more is used than since its last victim it
+// does not wait, unless that is still there: many processes that grow at once would outrun it.
 func (g *guard) relieve(used, limit int64) {
 	if used < limit+limit/4 && g.victim > 0 && time.Since(g.killed) < victimTime && syscall.Kill(g.victim, 0) == nil {
 		return

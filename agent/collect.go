@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// collector moves what all processes write into their spools. One thread waits for all pipes by epoll, which tells them in the order in
-// which they became readable: so stdout and stderr of a process keep their order but for bursts within microseconds.
+// collector moves what all processes write into their spools, and tells when they end. One epoll waits for all pipes, and tells them in the
+// order in which they became readable: so stdout and stderr of a process keep their order but for bursts within microseconds.
 type collector struct {
 	epoll *os.File // waited for by the Go runtime like any other file: a thread of its own would hold back a processor, and wake late
 	done  chan struct{}

@@ -316,7 +316,7 @@ func (s *Server) input(ctx context.Context, r InputRequest) (InputResult, error)
 	if r.Window.Offset < 0 {
 		r.Window.Offset, _ = p.output.sizes()
 	}
-	wait := time.Duration(r.WaitMS) * time.Millisecond
+	begin, wait := time.Now(), time.Duration(r.WaitMS)*time.Millisecond
 	var result InputResult
 	if len(r.Data) > 0 || r.EOF {
 		taking, cancel := context.WithTimeout(ctx, max(wait, takeTime))
@@ -332,7 +332,7 @@ func (s *Server) input(ctx context.Context, r InputRequest) (InputResult, error)
 		settle /= 3 // at a terminal programs paint in between
 	}
 	result.Offset = r.Window.Offset
-	p.listen(ctx, r.Window.Offset, wait, settle)
+	p.listen(ctx, r.Window.Offset, max(0, wait-time.Since(begin)), settle) // one time for both: what is not taken must not wait twice
 	result.Snapshot, err = p.wait(ctx, 0, nil, r.Window)
 	return result, err
 }
@@ -399,4 +399,28 @@ func (s *Server) list(r ListRequest) ([]Process, error) {
 		list = append(list, d)
 	}
 	return list, nil
+}
+
+// signal sends a signal to what is asked for.
+func (s *Server) signal(r SignalRequest) (Process, error) {
+	sig, err := parseSignal(r.Signal)
+	if err != nil {
+		return Process{}, err
+	}
+	p, err := s.find(r.Process)
+	if err != nil {
+		return Process{}, err
+	}
+	return p.describe(), p.signal(sig)
+}
+
+// kill ends what is asked for, and everything that it has started.
+func (s *Server) kill(r WaitRequest) (Process, error) {
+	p, err := s.find(r.Process)
+	if err != nil {
+		return Process{}, err
+	}
+	p.blame(CauseKilled)
+	p.killAll()
+	return p.describe(), nil
 }

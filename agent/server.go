@@ -418,29 +418,11 @@ func (s *Server) call(ctx context.Context, req *jsonrpc2.Request) (result any, e
 			return p.wait(ctx, time.Duration(r.WaitMS)*time.Millisecond, r.Beyond, r.Window)
 		})
 	case callSignal:
-		return on(req, func(r SignalRequest) (Process, error) {
-			sig, err := parseSignal(r.Signal)
-			if err != nil {
-				return Process{}, err
-			}
-			p, err := s.find(r.Process)
-			if err != nil {
-				return Process{}, err
-			}
-			return p.describe(), p.signal(sig)
-		})
+		return on(req, s.signal)
 	case callResize:
 		return on(req, s.resize)
 	case callKill:
-		return on(req, func(r WaitRequest) (Process, error) {
-			p, err := s.find(r.Process)
-			if err != nil {
-				return Process{}, err
-			}
-			p.blame(CauseKilled)
-			p.killAll()
-			return p.describe(), nil
-		})
+		return on(req, s.kill)
 	case callList:
 		return on(req, s.list)
 	case callInput:

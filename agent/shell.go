@@ -214,7 +214,9 @@ func (s *shellState) script(file string, given map[string]string) string {
 	}
 	line("%s", s.alias)
 	line("%s", s.funcs)
-	line(`\builtin declare -fx -- %s`, quoteAll(s.public))
+	if len(s.public) > 0 { // without names it would list them
+		line(`\builtin declare -fx -- %s`, quoteAll(s.public))
+	}
 	if file != "" { // after those of the user, one of which may have its name
 		line(`\builtin unset -f %ssave`, ownPrefix)
 		line("__soulbox_file=%s", quoteShell(file))

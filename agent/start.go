@@ -107,12 +107,12 @@ func (s *Server) runOnTerminal(p *process, env []string) (*os.File, error) {
 	return master, nil
 }
 
-// prepare checks a request and works out everything that a process needs.
-func (s *Server) prepare(req StartRequest) (*process, []string, error) {
+// checked is a request that can be carried out, with its defaults.
+func (s *Server) checked(req StartRequest) (StartRequest, error) {
 	if req.Terminal != nil {
 		size := Terminal{Rows: cmp.Or(req.Terminal.Rows, defaultRows), Cols: cmp.Or(req.Terminal.Cols, defaultCols)}
 		if err := size.check(); err != nil {
-			return nil, nil, err
+			return req, err
 		}
 		req.Terminal = &size
 		if req.Command == "" && len(req.Args) == 0 {
@@ -120,19 +120,28 @@ func (s *Server) prepare(req StartRequest) (*process, []string, error) {
 		}
 	}
 	if (req.Command == "") == (len(req.Args) == 0) {
-		return nil, nil, invalid("start: give either a command or args")
+		return req, invalid("start: give either a command or args")
 	}
 	if strings.IndexByte(req.Command, 0) >= 0 || slices.ContainsFunc(req.Args, func(a string) bool { return strings.IndexByte(a, 0) >= 0 }) {
-		return nil, nil, invalid("start: the command contains a NUL byte")
+		return req, invalid("start: the command contains a NUL byte")
 	}
 	if len(req.Command) > maxCommand {
-		return nil, nil, fmt.Errorf("start: the command has %d bytes, at most %d are possible: %w", len(req.Command), maxCommand, ErrCommand)
+		return req, fmt.Errorf("start: the command has %d bytes, at most %d are possible: %w", len(req.Command), maxCommand, ErrCommand)
 	}
 	if len(req.Tag) > 1 && req.Tag[0] == 'p' && strings.Trim(req.Tag[1:], "0123456789") == "" {
-		return nil, nil, invalid("start: the tag %q looks like the id of a process", req.Tag)
+		return req, invalid("start: the tag %q looks like the id of a process", req.Tag)
 	}
 	if len(req.Tag) > maxTag {
-		return nil, nil, invalid("start: the tag has %d bytes, at most %d are allowed", len(req.Tag), maxTag)
+		return req, invalid("start: the tag has %d bytes, at most %d are allowed", len(req.Tag), maxTag)
+	}
+	return req, nil
+}
+
+// prepare works out everything that a process needs.
+func (s *Server) prepare(req StartRequest) (*process, []string, error) {
+	req, err := s.checked(req)
+	if err != nil {
+		return nil, nil, err
 	}
 	user, err := s.lookup(req.User)
 	if err != nil {
@@ -298,7 +307,8 @@ func (s *Server) fork(p *process, name string, args []string, attr *syscall.Proc
 		return c, err
 	}
 	again := *attr
-	again.Dir, again.Env = "/", append(slices.Clone(attr.Env), "PWD=/")
+	env := slices.DeleteFunc(slices.Clone(attr.Env), func(kv string) bool { return strings.HasPrefix(kv, "PWD=") })
+	again.Dir, again.Env = "/", append(env, "PWD=/")
 	c, err2 := s.reaper.forkExec(name, args, &again)
 	if err2 != nil {
 		return c, err // it was not the directory

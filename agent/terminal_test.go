@@ -4,6 +4,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"time"
 )
 
 // terminal is a process on a terminal, and what it has written.
@@ -135,6 +136,27 @@ func TestTerminalRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := c.Resize(t.Context(), ResizeRequest{s.Process.ID, Terminal{24, 80}}); !errors.Is(err, ErrNoTerminal) {
+		t.Fatal(err)
+	}
+}
+
+// TestInputBlocked: a terminal that takes no more ends the call in its time, also at the end of input, and the next one is not held up.
+func TestInputBlocked(t *testing.T) {
+	c, _ := pair(t)
+	p := openTerminal(t, c, StartRequest{Command: "stty raw -echo; echo ready; sleep 600"})
+	p.shows("ready")
+	const wait = 1500
+	for _, eof := range []bool{false, true} {
+		begin := time.Now()
+		r, err := c.Input(t.Context(), InputRequest{Process: p.id, Data: make([]byte, maxInput), EOF: eof, WaitMS: wait, SettleMS: 10, Window: Window{Offset: -1}})
+		if err != nil || !r.Blocked || r.Written >= maxInput {
+			t.Fatalf("%+v %v", r, err)
+		}
+		if took := time.Since(begin); took > 10*wait*time.Millisecond {
+			t.Fatalf("it took %s", took)
+		}
+	}
+	if _, err := c.Kill(t.Context(), p.id); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -222,6 +222,7 @@ func (t *tree) follow() {
 			_ = t.notify.file.SetReadDeadline(time.Time{})
 			if errors.Is(err, os.ErrDeadlineExceeded) {
 				t.movedAway(*from)
+				t.tell()
 				from = nil
 				continue
 			}
@@ -314,7 +315,6 @@ func (t *tree) movedAway(e rawEvent) {
 		t.unlearn(name)
 	}
 	t.emit(TreeEvent{Op: opRemove, Path: name, Dir: e.has(unix.IN_ISDIR)})
-	t.tell()
 }
 
 // renamed enters both halves of a rename.

@@ -238,13 +238,9 @@ func TestGatewayErrors(t *testing.T) {
 		"1-sb000000000000000000.box.test":     `502 {"sandboxId":"sb000000000000000000","message":"The sandbox was not found","code":502}`,
 		"x.box.test":                          "400 This host names no port of a sandbox: it is {port}-{sandbox id} before the domain.",
 		"0-" + g.sb.ID() + ".box.test":        "400 This host names no port of a sandbox: it is {port}-{sandbox id} before the domain.",
-		"1-../x.box.test":                     "",
 		"box.test":                            "200 the server itself",
 		"1-" + g.sb.ID() + ".other.test":      "200 the server itself",
 	} {
-		if want == "" {
-			continue
-		}
 		res, body := g.get(host, "/", TokenHeader, secret)
 		if got := strconv.Itoa(res.StatusCode) + " " + strings.TrimSpace(body); got != want {
 			t.Errorf("%s: %s", host, got)

@@ -192,12 +192,14 @@ func (s *Service) processWrite(ctx context.Context, in processWriteInput) (execO
 			return execOutput{}, err
 		}
 		w.Offset = before.Process.Output
+		begin := time.Now()
 		writeCtx, cancel := context.WithTimeoutCause(ctx, max(yield, time.Second), errSlowReader)
 		written, err = client.WriteStdin(writeCtx, name, []byte(in.Input[:early]), false)
 		cancel()
 		if err != nil && (ctx.Err() != nil || context.Cause(writeCtx) != errSlowReader) {
 			return execOutput{}, err
 		}
+		yield = max(0, yield-time.Since(begin))
 	}
 	req := agent.InputRequest{Process: name, Window: w}
 	if written == int64(early) {
