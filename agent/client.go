@@ -29,6 +29,8 @@ type Client struct {
 
 	mu    sync.Mutex
 	cause error // why the session ended, if it was not the pipe
+
+	use usage
 }
 
 // NewClient greets the agent at the other end of conn, which it owns from then on. ctx bounds the handshake only.
@@ -128,6 +130,12 @@ func (c *Client) lost(op string, err error) error {
 
 // call makes one call. When ctx ends the guest is told, and the answer is not waited for.
 func call[R any](ctx context.Context, c *Client, method string, args any) (result R, err error) {
+	if !ownCalls[method] {
+		if err := c.use.enter(); err != nil {
+			return result, fmt.Errorf("%s: %w", method, err)
+		}
+		defer c.use.leave()
+	}
 	id := c.lastID.Add(1)
 	waiter, err := orGiveUp(ctx, func() (jsonrpc2.Waiter, error) {
 		return c.rpc.DispatchCall(ctx, method, args, jsonrpc2.PickID(jsonrpc2.ID{Num: id}))
@@ -235,9 +243,13 @@ func (c *Client) Ping(ctx context.Context) error {
 	return err
 }
 
-// Usage tells the consumption of all user processes.
-func (c *Client) Usage(ctx context.Context) (Usage, error) {
-	return call[Usage](ctx, c, callUsage, struct{}{})
+// Usage tells the consumption of all user processes and, where since is not nil, the events after that number.
+func (c *Client) Usage(ctx context.Context, since *int64) (Usage, error) {
+	u, err := call[Usage](ctx, c, callUsage, UsageRequest{Since: since})
+	if len(u.Events) > maxEvents {
+		return Usage{}, c.lost(callUsage, errors.New("too many events"))
+	}
+	return u, err
 }
 
 // Shell tells what a shell remembers.
@@ -323,13 +335,24 @@ func (c *Client) handshake(ctx context.Context, h header) (stream *yamux.Stream,
 	if err := ctx.Err(); err != nil {
 		return nil, a, nil, context.Cause(ctx)
 	}
+	if err := c.use.enter(); err != nil {
+		return nil, a, nil, fmt.Errorf("%s: %w", h.Stream, err)
+	}
+	leave := sync.OnceFunc(c.use.leave)
+	defer func() {
+		if err != nil || !transfers[h.Stream] {
+			leave()
+		}
+	}()
 	stream, err = orGiveUp(ctx, func() (*yamux.Stream, error) { return c.open(h) }, func(s *yamux.Stream) { _ = s.Close() })
 	if err != nil {
 		return nil, a, nil, err
 	}
 	opened := stream
 	end = sync.OnceFunc(func() {
+		leave()
 		// The guest sees our half close, and closes its own: what it has sent until then goes with the stream.
+		_ = opened.SetReadDeadline(time.Unix(1, 0)) // first: what the guest says to its end is not taken for an end of its own
 		_ = opened.Close()
 		_ = opened.SetDeadline(time.Unix(1, 0))
 	})

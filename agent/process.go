@@ -321,7 +321,7 @@ func (s *Server) input(ctx context.Context, r InputRequest) (InputResult, error)
 	if len(r.Data) > 0 || r.EOF {
 		taking, cancel := context.WithTimeout(ctx, max(wait, takeTime))
 		result.Written, err = p.writeStdin(taking, bytes.NewReader(r.Data), r.EOF)
-		result.Blocked = taking.Err() != nil && ctx.Err() == nil
+		result.Blocked = taking.Err() != nil // also where the machine is about to stand still: what was written is told
 		cancel()
 		if err != nil && !result.Blocked {
 			return InputResult{}, err

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -53,14 +54,18 @@ type Server struct {
 	fields   fieldCache
 	shells   *shells
 	trees    *trees
+	events   events
 
-	mu     sync.Mutex
-	config Config
-	procs  map[string]*process // by id
-	tags   map[string]*process // the last one started under each tag
-	seq    int
-	hosts  int // sessions
-	orphan *time.Timer
+	mu sync.Mutex
+	// waits ends when the calls that wait for something in the sandbox are to return with what is there.
+	waits       context.Context
+	cancelWaits context.CancelFunc
+	config      Config
+	procs       map[string]*process // by id
+	tags        map[string]*process // the last one started under each tag
+	seq         int
+	hosts       int // sessions
+	orphan      *time.Timer
 }
 
 // NewServer makes a Server; with opts.Init it also sets up the machine.
@@ -81,8 +86,10 @@ func NewServer(opts Options) (*Server, error) {
 	if s.opts.Home == "" {
 		s.opts.Home = "/"
 	}
+	s.loadEnv()
 	s.shells = newShells(cmp.Or(opts.ShellDir, filepath.Join(s.opts.SpoolDir, "shell")))
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
+	s.waits, s.cancelWaits = context.WithCancel(s.ctx)
 	if s.collector, err = newCollector(); err != nil {
 		return nil, err
 	}
@@ -130,10 +137,14 @@ func (s *Server) log(format string, args ...any) {
 
 // Serve speaks the protocol on one pipe until it ends. Several pipes may be served at once.
 func (s *Server) Serve(conn io.ReadWriteCloser) error {
+	return s.serve(conn, bufio.NewReaderSize(conn, maxHello))
+}
+
+// serve is Serve with what reads from the pipe.
+func (s *Server) serve(conn io.ReadWriteCloser, reader *bufio.Reader) error {
 	defer conn.Close()
 	s.present(1)
 	defer s.present(-1)
-	reader := bufio.NewReaderSize(conn, maxHello)
 	var host hello
 	if err := readHello(reader, &host); err != nil {
 		return err
@@ -313,7 +324,7 @@ func (s *Server) all() []*process {
 	return all
 }
 
-func (s *Server) usage() Usage {
+func (s *Server) usage(r UsageRequest) Usage {
 	var u Usage
 	if s.groups != nil {
 		u = s.groups.usage()
@@ -325,11 +336,26 @@ func (s *Server) usage() Usage {
 		u.DiskUsed = u.DiskTotal - int64(fs.Bfree)*fs.Bsize
 	}
 	_, u.AgentMemory = procUsage(os.Getpid())
+	if r.Since != nil {
+		u.Events = s.events.since(*r.Since)
+	}
 	return u
 }
 
 func (s *Server) configure(c Config) error {
 	s.mu.Lock()
+	env := maps.Clone(s.config.Env)
+	if env == nil {
+		env = map[string]string{}
+	}
+	maps.Copy(env, c.Env)
+	if !maps.Equal(env, s.config.Env) {
+		if err := s.saveEnv(env); err != nil {
+			s.mu.Unlock()
+			return err
+		}
+	}
+	c.Env = env
 	s.config = c
 	s.mu.Unlock()
 	if s.groups == nil {
@@ -408,14 +434,14 @@ func (s *Server) call(ctx context.Context, req *jsonrpc2.Request) (result any, e
 	case callConfigure:
 		return on(req, func(c Config) (struct{}, error) { return struct{}{}, s.configure(c) })
 	case callStart:
-		return on(req, func(r StartRequest) (Snapshot, error) { return s.start(ctx, r) })
+		return on(req, func(r StartRequest) (Snapshot, error) { return s.start(s.waiting(ctx), r) })
 	case callWait:
 		return on(req, func(r WaitRequest) (Snapshot, error) {
 			p, err := s.find(r.Process)
 			if err != nil {
 				return Snapshot{}, err
 			}
-			return p.wait(ctx, time.Duration(r.WaitMS)*time.Millisecond, r.Beyond, r.Window)
+			return p.wait(s.waiting(ctx), time.Duration(r.WaitMS)*time.Millisecond, r.Beyond, r.Window)
 		})
 	case callSignal:
 		return on(req, s.signal)
@@ -426,9 +452,9 @@ func (s *Server) call(ctx context.Context, req *jsonrpc2.Request) (result any, e
 	case callList:
 		return on(req, s.list)
 	case callInput:
-		return on(req, func(r InputRequest) (InputResult, error) { return s.input(ctx, r) })
+		return on(req, func(r InputRequest) (InputResult, error) { return s.input(s.waiting(ctx), r) })
 	case callTree:
-		return on(req, func(r TreeRequest) (TreeResult, error) { return s.watchTree(ctx, r) })
+		return on(req, func(r TreeRequest) (TreeResult, error) { return s.watchTree(s.waiting(ctx), r) })
 	case callShell:
 		return on(req, s.describeShell)
 	case callStat:
@@ -450,7 +476,10 @@ func (s *Server) call(ctx context.Context, req *jsonrpc2.Request) (result any, e
 	case callPing:
 		return struct{}{}, nil
 	case callUsage:
-		return on(req, func(struct{}) (Usage, error) { return s.usage(), nil })
+		return on(req, func(r UsageRequest) (Usage, error) { return s.usage(r), nil })
+	case callSuspend:
+		s.suspend()
+		return struct{}{}, nil
 	}
 	return nil, invalid(unknownCall+" %q", clip(req.Method, 40))
 }

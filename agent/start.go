@@ -342,6 +342,7 @@ func (s *Server) follow(p *process, stdin *os.File) {
 	}
 	p.namesake = nil
 	p.ready.Store(true)
+	s.noteStart(p)
 	s.reaper.await(p.child, func(status exitStatus) {
 		reports := p.shell != nil && p.shell.file != ""
 		if !reports {
@@ -351,6 +352,7 @@ func (s *Server) follow(p *process, stdin *os.File) {
 			if reports { // which takes as long as the guest wants, within bounds: not on the thread that all others wait for
 				p.finish(status)
 			}
+			s.noteEnd(p)
 			// What it left behind may still write: the spool is finished when nobody can.
 			for _, pipe := range p.pipes {
 				<-pipe.eof

@@ -63,6 +63,7 @@ const (
 	callTree      = "tree"
 	callInput     = "input"
 	callPing      = "ping"
+	callSuspend   = "suspend"
 	noteCancel    = "$/cancelRequest"
 	noteHangUp    = "$/hangUp"
 )
@@ -107,7 +108,7 @@ type answer struct {
 
 // Config is what the host tells the agent about its sandbox.
 type Config struct {
-	// Env is added to the environment of every process.
+	// Env is added to the environment of every process, and to what was given before.
 	Env map[string]string `json:"env,omitempty"`
 	// MaxProcesses bounds the tasks of all user processes together; zero means no bound.
 	MaxProcesses int64 `json:"max_processes,omitempty"`
@@ -248,6 +249,11 @@ type ResizeRequest struct {
 	Terminal Terminal `json:"terminal"`
 }
 
+// UsageRequest asks for the consumption and, if Since is set, for the events after that number.
+type UsageRequest struct {
+	Since *int64 `json:"since,omitempty"`
+}
+
 // Usage is the consumption of all user processes of the sandbox.
 type Usage struct {
 	Memory    int64 `json:"memory"`     // bytes
@@ -258,6 +264,8 @@ type Usage struct {
 	OOMKills  int64 `json:"oom_kills"`  // since boot
 	// AgentMemory is the agent's own resident memory in bytes.
 	AgentMemory int64 `json:"agent_memory"`
+	// Events are those that were asked for, the oldest first; the agent keeps the latest ones only.
+	Events []Event `json:"events,omitempty"`
 }
 
 // Types of files.

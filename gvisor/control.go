@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"strings"
 	"time"
 
 	"gvisor.dev/gvisor/pkg/unet"
@@ -24,10 +25,15 @@ type execArgs struct {
 	urpc.FilePayload
 }
 
-// control makes one call on the sentry's control socket: a connection of its own, since urpc serves one call at a time.
+// control makes one call on the sentry's control socket that takes no time to speak of.
 func control(ctx context.Context, run, method string, args, result any) error {
 	ctx, cancel := context.WithTimeout(ctx, controlTimeout)
 	defer cancel()
+	return controlSlow(ctx, run, method, args, result)
+}
+
+// controlSlow makes one call that may take as long as ctx allows: on a connection of its own, since urpc serves one call at a time.
+func controlSlow(ctx context.Context, run, method string, args, result any) error {
 	// The path may be longer than a socket's may be, so it is named by its directory's descriptor.
 	dir, err := os.Open(run)
 	if err != nil {
@@ -42,11 +48,41 @@ func control(ctx context.Context, run, method string, args, result any) error {
 	defer client.Close()
 	stop := context.AfterFunc(ctx, func() { _ = socket.Shutdown() })
 	defer stop()
-	if err := client.Call("containerManager."+method, args, result); err != nil {
+	if err := client.Call(method, args, result); err != nil {
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
 		return fmt.Errorf("control %s: %w", method, err)
 	}
 	return nil
+}
+
+// Methods of the control socket.
+const (
+	callExecute    = "containerManager.ExecuteAsync"
+	callPause      = "containerManager.Pause"
+	callResume     = "containerManager.Resume"
+	callCheckpoint = "containerManager.Checkpoint"
+	callSaveFiles  = "containerManager.FSSave"
+	callSignal     = "containerManager.Signal"
+	callStacks     = "debug.Stacks"
+)
+
+// isFrozen says whether a machine is. No call tells, and Resume of one that is not would be the end of its sentry; but each task of the guest is a
+// goroutine there, and where all of them have stopped they are frozen: init never stops otherwise.
+func isFrozen(ctx context.Context, run string) (bool, error) {
+	var stacks string
+	if err := control(ctx, run, callStacks, &struct{}{}, &stacks); err != nil {
+		return false, err
+	}
+	tasks, stopped := 0, 0
+	for goroutine := range strings.SplitSeq(stacks, "\n\n") {
+		if strings.Contains(goroutine, "kernel.(*Task).run(") {
+			tasks++
+			if strings.Contains(goroutine, "kernel.(*Task).doStop(") {
+				stopped++
+			}
+		}
+	}
+	return tasks > 0 && tasks == stopped, nil
 }

@@ -148,18 +148,25 @@ func killPID(ctx context.Context, pid int) error {
 	}
 }
 
-// readPSS reads the memory of a process in bytes, shared pages in part (proc(5), smaps_rollup).
+// readPSS reads the memory of a process in bytes, shared pages in part, without shared memory (proc(5), smaps_rollup).
 func readPSS(pid int) (int64, error) {
 	body, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
 	if err != nil {
 		return 0, gone(err)
 	}
+	var sum int64
 	for line := range strings.Lines(string(body)) {
-		if rest, ok := strings.CutPrefix(line, "Pss:"); ok {
-			return kilobytes(rest)
+		for _, part := range []string{"Pss_Anon:", "Pss_File:"} {
+			if rest, ok := strings.CutPrefix(line, part); ok {
+				n, err := kilobytes(rest)
+				if err != nil {
+					return 0, err
+				}
+				sum += n
+			}
 		}
 	}
-	return 0, nil
+	return sum, nil
 }
 
 // onCPUs does something with the calling thread, and so the processes it starts, bound to as many cores as a CPU limit

@@ -50,6 +50,8 @@ func (r runsc) command(ctx context.Context, args ...string) (*exec.Cmd, io.Close
 	}
 	cmd := exec.CommandContext(ctx, fmt.Sprintf("/proc/self/fd/%d", binary.Fd()), append(flags, args...)...)
 	cmd.Args[0] = "runsc"
+	// As one of the child's files, too: Go moves descriptors about in the child, but none onto one of those.
+	cmd.ExtraFiles = []*os.File{binary}
 	cmd.Env = []string{"PATH=/usr/bin:/bin", "HOME=/"}
 	cmd.Dir = "/"
 	uid, gid := Owner()
@@ -67,9 +69,9 @@ func (r runsc) command(ctx context.Context, args ...string) (*exec.Cmd, io.Close
 	return cmd, binary, nil
 }
 
-// run starts the container of a bundle, detached, with the given stdio, and returns when it runs.
-func (r runsc) run(ctx context.Context, bundle string, stdin, stdout, stderr *os.File, errOutput *headBuffer) error {
-	cmd, binary, err := r.command(ctx, "run", "--detach", "--bundle="+bundle, containerID)
+// start starts the container by the given call, detached, with the given stdio, and returns when it runs.
+func (r runsc) start(ctx context.Context, args []string, stdin, stdout, stderr *os.File, errOutput *headBuffer) error {
+	cmd, binary, err := r.command(ctx, append(args, containerID)...)
 	if err != nil {
 		return err
 	}
@@ -79,7 +81,7 @@ func (r runsc) run(ctx context.Context, bundle string, stdin, stdout, stderr *os
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		return fmt.Errorf("runsc run: %w: %s", err, errOutput.text())
+		return fmt.Errorf("runsc %s: %w: %s", args[0], err, errOutput.text())
 	}
 	return nil
 }

@@ -12,6 +12,8 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -38,6 +40,7 @@ var _ sandbox.Runtime = (*Runtime)(nil)
 // manifest is machine.json.
 type manifest struct {
 	Agent  string      `json:"agent"`            // path of the agent in the sandbox
+	Host   string      `json:"host_agent"`       // and on the host
 	Cgroup *hostCgroup `json:"cgroup,omitempty"` // on the host, if there is one
 	Memory int64       `json:"memory"`           // machine.memory
 }
@@ -73,6 +76,8 @@ type machine struct {
 	pipe    pipe
 	stderr  sync.WaitGroup
 	fromErr *os.File
+	agent   string // on the host
+	frozen  bool
 	pids    []int // of its processes on the host
 	memory  int64 // bytes that its memory may have on the host; 0 is no bound
 }
@@ -98,11 +103,16 @@ func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (_ sandbox.Machin
 		return nil, err
 	}
 	bundle := filepath.Join(spec.Dir, "bundle")
-	if err := writeBundle(bundle, spec, r.Agent); err != nil {
+	begin, err := r.beginFrom(bundle, spec.From)
+	if err != nil {
+		return nil, err
+	}
+	m.agent = begin.agent
+	if err := writeBundle(bundle, spec, begin.agent); err != nil {
 		return nil, err
 	}
 	// The manifest names the cgroup before it is made: whoever reaps knows of it.
-	mf := manifest{Memory: m.memory, Agent: filepath.Join(agentDir, filepath.Base(r.Agent)), Cgroup: planCgroup(cmp.Or(r.Cgroups, cgroupRoot), "soulbox-"+spec.ID)}
+	mf := manifest{Memory: m.memory, Host: begin.agent, Agent: filepath.Join(agentDir, filepath.Base(begin.agent)), Cgroup: planCgroup(cmp.Or(r.Cgroups, cgroupRoot), "soulbox-"+spec.ID)}
 	body, err := json.Marshal(mf)
 	if err != nil {
 		return nil, err
@@ -120,7 +130,7 @@ func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (_ sandbox.Machin
 	errOutput := m.follow(streams.fromErr)
 	call := runsc{path: r.Runsc, root: runDir(spec.Dir), disk: filepath.Join(spec.Dir, "disk"), size: spec.Limits.Disk}
 	err = r.onCPUs(spec.Limits.CPU, func() error {
-		return call.run(ctx, bundle, streams.in, streams.out, streams.err, errOutput)
+		return call.start(ctx, begin.args, streams.in, streams.out, streams.err, errOutput)
 	})
 	streams.handOver()
 	m.pipe = pipe{File: streams.fromOut, toIn: streams.toIn}
@@ -131,6 +141,9 @@ func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (_ sandbox.Machin
 		if cerr := errors.Join(mf.Cgroup.create(spec.Limits), mf.Cgroup.enter(m.pids)); cerr != nil {
 			r.log().Warn("a sandbox has no cgroup on the host; its other limits hold", "sandbox", spec.ID, "error", cerr)
 		}
+	}
+	if err == nil && begin.wake {
+		err = wake(ctx, spec.Dir)
 	}
 	if err != nil {
 		_ = m.pipe.Close()
@@ -156,9 +169,12 @@ func (r *Runtime) undo(dir string) error {
 	return r.Reap(ctx, dir)
 }
 
-// makeDirs makes the parts of a machine's directory.
+// parts are what a machine's directory has of ours: the manifest goes last, since it says what else is to be undone.
+var parts = []string{"bundle", "run", "disk", "machine.json"}
+
+// makeDirs makes the parts of a machine's directory that are directories.
 func makeDirs(dir string) error {
-	for _, name := range []string{"bundle", "run", "disk"} {
+	for _, name := range parts[:3] {
 		if err := os.Mkdir(filepath.Join(dir, name), 0o700); err != nil {
 			return err
 		}
@@ -228,9 +244,23 @@ func (m *machine) follow(from *os.File) *headBuffer {
 
 // Attach implements sandbox.Runtime: it starts a bridge in the machine by the control socket.
 func (r *Runtime) Attach(ctx context.Context, dir string) (_ sandbox.Machine, err error) {
+	pids, err := processesOf(dir)
+	if err == nil && len(pids) == 0 {
+		err = sandbox.ErrNoMachine
+	}
+	if err != nil {
+		return nil, fmt.Errorf("attach: %w", err)
+	}
 	mf, err := readManifest(dir)
 	if err != nil {
 		return nil, fmt.Errorf("attach: read machine.json: %w", err)
+	}
+	frozen, err := isFrozen(ctx, runDir(dir))
+	if err == nil && frozen {
+		err = control(ctx, runDir(dir), callResume, &struct{}{}, &struct{}{})
+	}
+	if err != nil {
+		return nil, fmt.Errorf("attach: %w", err)
 	}
 	streams, err := newStdio()
 	if err != nil {
@@ -239,16 +269,13 @@ func (r *Runtime) Attach(ctx context.Context, dir string) (_ sandbox.Machine, er
 	args := &execArgs{Filename: mf.Agent, Argv: []string{mf.Agent, "attach"}, Envv: []string{"PATH=/usr/bin:/bin"}, WorkingDirectory: "/", ContainerID: containerID, GuestFDs: []int{0, 1, 2}}
 	args.Files = []*os.File{streams.in, streams.out, streams.err}
 	var pid int32
-	if err := control(ctx, runDir(dir), "ExecuteAsync", args, &pid); err != nil {
+	if err := control(ctx, runDir(dir), callExecute, args, &pid); err != nil {
 		streams.closeAll()
 		return nil, fmt.Errorf("attach: %w", err)
 	}
 	streams.handOver()
-	m := &machine{runtime: r, dir: dir, memory: mf.Memory, pipe: pipe{File: streams.fromOut, toIn: streams.toIn}}
+	m := &machine{runtime: r, dir: dir, memory: mf.Memory, agent: mf.Host, pids: pids, pipe: pipe{File: streams.fromOut, toIn: streams.toIn}}
 	m.follow(streams.fromErr)
-	if m.pids, err = processesOf(dir); err != nil {
-		return nil, errors.Join(fmt.Errorf("attach: %w", err), m.pipe.Close())
-	}
 	return m, nil
 }
 
@@ -268,6 +295,11 @@ func (r *Runtime) Reap(ctx context.Context, dir string) error {
 	if err != nil && err != unix.EINVAL && err != unix.ENOENT && err != unix.EPERM {
 		return fmt.Errorf("reap %s: unmount: %w", filepath.Base(dir), err)
 	}
+	for _, name := range parts {
+		if err := os.RemoveAll(filepath.Join(dir, name)); err != nil {
+			return fmt.Errorf("reap %s: %w", filepath.Base(dir), err)
+		}
+	}
 	return nil
 }
 
@@ -275,16 +307,37 @@ func (r *Runtime) Reap(ctx context.Context, dir string) error {
 func (m *machine) Pipe() io.ReadWriteCloser { return m.pipe }
 
 // Pause implements sandbox.Machine.
-func (m *machine) Pause(ctx context.Context) error {
-	return control(ctx, runDir(m.dir), "Pause", &struct{}{}, &struct{}{})
-}
+func (m *machine) Pause(ctx context.Context) error { return m.setFrozen(ctx, true) }
 
 // Resume implements sandbox.Machine.
-func (m *machine) Resume(ctx context.Context) error {
-	return control(ctx, runDir(m.dir), "Resume", &struct{}{}, &struct{}{})
+func (m *machine) Resume(ctx context.Context) error { return m.setFrozen(ctx, false) }
+
+// setFrozen freezes or thaws the machine. gVisor counts both, and one more Resume than Pauses ends the sentry: so a call that was made is not
+// given up with its caller, and where its outcome is not known it is looked up.
+func (m *machine) setFrozen(ctx context.Context, want bool) error {
+	if m.frozen == want {
+		return nil
+	}
+	ctx = context.WithoutCancel(ctx)
+	method := callResume
+	if want {
+		method = callPause
+	}
+	err := control(ctx, runDir(m.dir), method, &struct{}{}, &struct{}{})
+	m.frozen = want
+	if err != nil {
+		frozen, lookErr := isFrozen(ctx, runDir(m.dir))
+		if lookErr != nil {
+			return errors.Join(err, lookErr)
+		}
+		if m.frozen = frozen; frozen == want {
+			err = nil
+		}
+	}
+	return err
 }
 
-// Usage implements sandbox.Machine: the share of memory of the machine's processes on the host.
+// Usage implements sandbox.Machine: the memory of the machine's processes on the host, and that of the guest, whether it is mapped or not.
 func (m *machine) Usage(context.Context) (sandbox.Usage, error) {
 	var u sandbox.Usage
 	pids, err := processesOf(m.dir)
@@ -296,7 +349,7 @@ func (m *machine) Usage(context.Context) (sandbox.Usage, error) {
 		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) { // another user's is none of it
 			return u, fmt.Errorf("measure: %w", err)
 		}
-		u.Memory += pss
+		u.Memory += pss + guestMemoryOf(pid)
 	}
 	return u, nil
 }
@@ -304,6 +357,31 @@ func (m *machine) Usage(context.Context) (sandbox.Usage, error) {
 // guestMemory bounds what the sentry holds for the guest: the limit that the agent keeps, half of it for tmpfs, and what many processes
 // may take before the agent has killed enough of them, also on a slow machine. It is the last word on whatever escapes the guest's cgroups.
 func guestMemory(limit int64) int64 { return limit + limit/2 + 1<<30 }
+
+// IO implements sandbox.Machine: the sum of proc(5), io.
+func (m *machine) IO() (sandbox.IO, error) {
+	var sum sandbox.IO
+	for _, pid := range m.pids {
+		body, err := os.ReadFile(fmt.Sprintf("/proc/%d/io", pid))
+		if errors.Is(gone(err), fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return sum, fmt.Errorf("measure: %w", err)
+		}
+		for line := range strings.Lines(string(body)) {
+			name, value, _ := strings.Cut(strings.TrimSpace(line), ": ")
+			n, _ := strconv.ParseInt(value, 10, 64) // 0 where the kernel says something else
+			switch name {
+			case "read_bytes":
+				sum.Read += n
+			case "write_bytes":
+				sum.Written += n
+			}
+		}
+	}
+	return sum, nil
+}
 
 // Check implements sandbox.Machine.
 func (m *machine) Check() error {

@@ -66,7 +66,7 @@ func newSandboxIn(t *testing.T, dir string, o sandbox.CreateOptions) (*sandbox.S
 	if err != nil {
 		t.Fatal(err)
 	}
-	client, err := sb.Agent("test")
+	client, err := sb.Agent(t.Context(), "test")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -187,7 +187,7 @@ func TestForkBomb(t *testing.T) {
 			t.Fatal(err)
 		}
 		sandboxtest.Eventually(t, "the bomb is gone", func() bool {
-			u, err := c.Usage(t.Context())
+			u, err := c.Usage(t.Context(), nil)
 			return err == nil && u.Processes == 0
 		})
 	}
@@ -325,7 +325,7 @@ func TestSentryKilled(t *testing.T) {
 		t.Fatalf("a wait in flight: %v", err)
 	}
 	sandboxtest.Eventually(t, "the sandbox has failed", func() bool { return sb.Info().State == sandbox.Failed })
-	if _, err := sb.Agent("use"); !errors.Is(err, sandbox.ErrState) || !strings.Contains(err.Error(), "agent lost") {
+	if _, err := sb.Agent(t.Context(), "use"); !errors.Is(err, sandbox.ErrState) || !strings.Contains(err.Error(), "agent lost") {
 		t.Fatal(err)
 	}
 }

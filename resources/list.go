@@ -27,6 +27,7 @@ func (s *Service) List(ctx context.Context, cursor string) ([]mcp.Resource, stri
 	if !known {
 		return nil, "", nil
 	}
+	s.Manager.AwaitSettled(ctx)
 	list := s.Manager.List(sandbox.Filter{Owner: who})
 	if cursor != "" {
 		after, err := base64.RawURLEncoding.DecodeString(cursor)
@@ -74,14 +75,15 @@ func (s *Service) of(ctx context.Context, who string, i sandbox.Info) []mcp.Reso
 	uri := sandboxURI(i.ID)
 	list := []mcp.Resource{
 		add(uri, i.ID, fmt.Sprintf("Sandbox %s, %s", i.ID, i.State), "application/json"),
-		add(uri+"/logs", i.ID+" logs", "What has happened to it", "text/plain"),
+		add(uri+"/logs", i.ID+" logs", "What has happened to it", "application/jsonl"),
 	}
 	sb, err := s.Manager.Get(who, i.ID)
+	list = append(list, add(uri+"/metrics", i.ID+" metrics", "What it uses and has used", "application/json"))
 	if err != nil || i.State != sandbox.Running {
 		return list
 	}
-	list = append(list, add(uri+"/metrics", i.ID+" metrics", "What it uses now", "application/json"), add(fileURI(i.ID, "/home/user"), i.ID+" files", "Its home directory", "text/plain"))
-	client, err := sb.Agent("list processes of")
+	list = append(list, add(fileURI(i.ID, "/home/user"), i.ID+" files", "Its home directory", "text/plain"))
+	client, err := sb.Look("list processes of")
 	if err != nil {
 		return list
 	}
@@ -130,7 +132,7 @@ func (s *Service) Complete(ctx context.Context, template, variable, value string
 		if err != nil {
 			return nil, nil // nothing completes what is not there
 		}
-		client, err := sb.Agent("complete")
+		client, err := sb.Look("complete")
 		if err != nil {
 			return nil, nil
 		}

@@ -82,8 +82,8 @@ func (s *Service) Templates() []mcp.ResourceTemplate {
 		{"sandbox://{id}", "sandbox", "State, limits and life time of a sandbox.", "application/json"},
 		{"sandbox://{id}/files/{+path}", "file", "A file of a sandbox, or the list of a directory. Add ?offset=N&limit=M for a range in bytes.", ""},
 		{"sandbox://{id}/processes/{process_id}/output", "output", "What a process has written. Add ?offset=N&limit=M for a range in bytes.", "text/plain"},
-		{"sandbox://{id}/logs", "logs", "What has happened to a sandbox.", "text/plain"},
-		{"sandbox://{id}/metrics", "metrics", "What a sandbox uses now.", "application/json"},
+		{"sandbox://{id}/logs", "logs", "What has happened to a sandbox, as JSON lines. Add ?offset=N for the entries after that seq.", "application/jsonl"},
+		{"sandbox://{id}/metrics", "metrics", "What a sandbox uses now, has used, and its samples of the last hour.", "application/json"},
 		{"template://{name}", "template", "A template of sandboxes.", "application/json"},
 	} {
 		all = append(all, mcp.NewResourceTemplate(t.uri, t.name, mcp.WithTemplateDescription(t.description), mcp.WithTemplateMIMEType(t.mime)))
@@ -119,22 +119,11 @@ func (s *Service) read(ctx context.Context, uri string) ([]mcp.ResourceContents,
 	case kindSandbox:
 		return asJSON(uri, describe(sb.Info()))
 	case kindLogs:
-		var b strings.Builder
-		for _, e := range sb.Logs() {
-			fmt.Fprintf(&b, "%s %s\n", e.Time.UTC().Format(time.RFC3339Nano), agent.Inert([]byte(e.Message)))
-		}
-		return asText(uri, "text/plain", b.String(), nil), nil
+		return s.logs(ctx, sb, uri, n)
 	case kindMetrics:
-		inside, outside, err := sb.Usage(ctx)
-		if err != nil {
-			return nil, err
-		}
-		return asJSON(uri, map[string]any{
-			"time": time.Now().UTC().Format(time.RFC3339Nano), "memory_bytes": inside.Memory, "host_memory_bytes": outside.Memory, "disk_used_bytes": inside.DiskUsed,
-			"cpu_ms": inside.CPUMS, "processes": inside.Processes, "oom_kills": inside.OOMKills,
-		})
+		return metrics(ctx, sb, uri)
 	}
-	client, err := sb.Agent("read")
+	client, err := sb.Agent(ctx, "read")
 	if err != nil {
 		return nil, err
 	}
@@ -142,6 +131,52 @@ func (s *Service) read(ctx context.Context, uri string) ([]mcp.ResourceContents,
 		return s.output(ctx, client, uri, n)
 	}
 	return s.file(ctx, client, uri, n)
+}
+
+// logsRead is how many entries one read gives.
+const logsRead = 1000
+
+// logs are the entries of a log as JSON lines: the last ones, or those after the offset, which counts entries.
+func (s *Service) logs(ctx context.Context, sb *sandbox.Sandbox, uri string, n name) ([]mcp.ResourceContents, error) {
+	sb.Refresh(ctx)
+	entries, more, err := sb.Logs(sandbox.LogQuery{After: n.offset, Limit: logsRead})
+	if err != nil {
+		return nil, err
+	}
+	var b strings.Builder
+	meta := map[string]any{}
+	for _, e := range entries {
+		line, err := json.Marshal(e)
+		if err != nil {
+			return nil, err
+		}
+		b.Write(append(line, '\n'))
+		if meta["last"] = e.Seq; more && n.offset > 0 {
+			meta["next"] = part(uri, e.Seq)
+		}
+	}
+	return asText(uri, "application/jsonl", b.String(), meta), nil
+}
+
+// metrics are what a sandbox uses now, if it runs, what it has used in its life, and its samples of the last hour.
+func metrics(ctx context.Context, sb *sandbox.Sandbox, uri string) ([]mcp.ResourceContents, error) {
+	d := map[string]any{"time": time.Now().UTC().Format(time.RFC3339Nano)}
+	if sb.Info().State == sandbox.Running {
+		inside, outside, err := sb.Usage(ctx)
+		if err != nil {
+			return nil, err
+		}
+		d["now"] = map[string]any{
+			"memory_bytes": inside.Memory, "host_memory_bytes": outside.Memory, "disk_used_bytes": inside.DiskUsed,
+			"cpu_ms": inside.CPUMS, "processes": inside.Processes, "oom_kills": inside.OOMKills,
+		}
+	}
+	samples, err := sb.Samples(time.Now().Add(-time.Hour), time.Time{})
+	if err != nil {
+		return nil, err
+	}
+	d["totals"], d["samples"] = sb.Info().Totals, samples
+	return asJSON(uri, d)
 }
 
 func asText(uri, mimeType, text string, meta map[string]any) []mcp.ResourceContents {
@@ -168,8 +203,11 @@ func describe(i sandbox.Info) map[string]any {
 	switch {
 	case i.State.Ended():
 		d["ended_at"], d["cause"] = i.Changed.UTC().Format(time.RFC3339), i.Cause
+	case i.State == sandbox.Paused:
+		d["paused_at"], d["cause"], d["on_disk"], d["auto_resume"] = i.Changed.UTC().Format(time.RFC3339), i.Cause, i.OnDisk, i.AutoResume
+		d["life_left_ms"], d["removed_at"] = i.Left.Milliseconds(), i.RemoveAt.UTC().Format(time.RFC3339)
 	case !i.ExpiresAt.IsZero():
-		d["ends_at"] = i.ExpiresAt.UTC().Format(time.RFC3339)
+		d["ends_at"], d["on_timeout"] = i.ExpiresAt.UTC().Format(time.RFC3339), i.Times.OnTimeout
 	}
 	return d
 }

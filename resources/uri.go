@@ -50,7 +50,7 @@ func parse(uri string) (name, bool) {
 	switch rest := u.Path; {
 	case rest == "" && u.RawQuery == "":
 		n.kind = kindSandbox
-	case rest == "/logs" && u.RawQuery == "":
+	case rest == "/logs":
 		n.kind = kindLogs
 	case rest == "/metrics" && u.RawQuery == "":
 		n.kind = kindMetrics

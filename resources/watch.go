@@ -32,21 +32,51 @@ func (s *Service) Watch(ctx context.Context, uri string, changed func()) error {
 		go watchState(ctx, sb, changed, sb.Changed(), metricsEvery)
 		return nil
 	}
-	client, err := sb.Agent("watch")
-	if err != nil {
-		return err
-	}
-	if n.kind == kindOutput {
-		begin, cancel := context.WithTimeoutCause(ctx, watchTime, errSilent)
-		defer cancel()
-		snap, err := client.Wait(begin, agent.WaitRequest{Process: n.process})
+	watch := func(ctx context.Context) (over <-chan struct{}, err error) {
+		client, err := sb.Agent(ctx, "watch")
 		if err != nil {
-			return s.missing(uri, err)
+			return nil, err
 		}
-		go watchOutput(ctx, client, n.process, snap.Process.Output, changed)
-		return nil
+		if n.kind == kindOutput {
+			return watchOutput(ctx, client, n.process, changed)
+		}
+		return watchFile(ctx, client, n.path, changed)
 	}
-	return s.missing(uri, watchFile(ctx, client, n.path, changed))
+	over, err := watch(ctx)
+	if err != nil {
+		return s.missing(uri, err)
+	}
+	go keepWatching(ctx, sb, over, watch, changed)
+	return nil
+}
+
+// keepWatching begins a watch anew when the sandbox was paused to disk, and runs again: it has ended then. What changed meanwhile may be anything.
+func keepWatching(ctx context.Context, sb *sandbox.Sandbox, over <-chan struct{}, watch func(context.Context) (<-chan struct{}, error), changed func()) {
+	for {
+		select {
+		case <-over:
+		case <-ctx.Done():
+			return
+		}
+		changed()
+		next := sb.Changed()
+		for state := sb.Info().State; state != sandbox.Running; state = sb.Info().State {
+			if state.Ended() {
+				return
+			}
+			select {
+			case <-next:
+				next = sb.Changed()
+			case <-ctx.Done():
+				return
+			}
+		}
+		var err error
+		if over, err = watch(ctx); err != nil { // it is gone, which is to be seen by reading
+			return
+		}
+		changed()
+	}
 }
 
 // watchTime is how long a sandbox may take to begin a watch.
@@ -78,28 +108,39 @@ func watchState(ctx context.Context, sb *sandbox.Sandbox, changed func(), next <
 	}
 }
 
-// watchOutput tells that a process has written more, and that it has ended. What it wrote meanwhile is not looked at, and does not pile up:
-// while we pause, the agent waits.
-func watchOutput(ctx context.Context, client *agent.Client, process string, from int64, changed func()) {
-	err := client.Output(ctx, process, from, true, func(agent.OutputFrame) error {
-		changed()
-		select {
-		case <-time.After(outputPause):
-			return nil
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-	})
-	if err != nil && ctx.Err() == nil {
-		changed() // the sandbox has ended, which is to be seen by reading
+// watchOutput tells that a process has written more, and that it has ended, until over is closed. What it wrote meanwhile is not looked at, and does
+// not pile up: while we pause, the agent waits.
+func watchOutput(ctx context.Context, client *agent.Client, process string, changed func()) (<-chan struct{}, error) {
+	begin, cancel := context.WithTimeoutCause(ctx, watchTime, errSilent)
+	defer cancel()
+	snap, err := client.Wait(begin, agent.WaitRequest{Process: process})
+	if err != nil {
+		return nil, err
 	}
+	over := make(chan struct{})
+	go func() {
+		err := client.Output(ctx, process, snap.Process.Output, true, func(agent.OutputFrame) error {
+			changed()
+			select {
+			case <-time.After(outputPause):
+				return nil
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+		})
+		if err != nil { // otherwise the process has ended: there will be no more
+			close(over)
+		}
+	}()
+	return over, nil
 }
 
-// watchFile returns when the agent has begun to watch.
-func watchFile(ctx context.Context, client *agent.Client, path string, changed func()) error {
-	began := make(chan error, 1)
+// watchFile returns when the agent has begun to watch; over is closed when it ends.
+func watchFile(ctx context.Context, client *agent.Client, path string, changed func()) (<-chan struct{}, error) {
+	began, over := make(chan error, 1), make(chan struct{})
 	ctx, cancel := context.WithCancelCause(ctx)
 	go func() {
+		defer close(over)
 		defer cancel(nil)
 		started := false
 		err := client.Watch(ctx, path, func() { started = true; began <- nil }, func(agent.WatchBatch) error {
@@ -113,18 +154,16 @@ func watchFile(ctx context.Context, client *agent.Client, path string, changed f
 		})
 		if !started {
 			began <- err
-		} else if ctx.Err() == nil {
-			changed() // the sandbox has ended, which is to be seen by reading
 		}
 	}()
 	timer := time.NewTimer(watchTime)
 	defer timer.Stop()
 	select {
 	case err := <-began:
-		return err
+		return over, err
 	case <-timer.C:
 		cancel(errSilent)
 	case <-ctx.Done():
 	}
-	return context.Cause(ctx)
+	return nil, context.Cause(ctx)
 }

@@ -4,36 +4,49 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"io/fs"
+	mathrand "math/rand/v2"
 	"os"
+	"path/filepath"
 	"sync"
 	"time"
 
 	"soulbox.dev/soulbox/agent"
 )
 
-// adoptTime bounds the adoption of one sandbox.
-const adoptTime = 20 * time.Second
-
-// rescanEvery is how often a server that keeps sandboxes looks for ones that others have left; adoptTries is how often it tries to take one
-// over that runs but does not answer, before it is given up for dead.
 const (
+	// adoptTime bounds one try to adopt a sandbox.
+	adoptTime = 20 * time.Second
+	// rescanEvery is how often a server looks for sandboxes that others have left.
 	rescanEvery = 5 * time.Second
-	adoptTries  = 6
-	adoptAtOnce = 8
+	// A sandbox that runs but does not answer is tried adoptTries times, with a growing pause in between, before it is given up for dead.
+	adoptTries     = 6
+	adoptPause     = 200 * time.Millisecond
+	adoptLongPause = 5 * time.Second
+	adoptAtOnce    = 8
+	// adoptWait is how long a call waits for a sandbox that is about to be adopted.
+	adoptWait = 10 * time.Second
+	adoptPoll = 20 * time.Millisecond
+	// remember is how long tombstones are kept, and forgetEvery how often old ones are looked for.
+	remember    = 24 * time.Hour
+	forgetEvery = 10 * time.Minute
 )
 
-// isLeft says whether a server has left the sandbox running on purpose, and its time is not over.
-func (r record) isLeft() bool { return r.Keep && r.State == Running && time.Now().Before(r.ExpiresAt) }
-
-// reap clears what dead servers left, and takes over what servers left on purpose if this one keeps sandboxes, too; others leave it alone.
-// A failure is logged and leaves the sandbox for later.
+// reap clears what dead servers left, and takes over what servers left on purpose: those on disk, and if this server keeps sandboxes those
+// that run, too. A failure is logged and leaves the sandbox for later.
 func (m *Manager) reap() {
-	var mu sync.Mutex
-	tries := map[string]int{}
 	ticker := time.NewTicker(rescanEvery)
 	defer ticker.Stop()
-	for {
+	var forgot time.Time
+	for first := true; ; first = false {
+		if time.Since(forgot) >= forgetEvery {
+			forgot = time.Now()
+			err := errors.Join(m.store.forget(forgot.Add(-remember)), m.store.tidySnapshots())
+			if err != nil {
+				m.log.Error("remove old tombstones and unfinished snapshots", "error", err)
+			}
+		}
 		orphans, err := m.store.orphans()
 		if err != nil {
 			m.log.Error("look for sandboxes of dead servers", "error", err)
@@ -44,17 +57,12 @@ func (m *Manager) reap() {
 			slots <- struct{}{}
 			all.Go(func() {
 				defer func() { <-slots }()
-				m.takeOver(id, lock, func() int {
-					mu.Lock()
-					defer mu.Unlock()
-					tries[id]++
-					return tries[id]
-				})
+				m.takeOver(id, lock)
 			})
 		}
 		all.Wait()
-		if !m.opts.Keep {
-			return
+		if first {
+			close(m.settled)
 		}
 		select {
 		case <-m.ctx.Done():
@@ -64,97 +72,303 @@ func (m *Manager) reap() {
 	}
 }
 
-// takeOver adopts or reaps a sandbox that nobody owns.
-func (m *Manager) takeOver(id string, lock *os.File, try func() int) {
+// Settled is closed when what earlier servers left has been looked at once.
+func (m *Manager) Settled() <-chan struct{} { return m.settled }
+
+// takeOver adopts, ends or leaves alone a sandbox that nobody owns.
+func (m *Manager) takeOver(id string, lock *os.File) {
 	r, err := m.store.load(id)
-	var io *fs.PathError
-	if errors.As(err, &io) && !errors.Is(err, fs.ErrNotExist) || errors.Is(err, ErrInvalid) && r.Keep { // it cannot be read now, or is of another version: not for us to end
-		m.log.Error("read the state of a sandbox; it is left alone", "sandbox", id, "error", err)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) { // it cannot be read now, or is of another version: not for us to end
+		if _, told := m.unreadable.LoadOrStore(id, true); !told {
+			m.log.Error("read the state of a sandbox; it is left alone", "sandbox", id, "error", err)
+		}
 		_ = lock.Close() // it was only read
 		return
 	}
-	if err == nil && r.isLeft() {
-		if m.opts.Keep {
-			if err = m.adopt(r, lock); err == nil {
-				m.log.Info("adopted sandbox", "sandbox", id)
-				return
-			}
-		}
-		if !m.opts.Keep || m.ctx.Err() != nil || try() < adoptTries {
-			if err != nil {
-				m.log.Warn("adopt sandbox; will try again", "sandbox", id, "error", err)
-			}
+	cause := CauseDied
+	switch {
+	case err != nil || r.State == Creating:
+		cause = CauseHalfMade
+	case r.State.Ended():
+		cause = Cause(r.Cause)
+	case r.onDisk():
+		m.letSleep(r, lock)
+		return
+	case r.Keep && (!r.isOver() || r.Times.OnTimeout == ActionPause):
+		if !m.opts.Keep {
 			_ = lock.Close() // it was only read
 			return
 		}
+		taken, err := m.adoptRunning(r, lock)
+		if taken || m.ctx.Err() != nil {
+			m.report(id, err)
+			return
+		}
 		m.log.Error("cannot adopt sandbox; it is ended", "sandbox", id, "error", err)
+		if cause = CauseGone; !errors.Is(err, ErrNoMachine) {
+			cause = Cause("no new server could adopt it: " + err.Error())
+		}
+	case r.Keep:
+		cause = CauseTimeout
 	}
+	m.bury(id, r, lock, cause)
+}
+
+// letSleep tidies up a sandbox on disk, and leaves it to whichever server is asked for it first. When nobody was for too long, it ends.
+func (m *Manager) letSleep(r record, lock *os.File) {
+	if _, tidied := m.tidied.LoadOrStore(r.ID, true); !tidied || r.Pause.Waking {
+		ctx, cancel := context.WithTimeout(m.ctx, adoptTime)
+		defer cancel()
+		m.tidy(ctx, r)
+		if r.Pause.Waking { // its server died meanwhile
+			p := *r.Pause
+			p.Waking = false
+			r.Pause = &p
+			if err := m.store.save(r); err != nil {
+				m.log.Error("save the state of a sandbox on disk", "sandbox", r.ID, "error", err)
+			}
+		}
+	}
+	if time.Now().After(r.RemoveAt) {
+		m.bury(r.ID, r, lock, CauseForgotten)
+		return
+	}
+	if len(r.Ports) > 0 && r.Pause.AutoResume { // somebody has to listen for those who wake it
+		if err := m.adopt(r, lock); err != nil {
+			m.report(r.ID, errors.Join(err, lock.Close()))
+		}
+		return
+	}
+	_ = lock.Close() // it was only looked at
+}
+
+// claimAsleep takes a sandbox on disk that no server has, because it is asked for. Where that is not so it does nothing.
+func (m *Manager) claimAsleep(id string) {
+	r, err := m.store.load(id)
+	if err != nil || !r.onDisk() {
+		return
+	}
+	lock, err := lockFile(filepath.Join(m.store.path(id), "lock"), false)
+	if err != nil {
+		return // another server has it, or is looking at it
+	}
+	r, err = m.store.load(id)
+	if err != nil || !r.onDisk() {
+		_ = lock.Close() // it is another's affair by now
+		return
+	}
+	if err := m.adopt(r, lock); err != nil {
+		m.report(id, errors.Join(err, lock.Close()))
+	}
+}
+
+// unowned lists the sandboxes on disk of an owner that no server has.
+func (m *Manager) unowned(owner string, known map[string]bool) []Info {
+	entries, err := os.ReadDir(m.store.dir)
+	if err != nil {
+		m.log.Error("list sandboxes on disk", "error", err)
+	}
+	var list []Info
+	for _, e := range entries {
+		if known[e.Name()] || !e.IsDir() || !ValidID(e.Name()) {
+			continue
+		}
+		r, err := m.store.load(e.Name())
+		if err != nil || !r.onDisk() || r.Owner != owner {
+			continue
+		}
+		lock, err := lockFile(filepath.Join(m.store.path(r.ID), "lock"), false)
+		if err != nil {
+			continue // another server has it
+		}
+		_ = lock.Close() // it was only tried
+		sb := m.newSandbox(r)
+		sb.meter.sum = r.Totals
+		list = append(list, sb.Info())
+		sb.cancel(nil)
+	}
+	return list
+}
+
+// isOver says whether the life of a running sandbox is over.
+func (r record) isOver() bool { return r.State == Running && !time.Now().Before(r.ExpiresAt) }
+
+func (m *Manager) report(id string, err error) {
+	if err != nil {
+		m.log.Error("adopt sandbox", "sandbox", id, "error", err)
+		return
+	}
+	m.log.Info("adopted sandbox", "sandbox", id)
+}
+
+// adoptRunning adopts a sandbox that had a machine. It says whether it took it, or whoever comes later may; where that is not so the sandbox
+// is dead.
+func (m *Manager) adoptRunning(r record, lock *os.File) (taken bool, err error) {
+	for try := range adoptTries {
+		if try > 0 {
+			pause := min(adoptLongPause, adoptPause<<try)
+			timer := time.NewTimer(pause/2 + mathrand.N(pause))
+			select {
+			case <-timer.C:
+			case <-m.ctx.Done():
+				timer.Stop()
+				return true, lock.Close()
+			}
+			m.log.Warn("adopt sandbox; trying again", "sandbox", r.ID, "try", try+1, "error", err)
+		}
+		err = m.adopt(r, lock)
+		if err == nil || errors.Is(err, ErrClosed) {
+			return true, err
+		}
+		if errors.Is(err, ErrNoMachine) {
+			break
+		}
+	}
+	if next := m.store.checkpoint(r.ID, r.Saves+1); errors.Is(err, ErrNoMachine) && isThere(next) {
+		// The server died between the checkpoint, which is whole, and the note of it.
+		r.Saves++
+		since := time.Now()
+		r.turnClock(Running, Paused, since, m.opts.PausedFor)
+		r.State, r.Cause, r.Changed = Paused, string(CauseRequest), since
+		r.Pause = &pause{Disk: true, FilesOnly: !hasMemory(next), AutoResume: !r.Times.NoAutoResume, Since: since}
+		if serr := m.store.save(r); serr != nil {
+			return true, errors.Join(serr, lock.Close())
+		}
+		return true, m.adopt(r, lock)
+	}
+	return false, err
+}
+
+// filesOnlyMark is a file in a checkpoint that has no memory.
+const filesOnlyMark = "files-only"
+
+func hasMemory(dir string) bool { return !isThere(filepath.Join(dir, filesOnlyMark)) }
+
+// adopt takes over a sandbox that a server left on purpose, or in its death. Nothing has changed when it fails, and the lock is still ours
+// unless the server ends.
+func (m *Manager) adopt(r record, lock *os.File) (err error) {
+	ctx, cancel := context.WithTimeout(m.ctx, adoptTime)
+	defer cancel()
+	if r.Traffic == "" { // of an older version; it is saved with the next change
+		r.Traffic = rand.Text()
+	}
+	r.Keep = m.opts.Keep // what becomes of it at the end of this server is for this server to say
+	sb := m.newSandbox(r)
+	sb.lock = lock
+	sb.recall()
+	close(sb.booted)
+	if !r.onDisk() {
+		err := sb.rejoin(ctx)
+		if errors.Is(err, agent.ErrVersion) { // it goes on by itself; here it can be seen, and killed
+			sb.unfit = fmt.Errorf("sandbox %s: %w: %w", r.ID, ErrUnfit, err)
+			m.log.Error("a sandbox was made by a version that this server does not speak with", "sandbox", r.ID, "error", err)
+		} else if err != nil {
+			sb.cancel(err)
+			return err
+		}
+	}
+	m.tidy(ctx, r)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	sb.mu.Lock()
+	defer sb.mu.Unlock()
+	if m.closed {
+		sb.cancel(ErrClosed)
+		if sb.client != nil {
+			_ = sb.client.Close()
+		}
+		return errors.Join(ErrClosed, lock.Close())
+	}
+	m.sandboxes[r.ID] = sb
+	if sb.rec.State.Ended() { // meanwhile
+		return nil
+	}
+	sb.record("adopted by a new server")
+	sb.serveAgain()
+	m.work.Go(sb.keepTime)
+	return nil
+}
+
+// tidy removes what a dead server was about to make, or to remove.
+func (m *Manager) tidy(ctx context.Context, r record) {
+	keep := ""
+	if r.onDisk() {
+		keep = filepath.Base(m.store.checkpoint(r.ID, r.Saves))
+		if err := m.opts.Runtime.Reap(ctx, m.store.path(r.ID)); err != nil { // of a waking, or a pause, that was cut off
+			m.log.Error("end the machine of a paused sandbox", "sandbox", r.ID, "error", err)
+		}
+	}
+	left, err := filepath.Glob(filepath.Join(m.store.path(r.ID), "*-*"))
+	for _, name := range left {
+		if base := filepath.Base(name); base != keep {
+			err = errors.Join(err, m.store.removeAll(name))
+		}
+	}
+	if err != nil {
+		m.log.Error("remove what a dead server left", "sandbox", r.ID, "error", err)
+	}
+}
+
+// bury ends what is left of a sandbox, and makes its tombstone.
+func (m *Manager) bury(id string, r record, lock *os.File, cause Cause) {
 	ctx, cancel := context.WithTimeout(context.Background(), destroyTimeout)
 	defer cancel()
 	if err := m.opts.Runtime.Reap(ctx, m.store.path(id)); err != nil {
 		m.log.Error("reap sandbox of a dead server", "sandbox", id, "error", err)
-		_ = lock.Close() // the next start tries again
+		_ = lock.Close() // the next look tries again
 		return
 	}
-	if err := m.store.remove(id, lock); err != nil {
+	if r.ID != id { // there is nothing to remember
+		if err := m.store.discard(id, lock); err != nil {
+			m.log.Error("remove sandbox of a dead server", "sandbox", id, "error", err)
+		}
+		return
+	}
+	if !r.State.Ended() {
+		r.State, r.Cause, r.Changed, r.Pause = Failed, string(cause), time.Now(), nil
+		if cause == CauseTimeout {
+			r.State = Killed
+		}
+		sb := m.newSandbox(r)
+		sb.recall()
+		sb.meter.since = time.Time{} // nobody knows how long it has run without a server
+		r.Totals = sb.meter.totals()
+		sb.write(LogEntry{Time: r.Changed, Level: LevelError, Source: SourceSystem, Message: string(r.State) + ": " + r.Cause})
+		sb.cancel(cause)
+	}
+	if err := m.store.entomb(r, lock); err != nil {
 		m.log.Error("remove sandbox of a dead server", "sandbox", id, "error", err)
 		return
 	}
-	m.log.Info("reaped sandbox of a dead server", "sandbox", id)
+	m.log.Info("reaped sandbox of a dead server", "sandbox", id, "cause", cause)
 }
 
-// adopt takes over a sandbox that a server left running on purpose. Nothing has changed when it fails.
-func (m *Manager) adopt(r record, lock *os.File) (err error) {
-	id := r.ID
-	ctx, cancel := context.WithTimeout(m.ctx, adoptTime)
-	defer cancel()
-	machine, err := m.opts.Runtime.Attach(ctx, m.store.path(id))
-	if err != nil {
-		return err
-	}
-	client, err := agent.NewClient(ctx, machine.Pipe(), m.opts.Version)
-	if err != nil {
-		_ = machine.Pipe().Close() // the sandbox does not notice
-		return err
-	}
-	if r.Traffic == "" { // of an older version; it is saved with the next change
-		r.Traffic = rand.Text()
-	}
-	sb := m.newSandbox(r)
-	sb.lock, sb.machine, sb.client = lock, machine, client
-	close(sb.booted)
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.closed {
-		_ = client.Close()
-		return ErrClosed
-	}
-	m.sandboxes[id] = sb
-	sb.mu.Lock()
-	defer sb.mu.Unlock()
-	sb.record("adopted by a new server")
-	sb.serveAgain()
-	sb.live()
-	return nil
-}
-
-// leave lets go of a running sandbox, which goes on without this server until the next adopts it. It reports whether it did.
+// leave lets go of a sandbox, which goes on, or stays on disk, without this server until the next adopts it. It reports whether it did.
 func (s *Sandbox) leave() bool {
 	s.mu.Lock()
 	if s.isLeft() {
 		s.mu.Unlock()
 		return true
 	}
-	if !s.rec.Keep || s.rec.State != Running {
+	if !s.rec.onDisk() && (!s.rec.Keep || s.rec.State != Running && s.rec.State != Paused) {
 		s.mu.Unlock()
 		return false
 	}
 	close(s.left)
-	s.expiry.Stop()
-	client, lock := s.client, s.lock
 	s.mu.Unlock()
+	s.cancel(ErrClosed)
+	s.turn <- struct{}{} // a change that is under way comes to its end first; nobody has a turn after this one
+	s.mu.Lock()
+	client, lock, r := s.client, s.lock, s.rec
+	s.mu.Unlock()
+	r.Totals, r.Seen = s.meter.totals(), s.meter.haveSeen()
+	if err := s.m.store.save(r); err != nil {
+		s.m.log.Warn("save what a sandbox has used", "sandbox", s.id, "error", err) // its last sample tells nearly as much
+	}
 	wait := s.stopPorts()
-	_ = client.Close() // its end of the pipe is the agent's business
+	if client != nil {
+		_ = client.Close() // its end of the pipe is the agent's business
+	}
 	wait()
 	if err := lock.Close(); err != nil {
 		s.m.log.Error("leave sandbox", "sandbox", s.id, "error", err)

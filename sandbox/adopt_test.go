@@ -16,7 +16,7 @@ func TestAdopt(t *testing.T) {
 	keep := func(o *sandbox.Options) { o.Keep = true }
 	first := newManager(t, dir, fake, keep)
 	sb := create(t, first, sandbox.CreateOptions{Owner: "ann", Metadata: map[string]string{"a": "1"}})
-	client, err := sb.Agent("use")
+	client, err := sb.Agent(t.Context(), "use")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -41,7 +41,7 @@ func TestAdopt(t *testing.T) {
 	if after.State != sandbox.Running || after.Metadata["a"] != "1" || !after.ExpiresAt.Equal(before.ExpiresAt) {
 		t.Fatalf("%+v, before %+v", after, before)
 	}
-	if client, err = again.Agent("use"); err != nil {
+	if client, err = again.Agent(t.Context(), "use"); err != nil {
 		t.Fatal(err)
 	}
 	list, err := client.List(t.Context(), agent.ListRequest{})
@@ -105,7 +105,8 @@ func TestChanged(t *testing.T) {
 			t.Fatalf("%s, want %s", got, want)
 		}
 	}
-	if logs := sb.Logs(); len(logs) != 3 || logs[2].Message != "killed: killed by request" {
-		t.Fatal(logs)
+	logs, more, err := sb.Logs(sandbox.LogQuery{})
+	if err != nil || more || len(logs) != 3 || logs[2].Message != "killed: killed by request" || logs[2].Seq != 3 {
+		t.Fatal(logs, err)
 	}
 }

@@ -1,10 +1,18 @@
 // Package sandbox is the domain: which sandboxes there are, whose they are, in which state, for how long, and within which limits.
 // It does not know how a sandbox is run (Runtime) nor what is in it (package agent acts there), and nothing of MCP, HTTP or flags.
 //
-// State is files: every sandbox has a directory with state.json and a lock, whose flock belongs to the server that runs it. A
-// directory whose lock is free was left by a dead server and is reaped at the next start.
+// State is files, in the state directory:
 //
-// Lock order: Manager.mu, then Sandbox.mu.
+//	sandboxes/ID/   state.json, log.jsonl, metrics.jsonl, the Runtime's machine, checkpoint-N while it is on disk, and a lock, whose flock belongs
+//	                to the server that has the sandbox. Where the lock is free the next server adopts what runs (adopt.go), ends what was half
+//	                made, and leaves what is on disk to whoever is asked for it.
+//	ended/ID/       what is remembered of a sandbox for a day: state, log and samples
+//	snapshots/HASH/ snapshot.json and a checkpoint
+//
+// Whatever changes between running and paused has the sandbox' turn (pause.go); callers of Agent wait meanwhile. Every write goes through disk,
+// so that tests can stop it anywhere (TestPowerFails, TestCutAtEveryByte).
+//
+// Lock order: Manager.room, Manager.mu, then Sandbox.mu. A turn is taken without any of them.
 package sandbox
 
 import (
@@ -15,11 +23,12 @@ import (
 
 // Runtime acts on sandboxes: it boots and destroys the machines they run on. Implementations are safe for concurrent use.
 type Runtime interface {
-	// Boot makes a machine in spec.Dir, which exists and is empty, and starts its init. When it fails nothing is left running.
+	// Boot makes a machine in spec.Dir, which exists and has no machine, and starts its init. When it fails nothing is left running.
 	Boot(ctx context.Context, spec Spec) (Machine, error)
-	// Attach connects anew to a machine that another server has booted in dir.
+	// Attach connects anew to a machine that another server has booted in dir; one that is frozen, whether its server wrote that down or not, goes on
+	// first. Where nothing of a machine runs that is ErrNoMachine.
 	Attach(ctx context.Context, dir string) (Machine, error)
-	// Reap ends whatever still runs of a machine in dir, in whatever state its server left it, and undoes its mounts. It does not
+	// Reap ends whatever still runs of a machine in dir, in whatever state its server left it, and removes what Boot made there. It does not
 	// remove dir. It does nothing where nothing is left.
 	Reap(ctx context.Context, dir string) error
 }
@@ -28,12 +37,17 @@ type Runtime interface {
 type Machine interface {
 	// Pipe is the way to the agent; it belongs to the caller.
 	Pipe() io.ReadWriteCloser
-	// Pause freezes all processes, the agent too, in memory.
+	// Pause freezes all processes, the agent too, in memory. Pause, Resume, Checkpoint and Destroy are not called at the same time, but for Destroy.
 	Pause(ctx context.Context) error
 	// Resume goes on after Pause.
 	Resume(ctx context.Context) error
+	// Checkpoint saves the machine in dir, which it makes; Boot begins from it. When it fails, dir is not there, and the machine is as before
+	// if it still answers. A machine that does not go on is frozen, for Resume or Destroy. ctx alone bounds the time it takes.
+	Checkpoint(ctx context.Context, dir string, o CheckpointOptions) error
 	// Usage tells what the machine takes from the host.
 	Usage(ctx context.Context) (Usage, error)
+	// IO tells what the machine has read from the host's disk and written to it. It is cheap.
+	IO() (IO, error)
 	// Check says what is wrong with the machine that its agent may not notice: that it is stopped, or takes more of the host than it may.
 	// It is cheap and is called about twice a second.
 	Check() error
@@ -41,10 +55,19 @@ type Machine interface {
 	Destroy(ctx context.Context) error
 }
 
+// CheckpointOptions say what is saved.
+type CheckpointOptions struct {
+	GoOn      bool // the machine goes on afterwards, if it was not frozen before
+	FilesOnly bool // files are saved, memory and processes are not
+}
+
 // Usage is what a machine takes from the host.
 type Usage struct {
 	Memory int64 // bytes in memory, shared pages counted in part (PSS)
 }
+
+// IO is what a machine has done on the host's disk since it was started, in bytes.
+type IO struct{ Read, Written int64 }
 
 // Spec describes a machine.
 type Spec struct {
@@ -52,6 +75,9 @@ type Spec struct {
 	Dir      string // the sandbox' own directory
 	Template Template
 	Limits   Limits
+	// From is the directory of a checkpoint to begin from; "" boots anew. One with memory needs agent.Rejoin in place of agent.NewClient. It may
+	// be used any number of times, and is only read; it must stay until Boot has returned.
+	From string
 }
 
 // Limits bound a sandbox. Zero values mean the defaults of DefaultLimits.

@@ -8,12 +8,20 @@ import (
 
 // Sentinels of the domain; faces map them to their own kinds of errors.
 var (
-	ErrNotFound   = errors.New("no such sandbox")
-	ErrNoTemplate = errors.New("no such template")
-	ErrInvalid    = errors.New("invalid request")
-	ErrNoRoom     = errors.New("no room")
-	ErrTooMany    = errors.New("too many sandboxes")
-	ErrClosed     = errors.New("server is shutting down")
+	ErrNotFound     = errors.New("no such sandbox")
+	ErrNoTemplate   = errors.New("no such template")
+	ErrInvalid      = errors.New("invalid request")
+	ErrNoRoom       = errors.New("no room")
+	ErrTooMany      = errors.New("too many sandboxes")
+	ErrClosed       = errors.New("server is shutting down")
+	ErrNoDisk       = errors.New("no room on disk")
+	ErrNoSnapshot   = errors.New("no such snapshot")
+	ErrBusySnapshot = errors.New("the snapshot is in use")
+	ErrSnapshot     = errors.New("there is a snapshot of that name")
+	// ErrUnfit is of a sandbox whose agent is of a version that this server does not speak with.
+	ErrUnfit = errors.New("it was made by a version of SoulBox that this server does not speak with")
+	// ErrNoMachine is of a Runtime that finds nothing of a machine.
+	ErrNoMachine = errors.New("no machine runs there")
 	// ErrState is behind every StateError.
 	ErrState = errors.New("wrong state")
 )
@@ -28,6 +36,15 @@ const (
 	CauseShutdown Cause = "its server has ended"
 	CauseLost     Cause = "agent lost"
 	CauseSilent   Cause = "its agent did not answer"
+	CauseIdle     Cause = "nobody used it for as long as it may be idle"
+	// CauseForgotten is of a sandbox that was paused for longer than one is kept.
+	CauseForgotten Cause = "it was paused for longer than a paused sandbox is kept"
+	// CauseReclaimed is of one that was ended because others needed its room on disk, as the operator wants.
+	CauseReclaimed Cause = "it was the one that had been paused on disk for the longest time, and its room was needed"
+	CauseRequest   Cause = "by request"
+	CauseDied      Cause = "its server died while it ran, and was not to keep it"
+	CauseHalfMade  Cause = "its server died while it was made"
+	CauseGone      Cause = "it was gone when a server came back to it: the host had restarted, or its runtime had crashed"
 )
 
 // Error implements error.
@@ -38,8 +55,9 @@ type StateError struct {
 	ID    string
 	Verb  string
 	State State
-	Cause string    // why it is in that state, for the ended ones
+	Cause string    // why it is in that state, for the ended and the paused ones
 	At    time.Time // since when
+	Wakes bool      // any call has it go on
 }
 
 // Error names sandbox, verb, state and cause.

@@ -165,7 +165,7 @@ func (k *Keys) change(to func([]Key) ([]Key, error)) error {
 		return fmt.Errorf("write keys: %w", err)
 	}
 	k.seen = nil
-	if err := writeFile(k.path(), body); err != nil {
+	if err := (disk{}).replace(k.path(), body); err != nil {
 		return fmt.Errorf("write keys: %w", err)
 	}
 	return nil

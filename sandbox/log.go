@@ -1,39 +1,283 @@
 package sandbox
 
 import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
 	"time"
+
+	"soulbox.dev/soulbox/agent"
 )
 
-// maxLog bounds the log of one sandbox, in entries; the oldest go first.
-const maxLog = 500
+// Level is how grave a log entry is.
+type Level string
+
+// The levels, and the sources of entries.
+const (
+	LevelDebug Level = "debug"
+	LevelInfo  Level = "info"
+	LevelWarn  Level = "warn"
+	LevelError Level = "error"
+
+	SourceSystem  = "system"  // the sandbox itself
+	SourceProcess = "process" // starts and ends of processes
+	SourceBuild   = "build"
+)
+
+// Levels are all levels, the least grave first.
+func Levels() []Level { return []Level{LevelDebug, LevelInfo, LevelWarn, LevelError} }
+
+const (
+	logName     = "log.jsonl"
+	olderSuffix = ".1"
+	maxLogFile  = 1 << 20  // bytes; one older file of that size is kept beside it
+	maxLogLine  = 64 << 10 // bytes
+	maxMessage  = 4000     // bytes of an entry
+)
 
 // LogEntry is something that happened to a sandbox.
 type LogEntry struct {
+	Seq     int64     `json:"seq"`
 	Time    time.Time `json:"time"`
+	Level   Level     `json:"level"`
+	Source  string    `json:"source"`
 	Message string    `json:"message"`
 }
 
-// record adds to the log and tells those who wait for a change. s.mu is held.
+// journal is a file of JSON lines that is bounded by its size: when it is full it becomes the older one, whose predecessor goes. It is safe
+// for concurrent use.
+type journal struct {
+	mu   sync.Mutex
+	seq  int64 // of the last entry
+	size int64 // of the file
+	know bool  // seq and size are those of the file
+}
+
+// append adds an entry to the log in dir.
+func (j *journal) append(d disk, dir string, e LogEntry) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	name := filepath.Join(dir, logName)
+	if err := j.open(dir); err != nil {
+		return err
+	}
+	if j.size >= maxLogFile {
+		if err := d.rename(name, name+olderSuffix); err != nil {
+			return err
+		}
+		j.size = 0
+	}
+	if e.Message = strings.ToValidUTF8(e.Message, "\uFFFD"); len(e.Message) > maxMessage {
+		e.Message = strings.ToValidUTF8(e.Message[:maxMessage], "") + "…"
+	}
+	e.Seq = j.seq + 1
+	line, err := json.Marshal(e)
+	if err != nil {
+		return err
+	}
+	if err := d.add(name, line); err != nil {
+		j.know = false // half a line may be there
+		return err
+	}
+	j.seq, j.size = e.Seq, j.size+int64(len(line))+1
+	return nil
+}
+
+// open finds where the file ends. j.mu is held.
+func (j *journal) open(dir string) error {
+	if j.know {
+		return nil
+	}
+	j.size = 0
+	for _, name := range []string{logName + olderSuffix, logName} {
+		info, err := os.Stat(filepath.Join(dir, name))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		j.size = info.Size()
+		err = eachLine(filepath.Join(dir, name), func(line []byte) error {
+			var e LogEntry
+			if json.Unmarshal(line, &e) == nil {
+				j.seq = max(j.seq, e.Seq)
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if !isThere(filepath.Join(dir, logName)) {
+		j.size = 0
+	}
+	j.know = true
+	return nil
+}
+
+// eachLine reads a file line by line; one that is longer than any of ours ends it.
+func eachLine(name string, each func([]byte) error) error {
+	f, err := os.Open(name)
+	if err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		return err
+	}
+	defer f.Close()
+	r := bufio.NewReaderSize(f, maxLogLine)
+	for {
+		line, err := r.ReadSlice('\n')
+		if err == nil {
+			if err := each(bytes.TrimSuffix(line, []byte("\n"))); err != nil {
+				return err
+			}
+			continue
+		}
+		if errors.Is(err, io.EOF) {
+			if len(line) > 0 { // it was cut off; what is there may be whole all the same
+				return each(line)
+			}
+			return nil
+		}
+		return fmt.Errorf("read %s: %w", filepath.Base(name), err)
+	}
+}
+
+// record adds to the log, and tells those who wait for a change. s.mu is held.
 func (s *Sandbox) record(format string, args ...any) {
-	s.log = append(s.log, LogEntry{time.Now(), fmt.Sprintf(format, args...)})
-	if len(s.log) > maxLog {
-		s.log = append([]LogEntry(nil), s.log[len(s.log)-maxLog:]...)
-	}
-	if s.changed != nil {
-		close(s.changed)
-		s.changed = nil
-	}
+	s.write(LogEntry{Time: time.Now(), Level: LevelInfo, Source: SourceSystem, Message: fmt.Sprintf(format, args...)})
+	s.tellChange()
 	if s.m.opts.Changed != nil {
 		s.m.opts.Changed(s.info())
 	}
 }
 
-// Logs tells what has happened to the sandbox, the oldest first.
-func (s *Sandbox) Logs() []LogEntry {
+// note adds to the log.
+func (s *Sandbox) note(level Level, format string, args ...any) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return append([]LogEntry(nil), s.log...)
+	s.write(LogEntry{Time: time.Now(), Level: level, Source: SourceSystem, Message: fmt.Sprintf(format, args...)})
+	s.tellChange()
+}
+
+// tellChange tells those who wait for a change. s.mu is held.
+func (s *Sandbox) tellChange() {
+	if s.changed != nil {
+		close(s.changed)
+		s.changed = nil
+	}
+}
+
+func (s *Sandbox) write(e LogEntry) {
+	if err := s.log.append(s.m.store.disk, s.m.store.path(s.id), e); err != nil {
+		s.m.log.Error("write the log of a sandbox", "sandbox", s.id, "error", err, "entry", e.Message)
+	}
+}
+
+// noteEvents adds what has happened to processes.
+func (s *Sandbox) noteEvents(events []agent.Event) {
+	if len(events) == 0 {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, ev := range events {
+		e := LogEntry{Time: ev.Time, Level: LevelInfo, Source: SourceProcess, Message: describeEvent(ev)}
+		if ev.Cause != "" {
+			e.Level = LevelWarn
+		}
+		s.write(e)
+	}
+	s.tellChange()
+}
+
+func describeEvent(ev agent.Event) string {
+	text := ev.Process
+	if ev.Tag != "" {
+		text += " (" + agent.Inert([]byte(ev.Tag)) + ")"
+	}
+	if ev.Kind == agent.EventStarted {
+		return fmt.Sprintf("process %s started as %s", text, agent.Inert([]byte(ev.User)))
+	}
+	text = fmt.Sprintf("process %s ended after %s with exit code %d", text, time.Duration(ev.TookMS)*time.Millisecond, ev.ExitCode)
+	if ev.Signal != "" {
+		text += " by " + agent.Inert([]byte(ev.Signal))
+	}
+	switch ev.Cause {
+	case "":
+	case agent.CauseOOM:
+		text += ": the sandbox had reached its memory limit"
+	default:
+		text += ": " + agent.Inert([]byte(ev.Cause))
+	}
+	return text
+}
+
+// LogQuery selects log entries; zero values select all.
+type LogQuery struct {
+	Since, Until time.Time
+	Level        Level  // that grave, or more
+	Source       string // one of the sources
+	Text         string // is in the message
+	After        int64  // the Seq of the last entry that is known
+	Limit        int    // the first so many after After; without After the last so many; default 100
+}
+
+const maxLogLimit = 1000
+
+// Logs tells what has happened to the sandbox, the oldest first, and whether there is more that the query would give.
+func (s *Sandbox) Logs(q LogQuery) (entries []LogEntry, more bool, err error) {
+	entries = []LogEntry{}
+	if q.Limit <= 0 || q.Limit > maxLogLimit {
+		q.Limit = 100
+	}
+	least := slices.Index(Levels(), q.Level)
+	keep := func(line []byte) error {
+		var e LogEntry
+		if json.Unmarshal(line, &e) != nil {
+			return nil // it was cut off
+		}
+		if e.Seq <= q.After || !q.Since.IsZero() && e.Time.Before(q.Since) || !q.Until.IsZero() && !e.Time.Before(q.Until) ||
+			slices.Index(Levels(), e.Level) < least || q.Source != "" && e.Source != q.Source || !strings.Contains(e.Message, q.Text) {
+			return nil
+		}
+		entries = append(entries, e)
+		return nil
+	}
+	if err := s.eachRemembered(logName, keep); err != nil {
+		return nil, false, err
+	}
+	if more = len(entries) > q.Limit; more && q.After > 0 {
+		entries = entries[:q.Limit]
+	} else if more {
+		entries = entries[len(entries)-q.Limit:]
+	}
+	return entries, more, nil
+}
+
+// eachRemembered reads the lines of a file of the sandbox, wherever it is by now, and of the older one before it.
+func (s *Sandbox) eachRemembered(name string, each func([]byte) error) error {
+	dir := s.m.store.path(s.id)
+	if !isThere(filepath.Join(dir, "state.json")) {
+		dir = s.m.store.tomb(s.id)
+	}
+	for _, name := range []string{name + olderSuffix, name} {
+		if err := eachLine(filepath.Join(dir, name), each); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Changed is closed at the next change of what Info or Logs tell.

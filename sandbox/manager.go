@@ -9,8 +9,6 @@ import (
 	"log/slog"
 	"maps"
 	"os"
-	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -22,9 +20,9 @@ type Options struct {
 	Runtime   Runtime
 	Templates Templates
 	Log       *slog.Logger
-	Version   string        // told to agents
-	Lifetime  time.Duration // of sandboxes that ask for none; default DefaultLifetime
-	Defaults  Limits        // of sandboxes that ask for none; default DefaultLimits
+	Version   string // told to agents
+	Times     Times  // of sandboxes that ask for none; default DefaultLifetime, and then a kill
+	Defaults  Limits // of sandboxes that ask for none; default DefaultLimits
 	// MemoryBudget bounds the sum of all sandboxes' memory limits, in bytes; default 80 % of the machine.
 	MemoryBudget int64
 	// BootTimeout bounds the time until a new sandbox' agent answers; default 60 s.
@@ -34,18 +32,30 @@ type Options struct {
 	PingEvery, PingTime time.Duration
 	// MaxPerOwner bounds the living sandboxes of one owner; default 100.
 	MaxPerOwner int
-	// Keep says that sandboxes outlive the server: Close leaves them running, and the next server that is started adopts them.
-	Keep bool
+	// Keep says that sandboxes outlive the server: Close leaves them, running or with PauseOnExit on disk, and the next server adopts them. Those on
+	// disk always outlive it.
+	Keep, PauseOnExit bool
+	// PausedFor is how long a paused sandbox is kept; default 7 days.
+	PausedFor time.Duration
+	// DiskBudget bounds all checkpoints and snapshots, in bytes; zero is what the disk has. Reclaim says that where there is no room the sandboxes that
+	// have been on disk for the longest time are ended; otherwise nothing more is saved.
+	DiskBudget int64
+	Reclaim    bool
+	// SampleEvery is how often it is measured what a sandbox uses; default 5 s.
+	SampleEvery time.Duration
 	// Changed is told of every change of a sandbox. It is called with locks held: it must neither block nor call back.
 	Changed func(Info)
-	// Observe is told how long a creation or a ping took and how it ended. It must not block.
+	// Observe is told how long a create, pause, resume, snapshot, fork or ping took and how it ended. It must not block.
 	Observe func(what string, took time.Duration, err error)
+
+	fault func(step, name string, size int) (int, error) // of tests, see disk
 }
 
 const (
 	checkEvery     = 500 * time.Millisecond
 	destroyTimeout = 20 * time.Second
-	endedKept      = 1000 // ended sandboxes whose cause is remembered
+	exitTime       = 30 * time.Second // to be paused at the end of its server
+	endedKept      = 100              // ended sandboxes that are at hand without their tombstones
 	maxMetadata    = 64
 	maxMetadataLen = 1024
 	maxEnvValue    = 100_000
@@ -67,6 +77,11 @@ type Manager struct {
 	sandboxes map[string]*Sandbox
 	ended     []string   // ids of ended sandboxes in sandboxes, oldest first
 	room      sync.Mutex // held while memory is promised, so that two creations do not take the same
+	inUse     map[string]int
+	past      Totals // of sandboxes that are not in sandboxes any more
+	settled   chan struct{}
+	// unreadable and tidied are ids of sandboxes that nobody owns: of which it was told that they cannot be read, and that were looked at.
+	unreadable, tidied sync.Map
 }
 
 // NewManager opens the state directory and begins to reap what dead servers left in it.
@@ -78,7 +93,13 @@ func NewManager(opts Options) (*Manager, error) {
 		opts.Observe = func(string, time.Duration, error) {}
 	}
 	opts.MaxPerOwner = cmp.Or(opts.MaxPerOwner, 100)
-	opts.Lifetime = cmp.Or(opts.Lifetime, DefaultLifetime)
+	opts.Times.Life = cmp.Or(opts.Times.Life, DefaultLifetime)
+	opts.Times.OnTimeout = cmp.Or(opts.Times.OnTimeout, ActionKill)
+	opts.PausedFor = cmp.Or(opts.PausedFor, 7*24*time.Hour)
+	opts.SampleEvery = cmp.Or(opts.SampleEvery, 5*time.Second)
+	if err := opts.Times.check(); err != nil {
+		return nil, err
+	}
 	opts.BootTimeout = cmp.Or(opts.BootTimeout, time.Minute)
 	opts.PingEvery, opts.PingTime = cmp.Or(opts.PingEvery, 10*time.Second), cmp.Or(opts.PingTime, 20*time.Second)
 	opts.Defaults = opts.Defaults.or(DefaultLimits())
@@ -89,9 +110,12 @@ func NewManager(opts Options) (*Manager, error) {
 		}
 		opts.MemoryBudget = total / 10 * 8
 	}
-	m := &Manager{opts: opts, store: store{filepath.Join(opts.Dir, "sandboxes")}, log: opts.Log, sandboxes: map[string]*Sandbox{}}
-	if err := os.MkdirAll(m.store.dir, 0o711); err != nil {
-		return nil, fmt.Errorf("open state directory: %w", err)
+	m := &Manager{opts: opts, store: newStore(opts.Dir), log: opts.Log, sandboxes: map[string]*Sandbox{}, inUse: map[string]int{}, settled: make(chan struct{})}
+	m.store.fault = opts.fault
+	for _, dir := range []string{m.store.dir, m.store.ended, m.store.snapshots} {
+		if err := os.MkdirAll(dir, 0o711); err != nil {
+			return nil, fmt.Errorf("open state directory: %w", err)
+		}
 	}
 	m.ctx, m.cancel = context.WithCancelCause(context.Background())
 	m.work.Go(m.reap)
@@ -104,13 +128,17 @@ func (l Limits) or(d Limits) Limits {
 
 // CreateOptions describe a new sandbox; zero values mean the defaults.
 type CreateOptions struct {
-	Owner       string // whose it is; nobody else finds it. "" is the user of this machine
-	Template    string
-	Metadata    map[string]string
-	Env         map[string]string // of every process; not written to disk
-	Limits      Limits
-	Lifetime    time.Duration
-	MaxLifetime time.Duration // bounds every extension; zero is no bound
+	Owner    string // whose it is; nobody else finds it. "" is the user of this machine
+	Template string // or the name of a snapshot of the owner's
+	Metadata map[string]string
+	Env      map[string]string // of every process; only the sandbox itself knows it, and its files and checkpoints
+	Limits   Limits            // what begins with the memory of a snapshot has the snapshot's
+	Times    Times
+
+	from   string // a checkpoint
+	whole  bool   // with memory
+	parent string
+	ports  []Port
 }
 
 // Create boots a sandbox and returns when its agent answers. When ctx ends before that, nothing is left.
@@ -131,66 +159,102 @@ func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 	m.work.Add(1)
 	m.mu.Unlock()
 	defer m.work.Done()
+	template, done, err := m.basis(ctx, &o)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	o.Times = o.Times.or(m.opts.Times)
 	if err := o.check(); err != nil {
 		return nil, err
 	}
-	template, err := m.opts.Templates.Template(ctx, o.Template)
-	if err != nil {
-		return nil, fmt.Errorf("create sandbox: %w", err)
-	}
 	now := time.Now()
-	ctx, cancel := context.WithCancelCause(ctx)
-	stop := context.AfterFunc(m.ctx, func() { cancel(context.Cause(m.ctx)) })
-	defer stop()
-	id := newID()
 	sb := m.newSandbox(record{
-		Version: recordVersion, ID: id, Owner: o.Owner, Keep: m.opts.Keep, State: Creating, Template: template.Name, Metadata: maps.Clone(o.Metadata),
-		Limits: o.Limits.or(m.opts.Defaults), Created: now, Changed: now, MaxLife: o.MaxLifetime, Traffic: rand.Text(),
+		Version: recordVersion, ID: newID(), Owner: o.Owner, Keep: m.opts.Keep, State: Creating, Template: template.Name, Parent: o.parent, Metadata: maps.Clone(o.Metadata),
+		Limits: o.Limits.or(m.opts.Defaults), Times: o.Times, Created: now, Changed: now, Traffic: rand.Text(),
 	})
-	sb.cancel, sb.env, sb.life = cancel, maps.Clone(o.Env), cmp.Or(o.Lifetime, m.opts.Lifetime)
-	if o.MaxLifetime > 0 {
-		sb.life = min(sb.life, o.MaxLifetime)
-	}
+	sb.env = o.Env
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(sb.ctx, func() { cancel(context.Cause(sb.ctx)) })()
+	defer context.AfterFunc(m.ctx, func() { cancel(context.Cause(m.ctx)) })()
 	if err := m.promise(sb); err != nil {
-		cancel(err)
+		sb.cancel(err)
 		return nil, err
 	}
-	defer cancel(nil)
-	if err := sb.boot(ctx, template); err != nil {
+	if err := sb.boot(ctx, template, o.from, o.whole); err != nil {
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
 		_ = sb.end(Failed, err) // end logs its error; this one is the cause
 		return nil, fmt.Errorf("create sandbox: %w", err)
 	}
+	for _, p := range o.ports {
+		if _, err := sb.Expose(p.Port, p.Public); err != nil {
+			m.log.Error("expose a port of a copy", "sandbox", sb.id, "port", p.Port, "error", err)
+		}
+	}
 	return sb, nil
+}
+
+// basis finds what a sandbox begins from: a template, or a snapshot of its owner, which is kept until done is called.
+func (m *Manager) basis(ctx context.Context, o *CreateOptions) (template Template, done func(), err error) {
+	template, err = m.opts.Templates.Template(ctx, o.Template)
+	if err == nil {
+		return template, func() {}, nil
+	}
+	if !errors.Is(err, ErrNoTemplate) {
+		return Template{}, nil, fmt.Errorf("create sandbox: %w", err)
+	}
+	snap, from, release, serr := m.snapshot(o.Owner, o.Template)
+	if errors.Is(serr, ErrNoSnapshot) {
+		return Template{}, nil, fmt.Errorf("create sandbox: %w", err)
+	}
+	if serr != nil {
+		return Template{}, nil, fmt.Errorf("create sandbox: %w", serr)
+	}
+	defer func() {
+		if err != nil {
+			release()
+		}
+	}()
+	if want := o.Limits.or(snap.Limits); !snap.FilesOnly && want != snap.Limits {
+		return Template{}, nil, fmt.Errorf("create sandbox: snapshot %q has memory, so its limits stay as they are: %w", snap.Name, ErrInvalid)
+	}
+	o.from, o.whole, o.parent = from, !snap.FilesOnly, snap.Name
+	o.Limits, o.Times, o.ports = o.Limits.or(snap.Limits), o.Times.or(snap.Times), snap.Ports
+	if template, err = m.opts.Templates.Template(ctx, snap.Template); err != nil {
+		return Template{}, nil, fmt.Errorf("create sandbox: %w", err)
+	}
+	return template, release, nil
 }
 
 // newSandbox is a sandbox of a record, which nobody knows yet.
 func (m *Manager) newSandbox(r record) *Sandbox {
-	return &Sandbox{m: m, id: r.ID, owner: r.Owner, rec: r, cancel: func(error) {}, booted: make(chan struct{}), left: make(chan struct{}), ended: make(chan struct{}),
-		connSlots: make(chan struct{}, maxConns)}
+	s := &Sandbox{m: m, id: r.ID, owner: r.Owner, rec: r, booted: make(chan struct{}), left: make(chan struct{}), ended: make(chan struct{}),
+		turn: make(chan struct{}, 1), retime: make(chan struct{}, 1), connSlots: make(chan struct{}, maxConns)}
+	s.ctx, s.cancel = context.WithCancelCause(context.Background())
+	return s
 }
 
 // promise finds room for a sandbox and enters it.
 func (m *Manager) promise(sb *Sandbox) error {
-	m.room.Lock()
-	defer m.room.Unlock()
-	if n := len(m.List(Filter{Owner: sb.rec.Owner})); n >= m.opts.MaxPerOwner {
-		return fmt.Errorf("create sandbox: you have %d, the most one may have: %w", n, ErrTooMany)
-	}
-	promised, err := m.store.promised()
+	done, err := m.lockRoom()
 	if err != nil {
 		return fmt.Errorf("create sandbox: %w", err)
 	}
-	if need, free := sb.rec.Limits.Memory, m.opts.MemoryBudget-promised; need > free {
-		return fmt.Errorf("create sandbox: %d MB needed, %d MB free: %w", need>>20, max(free, 0)>>20, ErrNoRoom)
+	defer done()
+	if err := m.admitOne(sb.owner); err != nil {
+		return fmt.Errorf("create sandbox: %w", err)
+	}
+	if err := m.admit(sb.owner, sb.rec.Limits.Memory); err != nil {
+		return fmt.Errorf("create sandbox: %w", err)
 	}
 	if sb.lock, err = m.store.claim(sb.rec.ID); err != nil {
 		return fmt.Errorf("create sandbox: %w", err)
 	}
 	if err := m.store.save(sb.rec); err != nil {
-		return errors.Join(err, m.store.remove(sb.rec.ID, sb.lock))
+		return errors.Join(err, m.store.discard(sb.rec.ID, sb.lock))
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -210,9 +274,12 @@ func (o CreateOptions) check() error {
 			return fmt.Errorf("create sandbox: %q is not a name of an environment variable, or its value is not one: %w", k, ErrInvalid)
 		}
 	}
+	if err := o.Times.check(); err != nil {
+		return fmt.Errorf("create sandbox: %w", err)
+	}
 	l := o.Limits
-	if l.CPU < 0 || l.CPU > maxCPU || l.Memory < 0 || l.Disk < 0 || l.Processes < 0 || o.Lifetime < 0 || o.MaxLifetime < 0 {
-		return fmt.Errorf("create sandbox: limits and times cannot be negative, nor cpu more than 1024: %w", ErrInvalid)
+	if l.CPU < 0 || l.CPU > maxCPU || l.Memory < 0 || l.Disk < 0 || l.Processes < 0 {
+		return fmt.Errorf("create sandbox: limits cannot be negative, nor cpu more than 1024: %w", ErrInvalid)
 	}
 	if l.Memory != 0 && l.Memory < 64<<20 || l.Disk != 0 && l.Disk < 16<<20 || l.Processes != 0 && l.Processes < 8 {
 		return fmt.Errorf("create sandbox: at least 64 MB of memory, 16 MB of disk and 8 processes are needed: %w", ErrInvalid)
@@ -232,98 +299,71 @@ func checkMetadata(metadata map[string]string) error {
 	return nil
 }
 
-// Get finds a sandbox of an owner, also one that has ended not long ago. Unknown ids, and those of others, are ErrNotFound.
-func (m *Manager) Get(owner, id string) (*Sandbox, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if sb := m.sandboxes[id]; sb != nil && sb.owner == owner {
-		return sb, nil
-	}
-	return nil, ErrNotFound
-}
-
-// Any finds a sandbox of whomever. It is for callers who let nobody near it without another proof.
-func (m *Manager) Any(id string) (*Sandbox, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if sb := m.sandboxes[id]; sb != nil {
-		return sb, nil
-	}
-	return nil, ErrNotFound
-}
-
-// Filter selects sandboxes of an owner; zero values select all that have not ended.
-type Filter struct {
-	Owner    string
-	State    State
-	Template string
-	Metadata map[string]string // all pairs must match
-}
-
-// List lists sandboxes of an owner, the newest first.
-func (m *Manager) List(f Filter) []Info {
-	m.mu.Lock()
-	all := slices.Collect(maps.Values(m.sandboxes))
-	m.mu.Unlock()
-	var list []Info
-	for _, sb := range all {
-		if sb.owner != f.Owner {
-			continue
-		}
-		info := sb.Info()
-		if f.State == "" && info.State.Ended() || f.State != "" && info.State != f.State || f.Template != "" && info.Template != f.Template {
-			continue
-		}
-		match := true
-		for k, v := range f.Metadata {
-			have, ok := info.Metadata[k]
-			match = match && ok && have == v
-		}
-		if match {
-			list = append(list, info)
-		}
-	}
-	slices.SortFunc(list, func(a, b Info) int { return cmp.Or(b.Created.Compare(a.Created), cmp.Compare(a.ID, b.ID)) })
-	return list
-}
-
 // Room is how much memory is still to be promised, in bytes, and how many sandboxes of all owners are in each state.
 func (m *Manager) Room() (free int64, states map[State]int, err error) {
 	promised, err := m.store.promised()
 	states = map[State]int{}
-	m.mu.Lock()
-	all := slices.Collect(maps.Values(m.sandboxes))
-	m.mu.Unlock()
-	for _, sb := range all {
+	for _, sb := range m.all() {
 		states[sb.Info().State]++
 	}
 	return max(0, m.opts.MemoryBudget-promised), states, err
 }
 
-// forget drops the oldest ended sandboxes beyond the number that is remembered.
-func (m *Manager) forget(id string) {
+// Used is what all sandboxes of this server have used, those that have ended too.
+func (m *Manager) Used() Totals {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	sum := m.past
+	for _, sb := range m.sandboxes {
+		sum = sum.plus(sb.meter.totals())
+	}
+	return sum
+}
+
+// Now is what all running sandboxes of this server use, as last measured, and how many bytes all checkpoints and snapshots have on disk.
+func (m *Manager) Now() (sum Sample, saved int64, err error) {
+	for _, sb := range m.all() {
+		if sb.runs() {
+			latest := sb.meter.now()
+			sum.Memory += latest.Memory
+			sum.DiskUsed += latest.DiskUsed
+			sum.DiskRead += latest.DiskRead
+			sum.DiskWritten += latest.DiskWritten
+			sum.Processes += latest.Processes
+		}
+	}
+	saved, err = m.store.saved()
+	return sum, saved, err
+}
+
+// retire drops the oldest ended sandboxes beyond the number that this server has at hand. Their tombstones stay.
+func (m *Manager) retire(id string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.ended = append(m.ended, id)
 	for len(m.ended) > endedKept {
+		if sb := m.sandboxes[m.ended[0]]; sb != nil {
+			m.past = m.past.plus(sb.meter.totals())
+		}
 		delete(m.sandboxes, m.ended[0])
 		m.ended = m.ended[1:]
 	}
 }
 
-// Close ends all sandboxes of this server and waits until nothing of them is left; those that are kept it leaves running. It may be called
-// twice.
+// Close leaves the sandboxes of this server as Options say, and waits until nothing of those that are not kept is left. It may be called twice.
 func (m *Manager) Close() error {
 	m.cancel(ErrClosed)
 	m.mu.Lock()
 	m.closed = true
-	all := slices.Collect(maps.Values(m.sandboxes))
 	m.mu.Unlock()
 	var ends sync.WaitGroup
 	var mu sync.Mutex
 	var errs error
-	for _, sb := range all {
+	for _, sb := range m.all() {
 		ends.Go(func() {
+			if m.opts.PauseOnExit {
+				sb.putToSleep()
+			}
 			if sb.leave() {
 				return
 			}
@@ -337,4 +377,22 @@ func (m *Manager) Close() error {
 	ends.Wait()
 	m.work.Wait()
 	return errs
+}
+
+// putToSleep pauses the sandbox to disk if it is not. One that cannot be paused goes on without a server: the next one adopts it.
+func (s *Sandbox) putToSleep() {
+	r := s.current()
+	if r.onDisk() || r.State != Running && r.State != Paused || s.isLeft() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, exitTime)
+	defer cancel()
+	o := PauseOptions{ToDisk: true, AutoResume: !r.Times.NoAutoResume, Cause: CauseShutdown}
+	if r.State == Paused { // as it was paused
+		o.AutoResume, o.Cause = r.Pause.AutoResume, Cause(r.Cause)
+	}
+	err := s.pause(ctx, o)
+	if err != nil && !errors.Is(err, ErrState) && !errors.Is(err, ErrClosed) {
+		s.m.log.Error("pause sandbox at the end of its server; it goes on", "sandbox", s.id, "error", err)
+	}
 }

@@ -59,19 +59,19 @@ func TestLife(t *testing.T) {
 	if left := info.ExpiresAt.Sub(info.Ready); left != sandbox.DefaultLifetime {
 		t.Fatalf("it lives %s", left)
 	}
-	client, err := sb.Agent("use")
+	client, err := sb.Agent(t.Context(), "use")
 	if err != nil {
 		t.Fatal(err)
 	}
 	sandboxtest.Run(t, client, "true")
 
-	if err := sb.Pause(t.Context()); err != nil {
+	if err := sb.Pause(t.Context(), sandbox.PauseOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := sb.Agent("use"); !errors.Is(err, sandbox.ErrState) || !strings.Contains(err.Error(), "paused") {
+	if _, err := sb.Agent(t.Context(), "use"); !errors.Is(err, sandbox.ErrState) || !strings.Contains(err.Error(), "paused") {
 		t.Fatal(err)
 	}
-	if err := sb.Pause(t.Context()); !errors.Is(err, sandbox.ErrState) {
+	if err := sb.Pause(t.Context(), sandbox.PauseOptions{}); !errors.Is(err, sandbox.ErrState) {
 		t.Fatal(err)
 	}
 	if err := sb.Resume(t.Context()); err != nil {
@@ -103,7 +103,7 @@ func TestLife(t *testing.T) {
 func TestLifeTimeEnds(t *testing.T) {
 	fake := &sandboxtest.Fake{}
 	m := newManager(t, t.TempDir(), fake, nil)
-	sb := create(t, m, sandbox.CreateOptions{Lifetime: 50 * time.Millisecond})
+	sb := create(t, m, sandbox.CreateOptions{Times: sandbox.Times{Life: 50 * time.Millisecond}})
 	sandboxtest.Eventually(t, "its end", func() bool { return sb.Info().State == sandbox.Killed && fake.Running() == 0 })
 	if cause := sb.Info().Cause; cause != sandbox.CauseTimeout.Error() {
 		t.Fatal(cause)
@@ -112,17 +112,17 @@ func TestLifeTimeEnds(t *testing.T) {
 
 func TestUpdate(t *testing.T) {
 	m := newManager(t, t.TempDir(), &sandboxtest.Fake{}, nil)
-	sb := create(t, m, sandbox.CreateOptions{Metadata: map[string]string{"a": "1", "b": "2"}, MaxLifetime: 3 * time.Hour})
+	sb := create(t, m, sandbox.CreateOptions{Metadata: map[string]string{"a": "1", "b": "2"}, Times: sandbox.Times{Max: 3 * time.Hour}})
 	three, hour, long, negative := "3", time.Hour, 5*time.Hour, -time.Hour
 	before := sb.Info().ExpiresAt
-	info, err := sb.Update(sandbox.Update{Metadata: map[string]*string{"a": nil, "c": &three}, Extend: &hour})
+	info, err := sb.Update(t.Context(), sandbox.Update{Metadata: map[string]*string{"a": nil, "c": &three}, Extend: &hour})
 	if err != nil || len(info.Metadata) != 2 || info.Metadata["c"] != "3" || !info.ExpiresAt.Equal(before.Add(hour)) {
 		t.Fatalf("%+v %v", info, err)
 	}
 	for name, u := range map[string]sandbox.Update{
 		"too long": {Extend: &long}, "both": {Extend: &hour, Lifetime: &hour}, "negative": {Extend: &negative}, "a long key": {Metadata: map[string]*string{strings.Repeat("k", 2000): &three}},
 	} {
-		if _, err := sb.Update(u); !errors.Is(err, sandbox.ErrInvalid) {
+		if _, err := sb.Update(t.Context(), u); !errors.Is(err, sandbox.ErrInvalid) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -130,11 +130,11 @@ func TestUpdate(t *testing.T) {
 		t.Fatal("a refused update changed something")
 	}
 	short := time.Millisecond
-	if _, err := sb.Update(sandbox.Update{Lifetime: &short}); err != nil {
+	if _, err := sb.Update(t.Context(), sandbox.Update{Lifetime: &short}); err != nil {
 		t.Fatal(err)
 	}
 	sandboxtest.Eventually(t, "a shortened life ends", func() bool { return sb.Info().State == sandbox.Killed })
-	if _, err := sb.Update(sandbox.Update{Extend: &hour}); !errors.Is(err, sandbox.ErrState) {
+	if _, err := sb.Update(t.Context(), sandbox.Update{Extend: &hour}); !errors.Is(err, sandbox.ErrState) {
 		t.Fatal(err)
 	}
 }
@@ -150,7 +150,7 @@ func TestRefusals(t *testing.T) {
 		"tiny":        {sandbox.CreateOptions{Limits: sandbox.Limits{Memory: 1}}, sandbox.ErrInvalid},
 		"metadata":    {sandbox.CreateOptions{Metadata: map[string]string{"": "x"}}, sandbox.ErrInvalid},
 		"no room":     {sandbox.CreateOptions{Limits: sandbox.Limits{Memory: 9 << 30}}, sandbox.ErrNoRoom},
-		"a long life": {sandbox.CreateOptions{Lifetime: -1}, sandbox.ErrInvalid},
+		"a long life": {sandbox.CreateOptions{Times: sandbox.Times{Life: -1}}, sandbox.ErrInvalid},
 	} {
 		if _, err := m.Create(t.Context(), test.o); !errors.Is(err, test.want) {
 			t.Errorf("%s: %v", name, err)
@@ -257,7 +257,7 @@ func TestAgentLost(t *testing.T) {
 	fake, dir := &sandboxtest.Fake{}, t.TempDir()
 	m := newManager(t, dir, fake, nil)
 	sb := create(t, m, sandbox.CreateOptions{})
-	client, err := sb.Agent("use")
+	client, err := sb.Agent(t.Context(), "use")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -337,10 +337,13 @@ func TestReap(t *testing.T) {
 
 	sandboxes := filepath.Join(dir, "sandboxes")
 	for id, state := range map[string]string{
-		"sbempty": "", "sbhalf": `{"version":1,"id":"sbhalf","sta`, "sbrunning": `{"version":1,"id":"sbrunning","state":"running"}`, "sbfuture": `{"version":99}`,
+		"sbnew": "", "sbrunning": `{"version":1,"id":"sbrunning","state":"running"}`, "sbbroken": `{"version":1,"id":"sbbroken","sta`, "sbfuture": `{"version":99}`,
 	} {
 		if err := os.MkdirAll(filepath.Join(sandboxes, id, "disk", "deep"), 0o700); err != nil {
 			t.Fatal(err)
+		}
+		if state == "" {
+			continue
 		}
 		if err := os.WriteFile(filepath.Join(sandboxes, id, "state.json"), []byte(state), 0o600); err != nil {
 			t.Fatal(err)
@@ -349,11 +352,16 @@ func TestReap(t *testing.T) {
 	if _, err := fake.Boot(t.Context(), sandbox.Spec{ID: "sbrunning", Dir: filepath.Join(sandboxes, "sbrunning")}); err != nil {
 		t.Fatal(err)
 	}
-	newManager(t, dir, fake, nil)
-	sandboxtest.Eventually(t, "only the living server's sandbox is left", func() bool {
-		entries, err := os.ReadDir(sandboxes)
-		return err == nil && len(entries) == 2 && fake.Running() == 1 // its own directory and the lock
-	})
+	m := newManager(t, dir, fake, nil)
+	<-m.Settled()
+	left, err := filepath.Glob(filepath.Join(sandboxes, "sb*"))
+	// What cannot be read, or is of a later version, is not for us to end.
+	if want := []string{mine.ID(), "sbbroken", "sbfuture"}; err != nil || len(left) != len(want) || fake.Running() != 1 {
+		t.Fatal(left, err, fake.Running())
+	}
+	if tomb, err := m.Get("", "sbrunning"); err != nil || tomb.Info().Cause != string(sandbox.CauseDied) {
+		t.Fatal(tomb, err)
+	}
 	if mine.Info().State != sandbox.Running {
 		t.Fatal("a living server's sandbox was reaped")
 	}

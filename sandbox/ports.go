@@ -60,7 +60,7 @@ func (s *Sandbox) Expose(port int, public bool) (Port, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.rec.State != Running || s.isLeft() {
+	if s.rec.State != Running && s.rec.State != Paused || s.isLeft() {
 		return Port{}, s.wrong("expose a port of")
 	}
 	if e := s.ports[port]; e != nil {
@@ -143,7 +143,7 @@ var ErrBusy = errors.New("too many connections to the sandbox")
 // Dial connects to an exposed port of the sandbox, for a gateway. Closing the connection ends both directions; it also ends when the port
 // is closed or becomes public or not. It waits for a while if the sandbox has as many connections as it may have: then that is ErrBusy.
 func (s *Sandbox) Dial(ctx context.Context, port int) (net.Conn, error) {
-	client, err := s.Agent("connect to a port of")
+	client, err := s.Agent(ctx, "connect to a port of")
 	if err != nil {
 		return nil, err
 	}
@@ -171,7 +171,7 @@ func (s *Sandbox) Dial(ctx context.Context, port int) (net.Conn, error) {
 	// The connection outlives the request that it is made for.
 	life, cancel := context.WithCancel(gate)
 	stop := context.AfterFunc(ctx, cancel)
-	stream, release, err := dial(life, client, port)
+	stream, release, err := s.dial(life, client, port)
 	if !stop() && err == nil {
 		release()
 		err = context.Cause(ctx)
@@ -251,7 +251,6 @@ func (s *Sandbox) serve(p Port) (*exposed, error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	e := &exposed{Port: p, listener: l, cancel: cancel}
 	e.openGate()
-	client := s.client
 	slots := s.connSlots
 	e.conns.Go(func() {
 		for {
@@ -271,7 +270,7 @@ func (s *Sandbox) serve(p Port) (*exposed, error) {
 			}
 			e.conns.Go(func() {
 				defer func() { <-slots }()
-				splice(ctx, client, conn, p.Port)
+				s.splice(ctx, conn, p.Port)
 			})
 		}
 	})
@@ -314,14 +313,19 @@ func (e *exposed) stop() {
 }
 
 // splice connects a client to a port of the sandbox, both ways, half-closes kept, until both have closed or ctx ends.
-func splice(ctx context.Context, client *agent.Client, conn net.Conn, port int) {
+func (s *Sandbox) splice(ctx context.Context, conn net.Conn, port int) {
 	defer conn.Close()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
-	guest, release, err := dial(ctx, client, port)
+	client, err := s.Agent(ctx, "connect to a port of")
 	if err != nil {
-		sayNothingListens(conn, port)
+		sayNot(conn, fmt.Sprintf("The sandbox of this port does not run: %v.\n", err))
+		return
+	}
+	guest, release, err := s.dial(ctx, client, port)
+	if err != nil {
+		sayNot(conn, fmt.Sprintf("Nothing listens on port %d of this sandbox. Start a server there (on 127.0.0.1 or 0.0.0.0), then try again.\n", port))
 		return
 	}
 	defer release()
@@ -344,8 +348,8 @@ func splice(ctx context.Context, client *agent.Client, conn net.Conn, port int) 
 	<-back
 }
 
-// dial connects to a server in the sandbox, on either loopback. The connection lives until it is released.
-func dial(ctx context.Context, client *agent.Client, port int) (conn net.Conn, release func(), err error) {
+// dial connects to a server in the sandbox, on either loopback. The connection lives until it is released; its bytes are counted.
+func (s *Sandbox) dial(ctx context.Context, client *agent.Client, port int) (conn net.Conn, release func(), err error) {
 	var errs error
 	for _, host := range []string{"127.0.0.1", "::1"} {
 		// The context of a connection bounds its life: the time for the dial alone is kept apart.
@@ -353,7 +357,7 @@ func dial(ctx context.Context, client *agent.Client, port int) (conn net.Conn, r
 		timer := time.AfterFunc(dialTime, cancel)
 		conn, err := client.Dial(life, "tcp", net.JoinHostPort(host, strconv.Itoa(port)))
 		if err == nil && timer.Stop() {
-			return conn, cancel, nil
+			return countedConn{conn, &s.meter}, cancel, nil
 		}
 		timer.Stop()
 		cancel()
@@ -362,15 +366,34 @@ func dial(ctx context.Context, client *agent.Client, port int) (conn net.Conn, r
 	return nil, nil, errs
 }
 
-// sayNothingListens answers a client that speaks HTTP with a page; others see the connection close.
-func sayNothingListens(conn net.Conn, port int) {
+// countedConn counts what goes through it, seen from the sandbox.
+type countedConn struct {
+	net.Conn
+	meter *meter
+}
+
+// Read implements io.Reader.
+func (c countedConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	c.meter.count(0, int64(n))
+	return n, err
+}
+
+// Write implements io.Writer.
+func (c countedConn) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	c.meter.count(int64(n), 0)
+	return n, err
+}
+
+// sayNot answers a client that speaks HTTP with a page; others see the connection close.
+func sayNot(conn net.Conn, body string) {
 	_ = conn.SetDeadline(time.Now().Add(peekTime)) // one that is gone is seen by the read
 	r := bufio.NewReader(conn)
 	line, err := r.ReadSlice('\n')
 	if err != nil || !bytes.Contains(line, []byte(" HTTP/1.")) {
 		return
 	}
-	body := fmt.Sprintf("Nothing listens on port %d of this sandbox. Start a server there (on 127.0.0.1 or 0.0.0.0), then try again.\n", port)
 	_, _ = fmt.Fprintf(conn, "HTTP/1.1 502 Bad Gateway\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", len(body), body) // as above
 	for err == nil {                                                                                                                                       // what the client still sends is read, so that it sees the page and not a reset
 		_, err = r.ReadSlice('\n')
@@ -382,7 +405,7 @@ func sayNothingListens(conn net.Conn, port int) {
 
 // Listening lists the TCP ports on which something listens in the sandbox.
 func (s *Sandbox) Listening(ctx context.Context) ([]int, error) {
-	client, err := s.Agent("look for listening ports in")
+	client, err := s.Look("look for listening ports in")
 	if err != nil {
 		return nil, err
 	}

@@ -17,25 +17,31 @@ type Sandbox struct {
 	m      *Manager
 	id     string
 	owner  string
-	env    map[string]string
-	life   time.Duration           // from readiness on
-	cancel context.CancelCauseFunc // ends the boot
+	env    map[string]string       // that its agent is to know
+	ctx    context.Context         // ends with the sandbox, and when this server leaves it
+	cancel context.CancelCauseFunc // of ctx
 	booted chan struct{}           // closed when the boot is over, whatever came of it
 	left   chan struct{}           // closed when this server leaves it to the next
 	ended  chan struct{}           // closed when its end has begun, with a cause
+	turn   chan struct{}           // has a token while somebody pauses, resumes, saves or destroys it
+	retime chan struct{}           // tells the keeper of its time that something has changed
+	log    journal
+	meter  meter
 
 	mu      sync.Mutex
 	rec     record
 	lock    *os.File
-	machine Machine
-	client  *agent.Client
-	expiry  *time.Timer
+	machine Machine       // nil before it is booted, and while it is on disk
+	client  *agent.Client // as machine
+	unfit   error         // why this server cannot speak with its agent, though it runs
+	stop    func()        // ends what goes on while it runs
+	hold    chan struct{} // closed when a change between running and paused is over; nil where there is none
+	shifts  int           // how many there were
 	ending  chan struct{} // closed when nothing of an ended sandbox is left
 	ports   map[int]*exposed
 	// connSlots bounds the connections to all ports.
 	connSlots chan struct{}
 	changed   chan struct{} // closed at the next change of what Info or Logs tell
-	log       []LogEntry
 }
 
 // Info is a sandbox at one moment.
@@ -43,14 +49,22 @@ type Info struct {
 	ID        string
 	Owner     string // "" is the user of this machine
 	State     State
-	Cause     string // why it has ended
+	Cause     string // why it has ended, or is paused
 	Template  string
+	Parent    string // the snapshot or the sandbox that it began from
 	Metadata  map[string]string
 	Limits    Limits
+	Times     Times
 	Created   time.Time
-	Changed   time.Time
+	Changed   time.Time // the last change of state
+	Updated   time.Time // the last change by its user
 	Ready     time.Time
-	ExpiresAt time.Time
+	ExpiresAt time.Time // while it runs
+	// OnDisk says that it is paused and takes no memory, AutoResume that a call wakes it, RemoveAt when it ends if nobody does.
+	OnDisk, AutoResume bool
+	RemoveAt           time.Time
+	Left               time.Duration // of its life, while it is paused
+	Totals             Totals
 }
 
 // ID is the sandbox' name.
@@ -65,21 +79,33 @@ func (s *Sandbox) Info() Info {
 
 func (s *Sandbox) info() Info {
 	r := s.rec
-	return Info{ID: r.ID, Owner: r.Owner, State: r.State, Cause: r.Cause, Template: r.Template, Metadata: maps.Clone(r.Metadata), Limits: r.Limits,
-		Created: r.Created, Changed: r.Changed, Ready: r.Ready, ExpiresAt: r.ExpiresAt}
+	i := Info{ID: r.ID, Owner: r.Owner, State: r.State, Cause: r.Cause, Template: r.Template, Parent: r.Parent, Metadata: maps.Clone(r.Metadata), Limits: r.Limits,
+		Times: r.Times, Created: r.Created, Changed: r.Changed, Updated: r.Updated, Ready: r.Ready, ExpiresAt: r.ExpiresAt, RemoveAt: r.RemoveAt, Left: r.Left, Totals: s.meter.totals()}
+	if r.Pause != nil {
+		i.OnDisk, i.AutoResume = r.Pause.Disk, r.Pause.AutoResume
+	}
+	return i
 }
 
-// become changes the state, on disk first. s.mu is held.
-func (s *Sandbox) become(verb string, next State, cause error) error {
+// become changes the state, on disk first; change, if not nil, changes what goes with it. s.mu is held.
+func (s *Sandbox) become(verb string, next State, cause error, change func(*record)) error {
 	if !s.rec.State.mayBecome(next) {
 		return s.wrong(verb)
 	}
 	r := s.rec
-	r.State, r.Changed = next, time.Now()
+	now := time.Now()
+	r.State, r.Changed, r.Cause = next, now, ""
 	if cause != nil {
 		r.Cause = cause.Error()
 	}
+	r.turnClock(s.rec.State, next, now, s.m.opts.PausedFor)
+	s.meter.turn(next == Running, r.Limits.Memory, now)
+	r.Totals, r.Seen = s.meter.totals(), s.meter.haveSeen()
+	if change != nil {
+		change(&r)
+	}
 	if err := s.m.store.save(r); err != nil && !next.Ended() { // a full disk must not keep a sandbox from its end
+		s.meter.turn(s.rec.State == Running, r.Limits.Memory, now)
 		return err
 	}
 	s.rec = r
@@ -88,96 +114,120 @@ func (s *Sandbox) become(verb string, next State, cause error) error {
 	} else {
 		s.record("%s", next)
 	}
+	s.wakeKeeper()
 	return nil
 }
 
 func (s *Sandbox) wrong(verb string) error {
-	e := &StateError{ID: s.rec.ID, Verb: verb, State: s.rec.State, At: s.rec.Changed}
-	if s.rec.State.Ended() {
-		e.Cause = s.rec.Cause
-	}
-	return e
+	return &StateError{ID: s.rec.ID, Verb: verb, State: s.rec.State, At: s.rec.Changed, Cause: s.rec.Cause, Wakes: s.rec.Pause != nil && s.rec.Pause.AutoResume}
 }
 
-// boot brings a new sandbox to life.
-func (s *Sandbox) boot(ctx context.Context, template Template) error {
+// boot brings a new sandbox to life, from a checkpoint if there is one.
+func (s *Sandbox) boot(ctx context.Context, template Template, from string, whole bool) error {
 	defer close(s.booted)
+	if err := s.start(ctx, template, from, whole); err != nil {
+		return err
+	}
+	if whole {
+		if err := s.skipPast(ctx); err != nil {
+			return err
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.become("start", Running, nil, nil); err != nil {
+		return err // killed meanwhile
+	}
+	s.begin()
+	s.m.work.Go(s.keepTime)
+	return nil
+}
+
+// start starts the machine and meets its agent. What has been started is in s also when it fails.
+func (s *Sandbox) start(ctx context.Context, template Template, from string, whole bool) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, s.m.opts.BootTimeout, errors.New("the sandbox was not ready in time"))
 	defer cancel()
-	limits := s.Info().Limits
-	machine, err := s.m.opts.Runtime.Boot(ctx, Spec{ID: s.id, Dir: s.m.store.path(s.id), Template: template, Limits: limits})
+	r := s.current()
+	machine, err := s.m.opts.Runtime.Boot(ctx, Spec{ID: s.id, Dir: s.m.store.path(s.id), Template: template, Limits: r.Limits, From: from})
 	if err != nil {
 		return err
 	}
 	s.mu.Lock()
 	s.machine = machine
 	s.mu.Unlock()
-	client, err := agent.NewClient(ctx, machine.Pipe(), s.m.opts.Version)
+	greet := agent.NewClient
+	if whole {
+		greet = agent.Rejoin
+	} else {
+		s.meter.see(seen{}) // the agent counts anew
+	}
+	client, err := greet(ctx, machine.Pipe(), s.m.opts.Version)
 	if err != nil {
 		return err
 	}
 	s.mu.Lock()
 	s.client = client
 	s.mu.Unlock()
-	err = client.Configure(ctx, agent.Config{
-		Env: s.env, MaxProcesses: limits.Processes, MaxMemory: limits.Memory, OrphanMS: s.life.Milliseconds(),
-	})
-	if err != nil {
-		return err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.rec.Ready = time.Now()
-	s.rec.ExpiresAt = s.rec.Ready.Add(s.life)
-	if err := s.become("start", Running, nil); err != nil {
-		return err // killed meanwhile
-	}
-	s.live()
-	return nil
+	config := r.configuration()
+	config.Env = s.env
+	return client.Configure(ctx, config)
 }
 
-// live begins what goes on as long as the sandbox lives. s.mu is held.
-func (s *Sandbox) live() {
+// configuration is what the agent is told, now and again.
+func (r record) configuration() agent.Config {
+	return agent.Config{MaxProcesses: r.Limits.Processes, MaxMemory: r.Limits.Memory, OrphanMS: r.orphanTime().Milliseconds()}
+}
+
+func (s *Sandbox) current() record {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.rec
+}
+
+// begin begins what goes on as long as there is a machine. s.mu is held.
+func (s *Sandbox) begin() {
+	ctx, cancel := context.WithCancel(s.ctx)
+	s.stop = cancel
 	machine, client := s.machine, s.client
-	s.expiry = time.AfterFunc(time.Until(s.rec.ExpiresAt), func() { _ = s.Kill(CauseTimeout) }) // end logs its error
-	s.m.work.Go(func() { s.watch(machine, client) })
-	s.m.work.Go(func() { s.ping(client) })
+	s.m.work.Go(func() { s.watch(ctx, machine, client) })
+	s.m.work.Go(func() { s.ping(ctx, client) })
+	s.m.work.Go(func() { s.sample(ctx, client, machine) })
 }
 
 // watch ends the sandbox when its agent is gone or its machine is not well.
-func (s *Sandbox) watch(machine Machine, client *agent.Client) {
+func (s *Sandbox) watch(ctx context.Context, machine Machine, client *agent.Client) {
 	ticker := time.NewTicker(checkEvery)
 	defer ticker.Stop()
 	for {
+		var cause error
 		select {
-		case <-s.left:
+		case <-ctx.Done():
 			return
 		case <-client.Done():
-			if s.isLeft() {
-				return
-			}
-			_ = s.end(Failed, CauseLost) // end logs its error; it has ended already where this is not news
-			return
+			cause = CauseLost
 		case <-ticker.C:
-			if err := machine.Check(); err != nil {
-				_ = s.end(Failed, err)
-				return
-			}
+			cause = machine.Check()
+		}
+		if cause != nil && ctx.Err() == nil {
+			_ = s.end(Failed, cause) // end logs its error; it has ended already where this is not news
+			return
 		}
 	}
 }
 
 // ping ends the sandbox when its agent does not answer. It is apart from watch: waiting for a silent agent must not hold up the checks
 // of a machine whose root may have silenced it.
-func (s *Sandbox) ping(client *agent.Client) {
+func (s *Sandbox) ping(ctx context.Context, client *agent.Client) {
 	ticker := time.NewTicker(s.m.opts.PingEvery)
 	defer ticker.Stop()
 	for {
 		select {
+		case <-ctx.Done():
+			return
 		case <-client.Done():
 			return
 		case <-ticker.C:
-			if !s.answers(client) {
+			if !s.answers(ctx, client) && ctx.Err() == nil {
 				_ = s.end(Failed, CauseSilent)
 				return
 			}
@@ -186,11 +236,11 @@ func (s *Sandbox) ping(client *agent.Client) {
 }
 
 // answers says whether a running sandbox' agent does. One that is paused, or was meanwhile, does not have to.
-func (s *Sandbox) answers(client *agent.Client) bool {
-	before := s.Info()
-	ctx, cancel := context.WithTimeout(s.m.ctx, s.m.opts.PingTime)
+func (s *Sandbox) answers(ctx context.Context, client *agent.Client) bool {
+	ctx, cancel := context.WithTimeout(ctx, s.m.opts.PingTime)
 	defer cancel()
-	if before.State != Running {
+	before, can := s.shift()
+	if !can {
 		return true
 	}
 	began := time.Now()
@@ -199,19 +249,62 @@ func (s *Sandbox) answers(client *agent.Client) bool {
 	if err == nil {
 		return true
 	}
-	after := s.Info()
-	return after.State != Running || after.Changed != before.Changed || ctx.Err() != context.DeadlineExceeded
+	after, can := s.shift()
+	return !can || after != before || ctx.Err() != context.DeadlineExceeded
 }
 
-// Agent is the way into a running sandbox, for the verb that the caller is about to do.
-func (s *Sandbox) Agent(verb string) (*agent.Client, error) {
+// shift counts the changes between running and paused, saves too, and says whether the agent can answer now.
+func (s *Sandbox) shift() (count int, answers bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.rec.State != Running {
+	return s.shifts, s.rec.State == Running && s.hold == nil
+}
+
+// Agent is the way into a sandbox, for the verb that the caller is about to do. One that is paused is woken, if calls are to wake it.
+func (s *Sandbox) Agent(ctx context.Context, verb string) (*agent.Client, error) {
+	for {
+		s.mu.Lock()
+		hold, state, auto := s.hold, s.rec.State, s.rec.Pause != nil && s.rec.Pause.AutoResume
+		switch {
+		case s.isLeft():
+			s.mu.Unlock()
+			return nil, fmt.Errorf("%s sandbox %s: %w", verb, s.id, ErrClosed)
+		case hold != nil && !state.Ended():
+			s.mu.Unlock()
+			select {
+			case <-hold:
+			case <-ctx.Done():
+				return nil, context.Cause(ctx)
+			}
+		case state == Running:
+			defer s.mu.Unlock()
+			return s.client, s.unfit
+		case state == Paused && auto:
+			s.mu.Unlock()
+			if err := s.Resume(ctx); err != nil && !s.runs() {
+				return nil, err
+			}
+		default:
+			defer s.mu.Unlock()
+			return nil, s.wrong(verb)
+		}
+	}
+}
+
+// Look is Agent for who only wants to know something of a sandbox that runs anyway: it wakes none.
+func (s *Sandbox) Look(verb string) (*agent.Client, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.unfit != nil {
+		return nil, s.unfit
+	}
+	if s.rec.State != Running || s.hold != nil || s.client == nil {
 		return nil, s.wrong(verb)
 	}
 	return s.client, nil
 }
+
+func (s *Sandbox) runs() bool { return s.current().State == Running }
 
 // AwaitEnd waits until the sandbox has ended or ctx has, and describes it.
 func (s *Sandbox) AwaitEnd(ctx context.Context) Info {
@@ -240,19 +333,25 @@ func (s *Sandbox) end(final State, cause error) error {
 		s.mu.Unlock()
 		return fmt.Errorf("end sandbox %s: %w", s.id, ErrClosed)
 	}
-	err := s.become("kill", final, cause)
+	err := s.become("kill", final, cause, nil)
 	if err != nil {
 		s.mu.Unlock()
 		return err
 	}
 	s.ending = make(chan struct{})
 	close(s.ended)
-	if s.expiry != nil {
-		s.expiry.Stop()
-	}
 	s.mu.Unlock()
 	s.cancel(cause)
 	<-s.booted
+	s.mu.Lock()
+	doomed := s.machine
+	s.mu.Unlock()
+	if doomed != nil { // at once: whoever is about to save it needs not come to an end with that
+		if err := s.endMachine(doomed); err != nil {
+			s.m.log.Error("end sandbox", "sandbox", s.id, "error", err) // it is tried again below
+		}
+	}
+	s.turn <- struct{}{} // who pauses or resumes it sees that it has ended; nobody has a turn after this one
 	s.mu.Lock()
 	machine, client := s.machine, s.client
 	s.mu.Unlock()
@@ -260,7 +359,7 @@ func (s *Sandbox) end(final State, cause error) error {
 	wait := s.stopPorts()
 	err = s.destroy(machine, client)
 	if client != nil {
-		_ = client.Close() // also where the machine could not be ended: what hangs on it is freed
+		client.CloseFor(s.asError("go on in")) // also where the machine could not be ended: what hangs on it is freed
 	}
 	wait()
 	if err != nil {
@@ -269,9 +368,15 @@ func (s *Sandbox) end(final State, cause error) error {
 	} else {
 		s.m.log.Info("sandbox ended", "sandbox", s.id, "state", final, "cause", cause)
 	}
-	s.m.forget(s.id)
+	s.m.retire(s.id)
 	close(s.ending)
 	return err
+}
+
+func (s *Sandbox) asError(verb string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.wrong(verb)
 }
 
 // destroy ends the machine first, so that the agent's end is no surprise to anyone, then removes what it left.
@@ -288,7 +393,7 @@ func (s *Sandbox) destroy(machine Machine, client *agent.Client) error {
 	if client != nil {
 		_ = client.Close()
 	}
-	return s.m.store.remove(s.id, s.lock)
+	return s.m.store.entomb(s.current(), s.lock)
 }
 
 // Update changes what can be changed of a living sandbox. Nil fields stay.
@@ -296,15 +401,36 @@ type Update struct {
 	Metadata    map[string]*string // nil values remove a pair
 	Extend      *time.Duration     // added to what is left
 	Lifetime    *time.Duration     // from now on; the only way to shorten a life
-	MaxLifetime *time.Duration     // counted from readiness
+	MaxLifetime *time.Duration     // counted from readiness, paused times aside
+	Idle        *time.Duration
+	OnTimeout   Action // "" stays
+	Grace       *time.Duration
+	AutoResume  *bool // whether calls wake it, now and when it is paused by its times
 }
 
 // Update applies u as a whole or not at all.
-func (s *Sandbox) Update(u Update) (Info, error) {
+func (s *Sandbox) Update(ctx context.Context, u Update) (Info, error) {
+	info, client, err := s.update(u)
+	if err != nil || client == nil {
+		return info, err
+	}
+	// The agent ends itself when no server comes for longer than its life: it is told of a longer one. A silent one is noticed elsewhere.
+	ctx, cancel := context.WithTimeout(ctx, tellTime)
+	defer cancel()
+	if err := client.Configure(ctx, s.current().configuration()); err != nil {
+		s.m.log.Warn("tell agent of its new times", "sandbox", s.id, "error", err)
+	}
+	return info, nil
+}
+
+// tellTime bounds how long an agent is told something that it need not know at once.
+const tellTime = 5 * time.Second
+
+func (s *Sandbox) update(u Update) (Info, *agent.Client, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.rec.State != Running && s.rec.State != Paused || s.isLeft() {
-		return Info{}, s.wrong("update")
+		return Info{}, nil, s.wrong("update")
 	}
 	r := s.rec
 	r.Metadata = maps.Clone(r.Metadata)
@@ -319,67 +445,41 @@ func (s *Sandbox) Update(u Update) (Info, error) {
 		r.Metadata[k] = *v
 	}
 	if err := checkMetadata(r.Metadata); err != nil {
-		return Info{}, err
+		return Info{}, nil, err
 	}
-	if u.MaxLifetime != nil {
-		r.MaxLife = *u.MaxLifetime
+	if err := r.setTimes(u, time.Now()); err != nil {
+		return Info{}, nil, err
 	}
-	switch {
-	case u.Extend != nil && u.Lifetime != nil:
-		return Info{}, fmt.Errorf("update sandbox %s: give either an extension or a life time: %w", r.ID, ErrInvalid)
-	case u.Extend != nil:
-		r.ExpiresAt = r.ExpiresAt.Add(*u.Extend)
-	case u.Lifetime != nil:
-		r.ExpiresAt = time.Now().Add(*u.Lifetime)
-	}
-	if u.Extend != nil && *u.Extend < 0 || u.Lifetime != nil && *u.Lifetime < 0 || r.MaxLife < 0 {
-		return Info{}, fmt.Errorf("update sandbox %s: times cannot be negative: %w", r.ID, ErrInvalid)
-	}
-	if last := r.Ready.Add(r.MaxLife); r.MaxLife > 0 && r.ExpiresAt.After(last) {
-		left := max(0, time.Until(last)).Round(time.Second)
-		return Info{}, fmt.Errorf("update sandbox %s: its maximum life time leaves %s from now: %w", r.ID, left, ErrInvalid)
-	}
+	r.Updated = time.Now()
 	if err := s.m.store.save(r); err != nil {
-		return Info{}, err
+		return Info{}, nil, err
 	}
+	retimed := !r.ExpiresAt.Equal(s.rec.ExpiresAt)
 	s.rec = r
 	s.record("updated")
-	s.expiry.Reset(max(0, time.Until(r.ExpiresAt)))
-	return s.info(), nil
-}
-
-// Pause freezes the sandbox in memory.
-func (s *Sandbox) Pause(ctx context.Context) error {
-	return s.shift(ctx, "pause", Running, Paused, func() error { return s.machine.Pause(ctx) })
-}
-
-// Resume goes on after Pause.
-func (s *Sandbox) Resume(ctx context.Context) error {
-	return s.shift(ctx, "resume", Paused, Running, func() error { return s.machine.Resume(ctx) })
-}
-
-func (s *Sandbox) shift(ctx context.Context, verb string, from, to State, do func() error) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.rec.State != from {
-		return s.wrong(verb)
+	s.wakeKeeper()
+	if retimed && r.State == Running && s.hold == nil && s.unfit == nil {
+		return s.info(), s.client, nil
 	}
-	if err := do(); err != nil {
-		return fmt.Errorf("%s sandbox %s: %w", verb, s.rec.ID, err)
-	}
-	return s.become(verb, to, nil)
+	return s.info(), nil, nil
 }
 
 // Usage tells what the sandbox uses: inside, and of the host.
 func (s *Sandbox) Usage(ctx context.Context) (agent.Usage, Usage, error) {
-	client, err := s.Agent("measure")
+	client, err := s.Look("measure")
 	if err != nil {
 		return agent.Usage{}, Usage{}, err
 	}
-	inside, err := client.Usage(ctx)
+	inside, err := client.Usage(ctx, nil)
 	if err != nil {
 		return agent.Usage{}, Usage{}, err
 	}
-	outside, err := s.machine.Usage(ctx)
+	s.mu.Lock()
+	machine := s.machine
+	s.mu.Unlock()
+	if machine == nil { // it was paused meanwhile
+		return agent.Usage{}, Usage{}, s.asError("measure")
+	}
+	outside, err := machine.Usage(ctx)
 	return inside, outside, err
 }

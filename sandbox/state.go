@@ -24,7 +24,7 @@ const (
 var moves = map[State][]State{
 	Creating: {Running, Killed, Failed},
 	Running:  {Paused, Killed, Failed},
-	Paused:   {Running, Killed, Failed},
+	Paused:   {Running, Paused, Killed, Failed}, // from memory to disk
 }
 
 func (s State) mayBecome(next State) bool { return slices.Contains(moves[s], next) }

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -14,28 +15,57 @@ import (
 
 // record is a sandbox as state.json keeps it.
 type record struct {
-	Version   int               `json:"version"`
-	ID        string            `json:"id"`
-	Owner     string            `json:"owner,omitempty"`
-	Keep      bool              `json:"keep,omitempty"` // it outlives its server, and the next one adopts it
-	State     State             `json:"state"`
-	Cause     string            `json:"cause,omitempty"`
-	Template  string            `json:"template"`
-	Metadata  map[string]string `json:"metadata,omitempty"`
-	Limits    Limits            `json:"limits"`
-	Created   time.Time         `json:"created"`
-	Changed   time.Time         `json:"changed"` // the last change of state
-	Ready     time.Time         `json:"ready,omitzero"`
-	ExpiresAt time.Time         `json:"expires_at,omitzero"`
-	MaxLife   time.Duration     `json:"max_lifetime,omitempty"`
-	Ports     []Port            `json:"ports,omitempty"`
-	Traffic   string            `json:"traffic_token,omitempty"`
+	Version  int               `json:"version"`
+	ID       string            `json:"id"`
+	Owner    string            `json:"owner,omitempty"`
+	Keep     bool              `json:"keep,omitempty"` // it outlives its server, and the next one adopts it
+	State    State             `json:"state"`
+	Cause    string            `json:"cause,omitempty"`
+	Template string            `json:"template"`
+	Parent   string            `json:"parent,omitempty"` // the snapshot or the sandbox that it began from
+	Metadata map[string]string `json:"metadata,omitempty"`
+	Limits   Limits            `json:"limits"`
+	Created  time.Time         `json:"created"`
+	Changed  time.Time         `json:"changed"`          // the last change of state
+	Updated  time.Time         `json:"updated,omitzero"` // the last change of anything that its user sets
+	Times    Times             `json:"times"`
+	clock
+	Ports   []Port `json:"ports,omitempty"`
+	Traffic string `json:"traffic_token,omitempty"`
+	// Pause is how it is paused; nil where it is not.
+	Pause *pause `json:"pause,omitempty"`
+	// Saves counts its checkpoints: the last one is of that number, and exists while it is paused on disk.
+	Saves  int    `json:"saves,omitempty"`
+	Totals Totals `json:"totals"`
+	Seen   seen   `json:"seen"`
 }
 
-const recordVersion = 1
+// pause is how a sandbox is paused.
+type pause struct {
+	Disk       bool `json:"disk,omitempty"`       // nothing of it runs; its checkpoint is all there is
+	FilesOnly  bool `json:"files_only,omitempty"` // its checkpoint has no memory
+	AutoResume bool `json:"auto_resume,omitempty"`
+	// Waking says that memory is promised to it again.
+	Waking bool      `json:"waking,omitempty"`
+	Since  time.Time `json:"since"`
+}
 
-// store is the directory of all sandboxes of this machine's servers.
-type store struct{ dir string }
+// onDisk says whether a checkpoint is all there is of the sandbox.
+func (r record) onDisk() bool { return r.State == Paused && r.Pause != nil && r.Pause.Disk }
+
+const recordVersion = 2
+
+// store is the directory of all sandboxes of this machine's servers: sandboxes/ has the living, ended/ what is remembered of the others.
+type store struct {
+	disk
+	dir       string // sandboxes
+	ended     string
+	snapshots string
+}
+
+func newStore(root string) store {
+	return store{dir: filepath.Join(root, "sandboxes"), ended: filepath.Join(root, "ended"), snapshots: filepath.Join(root, "snapshots")}
+}
 
 // lockFile takes a flock; the file is its proof, closing it gives the lock back. wait == false gives ErrWouldBlock when another has it.
 func lockFile(name string, wait bool) (*os.File, error) {
@@ -62,6 +92,17 @@ func lockFile(name string, wait bool) (*os.File, error) {
 // path is the directory of a sandbox.
 func (s store) path(id string) string { return filepath.Join(s.dir, id) }
 
+// tomb is the directory of what is remembered of a sandbox that has ended.
+func (s store) tomb(id string) string { return filepath.Join(s.ended, id) }
+
+// checkpoint is the directory of a sandbox' checkpoint of a number.
+func (s store) checkpoint(id string, n int) string {
+	return filepath.Join(s.path(id), "checkpoint-"+strconv.Itoa(n))
+}
+
+// unfinishedSave ends the name of a checkpoint that is being made.
+const unfinishedSave = ".new"
+
 // claim makes the directory of a new sandbox and locks it. The store's own lock is held meanwhile, so that nobody sees the
 // directory without its lock.
 func (s store) claim(id string) (lock *os.File, err error) {
@@ -70,7 +111,7 @@ func (s store) claim(id string) (lock *os.File, err error) {
 		return nil, err
 	}
 	defer all.Close()
-	if err := os.Mkdir(s.path(id), 0o711); err != nil {
+	if err := s.mkdir(s.path(id)); err != nil {
 		return nil, err
 	}
 	lock, err = lockFile(filepath.Join(s.path(id), "lock"), false)
@@ -114,41 +155,26 @@ func (s store) save(r record) error {
 	if err != nil {
 		return fmt.Errorf("save state of %s: %w", r.ID, err)
 	}
-	if err := writeFile(filepath.Join(s.path(r.ID), "state.json"), body); err != nil {
+	if err := s.replace(filepath.Join(s.path(r.ID), "state.json"), body); err != nil {
 		return fmt.Errorf("save state of %s: %w", r.ID, err)
 	}
 	return nil
 }
 
-// writeFile replaces a file by temp, fsync and rename.
-func writeFile(name string, body []byte) (err error) {
-	f, err := os.CreateTemp(filepath.Dir(name), "."+filepath.Base(name)+"-")
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			_ = os.Remove(f.Name())
-		}
-	}()
-	if _, err := f.Write(body); err != nil {
-		return errors.Join(err, f.Close())
-	}
-	if err := errors.Join(f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), name)
-}
+// load reads state.json of a living sandbox.
+func (s store) load(id string) (record, error) { return loadFrom(s.path(id), id) }
 
-// load reads state.json of a sandbox.
-func (s store) load(id string) (record, error) {
+func loadFrom(dir, id string) (record, error) {
 	var r record
-	body, err := os.ReadFile(filepath.Join(s.path(id), "state.json"))
+	body, err := os.ReadFile(filepath.Join(dir, "state.json"))
 	if err != nil {
 		return r, err
 	}
 	if err := json.Unmarshal(body, &r); err != nil {
 		return r, fmt.Errorf("state of %s: %w", id, err)
+	}
+	if r.Version == 1 { // the clock had one life time only
+		r.Version, r.Times = recordVersion, Times{Life: DefaultLifetime, OnTimeout: ActionKill}
 	}
 	if r.Version != recordVersion || r.ID != id {
 		return r, fmt.Errorf("state of %s: version %d, id %q: %w", id, r.Version, r.ID, ErrInvalid)
@@ -156,7 +182,7 @@ func (s store) load(id string) (record, error) {
 	return r, nil
 }
 
-// promised sums the memory limits of all sandboxes in the store, other servers' too.
+// promised sums the memory limits of all sandboxes in the store, other servers' too. One on disk has none.
 func (s store) promised() (int64, error) {
 	entries, err := os.ReadDir(s.dir)
 	if err != nil {
@@ -167,29 +193,96 @@ func (s store) promised() (int64, error) {
 		if !e.IsDir() || !ValidID(e.Name()) {
 			continue
 		}
-		if r, err := s.load(e.Name()); err == nil && !r.State.Ended() {
+		if r, err := s.load(e.Name()); err == nil && !r.State.Ended() && (!r.onDisk() || r.Pause.Waking) {
 			sum += r.Limits.Memory
 		}
 	}
 	return sum, nil
 }
 
-// remove takes a sandbox' directory away and gives its lock back. The lock file goes last: as long as it is there, the rest is owned.
-func (s store) remove(id string, lock *os.File) error {
-	dir := s.path(id)
+// remembered are the files that are kept of a sandbox that has ended.
+var remembered = []string{"state.json", logName, logName + olderSuffix, metricsName, metricsName + olderSuffix}
+
+// entomb takes a sandbox that has ended away, but for what is remembered of it, and gives its lock back. The lock file goes last: as long as
+// it is there, the rest is owned.
+func (s store) entomb(r record, lock *os.File) (err error) {
+	defer func() { err = errors.Join(err, lock.Close()) }()
+	dir := s.path(r.ID)
 	entries, err := os.ReadDir(dir)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return errors.Join(err, lock.Close())
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	keep := map[string]bool{"lock": true}
+	for _, name := range remembered {
+		keep[name] = true
 	}
 	for _, e := range entries {
-		if e.Name() != "lock" {
-			err = errors.Join(err, os.RemoveAll(filepath.Join(dir, e.Name())))
+		if !keep[e.Name()] {
+			err = errors.Join(err, s.removeAll(filepath.Join(dir, e.Name())))
 		}
 	}
-	if err == nil || errors.Is(err, fs.ErrNotExist) {
-		err = os.RemoveAll(dir)
+	if err != nil {
+		return err
 	}
-	return errors.Join(err, lock.Close())
+	r.Traffic = "" // a secret is for the living
+	if err := s.save(r); err != nil {
+		return errors.Join(err, s.removeAll(dir)) // on a full disk its end cannot be remembered, but must be had
+	}
+	if err := s.removeAll(s.tomb(r.ID)); err != nil {
+		return err
+	}
+	if err := s.rename(dir, s.tomb(r.ID)); err != nil {
+		return errors.Join(err, s.removeAll(dir))
+	}
+	return s.removeAll(filepath.Join(s.tomb(r.ID), "lock"))
+}
+
+// discard takes away the directory of a sandbox that never was, and gives its lock back.
+func (s store) discard(id string, lock *os.File) error {
+	return errors.Join(s.removeAll(s.path(id)), lock.Close())
+}
+
+// tombs lists what is remembered of sandboxes that have ended.
+func (s store) tombs() ([]record, error) {
+	entries, err := os.ReadDir(s.ended)
+	if err != nil {
+		return nil, err
+	}
+	var all []record
+	for _, e := range entries {
+		if !e.IsDir() || !ValidID(e.Name()) {
+			continue
+		}
+		if r, err := loadFrom(s.tomb(e.Name()), e.Name()); err == nil && r.State.Ended() {
+			all = append(all, r)
+		}
+	}
+	return all, nil
+}
+
+// forget removes what is remembered of sandboxes that ended before a time.
+func (s store) forget(before time.Time) error {
+	entries, err := os.ReadDir(s.ended)
+	if err != nil {
+		return err
+	}
+	var errs error
+	for _, e := range entries {
+		if !e.IsDir() || !ValidID(e.Name()) {
+			continue
+		}
+		info, err := e.Info()
+		if err != nil {
+			continue // another server removes it, too
+		}
+		if r, err := loadFrom(s.tomb(e.Name()), e.Name()); err == nil && r.Changed.Before(before) || err != nil && info.ModTime().Before(before) {
+			errs = errors.Join(errs, s.removeAll(s.tomb(e.Name())))
+		}
+	}
+	return errs
 }
 
 // memoryTotal reads the machine's memory in bytes from /proc/meminfo.

@@ -18,7 +18,11 @@ var advice = []struct {
 	text  string
 }{
 	{sandbox.ErrNotFound, "Call sandbox_list to see the sandboxes there are, or leave sandbox_id out to use this session's own."},
-	{sandbox.ErrNoTemplate, "The only template so far is \"host\"; leave template out to use it."},
+	{sandbox.ErrNoTemplate, "Call template_list to see the templates and snapshots there are; leave template out for \"host\"."},
+	{sandbox.ErrNoSnapshot, "Call template_list to see the snapshots there are."},
+	{sandbox.ErrSnapshot, "Use another name, or delete that one with template_delete."},
+	{sandbox.ErrBusySnapshot, "Try again in a moment."},
+	{sandbox.ErrNoDisk, "Delete a snapshot with template_delete, or kill a paused sandbox with sandbox_kill."},
 	{sandbox.ErrTooMany, "Kill one you no longer need with sandbox_kill; sandbox_list shows them."},
 	{sandbox.ErrNoRoom, "Kill a sandbox you no longer need with sandbox_kill, or ask for less memory_mb."},
 	{sandbox.ErrClosed, "The server is shutting down; try again when it is back."},
@@ -28,6 +32,7 @@ var advice = []struct {
 	{sandbox.ErrNotExposed, "Call sandbox_get to see the ports that are."},
 	{agent.ErrNoWatch, "Begin anew with file_watch and a path: watches end with close, and when nobody reads them while others are wanted."},
 	{agent.ErrWatches, "End one with file_watch, its cursor and close."},
+	{sandbox.ErrUnfit, "It goes on running, sandbox_get and sandbox_kill work; make a new one with sandbox_create, or start the version that made it."},
 	{agent.ErrVersion, "Commands and files still work in it; for this, make a new one with sandbox_create."},
 	{agent.ErrNoTerminal, "Start it with tty to give it one."},
 	{agent.ErrNoUser, "Leave user out to run as \"user\", or use \"root\"."},
@@ -72,7 +77,13 @@ func explain(tool string, err error) string {
 		if state.State.Ended() {
 			return what + " Call sandbox_create for a new one."
 		}
-		return what + " Call sandbox_get to see when that changes."
+		if state.Wakes {
+			return what + " Try again: any call resumes it."
+		}
+		if state.State == sandbox.Paused {
+			return what + " Call sandbox_resume to have it go on."
+		}
+		return what + " Call sandbox_get to see what it does."
 	}
 	if errors.Is(err, agent.ErrInvalid) && strings.Contains(what, "path") {
 		return what + " Give an absolute path without \"..\", such as /home/user/file.txt."

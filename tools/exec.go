@@ -12,6 +12,7 @@ import (
 	"github.com/mark3labs/mcp-go/server"
 
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/sandbox"
 )
 
 const (
@@ -215,7 +216,7 @@ func follow(ctx context.Context, client *agent.Client, snap agent.Snapshot, w ag
 			slice = min(slice, progressTick)
 		}
 		next, err := client.Wait(ctx, agent.WaitRequest{Process: snap.Process.ID, WaitMS: max(1, slice.Milliseconds()), Window: w})
-		if ctx.Err() != nil {
+		if ctx.Err() != nil || errors.Is(err, sandbox.ErrState) { // paused: it goes on when the sandbox does
 			return snap, nil
 		}
 		if err != nil {

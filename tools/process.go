@@ -14,9 +14,9 @@ import (
 func (s *Service) processTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "process_wait", "Wait for a process to end and read its output, also after it has ended. Without offset: head and tail of all its output. With offset: what came since, from the next_offset of the last result.",
-			hints{title: "Wait for a process", readOnly: true, idempotent: true, long: true, brief: true}, s.processWait),
+			hints{title: "Wait for a process", readOnly: true, idempotent: true, long: true}, s.processWait),
 		define(s, "process_write", "Write to the stdin of a process that was started with background or tty, and return what it answers.",
-			hints{title: "Write to a process", brief: true}, s.processWrite),
+			hints{title: "Write to a process"}, s.processWrite),
 		define(s, "process_resize", "Change the size of a process' terminal.",
 			hints{title: "Resize a terminal", idempotent: true}, s.processResize),
 		define(s, "process_signal", "Send a signal to a process and its group.",

@@ -3,6 +3,7 @@ package tools
 import (
 	"context"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -24,18 +25,22 @@ func (s *Service) sandboxTools() []server.ServerTool {
 		define(s, "sandbox_get", "Tell all about a sandbox: state, when and how it ends, limits, usage.",
 			hints{title: "Describe a sandbox", readOnly: true, idempotent: true}, s.sandboxGet),
 		define(s, "sandbox_update", "Change the metadata or the life time of a sandbox.",
-			hints{title: "Update a sandbox", brief: true}, s.sandboxUpdate),
+			hints{title: "Update a sandbox"}, s.sandboxUpdate),
 		define(s, "sandbox_kill", "End a sandbox. Its files and processes are lost.",
 			hints{title: "Kill a sandbox", destructive: true}, s.sandboxKill),
 	}
 }
 
 type sandboxCreateInput struct {
-	Template      string            `json:"template,omitempty" jsonschema:"default host: this machine's programs"`
+	Template      string            `json:"template,omitempty" jsonschema:"or a snapshot; default host: this machine's programs"`
 	Metadata      map[string]string `json:"metadata,omitempty" jsonschema:"to find it by"`
 	Env           map[string]string `json:"env,omitempty" jsonschema:"environment of all its processes"`
 	TimeoutMS     int64             `json:"timeout_ms,omitempty" jsonschema:"life time; default 3600000"`
 	MaxLifetimeMS int64             `json:"max_lifetime_ms,omitempty" jsonschema:"bound of all extensions; default none"`
+	IdleMS        int64             `json:"idle_timeout_ms,omitempty" jsonschema:"without a call; default none"`
+	OnTimeout     string            `json:"on_timeout,omitempty" enum:"pause,kill" jsonschema:"default pause: to disk"`
+	GraceMS       int64             `json:"grace_ms,omitempty" jsonschema:"for work to finish at the end"`
+	AutoResume    *bool             `json:"auto_resume,omitempty" jsonschema:"calls resume it after a timeout; default true"`
 	CPU           float64           `json:"cpu,omitempty" jsonschema:"cores; default 2"`
 	MemoryMB      int64             `json:"memory_mb,omitempty" jsonschema:"default 1024"`
 	DiskMB        int64             `json:"disk_mb,omitempty" jsonschema:"default 10240"`
@@ -46,12 +51,23 @@ type sandboxCreateInput struct {
 type sandboxInfo struct {
 	SandboxID string            `json:"sandbox_id"`
 	State     string            `json:"state"`
-	Cause     string            `json:"cause,omitempty" jsonschema:"why it ended"`
+	Cause     string            `json:"cause,omitempty" jsonschema:"why it ended or is paused"`
 	Default   bool              `json:"default,omitempty" jsonschema:"it is this session's own"`
 	Template  string            `json:"template"`
+	Parent    string            `json:"parent,omitempty" jsonschema:"the snapshot or sandbox that it began from"`
 	Metadata  map[string]string `json:"metadata,omitempty"`
 	CreatedAt string            `json:"created_at"`
 	EndsAt    string            `json:"ends_at,omitempty"`
+	OnTimeout string            `json:"on_timeout,omitempty"`
+	PausedAt  string            `json:"paused_at,omitempty"`
+	OnDisk    bool              `json:"on_disk,omitempty"`
+	Resumes   bool              `json:"auto_resume,omitempty"`
+	LeftMS    int64             `json:"life_left_ms,omitempty"`
+	IdleMS    int64             `json:"idle_timeout_ms,omitempty"`
+	MaxMS     int64             `json:"max_lifetime_ms,omitempty"`
+	GraceMS   int64             `json:"grace_ms,omitempty"`
+	ReadyAt   string            `json:"ready_at,omitempty"`
+	UpdatedAt string            `json:"updated_at,omitempty"`
 	CPU       float64           `json:"cpu"`
 	MemoryMB  int64             `json:"memory_mb"`
 	DiskMB    int64             `json:"disk_mb"`
@@ -60,12 +76,24 @@ type sandboxInfo struct {
 
 func (s *Service) describe(ctx context.Context, i sandbox.Info) sandboxInfo {
 	info := sandboxInfo{
-		SandboxID: i.ID, State: string(i.State), Cause: i.Cause, Default: s.isDefault(ctx, i.ID), Template: i.Template, Metadata: i.Metadata,
+		SandboxID: i.ID, State: string(i.State), Cause: i.Cause, Default: s.isDefault(ctx, i.ID), Template: i.Template, Parent: i.Parent, Metadata: i.Metadata,
 		CreatedAt: i.Created.UTC().Format(time.RFC3339), CPU: i.Limits.CPU, MemoryMB: i.Limits.Memory >> 20, DiskMB: i.Limits.Disk >> 20, Pids: i.Limits.Processes,
+	}
+	for at, to := range map[time.Time]*string{i.Ready: &info.ReadyAt, i.Updated: &info.UpdatedAt} {
+		if !at.IsZero() {
+			*to = at.UTC().Format(time.RFC3339)
+		}
+	}
+	if !i.State.Ended() {
+		t := i.Times
+		info.OnTimeout, info.IdleMS, info.MaxMS, info.GraceMS = string(t.OnTimeout), t.Idle.Milliseconds(), t.Max.Milliseconds(), t.Grace.Milliseconds()
 	}
 	switch {
 	case i.State.Ended():
 		info.EndsAt = i.Changed.UTC().Format(time.RFC3339)
+	case i.State == sandbox.Paused:
+		info.PausedAt, info.EndsAt = i.Changed.UTC().Format(time.RFC3339), i.RemoveAt.UTC().Format(time.RFC3339)
+		info.OnDisk, info.Resumes, info.LeftMS = i.OnDisk, i.AutoResume, i.Left.Milliseconds()
 	case !i.ExpiresAt.IsZero():
 		info.EndsAt = i.ExpiresAt.UTC().Format(time.RFC3339)
 	}
@@ -82,8 +110,30 @@ func (i sandboxInfo) text() string {
 		b.WriteString(", this session's own")
 	}
 	fmt.Fprintf(&b, ": template %s, created %s", i.Template, i.CreatedAt)
+	if i.Parent != "" {
+		fmt.Fprintf(&b, " from %s", i.Parent)
+	}
+	if i.PausedAt != "" {
+		where, how := "in memory", "by sandbox_resume"
+		if i.OnDisk {
+			where = "on disk"
+		}
+		if i.Resumes {
+			how = "by any call"
+		}
+		fmt.Fprintf(&b, ", paused %s since %s, resumed %s", where, i.PausedAt, how)
+	}
 	if i.EndsAt != "" {
 		fmt.Fprintf(&b, ", end %s", i.EndsAt)
+	}
+	if i.OnTimeout == string(sandbox.ActionPause) && i.PausedAt == "" {
+		b.WriteString(" (then paused to disk)")
+	}
+	if i.IdleMS > 0 && i.PausedAt == "" {
+		fmt.Fprintf(&b, ", or when it was idle for %d ms", i.IdleMS)
+	}
+	if i.MaxMS > 0 && i.PausedAt == "" {
+		fmt.Fprintf(&b, ", at most %d ms after its start", i.MaxMS)
 	}
 	fmt.Fprintf(&b, ", limits: cpu %g, memory %d MB, disk %d MB, %d processes", i.CPU, i.MemoryMB, i.DiskMB, i.Pids)
 	for _, k := range slices.Sorted(maps.Keys(i.Metadata)) {
@@ -93,13 +143,17 @@ func (i sandboxInfo) text() string {
 }
 
 func (s *Service) sandboxCreate(ctx context.Context, in sandboxCreateInput) (sandboxInfo, error) {
-	lifetime, err := millis("timeout_ms", &in.TimeoutMS)
-	if err != nil {
-		return sandboxInfo{}, err
-	}
-	maxLifetime, err := millis("max_lifetime_ms", &in.MaxLifetimeMS)
-	if err != nil {
-		return sandboxInfo{}, err
+	times := sandbox.Times{OnTimeout: sandbox.Action(in.OnTimeout), NoAutoResume: in.AutoResume != nil && !*in.AutoResume}
+	for _, t := range []struct {
+		name string
+		ms   int64
+		to   *time.Duration
+	}{{"timeout_ms", in.TimeoutMS, &times.Life}, {"max_lifetime_ms", in.MaxLifetimeMS, &times.Max}, {"idle_timeout_ms", in.IdleMS, &times.Idle}, {"grace_ms", in.GraceMS, &times.Grace}} {
+		d, err := millis(t.name, &t.ms)
+		if err != nil {
+			return sandboxInfo{}, err
+		}
+		*t.to = *d
 	}
 	if max(in.MemoryMB, in.DiskMB, in.Pids) > maxNumber || min(in.MemoryMB, in.DiskMB, in.Pids) < 0 {
 		return sandboxInfo{}, badArgument("The arguments \"memory_mb\", \"disk_mb\" and \"pids\" must be from 0 to %d.", maxNumber)
@@ -111,8 +165,7 @@ func (s *Service) sandboxCreate(ctx context.Context, in sandboxCreateInput) (san
 		return sandboxInfo{}, err
 	}
 	sb, err := s.Manager.Create(ctx, sandbox.CreateOptions{
-		Owner: who.Owner(), Template: in.Template, Metadata: in.Metadata, Env: in.Env,
-		Lifetime: *lifetime, MaxLifetime: *maxLifetime,
+		Owner: who.Owner(), Template: in.Template, Metadata: in.Metadata, Env: in.Env, Times: times,
 		Limits: sandbox.Limits{CPU: in.CPU, Memory: in.MemoryMB << 20, Disk: in.DiskMB << 20, Processes: in.Pids},
 	})
 	if err != nil {
@@ -126,6 +179,8 @@ type sandboxListInput struct {
 	Metadata map[string]string `json:"metadata,omitempty" jsonschema:"all pairs must match"`
 	State    string            `json:"state,omitempty" enum:"creating,running,paused,killed,failed" jsonschema:"default all that have not ended"`
 	Template string            `json:"template,omitempty"`
+	Since    string            `json:"since,omitempty" jsonschema:"made since then (RFC 3339), or so long ago"`
+	Until    string            `json:"until,omitempty" jsonschema:"made before"`
 	Limit    int               `json:"limit,omitempty" jsonschema:"default 50"`
 	Cursor   string            `json:"cursor,omitempty" jsonschema:"next_cursor of the last page"`
 }
@@ -158,7 +213,16 @@ func (s *Service) sandboxList(ctx context.Context, in sandboxListInput) (sandbox
 	if err != nil {
 		return sandboxListOutput{}, err
 	}
-	list := s.Manager.List(sandbox.Filter{Owner: who.Owner(), State: sandbox.State(in.State), Template: in.Template, Metadata: in.Metadata})
+	since, err := moment("since", in.Since)
+	if err != nil {
+		return sandboxListOutput{}, err
+	}
+	until, err := moment("until", in.Until)
+	if err != nil {
+		return sandboxListOutput{}, err
+	}
+	s.Manager.AwaitSettled(ctx)
+	list := s.Manager.List(sandbox.Filter{Until: until, Owner: who.Owner(), State: sandbox.State(in.State), Template: in.Template, Metadata: in.Metadata, Since: since})
 	if in.Cursor != "" {
 		after, err := base64.RawURLEncoding.DecodeString(in.Cursor)
 		at, id, ok := strings.Cut(string(after), " ")
@@ -268,31 +332,51 @@ func (s *Service) sandboxGet(ctx context.Context, in sandboxGetInput) (sandboxGe
 		return sandboxGetOutput{}, err
 	}
 	out := sandboxGetOutput{sandboxInfo: s.describe(ctx, sb.Info())}
-	if out.State != string(sandbox.Running) {
-		return out, nil
-	}
-	inside, outside, err := sb.Usage(ctx)
-	if err != nil {
-		return sandboxGetOutput{}, err
-	}
-	if out.Listening, err = sb.Listening(ctx); err != nil {
-		return sandboxGetOutput{}, err
-	}
-	client, err := sb.Agent("look into")
-	if err != nil {
-		return sandboxGetOutput{}, err
-	}
-	if out.Shell, err = s.shellOf(ctx, client); err != nil {
-		return sandboxGetOutput{}, err
-	}
 	for _, p := range sb.Ports() {
 		out.Ports = append(out.Ports, portInfo{p.Port, s.portURL(sb, p)})
+	}
+	if out.State != string(sandbox.Running) {
+		out.Usage, err = lastUsage(sb)
+		return out, err
+	}
+	err = s.lookInto(ctx, sb, &out)
+	if errors.Is(err, sandbox.ErrState) || errors.Is(err, sandbox.ErrUnfit) { // it cannot be asked, or was paused, or ended, meanwhile
+		out.sandboxInfo, err = s.describe(ctx, sb.Info()), nil
+	}
+	return out, err
+}
+
+// lookInto tells what only a sandbox that runs can tell.
+func (s *Service) lookInto(ctx context.Context, sb *sandbox.Sandbox, out *sandboxGetOutput) error {
+	inside, outside, err := sb.Usage(ctx)
+	if err != nil {
+		return err
+	}
+	if out.Listening, err = sb.Listening(ctx); err != nil {
+		return err
+	}
+	client, err := sb.Look("look into")
+	if err != nil {
+		return err
+	}
+	if out.Shell, err = s.shellOf(ctx, client); err != nil {
+		return err
 	}
 	out.Usage = &usageInfo{
 		MemoryMB: inside.Memory >> 20, HostMemoryMB: outside.Memory >> 20, DiskMB: inside.DiskUsed >> 20, CPUMS: inside.CPUMS,
 		Processes: inside.Processes, OOMKills: inside.OOMKills, AgentMB: inside.AgentMemory >> 20,
 	}
-	return out, nil
+	return nil
+}
+
+// lastUsage is what a sandbox that does not run used when it was last measured.
+func lastUsage(sb *sandbox.Sandbox) (*usageInfo, error) {
+	samples, err := sb.Samples(time.Time{}, time.Time{})
+	if err != nil || len(samples) == 0 {
+		return nil, err
+	}
+	last := samples[len(samples)-1]
+	return &usageInfo{MemoryMB: last.Memory >> 20, DiskMB: last.DiskUsed >> 20, CPUMS: last.CPUMS, Processes: last.Processes}, nil
 }
 
 type sandboxUpdateInput struct {
@@ -300,27 +384,32 @@ type sandboxUpdateInput struct {
 	ExtendMS      *int64             `json:"extend_ms,omitempty" jsonschema:"add to its life time"`
 	TimeoutMS     *int64             `json:"timeout_ms,omitempty" jsonschema:"life time from now on; may shorten it"`
 	MaxLifetimeMS *int64             `json:"max_lifetime_ms,omitempty" jsonschema:"bound of all extensions, from its start"`
+	IdleMS        *int64             `json:"idle_timeout_ms,omitempty"`
+	OnTimeout     string             `json:"on_timeout,omitempty" enum:"pause,kill"`
+	GraceMS       *int64             `json:"grace_ms,omitempty"`
+	AutoResume    *bool              `json:"auto_resume,omitempty"`
 	target
 }
 
 func (s *Service) sandboxUpdate(ctx context.Context, in sandboxUpdateInput) (sandboxInfo, error) {
-	if in.Metadata == nil && in.ExtendMS == nil && in.TimeoutMS == nil && in.MaxLifetimeMS == nil {
-		return sandboxInfo{}, badArgument("There is nothing to change: give metadata, extend_ms, timeout_ms or max_lifetime_ms.")
+	if in.Metadata == nil && in.ExtendMS == nil && in.TimeoutMS == nil && in.MaxLifetimeMS == nil && in.IdleMS == nil && in.OnTimeout == "" && in.GraceMS == nil && in.AutoResume == nil {
+		return sandboxInfo{}, badArgument("There is nothing to change: give metadata, extend_ms, timeout_ms, max_lifetime_ms, idle_timeout_ms, on_timeout, grace_ms or auto_resume.")
 	}
 	sb, err := s.sandbox(ctx, in.SandboxID)
 	if err != nil {
 		return sandboxInfo{}, err
 	}
-	u := sandbox.Update{Metadata: in.Metadata}
+	u := sandbox.Update{Metadata: in.Metadata, OnTimeout: sandbox.Action(in.OnTimeout), AutoResume: in.AutoResume}
 	for name, to := range map[string]struct {
 		ms *int64
 		d  **time.Duration
-	}{"extend_ms": {in.ExtendMS, &u.Extend}, "timeout_ms": {in.TimeoutMS, &u.Lifetime}, "max_lifetime_ms": {in.MaxLifetimeMS, &u.MaxLifetime}} {
+	}{"extend_ms": {in.ExtendMS, &u.Extend}, "timeout_ms": {in.TimeoutMS, &u.Lifetime}, "max_lifetime_ms": {in.MaxLifetimeMS, &u.MaxLifetime},
+		"idle_timeout_ms": {in.IdleMS, &u.Idle}, "grace_ms": {in.GraceMS, &u.Grace}} {
 		if *to.d, err = millis(name, to.ms); err != nil {
 			return sandboxInfo{}, err
 		}
 	}
-	info, err := sb.Update(u)
+	info, err := sb.Update(ctx, u)
 	if err != nil {
 		return sandboxInfo{}, err
 	}
@@ -381,7 +470,7 @@ func (s *Service) sandboxKill(ctx context.Context, in sandboxKillInput) (sandbox
 
 // running counts the processes that run in a sandbox, as far as it answers soon.
 func running(ctx context.Context, sb *sandbox.Sandbox) int {
-	client, err := sb.Agent("list processes of")
+	client, err := sb.Look("list processes of")
 	if err != nil {
 		return 0
 	}

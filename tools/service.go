@@ -30,6 +30,8 @@ type Options struct {
 	Toolsets []string
 	// PortURL is where a user reaches an exposed port; default on this machine's loopback.
 	PortURL func(*sandbox.Sandbox, sandbox.Port) string
+	// Templates are those that there are; default none are listed.
+	Templates func(context.Context) ([]sandbox.Template, error)
 	// ReadOnly leaves out every tool that changes anything, and makes no sandbox by itself.
 	ReadOnly bool
 }
@@ -61,17 +63,27 @@ func New(o Options) (*Service, error) {
 }
 
 // Toolsets are the names of the groups of tools.
-func Toolsets() []string { return []string{"core", "files", "net", "lifecycle"} }
+func Toolsets() []string {
+	return []string{"core", "files", "watch", "lifecycle", "net", "templates", "observe"}
+}
 
 // toolset is the group of a tool.
 func toolset(tool string) string {
 	switch {
+	case tool == "file_watch":
+		return "watch"
 	case strings.HasPrefix(tool, "file_"):
 		return "files"
 	case strings.HasPrefix(tool, "port_"):
 		return "net"
-	case tool == "sandbox_update":
+	case strings.HasPrefix(tool, "template_"):
+		return "templates"
+	}
+	switch tool {
+	case "sandbox_update", "sandbox_pause", "sandbox_resume", "sandbox_snapshot", "sandbox_fork":
 		return "lifecycle"
+	case "sandbox_logs", "sandbox_metrics":
+		return "observe"
 	}
 	return "core"
 }
@@ -81,7 +93,7 @@ func (s *Service) Register(m *server.MCPServer) {
 	if !s.ReadOnly && len(s.Toolsets) == 0 { // they name tools of all sets
 		registerPrompts(m)
 	}
-	for _, noun := range []func() []server.ServerTool{s.execTools, s.processTools, s.fileTools, s.watchTools, s.portTools, s.sandboxTools} {
+	for _, noun := range []func() []server.ServerTool{s.execTools, s.processTools, s.fileTools, s.watchTools, s.portTools, s.sandboxTools, s.lifecycleTools, s.observeTools} {
 		for _, t := range noun() {
 			if (len(s.Toolsets) == 0 || slices.Contains(s.Toolsets, toolset(t.Tool.Name))) && (!s.ReadOnly || *t.Tool.Annotations.ReadOnlyHint) {
 				m.AddTools(t)
@@ -218,6 +230,6 @@ func (s *Service) agent(ctx context.Context, t target, verb string) (*sandbox.Sa
 	if err != nil {
 		return nil, nil, err
 	}
-	client, err := sb.Agent(verb)
+	client, err := sb.Agent(ctx, verb)
 	return sb, client, err
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/mark3labs/mcp-go/server"
 
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/sandbox"
 )
 
 // hints are the four annotations of a tool; every tool states all of them.
@@ -23,7 +24,6 @@ type hints struct {
 	destructive bool
 	idempotent  bool
 	long        bool // its results may be long, which some clients want to know
-	brief       bool // another tool of the same result tells all its fields: the list is read by models, and is to be short
 }
 
 // maxResult is what a client is asked to show of a long result, in characters.
@@ -35,10 +35,7 @@ type output interface{ text() string }
 // define makes a tool of a method. In and Out are structs whose fields carry their descriptions; a field without omitempty is required.
 func define[In any, Out output](s *Service, name, description string, h hints, do func(context.Context, In) (Out, error)) server.ServerTool {
 	tool := mcp.NewToolWithRawSchema(name, description, schema[In](true))
-	tool.RawOutputSchema = schema[Out](false)
-	if h.brief {
-		tool.RawOutputSchema = brief(tool.RawOutputSchema)
-	}
+	tool.RawOutputSchema = brief(schema[Out](false)) // the list is read by models with every conversation, and is to be short
 	tool.Annotations = mcp.ToolAnnotation{
 		Title: h.title, ReadOnlyHint: &h.readOnly, DestructiveHint: &h.destructive, IdempotentHint: &h.idempotent, OpenWorldHint: new(bool),
 	}
@@ -60,7 +57,7 @@ func define[In any, Out output](s *Service, name, description string, h hints, d
 			return nil, protocol
 		}
 		if err != nil {
-			if t, ok := any(in).(interface{ id() string }); ok && errors.Is(err, agent.ErrLost) {
+			if t, ok := any(in).(interface{ id() string }); ok && errors.Is(err, agent.ErrLost) && !errors.Is(err, sandbox.ErrState) {
 				err = s.whyLost(ctx, t.id(), err)
 			}
 			return fail(name, err), nil
@@ -88,17 +85,20 @@ func schema[T any](input bool) json.RawMessage {
 	return body
 }
 
-// brief is a schema with what is always there, undescribed.
+// brief is a schema of what is always there, with its types.
 func brief(body json.RawMessage) json.RawMessage {
 	var s *jsonschema.Schema
 	if err := json.Unmarshal(body, &s); err != nil {
 		panic(err) // we have just written it: every test fails
 	}
 	for name, p := range s.Properties {
-		if p.Description = ""; !slices.Contains(s.Required, name) {
+		if !slices.Contains(s.Required, name) {
 			delete(s.Properties, name)
+			continue
 		}
+		s.Properties[name] = &jsonschema.Schema{Type: p.Type}
 	}
+	s.Required = nil // it would say all names once more
 	short, err := json.Marshal(s)
 	if err != nil {
 		panic(err)
@@ -121,9 +121,7 @@ func tidy(s *jsonschema.Schema, t reflect.Type, input bool) {
 	if len(s.Required) == 0 {
 		s.Required = nil
 	}
-	if !input {
-		s.AdditionalProperties = nil // room for later fields
-	}
+	s.AdditionalProperties = nil // of a result there may be more later; what is too much in a call, decode says better
 	switch {
 	case s.Items != nil:
 		tidy(s.Items, t.Elem(), input)

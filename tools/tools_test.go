@@ -24,7 +24,7 @@ import (
 // newServer is the tools on a Fake: commands run on this machine.
 func newServer(t *testing.T) (*server.MCPServer, *sandbox.Manager) {
 	t.Helper()
-	m, err := sandbox.NewManager(sandbox.Options{Dir: t.TempDir(), Runtime: &sandboxtest.Fake{}, Templates: sandboxtest.Templates{}, MemoryBudget: 8 << 30})
+	m, err := sandbox.NewManager(sandbox.Options{Dir: t.TempDir(), Runtime: &sandboxtest.Fake{}, Templates: sandboxtest.Templates{}, MemoryBudget: 8 << 30, Times: sandbox.Times{OnTimeout: sandbox.ActionPause}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -196,12 +196,12 @@ func steady(out []byte) []byte {
 		{`sb[a-z2-7]{20}`, "SANDBOX"},
 		{`/tmp/[^ "'\n\\]*?/sandboxes/SANDBOX`, "HOME"},
 		{`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z`, "TIME"},
-		{`after \d+ ms`, "after N ms"}, {`"duration_ms":\d+`, `"duration_ms":N`},
+		{`"life_left_ms":\d+`, `"life_left_ms":N`}, {`leaves [0-9hms.]+ from`, "leaves N from"}, {`ended after [0-9.]+m?s`, "ended after N"}, {`after \d+ ms`, "after N ms"}, {`"duration_ms":\d+`, `"duration_ms":N`},
 		{`cpu \d+ ms, memory \d+ MB`, "cpu N ms, memory N MB"}, {`"cpu_ms":\d+`, `"cpu_ms":N`}, {`,"memory_mb":\d+,"output`, `,"output`},
 		{`,"listening_ports":\[[^\]]*\]`, ""}, {`usage: .*`, "usage: N"}, {`"usage":\{[^}]*\}`, `"usage":{}`},
 		{fmt.Sprintf(`user %d`, os.Getuid()), "user ME"}, {fmt.Sprintf(`"user":"%d"`, os.Getuid()), `"user":"ME"`},
 		{`(0\d{3}) (root|[a-z0-9]+) +(\d+)`, "$1 OWNER $3"}, {`"owner":"[^"]*"`, `"owner":"OWNER"`},
-		{`"(ends|created|started|ended)_at":"[^"]*"`, `"${1}_at":"TIME"`},
+		{`"(ends|created|started|ended|paused|updated|ready)_at":"[^"]*"`, `"${1}_at":"TIME"`},
 	} {
 		out = regexp.MustCompile(r.pattern).ReplaceAll(out, []byte(r.with))
 	}

@@ -4,7 +4,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/signal"
 	"runtime"
@@ -53,12 +52,14 @@ func run(args []string) error {
 	// A host that is gone must not end the sandbox: writing to its pipe would.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	go func() { _ = server.ListenAttach() }()
-	pipe, err := openStdio()
-	if err != nil {
-		return err
+	for _, fd := range []int{0, 1} { // then the Go runtime waits for them by epoll: a thread that blocks in a read would hold back a processor
+		if err := syscall.SetNonblock(fd, true); err != nil {
+			return err
+		}
 	}
-	go func() { _ = server.Serve(pipe) }() // its end is not ours: another host may attach
-	<-server.Done()
+	again := make(chan os.Signal, 1)
+	signal.Notify(again, syscall.SIGUSR2)
+	server.ServeStdio(os.NewFile(0, "stdin"), os.NewFile(1, "stdout"), again)
 	return nil
 }
 
@@ -84,23 +85,3 @@ func forkExec(count string) error {
 	_, err = fmt.Println(times[n/2].Microseconds())
 	return err
 }
-
-// stdio is the pipe the runtime gave us.
-type stdio struct {
-	io.ReadCloser
-	out io.WriteCloser
-}
-
-// openStdio makes the pipe one that the Go runtime waits for by epoll: a thread that blocks in a read would hold back a processor.
-func openStdio() (stdio, error) {
-	for _, fd := range []int{0, 1} {
-		if err := syscall.SetNonblock(fd, true); err != nil {
-			return stdio{}, err
-		}
-	}
-	return stdio{os.NewFile(0, "stdin"), os.NewFile(1, "stdout")}, nil
-}
-
-func (s stdio) Write(p []byte) (int, error) { return s.out.Write(p) }
-
-func (s stdio) Close() error { return errors.Join(s.ReadCloser.Close(), s.out.Close()) }

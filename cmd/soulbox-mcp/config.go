@@ -29,7 +29,8 @@ type config struct {
 	stateDir string
 	logFile  string
 	logLevel slog.Level
-	lifetime time.Duration
+	times    sandbox.Times
+	saving   saving
 	limits   sandbox.Limits
 	budget   int64 // bytes
 	perOwner int
@@ -38,6 +39,13 @@ type config struct {
 	readOnly bool
 	fixtures bool
 	gateway  *url.URL // where ports of sandboxes are reached by name; nil is nowhere
+}
+
+// saving is what the operator allows to be saved on disk.
+type saving struct {
+	paused  time.Duration // how long a paused sandbox is kept
+	budget  int64         // bytes; 0 is what the disk has
+	reclaim string        // never or oldest
 }
 
 // parseConfig reads the flags that all commands have.
@@ -55,7 +63,12 @@ func (c *config) parse(name string, args []string, getenv func(string) string, s
 	flags.StringVar(&c.stateDir, "state-dir", getenv("SOULBOX_STATE_DIR"), "`directory` of all state; default $XDG_STATE_HOME/soulbox, as root /var/lib/soulbox (SOULBOX_STATE_DIR)")
 	flags.StringVar(&c.logFile, "log-file", getenv("SOULBOX_LOG_FILE"), "`path` of the log; default stderr (SOULBOX_LOG_FILE)")
 	flags.TextVar(&c.logLevel, "log-level", slog.LevelInfo, "`level`: debug, info, warn or error")
-	flags.DurationVar(&c.lifetime, "lifetime", sandbox.DefaultLifetime, "life time of sandboxes that ask for none")
+	c.times.OnTimeout = sandbox.ActionPause // nothing is lost that nobody wanted to be
+	flags.DurationVar(&c.times.Life, "lifetime", sandbox.DefaultLifetime, "life time of sandboxes that ask for none")
+	flags.DurationVar(&c.times.Idle, "idle", 0, "`time` after which a sandbox that nobody uses is paused or killed; default never")
+	flags.DurationVar(&c.saving.paused, "paused-for", 7*24*time.Hour, "`time` for which a paused sandbox is kept")
+	saved := flags.Int64("disk-budget-mb", 0, "disk of all paused sandboxes and snapshots together, in MB; default what the disk has, but 512")
+	flags.StringVar(&c.saving.reclaim, "reclaim", "never", "where that is used up: `never` end a paused sandbox, or the oldest")
 	memory := flags.Int64("memory-mb", 0, "memory of sandboxes that ask for none, in MB; default 1024")
 	disk := flags.Int64("disk-mb", 0, "disk of sandboxes that ask for none, in MB; default 10240")
 	pids := flags.Int64("pids", 0, "processes of sandboxes that ask for no number; default 512")
@@ -68,17 +81,20 @@ func (c *config) parse(name string, args []string, getenv func(string) string, s
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
-	if c.onExit != "keep" && c.onExit != "kill" {
-		return fmt.Errorf("--on-exit is keep or kill, not %q", c.onExit)
+	if c.onExit != "pause" && c.onExit != "keep" && c.onExit != "kill" {
+		return fmt.Errorf("--on-exit is pause, keep or kill, not %q", c.onExit)
+	}
+	if c.saving.reclaim != "never" && c.saving.reclaim != "oldest" {
+		return fmt.Errorf("--reclaim is never or oldest, not %q", c.saving.reclaim)
 	}
 	if flags.NArg() > 0 {
 		return fmt.Errorf("there is no argument %q; run 'soulbox-mcp %s --help'", flags.Arg(0), name)
 	}
-	if *memory < 0 || *disk < 0 || *pids < 0 || *cpu < 0 || *budget < 0 || c.lifetime <= 0 {
+	if *memory < 0 || *disk < 0 || *pids < 0 || *cpu < 0 || *budget < 0 || *saved < 0 || c.times.Life <= 0 || c.times.Idle < 0 || c.saving.paused <= 0 {
 		return errors.New("limits and times must be positive")
 	}
 	c.limits = sandbox.Limits{CPU: *cpu, Memory: *memory << 20, Disk: *disk << 20, Processes: *pids}
-	c.budget = *budget << 20
+	c.budget, c.saving.budget = *budget<<20, *saved<<20
 	c.findPrograms()
 	if c.stateDir == "" {
 		c.stateDir = defaultStateDir(getenv)
@@ -134,7 +150,7 @@ func (c config) openLog(stderr io.Writer) (*slog.Logger, func() error, error) {
 
 // serving are the flags of the commands that serve clients.
 func (c *config) serving(flags *flag.FlagSet) {
-	flags.StringVar(&c.onExit, "on-exit", c.onExit, "what becomes of sandboxes when the server ends: `keep` (the next server has them) or kill")
+	flags.StringVar(&c.onExit, "on-exit", c.onExit, "what becomes of sandboxes when the server ends: `pause` (to disk), keep (they go on) or kill; the next server has the first two")
 	flags.StringVar(&c.toolsets, "toolsets", "", "`names` of the tools that are offered, of "+strings.Join(tools.Toolsets(), ",")+"; default all")
 	flags.BoolVar(&c.readOnly, "read-only", false, "offer only tools that change nothing")
 	flags.BoolVar(&c.fixtures, "conformance", false, "offer what the official conformance suite needs, too")
@@ -158,8 +174,9 @@ func (c config) newManager(log *slog.Logger, watch func(*sandbox.Options)) (*san
 		templates.UID, templates.GID = gvisor.Owner()
 	}
 	o := sandbox.Options{
-		Dir: c.stateDir, Runtime: runtime, Templates: templates, Log: log, Version: version, Lifetime: c.lifetime, Defaults: c.limits,
-		MemoryBudget: c.budget, MaxPerOwner: c.perOwner, Keep: c.onExit == "keep",
+		Dir: c.stateDir, Runtime: runtime, Templates: templates, Log: log, Version: version, Times: c.times, Defaults: c.limits,
+		MemoryBudget: c.budget, MaxPerOwner: c.perOwner, Keep: c.onExit != "kill", PauseOnExit: c.onExit == "pause",
+		PausedFor: c.saving.paused, DiskBudget: c.saving.budget, Reclaim: c.saving.reclaim == "oldest",
 	}
 	if watch != nil {
 		watch(&o)

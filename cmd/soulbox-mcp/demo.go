@@ -49,6 +49,11 @@ func demoSteps(home string) []step {
 		{"... and ask it.", "exec", map[string]any{"command": ask}, "from a gVisor sandbox"},
 		{"Its log is kept.", "process_wait", map[string]any{"tag": "web", "yield_ms": 0}, "GET / HTTP/1.0"},
 		{"What runs?", "process_list", map[string]any{}, "tag=web running"},
+		{"Pause it all to disk: nothing runs any more ...", "sandbox_pause", map[string]any{"to_disk": true}, "paused on disk"},
+		{"... and go on: the server is there as it was.", "sandbox_resume", map[string]any{}, "is running"},
+		{"Really?", "exec", map[string]any{"command": ask}, "from a gVisor sandbox"},
+		{"Make a copy of it, with the server in it and its memory.", "sandbox_fork", map[string]any{}, "made: sb"},
+		{"What has happened so far?", "sandbox_logs", map[string]any{"source": "system"}, "paused: by request"},
 		{"Stop it.", "process_signal", map[string]any{"tag": "web"}, "has exited"},
 		{"What can the sandbox not see? Your home and root's ...", "exec", map[string]any{"command": "ls /home; ls " + home + " 2>&1 | head -3; ls /root 2>&1 | tail -1"}, "user\n"},
 		{"... your processes ...", "exec", map[string]any{"command": "cat /proc/[0-9]*/cmdline | tr '\\0' ' '", "user": "root"}, "soulbox-agent init"},
@@ -70,7 +75,7 @@ func runDemo(ctx context.Context, args []string, getenv func(string) string, std
 	}
 	begin := time.Now()
 	var server *exec.Cmd
-	stdio := transport.NewStdioWithOptions(self, nil, append([]string{"stdio", "--log-level=warn", "--state-dir=" + c.stateDir}, args...),
+	stdio := transport.NewStdioWithOptions(self, nil, append([]string{"stdio", "--log-level=warn", "--on-exit=kill", "--state-dir=" + c.stateDir}, args...),
 		transport.WithCommandFunc(func(ctx context.Context, name string, env []string, args []string) (*exec.Cmd, error) {
 			server = exec.CommandContext(ctx, name, args...)
 			server.Env = append(os.Environ(), env...)
@@ -103,7 +108,7 @@ func runDemo(ctx context.Context, args []string, getenv func(string) string, std
 			return err
 		}
 	}
-	fmt.Fprintf(stdout, "\nDone in %.1f s: %d steps, all as expected. The sandbox ends with its client.\n", time.Since(begin).Seconds(), len(steps))
+	fmt.Fprintf(stdout, "\nDone in %.1f s: %d steps, all as expected. The sandbox and its copy end with their client, which asked for that; else they would be paused to disk.\n", time.Since(begin).Seconds(), len(steps))
 	return nil
 }
 

@@ -185,7 +185,7 @@ func checkSandbox(ctx context.Context, c config) (_ string, err error) {
 		return "", err
 	}
 	booted := time.Since(begin)
-	client, err := sb.Agent("run a command in")
+	client, err := sb.Agent(ctx, "run a command in")
 	if err != nil {
 		return "", err
 	}

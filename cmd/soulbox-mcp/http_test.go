@@ -609,12 +609,13 @@ func TestHealthAndMetrics(t *testing.T) {
 		names = append(names, m[1])
 	}
 	const want = "soulbox_agent_round_trip_seconds histogram\nsoulbox_http_bytes_total counter\nsoulbox_http_sessions gauge\nsoulbox_mcp_request_seconds histogram\nsoulbox_mcp_requests_total counter\n" +
-		"soulbox_memory_free_bytes gauge\nsoulbox_sandbox_create_seconds histogram\nsoulbox_sandbox_creates_total counter\nsoulbox_sandboxes gauge"
+		"soulbox_memory_free_bytes gauge\nsoulbox_sandbox_operation_seconds histogram\nsoulbox_sandbox_operations_total counter\nsoulbox_sandboxes gauge\nsoulbox_sandboxes_cpu_seconds_total counter\nsoulbox_sandboxes_disk_bytes gauge\n" +
+		"soulbox_sandboxes_memory_bytes gauge\nsoulbox_sandboxes_memory_gb_seconds_total counter\nsoulbox_sandboxes_port_bytes_total counter\nsoulbox_sandboxes_processes gauge\nsoulbox_sandboxes_running_seconds_total counter\nsoulbox_saved_bytes gauge"
 	if got := strings.Join(names, "\n"); got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
 	}
 	for _, line := range []string{`soulbox_mcp_requests_total{method="tools/call",outcome="ok",tool="exec"} 1`, `soulbox_mcp_requests_total{method="other",outcome="refused",tool=""} 1`,
-		`soulbox_mcp_requests_total{method="tools/call",outcome="refused",tool="other"} 1`, `soulbox_sandboxes{state="running"} 1`, `soulbox_sandbox_creates_total{outcome="ok"} 1`} {
+		`soulbox_mcp_requests_total{method="tools/call",outcome="refused",tool="other"} 1`, `soulbox_sandboxes{state="running"} 1`, `soulbox_sandbox_operations_total{operation="create",outcome="ok"} 1`} {
 		if !strings.Contains(body, line+"\n") {
 			t.Errorf("%s is missing", line)
 		}

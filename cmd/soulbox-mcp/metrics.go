@@ -18,8 +18,8 @@ type metrics struct {
 	registry *prometheus.Registry
 	requests *prometheus.CounterVec
 	latency  *prometheus.HistogramVec
-	creates  *prometheus.CounterVec
-	creation prometheus.Histogram
+	changes  *prometheus.CounterVec
+	change   *prometheus.HistogramVec
 	ping     prometheus.Histogram
 	bytes    *prometheus.CounterVec
 }
@@ -30,12 +30,12 @@ func newMetrics() *metrics {
 		registry: prometheus.NewRegistry(),
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "soulbox_mcp_requests_total", Help: "MCP requests answered, by method, tool and outcome (ok, error, refused, cancelled)."}, []string{"method", "tool", "outcome"}),
 		latency:  prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "soulbox_mcp_request_seconds", Help: "Time to answer an MCP request, by method and tool; tool exec is the latency of commands.", Buckets: fast}, []string{"method", "tool"}),
-		creates:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: "soulbox_sandbox_creates_total", Help: "Sandboxes created, by outcome (ok, error)."}, []string{"outcome"}),
-		creation: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "soulbox_sandbox_create_seconds", Help: "Time until a new sandbox was ready.", Buckets: fast}),
+		changes:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: "soulbox_sandbox_operations_total", Help: "Changes of sandboxes, by what was done (create, pause, resume, snapshot, fork) and outcome (ok, error)."}, []string{"operation", "outcome"}),
+		change:   prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "soulbox_sandbox_operation_seconds", Help: "Time that a change of a sandbox took, by what was done.", Buckets: fast}, []string{"operation"}),
 		ping:     prometheus.NewHistogram(prometheus.HistogramOpts{Name: "soulbox_agent_round_trip_seconds", Help: "Time in which the agents of sandboxes answered.", Buckets: fast}),
 		bytes:    prometheus.NewCounterVec(prometheus.CounterOpts{Name: "soulbox_http_bytes_total", Help: "Bytes of MCP requests (in) and answers (out) over HTTP."}, []string{"direction"}),
 	}
-	m.registry.MustRegister(m.bytes, m.requests, m.latency, m.creates, m.creation, m.ping, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	m.registry.MustRegister(m.bytes, m.requests, m.latency, m.changes, m.change, m.ping, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
 
@@ -77,9 +77,9 @@ func (m *metrics) observeSandbox(what string, took time.Duration, err error) {
 	if err != nil {
 		outcome = "error"
 	} else {
-		m.creation.Observe(took.Seconds())
+		m.change.WithLabelValues(what).Observe(took.Seconds())
 	}
-	m.creates.WithLabelValues(outcome).Inc()
+	m.changes.WithLabelValues(what, outcome).Inc()
 }
 
 // room collects the sandboxes by state and the memory that is left.
@@ -87,11 +87,23 @@ type room struct{ manager *sandbox.Manager }
 
 var (
 	sandboxesDesc = prometheus.NewDesc("soulbox_sandboxes", "Sandboxes, by state; ended ones as long as they are remembered.", []string{"state"}, nil)
+	runDesc       = prometheus.NewDesc("soulbox_sandboxes_running_seconds_total", "Time that sandboxes have run, those that have ended too.", nil, nil)
+	cpuDesc       = prometheus.NewDesc("soulbox_sandboxes_cpu_seconds_total", "CPU time of sandboxes, as last measured.", nil, nil)
+	memoryDesc    = prometheus.NewDesc("soulbox_sandboxes_memory_gb_seconds_total", "Memory promised to sandboxes times how long they have run, in 2^30 bytes.", nil, nil)
+	netDesc       = prometheus.NewDesc("soulbox_sandboxes_port_bytes_total", "Bytes through ports of sandboxes, in to them and out.", []string{"direction"}, nil)
+	usedDesc      = prometheus.NewDesc("soulbox_sandboxes_memory_bytes", "Memory that running sandboxes use, as last measured.", nil, nil)
+	diskDesc      = prometheus.NewDesc("soulbox_sandboxes_disk_bytes", "Bytes that running sandboxes have written to their disks and not removed, as last measured.", nil, nil)
+	tasksDesc     = prometheus.NewDesc("soulbox_sandboxes_processes", "Processes of running sandboxes, as last measured.", nil, nil)
+	savedDesc     = prometheus.NewDesc("soulbox_saved_bytes", "Bytes on disk of all paused sandboxes and snapshots.", nil, nil)
 	freeDesc      = prometheus.NewDesc("soulbox_memory_free_bytes", "Memory that can still be promised to sandboxes.", nil, nil)
 )
 
 // Describe implements prometheus.Collector.
-func (r room) Describe(ch chan<- *prometheus.Desc) { ch <- sandboxesDesc; ch <- freeDesc }
+func (r room) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{sandboxesDesc, freeDesc, runDesc, cpuDesc, memoryDesc, netDesc, usedDesc, diskDesc, tasksDesc, savedDesc} {
+		ch <- d
+	}
+}
 
 // Collect implements prometheus.Collector.
 func (r room) Collect(ch chan<- prometheus.Metric) {
@@ -100,6 +112,20 @@ func (r room) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.NewInvalidMetric(freeDesc, err)
 		return
 	}
+	now, saved, err := r.manager.Now()
+	if err != nil {
+		ch <- prometheus.NewInvalidMetric(savedDesc, err)
+		return
+	}
+	for d, v := range map[*prometheus.Desc]int64{usedDesc: now.Memory, diskDesc: now.DiskUsed, tasksDesc: now.Processes, savedDesc: saved} {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(v))
+	}
+	used := r.manager.Used()
+	for d, v := range map[*prometheus.Desc]float64{runDesc: float64(used.RunMS) / 1000, cpuDesc: float64(used.CPUMS) / 1000, memoryDesc: used.GBSeconds} {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, v)
+	}
+	ch <- prometheus.MustNewConstMetric(netDesc, prometheus.CounterValue, float64(used.NetIn), "in")
+	ch <- prometheus.MustNewConstMetric(netDesc, prometheus.CounterValue, float64(used.NetOut), "out")
 	ch <- prometheus.MustNewConstMetric(freeDesc, prometheus.GaugeValue, float64(free))
 	for _, s := range sandbox.States() {
 		ch <- prometheus.MustNewConstMetric(sandboxesDesc, prometheus.GaugeValue, float64(states[s]), string(s))

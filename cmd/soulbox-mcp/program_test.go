@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"errors"
 	"fmt"
@@ -92,7 +93,7 @@ func TestDefaultSandboxEnds(t *testing.T) {
 // TestEndUnderCall: a call whose sandbox ends is told why.
 func TestEndUnderCall(t *testing.T) {
 	p := launch(t, "")
-	id := p.call("sandbox_create", map[string]any{"timeout_ms": 2000}).Result.StructuredContent["sandbox_id"]
+	id := p.call("sandbox_create", map[string]any{"timeout_ms": 2000, "on_timeout": "kill"}).Result.StructuredContent["sandbox_id"]
 	m := p.await(p.start("exec", map[string]any{"sandbox_id": id, "command": "sleep 600", "yield_ms": 50_000}))
 	if !m.Result.IsError || !strings.Contains(m.text(), "its life time was over") || !strings.Contains(m.text(), "sandbox_create") {
 		t.Fatal(m.text())
@@ -209,11 +210,11 @@ func TestFloods(t *testing.T) {
 	}
 }
 
-// TestServerKilled: kill -9 at random moments, and after the next start nothing is left.
+// TestServerKilled: kill -9 at random moments, and after the next start nothing is left of sandboxes that are not to outlive their server.
 func TestServerKilled(t *testing.T) {
 	state := sandboxtest.Dir(t)
 	for i := range 20 {
-		p := launch(t, state)
+		p := launch(t, state, "--on-exit=kill")
 		p.start("exec", map[string]any{"command": "sleep 600 & sleep 600"})
 		p.start("sandbox_create", nil)
 		p.start("file_write", map[string]any{"path": "/home/user/x", "content": strings.Repeat("x", 100_000)})
@@ -226,7 +227,7 @@ func TestServerKilled(t *testing.T) {
 		if i%5 != 4 {
 			continue // leave it to a later start
 		}
-		next := launch(t, state)
+		next := launch(t, state, "--on-exit=kill")
 		sandboxtest.Eventually(t, "nothing is left", func() bool { return len(sandboxtest.Processes(state)) == 0 && len(directories(t, state)) == 0 })
 		if next.exec("echo alive") != "alive\n" {
 			t.Fatal("the next server does not work")
@@ -247,9 +248,8 @@ func TestServerKilled(t *testing.T) {
 	}
 }
 
-// TestClientGone: a client that ends with all its pipes takes its sandboxes along, and so does a terminal that is closed.
+// TestClientGone: when a client ends with all its pipes, or its terminal is closed, its sandboxes are paused to disk, and the next has them.
 func TestClientGone(t *testing.T) {
-	state := sandboxtest.Dir(t)
 	for name, leave := range map[string]func(*exec.Cmd, ...*os.File){
 		"pipes closed": func(_ *exec.Cmd, ends ...*os.File) {
 			for _, f := range ends {
@@ -258,6 +258,7 @@ func TestClientGone(t *testing.T) {
 		},
 		"hangup": func(cmd *exec.Cmd, _ ...*os.File) { _ = cmd.Process.Signal(syscall.SIGHUP) },
 	} {
+		state := sandboxtest.Dir(t)
 		inR, inW, err := os.Pipe()
 		if err != nil {
 			t.Fatal(err)
@@ -275,12 +276,31 @@ func TestClientGone(t *testing.T) {
 		for i := range 3 {
 			fmt.Fprintf(inW, `{"jsonrpc":"2.0","id":%d,"method":"tools/call","params":{"name":"sandbox_create","arguments":{}}}`+"\n", i)
 		}
-		sandboxtest.Eventually(t, "sandboxes run", func() bool { return len(sandboxtest.Processes(state)) >= 6 })
+		answers := bufio.NewReader(outR) // log lines come on the same pipe
+		for told := 0; told < 3; {
+			line, err := answers.ReadString('\n')
+			if err != nil {
+				t.Fatal(err)
+			}
+			if strings.Contains(line, `"sandbox_id"`) {
+				told++
+			}
+		}
 		leave(cmd, inW, outR)
 		_ = cmd.Wait() // it may say that the client is gone
 		_, _ = inW.Close(), outR.Close()
-		if left := sandboxtest.Processes(state); len(left) > 0 || len(directories(t, state)) > 0 {
+		if left := sandboxtest.Processes(state); len(left) > 0 || len(directories(t, state)) != 3 {
 			t.Errorf("%s: left: %v %v", name, left, directories(t, state))
+		}
+		p := launch(t, state, "--on-exit=kill")
+		for _, id := range directories(t, state) {
+			if got := p.call("exec", map[string]any{"sandbox_id": id, "command": "echo alive"}).text(); !strings.HasPrefix(got, "alive") {
+				t.Errorf("%s: %s", name, got)
+			}
+		}
+		p.close()
+		if left := directories(t, state); len(left) > 0 {
+			t.Errorf("%s: left: %v", name, left)
 		}
 	}
 }

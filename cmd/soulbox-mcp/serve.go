@@ -64,7 +64,7 @@ func newService(c config, stderr io.Writer) (_ *service, err error) {
 		t, err := templates.Template(ctx, "")
 		return []sandbox.Template{t}, err
 	}
-	o := tools.Options{Manager: manager, ReadOnly: c.readOnly}
+	o := tools.Options{Manager: manager, Templates: all, ReadOnly: c.readOnly}
 	if c.gateway != nil {
 		s.gateway = api.NewGateway(manager, c.gateway, s.log)
 		o.PortURL = s.gateway.URL
@@ -95,7 +95,7 @@ func newMCP(o tools.Options, templates func(context.Context) ([]sandbox.Template
 	options := mcpserver.Options{
 		MCP: s, Name: "soulbox", Version: version, Log: log,
 		Resources: resources.New(resources.Options{Manager: o.Manager, Templates: templates, NotFound: mcpserver.ErrNoResource}),
-		Tasks:     map[string]mcpserver.TaskRule{"exec": {After: taskAfter}},
+		Tasks:     map[string]mcpserver.TaskRule{"exec": {After: taskAfter}, "sandbox_snapshot": {After: taskAfter}, "sandbox_fork": {After: taskAfter}},
 	}
 	if m != nil {
 		options.Observe = func(method, tool, outcome string, took time.Duration) {

@@ -15,7 +15,7 @@ import (
 
 // runStdio serves one client until it closes stdin or a signal comes.
 func runStdio(ctx context.Context, args []string, getenv func(string) string, stdin io.Reader, stdout, stderr io.Writer) (err error) {
-	c := config{onExit: "kill"}
+	c := config{onExit: "pause"}
 	var remote, keyFile string
 	err = c.parse("stdio", args, getenv, stderr, c.serving, func(f *flag.FlagSet) {
 		f.StringVar(&remote, "connect", getenv("SOULBOX_URL"), "`URL` of a SoulBox server to use instead of this machine, such as https://box.example.com/mcp (SOULBOX_URL)")

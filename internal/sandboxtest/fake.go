@@ -4,10 +4,11 @@ package sandboxtest
 
 import (
 	"context"
-	"errors"
+	"crypto/rand"
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"path/filepath"
 	"sync"
 
@@ -18,10 +19,13 @@ import (
 // Fake is a Runtime whose machines are agents in this process: commands run on the host, as its user. Boot fails with FailBoot if set.
 type Fake struct {
 	FailBoot error
-	Hang     chan struct{} // if set, Boot waits until it is closed or its context ends
+	FailSave error              // makes every Checkpoint fail
+	Agents   chan *agent.Server // if set, machines take theirs from here: made outside of a synctest bubble, they do not keep its time from going on
+	Hang     chan struct{}      // if set, Boot waits until it is closed or its context ends
 
 	mu       sync.Mutex
-	machines map[string]*fakeMachine // by directory
+	machines map[string]*fakeMachine  // by directory
+	saved    map[string]*agent.Server // of machines that have ended, by the name of their checkpoint
 	unwell   error
 }
 
@@ -72,13 +76,23 @@ func (f *Fake) Boot(ctx context.Context, spec sandbox.Spec) (sandbox.Machine, er
 			return nil, context.Cause(ctx)
 		}
 	}
-	server, err := agent.NewServer(agent.Options{Version: "fake", SpoolDir: filepath.Join(spec.Dir, "spool"), Home: spec.Dir})
+	saved, err := readCheckpoint(spec.From)
 	if err != nil {
 		return nil, err
 	}
-	m := &fakeMachine{fake: f, dir: spec.Dir, server: server, gate: newGate(), pipes: map[net.Conn]bool{}}
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	server := f.saved[saved]
+	delete(f.saved, saved)
+	if server == nil && f.Agents != nil {
+		server = <-f.Agents
+	}
+	if server == nil {
+		if server, err = agent.NewServer(agent.Options{Version: "fake", SpoolDir: filepath.Join(spec.Dir, "spool"), Home: spec.Dir}); err != nil {
+			return nil, err
+		}
+	}
+	m := &fakeMachine{fake: f, dir: spec.Dir, server: server, gate: newGate(), pipes: map[net.Conn]bool{}}
 	if f.machines == nil {
 		f.machines = map[string]*fakeMachine{}
 	}
@@ -86,7 +100,42 @@ func (f *Fake) Boot(ctx context.Context, spec sandbox.Spec) (sandbox.Machine, er
 		return nil, fmt.Errorf("%s has a machine already", spec.Dir)
 	}
 	f.machines[spec.Dir] = m
-	return m.connect(), nil
+	if saved != "" {
+		return m.connect(server.ServeAnew), nil
+	}
+	return m.connect(server.Serve), nil
+}
+
+// readCheckpoint gives the name of a checkpoint with memory; others have none.
+func readCheckpoint(dir string) (string, error) {
+	if dir == "" {
+		return "", nil
+	}
+	name, err := os.ReadFile(filepath.Join(dir, "memory"))
+	return string(name), err
+}
+
+// Checkpoint implements sandbox.Machine. What is saved is the agent itself: the first machine that begins from it has the memory, all others
+// are new.
+func (c *fakeConn) Checkpoint(_ context.Context, dir string, o sandbox.CheckpointOptions) error {
+	if c.fake.FailSave != nil {
+		return c.fake.FailSave
+	}
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return err
+	}
+	name := rand.Text()
+	if o.FilesOnly {
+		name = ""
+	}
+	if err := os.WriteFile(filepath.Join(dir, "memory"), []byte(name), 0o600); err != nil || o.GoOn {
+		return err
+	}
+	c.gate.shut()
+	c.mu.Lock()
+	c.savedAs = name
+	c.mu.Unlock()
+	return nil
 }
 
 // Attach implements sandbox.Runtime.
@@ -95,9 +144,13 @@ func (f *Fake) Attach(_ context.Context, dir string) (sandbox.Machine, error) {
 	defer f.mu.Unlock()
 	m := f.machines[dir]
 	if m == nil {
-		return nil, errors.New("attach: no machine runs there")
+		return nil, fmt.Errorf("attach: %w", sandbox.ErrNoMachine)
 	}
-	return m.connect(), nil
+	m.mu.Lock()
+	m.savedAs = ""
+	m.mu.Unlock()
+	m.gate.open()
+	return m.connect(m.server.Serve), nil
 }
 
 // Reap implements sandbox.Runtime.
@@ -105,10 +158,23 @@ func (f *Fake) Reap(_ context.Context, dir string) error {
 	f.mu.Lock()
 	m := f.machines[dir]
 	delete(f.machines, dir)
+	saved := false
+	if m != nil {
+		m.mu.Lock()
+		if saved = m.savedAs != ""; saved { // its memory goes on in the checkpoint
+			if f.saved == nil {
+				f.saved = map[string]*agent.Server{}
+			}
+			f.saved[m.savedAs] = m.server
+		}
+		m.mu.Unlock()
+	}
 	f.mu.Unlock()
 	if m != nil {
 		m.stop()
-		m.server.Close()
+		if !saved {
+			m.server.Close()
+		}
 	}
 	return nil
 }
@@ -120,17 +186,18 @@ type fakeMachine struct {
 	server *agent.Server
 	gate   *gate
 
-	mu    sync.Mutex
-	pipes map[net.Conn]bool
-	serve sync.WaitGroup
+	mu      sync.Mutex
+	savedAs string // the checkpoint that has its memory, as long as it is frozen
+	pipes   map[net.Conn]bool
+	serve   sync.WaitGroup
 }
 
-func (m *fakeMachine) connect() sandbox.Machine {
+func (m *fakeMachine) connect(serve func(io.ReadWriteCloser) error) sandbox.Machine {
 	host, guest := net.Pipe()
 	m.mu.Lock()
 	m.pipes[guest] = true
 	m.mu.Unlock()
-	m.serve.Go(func() { _ = m.server.Serve(gated{guest, m.gate}) }) // ends with the pipe
+	m.serve.Go(func() { _ = serve(gated{guest, m.gate}) }) // ends with the pipe
 	return &fakeConn{fakeMachine: m, host: host}
 }
 
@@ -157,12 +224,21 @@ func (c *fakeConn) Pipe() io.ReadWriteCloser { return c.host }
 func (c *fakeConn) Pause(context.Context) error { c.gate.shut(); return nil }
 
 // Resume implements sandbox.Machine.
-func (c *fakeConn) Resume(context.Context) error { c.gate.open(); return nil }
+func (c *fakeConn) Resume(context.Context) error {
+	c.mu.Lock()
+	c.savedAs = ""
+	c.mu.Unlock()
+	c.gate.open()
+	return nil
+}
 
 // Usage implements sandbox.Machine.
 func (c *fakeConn) Usage(context.Context) (sandbox.Usage, error) {
 	return sandbox.Usage{Memory: 1 << 20}, nil
 }
+
+// IO implements sandbox.Machine.
+func (c *fakeConn) IO() (sandbox.IO, error) { return sandbox.IO{}, nil }
 
 // Check implements sandbox.Machine.
 func (c *fakeConn) Check() error {

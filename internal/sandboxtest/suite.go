@@ -18,6 +18,10 @@ func Suite(t *testing.T, runtime sandbox.Runtime, template sandbox.Template) {
 	t.Run("boot and run", s.bootAndRun)
 	t.Run("attach", s.attach)
 	t.Run("pause and resume", s.pause)
+	t.Run("attach to a frozen one", s.attachFrozen)
+	t.Run("checkpoint and go on", s.checkpointGoOn)
+	t.Run("checkpoint and boot from it", s.checkpoint)
+	t.Run("checkpoint of files", s.checkpointFiles)
 	t.Run("destroy twice", s.destroyTwice)
 	t.Run("reap what a dead server left", s.reap)
 	t.Run("reap nothing", s.reapNothing)
@@ -135,6 +139,110 @@ func (s suite) pause(t *testing.T) {
 		t.Fatal(err)
 	}
 	Run(t, c, "true")
+}
+
+func (s suite) attachFrozen(t *testing.T) {
+	m, first, spec := s.boot(t)
+	if err := m.Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	_ = first.Close()
+	again, err := s.runtime.Attach(t.Context(), spec.Dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	Run(t, Greet(t, again), "true")
+	if _, err := s.runtime.Attach(t.Context(), Dir(t)); !errors.Is(err, sandbox.ErrNoMachine) {
+		t.Fatalf("attach to nothing: %v", err)
+	}
+}
+
+func (s suite) checkpointGoOn(t *testing.T) {
+	m, c, spec := s.boot(t)
+	for _, o := range []sandbox.CheckpointOptions{{GoOn: true}, {GoOn: true, FilesOnly: true}} {
+		dir := spec.Dir + "-saved"
+		if err := m.Checkpoint(t.Context(), dir, o); err != nil {
+			t.Fatal(err)
+		}
+		if err := m.Checkpoint(t.Context(), dir, o); !errors.Is(err, os.ErrExist) {
+			t.Fatalf("over another: %v", err)
+		}
+		Run(t, c, "true")
+		if err := os.RemoveAll(dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// checkpoint: the processes, what they have written, and the agent's own memory are there again, in a machine of another directory.
+func (s suite) checkpoint(t *testing.T) {
+	m, c, spec := s.boot(t)
+	if _, err := c.Start(t.Context(), agent.StartRequest{Command: "echo before; read -r line; echo $line", Tag: "kept", KeepStdin: true}); err != nil {
+		t.Fatal(err)
+	}
+	Eventually(t, "it has begun", func() bool {
+		got, err := c.Wait(t.Context(), agent.WaitRequest{Process: "kept", Window: agent.Window{Head: 100}})
+		return err == nil && string(got.Output.Head) == "before\n"
+	})
+	dir := spec.Dir + "-saved"
+	if err := m.Checkpoint(t.Context(), dir, sandbox.CheckpointOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Destroy(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	<-c.Done()
+	next := s.spec(t)
+	next.From = dir
+	again, err := s.runtime.Boot(t.Context(), next)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := again.Destroy(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	c, err = agent.Rejoin(ctx, again.Pipe(), "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	if _, err := c.WriteStdin(t.Context(), "kept", []byte("after\n"), true); err != nil {
+		t.Fatal(err)
+	}
+	got, err := c.Wait(t.Context(), agent.WaitRequest{Process: "kept", WaitMS: 30_000, Window: agent.Window{Head: 100}})
+	if err != nil || string(got.Output.Head) != "before\nafter\n" {
+		t.Fatalf("%q %v", got.Output.Head, err)
+	}
+}
+
+func (s suite) checkpointFiles(t *testing.T) {
+	m, c, spec := s.boot(t)
+	Run(t, c, "echo kept > file")
+	dir := spec.Dir + "-saved"
+	if err := m.Checkpoint(t.Context(), dir, sandbox.CheckpointOptions{FilesOnly: true}); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Destroy(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	spec.From = dir // in the same directory
+	again, err := s.runtime.Boot(t.Context(), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := again.Destroy(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	snap := Run(t, Greet(t, again), "cat file")
+	if string(snap.Output.Head) != "kept\n" {
+		t.Fatalf("%q", snap.Output.Head)
+	}
 }
 
 func (s suite) destroyTwice(t *testing.T) {

@@ -1,0 +1,40 @@
+package agent
+
+import (
+	"encoding/json"
+	"io"
+	"os"
+	"path/filepath"
+)
+
+// envFile keeps the environment of all processes for an agent that boots on the same files: the host does not know it, as it may be secret.
+const envFile = "env.json"
+
+func (s *Server) saveEnv(env map[string]string) error {
+	body, err := json.Marshal(env)
+	if err != nil {
+		return err
+	}
+	name := filepath.Join(s.opts.SpoolDir, envFile)
+	if err := os.MkdirAll(s.opts.SpoolDir, 0o700); err != nil {
+		return err
+	}
+	if err := os.WriteFile(name+".new", body, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(name+".new", name)
+}
+
+// loadEnv reads what saveEnv has written. What is not there, or not from us, is nothing.
+func (s *Server) loadEnv() {
+	f, err := os.Open(filepath.Join(s.opts.SpoolDir, envFile))
+	if err != nil {
+		return
+	}
+	defer f.Close()
+	body, err := io.ReadAll(io.LimitReader(f, 2*maxEnv))
+	if err != nil || json.Unmarshal(body, &s.config.Env) != nil {
+		s.log("the environment that was saved cannot be read")
+		s.config.Env = nil
+	}
+}

@@ -1,0 +1,73 @@
+package agent
+
+import (
+	"sync"
+	"time"
+)
+
+// Kinds of events.
+const (
+	EventStarted = "started"
+	EventEnded   = "ended"
+)
+
+// maxEvents bounds the events that an agent keeps for its host to fetch; the oldest go first.
+const maxEvents = 512
+
+// Event is the start or the end of a process that a user asked for. It has no command line: there may be a secret in it.
+type Event struct {
+	Seq      int64     `json:"seq"`
+	Time     time.Time `json:"time"`
+	Kind     string    `json:"kind"`
+	Process  string    `json:"process"`
+	Tag      string    `json:"tag,omitempty"`
+	User     string    `json:"user,omitempty"`
+	ExitCode int       `json:"exit_code,omitempty"`
+	Signal   string    `json:"signal,omitempty"`
+	Cause    string    `json:"cause,omitempty"` // as in Process
+	TookMS   int64     `json:"took_ms,omitempty"`
+}
+
+// events are the latest events. It is safe for concurrent use.
+type events struct {
+	mu   sync.Mutex
+	next int64 // of the next one; the first is 1
+	last []Event
+}
+
+// add notes an event.
+func (e *events) add(ev Event) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.next++
+	ev.Seq = e.next
+	if len(e.last) == maxEvents {
+		e.last = append(e.last[:0], e.last[1:]...)
+	}
+	e.last = append(e.last, ev)
+}
+
+// since gives the events after a number.
+func (e *events) since(seq int64) []Event {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for i, ev := range e.last {
+		if ev.Seq > seq {
+			return append([]Event(nil), e.last[i:]...)
+		}
+	}
+	return nil
+}
+
+// noteStart notes the start of a process.
+func (s *Server) noteStart(p *process) {
+	s.events.add(Event{Time: p.started, Kind: EventStarted, Process: p.id, Tag: p.req.Tag, User: p.user.name})
+}
+
+// noteEnd notes the end of a process.
+func (s *Server) noteEnd(p *process) {
+	d := p.describe()
+	s.events.add(Event{
+		Time: d.Ended, Kind: EventEnded, Process: p.id, Tag: p.req.Tag, ExitCode: d.ExitCode, Signal: d.Signal, Cause: d.Cause, TookMS: d.Ended.Sub(d.Started).Milliseconds(),
+	})
+}

@@ -1,0 +1,208 @@
+package gvisor
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/urpc"
+
+	"soulbox.dev/soulbox/sandbox"
+)
+
+// The files of a checkpoint, in the order in which gVisor wants their descriptors (gVisor, pkg/sentry/state/checkpointfiles). The first
+// tells one with memory from one of files alone.
+var (
+	wholeFiles = []string{"checkpoint.img", "pages_meta.img", "pages.img"}
+	diskFiles  = []string{"fscheckpoint.pb", "multitar.img", "pages_meta.img", "pages.img"}
+)
+
+// saveArgs is gVisor's control.SaveOpts as far as we use it.
+type saveArgs struct {
+	Metadata      map[string]string `json:"metadata"`
+	ExcludeZeros  bool              `json:"app_mf_exclude_committed_zero_pages"`
+	HavePagesFile bool              `json:"have_pages_file"`
+	urpc.FilePayload
+	Resume bool
+}
+
+// saveDiskArgs is gVisor's boot.FSSaveArgs as far as we use it.
+type saveDiskArgs struct {
+	urpc.FilePayload
+	Paths []struct{} `json:"paths"` // none: the root
+	Exit  bool       `json:"exit_after_saving"`
+}
+
+// signalArgs is gVisor's boot.SignalArgs as far as we use it.
+type signalArgs struct {
+	CID   string
+	Signo int32
+	PID   int32
+}
+
+// savedManifest is machine.json of a checkpoint: what a restore needs to know of the machine that was saved.
+type savedManifest struct {
+	// Agent is the binary on the host: the memory that is saved may have parts of it on disk only, so it must be the same one.
+	Agent string `json:"agent"`
+}
+
+const savedManifestName = "machine.json"
+
+// Checkpoint implements sandbox.Machine. A machine that is not to go on is frozen first: nothing happens in it that the checkpoint does not have.
+func (m *machine) Checkpoint(ctx context.Context, dir string, o sandbox.CheckpointOptions) (err error) {
+	if err := os.Mkdir(dir, 0o711); err != nil {
+		return fmt.Errorf("checkpoint: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("checkpoint: %w", err), os.RemoveAll(dir))
+		}
+	}()
+	names := wholeFiles
+	if o.FilesOnly {
+		names = diskFiles
+	}
+	if !o.GoOn && !m.frozen {
+		if err := m.Pause(ctx); err != nil {
+			return err
+		}
+		defer func() {
+			if err != nil {
+				err = errors.Join(err, m.Resume(ctx))
+			}
+		}()
+	}
+	body, err := json.Marshal(savedManifest{Agent: m.agent})
+	if err != nil {
+		return err
+	}
+	if err := writeSynced(filepath.Join(dir, savedManifestName), body); err != nil {
+		return err
+	}
+	files, err := createAll(dir, names)
+	defer func() {
+		for _, f := range files {
+			err = errors.Join(err, f.Close())
+		}
+	}()
+	if err != nil {
+		return err
+	}
+	// A save that has begun goes on without its caller, and nothing else can be done with the machine meanwhile but to destroy it.
+	save, cancel := context.WithTimeout(context.WithoutCancel(ctx), saveBound)
+	defer cancel()
+	if o.FilesOnly {
+		args := &saveDiskArgs{}
+		args.Files = files
+		err = controlSlow(save, runDir(m.dir), callSaveFiles, args, &struct{}{})
+	} else {
+		args := &saveArgs{Metadata: map[string]string{"compression": "none"}, ExcludeZeros: true, HavePagesFile: true, Resume: true}
+		args.Files = files
+		err = controlSlow(save, runDir(m.dir), callCheckpoint, args, &struct{}{})
+	}
+	if err != nil {
+		return fullDisk(err)
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	for _, f := range files { // what is named a checkpoint outlives a power cut
+		err = errors.Join(err, f.Sync())
+	}
+	return errors.Join(err, syncDir(dir))
+}
+
+// saveBound bounds how long the sentry may take to save a machine.
+const saveBound = 10 * time.Minute
+
+func writeSynced(name string, body []byte) error {
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(body)
+	return errors.Join(err, f.Sync(), f.Close())
+}
+
+func syncDir(name string) error {
+	d, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// fullDisk gives an error of the sentry, which is words only, its class.
+func fullDisk(err error) error {
+	if strings.Contains(err.Error(), unix.ENOSPC.Error()) {
+		return fmt.Errorf("%w (%w)", err, unix.ENOSPC)
+	}
+	return err
+}
+
+// createAll makes new files for whom sandboxes run as: runsc opens them by name when it restores.
+func createAll(dir string, names []string) (files []*os.File, err error) {
+	uid, gid := Owner()
+	if uid != os.Geteuid() {
+		if err := os.Lchown(dir, uid, gid); err != nil {
+			return nil, err
+		}
+	}
+	for _, name := range names {
+		f, err := os.OpenFile(filepath.Join(dir, name), os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
+		if err != nil {
+			return files, err
+		}
+		files = append(files, f)
+		if uid != os.Geteuid() {
+			if err := f.Chown(uid, gid); err != nil {
+				return files, err
+			}
+		}
+	}
+	return files, nil
+}
+
+// beginning is how a machine is started.
+type beginning struct {
+	args  []string // of runsc
+	agent string   // on the host
+	wake  bool     // it has the memory of another, which must be told of its new life
+}
+
+// beginFrom says how a machine is started from a checkpoint; "" is none.
+func (r *Runtime) beginFrom(bundle, from string) (beginning, error) {
+	b := beginning{agent: r.Agent, args: []string{"run", "--detach", "--bundle=" + bundle}}
+	if from == "" {
+		return b, nil
+	}
+	if _, err := os.Stat(filepath.Join(from, diskFiles[0])); err == nil {
+		b.args = append(b.args, "--fs-restore-image-path="+from)
+		return b, nil
+	}
+	body, err := os.ReadFile(filepath.Join(from, savedManifestName))
+	if err != nil {
+		return b, fmt.Errorf("it is not a checkpoint: %w", err)
+	}
+	var mf savedManifest
+	if err := json.Unmarshal(body, &mf); err != nil {
+		return b, fmt.Errorf("read checkpoint: %w", err)
+	}
+	if _, err := os.Stat(mf.Agent); err != nil {
+		return b, fmt.Errorf("the agent that was saved with its memory is gone: %w", err)
+	}
+	return beginning{agent: mf.Agent, wake: true, args: []string{"restore", "--detach", "--bundle=" + bundle, "--image-path=" + from}}, nil
+}
+
+// wake has the agent of a restored machine take its new pipe: the descriptors are the same, and it would go on with the old session. The machine
+// runs, also where it was frozen when it was saved.
+func wake(ctx context.Context, dir string) error {
+	return control(ctx, runDir(dir), callSignal, &signalArgs{CID: containerID, Signo: int32(syscall.SIGUSR2)}, &struct{}{})
+}

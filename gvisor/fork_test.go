@@ -1,0 +1,72 @@
+package gvisor_test
+
+import (
+	"context"
+	"sync"
+	"testing"
+	"time"
+
+	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/internal/sandboxtest"
+	"soulbox.dev/soulbox/sandbox"
+)
+
+// TestForkWhileBusy: what is on its way to the agent of a sandbox when it is saved does not get into the way of the hosts of its copies.
+func TestForkWhileBusy(t *testing.T) {
+	sb, client := newSandbox(t, sandbox.CreateOptions{Limits: sandbox.Limits{Memory: 128 << 20}})
+	ctx, cancel := context.WithCancel(t.Context())
+	var all sync.WaitGroup
+	for range 4 {
+		all.Go(func() {
+			for ctx.Err() == nil {
+				_, err := client.Start(ctx, agent.StartRequest{Command: "echo hi; cat /etc/passwd", WaitMS: 10_000, Window: agent.Window{Head: 1000}})
+				if err != nil && ctx.Err() == nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	for range 10 {
+		copies, failed, err := sb.Fork(t.Context(), 2, nil)
+		if err != nil || len(failed) > 0 {
+			t.Error(failed, err)
+		}
+		for _, c := range copies {
+			if err := c.Kill(sandbox.CauseKilled); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	cancel()
+	all.Wait()
+}
+
+// TestSaveGivenUp: a pause whose caller goes away, at whatever moment, leaves the sandbox running or paused, and usable in either case.
+func TestSaveGivenUp(t *testing.T) {
+	sb, client := newSandbox(t, sandbox.CreateOptions{Limits: sandbox.Limits{Memory: 256 << 20}})
+	sandboxtest.Run(t, client, "head -c 100M /dev/urandom > /home/user/large")
+	for i, o := range []sandbox.PauseOptions{{}, {ToDisk: true}, {ToDisk: true}, {}, {ToDisk: true, FilesOnly: true}, {ToDisk: true}, {ToDisk: true}} {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i*i*4)*time.Millisecond)
+		err := sb.Pause(ctx, o)
+		cancel()
+		state := sb.Info().State
+		if want := sandbox.Running; err == nil {
+			want = sandbox.Paused
+			if err := sb.Resume(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if state != want {
+				t.Fatal(i, state)
+			}
+		} else if state != want {
+			t.Fatal(i, state, err)
+		}
+		client, err = sb.Agent(t.Context(), "use")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := output(sandboxtest.Run(t, client, "stat -c %s /home/user/large")); got != "104857600\n" {
+			t.Fatalf("%d: %q", i, got)
+		}
+	}
+}

@@ -1,0 +1,216 @@
+package sandbox_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"soulbox.dev/soulbox/internal/sandboxtest"
+	"soulbox.dev/soulbox/sandbox"
+)
+
+var errPower = errors.New("the power is gone")
+
+// mortal is a Runtime whose server dies: from then on it does nothing, and its machines go on.
+type mortal struct {
+	*sandboxtest.Fake
+	dead atomic.Bool
+}
+
+func (m *mortal) Boot(ctx context.Context, s sandbox.Spec) (sandbox.Machine, error) {
+	if m.dead.Load() {
+		return nil, errPower
+	}
+	machine, err := m.Fake.Boot(ctx, s)
+	return &mortalMachine{machine, m}, err
+}
+
+func (m *mortal) Reap(ctx context.Context, dir string) error {
+	if m.dead.Load() {
+		return errPower
+	}
+	return m.Fake.Reap(ctx, dir)
+}
+
+type mortalMachine struct {
+	sandbox.Machine
+	m *mortal
+}
+
+func (m *mortalMachine) Checkpoint(ctx context.Context, dir string, o sandbox.CheckpointOptions) error {
+	if m.m.dead.Load() {
+		return errPower
+	}
+	return m.Machine.Checkpoint(ctx, dir, o)
+}
+
+func (m *mortalMachine) Destroy(ctx context.Context) error {
+	if m.m.dead.Load() {
+		return errPower
+	}
+	return m.Machine.Destroy(ctx)
+}
+
+// outage counts the steps on disk, and has the power fail at one of them: half of what it writes is there.
+type outage struct {
+	mu      sync.Mutex
+	at, now int
+	runtime *mortal
+}
+
+func (o *outage) step(_, _ string, size int) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.now++
+	switch {
+	case o.at == 0 || o.now < o.at:
+		return size, nil
+	case o.now == o.at:
+		o.runtime.dead.Store(true)
+		return size / 2, errPower
+	}
+	return 0, errPower
+}
+
+// TestPowerFails (issue 5, must show 5): wherever in a sandbox' life the server and the disk stop, the next server finds the state before the last
+// change or after it, and nothing else is left.
+func TestPowerFails(t *testing.T) {
+	for at := 1; ; at++ {
+		dir, fake := t.TempDir(), &mortal{Fake: &sandboxtest.Fake{}}
+		power := &outage{at: at, runtime: fake}
+		first, err := sandbox.NewManager(faulty(dir, fake, power))
+		if err != nil {
+			t.Fatal(err)
+		}
+		known := live(t, first)
+		fake.dead.Store(true)
+		power.mu.Lock()
+		done := power.now < power.at // it was all without it
+		power.at = 1
+		power.mu.Unlock()
+		_ = first.Close() // it could not do anything
+		second, err := sandbox.NewManager(sandbox.Options{Dir: dir, Runtime: fake.Fake, Templates: sandboxtest.Templates{}, Keep: true, MemoryBudget: 8 << 30})
+		if err != nil {
+			t.Fatal(err)
+		}
+		<-second.Settled()
+		known.check(t, at, second, fake.Fake, dir)
+		for _, i := range second.List(sandbox.Filter{}) {
+			if sb, err := second.Get("", i.ID); err == nil {
+				_ = sb.Kill(sandbox.CauseKilled)
+			}
+		}
+		if err := second.Close(); err != nil {
+			t.Fatal(at, err)
+		}
+		if fake.Running() != 0 {
+			t.Fatalf("step %d: %d machines are left", at, fake.Running())
+		}
+		if done {
+			t.Logf("%d steps", at-1)
+			return
+		}
+	}
+}
+
+func faulty(dir string, runtime sandbox.Runtime, power *outage) sandbox.Options {
+	o := sandbox.Options{Dir: dir, Runtime: runtime, Templates: sandboxtest.Templates{}, Keep: true, MemoryBudget: 8 << 30}
+	o.SetFault(power.step)
+	return o
+}
+
+// told is what the first server has said of its sandbox, before the last thing that it was asked.
+type told struct {
+	id       string
+	before   string
+	after    string // what it was asked for
+	snapshot bool
+}
+
+func (k *told) do(what string, err error) bool {
+	k.after = what
+	if err != nil {
+		return false
+	}
+	k.before = what
+	return true
+}
+
+// live is a life with everything that is written in one.
+func live(t *testing.T, m *sandbox.Manager) *told {
+	k := &told{}
+	sb, err := m.Create(t.Context(), sandbox.CreateOptions{Metadata: map[string]string{"n": "0"}})
+	if !k.do("running 0", err) {
+		return k
+	}
+	k.id = sb.ID()
+	one := "1"
+	_, err = sb.Update(t.Context(), sandbox.Update{Metadata: map[string]*string{"n": &one}})
+	if !k.do("running 1", err) {
+		return k
+	}
+	_, err = sb.Snapshot(t.Context(), "snap", false)
+	if k.snapshot = err == nil; !k.snapshot {
+		return k
+	}
+	for range 2 {
+		if !k.do("paused 1", sb.Pause(t.Context(), sandbox.PauseOptions{ToDisk: true})) {
+			return k
+		}
+		if !k.do("running 1", sb.Resume(t.Context())) {
+			return k
+		}
+	}
+	k.do("killed 1", sb.Kill(sandbox.CauseKilled))
+	return k
+}
+
+// check compares what the next server finds with what was told.
+func (k *told) check(t *testing.T, at int, m *sandbox.Manager, fake *sandboxtest.Fake, dir string) {
+	t.Helper()
+	running := 0
+	for _, i := range m.List(sandbox.Filter{}) {
+		if k.id == "" {
+			t.Errorf("step %d: sandbox %s is %s, but was never told", at, i.ID, i.State)
+		}
+		if i.State == sandbox.Running {
+			running++
+		}
+	}
+	if fake.Running() != running {
+		t.Errorf("step %d: %d machines for %d sandboxes", at, fake.Running(), running)
+	}
+	if k.id != "" {
+		sb, err := m.Get("", k.id)
+		if err != nil {
+			t.Fatalf("step %d: after %q the sandbox is lost: %v", at, k.before, err)
+		}
+		info := sb.Info()
+		if got := fmt.Sprintf("%s %s", info.State, info.Metadata["n"]); got != k.before && got != k.after {
+			t.Errorf("step %d: it is %q (%s), was %q, and was to be %q", at, got, info.Cause, k.before, k.after)
+		}
+		if info.State == sandbox.Paused {
+			if err := sb.Resume(t.Context()); err != nil {
+				t.Errorf("step %d: %v", at, err)
+			}
+		}
+	}
+	snaps, err := m.Snapshots("")
+	if err != nil || k.snapshot && len(snaps) != 1 {
+		t.Errorf("step %d: snapshots %v, %v", at, snaps, err)
+	}
+	entries, err := os.ReadDir(filepath.Join(dir, "sandboxes"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if _, err := m.Any(e.Name()); e.IsDir() && err != nil {
+			t.Errorf("step %d: %s is left", at, e.Name())
+		}
+	}
+}

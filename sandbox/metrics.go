@@ -1,0 +1,306 @@
+package sandbox
+
+import (
+	"context"
+	"encoding/json"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"soulbox.dev/soulbox/agent"
+)
+
+const (
+	metricsName = "metrics.jsonl"
+	// samplesKept is how many samples are kept at least: one hour, at the default interval. As many are in the older file at most.
+	samplesKept = 720
+	maxSamples  = 2 * samplesKept
+)
+
+// Totals are what a sandbox has used in its life. They stand still while it is paused.
+type Totals struct {
+	RunMS     int64   `json:"run_ms"`
+	CPUMS     int64   `json:"cpu_ms"`
+	GBSeconds float64 `json:"gb_seconds"` // of the memory that it may use, in 2^30 bytes
+	NetIn     int64   `json:"net_in"`     // bytes that came in through ports
+	NetOut    int64   `json:"net_out"`
+}
+
+func (t Totals) plus(u Totals) Totals {
+	return Totals{RunMS: t.RunMS + u.RunMS, CPUMS: t.CPUMS + u.CPUMS, GBSeconds: t.GBSeconds + u.GBSeconds, NetIn: t.NetIn + u.NetIn, NetOut: t.NetOut + u.NetOut}
+}
+
+// Sample is what a sandbox used at one moment.
+type Sample struct {
+	Time        time.Time `json:"time"`
+	CPU         float64   `json:"cpu_pct"` // of one core, since the sample before
+	Memory      int64     `json:"memory"`  // bytes
+	MemoryPct   float64   `json:"memory_pct"`
+	DiskUsed    int64     `json:"disk_used"`
+	DiskRead    int64     `json:"disk_read"` // bytes of the host's disk, since the machine was started
+	DiskWritten int64     `json:"disk_written"`
+	Processes   int64     `json:"processes"`
+	Totals
+	Seen seen `json:"seen"`
+}
+
+// seen is what an agent has been asked for already. It counts from the agent's start, so it begins anew where that does.
+type seen struct {
+	CPUMS int64 `json:"cpu_ms,omitempty"`
+	Event int64 `json:"event,omitempty"`
+}
+
+// meter adds up what a sandbox uses. It is safe for concurrent use.
+type meter struct {
+	mu      sync.Mutex
+	sum     Totals
+	since   time.Time // when it began to run; zero while it does not
+	memory  int64
+	traffic time.Time // the last bytes on a port, or when a server took it over
+	latest  Sample
+	lines   int // in the file of samples
+	seen    seen
+}
+
+// turn begins or ends the running time.
+func (m *meter) turn(running bool, memory int64, now time.Time) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.settle(now)
+	m.since, m.memory = time.Time{}, memory
+	if running {
+		m.since = now
+	}
+}
+
+// settle adds the running time so far. m.mu is held.
+func (m *meter) settle(now time.Time) {
+	if m.since.IsZero() || now.Before(m.since) {
+		return
+	}
+	run := now.Sub(m.since).Truncate(time.Millisecond) // the rest counts the next time
+	m.sum.RunMS += run.Milliseconds()
+	m.sum.GBSeconds += run.Seconds() * float64(m.memory) / (1 << 30)
+	m.since = m.since.Add(run)
+}
+
+func (m *meter) totals() Totals {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.settle(time.Now())
+	return m.sum
+}
+
+// cpu takes what the agent says of CPU time.
+func (m *meter) cpu(told int64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.sum.CPUMS += max(0, told-m.seen.CPUMS)
+	m.seen.CPUMS = told
+}
+
+// sampled keeps the latest sample.
+func (m *meter) sampled(s Sample) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.latest = s
+}
+
+// now is the latest sample.
+func (m *meter) now() Sample {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.latest
+}
+
+func (m *meter) haveSeen() seen {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.seen
+}
+
+func (m *meter) see(s seen) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.seen = s
+}
+
+// count adds bytes on a port.
+func (m *meter) count(in, out int64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.sum.NetIn += in
+	m.sum.NetOut += out
+	m.traffic = time.Now()
+}
+
+func (m *meter) lastTraffic() time.Time {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.traffic
+}
+
+// sample takes samples as long as the machine runs.
+func (s *Sandbox) sample(ctx context.Context, client *agent.Client, machine Machine) {
+	ticker := time.NewTicker(s.m.opts.SampleEvery)
+	defer ticker.Stop()
+	last, lastCPU := time.Now(), s.meter.totals().CPUMS
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-client.Done():
+			return
+		case <-ticker.C:
+		}
+		if !s.runs() {
+			last = time.Now()
+			continue
+		}
+		usage, err := s.ask(ctx, client)
+		if err != nil {
+			continue // one that is silent is noticed elsewhere
+		}
+		now := time.Now()
+		s.meter.cpu(usage.CPUMS)
+		totals := s.meter.totals()
+		used := totals.CPUMS - lastCPU
+		limits := s.current().Limits
+		sample := Sample{Time: now, CPU: float64(used) / float64(max(1, now.Sub(last).Milliseconds())) * 100, Memory: usage.Memory,
+			MemoryPct: float64(usage.Memory) / float64(limits.Memory) * 100, DiskUsed: usage.DiskUsed, Processes: usage.Processes, Totals: totals, Seen: s.meter.haveSeen()}
+		if io, err := machine.IO(); err == nil {
+			sample.DiskRead, sample.DiskWritten = io.Read, io.Written
+		} else {
+			s.m.log.Debug("read a machine's input and output", "sandbox", s.id, "error", err)
+		}
+		last, lastCPU = now, totals.CPUMS
+		s.meter.sampled(sample)
+		if err := s.keepSample(sample); err != nil && ctx.Err() == nil {
+			s.m.log.Warn("keep a sample", "sandbox", s.id, "error", err)
+		}
+	}
+}
+
+// ask asks the agent what is used, and what has happened to processes since it was last asked.
+func (s *Sandbox) ask(ctx context.Context, client *agent.Client) (agent.Usage, error) {
+	ctx, cancel := context.WithTimeout(ctx, tellTime)
+	defer cancel()
+	s.meter.mu.Lock()
+	since := s.meter.seen.Event
+	s.meter.mu.Unlock()
+	usage, err := client.Usage(ctx, &since)
+	if err != nil {
+		return usage, err
+	}
+	var fresh []agent.Event
+	s.meter.mu.Lock()
+	for _, ev := range usage.Events { // two may have asked at once
+		if ev.Seq > s.meter.seen.Event {
+			s.meter.seen.Event = ev.Seq
+			fresh = append(fresh, ev)
+		}
+	}
+	s.meter.mu.Unlock()
+	if len(fresh) > 0 && fresh[0].Seq > since+1 {
+		s.note(LevelWarn, "%d starts and ends of processes were too many to be noted", fresh[0].Seq-since-1)
+	}
+	s.noteEvents(fresh)
+	return usage, nil
+}
+
+// Refresh has the log know what has happened to processes until now. A sandbox that does not run, or is silent, has nothing new.
+func (s *Sandbox) Refresh(ctx context.Context) {
+	s.fetchEvents(ctx)
+}
+
+func (s *Sandbox) fetchEvents(ctx context.Context) {
+	s.mu.Lock()
+	client, running := s.client, s.rec.State == Running
+	s.mu.Unlock()
+	if client == nil || !running {
+		return
+	}
+	if usage, err := s.ask(ctx, client); err == nil {
+		s.meter.cpu(usage.CPUMS)
+	}
+}
+
+func (s *Sandbox) keepSample(sample Sample) error {
+	line, err := json.Marshal(sample)
+	if err != nil {
+		return err
+	}
+	name := filepath.Join(s.m.store.path(s.id), metricsName)
+	s.meter.mu.Lock()
+	defer s.meter.mu.Unlock()
+	if s.meter.lines >= samplesKept {
+		if err := s.m.store.rename(name, name+olderSuffix); err != nil {
+			return err
+		}
+		s.meter.lines = 0
+	}
+	if err := s.m.store.add(name, line); err != nil {
+		return err
+	}
+	s.meter.lines++
+	return nil
+}
+
+// Samples tells what the sandbox used from one time until another, the oldest first; zero times are no bounds. A time of which nothing is
+// kept has no samples.
+func (s *Sandbox) Samples(from, until time.Time) ([]Sample, error) {
+	samples := []Sample{}
+	err := s.eachRemembered(metricsName, func(line []byte) error {
+		var sample Sample
+		if json.Unmarshal(line, &sample) != nil || !from.IsZero() && sample.Time.Before(from) || !until.IsZero() && !sample.Time.Before(until) {
+			return nil
+		}
+		samples = append(samples, sample)
+		return nil
+	})
+	if n := len(samples); n > maxSamples {
+		samples = samples[n-maxSamples:]
+	}
+	return samples, err
+}
+
+// recall finds where the totals and the samples of a sandbox stood when its last server left it.
+func (s *Sandbox) recall() {
+	m := &s.meter
+	m.sum, m.seen = s.rec.Totals, s.rec.Seen
+	since := s.rec.Changed
+	name := filepath.Join(s.m.store.path(s.id), metricsName)
+	for _, name := range []string{name + olderSuffix, name} {
+		m.lines = 0
+		err := eachLine(name, func(line []byte) error {
+			var sample Sample
+			if json.Unmarshal(line, &sample) == nil && sample.RunMS >= m.sum.RunMS {
+				m.sum, m.seen, m.latest, since = sample.Totals, sample.Seen, sample, sample.Time
+			}
+			m.lines++
+			return nil
+		})
+		if err != nil {
+			s.m.log.Warn("read the samples of a sandbox", "sandbox", s.id, "error", err) // the state has older totals
+		}
+	}
+	if s.rec.State == Running { // it has run without a server
+		m.since, m.memory = since, s.rec.Limits.Memory
+	}
+	m.traffic = time.Now() // nobody could use it without one
+}
+
+// skipPast has the meter begin where an agent stands that has lived before, in the sandbox that this one was made from.
+func (s *Sandbox) skipPast(ctx context.Context) error {
+	var none int64
+	usage, err := s.client.Usage(ctx, &none)
+	if err != nil {
+		return err
+	}
+	past := seen{CPUMS: usage.CPUMS}
+	for _, ev := range usage.Events {
+		past.Event = max(past.Event, ev.Seq)
+	}
+	s.meter.see(past)
+	return nil
+}

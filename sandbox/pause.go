@@ -1,0 +1,359 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"soulbox.dev/soulbox/agent"
+)
+
+// suspendTime is how long calls that are under way have to finish before a sandbox is saved.
+const suspendTime = 5 * time.Second
+
+// saveTime bounds how long a sandbox may take to be saved.
+const saveTime = 5 * time.Minute
+
+// PauseOptions say how a sandbox is paused.
+type PauseOptions struct {
+	ToDisk    bool // memory and files are saved and nothing of it runs, otherwise it is frozen
+	FilesOnly bool // with ToDisk: its memory and processes are given up, and it boots anew when it is resumed
+	// AutoResume says that any call wakes it; otherwise Resume alone does.
+	AutoResume bool
+	Cause      Cause // default CauseRequest
+}
+
+// Pause stops the sandbox as it is: its processes, and the clock of its life. Calls that wait for something in it return with what is there
+// when it goes to disk, and go on after Resume when it is frozen. When it fails the sandbox is as before.
+func (s *Sandbox) Pause(ctx context.Context, o PauseOptions) error {
+	if o.FilesOnly && !o.ToDisk {
+		return fmt.Errorf("pause sandbox %s: its files alone can be saved to disk only: %w", s.id, ErrInvalid)
+	}
+	return s.pause(ctx, o)
+}
+
+func (s *Sandbox) pause(ctx context.Context, o PauseOptions) (err error) {
+	began := time.Now()
+	ctx, over, err := s.takeTurn(ctx, "pause")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		over()
+		s.m.opts.Observe("pause", time.Since(began), err)
+	}()
+	if o.Cause == "" {
+		o.Cause = CauseRequest
+	}
+	if r := s.current(); r.State != Running && (r.State != Paused || !o.ToDisk || r.onDisk()) {
+		return s.asError("pause")
+	}
+	if o.ToDisk {
+		err = s.sleep(ctx, o)
+	} else {
+		err = s.freeze(ctx, o)
+	}
+	if err != nil && !errors.Is(err, ErrState) {
+		err = fmt.Errorf("pause sandbox %s: %w", s.id, s.whyEnded(err))
+	}
+	return err
+}
+
+// Resume has a paused sandbox go on.
+func (s *Sandbox) Resume(ctx context.Context) (err error) {
+	began := time.Now()
+	ctx, over, err := s.takeTurn(ctx, "resume")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		over()
+		s.m.opts.Observe("resume", time.Since(began), err)
+	}()
+	r := s.current()
+	if r.State != Paused {
+		return s.asError("resume")
+	}
+	if last := r.lastMoment(); !last.IsZero() && !last.Add(time.Since(r.pausedSince(time.Now()))).After(time.Now()) {
+		return fmt.Errorf("resume sandbox %s: its maximum life time is over; a longer one can be set: %w", s.id, ErrInvalid)
+	}
+	if r.onDisk() {
+		err = s.wake(ctx)
+	} else {
+		err = s.thaw(ctx)
+	}
+	if err != nil && !errors.Is(err, ErrState) {
+		err = fmt.Errorf("resume sandbox %s: %w", s.id, s.whyEnded(err))
+	}
+	return err
+}
+
+// takeTurn waits until nobody else changes between running and paused, and keeps callers of Agent waiting until over is called. The context
+// that it gives ends with the sandbox, too.
+func (s *Sandbox) takeTurn(ctx context.Context, verb string) (_ context.Context, over func(), err error) {
+	<-s.booted
+	mine := false
+	select {
+	case s.turn <- struct{}{}:
+		mine = true
+	case <-s.ctx.Done():
+	case <-ctx.Done():
+		return nil, nil, context.Cause(ctx)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.unfit != nil && s.ctx.Err() == nil {
+		if mine {
+			<-s.turn
+		}
+		return nil, nil, s.unfit
+	}
+	if s.ctx.Err() != nil || s.isLeft() {
+		if mine {
+			<-s.turn
+		}
+		if s.isLeft() {
+			return nil, nil, fmt.Errorf("%s sandbox %s: %w", verb, s.id, ErrClosed)
+		}
+		return nil, nil, s.wrong(verb)
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	stop := context.AfterFunc(s.ctx, func() { cancel(context.Cause(s.ctx)) })
+	hold := make(chan struct{})
+	s.hold = hold
+	s.shifts++
+	return ctx, func() {
+		stop()
+		cancel(nil)
+		s.mu.Lock()
+		s.hold = nil
+		s.mu.Unlock()
+		close(hold)
+		<-s.turn
+	}, nil
+}
+
+// whyEnded is the end of a sandbox under a change, where that is what the change has failed of.
+func (s *Sandbox) whyEnded(err error) error {
+	if s.current().State.Ended() {
+		return s.asError("go on in")
+	}
+	return err
+}
+
+// freeze pauses the machine in memory.
+func (s *Sandbox) freeze(ctx context.Context, o PauseOptions) error {
+	s.fetchEvents(ctx)
+	s.mu.Lock()
+	machine := s.machine
+	s.mu.Unlock()
+	if err := machine.Pause(ctx); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	err := s.become("pause", Paused, o.Cause, func(r *record) { r.Pause = &pause{AutoResume: o.AutoResume, Since: r.Changed} })
+	if err != nil && !s.rec.State.Ended() {
+		err = errors.Join(err, machine.Resume(ctx))
+	}
+	return err
+}
+
+// thaw goes on after freeze.
+func (s *Sandbox) thaw(ctx context.Context) error {
+	s.mu.Lock()
+	machine := s.machine
+	s.mu.Unlock()
+	if err := machine.Resume(ctx); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	err := s.become("resume", Running, nil, func(r *record) { r.Pause = nil })
+	if err != nil && !s.rec.State.Ended() {
+		err = errors.Join(err, machine.Pause(ctx))
+	}
+	return err
+}
+
+// rejoin meets the agent of a machine that another server has booted. One that is paused is frozen again.
+func (s *Sandbox) rejoin(ctx context.Context) error {
+	machine, err := s.m.opts.Runtime.Attach(ctx, s.m.store.path(s.id))
+	if err != nil {
+		return err
+	}
+	client, err := agent.NewClient(ctx, machine.Pipe(), s.m.opts.Version)
+	if err != nil {
+		_ = machine.Pipe().Close() // the sandbox does not notice
+	}
+	if s.rec.State == Paused {
+		err = errors.Join(err, machine.Pause(ctx))
+	}
+	if err != nil {
+		if client != nil {
+			_ = client.Close()
+		}
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.machine, s.client = machine, client
+	s.begin()
+	return nil
+}
+
+// sleep saves the sandbox to disk and ends its machine, which is frozen until the state says that the checkpoint is there: a crash at any point
+// leaves one of the two.
+func (s *Sandbox) sleep(ctx context.Context, o PauseOptions) (err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, saveTime, errors.New("it was not saved in time"))
+	defer cancel()
+	s.mu.Lock()
+	machine, client, stop, r := s.machine, s.client, s.stop, s.rec
+	s.mu.Unlock()
+	if err := s.roomToSave(ctx); err != nil {
+		return err
+	}
+	paused := &StateError{ID: s.id, Verb: "go on in", State: Paused, At: time.Now(), Cause: o.Cause.Error(), Wakes: o.AutoResume}
+	if r.State == Running { // what hangs in one that is frozen is told that it goes to disk
+		s.fetchEvents(ctx)
+		suspending, done := context.WithTimeout(ctx, suspendTime)
+		err = client.Suspend(suspending, paused)
+		done()
+		if err != nil {
+			client.GoOn()
+			return err
+		}
+	}
+	stop() // from here on the end of the machine is no surprise
+	target := s.m.store.checkpoint(s.id, r.Saves+1)
+	if err = s.m.store.removeAll(target + unfinishedSave); err == nil {
+		err = machine.Checkpoint(ctx, target+unfinishedSave, CheckpointOptions{FilesOnly: o.FilesOnly})
+	}
+	if err == nil && o.FilesOnly {
+		err = s.m.store.replace(filepath.Join(target+unfinishedSave, filesOnlyMark), nil)
+	}
+	if err == nil {
+		err = s.m.store.rename(target+unfinishedSave, target)
+	}
+	s.mu.Lock()
+	if err == nil {
+		err = s.become("pause", Paused, o.Cause, func(r *record) {
+			r.Saves++
+			r.Pause = &pause{Disk: true, FilesOnly: o.FilesOnly, AutoResume: o.AutoResume, Since: r.pausedSince(r.Changed)}
+		})
+	}
+	if err != nil {
+		defer s.mu.Unlock()
+		if s.rec.State.Ended() {
+			return err // whoever has killed it ends the machine
+		}
+		err = errors.Join(noDisk(err), s.m.store.removeAll(target))
+		if r.State == Running {
+			err = errors.Join(err, machine.Resume(ctx))
+			client.GoOn()
+		}
+		s.begin() // which finds out if the machine has not survived it
+		return err
+	}
+	s.machine, s.client = nil, nil
+	s.mu.Unlock()
+	client.CloseFor(paused)
+	if err := s.endMachine(machine); err != nil {
+		s.m.log.Error("end the machine of a paused sandbox", "sandbox", s.id, "error", err) // the next waking tries again
+	}
+	return nil
+}
+
+// noDisk gives a full disk its class.
+func noDisk(err error) error {
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		return fmt.Errorf("%w: %w", ErrNoDisk, err)
+	}
+	return err
+}
+
+func (s *Sandbox) endMachine(machine Machine) error {
+	ctx, cancel := context.WithTimeout(context.Background(), destroyTimeout)
+	defer cancel()
+	return machine.Destroy(ctx)
+}
+
+// wake boots a machine from the checkpoint. The checkpoint goes only when the machine runs and the state says so.
+func (s *Sandbox) wake(ctx context.Context) error {
+	r := s.current()
+	if err := s.m.promiseAgain(s); err != nil {
+		return err
+	}
+	template, err := s.m.opts.Templates.Template(ctx, r.Template)
+	if err == nil {
+		err = s.m.opts.Runtime.Reap(ctx, s.m.store.path(s.id)) // what a failed end has left
+	}
+	from := s.m.store.checkpoint(s.id, r.Saves)
+	if err == nil {
+		err = s.start(ctx, template, from, !r.Pause.FilesOnly)
+	}
+	s.mu.Lock()
+	if err == nil {
+		if err = s.become("resume", Running, nil, func(r *record) { r.Pause = nil }); err == nil {
+			s.begin()
+			client, config := s.client, s.rec.configuration()
+			s.mu.Unlock()
+			s.tell(ctx, client, config)
+			if err := s.m.store.removeAll(from); err != nil {
+				s.m.log.Error("remove the checkpoint of a sandbox that runs again", "sandbox", s.id, "error", err) // it goes with the sandbox
+			}
+			return nil
+		}
+	}
+	machine, client := s.machine, s.client
+	if !s.rec.State.Ended() {
+		s.machine, s.client = nil, nil
+	}
+	s.mu.Unlock()
+	if client != nil {
+		_ = client.Close()
+	}
+	if machine != nil {
+		err = errors.Join(err, s.endMachine(machine))
+	}
+	return errors.Join(err, s.m.unpromise(s))
+}
+
+// tell has the agent know its times.
+func (s *Sandbox) tell(ctx context.Context, client *agent.Client, config agent.Config) {
+	ctx, cancel := context.WithTimeout(ctx, tellTime)
+	defer cancel()
+	if err := client.Configure(ctx, config); err != nil {
+		s.m.log.Warn("tell agent of its new times", "sandbox", s.id, "error", err)
+	}
+}
+
+// roomToSave says whether a checkpoint may be made: within the budget for them, and leaving the machine's disk some room. What the guest says
+// that it uses is believed within its limits; one that is frozen has said it before.
+func (s *Sandbox) roomToSave(ctx context.Context) error {
+	s.mu.Lock()
+	limits, client, running := s.rec.Limits, s.client, s.rec.State == Running
+	s.mu.Unlock()
+	memory, disk := s.meter.now().Memory, s.meter.now().DiskUsed
+	if running {
+		used, err := client.Usage(ctx, nil)
+		if err != nil {
+			return err
+		}
+		memory, disk = used.Memory, used.DiskUsed
+	}
+	return s.m.roomOnDisk(s.owner, baseSave+min(max(0, memory), 2*limits.Memory)+min(max(0, disk), limits.Disk))
+}
+
+// baseSave is about what the checkpoint of an empty sandbox takes, in bytes.
+const baseSave = 8 << 20
+
+// isThere says whether something has a name.
+func isThere(name string) bool {
+	_, err := os.Lstat(name)
+	return err == nil
+}

@@ -1,0 +1,215 @@
+package sandbox
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+)
+
+// spareDisk is what a checkpoint leaves free on the file system of the state directory, in bytes.
+const spareDisk = 512 << 20
+
+// admit says whether there is memory for a sandbox of an owner. m.room is held.
+func (m *Manager) admit(owner string, need int64) error {
+	promised, err := m.store.promised()
+	if err != nil {
+		return err
+	}
+	free := m.opts.MemoryBudget - promised
+	if need <= free {
+		return nil
+	}
+	text := fmt.Sprintf("%d MB of memory needed, %d MB free", need>>20, max(free, 0)>>20)
+	if mine := m.largest(owner); len(mine) > 0 {
+		text += "; pause to disk or kill one of " + strings.Join(mine, ", ")
+	}
+	return fmt.Errorf("%s: %w", text, ErrNoRoom)
+}
+
+// largest names an owner's sandboxes that have memory, those that were not used for the longest time first.
+func (m *Manager) largest(owner string) []string {
+	list := m.List(Filter{Owner: owner})
+	list = slices.DeleteFunc(list, func(i Info) bool { return i.OnDisk || i.State == Creating })
+	slices.SortFunc(list, func(a, b Info) int { return a.Changed.Compare(b.Changed) })
+	var names []string
+	for _, i := range list[:min(3, len(list))] {
+		names = append(names, fmt.Sprintf("%s (%d MB)", i.ID, i.Limits.Memory>>20))
+	}
+	return names
+}
+
+// promiseAgain takes memory for a sandbox that is on disk, before it is booted.
+func (m *Manager) promiseAgain(s *Sandbox) error {
+	done, err := m.lockRoom()
+	if err != nil {
+		return err
+	}
+	defer done()
+	if s.current().Pause.Waking { // it is promised already: that could not be taken back
+		return nil
+	}
+	if err := m.admitOne(s.owner); err != nil {
+		return err
+	}
+	if err := m.admit(s.owner, s.current().Limits.Memory); err != nil {
+		return err
+	}
+	return s.setWaking(true)
+}
+
+// lockRoom keeps two promises from taking the same room, those of other servers too.
+func (m *Manager) lockRoom() (done func(), err error) {
+	m.room.Lock()
+	lock, err := lockFile(filepath.Join(m.store.dir, ".room"), true)
+	if err != nil {
+		m.room.Unlock()
+		return nil, err
+	}
+	return func() {
+		_ = lock.Close() // it was only locked
+		m.room.Unlock()
+	}, nil
+}
+
+// admitOne says whether an owner may have one more sandbox that is not on disk.
+func (m *Manager) admitOne(owner string) error {
+	alive, all := 0, 0
+	for _, i := range m.List(Filter{Owner: owner}) {
+		if all++; !i.OnDisk {
+			alive++
+		}
+	}
+	if alive >= m.opts.MaxPerOwner {
+		return fmt.Errorf("you have %d, the most one may have: %w", alive, ErrTooMany)
+	}
+	if all >= asleepFactor*m.opts.MaxPerOwner {
+		return fmt.Errorf("you have %d, those on disk too, the most one may have: %w", all, ErrTooMany)
+	}
+	return nil
+}
+
+// asleepFactor is how many sandboxes an owner may have, those on disk too, for each that may be alive; there may be as many snapshots.
+const asleepFactor = 10
+
+// unpromise takes promiseAgain back.
+func (m *Manager) unpromise(s *Sandbox) error {
+	done, err := m.lockRoom()
+	if err != nil {
+		return err
+	}
+	defer done()
+	return s.setWaking(false)
+}
+
+func (s *Sandbox) setWaking(waking bool) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.rec.onDisk() {
+		return nil // it has ended, or runs
+	}
+	r := s.rec
+	p := *r.Pause
+	p.Waking = waking
+	r.Pause = &p
+	if err := s.m.store.save(r); err != nil {
+		return err
+	}
+	s.rec = r
+	return nil
+}
+
+// roomOnDisk says whether so many bytes of a checkpoint of an owner's may be written. Where they may not, and the operator wants that, the
+// owner's sandboxes that have been on disk for the longest time are ended, if that makes enough room; their tombstones say so.
+func (m *Manager) roomOnDisk(owner string, need int64) error {
+	lack, why, err := m.lackOfDisk(need)
+	if err != nil || lack <= 0 {
+		return err
+	}
+	var victims []*Sandbox
+	for _, s := range m.asleep(owner) {
+		if !m.opts.Reclaim || lack <= 0 {
+			break
+		}
+		size, err := sizeOf(m.store.checkpoint(s.id, s.current().Saves))
+		if err != nil {
+			continue // it is being woken
+		}
+		victims = append(victims, s)
+		lack -= size
+	}
+	if lack > 0 {
+		return fmt.Errorf("%s: %w", why, ErrNoDisk)
+	}
+	for _, s := range victims {
+		m.log.Warn("a paused sandbox is ended to make room on disk", "sandbox", s.ID(), "paused_since", s.Info().Changed)
+		if err := s.Kill(CauseReclaimed); err != nil && !errors.Is(err, ErrState) {
+			return err
+		}
+	}
+	return nil
+}
+
+// asleep are an owner's sandboxes on disk that this server has, those that have been there for the longest time first.
+func (m *Manager) asleep(owner string) []*Sandbox {
+	var list []*Sandbox
+	for _, s := range m.all() {
+		if r := s.current(); s.owner == owner && r.onDisk() && !r.Pause.Waking {
+			list = append(list, s)
+		}
+	}
+	slices.SortFunc(list, func(a, b *Sandbox) int { return a.current().Changed.Compare(b.current().Changed) })
+	return list
+}
+
+// lackOfDisk says how many bytes are missing for so many more, and why.
+func (m *Manager) lackOfDisk(need int64) (lack int64, why string, err error) {
+	var st syscall.Statfs_t
+	if err := syscall.Statfs(m.opts.Dir, &st); err != nil {
+		return 0, "", fmt.Errorf("look for room on disk: %w", err)
+	}
+	if free := int64(st.Bavail)*st.Bsize - spareDisk; need > free {
+		return need - free, fmt.Sprintf("about %d MB needed, %d MB free in %s", need>>20, max(free, 0)>>20, m.opts.Dir), nil
+	}
+	if m.opts.DiskBudget <= 0 {
+		return 0, "", nil
+	}
+	used, err := m.store.saved()
+	if err != nil {
+		return 0, "", err
+	}
+	if free := m.opts.DiskBudget - used; need > free {
+		return need - free, fmt.Sprintf("about %d MB needed, %d MB of %d MB free for paused sandboxes and snapshots", need>>20, max(free, 0)>>20, m.opts.DiskBudget>>20), nil
+	}
+	return 0, "", nil
+}
+
+// saved is how many bytes all checkpoints and snapshots take.
+func (s store) saved() (int64, error) {
+	var sum int64
+	seen := map[uint64]bool{} // a snapshot of a paused sandbox shares its files
+	for _, pattern := range []string{filepath.Join(s.dir, "*", "checkpoint-*", "*"), filepath.Join(s.snapshots, "*", "checkpoint", "*")} {
+		names, err := filepath.Glob(pattern)
+		if err != nil {
+			return 0, err
+		}
+		for _, name := range names {
+			info, err := os.Lstat(name)
+			if errors.Is(err, fs.ErrNotExist) {
+				continue // gone meanwhile
+			}
+			if err != nil {
+				return 0, err
+			}
+			if st, ok := info.Sys().(*syscall.Stat_t); ok && !seen[st.Ino] {
+				seen[st.Ino] = true
+				sum += st.Blocks * 512
+			}
+		}
+	}
+	return sum, nil
+}

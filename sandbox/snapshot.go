@@ -1,0 +1,369 @@
+package sandbox
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// Snapshot is a sandbox' memory and files, saved under a name of its owner's. Sandboxes begin from it any number of times.
+type Snapshot struct {
+	Name     string    `json:"name"`
+	Owner    string    `json:"owner,omitempty"`
+	Sandbox  string    `json:"sandbox"` // that it was made of
+	Template string    `json:"template"`
+	Limits   Limits    `json:"limits"`
+	Times    Times     `json:"times"`
+	Ports    []Port    `json:"ports,omitempty"`
+	Created  time.Time `json:"created"`
+	Size     int64     `json:"size"` // bytes on disk
+	// FilesOnly says that it has no memory: what begins from it boots.
+	FilesOnly bool `json:"files_only,omitempty"`
+}
+
+// MaxFork bounds the copies of one fork.
+const MaxFork = 100
+
+// forkAtOnce is how many copies are started at the same time.
+const forkAtOnce = 4
+
+var snapshotPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
+
+// snapshotDir is the directory of a snapshot: an owner's name says nothing of paths, so it is a hash of both.
+func (s store) snapshotDir(owner, name string) string {
+	return filepath.Join(s.snapshots, hash(owner + "\x00" + name)[:40])
+}
+
+// Snapshot saves the sandbox under a name, and the sandbox goes on. Nothing else of that name may be there: another snapshot is ErrSnapshot.
+func (s *Sandbox) Snapshot(ctx context.Context, name string, filesOnly bool) (_ Snapshot, err error) {
+	if !snapshotPattern.MatchString(name) {
+		return Snapshot{}, fmt.Errorf("snapshot %q: a name is 1 to 63 lower-case letters, digits or . _ - and begins with a letter or digit: %w", name, ErrInvalid)
+	}
+	if _, err := s.m.opts.Templates.Template(ctx, name); err == nil {
+		return Snapshot{}, fmt.Errorf("snapshot %q: it is the name of a template: %w", name, ErrInvalid)
+	}
+	if list, err := s.m.Snapshots(s.owner); err != nil || len(list) >= asleepFactor*s.m.opts.MaxPerOwner {
+		return Snapshot{}, errors.Join(err, fmt.Errorf("snapshot %q: you have %d, the most one may have: %w", name, len(list), ErrTooMany))
+	}
+	began := time.Now()
+	ctx, over, err := s.takeTurn(ctx, "snapshot")
+	if err != nil {
+		return Snapshot{}, err
+	}
+	defer func() {
+		over()
+		s.m.opts.Observe("snapshot", time.Since(began), err)
+	}()
+	dir := s.m.store.snapshotDir(s.owner, name)
+	if isThere(dir) {
+		return Snapshot{}, fmt.Errorf("snapshot %q: %w", name, ErrSnapshot)
+	}
+	temp, done, err := s.m.store.tempSnapshot()
+	if err != nil {
+		return Snapshot{}, noDisk(err)
+	}
+	defer func() { err = errors.Join(err, done()) }()
+	r, filesOnly, err := s.save(ctx, filepath.Join(temp, "checkpoint"), filesOnly)
+	if err != nil {
+		return Snapshot{}, fmt.Errorf("snapshot sandbox %s: %w", s.id, s.whyEnded(noDisk(err)))
+	}
+	snap := Snapshot{Name: name, Owner: s.owner, Sandbox: s.id, Template: r.Template, Limits: r.Limits, Times: r.Times, Created: time.Now().UTC(), FilesOnly: filesOnly}
+	for _, p := range r.Ports {
+		snap.Ports = append(snap.Ports, Port{Port: p.Port, Public: p.Public})
+	}
+	if snap.Size, err = sizeOf(filepath.Join(temp, "checkpoint")); err != nil {
+		return Snapshot{}, err
+	}
+	body, err := json.MarshalIndent(snap, "", "  ")
+	if err != nil {
+		return Snapshot{}, err
+	}
+	if err := s.m.store.replace(filepath.Join(temp, "snapshot.json"), body); err != nil {
+		return Snapshot{}, noDisk(err)
+	}
+	if err := s.m.store.rename(temp, dir); err != nil { // who was faster has the name
+		if errors.Is(err, fs.ErrExist) {
+			err = ErrSnapshot
+		}
+		return Snapshot{}, fmt.Errorf("snapshot %q: %w", name, err)
+	}
+	s.note(LevelInfo, "saved as snapshot %s", name)
+	return snap, nil
+}
+
+// save makes a checkpoint of the sandbox as it is, whatever that is, and leaves it so. The caller has the turn. It tells whether the
+// checkpoint is without memory, which that of a sandbox that was paused so is.
+func (s *Sandbox) save(ctx context.Context, to string, filesOnly bool) (record, bool, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, saveTime, errors.New("it was not saved in time"))
+	defer cancel()
+	s.mu.Lock()
+	r, machine := s.rec, s.machine
+	s.mu.Unlock()
+	if r.onDisk() {
+		if filesOnly && !r.Pause.FilesOnly {
+			return r, false, fmt.Errorf("it is paused to disk with its memory: resume it first to save its files alone: %w", ErrInvalid)
+		}
+		return r, r.Pause.FilesOnly, linkAll(s.m.store.checkpoint(s.id, r.Saves), to)
+	}
+	if r.State != Running && r.State != Paused {
+		return r, false, s.asError("save")
+	}
+	if err := s.roomToSave(ctx); err != nil {
+		return r, false, err
+	}
+	return r, filesOnly, machine.Checkpoint(ctx, to, CheckpointOptions{GoOn: true, FilesOnly: filesOnly})
+}
+
+// linkAll makes a directory of links to the files of another: checkpoints never change.
+func linkAll(from, to string) error {
+	entries, err := os.ReadDir(from)
+	if err != nil {
+		return err
+	}
+	info, err := os.Stat(from)
+	if err != nil {
+		return err
+	}
+	if err := os.Mkdir(to, info.Mode().Perm()); err != nil {
+		return err
+	}
+	if err := sameOwner(info, to); err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if err := os.Link(filepath.Join(from, e.Name()), filepath.Join(to, e.Name())); err != nil {
+			return err
+		}
+	}
+	d, err := os.Open(to)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// sizeOf sums the files of a directory, in bytes on disk.
+func sizeOf(dir string) (int64, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return 0, err
+	}
+	var sum int64
+	for _, e := range entries {
+		info, err := e.Info()
+		if err != nil {
+			return 0, err
+		}
+		sum += onDisk(info)
+	}
+	return sum, nil
+}
+
+// Snapshots lists the snapshots of an owner, the newest first.
+func (m *Manager) Snapshots(owner string) ([]Snapshot, error) {
+	entries, err := os.ReadDir(m.store.snapshots)
+	if err != nil {
+		return nil, err
+	}
+	list := []Snapshot{}
+	for _, e := range entries {
+		body, err := os.ReadFile(filepath.Join(m.store.snapshots, e.Name(), "snapshot.json"))
+		if err != nil {
+			continue // it is being made, or removed
+		}
+		var snap Snapshot
+		if err := json.Unmarshal(body, &snap); err != nil {
+			m.log.Error("read a snapshot", "directory", e.Name(), "error", err)
+			continue
+		}
+		if snap.Owner == owner && m.store.snapshotDir(owner, snap.Name) == filepath.Join(m.store.snapshots, e.Name()) {
+			list = append(list, snap)
+		}
+	}
+	slices.SortFunc(list, func(a, b Snapshot) int { return b.Created.Compare(a.Created) })
+	return list, nil
+}
+
+// snapshot finds a snapshot of an owner, and keeps it from being removed until it is closed.
+func (m *Manager) snapshot(owner, name string) (snap Snapshot, dir string, done func(), err error) {
+	if !snapshotPattern.MatchString(name) {
+		return snap, "", nil, fmt.Errorf("snapshot %q: %w", name, ErrNoSnapshot)
+	}
+	dir = m.store.snapshotDir(owner, name)
+	body, err := os.ReadFile(filepath.Join(dir, "snapshot.json"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return snap, "", nil, fmt.Errorf("snapshot %q: %w", name, ErrNoSnapshot)
+	}
+	if err == nil {
+		err = json.Unmarshal(body, &snap)
+	}
+	if err != nil {
+		return snap, "", nil, fmt.Errorf("snapshot %q: %w", name, err)
+	}
+	return snap, filepath.Join(dir, "checkpoint"), m.use(dir), nil
+}
+
+// use keeps a directory from being removed until done is called.
+func (m *Manager) use(dir string) (done func()) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.inUse[dir]++
+	return sync.OnceFunc(func() {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if m.inUse[dir]--; m.inUse[dir] == 0 {
+			delete(m.inUse, dir)
+		}
+	})
+}
+
+// DeleteSnapshot removes a snapshot of an owner. Sandboxes that began from it do not need it; one that is just being made does.
+func (m *Manager) DeleteSnapshot(owner, name string) error {
+	_, _, done, err := m.snapshot(owner, name)
+	if err != nil {
+		return err
+	}
+	done()
+	dir := m.store.snapshotDir(owner, name)
+	m.mu.Lock()
+	busy := m.inUse[dir] > 0
+	m.mu.Unlock()
+	if busy {
+		return fmt.Errorf("delete snapshot %q: a sandbox is just being made from it: %w", name, ErrBusySnapshot)
+	}
+	away := filepath.Join(m.store.snapshots, unfinished+newID())
+	if err := m.store.rename(dir, away); err != nil {
+		return fmt.Errorf("delete snapshot %q: %w", name, err)
+	}
+	if err := m.store.removeAll(away); err != nil {
+		m.log.Error("remove a deleted snapshot", "error", err) // the next look tries again
+	}
+	return nil
+}
+
+// Fork makes copies of the sandbox, which goes on: each with its memory, files and processes as they are, and with an id, a host name, ports and
+// a life of its own. It gives those that could be made; the errors are of the others, by their number.
+func (s *Sandbox) Fork(ctx context.Context, count int, metadata map[string]string) (copies []*Sandbox, failed map[int]error, err error) {
+	if count < 1 || count > MaxFork {
+		return nil, nil, fmt.Errorf("fork sandbox %s: the number of copies is from 1 to %d: %w", s.id, MaxFork, ErrInvalid)
+	}
+	if err := checkMetadata(metadata); err != nil {
+		return nil, nil, err
+	}
+	began := time.Now()
+	defer func() { s.m.opts.Observe("fork", time.Since(began), err) }()
+	from := filepath.Join(s.m.store.path(s.id), "fork-"+strconv.FormatInt(time.Now().UnixNano(), 36)+unfinishedSave)
+	turn, over, err := s.takeTurn(ctx, "fork")
+	if err != nil {
+		return nil, nil, err
+	}
+	r, filesOnly, err := s.save(turn, from, false)
+	if err != nil {
+		over()
+		return nil, nil, fmt.Errorf("fork sandbox %s: %w", s.id, s.whyEnded(noDisk(err)))
+	}
+	// It may end while its copies are made: they have a name of their own for what they begin from.
+	shared, done, err := s.m.store.tempSnapshot()
+	if err == nil {
+		defer func() { err = errors.Join(err, done()) }()
+		err = os.Rename(from, filepath.Join(shared, "checkpoint"))
+	}
+	over()
+	if err != nil {
+		return nil, nil, fmt.Errorf("fork sandbox %s: %w", s.id, noDisk(err))
+	}
+	o := CreateOptions{Owner: s.owner, Template: r.Template, Limits: r.Limits, Times: r.Times, Metadata: maps.Clone(r.Metadata), parent: s.id,
+		from: filepath.Join(shared, "checkpoint"), whole: !filesOnly, ports: r.Ports}
+	if metadata != nil {
+		o.Metadata = metadata
+	}
+	var mu sync.Mutex
+	var all sync.WaitGroup
+	made, failed := make([]*Sandbox, count), map[int]error{}
+	slots := make(chan struct{}, forkAtOnce)
+	for i := range count {
+		slots <- struct{}{}
+		all.Go(func() {
+			defer func() { <-slots }()
+			sb, err := s.m.Create(ctx, o)
+			mu.Lock()
+			defer mu.Unlock()
+			if made[i] = sb; err != nil {
+				failed[i+1] = err
+			}
+		})
+	}
+	all.Wait()
+	copies = slices.DeleteFunc(made, func(sb *Sandbox) bool { return sb == nil })
+	s.note(LevelInfo, "%d copies of it were made", len(copies))
+	return copies, failed, nil
+}
+
+// tempSnapshot makes a directory for a snapshot that is being made; done removes what of it is left. As long as its maker lives it has the
+// lock of it.
+func (s store) tempSnapshot() (dir string, done func() error, err error) {
+	dir = filepath.Join(s.snapshots, unfinished+newID())
+	lock, err := lockFile(dir+lockSuffix, false)
+	if err != nil {
+		return "", nil, err
+	}
+	done = func() error {
+		return errors.Join(s.removeAll(dir), s.removeAll(dir+lockSuffix), lock.Close())
+	}
+	if err := s.mkdir(dir); err != nil {
+		return "", nil, errors.Join(err, done())
+	}
+	return dir, done, nil
+}
+
+const lockSuffix = ".lock"
+
+// tidySnapshots removes what servers that are dead have begun, or were about to remove.
+func (s store) tidySnapshots() error {
+	names, err := filepath.Glob(filepath.Join(s.snapshots, unfinished+"*"))
+	for _, name := range names {
+		base := strings.TrimSuffix(name, lockSuffix)
+		if name != base && isThere(base) {
+			continue // it comes with the directory
+		}
+		lock, lerr := lockFile(base+lockSuffix, false)
+		if errors.Is(lerr, syscall.EWOULDBLOCK) {
+			continue
+		}
+		if lerr != nil {
+			err = errors.Join(err, lerr)
+			continue
+		}
+		err = errors.Join(err, s.removeAll(base), s.removeAll(base+lockSuffix), lock.Close())
+	}
+	return err
+}
+
+// onDisk is how many bytes a file takes.
+func onDisk(info fs.FileInfo) int64 {
+	if st, ok := info.Sys().(*syscall.Stat_t); ok {
+		return st.Blocks * 512
+	}
+	return info.Size()
+}
+
+// sameOwner gives something to whom what info is of belongs.
+func sameOwner(info fs.FileInfo, name string) error {
+	st, ok := info.Sys().(*syscall.Stat_t)
+	if !ok || int(st.Uid) == os.Geteuid() {
+		return nil
+	}
+	return os.Lchown(name, int(st.Uid), int(st.Gid))
+}

@@ -1,0 +1,235 @@
+package tools
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/mark3labs/mcp-go/server"
+
+	"soulbox.dev/soulbox/sandbox"
+)
+
+func (s *Service) lifecycleTools() []server.ServerTool {
+	return []server.ServerTool{
+		define(s, "sandbox_pause", "Stop a sandbox as it is, memory and processes too; its life time stands still. sandbox_resume has it go on.",
+			hints{title: "Pause a sandbox", idempotent: true}, s.sandboxPause),
+		define(s, "sandbox_resume", "Have a paused sandbox go on where it was.",
+			hints{title: "Resume a sandbox", idempotent: true}, s.sandboxResume),
+		define(s, "sandbox_snapshot", "Save a sandbox, memory and processes too, under a name; it goes on. sandbox_create with template NAME begins there, as often as you like.",
+			hints{title: "Save a snapshot"}, s.sandboxSnapshot),
+		define(s, "sandbox_fork", "Make copies of a sandbox as it is, memory and processes too; it goes on.",
+			hints{title: "Fork a sandbox"}, s.sandboxFork),
+		define(s, "template_list", "List what sandboxes can begin from: templates, and your snapshots.",
+			hints{title: "List templates and snapshots", readOnly: true, idempotent: true}, s.templateList),
+		define(s, "template_delete", "Delete a snapshot. Sandboxes made from it stay.",
+			hints{title: "Delete a snapshot", destructive: true}, s.templateDelete),
+	}
+}
+
+// own finds a sandbox that is to be as it is: it is neither made nor woken.
+func (s *Service) own(ctx context.Context, t target) (*sandbox.Sandbox, error) {
+	own, owner, err := s.session(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if t.SandboxID != "" {
+		return s.Manager.Get(owner, t.SandboxID)
+	}
+	if sb := own.current.Load(); sb != nil {
+		return sb, nil
+	}
+	return nil, badArgument("The argument \"sandbox_id\" is missing, and this session has no sandbox of its own yet. Call sandbox_list to see those there are.")
+}
+
+type sandboxPauseInput struct {
+	ToDisk     bool `json:"to_disk,omitempty" jsonschema:"frees all memory and survives restarts"`
+	FilesOnly  bool `json:"files_only,omitempty" jsonschema:"with to_disk: give up processes; it boots when resumed"`
+	AutoResume bool `json:"auto_resume,omitempty" jsonschema:"any later call resumes it"`
+	target
+}
+
+// sandboxPause of one that is paused so already is no error: what was wanted is the case.
+func (s *Service) sandboxPause(ctx context.Context, in sandboxPauseInput) (sandboxInfo, error) {
+	sb, err := s.own(ctx, in.target)
+	if err != nil {
+		return sandboxInfo{}, err
+	}
+	err = sb.Pause(ctx, sandbox.PauseOptions{ToDisk: in.ToDisk, FilesOnly: in.FilesOnly, AutoResume: in.AutoResume})
+	if info := sb.Info(); err != nil && !(info.State == sandbox.Paused && (info.OnDisk || !in.ToDisk)) {
+		return sandboxInfo{}, err
+	}
+	if info := sb.Info(); info.State == sandbox.Paused && in.AutoResume && !info.AutoResume { // it was paused before
+		if _, err := sb.Update(ctx, sandbox.Update{AutoResume: &in.AutoResume}); err != nil {
+			return sandboxInfo{}, err
+		}
+	}
+	return s.describe(ctx, sb.Info()), nil
+}
+
+type sandboxResumeInput struct{ target }
+
+func (s *Service) sandboxResume(ctx context.Context, in sandboxResumeInput) (sandboxInfo, error) {
+	sb, err := s.own(ctx, in.target)
+	if err != nil {
+		return sandboxInfo{}, err
+	}
+	if err := sb.Resume(ctx); err != nil && sb.Info().State != sandbox.Running {
+		return sandboxInfo{}, err
+	}
+	return s.describe(ctx, sb.Info()), nil
+}
+
+type sandboxSnapshotInput struct {
+	Name      string `json:"name" jsonschema:"of the snapshot: lower-case letters, digits, . _ -"`
+	FilesOnly bool   `json:"files_only,omitempty" jsonschema:"without memory and processes"`
+	target
+}
+
+type snapshotInfo struct {
+	Name      string `json:"name"`
+	Kind      string `json:"kind"`
+	SandboxID string `json:"sandbox_id,omitempty"`
+	CreatedAt string `json:"created_at,omitempty"`
+	SizeMB    int64  `json:"size_mb,omitempty"`
+	FilesOnly bool   `json:"files_only,omitempty"`
+}
+
+func describeSnapshot(snap sandbox.Snapshot) snapshotInfo {
+	return snapshotInfo{Name: snap.Name, Kind: "snapshot", SandboxID: snap.Sandbox, CreatedAt: snap.Created.UTC().Format(time.RFC3339),
+		SizeMB: (snap.Size + 1<<20 - 1) >> 20, FilesOnly: snap.FilesOnly}
+}
+
+func (i snapshotInfo) text() string {
+	if i.Kind == "template" {
+		return "template " + i.Name
+	}
+	what := "memory and files"
+	if i.FilesOnly {
+		what = "files"
+	}
+	return fmt.Sprintf("snapshot %s: %s of sandbox %s at %s, %d MB; sandbox_create with template %s begins there", i.Name, what, i.SandboxID, i.CreatedAt, i.SizeMB, i.Name)
+}
+
+func (s *Service) sandboxSnapshot(ctx context.Context, in sandboxSnapshotInput) (snapshotInfo, error) {
+	sb, err := s.own(ctx, in.target)
+	if err != nil {
+		return snapshotInfo{}, err
+	}
+	snap, err := sb.Snapshot(ctx, in.Name, in.FilesOnly)
+	return describeSnapshot(snap), err
+}
+
+type sandboxForkInput struct {
+	Count    int               `json:"count,omitempty" jsonschema:"1 to 100; default 1"`
+	Metadata map[string]string `json:"metadata,omitempty" jsonschema:"of the copies; default as the original"`
+	target
+}
+
+type sandboxForkOutput struct {
+	SandboxIDs []string `json:"sandbox_ids"`
+	Failed     []string `json:"failed,omitempty"`
+}
+
+func (o sandboxForkOutput) text() string {
+	text := fmt.Sprintf("made: %s", strings.Join(o.SandboxIDs, ", "))
+	for _, f := range o.Failed {
+		text += "\nnot made: " + f
+	}
+	return text
+}
+
+// sandboxFork fails as a whole only where no copy could be made.
+func (s *Service) sandboxFork(ctx context.Context, in sandboxForkInput) (sandboxForkOutput, error) {
+	sb, err := s.own(ctx, in.target)
+	if err != nil {
+		return sandboxForkOutput{}, err
+	}
+	if in.Count == 0 {
+		in.Count = 1
+	}
+	copies, failed, err := sb.Fork(ctx, in.Count, in.Metadata)
+	if err != nil {
+		return sandboxForkOutput{}, err
+	}
+	out := sandboxForkOutput{SandboxIDs: []string{}}
+	for _, c := range copies {
+		out.SandboxIDs = append(out.SandboxIDs, c.ID())
+	}
+	var last error
+	for i := range in.Count {
+		if err := failed[i+1]; err != nil {
+			out.Failed = append(out.Failed, fmt.Sprintf("copy %d: %s", i+1, explain("sandbox_fork", err)))
+			last = err
+		}
+	}
+	if len(copies) == 0 {
+		return out, last
+	}
+	return out, nil
+}
+
+type templateListInput struct{}
+
+type templateListOutput struct {
+	Templates []snapshotInfo `json:"templates"`
+}
+
+func (o templateListOutput) text() string {
+	var lines []string
+	for _, t := range o.Templates {
+		lines = append(lines, t.text())
+	}
+	return strings.Join(lines, "\n")
+}
+
+func (s *Service) templateList(ctx context.Context, _ templateListInput) (templateListOutput, error) {
+	who, err := caller(ctx)
+	if err != nil {
+		return templateListOutput{}, err
+	}
+	out := templateListOutput{Templates: []snapshotInfo{}}
+	if s.Templates != nil {
+		all, err := s.Templates(ctx)
+		if err != nil {
+			return out, err
+		}
+		for _, t := range all {
+			out.Templates = append(out.Templates, snapshotInfo{Name: t.Name, Kind: "template"})
+		}
+	}
+	snaps, err := s.Manager.Snapshots(who.Owner())
+	for _, snap := range snaps {
+		out.Templates = append(out.Templates, describeSnapshot(snap))
+	}
+	return out, err
+}
+
+type templateDeleteInput struct {
+	Name string `json:"name" jsonschema:"from template_list"`
+}
+
+type templateDeleteOutput struct {
+	Name string `json:"name"`
+}
+
+func (o templateDeleteOutput) text() string { return "Snapshot " + o.Name + " is deleted." }
+
+func (s *Service) templateDelete(ctx context.Context, in templateDeleteInput) (templateDeleteOutput, error) {
+	who, err := caller(ctx)
+	if err != nil {
+		return templateDeleteOutput{}, err
+	}
+	if s.Templates != nil {
+		all, err := s.Templates(ctx)
+		if err != nil {
+			return templateDeleteOutput{}, err
+		}
+		if slices.ContainsFunc(all, func(t sandbox.Template) bool { return t.Name == in.Name }) {
+			return templateDeleteOutput{}, badArgument("%q is a template of this server, which stays. Snapshots can be deleted: template_list shows them.", shorten(in.Name, 60))
+		}
+	}
+	return templateDeleteOutput(in), s.Manager.DeleteSnapshot(who.Owner(), in.Name)
+}
