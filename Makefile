@@ -42,6 +42,10 @@ conformance: build
 	@command -v npm >/dev/null || { echo "npm is missing: apt-get install npm"; exit 1; }
 	timeout 1200 conformance/run.sh
 
+# Half an hour of everything at random, with a server that is killed every minute; tests have a short form of it.
+soak: build
+	timeout 2700 env SOULBOX_SOAK=30m $(GO) test ./cmd/soulbox-mcp -run TestSoak -timeout 40m -count=1 -v
+
 bench: build
 	timeout 900 env CGO_ENABLED=0 $(GO) test ./cmd/soulbox-mcp -run '^$$' -bench . -benchtime 1x -timeout 14m -v | grep -v -e '^=== ' -e '^ok'
 

@@ -234,6 +234,79 @@ func benchLife(b *testing.B, t *table) {
 		ids = ids[1:]
 	})
 	p.close()
+	benchPause(b, t)
+}
+
+// benchPause is pauses, snapshots and copies.
+func benchPause(b *testing.B, t *table) {
+	p := launch(b, "", "--on-exit=kill", "--memory-mb=512")
+	defer p.close()
+	p.exec("true")
+	var freeze, thaw, sleep, wake []time.Duration
+	for range 20 {
+		freeze = append(freeze, timed(func() { p.call("sandbox_pause", nil) }))
+		thaw = append(thaw, timed(func() { p.call("sandbox_resume", nil) }))
+	}
+	before := p.hostMemory()
+	for range 10 {
+		sleep = append(sleep, timed(func() { p.call("sandbox_pause", map[string]any{"to_disk": true}) }))
+		wake = append(wake, timed(func() { p.call("sandbox_resume", nil); p.exec("true") }))
+	}
+	t.enter("sandbox_pause in memory by MCP stdio", freeze)
+	t.enter("sandbox_resume from memory", thaw)
+	t.enter("sandbox_pause to disk, a small sandbox", sleep)
+	t.enter("sandbox_resume from disk, and the first exec", wake)
+	p.call("sandbox_pause", nil)
+	burnt := cpuOf(p.state)
+	time.Sleep(2 * time.Second)
+	t.say("CPU of a sandbox that is paused in memory, in 2 s", fmt.Sprint(cpuOf(p.state)-burnt))
+	p.call("sandbox_resume", nil)
+	p.call("sandbox_pause", map[string]any{"to_disk": true})
+	t.say("processes of one on disk", fmt.Sprintf("%d (it had %.0f MB)", len(sandboxtest.Processes(p.state)), before))
+	p.call("sandbox_resume", nil)
+	snap := timed(func() { p.call("sandbox_snapshot", map[string]any{"name": "bench"}) })
+	t.say("sandbox_snapshot of a small sandbox", fmt.Sprintf("%.0f ms", snap.Seconds()*1000))
+	t.measure(b, "sandbox_create from a snapshot", 5, func() { p.call("sandbox_create", map[string]any{"template": "bench"}) })
+	benchFork(b, t)
+}
+
+// benchFork is ten copies of a sandbox with 200 MB in use.
+func benchFork(b *testing.B, t *table) {
+	p := launch(b, "", "--on-exit=kill", "--memory-mb=512")
+	defer p.close()
+	p.call("exec", map[string]any{"command": `perl -e '$x = "ab"; $x x= 105_000_000; $| = 1; print "ready"; sleep 600'`, "background": true, "yield_ms": 10_000, "tag": "holder"})
+	for !strings.Contains(fmt.Sprint(p.call("process_wait", map[string]any{"process_id": "holder", "offset": 0, "yield_ms": 0}).Result.StructuredContent["output"]), "ready") {
+	}
+	one := p.hostMemory()
+	took := timed(func() { p.call("sandbox_fork", map[string]any{"count": 10}) })
+	var all float64
+	for _, s := range p.call("sandbox_list", nil).Result.StructuredContent["sandboxes"].([]any) {
+		m := p.call("sandbox_get", map[string]any{"sandbox_id": s.(map[string]any)["sandbox_id"]})
+		all += m.Result.StructuredContent["usage"].(map[string]any)["host_memory_mb"].(float64)
+	}
+	t.say("sandbox_fork, 10 copies of one with 200 MB in use", fmt.Sprintf("%.2f s; one takes %.0f MB, all eleven %.0f MB: gVisor reads the pages of each", took.Seconds(), one, all))
+}
+
+// hostMemory is what the session's own sandbox takes of the host, in MB.
+func (p *program) hostMemory() float64 {
+	return p.call("sandbox_get", nil).Result.StructuredContent["usage"].(map[string]any)["host_memory_mb"].(float64)
+}
+
+// cpuOf is the CPU time of all processes of sandboxes in a state directory.
+func cpuOf(state string) time.Duration {
+	var ticks int64
+	for _, pid := range sandboxtest.Processes(state) {
+		body, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		if err != nil {
+			continue
+		}
+		fields := strings.Fields(string(body)[strings.LastIndexByte(string(body), ')')+1:])
+		for _, f := range fields[11:13] { // utime and stime, proc(5)
+			n, _ := strconv.ParseInt(f, 10, 64) // they are numbers
+			ticks += n
+		}
+	}
+	return time.Duration(ticks) * 10 * time.Millisecond
 }
 
 // benchIdle is the memory of idle sandboxes, shared pages counted in part.
