@@ -95,7 +95,11 @@ func (m *machine) Checkpoint(ctx context.Context, dir string, o sandbox.Checkpoi
 	if err != nil {
 		return err
 	}
-	// A save that has begun goes on without its caller, and nothing else can be done with the machine meanwhile but to destroy it.
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	// A save that has begun goes on without its caller, and nothing else can be done with the machine meanwhile but to destroy it. What is whole then
+	// is kept.
 	save, cancel := context.WithTimeout(context.WithoutCancel(ctx), saveBound)
 	defer cancel()
 	if o.FilesOnly {
@@ -109,9 +113,6 @@ func (m *machine) Checkpoint(ctx context.Context, dir string, o sandbox.Checkpoi
 	}
 	if err != nil {
 		return fullDisk(err)
-	}
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
 	}
 	for _, f := range files { // what is named a checkpoint outlives a power cut
 		err = errors.Join(err, f.Sync())

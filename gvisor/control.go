@@ -69,12 +69,39 @@ const (
 )
 
 // isFrozen says whether a machine is. No call tells, and Resume of one that is not would be the end of its sentry; but each task of the guest is a
-// goroutine there, and where all of them have stopped they are frozen: init never stops otherwise.
+// goroutine there, and where all of them have stopped they are frozen: init never stops otherwise. A sentry that is saving, perhaps for a server
+// that is dead, stops them as well, and has them go on itself: that is waited for.
 func isFrozen(ctx context.Context, run string) (bool, error) {
-	var stacks string
-	if err := control(ctx, run, callStacks, &struct{}{}, &stacks); err != nil {
-		return false, err
+	for {
+		var stacks string
+		if err := control(ctx, run, callStacks, &struct{}{}, &stacks); err != nil {
+			return false, err
+		}
+		if !isSaving(stacks) {
+			return allStopped(stacks), nil
+		}
+		select {
+		case <-time.After(savingPoll):
+		case <-ctx.Done():
+			return false, fmt.Errorf("it is being saved: %w", context.Cause(ctx))
+		}
 	}
+}
+
+const savingPoll = 50 * time.Millisecond
+
+// isSaving looks for gVisor's functions that save a kernel, or its files.
+func isSaving(stacks string) bool {
+	for _, f := range []string{"state.(*SaveOpts).Save(", "kernel.(*Kernel).SaveTo(", "kernel.(*Kernel).FSSave("} {
+		if strings.Contains(stacks, f) {
+			return true
+		}
+	}
+	return false
+}
+
+// allStopped says whether no task runs.
+func allStopped(stacks string) bool {
 	tasks, stopped := 0, 0
 	for goroutine := range strings.SplitSeq(stacks, "\n\n") {
 		if strings.Contains(goroutine, "kernel.(*Task).run(") {
@@ -84,5 +111,5 @@ func isFrozen(ctx context.Context, run string) (bool, error) {
 			}
 		}
 	}
-	return tasks > 0 && tasks == stopped, nil
+	return tasks > 0 && tasks == stopped
 }

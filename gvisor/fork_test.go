@@ -2,11 +2,15 @@ package gvisor_test
 
 import (
 	"context"
+	"fmt"
+	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
 
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/gvisor"
 	"soulbox.dev/soulbox/internal/sandboxtest"
 	"soulbox.dev/soulbox/sandbox"
 )
@@ -69,4 +73,45 @@ func TestSaveGivenUp(t *testing.T) {
 			t.Fatalf("%d: %q", i, got)
 		}
 	}
+}
+
+// TestAttachWhileSaving: the next server comes while the sentry is still saving for one that is dead. It must not take that for frozen.
+func TestAttachWhileSaving(t *testing.T) {
+	runtime, host := newRuntime(t)
+	dir := sandboxtest.Dir(t)
+	spec := sandbox.Spec{ID: "sbtest", Dir: filepath.Join(dir, "machine"), Template: host, Limits: sandbox.DefaultLimits()}
+	if err := os.Mkdir(spec.Dir, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	m, err := runtime.Boot(t.Context(), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := m.Destroy(context.Background()); err != nil {
+			t.Error(err)
+		}
+	}()
+	sandboxtest.Run(t, sandboxtest.Greet(t, m), "head -c 300M /dev/urandom > /home/user/large")
+	for i := range 5 {
+		saved := make(chan error, 1)
+		go func() {
+			saved <- m.Checkpoint(t.Context(), filepath.Join(dir, fmt.Sprint("saved-", i)), sandbox.CheckpointOptions{GoOn: true})
+		}()
+		time.Sleep(time.Duration(20*i) * time.Millisecond) // at one moment or another of it
+		sandboxtest.Run(t, sandboxtest.Greet(t, attach(t, runtime, spec.Dir)), "true")
+		if err := <-saved; err != nil {
+			t.Fatal(i, err)
+		}
+		sandboxtest.Run(t, sandboxtest.Greet(t, attach(t, runtime, spec.Dir)), "true")
+	}
+}
+
+func attach(t *testing.T, runtime *gvisor.Runtime, dir string) sandbox.Machine {
+	t.Helper()
+	m, err := runtime.Attach(t.Context(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
 }

@@ -16,6 +16,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -350,6 +351,17 @@ func (m *machine) Usage(context.Context) (sandbox.Usage, error) {
 			return u, fmt.Errorf("measure: %w", err)
 		}
 		u.Memory += pss + guestMemoryOf(pid)
+	}
+	files, err := os.ReadDir(filepath.Join(m.dir, "disk")) // the sentry keeps all of them in one
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return u, fmt.Errorf("measure: %w", err)
+	}
+	for _, f := range files {
+		if info, err := f.Info(); err == nil {
+			if st, ok := info.Sys().(*syscall.Stat_t); ok {
+				u.Disk += st.Blocks * 512
+			}
+		}
 	}
 	return u, nil
 }

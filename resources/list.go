@@ -77,9 +77,12 @@ func (s *Service) of(ctx context.Context, who string, i sandbox.Info) []mcp.Reso
 		add(uri, i.ID, fmt.Sprintf("Sandbox %s, %s", i.ID, i.State), "application/json"),
 		add(uri+"/logs", i.ID+" logs", "What has happened to it", "application/jsonl"),
 	}
-	sb, err := s.Manager.Get(who, i.ID)
 	list = append(list, add(uri+"/metrics", i.ID+" metrics", "What it uses and has used", "application/json"))
-	if err != nil || i.State != sandbox.Running {
+	if i.State != sandbox.Running {
+		return list
+	}
+	sb, err := s.Manager.Get(who, i.ID)
+	if err != nil {
 		return list
 	}
 	list = append(list, add(fileURI(i.ID, "/home/user"), i.ID+" files", "Its home directory", "text/plain"))

@@ -13,6 +13,7 @@ const (
 	metricsEvery = 5 * time.Second
 	outputPause  = 50 * time.Millisecond // between two looks at a process that writes without end
 	filePause    = 20 * time.Millisecond // between two batches of changed files
+	rewatchPause = time.Second           // before a watch that has ended is begun anew
 )
 
 // Watch tells of every change of a resource until ctx ends. It returns when no later change is missed.
@@ -59,6 +60,11 @@ func keepWatching(ctx context.Context, sb *sandbox.Sandbox, over <-chan struct{}
 			return
 		}
 		changed()
+		select { // a guest that ends each watch at once is asked no faster than that
+		case <-time.After(rewatchPause):
+		case <-ctx.Done():
+			return
+		}
 		next := sb.Changed()
 		for state := sb.Info().State; state != sandbox.Running; state = sb.Info().State {
 			if state.Ended() {

@@ -28,6 +28,8 @@ const (
 	// adoptWait is how long a call waits for a sandbox that is about to be adopted.
 	adoptWait = 10 * time.Second
 	adoptPoll = 20 * time.Millisecond
+	// lookTime is how long one may be locked by a server that only looks at it.
+	lookTime = time.Second
 	// remember is how long tombstones are kept, and forgetEvery how often old ones are looked for.
 	remember    = 24 * time.Hour
 	forgetEvery = 10 * time.Minute
@@ -54,6 +56,10 @@ func (m *Manager) reap() {
 		var all sync.WaitGroup
 		slots := make(chan struct{}, adoptAtOnce) // one that is silent must not hold up the others
 		for id, lock := range orphans {
+			if r, err := m.store.load(id); err == nil && r.onDisk() { // at once: whoever asks for it meanwhile finds it locked
+				m.letSleep(r, lock)
+				continue
+			}
 			slots <- struct{}{}
 			all.Go(func() {
 				defer func() { <-slots }()
@@ -91,9 +97,6 @@ func (m *Manager) takeOver(id string, lock *os.File) {
 		cause = CauseHalfMade
 	case r.State.Ended():
 		cause = Cause(r.Cause)
-	case r.onDisk():
-		m.letSleep(r, lock)
-		return
 	case r.Keep && (!r.isOver() || r.Times.OnTimeout == ActionPause):
 		if !m.opts.Keep {
 			_ = lock.Close() // it was only read
@@ -116,7 +119,7 @@ func (m *Manager) takeOver(id string, lock *os.File) {
 
 // letSleep tidies up a sandbox on disk, and leaves it to whichever server is asked for it first. When nobody was for too long, it ends.
 func (m *Manager) letSleep(r record, lock *os.File) {
-	if _, tidied := m.tidied.LoadOrStore(r.ID, true); !tidied || r.Pause.Waking {
+	if _, tidied := m.tidied.LoadOrStore(fmt.Sprint(r.ID, r.Saves), true); !tidied || r.Pause.Waking {
 		ctx, cancel := context.WithTimeout(m.ctx, adoptTime)
 		defer cancel()
 		m.tidy(ctx, r)
@@ -144,6 +147,11 @@ func (m *Manager) letSleep(r record, lock *os.File) {
 
 // claimAsleep takes a sandbox on disk that no server has, because it is asked for. Where that is not so it does nothing.
 func (m *Manager) claimAsleep(id string) {
+	m.claiming.Lock() // two calls at once: the second finds what the first has taken
+	defer m.claiming.Unlock()
+	if m.known(id) != nil {
+		return
+	}
 	r, err := m.store.load(id)
 	if err != nil || !r.onDisk() {
 		return
@@ -228,9 +236,14 @@ func (m *Manager) adoptRunning(r record, lock *os.File) (taken bool, err error) 
 		// The server died between the checkpoint, which is whole, and the note of it.
 		r.Saves++
 		since := time.Now()
-		r.turnClock(Running, Paused, since, m.opts.PausedFor)
-		r.State, r.Cause, r.Changed = Paused, string(CauseRequest), since
-		r.Pause = &pause{Disk: true, FilesOnly: !hasMemory(next), AutoResume: !r.Times.NoAutoResume, Since: since}
+		p := pause{Disk: true, FilesOnly: !hasMemory(next), AutoResume: !r.Times.NoAutoResume, Since: r.pausedSince(since)}
+		if r.Pause != nil { // it was frozen before
+			p.AutoResume = r.Pause.AutoResume
+		} else {
+			r.Cause = string(CauseRequest)
+		}
+		r.turnClock(r.State, Paused, since, m.opts.PausedFor)
+		r.State, r.Changed, r.Pause = Paused, since, &p
 		if serr := m.store.save(r); serr != nil {
 			return true, errors.Join(serr, lock.Close())
 		}

@@ -63,7 +63,8 @@ type CheckpointOptions struct {
 
 // Usage is what a machine takes from the host.
 type Usage struct {
-	Memory int64 // bytes in memory, shared pages counted in part (PSS)
+	Memory int64 // bytes in memory, shared pages counted in part
+	Disk   int64 // bytes of the files that the guest has written
 }
 
 // IO is what a machine has done on the host's disk since it was started, in bytes.

@@ -48,20 +48,24 @@ func (m *Manager) known(id string) *Sandbox {
 	return m.sandboxes[id]
 }
 
-// awaitAdoption finds a sandbox on disk that no server has, and waits for one that this server, which has just been started, may be about to adopt.
+// awaitAdoption finds a sandbox on disk that no server has, and waits for one that this server, which has just been started, may be about to
+// adopt. One that is locked may only be looked at by another server, which does not last; one that another server has stays unknown here.
 func (m *Manager) awaitAdoption(id string) (*Sandbox, error) {
-	end := time.Now().Add(adoptWait)
-	for isThere(m.store.path(id)) && time.Now().Before(end) {
+	begin := time.Now()
+	for wait := adoptWait; isThere(m.store.path(id)) && time.Since(begin) < wait; {
 		m.claimAsleep(id)
 		if sb := m.known(id); sb != nil {
 			return sb, nil
 		}
 		select {
 		case <-m.settled:
-			end = time.Time{} // it was looked at: this was the last look
+			wait = lookTime
+		default:
+		}
+		select {
+		case <-time.After(adoptPoll):
 		case <-m.ctx.Done():
 			return nil, ErrNotFound
-		case <-time.After(adoptPoll):
 		}
 	}
 	if sb := m.known(id); sb != nil {

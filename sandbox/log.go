@@ -203,25 +203,30 @@ func (s *Sandbox) noteEvents(events []agent.Event) {
 }
 
 func describeEvent(ev agent.Event) string {
-	text := ev.Process
+	text := plain(ev.Process)
 	if ev.Tag != "" {
-		text += " (" + agent.Inert([]byte(ev.Tag)) + ")"
+		text += " (" + plain(ev.Tag) + ")"
 	}
 	if ev.Kind == agent.EventStarted {
-		return fmt.Sprintf("process %s started as %s", text, agent.Inert([]byte(ev.User)))
+		return fmt.Sprintf("process %s started as %s", text, plain(ev.User))
 	}
 	text = fmt.Sprintf("process %s ended after %s with exit code %d", text, time.Duration(ev.TookMS)*time.Millisecond, ev.ExitCode)
 	if ev.Signal != "" {
-		text += " by " + agent.Inert([]byte(ev.Signal))
+		text += " by " + plain(ev.Signal)
 	}
 	switch ev.Cause {
 	case "":
 	case agent.CauseOOM:
 		text += ": the sandbox had reached its memory limit"
 	default:
-		text += ": " + agent.Inert([]byte(ev.Cause))
+		text += ": " + plain(ev.Cause)
 	}
 	return text
+}
+
+// plain is a word of the guest's that stays on its line.
+func plain(word string) string {
+	return strings.ReplaceAll(agent.Inert([]byte(word[:min(len(word), 200)])), "\n", `\x0a`)
 }
 
 // LogQuery selects log entries; zero values select all.

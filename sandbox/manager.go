@@ -11,6 +11,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -82,6 +83,8 @@ type Manager struct {
 	settled   chan struct{}
 	// unreadable and tidied are ids of sandboxes that nobody owns: of which it was told that they cannot be read, and that were looked at.
 	unreadable, tidied sync.Map
+	claiming           sync.Mutex   // held while a sandbox on disk is taken
+	saving             atomic.Int64 // bytes of the checkpoints that are being made
 }
 
 // NewManager opens the state directory and begins to reap what dead servers left in it.
@@ -244,6 +247,9 @@ func (m *Manager) promise(sb *Sandbox) error {
 		return fmt.Errorf("create sandbox: %w", err)
 	}
 	defer done()
+	if n := len(m.List(Filter{Owner: sb.owner})); n >= asleepFactor*m.opts.MaxPerOwner {
+		return fmt.Errorf("create sandbox: you have %d, those on disk too, the most one may have: %w", n, ErrTooMany)
+	}
 	if err := m.admitOne(sb.owner); err != nil {
 		return fmt.Errorf("create sandbox: %w", err)
 	}

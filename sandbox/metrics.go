@@ -3,6 +3,7 @@ package sandbox
 import (
 	"context"
 	"encoding/json"
+	"math"
 	"path/filepath"
 	"sync"
 	"time"
@@ -60,6 +61,7 @@ type meter struct {
 	latest  Sample
 	lines   int // in the file of samples
 	seen    seen
+	told    time.Time // when it was last told
 }
 
 // turn begins or ends the running time.
@@ -95,8 +97,12 @@ func (m *meter) totals() Totals {
 func (m *meter) cpu(told int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.sum.CPUMS += max(0, told-m.seen.CPUMS)
-	m.seen.CPUMS = told
+	most := time.Since(m.told).Milliseconds()*maxCPU + 1000 // the guest is not believed beyond what is possible
+	if m.told.IsZero() {
+		most = math.MaxInt32
+	}
+	m.sum.CPUMS += min(max(0, told-m.seen.CPUMS), most)
+	m.seen.CPUMS, m.told = max(0, told), time.Now()
 }
 
 // sampled keeps the latest sample.

@@ -133,6 +133,7 @@ func (s *Sandbox) takeTurn(ctx context.Context, verb string) (_ context.Context,
 		s.hold = nil
 		s.mu.Unlock()
 		close(hold)
+		s.wakeKeeper() // the idle time was not looked at meanwhile
 		<-s.turn
 	}, nil
 }
@@ -214,9 +215,11 @@ func (s *Sandbox) sleep(ctx context.Context, o PauseOptions) (err error) {
 	s.mu.Lock()
 	machine, client, stop, r := s.machine, s.client, s.stop, s.rec
 	s.mu.Unlock()
-	if err := s.roomToSave(ctx); err != nil {
+	saved, err := s.roomToSave(ctx)
+	if err != nil {
 		return err
 	}
+	defer saved()
 	paused := &StateError{ID: s.id, Verb: "go on in", State: Paused, At: time.Now(), Cause: o.Cause.Error(), Wakes: o.AutoResume}
 	if r.State == Running { // what hangs in one that is frozen is told that it goes to disk
 		s.fetchEvents(ctx)
@@ -297,6 +300,9 @@ func (s *Sandbox) wake(ctx context.Context) error {
 		err = s.start(ctx, template, from, !r.Pause.FilesOnly)
 	}
 	s.mu.Lock()
+	if err == nil && s.isLeft() { // on disk it is safe
+		err = ErrClosed
+	}
 	if err == nil {
 		if err = s.become("resume", Running, nil, func(r *record) { r.Pause = nil }); err == nil {
 			s.begin()
@@ -332,21 +338,28 @@ func (s *Sandbox) tell(ctx context.Context, client *agent.Client, config agent.C
 	}
 }
 
-// roomToSave says whether a checkpoint may be made: within the budget for them, and leaving the machine's disk some room. What the guest says
-// that it uses is believed within its limits; one that is frozen has said it before.
-func (s *Sandbox) roomToSave(ctx context.Context) error {
+// roomToSave says whether a checkpoint may be made: within the budget for them, and leaving the machine's disk some room, which is kept until
+// done is called. What the guest says that it uses is believed between what the host sees and its limits; one that is frozen has said it before.
+func (s *Sandbox) roomToSave(ctx context.Context) (done func(), err error) {
 	s.mu.Lock()
-	limits, client, running := s.rec.Limits, s.client, s.rec.State == Running
+	limits, client, machine, running := s.rec.Limits, s.client, s.machine, s.rec.State == Running
 	s.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, tellTime)
+	defer cancel()
 	memory, disk := s.meter.now().Memory, s.meter.now().DiskUsed
 	if running {
 		used, err := client.Usage(ctx, nil)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		memory, disk = used.Memory, used.DiskUsed
 	}
-	return s.m.roomOnDisk(s.owner, baseSave+min(max(0, memory), 2*limits.Memory)+min(max(0, disk), limits.Disk))
+	seen, err := machine.Usage(ctx)
+	if err != nil {
+		return nil, err
+	}
+	memory, disk = max(seen.Memory, min(memory, 2*limits.Memory)), max(seen.Disk, min(disk, limits.Disk))
+	return s.m.roomOnDisk(s.owner, baseSave+memory+disk)
 }
 
 // baseSave is about what the checkpoint of an empty sandbox takes, in bytes.

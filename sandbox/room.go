@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 )
 
@@ -78,17 +79,14 @@ func (m *Manager) lockRoom() (done func(), err error) {
 
 // admitOne says whether an owner may have one more sandbox that is not on disk.
 func (m *Manager) admitOne(owner string) error {
-	alive, all := 0, 0
-	for _, i := range m.List(Filter{Owner: owner}) {
-		if all++; !i.OnDisk {
+	alive := 0
+	for _, s := range m.all() {
+		if r := s.current(); r.Owner == owner && !r.State.Ended() && (!r.onDisk() || r.Pause.Waking) {
 			alive++
 		}
 	}
 	if alive >= m.opts.MaxPerOwner {
 		return fmt.Errorf("you have %d, the most one may have: %w", alive, ErrTooMany)
-	}
-	if all >= asleepFactor*m.opts.MaxPerOwner {
-		return fmt.Errorf("you have %d, those on disk too, the most one may have: %w", all, ErrTooMany)
 	}
 	return nil
 }
@@ -123,35 +121,45 @@ func (s *Sandbox) setWaking(waking bool) error {
 	return nil
 }
 
-// roomOnDisk says whether so many bytes of a checkpoint of an owner's may be written. Where they may not, and the operator wants that, the
-// owner's sandboxes that have been on disk for the longest time are ended, if that makes enough room; their tombstones say so.
-func (m *Manager) roomOnDisk(owner string, need int64) error {
-	lack, why, err := m.lackOfDisk(need)
+// roomOnDisk says whether so many bytes of a checkpoint of an owner's may be written, and keeps room for them until done is called. Where there
+// is none, and the operator wants that, the owner's sandboxes that have been on disk for the longest time are ended, if that makes enough room;
+// their tombstones say so.
+func (m *Manager) roomOnDisk(owner string, need int64) (done func(), err error) {
+	m.saving.Add(need)
+	release := sync.OnceFunc(func() { m.saving.Add(-need) })
+	defer func() {
+		if err != nil {
+			release()
+		}
+	}()
+	lack, why, err := m.lackOfDisk(m.saving.Load())
 	if err != nil || lack <= 0 {
-		return err
+		return release, err
 	}
 	var victims []*Sandbox
-	for _, s := range m.asleep(owner) {
-		if !m.opts.Reclaim || lack <= 0 {
-			break
+	if m.opts.Reclaim {
+		for _, i := range m.unowned(owner, nil) {
+			m.claimAsleep(i.ID)
 		}
-		size, err := sizeOf(m.store.checkpoint(s.id, s.current().Saves))
-		if err != nil {
-			continue // it is being woken
+		for _, s := range m.asleep(owner) {
+			size, err := sizeOf(m.store.checkpoint(s.id, s.current().Saves))
+			if err != nil || lack <= 0 {
+				continue // it is being woken
+			}
+			victims = append(victims, s)
+			lack -= size
 		}
-		victims = append(victims, s)
-		lack -= size
 	}
 	if lack > 0 {
-		return fmt.Errorf("%s: %w", why, ErrNoDisk)
+		return nil, fmt.Errorf("%s: %w", why, ErrNoDisk)
 	}
 	for _, s := range victims {
 		m.log.Warn("a paused sandbox is ended to make room on disk", "sandbox", s.ID(), "paused_since", s.Info().Changed)
 		if err := s.Kill(CauseReclaimed); err != nil && !errors.Is(err, ErrState) {
-			return err
+			return nil, err
 		}
 	}
-	return nil
+	return release, nil
 }
 
 // asleep are an owner's sandboxes on disk that this server has, those that have been there for the longest time first.

@@ -129,7 +129,10 @@ func (s *Sandbox) boot(ctx context.Context, template Template, from string, whol
 		return err
 	}
 	if whole {
-		if err := s.skipPast(ctx); err != nil {
+		asking, cancel := context.WithTimeout(ctx, tellTime)
+		err := s.skipPast(asking)
+		cancel()
+		if err != nil {
 			return err
 		}
 	}

@@ -120,9 +120,11 @@ func (s *Sandbox) save(ctx context.Context, to string, filesOnly bool) (record, 
 	if r.State != Running && r.State != Paused {
 		return r, false, s.asError("save")
 	}
-	if err := s.roomToSave(ctx); err != nil {
+	saved, err := s.roomToSave(ctx)
+	if err != nil {
 		return r, false, err
 	}
+	defer saved()
 	return r, filesOnly, machine.Checkpoint(ctx, to, CheckpointOptions{GoOn: true, FilesOnly: filesOnly})
 }
 
@@ -269,6 +271,7 @@ func (s *Sandbox) Fork(ctx context.Context, count int, metadata map[string]strin
 	if err != nil {
 		return nil, nil, err
 	}
+	defer func() { err = errors.Join(err, s.m.store.removeAll(from)) }() // what could not be moved
 	r, filesOnly, err := s.save(turn, from, false)
 	if err != nil {
 		over()

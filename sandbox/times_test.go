@@ -167,6 +167,32 @@ func TestLifeIsKept(t *testing.T) {
 	})
 }
 
+// TestIdleAgain: the idle time counts again after a waking.
+func TestIdleAgain(t *testing.T) {
+	inBubble(t, 1, func(t *testing.T, fake *sandboxtest.Fake) {
+		m := newManager(t, t.TempDir(), fake, nil)
+		sb := create(t, m, sandbox.CreateOptions{Times: sandbox.Times{Life: time.Hour, Idle: time.Minute, OnTimeout: sandbox.ActionPause}})
+		for i := range 3 {
+			time.Sleep(62 * time.Second)
+			synctest.Wait()
+			if info := sb.Info(); info.State != sandbox.Paused || info.Cause != string(sandbox.CauseIdle) {
+				t.Fatalf("%d: %+v", i, info)
+			}
+			if _, err := sb.Agent(t.Context(), "use"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err := sb.Snapshot(t.Context(), "s", false); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(62 * time.Second)
+		synctest.Wait()
+		if info := sb.Info(); info.State != sandbox.Paused {
+			t.Fatalf("%+v", info)
+		}
+	})
+}
+
 // TestKillWhileNobodyLooked: a life that ended while no server was there ends with its cause.
 func TestKillWhileNobodyLooked(t *testing.T) {
 	inBubble(t, 1, func(t *testing.T, fake *sandboxtest.Fake) {
