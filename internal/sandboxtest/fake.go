@@ -203,7 +203,7 @@ func (m *fakeMachine) connect(serve func(io.ReadWriteCloser) error) sandbox.Mach
 
 // stop ends all pipes.
 func (m *fakeMachine) stop() {
-	m.gate.open()
+	m.gate.end()
 	m.mu.Lock()
 	for p := range m.pipes {
 		_ = p.Close()
@@ -258,6 +258,7 @@ type gate struct {
 	mu   sync.Mutex
 	cond *sync.Cond
 	held bool
+	over bool // its machine has ended: nothing waits any more
 }
 
 func newGate() *gate {
@@ -272,8 +273,16 @@ func (g *gate) open() { g.set(false) }
 func (g *gate) set(held bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.held = held
+	g.held = held && !g.over
 	g.cond.Broadcast()
+}
+
+// end opens the gate for good.
+func (g *gate) end() {
+	g.mu.Lock()
+	g.over = true
+	g.mu.Unlock()
+	g.open()
 }
 
 func (g *gate) pass() {
