@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"slices"
 	"sync"
 	"time"
 )
@@ -31,8 +32,8 @@ type Event struct {
 // events are the latest events. It is safe for concurrent use.
 type events struct {
 	mu   sync.Mutex
-	next int64 // of the next one; the first is 1
-	last []Event
+	next int64   // of the next one; the first is 1
+	last []Event // at most twice maxEvents: they are not moved with each
 }
 
 // add notes an event.
@@ -41,8 +42,8 @@ func (e *events) add(ev Event) {
 	defer e.mu.Unlock()
 	e.next++
 	ev.Seq = e.next
-	if len(e.last) == maxEvents {
-		e.last = append(e.last[:0], e.last[1:]...)
+	if len(e.last) == 2*maxEvents {
+		e.last = e.last[:copy(e.last, e.last[maxEvents:])]
 	}
 	e.last = append(e.last, ev)
 }
@@ -51,9 +52,10 @@ func (e *events) add(ev Event) {
 func (e *events) since(seq int64) []Event {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	for i, ev := range e.last {
+	latest := e.last[max(0, len(e.last)-maxEvents):]
+	for i, ev := range latest {
 		if ev.Seq > seq {
-			return append([]Event(nil), e.last[i:]...)
+			return slices.Clone(latest[i:])
 		}
 	}
 	return nil
@@ -66,8 +68,9 @@ func (s *Server) noteStart(p *process) {
 
 // noteEnd notes the end of a process.
 func (s *Server) noteEnd(p *process) {
-	d := p.describe()
-	s.events.add(Event{
-		Time: d.Ended, Kind: EventEnded, Process: p.id, Tag: p.req.Tag, ExitCode: d.ExitCode, Signal: d.Signal, Cause: d.Cause, TookMS: d.Ended.Sub(d.Started).Milliseconds(),
-	})
+	p.mu.Lock()
+	ended, status, cause := p.ended, p.status, p.cause
+	p.mu.Unlock()
+	code, signal := exitCode(status)
+	s.events.add(Event{Time: ended, Kind: EventEnded, Process: p.id, Tag: p.req.Tag, ExitCode: code, Signal: signal, Cause: cause, TookMS: ended.Sub(p.started).Milliseconds()})
 }

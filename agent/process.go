@@ -177,11 +177,8 @@ func (p *process) describe() Process {
 		return d
 	}
 	d.ShellCwd, d.Forgotten = p.shellCwd, p.forgotten
-	d.State, d.Ended, d.ExitCode = StateExited, p.ended, p.status.ExitStatus()
-	if p.status.Signaled() {
-		d.ExitCode = 128 + int(p.status.Signal())
-		d.Signal = unix.SignalName(p.status.Signal())
-	}
+	d.State, d.Ended = StateExited, p.ended
+	d.ExitCode, d.Signal = exitCode(p.status)
 	d.CPUMS = (p.usage.Utime.Nano() + p.usage.Stime.Nano()) / 1e6
 	if peak := p.usage.Maxrss << 10; peak > agentPeak() {
 		d.Memory = peak // a smaller one is the agent's own, which the fork began with
@@ -190,6 +187,14 @@ func (p *process) describe() Process {
 		d.Children = len(p.group.pids())
 	}
 	return d
+}
+
+// exitCode tells an end as a shell does, and the signal if there was one.
+func exitCode(status syscall.WaitStatus) (code int, signal string) {
+	if status.Signaled() {
+		return 128 + int(status.Signal()), unix.SignalName(status.Signal())
+	}
+	return status.ExitStatus(), ""
 }
 
 // agentPeak is the agent's own largest resident memory so far, in bytes.

@@ -65,10 +65,6 @@ func (m *machine) Checkpoint(ctx context.Context, dir string, o sandbox.Checkpoi
 			err = errors.Join(fmt.Errorf("checkpoint: %w", err), os.RemoveAll(dir))
 		}
 	}()
-	names := wholeFiles
-	if o.FilesOnly {
-		names = diskFiles
-	}
 	if !o.GoOn && !m.frozen {
 		if err := m.Pause(ctx); err != nil {
 			return err
@@ -86,6 +82,19 @@ func (m *machine) Checkpoint(ctx context.Context, dir string, o sandbox.Checkpoi
 	if err := writeSynced(filepath.Join(dir, savedManifestName), body); err != nil {
 		return err
 	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return m.save(ctx, dir, o.FilesOnly)
+}
+
+// save has the sentry write the files of a checkpoint. What has begun goes on without its caller, and nothing else can be done with the machine
+// meanwhile but to destroy it: what is whole then is kept.
+func (m *machine) save(ctx context.Context, dir string, filesOnly bool) (err error) {
+	names := wholeFiles
+	if filesOnly {
+		names = diskFiles
+	}
 	files, err := createAll(dir, names)
 	defer func() {
 		for _, f := range files {
@@ -95,21 +104,16 @@ func (m *machine) Checkpoint(ctx context.Context, dir string, o sandbox.Checkpoi
 	if err != nil {
 		return err
 	}
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
-	// A save that has begun goes on without its caller, and nothing else can be done with the machine meanwhile but to destroy it. What is whole then
-	// is kept.
-	save, cancel := context.WithTimeout(context.WithoutCancel(ctx), saveBound)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), saveBound)
 	defer cancel()
-	if o.FilesOnly {
+	if filesOnly {
 		args := &saveDiskArgs{}
 		args.Files = files
-		err = controlSlow(save, runDir(m.dir), callSaveFiles, args, &struct{}{})
+		err = controlSlow(ctx, runDir(m.dir), callSaveFiles, args, &struct{}{})
 	} else {
 		args := &saveArgs{Metadata: map[string]string{"compression": "none"}, ExcludeZeros: true, HavePagesFile: true, Resume: true}
 		args.Files = files
-		err = controlSlow(save, runDir(m.dir), callCheckpoint, args, &struct{}{})
+		err = controlSlow(ctx, runDir(m.dir), callCheckpoint, args, &struct{}{})
 	}
 	if err != nil {
 		return fullDisk(err)

@@ -46,6 +46,14 @@ type manifest struct {
 	Memory int64       `json:"memory"`           // machine.memory
 }
 
+func (mf manifest) write(dir string) error {
+	body, err := json.Marshal(mf)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, "machine.json"), body, 0o600)
+}
+
 func readManifest(dir string) (manifest, error) {
 	var mf manifest
 	body, err := os.ReadFile(filepath.Join(dir, "machine.json"))
@@ -114,11 +122,7 @@ func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (_ sandbox.Machin
 	}
 	// The manifest names the cgroup before it is made: whoever reaps knows of it.
 	mf := manifest{Memory: m.memory, Host: begin.agent, Agent: filepath.Join(agentDir, filepath.Base(begin.agent)), Cgroup: planCgroup(cmp.Or(r.Cgroups, cgroupRoot), "soulbox-"+spec.ID)}
-	body, err := json.Marshal(mf)
-	if err != nil {
-		return nil, err
-	}
-	if err := os.WriteFile(filepath.Join(spec.Dir, "machine.json"), body, 0o600); err != nil {
+	if err := mf.write(spec.Dir); err != nil {
 		return nil, err
 	}
 	if err := giveAway(spec.Dir); err != nil {

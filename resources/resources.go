@@ -139,21 +139,21 @@ const logsRead = 1000
 // logs are the entries of a log as JSON lines: the last ones, or those after the offset, which counts entries.
 func (s *Service) logs(ctx context.Context, sb *sandbox.Sandbox, uri string, n name) ([]mcp.ResourceContents, error) {
 	sb.Refresh(ctx)
-	entries, more, err := sb.Logs(sandbox.LogQuery{After: n.offset, Limit: logsRead})
+	page, err := sb.Logs(sandbox.LogQuery{After: n.offset, Limit: logsRead})
 	if err != nil {
 		return nil, err
 	}
 	var b strings.Builder
-	meta := map[string]any{}
-	for _, e := range entries {
+	for _, e := range page.Entries {
 		line, err := json.Marshal(e)
 		if err != nil {
 			return nil, err
 		}
 		b.Write(append(line, '\n'))
-		if meta["last"] = e.Seq; more && n.offset > 0 {
-			meta["next"] = part(uri, e.Seq)
-		}
+	}
+	meta := map[string]any{"last": page.Last}
+	if page.More && n.offset > 0 {
+		meta["next"] = part(uri, page.Last)
 	}
 	return asText(uri, "application/jsonl", b.String(), meta), nil
 }

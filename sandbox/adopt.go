@@ -56,14 +56,15 @@ func (m *Manager) reap() {
 		var all sync.WaitGroup
 		slots := make(chan struct{}, adoptAtOnce) // one that is silent must not hold up the others
 		for id, lock := range orphans {
-			if r, err := m.store.load(id); err == nil && r.onDisk() { // at once: whoever asks for it meanwhile finds it locked
+			r, err := m.store.load(id)
+			if err == nil && r.onDisk() { // at once: whoever asks for it meanwhile finds it locked
 				m.letSleep(r, lock)
 				continue
 			}
 			slots <- struct{}{}
 			all.Go(func() {
 				defer func() { <-slots }()
-				m.takeOver(id, lock)
+				m.takeOver(id, r, err, lock)
 			})
 		}
 		all.Wait()
@@ -78,12 +79,8 @@ func (m *Manager) reap() {
 	}
 }
 
-// Settled is closed when what earlier servers left has been looked at once.
-func (m *Manager) Settled() <-chan struct{} { return m.settled }
-
-// takeOver adopts, ends or leaves alone a sandbox that nobody owns.
-func (m *Manager) takeOver(id string, lock *os.File) {
-	r, err := m.store.load(id)
+// takeOver adopts, ends or leaves alone a sandbox that nobody owns and is not on disk; err is of its record.
+func (m *Manager) takeOver(id string, r record, err error, lock *os.File) {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) { // it cannot be read now, or is of another version: not for us to end
 		if _, told := m.unreadable.LoadOrStore(id, true); !told {
 			m.log.Error("read the state of a sandbox; it is left alone", "sandbox", id, "error", err)
@@ -220,13 +217,15 @@ func (m *Manager) adoptRunning(r record, lock *os.File) (taken bool, err error) 
 			case <-timer.C:
 			case <-m.ctx.Done():
 				timer.Stop()
-				return true, lock.Close()
+				return true, errors.Join(ErrClosed, lock.Close())
 			}
 			m.log.Warn("adopt sandbox; trying again", "sandbox", r.ID, "try", try+1, "error", err)
 		}
-		err = m.adopt(r, lock)
-		if err == nil || errors.Is(err, ErrClosed) {
-			return true, err
+		if err = m.adopt(r, lock); err == nil {
+			return true, nil
+		}
+		if errors.Is(err, ErrClosed) {
+			return true, errors.Join(err, lock.Close())
 		}
 		if errors.Is(err, ErrNoMachine) {
 			break
@@ -244,10 +243,13 @@ func (m *Manager) adoptRunning(r record, lock *os.File) (taken bool, err error) 
 		}
 		r.turnClock(r.State, Paused, since, m.opts.PausedFor)
 		r.State, r.Changed, r.Pause = Paused, since, &p
-		if serr := m.store.save(r); serr != nil {
-			return true, errors.Join(serr, lock.Close())
+		if err = m.store.save(r); err == nil {
+			err = m.adopt(r, lock)
 		}
-		return true, m.adopt(r, lock)
+		if err != nil {
+			err = errors.Join(err, lock.Close())
+		}
+		return true, err
 	}
 	return false, err
 }
@@ -257,8 +259,8 @@ const filesOnlyMark = "files-only"
 
 func hasMemory(dir string) bool { return !isThere(filepath.Join(dir, filesOnlyMark)) }
 
-// adopt takes over a sandbox that a server left on purpose, or in its death. Nothing has changed when it fails, and the lock is still ours
-// unless the server ends.
+// adopt takes over a sandbox that a server left on purpose, or in its death. Nothing has changed when it fails, and the lock is still the
+// caller's.
 func (m *Manager) adopt(r record, lock *os.File) (err error) {
 	ctx, cancel := context.WithTimeout(m.ctx, adoptTime)
 	defer cancel()
@@ -290,7 +292,7 @@ func (m *Manager) adopt(r record, lock *os.File) (err error) {
 		if sb.client != nil {
 			_ = sb.client.Close()
 		}
-		return errors.Join(ErrClosed, lock.Close())
+		return ErrClosed
 	}
 	m.sandboxes[r.ID] = sb
 	if sb.rec.State.Ended() { // meanwhile

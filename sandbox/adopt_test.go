@@ -105,8 +105,9 @@ func TestChanged(t *testing.T) {
 			t.Fatalf("%s, want %s", got, want)
 		}
 	}
-	logs, more, err := sb.Logs(sandbox.LogQuery{})
-	if err != nil || more || len(logs) != 3 || logs[2].Message != "killed: killed by request" || logs[2].Seq != 3 {
+	page, err := sb.Logs(sandbox.LogQuery{})
+	logs := page.Entries
+	if err != nil || page.More || len(logs) != 3 || logs[2].Message != "killed: killed by request" || logs[2].Seq != 3 {
 		t.Fatal(logs, err)
 	}
 }

@@ -5,3 +5,6 @@ func (o *Options) SetFault(fault func(step, name string, size int) (int, error))
 
 // Dir is the state directory.
 func (m *Manager) Dir() string { return m.opts.Dir }
+
+// Settled is closed when what earlier servers left has been looked at once.
+func (m *Manager) Settled() <-chan struct{} { return m.settled }

@@ -146,7 +146,7 @@ func (m *Manager) List(f Filter) []Info {
 			}
 		}
 	}
-	if f.State.Ended() {
+	if f.State != "" && f.State.Ended() {
 		tombs, err := m.store.tombs()
 		if err != nil {
 			m.log.Error("list tombstones", "error", err)

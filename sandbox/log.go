@@ -241,34 +241,43 @@ type LogQuery struct {
 
 const maxLogLimit = 1000
 
-// Logs tells what has happened to the sandbox, the oldest first, and whether there is more that the query would give.
-func (s *Sandbox) Logs(q LogQuery) (entries []LogEntry, more bool, err error) {
-	entries = []LogEntry{}
+// LogPage is what a query gives, the oldest first.
+type LogPage struct {
+	Entries []LogEntry
+	More    bool  // there are some that the limit has left out
+	Last    int64 // After for what comes later
+}
+
+// Logs tells what has happened to the sandbox.
+func (s *Sandbox) Logs(q LogQuery) (LogPage, error) {
+	page := LogPage{Entries: []LogEntry{}, Last: q.After}
 	if q.Limit <= 0 || q.Limit > maxLogLimit {
 		q.Limit = 100
 	}
 	least := slices.Index(Levels(), q.Level)
-	keep := func(line []byte) error {
+	err := s.eachRemembered(logName, func(line []byte) error {
 		var e LogEntry
 		if json.Unmarshal(line, &e) != nil {
 			return nil // it was cut off
 		}
+		page.Last = max(page.Last, e.Seq)
 		if e.Seq <= q.After || !q.Since.IsZero() && e.Time.Before(q.Since) || !q.Until.IsZero() && !e.Time.Before(q.Until) ||
 			slices.Index(Levels(), e.Level) < least || q.Source != "" && e.Source != q.Source || !strings.Contains(e.Message, q.Text) {
 			return nil
 		}
-		entries = append(entries, e)
+		page.Entries = append(page.Entries, e)
 		return nil
+	})
+	if err != nil {
+		return LogPage{}, err
 	}
-	if err := s.eachRemembered(logName, keep); err != nil {
-		return nil, false, err
+	if page.More = len(page.Entries) > q.Limit; page.More && q.After > 0 {
+		page.Entries = page.Entries[:q.Limit]
+		page.Last = page.Entries[q.Limit-1].Seq
+	} else if page.More {
+		page.Entries = page.Entries[len(page.Entries)-q.Limit:]
 	}
-	if more = len(entries) > q.Limit; more && q.After > 0 {
-		entries = entries[:q.Limit]
-	} else if more {
-		entries = entries[len(entries)-q.Limit:]
-	}
-	return entries, more, nil
+	return page, nil
 }
 
 // eachRemembered reads the lines of a file of the sandbox, wherever it is by now, and of the older one before it.

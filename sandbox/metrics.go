@@ -168,7 +168,6 @@ func (s *Sandbox) sample(ctx context.Context, client *agent.Client, machine Mach
 			continue // one that is silent is noticed elsewhere
 		}
 		now := time.Now()
-		s.meter.cpu(usage.CPUMS)
 		totals := s.meter.totals()
 		used := totals.CPUMS - lastCPU
 		limits := s.current().Limits
@@ -198,8 +197,10 @@ func (s *Sandbox) ask(ctx context.Context, client *agent.Client) (agent.Usage, e
 	if err != nil {
 		return usage, err
 	}
+	s.meter.cpu(usage.CPUMS)
 	var fresh []agent.Event
 	s.meter.mu.Lock()
+	s.meter.latest.Memory, s.meter.latest.DiskUsed, s.meter.latest.Processes = usage.Memory, usage.DiskUsed, usage.Processes
 	for _, ev := range usage.Events { // two may have asked at once
 		if ev.Seq > s.meter.seen.Event {
 			s.meter.seen.Event = ev.Seq
@@ -214,20 +215,14 @@ func (s *Sandbox) ask(ctx context.Context, client *agent.Client) (agent.Usage, e
 	return usage, nil
 }
 
-// Refresh has the log know what has happened to processes until now. A sandbox that does not run, or is silent, has nothing new.
+// Refresh has the log know what has happened to processes until now, and the meter what is used. A sandbox that does not run, or is silent, has
+// nothing new.
 func (s *Sandbox) Refresh(ctx context.Context) {
-	s.fetchEvents(ctx)
-}
-
-func (s *Sandbox) fetchEvents(ctx context.Context) {
 	s.mu.Lock()
 	client, running := s.client, s.rec.State == Running
 	s.mu.Unlock()
-	if client == nil || !running {
-		return
-	}
-	if usage, err := s.ask(ctx, client); err == nil {
-		s.meter.cpu(usage.CPUMS)
+	if client != nil && running {
+		_, _ = s.ask(ctx, client) // one that is silent is noticed elsewhere
 	}
 }
 

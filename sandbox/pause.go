@@ -148,7 +148,7 @@ func (s *Sandbox) whyEnded(err error) error {
 
 // freeze pauses the machine in memory.
 func (s *Sandbox) freeze(ctx context.Context, o PauseOptions) error {
-	s.fetchEvents(ctx)
+	s.Refresh(ctx)
 	s.mu.Lock()
 	machine := s.machine
 	s.mu.Unlock()
@@ -222,7 +222,6 @@ func (s *Sandbox) sleep(ctx context.Context, o PauseOptions) (err error) {
 	defer saved()
 	paused := &StateError{ID: s.id, Verb: "go on in", State: Paused, At: time.Now(), Cause: o.Cause.Error(), Wakes: o.AutoResume}
 	if r.State == Running { // what hangs in one that is frozen is told that it goes to disk
-		s.fetchEvents(ctx)
 		suspending, done := context.WithTimeout(ctx, suspendTime)
 		err = client.Suspend(suspending, paused)
 		done()
@@ -254,7 +253,7 @@ func (s *Sandbox) sleep(ctx context.Context, o PauseOptions) (err error) {
 		if s.rec.State.Ended() {
 			return err // whoever has killed it ends the machine
 		}
-		err = errors.Join(noDisk(err), s.m.store.removeAll(target))
+		err = errors.Join(noDisk(err), s.m.store.removeAll(target+unfinishedSave), s.m.store.removeAll(target))
 		if r.State == Running {
 			err = errors.Join(err, machine.Resume(ctx))
 			client.GoOn()
@@ -306,9 +305,7 @@ func (s *Sandbox) wake(ctx context.Context) error {
 	if err == nil {
 		if err = s.become("resume", Running, nil, func(r *record) { r.Pause = nil }); err == nil {
 			s.begin()
-			client, config := s.client, s.rec.configuration()
 			s.mu.Unlock()
-			s.tell(ctx, client, config)
 			if err := s.m.store.removeAll(from); err != nil {
 				s.m.log.Error("remove the checkpoint of a sandbox that runs again", "sandbox", s.id, "error", err) // it goes with the sandbox
 			}
@@ -329,37 +326,19 @@ func (s *Sandbox) wake(ctx context.Context) error {
 	return errors.Join(err, s.m.unpromise(s))
 }
 
-// tell has the agent know its times.
-func (s *Sandbox) tell(ctx context.Context, client *agent.Client, config agent.Config) {
-	ctx, cancel := context.WithTimeout(ctx, tellTime)
-	defer cancel()
-	if err := client.Configure(ctx, config); err != nil {
-		s.m.log.Warn("tell agent of its new times", "sandbox", s.id, "error", err)
-	}
-}
-
 // roomToSave says whether a checkpoint may be made: within the budget for them, and leaving the machine's disk some room, which is kept until
 // done is called. What the guest says that it uses is believed between what the host sees and its limits; one that is frozen has said it before.
 func (s *Sandbox) roomToSave(ctx context.Context) (done func(), err error) {
+	s.Refresh(ctx)
 	s.mu.Lock()
-	limits, client, machine, running := s.rec.Limits, s.client, s.machine, s.rec.State == Running
+	limits, machine := s.rec.Limits, s.machine
 	s.mu.Unlock()
-	ctx, cancel := context.WithTimeout(ctx, tellTime)
-	defer cancel()
-	memory, disk := s.meter.now().Memory, s.meter.now().DiskUsed
-	if running {
-		used, err := client.Usage(ctx, nil)
-		if err != nil {
-			return nil, err
-		}
-		memory, disk = used.Memory, used.DiskUsed
-	}
+	said := s.meter.now()
 	seen, err := machine.Usage(ctx)
 	if err != nil {
 		return nil, err
 	}
-	memory, disk = max(seen.Memory, min(memory, 2*limits.Memory)), max(seen.Disk, min(disk, limits.Disk))
-	return s.m.roomOnDisk(s.owner, baseSave+memory+disk)
+	return s.m.roomOnDisk(s.owner, baseSave+max(seen.Memory, min(said.Memory, 2*limits.Memory))+max(seen.Disk, min(said.DiskUsed, limits.Disk)))
 }
 
 // baseSave is about what the checkpoint of an empty sandbox takes, in bytes.

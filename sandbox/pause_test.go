@@ -207,8 +207,8 @@ func TestWaitAtPause(t *testing.T) {
 		})
 	}
 	all.Wait()
-	logs, _, err := sb.Logs(sandbox.LogQuery{Text: "running"})
-	if err != nil || len(logs) != 2 { // at its start, and now
+	logs, err := sb.Logs(sandbox.LogQuery{Text: "running"})
+	if err != nil || len(logs.Entries) != 2 { // at its start, and now
 		t.Fatal(logs, err)
 	}
 }

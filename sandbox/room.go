@@ -215,7 +215,7 @@ func (s store) saved() (int64, error) {
 			}
 			if st, ok := info.Sys().(*syscall.Stat_t); ok && !seen[st.Ino] {
 				seen[st.Ino] = true
-				sum += st.Blocks * 512
+				sum += sizeOnDisk(info)
 			}
 		}
 	}

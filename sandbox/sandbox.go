@@ -349,18 +349,14 @@ func (s *Sandbox) end(final State, cause error) error {
 	s.mu.Lock()
 	doomed := s.machine
 	s.mu.Unlock()
-	if doomed != nil { // at once: whoever is about to save it needs not come to an end with that
-		if err := s.endMachine(doomed); err != nil {
-			s.m.log.Error("end sandbox", "sandbox", s.id, "error", err) // it is tried again below
-		}
-	}
-	s.turn <- struct{}{} // who pauses or resumes it sees that it has ended; nobody has a turn after this one
+	dead := doomed != nil && s.endMachine(doomed) == nil // at once: whoever is about to save it needs not come to an end with that
+	s.turn <- struct{}{}                                 // who pauses or resumes it sees that it has ended; nobody has a turn after this one
 	s.mu.Lock()
 	machine, client := s.machine, s.client
 	s.mu.Unlock()
 
 	wait := s.stopPorts()
-	err = s.destroy(machine, client)
+	err = s.destroy(machine, dead && machine == doomed)
 	if client != nil {
 		client.CloseFor(s.asError("go on in")) // also where the machine could not be ended: what hangs on it is freed
 	}
@@ -382,19 +378,19 @@ func (s *Sandbox) asError(verb string) error {
 	return s.wrong(verb)
 }
 
-// destroy ends the machine first, so that the agent's end is no surprise to anyone, then removes what it left.
-func (s *Sandbox) destroy(machine Machine, client *agent.Client) error {
-	ctx, cancel := context.WithTimeout(context.Background(), destroyTimeout)
-	defer cancel()
-	end := func(ctx context.Context) error { return s.m.opts.Runtime.Reap(ctx, s.m.store.path(s.id)) } // of a boot that failed
-	if machine != nil {
-		end = machine.Destroy
+// destroy ends the machine, if it is not dead, so that the agent's end is no surprise to anyone, then removes what it left.
+func (s *Sandbox) destroy(machine Machine, dead bool) (err error) {
+	switch {
+	case dead:
+	case machine != nil:
+		err = s.endMachine(machine)
+	default: // of a boot that failed, or on disk
+		ctx, cancel := context.WithTimeout(context.Background(), destroyTimeout)
+		defer cancel()
+		err = s.m.opts.Runtime.Reap(ctx, s.m.store.path(s.id))
 	}
-	if err := end(ctx); err != nil {
+	if err != nil {
 		return errors.Join(err, s.lock.Close()) // the directory stays for the next start to reap
-	}
-	if client != nil {
-		_ = client.Close()
 	}
 	return s.m.store.entomb(s.current(), s.lock)
 }
@@ -413,8 +409,9 @@ type Update struct {
 
 // Update applies u as a whole or not at all.
 func (s *Sandbox) Update(ctx context.Context, u Update) (Info, error) {
-	info, client, err := s.update(u)
-	if err != nil || client == nil {
+	info, retimed, err := s.update(u)
+	client, lookErr := s.Look("tell")
+	if err != nil || !retimed || lookErr != nil { // one that does not run is told when it does
 		return info, err
 	}
 	// The agent ends itself when no server comes for longer than its life: it is told of a longer one. A silent one is noticed elsewhere.
@@ -429,11 +426,11 @@ func (s *Sandbox) Update(ctx context.Context, u Update) (Info, error) {
 // tellTime bounds how long an agent is told something that it need not know at once.
 const tellTime = 5 * time.Second
 
-func (s *Sandbox) update(u Update) (Info, *agent.Client, error) {
+func (s *Sandbox) update(u Update) (info Info, retimed bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.rec.State != Running && s.rec.State != Paused || s.isLeft() {
-		return Info{}, nil, s.wrong("update")
+		return Info{}, false, s.wrong("update")
 	}
 	r := s.rec
 	r.Metadata = maps.Clone(r.Metadata)
@@ -448,23 +445,20 @@ func (s *Sandbox) update(u Update) (Info, *agent.Client, error) {
 		r.Metadata[k] = *v
 	}
 	if err := checkMetadata(r.Metadata); err != nil {
-		return Info{}, nil, err
+		return Info{}, false, err
 	}
 	if err := r.setTimes(u, time.Now()); err != nil {
-		return Info{}, nil, err
+		return Info{}, false, err
 	}
 	r.Updated = time.Now()
 	if err := s.m.store.save(r); err != nil {
-		return Info{}, nil, err
+		return Info{}, false, err
 	}
-	retimed := !r.ExpiresAt.Equal(s.rec.ExpiresAt)
+	retimed = !r.ExpiresAt.Equal(s.rec.ExpiresAt)
 	s.rec = r
 	s.record("updated")
 	s.wakeKeeper()
-	if retimed && r.State == Running && s.hold == nil && s.unfit == nil {
-		return s.info(), s.client, nil
-	}
-	return s.info(), nil, nil
+	return s.info(), retimed, nil
 }
 
 // Usage tells what the sandbox uses: inside, and of the host.

@@ -149,11 +149,7 @@ func linkAll(from, to string) error {
 			return err
 		}
 	}
-	d, err := os.Open(to)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return syncDir(to)
 }
 
 // sizeOf sums the files of a directory, in bytes on disk.
@@ -168,7 +164,7 @@ func sizeOf(dir string) (int64, error) {
 		if err != nil {
 			return 0, err
 		}
-		sum += onDisk(info)
+		sum += sizeOnDisk(info)
 	}
 	return sum, nil
 }
@@ -354,8 +350,8 @@ func (s store) tidySnapshots() error {
 	return err
 }
 
-// onDisk is how many bytes a file takes.
-func onDisk(info fs.FileInfo) int64 {
+// sizeOnDisk is how many bytes a file takes.
+func sizeOnDisk(info fs.FileInfo) int64 {
 	if st, ok := info.Sys().(*syscall.Stat_t); ok {
 		return st.Blocks * 512
 	}

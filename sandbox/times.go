@@ -109,7 +109,7 @@ func (r *record) lastMoment() time.Time {
 
 // orphanTime is how long an agent lives that no server comes to.
 func (r *record) orphanTime() time.Duration {
-	left := r.Times.Life
+	left := max(r.Times.Life, r.Left) // of one that is just being started
 	if !r.ExpiresAt.IsZero() {
 		left = time.Until(r.ExpiresAt)
 	}

@@ -114,8 +114,9 @@ func TestLifeIsKept(t *testing.T) {
 		if err := sb.Pause(t.Context(), sandbox.PauseOptions{ToDisk: true}); err != nil {
 			t.Fatal(err)
 		}
+		used := sb.Info().Totals
 		time.Sleep(24 * time.Hour)
-		if info := sb.Info(); info.State != sandbox.Paused || info.Left != 40*time.Minute {
+		if info := sb.Info(); info.State != sandbox.Paused || info.Left != 40*time.Minute || info.Totals != used || used.RunMS != (20*time.Minute).Milliseconds() {
 			t.Fatalf("%+v", info)
 		}
 		if err := sb.Resume(t.Context()); err != nil {

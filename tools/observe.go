@@ -95,14 +95,13 @@ func (s *Service) sandboxLogs(ctx context.Context, in sandboxLogsInput) (sandbox
 		return sandboxLogsOutput{}, err
 	}
 	sb.Refresh(ctx)
-	entries, more, err := sb.Logs(q)
+	page, err := sb.Logs(q)
 	if err != nil {
 		return sandboxLogsOutput{}, err
 	}
-	out := sandboxLogsOutput{Lines: []logLine{}, Cursor: strconv.FormatInt(q.After, 10), More: more}
-	for _, e := range entries {
+	out := sandboxLogsOutput{Lines: []logLine{}, Cursor: strconv.FormatInt(page.Last, 10), More: page.More}
+	for _, e := range page.Entries {
 		out.Lines = append(out.Lines, logLine{e.Time.UTC().Format("2006-01-02T15:04:05.000Z"), string(e.Level), e.Source, render([]byte(e.Message))})
-		out.Cursor = strconv.FormatInt(e.Seq, 10)
 	}
 	return out, nil
 }
