@@ -52,8 +52,9 @@ type tree struct {
 	dirs  map[int32]string // watched directories, by watch descriptor
 	wds   map[string]int32
 	files map[string]bool // what is known to exist, to tell saving from renaming, and what was found from what is made
-	// missed says that a directory was not there when it was looked at; a rename that explains it may be among the next events.
-	missed bool
+	// missed says that a directory was not there when it was looked at; a rename that explains it may be among the next events, until all that
+	// were there by then are taken. missedNow says that it was among those that are being taken.
+	missed, missedNow bool
 
 	mu        sync.Mutex
 	ring      []TreeEvent
@@ -159,7 +160,7 @@ func (t *tree) descend(name string, tell bool) {
 	err := t.enter(name, tell)
 	switch {
 	case errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR):
-		t.missed = true // it was removed, or renamed
+		t.missed, t.missedNow = true, true // it was removed, or renamed
 	case err != nil:
 		t.lost() // such as no more watches: what happens there is not seen
 	}
@@ -246,9 +247,10 @@ func (t *tree) follow() {
 				t.take(e)
 			}
 		}
-		if t.notify.drained {
+		if t.notify.drained && !t.missedNow {
 			t.missed = false
 		}
+		t.missedNow = false
 		t.tell()
 	}
 }
