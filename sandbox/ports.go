@@ -181,9 +181,9 @@ func (s *Sandbox) Dial(ctx context.Context, port int) (net.Conn, error) {
 		<-s.connSlots
 		return nil, fmt.Errorf("port %d: %w: %w", port, ErrNothingListens, err)
 	}
-	return &portConn{Conn: stream, end: sync.OnceFunc(func() {
-		release()
+	return &portConn{Conn: stream, life: life, end: sync.OnceFunc(func() {
 		cancel()
+		release()
 		<-s.connSlots
 	})}, nil
 }
@@ -191,7 +191,18 @@ func (s *Sandbox) Dial(ctx context.Context, port int) (net.Conn, error) {
 // portConn is a connection to a port of a sandbox.
 type portConn struct {
 	net.Conn
-	end func()
+	life context.Context
+	end  func()
+}
+
+// Read fails once the connection is to end: what the server in the sandbox says when it sees that, such as the proper end of a stream, is not for
+// the client.
+func (c *portConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if c.life.Err() != nil {
+		return 0, net.ErrClosed
+	}
+	return n, err
 }
 
 // Close ends both directions.
