@@ -20,10 +20,17 @@ import (
 const attachSocket = "@soulbox-agent"
 
 // setUpMachine makes a freshly booted sandbox habitable.
-func setUpMachine() (*cgroups, error) {
+func setUpMachine(image bool) (*cgroups, error) {
 	groups, err := mountCgroups()
 	if err != nil {
 		return nil, err
+	}
+	if image {
+		// gVisor mounts memory on an empty /tmp; it is to be a directory as others, on disk, and in what a build makes.
+		if err := unix.Unmount("/tmp", 0); err != nil && err != unix.EINVAL && err != unix.ENOENT && err != unix.ENOTDIR {
+			return nil, fmt.Errorf("unmount /tmp: %w", err)
+		}
+		return groups, errors.Join(dropCapabilities(), forgetSignals())
 	}
 	for _, f := range passwdFields("/etc/passwd", 7) {
 		uid, uerr := strconv.Atoi(f[2])

@@ -32,6 +32,7 @@ type Options struct {
 	ShellDir string // where shells report what they leave; default a directory in SpoolDir
 	Home     string // home of the only user outside a sandbox
 	Init     bool   // be the first process of a sandbox: reap orphans, use cgroups, switch users
+	Image    bool   // the root is an image: its files, such as homes, belong to whom they should already
 	Log      func(format string, args ...any)
 }
 
@@ -54,6 +55,7 @@ type Server struct {
 	fields   fieldCache
 	shells   *shells
 	trees    *trees
+	marked   marked
 	events   events
 
 	mu sync.Mutex
@@ -95,7 +97,7 @@ func NewServer(opts Options) (*Server, error) {
 	}
 	s.reaper = newReaper(opts.Init, s.collector)
 	if opts.Init {
-		if s.groups, err = setUpMachine(); err != nil {
+		if s.groups, err = setUpMachine(opts.Image); err != nil {
 			return nil, err
 		}
 		s.guard = &guard{server: s, woken: make(chan struct{}, 1)}
@@ -224,6 +226,11 @@ func (s *Server) serveStream(ctx context.Context, stream *yamux.Stream) {
 		s.serveWatch(ctx, stream, h)
 	case streamDial:
 		s.serveDial(ctx, stream, h)
+	case streamChanges:
+		s.serveChanges(ctx, stream, h)
+	case streamUnpack:
+		s.serveUnpack(stream, h)
+		discard(stream)
 	default:
 		_ = writeMessage(stream, answer{Error: wireError(invalid("unknown stream %q", clip(h.Stream, 40)))})
 	}

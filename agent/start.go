@@ -152,7 +152,9 @@ func (s *Server) prepare(req StartRequest) (*process, []string, error) {
 		run = s.shells.enter(shellID{req.Shell, user.name})
 		state = run.begin
 	}
-	home, gone := state.existing(user.home)
+	s.mu.Lock()
+	home, gone := state.existing(cmp.Or(s.config.Cwd, user.home))
+	s.mu.Unlock()
 	cwd := cmp.Or(req.Cwd, home)
 	if !path.IsAbs(cwd) || strings.IndexByte(cwd, 0) >= 0 {
 		return nil, nil, invalid("start in %q: the working directory must be an absolute path", clip(cwd, 200))

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bufio"
+	"cmp"
 	"fmt"
 	"io"
 	"os"
@@ -35,7 +36,9 @@ func (s *Server) lookup(spec string) (identity, error) {
 		return identity{}, fmt.Errorf("user %q: %w", clip(spec, 80), ErrNoUser)
 	}
 	if spec == "" {
-		spec = "user"
+		s.mu.Lock()
+		spec = cmp.Or(s.config.User, "user")
+		s.mu.Unlock()
 	}
 	name, group, numeric := strings.Cut(spec, ":")
 	id := identity{home: "/"}

@@ -32,6 +32,9 @@ const (
 	streamStdin  = "stdin"
 	streamDial   = "dial"
 	streamWatch  = "watch"
+
+	streamChanges = "changes"
+	streamUnpack  = "unpack"
 )
 
 // Kinds of frames on an output stream.
@@ -110,6 +113,9 @@ type answer struct {
 type Config struct {
 	// Env is added to the environment of every process, and to what was given before.
 	Env map[string]string `json:"env,omitempty"`
+	// User and Cwd are those of processes that name none; the defaults are "user", and the home of whoever it is.
+	User string `json:"user,omitempty"`
+	Cwd  string `json:"cwd,omitempty"`
 	// MaxProcesses bounds the tasks of all user processes together; zero means no bound.
 	MaxProcesses int64 `json:"max_processes,omitempty"`
 	// MaxMemory bounds the memory of all user processes together, in bytes: beyond it the largest one is killed

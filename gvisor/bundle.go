@@ -2,12 +2,16 @@ package gvisor
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
+	"soulbox.dev/soulbox/internal/erofs"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -21,6 +25,47 @@ var capabilities = []string{
 	"CAP_NET_RAW", "CAP_SETFCAP", "CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_ADMIN", "CAP_SYS_CHROOT",
 }
 
+// rootAnnotation begins the annotations by which gVisor is told of an image as root (gVisor, runsc/boot/mount_hints.go).
+const rootAnnotation = "dev.gvisor.spec.rootfs."
+
+// inMemory says whether a machine is without files of the host's: its root is an image and what it writes is in memory. It needs no gofer.
+func inMemory(spec sandbox.Spec) bool { return spec.Template.Image != "" && spec.Limits.DiskInMemory }
+
+// agentImage is an image with the agent alone, made once, beside the directory that has it.
+func agentImage(agent string) (string, error) {
+	name := filepath.Dir(agent) + ".erofs"
+	if _, err := os.Stat(name); !errors.Is(err, fs.ErrNotExist) {
+		return name, err
+	}
+	temp, err := os.CreateTemp(filepath.Dir(name), ".agent-*")
+	if err != nil {
+		return "", err
+	}
+	err = errors.Join(writeAgentImage(temp, agent), temp.Chmod(0o644), temp.Close())
+	if err == nil {
+		err = os.Rename(temp.Name(), name)
+	}
+	if err != nil {
+		return "", errors.Join(err, os.Remove(temp.Name()))
+	}
+	return name, nil
+}
+
+func writeAgentImage(to *os.File, agent string) error {
+	from, err := os.Open(agent)
+	if err != nil {
+		return err
+	}
+	defer from.Close()
+	w := erofs.NewWriter(to)
+	data, err := w.Add(from)
+	if err != nil {
+		return err
+	}
+	binary := &erofs.Node{Mode: unix.S_IFREG | 0o755, Data: data}
+	return w.Finish(&erofs.Node{Mode: unix.S_IFDIR | 0o755, Children: map[string]*erofs.Node{filepath.Base(agent): binary}})
+}
+
 // writeBundle writes config.json for a machine.
 func writeBundle(dir string, spec sandbox.Spec, agent string) error {
 	// What is memory has a size, or is read-only: gVisor's /dev takes no size.
@@ -31,36 +76,51 @@ func writeBundle(dir string, spec sandbox.Spec, agent string) error {
 		{Destination: "/dev/shm", Type: "tmpfs", Source: "tmpfs", Options: []string{"mode=1777", fmt.Sprintf("size=%d", spec.Limits.Memory/2)}},
 		{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"ro"}},
 		{Destination: "/sys/fs/cgroup", Type: "cgroup2", Source: "cgroup2"},
-		{Destination: agentDir, Type: "bind", Source: filepath.Dir(agent), Options: []string{"ro", "bind"}},
+	}
+	config := specs.Spec{Root: &specs.Root{Path: spec.Template.Root}}
+	if inMemory(spec) {
+		image, err := agentImage(agent)
+		if err != nil {
+			return fmt.Errorf("make image of agent: %w", err)
+		}
+		mounts = append(mounts, specs.Mount{Destination: agentDir, Type: "erofs", Source: image, Options: []string{"ro"}})
+	} else {
+		mounts = append(mounts, specs.Mount{Destination: agentDir, Type: "bind", Source: filepath.Dir(agent), Options: []string{"ro", "bind"}})
 	}
 	for _, m := range spec.Template.Mounts {
 		mounts = append(mounts, specs.Mount{Destination: m.Destination, Type: "bind", Source: m.Source, Options: []string{"ro", "rbind", "nosuid", "nodev"}})
 	}
 	tasks := uint64(spec.Limits.Processes) + 128
-	config := specs.Spec{
-		Version:  "1.0.2",
-		Hostname: spec.ID,
-		Root:     &specs.Root{Path: spec.Template.Root},
-		Process: &specs.Process{
-			Args:         []string{filepath.Join(agentDir, filepath.Base(agent)), "init"},
-			Cwd:          "/",
-			Env:          []string{"PATH=/usr/bin:/bin"},
-			Capabilities: &specs.LinuxCapabilities{Bounding: capabilities, Effective: capabilities, Permitted: capabilities},
-			Rlimits: []specs.POSIXRlimit{
-				{Type: "RLIMIT_NOFILE", Hard: 1 << 20, Soft: 1 << 20},
-				// Behind the guest's cgroup, which root in a user namespace of its own can leave: this one it cannot. It is per user, so
-				// the agent's own threads have room in it.
-				{Type: "RLIMIT_NPROC", Hard: tasks, Soft: tasks},
-			},
+	config.Version, config.Hostname, config.Mounts = "1.0.2", spec.ID, mounts
+	config.Process = &specs.Process{
+		Args:         []string{filepath.Join(agentDir, filepath.Base(agent)), "init"},
+		Cwd:          "/",
+		Env:          []string{"PATH=/usr/bin:/bin"},
+		Capabilities: &specs.LinuxCapabilities{Bounding: capabilities, Effective: capabilities, Permitted: capabilities},
+		Rlimits: []specs.POSIXRlimit{
+			{Type: "RLIMIT_NOFILE", Hard: 1 << 20, Soft: 1 << 20},
+			// Behind the guest's cgroup, which root in a user namespace of its own can leave: this one it cannot. It is per user, so
+			// the agent's own threads have room in it.
+			{Type: "RLIMIT_NPROC", Hard: tasks, Soft: tasks},
 		},
-		Mounts: mounts,
-		Linux: &specs.Linux{
-			Namespaces: []specs.LinuxNamespace{
-				{Type: specs.PIDNamespace}, {Type: specs.MountNamespace}, {Type: specs.IPCNamespace}, {Type: specs.UTSNamespace},
-				{Type: specs.NetworkNamespace}, {Type: specs.CgroupNamespace},
-			},
-			Resources: &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &spec.Limits.Memory}},
+	}
+	if spec.Template.Image != "" {
+		config.Process.Args = append(config.Process.Args, "image")
+		config.Root.Path = "rootfs"                  // it must be named, and is not looked at
+		upper, size := "dir=/disk", spec.Limits.Disk // where that is says the flag; the annotation is the same for all, as a restore wants it
+		if inMemory(spec) {
+			upper, size = "memory", min(size, spec.Limits.Memory/2)
+		}
+		config.Annotations = map[string]string{
+			rootAnnotation + "source": spec.Template.Image, rootAnnotation + "type": "erofs", rootAnnotation + "overlay": upper, rootAnnotation + "options": fmt.Sprintf("size=%d", size),
+		}
+	}
+	config.Linux = &specs.Linux{
+		Namespaces: []specs.LinuxNamespace{
+			{Type: specs.PIDNamespace}, {Type: specs.MountNamespace}, {Type: specs.IPCNamespace}, {Type: specs.UTSNamespace},
+			{Type: specs.NetworkNamespace}, {Type: specs.CgroupNamespace},
 		},
+		Resources: &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &spec.Limits.Memory}},
 	}
 	body, err := json.MarshalIndent(config, "", "  ")
 	if err != nil {

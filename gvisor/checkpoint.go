@@ -57,6 +57,9 @@ const savedManifestName = "machine.json"
 
 // Checkpoint implements sandbox.Machine. A machine that is not to go on is frozen first: nothing happens in it that the checkpoint does not have.
 func (m *machine) Checkpoint(ctx context.Context, dir string, o sandbox.CheckpointOptions) (err error) {
+	if o.FilesOnly && m.noDisk {
+		return fmt.Errorf("its files are in its memory: save it with that: %w", sandbox.ErrInvalid)
+	}
 	if err := os.Mkdir(dir, 0o711); err != nil {
 		return fmt.Errorf("checkpoint: %w", err)
 	}

@@ -23,7 +23,7 @@ const containerID = "sb"
 type runsc struct {
 	path string // of the binary
 	root string // --root
-	disk string // directory of the upper layer
+	disk string // directory of the upper layer; "" has it in memory
 	size int64  // of the upper layer, bytes
 }
 
@@ -41,7 +41,10 @@ func (r runsc) command(ctx context.Context, args ...string) (*exec.Cmd, io.Close
 		"--root=" + r.root, "--ignore-cgroups", "--platform=systrap", "--network=none", "--in-sandbox-cgroup=v2",
 		// Commands of agents are short: large pages cost each of them about a tenth of its time.
 		"--app-huge-pages=false",
-		"--file-access=exclusive", "--file-access-mounts=exclusive", "--overlay2=" + fmt.Sprintf("root:dir=%s,size=%dk", r.disk, r.size>>10),
+		"--file-access=exclusive", "--file-access-mounts=exclusive",
+	}
+	if r.disk != "" {
+		flags = append(flags, fmt.Sprintf("--overlay2=root:dir=%s,size=%dk", r.disk, r.size>>10))
 	}
 	// By descriptor: where the server is root, the sandbox' user need not be able to walk to the binary.
 	binary, err := os.Open(r.path)

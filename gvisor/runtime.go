@@ -44,6 +44,7 @@ type manifest struct {
 	Host   string      `json:"host_agent"`       // and on the host
 	Cgroup *hostCgroup `json:"cgroup,omitempty"` // on the host, if there is one
 	Memory int64       `json:"memory"`           // machine.memory
+	NoDisk bool        `json:"no_disk,omitempty"`
 }
 
 func (mf manifest) write(dir string) error {
@@ -89,6 +90,7 @@ type machine struct {
 	frozen  bool
 	pids    []int // of its processes on the host
 	memory  int64 // bytes that its memory may have on the host; 0 is no bound
+	noDisk  bool  // what it writes is in its memory
 }
 
 // kernelMemory bounds what the sentry takes for itself, in bytes. An idle one takes a tenth of that; each file or other object of
@@ -102,7 +104,7 @@ func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (_ sandbox.Machin
 	if err := r.check(); err != nil {
 		return nil, err
 	}
-	m := &machine{runtime: r, dir: spec.Dir, memory: guestMemory(spec.Limits.Memory)}
+	m := &machine{runtime: r, dir: spec.Dir, memory: guestMemory(spec.Limits), noDisk: inMemory(spec)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("boot: %w", err), r.undo(spec.Dir))
@@ -121,7 +123,7 @@ func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (_ sandbox.Machin
 		return nil, err
 	}
 	// The manifest names the cgroup before it is made: whoever reaps knows of it.
-	mf := manifest{Memory: m.memory, Host: begin.agent, Agent: filepath.Join(agentDir, filepath.Base(begin.agent)), Cgroup: planCgroup(cmp.Or(r.Cgroups, cgroupRoot), "soulbox-"+spec.ID)}
+	mf := manifest{Memory: m.memory, NoDisk: m.noDisk, Host: begin.agent, Agent: filepath.Join(agentDir, filepath.Base(begin.agent)), Cgroup: planCgroup(cmp.Or(r.Cgroups, cgroupRoot), "soulbox-"+spec.ID)}
 	if err := mf.write(spec.Dir); err != nil {
 		return nil, err
 	}
@@ -134,6 +136,9 @@ func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (_ sandbox.Machin
 	}
 	errOutput := m.follow(streams.fromErr)
 	call := runsc{path: r.Runsc, root: runDir(spec.Dir), disk: filepath.Join(spec.Dir, "disk"), size: spec.Limits.Disk}
+	if m.noDisk {
+		call.disk = ""
+	}
 	err = r.onCPUs(spec.Limits.CPU, func() error {
 		return call.start(ctx, begin.args, streams.in, streams.out, streams.err, errOutput)
 	})
@@ -279,7 +284,7 @@ func (r *Runtime) Attach(ctx context.Context, dir string) (_ sandbox.Machine, er
 		return nil, fmt.Errorf("attach: %w", err)
 	}
 	streams.handOver()
-	m := &machine{runtime: r, dir: dir, memory: mf.Memory, agent: mf.Host, pids: pids, pipe: pipe{File: streams.fromOut, toIn: streams.toIn}}
+	m := &machine{runtime: r, dir: dir, memory: mf.Memory, noDisk: mf.NoDisk, agent: mf.Host, pids: pids, pipe: pipe{File: streams.fromOut, toIn: streams.toIn}}
 	m.follow(streams.fromErr)
 	return m, nil
 }
@@ -370,9 +375,16 @@ func (m *machine) Usage(context.Context) (sandbox.Usage, error) {
 	return u, nil
 }
 
-// guestMemory bounds what the sentry holds for the guest: the limit that the agent keeps, half of it for tmpfs, and what many processes
-// may take before the agent has killed enough of them, also on a slow machine. It is the last word on whatever escapes the guest's cgroups.
-func guestMemory(limit int64) int64 { return limit + limit/2 + 1<<30 }
+// guestMemory bounds what the sentry holds for the guest: the limit that the agent keeps, half of it for tmpfs, as much for a root in memory, and
+// what many processes may take before the agent has killed enough of them, also on a slow machine. It is the last word on whatever escapes the
+// guest's cgroups.
+func guestMemory(l sandbox.Limits) int64 {
+	sum := l.Memory + l.Memory/2 + 1<<30
+	if l.DiskInMemory {
+		sum += l.Memory / 2
+	}
+	return sum
+}
 
 // IO implements sandbox.Machine: the sum of proc(5), io.
 func (m *machine) IO() (sandbox.IO, error) {

@@ -24,7 +24,7 @@ func TestMain(m *testing.M) { sandboxtest.Main(m) }
 
 func newRuntime(t *testing.T) (*gvisor.Runtime, sandbox.Template) {
 	t.Helper()
-	host, err := newStore(sandboxtest.Dir(t)).Template(t.Context(), "")
+	host, err := newStore(sandboxtest.Dir(t)).Template(t.Context(), "", "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -41,7 +41,12 @@ func newStore(dir string) *template.Store {
 
 func TestRuntime(t *testing.T) {
 	runtime, host := newRuntime(t)
-	sandboxtest.Suite(t, runtime, host)
+	image := sandbox.Template{Name: "image", Image: sandboxtest.Image(t, sandboxtest.Dir(t))}
+	inMemory := sandbox.DefaultLimits()
+	inMemory.DiskInMemory = true
+	t.Run("host", func(t *testing.T) { sandboxtest.Suite(t, runtime, host, sandbox.DefaultLimits()) })
+	t.Run("image", func(t *testing.T) { sandboxtest.Suite(t, runtime, image, sandbox.DefaultLimits()) })
+	t.Run("image in memory", func(t *testing.T) { sandboxtest.Suite(t, runtime, image, inMemory) })
 }
 
 // newSandbox is a real sandbox under a real Manager.

@@ -153,7 +153,7 @@ func (m *Manager) claimAsleep(id string) {
 	if err != nil || !r.onDisk() {
 		return
 	}
-	lock, err := lockFile(filepath.Join(m.store.path(id), "lock"), false)
+	lock, err := LockFile(filepath.Join(m.store.path(id), "lock"), false)
 	if err != nil {
 		return // another server has it, or is looking at it
 	}
@@ -182,7 +182,7 @@ func (m *Manager) unowned(owner string, known map[string]bool) []Info {
 		if err != nil || !r.onDisk() || r.Owner != owner {
 			continue
 		}
-		lock, err := lockFile(filepath.Join(m.store.path(r.ID), "lock"), false)
+		lock, err := LockFile(filepath.Join(m.store.path(r.ID), "lock"), false)
 		if err != nil {
 			continue // another server has it
 		}

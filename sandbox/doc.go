@@ -83,10 +83,13 @@ type Spec struct {
 
 // Limits bound a sandbox. Zero values mean the defaults of DefaultLimits.
 type Limits struct {
-	CPU       float64 `json:"cpu"`       // cores
-	Memory    int64   `json:"memory"`    // bytes
-	Disk      int64   `json:"disk"`      // bytes that may be written
-	Processes int64   `json:"processes"` // tasks
+	CPU    float64 `json:"cpu"`    // cores
+	Memory int64   `json:"memory"` // bytes
+	Disk   int64   `json:"disk"`   // bytes that may be written
+	// DiskInMemory has what is written in memory, half of Memory at most. A sandbox of an image then is one process on the host and takes less
+	// memory while it is idle; with other templates it changes nothing.
+	DiskInMemory bool  `json:"disk_in_memory,omitempty"`
+	Processes    int64 `json:"processes"` // tasks
 }
 
 // DefaultLimits are the limits of a sandbox that asks for none.
@@ -99,15 +102,24 @@ const DefaultLifetime = time.Hour
 
 // Templates finds root file systems.
 type Templates interface {
-	// Template gives a template by name; "" is the default. Unknown names are ErrNoTemplate.
-	Template(ctx context.Context, name string) (Template, error)
+	// Template gives a template that an owner sees, by name; "" is the default. An ID gives what has it, whoever's it is. What is not there is
+	// ErrNoTemplate.
+	Template(ctx context.Context, owner, name string) (Template, error)
 }
 
 // Template is a root file system with defaults and a name.
 type Template struct {
-	Name   string
-	Root   string  // host directory that is the read-only base of the root
-	Mounts []Mount // host directories in it
+	Name string
+	// ID stands for the content: a name may get another one, an ID never does. "" is a template that only has its name.
+	ID string
+	// The read-only base of the root is an image, or a host directory with others in it.
+	Image  string // path of an EROFS image
+	Root   string
+	Mounts []Mount
+	Env    map[string]string // of every process
+	User   string            // of processes that name none; default "user"
+	Cwd    string            // of those; default the user's home
+	Limits Limits            // of sandboxes that ask for none; zero values are the Manager's
 }
 
 // Mount shows a host directory, read-only, in the sandbox.

@@ -19,7 +19,7 @@ func Install(dir string, build func(temp string) (name string, err error)) (path
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return "", err
 	}
-	lock, err := lockFile(filepath.Join(dir, ".lock"), true)
+	lock, err := LockFile(filepath.Join(dir, ".lock"), true)
 	if err != nil {
 		return "", err
 	}

@@ -145,7 +145,7 @@ func (k *Keys) look() error {
 
 // change rewrites the file, while no other process does.
 func (k *Keys) change(to func([]Key) ([]Key, error)) error {
-	lock, err := lockFile(k.path()+".lock", true)
+	lock, err := LockFile(k.path()+".lock", true)
 	if err != nil {
 		return fmt.Errorf("write keys: %w", err)
 	}

@@ -126,17 +126,21 @@ func NewManager(opts Options) (*Manager, error) {
 }
 
 func (l Limits) or(d Limits) Limits {
-	return Limits{CPU: cmp.Or(l.CPU, d.CPU), Memory: cmp.Or(l.Memory, d.Memory), Disk: cmp.Or(l.Disk, d.Disk), Processes: cmp.Or(l.Processes, d.Processes)}
+	return Limits{CPU: cmp.Or(l.CPU, d.CPU), Memory: cmp.Or(l.Memory, d.Memory), Disk: cmp.Or(l.Disk, d.Disk), Processes: cmp.Or(l.Processes, d.Processes), DiskInMemory: l.DiskInMemory || d.DiskInMemory}
 }
 
 // CreateOptions describe a new sandbox; zero values mean the defaults.
 type CreateOptions struct {
 	Owner    string // whose it is; nobody else finds it. "" is the user of this machine
 	Template string // or the name of a snapshot of the owner's
-	Metadata map[string]string
-	Env      map[string]string // of every process; only the sandbox itself knows it, and its files and checkpoints
-	Limits   Limits            // what begins with the memory of a snapshot has the snapshot's
-	Times    Times
+	// Base is begun from instead of what Template names; one that is not a template yet has no name that anybody else uses.
+	Base *Template
+	// Transient has the sandbox end with its server, whatever becomes of others.
+	Transient bool
+	Metadata  map[string]string
+	Env       map[string]string // of every process; only the sandbox itself knows it, and its files and checkpoints
+	Limits    Limits            // what begins with the memory of a snapshot has the snapshot's
+	Times     Times
 
 	from   string // a checkpoint
 	whole  bool   // with memory
@@ -173,10 +177,14 @@ func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 	}
 	now := time.Now()
 	sb := m.newSandbox(record{
-		Version: recordVersion, ID: newID(), Owner: o.Owner, Keep: m.opts.Keep, State: Creating, Template: template.Name, Parent: o.parent, Metadata: maps.Clone(o.Metadata),
-		Limits: o.Limits.or(m.opts.Defaults), Times: o.Times, Created: now, Changed: now, Traffic: rand.Text(),
+		Version: recordVersion, ID: newID(), Owner: o.Owner, Keep: m.opts.Keep && !o.Transient, State: Creating, Template: template.Name, Image: template.ID,
+		User: template.User, Cwd: template.Cwd, Parent: o.parent, Metadata: maps.Clone(o.Metadata), Limits: o.Limits.or(template.Limits).or(m.opts.Defaults), Times: o.Times, Created: now, Changed: now, Traffic: rand.Text(),
 	})
-	sb.env = o.Env
+	sb.env = maps.Clone(template.Env)
+	if sb.env == nil {
+		sb.env = map[string]string{}
+	}
+	maps.Copy(sb.env, o.Env)
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer context.AfterFunc(sb.ctx, func() { cancel(context.Cause(sb.ctx)) })()
@@ -202,7 +210,13 @@ func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 
 // basis finds what a sandbox begins from: a template, or a snapshot of its owner, which is kept until done is called.
 func (m *Manager) basis(ctx context.Context, o *CreateOptions) (template Template, done func(), err error) {
-	template, err = m.opts.Templates.Template(ctx, o.Template)
+	if o.Base != nil {
+		return *o.Base, func() {}, nil
+	}
+	if isID(o.Template) { // it would be found whoever's it is
+		return Template{}, nil, fmt.Errorf("create sandbox: template %q: %w", o.Template, ErrNoTemplate)
+	}
+	template, err = m.opts.Templates.Template(ctx, o.Owner, o.Template)
 	if err == nil {
 		return template, func() {}, nil
 	}
@@ -226,11 +240,15 @@ func (m *Manager) basis(ctx context.Context, o *CreateOptions) (template Templat
 	}
 	o.from, o.whole, o.parent = from, !snap.FilesOnly, snap.Name
 	o.Limits, o.Times, o.ports = o.Limits.or(snap.Limits), o.Times.or(snap.Times), snap.Ports
-	if template, err = m.opts.Templates.Template(ctx, snap.Template); err != nil {
+	if template, err = m.opts.Templates.Template(ctx, o.Owner, cmp.Or(snap.Image, snap.Template)); err != nil {
 		return Template{}, nil, fmt.Errorf("create sandbox: %w", err)
 	}
+	template.Name, template.User, template.Cwd, template.Env = snap.Template, snap.User, snap.Cwd, nil // its environment is in the checkpoint
 	return template, release, nil
 }
+
+// isID says whether a name is that of a content.
+func isID(name string) bool { return strings.HasPrefix(name, "sha256:") }
 
 // newSandbox is a sandbox of a record, which nobody knows yet.
 func (m *Manager) newSandbox(r record) *Sandbox {

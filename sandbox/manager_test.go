@@ -45,7 +45,7 @@ func create(t *testing.T, m *sandbox.Manager, o sandbox.CreateOptions) *sandbox.
 }
 
 func TestFake(t *testing.T) {
-	sandboxtest.Suite(t, &sandboxtest.Fake{}, sandbox.Template{Name: "host"})
+	sandboxtest.Suite(t, &sandboxtest.Fake{}, sandbox.Template{Name: "host"}, sandbox.DefaultLimits())
 }
 
 func TestLife(t *testing.T) {

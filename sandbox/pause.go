@@ -290,7 +290,7 @@ func (s *Sandbox) wake(ctx context.Context) error {
 	if err := s.m.promiseAgain(s); err != nil {
 		return err
 	}
-	template, err := s.m.opts.Templates.Template(ctx, r.Template)
+	template, err := s.m.opts.Templates.Template(ctx, s.owner, r.basis())
 	if err == nil {
 		err = s.m.opts.Runtime.Reap(ctx, s.m.store.path(s.id)) // what a failed end has left
 	}

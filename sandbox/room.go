@@ -66,7 +66,7 @@ func (m *Manager) promiseAgain(s *Sandbox) error {
 // lockRoom keeps two promises from taking the same room, those of other servers too.
 func (m *Manager) lockRoom() (done func(), err error) {
 	m.room.Lock()
-	lock, err := lockFile(filepath.Join(m.store.dir, ".room"), true)
+	lock, err := LockFile(filepath.Join(m.store.dir, ".room"), true)
 	if err != nil {
 		m.room.Unlock()
 		return nil, err

@@ -178,7 +178,7 @@ func (s *Sandbox) start(ctx context.Context, template Template, from string, who
 
 // configuration is what the agent is told, now and again.
 func (r record) configuration() agent.Config {
-	return agent.Config{MaxProcesses: r.Limits.Processes, MaxMemory: r.Limits.Memory, OrphanMS: r.orphanTime().Milliseconds()}
+	return agent.Config{User: r.User, Cwd: r.Cwd, MaxProcesses: r.Limits.Processes, MaxMemory: r.Limits.Memory, OrphanMS: r.orphanTime().Milliseconds()}
 }
 
 func (s *Sandbox) current() record {

@@ -24,6 +24,9 @@ type Snapshot struct {
 	Owner    string    `json:"owner,omitempty"`
 	Sandbox  string    `json:"sandbox"` // that it was made of
 	Template string    `json:"template"`
+	Image    string    `json:"image,omitempty"` // the template's ID
+	User     string    `json:"user,omitempty"`  // as of the sandbox
+	Cwd      string    `json:"cwd,omitempty"`
 	Limits   Limits    `json:"limits"`
 	Times    Times     `json:"times"`
 	Ports    []Port    `json:"ports,omitempty"`
@@ -51,7 +54,7 @@ func (s *Sandbox) Snapshot(ctx context.Context, name string, filesOnly bool) (_ 
 	if !snapshotPattern.MatchString(name) {
 		return Snapshot{}, fmt.Errorf("snapshot %q: a name is 1 to 63 lower-case letters, digits or . _ - and begins with a letter or digit: %w", name, ErrInvalid)
 	}
-	if _, err := s.m.opts.Templates.Template(ctx, name); err == nil {
+	if _, err := s.m.opts.Templates.Template(ctx, s.owner, name); err == nil {
 		return Snapshot{}, fmt.Errorf("snapshot %q: it is the name of a template: %w", name, ErrInvalid)
 	}
 	if list, err := s.m.Snapshots(s.owner); err != nil || len(list) >= asleepFactor*s.m.opts.MaxPerOwner {
@@ -79,7 +82,7 @@ func (s *Sandbox) Snapshot(ctx context.Context, name string, filesOnly bool) (_ 
 	if err != nil {
 		return Snapshot{}, fmt.Errorf("snapshot sandbox %s: %w", s.id, s.whyEnded(noDisk(err)))
 	}
-	snap := Snapshot{Name: name, Owner: s.owner, Sandbox: s.id, Template: r.Template, Limits: r.Limits, Times: r.Times, Created: time.Now().UTC(), FilesOnly: filesOnly}
+	snap := Snapshot{Name: name, Owner: s.owner, Sandbox: s.id, Template: r.Template, Image: r.Image, User: r.User, Cwd: r.Cwd, Limits: r.Limits, Times: r.Times, Created: time.Now().UTC(), FilesOnly: filesOnly}
 	for _, p := range r.Ports {
 		snap.Ports = append(snap.Ports, Port{Port: p.Port, Public: p.Public})
 	}
@@ -283,7 +286,12 @@ func (s *Sandbox) Fork(ctx context.Context, count int, metadata map[string]strin
 	if err != nil {
 		return nil, nil, fmt.Errorf("fork sandbox %s: %w", s.id, noDisk(err))
 	}
-	o := CreateOptions{Owner: s.owner, Template: r.Template, Limits: r.Limits, Times: r.Times, Metadata: maps.Clone(r.Metadata), parent: s.id,
+	template, err := s.m.opts.Templates.Template(ctx, s.owner, r.basis())
+	if err != nil {
+		return nil, nil, fmt.Errorf("fork sandbox %s: %w", s.id, err)
+	}
+	template.Name, template.User, template.Cwd, template.Env = r.Template, r.User, r.Cwd, nil // its environment is in the checkpoint
+	o := CreateOptions{Owner: s.owner, Base: &template, Limits: r.Limits, Times: r.Times, Metadata: maps.Clone(r.Metadata), parent: s.id,
 		from: filepath.Join(shared, "checkpoint"), whole: !filesOnly, ports: r.Ports}
 	if metadata != nil {
 		o.Metadata = metadata
@@ -314,7 +322,7 @@ func (s *Sandbox) Fork(ctx context.Context, count int, metadata map[string]strin
 // lock of it.
 func (s store) tempSnapshot() (dir string, done func() error, err error) {
 	dir = filepath.Join(s.snapshots, unfinished+newID())
-	lock, err := lockFile(dir+lockSuffix, false)
+	lock, err := LockFile(dir+lockSuffix, false)
 	if err != nil {
 		return "", nil, err
 	}
@@ -337,7 +345,7 @@ func (s store) tidySnapshots() error {
 		if name != base && isThere(base) {
 			continue // it comes with the directory
 		}
-		lock, lerr := lockFile(base+lockSuffix, false)
+		lock, lerr := LockFile(base+lockSuffix, false)
 		if errors.Is(lerr, syscall.EWOULDBLOCK) {
 			continue
 		}

@@ -55,7 +55,7 @@ func TestCutAtEveryByte(t *testing.T) {
 	for name, change := range map[string]func(s store) error{
 		"save": func(s store) error { return s.save(fresh) },
 		"entomb": func(s store) error {
-			lock, err := lockFile(filepath.Join(s.path("sbx"), "lock"), false)
+			lock, err := LockFile(filepath.Join(s.path("sbx"), "lock"), false)
 			if err != nil {
 				return err
 			}

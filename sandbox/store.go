@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -22,6 +23,9 @@ type record struct {
 	State    State             `json:"state"`
 	Cause    string            `json:"cause,omitempty"`
 	Template string            `json:"template"`
+	Image    string            `json:"image,omitempty"` // the template's ID
+	User     string            `json:"user,omitempty"`  // of processes that name none
+	Cwd      string            `json:"cwd,omitempty"`
 	Parent   string            `json:"parent,omitempty"` // the snapshot or the sandbox that it began from
 	Metadata map[string]string `json:"metadata,omitempty"`
 	Limits   Limits            `json:"limits"`
@@ -50,6 +54,9 @@ type pause struct {
 	Since  time.Time `json:"since"`
 }
 
+// basis is what Templates knows the root file system by.
+func (r record) basis() string { return cmp.Or(r.Image, r.Template) }
+
 // onDisk says whether a checkpoint is all there is of the sandbox.
 func (r record) onDisk() bool { return r.State == Paused && r.Pause != nil && r.Pause.Disk }
 
@@ -67,8 +74,8 @@ func newStore(root string) store {
 	return store{dir: filepath.Join(root, "sandboxes"), ended: filepath.Join(root, "ended"), snapshots: filepath.Join(root, "snapshots")}
 }
 
-// lockFile takes a flock; the file is its proof, closing it gives the lock back. wait == false gives ErrWouldBlock when another has it.
-func lockFile(name string, wait bool) (*os.File, error) {
+// LockFile takes a flock; the file is its proof, closing it gives the lock back. wait == false gives ErrWouldBlock when another has it.
+func LockFile(name string, wait bool) (*os.File, error) {
 	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
@@ -106,7 +113,7 @@ const unfinishedSave = ".new"
 // claim makes the directory of a new sandbox and locks it. The store's own lock is held meanwhile, so that nobody sees the
 // directory without its lock.
 func (s store) claim(id string) (lock *os.File, err error) {
-	all, err := lockFile(filepath.Join(s.dir, ".lock"), true)
+	all, err := LockFile(filepath.Join(s.dir, ".lock"), true)
 	if err != nil {
 		return nil, err
 	}
@@ -114,7 +121,7 @@ func (s store) claim(id string) (lock *os.File, err error) {
 	if err := s.mkdir(s.path(id)); err != nil {
 		return nil, err
 	}
-	lock, err = lockFile(filepath.Join(s.path(id), "lock"), false)
+	lock, err = LockFile(filepath.Join(s.path(id), "lock"), false)
 	if err != nil {
 		err = errors.Join(err, os.RemoveAll(s.path(id)))
 	}
@@ -123,7 +130,7 @@ func (s store) claim(id string) (lock *os.File, err error) {
 
 // orphans locks every sandbox that no living server owns.
 func (s store) orphans() (map[string]*os.File, error) {
-	all, err := lockFile(filepath.Join(s.dir, ".lock"), true)
+	all, err := LockFile(filepath.Join(s.dir, ".lock"), true)
 	if err != nil {
 		return nil, err
 	}
@@ -137,7 +144,7 @@ func (s store) orphans() (map[string]*os.File, error) {
 		if !e.IsDir() || !ValidID(e.Name()) {
 			continue
 		}
-		lock, err := lockFile(filepath.Join(s.path(e.Name()), "lock"), false)
+		lock, err := LockFile(filepath.Join(s.path(e.Name()), "lock"), false)
 		if errors.Is(err, syscall.EWOULDBLOCK) || errors.Is(err, fs.ErrNotExist) {
 			continue // owned, or being removed by its owner
 		}

@@ -1,3 +1,16 @@
-// Package template makes the root file systems of sandboxes. For now there is one template, "host": a read-only view of this machine's
-// programs with a user and a home of its own. It knows files of the host; it does not know how a sandbox is run.
+// Package template makes the root file systems of sandboxes. The template "host" is a read-only view of this machine's programs (host.go); all
+// others are images: layers, as OCI has them, that were built, pulled or bootstrapped, and one EROFS file of all of them together, which is what
+// sandboxes boot from.
+//
+// State is files, in Store.Dir:
+//
+//	names/HASH.json     a template: whose it is, its name, its layers and its defaults (Manifest)
+//	layers/DIGEST       a layer as it came or was made, a compressed tar
+//	images/CHAIN.erofs  what some layers make together, named by their chain ID; made when it is missing
+//	steps/KEY.json      what a step of a build has made
+//	builds/ID/          a build's log
+//	host-…              the root of the host template
+//
+// Every file is complete when it has its name. Nothing is ever unpacked on the host: layers are read as streams into images (layer.go), and what a
+// build does, it does in a sandbox (build.go).
 package template

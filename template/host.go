@@ -1,7 +1,6 @@
 package template
 
 import (
-	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -12,33 +11,12 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"sync"
 
 	"soulbox.dev/soulbox/sandbox"
 )
 
 // HostName is the name of the template that shows this machine's programs.
 const HostName = "host"
-
-// Store gives templates. It is safe for concurrent use.
-type Store struct {
-	Dir string // where root file systems are kept; made if missing
-	// UID and GID are given what is made; zero leaves it to the server's user. Sandboxes see them as root.
-	UID, GID int
-
-	mu   sync.Mutex
-	root string // of the host template, once it is made
-}
-
-var _ sandbox.Templates = (*Store)(nil)
-
-// Template implements sandbox.Templates.
-func (s *Store) Template(_ context.Context, name string) (sandbox.Template, error) {
-	if name != "" && name != HostName {
-		return sandbox.Template{}, fmt.Errorf("template %q: %w", name, sandbox.ErrNoTemplate)
-	}
-	return s.host()
-}
 
 // programs are the directories of programs and libraries; where they are links into /usr, the links are kept.
 var programs = []string{"usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32"}

@@ -14,7 +14,7 @@ import (
 
 func TestHost(t *testing.T) {
 	store := &Store{Dir: filepath.Join(t.TempDir(), "templates")}
-	host, err := store.Template(t.Context(), "")
+	host, err := store.Template(t.Context(), "", "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -44,7 +44,7 @@ func TestHost(t *testing.T) {
 	if info, err := os.Stat(filepath.Join(host.Root, "tmp")); err != nil || info.Mode().Perm() != 0o777 || info.Mode()&fs.ModeSticky == 0 {
 		t.Errorf("/tmp is %v %v", info.Mode(), err)
 	}
-	if _, err := store.Template(t.Context(), "other"); !errors.Is(err, sandbox.ErrNoTemplate) {
+	if _, err := store.Template(t.Context(), "", "other"); !errors.Is(err, sandbox.ErrNoTemplate) {
 		t.Error(err)
 	}
 }
@@ -57,7 +57,7 @@ func TestHostIsShared(t *testing.T) {
 	var all sync.WaitGroup
 	for range 8 {
 		all.Go(func() {
-			host, err := (&Store{Dir: dir}).Template(t.Context(), HostName)
+			host, err := (&Store{Dir: dir}).Template(t.Context(), "", HostName)
 			if err != nil {
 				t.Error(err)
 			}

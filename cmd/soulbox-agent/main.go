@@ -39,11 +39,12 @@ func run(args []string) error {
 	if len(args) == 2 && args[0] == "forkexec" {
 		return forkExec(args[1])
 	}
-	if len(args) != 1 || args[0] != "init" || os.Getpid() != 1 {
+	image := len(args) == 2 && args[1] == "image" // the root is one, whose files are what they should be
+	if len(args) == 0 || args[0] != "init" || len(args) > 1 && !image || os.Getpid() != 1 {
 		return errors.New("this is the first process of a SoulBox sandbox; it is of no use elsewhere")
 	}
 	server, err := agent.NewServer(agent.Options{
-		Version: version, SpoolDir: "/var/lib/soulbox/output", ShellDir: "/run/soulbox", Init: true,
+		Version: version, SpoolDir: "/var/lib/soulbox/output", ShellDir: "/run/soulbox", Init: true, Image: image,
 		Log: func(format string, a ...any) { fmt.Fprintf(os.Stderr, format+"\n", a...) },
 	})
 	if err != nil {

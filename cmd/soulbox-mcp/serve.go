@@ -61,7 +61,7 @@ func newService(c config, stderr io.Writer) (_ *service, err error) {
 		}
 	}()
 	all := func(ctx context.Context) ([]sandbox.Template, error) {
-		t, err := templates.Template(ctx, "")
+		t, err := templates.Template(ctx, "", "")
 		return []sandbox.Template{t}, err
 	}
 	o := tools.Options{Manager: manager, Templates: all, ReadOnly: c.readOnly}

@@ -309,7 +309,7 @@ func (g gated) Read(p []byte) (int, error) {
 type Templates struct{}
 
 // Template implements sandbox.Templates.
-func (Templates) Template(_ context.Context, name string) (sandbox.Template, error) {
+func (Templates) Template(_ context.Context, _, name string) (sandbox.Template, error) {
 	if name != "" && name != "host" {
 		return sandbox.Template{}, fmt.Errorf("template %q: %w", name, sandbox.ErrNoTemplate)
 	}

@@ -1,0 +1,404 @@
+package template
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/moby/buildkit/frontend/dockerfile/instructions"
+
+	"soulbox.dev/soulbox/sandbox"
+)
+
+// Builder makes templates from Dockerfiles. Whatever a Dockerfile runs, it runs in a sandbox. It is safe for concurrent use.
+type Builder struct {
+	Store   *Store
+	Manager *sandbox.Manager
+	// Pull finds an image that is no template; nil refuses them.
+	Pull func(ctx context.Context, reference string) (Manifest, error)
+	Log  *slog.Logger
+}
+
+// BuildRequest describes a build.
+type BuildRequest struct {
+	Owner, Name string
+	Dockerfile  string
+	Context     *Files            // nil has none; it stays the caller's
+	Target      string            // a stage; default the last one
+	Args        map[string]string // of ARG
+	Secrets     map[string][]byte // of RUN --mount=type=secret, by id
+	NoCache     bool
+	// Limits are those of sandboxes of the template, where they ask for none, and of the build itself. Zero values are the server's.
+	Limits             sandbox.Limits
+	StartCmd, ReadyCmd string
+	Timeout            time.Duration // of the whole build; default DefaultBuildTime
+}
+
+// DefaultBuildTime is how long a build may take that asks for no other time.
+const DefaultBuildTime = 30 * time.Minute
+
+// Line is a line of a build's log.
+type Line struct {
+	Time  time.Time `json:"time"`
+	Level string    `json:"level"`          // info, or error
+	Step  string    `json:"step,omitempty"` // such as "builder 2/7"; "" is the build as a whole
+	Text  string    `json:"text"`
+}
+
+// Built is what has come of a build.
+type Built struct {
+	Manifest
+	ID            string
+	Steps, Cached int
+	Took          time.Duration
+}
+
+// StepError is the failure of a step.
+type StepError struct {
+	Line    int
+	Command string
+	Err     error
+	Tail    string // the last lines of its output
+}
+
+// Error implements error.
+func (e *StepError) Error() string {
+	text := fmt.Sprintf("Dockerfile, line %d: %s: %v", e.Line, clip(e.Command), e.Err)
+	if e.Tail != "" {
+		text += "\nThe last lines of its output:\n" + e.Tail
+	}
+	return text
+}
+
+// Unwrap gives the cause.
+func (e *StepError) Unwrap() error { return e.Err }
+
+// run is a build that goes on.
+type run struct {
+	*Builder
+	req    BuildRequest
+	id     string
+	plan   *plan
+	log    *buildLog
+	done   map[int]*result // stages
+	opened map[string]*Files
+	steps  int
+	cached int
+}
+
+// result is what a stage has made.
+type result struct {
+	layers []Layer
+	config v1.Config
+	key    string
+	parent string
+}
+
+// Build carries out a build; each, if not nil, is told of every line of its log. When it fails nothing of it has a name. Steps that were
+// carried out are kept, and not done again.
+func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) (_ Built, err error) {
+	began := time.Now()
+	if req.Name, err = CheckName(req.Name); err != nil {
+		return Built{}, err
+	}
+	plan, err := parse(req.Dockerfile, req.Target, req.Args)
+	if err != nil {
+		return Built{}, fmt.Errorf("%w (%w)", err, sandbox.ErrInvalid)
+	}
+	limit := cmp.Or(req.Timeout, DefaultBuildTime)
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("the build took longer than %s", limit))
+	defer cancel()
+	r := &run{Builder: b, req: req, id: newBuildID(), plan: plan, done: map[int]*result{}, opened: map[string]*Files{}}
+	if r.log, err = b.Store.newLog(r.id, req.Owner, each); err != nil {
+		return Built{}, err
+	}
+	defer func() {
+		for _, f := range r.opened {
+			err = errors.Join(err, f.Close())
+		}
+		if err != nil {
+			r.log.line("error", "", err.Error())
+			err = &BuildError{ID: r.id, Err: err}
+		}
+		err = errors.Join(err, r.log.close())
+		if cerr := b.Store.Collect(); cerr != nil {
+			b.Log.Error("collect what builds have left", "error", cerr)
+		}
+	}()
+	built := Built{ID: r.id}
+	for _, i := range plan.needed() {
+		if r.done[i], err = r.stage(ctx, i); err != nil {
+			return built, err
+		}
+	}
+	of := r.done[plan.target]
+	built.Manifest, err = b.Store.finish(ctx, Manifest{Name: req.Name, Owner: req.Owner, Layers: of.layers, Config: of.config, Limits: req.Limits, StartCmd: req.StartCmd,
+		ReadyCmd: req.ReadyCmd, Parent: of.parent, Build: r.id})
+	if err != nil {
+		return built, err
+	}
+	built.Steps, built.Cached, built.Took = r.steps, r.cached, time.Since(began)
+	r.log.line("info", "", fmt.Sprintf("built %s in %.1f s: %d steps, %d of them cached", req.Name, built.Took.Seconds(), r.steps, r.cached))
+	return built, nil
+}
+
+// BuildError is the failure of a build, of which there is a log.
+type BuildError struct {
+	ID  string
+	Err error
+}
+
+// Error implements error.
+func (e *BuildError) Error() string { return fmt.Sprintf("build %s: %v", e.ID, e.Err) }
+
+// Unwrap gives the cause.
+func (e *BuildError) Unwrap() error { return e.Err }
+
+// healthCommand is a HEALTHCHECK as a command of a shell.
+func healthCommand(test []string) string {
+	if test[0] == "CMD-SHELL" {
+		return strings.Join(test[1:], " ")
+	}
+	words := slices.Clone(test[1:])
+	for i, w := range words {
+		words[i] = "'" + strings.ReplaceAll(w, "'", `'\''`) + "'"
+	}
+	return strings.Join(words, " ")
+}
+
+// defaultUser is whom processes run as that name nobody: as the image says, else "user" where there is one, else root.
+func defaultUser(image, configured string) (string, error) {
+	if configured != "" {
+		return configured, nil
+	}
+	files, err := openFiles(image)
+	if err != nil {
+		return "", err
+	}
+	defer files.image.Close()
+	for _, f := range files.passwd("/etc/passwd") {
+		if f[0] == "user" {
+			return "", nil
+		}
+	}
+	return "root", nil
+}
+
+// base finds what a stage begins from.
+func (r *run) base(ctx context.Context, s stage) (*result, error) {
+	if s.from >= 0 {
+		of := r.done[s.from]
+		return &result{layers: slices.Clone(of.layers), config: *of.config.DeepCopy(), key: of.key, parent: of.parent}, nil
+	}
+	if strings.EqualFold(s.base, scratch) {
+		return &result{parent: scratch, key: hashOf("FROM", scratch)}, nil
+	}
+	m, err := r.named(ctx, s.base)
+	if err != nil {
+		return nil, &StepError{Line: s.line, Command: "FROM " + s.base, Err: err}
+	}
+	config, err := json.Marshal(m.Config)
+	if err != nil {
+		return nil, err
+	}
+	return &result{layers: slices.Clone(m.Layers), config: *m.Config.DeepCopy(), parent: s.base, key: hashOf("FROM", m.Image, string(config))}, nil
+}
+
+// named finds a template, or an image of a registry.
+func (r *run) named(ctx context.Context, name string) (Manifest, error) {
+	m, err := r.Store.Get(r.req.Owner, name)
+	if err == nil || !errors.Is(err, sandbox.ErrNoTemplate) {
+		return m, err
+	}
+	if name == HostName {
+		return m, fmt.Errorf("the template %q is this machine's own programs and cannot be built on; build on %q: %w", HostName, BaseName, sandbox.ErrInvalid)
+	}
+	if r.Pull == nil {
+		return m, fmt.Errorf("there is no template %q, and this server does not pull images (--templates-allow-pull): %w", clip(name), sandbox.ErrNoTemplate)
+	}
+	r.log.line("info", "", "pulling "+name)
+	return r.Pull(ctx, name)
+}
+
+// hashOf stands for some texts in their order.
+func hashOf(parts ...string) string {
+	sum := sha256.New()
+	for _, p := range parts {
+		fmt.Fprintf(sum, "%d:%s", len(p), p)
+	}
+	return hex.EncodeToString(sum.Sum(nil))
+}
+
+// files opens the files that --from names.
+func (r *run) files(ctx context.Context, from string) (*Files, error) {
+	if from == "" {
+		if r.req.Context == nil {
+			return nil, errors.New("the build has no files to copy from; give it a context")
+		}
+		return r.req.Context, nil
+	}
+	if f := r.opened[from]; f != nil {
+		return f, nil
+	}
+	var layers []Layer
+	if n := r.plan.findFrom(from); n >= 0 && r.done[n] != nil {
+		layers = r.done[n].layers
+	} else {
+		m, err := r.named(ctx, from)
+		if err != nil {
+			return nil, err
+		}
+		layers = m.Layers
+	}
+	image, err := r.Store.image(ctx, layers)
+	if err != nil {
+		return nil, err
+	}
+	f, err := openFiles(image)
+	if err == nil {
+		r.opened[from] = f
+	}
+	return f, err
+}
+
+// step is what a step has made, as steps/KEY.json keeps it.
+type step struct {
+	Layer *Layer `json:"layer,omitempty"` // nil has changed no files
+}
+
+// known gives a step that was carried out before.
+func (s *Store) known(key string) (step, bool) {
+	var st step
+	file := s.file("steps", key+".json")
+	if err := readJSON(file, &st); err != nil {
+		return st, false // as good as none
+	}
+	if st.Layer != nil && touch(s.layerFile(st.Layer.Digest)) != nil {
+		return st, false
+	}
+	return st, touch(file) == nil
+}
+
+func (s *Store) remember(key string, st step) error {
+	body, err := json.Marshal(st)
+	if err != nil {
+		return err
+	}
+	return s.write(s.file("steps", key+".json"), func(f *os.File) error {
+		_, err := f.Write(body)
+		return err
+	})
+}
+
+// lock keeps two from making the same thing at the same time, those of other servers too. It waits as long as ctx lasts.
+func (s *Store) lock(ctx context.Context, kind, key string) (unlock func(), err error) {
+	if err := os.MkdirAll(s.file(kind, ""), 0o711); err != nil {
+		return nil, err
+	}
+	for {
+		lock, err := sandbox.LockFile(s.file(kind, ".lock-"+key), false)
+		if err == nil {
+			return sync.OnceFunc(func() {
+				_ = os.Remove(lock.Name()) // who waits for it may make the same thing again, which does no harm
+				_ = lock.Close()
+			}), nil
+		}
+		if !errors.Is(err, syscall.EWOULDBLOCK) {
+			return nil, err
+		}
+		select {
+		case <-time.After(lockPoll):
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+const lockPoll = 20 * time.Millisecond
+
+// Collect removes what no template, sandbox, snapshot or build needs any more.
+func (s *Store) Collect() error {
+	if s.InUse == nil {
+		return nil
+	}
+	images, err := s.InUse()
+	if err != nil {
+		return err
+	}
+	images, layers := maps.Clone(images), map[string]bool{}
+	if images == nil {
+		images = map[string]bool{}
+	}
+	err = s.each("names", func(name string) error {
+		var m Manifest
+		if err := readJSON(name, &m); err != nil {
+			return err
+		}
+		images[m.Image] = true
+		for _, l := range m.Layers {
+			layers[l.Digest] = true
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return errors.Join(
+		s.sweep("steps", stepKept, func(string) bool { return false }),
+		s.sweep("layers", stepKept, func(name string) bool { return layers["sha256:"+name] }),
+		s.sweep("images", imageKept, func(name string) bool { return images["sha256:"+strings.TrimSuffix(name, ".erofs")] }),
+		s.sweep("builds", logKept, func(string) bool { return false }),
+	)
+}
+
+// How long what is not needed is kept after it was last used. Whoever is about to need it has touched it.
+const (
+	stepKept  = 7 * 24 * time.Hour
+	imageKept = time.Hour
+	logKept   = 7 * 24 * time.Hour
+	// halfMadeKept is longer than any of it takes.
+	halfMadeKept = 24 * time.Hour
+)
+
+// sweep removes files that nobody has used for a while, and what dead builds have left half made.
+func (s *Store) sweep(kind string, whole time.Duration, needed func(name string) bool) error {
+	entries, err := os.ReadDir(s.file(kind, ""))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	for _, e := range entries {
+		kept := whole
+		info, ierr := e.Info()
+		if strings.HasPrefix(e.Name(), ".") {
+			kept = min(kept, halfMadeKept)
+		}
+		if ierr != nil || time.Since(info.ModTime()) < kept || needed(e.Name()) {
+			continue
+		}
+		err = errors.Join(err, os.RemoveAll(s.file(kind, e.Name())))
+	}
+	return err
+}
+
+// expander puts the values of variables into words.
+func (r *stageRun) expander() instructions.SingleWordExpander {
+	return func(word string) (string, error) {
+		v, _, err := r.plan.lex.ProcessWord(word, r.variables())
+		return v, err
+	}
+}

@@ -1,0 +1,368 @@
+package template
+
+import (
+	"archive/tar"
+	"bufio"
+	"bytes"
+	"compress/bzip2"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"slices"
+	"strings"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+	"github.com/moby/patternmatcher"
+	"github.com/moby/patternmatcher/ignorefile"
+	"github.com/ulikunitz/xz"
+	"golang.org/x/sys/unix"
+
+	"soulbox.dev/soulbox/internal/erofs"
+	"soulbox.dev/soulbox/sandbox"
+)
+
+// Files are what a build copies from: those of its caller, of another stage or of another image.
+type Files struct {
+	image *erofs.Image
+	root  *erofs.Node
+	temp  string // removed at the end
+}
+
+// Close gives back what the files take.
+func (f *Files) Close() error {
+	err := f.image.Close()
+	if f.temp != "" {
+		err = errors.Join(err, os.Remove(f.temp))
+	}
+	return err
+}
+
+// ReadContext reads the files of a build from a tar, which may be compressed. What its .dockerignore names is left out. Nothing of it becomes a file of
+// the host's but one image, which Close removes.
+func (s *Store) ReadContext(from io.Reader) (_ *Files, err error) {
+	plain, err := uncompressed(from)
+	if err != nil {
+		return nil, fmt.Errorf("build context: %w", err)
+	}
+	return s.newContext(func(m *merger) error { return m.apply(plain) })
+}
+
+// newContext makes the image of a build's files.
+func (s *Store) newContext(fill func(*merger) error) (_ *Files, err error) {
+	if err := os.MkdirAll(s.file("builds", ""), 0o711); err != nil {
+		return nil, err
+	}
+	f, err := os.CreateTemp(s.file("builds", ""), ".context-")
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		err = errors.Join(err, f.Close())
+		if err != nil {
+			err = errors.Join(fmt.Errorf("build context: %w", err), os.Remove(f.Name()))
+		}
+	}()
+	m := &merger{root: newRoot(), w: erofs.NewWriter(f), plain: true}
+	if err := fill(m); err != nil {
+		return nil, err
+	}
+	if err := m.w.Finish(m.root); err != nil {
+		return nil, err
+	}
+	files, err := openFiles(f.Name())
+	if err != nil {
+		return nil, err
+	}
+	files.temp = f.Name()
+	ignore, err := files.ignored()
+	if err != nil {
+		return nil, errors.Join(err, files.image.Close())
+	}
+	if ignore != nil {
+		prune(files.root, "", ignore)
+	}
+	return files, nil
+}
+
+// openFiles opens an image.
+func openFiles(name string) (*Files, error) {
+	image, err := erofs.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	root, err := image.Tree()
+	if err != nil {
+		return nil, errors.Join(err, image.Close())
+	}
+	return &Files{image: image, root: root}, nil
+}
+
+// ContextFiles is a build context of texts by name.
+func (s *Store) ContextFiles(texts map[string]string) (*Files, error) {
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	for name, text := range texts {
+		clean := path.Clean("/" + name)
+		if clean == "/" || strings.HasSuffix(name, "/") {
+			return nil, fmt.Errorf("build context: %q is no name of a file: %w", clip(name), sandbox.ErrInvalid)
+		}
+		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: clean[1:], Mode: 0o644, Size: int64(len(text))}); err != nil {
+			return nil, fmt.Errorf("build context: %q: %w", clip(name), err)
+		}
+		if _, err := io.WriteString(w, text); err != nil {
+			return nil, err
+		}
+	}
+	if err := w.Close(); err != nil {
+		return nil, err
+	}
+	return s.ReadContext(&b)
+}
+
+// ContextDir is a build context of a directory of the host, which links in it do not lead out of.
+func (s *Store) ContextDir(dir string) (*Files, error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, fmt.Errorf("build context: %w", err)
+	}
+	defer root.Close()
+	var ignore func(string) bool
+	if f, err := root.Open(".dockerignore"); err == nil {
+		ignore, err = readIgnore(f)
+		if err := errors.Join(err, f.Close()); err != nil {
+			return nil, fmt.Errorf("build context: %w", err)
+		}
+	}
+	from, to := io.Pipe()
+	defer from.Close()
+	go func() { _ = to.CloseWithError(packDir(to, root, ignore)) }()
+	return s.ReadContext(from)
+}
+
+// packDir writes a directory as a tar. What is ignored is not read.
+func packDir(to io.Writer, root *os.Root, ignore func(string) bool) error {
+	w := tar.NewWriter(to)
+	err := fs.WalkDir(root.FS(), ".", func(name string, d fs.DirEntry, err error) error {
+		if err != nil || name == "." {
+			return err
+		}
+		if ignore != nil && ignore(name) && !d.IsDir() {
+			return nil
+		}
+		info, err := root.Lstat(name)
+		if err != nil {
+			return err
+		}
+		link := ""
+		switch {
+		case info.Mode()&fs.ModeSymlink != 0:
+			if link, err = root.Readlink(name); err != nil {
+				return err
+			}
+		case !info.Mode().IsRegular() && !info.IsDir():
+			return nil // a socket or a pipe is no file of a project
+		}
+		h, err := tar.FileInfoHeader(info, link)
+		if err != nil {
+			return err
+		}
+		h.Name, h.Uid, h.Gid, h.Uname, h.Gname = name, 0, 0, "", ""
+		if !info.Mode().IsRegular() {
+			return w.WriteHeader(h)
+		}
+		f, err := root.Open(name)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		if err := w.WriteHeader(h); err != nil {
+			return err
+		}
+		_, err = io.CopyN(w, f, h.Size)
+		return err
+	})
+	return errors.Join(err, w.Close())
+}
+
+// maxIgnore bounds a .dockerignore, in bytes.
+const maxIgnore = 1 << 20
+
+// ignored reads the .dockerignore among the files; nil is none.
+func (f *Files) ignored() (func(string) bool, error) {
+	n, err := walk(f.root, ".dockerignore", true, nil)
+	if err != nil || n.Type() != unix.S_IFREG {
+		return nil, nil //nolint:nilerr // there is none
+	}
+	return readIgnore(f.image.Content(n.Data))
+}
+
+func readIgnore(r io.Reader) (func(string) bool, error) {
+	patterns, err := ignorefile.ReadAll(io.LimitReader(r, maxIgnore))
+	if err != nil {
+		return nil, fmt.Errorf(".dockerignore: %w", err)
+	}
+	m, err := patternmatcher.New(patterns)
+	if err != nil {
+		return nil, fmt.Errorf(".dockerignore: %w", err)
+	}
+	return func(name string) bool {
+		ignored, err := m.MatchesOrParentMatches(name)
+		return err == nil && ignored
+	}, nil
+}
+
+// prune takes what is ignored out of a tree. A directory stays for what is in it and is not ignored.
+func prune(dir *erofs.Node, name string, ignore func(string) bool) {
+	for base, n := range dir.Children {
+		full := path.Join(name, base)
+		if n.IsDir() {
+			prune(n, full, ignore)
+		}
+		if ignore(full) && len(n.Children) == 0 {
+			delete(dir.Children, base)
+		}
+	}
+}
+
+// uncompressed reads an archive whatever it is compressed with.
+func uncompressed(from io.Reader) (io.Reader, error) {
+	r := bufio.NewReaderSize(from, 64<<10)
+	head, err := r.Peek(6)
+	if err != nil && err != io.EOF {
+		return nil, err
+	}
+	switch {
+	case bytes.HasPrefix(head, []byte("\x1f\x8b")):
+		return gzip.NewReader(r)
+	case bytes.HasPrefix(head, []byte("BZh")):
+		return bzip2.NewReader(r), nil
+	case bytes.HasPrefix(head, []byte("\xfd7zXZ\x00")):
+		return xz.ReaderConfig{DictCap: 64 << 20}.NewReader(r)
+	case bytes.HasPrefix(head, []byte("\x28\xb5\x2f\xfd")):
+		z, err := zstd.NewReader(r, zstd.WithDecoderMaxMemory(256<<20), zstd.WithDecoderConcurrency(1))
+		if err != nil {
+			return nil, err
+		}
+		return z.IOReadCloser(), nil
+	}
+	return r, nil
+}
+
+// digest stands for a file with all that is in it, as COPY sees it.
+func (f *Files) digest(n *erofs.Node) (string, error) {
+	sum := sha256.New()
+	err := f.sum(sum, "", n)
+	return hex.EncodeToString(sum.Sum(nil)), err
+}
+
+func (f *Files) sum(to hash.Hash, name string, n *erofs.Node) error {
+	fmt.Fprintf(to, "%q %o %d %d %q %d %d\n", name, n.Mode, n.UID, n.GID, n.Target, n.Device, n.Data.Size)
+	if n.Type() == unix.S_IFREG {
+		if _, err := io.Copy(to, f.image.Content(n.Data)); err != nil {
+			return err
+		}
+	}
+	for _, base := range n.Names() {
+		if err := f.sum(to, path.Join(name, base), n.Children[base]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// find gives the files that a pattern of COPY names, by their paths, sorted.
+func (f *Files) find(pattern string) (map[string]*erofs.Node, error) {
+	parts := splitPath(path.Clean("/" + pattern))
+	found := map[string]*erofs.Node{}
+	if !strings.ContainsAny(pattern, "*?[\\") {
+		n, err := walk(f.root, pattern, true, nil)
+		if err != nil {
+			return nil, fmt.Errorf("%q: %w%s", pattern, noFile(err), f.near(parts))
+		}
+		found[strings.Join(parts, "/")] = n
+		return found, nil
+	}
+	if err := glob(f.root, "", parts, found); err != nil {
+		return nil, fmt.Errorf("%q: %w", pattern, err)
+	}
+	if len(found) == 0 {
+		return nil, fmt.Errorf("%q: %w%s", pattern, fs.ErrNotExist, f.near(parts))
+	}
+	return found, nil
+}
+
+// noFile says what a lookup in the tree has found.
+func noFile(err error) error {
+	if err == unix.ENOENT || err == unix.ENOTDIR {
+		return fs.ErrNotExist
+	}
+	return err
+}
+
+func glob(dir *erofs.Node, name string, parts []string, found map[string]*erofs.Node) error {
+	for _, base := range dir.Names() {
+		ok, err := path.Match(parts[0], base)
+		if err != nil {
+			return err
+		}
+		child := dir.Children[base]
+		switch full := path.Join(name, base); {
+		case !ok:
+		case len(parts) == 1:
+			found[full] = child
+		case child.IsDir():
+			if err := glob(child, full, parts[1:], found); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// near names files that may be meant.
+func (f *Files) near(parts []string) string {
+	dir := f.root
+	for i, part := range parts {
+		next := dir.Children[part]
+		if next != nil && next.IsDir() && i+1 < len(parts) {
+			dir = next
+			continue
+		}
+		names := dir.Names()
+		slices.SortStableFunc(names, func(a, b string) int { return distance(part, a) - distance(part, b) })
+		where := "/" + strings.Join(parts[:i], "/")
+		if len(names) == 0 {
+			return fmt.Sprintf("; %s of it is empty", where)
+		}
+		return fmt.Sprintf("; %s of it has %s", where, strings.Join(names[:min(3, len(names))], ", "))
+	}
+	return ""
+}
+
+// distance is a rough measure of how much two names differ.
+func distance(a, b string) int {
+	a, b = strings.ToLower(clip(a)), strings.ToLower(clip(b))
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		last := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			cost := last
+			if a[i] != b[j] {
+				cost++
+			}
+			last, row[j+1] = row[j+1], min(cost, row[j]+1, row[j+1]+1)
+		}
+	}
+	return row[len(b)]
+}

@@ -1,0 +1,170 @@
+package template
+
+import (
+	"bytes"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"time"
+
+	"soulbox.dev/soulbox/agent"
+)
+
+// Bounds of a build's log. What is beyond them is counted, and not kept.
+const (
+	maxLine     = 4 << 10
+	maxLogBytes = 8 << 20
+	tailLines   = 20
+)
+
+// killTime bounds how long it takes to end what a step has left behind; waitPart is a part of the wait for its end.
+const (
+	killTime = 10 * time.Second
+	waitPart = 60_000
+)
+
+var buildID = regexp.MustCompile(`^bd[a-z0-9]{16}$`)
+
+func newBuildID() string { return "bd" + strings.ToLower(rand.Text()[:16]) }
+
+// buildLog is the log of a build. It is safe for concurrent use.
+type buildLog struct {
+	mu      sync.Mutex
+	f       *os.File
+	each    func(Line)
+	size    int
+	dropped int
+	err     error
+}
+
+// newLog begins the log of a build.
+func (s *Store) newLog(id, owner string, each func(Line)) (*buildLog, error) {
+	dir := s.file("builds", id)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(filepath.Join(dir, "owner"), []byte(owner), 0o600); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "log.jsonl"), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	return &buildLog{f: f, each: each}, err
+}
+
+// line adds a line.
+func (l *buildLog) line(level, step, text string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(text) > maxLine && level != "error" {
+		text = text[:maxLine] + "…"
+	}
+	entry := Line{Time: time.Now().UTC(), Level: level, Step: step, Text: strings.ToValidUTF8(text, "\uFFFD")}
+	body, err := json.Marshal(entry)
+	if err != nil || l.size+len(body) > maxLogBytes && level != "error" {
+		l.dropped++
+		return
+	}
+	l.size += len(body) + 1
+	if _, err := l.f.Write(append(body, '\n')); err != nil && l.err == nil {
+		l.err = fmt.Errorf("write the log of the build: %w", err)
+	}
+	if l.each != nil {
+		l.each(entry)
+	}
+}
+
+func (l *buildLog) close() error {
+	if l.dropped > 0 {
+		l.line("error", "", fmt.Sprintf("%d lines were too many and are not kept", l.dropped))
+	}
+	return errors.Join(l.err, l.f.Close())
+}
+
+// ErrNoBuild is of a build of which there is no log.
+var ErrNoBuild = errors.New("no such build")
+
+// BuildLog gives the log of an owner's build, as it is now, as JSON lines.
+func (s *Store) BuildLog(owner, id string) ([]byte, error) {
+	dir := s.file("builds", id)
+	if !buildID.MatchString(id) {
+		return nil, fmt.Errorf("build %q: %w", clip(id), ErrNoBuild)
+	}
+	whose, err := os.ReadFile(filepath.Join(dir, "owner"))
+	if errors.Is(err, os.ErrNotExist) || err == nil && string(whose) != owner {
+		return nil, fmt.Errorf("build %q: %w", id, ErrNoBuild)
+	}
+	if err != nil {
+		return nil, err
+	}
+	f, err := os.Open(filepath.Join(dir, "log.jsonl"))
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, 2*maxLogBytes))
+}
+
+// lines makes lines of what a command writes, and remembers the last ones. It is safe for concurrent use.
+type lines struct {
+	mu   sync.Mutex
+	each func(string)
+	part map[string][]byte // what has no end yet, by stream
+	last []string
+}
+
+func newLines(each func(string)) *lines { return &lines{each: each, part: map[string][]byte{}} }
+
+func (l *lines) add(f agent.OutputFrame) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	rest := append(l.part[f.Stream], f.Data...)
+	for {
+		line, after, ok := bytes.Cut(rest, []byte("\n"))
+		if !ok && len(rest) <= maxLine {
+			break
+		}
+		if !ok {
+			line, after = rest[:maxLine], rest[maxLine:]
+		}
+		l.put(line)
+		rest = after
+	}
+	l.part[f.Stream] = bytes.Clone(rest)
+}
+
+func (l *lines) put(line []byte) {
+	// What a progress bar has written over is gone.
+	line = bytes.TrimRight(line, "\r")
+	if i := bytes.LastIndexByte(line, '\r'); i >= 0 {
+		line = line[i+1:]
+	}
+	text := agent.Inert(line)
+	l.each(text)
+	if l.last = append(l.last, text); len(l.last) > tailLines {
+		l.last = l.last[1:]
+	}
+}
+
+// end puts what has no end.
+func (l *lines) end() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for stream, rest := range l.part {
+		if len(rest) > 0 {
+			l.put(rest)
+		}
+		delete(l.part, stream)
+	}
+}
+
+func (l *lines) tail() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return strings.Join(l.last, "\n")
+}

@@ -1,0 +1,182 @@
+package template
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/moby/buildkit/frontend/dockerfile/instructions"
+	"github.com/moby/buildkit/frontend/dockerfile/parser"
+
+	"soulbox.dev/soulbox/agent"
+)
+
+// runCommand carries out a RUN.
+func (s *stageRun) runCommand(ctx context.Context, where string, c *instructions.RunCommand) error {
+	args, err := s.runArgs(c)
+	if err != nil {
+		return err
+	}
+	by := append([]string{"RUN", s.config.User, s.config.WorkingDir}, args...)
+	for _, f := range c.Files {
+		by = append(by, f.Name, f.Data)
+	}
+	for _, m := range instructions.GetMounts(c) {
+		by = append(by, fmt.Sprintf("%+v", *m))
+	}
+	return s.change(ctx, where, hashOf(by...), func(ctx context.Context) error { return s.exec(ctx, where, args) })
+}
+
+// runArgs is the command of a RUN. A heredoc alone is a script for the shell, or one with an interpreter of its own; any other is for the shell to
+// read (Dockerfile reference, "Here-Documents").
+func (s *stageRun) runArgs(c *instructions.RunCommand) ([]string, error) {
+	if len(c.Files) == 0 {
+		return s.words(c.ShellDependantCmdLine), nil
+	}
+	line := strings.Join(c.CmdLine, " ")
+	heredoc, err := parser.ParseHeredoc(line)
+	if err != nil {
+		return nil, err
+	}
+	if heredoc == nil || len(c.Files) != 1 {
+		var b strings.Builder
+		b.WriteString(line)
+		for _, f := range c.Files {
+			b.WriteString("\n" + f.Data + f.Name)
+		}
+		return append(slices.Clone(s.shell), b.String()), nil
+	}
+	data := c.Files[0].Data
+	if c.Files[0].Chomp {
+		data = parser.ChompHeredocContent(data)
+	}
+	if rest, ok := strings.CutPrefix(data, "#!"); ok { // the interpreter reads it from its standard input's stead
+		first, _, _ := strings.Cut(rest, "\n")
+		words := strings.Fields(first)
+		if len(words) == 0 {
+			return nil, errors.New("the script names no interpreter after #!")
+		}
+		return append(words, scriptArg, data), nil
+	}
+	return append(slices.Clone(s.shell), data), nil
+}
+
+// scriptArg stands before a script that is to be a file.
+const scriptArg = "\x00script"
+
+// scriptFile is where a script is while it runs; it is no part of what the step changes.
+const scriptFile = agent.BuildDir + "/script"
+
+// exec runs a command to its end, and ends all that it has started.
+func (s *stageRun) exec(ctx context.Context, where string, args []string) error {
+	env := map[string]string{"PATH": defaultPath}
+	for _, kv := range s.args {
+		if kv.Value != nil {
+			env[kv.Key] = *kv.Value
+		}
+	}
+	for _, kv := range s.config.Env {
+		k, v, _ := strings.Cut(kv, "=")
+		env[k] = v
+	}
+	if n := len(args); n > 2 && args[n-2] == scriptArg {
+		if _, err := s.client.WriteFile(ctx, scriptFile, strings.NewReader(args[n-1]), agent.WriteOptions{User: "root", Perm: 0o755}); err != nil {
+			return err
+		}
+		args = append(slices.Clone(args[:n-2]), scriptFile)
+	}
+	user, err := s.user(ctx)
+	if err != nil {
+		return err
+	}
+	req := agent.StartRequest{Args: args, Env: env, User: user, Cwd: cmp.Or(s.config.WorkingDir, "/")}
+	maps.DeleteFunc(req.Env, func(k, _ string) bool { return k == "" })
+	snap, err := s.client.Start(ctx, req)
+	if err != nil {
+		return err
+	}
+	out := newLines(func(text string) { s.log.line("info", where, text) })
+	over := make(chan error, 1)
+	following, stop := context.WithCancel(ctx)
+	defer stop()
+	go func() {
+		over <- s.client.Output(following, snap.Process.ID, 0, true, func(f agent.OutputFrame) error { out.add(f); return nil })
+	}()
+	p, err := s.wait(ctx, snap.Process.ID)
+	// Whatever it has left behind ends with it: the next step begins with files alone.
+	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), killTime)
+	defer cancel()
+	if _, kerr := s.client.Kill(ending, snap.Process.ID); kerr != nil && !errors.Is(kerr, agent.ErrEnded) {
+		err = errors.Join(err, kerr)
+	}
+	if err != nil {
+		return err
+	}
+	select {
+	case <-over:
+	case <-ending.Done():
+	}
+	stop()
+	out.end()
+	if p.Dropped > 0 {
+		s.log.line("info", where, fmt.Sprintf("%d bytes of output were too many and are not kept", p.Dropped))
+	}
+	if p.ExitCode == 0 && p.Cause == "" {
+		return nil
+	}
+	return &StepError{Err: howEnded(p), Tail: out.tail()}
+}
+
+// howEnded says how a command has ended that failed.
+func howEnded(p agent.Process) error {
+	switch {
+	case p.Cause == agent.CauseOOM:
+		return errors.New("it was killed as it used more memory than it may; give the build more memory")
+	case p.LimitHit:
+		return fmt.Errorf("exit code %d; it started more processes than it may", p.ExitCode)
+	case p.Signal != "":
+		return fmt.Errorf("it was ended by %s", p.Signal)
+	}
+	return fmt.Errorf("exit code %d", p.ExitCode)
+}
+
+// wait waits for the end of a process.
+func (s *stageRun) wait(ctx context.Context, id string) (agent.Process, error) {
+	for {
+		snap, err := s.client.Wait(ctx, agent.WaitRequest{Process: id, WaitMS: waitPart})
+		if err != nil || snap.Process.State == agent.StateExited {
+			return snap.Process, err
+		}
+	}
+}
+
+// user is whom a RUN runs as: a number that no user has, has the group 0 (Docker).
+func (s *stageRun) user(ctx context.Context) (string, error) {
+	user := cmp.Or(s.config.User, "root")
+	name, group, both := strings.Cut(user, ":")
+	uid, gid, err := s.lookup(ctx, "/etc/passwd", name)
+	if err != nil {
+		if name == "root" {
+			return "root", nil
+		}
+		return "", fmt.Errorf("USER %s: %w", clip(user), err)
+	}
+	if !both {
+		if gid < 0 {
+			return fmt.Sprintf("%d:0", uid), nil
+		}
+		return name, nil
+	}
+	if gid, _, err = s.lookup(ctx, "/etc/group", group); err != nil {
+		return "", fmt.Errorf("USER %s: %w", clip(user), err)
+	}
+	return name + ":" + strconv.Itoa(gid), nil
+}
+
+// sortedKeys are the keys of a map in their order.
+func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

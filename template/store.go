@@ -1,0 +1,485 @@
+package template
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+	"golang.org/x/sys/unix"
+
+	"soulbox.dev/soulbox/internal/erofs"
+	"soulbox.dev/soulbox/sandbox"
+)
+
+// Store keeps templates. It is safe for concurrent use, also by many servers.
+type Store struct {
+	Dir string // made if missing
+	// UID and GID are given what is made; zero leaves it to the server's user. Sandboxes see them as root.
+	UID, GID int
+	// InUse tells the IDs of the images that sandboxes and snapshots need. Nothing is collected without it.
+	InUse func() (map[string]bool, error)
+
+	mu   sync.Mutex
+	root string // of the host template, once it is made
+}
+
+var _ sandbox.Templates = (*Store)(nil)
+
+// Manifest is a template.
+type Manifest struct {
+	Name  string `json:"name"`
+	Owner string `json:"owner,omitempty"` // "" is the operator, whose templates everybody sees
+	// Image stands for all layers together: the chain ID of the OCI image specification, which is also the name of its EROFS file.
+	Image    string         `json:"image"`
+	Layers   []Layer        `json:"layers"`
+	Config   v1.Config      `json:"config"`
+	Limits   sandbox.Limits `json:"limits"` // of sandboxes that ask for none; zero values are the server's
+	StartCmd string         `json:"start_cmd,omitempty"`
+	ReadyCmd string         `json:"ready_cmd,omitempty"`
+	Parent   string         `json:"parent,omitempty"` // what it was made from
+	Build    string         `json:"build,omitempty"`  // the id of the build that made it
+	Created  time.Time      `json:"created"`
+	Size     int64          `json:"size"` // of the image on disk, in bytes
+	// DefaultUser is whom processes run as that name nobody: "user" where there is one.
+	DefaultUser string `json:"default_user,omitempty"`
+}
+
+// Layer is a change of files, as a compressed tar.
+type Layer struct {
+	Digest    string `json:"digest"`  // of the file, as "sha256:…"
+	DiffID    string `json:"diff_id"` // of the tar in it
+	Size      int64  `json:"size"`    // of the file, in bytes
+	MediaType string `json:"media_type"`
+	CreatedBy string `json:"created_by,omitempty"`
+}
+
+var namePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}(:[a-zA-Z0-9_][a-zA-Z0-9._-]{0,62})?$`)
+
+// CheckName gives a name in the form in which it is kept: "name" or "name:tag", where the tag "latest" is none.
+func CheckName(name string) (string, error) {
+	plain := strings.TrimSuffix(name, ":latest")
+	if !namePattern.MatchString(plain) || strings.HasPrefix(plain, "sha256:") {
+		return "", fmt.Errorf("template %q: a name is 1 to 63 lower-case letters, digits or . _ - and begins with a letter or digit; a tag may follow a colon: %w", clip(name), sandbox.ErrInvalid)
+	}
+	if plain == HostName {
+		return "", fmt.Errorf("template %q: the name is that of this machine's own template: %w", name, sandbox.ErrInvalid)
+	}
+	return plain, nil
+}
+
+func (s *Store) file(kind, name string) string { return filepath.Join(s.Dir, kind, name) }
+
+func (s *Store) nameFile(owner, name string) string {
+	sum := sha256.Sum256([]byte(owner + "\x00" + name))
+	return s.file("names", hex.EncodeToString(sum[:20])+".json")
+}
+
+// Get gives a template that an owner sees, by name: his own, or the operator's.
+func (s *Store) Get(owner, name string) (Manifest, error) {
+	plain, err := CheckName(name)
+	if err != nil {
+		return Manifest{}, fmt.Errorf("template %q: %w", clip(name), sandbox.ErrNoTemplate)
+	}
+	for _, o := range slices.Compact([]string{owner, ""}) {
+		var m Manifest
+		err := readJSON(s.nameFile(o, plain), &m)
+		if err == nil {
+			return m, nil
+		}
+		if !errors.Is(err, fs.ErrNotExist) {
+			return Manifest{}, fmt.Errorf("template %q: %w", name, err)
+		}
+	}
+	return Manifest{}, fmt.Errorf("template %q: %w", name, sandbox.ErrNoTemplate)
+}
+
+// Template implements sandbox.Templates. The default is "base" where it was built, else the host's programs.
+func (s *Store) Template(ctx context.Context, owner, name string) (sandbox.Template, error) {
+	if id, ok := strings.CutPrefix(name, "sha256:"); ok {
+		file := s.file("images", id+".erofs")
+		if !isHex(id) || !exists(file) {
+			return sandbox.Template{}, fmt.Errorf("the image %s that it needs is gone: %w", clip(name), sandbox.ErrNoTemplate)
+		}
+		return sandbox.Template{Name: name, ID: name, Image: file}, touch(file)
+	}
+	if name == HostName {
+		return s.host()
+	}
+	m, err := s.Get(owner, cmp.Or(name, BaseName))
+	if errors.Is(err, sandbox.ErrNoTemplate) && name == "" {
+		return s.host()
+	}
+	if err != nil {
+		return sandbox.Template{}, err
+	}
+	file, err := s.image(ctx, m.Layers)
+	if err != nil {
+		return sandbox.Template{}, fmt.Errorf("template %q: %w", name, err)
+	}
+	return m.template(file), nil
+}
+
+// BaseName is the name of the default template, once it is built.
+const BaseName = "base"
+
+func (m Manifest) template(image string) sandbox.Template {
+	t := sandbox.Template{Name: m.Name, ID: m.Image, Image: image, Env: map[string]string{}, User: m.DefaultUser, Cwd: m.Config.WorkingDir, Limits: m.Limits}
+	for _, kv := range m.Config.Env {
+		k, v, _ := strings.Cut(kv, "=")
+		t.Env[k] = v
+	}
+	return t
+}
+
+// Import makes a template of a tar with a whole file system, which may be compressed.
+func (s *Store) Import(ctx context.Context, m Manifest, from io.Reader) (_ Manifest, err error) {
+	if m.Name, err = CheckName(m.Name); err != nil {
+		return m, err
+	}
+	plain, err := uncompressed(from)
+	if err != nil {
+		return m, fmt.Errorf("import: %w", err)
+	}
+	l, err := s.newLayer(plain, "import")
+	if err != nil {
+		return m, fmt.Errorf("import: %w", err)
+	}
+	m.Layers = []Layer{l}
+	return s.finish(ctx, m)
+}
+
+// finish makes the image of a template that has its layers, and gives it its name.
+func (s *Store) finish(ctx context.Context, m Manifest) (Manifest, error) {
+	file, err := s.image(ctx, m.Layers)
+	if err != nil {
+		return m, err
+	}
+	m.Image, m.Created = chainID(m.Layers), time.Now().UTC()
+	if m.Size, err = size(file); err != nil {
+		return m, err
+	}
+	if m.DefaultUser, err = defaultUser(file, m.Config.User); err != nil {
+		return m, err
+	}
+	if h := m.Config.Healthcheck; m.ReadyCmd == "" && h != nil && len(h.Test) > 1 {
+		m.ReadyCmd = healthCommand(h.Test)
+	}
+	if ctx.Err() != nil {
+		return m, context.Cause(ctx)
+	}
+	return m, s.Put(m)
+}
+
+// List gives the templates that an owner sees, sorted by name.
+func (s *Store) List(owner string) ([]Manifest, error) {
+	var all []Manifest
+	err := s.each("names", func(name string) error {
+		var m Manifest
+		if err := readJSON(name, &m); err != nil {
+			return err
+		}
+		if m.Owner == owner || m.Owner == "" {
+			all = append(all, m)
+		}
+		return nil
+	})
+	slices.SortFunc(all, func(a, b Manifest) int { return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.Owner, b.Owner)) })
+	return all, err
+}
+
+// each calls do for every finished file of a kind. Those that go meanwhile are passed over.
+func (s *Store) each(kind string, do func(name string) error) error {
+	entries, err := os.ReadDir(filepath.Join(s.Dir, kind))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), ".") {
+			continue
+		}
+		if err := do(s.file(kind, e.Name())); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return err
+}
+
+// Put gives a template its name; one that had it loses it.
+func (s *Store) Put(m Manifest) error {
+	body, err := json.MarshalIndent(m, "", "  ")
+	if err != nil {
+		return err
+	}
+	return s.write(s.nameFile(m.Owner, m.Name), func(f *os.File) error {
+		_, err := f.Write(body)
+		return err
+	})
+}
+
+// Delete removes the name of an owner's own template. What sandboxes and snapshots need of it stays until they are gone.
+func (s *Store) Delete(owner, name string) error {
+	plain, err := CheckName(name)
+	if err != nil {
+		return fmt.Errorf("template %q: %w", clip(name), sandbox.ErrNoTemplate)
+	}
+	err = os.Remove(s.nameFile(owner, plain))
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("template %q: %w", clip(name), sandbox.ErrNoTemplate)
+	}
+	return err
+}
+
+// write makes a file that is whole when it has its name.
+func (s *Store) write(name string, fill func(*os.File) error) (err error) {
+	if err := os.MkdirAll(filepath.Dir(name), 0o711); err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(filepath.Dir(name), ".new-")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.Remove(f.Name()))
+		}
+	}()
+	if err := errors.Join(fill(f), f.Chmod(0o644), f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), name)
+}
+
+func readJSON(name string, v any) error {
+	body, err := os.ReadFile(name)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(body, v); err != nil {
+		return fmt.Errorf("read %s: %w", name, err)
+	}
+	return nil
+}
+
+func exists(name string) bool {
+	_, err := os.Stat(name)
+	return err == nil
+}
+
+// touch notes that a file is used: it is not collected for a while.
+func touch(name string) error {
+	now := time.Now()
+	return os.Chtimes(name, now, now)
+}
+
+func isHex(s string) bool { return len(s) == 64 && strings.Trim(s, "0123456789abcdef") == "" }
+
+// mediaTypes of layers that can be read.
+const (
+	mediaTar  = "application/vnd.oci.image.layer.v1.tar"
+	mediaGzip = mediaTar + "+gzip"
+	mediaZstd = mediaTar + "+zstd"
+)
+
+// newLayer keeps a tar as a layer.
+func (s *Store) newLayer(from io.Reader, createdBy string) (Layer, error) {
+	l := Layer{MediaType: mediaGzip, CreatedBy: createdBy}
+	whole, inner := sha256.New(), sha256.New()
+	temp := s.file("layers", "")
+	if err := os.MkdirAll(temp, 0o711); err != nil {
+		return l, err
+	}
+	f, err := os.CreateTemp(temp, ".new-")
+	if err != nil {
+		return l, err
+	}
+	defer os.Remove(f.Name()) // it has another name when all went well
+	out, err := gzip.NewWriterLevel(io.MultiWriter(f, whole), gzip.BestSpeed)
+	if err != nil {
+		return l, errors.Join(err, f.Close())
+	}
+	_, err = io.Copy(io.MultiWriter(out, inner), from)
+	if err = errors.Join(err, out.Close(), f.Chmod(0o644), f.Sync(), f.Close()); err != nil {
+		return l, err
+	}
+	l.Digest, l.DiffID = digestOf(whole), digestOf(inner)
+	info, err := os.Stat(f.Name())
+	if err != nil {
+		return l, err
+	}
+	l.Size = info.Size()
+	return l, os.Rename(f.Name(), s.layerFile(l.Digest))
+}
+
+func digestOf(h hash.Hash) string { return "sha256:" + hex.EncodeToString(h.Sum(nil)) }
+
+func (s *Store) layerFile(digest string) string {
+	return s.file("layers", strings.TrimPrefix(digest, "sha256:"))
+}
+
+// open reads the tar of a layer.
+func (s *Store) open(l Layer) (io.ReadCloser, error) {
+	f, err := os.Open(s.layerFile(l.Digest))
+	if err != nil {
+		return nil, fmt.Errorf("layer %s: %w", l.Digest, err)
+	}
+	r, err := decompress(f, l.MediaType)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("layer %s: %w", l.Digest, err), f.Close())
+	}
+	return r, nil
+}
+
+type readCloser struct {
+	io.Reader
+	close func() error
+}
+
+// Close implements io.Closer.
+func (r readCloser) Close() error { return r.close() }
+
+// decompress reads what a layer's file has in it, as its media type says (also Docker's). Closing it closes f.
+func decompress(f io.ReadCloser, mediaType string) (io.ReadCloser, error) {
+	switch {
+	case strings.HasSuffix(mediaType, "gzip"):
+		r, err := gzip.NewReader(f)
+		if err != nil {
+			return nil, err
+		}
+		return readCloser{r, func() error { return errors.Join(r.Close(), f.Close()) }}, nil
+	case strings.HasSuffix(mediaType, "zstd"):
+		r, err := zstd.NewReader(f, zstd.WithDecoderMaxMemory(256<<20), zstd.WithDecoderConcurrency(1))
+		if err != nil {
+			return nil, err
+		}
+		return readCloser{r, func() error { r.Close(); return f.Close() }}, nil
+	case strings.HasSuffix(mediaType, ".tar"):
+		return f, nil
+	}
+	return nil, fmt.Errorf("%w: its kind %q is none that can be read", ErrLayer, mediaType)
+}
+
+// chainID stands for layers on top of each other (OCI image specification, config.md). That of none is of the empty image.
+func chainID(layers []Layer) string {
+	sum := sha256.Sum256(nil)
+	chain := "sha256:" + hex.EncodeToString(sum[:])
+	for i, l := range layers {
+		if i == 0 {
+			chain = l.DiffID
+			continue
+		}
+		sum := sha256.Sum256([]byte(chain + " " + l.DiffID))
+		chain = "sha256:" + hex.EncodeToString(sum[:])
+	}
+	return chain
+}
+
+// image gives the EROFS file of layers, and makes it if it is missing. Those who need the same one at the same time wait for each other.
+func (s *Store) image(ctx context.Context, layers []Layer) (string, error) {
+	id := chainID(layers)
+	file := s.file("images", strings.TrimPrefix(id, "sha256:")+".erofs")
+	if exists(file) {
+		return file, touch(file)
+	}
+	unlock, err := s.lock(ctx, "images", id[7:])
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	if exists(file) {
+		return file, touch(file)
+	}
+	return file, s.write(file, func(f *os.File) error { return s.assemble(ctx, f, layers) })
+}
+
+// assemble writes the image of layers, beginning with the largest part of it that is there.
+func (s *Store) assemble(ctx context.Context, f *os.File, layers []Layer) error {
+	m := &merger{root: newRoot(), w: erofs.NewWriter(f)}
+	have := len(layers) - 1
+	for ; have > 0; have-- {
+		base, err := erofs.Open(s.file("images", strings.TrimPrefix(chainID(layers[:have]), "sha256:")+".erofs"))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		m.root, err = base.Tree()
+		if err == nil {
+			err = m.w.Base(base)
+		}
+		if err := errors.Join(err, base.Close()); err != nil {
+			return err
+		}
+		break
+	}
+	for _, l := range layers[max(have, 0):] {
+		if err := s.applyLayer(ctx, m, l); err != nil {
+			return fmt.Errorf("layer %s: %w", l.Digest, err)
+		}
+	}
+	if err := m.w.Finish(m.root); err != nil {
+		return err
+	}
+	if s.UID != 0 {
+		return f.Chown(s.UID, s.GID)
+	}
+	return nil
+}
+
+// applyLayer applies a layer, whose content must be what its digest says.
+func (s *Store) applyLayer(ctx context.Context, m *merger, l Layer) error {
+	r, err := s.open(l)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	sum := sha256.New()
+	body := io.TeeReader(&untilDone{ctx, r}, sum)
+	if err := m.apply(body); err != nil {
+		return err
+	}
+	if _, err := io.Copy(io.Discard, io.LimitReader(body, 1<<20)); err != nil { // what follows the end of the tar
+		return err
+	}
+	if got := digestOf(sum); got != l.DiffID {
+		return fmt.Errorf("%w: its content is %s, not %s", ErrLayer, got, l.DiffID)
+	}
+	return nil
+}
+
+// untilDone reads until ctx ends.
+type untilDone struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (u *untilDone) Read(p []byte) (int, error) {
+	if u.ctx.Err() != nil {
+		return 0, context.Cause(u.ctx)
+	}
+	return u.r.Read(p)
+}
+
+// size is how many bytes a file takes on disk.
+func size(name string) (int64, error) {
+	var st unix.Stat_t
+	err := unix.Stat(name, &st)
+	return st.Blocks * 512, err
+}
