@@ -56,7 +56,9 @@ type Server struct {
 	shells   *shells
 	trees    *trees
 	marked   marked
-	events   events
+
+	acceptors acceptors
+	events    events
 
 	mu sync.Mutex
 	// waits ends when the calls that wait for something in the sandbox are to return with what is there.
@@ -226,6 +228,8 @@ func (s *Server) serveStream(ctx context.Context, stream *yamux.Stream) {
 		s.serveWatch(ctx, stream, h)
 	case streamDial:
 		s.serveDial(ctx, stream, h)
+	case streamAccept:
+		s.serveAccept(ctx, stream, h)
 	case streamChanges:
 		s.serveChanges(ctx, stream, h)
 	case streamUnpack:

@@ -10,7 +10,7 @@ import (
 var ownCalls = map[string]bool{callPing: true, callUsage: true, callConfigure: true, callSuspend: true}
 
 // transfers are the streams that are in use until they end. Others, such as a connection to a port, may be open for days.
-var transfers = map[string]bool{streamRead: true, streamWrite: true, streamStdin: true}
+var transfers = map[string]bool{streamRead: true, streamWrite: true, streamStdin: true, streamChanges: true, streamUnpack: true}
 
 // usage counts what a client is used for. It is safe for concurrent use.
 type usage struct {

@@ -35,6 +35,7 @@ const (
 
 	streamChanges = "changes"
 	streamUnpack  = "unpack"
+	streamAccept  = "accept"
 )
 
 // Kinds of frames on an output stream.

@@ -20,6 +20,7 @@ type Options struct {
 	Dir       string // where state is kept; made if missing; required
 	Runtime   Runtime
 	Templates Templates
+	NoNetwork bool // no sandbox has a network, whatever is asked for
 	Log       *slog.Logger
 	Version   string // told to agents
 	Times     Times  // of sandboxes that ask for none; default DefaultLifetime, and then a kill
@@ -141,6 +142,7 @@ type CreateOptions struct {
 	Env       map[string]string // of every process; only the sandbox itself knows it, and its files and checkpoints
 	Limits    Limits            // what begins with the memory of a snapshot has the snapshot's
 	Times     Times
+	Network   Network // default none; of a snapshot the snapshot's
 
 	from   string // a checkpoint
 	whole  bool   // with memory
@@ -175,14 +177,23 @@ func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 	if err := o.check(); err != nil {
 		return nil, err
 	}
+	if o.Network, err = o.Network.check(); err != nil {
+		return nil, fmt.Errorf("create sandbox: %w", err)
+	}
+	if o.Network.On() && m.opts.NoNetwork {
+		return nil, fmt.Errorf("create sandbox: the operator of this server gives sandboxes no network: %w", ErrInvalid)
+	}
 	now := time.Now()
 	sb := m.newSandbox(record{
 		Version: recordVersion, ID: newID(), Owner: o.Owner, Keep: m.opts.Keep && !o.Transient, State: Creating, Template: template.Name, Image: template.ID,
-		User: template.User, Cwd: template.Cwd, Parent: o.parent, Metadata: maps.Clone(o.Metadata), Limits: o.Limits.or(template.Limits).or(m.opts.Defaults), Times: o.Times, Created: now, Changed: now, Traffic: rand.Text(),
+		User: template.User, Cwd: template.Cwd, Parent: o.parent, Metadata: maps.Clone(o.Metadata), Limits: o.Limits.or(template.Limits).or(m.opts.Defaults), Times: o.Times, Network: o.Network, Created: now, Changed: now, Traffic: rand.Text(),
 	})
 	sb.env = maps.Clone(template.Env)
 	if sb.env == nil {
 		sb.env = map[string]string{}
+	}
+	if o.Network.On() {
+		maps.Copy(sb.env, proxyEnv())
 	}
 	maps.Copy(sb.env, o.Env)
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -240,6 +251,9 @@ func (m *Manager) basis(ctx context.Context, o *CreateOptions) (template Templat
 	}
 	o.from, o.whole, o.parent = from, !snap.FilesOnly, snap.Name
 	o.Limits, o.Times, o.ports = o.Limits.or(snap.Limits), o.Times.or(snap.Times), snap.Ports
+	if o.Network.Mode == "" {
+		o.Network = snap.Network
+	}
 	if template, err = m.opts.Templates.Template(ctx, o.Owner, cmp.Or(snap.Image, snap.Template)); err != nil {
 		return Template{}, nil, fmt.Errorf("create sandbox: %w", err)
 	}

@@ -195,6 +195,9 @@ func (s *Sandbox) begin() {
 	s.m.work.Go(func() { s.watch(ctx, machine, client) })
 	s.m.work.Go(func() { s.ping(ctx, client) })
 	s.m.work.Go(func() { s.sample(ctx, client, machine) })
+	if n := s.rec.Network; n.On() && !s.m.opts.NoNetwork {
+		s.m.work.Go(func() { s.serveNetwork(ctx, client, n) })
+	}
 }
 
 // watch ends the sandbox when its agent is gone or its machine is not well.

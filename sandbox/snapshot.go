@@ -29,6 +29,7 @@ type Snapshot struct {
 	Cwd      string    `json:"cwd,omitempty"`
 	Limits   Limits    `json:"limits"`
 	Times    Times     `json:"times"`
+	Network  Network   `json:"network,omitzero"`
 	Ports    []Port    `json:"ports,omitempty"`
 	Created  time.Time `json:"created"`
 	Size     int64     `json:"size"` // bytes on disk
@@ -82,7 +83,7 @@ func (s *Sandbox) Snapshot(ctx context.Context, name string, filesOnly bool) (_ 
 	if err != nil {
 		return Snapshot{}, fmt.Errorf("snapshot sandbox %s: %w", s.id, s.whyEnded(noDisk(err)))
 	}
-	snap := Snapshot{Name: name, Owner: s.owner, Sandbox: s.id, Template: r.Template, Image: r.Image, User: r.User, Cwd: r.Cwd, Limits: r.Limits, Times: r.Times, Created: time.Now().UTC(), FilesOnly: filesOnly}
+	snap := Snapshot{Name: name, Owner: s.owner, Sandbox: s.id, Template: r.Template, Image: r.Image, User: r.User, Cwd: r.Cwd, Limits: r.Limits, Times: r.Times, Network: r.Network, Created: time.Now().UTC(), FilesOnly: filesOnly}
 	for _, p := range r.Ports {
 		snap.Ports = append(snap.Ports, Port{Port: p.Port, Public: p.Public})
 	}
@@ -291,7 +292,7 @@ func (s *Sandbox) Fork(ctx context.Context, count int, metadata map[string]strin
 		return nil, nil, fmt.Errorf("fork sandbox %s: %w", s.id, err)
 	}
 	template.Name, template.User, template.Cwd, template.Env = r.Template, r.User, r.Cwd, nil // its environment is in the checkpoint
-	o := CreateOptions{Owner: s.owner, Base: &template, Limits: r.Limits, Times: r.Times, Metadata: maps.Clone(r.Metadata), parent: s.id,
+	o := CreateOptions{Owner: s.owner, Base: &template, Limits: r.Limits, Times: r.Times, Network: r.Network, Metadata: maps.Clone(r.Metadata), parent: s.id,
 		from: filepath.Join(shared, "checkpoint"), whole: !filesOnly, ports: r.Ports}
 	if metadata != nil {
 		o.Metadata = metadata

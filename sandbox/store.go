@@ -33,6 +33,7 @@ type record struct {
 	Changed  time.Time         `json:"changed"`          // the last change of state
 	Updated  time.Time         `json:"updated,omitzero"` // the last change of anything that its user sets
 	Times    Times             `json:"times"`
+	Network  Network           `json:"network,omitzero"`
 	clock
 	Ports   []Port `json:"ports,omitempty"`
 	Traffic string `json:"traffic_token,omitempty"`

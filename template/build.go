@@ -31,7 +31,9 @@ type Builder struct {
 	Manager *sandbox.Manager
 	// Pull finds an image that is no template; nil refuses them.
 	Pull func(ctx context.Context, reference string) (Manifest, error)
-	Log  *slog.Logger
+	// NoNetwork says that sandboxes have none.
+	NoNetwork bool
+	Log       *slog.Logger
 }
 
 // BuildRequest describes a build.
@@ -45,6 +47,7 @@ type BuildRequest struct {
 	NoCache     bool
 	// Limits are those of sandboxes of the template, where they ask for none, and of the build itself. Zero values are the server's.
 	Limits             sandbox.Limits
+	Network            sandbox.Network // of its RUNs; default NetworkFull, or none where the operator gives none
 	StartCmd, ReadyCmd string
 	Timeout            time.Duration // of the whole build; default DefaultBuildTime
 }
@@ -119,6 +122,9 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 	plan, err := parse(req.Dockerfile, req.Target, req.Args)
 	if err != nil {
 		return Built{}, fmt.Errorf("%w (%w)", err, sandbox.ErrInvalid)
+	}
+	if req.Network.Mode == "" && !b.NoNetwork {
+		req.Network.Mode = sandbox.NetworkFull
 	}
 	limit := cmp.Or(req.Timeout, DefaultBuildTime)
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("the build took longer than %s", limit))

@@ -276,7 +276,7 @@ func (s *stageRun) begin(ctx context.Context) error {
 	if end, ok := ctx.Deadline(); ok {
 		times.Life = time.Until(end) + time.Minute
 	}
-	s.sb, err = s.Manager.Create(ctx, sandbox.CreateOptions{Owner: s.req.Owner, Base: base, Transient: true, Limits: s.req.Limits, Times: times,
+	s.sb, err = s.Manager.Create(ctx, sandbox.CreateOptions{Owner: s.req.Owner, Base: base, Transient: true, Limits: s.req.Limits, Times: times, Network: s.req.Network,
 		Metadata: map[string]string{"build": s.id, "template": s.req.Name}})
 	if err != nil {
 		return err

@@ -1,0 +1,119 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/yamux"
+	"golang.org/x/sys/unix"
+)
+
+// acceptWait is how long a connection waits for a host that takes it; maxPending is how many wait.
+const (
+	acceptWait = 30 * time.Second
+	maxPending = 128
+)
+
+// acceptors are the addresses of the sandbox' loopback on which a host takes connections. They go on from one host to the next. It is safe for
+// concurrent use.
+type acceptors struct {
+	mu     sync.Mutex
+	byAddr map[string]chan net.Conn
+}
+
+// on gives the connections to an address, which is listened on from the first time on.
+func (a *acceptors) on(ctx context.Context, address string) (chan net.Conn, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if conns := a.byAddr[address]; conns != nil {
+		return conns, nil
+	}
+	host, _, err := net.SplitHostPort(address)
+	if err != nil || net.ParseIP(host) == nil || !net.ParseIP(host).IsLoopback() {
+		return nil, invalid("accept on %q: only the sandbox' own loopback can be listened on", clip(address, 80))
+	}
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	conns := make(chan net.Conn)
+	if a.byAddr == nil {
+		a.byAddr = map[string]chan net.Conn{}
+	}
+	a.byAddr[address] = conns
+	context.AfterFunc(ctx, func() { _ = l.Close() })
+	go func() {
+		slots := make(chan struct{}, maxPending)
+		for {
+			slots <- struct{}{}
+			conn, err := l.Accept()
+			if err != nil {
+				return // the agent is at its end
+			}
+			go func() {
+				defer func() { <-slots }()
+				timer := time.NewTimer(acceptWait)
+				defer timer.Stop()
+				select {
+				case conns <- conn:
+				case <-timer.C:
+					_ = conn.Close()
+				}
+			}()
+		}
+	}()
+	return conns, nil
+}
+
+// serveAccept waits for a connection to an address of the loopback, and gives it to the host.
+func (s *Server) serveAccept(ctx context.Context, stream *yamux.Stream, h header) {
+	conns, err := s.acceptors.on(s.ctx, h.Address)
+	if err != nil {
+		_ = writeMessage(stream, answer{Error: wireError(err)})
+		return
+	}
+	select {
+	case conn := <-conns:
+		defer conn.Close()
+		defer context.AfterFunc(ctx, func() { // the host is gone
+			_ = conn.Close()
+			_ = stream.SetDeadline(time.Unix(1, 0))
+		})()
+		if writeMessage(stream, answer{}) == nil {
+			splice(stream, conn)
+		}
+	case <-ctx.Done():
+	}
+}
+
+// Accept waits for the next connection that is made in the sandbox to an address of its loopback, which is listened on from the first Accept on. It
+// is no use of the sandbox. Closing the connection's writing half is its Close; when ctx ends it is at its end.
+func (c *Client) Accept(ctx context.Context, address string) (net.Conn, error) {
+	stream, err := orGiveUp(ctx, func() (*yamux.Stream, error) { return c.open(header{Stream: streamAccept, Address: address}) }, func(s *yamux.Stream) { _ = s.Close() })
+	if err != nil {
+		return nil, err
+	}
+	stop := context.AfterFunc(ctx, func() {
+		_ = stream.SetReadDeadline(time.Unix(1, 0))
+		_ = stream.Close()
+		_ = stream.SetDeadline(time.Unix(1, 0))
+	})
+	var a answer
+	if err := readMessage(stream, &a); err != nil {
+		stop()
+		_ = stream.Close()
+		return nil, c.streamError(ctx, streamAccept, err)
+	}
+	if a.Error != nil {
+		stop()
+		_ = stream.Close()
+		if errors.Is(a.Error, unix.EADDRINUSE) {
+			return nil, errors.Join(a.Error, ErrLimit)
+		}
+		return nil, a.Error
+	}
+	return stream, nil
+}

@@ -1,0 +1,383 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/net/idna"
+	"golang.org/x/time/rate"
+
+	"soulbox.dev/soulbox/agent"
+)
+
+// Modes of a Network.
+const (
+	NetworkNone      = "none"
+	NetworkAllowlist = "allowlist"
+	NetworkFull      = "full"
+)
+
+// Network says what of the world a sandbox reaches. Private addresses and this machine are never reached, whatever it says.
+//
+// There is a proxy on the sandbox' loopback, which its environment names; programs that do not use it reach nothing. The names are resolved here,
+// and what is connected to is checked by its address.
+type Network struct {
+	Mode string `json:"mode"` // "" is none
+	// Allow are the domains ("example.com", "*.example.com" for all below it) and the ranges of addresses of an allowlist.
+	Allow []string `json:"allow,omitempty"`
+}
+
+// On says whether anything is reached.
+func (n Network) On() bool {
+	return n.Mode == NetworkFull || n.Mode == NetworkAllowlist && len(n.Allow) > 0
+}
+
+// maxAllow bounds an allowlist.
+const maxAllow = 256
+
+// check gives the network in the form in which it is compared.
+func (n Network) check() (Network, error) {
+	switch n.Mode {
+	case "", NetworkNone, NetworkFull:
+		if len(n.Allow) > 0 {
+			return n, fmt.Errorf("network: an allowlist needs the mode %q: %w", NetworkAllowlist, ErrInvalid)
+		}
+		return n, nil
+	case NetworkAllowlist:
+	default:
+		return n, fmt.Errorf("network %q: it is none, allowlist or full: %w", n.Mode, ErrInvalid)
+	}
+	if len(n.Allow) > maxAllow {
+		return n, fmt.Errorf("network: %d entries, at most %d are possible: %w", len(n.Allow), maxAllow, ErrInvalid)
+	}
+	n.Allow = slices.Clone(n.Allow)
+	for i, entry := range n.Allow {
+		if prefix, err := parseRange(entry); err == nil {
+			n.Allow[i] = prefix.String()
+			continue
+		}
+		below, wild := strings.CutPrefix(entry, "*.")
+		name, err := hostName(below)
+		if err != nil {
+			return n, fmt.Errorf("network: %q is neither a domain, such as example.com or *.example.com, nor a range of addresses, such as 192.0.2.0/24: %w", entry, ErrInvalid)
+		}
+		if n.Allow[i] = name; wild {
+			n.Allow[i] = "*." + name
+		}
+	}
+	return n, nil
+}
+
+func parseRange(text string) (netip.Prefix, error) {
+	if addr, err := netip.ParseAddr(text); err == nil {
+		return netip.PrefixFrom(addr.Unmap(), addr.Unmap().BitLen()), nil
+	}
+	p, err := netip.ParsePrefix(text)
+	return p.Masked(), err
+}
+
+// hostName is a domain as it is compared and resolved.
+func hostName(text string) (string, error) {
+	name, err := idna.Lookup.ToASCII(strings.TrimSuffix(text, "."))
+	if err != nil || name == "" || len(name) > 253 || strings.Contains("."+name+".", "..") || strings.Trim(name, "abcdefghijklmnopqrstuvwxyz0123456789.-_") != "" {
+		return "", fmt.Errorf("%q is no name of a host: %w", text, ErrInvalid)
+	}
+	return name, nil
+}
+
+// permits says whether a host, as hostName or an address, may be connected to.
+func (n Network) permits(name string, addr netip.Addr) bool {
+	if n.Mode == NetworkFull {
+		return true
+	}
+	return n.Mode == NetworkAllowlist && slices.ContainsFunc(n.Allow, func(entry string) bool {
+		if p, err := netip.ParsePrefix(entry); err == nil {
+			return addr.IsValid() && p.Contains(addr)
+		}
+		below, wild := strings.CutPrefix(entry, "*")
+		return name != "" && (name == entry || wild && strings.HasSuffix(name, below))
+	})
+}
+
+// never are the addresses that no sandbox reaches: of this machine, its networks and its cloud (IANA special-purpose address registries).
+var never = func() (all []netip.Prefix) {
+	for _, p := range []string{
+		"0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24", "192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/3",
+		"::/127", "64:ff9b:1::/48", "100::/64", "2002::/16", "2001::/23", "fc00::/7", "fe80::/10", "fec0::/10", "ff00::/8",
+	} {
+		all = append(all, netip.MustParsePrefix(p))
+	}
+	return all
+}()
+
+// isPublic says whether an address is one of the world's.
+func isPublic(a netip.Addr) bool {
+	a = a.Unmap().WithZone("")
+	if nat64 := netip.MustParsePrefix("64:ff9b::/96"); nat64.Contains(a) {
+		b := a.As16()
+		a = netip.AddrFrom4([4]byte(b[12:]))
+	}
+	return a.IsValid() && !slices.ContainsFunc(never, func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
+// ErrRefused is of a connection that a sandbox may not make.
+var ErrRefused = errors.New("the network of this sandbox does not allow it")
+
+// ProxyAddress is where the proxy of a sandbox with a network listens, on its loopback.
+const ProxyAddress = "127.0.0.1:3128"
+
+// proxyEnv is how programs find the proxy.
+func proxyEnv() map[string]string {
+	env := map[string]string{}
+	for _, name := range []string{"http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"} {
+		env[name] = "http://" + ProxyAddress
+	}
+	for _, name := range []string{"no_proxy", "NO_PROXY"} {
+		env[name] = "localhost,127.0.0.1,::1"
+	}
+	env["NODE_USE_ENV_PROXY"] = "1"
+	return env
+}
+
+// Bounds of a sandbox' connections to the world.
+const (
+	maxEgress     = 256
+	parked        = 8 // that wait for a connection: a burst is taken at once
+	egressDial    = 15 * time.Second
+	egressIdle    = 5 * time.Minute
+	egressHeaders = 64 << 10
+)
+
+// egress is the proxy of a sandbox.
+type egress struct {
+	network Network
+	meter   *meter
+	note    func(format string, args ...any)
+	log     *slog.Logger
+	notes   *rate.Limiter // of refusals, which the guest causes
+	slots   chan struct{}
+	plain   http.RoundTripper
+}
+
+// serveNetwork runs the proxy of a sandbox until ctx ends.
+func (s *Sandbox) serveNetwork(ctx context.Context, client *agent.Client, n Network) {
+	e := &egress{network: n, meter: &s.meter, log: s.m.log, notes: rate.NewLimiter(rate.Every(10*time.Second), 10), slots: make(chan struct{}, maxEgress),
+		note: func(format string, args ...any) { s.note(LevelWarn, format, args...) }}
+	transport := &http.Transport{DialContext: e.dial, IdleConnTimeout: 30 * time.Second, MaxIdleConnsPerHost: 4, DisableCompression: true, MaxResponseHeaderBytes: egressHeaders, ResponseHeaderTimeout: egressIdle}
+	defer transport.CloseIdleConnections()
+	e.plain = transport
+	l := &parkedListener{ctx: ctx, client: client, conns: make(chan net.Conn), failed: make(chan error, parked)}
+	server := &http.Server{Handler: e, ReadHeaderTimeout: 30 * time.Second, MaxHeaderBytes: egressHeaders, IdleTimeout: time.Minute, BaseContext: func(net.Listener) context.Context { return ctx },
+		ErrorLog: slog.NewLogLogger(s.m.log.Handler(), slog.LevelDebug)}
+	defer context.AfterFunc(ctx, func() { _ = server.Close() })()
+	l.start()
+	if err := server.Serve(l); err != nil && ctx.Err() == nil {
+		s.note(LevelWarn, "the network of this sandbox does not work: %v", err)
+	}
+	l.wait.Wait()
+}
+
+// parkedListener takes the connections that are made in the sandbox.
+type parkedListener struct {
+	ctx    context.Context
+	client *agent.Client
+	conns  chan net.Conn
+	failed chan error
+	wait   sync.WaitGroup
+}
+
+func (l *parkedListener) start() {
+	for range parked {
+		l.wait.Go(func() {
+			for {
+				conn, err := l.client.Accept(l.ctx, ProxyAddress)
+				if err != nil {
+					l.failed <- err
+					return
+				}
+				select {
+				case l.conns <- conn:
+				case <-l.ctx.Done():
+					_ = conn.Close()
+					return
+				}
+			}
+		})
+	}
+}
+
+// Accept implements net.Listener.
+func (l *parkedListener) Accept() (net.Conn, error) {
+	select {
+	case conn := <-l.conns:
+		return conn, nil
+	case err := <-l.failed:
+		return nil, err
+	case <-l.ctx.Done():
+		return nil, net.ErrClosed
+	}
+}
+
+// Close implements net.Listener; the context closes it.
+func (l *parkedListener) Close() error { return nil }
+
+// Addr implements net.Listener.
+func (l *parkedListener) Addr() net.Addr { return &net.TCPAddr{} }
+
+// ServeHTTP implements http.Handler: a proxy (RFC 9110, 9.3.6 and RFC 9112, 3.2.2).
+func (e *egress) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	select {
+	case e.slots <- struct{}{}:
+		defer func() { <-e.slots }()
+	default:
+		http.Error(w, "SoulBox: this sandbox has as many connections as it may have.", http.StatusServiceUnavailable)
+		return
+	}
+	switch {
+	case r.Method == http.MethodConnect:
+		e.connect(w, r)
+	case r.URL.Scheme == "http" && r.URL.Host != "":
+		proxy := &httputil.ReverseProxy{Rewrite: func(p *httputil.ProxyRequest) { p.Out.Host = p.In.Host }, Transport: e.plain, FlushInterval: -1, ErrorLog: slog.NewLogLogger(e.log.Handler(), slog.LevelDebug),
+			ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) { e.fail(w, r.URL.Host, err) }}
+		proxy.ServeHTTP(w, r)
+	default:
+		http.Error(w, "SoulBox: this is the proxy to the network; it takes http:// addresses and CONNECT.", http.StatusBadRequest)
+	}
+}
+
+// fail says why there is no connection.
+func (e *egress) fail(w http.ResponseWriter, to string, err error) {
+	if errors.Is(err, ErrRefused) {
+		if e.notes.Allow() {
+			e.note("a connection to %s was refused", agent.Inert([]byte(to)))
+		}
+		http.Error(w, "SoulBox: "+err.Error()+".", http.StatusForbidden)
+		return
+	}
+	http.Error(w, "SoulBox: "+err.Error(), http.StatusBadGateway)
+}
+
+// connect makes a tunnel.
+func (e *egress) connect(w http.ResponseWriter, r *http.Request) {
+	out, err := e.dial(r.Context(), "tcp", r.Host)
+	if err != nil {
+		e.fail(w, r.Host, err)
+		return
+	}
+	defer out.Close()
+	in, buffered, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		e.fail(w, r.Host, err)
+		return
+	}
+	defer in.Close()
+	defer context.AfterFunc(r.Context(), func() { _ = errors.Join(out.Close(), in.Close()) })()
+	if _, err := io.WriteString(in, "HTTP/1.1 200 Connection established\r\n\r\n"); err != nil {
+		return
+	}
+	var both sync.WaitGroup
+	both.Go(func() {
+		_, err := io.Copy(out, buffered)
+		if half, ok := out.(interface{ CloseWrite() error }); ok && err == nil {
+			_ = half.CloseWrite()
+			return
+		}
+		_ = out.Close()
+	})
+	both.Go(func() {
+		_, _ = io.Copy(in, out) // whatever ends it, it ends
+		_ = in.Close()
+		_ = out.Close()
+	})
+	both.Wait()
+}
+
+// dial connects to a host of the world, if that is allowed. The address is checked when it is connected to, whatever the name says by then.
+func (e *egress) dial(ctx context.Context, _, address string) (net.Conn, error) {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return nil, fmt.Errorf("%q is no host and port: %w", address, ErrRefused)
+	}
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+		return nil, fmt.Errorf("%q is no port: %w", port, ErrRefused)
+	}
+	addr, err := netip.ParseAddr(host)
+	name := ""
+	if err != nil {
+		if name, err = hostName(host); err != nil {
+			return nil, errors.Join(ErrRefused, err)
+		}
+	} else if addr = addr.Unmap().WithZone(""); !isPublic(addr) {
+		return nil, fmt.Errorf("%s is an address of this machine or of a private network: %w", addr, ErrRefused)
+	}
+	byName := e.network.permits(name, addr)
+	if !byName && name != "" && !e.network.hasRanges() || !byName && name == "" {
+		return nil, fmt.Errorf("%s: %w", host, ErrRefused)
+	}
+	d := net.Dialer{Timeout: egressDial, Control: func(_, to string, _ syscall.RawConn) error {
+		ip, err := netip.ParseAddrPort(to)
+		if err != nil || !isPublic(ip.Addr()) {
+			return fmt.Errorf("%s is an address of this machine or of a private network: %w", to, ErrRefused)
+		}
+		if !byName && !e.network.permits("", ip.Addr().Unmap()) {
+			return fmt.Errorf("%s: %w", to, ErrRefused)
+		}
+		return nil
+	}}
+	target := name
+	if name == "" {
+		target = addr.String()
+	}
+	conn, err := d.DialContext(ctx, "tcp", net.JoinHostPort(target, port))
+	if err != nil {
+		return nil, err
+	}
+	return &worldConn{Conn: conn, meter: e.meter}, nil
+}
+
+// hasRanges says whether a name may be allowed by what it resolves to.
+func (n Network) hasRanges() bool {
+	return n.Mode == NetworkAllowlist && slices.ContainsFunc(n.Allow, func(entry string) bool { _, err := netip.ParsePrefix(entry); return err == nil })
+}
+
+// worldConn is a connection to the world: what goes through it is counted, and it ends when nothing does for long.
+type worldConn struct {
+	net.Conn
+	meter *meter
+}
+
+// Read implements io.Reader: it comes in to the sandbox.
+func (c *worldConn) Read(p []byte) (int, error) {
+	_ = c.SetReadDeadline(time.Now().Add(egressIdle)) // a connection that has ended says so below
+	n, err := c.Conn.Read(p)
+	c.meter.count(int64(n), 0)
+	return n, err
+}
+
+// Write implements io.Writer.
+func (c *worldConn) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	c.meter.count(0, int64(n))
+	return n, err
+}
+
+// CloseWrite ends what the sandbox sends.
+func (c *worldConn) CloseWrite() error {
+	if half, ok := c.Conn.(*net.TCPConn); ok {
+		return half.CloseWrite()
+	}
+	return nil
+}

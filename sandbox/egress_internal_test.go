@@ -1,0 +1,70 @@
+package sandbox
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"testing"
+
+	"golang.org/x/time/rate"
+)
+
+// TestNetworkCheck: what is no domain and no range is refused, and the rest is put into one form.
+func TestNetworkCheck(t *testing.T) {
+	for in, want := range map[string]string{
+		"Example.COM": "example.com", "example.com.": "example.com", "*.Example.com": "*.example.com", "bücher.example": "xn--bcher-kva.example",
+		"192.0.2.1": "192.0.2.1/32", "192.0.2.77/24": "192.0.2.0/24", "::ffff:192.0.2.1": "192.0.2.1/32",
+	} {
+		n, err := Network{Mode: NetworkAllowlist, Allow: []string{in}}.check()
+		if err != nil || n.Allow[0] != want {
+			t.Errorf("%q: %v, %v", in, n.Allow, err)
+		}
+	}
+	for _, bad := range []string{"", "*", "*.", "ok.com\x00.evil", "a b", "a/b", "http://x", "*.*.com", "x..y", "1.2.3.4/99"} {
+		if n, err := (Network{Mode: NetworkAllowlist, Allow: []string{bad}}).check(); !errors.Is(err, ErrInvalid) {
+			t.Errorf("%q is taken: %v", bad, n.Allow)
+		}
+	}
+	for _, bad := range []Network{{Mode: "all"}, {Mode: NetworkFull, Allow: []string{"x.com"}}, {Allow: []string{"x.com"}}, {Mode: NetworkAllowlist, Allow: make([]string, maxAllow+1)}} {
+		if _, err := bad.check(); !errors.Is(err, ErrInvalid) {
+			t.Errorf("%+v is taken", bad)
+		}
+	}
+	if (Network{Mode: NetworkAllowlist}).On() {
+		t.Error("an empty list is not empty")
+	}
+}
+
+// TestNetworkRefuses: no spelling of an address leads to this machine, a private network, or past the list (THREATS.md, egress lists).
+func TestNetworkRefuses(t *testing.T) {
+	full := Network{Mode: NetworkFull}
+	list, err := Network{Mode: NetworkAllowlist, Allow: []string{"ok.example", "*.sub.example", "198.51.100.0/24"}}.check()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		n  Network
+		to string
+	}{
+		{full, "127.0.0.1:80"}, {full, "localhost:80"}, {full, "LOCALHOST.:80"}, {full, "10.1.2.3:80"}, {full, "169.254.169.254:80"}, {full, "[::1]:80"}, {full, "[::ffff:127.0.0.1]:80"},
+		{full, "[::ffff:7f00:1]:80"}, {full, "[64:ff9b::7f00:1]:80"}, {full, "[fe80::1%lo]:80"}, {full, "[fd00::1]:80"}, {full, "0.0.0.0:80"}, {full, "[::]:80"}, {full, "192.168.1.1:22"},
+		{full, "100.64.0.1:80"}, {full, "224.0.0.1:80"}, {full, "255.255.255.255:80"}, {full, "2130706433:80"}, {full, "0x7f.1:80"}, {full, "x\x00y:80"}, {full, "203.0.113.1:0"}, {full, "203.0.113.1:http"},
+		{list, "evil.example:80"}, {list, "ok.example.evil:80"}, {list, "evilok.example:80"}, {list, "sub.example:80"}, {list, "203.0.113.1:80"}, {list, "ok.example\x00.evil:80"}, {list, "198.51.101.1:80"},
+		{Network{}, "203.0.113.1:80"}, {Network{Mode: NetworkAllowlist}, "203.0.113.1:80"},
+	} {
+		e := &egress{network: test.n, meter: &meter{}, notes: rate.NewLimiter(0, 0)}
+		conn, err := e.dial(t.Context(), "tcp", test.to)
+		if err == nil {
+			_ = conn.Close()
+			t.Errorf("%+v reaches %q", test.n, test.to)
+		}
+		if host, _, _ := net.SplitHostPort(test.to); net.ParseIP(host) != nil && !errors.Is(err, ErrRefused) {
+			t.Errorf("%q: %v", test.to, err)
+		}
+	}
+	for name, want := range map[string]bool{"ok.example": true, "a.sub.example": true, "a.b.sub.example": true, "asub.example": false} {
+		if list.permits(name, netip.Addr{}) != want {
+			t.Errorf("%s: %v", name, !want)
+		}
+	}
+}
