@@ -41,6 +41,8 @@ func (r runsc) command(ctx context.Context, args ...string) (*exec.Cmd, io.Close
 		"--root=" + r.root, "--ignore-cgroups", "--platform=systrap", "--network=none", "--in-sandbox-cgroup=v2",
 		// Commands of agents are short: large pages cost each of them about a tenth of its time.
 		"--app-huge-pages=false",
+		// For sudo: what root may do in a sandbox is bounded by the sentry all the same.
+		"--allow-suid",
 		"--file-access=exclusive", "--file-access-mounts=exclusive",
 	}
 	if r.disk != "" {

@@ -32,11 +32,13 @@ var ErrLayer = errors.New("broken layer")
 
 // merger applies layers to a tree. Nothing of a layer is trusted: names stay in the tree, and sizes are bounded.
 type merger struct {
-	root    *erofs.Node
-	w       *erofs.Writer
-	plain   bool // what is applied is no layer: names of whiteouts are names
-	entries int
-	bytes   int64
+	root  *erofs.Node
+	w     *erofs.Writer
+	plain bool // what is applied is no layer: names of whiteouts are names
+	// keepLinks has a directory that is there as a link to one stay that.
+	keepLinks bool
+	entries   int
+	bytes     int64
 	// Dropped counts what images cannot have: extended attributes, such as capabilities of programs.
 	dropped int
 }
@@ -103,6 +105,11 @@ func (l layer) entry(h *tar.Header, from io.Reader) error {
 		return err
 	}
 	base := path.Base(name)
+	if h.Typeflag == tar.TypeDir && l.keepLinks {
+		if n, err := walk(l.root, name, true, nil); err == nil && n.IsDir() && n != parent.Children[base] {
+			return nil
+		}
+	}
 	if gone, opaque, ok := agent.IsWhiteout(base); ok && !l.plain {
 		l.whiteout(parent, gone, opaque)
 		return nil

@@ -158,20 +158,15 @@ func (c *config) serving(flags *flag.FlagSet) {
 
 // newManager wires the domain to gVisor and the templates.
 func (c config) newManager(log *slog.Logger, watch func(*sandbox.Options)) (*sandbox.Manager, *template.Store, error) {
-	// Sandboxes may run as another user, who needs to walk through; what is inside is protected by itself.
-	if err := os.MkdirAll(c.stateDir, 0o711); err != nil {
-		return nil, nil, fmt.Errorf("make state directory: %w", err)
+	templates, err := c.newStore()
+	if err != nil {
+		return nil, nil, err
 	}
 	runtime := &gvisor.Runtime{Runsc: c.runsc, Log: log}
 	if c.agent != "" {
-		var err error
 		if runtime.Agent, err = installAgent(c.agent, filepath.Join(c.stateDir, "agent")); err != nil {
 			return nil, nil, fmt.Errorf("install agent: %w", err)
 		}
-	}
-	templates := &template.Store{Dir: filepath.Join(c.stateDir, "templates")}
-	if os.Geteuid() == 0 {
-		templates.UID, templates.GID = gvisor.Owner()
 	}
 	o := sandbox.Options{
 		Dir: c.stateDir, Runtime: runtime, Templates: templates, Log: log, Version: version, Times: c.times, Defaults: c.limits,
@@ -183,6 +178,19 @@ func (c config) newManager(log *slog.Logger, watch func(*sandbox.Options)) (*san
 	}
 	manager, err := sandbox.NewManager(o)
 	return manager, templates, err
+}
+
+// newStore is the store of templates.
+func (c config) newStore() (*template.Store, error) {
+	// Sandboxes may run as another user, who needs to walk through; what is inside is protected by itself.
+	if err := os.MkdirAll(c.stateDir, 0o711); err != nil {
+		return nil, fmt.Errorf("make state directory: %w", err)
+	}
+	s := &template.Store{Dir: filepath.Join(c.stateDir, "templates")}
+	if os.Geteuid() == 0 {
+		s.UID, s.GID = gvisor.Owner()
+	}
+	return s, nil
 }
 
 // installAgent copies the agent to a directory named by its content, so that an upgrade changes nothing under running sandboxes.

@@ -23,6 +23,8 @@ Usage:
   soulbox-mcp http [flags]     serve many MCP clients over HTTP
   soulbox-mcp key create|list|revoke [flags]
                                make and end the keys that clients of 'http' need
+  soulbox-mcp template base|list|delete [flags]
+                               make the base of sandboxes, show and remove templates
   soulbox-mcp demo [flags]     show a sandbox at work, through a real MCP client
   soulbox-mcp doctor [flags]   check this machine, and say what is missing
   soulbox-mcp version          print the version
@@ -59,6 +61,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdin i
 		return runKey(args, getenv, stdout, stderr)
 	case "demo":
 		return runDemo(ctx, args, getenv, stdout, stderr)
+	case "template":
+		return runTemplate(ctx, args, getenv, stdout, stderr)
 	case "doctor":
 		return runDoctor(ctx, args, getenv, stdout, stderr)
 	case "version", "--version":

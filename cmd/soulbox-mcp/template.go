@@ -1,0 +1,155 @@
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"os"
+	"runtime/debug"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"soulbox.dev/soulbox/template"
+)
+
+const templateUsage = `soulbox-mcp template makes and shows the root file systems of sandboxes. Those of the operator are everybody's.
+
+Usage:
+  soulbox-mcp template base [--variant node|python] [flags]
+                               make the template for everyday work, from the packages of this machine's distribution
+  soulbox-mcp template list    show the templates
+  soulbox-mcp template delete NAME
+                               remove one; sandboxes of it go on
+`
+
+// runTemplate makes and shows templates.
+func runTemplate(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
+	debug.SetMemoryLimit(math.MaxInt64) // an index of packages is large, and this ends soon
+	command := ""
+	if len(args) > 0 {
+		command, args = args[0], args[1:]
+	}
+	name := ""
+	if command == "delete" {
+		if len(args) == 0 || strings.HasPrefix(args[0], "-") {
+			return fmt.Errorf("name the template that is to be deleted: soulbox-mcp template delete NAME")
+		}
+		name, args = args[0], args[1:]
+	}
+	var base template.BaseOptions
+	c := config{onExit: "kill"}
+	err := c.parse("template "+command, args, getenv, stderr, func(flags *flag.FlagSet) {
+		if command != "base" {
+			return
+		}
+		flags.StringVar(&base.Name, "name", "", "`name` of the template; default base, or the variant")
+		flags.StringVar(&base.Variant, "variant", "", "more packages: `node` or python")
+		flags.StringVar(&base.Mirror, "mirror", "", "`URL` of the archive of packages, such as https://deb.debian.org/debian; default those of this machine's apt")
+		flags.StringVar(&base.Suite, "suite", "", "`codename` of the distribution, such as bookworm; default this machine's")
+		flags.StringVar(&base.Keyring, "keyring", "", "`file` with the keys of the archive; default this machine's")
+	})
+	if err != nil {
+		return err
+	}
+	switch command {
+	case "base":
+		return c.buildBase(ctx, base, stdout, stderr)
+	case "list":
+		return c.listTemplates(stdout)
+	case "delete":
+		store, err := c.newStore()
+		if err != nil {
+			return err
+		}
+		return store.Delete("", name)
+	case "", "help", "--help", "-h":
+		_, err := fmt.Fprint(stdout, templateUsage)
+		return err
+	}
+	return fmt.Errorf("there is no command %q; run 'soulbox-mcp template help'", "template "+command)
+}
+
+func (c config) buildBase(ctx context.Context, o template.BaseOptions, stdout, stderr io.Writer) (err error) {
+	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: max(c.logLevel, slog.LevelWarn)}))
+	manager, store, err := c.newManager(log, nil)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if cerr := manager.Close(); err == nil {
+			err = cerr
+		}
+	}()
+	store.InUse = manager.Images
+	shown := newProgress(stderr)
+	o.Say = shown.say
+	builder := &template.Builder{Store: store, Manager: manager, Log: log}
+	built, err := builder.BuildBase(ctx, o)
+	shown.end()
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(stdout, "%s is built: %d MB in %.0f s. Sandboxes that name no template begin from %q.\n", built.Name, built.Size>>20, shown.took().Seconds(), template.BaseName)
+	return err
+}
+
+func (c config) listTemplates(stdout io.Writer) error {
+	store, err := c.newStore()
+	if err != nil {
+		return err
+	}
+	list, err := store.List("")
+	if err != nil {
+		return err
+	}
+	w := tabwriter.NewWriter(stdout, 0, 4, 2, ' ', 0)
+	fmt.Fprintln(w, "NAME\tSIZE\tCREATED\tFROM")
+	for _, m := range list {
+		fmt.Fprintf(w, "%s\t%d MB\t%s\t%s\n", m.Name, m.Size>>20, m.Created.Format(time.DateTime), m.Parent)
+	}
+	fmt.Fprintf(w, "%s\t-\t-\tthe programs of this machine\n", template.HostName)
+	return w.Flush()
+}
+
+// progress shows lines as they come: on a terminal the last one only, in one place.
+type progress struct {
+	to    io.Writer
+	began time.Time
+	width int // of a terminal; 0 is none
+}
+
+func newProgress(to io.Writer) *progress {
+	p := &progress{to: to, began: time.Now()}
+	if f, ok := to.(*os.File); ok {
+		if size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ); err == nil {
+			p.width = max(int(size.Col), 20)
+		}
+	}
+	return p
+}
+
+func (p *progress) took() time.Duration { return time.Since(p.began) }
+
+func (p *progress) say(format string, args ...any) {
+	text := fmt.Sprintf("[%3.0f s] ", p.took().Seconds()) + strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", " ")
+	if p.width == 0 {
+		fmt.Fprintln(p.to, text)
+		return
+	}
+	if r := []rune(text); len(r) >= p.width {
+		text = string(r[:p.width-1])
+	}
+	fmt.Fprintf(p.to, "\r\x1b[K%s", text)
+}
+
+func (p *progress) end() {
+	if p.width > 0 {
+		fmt.Fprint(p.to, "\r\x1b[K")
+	}
+}
