@@ -41,11 +41,11 @@ type marked struct {
 }
 
 // serveChanges sends what has changed since the last time as a layer, a tar in which what is gone is a whiteout. The first time, with h.Mode "mark",
-// nothing is sent.
+// nothing is sent; with "all" all is, and nothing is remembered.
 func (s *Server) serveChanges(ctx context.Context, stream *yamux.Stream, h header) {
 	s.marked.mu.Lock()
 	defer s.marked.mu.Unlock()
-	if h.Mode != modeMark && s.marked.dirs == nil {
+	if h.Mode == "" && s.marked.dirs == nil {
 		_ = writeMessage(stream, answer{Error: wireError(invalid("changes: there is no mark to compare with"))})
 		return
 	}
@@ -63,6 +63,9 @@ func (s *Server) serveChanges(ctx context.Context, stream *yamux.Stream, h heade
 	defer from.Close() // the walk ends with its reader
 	out := bufio.NewWriterSize(to, 128<<10)
 	w := &layerWriter{ctx: ctx, old: s.marked.dirs, now: map[string]map[string]fileKey{}, links: map[uint64]string{}, skip: map[string]bool{path.Clean(s.opts.SpoolDir): true, path.Clean(shells): true, agentPath: true, BuildDir: true}}
+	if h.Mode == modeAll {
+		w.old = nil
+	}
 	if h.Mode != modeMark {
 		w.tar = tar.NewWriter(out)
 	}
@@ -84,7 +87,7 @@ func (s *Server) serveChanges(ctx context.Context, stream *yamux.Stream, h heade
 	end := answer{}
 	if src.err != nil {
 		end.Error = wireError(src.err)
-	} else {
+	} else if h.Mode != modeAll {
 		s.marked.dirs = w.now
 	}
 	_ = endChunks(stream, end)
@@ -92,6 +95,7 @@ func (s *Server) serveChanges(ctx context.Context, stream *yamux.Stream, h heade
 
 const (
 	modeMark = "mark"
+	modeAll  = "all"
 	// agentPath is where the agent's binary is: it is no part of the sandbox' files.
 	agentPath = "/.soulbox"
 	// BuildDir is for what a build needs in its sandbox, and is no part of the files either.
@@ -111,8 +115,11 @@ type layerWriter struct {
 
 func (w *layerWriter) run(root string) error {
 	var st unix.Stat_t
-	if err := unix.Lstat(root, &st); err != nil {
-		return &fs.PathError{Op: "lstat", Path: root, Err: err}
+	if err := unix.Stat(root, &st); err != nil {
+		return &fs.PathError{Op: "stat", Path: root, Err: err}
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		return &fs.PathError{Op: "read", Path: root, Err: unix.ENOTDIR}
 	}
 	w.device = st.Dev
 	if err := w.dir(root, "", &st); err != nil {
@@ -435,6 +442,11 @@ func (c *Client) MarkFiles(ctx context.Context) error {
 // Changes gives a layer, as the OCI image specification has it: a tar of what has changed since MarkFiles, or since the last Changes that was read to
 // its end. The reader must be closed, and reads fail when ctx ends. It is the guest's, whatever it says.
 func (c *Client) Changes(ctx context.Context) (io.ReadCloser, error) { return c.changes(ctx, "/", "") }
+
+// Pack gives all that is in a directory as a tar, with names below it. What is mounted there is left out. Else it is as Changes.
+func (c *Client) Pack(ctx context.Context, dir string) (io.ReadCloser, error) {
+	return c.changes(ctx, dir, modeAll)
+}
 
 func (c *Client) changes(ctx context.Context, root, mode string) (io.ReadCloser, error) {
 	stream, _, end, err := c.begin(ctx, header{Stream: streamChanges, Path: root, Mode: mode})

@@ -48,12 +48,12 @@ func (s *Service) List(ctx context.Context, cursor string) ([]mcp.Resource, stri
 		last := list[pageSize-1]
 		return page, base64.RawURLEncoding.EncodeToString([]byte(last.Created.UTC().Format(time.RFC3339Nano) + " " + last.ID)), nil
 	}
-	templates, err := s.Options.Templates(ctx)
+	templates, err := s.templates(who)
 	if err != nil {
 		return nil, "", err
 	}
-	for _, t := range templates {
-		page = append(page, mcp.NewResource("template://"+t.Name, t.Name, mcp.WithResourceDescription("Template "+t.Name), mcp.WithMIMEType("application/json")))
+	for _, name := range templates {
+		page = append(page, mcp.NewResource("template://"+name, name, mcp.WithResourceDescription("Template "+name), mcp.WithMIMEType("application/json")))
 	}
 	return page, "", nil
 }
@@ -119,13 +119,11 @@ func (s *Service) Complete(ctx context.Context, template, variable, value string
 	}
 	switch {
 	case strings.HasPrefix(template, "template://") && variable == "name":
-		templates, err := s.Options.Templates(ctx)
+		names, err := s.templates(who)
 		if err != nil {
 			return nil, err
 		}
-		for _, t := range templates {
-			all = append(all, t.Name)
-		}
+		all = names
 	case variable == "id":
 		for _, i := range s.Manager.List(sandbox.Filter{Owner: who}) {
 			all = append(all, i.ID)

@@ -22,6 +22,7 @@ import (
 
 	"soulbox.dev/soulbox/agent"
 	"soulbox.dev/soulbox/sandbox"
+	"soulbox.dev/soulbox/template"
 )
 
 // maxRead is how much one read gives, in bytes; the rest is read by ranges.
@@ -29,8 +30,8 @@ const maxRead = 1 << 20
 
 // Options configure the resources.
 type Options struct {
-	Manager   *sandbox.Manager
-	Templates func(ctx context.Context) ([]sandbox.Template, error)
+	Manager *sandbox.Manager
+	Store   *template.Store
 	// NotFound is the error that says that a URI leads nowhere, of whoever asks.
 	NotFound error
 }
@@ -85,6 +86,7 @@ func (s *Service) Templates() []mcp.ResourceTemplate {
 		{"sandbox://{id}/logs", "logs", "What has happened to a sandbox, as JSON lines. Add ?offset=N for the entries after that seq.", "application/jsonl"},
 		{"sandbox://{id}/metrics", "metrics", "What a sandbox uses now, has used, and its samples of the last hour.", "application/json"},
 		{"template://{name}", "template", "A template of sandboxes.", "application/json"},
+		{"template://{name}/builds/{build_id}/log", "build log", "The log of a build of a template, as JSON lines.", "application/jsonl"},
 	} {
 		all = append(all, mcp.NewResourceTemplate(t.uri, t.name, mcp.WithTemplateDescription(t.description), mcp.WithTemplateMIMEType(t.mime)))
 	}
@@ -115,7 +117,7 @@ func (s *Service) read(ctx context.Context, uri string) ([]mcp.ResourceContents,
 	}
 	switch n.kind {
 	case kindTemplate:
-		return s.template(ctx, uri, n.sandbox)
+		return s.template(ctx, uri, n)
 	case kindSandbox:
 		return asJSON(uri, describe(sb.Info()))
 	case kindLogs:
@@ -212,17 +214,42 @@ func describe(i sandbox.Info) map[string]any {
 	return d
 }
 
-func (s *Service) template(ctx context.Context, uri, wanted string) ([]mcp.ResourceContents, error) {
-	all, err := s.Options.Templates(ctx)
+// template is a template, or the log of a build of it.
+func (s *Service) template(ctx context.Context, uri string, n name) ([]mcp.ResourceContents, error) {
+	who, _ := owner(ctx) // find knows it
+	if n.build != "" {
+		log, err := s.Store.BuildLog(who, n.build)
+		if errors.Is(err, template.ErrNoBuild) {
+			return nil, s.notFound(uri)
+		}
+		if err != nil {
+			return nil, err
+		}
+		from := min(n.offset, int64(len(log)))
+		part := log[from:min(from+n.room(), int64(len(log)))]
+		return asText(uri, "application/jsonl", string(part), rest(uri, int64(len(log)), from+int64(len(part)))), nil
+	}
+	if n.sandbox == template.HostName {
+		return asJSON(uri, map[string]any{"name": n.sandbox})
+	}
+	m, err := s.Store.Get(who, n.sandbox)
+	if errors.Is(err, sandbox.ErrNoTemplate) {
+		return nil, s.notFound(uri)
+	}
 	if err != nil {
 		return nil, err
 	}
-	for _, t := range all {
-		if t.Name == wanted {
-			return asJSON(uri, map[string]any{"name": t.Name})
-		}
+	return asJSON(uri, m)
+}
+
+// templates are the names of those that an owner sees.
+func (s *Service) templates(who string) ([]string, error) {
+	all, err := s.Store.List(who)
+	names := []string{template.HostName}
+	for _, m := range all {
+		names = append(names, m.Name)
 	}
-	return nil, s.notFound(uri)
+	return names, err
 }
 
 // missing turns the error of a file or process that is not there into that of a resource.

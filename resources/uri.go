@@ -23,7 +23,8 @@ const (
 // name is a URI taken apart.
 type name struct {
 	kind    kind
-	sandbox string
+	sandbox string // or the name of a template
+	build   string // of a template, whose log is meant
 	path    string // of a file, absolute
 	process string
 	offset  int64 // of a range; of a process' output counted from its beginning
@@ -32,6 +33,9 @@ type name struct {
 
 // parse takes a URI apart. One that is none of ours, in whatever way, is not there.
 func parse(uri string) (name, bool) {
+	if rest, ok := strings.CutPrefix(uri, "template://"); ok {
+		return parseTemplate(rest)
+	}
 	u, err := url.Parse(uri)
 	if err != nil || u.User != nil || u.Fragment != "" || u.Opaque != "" || u.ForceQuery || len(uri) > 8192 {
 		return name{}, false
@@ -39,10 +43,6 @@ func parse(uri string) (name, bool) {
 	n := name{sandbox: u.Host}
 	if !n.ranged(u.RawQuery) {
 		return name{}, false
-	}
-	if u.Scheme == "template" {
-		n.kind = kindTemplate
-		return n, u.Host != "" && u.Path == "" && u.RawQuery == ""
 	}
 	if u.Scheme != "sandbox" || !sandbox.ValidID(u.Host) {
 		return name{}, false
@@ -63,6 +63,25 @@ func parse(uri string) (name, bool) {
 		return name{}, false
 	}
 	return n, true
+}
+
+// parseTemplate takes the URI of a template apart: NAME, or NAME/builds/ID/log. A name may have a colon, which is none of a port.
+func parseTemplate(rest string) (name, bool) {
+	rest, query, _ := strings.Cut(rest, "?")
+	n := name{kind: kindTemplate}
+	if !n.ranged(query) || len(rest) > 256 {
+		return name{}, false
+	}
+	parts := strings.Split(rest, "/")
+	n.sandbox = parts[0]
+	switch {
+	case len(parts) == 1:
+		return n, n.sandbox != "" && query == ""
+	case len(parts) == 4 && parts[1] == "builds" && parts[3] == "log":
+		n.build = parts[2]
+		return n, n.build != ""
+	}
+	return name{}, false
 }
 
 // ranged reads the range of a URI: offset and limit in bytes.

@@ -3,7 +3,6 @@ package tools
 import (
 	"context"
 	"fmt"
-	"slices"
 	"strings"
 	"time"
 
@@ -22,10 +21,6 @@ func (s *Service) lifecycleTools() []server.ServerTool {
 			hints{title: "Save a snapshot"}, s.sandboxSnapshot),
 		define(s, "sandbox_fork", "Make copies of a sandbox as it is, memory and processes too; it goes on.",
 			hints{title: "Fork a sandbox"}, s.sandboxFork),
-		define(s, "template_list", "List what sandboxes can begin from: templates, and your snapshots.",
-			hints{title: "List templates and snapshots", readOnly: true, idempotent: true}, s.templateList),
-		define(s, "template_delete", "Delete a snapshot. Sandboxes made from it stay.",
-			hints{title: "Delete a snapshot", destructive: true}, s.templateDelete),
 	}
 }
 
@@ -169,67 +164,4 @@ func (s *Service) sandboxFork(ctx context.Context, in sandboxForkInput) (sandbox
 		return out, last
 	}
 	return out, nil
-}
-
-type templateListInput struct{}
-
-type templateListOutput struct {
-	Templates []snapshotInfo `json:"templates"`
-}
-
-func (o templateListOutput) text() string {
-	var lines []string
-	for _, t := range o.Templates {
-		lines = append(lines, t.text())
-	}
-	return strings.Join(lines, "\n")
-}
-
-func (s *Service) templateList(ctx context.Context, _ templateListInput) (templateListOutput, error) {
-	who, err := caller(ctx)
-	if err != nil {
-		return templateListOutput{}, err
-	}
-	out := templateListOutput{Templates: []snapshotInfo{}}
-	if s.Templates != nil {
-		all, err := s.Templates(ctx)
-		if err != nil {
-			return out, err
-		}
-		for _, t := range all {
-			out.Templates = append(out.Templates, snapshotInfo{Name: t.Name, Kind: "template"})
-		}
-	}
-	snaps, err := s.Manager.Snapshots(who.Owner())
-	for _, snap := range snaps {
-		out.Templates = append(out.Templates, describeSnapshot(snap))
-	}
-	return out, err
-}
-
-type templateDeleteInput struct {
-	Name string `json:"name" jsonschema:"from template_list"`
-}
-
-type templateDeleteOutput struct {
-	Name string `json:"name"`
-}
-
-func (o templateDeleteOutput) text() string { return "Snapshot " + o.Name + " is deleted." }
-
-func (s *Service) templateDelete(ctx context.Context, in templateDeleteInput) (templateDeleteOutput, error) {
-	who, err := caller(ctx)
-	if err != nil {
-		return templateDeleteOutput{}, err
-	}
-	if s.Templates != nil {
-		all, err := s.Templates(ctx)
-		if err != nil {
-			return templateDeleteOutput{}, err
-		}
-		if slices.ContainsFunc(all, func(t sandbox.Template) bool { return t.Name == in.Name }) {
-			return templateDeleteOutput{}, badArgument("%q is a template of this server, which stays. Snapshots can be deleted: template_list shows them.", shorten(in.Name, 60))
-		}
-	}
-	return templateDeleteOutput(in), s.Manager.DeleteSnapshot(who.Owner(), in.Name)
 }

@@ -32,7 +32,7 @@ func (s *Service) sandboxTools() []server.ServerTool {
 }
 
 type sandboxCreateInput struct {
-	Template      string            `json:"template,omitempty" jsonschema:"or a snapshot; default host: this machine's programs"`
+	Template      string            `json:"template,omitempty" jsonschema:"or a snapshot; default base, else host: this machine's programs"`
 	Metadata      map[string]string `json:"metadata,omitempty" jsonschema:"to find it by"`
 	Env           map[string]string `json:"env,omitempty" jsonschema:"environment of all its processes"`
 	TimeoutMS     int64             `json:"timeout_ms,omitempty" jsonschema:"life time; default 3600000"`
@@ -45,6 +45,8 @@ type sandboxCreateInput struct {
 	MemoryMB      int64             `json:"memory_mb,omitempty" jsonschema:"default 1024"`
 	DiskMB        int64             `json:"disk_mb,omitempty" jsonschema:"default 10240"`
 	Pids          int64             `json:"pids,omitempty" jsonschema:"processes at once; default 512"`
+	Network       string            `json:"network,omitempty" jsonschema:"by HTTP proxy: none (default), full, or domains and ranges: pypi.org,*.debian.org"`
+	DiskInMemory  bool              `json:"disk_in_memory,omitempty" jsonschema:"half of memory at most; smaller when idle"`
 }
 
 // sandboxInfo is a sandbox in results.
@@ -165,8 +167,8 @@ func (s *Service) sandboxCreate(ctx context.Context, in sandboxCreateInput) (san
 		return sandboxInfo{}, err
 	}
 	sb, err := s.Manager.Create(ctx, sandbox.CreateOptions{
-		Owner: who.Owner(), Template: in.Template, Metadata: in.Metadata, Env: in.Env, Times: times,
-		Limits: sandbox.Limits{CPU: in.CPU, Memory: in.MemoryMB << 20, Disk: in.DiskMB << 20, Processes: in.Pids},
+		Owner: who.Owner(), Template: in.Template, Metadata: in.Metadata, Env: in.Env, Times: times, Network: parseNetwork(in.Network),
+		Limits: sandbox.Limits{CPU: in.CPU, Memory: in.MemoryMB << 20, Disk: in.DiskMB << 20, Processes: in.Pids, DiskInMemory: in.DiskInMemory},
 	})
 	if err != nil {
 		return sandboxInfo{}, err

@@ -16,6 +16,7 @@ import (
 
 	"soulbox.dev/soulbox/agent"
 	"soulbox.dev/soulbox/sandbox"
+	"soulbox.dev/soulbox/template"
 )
 
 // Instructions is what a client's model is told about the server as a whole.
@@ -30,8 +31,11 @@ type Options struct {
 	Toolsets []string
 	// PortURL is where a user reaches an exposed port; default on this machine's loopback.
 	PortURL func(*sandbox.Sandbox, sandbox.Port) string
-	// Templates are those that there are; default none are listed.
-	Templates func(context.Context) ([]sandbox.Template, error)
+	// Store has the templates that there are beside the host's; Builder makes them. Default none are, and none can be made.
+	Store   *template.Store
+	Builder *template.Builder
+	// ContextDirs are the directories of the host that builds may read, by the names that they really have; default none.
+	ContextDirs []string
 	// ReadOnly leaves out every tool that changes anything, and makes no sandbox by itself.
 	ReadOnly bool
 }
@@ -93,7 +97,7 @@ func (s *Service) Register(m *server.MCPServer) {
 	if !s.ReadOnly && len(s.Toolsets) == 0 { // they name tools of all sets
 		registerPrompts(m)
 	}
-	for _, noun := range []func() []server.ServerTool{s.execTools, s.processTools, s.fileTools, s.watchTools, s.portTools, s.sandboxTools, s.lifecycleTools, s.observeTools} {
+	for _, noun := range []func() []server.ServerTool{s.execTools, s.processTools, s.fileTools, s.watchTools, s.portTools, s.sandboxTools, s.lifecycleTools, s.templateTools, s.observeTools} {
 		for _, t := range noun() {
 			if (len(s.Toolsets) == 0 || slices.Contains(s.Toolsets, toolset(t.Tool.Name))) && (!s.ReadOnly || *t.Tool.Annotations.ReadOnlyHint) {
 				m.AddTools(t)

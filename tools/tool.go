@@ -85,14 +85,18 @@ func schema[T any](input bool) json.RawMessage {
 	return body
 }
 
-// brief is a schema of what is always there, with its types.
+// briefFields is how many fields a brief schema names: the list of all tools is to stay short.
+const briefFields = 3
+
+// brief is a schema of the first things that are always there, with their types.
 func brief(body json.RawMessage) json.RawMessage {
 	var s *jsonschema.Schema
 	if err := json.Unmarshal(body, &s); err != nil {
 		panic(err) // we have just written it: every test fails
 	}
+	always := s.Required[:min(briefFields, len(s.Required))] // in the order of the fields
 	for name, p := range s.Properties {
-		if !slices.Contains(s.Required, name) {
+		if !slices.Contains(always, name) {
 			delete(s.Properties, name)
 			continue
 		}

@@ -38,7 +38,10 @@ type config struct {
 	toolsets string
 	readOnly bool
 	fixtures bool
-	gateway  *url.URL // where ports of sandboxes are reached by name; nil is nowhere
+	// noNetwork gives sandboxes none, whatever they ask for; contextDirs are what builds may read of the host.
+	noNetwork   bool
+	contextDirs []string
+	gateway     *url.URL // where ports of sandboxes are reached by name; nil is nowhere
 }
 
 // saving is what the operator allows to be saved on disk.
@@ -153,6 +156,15 @@ func (c *config) serving(flags *flag.FlagSet) {
 	flags.StringVar(&c.onExit, "on-exit", c.onExit, "what becomes of sandboxes when the server ends: `pause` (to disk), keep (they go on) or kill; the next server has the first two")
 	flags.StringVar(&c.toolsets, "toolsets", "", "`names` of the tools that are offered, of "+strings.Join(tools.Toolsets(), ",")+"; default all")
 	flags.BoolVar(&c.readOnly, "read-only", false, "offer only tools that change nothing")
+	flags.BoolVar(&c.noNetwork, "no-network", false, "no sandbox has a network, whatever it asks for")
+	flags.Func("build-contexts", "`directory` of this machine that builds of templates may read; may be given several times", func(dir string) error {
+		real, err := filepath.Abs(dir)
+		if err == nil {
+			real, err = filepath.EvalSymlinks(real)
+		}
+		c.contextDirs = append(c.contextDirs, real)
+		return err
+	})
 	flags.BoolVar(&c.fixtures, "conformance", false, "offer what the official conformance suite needs, too")
 }
 
@@ -171,7 +183,7 @@ func (c config) newManager(log *slog.Logger, watch func(*sandbox.Options)) (*san
 	o := sandbox.Options{
 		Dir: c.stateDir, Runtime: runtime, Templates: templates, Log: log, Version: version, Times: c.times, Defaults: c.limits,
 		MemoryBudget: c.budget, MaxPerOwner: c.perOwner, Keep: c.onExit != "kill", PauseOnExit: c.onExit == "pause",
-		PausedFor: c.saving.paused, DiskBudget: c.saving.budget, Reclaim: c.saving.reclaim == "oldest",
+		NoNetwork: c.noNetwork, PausedFor: c.saving.paused, DiskBudget: c.saving.budget, Reclaim: c.saving.reclaim == "oldest",
 	}
 	if watch != nil {
 		watch(&o)

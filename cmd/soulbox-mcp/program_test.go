@@ -422,7 +422,7 @@ func TestReadme(t *testing.T) {
 	for _, row := range regexp.MustCompile("(?m)^\\| `([a-z_]+)` \\|").FindAllStringSubmatch(string(readme), -1) {
 		named = append(named, row[1])
 	}
-	server, err := newMCP(tools.Options{}, nil, false, nil, nil)
+	server, err := newMCP(tools.Options{}, false, nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -15,6 +14,7 @@ import (
 	"soulbox.dev/soulbox/mcpserver"
 	"soulbox.dev/soulbox/resources"
 	"soulbox.dev/soulbox/sandbox"
+	"soulbox.dev/soulbox/template"
 	"soulbox.dev/soulbox/tools"
 )
 
@@ -60,11 +60,8 @@ func newService(c config, stderr io.Writer) (_ *service, err error) {
 			err = errors.Join(err, manager.Close())
 		}
 	}()
-	all := func(ctx context.Context) ([]sandbox.Template, error) {
-		t, err := templates.Template(ctx, "", "")
-		return []sandbox.Template{t}, err
-	}
-	o := tools.Options{Manager: manager, Templates: all, ReadOnly: c.readOnly}
+	templates.InUse = manager.Images
+	o := tools.Options{Manager: manager, Store: templates, Builder: &template.Builder{Store: templates, Manager: manager, NoNetwork: c.noNetwork, Log: s.log}, ContextDirs: c.contextDirs, ReadOnly: c.readOnly}
 	if c.gateway != nil {
 		s.gateway = api.NewGateway(manager, c.gateway, s.log)
 		o.PortURL = s.gateway.URL
@@ -72,7 +69,7 @@ func newService(c config, stderr io.Writer) (_ *service, err error) {
 	if c.toolsets != "" {
 		o.Toolsets = strings.Split(c.toolsets, ",")
 	}
-	if s.mcp, err = newMCP(o, all, c.fixtures, s.metrics, s.log); err != nil {
+	if s.mcp, err = newMCP(o, c.fixtures, s.metrics, s.log); err != nil {
 		return nil, err
 	}
 	close(ready)
@@ -83,7 +80,7 @@ func newService(c config, stderr io.Writer) (_ *service, err error) {
 func (s *service) Close() error { return errors.Join(s.manager.Close(), s.closeLog()) }
 
 // newMCP is the MCP server with everything it offers.
-func newMCP(o tools.Options, templates func(context.Context) ([]sandbox.Template, error), fixtures bool, m *metrics, log *slog.Logger) (*mcpserver.Server, error) {
+func newMCP(o tools.Options, fixtures bool, m *metrics, log *slog.Logger) (*mcpserver.Server, error) {
 	offered, err := tools.New(o)
 	if err != nil {
 		return nil, fmt.Errorf("--toolsets: %w", err)
@@ -94,8 +91,8 @@ func newMCP(o tools.Options, templates func(context.Context) ([]sandbox.Template
 	offered.Register(s)
 	options := mcpserver.Options{
 		MCP: s, Name: "soulbox", Version: version, Log: log,
-		Resources: resources.New(resources.Options{Manager: o.Manager, Templates: templates, NotFound: mcpserver.ErrNoResource}),
-		Tasks:     map[string]mcpserver.TaskRule{"exec": {After: taskAfter}, "sandbox_snapshot": {After: taskAfter}, "sandbox_fork": {After: taskAfter}},
+		Resources: resources.New(resources.Options{Manager: o.Manager, Store: o.Store, NotFound: mcpserver.ErrNoResource}),
+		Tasks:     map[string]mcpserver.TaskRule{"exec": {After: taskAfter}, "sandbox_snapshot": {After: taskAfter}, "sandbox_fork": {After: taskAfter}, "template_build": {After: taskAfter}},
 	}
 	if m != nil {
 		options.Observe = func(method, tool, outcome string, took time.Duration) {
