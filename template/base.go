@@ -36,7 +36,7 @@ type BaseOptions struct {
 }
 
 // packagesOf are what the base has beside a minimal system.
-const basePackages = "bash-completion build-essential ca-certificates curl file git gnupg jq less ncurses-term netbase openssh-client procps python3 python3-pip python3-venv " +
+const basePackages = "bash-completion build-essential ca-certificates curl file git gnupg jq less libnss-myhostname ncurses-term netbase openssh-client procps python3 python3-pip python3-venv " +
 	"python-is-python3 rsync sudo tmux tzdata unzip vim-tiny wget xz-utils zip"
 
 var variants = map[string]string{"": "", "node": "nodejs npm", "python": "python3-dev python3-numpy python3-pandas python3-matplotlib python3-requests ipython3 pipx"}

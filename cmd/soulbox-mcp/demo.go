@@ -13,6 +13,8 @@ import (
 	"github.com/mark3labs/mcp-go/client"
 	"github.com/mark3labs/mcp-go/client/transport"
 	"github.com/mark3labs/mcp-go/mcp"
+
+	"soulbox.dev/soulbox/template"
 )
 
 // step is one call of the demo; check says what is to be in its text.
@@ -23,17 +25,18 @@ type step struct {
 	check string
 }
 
-// demoSteps are what the demo does. A bare Debian has perl but no python; a sandbox of the host template has what the host has.
-func demoSteps(home string) []step {
+// demoSteps are what the demo does. A bare Debian has perl but no python; a sandbox of the host template has what the host has, one of the base
+// template its own, and a network for installing more.
+func demoSteps(home string, hasBase bool) []step {
 	compute, serve := "python3 -c 'print(sum(i * i for i in range(10**6)))'", "python3 -u -m http.server 8000 --directory /home/user/site"
-	if _, err := os.Stat("/usr/bin/python3"); err != nil {
+	if _, err := os.Stat("/usr/bin/python3"); err != nil && !hasBase {
 		compute = `perl -e '$s += $_ * $_ for 0 .. 10**6 - 1; print "$s\n"'`
 		serve = `perl -MIO::Socket::INET -e '$l = IO::Socket::INET->new(LocalAddr => "127.0.0.1", LocalPort => 8000, Listen => 5, ReuseAddr => 1) or die; $| = 1;
 			while ($c = $l->accept) { print "127.0.0.1 ", scalar <$c>; open F, "/home/user/site/index.html"; print $c "HTTP/1.0 200 OK\r\n\r\n", <F>; close $c }'`
 	}
 	// Asks as soon as the server listens.
 	ask := "for i in $(seq 100); do (exec 3<>/dev/tcp/127.0.0.1/8000 && printf 'GET / HTTP/1.0\\r\\n\\r\\n' >&3 && cat <&3) 2>/dev/null && break; sleep 0.05; done"
-	return []step{
+	steps := []step{
 		{"Who am I, and where?", "exec", map[string]any{"command": "id; uname -sr; pwd; nproc"}, "uid=1000(user)"},
 		{"Again: the sandbox is there now, and a command takes milliseconds.", "exec", map[string]any{"command": "echo hello from $(hostname)"}, "hello from"},
 		{"Compute something.", "exec", map[string]any{"command": compute}, "333332833333500000"},
@@ -58,9 +61,17 @@ func demoSteps(home string) []step {
 		{"What can the sandbox not see? Your home and root's ...", "exec", map[string]any{"command": "ls /home; ls " + home + " 2>&1 | head -3; ls /root 2>&1 | tail -1"}, "user\n"},
 		{"... your processes ...", "exec", map[string]any{"command": "cat /proc/[0-9]*/cmdline | tr '\\0' ' '", "user": "root"}, "soulbox-agent init"},
 		{"... any network ...", "exec", map[string]any{"command": "tail -n +3 /proc/net/dev | cut -d: -f1; (exec 3<>/dev/tcp/192.0.2.1/53) 2>&1 | tail -1"}, "lo"},
-		{"... and it cannot harm your programs, not even as root.", "exec", map[string]any{"command": "rm -rf /usr/bin 2>&1 | tail -1; ls /usr/bin | wc -l", "user": "root"}, "Read-only file system"},
-		{"What does it cost?", "sandbox_get", map[string]any{}, "is running"},
 	}
+	if hasBase {
+		return append(steps,
+			step{"... and what it does to its programs, it does to its own.", "exec", map[string]any{"command": "rm -rf /usr/share; ls /usr/share 2>&1", "user": "root"}, "cannot access"},
+			step{"What does it cost?", "sandbox_get", map[string]any{}, "is running"},
+			step{"Another one, with a network ...", "sandbox_create", map[string]any{"network": "full"}, "is running"},
+			step{"... installs a package.", "exec", map[string]any{"command": "sudo apt-get update -qq && sudo apt-get install -qq -y tree 2>&1 | tail -1; tree --version", "sandbox_id": lastSandbox}, "tree v"})
+	}
+	return append(steps,
+		step{"... and it cannot harm your programs, not even as root.", "exec", map[string]any{"command": "rm -rf /usr/bin 2>&1 | tail -1; ls /usr/bin | wc -l", "user": "root"}, "Read-only file system"},
+		step{"What does it cost?", "sandbox_get", map[string]any{}, "is running"})
 }
 
 // runDemo lets a real MCP client talk to this program in a process of its own, as an IDE would, and prints what is said.
@@ -99,34 +110,48 @@ func runDemo(ctx context.Context, args []string, getenv func(string) string, std
 		return fmt.Errorf("list tools: %w", err)
 	}
 	fmt.Fprintf(stdout, "An MCP client (protocol %s) talks over stdio to %s %s, which offers %d tools.\n", hello.ProtocolVersion, hello.ServerInfo.Name, hello.ServerInfo.Version, len(list.Tools))
-	steps, cursor := demoSteps(getenv("HOME")), ""
+	store, err := c.newStore()
+	if err != nil {
+		return err
+	}
+	_, err = store.Get("", template.BaseName)
+	steps, given := demoSteps(getenv("HOME"), err == nil), map[string]any{}
 	for _, s := range steps {
-		if s.args["cursor"] == lastCursor {
-			s.args["cursor"] = cursor
+		for name, value := range s.args {
+			if value == lastCursor || value == lastSandbox {
+				s.args[name] = given[name]
+			}
 		}
-		if cursor, err = runStep(ctx, mc, s, stdout, cursor); err != nil {
+		if err := runStep(ctx, mc, s, stdout, given); err != nil {
 			return err
 		}
 	}
-	fmt.Fprintf(stdout, "\nDone in %.1f s: %d steps, all as expected. The sandbox and its copy end with their client, which asked for that; else they would be paused to disk.\n", time.Since(begin).Seconds(), len(steps))
+	fmt.Fprintf(stdout, "\nDone in %.1f s: %d steps, all as expected. The sandboxes end with their client, which asked for that; else they would be paused to disk.\n", time.Since(begin).Seconds(), len(steps))
 	return nil
 }
 
-// lastCursor stands for the cursor that the last step with one has given.
-const lastCursor = "the last one"
+// lastCursor stands for the cursor that the last step with one has given, lastSandbox for the sandbox that the last step was about.
+const (
+	lastCursor  = "the last cursor"
+	lastSandbox = "the last sandbox"
+)
 
-// runStep makes one call, shows it, and gives the cursor that it has given, or else the one before.
-func runStep(ctx context.Context, mc *client.Client, s step, stdout io.Writer, cursor string) (string, error) {
+// runStep makes one call, shows it, and notes what later ones may need of its result.
+func runStep(ctx context.Context, mc *client.Client, s step, stdout io.Writer, given map[string]any) error {
 	var call mcp.CallToolRequest
 	call.Params.Name, call.Params.Arguments = s.tool, s.args
 	begin := time.Now()
 	result, err := mc.CallTool(ctx, call)
 	took := time.Since(begin)
 	if err != nil {
-		return "", fmt.Errorf("%s: %w", s.tool, err)
+		return fmt.Errorf("%s: %w", s.tool, err)
 	}
-	if fields, ok := result.StructuredContent.(map[string]any); ok && fields["cursor"] != nil {
-		cursor = fmt.Sprint(fields["cursor"])
+	if fields, ok := result.StructuredContent.(map[string]any); ok {
+		for _, name := range []string{"cursor", "sandbox_id"} {
+			if fields[name] != nil {
+				given[name] = fields[name]
+			}
+		}
 	}
 	var text strings.Builder
 	for _, c := range result.Content {
@@ -139,15 +164,15 @@ func runStep(ctx context.Context, mc *client.Client, s step, stdout io.Writer, c
 		fmt.Fprintf(stdout, "  | %s\n", strings.TrimRight(line, "\n"))
 	}
 	if result.IsError || !strings.Contains(text.String(), s.check) {
-		return "", fmt.Errorf("demo: %s did not give %q", s.tool, s.check)
+		return fmt.Errorf("demo: %s did not give %q", s.tool, s.check)
 	}
-	return cursor, nil
+	return nil
 }
 
 // describeArgs shows the arguments that matter, on one line.
 func describeArgs(args map[string]any) string {
 	var parts []string
-	for _, name := range []string{"command", "path", "cursor", "old_str", "new_str", "pattern", "tag", "user", "background"} {
+	for _, name := range []string{"command", "path", "cursor", "old_str", "new_str", "pattern", "tag", "user", "background", "network"} {
 		if v, ok := args[name]; ok {
 			text := strings.ReplaceAll(fmt.Sprint(v), "\n", "; ")
 			if r := []rune(text); len(r) > 100 {
