@@ -237,6 +237,11 @@ func (c *Client) List(ctx context.Context, req ListRequest) ([]Process, error) {
 	return call[[]Process](ctx, c, callList, req)
 }
 
+// Mount mounts something for a build, or takes it away.
+func (c *Client) Mount(ctx context.Context, req MountRequest) (MountResult, error) {
+	return call[MountResult](ctx, c, callMount, req)
+}
+
 // Ping returns when the agent has answered.
 func (c *Client) Ping(ctx context.Context) error {
 	_, err := call[struct{}](ctx, c, callPing, struct{}{})

@@ -480,6 +480,8 @@ func (s *Server) call(ctx context.Context, req *jsonrpc2.Request) (result any, e
 		return on(req, s.remove)
 	case callEdit:
 		return on(req, s.edit)
+	case callMount:
+		return on(req, s.mount)
 	case callSetattr:
 		return on(req, s.setattr)
 	case callSearch:

@@ -68,6 +68,7 @@ const (
 	callInput     = "input"
 	callPing      = "ping"
 	callSuspend   = "suspend"
+	callMount     = "mount"
 	noteCancel    = "$/cancelRequest"
 	noteHangUp    = "$/hangUp"
 )

@@ -34,7 +34,6 @@ type aptSource struct {
 // aptPackage is a package as an archive describes it.
 type aptPackage struct {
 	name, version, priority, file, sha256, uri string
-	size                                       int64
 	essential                                  bool
 	depends                                    [][]string // any of each
 	provides                                   []string

@@ -187,7 +187,7 @@ func (b *Builder) secondStage(ctx context.Context, name string, files *Files, so
 		fmt.Fprintf(&list, "deb %s %s main\n", src.uri, src.suite)
 	}
 	s.args = pairs{{Key: "SOURCES", Value: ptr(list.String())}}
-	if err := s.exec(ctx, "install", []string{"/bin/sh", "-ec", installScript}); err != nil {
+	if err := s.exec(ctx, "install", []string{"/bin/sh", "-ec", installScript}, nil); err != nil {
 		return Manifest{}, err
 	}
 	made, err := s.capture(ctx, "installed")

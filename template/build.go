@@ -368,6 +368,7 @@ func (s *Store) Collect() error {
 		s.sweep("steps", stepKept, func(string) bool { return false }),
 		s.sweep("layers", stepKept, func(name string) bool { return layers["sha256:"+name] }),
 		s.sweep("images", imageKept, func(name string) bool { return images["sha256:"+strings.TrimSuffix(name, ".erofs")] }),
+		s.sweep("caches", stepKept, func(string) bool { return false }),
 		s.sweep("builds", logKept, func(string) bool { return false }),
 	)
 }

@@ -2,12 +2,15 @@ package template
 
 import (
 	"context"
+	"errors"
 	"io"
 	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"soulbox.dev/soulbox/gvisor"
 	"soulbox.dev/soulbox/internal/sandboxtest"
@@ -143,4 +146,154 @@ EXPOSE 80 8000-8002/udp
 	if third := w.build("third", dockerfile, files); third.Cached != 0 && third.Image != built.Image {
 		t.Errorf("%d of %d steps cached", third.Cached, third.Steps)
 	}
+}
+
+// TestHeredocs: what the oracle does not know.
+func TestHeredocs(t *testing.T) {
+	w := newWorkshop(t)
+	w.build("heredocs", `FROM mini
+ARG WHO=world
+RUN <<EOF
+echo one > /one
+echo "two $WHO" > /two
+EOF
+RUN cat <<'E2' > /quoted
+$not expanded
+E2
+RUN <<EOF
+#!/bin/bash -e
+echo ${BASH_VERSION:+bash} > /shebang
+EOF
+COPY --chmod=711 <<EOF /greeting
+hello $WHO
+EOF
+COPY <<'A' <<B /dir/
+raw $WHO
+A
+made for $WHO
+B
+`, nil)
+	got := w.in("heredocs", "root", "cat /one /two /quoted /shebang /greeting /dir/A /dir/B; stat -c %a /greeting; ls -A / | grep soulbox-build")
+	if want := "one\ntwo world\n$not expanded\nbash\nhello world\nraw $WHO\nmade for world\n711\n"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
+
+// TestRunMounts: secrets and caches are seen by their RUN alone, and are in no layer.
+func TestRunMounts(t *testing.T) {
+	w := newWorkshop(t)
+	dockerfile := `FROM mini
+RUN --mount=type=secret,id=key,mode=0444 --mount=type=secret,id=tok,env=TOKEN cat /run/secrets/key | sha256sum > /sum; test "$TOKEN" = token
+RUN --mount=type=secret,id=missing test ! -e /run/secrets/missing
+RUN --mount=type=cache,target=/c,id=%s echo x >> /c/count; wc -l < /c/count > /count
+RUN --mount=type=tmpfs,target=/t,size=1m head -c 10000000 /dev/zero > /t/x || echo full > /full
+`
+	secrets := map[string][]byte{"key": []byte("top secret"), "tok": []byte("token")}
+	for n, id := range []string{"a", "a", "b"} {
+		_, log, err := w.try(t.Context(), BuildRequest{Name: "mounts", Dockerfile: strings.Replace(dockerfile, "%s", id, 1), Secrets: secrets, NoCache: true}, nil)
+		if err != nil || strings.Contains(log, "top secret") {
+			t.Fatal(err, log)
+		}
+		want := map[int]string{0: "1\n", 1: "2\n", 2: "1\n"}[n]
+		if got := w.in("mounts", "root", "cat /count /full; ls -A /t /c /run/secrets 2>&1 | grep -c 'No such'; cat /sum"); !strings.HasPrefix(got, want+"full\n3\n") {
+			t.Errorf("%q", got)
+		}
+	}
+	for _, kind := range []string{"layers", "images", "steps", "caches"} {
+		out, _ := exec.Command("grep", "-rlaF", "top secret", w.store.file(kind, "")).Output()
+		if len(out) > 0 {
+			t.Errorf("the secret is in %s", out)
+		}
+	}
+	if _, _, err := w.try(t.Context(), BuildRequest{Name: "x", Dockerfile: "FROM mini\nRUN --mount=type=secret,id=no,required true\n"}, nil); err == nil || !strings.Contains(err.Error(), `no secret "no"`) {
+		t.Error(err)
+	}
+}
+
+// TestDockerfileErrors: what is wrong is said with its line and what to do.
+func TestDockerfileErrors(t *testing.T) {
+	w := newWorkshop(t)
+	for dockerfile, want := range map[string]string{
+		"":                                                    "file with no instructions",
+		"RUN x\n":                                             "no build stage in current context",
+		"FROM mini\nRUM x\n":                                  "line 2: unknown instruction: RUM",
+		"FROM mini\n\nCOPY a\n":                               "line 3: ",
+		"FROM mini\nONBUILD RUN x\n":                          "line 2: ONBUILD is not supported; put the instruction",
+		"FROM mini\nADD http://x/y /\n":                       "line 2: ADD of http://x/y is not supported; fetch it by RUN curl",
+		"FROM mini\nRUN --network=host x\n":                   "line 2: RUN --network is not supported",
+		"FROM mini\nRUN --mount=type=ssh x\n":                 "line 2: RUN --mount=type=ssh is not supported; give the key as a secret",
+		"FROM --platform=linux/s390x mini\n":                  `line 1: the platform "linux/s390x" cannot be built here`,
+		"ARG X\nFROM $X\n":                                    "line 2: FROM $X names nothing",
+		"FROM mini\nCOPY --from=3 a /\n":                      "line 2: COPY --from=3 names the stage itself",
+		"FROM nothere\n":                                      "line 1: FROM nothere: there is no template \"nothere\", and this server does not pull images",
+		"FROM host\n":                                         "cannot be built on; build on \"base\"",
+		"FROM mini\nCOPY main.g /\n":                          `line 2: COPY main.g /: "main.g": file does not exist; / of it has main.go`,
+		"FROM mini\nCOPY lib/*.rs /\n":                        `"lib/*.rs": file does not exist; /lib of it has`,
+		"FROM mini\nCOPY --chown=nouser a.txt /\n":            `--chown=nouser: there is no "nouser" in /etc/passwd`,
+		"FROM mini\nCOPY --chmod=abc a.txt /\n":               "--chmod=abc is no mode",
+		"FROM mini\nUSER nobodyx\nRUN true\n":                 `USER nobodyx: there is no "nobodyx" in /etc/passwd`,
+		"FROM mini\nRUN echo why; echo because >&2; exit 7\n": "line 2: RUN echo why; echo because >&2; exit 7: exit code 7\nThe last lines of its output:\nwhy\nbecause",
+		"FROM mini\nRUN [\"/nothere\"]\n":                     "line 2: ",
+		"FROM mini\nEXPOSE 99999\n":                           `"99999" is no port`,
+		"FROM mini\nRUN kill -9 $$\n":                         "it was ended by SIGKILL",
+	} {
+		_, _, err := w.try(t.Context(), BuildRequest{Name: "wrong", Dockerfile: dockerfile}, map[string]string{"main.go": "x", "lib/a.c": "x", "a.txt": "x"})
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: %v, want %q", dockerfile, err, want)
+		}
+	}
+	if _, err := w.store.Get("", "wrong"); !errors.Is(err, sandbox.ErrNoTemplate) {
+		t.Error("a failed build has a name:", err)
+	}
+	for _, name := range []string{"", "UPPER", "a b", "../x", "host", "sha256:abc", strings.Repeat("x", 64), "a:b:c"} {
+		if _, _, err := w.try(t.Context(), BuildRequest{Name: name, Dockerfile: "FROM mini\n"}, nil); !errors.Is(err, sandbox.ErrInvalid) {
+			t.Errorf("the name %q: %v", name, err)
+		}
+	}
+	w.none()
+}
+
+// none says that no sandbox is left.
+func (w *workshop) none() {
+	w.Helper()
+	if list := w.manager.List(sandbox.Filter{}); len(list) > 0 {
+		w.Errorf("%d sandboxes are left", len(list))
+	}
+}
+
+// TestBuildLimits: a step that floods, forks, fills or never ends is ended, the limit is named, and nothing is left.
+func TestBuildLimits(t *testing.T) {
+	w := newWorkshop(t)
+	limits := sandbox.Limits{Memory: 256 << 20, Disk: 64 << 20, Processes: 64}
+	for command, want := range map[string]string{
+		"yes | head -c 50000000":                        "",
+		"head -c 200000000 /dev/zero > /big":            "No space left on device",
+		"a=x; while :; do a=$a$a; done":                 "more memory than it may",
+		"for i in $(seq 500); do sleep 60 & done; wait": "more processes than it may",
+		"sleep 1000": "the build took longer than 5s",
+	} {
+		req := BuildRequest{Name: "limits", Dockerfile: "FROM mini\nRUN " + command + "\n", Limits: limits}
+		if command == "sleep 1000" {
+			req.Timeout = 5 * time.Second
+		}
+		_, log, err := w.try(t.Context(), req, nil)
+		if want == "" {
+			if err != nil || len(log) > 20<<20 {
+				t.Errorf("%s: %v, %d bytes of log", command, err, len(log))
+			}
+		} else if err == nil || !strings.Contains(err.Error()+log, want) {
+			t.Errorf("%s: %v", command, err)
+		}
+	}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	defer cancel(nil)
+	_, err := w.builder.Build(ctx, BuildRequest{Name: "cancelled", Dockerfile: "FROM mini\nRUN echo now; sleep 1000\n"}, func(l Line) {
+		if l.Text == "now" {
+			cancel(errors.New("the client is gone"))
+		}
+	})
+	if err == nil || !strings.Contains(err.Error(), "the client is gone") {
+		t.Error(err)
+	}
+	w.none()
 }

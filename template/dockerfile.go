@@ -292,6 +292,10 @@ func supported(cmd instructions.Command) error {
 				return refuse("RUN --"+flag+" is not supported", "leave it out: a build has the network that it is given as a whole, and no privileges")
 			}
 		}
+		// Types are known once variables have values; what has none is known now.
+		if err := c.Expand(func(word string) (string, error) { return word, nil }); err != nil {
+			break
+		}
 		for _, m := range instructions.GetMounts(c) {
 			if m.Type == instructions.MountTypeSSH {
 				return refuse("RUN --mount=type=ssh is not supported", "give the key as a secret: --mount=type=secret")

@@ -27,9 +27,29 @@ func (s *stageRun) runCommand(ctx context.Context, where string, c *instructions
 		by = append(by, f.Name, f.Data)
 	}
 	for _, m := range instructions.GetMounts(c) {
-		by = append(by, fmt.Sprintf("%+v", *m))
+		plain := *m
+		plain.Env, plain.Mode, plain.UID, plain.GID = nil, nil, nil, nil // which are addresses
+		by = append(by, fmt.Sprintf("%+v", plain))
+		if m.Type != instructions.MountTypeBind {
+			continue
+		}
+		n, files, err := s.bound(ctx, m)
+		if err != nil {
+			return fmt.Errorf("--mount=type=bind: %w", err)
+		}
+		sum, err := files.digest(n)
+		if err != nil {
+			return err
+		}
+		by = append(by, sum)
 	}
-	return s.change(ctx, where, hashOf(by...), func(ctx context.Context) error { return s.exec(ctx, where, args) })
+	return s.change(ctx, where, hashOf(by...), func(ctx context.Context) (err error) {
+		m, err := s.mount(ctx, c)
+		if err == nil {
+			err = s.exec(ctx, where, args, m.env)
+		}
+		return errors.Join(err, m.end(ctx))
+	})
 }
 
 // runArgs is the command of a RUN. A heredoc alone is a script for the shell, or one with an interpreter of its own; any other is for the shell to
@@ -59,7 +79,7 @@ func (s *stageRun) runArgs(c *instructions.RunCommand) ([]string, error) {
 		first, _, _ := strings.Cut(rest, "\n")
 		words := strings.Fields(first)
 		if len(words) == 0 {
-			return nil, errors.New("the script names no interpreter after #!")
+			return nil, errors.New("the script names no interpreter in its first line")
 		}
 		return append(words, scriptArg, data), nil
 	}
@@ -73,7 +93,7 @@ const scriptArg = "\x00script"
 const scriptFile = agent.BuildDir + "/script"
 
 // exec runs a command to its end, and ends all that it has started.
-func (s *stageRun) exec(ctx context.Context, where string, args []string) error {
+func (s *stageRun) exec(ctx context.Context, where string, args []string, secret map[string]string) error {
 	env := map[string]string{"PATH": defaultPath}
 	for _, kv := range s.args {
 		if kv.Value != nil {
@@ -95,7 +115,7 @@ func (s *stageRun) exec(ctx context.Context, where string, args []string) error 
 		return err
 	}
 	req := agent.StartRequest{Args: args, Env: env, User: user, Cwd: cmp.Or(s.config.WorkingDir, "/")}
-	maps.DeleteFunc(req.Env, func(k, _ string) bool { return k == "" })
+	maps.Copy(req.Env, secret)
 	snap, err := s.client.Start(ctx, req)
 	if err != nil {
 		return err

@@ -18,6 +18,7 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/moby/buildkit/frontend/dockerfile/instructions"
+	"github.com/moby/buildkit/frontend/dockerfile/shell"
 	"golang.org/x/sys/unix"
 
 	"soulbox.dev/soulbox/agent"
@@ -97,6 +98,17 @@ func (s *stageRun) command(ctx context.Context, where string, cmd instructions.C
 			return err
 		}
 	}
+	if c, ok := cmd.(instructions.SupportsSingleWordExpansionRaw); ok { // texts in the Dockerfile, whose quotes stay
+		lex := shell.NewLex('\\')
+		lex.SkipProcessQuotes = true
+		err := c.ExpandRaw(func(word string) (string, error) {
+			v, _, err := lex.ProcessWord(word, s.variables())
+			return v, err
+		})
+		if err != nil {
+			return err
+		}
+	}
 	switch c := cmd.(type) {
 	case *instructions.RunCommand:
 		return s.runCommand(ctx, where, c)
@@ -165,6 +177,7 @@ func (s *stageRun) configure(cmd instructions.Command) error {
 		}
 		for _, v := range c.Volumes {
 			cfg.Volumes[v] = struct{}{}
+			s.dirs = append(s.dirs, s.absolute(v))
 		}
 	case *instructions.StopSignalCommand:
 		cfg.StopSignal = c.Signal
@@ -369,7 +382,7 @@ func (s *stageRun) copy(ctx context.Context, where string, c copying) error {
 
 // put copies files into the sandbox.
 func (s *stageRun) put(ctx context.Context, c copying, files *Files, all []picked) error {
-	owner, err := s.owner(ctx, c.chown)
+	owner, err := s.owner(ctx, c)
 	if err != nil {
 		return err
 	}
@@ -380,18 +393,16 @@ func (s *stageRun) put(ctx context.Context, c copying, files *Files, all []picke
 		}
 	}
 	dest := s.absolute(c.DestPath)
-	into := strings.HasSuffix(c.DestPath, "/") || c.DestPath == "." || len(all)+len(c.SourceContents) > 1
-	if !into {
-		info, err := s.client.Stat(ctx, dest)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		into = err == nil && (info.Type == agent.TypeDir || info.Type == agent.TypeSymlink && s.isDir(ctx, dest))
+	info, err := s.client.Stat(ctx, dest)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
 	}
+	there := err == nil && (info.Type == agent.TypeDir || info.Type == agent.TypeSymlink && s.isDir(ctx, dest))
+	into := there || strings.HasSuffix(c.DestPath, "/") || c.DestPath == "." || len(all)+len(c.SourceContents) > 1
 	from, to := io.Pipe()
 	defer from.Close()
 	go func() {
-		p := packer{files: files, w: tar.NewWriter(to), owner: owner, mode: mode}
+		p := packer{files: files, w: tar.NewWriter(to), owner: owner, mode: mode, plain: c.from == "", there: there}
 		err := p.all(c, dest, into, all)
 		_ = to.CloseWithError(errors.Join(err, p.w.Close()))
 	}()
@@ -421,6 +432,8 @@ type packer struct {
 	w     *tar.Writer
 	owner *ids
 	mode  int64 // -1 leaves it
+	plain bool  // no program of the caller's files gets somebody's rights by being copied
+	there bool  // where a directory is copied to there is one, which stays as it is
 }
 
 func (p packer) all(c copying, dest string, into bool, all []picked) error {
@@ -432,7 +445,7 @@ func (p packer) all(c copying, dest string, into bool, all []picked) error {
 		if into && !f.node.IsDir() {
 			target = path.Join(dest, path.Base(f.name))
 		}
-		if err := p.add(target, f.node); err != nil {
+		if err := p.copied(target, f.node); err != nil {
 			return err
 		}
 	}
@@ -446,6 +459,25 @@ func (p packer) all(c copying, dest string, into bool, all []picked) error {
 			return err
 		}
 		if _, err := io.WriteString(p.w, inline.Data); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// copied writes what is copied: of a directory what is in it, into one as any other that is made.
+func (p packer) copied(target string, n *erofs.Node) error {
+	if !n.IsDir() {
+		return p.add(target, n)
+	}
+	if !p.there {
+		h := &tar.Header{Typeflag: tar.TypeDir, Name: strings.TrimPrefix(target, "/") + "/", Mode: defaultPerm, ModTime: time.Now()}
+		if err := p.header(h); err != nil {
+			return err
+		}
+	}
+	for _, base := range n.Names() {
+		if err := p.add(path.Join(target, base), n.Children[base]); err != nil {
 			return err
 		}
 	}
@@ -489,8 +521,11 @@ func (p packer) header(h *tar.Header) error {
 	if p.owner != nil {
 		h.Uid, h.Gid = p.owner.uid, p.owner.gid
 	}
-	if p.mode >= 0 && h.Typeflag != tar.TypeSymlink {
+	if p.mode >= 0 && h.Typeflag != tar.TypeSymlink && h.Typeflag != tar.TypeDir {
 		h.Mode = p.mode
+	}
+	if p.plain && h.Typeflag == tar.TypeReg {
+		h.Mode &^= unix.S_ISUID | unix.S_ISGID
 	}
 	return p.w.WriteHeader(h)
 }
@@ -520,8 +555,12 @@ func (s *stageRun) unpackArchive(ctx context.Context, c copying, files *Files, f
 	return s.client.Unpack(ctx, dest, io.LimitReader(r, maxImage))
 }
 
-// owner gives the numbers of --chown; the default is root.
-func (s *stageRun) owner(ctx context.Context, chown string) (*ids, error) {
+// owner gives the numbers of --chown; the default is root, and for files of other stages and images whose they are there.
+func (s *stageRun) owner(ctx context.Context, c copying) (*ids, error) {
+	chown := c.chown
+	if chown == "" && c.from != "" {
+		return nil, nil
+	}
 	if chown == "" {
 		return &ids{}, nil
 	}

@@ -310,12 +310,8 @@ func (s *Store) newLayer(from io.Reader, createdBy string) (Layer, error) {
 		return l, err
 	}
 	defer os.Remove(f.Name()) // it has another name when all went well
-	out, err := gzip.NewWriterLevel(io.MultiWriter(f, whole), gzip.BestSpeed)
-	if err != nil {
-		return l, errors.Join(err, f.Close())
-	}
-	_, err = io.Copy(io.MultiWriter(out, inner), from)
-	if err = errors.Join(err, out.Close(), f.Chmod(0o644), f.Sync(), f.Close()); err != nil {
+	err = compress(io.MultiWriter(f, whole), io.TeeReader(from, inner))
+	if err = errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close()); err != nil {
 		return l, err
 	}
 	l.Digest, l.DiffID = digestOf(whole), digestOf(inner)
@@ -325,6 +321,15 @@ func (s *Store) newLayer(from io.Reader, createdBy string) (Layer, error) {
 	}
 	l.Size = info.Size()
 	return l, os.Rename(f.Name(), s.layerFile(l.Digest))
+}
+
+func compress(to io.Writer, from io.Reader) error {
+	out, err := gzip.NewWriterLevel(to, gzip.BestSpeed)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, from)
+	return errors.Join(err, out.Close())
 }
 
 func digestOf(h hash.Hash) string { return "sha256:" + hex.EncodeToString(h.Sum(nil)) }

@@ -1,0 +1,126 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// MountRequest mounts something for a build, or takes it away again.
+type MountRequest struct {
+	Target   string `json:"target"`
+	Source   string `json:"source,omitempty"` // a file or directory below BuildDir that is seen at Target; "" is an empty directory in memory
+	ReadOnly bool   `json:"read_only,omitempty"`
+	Size     int64  `json:"size,omitempty"` // of memory, in bytes
+	Unmount  bool   `json:"unmount,omitempty"`
+	// Remove, with Unmount, removes Target and as many directories above it as were made for it.
+	Remove int `json:"remove,omitempty"`
+}
+
+// MountResult tells how many files and directories were made for the target.
+type MountResult struct {
+	Made int `json:"made"`
+}
+
+func (s *Server) mount(r MountRequest) (MountResult, error) {
+	if err := checkPath("mount", r.Target); err != nil {
+		return MountResult{}, err
+	}
+	target := path.Clean(r.Target)
+	if target == "/" {
+		return MountResult{}, invalid("mount: nothing can be mounted on the root")
+	}
+	if r.Unmount {
+		return MountResult{}, unmount(target, r.Remove)
+	}
+	isFile := false
+	if r.Source != "" {
+		if !strings.HasPrefix(path.Clean(r.Source), BuildDir+"/") {
+			return MountResult{}, invalid("mount: %q is not below %s", clip(r.Source, 200), BuildDir)
+		}
+		info, err := os.Stat(r.Source)
+		if err != nil {
+			return MountResult{}, err
+		}
+		isFile = !info.IsDir()
+	}
+	made, err := makeTarget(target, isFile)
+	if err == nil {
+		err = mountOn(target, r)
+	}
+	if err != nil {
+		return MountResult{}, errors.Join(err, removeMade(target, made))
+	}
+	return MountResult{Made: made}, nil
+}
+
+func mountOn(target string, r MountRequest) error {
+	kind, source, flags, data := "tmpfs", "tmpfs", uintptr(unix.MS_NODEV), "mode=1777"
+	if r.Size > 0 {
+		data += fmt.Sprintf(",size=%d", r.Size)
+	}
+	if r.Source != "" {
+		kind, source, flags, data = "", r.Source, unix.MS_BIND, ""
+	}
+	if err := unix.Mount(source, target, kind, flags, data); err != nil {
+		return &fs.PathError{Op: "mount", Path: target, Err: err}
+	}
+	if r.ReadOnly {
+		if err := unix.Mount("", target, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, ""); err != nil {
+			return errors.Join(&fs.PathError{Op: "mount read-only", Path: target, Err: err}, unix.Unmount(target, 0))
+		}
+	}
+	return nil
+}
+
+// makeTarget makes what something is mounted on, and says how many files and directories it made.
+func makeTarget(target string, isFile bool) (made int, err error) {
+	if _, err := os.Stat(target); err == nil {
+		return 0, nil
+	}
+	missing := 1
+	for dir := path.Dir(target); dir != "/"; dir = path.Dir(dir) {
+		if _, err := os.Lstat(dir); err == nil {
+			break
+		}
+		missing++
+	}
+	if !isFile {
+		return missing, os.MkdirAll(target, 0o755)
+	}
+	if err := os.MkdirAll(path.Dir(target), 0o755); err != nil {
+		return 0, err
+	}
+	f, err := os.OpenFile(target, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
+	if err != nil {
+		return missing - 1, err
+	}
+	return missing, f.Close()
+}
+
+// removeMade removes what makeTarget made. A directory that has got something else in it stays.
+func removeMade(target string, made int) error {
+	for ; made > 0; made-- {
+		err := os.Remove(target)
+		if errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		target = path.Dir(target)
+	}
+	return nil
+}
+
+func unmount(target string, made int) error {
+	if err := unix.Unmount(target, unix.MNT_DETACH); err != nil {
+		return &fs.PathError{Op: "unmount", Path: target, Err: err}
+	}
+	return removeMade(target, made)
+}

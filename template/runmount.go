@@ -1,0 +1,203 @@
+package template
+
+import (
+	"archive/tar"
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path"
+	"strconv"
+	"strings"
+
+	"github.com/moby/buildkit/frontend/dockerfile/instructions"
+
+	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/internal/erofs"
+)
+
+// mounts are what a RUN sees beside its files while it runs.
+type mounts struct {
+	s    *stageRun
+	env  map[string]string
+	undo []func(context.Context) error
+}
+
+// mount mounts all that a RUN names. What it has mounted is taken away by end, also when it fails.
+func (s *stageRun) mount(ctx context.Context, c *instructions.RunCommand) (*mounts, error) {
+	m := &mounts{s: s, env: map[string]string{}}
+	for i, want := range instructions.GetMounts(c) {
+		if err := m.add(ctx, want, path.Join(agent.BuildDir, "m"+strconv.Itoa(i))); err != nil {
+			return m, fmt.Errorf("--mount=type=%s: %w", want.Type, err)
+		}
+	}
+	return m, nil
+}
+
+// end takes the mounts away, the last one first, and keeps what is in the caches.
+func (m *mounts) end(ctx context.Context) (err error) {
+	for len(m.undo) > 0 {
+		last := len(m.undo) - 1
+		err = errors.Join(err, m.undo[last](ctx))
+		m.undo = m.undo[:last]
+	}
+	return err
+}
+
+func (m *mounts) add(ctx context.Context, want *instructions.Mount, dir string) error {
+	target := m.s.absolute(want.Target)
+	switch want.Type {
+	case instructions.MountTypeTmpfs:
+		return m.on(ctx, agent.MountRequest{Target: target, Size: want.SizeLimit})
+	case instructions.MountTypeBind:
+		n, files, err := m.s.bound(ctx, want)
+		if err != nil {
+			return err
+		}
+		if err := m.fill(ctx, dir, packer{files: files, mode: -1}, n); err != nil {
+			return err
+		}
+		return m.on(ctx, agent.MountRequest{Target: target, Source: dir, ReadOnly: want.ReadOnly})
+	case instructions.MountTypeCache:
+		return m.cache(ctx, want, dir, target)
+	case instructions.MountTypeSecret:
+		return m.secret(ctx, want, dir)
+	}
+	return fmt.Errorf("it is not supported")
+}
+
+// on mounts, and notes how that is undone.
+func (m *mounts) on(ctx context.Context, r agent.MountRequest) error {
+	made, err := m.s.client.Mount(ctx, r)
+	if err != nil {
+		return err
+	}
+	m.undo = append(m.undo, func(ctx context.Context) error {
+		_, err := m.s.client.Mount(ctx, agent.MountRequest{Target: r.Target, Unmount: true, Remove: made.Made})
+		if r.Source != "" {
+			err = errors.Join(err, m.s.client.Remove(ctx, agent.PathRequest{Path: r.Source, Recursive: true}))
+		}
+		return err
+	})
+	return nil
+}
+
+// bound finds what a bind mount shows.
+func (s *stageRun) bound(ctx context.Context, want *instructions.Mount) (*erofs.Node, *Files, error) {
+	files, err := s.files(ctx, want.From)
+	if err != nil {
+		return nil, nil, err
+	}
+	n, err := walk(files.root, want.Source, true, nil)
+	if err != nil {
+		return nil, nil, fmt.Errorf("%q: %w%s", want.Source, noFile(err), files.near(splitPath(want.Source)))
+	}
+	return n, files, nil
+}
+
+// fill writes a tree to a directory of the sandbox, or a file.
+func (m *mounts) fill(ctx context.Context, name string, p packer, n *erofs.Node) error {
+	from, to := io.Pipe()
+	defer from.Close()
+	go func() {
+		p.w = tar.NewWriter(to)
+		_ = to.CloseWithError(errors.Join(p.add(name, n), p.w.Close()))
+	}()
+	return m.s.client.Unpack(ctx, "/", from)
+}
+
+// cache mounts a directory that is kept from build to build. One build at a time has it.
+func (m *mounts) cache(ctx context.Context, want *instructions.Mount, dir, target string) error {
+	key := hashOf(m.s.req.Owner, cmp.Or(want.CacheID, path.Clean(target)))
+	unlock, err := m.s.Store.lock(ctx, "caches", key)
+	if err != nil {
+		return err
+	}
+	m.undo = append(m.undo, func(context.Context) error { unlock(); return nil })
+	file := m.s.Store.file("caches", key)
+	first := &erofs.Node{Mode: 0o040755, Children: map[string]*erofs.Node{}}
+	if want.Mode != nil {
+		first.Mode = 0o040000 | uint16(*want.Mode&0o7777)
+	}
+	if want.UID != nil {
+		first.UID = uint32(*want.UID)
+	}
+	if want.GID != nil {
+		first.GID = uint32(*want.GID)
+	}
+	if err := m.fill(ctx, dir, packer{mode: -1}, first); err != nil {
+		return err
+	}
+	if f, err := os.Open(file); err == nil {
+		plain, err := decompress(f, mediaGzip)
+		if err != nil {
+			return errors.Join(err, f.Close())
+		}
+		if err := errors.Join(m.s.client.Unpack(ctx, dir, plain), plain.Close()); err != nil {
+			return err
+		}
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if err := m.on(ctx, agent.MountRequest{Target: target, Source: dir, ReadOnly: want.ReadOnly}); err != nil {
+		return err
+	}
+	if want.ReadOnly {
+		return nil
+	}
+	m.undo = append(m.undo, func(ctx context.Context) error { // before it is unmounted and removed
+		r, err := m.s.client.Pack(ctx, dir)
+		if err != nil {
+			return err
+		}
+		defer r.Close()
+		return m.s.Store.write(file, func(f *os.File) error { return compress(f, r) })
+	})
+	return nil
+}
+
+// secret mounts a file that only the RUN sees, or gives it as a variable.
+func (m *mounts) secret(ctx context.Context, want *instructions.Mount, dir string) error {
+	id := cmp.Or(want.CacheID, want.Source, path.Base(want.Target))
+	value, ok := m.s.req.Secrets[id]
+	if !ok && want.Required {
+		return fmt.Errorf("there is no secret %q; give it with the build", clip(id))
+	}
+	if !ok {
+		return nil
+	}
+	if want.Env != nil {
+		m.env[cmp.Or(*want.Env, id)] = string(value)
+		if want.Target == "" {
+			return nil
+		}
+	}
+	h := &tar.Header{Typeflag: tar.TypeReg, Name: strings.TrimPrefix(dir, "/"), Mode: 0o400, Size: int64(len(value))}
+	if want.Mode != nil {
+		h.Mode = int64(*want.Mode & 0o777)
+	}
+	if want.UID != nil {
+		h.Uid = int(*want.UID)
+	}
+	if want.GID != nil {
+		h.Gid = int(*want.GID)
+	}
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	if err := w.WriteHeader(h); err != nil {
+		return err
+	}
+	if _, err := w.Write(value); err != nil {
+		return err
+	}
+	if err := w.Close(); err != nil {
+		return err
+	}
+	if err := m.s.client.Unpack(ctx, "/", &b); err != nil {
+		return err
+	}
+	return m.on(ctx, agent.MountRequest{Target: m.s.absolute(cmp.Or(want.Target, "/run/secrets/"+id)), Source: dir, ReadOnly: true})
+}
