@@ -59,6 +59,8 @@ type Manifest struct {
 	Size     int64          `json:"size"` // of the image on disk, in bytes
 	// DefaultUser is whom processes run as that name nobody: "user" where there is one.
 	DefaultUser string `json:"default_user,omitempty"`
+	// Original is of an image that came from elsewhere and was not changed.
+	Original *Original `json:"original,omitempty"`
 }
 
 // Layer is a change of files, as a compressed tar.

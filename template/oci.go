@@ -1,0 +1,334 @@
+package template
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"runtime"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	nothing "github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/partial"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"soulbox.dev/soulbox/sandbox"
+)
+
+// Original is what an image was described by where it came from: as long as it is not changed, it goes out as it came.
+type Original struct {
+	MediaType string `json:"media_type"`
+	Manifest  []byte `json:"manifest"`
+	Config    []byte `json:"config"`
+}
+
+// ErrPull is of an image that cannot be pulled or pushed; its text says whether that is for the name, the network or the rights.
+var ErrPull = errors.New("the registry does not give it")
+
+var platform = v1.Platform{OS: "linux", Architecture: runtime.GOARCH}
+
+// Pull makes a template of an image of a registry, with the credentials that the server's user has for it (~/.docker/config.json). It has no name until
+// Put gives it one.
+func (s *Store) Pull(ctx context.Context, reference string) (Manifest, error) {
+	ref, err := name.ParseReference(reference)
+	if err != nil {
+		return Manifest{}, fmt.Errorf("image %q: it is no name of an image: %w", clip(reference), sandbox.ErrInvalid)
+	}
+	img, err := remote.Image(ref, remote.WithContext(ctx), remote.WithAuthFromKeychain(authn.DefaultKeychain), remote.WithPlatform(platform))
+	if err != nil {
+		return Manifest{}, pullError(ref, err)
+	}
+	m, err := s.take(ctx, img)
+	if err != nil {
+		return Manifest{}, pullError(ref, err)
+	}
+	m.Parent = ref.Name()
+	return m, nil
+}
+
+// pullError says why an image cannot be had.
+func pullError(ref name.Reference, err error) error {
+	var refused *transport.Error
+	var lost net.Error
+	switch {
+	case errors.As(err, &refused) && (refused.StatusCode == http.StatusUnauthorized || refused.StatusCode == http.StatusForbidden):
+		return fmt.Errorf("image %s: %s wants other credentials, or has no such image; log in with docker login: %w", ref, ref.Context().RegistryStr(), ErrPull)
+	case errors.As(err, &refused) && refused.StatusCode == http.StatusNotFound:
+		return fmt.Errorf("image %s: %s has no such image: %w", ref, ref.Context().RegistryStr(), ErrPull)
+	case errors.As(err, &lost):
+		return fmt.Errorf("image %s: %s cannot be reached: %w (%w)", ref, ref.Context().RegistryStr(), err, ErrPull)
+	}
+	return fmt.Errorf("image %s: %w", ref, err)
+}
+
+// take keeps the layers of an image.
+func (s *Store) take(ctx context.Context, img v1.Image) (Manifest, error) {
+	config, err := img.ConfigFile()
+	if err != nil {
+		return Manifest{}, err
+	}
+	if config.Architecture != "" && config.Architecture != runtime.GOARCH || config.OS != "" && config.OS != "linux" {
+		return Manifest{}, fmt.Errorf("it is of %s/%s, and this machine is linux/%s: %w", config.OS, config.Architecture, runtime.GOARCH, sandbox.ErrInvalid)
+	}
+	layers, err := img.Layers()
+	if err != nil {
+		return Manifest{}, err
+	}
+	if len(layers) > maxLayers {
+		return Manifest{}, fmt.Errorf("%w: it has %d layers, at most %d are possible", ErrLayer, len(layers), maxLayers)
+	}
+	m := Manifest{Config: config.Config}
+	for _, l := range layers {
+		if ctx.Err() != nil {
+			return m, context.Cause(ctx)
+		}
+		kept, err := s.takeLayer(l)
+		if err != nil {
+			return m, err
+		}
+		m.Layers = append(m.Layers, kept)
+	}
+	o := &Original{}
+	if o.Manifest, err = img.RawManifest(); err == nil {
+		o.Config, err = img.RawConfigFile()
+	}
+	if err != nil {
+		return m, err
+	}
+	kind, err := img.MediaType()
+	o.MediaType = string(kind)
+	m.Original = o
+	file, ierr := s.image(ctx, m.Layers)
+	if err := errors.Join(err, ierr); err != nil {
+		return m, err
+	}
+	m.Image = chainID(m.Layers)
+	m.DefaultUser, err = defaultUser(file, m.Config.User)
+	return m, err
+}
+
+// maxLayers bounds the layers of an image.
+const maxLayers = 256
+
+// takeLayer keeps a layer as it comes, if it is what its digest says.
+func (s *Store) takeLayer(l v1.Layer) (Layer, error) {
+	digest, err := l.Digest()
+	if err != nil {
+		return Layer{}, err
+	}
+	diff, err := l.DiffID()
+	if err != nil {
+		return Layer{}, err
+	}
+	kind, err := l.MediaType()
+	if err != nil {
+		return Layer{}, err
+	}
+	size, err := l.Size()
+	if err != nil {
+		return Layer{}, err
+	}
+	kept := Layer{Digest: digest.String(), DiffID: diff.String(), Size: size, MediaType: string(kind)}
+	if digest.Algorithm != "sha256" || diff.Algorithm != "sha256" || size > maxImage {
+		return kept, fmt.Errorf("%w: %s of %d bytes", ErrLayer, digest, size)
+	}
+	file := s.layerFile(kept.Digest)
+	if exists(file) {
+		return kept, touch(file)
+	}
+	from, err := l.Compressed()
+	if err != nil {
+		return kept, err
+	}
+	defer from.Close()
+	return kept, s.write(file, func(f *os.File) error {
+		sum := sha256.New()
+		if _, err := io.Copy(io.MultiWriter(f, sum), io.LimitReader(from, size+1)); err != nil {
+			return err
+		}
+		if got := digestOf(sum); got != kept.Digest {
+			return fmt.Errorf("%w: it came as %s, not %s", ErrLayer, got, kept.Digest)
+		}
+		return nil
+	})
+}
+
+// fileLayer is a layer of the store as go-containerregistry sees one.
+type fileLayer struct {
+	s *Store
+	l Layer
+}
+
+// Digest implements v1.Layer.
+func (f fileLayer) Digest() (v1.Hash, error) { return v1.NewHash(f.l.Digest) }
+
+// DiffID implements v1.Layer.
+func (f fileLayer) DiffID() (v1.Hash, error) { return v1.NewHash(f.l.DiffID) }
+
+// Compressed implements v1.Layer.
+func (f fileLayer) Compressed() (io.ReadCloser, error) { return os.Open(f.s.layerFile(f.l.Digest)) }
+
+// Uncompressed implements v1.Layer.
+func (f fileLayer) Uncompressed() (io.ReadCloser, error) { return f.s.open(f.l) }
+
+// Size implements v1.Layer.
+func (f fileLayer) Size() (int64, error) { return f.l.Size, nil }
+
+// MediaType implements v1.Layer.
+func (f fileLayer) MediaType() (types.MediaType, error) { return types.MediaType(f.l.MediaType), nil }
+
+// original is an image as it came.
+type original struct {
+	s *Store
+	m Manifest
+}
+
+// RawConfigFile implements partial.CompressedImageCore.
+func (o original) RawConfigFile() ([]byte, error) { return o.m.Original.Config, nil }
+
+// RawManifest implements partial.CompressedImageCore.
+func (o original) RawManifest() ([]byte, error) { return o.m.Original.Manifest, nil }
+
+// MediaType implements partial.CompressedImageCore.
+func (o original) MediaType() (types.MediaType, error) {
+	return types.MediaType(o.m.Original.MediaType), nil
+}
+
+// LayerByDigest implements partial.CompressedImageCore.
+func (o original) LayerByDigest(h v1.Hash) (partial.CompressedLayer, error) {
+	for _, l := range o.m.Layers {
+		if l.Digest == h.String() {
+			return fileLayer{o.s, l}, nil
+		}
+	}
+	return nil, fmt.Errorf("layer %s: %w", h, os.ErrNotExist)
+}
+
+// oci is a template as an OCI image. The same template is always the same image.
+func (s *Store) oci(m Manifest) (v1.Image, error) {
+	if m.Original != nil {
+		return partial.CompressedToImage(original{s, m})
+	}
+	img := mutate.ConfigMediaType(mutate.MediaType(nothing.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
+	var adds []mutate.Addendum
+	for _, l := range m.Layers {
+		adds = append(adds, mutate.Addendum{Layer: fileLayer{s, l}, History: v1.History{CreatedBy: l.CreatedBy}, MediaType: types.MediaType(l.MediaType)})
+	}
+	img, err := mutate.Append(img, adds...)
+	if err != nil {
+		return nil, err
+	}
+	config, err := img.ConfigFile()
+	if err != nil {
+		return nil, err
+	}
+	config = config.DeepCopy()
+	config.Architecture, config.OS, config.Config, config.Created = platform.Architecture, platform.OS, m.Config, v1.Time{Time: m.Created}
+	return mutate.ConfigFile(img, config)
+}
+
+// Push gives a template to a registry, and tells the digest that it has there.
+func (s *Store) Push(ctx context.Context, m Manifest, reference string) (string, error) {
+	ref, err := name.ParseReference(reference)
+	if err != nil {
+		return "", fmt.Errorf("image %q: it is no name of an image: %w", clip(reference), sandbox.ErrInvalid)
+	}
+	img, err := s.oci(m)
+	if err != nil {
+		return "", err
+	}
+	if err := remote.Write(ref, img, remote.WithContext(ctx), remote.WithAuthFromKeychain(authn.DefaultKeychain)); err != nil {
+		return "", pullError(ref, err)
+	}
+	digest, err := img.Digest()
+	return digest.String(), err
+}
+
+// Export writes a template as an OCI layout in a new directory, or where the name ends in .tar as an archive such as docker save writes.
+func (s *Store) Export(m Manifest, to string) error {
+	img, err := s.oci(m)
+	if err != nil {
+		return err
+	}
+	if filepath.Ext(to) == ".tar" {
+		tag, err := name.NewTag(m.Name)
+		if err != nil {
+			return err
+		}
+		return tarball.WriteToFile(to, tag, img)
+	}
+	if exists(to) {
+		return fmt.Errorf("export: %s is there already", to)
+	}
+	p, err := layout.Write(to, nothing.Index)
+	if err != nil {
+		return err
+	}
+	return p.AppendImage(img, layout.WithAnnotations(map[string]string{"org.opencontainers.image.ref.name": m.Name}))
+}
+
+// ImportFile makes a template of what Export writes, or of a tar with a whole file system.
+func (s *Store) ImportFile(ctx context.Context, m Manifest, from string) (_ Manifest, err error) {
+	if m.Name, err = CheckName(m.Name); err != nil {
+		return m, err
+	}
+	img, err := readImage(from)
+	if err != nil {
+		return m, fmt.Errorf("import %s: %w", from, err)
+	}
+	if img == nil {
+		f, err := os.Open(from)
+		if err != nil {
+			return m, err
+		}
+		defer f.Close()
+		return s.Import(ctx, m, f)
+	}
+	got, err := s.take(ctx, img)
+	if err != nil {
+		return m, fmt.Errorf("import %s: %w", from, err)
+	}
+	got.Name, got.Owner, got.Parent = m.Name, m.Owner, cmp.Or(m.Parent, filepath.Base(from))
+	return s.finish(ctx, got)
+}
+
+// readImage opens an OCI layout or an archive of docker save; nil is neither.
+func readImage(from string) (v1.Image, error) {
+	info, err := os.Stat(from)
+	if err != nil {
+		return nil, err
+	}
+	if !info.IsDir() {
+		if _, err := tarball.LoadManifest(func() (io.ReadCloser, error) { return os.Open(from) }); err != nil {
+			return nil, nil //nolint:nilerr // it may still be a file system
+		}
+		return tarball.ImageFromPath(from, nil)
+	}
+	index, err := layout.ImageIndexFromPath(from)
+	if err != nil {
+		return nil, err
+	}
+	list, err := index.IndexManifest()
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range list.Manifests {
+		if d.MediaType.IsImage() && (d.Platform == nil || d.Platform.Satisfies(platform)) {
+			return index.Image(d.Digest)
+		}
+	}
+	return nil, fmt.Errorf("it has no image of linux/%s: %w", runtime.GOARCH, sandbox.ErrInvalid)
+}
