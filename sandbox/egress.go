@@ -139,6 +139,8 @@ var ErrRefused = errors.New("the network of this sandbox does not allow it")
 // ProxyAddress is where the proxy of a sandbox with a network listens, on its loopback.
 const ProxyAddress = "127.0.0.1:3128"
 
+const proxyPort = 3128
+
 // proxyEnv is how programs find the proxy.
 func proxyEnv() map[string]string {
 	env := map[string]string{}

@@ -204,7 +204,11 @@ func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 		sb.cancel(err)
 		return nil, err
 	}
-	if err := sb.boot(ctx, template, o.from, o.whole); err != nil {
+	served, err := sb.boot(ctx, template, o.from, o.whole)
+	if service := template.Service; err == nil && service != nil && o.from == "" && !served {
+		err = sb.StartService(ctx, *service)
+	}
+	if err != nil {
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}

@@ -414,7 +414,7 @@ func sayNot(conn net.Conn, body string) {
 	}
 }
 
-// Listening lists the TCP ports on which something listens in the sandbox.
+// Listening lists the TCP ports on which something of the user's listens in the sandbox.
 func (s *Sandbox) Listening(ctx context.Context) ([]int, error) {
 	client, err := s.Look("look for listening ports in")
 	if err != nil {
@@ -436,6 +436,9 @@ func (s *Sandbox) Listening(ctx context.Context) ([]int, error) {
 				found[port] = true
 			}
 		}
+	}
+	if s.current().Network.On() {
+		delete(found, proxyPort)
 	}
 	return slices.Sorted(maps.Keys(found)), nil
 }

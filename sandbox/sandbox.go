@@ -122,28 +122,32 @@ func (s *Sandbox) wrong(verb string) error {
 	return &StateError{ID: s.rec.ID, Verb: verb, State: s.rec.State, At: s.rec.Changed, Cause: s.rec.Cause, Wakes: s.rec.Pause != nil && s.rec.Pause.AutoResume}
 }
 
-// boot brings a new sandbox to life, from a checkpoint if there is one.
-func (s *Sandbox) boot(ctx context.Context, template Template, from string, whole bool) error {
+// boot brings a new sandbox to life, from a checkpoint if there is one, and says whether the service of its template runs in it already.
+func (s *Sandbox) boot(ctx context.Context, template Template, from string, whole bool) (served bool, err error) {
 	defer close(s.booted)
-	if err := s.start(ctx, template, from, whole); err != nil {
-		return err
+	if from == "" && template.Service != nil {
+		served, err = s.bootWithService(ctx, template)
+	} else if err = s.start(ctx, template, from, whole); err == nil && whole {
+		err = s.skip(ctx)
 	}
-	if whole {
-		asking, cancel := context.WithTimeout(ctx, tellTime)
-		err := s.skipPast(asking)
-		cancel()
-		if err != nil {
-			return err
-		}
+	if err != nil {
+		return false, err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := s.become("start", Running, nil, nil); err != nil {
-		return err // killed meanwhile
+		return false, err // killed meanwhile
 	}
 	s.begin()
 	s.m.work.Go(s.keepTime)
-	return nil
+	return served, nil
+}
+
+// skip is skipPast, with a bound.
+func (s *Sandbox) skip(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, tellTime)
+	defer cancel()
+	return s.skipPast(ctx)
 }
 
 // start starts the machine and meets its agent. What has been started is in s also when it fails.

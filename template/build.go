@@ -153,8 +153,14 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 		}
 	}
 	of := r.done[plan.target]
-	built.Manifest, err = b.Store.finish(ctx, Manifest{Name: req.Name, Owner: req.Owner, Layers: of.layers, Config: of.config, Limits: req.Limits, StartCmd: req.StartCmd,
+	built.Manifest, err = b.Store.prepare(ctx, Manifest{Name: req.Name, Owner: req.Owner, Layers: of.layers, Config: of.config, Limits: req.Limits, StartCmd: req.StartCmd,
 		ReadyCmd: req.ReadyCmd, Parent: of.parent, Build: r.id})
+	if err == nil && built.StartCmd != "" {
+		built.Started, err = r.startUp(ctx, built.Manifest)
+	}
+	if err == nil {
+		err = b.Store.Put(built.Manifest)
+	}
 	if err != nil {
 		return built, err
 	}
@@ -174,6 +180,42 @@ func (e *BuildError) Error() string { return fmt.Sprintf("build %s: %v", e.ID, e
 
 // Unwrap gives the cause.
 func (e *BuildError) Unwrap() error { return e.Err }
+
+// startUp starts the service of a template and saves the sandbox once it is ready. Where a sandbox cannot be saved, that is said, and each starts its own.
+func (r *run) startUp(ctx context.Context, m Manifest) (*Started, error) {
+	image, err := r.Store.image(ctx, m.Layers)
+	if err != nil {
+		return nil, err
+	}
+	base := r.Store.template(m, image)
+	service := *base.Service
+	base.Service = nil
+	began := time.Now()
+	r.log.line("info", "start", service.Start)
+	sb, err := r.Manager.Create(ctx, sandbox.CreateOptions{Owner: r.req.Owner, Base: &base, Transient: true, Limits: r.req.Limits, Network: r.req.Network,
+		Times: sandbox.Times{Life: DefaultBuildTime, OnTimeout: sandbox.ActionKill}, Metadata: map[string]string{"build": r.id, "template": m.Name}})
+	if err != nil {
+		return nil, fmt.Errorf("start %s: %w", m.Name, err)
+	}
+	defer func() { _ = sb.Kill(errors.New("the build is done with it")) }() // what could not be ended is logged
+	if err := sb.StartService(ctx, service); err != nil {
+		return nil, fmt.Errorf("start %s: %w", m.Name, err)
+	}
+	r.log.line("info", "start", fmt.Sprintf("ready after %.1f s", time.Since(began).Seconds()))
+	started := &Started{Name: r.id, Limits: sb.Info().Limits}
+	dir := r.Store.file("started", started.Name)
+	if err := os.MkdirAll(r.Store.file("started", ""), 0o711); err != nil {
+		return nil, err
+	}
+	if err := sb.SaveTo(ctx, dir); err != nil {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		r.log.line("info", "start", fmt.Sprintf("it cannot be saved, so every sandbox starts its own: %v", err))
+		return nil, nil
+	}
+	return started, nil
+}
 
 // healthCommand is a HEALTHCHECK as a command of a shell.
 func healthCommand(test []string) string {
@@ -346,7 +388,7 @@ func (s *Store) Collect() error {
 	if err != nil {
 		return err
 	}
-	images, layers := maps.Clone(images), map[string]bool{}
+	images, layers, started := maps.Clone(images), map[string]bool{}, map[string]bool{}
 	if images == nil {
 		images = map[string]bool{}
 	}
@@ -359,6 +401,9 @@ func (s *Store) Collect() error {
 		for _, l := range m.Layers {
 			layers[l.Digest] = true
 		}
+		if m.Started != nil {
+			started[m.Started.Name] = true
+		}
 		return nil
 	})
 	if err != nil {
@@ -368,6 +413,7 @@ func (s *Store) Collect() error {
 		s.sweep("steps", stepKept, func(string) bool { return false }),
 		s.sweep("layers", stepKept, func(name string) bool { return layers["sha256:"+name] }),
 		s.sweep("images", imageKept, func(name string) bool { return images["sha256:"+strings.TrimSuffix(name, ".erofs")] }),
+		s.sweep("started", imageKept, func(name string) bool { return started[name] }),
 		s.sweep("caches", stepKept, func(string) bool { return false }),
 		s.sweep("builds", logKept, func(string) bool { return false }),
 	)

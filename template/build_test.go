@@ -297,3 +297,45 @@ func TestBuildLimits(t *testing.T) {
 	}
 	w.none()
 }
+
+// TestStart: a template's service is ready in every sandbox of it, with the memory that it had when it was built; with other limits it is started anew.
+func TestStart(t *testing.T) {
+	w := newWorkshop(t)
+	dockerfile := "FROM mini\nENV GREETING=hello\nRUN printf 'n=$RANDOM$RANDOM\\nsleep 0.3\\nwhile :; do echo $n > /tmp/value.new; mv /tmp/value.new /tmp/value; sleep 0.1; done\\n' > /serve\nUSER user\n"
+	built, log, err := w.try(t.Context(), BuildRequest{Name: "service", Dockerfile: dockerfile, StartCmd: "bash /serve", ReadyCmd: "test -s /tmp/value"}, nil)
+	if err != nil || built.Started == nil || !strings.Contains(log, "ready after") {
+		t.Fatal(err, log)
+	}
+	w.none()
+	first, second := w.in("service", "", "cat /tmp/value; echo $GREETING; hostname"), w.in("service", "", "cat /tmp/value; echo $GREETING; hostname")
+	one, two := strings.Fields(first), strings.Fields(second)
+	if len(one) != 3 || len(two) != 3 || one[0] != two[0] || one[1] != "hello" || one[2] == two[2] {
+		t.Errorf("%q and %q", first, second)
+	}
+	sb, err := w.manager.Create(t.Context(), sandbox.CreateOptions{Template: "service", Limits: sandbox.Limits{Memory: 300 << 20}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := sb.Agent(t.Context(), "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := string(sandboxtest.Run(t, c, "cat /tmp/value").Output.Head); strings.TrimSpace(got) == one[0] || got == "" {
+		t.Errorf("with other limits: %q", got)
+	}
+	if err := sb.Kill(errors.New("done")); err != nil {
+		t.Fatal(err)
+	}
+	// A checkpoint that is broken is no end of the template.
+	if err := os.Truncate(filepath.Join(w.store.file("started", built.Started.Name), "pages.img"), 0); err != nil {
+		t.Fatal(err)
+	}
+	if got := w.in("service", "", "cat /tmp/value"); got == "" || strings.TrimSpace(got) == one[0] {
+		t.Errorf("with a broken checkpoint: %q", got)
+	}
+	_, _, err = w.try(t.Context(), BuildRequest{Name: "broken", Dockerfile: "FROM mini\n", StartCmd: "echo no config >&2; exit 3"}, nil)
+	if err == nil || !strings.Contains(err.Error(), "has ended before it was ready: exit code 3; its output ends with:\nno config") {
+		t.Error(err)
+	}
+	w.none()
+}

@@ -53,14 +53,21 @@ type Manifest struct {
 	Limits   sandbox.Limits `json:"limits"` // of sandboxes that ask for none; zero values are the server's
 	StartCmd string         `json:"start_cmd,omitempty"`
 	ReadyCmd string         `json:"ready_cmd,omitempty"`
-	Parent   string         `json:"parent,omitempty"` // what it was made from
-	Build    string         `json:"build,omitempty"`  // the id of the build that made it
+	Started  *Started       `json:"started,omitempty"` // nil where it has no StartCmd, or cannot be restored
+	Parent   string         `json:"parent,omitempty"`  // what it was made from
+	Build    string         `json:"build,omitempty"`   // the id of the build that made it
 	Created  time.Time      `json:"created"`
 	Size     int64          `json:"size"` // of the image on disk, in bytes
 	// DefaultUser is whom processes run as that name nobody: "user" where there is one.
 	DefaultUser string `json:"default_user,omitempty"`
 	// Original is of an image that came from elsewhere and was not changed.
 	Original *Original `json:"original,omitempty"`
+}
+
+// Started is a sandbox of a template in which its StartCmd runs and is ready: others begin from there.
+type Started struct {
+	Name   string         `json:"name"` // of its directory
+	Limits sandbox.Limits `json:"limits"`
 }
 
 // Layer is a change of files, as a compressed tar.
@@ -135,17 +142,23 @@ func (s *Store) Template(ctx context.Context, owner, name string) (sandbox.Templ
 	if err != nil {
 		return sandbox.Template{}, fmt.Errorf("template %q: %w", name, err)
 	}
-	return m.template(file), nil
+	return s.template(m, file), nil
 }
 
 // BaseName is the name of the default template, once it is built.
 const BaseName = "base"
 
-func (m Manifest) template(image string) sandbox.Template {
+func (s *Store) template(m Manifest, image string) sandbox.Template {
 	t := sandbox.Template{Name: m.Name, ID: m.Image, Image: image, Env: map[string]string{}, User: m.DefaultUser, Cwd: m.Config.WorkingDir, Limits: m.Limits}
 	for _, kv := range m.Config.Env {
 		k, v, _ := strings.Cut(kv, "=")
 		t.Env[k] = v
+	}
+	if m.StartCmd != "" {
+		t.Service = &sandbox.Service{Start: m.StartCmd, Ready: m.ReadyCmd}
+		if m.Started != nil {
+			t.Service.Saved, t.Service.Limits = s.file("started", m.Started.Name), m.Started.Limits
+		}
 	}
 	return t
 }
@@ -169,6 +182,15 @@ func (s *Store) Import(ctx context.Context, m Manifest, from io.Reader) (_ Manif
 
 // finish makes the image of a template that has its layers, and gives it its name.
 func (s *Store) finish(ctx context.Context, m Manifest) (Manifest, error) {
+	m, err := s.prepare(ctx, m)
+	if err != nil {
+		return m, err
+	}
+	return m, s.Put(m)
+}
+
+// prepare makes the image of a template that has its layers, and works out what follows from it.
+func (s *Store) prepare(ctx context.Context, m Manifest) (Manifest, error) {
 	file, err := s.image(ctx, m.Layers)
 	if err != nil {
 		return m, err
@@ -186,7 +208,7 @@ func (s *Store) finish(ctx context.Context, m Manifest) (Manifest, error) {
 	if ctx.Err() != nil {
 		return m, context.Cause(ctx)
 	}
-	return m, s.Put(m)
+	return m, nil
 }
 
 // List gives the templates that an owner sees, sorted by name.
