@@ -35,7 +35,7 @@ var mayImport = map[string][]string{
 // testsMayImport adds to mayImport for tests: a runtime is tested with the domain on top and a template below.
 var testsMayImport = map[string][]string{
 	"sandbox":   {"internal/sandboxtest"},
-	"gvisor":    {"internal/sandboxtest", "agent", "template"},
+	"gvisor":    {"internal/sandboxtest", "internal/erofs", "agent", "template"},
 	"template":  {"internal/sandboxtest", "gvisor"},
 	"tools":     {"internal/sandboxtest", "mcpserver"},
 	"resources": {"internal/sandboxtest", "mcpserver"},

@@ -248,7 +248,7 @@ func (b *Builder) flatten(ctx context.Context, m Manifest, layers []Layer) (Mani
 		return m, err
 	}
 	m.Layers = []Layer{l}
-	return b.Store.finish(ctx, m)
+	return b.Store.Finish(ctx, m)
 }
 
 // debsAtOnce is how many packages are fetched at the same time.

@@ -302,7 +302,7 @@ func (s *Store) ImportFile(ctx context.Context, m Manifest, from string) (_ Mani
 		return m, fmt.Errorf("import %s: %w", from, err)
 	}
 	got.Name, got.Owner, got.Parent = m.Name, m.Owner, cmp.Or(m.Parent, filepath.Base(from))
-	return s.finish(ctx, got)
+	return s.Finish(ctx, got)
 }
 
 // readImage opens an OCI layout or an archive of docker save; nil is neither.

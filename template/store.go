@@ -177,11 +177,11 @@ func (s *Store) Import(ctx context.Context, m Manifest, from io.Reader) (_ Manif
 		return m, fmt.Errorf("import: %w", err)
 	}
 	m.Layers = []Layer{l}
-	return s.finish(ctx, m)
+	return s.Finish(ctx, m)
 }
 
-// finish makes the image of a template that has its layers, and gives it its name.
-func (s *Store) finish(ctx context.Context, m Manifest) (Manifest, error) {
+// Finish makes the image of a template that has its layers, and gives it its name.
+func (s *Store) Finish(ctx context.Context, m Manifest) (Manifest, error) {
 	m, err := s.prepare(ctx, m)
 	if err != nil {
 		return m, err

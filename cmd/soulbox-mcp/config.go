@@ -40,6 +40,7 @@ type config struct {
 	fixtures bool
 	// noNetwork gives sandboxes none, whatever they ask for; contextDirs are what builds may read of the host.
 	noNetwork   bool
+	allowPull   bool // builds begin from images of registries
 	contextDirs []string
 	gateway     *url.URL // where ports of sandboxes are reached by name; nil is nowhere
 }
@@ -157,6 +158,7 @@ func (c *config) serving(flags *flag.FlagSet) {
 	flags.StringVar(&c.toolsets, "toolsets", "", "`names` of the tools that are offered, of "+strings.Join(tools.Toolsets(), ",")+"; default all")
 	flags.BoolVar(&c.readOnly, "read-only", false, "offer only tools that change nothing")
 	flags.BoolVar(&c.noNetwork, "no-network", false, "no sandbox has a network, whatever it asks for")
+	flags.BoolVar(&c.allowPull, "templates-allow-pull", false, "builds may begin FROM images of registries, with the credentials of this server's user")
 	flags.Func("build-contexts", "`directory` of this machine that builds of templates may read; may be given several times", func(dir string) error {
 		real, err := filepath.Abs(dir)
 		if err == nil {
@@ -203,6 +205,14 @@ func (c config) newStore() (*template.Store, error) {
 		s.UID, s.GID = gvisor.Owner()
 	}
 	return s, nil
+}
+
+func (c config) newBuilder(store *template.Store, manager *sandbox.Manager, log *slog.Logger) *template.Builder {
+	b := &template.Builder{Store: store, Manager: manager, NoNetwork: c.noNetwork, Log: log}
+	if c.allowPull {
+		b.Pull = store.Pull
+	}
+	return b
 }
 
 // installAgent copies the agent to a directory named by its content, so that an upgrade changes nothing under running sandboxes.

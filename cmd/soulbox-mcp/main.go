@@ -23,8 +23,8 @@ Usage:
   soulbox-mcp http [flags]     serve many MCP clients over HTTP
   soulbox-mcp key create|list|revoke [flags]
                                make and end the keys that clients of 'http' need
-  soulbox-mcp template base|list|delete [flags]
-                               make the base of sandboxes, show and remove templates
+  soulbox-mcp template base|list|pull|… [flags]
+                               make the base of sandboxes; show, move and remove templates
   soulbox-mcp demo [flags]     show a sandbox at work, through a real MCP client
   soulbox-mcp doctor [flags]   check this machine, and say what is missing
   soulbox-mcp version          print the version

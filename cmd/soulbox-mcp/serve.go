@@ -14,7 +14,6 @@ import (
 	"soulbox.dev/soulbox/mcpserver"
 	"soulbox.dev/soulbox/resources"
 	"soulbox.dev/soulbox/sandbox"
-	"soulbox.dev/soulbox/template"
 	"soulbox.dev/soulbox/tools"
 )
 
@@ -61,7 +60,7 @@ func newService(c config, stderr io.Writer) (_ *service, err error) {
 		}
 	}()
 	templates.InUse = manager.Images
-	o := tools.Options{Manager: manager, Store: templates, Builder: &template.Builder{Store: templates, Manager: manager, NoNetwork: c.noNetwork, Log: s.log}, ContextDirs: c.contextDirs, ReadOnly: c.readOnly}
+	o := tools.Options{Manager: manager, Store: templates, Builder: c.newBuilder(templates, manager, s.log), ContextDirs: c.contextDirs, ReadOnly: c.readOnly}
 	if c.gateway != nil {
 		s.gateway = api.NewGateway(manager, c.gateway, s.log)
 		o.PortURL = s.gateway.URL

@@ -26,6 +26,14 @@ Usage:
   soulbox-mcp template list    show the templates
   soulbox-mcp template delete NAME
                                remove one; sandboxes of it go on
+  soulbox-mcp template pull IMAGE NAME
+                               make one of an image of a registry
+  soulbox-mcp template push NAME IMAGE
+                               give one to a registry
+  soulbox-mcp template import FILE NAME
+                               make one of an OCI layout, of what docker save writes, or of a tar of a file system
+  soulbox-mcp template export NAME FILE
+                               write one as an OCI layout in a directory, or for docker load where FILE ends in .tar
 `
 
 // runTemplate makes and shows templates.
@@ -35,12 +43,12 @@ func runTemplate(ctx context.Context, args []string, getenv func(string) string,
 	if len(args) > 0 {
 		command, args = args[0], args[1:]
 	}
-	name := ""
-	if command == "delete" {
+	var names []string
+	for want := map[string]int{"delete": 1, "pull": 2, "push": 2, "import": 2, "export": 2}[command]; len(names) < want; args = args[1:] {
 		if len(args) == 0 || strings.HasPrefix(args[0], "-") {
-			return fmt.Errorf("name the template that is to be deleted: soulbox-mcp template delete NAME")
+			return fmt.Errorf("template %s needs %d arguments, and flags behind them; run 'soulbox-mcp template help'", command, want)
 		}
-		name, args = args[0], args[1:]
+		names = append(names, args[0])
 	}
 	var base template.BaseOptions
 	c := config{onExit: "kill"}
@@ -62,12 +70,8 @@ func runTemplate(ctx context.Context, args []string, getenv func(string) string,
 		return c.buildBase(ctx, base, stdout, stderr)
 	case "list":
 		return c.listTemplates(stdout)
-	case "delete":
-		store, err := c.newStore()
-		if err != nil {
-			return err
-		}
-		return store.Delete("", name)
+	case "delete", "pull", "push", "import", "export":
+		return c.moveTemplate(ctx, command, names, stdout)
 	case "", "help", "--help", "-h":
 		_, err := fmt.Fprint(stdout, templateUsage)
 		return err
@@ -89,13 +93,56 @@ func (c config) buildBase(ctx context.Context, o template.BaseOptions, stdout, s
 	store.InUse = manager.Images
 	shown := newProgress(stderr)
 	o.Say = shown.say
-	builder := &template.Builder{Store: store, Manager: manager, Log: log}
-	built, err := builder.BuildBase(ctx, o)
+	built, err := c.newBuilder(store, manager, log).BuildBase(ctx, o)
 	shown.end()
 	if err != nil {
 		return err
 	}
 	_, err = fmt.Fprintf(stdout, "%s is built: %d MB in %.0f s. Sandboxes that name no template begin from %q.\n", built.Name, built.Size>>20, shown.took().Seconds(), template.BaseName)
+	return err
+}
+
+// moveTemplate does what concerns one template.
+func (c config) moveTemplate(ctx context.Context, command string, names []string, stdout io.Writer) error {
+	store, err := c.newStore()
+	if err != nil {
+		return err
+	}
+	var m template.Manifest
+	switch command {
+	case "delete":
+		return store.Delete("", names[0])
+	case "pull":
+		name, err := template.CheckName(names[1])
+		if err != nil {
+			return err
+		}
+		if m, err = store.Pull(ctx, names[0]); err != nil {
+			return err
+		}
+		m.Name = name
+		if m, err = store.Finish(ctx, m); err != nil {
+			return err
+		}
+	case "import":
+		if m, err = store.ImportFile(ctx, template.Manifest{Name: names[1]}, names[0]); err != nil {
+			return err
+		}
+	default:
+		if m, err = store.Get("", names[0]); err != nil {
+			return err
+		}
+		if command == "export" {
+			return store.Export(m, names[1])
+		}
+		digest, err := store.Push(ctx, m, names[1])
+		if err != nil {
+			return err
+		}
+		_, err = fmt.Fprintf(stdout, "%s is %s@%s\n", m.Name, names[1], digest)
+		return err
+	}
+	_, err = fmt.Fprintf(stdout, "%s is there: %d MB\n", m.Name, m.Size>>20)
 	return err
 }
 
