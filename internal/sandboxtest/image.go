@@ -1,6 +1,10 @@
 package sandboxtest
 
 import (
+	"archive/tar"
+	"errors"
+	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path"
@@ -84,6 +88,21 @@ func (b imageBuilder) fill() {
 		}
 		b.copy(real, path.Join("/usr", strings.TrimPrefix(name, "/usr")))
 	}
+	modules, err := filepath.Glob("/usr/lib/*/perl-base")
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	for _, dir := range modules {
+		err := filepath.WalkDir(dir, func(name string, d fs.DirEntry, err error) error {
+			if err == nil && d.Type().IsRegular() {
+				b.copy(name, name)
+			}
+			return err
+		})
+		if err != nil {
+			b.t.Fatal(err)
+		}
+	}
 	for link, target := range map[string]string{"bin": "usr/bin", "sbin": "usr/bin", "lib": "usr/lib", "lib64": "usr/lib64"} {
 		b.root.Children[link] = &erofs.Node{Mode: unix.S_IFLNK | 0o777, Target: target}
 	}
@@ -118,4 +137,54 @@ func (b imageBuilder) text(name, text string) {
 		b.t.Fatal(err)
 	}
 	b.dir(path.Dir(name)).Children[path.Base(name)] = &erofs.Node{Mode: unix.S_IFREG | 0o644, Data: data}
+}
+
+// ImageTar makes an Image as a tar, such as "soulbox-mcp template import" takes.
+func ImageTar(t testing.TB, dir string) string {
+	t.Helper()
+	image, err := erofs.Open(Image(t, dir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer image.Close()
+	root, err := image.Tree()
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Create(filepath.Join(dir, "image.tar"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	w := tar.NewWriter(f)
+	if err := errors.Join(writeTar(w, image, "", root), w.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return f.Name()
+}
+
+func writeTar(w *tar.Writer, image *erofs.Image, name string, n *erofs.Node) error {
+	h := &tar.Header{Name: name, Mode: int64(n.Mode & 0o7777), Uid: int(n.UID), Gid: int(n.GID), ModTime: n.Time, Linkname: n.Target, Size: n.Data.Size, Typeflag: tar.TypeReg}
+	switch n.Type() {
+	case unix.S_IFDIR:
+		h.Typeflag, h.Name = tar.TypeDir, name+"/"
+	case unix.S_IFLNK:
+		h.Typeflag = tar.TypeSymlink
+	}
+	if name != "" {
+		if err := w.WriteHeader(h); err != nil {
+			return err
+		}
+	}
+	if h.Typeflag == tar.TypeReg {
+		if _, err := io.Copy(w, image.Content(n.Data)); err != nil {
+			return err
+		}
+	}
+	for _, base := range n.Names() {
+		if err := writeTar(w, image, path.Join(name, base), n.Children[base]); err != nil {
+			return err
+		}
+	}
+	return nil
 }
