@@ -41,6 +41,7 @@ type BuildRequest struct {
 	Owner, Name string
 	Dockerfile  string
 	Context     *Files            // nil has none; it stays the caller's
+	Files       map[string]*Files // others that --from names; they stay the caller's
 	Target      string            // a stage; default the last one
 	Args        map[string]string // of ARG
 	Secrets     map[string][]byte // of RUN --mount=type=secret, by id
@@ -299,6 +300,9 @@ func (r *run) files(ctx context.Context, from string) (*Files, error) {
 			return nil, errors.New("the build has no files to copy from; give it a context")
 		}
 		return r.req.Context, nil
+	}
+	if f := r.req.Files[from]; f != nil {
+		return f, nil
 	}
 	if f := r.opened[from]; f != nil {
 		return f, nil

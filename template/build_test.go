@@ -3,12 +3,14 @@ package template
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -338,4 +340,132 @@ func TestStart(t *testing.T) {
 		t.Error(err)
 	}
 	w.none()
+}
+
+// TestSteps: a list of steps does what a Dockerfile does, and nothing is read into its texts.
+func TestSteps(t *testing.T) {
+	w := newWorkshop(t)
+	files, err := w.store.ContextFiles(map[string]string{"a $x.txt": "a", "d/b": "b"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer files.Close()
+	dockerfile, err := FromSteps("mini", []Step{
+		{Type: "ENV", Args: []string{"A", `two "words" $HOME \ 'q'`, "B", ""}},
+		{Type: "WORKDIR", Args: []string{"/srv/a $b"}},
+		{Type: "COPY", Args: []string{"a $x.txt", "/x y/", "user", "0640"}, Files: "files-1"},
+		{Type: "COPY", Args: []string{"d", "/d", "", ""}, Files: "files-1"},
+		{Type: "RUN", Args: []string{"echo \"$A\" > /env\nid -un > /who\necho END_OF_STEP > /end", "root"}},
+		{Type: "USER", Args: []string{"user"}},
+		{Type: "RUN", Args: []string{"pwd > /tmp/pwd; id -un >> /tmp/pwd", ""}},
+		{Type: "RUN", Args: []string{"id -un > /root-was-here", "root"}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, log, err := w.try(t.Context(), BuildRequest{Name: "steps", Dockerfile: dockerfile, Files: map[string]*Files{"files-1": files}}, nil); err != nil {
+		t.Fatal(err, log, dockerfile)
+	}
+	want := "two \"words\" $HOME \\ 'q'\nroot\nEND_OF_STEP\n/srv/a $b\nuser\nroot\nb640 user\nuser\n"
+	if got := w.in("steps", "", "cat /env /who /end /tmp/pwd /root-was-here /d/b; stat -c '%a %U' '/x y/a $x.txt'; id -un"); got != want {
+		t.Errorf("%q, want %q\n%s", got, want, dockerfile)
+	}
+	for _, bad := range []Step{{Type: "FROM", Args: []string{"x"}}, {Type: "RUN"}, {Type: "COPY", Args: []string{"a"}}, {Type: "ENV", Args: []string{"A", "b", "C"}}, {Type: "WORKDIR", Args: []string{"/a\nRUN x"}}, {Type: "USER", Args: []string{""}}} {
+		if _, err := FromSteps("mini", []Step{bad}); !errors.Is(err, sandbox.ErrInvalid) {
+			t.Errorf("%+v is taken", bad)
+		}
+	}
+}
+
+// TestBuildsAtOnce: builds of the same thing at the same time do each step once, those of one name leave one of them, whole.
+func TestBuildsAtOnce(t *testing.T) {
+	w := newWorkshop(t)
+	var mu sync.Mutex
+	var all sync.WaitGroup
+	cached, images := 0, map[string]bool{}
+	for i := range 4 {
+		all.Go(func() {
+			built, err := w.builder.Build(t.Context(), BuildRequest{Name: "same", Dockerfile: fmt.Sprintf("FROM mini\nRUN sleep 1; echo $RANDOM > /r\nRUN echo second > /s\nLABEL n=%d\n", i%2)}, nil)
+			mu.Lock()
+			defer mu.Unlock()
+			if err != nil {
+				t.Error(err)
+			}
+			cached += built.Cached
+			images[built.Image] = true
+		})
+	}
+	all.Wait()
+	if cached != 6 || len(images) != 1 {
+		t.Errorf("%d steps cached, %d images", cached, len(images))
+	}
+	if m, err := w.store.Get("", "same"); err != nil || !images[m.Image] {
+		t.Error(m, err)
+	}
+	w.none()
+}
+
+// TestCollect: what a template, a sandbox or a snapshot needs stays, the rest goes when it was not used for a while.
+func TestCollect(t *testing.T) {
+	w := newWorkshop(t)
+	built := w.build("kept", "FROM mini\nRUN echo kept > /kept\n", nil)
+	gone := w.build("gone", "FROM mini\nRUN echo gone > /gone\n", nil)
+	sb, err := w.manager.Create(t.Context(), sandbox.CreateOptions{Template: "gone"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := sb.Pause(t.Context(), sandbox.PauseOptions{ToDisk: true}); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.store.Delete("", "gone"); err != nil {
+		t.Fatal(err)
+	}
+	age := func() {
+		t.Helper()
+		old := time.Now().Add(-30 * 24 * time.Hour)
+		for _, kind := range []string{"images", "layers", "steps", "builds"} {
+			names, err := filepath.Glob(filepath.Join(w.store.file(kind, ""), "*"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, name := range names {
+				if err := os.Chtimes(name, old, old); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if err := w.store.Collect(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	image := func(id string) bool {
+		return exists(w.store.file("images", strings.TrimPrefix(id, "sha256:")+".erofs"))
+	}
+	age()
+	if !image(built.Image) || !image(gone.Image) {
+		t.Fatal("an image that is needed is collected")
+	}
+	if err := sb.Resume(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := sb.Kill(errors.New("done")); err != nil {
+		t.Fatal(err)
+	}
+	age()
+	if !image(built.Image) || image(gone.Image) {
+		t.Errorf("%v %v", image(built.Image), image(gone.Image))
+	}
+	if got := w.in("kept", "", "cat /kept"); got != "kept\n" {
+		t.Error(got)
+	}
+	if names, _ := filepath.Glob(w.store.file("layers", "*")); len(names) != 2 {
+		t.Errorf("%d layers are kept", len(names))
+	}
+	broken := w.store.file("names", "broken.json")
+	if err := os.WriteFile(broken, []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.store.Collect(); err == nil {
+		t.Error("what cannot be read is taken for nothing")
+	}
 }

@@ -51,7 +51,7 @@ func (s *Store) ReadContext(from io.Reader) (_ *Files, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("build context: %w", err)
 	}
-	return s.newContext(func(m *merger) error { return m.apply(plain) })
+	return s.newContext(func(m *merger) error { return m.apply(s.whileRoom(plain)) })
 }
 
 // newContext makes the image of a build's files.
@@ -69,7 +69,7 @@ func (s *Store) newContext(fill func(*merger) error) (_ *Files, err error) {
 			err = errors.Join(fmt.Errorf("build context: %w", err), os.Remove(f.Name()))
 		}
 	}()
-	m := &merger{root: newRoot(), w: erofs.NewWriter(f), plain: true}
+	m := &merger{root: newRoot(), w: erofs.NewWriter(f), plain: true, bytes: maxImage - maxContext}
 	if err := fill(m); err != nil {
 		return nil, err
 	}
@@ -90,6 +90,9 @@ func (s *Store) newContext(fill func(*merger) error) (_ *Files, err error) {
 	}
 	return files, nil
 }
+
+// maxContext bounds the files of a build, in bytes.
+const maxContext = 8 << 30
 
 // openFiles opens an image.
 func openFiles(name string) (*Files, error) {

@@ -166,7 +166,7 @@ func (l layer) node(h *tar.Header, from io.Reader, old *erofs.Node) (*erofs.Node
 	switch h.Typeflag {
 	case tar.TypeReg, 0: // 0 is of old archives
 		if l.bytes += h.Size; h.Size < 0 || l.bytes > maxImage {
-			return nil, fmt.Errorf("%w: more than %d GB in all", ErrLayer, maxImage>>30)
+			return nil, fmt.Errorf("%w: its files are too large", ErrLayer)
 		}
 		n.Mode = unix.S_IFREG
 		var err error

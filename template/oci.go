@@ -156,7 +156,7 @@ func (s *Store) takeLayer(l v1.Layer) (Layer, error) {
 	defer from.Close()
 	return kept, s.write(file, func(f *os.File) error {
 		sum := sha256.New()
-		if _, err := io.Copy(io.MultiWriter(f, sum), io.LimitReader(from, size+1)); err != nil {
+		if _, err := io.Copy(io.MultiWriter(f, sum), io.LimitReader(s.whileRoom(from), size+1)); err != nil {
 			return err
 		}
 		if got := digestOf(sum); got != kept.Digest {

@@ -334,7 +334,7 @@ func (s *Store) newLayer(from io.Reader, createdBy string) (Layer, error) {
 		return l, err
 	}
 	defer os.Remove(f.Name()) // it has another name when all went well
-	err = compress(io.MultiWriter(f, whole), io.TeeReader(from, inner))
+	err = compress(io.MultiWriter(f, whole), io.TeeReader(s.whileRoom(from), inner))
 	if err = errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close()); err != nil {
 		return l, err
 	}
@@ -480,7 +480,7 @@ func (s *Store) applyLayer(ctx context.Context, m *merger, l Layer) error {
 	}
 	defer r.Close()
 	sum := sha256.New()
-	body := io.TeeReader(&untilDone{ctx, r}, sum)
+	body := io.TeeReader(&untilDone{ctx, s.whileRoom(r)}, sum)
 	if err := m.apply(body); err != nil {
 		return err
 	}
@@ -491,6 +491,34 @@ func (s *Store) applyLayer(ctx context.Context, m *merger, l Layer) error {
 		return fmt.Errorf("%w: its content is %s, not %s", ErrLayer, got, l.DiffID)
 	}
 	return nil
+}
+
+// spareDisk is what the store leaves free on its disk, in bytes; roomEvery is after how many bytes it looks.
+const (
+	spareDisk = 512 << 20
+	roomEvery = 32 << 20
+)
+
+// whileRoom reads as long as there is room on the store's disk for what comes of it: an archive may be small and its content large.
+func (s *Store) whileRoom(r io.Reader) io.Reader { return &roomReader{r: r, dir: s.Dir} }
+
+type roomReader struct {
+	r    io.Reader
+	dir  string
+	left int64
+}
+
+func (r *roomReader) Read(p []byte) (int, error) {
+	if r.left <= 0 {
+		r.left = roomEvery
+		var fs unix.Statfs_t
+		if err := unix.Statfs(r.dir, &fs); err == nil && int64(fs.Bavail)*fs.Bsize < spareDisk {
+			return 0, fmt.Errorf("the disk of the templates has less than %d MB left: %w", spareDisk>>20, sandbox.ErrNoDisk)
+		}
+	}
+	n, err := r.r.Read(p)
+	r.left -= int64(n)
+	return n, err
 }
 
 // untilDone reads until ctx ends.

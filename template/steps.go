@@ -1,0 +1,101 @@
+package template
+
+import (
+	"cmp"
+	"encoding/json"
+	"fmt"
+	"strings"
+
+	"soulbox.dev/soulbox/sandbox"
+)
+
+// Step is a step of a build that is given as a list, as E2B's clients give it.
+type Step struct {
+	Type string   // RUN, COPY, ENV, WORKDIR or USER
+	Args []string // RUN: command, user; COPY: from, to, owner, mode; ENV: names and values; WORKDIR: path; USER: name
+	// Files names those of BuildRequest.Files that COPY copies from.
+	Files string
+}
+
+// FromSteps is a list of steps as a Dockerfile: they are carried out, cached and told as any other.
+func FromSteps(from string, steps []Step) (string, error) {
+	var b strings.Builder
+	user := ""
+	fmt.Fprintf(&b, "FROM %s\n", from)
+	for i, s := range steps {
+		wrong := func(format string, args ...any) error {
+			return fmt.Errorf("step %d, %s: %s: %w", i+1, clip(s.Type), fmt.Sprintf(format, args...), sandbox.ErrInvalid)
+		}
+		arg := func(n int) string {
+			if n < len(s.Args) {
+				return s.Args[n]
+			}
+			return ""
+		}
+		if want := map[string]int{"RUN": 1, "COPY": 2, "ENV": 2, "WORKDIR": 1, "USER": 1}[s.Type]; want == 0 {
+			return "", wrong("it is none of RUN, COPY, ENV, WORKDIR and USER")
+		} else if len(s.Args) < want || arg(0) == "" {
+			return "", wrong("it has %d arguments, and needs %d", len(s.Args), want)
+		}
+		for _, a := range s.Args {
+			if s.Type != "RUN" && strings.ContainsAny(a, "\n\r\x00") || strings.Contains(a, "\x00") {
+				return "", wrong("an argument has a line feed or a NUL byte")
+			}
+		}
+		switch s.Type {
+		case "RUN":
+			if as := arg(1); as != "" && as != user { // for this one
+				fmt.Fprintf(&b, "USER %s\n", literal(as))
+			}
+			end := heredocEnd(arg(0))
+			fmt.Fprintf(&b, "RUN <<'%s'\n%s\n%s\n", end, arg(0), end)
+			if as := arg(1); as != "" && as != user {
+				fmt.Fprintf(&b, "USER %s\n", literal(cmp.Or(user, "root")))
+			}
+		case "COPY":
+			flags := "--chown=" + literal(cmp.Or(arg(2), "root"))
+			if arg(3) != "" {
+				flags += " --chmod=" + literal(arg(3))
+			}
+			if s.Files != "" {
+				flags += " --from=" + s.Files
+			}
+			paths, err := json.Marshal([]string{literal(arg(0)), literal(arg(1))})
+			if err != nil {
+				return "", wrong("%v", err)
+			}
+			fmt.Fprintf(&b, "COPY %s %s\n", flags, paths)
+		case "ENV":
+			if len(s.Args)%2 != 0 {
+				return "", wrong("a name has no value")
+			}
+			for n := 0; n < len(s.Args); n += 2 {
+				fmt.Fprintf(&b, "ENV %s=%s\n", s.Args[n], quoted(s.Args[n+1]))
+			}
+		case "WORKDIR":
+			fmt.Fprintf(&b, "WORKDIR %s\n", literal(arg(0)))
+		case "USER":
+			user = arg(0)
+			fmt.Fprintf(&b, "USER %s\n", literal(user))
+		}
+	}
+	return b.String(), nil
+}
+
+// heredocEnd is a word that is no line of a text.
+func heredocEnd(text string) string {
+	end := "END_OF_STEP"
+	for strings.Contains(text, end) {
+		end += "_"
+	}
+	return end
+}
+
+// literal keeps the Dockerfile from reading anything into a text.
+func literal(text string) string {
+	return strings.NewReplacer(`\`, `\\`, `$`, `\$`, `"`, `\"`, `'`, `\'`).Replace(text)
+}
+
+func quoted(text string) string {
+	return `"` + strings.NewReplacer(`\`, `\\`, `$`, `\$`, `"`, `\"`).Replace(text) + `"`
+}
