@@ -206,6 +206,9 @@ func TestOneOwnersThings(t *testing.T) {
 			if tool.Name == "sandbox_kill" {
 				args["confirm"] = true
 			}
+			if tool.Name == "template_build" { // it reads files of the sandbox
+				args["name"], args["dockerfile"], args["context_path"] = "stolen", "FROM scratch", "/home/user"
+			}
 			if tool.Name == "sandbox_update" {
 				args["extend_ms"] = 1000
 			}
