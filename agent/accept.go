@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"sync"
 	"time"
@@ -50,8 +51,12 @@ func (a *acceptors) on(ctx context.Context, address string) (chan net.Conn, erro
 		for {
 			slots <- struct{}{}
 			conn, err := l.Accept()
-			if err != nil {
-				return // the agent is at its end
+			if err != nil { // the agent is at its end, or out of descriptors: who asks again listens anew
+				a.mu.Lock()
+				delete(a.byAddr, address)
+				a.mu.Unlock()
+				_ = l.Close()
+				return
 			}
 			go func() {
 				defer func() { <-slots }()
@@ -83,14 +88,53 @@ func (s *Server) serveAccept(ctx context.Context, stream *yamux.Stream, h header
 			_ = stream.SetDeadline(time.Unix(1, 0))
 		})()
 		if writeMessage(stream, answer{}) == nil {
-			splice(stream, conn)
+			giveOver(stream, conn)
 		}
 	case <-ctx.Done():
 	}
 }
 
+// lingerTime is how long a connection may stay that its host has done with.
+const lingerTime = 5 * time.Second
+
+// giveOver is splice with a host that says the last word: once it has closed its half, the sandbox has a moment to close its own.
+func giveOver(stream *yamux.Stream, conn net.Conn) {
+	var both sync.WaitGroup
+	both.Go(func() {
+		_, err := io.Copy(conn, stream)
+		if half, ok := conn.(*net.TCPConn); ok && err == nil {
+			_ = half.CloseWrite()
+		}
+		_ = conn.SetReadDeadline(time.Now().Add(lingerTime))
+	})
+	both.Go(func() {
+		_, err := io.Copy(stream, conn)
+		_ = stream.Close()
+		if err != nil {
+			_ = conn.Close()
+		}
+	})
+	both.Wait()
+}
+
+// acceptedConn is a connection that nothing holds once it is closed.
+type acceptedConn struct {
+	*yamux.Stream
+	stop func() bool
+}
+
+// Close implements net.Conn: nothing more is read or written.
+func (c *acceptedConn) Close() error {
+	c.stop()
+	_ = c.Stream.SetReadDeadline(time.Unix(1, 0))
+	return c.Stream.Close()
+}
+
+// CloseWrite ends what is written.
+func (c *acceptedConn) CloseWrite() error { return c.Stream.Close() }
+
 // Accept waits for the next connection that is made in the sandbox to an address of its loopback, which is listened on from the first Accept on. It
-// is no use of the sandbox. Closing the connection's writing half is its Close; when ctx ends it is at its end.
+// is no use of the sandbox. When ctx ends the connection is at its end.
 func (c *Client) Accept(ctx context.Context, address string) (net.Conn, error) {
 	stream, err := orGiveUp(ctx, func() (*yamux.Stream, error) { return c.open(header{Stream: streamAccept, Address: address}) }, func(s *yamux.Stream) { _ = s.Close() })
 	if err != nil {
@@ -115,5 +159,5 @@ func (c *Client) Accept(ctx context.Context, address string) (net.Conn, error) {
 		}
 		return nil, a.Error
 	}
-	return stream, nil
+	return &acceptedConn{stream, stop}, nil
 }

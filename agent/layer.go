@@ -334,6 +334,9 @@ func unpack(root string, from *tar.Reader) error {
 		if err != nil {
 			return err
 		}
+		if h.Typeflag == tar.TypeXGlobalHeader { // of git archive, which says nothing of files
+			continue
+		}
 		if err := unpackOne(root, h, from); err != nil {
 			return err
 		}

@@ -41,7 +41,7 @@ func agentImage(agent string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	err = errors.Join(writeAgentImage(temp, agent), temp.Chmod(0o644), temp.Close())
+	err = errors.Join(writeAgentImage(temp, agent), temp.Chmod(0o644), temp.Sync(), temp.Close())
 	if err == nil {
 		err = os.Rename(temp.Name(), name)
 	}

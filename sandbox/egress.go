@@ -133,6 +133,32 @@ func isPublic(a netip.Addr) bool {
 	return a.IsValid() && !slices.ContainsFunc(never, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
+// isOwn says whether an address is one of this machine's, or of a network that it is on, as far as those are IPv6: there they are as global as
+// any other. It is asked anew each time, as they change.
+func isOwn(a netip.Addr) bool {
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		return true
+	}
+	a = a.Unmap().WithZone("")
+	for _, own := range addrs {
+		p, err := netip.ParsePrefix(own.String())
+		if err == nil && (p.Addr().Unmap() == a || a.Is6() && p.Bits() > 0 && p.Masked().Contains(a)) {
+			return true
+		}
+	}
+	return false
+}
+
+// RefusePrivate is a net.Dialer's Control that connects to public addresses only.
+func RefusePrivate(_, address string, _ syscall.RawConn) error {
+	ip, err := netip.ParseAddrPort(address)
+	if err != nil || !isPublic(ip.Addr()) || isOwn(ip.Addr()) {
+		return fmt.Errorf("%s is an address of this machine or of a private network: %w", address, ErrRefused)
+	}
+	return nil
+}
+
 // ErrRefused is of a connection that a sandbox may not make.
 var ErrRefused = errors.New("the network of this sandbox does not allow it")
 
@@ -170,18 +196,17 @@ type egress struct {
 	note    func(format string, args ...any)
 	log     *slog.Logger
 	notes   *rate.Limiter // of refusals, which the guest causes
-	slots   chan struct{}
 	plain   http.RoundTripper
 }
 
 // serveNetwork runs the proxy of a sandbox until ctx ends.
 func (s *Sandbox) serveNetwork(ctx context.Context, client *agent.Client, n Network) {
-	e := &egress{network: n, meter: &s.meter, log: s.m.log, notes: rate.NewLimiter(rate.Every(10*time.Second), 10), slots: make(chan struct{}, maxEgress),
+	e := &egress{network: n, meter: &s.meter, log: s.m.log, notes: rate.NewLimiter(rate.Every(10*time.Second), 10),
 		note: func(format string, args ...any) { s.note(LevelWarn, format, args...) }}
 	transport := &http.Transport{DialContext: e.dial, IdleConnTimeout: 30 * time.Second, MaxIdleConnsPerHost: 4, DisableCompression: true, MaxResponseHeaderBytes: egressHeaders, ResponseHeaderTimeout: egressIdle}
 	defer transport.CloseIdleConnections()
 	e.plain = transport
-	l := &parkedListener{ctx: ctx, client: client, conns: make(chan net.Conn), failed: make(chan error, parked)}
+	l := &parkedListener{ctx: ctx, client: client, conns: make(chan net.Conn), slots: make(chan struct{}, maxEgress)}
 	server := &http.Server{Handler: e, ReadHeaderTimeout: 30 * time.Second, MaxHeaderBytes: egressHeaders, IdleTimeout: time.Minute, BaseContext: func(net.Listener) context.Context { return ctx },
 		ErrorLog: slog.NewLogLogger(s.m.log.Handler(), slog.LevelDebug)}
 	defer context.AfterFunc(ctx, func() { _ = server.Close() })()
@@ -197,28 +222,57 @@ type parkedListener struct {
 	ctx    context.Context
 	client *agent.Client
 	conns  chan net.Conn
-	failed chan error
+	slots  chan struct{} // one for each connection, whatever it is used for
 	wait   sync.WaitGroup
 }
 
 func (l *parkedListener) start() {
 	for range parked {
 		l.wait.Go(func() {
-			for {
-				conn, err := l.client.Accept(l.ctx, ProxyAddress)
-				if err != nil {
-					l.failed <- err
-					return
-				}
-				select {
-				case l.conns <- conn:
-				case <-l.ctx.Done():
-					_ = conn.Close()
-					return
-				}
+			for l.take() {
 			}
 		})
 	}
+}
+
+// take waits for a connection, and says whether there may be others. Where the address is somebody else's in the sandbox, it tries again.
+func (l *parkedListener) take() bool {
+	select {
+	case l.slots <- struct{}{}:
+	case <-l.ctx.Done():
+		return false
+	}
+	free := sync.OnceFunc(func() { <-l.slots })
+	conn, err := l.client.Accept(l.ctx, ProxyAddress)
+	if err != nil {
+		free()
+		select {
+		case <-time.After(time.Second):
+			return !errors.Is(err, agent.ErrLost)
+		case <-l.ctx.Done():
+			return false
+		}
+	}
+	select {
+	case l.conns <- &slotConn{conn, free}:
+		return true
+	case <-l.ctx.Done():
+		_ = conn.Close()
+		free()
+		return false
+	}
+}
+
+// slotConn gives its slot back at its end.
+type slotConn struct {
+	net.Conn
+	free func()
+}
+
+// Close implements net.Conn.
+func (c *slotConn) Close() error {
+	c.free()
+	return c.Conn.Close()
 }
 
 // Accept implements net.Listener.
@@ -226,8 +280,6 @@ func (l *parkedListener) Accept() (net.Conn, error) {
 	select {
 	case conn := <-l.conns:
 		return conn, nil
-	case err := <-l.failed:
-		return nil, err
 	case <-l.ctx.Done():
 		return nil, net.ErrClosed
 	}
@@ -241,13 +293,6 @@ func (l *parkedListener) Addr() net.Addr { return &net.TCPAddr{} }
 
 // ServeHTTP implements http.Handler: a proxy (RFC 9110, 9.3.6 and RFC 9112, 3.2.2).
 func (e *egress) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	select {
-	case e.slots <- struct{}{}:
-		defer func() { <-e.slots }()
-	default:
-		http.Error(w, "SoulBox: this sandbox has as many connections as it may have.", http.StatusServiceUnavailable)
-		return
-	}
 	switch {
 	case r.Method == http.MethodConnect:
 		e.connect(w, r)
@@ -329,10 +374,13 @@ func (e *egress) dial(ctx context.Context, _, address string) (net.Conn, error) 
 	if !byName && name != "" && !e.network.hasRanges() || !byName && name == "" {
 		return nil, fmt.Errorf("%s: %w", host, ErrRefused)
 	}
-	d := net.Dialer{Timeout: egressDial, Control: func(_, to string, _ syscall.RawConn) error {
+	d := net.Dialer{Timeout: egressDial, Control: func(network, to string, c syscall.RawConn) error {
 		ip, err := netip.ParseAddrPort(to)
-		if err != nil || !isPublic(ip.Addr()) {
-			return fmt.Errorf("%s is an address of this machine or of a private network: %w", to, ErrRefused)
+		if err == nil {
+			err = RefusePrivate(network, to, c)
+		}
+		if err != nil {
+			return err
 		}
 		if !byName && !e.network.permits("", ip.Addr().Unmap()) {
 			return fmt.Errorf("%s: %w", to, ErrRefused)
@@ -371,6 +419,7 @@ func (c *worldConn) Read(p []byte) (int, error) {
 
 // Write implements io.Writer.
 func (c *worldConn) Write(p []byte) (int, error) {
+	_ = c.SetDeadline(time.Now().Add(egressIdle)) // an answer may come when all is sent
 	n, err := c.Conn.Write(p)
 	c.meter.count(0, int64(n))
 	return n, err

@@ -62,6 +62,16 @@ func TestNetworkRefuses(t *testing.T) {
 			t.Errorf("%q: %v", test.to, err)
 		}
 	}
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, own := range addrs {
+		p := netip.MustParsePrefix(own.String())
+		if !isOwn(p.Addr()) || p.Addr().Is6() && !p.Addr().Is4In6() && p.Bits() < 128 && !isOwn(p.Addr().Next()) {
+			t.Errorf("%s is reached", own)
+		}
+	}
 	for name, want := range map[string]bool{"ok.example": true, "a.sub.example": true, "a.b.sub.example": true, "asub.example": false} {
 		if list.permits(name, netip.Addr{}) != want {
 			t.Errorf("%s: %v", name, !want)

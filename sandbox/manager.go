@@ -188,6 +188,9 @@ func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 		Version: recordVersion, ID: newID(), Owner: o.Owner, Keep: m.opts.Keep && !o.Transient, State: Creating, Template: template.Name, Image: template.ID,
 		User: template.User, Cwd: template.Cwd, Parent: o.parent, Metadata: maps.Clone(o.Metadata), Limits: o.Limits.or(template.Limits).or(m.opts.Defaults), Times: o.Times, Network: o.Network, Created: now, Changed: now, Traffic: rand.Text(),
 	})
+	if service := template.Service; service != nil {
+		sb.rec.StartCmd, sb.rec.ReadyCmd = service.Start, service.Ready
+	}
 	sb.env = maps.Clone(template.Env)
 	if sb.env == nil {
 		sb.env = map[string]string{}
@@ -205,7 +208,7 @@ func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 		return nil, err
 	}
 	served, err := sb.boot(ctx, template, o.from, o.whole)
-	if service := template.Service; err == nil && service != nil && o.from == "" && !served {
+	if service := template.Service; err == nil && service != nil && !o.whole && !served {
 		err = sb.StartService(ctx, *service)
 	}
 	if err != nil {
@@ -258,10 +261,14 @@ func (m *Manager) basis(ctx context.Context, o *CreateOptions) (template Templat
 	if o.Network.Mode == "" {
 		o.Network = snap.Network
 	}
+	if !snap.FilesOnly && o.Network.On() != snap.Network.On() {
+		return Template{}, nil, fmt.Errorf("create sandbox: snapshot %q has memory, so it has a network or has none as it was saved: %w", snap.Name, ErrInvalid)
+	}
 	if template, err = m.opts.Templates.Template(ctx, o.Owner, cmp.Or(snap.Image, snap.Template)); err != nil {
 		return Template{}, nil, fmt.Errorf("create sandbox: %w", err)
 	}
 	template.Name, template.User, template.Cwd, template.Env = snap.Template, snap.User, snap.Cwd, nil // its environment is in the checkpoint
+	template.Service = record{StartCmd: snap.StartCmd, ReadyCmd: snap.ReadyCmd}.service()
 	return template, release, nil
 }
 

@@ -306,6 +306,13 @@ func (s *Sandbox) wake(ctx context.Context) error {
 		if err = s.become("resume", Running, nil, func(r *record) { r.Pause = nil }); err == nil {
 			s.begin()
 			s.mu.Unlock()
+			if service := r.service(); service != nil && r.Pause.FilesOnly {
+				s.m.work.Go(func() { // it needs the sandbox, whose turn this one has
+					if err := s.StartService(s.ctx, *service); err != nil && s.ctx.Err() == nil {
+						s.note(LevelError, "the service of its template is not up: %v", err)
+					}
+				})
+			}
 			if err := s.m.store.removeAll(from); err != nil {
 				s.m.log.Error("remove the checkpoint of a sandbox that runs again", "sandbox", s.id, "error", err) // it goes with the sandbox
 			}

@@ -14,8 +14,17 @@ type Service struct {
 	Start string // a command of the shell, as the template's user
 	Ready string // one that succeeds once the service is ready; "" waits until something listens on a port, or a short while
 	// Saved is the directory of a checkpoint in which it is ready already, of a sandbox with these Limits; "" is none.
-	Saved  string
-	Limits Limits
+	Saved   string
+	Limits  Limits
+	Network bool // that one has a network, which its processes know of
+}
+
+// service is the service of a sandbox' template, which is not saved; nil is none.
+func (r record) service() *Service {
+	if r.StartCmd == "" {
+		return nil
+	}
+	return &Service{Start: r.StartCmd, Ready: r.ReadyCmd}
 }
 
 // ServiceTag is the tag of a service's process.
@@ -109,8 +118,8 @@ func (s *Sandbox) SaveTo(ctx context.Context, dir string) error {
 // bootWithService boots a new sandbox with the service of its template as it was saved, where that is possible; else it is to be started.
 func (s *Sandbox) bootWithService(ctx context.Context, template Template) (served bool, err error) {
 	service := *template.Service
-	limits := s.current().Limits
-	if service.Saved != "" && service.Limits == limits {
+	r := s.current()
+	if service.Saved != "" && service.Limits == r.Limits && service.Network == r.Network.On() {
 		err := s.start(ctx, template, service.Saved, true)
 		if err == nil {
 			err = s.skip(ctx)

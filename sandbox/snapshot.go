@@ -27,6 +27,8 @@ type Snapshot struct {
 	Image    string    `json:"image,omitempty"` // the template's ID
 	User     string    `json:"user,omitempty"`  // as of the sandbox
 	Cwd      string    `json:"cwd,omitempty"`
+	StartCmd string    `json:"start_cmd,omitempty"` // as of the sandbox
+	ReadyCmd string    `json:"ready_cmd,omitempty"`
 	Limits   Limits    `json:"limits"`
 	Times    Times     `json:"times"`
 	Network  Network   `json:"network,omitzero"`
@@ -83,7 +85,7 @@ func (s *Sandbox) Snapshot(ctx context.Context, name string, filesOnly bool) (_ 
 	if err != nil {
 		return Snapshot{}, fmt.Errorf("snapshot sandbox %s: %w", s.id, s.whyEnded(noDisk(err)))
 	}
-	snap := Snapshot{Name: name, Owner: s.owner, Sandbox: s.id, Template: r.Template, Image: r.Image, User: r.User, Cwd: r.Cwd, Limits: r.Limits, Times: r.Times, Network: r.Network, Created: time.Now().UTC(), FilesOnly: filesOnly}
+	snap := Snapshot{Name: name, Owner: s.owner, Sandbox: s.id, Template: r.Template, Image: r.Image, User: r.User, Cwd: r.Cwd, StartCmd: r.StartCmd, ReadyCmd: r.ReadyCmd, Limits: r.Limits, Times: r.Times, Network: r.Network, Created: time.Now().UTC(), FilesOnly: filesOnly}
 	for _, p := range r.Ports {
 		snap.Ports = append(snap.Ports, Port{Port: p.Port, Public: p.Public})
 	}
@@ -292,6 +294,7 @@ func (s *Sandbox) Fork(ctx context.Context, count int, metadata map[string]strin
 		return nil, nil, fmt.Errorf("fork sandbox %s: %w", s.id, err)
 	}
 	template.Name, template.User, template.Cwd, template.Env = r.Template, r.User, r.Cwd, nil // its environment is in the checkpoint
+	template.Service = r.service()
 	o := CreateOptions{Owner: s.owner, Base: &template, Limits: r.Limits, Times: r.Times, Network: r.Network, Metadata: maps.Clone(r.Metadata), parent: s.id,
 		from: filepath.Join(shared, "checkpoint"), whole: !filesOnly, ports: r.Ports}
 	if metadata != nil {

@@ -16,16 +16,19 @@ import (
 
 // record is a sandbox as state.json keeps it.
 type record struct {
-	Version  int               `json:"version"`
-	ID       string            `json:"id"`
-	Owner    string            `json:"owner,omitempty"`
-	Keep     bool              `json:"keep,omitempty"` // it outlives its server, and the next one adopts it
-	State    State             `json:"state"`
-	Cause    string            `json:"cause,omitempty"`
-	Template string            `json:"template"`
-	Image    string            `json:"image,omitempty"` // the template's ID
-	User     string            `json:"user,omitempty"`  // of processes that name none
-	Cwd      string            `json:"cwd,omitempty"`
+	Version  int    `json:"version"`
+	ID       string `json:"id"`
+	Owner    string `json:"owner,omitempty"`
+	Keep     bool   `json:"keep,omitempty"` // it outlives its server, and the next one adopts it
+	State    State  `json:"state"`
+	Cause    string `json:"cause,omitempty"`
+	Template string `json:"template"`
+	Image    string `json:"image,omitempty"` // the template's ID
+	User     string `json:"user,omitempty"`  // of processes that name none
+	Cwd      string `json:"cwd,omitempty"`
+	// StartCmd and ReadyCmd are of its template's service, which is started again where it begins from files alone.
+	StartCmd string            `json:"start_cmd,omitempty"`
+	ReadyCmd string            `json:"ready_cmd,omitempty"`
 	Parent   string            `json:"parent,omitempty"` // the snapshot or the sandbox that it began from
 	Metadata map[string]string `json:"metadata,omitempty"`
 	Limits   Limits            `json:"limits"`

@@ -85,22 +85,26 @@ EOF
 // distribution makes, or finds, a minimal system.
 func (b *Builder) distribution(ctx context.Context, o BaseOptions) (Manifest, error) {
 	id, codename, err := osRelease("/etc/os-release")
-	if err != nil {
+	if err != nil && (o.Mirror == "" || o.Suite == "") {
 		return Manifest{}, err
 	}
+	id = cmp.Or(id, "debian")
 	sources := []aptSource{{uri: o.Mirror, suite: cmp.Or(o.Suite, codename), keyring: cmp.Or(o.Keyring, defaultKeyring())}}
 	if o.Mirror == "" {
 		if sources, err = findSources("/etc/apt", codename); err != nil {
 			return Manifest{}, err
 		}
-	} else if codename = cmp.Or(o.Suite, codename); strings.Contains(o.Mirror, "ubuntu") {
-		id = "ubuntu"
+	} else {
+		codename, id = cmp.Or(o.Suite, codename), "debian"
+		if strings.Contains(o.Mirror, "ubuntu") {
+			id = "ubuntu"
+		}
 	}
 	name, err := CheckName(id + ":" + codename)
 	if err != nil {
 		return Manifest{}, err
 	}
-	if m, err := b.Store.Get("", name); err == nil {
+	if m, err := b.Store.Get("", name); err == nil && o.Mirror == "" && o.Keyring == "" {
 		o.Say("using the template %s, which is there already", name)
 		return m, nil
 	}
@@ -150,7 +154,7 @@ func (b *Builder) bootstrap(ctx context.Context, name string, sources []aptSourc
 	if err != nil {
 		return Manifest{}, err
 	}
-	files, err := b.Store.newContext(func(m *merger) error { return a.fill(ctx, m, chosen) })
+	files, err := b.Store.newContext(ctx, func(m *merger) error { return a.fill(ctx, m, chosen) })
 	if err != nil {
 		return Manifest{}, err
 	}
@@ -168,7 +172,7 @@ func (b *Builder) secondStage(ctx context.Context, name string, files *Files, so
 	defer func() { err = errors.Join(err, r.log.close()) }()
 	from, to := io.Pipe()
 	go func() { _ = to.CloseWithError(files.pack(to)) }()
-	l, err := b.Store.newLayer(from, "unpacked")
+	l, err := b.Store.newLayer(from, maxImage, "unpacked")
 	_ = from.Close()
 	if err != nil {
 		return Manifest{}, err
@@ -242,7 +246,7 @@ func (b *Builder) flatten(ctx context.Context, m Manifest, layers []Layer) (Mani
 	}
 	from, to := io.Pipe()
 	go func() { _ = to.CloseWithError(files.pack(to)) }()
-	l, err := b.Store.newLayer(from, m.Name)
+	l, err := b.Store.newLayer(from, maxImage, m.Name)
 	_ = from.Close()
 	if err != nil {
 		return m, err

@@ -13,6 +13,7 @@ import (
 	"maps"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -34,6 +35,38 @@ type Builder struct {
 	// NoNetwork says that sandboxes have none.
 	NoNetwork bool
 	Log       *slog.Logger
+
+	mu      sync.Mutex
+	running map[string]int // builds, by owner
+}
+
+// Bounds of what an owner may have.
+const (
+	maxBuilds    = 4   // at once
+	maxTemplates = 200 // names
+)
+
+// admit says whether an owner may begin another build.
+func (b *Builder) admit(req BuildRequest) (done func(), err error) {
+	if list, err := b.Store.List(req.Owner); err != nil {
+		return nil, err
+	} else if mine := slices.DeleteFunc(list, func(m Manifest) bool { return m.Owner != req.Owner || m.Name == req.Name }); len(mine) >= maxTemplates {
+		return nil, fmt.Errorf("you have %d templates, the most one may have; delete one: %w", len(mine), sandbox.ErrInvalid)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.running == nil {
+		b.running = map[string]int{}
+	}
+	if b.running[req.Owner] >= maxBuilds {
+		return nil, fmt.Errorf("%d builds of yours are under way, the most there may be; wait for one: %w", maxBuilds, sandbox.ErrInvalid)
+	}
+	b.running[req.Owner]++
+	return func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.running[req.Owner]--
+	}, nil
 }
 
 // BuildRequest describes a build.
@@ -47,8 +80,9 @@ type BuildRequest struct {
 	Secrets     map[string][]byte // of RUN --mount=type=secret, by id
 	NoCache     bool
 	// Limits are those of sandboxes of the template, where they ask for none, and of the build itself. Zero values are the server's.
-	Limits             sandbox.Limits
-	Network            sandbox.Network // of its RUNs; default NetworkFull, or none where the operator gives none
+	Limits sandbox.Limits
+	// Network is that of its RUNs, default NetworkFull where the operator gives one; and that which its service needs while it is started, default none.
+	Network            sandbox.Network
 	StartCmd, ReadyCmd string
 	Timeout            time.Duration // of the whole build; default DefaultBuildTime
 }
@@ -120,10 +154,16 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 	if req.Name, err = CheckName(req.Name); err != nil {
 		return Built{}, err
 	}
+	done, err := b.admit(req)
+	if err != nil {
+		return Built{}, fmt.Errorf("build %s: %w", req.Name, err)
+	}
+	defer done()
 	plan, err := parse(req.Dockerfile, req.Target, req.Args)
 	if err != nil {
 		return Built{}, fmt.Errorf("%w (%w)", err, sandbox.ErrInvalid)
 	}
+	service := req.Network
 	if req.Network.Mode == "" && !b.NoNetwork {
 		req.Network.Mode = sandbox.NetworkFull
 	}
@@ -157,7 +197,7 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 	built.Manifest, err = b.Store.prepare(ctx, Manifest{Name: req.Name, Owner: req.Owner, Layers: of.layers, Config: of.config, Limits: req.Limits, StartCmd: req.StartCmd,
 		ReadyCmd: req.ReadyCmd, Parent: of.parent, Build: r.id})
 	if err == nil && built.StartCmd != "" {
-		built.Started, err = r.startUp(ctx, built.Manifest)
+		built.Started, err = r.startUp(ctx, built.Manifest, service)
 	}
 	if err == nil {
 		err = b.Store.Put(built.Manifest)
@@ -183,7 +223,7 @@ func (e *BuildError) Error() string { return fmt.Sprintf("build %s: %v", e.ID, e
 func (e *BuildError) Unwrap() error { return e.Err }
 
 // startUp starts the service of a template and saves the sandbox once it is ready. Where a sandbox cannot be saved, that is said, and each starts its own.
-func (r *run) startUp(ctx context.Context, m Manifest) (*Started, error) {
+func (r *run) startUp(ctx context.Context, m Manifest, network sandbox.Network) (*Started, error) {
 	image, err := r.Store.image(ctx, m.Layers)
 	if err != nil {
 		return nil, err
@@ -193,7 +233,7 @@ func (r *run) startUp(ctx context.Context, m Manifest) (*Started, error) {
 	base.Service = nil
 	began := time.Now()
 	r.log.line("info", "start", service.Start)
-	sb, err := r.Manager.Create(ctx, sandbox.CreateOptions{Owner: r.req.Owner, Base: &base, Transient: true, Limits: r.req.Limits, Network: r.req.Network,
+	sb, err := r.Manager.Create(ctx, sandbox.CreateOptions{Owner: r.req.Owner, Base: &base, Transient: true, Limits: r.req.Limits, Network: network,
 		Times: sandbox.Times{Life: DefaultBuildTime, OnTimeout: sandbox.ActionKill}, Metadata: map[string]string{"build": r.id, "template": m.Name}})
 	if err != nil {
 		return nil, fmt.Errorf("start %s: %w", m.Name, err)
@@ -203,7 +243,7 @@ func (r *run) startUp(ctx context.Context, m Manifest) (*Started, error) {
 		return nil, fmt.Errorf("start %s: %w", m.Name, err)
 	}
 	r.log.line("info", "start", fmt.Sprintf("ready after %.1f s", time.Since(began).Seconds()))
-	started := &Started{Name: r.id, Limits: sb.Info().Limits}
+	started := &Started{Name: r.id, Limits: sb.Info().Limits, Network: network.On()}
 	dir := r.Store.file("started", started.Name)
 	if err := os.MkdirAll(r.Store.file("started", ""), 0o711); err != nil {
 		return nil, err
@@ -232,20 +272,39 @@ func healthCommand(test []string) string {
 
 // defaultUser is whom processes run as that name nobody: as the image says, else "user" where there is one, else root.
 func defaultUser(image, configured string) (string, error) {
-	if configured != "" {
-		return configured, nil
-	}
 	files, err := openFiles(image)
 	if err != nil {
 		return "", err
 	}
 	defer files.image.Close()
+	if configured != "" {
+		return files.numbered(configured), nil
+	}
 	for _, f := range files.passwd("/etc/passwd") {
 		if f[0] == "user" {
 			return "", nil
 		}
 	}
 	return "root", nil
+}
+
+// numbered is a user as an image names him, with the number of his group where that is named, or where no entry of the user tells it (Docker: 0).
+func (f *Files) numbered(user string) string {
+	name, group, both := strings.Cut(user, ":")
+	is := func(fields []string, name string) bool { return fields[0] == name || fields[2] == name }
+	if !both {
+		known := slices.ContainsFunc(f.passwd("/etc/passwd"), func(p []string) bool { return is(p, name) })
+		if _, err := strconv.ParseUint(name, 10, 32); err == nil && !known {
+			return name + ":0"
+		}
+		return user
+	}
+	for _, g := range f.passwd("/etc/group") {
+		if is(g, group) {
+			return name + ":" + g[2]
+		}
+	}
+	return user
 }
 
 // base finds what a stage begins from.
@@ -255,7 +314,7 @@ func (r *run) base(ctx context.Context, s stage) (*result, error) {
 		return &result{layers: slices.Clone(of.layers), config: *of.config.DeepCopy(), key: of.key, parent: of.parent}, nil
 	}
 	if strings.EqualFold(s.base, scratch) {
-		return &result{parent: scratch, key: hashOf("FROM", scratch)}, nil
+		return &result{parent: scratch, key: r.firstKey(scratch, "")}, nil
 	}
 	m, err := r.named(ctx, s.base)
 	if err != nil {
@@ -265,7 +324,12 @@ func (r *run) base(ctx context.Context, s stage) (*result, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &result{layers: slices.Clone(m.Layers), config: *m.Config.DeepCopy(), parent: s.base, key: hashOf("FROM", m.Image, string(config))}, nil
+	return &result{layers: slices.Clone(m.Layers), config: *m.Config.DeepCopy(), parent: s.base, key: r.firstKey(m.Image, string(config))}, nil
+}
+
+// firstKey is what all steps depend on. What one owner's builds have done is not taken for another's: he can reach into their sandboxes.
+func (r *run) firstKey(image, config string) string {
+	return hashOf("FROM", r.req.Owner, r.req.Network.Mode, strings.Join(r.req.Network.Allow, ","), image, config)
 }
 
 // named finds a template, or an image of a registry.

@@ -80,7 +80,7 @@ func (w *workshop) build(name, dockerfile string, files map[string]string) Built
 func (w *workshop) try(ctx context.Context, req BuildRequest, files map[string]string) (Built, string, error) {
 	w.Helper()
 	if files != nil {
-		f, err := w.store.ContextFiles(files)
+		f, err := w.store.ContextFiles(context.Background(), files)
 		if err != nil {
 			w.Fatal(err)
 		}
@@ -200,6 +200,10 @@ RUN --mount=type=tmpfs,target=/t,size=1m head -c 10000000 /dev/zero > /t/x || ec
 		if got := w.in("mounts", "root", "cat /count /full; ls -A /t /c /run/secrets 2>&1 | grep -c 'No such'; cat /sum"); !strings.HasPrefix(got, want+"full\n3\n") {
 			t.Errorf("%q", got)
 		}
+	}
+	w.build("twice", "FROM mini\nRUN --mount=type=cache,id=one,target=/c1 --mount=type=cache,id=one,target=/c2 --mount=type=cache,id=two,target=/c3 echo x > /c1/x; test -e /c2/x && test ! -e /c3/x && echo same > /same\n", nil)
+	if got := w.in("twice", "root", "cat /same; ls -d /c1 /c2 /c3 2>&1 | grep -c 'No such'"); got != "same\n3\n" {
+		t.Errorf("%q", got)
 	}
 	for _, kind := range []string{"layers", "images", "steps", "caches"} {
 		out, _ := exec.Command("grep", "-rlaF", "top secret", w.store.file(kind, "")).Output()
@@ -328,6 +332,24 @@ func TestStart(t *testing.T) {
 	if err := sb.Kill(errors.New("done")); err != nil {
 		t.Fatal(err)
 	}
+	// Of files alone it boots, and the service starts again.
+	if sb, err = w.manager.Create(t.Context(), sandbox.CreateOptions{Template: "service"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(sb.Pause(t.Context(), sandbox.PauseOptions{ToDisk: true, FilesOnly: true}), sb.Resume(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	sandboxtest.Eventually(t, "the service runs again", func() bool {
+		c, err := sb.Agent(t.Context(), "test")
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := strings.TrimSpace(string(sandboxtest.Run(t, c, "cat /tmp/value").Output.Head))
+		return got != "" && got != one[0]
+	})
+	if err := sb.Kill(errors.New("done")); err != nil {
+		t.Fatal(err)
+	}
 	// A checkpoint that is broken is no end of the template.
 	if err := os.Truncate(filepath.Join(w.store.file("started", built.Started.Name), "pages.img"), 0); err != nil {
 		t.Fatal(err)
@@ -345,7 +367,7 @@ func TestStart(t *testing.T) {
 // TestSteps: a list of steps does what a Dockerfile does, and nothing is read into its texts.
 func TestSteps(t *testing.T) {
 	w := newWorkshop(t)
-	files, err := w.store.ContextFiles(map[string]string{"a $x.txt": "a", "d/b": "b"})
+	files, err := w.store.ContextFiles(context.Background(), map[string]string{"a $x.txt": "a", "d/b": "b"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -373,6 +395,17 @@ func TestSteps(t *testing.T) {
 	for _, bad := range []Step{{Type: "FROM", Args: []string{"x"}}, {Type: "RUN"}, {Type: "COPY", Args: []string{"a"}}, {Type: "ENV", Args: []string{"A", "b", "C"}}, {Type: "WORKDIR", Args: []string{"/a\nRUN x"}}, {Type: "USER", Args: []string{""}}} {
 		if _, err := FromSteps("mini", []Step{bad}); !errors.Is(err, sandbox.ErrInvalid) {
 			t.Errorf("%+v is taken", bad)
+		}
+	}
+}
+
+// TestImageUser: whom processes run as in an image that says so by a name, a number, or with a group.
+func TestImageUser(t *testing.T) {
+	w := newWorkshop(t)
+	for user, want := range map[string]string{"user": "1000:1000", "1000": "1000:1000", "4321": "4321:0", "4321:77": "4321:77", "user:nogroup": "1000:65534", "root": "0:0"} {
+		w.build("user", "FROM mini\nUSER "+user+"\n", nil)
+		if got := w.in("user", "", "echo $(id -u):$(id -g)"); got != want+"\n" {
+			t.Errorf("%s: %q, want %q", user, got, want)
 		}
 	}
 }

@@ -2,6 +2,7 @@ package template
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"fmt"
 	"io"
@@ -77,7 +78,7 @@ func compare(t *testing.T, w *workshop, o oracle, name, dir string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	files, err := w.store.ContextDir(dir)
+	files, err := w.store.ContextDir(context.Background(), dir)
 	if err != nil {
 		t.Fatal(err)
 	}

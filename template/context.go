@@ -5,6 +5,7 @@ import (
 	"bufio"
 	"bytes"
 	"compress/bzip2"
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -46,16 +47,21 @@ func (f *Files) Close() error {
 
 // ReadContext reads the files of a build from a tar, which may be compressed. What its .dockerignore names is left out. Nothing of it becomes a file of
 // the host's but one image, which Close removes.
-func (s *Store) ReadContext(from io.Reader) (_ *Files, err error) {
+func (s *Store) ReadContext(ctx context.Context, from io.Reader) (_ *Files, err error) {
 	plain, err := uncompressed(from)
 	if err != nil {
 		return nil, fmt.Errorf("build context: %w", err)
 	}
-	return s.newContext(func(m *merger) error { return m.apply(s.whileRoom(plain)) })
+	return s.newContext(ctx, func(m *merger) error { return m.apply(s.whileRoom(plain)) })
 }
 
 // newContext makes the image of a build's files.
-func (s *Store) newContext(fill func(*merger) error) (_ *Files, err error) {
+func (s *Store) newContext(ctx context.Context, fill func(*merger) error) (_ *Files, err error) {
+	free, err := s.slot(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer free()
 	if err := os.MkdirAll(s.file("builds", ""), 0o711); err != nil {
 		return nil, err
 	}
@@ -69,7 +75,7 @@ func (s *Store) newContext(fill func(*merger) error) (_ *Files, err error) {
 			err = errors.Join(fmt.Errorf("build context: %w", err), os.Remove(f.Name()))
 		}
 	}()
-	m := &merger{root: newRoot(), w: erofs.NewWriter(f), plain: true, bytes: maxImage - maxContext}
+	m := &merger{ctx: ctx, root: newRoot(), w: erofs.NewWriter(f), plain: true, bytes: maxImage - maxContext}
 	if err := fill(m); err != nil {
 		return nil, err
 	}
@@ -108,7 +114,7 @@ func openFiles(name string) (*Files, error) {
 }
 
 // ContextFiles is a build context of texts by name.
-func (s *Store) ContextFiles(texts map[string]string) (*Files, error) {
+func (s *Store) ContextFiles(ctx context.Context, texts map[string]string) (*Files, error) {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
 	for name, text := range texts {
@@ -126,11 +132,11 @@ func (s *Store) ContextFiles(texts map[string]string) (*Files, error) {
 	if err := w.Close(); err != nil {
 		return nil, err
 	}
-	return s.ReadContext(&b)
+	return s.ReadContext(ctx, &b)
 }
 
 // ContextDir is a build context of a directory of the host, which links in it do not lead out of.
-func (s *Store) ContextDir(dir string) (*Files, error) {
+func (s *Store) ContextDir(ctx context.Context, dir string) (*Files, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
 		return nil, fmt.Errorf("build context: %w", err)
@@ -146,17 +152,20 @@ func (s *Store) ContextDir(dir string) (*Files, error) {
 	from, to := io.Pipe()
 	defer from.Close()
 	go func() { _ = to.CloseWithError(packDir(to, root, ignore)) }()
-	return s.ReadContext(from)
+	return s.ReadContext(ctx, from)
 }
 
 // packDir writes a directory as a tar. What is ignored is not read.
 func packDir(to io.Writer, root *os.Root, ignore func(string) bool) error {
 	w := tar.NewWriter(to)
 	err := fs.WalkDir(root.FS(), ".", func(name string, d fs.DirEntry, err error) error {
-		if err != nil || name == "." {
+		ignored := name != "." && ignore != nil && ignore(name)
+		switch {
+		case err != nil && ignored && d != nil && d.IsDir():
+			return fs.SkipDir // what cannot be read is not wanted either
+		case err != nil || name == ".":
 			return err
-		}
-		if ignore != nil && ignore(name) && !d.IsDir() {
+		case ignored && !d.IsDir(): // in a directory there may be what is wanted all the same
 			return nil
 		}
 		info, err := root.Lstat(name)
@@ -259,21 +268,21 @@ func uncompressed(from io.Reader) (io.Reader, error) {
 }
 
 // digest stands for a file with all that is in it, as COPY sees it.
-func (f *Files) digest(n *erofs.Node) (string, error) {
+func (f *Files) digest(ctx context.Context, n *erofs.Node) (string, error) {
 	sum := sha256.New()
-	err := f.sum(sum, "", n)
+	err := f.sum(ctx, sum, "", n)
 	return hex.EncodeToString(sum.Sum(nil)), err
 }
 
-func (f *Files) sum(to hash.Hash, name string, n *erofs.Node) error {
+func (f *Files) sum(ctx context.Context, to hash.Hash, name string, n *erofs.Node) error {
 	fmt.Fprintf(to, "%q %o %d %d %q %d %d\n", name, n.Mode, n.UID, n.GID, n.Target, n.Device, n.Data.Size)
 	if n.Type() == unix.S_IFREG {
-		if _, err := io.Copy(to, f.image.Content(n.Data)); err != nil {
+		if _, err := io.Copy(to, &untilDone{ctx, f.image.Content(n.Data)}); err != nil {
 			return err
 		}
 	}
 	for _, base := range n.Names() {
-		if err := f.sum(to, path.Join(name, base), n.Children[base]); err != nil {
+		if err := f.sum(ctx, to, path.Join(name, base), n.Children[base]); err != nil {
 			return err
 		}
 	}

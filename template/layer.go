@@ -2,6 +2,7 @@ package template
 
 import (
 	"archive/tar"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -32,6 +33,8 @@ var ErrLayer = errors.New("broken layer")
 
 // merger applies layers to a tree. Nothing of a layer is trusted: names stay in the tree, and sizes are bounded.
 type merger struct {
+	ctx   context.Context // of the one operation that a merger is
+	meta  int64           // bytes of memory that the tree takes, about
 	root  *erofs.Node
 	w     *erofs.Writer
 	plain bool // what is applied is no layer: names of whiteouts are names
@@ -72,7 +75,10 @@ func (m *merger) apply(r io.Reader) error {
 		if m.entries++; m.entries > maxEntries {
 			return fmt.Errorf("%w: more than %d entries", ErrLayer, maxEntries)
 		}
-		if err := l.entry(h, from); err != nil {
+		if m.ctx.Err() != nil {
+			return context.Cause(m.ctx)
+		}
+		if err := l.entry(h, &untilDone{m.ctx, from}); err != nil {
 			return fmt.Errorf("%q: %w", clip(h.Name), err)
 		}
 	}
@@ -122,6 +128,9 @@ func (l layer) entry(h *tar.Header, from io.Reader) error {
 			l.dropped++
 		}
 	}
+	if err := l.take(base, h.Linkname); err != nil {
+		return err
+	}
 	node, err := l.node(h, from, parent.Children[base])
 	if err != nil {
 		return err
@@ -130,6 +139,20 @@ func (l layer) entry(h *tar.Header, from io.Reader) error {
 	parent.Children[base] = node
 	return nil
 }
+
+// take counts what another name takes in memory.
+func (m *merger) take(name, target string) error {
+	if m.meta += int64(nodeCost + len(name) + len(target)); m.meta > maxMeta {
+		return fmt.Errorf("%w: it has too many files", ErrLayer)
+	}
+	return nil
+}
+
+// nodeCost is about what a file of a tree takes in memory beside its names, in bytes; maxMeta bounds all of them.
+const (
+	nodeCost = 400
+	maxMeta  = 512 << 20
+)
 
 // whiteout removes what was there before the layer.
 func (l layer) whiteout(dir *erofs.Node, name string, opaque bool) {
@@ -165,9 +188,10 @@ func (l layer) node(h *tar.Header, from io.Reader, old *erofs.Node) (*erofs.Node
 	n := &erofs.Node{}
 	switch h.Typeflag {
 	case tar.TypeReg, 0: // 0 is of old archives
-		if l.bytes += h.Size; h.Size < 0 || l.bytes > maxImage {
+		if h.Size < 0 || h.Size > maxImage-l.bytes {
 			return nil, fmt.Errorf("%w: its files are too large", ErrLayer)
 		}
+		l.bytes += h.Size
 		n.Mode = unix.S_IFREG
 		var err error
 		if n.Data, err = l.w.Add(from); err != nil {
@@ -222,6 +246,9 @@ func (l layer) dir(name string) (*erofs.Node, error) {
 	at, err := walk(l.root, name, true, func(parent *erofs.Node, base string) (*erofs.Node, error) {
 		if len(base) > maxName {
 			return nil, fmt.Errorf("%w: a name has %d bytes", ErrLayer, len(base))
+		}
+		if err := l.take(base, ""); err != nil {
+			return nil, err
 		}
 		n := &erofs.Node{Mode: unix.S_IFDIR | defaultPerm, Children: map[string]*erofs.Node{}}
 		parent.Children[base] = n

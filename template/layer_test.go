@@ -3,6 +3,7 @@ package template
 import (
 	"archive/tar"
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -73,7 +74,7 @@ func merged(t *testing.T, layers ...string) (string, error) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	m := &merger{root: newRoot(), w: erofs.NewWriter(f)}
+	m := &merger{ctx: t.Context(), root: newRoot(), w: erofs.NewWriter(f)}
 	for _, l := range layers {
 		if err := m.apply(strings.NewReader(l)); err != nil {
 			return "", err
@@ -169,11 +170,21 @@ func TestHostileLayers(t *testing.T) {
 			t.Errorf("%s: %q, %v", name, got, err)
 		}
 	}
-	many := &merger{root: newRoot(), entries: maxEntries - 1}
+	many := &merger{ctx: t.Context(), root: newRoot(), entries: maxEntries - 1}
 	if err := many.apply(strings.NewReader(pack(t, folder("a"), folder("b")))); !errors.Is(err, ErrLayer) || !strings.Contains(err.Error(), "entries") {
 		t.Error(err)
 	}
-	large := &merger{root: newRoot(), bytes: maxImage}
+	for name, layer := range map[string]string{"implied directories": pack(t, file(strings.Repeat("d/", 100)+"f", "")), "targets": pack(t, link("l", strings.Repeat("t", 3000)))} {
+		if err := (&merger{ctx: t.Context(), root: newRoot(), meta: maxMeta - 3000}).apply(strings.NewReader(layer)); !errors.Is(err, ErrLayer) || !strings.Contains(err.Error(), "too many files") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := (&merger{ctx: ended, root: newRoot()}).apply(strings.NewReader(pack(t, folder("a")))); !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	large := &merger{ctx: t.Context(), root: newRoot(), bytes: maxImage}
 	if err := large.apply(strings.NewReader(pack(t, file("a", "x")))); !errors.Is(err, ErrLayer) {
 		t.Error(err)
 	}
@@ -189,7 +200,7 @@ func FuzzLayer(f *testing.F) {
 			t.Fatal(err)
 		}
 		defer image.Close()
-		m := &merger{root: newRoot(), w: erofs.NewWriter(image)}
+		m := &merger{ctx: t.Context(), root: newRoot(), w: erofs.NewWriter(image)}
 		if m.apply(bytes.NewReader(body)) != nil {
 			return
 		}

@@ -12,6 +12,8 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
@@ -40,14 +42,32 @@ var ErrPull = errors.New("the registry does not give it")
 
 var platform = v1.Platform{OS: "linux", Architecture: runtime.GOARCH}
 
+// Puller pulls images for builds of others than the operator: of registries at public addresses, and of those that the operator names.
+func (s *Store) Puller(private []string) func(ctx context.Context, reference string) (Manifest, error) {
+	public := remote.DefaultTransport.(*http.Transport).Clone()
+	public.Proxy = nil
+	public.DialContext = (&net.Dialer{Timeout: 30 * time.Second, Control: sandbox.RefusePrivate}).DialContext
+	return func(ctx context.Context, reference string) (Manifest, error) {
+		ref, err := name.ParseReference(reference)
+		if err == nil && slices.Contains(private, ref.Context().RegistryStr()) {
+			return s.Pull(ctx, reference)
+		}
+		return s.pull(ctx, reference, public)
+	}
+}
+
 // Pull makes a template of an image of a registry, with the credentials that the server's user has for it (~/.docker/config.json). It has no name until
-// Put gives it one.
+// Finish gives it one.
 func (s *Store) Pull(ctx context.Context, reference string) (Manifest, error) {
+	return s.pull(ctx, reference, remote.DefaultTransport)
+}
+
+func (s *Store) pull(ctx context.Context, reference string, by http.RoundTripper) (Manifest, error) {
 	ref, err := name.ParseReference(reference)
 	if err != nil {
 		return Manifest{}, fmt.Errorf("image %q: it is no name of an image: %w", clip(reference), sandbox.ErrInvalid)
 	}
-	img, err := remote.Image(ref, remote.WithContext(ctx), remote.WithAuthFromKeychain(authn.DefaultKeychain), remote.WithPlatform(platform))
+	img, err := remote.Image(ref, remote.WithContext(ctx), remote.WithAuthFromKeychain(authn.DefaultKeychain), remote.WithPlatform(platform), remote.WithTransport(by))
 	if err != nil {
 		return Manifest{}, pullError(ref, err)
 	}
@@ -68,6 +88,10 @@ func pullError(ref name.Reference, err error) error {
 		return fmt.Errorf("image %s: %s wants other credentials, or has no such image; log in with docker login: %w", ref, ref.Context().RegistryStr(), ErrPull)
 	case errors.As(err, &refused) && refused.StatusCode == http.StatusNotFound:
 		return fmt.Errorf("image %s: %s has no such image: %w", ref, ref.Context().RegistryStr(), ErrPull)
+	case errors.Is(err, sandbox.ErrRefused):
+		return fmt.Errorf("image %s: %s is in a private network; the operator names such registries by --templates-registries: %w", ref, ref.Context().RegistryStr(), ErrPull)
+	case errors.As(err, &refused):
+		return fmt.Errorf("image %s: %s answers with status %d: %w", ref, ref.Context().RegistryStr(), refused.StatusCode, ErrPull)
 	case errors.As(err, &lost):
 		return fmt.Errorf("image %s: %s cannot be reached: %w (%w)", ref, ref.Context().RegistryStr(), err, ErrPull)
 	}
@@ -95,7 +119,7 @@ func (s *Store) take(ctx context.Context, img v1.Image) (Manifest, error) {
 		if ctx.Err() != nil {
 			return m, context.Cause(ctx)
 		}
-		kept, err := s.takeLayer(l)
+		kept, err := s.takeLayer(ctx, l)
 		if err != nil {
 			return m, err
 		}
@@ -124,7 +148,7 @@ func (s *Store) take(ctx context.Context, img v1.Image) (Manifest, error) {
 const maxLayers = 256
 
 // takeLayer keeps a layer as it comes, if it is what its digest says.
-func (s *Store) takeLayer(l v1.Layer) (Layer, error) {
+func (s *Store) takeLayer(ctx context.Context, l v1.Layer) (Layer, error) {
 	digest, err := l.Digest()
 	if err != nil {
 		return Layer{}, err
@@ -147,14 +171,14 @@ func (s *Store) takeLayer(l v1.Layer) (Layer, error) {
 	}
 	file := s.layerFile(kept.Digest)
 	if exists(file) {
-		return kept, touch(file)
+		return kept, errors.Join(touch(file), s.verifyLayer(ctx, kept))
 	}
 	from, err := l.Compressed()
 	if err != nil {
 		return kept, err
 	}
 	defer from.Close()
-	return kept, s.write(file, func(f *os.File) error {
+	err = s.write(file, func(f *os.File) error {
 		sum := sha256.New()
 		if _, err := io.Copy(io.MultiWriter(f, sum), io.LimitReader(s.whileRoom(from), size+1)); err != nil {
 			return err
@@ -164,6 +188,27 @@ func (s *Store) takeLayer(l v1.Layer) (Layer, error) {
 		}
 		return nil
 	})
+	if err != nil {
+		return kept, err
+	}
+	return kept, s.verifyLayer(ctx, kept)
+}
+
+// verifyLayer says whether what is in a layer is what its image says: images are kept by that.
+func (s *Store) verifyLayer(ctx context.Context, l Layer) error {
+	r, err := s.open(l)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	sum := sha256.New()
+	if _, err := io.Copy(sum, &atMost{r: &untilDone{ctx, r}, left: maxImage}); err != nil {
+		return err
+	}
+	if got := digestOf(sum); got != l.DiffID {
+		return fmt.Errorf("%w: its content is %s, not %s", ErrLayer, got, l.DiffID)
+	}
+	return nil
 }
 
 // fileLayer is a layer of the store as go-containerregistry sees one.

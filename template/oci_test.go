@@ -110,7 +110,7 @@ func TestPullErrors(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m.Layers[0], err = store.newLayer(strings.NewReader(tarOf(t, randomFiles())), "")
+	m.Layers[0], err = store.newLayer(strings.NewReader(tarOf(t, randomFiles())), maxImage, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -130,6 +130,12 @@ func TestPullErrors(t *testing.T) {
 		if _, err := store.Pull(t.Context(), ref); !errors.Is(err, sandbox.ErrInvalid) {
 			t.Errorf("%q: %v", ref, err)
 		}
+	}
+	if _, err := (&Store{Dir: t.TempDir()}).Puller(nil)(t.Context(), host+"/good:1"); !errors.Is(err, ErrPull) || !strings.Contains(err.Error(), "private network") {
+		t.Errorf("a registry on this machine: %v", err)
+	}
+	if _, err := (&Store{Dir: t.TempDir()}).Puller([]string{host})(t.Context(), host+"/good:1"); err != nil {
+		t.Error(err)
 	}
 	spoil = true
 	other := &Store{Dir: t.TempDir()}

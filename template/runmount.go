@@ -24,11 +24,43 @@ type mounts struct {
 	s    *stageRun
 	env  map[string]string
 	undo []func(context.Context) error
+	// caches are the directories of those that are in the sandbox already, by key.
+	caches map[string]string
+}
+
+// lockCaches has this build alone use the caches of a RUN, each once and in one order: two builds that wait for each other would wait for ever.
+func (m *mounts) lockCaches(ctx context.Context, all []*instructions.Mount) error {
+	keys := map[string]bool{}
+	for _, want := range all {
+		if want.Type == instructions.MountTypeCache {
+			keys[m.cacheKey(want)] = true
+		}
+	}
+	for _, key := range sortedKeys(keys) {
+		unlock, err := m.s.Store.lock(ctx, "caches", key)
+		if err != nil {
+			return err
+		}
+		m.undo = append(m.undo, func(context.Context) error { unlock(); return nil })
+	}
+	return nil
+}
+
+func (m *mounts) cacheKey(want *instructions.Mount) string {
+	return hashOf(m.s.req.Owner, cmp.Or(want.CacheID, path.Clean(m.s.absolute(want.Target))))
+}
+
+// secretID is the name of the secret that a mount wants.
+func secretID(want *instructions.Mount) string {
+	return cmp.Or(want.CacheID, want.Source, path.Base(want.Target))
 }
 
 // mount mounts all that a RUN names. What it has mounted is taken away by end, also when it fails.
 func (s *stageRun) mount(ctx context.Context, c *instructions.RunCommand) (*mounts, error) {
-	m := &mounts{s: s, env: map[string]string{}}
+	m := &mounts{s: s, env: map[string]string{}, caches: map[string]string{}}
+	if err := m.lockCaches(ctx, instructions.GetMounts(c)); err != nil {
+		return m, err
+	}
 	for i, want := range instructions.GetMounts(c) {
 		if err := m.add(ctx, want, path.Join(agent.BuildDir, "m"+strconv.Itoa(i))); err != nil {
 			return m, fmt.Errorf("--mount=type=%s: %w", want.Type, err)
@@ -69,17 +101,24 @@ func (m *mounts) add(ctx context.Context, want *instructions.Mount, dir string) 
 	return fmt.Errorf("it is not supported")
 }
 
-// on mounts, and notes how that is undone.
+// on is show of something that is there for this mount alone.
 func (m *mounts) on(ctx context.Context, r agent.MountRequest) error {
+	if r.Source != "" {
+		m.undo = append(m.undo, func(ctx context.Context) error {
+			return m.s.client.Remove(ctx, agent.PathRequest{Path: r.Source, Recursive: true})
+		})
+	}
+	return m.show(ctx, r)
+}
+
+// show mounts, and notes how that is undone.
+func (m *mounts) show(ctx context.Context, r agent.MountRequest) error {
 	made, err := m.s.client.Mount(ctx, r)
 	if err != nil {
 		return err
 	}
 	m.undo = append(m.undo, func(ctx context.Context) error {
 		_, err := m.s.client.Mount(ctx, agent.MountRequest{Target: r.Target, Unmount: true, Remove: made.Made})
-		if r.Source != "" {
-			err = errors.Join(err, m.s.client.Remove(ctx, agent.PathRequest{Path: r.Source, Recursive: true}))
-		}
 		return err
 	})
 	return nil
@@ -111,12 +150,11 @@ func (m *mounts) fill(ctx context.Context, name string, p packer, n *erofs.Node)
 
 // cache mounts a directory that is kept from build to build. One build at a time has it.
 func (m *mounts) cache(ctx context.Context, want *instructions.Mount, dir, target string) error {
-	key := hashOf(m.s.req.Owner, cmp.Or(want.CacheID, path.Clean(target)))
-	unlock, err := m.s.Store.lock(ctx, "caches", key)
-	if err != nil {
-		return err
+	key := m.cacheKey(want)
+	if there := m.caches[key]; there != "" { // a second place of the same
+		return m.show(ctx, agent.MountRequest{Target: target, Source: there, ReadOnly: want.ReadOnly})
 	}
-	m.undo = append(m.undo, func(context.Context) error { unlock(); return nil })
+	m.caches[key] = dir
 	file := m.s.Store.file("caches", key)
 	first := &erofs.Node{Mode: 0o040755, Children: map[string]*erofs.Node{}}
 	if want.Mode != nil {
@@ -154,19 +192,17 @@ func (m *mounts) cache(ctx context.Context, want *instructions.Mount, dir, targe
 			return err
 		}
 		defer r.Close()
-		return m.s.Store.write(file, func(f *os.File) error { return compress(f, r) })
+		limit := m.s.sb.Info().Limits.Disk + layerSlack
+		return m.s.Store.write(file, func(f *os.File) error { return compress(f, &atMost{r: m.s.Store.whileRoom(r), left: limit}) })
 	})
 	return nil
 }
 
 // secret mounts a file that only the RUN sees, or gives it as a variable.
 func (m *mounts) secret(ctx context.Context, want *instructions.Mount, dir string) error {
-	id := cmp.Or(want.CacheID, want.Source, path.Base(want.Target))
+	id := secretID(want)
 	value, ok := m.s.req.Secrets[id]
-	if !ok && want.Required {
-		return fmt.Errorf("there is no secret %q; give it with the build", clip(id))
-	}
-	if !ok {
+	if !ok { // one that is required was missed before
 		return nil
 	}
 	if want.Env != nil {

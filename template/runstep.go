@@ -29,7 +29,10 @@ func (s *stageRun) runCommand(ctx context.Context, where string, c *instructions
 	for _, m := range instructions.GetMounts(c) {
 		plain := *m
 		plain.Env, plain.Mode, plain.UID, plain.GID = nil, nil, nil, nil // which are addresses
-		by = append(by, fmt.Sprintf("%+v", plain))
+		by = append(by, fmt.Sprintf("%+v", plain), told(m.Env), told(m.Mode), told(m.UID), told(m.GID))
+		if id := secretID(m); m.Type == instructions.MountTypeSecret && m.Required && s.req.Secrets[id] == nil {
+			return fmt.Errorf("--mount=type=secret: there is no secret %q; give it with the build", clip(id))
+		}
 		if m.Type != instructions.MountTypeBind {
 			continue
 		}
@@ -37,7 +40,7 @@ func (s *stageRun) runCommand(ctx context.Context, where string, c *instructions
 		if err != nil {
 			return fmt.Errorf("--mount=type=bind: %w", err)
 		}
-		sum, err := files.digest(n)
+		sum, err := files.digest(ctx, n)
 		if err != nil {
 			return err
 		}
@@ -50,6 +53,14 @@ func (s *stageRun) runCommand(ctx context.Context, where string, c *instructions
 		}
 		return errors.Join(err, m.end(ctx))
 	})
+}
+
+// told is a value that may be missing.
+func told[T any](v *T) string {
+	if v == nil {
+		return ""
+	}
+	return fmt.Sprint("=", *v)
 }
 
 // runArgs is the command of a RUN. A heredoc alone is a script for the shell, or one with an interpreter of its own; any other is for the shell to

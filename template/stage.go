@@ -324,7 +324,7 @@ func (s *stageRun) capture(ctx context.Context, by string) (step, error) {
 		_, err := io.Copy(io.Discard, body)
 		return step{}, err // nothing: only the end of a tar
 	}
-	l, err := s.Store.newLayer(body, clip(by))
+	l, err := s.Store.newLayer(body, s.sb.Info().Limits.Disk+layerSlack, clip(by))
 	if err != nil {
 		return step{}, fmt.Errorf("keep what has changed: %w", err)
 	}
@@ -336,6 +336,9 @@ func (f *Files) pack(to io.Writer) error {
 	p := packer{files: f, w: tar.NewWriter(to), mode: -1}
 	return errors.Join(p.add("/", f.root), p.w.Close())
 }
+
+// layerSlack is what a layer may have beside the bytes of its files.
+const layerSlack = 1 << 30
 
 // copying is a COPY or ADD.
 type copying struct {
@@ -353,7 +356,7 @@ type picked struct {
 func (s *stageRun) copy(ctx context.Context, where string, c copying) error {
 	var files *Files
 	var all []picked
-	by := []string{"COPY", c.DestPath, c.chown, c.chmod, strconv.FormatBool(c.unpack)}
+	by := []string{"COPY", c.DestPath, c.chown, c.chmod, strconv.FormatBool(c.unpack), strconv.FormatBool(c.from == "")}
 	if len(c.SourcePaths) > 0 {
 		var err error
 		if files, err = s.files(ctx, c.from); err != nil {
@@ -365,7 +368,7 @@ func (s *stageRun) copy(ctx context.Context, where string, c copying) error {
 				return err
 			}
 			for _, name := range sortedKeys(found) {
-				sum, err := files.digest(found[name])
+				sum, err := files.digest(ctx, found[name])
 				if err != nil {
 					return err
 				}
@@ -589,7 +592,7 @@ func (s *stageRun) lookup(ctx context.Context, file, name string) (id, group int
 		}
 		for line := range bytes.Lines(body) {
 			f := strings.Split(strings.TrimSpace(string(line)), ":")
-			if len(f) < 4 || f[0] != name {
+			if len(f) < 4 || f[0] != name && f[2] != name {
 				continue
 			}
 			id, err := strconv.Atoi(f[2])

@@ -36,8 +36,28 @@ type Store struct {
 	// InUse tells the IDs of the images that sandboxes and snapshots need. Nothing is collected without it.
 	InUse func() (map[string]bool, error)
 
-	mu   sync.Mutex
-	root string // of the host template, once it is made
+	mu      sync.Mutex
+	root    string // of the host template, once it is made
+	merging chan struct{}
+}
+
+// mergesAtOnce is how many trees are in memory at the same time.
+const mergesAtOnce = 2
+
+// slot waits until there is memory for another tree.
+func (s *Store) slot(ctx context.Context) (free func(), err error) {
+	s.mu.Lock()
+	if s.merging == nil {
+		s.merging = make(chan struct{}, mergesAtOnce)
+	}
+	slots := s.merging
+	s.mu.Unlock()
+	select {
+	case slots <- struct{}{}:
+		return func() { <-slots }, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
 }
 
 var _ sandbox.Templates = (*Store)(nil)
@@ -66,8 +86,9 @@ type Manifest struct {
 
 // Started is a sandbox of a template in which its StartCmd runs and is ready: others begin from there.
 type Started struct {
-	Name   string         `json:"name"` // of its directory
-	Limits sandbox.Limits `json:"limits"`
+	Name    string         `json:"name"` // of its directory
+	Limits  sandbox.Limits `json:"limits"`
+	Network bool           `json:"network,omitempty"`
 }
 
 // Layer is a change of files, as a compressed tar.
@@ -157,7 +178,7 @@ func (s *Store) template(m Manifest, image string) sandbox.Template {
 	if m.StartCmd != "" {
 		t.Service = &sandbox.Service{Start: m.StartCmd, Ready: m.ReadyCmd}
 		if m.Started != nil {
-			t.Service.Saved, t.Service.Limits = s.file("started", m.Started.Name), m.Started.Limits
+			t.Service.Saved, t.Service.Limits, t.Service.Network = s.file("started", m.Started.Name), m.Started.Limits, m.Started.Network
 		}
 	}
 	return t
@@ -172,7 +193,7 @@ func (s *Store) Import(ctx context.Context, m Manifest, from io.Reader) (_ Manif
 	if err != nil {
 		return m, fmt.Errorf("import: %w", err)
 	}
-	l, err := s.newLayer(plain, "import")
+	l, err := s.newLayer(&untilDone{ctx, plain}, maxImage, "import")
 	if err != nil {
 		return m, fmt.Errorf("import: %w", err)
 	}
@@ -267,10 +288,10 @@ func (s *Store) Delete(owner, name string) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("template %q: %w", clip(name), sandbox.ErrNoTemplate)
 	}
-	return err
+	return errors.Join(err, s.Collect())
 }
 
-// write makes a file that is whole when it has its name.
+// write makes a file that is whole when it has its name. Only the server's user reads it.
 func (s *Store) write(name string, fill func(*os.File) error) (err error) {
 	if err := os.MkdirAll(filepath.Dir(name), 0o711); err != nil {
 		return err
@@ -284,7 +305,7 @@ func (s *Store) write(name string, fill func(*os.File) error) (err error) {
 			err = errors.Join(err, os.Remove(f.Name()))
 		}
 	}()
-	if err := errors.Join(fill(f), f.Chmod(0o644), f.Sync(), f.Close()); err != nil {
+	if err := errors.Join(fill(f), f.Sync(), f.Close()); err != nil {
 		return err
 	}
 	return os.Rename(f.Name(), name)
@@ -321,8 +342,9 @@ const (
 	mediaZstd = mediaTar + "+zstd"
 )
 
-// newLayer keeps a tar as a layer.
-func (s *Store) newLayer(from io.Reader, createdBy string) (Layer, error) {
+// newLayer keeps a tar of at most so many bytes as a layer.
+func (s *Store) newLayer(from io.Reader, limit int64, createdBy string) (Layer, error) {
+	from = &atMost{r: from, left: limit}
 	l := Layer{MediaType: mediaGzip, CreatedBy: createdBy}
 	whole, inner := sha256.New(), sha256.New()
 	temp := s.file("layers", "")
@@ -335,7 +357,7 @@ func (s *Store) newLayer(from io.Reader, createdBy string) (Layer, error) {
 	}
 	defer os.Remove(f.Name()) // it has another name when all went well
 	err = compress(io.MultiWriter(f, whole), io.TeeReader(s.whileRoom(from), inner))
-	if err = errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close()); err != nil {
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return l, err
 	}
 	l.Digest, l.DiffID = digestOf(whole), digestOf(inner)
@@ -439,7 +461,12 @@ func (s *Store) image(ctx context.Context, layers []Layer) (string, error) {
 
 // assemble writes the image of layers, beginning with the largest part of it that is there.
 func (s *Store) assemble(ctx context.Context, f *os.File, layers []Layer) error {
-	m := &merger{root: newRoot(), w: erofs.NewWriter(f)}
+	free, err := s.slot(ctx)
+	if err != nil {
+		return err
+	}
+	defer free()
+	m := &merger{ctx: ctx, root: newRoot(), w: erofs.NewWriter(f)}
 	have := len(layers) - 1
 	for ; have > 0; have-- {
 		base, err := erofs.Open(s.file("images", strings.TrimPrefix(chainID(layers[:have]), "sha256:")+".erofs"))
@@ -463,7 +490,7 @@ func (s *Store) assemble(ctx context.Context, f *os.File, layers []Layer) error 
 			return fmt.Errorf("layer %s: %w", l.Digest, err)
 		}
 	}
-	if err := m.w.Finish(m.root); err != nil {
+	if err := errors.Join(m.w.Finish(m.root), f.Chmod(0o644)); err != nil { // who runs sandboxes reads it
 		return err
 	}
 	if s.UID != 0 {
@@ -518,6 +545,20 @@ func (r *roomReader) Read(p []byte) (int, error) {
 	}
 	n, err := r.r.Read(p)
 	r.left -= int64(n)
+	return n, err
+}
+
+// atMost fails when there is more than there may be.
+type atMost struct {
+	r    io.Reader
+	left int64
+}
+
+func (a *atMost) Read(p []byte) (int, error) {
+	n, err := a.r.Read(p)
+	if a.left -= int64(n); a.left < 0 {
+		return 0, fmt.Errorf("%w: its files are too large", ErrLayer)
+	}
 	return n, err
 }
 

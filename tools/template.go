@@ -106,7 +106,7 @@ func (s *Service) buildContext(ctx context.Context, in templateBuildInput) (*tem
 		if err != nil {
 			return nil, err
 		}
-		return s.Store.ContextDir(dir)
+		return s.Store.ContextDir(ctx, dir)
 	case in.ContextPath != "":
 		_, client, err := s.agent(ctx, in.target, "read the files of a build in")
 		if err != nil {
@@ -114,7 +114,7 @@ func (s *Service) buildContext(ctx context.Context, in templateBuildInput) (*tem
 		}
 		return s.contextIn(ctx, client, in.ContextPath)
 	}
-	return s.Store.ContextFiles(in.Files)
+	return s.Store.ContextFiles(ctx, in.Files)
 }
 
 // hostDir is a directory of the host that the operator allows, by the name that it really has.
@@ -142,14 +142,14 @@ func (s *Service) contextIn(ctx context.Context, client *agent.Client, name stri
 			return nil, err
 		}
 		defer r.Close()
-		return s.Store.ReadContext(r)
+		return s.Store.ReadContext(ctx, r)
 	}
 	r, err := client.Pack(ctx, name)
 	if err != nil {
 		return nil, err
 	}
 	defer r.Close()
-	return s.Store.ReadContext(r)
+	return s.Store.ReadContext(ctx, r)
 }
 
 // parseNetwork reads the argument "network": none, full, or the entries of an allowlist.

@@ -42,6 +42,7 @@ type config struct {
 	noNetwork   bool
 	allowPull   bool // builds begin from images of registries
 	contextDirs []string
+	registries  []string // in private networks, that builds may pull from
 	gateway     *url.URL // where ports of sandboxes are reached by name; nil is nowhere
 }
 
@@ -159,6 +160,10 @@ func (c *config) serving(flags *flag.FlagSet) {
 	flags.BoolVar(&c.readOnly, "read-only", false, "offer only tools that change nothing")
 	flags.BoolVar(&c.noNetwork, "no-network", false, "no sandbox has a network, whatever it asks for")
 	flags.BoolVar(&c.allowPull, "templates-allow-pull", false, "builds may begin FROM images of registries, with the credentials of this server's user")
+	flags.Func("templates-registries", "`host:port` of a registry in a private network or on this machine that builds may pull from; may be given several times", func(host string) error {
+		c.registries = append(c.registries, host)
+		return nil
+	})
 	flags.Func("build-contexts", "`directory` of this machine that builds of templates may read; may be given several times", func(dir string) error {
 		real, err := filepath.Abs(dir)
 		if err == nil {
@@ -210,7 +215,7 @@ func (c config) newStore() (*template.Store, error) {
 func (c config) newBuilder(store *template.Store, manager *sandbox.Manager, log *slog.Logger) *template.Builder {
 	b := &template.Builder{Store: store, Manager: manager, NoNetwork: c.noNetwork, Log: log}
 	if c.allowPull {
-		b.Pull = store.Pull
+		b.Pull = store.Puller(c.registries)
 	}
 	return b
 }

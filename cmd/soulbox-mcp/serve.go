@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -14,6 +15,7 @@ import (
 	"soulbox.dev/soulbox/mcpserver"
 	"soulbox.dev/soulbox/resources"
 	"soulbox.dev/soulbox/sandbox"
+	"soulbox.dev/soulbox/template"
 	"soulbox.dev/soulbox/tools"
 )
 
@@ -26,6 +28,8 @@ type service struct {
 	mcp      *mcpserver.Server
 	metrics  *metrics
 	gateway  *api.Gateway // nil where ports are on loopback only
+
+	stopCollecting func()
 }
 
 // newService wires everything. It is to be closed.
@@ -72,11 +76,37 @@ func newService(c config, stderr io.Writer) (_ *service, err error) {
 		return nil, err
 	}
 	close(ready)
+	collecting, stop := context.WithCancel(context.Background())
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		s.collect(collecting, templates)
+	}()
+	s.stopCollecting = func() { stop(); <-over }
 	return s, nil
 }
 
+// collectEvery is how often what no template, sandbox or build needs any more is removed.
+const collectEvery = time.Hour
+
+func (s *service) collect(ctx context.Context, templates *template.Store) {
+	for {
+		if err := templates.Collect(); err != nil {
+			s.log.Error("collect what builds have left", "error", err)
+		}
+		select {
+		case <-time.After(collectEvery):
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
 // Close ends the sandboxes, or leaves them to the next server.
-func (s *service) Close() error { return errors.Join(s.manager.Close(), s.closeLog()) }
+func (s *service) Close() error {
+	s.stopCollecting()
+	return errors.Join(s.manager.Close(), s.closeLog())
+}
 
 // newMCP is the MCP server with everything it offers.
 func newMCP(o tools.Options, fixtures bool, m *metrics, log *slog.Logger) (*mcpserver.Server, error) {

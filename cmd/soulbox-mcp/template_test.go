@@ -144,6 +144,10 @@ func TestTemplatesOverHTTP(t *testing.T) {
 	if got, err := b.Call(t.Context(), "template_list", nil); strings.Contains(must(t, got, err).Text(), "mine") || !strings.Contains(got.Text(), "mini") {
 		t.Error(got.Text())
 	}
+	// What one owner's build has made is not taken for another's.
+	if same, err := b.Call(t.Context(), "template_build", map[string]any{"name": "same", "dockerfile": "FROM mini\nRUN echo ann > /who\n"}); must(t, same, err).Field("cached") != "0" {
+		t.Error(same.Text())
+	}
 	other, err := b.Call(t.Context(), "template_build", map[string]any{"name": "mine", "dockerfile": "FROM mini\nRUN echo bob > /who\n"})
 	must(t, other, err)
 	for c, want := range map[*sandboxtest.MCP]string{a: "ann\n", b: "bob\n"} {
