@@ -183,22 +183,7 @@ func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 	if o.Network.On() && m.opts.NoNetwork {
 		return nil, fmt.Errorf("create sandbox: the operator of this server gives sandboxes no network: %w", ErrInvalid)
 	}
-	now := time.Now()
-	sb := m.newSandbox(record{
-		Version: recordVersion, ID: newID(), Owner: o.Owner, Keep: m.opts.Keep && !o.Transient, State: Creating, Template: template.Name, Image: template.ID,
-		User: template.User, Cwd: template.Cwd, Parent: o.parent, Metadata: maps.Clone(o.Metadata), Limits: o.Limits.or(template.Limits).or(m.opts.Defaults), Times: o.Times, Network: o.Network, Created: now, Changed: now, Traffic: rand.Text(),
-	})
-	if service := template.Service; service != nil {
-		sb.rec.StartCmd, sb.rec.ReadyCmd = service.Start, service.Ready
-	}
-	sb.env = maps.Clone(template.Env)
-	if sb.env == nil {
-		sb.env = map[string]string{}
-	}
-	if o.Network.On() {
-		maps.Copy(sb.env, proxyEnv())
-	}
-	maps.Copy(sb.env, o.Env)
+	sb := m.conceive(o, template)
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer context.AfterFunc(sb.ctx, func() { cancel(context.Cause(sb.ctx)) })()
@@ -224,6 +209,28 @@ func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 		}
 	}
 	return sb, nil
+}
+
+// conceive is a sandbox as it is asked for, which nobody knows yet.
+func (m *Manager) conceive(o CreateOptions, template Template) *Sandbox {
+	now := time.Now()
+	sb := m.newSandbox(record{
+		Version: recordVersion, ID: newID(), Owner: o.Owner, Keep: m.opts.Keep && !o.Transient, State: Creating, Template: template.Name, Image: template.ID,
+		User: template.User, Cwd: template.Cwd, Parent: o.parent, Metadata: maps.Clone(o.Metadata), Limits: o.Limits.or(template.Limits).or(m.opts.Defaults),
+		Times: o.Times, Network: o.Network, Created: now, Changed: now, Traffic: rand.Text(),
+	})
+	if service := template.Service; service != nil {
+		sb.rec.StartCmd, sb.rec.ReadyCmd = service.Start, service.Ready
+	}
+	sb.env = maps.Clone(template.Env)
+	if sb.env == nil {
+		sb.env = map[string]string{}
+	}
+	if o.Network.On() {
+		maps.Copy(sb.env, proxyEnv())
+	}
+	maps.Copy(sb.env, o.Env)
+	return sb
 }
 
 // basis finds what a sandbox begins from: a template, or a snapshot of its owner, which is kept until done is called.
@@ -264,12 +271,18 @@ func (m *Manager) basis(ctx context.Context, o *CreateOptions) (template Templat
 	if !snap.FilesOnly && o.Network.On() != snap.Network.On() {
 		return Template{}, nil, fmt.Errorf("create sandbox: snapshot %q has memory, so it has a network or has none as it was saved: %w", snap.Name, ErrInvalid)
 	}
-	if template, err = m.opts.Templates.Template(ctx, o.Owner, cmp.Or(snap.Image, snap.Template)); err != nil {
+	template, err = m.again(ctx, record{Owner: o.Owner, Template: snap.Template, Image: snap.Image, User: snap.User, Cwd: snap.Cwd, StartCmd: snap.StartCmd, ReadyCmd: snap.ReadyCmd})
+	if err != nil {
 		return Template{}, nil, fmt.Errorf("create sandbox: %w", err)
 	}
-	template.Name, template.User, template.Cwd, template.Env = snap.Template, snap.User, snap.Cwd, nil // its environment is in the checkpoint
-	template.Service = record{StartCmd: snap.StartCmd, ReadyCmd: snap.ReadyCmd}.service()
 	return template, release, nil
+}
+
+// again is the template of a sandbox for what begins from a checkpoint of it. Its environment is in the checkpoint.
+func (m *Manager) again(ctx context.Context, r record) (Template, error) {
+	t, err := m.opts.Templates.Template(ctx, r.Owner, r.basis())
+	t.Name, t.User, t.Cwd, t.Env, t.Service = r.Template, r.User, r.Cwd, nil, r.service()
+	return t, err
 }
 
 // isID says whether a name is that of a content.

@@ -289,12 +289,10 @@ func (s *Sandbox) Fork(ctx context.Context, count int, metadata map[string]strin
 	if err != nil {
 		return nil, nil, fmt.Errorf("fork sandbox %s: %w", s.id, noDisk(err))
 	}
-	template, err := s.m.opts.Templates.Template(ctx, s.owner, r.basis())
+	template, err := s.m.again(ctx, r)
 	if err != nil {
 		return nil, nil, fmt.Errorf("fork sandbox %s: %w", s.id, err)
 	}
-	template.Name, template.User, template.Cwd, template.Env = r.Template, r.User, r.Cwd, nil // its environment is in the checkpoint
-	template.Service = r.service()
 	o := CreateOptions{Owner: s.owner, Base: &template, Limits: r.Limits, Times: r.Times, Network: r.Network, Metadata: maps.Clone(r.Metadata), parent: s.id,
 		from: filepath.Join(shared, "checkpoint"), whole: !filesOnly, ports: r.Ports}
 	if metadata != nil {

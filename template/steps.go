@@ -3,6 +3,7 @@ package template
 import (
 	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"strings"
 
@@ -23,25 +24,10 @@ func FromSteps(from string, steps []Step) (string, error) {
 	user := ""
 	fmt.Fprintf(&b, "FROM %s\n", from)
 	for i, s := range steps {
-		wrong := func(format string, args ...any) error {
-			return fmt.Errorf("step %d, %s: %s: %w", i+1, clip(s.Type), fmt.Sprintf(format, args...), sandbox.ErrInvalid)
+		if err := s.check(); err != nil {
+			return "", fmt.Errorf("step %d, %s: %w: %w", i+1, clip(s.Type), err, sandbox.ErrInvalid)
 		}
-		arg := func(n int) string {
-			if n < len(s.Args) {
-				return s.Args[n]
-			}
-			return ""
-		}
-		if want := map[string]int{"RUN": 1, "COPY": 2, "ENV": 2, "WORKDIR": 1, "USER": 1}[s.Type]; want == 0 {
-			return "", wrong("it is none of RUN, COPY, ENV, WORKDIR and USER")
-		} else if len(s.Args) < want || arg(0) == "" {
-			return "", wrong("it has %d arguments, and needs %d", len(s.Args), want)
-		}
-		for _, a := range s.Args {
-			if s.Type != "RUN" && strings.ContainsAny(a, "\n\r\x00") || strings.Contains(a, "\x00") {
-				return "", wrong("an argument has a line feed or a NUL byte")
-			}
-		}
+		arg := s.arg
 		switch s.Type {
 		case "RUN":
 			if as := arg(1); as != "" && as != user { // for this one
@@ -62,13 +48,10 @@ func FromSteps(from string, steps []Step) (string, error) {
 			}
 			paths, err := json.Marshal([]string{literal(arg(0)), literal(arg(1))})
 			if err != nil {
-				return "", wrong("%v", err)
+				return "", err
 			}
 			fmt.Fprintf(&b, "COPY %s %s\n", flags, paths)
 		case "ENV":
-			if len(s.Args)%2 != 0 {
-				return "", wrong("a name has no value")
-			}
 			for n := 0; n < len(s.Args); n += 2 {
 				fmt.Fprintf(&b, "ENV %s=%s\n", s.Args[n], quoted(s.Args[n+1]))
 			}
@@ -80,6 +63,31 @@ func FromSteps(from string, steps []Step) (string, error) {
 		}
 	}
 	return b.String(), nil
+}
+
+func (s Step) arg(n int) string {
+	if n < len(s.Args) {
+		return s.Args[n]
+	}
+	return ""
+}
+
+func (s Step) check() error {
+	want := map[string]int{"RUN": 1, "COPY": 2, "ENV": 2, "WORKDIR": 1, "USER": 1}[s.Type]
+	switch {
+	case want == 0:
+		return errors.New("it is none of RUN, COPY, ENV, WORKDIR and USER")
+	case len(s.Args) < want || s.arg(0) == "":
+		return fmt.Errorf("it has %d arguments, and needs %d", len(s.Args), want)
+	case s.Type == "ENV" && len(s.Args)%2 != 0:
+		return errors.New("a name has no value")
+	}
+	for _, a := range s.Args {
+		if s.Type != "RUN" && strings.ContainsAny(a, "\n\r\x00") || strings.Contains(a, "\x00") {
+			return errors.New("an argument has a line feed or a NUL byte")
+		}
+	}
+	return nil
 }
 
 // heredocEnd is a word that is no line of a text.

@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"io/fs"
 	"os"
@@ -20,8 +19,6 @@ import (
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sys/unix"
 
 	"soulbox.dev/soulbox/internal/erofs"
@@ -335,97 +332,6 @@ func touch(name string) error {
 
 func isHex(s string) bool { return len(s) == 64 && strings.Trim(s, "0123456789abcdef") == "" }
 
-// mediaTypes of layers that can be read.
-const (
-	mediaTar  = "application/vnd.oci.image.layer.v1.tar"
-	mediaGzip = mediaTar + "+gzip"
-	mediaZstd = mediaTar + "+zstd"
-)
-
-// newLayer keeps a tar of at most so many bytes as a layer.
-func (s *Store) newLayer(from io.Reader, limit int64, createdBy string) (Layer, error) {
-	from = &atMost{r: from, left: limit}
-	l := Layer{MediaType: mediaGzip, CreatedBy: createdBy}
-	whole, inner := sha256.New(), sha256.New()
-	temp := s.file("layers", "")
-	if err := os.MkdirAll(temp, 0o711); err != nil {
-		return l, err
-	}
-	f, err := os.CreateTemp(temp, ".new-")
-	if err != nil {
-		return l, err
-	}
-	defer os.Remove(f.Name()) // it has another name when all went well
-	err = compress(io.MultiWriter(f, whole), io.TeeReader(s.whileRoom(from), inner))
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return l, err
-	}
-	l.Digest, l.DiffID = digestOf(whole), digestOf(inner)
-	info, err := os.Stat(f.Name())
-	if err != nil {
-		return l, err
-	}
-	l.Size = info.Size()
-	return l, os.Rename(f.Name(), s.layerFile(l.Digest))
-}
-
-func compress(to io.Writer, from io.Reader) error {
-	out, err := gzip.NewWriterLevel(to, gzip.BestSpeed)
-	if err != nil {
-		return err
-	}
-	_, err = io.Copy(out, from)
-	return errors.Join(err, out.Close())
-}
-
-func digestOf(h hash.Hash) string { return "sha256:" + hex.EncodeToString(h.Sum(nil)) }
-
-func (s *Store) layerFile(digest string) string {
-	return s.file("layers", strings.TrimPrefix(digest, "sha256:"))
-}
-
-// open reads the tar of a layer.
-func (s *Store) open(l Layer) (io.ReadCloser, error) {
-	f, err := os.Open(s.layerFile(l.Digest))
-	if err != nil {
-		return nil, fmt.Errorf("layer %s: %w", l.Digest, err)
-	}
-	r, err := decompress(f, l.MediaType)
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("layer %s: %w", l.Digest, err), f.Close())
-	}
-	return r, nil
-}
-
-type readCloser struct {
-	io.Reader
-	close func() error
-}
-
-// Close implements io.Closer.
-func (r readCloser) Close() error { return r.close() }
-
-// decompress reads what a layer's file has in it, as its media type says (also Docker's). Closing it closes f.
-func decompress(f io.ReadCloser, mediaType string) (io.ReadCloser, error) {
-	switch {
-	case strings.HasSuffix(mediaType, "gzip"):
-		r, err := gzip.NewReader(f)
-		if err != nil {
-			return nil, err
-		}
-		return readCloser{r, func() error { return errors.Join(r.Close(), f.Close()) }}, nil
-	case strings.HasSuffix(mediaType, "zstd"):
-		r, err := zstd.NewReader(f, zstd.WithDecoderMaxMemory(256<<20), zstd.WithDecoderConcurrency(1))
-		if err != nil {
-			return nil, err
-		}
-		return readCloser{r, func() error { r.Close(); return f.Close() }}, nil
-	case strings.HasSuffix(mediaType, ".tar"):
-		return f, nil
-	}
-	return nil, fmt.Errorf("%w: its kind %q is none that can be read", ErrLayer, mediaType)
-}
-
 // chainID stands for layers on top of each other (OCI image specification, config.md). That of none is of the empty image.
 func chainID(layers []Layer) string {
 	sum := sha256.Sum256(nil)
@@ -518,61 +424,6 @@ func (s *Store) applyLayer(ctx context.Context, m *merger, l Layer) error {
 		return fmt.Errorf("%w: its content is %s, not %s", ErrLayer, got, l.DiffID)
 	}
 	return nil
-}
-
-// spareDisk is what the store leaves free on its disk, in bytes; roomEvery is after how many bytes it looks.
-const (
-	spareDisk = 512 << 20
-	roomEvery = 32 << 20
-)
-
-// whileRoom reads as long as there is room on the store's disk for what comes of it: an archive may be small and its content large.
-func (s *Store) whileRoom(r io.Reader) io.Reader { return &roomReader{r: r, dir: s.Dir} }
-
-type roomReader struct {
-	r    io.Reader
-	dir  string
-	left int64
-}
-
-func (r *roomReader) Read(p []byte) (int, error) {
-	if r.left <= 0 {
-		r.left = roomEvery
-		var fs unix.Statfs_t
-		if err := unix.Statfs(r.dir, &fs); err == nil && int64(fs.Bavail)*fs.Bsize < spareDisk {
-			return 0, fmt.Errorf("the disk of the templates has less than %d MB left: %w", spareDisk>>20, sandbox.ErrNoDisk)
-		}
-	}
-	n, err := r.r.Read(p)
-	r.left -= int64(n)
-	return n, err
-}
-
-// atMost fails when there is more than there may be.
-type atMost struct {
-	r    io.Reader
-	left int64
-}
-
-func (a *atMost) Read(p []byte) (int, error) {
-	n, err := a.r.Read(p)
-	if a.left -= int64(n); a.left < 0 {
-		return 0, fmt.Errorf("%w: its files are too large", ErrLayer)
-	}
-	return n, err
-}
-
-// untilDone reads until ctx ends.
-type untilDone struct {
-	ctx context.Context
-	r   io.Reader
-}
-
-func (u *untilDone) Read(p []byte) (int, error) {
-	if u.ctx.Err() != nil {
-		return 0, context.Cause(u.ctx)
-	}
-	return u.r.Read(p)
 }
 
 // size is how many bytes a file takes on disk.

@@ -1,0 +1,308 @@
+package template
+
+import (
+	"archive/tar"
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"path"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/moby/buildkit/frontend/dockerfile/instructions"
+	"golang.org/x/sys/unix"
+
+	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/internal/erofs"
+)
+
+// copying is a COPY or ADD.
+type copying struct {
+	instructions.SourcesAndDest
+	from, chown, chmod string
+	unpack             bool // archives
+}
+
+// picked is a file to copy, with the path that it had.
+type picked struct {
+	name string
+	node *erofs.Node
+}
+
+func (s *stageRun) copy(ctx context.Context, where string, c copying) error {
+	var files *Files
+	var all []picked
+	by := []string{"COPY", c.DestPath, c.chown, c.chmod, strconv.FormatBool(c.unpack), strconv.FormatBool(c.from == "")}
+	if len(c.SourcePaths) > 0 {
+		var err error
+		if files, err = s.files(ctx, c.from); err != nil {
+			return err
+		}
+		for _, pattern := range c.SourcePaths {
+			found, err := files.find(pattern)
+			if err != nil {
+				return err
+			}
+			for _, name := range sortedKeys(found) {
+				sum, err := files.digest(ctx, found[name])
+				if err != nil {
+					return err
+				}
+				all = append(all, picked{name, found[name]})
+				by = append(by, name, sum)
+			}
+		}
+	}
+	for _, inline := range c.SourceContents {
+		by = append(by, inline.Path, inline.Data)
+	}
+	return s.change(ctx, where, hashOf(by...), func(ctx context.Context) error { return s.put(ctx, c, files, all) })
+}
+
+// put copies files into the sandbox.
+func (s *stageRun) put(ctx context.Context, c copying, files *Files, all []picked) error {
+	owner, err := s.owner(ctx, c)
+	if err != nil {
+		return err
+	}
+	mode := int64(-1)
+	if c.chmod != "" {
+		if mode, err = strconv.ParseInt(c.chmod, 8, 32); err != nil || mode < 0 || mode > 0o7777 {
+			return fmt.Errorf("--chmod=%s is no mode; write it as an octal number, such as 755", clip(c.chmod))
+		}
+	}
+	dest := s.absolute(c.DestPath)
+	info, err := s.client.Stat(ctx, dest)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	there := err == nil && (info.Type == agent.TypeDir || info.Type == agent.TypeSymlink && s.isDir(ctx, dest))
+	into := there || strings.HasSuffix(c.DestPath, "/") || c.DestPath == "." || len(all)+len(c.SourceContents) > 1
+	from, to := io.Pipe()
+	defer from.Close()
+	go func() {
+		p := packer{files: files, w: tar.NewWriter(to), owner: owner, mode: mode, plain: c.from == "", there: there}
+		err := p.all(c, dest, into, all)
+		_ = to.CloseWithError(errors.Join(err, p.w.Close()))
+	}()
+	if err := s.client.Unpack(ctx, "/", from); err != nil {
+		return err
+	}
+	for _, f := range all {
+		if err := s.unpackArchive(ctx, c, files, f, dest); err != nil {
+			return fmt.Errorf("%s: %w", f.name, err)
+		}
+	}
+	return nil
+}
+
+// isDir says whether a link leads to a directory.
+func (s *stageRun) isDir(ctx context.Context, name string) bool {
+	_, err := s.client.Dir(ctx, agent.DirRequest{Path: name})
+	return err == nil
+}
+
+// ids are an owner and a group by number; nil leaves files to whom they belong.
+type ids struct{ uid, gid int }
+
+// packer writes files as a tar.
+type packer struct {
+	files *Files
+	w     *tar.Writer
+	owner *ids
+	mode  int64 // -1 leaves it
+	plain bool  // no program of the caller's files gets somebody's rights by being copied
+	there bool  // where a directory is copied to there is one, which stays as it is
+}
+
+func (p packer) all(c copying, dest string, into bool, all []picked) error {
+	for _, f := range all {
+		if c.unpack && p.files.isArchive(f.node) {
+			continue
+		}
+		target := dest
+		if into && !f.node.IsDir() {
+			target = path.Join(dest, path.Base(f.name))
+		}
+		if err := p.copied(target, f.node); err != nil {
+			return err
+		}
+	}
+	for _, inline := range c.SourceContents {
+		target := dest
+		if into {
+			target = path.Join(dest, path.Base(inline.Path))
+		}
+		h := &tar.Header{Typeflag: tar.TypeReg, Name: target[1:], Mode: 0o644, Size: int64(len(inline.Data)), ModTime: time.Now()}
+		if err := p.header(h); err != nil {
+			return err
+		}
+		if _, err := io.WriteString(p.w, inline.Data); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// copied writes what is copied: of a directory what is in it, into one as any other that is made.
+func (p packer) copied(target string, n *erofs.Node) error {
+	if !n.IsDir() {
+		return p.add(target, n)
+	}
+	if !p.there {
+		h := &tar.Header{Typeflag: tar.TypeDir, Name: strings.TrimPrefix(target, "/") + "/", Mode: defaultPerm, ModTime: time.Now()}
+		if err := p.header(h); err != nil {
+			return err
+		}
+	}
+	for _, base := range n.Names() {
+		if err := p.add(path.Join(target, base), n.Children[base]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// add writes a file, and all that is in it.
+func (p packer) add(name string, n *erofs.Node) error {
+	h := &tar.Header{Name: strings.TrimPrefix(name, "/"), Mode: int64(n.Mode & 0o7777), Uid: int(n.UID), Gid: int(n.GID), ModTime: n.Time, Linkname: n.Target}
+	switch n.Type() {
+	case unix.S_IFDIR:
+		h.Typeflag, h.Name = tar.TypeDir, h.Name+"/"
+	case unix.S_IFREG:
+		h.Typeflag, h.Size = tar.TypeReg, n.Data.Size
+	case unix.S_IFLNK:
+		h.Typeflag = tar.TypeSymlink
+	case unix.S_IFIFO:
+		h.Typeflag = tar.TypeFifo
+	default:
+		return nil // a device is of its machine
+	}
+	if h.Name != "/" {
+		if err := p.header(h); err != nil {
+			return err
+		}
+	}
+	if n.Type() == unix.S_IFREG {
+		if _, err := io.Copy(p.w, p.files.image.Content(n.Data)); err != nil {
+			return err
+		}
+	}
+	for _, base := range n.Names() {
+		if err := p.add(path.Join(name, base), n.Children[base]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (p packer) header(h *tar.Header) error {
+	if p.owner != nil {
+		h.Uid, h.Gid = p.owner.uid, p.owner.gid
+	}
+	if p.mode >= 0 && h.Typeflag != tar.TypeSymlink && h.Typeflag != tar.TypeDir {
+		h.Mode = p.mode
+	}
+	if p.plain && h.Typeflag == tar.TypeReg {
+		h.Mode &^= unix.S_ISUID | unix.S_ISGID
+	}
+	return p.w.WriteHeader(h)
+}
+
+// isArchive says whether ADD unpacks a file: by what is in it, not by its name.
+func (f *Files) isArchive(n *erofs.Node) bool {
+	if n.Type() != unix.S_IFREG || n.Data.Size == 0 {
+		return false
+	}
+	r, err := uncompressed(f.image.Content(n.Data))
+	if err != nil {
+		return false
+	}
+	_, err = tar.NewReader(r).Next()
+	return err == nil
+}
+
+// unpackArchive unpacks a file that is an archive, if that is asked for.
+func (s *stageRun) unpackArchive(ctx context.Context, c copying, files *Files, f picked, dest string) error {
+	if !c.unpack || !files.isArchive(f.node) {
+		return nil
+	}
+	r, err := uncompressed(files.image.Content(f.node.Data))
+	if err != nil {
+		return err
+	}
+	return s.client.Unpack(ctx, dest, io.LimitReader(r, maxImage))
+}
+
+// owner gives the numbers of --chown; the default is root, and for files of other stages and images whose they are there.
+func (s *stageRun) owner(ctx context.Context, c copying) (*ids, error) {
+	chown := c.chown
+	if chown == "" && c.from != "" {
+		return nil, nil
+	}
+	if chown == "" {
+		return &ids{}, nil
+	}
+	user, group, both := strings.Cut(chown, ":")
+	uid, gid, err := s.lookup(ctx, "/etc/passwd", user)
+	if err != nil {
+		return nil, fmt.Errorf("--chown=%s: %w", clip(chown), err)
+	}
+	if both {
+		if gid, _, err = s.lookup(ctx, "/etc/group", group); err != nil {
+			return nil, fmt.Errorf("--chown=%s: %w", clip(chown), err)
+		}
+	} else if gid < 0 {
+		gid = uid
+	}
+	return &ids{uid, gid}, nil
+}
+
+// lookup finds a name, or a number, in a file of passwd(5) or group(5): its id, and of a user that of his group, or -1.
+func (s *stageRun) lookup(ctx context.Context, file, name string) (id, group int, err error) {
+	r, _, err := s.client.ReadFile(ctx, file, 0, 1<<20)
+	if err == nil {
+		body, rerr := io.ReadAll(r)
+		if err := errors.Join(rerr, r.Close()); err != nil {
+			return 0, 0, err
+		}
+		for line := range bytes.Lines(body) {
+			f := strings.Split(strings.TrimSpace(string(line)), ":")
+			if len(f) < 4 || f[0] != name && f[2] != name {
+				continue
+			}
+			id, err := strconv.Atoi(f[2])
+			group, gerr := strconv.Atoi(f[3])
+			if gerr != nil {
+				group = -1
+			}
+			return id, group, err
+		}
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return 0, 0, err
+	}
+	if id, err = strconv.Atoi(name); err == nil && id >= 0 {
+		return id, -1, nil
+	}
+	return 0, 0, fmt.Errorf("there is no %q in %s", clip(name), file)
+}
+
+// passwd reads the lines of a file of passwd(5) of an image.
+func (f *Files) passwd(name string) [][]string {
+	n, err := walk(f.root, name, true, nil)
+	if err != nil || n.Type() != unix.S_IFREG {
+		return nil
+	}
+	var all [][]string
+	for lines := bufio.NewScanner(io.LimitReader(f.image.Content(n.Data), 1<<20)); lines.Scan(); {
+		if fields := strings.Split(lines.Text(), ":"); len(fields) >= 4 {
+			all = append(all, fields)
+		}
+	}
+	return all
+}
