@@ -115,6 +115,9 @@ func (b imageBuilder) fill() {
 	home.UID, home.GID = 1000, 1000
 	b.text("/etc/passwd", "root:x:0:0:root:/root:/bin/bash\nuser:x:1000:1000:user:/home/user:/bin/bash\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n")
 	b.text("/etc/group", "root:x:0:\nuser:x:1000:\nnogroup:x:65534:\n")
+	if _, err := os.Stat("/etc/ld.so.cache"); err == nil { // without it every program looks for its libraries in many places
+		b.copy("/etc/ld.so.cache", "/etc/ld.so.cache")
+	}
 	b.text("/etc/hosts", "127.0.0.1\tlocalhost\n")
 }
 
