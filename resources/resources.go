@@ -239,6 +239,7 @@ func (s *Service) template(ctx context.Context, uri string, n name) ([]mcp.Resou
 	if err != nil {
 		return nil, err
 	}
+	m.Original = nil // bytes for registries
 	return asJSON(uri, m)
 }
 

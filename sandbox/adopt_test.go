@@ -111,3 +111,28 @@ func TestChanged(t *testing.T) {
 		t.Fatal(logs, err)
 	}
 }
+
+// TestTransient: what is only to be there for its server's sake ends with it, whatever becomes of others, also when the server dies.
+func TestTransient(t *testing.T) {
+	for name, change := range map[string]func(*sandbox.Options){
+		"pause": func(o *sandbox.Options) { o.Keep, o.PauseOnExit = true, true }, "keep": func(o *sandbox.Options) { o.Keep = true }, "kill": nil,
+	} {
+		fake, dir := &sandboxtest.Fake{}, t.TempDir()
+		m := newManager(t, dir, fake, change)
+		kept, gone := create(t, m, sandbox.CreateOptions{}).ID(), create(t, m, sandbox.CreateOptions{Transient: true}).ID()
+		if err := m.Close(); err != nil {
+			t.Fatal(err)
+		}
+		next := newManager(t, dir, fake, change)
+		<-next.Settled()
+		if sb, err := next.Get("", gone); err != nil || !sb.Info().State.Ended() {
+			t.Errorf("%s: %v", name, err)
+		}
+		if sb, err := next.Get("", kept); err != nil || sb.Info().State.Ended() != (name == "kill") {
+			t.Errorf("%s: %v", name, err)
+		}
+		if err := next.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}

@@ -423,7 +423,7 @@ func (m *Manager) Close() error {
 	var errs error
 	for _, sb := range m.all() {
 		ends.Go(func() {
-			if m.opts.PauseOnExit {
+			if m.opts.PauseOnExit && sb.current().Keep {
 				sb.putToSleep()
 			}
 			if sb.leave() {

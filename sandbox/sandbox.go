@@ -54,6 +54,7 @@ type Info struct {
 	Parent    string // the snapshot or the sandbox that it began from
 	Metadata  map[string]string
 	Limits    Limits
+	Network   Network
 	Times     Times
 	Created   time.Time
 	Changed   time.Time // the last change of state
@@ -80,7 +81,7 @@ func (s *Sandbox) Info() Info {
 func (s *Sandbox) info() Info {
 	r := s.rec
 	i := Info{ID: r.ID, Owner: r.Owner, State: r.State, Cause: r.Cause, Template: r.Template, Parent: r.Parent, Metadata: maps.Clone(r.Metadata), Limits: r.Limits,
-		Times: r.Times, Created: r.Created, Changed: r.Changed, Updated: r.Updated, Ready: r.Ready, ExpiresAt: r.ExpiresAt, RemoveAt: r.RemoveAt, Left: r.Left, Totals: s.meter.totals()}
+		Network: r.Network, Times: r.Times, Created: r.Created, Changed: r.Changed, Updated: r.Updated, Ready: r.Ready, ExpiresAt: r.ExpiresAt, RemoveAt: r.RemoveAt, Left: r.Left, Totals: s.meter.totals()}
 	if r.Pause != nil {
 		i.OnDisk, i.AutoResume = r.Pause.Disk, r.Pause.AutoResume
 	}

@@ -99,7 +99,10 @@ func describeSnapshot(snap sandbox.Snapshot) snapshotInfo {
 
 func (i snapshotInfo) text() string {
 	if i.Kind == "template" {
-		return "template " + i.Name
+		if i.CreatedAt == "" {
+			return "template " + i.Name
+		}
+		return fmt.Sprintf("template %s: %d MB, made at %s", i.Name, i.SizeMB, i.CreatedAt)
 	}
 	what := "memory and files"
 	if i.FilesOnly {

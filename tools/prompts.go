@@ -29,7 +29,7 @@ var prompts = []prompt{
 Goal: {goal}.
 
 1. Call sandbox_create with metadata {"project": a short name} and keep its sandbox_id; use it in every call.
-2. Bring the files in with file_write (many at once by its batch form). The sandbox has no network and does not see this machine's files.
+2. Bring the files in with file_write (many at once by its batch form). The sandbox has no network, unless sandbox_create gives it one, and does not see this machine's files.
 3. Look at what is there with file_list and file_search before you run anything. Find out how the project builds and how it is tested.
 4. Build and test with exec. For what takes long, raise yield_ms or wait with process_wait; start servers with background true and a tag.
 5. When something fails, read the error, change one thing with file_edit, and run it again.

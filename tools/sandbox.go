@@ -1,6 +1,7 @@
 package tools
 
 import (
+	"cmp"
 	"context"
 	"encoding/base64"
 	"errors"
@@ -74,12 +75,16 @@ type sandboxInfo struct {
 	MemoryMB  int64             `json:"memory_mb"`
 	DiskMB    int64             `json:"disk_mb"`
 	Pids      int64             `json:"pids"`
+	Network   string            `json:"network,omitempty"`
 }
 
 func (s *Service) describe(ctx context.Context, i sandbox.Info) sandboxInfo {
 	info := sandboxInfo{
 		SandboxID: i.ID, State: string(i.State), Cause: i.Cause, Default: s.isDefault(ctx, i.ID), Template: i.Template, Parent: i.Parent, Metadata: i.Metadata,
 		CreatedAt: i.Created.UTC().Format(time.RFC3339), CPU: i.Limits.CPU, MemoryMB: i.Limits.Memory >> 20, DiskMB: i.Limits.Disk >> 20, Pids: i.Limits.Processes,
+	}
+	if i.Network.On() {
+		info.Network = cmp.Or(strings.Join(i.Network.Allow, ","), i.Network.Mode)
 	}
 	for at, to := range map[time.Time]*string{i.Ready: &info.ReadyAt, i.Updated: &info.UpdatedAt} {
 		if !at.IsZero() {
@@ -138,6 +143,9 @@ func (i sandboxInfo) text() string {
 		fmt.Fprintf(&b, ", at most %d ms after its start", i.MaxMS)
 	}
 	fmt.Fprintf(&b, ", limits: cpu %g, memory %d MB, disk %d MB, %d processes", i.CPU, i.MemoryMB, i.DiskMB, i.Pids)
+	if i.Network != "" {
+		fmt.Fprintf(&b, ", network: %s", i.Network)
+	}
 	for _, k := range slices.Sorted(maps.Keys(i.Metadata)) {
 		fmt.Fprintf(&b, ", %s=%s", k, i.Metadata[k])
 	}
