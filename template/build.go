@@ -184,6 +184,7 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 			b.Log.Error("collect what builds have left", "error", cerr)
 		}
 	}()
+	r.log.line("info", "", fmt.Sprintf("build %s of %s begins", r.id, req.Name))
 	built := Built{ID: r.id}
 	for _, i := range plan.needed() {
 		if r.done[i], err = r.stage(ctx, i); err != nil {
