@@ -24,7 +24,7 @@ demo: build
 	timeout 120 bin/soulbox-mcp demo
 
 test: build
-	timeout 1200 $(GO) test $(RACE) -timeout 15m ./...
+	timeout 1380 $(GO) test $(RACE) -timeout 20m ./...
 
 lint:
 	@out=$$(gofmt -l .); test -z "$$out" || { echo "gofmt these:"; echo "$$out"; exit 1; }
