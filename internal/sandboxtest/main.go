@@ -146,8 +146,8 @@ func Program(t testing.TB, name string) string {
 // AgentPath is the path of the agent in a directory of its own, which any user can walk to.
 func AgentPath(t testing.TB) string {
 	t.Helper()
-	path := filepath.Join(Dir(t), "soulbox-agent")
-	if err := copyAll(Program(t, "soulbox-agent"), path); err != nil {
+	path := filepath.Join(Dir(t), "agent", "soulbox-agent") // its image goes beside the directory
+	if err := errors.Join(os.Mkdir(filepath.Dir(path), 0o755), copyAll(Program(t, "soulbox-agent"), path)); err != nil {
 		t.Fatal(err)
 	}
 	return path
