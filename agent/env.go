@@ -3,6 +3,7 @@ package agent
 import (
 	"encoding/json"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 )
@@ -37,4 +38,28 @@ func (s *Server) loadEnv() {
 		s.log("the environment that was saved cannot be read")
 		s.config.Env = nil
 	}
+}
+
+// configure takes what the host says of the sandbox, and keeps its environment.
+func (s *Server) configure(c Config) error {
+	s.mu.Lock()
+	env := maps.Clone(s.config.Env)
+	if env == nil {
+		env = map[string]string{}
+	}
+	maps.Copy(env, c.Env)
+	if !maps.Equal(env, s.config.Env) {
+		if err := s.saveEnv(env); err != nil {
+			s.mu.Unlock()
+			return err
+		}
+	}
+	c.Env = env
+	s.config = c
+	s.mu.Unlock()
+	if s.groups == nil {
+		return nil
+	}
+	s.guard.wake()
+	return s.groups.limit(c.MaxProcesses, c.MaxMemory)
 }

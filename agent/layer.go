@@ -43,8 +43,10 @@ type marked struct {
 // serveChanges sends what has changed since the last time as a layer, a tar in which what is gone is a whiteout. The first time, with h.Mode "mark",
 // nothing is sent; with "all" all is, and nothing is remembered.
 func (s *Server) serveChanges(ctx context.Context, stream *yamux.Stream, h header) {
-	s.marked.mu.Lock()
-	defer s.marked.mu.Unlock()
+	if h.Mode != modeAll {
+		s.marked.mu.Lock()
+		defer s.marked.mu.Unlock()
+	}
 	if h.Mode == "" && s.marked.dirs == nil {
 		_ = writeMessage(stream, answer{Error: wireError(invalid("changes: there is no mark to compare with"))})
 		return
@@ -62,9 +64,9 @@ func (s *Server) serveChanges(ctx context.Context, stream *yamux.Stream, h heade
 	from, to := io.Pipe()
 	defer from.Close() // the walk ends with its reader
 	out := bufio.NewWriterSize(to, 128<<10)
-	w := &layerWriter{ctx: ctx, old: s.marked.dirs, now: map[string]map[string]fileKey{}, links: map[uint64]string{}, skip: map[string]bool{path.Clean(s.opts.SpoolDir): true, path.Clean(shells): true, agentPath: true, BuildDir: true}}
-	if h.Mode == modeAll {
-		w.old = nil
+	w := &layerWriter{ctx: ctx, now: map[string]map[string]fileKey{}, links: map[uint64]string{}, skip: map[string]bool{path.Clean(s.opts.SpoolDir): true, path.Clean(shells): true, agentPath: true, BuildDir: true}}
+	if h.Mode != modeAll {
+		w.old = s.marked.dirs
 	}
 	if h.Mode != modeMark {
 		w.tar = tar.NewWriter(out)
@@ -104,8 +106,8 @@ const (
 
 // layerWriter walks a file system. Directories that are mounted there are not entered.
 type layerWriter struct {
-	ctx      context.Context
-	tar      *tar.Writer // nil only looks
+	ctx      context.Context // where nothing is written; else the pipe ends it, too
+	tar      *tar.Writer     // nil only looks
 	old, now map[string]map[string]fileKey
 	links    map[uint64]string // the first name of a file that has several, by inode
 	skip     map[string]bool
@@ -267,7 +269,7 @@ func (w *layerWriter) file(full string, h *tar.Header) error {
 	if err := w.tar.WriteHeader(h); err != nil {
 		return err
 	}
-	n, err := io.Copy(w.tar, io.LimitReader(&untilDone{w.ctx, f}, h.Size))
+	n, err := io.Copy(w.tar, io.LimitReader(f, h.Size))
 	if err == nil && n < h.Size {
 		_, err = io.CopyN(w.tar, zeroReader{}, h.Size-n)
 	}
@@ -287,19 +289,6 @@ type zeroReader struct{}
 func (zeroReader) Read(p []byte) (int, error) {
 	clear(p)
 	return len(p), nil
-}
-
-// untilDone reads until ctx ends.
-type untilDone struct {
-	ctx context.Context
-	r   io.Reader
-}
-
-func (u *untilDone) Read(p []byte) (int, error) {
-	if u.ctx.Err() != nil {
-		return 0, context.Cause(u.ctx)
-	}
-	return u.r.Read(p)
 }
 
 // serveUnpack unpacks a tar from the host below the directory h.Path. It is no layer: whiteouts are names as others. What is there is replaced, but

@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -351,29 +350,6 @@ func (s *Server) usage(r UsageRequest) Usage {
 		u.Events = s.events.since(*r.Since)
 	}
 	return u
-}
-
-func (s *Server) configure(c Config) error {
-	s.mu.Lock()
-	env := maps.Clone(s.config.Env)
-	if env == nil {
-		env = map[string]string{}
-	}
-	maps.Copy(env, c.Env)
-	if !maps.Equal(env, s.config.Env) {
-		if err := s.saveEnv(env); err != nil {
-			s.mu.Unlock()
-			return err
-		}
-	}
-	c.Env = env
-	s.config = c
-	s.mu.Unlock()
-	if s.groups == nil {
-		return nil
-	}
-	s.guard.wake()
-	return s.groups.limit(c.MaxProcesses, c.MaxMemory)
 }
 
 // serveRPC serves calls on the control channel, each in a goroutine of its own.

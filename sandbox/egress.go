@@ -123,10 +123,13 @@ var never = func() (all []netip.Prefix) {
 	return all
 }()
 
+// nat64 has the IPv4 addresses in its last four bytes (RFC 6052).
+var nat64 = netip.MustParsePrefix("64:ff9b::/96")
+
 // isPublic says whether an address is one of the world's.
 func isPublic(a netip.Addr) bool {
 	a = a.Unmap().WithZone("")
-	if nat64 := netip.MustParsePrefix("64:ff9b::/96"); nat64.Contains(a) {
+	if nat64.Contains(a) {
 		b := a.As16()
 		a = netip.AddrFrom4([4]byte(b[12:]))
 	}
@@ -207,6 +210,10 @@ func (s *Sandbox) serveNetwork(ctx context.Context, client *agent.Client, n Netw
 	defer transport.CloseIdleConnections()
 	e.plain = transport
 	l := &parkedListener{ctx: ctx, client: client, conns: make(chan net.Conn), slots: make(chan struct{}, maxEgress)}
+	var once sync.Once
+	l.failed = func(err error) {
+		once.Do(func() { s.note(LevelWarn, "the network of this sandbox does not work, it is tried again: %v", err) })
+	}
 	server := &http.Server{Handler: e, ReadHeaderTimeout: 30 * time.Second, MaxHeaderBytes: egressHeaders, IdleTimeout: time.Minute, BaseContext: func(net.Listener) context.Context { return ctx },
 		ErrorLog: slog.NewLogLogger(s.m.log.Handler(), slog.LevelDebug)}
 	defer context.AfterFunc(ctx, func() { _ = server.Close() })()
@@ -223,6 +230,7 @@ type parkedListener struct {
 	client *agent.Client
 	conns  chan net.Conn
 	slots  chan struct{} // one for each connection, whatever it is used for
+	failed func(error)   // is told why there are no connections
 	wait   sync.WaitGroup
 }
 
@@ -246,9 +254,13 @@ func (l *parkedListener) take() bool {
 	conn, err := l.client.Accept(l.ctx, ProxyAddress)
 	if err != nil {
 		free()
+		if l.ctx.Err() != nil || errors.Is(err, agent.ErrLost) {
+			return false
+		}
+		l.failed(err)
 		select {
 		case <-time.After(time.Second):
-			return !errors.Is(err, agent.ErrLost)
+			return true
 		case <-l.ctx.Done():
 			return false
 		}

@@ -33,6 +33,7 @@ const ServiceTag = "start"
 // Bounds of the wait for a service.
 const (
 	readyTime  = 60 * time.Second
+	readyLook  = 500 * time.Millisecond // after which it is looked whether the service lives
 	readyPoll  = 50 * time.Millisecond
 	silentTime = 5 * time.Second // of one of which nobody knows when it is ready
 )
@@ -51,43 +52,65 @@ func (s *Sandbox) StartService(ctx context.Context, service Service) error {
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, readyTime, fmt.Errorf("the service of the template was not ready within %s", readyTime))
 	defer cancel()
-	began := time.Now()
-	for {
-		ready, err := s.isReady(ctx, client, service)
-		if err == nil && ready || err == nil && service.Ready == "" && time.Since(began) > silentTime {
-			return nil
-		}
+	await := s.awaitPort
+	if service.Ready != "" {
+		await = func(ctx context.Context, client *agent.Client) error { return awaitReady(ctx, client, service.Ready) }
+	}
+	if err := await(ctx, client); err != nil {
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
+		return s.withOutput(client, err)
+	}
+	return nil
+}
+
+// awaitReady waits until a command succeeds in the sandbox, which asks itself: no process is left of each time.
+func awaitReady(ctx context.Context, client *agent.Client, ready string) error {
+	asking, err := client.Start(ctx, agent.StartRequest{Command: "until (\n" + ready + "\n) > /dev/null 2>&1; do sleep 0.1; done", TimeoutMS: readyTime.Milliseconds()})
+	for {
 		if err != nil {
-			return s.withOutput(client, err)
+			return err
+		}
+		if asking.Process.State == agent.StateExited {
+			if asking.Process.ExitCode != 0 { // it is no command of a shell, or its time is over
+				return fmt.Errorf("the command that says whether the service is ready has ended with exit code %d", asking.Process.ExitCode)
+			}
+			return nil
+		}
+		if err := hasEnded(ctx, client); err != nil {
+			return err
+		}
+		asking, err = client.Wait(ctx, agent.WaitRequest{Process: asking.Process.ID, WaitMS: readyLook.Milliseconds()})
+	}
+}
+
+// awaitPort waits until something listens on a port, or for a while.
+func (s *Sandbox) awaitPort(ctx context.Context, client *agent.Client) error {
+	for end := time.Now().Add(silentTime); time.Now().Before(end); {
+		ports, err := s.Listening(ctx)
+		if err != nil || len(ports) > 0 {
+			return err
+		}
+		if err := hasEnded(ctx, client); err != nil {
+			return err
 		}
 		select {
 		case <-time.After(readyPoll):
 		case <-ctx.Done():
+			return context.Cause(ctx)
 		}
 	}
+	return nil
 }
 
-// isReady says whether the service is. One that has ended is none, unless it did what it was for and ended well.
-func (s *Sandbox) isReady(ctx context.Context, client *agent.Client, service Service) (bool, error) {
-	if service.Ready != "" {
-		got, err := client.Start(ctx, agent.StartRequest{Command: service.Ready, WaitMS: readyTime.Milliseconds(), TimeoutMS: readyTime.Milliseconds()})
-		if err == nil && got.Process.State == agent.StateExited && got.Process.ExitCode == 0 {
-			return true, nil
-		}
-		if err != nil {
-			return false, err
-		}
-	} else if ports, err := s.Listening(ctx); err != nil || len(ports) > 0 {
-		return err == nil, err
-	}
+// hasEnded is an error where the service has ended, unless it did what it was for and ended well.
+func hasEnded(ctx context.Context, client *agent.Client) error {
 	got, err := client.Wait(ctx, agent.WaitRequest{Process: ServiceTag})
 	if err == nil && got.Process.State == agent.StateExited && got.Process.ExitCode != 0 {
 		err = fmt.Errorf("%w: exit code %d", errService, got.Process.ExitCode)
 	}
-	return false, err
+	return err
 }
 
 // withOutput adds what the service has said to an error.

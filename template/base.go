@@ -170,10 +170,7 @@ func (b *Builder) secondStage(ctx context.Context, name string, files *Files, so
 		return Manifest{}, err
 	}
 	defer func() { err = errors.Join(err, r.log.close()) }()
-	from, to := io.Pipe()
-	go func() { _ = to.CloseWithError(files.pack(to)) }()
-	l, err := b.Store.newLayer(from, maxImage, "unpacked")
-	_ = from.Close()
+	l, err := b.Store.packedLayer(files, "unpacked")
 	if err != nil {
 		return Manifest{}, err
 	}
@@ -244,15 +241,21 @@ func (b *Builder) flatten(ctx context.Context, m Manifest, layers []Layer) (Mani
 			delete(files.root.Children, name)
 		}
 	}
-	from, to := io.Pipe()
-	go func() { _ = to.CloseWithError(files.pack(to)) }()
-	l, err := b.Store.newLayer(from, maxImage, m.Name)
-	_ = from.Close()
+	l, err := b.Store.packedLayer(files, m.Name)
 	if err != nil {
 		return m, err
 	}
 	m.Layers = []Layer{l}
 	return b.Store.Finish(ctx, m)
+}
+
+// packedLayer keeps files as a layer.
+func (s *Store) packedLayer(files *Files, createdBy string) (l Layer, err error) {
+	err = files.packed(func(r io.Reader) error {
+		l, err = s.newLayer(r, maxImage, createdBy)
+		return err
+	})
+	return l, err
 }
 
 // debsAtOnce is how many packages are fetched at the same time.

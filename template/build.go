@@ -18,8 +18,6 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
-	"github.com/moby/buildkit/frontend/dockerfile/instructions"
-
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -278,10 +276,8 @@ func defaultUser(image, configured string) (string, error) {
 	if configured != "" {
 		return files.numbered(configured), nil
 	}
-	for _, f := range files.passwd("/etc/passwd") {
-		if f[0] == "user" {
-			return "", nil
-		}
+	if entryOf(files.passwd("/etc/passwd"), "user") != nil {
+		return "", nil
 	}
 	return "root", nil
 }
@@ -289,18 +285,14 @@ func defaultUser(image, configured string) (string, error) {
 // numbered is a user as an image names him, with the number of his group where that is named, or where no entry of the user tells it (Docker: 0).
 func (f *Files) numbered(user string) string {
 	name, group, both := strings.Cut(user, ":")
-	is := func(fields []string, name string) bool { return fields[0] == name || fields[2] == name }
-	if !both {
-		known := slices.ContainsFunc(f.passwd("/etc/passwd"), func(p []string) bool { return is(p, name) })
-		if _, err := strconv.ParseUint(name, 10, 32); err == nil && !known {
-			return name + ":0"
+	if both {
+		if g := entryOf(f.passwd("/etc/group"), group); g != nil {
+			return name + ":" + g[2]
 		}
 		return user
 	}
-	for _, g := range f.passwd("/etc/group") {
-		if is(g, group) {
-			return name + ":" + g[2]
-		}
+	if _, err := strconv.ParseUint(name, 10, 32); err == nil && entryOf(f.passwd("/etc/passwd"), name) == nil {
+		return name + ":0"
 	}
 	return user
 }
@@ -388,12 +380,4 @@ func (r *run) files(ctx context.Context, from string) (*Files, error) {
 		r.opened[from] = f
 	}
 	return f, err
-}
-
-// expander puts the values of variables into words.
-func (r *stageRun) expander() instructions.SingleWordExpander {
-	return func(word string) (string, error) {
-		v, _, err := r.plan.lex.ProcessWord(word, r.variables())
-		return v, err
-	}
 }

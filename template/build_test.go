@@ -75,9 +75,11 @@ func (w *workshop) mini(image string) {
 		w.Fatal(err)
 	}
 	defer files.Close()
-	from, to := io.Pipe()
-	go func() { _ = to.CloseWithError(files.pack(to)) }()
-	if _, err := w.store.Import(w.Context(), Manifest{Name: "mini"}, from); err != nil {
+	err = files.packed(func(r io.Reader) error {
+		_, err := w.store.Import(w.Context(), Manifest{Name: "mini"}, r)
+		return err
+	})
+	if err != nil {
 		w.Fatal(err)
 	}
 }

@@ -38,10 +38,7 @@ func (s *Store) remember(key string, st step) error {
 	if err != nil {
 		return err
 	}
-	return s.write(s.file("steps", key+".json"), func(f *os.File) error {
-		_, err := f.Write(body)
-		return err
-	})
+	return s.writeText(s.file("steps", key+".json"), body)
 }
 
 // lock keeps two from making the same thing at the same time, those of other servers too. It waits as long as ctx lasts.
@@ -102,7 +99,7 @@ func (s *Store) Collect() error {
 	}
 	return errors.Join(
 		s.sweep("steps", stepKept, func(string) bool { return false }),
-		s.sweep("layers", stepKept, func(name string) bool { return layers["sha256:"+name] }),
+		s.sweep("layers", stepKept, func(name string) bool { return layers["sha256:"+strings.TrimSuffix(name, verifiedSuffix)] }),
 		s.sweep("images", imageKept, func(name string) bool { return images["sha256:"+strings.TrimSuffix(name, ".erofs")] }),
 		s.sweep("started", imageKept, func(name string) bool { return started[name] }),
 		s.sweep("caches", stepKept, func(string) bool { return false }),

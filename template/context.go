@@ -149,10 +149,12 @@ func (s *Store) ContextDir(ctx context.Context, dir string) (*Files, error) {
 			return nil, fmt.Errorf("build context: %w", err)
 		}
 	}
-	from, to := io.Pipe()
-	defer from.Close()
-	go func() { _ = to.CloseWithError(packDir(to, root, ignore)) }()
-	return s.ReadContext(ctx, from)
+	var files *Files
+	err = piped(func(to io.Writer) error { return packDir(to, root, ignore) }, func(from io.Reader) (err error) {
+		files, err = s.ReadContext(ctx, from)
+		return err
+	})
+	return files, err
 }
 
 // packDir writes a directory as a tar. What is ignored is not read.

@@ -3,7 +3,6 @@ package template
 import (
 	"archive/tar"
 	"bufio"
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -12,6 +11,7 @@ import (
 	"path"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/moby/buildkit/frontend/dockerfile/instructions"
@@ -83,14 +83,9 @@ func (s *stageRun) put(ctx context.Context, c copying, files *Files, all []picke
 	}
 	there := err == nil && (info.Type == agent.TypeDir || info.Type == agent.TypeSymlink && s.isDir(ctx, dest))
 	into := there || strings.HasSuffix(c.DestPath, "/") || c.DestPath == "." || len(all)+len(c.SourceContents) > 1
-	from, to := io.Pipe()
-	defer from.Close()
-	go func() {
-		p := packer{files: files, w: tar.NewWriter(to), owner: owner, mode: mode, plain: c.from == "", there: there}
-		err := p.all(c, dest, into, all)
-		_ = to.CloseWithError(errors.Join(err, p.w.Close()))
-	}()
-	if err := s.client.Unpack(ctx, "/", from); err != nil {
+	p := packer{files: files, owner: owner, mode: mode, plain: c.from == "", there: there}
+	err = streamed(p, func(p packer) error { return p.all(c, dest, into, all) }, func(r io.Reader) error { return s.client.Unpack(ctx, "/", r) })
+	if err != nil {
 		return err
 	}
 	for _, f := range all {
@@ -265,17 +260,13 @@ func (s *stageRun) owner(ctx context.Context, c copying) (*ids, error) {
 
 // lookup finds a name, or a number, in a file of passwd(5) or group(5): its id, and of a user that of his group, or -1.
 func (s *stageRun) lookup(ctx context.Context, file, name string) (id, group int, err error) {
-	r, _, err := s.client.ReadFile(ctx, file, 0, 1<<20)
+	r, _, err := s.client.ReadFile(ctx, file, 0, maxPasswd)
 	if err == nil {
-		body, rerr := io.ReadAll(r)
-		if err := errors.Join(rerr, r.Close()); err != nil {
+		f := entryOf(passwdLines(r), name)
+		if err := r.Close(); err != nil {
 			return 0, 0, err
 		}
-		for line := range bytes.Lines(body) {
-			f := strings.Split(strings.TrimSpace(string(line)), ":")
-			if len(f) < 4 || f[0] != name && f[2] != name {
-				continue
-			}
+		if f != nil {
 			id, err := strconv.Atoi(f[2])
 			group, gerr := strconv.Atoi(f[3])
 			if gerr != nil {
@@ -298,11 +289,52 @@ func (f *Files) passwd(name string) [][]string {
 	if err != nil || n.Type() != unix.S_IFREG {
 		return nil
 	}
-	var all [][]string
-	for lines := bufio.NewScanner(io.LimitReader(f.image.Content(n.Data), 1<<20)); lines.Scan(); {
+	return passwdLines(f.image.Content(n.Data))
+}
+
+// maxPasswd bounds a file of passwd(5), in bytes.
+const maxPasswd = 1 << 20
+
+// passwdLines reads passwd(5) and group(5), whoever has written it: what is no entry is passed over.
+func passwdLines(r io.Reader) (all [][]string) {
+	for lines := bufio.NewScanner(io.LimitReader(r, maxPasswd)); lines.Scan(); {
 		if fields := strings.Split(lines.Text(), ":"); len(fields) >= 4 {
 			all = append(all, fields)
 		}
 	}
 	return all
+}
+
+// entryOf finds an entry by its name, or its number; nil is none.
+func entryOf(entries [][]string, name string) []string {
+	for _, f := range entries {
+		if f[0] == name || f[2] == name {
+			return f
+		}
+	}
+	return nil
+}
+
+// streamed has a packer write a tar while another reads it.
+func streamed(p packer, write func(packer) error, read func(io.Reader) error) error {
+	return piped(func(to io.Writer) error {
+		p.w = tar.NewWriter(to)
+		return errors.Join(write(p), p.w.Close())
+	}, read)
+}
+
+// piped has one write what another reads. It returns when both are done; whoever fails ends the other.
+func piped(write func(io.Writer) error, read func(io.Reader) error) error {
+	from, to := io.Pipe()
+	var writing sync.WaitGroup
+	writing.Go(func() { _ = to.CloseWithError(write(to)) }) // its error is the reader's
+	err := read(from)
+	_ = from.Close()
+	writing.Wait()
+	return err
+}
+
+// packed gives all files as a tar.
+func (f *Files) packed(read func(io.Reader) error) error {
+	return streamed(packer{files: f, mode: -1}, func(p packer) error { return p.add("/", f.root) }, read)
 }

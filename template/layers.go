@@ -27,29 +27,21 @@ const (
 
 // newLayer keeps a tar of at most so many bytes as a layer.
 func (s *Store) newLayer(from io.Reader, limit int64, createdBy string) (Layer, error) {
-	from = &atMost{r: from, left: limit}
 	l := Layer{MediaType: mediaGzip, CreatedBy: createdBy}
 	whole, inner := sha256.New(), sha256.New()
-	temp := s.file("layers", "")
-	if err := os.MkdirAll(temp, 0o711); err != nil {
-		return l, err
-	}
-	f, err := os.CreateTemp(temp, ".new-")
-	if err != nil {
-		return l, err
-	}
-	defer os.Remove(f.Name()) // it has another name when all went well
-	err = compress(io.MultiWriter(f, whole), io.TeeReader(s.whileRoom(from), inner))
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return l, err
-	}
-	l.Digest, l.DiffID = digestOf(whole), digestOf(inner)
-	info, err := os.Stat(f.Name())
-	if err != nil {
-		return l, err
-	}
-	l.Size = info.Size()
-	return l, os.Rename(f.Name(), s.layerFile(l.Digest))
+	body := io.TeeReader(s.whileRoom(&atMost{r: from, left: limit}), inner)
+	err := s.writeNamed(s.file("layers", ""), func(f *os.File) (string, error) {
+		if err := compress(io.MultiWriter(f, whole), body); err != nil {
+			return "", err
+		}
+		l.Digest, l.DiffID = digestOf(whole), digestOf(inner)
+		info, err := f.Stat()
+		if err == nil {
+			l.Size = info.Size()
+		}
+		return s.layerFile(l.Digest), err
+	})
+	return l, err
 }
 
 func compress(to io.Writer, from io.Reader) error {
@@ -163,3 +155,6 @@ func (u *untilDone) Read(p []byte) (int, error) {
 	}
 	return u.r.Read(p)
 }
+
+// layerSlack is what a layer may have beside the bytes of its files.
+const layerSlack = 1 << 30

@@ -24,12 +24,6 @@ const (
 	tailLines   = 20
 )
 
-// killTime bounds how long it takes to end what a step has left behind; waitPart is a part of the wait for its end.
-const (
-	killTime = 10 * time.Second
-	waitPart = 60_000
-)
-
 var buildID = regexp.MustCompile(`^bd[a-z0-9]{16}$`)
 
 func newBuildID() string { return "bd" + strings.ToLower(rand.Text()[:16]) }

@@ -139,13 +139,7 @@ func (s *stageRun) bound(ctx context.Context, want *instructions.Mount) (*erofs.
 
 // fill writes a tree to a directory of the sandbox, or a file.
 func (m *mounts) fill(ctx context.Context, name string, p packer, n *erofs.Node) error {
-	from, to := io.Pipe()
-	defer from.Close()
-	go func() {
-		p.w = tar.NewWriter(to)
-		_ = to.CloseWithError(errors.Join(p.add(name, n), p.w.Close()))
-	}()
-	return m.s.client.Unpack(ctx, "/", from)
+	return streamed(p, func(p packer) error { return p.add(name, n) }, func(r io.Reader) error { return m.s.client.Unpack(ctx, "/", r) })
 }
 
 // cache mounts a directory that is kept from build to build. One build at a time has it.

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/moby/buildkit/frontend/dockerfile/instructions"
 	"github.com/moby/buildkit/frontend/dockerfile/parser"
@@ -211,3 +212,9 @@ func (s *stageRun) user(ctx context.Context) (string, error) {
 
 // sortedKeys are the keys of a map in their order.
 func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
+
+// killTime bounds how long it takes to end what a step has left behind; waitPart is a part of the wait for its end.
+const (
+	killTime = 10 * time.Second
+	waitPart = 60_000
+)

@@ -1,7 +1,6 @@
 package template
 
 import (
-	"archive/tar"
 	"bufio"
 	"cmp"
 	"context"
@@ -328,11 +327,10 @@ func (s *stageRun) capture(ctx context.Context, by string) (step, error) {
 	return step{Layer: &l}, nil
 }
 
-// pack writes all files as a tar.
-func (f *Files) pack(to io.Writer) error {
-	p := packer{files: f, w: tar.NewWriter(to), mode: -1}
-	return errors.Join(p.add("/", f.root), p.w.Close())
+// expander puts the values of variables into words.
+func (r *stageRun) expander() instructions.SingleWordExpander {
+	return func(word string) (string, error) {
+		v, _, err := r.plan.lex.ProcessWord(word, r.variables())
+		return v, err
+	}
 }
-
-// layerSlack is what a layer may have beside the bytes of its files.
-const layerSlack = 1 << 30

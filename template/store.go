@@ -174,7 +174,7 @@ func (s *Store) template(m Manifest, image string) sandbox.Template {
 	}
 	if m.StartCmd != "" {
 		t.Service = &sandbox.Service{Start: m.StartCmd, Ready: m.ReadyCmd}
-		if m.Started != nil {
+		if m.Started != nil && touch(s.file("started", m.Started.Name)) == nil { // another build of that name may be about to have it collected
 			t.Service.Saved, t.Service.Limits, t.Service.Network = s.file("started", m.Started.Name), m.Started.Limits, m.Started.Network
 		}
 	}
@@ -269,10 +269,7 @@ func (s *Store) Put(m Manifest) error {
 	if err != nil {
 		return err
 	}
-	return s.write(s.nameFile(m.Owner, m.Name), func(f *os.File) error {
-		_, err := f.Write(body)
-		return err
-	})
+	return s.writeText(s.nameFile(m.Owner, m.Name), body)
 }
 
 // Delete removes the name of an owner's own template. What sandboxes and snapshots need of it stays until they are gone.
@@ -285,15 +282,20 @@ func (s *Store) Delete(owner, name string) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("template %q: %w", clip(name), sandbox.ErrNoTemplate)
 	}
-	return errors.Join(err, s.Collect())
+	return err
 }
 
 // write makes a file that is whole when it has its name. Only the server's user reads it.
-func (s *Store) write(name string, fill func(*os.File) error) (err error) {
-	if err := os.MkdirAll(filepath.Dir(name), 0o711); err != nil {
+func (s *Store) write(name string, fill func(*os.File) error) error {
+	return s.writeNamed(filepath.Dir(name), func(f *os.File) (string, error) { return name, fill(f) })
+}
+
+// writeNamed is write of a file whose name follows from its content.
+func (s *Store) writeNamed(dir string, fill func(*os.File) (name string, err error)) (err error) {
+	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(filepath.Dir(name), ".new-")
+	f, err := os.CreateTemp(dir, ".new-")
 	if err != nil {
 		return err
 	}
@@ -302,10 +304,19 @@ func (s *Store) write(name string, fill func(*os.File) error) (err error) {
 			err = errors.Join(err, os.Remove(f.Name()))
 		}
 	}()
-	if err := errors.Join(fill(f), f.Sync(), f.Close()); err != nil {
+	name, err := fill(f)
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return err
 	}
 	return os.Rename(f.Name(), name)
+}
+
+// writeText is write of a text.
+func (s *Store) writeText(name string, text []byte) error {
+	return s.write(name, func(f *os.File) error {
+		_, err := f.Write(text)
+		return err
+	})
 }
 
 func readJSON(name string, v any) error {

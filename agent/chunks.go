@@ -1,0 +1,79 @@
+package agent
+
+import (
+	"encoding/binary"
+	"fmt"
+	"io"
+)
+
+// writeChunks copies r to w as chunks, without the end.
+func writeChunks(w io.Writer, r io.Reader) (int64, error) {
+	buf := make([]byte, 4+64<<10)
+	var total int64
+	for {
+		n, err := r.Read(buf[4:])
+		if n > 0 {
+			binary.BigEndian.PutUint32(buf, uint32(n))
+			if _, werr := w.Write(buf[:4+n]); werr != nil {
+				return total, werr
+			}
+			total += int64(n)
+		}
+		if err == io.EOF {
+			return total, nil
+		}
+		if err != nil {
+			return total, err
+		}
+	}
+}
+
+// endChunks ends a sequence of chunks.
+func endChunks(w io.Writer, trailer any) error {
+	if _, err := w.Write([]byte{0, 0, 0, 0}); err != nil {
+		return err
+	}
+	return writeMessage(w, trailer)
+}
+
+// chunkReader reads chunks up to their end; then trailer is decoded and its error, if any, is returned.
+type chunkReader struct {
+	r    io.Reader
+	left uint32
+	err  error
+}
+
+func (c *chunkReader) Read(p []byte) (int, error) {
+	if c.err != nil {
+		return 0, c.err
+	}
+	if c.left == 0 {
+		var size [4]byte
+		if _, err := io.ReadFull(c.r, size[:]); err != nil {
+			c.err = cutOff(err)
+			return 0, c.err
+		}
+		c.left = binary.BigEndian.Uint32(size[:])
+		switch {
+		case c.left > maxChunk:
+			c.err = fmt.Errorf("chunk of %d bytes, allowed are %d: %w", c.left, maxChunk, ErrTooLarge)
+			return 0, c.err
+		case c.left == 0:
+			var end answer
+			c.err = io.EOF
+			if err := readMessage(c.r, &end); err != nil {
+				c.err = cutOff(err)
+			} else if end.Error != nil {
+				c.err = end.Error
+			}
+			return 0, c.err
+		}
+	}
+	n, err := c.r.Read(p[:min(len(p), int(c.left))])
+	c.left -= uint32(n)
+	if err != nil {
+		c.err = cutOff(err)
+		err = c.err
+	}
+	return n, err
+}
