@@ -276,6 +276,21 @@ func (c *Client) Stat(ctx context.Context, path string) (FileInfo, error) {
 	return call[FileInfo](ctx, c, callStat, PathRequest{Path: path})
 }
 
+// Lstat describes a file, links themselves.
+func (c *Client) Lstat(ctx context.Context, path string) (FileInfo, error) {
+	return call[FileInfo](ctx, c, callStat, PathRequest{Path: path, Links: true})
+}
+
+// Environment is what Configure has given processes.
+func (c *Client) Environment(ctx context.Context) (map[string]string, error) {
+	return call[map[string]string](ctx, c, callEnv, struct{}{})
+}
+
+// User finds a user.
+func (c *Client) User(ctx context.Context, user string) (User, error) {
+	return call[User](ctx, c, callUser, UserRequest{User: user})
+}
+
 // Dir lists a directory.
 func (c *Client) Dir(ctx context.Context, req DirRequest) (DirResult, error) {
 	return call[DirResult](ctx, c, callDir, req)

@@ -69,11 +69,13 @@ type WriteOptions struct {
 	User   string // owner of what is created; default the sandbox' user
 	Perm   uint32 // of a new file; default 0644
 	NoDirs bool   // a missing parent directory is an error
+	// Attrs are all user.* extended attributes that the file has then; nil keeps those that it had.
+	Attrs map[string]string
 }
 
 // WriteFile writes what r gives to a file.
 func (c *Client) WriteFile(ctx context.Context, path string, r io.Reader, o WriteOptions) (FileInfo, error) {
-	stream, _, end, err := c.begin(ctx, header{Stream: streamWrite, Path: path, Mode: o.Mode, User: o.User, Perm: o.Perm, Parents: !o.NoDirs})
+	stream, _, end, err := c.begin(ctx, header{Stream: streamWrite, Path: path, Mode: o.Mode, User: o.User, Perm: o.Perm, Parents: !o.NoDirs, Attrs: o.Attrs})
 	if err != nil {
 		return FileInfo{}, err
 	}
@@ -180,7 +182,16 @@ type OutputFrame struct {
 // Output replays the output of a process from offset on and, with follow, goes on until nobody can write any more. It calls
 // each for every frame, and returns when that fails.
 func (c *Client) Output(ctx context.Context, process string, offset int64, follow bool, each func(OutputFrame) error) error {
-	stream, _, end, err := c.begin(ctx, header{Stream: streamOutput, Process: process, Offset: offset, Follow: follow})
+	return c.output(ctx, header{Stream: streamOutput, Process: process, Offset: offset, Follow: follow}, each)
+}
+
+// Follow is Output for who wants all of it: a process whose output is not taken waits, as at a pipe.
+func (c *Client) Follow(ctx context.Context, process string, offset int64, each func(OutputFrame) error) error {
+	return c.output(ctx, header{Stream: streamOutput, Process: process, Offset: offset, Follow: true, Hold: true}, each)
+}
+
+func (c *Client) output(ctx context.Context, h header, each func(OutputFrame) error) error {
+	stream, _, end, err := c.begin(ctx, h)
 	if err != nil {
 		return err
 	}

@@ -39,9 +39,11 @@ type outputPipe struct {
 	output *spool
 	eof    chan struct{} // closed when nobody can write any more
 
-	mu     sync.Mutex // held while bytes are between pipe and spool
-	over   bool       // nothing is in it any more, nor will be
-	closed bool
+	mu      sync.Mutex // held while bytes are between pipe and spool
+	over    bool       // nothing is in it any more, nor will be
+	closed  bool
+	stalled bool // it is not read, as somebody holds the output
+	freed   bool // it is read whoever holds the output: its process has ended
 }
 
 func newCollector() (*collector, error) {
@@ -78,6 +80,18 @@ func (c *collector) add(fd, stream int, output *spool) *outputPipe {
 		c.finish(p) // no memory for it: the output is lost, the process is not
 	}
 	return p
+}
+
+// resume reads pipes again that were stalled.
+func (c *collector) resume(pipes ...*outputPipe) {
+	for _, p := range pipes {
+		p.mu.Lock()
+		if p.stalled && !p.closed {
+			_ = c.control(unix.EPOLL_CTL_ADD, p.fd, p.token) // as at first
+		}
+		p.stalled = false
+		p.mu.Unlock()
+	}
 }
 
 // await has ended called once the process behind a pidfd, which it takes over, has ended.
@@ -162,7 +176,7 @@ func (c *collector) poll(epoll int, events []unix.EpollEvent, buf []byte) int {
 		case e.Events&unix.EPOLLIN == 0: // nothing in it, and nobody to write
 			p.dry()
 			over = append(over, p)
-		case p.read(buf):
+		case p.read(c, buf):
 			over = append(over, p)
 		}
 	}
@@ -178,6 +192,12 @@ func (c *collector) poll(epoll int, events []unix.EpollEvent, buf []byte) int {
 // drain moves what a process wrote before its end. It does not wait for the collector, which may be late on a busy machine. What a child
 // goes on writing does not hold it up: a pipe holds 1 MiB at most (pipe(7)), and that much is moved here.
 func (c *collector) drain(pipes ...*outputPipe) {
+	for _, p := range pipes {
+		p.mu.Lock()
+		p.freed = true
+		p.mu.Unlock()
+	}
+	c.resume(pipes...)
 	var events []unix.EpollEvent
 	var buf []byte
 	for range (1 << 20) / drainPart {
@@ -199,10 +219,15 @@ func (c *collector) drain(pipes ...*outputPipe) {
 const drainPart = 16 << 10
 
 // read moves what is there, up to the size of buf, and says whether that was the end.
-func (p *outputPipe) read(buf []byte) (end bool) {
+func (p *outputPipe) read(c *collector, buf []byte) (end bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
+		return false
+	}
+	if !p.freed && p.output.stall(p) {
+		p.stalled = true
+		_ = c.control(unix.EPOLL_CTL_DEL, p.fd, p.token) // it would be told for ever
 		return false
 	}
 	n, err := unix.Read(p.fd, buf)

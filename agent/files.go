@@ -7,6 +7,7 @@ import (
 	"maps"
 	"os"
 	"path"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -88,6 +89,23 @@ func describeFile(name string, info fs.FileInfo, owners ownerNames) FileInfo {
 	return f
 }
 
+// describeLink tells what a file is by itself, and where it leads.
+func describeLink(name string, info fs.FileInfo) *Link {
+	l := &Link{Permissions: info.Mode().String()}
+	if info.Mode()&fs.ModeSymlink == 0 {
+		return l
+	}
+	target, err := filepath.EvalSymlinks(name)
+	if err != nil {
+		return l
+	}
+	if there, err := os.Lstat(target); err == nil {
+		d := describeFile(target, there, ownerNames{})
+		l.Target, l.Type, l.Mode = target, d.Type, d.Mode
+	}
+	return l
+}
+
 func unixMode(m fs.FileMode) uint32 {
 	mode := uint32(m.Perm())
 	for bit, unixBit := range map[fs.FileMode]uint32{fs.ModeSetuid: 0o4000, fs.ModeSetgid: 0o2000, fs.ModeSticky: 0o1000} {
@@ -103,13 +121,16 @@ func (s *Server) stat(r PathRequest) (FileInfo, error) {
 		return FileInfo{}, err
 	}
 	info, err := os.Stat(r.Path)
-	if errors.Is(err, fs.ErrNotExist) {
+	if r.Links || errors.Is(err, fs.ErrNotExist) {
 		info, err = os.Lstat(r.Path) // a dangling link is there
 	}
 	if err != nil {
 		return FileInfo{}, err
 	}
 	f := describeFile(r.Path, info, s.ownerNames())
+	if r.Links {
+		f.Link = describeLink(r.Path, info)
+	}
 	f.Attrs = readAttrs(r.Path)
 	return f, nil
 }
@@ -123,7 +144,10 @@ func (s *Server) dir(r DirRequest) (DirResult, error) {
 	if limit <= 0 || limit > maxEntries {
 		limit = maxEntries
 	}
-	l := lister{owners: s.ownerNames(), limit: limit, room: maxMessage * 9 / 10, result: DirResult{Entries: []FileInfo{}}}
+	l := lister{owners: s.ownerNames(), limit: limit, links: r.Links, room: maxMessage * 9 / 10, result: DirResult{Entries: []FileInfo{}}}
+	if r.After != "" {
+		l.after = strings.Split(path.Clean(r.After), "/")
+	}
 	err := l.list(path.Clean(r.Path), max(r.Depth, 1))
 	return l.result, err
 }
@@ -131,7 +155,9 @@ func (s *Server) dir(r DirRequest) (DirResult, error) {
 type lister struct {
 	owners ownerNames
 	limit  int
-	room   int // bytes of names left
+	links  bool
+	after  []string // the elements of the path behind which the list begins
+	room   int      // bytes of names left
 	result DirResult
 }
 
@@ -153,6 +179,16 @@ func (l *lister) list(dir string, depth int) error {
 	slices.Sort(names)
 	for _, name := range names {
 		full := path.Join(dir, name)
+		known, above := l.isKnown(full)
+		if known && !above {
+			continue
+		}
+		if known {
+			if err := l.below(full, depth); err != nil {
+				return err
+			}
+			continue
+		}
 		if len(l.result.Entries) >= l.limit || l.room < encodedSize(full)+300 {
 			l.result.More = true
 			return nil
@@ -162,18 +198,51 @@ func (l *lister) list(dir string, depth int) error {
 			continue // gone since
 		}
 		entry := describeFile(full, info, l.owners)
-		if l.room -= encodedSize(full, entry.Target, entry.Owner, entry.Group) + 300; l.room < 0 {
+		size := encodedSize(full, entry.Target, entry.Owner, entry.Group) + 300
+		if l.links {
+			entry.Link = describeLink(full, info)
+			entry.Attrs = readAttrs(full)
+			size += encodedSize(entry.Link.Target) + 100
+			for k, v := range entry.Attrs {
+				size += encodedSize(k, v) + 10
+			}
+		}
+		if l.room -= size; l.room < 0 {
 			l.result.More = true
 			return nil
 		}
 		l.result.Entries = append(l.result.Entries, entry)
-		if info.IsDir() && depth > 1 {
-			if err := l.list(full, depth-1); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) {
+		if info.IsDir() {
+			if err := l.below(full, depth); err != nil {
 				return err
 			}
 		}
 	}
 	return nil
+}
+
+// below lists what is in a directory of the tree, if that is not too deep. One that is gone since has nothing.
+func (l *lister) below(dir string, depth int) error {
+	if depth <= 1 {
+		return nil
+	}
+	err := l.list(dir, depth-1)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.ENOTDIR) {
+		return nil
+	}
+	return err
+}
+
+// isKnown says whether a file is not behind the path behind which the list begins, and whether that path is it, or is below it.
+func (l *lister) isKnown(name string) (known, above bool) {
+	if l.after == nil {
+		return false, false
+	}
+	at := strings.Split(name, "/")
+	if slices.Compare(at, l.after) > 0 {
+		return false, false
+	}
+	return true, len(at) <= len(l.after) && slices.Equal(at, l.after[:len(at)])
 }
 
 func (s *Server) mkdir(r PathRequest) (FileInfo, error) {
@@ -230,7 +299,7 @@ func (s *Server) move(r MoveRequest) (FileInfo, error) {
 	if _, err := os.Lstat(r.From); err != nil {
 		return FileInfo{}, err
 	}
-	owner, err := s.lookup("")
+	owner, err := s.lookup(r.User)
 	if err != nil {
 		return FileInfo{}, err
 	}
@@ -301,24 +370,41 @@ func (s *Server) setattr(r PathRequest) (FileInfo, error) {
 	if err := checkPath("setattr", r.Path); err != nil {
 		return FileInfo{}, err
 	}
-	for _, name := range slices.Sorted(maps.Keys(r.Attrs)) {
-		value := r.Attrs[name]
-		if name == "" || strings.IndexByte(name, 0) >= 0 {
-			return FileInfo{}, invalid("setattr: %q is not a name of an attribute", clip(name, 80))
-		}
-		var err error
-		if value == "" {
-			if err = unix.Removexattr(r.Path, "user."+name); err == unix.ENODATA {
-				err = nil
-			}
-		} else {
-			err = unix.Setxattr(r.Path, "user."+name, []byte(value), 0)
-		}
-		if err != nil {
-			return FileInfo{}, &fs.PathError{Op: "setattr", Path: r.Path, Err: err}
-		}
+	if err := checkAttrs(r.Attrs); err != nil {
+		return FileInfo{}, err
+	}
+	if err := setAttrs(r.Path, r.Attrs); err != nil {
+		return FileInfo{}, err
 	}
 	return s.stat(r)
+}
+
+func checkAttrs(attrs map[string]string) error {
+	if len(attrs) > maxAttrs {
+		return invalid("%d attributes, at most %d are possible", len(attrs), maxAttrs)
+	}
+	for name := range attrs {
+		if name == "" || strings.IndexByte(name, 0) >= 0 {
+			return invalid("setattr: %q is not a name of an attribute", clip(name, 80))
+		}
+	}
+	return nil
+}
+
+// setAttrs sets attributes; those that are empty are removed.
+func setAttrs(file string, attrs map[string]string) error {
+	for _, name := range slices.Sorted(maps.Keys(attrs)) {
+		var err error
+		if value := attrs[name]; value != "" {
+			err = unix.Setxattr(file, "user."+name, []byte(value), 0)
+		} else if err = unix.Removexattr(file, "user."+name); err == unix.ENODATA {
+			err = nil
+		}
+		if err != nil {
+			return &fs.PathError{Op: "setattr", Path: file, Err: err}
+		}
+	}
+	return nil
 }
 
 func readAttrs(name string) map[string]string {

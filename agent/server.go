@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -446,6 +447,12 @@ func (s *Server) call(ctx context.Context, req *jsonrpc2.Request) (result any, e
 		return on(req, s.describeShell)
 	case callStat:
 		return on(req, s.stat)
+	case callUser:
+		return on(req, s.describeUser)
+	case callEnv:
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return maps.Clone(s.config.Env), nil
 	case callDir:
 		return on(req, s.dir)
 	case callMkdir:

@@ -37,6 +37,8 @@ type spool struct {
 	end     int64   // bytes written so far
 	runs    []int64 // offset<<1 | stream, where the stream changes
 	closed  bool    // no more output will come
+	holders map[*holder]bool
+	stalled []*outputPipe // that are not read because a holder is too far behind
 	changed chan struct{}
 }
 
@@ -126,6 +128,58 @@ func (s *spool) shrink() {
 	}
 	s.ring.close()
 	s.ring = small
+}
+
+// holdRoom is how far a holder may be behind, in bytes: with what a pipe holds besides that fits the ring.
+const holdRoom = 8 << 20
+
+// holder is a reader for whom output is kept: what writes waits for him.
+type holder struct{ at int64 }
+
+// hold keeps what is behind an offset until it is told that it was read.
+func (s *spool) hold(at int64) *holder {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	h := &holder{at}
+	if s.holders == nil {
+		s.holders = map[*holder]bool{}
+	}
+	s.holders[h] = true
+	return h
+}
+
+// advance says how far a holder has read, or that he reads no more, and gives the pipes that may be read again.
+func (s *spool) advance(h *holder, at int64, over bool) (resumed []*outputPipe) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	h.at = at
+	if over {
+		delete(s.holders, h)
+	}
+	if len(s.stalled) > 0 && !s.isHeld() {
+		resumed, s.stalled = s.stalled, nil
+	}
+	return resumed
+}
+
+// stall says whether a pipe must wait for a holder, who then has it read again.
+func (s *spool) stall(p *outputPipe) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.isHeld() {
+		return false
+	}
+	s.stalled = append(s.stalled, p)
+	return true
+}
+
+func (s *spool) isHeld() bool {
+	for h := range s.holders {
+		if s.end-h.at > holdRoom {
+			return true
+		}
+	}
+	return false
 }
 
 // finish says that no more output will come.

@@ -131,6 +131,12 @@ func (s *Server) serveOutput(ctx context.Context, stream *yamux.Stream, h header
 	}
 	ctx, cancel := untilClosed(ctx, stream)
 	defer cancel()
+	read := func(int64) {}
+	if h.Hold {
+		mine := p.output.hold(h.Offset)
+		read = func(at int64) { p.collector.resume(p.output.advance(mine, at, false)...) }
+		defer func() { p.collector.resume(p.output.advance(mine, 0, true)...) }()
+	}
 	buf := make([]byte, 32<<10)
 	for at := h.Offset; ; {
 		n, found, on, wait, ended, err := p.output.next(buf, at)
@@ -142,6 +148,7 @@ func (s *Server) serveOutput(ctx context.Context, stream *yamux.Stream, h header
 				return
 			}
 			at = found + int64(n)
+			read(at)
 			continue
 		}
 		if ended || !h.Follow {

@@ -122,6 +122,13 @@ func (s *Server) openWrite(h header) (_ *fileWriter, err error) {
 		return nil, err
 	}
 	exists := err == nil
+	if err := checkAttrs(h.Attrs); err != nil {
+		return nil, err
+	}
+	attrs := h.Attrs
+	if exists && attrs == nil {
+		attrs = readAttrs(target)
+	}
 	switch h.Mode {
 	case "", ModeReplace:
 	case ModeCreate:
@@ -145,7 +152,13 @@ func (s *Server) openWrite(h header) (_ *fileWriter, err error) {
 			owner.uid, owner.gid = st.Uid, st.Gid
 		}
 	}
-	return s.openTemp(target, perm, owner)
+	w, err := s.openTemp(target, perm, owner)
+	if err == nil {
+		if err = setAttrs(w.temp, attrs); err != nil {
+			w.abort()
+		}
+	}
+	return w, err
 }
 
 // resolve follows the links of an existing path.

@@ -79,6 +79,16 @@ func (s *Server) lookup(spec string) (identity, error) {
 	return id, nil
 }
 
+func (s *Server) describeUser(r UserRequest) (User, error) {
+	id, err := s.lookup(r.User)
+	if err != nil {
+		return User{}, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return User{Name: id.name, UID: id.uid, GID: id.gid, Home: id.home, Cwd: cmp.Or(s.config.Cwd, id.home)}, nil
+}
+
 // fieldCache keeps the fields of passwd(5) and group(5) files for as long as the files stay the same.
 type fieldCache struct {
 	mu    sync.Mutex

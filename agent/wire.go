@@ -55,6 +55,8 @@ const (
 	callKill      = "kill"
 	callList      = "list"
 	callStat      = "stat"
+	callUser      = "user"
+	callEnv       = "env"
 	callDir       = "dir"
 	callMkdir     = "mkdir"
 	callMove      = "move"
@@ -96,12 +98,16 @@ type header struct {
 	Parents bool   `json:"parents,omitempty"`
 	Process string `json:"process,omitempty"`
 	Follow  bool   `json:"follow,omitempty"`
+	// Hold has a process wait rather than lose output that the host was not sent yet.
+	Hold    bool   `json:"hold,omitempty"`
 	Size    int64  `json:"size,omitempty"`
 	EOF     bool   `json:"eof,omitempty"`
 	Network string `json:"network,omitempty"`
 	Address string `json:"address,omitempty"`
 	// Dial names a connection, for noteHangUp.
 	Dial string `json:"dial,omitempty"`
+	// Attrs are the user.* extended attributes of a file that is written; nil keeps those that it has.
+	Attrs map[string]string `json:"attrs,omitzero"`
 }
 
 // answer is the guest's message on a raw stream.
@@ -284,7 +290,7 @@ const (
 	TypeOther   = "other"
 )
 
-// FileInfo describes a file. It is the target's for Stat, the link's own in a directory listing.
+// FileInfo describes a file. It is the target's for Stat, the link's own in a directory listing, and where links were asked for.
 type FileInfo struct {
 	Path   string            `json:"path"`
 	Type   string            `json:"type"`
@@ -295,13 +301,40 @@ type FileInfo struct {
 	MTime  time.Time         `json:"mtime"`
 	Target string            `json:"target,omitempty"` // of a symlink
 	Attrs  map[string]string `json:"attrs,omitempty"`  // user.* extended attributes, without the prefix
+	Link   *Link             `json:"link,omitempty"`   // where links were asked for
 }
 
-// DirRequest lists a directory down to Depth levels (at least 1), at most Limit entries.
+// Link is what a file is apart from where it leads to, as far as FileInfo does not tell.
+type Link struct {
+	Permissions string `json:"permissions"` // as fs.FileMode shows them
+	// Target is the path that a symlink leads to in the end, and Type and Mode are of what is there; "" is nothing.
+	Target string `json:"target,omitempty"`
+	Type   string `json:"type,omitempty"`
+	Mode   string `json:"mode,omitempty"`
+}
+
+// UserRequest names a user: by name, uid or uid:gid; "" is the sandbox' own.
+type UserRequest struct {
+	User string `json:"user,omitempty"`
+}
+
+// User is a user of the sandbox.
+type User struct {
+	Name string `json:"name"`
+	UID  uint32 `json:"uid"`
+	GID  uint32 `json:"gid"`
+	Home string `json:"home"`
+	Cwd  string `json:"cwd"` // where his processes start that name no directory
+}
+
+// DirRequest lists a directory down to Depth levels (at least 1), at most Limit entries, those behind the path After if it is set. With Links each
+// entry has what Link tells, and its attributes.
 type DirRequest struct {
 	Path  string `json:"path"`
 	Depth int    `json:"depth,omitempty"`
 	Limit int    `json:"limit,omitempty"`
+	After string `json:"after,omitempty"`
+	Links bool   `json:"links,omitempty"`
 }
 
 // DirResult is a listing in tree order. More says that entries were left out.
@@ -310,19 +343,22 @@ type DirResult struct {
 	More    bool       `json:"more,omitempty"`
 }
 
-// PathRequest names one file; User owns what is created; Recursive extends Remove to whole trees.
+// PathRequest names one file; User owns what is created; Recursive extends Remove to whole trees; Links has a file described that is a link, not
+// what it leads to.
 type PathRequest struct {
 	Path      string            `json:"path"`
 	User      string            `json:"user,omitempty"`
 	Recursive bool              `json:"recursive,omitempty"`
 	Perm      uint32            `json:"perm,omitempty"`
 	Attrs     map[string]string `json:"attrs,omitempty"`
+	Links     bool              `json:"links,omitempty"`
 }
 
 // MoveRequest renames From to To, across file systems if need be.
 type MoveRequest struct {
 	From string `json:"from"`
 	To   string `json:"to"`
+	User string `json:"user,omitempty"` // whom directories are given that are made for it
 }
 
 // EditRequest replaces Old, which must occur exactly once unless All, or inserts New behind line InsertLine.

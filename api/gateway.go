@@ -4,21 +4,23 @@ import (
 	"cmp"
 	"context"
 	"crypto/subtle"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"html"
-
 	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httputil"
+	"net/netip"
 	"net/url"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 
+	"soulbox.dev/soulbox/api/envd"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -35,26 +37,39 @@ const (
 	cookieLife = 24 * time.Hour
 )
 
-// Gateway serves the exposed ports of all sandboxes at {port}-{id}.{domain}. It passes HTTP/1.1, HTTP/2 (also without TLS), WebSocket and
-// streams. It is safe for concurrent use.
+// Gateway serves the ports of all sandboxes, and what is in them as envd does, at {port}-{id}.{domain}; on this machine's own names and addresses a
+// request says by headers which it means. It passes HTTP/1.1, HTTP/2 (also without TLS), WebSocket and streams. It is safe for concurrent use.
 type Gateway struct {
 	Manager *sandbox.Manager
-	Base    *url.URL // scheme, domain and port by which clients reach it, such as https://box.example.com
+	Base    *url.URL // scheme, domain and port by which clients reach it, such as https://box.example.com; nil has no domain
 	Log     *slog.Logger
 
-	plain, multiplexed http.RoundTripper
-	closing            context.Context
-	close              context.CancelFunc
+	inside  *envd.Server
+	ways    map[way]http.RoundTripper
+	closing context.Context
+	close   context.CancelFunc
 }
 
-// NewGateway makes a Gateway.
+// way is how a server in a sandbox is spoken to.
+type way struct {
+	two bool // in HTTP/2 alone
+	tls bool
+}
+
+// NewGateway makes a Gateway; base may be nil.
 func NewGateway(m *sandbox.Manager, base *url.URL, log *slog.Logger) *Gateway {
-	g := &Gateway{Manager: m, Base: base, Log: log}
+	g := &Gateway{Manager: m, Base: base, Log: log, inside: envd.New(log), ways: map[way]http.RoundTripper{}}
 	g.closing, g.close = context.WithCancel(context.Background())
-	g.plain = &http.Transport{DialContext: g.dial, IdleConnTimeout: proxyIdle, MaxIdleConnsPerHost: 16, DisableCompression: true, MaxResponseHeaderBytes: maxHeader}
-	two := new(http.Protocols)
-	two.SetUnencryptedHTTP2(true)
-	g.multiplexed = &http.Transport{DialContext: g.dial, IdleConnTimeout: proxyIdle, Protocols: two, DisableCompression: true, MaxResponseHeaderBytes: maxHeader}
+	for _, w := range []way{{}, {two: true}, {tls: true}, {two: true, tls: true}} {
+		t := &http.Transport{DialContext: g.dial, IdleConnTimeout: proxyIdle, MaxIdleConnsPerHost: 16, DisableCompression: true, MaxResponseHeaderBytes: maxHeader,
+			TLSClientConfig: &tls.Config{InsecureSkipVerify: true}} // the connection ends in the sandbox that was asked for, whatever name its certificate has
+		if w.two {
+			t.Protocols = new(http.Protocols)
+			t.Protocols.SetUnencryptedHTTP2(!w.tls)
+			t.Protocols.SetHTTP2(w.tls)
+		}
+		g.ways[w] = t
+	}
 	return g
 }
 
@@ -72,24 +87,81 @@ func (g *Gateway) URL(sb *sandbox.Sandbox, p sandbox.Port) string {
 	return u.String()
 }
 
-// Handler serves the ports of sandboxes, and leaves all other hosts to next.
+// Headers that name a sandbox and its port where the host does not.
+const (
+	SandboxHeader = "E2b-Sandbox-Id"
+	PortHeader    = "E2b-Sandbox-Port"
+)
+
+// Names below the domain that are no sandbox': of the control plane, and of one host for all sandboxes, which headers tell apart.
+const (
+	controlLabel = "api"
+	sharedLabel  = "sandbox"
+)
+
+// Handler serves sandboxes, and leaves all other requests to next. A host that names a sandbox is right, whatever headers say.
 func (g *Gateway) Handler(next http.Handler) http.Handler {
-	domain := strings.ToLower(g.Base.Hostname())
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		host := r.Host
-		if name, _, err := net.SplitHostPort(host); err == nil {
-			host = name
-		}
-		label, ok := strings.CutSuffix(strings.TrimSuffix(strings.ToLower(host), "."), "."+domain)
-		if !ok {
+		id, port, ours := g.address(r)
+		if !ours {
 			next.ServeHTTP(w, r)
+			return
+		}
+		if port < 1 || port > 65535 || !sandbox.ValidID(id) {
+			http.Error(w, "Invalid sandbox ID or port: a host is {port}-{sandbox id} before the domain; elsewhere the headers "+SandboxHeader+" and "+PortHeader+" name them.", http.StatusBadRequest)
 			return
 		}
 		ctx, cancel := context.WithCancel(r.Context())
 		defer cancel()
 		defer context.AfterFunc(g.closing, cancel)()
-		g.serve(w, r.WithContext(ctx), label)
+		g.serve(w, r.WithContext(ctx), id, port)
 	})
+}
+
+// address is the sandbox and the port that a request is for, if it is for one. What cannot be read is port 0.
+func (g *Gateway) address(r *http.Request) (id string, port int, ours bool) {
+	host := bareHost(r.Host)
+	label := ""
+	if g.Base != nil {
+		label, ours = strings.CutSuffix(host, "."+strings.ToLower(g.Base.Hostname()))
+	}
+	if ours && label == controlLabel {
+		return "", 0, false
+	}
+	text := ""
+	if ours && label != sharedLabel {
+		parts := strings.SplitN(label, "-", 3) // behind another hyphen is whatever a client adds
+		if len(parts) > 1 {
+			text, id = parts[0], parts[1]
+		}
+	} else {
+		_, err := netip.ParseAddr(host)
+		named := r.Header.Values(SandboxHeader)
+		if !ours && (host != "localhost" && err != nil || len(named) == 0) {
+			return "", 0, false
+		}
+		if ports := r.Header.Values(PortHeader); len(ports) == 1 {
+			text = ports[0]
+		} else if len(ports) == 0 {
+			text = strconv.Itoa(envd.Port)
+		}
+		if len(named) == 1 {
+			id, _, _ = strings.Cut(named[0], "-")
+		}
+	}
+	port, err := strconv.Atoi(text)
+	if err != nil || strconv.Itoa(port) != text {
+		port = 0
+	}
+	return id, port, true
+}
+
+// bareHost is a host without its port, brackets, trailing dot and case.
+func bareHost(host string) string {
+	if name, _, err := net.SplitHostPort(host); err == nil {
+		host = name
+	}
+	return strings.TrimSuffix(strings.ToLower(strings.Trim(host, "[]")), ".")
 }
 
 // failure is an answer of the gateway itself, as E2B's clients know it.
@@ -115,23 +187,31 @@ func (f failure) write(w http.ResponseWriter, r *http.Request) {
 	_ = json.NewEncoder(w).Encode(f) // as above
 }
 
-// serve answers a request for the host {label}.{domain}: {port}-{id}, and behind another hyphen whatever a client adds.
-func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, label string) {
-	parts := strings.SplitN(label, "-", 3)
-	port, err := strconv.Atoi(parts[0])
-	if err != nil || port < 1 || port > 65535 || len(parts) < 2 || !sandbox.ValidID(parts[1]) {
-		http.Error(w, "This host names no port of a sandbox: it is {port}-{sandbox id} before the domain.", http.StatusBadRequest)
-		return
-	}
-	f := failure{SandboxID: parts[1], Code: http.StatusBadGateway}
-	sb, err := g.Manager.Any(parts[1])
-	if err != nil || sb.Info().State.Ended() {
+// autoLife is how long a sandbox lives at least that a request has woken.
+const autoLife = 5 * time.Minute
+
+// serve answers a request for a port of a sandbox. One that other nodes have would be asked for there.
+func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port int) {
+	f := failure{SandboxID: id, Code: http.StatusBadGateway}
+	sb, err := g.Manager.Any(id)
+	if err != nil {
 		f.Message = "The sandbox was not found"
 		f.write(w, r)
 		return
 	}
-	p, exposed := sb.Exposed(port)
-	if !exposed || !p.Public {
+	if info := sb.Info(); info.State.Ended() || info.State == sandbox.Paused && !info.AutoResume {
+		f.Message = "The sandbox was not found"
+		f.write(w, r)
+		return
+	}
+	if port == envd.Port {
+		if g.inside.Admits(w, r, envd.Target{Sandbox: sb}) && g.awake(w, r, sb) {
+			g.inside.Serve(w, r, envd.Target{Sandbox: sb})
+		}
+		return
+	}
+	public, open := sb.Reachable(port)
+	if !open || !public {
 		secret := sb.TrafficToken()
 		if !g.admits(r, secret) {
 			f.Code, f.Message = http.StatusForbidden, "This port needs the sandbox' traffic token, as header "+TokenHeader+" or in the URL that port_expose gave"
@@ -144,21 +224,53 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, label string) {
 			return
 		}
 	}
-	if !exposed {
+	if !open {
 		f.Port, f.Message = port, "The port is not exposed: call port_expose"
 		f.write(w, r)
 		return
 	}
-	g.proxy(sb.ID(), port).ServeHTTP(w, r)
+	if g.awake(w, r, sb) {
+		g.proxy(sb, port).ServeHTTP(w, r)
+	}
+}
+
+// awake wakes a sandbox that a request may wake, and answers where that cannot be.
+func (g *Gateway) awake(w http.ResponseWriter, r *http.Request, sb *sandbox.Sandbox) bool {
+	if sb.Info().State != sandbox.Paused {
+		return true
+	}
+	_, err := sb.Agent(r.Context(), "wake")
+	if err == nil {
+		life := autoLife
+		if _, err := sb.Update(r.Context(), sandbox.Update{AtLeast: &life}); err != nil {
+			g.Log.Debug("give a sandbox that was woken time", "sandbox", sb.ID(), "error", err) // it may not have more
+		}
+		return true
+	}
+	if r.Context().Err() != nil {
+		panic(http.ErrAbortHandler)
+	}
+	f := failure{SandboxID: sb.ID(), Code: http.StatusBadGateway, Message: "The sandbox was not found"}
+	switch {
+	case errors.Is(err, sandbox.ErrNoRoom), errors.Is(err, sandbox.ErrTooMany):
+		f.Code, f.Message = http.StatusTooManyRequests, "The sandbox is paused, and cannot be resumed now: "+err.Error()
+	case !errors.Is(err, sandbox.ErrState):
+		g.Log.Error("wake sandbox", "sandbox", sb.ID(), "error", err)
+		f.Message = "The sandbox is paused, and could not be resumed"
+	}
+	f.write(w, r)
+	return false
 }
 
 // cookie is the name of the cookie with the token. With TLS it is one that no other host of the domain can set (RFC 6265bis, 4.1.3.2).
 func (g *Gateway) cookie() string {
-	if g.Base.Scheme == "https" {
+	if g.secure() {
 		return "__Host-" + tokenCookie
 	}
 	return tokenCookie
 }
+
+func (g *Gateway) secure() bool { return g.Base != nil && g.Base.Scheme == "https" }
 
 // admits says whether a request shows the token, by any of its means.
 func (g *Gateway) admits(r *http.Request, secret string) bool {
@@ -178,7 +290,7 @@ func isBrowser(r *http.Request) bool { return strings.Contains(r.UserAgent(), "M
 // remember turns a token of a link into a cookie of that host, and takes it out of the address.
 func (g *Gateway) remember(w http.ResponseWriter, r *http.Request, shown string) {
 	http.SetCookie(w, &http.Cookie{
-		Name: g.cookie(), Value: shown, Path: "/", MaxAge: int(cookieLife.Seconds()), HttpOnly: true, Secure: g.Base.Scheme == "https", SameSite: http.SameSiteLaxMode,
+		Name: g.cookie(), Value: shown, Path: "/", MaxAge: int(cookieLife.Seconds()), HttpOnly: true, Secure: g.secure(), SameSite: http.SameSiteLaxMode,
 	})
 	w.Header().Set("Cache-Control", "no-store")
 	w.Header().Set("Referrer-Policy", "no-referrer")
@@ -198,11 +310,20 @@ func withoutToken(u *url.URL) *url.URL {
 }
 
 // proxy passes a request on. What shows the token stays here.
-func (g *Gateway) proxy(id string, port int) *httputil.ReverseProxy {
+func (g *Gateway) proxy(sb *sandbox.Sandbox, port int) *httputil.ReverseProxy {
+	id, in := sb.ID(), sb.Info().Ingress
+	secure := slices.Contains(in.TLS, port)
 	return &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.Out.URL.Scheme, r.Out.URL.Host = "http", net.JoinHostPort(id, strconv.Itoa(port))
-			r.Out.Host = r.In.Host
+			if secure {
+				r.Out.URL.Scheme = "https"
+			}
+			if r.Out.Host = r.In.Host; in.Host != "" {
+				r.Out.Host = strings.ReplaceAll(in.Host, "${PORT}", strconv.Itoa(port))
+			}
+			r.Out.Header.Del(SandboxHeader)
+			r.Out.Header.Del(PortHeader)
 			if q := r.Out.URL; q.Query().Has(TokenQuery) {
 				r.Out.URL = withoutToken(q)
 			}
@@ -213,7 +334,9 @@ func (g *Gateway) proxy(id string, port int) *httputil.ReverseProxy {
 				r.Out.Header.Del("Cookie")
 			}
 			r.SetXForwarded()
-			r.Out.Header.Set("X-Forwarded-Proto", g.Base.Scheme)
+			if g.Base != nil {
+				r.Out.Header.Set("X-Forwarded-Proto", g.Base.Scheme)
+			}
 		},
 		Transport:     transport{g},
 		FlushInterval: -1, // at once: events and long answers
@@ -255,10 +378,8 @@ type transport struct{ *Gateway }
 
 // RoundTrip implements http.RoundTripper.
 func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
-	if r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc") {
-		return t.multiplexed.RoundTrip(r)
-	}
-	return t.plain.RoundTrip(r)
+	two := r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc")
+	return t.ways[way{two: two, tls: r.URL.Scheme == "https"}].RoundTrip(r)
 }
 
 // dial connects to a port of a sandbox; the address is its id and the port.

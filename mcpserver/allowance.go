@@ -28,8 +28,8 @@ func (h *HTTP) allowance(owner string) *allowance {
 	return a
 }
 
-// mayAsk counts a request of an owner.
-func (h *HTTP) mayAsk(owner string) bool {
+// MayAsk counts a request of an owner, and says whether it is one too many.
+func (h *HTTP) MayAsk(owner string) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.allowance(owner).rate.Allow()

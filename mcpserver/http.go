@@ -175,7 +175,7 @@ func (h *HTTP) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if !ok {
 		return
 	}
-	if !h.mayAsk(owner) {
+	if !h.MayAsk(owner) {
 		tooMany(w, nil)
 		return
 	}

@@ -2,7 +2,6 @@ package sandbox
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -264,9 +263,7 @@ func hasMemory(dir string) bool { return !isThere(filepath.Join(dir, filesOnlyMa
 func (m *Manager) adopt(r record, lock *os.File) (err error) {
 	ctx, cancel := context.WithTimeout(m.ctx, adoptTime)
 	defer cancel()
-	if r.Traffic == "" { // of an older version; it is saved with the next change
-		r.Traffic = rand.Text()
-	}
+	r.giveSecrets()      // one of an older version has not got all; they are saved with the next change
 	r.Keep = m.opts.Keep // what becomes of it at the end of this server is for this server to say
 	sb := m.newSandbox(r)
 	sb.lock = lock

@@ -36,14 +36,14 @@ const (
 // and what is connected to is checked by its address.
 type Network struct {
 	Mode string `json:"mode"` // "" is none
-	// Allow are the domains ("example.com", "*.example.com" for all below it) and the ranges of addresses of an allowlist.
+	// Allow are the domains ("example.com", "*.example.com" for all below it) and the ranges of addresses of an allowlist; nothing is reached where
+	// there are none. In a full network they are the exceptions from Deny, which are ranges of addresses that are not reached.
 	Allow []string `json:"allow,omitempty"`
+	Deny  []string `json:"deny,omitempty"`
 }
 
-// On says whether anything is reached.
-func (n Network) On() bool {
-	return n.Mode == NetworkFull || n.Mode == NetworkAllowlist && len(n.Allow) > 0
-}
+// On says whether there is a network, even one in which nothing is allowed: what it allows can be changed.
+func (n Network) On() bool { return n.Mode == NetworkFull || n.Mode == NetworkAllowlist }
 
 // maxAllow bounds an allowlist.
 const maxAllow = 256
@@ -51,19 +51,27 @@ const maxAllow = 256
 // check gives the network in the form in which it is compared.
 func (n Network) check() (Network, error) {
 	switch n.Mode {
-	case "", NetworkNone, NetworkFull:
-		if len(n.Allow) > 0 {
+	case "", NetworkNone, NetworkFull, NetworkAllowlist:
+		if len(n.Allow) > 0 && n.Mode != NetworkAllowlist && len(n.Deny) == 0 {
 			return n, fmt.Errorf("network: an allowlist needs the mode %q: %w", NetworkAllowlist, ErrInvalid)
 		}
-		return n, nil
-	case NetworkAllowlist:
+		if len(n.Deny) > 0 && n.Mode != NetworkFull {
+			return n, fmt.Errorf("network: what is denied needs the mode %q: %w", NetworkFull, ErrInvalid)
+		}
 	default:
 		return n, fmt.Errorf("network %q: it is none, allowlist or full: %w", n.Mode, ErrInvalid)
 	}
-	if len(n.Allow) > maxAllow {
-		return n, fmt.Errorf("network: %d entries, at most %d are possible: %w", len(n.Allow), maxAllow, ErrInvalid)
+	if all := len(n.Allow) + len(n.Deny); all > maxAllow {
+		return n, fmt.Errorf("network: %d entries, at most %d are possible: %w", all, maxAllow, ErrInvalid)
 	}
-	n.Allow = slices.Clone(n.Allow)
+	n.Allow, n.Deny = slices.Clone(n.Allow), slices.Clone(n.Deny)
+	for i, entry := range n.Deny {
+		prefix, err := parseRange(entry)
+		if err != nil {
+			return n, fmt.Errorf("network: %q is no range of addresses, such as 192.0.2.0/24, which alone can be denied: %w", entry, ErrInvalid)
+		}
+		n.Deny[i] = prefix.String()
+	}
 	for i, entry := range n.Allow {
 		if prefix, err := parseRange(entry); err == nil {
 			n.Allow[i] = prefix.String()
@@ -100,16 +108,21 @@ func hostName(text string) (string, error) {
 
 // permits says whether a host, as hostName or an address, may be connected to.
 func (n Network) permits(name string, addr netip.Addr) bool {
-	if n.Mode == NetworkFull {
-		return true
+	in := func(entry string) bool {
+		p, err := netip.ParsePrefix(entry)
+		return err == nil && addr.IsValid() && p.Contains(addr)
 	}
-	return n.Mode == NetworkAllowlist && slices.ContainsFunc(n.Allow, func(entry string) bool {
-		if p, err := netip.ParsePrefix(entry); err == nil {
-			return addr.IsValid() && p.Contains(addr)
-		}
+	listed := slices.ContainsFunc(n.Allow, func(entry string) bool {
 		below, wild := strings.CutPrefix(entry, "*")
-		return name != "" && (name == entry || wild && strings.HasSuffix(name, below))
+		return in(entry) || name != "" && (name == entry || wild && strings.HasSuffix(name, below))
 	})
+	switch n.Mode {
+	case NetworkAllowlist:
+		return listed
+	case NetworkFull:
+		return listed || len(n.Deny) == 0 || addr.IsValid() && !slices.ContainsFunc(n.Deny, in)
+	}
+	return false
 }
 
 // never are the addresses that no sandbox reaches: of this machine, its networks and its cloud (IANA special-purpose address registries).
@@ -194,7 +207,7 @@ const (
 
 // egress is the proxy of a sandbox.
 type egress struct {
-	network Network
+	network func() (Network, context.Context) // as it is now, and until it changes
 	meter   *meter
 	note    func(format string, args ...any)
 	log     *slog.Logger
@@ -203,8 +216,8 @@ type egress struct {
 }
 
 // serveNetwork runs the proxy of a sandbox until ctx ends.
-func (s *Sandbox) serveNetwork(ctx context.Context, client *agent.Client, n Network) {
-	e := &egress{network: n, meter: &s.meter, log: s.m.log, notes: rate.NewLimiter(rate.Every(10*time.Second), 10),
+func (s *Sandbox) serveNetwork(ctx context.Context, client *agent.Client) {
+	e := &egress{network: s.network, meter: &s.meter, log: s.m.log, notes: rate.NewLimiter(rate.Every(10*time.Second), 10),
 		note: func(format string, args ...any) { s.note(LevelWarn, format, args...) }}
 	transport := &http.Transport{DialContext: e.dial, IdleConnTimeout: 30 * time.Second, MaxIdleConnsPerHost: 4, DisableCompression: true, MaxResponseHeaderBytes: egressHeaders, ResponseHeaderTimeout: egressIdle}
 	defer transport.CloseIdleConnections()
@@ -222,6 +235,44 @@ func (s *Sandbox) serveNetwork(ctx context.Context, client *agent.Client, n Netw
 		s.note(LevelWarn, "the network of this sandbox does not work: %v", err)
 	}
 	l.wait.Wait()
+}
+
+// network is what the sandbox reaches now, and a context that ends when that changes.
+func (s *Sandbox) network() (Network, context.Context) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.rules == nil {
+		s.rules, s.endRules = context.WithCancel(s.ctx)
+	}
+	return s.rec.Network, s.rules
+}
+
+// SetNetwork changes what a sandbox with a network reaches. Connections that are there end.
+func (s *Sandbox) SetNetwork(n Network) error {
+	n, err := n.check()
+	if err != nil {
+		return fmt.Errorf("update sandbox %s: %w", s.id, err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.rec.State != Running && s.rec.State != Paused || s.isLeft() {
+		return s.wrong("update")
+	}
+	if n.On() != s.rec.Network.On() {
+		return fmt.Errorf("update sandbox %s: whether it has a network is settled when it is made; %q without entries allows nothing: %w", s.id, NetworkAllowlist, ErrInvalid)
+	}
+	r := s.rec
+	r.Network, r.Updated = n, time.Now()
+	if err := s.m.store.save(r); err != nil {
+		return err
+	}
+	s.rec = r
+	if s.rules != nil {
+		s.endRules()
+		s.rules = nil
+	}
+	s.record("its network was changed")
+	return nil
 }
 
 // parkedListener takes the connections that are made in the sandbox.
@@ -382,8 +433,9 @@ func (e *egress) dial(ctx context.Context, _, address string) (net.Conn, error) 
 	} else if addr = addr.Unmap().WithZone(""); !isPublic(addr) {
 		return nil, fmt.Errorf("%s is an address of this machine or of a private network: %w", addr, ErrRefused)
 	}
-	byName := e.network.permits(name, addr)
-	if !byName && name != "" && !e.network.hasRanges() || !byName && name == "" {
+	rules, changed := e.network()
+	byName := rules.permits(name, addr)
+	if !byName && name != "" && !rules.hasRanges() || !byName && name == "" {
 		return nil, fmt.Errorf("%s: %w", host, ErrRefused)
 	}
 	d := net.Dialer{Timeout: egressDial, Control: func(network, to string, c syscall.RawConn) error {
@@ -394,7 +446,7 @@ func (e *egress) dial(ctx context.Context, _, address string) (net.Conn, error) 
 		if err != nil {
 			return err
 		}
-		if !byName && !e.network.permits("", ip.Addr().Unmap()) {
+		if !byName && !rules.permits("", ip.Addr().Unmap()) {
 			return fmt.Errorf("%s: %w", to, ErrRefused)
 		}
 		return nil
@@ -407,18 +459,27 @@ func (e *egress) dial(ctx context.Context, _, address string) (net.Conn, error) 
 	if err != nil {
 		return nil, err
 	}
-	return &worldConn{Conn: conn, meter: e.meter}, nil
+	c := &worldConn{Conn: conn, meter: e.meter}
+	c.unwatch = context.AfterFunc(changed, func() { _ = conn.Close() })
+	return c, nil
 }
 
 // hasRanges says whether a name may be allowed by what it resolves to.
 func (n Network) hasRanges() bool {
-	return n.Mode == NetworkAllowlist && slices.ContainsFunc(n.Allow, func(entry string) bool { _, err := netip.ParsePrefix(entry); return err == nil })
+	return n.Mode == NetworkFull || n.Mode == NetworkAllowlist && slices.ContainsFunc(n.Allow, func(entry string) bool { _, err := netip.ParsePrefix(entry); return err == nil })
 }
 
 // worldConn is a connection to the world: what goes through it is counted, and it ends when nothing does for long.
 type worldConn struct {
 	net.Conn
-	meter *meter
+	meter   *meter
+	unwatch func() bool
+}
+
+// Close implements net.Conn.
+func (c *worldConn) Close() error {
+	c.unwatch()
+	return c.Conn.Close()
 }
 
 // Read implements io.Reader: it comes in to the sandbox.

@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"context"
 	"errors"
 	"net"
 	"net/netip"
@@ -25,13 +26,22 @@ func TestNetworkCheck(t *testing.T) {
 			t.Errorf("%q is taken: %v", bad, n.Allow)
 		}
 	}
-	for _, bad := range []Network{{Mode: "all"}, {Mode: NetworkFull, Allow: []string{"x.com"}}, {Allow: []string{"x.com"}}, {Mode: NetworkAllowlist, Allow: make([]string, maxAllow+1)}} {
+	for _, bad := range []Network{{Mode: "all"}, {Mode: NetworkFull, Allow: []string{"x.com"}}, {Allow: []string{"x.com"}}, {Mode: NetworkFull, Deny: []string{"x.com"}}, {Mode: NetworkAllowlist, Deny: []string{"192.0.2.0/24"}}, {Mode: NetworkAllowlist, Allow: make([]string, maxAllow+1)}} {
 		if _, err := bad.check(); !errors.Is(err, ErrInvalid) {
 			t.Errorf("%+v is taken", bad)
 		}
 	}
-	if (Network{Mode: NetworkAllowlist}).On() {
-		t.Error("an empty list is not empty")
+	some, err := Network{Mode: NetworkFull, Deny: []string{"198.51.100.0/24"}, Allow: []string{"198.51.100.7", "ok.example"}}.check()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for addr, want := range map[string]bool{"198.51.100.1": false, "198.51.100.7": true, "203.0.113.1": true} {
+		if some.permits("", netip.MustParseAddr(addr)) != want {
+			t.Errorf("%s: %v", addr, !want)
+		}
+	}
+	if !some.permits("ok.example", netip.Addr{}) || some.permits("other.example", netip.Addr{}) || !some.hasRanges() {
+		t.Error("a name is taken for its addresses")
 	}
 }
 
@@ -52,7 +62,7 @@ func TestNetworkRefuses(t *testing.T) {
 		{list, "evil.example:80"}, {list, "ok.example.evil:80"}, {list, "evilok.example:80"}, {list, "sub.example:80"}, {list, "203.0.113.1:80"}, {list, "ok.example\x00.evil:80"}, {list, "198.51.101.1:80"},
 		{Network{}, "203.0.113.1:80"}, {Network{Mode: NetworkAllowlist}, "203.0.113.1:80"},
 	} {
-		e := &egress{network: test.n, meter: &meter{}, notes: rate.NewLimiter(0, 0)}
+		e := &egress{network: func() (Network, context.Context) { return test.n, t.Context() }, meter: &meter{}, notes: rate.NewLimiter(0, 0)}
 		conn, err := e.dial(t.Context(), "tcp", test.to)
 		if err == nil {
 			_ = conn.Close()

@@ -154,7 +154,7 @@ func live(t *testing.T, m *sandbox.Manager) *told {
 	if !k.do("running 1", err) {
 		return k
 	}
-	_, err = sb.Snapshot(t.Context(), "snap", false)
+	_, err = sb.Snapshot(t.Context(), sandbox.SnapshotOptions{Name: "snap"})
 	if k.snapshot = err == nil; !k.snapshot {
 		return k
 	}

@@ -236,7 +236,8 @@ type LogQuery struct {
 	Source       string // one of the sources
 	Text         string // is in the message
 	After        int64  // the Seq of the last entry that is known
-	Limit        int    // the first so many after After; without After the last so many; default 100
+	Limit        int    // the first so many after After; without After the last so many, unless First is set; default 100
+	First        bool
 }
 
 const maxLogLimit = 1000
@@ -271,7 +272,7 @@ func (s *Sandbox) Logs(q LogQuery) (LogPage, error) {
 	if err != nil {
 		return LogPage{}, err
 	}
-	if page.More = len(page.Entries) > q.Limit; page.More && q.After > 0 {
+	if page.More = len(page.Entries) > q.Limit; page.More && (q.After > 0 || q.First) {
 		page.Entries = page.Entries[:q.Limit]
 		page.Last = page.Entries[q.Limit-1].Seq
 	} else if page.More {

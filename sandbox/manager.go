@@ -3,7 +3,6 @@ package sandbox
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -130,6 +129,9 @@ func (l Limits) or(d Limits) Limits {
 	return Limits{CPU: cmp.Or(l.CPU, d.CPU), Memory: cmp.Or(l.Memory, d.Memory), Disk: cmp.Or(l.Disk, d.Disk), Processes: cmp.Or(l.Processes, d.Processes), DiskInMemory: l.DiskInMemory || d.DiskInMemory}
 }
 
+// Limits are what a sandbox has that asks for some.
+func (m *Manager) Limits(l Limits) Limits { return l.or(m.opts.Defaults) }
+
 // CreateOptions describe a new sandbox; zero values mean the defaults.
 type CreateOptions struct {
 	Owner    string // whose it is; nobody else finds it. "" is the user of this machine
@@ -143,6 +145,7 @@ type CreateOptions struct {
 	Limits    Limits            // what begins with the memory of a snapshot has the snapshot's
 	Times     Times
 	Network   Network // default none; of a snapshot the snapshot's
+	Ingress   Ingress
 
 	from   string // a checkpoint
 	whole  bool   // with memory
@@ -178,6 +181,9 @@ func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 		return nil, err
 	}
 	if o.Network, err = o.Network.check(); err != nil {
+		return nil, fmt.Errorf("create sandbox: %w", err)
+	}
+	if err := o.Ingress.check(); err != nil {
 		return nil, fmt.Errorf("create sandbox: %w", err)
 	}
 	if o.Network.On() && m.opts.NoNetwork {
@@ -217,8 +223,9 @@ func (m *Manager) conceive(o CreateOptions, template Template) *Sandbox {
 	sb := m.newSandbox(record{
 		Version: recordVersion, ID: newID(), Owner: o.Owner, Keep: m.opts.Keep && !o.Transient, State: Creating, Template: template.Name, Image: template.ID,
 		User: template.User, Cwd: template.Cwd, Parent: o.parent, Metadata: maps.Clone(o.Metadata), Limits: o.Limits.or(template.Limits).or(m.opts.Defaults),
-		Times: o.Times, Network: o.Network, Created: now, Changed: now, Traffic: rand.Text(),
+		Times: o.Times, Network: o.Network, Ingress: o.Ingress, Created: now, Changed: now,
 	})
+	sb.rec.giveSecrets()
 	if service := template.Service; service != nil {
 		sb.rec.StartCmd, sb.rec.ReadyCmd = service.Start, service.Ready
 	}
@@ -267,6 +274,9 @@ func (m *Manager) basis(ctx context.Context, o *CreateOptions) (template Templat
 	o.Limits, o.Times, o.ports = o.Limits.or(snap.Limits), o.Times.or(snap.Times), snap.Ports
 	if o.Network.Mode == "" {
 		o.Network = snap.Network
+	}
+	if o.Ingress.Open == "" {
+		o.Ingress = snap.Ingress
 	}
 	if !snap.FilesOnly && o.Network.On() != snap.Network.On() {
 		return Template{}, nil, fmt.Errorf("create sandbox: snapshot %q has memory, so it has a network or has none as it was saved: %w", snap.Name, ErrInvalid)
@@ -331,10 +341,8 @@ func (o CreateOptions) check() error {
 	if err := checkMetadata(o.Metadata); err != nil {
 		return err
 	}
-	for k, v := range o.Env {
-		if k == "" || strings.ContainsAny(k, "=\x00") || strings.IndexByte(v, 0) >= 0 || len(v) > maxEnvValue {
-			return fmt.Errorf("create sandbox: %q is not a name of an environment variable, or its value is not one: %w", k, ErrInvalid)
-		}
+	if err := checkEnv(o.Env); err != nil {
+		return fmt.Errorf("create sandbox: %w", err)
 	}
 	if err := o.Times.check(); err != nil {
 		return fmt.Errorf("create sandbox: %w", err)
@@ -345,6 +353,15 @@ func (o CreateOptions) check() error {
 	}
 	if l.Memory != 0 && l.Memory < 64<<20 || l.Disk != 0 && l.Disk < 16<<20 || l.Processes != 0 && l.Processes < 8 {
 		return fmt.Errorf("create sandbox: at least 64 MB of memory, 16 MB of disk and 8 processes are needed: %w", ErrInvalid)
+	}
+	return nil
+}
+
+func checkEnv(env map[string]string) error {
+	for k, v := range env {
+		if k == "" || strings.ContainsAny(k, "=\x00") || strings.IndexByte(v, 0) >= 0 || len(v) > maxEnvValue {
+			return fmt.Errorf("%q is not a name of an environment variable, or its value is not one: %w", k, ErrInvalid)
+		}
 	}
 	return nil
 }

@@ -226,7 +226,7 @@ func TestRaces(t *testing.T) {
 			func() error { return sb.Resume(t.Context()) },
 			func() error { return sb.Pause(t.Context(), sandbox.PauseOptions{ToDisk: true}) },
 			func() error { _, err := sb.Agent(t.Context(), "use"); return err },
-			func() error { _, err := sb.Snapshot(t.Context(), "same", false); return err },
+			func() error { _, err := sb.Snapshot(t.Context(), sandbox.SnapshotOptions{Name: "same"}); return err },
 			func() error { return sb.Kill(sandbox.CauseKilled) },
 			func() error { return sb.Kill(sandbox.CauseKilled) },
 		} {
@@ -258,7 +258,7 @@ func TestSaveFails(t *testing.T) {
 	if err := sb.Pause(t.Context(), sandbox.PauseOptions{ToDisk: true}); err == nil || sb.Info().State != sandbox.Running {
 		t.Fatal(err)
 	}
-	if _, err := sb.Snapshot(t.Context(), "s", false); err == nil {
+	if _, err := sb.Snapshot(t.Context(), sandbox.SnapshotOptions{Name: "s"}); err == nil {
 		t.Fatal("it was saved")
 	}
 	if _, _, err := sb.Fork(t.Context(), 2, nil); err == nil {
@@ -279,15 +279,15 @@ func TestSnapshots(t *testing.T) {
 	m := newManager(t, t.TempDir(), fake, nil)
 	sb := create(t, m, sandbox.CreateOptions{Owner: "ann", Metadata: map[string]string{"a": "1"}, Env: map[string]string{"A": "1"}})
 	for _, name := range []string{"", "A", "../x", "a/b", "host", strings.Repeat("a", 64), "a\x00"} {
-		if _, err := sb.Snapshot(t.Context(), name, false); !errors.Is(err, sandbox.ErrInvalid) {
+		if _, err := sb.Snapshot(t.Context(), sandbox.SnapshotOptions{Name: name}); !errors.Is(err, sandbox.ErrInvalid) {
 			t.Errorf("%q: %v", name, err)
 		}
 	}
-	snap, err := sb.Snapshot(t.Context(), "base", false)
+	snap, err := sb.Snapshot(t.Context(), sandbox.SnapshotOptions{Name: "base"})
 	if err != nil || snap.Sandbox != sb.ID() || snap.FilesOnly {
 		t.Fatal(snap, err)
 	}
-	if _, err := sb.Snapshot(t.Context(), "base", false); !errors.Is(err, sandbox.ErrSnapshot) {
+	if _, err := sb.Snapshot(t.Context(), sandbox.SnapshotOptions{Name: "base"}); !errors.Is(err, sandbox.ErrSnapshot) {
 		t.Fatal(err)
 	}
 	if err := sb.Kill(sandbox.CauseKilled); err != nil {
@@ -439,7 +439,7 @@ func TestNoDisk(t *testing.T) {
 	if err := sb.Pause(t.Context(), sandbox.PauseOptions{ToDisk: true}); !errors.Is(err, sandbox.ErrNoDisk) || sb.Info().State != sandbox.Running {
 		t.Fatal(err)
 	}
-	if _, err := sb.Snapshot(t.Context(), "s", false); !errors.Is(err, sandbox.ErrNoDisk) {
+	if _, err := sb.Snapshot(t.Context(), sandbox.SnapshotOptions{Name: "s"}); !errors.Is(err, sandbox.ErrNoDisk) {
 		t.Fatal(err)
 	}
 	// An operator lets the oldest go, if that helps; another owner's stays.

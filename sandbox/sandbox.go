@@ -39,6 +39,9 @@ type Sandbox struct {
 	shifts  int           // how many there were
 	ending  chan struct{} // closed when nothing of an ended sandbox is left
 	ports   map[int]*exposed
+	// rules end when the network changes; nil until somebody asks.
+	rules    context.Context
+	endRules context.CancelFunc
 	// connSlots bounds the connections to all ports.
 	connSlots chan struct{}
 	changed   chan struct{} // closed at the next change of what Info or Logs tell
@@ -55,6 +58,7 @@ type Info struct {
 	Metadata  map[string]string
 	Limits    Limits
 	Network   Network
+	Ingress   Ingress
 	Times     Times
 	Created   time.Time
 	Changed   time.Time // the last change of state
@@ -81,7 +85,7 @@ func (s *Sandbox) Info() Info {
 func (s *Sandbox) info() Info {
 	r := s.rec
 	i := Info{ID: r.ID, Owner: r.Owner, State: r.State, Cause: r.Cause, Template: r.Template, Parent: r.Parent, Metadata: maps.Clone(r.Metadata), Limits: r.Limits,
-		Network: r.Network, Times: r.Times, Created: r.Created, Changed: r.Changed, Updated: r.Updated, Ready: r.Ready, ExpiresAt: r.ExpiresAt, RemoveAt: r.RemoveAt, Left: r.Left, Totals: s.meter.totals()}
+		Network: r.Network, Ingress: r.Ingress, Times: r.Times, Created: r.Created, Changed: r.Changed, Updated: r.Updated, Ready: r.Ready, ExpiresAt: r.ExpiresAt, RemoveAt: r.RemoveAt, Left: r.Left, Totals: s.meter.totals()}
 	if r.Pause != nil {
 		i.OnDisk, i.AutoResume = r.Pause.Disk, r.Pause.AutoResume
 	}
@@ -200,8 +204,8 @@ func (s *Sandbox) begin() {
 	s.m.work.Go(func() { s.watch(ctx, machine, client) })
 	s.m.work.Go(func() { s.ping(ctx, client) })
 	s.m.work.Go(func() { s.sample(ctx, client, machine) })
-	if n := s.rec.Network; n.On() && !s.m.opts.NoNetwork {
-		s.m.work.Go(func() { s.serveNetwork(ctx, client, n) })
+	if s.rec.Network.On() && !s.m.opts.NoNetwork {
+		s.m.work.Go(func() { s.serveNetwork(ctx, client) })
 	}
 }
 
@@ -408,6 +412,7 @@ type Update struct {
 	Metadata    map[string]*string // nil values remove a pair
 	Extend      *time.Duration     // added to what is left
 	Lifetime    *time.Duration     // from now on; the only way to shorten a life
+	AtLeast     *time.Duration     // from now on, where less is left
 	MaxLifetime *time.Duration     // counted from readiness, paused times aside
 	Idle        *time.Duration
 	OnTimeout   Action // "" stays

@@ -16,6 +16,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Snapshot is a sandbox' memory and files, saved under a name of its owner's. Sandboxes begin from it any number of times.
@@ -32,6 +34,7 @@ type Snapshot struct {
 	Limits   Limits    `json:"limits"`
 	Times    Times     `json:"times"`
 	Network  Network   `json:"network,omitzero"`
+	Ingress  Ingress   `json:"ingress,omitzero"`
 	Ports    []Port    `json:"ports,omitempty"`
 	Created  time.Time `json:"created"`
 	Size     int64     `json:"size"` // bytes on disk
@@ -52,8 +55,16 @@ func (s store) snapshotDir(owner, name string) string {
 	return filepath.Join(s.snapshots, hash(owner + "\x00" + name)[:40])
 }
 
-// Snapshot saves the sandbox under a name, and the sandbox goes on. Nothing else of that name may be there: another snapshot is ErrSnapshot.
-func (s *Sandbox) Snapshot(ctx context.Context, name string, filesOnly bool) (_ Snapshot, err error) {
+// SnapshotOptions say what a snapshot is.
+type SnapshotOptions struct {
+	Name      string
+	FilesOnly bool // without memory and processes
+	Replace   bool // takes the place of another snapshot of that name, which otherwise is ErrSnapshot
+}
+
+// Snapshot saves the sandbox under a name, and the sandbox goes on.
+func (s *Sandbox) Snapshot(ctx context.Context, o SnapshotOptions) (_ Snapshot, err error) {
+	name := o.Name
 	if !snapshotPattern.MatchString(name) {
 		return Snapshot{}, fmt.Errorf("snapshot %q: a name is 1 to 63 lower-case letters, digits or . _ - and begins with a letter or digit: %w", name, ErrInvalid)
 	}
@@ -73,7 +84,7 @@ func (s *Sandbox) Snapshot(ctx context.Context, name string, filesOnly bool) (_ 
 		s.m.opts.Observe("snapshot", time.Since(began), err)
 	}()
 	dir := s.m.store.snapshotDir(s.owner, name)
-	if isThere(dir) {
+	if isThere(dir) && !o.Replace {
 		return Snapshot{}, fmt.Errorf("snapshot %q: %w", name, ErrSnapshot)
 	}
 	temp, done, err := s.m.store.tempSnapshot()
@@ -81,11 +92,11 @@ func (s *Sandbox) Snapshot(ctx context.Context, name string, filesOnly bool) (_ 
 		return Snapshot{}, noDisk(err)
 	}
 	defer func() { err = errors.Join(err, done()) }()
-	r, filesOnly, err := s.save(ctx, filepath.Join(temp, "checkpoint"), filesOnly)
+	r, filesOnly, err := s.save(ctx, filepath.Join(temp, "checkpoint"), o.FilesOnly)
 	if err != nil {
 		return Snapshot{}, fmt.Errorf("snapshot sandbox %s: %w", s.id, s.whyEnded(noDisk(err)))
 	}
-	snap := Snapshot{Name: name, Owner: s.owner, Sandbox: s.id, Template: r.Template, Image: r.Image, User: r.User, Cwd: r.Cwd, StartCmd: r.StartCmd, ReadyCmd: r.ReadyCmd, Limits: r.Limits, Times: r.Times, Network: r.Network, Created: time.Now().UTC(), FilesOnly: filesOnly}
+	snap := Snapshot{Name: name, Owner: s.owner, Sandbox: s.id, Template: r.Template, Image: r.Image, User: r.User, Cwd: r.Cwd, StartCmd: r.StartCmd, ReadyCmd: r.ReadyCmd, Limits: r.Limits, Times: r.Times, Network: r.Network, Ingress: r.Ingress, Created: time.Now().UTC(), FilesOnly: filesOnly}
 	for _, p := range r.Ports {
 		snap.Ports = append(snap.Ports, Port{Port: p.Port, Public: p.Public})
 	}
@@ -99,14 +110,37 @@ func (s *Sandbox) Snapshot(ctx context.Context, name string, filesOnly bool) (_ 
 	if err := s.m.store.replace(filepath.Join(temp, "snapshot.json"), body); err != nil {
 		return Snapshot{}, noDisk(err)
 	}
-	if err := s.m.store.rename(temp, dir); err != nil { // who was faster has the name
-		if errors.Is(err, fs.ErrExist) {
-			err = ErrSnapshot
-		}
+	if err := s.m.placeSnapshot(temp, dir, o.Replace); err != nil {
 		return Snapshot{}, fmt.Errorf("snapshot %q: %w", name, err)
 	}
 	s.note(LevelInfo, "saved as snapshot %s", name)
 	return snap, nil
+}
+
+// placeSnapshot gives a snapshot its name. One that it takes the place of is where it was made then.
+func (m *Manager) placeSnapshot(temp, dir string, replace bool) error {
+	for {
+		err := m.store.rename(temp, dir)
+		if err == nil || !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+		if !replace {
+			return ErrSnapshot // who was faster has the name
+		}
+		m.mu.Lock()
+		busy := m.inUse[dir] > 0
+		m.mu.Unlock()
+		if busy {
+			return fmt.Errorf("a sandbox is just being made from the one of that name: %w", ErrBusySnapshot)
+		}
+		err = unix.Renameat2(unix.AT_FDCWD, temp, unix.AT_FDCWD, dir, unix.RENAME_EXCHANGE)
+		if err == nil {
+			return syncDir(filepath.Dir(dir))
+		}
+		if !errors.Is(err, fs.ErrNotExist) { // it was deleted meanwhile
+			return err
+		}
+	}
 }
 
 // save makes a checkpoint of the sandbox as it is, whatever that is, and leaves it so. The caller has the turn. It tells whether the
@@ -293,7 +327,7 @@ func (s *Sandbox) Fork(ctx context.Context, count int, metadata map[string]strin
 	if err != nil {
 		return nil, nil, fmt.Errorf("fork sandbox %s: %w", s.id, err)
 	}
-	o := CreateOptions{Owner: s.owner, Base: &template, Limits: r.Limits, Times: r.Times, Network: r.Network, Metadata: maps.Clone(r.Metadata), parent: s.id,
+	o := CreateOptions{Owner: s.owner, Base: &template, Limits: r.Limits, Times: r.Times, Network: r.Network, Ingress: r.Ingress, Metadata: maps.Clone(r.Metadata), parent: s.id,
 		from: filepath.Join(shared, "checkpoint"), whole: !filesOnly, ports: r.Ports}
 	if metadata != nil {
 		o.Metadata = metadata

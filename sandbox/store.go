@@ -38,8 +38,11 @@ type record struct {
 	Times    Times             `json:"times"`
 	Network  Network           `json:"network,omitzero"`
 	clock
-	Ports   []Port `json:"ports,omitempty"`
+	Ports   []Port  `json:"ports,omitempty"`
+	Ingress Ingress `json:"ingress,omitzero"`
+	// Traffic and Access are secrets: for its ports, and for what is in it.
 	Traffic string `json:"traffic_token,omitempty"`
+	Access  string `json:"access_token,omitempty"`
 	// Pause is how it is paused; nil where it is not.
 	Pause *pause `json:"pause,omitempty"`
 	// Saves counts its checkpoints: the last one is of that number, and exists while it is paused on disk.
@@ -238,7 +241,7 @@ func (s store) entomb(r record, lock *os.File) (err error) {
 	if err != nil {
 		return err
 	}
-	r.Traffic = "" // a secret is for the living
+	r.Traffic, r.Access = "", "" // secrets are for the living
 	if err := s.save(r); err != nil {
 		return errors.Join(err, s.removeAll(dir)) // on a full disk its end cannot be remembered, but must be had
 	}

@@ -28,8 +28,9 @@ type Times struct {
 	// which are told by SIGTERM.
 	OnTimeout Action        `json:"on_timeout"`
 	Grace     time.Duration `json:"grace,omitempty"`
-	// NoAutoResume says that calls do not wake it where its times have paused it.
+	// NoAutoResume says that calls do not wake it where its times have paused it, FilesOnly that its memory is given up then.
 	NoAutoResume bool `json:"no_auto_resume,omitempty"`
+	FilesOnly    bool `json:"files_only,omitempty"`
 }
 
 // clock is where the times of a sandbox stand.
@@ -51,7 +52,9 @@ const (
 // or fills in what is not said.
 func (t Times) or(d Times) Times {
 	t.Life, t.Max, t.Idle, t.Grace = cmp.Or(t.Life, d.Life), cmp.Or(t.Max, d.Max), cmp.Or(t.Idle, d.Idle), cmp.Or(t.Grace, d.Grace)
-	t.OnTimeout = cmp.Or(t.OnTimeout, d.OnTimeout)
+	if t.OnTimeout == "" {
+		t.OnTimeout, t.FilesOnly = d.OnTimeout, d.FilesOnly
+	}
 	if t.Max > 0 {
 		t.Life = min(t.Life, t.Max)
 	}
@@ -141,7 +144,7 @@ func (r *record) setTimes(u Update, now time.Time) error {
 	if u.Extend != nil && u.Lifetime != nil {
 		return fmt.Errorf("update sandbox %s: give either an extension or a life time: %w", r.ID, ErrInvalid)
 	}
-	if u.Extend != nil && *u.Extend < 0 || u.Lifetime != nil && *u.Lifetime < 0 {
+	if u.Extend != nil && *u.Extend < 0 || u.Lifetime != nil && *u.Lifetime < 0 || u.AtLeast != nil && *u.AtLeast < 0 {
 		return fmt.Errorf("update sandbox %s: times cannot be negative: %w", r.ID, ErrInvalid)
 	}
 	if err := t.check(); err != nil {
@@ -159,6 +162,9 @@ func (r *record) setTimes(u Update, now time.Time) error {
 	if u.Lifetime != nil {
 		end = now.Add(*u.Lifetime)
 		r.Times.Life = *u.Lifetime
+	}
+	if u.AtLeast != nil && now.Add(*u.AtLeast).After(end) {
+		end = now.Add(*u.AtLeast)
 	}
 	slept := time.Duration(0)
 	if r.State == Paused {
@@ -260,7 +266,7 @@ func (s *Sandbox) expire(at time.Time, cause Cause) {
 		_ = s.Kill(cause)
 		return
 	}
-	err := s.pause(s.ctx, PauseOptions{ToDisk: true, Cause: cause, AutoResume: !times.NoAutoResume})
+	err := s.pause(s.ctx, PauseOptions{ToDisk: true, FilesOnly: times.FilesOnly, Cause: cause, AutoResume: !times.NoAutoResume})
 	if err == nil || s.ctx.Err() != nil || !s.runs() || errors.Is(err, ErrUnfit) { // which is for a server of another version
 		return
 	}

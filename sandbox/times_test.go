@@ -183,7 +183,7 @@ func TestIdleAgain(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if _, err := sb.Snapshot(t.Context(), "s", false); err != nil {
+		if _, err := sb.Snapshot(t.Context(), sandbox.SnapshotOptions{Name: "s"}); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(62 * time.Second)

@@ -165,7 +165,7 @@ func (b *Builder) bootstrap(ctx context.Context, name string, sources []aptSourc
 
 // secondStage runs the scripts of the packages, and keeps what comes of it.
 func (b *Builder) secondStage(ctx context.Context, name string, files *Files, sources []aptSource, say func(string, ...any)) (_ Manifest, err error) {
-	r := &run{Builder: b, req: BuildRequest{Name: name}, id: newBuildID()}
+	r := &run{Builder: b, req: BuildRequest{Name: name}, id: NewBuildID()}
 	if r.log, err = b.Store.newLog(r.id, "", func(l Line) { say("%s", l.Text) }); err != nil {
 		return Manifest{}, err
 	}

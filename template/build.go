@@ -41,12 +41,23 @@ const (
 	maxTemplates = 200 // names
 )
 
+// MayName says whether an owner may have templates of some names, beside those that he has.
+func (b *Builder) MayName(owner string, names ...string) error {
+	list, err := b.Store.List(owner)
+	if err != nil {
+		return err
+	}
+	mine := slices.DeleteFunc(list, func(m Manifest) bool { return m.Owner != owner || slices.Contains(names, m.Name) })
+	if len(mine)+len(names) > maxTemplates {
+		return fmt.Errorf("you have %d templates, the most one may have; delete one: %w", len(mine), sandbox.ErrTooMany)
+	}
+	return nil
+}
+
 // admit says whether an owner may begin another build.
 func (b *Builder) admit(req BuildRequest) (done func(), err error) {
-	if list, err := b.Store.List(req.Owner); err != nil {
+	if err := b.MayName(req.Owner, req.Name); err != nil {
 		return nil, err
-	} else if mine := slices.DeleteFunc(list, func(m Manifest) bool { return m.Owner != req.Owner || m.Name == req.Name }); len(mine) >= maxTemplates {
-		return nil, fmt.Errorf("you have %d templates, the most one may have; delete one: %w", len(mine), sandbox.ErrInvalid)
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -66,6 +77,7 @@ func (b *Builder) admit(req BuildRequest) (done func(), err error) {
 
 // BuildRequest describes a build.
 type BuildRequest struct {
+	ID          string // default one of NewBuildID
 	Owner, Name string
 	Dockerfile  string
 	Context     *Files            // nil has none; it stays the caller's
@@ -165,7 +177,7 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 	limit := cmp.Or(req.Timeout, DefaultBuildTime)
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("the build took longer than %s", limit))
 	defer cancel()
-	r := &run{Builder: b, req: req, id: newBuildID(), plan: plan, done: map[int]*result{}, opened: map[string]*Files{}}
+	r := &run{Builder: b, req: req, id: cmp.Or(req.ID, NewBuildID()), plan: plan, done: map[int]*result{}, opened: map[string]*Files{}}
 	if r.log, err = b.Store.newLog(r.id, req.Owner, each); err != nil {
 		return Built{}, err
 	}

@@ -389,7 +389,7 @@ func TestSteps(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer files.Close()
-	dockerfile, err := FromSteps("mini", []Step{
+	dockerfile, _, err := FromSteps("mini", []Step{
 		{Type: "ENV", Args: []string{"A", `two "words" $HOME \ 'q'`, "B", ""}},
 		{Type: "WORKDIR", Args: []string{"/srv/a $b"}},
 		{Type: "COPY", Args: []string{"a $x.txt", "/x y/", "user", "0640"}, Files: "files-1"},
@@ -410,7 +410,7 @@ func TestSteps(t *testing.T) {
 		t.Errorf("%q, want %q\n%s", got, want, dockerfile)
 	}
 	for _, bad := range []Step{{Type: "FROM", Args: []string{"x"}}, {Type: "RUN"}, {Type: "COPY", Args: []string{"a"}}, {Type: "ENV", Args: []string{"A", "b", "C"}}, {Type: "WORKDIR", Args: []string{"/a\nRUN x"}}, {Type: "USER", Args: []string{""}}} {
-		if _, err := FromSteps("mini", []Step{bad}); !errors.Is(err, sandbox.ErrInvalid) {
+		if _, _, err := FromSteps("mini", []Step{bad}); !errors.Is(err, sandbox.ErrInvalid) {
 			t.Errorf("%+v is taken", bad)
 		}
 	}

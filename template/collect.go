@@ -104,6 +104,7 @@ func (s *Store) Collect() error {
 		s.sweep("started", imageKept, func(name string) bool { return started[name] }),
 		s.sweep("caches", stepKept, func(string) bool { return false }),
 		s.sweep("builds", logKept, func(string) bool { return false }),
+		s.sweep("uploads", uploadKept, func(string) bool { return false }),
 	)
 }
 
@@ -112,6 +113,8 @@ const (
 	stepKept  = 7 * 24 * time.Hour
 	imageKept = time.Hour
 	logKept   = 7 * 24 * time.Hour
+	// uploadKept is of files that were sent for a build.
+	uploadKept = 24 * time.Hour
 	// halfMadeKept is longer than any of it takes.
 	halfMadeKept = 24 * time.Hour
 )

@@ -24,9 +24,10 @@ const (
 	tailLines   = 20
 )
 
-var buildID = regexp.MustCompile(`^bd[a-z0-9]{16}$`)
+var buildID = regexp.MustCompile(`^bd[a-z0-9]{16}$`) // as NewBuildID makes them
 
-func newBuildID() string { return "bd" + strings.ToLower(rand.Text()[:16]) }
+// NewBuildID makes an id that cannot be guessed.
+func NewBuildID() string { return "bd" + strings.ToLower(rand.Text()[:16]) }
 
 // buildLog is the log of a build. It is safe for concurrent use.
 type buildLog struct {

@@ -2,6 +2,7 @@ package template
 
 import (
 	"cmp"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -16,16 +17,41 @@ type Step struct {
 	Args []string // RUN: command, user; COPY: from, to, owner, mode; ENV: names and values; WORKDIR: path; USER: name
 	// Files names those of BuildRequest.Files that COPY copies from.
 	Files string
+	// Anew carries it out, and all behind it, whatever is known of them.
+	Anew bool
 }
 
-// FromSteps is a list of steps as a Dockerfile: they are carried out, cached and told as any other.
-func FromSteps(from string, steps []Step) (string, error) {
+// withUser makes the user as whom steps run that name none, where an image has not got one.
+const withUser = `USER root
+RUN <<'END_OF_STEP'
+set -e
+id user >/dev/null 2>&1 && exit 0
+if command -v useradd >/dev/null; then
+  useradd --create-home --shell "$(command -v bash || echo /bin/sh)" user
+else
+  adduser -D -s "$(command -v bash || echo /bin/sh)" user
+fi
+mkdir -p /etc/sudoers.d
+echo 'user ALL=(ALL) NOPASSWD:ALL' >/etc/sudoers.d/90-soulbox
+chmod 0440 /etc/sudoers.d/90-soulbox
+END_OF_STEP
+USER user
+WORKDIR /home/user
+`
+
+// FromSteps is a list of steps as a Dockerfile, and the line at which each begins: they are carried out, cached and told as any other. As those
+// clients expect, they begin as "user" in his home, who is made where there is none.
+func FromSteps(from string, steps []Step) (dockerfile string, lines []int, err error) {
 	var b strings.Builder
-	user := ""
-	fmt.Fprintf(&b, "FROM %s\n", from)
+	user := "user"
+	fmt.Fprintf(&b, "FROM %s\n%s", from, withUser)
 	for i, s := range steps {
 		if err := s.check(); err != nil {
-			return "", fmt.Errorf("step %d, %s: %w: %w", i+1, clip(s.Type), err, sandbox.ErrInvalid)
+			return "", nil, fmt.Errorf("step %d, %s: %w: %w", i+1, clip(s.Type), err, sandbox.ErrInvalid)
+		}
+		lines = append(lines, strings.Count(b.String(), "\n")+1)
+		if s.Anew {
+			fmt.Fprintf(&b, "ARG SOULBOX_STEP=%s\n", rand.Text())
 		}
 		arg := s.arg
 		switch s.Type {
@@ -36,10 +62,10 @@ func FromSteps(from string, steps []Step) (string, error) {
 			end := heredocEnd(arg(0))
 			fmt.Fprintf(&b, "RUN <<'%s'\n%s\n%s\n", end, arg(0), end)
 			if as := arg(1); as != "" && as != user {
-				fmt.Fprintf(&b, "USER %s\n", literal(cmp.Or(user, "root")))
+				fmt.Fprintf(&b, "USER %s\n", literal(user))
 			}
 		case "COPY":
-			flags := "--chown=" + literal(cmp.Or(arg(2), "root"))
+			flags := "--chown=" + literal(cmp.Or(arg(2), user))
 			if arg(3) != "" {
 				flags += " --chmod=" + literal(arg(3))
 			}
@@ -48,7 +74,7 @@ func FromSteps(from string, steps []Step) (string, error) {
 			}
 			paths, err := json.Marshal([]string{literal(arg(0)), literal(arg(1))})
 			if err != nil {
-				return "", err
+				return "", nil, err
 			}
 			fmt.Fprintf(&b, "COPY %s %s\n", flags, paths)
 		case "ENV":
@@ -62,7 +88,7 @@ func FromSteps(from string, steps []Step) (string, error) {
 			fmt.Fprintf(&b, "USER %s\n", literal(user))
 		}
 	}
-	return b.String(), nil
+	return b.String(), lines, nil
 }
 
 func (s Step) arg(n int) string {

@@ -116,7 +116,7 @@ func (s *Service) sandboxSnapshot(ctx context.Context, in sandboxSnapshotInput) 
 	if err != nil {
 		return snapshotInfo{}, err
 	}
-	snap, err := sb.Snapshot(ctx, in.Name, in.FilesOnly)
+	snap, err := sb.Snapshot(ctx, sandbox.SnapshotOptions{Name: in.Name, FilesOnly: in.FilesOnly})
 	return describeSnapshot(snap), err
 }
 

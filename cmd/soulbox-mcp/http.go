@@ -32,6 +32,7 @@ type httpConfig struct {
 	hosts       list
 	publicURL   string
 	domain      string
+	tls         tlsConfig
 	operator    string
 	issuer      string
 	audience    string
@@ -67,7 +68,8 @@ func parseHTTP(args []string, getenv func(string) string, stderr io.Writer) (c h
 		f.Var(&c.origins, "origin", "`origin` of web pages that may use the server, such as https://ide.example.com; may be repeated")
 		f.Var(&c.hosts, "allow-host", "`name` by which clients may call the server, beside loopback and the hosts of --origin; may be repeated")
 		f.StringVar(&c.publicURL, "public-url", "", "`URL` by which clients reach the server, such as https://box.example.com; default the address it listens on")
-		f.StringVar(&c.domain, "domain", "", "`domain` under which exposed ports are served as {port}-{sandbox}.{domain}, such as box.example.com; its wildcard must lead here, as *.localhost does by itself")
+		f.StringVar(&c.domain, "domain", "", "`domain` under which sandboxes are served as {port}-{sandbox}.{domain}, and the E2B API as api.{domain}, such as box.example.com; its wildcard must lead here, as *.localhost does by itself")
+		c.tls.flags(f)
 		f.StringVar(&c.operator, "operator", "operator", "`owner` whose key may read /metrics, once keys are needed")
 		f.StringVar(&c.issuer, "oidc-issuer", "", "`URL` of an OpenID provider whose tokens are taken beside keys")
 		f.StringVar(&c.audience, "oidc-audience", "", "`audience` that its tokens must have")
@@ -93,6 +95,9 @@ func (c *httpConfig) check() error {
 		}
 		c.hosts = append(c.hosts, u.Hostname())
 		c.publicURL = strings.TrimSuffix(c.publicURL, "/")
+	}
+	if err := c.tls.check(c.domain, c.publicURL); err != nil {
+		return err
 	}
 	if (c.issuer == "") != (c.audience == "") {
 		return errors.New("--oidc-issuer and --oidc-audience go together")
@@ -140,15 +145,10 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 		return err
 	}
 	defer listener.Close()
-	at := "http://" + listener.Addr().String()
+	at := c.tls.scheme() + "://" + listener.Addr().String()
 	public := cmp.Or(c.publicURL, at)
-	if c.domain != "" {
-		if c.gateway, err = api.Base(c.domain, public); err != nil {
-			return fmt.Errorf("--domain: %w", err)
-		}
-		if u, err := url.Parse(public); err == nil && strings.HasSuffix(strings.ToLower(u.Hostname()), "."+strings.ToLower(c.domain)) {
-			return fmt.Errorf("--domain %q contains the server's own name %s: give sandboxes a domain of their own", c.domain, u.Hostname())
-		}
+	if err := c.setDomain(public); err != nil {
+		return err
 	}
 	s, err := newService(c.config, stderr)
 	if err != nil {
@@ -157,17 +157,26 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 	defer func() { err = errors.Join(err, s.Close()) }()
 	endpoint := s.mcp.HTTP(mcpserver.HTTPOptions{Access: c.access(public, s.log), SessionIdle: c.idle, Rate: c.rate})
 	s.metrics.watch(s.manager, endpoint.Sessions)
+	control := c.control(s, endpoint)
+	defer control.Close()
 	web := &http.Server{
-		Handler: c.routes(s, endpoint, public), ReadHeaderTimeout: headerTime, IdleTimeout: idleTime, MaxHeaderBytes: maxHeaders,
+		Handler: s.gateway.Handler(c.routes(s, endpoint, control, public)), ReadHeaderTimeout: headerTime, IdleTimeout: idleTime, MaxHeaderBytes: maxHeaders,
 		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug), Protocols: new(http.Protocols),
 	}
 	web.Protocols.SetHTTP1(true)
+	web.Protocols.SetHTTP2(true)
 	web.Protocols.SetUnencryptedHTTP2(true) // a proxy that speaks TLS, and gRPC, may use it
-	if s.gateway != nil {
-		web.Handler = s.gateway.Handler(web.Handler)
+	if web.TLSConfig, err = c.tls.config(c.stateDir, c.domain, s.manager); err != nil {
+		return err
 	}
 	ended := make(chan error, 1)
-	go func() { ended <- web.Serve(listener) }()
+	go func() {
+		if web.TLSConfig != nil {
+			ended <- web.ServeTLS(listener, "", "")
+		} else {
+			ended <- web.Serve(listener)
+		}
+	}()
 	s.log.Info("serving", "version", version, "url", at+"/mcp", "state_dir", c.stateDir, "runsc", c.runsc)
 	if _, err := fmt.Fprintln(stdout, at+"/mcp"); err != nil {
 		s.log.Warn("tell the address", "error", err)
@@ -184,13 +193,54 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 	stopped := make(chan error, 1)
 	go func() { stopped <- web.Shutdown(over) }()
 	endpoint.Close(drainTime)
-	if s.gateway != nil {
-		s.gateway.Close() // streams of sandboxes have no end of their own
-	}
+	s.gateway.Close() // streams of sandboxes have no end of their own
 	if err := <-stopped; err != nil {
 		return errors.Join(fmt.Errorf("end: %w", err), web.Close())
 	}
 	return nil
+}
+
+// setDomain settles where sandboxes are reached.
+func (c *httpConfig) setDomain(public string) (err error) {
+	if c.domain == "" {
+		return nil
+	}
+	if c.gateway, err = api.Base(c.domain, public); err != nil {
+		return fmt.Errorf("--domain: %w", err)
+	}
+	own := "api." + strings.ToLower(c.domain)
+	if u, err := url.Parse(public); err == nil && strings.HasSuffix(strings.ToLower(u.Hostname()), "."+strings.ToLower(c.domain)) && strings.ToLower(u.Hostname()) != own {
+		return fmt.Errorf("--domain %q contains the server's own name %s: only %s may be below it, the others are sandboxes'", c.domain, u.Hostname(), own)
+	}
+	c.hosts = append(c.hosts, c.domain, own)
+	return nil
+}
+
+// control is the E2B API.
+func (c httpConfig) control(s *service, endpoint *mcpserver.HTTP) *api.Control {
+	access := endpoint.Access
+	control := &api.Control{Manager: s.manager, Store: s.templates, Builder: s.builder, Gateway: s.gateway, NoNetwork: c.noNetwork, Log: s.log, MayAsk: endpoint.MayAsk}
+	if u, err := url.Parse(c.publicURL); err == nil && c.publicURL != "" {
+		control.URL = u
+	}
+	control.Owner = func(r *http.Request) (string, error) {
+		if !access.Required() {
+			return "", nil // the SDKs always send a key
+		}
+		given := r.Header.Values("X-API-Key")
+		if token, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer "); ok && len(given) == 0 {
+			given = []string{token}
+		}
+		if len(given) != 1 || given[0] == "" {
+			return "", errors.New("give a valid key as X-API-Key: KEY; soulbox-mcp key create makes one")
+		}
+		owner, err := access.Authenticate(r.Context(), given[0])
+		if err != nil {
+			return "", errors.New("the key is not valid, or not any more; soulbox-mcp key create makes one")
+		}
+		return owner, nil
+	}
+	return control
 }
 
 // access says who may use the server. Once it has a key, or a provider, nobody may without one.
@@ -228,10 +278,13 @@ func (c httpConfig) access(at string, log *slog.Logger) mcpserver.Access {
 const metadataPath = "/.well-known/oauth-protected-resource"
 
 // routes are all paths of the server.
-func (c httpConfig) routes(s *service, endpoint *mcpserver.HTTP, at string) http.Handler {
+func (c httpConfig) routes(s *service, endpoint *mcpserver.HTTP, control *api.Control, at string) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/mcp", s.metrics.count(endpoint))
 	guard := endpoint.Access.Guard
+	for pattern, handler := range control.Routes() {
+		mux.Handle(pattern, guard(handler))
+	}
 	mux.Handle("GET /health", guard(s.health()))
 	mux.Handle("GET /metrics", endpoint.Access.Private(c.operator, s.metrics.handler()))
 	if c.issuer != "" {

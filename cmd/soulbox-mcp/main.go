@@ -20,7 +20,9 @@ const usage = `soulbox-mcp gives AI agents computers of their own: isolated Linu
 
 Usage:
   soulbox-mcp stdio [flags]    serve one MCP client on stdin and stdout
-  soulbox-mcp http [flags]     serve many MCP clients over HTTP
+  soulbox-mcp http [flags]     serve many MCP clients, and E2B's SDKs, over HTTP
+  soulbox-mcp envd [flags]     serve one sandbox to an E2B SDK in debug mode, in the foreground
+  soulbox-mcp cert [flags]     make a certificate authority and a certificate for a domain of yours
   soulbox-mcp key create|list|revoke [flags]
                                make and end the keys that clients of 'http' need
   soulbox-mcp template base|list|pull|… [flags]
@@ -57,6 +59,10 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdin i
 		return runStdio(ctx, args, getenv, stdin, stdout, stderr)
 	case "http":
 		return runHTTP(ctx, args, getenv, stdout, stderr)
+	case "envd":
+		return runEnvd(ctx, args, getenv, stdout, stderr)
+	case "cert":
+		return runCert(args, getenv, stdout, stderr)
 	case "key":
 		return runKey(args, getenv, stdout, stderr)
 	case "demo":

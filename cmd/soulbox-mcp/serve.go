@@ -22,12 +22,14 @@ import (
 // service is what both transports serve.
 type service struct {
 	config
-	log      *slog.Logger
-	closeLog func() error
-	manager  *sandbox.Manager
-	mcp      *mcpserver.Server
-	metrics  *metrics
-	gateway  *api.Gateway // nil where ports are on loopback only
+	log       *slog.Logger
+	closeLog  func() error
+	manager   *sandbox.Manager
+	mcp       *mcpserver.Server
+	metrics   *metrics
+	gateway   *api.Gateway
+	templates *template.Store
+	builder   *template.Builder
 
 	stopCollecting func()
 }
@@ -64,9 +66,9 @@ func newService(c config, stderr io.Writer) (_ *service, err error) {
 		}
 	}()
 	templates.InUse = manager.Images
-	o := tools.Options{Manager: manager, Store: templates, Builder: c.newBuilder(templates, manager, s.log), ContextDirs: c.contextDirs, ReadOnly: c.readOnly}
+	s.templates, s.builder, s.gateway = templates, c.newBuilder(templates, manager, s.log), api.NewGateway(manager, c.gateway, s.log)
+	o := tools.Options{Manager: manager, Store: templates, Builder: s.builder, ContextDirs: c.contextDirs, ReadOnly: c.readOnly}
 	if c.gateway != nil {
-		s.gateway = api.NewGateway(manager, c.gateway, s.log)
 		o.PortURL = s.gateway.URL
 	}
 	if c.toolsets != "" {

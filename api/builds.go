@@ -1,0 +1,440 @@
+package api
+
+import (
+	"cmp"
+	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"soulbox.dev/soulbox/sandbox"
+	"soulbox.dev/soulbox/template"
+)
+
+// States of a build.
+const (
+	statusWaiting  = "waiting"
+	statusBuilding = "building"
+	statusReady    = "ready"
+	statusError    = "error"
+)
+
+const (
+	maxWaiting   = 64        // builds of an owner that are announced and not begun
+	buildKept    = time.Hour // after it has changed for the last time
+	maxBuildLog  = 20_000    // lines
+	maxSteps     = 1000
+	logPage      = 100
+	uploadTime   = time.Hour // in which files can be sent to a URL
+	defaultImage = "e2bdev/base"
+)
+
+// build is a build of a client's.
+type build struct {
+	id, owner, name string
+	tags            []string
+	limits          sandbox.Limits
+
+	mu      sync.Mutex
+	status  string
+	lines   []template.Line
+	steps   []int // the line at which each step begins
+	err     error
+	changed time.Time
+}
+
+// builds are those that this server knows. Of others there are logs. It is safe for concurrent use.
+type builds struct {
+	mu   sync.Mutex
+	byID map[string]*build
+}
+
+// add announces a build.
+func (s *builds) add(b *build) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.byID == nil {
+		s.byID = map[string]*build{}
+	}
+	waiting := 0
+	for id, old := range s.byID {
+		old.mu.Lock()
+		status, quiet := old.status, time.Since(old.changed) > buildKept
+		old.mu.Unlock()
+		if quiet && status != statusBuilding {
+			delete(s.byID, id)
+		} else if old.owner == b.owner && status == statusWaiting {
+			waiting++
+		}
+	}
+	if waiting >= maxWaiting {
+		return fmt.Errorf("%d builds of yours wait to be started: %w", waiting, sandbox.ErrTooMany)
+	}
+	s.byID[b.id] = b
+	return nil
+}
+
+func (s *builds) find(owner, id string) *build {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if b := s.byID[id]; b != nil && b.owner == owner {
+		return b
+	}
+	return nil
+}
+
+// newTemplate announces a build.
+func (c *Control) newTemplate(r *call) error {
+	var body struct {
+		Name     string   `json:"name"`
+		Alias    string   `json:"alias"`
+		Tags     []string `json:"tags"`
+		CPUCount int      `json:"cpuCount"`
+		MemoryMB int64    `json:"memoryMB"`
+		FreeDisk int64    `json:"minFreeDiskMb"`
+	}
+	if err := r.body(&body); err != nil {
+		return err
+	}
+	name := plainName(r.owner, cmp.Or(body.Name, body.Alias))
+	if name == "" {
+		return refuse(http.StatusBadRequest, "the template has no name")
+	}
+	plain, tag := tagged(name)
+	tags := slices.Clone(body.Tags)
+	if tag != defaultTag || len(tags) == 0 {
+		tags = append([]string{tag}, tags...)
+	}
+	if len(tags) > maxTags || body.CPUCount < 0 || body.MemoryMB < 0 || body.FreeDisk < 0 {
+		return refuse(http.StatusBadRequest, "at most %d tags are possible, and no negative numbers", maxTags)
+	}
+	for _, t := range tags {
+		if _, err := template.CheckName(withTag(plain, t)); err != nil {
+			return err
+		}
+	}
+	b := &build{id: template.NewBuildID(), owner: r.owner, name: plain, tags: tags, status: statusWaiting, changed: time.Now(),
+		limits: sandbox.Limits{CPU: float64(body.CPUCount), Memory: body.MemoryMB << 20}}
+	if body.FreeDisk > 0 {
+		b.limits.Disk = max(c.Manager.Limits(sandbox.Limits{}).Disk, body.FreeDisk<<20)
+	}
+	if err := c.builds.add(b); err != nil {
+		return err
+	}
+	return r.answer(http.StatusAccepted, map[string]any{"templateID": b.name, "buildID": b.id, "public": false, "names": []string{b.name}, "aliases": []string{b.name}, "tags": b.tags})
+}
+
+var filesHash = regexp.MustCompile(`^[0-9a-zA-Z]{16,128}$`)
+
+// fileLink says whether files of a build are here, and where they can be sent to.
+func (c *Control) fileLink(r *call) error {
+	hash := r.PathValue("hash")
+	if !filesHash.MatchString(hash) {
+		return refuse(http.StatusBadRequest, "%.40q is no hash of files", hash)
+	}
+	out := map[string]any{"present": c.Store.HasUpload(r.owner, hash)}
+	base := c.URL
+	if base == nil {
+		base = &url.URL{Scheme: "http", Host: r.Host}
+		if r.TLS != nil {
+			base.Scheme = "https"
+		}
+	}
+	to := base.JoinPath("templates", url.PathEscape(r.PathValue("id")), "files", hash)
+	until := strconv.FormatInt(time.Now().Add(uploadTime).Unix(), 10)
+	to.RawQuery = url.Values{"owner": {r.owner}, "until": {until}, "signature": {c.sign(r.owner, r.PathValue("id"), hash, until)}}.Encode()
+	out["url"] = to.String()
+	return r.answer(http.StatusCreated, out)
+}
+
+// sign makes the proof of an upload: who has it sends files of that name to that owner's builds, until then.
+func (c *Control) sign(parts ...string) string {
+	mac := hmac.New(sha256.New, []byte(c.secret))
+	for _, p := range parts {
+		fmt.Fprintf(mac, "%d:%s", len(p), p)
+	}
+	return hex.EncodeToString(mac.Sum(nil))
+}
+
+// upload takes files of a build.
+func (c *Control) upload(w http.ResponseWriter, r *http.Request) {
+	q := r.URL.Query()
+	owner, until := q.Get("owner"), q.Get("until")
+	last, err := strconv.ParseInt(until, 10, 64)
+	if want := c.sign(owner, r.PathValue("id"), r.PathValue("hash"), until); err != nil || !hmac.Equal([]byte(want), []byte(q.Get("signature"))) || time.Now().Unix() > last {
+		c.fail(w, r, refuse(http.StatusForbidden, "the URL is not valid, or not any more; ask for another one"))
+		return
+	}
+	if err := c.Store.SaveUpload(owner, r.PathValue("hash"), r.Body); err != nil {
+		c.fail(w, r, err)
+		return
+	}
+	w.Header().Set("Content-Length", "0")
+	w.WriteHeader(http.StatusCreated)
+}
+
+// startRequest is what is to be built.
+type startRequest struct {
+	FromImage    string          `json:"fromImage"`
+	FromTemplate string          `json:"fromTemplate"`
+	Registry     json.RawMessage `json:"fromImageRegistry"`
+	Force        bool            `json:"force"`
+	Steps        []struct {
+		Type      string   `json:"type"`
+		Args      []string `json:"args"`
+		FilesHash string   `json:"filesHash"`
+		Force     bool     `json:"force"`
+	} `json:"steps"`
+	StartCmd string `json:"startCmd"`
+	ReadyCmd string `json:"readyCmd"`
+}
+
+// from is what the build begins from. The image that clients begin from who name none is this server's own.
+func (s startRequest) from(c *Control, owner string) (string, error) {
+	switch {
+	case given(s.Registry):
+		return "", refuse(http.StatusNotImplemented, "this server pulls with the operator's credentials alone: 'soulbox-mcp template pull' makes a template of a private image")
+	case s.FromTemplate != "" && s.FromImage != "":
+		return "", refuse(http.StatusBadRequest, "give fromImage or fromTemplate, not both")
+	case s.FromTemplate != "":
+		name := plainName(owner, s.FromTemplate)
+		if _, err := c.Store.Get(owner, name); err != nil {
+			return "", err
+		}
+		return name, nil
+	}
+	image := strings.TrimSpace(s.FromImage)
+	if image == "" || image == defaultImage || strings.HasPrefix(image, defaultImage+":") {
+		return template.BaseName, nil
+	}
+	if strings.ContainsAny(image, " \t\r\n$\\\"'`#") || len(image) > 512 {
+		return "", refuse(http.StatusBadRequest, "fromImage %.100q is not the name of an image", image)
+	}
+	return image, nil
+}
+
+// startBuild begins a build that was announced.
+func (c *Control) startBuild(r *call) error {
+	var body startRequest
+	if err := r.body(&body); err != nil {
+		return err
+	}
+	b := c.builds.find(r.owner, r.PathValue("bid"))
+	if b == nil || b.name != plainName(r.owner, r.PathValue("id")) {
+		return fmt.Errorf("build %.60q of template %.60q: %w", r.PathValue("bid"), r.PathValue("id"), template.ErrNoBuild)
+	}
+	from, err := body.from(c, r.owner)
+	if err != nil {
+		return err
+	}
+	if len(body.Steps) > maxSteps {
+		return refuse(http.StatusBadRequest, "%d steps, at most %d are possible", len(body.Steps), maxSteps)
+	}
+	var steps []template.Step
+	var sent []string
+	for i, s := range body.Steps {
+		step := template.Step{Type: s.Type, Args: s.Args, Anew: s.Force}
+		if s.FilesHash != "" {
+			if !filesHash.MatchString(s.FilesHash) {
+				return refuse(http.StatusBadRequest, "step %d: %.40q is no hash of files", i+1, s.FilesHash)
+			}
+			step.Files = strings.ToLower("files-" + s.FilesHash)
+			sent = append(sent, s.FilesHash)
+		}
+		steps = append(steps, step)
+	}
+	dockerfile, lines, err := template.FromSteps(from, steps)
+	if err != nil {
+		return err
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.status != statusWaiting {
+		return refuse(http.StatusConflict, "build %s was started already", b.id)
+	}
+	b.status, b.steps, b.changed = statusBuilding, lines, time.Now()
+	req := template.BuildRequest{ID: b.id, Owner: b.owner, Name: withTag(b.name, b.tags[0]), Dockerfile: dockerfile, NoCache: body.Force, Limits: b.limits, StartCmd: body.StartCmd, ReadyCmd: body.ReadyCmd,
+		Files: map[string]*template.Files{}}
+	if !c.NoNetwork {
+		req.Network = sandbox.Network{Mode: sandbox.NetworkFull} // its sandboxes have one, so that its service is saved with one
+	}
+	c.work.Go(func() { c.build(b, req, sent) })
+	return r.done(http.StatusAccepted)
+}
+
+// build carries out a build.
+func (c *Control) build(b *build, req template.BuildRequest, sent []string) {
+	ctx := c.ctx
+	err := c.openUploads(ctx, req, sent)
+	if err == nil {
+		var built template.Built
+		if built, err = c.Builder.Build(ctx, req, b.line); err == nil && len(b.tags) > 1 {
+			err = c.tag(built.Manifest, b.tags[1:])
+		}
+	}
+	for _, f := range req.Files {
+		err = errors.Join(err, f.Close())
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.changed, b.status, b.err = time.Now(), statusReady, err
+	if err != nil {
+		b.status = statusError
+	}
+}
+
+func (c *Control) openUploads(ctx context.Context, req template.BuildRequest, sent []string) error {
+	for _, hash := range sent {
+		name := strings.ToLower("files-" + hash)
+		if req.Files[name] != nil {
+			continue
+		}
+		f, err := c.Store.OpenUpload(ctx, req.Owner, hash)
+		if err != nil {
+			return err
+		}
+		req.Files[name] = f
+	}
+	return nil
+}
+
+func (b *build) line(l template.Line) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.changed = time.Now(); len(b.lines) < maxBuildLog || l.Level == "error" {
+		b.lines = append(b.lines, l)
+	}
+}
+
+// buildEntry is a line of a build's log.
+type buildEntry struct {
+	Timestamp time.Time `json:"timestamp"`
+	Message   string    `json:"message"`
+	Level     string    `json:"level"`
+	Step      string    `json:"step,omitempty"`
+}
+
+func entries(lines []template.Line) []buildEntry {
+	out := []buildEntry{}
+	for _, l := range lines {
+		out = append(out, buildEntry{l.Time, l.Text, l.Level, l.Step})
+	}
+	return out
+}
+
+// lookUp finds a build: one of this server's, or what is left of another's.
+func (c *Control) lookUp(r *call) (lines []template.Line, status string, err error, steps []int, missing error) {
+	id := r.PathValue("bid")
+	if b := c.builds.find(r.owner, id); b != nil {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		return b.lines, b.status, b.err, b.steps, nil
+	}
+	text, missing := c.Store.BuildLog(r.owner, id)
+	if missing != nil {
+		return nil, "", nil, nil, missing
+	}
+	for line := range strings.Lines(string(text)) {
+		var l template.Line
+		if json.Unmarshal([]byte(line), &l) == nil {
+			lines = append(lines, l)
+		}
+	}
+	all, missing := c.Store.List(r.owner)
+	if slices.ContainsFunc(all, func(m template.Manifest) bool { return m.Build == id }) {
+		return lines, statusReady, nil, nil, missing
+	}
+	err = errors.New("the server ended before the build did; start it again")
+	if n := len(lines); n > 0 && lines[n-1].Level == "error" {
+		err = errors.New(lines[n-1].Text)
+	}
+	return lines, statusError, err, nil, missing
+}
+
+func (c *Control) buildStatus(r *call) error {
+	offset, err := r.number("logsOffset", 0, 1<<40, 0)
+	if err != nil {
+		return err
+	}
+	limit, err := r.number("limit", 0, logPage, logPage)
+	if err != nil {
+		return err
+	}
+	lines, status, failed, steps, err := c.lookUp(r)
+	if err != nil {
+		return err
+	}
+	part := lines[min(offset, int64(len(lines))):]
+	part = part[:min(int64(len(part)), limit)]
+	logs := []string{}
+	for _, l := range part {
+		logs = append(logs, l.Text)
+	}
+	out := map[string]any{"templateID": plainName(r.owner, r.PathValue("id")), "buildID": r.PathValue("bid"), "status": status, "logs": logs, "logEntries": entries(part)}
+	if failed != nil {
+		out["reason"] = reason(failed, steps)
+	}
+	return r.answer(http.StatusOK, out)
+}
+
+// reason says why a build has failed, and at which of the client's steps.
+func reason(err error, steps []int) map[string]any {
+	out := map[string]any{"message": err.Error(), "logEntries": []buildEntry{}}
+	var step *template.StepError
+	if !errors.As(err, &step) {
+		return out
+	}
+	n := 0
+	for n < len(steps) && steps[n] <= step.Line {
+		n++
+	}
+	out["step"] = "base"
+	if n > 0 {
+		out["step"] = strconv.Itoa(n)
+	}
+	message := fmt.Sprintf("%s: %v", step.Command, step.Err)
+	if command, ok := strings.CutPrefix(step.Command, "RUN "); ok {
+		message = fmt.Sprintf("failed to run command '%s': command failed: %v", command, step.Err)
+	}
+	if step.Tail != "" {
+		message += "\n" + step.Tail
+	}
+	out["message"] = message
+	return out
+}
+
+func (c *Control) buildLogs(r *call) error {
+	cursor, err := r.number("cursor", 0, maxSeconds*1000, 0)
+	if err != nil {
+		return err
+	}
+	limit, err := r.number("limit", 0, logPage, logPage)
+	if err != nil {
+		return err
+	}
+	lines, _, _, _, err := c.lookUp(r)
+	if err != nil {
+		return err
+	}
+	lines = slices.Clone(lines)
+	backward := r.URL.Query().Get("direction") == "backward"
+	if backward {
+		slices.Reverse(lines)
+	}
+	if cursor > 0 {
+		at := time.UnixMilli(cursor)
+		lines = slices.DeleteFunc(lines, func(l template.Line) bool { return !backward && l.Time.Before(at) || backward && l.Time.After(at) })
+	}
+	return r.answer(http.StatusOK, map[string]any{"logs": entries(lines[:min(int64(len(lines)), limit)])})
+}

@@ -1,0 +1,296 @@
+package api
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"soulbox.dev/soulbox/sandbox"
+	"soulbox.dev/soulbox/template"
+)
+
+// Control is the control plane: it serves sandboxes, snapshots and templates as E2B's REST API does (shared/E2B.md, 2.3). It is safe for concurrent use.
+type Control struct {
+	Manager *sandbox.Manager
+	Store   *template.Store
+	Builder *template.Builder
+	// Owner says whose a request is. Its error is shown to the client.
+	Owner func(*http.Request) (string, error)
+	// MayAsk says whether an owner may ask now; nil is always.
+	MayAsk func(owner string) bool
+	// Gateway is where sandboxes are reached.
+	Gateway *Gateway
+	// URL is where the control plane is reached, for the URLs that it gives; nil is where a client has reached it.
+	URL *url.URL
+	// NoNetwork says that sandboxes have none.
+	NoNetwork bool
+	Log       *slog.Logger
+
+	secret string // of signatures of uploads
+	builds builds
+	ctx    context.Context // ends with Close
+	cancel context.CancelCauseFunc
+	work   sync.WaitGroup
+}
+
+const maxBody = 4 << 20
+
+// Routes are the paths that a Control serves, as patterns of http.ServeMux.
+func (c *Control) Routes() map[string]http.Handler {
+	c.secret = rand.Text()
+	c.ctx, c.cancel = context.WithCancelCause(context.Background())
+	routes := map[string]http.Handler{}
+	for pattern, do := range map[string]func(*call) error{
+		"GET /sandboxes":                          c.listRunning,
+		"GET /v2/sandboxes":                       c.list,
+		"POST /sandboxes":                         func(r *call) error { return c.create(r, oldLife) },
+		"POST /v2/sandboxes":                      func(r *call) error { return c.create(r, newLife) },
+		"GET /sandboxes/metrics":                  c.allMetrics,
+		"GET /sandboxes/{id}":                     c.get,
+		"DELETE /sandboxes/{id}":                  c.kill,
+		"POST /sandboxes/{id}/pause":              c.pause,
+		"POST /sandboxes/{id}/resume":             c.resume,
+		"POST /sandboxes/{id}/connect":            c.connectTo,
+		"POST /v2/sandboxes/{id}/connect":         c.connectTo,
+		"POST /sandboxes/{id}/timeout":            c.setTimeout,
+		"POST /sandboxes/{id}/refreshes":          c.refresh,
+		"PUT /sandboxes/{id}/network":             c.setNetwork,
+		"POST /sandboxes/{id}/fork":               c.fork,
+		"POST /sandboxes/{id}/snapshots":          c.snapshot,
+		"GET /snapshots":                          c.listSnapshots,
+		"GET /sandboxes/{id}/metrics":             c.metrics,
+		"GET /sandboxes/{id}/logs":                c.oldLogs,
+		"GET /v2/sandboxes/{id}/logs":             c.logs,
+		"GET /teams":                              c.teams,
+		"GET /templates":                          c.listTemplates,
+		"GET /templates/{id}":                     c.getTemplate,
+		"DELETE /templates/{id}":                  c.deleteTemplate,
+		"PATCH /templates/{id}":                   c.publish,
+		"PATCH /v2/templates/{id}":                c.publish,
+		"POST /v2/templates":                      c.newTemplate,
+		"POST /v3/templates":                      c.newTemplate,
+		"GET /templates/{id}/files/{hash}":        c.fileLink,
+		"POST /v2/templates/{id}/builds/{bid}":    c.startBuild,
+		"GET /templates/{id}/builds/{bid}/status": c.buildStatus,
+		"GET /templates/{id}/builds/{bid}/logs":   c.buildLogs,
+		"POST /templates/tags":                    c.addTags,
+		"DELETE /templates/tags":                  c.removeTags,
+		"GET /templates/{id}/{what}":              c.templatePart,
+	} {
+		routes[pattern] = c.handler(do)
+	}
+	for _, path := range []string{"/volumes", "/volumes/", "/volumecontent/", "/secrets", "/secrets/", "/access-tokens", "/access-tokens/", "/api-keys", "/api-keys/", "/nodes", "/nodes/", "/admin/"} {
+		routes[path] = c.handler(func(r *call) error {
+			return refusal{http.StatusNotImplemented, "this server has no " + strings.Split(r.URL.Path, "/")[1] + " (docs/e2b.md says what it has)"}
+		})
+	}
+	for _, pattern := range []string{"POST /templates", "POST /templates/{id}", "POST /templates/{id}/builds/{bid}"} {
+		routes[pattern] = c.handler(func(*call) error {
+			return refusal{http.StatusNotImplemented, "templates are not pushed as images here: build them with Template.build of an SDK from 2.0 on, or by 'soulbox-mcp template'"}
+		})
+	}
+	routes["PUT /templates/{id}/files/{hash}"] = http.HandlerFunc(c.upload) // the URL is its own proof
+	return routes
+}
+
+// Close ends the builds that were begun here, and waits for them.
+func (c *Control) Close() {
+	c.cancel(sandbox.ErrClosed)
+	c.work.Wait()
+}
+
+// call is a request of an owner.
+type call struct {
+	*http.Request
+	w     http.ResponseWriter
+	owner string
+}
+
+// refusal is an answer that is an error.
+type refusal struct {
+	code    int
+	message string
+}
+
+// Error implements error.
+func (r refusal) Error() string { return r.message }
+
+func refuse(code int, format string, args ...any) error {
+	return refusal{code, fmt.Sprintf(format, args...)}
+}
+
+// handler answers requests of owners.
+func (c *Control) handler(do func(*call) error) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Cache-Control", "no-store")
+		w.Header().Set("X-Content-Type-Options", "nosniff")
+		if err := tooOld(r.Header); err != nil {
+			c.fail(w, r, err)
+			return
+		}
+		owner, err := c.Owner(r)
+		if err != nil {
+			w.Header().Set("WWW-Authenticate", "Bearer")
+			c.fail(w, r, refusal{http.StatusUnauthorized, err.Error()})
+			return
+		}
+		if c.MayAsk != nil && !c.MayAsk(owner) {
+			w.Header().Set("Retry-After", "1")
+			c.fail(w, r, refusal{http.StatusTooManyRequests, "you have sent too many requests; wait for a second"})
+			return
+		}
+		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
+		if err := do(&call{r, w, owner}); err != nil {
+			c.fail(w, r, err)
+		}
+	})
+}
+
+// tooOld refuses SDKs that speak another protocol, which ended with version 1.
+func tooOld(h http.Header) error {
+	version := h.Get("Package_version")
+	if product, v, ok := strings.Cut(h.Get("User-Agent"), "/"); ok && version == "" && strings.HasPrefix(product, "e2b-") {
+		version = v
+	}
+	if major, _, _ := strings.Cut(version, "."); major == "0" && (h.Get("Publisher") == "e2b" || strings.HasPrefix(h.Get("User-Agent"), "e2b-")) {
+		return refuse(http.StatusBadRequest, "the version %.20s of the SDK is too old for this server; install 1.0 or a later one", version)
+	}
+	return nil
+}
+
+// statuses are the classes of the domain's errors, the first that fits.
+var statuses = []struct {
+	err  error
+	code int
+}{
+	{sandbox.ErrNotFound, http.StatusNotFound},
+	{sandbox.ErrNoTemplate, http.StatusNotFound},
+	{sandbox.ErrNoSnapshot, http.StatusNotFound},
+	{template.ErrNoBuild, http.StatusNotFound},
+	{sandbox.ErrTooMany, http.StatusTooManyRequests},
+	{sandbox.ErrNoRoom, http.StatusServiceUnavailable},
+	{sandbox.ErrNoDisk, http.StatusInsufficientStorage},
+	{sandbox.ErrClosed, http.StatusServiceUnavailable},
+	{sandbox.ErrBusySnapshot, http.StatusConflict},
+	{sandbox.ErrSnapshot, http.StatusConflict},
+	{sandbox.ErrState, http.StatusConflict},
+	{sandbox.ErrUnfit, http.StatusConflict},
+	{sandbox.ErrInvalid, http.StatusBadRequest},
+	{context.DeadlineExceeded, http.StatusGatewayTimeout},
+}
+
+// fail answers with an error in E2B's form.
+func (c *Control) fail(w http.ResponseWriter, r *http.Request, err error) {
+	if r.Context().Err() != nil {
+		panic(http.ErrAbortHandler) // the client is gone
+	}
+	code, message := http.StatusInternalServerError, err.Error()
+	var known refusal
+	if errors.As(err, &known) {
+		code = known.code
+	} else {
+		for _, s := range statuses {
+			if errors.Is(err, s.err) {
+				code = s.code
+				break
+			}
+		}
+	}
+	if code == http.StatusInternalServerError {
+		c.Log.Error("API", "method", r.Method, "path", r.URL.Path, "error", err)
+	}
+	h := w.Header()
+	h.Set("Content-Type", "application/json")
+	w.WriteHeader(code)
+	_ = json.NewEncoder(w).Encode(map[string]any{"code": code, "message": strings.ToValidUTF8(message, "\uFFFD")}) // a client that is gone misses nothing
+}
+
+// answer answers with JSON.
+func (r *call) answer(code int, body any) error {
+	r.w.Header().Set("Content-Type", "application/json")
+	r.w.WriteHeader(code)
+	_ = json.NewEncoder(r.w).Encode(body) // as above
+	return nil
+}
+
+// done answers that it is done; a body of no bytes must be said to be one.
+func (r *call) done(code int) error {
+	if code != http.StatusNoContent {
+		r.w.Header().Set("Content-Length", "0")
+	}
+	r.w.WriteHeader(code)
+	return nil
+}
+
+// body reads the JSON of a request. No body is one without fields.
+func (r *call) body(to any) error {
+	text, err := io.ReadAll(r.Body)
+	var large *http.MaxBytesError
+	if errors.As(err, &large) {
+		return refuse(http.StatusRequestEntityTooLarge, "the body has more than %d bytes", maxBody)
+	}
+	if err != nil {
+		return refuse(http.StatusBadRequest, "the body cannot be read: %v", err)
+	}
+	if len(strings.TrimSpace(string(text))) == 0 {
+		return nil
+	}
+	if err := json.Unmarshal(text, to); err != nil {
+		return refuse(http.StatusBadRequest, "the body is not the JSON object that is wanted: %v", err)
+	}
+	return nil
+}
+
+// number reads a number of the query.
+func (r *call) number(name string, least, most, without int64) (int64, error) {
+	text := r.URL.Query().Get(name)
+	if text == "" {
+		return without, nil
+	}
+	n, err := strconv.ParseInt(text, 10, 64)
+	if err != nil || n < least || n > most {
+		return 0, refuse(http.StatusBadRequest, "%s is a number from %d to %d, not %.40q", name, least, most, text)
+	}
+	return n, nil
+}
+
+// page cuts what is listed, in the order of its keys, to the page that is asked for: what is behind the key that ended the page before.
+func page[T any](r *call, all []T, falling bool, key func(T) string) ([]T, error) {
+	limit, err := r.number("limit", 1, maxPage, maxPage)
+	if err != nil {
+		return nil, err
+	}
+	if last := r.URL.Query().Get("nextToken"); last != "" {
+		all = slices.DeleteFunc(all, func(one T) bool { return key(one) == last || (key(one) > last) == falling })
+	}
+	if int64(len(all)) > limit {
+		all = all[:limit]
+		r.w.Header().Set("X-Next-Token", key(all[limit-1]))
+	}
+	return all, nil
+}
+
+// moment is a text that sorts as times do.
+func moment(t time.Time, name string) string { return fmt.Sprintf("%019d.%s", t.UnixNano(), name) }
+
+const maxPage = 100
+
+// teams are whom a key is of, for the command line of E2B.
+func (c *Control) teams(r *call) error {
+	name := r.owner
+	if name == "" {
+		name = "local"
+	}
+	return r.answer(http.StatusOK, []map[string]any{{"teamID": name, "name": name, "apiKey": "", "isDefault": true}})
+}

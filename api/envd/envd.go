@@ -1,0 +1,256 @@
+// Package envd serves what is in a sandbox as E2B's envd does, at port 49983 of each: processes and files by Connect RPC, whole files and some
+// facts by plain HTTP (shared/E2B.md, 2.5). Nothing of it runs in the sandbox: it is spoken from here to the sandbox' agent.
+package envd
+
+import (
+	"context"
+	"crypto/subtle"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"net/http"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/api/envd/spec/filesystem/filesystemconnect"
+	"soulbox.dev/soulbox/api/envd/spec/process/processconnect"
+	"soulbox.dev/soulbox/sandbox"
+)
+
+// Version is what clients are told: it has all that their gates ask for (E2B.md, 2.7).
+const Version = "0.6.13"
+
+// Port is where clients look for it in a sandbox.
+const Port = 49983
+
+// TokenHeader has the sandbox' access token.
+const TokenHeader = "X-Access-Token"
+
+// maxMessage bounds one message of a client; files go through /files.
+const maxMessage = 8 << 20
+
+// Target is the sandbox that a request is for.
+type Target struct {
+	Sandbox *sandbox.Sandbox
+	// Open says that no token is asked for, and that what is for the operator alone is served, too: only this machine's user comes here.
+	Open bool
+}
+
+// Server serves any number of sandboxes. It is safe for concurrent use.
+type Server struct {
+	log      *slog.Logger
+	mux      *http.ServeMux
+	watchers watchers
+}
+
+// New makes a Server.
+func New(log *slog.Logger) *Server {
+	s := &Server{log: log, mux: http.NewServeMux()}
+	options := []connect.HandlerOption{connect.WithReadMaxBytes(maxMessage), connect.WithInterceptors(aborter{})}
+	s.mux.Handle(processconnect.NewProcessHandler(processes{}, options...))
+	s.mux.Handle(filesystemconnect.NewFilesystemHandler(files{&s.watchers}, options...))
+	s.mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
+	s.mux.HandleFunc("GET /metrics", s.metrics)
+	s.mux.HandleFunc("GET /envs", s.envs)
+	s.mux.HandleFunc("POST /init", s.init)
+	s.mux.HandleFunc("GET /files", s.download)
+	s.mux.HandleFunc("POST /files", s.upload)
+	s.mux.HandleFunc("POST /files/compose", s.compose)
+	s.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) { fail(w, http.StatusNotFound, "there is no "+r.URL.Path) })
+	return s
+}
+
+// Admits says whether a request may act in a sandbox, and answers those that may not and those that ask what they may send.
+func (s *Server) Admits(w http.ResponseWriter, r *http.Request, t Target) bool {
+	if allowAll(w, r) {
+		return false
+	}
+	if wrong := t.wrong(r); wrong != "" {
+		fail(w, http.StatusUnauthorized, wrong)
+		return false
+	}
+	return true
+}
+
+// Serve answers a request that is admitted. Where the sandbox ends meanwhile, the connection is broken off: a client must not take it for the end of
+// what it asked for.
+func (s *Server) Serve(w http.ResponseWriter, r *http.Request, t Target) {
+	client, err := t.Sandbox.Agent(r.Context(), "act in")
+	if err != nil {
+		s.refuse(w, r, err)
+		return
+	}
+	ctx, cancel := t.Sandbox.Bind(r.Context())
+	defer cancel()
+	s.mux.ServeHTTP(w, r.WithContext(context.WithValue(ctx, placeKey{}, &place{t, client})))
+}
+
+type placeKey struct{}
+
+// place is where a request acts.
+type place struct {
+	Target
+	client *agent.Client
+}
+
+func placeOf(ctx context.Context) *place { return ctx.Value(placeKey{}).(*place) }
+
+// dead says whether what a request acts on is not there any more.
+func (p *place) dead() bool {
+	select {
+	case <-p.client.Done():
+		return true
+	default:
+		return p.Sandbox.Gone()
+	}
+}
+
+// aborter breaks off the calls that a sandbox has ended under.
+type aborter struct{}
+
+// WrapUnary implements connect.Interceptor.
+func (aborter) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
+	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
+		res, err := next(ctx, req)
+		if err != nil && placeOf(ctx).dead() {
+			panic(http.ErrAbortHandler)
+		}
+		return res, rpcError(err)
+	}
+}
+
+// WrapStreamingClient implements connect.Interceptor.
+func (aborter) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
+	return next
+}
+
+// WrapStreamingHandler implements connect.Interceptor.
+func (aborter) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
+	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
+		err := next(ctx, conn)
+		if err != nil && placeOf(ctx).dead() {
+			panic(http.ErrAbortHandler)
+		}
+		return rpcError(err)
+	}
+}
+
+// wrong says what is wrong with the proof of a request; "" is nothing. Files may be signed for.
+func (t Target) wrong(r *http.Request) string {
+	switch {
+	case t.Open, t.hasToken(r):
+		return ""
+	case r.URL.Path == "/health" && (r.Method == http.MethodGet || r.Method == http.MethodHead):
+		return ""
+	case r.URL.Path == "/files" && (r.Method == http.MethodGet || r.Method == http.MethodHead):
+		return t.unsigned(r, OpRead)
+	case r.URL.Path == "/files" && r.Method == http.MethodPost:
+		return t.unsigned(r, OpWrite)
+	}
+	return "unauthorized access, please provide a valid access token or method signing if supported"
+}
+
+func (t Target) hasToken(r *http.Request) bool {
+	shown, secret := r.Header.Values(TokenHeader), t.Sandbox.AccessToken()
+	return len(shown) == 1 && secret != "" && subtle.ConstantTimeCompare([]byte(shown[0]), []byte(secret)) == 1
+}
+
+// allowAll lets web pages of whatever origin use it, as envd does: they have to show the token, which no browser adds by itself.
+func allowAll(w http.ResponseWriter, r *http.Request) (answered bool) {
+	h := w.Header()
+	h.Set("Access-Control-Allow-Origin", "*")
+	h.Set("Access-Control-Expose-Headers", "Location, Cache-Control, X-Content-Type-Options, Grpc-Status, Grpc-Message, Grpc-Status-Details-Bin")
+	if r.Method != http.MethodOptions {
+		return false
+	}
+	h.Set("Access-Control-Allow-Methods", "HEAD, GET, POST, PUT, PATCH, DELETE")
+	h.Set("Access-Control-Allow-Headers", "*, Authorization, Content-Type, Connect-Protocol-Version, Connect-Timeout-Ms, Keepalive-Ping-Interval, X-Access-Token, E2b-Sandbox-Id, E2b-Sandbox-Port, X-Requested-With")
+	h.Set("Access-Control-Max-Age", "7200")
+	w.WriteHeader(http.StatusNoContent)
+	return true
+}
+
+// user is whom a call acts as: the name of Basic authentication, which has no password.
+func user(h http.Header) (string, error) {
+	given := h.Get("Authorization")
+	if given == "" {
+		return "", nil
+	}
+	name, _, ok := (&http.Request{Header: http.Header{"Authorization": {given}}}).BasicAuth()
+	if !ok {
+		return "", connect.NewError(connect.CodeUnauthenticated, errors.New("the user is given as Basic authentication without a password"))
+	}
+	return name, nil
+}
+
+// metrics tells what the sandbox uses.
+func (s *Server) metrics(w http.ResponseWriter, r *http.Request) {
+	p := placeOf(r.Context())
+	inside, _, err := p.Sandbox.Usage(r.Context())
+	if err != nil {
+		s.refuse(w, r, err)
+		return
+	}
+	samples, err := p.Sandbox.Samples(time.Now().Add(-time.Minute), time.Time{})
+	if err != nil {
+		s.refuse(w, r, err)
+		return
+	}
+	cpu := 0.0
+	if len(samples) > 0 {
+		cpu = samples[len(samples)-1].CPU
+	}
+	limits := p.Sandbox.Info().Limits
+	answer(w, map[string]any{
+		"ts": time.Now().Unix(), "cpu_count": max(1, int(limits.CPU+0.5)), "cpu_used_pct": cpu, "mem_total": limits.Memory, "mem_used": inside.Memory, "mem_cache": 0,
+		"mem_total_mib": limits.Memory >> 20, "mem_used_mib": inside.Memory >> 20, "disk_used": inside.DiskUsed, "disk_total": limits.Disk,
+	})
+}
+
+func (s *Server) envs(w http.ResponseWriter, r *http.Request) {
+	env, err := placeOf(r.Context()).Sandbox.Env(r.Context())
+	if err != nil {
+		s.refuse(w, r, err)
+		return
+	}
+	answer(w, env)
+}
+
+// init takes what E2B's own servers tell a new sandbox, as far as it makes sense here: variables.
+func (s *Server) init(w http.ResponseWriter, r *http.Request) {
+	p := placeOf(r.Context())
+	if !p.Open {
+		fail(w, http.StatusNotFound, "there is no "+r.URL.Path)
+		return
+	}
+	var body struct {
+		EnvVars map[string]string `json:"envVars"`
+	}
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxMessage)).Decode(&body); err != nil {
+		fail(w, http.StatusBadRequest, "the body is no JSON object with envVars: "+err.Error())
+		return
+	}
+	if err := p.Sandbox.AddEnv(r.Context(), body.EnvVars); err != nil {
+		s.refuse(w, r, err)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+func answer(w http.ResponseWriter, body any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	_ = json.NewEncoder(w).Encode(body) // a client that is gone misses nothing
+}
+
+// fail answers with an error in E2B's form.
+func fail(w http.ResponseWriter, code int, message string) {
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.Header().Del("Content-Encoding")
+	w.WriteHeader(code)
+	_ = json.NewEncoder(w).Encode(map[string]any{"code": code, "message": strings.ToValidUTF8(message, "\uFFFD")}) // as above
+}

@@ -1,0 +1,400 @@
+package envd
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"io/fs"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
+
+	"soulbox.dev/soulbox/agent"
+	pb "soulbox.dev/soulbox/api/envd/spec/process"
+)
+
+const (
+	keepAlive    = 90 * time.Second // where the client names no other interval
+	minKeepAlive = time.Second
+	endedKept    = 30 * time.Second // in which the end of a process is still told
+	waitPart     = time.Hour        // of a wait that has no end of its own
+)
+
+// processes is the service process.Process. It keeps nothing.
+type processes struct{}
+
+// Start implements processconnect.ProcessHandler. The process does not hang on the stream, but is killed at the deadline of the call.
+func (processes) Start(ctx context.Context, req *connect.Request[pb.StartRequest], stream *connect.ServerStream[pb.StartResponse]) error {
+	p := placeOf(ctx)
+	start, err := p.startRequest(ctx, req)
+	if err != nil {
+		return err
+	}
+	began, err := p.client.Start(ctx, start)
+	if err != nil {
+		return startError(err, req.Msg.GetProcess(), start.User)
+	}
+	f := feed{place: p, id: began.Process.ID, terminal: start.Terminal != nil, every: interval(req.Header()),
+		send: func(e *pb.ProcessEvent) error { return stream.Send(&pb.StartResponse{Event: e}) }}
+	return f.run(ctx, began.Process, 0)
+}
+
+// startRequest is what a client wants to start, in the agent's words.
+func (p *place) startRequest(ctx context.Context, req *connect.Request[pb.StartRequest]) (agent.StartRequest, error) {
+	config := req.Msg.GetProcess()
+	if config.GetCmd() == "" {
+		return agent.StartRequest{}, errorf(connect.CodeInvalidArgument, "no command is given")
+	}
+	who, err := user(req.Header())
+	if err != nil {
+		return agent.StartRequest{}, err
+	}
+	start := agent.StartRequest{Args: append([]string{config.GetCmd()}, config.GetArgs()...), Env: config.GetEnvs(), User: who, Tag: req.Msg.GetTag(),
+		KeepStdin: req.Msg.Stdin == nil || req.Msg.GetStdin()}
+	if config.GetCwd() != "" {
+		if start.Cwd, err = p.absolute(ctx, config.GetCwd(), who); err != nil {
+			return start, err
+		}
+	}
+	if size := req.Msg.GetPty(); size != nil {
+		start.Terminal = &agent.Terminal{Rows: int(min(size.GetSize().GetRows(), 1<<15)), Cols: int(min(size.GetSize().GetCols(), 1<<15))}
+	}
+	if deadline, ok := ctx.Deadline(); ok {
+		start.TimeoutMS = max(1, time.Until(deadline).Milliseconds())
+	}
+	return start, nil
+}
+
+// startError says what is wrong in the words that clients know.
+func startError(err error, config *pb.ProcessConfig, who string) error {
+	switch {
+	case errors.Is(err, agent.ErrNoUser):
+		return errorf(connect.CodeUnauthenticated, "invalid username: '%s'", who)
+	case errors.Is(err, agent.ErrCwd):
+		return errorf(connect.CodeInvalidArgument, "cwd '%s' does not exist", config.GetCwd())
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, fs.ErrPermission):
+		return errorf(connect.CodeInvalidArgument, "the program %q cannot be started: %w", config.GetCmd(), err)
+	}
+	return err
+}
+
+// Connect implements processconnect.ProcessHandler: what comes from now on.
+func (processes) Connect(ctx context.Context, req *connect.Request[pb.ConnectRequest], stream *connect.ServerStream[pb.ConnectResponse]) error {
+	p := placeOf(ctx)
+	process, err := p.find(ctx, req.Msg.GetProcess(), endedKept)
+	if err != nil {
+		return err
+	}
+	f := feed{place: p, id: process.ID, terminal: process.Terminal != nil, every: interval(req.Header()),
+		send: func(e *pb.ProcessEvent) error { return stream.Send(&pb.ConnectResponse{Event: e}) }}
+	return f.run(ctx, process, process.Output)
+}
+
+// interval is how often a client wants to be told that the stream lives.
+func interval(h http.Header) time.Duration {
+	n, err := strconv.Atoi(h.Get("Keepalive-Ping-Interval"))
+	if err != nil || n <= 0 || n > 3600 {
+		return keepAlive
+	}
+	return max(time.Duration(n)*time.Second, minKeepAlive)
+}
+
+// feed tells a client what a process does.
+type feed struct {
+	place    *place
+	id       string
+	terminal bool
+	every    time.Duration
+
+	mu   sync.Mutex // of send
+	send func(*pb.ProcessEvent) error
+	last atomic.Int64 // when something was sent, in Unix nanoseconds
+
+	reached atomic.Int64 // offset of the output that was sent
+	end     atomic.Int64 // offset at which the process ended; -1 before
+}
+
+var errOver = errors.New("all is told")
+
+// run tells all until the end of the process. What its children write after that is not waited for.
+func (f *feed) run(ctx context.Context, p agent.Process, from int64) error {
+	if err := f.tell(&pb.ProcessEvent{Event: &pb.ProcessEvent_Start{Start: &pb.ProcessEvent_StartEvent{Pid: uint32(p.PID)}}}); err != nil {
+		return err
+	}
+	f.end.Store(-1)
+	f.reached.Store(from)
+	telling, stop := context.WithCancelCause(ctx)
+	var all sync.WaitGroup
+	defer all.Wait()
+	defer stop(nil)
+	followed := make(chan error, 1)
+	all.Go(func() {
+		err := f.place.client.Follow(telling, f.id, from, f.frame)
+		if err != nil {
+			stop(err) // it is not waited for either
+		}
+		followed <- err
+	})
+	all.Go(func() { f.keepAlive(telling, stop) })
+	ended, err := f.await(telling)
+	if err != nil {
+		return err
+	}
+	if f.end.Store(ended.Output); f.reached.Load() < ended.Output {
+		if err := <-followed; err != nil && !errors.Is(err, errOver) {
+			return err
+		}
+	}
+	if ended.Cause == agent.CauseTimeout {
+		return errorf(connect.CodeDeadlineExceeded, "the command took longer than its timeout and was killed")
+	}
+	return f.tell(&pb.ProcessEvent{Event: &pb.ProcessEvent_End{End: endOf(ended)}})
+}
+
+// await waits for the end of the process.
+func (f *feed) await(ctx context.Context) (agent.Process, error) {
+	for {
+		s, err := f.place.client.Wait(ctx, agent.WaitRequest{Process: f.id, WaitMS: waitPart.Milliseconds()})
+		if err != nil || s.Process.State != agent.StateRunning {
+			return s.Process, err
+		}
+	}
+}
+
+func (f *feed) tell(e *pb.ProcessEvent) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.last.Store(time.Now().UnixNano())
+	return f.send(e)
+}
+
+// frame tells some output.
+func (f *feed) frame(o agent.OutputFrame) error {
+	if o.End != nil {
+		return nil
+	}
+	data := &pb.ProcessEvent_DataEvent{}
+	switch {
+	case f.terminal:
+		data.Output = &pb.ProcessEvent_DataEvent_Pty{Pty: o.Data}
+	case o.Stream == "stderr":
+		data.Output = &pb.ProcessEvent_DataEvent_Stderr{Stderr: o.Data}
+	default:
+		data.Output = &pb.ProcessEvent_DataEvent_Stdout{Stdout: o.Data}
+	}
+	if err := f.tell(&pb.ProcessEvent{Event: &pb.ProcessEvent_Data{Data: data}}); err != nil {
+		return err
+	}
+	f.reached.Store(o.Offset + int64(len(o.Data)))
+	if end := f.end.Load(); end >= 0 && f.reached.Load() >= end {
+		return errOver
+	}
+	return nil
+}
+
+// keepAlive sends something where there was nothing for a while, so that no proxy takes the stream for dead.
+func (f *feed) keepAlive(ctx context.Context, stop context.CancelCauseFunc) {
+	ticker := time.NewTicker(f.every)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-ticker.C:
+			if now.Sub(time.Unix(0, f.last.Load())) < f.every/2 {
+				continue
+			}
+			if err := f.tell(&pb.ProcessEvent{Event: &pb.ProcessEvent_Keepalive{Keepalive: &pb.ProcessEvent_KeepAlive{}}}); err != nil {
+				stop(err)
+				return
+			}
+		}
+	}
+}
+
+// endOf tells the end of a process in the words of Go's os.ProcessState.
+func endOf(p agent.Process) *pb.ProcessEvent_EndEvent {
+	e := &pb.ProcessEvent_EndEvent{ExitCode: int32(p.ExitCode), Exited: true, Status: "exit status " + strconv.Itoa(p.ExitCode)}
+	if p.Signal != "" {
+		e.ExitCode, e.Exited, e.Status = -1, false, "signal: "+signalText(p.Signal)
+	}
+	if e.ExitCode != 0 {
+		text := e.Status
+		if p.Cause == agent.CauseOOM {
+			text += ": the sandbox had no memory left, and this was its largest process"
+		}
+		e.Error = &text
+	}
+	return e
+}
+
+func signalText(name string) string {
+	if n := unix.SignalNum(name); n != 0 {
+		return syscall.Signal(n).String()
+	}
+	return name
+}
+
+// find finds the process that a client means, also one that ended not longer ago than that.
+func (p *place) find(ctx context.Context, s *pb.ProcessSelector, ended time.Duration) (agent.Process, error) {
+	list, err := p.client.List(ctx, agent.ListRequest{Tag: s.GetTag()})
+	if err != nil {
+		return agent.Process{}, err
+	}
+	var what string
+	switch s.GetSelector().(type) {
+	case *pb.ProcessSelector_Pid:
+		what = "pid " + strconv.FormatUint(uint64(s.GetPid()), 10)
+		list = slices.DeleteFunc(list, func(q agent.Process) bool { return uint32(q.PID) != s.GetPid() })
+	case *pb.ProcessSelector_Tag:
+		what = "tag " + strconv.Quote(s.GetTag())
+		list = slices.DeleteFunc(list, func(q agent.Process) bool { return q.Tag != s.GetTag() })
+	default:
+		return agent.Process{}, errorf(connect.CodeInvalidArgument, "name a process by its pid or tag")
+	}
+	list = slices.DeleteFunc(list, func(q agent.Process) bool {
+		return q.State != agent.StateRunning && (ended == 0 || time.Since(q.Ended) > ended)
+	})
+	if len(list) == 0 {
+		return agent.Process{}, errorf(connect.CodeNotFound, "process with %s not found", what)
+	}
+	// A number may have been used again: the one that runs is meant, or the last one.
+	return slices.MinFunc(list, func(a, b agent.Process) int {
+		return cmp.Or(cmp.Compare(b.State, a.State), b.Started.Compare(a.Started))
+	}), nil
+}
+
+// List implements processconnect.ProcessHandler.
+func (processes) List(ctx context.Context, _ *connect.Request[pb.ListRequest]) (*connect.Response[pb.ListResponse], error) {
+	list, err := placeOf(ctx).client.List(ctx, agent.ListRequest{State: agent.StateRunning})
+	if err != nil {
+		return nil, err
+	}
+	out := &pb.ListResponse{}
+	for _, q := range list {
+		config := &pb.ProcessConfig{Cwd: &q.Cwd, Envs: map[string]string{}}
+		if len(q.Args) > 0 {
+			config.Cmd, config.Args = valid(q.Args[0]), validAll(q.Args[1:])
+		} else {
+			config.Cmd, config.Args = "/bin/bash", []string{"-c", valid(q.Command)}
+		}
+		info := &pb.ProcessInfo{Config: config, Pid: uint32(q.PID)}
+		if q.Tag != "" {
+			info.Tag = &q.Tag
+		}
+		out.Processes = append(out.Processes, info)
+	}
+	return connect.NewResponse(out), nil
+}
+
+// valid makes a text of a guest one that protocol buffers take.
+func valid(text string) string { return strings.ToValidUTF8(text, "\uFFFD") }
+
+func validAll(texts []string) []string {
+	out := make([]string, len(texts))
+	for i, t := range texts {
+		out[i] = valid(t)
+	}
+	return out
+}
+
+// Update implements processconnect.ProcessHandler.
+func (processes) Update(ctx context.Context, req *connect.Request[pb.UpdateRequest]) (*connect.Response[pb.UpdateResponse], error) {
+	p := placeOf(ctx)
+	process, err := p.find(ctx, req.Msg.GetProcess(), 0)
+	if err != nil {
+		return nil, err
+	}
+	if size := req.Msg.GetPty().GetSize(); size != nil {
+		_, err = p.client.Resize(ctx, agent.ResizeRequest{Process: process.ID, Terminal: agent.Terminal{Rows: int(min(size.GetRows(), 1<<15)), Cols: int(min(size.GetCols(), 1<<15))}})
+	}
+	return connect.NewResponse(&pb.UpdateResponse{}), err
+}
+
+// SendInput implements processconnect.ProcessHandler.
+func (processes) SendInput(ctx context.Context, req *connect.Request[pb.SendInputRequest]) (*connect.Response[pb.SendInputResponse], error) {
+	p := placeOf(ctx)
+	process, err := p.find(ctx, req.Msg.GetProcess(), 0)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&pb.SendInputResponse{}), p.write(ctx, process, req.Msg.GetInput())
+}
+
+// write writes to a process.
+func (p *place) write(ctx context.Context, process agent.Process, input *pb.ProcessInput) error {
+	text := input.GetStdin()
+	switch input.GetInput().(type) {
+	case *pb.ProcessInput_Pty:
+		if text = input.GetPty(); process.Terminal == nil {
+			return errorf(connect.CodeFailedPrecondition, "process %d has no terminal: write to its stdin", process.PID)
+		}
+	case *pb.ProcessInput_Stdin:
+	default:
+		return errorf(connect.CodeInvalidArgument, "there is no input: give stdin or pty")
+	}
+	_, err := p.client.WriteStdin(ctx, process.ID, text, false)
+	return err
+}
+
+// StreamInput implements processconnect.ProcessHandler.
+func (processes) StreamInput(ctx context.Context, stream *connect.ClientStream[pb.StreamInputRequest]) (*connect.Response[pb.StreamInputResponse], error) {
+	p := placeOf(ctx)
+	var process agent.Process
+	for stream.Receive() {
+		var err error
+		switch e := stream.Msg().GetEvent().(type) {
+		case *pb.StreamInputRequest_Start:
+			process, err = p.find(ctx, e.Start.GetProcess(), 0)
+		case *pb.StreamInputRequest_Data:
+			if process.ID == "" {
+				return nil, errorf(connect.CodeInvalidArgument, "the first message must say which process is written to")
+			}
+			err = p.write(ctx, process, e.Data.GetInput())
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	return connect.NewResponse(&pb.StreamInputResponse{}), stream.Err()
+}
+
+// SendSignal implements processconnect.ProcessHandler. SIGKILL ends all that the process has started.
+func (processes) SendSignal(ctx context.Context, req *connect.Request[pb.SendSignalRequest]) (*connect.Response[pb.SendSignalResponse], error) {
+	p := placeOf(ctx)
+	process, err := p.find(ctx, req.Msg.GetProcess(), 0)
+	if err != nil {
+		return nil, err
+	}
+	switch req.Msg.GetSignal() {
+	case pb.Signal_SIGNAL_SIGKILL:
+		_, err = p.client.Kill(ctx, process.ID)
+	case pb.Signal_SIGNAL_SIGTERM:
+		_, err = p.client.Signal(ctx, process.ID, "SIGTERM")
+	default:
+		err = errorf(connect.CodeInvalidArgument, "signal %d is neither SIGTERM nor SIGKILL", req.Msg.GetSignal())
+	}
+	return connect.NewResponse(&pb.SendSignalResponse{}), err
+}
+
+// CloseStdin implements processconnect.ProcessHandler.
+func (processes) CloseStdin(ctx context.Context, req *connect.Request[pb.CloseStdinRequest]) (*connect.Response[pb.CloseStdinResponse], error) {
+	p := placeOf(ctx)
+	process, err := p.find(ctx, req.Msg.GetProcess(), 0)
+	if err != nil {
+		return nil, err
+	}
+	if process.Terminal != nil {
+		return nil, errorf(connect.CodeFailedPrecondition, "a terminal has no stdin that could be closed: send Ctrl+D, which is byte 4")
+	}
+	_, err = p.client.WriteStdin(ctx, process.ID, nil, true)
+	return connect.NewResponse(&pb.CloseStdinResponse{}), err
+}

@@ -1,0 +1,89 @@
+package api
+
+import (
+	"encoding/json"
+	"net/http"
+	"net/netip"
+	"slices"
+
+	"soulbox.dev/soulbox/sandbox"
+)
+
+// network is what clients say of a sandbox' network, in and out.
+type network struct {
+	AllowOut    []string        `json:"allowOut,omitempty"`
+	DenyOut     []string        `json:"denyOut,omitempty"`
+	EgressProxy json.RawMessage `json:"egressProxy,omitempty"`
+	Rules       json.RawMessage `json:"rules,omitempty"`
+	AllowPublic *bool           `json:"allowPublicTraffic,omitempty"`
+	MaskHost    string          `json:"maskRequestHost,omitempty"`
+	HTTPSPorts  []int           `json:"httpsPorts,omitempty"`
+}
+
+// everything is what an owner denies who wants a list of what is allowed.
+var everything = []string{"0.0.0.0/0", "::/0"}
+
+// egress is what a sandbox reaches. There always is a network, so that it can be changed: at first perhaps one in which nothing is allowed.
+func (n *network) egress(internet *bool, none bool) (sandbox.Network, error) {
+	if n == nil {
+		n = &network{}
+	}
+	if given(n.EgressProxy) {
+		return sandbox.Network{}, refuse(http.StatusNotImplemented, "network.egressProxy: this server knows no proxies of others")
+	}
+	if given(n.Rules) && string(n.Rules) != "{}" {
+		return sandbox.Network{}, refuse(http.StatusNotImplemented, "network.rules: this server does not change what sandboxes send; give them what they need as envs")
+	}
+	for _, d := range n.DenyOut {
+		if _, err := netip.ParseAddr(d); err == nil {
+			continue
+		}
+		if _, err := netip.ParsePrefix(d); err != nil {
+			return sandbox.Network{}, refuse(http.StatusBadRequest, "invalid denied CIDR %.100s: only addresses and ranges of addresses can be denied", d)
+		}
+	}
+	all := slices.Contains(n.DenyOut, everything[0])
+	named := slices.ContainsFunc(n.AllowOut, func(a string) bool {
+		_, aerr := netip.ParseAddr(a)
+		_, perr := netip.ParsePrefix(a)
+		return aerr != nil && perr != nil
+	})
+	if named && !all && (internet == nil || *internet) {
+		return sandbox.Network{}, refuse(http.StatusBadRequest, "when specifying allowed domains in allow out, you must include '0.0.0.0/0' in deny out to block all other traffic")
+	}
+	out := sandbox.Network{Mode: sandbox.NetworkFull}
+	switch {
+	case none && internet != nil && *internet || none && len(n.AllowOut) > 0:
+		return out, refuse(http.StatusForbidden, "the operator of this server gives sandboxes no network")
+	case none:
+		return sandbox.Network{Mode: sandbox.NetworkNone}, nil
+	case all, internet != nil && !*internet:
+		out = sandbox.Network{Mode: sandbox.NetworkAllowlist, Allow: n.AllowOut}
+	case len(n.DenyOut) > 0:
+		out.Allow, out.Deny = n.AllowOut, n.DenyOut
+	}
+	return out, nil
+}
+
+// ingress is who reaches a sandbox. Without a word, everybody does who knows its id.
+func (n *network) ingress() sandbox.Ingress {
+	in := sandbox.Ingress{Open: sandbox.OpenPublic}
+	if n == nil {
+		return in
+	}
+	if n.AllowPublic != nil && !*n.AllowPublic {
+		in.Open = sandbox.OpenToken
+	}
+	in.Host, in.TLS = n.MaskHost, n.HTTPSPorts
+	return in
+}
+
+// networkOf is a sandbox' network as clients say it.
+func networkOf(i sandbox.Info) network {
+	public := i.Ingress.Open == sandbox.OpenPublic
+	n := network{AllowPublic: &public, MaskHost: i.Ingress.Host, HTTPSPorts: i.Ingress.TLS, AllowOut: i.Network.Allow, DenyOut: i.Network.Deny}
+	if i.Network.Mode != sandbox.NetworkFull {
+		n.DenyOut = everything[:1]
+	}
+	return n
+}

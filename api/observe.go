@@ -1,0 +1,177 @@
+package api
+
+import (
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"soulbox.dev/soulbox/sandbox"
+)
+
+// metric is what a sandbox used at one moment.
+type metric struct {
+	Timestamp time.Time `json:"timestamp"`
+	Unix      int64     `json:"timestampUnix"`
+	CPUCount  int       `json:"cpuCount"`
+	CPUUsed   float64   `json:"cpuUsedPct"`
+	MemUsed   int64     `json:"memUsed"`
+	MemTotal  int64     `json:"memTotal"`
+	MemCache  int64     `json:"memCache"`
+	DiskUsed  int64     `json:"diskUsed"`
+	DiskTotal int64     `json:"diskTotal"`
+}
+
+// metricOf tells the use of CPUs in percent of all that the sandbox may use.
+func metricOf(s sandbox.Sample, l sandbox.Limits) metric {
+	return metric{Timestamp: s.Time, Unix: s.Time.Unix(), CPUCount: max(1, int(l.CPU+0.5)), CPUUsed: s.CPU / max(l.CPU, 1), MemUsed: s.Memory, MemTotal: l.Memory, DiskUsed: s.DiskUsed, DiskTotal: l.Disk}
+}
+
+const maxSeconds = 1 << 40
+
+func (c *Control) metrics(r *call) error {
+	sb, err := c.find(r)
+	if err != nil {
+		return err
+	}
+	from, err := r.number("start", 0, maxSeconds, 0)
+	if err != nil {
+		return err
+	}
+	until, err := r.number("end", 0, maxSeconds, 0)
+	if err != nil {
+		return err
+	}
+	if until != 0 && until < from {
+		return refuse(http.StatusBadRequest, "the end of the time is before its start")
+	}
+	sb.Refresh(r.Context())
+	samples, err := sb.Samples(unix(from), unix(until))
+	if err != nil {
+		return err
+	}
+	out := []metric{}
+	for _, s := range samples {
+		out = append(out, metricOf(s, sb.Info().Limits))
+	}
+	return r.answer(http.StatusOK, out)
+}
+
+// unix is a moment; 0 is none.
+func unix(seconds int64) time.Time {
+	if seconds == 0 {
+		return time.Time{}
+	}
+	return time.Unix(seconds, 0)
+}
+
+// allMetrics tells what some sandboxes use now. Those that are not the caller's are not in it.
+func (c *Control) allMetrics(r *call) error {
+	ids := strings.Split(r.URL.Query().Get("sandbox_ids"), ",")
+	if len(ids) > maxPage || ids[0] == "" {
+		return refuse(http.StatusBadRequest, "name 1 to %d sandboxes by sandbox_ids", maxPage)
+	}
+	out := map[string]metric{}
+	for _, id := range ids {
+		sb, err := c.Manager.Get(r.owner, id)
+		if err != nil || sb.Info().State.Ended() {
+			continue
+		}
+		samples, err := sb.Samples(time.Now().Add(-time.Minute), time.Time{})
+		if err != nil {
+			return err
+		}
+		if n := len(samples); n > 0 {
+			out[id] = metricOf(samples[n-1], sb.Info().Limits)
+		}
+	}
+	return r.answer(http.StatusOK, map[string]any{"sandboxes": out})
+}
+
+// logEntry is something that happened to a sandbox.
+type logEntry struct {
+	Timestamp time.Time         `json:"timestamp"`
+	Level     string            `json:"level"`
+	Message   string            `json:"message"`
+	Fields    map[string]string `json:"fields"`
+}
+
+const maxLogs = 1000
+
+func (c *Control) readLogs(r *call, q sandbox.LogQuery) ([]logEntry, error) {
+	id, _, _ := strings.Cut(r.PathValue("id"), "-")
+	sb, err := c.Manager.Get(r.owner, id) // one that has ended is still told of
+	if err != nil {
+		return nil, refuse(http.StatusNotFound, "sandbox %.60q doesn't exist or you don't have access to it", r.PathValue("id"))
+	}
+	sb.Refresh(r.Context())
+	page, err := sb.Logs(q)
+	if err != nil {
+		return nil, err
+	}
+	out := []logEntry{}
+	for _, e := range page.Entries {
+		out = append(out, logEntry{e.Time, string(e.Level), e.Message, map[string]string{"source": e.Source}})
+	}
+	return out, nil
+}
+
+// oldLogs gives the same twice: as lines, and as entries.
+func (c *Control) oldLogs(r *call) error {
+	start, err := r.number("start", 0, maxSeconds*1000, 0)
+	if err != nil {
+		return err
+	}
+	limit, err := r.number("limit", 0, maxLogs, maxLogs)
+	if err != nil {
+		return err
+	}
+	q := sandbox.LogQuery{Limit: int(limit), First: true}
+	if start > 0 {
+		q.Since = time.UnixMilli(start)
+	}
+	entries, err := c.readLogs(r, q)
+	if err != nil {
+		return err
+	}
+	lines := []map[string]any{}
+	for _, e := range entries {
+		lines = append(lines, map[string]any{"timestamp": e.Timestamp, "line": e.Message})
+	}
+	return r.answer(http.StatusOK, map[string]any{"logs": lines, "logEntries": entries})
+}
+
+func (c *Control) logs(r *call) error {
+	cursor, err := r.number("cursor", 0, maxSeconds*1000, 0)
+	if err != nil {
+		return err
+	}
+	limit, err := r.number("limit", 0, maxLogs, maxLogs)
+	if err != nil {
+		return err
+	}
+	q := sandbox.LogQuery{Limit: int(limit), Text: r.URL.Query().Get("search"), Level: sandbox.Level(r.URL.Query().Get("level"))}
+	if q.Level != "" && !slices.Contains(sandbox.Levels(), q.Level) || len(q.Text) > 256 {
+		return refuse(http.StatusBadRequest, "level is debug, info, warn or error, and search has at most 256 bytes")
+	}
+	switch direction := r.URL.Query().Get("direction"); direction {
+	case "", "forward":
+		if q.First = true; cursor > 0 {
+			q.Since = time.UnixMilli(cursor)
+		}
+	case "backward":
+		if cursor > 0 {
+			q.Until = time.UnixMilli(cursor + 1)
+		}
+	default:
+		return refuse(http.StatusBadRequest, "direction is forward or backward, not %.40q", direction)
+	}
+	entries, err := c.readLogs(r, q)
+	if err != nil {
+		return err
+	}
+	if !q.First {
+		slices.Reverse(entries)
+	}
+	return r.answer(http.StatusOK, map[string]any{"logs": entries})
+}

@@ -1,0 +1,529 @@
+package api
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"soulbox.dev/soulbox/api/envd"
+	"soulbox.dev/soulbox/sandbox"
+	"soulbox.dev/soulbox/template"
+)
+
+// Lives of sandboxes whose clients name none, in seconds.
+const (
+	oldLife    = 15
+	newLife    = 300
+	maxLife    = 100 * 365 * 24 * 3600
+	maxRefresh = 3600
+)
+
+// clientID was the node of a sandbox, and must be there.
+const clientID = "soulbox"
+
+// created is a sandbox as it is told to who made it or connects to it.
+type created struct {
+	TemplateID   string  `json:"templateID"`
+	SandboxID    string  `json:"sandboxID"`
+	ClientID     string  `json:"clientID"`
+	EnvdVersion  string  `json:"envdVersion"`
+	Alias        string  `json:"alias,omitempty"`
+	AccessToken  string  `json:"envdAccessToken"`
+	TrafficToken *string `json:"trafficAccessToken"`
+	Domain       *string `json:"domain"`
+}
+
+// listed is a sandbox in a list.
+type listed struct {
+	TemplateID   string            `json:"templateID"`
+	Alias        string            `json:"alias,omitempty"`
+	SandboxID    string            `json:"sandboxID"`
+	ClientID     string            `json:"clientID"`
+	StartedAt    time.Time         `json:"startedAt"`
+	EndAt        time.Time         `json:"endAt"`
+	CPUCount     int               `json:"cpuCount"`
+	MemoryMB     int64             `json:"memoryMB"`
+	DiskSizeMB   int64             `json:"diskSizeMB"`
+	Metadata     map[string]string `json:"metadata,omitempty"`
+	State        string            `json:"state"`
+	EnvdVersion  string            `json:"envdVersion"`
+	VolumeMounts []struct{}        `json:"volumeMounts"`
+}
+
+// detail is all there is to know of a sandbox.
+type detail struct {
+	listed
+	AccessToken string    `json:"envdAccessToken"`
+	Domain      *string   `json:"domain"`
+	Internet    *bool     `json:"allowInternetAccess"`
+	Network     network   `json:"network"`
+	Lifecycle   lifecycle `json:"lifecycle"`
+}
+
+type lifecycle struct {
+	AutoResume bool   `json:"autoResume"`
+	OnTimeout  string `json:"onTimeout"`
+}
+
+func (c *Control) created(sb *sandbox.Sandbox) created {
+	i := sb.Info()
+	out := created{TemplateID: templateOf(i), SandboxID: i.ID, ClientID: clientID, EnvdVersion: envd.Version, Alias: i.Template, AccessToken: sb.AccessToken(), Domain: c.domain()}
+	if i.Ingress.Open != sandbox.OpenPublic {
+		token := sb.TrafficToken()
+		out.TrafficToken = &token
+	}
+	return out
+}
+
+// domain is where sandboxes are reached, if that is what clients take it for: they put https:// before it.
+func (c *Control) domain() *string {
+	if c.Gateway == nil || !c.Gateway.secure() {
+		return nil
+	}
+	return &c.Gateway.Base.Host
+}
+
+// templateOf is what a sandbox began from.
+func templateOf(i sandbox.Info) string { return cmp.Or(i.Template, template.HostName) }
+
+func list(i sandbox.Info) listed {
+	out := listed{TemplateID: templateOf(i), Alias: i.Template, SandboxID: i.ID, ClientID: clientID, StartedAt: began(i), EndAt: i.ExpiresAt, CPUCount: max(1, int(i.Limits.CPU+0.5)),
+		MemoryMB: i.Limits.Memory >> 20, DiskSizeMB: i.Limits.Disk >> 20, Metadata: i.Metadata, State: "running", EnvdVersion: envd.Version, VolumeMounts: []struct{}{}}
+	if i.State == sandbox.Paused {
+		out.State, out.EndAt = "paused", i.Changed
+	}
+	return out
+}
+
+func began(i sandbox.Info) time.Time {
+	if i.Ready.IsZero() {
+		return i.Created
+	}
+	return i.Ready
+}
+
+// find finds a sandbox of the caller's that has not ended.
+func (c *Control) find(r *call) (*sandbox.Sandbox, error) {
+	id, _, _ := strings.Cut(r.PathValue("id"), "-") // a client's id may follow
+	sb, err := c.Manager.Get(r.owner, id)
+	if err != nil || sb.Info().State.Ended() {
+		return nil, refuse(http.StatusNotFound, "sandbox %.60q doesn't exist or you don't have access to it", r.PathValue("id"))
+	}
+	return sb, nil
+}
+
+// gone is the error of an act on a sandbox that has ended meanwhile.
+func gone(sb *sandbox.Sandbox, err error) error {
+	if err != nil && sb.Info().State.Ended() {
+		return refuse(http.StatusNotFound, "sandbox %q doesn't exist or you don't have access to it", sb.ID())
+	}
+	return err
+}
+
+// newSandbox is what a client wants to have made.
+type newSandbox struct {
+	TemplateID      string `json:"templateID"`
+	Timeout         *int64 `json:"timeout"`
+	AutoPause       bool   `json:"autoPause"`
+	AutoPauseMemory *bool  `json:"autoPauseMemory"`
+	AutoResume      *struct {
+		Enabled bool `json:"enabled"`
+	} `json:"autoResume"`
+	Internet     *bool             `json:"allow_internet_access"`
+	Network      *network          `json:"network"`
+	Metadata     map[string]string `json:"metadata"`
+	Env          map[string]string `json:"envVars"`
+	MCP          json.RawMessage   `json:"mcp"`
+	IAM          json.RawMessage   `json:"iam"`
+	VolumeMounts []json.RawMessage `json:"volumeMounts"`
+}
+
+func given(raw json.RawMessage) bool { return len(raw) > 0 && string(raw) != "null" }
+
+// options are those of the sandbox.
+func (n newSandbox) options(c *Control, owner string, life int64) (o sandbox.CreateOptions, err error) {
+	switch {
+	case n.TemplateID == "":
+		return o, refuse(http.StatusBadRequest, "templateID is missing")
+	case len(n.VolumeMounts) > 0:
+		return o, refuse(http.StatusNotImplemented, "this server has no volumes")
+	case given(n.MCP):
+		return o, refuse(http.StatusNotImplemented, "this server has no MCP gateway in sandboxes: start MCP servers by commands.run, or build a template with them")
+	case given(n.IAM):
+		return o, refuse(http.StatusNotImplemented, "this server gives sandboxes no identities")
+	}
+	resume := n.AutoResume != nil && n.AutoResume.Enabled
+	filesOnly := n.AutoPause && n.AutoPauseMemory != nil && !*n.AutoPauseMemory
+	if resume && (!n.AutoPause || filesOnly) {
+		return o, refuse(http.StatusBadRequest, "autoResume needs autoPause with memory")
+	}
+	lifetime, err := seconds("timeout", n.Timeout, life, maxLife)
+	if err != nil {
+		return o, err
+	}
+	o = sandbox.CreateOptions{Owner: owner, Template: c.templateName(owner, n.TemplateID), Metadata: n.Metadata, Env: n.Env,
+		Times: sandbox.Times{Life: max(lifetime, time.Second), OnTimeout: sandbox.ActionKill, NoAutoResume: !resume, FilesOnly: filesOnly}}
+	if n.AutoPause {
+		o.Times.OnTimeout = sandbox.ActionPause
+	}
+	if o.Network, err = n.Network.egress(n.Internet, c.NoNetwork); err == nil {
+		o.Ingress = n.Network.ingress()
+	}
+	return o, err
+}
+
+// seconds is a time that a client names.
+func seconds(name string, given *int64, without, most int64) (time.Duration, error) {
+	if given != nil {
+		without = *given
+	}
+	if without < 0 || without > most {
+		return 0, refuse(http.StatusBadRequest, "%s is from 0 to %d seconds", name, most)
+	}
+	return time.Duration(without) * time.Second, nil
+}
+
+func (c *Control) create(r *call, life int64) error {
+	var body newSandbox
+	if err := r.body(&body); err != nil {
+		return err
+	}
+	o, err := body.options(c, r.owner, life)
+	if err != nil {
+		return err
+	}
+	sb, err := c.Manager.Create(r.Context(), o)
+	if errors.Is(err, sandbox.ErrNoTemplate) {
+		return refuse(http.StatusNotFound, "template '%.100s' not found", body.TemplateID)
+	}
+	if err != nil {
+		return err
+	}
+	return r.answer(http.StatusCreated, c.created(sb))
+}
+
+// living are the owner's sandboxes that a query selects, the newest first.
+func (c *Control) living(r *call, states map[string]bool) ([]sandbox.Info, error) {
+	q := r.URL.Query()
+	metadata, err := metadataQuery(q.Get("metadata"))
+	if err != nil {
+		return nil, err
+	}
+	var since time.Time
+	if text := q.Get("startedAfter"); text != "" {
+		if since, err = time.Parse(time.RFC3339, text); err != nil {
+			return nil, refuse(http.StatusBadRequest, "startedAfter is a time such as 2026-01-02T15:04:05Z, not %.40q", text)
+		}
+	}
+	filter := sandbox.Filter{Owner: r.owner, Metadata: metadata}
+	if name := q.Get("template"); name != "" {
+		filter.Template = cmp.Or(c.templateName(r.owner, name), template.HostName)
+	}
+	all := slices.DeleteFunc(c.Manager.List(filter), func(i sandbox.Info) bool {
+		return i.State != sandbox.Running && i.State != sandbox.Paused || !states[list(i).State] || began(i).Before(since)
+	})
+	slices.SortFunc(all, func(a, b sandbox.Info) int { return cmp.Or(began(b).Compare(began(a)), cmp.Compare(b.ID, a.ID)) })
+	return all, nil
+}
+
+// metadataQuery reads pairs that clients have encoded once more than a query needs, and each key and value once more than that.
+func metadataQuery(text string) (map[string]string, error) {
+	if text == "" {
+		return nil, nil
+	}
+	pairs, err := url.QueryUnescape(text)
+	out := map[string]string{}
+	for _, pair := range strings.Split(pairs, "&") {
+		k, v, _ := strings.Cut(pair, "=")
+		key, kerr := url.QueryUnescape(k)
+		value, verr := url.QueryUnescape(v)
+		err = errors.Join(err, kerr, verr)
+		out[key] = value
+	}
+	if err != nil {
+		return nil, refuse(http.StatusBadRequest, "metadata is no list of key=value pairs: %v", err)
+	}
+	return out, nil
+}
+
+func (c *Control) listRunning(r *call) error {
+	all, err := c.living(r, map[string]bool{"running": true})
+	if err != nil {
+		return err
+	}
+	return r.answer(http.StatusOK, listAll(all))
+}
+
+func listAll(all []sandbox.Info) []listed {
+	out := []listed{}
+	for _, i := range all {
+		out = append(out, list(i))
+	}
+	return out
+}
+
+func (c *Control) list(r *call) error {
+	states := map[string]bool{}
+	for _, one := range r.URL.Query()["state"] {
+		for _, s := range strings.Split(one, ",") {
+			if s != "running" && s != "paused" {
+				return refuse(http.StatusBadRequest, "state is running or paused, not %.40q", s)
+			}
+			states[s] = true
+		}
+	}
+	if len(states) == 0 {
+		states = map[string]bool{"running": true, "paused": true}
+	}
+	all, err := c.living(r, states)
+	if err != nil {
+		return err
+	}
+	order := cmp.Or(r.URL.Query().Get("order"), "desc")
+	switch order {
+	case "desc":
+	case "asc":
+		slices.Reverse(all)
+	default:
+		return refuse(http.StatusBadRequest, "order is asc or desc, not %.40q", order)
+	}
+	running := 0
+	for _, i := range all {
+		if i.State == sandbox.Running {
+			running++
+		}
+	}
+	r.w.Header().Set("X-Total-Running", strconv.Itoa(running))
+	if all, err = page(r, all, order == "desc", func(i sandbox.Info) string { return moment(began(i), i.ID) }); err != nil {
+		return err
+	}
+	return r.answer(http.StatusOK, listAll(all))
+}
+
+func (c *Control) get(r *call) error {
+	sb, err := c.find(r)
+	if err != nil {
+		return err
+	}
+	i := sb.Info()
+	on := i.Network.Mode == sandbox.NetworkFull || len(i.Network.Allow) > 0
+	return r.answer(http.StatusOK, detail{listed: list(i), AccessToken: sb.AccessToken(), Domain: c.domain(), Internet: &on, Network: networkOf(i),
+		Lifecycle: lifecycle{AutoResume: !i.Times.NoAutoResume && i.Times.OnTimeout == sandbox.ActionPause, OnTimeout: string(i.Times.OnTimeout)}})
+}
+
+func (c *Control) kill(r *call) error {
+	sb, err := c.find(r)
+	if err == nil {
+		err = gone(sb, sb.Kill(sandbox.CauseKilled))
+	}
+	var state *sandbox.StateError
+	if errors.As(err, &state) || err != nil && sb != nil && sb.Info().State.Ended() {
+		err = refuse(http.StatusNotFound, "sandbox %q doesn't exist or you don't have access to it", sb.ID())
+	}
+	if err != nil {
+		return err
+	}
+	return r.done(http.StatusNoContent)
+}
+
+func (c *Control) pause(r *call) error {
+	var body struct {
+		Memory *bool `json:"memory"`
+	}
+	if err := r.body(&body); err != nil {
+		return err
+	}
+	sb, err := c.find(r)
+	if err != nil {
+		return err
+	}
+	err = sb.Pause(r.Context(), sandbox.PauseOptions{ToDisk: true, FilesOnly: body.Memory != nil && !*body.Memory, AutoResume: !sb.Info().Times.NoAutoResume})
+	if err != nil {
+		return gone(sb, err)
+	}
+	return r.done(http.StatusNoContent)
+}
+
+// connectTo has a sandbox run, and for as long as is asked for at least.
+func (c *Control) connectTo(r *call) error {
+	var body struct {
+		Timeout *int64 `json:"timeout"`
+		Memory  *bool  `json:"memory"`
+	}
+	if err := r.body(&body); err != nil {
+		return err
+	}
+	life, err := seconds("timeout", body.Timeout, newLife, maxLife)
+	if err != nil {
+		return err
+	}
+	sb, err := c.find(r)
+	if err != nil {
+		return err
+	}
+	paused := sb.Info().State == sandbox.Paused
+	if paused && body.Memory != nil && !*body.Memory {
+		return refuse(http.StatusNotImplemented, "a sandbox that was saved with its memory is resumed with it; pause it without memory to have it boot anew")
+	}
+	if _, err := sb.Update(r.Context(), sandbox.Update{AtLeast: &life}); err != nil {
+		return gone(sb, err)
+	}
+	if paused {
+		if err := sb.Resume(r.Context()); err != nil && sb.Info().State != sandbox.Running {
+			return gone(sb, err)
+		}
+		return r.answer(http.StatusCreated, c.created(sb))
+	}
+	return r.answer(http.StatusOK, c.created(sb))
+}
+
+func (c *Control) resume(r *call) error {
+	var body struct {
+		Timeout   *int64 `json:"timeout"`
+		AutoPause *bool  `json:"autoPause"`
+	}
+	if err := r.body(&body); err != nil {
+		return err
+	}
+	life, err := seconds("timeout", body.Timeout, oldLife, maxLife)
+	if err != nil {
+		return err
+	}
+	sb, err := c.find(r)
+	if err != nil {
+		return err
+	}
+	if sb.Info().State == sandbox.Running {
+		return refuse(http.StatusConflict, "sandbox %q is already running", sb.ID())
+	}
+	u := sandbox.Update{AtLeast: &life}
+	if body.AutoPause != nil {
+		u.OnTimeout = sandbox.ActionKill
+		if *body.AutoPause {
+			u.OnTimeout = sandbox.ActionPause
+		}
+	}
+	if _, err := sb.Update(r.Context(), u); err != nil {
+		return gone(sb, err)
+	}
+	if err := sb.Resume(r.Context()); err != nil {
+		return gone(sb, err)
+	}
+	return r.answer(http.StatusCreated, c.created(sb))
+}
+
+func (c *Control) setTimeout(r *call) error {
+	var body struct {
+		Timeout *int64 `json:"timeout"`
+	}
+	if err := r.body(&body); err != nil {
+		return err
+	}
+	if body.Timeout == nil {
+		return refuse(http.StatusBadRequest, "timeout is missing")
+	}
+	life, err := seconds("timeout", body.Timeout, 0, maxLife)
+	if err != nil {
+		return err
+	}
+	return c.update(r, sandbox.Update{Lifetime: &life})
+}
+
+func (c *Control) refresh(r *call) error {
+	var body struct {
+		Duration *int64 `json:"duration"`
+	}
+	if err := r.body(&body); err != nil {
+		return err
+	}
+	life, err := seconds("duration", body.Duration, oldLife, maxRefresh)
+	if err != nil {
+		return err
+	}
+	return c.update(r, sandbox.Update{AtLeast: &life})
+}
+
+func (c *Control) update(r *call, u sandbox.Update) error {
+	sb, err := c.find(r)
+	if err != nil {
+		return err
+	}
+	if _, err := sb.Update(r.Context(), u); err != nil {
+		return gone(sb, err)
+	}
+	return r.done(http.StatusNoContent)
+}
+
+func (c *Control) setNetwork(r *call) error {
+	var body struct {
+		network
+		Internet *bool `json:"allow_internet_access"`
+	}
+	if err := r.body(&body); err != nil {
+		return err
+	}
+	sb, err := c.find(r)
+	if err != nil {
+		return err
+	}
+	n, err := body.network.egress(body.Internet, c.NoNetwork)
+	if err == nil {
+		err = gone(sb, sb.SetNetwork(n))
+	}
+	if err != nil {
+		return err
+	}
+	return r.done(http.StatusNoContent)
+}
+
+// fork makes copies. Each is told by itself, those that could not be made with what was wrong.
+func (c *Control) fork(r *call) error {
+	var body struct {
+		Timeout *int64 `json:"timeout"`
+		Count   *int   `json:"count"`
+	}
+	if err := r.body(&body); err != nil {
+		return err
+	}
+	life, err := seconds("timeout", body.Timeout, newLife, maxLife)
+	if err != nil {
+		return err
+	}
+	sb, err := c.find(r)
+	if err != nil {
+		return err
+	}
+	count := 1
+	if body.Count != nil {
+		count = *body.Count
+	}
+	copies, failed, err := sb.Fork(r.Context(), count, nil)
+	if err != nil {
+		return gone(sb, err)
+	}
+	out := []map[string]any{}
+	for _, one := range copies {
+		if _, err := one.Update(r.Context(), sandbox.Update{Lifetime: &life}); err != nil {
+			failed[len(failed)+count+1] = errors.Join(err, one.Kill(err))
+			continue
+		}
+		out = append(out, map[string]any{"sandbox": c.created(one)})
+	}
+	for _, err := range failed {
+		code := http.StatusInternalServerError
+		for _, s := range statuses {
+			if errors.Is(err, s.err) {
+				code = s.code
+				break
+			}
+		}
+		out = append(out, map[string]any{"error": map[string]any{"code": code, "message": err.Error()}})
+	}
+	return r.answer(http.StatusCreated, out)
+}

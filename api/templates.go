@@ -1,0 +1,315 @@
+package api
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"soulbox.dev/soulbox/api/envd"
+	"soulbox.dev/soulbox/sandbox"
+	"soulbox.dev/soulbox/template"
+)
+
+// defaultTag is the tag of a name without one.
+const defaultTag = "default"
+
+// plainName is a name of a template or snapshot as it is kept here: clients may put the owner before it, and the tag that every template has.
+func plainName(owner, name string) string {
+	name = strings.ToLower(strings.TrimSpace(name))
+	if owner == "" {
+		owner = "local"
+	}
+	name = strings.TrimPrefix(name, strings.ToLower(owner)+"/")
+	return strings.TrimSuffix(strings.TrimSuffix(name, ":"+defaultTag), ":latest")
+}
+
+// templateName is what the domain knows a template by. "base" is what there is, where none was built.
+func (c *Control) templateName(owner, name string) string {
+	name = plainName(owner, name)
+	if name == template.BaseName {
+		if _, err := c.Store.Get(owner, name); err != nil {
+			return ""
+		}
+	}
+	return name
+}
+
+// templateInfo is a template in a list.
+type templateInfo struct {
+	TemplateID  string     `json:"templateID"`
+	BuildID     string     `json:"buildID"`
+	CPUCount    int        `json:"cpuCount"`
+	MemoryMB    int64      `json:"memoryMB"`
+	DiskSizeMB  int64      `json:"diskSizeMB"`
+	Public      bool       `json:"public"`
+	Aliases     []string   `json:"aliases"`
+	Names       []string   `json:"names"`
+	CreatedAt   time.Time  `json:"createdAt"`
+	UpdatedAt   time.Time  `json:"updatedAt"`
+	CreatedBy   *struct{}  `json:"createdBy"`
+	SpawnedAt   *time.Time `json:"lastSpawnedAt"`
+	SpawnCount  int        `json:"spawnCount"`
+	BuildCount  int        `json:"buildCount"`
+	EnvdVersion string     `json:"envdVersion"`
+	BuildStatus string     `json:"buildStatus"`
+}
+
+func (c *Control) templateInfo(m template.Manifest) templateInfo {
+	l := c.Manager.Limits(m.Limits)
+	return templateInfo{TemplateID: m.Name, BuildID: m.Build, CPUCount: max(1, int(l.CPU+0.5)), MemoryMB: l.Memory >> 20, DiskSizeMB: l.Disk >> 20, Public: m.Owner == "",
+		Aliases: []string{m.Name}, Names: []string{m.Name}, CreatedAt: m.Created, UpdatedAt: m.Created, BuildCount: 1, EnvdVersion: envd.Version, BuildStatus: statusReady}
+}
+
+func (c *Control) listTemplates(r *call) error {
+	all, err := c.Store.List(r.owner)
+	if err != nil {
+		return err
+	}
+	out := []templateInfo{}
+	for _, m := range all {
+		out = append(out, c.templateInfo(m))
+	}
+	return r.answer(http.StatusOK, out)
+}
+
+// templateOfPath finds the template that a path names.
+func (c *Control) templateOfPath(r *call) (template.Manifest, error) {
+	return c.Store.Get(r.owner, plainName(r.owner, r.PathValue("id")))
+}
+
+func (c *Control) getTemplate(r *call) error {
+	m, err := c.templateOfPath(r)
+	if err != nil {
+		return err
+	}
+	body, err := json.Marshal(c.templateInfo(m))
+	if err != nil {
+		return err
+	}
+	out := map[string]any{}
+	if err := json.Unmarshal(body, &out); err != nil {
+		return err
+	}
+	out["builds"] = []map[string]any{{"buildID": m.Build, "status": statusReady, "createdAt": m.Created, "updatedAt": m.Created, "finishedAt": m.Created,
+		"cpuCount": out["cpuCount"], "memoryMB": out["memoryMB"], "diskSizeMB": out["diskSizeMB"], "envdVersion": envd.Version}}
+	return r.answer(http.StatusOK, out)
+}
+
+// deleteTemplate removes a template or a snapshot; both are templates to clients. That of the operator is not theirs.
+func (c *Control) deleteTemplate(r *call) error {
+	name := plainName(r.owner, r.PathValue("id"))
+	err := c.Store.Delete(r.owner, name)
+	if errors.Is(err, sandbox.ErrNoTemplate) {
+		if err = c.Manager.DeleteSnapshot(r.owner, name); errors.Is(err, sandbox.ErrNoSnapshot) {
+			if m, merr := c.Store.Get(r.owner, name); merr == nil && m.Owner != r.owner {
+				return refuse(http.StatusForbidden, "the template '%s' is the operator's", name)
+			}
+			return refuse(http.StatusNotFound, "template '%.100s' not found", r.PathValue("id"))
+		}
+	}
+	if err != nil {
+		return err
+	}
+	return r.done(http.StatusNoContent)
+}
+
+func (c *Control) publish(r *call) error {
+	var body struct {
+		Public *bool `json:"public"`
+	}
+	if err := r.body(&body); err != nil {
+		return err
+	}
+	m, err := c.templateOfPath(r)
+	if err != nil {
+		return err
+	}
+	if body.Public != nil && *body.Public != (m.Owner == "") {
+		return refuse(http.StatusNotImplemented, "only the operator of this server makes templates that everybody sees")
+	}
+	return r.answer(http.StatusOK, map[string]any{"names": []string{m.Name}})
+}
+
+// templatePart serves two paths that one pattern cannot tell apart: /templates/aliases/{name} and /templates/{name}/tags.
+func (c *Control) templatePart(r *call) error {
+	switch {
+	case r.PathValue("id") == "aliases":
+		return c.alias(r, r.PathValue("what"))
+	case r.PathValue("what") == "tags":
+		return c.listTags(r)
+	}
+	return refuse(http.StatusNotFound, "there is no %s", r.URL.Path)
+}
+
+func (c *Control) alias(r *call, name string) error {
+	m, err := c.Store.Get(r.owner, plainName(r.owner, name))
+	if errors.Is(err, sandbox.ErrNoTemplate) {
+		return refuse(http.StatusNotFound, "template '%.100s' not found", name)
+	}
+	if err != nil {
+		return err
+	}
+	return r.answer(http.StatusOK, map[string]any{"templateID": m.Name, "public": m.Owner == ""})
+}
+
+// tagged splits a name from its tag.
+func tagged(name string) (plain, tag string) {
+	plain, tag, _ = strings.Cut(name, ":")
+	return plain, cmp.Or(tag, defaultTag)
+}
+
+// withTag is the name that a template has under a tag.
+func withTag(plain, tag string) string {
+	if tag = strings.ToLower(strings.TrimSpace(tag)); tag == defaultTag || tag == "latest" || tag == "" {
+		return plain
+	}
+	return plain + ":" + tag
+}
+
+const maxTags = 32
+
+// addTags gives a template names with other tags.
+func (c *Control) addTags(r *call) error {
+	var body struct {
+		Target string   `json:"target"`
+		Tags   []string `json:"tags"`
+	}
+	if err := r.body(&body); err != nil {
+		return err
+	}
+	if len(body.Tags) == 0 || len(body.Tags) > maxTags {
+		return refuse(http.StatusBadRequest, "give 1 to %d tags", maxTags)
+	}
+	m, err := c.Store.Get(r.owner, plainName(r.owner, body.Target))
+	if err != nil {
+		return err
+	}
+	if m.Owner != r.owner {
+		return refuse(http.StatusForbidden, "the template '%s' is the operator's", m.Name)
+	}
+	if err := c.tag(m, body.Tags); err != nil {
+		return err
+	}
+	return r.answer(http.StatusCreated, map[string]any{"tags": body.Tags, "buildID": m.Build})
+}
+
+// tag names a template by its name with each of some tags, all or none.
+func (c *Control) tag(m template.Manifest, tags []string) error {
+	plain, _ := tagged(m.Name)
+	names := make([]string, len(tags))
+	for i, t := range tags {
+		name, err := template.CheckName(withTag(plain, t))
+		if err != nil {
+			return err
+		}
+		names[i] = name
+	}
+	if err := c.Builder.MayName(m.Owner, names...); err != nil {
+		return err
+	}
+	for _, name := range names {
+		m.Name = name
+		if err := c.Store.Put(m); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *Control) removeTags(r *call) error {
+	var body struct {
+		Name string   `json:"name"`
+		Tags []string `json:"tags"`
+	}
+	if err := r.body(&body); err != nil {
+		return err
+	}
+	if len(body.Tags) == 0 || len(body.Tags) > maxTags {
+		return refuse(http.StatusBadRequest, "give 1 to %d tags", maxTags)
+	}
+	plain, _ := tagged(plainName(r.owner, body.Name))
+	for _, t := range body.Tags {
+		if withTag(plain, t) == plain {
+			return refuse(http.StatusBadRequest, "the tag %q cannot be removed: delete the template", t)
+		}
+		if err := c.Store.Delete(r.owner, withTag(plain, t)); err != nil {
+			return err
+		}
+	}
+	return r.done(http.StatusNoContent)
+}
+
+func (c *Control) listTags(r *call) error {
+	plain, _ := tagged(plainName(r.owner, r.PathValue("id")))
+	all, err := c.Store.List(r.owner)
+	if err != nil {
+		return err
+	}
+	out := []map[string]any{}
+	for _, m := range all {
+		if name, tag := tagged(m.Name); name == plain {
+			out = append(out, map[string]any{"tag": tag, "buildID": m.Build, "createdAt": m.Created})
+		}
+	}
+	if len(out) == 0 {
+		return refuse(http.StatusNotFound, "template '%.100s' not found", r.PathValue("id"))
+	}
+	return r.answer(http.StatusOK, out)
+}
+
+// snapshot saves a sandbox. One of the same name takes the place of the older one, as with clients' other templates.
+func (c *Control) snapshot(r *call) error {
+	var body struct {
+		Name string `json:"name"`
+	}
+	if err := r.body(&body); err != nil {
+		return err
+	}
+	sb, err := c.find(r)
+	if err != nil {
+		return err
+	}
+	name := plainName(r.owner, body.Name)
+	if name == "" {
+		name = "snap-" + strings.TrimPrefix(template.NewBuildID(), "bd")
+	}
+	if strings.Contains(name, ":") {
+		return refuse(http.StatusBadRequest, "snapshots have no tags here: %.100q", body.Name)
+	}
+	snap, err := sb.Snapshot(r.Context(), sandbox.SnapshotOptions{Name: name, Replace: body.Name != ""})
+	if err != nil {
+		return gone(sb, err)
+	}
+	return r.answer(http.StatusCreated, snapshotOf(snap))
+}
+
+func snapshotOf(s sandbox.Snapshot) map[string]any {
+	id := s.Name + ":" + defaultTag
+	return map[string]any{"snapshotID": id, "names": []string{id}}
+}
+
+func (c *Control) listSnapshots(r *call) error {
+	all, err := c.Manager.Snapshots(r.owner)
+	if err != nil {
+		return err
+	}
+	q := r.URL.Query()
+	of, _, _ := strings.Cut(q.Get("sandboxID"), "-")
+	name := plainName(r.owner, q.Get("name"))
+	all = slices.DeleteFunc(all, func(s sandbox.Snapshot) bool { return of != "" && s.Sandbox != of || name != "" && s.Name != name })
+	slices.SortFunc(all, func(a, b sandbox.Snapshot) int {
+		return cmp.Or(b.Created.Compare(a.Created), cmp.Compare(b.Name, a.Name))
+	})
+	if all, err = page(r, all, true, func(s sandbox.Snapshot) string { return moment(s.Created, s.Name) }); err != nil {
+		return err
+	}
+	out := []map[string]any{}
+	for _, s := range all {
+		out = append(out, snapshotOf(s))
+	}
+	return r.answer(http.StatusOK, out)
+}

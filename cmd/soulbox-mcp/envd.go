@@ -1,0 +1,104 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+
+	"soulbox.dev/soulbox/api/envd"
+	"soulbox.dev/soulbox/sandbox"
+)
+
+// runEnvd serves one sandbox as E2B's SDKs look for it in debug mode (E2B_DEBUG=true): on this machine, without a control plane and without a token.
+// The sandbox ends with it.
+func runEnvd(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) (err error) {
+	c := config{onExit: "kill"}
+	listen, name := "", ""
+	err = c.parse("envd", args, getenv, stderr, func(f *flag.FlagSet) {
+		f.StringVar(&listen, "listen", fmt.Sprintf("127.0.0.1:%d", envd.Port), "`address` to listen on, on loopback")
+		f.StringVar(&name, "template", "", "`name` of the template of the sandbox; default that of all sandboxes")
+		f.BoolVar(&c.noNetwork, "no-network", false, "the sandbox has no network")
+	})
+	if err != nil {
+		return err
+	}
+	host, _, err := net.SplitHostPort(listen)
+	if ip, perr := netip.ParseAddr(host); err != nil || host != "localhost" && (perr != nil || !ip.IsLoopback()) {
+		return fmt.Errorf("--listen %q is not on loopback: whoever reaches it has the sandbox", listen)
+	}
+	listener, err := net.Listen("tcp", listen)
+	if err != nil {
+		return err
+	}
+	defer listener.Close()
+	log, closeLog, err := c.openLog(stderr)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, closeLog()) }()
+	manager, _, err := c.newManager(log, nil)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, manager.Close()) }()
+	network := sandbox.Network{Mode: sandbox.NetworkFull}
+	if c.noNetwork {
+		network.Mode = sandbox.NetworkNone
+	}
+	sb, err := manager.Create(ctx, sandbox.CreateOptions{Template: name, Network: network, Transient: true, Times: sandbox.Times{Life: maxEnvdLife, OnTimeout: sandbox.ActionKill}})
+	if err != nil {
+		return err
+	}
+	inside := envd.New(log)
+	web := &http.Server{ReadHeaderTimeout: headerTime, IdleTimeout: idleTime, MaxHeaderBytes: maxHeaders, Protocols: new(http.Protocols), ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		Handler: onLoopback(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			target := envd.Target{Sandbox: sb, Open: true}
+			if inside.Admits(w, r, target) {
+				inside.Serve(w, r, target)
+			}
+		}))}
+	web.Protocols.SetHTTP1(true)
+	web.Protocols.SetUnencryptedHTTP2(true)
+	ended := make(chan error, 1)
+	go func() { ended <- web.Serve(listener) }()
+	if _, err := fmt.Fprintf(stdout, "http://%s serves sandbox %s; run your program with E2B_DEBUG=true\n", listener.Addr(), sb.ID()); err != nil {
+		log.Warn("tell the address", "error", err)
+	}
+	gone, stop := sb.Bind(ctx)
+	defer stop()
+	select {
+	case err = <-ended:
+		return err
+	case <-gone.Done():
+	}
+	err = web.Close()
+	if ctx.Err() == nil {
+		return errors.Join(fmt.Errorf("the sandbox has ended: %s", sb.Info().Cause), err)
+	}
+	return err
+}
+
+// maxEnvdLife is longer than anybody debugs.
+const maxEnvdLife = 30 * 24 * 3600e9
+
+// onLoopback refuses web pages: any page could ask a server that wants no token, by its own name (DNS rebinding) or from its own place.
+func onLoopback(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		host, _, err := net.SplitHostPort(r.Host)
+		if err != nil {
+			host = r.Host
+		}
+		ip, err := netip.ParseAddr(host)
+		if host != "localhost" && (err != nil || !ip.IsLoopback()) || r.Header.Get("Origin") != "" || r.Header.Get("Sec-Fetch-Site") == "cross-site" {
+			http.Error(w, "only programs on this machine may use this server", http.StatusForbidden)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}

@@ -1,0 +1,243 @@
+package main
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"math/big"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/crypto/acme"
+	"golang.org/x/crypto/acme/autocert"
+
+	"soulbox.dev/soulbox/sandbox"
+)
+
+// tlsConfig is what flags say of TLS. The zero value has none.
+type tlsConfig struct {
+	cert, key string
+	email     string // of who asks for certificates by ACME
+	directory string // of the ACME server
+}
+
+func (t *tlsConfig) flags(f *flag.FlagSet) {
+	f.StringVar(&t.cert, "tls-cert", "", "`file` of a certificate, PEM, for the domain, api. and its wildcard; read again when it changes")
+	f.StringVar(&t.key, "tls-key", "", "`file` of its key")
+	f.StringVar(&t.email, "acme", "", "`address` of who gets certificates by ACME, one for each name that is asked for; port 443 must lead here")
+	f.StringVar(&t.directory, "acme-directory", acme.LetsEncryptURL, "`URL` of the ACME server")
+}
+
+func (t *tlsConfig) on() bool { return t.cert != "" || t.email != "" }
+
+func (t *tlsConfig) scheme() string {
+	if t.on() {
+		return "https"
+	}
+	return "http"
+}
+
+func (t *tlsConfig) check(domain, public string) error {
+	switch {
+	case (t.cert == "") != (t.key == ""):
+		return errors.New("--tls-cert and --tls-key go together")
+	case t.cert != "" && t.email != "":
+		return errors.New("give a certificate, or --acme to get some, not both")
+	case t.email != "" && domain == "":
+		return errors.New("--acme needs --domain: the names that certificates are got for")
+	case t.on() && strings.HasPrefix(public, "http://"):
+		return errors.New("--public-url is http://, but the server is to speak TLS")
+	}
+	return nil
+}
+
+// config is how the server speaks TLS; nil where it does not.
+func (t *tlsConfig) config(stateDir, domain string, m *sandbox.Manager) (*tls.Config, error) {
+	switch {
+	case t.cert != "":
+		files := &certFiles{cert: t.cert, key: t.key}
+		if _, err := files.get(nil); err != nil {
+			return nil, err
+		}
+		return &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: files.get}, nil
+	case t.email != "":
+		manager := &autocert.Manager{Prompt: autocert.AcceptTOS, Cache: autocert.DirCache(filepath.Join(stateDir, "acme")), Email: t.email,
+			Client: &acme.Client{DirectoryURL: t.directory}, HostPolicy: func(_ context.Context, host string) error { return mayHave(host, domain, m) }}
+		c := manager.TLSConfig()
+		c.MinVersion = tls.VersionTLS12
+		return c, nil
+	}
+	return nil, nil
+}
+
+// mayHave says whether a certificate is got for a name: those of the server, and those of sandboxes that there are. Anybody may ask for a name, and
+// ACME servers give so many and no more.
+func mayHave(host, domain string, m *sandbox.Manager) error {
+	host, domain = strings.ToLower(host), strings.ToLower(domain)
+	label, below := strings.CutSuffix(host, "."+domain)
+	if host == domain || below && (label == "api" || label == "sandbox") {
+		return nil
+	}
+	if parts := strings.SplitN(label, "-", 3); below && len(parts) == 2 {
+		if sb, err := m.Any(parts[1]); err == nil && !sb.Info().State.Ended() {
+			return nil
+		}
+	}
+	return fmt.Errorf("%q is no name of this server or of a sandbox", host)
+}
+
+// certFiles are a certificate and its key in files, which are read again when they change.
+type certFiles struct {
+	cert, key string
+
+	mu    sync.Mutex
+	known *tls.Certificate
+	at    time.Time // when the files were changed
+	next  time.Time // when they are looked at again
+}
+
+const certLook = 10 * time.Second
+
+// get is a tls.Config's GetCertificate. While new files are not right, the old ones stay.
+func (c *certFiles) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := time.Now()
+	if c.known != nil && now.Before(c.next) {
+		return c.known, nil
+	}
+	c.next = now.Add(certLook)
+	at, err := c.changed()
+	if err == nil && (c.known == nil || !at.Equal(c.at)) {
+		var pair tls.Certificate
+		if pair, err = tls.LoadX509KeyPair(c.cert, c.key); err == nil {
+			c.known, c.at = &pair, at
+		}
+	}
+	if c.known != nil {
+		return c.known, nil
+	}
+	return nil, fmt.Errorf("read certificate: %w", err)
+}
+
+// changed is when either file was changed for the last time.
+func (c *certFiles) changed() (last time.Time, err error) {
+	for _, name := range []string{c.cert, c.key} {
+		info, err := os.Stat(name)
+		if err != nil {
+			return last, err
+		}
+		if info.ModTime().After(last) {
+			last = info.ModTime()
+		}
+	}
+	return last, nil
+}
+
+// certLife is how long what 'cert' makes is valid; clients take no longer ones.
+const certLife = 397 * 24 * time.Hour
+
+// runCert makes a certificate authority, if there is none yet, and a certificate for a domain and all below it: for development.
+func runCert(args []string, getenv func(string) string, stdout, stderr io.Writer) error {
+	var domain, dir string
+	flags := flag.NewFlagSet("soulbox-mcp cert", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	flags.StringVar(&domain, "domain", "soulbox.localhost", "`domain` of the certificate, which is for all names below it, too")
+	flags.StringVar(&dir, "out", filepath.Join(defaultStateDir(getenv), "tls"), "`directory` that ca.pem, cert.pem and key.pem are put in")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	if flags.NArg() > 0 {
+		return fmt.Errorf("there is no argument %q; run 'soulbox-mcp cert --help'", flags.Arg(0))
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	ca, caKey, err := authority(dir)
+	if err != nil {
+		return err
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return err
+	}
+	cert := certificate(domain)
+	cert.DNSNames = []string{domain, "*." + domain, "localhost"}
+	cert.IPAddresses = []net.IP{net.IPv4(127, 0, 0, 1), net.IPv6loopback}
+	cert.KeyUsage, cert.ExtKeyUsage = x509.KeyUsageDigitalSignature, []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
+	body, err := x509.CreateCertificate(rand.Reader, cert, ca, &key.PublicKey, caKey)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(writeKey(filepath.Join(dir, "key.pem"), key), writePEM(filepath.Join(dir, "cert.pem"), "CERTIFICATE", body, 0o644)); err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(stdout, `made for %[1]s and *.%[1]s, valid until %[2]s:
+  soulbox-mcp http --domain %[1]s --tls-cert %[3]s/cert.pem --tls-key %[3]s/key.pem
+clients trust it by %[3]s/ca.pem: NODE_EXTRA_CA_CERTS for Node, SSL_CERT_FILE for Python and Go. Keep ca.key to yourself.
+`, domain, cert.NotAfter.Format(time.DateOnly), dir)
+	return err
+}
+
+func certificate(name string) *x509.Certificate {
+	var serial [16]byte
+	rand.Read(serial[:])
+	return &x509.Certificate{SerialNumber: new(big.Int).SetBytes(serial[:]), Subject: pkix.Name{CommonName: name, Organization: []string{"SoulBox development"}},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(certLife), BasicConstraintsValid: true}
+}
+
+// authority is the certificate authority of a directory.
+func authority(dir string) (*x509.Certificate, *ecdsa.PrivateKey, error) {
+	certFile, keyFile := filepath.Join(dir, "ca.pem"), filepath.Join(dir, "ca.key")
+	if pair, err := tls.LoadX509KeyPair(certFile, keyFile); err == nil {
+		ca, err := x509.ParseCertificate(pair.Certificate[0])
+		key, ok := pair.PrivateKey.(*ecdsa.PrivateKey)
+		if err == nil && ok && time.Until(ca.NotAfter) > certLife/2 {
+			return ca, key, nil
+		}
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, nil, err
+	}
+	ca := certificate("SoulBox development CA")
+	ca.IsCA, ca.KeyUsage, ca.NotAfter = true, x509.KeyUsageCertSign, time.Now().Add(10*certLife)
+	body, err := x509.CreateCertificate(rand.Reader, ca, ca, &key.PublicKey, key)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := errors.Join(writeKey(keyFile, key), writePEM(certFile, "CERTIFICATE", body, 0o644)); err != nil {
+		return nil, nil, err
+	}
+	ca, err = x509.ParseCertificate(body)
+	return ca, key, err
+}
+
+func writeKey(name string, key *ecdsa.PrivateKey) error {
+	body, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return err
+	}
+	return writePEM(name, "PRIVATE KEY", body, 0o600)
+}
+
+func writePEM(name, kind string, body []byte, perm os.FileMode) error {
+	temp := name + ".new"
+	if err := os.WriteFile(temp, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: body}), perm); err != nil {
+		return err
+	}
+	return os.Rename(temp, name)
+}
