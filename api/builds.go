@@ -49,9 +49,15 @@ type build struct {
 	mu      sync.Mutex
 	status  string
 	lines   []template.Line
-	steps   []int // the line at which each step begins
+	steps   []step
 	err     error
 	changed time.Time
+}
+
+// step is a step of a client's, and the line of the Dockerfile at which it begins.
+type step struct {
+	line int
+	text string
 }
 
 // builds are those that this server knows. Of others there are logs. It is safe for concurrent use.
@@ -263,7 +269,10 @@ func (c *Control) startBuild(r *call) error {
 	if b.status != statusWaiting {
 		return refuse(http.StatusConflict, "build %s was started already", b.id)
 	}
-	b.status, b.steps, b.changed = statusBuilding, lines, time.Now()
+	b.status, b.changed = statusBuilding, time.Now()
+	for i, s := range steps {
+		b.steps = append(b.steps, step{lines[i], s.Args[0]})
+	}
 	req := template.BuildRequest{ID: b.id, Owner: b.owner, Name: withTag(b.name, b.tags[0]), Dockerfile: dockerfile, NoCache: body.Force, Limits: b.limits, StartCmd: body.StartCmd, ReadyCmd: body.ReadyCmd,
 		Files: map[string]*template.Files{}}
 	if !c.NoNetwork {
@@ -334,7 +343,7 @@ func entries(lines []template.Line) []buildEntry {
 }
 
 // lookUp finds a build: one of this server's, or what is left of another's.
-func (c *Control) lookUp(r *call) (lines []template.Line, status string, err error, steps []int, missing error) {
+func (c *Control) lookUp(r *call) (lines []template.Line, status string, err error, steps []step, missing error) {
 	id := r.PathValue("bid")
 	if b := c.builds.find(r.owner, id); b != nil {
 		b.mu.Lock()
@@ -389,26 +398,25 @@ func (c *Control) buildStatus(r *call) error {
 }
 
 // reason says why a build has failed, and at which of the client's steps.
-func reason(err error, steps []int) map[string]any {
+func reason(err error, steps []step) map[string]any {
 	out := map[string]any{"message": err.Error(), "logEntries": []buildEntry{}}
-	var step *template.StepError
-	if !errors.As(err, &step) {
+	var failed *template.StepError
+	if !errors.As(err, &failed) {
 		return out
 	}
 	n := 0
-	for n < len(steps) && steps[n] <= step.Line {
+	for n < len(steps) && steps[n].line <= failed.Line {
 		n++
 	}
-	out["step"] = "base"
-	if n > 0 {
+	message := fmt.Sprintf("%s: %v", failed.Command, failed.Err)
+	if out["step"] = "base"; n > 0 {
 		out["step"] = strconv.Itoa(n)
+		if strings.HasPrefix(failed.Command, "RUN ") {
+			message = fmt.Sprintf("failed to run command '%s': command failed: %v", steps[n-1].text, failed.Err)
+		}
 	}
-	message := fmt.Sprintf("%s: %v", step.Command, step.Err)
-	if command, ok := strings.CutPrefix(step.Command, "RUN "); ok {
-		message = fmt.Sprintf("failed to run command '%s': command failed: %v", command, step.Err)
-	}
-	if step.Tail != "" {
-		message += "\n" + step.Tail
+	if failed.Tail != "" {
+		message += "\n" + failed.Tail
 	}
 	out["message"] = message
 	return out

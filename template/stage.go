@@ -59,16 +59,16 @@ func (r *run) stage(ctx context.Context, index int) (_ *result, err error) {
 		}
 		r.steps++
 		where := fmt.Sprintf("%s %d/%d", s.name, i+1, len(s.commands))
-		r.log.line("info", where, fmt.Sprint(cmd))
+		r.log.line("info", where, shown(cmd))
 		if err := s.command(ctx, where, cmd); err != nil {
 			if ctx.Err() != nil {
 				err = context.Cause(ctx)
 			}
 			if e := (*StepError)(nil); errors.As(err, &e) {
-				e.Line, e.Command = lineOf(cmd.Location()), fmt.Sprint(cmd)
+				e.Line, e.Command = lineOf(cmd.Location()), shown(cmd)
 				return nil, err
 			}
-			return nil, &StepError{Line: lineOf(cmd.Location()), Command: fmt.Sprint(cmd), Err: err}
+			return nil, &StepError{Line: lineOf(cmd.Location()), Command: shown(cmd), Err: err}
 		}
 	}
 	if len(s.dirs) > 0 { // a WORKDIR is the last word
@@ -333,4 +333,16 @@ func (r *stageRun) expander() instructions.SingleWordExpander {
 		v, _, err := r.plan.lex.ProcessWord(word, r.variables())
 		return v, err
 	}
+}
+
+// shown is a command as a reader of the log wants it: of one whose text is in here-documents, that text.
+func shown(cmd instructions.Command) string {
+	text := fmt.Sprint(cmd)
+	if run, ok := cmd.(*instructions.RunCommand); ok && len(run.Files) > 0 {
+		text = "RUN"
+		for _, f := range run.Files {
+			text += " " + strings.TrimSpace(f.Data)
+		}
+	}
+	return text
 }
