@@ -45,7 +45,7 @@ var testsMayImport = map[string][]string{
 	"template":  {"internal/sandboxtest", "gvisor"},
 	"tools":     {"internal/sandboxtest", "mcpserver"},
 	"resources": {"internal/sandboxtest", "mcpserver"},
-	"api":       {"internal/sandboxtest"},
+	"api":       {"internal/sandboxtest", "api/envd/spec/process/processconnect", "api/envd/spec/filesystem/filesystemconnect"},
 	"agent":     {},
 }
 

@@ -42,6 +42,7 @@ const (
 type Gateway struct {
 	Manager *sandbox.Manager
 	Base    *url.URL // scheme, domain and port by which clients reach it, such as https://box.example.com; nil has no domain
+	Own     *url.URL // of the server itself, where what has no domain of its own is reached; nil is not known
 	Log     *slog.Logger
 
 	inside  *envd.Server
@@ -98,6 +99,60 @@ const (
 	controlLabel = "api"
 	sharedLabel  = "sandbox"
 )
+
+// FileURL is where whoever has it reads or writes one file of a sandbox, until a time: at the sandbox' own name, or without a domain at the server's.
+func (g *Gateway) FileURL(sb *sandbox.Sandbox, path, operation string, until time.Time) string {
+	u := url.URL{}
+	if g.Base != nil {
+		u = *g.Base
+		u.Host, u.Path = fmt.Sprintf("%d-%s.%s", envd.Port, sb.ID(), g.Base.Host), "/files"
+	} else {
+		u = *g.Own.JoinPath("v1", "sandboxes", sb.ID(), "files")
+	}
+	u.RawQuery = envd.SignedQuery(path, operation, "", sb.AccessToken(), until).Encode()
+	return u.String()
+}
+
+// Files serves the URLs of FileURL at the server's own name, as /v1/sandboxes/{id}/files. A browser must not run there what comes from a sandbox.
+func (g *Gateway) Files() http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		id := r.PathValue("id")
+		if !sandbox.ValidID(id) {
+			failure{Message: "The sandbox was not found", Code: http.StatusBadGateway}.write(w, r)
+			return
+		}
+		ctx, cancel := context.WithCancel(r.Context())
+		defer cancel()
+		defer context.AfterFunc(g.closing, cancel)()
+		inner := r.Clone(ctx)
+		inner.URL.Path, inner.URL.RawPath = "/files", ""
+		w.Header().Set("Content-Security-Policy", "sandbox")
+		g.serve(asAttachment{w}, inner, id, envd.Port)
+	})
+}
+
+// asAttachment has browsers save an answer.
+type asAttachment struct{ http.ResponseWriter }
+
+// WriteHeader implements http.ResponseWriter.
+func (a asAttachment) WriteHeader(code int) {
+	h := a.Header()
+	if shown, ok := strings.CutPrefix(h.Get("Content-Disposition"), "inline"); ok {
+		h.Set("Content-Disposition", "attachment"+shown)
+	}
+	a.ResponseWriter.WriteHeader(code)
+}
+
+// Write implements io.Writer.
+func (a asAttachment) Write(p []byte) (int, error) {
+	if h := a.Header(); strings.HasPrefix(h.Get("Content-Disposition"), "inline") {
+		a.WriteHeader(http.StatusOK)
+	}
+	return a.ResponseWriter.Write(p)
+}
+
+// Unwrap lets http.ResponseController find deadlines.
+func (a asAttachment) Unwrap() http.ResponseWriter { return a.ResponseWriter }
 
 // Handler serves sandboxes, and leaves all other requests to next. A host that names a sandbox is right, whatever headers say.
 func (g *Gateway) Handler(next http.Handler) http.Handler {

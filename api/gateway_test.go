@@ -230,14 +230,15 @@ func TestGatewayErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	secret := g.sb.TrafficToken()
+	const invalid = "400 Invalid sandbox ID or port: a host is {port}-{sandbox id} before the domain; elsewhere the headers E2b-Sandbox-Id and E2b-Sandbox-Port name them."
 	for host, want := range map[string]string{
 		g.host(1):                             `502 {"sandboxId":"` + g.sb.ID() + `","message":"The sandbox is running but port is not open","port":1,"code":502}`,
 		strings.ToUpper(g.host(1)) + ".":      `502 {"sandboxId":"` + g.sb.ID() + `","message":"The sandbox is running but port is not open","port":1,"code":502}`,
 		"1-" + g.sb.ID() + "-client.box.test": `502 {"sandboxId":"` + g.sb.ID() + `","message":"The sandbox is running but port is not open","port":1,"code":502}`,
 		g.host(2):                             `502 {"sandboxId":"` + g.sb.ID() + `","message":"The port is not exposed: call port_expose","port":2,"code":502}`,
 		"1-sb000000000000000000.box.test":     `502 {"sandboxId":"sb000000000000000000","message":"The sandbox was not found","code":502}`,
-		"x.box.test":                          "400 This host names no port of a sandbox: it is {port}-{sandbox id} before the domain.",
-		"0-" + g.sb.ID() + ".box.test":        "400 This host names no port of a sandbox: it is {port}-{sandbox id} before the domain.",
+		"x.box.test":                          invalid,
+		"0-" + g.sb.ID() + ".box.test":        invalid,
 		"box.test":                            "200 the server itself",
 		"1-" + g.sb.ID() + ".other.test":      "200 the server itself",
 	} {

@@ -40,6 +40,20 @@ func (a Access) Guard(next http.Handler) http.Handler {
 	})
 }
 
+// HostGuard is Guard for what shows a proof of its own, which no web page has by itself: they may ask.
+func (a Access) HostGuard(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !a.knowsHost(r.Host) {
+			a.log(r, "foreign host")
+			refuse(w, http.StatusForbidden, nil, codeInvalid, foreignHost)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+const foreignHost = "this server is not called that; name it by --allow-host"
+
 // Private is Guard for what is shown only to one owner, where tokens are needed.
 func (a Access) Private(owner string, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -59,7 +73,7 @@ func (a Access) admitSource(w http.ResponseWriter, r *http.Request) bool {
 	switch {
 	case !a.knowsHost(r.Host):
 		a.log(r, "foreign host")
-		refuse(w, http.StatusForbidden, nil, codeInvalid, "this server is not called that; name it by --allow-host")
+		refuse(w, http.StatusForbidden, nil, codeInvalid, foreignHost)
 	case !a.knowsOrigin(r.Header.Values("Origin"), r.Host):
 		a.log(r, "foreign origin")
 		refuse(w, http.StatusForbidden, nil, codeInvalid, "this web page may not use the server; name its origin by --origin")

@@ -31,6 +31,8 @@ type Options struct {
 	Toolsets []string
 	// PortURL is where a user reaches an exposed port; default on this machine's loopback.
 	PortURL func(*sandbox.Sandbox, sandbox.Port) string
+	// FileURL is where whoever has it reads or writes a file until a time; nil where the server is not reached by URLs.
+	FileURL func(sb *sandbox.Sandbox, path, operation string, until time.Time) string
 	// Store has the templates that there are beside the host's; Builder makes them. Default none are, and none can be made.
 	Store   *template.Store
 	Builder *template.Builder
@@ -97,7 +99,7 @@ func (s *Service) Register(m *server.MCPServer) {
 	if !s.ReadOnly && len(s.Toolsets) == 0 { // they name tools of all sets
 		registerPrompts(m)
 	}
-	for _, noun := range []func() []server.ServerTool{s.execTools, s.processTools, s.fileTools, s.watchTools, s.portTools, s.sandboxTools, s.lifecycleTools, s.templateTools, s.observeTools} {
+	for _, noun := range []func() []server.ServerTool{s.execTools, s.processTools, s.fileTools, s.urlTools, s.watchTools, s.portTools, s.sandboxTools, s.lifecycleTools, s.templateTools, s.observeTools} {
 		for _, t := range noun() {
 			if (len(s.Toolsets) == 0 || slices.Contains(s.Toolsets, toolset(t.Tool.Name))) && (!s.ReadOnly || *t.Tool.Annotations.ReadOnlyHint) {
 				m.AddTools(t)

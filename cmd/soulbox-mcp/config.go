@@ -44,6 +44,7 @@ type config struct {
 	contextDirs []string
 	registries  []string // in private networks, that builds may pull from
 	gateway     *url.URL // where ports of sandboxes are reached by name; nil is nowhere
+	own         *url.URL // where the server is reached; nil is not by URLs
 }
 
 // saving is what the operator allows to be saved on disk.

@@ -147,6 +147,9 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 	defer listener.Close()
 	at := c.tls.scheme() + "://" + listener.Addr().String()
 	public := cmp.Or(c.publicURL, at)
+	if c.own, err = url.Parse(public); err != nil {
+		return err
+	}
 	if err := c.setDomain(public); err != nil {
 		return err
 	}
@@ -282,6 +285,9 @@ func (c httpConfig) routes(s *service, endpoint *mcpserver.HTTP, control *api.Co
 	mux := http.NewServeMux()
 	mux.Handle("/mcp", s.metrics.count(endpoint))
 	guard := endpoint.Access.Guard
+	for _, method := range []string{"GET", "POST", "OPTIONS"} {
+		mux.Handle(method+" /v1/sandboxes/{id}/files", s.metrics.count(endpoint.Access.HostGuard(s.gateway.Files())))
+	}
 	for pattern, handler := range control.Routes() {
 		mux.Handle(pattern, guard(handler))
 	}

@@ -68,6 +68,9 @@ func newService(c config, stderr io.Writer) (_ *service, err error) {
 	templates.InUse = manager.Images
 	s.templates, s.builder, s.gateway = templates, c.newBuilder(templates, manager, s.log), api.NewGateway(manager, c.gateway, s.log)
 	o := tools.Options{Manager: manager, Store: templates, Builder: s.builder, ContextDirs: c.contextDirs, ReadOnly: c.readOnly}
+	if s.gateway.Own = c.own; c.own != nil {
+		o.FileURL = s.gateway.FileURL
+	}
 	if c.gateway != nil {
 		o.PortURL = s.gateway.URL
 	}
