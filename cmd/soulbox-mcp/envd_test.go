@@ -1,0 +1,497 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// remoteBox is a sandbox as E2B's clients reach it, by headers.
+type remoteBox struct {
+	t         testing.TB
+	at        string
+	id, token string
+	client    *http.Client
+}
+
+// newBox makes a sandbox by the REST API.
+func newBox(t testing.TB, w *web, body string) *remoteBox {
+	t.Helper()
+	b := &remoteBox{t: t, at: strings.TrimSuffix(w.url, "/mcp"), client: http.DefaultClient}
+	res, err := http.Post(b.at+"/v2/sandboxes", "application/json", strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	var made struct{ SandboxID, EnvdAccessToken, Message string }
+	if err := json.NewDecoder(res.Body).Decode(&made); err != nil || res.StatusCode != http.StatusCreated {
+		t.Fatal(res.Status, made.Message, err)
+	}
+	b.id, b.token = made.SandboxID, made.EnvdAccessToken
+	return b
+}
+
+// control calls the REST API, and gives the status.
+func (b *remoteBox) control(method, path, body string) int {
+	b.t.Helper()
+	req, err := http.NewRequest(method, b.at+path, strings.NewReader(body))
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	defer res.Body.Close()
+	_, _ = io.Copy(io.Discard, res.Body)
+	return res.StatusCode
+}
+
+func (b *remoteBox) request(ctx context.Context, method, path string, body io.Reader, headers ...string) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, method, b.at+path, body)
+	if err != nil {
+		return nil, err
+	}
+	for k, v := range map[string]string{"E2b-Sandbox-Id": b.id, "E2b-Sandbox-Port": "49983", "X-Access-Token": b.token} {
+		req.Header.Set(k, v)
+	}
+	for i := 0; i < len(headers); i += 2 {
+		req.Header.Set(headers[i], headers[i+1])
+	}
+	return b.client.Do(req)
+}
+
+// rest is a request of plain HTTP: its status and body.
+func (b *remoteBox) rest(method, path, body string, headers ...string) (int, string) {
+	b.t.Helper()
+	res, err := b.request(b.t.Context(), method, path, strings.NewReader(body), headers...)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	defer res.Body.Close()
+	text, err := io.ReadAll(res.Body)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return res.StatusCode, string(text)
+}
+
+// streamed is what came of a call that is answered by a stream.
+type streamed struct {
+	status   int
+	messages []map[string]any
+	end      map[string]any // of the end frame; nil where none came
+	err      error          // that the body ended with
+}
+
+func (s streamed) code() string {
+	e, _ := s.end["error"].(map[string]any)
+	return fmt.Sprint(e["code"])
+}
+
+// stream calls a method of envd as the SDK does (Connect protocol, JSON); each is told of every message.
+func (b *remoteBox) stream(method, body string, each func(map[string]any), headers ...string) (s streamed) {
+	frame := make([]byte, 5, 5+len(body))
+	binary.BigEndian.PutUint32(frame[1:], uint32(len(body)))
+	res, err := b.request(b.t.Context(), "POST", method, bytes.NewReader(append(frame, body...)), append([]string{"Content-Type", "application/connect+json", "Connect-Protocol-Version", "1"}, headers...)...)
+	if err != nil {
+		s.err = err
+		return s
+	}
+	defer res.Body.Close()
+	if s.status = res.StatusCode; s.status != http.StatusOK {
+		return s
+	}
+	for {
+		var head [5]byte
+		if _, err := io.ReadFull(res.Body, head[:]); err != nil {
+			if err != io.EOF {
+				s.err = err
+			}
+			return s
+		}
+		text := make([]byte, binary.BigEndian.Uint32(head[1:]))
+		if _, s.err = io.ReadFull(res.Body, text); s.err != nil {
+			return s
+		}
+		m := map[string]any{}
+		if s.err = json.Unmarshal(text, &m); s.err != nil {
+			return s
+		}
+		if head[0]&2 != 0 {
+			s.end = m
+			continue
+		}
+		s.messages = append(s.messages, m)
+		if each != nil {
+			each(m)
+		}
+	}
+}
+
+// command is a StartRequest of a shell's command.
+func command(text string) string {
+	body, err := json.Marshal(map[string]any{"process": map[string]any{"cmd": "/bin/bash", "args": []string{"-c", text}}})
+	if err != nil {
+		panic(err)
+	}
+	return string(body)
+}
+
+// stdout joins the output of a stream.
+func (s streamed) stdout() string {
+	var all []byte
+	for _, m := range s.messages {
+		event, _ := m["event"].(map[string]any)
+		data, _ := event["data"].(map[string]any)
+		part, _ := base64.StdEncoding.DecodeString(fmt.Sprint(data["stdout"]))
+		if data["stdout"] != nil {
+			all = append(all, part...)
+		}
+	}
+	return string(all)
+}
+
+const (
+	startCall   = "/process.Process/Start"
+	connectCall = "/process.Process/Connect"
+	watchCall   = "/filesystem.Filesystem/WatchDir"
+)
+
+// TestErrorTable: every row of E2B.md's table (2.6), as the wire shows it; e2b.mjs has what users see of it.
+func TestErrorTable(t *testing.T) {
+	w := serve(t, "", "--memory-budget-mb=600", "--memory-mb=256", "--disk-mb=64")
+	b := newBox(t, w, `{"templateID":"base","timeout":600}`)
+	if s := b.stream(startCall, command("echo hi"), nil); s.end == nil || len(s.end) != 0 || s.err != nil || s.stdout() != "hi\n" {
+		t.Fatalf("a clean end: %+v", s)
+	}
+	if s := b.stream(startCall, command("sleep 1000"), nil, "Connect-Timeout-Ms", "500"); s.code() != "deadline_exceeded" || s.err != nil {
+		t.Errorf("at its timeout: %+v", s)
+	}
+	for want, call := range map[string]func() streamed{
+		"invalid_argument": func() streamed {
+			return b.stream(startCall, `{"process":{"cmd":"/bin/bash","cwd":"/nosuch"}}`, nil)
+		},
+		"unauthenticated": func() streamed {
+			return b.stream(startCall, command("true"), nil, "Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte("nosuch:")))
+		},
+		"not_found": func() streamed { return b.stream(connectCall, `{"process":{"pid":999999}}`, nil) },
+		"resource_exhausted": func() streamed {
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			for range 64 {
+				started := make(chan struct{})
+				go func() {
+					few := *b
+					few.t = contextTB{t, ctx}
+					few.stream(watchCall, `{"path":"/tmp"}`, func(map[string]any) { close(started) })
+				}()
+				<-started
+			}
+			return b.stream(watchCall, `{"path":"/tmp"}`, nil)
+		},
+	} {
+		if s := call(); s.code() != want || len(s.messages) != 0 || s.err != nil {
+			t.Errorf("%s: %+v", want, s)
+		}
+	}
+	if s := b.stream(startCall, command("true"), nil, "X-Access-Token", "wrong"); s.status != 401 {
+		t.Errorf("a wrong token: %+v", s)
+	}
+	for _, test := range []struct {
+		method, path, body string
+		status             int
+		want               string
+		headers            []string
+	}{
+		{"GET", "/files?path=/tmp", "", 400, "path '/tmp' is a directory", nil},
+		{"GET", "/files?path=x", "", 401, "missing signature query parameter", []string{"X-Access-Token", ""}},
+		{"GET", "/files?path=x&username=nosuch", "", 401, "unknown user nosuch", nil},
+		{"GET", "/files?path=/tmp/none", "", 404, "path '/tmp/none' does not exist", nil},
+		{"GET", "/files?path=/etc/passwd", "", 406, "no acceptable encoding", []string{"Accept-Encoding", "br, identity;q=0"}},
+		{"POST", "/files?path=/tmp/big", strings.Repeat("x", 100<<20), 507, "not enough disk space", []string{"Content-Type", "application/octet-stream"}},
+		{"POST", "/files", "x", 400, "name the file", []string{"Content-Type", "application/octet-stream"}},
+		{"POST", "/files?path=/tmp/z", "no gzip", 400, "gzip", []string{"Content-Type", "application/octet-stream", "Content-Encoding", "gzip"}},
+	} {
+		if status, text := b.rest(test.method, test.path, test.body, test.headers...); status != test.status || !strings.Contains(text, test.want) || !strings.Contains(text, fmt.Sprintf(`"code":%d`, test.status)) {
+			t.Errorf("%s %s: %d %.300s, want %d %s", test.method, test.path, status, text, test.status, test.want)
+		}
+	}
+	if status, _ := b.rest("GET", "/files?path=/tmp/big", ""); status != 404 {
+		t.Errorf("half a file is left: %d", status)
+	}
+	// One that is paused and finds no room is told of as a limit; one that nobody may wake as not there.
+	sleeper := newBox(t, w, `{"templateID":"base","timeout":600,"autoPause":true,"autoResume":{"enabled":true}}`)
+	if code := sleeper.control("POST", "/sandboxes/"+sleeper.id+"/pause", "{}"); code != 204 {
+		t.Fatal(code)
+	}
+	other := newBox(t, w, `{"templateID":"base","timeout":600}`)
+	if status, text := sleeper.rest("GET", "/files?path=/etc/passwd", ""); status != 429 {
+		t.Errorf("no room: %d %s", status, text)
+	}
+	if code := other.control("POST", "/sandboxes/"+other.id+"/pause", "{}"); code != 204 {
+		t.Fatal(code)
+	}
+	if s := other.stream(startCall, command("true"), nil); s.status != 502 {
+		t.Errorf("paused for good: %+v", s)
+	}
+	if status, text := sleeper.rest("GET", "/files?path=/etc/passwd", ""); status != 200 || !strings.Contains(text, "root:") {
+		t.Errorf("there is room: %d %s", status, text)
+	}
+	b.kill()
+	if status, text := b.rest("GET", "/files?path=/etc/passwd", ""); status != 502 || !strings.Contains(text, "The sandbox was not found") {
+		t.Errorf("killed: %d %s", status, text)
+	}
+	if status, _ := b.rest("GET", "/health", ""); status != 502 {
+		t.Errorf("killed: %d", status)
+	}
+}
+
+// contextTB is a test whose requests end earlier.
+type contextTB struct {
+	testing.TB
+	ctx context.Context
+}
+
+// Context implements testing.TB.
+func (c contextTB) Context() context.Context { return c.ctx }
+
+func (b *remoteBox) kill() {
+	b.t.Helper()
+	if code := b.control("DELETE", "/sandboxes/"+b.id, ""); code != 204 {
+		b.t.Error(code)
+	}
+}
+
+// TestKilledAborts: streams and transfers of a sandbox that is killed, or paused to disk, break off; nothing that has ended well looks so.
+func TestKilledAborts(t *testing.T) {
+	w := serve(t, "", "--memory-mb=256")
+	two := &http.Transport{Protocols: new(http.Protocols)}
+	two.Protocols.SetUnencryptedHTTP2(true)
+	defer two.CloseIdleConnections()
+	for name, client := range map[string]*http.Client{"HTTP/1.1": {Transport: &http.Transport{}}, "HTTP/2": {Transport: two}} {
+		for _, how := range []string{"kill", "pause"} {
+			b := newBox(t, w, `{"templateID":"base","timeout":600}`)
+			b.client = client
+			var calls sync.WaitGroup
+			began := make(chan struct{}, 3)
+			results := make([]streamed, 2)
+			calls.Go(func() {
+				results[0] = b.stream(startCall, command("echo up; sleep 1000"), func(m map[string]any) {
+					if strings.Contains(fmt.Sprint(m), "data") {
+						began <- struct{}{}
+					}
+				})
+			})
+			calls.Go(func() {
+				results[1] = b.stream(watchCall, `{"path":"/tmp"}`, func(map[string]any) { began <- struct{}{} })
+			})
+			var download error
+			calls.Go(func() {
+				res, err := b.request(t.Context(), "GET", "/files?path=/dev/shm/large", nil)
+				if err != nil {
+					began <- struct{}{}
+					download = err
+					return
+				}
+				defer res.Body.Close()
+				_, err = io.ReadFull(res.Body, make([]byte, 1000))
+				began <- struct{}{}
+				if err != nil || res.StatusCode != 200 {
+					download = fmt.Errorf("%s %w", res.Status, err)
+					return
+				}
+				for err == nil {
+					<-time.After(time.Millisecond) // slower than it is sent
+					_, err = io.ReadFull(res.Body, make([]byte, 1000))
+				}
+				download = err
+			})
+			if s := b.stream(startCall, command("head -c 60000000 /dev/zero > /dev/shm/large"), nil); s.end == nil {
+				t.Fatalf("%+v", s)
+			}
+			for range 3 {
+				<-began
+			}
+			at := time.Now()
+			if how == "kill" {
+				b.kill()
+			} else if code := b.control("POST", "/sandboxes/"+b.id+"/pause", "{}"); code != 204 {
+				t.Fatal(code)
+			}
+			calls.Wait()
+			if took := time.Since(at); took > 15*time.Second {
+				t.Errorf("%s, %s: after %s", name, how, took)
+			} else {
+				t.Logf("%s, %s: after %s", name, how, took.Round(time.Millisecond))
+			}
+			for i, r := range results {
+				// Before it is saved calls are told; after that, and where it is killed, the connection is all that can be broken off.
+				if told := how == "pause" && r.code() == "unavailable"; !told && (r.end != nil || r.err == nil) {
+					t.Errorf("%s, %s: stream %d ended like a clean one: %+v", name, how, i, r)
+				}
+			}
+			if download == nil || download == io.EOF {
+				t.Errorf("%s, %s: a download ended like a whole one: %v", name, how, download)
+			}
+		}
+	}
+}
+
+// TestLargeFile: a large file goes in and out whole, and the server gets no larger by it. The benchmark has 1 GiB.
+func TestLargeFile(t *testing.T) {
+	w := serve(t, "")
+	b := newBox(t, w, `{"templateID":"base","timeout":1200}`)
+	in, out := b.transfer(256 << 20)
+	t.Logf("in %.0f MB/s, out %.0f MB/s", in, out)
+	if rss := peakMemory(t, w.cmd.Process.Pid); rss > 96<<20 {
+		t.Errorf("the server took %d MB", rss>>20)
+	} else {
+		t.Logf("the server took %d MB at most", rss>>20)
+	}
+}
+
+// transfer sends a file and gets it back, and tells how fast, in MB/s.
+func (b *remoteBox) transfer(size int64) (in, out float64) {
+	b.t.Helper()
+	part := make([]byte, 1<<20)
+	for i := range part {
+		part[i] = byte(rand.Uint32())
+	}
+	sum, back := sha256.New(), sha256.New()
+	began := time.Now()
+	res, err := b.request(b.t.Context(), "POST", "/files?path=/tmp/large", io.TeeReader(io.LimitReader(endless{part}, size), sum), "Content-Type", "application/octet-stream")
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	_ = res.Body.Close()
+	if res.StatusCode != 200 {
+		b.t.Fatal(res.Status)
+	}
+	in = float64(size) / time.Since(began).Seconds() / 1e6
+	began = time.Now()
+	res, err = b.request(b.t.Context(), "GET", "/files?path=/tmp/large", nil)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	defer res.Body.Close()
+	if n, err := io.Copy(back, res.Body); err != nil || n != size || !bytes.Equal(back.Sum(nil), sum.Sum(nil)) {
+		b.t.Fatalf("%d bytes, another sum or %v", n, err)
+	}
+	return in, float64(size) / time.Since(began).Seconds() / 1e6
+}
+
+// endless repeats a part.
+type endless struct{ part []byte }
+
+func (e endless) Read(p []byte) (int, error) { return copy(p, e.part), nil }
+
+// peakMemory is the most that a process had in memory, in bytes (proc(5), VmHWM).
+func peakMemory(t *testing.T, pid int) int64 {
+	t.Helper()
+	body, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(body)) {
+		if kb, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+			n, err := strconv.ParseInt(strings.Fields(kb)[0], 10, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return n << 10
+		}
+	}
+	t.Fatal("no VmHWM")
+	return 0
+}
+
+// TestThousandRequests: 1,000 requests at once to 20 sandboxes are all answered, and each by its own sandbox.
+func TestThousandRequests(t *testing.T) {
+	w := serve(t, "", "--memory-mb=128")
+	boxes := make([]*remoteBox, 20)
+	for i := range boxes {
+		boxes[i] = newBox(t, w, `{"templateID":"base","timeout":600}`)
+		if status, text := boxes[i].rest("POST", "/files?path=/tmp/who", boxes[i].id, "Content-Type", "application/octet-stream"); status != 200 {
+			t.Fatal(text)
+		}
+	}
+	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 1000}}
+	defer client.CloseIdleConnections()
+	var all sync.WaitGroup
+	errs := make(chan error, 1000)
+	began := time.Now()
+	for i := range 1000 {
+		b := *boxes[i%len(boxes)]
+		b.client = client
+		all.Go(func() { errs <- b.oneOf(i / len(boxes)) })
+	}
+	all.Wait()
+	close(errs)
+	failed := 0
+	for err := range errs {
+		if err != nil {
+			if failed++; failed < 10 {
+				t.Error(err)
+			}
+		}
+	}
+	t.Logf("1,000 requests in %s, %d failed", time.Since(began).Round(time.Millisecond), failed)
+	for _, b := range boxes {
+		if s := b.stream(startCall, command("cat /tmp/who"), nil); s.stdout() != b.id {
+			t.Errorf("%+v", s)
+		}
+	}
+}
+
+// oneOf makes one of several kinds of requests.
+func (b *remoteBox) oneOf(n int) error {
+	switch n % 5 {
+	case 0:
+		if s := b.stream(startCall, command("cat /tmp/who; sleep 0.1; echo over"), nil); s.err != nil || s.stdout() != b.id+"over\n" || s.end == nil || len(s.end) != 0 {
+			return fmt.Errorf("start: %+v", s)
+		}
+		return nil
+	case 1:
+		return b.expect("GET", "/files?path=/tmp/who", "", 200, b.id)
+	case 2:
+		return b.expect("POST", "/filesystem.Filesystem/ListDir", `{"path":"/tmp"}`, 200, `"who"`)
+	case 3:
+		return b.expect("POST", "/files?path=/tmp/f"+strconv.Itoa(n), strings.Repeat("y", 10_000), 200, `"type":"file"`)
+	}
+	return b.expect("POST", "/process.Process/List", "{}", 200, "{")
+}
+
+func (b *remoteBox) expect(method, path, body string, status int, want string) error {
+	kind := "application/json"
+	if strings.HasPrefix(path, "/files?") {
+		kind = "application/octet-stream"
+	}
+	res, err := b.request(b.t.Context(), method, path, strings.NewReader(body), "Content-Type", kind)
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	text, err := io.ReadAll(res.Body)
+	if err == nil && (res.StatusCode != status || !strings.Contains(string(text), want)) {
+		err = errors.New(res.Status)
+	}
+	if err != nil {
+		return fmt.Errorf("%s %s: %w %.200s", method, path, err, text)
+	}
+	return nil
+}
