@@ -401,7 +401,7 @@ type endless struct{ part []byte }
 func (e endless) Read(p []byte) (int, error) { return copy(p, e.part), nil }
 
 // peakMemory is the most that a process had in memory, in bytes (proc(5), VmHWM).
-func peakMemory(t *testing.T, pid int) int64 {
+func peakMemory(t testing.TB, pid int) int64 {
 	t.Helper()
 	body, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
