@@ -35,12 +35,12 @@ lint:
 
 # Rewrites the recorded outputs that tests compare with; review them as a diff.
 golden: build
-	UPDATE_GOLDEN=1 $(GO) test ./tools ./mcpserver ./cmd/soulbox-mcp -run 'Golden|Readme' -count=1
+	UPDATE_GOLDEN=1 $(GO) test ./tools ./mcpserver ./cmd/soulbox-mcp ./api/envd/spec -run 'Golden|Readme|Generated' -count=1
 
-# The official MCP conformance suite, the Inspector and the TypeScript SDKs, from npm, against the real program.
+# The official MCP conformance suite, the Inspector, the TypeScript SDKs and E2B's SDK, from npm, against the real program.
 conformance: build
 	@command -v npm >/dev/null || { echo "npm is missing: apt-get install npm"; exit 1; }
-	timeout 1200 conformance/run.sh
+	timeout 1500 conformance/run.sh
 
 # Half an hour of everything at random, with a server that is killed every minute; tests have a short form of it.
 soak: build

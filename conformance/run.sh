@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The official conformance suite against the real server, for the revisions it knows, and the Inspector and the TypeScript SDKs as clients
-# over HTTP and stdio. Prints a line for each and exits 1 if one fails. Needs npm; Node comes from npm.
+# The official conformance suite against the real server, for the revisions it knows, and the Inspector, the TypeScript SDKs and E2B's SDK as
+# clients. Prints a line for each and exits 1 if one fails. Needs npm; Node comes from npm.
 set -euo pipefail
 cd "$(dirname "$0")"
 stamp=node_modules/.installed
@@ -27,7 +27,7 @@ passed=0 failed=0
 run() { # name, command...
 	local name=$1
 	shift
-	if timeout 300 "$@" >"$out/last" 2>&1 </dev/null; then
+	if timeout "${limit:-300}" "$@" >"$out/last" 2>&1 </dev/null; then
 		passed=$((passed + 1))
 		echo "ok   $name: $(grep -E '^Total:|^ok ' "$out/last" | tail -4 | tr '\n' ' ')"
 	else
@@ -46,5 +46,6 @@ run "suite, version 0.1.16" bash -c 'suite conformance-0.1 | tee "$out/2024"; ! 
 run "Inspector over HTTP" bash -c 'inspect "$url" --transport http'
 run "Inspector over stdio" bash -c "inspect '$bin/soulbox-mcp' stdio --state-dir '$state' --log-level error"
 run "TypeScript SDKs" node clients.mjs "$url" "$bin/soulbox-mcp" stdio --state-dir "$state" --log-level error
+limit=600 run "E2B's SDK over TLS, by one URL, in debug mode" bash -c 'cd .. && SOULBOX_E2B=1 "${GO:-go}" test ./cmd/soulbox-mcp -run "^TestE2BSDK$" -count=1 -v'
 echo "conformance: $passed passed, $failed failed"
 [ "$failed" = 0 ]

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"soulbox.dev/soulbox/api"
 	"soulbox.dev/soulbox/internal/sandboxtest"
 	"soulbox.dev/soulbox/tools"
 )
@@ -422,7 +423,7 @@ func TestReadme(t *testing.T) {
 	for _, row := range regexp.MustCompile("(?m)^\\| `([a-z_]+)` \\|").FindAllStringSubmatch(string(readme), -1) {
 		named = append(named, row[1])
 	}
-	server, err := newMCP(tools.Options{}, false, nil, nil)
+	server, err := newMCP(tools.Options{FileURL: (&api.Gateway{}).FileURL}, false, nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
