@@ -411,3 +411,46 @@ func TestBase(t *testing.T) {
 		}
 	}
 }
+
+// TestGatewayIngress: ports that are open need not be exposed; their servers may speak TLS and be told another host; headers name them where the host
+// does not; a request wakes who may be woken, once it has shown that it may.
+func TestGatewayIngress(t *testing.T) {
+	g := newGatewayTest(t)
+	inside := httptest.NewTLSServer(app(g.broken))
+	defer inside.Close()
+	port := inside.Listener.Addr().(*net.TCPAddr).Port
+	times := sandbox.Times{Life: time.Minute, OnTimeout: sandbox.ActionPause}
+	sb, err := g.m.Create(t.Context(), sandbox.CreateOptions{Times: times, Ingress: sandbox.Ingress{Open: sandbox.OpenToken, Host: "inside:${PORT}", TLS: []int{port}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	host := func(port int) string { return fmt.Sprintf("%d-%s.box.test", port, sb.ID()) }
+	for _, p := range []int{port, g.port} {
+		if res, body := g.get(host(p), "/x", TokenHeader, sb.TrafficToken()); res.StatusCode != 200 || !strings.Contains(body, fmt.Sprintf("host=inside:%d", p)) || !strings.Contains(body, `token=""`) {
+			t.Errorf("%d: %s %s", p, res.Status, body)
+		}
+	}
+	if res, _ := g.get(host(port), "/x"); res.StatusCode != 403 {
+		t.Error(res.Status)
+	}
+	if res, body := g.get("127.0.0.1", "/x", SandboxHeader, sb.ID(), PortHeader, strconv.Itoa(port), TokenHeader, sb.TrafficToken()); res.StatusCode != 200 || !strings.Contains(body, "GET /x") {
+		t.Errorf("%s %s", res.Status, body)
+	}
+	pause := func(auto bool) {
+		t.Helper()
+		if err := sb.Pause(t.Context(), sandbox.PauseOptions{ToDisk: true, AutoResume: auto}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	pause(true)
+	if res, _ := g.get(host(port), "/x"); res.StatusCode != 403 || sb.Info().State != sandbox.Paused {
+		t.Errorf("%s: who has not shown the token wakes it", res.Status)
+	}
+	if res, _ := g.get(host(port), "/x", TokenHeader, sb.TrafficToken()); res.StatusCode != 200 || time.Until(sb.Info().ExpiresAt) < 4*time.Minute {
+		t.Errorf("%s %s", res.Status, sb.Info().ExpiresAt)
+	}
+	pause(false)
+	if res, body := g.get(host(port), "/x", TokenHeader, sb.TrafficToken()); res.StatusCode != 502 || !strings.Contains(body, "The sandbox was not found") || sb.Info().State != sandbox.Paused {
+		t.Errorf("%s %s", res.Status, body)
+	}
+}

@@ -1,6 +1,7 @@
 package api
 
 import (
+	"encoding/json"
 	"net/http"
 	"slices"
 	"strings"
@@ -116,7 +117,7 @@ func (c *Control) readLogs(r *call, q sandbox.LogQuery) ([]logEntry, error) {
 	return out, nil
 }
 
-// oldLogs gives the same twice: as lines, and as entries.
+// oldLogs gives the same twice: as lines, which are JSON as E2B's command line reads it, and as entries.
 func (c *Control) oldLogs(r *call) error {
 	start, err := r.number("start", 0, maxSeconds*1000, 0)
 	if err != nil {
@@ -136,7 +137,11 @@ func (c *Control) oldLogs(r *call) error {
 	}
 	lines := []map[string]any{}
 	for _, e := range entries {
-		lines = append(lines, map[string]any{"timestamp": e.Timestamp, "line": e.Message})
+		line, err := json.Marshal(map[string]any{"timestamp": e.Timestamp, "level": e.Level, "logger": e.Fields["source"], "message": e.Message})
+		if err != nil {
+			return err
+		}
+		lines = append(lines, map[string]any{"timestamp": e.Timestamp, "line": string(line)})
 	}
 	return r.answer(http.StatusOK, map[string]any{"logs": lines, "logEntries": entries})
 }
