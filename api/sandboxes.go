@@ -2,7 +2,6 @@ package api
 
 import (
 	"cmp"
-	"encoding/json"
 	"errors"
 	"net/http"
 	"net/url"
@@ -124,88 +123,6 @@ func gone(sb *sandbox.Sandbox, err error) error {
 		return refuse(http.StatusNotFound, "sandbox %q doesn't exist or you don't have access to it", sb.ID())
 	}
 	return err
-}
-
-// newSandbox is what a client wants to have made.
-type newSandbox struct {
-	TemplateID      string `json:"templateID"`
-	Timeout         *int64 `json:"timeout"`
-	AutoPause       bool   `json:"autoPause"`
-	AutoPauseMemory *bool  `json:"autoPauseMemory"`
-	AutoResume      *struct {
-		Enabled bool `json:"enabled"`
-	} `json:"autoResume"`
-	Internet     *bool             `json:"allow_internet_access"`
-	Network      *network          `json:"network"`
-	Metadata     map[string]string `json:"metadata"`
-	Env          map[string]string `json:"envVars"`
-	MCP          json.RawMessage   `json:"mcp"`
-	IAM          json.RawMessage   `json:"iam"`
-	VolumeMounts []json.RawMessage `json:"volumeMounts"`
-}
-
-func given(raw json.RawMessage) bool { return len(raw) > 0 && string(raw) != "null" }
-
-// options are those of the sandbox.
-func (n newSandbox) options(c *Control, owner string, life int64) (o sandbox.CreateOptions, err error) {
-	switch {
-	case n.TemplateID == "":
-		return o, refuse(http.StatusBadRequest, "templateID is missing")
-	case len(n.VolumeMounts) > 0:
-		return o, refuse(http.StatusNotImplemented, "this server has no volumes")
-	case given(n.MCP):
-		return o, refuse(http.StatusNotImplemented, "this server has no MCP gateway in sandboxes: start MCP servers by commands.run, or build a template with them")
-	case given(n.IAM):
-		return o, refuse(http.StatusNotImplemented, "this server gives sandboxes no identities")
-	}
-	resume := n.AutoResume != nil && n.AutoResume.Enabled
-	filesOnly := n.AutoPause && n.AutoPauseMemory != nil && !*n.AutoPauseMemory
-	if resume && (!n.AutoPause || filesOnly) {
-		return o, refuse(http.StatusBadRequest, "autoResume needs autoPause with memory")
-	}
-	lifetime, err := seconds("timeout", n.Timeout, life, maxLife)
-	if err != nil {
-		return o, err
-	}
-	o = sandbox.CreateOptions{Owner: owner, Template: c.templateName(owner, n.TemplateID), Metadata: n.Metadata, Env: n.Env,
-		Times: sandbox.Times{Life: max(lifetime, time.Second), OnTimeout: sandbox.ActionKill, NoAutoResume: !resume, FilesOnly: filesOnly}}
-	if n.AutoPause {
-		o.Times.OnTimeout = sandbox.ActionPause
-	}
-	if o.Network, err = n.Network.egress(n.Internet, c.NoNetwork); err == nil {
-		o.Ingress = n.Network.ingress()
-	}
-	return o, err
-}
-
-// seconds is a time that a client names.
-func seconds(name string, given *int64, without, most int64) (time.Duration, error) {
-	if given != nil {
-		without = *given
-	}
-	if without < 0 || without > most {
-		return 0, refuse(http.StatusBadRequest, "%s is from 0 to %d seconds", name, most)
-	}
-	return time.Duration(without) * time.Second, nil
-}
-
-func (c *Control) create(r *call, life int64) error {
-	var body newSandbox
-	if err := r.body(&body); err != nil {
-		return err
-	}
-	o, err := body.options(c, r.owner, life)
-	if err != nil {
-		return err
-	}
-	sb, err := c.Manager.Create(r.Context(), o)
-	if errors.Is(err, sandbox.ErrNoTemplate) {
-		return refuse(http.StatusNotFound, "template '%.100s' not found", body.TemplateID)
-	}
-	if err != nil {
-		return err
-	}
-	return r.answer(http.StatusCreated, c.created(sb))
 }
 
 // living are the owner's sandboxes that a query selects, the newest first.

@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"crypto/rand"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -116,72 +115,6 @@ func (s *Sandbox) publish(e *exposed, public bool) error {
 	e.openGate()
 	s.record("port %d is public: %t", e.Port.Port, public)
 	return nil
-}
-
-// Reachable tells whether a port is reached through a gateway, and whether by everybody.
-func (s *Sandbox) Reachable(port int) (public, ok bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if e := s.ports[port]; e != nil {
-		return e.Public, true
-	}
-	return s.rec.Ingress.Open == OpenPublic, s.rec.Ingress.Open != "" && !s.rec.State.Ended()
-}
-
-// gate is what a connection through a gateway to a port lives as long as; nil where there is none. s.mu is held.
-func (s *Sandbox) gate(port int) context.Context {
-	if e := s.ports[port]; e != nil {
-		return e.gate
-	}
-	if s.rec.Ingress.Open == "" || s.rec.State.Ended() {
-		return nil
-	}
-	return s.ctx
-}
-
-// Ingress says how those of its ports are reached through a gateway that nobody has exposed, and how the servers there are spoken to.
-type Ingress struct {
-	// Open is OpenPublic for everybody, OpenToken for those who show the traffic token; "" is nobody.
-	Open string `json:"open,omitempty"`
-	// Host is what servers are told as the host that was asked for, with ${PORT} for the port; "" is the gateway's.
-	Host string `json:"host,omitempty"`
-	TLS  []int  `json:"tls,omitempty"` // ports whose servers speak TLS
-}
-
-// Values of Ingress.Open.
-const (
-	OpenPublic = "public"
-	OpenToken  = "token"
-)
-
-const maxTLSPorts = 64
-
-func (i Ingress) check() error {
-	switch {
-	case i.Open != "" && i.Open != OpenPublic && i.Open != OpenToken:
-		return fmt.Errorf("ports are open to %q, %q or nobody, not %q: %w", OpenPublic, OpenToken, i.Open, ErrInvalid)
-	case len(i.Host) > 253 || strings.ContainsAny(i.Host, " \t\r\n\x00/"):
-		return fmt.Errorf("%q is no name of a host, such as localhost:${PORT}: %w", i.Host, ErrInvalid)
-	case len(i.TLS) > maxTLSPorts || slices.ContainsFunc(i.TLS, func(port int) bool { return port < 1 || port > 65535 }):
-		return fmt.Errorf("at most %d ports with TLS are possible, from 1 to 65535: %w", maxTLSPorts, ErrInvalid)
-	}
-	return nil
-}
-
-// giveSecrets gives a sandbox the secrets that it has not got.
-func (r *record) giveSecrets() {
-	for _, secret := range []*string{&r.Traffic, &r.Access} {
-		if *secret == "" {
-			*secret = rand.Text()
-		}
-	}
-}
-
-// AccessToken is what clients show who act in the sandbox without its owner's key. It is a secret.
-func (s *Sandbox) AccessToken() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.rec.Access
 }
 
 // TrafficToken is what a gateway's clients show to reach a port that is not public. It is a secret.

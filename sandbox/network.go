@@ -1,0 +1,157 @@
+package sandbox
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/net/idna"
+)
+
+// Modes of a Network.
+const (
+	NetworkNone      = "none"
+	NetworkAllowlist = "allowlist"
+	NetworkFull      = "full"
+)
+
+// Network says what of the world a sandbox reaches. Private addresses and this machine are never reached, whatever it says.
+//
+// There is a proxy on the sandbox' loopback, which its environment names; programs that do not use it reach nothing. The names are resolved here,
+// and what is connected to is checked by its address.
+type Network struct {
+	Mode string `json:"mode"` // "" is none
+	// Allow are the domains ("example.com", "*.example.com" for all below it) and the ranges of addresses of an allowlist; nothing is reached where
+	// there are none. In a full network they are the exceptions from Deny, which are ranges of addresses that are not reached.
+	Allow []string `json:"allow,omitempty"`
+	Deny  []string `json:"deny,omitempty"`
+}
+
+// On says whether there is a network, even one in which nothing is allowed: what it allows can be changed.
+func (n Network) On() bool { return n.Mode == NetworkFull || n.Mode == NetworkAllowlist }
+
+// maxAllow bounds an allowlist.
+const maxAllow = 256
+
+// check gives the network in the form in which it is compared.
+func (n Network) check() (Network, error) {
+	switch n.Mode {
+	case "", NetworkNone, NetworkFull, NetworkAllowlist:
+		if len(n.Allow) > 0 && n.Mode != NetworkAllowlist && len(n.Deny) == 0 {
+			return n, fmt.Errorf("network: an allowlist needs the mode %q: %w", NetworkAllowlist, ErrInvalid)
+		}
+		if len(n.Deny) > 0 && n.Mode != NetworkFull {
+			return n, fmt.Errorf("network: what is denied needs the mode %q: %w", NetworkFull, ErrInvalid)
+		}
+	default:
+		return n, fmt.Errorf("network %q: it is none, allowlist or full: %w", n.Mode, ErrInvalid)
+	}
+	if all := len(n.Allow) + len(n.Deny); all > maxAllow {
+		return n, fmt.Errorf("network: %d entries, at most %d are possible: %w", all, maxAllow, ErrInvalid)
+	}
+	n.Allow, n.Deny = slices.Clone(n.Allow), slices.Clone(n.Deny)
+	for i, entry := range n.Deny {
+		prefix, err := parseRange(entry)
+		if err != nil {
+			return n, fmt.Errorf("network: %q is no range of addresses, such as 192.0.2.0/24, which alone can be denied: %w", entry, ErrInvalid)
+		}
+		n.Deny[i] = prefix.String()
+	}
+	for i, entry := range n.Allow {
+		if prefix, err := parseRange(entry); err == nil {
+			n.Allow[i] = prefix.String()
+			continue
+		}
+		below, wild := strings.CutPrefix(entry, "*.")
+		name, err := hostName(below)
+		if err != nil {
+			return n, fmt.Errorf("network: %q is neither a domain, such as example.com or *.example.com, nor a range of addresses, such as 192.0.2.0/24: %w", entry, ErrInvalid)
+		}
+		if n.Allow[i] = name; wild {
+			n.Allow[i] = "*." + name
+		}
+	}
+	return n, nil
+}
+
+func parseRange(text string) (netip.Prefix, error) {
+	if addr, err := netip.ParseAddr(text); err == nil {
+		return netip.PrefixFrom(addr.Unmap(), addr.Unmap().BitLen()), nil
+	}
+	p, err := netip.ParsePrefix(text)
+	return p.Masked(), err
+}
+
+// hostName is a domain as it is compared and resolved.
+func hostName(text string) (string, error) {
+	name, err := idna.Lookup.ToASCII(strings.TrimSuffix(text, "."))
+	if err != nil || name == "" || len(name) > 253 || strings.Contains("."+name+".", "..") || strings.Trim(name, "abcdefghijklmnopqrstuvwxyz0123456789.-_") != "" {
+		return "", fmt.Errorf("%q is no name of a host: %w", text, ErrInvalid)
+	}
+	return name, nil
+}
+
+// permits says whether a host, as hostName or an address, may be connected to.
+func (n Network) permits(name string, addr netip.Addr) bool {
+	in := func(entry string) bool {
+		p, err := netip.ParsePrefix(entry)
+		return err == nil && addr.IsValid() && p.Contains(addr)
+	}
+	listed := slices.ContainsFunc(n.Allow, func(entry string) bool {
+		below, wild := strings.CutPrefix(entry, "*")
+		return in(entry) || name != "" && (name == entry || wild && strings.HasSuffix(name, below))
+	})
+	switch n.Mode {
+	case NetworkAllowlist:
+		return listed
+	case NetworkFull:
+		return listed || len(n.Deny) == 0 || addr.IsValid() && !slices.ContainsFunc(n.Deny, in)
+	}
+	return false
+}
+
+// network is what the sandbox reaches now, and a context that ends when that changes.
+func (s *Sandbox) network() (Network, context.Context) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.rules == nil {
+		s.rules, s.endRules = context.WithCancel(s.ctx)
+	}
+	return s.rec.Network, s.rules
+}
+
+// SetNetwork changes what a sandbox with a network reaches. Connections that are there end.
+func (s *Sandbox) SetNetwork(n Network) error {
+	n, err := n.check()
+	if err != nil {
+		return fmt.Errorf("update sandbox %s: %w", s.id, err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.rec.State != Running && s.rec.State != Paused || s.isLeft() {
+		return s.wrong("update")
+	}
+	if n.On() != s.rec.Network.On() {
+		return fmt.Errorf("update sandbox %s: whether it has a network is settled when it is made; %q without entries allows nothing: %w", s.id, NetworkAllowlist, ErrInvalid)
+	}
+	r := s.rec
+	r.Network, r.Updated = n, time.Now()
+	if err := s.m.store.save(r); err != nil {
+		return err
+	}
+	s.rec = r
+	if s.rules != nil {
+		s.endRules()
+		s.rules = nil
+	}
+	s.record("its network was changed")
+	return nil
+}
+
+// hasRanges says whether a name may be allowed by what it resolves to.
+func (n Network) hasRanges() bool {
+	return n.Mode == NetworkFull || n.Mode == NetworkAllowlist && slices.ContainsFunc(n.Allow, func(entry string) bool { _, err := netip.ParsePrefix(entry); return err == nil })
+}
