@@ -122,13 +122,6 @@ func (s *Server) openWrite(h header) (_ *fileWriter, err error) {
 		return nil, err
 	}
 	exists := err == nil
-	if err := checkAttrs(h.Attrs); err != nil {
-		return nil, err
-	}
-	attrs := h.Attrs
-	if exists && attrs == nil {
-		attrs = readAttrs(target)
-	}
 	switch h.Mode {
 	case "", ModeReplace:
 	case ModeCreate:
@@ -152,13 +145,7 @@ func (s *Server) openWrite(h header) (_ *fileWriter, err error) {
 			owner.uid, owner.gid = st.Uid, st.Gid
 		}
 	}
-	w, err := s.openTemp(target, perm, owner)
-	if err == nil {
-		if err = setAttrs(w.temp, attrs); err != nil {
-			w.abort()
-		}
-	}
-	return w, err
+	return s.openTemp(target, perm, owner, h.Attrs)
 }
 
 // resolve follows the links of an existing path.
@@ -179,7 +166,14 @@ func openAppend(target string, size int64) (*fileWriter, error) {
 	return &fileWriter{file: f, target: target, undo: func() error { return f.Truncate(size) }}, nil
 }
 
-func (s *Server) openTemp(target string, perm fs.FileMode, owner identity) (*fileWriter, error) {
+// openTemp begins a file that is to become target, with the attributes that it is given, or else those of the target.
+func (s *Server) openTemp(target string, perm fs.FileMode, owner identity, attrs map[string]string) (*fileWriter, error) {
+	if err := checkAttrs(attrs); err != nil {
+		return nil, err
+	}
+	if attrs == nil {
+		attrs = readAttrs(target)
+	}
 	random := make([]byte, 6)
 	rand.Read(random)
 	temp := path.Join(path.Dir(target), tempPrefix+hex.EncodeToString(random))
@@ -188,7 +182,7 @@ func (s *Server) openTemp(target string, perm fs.FileMode, owner identity) (*fil
 		return nil, err
 	}
 	w := &fileWriter{file: f, temp: temp, target: target}
-	if err := errors.Join(f.Chmod(perm), s.give(temp, owner)); err != nil {
+	if err := errors.Join(f.Chmod(perm), s.give(temp, owner), setAttrs(temp, attrs)); err != nil {
 		w.abort()
 		return nil, err
 	}

@@ -274,16 +274,8 @@ func (s *Server) upload(w http.ResponseWriter, r *http.Request) {
 	}
 	keep, over := idle(w)
 	defer over()
-	var body io.Reader = keptReader{r.Body, keep}
-	if strings.EqualFold(r.Header.Get("Content-Encoding"), "gzip") {
-		zipped, err := gzip.NewReader(body)
-		if err != nil {
-			fail(w, http.StatusBadRequest, "the body is not gzip, as its header says: "+err.Error())
-			return
-		}
-		body = zipped
-	} else if e := r.Header.Get("Content-Encoding"); e != "" && !strings.EqualFold(e, "identity") {
-		fail(w, http.StatusUnsupportedMediaType, "the encoding "+strconv.Quote(e)+" is not known; use gzip or none")
+	body, ok := unzipped(w, r, keptReader{r.Body, keep})
+	if !ok {
 		return
 	}
 	written := []uploaded{}
@@ -322,6 +314,23 @@ func (s *Server) upload(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	answer(w, written)
+}
+
+// unzipped is the body of a request as it is meant; where that is not known, it is answered.
+func unzipped(w http.ResponseWriter, r *http.Request, body io.Reader) (io.Reader, bool) {
+	switch e := strings.ToLower(r.Header.Get("Content-Encoding")); e {
+	case "", "identity":
+		return body, true
+	case "gzip":
+		zipped, err := gzip.NewReader(body)
+		if err != nil {
+			fail(w, http.StatusBadRequest, "the body is not gzip, as its header says: "+err.Error())
+		}
+		return zipped, err == nil
+	default:
+		fail(w, http.StatusUnsupportedMediaType, "the encoding "+strconv.Quote(e)+" is not known; use gzip or none")
+		return nil, false
+	}
 }
 
 // source remembers what was wrong with the client's body.

@@ -18,19 +18,9 @@ import (
 // runEnvd serves one sandbox as E2B's SDKs look for it in debug mode (E2B_DEBUG=true): on this machine, without a control plane and without a token.
 // The sandbox ends with it.
 func runEnvd(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) (err error) {
-	c := config{onExit: "kill"}
-	listen, name := "", ""
-	err = c.parse("envd", args, getenv, stderr, func(f *flag.FlagSet) {
-		f.StringVar(&listen, "listen", fmt.Sprintf("127.0.0.1:%d", envd.Port), "`address` to listen on, on loopback")
-		f.StringVar(&name, "template", "", "`name` of the template of the sandbox; default that of all sandboxes")
-		f.BoolVar(&c.noNetwork, "no-network", false, "the sandbox has no network")
-	})
+	c, listen, name, err := parseEnvd(args, getenv, stderr)
 	if err != nil {
 		return err
-	}
-	host, _, err := net.SplitHostPort(listen)
-	if ip, perr := netip.ParseAddr(host); err != nil || host != "localhost" && (perr != nil || !ip.IsLoopback()) {
-		return fmt.Errorf("--listen %q is not on loopback: whoever reaches it has the sandbox", listen)
 	}
 	listener, err := net.Listen("tcp", listen)
 	if err != nil {
@@ -82,6 +72,23 @@ func runEnvd(ctx context.Context, args []string, getenv func(string) string, std
 		return errors.Join(fmt.Errorf("the sandbox has ended: %s", sb.Info().Cause), err)
 	}
 	return err
+}
+
+func parseEnvd(args []string, getenv func(string) string, stderr io.Writer) (c config, listen, name string, err error) {
+	c.onExit = "kill"
+	err = c.parse("envd", args, getenv, stderr, func(f *flag.FlagSet) {
+		f.StringVar(&listen, "listen", fmt.Sprintf("127.0.0.1:%d", envd.Port), "`address` to listen on, on loopback")
+		f.StringVar(&name, "template", "", "`name` of the template of the sandbox; default that of all sandboxes")
+		f.BoolVar(&c.noNetwork, "no-network", false, "the sandbox has no network")
+	})
+	if err != nil {
+		return c, listen, name, err
+	}
+	host, _, err := net.SplitHostPort(listen)
+	if ip, perr := netip.ParseAddr(host); err != nil || host != "localhost" && (perr != nil || !ip.IsLoopback()) {
+		return c, listen, name, fmt.Errorf("--listen %q is not on loopback: whoever reaches it has the sandbox", listen)
+	}
+	return c, listen, name, nil
 }
 
 // maxEnvdLife is longer than anybody debugs.

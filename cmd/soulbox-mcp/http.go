@@ -162,14 +162,8 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 	s.metrics.watch(s.manager, endpoint.Sessions)
 	control := c.control(s, endpoint)
 	defer control.Close()
-	web := &http.Server{
-		Handler: s.gateway.Handler(c.routes(s, endpoint, control, public)), ReadHeaderTimeout: headerTime, IdleTimeout: idleTime, MaxHeaderBytes: maxHeaders,
-		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug), Protocols: new(http.Protocols),
-	}
-	web.Protocols.SetHTTP1(true)
-	web.Protocols.SetHTTP2(true)
-	web.Protocols.SetUnencryptedHTTP2(true) // a proxy that speaks TLS, and gRPC, may use it
-	if web.TLSConfig, err = c.tls.config(c.stateDir, c.domain, s.manager); err != nil {
+	web, err := c.web(s, endpoint, control, public)
+	if err != nil {
 		return err
 	}
 	ended := make(chan error, 1)
@@ -201,6 +195,20 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 		return errors.Join(fmt.Errorf("end: %w", err), web.Close())
 	}
 	return nil
+}
+
+// web is the HTTP server of everything.
+func (c httpConfig) web(s *service, endpoint *mcpserver.HTTP, control *api.Control, public string) (*http.Server, error) {
+	web := &http.Server{
+		Handler: s.gateway.Handler(c.routes(s, endpoint, control, public)), ReadHeaderTimeout: headerTime, IdleTimeout: idleTime, MaxHeaderBytes: maxHeaders,
+		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug), Protocols: new(http.Protocols),
+	}
+	web.Protocols.SetHTTP1(true)
+	web.Protocols.SetHTTP2(true)
+	web.Protocols.SetUnencryptedHTTP2(true) // a proxy that speaks TLS, and gRPC, may use it
+	var err error
+	web.TLSConfig, err = c.tls.config(c.stateDir, c.domain, s.manager)
+	return web, err
 }
 
 // setDomain settles where sandboxes are reached.
