@@ -21,6 +21,7 @@ import (
 // fail with ErrLost. What comes from the guest is hostile; every size is bounded.
 type Client struct {
 	boot    string
+	level   int
 	version string
 	session *yamux.Session
 	rpc     *jsonrpc2.Conn
@@ -56,7 +57,7 @@ func NewClient(ctx context.Context, conn io.ReadWriteCloser, version string) (_ 
 	if guest.Error != "" || guest.Protocol != Protocol {
 		return nil, fmt.Errorf("agent %q speaks protocol %d, this host %q speaks %d: %w", clip(guest.Version, 40), guest.Protocol, version, Protocol, ErrVersion)
 	}
-	c.boot, c.version = clip(guest.Boot, 64), clip(guest.Version, 40)
+	c.boot, c.version, c.level = clip(guest.Boot, 64), clip(guest.Version, 40), guest.Level
 	if c.session, err = yamux.Client(newBufferedConn(&guestFrames{r: reader}, c.conn), muxConfig()); err != nil {
 		return nil, err
 	}
@@ -110,6 +111,9 @@ func (c *Client) Done() <-chan struct{} { return c.session.CloseChan() }
 
 // Boot identifies the boot of the agent; it is the same when a host attaches again.
 func (c *Client) Boot() string { return c.boot }
+
+// Level is what the agent knows, as Level of this package counts it.
+func (c *Client) Level() int { return c.level }
 
 // Version is the agent's version.
 func (c *Client) Version() string { return c.version }

@@ -43,7 +43,7 @@ type outputPipe struct {
 	over    bool       // nothing is in it any more, nor will be
 	closed  bool
 	stalled bool // it is not read, as somebody holds the output
-	freed   bool // it is read whoever holds the output: its process has ended
+	freed   bool // it is read whoever holds the output: its process has just ended
 }
 
 func newCollector() (*collector, error) {
@@ -151,7 +151,7 @@ func (c *collector) run() {
 	if err != nil {
 		return
 	}
-	events, buf := make([]unix.EpollEvent, 64), make([]byte, 64<<10)
+	events, buf := make([]unix.EpollEvent, 64), make([]byte, readPart)
 	// Read returns when the file is closed.
 	_ = raw.Read(func(epoll uintptr) (end bool) {
 		for c.poll(int(epoll), events, buf) > 0 {
@@ -198,6 +198,13 @@ func (c *collector) drain(pipes ...*outputPipe) {
 		p.mu.Unlock()
 	}
 	c.resume(pipes...)
+	defer func() { // what children go on writing waits again for who is behind
+		for _, p := range pipes {
+			p.mu.Lock()
+			p.freed = false
+			p.mu.Unlock()
+		}
+	}()
 	var events []unix.EpollEvent
 	var buf []byte
 	for range (1 << 20) / drainPart {
@@ -214,6 +221,9 @@ func (c *collector) drain(pipes ...*outputPipe) {
 		})
 	}
 }
+
+// readPart is how many bytes of a pipe are read at once.
+const readPart = 64 << 10
 
 // drainPart is how many bytes drain reads at once.
 const drainPart = 16 << 10

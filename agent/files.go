@@ -130,6 +130,7 @@ func (s *Server) stat(r PathRequest) (FileInfo, error) {
 	f := describeFile(r.Path, info, s.ownerNames())
 	if r.Links {
 		f.Link = describeLink(r.Path, info)
+		f.Link.Real, _ = filepath.EvalSymlinks(r.Path) // a link that leads nowhere has none
 	}
 	f.Attrs = readAttrs(r.Path)
 	return f, nil

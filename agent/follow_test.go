@@ -204,3 +204,72 @@ func TestWho(t *testing.T) {
 		t.Error(env, err)
 	}
 }
+
+// TestFollowBeforeFlood: what the leader wrote is not given up for what its child writes after its end, while somebody is behind.
+func TestFollowBeforeFlood(t *testing.T) {
+	c, _ := pair(t)
+	s, err := c.Start(t.Context(), StartRequest{Command: "head -c 8000000 /dev/zero; (yes &)", Hold: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _, _ = c.Kill(t.Context(), s.Process.ID) }()
+	enough := errors.New("enough")
+	at := int64(0)
+	err = c.Follow(t.Context(), s.Process.ID, 0, func(f OutputFrame) error {
+		if f.Offset != at {
+			return fmt.Errorf("a gap: %d, want %d", f.Offset, at)
+		}
+		if at == 0 { // the leader is over, and the child writes as much as it may
+			last := int64(-1)
+			eventually(t, "all stands still", func() bool {
+				w, _ := c.Wait(t.Context(), WaitRequest{Process: s.Process.ID})
+				still := w.Process.State == StateExited && w.Output.End == last
+				last = w.Output.End
+				return still
+			})
+		}
+		if at += int64(len(f.Data)); at > 8_000_000 {
+			return enough
+		}
+		return nil
+	})
+	if !errors.Is(err, enough) {
+		t.Fatal(err)
+	}
+}
+
+// TestHoldRaggedOutput: neither streams that alternate, nor a ring that has become small, cost a holder what he has not read.
+func TestHoldRaggedOutput(t *testing.T) {
+	s := newSpool(t.TempDir())
+	defer s.discard()
+	h := s.hold(0)
+	written := int64(0)
+	for i := 0; i < 100_000 && !s.stall(nil); i++ {
+		s.append(i%2, []byte("12345678"))
+		written += 8
+	}
+	if _, dropped := s.sizes(); dropped > 0 || written == 800_000 {
+		t.Errorf("%d of %d bytes are gone", dropped, written)
+	}
+	s.advance(h, written, false)
+	for i := 0; i < 20_000; i++ {
+		if s.stall(nil) {
+			s.advance(h, s.end, false)
+		}
+		s.append(i%2, []byte("12345678"))
+	}
+	if s.lost(h.at, s.end) > 0 {
+		t.Error("what is not read is gone")
+	}
+	s.shrink()
+	s.advance(h, s.end, false)
+	s.append(0, make([]byte, readPart))
+	if !s.stall(nil) || s.lost(h.at, s.end) > 0 {
+		t.Error("a small ring is not respected")
+	}
+	s.stalled = nil
+	s.advance(h, s.end, true)
+	if s.stall(nil) {
+		t.Error("it is held for nobody")
+	}
+}

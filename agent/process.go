@@ -38,6 +38,7 @@ type process struct {
 	group     *cgroup // nil outside a sandbox
 	pipes     []*outputPipe
 	collector *collector
+	release   func()    // takes back StartRequest.Hold; nil has none
 	shell     *shellRun // nil where none remembers
 	stop      *time.Timer
 	ready     atomic.Bool // everything above is set: others may see it

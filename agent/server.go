@@ -153,7 +153,7 @@ func (s *Server) serve(conn io.ReadWriteCloser, reader *bufio.Reader) error {
 	if err := readHello(reader, &host); err != nil {
 		return err
 	}
-	mine := hello{Protocol: Protocol, Version: s.opts.Version, Boot: s.boot}
+	mine := hello{Protocol: Protocol, Version: s.opts.Version, Boot: s.boot, Level: Level}
 	if host.Protocol != Protocol {
 		mine.Error = fmt.Sprintf("agent %s speaks protocol %d, host %s speaks %d", s.opts.Version, Protocol, clip(host.Version, 40), host.Protocol)
 	}

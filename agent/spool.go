@@ -173,9 +173,18 @@ func (s *spool) stall(p *outputPipe) bool {
 	return true
 }
 
+// isHeld says whether what one more read brings could cost a holder what he has not read: bytes, or changes of the stream, of which half are given
+// up when there are too many.
 func (s *spool) isHeld() bool {
+	room := int64(holdRoom)
+	if s.ring != nil {
+		room = min(room, s.ring.size()-readPart)
+	}
 	for h := range s.holders {
-		if s.end-h.at > holdRoom {
+		if s.end-h.at > room {
+			return true
+		}
+		if len(s.runs) > spoolRuns/2 && len(s.runs)-sort.Search(len(s.runs), func(i int) bool { return s.runs[i]>>1 >= h.at }) > spoolRuns/4 {
 			return true
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -52,6 +53,9 @@ func (s *Server) spawn(req StartRequest) (_ *process, err error) {
 		}
 	}
 	p.collector = s.collector
+	if req.Hold {
+		p.holdFirst()
+	}
 	run := s.runOnPipes
 	if p.terminal != nil {
 		run = s.runOnTerminal
@@ -63,6 +67,16 @@ func (s *Server) spawn(req StartRequest) (_ *process, err error) {
 	}
 	s.follow(p, stdin)
 	return p, nil
+}
+
+// holdTime is how long output is held for a stream that does not come.
+const holdTime = 10 * time.Second
+
+// holdFirst holds the output until somebody else does.
+func (p *process) holdFirst() {
+	mine := p.output.hold(0)
+	p.release = sync.OnceFunc(func() { p.collector.resume(p.output.advance(mine, 0, true)...) })
+	time.AfterFunc(holdTime, p.release)
 }
 
 // runOnPipes starts a process with pipes, and returns the writing end of its stdin if it has one.

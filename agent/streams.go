@@ -134,6 +134,9 @@ func (s *Server) serveOutput(ctx context.Context, stream *yamux.Stream, h header
 	read := func(int64) {}
 	if h.Hold {
 		mine := p.output.hold(h.Offset)
+		if p.release != nil {
+			p.release()
+		}
 		read = func(at int64) { p.collector.resume(p.output.advance(mine, at, false)...) }
 		defer func() { p.collector.resume(p.output.advance(mine, 0, true)...) }()
 	}

@@ -12,6 +12,9 @@ import (
 // Protocol is the version of the protocol in PROTOCOL.md.
 const Protocol = 1
 
+// Level is what this agent knows. 1: users, environment, links, attributes of written files, listings in parts, output that is held.
+const Level = 1
+
 // Bounds of everything that crosses the pipe (PROTOCOL.md, section 5).
 const (
 	maxHello   = 4 << 10
@@ -83,7 +86,9 @@ type hello struct {
 	Protocol int    `json:"protocol"`
 	Version  string `json:"version"`
 	Boot     string `json:"boot,omitempty"`
-	Error    string `json:"error,omitempty"`
+	// Level counts what agents have learned since the first of this protocol.
+	Level int    `json:"level,omitempty"`
+	Error string `json:"error,omitempty"`
 }
 
 // header opens every stream.
@@ -155,6 +160,8 @@ type StartRequest struct {
 	Fork bool `json:"fork,omitempty"`
 	// TimeoutMS ends the process that long after its start, with cause "timeout"; zero means never.
 	TimeoutMS int64 `json:"timeout_ms,omitempty"`
+	// Hold keeps all output for the first stream that holds it, for a while.
+	Hold bool `json:"hold,omitempty"`
 	// WaitMS is how long the call waits for the end.
 	WaitMS int64  `json:"wait_ms,omitempty"`
 	Window Window `json:"window"`
@@ -311,6 +318,8 @@ type Link struct {
 	Target string `json:"target,omitempty"`
 	Type   string `json:"type,omitempty"`
 	Mode   string `json:"mode,omitempty"`
+	// Real is the path without symlinks, of a file that was asked for by itself.
+	Real string `json:"real,omitempty"`
 }
 
 // UserRequest names a user: by name, uid or uid:gid; "" is the sandbox' own.

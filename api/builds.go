@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"net/url"
 	"regexp"
@@ -18,6 +19,7 @@ import (
 	"sync"
 	"time"
 
+	"soulbox.dev/soulbox/api/envd"
 	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/template"
 )
@@ -31,11 +33,15 @@ const (
 )
 
 const (
-	maxWaiting   = 64        // builds of an owner that are announced and not begun
+	maxWaiting   = 64        // builds of an owner that are announced or under way
+	maxFinished  = 32        // of those that are over; of the others there are logs
+	atOnce       = 4         // of an owner; more wait
+	maxStepText  = 500       // bytes of a step that are shown where it fails
 	buildKept    = time.Hour // after it has changed for the last time
 	maxBuildLog  = 20_000    // lines
 	maxSteps     = 1000
 	logPage      = 100
+	maxMB        = 1 << 30
 	uploadTime   = time.Hour // in which files can be sent to a URL
 	defaultImage = "e2bdev/base"
 )
@@ -45,6 +51,7 @@ type build struct {
 	id, owner, name string
 	tags            []string
 	limits          sandbox.Limits
+	made            time.Time
 
 	mu      sync.Mutex
 	status  string
@@ -62,8 +69,9 @@ type step struct {
 
 // builds are those that this server knows. Of others there are logs. It is safe for concurrent use.
 type builds struct {
-	mu   sync.Mutex
-	byID map[string]*build
+	mu    sync.Mutex
+	byID  map[string]*build
+	slots map[string]chan struct{} // of owners, a place for each build that is carried out
 }
 
 // add announces a build.
@@ -73,22 +81,49 @@ func (s *builds) add(b *build) error {
 	if s.byID == nil {
 		s.byID = map[string]*build{}
 	}
-	waiting := 0
+	open, over := 0, []*build{}
 	for id, old := range s.byID {
 		old.mu.Lock()
 		status, quiet := old.status, time.Since(old.changed) > buildKept
 		old.mu.Unlock()
-		if quiet && status != statusBuilding {
+		switch {
+		case quiet && status != statusBuilding:
 			delete(s.byID, id)
-		} else if old.owner == b.owner && status == statusWaiting {
-			waiting++
+		case old.owner != b.owner:
+		case status == statusWaiting || status == statusBuilding:
+			open++
+		default:
+			over = append(over, old)
 		}
 	}
-	if waiting >= maxWaiting {
-		return fmt.Errorf("%d builds of yours wait to be started: %w", waiting, sandbox.ErrTooMany)
+	slices.SortFunc(over, func(a, b *build) int { return b.made.Compare(a.made) })
+	for _, old := range over[min(len(over), maxFinished):] {
+		delete(s.byID, old.id)
+	}
+	if open >= maxWaiting {
+		return fmt.Errorf("%d builds of yours wait or are under way: %w", open, sandbox.ErrTooMany)
 	}
 	s.byID[b.id] = b
 	return nil
+}
+
+// slot waits for a place among the builds of an owner.
+func (s *builds) slot(ctx context.Context, owner string) (free func(), err error) {
+	s.mu.Lock()
+	if s.slots == nil {
+		s.slots = map[string]chan struct{}{}
+	}
+	if s.slots[owner] == nil {
+		s.slots[owner] = make(chan struct{}, atOnce)
+	}
+	slots := s.slots[owner]
+	s.mu.Unlock()
+	select {
+	case slots <- struct{}{}:
+		return func() { <-slots }, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
 }
 
 func (s *builds) find(owner, id string) *build {
@@ -122,15 +157,15 @@ func (c *Control) newTemplate(r *call) error {
 	if tag != defaultTag || len(tags) == 0 {
 		tags = append([]string{tag}, tags...)
 	}
-	if len(tags) > maxTags || body.CPUCount < 0 || body.MemoryMB < 0 || body.FreeDisk < 0 {
-		return refuse(http.StatusBadRequest, "at most %d tags are possible, and no negative numbers", maxTags)
+	if len(tags) > maxTags || body.CPUCount < 0 || body.CPUCount > 1024 || body.MemoryMB < 0 || body.MemoryMB > maxMB || body.FreeDisk < 0 || body.FreeDisk > maxMB {
+		return refuse(http.StatusBadRequest, "at most %d tags, 1024 CPUs and %d MB are possible", maxTags, maxMB)
 	}
 	for _, t := range tags {
 		if _, err := template.CheckName(withTag(plain, t)); err != nil {
 			return err
 		}
 	}
-	b := &build{id: template.NewBuildID(), owner: r.owner, name: plain, tags: tags, status: statusWaiting, changed: time.Now(),
+	b := &build{id: template.NewBuildID(), owner: r.owner, name: plain, tags: tags, status: statusWaiting, made: time.Now(), changed: time.Now(),
 		limits: sandbox.Limits{CPU: float64(body.CPUCount), Memory: body.MemoryMB << 20}}
 	if body.FreeDisk > 0 {
 		b.limits.Disk = max(c.Manager.Limits(sandbox.Limits{}).Disk, body.FreeDisk<<20)
@@ -182,12 +217,25 @@ func (c *Control) upload(w http.ResponseWriter, r *http.Request) {
 		c.fail(w, r, refuse(http.StatusForbidden, "the URL is not valid, or not any more; ask for another one"))
 		return
 	}
-	if err := c.Store.SaveUpload(owner, r.PathValue("hash"), r.Body); err != nil {
+	idle := envd.NewIdle(w, bodyTime)
+	defer idle.Over()
+	if err := c.Store.SaveUpload(owner, r.PathValue("hash"), movingReader{r.Body, idle}); err != nil {
 		c.fail(w, r, err)
 		return
 	}
 	w.Header().Set("Content-Length", "0")
 	w.WriteHeader(http.StatusCreated)
+}
+
+// movingReader keeps a connection as long as something comes.
+type movingReader struct {
+	io.Reader
+	idle *envd.Idle
+}
+
+func (m movingReader) Read(p []byte) (int, error) {
+	m.idle.Moves()
+	return m.Reader.Read(p)
 }
 
 // startRequest is what is to be built.
@@ -271,7 +319,8 @@ func (c *Control) startBuild(r *call) error {
 	}
 	b.status, b.changed = statusBuilding, time.Now()
 	for i, s := range steps {
-		b.steps = append(b.steps, step{lines[i], s.Args[0]})
+		text := s.Args[0]
+		b.steps = append(b.steps, step{lines[i], strings.ToValidUTF8(text[:min(len(text), maxStepText)], "")})
 	}
 	req := template.BuildRequest{ID: b.id, Owner: b.owner, Name: withTag(b.name, b.tags[0]), Dockerfile: dockerfile, NoCache: body.Force, Limits: b.limits, StartCmd: body.StartCmd, ReadyCmd: body.ReadyCmd,
 		Files: map[string]*template.Files{}}
@@ -285,7 +334,11 @@ func (c *Control) startBuild(r *call) error {
 // build carries out a build.
 func (c *Control) build(b *build, req template.BuildRequest, sent []string) {
 	ctx := c.ctx
-	err := c.openUploads(ctx, req, sent)
+	free, err := c.builds.slot(ctx, b.owner)
+	if err == nil {
+		defer free()
+		err = c.openUploads(ctx, req, sent)
+	}
 	if err == nil {
 		var built template.Built
 		if built, err = c.Builder.Build(ctx, req, b.line); err == nil && len(b.tags) > 1 {
@@ -298,6 +351,7 @@ func (c *Control) build(b *build, req template.BuildRequest, sent []string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.changed, b.status, b.err = time.Now(), statusReady, err
+	b.lines = nil // they are on disk
 	if err != nil {
 		b.status = statusError
 	}
@@ -345,13 +399,16 @@ func entries(lines []template.Line) []buildEntry {
 // lookUp finds a build: one of this server's, or what is left of another's.
 func (c *Control) lookUp(r *call) (lines []template.Line, status string, err error, steps []step, missing error) {
 	id := r.PathValue("bid")
-	if b := c.builds.find(r.owner, id); b != nil {
+	b := c.builds.find(r.owner, id)
+	if b != nil {
 		b.mu.Lock()
 		defer b.mu.Unlock()
-		return b.lines, b.status, b.err, b.steps, nil
+		if b.status == statusWaiting || b.status == statusBuilding {
+			return b.lines, b.status, nil, nil, nil
+		}
 	}
 	text, missing := c.Store.BuildLog(r.owner, id)
-	if missing != nil {
+	if missing != nil && b == nil {
 		return nil, "", nil, nil, missing
 	}
 	for line := range strings.Lines(string(text)) {
@@ -359,6 +416,9 @@ func (c *Control) lookUp(r *call) (lines []template.Line, status string, err err
 		if json.Unmarshal([]byte(line), &l) == nil {
 			lines = append(lines, l)
 		}
+	}
+	if b != nil { // one that has failed before it began has no log
+		return lines, b.status, b.err, b.steps, nil
 	}
 	all, missing := c.Store.List(r.owner)
 	if slices.ContainsFunc(all, func(m template.Manifest) bool { return m.Build == id }) {

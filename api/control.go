@@ -16,6 +16,7 @@ import (
 	"sync"
 	"time"
 
+	"soulbox.dev/soulbox/api/envd"
 	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/template"
 )
@@ -27,8 +28,9 @@ type Control struct {
 	Builder *template.Builder
 	// Owner says whose a request is. Its error is shown to the client.
 	Owner func(*http.Request) (string, error)
-	// MayAsk says whether an owner may ask now; nil is always.
-	MayAsk func(owner string) bool
+	// MayAsk says whether an owner may ask now, MayRead whether he may send a body of a size (-1 is not known), and is given back by done; nil is always.
+	MayAsk  func(owner string) bool
+	MayRead func(owner string, size int64) (done func(), ok bool)
 	// Gateway is where sandboxes are reached.
 	Gateway *Gateway
 	// URL is where the control plane is reached, for the URLs that it gives; nil is where a client has reached it.
@@ -37,6 +39,7 @@ type Control struct {
 	NoNetwork bool
 	Log       *slog.Logger
 
+	begin  sync.Once
 	secret string // of signatures of uploads
 	builds builds
 	ctx    context.Context // ends with Close
@@ -44,12 +47,22 @@ type Control struct {
 	work   sync.WaitGroup
 }
 
-const maxBody = 4 << 20
+// start makes what is not given; it may be called again.
+func (c *Control) start() {
+	c.begin.Do(func() {
+		c.secret = rand.Text()
+		c.ctx, c.cancel = context.WithCancelCause(context.Background())
+	})
+}
+
+const (
+	maxBody  = 4 << 20
+	bodyTime = time.Minute // for all of it
+)
 
 // Routes are the paths that a Control serves, as patterns of http.ServeMux.
 func (c *Control) Routes() map[string]http.Handler {
-	c.secret = rand.Text()
-	c.ctx, c.cancel = context.WithCancelCause(context.Background())
+	c.start()
 	routes := map[string]http.Handler{}
 	for pattern, do := range map[string]func(*call) error{
 		"GET /sandboxes":                          c.listRunning,
@@ -100,12 +113,16 @@ func (c *Control) Routes() map[string]http.Handler {
 			return refusal{http.StatusNotImplemented, "templates are not pushed as images here: build them with Template.build of an SDK from 2.0 on, or by 'soulbox-mcp template'"}
 		})
 	}
+	for _, path := range []string{"/sandboxes", "/sandboxes/", "/v2/", "/v3/", "/templates", "/templates/", "/snapshots", "/snapshots/", "/teams", "/teams/"} {
+		routes[path] = c.handler(func(r *call) error { return refuse(http.StatusNotFound, "there is no %s %.200s", r.Method, r.URL.Path) })
+	}
 	routes["PUT /templates/{id}/files/{hash}"] = http.HandlerFunc(c.upload) // the URL is its own proof
 	return routes
 }
 
 // Close ends the builds that were begun here, and waits for them.
 func (c *Control) Close() {
+	c.start()
 	c.cancel(sandbox.ErrClosed)
 	c.work.Wait()
 }
@@ -149,6 +166,15 @@ func (c *Control) handler(do func(*call) error) http.Handler {
 			w.Header().Set("Retry-After", "1")
 			c.fail(w, r, refusal{http.StatusTooManyRequests, "you have sent too many requests; wait for a second"})
 			return
+		}
+		if c.MayRead != nil && r.ContentLength != 0 {
+			done, ok := c.MayRead(owner, r.ContentLength)
+			if !ok {
+				w.Header().Set("Retry-After", "1")
+				c.fail(w, r, refusal{http.StatusTooManyRequests, "you are sending too much at once; wait for a second"})
+				return
+			}
+			defer done()
 		}
 		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
 		if err := do(&call{r, w, owner}); err != nil {
@@ -235,7 +261,10 @@ func (r *call) done(code int) error {
 
 // body reads the JSON of a request. No body is one without fields.
 func (r *call) body(to any) error {
+	idle := envd.NewIdle(r.w, bodyTime)
+	idle.Moves()
 	text, err := io.ReadAll(r.Body)
+	idle.Over()
 	var large *http.MaxBytesError
 	if errors.As(err, &large) {
 		return refuse(http.StatusRequestEntityTooLarge, "the body has more than %d bytes", maxBody)

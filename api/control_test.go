@@ -214,6 +214,8 @@ func TestControlPlane(t *testing.T) {
 		{"GET", "/templates/x/builds/bdnothere/status", "", 404, "no such build"},
 		{"GET", "/templates/x/files/..%2f..", "", 400, "no hash"},
 		{"POST", "/templates", `{"dockerfile":"FROM x"}`, 501, "pushed"},
+		{"PUT", "/sandboxes/" + id, "", 404, "there is no PUT"},
+		{"GET", "/sandboxes/" + id + "/nothere", "", 404, "there is no GET"},
 		{"GET", "/volumes", "", 501, `"code":501`},
 		{"POST", "/secrets", "{}", 501, `"code":501`},
 		{"DELETE", "/sandboxes/" + id, "", 204, ""},
@@ -425,7 +427,7 @@ func TestSignedURLs(t *testing.T) {
 			with(func(q url.Values) { q.Set("signature_expiration", fmt.Sprint(soon.Unix()+1)) }), with(func(q url.Values) { q.Del("signature_expiration") }),
 			with(func(q url.Values) { q.Set("signature_expiration", "0"+q.Get("signature_expiration")) }), with(func(q url.Values) { q.Set("signature_expiration", "+"+q.Get("signature_expiration")) }),
 			with(func(q url.Values) { q.Set("signature", q.Get("signature")+"=") }), with(func(q url.Values) { q.Set("signature", "v2"+q.Get("signature")[2:]) }),
-			envd.SignedQuery(file, envd.OpWrite, "", token, soon).Encode(), envd.SignedQuery(file, envd.OpRead, "", "", soon).Encode(), envd.SignedQuery(file, envd.OpRead, "", "x"+token, soon).Encode(),
+			envd.SignedQuery(file+":write:0", envd.OpRead, "", token, soon).Encode() + "&username=0:read:", envd.SignedQuery(file, envd.OpWrite, "", token, soon).Encode(), envd.SignedQuery(file, envd.OpRead, "", "", soon).Encode(), envd.SignedQuery(file, envd.OpRead, "", "x"+token, soon).Encode(),
 		},
 		"signature is already expired":      {envd.SignedQuery(file, envd.OpRead, "", token, time.Now().Add(-time.Second)).Encode()},
 		"missing signature query parameter": {"path=" + url.QueryEscape(file), with(func(q url.Values) { q.Set("signature", "") }), with(func(q url.Values) { q.Add("signature", "x") })},
@@ -490,5 +492,147 @@ func TestDocs(t *testing.T) {
 	}
 	for l := range listed {
 		t.Errorf("%s is in docs/e2b.md and not served", l)
+	}
+}
+
+// TestHealthWakesNobody: who only asks whether a sandbox lives does not wake one that is not open to him.
+func TestHealthWakesNobody(t *testing.T) {
+	a := newAPITest(t)
+	id, token := a.create("ann", `{"templateID":"base","autoPause":true,"autoResume":{"enabled":true},"network":{"allowPublicTraffic":false}}`)
+	if r := a.as("ann", "POST", "/sandboxes/"+id+"/pause", "{}"); r.code != 204 {
+		t.Fatal(r.text)
+	}
+	host := fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain)
+	if r := a.ask("GET", "/health", "", "Host", host); r.code != 502 || a.as("ann", "GET", "/sandboxes/"+id, "").field("state") != "paused" {
+		t.Errorf("%d %s", r.code, r.text)
+	}
+	if r := a.ask("GET", "/health", "", "Host", host, envd.TokenHeader, token); r.code != 204 || a.as("ann", "GET", "/sandboxes/"+id, "").field("state") != "running" {
+		t.Errorf("%d %s", r.code, r.text)
+	}
+}
+
+// TestCompose: files are joined, and what is joined is not removed with them, whatever they are called.
+func TestCompose(t *testing.T) {
+	a := newAPITest(t)
+	id, token := a.create("ann", `{"templateID":"base"}`)
+	dir := t.TempDir()
+	if err := errors.Join(os.Mkdir(dir+"/d", 0o700), os.Symlink("d", dir+"/l"), os.WriteFile(dir+"/d/x", []byte("one "), 0o600), os.WriteFile(dir+"/d/y", []byte("two"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	compose := func(body string) reply {
+		return a.ask("POST", "/files/compose", body, "Host", fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain), envd.TokenHeader, token)
+	}
+	if r := compose(fmt.Sprintf(`{"source_paths":["%[1]s/l/x","%[1]s/d/y"],"destination":"%[1]s/d/x"}`, dir)); r.code != 200 || r.field("name") != "x" {
+		t.Fatalf("%d %s", r.code, r.text)
+	}
+	if body, err := os.ReadFile(dir + "/d/x"); err != nil || string(body) != "one two" {
+		t.Errorf("%q %v", body, err)
+	}
+	if _, err := os.Stat(dir + "/d/y"); err == nil {
+		t.Error("a source is left")
+	}
+	if r := compose(fmt.Sprintf(`{"source_paths":["%[1]s/none"],"destination":"%[1]s/z"}`, dir)); r.code != 404 || !strings.Contains(r.text, "none") {
+		t.Errorf("%d %s", r.code, r.text)
+	}
+	for _, bad := range []string{`{`, `{"source_paths":[],"destination":"/x"}`, `{"source_paths":["` + dir + `"],"destination":"/x"}`} {
+		if r := compose(bad); r.code != 400 {
+			t.Errorf("%s: %d %s", bad, r.code, r.text)
+		}
+	}
+}
+
+// TestWatchersAreASandbox: one owner's watchers cost others none, and end with their sandbox.
+func TestWatchersAreASandbox(t *testing.T) {
+	a := newAPITest(t)
+	dir := t.TempDir()
+	watch := func(id, token string) reply {
+		return a.ask("POST", filesystemconnect.FilesystemCreateWatcherProcedure, `{"path":"`+dir+`"}`, "Host", fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain), envd.TokenHeader, token)
+	}
+	id, token := a.create("ann", `{"templateID":"base"}`)
+	for i := range 65 {
+		if r := watch(id, token); (r.code == 200) != (i < 64) {
+			t.Fatalf("%d: %d %s", i, r.code, r.text)
+		}
+	}
+	other, theirs := a.create("bob", `{"templateID":"base"}`)
+	r := watch(other, theirs)
+	if r.code != 200 {
+		t.Errorf("%d %s", r.code, r.text)
+	}
+	poll := func(id, token string) reply {
+		return a.ask("POST", filesystemconnect.FilesystemGetWatcherEventsProcedure, fmt.Sprintf(`{"watcherId":"%v"}`, r.field("watcherId")), "Host", fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain), envd.TokenHeader, token)
+	}
+	if r := poll(id, token); r.code != 404 {
+		t.Errorf("another's watcher: %d %s", r.code, r.text)
+	}
+	if err := os.WriteFile(dir+"/new", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	sandboxtest.Eventually(t, "it is told", func() bool { return strings.Contains(poll(other, theirs).text, `"name":"new"`) })
+	a.as("ann", "DELETE", "/sandboxes/"+id, "")
+	sandboxtest.Eventually(t, "they are forgotten", func() bool { return a.gateway.inside.Watchers() == 1 })
+}
+
+// TestSnapshotsOfOthers: what MCP clients have saved, who give sandboxes no network, is begun from like anything else.
+func TestSnapshotsOfOthers(t *testing.T) {
+	a := newAPITest(t)
+	sb, err := a.m.Create(t.Context(), sandbox.CreateOptions{Owner: "ann"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := sb.Snapshot(t.Context(), sandbox.SnapshotOptions{Name: "theirs"}); err != nil {
+		t.Fatal(err)
+	}
+	for body, want := range map[string]int{`{"templateID":"theirs"}`: 201, `{"templateID":"theirs","allow_internet_access":false}`: 201, `{"templateID":"theirs","allow_internet_access":true}`: 400} {
+		if r := a.as("ann", "POST", "/v2/sandboxes", body); r.code != want {
+			t.Errorf("%s: %d %s", body, r.code, r.text)
+		}
+	}
+	if r := a.as("ann", "PUT", "/sandboxes/"+sb.ID()+"/network", `{}`); r.code != 400 || !strings.Contains(r.text, "made without a network") {
+		t.Errorf("%d %s", r.code, r.text)
+	}
+}
+
+// TestBuildsAreBounded: what is announced is counted, and what has failed is not kept for long.
+func TestBuildsAreBounded(t *testing.T) {
+	a := newAPITest(t)
+	announce := func() reply { return a.as("ann", "POST", "/v3/templates", `{"name":"t"}`) }
+	large, err := json.Marshal(map[string]any{"fromImage": "nothere", "steps": []map[string]any{{"type": "RUN", "args": []string{strings.Repeat("x", 1<<20)}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range maxFinished + 10 {
+		r := announce()
+		id := fmt.Sprint(r.field("buildID"))
+		if r := a.as("ann", "POST", "/v2/templates/t/builds/"+id, string(large)); r.code != 202 {
+			t.Fatal(r.text)
+		}
+		if r := a.as("ann", "POST", "/v2/templates/t/builds/"+id, `{}`); r.code != 409 {
+			t.Errorf("%d %s", r.code, r.text)
+		}
+		sandboxtest.Eventually(t, "it has failed", func() bool {
+			return a.as("ann", "GET", "/templates/t/builds/"+id+"/status", "").field("status") == statusError
+		})
+	}
+	a.control.builds.mu.Lock()
+	kept, bytes := len(a.control.builds.byID), 0
+	for _, b := range a.control.builds.byID {
+		for _, s := range b.steps {
+			bytes += len(s.text)
+		}
+	}
+	a.control.builds.mu.Unlock()
+	if kept > maxFinished+1 || bytes > (maxFinished+1)*maxStepText {
+		t.Errorf("%d builds are kept, with %d bytes of steps", kept, bytes)
+	}
+	for i := range maxWaiting + 1 {
+		if r := announce(); (r.code == 202) != (i < maxWaiting) || i == maxWaiting && r.code != 429 {
+			t.Fatalf("%d: %d %s", i, r.code, r.text)
+		}
+	}
+	for _, body := range []string{`{"name":"t","memoryMB":17592186044417}`, `{"name":"t","cpuCount":1000000000}`, `{"name":"t","minFreeDiskMb":-1}`} {
+		if r := a.as("bob", "POST", "/v3/templates", body); r.code != 400 {
+			t.Errorf("%s: %d %s", body, r.code, r.text)
+		}
 	}
 }

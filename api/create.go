@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"net/http"
+	"slices"
 	"time"
 
 	"soulbox.dev/soulbox/sandbox"
@@ -55,9 +56,14 @@ func (n newSandbox) options(c *Control, owner string, life int64) (o sandbox.Cre
 	if n.AutoPause {
 		o.Times.OnTimeout = sandbox.ActionPause
 	}
-	if o.Network, err = n.Network.egress(n.Internet, c.NoNetwork); err == nil {
-		o.Ingress = n.Network.ingress()
+	o.Ingress = n.Network.ingress()
+	if snap, ok := c.snapshotOf(owner, o.Template); ok && (n.Network == nil && n.Internet == nil || !snap.Network.On()) {
+		if n.Network != nil && (len(n.Network.AllowOut) > 0 || len(n.Network.DenyOut) > 0) || n.Internet != nil && *n.Internet {
+			return o, refuse(http.StatusBadRequest, "snapshot %q was made of a sandbox without a network, so what begins from it has none", o.Template)
+		}
+		return o, nil // as it was saved
 	}
+	o.Network, err = n.Network.egress(n.Internet, c.NoNetwork)
 	return o, err
 }
 
@@ -89,4 +95,17 @@ func (c *Control) create(r *call, life int64) error {
 		return err
 	}
 	return r.answer(http.StatusCreated, c.created(sb))
+}
+
+// snapshotOf finds a snapshot of an owner, where no template has the name.
+func (c *Control) snapshotOf(owner, name string) (sandbox.Snapshot, bool) {
+	if _, err := c.Store.Get(owner, name); err == nil || name == "" {
+		return sandbox.Snapshot{}, false
+	}
+	all, err := c.Manager.Snapshots(owner)
+	i := slices.IndexFunc(all, func(s sandbox.Snapshot) bool { return s.Name == name })
+	if err != nil || i < 0 {
+		return sandbox.Snapshot{}, false
+	}
+	return all[i], true
 }

@@ -259,13 +259,22 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 		f.write(w, r)
 		return
 	}
+	public, open := sb.Reachable(port)
 	if port == envd.Port {
-		if g.inside.Admits(w, r, envd.Target{Sandbox: sb}) && g.awake(w, r, sb) {
-			g.inside.Serve(w, r, envd.Target{Sandbox: sb})
+		target := envd.Target{Sandbox: sb}
+		if !g.inside.Admits(w, r, target) {
+			return
+		}
+		if sb.Info().State == sandbox.Paused && !public && !target.Proven(r) { // asking whether it lives must not wake it
+			f.Message = "The sandbox was not found"
+			f.write(w, r)
+			return
+		}
+		if g.awake(w, r, sb) {
+			g.inside.Serve(w, r, target)
 		}
 		return
 	}
-	public, open := sb.Reachable(port)
 	if !open || !public {
 		secret := sb.TrafficToken()
 		if !g.admits(r, secret) {

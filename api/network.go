@@ -42,7 +42,8 @@ func (n *network) egress(internet *bool, none bool) (sandbox.Network, error) {
 			return sandbox.Network{}, refuse(http.StatusBadRequest, "invalid denied CIDR %.100s: only addresses and ranges of addresses can be denied", d)
 		}
 	}
-	all := slices.Contains(n.DenyOut, everything[0])
+	has := func(r string) bool { return slices.Contains(n.DenyOut, r) }
+	all := has(everything[0]) || has("0.0.0.0/1") && has("128.0.0.0/1")
 	named := slices.ContainsFunc(n.AllowOut, func(a string) bool {
 		_, aerr := netip.ParseAddr(a)
 		_, perr := netip.ParsePrefix(a)

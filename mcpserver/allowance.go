@@ -35,8 +35,8 @@ func (h *HTTP) MayAsk(owner string) bool {
 	return h.allowance(owner).rate.Allow()
 }
 
-// mayRead reserves room for a body, whose size may be unknown (-1); the caller calls done.
-func (h *HTTP) mayRead(owner string, size int64) (done func(), ok bool) {
+// MayRead reserves room for a body, whose size may be unknown (-1); the caller calls done.
+func (h *HTTP) MayRead(owner string, size int64) (done func(), ok bool) {
 	if size < 0 || size > h.MaxBody {
 		size = h.MaxBody
 	}

@@ -295,7 +295,7 @@ func (h *HTTP) read(w http.ResponseWriter, r *http.Request, owner string) (m mes
 		return m, nil, false
 	}
 	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(readTime)) // a ResponseWriter that has none is a test's
-	done, ok := h.mayRead(owner, r.ContentLength)
+	done, ok := h.MayRead(owner, r.ContentLength)
 	if !ok {
 		tooMany(w, nil)
 		return m, nil, false

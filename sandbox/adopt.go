@@ -132,7 +132,7 @@ func (m *Manager) letSleep(r record, lock *os.File) {
 		m.bury(r.ID, r, lock, CauseForgotten)
 		return
 	}
-	if len(r.Ports) > 0 && r.Pause.AutoResume { // somebody has to listen for those who wake it
+	if len(r.Ports) > 0 && r.Pause.AutoResume && m.opts.Keep { // somebody has to listen for those who wake it, and to leave it again
 		if err := m.adopt(r, lock); err != nil {
 			m.report(r.ID, errors.Join(err, lock.Close()))
 		}
@@ -263,7 +263,11 @@ func hasMemory(dir string) bool { return !isThere(filepath.Join(dir, filesOnlyMa
 func (m *Manager) adopt(r record, lock *os.File) (err error) {
 	ctx, cancel := context.WithTimeout(m.ctx, adoptTime)
 	defer cancel()
-	r.giveSecrets()      // one of an older version has not got all; they are saved with the next change
+	if r.giveSecrets() { // one of an older version has not got all
+		if err := m.store.save(r); err != nil {
+			return err
+		}
+	}
 	r.Keep = m.opts.Keep // what becomes of it at the end of this server is for this server to say
 	sb := m.newSandbox(r)
 	sb.lock = lock

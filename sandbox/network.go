@@ -135,7 +135,10 @@ func (s *Sandbox) SetNetwork(n Network) error {
 		return s.wrong("update")
 	}
 	if n.On() != s.rec.Network.On() {
-		return fmt.Errorf("update sandbox %s: whether it has a network is settled when it is made; %q without entries allows nothing: %w", s.id, NetworkAllowlist, ErrInvalid)
+		if !n.On() {
+			return fmt.Errorf("update sandbox %s: it has a network for good; %q without entries allows nothing: %w", s.id, NetworkAllowlist, ErrInvalid)
+		}
+		return fmt.Errorf("update sandbox %s: it was made without a network, and its programs know of none; make one with a network: %w", s.id, ErrInvalid)
 	}
 	r := s.rec
 	r.Network, r.Updated = n, time.Now()

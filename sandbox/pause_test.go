@@ -402,7 +402,12 @@ func TestPortsWake(t *testing.T) {
 	if err := m.Close(); err != nil {
 		t.Fatal(err)
 	}
-	m = newManager(t, dir, fake, nil) // somebody has to listen, though nobody has asked for it
+	passing := newManager(t, dir, fake, nil) // one that ends what it has leaves it alone
+	<-passing.Settled()
+	if err := passing.Close(); err != nil {
+		t.Fatal(err)
+	}
+	m = newManager(t, dir, fake, keep) // somebody has to listen, though nobody has asked for it
 	<-m.Settled()
 	if body := get(t, p); body != "hello" {
 		t.Fatal(body)

@@ -73,13 +73,14 @@ func (i Ingress) check() error {
 	return nil
 }
 
-// giveSecrets gives a sandbox the secrets that it has not got.
-func (r *record) giveSecrets() {
+// giveSecrets gives a sandbox the secrets that it has not got, and says whether there were any.
+func (r *record) giveSecrets() (some bool) {
 	for _, secret := range []*string{&r.Traffic, &r.Access} {
 		if *secret == "" {
-			*secret = rand.Text()
+			*secret, some = rand.Text(), true
 		}
 	}
+	return some
 }
 
 // AccessToken is what clients show who act in the sandbox without its owner's key. It is a secret.

@@ -127,13 +127,7 @@ func (m *Manager) placeSnapshot(temp, dir string, replace bool) error {
 		if !replace {
 			return ErrSnapshot // who was faster has the name
 		}
-		m.mu.Lock()
-		busy := m.inUse[dir] > 0
-		m.mu.Unlock()
-		if busy {
-			return fmt.Errorf("a sandbox is just being made from the one of that name: %w", ErrBusySnapshot)
-		}
-		err = unix.Renameat2(unix.AT_FDCWD, temp, unix.AT_FDCWD, dir, unix.RENAME_EXCHANGE)
+		err = m.exchange(temp, dir)
 		if err == nil {
 			return syncDir(filepath.Dir(dir))
 		}
@@ -141,6 +135,17 @@ func (m *Manager) placeSnapshot(temp, dir string, replace bool) error {
 			return err
 		}
 	}
+}
+
+// exchange swaps two snapshots, unless a sandbox is just being made from the one that has a name. Other servers are not asked: there the new one may
+// come before the sandbox has begun from the old one, as it may after that.
+func (m *Manager) exchange(temp, dir string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.inUse[dir] > 0 {
+		return fmt.Errorf("a sandbox is just being made from the one of that name: %w", ErrBusySnapshot)
+	}
+	return unix.Renameat2(unix.AT_FDCWD, temp, unix.AT_FDCWD, dir, unix.RENAME_EXCHANGE)
 }
 
 // save makes a checkpoint of the sandbox as it is, whatever that is, and leaves it so. The caller has the turn. It tells whether the
@@ -240,17 +245,19 @@ func (m *Manager) snapshot(owner, name string) (snap Snapshot, dir string, done 
 		return snap, "", nil, fmt.Errorf("snapshot %q: %w", name, ErrNoSnapshot)
 	}
 	dir = m.store.snapshotDir(owner, name)
+	done = m.use(dir) // before it is read: another one of that name must not come in between
 	body, err := os.ReadFile(filepath.Join(dir, "snapshot.json"))
 	if errors.Is(err, fs.ErrNotExist) {
-		return snap, "", nil, fmt.Errorf("snapshot %q: %w", name, ErrNoSnapshot)
+		err = ErrNoSnapshot
 	}
 	if err == nil {
 		err = json.Unmarshal(body, &snap)
 	}
 	if err != nil {
+		done()
 		return snap, "", nil, fmt.Errorf("snapshot %q: %w", name, err)
 	}
-	return snap, filepath.Join(dir, "checkpoint"), m.use(dir), nil
+	return snap, filepath.Join(dir, "checkpoint"), done, nil
 }
 
 // use keeps a directory from being removed until done is called.

@@ -7,13 +7,24 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
+	"strings"
 
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// uploadFile is where files are that an owner has sent, by the name that his client gave them. Neither becomes part of a path.
+// Bounds of what an owner may have sent and not used for a day.
+const (
+	maxUploads     = 200
+	maxUploadBytes = 2 * maxContext
+)
+
+// uploadsOf begins the names of the files of an owner, and uploadFile is where files are by the name that his client gave them. Neither name becomes
+// part of a path.
+func uploadsOf(owner string) string { return hashOf(owner)[:20] + "-" }
+
 func (s *Store) uploadFile(owner, name string) string {
-	return s.file("uploads", hashOf(owner, name)+".tar")
+	return s.file("uploads", uploadsOf(owner)+hashOf(name)+".tar")
 }
 
 // HasUpload says whether an owner has sent files of a name, which then are kept for a while.
@@ -21,8 +32,12 @@ func (s *Store) HasUpload(owner, name string) bool { return touch(s.uploadFile(o
 
 // SaveUpload keeps files of an owner's builds: a tar, which may be compressed, and is not looked at yet.
 func (s *Store) SaveUpload(owner, name string, from io.Reader) error {
-	body := &atMost{r: from, left: maxContext}
-	err := s.write(s.uploadFile(owner, name), func(f *os.File) error {
+	left, err := s.roomForUploads(owner)
+	if err != nil {
+		return err
+	}
+	body := &atMost{r: from, left: min(left, maxContext)}
+	err = s.write(s.uploadFile(owner, name), func(f *os.File) error {
 		_, err := io.Copy(f, s.whileRoom(body))
 		return err
 	})
@@ -30,6 +45,26 @@ func (s *Store) SaveUpload(owner, name string, from io.Reader) error {
 		return fmt.Errorf("keep the files of a build: %w", err)
 	}
 	return nil
+}
+
+// roomForUploads is how many bytes an owner may still send.
+func (s *Store) roomForUploads(owner string) (int64, error) {
+	n, left := 0, int64(maxUploadBytes)
+	err := s.each("uploads", func(name string) error {
+		if !strings.HasPrefix(filepath.Base(name), uploadsOf(owner)) {
+			return nil
+		}
+		info, err := os.Stat(name)
+		if err == nil {
+			n++
+			left -= info.Size()
+		}
+		return err
+	})
+	if err == nil && (n >= maxUploads || left <= 0) {
+		err = fmt.Errorf("you have sent %d files of builds that were not used; they are kept for a day: %w", n, sandbox.ErrTooMany)
+	}
+	return left, err
 }
 
 // OpenUpload gives files that an owner has sent.

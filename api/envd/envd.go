@@ -7,9 +7,12 @@ import (
 	"crypto/subtle"
 	"encoding/json"
 	"errors"
+	"io"
 	"log/slog"
 	"net/http"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -44,14 +47,16 @@ type Server struct {
 	log      *slog.Logger
 	mux      *http.ServeMux
 	watchers watchers
+	reading  atomic.Int64  // bytes of bodies in memory
+	listings chan struct{} // a place for each listing that is under way
 }
 
 // New makes a Server.
 func New(log *slog.Logger) *Server {
-	s := &Server{log: log, mux: http.NewServeMux()}
+	s := &Server{log: log, mux: http.NewServeMux(), listings: make(chan struct{}, maxListings)}
 	options := []connect.HandlerOption{connect.WithReadMaxBytes(maxMessage), connect.WithInterceptors(aborter{})}
 	s.mux.Handle(processconnect.NewProcessHandler(processes{}, options...))
-	s.mux.Handle(filesystemconnect.NewFilesystemHandler(files{&s.watchers}, options...))
+	s.mux.Handle(filesystemconnect.NewFilesystemHandler(files{s}, options...))
 	s.mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
 	s.mux.HandleFunc("GET /metrics", s.metrics)
 	s.mux.HandleFunc("GET /envs", s.envs)
@@ -61,6 +66,11 @@ func New(log *slog.Logger) *Server {
 	s.mux.HandleFunc("POST /files/compose", s.compose)
 	s.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) { fail(w, http.StatusNotFound, "there is no "+r.URL.Path) })
 	return s
+}
+
+// Proven says whether a request shows the sandbox' token or a signature, and not only asks what everybody may.
+func (t Target) Proven(r *http.Request) bool {
+	return t.hasToken(r) || r.URL.Path == "/files" && t.wrong(r) == ""
 }
 
 // Admits says whether a request may act in a sandbox, and answers those that may not and those that ask what they may send.
@@ -83,10 +93,118 @@ func (s *Server) Serve(w http.ResponseWriter, r *http.Request, t Target) {
 		s.refuse(w, r, err)
 		return
 	}
+	if client.Level() < level {
+		fail(w, http.StatusNotImplemented, "the sandbox was made by an older version of SoulBox, which does not know this; it can be used by MCP, or made anew")
+		return
+	}
 	ctx, cancel := t.Sandbox.Bind(r.Context())
 	defer cancel()
-	s.mux.ServeHTTP(w, r.WithContext(context.WithValue(ctx, placeKey{}, &place{t, client})))
+	p := &place{Target: t, client: client}
+	over := p.keep(ctx, w)
+	defer over()
+	if r.URL.Path != "/files" { // what is passed on is not held
+		body := &counted{ReadCloser: r.Body, all: &s.reading}
+		defer body.release()
+		r.Body = body
+	}
+	s.mux.ServeHTTP(w, r.WithContext(context.WithValue(ctx, placeKey{}, p)))
 }
+
+// level is what agents must know.
+const level = 1
+
+const (
+	idleTime  = 10 * time.Minute // of a connection on which nothing moves while a request is served
+	freeBody  = 64 << 10         // bytes of a body that are not counted
+	maxBodies = 256 << 20        // bytes of the bodies of all calls together
+)
+
+// keep ends the connection of a request when nothing moves on it for long, and when ctx ends: a client that does not read must not hold up what the
+// sandbox had. over is called when the request is served.
+func (p *place) keep(ctx context.Context, w http.ResponseWriter) (over func()) {
+	idle := NewIdle(w, idleTime)
+	idle.Moves()
+	p.moves = idle.Moves
+	cut := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(cut)
+		idle.Cut()
+	})
+	return func() {
+		if !stop() {
+			<-cut // it uses w
+			return
+		}
+		idle.Over()
+	}
+}
+
+// Idle ends the connection of a request on which nothing moves for long. It is safe for concurrent use, as long as the request is served.
+type Idle struct {
+	c     *http.ResponseController
+	limit time.Duration
+
+	mu   sync.Mutex
+	last time.Time
+	cut  bool
+}
+
+// NewIdle makes one that waits for the first move.
+func NewIdle(w http.ResponseWriter, limit time.Duration) *Idle {
+	return &Idle{c: http.NewResponseController(w), limit: limit}
+}
+
+// Moves says that something has moved.
+func (i *Idle) Moves() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if now := time.Now(); !i.cut && now.Sub(i.last) > time.Second {
+		i.last = now
+		i.until(now.Add(i.limit))
+	}
+}
+
+// Cut ends the connection now, whatever moves later.
+func (i *Idle) Cut() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.cut = true
+	i.until(time.Unix(1, 0))
+}
+
+// Over leaves the connection to the next request.
+func (i *Idle) Over() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.until(time.Time{})
+}
+
+func (i *Idle) until(t time.Time) {
+	_ = errors.Join(i.c.SetReadDeadline(t), i.c.SetWriteDeadline(t)) // where there are none it goes on without
+}
+
+// counted is the body of a call, which is held in memory: beyond a bound of all together there is none.
+type counted struct {
+	io.ReadCloser
+	all     *atomic.Int64
+	n, held int64
+}
+
+var errBodies = connect.NewError(connect.CodeResourceExhausted, errors.New("too much is being sent to this server at once; try again in a moment"))
+
+// Read implements io.Reader.
+func (c *counted) Read(p []byte) (int, error) {
+	n, err := c.ReadCloser.Read(p)
+	if c.n += int64(n); c.n > freeBody {
+		c.held += int64(n)
+		if c.all.Add(int64(n)) > maxBodies {
+			return n, errBodies
+		}
+	}
+	return n, err
+}
+
+func (c *counted) release() { c.all.Add(-c.held) }
 
 type placeKey struct{}
 
@@ -94,9 +212,13 @@ type placeKey struct{}
 type place struct {
 	Target
 	client *agent.Client
+	moves  func() // is called when something is sent or taken
 }
 
 func placeOf(ctx context.Context) *place { return ctx.Value(placeKey{}).(*place) }
+
+// over says whether an error is the end of what a request acts on: the sandbox was killed, or is being paused.
+func (p *place) over(err error) bool { return p.dead() || errors.Is(err, sandbox.ErrState) }
 
 // dead says whether what a request acts on is not there any more.
 func (p *place) dead() bool {
@@ -115,7 +237,7 @@ type aborter struct{}
 func (aborter) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
 		res, err := next(ctx, req)
-		if err != nil && placeOf(ctx).dead() {
+		if err != nil && placeOf(ctx).over(err) {
 			panic(http.ErrAbortHandler)
 		}
 		return res, rpcError(err)
@@ -131,7 +253,7 @@ func (aborter) WrapStreamingClient(next connect.StreamingClientFunc) connect.Str
 func (aborter) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
 	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
 		err := next(ctx, conn)
-		if err != nil && placeOf(ctx).dead() {
+		if err != nil && placeOf(ctx).over(err) {
 			panic(http.ErrAbortHandler)
 		}
 		return rpcError(err)
@@ -204,6 +326,7 @@ func (s *Server) metrics(w http.ResponseWriter, r *http.Request) {
 		cpu = samples[len(samples)-1].CPU
 	}
 	limits := p.Sandbox.Info().Limits
+	cpu /= max(limits.CPU, 1) // of all that it may use
 	answer(w, map[string]any{
 		"ts": time.Now().Unix(), "cpu_count": max(1, int(limits.CPU+0.5)), "cpu_used_pct": cpu, "mem_total": limits.Memory, "mem_used": inside.Memory, "mem_cache": 0,
 		"mem_total_mib": limits.Memory >> 20, "mem_used_mib": inside.Memory >> 20, "disk_used": inside.DiskUsed, "disk_total": limits.Disk,

@@ -74,7 +74,7 @@ func rpcError(err error) error {
 
 // refuse answers with an error. The end of the sandbox breaks off.
 func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
-	if p, ok := r.Context().Value(placeKey{}).(*place); ok && p.dead() || r.Context().Err() != nil {
+	if p, ok := r.Context().Value(placeKey{}).(*place); ok && p.over(err) || r.Context().Err() != nil {
 		panic(http.ErrAbortHandler)
 	}
 	code := http.StatusInternalServerError

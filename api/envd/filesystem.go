@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io/fs"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -19,11 +20,15 @@ import (
 // metadataPrefix begins the names of the extended attributes that clients set and see as metadata.
 const metadataPrefix = "e2b."
 
-// maxListed bounds the entries of one listing.
-const maxListed = 100_000
+// Bounds of listings, which are made in memory.
+const (
+	maxListed   = 100_000  // entries of one
+	maxListing  = 16 << 20 // bytes of the names in one
+	maxListings = 8        // at once
+)
 
 // files is the service filesystem.Filesystem.
-type files struct{ watchers *watchers }
+type files struct{ *Server }
 
 // absolute is a path as the agent takes it: relative ones, and ~, are below the user's directory.
 func (p *place) absolute(ctx context.Context, name, who string) (string, error) {
@@ -178,7 +183,7 @@ func (files) Remove(ctx context.Context, req *connect.Request[pb.RemoveRequest])
 }
 
 // ListDir implements filesystemconnect.FilesystemHandler.
-func (files) ListDir(ctx context.Context, req *connect.Request[pb.ListDirRequest]) (*connect.Response[pb.ListDirResponse], error) {
+func (f files) ListDir(ctx context.Context, req *connect.Request[pb.ListDirRequest]) (*connect.Response[pb.ListDirResponse], error) {
 	p, dir, _, err := asked(ctx, req, req.Msg.GetPath())
 	if err == nil {
 		err = p.isDir(ctx, dir)
@@ -186,7 +191,13 @@ func (files) ListDir(ctx context.Context, req *connect.Request[pb.ListDirRequest
 	if err != nil {
 		return nil, err
 	}
-	out := &pb.ListDirResponse{}
+	select {
+	case f.listings <- struct{}{}:
+		defer func() { <-f.listings }()
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	out, size := &pb.ListDirResponse{}, 0
 	ask := agent.DirRequest{Path: dir, Depth: int(min(max(req.Msg.GetDepth(), 1), 1000)), Links: true}
 	for {
 		part, err := p.client.Dir(ctx, ask)
@@ -194,15 +205,27 @@ func (files) ListDir(ctx context.Context, req *connect.Request[pb.ListDirRequest
 			return nil, err
 		}
 		for _, f := range part.Entries {
-			out.Entries = append(out.Entries, entry(f))
+			e := entry(f)
+			out.Entries = append(out.Entries, e)
+			size += 2*len(e.Path) + len(e.GetSymlinkTarget())
+			for k, v := range e.Metadata {
+				size += len(k) + len(v)
+			}
 		}
-		if !part.More || len(part.Entries) == 0 {
+		if !part.More {
 			return connect.NewResponse(out), nil
 		}
-		if len(out.Entries) >= maxListed {
-			return nil, errorf(connect.CodeResourceExhausted, "there are more than %d files: list directories below it, or less deep", maxListed)
+		if len(out.Entries) >= maxListed || size > maxListing {
+			return nil, errorf(connect.CodeResourceExhausted, "there are more files than one answer can have (%d, with names of %d MB): list directories below it, or less deep", maxListed, maxListing>>20)
 		}
-		ask.After = part.Entries[len(part.Entries)-1].Path
+		if len(part.Entries) == 0 {
+			return nil, errorf(connect.CodeInternal, "the sandbox has broken off its listing")
+		}
+		last := part.Entries[len(part.Entries)-1].Path
+		if slices.Compare(strings.Split(last, "/"), strings.Split(ask.After, "/")) <= 0 {
+			return nil, errorf(connect.CodeInternal, "the sandbox repeats its listing")
+		}
+		ask.After = last
 	}
 }
 

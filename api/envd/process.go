@@ -24,6 +24,7 @@ import (
 const (
 	keepAlive    = 90 * time.Second // where the client names no other interval
 	minKeepAlive = time.Second
+	maxKeepAlive = 300              // seconds: less than idleTime
 	endedKept    = 30 * time.Second // in which the end of a process is still told
 	waitPart     = time.Hour        // of a wait that has no end of its own
 )
@@ -57,7 +58,7 @@ func (p *place) startRequest(ctx context.Context, req *connect.Request[pb.StartR
 	if err != nil {
 		return agent.StartRequest{}, err
 	}
-	start := agent.StartRequest{Args: append([]string{config.GetCmd()}, config.GetArgs()...), Env: config.GetEnvs(), User: who, Tag: req.Msg.GetTag(),
+	start := agent.StartRequest{Hold: true, Args: append([]string{config.GetCmd()}, config.GetArgs()...), Env: config.GetEnvs(), User: who, Tag: req.Msg.GetTag(),
 		KeepStdin: req.Msg.Stdin == nil || req.Msg.GetStdin()}
 	if config.GetCwd() != "" {
 		if start.Cwd, err = p.absolute(ctx, config.GetCwd(), who); err != nil {
@@ -101,7 +102,7 @@ func (processes) Connect(ctx context.Context, req *connect.Request[pb.ConnectReq
 // interval is how often a client wants to be told that the stream lives.
 func interval(h http.Header) time.Duration {
 	n, err := strconv.Atoi(h.Get("Keepalive-Ping-Interval"))
-	if err != nil || n <= 0 || n > 3600 {
+	if err != nil || n <= 0 || n > maxKeepAlive {
 		return keepAlive
 	}
 	return max(time.Duration(n)*time.Second, minKeepAlive)
@@ -173,6 +174,7 @@ func (f *feed) tell(e *pb.ProcessEvent) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.last.Store(time.Now().UnixNano())
+	f.place.moves()
 	return f.send(e)
 }
 
@@ -180,6 +182,9 @@ func (f *feed) tell(e *pb.ProcessEvent) error {
 func (f *feed) frame(o agent.OutputFrame) error {
 	if o.End != nil {
 		return nil
+	}
+	if gap := o.Offset - f.reached.Load(); gap > 0 {
+		return errorf(connect.CodeDataLoss, "%d bytes of its output were lost: it was written faster than it could be kept", gap)
 	}
 	data := &pb.ProcessEvent_DataEvent{}
 	switch {
@@ -202,21 +207,24 @@ func (f *feed) frame(o agent.OutputFrame) error {
 
 // keepAlive sends something where there was nothing for a while, so that no proxy takes the stream for dead.
 func (f *feed) keepAlive(ctx context.Context, stop context.CancelCauseFunc) {
-	ticker := time.NewTicker(f.every)
-	defer ticker.Stop()
+	timer := time.NewTimer(f.every)
+	defer timer.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case now := <-ticker.C:
-			if now.Sub(time.Unix(0, f.last.Load())) < f.every/2 {
-				continue
-			}
-			if err := f.tell(&pb.ProcessEvent{Event: &pb.ProcessEvent_Keepalive{Keepalive: &pb.ProcessEvent_KeepAlive{}}}); err != nil {
-				stop(err)
-				return
-			}
+		case <-timer.C:
 		}
+		due := time.Unix(0, f.last.Load()).Add(f.every)
+		if wait := time.Until(due); wait > 0 {
+			timer.Reset(wait)
+			continue
+		}
+		if err := f.tell(&pb.ProcessEvent{Event: &pb.ProcessEvent_Keepalive{Keepalive: &pb.ProcessEvent_KeepAlive{}}}); err != nil {
+			stop(err)
+			return
+		}
+		timer.Reset(f.every)
 	}
 }
 
@@ -350,6 +358,7 @@ func (processes) StreamInput(ctx context.Context, stream *connect.ClientStream[p
 	p := placeOf(ctx)
 	var process agent.Process
 	for stream.Receive() {
+		p.moves()
 		var err error
 		switch e := stream.Msg().GetEvent().(type) {
 		case *pb.StreamInputRequest_Start:

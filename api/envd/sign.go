@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -53,6 +54,9 @@ func (t Target) unsigned(r *http.Request, operation string) string {
 		if len(q[name]) > 1 {
 			return "invalid signature"
 		}
+	}
+	if strings.Contains(q.Get("username"), ":") { // the parts of what is signed must stay apart
+		return "invalid signature"
 	}
 	var until time.Time
 	if text := q.Get("signature_expiration"); text != "" {

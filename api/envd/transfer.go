@@ -1,6 +1,7 @@
 package envd
 
 import (
+	"cmp"
 	"compress/gzip"
 	"context"
 	"encoding/json"
@@ -15,7 +16,6 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
-	"time"
 
 	"connectrpc.com/connect"
 
@@ -23,7 +23,6 @@ import (
 )
 
 const (
-	bodyIdle       = 10 * time.Minute // of a transfer in which nothing moves
 	maxComposed    = 1000
 	maxMetadata    = 4096 // bytes of names and values
 	metadataHeader = "X-Metadata-"
@@ -107,8 +106,7 @@ func (s *Server) download(w http.ResponseWriter, r *http.Request) {
 	if h.Set("Content-Type", mime.TypeByExtension(path.Ext(file))); h.Get("Content-Type") == "" {
 		h.Set("Content-Type", "application/octet-stream")
 	}
-	keep, over := idle(w)
-	defer over()
+	keep := p.moves
 	switch {
 	case zip && r.Header.Get("Range") == "":
 		h.Set("Content-Encoding", "gzip")
@@ -225,19 +223,6 @@ func (f *guestFile) close() {
 	}
 }
 
-// idle gives what is to be called whenever something moves: a connection on which nothing does for long ends. over is for the next request.
-func idle(w http.ResponseWriter) (moves, over func()) {
-	c := http.NewResponseController(w)
-	until := func(t time.Time) { _ = errors.Join(c.SetReadDeadline(t), c.SetWriteDeadline(t)) } // where there are none it goes on without
-	var last time.Time
-	return func() {
-		if now := time.Now(); now.Sub(last) > time.Second {
-			last = now
-			until(now.Add(bodyIdle))
-		}
-	}, func() { until(time.Time{}) }
-}
-
 // kept is a response that moves.
 type kept struct {
 	http.ResponseWriter
@@ -272,9 +257,7 @@ func (s *Server) upload(w http.ResponseWriter, r *http.Request) {
 		fail(w, http.StatusBadRequest, err.Error())
 		return
 	}
-	keep, over := idle(w)
-	defer over()
-	body, ok := unzipped(w, r, keptReader{r.Body, keep})
+	body, ok := unzipped(w, r, keptReader{r.Body, p.moves})
 	if !ok {
 		return
 	}
@@ -286,7 +269,7 @@ func (s *Server) upload(w http.ResponseWriter, r *http.Request) {
 		case err == nil:
 			written = append(written, uploaded{Path: info.Path, Name: path.Base(info.Path), Type: "file", Metadata: metadata})
 			return true
-		case in.err != nil && r.Context().Err() == nil && !p.dead():
+		case in.err != nil && r.Context().Err() == nil && !p.over(err):
 			fail(w, http.StatusBadRequest, "the body broke off: "+in.err.Error())
 		case errors.Is(err, fs.ErrNotExist):
 			s.refuse(w, r, err)
@@ -432,15 +415,19 @@ func (s *Server) compose(w http.ResponseWriter, r *http.Request) {
 	if !ok {
 		return
 	}
-	sources := make([]string, len(body.Sources))
+	sources, real := make([]string, len(body.Sources)), map[string]string{}
 	for i, name := range body.Sources {
 		if sources[i], ok = s.resolve(w, r, p, name, body.User); !ok {
 			return
 		}
-		if info, err := p.client.Stat(r.Context(), sources[i]); err != nil || info.Type == agent.TypeDir {
-			if err == nil {
-				err = syscall.EISDIR
-			}
+		info, err := p.client.Stat(r.Context(), sources[i])
+		if err == nil && info.Type == agent.TypeDir {
+			err = syscall.EISDIR
+		}
+		if err == nil {
+			real[sources[i]], err = p.real(r.Context(), sources[i])
+		}
+		if err != nil {
 			s.wrong(w, r, sources[i], err)
 			return
 		}
@@ -449,11 +436,16 @@ func (s *Server) compose(w http.ResponseWriter, r *http.Request) {
 	info, err := p.client.WriteFile(r.Context(), to, all, agent.WriteOptions{User: body.User})
 	all.close()
 	if err != nil {
+		s.wrong(w, r, cmp.Or(all.failed, to), err)
+		return
+	}
+	made, err := p.real(r.Context(), to)
+	if err != nil {
 		s.wrong(w, r, to, err)
 		return
 	}
 	for _, name := range sources {
-		if name == to {
+		if real[name] == made { // whatever it was called
 			continue
 		}
 		if err := p.client.Remove(r.Context(), agent.PathRequest{Path: name}); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -464,12 +456,25 @@ func (s *Server) compose(w http.ResponseWriter, r *http.Request) {
 	answer(w, uploaded{Path: info.Path, Name: path.Base(info.Path), Type: "file"})
 }
 
+// real is the path of a file without links.
+func (p *place) real(ctx context.Context, file string) (string, error) {
+	info, err := p.client.Lstat(ctx, file)
+	if err == nil && (info.Link == nil || info.Link.Real == "") {
+		err = &fs.PathError{Op: "resolve", Path: file, Err: fs.ErrNotExist}
+	}
+	if err != nil {
+		return "", err
+	}
+	return info.Link.Real, nil
+}
+
 // oneAfterAnother reads files of a sandbox, each when it is its turn.
 type oneAfterAnother struct {
 	ctx    context.Context
 	client *agent.Client
 	names  []string
 	body   io.ReadCloser
+	failed string // the one that could not be read
 }
 
 // Read implements io.Reader.
@@ -481,6 +486,7 @@ func (o *oneAfterAnother) Read(p []byte) (int, error) {
 			}
 			body, _, err := o.client.ReadFile(o.ctx, o.names[0], 0, -1)
 			if err != nil {
+				o.failed = o.names[0]
 				return 0, err
 			}
 			o.body, o.names = body, o.names[1:]

@@ -2,6 +2,7 @@ package envd
 
 import (
 	"context"
+	"errors"
 	"path"
 	"strings"
 	"sync"
@@ -14,9 +15,10 @@ import (
 )
 
 const (
-	watchWait    = 30 * time.Second // of one look at a watch
-	maxWatchers  = 4096             // that clients have begun and not ended, of all sandboxes
-	watcherQuiet = 10 * time.Minute // without a look, after which another may take its place
+	watchWait   = 30 * time.Second // of one look at a watch
+	maxWatchers = 64               // that clients have begun in a sandbox and not ended; its agent has no more either
+	maxWatchID  = 64               // bytes
+	maxPolled   = 8192             // events in one answer; an agent keeps no more
 )
 
 // request is what the calls that begin a watch have in common.
@@ -33,8 +35,7 @@ type watcher struct {
 	entries bool
 	next    int64
 
-	mu   sync.Mutex // held by who reads it
-	used time.Time  // watchers.mu is held
+	turn chan struct{} // has a token while somebody reads it
 }
 
 // begin begins a watch.
@@ -47,7 +48,10 @@ func begin(ctx context.Context, req connect.AnyRequest, r request) (*place, *wat
 		return p, nil, err
 	}
 	first, err := p.client.WatchTree(ctx, agent.TreeRequest{Path: dir, Recursive: r.GetRecursive()})
-	return p, &watcher{id: first.Watch, dir: dir, entries: r.GetIncludeEntry(), used: time.Now()}, err
+	if err == nil && (first.Watch == "" || len(first.Watch) > maxWatchID) {
+		err = errorf(connect.CodeInternal, "the sandbox gives the watch no name")
+	}
+	return p, &watcher{id: first.Watch, dir: dir, entries: r.GetIncludeEntry(), turn: make(chan struct{}, 1)}, err
 }
 
 // end ends a watch, also when the call is over.
@@ -57,14 +61,14 @@ func (w *watcher) end(p *place) {
 	_, _ = p.client.WatchTree(ctx, agent.TreeRequest{Watch: w.id, Close: true}) // one that is not there any more is ended
 }
 
-// read gives what has happened since the last time, and waits for something if there is nothing.
-func (w *watcher) read(ctx context.Context, p *place, wait time.Duration) ([]*pb.FilesystemEvent, error) {
+// read gives what has happened since the last time, and says whether there is more; it waits for something if there is nothing.
+func (w *watcher) read(ctx context.Context, p *place, wait time.Duration) ([]*pb.FilesystemEvent, bool, error) {
 	r, err := p.client.WatchTree(ctx, agent.TreeRequest{Watch: w.id, From: w.next, WaitMS: wait.Milliseconds()})
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	if r.Lost {
-		return nil, errorf(connect.CodeResourceExhausted, "more has changed below %s than is kept: look at it anew, and watch again", w.dir)
+		return nil, false, errorf(connect.CodeResourceExhausted, "more has changed below %s than is kept: look at it anew, and watch again", w.dir)
 	}
 	var events []*pb.FilesystemEvent
 	for _, e := range r.Events {
@@ -72,9 +76,9 @@ func (w *watcher) read(ctx context.Context, p *place, wait time.Duration) ([]*pb
 	}
 	w.next = r.Next
 	if r.Gone && len(events) == 0 {
-		return nil, errorf(connect.CodeNotFound, "directory not found: %s", w.dir)
+		return nil, false, errorf(connect.CodeNotFound, "directory not found: %s", w.dir)
 	}
-	return events, nil
+	return events, r.More, nil
 }
 
 // tell is what happened as clients know it: the words are inotify's, where a move is two events.
@@ -119,17 +123,19 @@ func (files) WatchDir(ctx context.Context, req *connect.Request[pb.WatchDirReque
 	}
 	every := interval(req.Header())
 	for last := time.Now(); ; {
-		events, err := w.read(ctx, p, min(watchWait, every))
+		events, _, err := w.read(ctx, p, max(0, min(watchWait, time.Until(last.Add(every)))))
 		if err != nil {
 			return err
 		}
 		for _, e := range events {
+			p.moves()
 			if err := stream.Send(&pb.WatchDirResponse{Event: &pb.WatchDirResponse_Filesystem{Filesystem: e}}); err != nil {
 				return err
 			}
 			last = time.Now()
 		}
 		if time.Since(last) >= every {
+			p.moves()
 			if err := stream.Send(&pb.WatchDirResponse{Event: &pb.WatchDirResponse_Keepalive{Keepalive: &pb.WatchDirResponse_KeepAlive{}}}); err != nil {
 				return err
 			}
@@ -138,51 +144,58 @@ func (files) WatchDir(ctx context.Context, req *connect.Request[pb.WatchDirReque
 	}
 }
 
-// watchers are the watches of clients that ask again and again. It is safe for concurrent use.
+// watchers are the watches of clients that ask again and again, by sandbox. It is safe for concurrent use.
 type watchers struct {
 	mu   sync.Mutex
-	byID map[string]*watcher // by sandbox and the agent's id
+	byID map[string]map[string]*watcher // by sandbox, then by the agent's id
 }
 
-// add keeps a watch. One of a client that has not asked for long makes room.
-func (s *watchers) add(key string, w *watcher) error {
+// add keeps a watch, as long as its sandbox lives.
+func (s *watchers) add(p *place, w *watcher) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.byID == nil {
-		s.byID = map[string]*watcher{}
+		s.byID = map[string]map[string]*watcher{}
 	}
-	if len(s.byID) >= maxWatchers {
-		for k, old := range s.byID {
-			if time.Since(old.used) > watcherQuiet {
-				delete(s.byID, k) // its agent ends those that nobody reads
-			}
-		}
+	id := p.Sandbox.ID()
+	if s.byID[id] == nil {
+		s.byID[id] = map[string]*watcher{}
+		life, _ := p.Sandbox.Bind(context.Background()) // ends with the sandbox
+		context.AfterFunc(life, func() {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			delete(s.byID, id)
+		})
 	}
-	if len(s.byID) >= maxWatchers {
+	if len(s.byID[id]) >= maxWatchers {
 		return errorf(connect.CodeResourceExhausted, "there are %d watchers: remove some", maxWatchers)
 	}
-	s.byID[key] = w
+	s.byID[id][w.id] = w
 	return nil
 }
 
-func (s *watchers) find(key string) (*watcher, error) {
+func (s *watchers) find(p *place, id string) (*watcher, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	w := s.byID[key]
+	w := s.byID[p.Sandbox.ID()][id]
 	if w == nil {
 		return nil, errorf(connect.CodeNotFound, "watcher not found")
 	}
-	w.used = time.Now()
 	return w, nil
 }
 
-func (s *watchers) remove(key string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.byID, key)
+// Watchers is how many sandboxes have watches of clients that ask again and again.
+func (s *Server) Watchers() int {
+	s.watchers.mu.Lock()
+	defer s.watchers.mu.Unlock()
+	return len(s.watchers.byID)
 }
 
-func (p *place) watcherKey(id string) string { return p.Sandbox.ID() + "/" + id }
+func (s *watchers) remove(p *place, id string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.byID[p.Sandbox.ID()], id)
+}
 
 // CreateWatcher implements filesystemconnect.FilesystemHandler.
 func (f files) CreateWatcher(ctx context.Context, req *connect.Request[pb.CreateWatcherRequest]) (*connect.Response[pb.CreateWatcherResponse], error) {
@@ -190,29 +203,36 @@ func (f files) CreateWatcher(ctx context.Context, req *connect.Request[pb.Create
 	if err != nil {
 		return nil, err
 	}
-	if err := f.watchers.add(p.watcherKey(w.id), w); err != nil {
+	if err := f.watchers.add(p, w); err != nil {
 		w.end(p)
 		return nil, err
 	}
 	return connect.NewResponse(&pb.CreateWatcherResponse{WatcherId: w.id}), nil
 }
 
-// GetWatcherEvents implements filesystemconnect.FilesystemHandler.
+// GetWatcherEvents implements filesystemconnect.FilesystemHandler. What its agent does not know any more is forgotten here, too.
 func (f files) GetWatcherEvents(ctx context.Context, req *connect.Request[pb.GetWatcherEventsRequest]) (*connect.Response[pb.GetWatcherEventsResponse], error) {
 	p := placeOf(ctx)
-	w, err := f.watchers.find(p.watcherKey(req.Msg.GetWatcherId()))
+	w, err := f.watchers.find(p, req.Msg.GetWatcherId())
 	if err != nil {
 		return nil, err
 	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
+	select {
+	case w.turn <- struct{}{}:
+		defer func() { <-w.turn }()
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
 	out := &pb.GetWatcherEventsResponse{}
 	for {
-		events, err := w.read(ctx, p, 0)
+		events, more, err := w.read(ctx, p, 0)
+		if errors.Is(err, agent.ErrNoWatch) {
+			f.watchers.remove(p, w.id)
+		}
 		if err != nil {
 			return nil, err
 		}
-		if out.Events = append(out.Events, events...); len(events) == 0 {
+		if out.Events = append(out.Events, events...); !more || len(events) == 0 || len(out.Events) >= maxPolled {
 			return connect.NewResponse(out), nil
 		}
 	}
@@ -221,12 +241,11 @@ func (f files) GetWatcherEvents(ctx context.Context, req *connect.Request[pb.Get
 // RemoveWatcher implements filesystemconnect.FilesystemHandler.
 func (f files) RemoveWatcher(ctx context.Context, req *connect.Request[pb.RemoveWatcherRequest]) (*connect.Response[pb.RemoveWatcherResponse], error) {
 	p := placeOf(ctx)
-	key := p.watcherKey(req.Msg.GetWatcherId())
-	w, err := f.watchers.find(key)
+	w, err := f.watchers.find(p, req.Msg.GetWatcherId())
 	if err != nil {
 		return nil, err
 	}
-	f.watchers.remove(key)
+	f.watchers.remove(p, w.id)
 	w.end(p)
 	return connect.NewResponse(&pb.RemoveWatcherResponse{}), nil
 }

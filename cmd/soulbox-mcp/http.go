@@ -207,7 +207,7 @@ func (c httpConfig) web(s *service, endpoint *mcpserver.HTTP, control *api.Contr
 	web.Protocols.SetHTTP2(true)
 	web.Protocols.SetUnencryptedHTTP2(true) // a proxy that speaks TLS, and gRPC, may use it
 	var err error
-	web.TLSConfig, err = c.tls.config(c.stateDir, c.domain, s.manager)
+	web.TLSConfig, err = c.tls.config(c.stateDir, c.domain, s.manager, s.log)
 	return web, err
 }
 
@@ -230,7 +230,7 @@ func (c *httpConfig) setDomain(public string) (err error) {
 // control is the E2B API.
 func (c httpConfig) control(s *service, endpoint *mcpserver.HTTP) *api.Control {
 	access := endpoint.Access
-	control := &api.Control{Manager: s.manager, Store: s.templates, Builder: s.builder, Gateway: s.gateway, NoNetwork: c.noNetwork, Log: s.log, MayAsk: endpoint.MayAsk}
+	control := &api.Control{Manager: s.manager, Store: s.templates, Builder: s.builder, Gateway: s.gateway, NoNetwork: c.noNetwork, Log: s.log, MayAsk: endpoint.MayAsk, MayRead: endpoint.MayRead}
 	if u, err := url.Parse(c.publicURL); err == nil && c.publicURL != "" {
 		control.URL = u
 	}

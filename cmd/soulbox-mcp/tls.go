@@ -13,10 +13,13 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"log/slog"
 	"math/big"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -24,6 +27,7 @@ import (
 	"golang.org/x/crypto/acme"
 	"golang.org/x/crypto/acme/autocert"
 
+	"soulbox.dev/soulbox/api/envd"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -65,17 +69,18 @@ func (t *tlsConfig) check(domain, public string) error {
 }
 
 // config is how the server speaks TLS; nil where it does not.
-func (t *tlsConfig) config(stateDir, domain string, m *sandbox.Manager) (*tls.Config, error) {
+func (t *tlsConfig) config(stateDir, domain string, m *sandbox.Manager, log *slog.Logger) (*tls.Config, error) {
 	switch {
 	case t.cert != "":
-		files := &certFiles{cert: t.cert, key: t.key}
+		files := &certFiles{cert: t.cert, key: t.key, log: log}
 		if _, err := files.get(nil); err != nil {
 			return nil, err
 		}
 		return &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: files.get}, nil
 	case t.email != "":
+		all := &names{domain: domain, manager: m}
 		manager := &autocert.Manager{Prompt: autocert.AcceptTOS, Cache: autocert.DirCache(filepath.Join(stateDir, "acme")), Email: t.email,
-			Client: &acme.Client{DirectoryURL: t.directory}, HostPolicy: func(_ context.Context, host string) error { return mayHave(host, domain, m) }}
+			Client: &acme.Client{DirectoryURL: t.directory}, HostPolicy: func(_ context.Context, host string) error { return all.may(host) }}
 		c := manager.TLSConfig()
 		c.MinVersion = tls.VersionTLS12
 		return c, nil
@@ -83,25 +88,59 @@ func (t *tlsConfig) config(stateDir, domain string, m *sandbox.Manager) (*tls.Co
 	return nil, nil
 }
 
-// mayHave says whether a certificate is got for a name: those of the server, and those of sandboxes that there are. Anybody may ask for a name, and
-// ACME servers give so many and no more.
-func mayHave(host, domain string, m *sandbox.Manager) error {
+// namesEach is how many names of one sandbox certificates are got for.
+const namesEach = 8
+
+// names are those that certificates are got for: of the server, and some of each sandbox that there is. Anybody may ask for a name, and ACME servers
+// give so many and no more.
+type names struct {
+	domain  string
+	manager *sandbox.Manager
+
+	mu  sync.Mutex
+	got map[string][]string // by sandbox
+}
+
+// may says whether a certificate is got for a name.
+func (n *names) may(host string) error {
+	domain, m := n.domain, n.manager
 	host, domain = strings.ToLower(host), strings.ToLower(domain)
 	label, below := strings.CutSuffix(host, "."+domain)
 	if host == domain || below && (label == "api" || label == "sandbox") {
 		return nil
 	}
 	if parts := strings.SplitN(label, "-", 3); below && len(parts) == 2 {
-		if sb, err := m.Any(parts[1]); err == nil && !sb.Info().State.Ended() {
-			return nil
+		port, perr := strconv.Atoi(parts[0])
+		sb, err := m.Any(parts[1])
+		if err == nil && perr == nil && port > 0 && port < 1<<16 && strconv.Itoa(port) == parts[0] && !sb.Info().State.Ended() {
+			_, open := sb.Reachable(port)
+			return n.count(sb.ID(), host, open || port == envd.Port)
 		}
 	}
 	return fmt.Errorf("%q is no name of this server or of a sandbox", host)
 }
 
+// count counts the names of a sandbox.
+func (n *names) count(id, host string, open bool) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if slices.Contains(n.got[id], host) {
+		return nil
+	}
+	if !open || len(n.got[id]) >= namesEach {
+		return fmt.Errorf("%q is not reached, or one name too many of its sandbox", host)
+	}
+	if n.got == nil {
+		n.got = map[string][]string{}
+	}
+	n.got[id] = append(n.got[id], host)
+	return nil
+}
+
 // certFiles are a certificate and its key in files, which are read again when they change.
 type certFiles struct {
 	cert, key string
+	log       *slog.Logger
 
 	mu    sync.Mutex
 	known *tls.Certificate
@@ -109,7 +148,10 @@ type certFiles struct {
 	next  time.Time // when they are looked at again
 }
 
-const certLook = 10 * time.Second
+const (
+	certLook  = 10 * time.Second
+	certRetry = time.Minute // after files that are not right
+)
 
 // get is a tls.Config's GetCertificate. While new files are not right, the old ones stay.
 func (c *certFiles) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
@@ -126,6 +168,10 @@ func (c *certFiles) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 		if pair, err = tls.LoadX509KeyPair(c.cert, c.key); err == nil {
 			c.known, c.at = &pair, at
 		}
+	}
+	if err != nil && c.known != nil {
+		c.next = now.Add(certRetry)
+		c.log.Error("read certificate again; the old one is served", "file", c.cert, "error", err)
 	}
 	if c.known != nil {
 		return c.known, nil
@@ -202,12 +248,17 @@ func certificate(name string) *x509.Certificate {
 // authority is the certificate authority of a directory.
 func authority(dir string) (*x509.Certificate, *ecdsa.PrivateKey, error) {
 	certFile, keyFile := filepath.Join(dir, "ca.pem"), filepath.Join(dir, "ca.key")
-	if pair, err := tls.LoadX509KeyPair(certFile, keyFile); err == nil {
+	pair, err := tls.LoadX509KeyPair(certFile, keyFile)
+	if err == nil {
 		ca, err := x509.ParseCertificate(pair.Certificate[0])
 		key, ok := pair.PrivateKey.(*ecdsa.PrivateKey)
-		if err == nil && ok && time.Until(ca.NotAfter) > certLife/2 {
-			return ca, key, nil
+		if err != nil || !ok || time.Until(ca.NotAfter) < certLife {
+			return nil, nil, fmt.Errorf("%s is none of ours, or ends soon: remove it and ca.key, or name another --out", certFile)
 		}
+		return ca, key, nil
+	}
+	if !errors.Is(err, os.ErrNotExist) {
+		return nil, nil, fmt.Errorf("read the certificate authority: %w", err)
 	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

@@ -4,7 +4,9 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -32,7 +34,7 @@ func TestCert(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	files := &certFiles{cert: filepath.Join(dir, "cert.pem"), key: filepath.Join(dir, "key.pem")}
+	files := &certFiles{cert: filepath.Join(dir, "cert.pem"), key: filepath.Join(dir, "key.pem"), log: slog.New(slog.DiscardHandler)}
 	first, err := files.get(nil)
 	if err != nil {
 		t.Fatal(err)
@@ -82,15 +84,25 @@ func TestMayHave(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer m.Close()
-	sb, err := m.Create(context.Background(), sandbox.CreateOptions{})
+	sb, err := m.Create(context.Background(), sandbox.CreateOptions{Ingress: sandbox.Ingress{Open: sandbox.OpenPublic}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, want := range map[string]bool{"box.test": true, "API.box.test": true, "sandbox.box.test": true, "8000-" + sb.ID() + ".box.test": true, "8000-" + sb.ID() + "-x.box.test": false,
+	all := &names{domain: "Box.test", manager: m}
+	for name, want := range map[string]bool{"08000-" + sb.ID() + ".box.test": false, "x-" + sb.ID() + ".box.test": false, "box.test": true, "API.box.test": true, "sandbox.box.test": true, "8000-" + sb.ID() + ".box.test": true, "8000-" + sb.ID() + "-x.box.test": false,
 		"8000-sbnothere.box.test": false, "x.box.test": false, "evil.test": false, "a.api.box.test": false, sb.ID() + ".box.test": false} {
-		if err := mayHave(name, "Box.test", m); (err == nil) != want {
+		if err := all.may(name); (err == nil) != want {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+	got := 0
+	for port := 1; port < 100; port++ {
+		if all.may(fmt.Sprintf("%d-%s.box.test", port, sb.ID())) == nil {
+			got++
+		}
+	}
+	if got != namesEach-1 || all.may("8000-"+sb.ID()+".box.test") != nil {
+		t.Errorf("%d names of one sandbox", got)
 	}
 }
 
@@ -108,7 +120,7 @@ func TestTLSFlags(t *testing.T) {
 			t.Errorf("%v: %v", flags, err)
 		}
 	}
-	if c, err := (&tlsConfig{cert: cert, key: key}).config(t.TempDir(), "box.test", nil); err != nil || c.MinVersion != tls.VersionTLS12 {
+	if c, err := (&tlsConfig{cert: cert, key: key}).config(t.TempDir(), "box.test", nil, slog.New(slog.DiscardHandler)); err != nil || c.MinVersion != tls.VersionTLS12 {
 		t.Error(err)
 	}
 	if err := runEnvd(t.Context(), []string{"--listen=0.0.0.0:0"}, func(string) string { return "" }, io.Discard, io.Discard); err == nil || !strings.Contains(err.Error(), "not on loopback") {
