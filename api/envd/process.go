@@ -94,7 +94,7 @@ func (processes) Connect(ctx context.Context, req *connect.Request[pb.ConnectReq
 	if err != nil {
 		return err
 	}
-	f := feed{place: p, id: process.ID, terminal: process.Terminal != nil, every: interval(req.Header()),
+	f := feed{place: p, id: process.ID, terminal: process.Terminal != nil, late: true, every: interval(req.Header()),
 		send: func(e *pb.ProcessEvent) error { return stream.Send(&pb.ConnectResponse{Event: e}) }}
 	return f.run(ctx, process, process.Output)
 }
@@ -113,6 +113,7 @@ type feed struct {
 	place    *place
 	id       string
 	terminal bool
+	late     bool // what came before it is not missed; used by who follows alone
 	every    time.Duration
 
 	mu   sync.Mutex // of send
@@ -183,7 +184,7 @@ func (f *feed) frame(o agent.OutputFrame) error {
 	if o.End != nil {
 		return nil
 	}
-	if gap := o.Offset - f.reached.Load(); gap > 0 {
+	if gap := o.Offset - f.reached.Load(); gap > 0 && !f.late {
 		return errorf(connect.CodeDataLoss, "%d bytes of its output were lost: it was written faster than it could be kept", gap)
 	}
 	data := &pb.ProcessEvent_DataEvent{}
@@ -198,6 +199,7 @@ func (f *feed) frame(o agent.OutputFrame) error {
 	if err := f.tell(&pb.ProcessEvent{Event: &pb.ProcessEvent_Data{Data: data}}); err != nil {
 		return err
 	}
+	f.late = false
 	f.reached.Store(o.Offset + int64(len(o.Data)))
 	if end := f.end.Load(); end >= 0 && f.reached.Load() >= end {
 		return errOver
