@@ -554,3 +554,62 @@ func (b *remoteBox) expect(method, path, body string, status int, want string) e
 	}
 	return nil
 }
+
+// TestOneDomain: what the SDK makes MCP clients find, and the other way round; a link to a file works for whoever has it.
+func TestOneDomain(t *testing.T) {
+	w := serve(t, "", "--memory-mb=256")
+	b := newBox(t, w, `{"templateID":"base","timeout":600,"metadata":{"by":"sdk"}}`)
+	c := w.client("", true)
+	call := func(name string, args map[string]any) (out map[string]any) {
+		t.Helper()
+		a, err := c.Call(t.Context(), name, args)
+		var result struct {
+			IsError           bool
+			StructuredContent map[string]any
+		}
+		if err != nil || json.Unmarshal(a.Result, &result) != nil || result.IsError {
+			t.Fatalf("%s: %v %s", name, err, a.Text())
+		}
+		return result.StructuredContent
+	}
+	if list := fmt.Sprint(call("sandbox_list", map[string]any{"metadata": map[string]any{"by": "sdk"}})); !strings.Contains(list, b.id) {
+		t.Error(list)
+	}
+	if out := call("exec", map[string]any{"sandbox_id": b.id, "command": "echo from MCP | tee /tmp/f"})["output"]; out != "from MCP\n" {
+		t.Error(out)
+	}
+	if status, text := b.rest("GET", "/files?path=/tmp/f", ""); status != 200 || text != "from MCP\n" {
+		t.Error(status, text)
+	}
+	made := fmt.Sprint(call("sandbox_create", nil)["sandbox_id"])
+	link := fmt.Sprint(call("file_url", map[string]any{"sandbox_id": made, "path": "/tmp/up", "operation": "write"})["url"])
+	res, err := http.Post(link, "application/octet-stream", strings.NewReader("by link"))
+	if err != nil || res.StatusCode != 200 {
+		t.Fatal(res, err)
+	}
+	_ = res.Body.Close()
+	link = fmt.Sprint(call("file_url", map[string]any{"sandbox_id": made, "path": "/tmp/up"})["url"])
+	if res, err = http.Get(link); err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	text, err := io.ReadAll(res.Body)
+	if err != nil || string(text) != "by link" || !strings.HasPrefix(res.Header.Get("Content-Disposition"), "attachment") || res.Header.Get("Content-Security-Policy") != "sandbox" {
+		t.Errorf("%s %q %v %v", res.Status, text, res.Header, err)
+	}
+	if bad, err := http.Get(strings.Replace(link, "up", "f", 1)); err != nil || bad.StatusCode != 401 {
+		t.Error(bad, err)
+	}
+	theirs := &remoteBox{t: t, at: b.at, id: made, client: http.DefaultClient}
+	if code := theirs.control("POST", "/v2/sandboxes/"+made+"/connect", `{"timeout":100}`); code != 200 {
+		t.Error(code)
+	}
+	theirs.kill()
+	if a, err := c.Call(t.Context(), "exec", map[string]any{"sandbox_id": made, "command": "true"}); err != nil || !strings.Contains(a.Text(), "killed") {
+		t.Error("it is still there", err)
+	}
+	call("sandbox_kill", map[string]any{"sandbox_id": b.id, "confirm": true})
+	if code := b.control("GET", "/sandboxes/"+b.id, ""); code != 404 {
+		t.Error(code)
+	}
+}
