@@ -220,6 +220,11 @@ func placeOf(ctx context.Context) *place { return ctx.Value(placeKey{}).(*place)
 // over says whether an error is the end of what a request acts on: the sandbox was killed, or is being paused.
 func (p *place) over(err error) bool { return p.dead() || errors.Is(err, sandbox.ErrState) }
 
+// broken says whether an error is such an end, or that of the server or of the client: of these no end frame tells.
+func (p *place) broken(ctx context.Context, err error) bool {
+	return p.over(err) || errors.Is(ctx.Err(), context.Canceled)
+}
+
 // dead says whether what a request acts on is not there any more.
 func (p *place) dead() bool {
 	select {
@@ -237,7 +242,7 @@ type aborter struct{}
 func (aborter) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
 		res, err := next(ctx, req)
-		if err != nil && placeOf(ctx).over(err) {
+		if err != nil && placeOf(ctx).broken(ctx, err) {
 			panic(http.ErrAbortHandler)
 		}
 		return res, rpcError(err)
@@ -253,7 +258,7 @@ func (aborter) WrapStreamingClient(next connect.StreamingClientFunc) connect.Str
 func (aborter) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
 	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
 		err := next(ctx, conn)
-		if err != nil && placeOf(ctx).over(err) {
+		if err != nil && placeOf(ctx).broken(ctx, err) {
 			panic(http.ErrAbortHandler)
 		}
 		return rpcError(err)
