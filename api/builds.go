@@ -396,21 +396,30 @@ func entries(lines []template.Line) []buildEntry {
 	return out
 }
 
+// standing is where a build stands.
+type standing struct {
+	status string
+	lines  []template.Line
+	steps  []step
+	err    error // why it has failed
+}
+
 // lookUp finds a build: one of this server's, or what is left of another's.
-func (c *Control) lookUp(r *call) (lines []template.Line, status string, err error, steps []step, missing error) {
+func (c *Control) lookUp(r *call) (standing, error) {
 	id := r.PathValue("bid")
 	b := c.builds.find(r.owner, id)
 	if b != nil {
 		b.mu.Lock()
 		defer b.mu.Unlock()
 		if b.status == statusWaiting || b.status == statusBuilding {
-			return b.lines, b.status, nil, nil, nil
+			return standing{status: b.status, lines: b.lines}, nil
 		}
 	}
-	text, missing := c.Store.BuildLog(r.owner, id)
-	if missing != nil && b == nil {
-		return nil, "", nil, nil, missing
+	text, err := c.Store.BuildLog(r.owner, id)
+	if err != nil && b == nil {
+		return standing{}, err
 	}
+	var lines []template.Line
 	for line := range strings.Lines(string(text)) {
 		var l template.Line
 		if json.Unmarshal([]byte(line), &l) == nil {
@@ -418,17 +427,17 @@ func (c *Control) lookUp(r *call) (lines []template.Line, status string, err err
 		}
 	}
 	if b != nil { // one that has failed before it began has no log
-		return lines, b.status, b.err, b.steps, nil
+		return standing{b.status, lines, b.steps, b.err}, nil
 	}
-	all, missing := c.Store.List(r.owner)
-	if slices.ContainsFunc(all, func(m template.Manifest) bool { return m.Build == id }) {
-		return lines, statusReady, nil, nil, missing
+	all, err := c.Store.List(r.owner)
+	if err != nil || slices.ContainsFunc(all, func(m template.Manifest) bool { return m.Build == id }) {
+		return standing{status: statusReady, lines: lines}, err
 	}
-	err = errors.New("the server ended before the build did; start it again")
+	failed := errors.New("the server ended before the build did; start it again")
 	if n := len(lines); n > 0 && lines[n-1].Level == "error" {
-		err = errors.New(lines[n-1].Text)
+		failed = errors.New(lines[n-1].Text)
 	}
-	return lines, statusError, err, nil, missing
+	return standing{status: statusError, lines: lines, err: failed}, nil
 }
 
 func (c *Control) buildStatus(r *call) error {
@@ -440,19 +449,19 @@ func (c *Control) buildStatus(r *call) error {
 	if err != nil {
 		return err
 	}
-	lines, status, failed, steps, err := c.lookUp(r)
+	b, err := c.lookUp(r)
 	if err != nil {
 		return err
 	}
-	part := lines[min(offset, int64(len(lines))):]
+	part := b.lines[min(offset, int64(len(b.lines))):]
 	part = part[:min(int64(len(part)), limit)]
 	logs := []string{}
 	for _, l := range part {
 		logs = append(logs, l.Text)
 	}
-	out := map[string]any{"templateID": plainName(r.owner, r.PathValue("id")), "buildID": r.PathValue("bid"), "status": status, "logs": logs, "logEntries": entries(part)}
-	if failed != nil {
-		out["reason"] = reason(failed, steps)
+	out := map[string]any{"templateID": plainName(r.owner, r.PathValue("id")), "buildID": r.PathValue("bid"), "status": b.status, "logs": logs, "logEntries": entries(part)}
+	if b.err != nil {
+		out["reason"] = reason(b.err, b.steps)
 	}
 	return r.answer(http.StatusOK, out)
 }
@@ -491,11 +500,11 @@ func (c *Control) buildLogs(r *call) error {
 	if err != nil {
 		return err
 	}
-	lines, _, _, _, err := c.lookUp(r)
+	b, err := c.lookUp(r)
 	if err != nil {
 		return err
 	}
-	lines = slices.Clone(lines)
+	lines := slices.Clone(b.lines)
 	backward := r.URL.Query().Get("direction") == "backward"
 	if backward {
 		slices.Reverse(lines)
