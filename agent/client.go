@@ -65,18 +65,21 @@ func NewClient(ctx context.Context, conn io.ReadWriteCloser, version string) (_ 
 	if err != nil {
 		return nil, err
 	}
-	c.rpc = jsonrpc2.NewConn(context.Background(), messageStream{stream}, handlerFunc(c.refuse), quiet)
+	whole := make(chan struct{}) // the guest may call at once, before there is a c.rpc to close
+	refuse := func(context.Context, *jsonrpc2.Conn, *jsonrpc2.Request) {
+		go func() {
+			<-whole
+			c.fail(errors.New("the guest called the host")) // which it never does
+		}()
+	}
+	c.rpc = jsonrpc2.NewConn(context.Background(), messageStream{stream}, handlerFunc(refuse), quiet)
+	close(whole)
 	go c.watch()
 	go func() {
 		<-c.rpc.DisconnectNotify()
 		c.fail(errors.New("the control channel has ended"))
 	}()
 	return c, nil
-}
-
-// refuse ends the session: the guest never calls the host.
-func (c *Client) refuse(context.Context, *jsonrpc2.Conn, *jsonrpc2.Request) {
-	go c.fail(errors.New("the guest called the host"))
 }
 
 // watch ends the session when the guest opens a stream, which it never does.

@@ -8,7 +8,9 @@ import (
 	mathrand "math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"soulbox.dev/soulbox/agent"
@@ -172,27 +174,41 @@ func (m *Manager) unowned(owner string, known map[string]bool) []Info {
 	if err != nil {
 		m.log.Error("list sandboxes on disk", "error", err)
 	}
-	var list []Info
+	var asleep []record
 	for _, e := range entries {
 		if known[e.Name()] || !e.IsDir() || !ValidID(e.Name()) {
 			continue
 		}
-		r, err := m.store.load(e.Name())
-		if err != nil || !r.onDisk() || r.Owner != owner {
-			continue
+		if r, err := m.store.load(e.Name()); err == nil && r.onDisk() && r.Owner == owner {
+			asleep = append(asleep, r)
 		}
-		lock, err := LockFile(filepath.Join(m.store.path(r.ID), "lock"), false)
-		if err != nil {
-			continue // another server has it
-		}
-		_ = lock.Close() // it was only tried
-		sb := m.newSandbox(r)
-		sb.meter.sum = r.Totals
-		list = append(list, sb.Info())
-		sb.cancel(nil)
 	}
-	return list
+	var list []Info
+	for try := range listTries {
+		if try > 0 && len(asleep) > 0 {
+			time.Sleep(listPause) // another server may only look at it, which does not last
+		}
+		asleep = slices.DeleteFunc(asleep, func(r record) bool {
+			lock, err := LockFile(filepath.Join(m.store.path(r.ID), "lock"), false)
+			if err != nil {
+				return !errors.Is(err, syscall.EWOULDBLOCK) // it is not there any more
+			}
+			_ = lock.Close() // it was only tried
+			sb := m.newSandbox(r)
+			sb.meter.sum = r.Totals
+			list = append(list, sb.Info())
+			sb.cancel(nil)
+			return true
+		})
+	}
+	return list // what is left is another server's
 }
+
+// How often, and how long in between, a sandbox on disk is tried that somebody has or looks at.
+const (
+	listTries = 5
+	listPause = 10 * time.Millisecond
+)
 
 // isOver says whether the life of a running sandbox is over.
 func (r record) isOver() bool { return r.State == Running && !time.Now().Before(r.ExpiresAt) }
