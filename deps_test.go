@@ -46,6 +46,7 @@ var testsMayImport = map[string][]string{
 	"tools":     {"internal/sandboxtest", "mcpserver"},
 	"resources": {"internal/sandboxtest", "mcpserver"},
 	"api":       {"internal/sandboxtest", "api/envd/spec/process/processconnect", "api/envd/spec/filesystem/filesystemconnect"},
+	"api/envd":  {"internal/sandboxtest"},
 	"agent":     {},
 }
 

@@ -445,14 +445,26 @@ func (s *Server) call(ctx context.Context, req *jsonrpc2.Request) (result any, e
 		return on(req, func(r TreeRequest) (TreeResult, error) { return s.watchTree(s.waiting(ctx), r) })
 	case callShell:
 		return on(req, s.describeShell)
-	case callStat:
-		return on(req, s.stat)
 	case callUser:
 		return on(req, s.describeUser)
 	case callEnv:
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		return maps.Clone(s.config.Env), nil
+		return s.givenEnv(), nil
+	case callPing:
+		return struct{}{}, nil
+	case callUsage:
+		return on(req, func(r UsageRequest) (Usage, error) { return s.usage(r), nil })
+	case callSuspend:
+		s.suspend()
+		return struct{}{}, nil
+	}
+	return s.callFiles(ctx, req)
+}
+
+// callFiles answers the calls that concern files.
+func (s *Server) callFiles(ctx context.Context, req *jsonrpc2.Request) (any, error) {
+	switch req.Method {
+	case callStat:
+		return on(req, s.stat)
 	case callDir:
 		return on(req, s.dir)
 	case callMkdir:
@@ -469,15 +481,15 @@ func (s *Server) call(ctx context.Context, req *jsonrpc2.Request) (result any, e
 		return on(req, s.setattr)
 	case callSearch:
 		return on(req, func(r SearchRequest) (SearchResult, error) { return s.search(ctx, r) })
-	case callPing:
-		return struct{}{}, nil
-	case callUsage:
-		return on(req, func(r UsageRequest) (Usage, error) { return s.usage(r), nil })
-	case callSuspend:
-		s.suspend()
-		return struct{}{}, nil
 	}
 	return nil, invalid(unknownCall+" %q", clip(req.Method, 40))
+}
+
+// givenEnv is what processes are given beside what each of them names.
+func (s *Server) givenEnv() map[string]string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return maps.Clone(s.config.Env)
 }
 
 // on decodes the arguments of a call and makes it.

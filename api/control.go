@@ -57,6 +57,7 @@ func (c *Control) start() {
 
 const (
 	maxBody  = 4 << 20
+	freeBody = 64 << 10    // bytes that every call may send, without a word of MayRead
 	bodyTime = time.Minute // for all of it
 )
 
@@ -130,8 +131,9 @@ func (c *Control) Close() {
 // call is a request of an owner.
 type call struct {
 	*http.Request
-	w     http.ResponseWriter
-	owner string
+	w       http.ResponseWriter
+	owner   string
+	mayRead func(owner string, size int64) (done func(), ok bool) // may be nil
 }
 
 // refusal is an answer that is an error.
@@ -167,17 +169,8 @@ func (c *Control) handler(do func(*call) error) http.Handler {
 			c.fail(w, r, refusal{http.StatusTooManyRequests, "you have sent too many requests; wait for a second"})
 			return
 		}
-		if c.MayRead != nil && r.ContentLength != 0 {
-			done, ok := c.MayRead(owner, r.ContentLength)
-			if !ok {
-				w.Header().Set("Retry-After", "1")
-				c.fail(w, r, refusal{http.StatusTooManyRequests, "you are sending too much at once; wait for a second"})
-				return
-			}
-			defer done()
-		}
 		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
-		if err := do(&call{r, w, owner}); err != nil {
+		if err := do(&call{r, w, owner, c.MayRead}); err != nil {
 			c.fail(w, r, err)
 		}
 	})
@@ -221,25 +214,36 @@ func (c *Control) fail(w http.ResponseWriter, r *http.Request, err error) {
 	if r.Context().Err() != nil {
 		panic(http.ErrAbortHandler) // the client is gone
 	}
-	code, message := http.StatusInternalServerError, err.Error()
-	var known refusal
-	if errors.As(err, &known) {
-		code = known.code
-	} else {
-		for _, s := range statuses {
-			if errors.Is(err, s.err) {
-				code = s.code
-				break
-			}
-		}
-	}
-	if code == http.StatusInternalServerError {
+	told := tell(err)
+	if told.Code == http.StatusInternalServerError {
 		c.Log.Error("API", "method", r.Method, "path", r.URL.Path, "error", err)
 	}
 	h := w.Header()
 	h.Set("Content-Type", "application/json")
-	w.WriteHeader(code)
-	_ = json.NewEncoder(w).Encode(map[string]any{"code": code, "message": strings.ToValidUTF8(message, "\uFFFD")}) // a client that is gone misses nothing
+	w.WriteHeader(told.Code)
+	_ = json.NewEncoder(w).Encode(told) // a client that is gone misses nothing
+}
+
+// told is an error in E2B's form.
+type told struct {
+	Code    int    `json:"code"`
+	Message string `json:"message"`
+}
+
+func tell(err error) told {
+	out := told{http.StatusInternalServerError, strings.ToValidUTF8(err.Error(), "\uFFFD")}
+	var known refusal
+	if errors.As(err, &known) {
+		out.Code = known.code
+		return out
+	}
+	for _, s := range statuses {
+		if errors.Is(err, s.err) {
+			out.Code = s.code
+			break
+		}
+	}
+	return out
 }
 
 // answer answers with JSON.
@@ -261,11 +265,12 @@ func (r *call) done(code int) error {
 
 // body reads the JSON of a request. No body is one without fields.
 func (r *call) body(to any) error {
-	idle := envd.NewIdle(r.w, bodyTime)
-	idle.Moves()
-	text, err := io.ReadAll(r.Body)
-	idle.Over()
+	text, err := r.read()
 	var large *http.MaxBytesError
+	var known refusal
+	if errors.As(err, &known) {
+		return err
+	}
 	if errors.As(err, &large) {
 		return refuse(http.StatusRequestEntityTooLarge, "the body has more than %d bytes", maxBody)
 	}
@@ -279,6 +284,27 @@ func (r *call) body(to any) error {
 		return refuse(http.StatusBadRequest, "the body is not the JSON object that is wanted: %v", err)
 	}
 	return nil
+}
+
+// read reads all of a body. Of a large one room is reserved, as long as it is read.
+func (r *call) read() ([]byte, error) {
+	idle := envd.NewIdle(r.w, bodyTime)
+	idle.Moves()
+	defer idle.Over()
+	text, err := io.ReadAll(io.LimitReader(r.Body, freeBody))
+	if err != nil || len(text) < freeBody {
+		return text, err
+	}
+	if r.mayRead != nil {
+		done, ok := r.mayRead(r.owner, r.ContentLength)
+		if !ok {
+			r.w.Header().Set("Retry-After", "1")
+			return nil, refusal{http.StatusTooManyRequests, "you are sending too much at once; wait for a second"}
+		}
+		defer done()
+	}
+	rest, err := io.ReadAll(r.Body)
+	return append(text, rest...), err
 }
 
 // number reads a number of the query.

@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"errors"
 	"net/http"
-	"slices"
 	"time"
 
 	"soulbox.dev/soulbox/sandbox"
@@ -57,7 +56,11 @@ func (n newSandbox) options(c *Control, owner string, life int64) (o sandbox.Cre
 		o.Times.OnTimeout = sandbox.ActionPause
 	}
 	o.Ingress = n.Network.ingress()
-	if snap, ok := c.snapshotOf(owner, o.Template); ok && (n.Network == nil && n.Internet == nil || !snap.Network.On()) {
+	snap, saved, err := c.snapshotOf(owner, o.Template)
+	if err != nil {
+		return o, err
+	}
+	if saved && (n.Network == nil && n.Internet == nil || !snap.Network.On()) {
 		if n.Network != nil && (len(n.Network.AllowOut) > 0 || len(n.Network.DenyOut) > 0) || n.Internet != nil && *n.Internet {
 			return o, refuse(http.StatusBadRequest, "snapshot %q was made of a sandbox without a network, so what begins from it has none", o.Template)
 		}
@@ -98,14 +101,13 @@ func (c *Control) create(r *call, life int64) error {
 }
 
 // snapshotOf finds a snapshot of an owner, where no template has the name.
-func (c *Control) snapshotOf(owner, name string) (sandbox.Snapshot, bool) {
+func (c *Control) snapshotOf(owner, name string) (snap sandbox.Snapshot, found bool, err error) {
 	if _, err := c.Store.Get(owner, name); err == nil || name == "" {
-		return sandbox.Snapshot{}, false
+		return snap, false, nil
 	}
-	all, err := c.Manager.Snapshots(owner)
-	i := slices.IndexFunc(all, func(s sandbox.Snapshot) bool { return s.Name == name })
-	if err != nil || i < 0 {
-		return sandbox.Snapshot{}, false
+	snap, err = c.Manager.FindSnapshot(owner, name)
+	if errors.Is(err, sandbox.ErrNoSnapshot) {
+		return snap, false, nil
 	}
-	return all[i], true
+	return snap, err == nil, err
 }

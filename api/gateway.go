@@ -118,13 +118,10 @@ func (g *Gateway) Files() http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		id := r.PathValue("id")
 		if !sandbox.ValidID(id) {
-			failure{Message: "The sandbox was not found", Code: http.StatusBadGateway}.write(w, r)
+			notFound("").write(w, r)
 			return
 		}
-		ctx, cancel := context.WithCancel(r.Context())
-		defer cancel()
-		defer context.AfterFunc(g.closing, cancel)()
-		inner := r.Clone(ctx)
+		inner := r.Clone(r.Context())
 		inner.URL.Path, inner.URL.RawPath = "/files", ""
 		w.Header().Set("Content-Security-Policy", "sandbox")
 		g.serve(asAttachment{w}, inner, id, envd.Port)
@@ -166,10 +163,7 @@ func (g *Gateway) Handler(next http.Handler) http.Handler {
 			http.Error(w, "Invalid sandbox ID or port: a host is {port}-{sandbox id} before the domain; elsewhere the headers "+SandboxHeader+" and "+PortHeader+" name them.", http.StatusBadRequest)
 			return
 		}
-		ctx, cancel := context.WithCancel(r.Context())
-		defer cancel()
-		defer context.AfterFunc(g.closing, cancel)()
-		g.serve(w, r.WithContext(ctx), id, port)
+		g.serve(w, r, id, port)
 	})
 }
 
@@ -227,6 +221,10 @@ type failure struct {
 	Code      int    `json:"code"`
 }
 
+func notFound(id string) failure {
+	return failure{SandboxID: id, Code: http.StatusBadGateway, Message: "The sandbox was not found"}
+}
+
 func (f failure) write(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	h.Set("Cache-Control", "no-store")
@@ -247,16 +245,17 @@ const autoLife = 5 * time.Minute
 
 // serve answers a request for a port of a sandbox. One that other nodes have would be asked for there.
 func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port int) {
-	f := failure{SandboxID: id, Code: http.StatusBadGateway}
+	ctx, cancel := context.WithCancel(r.Context())
+	defer cancel()
+	defer context.AfterFunc(g.closing, cancel)()
+	r = r.WithContext(ctx)
 	sb, err := g.Manager.Any(id)
 	if err != nil {
-		f.Message = "The sandbox was not found"
-		f.write(w, r)
+		notFound(id).write(w, r)
 		return
 	}
 	if info := sb.Info(); info.State.Ended() || info.State == sandbox.Paused && !info.AutoResume {
-		f.Message = "The sandbox was not found"
-		f.write(w, r)
+		notFound(id).write(w, r)
 		return
 	}
 	public, open := sb.Reachable(port)
@@ -266,8 +265,7 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 			return
 		}
 		if sb.Info().State == sandbox.Paused && !public && !target.Proven(r) { // asking whether it lives must not wake it
-			f.Message = "The sandbox was not found"
-			f.write(w, r)
+			notFound(id).write(w, r)
 			return
 		}
 		if g.awake(w, r, sb) {
@@ -278,8 +276,7 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 	if !open || !public {
 		secret := sb.TrafficToken()
 		if !g.admits(r, secret) {
-			f.Code, f.Message = http.StatusForbidden, "This port needs the sandbox' traffic token, as header "+TokenHeader+" or in the URL that port_expose gave"
-			f.write(w, r)
+			failure{SandboxID: id, Code: http.StatusForbidden, Message: "This port needs the sandbox' traffic token, as header " + TokenHeader + " or in the URL that port_expose gave"}.write(w, r)
 			return
 		}
 		// A browser keeps the token as a cookie, and shows an address that can be passed on. Programs have none.
@@ -289,8 +286,7 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 		}
 	}
 	if !open {
-		f.Port, f.Message = port, "The port is not exposed: call port_expose"
-		f.write(w, r)
+		failure{SandboxID: id, Port: port, Code: http.StatusBadGateway, Message: "The port is not exposed: call port_expose"}.write(w, r)
 		return
 	}
 	if g.awake(w, r, sb) {
@@ -314,7 +310,7 @@ func (g *Gateway) awake(w http.ResponseWriter, r *http.Request, sb *sandbox.Sand
 	if r.Context().Err() != nil {
 		panic(http.ErrAbortHandler)
 	}
-	f := failure{SandboxID: sb.ID(), Code: http.StatusBadGateway, Message: "The sandbox was not found"}
+	f := notFound(sb.ID())
 	switch {
 	case errors.Is(err, sandbox.ErrNoRoom), errors.Is(err, sandbox.ErrTooMany):
 		f.Code, f.Message = http.StatusTooManyRequests, "The sandbox is paused, and cannot be resumed now: "+err.Error()

@@ -100,10 +100,9 @@ type logEntry struct {
 const maxLogs = 1000
 
 func (c *Control) readLogs(r *call, q sandbox.LogQuery) ([]logEntry, error) {
-	id, _, _ := strings.Cut(r.PathValue("id"), "-")
-	sb, err := c.Manager.Get(r.owner, id) // one that has ended is still told of
+	sb, err := c.known(r) // one that has ended is still told of
 	if err != nil {
-		return nil, refuse(http.StatusNotFound, "sandbox %.60q doesn't exist or you don't have access to it", r.PathValue("id"))
+		return nil, err
 	}
 	sb.Refresh(r.Context())
 	page, err := sb.Logs(q)

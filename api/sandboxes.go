@@ -3,6 +3,7 @@ package api
 import (
 	"cmp"
 	"errors"
+	"maps"
 	"net/http"
 	"net/url"
 	"slices"
@@ -107,20 +108,42 @@ func began(i sandbox.Info) time.Time {
 	return i.Ready
 }
 
-// find finds a sandbox of the caller's that has not ended.
-func (c *Control) find(r *call) (*sandbox.Sandbox, error) {
+// known finds a sandbox of the caller's, which may have ended.
+func (c *Control) known(r *call) (*sandbox.Sandbox, error) {
 	id, _, _ := strings.Cut(r.PathValue("id"), "-") // a client's id may follow
 	sb, err := c.Manager.Get(r.owner, id)
-	if err != nil || sb.Info().State.Ended() {
-		return nil, refuse(http.StatusNotFound, "sandbox %.60q doesn't exist or you don't have access to it", r.PathValue("id"))
+	if err != nil {
+		return nil, missing(r.PathValue("id"))
 	}
 	return sb, nil
+}
+
+// find finds a sandbox of the caller's that has not ended.
+func (c *Control) find(r *call) (*sandbox.Sandbox, error) {
+	sb, err := c.known(r)
+	if err == nil && sb.Info().State.Ended() {
+		return nil, missing(r.PathValue("id"))
+	}
+	return sb, err
+}
+
+// bodyOf reads what a caller wants, and finds the sandbox that it is for.
+func (c *Control) bodyOf(r *call, body any) (*sandbox.Sandbox, error) {
+	if err := r.body(body); err != nil {
+		return nil, err
+	}
+	return c.find(r)
+}
+
+// missing is the error of a sandbox that there is not for the caller.
+func missing(id string) error {
+	return refuse(http.StatusNotFound, "sandbox %.60q doesn't exist or you don't have access to it", id)
 }
 
 // gone is the error of an act on a sandbox that has ended meanwhile.
 func gone(sb *sandbox.Sandbox, err error) error {
 	if err != nil && sb.Info().State.Ended() {
-		return refuse(http.StatusNotFound, "sandbox %q doesn't exist or you don't have access to it", sb.ID())
+		return missing(sb.ID())
 	}
 	return err
 }
@@ -236,15 +259,15 @@ func (c *Control) get(r *call) error {
 
 func (c *Control) kill(r *call) error {
 	sb, err := c.find(r)
-	if err == nil {
-		err = gone(sb, sb.Kill(sandbox.CauseKilled))
-	}
-	var state *sandbox.StateError
-	if errors.As(err, &state) || err != nil && sb != nil && sb.Info().State.Ended() {
-		err = refuse(http.StatusNotFound, "sandbox %q doesn't exist or you don't have access to it", sb.ID())
-	}
 	if err != nil {
 		return err
+	}
+	err = sb.Kill(sandbox.CauseKilled)
+	if errors.Is(err, sandbox.ErrState) { // somebody else does
+		return missing(sb.ID())
+	}
+	if err != nil {
+		return gone(sb, err)
 	}
 	return r.done(http.StatusNoContent)
 }
@@ -253,10 +276,7 @@ func (c *Control) pause(r *call) error {
 	var body struct {
 		Memory *bool `json:"memory"`
 	}
-	if err := r.body(&body); err != nil {
-		return err
-	}
-	sb, err := c.find(r)
+	sb, err := c.bodyOf(r, &body)
 	if err != nil {
 		return err
 	}
@@ -273,14 +293,11 @@ func (c *Control) connectTo(r *call) error {
 		Timeout *int64 `json:"timeout"`
 		Memory  *bool  `json:"memory"`
 	}
-	if err := r.body(&body); err != nil {
-		return err
-	}
-	life, err := seconds("timeout", body.Timeout, newLife, maxLife)
+	sb, err := c.bodyOf(r, &body)
 	if err != nil {
 		return err
 	}
-	sb, err := c.find(r)
+	life, err := seconds("timeout", body.Timeout, newLife, maxLife)
 	if err != nil {
 		return err
 	}
@@ -305,14 +322,11 @@ func (c *Control) resume(r *call) error {
 		Timeout   *int64 `json:"timeout"`
 		AutoPause *bool  `json:"autoPause"`
 	}
-	if err := r.body(&body); err != nil {
-		return err
-	}
-	life, err := seconds("timeout", body.Timeout, oldLife, maxLife)
+	sb, err := c.bodyOf(r, &body)
 	if err != nil {
 		return err
 	}
-	sb, err := c.find(r)
+	life, err := seconds("timeout", body.Timeout, oldLife, maxLife)
 	if err != nil {
 		return err
 	}
@@ -382,10 +396,7 @@ func (c *Control) setNetwork(r *call) error {
 		network
 		Internet *bool `json:"allow_internet_access"`
 	}
-	if err := r.body(&body); err != nil {
-		return err
-	}
-	sb, err := c.find(r)
+	sb, err := c.bodyOf(r, &body)
 	if err != nil {
 		return err
 	}
@@ -405,14 +416,11 @@ func (c *Control) fork(r *call) error {
 		Timeout *int64 `json:"timeout"`
 		Count   *int   `json:"count"`
 	}
-	if err := r.body(&body); err != nil {
-		return err
-	}
-	life, err := seconds("timeout", body.Timeout, newLife, maxLife)
+	sb, err := c.bodyOf(r, &body)
 	if err != nil {
 		return err
 	}
-	sb, err := c.find(r)
+	life, err := seconds("timeout", body.Timeout, newLife, maxLife)
 	if err != nil {
 		return err
 	}
@@ -424,23 +432,17 @@ func (c *Control) fork(r *call) error {
 	if err != nil {
 		return gone(sb, err)
 	}
+	errs := slices.Collect(maps.Values(failed))
 	out := []map[string]any{}
 	for _, one := range copies {
 		if _, err := one.Update(r.Context(), sandbox.Update{Lifetime: &life}); err != nil {
-			failed[len(failed)+count+1] = errors.Join(err, one.Kill(err))
+			errs = append(errs, errors.Join(err, one.Kill(err)))
 			continue
 		}
 		out = append(out, map[string]any{"sandbox": c.created(one)})
 	}
-	for _, err := range failed {
-		code := http.StatusInternalServerError
-		for _, s := range statuses {
-			if errors.Is(err, s.err) {
-				code = s.code
-				break
-			}
-		}
-		out = append(out, map[string]any{"error": map[string]any{"code": code, "message": err.Error()}})
+	for _, err := range errs {
+		out = append(out, map[string]any{"error": tell(err)})
 	}
 	return r.answer(http.StatusCreated, out)
 }

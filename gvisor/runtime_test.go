@@ -351,6 +351,7 @@ func TestSentryStopped(t *testing.T) {
 
 // TestManyFiles: empty files take no disk but memory of the sentry, on the host.
 func TestManyFiles(t *testing.T) {
+	sandboxtest.AsUserAlone(t)
 	sb, c := newSandbox(t, sandbox.CreateOptions{})
 	_, err := c.Start(t.Context(), agent.StartRequest{Command: `perl -e 'for $d (0 .. 9999) { mkdir "d$d"; for (0 .. 999) { open F, ">", "d$d/$_" } }'`, WaitMS: 1})
 	if err != nil {

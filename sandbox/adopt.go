@@ -185,7 +185,7 @@ func (m *Manager) unowned(owner string, known map[string]bool) []Info {
 	}
 	var list []Info
 	for try := range listTries {
-		if try > 0 && len(asleep) > 0 {
+		if try > 0 && slices.ContainsFunc(asleep, func(r record) bool { _, told := m.foreign.Load(r.ID); return !told }) {
 			time.Sleep(listPause) // another server may only look at it, which does not last
 		}
 		asleep = slices.DeleteFunc(asleep, func(r record) bool {
@@ -194,12 +194,16 @@ func (m *Manager) unowned(owner string, known map[string]bool) []Info {
 				return !errors.Is(err, syscall.EWOULDBLOCK) // it is not there any more
 			}
 			_ = lock.Close() // it was only tried
+			m.foreign.Delete(r.ID)
 			sb := m.newSandbox(r)
 			sb.meter.sum = r.Totals
 			list = append(list, sb.Info())
 			sb.cancel(nil)
 			return true
 		})
+	}
+	for _, r := range asleep {
+		m.foreign.Store(r.ID, true)
 	}
 	return list // what is left is another server's
 }

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+
+	"golang.org/x/sys/unix"
 )
 
 // disk is how the state directory is changed: the one place through which every write of this package goes. fault, which only tests set, is
@@ -87,6 +89,17 @@ func (d disk) rename(from, to string) error {
 		return err
 	}
 	return syncDir(filepath.Dir(to))
+}
+
+// exchange swaps the names of two that are there, and has that outlast a power cut.
+func (d disk) exchange(a, b string) error {
+	if _, err := d.step("rename", b, 0); err != nil {
+		return err
+	}
+	if err := unix.Renameat2(unix.AT_FDCWD, a, unix.AT_FDCWD, b, unix.RENAME_EXCHANGE); err != nil {
+		return err
+	}
+	return errors.Join(syncDir(filepath.Dir(a)), syncDir(filepath.Dir(b)))
 }
 
 // syncDir has the names in a directory outlast a power cut.

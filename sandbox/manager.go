@@ -83,8 +83,10 @@ type Manager struct {
 	settled   chan struct{}
 	// unreadable and tidied are ids of sandboxes that nobody owns: of which it was told that they cannot be read, and that were looked at.
 	unreadable, tidied sync.Map
-	claiming           sync.Mutex   // held while a sandbox on disk is taken
-	saving             atomic.Int64 // bytes of the checkpoints that are being made
+	// foreign are ids of sandboxes on disk that another server was found to have.
+	foreign  sync.Map
+	claiming sync.Mutex   // held while a sandbox on disk is taken
+	saving   atomic.Int64 // bytes of the checkpoints that are being made
 }
 
 // NewManager opens the state directory and begins to reap what dead servers left in it.

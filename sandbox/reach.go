@@ -35,15 +35,6 @@ func (s *Sandbox) AddEnv(ctx context.Context, env map[string]string) error {
 	return client.Configure(ctx, config)
 }
 
-// Env is the environment that processes are given beside what each of them names.
-func (s *Sandbox) Env(ctx context.Context) (map[string]string, error) {
-	client, err := s.Agent(ctx, "look at")
-	if err != nil {
-		return nil, err
-	}
-	return client.Environment(ctx)
-}
-
 // Ingress says how those of its ports are reached through a gateway that nobody has exposed, and how the servers there are spoken to.
 type Ingress struct {
 	// Open is OpenPublic for everybody, OpenToken for those who show the traffic token; "" is nobody.

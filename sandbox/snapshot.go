@@ -16,8 +16,6 @@ import (
 	"sync"
 	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // Snapshot is a sandbox' memory and files, saved under a name of its owner's. Sandboxes begin from it any number of times.
@@ -127,11 +125,7 @@ func (m *Manager) placeSnapshot(temp, dir string, replace bool) error {
 		if !replace {
 			return ErrSnapshot // who was faster has the name
 		}
-		err = m.exchange(temp, dir)
-		if err == nil {
-			return syncDir(filepath.Dir(dir))
-		}
-		if !errors.Is(err, fs.ErrNotExist) { // it was deleted meanwhile
+		if err = m.exchange(temp, dir); !errors.Is(err, fs.ErrNotExist) { // it was deleted meanwhile
 			return err
 		}
 	}
@@ -145,7 +139,7 @@ func (m *Manager) exchange(temp, dir string) error {
 	if m.inUse[dir] > 0 {
 		return fmt.Errorf("a sandbox is just being made from the one of that name: %w", ErrBusySnapshot)
 	}
-	return unix.Renameat2(unix.AT_FDCWD, temp, unix.AT_FDCWD, dir, unix.RENAME_EXCHANGE)
+	return m.store.exchange(temp, dir)
 }
 
 // save makes a checkpoint of the sandbox as it is, whatever that is, and leaves it so. The caller has the turn. It tells whether the
@@ -237,6 +231,15 @@ func (m *Manager) Snapshots(owner string) ([]Snapshot, error) {
 	}
 	slices.SortFunc(list, func(a, b Snapshot) int { return b.Created.Compare(a.Created) })
 	return list, nil
+}
+
+// FindSnapshot gives a snapshot of an owner; ErrNoSnapshot says that there is none of that name.
+func (m *Manager) FindSnapshot(owner, name string) (Snapshot, error) {
+	snap, _, done, err := m.snapshot(owner, name)
+	if err == nil {
+		done()
+	}
+	return snap, err
 }
 
 // snapshot finds a snapshot of an owner, and keeps it from being removed until it is closed.

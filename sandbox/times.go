@@ -151,32 +151,12 @@ func (r *record) setTimes(u Update, now time.Time) error {
 		return fmt.Errorf("update sandbox %s: %w", r.ID, err)
 	}
 	r.Times = t
-	end := r.ExpiresAt
-	if r.State == Paused {
-		end = now.Add(r.Left)
-	}
-	before := end
-	if u.Extend != nil {
-		end = end.Add(*u.Extend)
-	}
 	if u.Lifetime != nil {
-		end = now.Add(*u.Lifetime)
 		r.Times.Life = *u.Lifetime
 	}
-	if u.AtLeast != nil && now.Add(*u.AtLeast).After(end) {
-		end = now.Add(*u.AtLeast)
-	}
-	slept := time.Duration(0)
-	if r.State == Paused {
-		slept = now.Sub(r.pausedSince(now))
-	}
-	if last := r.lastMoment(); !last.IsZero() && end.After(last.Add(slept)) {
-		if !end.After(before) { // only the bound was set: what is beyond it is cut, which is what was asked for
-			end = last.Add(slept)
-		} else {
-			left := max(0, last.Add(slept).Sub(now)).Round(time.Second)
-			return fmt.Errorf("update sandbox %s: its maximum life time leaves %s from now: %w", r.ID, left, ErrInvalid)
-		}
+	end, err := r.newEnd(u, now)
+	if err != nil {
+		return err
 	}
 	if r.State == Paused {
 		r.Left = max(0, end.Sub(now))
@@ -184,6 +164,34 @@ func (r *record) setTimes(u Update, now time.Time) error {
 	}
 	r.ExpiresAt = end
 	return nil
+}
+
+// newEnd is when the life ends that a user wants; of one that is paused, as if it went on now. The bound of all its life holds.
+func (r *record) newEnd(u Update, now time.Time) (time.Time, error) {
+	end, slept := r.ExpiresAt, time.Duration(0)
+	if r.State == Paused {
+		end, slept = now.Add(r.Left), now.Sub(r.pausedSince(now))
+	}
+	before := end
+	if u.Extend != nil {
+		end = end.Add(*u.Extend)
+	}
+	if u.Lifetime != nil {
+		end = now.Add(*u.Lifetime)
+	}
+	if u.AtLeast != nil && now.Add(*u.AtLeast).After(end) {
+		end = now.Add(*u.AtLeast)
+	}
+	bound := r.lastMoment()
+	last := bound.Add(slept)
+	if bound.IsZero() || !end.After(last) {
+		return end, nil
+	}
+	if end.After(before) {
+		left := max(0, last.Sub(now)).Round(time.Second)
+		return end, fmt.Errorf("update sandbox %s: its maximum life time leaves %s from now: %w", r.ID, left, ErrInvalid)
+	}
+	return last, nil // only the bound was set: what is beyond it is cut, which is what was asked for
 }
 
 // wakeKeeper has the keeper of the sandbox' time look again.

@@ -11,7 +11,6 @@ import (
 	"log/slog"
 	"net/http"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -124,7 +123,7 @@ const (
 func (p *place) keep(ctx context.Context, w http.ResponseWriter) (over func()) {
 	idle := NewIdle(w, idleTime)
 	idle.Moves()
-	p.moves = idle.Moves
+	p.idle = idle
 	cut := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(cut)
@@ -137,50 +136,6 @@ func (p *place) keep(ctx context.Context, w http.ResponseWriter) (over func()) {
 		}
 		idle.Over()
 	}
-}
-
-// Idle ends the connection of a request on which nothing moves for long. It is safe for concurrent use, as long as the request is served.
-type Idle struct {
-	c     *http.ResponseController
-	limit time.Duration
-
-	mu   sync.Mutex
-	last time.Time
-	cut  bool
-}
-
-// NewIdle makes one that waits for the first move.
-func NewIdle(w http.ResponseWriter, limit time.Duration) *Idle {
-	return &Idle{c: http.NewResponseController(w), limit: limit}
-}
-
-// Moves says that something has moved.
-func (i *Idle) Moves() {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	if now := time.Now(); !i.cut && now.Sub(i.last) > time.Second {
-		i.last = now
-		i.until(now.Add(i.limit))
-	}
-}
-
-// Cut ends the connection now, whatever moves later.
-func (i *Idle) Cut() {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	i.cut = true
-	i.until(time.Unix(1, 0))
-}
-
-// Over leaves the connection to the next request.
-func (i *Idle) Over() {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	i.until(time.Time{})
-}
-
-func (i *Idle) until(t time.Time) {
-	_ = errors.Join(i.c.SetReadDeadline(t), i.c.SetWriteDeadline(t)) // where there are none it goes on without
 }
 
 // counted is the body of a call, which is held in memory: beyond a bound of all together there is none.
@@ -212,7 +167,7 @@ type placeKey struct{}
 type place struct {
 	Target
 	client *agent.Client
-	moves  func() // is called when something is sent or taken
+	idle   *Idle // is told when something is sent or taken
 }
 
 func placeOf(ctx context.Context) *place { return ctx.Value(placeKey{}).(*place) }
@@ -339,7 +294,7 @@ func (s *Server) metrics(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *Server) envs(w http.ResponseWriter, r *http.Request) {
-	env, err := placeOf(r.Context()).Sandbox.Env(r.Context())
+	env, err := placeOf(r.Context()).client.Environment(r.Context())
 	if err != nil {
 		s.refuse(w, r, err)
 		return

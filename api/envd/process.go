@@ -175,7 +175,7 @@ func (f *feed) tell(e *pb.ProcessEvent) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.last.Store(time.Now().UnixNano())
-	f.place.moves()
+	f.place.idle.Moves()
 	return f.send(e)
 }
 
@@ -360,7 +360,7 @@ func (processes) StreamInput(ctx context.Context, stream *connect.ClientStream[p
 	p := placeOf(ctx)
 	var process agent.Process
 	for stream.Receive() {
-		p.moves()
+		p.idle.Moves()
 		var err error
 		switch e := stream.Msg().GetEvent().(type) {
 		case *pb.StreamInputRequest_Start:

@@ -128,14 +128,14 @@ func (files) WatchDir(ctx context.Context, req *connect.Request[pb.WatchDirReque
 			return err
 		}
 		for _, e := range events {
-			p.moves()
+			p.idle.Moves()
 			if err := stream.Send(&pb.WatchDirResponse{Event: &pb.WatchDirResponse_Filesystem{Filesystem: e}}); err != nil {
 				return err
 			}
 			last = time.Now()
 		}
 		if time.Since(last) >= every {
-			p.moves()
+			p.idle.Moves()
 			if err := stream.Send(&pb.WatchDirResponse{Event: &pb.WatchDirResponse_Keepalive{Keepalive: &pb.WatchDirResponse_KeepAlive{}}}); err != nil {
 				return err
 			}
@@ -182,13 +182,6 @@ func (s *watchers) find(p *place, id string) (*watcher, error) {
 		return nil, errorf(connect.CodeNotFound, "watcher not found")
 	}
 	return w, nil
-}
-
-// Watchers is how many sandboxes have watches of clients that ask again and again.
-func (s *Server) Watchers() int {
-	s.watchers.mu.Lock()
-	defer s.watchers.mu.Unlock()
-	return len(s.watchers.byID)
 }
 
 func (s *watchers) remove(p *place, id string) {

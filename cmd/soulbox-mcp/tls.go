@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math/big"
 	"net"
 	"os"
@@ -132,6 +133,12 @@ func (n *names) count(id, host string, open bool) error {
 	}
 	if n.got == nil {
 		n.got = map[string][]string{}
+	}
+	if len(n.got[id]) == 0 { // a new one comes: those that have ended go
+		maps.DeleteFunc(n.got, func(old string, _ []string) bool {
+			sb, err := n.manager.Any(old)
+			return err != nil || sb.Info().State.Ended()
+		})
 	}
 	n.got[id] = append(n.got[id], host)
 	return nil

@@ -133,6 +133,14 @@ func findPrograms() (string, error) {
 	return "", errors.New("the module's root is not found")
 }
 
+// AsUserAlone leaves a test that takes its time to the run as an ordinary user, which follows that as root: Main sees to it.
+func AsUserAlone(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() == 0 {
+		t.Skip("it takes its time, and runs when the tests run again as an ordinary user")
+	}
+}
+
 // Program is the path of a built program: runsc, soulbox-agent or soulbox-mcp.
 func Program(t testing.TB, name string) string {
 	t.Helper()

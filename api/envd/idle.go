@@ -1,0 +1,81 @@
+package envd
+
+import (
+	"errors"
+	"io"
+	"net/http"
+	"sync"
+	"time"
+)
+
+// Idle ends the connection of a request on which nothing moves for long. It is safe for concurrent use, as long as the request is served.
+type Idle struct {
+	c     *http.ResponseController
+	limit time.Duration
+
+	mu   sync.Mutex
+	last time.Time
+	cut  bool
+}
+
+// NewIdle makes one that waits for the first move.
+func NewIdle(w http.ResponseWriter, limit time.Duration) *Idle {
+	return &Idle{c: http.NewResponseController(w), limit: limit}
+}
+
+// Moves says that something has moved.
+func (i *Idle) Moves() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if now := time.Now(); !i.cut && now.Sub(i.last) > time.Second {
+		i.last = now
+		i.until(now.Add(i.limit))
+	}
+}
+
+// Cut ends the connection now, whatever moves later.
+func (i *Idle) Cut() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.cut = true
+	i.until(time.Unix(1, 0))
+}
+
+// Over leaves the connection to the next request.
+func (i *Idle) Over() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.until(time.Time{})
+}
+
+func (i *Idle) until(t time.Time) {
+	_ = errors.Join(i.c.SetReadDeadline(t), i.c.SetWriteDeadline(t)) // where there are none it goes on without
+}
+
+// Reader is a body of which every read is a move.
+func (i *Idle) Reader(r io.Reader) io.Reader { return movingReader{r, i} }
+
+type movingReader struct {
+	io.Reader
+	idle *Idle
+}
+
+// Read implements io.Reader.
+func (m movingReader) Read(p []byte) (int, error) {
+	m.idle.Moves()
+	return m.Reader.Read(p)
+}
+
+// writer is a response of which every write is a move.
+func (i *Idle) writer(w http.ResponseWriter) http.ResponseWriter { return movingWriter{w, i} }
+
+type movingWriter struct {
+	http.ResponseWriter
+	idle *Idle
+}
+
+// Write implements io.Writer.
+func (m movingWriter) Write(p []byte) (int, error) {
+	m.idle.Moves()
+	return m.ResponseWriter.Write(p)
+}

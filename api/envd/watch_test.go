@@ -1,0 +1,42 @@
+package envd
+
+import (
+	"testing"
+
+	"soulbox.dev/soulbox/internal/sandboxtest"
+	"soulbox.dev/soulbox/sandbox"
+)
+
+// TestWatchersEnd: what clients watch in a sandbox is forgotten with it, and what others watch is not.
+func TestWatchersEnd(t *testing.T) {
+	m, err := sandbox.NewManager(sandbox.Options{Dir: t.TempDir(), Runtime: &sandboxtest.Fake{}, Templates: sandboxtest.Templates{}, Version: "test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	var all watchers
+	count := func() int {
+		all.mu.Lock()
+		defer all.mu.Unlock()
+		return len(all.byID)
+	}
+	var first *sandbox.Sandbox
+	for range 2 {
+		sb, err := m.Create(t.Context(), sandbox.CreateOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := all.add(&place{Target: Target{Sandbox: sb}}, &watcher{id: "w"}); err != nil {
+			t.Fatal(err)
+		}
+		first = sb
+	}
+	if err := first.Kill(sandbox.CauseKilled); err != nil {
+		t.Fatal(err)
+	}
+	sandboxtest.Eventually(t, "they are forgotten", func() bool { return count() == 1 })
+}
