@@ -28,14 +28,15 @@ var mayImport = map[string][]string{
 	"resources":                            {"sandbox", "agent", "template"},
 	"internal/sandboxtest":                 {"sandbox", "agent", "internal/erofs"},
 	"cmd/soulbox-agent":                    {"agent"},
-	"api":                                  {"sandbox", "agent", "template", "api/envd"},
-	"api/envd":                             {"sandbox", "agent", "api/envd/spec/process", "api/envd/spec/filesystem", "api/envd/spec/process/processconnect", "api/envd/spec/filesystem/filesystemconnect"},
+	"api":                                  {"sandbox", "agent", "template", "api/envd", "api/client"},
+	"api/client":                           {"api/envd/spec/process", "api/envd/spec/filesystem", "api/envd/spec/process/processconnect", "api/envd/spec/filesystem/filesystemconnect"},
+	"api/envd":                             {"sandbox", "agent", "api/client", "api/envd/spec/process", "api/envd/spec/filesystem", "api/envd/spec/process/processconnect", "api/envd/spec/filesystem/filesystemconnect"},
 	"api/envd/spec":                        {},
 	"api/envd/spec/process":                {},
 	"api/envd/spec/filesystem":             {},
 	"api/envd/spec/process/processconnect": {"api/envd/spec/process"},
 	"api/envd/spec/filesystem/filesystemconnect": {"api/envd/spec/filesystem"},
-	"cmd/soulbox-mcp": {"agent", "sandbox", "gvisor", "template", "mcpserver", "tools", "resources", "api", "api/envd"},
+	"cmd/soulbox-mcp": {"agent", "sandbox", "gvisor", "template", "mcpserver", "tools", "resources", "api", "api/envd", "api/client"},
 }
 
 // testsMayImport adds to mayImport for tests: a runtime is tested with the domain on top and a template below.
@@ -56,7 +57,7 @@ var onlyIn = map[string][]string{
 	"github.com/opencontainers/runtime-spec": {"gvisor", "template"},
 	"github.com/opencontainers/image-spec":   {"gvisor", "template"},
 	"gvisor.dev/gvisor":                      {"gvisor"},
-	"flag":                                   {"cmd/soulbox-mcp", "cmd/soulbox"},
+	"flag":                                   {"cmd/soulbox-mcp", "internal/sandboxtest"},
 	"github.com/google/jsonschema-go":        {"tools"},
 	"github.com/sourcegraph/jsonrpc2":        {"agent"},
 	"github.com/hashicorp/yamux":             {"agent"},
@@ -65,8 +66,10 @@ var onlyIn = map[string][]string{
 	"github.com/coreos/go-oidc":              {"cmd/soulbox-mcp"},
 	"github.com/charmbracelet":               {"tools"},
 	"github.com/creack/pty":                  {"agent"},
-	"connectrpc.com/connect":                 {"api/envd", "api/envd/spec/process/processconnect", "api/envd/spec/filesystem/filesystemconnect"},
+	"connectrpc.com/connect":                 {"api/envd", "api/client", "api/envd/spec/process/processconnect", "api/envd/spec/filesystem/filesystemconnect"},
 	"golang.org/x/crypto":                    {"cmd/soulbox-mcp"},
+	"github.com/spf13":                       {"cmd/soulbox"},
+	"golang.org/x/term":                      {"cmd/soulbox"},
 }
 
 // agentMayUse are the libraries of the agent, which must stay small.

@@ -215,9 +215,9 @@ func (c *Control) startBuild(r *call) error {
 	if err := r.body(&body); err != nil {
 		return err
 	}
-	b := c.builds.find(r.owner, r.PathValue("bid"))
-	if b == nil || b.name != plainName(r.owner, r.PathValue("id")) {
-		return fmt.Errorf("build %.60q of template %.60q: %w", r.PathValue("bid"), r.PathValue("id"), template.ErrNoBuild)
+	b, err := c.announced(r, r.PathValue("id"))
+	if err != nil {
+		return err
 	}
 	from, err := body.from(c, r.owner)
 	if err != nil {
@@ -243,32 +243,55 @@ func (c *Control) startBuild(r *call) error {
 	if err != nil {
 		return err
 	}
+	var shown []step
+	for i, s := range steps {
+		text := s.Args[0]
+		shown = append(shown, step{lines[i], strings.ToValidUTF8(text[:min(len(text), maxStepText)], "")})
+	}
+	req := template.BuildRequest{Dockerfile: dockerfile, NoCache: body.Force, StartCmd: body.StartCmd, ReadyCmd: body.ReadyCmd}
+	if !c.NoNetwork {
+		req.Network = sandbox.Network{Mode: sandbox.NetworkFull} // its sandboxes have one, so that its service is saved with one
+	}
+	if err := c.launch(b, req, shown, sent, ""); err != nil {
+		return err
+	}
+	return r.done(http.StatusAccepted)
+}
+
+// announced finds the build of a caller's that a path names.
+func (c *Control) announced(r *call, name string) (*build, error) {
+	b := c.builds.find(r.owner, r.PathValue("bid"))
+	if b == nil || b.name != plainName(r.owner, name) {
+		return nil, fmt.Errorf("build %.60q of template %.60q: %w", r.PathValue("bid"), name, template.ErrNoBuild)
+	}
+	return b, nil
+}
+
+// launch begins a build that was announced: of a Dockerfile, files that were sent by their names, and a context that was.
+func (c *Control) launch(b *build, req template.BuildRequest, steps []step, sent []string, files string) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.status != statusWaiting {
 		return refuse(http.StatusConflict, "build %s was started already", b.id)
 	}
-	b.status, b.changed = statusBuilding, time.Now()
-	for i, s := range steps {
-		text := s.Args[0]
-		b.steps = append(b.steps, step{lines[i], strings.ToValidUTF8(text[:min(len(text), maxStepText)], "")})
-	}
-	req := template.BuildRequest{ID: b.id, Owner: b.owner, Name: withTag(b.name, b.tags[0]), Dockerfile: dockerfile, NoCache: body.Force, Limits: b.limits, StartCmd: body.StartCmd, ReadyCmd: body.ReadyCmd,
-		Files: map[string]*template.Files{}}
-	if !c.NoNetwork {
-		req.Network = sandbox.Network{Mode: sandbox.NetworkFull} // its sandboxes have one, so that its service is saved with one
-	}
-	c.work.Go(func() { c.build(b, req, sent) })
-	return r.done(http.StatusAccepted)
+	b.status, b.changed, b.steps = statusBuilding, time.Now(), steps
+	req.ID, req.Owner, req.Name, req.Limits, req.Files = b.id, b.owner, withTag(b.name, b.tags[0]), b.limits, map[string]*template.Files{}
+	c.work.Go(func() { c.build(b, req, sent, files) })
+	return nil
 }
 
 // build carries out a build.
-func (c *Control) build(b *build, req template.BuildRequest, sent []string) {
+func (c *Control) build(b *build, req template.BuildRequest, sent []string, files string) {
 	ctx := c.ctx
 	free, err := c.builds.slot(ctx, b.owner)
 	if err == nil {
 		defer free()
 		err = c.openUploads(ctx, req, sent)
+	}
+	if err == nil && files != "" {
+		if req.Context, err = c.Store.OpenUpload(ctx, req.Owner, files); err == nil {
+			defer func() { _ = req.Context.Close() }() // it was only read
+		}
 	}
 	if err == nil {
 		var built template.Built

@@ -16,6 +16,7 @@ import (
 	"sync"
 	"time"
 
+	"soulbox.dev/soulbox/api/client"
 	"soulbox.dev/soulbox/api/envd"
 	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/template"
@@ -35,6 +36,10 @@ type Control struct {
 	Gateway *Gateway
 	// URL is where the control plane is reached, for the URLs that it gives; nil is where a client has reached it.
 	URL *url.URL
+	// Self is what the server says of itself.
+	Self client.Server
+	// Local says that it serves its own user alone, who is the operator.
+	Local bool
 	// NoNetwork says that sandboxes have none.
 	NoNetwork bool
 	Log       *slog.Logger
@@ -104,6 +109,9 @@ func (c *Control) Routes() map[string]http.Handler {
 	} {
 		routes[pattern] = c.handler(do)
 	}
+	for pattern, do := range c.ownRoutes() {
+		routes[pattern] = c.handler(do)
+	}
 	for _, path := range []string{"/volumes", "/volumes/", "/volumecontent/", "/secrets", "/secrets/", "/access-tokens", "/access-tokens/", "/api-keys", "/api-keys/", "/nodes", "/nodes/", "/admin/"} {
 		routes[path] = c.handler(func(r *call) error {
 			return refusal{http.StatusNotImplemented, "this server has no " + strings.Split(r.URL.Path, "/")[1] + " (docs/e2b.md says what it has)"}
@@ -114,7 +122,7 @@ func (c *Control) Routes() map[string]http.Handler {
 			return refusal{http.StatusNotImplemented, "templates are not pushed as images here: build them with Template.build of an SDK from 2.0 on, or by 'soulbox-mcp template'"}
 		})
 	}
-	for _, path := range []string{"/sandboxes", "/sandboxes/", "/v2/", "/v3/", "/templates", "/templates/", "/snapshots", "/snapshots/", "/teams", "/teams/"} {
+	for _, path := range []string{"/sandboxes", "/sandboxes/", "/v1/", "/v2/", "/v3/", "/templates", "/templates/", "/snapshots", "/snapshots/", "/teams", "/teams/"} {
 		routes[path] = c.handler(func(r *call) error { return refuse(http.StatusNotFound, "there is no %s %.200s", r.Method, r.URL.Path) })
 	}
 	routes["PUT /templates/{id}/files/{hash}"] = http.HandlerFunc(c.upload) // the URL is its own proof
@@ -133,6 +141,7 @@ type call struct {
 	*http.Request
 	w       http.ResponseWriter
 	owner   string
+	whole   io.ReadCloser                                         // its body, unbounded
 	mayRead func(owner string, size int64) (done func(), ok bool) // may be nil
 }
 
@@ -154,6 +163,7 @@ func (c *Control) handler(do func(*call) error) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Cache-Control", "no-store")
 		w.Header().Set("X-Content-Type-Options", "nosniff")
+		w.Header().Set(client.APIHeader, strconv.Itoa(client.API))
 		if err := tooOld(r.Header); err != nil {
 			c.fail(w, r, err)
 			return
@@ -169,8 +179,9 @@ func (c *Control) handler(do func(*call) error) http.Handler {
 			c.fail(w, r, refusal{http.StatusTooManyRequests, "you have sent too many requests; wait for a second"})
 			return
 		}
+		whole := r.Body
 		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
-		if err := do(&call{r, w, owner, c.MayRead}); err != nil {
+		if err := do(&call{r, w, owner, whole, c.MayRead}); err != nil {
 			c.fail(w, r, err)
 		}
 	})
@@ -178,6 +189,11 @@ func (c *Control) handler(do func(*call) error) http.Handler {
 
 // tooOld refuses SDKs that speak another protocol, which ended with version 1.
 func tooOld(h http.Header) error {
+	if own := h.Get(client.APIHeader); own != "" {
+		if v, err := strconv.Atoi(own); err != nil || v < client.Oldest {
+			return refuse(http.StatusBadRequest, "this server speaks version %d of the API, and nothing older than %d: update your soulbox", client.API, client.Oldest)
+		}
+	}
 	version := h.Get("Package_version")
 	if product, v, ok := strings.Cut(h.Get("User-Agent"), "/"); ok && version == "" && strings.HasPrefix(product, "e2b-") {
 		version = v

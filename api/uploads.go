@@ -9,9 +9,12 @@ import (
 	"net/url"
 	"regexp"
 	"strconv"
+	"strings"
 	"time"
 
+	"soulbox.dev/soulbox/api/client"
 	"soulbox.dev/soulbox/api/envd"
+	"soulbox.dev/soulbox/template"
 )
 
 var filesHash = regexp.MustCompile(`^[0-9a-zA-Z]{16,128}$`)
@@ -63,4 +66,52 @@ func (c *Control) upload(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Length", "0")
 	w.WriteHeader(http.StatusCreated)
+}
+
+// maxDockerfile bounds the text of a Dockerfile, in bytes.
+const maxDockerfile = 1 << 20
+
+// buildDockerfile begins a build that was announced: of a Dockerfile and of files that were sent.
+func (c *Control) buildDockerfile(r *call) error {
+	var body client.NewBuild
+	if err := r.body(&body); err != nil {
+		return err
+	}
+	b, err := c.announced(r, r.PathValue("name"))
+	if err != nil {
+		return err
+	}
+	if strings.TrimSpace(body.Dockerfile) == "" || len(body.Dockerfile) > maxDockerfile || body.Context != "" && !filesHash.MatchString(body.Context) {
+		return refuse(http.StatusBadRequest, "give a Dockerfile of at most %d bytes, and as its context the hash by which it was sent", maxDockerfile)
+	}
+	if body.Context != "" && !c.Store.HasUpload(r.owner, body.Context) {
+		return refuse(http.StatusBadRequest, "the files %.20s… of the build are not here, or not any more: send them again", body.Context)
+	}
+	req := template.BuildRequest{Dockerfile: body.Dockerfile, Args: body.Args, Target: body.Target, NoCache: body.NoCache, StartCmd: body.StartCmd, ReadyCmd: body.ReadyCmd}
+	if err := c.launch(b, req, nil, nil, body.Context); err != nil {
+		return err
+	}
+	return r.done(http.StatusAccepted)
+}
+
+// sendContext takes the files of a build: a tar, which may be compressed.
+func (c *Control) sendContext(r *call) error {
+	hash := r.PathValue("hash")
+	if !filesHash.MatchString(hash) {
+		return refuse(http.StatusBadRequest, "%.40q is no hash of files", hash)
+	}
+	idle := envd.NewIdle(r.w, bodyTime)
+	defer idle.Over()
+	if err := c.Store.SaveUpload(r.owner, hash, idle.Reader(r.whole)); err != nil {
+		return err
+	}
+	return r.done(http.StatusCreated)
+}
+
+// hasContext says whether files of a build are here.
+func (c *Control) hasContext(r *call) error {
+	if hash := r.PathValue("hash"); !filesHash.MatchString(hash) || !c.Store.HasUpload(r.owner, hash) {
+		return refuse(http.StatusNotFound, "they are not here")
+	}
+	return r.done(http.StatusOK)
 }

@@ -19,22 +19,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestMain keeps what the oracle makes for the second run, as an ordinary user.
-func TestMain(m *testing.M) {
-	if os.Geteuid() != 0 {
-		sandboxtest.Main(m)
-	}
-	dir, err := os.MkdirTemp("", "soulbox-oracle-")
-	if err == nil {
-		err = errors.Join(os.Chmod(dir, 0o755), os.Setenv(oracleVar, dir))
-	}
-	if err != nil {
-		panic(err)
-	}
-	code := sandboxtest.RunTests(m)
-	_ = os.RemoveAll(dir) // of this run alone
-	os.Exit(code)
-}
+func TestMain(m *testing.M) { sandboxtest.Main(m, "TestBuild", "TestStart", "TestImageUser") }
 
 // workshop is a real builder with a real runtime, and a template "mini" of this machine's programs.
 type workshop struct {

@@ -46,6 +46,7 @@ type Server struct {
 	log      *slog.Logger
 	mux      *http.ServeMux
 	watchers watchers
+	leases   leases
 	reading  atomic.Int64  // bytes of bodies in memory
 	listings chan struct{} // a place for each listing that is under way
 }
@@ -54,7 +55,7 @@ type Server struct {
 func New(log *slog.Logger) *Server {
 	s := &Server{log: log, mux: http.NewServeMux(), listings: make(chan struct{}, maxListings)}
 	options := []connect.HandlerOption{connect.WithReadMaxBytes(maxMessage), connect.WithInterceptors(aborter{})}
-	s.mux.Handle(processconnect.NewProcessHandler(processes{}, options...))
+	s.mux.Handle(processconnect.NewProcessHandler(processes{s}, options...))
 	s.mux.Handle(filesystemconnect.NewFilesystemHandler(files{s}, options...))
 	s.mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
 	s.mux.HandleFunc("GET /metrics", s.metrics)

@@ -91,6 +91,6 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 }
 
 // errorf is an error of a code.
-func errorf(code connect.Code, format string, args ...any) error {
+func errorf(code connect.Code, format string, args ...any) *connect.Error {
 	return connect.NewError(code, fmt.Errorf(format, args...))
 }

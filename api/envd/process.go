@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"math"
 	"net/http"
 	"slices"
 	"strconv"
@@ -18,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/api/client"
 	pb "soulbox.dev/soulbox/api/envd/spec/process"
 )
 
@@ -29,11 +31,11 @@ const (
 	waitPart     = time.Hour        // of a wait that has no end of its own
 )
 
-// processes is the service process.Process. It keeps nothing.
-type processes struct{}
+// processes is the service process.Process.
+type processes struct{ *Server }
 
 // Start implements processconnect.ProcessHandler. The process does not hang on the stream, but is killed at the deadline of the call.
-func (processes) Start(ctx context.Context, req *connect.Request[pb.StartRequest], stream *connect.ServerStream[pb.StartResponse]) error {
+func (s processes) Start(ctx context.Context, req *connect.Request[pb.StartRequest], stream *connect.ServerStream[pb.StartResponse]) error {
 	p := placeOf(ctx)
 	start, err := p.startRequest(ctx, req)
 	if err != nil {
@@ -45,6 +47,7 @@ func (processes) Start(ctx context.Context, req *connect.Request[pb.StartRequest
 	}
 	f := feed{place: p, id: began.Process.ID, terminal: start.Terminal != nil, every: interval(req.Header()),
 		send: func(e *pb.ProcessEvent) error { return stream.Send(&pb.StartResponse{Event: e}) }}
+	defer s.leases.follow(ctx, p, began.Process.ID, req.Header())()
 	return f.run(ctx, began.Process, 0)
 }
 
@@ -81,22 +84,40 @@ func startError(err error, config *pb.ProcessConfig, who string) error {
 		return errorf(connect.CodeUnauthenticated, "invalid username: '%s'", who)
 	case errors.Is(err, agent.ErrCwd):
 		return errorf(connect.CodeInvalidArgument, "cwd '%s' does not exist", config.GetCwd())
-	case errors.Is(err, fs.ErrNotExist), errors.Is(err, fs.ErrPermission):
-		return errorf(connect.CodeInvalidArgument, "the program %q cannot be started: %w", config.GetCmd(), err)
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.ENOEXEC), errors.Is(err, syscall.EISDIR):
+		told := errorf(connect.CodeInvalidArgument, "the program %q cannot be started: %w", config.GetCmd(), err)
+		status := "126" // as shells have it (POSIX, 2.8.2)
+		if errors.Is(err, fs.ErrNotExist) {
+			status = "127"
+		}
+		told.Meta().Set(client.ExitHeader, status)
+		return told
 	}
 	return err
 }
 
-// Connect implements processconnect.ProcessHandler: what comes from now on.
-func (processes) Connect(ctx context.Context, req *connect.Request[pb.ConnectRequest], stream *connect.ServerStream[pb.ConnectResponse]) error {
+// Connect implements processconnect.ProcessHandler: what comes from now on, or from an offset, where also one that has ended long ago is told of.
+func (s processes) Connect(ctx context.Context, req *connect.Request[pb.ConnectRequest], stream *connect.ServerStream[pb.ConnectResponse]) error {
 	p := placeOf(ctx)
-	process, err := p.find(ctx, req.Msg.GetProcess(), endedKept)
+	kept, from, late := endedKept, int64(-1), true
+	if text := req.Header().Get(client.FromHeader); text != "" {
+		var err error
+		if from, err = strconv.ParseInt(text, 10, 64); err != nil || from < 0 {
+			return errorf(connect.CodeInvalidArgument, "%s is a number of bytes, not %.40q", client.FromHeader, text)
+		}
+		kept, late = math.MaxInt64, false
+	}
+	process, err := p.find(ctx, req.Msg.GetProcess(), kept)
 	if err != nil {
 		return err
 	}
-	f := feed{place: p, id: process.ID, terminal: process.Terminal != nil, late: true, every: interval(req.Header()),
+	if late {
+		from = process.Output
+	}
+	f := feed{place: p, id: process.ID, terminal: process.Terminal != nil, late: late, every: interval(req.Header()),
 		send: func(e *pb.ProcessEvent) error { return stream.Send(&pb.ConnectResponse{Event: e}) }}
-	return f.run(ctx, process, process.Output)
+	defer s.leases.follow(ctx, p, process.ID, req.Header())()
+	return f.run(ctx, process, from)
 }
 
 // interval is how often a client wants to be told that the stream lives.
@@ -378,20 +399,22 @@ func (processes) StreamInput(ctx context.Context, stream *connect.ClientStream[p
 	return connect.NewResponse(&pb.StreamInputResponse{}), stream.Err()
 }
 
-// SendSignal implements processconnect.ProcessHandler. SIGKILL ends all that the process has started.
+// SendSignal implements processconnect.ProcessHandler. SIGKILL ends all that the process has started. E2B names two signals, by their numbers; here
+// every signal has its own.
 func (processes) SendSignal(ctx context.Context, req *connect.Request[pb.SendSignalRequest]) (*connect.Response[pb.SendSignalResponse], error) {
 	p := placeOf(ctx)
 	process, err := p.find(ctx, req.Msg.GetProcess(), 0)
 	if err != nil {
 		return nil, err
 	}
-	switch req.Msg.GetSignal() {
-	case pb.Signal_SIGNAL_SIGKILL:
+	name := unix.SignalName(syscall.Signal(req.Msg.GetSignal()))
+	switch {
+	case req.Msg.GetSignal() == pb.Signal_SIGNAL_SIGKILL:
 		_, err = p.client.Kill(ctx, process.ID)
-	case pb.Signal_SIGNAL_SIGTERM:
-		_, err = p.client.Signal(ctx, process.ID, "SIGTERM")
+	case name == "":
+		err = errorf(connect.CodeInvalidArgument, "there is no signal %d", req.Msg.GetSignal())
 	default:
-		err = errorf(connect.CodeInvalidArgument, "signal %d is neither SIGTERM nor SIGKILL", req.Msg.GetSignal())
+		_, err = p.client.Signal(ctx, process.ID, name)
 	}
 	return connect.NewResponse(&pb.SendSignalResponse{}), err
 }

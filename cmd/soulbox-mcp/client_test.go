@@ -16,7 +16,9 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-func TestMain(m *testing.M) { sandboxtest.Main(m) }
+func TestMain(m *testing.M) {
+	sandboxtest.Main(m, "TestDoctorAndDemo", "TestWork", "TestServerKilled", "TestKilledInUse", "TestTwoServers", "TestTemplatesOverStdio", "TestErrorTable", "TestForks")
+}
 
 // program is a running soulbox-mcp stdio and a client of it, in plain JSON lines.
 type program struct {

@@ -413,7 +413,6 @@ func TestNobodyReads(t *testing.T) {
 
 // TestLargeFile: a large file goes in and out whole, and the server gets no larger by it. The benchmark has 1 GiB.
 func TestLargeFile(t *testing.T) {
-	sandboxtest.AsUserAlone(t)
 	w := serve(t, "")
 	b := newBox(t, w, `{"templateID":"base","timeout":1200}`)
 	in, out := b.transfer(256 << 20)
@@ -482,7 +481,6 @@ func peakMemory(t testing.TB, pid int) int64 {
 
 // TestThousandRequests: 1,000 requests at once to 20 sandboxes are all answered, and each by its own sandbox.
 func TestThousandRequests(t *testing.T) {
-	sandboxtest.AsUserAlone(t)
 	w := serve(t, "", "--memory-mb=128")
 	boxes := make([]*remoteBox, 20)
 	for i := range boxes {

@@ -54,8 +54,8 @@ func (l *list) Set(v string) error {
 
 const (
 	drainTime    = 10 * time.Second // for calls in flight when the server ends
-	headerTime   = 10 * time.Second
-	idleTime     = 2 * time.Minute // of a connection without a request
+	headerTime   = time.Minute      // from the begin of a connection, which clients open ahead of a request: net/http breaks those off, and answers 400 where a request comes just then
+	idleTime     = 2 * time.Minute  // of a connection without a request
 	maxHeaders   = 64 << 10
 	shutdownTime = drainTime + 10*time.Second
 )

@@ -516,7 +516,6 @@ func TestConfirm(t *testing.T) {
 
 // TestManySessions (must show 4): 200 sessions at once, each with a command in a sandbox, lose none.
 func TestManySessions(t *testing.T) {
-	sandboxtest.AsUserAlone(t)
 	w := serve(t, "")
 	first := w.client("", false)
 	a, err := first.Call(t.Context(), "sandbox_create", map[string]any{"metadata": map[string]any{"shared": "yes"}})

@@ -75,7 +75,6 @@ func fetchText(url string) (string, error) {
 // TestNothingIsLost (issue 5, must show 1): a process that counts in memory, a server, an editor with an unsaved text: all go on after a pause
 // to disk and kill -9 of the server, ten times, with writes in between.
 func TestNothingIsLost(t *testing.T) {
-	sandboxtest.AsUserAlone(t)
 	w := serve(t, "", "--on-exit=keep")
 	l := &lives{t: t, w: w, c: w.client("", true)}
 	l.id = l.call("sandbox_create", nil).Field("sandbox_id")
@@ -147,7 +146,6 @@ for i in itertools.count(): print(i); time.sleep(0.02)'`
 
 // TestForks (must show 2): ten copies of a sandbox with 200 MB in use answer, and each goes its own way.
 func TestForks(t *testing.T) {
-	sandboxtest.AsUserAlone(t)
 	w := serve(t, "", "--pids=64")
 	l := &lives{t: t, w: w, c: w.client("", true)}
 	l.id = l.call("sandbox_create", nil).Field("sandbox_id")
@@ -207,7 +205,6 @@ func TestTimeoutPauses(t *testing.T) {
 
 // TestLimitsNeighbours (must show 7): whatever one sandbox does to itself, its limit is named, it lives, and its neighbour works as before.
 func TestLimitsNeighbours(t *testing.T) {
-	sandboxtest.AsUserAlone(t)
 	w := serve(t, "")
 	c := w.client("", true)
 	bad := &lives{t: t, w: w, c: c}

@@ -97,7 +97,6 @@ func rebuild(tree map[string]bool, events []any) {
 // TestWatchedTrees (must show 3): what file_watch tells of a clone, of trees made and removed, and of renames, is the tree as it is in the
 // end, or it says that changes are missing.
 func TestWatchedTrees(t *testing.T) {
-	sandboxtest.AsUserAlone(t)
 	p := launch(t, "")
 	if needs(t, "git") {
 		p.exec(`git init -q /tmp/from && cd /tmp/from && git config user.email a@b && git config user.name n && mkdir d{0..49} && for i in $(seq 2000); do echo $i > d$((i % 50))/f$i; done && git add . && git commit -qm all; cd`)
@@ -154,7 +153,6 @@ func TestWatchedTrees(t *testing.T) {
 
 // TestTerminalExact (must show 2): 100 MB through a terminal are read as they were written.
 func TestTerminalExact(t *testing.T) {
-	sandboxtest.AsUserAlone(t)
 	p := launch(t, "")
 	m := p.call("exec", map[string]any{"command": "head -c 75000000 /dev/urandom | base64 -w0 > /home/user/text; sha256sum < /home/user/text | cut -c1-64"})
 	id, sum := m.Result.StructuredContent["sandbox_id"], strings.TrimSpace(fmt.Sprint(m.Result.StructuredContent["output"]))

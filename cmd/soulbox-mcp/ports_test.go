@@ -22,7 +22,6 @@ const perlServer = `perl -MIO::Socket::INET -e '$l = IO::Socket::INET->new(Local
 
 // TestPortsOfSandbox: a server in a real sandbox is reached from this machine, by many at once and with many bytes, and only while it is to be.
 func TestPortsOfSandbox(t *testing.T) {
-	sandboxtest.AsUserAlone(t)
 	state := sandboxtest.Dir(t)
 	w := serve(t, state, "--on-exit=keep")
 	c := w.client("", true)

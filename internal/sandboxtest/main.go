@@ -3,6 +3,7 @@ package sandboxtest
 import (
 	"bytes"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -18,18 +19,19 @@ import (
 // programsVar names the directory of the built programs to a test binary that runs as an ordinary user.
 const programsVar = "SOULBOX_TEST_PROGRAMS"
 
-// OracleVar names a directory in which the tests that run as root leave something for those that run as an ordinary user.
-const OracleVar = "SOULBOX_TEST_ORACLE"
-
 // ordinaryID is the user that tests run as when they were started as root.
 const ordinaryID = 65_432
 
-// Main runs a package's tests and, when it was started as root, runs them again as an ordinary user with an empty home. What needs
-// runsc fails where runsc does not run: nothing is skipped.
-func Main(m *testing.M) { os.Exit(RunTests(m)) }
-
-// RunTests is Main for who has something to do afterwards; it gives the exit code.
-func RunTests(m *testing.M) int {
+// Main runs a package's tests and, when it was started as root, runs them again as an ordinary user with an empty home. Where asRoot names tests, root
+// runs these alone, if not asked for others by -run: what depends on who it is. What needs runsc fails where runsc does not run: nothing is skipped.
+func Main(m *testing.M, asRoot ...string) {
+	flag.Parse()
+	run := flag.Lookup("test.run").Value
+	if all := run.String(); os.Geteuid() == 0 && len(asRoot) > 0 && all == "" {
+		if err := run.Set("^(" + strings.Join(asRoot, "|") + ")$"); err != nil {
+			panic(err)
+		}
+	}
 	code := m.Run()
 	if code == 0 && os.Geteuid() == 0 {
 		if err := again(); err != nil {
@@ -37,7 +39,7 @@ func RunTests(m *testing.M) int {
 			code = 1
 		}
 	}
-	return code
+	os.Exit(code)
 }
 
 // again runs this test binary as an ordinary user.
@@ -85,7 +87,7 @@ func again() (err error) {
 	fmt.Println("again as an ordinary user")
 	cmd := exec.Command(filepath.Join(dir, "test"), args...)
 	cmd.Dir = dir
-	cmd.Env = []string{"HOME=" + home, "TMPDIR=" + home, "PATH=" + os.Getenv("PATH"), programsVar + "=" + dir, OracleVar + "=" + os.Getenv(OracleVar)}
+	cmd.Env = []string{"HOME=" + home, "TMPDIR=" + home, "PATH=" + os.Getenv("PATH"), programsVar + "=" + dir}
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: ordinaryID, Gid: ordinaryID}}
 	return cmd.Run()

@@ -1,0 +1,88 @@
+package envd
+
+import (
+	"context"
+	"net/http"
+	"strconv"
+	"sync"
+	"time"
+
+	"soulbox.dev/soulbox/api/client"
+)
+
+// leases end processes that hang on those who follow them: where all of these are gone, and nobody has come for a while, it is killed. E2B's clients
+// ask for no such thing. They are of this server alone: a process that it has left to another goes on until somebody follows it there. The zero value
+// is ready, and safe for concurrent use.
+type leases struct {
+	mu  sync.Mutex
+	all map[leaseKey]*lease
+}
+
+type leaseKey struct{ sandbox, process string }
+
+type lease struct {
+	linger    time.Duration // 0 is for ever
+	followers int
+	timer     *time.Timer // while there are none
+}
+
+const (
+	maxLinger = time.Hour
+	killTime  = 10 * time.Second
+)
+
+// follow counts somebody who follows a process, until gone is called. What he says of its end holds from now on.
+func (l *leases) follow(ctx context.Context, p *place, process string, h http.Header) (gone func()) {
+	ms, err := strconv.ParseInt(h.Get(client.LingerHeader), 10, 64)
+	linger := min(time.Duration(ms)*time.Millisecond, maxLinger)
+	if err != nil || ms <= 0 || ms > maxLinger.Milliseconds() {
+		linger = 0
+	}
+	key := leaseKey{p.Sandbox.ID(), process}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.all == nil {
+		l.all = map[leaseKey]*lease{}
+	}
+	one := l.all[key]
+	if one == nil {
+		if linger == 0 {
+			return func() {}
+		}
+		one = &lease{}
+		l.all[key] = one
+	}
+	if one.linger = linger; one.timer != nil {
+		one.timer.Stop()
+		one.timer = nil
+	}
+	one.followers++
+	return func() { l.leave(ctx, p, key, one) }
+}
+
+// leave counts one less. The call's own end, as that of the process, asks for nothing more.
+func (l *leases) leave(ctx context.Context, p *place, key leaseKey, one *lease) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if one.followers--; one.followers > 0 {
+		return
+	}
+	if one.linger == 0 || ctx.Err() == nil || p.dead() {
+		delete(l.all, key)
+		return
+	}
+	one.timer = time.AfterFunc(one.linger, func() {
+		l.mu.Lock()
+		over := l.all[key] == one && one.followers == 0
+		if over {
+			delete(l.all, key)
+		}
+		l.mu.Unlock()
+		if !over {
+			return
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), killTime)
+		defer cancel()
+		_, _ = p.client.Kill(ctx, key.process) // one that has ended is ended
+	})
+}
