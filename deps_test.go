@@ -37,6 +37,7 @@ var mayImport = map[string][]string{
 	"api/envd/spec/process/processconnect": {"api/envd/spec/process"},
 	"api/envd/spec/filesystem/filesystemconnect": {"api/envd/spec/filesystem"},
 	"cmd/soulbox-mcp": {"agent", "sandbox", "gvisor", "template", "mcpserver", "tools", "resources", "api", "api/envd", "api/client"},
+	"cmd/soulbox":     {"api/client"},
 }
 
 // testsMayImport adds to mayImport for tests: a runtime is tested with the domain on top and a template below.
@@ -69,6 +70,9 @@ var onlyIn = map[string][]string{
 	"connectrpc.com/connect":                 {"api/envd", "api/client", "api/envd/spec/process/processconnect", "api/envd/spec/filesystem/filesystemconnect"},
 	"golang.org/x/crypto":                    {"cmd/soulbox-mcp"},
 	"github.com/spf13":                       {"cmd/soulbox"},
+	"github.com/schollz/progressbar":         {"cmd/soulbox"},
+	"github.com/BurntSushi/toml":             {"cmd/soulbox"},
+	"github.com/rogpeppe/go-internal":        {"cmd/soulbox"},
 	"golang.org/x/term":                      {"cmd/soulbox"},
 }
 

@@ -303,6 +303,14 @@ func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
 	}
 	name := lookPath(p.args[0], p.cwd, env)
 	if name == "" {
+		if file := p.args[0]; strings.Contains(file, "/") {
+			if !path.IsAbs(file) {
+				file = path.Join(p.cwd, file)
+			}
+			if _, err := os.Stat(file); err == nil {
+				return fmt.Errorf("start %q: it is no program: %w", clip(p.args[0], 200), syscall.EACCES)
+			}
+		}
 		return fmt.Errorf("start %q: command not found: %w", clip(p.args[0], 200), syscall.ENOENT)
 	}
 	p.child, err = s.fork(p, name, p.args, attr)

@@ -148,6 +148,9 @@ func (a asAttachment) Write(p []byte) (int, error) {
 	return a.ResponseWriter.Write(p)
 }
 
+// Flush implements http.Flusher, which connect asks for.
+func (a asAttachment) Flush() { _ = http.NewResponseController(a.ResponseWriter).Flush() } // where there is none it comes with the end
+
 // Unwrap lets http.ResponseController find deadlines.
 func (a asAttachment) Unwrap() http.ResponseWriter { return a.ResponseWriter }
 

@@ -165,6 +165,7 @@ func (c *Control) living(r *call, states map[string]bool) ([]sandbox.Info, error
 	if name := q.Get("template"); name != "" {
 		filter.Template = cmp.Or(c.templateName(r.owner, name), template.HostName)
 	}
+	c.Manager.AwaitSettled(r.Context()) // those that another server has left are its own in a moment
 	all := slices.DeleteFunc(c.Manager.List(filter), func(i sandbox.Info) bool {
 		return i.State != sandbox.Running && i.State != sandbox.Paused || !states[list(i).State] || began(i).Before(since)
 	})

@@ -82,6 +82,7 @@ func (c *Control) listAll(r *call) error {
 		}
 		states[s] = true
 	}
+	c.Manager.AwaitSettled(r.Context()) // those that another server has left are its own in a moment
 	out := []client.Sandbox{}
 	for _, i := range c.Manager.List(sandbox.Filter{Owner: r.owner, Metadata: metadata}) {
 		if states[string(i.State)] {

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"maps"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -388,6 +389,14 @@ func (m *Manager) Room() (free int64, states map[State]int, err error) {
 		states[sb.Info().State]++
 	}
 	return max(0, m.opts.MemoryBudget-promised), states, err
+}
+
+// Busy says whether a sandbox of this server is in memory, so that somebody is needed to end it in time.
+func (m *Manager) Busy() bool {
+	return slices.ContainsFunc(m.all(), func(sb *Sandbox) bool {
+		i := sb.Info()
+		return !i.State.Ended() && !i.OnDisk
+	})
 }
 
 // Used is what all sandboxes of this server have used, those that have ended too.

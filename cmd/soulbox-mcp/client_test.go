@@ -72,7 +72,7 @@ func launch(t testing.TB, state string, flags ...string) *program {
 	}
 	p := &program{t: t, state: state, waiting: map[string]chan message{}, ended: make(chan struct{})}
 	p.cmd = exec.Command(sandboxtest.Program(t, "soulbox-mcp"), append([]string{"stdio", "--state-dir=" + state, "--log-level=warn"}, flags...)...)
-	p.cmd.Env = []string{"HOME=" + state, "PATH=/usr/bin:/bin"}
+	p.cmd.Env = []string{sandboxtest.RuntimeEnv(), "HOME=" + state, "PATH=/usr/bin:/bin"}
 	p.cmd.Stderr = os.Stderr
 	var err error
 	if p.in, err = p.cmd.StdinPipe(); err != nil {

@@ -19,7 +19,7 @@ import (
 func TestGoSDK(t *testing.T) {
 	w := serve(t, "")
 	stdio := exec.Command(sandboxtest.Program(t, "soulbox-mcp"), "stdio", "--state-dir="+sandboxtest.Dir(t), "--log-level=error")
-	stdio.Env = []string{"PATH=/usr/bin:/bin"}
+	stdio.Env = []string{sandboxtest.RuntimeEnv(), "PATH=/usr/bin:/bin"}
 	for name, over := range map[string]gosdk.Transport{"http": &gosdk.StreamableClientTransport{Endpoint: w.url}, "stdio": &gosdk.CommandTransport{Command: stdio}} {
 		t.Run(name, func(t *testing.T) {
 			progress, updated := make(chan string, 100), make(chan string, 100)

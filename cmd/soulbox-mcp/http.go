@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"soulbox.dev/soulbox/api"
+	"soulbox.dev/soulbox/api/client"
 	"soulbox.dev/soulbox/gvisor"
 	"soulbox.dev/soulbox/mcpserver"
 	"soulbox.dev/soulbox/sandbox"
@@ -162,6 +163,7 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 	s.metrics.watch(s.manager, endpoint.Sessions)
 	control := c.control(s, endpoint)
 	defer control.Close()
+	defer s.alsoLocal("http", getenv)()
 	web, err := c.web(s, endpoint, control, public)
 	if err != nil {
 		return err
@@ -230,7 +232,8 @@ func (c *httpConfig) setDomain(public string) (err error) {
 // control is the E2B API.
 func (c httpConfig) control(s *service, endpoint *mcpserver.HTTP) *api.Control {
 	access := endpoint.Access
-	control := &api.Control{Manager: s.manager, Store: s.templates, Builder: s.builder, Gateway: s.gateway, NoNetwork: c.noNetwork, Log: s.log, MayAsk: endpoint.MayAsk, MayRead: endpoint.MayRead}
+	control := &api.Control{Manager: s.manager, Store: s.templates, Builder: s.builder, Gateway: s.gateway, NoNetwork: c.noNetwork, Log: s.log, MayAsk: endpoint.MayAsk, MayRead: endpoint.MayRead,
+		Self: client.Server{Version: version, Kind: "http"}}
 	if u, err := url.Parse(c.publicURL); err == nil && c.publicURL != "" {
 		control.URL = u
 	}

@@ -61,7 +61,7 @@ func serve(t testing.TB, state string, flags ...string) *web {
 	}
 	w := &web{t: t, state: state, log: &lockedBuffer{}}
 	w.cmd = exec.Command(sandboxtest.Program(t, "soulbox-mcp"), append([]string{"http", "--listen=127.0.0.1:0", "--state-dir=" + state, "--on-exit=kill"}, flags...)...)
-	w.cmd.Env = []string{"HOME=" + state, "PATH=/usr/bin:/bin"}
+	w.cmd.Env = []string{sandboxtest.RuntimeEnv(), "HOME=" + state, "PATH=/usr/bin:/bin"}
 	w.cmd.Stderr = w.log
 	out, err := w.cmd.StdoutPipe()
 	if err != nil {

@@ -367,14 +367,14 @@ func TestMissingPrograms(t *testing.T) {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(alone, "stdio", "--state-dir="+filepath.Join(dir, "state"), "--log-level=error")
-	cmd.Env = []string{"PATH=/usr/bin:/bin"}
+	cmd.Env = []string{sandboxtest.RuntimeEnv(), "PATH=/usr/bin:/bin"}
 	cmd.Stdin = strings.NewReader(`{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"exec","arguments":{"command":"true"}}}` + "\n")
 	out, err := cmd.Output()
 	if err != nil || !bytes.Contains(out, []byte("is not found; run 'soulbox-mcp doctor'")) {
 		t.Fatalf("%s %v", out, err)
 	}
 	cmd = exec.Command(alone, "doctor", "--state-dir="+filepath.Join(dir, "state"))
-	cmd.Env = []string{"PATH=/usr/bin:/bin"}
+	cmd.Env = []string{sandboxtest.RuntimeEnv(), "PATH=/usr/bin:/bin"}
 	out, err = cmd.CombinedOutput()
 	var exit *exec.ExitError
 	if !errors.As(err, &exit) || !regexp.MustCompile(`(?s)FAIL  runsc.*make build.*FAIL  agent.*checks failed`).Match(out) {
@@ -402,7 +402,7 @@ func TestCommandLine(t *testing.T) {
 		{[]string{"stdio", "--help"}, 0, "-state-dir"}, {[]string{"stdio", "--log-level=loud"}, 1, "loud"},
 	} {
 		cmd := exec.Command(sandboxtest.Program(t, "soulbox-mcp"), test.args...)
-		cmd.Env = []string{"HOME=" + sandboxtest.Dir(t)}
+		cmd.Env = []string{sandboxtest.RuntimeEnv(), "HOME=" + sandboxtest.Dir(t)}
 		out, _ := cmd.CombinedOutput()
 		if cmd.ProcessState.ExitCode() != test.code || !strings.Contains(string(out), test.want) {
 			t.Errorf("%v: exit %d, %s", test.args, cmd.ProcessState.ExitCode(), out)

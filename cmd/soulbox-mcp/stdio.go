@@ -32,6 +32,7 @@ func runStdio(ctx context.Context, args []string, getenv func(string) string, st
 		return err
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
+	defer s.alsoLocal("stdio", getenv)()
 	s.log.Info("serving", "version", version, "state_dir", c.stateDir, "runsc", c.runsc)
 	return mcpserver.Stdio{Server: s.mcp}.Serve(ctx, stdin, stdout)
 }

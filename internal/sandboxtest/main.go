@@ -19,6 +19,8 @@ import (
 // programsVar names the directory of the built programs to a test binary that runs as an ordinary user.
 const programsVar = "SOULBOX_TEST_PROGRAMS"
 
+const runtimeVar = "SOULBOX_RUNTIME_DIR"
+
 // ordinaryID is the user that tests run as when they were started as root.
 const ordinaryID = 65_432
 
@@ -32,50 +34,81 @@ func Main(m *testing.M, asRoot ...string) {
 			panic(err)
 		}
 	}
+	runtime, err := os.MkdirTemp("", "soulbox-run-") // servers of tests are not to be found from outside
+	if err == nil {
+		err = os.Setenv(runtimeVar, runtime)
+	}
+	if err != nil {
+		panic(err)
+	}
+	user := func() (said []byte, err error) { return nil, nil }
+	if os.Geteuid() == 0 { // at the same time: most of both is waiting
+		user = again()
+	}
 	code := m.Run()
-	if code == 0 && os.Geteuid() == 0 {
-		if err := again(); err != nil {
-			fmt.Fprintln(os.Stderr, "tests as an ordinary user:", err)
-			code = 1
-		}
+	said, err := user()
+	_, _ = os.Stdout.Write(said) // whoever does not read it misses nothing else
+	if err = errors.Join(err, os.RemoveAll(runtime)); err != nil {
+		fmt.Fprintln(os.Stderr, "tests as an ordinary user:", err)
+		code = 1
 	}
 	os.Exit(code)
 }
 
-// again runs this test binary as an ordinary user.
-func again() (err error) {
+// RuntimeEnv is the variable that keeps the sockets of servers that a test starts from being found from outside.
+func RuntimeEnv() string { return runtimeVar + "=" + os.Getenv(runtimeVar) }
+
+// again begins to run this test binary as an ordinary user. What it gives waits for the end.
+func again() (wait func() (said []byte, err error)) {
 	dir, err := os.MkdirTemp("", "soulbox-user-")
-	if err != nil {
-		return err
+	var cmd *exec.Cmd
+	var out bytes.Buffer
+	if err == nil {
+		if cmd, err = asUser(dir); err == nil {
+			cmd.Stdout, cmd.Stderr = &out, &out
+			err = cmd.Start()
+		}
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	return func() ([]byte, error) {
+		if err == nil {
+			err = cmd.Wait()
+		}
+		if dir != "" {
+			err = errors.Join(err, os.RemoveAll(dir))
+		}
+		return append([]byte("as an ordinary user\n"), out.Bytes()...), err
+	}
+}
+
+// asUser prepares the run as an ordinary user in a directory.
+func asUser(dir string) (*exec.Cmd, error) {
 	self, err := os.Executable()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	wd, err := os.Getwd()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	copies := map[string]string{self: "test", filepath.Join(wd, "testdata"): "testdata"}
 	programs, err := findPrograms()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	for _, name := range []string{"runsc", "soulbox-agent", "soulbox-mcp"} {
+	for _, name := range []string{"runsc", "soulbox-agent", "soulbox-mcp", "soulbox"} {
 		copies[filepath.Join(programs, name)] = name
 	}
 	for from, to := range copies {
 		if err := copyAll(from, filepath.Join(dir, to)); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return err
+			return nil, err
 		}
 	}
 	home := filepath.Join(dir, "home")
 	if err := os.Mkdir(home, 0o700); err != nil {
-		return err
+		return nil, err
 	}
 	if err := errors.Join(os.Chown(home, ordinaryID, ordinaryID), os.Chmod(dir, 0o755)); err != nil {
-		return err
+		return nil, err
 	}
 	var args []string
 	for _, a := range os.Args[1:] {
@@ -84,13 +117,11 @@ func again() (err error) {
 			args = append(args, a)
 		}
 	}
-	fmt.Println("again as an ordinary user")
 	cmd := exec.Command(filepath.Join(dir, "test"), args...)
 	cmd.Dir = dir
 	cmd.Env = []string{"HOME=" + home, "TMPDIR=" + home, "PATH=" + os.Getenv("PATH"), programsVar + "=" + dir}
-	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: ordinaryID, Gid: ordinaryID}}
-	return cmd.Run()
+	return cmd, nil
 }
 
 func copyAll(from, to string) error {

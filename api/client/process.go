@@ -1,0 +1,437 @@
+package client
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"connectrpc.com/connect"
+
+	pb "soulbox.dev/soulbox/api/envd/spec/process"
+	"soulbox.dev/soulbox/api/envd/spec/process/processconnect"
+)
+
+// Size is that of a terminal, in characters.
+type Size struct{ Rows, Cols int }
+
+// Command is a process that is to be started.
+type Command struct {
+	Args  []string
+	Env   map[string]string
+	Cwd   string // default the home of the user
+	User  string // default that of the sandbox
+	Tag   string // a name; no two that run have the same
+	Stdin bool   // stdin is a pipe, otherwise it is at its end
+	// Terminal gives it one. Stdin is that.
+	Terminal *Size
+	// Linger has it killed when nobody has followed it for so long; 0 lets it go on.
+	Linger time.Duration
+}
+
+// Exit is how a process has ended.
+type Exit struct {
+	Code   int    // as shells have it: 128 and the number of the signal that has killed it
+	Status string // such as "signal: killed: …"; "" where it has exited by itself
+}
+
+// StartError is of a process that could not be started, with the exit status that a shell would have: 126 or 127.
+type StartError struct {
+	Exit    int
+	Message string
+}
+
+// Error implements error.
+func (e *StartError) Error() string { return e.Message }
+
+// Session follows a process, over the ends of connections and of servers: it comes back, and goes on at the byte that it had reached. Its methods may be
+// called at the same time, but Follow once.
+type Session struct {
+	PID     int
+	sandbox string
+	linger  time.Duration
+	pty     bool
+	again   func(context.Context) (*Client, error) // finds the sandbox' server once more
+
+	mu      sync.Mutex
+	client  *Client
+	reached int64
+	stream  stream
+
+	inputs sync.Mutex // in their order
+}
+
+// stream is what Start and Connect answer.
+type stream interface {
+	receive() (*pb.ProcessEvent, error)
+	Close() error
+}
+
+type started struct {
+	*connect.ServerStreamForClient[pb.StartResponse]
+	cancel context.CancelFunc
+}
+
+func (s started) receive() (*pb.ProcessEvent, error) {
+	if s.Receive() {
+		return s.Msg().GetEvent(), nil
+	}
+	return nil, ended(s.Err())
+}
+
+type connected struct {
+	*connect.ServerStreamForClient[pb.ConnectResponse]
+	cancel context.CancelFunc
+}
+
+func (s connected) receive() (*pb.ProcessEvent, error) {
+	if s.Receive() {
+		return s.Msg().GetEvent(), nil
+	}
+	return nil, ended(s.Err())
+}
+
+// Close breaks the stream off, whatever it waits for.
+func (s started) Close() error { s.cancel(); return s.ServerStreamForClient.Close() }
+
+// Close is that of started.
+func (s connected) Close() error { s.cancel(); return s.ServerStreamForClient.Close() }
+
+func ended(err error) error {
+	if err == nil {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+func (c *Client) processes(sandbox string) processconnect.ProcessClient {
+	return processconnect.NewProcessClient(c.plain, c.envd(sandbox), uncompressed)
+}
+
+func by(pid int) *pb.ProcessSelector {
+	return &pb.ProcessSelector{Selector: &pb.ProcessSelector_Pid{Pid: uint32(pid)}}
+}
+
+// Start starts a process and follows it; again finds the sandbox' server once more when this one is gone.
+func (c *Client) Start(ctx context.Context, sandbox string, cmd Command, again func(context.Context) (*Client, error)) (*Session, error) {
+	msg := &pb.StartRequest{Process: &pb.ProcessConfig{Cmd: cmd.Args[0], Args: cmd.Args[1:], Envs: cmd.Env}, Stdin: &cmd.Stdin}
+	if cmd.Cwd != "" {
+		msg.Process.Cwd = &cmd.Cwd
+	}
+	if cmd.Tag != "" {
+		msg.Tag = &cmd.Tag
+	}
+	if cmd.Terminal != nil {
+		msg.Pty = pty(*cmd.Terminal)
+	}
+	req := connect.NewRequest(msg)
+	if cmd.User != "" {
+		plain, _ := http.NewRequest("GET", "/", nil) // for its way to write the name
+		plain.SetBasicAuth(cmd.User, "")
+		req.Header().Set("Authorization", plain.Header.Get("Authorization"))
+	}
+	s := &Session{sandbox: sandbox, client: c, linger: cmd.Linger, again: again, pty: cmd.Terminal != nil}
+	s.ask(req.Header())
+	ctx, cancel := context.WithCancel(ctx)
+	res, err := c.processes(sandbox).Start(ctx, req)
+	if err != nil {
+		cancel()
+		return nil, c.startError(err)
+	}
+	return s, s.first(started{res, cancel})
+}
+
+func pty(s Size) *pb.PTY {
+	return &pb.PTY{Size: &pb.PTY_Size{Rows: uint32(s.Rows), Cols: uint32(s.Cols)}}
+}
+
+// keepAliveEvery is how often a server tells that it is there. One that has not told for three times as long is not.
+const keepAliveEvery = 20 * time.Second
+
+func (s *Session) ask(h http.Header) {
+	h.Set("Keepalive-Ping-Interval", strconv.Itoa(int(keepAliveEvery.Seconds())))
+	if s.linger > 0 {
+		h.Set(LingerHeader, strconv.FormatInt(s.linger.Milliseconds(), 10))
+	}
+}
+
+// Attach follows a process that there is, from a byte of its output on; one that has ended, too.
+func (c *Client) Attach(ctx context.Context, sandbox string, p Process, linger time.Duration, from int64, again func(context.Context) (*Client, error)) (*Session, error) {
+	s := &Session{sandbox: sandbox, client: c, linger: linger, again: again, reached: from, pty: p.Terminal}
+	s.PID = p.PID
+	return s, s.connect(ctx, c)
+}
+
+// connect follows the process anew, from what was reached on.
+func (s *Session) connect(ctx context.Context, c *Client) error {
+	req := connect.NewRequest(&pb.ConnectRequest{Process: by(s.PID)})
+	s.ask(req.Header())
+	s.mu.Lock()
+	req.Header().Set(FromHeader, strconv.FormatInt(s.reached, 10))
+	s.mu.Unlock()
+	ctx, cancel := context.WithCancel(ctx)
+	res, err := c.processes(s.sandbox).Connect(ctx, req)
+	if err != nil {
+		cancel()
+		return c.plainError(err)
+	}
+	if err := s.first(connected{res, cancel}); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.client = c
+	s.mu.Unlock()
+	return nil
+}
+
+// first reads the event that a stream begins with.
+func (s *Session) first(in stream) error {
+	e, err := in.receive()
+	if err != nil {
+		_ = in.Close() // it is at its end
+		return s.client.startError(err)
+	}
+	s.PID = int(e.GetStart().GetPid())
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.stream = in
+	return nil
+}
+
+func (c *Client) startError(err error) error {
+	var ce *connect.Error
+	if errors.As(err, &ce) && connect.IsWireError(err) {
+		if status, err := strconv.Atoi(ce.Meta().Get(ExitHeader)); err == nil {
+			return &StartError{status, ce.Message()}
+		}
+	}
+	return c.plainError(err)
+}
+
+// Follow writes what the process writes, until it has ended: a terminal's output to stdout. reconnecting, if not nil, is told when the connection is lost
+// (true), and when it is back.
+func (s *Session) Follow(ctx context.Context, stdout, stderr io.Writer, reconnecting func(bool)) (Exit, error) {
+	for {
+		exit, err := s.read(ctx, stdout, stderr)
+		var we writeError
+		if err == nil || ctx.Err() != nil || errors.As(err, &we) || errors.As(err, new(*Error)) {
+			return exit, errors.Join(context.Cause(ctx), err)
+		}
+		if reconnecting != nil {
+			reconnecting(true)
+		}
+		if err := s.back(ctx, err); err != nil {
+			return Exit{}, err
+		}
+		if reconnecting != nil {
+			reconnecting(false)
+		}
+	}
+}
+
+// writeError is of those that output is written to.
+type writeError struct{ error }
+
+// Unwrap implements what errors.Is needs.
+func (w writeError) Unwrap() error { return w.error }
+
+// read reads one stream to its end, or that of the process.
+func (s *Session) read(ctx context.Context, stdout, stderr io.Writer) (Exit, error) {
+	s.mu.Lock()
+	in := s.stream
+	s.mu.Unlock()
+	silent := time.AfterFunc(3*keepAliveEvery, func() { _ = in.Close() }) // the other side is gone, and nothing has told
+	defer silent.Stop()
+	stop := context.AfterFunc(ctx, func() { _ = in.Close() })
+	defer stop()
+	for {
+		e, err := in.receive()
+		if err != nil {
+			return Exit{}, s.current().plainError(err)
+		}
+		silent.Reset(3 * keepAliveEvery)
+		switch e := e.GetEvent().(type) {
+		case *pb.ProcessEvent_Data:
+			out, to := e.Data.GetStdout(), stdout
+			switch e.Data.GetOutput().(type) {
+			case *pb.ProcessEvent_DataEvent_Stderr:
+				out, to = e.Data.GetStderr(), stderr
+			case *pb.ProcessEvent_DataEvent_Pty:
+				out = e.Data.GetPty()
+			}
+			silent.Stop() // a slow reader is ours
+			if _, err := to.Write(out); err != nil {
+				return Exit{}, writeError{err}
+			}
+			silent.Reset(3 * keepAliveEvery)
+			s.mu.Lock()
+			s.reached += int64(len(out))
+			s.mu.Unlock()
+		case *pb.ProcessEvent_End:
+			_ = in.Close() // it is at its end
+			return exitOf(e.End), nil
+		}
+	}
+}
+
+// exitOf reads how a process has ended.
+func exitOf(e *pb.ProcessEvent_EndEvent) Exit {
+	if e.GetExited() {
+		return Exit{Code: int(e.GetExitCode())}
+	}
+	exit := Exit{Code: 255, Status: e.GetStatus()}
+	if text := e.GetError(); text != "" {
+		exit.Status = text
+	}
+	for n := syscall.Signal(1); n < 65; n++ {
+		if "signal: "+n.String() == e.GetStatus() {
+			exit.Code = 128 + int(n)
+		}
+	}
+	return exit
+}
+
+func (s *Session) current() *Client {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.client
+}
+
+const (
+	firstPause = 50 * time.Millisecond
+	lastPause  = 2 * time.Second
+	patience   = 2 * time.Minute // with a server that does not come back
+)
+
+// back follows the process again, on whichever server has its sandbox now.
+func (s *Session) back(ctx context.Context, lost error) error {
+	for pause, began := firstPause, time.Now(); ; pause = min(2*pause, lastPause) {
+		c, err := s.again(ctx)
+		if err == nil {
+			var box Sandbox
+			if box, err = c.Sandbox(ctx, s.sandbox); err == nil && (box.State == "killed" || box.State == "failed") {
+				return &Error{http.StatusNotFound, fmt.Sprintf("sandbox %s has ended: %s", s.sandbox, box.Cause)}
+			}
+		}
+		if err == nil {
+			err = s.connect(ctx, c)
+		}
+		var told *Error
+		switch {
+		case err == nil:
+			return nil
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case errors.As(err, &told) && told.Status < 500 && told.Status != http.StatusTooManyRequests:
+			return err
+		case time.Since(began) > patience:
+			return fmt.Errorf("the connection was lost (%w), and is not back after %s: %w", lost, patience, err)
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// tell calls the server that has the process, and the next one if that is gone. What may have arrived is not said again, unless twice is as good as once.
+func (s *Session) tell(ctx context.Context, twice bool, do func(processconnect.ProcessClient) error) error {
+	for pause, began := firstPause, time.Now(); ; pause = min(2*pause, lastPause) {
+		c := s.current()
+		err := do(c.processes(s.sandbox))
+		if err == nil {
+			return nil
+		}
+		var dial *net.OpError
+		refused := errors.As(err, &dial) && dial.Op == "dial"
+		if connect.IsWireError(err) || ctx.Err() != nil || !refused && !twice || time.Since(began) > patience {
+			return c.plainError(err)
+		}
+		select { // Follow finds the next server
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// maxInput is how much is written to a process at once, in bytes.
+const maxInput = 2 << 20
+
+// Write writes to the process' stdin, or its terminal. It blocks while the process does not read.
+func (s *Session) Write(ctx context.Context, p []byte) error {
+	s.inputs.Lock()
+	defer s.inputs.Unlock()
+	for len(p) > 0 {
+		part := p[:min(len(p), maxInput)]
+		in := &pb.ProcessInput{Input: &pb.ProcessInput_Stdin{Stdin: part}}
+		if s.pty {
+			in.Input = &pb.ProcessInput_Pty{Pty: part}
+		}
+		err := s.tell(ctx, false, func(c processconnect.ProcessClient) error {
+			_, err := c.SendInput(ctx, connect.NewRequest(&pb.SendInputRequest{Process: by(s.PID), Input: in}))
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		p = p[len(part):]
+	}
+	return nil
+}
+
+// CloseInput ends the process' stdin.
+func (s *Session) CloseInput(ctx context.Context) error {
+	s.inputs.Lock()
+	defer s.inputs.Unlock()
+	return s.tell(ctx, true, func(c processconnect.ProcessClient) error {
+		_, err := c.CloseStdin(ctx, connect.NewRequest(&pb.CloseStdinRequest{Process: by(s.PID)}))
+		return err
+	})
+}
+
+// Resize gives the terminal another size.
+func (s *Session) Resize(ctx context.Context, size Size) error {
+	return s.tell(ctx, true, func(c processconnect.ProcessClient) error {
+		_, err := c.Update(ctx, connect.NewRequest(&pb.UpdateRequest{Process: by(s.PID), Pty: pty(size)}))
+		return err
+	})
+}
+
+// Signal sends a signal to the process' group.
+func (s *Session) Signal(ctx context.Context, sig syscall.Signal) error {
+	return s.tell(ctx, false, func(c processconnect.ProcessClient) error { return signal(ctx, c, s.PID, sig) })
+}
+
+func signal(ctx context.Context, c processconnect.ProcessClient, pid int, sig syscall.Signal) error {
+	_, err := c.SendSignal(ctx, connect.NewRequest(&pb.SendSignalRequest{Process: by(pid), Signal: pb.Signal(sig)}))
+	return err
+}
+
+// Release lets the process go on without followers, whatever was asked for when it was started.
+func (s *Session) Release(ctx context.Context) error {
+	return s.tell(ctx, true, func(c processconnect.ProcessClient) error {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel() // breaks it off
+		res, err := c.Connect(ctx, connect.NewRequest(&pb.ConnectRequest{Process: by(s.PID)}))
+		if err == nil && !res.Receive() {
+			err = ended(res.Err())
+		}
+		return err
+	})
+}
+
+// Signal sends a signal to a process of a sandbox, and what it has started in its group.
+func (c *Client) Signal(ctx context.Context, sandbox string, pid int, sig syscall.Signal) error {
+	if err := signal(ctx, c.processes(sandbox), pid, sig); err != nil {
+		return c.plainError(err)
+	}
+	return nil
+}

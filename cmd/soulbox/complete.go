@@ -1,0 +1,128 @@
+package main
+
+import (
+	"context"
+	"os"
+	"path"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/cobra/doc"
+
+	"soulbox.dev/soulbox/api/client"
+)
+
+// completeTime bounds what is asked for while somebody waits for the end of a word.
+const completeTime = 3 * time.Second
+
+// completeSandboxes completes a first argument that is an id. It starts no server.
+func (a *app) completeSandboxes(c *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+	if len(args) > 0 && !strings.Contains(c.Use, "...") {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	return a.sandboxNames(c.Context()), cobra.ShellCompDirectiveNoFileComp
+}
+
+func (a *app) sandboxNames(ctx context.Context) []string {
+	if ctx == nil {
+		ctx = context.Background()
+	}
+	ctx, cancel := context.WithTimeout(ctx, completeTime)
+	defer cancel()
+	all, err := a.known(ctx)
+	if err != nil {
+		return nil // there is no place for an error here
+	}
+	var names []string
+	for _, s := range all {
+		list, err := s.Sandboxes(ctx, client.List{})
+		if err != nil {
+			continue // as above
+		}
+		for _, sb := range list {
+			names = append(names, sb.ID+"\t"+strings.TrimSpace(sb.State+" "+sb.Template+" "+pairs(sb.Metadata)))
+		}
+	}
+	return names
+}
+
+// known are the servers that there are.
+func (a *app) known(ctx context.Context) ([]server, error) {
+	if _, _, remote, err := a.chosen(); err != nil || remote {
+		return a.servers(ctx)
+	}
+	return a.running(ctx)
+}
+
+func (a *app) completeTemplates(c *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+	ctx, cancel := context.WithTimeout(context.Background(), completeTime)
+	defer cancel()
+	all, err := a.known(ctx)
+	if err != nil || len(args) > 0 {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	var names []string
+	for _, s := range all {
+		list, err := s.Templates(ctx)
+		if err != nil {
+			continue // there is no place for an error here
+		}
+		for _, t := range list {
+			names = append(names, t.Name)
+		}
+		if snaps, err := s.Snapshots(ctx); err == nil {
+			names = append(names, snaps...)
+		}
+	}
+	return names, cobra.ShellCompDirectiveNoFileComp
+}
+
+// completeCopy completes ID: and, behind it, paths in the sandbox.
+func (a *app) completeCopy(c *cobra.Command, _ []string, typed string) ([]string, cobra.ShellCompDirective) {
+	id, name, ok := remote(typed)
+	if !ok {
+		var all []string
+		for _, line := range a.sandboxNames(c.Context()) {
+			one, _, _ := strings.Cut(line, "\t")
+			if strings.HasPrefix(one, typed) {
+				all = append(all, one+":")
+			}
+		}
+		if typed == "" || len(all) == 0 {
+			return all, cobra.ShellCompDirectiveDefault
+		}
+		return all, cobra.ShellCompDirectiveNoSpace
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), completeTime)
+	defer cancel()
+	b, err := a.find(ctx, id)
+	if err != nil || b.State != "running" {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	dir, _ := path.Split(name)
+	names, err := b.at.Names(ctx, b.ID, path.Join(".", dir))
+	if strings.HasPrefix(dir, "/") {
+		names, err = b.at.Names(ctx, b.ID, path.Clean(dir))
+	}
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	for i, n := range names {
+		names[i] = id + ":" + dir + n
+	}
+	return names, cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveNoSpace
+}
+
+// manCommand writes the manual.
+func (a *app) manCommand() *cobra.Command {
+	return &cobra.Command{Use: "man DIRECTORY", Short: "Write the manual as man pages", Args: exactly("DIRECTORY"), Long: "Write a man page for each command into a directory, which is made if it is not there.",
+		Example: "  soulbox man ~/.local/share/man/man1\n  man soulbox-sandbox-create",
+		RunE: func(c *cobra.Command, args []string) error {
+			if err := os.MkdirAll(args[0], 0o755); err != nil {
+				return err
+			}
+			c.Root().DisableAutoGenTag = true
+			return doc.GenManTree(c.Root(), &doc.GenManHeader{Title: "SOULBOX", Section: "1", Source: "SoulBox", Date: &time.Time{}}, args[0])
+		}}
+}

@@ -1,0 +1,266 @@
+package main
+
+import (
+	"bufio"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"soulbox.dev/soulbox/api/client"
+)
+
+// localContext names this machine's servers.
+const localContext = "local"
+
+// contexts are the servers that a user has logged in to, in a file that is his alone.
+type contexts struct {
+	Current string           `json:"current,omitempty"`
+	Known   map[string]login `json:"contexts"`
+}
+
+type login struct {
+	URL string `json:"url"`
+	Key string `json:"key,omitempty"`
+}
+
+func (c contexts) names() []string { return slices.Sorted(maps.Keys(c.Known)) }
+
+func (a *app) contextsFile() string {
+	return filepath.Join(cmp.Or(a.getenv("XDG_CONFIG_HOME"), filepath.Join(a.getenv("HOME"), ".config")), "soulbox", "contexts.json")
+}
+
+func (a *app) readContexts() (c contexts, err error) {
+	c.Known = map[string]login{}
+	body, err := os.ReadFile(a.contextsFile())
+	if errors.Is(err, fs.ErrNotExist) {
+		return c, nil
+	}
+	if err == nil {
+		err = json.Unmarshal(body, &c)
+	}
+	if err != nil {
+		return c, fmt.Errorf("read the logins in %s: %w; mend or remove that file", a.contextsFile(), err)
+	}
+	return c, nil
+}
+
+// writeContexts replaces the file: whole, or not at all.
+func (a *app) writeContexts(c contexts) error {
+	name := a.contextsFile()
+	body, err := json.MarshalIndent(c, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(filepath.Dir(name), ".contexts-") // it is 0600
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(append(body, '\n'))
+	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
+		err = os.Rename(f.Name(), name)
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(f.Name()))
+	}
+	return nil
+}
+
+// chosen is the login that is to be used, by flag, environment or choice; ok is false for this machine.
+func (a *app) chosen() (l login, name string, ok bool, err error) {
+	name = cmp.Or(a.context, a.getenv("SOULBOX_CONTEXT"))
+	if name == "" && a.getenv("SOULBOX_URL") != "" {
+		return login{a.getenv("SOULBOX_URL"), a.getenv("SOULBOX_API_KEY")}, "SOULBOX_URL", true, nil
+	}
+	c, err := a.readContexts()
+	if err != nil {
+		return l, "", false, err
+	}
+	if name = cmp.Or(name, c.Current, localContext); name == localContext {
+		return l, name, false, nil
+	}
+	l, ok = c.Known[name]
+	if !ok {
+		return l, name, false, fmt.Errorf("there is no login %q; 'soulbox auth info' lists those that there are", name)
+	}
+	return l, name, true, nil
+}
+
+func (a *app) authCommand() *cobra.Command {
+	auth := &cobra.Command{Use: "auth", Short: "Log in to a server, and out again", Long: "Logins are kept in a file that only you can read. Without one, soulbox uses the servers that you run on this machine.",
+		Example: "  soulbox auth login --url https://box.example.com\n  soulbox auth info"}
+	var at, name, key string
+	in := &cobra.Command{Use: "login", Short: "Log in to a server", Args: exactly(),
+		Long:    "Log in to a server, with a key that its operator has made by 'soulbox-mcp key create'. The key is asked for, or read from stdin with --key -; it is never an argument,\nwhich other users could see.",
+		Example: "  soulbox auth login --url https://box.example.com\n  soulbox auth login --url https://box.example.com --name team --key - <key.txt",
+		RunE:    func(c *cobra.Command, _ []string) error { return a.login(c.Context(), at, name, key) }}
+	in.Flags().StringVar(&at, "url", "", "`URL` of the server (SOULBOX_URL)")
+	in.Flags().StringVar(&name, "name", "", "`name` of the login; default the server's host")
+	in.Flags().StringVar(&key, "key", "", "\"-\" reads the key from stdin")
+	out := &cobra.Command{Use: "logout [NAME]", Short: "Forget a login", Args: cobra.MaximumNArgs(1), Long: "Forget a login and its key, without a name the current one. The key goes on to be valid; 'soulbox-mcp key revoke' ends it.",
+		Example: "  soulbox auth logout\n  soulbox auth logout team", RunE: func(_ *cobra.Command, args []string) error { return a.logout(args) }}
+	use := &cobra.Command{Use: "use NAME", Short: "Use another login from now on", Args: exactly("NAME"), Long: "Use another login from now on; \"local\" is this machine.", Example: "  soulbox auth use team\n  soulbox auth use local",
+		RunE: func(_ *cobra.Command, args []string) error { return a.useContext(args[0]) }}
+	info := &cobra.Command{Use: "info", Short: "Show the logins, and as whom the server knows you", Args: exactly(), Example: "  soulbox auth info", Long: "Show the logins, which of them is used, and as whom its server knows you. Keys are not shown.",
+		RunE: func(c *cobra.Command, _ []string) error { return a.authInfo(c.Context()) }}
+	auth.AddCommand(in, out, use, info)
+	return auth
+}
+
+func (a *app) login(ctx context.Context, at, name, key string) error {
+	if at = cmp.Or(at, a.getenv("SOULBOX_URL")); at == "" {
+		return usageError{errors.New("give the server's URL by --url")}
+	}
+	if key != "" && key != "-" {
+		return usageError{errors.New("a key is not given as an argument, where other users could see it: leave --key out to be asked, or say --key - to read it from stdin")}
+	}
+	u, err := url.Parse(at)
+	if err != nil || u.Host == "" {
+		return usageError{fmt.Errorf("%q is not the URL of a server, such as https://box.example.com", at)}
+	}
+	if name = cmp.Or(name, u.Hostname()); name == localContext || strings.ContainsAny(name, " \t\n/") {
+		return usageError{fmt.Errorf("%q cannot be the name of a login", name)}
+	}
+	secret := ""
+	if key == "-" {
+		line, err := bufio.NewReader(io.LimitReader(a.stdin, 4096)).ReadString('\n')
+		if err != nil && err != io.EOF {
+			return err
+		}
+		secret = strings.TrimSpace(line)
+	} else if secret = a.getenv("SOULBOX_API_KEY"); secret == "" {
+		if secret, err = a.askSecret("Key: "); err != nil {
+			return err
+		}
+	}
+	c, err := a.newClient(client.Options{URL: at, Key: secret})
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, soon)
+	defer cancel()
+	who, err := c.Caller(ctx)
+	if err != nil {
+		return err
+	}
+	all, err := a.readContexts()
+	if err != nil {
+		return err
+	}
+	all.Known[name], all.Current = login{at, secret}, name
+	if err := a.writeContexts(all); err != nil {
+		return err
+	}
+	return a.printf("You are %s at %s; the login is called %s.\n", who, at, name)
+}
+
+// askSecret asks at the terminal, without showing the answer.
+func (a *app) askSecret(prompt string) (string, error) {
+	fd, ok := terminalOf(a.stdin)
+	if !ok {
+		return "", usageError{errors.New("there is no terminal to ask for the key at: say --key - and send it on stdin")}
+	}
+	saved, err := term.GetState(fd)
+	if err != nil {
+		return "", err
+	}
+	defer restoreAtSignal(fd, saved)()
+	fmt.Fprint(a.stderr, prompt) // who does not see it is not at the terminal
+	text, err := term.ReadPassword(fd)
+	fmt.Fprintln(a.stderr) // as above
+	return strings.TrimSpace(string(text)), err
+}
+
+func (a *app) logout(args []string) error {
+	all, err := a.readContexts()
+	if err != nil {
+		return err
+	}
+	name := all.Current
+	if len(args) > 0 {
+		name = args[0]
+	}
+	if _, ok := all.Known[name]; !ok {
+		return fmt.Errorf("there is no login %q to forget; 'soulbox auth info' lists those that there are", name)
+	}
+	delete(all.Known, name)
+	if all.Current == name {
+		all.Current = ""
+	}
+	if err := a.writeContexts(all); err != nil {
+		return err
+	}
+	return a.printf("%s is forgotten.\n", name)
+}
+
+func (a *app) useContext(name string) error {
+	all, err := a.readContexts()
+	if err != nil {
+		return err
+	}
+	if _, ok := all.Known[name]; !ok && name != localContext {
+		return fmt.Errorf("there is no login %q; 'soulbox auth login' makes one", name)
+	}
+	if all.Current = name; name == localContext {
+		all.Current = ""
+	}
+	if err := a.writeContexts(all); err != nil {
+		return err
+	}
+	return a.printf("%s is used from now on.\n", name)
+}
+
+func (a *app) authInfo(ctx context.Context) error {
+	all, err := a.readContexts()
+	if err != nil {
+		return err
+	}
+	l, name, remote, err := a.chosen()
+	if err != nil {
+		return err
+	}
+	t := a.table("", "NAME", "URL")
+	for _, known := range append([]string{localContext}, all.names()...) {
+		mark, at := "", cmp.Or(all.Known[known].URL, "the servers of this user on this machine")
+		if known == name {
+			mark = "*"
+		}
+		t.row(mark, known, at)
+	}
+	if name == "SOULBOX_URL" {
+		t.row("*", "", l.URL+" (SOULBOX_URL)")
+	}
+	if err := t.flush(); err != nil || !remote {
+		return err
+	}
+	c, err := a.newClient(client.Options{URL: l.URL, Key: l.Key})
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, soon)
+	defer cancel()
+	who, err := c.Caller(ctx)
+	if err != nil {
+		return err
+	}
+	s, err := c.Server(ctx)
+	if err != nil {
+		return err
+	}
+	return a.printf("You are %s at %s, SoulBox %s.\n", who, l.URL, s.Version)
+}

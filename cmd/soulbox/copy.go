@@ -1,0 +1,382 @@
+package main
+
+import (
+	"archive/tar"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/schollz/progressbar/v3"
+	"github.com/spf13/cobra"
+
+	"soulbox.dev/soulbox/api/client"
+)
+
+func (a *app) copyCommand() *cobra.Command {
+	var user string
+	var quiet bool
+	c := &cobra.Command{Use: "cp SOURCE DESTINATION", Short: "Copy files into a sandbox, or out of it", Args: exactly("SOURCE", "DESTINATION"), ValidArgsFunction: a.completeCopy,
+		Long: `Copy files and directories into a sandbox, or out of it. One side is ID:PATH, a path that does not begin with / is below the user's home. "-" is a tar on stdin or stdout. A
+directory goes into one that is there, or becomes it; "SOURCE/." is what is in it. Links stay links. What a sandbox sends is written below the destination, and nowhere else.`,
+		Example: "  soulbox cp report.csv ID:/tmp/\n  soulbox cp project ID:project\n  soulbox cp ID:/home/user/out .\n  soulbox cp ID:/var/log - | tar tf -\n  tar cf - src | soulbox cp - ID:/home/user",
+		RunE: func(c *cobra.Command, args []string) error {
+			fromID, from, fromBox := remote(args[0])
+			toID, to, toBox := remote(args[1])
+			if fromBox == toBox {
+				return usageError{errors.New("one of the two is in a sandbox, as ID:PATH")}
+			}
+			b, err := a.find(c.Context(), fromID+toID)
+			if err != nil {
+				return err
+			}
+			t := transfer{app: a, box: b, user: user, quiet: quiet}
+			if toBox {
+				return asExec(t.in(c.Context(), from, to))
+			}
+			return asExec(t.out(c.Context(), from, to))
+		}}
+	c.Flags().StringVarP(&user, "user", "u", "", "`name` of the user to do it as; default that of the sandbox")
+	c.Flags().BoolVarP(&quiet, "quiet", "q", false, "show no progress")
+	return c
+}
+
+// remote splits ID:PATH. Paths of this machine that have a colon begin with . or /.
+func remote(arg string) (id, name string, ok bool) {
+	id, name, ok = strings.Cut(arg, ":")
+	if !ok || id == "" || strings.Trim(id, "abcdefghijklmnopqrstuvwxyz0123456789") != "" {
+		return "", arg, false
+	}
+	if name == "" {
+		name = "."
+	}
+	return id, name, true
+}
+
+// transfer copies files by the sandbox' tar.
+type transfer struct {
+	*app
+	box   box
+	user  string
+	quiet bool
+}
+
+// progress shows how much was copied, at a terminal; total is -1 where it is not known.
+func (t transfer) progress(total int64) *progressbar.ProgressBar {
+	_, shown := terminalOf(t.stderr)
+	return progressbar.NewOptions64(total, progressbar.OptionSetWriter(t.stderr), progressbar.OptionSetVisibility(shown && !t.quiet), progressbar.OptionShowBytes(true),
+		progressbar.OptionThrottle(100*time.Millisecond), progressbar.OptionClearOnFinish(), progressbar.OptionSetWidth(30))
+}
+
+// tar runs tar in the sandbox.
+func (t transfer) tar(ctx context.Context, stdin io.Reader, stdout io.Writer, args ...string) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	s, err := t.box.at.Start(ctx, t.box.ID, client.Command{Args: append([]string{"tar"}, args...), User: t.user, Stdin: stdin != nil, Linger: execLinger}, t.again(t.box.ID))
+	var start *client.StartError
+	if errors.As(err, &start) && start.Exit == 127 {
+		return exitError{exitExec, errors.New("the sandbox has no tar, which copies are made by: install it there, or copy single files by 'soulbox exec ID -- cat FILE'")}
+	}
+	if err != nil {
+		return err
+	}
+	if stdin != nil {
+		go func() {
+			if err := send(ctx, s, stdin); err != nil {
+				cancel(err)
+			}
+		}()
+	}
+	exit, err := s.Follow(ctx, stdout, t.stderr, nil)
+	if err != nil {
+		t.end(s)
+		return err
+	}
+	if exit.Code != 0 {
+		return exitError{exitFailed, fmt.Errorf("tar in the sandbox has failed with exit code %d", exit.Code)}
+	}
+	return nil
+}
+
+// in copies into the sandbox.
+func (t transfer) in(ctx context.Context, from, to string) error {
+	if from == "-" {
+		bar := t.progress(-1)
+		defer bar.Close()
+		return t.tar(ctx, io.TeeReader(t.stdin, bar), io.Discard, "-xopf", "-", "-C", to)
+	}
+	info, err := os.Lstat(from)
+	if err != nil {
+		return exitError{exitFailed, err}
+	}
+	there, err := t.box.at.Stat(ctx, t.box.ID, to)
+	if err != nil && !client.IsNotFound(err) {
+		return err
+	}
+	contents := strings.HasSuffix(from, "/.") || from == "."
+	into, name := path.Dir(strings.TrimSuffix(to, "/")), path.Base(to)
+	switch {
+	case err == nil && there.Dir && contents:
+		into, name = to, "."
+	case err == nil && there.Dir:
+		into, name = to, filepath.Base(from)
+	case strings.HasSuffix(to, "/") && !info.IsDir():
+		return exitError{exitFailed, fmt.Errorf("there is no directory %s in the sandbox", to)}
+	}
+	_, total, err := walk(ctx, from, nil)
+	if err != nil {
+		return exitError{exitFailed, err}
+	}
+	bar := t.progress(total)
+	defer bar.Close()
+	r, w := io.Pipe()
+	defer r.Close()
+	go func() {
+		out := tar.NewWriter(w)
+		_, _, err := walk(ctx, from, func(rel string, info fs.FileInfo, link string) error {
+			if path.Join(name, rel) == "." { // it is there, and may be another user's
+				return nil
+			}
+			return add(out, from, rel, path.Join(name, rel), info, link, bar)
+		})
+		w.CloseWithError(errors.Join(err, out.Close()))
+	}()
+	return t.tar(ctx, r, io.Discard, "-xopf", "-", "-C", into)
+}
+
+// walk visits a file, or a directory and all below it, and sums their sizes; rel is below root, and "." is that itself.
+func walk(ctx context.Context, root string, each func(rel string, info fs.FileInfo, link string) error) (files int, total int64, err error) {
+	err = filepath.WalkDir(root, func(name string, d fs.DirEntry, err error) error {
+		if err == nil {
+			err = context.Cause(ctx)
+		}
+		if err != nil {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		link := ""
+		switch {
+		case info.Mode().IsRegular():
+			total += info.Size()
+			files++
+		case info.Mode()&fs.ModeSymlink != 0:
+			if link, err = os.Readlink(name); err != nil {
+				return err
+			}
+		case !info.IsDir():
+			return nil // sockets and devices are not copied
+		}
+		rel, err := filepath.Rel(root, name)
+		if err != nil || each == nil {
+			return err
+		}
+		return each(filepath.ToSlash(rel), info, link)
+	})
+	return files, total, err
+}
+
+// add writes one file to a tar, as nobody's in particular.
+func add(out *tar.Writer, root, rel, name string, info fs.FileInfo, link string, shown io.Writer) error {
+	h, err := tar.FileInfoHeader(info, link)
+	if err != nil {
+		return err
+	}
+	h.Name, h.Uid, h.Gid, h.Uname, h.Gname, h.Format = name, 0, 0, "", "", tar.FormatPAX
+	h.AccessTime, h.ChangeTime = time.Time{}, time.Time{}
+	if info.IsDir() {
+		h.Name += "/"
+	}
+	if err := out.WriteHeader(h); err != nil || !info.Mode().IsRegular() {
+		return err
+	}
+	f, err := os.Open(filepath.Join(root, filepath.FromSlash(rel)))
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	n, err := io.Copy(io.MultiWriter(out, shown), io.LimitReader(f, h.Size))
+	if err == nil && n < h.Size {
+		err = fmt.Errorf("%s became shorter while it was read", f.Name())
+	}
+	return err
+}
+
+// out copies out of the sandbox.
+func (t transfer) out(ctx context.Context, from, to string) error {
+	into, base := path.Dir(strings.TrimSuffix(from, "/")), path.Base(from)
+	contents := strings.HasSuffix(from, "/.") || from == "." || path.Clean(from) == "/"
+	if contents {
+		into, base = from, "."
+	}
+	bar := t.progress(-1)
+	defer bar.Close()
+	if to == "-" {
+		return t.tar(ctx, nil, io.MultiWriter(t.stdout, bar), "-cf", "-", "-C", into, "--", base)
+	}
+	what, err := t.box.at.Stat(ctx, t.box.ID, from)
+	if err != nil {
+		return exitError{exitFailed, err}
+	}
+	target := to
+	there, err := os.Stat(to)
+	switch {
+	case err == nil && there.IsDir() && !contents:
+		target = filepath.Join(to, base)
+	case err == nil && !there.IsDir() && what.Dir:
+		return exitError{exitFailed, fmt.Errorf("%s is a file, and cannot become a directory", to)}
+	case err != nil && strings.HasSuffix(to, "/") && !what.Dir:
+		return exitError{exitFailed, fmt.Errorf("there is no directory %s", to)}
+	}
+	r, w := io.Pipe()
+	sent := make(chan error, 1)
+	go func() {
+		err := t.tar(ctx, nil, io.MultiWriter(w, bar), "-cf", "-", "-C", into, "--", base)
+		w.CloseWithError(err)
+		sent <- err
+	}()
+	if what.Dir {
+		err = unpack(r, base, target, t.stderr)
+	} else {
+		err = unpackFile(r, base, target)
+	}
+	if err == nil {
+		_, err = io.Copy(io.Discard, r) // what tar fills its last block with
+	}
+	_ = r.CloseWithError(err) // the other side ends by it
+	if serr := <-sent; serr != nil && (err == nil || !errors.Is(serr, err)) {
+		return serr
+	}
+	if err != nil {
+		return exitError{exitFailed, err}
+	}
+	return nil
+}
+
+// unpackFile writes the one file of a tar. A sandbox that sends anything else is lying.
+func unpackFile(from io.Reader, base, target string) error {
+	in := tar.NewReader(from)
+	h, err := in.Next()
+	if err != nil {
+		return err
+	}
+	if path.Clean(h.Name) != path.Clean(base) || h.Typeflag != tar.TypeReg && h.Typeflag != tar.TypeSymlink {
+		return fmt.Errorf("the sandbox sends %.60q, which is not the file that was asked for", h.Name)
+	}
+	if h.Typeflag == tar.TypeSymlink {
+		return os.Symlink(h.Linkname, target)
+	}
+	f, err := os.OpenFile(target, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, fs.FileMode(h.Mode)&0o777)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(f, in)
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = os.Chtimes(target, h.ModTime, h.ModTime)
+	}
+	if err == nil {
+		if next, nerr := in.Next(); nerr != io.EOF {
+			err = errors.Join(nerr, fmt.Errorf("the sandbox sends more than the file that was asked for: %v", next))
+		}
+	}
+	return err
+}
+
+// unpack writes the directory of a tar to a directory, below which everything stays: links that lead out of it are not followed.
+func unpack(from io.Reader, base, target string, warn io.Writer) error {
+	if err := os.MkdirAll(target, 0o755); err != nil {
+		return err
+	}
+	root, err := os.OpenRoot(target)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	type mode struct {
+		name string
+		h    *tar.Header
+	}
+	var dirs []mode
+	for in := tar.NewReader(from); ; {
+		h, err := in.Next()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return err
+		}
+		name, ok := below(h.Name, base)
+		if !ok {
+			return fmt.Errorf("the sandbox sends %.60q, which is not below what was asked for", h.Name)
+		}
+		if h.Typeflag == tar.TypeDir {
+			dirs = append(dirs, mode{name, h})
+		}
+		if err := unpackOne(root, in, h, name, base, warn); err != nil {
+			return err
+		}
+	}
+	for i := len(dirs) - 1; i >= 0; i-- { // what is in them is written by now
+		d := dirs[i]
+		if err := errors.Join(root.Chmod(d.name, fs.FileMode(d.h.Mode)&0o777), root.Chtimes(d.name, d.h.ModTime, d.h.ModTime)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// below is a name of a tar below its base.
+func below(name, base string) (string, bool) {
+	name = path.Clean(name)
+	if base = path.Clean(base); base != "." {
+		var ok bool
+		if name, ok = strings.CutPrefix(name+"/", base+"/"); !ok {
+			return "", false
+		}
+		name = path.Clean(name)
+	}
+	return name, name == "." || filepath.IsLocal(name)
+}
+
+func unpackOne(root *os.Root, in io.Reader, h *tar.Header, name, base string, warn io.Writer) error {
+	if h.Typeflag == tar.TypeDir {
+		return root.MkdirAll(name, 0o700)
+	}
+	if err := root.MkdirAll(path.Dir(name), 0o755); err != nil {
+		return err
+	}
+	switch h.Typeflag {
+	case tar.TypeReg:
+		f, err := root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, fs.FileMode(h.Mode)&0o777)
+		if err != nil {
+			return err
+		}
+		_, err = io.Copy(f, in)
+		if err = errors.Join(err, f.Close()); err == nil {
+			err = root.Chtimes(name, h.ModTime, h.ModTime)
+		}
+		return err
+	case tar.TypeSymlink, tar.TypeLink:
+		if err := root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		if h.Typeflag == tar.TypeSymlink {
+			return root.Symlink(h.Linkname, name)
+		}
+		target, ok := below(h.Linkname, base)
+		if !ok {
+			return fmt.Errorf("the sandbox sends a link to %.60q, which is not below what was asked for", h.Linkname)
+		}
+		return root.Link(target, name)
+	}
+	fmt.Fprintf(warn, "soulbox: %s is neither file, directory nor link, and is left out\n", printable(h.Name)) // nobody else can be told
+	return nil
+}

@@ -1,0 +1,416 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"soulbox.dev/soulbox/api/client"
+)
+
+const (
+	execLinger    = time.Minute     // in which a command that this program has lost is killed, if nobody comes back to it
+	connectLinger = 5 * time.Minute // the same of a terminal
+	killTime      = 5 * time.Second
+)
+
+// execution is a command that is to be run in a sandbox.
+type execution struct {
+	input, terminal, detach bool
+	user, cwd               string
+	env                     []string
+}
+
+func (e *execution) flags(c *cobra.Command) {
+	f := c.Flags()
+	f.StringVarP(&e.user, "user", "u", "", "`name` of the user; default that of the sandbox")
+	f.StringVarP(&e.cwd, "cwd", "w", "", "`directory` to run in; default the user's home")
+	f.StringArrayVarP(&e.env, "env", "e", nil, "`KEY=VALUE` of its environment; may be repeated")
+}
+
+func (a *app) execCommand() *cobra.Command {
+	var e execution
+	c := &cobra.Command{Use: "exec ID [flags] -- COMMAND [ARGUMENT]...", Short: "Run a command in a sandbox", ValidArgsFunction: a.completeSandboxes,
+		Long: `Run a command in a sandbox. Its output is ours, and so is its exit code: 126 is of a command that cannot be run, 127 of one that is not there, 125 of a failure
+of soulbox itself, 128 and more of a signal. Signals are passed on; Ctrl-C three times kills it. Nothing of its output is lost when the connection or the server is: it goes on
+where it was. A command whose soulbox is gone is killed after a minute, if not begun with --detach.`,
+		Example: "  soulbox exec ID -- uname -a\n  soulbox exec ID -- sh -c 'echo $HOME'\n  tar cf - dir | soulbox exec -i ID -- tar xf -\n  soulbox exec -it ID -- bash\n  soulbox exec ID --detach -- python3 -m http.server",
+		Args: func(c *cobra.Command, args []string) error {
+			if len(args) == 0 || c.ArgsLenAtDash() == 0 {
+				return usageError{errors.New("ID is missing")}
+			}
+			if at := c.ArgsLenAtDash(); len(args) == 1 || at > 1 {
+				return usageError{errors.New("give a command after the ID and --, such as: soulbox exec ID -- ls -l")}
+			}
+			return nil
+		},
+		RunE: func(c *cobra.Command, args []string) error { return a.exec(c.Context(), args[0], args[1:], e) }}
+	f := c.Flags()
+	f.BoolVarP(&e.input, "interactive", "i", false, "send stdin")
+	f.BoolVarP(&e.terminal, "tty", "t", false, "give it a terminal")
+	f.BoolVarP(&e.detach, "detach", "d", false, "let it run, and print its process number")
+	e.flags(c)
+	return c
+}
+
+// asExec gives the failures of ours a code that no command has.
+func asExec(err error) error {
+	var start *client.StartError
+	var exit exitError
+	switch {
+	case err == nil, errors.As(err, &exit), errors.As(err, new(usageError)):
+		return err
+	case errors.As(err, &start):
+		return exitError{start.Exit, err}
+	case errors.Is(err, syscall.EPIPE):
+		return exitError{code: exitPipe}
+	}
+	return exitError{exitExec, err}
+}
+
+func (a *app) exec(ctx context.Context, id string, args []string, e execution) error {
+	if e.detach && (e.input || e.terminal) {
+		return usageError{errors.New("--detach has no stdin and no terminal")}
+	}
+	if e.terminal {
+		if _, ok := terminalOf(a.stdin); e.input && !ok {
+			return usageError{errors.New("stdin is not a terminal: leave -t out")}
+		}
+		if code, done := a.guard(); done {
+			return code
+		}
+	}
+	cmd, err := e.command(args)
+	if err != nil {
+		return err
+	}
+	b, err := a.find(ctx, id)
+	if err != nil {
+		return asExec(err)
+	}
+	if e.detach {
+		return asExec(a.detached(ctx, b, cmd))
+	}
+	cmd.Stdin, cmd.Linger = e.input, execLinger
+	if e.terminal {
+		cmd.Linger = connectLinger
+		return asExec(a.atTerminal(ctx, b, func(ctx context.Context, size client.Size) (*client.Session, error) {
+			cmd.Terminal = &size
+			cmd.Env["TERM"] = cmp.Or(cmd.Env["TERM"], a.getenv("TERM"), "xterm")
+			return b.at.Start(ctx, b.ID, cmd, a.again(b.ID))
+		}, e.input))
+	}
+	return asExec(a.piped(ctx, b, cmd))
+}
+
+func (e execution) command(args []string) (client.Command, error) {
+	env, err := readPairs("--env", e.env)
+	return client.Command{Args: args, Env: env, Cwd: e.cwd, User: e.user}, err
+}
+
+func (a *app) detached(ctx context.Context, b box, cmd client.Command) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // nobody follows it
+	s, err := b.at.Start(ctx, b.ID, cmd, a.again(b.ID))
+	if err != nil {
+		return err
+	}
+	return a.printf("%d\n", s.PID)
+}
+
+// piped runs a command with our own streams.
+func (a *app) piped(outer context.Context, b box, cmd client.Command) error {
+	ctx, cancel := context.WithCancelCause(context.WithoutCancel(outer)) // signals are the command's
+	defer cancel(nil)
+	signals := make(chan os.Signal, 8)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2)
+	defer signal.Stop(signals)
+	s, err := b.at.Start(ctx, b.ID, cmd, a.again(b.ID))
+	if err != nil {
+		return err
+	}
+	go a.passSignals(ctx, s, signals, cancel)
+	if cmd.Stdin {
+		go func() {
+			if err := send(ctx, s, a.stdin); err != nil {
+				cancel(err)
+			}
+		}()
+	}
+	exit, err := s.Follow(ctx, a.stdout, a.stderr, nil)
+	if err != nil {
+		a.end(s)
+		return err
+	}
+	return result(exit)
+}
+
+// send sends all of a stream to a process. One that has ended, or has closed its stdin, takes no more.
+func send(ctx context.Context, s *client.Session, from io.Reader) error {
+	in := newGathered(from)
+	defer in.stop()
+	for {
+		part, err := in.take()
+		if len(part) > 0 {
+			if werr := s.Write(ctx, part); werr != nil {
+				return unlessOver(werr)
+			}
+		}
+		if err == io.EOF {
+			return unlessOver(s.CloseInput(ctx))
+		}
+		if err != nil {
+			return fmt.Errorf("read stdin: %w", err)
+		}
+	}
+}
+
+// gatherMost is how much is read ahead, in bytes.
+const gatherMost = 2 << 20
+
+// gathered reads ahead: what comes while a part is on its way is the next part, for each takes as long as a large one.
+type gathered struct {
+	mu      sync.Mutex
+	changed *sync.Cond
+	buf     []byte
+	err     error
+	over    bool
+}
+
+func newGathered(from io.Reader) *gathered {
+	g := &gathered{}
+	g.changed = sync.NewCond(&g.mu)
+	go func() {
+		part := make([]byte, 64<<10)
+		for {
+			n, err := from.Read(part)
+			g.mu.Lock()
+			for len(g.buf) > 0 && len(g.buf)+n > gatherMost && !g.over {
+				g.changed.Wait()
+			}
+			g.buf, g.err = append(g.buf, part[:n]...), err
+			over := g.over
+			g.changed.Broadcast()
+			g.mu.Unlock()
+			if err != nil || over {
+				return
+			}
+		}
+	}()
+	return g
+}
+
+// take waits for something, and gives all there is.
+func (g *gathered) take() ([]byte, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for len(g.buf) == 0 && g.err == nil {
+		g.changed.Wait()
+	}
+	part := g.buf
+	g.buf = nil
+	g.changed.Broadcast()
+	return part, g.err
+}
+
+// stop ends the reading, at the latest with what comes next.
+func (g *gathered) stop() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.over = true
+	g.changed.Broadcast()
+}
+
+// unlessOver is nil for the errors of a process that reads no more.
+func unlessOver(err error) error {
+	var told *client.Error
+	if errors.As(err, &told) && (told.Status == 404 || told.Status == 409) || errors.Is(err, context.Canceled) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("send stdin: %w", err)
+	}
+	return nil
+}
+
+// passSignals passes signals on, and kills what does not end by them.
+func (a *app) passSignals(ctx context.Context, s *client.Session, signals <-chan os.Signal, cancel context.CancelCauseFunc) {
+	interrupts := 0
+	for {
+		var sig syscall.Signal
+		select {
+		case <-ctx.Done():
+			return
+		case one := <-signals:
+			sig = one.(syscall.Signal)
+		}
+		over := exitError{code: 128 + int(sig)}
+		switch sig {
+		case syscall.SIGINT:
+			if interrupts++; interrupts >= 3 {
+				cancel(over)
+				return
+			}
+		case syscall.SIGTERM, syscall.SIGHUP:
+			time.AfterFunc(killTime, func() { cancel(over) })
+		}
+		go func() {
+			ctx, stop := context.WithTimeout(ctx, killTime)
+			defer stop()
+			if err := s.Signal(ctx, sig); err != nil && unlessOver(err) != nil {
+				fmt.Fprintf(a.stderr, "soulbox: pass %s on: %v\n", unix.SignalName(sig), err) // it goes on all the same
+			}
+		}()
+	}
+}
+
+// end kills a process that nobody waits for any more.
+func (a *app) end(s *client.Session) {
+	ctx, cancel := context.WithTimeout(context.Background(), killTime)
+	defer cancel()
+	if err := s.Signal(ctx, syscall.SIGKILL); err != nil && unlessOver(err) != nil {
+		fmt.Fprintf(a.stderr, "soulbox: process %d could not be killed, and may go on for a while: %v\n", s.PID, err) // nobody else can be told
+	}
+}
+
+// result is the end of a command as our own.
+func result(e client.Exit) error {
+	if e.Code == 0 {
+		return nil
+	}
+	var err error
+	if text, more := strings.CutPrefix(e.Status, "signal: killed: "); more { // why, which the code does not tell
+		err = fmt.Errorf("the command was killed: %s", text)
+	}
+	return exitError{e.Code, err}
+}
+
+func (a *app) psCommand() *cobra.Command {
+	var all bool
+	var out format
+	c := &cobra.Command{Use: "ps ID", Short: "List the processes of a sandbox", Args: exactly("ID"), ValidArgsFunction: a.completeSandboxes,
+		Long:    "List the processes that were started in a sandbox and run; with --all also those that have ended and are still known. A sandbox that is paused is not woken by this.",
+		Example: "  soulbox ps ID\n  soulbox ps ID --all -o json",
+		RunE: func(c *cobra.Command, args []string) error {
+			b, err := a.find(c.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			list, err := b.at.Processes(c.Context(), b.ID)
+			if err != nil {
+				return err
+			}
+			shown := []client.Process{}
+			for _, p := range list {
+				if all || p.State == "running" {
+					shown = append(shown, p)
+				}
+			}
+			if out == formatJSON {
+				return a.json(shown)
+			}
+			t := a.table("PID", "TAG", "USER", "STATE", "AGE", "CPU", "MEMORY", "TTY", "COMMAND")
+			for _, p := range shown {
+				state, tty, age := p.State, "", short(time.Since(p.Started))
+				if p.State != "running" {
+					state = "exit " + strconv.Itoa(p.ExitCode)
+					if p.Signal != "" {
+						state = p.Signal
+					}
+				}
+				if p.Terminal {
+					tty = "yes"
+				}
+				t.row(strconv.Itoa(p.PID), p.Tag, p.User, state, age, fmt.Sprintf("%.1fs", float64(p.CPUMS)/1000), bytesOf(p.Memory), tty, clip(p.Command, 80))
+			}
+			return t.flush()
+		}}
+	c.Flags().BoolVarP(&all, "all", "a", false, "also those that have ended")
+	out.flag(c, formatTable, formatJSON)
+	return c
+}
+
+func clip(text string, most int) string {
+	if r := []rune(text); len(r) > most {
+		return string(r[:most-1]) + "…"
+	}
+	return text
+}
+
+// process finds a process by its number or its tag. One that runs is meant before one that has ended.
+func process(ctx context.Context, b box, name string) (client.Process, error) {
+	list, err := b.at.Processes(ctx, b.ID)
+	if err != nil {
+		return client.Process{}, err
+	}
+	pid, _ := strconv.Atoi(name) // 0 is none
+	var found *client.Process
+	for i, p := range list {
+		if (p.PID == pid || p.Tag == name && name != "") && (found == nil || p.State == "running" || found.State != "running" && p.Started.After(found.Started)) {
+			found = &list[i]
+		}
+	}
+	if found == nil {
+		return client.Process{}, fmt.Errorf("there is no process %q in sandbox %s; 'soulbox ps %s --all' lists those that there are", name, b.ID, b.ID)
+	}
+	return *found, nil
+}
+
+func (a *app) killCommand() *cobra.Command {
+	var name string
+	c := &cobra.Command{Use: "kill ID PID|TAG", Short: "Send a signal to a process of a sandbox", Args: exactly("ID", "PID or TAG"), ValidArgsFunction: a.completeSandboxes,
+		Long: "Send a signal to a process of a sandbox and its group. KILL ends all that it has started. ('soulbox sandbox kill' ends sandboxes.)", Example: "  soulbox kill ID 42\n  soulbox kill ID server -s HUP",
+		RunE: func(c *cobra.Command, args []string) error {
+			sig, err := signalOf(name)
+			if err != nil {
+				return err
+			}
+			b, err := a.find(c.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			p, err := process(c.Context(), b, args[1])
+			if err != nil {
+				return err
+			}
+			return b.at.Signal(c.Context(), b.ID, p.PID, sig)
+		}}
+	c.Flags().StringVarP(&name, "signal", "s", "TERM", "`name` or number of the signal")
+	return c
+}
+
+func signalOf(name string) (syscall.Signal, error) {
+	if n, err := strconv.Atoi(name); err == nil && n > 0 && n < 65 {
+		return syscall.Signal(n), nil
+	}
+	upper := strings.ToUpper(name)
+	if !strings.HasPrefix(upper, "SIG") {
+		upper = "SIG" + upper
+	}
+	if n := unix.SignalNum(upper); n != 0 {
+		return n, nil
+	}
+	return 0, usageError{fmt.Errorf("there is no signal %q", name)}
+}
+
+// counter counts what passes.
+type counter struct{ n atomic.Int64 }
+
+// Write implements io.Writer.
+func (c *counter) Write(p []byte) (int, error) {
+	c.n.Add(int64(len(p)))
+	return len(p), nil
+}

@@ -1,0 +1,144 @@
+package main
+
+import (
+	"archive/tar"
+	"bytes"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/spf13/cobra"
+
+	"soulbox.dev/soulbox/api/client"
+)
+
+// TestHelpGolden: the help of every command is what is recorded, and has an example.
+func TestHelpGolden(t *testing.T) {
+	a := &app{getenv: func(string) string { return "" }}
+	root := a.root()
+	root.InitDefaultCompletionCmd()
+	var text bytes.Buffer
+	var show func(*cobra.Command)
+	show = func(c *cobra.Command) {
+		if c.Hidden || c.Name() == "completion" { // cobra's own
+			return
+		}
+		if c.Example == "" || c.Short == "" || c.Long == "" {
+			t.Errorf("%s has no example, or does not say what it does", c.CommandPath())
+		}
+		for line := range strings.Lines(c.Example) {
+			if !strings.HasPrefix(line, "  ") {
+				t.Errorf("%s: the example %q is not indented", c.CommandPath(), line)
+			}
+		}
+		text.WriteString("$ " + c.CommandPath() + " --help\n")
+		c.InitDefaultHelpFlag()
+		c.SetOut(&text)
+		if err := c.Help(); err != nil {
+			t.Error(err)
+		}
+		text.WriteString("\n")
+		for _, sub := range c.Commands() {
+			show(sub)
+		}
+	}
+	show(root)
+	golden := filepath.Join("testdata", "help.txt")
+	if os.Getenv("UPDATE_GOLDEN") != "" {
+		if err := os.WriteFile(golden, text.Bytes(), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(golden)
+	if err != nil || string(want) != text.String() {
+		t.Errorf("the help is not as recorded (%v): 'make golden' records it anew:\n%s", err, text.String())
+	}
+}
+
+// TestVersions: a server and a client that are too far apart say which of them to update.
+func TestVersions(t *testing.T) {
+	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set(client.APIHeader, "0")
+		_, _ = w.Write([]byte("[]"))
+	}))
+	defer web.Close()
+	var said bytes.Buffer
+	a := &app{stdin: os.Stdin, stdout: &said, stderr: &said, getenv: func(name string) string { return map[string]string{"SOULBOX_URL": web.URL}[name] }}
+	if code := a.run([]string{"sandbox", "list"}); code != exitFailed || !strings.Contains(said.String(), "update soulbox-mcp") {
+		t.Errorf("%d %s", code, said.String())
+	}
+}
+
+// TestUnpackHostile: nothing that a sandbox sends is written beside what was asked for.
+func TestUnpackHostile(t *testing.T) {
+	file := func(name string) *tar.Header {
+		return &tar.Header{Name: name, Typeflag: tar.TypeReg, Mode: 0o4755, Size: 1}
+	}
+	link := func(kind byte, name, to string) *tar.Header {
+		return &tar.Header{Name: name, Typeflag: kind, Linkname: to, Mode: 0o777}
+	}
+	for name, headers := range map[string][]*tar.Header{
+		"up":                       {file("dir/../../evil")},
+		"absolute":                 {file("/evil")},
+		"beside":                   {file("evil")},
+		"through a link":           {link(tar.TypeSymlink, "dir/l", ".."), file("dir/l/evil")},
+		"through an absolute link": {link(tar.TypeSymlink, "dir/l", "/tmp"), file("dir/l/evil")},
+		"a hard link out":          {link(tar.TypeLink, "dir/l", "../evil")},
+		"the base a link":          {link(tar.TypeSymlink, "dir", ".."), file("dir/evil")},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var text bytes.Buffer
+			w := tar.NewWriter(&text)
+			for _, h := range headers {
+				if err := w.WriteHeader(h); err != nil {
+					t.Fatal(err)
+				}
+				if h.Size > 0 {
+					_, _ = w.Write([]byte("x"))
+				}
+			}
+			if err := w.Close(); err != nil {
+				t.Fatal(err)
+			}
+			root := t.TempDir()
+			err := unpack(bytes.NewReader(text.Bytes()), "dir", filepath.Join(root, "in", "target"), &text)
+			if err == nil {
+				t.Error("it is taken")
+			}
+			for _, place := range []string{root, filepath.Join(root, "in"), "/tmp", "/"} {
+				if _, err := os.Lstat(filepath.Join(place, "evil")); err == nil {
+					t.Errorf("evil is in %s", place)
+				}
+			}
+			if err := unpackFile(bytes.NewReader(text.Bytes()), "asked", filepath.Join(root, "asked")); err == nil {
+				t.Error("it is taken for another file")
+			}
+		})
+	}
+	var text bytes.Buffer
+	w := tar.NewWriter(&text)
+	if err := w.WriteHeader(file("dir/run")); err != nil {
+		t.Fatal(err)
+	}
+	_, _ = w.Write([]byte("x"))
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	target := filepath.Join(t.TempDir(), "target")
+	if err := unpack(&text, "dir", target, &text); err != nil {
+		t.Fatal(err)
+	}
+	if info, err := os.Stat(filepath.Join(target, "run")); err != nil || info.Mode() != 0o755 {
+		t.Errorf("%v %v: its mode is kept, but not what makes it another user's", info.Mode(), err)
+	}
+}
+
+// TestPrintable: what comes from a guest does nothing to the terminal.
+func TestPrintable(t *testing.T) {
+	if got := printable("a\x1b]0;title\x07\tb\u009b31m\n"); strings.ContainsAny(got, "\x1b\x07\n\t\u009b") {
+		t.Errorf("%q", got)
+	}
+}

@@ -1,0 +1,194 @@
+// Command soulbox is the command line for people: it sees, enters and steers the sandboxes of this machine's servers, or of a team's. It is a client of
+// the HTTP API and knows nothing else.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"soulbox.dev/soulbox/api/client"
+)
+
+// version is set by the linker.
+var version = "dev"
+
+// app is a run of the program: its surroundings, and what the flags say that all commands have.
+type app struct {
+	stdin          *os.File
+	stdout, stderr io.Writer
+	getenv         func(string) string
+
+	context string // as named by --context
+	owner   string
+	debug   bool
+}
+
+func main() {
+	a := &app{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr, getenv: os.Getenv}
+	os.Exit(a.run(os.Args[1:]))
+}
+
+// Exit codes of our own, as docker has them. Those of commands in a sandbox are theirs.
+const (
+	exitFailed = 1   // a command of ours has failed
+	exitUsage  = 2   // it was not understood
+	exitExec   = 125 // exec has failed before its command, or has lost it
+	exitPipe   = 128 + int(syscall.SIGPIPE)
+)
+
+// exitError ends the program with a code. What it says was said already if err is nil.
+type exitError struct {
+	code int
+	err  error
+}
+
+// Error implements error.
+func (e exitError) Error() string {
+	if e.err == nil {
+		return ""
+	}
+	return e.err.Error()
+}
+
+// Unwrap implements what errors.Is needs.
+func (e exitError) Unwrap() error { return e.err }
+
+// usageError is of a wrong flag or argument.
+type usageError struct{ error }
+
+// run is main with its surroundings as a receiver.
+func (a *app) run(args []string) int {
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // a reader that is gone is an error of a write, after which there is something to tidy up
+	root := a.root()
+	root.SetArgs(args)
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	defer stop()
+	err := root.ExecuteContext(ctx)
+	var exit exitError
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &exit):
+	case errors.Is(err, syscall.EPIPE):
+		return exitPipe
+	case ctx.Err() != nil:
+		return 128 + int(syscall.SIGINT)
+	case errors.As(err, new(usageError)), strings.HasPrefix(err.Error(), "unknown "):
+		exit.code, exit.err = exitUsage, err
+	default:
+		exit.code, exit.err = exitFailed, err
+	}
+	if exit.err != nil {
+		fmt.Fprintf(a.stderr, "soulbox: %s\n", a.explain(exit.err)) // there is nobody left to tell
+	}
+	return exit.code
+}
+
+// explain adds to an error what to do, where that is known.
+func (a *app) explain(err error) string {
+	text := strings.TrimSuffix(err.Error(), "\n")
+	var told *client.Error
+	switch {
+	case errors.As(err, &told) && told.Status == 401:
+		text += "; log in by 'soulbox auth login --url URL'"
+	case errors.As(err, new(usageError)):
+		text += "; --help shows how"
+	}
+	return text
+}
+
+// root is the tree of commands.
+func (a *app) root() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "soulbox",
+		Short: "See, enter and steer the sandboxes of AI agents",
+		Long: `soulbox sees, enters and steers the sandboxes of AI agents: on this machine those of every soulbox-mcp that this user runs, such as the one an IDE
+has started; after 'soulbox auth login', those of a team's server.`,
+		Example:           "  soulbox sandbox create\n  soulbox exec ID -- uname -a\n  soulbox sandbox connect ID",
+		Version:           version,
+		SilenceUsage:      true,
+		SilenceErrors:     true,
+		DisableAutoGenTag: true,
+	}
+	root.SetOut(a.stdout)
+	root.SetErr(a.stderr)
+	root.SetIn(a.stdin)
+	root.SetVersionTemplate("soulbox {{.Version}}\n")
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
+	flags := root.PersistentFlags()
+	flags.StringVar(&a.context, "context", "", "use the server that this `name` was given by 'auth login'; \"local\" is this machine (SOULBOX_CONTEXT)")
+	flags.StringVar(&a.owner, "owner", "", "act as this `owner` of a server on this machine that has keys")
+	flags.BoolVar(&a.debug, "debug", false, "show requests on stderr, without secrets")
+	check(root.RegisterFlagCompletionFunc("context", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+		c, err := a.readContexts()
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		return append(c.names(), localContext), cobra.ShellCompDirectiveNoFileComp
+	}))
+	root.AddCommand(a.sandboxCommand(), a.execCommand(), a.psCommand(), a.killCommand(), a.copyCommand(), a.watchCommand(), a.portCommand(), a.urlCommand(), a.templateCommand(), a.authCommand(), a.manCommand())
+	return root
+}
+
+// check is for errors of wiring, which every test would see.
+func check(err error) {
+	if err != nil {
+		panic(err)
+	}
+}
+
+// exactly wants so many arguments, and says which.
+func exactly(names ...string) cobra.PositionalArgs {
+	return func(_ *cobra.Command, args []string) error {
+		if len(args) < len(names) {
+			return usageError{fmt.Errorf("%s is missing", names[len(args)])}
+		}
+		if len(args) > len(names) {
+			return usageError{fmt.Errorf("there is one argument too many: %q", args[len(names)])}
+		}
+		return nil
+	}
+}
+
+// atLeast wants one argument or more.
+func atLeast(name string) cobra.PositionalArgs {
+	return func(_ *cobra.Command, args []string) error {
+		if len(args) == 0 {
+			return usageError{fmt.Errorf("%s is missing", name)}
+		}
+		return nil
+	}
+}
+
+// terminalOf says whether a stream is a terminal, and which.
+func terminalOf(stream any) (fd int, ok bool) {
+	f, isFile := stream.(*os.File)
+	if !isFile {
+		return 0, false
+	}
+	return int(f.Fd()), term.IsTerminal(int(f.Fd()))
+}
+
+// colours says whether to colour what is written to stdout (no-color.org).
+func (a *app) colours() bool {
+	_, ok := terminalOf(a.stdout)
+	return ok && a.getenv("NO_COLOR") == "" && a.getenv("TERM") != "dumb"
+}
+
+// soon bounds a call that is to be answered at once.
+const soon = 30 * time.Second
+
+func (a *app) printf(format string, args ...any) error {
+	_, err := fmt.Fprintf(a.stdout, format, args...)
+	return err
+}

@@ -1,0 +1,388 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"soulbox.dev/soulbox/api/client"
+)
+
+func (a *app) sandboxCommand() *cobra.Command {
+	sandbox := &cobra.Command{Use: "sandbox", Aliases: []string{"sb"}, Short: "Make, list and steer sandboxes", Long: "Make, list and steer sandboxes. An ID may be cut short as long as no other sandbox begins so.",
+		Example: "  soulbox sandbox create --template python\n  soulbox sandbox list\n  soulbox sandbox connect ID"}
+	sandbox.AddCommand(a.createCommand(), a.listCommand(), a.infoCommand(), a.connectCommand(), a.endCommand(), a.pauseCommand(), a.resumeCommand(), a.forkCommand(), a.snapshotCommand(),
+		a.extendCommand(), a.logsCommand(), a.metricsCommand())
+	return sandbox
+}
+
+func (a *app) createCommand() *cobra.Command {
+	var n client.NewSandbox
+	var metadata, env []string
+	var life time.Duration
+	var out format
+	c := &cobra.Command{Use: "create", Short: "Make a sandbox", Args: exactly(),
+		Long: "Make a sandbox, and print its id. It has no network unless you ask for one. At the end of its time it is paused to disk, and any command wakes it.",
+		Example: "  soulbox sandbox create\n  soulbox sandbox create --template python --metadata project=demo --timeout 2h\n  soulbox sandbox create --memory 4096 --cpu 2 --network full\n" +
+			"  soulbox sandbox create --allow pypi.org --allow files.pythonhosted.org",
+		RunE: func(c *cobra.Command, _ []string) (err error) {
+			if n.Metadata, err = readPairs("--metadata", metadata); err != nil {
+				return err
+			}
+			if n.Env, err = readPairs("--env", env); err != nil {
+				return err
+			}
+			if life < 0 || life > 0 && life < time.Second {
+				return usageError{errors.New("--timeout is a second or more, such as 30m")}
+			}
+			if n.TimeoutS = int64(life.Seconds()); len(n.Network.Allow) > 0 && n.Network.Mode == "" {
+				n.Network.Mode = "allowlist"
+			}
+			at, err := a.home(c.Context())
+			if err != nil {
+				return err
+			}
+			sb, err := at.Create(c.Context(), n)
+			if err != nil {
+				return err
+			}
+			if out == formatJSON {
+				return a.json(sb)
+			}
+			return a.printf("%s\n", sb.ID)
+		}}
+	f := c.Flags()
+	f.StringVarP(&n.Template, "template", "t", "", "`name` of a template or snapshot to begin from; default that of the server")
+	f.StringArrayVarP(&metadata, "metadata", "m", nil, "`KEY=VALUE` to find it by; may be repeated")
+	f.StringArrayVarP(&env, "env", "e", nil, "`KEY=VALUE` that all its processes have; may be repeated")
+	f.DurationVar(&life, "timeout", 0, "its life `time`; default that of the server, one hour")
+	f.StringVar(&n.OnTimeout, "on-timeout", "", "what happens at the end of it: `pause` or kill")
+	f.Float64Var(&n.CPU, "cpu", 0, "`cores` that it may use; default 2")
+	f.Int64Var(&n.MemoryMB, "memory", 0, "memory in `MB`; default 1024")
+	f.Int64Var(&n.DiskMB, "disk", 0, "disk that it may write, in `MB`; default 10240")
+	f.StringVar(&n.Network.Mode, "network", "", "`mode`: none, full, or allowlist with --allow; default none")
+	f.StringArrayVar(&n.Network.Allow, "allow", nil, "`host` or range of addresses that it may reach; may be repeated")
+	out.flag(c, formatName, formatJSON)
+	check(c.RegisterFlagCompletionFunc("template", a.completeTemplates))
+	check(c.RegisterFlagCompletionFunc("on-timeout", cobra.FixedCompletions([]string{"pause", "kill"}, cobra.ShellCompDirectiveNoFileComp)))
+	check(c.RegisterFlagCompletionFunc("network", cobra.FixedCompletions([]string{"none", "full", "allowlist"}, cobra.ShellCompDirectiveNoFileComp)))
+	return c
+}
+
+func (a *app) listCommand() *cobra.Command {
+	var filter, states []string
+	var out format
+	var watch bool
+	c := &cobra.Command{Use: "list", Aliases: []string{"ls"}, Short: "List sandboxes", Args: exactly(),
+		Long:    "List the sandboxes that run or are paused, the newest first. --state also shows ended ones, which are remembered for a day.",
+		Example: "  soulbox sandbox list\n  soulbox sandbox list --filter project=demo -o wide\n  soulbox sandbox list --state killed,failed\n  soulbox sandbox list --watch\n  soulbox sandbox kill $(soulbox sandbox list -o name)",
+		RunE: func(c *cobra.Command, _ []string) error {
+			l := client.List{States: states}
+			var err error
+			if l.Metadata, err = readPairs("--filter", filter); err != nil {
+				return err
+			}
+			if !watch {
+				return a.list(c.Context(), l, out)
+			}
+			return a.watchList(c.Context(), l, out)
+		}}
+	f := c.Flags()
+	f.StringArrayVarP(&filter, "filter", "f", nil, "only those with the metadata `KEY=VALUE`; may be repeated")
+	f.StringSliceVar(&states, "state", nil, "only those in these `states`: creating, running, paused, killed, failed")
+	f.BoolVarP(&watch, "watch", "w", false, "go on, and show what changes")
+	out.flag(c, formatTable, formatWide, formatJSON, formatName)
+	check(c.RegisterFlagCompletionFunc("state", cobra.FixedCompletions([]string{"creating", "running", "paused", "killed", "failed"}, cobra.ShellCompDirectiveNoFileComp)))
+	return c
+}
+
+func (a *app) list(ctx context.Context, l client.List, out format) error {
+	all, err := a.boxes(ctx, l)
+	if err != nil {
+		return err
+	}
+	slices.SortStableFunc(all, func(x, y box) int { return cmp.Or(y.Created.Compare(x.Created), cmp.Compare(x.ID, y.ID)) })
+	switch out {
+	case formatJSON:
+		list := []client.Sandbox{}
+		for _, b := range all {
+			list = append(list, b.Sandbox)
+		}
+		return a.json(list)
+	case formatName:
+		for _, b := range all {
+			if err := a.printf("%s\n", b.ID); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	head := []string{"ID", "TEMPLATE", "STATE", "AGE", "ENDS IN", "METADATA"}
+	if out == formatWide {
+		head = append(head, "CPU", "MEMORY", "DISK", "NETWORK", "SERVER", "CAUSE")
+	}
+	t := a.table(head...)
+	for _, b := range all {
+		ends := until(b.ExpiresAt)
+		if b.State == "paused" {
+			ends = "" // its clock stands
+		}
+		row := []string{b.ID, b.Template, b.State, short(time.Since(b.Created)), ends, pairs(b.Metadata)}
+		if out == formatWide {
+			row = append(row, strconv.FormatFloat(b.CPU, 'g', -1, 64), strconv.FormatInt(b.MemoryMB, 10)+" MB", strconv.FormatInt(b.DiskMB, 10)+" MB", b.Network.Mode, b.at.Where(), b.Cause)
+		}
+		t.row(row...)
+	}
+	return t.flush()
+}
+
+const watchEvery = time.Second
+
+// watchList shows the list anew whenever it is another one.
+func (a *app) watchList(ctx context.Context, l client.List, out format) error {
+	last := ""
+	for {
+		var text bytes.Buffer
+		shown := *a
+		shown.stdout = &text
+		if err := shown.list(ctx, l, out); err != nil && ctx.Err() == nil {
+			return err
+		}
+		if ctx.Err() != nil {
+			return nil // Ctrl-C is how this ends
+		}
+		if text.String() != last {
+			last = text.String()
+			if err := a.repaint(a.stdout, last); err != nil {
+				return err
+			}
+		}
+		if !pause(ctx, watchEvery) {
+			return nil
+		}
+	}
+}
+
+// pause waits, and says whether to go on.
+func pause(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-time.After(d):
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+func (a *app) infoCommand() *cobra.Command {
+	var out format
+	c := &cobra.Command{Use: "info ID", Short: "Describe a sandbox", Args: exactly("ID"), ValidArgsFunction: a.completeSandboxes, Long: "Describe a sandbox, also one that has ended not longer than a day ago.",
+		Example: "  soulbox sandbox info ID\n  soulbox sandbox info ID -o json",
+		RunE: func(c *cobra.Command, args []string) error {
+			b, err := a.remembered(c.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			if out == formatJSON {
+				return a.json(b.Sandbox)
+			}
+			return a.describe(b)
+		}}
+	out.flag(c, formatTable, formatJSON)
+	return c
+}
+
+func (a *app) describe(b box) error {
+	state := b.State
+	switch {
+	case b.State == "paused" && b.OnDisk:
+		state += " on disk"
+	case b.State == "paused":
+		state += " in memory"
+	}
+	if b.Cause != "" {
+		state += ": " + b.Cause
+	}
+	network := b.Network.Mode
+	if len(b.Network.Allow) > 0 {
+		network += ": " + strings.Join(b.Network.Allow, ", ")
+	}
+	var ports []string
+	for _, p := range b.Ports {
+		ports = append(ports, strconv.Itoa(p.Port))
+	}
+	left := ""
+	if b.LeftS > 0 {
+		left = short(time.Duration(b.LeftS) * time.Second)
+	}
+	t := a.table()
+	for _, row := range [][2]string{
+		{"ID", b.ID}, {"State", state}, {"Template", b.Template}, {"Made from", b.Parent}, {"Created", b.Created.Local().Format(time.RFC1123) + ", " + ago(b.Created)},
+		{"Ends in", until(b.ExpiresAt)}, {"Time left", left}, {"Then", b.OnTimeout}, {"Kept for", until(b.RemoveAt)}, {"Metadata", pairs(b.Metadata)},
+		{"Limits", fmt.Sprintf("%g cores, %d MB memory, %d MB disk, %d processes", b.CPU, b.MemoryMB, b.DiskMB, b.Processes)},
+		{"Network", network}, {"Ports", strings.Join(ports, ", ")}, {"Server", b.at.Where()},
+	} {
+		if row[1] != "" {
+			t.row(row[0]+":", row[1])
+		}
+	}
+	return t.flush()
+}
+
+// each does something to several sandboxes, and tells of those that it could not be done to.
+func (a *app) each(ctx context.Context, ids []string, do func(context.Context, box) (string, error)) error {
+	errs, said := make([]error, len(ids)), make([]string, len(ids))
+	var all sync.WaitGroup
+	slots := make(chan struct{}, 8)
+	for i, id := range ids {
+		slots <- struct{}{}
+		all.Go(func() {
+			defer func() { <-slots }()
+			b, err := a.find(ctx, id)
+			if err == nil {
+				said[i], err = do(ctx, b)
+			}
+			errs[i] = err
+		})
+	}
+	all.Wait()
+	for _, line := range said {
+		if line != "" {
+			if err := a.printf("%s\n", line); err != nil {
+				return err
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (a *app) endCommand() *cobra.Command {
+	return &cobra.Command{Use: "kill ID...", Aliases: []string{"rm"}, Short: "End sandboxes", Args: atLeast("ID"), ValidArgsFunction: a.completeSandboxes, Long: "End sandboxes, with all that is in them.",
+		Example: "  soulbox sandbox kill ID\n  soulbox sandbox kill $(soulbox sandbox list -o name)",
+		RunE: func(c *cobra.Command, args []string) error {
+			return a.each(c.Context(), args, func(ctx context.Context, b box) (string, error) { return b.ID, b.at.Kill(ctx, b.ID) })
+		}}
+}
+
+func (a *app) pauseCommand() *cobra.Command {
+	var p client.Pause
+	c := &cobra.Command{Use: "pause ID...", Short: "Pause sandboxes", Args: atLeast("ID"), ValidArgsFunction: a.completeSandboxes,
+		Long:    "Pause sandboxes: save their memory and files to disk, so that they take no memory and outlive a restart. 'resume' or any command has them go on.",
+		Example: "  soulbox sandbox pause ID\n  soulbox sandbox pause --in-memory ID",
+		RunE: func(c *cobra.Command, args []string) error {
+			return a.each(c.Context(), args, func(ctx context.Context, b box) (string, error) {
+				_, err := b.at.Pause(ctx, b.ID, p)
+				return b.ID, err
+			})
+		}}
+	c.Flags().BoolVar(&p.InMemory, "in-memory", false, "freeze them where they are, which is faster and frees no memory")
+	c.Flags().BoolVar(&p.FilesOnly, "files-only", false, "save their files alone: their processes end, and they boot anew")
+	return c
+}
+
+func (a *app) resumeCommand() *cobra.Command {
+	return &cobra.Command{Use: "resume ID...", Short: "Have paused sandboxes go on", Args: atLeast("ID"), ValidArgsFunction: a.completeSandboxes,
+		Long: "Have paused sandboxes go on, where they were. Those that no server has are resumed by one that is started for them.", Example: "  soulbox sandbox resume ID",
+		RunE: func(c *cobra.Command, args []string) error {
+			return a.each(c.Context(), args, func(ctx context.Context, b box) (string, error) { return b.ID, b.at.Resume(ctx, b.ID, 0) })
+		}}
+}
+
+func (a *app) forkCommand() *cobra.Command {
+	var count int
+	var life time.Duration
+	c := &cobra.Command{Use: "fork ID", Short: "Make copies of a sandbox", Args: exactly("ID"), ValidArgsFunction: a.completeSandboxes,
+		Long:    "Make copies of a sandbox, which goes on: each with its memory, files and processes as they are. Their ids are printed.",
+		Example: "  soulbox sandbox fork ID\n  soulbox sandbox fork ID --count 10 --timeout 10m",
+		RunE: func(c *cobra.Command, args []string) error {
+			b, err := a.find(c.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			ids, err := b.at.Fork(c.Context(), b.ID, count, life)
+			for _, id := range ids {
+				err = errors.Join(err, a.printf("%s\n", id))
+			}
+			return err
+		}}
+	c.Flags().IntVarP(&count, "count", "n", 1, "`number` of copies, up to 100")
+	c.Flags().DurationVar(&life, "timeout", time.Hour, "life `time` of each")
+	return c
+}
+
+func (a *app) snapshotCommand() *cobra.Command {
+	c := &cobra.Command{Use: "snapshot ID [NAME]", Short: "Save a sandbox under a name", Args: cobra.RangeArgs(1, 2), ValidArgsFunction: a.completeSandboxes,
+		Long: "Save a sandbox' memory and files under a name, and let it go on. Sandboxes begin from it by 'soulbox sandbox create --template NAME', any number of times. A snapshot that\n" +
+			"had the name is replaced; 'soulbox template delete NAME' removes it.",
+		Example: "  soulbox sandbox snapshot ID ready\n  soulbox sandbox create --template ready\n  soulbox sandbox snapshot list",
+		RunE: func(c *cobra.Command, args []string) error {
+			b, err := a.find(c.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			name := ""
+			if len(args) > 1 {
+				name = args[1]
+			}
+			if name, err = b.at.Snapshot(c.Context(), b.ID, name); err != nil {
+				return err
+			}
+			return a.printf("%s\n", name)
+		}}
+	c.AddCommand(&cobra.Command{Use: "list", Short: "List snapshots", Args: exactly(), Example: "  soulbox sandbox snapshot list", Long: "List the names of snapshots, the newest first.",
+		RunE: func(c *cobra.Command, _ []string) error {
+			all, err := a.servers(c.Context())
+			if err != nil {
+				return err
+			}
+			seen := map[string]bool{}
+			for _, s := range all {
+				names, err := s.Snapshots(c.Context())
+				if err != nil {
+					return err
+				}
+				for _, name := range names {
+					if !seen[name] {
+						seen[name] = true
+						if err := a.printf("%s\n", name); err != nil {
+							return err
+						}
+					}
+				}
+			}
+			return nil
+		}})
+	return c
+}
+
+func (a *app) extendCommand() *cobra.Command {
+	return &cobra.Command{Use: "extend ID TIME", Short: "Let a sandbox live longer", Args: exactly("ID", "TIME"), ValidArgsFunction: a.completeSandboxes, Long: "Add a time to what is left of a sandbox' life.",
+		Example: "  soulbox sandbox extend ID 2h",
+		RunE: func(c *cobra.Command, args []string) error {
+			d, err := time.ParseDuration(args[1])
+			if err != nil || d < time.Second {
+				return usageError{fmt.Errorf("%q is no time such as 90s, 30m or 2h", args[1])}
+			}
+			b, err := a.find(c.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			s := int64(d.Seconds())
+			sb, err := b.at.Update(c.Context(), b.ID, client.Update{ExtendS: &s})
+			if err != nil {
+				return err
+			}
+			if sb.State == "paused" {
+				return a.printf("%s will have %s when it goes on.\n", sb.ID, short(time.Duration(sb.LeftS)*time.Second))
+			}
+			return a.printf("%s ends in %s.\n", sb.ID, until(sb.ExpiresAt))
+		}}
+}

@@ -1,0 +1,309 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"soulbox.dev/soulbox/api/client"
+)
+
+func (a *app) newClient(o client.Options) (*client.Client, error) {
+	o.Agent = "soulbox/" + version
+	if a.debug {
+		o.Trace = func(method, path string, status int, took time.Duration) {
+			fmt.Fprintf(a.stderr, "%s %s -> %d in %s\n", method, path, status, took.Round(time.Millisecond/10)) // nobody misses it
+		}
+	}
+	return client.New(o)
+}
+
+// server is one that was asked.
+type server struct {
+	*client.Client
+	client.Server
+}
+
+const lookTime = 5 * time.Second // in which a server on this machine answers, or is not well
+
+// running are the servers of this user on this machine that answer.
+func (a *app) running(ctx context.Context) ([]server, error) {
+	paths, err := client.Sockets(client.RuntimeDir(a.getenv))
+	if err != nil {
+		return nil, err
+	}
+	found := make([]server, len(paths))
+	var all sync.WaitGroup
+	var mu sync.Mutex
+	var old error
+	for i, path := range paths {
+		c, err := a.newClient(client.Options{Socket: path, Owner: a.owner})
+		if err != nil {
+			return nil, err
+		}
+		all.Go(func() {
+			ctx, cancel := context.WithTimeout(ctx, lookTime)
+			defer cancel()
+			s, err := c.Server(ctx)
+			if err == nil {
+				found[i] = server{c, s}
+			} else if !client.Unreachable(err) && ctx.Err() == nil {
+				mu.Lock()
+				defer mu.Unlock()
+				old = err
+			}
+		})
+	}
+	all.Wait()
+	var live []server
+	for _, s := range found {
+		if s.Client != nil {
+			live = append(live, s)
+		}
+	}
+	if len(live) == 0 && old != nil {
+		return nil, old
+	}
+	return live, nil
+}
+
+// servers are those to ask: the one that was logged in to, or all of this machine, where one is started if there is none.
+func (a *app) servers(ctx context.Context) ([]server, error) {
+	l, _, remote, err := a.chosen()
+	if err != nil {
+		return nil, err
+	}
+	if remote {
+		c, err := a.newClient(client.Options{URL: l.URL, Key: l.Key})
+		return []server{{Client: c}}, err
+	}
+	live, err := a.running(ctx)
+	if err != nil || len(live) > 0 {
+		return live, err
+	}
+	return a.start(ctx)
+}
+
+// home is the server that makes what is new: one that outlives its client, as an IDE's does not.
+func (a *app) home(ctx context.Context) (server, error) {
+	all, err := a.servers(ctx)
+	if err != nil {
+		return server{}, err
+	}
+	for _, s := range all {
+		if s.Kind != "stdio" {
+			return s, nil
+		}
+	}
+	if all, err = a.start(ctx); err != nil {
+		return server{}, err
+	}
+	for _, s := range all {
+		if s.Kind != "stdio" {
+			return s, nil
+		}
+	}
+	return server{}, errors.New("the server that was started for this does not answer")
+}
+
+const (
+	startTime = 20 * time.Second
+	startPoll = 20 * time.Millisecond
+)
+
+// start starts a server that serves this user alone, and ends by itself when nobody needs it.
+func (a *app) start(ctx context.Context) ([]server, error) {
+	program, err := a.findServer()
+	if err != nil {
+		return nil, err
+	}
+	var said bytes.Buffer
+	cmd := exec.Command(program, "local") // it outlives this program
+	cmd.Stderr = &said
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	cmd.WaitDelay = time.Second
+	r, w, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	cmd.Stderr = w
+	if err := cmd.Start(); err != nil {
+		return nil, errors.Join(fmt.Errorf("start a server: %w", err), r.Close(), w.Close())
+	}
+	_ = w.Close() // it is the server's
+	over := make(chan error, 1)
+	go func() {
+		_, _ = said.ReadFrom(r) // until the server has ended
+		over <- cmd.Wait()
+	}()
+	for end := time.Now().Add(startTime); ; {
+		live, err := a.running(ctx)
+		for _, s := range live {
+			if s.Kind == "local" || s.Kind == "http" {
+				return live, nil
+			}
+		}
+		select {
+		case werr := <-over:
+			if werr != nil {
+				return nil, fmt.Errorf("no server could be started: %s", strings.TrimPrefix(strings.TrimSpace(said.String()), "soulbox-mcp: "))
+			}
+			over = nil // another one was faster
+		case <-time.After(startPoll):
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+		if err != nil || time.Now().After(end) {
+			return nil, errors.Join(err, errors.New("the server that was started does not answer; its log is local.log in its state directory"))
+		}
+	}
+}
+
+// findServer finds soulbox-mcp: by the environment, beside this program, in PATH.
+func (a *app) findServer() (string, error) {
+	if path := a.getenv("SOULBOX_MCP"); path != "" {
+		return path, nil
+	}
+	if self, err := os.Executable(); err == nil {
+		path := filepath.Join(filepath.Dir(self), "soulbox-mcp")
+		if info, err := os.Stat(path); err == nil && info.Mode().IsRegular() {
+			return path, nil
+		}
+	}
+	if path, err := exec.LookPath("soulbox-mcp"); err == nil {
+		return path, nil
+	}
+	return "", errors.New("no server of yours runs on this machine, and soulbox-mcp is not here to start one: put it beside soulbox or into PATH, or log in to a server by 'soulbox auth login'")
+}
+
+// box is a sandbox, and where it is.
+type box struct {
+	client.Sandbox
+	at *client.Client
+}
+
+// boxes lists the sandboxes of all servers. One that two know of is that which has it in its memory.
+func (a *app) boxes(ctx context.Context, l client.List) ([]box, error) {
+	all, err := a.servers(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var out []box
+	seen := map[string]int{}
+	for _, s := range all {
+		list, err := s.Sandboxes(ctx, l)
+		if err != nil {
+			if len(all) > 1 && client.Unreachable(err) {
+				continue // it has just ended
+			}
+			return nil, err
+		}
+		for _, sb := range list {
+			if i, known := seen[sb.ID]; known {
+				if out[i].State != "running" {
+					out[i] = box{sb, s.Client}
+				}
+				continue
+			}
+			seen[sb.ID] = len(out)
+			out = append(out, box{sb, s.Client})
+		}
+	}
+	return out, nil
+}
+
+// find finds a sandbox that has not ended.
+func (a *app) find(ctx context.Context, id string) (box, error) {
+	b, err := a.remembered(ctx, id)
+	if err == nil && (b.State == "killed" || b.State == "failed") {
+		return box{}, fmt.Errorf("sandbox %s has ended: %s", b.ID, b.Cause)
+	}
+	return b, err
+}
+
+// remembered finds a sandbox by its id, or by as much of the beginning as no other has; also one that has ended.
+func (a *app) remembered(ctx context.Context, id string) (box, error) {
+	all, err := a.servers(ctx)
+	if err != nil {
+		return box{}, err
+	}
+	if b, err := findAmong(ctx, all, id); err == nil || !client.IsNotFound(err) {
+		return b, err
+	}
+	list, err := a.boxes(ctx, client.List{})
+	if err != nil {
+		return box{}, err
+	}
+	var found []box
+	for _, b := range list {
+		if strings.HasPrefix(b.ID, id) && len(id) > 2 {
+			found = append(found, b)
+		}
+	}
+	switch len(found) {
+	case 0:
+		return box{}, fmt.Errorf("there is no sandbox %q; 'soulbox sandbox list' shows those that there are", id)
+	case 1:
+		return found[0], nil
+	}
+	return box{}, fmt.Errorf("%q is the beginning of %d sandboxes: %s and others; give more of the id", id, len(found), found[0].ID)
+}
+
+// findAmong asks servers for a sandbox. That which runs it is meant before one that only remembers it.
+func findAmong(ctx context.Context, all []server, id string) (found box, err error) {
+	err = &client.Error{Status: 404, Message: "there is no sandbox " + id}
+	for _, s := range all {
+		sb, serr := s.Sandbox(ctx, id)
+		if serr == nil && (found.at == nil || sb.State == "running") {
+			found = box{sb, s.Client}
+		}
+		if serr != nil && !client.IsNotFound(serr) && (!client.Unreachable(serr) || len(all) == 1) {
+			err = serr
+		}
+	}
+	if found.at != nil {
+		return found, nil
+	}
+	return box{}, err
+}
+
+// startAfter is how long a session waits for its server to come back before it starts one.
+const startAfter = 10 * time.Second
+
+// again finds the server of a sandbox once more, for a session whose server is gone: a new one may be just about to take it over.
+func (a *app) again(id string) func(context.Context) (*client.Client, error) {
+	var gone time.Time
+	return func(ctx context.Context) (*client.Client, error) {
+		_, _, remote, err := a.chosen()
+		if err != nil {
+			return nil, err
+		}
+		find := a.running
+		if gone.IsZero() || time.Since(gone) > time.Minute {
+			gone = time.Now()
+		}
+		if remote || time.Since(gone) > startAfter {
+			find = a.servers
+		}
+		all, err := find(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if len(all) == 0 {
+			return nil, errors.New("no server answers")
+		}
+		b, err := findAmong(ctx, all, id)
+		if client.IsNotFound(err) && !remote {
+			return nil, errors.New("no server has it") // yet
+		}
+		return b.at, err
+	}
+}

@@ -1,0 +1,185 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+	"unicode"
+
+	"github.com/spf13/cobra"
+)
+
+// table shows rows in columns.
+type table struct {
+	w   *tabwriter.Writer
+	err error
+}
+
+func (a *app) table(head ...string) *table {
+	t := &table{w: tabwriter.NewWriter(a.stdout, 0, 8, 2, ' ', 0)}
+	if len(head) > 0 {
+		t.row(head...)
+	}
+	return t
+}
+
+func (t *table) row(cells ...string) {
+	for i, c := range cells {
+		cells[i] = printable(c)
+	}
+	if _, err := fmt.Fprintln(t.w, strings.TrimRight(strings.Join(cells, "\t"), "\t")); err != nil && t.err == nil {
+		t.err = err
+	}
+}
+
+func (t *table) flush() error {
+	if t.err != nil {
+		return t.err
+	}
+	return t.w.Flush()
+}
+
+// printable takes out of a text, which may be a guest's, what would act on the terminal or break a line.
+func printable(text string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return ' '
+	}, text)
+}
+
+func (a *app) json(v any) error {
+	e := json.NewEncoder(a.stdout)
+	e.SetIndent("", "  ")
+	return e.Encode(v)
+}
+
+// format is how results are shown.
+type format string
+
+const (
+	formatTable = "table"
+	formatWide  = "wide"
+	formatJSON  = "json"
+	formatName  = "name"
+)
+
+func (f *format) flag(c *cobra.Command, allowed ...string) {
+	*f = format(allowed[0])
+	c.Flags().VarP(formatFlag{f, allowed}, "output", "o", "`format`: "+strings.Join(allowed, ", "))
+	check(c.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(allowed, cobra.ShellCompDirectiveNoFileComp)))
+}
+
+type formatFlag struct {
+	f       *format
+	allowed []string
+}
+
+// String implements pflag.Value.
+func (f formatFlag) String() string { return string(*f.f) }
+
+// Type implements pflag.Value.
+func (f formatFlag) Type() string { return "format" }
+
+// Set implements pflag.Value.
+func (f formatFlag) Set(text string) error {
+	if !slices.Contains(f.allowed, text) {
+		return fmt.Errorf("the formats are %s", strings.Join(f.allowed, ", "))
+	}
+	*f.f = format(text)
+	return nil
+}
+
+// ago tells a time as people do.
+func ago(t time.Time) string {
+	if t.IsZero() {
+		return ""
+	}
+	return short(time.Since(t)) + " ago"
+}
+
+// until tells a time to come.
+func until(t time.Time) string {
+	if t.IsZero() {
+		return ""
+	}
+	return short(time.Until(t))
+}
+
+func short(d time.Duration) string {
+	d = max(d, 0)
+	switch {
+	case d < time.Minute:
+		return fmt.Sprintf("%ds", int(d.Seconds()))
+	case d < time.Hour:
+		return fmt.Sprintf("%dm", int(d.Minutes()))
+	case d < 48*time.Hour:
+		return fmt.Sprintf("%dh%02dm", int(d.Hours()), int(d.Minutes())%60)
+	}
+	return fmt.Sprintf("%dd", int(d.Hours()/24))
+}
+
+func bytesOf(n int64) string {
+	const unit = 1024
+	if n < unit {
+		return fmt.Sprintf("%d B", n)
+	}
+	value, i := float64(n)/unit, 0
+	for value >= unit && i < 4 {
+		value, i = value/unit, i+1
+	}
+	return fmt.Sprintf("%.1f %ciB", value, "KMGTP"[i])
+}
+
+// pairs shows a map, sorted.
+func pairs(m map[string]string) string {
+	var all []string
+	for k, v := range m {
+		all = append(all, k+"="+v)
+	}
+	slices.Sort(all)
+	return strings.Join(all, ",")
+}
+
+// readPairs reads KEY=VALUE arguments.
+func readPairs(what string, given []string) (map[string]string, error) {
+	out := map[string]string{}
+	for _, g := range given {
+		k, v, ok := strings.Cut(g, "=")
+		if !ok || k == "" {
+			return nil, usageError{fmt.Errorf("%s is KEY=VALUE, not %q", what, g)}
+		}
+		out[k] = v
+	}
+	return out, nil
+}
+
+// Colours of what is shown at a terminal (ECMA-48, SGR).
+const (
+	green  = "\x1b[32m"
+	yellow = "\x1b[33m"
+	red    = "\x1b[31m"
+	dim    = "\x1b[2m"
+	plain  = "\x1b[0m"
+)
+
+func (a *app) coloured(colour, text string) string {
+	if !a.colours() {
+		return text
+	}
+	return colour + text + plain
+}
+
+// repaint shows the same place of a terminal again and again; elsewhere what is new is written below.
+func (a *app) repaint(w io.Writer, text string) error {
+	if a.colours() {
+		text = "\x1b[H\x1b[2J" + text
+	}
+	_, err := io.WriteString(w, text)
+	return err
+}

@@ -1,0 +1,474 @@
+package main
+
+import (
+	"archive/tar"
+	"bufio"
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/BurntSushi/toml"
+	"github.com/moby/patternmatcher"
+	"github.com/moby/patternmatcher/ignorefile"
+	"github.com/spf13/cobra"
+
+	"soulbox.dev/soulbox/api/client"
+)
+
+// configName is the file beside a Dockerfile that says what it does not.
+const configName = "soulbox.toml"
+
+// templateConfig is what that file says.
+type templateConfig struct {
+	Name       string            `toml:"name"`
+	Dockerfile string            `toml:"dockerfile"`
+	Start      string            `toml:"start_cmd"`
+	Ready      string            `toml:"ready_cmd"`
+	CPU        int               `toml:"cpu"`
+	MemoryMB   int64             `toml:"memory_mb"`
+	DiskMB     int64             `toml:"disk_mb"`
+	Args       map[string]string `toml:"args"`
+}
+
+func (a *app) templateCommand() *cobra.Command {
+	t := &cobra.Command{Use: "template", Short: "Build, list and move templates", Long: "Build, list and move templates: the file systems that sandboxes begin from.",
+		Example: "  soulbox template init --name web\n  soulbox template build\n  soulbox sandbox create --template web"}
+	t.AddCommand(a.initCommand(), a.buildCommand(), a.templateListCommand(), a.templateDeleteCommand(), a.pullCommand(), a.pushCommand(), a.buildLogsCommand())
+	return t
+}
+
+func (a *app) initCommand() *cobra.Command {
+	var conf templateConfig
+	var from string
+	c := &cobra.Command{Use: "init [DIRECTORY]", Short: "Begin a template", Args: cobra.MaximumNArgs(1),
+		Long:    "Write a commented Dockerfile and soulbox.toml into a directory. What no flag says is asked for, if there is a terminal. Files that are there are left alone.",
+		Example: "  soulbox template init\n  soulbox template init web --name web --from base --start 'python3 -m http.server'",
+		RunE: func(_ *cobra.Command, args []string) error {
+			dir := "."
+			if len(args) > 0 {
+				dir = args[0]
+			}
+			return a.init(dir, conf, from)
+		}}
+	c.Flags().StringVar(&conf.Name, "name", "", "`name` of the template")
+	c.Flags().StringVar(&from, "from", "", "`template` or image that it begins from; default base")
+	c.Flags().StringVar(&conf.Start, "start", "", "`command` that runs in every sandbox of it from the beginning")
+	return c
+}
+
+func (a *app) init(dir string, conf templateConfig, from string) error {
+	abs, err := filepath.Abs(dir)
+	if err != nil {
+		return err
+	}
+	_, asked := terminalOf(a.stdin)
+	in := bufio.NewReader(a.stdin)
+	for _, q := range []struct {
+		to           *string
+		what, unless string
+	}{{&conf.Name, "Name of the template", strings.ToLower(filepath.Base(abs))}, {&from, "It begins from", "base"}, {&conf.Start, "Command that runs in it from the beginning", ""}} {
+		if *q.to == "" && asked {
+			fmt.Fprintf(a.stderr, "%s [%s]: ", q.what, q.unless) // who does not see it is not there
+			line, err := in.ReadString('\n')
+			if err != nil && err != io.EOF {
+				return err
+			}
+			*q.to = strings.TrimSpace(line)
+		}
+		*q.to = cmp.Or(*q.to, q.unless)
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	for _, f := range []struct{ name, text string }{
+		{"Dockerfile", fmt.Sprintf(newDockerfile, from)},
+		{configName, fmt.Sprintf(newConfig, conf.Name, conf.Start)},
+	} {
+		file, err := os.OpenFile(filepath.Join(dir, f.name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+		if errors.Is(err, fs.ErrExist) {
+			if err := a.printf("%s is there already, and left alone.\n", filepath.Join(dir, f.name)); err != nil {
+				return err
+			}
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		_, err = file.WriteString(f.text)
+		if err := errors.Join(err, file.Close()); err != nil {
+			return err
+		}
+		if err := a.printf("%s is written.\n", filepath.Join(dir, f.name)); err != nil {
+			return err
+		}
+	}
+	return a.printf("Build it by: soulbox template build %s\n", dir)
+}
+
+const newDockerfile = `# What sandboxes of this template have. Build it by 'soulbox template build'.
+# A template of the server (soulbox template list), or an image where the server may pull.
+FROM %s
+
+# Packages, as root:
+# RUN apt-get update && apt-get install -y --no-install-recommends ripgrep
+
+# Files beside this one; .dockerignore names those that are not sent:
+# COPY . /home/user/project
+
+# Where and as whom commands run:
+# WORKDIR /home/user/project
+# USER user
+`
+
+const newConfig = `# What 'soulbox template build' needs to know beside the Dockerfile.
+name = %q
+
+# Runs in every sandbox from the beginning: it is started once, saved with its memory, and there at once.
+start_cmd = %q
+# Succeeds when that is ready; without it a port that something listens on is waited for.
+# ready_cmd = "curl -s localhost:8000"
+
+# Limits of its sandboxes:
+# cpu = 2
+# memory_mb = 1024
+# disk_mb = 10240
+
+# Values of ARG:
+# [args]
+# VERSION = "1.2"
+`
+
+func (a *app) buildCommand() *cobra.Command {
+	var conf templateConfig
+	var args []string
+	var target, push string
+	var noCache bool
+	c := &cobra.Command{Use: "build [DIRECTORY]", Short: "Build a template", Args: cobra.MaximumNArgs(1),
+		Long:    "Build a template of the Dockerfile in a directory, with the files beside it that .dockerignore does not name; soulbox.toml there says the rest..",
+		Example: "  soulbox template build\n  soulbox template build web --name web:v2 --no-cache\n  soulbox template build --push registry.example.com/team/web:1",
+		RunE: func(c *cobra.Command, given []string) error {
+			dir := "."
+			if len(given) > 0 {
+				dir = given[0]
+			}
+			conf, err := conf.read(dir)
+			if err != nil {
+				return err
+			}
+			more, err := readPairs("--build-arg", args)
+			if err != nil {
+				return err
+			}
+			for k, v := range more {
+				conf.Args[k] = v
+			}
+			return a.build(c.Context(), dir, conf, client.NewBuild{Target: target, NoCache: noCache}, push)
+		}}
+	f := c.Flags()
+	f.StringVar(&conf.Name, "name", "", "`name` of the template, perhaps with a :tag")
+	f.StringVarP(&conf.Dockerfile, "file", "f", "", "`path` of the Dockerfile, below the directory; default Dockerfile")
+	f.StringVar(&conf.Start, "start", "", "`command` that runs in every sandbox of it from the beginning")
+	f.StringVar(&conf.Ready, "ready", "", "`command` that succeeds when that is ready")
+	f.IntVar(&conf.CPU, "cpu", 0, "`cores` of its sandboxes")
+	f.Int64Var(&conf.MemoryMB, "memory", 0, "memory of its sandboxes, in `MB`")
+	f.Int64Var(&conf.DiskMB, "disk", 0, "disk of its sandboxes, in `MB`")
+	f.StringArrayVar(&args, "build-arg", nil, "`KEY=VALUE` of an ARG; may be repeated")
+	f.StringVar(&target, "target", "", "`stage` to build; default the last one")
+	f.BoolVar(&noCache, "no-cache", false, "run every step anew")
+	f.StringVar(&push, "push", "", "give it to a registry afterwards, as `REF`")
+	return c
+}
+
+// read adds to what flags say what the file in a directory says.
+func (flags templateConfig) read(dir string) (templateConfig, error) {
+	conf := templateConfig{}
+	meta, err := toml.DecodeFile(filepath.Join(dir, configName), &conf)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return conf, fmt.Errorf("%s: %w", filepath.Join(dir, configName), err)
+	}
+	if unknown := meta.Undecoded(); len(unknown) > 0 {
+		return conf, fmt.Errorf("%s: %s is not known; the names are name, dockerfile, start_cmd, ready_cmd, cpu, memory_mb, disk_mb and args", filepath.Join(dir, configName), unknown[0])
+	}
+	conf.Name, conf.Dockerfile = cmp.Or(flags.Name, conf.Name), cmp.Or(flags.Dockerfile, conf.Dockerfile, "Dockerfile")
+	conf.Start, conf.Ready = cmp.Or(flags.Start, conf.Start), cmp.Or(flags.Ready, conf.Ready)
+	conf.CPU, conf.MemoryMB, conf.DiskMB = cmp.Or(flags.CPU, conf.CPU), cmp.Or(flags.MemoryMB, conf.MemoryMB), cmp.Or(flags.DiskMB, conf.DiskMB)
+	if conf.Args == nil {
+		conf.Args = map[string]string{}
+	}
+	if conf.Name == "" {
+		return conf, usageError{fmt.Errorf("the template has no name: say --name, or name it in %s", configName)}
+	}
+	return conf, nil
+}
+
+func (a *app) build(ctx context.Context, dir string, conf templateConfig, n client.NewBuild, push string) error {
+	text, err := os.ReadFile(filepath.Join(dir, conf.Dockerfile))
+	if err != nil {
+		return err
+	}
+	at, err := a.home(ctx)
+	if err != nil {
+		return err
+	}
+	if n.Context, err = a.sendContext(ctx, at.Client, conf.Name, dir); err != nil {
+		return err
+	}
+	name, id, err := at.Announce(ctx, conf.Name, conf.CPU, conf.MemoryMB, conf.DiskMB)
+	if err != nil {
+		return err
+	}
+	n.Dockerfile, n.Args, n.StartCmd, n.ReadyCmd = string(text), conf.Args, conf.Start, conf.Ready
+	began := time.Now()
+	if err := at.Build(ctx, name, id, n); err != nil {
+		return err
+	}
+	if err := a.followBuild(ctx, at.Client, name, id, true); err != nil {
+		return err
+	}
+	if err := a.printf("%s is built, in %s.\n", conf.Name, time.Since(began).Round(100*time.Millisecond)); err != nil || push == "" {
+		return err
+	}
+	return a.push(ctx, at.Client, conf.Name, push)
+}
+
+// sendContext sends the files of a build, if the server has not got them, and gives the hash by which it has them.
+func (a *app) sendContext(ctx context.Context, at *client.Client, name, dir string) (string, error) {
+	ignored, err := readIgnored(dir)
+	if err != nil {
+		return "", err
+	}
+	sum := sha256.New()
+	total := &counter{}
+	if err := writeContext(ctx, io.MultiWriter(sum, total), dir, ignored); err != nil {
+		return "", err
+	}
+	hash := hex.EncodeToString(sum.Sum(nil))
+	if has, err := at.HasContext(ctx, name, hash); err != nil || has {
+		return hash, err
+	}
+	bar := transfer{app: a}.progress(total.n.Load())
+	defer bar.Close()
+	r, w := io.Pipe()
+	defer r.Close()
+	go func() { w.CloseWithError(writeContext(ctx, io.MultiWriter(w, bar), dir, ignored)) }()
+	return hash, at.SendContext(ctx, name, hash, r)
+}
+
+// readIgnored reads .dockerignore; nil is none.
+func readIgnored(dir string) (*patternmatcher.PatternMatcher, error) {
+	f, err := os.Open(filepath.Join(dir, ".dockerignore"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	patterns, err := ignorefile.ReadAll(f)
+	if err == nil {
+		var m *patternmatcher.PatternMatcher
+		if m, err = patternmatcher.New(patterns); err == nil {
+			return m, nil
+		}
+	}
+	return nil, fmt.Errorf(".dockerignore: %w", err)
+}
+
+// writeContext writes the files of a build as a tar, the same for the same files. The .dockerignore goes with them: the server has the last word.
+func writeContext(ctx context.Context, to io.Writer, dir string, ignored *patternmatcher.PatternMatcher) error {
+	out := tar.NewWriter(to)
+	_, _, err := walk(ctx, dir, func(rel string, info fs.FileInfo, link string) error {
+		if rel == "." {
+			return nil
+		}
+		if ignored != nil && rel != ".dockerignore" {
+			skip, err := ignored.MatchesOrParentMatches(rel)
+			if err != nil {
+				return err
+			}
+			if skip && info.IsDir() && !ignored.Exclusions() {
+				return fs.SkipDir
+			}
+			if skip {
+				return nil
+			}
+		}
+		return add(out, dir, rel, rel, info, link, io.Discard)
+	})
+	return errors.Join(err, out.Close())
+}
+
+const buildPoll = 200 * time.Millisecond
+
+// followBuild shows the log of a build, to its end if that is wanted, and gives its failure.
+func (a *app) followBuild(ctx context.Context, at *client.Client, name, id string, toEnd bool) error {
+	step, began := "", time.Now()
+	for n := 0; ; {
+		s, err := at.BuildStatus(ctx, name, id, n)
+		if err != nil {
+			if ctx.Err() != nil {
+				return fmt.Errorf("the build goes on at the server; 'soulbox template logs %s' shows it", id)
+			}
+			return err
+		}
+		for _, l := range s.Lines {
+			if l.Step != step && l.Step != "" {
+				if step = l.Step; a.colours() {
+					if err := a.printf("%s %s\n", a.coloured(green, "▸ "+step), a.coloured(dim, l.Time.Sub(began).Round(100*time.Millisecond).String())); err != nil {
+						return err
+					}
+				}
+			}
+			line := printable(l.Message)
+			switch {
+			case l.Level == "error":
+				line = a.coloured(red, line)
+			case a.colours():
+				line = "  " + line
+			case l.Step != "":
+				line = "[" + l.Step + "] " + line
+			}
+			if err := a.printf("%s\n", line); err != nil {
+				return err
+			}
+		}
+		n += len(s.Lines)
+		switch {
+		case len(s.Lines) > 0:
+			continue // there may be more
+		case s.Status == "error" && toEnd:
+			reason := "it was not said why"
+			if s.Reason != nil {
+				reason = strings.TrimSpace(s.Reason.Message)
+			}
+			return fmt.Errorf("the build has failed: %s", reason)
+		case s.Status == "ready" || s.Status == "error" || !toEnd:
+			return nil
+		}
+		if !pause(ctx, buildPoll) {
+			return fmt.Errorf("the build goes on at the server; 'soulbox template logs %s' shows it", id)
+		}
+	}
+}
+
+func (a *app) buildLogsCommand() *cobra.Command {
+	return &cobra.Command{Use: "logs NAME|BUILD", Short: "Show the log of a build", Args: exactly("NAME or BUILD"), ValidArgsFunction: a.completeTemplates, Long: "Show the log of the build that has made a template, or of any build by its id.",
+		Example: "  soulbox template logs web",
+		RunE: func(c *cobra.Command, args []string) error {
+			at, err := a.home(c.Context())
+			if err != nil {
+				return err
+			}
+			list, err := at.Templates(c.Context())
+			if err != nil {
+				return err
+			}
+			id := args[0]
+			for _, t := range list {
+				if t.Name == args[0] {
+					if id = t.Build; id == "" {
+						return fmt.Errorf("%s was not built here, so there is no log", t.Name)
+					}
+				}
+			}
+			return a.followBuild(c.Context(), at.Client, args[0], id, false)
+		}}
+}
+
+func (a *app) templateListCommand() *cobra.Command {
+	var out format
+	c := &cobra.Command{Use: "list", Aliases: []string{"ls"}, Short: "List templates", Args: exactly(), Long: "List templates: yours, and the operator's, which everybody sees.", Example: "  soulbox template list\n  soulbox template list -o name",
+		RunE: func(c *cobra.Command, _ []string) error {
+			at, err := a.home(c.Context())
+			if err != nil {
+				return err
+			}
+			list, err := at.Templates(c.Context())
+			if err != nil {
+				return err
+			}
+			switch out {
+			case formatJSON:
+				return a.json(list)
+			case formatName:
+				for _, t := range list {
+					if err := a.printf("%s\n", t.Name); err != nil {
+						return err
+					}
+				}
+				return nil
+			}
+			t := a.table("NAME", "SIZE", "AGE", "CPU", "MEMORY", "START")
+			for _, one := range list {
+				t.row(one.Name, fmt.Sprintf("%d MB", one.SizeMB), short(time.Since(one.Created)), fmt.Sprint(one.CPU), fmt.Sprintf("%d MB", one.MemoryMB), clip(one.StartCmd, 40))
+			}
+			return t.flush()
+		}}
+	out.flag(c, formatTable, formatJSON, formatName)
+	return c
+}
+
+func (a *app) templateDeleteCommand() *cobra.Command {
+	return &cobra.Command{Use: "delete NAME...", Aliases: []string{"rm"}, Short: "Delete templates or snapshots", Args: atLeast("NAME"), ValidArgsFunction: a.completeTemplates, Long: "Delete templates or snapshots. Sandboxes that began from them go on.",
+		Example: "  soulbox template delete web",
+		RunE: func(c *cobra.Command, args []string) error {
+			at, err := a.home(c.Context())
+			if err != nil {
+				return err
+			}
+			var errs error
+			for _, name := range args {
+				if err := at.DeleteTemplate(c.Context(), name); err != nil {
+					errs = errors.Join(errs, err)
+				} else {
+					errs = errors.Join(errs, a.printf("%s\n", name))
+				}
+			}
+			return errs
+		}}
+}
+
+func (a *app) pullCommand() *cobra.Command {
+	return &cobra.Command{Use: "pull REF NAME", Short: "Make a template of an image of a registry", Args: exactly("REF", "NAME"), Long: "Make a template of an image of a registry, with the credentials of the server's user: it works on the machine of the server alone.",
+		Example: "  soulbox template pull docker.io/library/alpine:3 alpine",
+		RunE: func(c *cobra.Command, args []string) error {
+			at, err := a.home(c.Context())
+			if err != nil {
+				return err
+			}
+			t, err := at.Pull(c.Context(), args[1], args[0])
+			if err != nil {
+				return err
+			}
+			return a.printf("%s is there: %d MB\n", t.Name, t.SizeMB)
+		}}
+}
+
+func (a *app) pushCommand() *cobra.Command {
+	return &cobra.Command{Use: "push NAME REF", Short: "Give a template to a registry", Args: exactly("NAME", "REF"), ValidArgsFunction: a.completeTemplates, Long: "Give a template to a registry, with the credentials of the server's user: it works on the machine of the server alone.",
+		Example: "  soulbox template push web registry.example.com/team/web:1",
+		RunE: func(c *cobra.Command, args []string) error {
+			at, err := a.home(c.Context())
+			if err != nil {
+				return err
+			}
+			return a.push(c.Context(), at.Client, args[0], args[1])
+		}}
+}
+
+func (a *app) push(ctx context.Context, at *client.Client, name, reference string) error {
+	t, err := at.Push(ctx, name, reference)
+	if err != nil {
+		return err
+	}
+	return a.printf("%s is %s@%s\n", t.Name, reference, t.Digest)
+}

@@ -1,0 +1,346 @@
+package main
+
+import (
+	"bufio"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"soulbox.dev/soulbox/api/client"
+)
+
+func (a *app) connectCommand() *cobra.Command {
+	var e execution
+	c := &cobra.Command{Use: "connect ID [PID|TAG]", Short: "Enter a sandbox with a terminal", Args: cobra.RangeArgs(1, 2), ValidArgsFunction: a.completeSandboxes,
+		Long: `Enter a sandbox: a shell of its user at this terminal. Ctrl-P Ctrl-Q leaves it without ending it, and says how to come back: with the number of its process. A tag or number
+of any process with a terminal enters that. The shell goes on when the connection is lost or the server restarts, and so does this; when this program is gone, it is killed
+after five minutes.`,
+		Example: "  soulbox sandbox connect ID\n  soulbox sandbox connect ID --user root\n  soulbox sandbox connect ID 42",
+		RunE: func(c *cobra.Command, args []string) error {
+			if _, ok := terminalOf(a.stdin); !ok {
+				return usageError{errors.New("stdin is not a terminal; 'soulbox exec -i' runs a command without one")}
+			}
+			if code, done := a.guard(); done {
+				return code
+			}
+			b, err := a.find(c.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			return asExec(a.atTerminal(c.Context(), b, func(ctx context.Context, size client.Size) (*client.Session, error) {
+				if len(args) > 1 {
+					return a.attach(ctx, b, args[1])
+				}
+				return a.shell(ctx, b, e, size)
+			}, true))
+		}}
+	e.flags(c)
+	return c
+}
+
+// shell starts a shell.
+func (a *app) shell(ctx context.Context, b box, e execution, size client.Size) (s *client.Session, err error) {
+	for _, args := range [][]string{{"/bin/bash", "-l"}, {"/bin/sh", "-l"}} {
+		cmd, cerr := e.command(args)
+		if cerr != nil {
+			return nil, cerr
+		}
+		cmd.Env["TERM"] = cmp.Or(cmd.Env["TERM"], a.getenv("TERM"), "xterm")
+		cmd.Terminal, cmd.Linger = &size, connectLinger
+		var start *client.StartError
+		if s, err = b.at.Start(ctx, b.ID, cmd, a.again(b.ID)); !errors.As(err, &start) {
+			return s, err
+		}
+	}
+	return nil, err
+}
+
+// shownAgain is how much of a terminal's output is shown to who comes back, in bytes.
+const shownAgain = 16 << 10
+
+// attach enters a terminal that there is. What was last written is shown again.
+func (a *app) attach(ctx context.Context, b box, name string) (*client.Session, error) {
+	p, err := process(ctx, b, name)
+	if err != nil {
+		return nil, err
+	}
+	if !p.Terminal {
+		return nil, fmt.Errorf("process %d has no terminal", p.PID)
+	}
+	if p.State != "running" {
+		return nil, fmt.Errorf("process %d has ended", p.PID)
+	}
+	return b.at.Attach(ctx, b.ID, p, connectLinger, max(0, p.Output-shownAgain), a.again(b.ID))
+}
+
+var errDetached = errors.New("detached")
+
+// atTerminal is at a process' terminal until it ends, or its user leaves.
+func (a *app) atTerminal(outer context.Context, b box, begin func(context.Context, client.Size) (*client.Session, error), input bool) error {
+	fd, here := terminalOf(a.stdin)
+	size := client.Size{Rows: 24, Cols: 80}
+	if out, ok := terminalOf(a.stdout); ok {
+		if cols, rows, err := term.GetSize(out); err == nil {
+			size = client.Size{Rows: rows, Cols: cols}
+		}
+	}
+	ctx, cancel := context.WithCancelCause(outer)
+	defer cancel(nil)
+	s, err := begin(ctx, size)
+	if err != nil {
+		return err
+	}
+	a.tellGuard(b.ID, s.PID)
+	raw := here && input
+	if raw {
+		saved, err := term.MakeRaw(fd)
+		if err != nil {
+			a.end(s)
+			return err
+		}
+		defer func() { _ = term.Restore(fd, saved) }() // a terminal that is gone needs it no more
+		go func() {
+			if err := typed(ctx, s, a.stdin); err != nil {
+				cancel(err)
+			}
+		}()
+	}
+	go a.followSize(ctx, s, size)
+	exit, err := s.Follow(ctx, a.stdout, a.stdout, func(lost bool) {
+		text := "the connection is back"
+		if lost {
+			text = "the connection is lost; waiting for it"
+		}
+		fmt.Fprintf(a.stderr, "\r\n[%s]\r\n", text) // who does not see it is gone
+	})
+	if errors.Is(err, errDetached) {
+		return a.leave(b, s)
+	}
+	if err != nil {
+		a.end(s)
+		if outer.Err() != nil {
+			err = exitError{code: 128 + int(syscall.SIGTERM)}
+		}
+		fmt.Fprint(a.stderr, "\r\n") // what comes next begins a line
+	}
+	a.tellGuard("", 0)
+	if err != nil {
+		return err
+	}
+	return result(exit)
+}
+
+// leave lets a process go on without us.
+func (a *app) leave(b box, s *client.Session) error {
+	ctx, cancel := context.WithTimeout(context.Background(), killTime)
+	defer cancel()
+	if err := s.Release(ctx); err != nil {
+		return fmt.Errorf("process %d may be killed after a while: %w", s.PID, err)
+	}
+	a.tellGuard("", 0)
+	_, err := fmt.Fprintf(a.stderr, "\r\n[left; 'soulbox sandbox connect %s %d' comes back]\r\n", b.ID, s.PID)
+	return err
+}
+
+// Keys that leave a terminal, as docker's.
+const (
+	keyLeave = 'P' & 0x1f
+	keyNow   = 'Q' & 0x1f
+)
+
+// typed sends what is typed. It gives errDetached for the keys that leave.
+func typed(ctx context.Context, s *client.Session, from io.Reader) error {
+	part := make([]byte, 4096)
+	held := false // keyLeave was typed
+	for {
+		n, err := from.Read(part)
+		var out []byte
+		for _, key := range part[:n] {
+			switch {
+			case held && key == keyNow:
+				return errDetached
+			case key == keyLeave && !held:
+				held = true
+				continue
+			case held && key != keyLeave:
+				out, held = append(out, keyLeave), false
+			}
+			out = append(out, key)
+		}
+		if len(out) > 0 {
+			if werr := s.Write(ctx, out); werr != nil {
+				var told *client.Error
+				if unlessOver(werr) == nil {
+					return nil
+				}
+				if errors.As(werr, &told) {
+					return werr
+				}
+				// What was typed while the connection broke may be lost: it is typed again by who misses it.
+			}
+		}
+		if err != nil {
+			return context.Canceled // the terminal is gone
+		}
+	}
+}
+
+// followSize tells the process of our terminal's size whenever it changes, and once at first: who comes back may have another one.
+func (a *app) followSize(ctx context.Context, s *client.Session, size client.Size) {
+	fd, ok := terminalOf(a.stdout)
+	if !ok {
+		return
+	}
+	changed := make(chan os.Signal, 1)
+	signal.Notify(changed, syscall.SIGWINCH)
+	defer signal.Stop(changed)
+	for {
+		_ = s.Resize(ctx, size) // the next change tries again
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return
+		}
+		if cols, rows, err := term.GetSize(fd); err == nil {
+			size = client.Size{Rows: rows, Cols: cols}
+		}
+	}
+}
+
+// restoreAtSignal restores the terminal when a signal ends the program, until done is called.
+func restoreAtSignal(fd int, saved *term.State) (done func()) {
+	signals := make(chan os.Signal, 1)
+	over := make(chan struct{})
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	go func() {
+		select {
+		case s := <-signals:
+			_ = term.Restore(fd, saved) // a terminal that is gone needs it no more
+			os.Exit(128 + int(s.(syscall.Signal)))
+		case <-over:
+		}
+	}()
+	return sync.OnceFunc(func() {
+		signal.Stop(signals)
+		close(over)
+	})
+}
+
+// guardVar says to this program that another one of it watches over the terminal, and hears at descriptor 3 what runs.
+const (
+	guardVar  = "SOULBOX_GUARDED"
+	guardFile = 3
+)
+
+// guard runs this program once more and watches over it: whatever becomes of it, SIGKILL too, the terminal is what it was, and nothing of it goes on in the
+// sandbox. done is false in the program that is watched.
+func (a *app) guard() (err error, done bool) {
+	fd, ok := terminalOf(a.stdin)
+	if !ok || a.getenv(guardVar) != "" {
+		return nil, false
+	}
+	saved, err := term.GetState(fd)
+	if err != nil {
+		return nil, false // it is no terminal that could be spoilt
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return asExec(err), true
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		return asExec(err), true
+	}
+	defer r.Close()
+	signals := make(chan os.Signal, 8)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGHUP)
+	defer signal.Stop(signals)
+	runtime.LockOSThread() // the watched one ends with the thread that has begun it (prctl(2), PR_SET_PDEATHSIG)
+	defer runtime.UnlockOSThread()
+	cmd := exec.Command(self, os.Args[1:]...)
+	cmd.Args[0] = os.Args[0]
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = a.stdin, a.stdout, a.stderr
+	cmd.Env = append(os.Environ(), guardVar+"=1")
+	cmd.ExtraFiles = []*os.File{w}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
+	if err := errors.Join(cmd.Start(), w.Close()); err != nil {
+		return asExec(err), true
+	}
+	go func() {
+		for s := range signals {
+			if s == syscall.SIGTERM || s == syscall.SIGHUP { // the terminal sends the others to both
+				_ = cmd.Process.Signal(s) // it may be over
+			}
+		}
+	}()
+	told := make(chan string, 1)
+	go func() {
+		last := ""
+		for lines := bufio.NewScanner(r); lines.Scan(); {
+			last = lines.Text()
+		}
+		told <- last
+	}()
+	werr := cmd.Wait()
+	_ = term.Restore(fd, saved) // a terminal that is gone needs it no more
+	var died *exec.ExitError
+	if werr == nil {
+		return nil, true
+	}
+	if !errors.As(werr, &died) {
+		return asExec(werr), true
+	}
+	code := died.ExitCode()
+	if status, ok := died.Sys().(syscall.WaitStatus); ok && status.Signaled() {
+		code = 128 + int(status.Signal())
+		a.tidyUp(<-told)
+	}
+	return exitError{code: code}, true
+}
+
+// tellGuard says what runs in which sandbox: nothing any more, where id is empty.
+func (a *app) tellGuard(id string, pid int) {
+	if a.getenv(guardVar) == "" {
+		return
+	}
+	text := "\n"
+	if id != "" {
+		text = fmt.Sprintf("%s %d\n", id, pid)
+	}
+	_, _ = syscall.Write(guardFile, []byte(text)) // a guard that is gone watches no more
+}
+
+// tidyUp ends what the watched program has left in a sandbox, and what it has left of the screen.
+func (a *app) tidyUp(told string) {
+	var pid int
+	id, number, ok := strings.Cut(told, " ")
+	if _, err := fmt.Sscan(number, &pid); !ok || err != nil {
+		return
+	}
+	fmt.Fprint(a.stderr, "\x1b[?1049l\x1b[?25h\x1b[0m\r\n[soulbox was killed]\r\n") // who does not see it is gone
+	ctx, cancel := context.WithTimeout(context.Background(), killTime)
+	defer cancel()
+	b, err := a.find(ctx, id)
+	if err == nil {
+		err = b.at.Signal(ctx, b.ID, pid, syscall.SIGKILL)
+	}
+	if err != nil && unlessOver(err) != nil {
+		fmt.Fprintf(a.stderr, "soulbox: process %d of sandbox %s may go on for a while: %v\n", pid, id, err)
+	}
+}
+
+// tick is how often something is looked at that does not tell.
+const tick = 500 * time.Millisecond

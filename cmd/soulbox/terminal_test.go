@@ -1,0 +1,238 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"soulbox.dev/soulbox/internal/sandboxtest"
+)
+
+// screen is a terminal that is driven by tmux: a user's, with a shell in it.
+type screen struct {
+	*testing.T
+	socket string
+	s      surroundings
+}
+
+func newScreen(t *testing.T, s surroundings) *screen {
+	t.Helper()
+	if _, err := exec.LookPath("tmux"); err != nil {
+		if os.Getenv("SOULBOX_TEST_ALL") != "" {
+			t.Fatal(err)
+		}
+		t.Skip("tmux is not there")
+	}
+	c := &screen{t, filepath.Join(s.get("SOULBOX_RUNTIME_DIR"), "tmux"), s}
+	c.tmux("new-session", "-d", "-x", "90", "-y", "24", "bash", "--norc", "--noprofile")
+	t.Cleanup(func() {
+		if err := c.cmd("kill-server").Run(); err != nil {
+			t.Error(err)
+		}
+	})
+	c.typed("PS1='ready> '; clear\n")
+	c.shows("ready> $")
+	return c
+}
+
+func (c *screen) cmd(args ...string) *exec.Cmd {
+	cmd := exec.Command("tmux", append([]string{"-S", c.socket, "-f", "/dev/null"}, args...)...)
+	cmd.Env, cmd.Dir = c.s.env, c.s.get("HOME")
+	return cmd
+}
+
+func (c *screen) tmux(args ...string) string {
+	c.Helper()
+	out, err := c.cmd(args...).CombinedOutput()
+	if err != nil {
+		c.Fatalf("tmux %v: %v\n%s", args, err, out)
+	}
+	return string(out)
+}
+
+// typed types a text.
+func (c *screen) typed(text string) {
+	c.Helper()
+	c.tmux("send-keys", "-l", text)
+}
+
+func (c *screen) keys(names ...string) {
+	c.Helper()
+	c.tmux(append([]string{"send-keys"}, names...)...)
+}
+
+// shows waits until a line of the screen matches.
+func (c *screen) shows(pattern string) []string {
+	c.Helper()
+	re := regexp.MustCompile("(?m)" + pattern)
+	var found []string
+	last := ""
+	defer func() {
+		if found == nil {
+			c.Logf("the screen:\n%s", last)
+		}
+	}()
+	sandboxtest.Eventually(c, "the screen shows "+pattern, func() bool {
+		last = c.tmux("capture-pane", "-p", "-J")
+		found = re.FindStringSubmatch(last)
+		return found != nil
+	})
+	return found
+}
+
+// sane checks that the terminal is as a shell has it.
+func (c *screen) sane() {
+	c.Helper()
+	c.typed("clear; stty -a | grep -o -w -e '-*icanon' -e '-*echo' -e '-*isig' -e '-*opost' | tr '\\n' ,; echo\n")
+	c.shows("^opost,isig,icanon,echo,$|^opost,icanon,echo,isig,$|^isig,icanon,echo,opost,$|^opost,isig,icanon,echo")
+}
+
+// child is the process below another one whose command line has a text.
+func child(t *testing.T, text string, of int) (pid int) {
+	t.Helper()
+	sandboxtest.Eventually(t, "there is a process "+text, func() bool {
+		all, err := filepath.Glob("/proc/[0-9]*/stat")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range all {
+			stat, err := os.ReadFile(name)
+			line, lerr := os.ReadFile(filepath.Join(filepath.Dir(name), "cmdline"))
+			if err != nil || lerr != nil || !strings.Contains(strings.ReplaceAll(string(line), "\x00", " "), text) {
+				continue
+			}
+			fields := strings.Fields(string(stat)[strings.LastIndex(string(stat), ")")+1:])
+			if parent, err := strconv.Atoi(fields[1]); err == nil && parent == of {
+				pid, err = strconv.Atoi(filepath.Base(filepath.Dir(name)))
+				return err == nil
+			}
+		}
+		return false
+	})
+	return pid
+}
+
+func (c *screen) shell() int {
+	c.Helper()
+	pid, err := strconv.Atoi(strings.TrimSpace(c.tmux("display-message", "-p", "#{pane_pid}")))
+	if err != nil {
+		c.Fatal(err)
+	}
+	return pid
+}
+
+// TestConnect (must show 1): a person types, changes the size, leaves, comes back, and the server is killed in between.
+func TestConnect(t *testing.T) {
+	s := newSurroundings(t)
+	id := strings.TrimSpace(s.run(t, "sandbox", "create"))
+	c := newScreen(t, s)
+	c.typed("clear; soulbox sandbox connect " + id + "\n")
+	c.shows(`\$ $`)
+	c.typed("echo $((6*7)); tty; A=kept\n")
+	c.shows("^42$")
+	c.tmux("resize-window", "-x", "77", "-y", "20")
+	c.typed("clear; stty size\n")
+	c.shows("^20 77$")
+	c.typed("echo begun; sleep 1000\n")
+	c.shows("^begun$")
+	c.keys("C-c")
+	c.typed("echo after=$?\n")
+	c.shows("^after=130$")
+
+	c.keys("C-p", "C-q")
+	pid := c.shows(`left; 'soulbox sandbox connect ` + id + ` (\d+)' comes back`)[1]
+	c.sane()
+	if ps := s.run(t, "ps", id); !strings.Contains(ps, pid) {
+		t.Errorf("it does not go on:\n%s", ps)
+	}
+	c.typed("clear; soulbox sandbox connect " + id + " " + pid + "\n")
+	c.typed("\n")
+	c.shows(`\$ $`)
+	c.typed("clear; echo $A\n")
+	c.shows("^kept$")
+
+	// What is written while nobody is there is not lost, and told once.
+	c.typed("clear; for i in $(seq 40); do echo line=$i; sleep 0.1; done; echo over=$A\n")
+	c.shows("^line=5$")
+	for _, pid := range s.servers(t) {
+		stop(t, pid, syscall.SIGKILL)
+	}
+	c.shows(`\[the connection is lost`)
+	s.run(t, "sandbox", "list") // starts another server
+	c.shows("^over=kept$")
+	text := c.tmux("capture-pane", "-p", "-J", "-S", "-100")
+	for i := range 40 {
+		if n := len(regexp.MustCompile(fmt.Sprintf(`(?m)^line=%d$`, i+1)).FindAllString(text, -1)); n != 1 {
+			t.Errorf("line %d is there %d times:\n%s", i+1, n, text)
+		}
+	}
+	c.typed("exit 7\n")
+	c.shows(`ready> $`)
+	c.typed("echo code=$?\n")
+	c.shows("^code=7$")
+	c.sane()
+}
+
+// TestKilledAtTerminal (must show 4): whatever of it is killed, and however, the terminal is sane and nothing goes on in the sandbox.
+func TestKilledAtTerminal(t *testing.T) {
+	s := newSurroundings(t)
+	id := strings.TrimSpace(s.run(t, "sandbox", "create"))
+	c := newScreen(t, s)
+	for _, sig := range []syscall.Signal{syscall.SIGKILL, syscall.SIGTERM, syscall.SIGHUP} {
+		for _, inner := range []bool{false, true} {
+			c.typed("clear; soulbox sandbox connect " + id + "\n")
+			c.shows(`\$ $`)
+			outer := child(t, "soulbox sandbox connect", c.shell())
+			pid := child(t, "soulbox sandbox connect", outer)
+			if !inner {
+				pid = outer
+			}
+			if err := syscall.Kill(pid, sig); err != nil {
+				t.Fatal(err)
+			}
+			c.typed("\n")
+			c.shows(`ready> $`)
+			c.sane()
+			sandboxtest.Eventually(t, "nothing goes on", func() bool { return strings.Count(s.run(t, "ps", id), "\n") == 1 })
+		}
+	}
+}
+
+// TestKilledExec: a command without a terminal is killed with its soulbox, by the signals that it is told of, and its exit says by which.
+func TestKilledExec(t *testing.T) {
+	s := newSurroundings(t)
+	id := strings.TrimSpace(s.run(t, "sandbox", "create"))
+	for sig, script := range map[syscall.Signal]string{
+		syscall.SIGINT:  "exec sleep 1000",
+		syscall.SIGTERM: "exec sleep 1000",
+		syscall.SIGHUP:  "trap '' HUP; while :; do sleep 1; done", // ends by SIGKILL, after a while
+	} {
+		cmd := s.command("exec", id, "--", "sh", "-c", script)
+		var stderr strings.Builder
+		cmd.Stderr = &stderr
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		sandboxtest.Eventually(t, "it runs", func() bool { return strings.Contains(s.run(t, "ps", id), "running") })
+		if err := cmd.Process.Signal(sig); err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Wait(); err == nil || cmd.ProcessState.ExitCode() != 128+int(sig) {
+			t.Errorf("%s: %v %s", sig, err, stderr.String())
+		}
+		sandboxtest.Eventually(t, "nothing goes on", func() bool { return strings.Count(s.run(t, "ps", id), "\n") == 1 })
+	}
+	// A reader that has enough.
+	cmd := exec.Command("sh", "-c", "soulbox exec "+id+" -- yes | head -1")
+	cmd.Env = s.env
+	if out, err := cmd.CombinedOutput(); err != nil || string(out) != "y\n" {
+		t.Errorf("%v %q", err, out)
+	}
+	sandboxtest.Eventually(t, "nothing goes on", func() bool { return strings.Count(s.run(t, "ps", id), "\n") == 1 })
+}
