@@ -42,7 +42,9 @@ func New(o Options) (*Client, error) {
 	transport.DialContext = dialer.DialContext
 	if o.Socket != "" {
 		o.URL, transport.Proxy = "http://localhost", nil
-		transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) { return dialer.DialContext(ctx, "unix", o.Socket) }
+		transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return dialer.DialContext(ctx, "unix", o.Socket)
+		}
 	}
 	u, err := url.Parse(o.URL)
 	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || u.User != nil {
