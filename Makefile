@@ -50,7 +50,7 @@ soak: build
 	timeout 2700 env SOULBOX_SOAK=30m $(GO) test ./cmd/soulbox-mcp -run TestSoak -timeout 40m -count=1 -v
 
 bench: build
-	timeout 900 env CGO_ENABLED=0 $(GO) test ./cmd/soulbox-mcp -run '^$$' -bench . -benchtime 1x -timeout 14m -v | grep -v -e '^=== ' -e '^ok'
+	timeout 1200 env CGO_ENABLED=0 $(GO) test ./cmd/... -run '^$$' -bench . -benchtime 1x -timeout 14m -v | grep -v -e '^=== ' -e '^ok'
 
 clean:
 	rm -rf bin

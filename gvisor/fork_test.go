@@ -17,7 +17,6 @@ import (
 
 // TestForkWhileBusy: what is on its way to the agent of a sandbox when it is saved does not get into the way of the hosts of its copies.
 func TestForkWhileBusy(t *testing.T) {
-	sandboxtest.AsUserAlone(t)
 	sb, client := newSandbox(t, sandbox.CreateOptions{Limits: sandbox.Limits{Memory: 128 << 20}})
 	ctx, cancel := context.WithCancel(t.Context())
 	var all sync.WaitGroup
@@ -48,7 +47,6 @@ func TestForkWhileBusy(t *testing.T) {
 
 // TestSaveGivenUp: a pause whose caller goes away, at whatever moment, leaves the sandbox running or paused, and usable in either case.
 func TestSaveGivenUp(t *testing.T) {
-	sandboxtest.AsUserAlone(t)
 	sb, client := newSandbox(t, sandbox.CreateOptions{Limits: sandbox.Limits{Memory: 256 << 20}})
 	sandboxtest.Run(t, client, "head -c 100M /dev/urandom > /home/user/large")
 	for i, o := range []sandbox.PauseOptions{{}, {ToDisk: true}, {ToDisk: true}, {}, {ToDisk: true, FilesOnly: true}, {ToDisk: true}, {ToDisk: true}} {
@@ -79,7 +77,6 @@ func TestSaveGivenUp(t *testing.T) {
 
 // TestAttachWhileSaving: the next server comes while the sentry is still saving for one that is dead. It must not take that for frozen.
 func TestAttachWhileSaving(t *testing.T) {
-	sandboxtest.AsUserAlone(t)
 	runtime, host := newRuntime(t)
 	dir := sandboxtest.Dir(t)
 	spec := sandbox.Spec{ID: "sbtest", Dir: filepath.Join(dir, "machine"), Template: host, Limits: sandbox.DefaultLimits()}

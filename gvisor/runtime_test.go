@@ -20,7 +20,11 @@ import (
 	"soulbox.dev/soulbox/template"
 )
 
-func TestMain(m *testing.M) { sandboxtest.Main(m) }
+// As root: the suite, isolation and limits, which are made in other ways there.
+func TestMain(m *testing.M) {
+	sandboxtest.Main(m, "TestRuntime", "TestImage", "TestNothingOfTheHost", "TestForkBomb", "TestMemoryBombs", "TestUserNamespace", "TestUserTmpfs", "TestDeviceDirectory", "TestAttachAsGuest", "TestHostCgroup",
+		"TestInHostCgroup", "TestSentryKilled", "TestPlanV.*")
+}
 
 func newRuntime(t *testing.T) (*gvisor.Runtime, sandbox.Template) {
 	t.Helper()
@@ -351,7 +355,6 @@ func TestSentryStopped(t *testing.T) {
 
 // TestManyFiles: empty files take no disk but memory of the sentry, on the host.
 func TestManyFiles(t *testing.T) {
-	sandboxtest.AsUserAlone(t)
 	sb, c := newSandbox(t, sandbox.CreateOptions{})
 	_, err := c.Start(t.Context(), agent.StartRequest{Command: `perl -e 'for $d (0 .. 9999) { mkdir "d$d"; for (0 .. 999) { open F, ">", "d$d/$_" } }'`, WaitMS: 1})
 	if err != nil {

@@ -161,9 +161,9 @@ func (s *Session) ask(h http.Header) {
 	}
 }
 
-// Attach follows a process that there is, from a byte of its output on; one that has ended, too.
-func (c *Client) Attach(ctx context.Context, sandbox string, p Process, linger time.Duration, from int64, again func(context.Context) (*Client, error)) (*Session, error) {
-	s := &Session{sandbox: sandbox, client: c, linger: linger, again: again, reached: from, pty: p.Terminal}
+// Attach follows a process that there is, from a byte of its output on; one that has ended, too. It goes on without its followers.
+func (c *Client) Attach(ctx context.Context, sandbox string, p Process, from int64, again func(context.Context) (*Client, error)) (*Session, error) {
+	s := &Session{sandbox: sandbox, client: c, again: again, reached: from, pty: p.Terminal}
 	s.PID = p.PID
 	return s, s.connect(ctx, c)
 }

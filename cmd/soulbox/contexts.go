@@ -10,6 +10,7 @@ import (
 	"io"
 	"io/fs"
 	"maps"
+	"net/netip"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -135,6 +136,9 @@ func (a *app) login(ctx context.Context, at, name, key string) error {
 	}
 	if name = cmp.Or(name, u.Hostname()); name == localContext || strings.ContainsAny(name, " \t\n/") {
 		return usageError{fmt.Errorf("%q cannot be the name of a login", name)}
+	}
+	if ip, err := netip.ParseAddr(u.Hostname()); u.Scheme == "http" && u.Hostname() != "localhost" && (err != nil || !ip.IsLoopback()) {
+		fmt.Fprintf(a.stderr, "soulbox: whoever is on the way to %s can read the key: use https\n", u.Host) // nobody else can be told
 	}
 	secret := ""
 	if key == "-" {

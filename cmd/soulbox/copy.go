@@ -93,7 +93,7 @@ func (t transfer) tar(ctx context.Context, stdin io.Reader, stdout io.Writer, ar
 			}
 		}()
 	}
-	exit, err := s.Follow(ctx, stdout, t.stderr, nil)
+	exit, err := s.Follow(ctx, stdout, inertly(t.stderr), nil)
 	if err != nil {
 		t.end(s)
 		return err

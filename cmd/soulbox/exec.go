@@ -71,7 +71,7 @@ func asExec(err error) error {
 	var start *client.StartError
 	var exit exitError
 	switch {
-	case err == nil, errors.As(err, &exit), errors.As(err, new(usageError)):
+	case err == nil, errors.As(err, &exit), errors.As(err, new(usageError)), errors.Is(err, context.Canceled):
 		return err
 	case errors.As(err, &start):
 		return exitError{start.Exit, err}
@@ -111,7 +111,7 @@ func (a *app) exec(ctx context.Context, id string, args []string, e execution) e
 			cmd.Terminal = &size
 			cmd.Env["TERM"] = cmp.Or(cmd.Env["TERM"], a.getenv("TERM"), "xterm")
 			return b.at.Start(ctx, b.ID, cmd, a.again(b.ID))
-		}, e.input))
+		}, e.input, true))
 	}
 	return asExec(a.piped(ctx, b, cmd))
 }
@@ -150,7 +150,7 @@ func (a *app) piped(outer context.Context, b box, cmd client.Command) error {
 			}
 		}()
 	}
-	exit, err := s.Follow(ctx, a.stdout, a.stderr, nil)
+	exit, err := s.Follow(ctx, inertly(a.stdout), inertly(a.stderr), nil)
 	if err != nil {
 		a.end(s)
 		return err

@@ -69,6 +69,9 @@ type usageError struct{ error }
 // run is main with its surroundings as a receiver.
 func (a *app) run(args []string) int {
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // a reader that is gone is an error of a write, after which there is something to tidy up
+	if a.getenv(guardVar) != "" {
+		syscall.CloseOnExec(guardFile) // of a server that is started it is no business
+	}
 	root := a.root()
 	root.SetArgs(args)
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
@@ -89,7 +92,7 @@ func (a *app) run(args []string) int {
 		exit.code, exit.err = exitFailed, err
 	}
 	if exit.err != nil {
-		fmt.Fprintf(a.stderr, "soulbox: %s\n", a.explain(exit.err)) // there is nobody left to tell
+		fmt.Fprintf(inertly(a.stderr), "soulbox: %s\n", a.explain(exit.err)) // there is nobody left to tell
 	}
 	return exit.code
 }

@@ -234,3 +234,64 @@ func count(t *testing.T, ts *testscript.TestScript, s surroundings, args []strin
 		ts.Fatalf("there are %d servers", len(got))
 	}
 }
+
+// TestWithoutServer: what is paused on disk is shown and goes on where no server runs, and two servers' sandboxes are one list.
+func TestWithoutServer(t *testing.T) {
+	s := newSurroundings(t)
+	id := strings.TrimSpace(s.run(t, "sandbox", "create"))
+	s.run(t, "exec", id, "--", "sh", "-c", "echo kept > kept")
+	s.run(t, "sandbox", "pause", id)
+	for _, pid := range s.servers(t) {
+		stop(t, pid, syscall.SIGTERM)
+	}
+	if left := s.servers(t); len(left) > 0 {
+		t.Errorf("sockets are left: %v", left)
+	}
+	if list := s.run(t, "sandbox", "list"); !strings.Contains(list, id) || !strings.Contains(list, "paused") {
+		t.Error(list)
+	}
+	// An IDE's server beside it: its sandboxes are found, too.
+	ide := exec.Command(filepath.Join(filepath.Dir(s.command().Path), "soulbox-mcp"), "stdio", "--log-level", "error")
+	ide.Env, ide.Stderr = s.env, os.Stderr
+	in, err := ide.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := ide.StdoutPipe()
+	if err == nil {
+		err = ide.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = io.WriteString(in, `{"jsonrpc":"2.0","id":1,"method":"initialize","params":{"protocolVersion":"2025-06-18","capabilities":{},"clientInfo":{"name":"ide","version":"1"}}}
+{"jsonrpc":"2.0","method":"notifications/initialized"}
+{"jsonrpc":"2.0","id":2,"method":"tools/call","params":{"name":"exec","arguments":{"command":"echo agent > work"}}}
+`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() { _, _ = io.Copy(io.Discard, out) }() // it is seen below what came of it
+	other := ""
+	sandboxtest.Eventually(t, "the agent's sandbox is listed", func() bool {
+		for _, one := range strings.Fields(s.run(t, "sandbox", "list", "-o", "name")) {
+			if one != id {
+				other = one
+			}
+		}
+		return other != ""
+	})
+	sandboxtest.Eventually(t, "what the agent did is seen", func() bool {
+		text, err := s.command("exec", other, "--", "cat", "/home/user/work").Output()
+		return err == nil && string(text) == "agent\n"
+	})
+	if text := s.run(t, "exec", id, "--", "cat", "kept"); text != "kept\n" {
+		t.Error(text)
+	}
+	if err := errors.Join(in.Close(), ide.Wait()); err != nil {
+		t.Error(err)
+	}
+	if list := s.run(t, "sandbox", "list"); strings.Count(list, "paused") != 1 || strings.Count(list, "running") != 1 {
+		t.Errorf("the agent's is paused on disk by its server, and the other runs:\n%s", list)
+	}
+}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -127,7 +128,7 @@ func (a *app) start(ctx context.Context) ([]server, error) {
 	}
 	var said bytes.Buffer
 	cmd := exec.Command(program, "local") // it outlives this program
-	cmd.Stderr = &said
+	cmd.Env = slices.DeleteFunc(os.Environ(), func(e string) bool { return strings.HasPrefix(e, guardVar+"=") })
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	cmd.WaitDelay = time.Second
 	r, w, err := os.Pipe()

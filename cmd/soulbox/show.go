@@ -53,6 +53,49 @@ func printable(text string) string {
 	}, text)
 }
 
+// inert writes what a guest has written to a terminal, so that nothing of it acts there but ends of lines, tabs and returns: a program that is to
+// act on the terminal is given one. What is written elsewhere is passed on as it is.
+type inert struct {
+	to   io.Writer
+	half bool // the first byte of a C1 control in UTF-8 was the last one
+}
+
+// inertly is w, made inert if it is a terminal.
+func inertly(w io.Writer) io.Writer {
+	if _, ok := terminalOf(w); ok {
+		return &inert{to: w}
+	}
+	return w
+}
+
+// Write implements io.Writer.
+func (i *inert) Write(p []byte) (int, error) {
+	out := make([]byte, 0, len(p)+16)
+	for _, b := range p {
+		if i.half {
+			if i.half = false; b >= 0x80 && b < 0xa0 {
+				out = append(out, '?')
+				continue
+			}
+			out = append(out, 0xc2)
+		}
+		switch {
+		case b == 0xc2:
+			i.half = true
+		case b < ' ' && b != '\n' && b != '\t' && b != '\r':
+			out = append(out, '^', b+'@')
+		case b == 0x7f:
+			out = append(out, '^', '?')
+		default:
+			out = append(out, b)
+		}
+	}
+	if _, err := i.to.Write(out); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
 func (a *app) json(v any) error {
 	e := json.NewEncoder(a.stdout)
 	e.SetIndent("", "  ")

@@ -26,8 +26,8 @@ func (a *app) connectCommand() *cobra.Command {
 	var e execution
 	c := &cobra.Command{Use: "connect ID [PID|TAG]", Short: "Enter a sandbox with a terminal", Args: cobra.RangeArgs(1, 2), ValidArgsFunction: a.completeSandboxes,
 		Long: `Enter a sandbox: a shell of its user at this terminal. Ctrl-P Ctrl-Q leaves it without ending it, and says how to come back: with the number of its process. A tag or number
-of any process with a terminal enters that. The shell goes on when the connection is lost or the server restarts, and so does this; when this program is gone, it is killed
-after five minutes.`,
+of any process with a terminal enters that, also an agent's: it goes on whatever becomes of this program. The shell goes on when the connection is lost or the server
+restarts, and so does this; when this program is gone, the shell is ended.`,
 		Example: "  soulbox sandbox connect ID\n  soulbox sandbox connect ID --user root\n  soulbox sandbox connect ID 42",
 		RunE: func(c *cobra.Command, args []string) error {
 			if _, ok := terminalOf(a.stdin); !ok {
@@ -45,7 +45,7 @@ after five minutes.`,
 					return a.attach(ctx, b, args[1])
 				}
 				return a.shell(ctx, b, e, size)
-			}, true))
+			}, true, len(args) == 1))
 		}}
 	e.flags(c)
 	return c
@@ -83,13 +83,13 @@ func (a *app) attach(ctx context.Context, b box, name string) (*client.Session, 
 	if p.State != "running" {
 		return nil, fmt.Errorf("process %d has ended", p.PID)
 	}
-	return b.at.Attach(ctx, b.ID, p, connectLinger, max(0, p.Output-shownAgain), a.again(b.ID))
+	return b.at.Attach(ctx, b.ID, p, max(0, p.Output-shownAgain), a.again(b.ID))
 }
 
 var errDetached = errors.New("detached")
 
-// atTerminal is at a process' terminal until it ends, or its user leaves.
-func (a *app) atTerminal(outer context.Context, b box, begin func(context.Context, client.Size) (*client.Session, error), input bool) error {
+// atTerminal is at a process' terminal until it ends, or its user leaves. One that is ours ends with us.
+func (a *app) atTerminal(outer context.Context, b box, begin func(context.Context, client.Size) (*client.Session, error), input, ours bool) error {
 	fd, here := terminalOf(a.stdin)
 	size := client.Size{Rows: 24, Cols: 80}
 	if out, ok := terminalOf(a.stdout); ok {
@@ -103,12 +103,14 @@ func (a *app) atTerminal(outer context.Context, b box, begin func(context.Contex
 	if err != nil {
 		return err
 	}
-	a.tellGuard(b.ID, s.PID)
+	if ours {
+		a.tellGuard(b.ID, s.PID)
+	}
 	raw := here && input
 	if raw {
 		saved, err := term.MakeRaw(fd)
 		if err != nil {
-			a.end(s)
+			a.endOurs(s, ours)
 			return err
 		}
 		defer func() { _ = term.Restore(fd, saved) }() // a terminal that is gone needs it no more
@@ -127,10 +129,10 @@ func (a *app) atTerminal(outer context.Context, b box, begin func(context.Contex
 		fmt.Fprintf(a.stderr, "\r\n[%s]\r\n", text) // who does not see it is gone
 	})
 	if errors.Is(err, errDetached) {
-		return a.leave(b, s)
+		return a.leave(b, s, ours)
 	}
 	if err != nil {
-		a.end(s)
+		a.endOurs(s, ours)
 		if outer.Err() != nil {
 			err = exitError{code: 128 + int(syscall.SIGTERM)}
 		}
@@ -143,12 +145,20 @@ func (a *app) atTerminal(outer context.Context, b box, begin func(context.Contex
 	return result(exit)
 }
 
+func (a *app) endOurs(s *client.Session, ours bool) {
+	if ours {
+		a.end(s)
+	}
+}
+
 // leave lets a process go on without us.
-func (a *app) leave(b box, s *client.Session) error {
+func (a *app) leave(b box, s *client.Session, ours bool) error {
 	ctx, cancel := context.WithTimeout(context.Background(), killTime)
 	defer cancel()
-	if err := s.Release(ctx); err != nil {
-		return fmt.Errorf("process %d may be killed after a while: %w", s.PID, err)
+	if ours {
+		if err := s.Release(ctx); err != nil {
+			return fmt.Errorf("process %d may be killed after a while: %w", s.PID, err)
+		}
 	}
 	a.tellGuard("", 0)
 	_, err := fmt.Fprintf(a.stderr, "\r\n[left; 'soulbox sandbox connect %s %d' comes back]\r\n", b.ID, s.PID)
@@ -306,7 +316,11 @@ func (a *app) guard() (err error, done bool) {
 	code := died.ExitCode()
 	if status, ok := died.Sys().(syscall.WaitStatus); ok && status.Signaled() {
 		code = 128 + int(status.Signal())
-		a.tidyUp(<-told)
+		select {
+		case text := <-told:
+			a.tidyUp(text)
+		case <-time.After(killTime): // somebody else holds it open
+		}
 	}
 	return exitError{code: code}, true
 }

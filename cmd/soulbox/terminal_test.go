@@ -202,6 +202,23 @@ func TestKilledAtTerminal(t *testing.T) {
 			sandboxtest.Eventually(t, "nothing goes on", func() bool { return strings.Count(s.run(t, "ps", id), "\n") == 1 })
 		}
 	}
+	// What somebody else has begun, as an agent may have, is not ours to end.
+	c.typed("clear; soulbox sandbox connect " + id + "\n")
+	c.shows(`\$ $`)
+	c.keys("C-p", "C-q")
+	theirs := c.shows(`left; 'soulbox sandbox connect ` + id + ` (\d+)' comes back`)[1]
+	c.typed("clear; soulbox sandbox connect " + id + " " + theirs + "\n")
+	inner := child(t, "soulbox sandbox connect", child(t, "soulbox sandbox connect", c.shell()))
+	c.typed("echo $((40+2))\n")
+	c.shows("^42$")
+	if err := syscall.Kill(inner, syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	c.shows(`ready> $`)
+	c.sane()
+	if ps := s.run(t, "ps", id); !strings.Contains(ps, theirs) {
+		t.Errorf("it was ended:\n%s", ps)
+	}
 }
 
 // TestKilledExec: a command without a terminal is killed with its soulbox, by the signals that it is told of, and its exit says by which.
