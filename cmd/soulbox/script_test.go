@@ -21,7 +21,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	sandboxtest.Main(m, "TestScripts/first", "TestHelp", "TestUnpack.*", "TestVersions")
+	sandboxtest.Main(m, "TestWithoutServer", "TestConnect", "TestHelpGolden", "TestUnpackHostile", "TestVersions")
 }
 
 // surroundings are a user's machine: a home, a state directory, the programs, and no server yet.
