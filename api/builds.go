@@ -119,6 +119,21 @@ func (s *builds) slot(ctx context.Context, owner string) (free func(), err error
 	}
 }
 
+// underWay says whether there is a build that is carried out, or waits for its turn.
+func (s *builds) underWay() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, b := range s.byID {
+		b.mu.Lock()
+		building := b.status == statusBuilding
+		b.mu.Unlock()
+		if building {
+			return true
+		}
+	}
+	return false
+}
+
 func (s *builds) find(owner, id string) *build {
 	s.mu.Lock()
 	defer s.mu.Unlock()

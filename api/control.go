@@ -136,6 +136,9 @@ func (c *Control) Close() {
 	c.work.Wait()
 }
 
+// Building says whether a build is under way.
+func (c *Control) Building() bool { return c.builds.underWay() }
+
 // call is a request of an owner.
 type call struct {
 	*http.Request
@@ -233,6 +236,9 @@ func (c *Control) fail(w http.ResponseWriter, r *http.Request, err error) {
 	told := tell(err)
 	if told.Code == http.StatusInternalServerError {
 		c.Log.Error("API", "method", r.Method, "path", r.URL.Path, "error", err)
+	}
+	if strings.Contains(r.URL.Path, "/envd/") && envd.Refuse(w, r, told.Code, told.Message) {
+		return
 	}
 	h := w.Header()
 	h.Set("Content-Type", "application/json")

@@ -155,6 +155,9 @@ func (c *Control) logs(r *call) error {
 		return err
 	}
 	q := sandbox.LogQuery{Limit: int(limit), Text: r.URL.Query().Get("search"), Level: sandbox.Level(r.URL.Query().Get("level"))}
+	if q.Source = r.URL.Query().Get("source"); q.Source != "" && !slices.Contains([]string{sandbox.SourceSystem, sandbox.SourceProcess, sandbox.SourceBuild}, q.Source) {
+		return refuse(http.StatusBadRequest, "source is system, process or build")
+	}
 	if q.Level != "" && !slices.Contains(sandbox.Levels(), q.Level) || len(q.Text) > 256 {
 		return refuse(http.StatusBadRequest, "level is debug, info, warn or error, and search has at most 256 bytes")
 	}

@@ -33,11 +33,15 @@ type Client struct {
 	plain *http.Client
 }
 
-const dialTime = 10 * time.Second
+const (
+	dialTime = 10 * time.Second
+	pingTime = 15 * time.Second
+)
 
 // New makes a Client. Nothing is asked yet.
 func New(o Options) (*Client, error) {
-	transport := &http.Transport{Proxy: http.ProxyFromEnvironment, ForceAttemptHTTP2: true, MaxIdleConnsPerHost: 16, IdleConnTimeout: 30 * time.Second, DisableCompression: true}
+	transport := &http.Transport{Proxy: http.ProxyFromEnvironment, ForceAttemptHTTP2: true, MaxIdleConnsPerHost: 16, IdleConnTimeout: 30 * time.Second, DisableCompression: true,
+		HTTP2: &http.HTTP2Config{SendPingTimeout: pingTime, PingTimeout: pingTime}} // a connection that has died in silence is found out
 	dialer := &net.Dialer{Timeout: dialTime}
 	transport.DialContext = dialer.DialContext
 	if o.Socket != "" {

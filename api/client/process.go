@@ -55,6 +55,7 @@ func (e *StartError) Error() string { return e.Message }
 type Session struct {
 	PID     int
 	sandbox string
+	id      string // of the process, as its server knows it
 	linger  time.Duration
 	pty     bool
 	again   func(context.Context) (*Client, error) // finds the sandbox' server once more
@@ -70,6 +71,7 @@ type Session struct {
 // stream is what Start and Connect answer.
 type stream interface {
 	receive() (*pb.ProcessEvent, error)
+	ResponseHeader() http.Header
 	Close() error
 }
 
@@ -144,7 +146,7 @@ func (c *Client) Start(ctx context.Context, sandbox string, cmd Command, again f
 		cancel()
 		return nil, c.startError(err)
 	}
-	return s, s.first(started{res, cancel})
+	return s, s.first(c, started{res, cancel})
 }
 
 func pty(s Size) *pb.PTY {
@@ -164,43 +166,53 @@ func (s *Session) ask(h http.Header) {
 // Attach follows a process that there is, from a byte of its output on; one that has ended, too. It goes on without its followers.
 func (c *Client) Attach(ctx context.Context, sandbox string, p Process, from int64, again func(context.Context) (*Client, error)) (*Session, error) {
 	s := &Session{sandbox: sandbox, client: c, again: again, reached: from, pty: p.Terminal}
-	s.PID = p.PID
+	s.PID, s.id = p.PID, p.ID
 	return s, s.connect(ctx, c)
 }
 
 // connect follows the process anew, from what was reached on.
 func (s *Session) connect(ctx context.Context, c *Client) error {
-	req := connect.NewRequest(&pb.ConnectRequest{Process: by(s.PID)})
+	req := asked(s, &pb.ConnectRequest{Process: by(s.PID)})
 	s.ask(req.Header())
 	s.mu.Lock()
 	req.Header().Set(FromHeader, strconv.FormatInt(s.reached, 10))
 	s.mu.Unlock()
 	ctx, cancel := context.WithCancel(ctx)
+	late := time.AfterFunc(attemptTime, cancel)
+	defer late.Stop()
 	res, err := c.processes(s.sandbox).Connect(ctx, req)
 	if err != nil {
 		cancel()
 		return c.plainError(err)
 	}
-	if err := s.first(connected{res, cancel}); err != nil {
-		return err
+	return s.first(c, connected{res, cancel})
+}
+
+// attemptTime bounds one try to come back.
+const attemptTime = 20 * time.Second
+
+// asked is a call that means this process, whatever has its number by now.
+func asked[T any](s *Session, msg *T) *connect.Request[T] {
+	req := connect.NewRequest(msg)
+	if s.id != "" {
+		req.Header().Set(ProcessHeader, s.id)
 	}
-	s.mu.Lock()
-	s.client = c
-	s.mu.Unlock()
-	return nil
+	return req
 }
 
 // first reads the event that a stream begins with.
-func (s *Session) first(in stream) error {
+func (s *Session) first(c *Client, in stream) error {
 	e, err := in.receive()
 	if err != nil {
 		_ = in.Close() // it is at its end
-		return s.client.startError(err)
+		return c.startError(err)
 	}
-	s.PID = int(e.GetStart().GetPid())
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.stream = in
+	if s.PID == 0 { // it never changes
+		s.PID, s.id = int(e.GetStart().GetPid()), in.ResponseHeader().Get(ProcessHeader)
+	}
+	s.client, s.stream = c, in
 	return nil
 }
 
@@ -219,8 +231,8 @@ func (c *Client) startError(err error) error {
 func (s *Session) Follow(ctx context.Context, stdout, stderr io.Writer, reconnecting func(bool)) (Exit, error) {
 	for {
 		exit, err := s.read(ctx, stdout, stderr)
-		var we writeError
-		if err == nil || ctx.Err() != nil || errors.As(err, &we) || errors.As(err, new(*Error)) {
+		var told *Error
+		if err == nil || ctx.Err() != nil || errors.As(err, new(writeError)) || errors.As(err, &told) && told.Status != http.StatusBadGateway {
 			return exit, errors.Join(context.Cause(ctx), err)
 		}
 		if reconnecting != nil {
@@ -309,15 +321,26 @@ const (
 	patience   = 2 * time.Minute // with a server that does not come back
 )
 
+// ErrPaused ends a session whose sandbox was paused: the process is there when it goes on.
+var ErrPaused = errors.New("the sandbox was paused, with the process in it; 'soulbox sandbox resume' has it go on")
+
 // back follows the process again, on whichever server has its sandbox now.
 func (s *Session) back(ctx context.Context, lost error) error {
 	for pause, began := firstPause, time.Now(); ; pause = min(2*pause, lastPause) {
-		c, err := s.again(ctx)
+		s.current().Close() // no connection that may be dead is used again
+		attempt, cancel := context.WithTimeout(ctx, attemptTime)
+		c, err := s.again(attempt)
+		var box Sandbox
 		if err == nil {
-			var box Sandbox
-			if box, err = c.Sandbox(ctx, s.sandbox); err == nil && (box.State == "killed" || box.State == "failed") {
-				return &Error{http.StatusNotFound, fmt.Sprintf("sandbox %s has ended: %s", s.sandbox, box.Cause)}
-			}
+			box, err = c.Sandbox(attempt, s.sandbox)
+		}
+		cancel()
+		switch {
+		case err != nil:
+		case box.State == "killed" || box.State == "failed":
+			return &Error{http.StatusNotFound, fmt.Sprintf("sandbox %s has ended: %s", s.sandbox, box.Cause)}
+		case box.State == "paused": // to come back would wake it
+			return ErrPaused
 		}
 		if err == nil {
 			err = s.connect(ctx, c)
@@ -351,7 +374,8 @@ func (s *Session) tell(ctx context.Context, twice bool, do func(processconnect.P
 		}
 		var dial *net.OpError
 		refused := errors.As(err, &dial) && dial.Op == "dial"
-		if connect.IsWireError(err) || ctx.Err() != nil || !refused && !twice || time.Since(began) > patience {
+		busy := connect.IsWireError(err) && connect.CodeOf(err) == connect.CodeResourceExhausted // too many requests at once
+		if connect.IsWireError(err) && !busy || ctx.Err() != nil || !busy && !refused && !twice || time.Since(began) > patience {
 			return c.plainError(err)
 		}
 		select { // Follow finds the next server
@@ -376,7 +400,7 @@ func (s *Session) Write(ctx context.Context, p []byte) error {
 			in.Input = &pb.ProcessInput_Pty{Pty: part}
 		}
 		err := s.tell(ctx, false, func(c processconnect.ProcessClient) error {
-			_, err := c.SendInput(ctx, connect.NewRequest(&pb.SendInputRequest{Process: by(s.PID), Input: in}))
+			_, err := c.SendInput(ctx, asked(s, &pb.SendInputRequest{Process: by(s.PID), Input: in}))
 			return err
 		})
 		if err != nil {
@@ -392,7 +416,7 @@ func (s *Session) CloseInput(ctx context.Context) error {
 	s.inputs.Lock()
 	defer s.inputs.Unlock()
 	return s.tell(ctx, true, func(c processconnect.ProcessClient) error {
-		_, err := c.CloseStdin(ctx, connect.NewRequest(&pb.CloseStdinRequest{Process: by(s.PID)}))
+		_, err := c.CloseStdin(ctx, asked(s, &pb.CloseStdinRequest{Process: by(s.PID)}))
 		return err
 	})
 }
@@ -400,19 +424,41 @@ func (s *Session) CloseInput(ctx context.Context) error {
 // Resize gives the terminal another size.
 func (s *Session) Resize(ctx context.Context, size Size) error {
 	return s.tell(ctx, true, func(c processconnect.ProcessClient) error {
-		_, err := c.Update(ctx, connect.NewRequest(&pb.UpdateRequest{Process: by(s.PID), Pty: pty(size)}))
+		_, err := c.Update(ctx, asked(s, &pb.UpdateRequest{Process: by(s.PID), Pty: pty(size)}))
 		return err
 	})
 }
 
 // Signal sends a signal to the process' group.
 func (s *Session) Signal(ctx context.Context, sig syscall.Signal) error {
-	return s.tell(ctx, false, func(c processconnect.ProcessClient) error { return signal(ctx, c, s.PID, sig) })
+	return s.tell(ctx, false, func(c processconnect.ProcessClient) error { return s.signal(ctx, c, sig) })
 }
 
-func signal(ctx context.Context, c processconnect.ProcessClient, pid int, sig syscall.Signal) error {
-	_, err := c.SendSignal(ctx, connect.NewRequest(&pb.SendSignalRequest{Process: by(pid), Signal: pb.Signal(sig)}))
+func (s *Session) signal(ctx context.Context, c processconnect.ProcessClient, sig syscall.Signal) error {
+	_, err := c.SendSignal(ctx, asked(s, &pb.SendSignalRequest{Process: by(s.PID), Signal: pb.Signal(sig)}))
 	return err
+}
+
+// Kill ends the process and all that it has started, on whichever server has its sandbox now: for who follows it no longer.
+func (s *Session) Kill(ctx context.Context) error {
+	c := s.current()
+	for {
+		err := s.signal(ctx, c.processes(s.sandbox), syscall.SIGKILL)
+		if err == nil || connect.IsWireError(err) || ctx.Err() != nil {
+			if err != nil {
+				err = c.plainError(err)
+			}
+			return err
+		}
+		select {
+		case <-time.After(firstPause):
+		case <-ctx.Done():
+			return c.plainError(err)
+		}
+		if next, err := s.again(ctx); err == nil {
+			c = next
+		}
+	}
 }
 
 // Release lets the process go on without followers, whatever was asked for when it was started.
@@ -420,7 +466,7 @@ func (s *Session) Release(ctx context.Context) error {
 	return s.tell(ctx, true, func(c processconnect.ProcessClient) error {
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel() // breaks it off
-		res, err := c.Connect(ctx, connect.NewRequest(&pb.ConnectRequest{Process: by(s.PID)}))
+		res, err := c.Connect(ctx, asked(s, &pb.ConnectRequest{Process: by(s.PID)}))
 		if err == nil && !res.Receive() {
 			err = ended(res.Err())
 		}
@@ -429,8 +475,9 @@ func (s *Session) Release(ctx context.Context) error {
 }
 
 // Signal sends a signal to a process of a sandbox, and what it has started in its group.
-func (c *Client) Signal(ctx context.Context, sandbox string, pid int, sig syscall.Signal) error {
-	if err := signal(ctx, c.processes(sandbox), pid, sig); err != nil {
+func (c *Client) Signal(ctx context.Context, sandbox string, p Process, sig syscall.Signal) error {
+	s := &Session{PID: p.PID, id: p.ID}
+	if err := s.signal(ctx, c.processes(sandbox), sig); err != nil {
 		return c.plainError(err)
 	}
 	return nil

@@ -165,6 +165,7 @@ type LogEntry struct {
 type LogQuery struct {
 	Since  time.Time // zero: the last Limit of all
 	Level  string    // that grave, or more
+	Source string    // system, process or build
 	Search string
 	Limit  int // at most 1000
 }
@@ -176,7 +177,7 @@ func (c *Client) Logs(ctx context.Context, id string, l LogQuery) ([]LogEntry, e
 		q.Set("direction", "forward")
 		q.Set("cursor", strconv.FormatInt(l.Since.UnixMilli(), 10))
 	}
-	for name, value := range map[string]string{"level": l.Level, "search": l.Search} {
+	for name, value := range map[string]string{"level": l.Level, "source": l.Source, "search": l.Search} {
 		if value != "" {
 			q.Set(name, value)
 		}

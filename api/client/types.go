@@ -21,6 +21,8 @@ const (
 	// LingerHeader of Process.Start and Process.Connect has a process that nobody follows any more killed after so many milliseconds. A Connect
 	// without it lets the process go on.
 	LingerHeader = "Soulbox-Linger-Ms"
+	// ProcessHeader is the id of a process, which is never used again, as its number is: Start and Connect tell it, and calls may name it beside the number.
+	ProcessHeader = "Soulbox-Process"
 	// ExitHeader of an error of Process.Start is the exit status that a shell would have: 126 or 127.
 	ExitHeader = "Soulbox-Exit"
 )

@@ -17,6 +17,7 @@ import (
 	"connectrpc.com/connect"
 
 	"soulbox.dev/soulbox/agent"
+	ours "soulbox.dev/soulbox/api/client"
 	"soulbox.dev/soulbox/api/envd/spec/filesystem/filesystemconnect"
 	"soulbox.dev/soulbox/api/envd/spec/process/processconnect"
 	"soulbox.dev/soulbox/sandbox"
@@ -88,7 +89,7 @@ func (s *Server) Admits(w http.ResponseWriter, r *http.Request, t Target) bool {
 // Serve answers a request that is admitted. Where the sandbox ends meanwhile, the connection is broken off: a client must not take it for the end of
 // what it asked for.
 func (s *Server) Serve(w http.ResponseWriter, r *http.Request, t Target) {
-	client, err := t.Sandbox.Agent(r.Context(), "act in")
+	client, err := t.agent(r)
 	if err != nil {
 		s.refuse(w, r, err)
 		return
@@ -99,7 +100,7 @@ func (s *Server) Serve(w http.ResponseWriter, r *http.Request, t Target) {
 	}
 	ctx, cancel := t.Sandbox.Bind(r.Context())
 	defer cancel()
-	p := &place{Target: t, client: client}
+	p := &place{Target: t, client: client, process: r.Header.Get(ours.ProcessHeader)}
 	over := p.keep(ctx, w)
 	defer over()
 	if r.URL.Path != "/files" { // what is passed on is not held
@@ -108,6 +109,14 @@ func (s *Server) Serve(w http.ResponseWriter, r *http.Request, t Target) {
 		r.Body = body
 	}
 	s.mux.ServeHTTP(w, r.WithContext(context.WithValue(ctx, placeKey{}, p)))
+}
+
+// agent is the sandbox' agent. A call wakes the sandbox if it may; who comes back to a process by himself does not: it was paused on purpose.
+func (t Target) agent(r *http.Request) (*agent.Client, error) {
+	if r.Header.Get(ours.FromHeader) != "" {
+		return t.Sandbox.Look("follow a process in")
+	}
+	return t.Sandbox.Agent(r.Context(), "act in")
 }
 
 // level is what agents must know.
@@ -169,6 +178,8 @@ type place struct {
 	Target
 	client *agent.Client
 	idle   *Idle // is told when something is sent or taken
+	// process is the agent's id of the process that is meant, where a client names it: numbers may be used again.
+	process string
 }
 
 func placeOf(ctx context.Context) *place { return ctx.Value(placeKey{}).(*place) }

@@ -90,6 +90,23 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	fail(w, code, err.Error())
 }
 
+// Refuse answers a call of Connect's with a refusal in its form, by the status that it would have elsewhere; it says whether it was one.
+func Refuse(w http.ResponseWriter, r *http.Request, status int, message string) bool {
+	told := connect.NewErrorWriter()
+	if !told.IsSupported(r) {
+		return false
+	}
+	code := connect.CodeInternal
+	for c, s := range map[connect.Code]int{connect.CodeInvalidArgument: 400, connect.CodeUnauthenticated: 401, connect.CodePermissionDenied: 403, connect.CodeNotFound: 404, connect.CodeFailedPrecondition: 409,
+		connect.CodeResourceExhausted: 429, connect.CodeUnimplemented: 501, connect.CodeUnavailable: 503, connect.CodeDeadlineExceeded: 504} {
+		if s == status {
+			code = c
+		}
+	}
+	_ = told.Write(w, r, connect.NewError(code, errors.New(message))) // a client that is gone misses nothing
+	return true
+}
+
 // errorf is an error of a code.
 func errorf(code connect.Code, format string, args ...any) *connect.Error {
 	return connect.NewError(code, fmt.Errorf(format, args...))

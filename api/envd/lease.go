@@ -31,8 +31,8 @@ const (
 	killTime  = 10 * time.Second
 )
 
-// follow counts somebody who follows a process, until gone is called. What he says of its end holds from now on.
-func (l *leases) follow(ctx context.Context, p *place, process string, h http.Header) (gone func()) {
+// follow counts somebody who follows a process, until gone is called. What he says of its end holds from now on, if its starter has asked for one.
+func (l *leases) follow(ctx context.Context, p *place, process string, h http.Header, starts bool) (gone func()) {
 	ms, err := strconv.ParseInt(h.Get(client.LingerHeader), 10, 64)
 	linger := min(time.Duration(ms)*time.Millisecond, maxLinger)
 	if err != nil || ms <= 0 || ms > maxLinger.Milliseconds() {
@@ -46,7 +46,7 @@ func (l *leases) follow(ctx context.Context, p *place, process string, h http.He
 	}
 	one := l.all[key]
 	if one == nil {
-		if linger == 0 {
+		if linger == 0 || !starts {
 			return func() {}
 		}
 		one = &lease{}
@@ -67,22 +67,31 @@ func (l *leases) leave(ctx context.Context, p *place, key leaseKey, one *lease) 
 	if one.followers--; one.followers > 0 {
 		return
 	}
-	if one.linger == 0 || ctx.Err() == nil || p.dead() {
+	if one.linger == 0 || ctx.Err() == nil || p.Sandbox.Gone() {
 		delete(l.all, key)
 		return
 	}
-	one.timer = time.AfterFunc(one.linger, func() {
-		l.mu.Lock()
-		over := l.all[key] == one && one.followers == 0
-		if over {
-			delete(l.all, key)
-		}
+	one.timer = time.AfterFunc(one.linger, func() { l.kill(p, key, one) })
+}
+
+// kill ends a process that nobody follows. Where its sandbox is paused it waits for that to go on.
+func (l *leases) kill(p *place, key leaseKey, one *lease) {
+	ctx, cancel := context.WithTimeout(context.Background(), killTime)
+	defer cancel()
+	client, err := p.Sandbox.Look("end a process in")
+	l.mu.Lock()
+	if l.all[key] != one || one.followers > 0 || one.timer == nil {
 		l.mu.Unlock()
-		if !over {
-			return
-		}
-		ctx, cancel := context.WithTimeout(context.Background(), killTime)
-		defer cancel()
-		_, _ = p.client.Kill(ctx, key.process) // one that has ended is ended
-	})
+		return
+	}
+	if err != nil && !p.Sandbox.Info().State.Ended() {
+		one.timer = time.AfterFunc(one.linger, func() { l.kill(p, key, one) })
+		l.mu.Unlock()
+		return
+	}
+	delete(l.all, key)
+	l.mu.Unlock()
+	if err == nil {
+		_, _ = client.Kill(ctx, key.process) // one that has ended is ended
+	}
 }

@@ -47,7 +47,8 @@ func (s processes) Start(ctx context.Context, req *connect.Request[pb.StartReque
 	}
 	f := feed{place: p, id: began.Process.ID, terminal: start.Terminal != nil, every: interval(req.Header()),
 		send: func(e *pb.ProcessEvent) error { return stream.Send(&pb.StartResponse{Event: e}) }}
-	defer s.leases.follow(ctx, p, began.Process.ID, req.Header())()
+	defer s.leases.follow(ctx, p, began.Process.ID, req.Header(), true)()
+	stream.ResponseHeader().Set(client.ProcessHeader, began.Process.ID)
 	return f.run(ctx, began.Process, 0)
 }
 
@@ -116,7 +117,8 @@ func (s processes) Connect(ctx context.Context, req *connect.Request[pb.ConnectR
 	}
 	f := feed{place: p, id: process.ID, terminal: process.Terminal != nil, late: late, every: interval(req.Header()),
 		send: func(e *pb.ProcessEvent) error { return stream.Send(&pb.ConnectResponse{Event: e}) }}
-	defer s.leases.follow(ctx, p, process.ID, req.Header())()
+	defer s.leases.follow(ctx, p, process.ID, req.Header(), false)()
+	stream.ResponseHeader().Set(client.ProcessHeader, process.ID)
 	return f.run(ctx, process, from)
 }
 
@@ -292,7 +294,7 @@ func (p *place) find(ctx context.Context, s *pb.ProcessSelector, ended time.Dura
 		return agent.Process{}, errorf(connect.CodeInvalidArgument, "name a process by its pid or tag")
 	}
 	list = slices.DeleteFunc(list, func(q agent.Process) bool {
-		return q.State != agent.StateRunning && (ended == 0 || time.Since(q.Ended) > ended)
+		return p.process != "" && q.ID != p.process || q.State != agent.StateRunning && (ended == 0 || time.Since(q.Ended) > ended)
 	})
 	if len(list) == 0 {
 		return agent.Process{}, errorf(connect.CodeNotFound, "process with %s not found", what)
@@ -372,6 +374,21 @@ func (p *place) write(ctx context.Context, process agent.Process, input *pb.Proc
 	default:
 		return errorf(connect.CodeInvalidArgument, "there is no input: give stdin or pty")
 	}
+	// A process may not read for long: that is no reason to take the connection for dead.
+	moving := time.NewTicker(idleTime / 2)
+	defer moving.Stop()
+	over := make(chan struct{})
+	defer close(over)
+	go func() {
+		for {
+			select {
+			case <-moving.C:
+				p.idle.Moves()
+			case <-over:
+				return
+			}
+		}
+	}()
 	_, err := p.client.WriteStdin(ctx, process.ID, text, false)
 	return err
 }

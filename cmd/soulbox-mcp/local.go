@@ -83,17 +83,24 @@ func (s *service) alsoLocal(kind string, getenv func(string) string) (end func()
 	return l.Close
 }
 
-// Close ends it, and breaks off what is being served.
+// Close ends it. Nobody finds it any more; what is being served has a moment, and is broken off then.
 func (l *local) Close() {
-	if err := l.web.Close(); err != nil {
-		l.log.Warn("close the socket", "error", err)
-	}
-	<-l.ended
-	l.control.Close()
+	over, cancel := context.WithTimeout(context.Background(), localDrain)
+	defer cancel()
 	if err := os.Remove(l.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		l.log.Warn("remove the socket", "error", err)
 	}
+	if err := l.web.Shutdown(over); err != nil {
+		if err := l.web.Close(); err != nil {
+			l.log.Warn("close the socket", "error", err)
+		}
+	}
+	<-l.ended
+	l.control.Close()
 }
+
+// localDrain is for calls in flight when a server ends; those that follow something have no end of their own.
+const localDrain = 300 * time.Millisecond
 
 // count knows when the last request has ended.
 func (l *local) count(next http.Handler) http.Handler {
@@ -212,7 +219,7 @@ func runLocal(ctx context.Context, args []string, getenv func(string) string, st
 			return nil
 		case <-ticker.C:
 		}
-		if l.quiet() >= idle && !s.manager.Busy() {
+		if l.quiet() >= idle && !s.manager.Busy() && !l.control.Building() {
 			s.log.Info("nobody needs this server any more")
 			return nil
 		}

@@ -41,7 +41,7 @@ func (a *app) sandboxNames(ctx context.Context) []string {
 			continue // as above
 		}
 		for _, sb := range list {
-			names = append(names, sb.ID+"\t"+strings.TrimSpace(sb.State+" "+sb.Template+" "+pairs(sb.Metadata)))
+			names = append(names, sb.ID+"\t"+printable(strings.TrimSpace(sb.State+" "+sb.Template+" "+pairs(sb.Metadata))))
 		}
 	}
 	return names
@@ -108,11 +108,17 @@ func (a *app) completeCopy(c *cobra.Command, _ []string, typed string) ([]string
 	if err != nil {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}
-	for i, n := range names {
-		names[i] = id + ":" + dir + n
+	var safe []string
+	for _, n := range names {
+		if strings.Trim(n, harmless) == "" { // a shell would run what a guest can write into a name
+			safe = append(safe, id+":"+dir+n)
+		}
 	}
-	return names, cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveNoSpace
+	return safe, cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveNoSpace
 }
+
+// harmless are the characters of names that mean nothing to a shell.
+const harmless = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._/@%+,:=-"
 
 // manCommand writes the manual.
 func (a *app) manCommand() *cobra.Command {
@@ -123,6 +129,6 @@ func (a *app) manCommand() *cobra.Command {
 				return err
 			}
 			c.Root().DisableAutoGenTag = true
-			return doc.GenManTree(c.Root(), &doc.GenManHeader{Title: "SOULBOX", Section: "1", Source: "SoulBox", Date: &time.Time{}}, args[0])
+			return doc.GenManTree(c.Root(), &doc.GenManHeader{Title: "SOULBOX", Section: "1", Source: "SoulBox"}, args[0])
 		}}
 }

@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
@@ -45,12 +46,18 @@ func (a *app) contextsFile() string {
 
 func (a *app) readContexts() (c contexts, err error) {
 	c.Known = map[string]login{}
+	if !filepath.IsAbs(a.contextsFile()) {
+		return c, errors.New("there is no place for logins: HOME is not set")
+	}
 	body, err := os.ReadFile(a.contextsFile())
 	if errors.Is(err, fs.ErrNotExist) {
 		return c, nil
 	}
 	if err == nil {
 		err = json.Unmarshal(body, &c)
+	}
+	if c.Known == nil {
+		c.Known = map[string]login{}
 	}
 	if err != nil {
 		return c, fmt.Errorf("read the logins in %s: %w; mend or remove that file", a.contextsFile(), err)
@@ -142,6 +149,7 @@ func (a *app) login(ctx context.Context, at, name, key string) error {
 	}
 	secret := ""
 	if key == "-" {
+		defer context.AfterFunc(ctx, func() { os.Exit(128 + int(syscall.SIGINT)) })() // a read of stdin knows nothing of it
 		line, err := bufio.NewReader(io.LimitReader(a.stdin, 4096)).ReadString('\n')
 		if err != nil && err != io.EOF {
 			return err

@@ -212,9 +212,10 @@ func add(out *tar.Writer, root, rel, name string, info fs.FileInfo, link string,
 
 // out copies out of the sandbox.
 func (t transfer) out(ctx context.Context, from, to string) error {
-	into, base := path.Dir(strings.TrimSuffix(from, "/")), path.Base(from)
-	contents := strings.HasSuffix(from, "/.") || from == "." || path.Clean(from) == "/"
-	if contents {
+	whole := strings.HasSuffix(from, "/.")
+	from = path.Clean(from)
+	into, base := path.Dir(from), path.Base(from)
+	if whole = whole || base == "." || base == ".." || base == "/"; whole {
 		into, base = from, "."
 	}
 	bar := t.progress(-1)
@@ -222,19 +223,15 @@ func (t transfer) out(ctx context.Context, from, to string) error {
 	if to == "-" {
 		return t.tar(ctx, nil, io.MultiWriter(t.stdout, bar), "-cf", "-", "-C", into, "--", base)
 	}
-	what, err := t.box.at.Stat(ctx, t.box.ID, from)
-	if err != nil {
-		return exitError{exitFailed, err}
-	}
 	target := to
 	there, err := os.Stat(to)
 	switch {
-	case err == nil && there.IsDir() && !contents:
+	case err == nil && there.IsDir() && !whole:
 		target = filepath.Join(to, base)
-	case err == nil && !there.IsDir() && what.Dir:
+	case err == nil && !there.IsDir() && whole:
 		return exitError{exitFailed, fmt.Errorf("%s is a file, and cannot become a directory", to)}
-	case err != nil && strings.HasSuffix(to, "/") && !what.Dir:
-		return exitError{exitFailed, fmt.Errorf("there is no directory %s", to)}
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		return exitError{exitFailed, err}
 	}
 	r, w := io.Pipe()
 	sent := make(chan error, 1)
@@ -243,11 +240,7 @@ func (t transfer) out(ctx context.Context, from, to string) error {
 		w.CloseWithError(err)
 		sent <- err
 	}()
-	if what.Dir {
-		err = unpack(r, base, target, t.stderr)
-	} else {
-		err = unpackFile(r, base, target)
-	}
+	err = unpack(ctx, r, base, target, inertly(t.stderr))
 	if err == nil {
 		_, err = io.Copy(io.Discard, r) // what tar fills its last block with
 	}
@@ -261,37 +254,97 @@ func (t transfer) out(ctx context.Context, from, to string) error {
 	return nil
 }
 
-// unpackFile writes the one file of a tar. A sandbox that sends anything else is lying.
-func unpackFile(from io.Reader, base, target string) error {
-	in := tar.NewReader(from)
-	h, err := in.Next()
+// maxDirs bounds the directories of one copy, of which something is remembered.
+const maxDirs = 1 << 20
+
+// archive is a tar of a sandbox, which may be anything.
+type archive struct {
+	*tar.Reader
+	ctx context.Context
+}
+
+// next is the next entry. Entries that make more of themselves than was sent are refused: tar makes none if it is not told to.
+func (a archive) next() (*tar.Header, error) {
+	if err := context.Cause(a.ctx); err != nil {
+		return nil, err
+	}
+	h, err := a.Next()
+	if err != nil {
+		return nil, err
+	}
+	sparse := h.Typeflag == tar.TypeGNUSparse
+	for k := range h.PAXRecords {
+		sparse = sparse || strings.HasPrefix(k, "GNU.sparse.")
+	}
+	if sparse {
+		return nil, fmt.Errorf("the sandbox sends %.60q as a file with holes, which its tar was not told to", printable(h.Name))
+	}
+	return h, nil
+}
+
+// write writes what an entry has to a file, as long as it is wanted.
+func (a archive) write(f *os.File) error {
+	part := make([]byte, 256<<10)
+	for {
+		n, err := a.Read(part)
+		if _, werr := f.Write(part[:n]); werr != nil {
+			return werr
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err = errors.Join(err, context.Cause(a.ctx)); err != nil {
+			return err
+		}
+	}
+}
+
+// unpack writes a tar to a place: one file, or a directory with all that is in it, by what comes first.
+func unpack(ctx context.Context, from io.Reader, base, target string, warn io.Writer) error {
+	in := archive{tar.NewReader(from), ctx}
+	h, err := in.next()
+	if err == io.EOF {
+		err = errors.New("the sandbox sends nothing")
+	}
 	if err != nil {
 		return err
 	}
-	if path.Clean(h.Name) != path.Clean(base) || h.Typeflag != tar.TypeReg && h.Typeflag != tar.TypeSymlink {
-		return fmt.Errorf("the sandbox sends %.60q, which is not the file that was asked for", h.Name)
+	name, ok := below(h.Name, base)
+	if !ok || name != "." {
+		return fmt.Errorf("the sandbox sends %.60q, which is not what was asked for", printable(h.Name))
 	}
-	if h.Typeflag == tar.TypeSymlink {
+	if h.Typeflag == tar.TypeDir {
+		return unpackDir(in, h, base, target, warn)
+	}
+	if err := unpackFile(in, h, target); err != nil {
+		return err
+	}
+	if next, err := in.next(); err != io.EOF {
+		return errors.Join(err, fmt.Errorf("the sandbox sends more than the file that was asked for: %v", next != nil))
+	}
+	return nil
+}
+
+func unpackFile(in archive, h *tar.Header, target string) error {
+	switch h.Typeflag {
+	case tar.TypeSymlink:
 		return os.Symlink(h.Linkname, target)
+	case tar.TypeReg:
+	default:
+		return errors.New("it is neither file, directory nor link")
 	}
 	f, err := os.OpenFile(target, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, fs.FileMode(h.Mode)&0o777)
 	if err != nil {
 		return err
 	}
-	_, err = io.Copy(f, in)
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Chtimes(target, h.ModTime, h.ModTime)
+	if err := errors.Join(in.write(f), f.Close()); err != nil {
+		return err
 	}
-	if err == nil {
-		if next, nerr := in.Next(); nerr != io.EOF {
-			err = errors.Join(nerr, fmt.Errorf("the sandbox sends more than the file that was asked for: %v", next))
-		}
-	}
-	return err
+	return os.Chtimes(target, h.ModTime, h.ModTime)
 }
 
-// unpack writes the directory of a tar to a directory, below which everything stays: links that lead out of it are not followed.
-func unpack(from io.Reader, base, target string, warn io.Writer) error {
+// unpackDir writes to a directory, below which everything stays: links that lead out of it are not followed.
+func unpackDir(in archive, h *tar.Header, base, target string, warn io.Writer) error {
 	if err := os.MkdirAll(target, 0o755); err != nil {
 		return err
 	}
@@ -300,33 +353,32 @@ func unpack(from io.Reader, base, target string, warn io.Writer) error {
 		return err
 	}
 	defer root.Close()
-	type mode struct {
+	type dir struct {
 		name string
-		h    *tar.Header
+		mode fs.FileMode
+		at   time.Time
 	}
-	var dirs []mode
-	for in := tar.NewReader(from); ; {
-		h, err := in.Next()
-		if err == io.EOF {
-			break
-		}
-		if err != nil {
-			return err
-		}
+	var dirs []dir
+	for ; err == nil; h, err = in.next() {
 		name, ok := below(h.Name, base)
 		if !ok {
-			return fmt.Errorf("the sandbox sends %.60q, which is not below what was asked for", h.Name)
+			return fmt.Errorf("the sandbox sends %.60q, which is not below what was asked for", printable(h.Name))
 		}
 		if h.Typeflag == tar.TypeDir {
-			dirs = append(dirs, mode{name, h})
+			if dirs = append(dirs, dir{name, fs.FileMode(h.Mode) & 0o777, h.ModTime}); len(dirs) > maxDirs {
+				return fmt.Errorf("there are more than %d directories", maxDirs)
+			}
 		}
 		if err := unpackOne(root, in, h, name, base, warn); err != nil {
 			return err
 		}
 	}
+	if err != io.EOF {
+		return err
+	}
 	for i := len(dirs) - 1; i >= 0; i-- { // what is in them is written by now
 		d := dirs[i]
-		if err := errors.Join(root.Chmod(d.name, fs.FileMode(d.h.Mode)&0o777), root.Chtimes(d.name, d.h.ModTime, d.h.ModTime)); err != nil {
+		if err := errors.Join(root.Chmod(d.name, d.mode), root.Chtimes(d.name, d.at, d.at)); err != nil {
 			return err
 		}
 	}
@@ -346,7 +398,7 @@ func below(name, base string) (string, bool) {
 	return name, name == "." || filepath.IsLocal(name)
 }
 
-func unpackOne(root *os.Root, in io.Reader, h *tar.Header, name, base string, warn io.Writer) error {
+func unpackOne(root *os.Root, in archive, h *tar.Header, name, base string, warn io.Writer) error {
 	if h.Typeflag == tar.TypeDir {
 		return root.MkdirAll(name, 0o700)
 	}
@@ -359,11 +411,10 @@ func unpackOne(root *os.Root, in io.Reader, h *tar.Header, name, base string, wa
 		if err != nil {
 			return err
 		}
-		_, err = io.Copy(f, in)
-		if err = errors.Join(err, f.Close()); err == nil {
-			err = root.Chtimes(name, h.ModTime, h.ModTime)
+		if err := errors.Join(in.write(f), f.Close()); err != nil {
+			return err
 		}
-		return err
+		return root.Chtimes(name, h.ModTime, h.ModTime)
 	case tar.TypeSymlink, tar.TypeLink:
 		if err := root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err

@@ -45,8 +45,8 @@ func (a *app) execCommand() *cobra.Command {
 	var e execution
 	c := &cobra.Command{Use: "exec ID [flags] -- COMMAND [ARGUMENT]...", Short: "Run a command in a sandbox", ValidArgsFunction: a.completeSandboxes,
 		Long: `Run a command in a sandbox. Its output is ours, and so is its exit code: 126 is of a command that cannot be run, 127 of one that is not there, 125 of a failure
-of soulbox itself, 128 and more of a signal. Signals are passed on; Ctrl-C three times kills it. Nothing of its output is lost when the connection or the server is: it goes on
-where it was. A command whose soulbox is gone is killed after a minute, if not begun with --detach.`,
+of soulbox itself, 128 and more of a signal. Signals are passed on; Ctrl-C three times, or SIGTERM twice, kills it. Nothing of its output is lost when the connection or the server
+is: it goes on where it was. A command whose soulbox was killed by SIGKILL is killed by its server after a minute, if not begun with --detach.`,
 		Example: "  soulbox exec ID -- uname -a\n  soulbox exec ID -- sh -c 'echo $HOME'\n  tar cf - dir | soulbox exec -i ID -- tar xf -\n  soulbox exec -it ID -- bash\n  soulbox exec ID --detach -- python3 -m http.server",
 		Args: func(c *cobra.Command, args []string) error {
 			if len(args) == 0 || c.ArgsLenAtDash() == 0 {
@@ -75,7 +75,7 @@ func asExec(err error) error {
 		return err
 	case errors.As(err, &start):
 		return exitError{start.Exit, err}
-	case errors.Is(err, syscall.EPIPE):
+	case isPipe(err):
 		return exitError{code: exitPipe}
 	}
 	return exitError{exitExec, err}
@@ -138,11 +138,13 @@ func (a *app) piped(outer context.Context, b box, cmd client.Command) error {
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2)
 	defer signal.Stop(signals)
+	var begun atomic.Pointer[client.Session]
+	go a.passSignals(ctx, &begun, signals, cancel)
 	s, err := b.at.Start(ctx, b.ID, cmd, a.again(b.ID))
 	if err != nil {
-		return err
+		return errors.Join(context.Cause(ctx), err)
 	}
-	go a.passSignals(ctx, s, signals, cancel)
+	begun.Store(s)
 	if cmd.Stdin {
 		go func() {
 			if err := send(ctx, s, a.stdin); err != nil {
@@ -152,7 +154,9 @@ func (a *app) piped(outer context.Context, b box, cmd client.Command) error {
 	}
 	exit, err := s.Follow(ctx, inertly(a.stdout), inertly(a.stderr), nil)
 	if err != nil {
-		a.end(s)
+		if !errors.Is(err, client.ErrPaused) { // to kill it would wake its sandbox
+			a.end(s)
+		}
 		return err
 	}
 	return result(exit)
@@ -246,9 +250,10 @@ func unlessOver(err error) error {
 	return nil
 }
 
-// passSignals passes signals on, and kills what does not end by them.
-func (a *app) passSignals(ctx context.Context, s *client.Session, signals <-chan os.Signal, cancel context.CancelCauseFunc) {
-	interrupts := 0
+// passSignals passes signals on, as if the command were here. The third Ctrl-C, the second SIGTERM and the end of our terminal kill it.
+func (a *app) passSignals(ctx context.Context, begun *atomic.Pointer[client.Session], signals <-chan os.Signal, cancel context.CancelCauseFunc) {
+	counts := map[syscall.Signal]int{}
+	_, atTerminal := terminalOf(a.stdin)
 	for {
 		var sig syscall.Signal
 		select {
@@ -258,13 +263,14 @@ func (a *app) passSignals(ctx context.Context, s *client.Session, signals <-chan
 			sig = one.(syscall.Signal)
 		}
 		over := exitError{code: 128 + int(sig)}
-		switch sig {
-		case syscall.SIGINT:
-			if interrupts++; interrupts >= 3 {
-				cancel(over)
-				return
-			}
-		case syscall.SIGTERM, syscall.SIGHUP:
+		s := begun.Load()
+		counts[sig]++
+		if s == nil || counts[sig] >= map[syscall.Signal]int{syscall.SIGINT: 3, syscall.SIGTERM: 2}[sig] && (sig == syscall.SIGINT || sig == syscall.SIGTERM) {
+			cancel(over)
+			time.AfterFunc(2*killTime, func() { os.Exit(over.code) }) // who reads our output may never do so again
+			return
+		}
+		if sig == syscall.SIGHUP && atTerminal {
 			time.AfterFunc(killTime, func() { cancel(over) })
 		}
 		go func() {
@@ -281,7 +287,7 @@ func (a *app) passSignals(ctx context.Context, s *client.Session, signals <-chan
 func (a *app) end(s *client.Session) {
 	ctx, cancel := context.WithTimeout(context.Background(), killTime)
 	defer cancel()
-	if err := s.Signal(ctx, syscall.SIGKILL); err != nil && unlessOver(err) != nil {
+	if err := s.Kill(ctx); err != nil && unlessOver(err) != nil {
 		fmt.Fprintf(a.stderr, "soulbox: process %d could not be killed, and may go on for a while: %v\n", s.PID, err) // nobody else can be told
 	}
 }
@@ -386,7 +392,7 @@ func (a *app) killCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return b.at.Signal(c.Context(), b.ID, p.PID, sig)
+			return b.at.Signal(c.Context(), b.ID, p, sig)
 		}}
 	c.Flags().StringVarP(&name, "signal", "s", "TERM", "`name` or number of the signal")
 	return c

@@ -3,6 +3,8 @@ package main
 import (
 	"archive/tar"
 	"bytes"
+	"errors"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -87,6 +89,7 @@ func TestUnpackHostile(t *testing.T) {
 		"through a link":           {link(tar.TypeSymlink, "dir/l", ".."), file("dir/l/evil")},
 		"through an absolute link": {link(tar.TypeSymlink, "dir/l", "/tmp"), file("dir/l/evil")},
 		"a hard link out":          {link(tar.TypeLink, "dir/l", "../evil")},
+		"made of nothing":          {{Name: "dir/s", Typeflag: tar.TypeReg, Mode: 0o644, Size: 1, PAXRecords: map[string]string{"SOULBOX.x": "1"}}, file("../evil")},
 		"the base a link":          {link(tar.TypeSymlink, "dir", ".."), file("dir/evil")},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -104,7 +107,15 @@ func TestUnpackHostile(t *testing.T) {
 				t.Fatal(err)
 			}
 			root := t.TempDir()
-			err := unpack(bytes.NewReader(text.Bytes()), "dir", filepath.Join(root, "in", "target"), &text)
+			if headers[0].Name != "dir" { // as honest ones begin
+				var whole bytes.Buffer
+				first := tar.NewWriter(&whole)
+				if err := errors.Join(first.WriteHeader(&tar.Header{Name: "dir/", Typeflag: tar.TypeDir, Mode: 0o755}), first.Flush()); err != nil {
+					t.Fatal(err)
+				}
+				text = *bytes.NewBuffer(append(whole.Bytes(), text.Bytes()...))
+			}
+			err := unpack(t.Context(), bytes.NewReader(text.Bytes()), "dir", filepath.Join(root, "in", "target"), &text)
 			if err == nil {
 				t.Error("it is taken")
 			}
@@ -113,14 +124,14 @@ func TestUnpackHostile(t *testing.T) {
 					t.Errorf("evil is in %s", place)
 				}
 			}
-			if err := unpackFile(bytes.NewReader(text.Bytes()), "asked", filepath.Join(root, "asked")); err == nil {
+			if err := unpack(t.Context(), bytes.NewReader(text.Bytes()), "asked", filepath.Join(root, "asked"), io.Discard); err == nil {
 				t.Error("it is taken for another file")
 			}
 		})
 	}
 	var text bytes.Buffer
 	w := tar.NewWriter(&text)
-	if err := w.WriteHeader(file("dir/run")); err != nil {
+	if err := errors.Join(w.WriteHeader(&tar.Header{Name: "dir/", Typeflag: tar.TypeDir, Mode: 0o755}), w.WriteHeader(file("dir/run"))); err != nil {
 		t.Fatal(err)
 	}
 	_, _ = w.Write([]byte("x"))
@@ -128,7 +139,7 @@ func TestUnpackHostile(t *testing.T) {
 		t.Fatal(err)
 	}
 	target := filepath.Join(t.TempDir(), "target")
-	if err := unpack(&text, "dir", target, &text); err != nil {
+	if err := unpack(t.Context(), &text, "dir", target, io.Discard); err != nil {
 		t.Fatal(err)
 	}
 	if info, err := os.Stat(filepath.Join(target, "run")); err != nil || info.Mode() != 0o755 {

@@ -7,9 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/signal"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -74,18 +76,18 @@ func (a *app) run(args []string) int {
 	}
 	root := a.root()
 	root.SetArgs(args)
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	ctx, signalled, stop := interruptible()
 	defer stop()
 	err := root.ExecuteContext(ctx)
 	var exit exitError
 	switch {
 	case err == nil:
 		return 0
-	case errors.As(err, &exit):
-	case errors.Is(err, syscall.EPIPE):
+	case errors.As(err, &exit) && (exit.code != exitExec || ctx.Err() == nil):
+	case isPipe(err):
 		return exitPipe
 	case ctx.Err() != nil:
-		return 128 + int(syscall.SIGINT)
+		return 128 + int(signalled())
 	case errors.As(err, new(usageError)), strings.HasPrefix(err.Error(), "unknown "):
 		exit.code, exit.err = exitUsage, err
 	default:
@@ -95,6 +97,31 @@ func (a *app) run(args []string) int {
 		fmt.Fprintf(inertly(a.stderr), "soulbox: %s\n", a.explain(exit.err)) // there is nobody left to tell
 	}
 	return exit.code
+}
+
+// interruptible is a context that ends with the first signal. A second Ctrl-C ends the program at once; other signals may come many times, as from the
+// kernel for each thread of a parent that dies.
+func interruptible() (ctx context.Context, signalled func() syscall.Signal, stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	var which atomic.Int64
+	go func() {
+		for s := range signals {
+			if ctx.Err() != nil && s == syscall.SIGINT {
+				os.Exit(128 + int(syscall.SIGINT))
+			}
+			which.CompareAndSwap(0, int64(s.(syscall.Signal)))
+			cancel()
+		}
+	}()
+	return ctx, func() syscall.Signal { return syscall.Signal(which.Load()) }, func() { signal.Stop(signals) }
+}
+
+// isPipe says whether an error is that of our stdout, which nobody reads any more.
+func isPipe(err error) bool {
+	var pe *fs.PathError
+	return errors.Is(err, syscall.EPIPE) && errors.As(err, &pe) && pe.Path == "/dev/stdout"
 }
 
 // explain adds to an error what to do, where that is known.

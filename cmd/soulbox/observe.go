@@ -31,11 +31,11 @@ func (a *app) logsCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			q := client.LogQuery{Level: level, Limit: limit}
+			q := client.LogQuery{Level: level, Source: source, Limit: limit}
 			if since > 0 {
 				q.Since, q.Limit = time.Now().Add(-since), maxLogs
 			}
-			return a.logs(c.Context(), b, q, source, follow)
+			return a.logs(c.Context(), b, q, follow)
 		}}
 	f := c.Flags()
 	f.BoolVarP(&follow, "follow", "f", false, "go on until the sandbox has ended")
@@ -51,7 +51,7 @@ func (a *app) logsCommand() *cobra.Command {
 const maxLogs = 1000
 
 // logs shows a log, in pages, and goes on if that is wanted.
-func (a *app) logs(ctx context.Context, b box, q client.LogQuery, source string, follow bool) error {
+func (a *app) logs(ctx context.Context, b box, q client.LogQuery, follow bool) error {
 	seen := map[string]bool{} // those of the last moment, which the next page begins with again
 	for {
 		list, err := b.at.Logs(ctx, b.ID, q)
@@ -73,9 +73,6 @@ func (a *app) logs(ctx context.Context, b box, q client.LogQuery, source string,
 				q.Since, seen = at, map[string]bool{}
 			}
 			seen[key] = true
-			if source != "" && e.Fields["source"] != source {
-				continue
-			}
 			colour := map[string]string{"warn": yellow, "error": red, "debug": dim}[e.Level]
 			if err := a.printf("%s %-5s %-7s %s\n", a.coloured(dim, e.Time.Local().Format("2006-01-02 15:04:05.000")), a.coloured(colour, e.Level), e.Fields["source"], printable(e.Message)); err != nil {
 				return err
@@ -210,8 +207,12 @@ func (a *app) watchCommand() *cobra.Command {
 				if next, err := again(ctx); err == nil {
 					at = next
 				}
-				if sb, err := at.Sandbox(ctx, b.ID); err == nil && (sb.State == "killed" || sb.State == "failed") {
+				sb, err := at.Sandbox(ctx, b.ID)
+				if err == nil && (sb.State == "killed" || sb.State == "failed") {
 					return fmt.Errorf("sandbox %s has ended: %s", b.ID, sb.Cause)
+				}
+				if err == nil && sb.State == "paused" { // to watch it would wake it
+					return fmt.Errorf("sandbox %s was paused; 'soulbox sandbox resume %s' has it go on", b.ID, b.ID)
 				}
 			}
 		}}

@@ -122,6 +122,8 @@ const (
 
 // start starts a server that serves this user alone, and ends by itself when nobody needs it.
 func (a *app) start(ctx context.Context) ([]server, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, startTime, errors.New("no server could be started in time; its log is local.log in its state directory"))
+	defer cancel()
 	program, err := a.findServer()
 	if err != nil {
 		return nil, err
@@ -157,7 +159,13 @@ func (a *app) start(ctx context.Context) ([]server, error) {
 			if werr != nil {
 				return nil, fmt.Errorf("no server could be started: %s", strings.TrimPrefix(strings.TrimSpace(said.String()), "soulbox-mcp: "))
 			}
-			over = nil // another one was faster
+			if time.Now().After(end) {
+				return nil, errors.New("another server of yours is about to end, and does not")
+			}
+			if !pause(ctx, 10*startPoll) {
+				return nil, context.Cause(ctx)
+			}
+			return a.start(ctx) // another one was faster, or is just about to end
 		case <-time.After(startPoll):
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)

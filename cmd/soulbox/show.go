@@ -220,7 +220,7 @@ func (a *app) coloured(colour, text string) string {
 
 // repaint shows the same place of a terminal again and again; elsewhere what is new is written below.
 func (a *app) repaint(w io.Writer, text string) error {
-	if a.colours() {
+	if _, ok := terminalOf(w); ok {
 		text = "\x1b[H\x1b[2J" + text
 	}
 	_, err := io.WriteString(w, text)

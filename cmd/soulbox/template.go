@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/BurntSushi/toml"
@@ -52,11 +53,12 @@ func (a *app) initCommand() *cobra.Command {
 	c := &cobra.Command{Use: "init [DIRECTORY]", Short: "Begin a template", Args: cobra.MaximumNArgs(1),
 		Long:    "Write a commented Dockerfile and soulbox.toml into a directory. What no flag says is asked for, if there is a terminal. Files that are there are left alone.",
 		Example: "  soulbox template init\n  soulbox template init web --name web --from base --start 'python3 -m http.server'",
-		RunE: func(_ *cobra.Command, args []string) error {
+		RunE: func(c *cobra.Command, args []string) error {
 			dir := "."
 			if len(args) > 0 {
 				dir = args[0]
 			}
+			defer context.AfterFunc(c.Context(), func() { os.Exit(128 + int(syscall.SIGINT)) })() // a read of stdin knows nothing of it
 			return a.init(dir, conf, from)
 		}}
 	c.Flags().StringVar(&conf.Name, "name", "", "`name` of the template")

@@ -108,6 +108,8 @@ func (a *app) atTerminal(outer context.Context, b box, begin func(context.Contex
 	}
 	raw := here && input
 	if raw {
+		// Whose guard was killed is in the background, where to read or restore the terminal would stop it (termios(3), tcsetattr).
+		signal.Ignore(syscall.SIGTTIN, syscall.SIGTTOU)
 		saved, err := term.MakeRaw(fd)
 		if err != nil {
 			a.endOurs(s, ours)
@@ -131,10 +133,13 @@ func (a *app) atTerminal(outer context.Context, b box, begin func(context.Contex
 	if errors.Is(err, errDetached) {
 		return a.leave(b, s, ours)
 	}
+	if errors.Is(err, client.ErrPaused) {
+		ours = false // it stays as it is
+	}
 	if err != nil {
 		a.endOurs(s, ours)
 		if outer.Err() != nil {
-			err = exitError{code: 128 + int(syscall.SIGTERM)}
+			err = context.Canceled // the signal says how it ends
 		}
 		fmt.Fprint(a.stderr, "\r\n") // what comes next begins a line
 	}
@@ -171,39 +176,112 @@ const (
 	keyNow   = 'Q' & 0x1f
 )
 
-// typed sends what is typed. It gives errDetached for the keys that leave.
+// maxTyped is how much may wait for a process that reads nothing, in bytes; more is lost, as at a terminal.
+const maxTyped = 1 << 20
+
+// typed sends what is typed, and knows the keys that leave also while nothing can be sent. It gives errDetached for them.
 func typed(ctx context.Context, s *client.Session, from io.Reader) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	keys := &queue{changed: make(chan struct{}, 1)}
+	sent := make(chan error, 1)
+	go func() { sent <- keys.send(ctx, s) }()
 	part := make([]byte, 4096)
 	held := false // keyLeave was typed
 	for {
 		n, err := from.Read(part)
-		var out []byte
+		left := false
 		for _, key := range part[:n] {
 			switch {
 			case held && key == keyNow:
-				return errDetached
+				left = true
 			case key == keyLeave && !held:
 				held = true
 				continue
 			case held && key != keyLeave:
-				out, held = append(out, keyLeave), false
+				keys.add(keyLeave)
+				held = false
 			}
-			out = append(out, key)
+			if left {
+				break
+			}
+			keys.add(key)
 		}
-		if len(out) > 0 {
-			if werr := s.Write(ctx, out); werr != nil {
-				var told *client.Error
-				if unlessOver(werr) == nil {
-					return nil
-				}
-				if errors.As(werr, &told) {
-					return werr
-				}
-				// What was typed while the connection broke may be lost: it is typed again by who misses it.
+		if left {
+			keys.end()
+			select { // what was typed before
+			case <-sent:
+			case <-time.After(time.Second):
 			}
+			return errDetached
 		}
 		if err != nil {
 			return context.Canceled // the terminal is gone
+		}
+		select {
+		case err := <-sent:
+			return err
+		default:
+		}
+	}
+}
+
+// queue are keys that are to be sent.
+type queue struct {
+	mu      sync.Mutex
+	keys    []byte
+	over    bool
+	changed chan struct{}
+}
+
+func (q *queue) add(key byte) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if len(q.keys) < maxTyped {
+		q.keys = append(q.keys, key)
+	}
+	q.tell()
+}
+
+func (q *queue) end() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.over = true
+	q.tell()
+}
+
+func (q *queue) tell() {
+	select {
+	case q.changed <- struct{}{}:
+	default:
+	}
+}
+
+func (q *queue) take() (keys []byte, over bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	keys, q.keys = q.keys, nil
+	return keys, q.over
+}
+
+// send sends what comes, until there is no more. What was on its way while the connection broke may be lost: who misses it types it again.
+func (q *queue) send(ctx context.Context, s *client.Session) error {
+	for {
+		select {
+		case <-q.changed:
+		case <-ctx.Done():
+			return nil
+		}
+		keys, over := q.take()
+		if len(keys) > 0 {
+			err := s.Write(ctx, keys)
+			var told *client.Error
+			if errors.As(err, &told) && unlessOver(err) != nil {
+				return err
+			}
+		}
+		if over {
+			return nil
 		}
 	}
 }
@@ -349,7 +427,7 @@ func (a *app) tidyUp(told string) {
 	defer cancel()
 	b, err := a.find(ctx, id)
 	if err == nil {
-		err = b.at.Signal(ctx, b.ID, pid, syscall.SIGKILL)
+		err = b.at.Signal(ctx, b.ID, client.Process{PID: pid}, syscall.SIGKILL)
 	}
 	if err != nil && unlessOver(err) != nil {
 		fmt.Fprintf(a.stderr, "soulbox: process %d of sandbox %s may go on for a while: %v\n", pid, id, err)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"fmt"
 	"os"
 	"os/exec"
@@ -199,7 +200,7 @@ func TestKilledAtTerminal(t *testing.T) {
 			c.typed("\n")
 			c.shows(`ready> $`)
 			c.sane()
-			sandboxtest.Eventually(t, "nothing goes on", func() bool { return strings.Count(s.run(t, "ps", id), "\n") == 1 })
+			sandboxtest.Eventually(t, fmt.Sprintf("nothing goes on, after %s, inner %v", sig, inner), func() bool { return strings.Count(s.run(t, "ps", id), "\n") == 1 })
 		}
 	}
 	// What somebody else has begun, as an agent may have, is not ours to end.
@@ -228,7 +229,7 @@ func TestKilledExec(t *testing.T) {
 	for sig, script := range map[syscall.Signal]string{
 		syscall.SIGINT:  "exec sleep 1000",
 		syscall.SIGTERM: "exec sleep 1000",
-		syscall.SIGHUP:  "trap '' HUP; while :; do sleep 1; done", // ends by SIGKILL, after a while
+		syscall.SIGHUP:  "exec sleep 1000",
 	} {
 		cmd := s.command("exec", id, "--", "sh", "-c", script)
 		var stderr strings.Builder
@@ -245,6 +246,50 @@ func TestKilledExec(t *testing.T) {
 		}
 		sandboxtest.Eventually(t, "nothing goes on", func() bool { return strings.Count(s.run(t, "ps", id), "\n") == 1 })
 	}
+	// One that takes no notice: the second SIGTERM kills it. And a reload is no end.
+	stubborn := s.command("exec", id, "--", "sh", "-c", "trap 'echo again' TERM; trap 'echo reloaded' HUP; echo begun; while :; do sleep 0.1; done")
+	out, err := stubborn.StdoutPipe()
+	if err == nil {
+		err = stubborn.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewScanner(out)
+	for _, step := range []struct {
+		says string
+		then syscall.Signal
+	}{{"begun", syscall.SIGHUP}, {"reloaded", syscall.SIGTERM}, {"again", syscall.SIGTERM}} {
+		if !lines.Scan() || lines.Text() != step.says {
+			t.Fatalf("%q, want %q", lines.Text(), step.says)
+		}
+		if err := stubborn.Process.Signal(step.then); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := stubborn.Wait(); err == nil || stubborn.ProcessState.ExitCode() != 143 {
+		t.Errorf("%v", err)
+	}
+	sandboxtest.Eventually(t, "nothing goes on", func() bool { return strings.Count(s.run(t, "ps", id), "\n") == 1 })
+	// To pause it is not undone by who follows it.
+	follower := s.command("exec", id, "--", "sleep", "1000")
+	if err := follower.Start(); err != nil {
+		t.Fatal(err)
+	}
+	sandboxtest.Eventually(t, "it runs", func() bool { return strings.Contains(s.run(t, "ps", id), "running") })
+	s.run(t, "sandbox", "pause", id)
+	if err := follower.Wait(); err == nil || follower.ProcessState.ExitCode() != exitExec {
+		t.Errorf("%v", err)
+	}
+	if list := s.run(t, "sandbox", "list"); !strings.Contains(list, "paused") {
+		t.Error(list)
+	}
+	s.run(t, "sandbox", "resume", id)
+	if ps := s.run(t, "ps", id); !strings.Contains(ps, "sleep 1000") {
+		t.Errorf("it is not there any more:\n%s", ps)
+	}
+	s.run(t, "kill", id, strings.Fields(strings.Split(s.run(t, "ps", id), "\n")[1])[0], "-s", "KILL")
+	sandboxtest.Eventually(t, "nothing goes on", func() bool { return strings.Count(s.run(t, "ps", id), "\n") == 1 })
 	// A reader that has enough.
 	cmd := exec.Command("sh", "-c", "soulbox exec "+id+" -- yes | head -1")
 	cmd.Env = s.env
