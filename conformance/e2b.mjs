@@ -24,7 +24,7 @@ async function check(name, only, run) {
     console.log(`ok ${name} ${(performance.now() - began) | 0} ms`);
   } catch (e) {
     failed++;
-    console.log(`FAIL ${name}: ${e}\n${e?.stack ?? ""}`);
+    console.log(`FAIL ${name}: ${e} ${e?.cause ?? ""}\n${e?.stack ?? ""}`);
   }
 }
 
