@@ -63,3 +63,10 @@ func (s *Server) configure(c Config) error {
 	s.guard.wake()
 	return s.groups.limit(c.MaxProcesses, c.MaxMemory)
 }
+
+// givenEnv is what processes are given beside what each of them names.
+func (s *Server) givenEnv() map[string]string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return maps.Clone(s.config.Env)
+}

@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -483,13 +482,6 @@ func (s *Server) callFiles(ctx context.Context, req *jsonrpc2.Request) (any, err
 		return on(req, func(r SearchRequest) (SearchResult, error) { return s.search(ctx, r) })
 	}
 	return nil, invalid(unknownCall+" %q", clip(req.Method, 40))
-}
-
-// givenEnv is what processes are given beside what each of them names.
-func (s *Server) givenEnv() map[string]string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return maps.Clone(s.config.Env)
 }
 
 // on decodes the arguments of a call and makes it.

@@ -4,9 +4,9 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -220,8 +220,8 @@ func (c *Control) port(r *call) (*sandbox.Sandbox, int, error) {
 	if err != nil {
 		return nil, 0, err
 	}
-	port := 0
-	if _, err := fmt.Sscanf(r.PathValue("port"), "%d", &port); err != nil || fmt.Sprint(port) != r.PathValue("port") || port < 1 || port > 65535 {
+	port, err := strconv.Atoi(r.PathValue("port"))
+	if err != nil || strconv.Itoa(port) != r.PathValue("port") || port < 1 || port > 65535 {
 		return nil, 0, refuse(http.StatusBadRequest, "a port is a number from 1 to 65535, not %.40q", r.PathValue("port"))
 	}
 	return sb, port, nil

@@ -72,9 +72,6 @@ func (c *Client) Where() string {
 	return c.base.String()
 }
 
-// Local says that the server is reached by its socket.
-func (c *Client) Local() bool { return c.o.Socket != "" }
-
 // signed adds to requests what proves whose they are.
 type signed struct {
 	*Client

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"io"
 	"net/url"
-	"strconv"
 	"time"
 
 	"connectrpc.com/connect"
@@ -13,8 +12,6 @@ import (
 	fs "soulbox.dev/soulbox/api/envd/spec/filesystem"
 	"soulbox.dev/soulbox/api/envd/spec/filesystem/filesystemconnect"
 )
-
-func itoa(n int) string { return strconv.Itoa(n) }
 
 func (c *Client) envd(sandbox string) string {
 	return c.base.JoinPath("v1", "sandboxes", sandbox, "envd").String()

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"strconv"
 	"time"
 )
 
@@ -91,7 +92,7 @@ type BuildStatus struct {
 
 // BuildStatus tells where a build stands, and some lines of its log from the nth on.
 func (c *Client) BuildStatus(ctx context.Context, name, build string, n int) (s BuildStatus, err error) {
-	q := url.Values{"logsOffset": {itoa(n)}}
+	q := url.Values{"logsOffset": {strconv.Itoa(n)}}
 	err = c.call(ctx, "GET", "/templates/"+url.PathEscape(name)+"/builds/"+build+"/status", q, nil, &s)
 	return s, err
 }

@@ -142,7 +142,6 @@ func (p *place) keep(ctx context.Context, w http.ResponseWriter) (over func()) {
 	return func() {
 		if !stop() {
 			<-cut // it uses w
-			return
 		}
 		idle.Over()
 	}

@@ -1,6 +1,7 @@
 package envd
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net/http"
@@ -13,9 +14,9 @@ type Idle struct {
 	c     *http.ResponseController
 	limit time.Duration
 
-	mu   sync.Mutex
-	last time.Time
-	cut  bool
+	mu    sync.Mutex
+	last  time.Time
+	ended bool // by Cut or Over: what moves later is no business of this connection
 }
 
 // NewIdle makes one that waits for the first move.
@@ -24,32 +25,52 @@ func NewIdle(w http.ResponseWriter, limit time.Duration) *Idle {
 }
 
 // Moves says that something has moved.
-func (i *Idle) Moves() {
+func (i *Idle) Moves() { i.move() }
+
+// move is Moves, and says whether the request is still served.
+func (i *Idle) move() bool {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if now := time.Now(); !i.cut && now.Sub(i.last) > time.Second {
+	if now := time.Now(); !i.ended && now.Sub(i.last) > time.Second {
 		i.last = now
 		i.until(now.Add(i.limit))
 	}
+	return !i.ended
 }
 
 // Cut ends the connection now, whatever moves later.
 func (i *Idle) Cut() {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	i.cut = true
-	i.until(time.Unix(1, 0))
+	if !i.ended {
+		i.ended = true
+		i.until(time.Unix(1, 0))
+	}
 }
 
-// Over leaves the connection to the next request.
+// Over leaves the connection to the next request. Where a write has failed before, net/http sends no more on it.
 func (i *Idle) Over() {
 	i.mu.Lock()
 	defer i.mu.Unlock()
+	i.ended = true
 	i.until(time.Time{})
 }
 
 func (i *Idle) until(t time.Time) {
 	_ = errors.Join(i.c.SetReadDeadline(t), i.c.SetWriteDeadline(t)) // where there are none it goes on without
+}
+
+// Waits keeps the connection while something is waited for that may take any time, until over is called.
+func (i *Idle) Waits() (over func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	var next func()
+	next = func() {
+		if ctx.Err() == nil && i.move() {
+			time.AfterFunc(i.limit/2, next)
+		}
+	}
+	timer := time.AfterFunc(i.limit/2, next)
+	return func() { cancel(); timer.Stop() }
 }
 
 // Reader is a body of which every read is a move.

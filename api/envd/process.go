@@ -374,21 +374,7 @@ func (p *place) write(ctx context.Context, process agent.Process, input *pb.Proc
 	default:
 		return errorf(connect.CodeInvalidArgument, "there is no input: give stdin or pty")
 	}
-	// A process may not read for long: that is no reason to take the connection for dead.
-	moving := time.NewTicker(idleTime / 2)
-	defer moving.Stop()
-	over := make(chan struct{})
-	defer close(over)
-	go func() {
-		for {
-			select {
-			case <-moving.C:
-				p.idle.Moves()
-			case <-over:
-				return
-			}
-		}
-	}()
+	defer p.idle.Waits()() // a process may not read for long
 	_, err := p.client.WriteStdin(ctx, process.ID, text, false)
 	return err
 }

@@ -169,13 +169,7 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 		return err
 	}
 	ended := make(chan error, 1)
-	go func() {
-		if web.TLSConfig != nil {
-			ended <- web.ServeTLS(listener, "", "")
-		} else {
-			ended <- web.Serve(listener)
-		}
-	}()
+	go func() { ended <- serveOn(web, listener) }()
 	s.log.Info("serving", "version", version, "url", at+"/mcp", "state_dir", c.stateDir, "runsc", c.runsc)
 	if _, err := fmt.Fprintln(stdout, at+"/mcp"); err != nil {
 		s.log.Warn("tell the address", "error", err)
@@ -197,6 +191,13 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 		return errors.Join(fmt.Errorf("end: %w", err), web.Close())
 	}
 	return nil
+}
+
+func serveOn(web *http.Server, listener net.Listener) error {
+	if web.TLSConfig != nil {
+		return web.ServeTLS(listener, "", "")
+	}
+	return web.Serve(listener)
 }
 
 // web is the HTTP server of everything.

@@ -129,7 +129,7 @@ func (t transfer) in(ctx context.Context, from, to string) error {
 	case strings.HasSuffix(to, "/") && !info.IsDir():
 		return exitError{exitFailed, fmt.Errorf("there is no directory %s in the sandbox", to)}
 	}
-	_, total, err := walk(ctx, from, nil)
+	total, err := walk(ctx, from, nil)
 	if err != nil {
 		return exitError{exitFailed, err}
 	}
@@ -139,7 +139,7 @@ func (t transfer) in(ctx context.Context, from, to string) error {
 	defer r.Close()
 	go func() {
 		out := tar.NewWriter(w)
-		_, _, err := walk(ctx, from, func(rel string, info fs.FileInfo, link string) error {
+		_, err := walk(ctx, from, func(rel string, info fs.FileInfo, link string) error {
 			if path.Join(name, rel) == "." { // it is there, and may be another user's
 				return nil
 			}
@@ -151,7 +151,7 @@ func (t transfer) in(ctx context.Context, from, to string) error {
 }
 
 // walk visits a file, or a directory and all below it, and sums their sizes; rel is below root, and "." is that itself.
-func walk(ctx context.Context, root string, each func(rel string, info fs.FileInfo, link string) error) (files int, total int64, err error) {
+func walk(ctx context.Context, root string, each func(rel string, info fs.FileInfo, link string) error) (total int64, err error) {
 	err = filepath.WalkDir(root, func(name string, d fs.DirEntry, err error) error {
 		if err == nil {
 			err = context.Cause(ctx)
@@ -167,7 +167,6 @@ func walk(ctx context.Context, root string, each func(rel string, info fs.FileIn
 		switch {
 		case info.Mode().IsRegular():
 			total += info.Size()
-			files++
 		case info.Mode()&fs.ModeSymlink != 0:
 			if link, err = os.Readlink(name); err != nil {
 				return err
@@ -181,7 +180,7 @@ func walk(ctx context.Context, root string, each func(rel string, info fs.FileIn
 		}
 		return each(filepath.ToSlash(rel), info, link)
 	})
-	return files, total, err
+	return total, err
 }
 
 // add writes one file to a tar, as nobody's in particular.

@@ -265,7 +265,7 @@ func (a *app) passSignals(ctx context.Context, begun *atomic.Pointer[client.Sess
 		over := exitError{code: 128 + int(sig)}
 		s := begun.Load()
 		counts[sig]++
-		if s == nil || counts[sig] >= map[syscall.Signal]int{syscall.SIGINT: 3, syscall.SIGTERM: 2}[sig] && (sig == syscall.SIGINT || sig == syscall.SIGTERM) {
+		if s == nil || sig == syscall.SIGINT && counts[sig] == 3 || sig == syscall.SIGTERM && counts[sig] == 2 {
 			cancel(over)
 			time.AfterFunc(2*killTime, func() { os.Exit(over.code) }) // who reads our output may never do so again
 			return

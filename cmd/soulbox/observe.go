@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"slices"
 	"strconv"
 	"strings"
@@ -114,7 +113,7 @@ func (a *app) metricsCommand() *cobra.Command {
 				if err == nil && out == formatJSON {
 					err = a.json(list)
 				} else if err == nil {
-					err = a.repaintIf(watch, plotted(list))
+					err = a.repaint(a.stdout, plotted(list), watch)
 				}
 				if err != nil && c.Context().Err() == nil {
 					return err
@@ -128,14 +127,6 @@ func (a *app) metricsCommand() *cobra.Command {
 	c.Flags().DurationVar(&since, "since", 5*time.Minute, "of the last `time`")
 	out.flag(c, formatTable, formatJSON)
 	return c
-}
-
-func (a *app) repaintIf(watch bool, text string) error {
-	if watch {
-		return a.repaint(a.stdout, text)
-	}
-	_, err := io.WriteString(a.stdout, text)
-	return err
 }
 
 const plotWidth = 40 // samples

@@ -162,7 +162,7 @@ func (a *app) watchList(ctx context.Context, l client.List, out format) error {
 		}
 		if text.String() != last {
 			last = text.String()
-			if err := a.repaint(a.stdout, last); err != nil {
+			if err := a.repaint(a.stdout, last, true); err != nil {
 				return err
 			}
 		}

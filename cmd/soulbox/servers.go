@@ -147,8 +147,11 @@ func (a *app) start(ctx context.Context) ([]server, error) {
 		_, _ = said.ReadFrom(r) // until the server has ended
 		over <- cmd.Wait()
 	}()
-	for end := time.Now().Add(startTime); ; {
+	for {
 		live, err := a.running(ctx)
+		if err != nil {
+			return nil, err
+		}
 		for _, s := range live {
 			if s.Kind == "local" || s.Kind == "http" {
 				return live, nil
@@ -159,9 +162,6 @@ func (a *app) start(ctx context.Context) ([]server, error) {
 			if werr != nil {
 				return nil, fmt.Errorf("no server could be started: %s", strings.TrimPrefix(strings.TrimSpace(said.String()), "soulbox-mcp: "))
 			}
-			if time.Now().After(end) {
-				return nil, errors.New("another server of yours is about to end, and does not")
-			}
 			if !pause(ctx, 10*startPoll) {
 				return nil, context.Cause(ctx)
 			}
@@ -169,9 +169,6 @@ func (a *app) start(ctx context.Context) ([]server, error) {
 		case <-time.After(startPoll):
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
-		}
-		if err != nil || time.Now().After(end) {
-			return nil, errors.Join(err, errors.New("the server that was started does not answer; its log is local.log in its state directory"))
 		}
 	}
 }

@@ -218,9 +218,9 @@ func (a *app) coloured(colour, text string) string {
 	return colour + text + plain
 }
 
-// repaint shows the same place of a terminal again and again; elsewhere what is new is written below.
-func (a *app) repaint(w io.Writer, text string) error {
-	if _, ok := terminalOf(w); ok {
+// repaint shows a text, in the place of the one before if it is shown again and again at a terminal; elsewhere what is new is written below.
+func (a *app) repaint(w io.Writer, text string, again bool) error {
+	if _, ok := terminalOf(w); ok && again {
 		text = "\x1b[H\x1b[2J" + text
 	}
 	_, err := io.WriteString(w, text)

@@ -288,7 +288,7 @@ func readIgnored(dir string) (*patternmatcher.PatternMatcher, error) {
 // writeContext writes the files of a build as a tar, the same for the same files. The .dockerignore goes with them: the server has the last word.
 func writeContext(ctx context.Context, to io.Writer, dir string, ignored *patternmatcher.PatternMatcher) error {
 	out := tar.NewWriter(to)
-	_, _, err := walk(ctx, dir, func(rel string, info fs.FileInfo, link string) error {
+	_, err := walk(ctx, dir, func(rel string, info fs.FileInfo, link string) error {
 		if rel == "." {
 			return nil
 		}

@@ -353,9 +353,6 @@ func (a *app) guard() (err error, done bool) {
 		return asExec(err), true
 	}
 	defer r.Close()
-	signals := make(chan os.Signal, 8)
-	signal.Notify(signals, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGHUP)
-	defer signal.Stop(signals)
 	runtime.LockOSThread() // the watched one ends with the thread that has begun it (prctl(2), PR_SET_PDEATHSIG)
 	defer runtime.UnlockOSThread()
 	cmd := exec.Command(self, os.Args[1:]...)
@@ -367,21 +364,9 @@ func (a *app) guard() (err error, done bool) {
 	if err := errors.Join(cmd.Start(), w.Close()); err != nil {
 		return asExec(err), true
 	}
-	go func() {
-		for s := range signals {
-			if s == syscall.SIGTERM || s == syscall.SIGHUP { // the terminal sends the others to both
-				_ = cmd.Process.Signal(s) // it may be over
-			}
-		}
-	}()
+	defer passOn(cmd.Process)()
 	told := make(chan string, 1)
-	go func() {
-		last := ""
-		for lines := bufio.NewScanner(r); lines.Scan(); {
-			last = lines.Text()
-		}
-		told <- last
-	}()
+	go func() { told <- lastLine(r) }()
 	werr := cmd.Wait()
 	_ = term.Restore(fd, saved) // a terminal that is gone needs it no more
 	var died *exec.ExitError
@@ -401,6 +386,36 @@ func (a *app) guard() (err error, done bool) {
 		}
 	}
 	return exitError{code: code}, true
+}
+
+// passOn passes signals on to the watched program that the terminal does not send to both, until stop is called.
+func passOn(to *os.Process) (stop func()) {
+	signals := make(chan os.Signal, 8)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGHUP)
+	over := make(chan struct{})
+	go func() {
+		for {
+			select {
+			case s := <-signals:
+				if s == syscall.SIGTERM || s == syscall.SIGHUP {
+					_ = to.Signal(s) // it may be over
+				}
+			case <-over:
+				return
+			}
+		}
+	}()
+	return func() {
+		signal.Stop(signals)
+		close(over)
+	}
+}
+
+func lastLine(r io.Reader) (last string) {
+	for lines := bufio.NewScanner(r); lines.Scan(); {
+		last = lines.Text()
+	}
+	return last
 }
 
 // tellGuard says what runs in which sandbox: nothing any more, where id is empty.
