@@ -27,6 +27,7 @@ type Client struct {
 	rpc     *jsonrpc2.Conn
 	conn    *onceCloser
 	lastID  atomic.Uint64
+	heard   atomic.Int64 // bytes from the guest
 
 	mu    sync.Mutex
 	cause error // why the session ended, if it was not the pipe
@@ -49,7 +50,7 @@ func NewClient(ctx context.Context, conn io.ReadWriteCloser, version string) (_ 
 	if err := writeHello(c.conn, hello{Protocol: Protocol, Version: version}); err != nil {
 		return nil, fmt.Errorf("handshake with agent: %w: %w", err, ErrLost)
 	}
-	reader := bufio.NewReaderSize(c.conn, maxHello)
+	reader := bufio.NewReaderSize(heardReader{c.conn, &c.heard}, maxHello)
 	var guest hello
 	if err := readHello(reader, &guest); err != nil {
 		return nil, fmt.Errorf("%w: %w", err, ErrLost)

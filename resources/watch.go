@@ -2,7 +2,6 @@ package resources
 
 import (
 	"context"
-	"errors"
 	"time"
 
 	"soulbox.dev/soulbox/agent"
@@ -85,11 +84,6 @@ func keepWatching(ctx context.Context, sb *sandbox.Sandbox, over <-chan struct{}
 	}
 }
 
-// watchTime is how long a sandbox may take to begin a watch.
-const watchTime = 10 * time.Second
-
-var errSilent = errors.New("the sandbox does not answer; try again")
-
 // watchState tells of changes of the sandbox itself, and now and then besides, if every is not 0, while it runs.
 func watchState(ctx context.Context, sb *sandbox.Sandbox, changed func(), next <-chan struct{}, every time.Duration) {
 	var tick <-chan time.Time
@@ -117,7 +111,7 @@ func watchState(ctx context.Context, sb *sandbox.Sandbox, changed func(), next <
 // watchOutput tells that a process has written more, and that it has ended, until over is closed. What it wrote meanwhile is not looked at, and does
 // not pile up: while we pause, the agent waits.
 func watchOutput(ctx context.Context, client *agent.Client, process string, changed func()) (<-chan struct{}, error) {
-	begin, cancel := context.WithTimeoutCause(ctx, watchTime, errSilent)
+	begin, cancel := client.Patience(ctx, 0, agent.Silence)
 	defer cancel()
 	snap, err := client.Wait(begin, agent.WaitRequest{Process: process})
 	if err != nil {
@@ -162,14 +156,13 @@ func watchFile(ctx context.Context, client *agent.Client, path string, changed f
 			began <- err
 		}
 	}()
-	timer := time.NewTimer(watchTime)
-	defer timer.Stop()
+	begin, stop := client.Patience(ctx, 0, agent.Silence)
+	defer stop()
 	select {
 	case err := <-began:
 		return over, err
-	case <-timer.C:
-		cancel(errSilent)
-	case <-ctx.Done():
+	case <-begin.Done():
+		cancel(context.Cause(begin))
 	}
 	return nil, context.Cause(ctx)
 }

@@ -13,6 +13,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"soulbox.dev/soulbox/agent"
 )
 
 // Options configure a Manager; zero values mean the documented defaults.
@@ -29,8 +31,8 @@ type Options struct {
 	MemoryBudget int64
 	// BootTimeout bounds the time until a new sandbox' agent answers; default 60 s.
 	BootTimeout time.Duration
-	// PingEvery is how often agents are asked whether they answer; default 10 s. PingTime is how long one may take, which in a full
-	// sandbox may be long; default 20 s.
+	// PingEvery is how often agents are asked whether they answer; default 10 s. PingTime is how long one may be silent (agent.Client.Patience);
+	// default agent.Silence.
 	PingEvery, PingTime time.Duration
 	// MaxPerOwner bounds the living sandboxes of one owner; default 100.
 	MaxPerOwner int
@@ -107,7 +109,7 @@ func NewManager(opts Options) (*Manager, error) {
 		return nil, err
 	}
 	opts.BootTimeout = cmp.Or(opts.BootTimeout, time.Minute)
-	opts.PingEvery, opts.PingTime = cmp.Or(opts.PingEvery, 10*time.Second), cmp.Or(opts.PingTime, 20*time.Second)
+	opts.PingEvery, opts.PingTime = cmp.Or(opts.PingEvery, 10*time.Second), cmp.Or(opts.PingTime, agent.Silence)
 	opts.Defaults = opts.Defaults.or(DefaultLimits())
 	if opts.MemoryBudget == 0 {
 		total, err := memoryTotal()

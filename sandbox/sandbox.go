@@ -252,7 +252,7 @@ func (s *Sandbox) ping(ctx context.Context, client *agent.Client) {
 
 // answers says whether a running sandbox' agent does. One that is paused, or was meanwhile, does not have to.
 func (s *Sandbox) answers(ctx context.Context, client *agent.Client) bool {
-	ctx, cancel := context.WithTimeout(ctx, s.m.opts.PingTime)
+	ctx, cancel := client.Patience(ctx, 0, s.m.opts.PingTime)
 	defer cancel()
 	before, can := s.shift()
 	if !can {
@@ -265,7 +265,7 @@ func (s *Sandbox) answers(ctx context.Context, client *agent.Client) bool {
 		return true
 	}
 	after, can := s.shift()
-	return !can || after != before || ctx.Err() != context.DeadlineExceeded
+	return !can || after != before || context.Cause(ctx) != agent.ErrSilent
 }
 
 // shift counts the changes between running and paused, saves too, and says whether the agent can answer now.

@@ -46,7 +46,7 @@ var advice = []struct {
 	{agent.ErrCommand, "Write it to a file with file_write and run that."},
 	{agent.ErrTooLarge, "Use exec to work with it in parts."},
 	{agent.ErrLimit, "End some processes with process_signal; process_list shows them."},
-	{errSilent, "Try again: one that never answers is ended within half a minute, and the next call says so."},
+	{agent.ErrSilent, "Try again: one that never answers is ended within a minute or, if it still says other things, some; the next call says so."},
 	{agent.ErrLost, "The sandbox has ended. Call sandbox_create for a new one."},
 	{syscall.ENOSPC, "The sandbox' disk is full: remove files with file_remove or exec; sandbox_get shows how much is used."},
 	{syscall.EISDIR, "Use file_list to see what is in it, or give the path of a file."},

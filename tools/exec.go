@@ -147,7 +147,7 @@ func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
 	if ctx.Err() != nil {
 		return execOutput{}, context.Cause(ctx)
 	}
-	startCtx, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), startTime, errSilent)
+	startCtx, cancel := client.Patience(context.WithoutCancel(ctx), 0, agent.Silence)
 	defer cancel()
 	var terminal *agent.Terminal
 	if in.TTY {
@@ -179,11 +179,6 @@ func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
 	}
 	return s.show(ctx, client, sb.ID(), snap, w, chars, false)
 }
-
-// startTime is how long a sandbox has to start a process, also when it is full of others.
-const startTime = 20 * time.Second
-
-var errSilent = errors.New("the sandbox does not answer")
 
 // startSlice bounds the one round trip that starts a process and waits, since it is not cancelled.
 const startSlice = 200 * time.Millisecond

@@ -254,7 +254,7 @@ var errSlowReader = badArgument("The process does not read its stdin.")
 func listen(ctx context.Context, client *agent.Client, req agent.InputRequest, yield time.Duration) (agent.InputResult, error) {
 	quiet := min(settleTerminal, max(time.Millisecond, yield/25))
 	req.WaitMS, req.SettleMS = yield.Milliseconds(), quiet.Milliseconds()
-	ctx, cancel := context.WithTimeoutCause(ctx, yield+startTime, errSilent)
+	ctx, cancel := client.Patience(ctx, yield, agent.Silence)
 	defer cancel()
 	return client.Input(ctx, req)
 }

@@ -114,7 +114,7 @@ func (s *Service) fileWatch(ctx context.Context, in fileWatchInput) (fileWatchOu
 
 // watchTree reads a watch. A client that leaves while it waits gets what there is.
 func watchTree(ctx context.Context, client *agent.Client, req agent.TreeRequest) (fileWatchOutput, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, time.Duration(req.WaitMS)*time.Millisecond+startTime, errSilent)
+	ctx, cancel := client.Patience(ctx, time.Duration(req.WaitMS)*time.Millisecond, agent.Silence)
 	defer cancel()
 	r, err := client.WatchTree(ctx, req)
 	if err != nil {
