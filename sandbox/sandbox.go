@@ -277,6 +277,15 @@ func (s *Sandbox) shift() (count int, answers bool) {
 
 // Agent is the way into a sandbox, for the verb that the caller is about to do. One that is paused is woken, if calls are to wake it.
 func (s *Sandbox) Agent(ctx context.Context, verb string) (*agent.Client, error) {
+	return s.reach(ctx, verb, true)
+}
+
+// AgentAwake is Agent for who comes back to something that he has begun: it wakes none that was paused meanwhile.
+func (s *Sandbox) AgentAwake(ctx context.Context, verb string) (*agent.Client, error) {
+	return s.reach(ctx, verb, false)
+}
+
+func (s *Sandbox) reach(ctx context.Context, verb string, wake bool) (*agent.Client, error) {
 	for {
 		s.mu.Lock()
 		hold, state, auto := s.hold, s.rec.State, s.rec.Pause != nil && s.rec.Pause.AutoResume
@@ -294,7 +303,7 @@ func (s *Sandbox) Agent(ctx context.Context, verb string) (*agent.Client, error)
 		case state == Running:
 			defer s.mu.Unlock()
 			return s.client, s.unfit
-		case state == Paused && auto:
+		case state == Paused && auto && wake:
 			s.mu.Unlock()
 			if err := s.Resume(ctx); err != nil && !s.runs() {
 				return nil, err

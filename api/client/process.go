@@ -53,7 +53,7 @@ func (e *StartError) Error() string { return e.Message }
 // Session follows a process, over the ends of connections and of servers: it comes back, and goes on at the byte that it had reached. Its methods may be
 // called at the same time, but Follow once.
 type Session struct {
-	PID     int
+	PID     int // it never changes
 	sandbox string
 	id      string // of the process, as its server knows it
 	linger  time.Duration
@@ -183,7 +183,7 @@ func (s *Session) connect(ctx context.Context, c *Client) error {
 	res, err := c.processes(s.sandbox).Connect(ctx, req)
 	if err != nil {
 		cancel()
-		return c.plainError(err)
+		return s.unlessPaused(ctx, c, err)
 	}
 	return s.first(c, connected{res, cancel})
 }
@@ -233,7 +233,10 @@ func (s *Session) Follow(ctx context.Context, stdout, stderr io.Writer, reconnec
 		exit, err := s.read(ctx, stdout, stderr)
 		var told *Error
 		if err == nil || ctx.Err() != nil || errors.As(err, new(writeError)) || errors.As(err, &told) && told.Status != http.StatusBadGateway {
-			return exit, errors.Join(context.Cause(ctx), err)
+			if err != nil && ctx.Err() != nil {
+				err = context.Cause(ctx) // what it has broken off says nothing
+			}
+			return exit, err
 		}
 		if reconnecting != nil {
 			reconnecting(true)
@@ -376,7 +379,7 @@ func (s *Session) tell(ctx context.Context, twice bool, do func(processconnect.P
 		refused := errors.As(err, &dial) && dial.Op == "dial"
 		busy := connect.IsWireError(err) && connect.CodeOf(err) == connect.CodeResourceExhausted // too many requests at once
 		if connect.IsWireError(err) && !busy || ctx.Err() != nil || !busy && !refused && !twice || time.Since(began) > patience {
-			return c.plainError(err)
+			return s.unlessPaused(ctx, c, err)
 		}
 		select { // Follow finds the next server
 		case <-time.After(pause):
@@ -439,16 +442,30 @@ func (s *Session) signal(ctx context.Context, c processconnect.ProcessClient, si
 	return err
 }
 
-// Kill ends the process and all that it has started, on whichever server has its sandbox now: for who follows it no longer.
+// unlessPaused is an error of a call, or ErrPaused where that is why it was refused.
+func (s *Session) unlessPaused(ctx context.Context, c *Client, err error) error {
+	if connect.CodeOf(err) == connect.CodeFailedPrecondition {
+		if box, berr := c.Sandbox(ctx, s.sandbox); berr == nil && box.State == "paused" {
+			return ErrPaused
+		}
+	}
+	if err != nil {
+		err = c.plainError(err)
+	}
+	return err
+}
+
+// Process is what the session follows.
+func (s *Session) Process() Process { return Process{PID: s.PID, ID: s.id} }
+
+// Kill ends the process and all that it has started, on whichever server has its sandbox now: for who follows it no longer. A sandbox that is paused is
+// not woken: that is ErrPaused.
 func (s *Session) Kill(ctx context.Context) error {
 	c := s.current()
 	for {
 		err := s.signal(ctx, c.processes(s.sandbox), syscall.SIGKILL)
 		if err == nil || connect.IsWireError(err) || ctx.Err() != nil {
-			if err != nil {
-				err = c.plainError(err)
-			}
-			return err
+			return s.unlessPaused(ctx, c, err)
 		}
 		select {
 		case <-time.After(firstPause):

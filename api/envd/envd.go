@@ -90,6 +90,9 @@ func (s *Server) Admits(w http.ResponseWriter, r *http.Request, t Target) bool {
 // what it asked for.
 func (s *Server) Serve(w http.ResponseWriter, r *http.Request, t Target) {
 	client, err := t.agent(r)
+	if err != nil && follows(r) && errors.Is(err, sandbox.ErrState) && Refuse(w, r, http.StatusConflict, err.Error()) {
+		return
+	}
 	if err != nil {
 		s.refuse(w, r, err)
 		return
@@ -111,10 +114,15 @@ func (s *Server) Serve(w http.ResponseWriter, r *http.Request, t Target) {
 	s.mux.ServeHTTP(w, r.WithContext(context.WithValue(ctx, placeKey{}, p)))
 }
 
-// agent is the sandbox' agent. A call wakes the sandbox if it may; who comes back to a process by himself does not: it was paused on purpose.
+// follows says whether a request is of who follows a process, and does things to it, by himself.
+func follows(r *http.Request) bool {
+	return r.Header.Get(ours.FromHeader) != "" || r.Header.Get(ours.ProcessHeader) != ""
+}
+
+// agent is the sandbox' agent. A call wakes the sandbox if it may; who follows a process does not: it was paused on purpose.
 func (t Target) agent(r *http.Request) (*agent.Client, error) {
-	if r.Header.Get(ours.FromHeader) != "" {
-		return t.Sandbox.Look("follow a process in")
+	if follows(r) {
+		return t.Sandbox.AgentAwake(r.Context(), "follow a process in")
 	}
 	return t.Sandbox.Agent(r.Context(), "act in")
 }

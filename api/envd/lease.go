@@ -11,8 +11,8 @@ import (
 )
 
 // leases end processes that hang on those who follow them: where all of these are gone, and nobody has come for a while, it is killed. E2B's clients
-// ask for no such thing. They are of this server alone: a process that it has left to another goes on until somebody follows it there. The zero value
-// is ready, and safe for concurrent use.
+// ask for no such thing. They are of this server alone: a process that it has left to another goes on there until its starter has come back, and is gone
+// again. The zero value is ready, and safe for concurrent use.
 type leases struct {
 	mu  sync.Mutex
 	all map[leaseKey]*lease
@@ -31,13 +31,9 @@ const (
 	killTime  = 10 * time.Second
 )
 
-// follow counts somebody who follows a process, until gone is called. What he says of its end holds from now on, if its starter has asked for one.
-func (l *leases) follow(ctx context.Context, p *place, process string, h http.Header, starts bool) (gone func()) {
-	ms, err := strconv.ParseInt(h.Get(client.LingerHeader), 10, 64)
-	linger := min(time.Duration(ms)*time.Millisecond, maxLinger)
-	if err != nil || ms <= 0 || ms > maxLinger.Milliseconds() {
-		linger = 0
-	}
+// follow counts somebody who follows a process, until gone is called. What he says of its end holds from now on, if anybody has asked for one.
+func (l *leases) follow(ctx context.Context, p *place, process string, h http.Header) (gone func()) {
+	linger := lingerOf(h)
 	key := leaseKey{p.Sandbox.ID(), process}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -46,7 +42,7 @@ func (l *leases) follow(ctx context.Context, p *place, process string, h http.He
 	}
 	one := l.all[key]
 	if one == nil {
-		if linger == 0 || !starts {
+		if linger == 0 {
 			return func() {}
 		}
 		one = &lease{}
@@ -58,6 +54,15 @@ func (l *leases) follow(ctx context.Context, p *place, process string, h http.He
 	}
 	one.followers++
 	return func() { l.leave(ctx, p, key, one) }
+}
+
+// lingerOf is how long a client wants a process to be there for that nobody follows; 0 is for ever.
+func lingerOf(h http.Header) time.Duration {
+	ms, err := strconv.ParseInt(h.Get(client.LingerHeader), 10, 64)
+	if err != nil || ms <= 0 || ms > maxLinger.Milliseconds() {
+		return 0
+	}
+	return time.Duration(ms) * time.Millisecond
 }
 
 // leave counts one less. The call's own end, as that of the process, asks for nothing more.

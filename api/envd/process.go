@@ -41,15 +41,28 @@ func (s processes) Start(ctx context.Context, req *connect.Request[pb.StartReque
 	if err != nil {
 		return err
 	}
-	began, err := p.client.Start(ctx, start)
+	began, err := p.start(ctx, start, lingerOf(req.Header()) > 0)
 	if err != nil {
 		return startError(err, req.Msg.GetProcess(), start.User)
 	}
 	f := feed{place: p, id: began.Process.ID, terminal: start.Terminal != nil, every: interval(req.Header()),
 		send: func(e *pb.ProcessEvent) error { return stream.Send(&pb.StartResponse{Event: e}) }}
-	defer s.leases.follow(ctx, p, began.Process.ID, req.Header(), true)()
+	defer s.leases.follow(ctx, p, began.Process.ID, req.Header())()
 	stream.ResponseHeader().Set(client.ProcessHeader, began.Process.ID)
 	return f.run(ctx, began.Process, 0)
+}
+
+// start starts a process. That is not cancelled: whether it was started would be unknown. hangs says that it is to end with those who follow it: one whose
+// starter is gone by then is known to nobody.
+func (p *place) start(ctx context.Context, req agent.StartRequest, hangs bool) (agent.Snapshot, error) {
+	starting, done := p.client.Patience(context.WithoutCancel(ctx), 0, agent.Silence)
+	defer done()
+	began, err := p.client.Start(starting, req)
+	if err == nil && hangs && ctx.Err() != nil {
+		_, kerr := p.client.Kill(starting, began.Process.ID)
+		return began, errors.Join(context.Cause(ctx), kerr)
+	}
+	return began, err
 }
 
 // startRequest is what a client wants to start, in the agent's words.
@@ -117,7 +130,7 @@ func (s processes) Connect(ctx context.Context, req *connect.Request[pb.ConnectR
 	}
 	f := feed{place: p, id: process.ID, terminal: process.Terminal != nil, late: late, every: interval(req.Header()),
 		send: func(e *pb.ProcessEvent) error { return stream.Send(&pb.ConnectResponse{Event: e}) }}
-	defer s.leases.follow(ctx, p, process.ID, req.Header(), false)()
+	defer s.leases.follow(ctx, p, process.ID, req.Header())()
 	stream.ResponseHeader().Set(client.ProcessHeader, process.ID)
 	return f.run(ctx, process, from)
 }

@@ -187,10 +187,10 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 	go func() { stopped <- web.Shutdown(over) }()
 	endpoint.Close(drainTime)
 	s.gateway.Close() // streams of sandboxes have no end of their own
-	if err := <-stopped; err != nil {
-		return errors.Join(fmt.Errorf("end: %w", err), web.Close())
+	if <-stopped == nil {
+		return nil
 	}
-	return nil
+	return web.Close() // what is left has no end of its own
 }
 
 func serveOn(web *http.Server, listener net.Listener) error {

@@ -44,16 +44,10 @@ func (s *service) serveLocal(kind string, getenv func(string) string) (*local, e
 	if err := client.CheckRuntimeDir(dir); err != nil {
 		return nil, err
 	}
-	if err := tidySockets(dir); err != nil {
-		return nil, err
-	}
 	l := &local{path: client.Socket(dir, os.Getpid()), log: s.log, ended: make(chan struct{})}
-	listener, err := net.Listen("unix", l.path)
+	listener, err := listenLocal(dir, l.path)
 	if err != nil {
-		return nil, fmt.Errorf("listen on the socket of this server: %w", err)
-	}
-	if err := os.Chmod(l.path, 0o600); err != nil {
-		return nil, errors.Join(err, listener.Close())
+		return nil, err
 	}
 	l.control = &api.Control{Manager: s.manager, Store: s.templates, Builder: s.builder, Gateway: s.gateway, NoNetwork: s.noNetwork, Log: s.log, Local: true,
 		Self:  client.Server{Version: version, Kind: kind, PID: os.Getpid(), State: s.stateDir},
@@ -71,6 +65,27 @@ func (s *service) serveLocal(kind string, getenv func(string) string) (*local, e
 		}
 	}()
 	return l, nil
+}
+
+// listenLocal makes a socket that only its user can open, and removes those of servers that are gone. One of several servers at a time does so: a socket that
+// is made, and not listened at yet, looks like one of those.
+func listenLocal(dir, path string) (_ net.Listener, err error) {
+	lock, err := sandbox.LockFile(filepath.Join(dir, "sockets.lock"), true)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, lock.Close()) }()
+	if err := tidySockets(dir); err != nil {
+		return nil, err
+	}
+	listener, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("listen on the socket of this server: %w", err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, errors.Join(err, listener.Close())
+	}
+	return listener, nil
 }
 
 // alsoLocal is serveLocal for servers that serve others, too: where there can be no socket they go on without.

@@ -24,7 +24,7 @@ func (a *app) copyCommand() *cobra.Command {
 	var quiet bool
 	c := &cobra.Command{Use: "cp SOURCE DESTINATION", Short: "Copy files into a sandbox, or out of it", Args: exactly("SOURCE", "DESTINATION"), ValidArgsFunction: a.completeCopy,
 		Long: `Copy files and directories into a sandbox, or out of it. One side is ID:PATH, a path that does not begin with / is below the user's home. "-" is a tar on stdin or stdout. A
-directory goes into one that is there, or becomes it; "SOURCE/." is what is in it. Links stay links. What a sandbox sends is written below the destination, and nowhere else.`,
+directory goes into one that is there, or becomes it; "SOURCE/." is what is in it. Links stay links, what is there is replaced. What a sandbox sends is written below the destination, and nowhere else.`,
 		Example: "  soulbox cp report.csv ID:/tmp/\n  soulbox cp project ID:project\n  soulbox cp ID:/home/user/out .\n  soulbox cp ID:/var/log - | tar tf -\n  tar cf - src | soulbox cp - ID:/home/user",
 		RunE: func(c *cobra.Command, args []string) error {
 			fromID, from, fromBox := remote(args[0])
@@ -95,8 +95,7 @@ func (t transfer) tar(ctx context.Context, stdin io.Reader, stdout io.Writer, ar
 	}
 	exit, err := s.Follow(ctx, stdout, inertly(t.stderr), nil)
 	if err != nil {
-		t.end(s)
-		return err
+		return t.end(s, err)
 	}
 	if exit.Code != 0 {
 		return exitError{exitFailed, fmt.Errorf("tar in the sandbox has failed with exit code %d", exit.Code)}
@@ -219,17 +218,14 @@ func (t transfer) out(ctx context.Context, from, to string) error {
 	}
 	bar := t.progress(-1)
 	defer bar.Close()
+	if _, shown := terminalOf(t.stdout); to == "-" && shown {
+		return usageError{errors.New("a tar is nothing for a terminal: redirect it, or name a destination")}
+	}
 	if to == "-" {
 		return t.tar(ctx, nil, io.MultiWriter(t.stdout, bar), "-cf", "-", "-C", into, "--", base)
 	}
-	target := to
-	there, err := os.Stat(to)
-	switch {
-	case err == nil && there.IsDir() && !whole:
-		target = filepath.Join(to, base)
-	case err == nil && !there.IsDir() && whole:
-		return exitError{exitFailed, fmt.Errorf("%s is a file, and cannot become a directory", to)}
-	case err != nil && !errors.Is(err, fs.ErrNotExist):
+	target, err := placeOf(to, base, whole)
+	if err != nil {
 		return exitError{exitFailed, err}
 	}
 	r, w := io.Pipe()
@@ -250,183 +246,5 @@ func (t transfer) out(ctx context.Context, from, to string) error {
 	if err != nil {
 		return exitError{exitFailed, err}
 	}
-	return nil
-}
-
-// maxDirs bounds the directories of one copy, of which something is remembered.
-const maxDirs = 1 << 20
-
-// archive is a tar of a sandbox, which may be anything.
-type archive struct {
-	*tar.Reader
-	ctx context.Context
-}
-
-// next is the next entry. Entries that make more of themselves than was sent are refused: tar makes none if it is not told to.
-func (a archive) next() (*tar.Header, error) {
-	if err := context.Cause(a.ctx); err != nil {
-		return nil, err
-	}
-	h, err := a.Next()
-	if err != nil {
-		return nil, err
-	}
-	sparse := h.Typeflag == tar.TypeGNUSparse
-	for k := range h.PAXRecords {
-		sparse = sparse || strings.HasPrefix(k, "GNU.sparse.")
-	}
-	if sparse {
-		return nil, fmt.Errorf("the sandbox sends %.60q as a file with holes, which its tar was not told to", printable(h.Name))
-	}
-	return h, nil
-}
-
-// write writes what an entry has to a file, as long as it is wanted.
-func (a archive) write(f *os.File) error {
-	part := make([]byte, 256<<10)
-	for {
-		n, err := a.Read(part)
-		if _, werr := f.Write(part[:n]); werr != nil {
-			return werr
-		}
-		if err == io.EOF {
-			return nil
-		}
-		if err = errors.Join(err, context.Cause(a.ctx)); err != nil {
-			return err
-		}
-	}
-}
-
-// unpack writes a tar to a place: one file, or a directory with all that is in it, by what comes first.
-func unpack(ctx context.Context, from io.Reader, base, target string, warn io.Writer) error {
-	in := archive{tar.NewReader(from), ctx}
-	h, err := in.next()
-	if err == io.EOF {
-		err = errors.New("the sandbox sends nothing")
-	}
-	if err != nil {
-		return err
-	}
-	name, ok := below(h.Name, base)
-	if !ok || name != "." {
-		return fmt.Errorf("the sandbox sends %.60q, which is not what was asked for", printable(h.Name))
-	}
-	if h.Typeflag == tar.TypeDir {
-		return unpackDir(in, h, base, target, warn)
-	}
-	if err := unpackFile(in, h, target); err != nil {
-		return err
-	}
-	if next, err := in.next(); err != io.EOF {
-		return errors.Join(err, fmt.Errorf("the sandbox sends more than the file that was asked for: %v", next != nil))
-	}
-	return nil
-}
-
-func unpackFile(in archive, h *tar.Header, target string) error {
-	switch h.Typeflag {
-	case tar.TypeSymlink:
-		return os.Symlink(h.Linkname, target)
-	case tar.TypeReg:
-	default:
-		return errors.New("it is neither file, directory nor link")
-	}
-	f, err := os.OpenFile(target, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, fs.FileMode(h.Mode)&0o777)
-	if err != nil {
-		return err
-	}
-	if err := errors.Join(in.write(f), f.Close()); err != nil {
-		return err
-	}
-	return os.Chtimes(target, h.ModTime, h.ModTime)
-}
-
-// unpackDir writes to a directory, below which everything stays: links that lead out of it are not followed.
-func unpackDir(in archive, h *tar.Header, base, target string, warn io.Writer) error {
-	if err := os.MkdirAll(target, 0o755); err != nil {
-		return err
-	}
-	root, err := os.OpenRoot(target)
-	if err != nil {
-		return err
-	}
-	defer root.Close()
-	type dir struct {
-		name string
-		mode fs.FileMode
-		at   time.Time
-	}
-	var dirs []dir
-	for ; err == nil; h, err = in.next() {
-		name, ok := below(h.Name, base)
-		if !ok {
-			return fmt.Errorf("the sandbox sends %.60q, which is not below what was asked for", printable(h.Name))
-		}
-		if h.Typeflag == tar.TypeDir {
-			if dirs = append(dirs, dir{name, fs.FileMode(h.Mode) & 0o777, h.ModTime}); len(dirs) > maxDirs {
-				return fmt.Errorf("there are more than %d directories", maxDirs)
-			}
-		}
-		if err := unpackOne(root, in, h, name, base, warn); err != nil {
-			return err
-		}
-	}
-	if err != io.EOF {
-		return err
-	}
-	for i := len(dirs) - 1; i >= 0; i-- { // what is in them is written by now
-		d := dirs[i]
-		if err := errors.Join(root.Chmod(d.name, d.mode), root.Chtimes(d.name, d.at, d.at)); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// below is a name of a tar below its base.
-func below(name, base string) (string, bool) {
-	name = path.Clean(name)
-	if base = path.Clean(base); base != "." {
-		var ok bool
-		if name, ok = strings.CutPrefix(name+"/", base+"/"); !ok {
-			return "", false
-		}
-		name = path.Clean(name)
-	}
-	return name, name == "." || filepath.IsLocal(name)
-}
-
-func unpackOne(root *os.Root, in archive, h *tar.Header, name, base string, warn io.Writer) error {
-	if h.Typeflag == tar.TypeDir {
-		return root.MkdirAll(name, 0o700)
-	}
-	if err := root.MkdirAll(path.Dir(name), 0o755); err != nil {
-		return err
-	}
-	switch h.Typeflag {
-	case tar.TypeReg:
-		f, err := root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, fs.FileMode(h.Mode)&0o777)
-		if err != nil {
-			return err
-		}
-		if err := errors.Join(in.write(f), f.Close()); err != nil {
-			return err
-		}
-		return root.Chtimes(name, h.ModTime, h.ModTime)
-	case tar.TypeSymlink, tar.TypeLink:
-		if err := root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		if h.Typeflag == tar.TypeSymlink {
-			return root.Symlink(h.Linkname, name)
-		}
-		target, ok := below(h.Linkname, base)
-		if !ok {
-			return fmt.Errorf("the sandbox sends a link to %.60q, which is not below what was asked for", h.Linkname)
-		}
-		return root.Link(target, name)
-	}
-	fmt.Fprintf(warn, "soulbox: %s is neither file, directory nor link, and is left out\n", printable(h.Name)) // nobody else can be told
 	return nil
 }

@@ -71,7 +71,7 @@ func asExec(err error) error {
 	var start *client.StartError
 	var exit exitError
 	switch {
-	case err == nil, errors.As(err, &exit), errors.As(err, new(usageError)), errors.Is(err, context.Canceled):
+	case err == nil, errors.As(err, &exit), errors.As(err, new(usageError)):
 		return err
 	case errors.As(err, &start):
 		return exitError{start.Exit, err}
@@ -133,18 +133,22 @@ func (a *app) detached(ctx context.Context, b box, cmd client.Command) error {
 
 // piped runs a command with our own streams.
 func (a *app) piped(outer context.Context, b box, cmd client.Command) error {
-	ctx, cancel := context.WithCancelCause(context.WithoutCancel(outer)) // signals are the command's
+	a.release() // signals are the command's
+	ctx, cancel := context.WithCancelCause(context.WithoutCancel(outer))
 	defer cancel(nil)
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2)
 	defer signal.Stop(signals)
-	var begun atomic.Pointer[client.Session]
-	go a.passSignals(ctx, &begun, signals, cancel)
+	begun := make(chan *client.Session, 1)
+	go a.passSignals(ctx, begun, signals, cancel)
 	s, err := b.at.Start(ctx, b.ID, cmd, a.again(b.ID))
-	if err != nil {
-		return errors.Join(context.Cause(ctx), err)
+	if err != nil && ctx.Err() != nil {
+		return context.Cause(ctx)
 	}
-	begun.Store(s)
+	if err != nil {
+		return err
+	}
+	begun <- s
 	if cmd.Stdin {
 		go func() {
 			if err := send(ctx, s, a.stdin); err != nil {
@@ -154,10 +158,7 @@ func (a *app) piped(outer context.Context, b box, cmd client.Command) error {
 	}
 	exit, err := s.Follow(ctx, inertly(a.stdout), inertly(a.stderr), nil)
 	if err != nil {
-		if !errors.Is(err, client.ErrPaused) { // to kill it would wake its sandbox
-			a.end(s)
-		}
-		return err
+		return a.end(s, err)
 	}
 	return result(exit)
 }
@@ -251,7 +252,9 @@ func unlessOver(err error) error {
 }
 
 // passSignals passes signals on, as if the command were here. The third Ctrl-C, the second SIGTERM and the end of our terminal kill it.
-func (a *app) passSignals(ctx context.Context, begun *atomic.Pointer[client.Session], signals <-chan os.Signal, cancel context.CancelCauseFunc) {
+// Those that come before there is a command wait for it for a while.
+func (a *app) passSignals(ctx context.Context, begun <-chan *client.Session, signals <-chan os.Signal, cancel context.CancelCauseFunc) {
+	var s *client.Session
 	counts := map[syscall.Signal]int{}
 	_, atTerminal := terminalOf(a.stdin)
 	for {
@@ -263,9 +266,18 @@ func (a *app) passSignals(ctx context.Context, begun *atomic.Pointer[client.Sess
 			sig = one.(syscall.Signal)
 		}
 		over := exitError{code: 128 + int(sig)}
-		s := begun.Load()
+		if s == nil {
+			select {
+			case s = <-begun:
+			case <-time.After(killTime):
+				cancel(over)
+				return
+			case <-ctx.Done():
+				return
+			}
+		}
 		counts[sig]++
-		if s == nil || sig == syscall.SIGINT && counts[sig] == 3 || sig == syscall.SIGTERM && counts[sig] == 2 {
+		if sig == syscall.SIGINT && counts[sig] == 3 || sig == syscall.SIGTERM && counts[sig] == 2 {
 			cancel(over)
 			time.AfterFunc(2*killTime, func() { os.Exit(over.code) }) // who reads our output may never do so again
 			return
@@ -277,19 +289,27 @@ func (a *app) passSignals(ctx context.Context, begun *atomic.Pointer[client.Sess
 			ctx, stop := context.WithTimeout(ctx, killTime)
 			defer stop()
 			if err := s.Signal(ctx, sig); err != nil && unlessOver(err) != nil {
-				fmt.Fprintf(a.stderr, "soulbox: pass %s on: %v\n", unix.SignalName(sig), err) // it goes on all the same
+				fmt.Fprintf(inertly(a.stderr), "soulbox: pass %s on: %v\n", unix.SignalName(sig), err) // it goes on all the same
 			}
 		}()
 	}
 }
 
-// end kills a process that nobody waits for any more.
-func (a *app) end(s *client.Session) {
+// end kills a process that nobody waits for any more, and says why that is so. One in a paused sandbox stays as it is.
+func (a *app) end(s *client.Session, why error) error {
+	if errors.Is(why, client.ErrPaused) {
+		return why
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), killTime)
 	defer cancel()
-	if err := s.Kill(ctx); err != nil && unlessOver(err) != nil {
-		fmt.Fprintf(a.stderr, "soulbox: process %d could not be killed, and may go on for a while: %v\n", s.PID, err) // nobody else can be told
+	err := s.Kill(ctx)
+	if errors.Is(err, client.ErrPaused) {
+		return err
 	}
+	if err != nil && unlessOver(err) != nil {
+		fmt.Fprintf(inertly(a.stderr), "soulbox: process %d could not be killed, and may go on for a while: %v\n", s.PID, err) // nobody else can be told
+	}
+	return why
 }
 
 // result is the end of a command as our own.

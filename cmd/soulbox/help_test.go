@@ -1,10 +1,7 @@
 package main
 
 import (
-	"archive/tar"
 	"bytes"
-	"errors"
-	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -71,79 +68,6 @@ func TestVersions(t *testing.T) {
 	a := &app{stdin: os.Stdin, stdout: &said, stderr: &said, getenv: func(name string) string { return map[string]string{"SOULBOX_URL": web.URL}[name] }}
 	if code := a.run([]string{"sandbox", "list"}); code != exitFailed || !strings.Contains(said.String(), "update soulbox-mcp") {
 		t.Errorf("%d %s", code, said.String())
-	}
-}
-
-// TestUnpackHostile: nothing that a sandbox sends is written beside what was asked for.
-func TestUnpackHostile(t *testing.T) {
-	file := func(name string) *tar.Header {
-		return &tar.Header{Name: name, Typeflag: tar.TypeReg, Mode: 0o4755, Size: 1}
-	}
-	link := func(kind byte, name, to string) *tar.Header {
-		return &tar.Header{Name: name, Typeflag: kind, Linkname: to, Mode: 0o777}
-	}
-	for name, headers := range map[string][]*tar.Header{
-		"up":                       {file("dir/../../evil")},
-		"absolute":                 {file("/evil")},
-		"beside":                   {file("evil")},
-		"through a link":           {link(tar.TypeSymlink, "dir/l", ".."), file("dir/l/evil")},
-		"through an absolute link": {link(tar.TypeSymlink, "dir/l", "/tmp"), file("dir/l/evil")},
-		"a hard link out":          {link(tar.TypeLink, "dir/l", "../evil")},
-		"made of nothing":          {{Name: "dir/s", Typeflag: tar.TypeReg, Mode: 0o644, Size: 1, PAXRecords: map[string]string{"SOULBOX.x": "1"}}, file("../evil")},
-		"the base a link":          {link(tar.TypeSymlink, "dir", ".."), file("dir/evil")},
-	} {
-		t.Run(name, func(t *testing.T) {
-			var text bytes.Buffer
-			w := tar.NewWriter(&text)
-			for _, h := range headers {
-				if err := w.WriteHeader(h); err != nil {
-					t.Fatal(err)
-				}
-				if h.Size > 0 {
-					_, _ = w.Write([]byte("x"))
-				}
-			}
-			if err := w.Close(); err != nil {
-				t.Fatal(err)
-			}
-			root := t.TempDir()
-			if headers[0].Name != "dir" { // as honest ones begin
-				var whole bytes.Buffer
-				first := tar.NewWriter(&whole)
-				if err := errors.Join(first.WriteHeader(&tar.Header{Name: "dir/", Typeflag: tar.TypeDir, Mode: 0o755}), first.Flush()); err != nil {
-					t.Fatal(err)
-				}
-				text = *bytes.NewBuffer(append(whole.Bytes(), text.Bytes()...))
-			}
-			err := unpack(t.Context(), bytes.NewReader(text.Bytes()), "dir", filepath.Join(root, "in", "target"), &text)
-			if err == nil {
-				t.Error("it is taken")
-			}
-			for _, place := range []string{root, filepath.Join(root, "in"), "/tmp", "/"} {
-				if _, err := os.Lstat(filepath.Join(place, "evil")); err == nil {
-					t.Errorf("evil is in %s", place)
-				}
-			}
-			if err := unpack(t.Context(), bytes.NewReader(text.Bytes()), "asked", filepath.Join(root, "asked"), io.Discard); err == nil {
-				t.Error("it is taken for another file")
-			}
-		})
-	}
-	var text bytes.Buffer
-	w := tar.NewWriter(&text)
-	if err := errors.Join(w.WriteHeader(&tar.Header{Name: "dir/", Typeflag: tar.TypeDir, Mode: 0o755}), w.WriteHeader(file("dir/run"))); err != nil {
-		t.Fatal(err)
-	}
-	_, _ = w.Write([]byte("x"))
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	target := filepath.Join(t.TempDir(), "target")
-	if err := unpack(t.Context(), &text, "dir", target, io.Discard); err != nil {
-		t.Fatal(err)
-	}
-	if info, err := os.Stat(filepath.Join(target, "run")); err != nil || info.Mode() != 0o755 {
-		t.Errorf("%v %v: its mode is kept, but not what makes it another user's", info.Mode(), err)
 	}
 }
 

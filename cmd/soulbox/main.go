@@ -30,6 +30,8 @@ type app struct {
 	stdout, stderr io.Writer
 	getenv         func(string) string
 
+	release func() // leaves signals to the caller: they end nothing any more
+
 	context string // as named by --context
 	owner   string
 	debug   bool
@@ -78,6 +80,7 @@ func (a *app) run(args []string) int {
 	root.SetArgs(args)
 	ctx, signalled, stop := interruptible()
 	defer stop()
+	a.release = stop
 	err := root.ExecuteContext(ctx)
 	var exit exitError
 	switch {

@@ -96,10 +96,21 @@ func (i *inert) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
+// json shows a value as JSON, with C1 controls escaped as it has C0 ones escaped anyway.
 func (a *app) json(v any) error {
-	e := json.NewEncoder(a.stdout)
-	e.SetIndent("", "  ")
-	return e.Encode(v)
+	text, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return err
+	}
+	var out strings.Builder
+	for _, r := range string(text) {
+		if r >= 0x7f && r < 0xa0 {
+			fmt.Fprintf(&out, "\\u%04x", r)
+		} else {
+			out.WriteRune(r)
+		}
+	}
+	return a.printf("%s\n", out.String())
 }
 
 // format is how results are shown.

@@ -11,7 +11,6 @@ import (
 	"os/exec"
 	"os/signal"
 	"runtime"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -104,7 +103,8 @@ func (a *app) atTerminal(outer context.Context, b box, begin func(context.Contex
 		return err
 	}
 	if ours {
-		a.tellGuard(b.ID, s.PID)
+		a.tellGuard(b.ID, s.Process())
+		defer a.tellGuard("", client.Process{})
 	}
 	raw := here && input
 	if raw {
@@ -112,8 +112,7 @@ func (a *app) atTerminal(outer context.Context, b box, begin func(context.Contex
 		signal.Ignore(syscall.SIGTTIN, syscall.SIGTTOU)
 		saved, err := term.MakeRaw(fd)
 		if err != nil {
-			a.endOurs(s, ours)
-			return err
+			return a.endOurs(s, ours, err)
 		}
 		defer func() { _ = term.Restore(fd, saved) }() // a terminal that is gone needs it no more
 		go func() {
@@ -133,27 +132,18 @@ func (a *app) atTerminal(outer context.Context, b box, begin func(context.Contex
 	if errors.Is(err, errDetached) {
 		return a.leave(b, s, ours)
 	}
-	if errors.Is(err, client.ErrPaused) {
-		ours = false // it stays as it is
-	}
 	if err != nil {
-		a.endOurs(s, ours)
-		if outer.Err() != nil {
-			err = context.Canceled // the signal says how it ends
-		}
 		fmt.Fprint(a.stderr, "\r\n") // what comes next begins a line
-	}
-	a.tellGuard("", 0)
-	if err != nil {
-		return err
+		return a.endOurs(s, ours, err)
 	}
 	return result(exit)
 }
 
-func (a *app) endOurs(s *client.Session, ours bool) {
+func (a *app) endOurs(s *client.Session, ours bool, why error) error {
 	if ours {
-		a.end(s)
+		return a.end(s, why)
 	}
+	return why
 }
 
 // leave lets a process go on without us.
@@ -165,7 +155,6 @@ func (a *app) leave(b box, s *client.Session, ours bool) error {
 			return fmt.Errorf("process %d may be killed after a while: %w", s.PID, err)
 		}
 	}
-	a.tellGuard("", 0)
 	_, err := fmt.Fprintf(a.stderr, "\r\n[left; 'soulbox sandbox connect %s %d' comes back]\r\n", b.ID, s.PID)
 	return err
 }
@@ -216,7 +205,7 @@ func typed(ctx context.Context, s *client.Session, from io.Reader) error {
 			return errDetached
 		}
 		if err != nil {
-			return context.Canceled // the terminal is gone
+			return fmt.Errorf("the terminal is gone: %w", err)
 		}
 		select {
 		case err := <-sent:
@@ -312,7 +301,7 @@ func (a *app) followSize(ctx context.Context, s *client.Session, size client.Siz
 func restoreAtSignal(fd int, saved *term.State) (done func()) {
 	signals := make(chan os.Signal, 1)
 	over := make(chan struct{})
-	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGTSTP)
 	go func() {
 		select {
 		case s := <-signals:
@@ -364,6 +353,7 @@ func (a *app) guard() (err error, done bool) {
 	if err := errors.Join(cmd.Start(), w.Close()); err != nil {
 		return asExec(err), true
 	}
+	a.release()
 	defer passOn(cmd.Process)()
 	told := make(chan string, 1)
 	go func() { told <- lastLine(r) }()
@@ -379,11 +369,11 @@ func (a *app) guard() (err error, done bool) {
 	code := died.ExitCode()
 	if status, ok := died.Sys().(syscall.WaitStatus); ok && status.Signaled() {
 		code = 128 + int(status.Signal())
-		select {
-		case text := <-told:
-			a.tidyUp(text)
-		case <-time.After(killTime): // somebody else holds it open
-		}
+	}
+	select {
+	case text := <-told:
+		a.tidyUp(text)
+	case <-time.After(killTime): // somebody else holds it open
 	}
 	return exitError{code: code}, true
 }
@@ -419,33 +409,33 @@ func lastLine(r io.Reader) (last string) {
 }
 
 // tellGuard says what runs in which sandbox: nothing any more, where id is empty.
-func (a *app) tellGuard(id string, pid int) {
+func (a *app) tellGuard(id string, p client.Process) {
 	if a.getenv(guardVar) == "" {
 		return
 	}
 	text := "\n"
 	if id != "" {
-		text = fmt.Sprintf("%s %d\n", id, pid)
+		text = fmt.Sprintf("%s %d %s\n", id, p.PID, p.ID)
 	}
 	_, _ = syscall.Write(guardFile, []byte(text)) // a guard that is gone watches no more
 }
 
 // tidyUp ends what the watched program has left in a sandbox, and what it has left of the screen.
 func (a *app) tidyUp(told string) {
-	var pid int
-	id, number, ok := strings.Cut(told, " ")
-	if _, err := fmt.Sscan(number, &pid); !ok || err != nil {
-		return
+	var id string
+	var p client.Process
+	if _, err := fmt.Sscan(told, &id, &p.PID, &p.ID); err != nil {
+		return // nothing runs
 	}
 	fmt.Fprint(a.stderr, "\x1b[?1049l\x1b[?25h\x1b[0m\r\n[soulbox was killed]\r\n") // who does not see it is gone
 	ctx, cancel := context.WithTimeout(context.Background(), killTime)
 	defer cancel()
 	b, err := a.find(ctx, id)
 	if err == nil {
-		err = b.at.Signal(ctx, b.ID, client.Process{PID: pid}, syscall.SIGKILL)
+		err = b.at.Signal(ctx, b.ID, p, syscall.SIGKILL)
 	}
 	if err != nil && unlessOver(err) != nil {
-		fmt.Fprintf(a.stderr, "soulbox: process %d of sandbox %s may go on for a while: %v\n", pid, id, err)
+		fmt.Fprintf(inertly(a.stderr), "soulbox: process %d of sandbox %s may go on for a while: %v\n", p.PID, id, err)
 	}
 }
 

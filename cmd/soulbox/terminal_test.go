@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"fmt"
 	"os"
 	"os/exec"
@@ -11,6 +12,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
@@ -140,7 +142,7 @@ func TestConnect(t *testing.T) {
 	c.tmux("resize-window", "-x", "77", "-y", "20")
 	c.typed("clear; stty size\n")
 	c.shows("^20 77$")
-	c.typed("echo begun; sleep 1000\n")
+	c.typed("sh -c 'echo begun; exec sleep 1000'\n")
 	c.shows("^begun$")
 	c.keys("C-c")
 	c.typed("echo after=$?\n")
@@ -246,50 +248,33 @@ func TestKilledExec(t *testing.T) {
 		}
 		sandboxtest.Eventually(t, "nothing goes on", func() bool { return strings.Count(s.run(t, "ps", id), "\n") == 1 })
 	}
-	// One that takes no notice: the second SIGTERM kills it. And a reload is no end.
-	stubborn := s.command("exec", id, "--", "sh", "-c", "trap 'echo again' TERM; trap 'echo reloaded' HUP; echo begun; while :; do sleep 0.1; done")
-	out, err := stubborn.StdoutPipe()
-	if err == nil {
-		err = stubborn.Start()
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	lines := bufio.NewScanner(out)
-	for _, step := range []struct {
-		says string
-		then syscall.Signal
-	}{{"begun", syscall.SIGHUP}, {"reloaded", syscall.SIGTERM}, {"again", syscall.SIGTERM}} {
-		if !lines.Scan() || lines.Text() != step.says {
-			t.Fatalf("%q, want %q", lines.Text(), step.says)
+	// One that takes no notice: the second SIGTERM kills it, and the third Ctrl-C. And a reload is no end.
+	for _, steps := range [][]step{
+		{{"begun", syscall.SIGHUP}, {"reloaded", syscall.SIGTERM}, {"again", syscall.SIGTERM}},
+		{{"begun", syscall.SIGINT}, {"again", syscall.SIGINT}, {"again", syscall.SIGINT}},
+	} {
+		stubborn := s.command("exec", id, "--", "sh", "-c", "trap 'echo again' TERM INT; trap 'echo reloaded' HUP; echo begun; while :; do sleep 0.1; done")
+		out, err := stubborn.StdoutPipe()
+		if err == nil {
+			err = stubborn.Start()
 		}
-		if err := stubborn.Process.Signal(step.then); err != nil {
+		if err != nil {
 			t.Fatal(err)
 		}
+		lines := bufio.NewScanner(out)
+		for _, step := range steps {
+			if !lines.Scan() || lines.Text() != step.says {
+				t.Fatalf("%q, want %q", lines.Text(), step.says)
+			}
+			if err := stubborn.Process.Signal(step.then); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := stubborn.Wait(); err == nil || stubborn.ProcessState.ExitCode() != 128+int(steps[2].then) {
+			t.Errorf("%v", err)
+		}
+		sandboxtest.Eventually(t, "nothing goes on", func() bool { return strings.Count(s.run(t, "ps", id), "\n") == 1 })
 	}
-	if err := stubborn.Wait(); err == nil || stubborn.ProcessState.ExitCode() != 143 {
-		t.Errorf("%v", err)
-	}
-	sandboxtest.Eventually(t, "nothing goes on", func() bool { return strings.Count(s.run(t, "ps", id), "\n") == 1 })
-	// To pause it is not undone by who follows it.
-	follower := s.command("exec", id, "--", "sleep", "1000")
-	if err := follower.Start(); err != nil {
-		t.Fatal(err)
-	}
-	sandboxtest.Eventually(t, "it runs", func() bool { return strings.Contains(s.run(t, "ps", id), "running") })
-	s.run(t, "sandbox", "pause", id)
-	if err := follower.Wait(); err == nil || follower.ProcessState.ExitCode() != exitExec {
-		t.Errorf("%v", err)
-	}
-	if list := s.run(t, "sandbox", "list"); !strings.Contains(list, "paused") {
-		t.Error(list)
-	}
-	s.run(t, "sandbox", "resume", id)
-	if ps := s.run(t, "ps", id); !strings.Contains(ps, "sleep 1000") {
-		t.Errorf("it is not there any more:\n%s", ps)
-	}
-	s.run(t, "kill", id, strings.Fields(strings.Split(s.run(t, "ps", id), "\n")[1])[0], "-s", "KILL")
-	sandboxtest.Eventually(t, "nothing goes on", func() bool { return strings.Count(s.run(t, "ps", id), "\n") == 1 })
 	// A reader that has enough.
 	cmd := exec.Command("sh", "-c", "soulbox exec "+id+" -- yes | head -1")
 	cmd.Env = s.env
@@ -298,3 +283,43 @@ func TestKilledExec(t *testing.T) {
 	}
 	sandboxtest.Eventually(t, "nothing goes on", func() bool { return strings.Count(s.run(t, "ps", id), "\n") == 1 })
 }
+
+type step struct {
+	says string
+	then syscall.Signal
+}
+
+// TestPausedExec: to pause a sandbox is not undone by who follows a process in it, nor is that killed.
+func TestPausedExec(t *testing.T) {
+	s := newSurroundings(t)
+	id := strings.TrimSpace(s.run(t, "sandbox", "create"))
+	for name, args := range map[string][]string{"no input": {"exec", id, "--", "sleep", "1000"}, "much input": {"exec", "-i", id, "--", "sh", "-c", "cat >/dev/null; sleep 1000"}} {
+		follower := s.command(args...)
+		follower.Stdin = endless{}
+		var said strings.Builder
+		follower.Stderr = &said
+		follower.WaitDelay = time.Second // of what still reads for it
+		if err := follower.Start(); err != nil {
+			t.Fatal(err)
+		}
+		sandboxtest.Eventually(t, "it runs", func() bool { return strings.Contains(s.run(t, "ps", id), "running") })
+		s.run(t, "sandbox", "pause", id)
+		if err := follower.Wait(); err == nil || follower.ProcessState.ExitCode() != exitExec || !strings.Contains(said.String(), "was paused") {
+			t.Errorf("%s: %v %s", name, err, said.String())
+		}
+		if list := s.run(t, "sandbox", "list"); !strings.Contains(list, "paused") {
+			t.Error(name, list)
+		}
+		s.run(t, "sandbox", "resume", id)
+		if list := s.run(t, "ps", id); strings.Count(list, "running") != 1 {
+			t.Error(name, list)
+		}
+		s.run(t, "kill", id, strings.Fields(strings.Split(s.run(t, "ps", id), "\n")[1])[0], "-s", "KILL")
+		sandboxtest.Eventually(t, "it is over", func() bool { return !strings.Contains(s.run(t, "ps", id), "running") })
+	}
+}
+
+// endless is input without end.
+type endless struct{}
+
+func (endless) Read(p []byte) (int, error) { return copy(p, bytes.Repeat([]byte("x"), len(p))), nil }

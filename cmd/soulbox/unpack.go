@@ -1,0 +1,275 @@
+package main
+
+import (
+	"archive/tar"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// maxDirs bounds the directories of one copy, of which something is remembered.
+const maxDirs = 1 << 20
+
+// archive is a tar of a sandbox, which may be anything.
+type archive struct {
+	*tar.Reader
+	ctx context.Context
+}
+
+// next is the next entry. Entries that make more of themselves than was sent are refused: tar makes none if it is not told to.
+func (a archive) next() (*tar.Header, error) {
+	if err := context.Cause(a.ctx); err != nil {
+		return nil, err
+	}
+	h, err := a.Next()
+	if err != nil {
+		return nil, err
+	}
+	sparse := h.Typeflag == tar.TypeGNUSparse
+	for k := range h.PAXRecords {
+		sparse = sparse || strings.HasPrefix(k, "GNU.sparse.")
+	}
+	if sparse {
+		return nil, fmt.Errorf("the sandbox sends %.60q as a file with holes, which its tar was not told to", printable(h.Name))
+	}
+	return h, nil
+}
+
+// write writes what an entry has to a file, as long as it is wanted.
+func (a archive) write(f *os.File) error {
+	part := make([]byte, 256<<10)
+	for {
+		n, err := a.Read(part)
+		if _, werr := f.Write(part[:n]); werr != nil {
+			return werr
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err = errors.Join(err, context.Cause(a.ctx)); err != nil {
+			return err
+		}
+	}
+}
+
+// place is where a copy goes: a name in a directory, or "." for what is in it. The directory was named by the user, the name may be the sandbox'.
+type place struct {
+	dir, name string
+	slash     bool // only a directory is meant
+}
+
+// placeOf is where something called base goes that the user wants at to; whole says that its contents alone are wanted.
+func placeOf(to, base string, whole bool) (place, error) {
+	there, err := os.Stat(to)
+	switch {
+	case err == nil && there.IsDir() && whole:
+		return place{dir: to, name: "."}, nil
+	case err == nil && there.IsDir():
+		return place{dir: to, name: base}, nil
+	case err == nil && whole:
+		return place{}, fmt.Errorf("%s is a file, and cannot become a directory", to)
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		return place{}, err
+	}
+	return place{filepath.Dir(filepath.Clean(to)), filepath.Base(to), strings.HasSuffix(to, "/")}, nil
+}
+
+// unpack writes a tar to a place: one file, or a directory with all that is in it, by what comes first.
+func unpack(ctx context.Context, from io.Reader, base string, to place, warn io.Writer) error {
+	in := archive{tar.NewReader(from), ctx}
+	h, err := in.next()
+	if err == io.EOF {
+		err = errors.New("the sandbox sends nothing")
+	}
+	if err != nil {
+		return err
+	}
+	name, ok := below(h.Name, base)
+	if !ok || name != "." {
+		return fmt.Errorf("the sandbox sends %.60q, which is not what was asked for", printable(h.Name))
+	}
+	isDir := h.Typeflag == tar.TypeDir
+	switch {
+	case isDir:
+		if err := os.MkdirAll(to.dir, 0o755); err != nil {
+			return err
+		}
+	case h.Typeflag != tar.TypeReg && h.Typeflag != tar.TypeSymlink:
+		return errors.New("it is neither file, directory nor link")
+	case to.slash:
+		return fmt.Errorf("there is no directory %s", filepath.Join(to.dir, to.name))
+	}
+	parent, err := os.OpenRoot(to.dir)
+	if err != nil {
+		return err
+	}
+	defer parent.Close()
+	if err := free(parent, to, h); err != nil {
+		return err
+	}
+	if isDir {
+		return unpackDir(in, h, base, parent, to.name, warn)
+	}
+	if err := (&tree{root: parent}).put(in, h, to.name, base, warn); err != nil {
+		return err
+	}
+	if next, err := in.next(); err != io.EOF {
+		return errors.Join(err, fmt.Errorf("the sandbox sends more than the file that was asked for: %v", next != nil))
+	}
+	return nil
+}
+
+// free says whether something may be written at a place. A link there is not followed, nor replaced by anything but a link: an earlier copy may have brought
+// it, and it may lead anywhere.
+func free(parent *os.Root, to place, h *tar.Header) error {
+	there, err := parent.Lstat(to.name)
+	name := filepath.Join(to.dir, to.name)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return err
+	case there.IsDir() == (h.Typeflag == tar.TypeDir) && (there.IsDir() || there.Mode().IsRegular()):
+		return nil
+	case there.IsDir():
+		return fmt.Errorf("%s is a directory, and what the sandbox sends is none", name)
+	case there.Mode()&fs.ModeSymlink != 0:
+		if link, err := parent.Readlink(to.name); err == nil && h.Typeflag == tar.TypeSymlink && link == h.Linkname {
+			return nil
+		}
+		return fmt.Errorf("%s is a symbolic link, through which nothing is written: remove it, or name what it leads to", name)
+	case there.Mode().IsRegular():
+		return fmt.Errorf("%s is a file, and what the sandbox sends is a directory", name)
+	}
+	return fmt.Errorf("%s is neither file nor directory; the destination - is stdout", name)
+}
+
+// tree is where a tar is written. Everything stays below its root: links that lead out of it are not followed.
+type tree struct {
+	root *os.Root
+	made []madeDir // directories that are ours: what is in them is written first
+}
+
+type madeDir struct {
+	name string
+	mode fs.FileMode
+	at   time.Time
+}
+
+func unpackDir(in archive, h *tar.Header, base string, parent *os.Root, name string, warn io.Writer) error {
+	t := tree{}
+	if err := t.makeDir(parent, name, h, "."); err != nil {
+		return err
+	}
+	var err error
+	if t.root, err = parent.OpenRoot(name); err != nil {
+		return err
+	}
+	defer t.root.Close()
+	for h, err = in.next(); err == nil; h, err = in.next() {
+		name, ok := below(h.Name, base)
+		if !ok {
+			return fmt.Errorf("the sandbox sends %.60q, which is not below what was asked for", printable(h.Name))
+		}
+		if err := t.put(in, h, name, base, warn); err != nil {
+			return err
+		}
+	}
+	if err != io.EOF {
+		return err
+	}
+	mask := fs.FileMode(umask())
+	for i := len(t.made) - 1; i >= 0; i-- {
+		d := t.made[i]
+		if err := errors.Join(t.root.Chmod(d.name, d.mode&^mask), t.root.Chtimes(d.name, d.at, d.at)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// umask is that of this process. No file is made at the same time.
+func umask() int {
+	mask := syscall.Umask(0o077)
+	syscall.Umask(mask)
+	return mask
+}
+
+// makeDir makes a directory, and notes it by another name if it is ours: one that is there keeps its mode, but for one that nothing could be written to.
+func (t *tree) makeDir(root *os.Root, name string, h *tar.Header, noted string) error {
+	there, err := root.Stat(name)
+	switch {
+	case err == nil && there.IsDir() && there.Mode()&0o700 == 0o700:
+		return nil
+	case err == nil && there.IsDir():
+		err = root.Chmod(name, 0o700)
+	default:
+		err = root.MkdirAll(name, 0o700)
+	}
+	if err != nil {
+		return err
+	}
+	if t.made = append(t.made, madeDir{noted, fs.FileMode(h.Mode) & 0o777, h.ModTime}); len(t.made) > maxDirs {
+		return fmt.Errorf("there are more than %d directories", maxDirs)
+	}
+	return nil
+}
+
+// below is a name of a tar below its base.
+func below(name, base string) (string, bool) {
+	name = path.Clean(name)
+	if base = path.Clean(base); base != "." {
+		var ok bool
+		if name, ok = strings.CutPrefix(name+"/", base+"/"); !ok {
+			return "", false
+		}
+		name = path.Clean(name)
+	}
+	return name, name == "." || filepath.IsLocal(name)
+}
+
+// put writes one entry. What is there is replaced, not written to: it may be a link, or a file that is another one, too.
+func (t *tree) put(in archive, h *tar.Header, name, base string, warn io.Writer) error {
+	if h.Typeflag == tar.TypeDir {
+		return t.makeDir(t.root, name, h, name)
+	}
+	if h.Typeflag != tar.TypeReg && h.Typeflag != tar.TypeSymlink && h.Typeflag != tar.TypeLink {
+		fmt.Fprintf(warn, "soulbox: %s is neither file, directory nor link, and is left out\n", printable(h.Name)) // nobody else can be told
+		return nil
+	}
+	if err := t.root.MkdirAll(path.Dir(name), 0o755); err != nil {
+		return err
+	}
+	if there, err := t.root.Lstat(name); err == nil && there.IsDir() {
+		return fmt.Errorf("%s is a directory here, and none in the sandbox", filepath.Join(t.root.Name(), name))
+	}
+	if err := t.root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	switch h.Typeflag {
+	case tar.TypeSymlink:
+		return t.root.Symlink(h.Linkname, name)
+	case tar.TypeLink:
+		target, ok := below(h.Linkname, base)
+		if !ok {
+			return fmt.Errorf("the sandbox sends a link to %.60q, which is not below what was asked for", h.Linkname)
+		}
+		return t.root.Link(target, name)
+	}
+	f, err := t.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, fs.FileMode(h.Mode)&0o777)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(in.write(f), f.Close()); err != nil {
+		return err
+	}
+	return t.root.Chtimes(name, h.ModTime, h.ModTime)
+}
