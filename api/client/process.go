@@ -183,7 +183,7 @@ func (s *Session) connect(ctx context.Context, c *Client) error {
 	res, err := c.processes(s.sandbox).Connect(ctx, req)
 	if err != nil {
 		cancel()
-		return s.unlessPaused(ctx, c, err)
+		return c.plainError(err)
 	}
 	return s.first(c, connected{res, cancel})
 }
@@ -354,7 +354,7 @@ func (s *Session) back(ctx context.Context, lost error) error {
 			return nil
 		case ctx.Err() != nil:
 			return context.Cause(ctx)
-		case errors.As(err, &told) && told.Status < 500 && told.Status != http.StatusTooManyRequests:
+		case errors.As(err, &told) && told.Status < 500 && told.Status != http.StatusTooManyRequests && told.Status != http.StatusConflict: // it was just paused
 			return err
 		case time.Since(began) > patience:
 			return fmt.Errorf("the connection was lost (%w), and is not back after %s: %w", lost, patience, err)

@@ -65,14 +65,14 @@ func lingerOf(h http.Header) time.Duration {
 	return time.Duration(ms) * time.Millisecond
 }
 
-// leave counts one less. The call's own end, as that of the process, asks for nothing more.
+// leave counts one less. The call's own end, as that of the process, asks for nothing more, and where the sandbox is paused everything in it stays.
 func (l *leases) leave(ctx context.Context, p *place, key leaseKey, one *lease) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if one.followers--; one.followers > 0 {
 		return
 	}
-	if one.linger == 0 || ctx.Err() == nil || p.Sandbox.Gone() {
+	if _, err := p.Sandbox.Look("follow a process in"); one.linger == 0 || ctx.Err() == nil || err != nil {
 		delete(l.all, key)
 		return
 	}

@@ -134,6 +134,9 @@ func (a *app) detached(ctx context.Context, b box, cmd client.Command) error {
 // piped runs a command with our own streams.
 func (a *app) piped(outer context.Context, b box, cmd client.Command) error {
 	a.release() // signals are the command's
+	if outer.Err() != nil {
+		return context.Cause(outer)
+	}
 	ctx, cancel := context.WithCancelCause(context.WithoutCancel(outer))
 	defer cancel(nil)
 	signals := make(chan os.Signal, 8)

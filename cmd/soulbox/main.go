@@ -86,7 +86,7 @@ func (a *app) run(args []string) int {
 	switch {
 	case err == nil:
 		return 0
-	case errors.As(err, &exit) && (exit.code != exitExec || ctx.Err() == nil):
+	case errors.As(err, &exit) && (ctx.Err() == nil || exit.code != exitExec && !errors.Is(err, context.Canceled)):
 	case isPipe(err):
 		return exitPipe
 	case ctx.Err() != nil:

@@ -116,9 +116,7 @@ func (a *app) atTerminal(outer context.Context, b box, begin func(context.Contex
 		}
 		defer func() { _ = term.Restore(fd, saved) }() // a terminal that is gone needs it no more
 		go func() {
-			if err := typed(ctx, s, a.stdin); err != nil {
-				cancel(err)
-			}
+			cancel(typed(ctx, s, a.stdin, cancel))
 		}()
 	}
 	go a.followSize(ctx, s, size)
@@ -168,13 +166,17 @@ const (
 // maxTyped is how much may wait for a process that reads nothing, in bytes; more is lost, as at a terminal.
 const maxTyped = 1 << 20
 
-// typed sends what is typed, and knows the keys that leave also while nothing can be sent. It gives errDetached for them.
-func typed(ctx context.Context, s *client.Session, from io.Reader) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
+// typed sends what is typed, and knows the keys that leave also while nothing can be sent. It gives errDetached for them; failed is told when nothing can be
+// sent ever more.
+func typed(ctx context.Context, s *client.Session, from io.Reader, failed context.CancelCauseFunc) error {
 	keys := &queue{changed: make(chan struct{}, 1)}
-	sent := make(chan error, 1)
-	go func() { sent <- keys.send(ctx, s) }()
+	sent := make(chan struct{})
+	go func() {
+		defer close(sent)
+		if err := keys.send(ctx, s); err != nil {
+			failed(err)
+		}
+	}()
 	part := make([]byte, 4096)
 	held := false // keyLeave was typed
 	for {
@@ -206,11 +208,6 @@ func typed(ctx context.Context, s *client.Session, from io.Reader) error {
 		}
 		if err != nil {
 			return fmt.Errorf("the terminal is gone: %w", err)
-		}
-		select {
-		case err := <-sent:
-			return err
-		default:
 		}
 	}
 }
@@ -265,7 +262,7 @@ func (q *queue) send(ctx context.Context, s *client.Session) error {
 		if len(keys) > 0 {
 			err := s.Write(ctx, keys)
 			var told *client.Error
-			if errors.As(err, &told) && unlessOver(err) != nil {
+			if errors.Is(err, client.ErrPaused) || errors.As(err, &told) && unlessOver(err) != nil {
 				return err
 			}
 		}

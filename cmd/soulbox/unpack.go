@@ -64,6 +64,7 @@ func (a archive) write(f *os.File) error {
 type place struct {
 	dir, name string
 	slash     bool // only a directory is meant
+	within    bool // the user has named the directory alone
 }
 
 // placeOf is where something called base goes that the user wants at to; whole says that its contents alone are wanted.
@@ -73,13 +74,18 @@ func placeOf(to, base string, whole bool) (place, error) {
 	case err == nil && there.IsDir() && whole:
 		return place{dir: to, name: "."}, nil
 	case err == nil && there.IsDir():
-		return place{dir: to, name: base}, nil
+		return place{dir: to, name: base, within: true}, nil
 	case err == nil && whole:
 		return place{}, fmt.Errorf("%s is a file, and cannot become a directory", to)
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
 		return place{}, err
 	}
-	return place{filepath.Dir(filepath.Clean(to)), filepath.Base(to), strings.HasSuffix(to, "/")}, nil
+	clean := filepath.Clean(to)
+	name := filepath.Base(clean)
+	if to == "" || name == "." || name == ".." {
+		return place{}, fmt.Errorf("%q is no name of a file or a directory", to)
+	}
+	return place{dir: filepath.Dir(clean), name: name, slash: strings.HasSuffix(to, "/") || strings.HasSuffix(to, "/.")}, nil
 }
 
 // unpack writes a tar to a place: one file, or a directory with all that is in it, by what comes first.
@@ -128,7 +134,7 @@ func unpack(ctx context.Context, from io.Reader, base string, to place, warn io.
 }
 
 // free says whether something may be written at a place. A link there is not followed, nor replaced by anything but a link: an earlier copy may have brought
-// it, and it may lead anywhere.
+// it, and it may lead anywhere. Where the user has named it, it is not replaced at all.
 func free(parent *os.Root, to place, h *tar.Header) error {
 	there, err := parent.Lstat(to.name)
 	name := filepath.Join(to.dir, to.name)
@@ -142,7 +148,7 @@ func free(parent *os.Root, to place, h *tar.Header) error {
 	case there.IsDir():
 		return fmt.Errorf("%s is a directory, and what the sandbox sends is none", name)
 	case there.Mode()&fs.ModeSymlink != 0:
-		if link, err := parent.Readlink(to.name); err == nil && h.Typeflag == tar.TypeSymlink && link == h.Linkname {
+		if to.within && h.Typeflag == tar.TypeSymlink {
 			return nil
 		}
 		return fmt.Errorf("%s is a symbolic link, through which nothing is written: remove it, or name what it leads to", name)
@@ -155,7 +161,8 @@ func free(parent *os.Root, to place, h *tar.Header) error {
 // tree is where a tar is written. Everything stays below its root: links that lead out of it are not followed.
 type tree struct {
 	root *os.Root
-	made []madeDir // directories that are ours: what is in them is written first
+	made []madeDir   // directories that are ours: what is in them is written first
+	mask fs.FileMode // that new ones obey
 }
 
 type madeDir struct {
@@ -165,7 +172,7 @@ type madeDir struct {
 }
 
 func unpackDir(in archive, h *tar.Header, base string, parent *os.Root, name string, warn io.Writer) error {
-	t := tree{}
+	t := tree{mask: umask()}
 	if err := t.makeDir(parent, name, h, "."); err != nil {
 		return err
 	}
@@ -186,10 +193,9 @@ func unpackDir(in archive, h *tar.Header, base string, parent *os.Root, name str
 	if err != io.EOF {
 		return err
 	}
-	mask := fs.FileMode(umask())
 	for i := len(t.made) - 1; i >= 0; i-- {
 		d := t.made[i]
-		if err := errors.Join(t.root.Chmod(d.name, d.mode&^mask), t.root.Chtimes(d.name, d.at, d.at)); err != nil {
+		if err := errors.Join(t.root.Chmod(d.name, d.mode), t.root.Chtimes(d.name, d.at, d.at)); err != nil {
 			return err
 		}
 	}
@@ -197,27 +203,28 @@ func unpackDir(in archive, h *tar.Header, base string, parent *os.Root, name str
 }
 
 // umask is that of this process. No file is made at the same time.
-func umask() int {
+func umask() fs.FileMode {
 	mask := syscall.Umask(0o077)
 	syscall.Umask(mask)
-	return mask
+	return fs.FileMode(mask)
 }
 
-// makeDir makes a directory, and notes it by another name if it is ours: one that is there keeps its mode, but for one that nothing could be written to.
+// makeDir makes a directory, and notes it by another name if it is new. One that is there keeps its mode; if nothing could be written to it, after that.
 func (t *tree) makeDir(root *os.Root, name string, h *tar.Header, noted string) error {
+	mode := fs.FileMode(h.Mode) & 0o777 &^ t.mask
 	there, err := root.Stat(name)
 	switch {
 	case err == nil && there.IsDir() && there.Mode()&0o700 == 0o700:
 		return nil
 	case err == nil && there.IsDir():
-		err = root.Chmod(name, 0o700)
+		mode, err = there.Mode().Perm(), root.Chmod(name, 0o700)
 	default:
 		err = root.MkdirAll(name, 0o700)
 	}
 	if err != nil {
 		return err
 	}
-	if t.made = append(t.made, madeDir{noted, fs.FileMode(h.Mode) & 0o777, h.ModTime}); len(t.made) > maxDirs {
+	if t.made = append(t.made, madeDir{noted, mode, h.ModTime}); len(t.made) > maxDirs {
 		return fmt.Errorf("there are more than %d directories", maxDirs)
 	}
 	return nil

@@ -99,12 +99,12 @@ func copied(t *testing.T, mode int64, names ...string) io.Reader {
 func TestUnpackPlanted(t *testing.T) {
 	home, here := t.TempDir(), t.TempDir()
 	for name, copies := range map[string][][]string{
-		"a file by a link":            {{"a->" + home + "/new"}, {"a"}},
-		"a file over another":         {{"b->" + home + "/old"}, {"b"}},
-		"a directory by a link":       {{"c->" + home}, {"c/", "c/old"}},
-		"a link below":                {{"d/", "d/l->" + home + "/old"}, {"d/", "d/l"}},
-		"a linked directory below":    {{"e/", "e/l->" + home}, {"e/", "e/l/", "e/l/old"}},
-		"a hard link, replaced later": {{"f/", "f/one"}, {"f/", "f/one"}},
+		"a file by a link":         {{"a->" + home + "/new"}, {"a"}},
+		"a file over another":      {{"b->" + home + "/old"}, {"b"}},
+		"a directory by a link":    {{"c->" + home}, {"c/", "c/old"}},
+		"a link below":             {{"d/", "d/l->" + home + "/old"}, {"d/", "d/l"}},
+		"a linked directory below": {{"e/", "e/l->" + home}, {"e/", "e/l/", "e/l/old"}},
+		"a link that changes":      {{"f->" + home}, {"f->" + home + "/old"}, {"f"}},
 	} {
 		if err := os.WriteFile(filepath.Join(home, "old"), []byte("mine"), 0o600); err != nil {
 			t.Fatal(err)
@@ -148,7 +148,7 @@ func TestUnpackAgain(t *testing.T) {
 		if err := unpack(t.Context(), copied(t, 0o446, "f"), "f", place{dir: here, name: "single"}, io.Discard); err != nil {
 			t.Fatal(err)
 		}
-		mask := fs.FileMode(umask())
+		mask := umask()
 		got := fmt.Sprint(mode("."), mode("new"), mode("sub"), mode("sub/f"), mode("single"))
 		if want := fmt.Sprint(fs.FileMode(0o750), 0o557&^mask, 0o557&^mask, 0o446&^mask, 0o446&^mask); got != want {
 			t.Errorf("%s, want %s", got, want)
@@ -175,5 +175,30 @@ func TestUnpackAgain(t *testing.T) {
 		return err
 	}); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestPlaceOf: a destination is what its user has named, or in it.
+func TestPlaceOf(t *testing.T) {
+	t.Chdir(t.TempDir())
+	if err := errors.Join(os.Mkdir("d", 0o755), os.WriteFile("f", nil, 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	for to, want := range map[string][2]string{ // of a thing called base, and of its contents
+		"d": {"d base", "d ."}, "d/": {"d/ base", "d/ ."}, ".": {". base", ". ."}, "f": {". f", ""}, "new": {". new", ". new"}, "new/": {". new/", ". new/"},
+		"new/.": {". new/", ". new/"}, "d/new/.": {"d new/", "d new/"}, "": {"", ""}, "new/..": {"", ""}, "d/..": {"d/.. base", "d/.. ."}, "a/b": {"a b", "a b"},
+	} {
+		for i, whole := range []bool{false, true} {
+			got := ""
+			if p, err := placeOf(to, "base", whole); err == nil {
+				got = p.dir + " " + p.name
+				if p.slash {
+					got += "/"
+				}
+			}
+			if got != want[i] {
+				t.Errorf("%q, contents %v: %q, want %q", to, whole, got, want[i])
+			}
+		}
 	}
 }
