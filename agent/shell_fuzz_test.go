@@ -1,8 +1,10 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -97,7 +99,7 @@ IFS=$' \t\n'
 echo; echo =====
 { pwd; umask; set +o; shopt; alias; declare -f; declare -F; printf '<%s>' "$@"; echo
 declare -p A B C D E F ${!arr@} ${!map@} ${!int@} ${!lines@} TZ
-env -0 | tr '\n\0' '\1\n' | grep -v -e ^SHLVL= -e ^_= -e __soulbox | sort; } 2>/dev/null
+printf '\n-----\n'; env -0; } 2>/dev/null
 `
 
 // sameAsOneShell runs n random sequences of commands, each in a remembering shell and in one long bash, and compares where they end.
@@ -110,9 +112,8 @@ func sameAsOneShell(t *testing.T, c *Client, dir string, n int, seed uint64) {
 		}
 		place := func(kind string) (string, []string) {
 			at := filepath.Join(dir, fmt.Sprintf("%s%d", kind, i))
-			made := start(t, c, StartRequest{Command: fmt.Sprintf("mkdir -p %[1]s/a/a %[1]s/'b c' && ln -s a %[1]s/link", at), Cwd: dir})
-			if made.Process.ExitCode != 0 {
-				t.Fatalf("%s", made.Output.Head)
+			if err := errors.Join(os.MkdirAll(filepath.Join(at, "a", "a"), 0o777), os.Mkdir(filepath.Join(at, "b c"), 0o777), os.Symlink("a", filepath.Join(at, "link"))); err != nil {
+				t.Fatal(err)
 			}
 			// Both places have names of the same length: what shows them is compared without.
 			mine := make([]string, len(steps))
@@ -175,7 +176,12 @@ func differing(got, want string) string {
 // report is what a command said behind everything its steps said, without its place.
 func report(s Snapshot, place string) string {
 	_, said, _ := strings.Cut(string(s.Output.Head), "\n=====\n")
-	return strings.ReplaceAll(said, place, "PLACE")
+	said, env, _ := strings.Cut(said, "\n-----\n")
+	vars := slices.DeleteFunc(strings.Split(env, "\x00"), func(v string) bool {
+		return strings.HasPrefix(v, "SHLVL=") || strings.HasPrefix(v, "_=") || strings.Contains(v, "__soulbox")
+	})
+	slices.Sort(vars)
+	return strings.ReplaceAll(said+"\n"+strings.Join(vars, "\n"), place, "PLACE")
 }
 
 // TestShellFuzz: 1,000 random sequences of commands end as in one long bash session.
