@@ -136,7 +136,7 @@ func (c *acceptedConn) CloseWrite() error { return c.Stream.Close() }
 // Accept waits for the next connection that is made in the sandbox to an address of its loopback, which is listened on from the first Accept on. It
 // is no use of the sandbox. When ctx ends the connection is at its end.
 func (c *Client) Accept(ctx context.Context, address string) (net.Conn, error) {
-	stream, err := orGiveUp(ctx, func() (*yamux.Stream, error) { return c.open(header{Stream: streamAccept, Address: address}) }, func(s *yamux.Stream) { _ = s.Close() })
+	stream, err := OrGiveUp(ctx, func() (*yamux.Stream, error) { return c.open(header{Stream: streamAccept, Address: address}) }, func(s *yamux.Stream) { _ = s.Close() })
 	if err != nil {
 		return nil, err
 	}

@@ -145,7 +145,7 @@ func call[R any](ctx context.Context, c *Client, method string, args any) (resul
 		defer c.use.leave()
 	}
 	id := c.lastID.Add(1)
-	waiter, err := orGiveUp(ctx, func() (jsonrpc2.Waiter, error) {
+	waiter, err := OrGiveUp(ctx, func() (jsonrpc2.Waiter, error) {
 		return c.rpc.DispatchCall(ctx, method, args, jsonrpc2.PickID(jsonrpc2.ID{Num: id}))
 	}, nil)
 	if errors.Is(err, ErrTooLarge) {
@@ -177,9 +177,9 @@ func call[R any](ctx context.Context, c *Client, method string, args any) (resul
 	return result, c.lost(method, err)
 }
 
-// orGiveUp does what may block for as long as the guest does not read its pipe: neither jsonrpc2 nor yamux can be interrupted while they
-// write. When ctx ends first, do goes on alone until the pipe moves or ends, and undo gets its result.
-func orGiveUp[T any](ctx context.Context, do func() (T, error), undo func(T)) (T, error) {
+// OrGiveUp does what cannot be interrupted, as it may block for as long as the guest does not read its pipe, or must not be. When ctx ends first, do goes
+// on alone until it is done or the pipe ends, and undo, if not nil, gets its result.
+func OrGiveUp[T any](ctx context.Context, do func() (T, error), undo func(T)) (T, error) {
 	type outcome struct {
 		value T
 		err   error
@@ -372,7 +372,7 @@ func (c *Client) handshake(ctx context.Context, h header) (stream *yamux.Stream,
 			leave()
 		}
 	}()
-	stream, err = orGiveUp(ctx, func() (*yamux.Stream, error) { return c.open(h) }, func(s *yamux.Stream) { _ = s.Close() })
+	stream, err = OrGiveUp(ctx, func() (*yamux.Stream, error) { return c.open(h) }, func(s *yamux.Stream) { _ = s.Close() })
 	if err != nil {
 		return nil, a, nil, err
 	}

@@ -107,15 +107,26 @@ func (o execOutput) text() string {
 	return o.Output + newline + "[" + status + "]"
 }
 
-func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
+// check refuses what needs no sandbox to be seen as wrong.
+func (in execInput) check() error {
 	if in.Command == "" && !in.TTY {
-		return execOutput{}, badArgument("The argument \"command\" is missing. Give a shell command.")
+		return badArgument("The argument \"command\" is missing. Give a shell command.")
 	}
 	if !in.TTY && (in.Rows != 0 || in.Cols != 0) {
-		return execOutput{}, badArgument("The arguments \"rows\" and \"cols\" are of a terminal. Set tty, or leave them out.")
+		return badArgument("The arguments \"rows\" and \"cols\" are of a terminal. Set tty, or leave them out.")
 	}
 	if len(in.Command) > maxCommand {
-		return execOutput{}, badArgument("The argument \"command\" has %d bytes, at most %d can be given. Write it to a file with file_write and run that.", len(in.Command), maxCommand)
+		return badArgument("The argument \"command\" has %d bytes, at most %d can be given. Write it to a file with file_write and run that.", len(in.Command), maxCommand)
+	}
+	if len(in.Stdin) > maxStdin {
+		return badArgument("The argument \"stdin\" has %d bytes, at most %d can be given. Write it to a file with file_write and redirect it: command < file.", len(in.Stdin), maxStdin)
+	}
+	return nil
+}
+
+func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
+	if err := in.check(); err != nil {
+		return execOutput{}, err
 	}
 	yield, chars, err := bounds(in.YieldMS, in.MaxChars)
 	if err != nil {
@@ -130,9 +141,6 @@ func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
 		yield = ttyYield
 	} else if in.YieldMS == nil && inTask(ctx) {
 		yield = taskYield
-	}
-	if len(in.Stdin) > maxStdin {
-		return execOutput{}, badArgument("The argument \"stdin\" has %d bytes, at most %d can be given. Write it to a file with file_write and redirect it: command < file.", len(in.Stdin), maxStdin)
 	}
 	sb, client, err := s.agent(ctx, in.target, "run a command in")
 	if err != nil {

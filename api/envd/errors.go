@@ -1,6 +1,7 @@
 package envd
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -90,20 +91,17 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	fail(w, code, err.Error())
 }
 
+// refusals are what Connect calls the statuses of plain HTTP.
+var refusals = map[int]connect.Code{400: connect.CodeInvalidArgument, 401: connect.CodeUnauthenticated, 403: connect.CodePermissionDenied, 404: connect.CodeNotFound, 409: connect.CodeFailedPrecondition,
+	429: connect.CodeResourceExhausted, 501: connect.CodeUnimplemented, 503: connect.CodeUnavailable, 504: connect.CodeDeadlineExceeded}
+
 // Refuse answers a call of Connect's with a refusal in its form, by the status that it would have elsewhere; it says whether it was one.
 func Refuse(w http.ResponseWriter, r *http.Request, status int, message string) bool {
 	told := connect.NewErrorWriter()
 	if !told.IsSupported(r) {
 		return false
 	}
-	code := connect.CodeInternal
-	for c, s := range map[connect.Code]int{connect.CodeInvalidArgument: 400, connect.CodeUnauthenticated: 401, connect.CodePermissionDenied: 403, connect.CodeNotFound: 404, connect.CodeFailedPrecondition: 409,
-		connect.CodeResourceExhausted: 429, connect.CodeUnimplemented: 501, connect.CodeUnavailable: 503, connect.CodeDeadlineExceeded: 504} {
-		if s == status {
-			code = c
-		}
-	}
-	_ = told.Write(w, r, connect.NewError(code, errors.New(message))) // a client that is gone misses nothing
+	_ = told.Write(w, r, connect.NewError(cmp.Or(refusals[status], connect.CodeInternal), errors.New(message))) // a client that is gone misses nothing
 	return true
 }
 

@@ -55,30 +55,15 @@ func (s processes) Start(ctx context.Context, req *connect.Request[pb.StartReque
 // start starts a process. That is not cancelled: whether it was started would be unknown. hangs says that it is to end with those who follow it: one whose
 // starter is gone by then is known to nobody.
 func (p *place) start(ctx context.Context, req agent.StartRequest, hangs bool) (agent.Snapshot, error) {
-	type outcome struct {
-		began agent.Snapshot
-		err   error
+	begin := func() (agent.Snapshot, error) { return p.client.Start(context.WithoutCancel(ctx), req) }
+	if !hangs {
+		return agent.OrGiveUp(ctx, begin, nil)
 	}
-	done := make(chan outcome)
-	go func() {
-		began, err := p.client.Start(context.WithoutCancel(ctx), req)
-		select {
-		case done <- outcome{began, err}:
-			return
-		case <-ctx.Done():
-		}
-		if err == nil && hangs {
-			ending, cancel := context.WithTimeout(context.Background(), killTime)
-			defer cancel()
-			_, _ = p.client.Kill(ending, began.Process.ID) // one that has ended is ended
-		}
-	}()
-	select {
-	case o := <-done:
-		return o.began, o.err
-	case <-ctx.Done():
-		return agent.Snapshot{}, context.Cause(ctx)
-	}
+	return agent.OrGiveUp(ctx, begin, func(began agent.Snapshot) {
+		ending, cancel := context.WithTimeout(context.Background(), killTime)
+		defer cancel()
+		_, _ = p.client.Kill(ending, began.Process.ID) // one that has ended is ended
+	})
 }
 
 // startRequest is what a client wants to start, in the agent's words.

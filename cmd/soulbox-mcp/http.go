@@ -187,10 +187,11 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 	go func() { stopped <- web.Shutdown(over) }()
 	endpoint.Close(drainTime)
 	s.gateway.Close() // streams of sandboxes have no end of their own
-	if <-stopped == nil {
-		return nil
+	if err := <-stopped; err != nil {
+		s.log.Info("what has no end of its own is broken off", "error", err)
+		return web.Close()
 	}
-	return web.Close() // what is left has no end of its own
+	return nil
 }
 
 func serveOn(web *http.Server, listener net.Listener) error {

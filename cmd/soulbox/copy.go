@@ -239,8 +239,8 @@ func (t transfer) out(ctx context.Context, from, to string) error {
 	if err == nil {
 		_, err = io.Copy(io.Discard, r) // what tar fills its last block with
 	}
-	_ = r.CloseWithError(err)                                                                         // the other side ends by it
-	if serr := <-sent; serr != nil && (err == nil || errors.Is(err, serr) || !errors.Is(serr, err)) { // otherwise it is only the echo of ours
+	_ = r.CloseWithError(err) // the other side ends by it, and says no more than that, unless it was first
+	if serr := <-sent; serr != nil && (err == nil || errors.Is(err, serr) || !errors.Is(serr, err)) {
 		return serr
 	}
 	if err != nil {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -171,16 +172,16 @@ type madeDir struct {
 	at   time.Time
 }
 
-func unpackDir(in archive, h *tar.Header, base string, parent *os.Root, name string, warn io.Writer) error {
+func unpackDir(in archive, h *tar.Header, base string, parent *os.Root, name string, warn io.Writer) (err error) {
 	t := tree{mask: umask()}
 	if err := t.makeDir(parent, name, h, "."); err != nil {
 		return err
 	}
-	var err error
 	if t.root, err = parent.OpenRoot(name); err != nil {
 		return err
 	}
 	defer t.root.Close()
+	defer func() { err = errors.Join(err, t.finish()) }()
 	for h, err = in.next(); err == nil; h, err = in.next() {
 		name, ok := below(h.Name, base)
 		if !ok {
@@ -193,13 +194,15 @@ func unpackDir(in archive, h *tar.Header, base string, parent *os.Root, name str
 	if err != io.EOF {
 		return err
 	}
-	for i := len(t.made) - 1; i >= 0; i-- {
-		d := t.made[i]
-		if err := errors.Join(t.root.Chmod(d.name, d.mode), t.root.Chtimes(d.name, d.at, d.at)); err != nil {
-			return err
-		}
-	}
 	return nil
+}
+
+// finish gives directories their modes and times, also of a copy that was not completed.
+func (t *tree) finish() (err error) {
+	for _, d := range slices.Backward(t.made) {
+		err = errors.Join(err, t.root.Chmod(d.name, d.mode), t.root.Chtimes(d.name, d.at, d.at))
+	}
+	return err
 }
 
 // umask is that of this process. No file is made at the same time.

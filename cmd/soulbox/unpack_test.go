@@ -46,6 +46,9 @@ func TestUnpackHostile(t *testing.T) {
 				t.Fatal(err)
 			}
 			root := t.TempDir()
+			if err := os.Mkdir(filepath.Join(root, "in"), 0o755); err != nil {
+				t.Fatal(err)
+			}
 			if headers[0].Name != "dir" { // as honest ones begin
 				var whole bytes.Buffer
 				first := tar.NewWriter(&whole)
@@ -200,5 +203,23 @@ func TestPlaceOf(t *testing.T) {
 				t.Errorf("%q, contents %v: %q, want %q", to, whole, got, want[i])
 			}
 		}
+	}
+}
+
+// TestUnpackBroken: a copy that is broken off leaves no directory of the user's with another mode.
+func TestUnpackBroken(t *testing.T) {
+	here := t.TempDir()
+	if err := errors.Join(os.Mkdir(filepath.Join(here, "dir"), 0o700), os.Chmod(filepath.Join(here, "dir"), 0o500)); err != nil {
+		t.Fatal(err)
+	}
+	if err := unpack(t.Context(), copied(t, 0o644, "dir/", "dir/f", "evil"), "dir", place{dir: here, name: "dir", within: true}, io.Discard); err == nil {
+		t.Error("it is taken")
+	}
+	info, err := os.Stat(filepath.Join(here, "dir"))
+	if err != nil || info.Mode().Perm() != 0o500 {
+		t.Errorf("%v %v", info.Mode(), err)
+	}
+	if err := os.Chmod(filepath.Join(here, "dir"), 0o700); err != nil { // so that it can be removed
+		t.Fatal(err)
 	}
 }

@@ -1,0 +1,146 @@
+package client
+
+import (
+	"context"
+	"errors"
+	"net"
+	"syscall"
+	"time"
+
+	"connectrpc.com/connect"
+	pb "soulbox.dev/soulbox/api/envd/spec/process"
+	"soulbox.dev/soulbox/api/envd/spec/process/processconnect"
+)
+
+// tell calls the server that has the process, and the next one if that is gone. What may have arrived is not said again, unless twice is as good as once.
+func (s *Session) tell(ctx context.Context, twice bool, do func(processconnect.ProcessClient) error) error {
+	for pause, began := firstPause, time.Now(); ; pause = min(2*pause, lastPause) {
+		c := s.current()
+		err := do(c.processes(s.sandbox))
+		if err == nil {
+			return nil
+		}
+		var dial *net.OpError
+		refused := errors.As(err, &dial) && dial.Op == "dial"
+		busy := connect.IsWireError(err) && connect.CodeOf(err) == connect.CodeResourceExhausted // too many requests at once
+		if connect.IsWireError(err) && !busy || ctx.Err() != nil || !busy && !refused && !twice || time.Since(began) > patience {
+			return s.unlessPaused(ctx, c, err)
+		}
+		select { // Follow finds the next server
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// maxInput is how much is written to a process at once, in bytes.
+const maxInput = 2 << 20
+
+// Write writes to the process' stdin, or its terminal. It blocks while the process does not read.
+func (s *Session) Write(ctx context.Context, p []byte) error {
+	s.inputs.Lock()
+	defer s.inputs.Unlock()
+	for len(p) > 0 {
+		part := p[:min(len(p), maxInput)]
+		in := &pb.ProcessInput{Input: &pb.ProcessInput_Stdin{Stdin: part}}
+		if s.pty {
+			in.Input = &pb.ProcessInput_Pty{Pty: part}
+		}
+		err := s.tell(ctx, false, func(c processconnect.ProcessClient) error {
+			_, err := c.SendInput(ctx, asked(s, &pb.SendInputRequest{Process: by(s.PID), Input: in}))
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		p = p[len(part):]
+	}
+	return nil
+}
+
+// CloseInput ends the process' stdin.
+func (s *Session) CloseInput(ctx context.Context) error {
+	s.inputs.Lock()
+	defer s.inputs.Unlock()
+	return s.tell(ctx, true, func(c processconnect.ProcessClient) error {
+		_, err := c.CloseStdin(ctx, asked(s, &pb.CloseStdinRequest{Process: by(s.PID)}))
+		return err
+	})
+}
+
+// Resize gives the terminal another size.
+func (s *Session) Resize(ctx context.Context, size Size) error {
+	return s.tell(ctx, true, func(c processconnect.ProcessClient) error {
+		_, err := c.Update(ctx, asked(s, &pb.UpdateRequest{Process: by(s.PID), Pty: pty(size)}))
+		return err
+	})
+}
+
+// Signal sends a signal to the process' group.
+func (s *Session) Signal(ctx context.Context, sig syscall.Signal) error {
+	return s.tell(ctx, false, func(c processconnect.ProcessClient) error { return s.signal(ctx, c, sig) })
+}
+
+func (s *Session) signal(ctx context.Context, c processconnect.ProcessClient, sig syscall.Signal) error {
+	_, err := c.SendSignal(ctx, asked(s, &pb.SendSignalRequest{Process: by(s.PID), Signal: pb.Signal(sig)}))
+	return err
+}
+
+// unlessPaused is an error of a call, or ErrPaused where that is why it was refused.
+func (s *Session) unlessPaused(ctx context.Context, c *Client, err error) error {
+	if connect.CodeOf(err) == connect.CodeFailedPrecondition {
+		if box, berr := c.Sandbox(ctx, s.sandbox); berr == nil && box.State == "paused" {
+			return ErrPaused
+		}
+	}
+	if err != nil {
+		err = c.plainError(err)
+	}
+	return err
+}
+
+// Process is what the session follows.
+func (s *Session) Process() Process { return Process{PID: s.PID, ID: s.id} }
+
+// Kill ends the process and all that it has started, on whichever server has its sandbox now: for who follows it no longer. A sandbox that is paused is
+// not woken: that is ErrPaused.
+func (s *Session) Kill(ctx context.Context) error {
+	c := s.current()
+	for {
+		err := s.signal(ctx, c.processes(s.sandbox), syscall.SIGKILL)
+		if err == nil || connect.IsWireError(err) || ctx.Err() != nil {
+			return s.unlessPaused(ctx, c, err)
+		}
+		select {
+		case <-time.After(firstPause):
+		case <-ctx.Done():
+			return c.plainError(err)
+		}
+		if next, err := s.again(ctx); err == nil {
+			c = next
+		}
+	}
+}
+
+// Release lets the process go on without followers, whatever was asked for when it was started.
+func (s *Session) Release(ctx context.Context) error {
+	return s.tell(ctx, true, func(c processconnect.ProcessClient) error {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel() // breaks it off
+		res, err := c.Connect(ctx, asked(s, &pb.ConnectRequest{Process: by(s.PID)}))
+		if err == nil && !res.Receive() {
+			err = ended(res.Err())
+		}
+		return err
+	})
+}
+
+// Signal sends a signal to a process of a sandbox, and what it has started in its group.
+func (c *Client) Signal(ctx context.Context, sandbox string, p Process, sig syscall.Signal) error {
+	s := &Session{PID: p.PID, id: p.ID}
+	if err := s.signal(ctx, c.processes(sandbox), sig); err != nil {
+		return c.plainError(err)
+	}
+	return nil
+}

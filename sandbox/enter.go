@@ -1,0 +1,61 @@
+package sandbox
+
+import (
+	"context"
+	"fmt"
+
+	"soulbox.dev/soulbox/agent"
+)
+
+// Agent is the way into a sandbox, for the verb that the caller is about to do. One that is paused is woken, if calls are to wake it.
+func (s *Sandbox) Agent(ctx context.Context, verb string) (*agent.Client, error) {
+	return s.enter(ctx, verb, true)
+}
+
+// AgentAwake is Agent for who comes back to something that he has begun: it wakes none that was paused meanwhile.
+func (s *Sandbox) AgentAwake(ctx context.Context, verb string) (*agent.Client, error) {
+	return s.enter(ctx, verb, false)
+}
+
+func (s *Sandbox) enter(ctx context.Context, verb string, wake bool) (*agent.Client, error) {
+	for {
+		s.mu.Lock()
+		hold, state, auto := s.hold, s.rec.State, s.rec.Pause != nil && s.rec.Pause.AutoResume
+		switch {
+		case s.isLeft():
+			s.mu.Unlock()
+			return nil, fmt.Errorf("%s sandbox %s: %w", verb, s.id, ErrClosed)
+		case hold != nil && !state.Ended():
+			s.mu.Unlock()
+			select {
+			case <-hold:
+			case <-ctx.Done():
+				return nil, context.Cause(ctx)
+			}
+		case state == Running:
+			defer s.mu.Unlock()
+			return s.client, s.unfit
+		case state == Paused && auto && wake:
+			s.mu.Unlock()
+			if err := s.Resume(ctx); err != nil && !s.runs() {
+				return nil, err
+			}
+		default:
+			defer s.mu.Unlock()
+			return nil, s.wrong(verb)
+		}
+	}
+}
+
+// Look is Agent for who only wants to know something of a sandbox that runs anyway: it wakes none.
+func (s *Sandbox) Look(verb string) (*agent.Client, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.unfit != nil {
+		return nil, s.unfit
+	}
+	if s.rec.State != Running || s.hold != nil || s.client == nil {
+		return nil, s.wrong(verb)
+	}
+	return s.client, nil
+}
