@@ -83,6 +83,7 @@ func (s *Server) serveAccept(ctx context.Context, stream *yamux.Stream, h header
 	select {
 	case conn := <-conns:
 		defer conn.Close()
+		defer s.second.hold()()
 		defer context.AfterFunc(ctx, func() { // the host is gone
 			_ = conn.Close()
 			_ = stream.SetDeadline(time.Unix(1, 0))

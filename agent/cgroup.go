@@ -315,7 +315,7 @@ func readFile(f *os.File) string {
 	var all []byte
 	buf := make([]byte, 4<<10)
 	for len(all) < 1<<20 {
-		n, err := unix.Pread(int(f.Fd()), buf, int64(len(all)))
+		n, err := quickPread(int(f.Fd()), buf, int64(len(all)))
 		if n <= 0 || err != nil {
 			break
 		}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"slices"
 	"sync"
 
@@ -102,27 +103,34 @@ func (c *collector) await(pidfd int, ended func()) {
 	c.ends[t] = processEnd{pidfd, ended}
 	c.mu.Unlock()
 	if err := c.control(unix.EPOLL_CTL_ADD, pidfd, t); err != nil {
-		c.over(t)
+		if pidfd, ok := c.over(t); ok {
+			quickClose(pidfd)
+		}
 	}
 }
 
-// over ends the wait for a process.
-func (c *collector) over(t token) {
+// over ends the wait for a process, whose pidfd is then to be put away.
+func (c *collector) over(t token) (pidfd int, ok bool) {
 	c.mu.Lock()
 	end, ok := c.ends[t]
 	delete(c.ends, t)
 	c.mu.Unlock()
 	if !ok {
-		return // another one was first
+		return -1, false // another one was first
 	}
-	_ = c.control(unix.EPOLL_CTL_DEL, end.pidfd, t)
-	_ = unix.Close(end.pidfd)
 	end.ended()
+	return end.pidfd, true
+}
+
+// putAway takes a pidfd from the epoll and closes it.
+func (c *collector) putAway(pidfd int, t token) {
+	_ = c.control(unix.EPOLL_CTL_DEL, pidfd, t)
+	quickClose(pidfd)
 }
 
 func (c *collector) control(op, fd int, t token) error {
 	return control(c.epoll, func(epoll uintptr) error {
-		return unix.EpollCtl(int(epoll), op, fd, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(t), Pad: int32(t >> 32)})
+		return quickEpollCtl(int(epoll), op, fd, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(t), Pad: int32(t >> 32)})
 	})
 }
 
@@ -141,7 +149,7 @@ func (c *collector) finish(p *outputPipe) {
 	c.mu.Unlock()
 	// Not by closing alone: a child between fork and exec holds the pipe for a moment.
 	_ = c.control(unix.EPOLL_CTL_DEL, p.fd, p.token)
-	_ = unix.Close(p.fd)
+	quickClose(p.fd)
 	close(p.eof)
 }
 
@@ -155,6 +163,7 @@ func (c *collector) run() {
 	// Read returns when the file is closed.
 	_ = raw.Read(func(epoll uintptr) (end bool) {
 		for c.poll(int(epoll), events, buf) > 0 {
+			runtime.Gosched() // no system call of ours tells the scheduler that others are to have a turn
 		}
 		return false
 	})
@@ -163,10 +172,10 @@ func (c *collector) run() {
 // poll moves what is there, in the order in which it came, and tells how many descriptors had something. It may be called by several at
 // once: each pipe is read under its lock. Who waits for the end of a process hears of it before its pipes are put away.
 func (c *collector) poll(epoll int, events []unix.EpollEvent, buf []byte) int {
-	n, _ := unix.EpollWait(epoll, events, 0) // EINTR: the next one sees it
+	n := quickPoll(epoll, events)
 	var over []*outputPipe
 	var ended []token
-	for _, e := range events[:max(n, 0)] {
+	for _, e := range events[:n] {
 		c.mu.Lock()
 		p := c.pipes[tokenOf(e)]
 		c.mu.Unlock()
@@ -181,7 +190,10 @@ func (c *collector) poll(epoll int, events []unix.EpollEvent, buf []byte) int {
 		}
 	}
 	for _, t := range ended {
-		c.over(t)
+		if pidfd, ok := c.over(t); ok {
+			runtime.Gosched() // whoever waits for the end of the process hears of it before everything is put away
+			c.putAway(pidfd, t)
+		}
 	}
 	for _, p := range over {
 		c.finish(p)
@@ -240,7 +252,7 @@ func (p *outputPipe) read(c *collector, buf []byte) (end bool) {
 		_ = c.control(unix.EPOLL_CTL_DEL, p.fd, p.token) // it would be told for ever
 		return false
 	}
-	n, err := unix.Read(p.fd, buf)
+	n, err := quickRead(p.fd, buf)
 	if n > 0 {
 		p.output.append(p.stream, buf[:n])
 	}
@@ -262,6 +274,6 @@ func (p *outputPipe) empty() bool {
 	if p.over || p.closed {
 		return true
 	}
-	n, err := unix.IoctlGetInt(p.fd, unix.TIOCINQ)
+	n, err := pendingBytes(p.fd)
 	return err != nil || n == 0
 }

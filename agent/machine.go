@@ -30,7 +30,7 @@ func setUpMachine(image bool) (*cgroups, error) {
 		if err := unix.Unmount("/tmp", 0); err != nil && err != unix.EINVAL && err != unix.ENOENT && err != unix.ENOTDIR {
 			return nil, fmt.Errorf("unmount /tmp: %w", err)
 		}
-		return groups, errors.Join(dropCapabilities(), forgetSignals())
+		return groups, errors.Join(dropCapabilities(), forgetChildren())
 	}
 	for _, f := range passwdFields("/etc/passwd", 7) {
 		uid, uerr := strconv.Atoi(f[2])
@@ -42,7 +42,7 @@ func setUpMachine(image bool) (*cgroups, error) {
 			return nil, fmt.Errorf("set up home of %s: %w", f[0], err)
 		}
 	}
-	return groups, errors.Join(dropCapabilities(), forgetSignals())
+	return groups, errors.Join(dropCapabilities(), forgetChildren())
 }
 
 // giveHome makes a home and gives it, and what the template put there, to its user.
@@ -117,27 +117,13 @@ func Attach(in io.Reader, out io.WriteCloser) error {
 	return errors.Join(err, out.Close())
 }
 
-// forgetSignals takes the signals that no agent gets from the Go runtime's hands: it installs a handler for each, which every child takes
-// back with a system call before it executes, and the one for SIGCHLD runs at the end of every process. What is left are those that
-// somebody may send to init; the real-time signals are not among them.
-func forgetSignals() error {
-	forget := []syscall.Signal{syscall.SIGCHLD, syscall.SIGWINCH}
-	for sig := firstRealTime; sig <= lastRealTime; sig++ {
-		forget = append(forget, sig)
-	}
+// forgetChildren takes SIGCHLD from the Go runtime's hands, whose handler would run at the end of every process: pidfds tell of those that matter.
+func forgetChildren() error {
+	signal.Ignore(syscall.SIGCHLD) // now the runtime does not handle it, but the kernel would reap children by itself
 	byDefault := make([]uint64, 4) // struct sigaction of the kernel: SIG_DFL, no flags, no mask
-	for _, sig := range forget {
-		signal.Ignore(sig) // now the runtime does not handle it, but children would inherit that it is ignored
-		_, _, errno := syscall.RawSyscall6(syscall.SYS_RT_SIGACTION, uintptr(sig), uintptr(unsafe.Pointer(&byDefault[0])), 0, 8, 0, 0)
-		if errno != 0 {
-			return fmt.Errorf("reset signal %d: %w", sig, errno)
-		}
+	_, _, errno := syscall.RawSyscall6(syscall.SYS_RT_SIGACTION, uintptr(syscall.SIGCHLD), uintptr(unsafe.Pointer(&byDefault[0])), 0, 8, 0, 0)
+	if errno != 0 {
+		return fmt.Errorf("reset SIGCHLD: %w", errno)
 	}
 	return nil
 }
-
-// The real-time signals but for those which the Go runtime and the C library keep for themselves, see signal(7).
-const (
-	firstRealTime syscall.Signal = 35
-	lastRealTime  syscall.Signal = 64
-)

@@ -3,8 +3,6 @@ package agent
 import (
 	"sync"
 	"syscall"
-
-	"golang.org/x/sys/unix"
 )
 
 // exitStatus is how a process ended.
@@ -29,15 +27,12 @@ func newReaper(init bool, c *collector) *reaper {
 }
 
 // forkExec starts a child. If that works, await must follow with what it returns.
-func (r *reaper) forkExec(name string, args []string, attr *syscall.ProcAttr) (c child, err error) {
-	c.pidfd = -1
-	if r.init {
-		attr.Sys.PidFD = &c.pidfd
-	}
+func (r *reaper) forkExec(name string, args []string, attr spawnAttr) (c child, err error) {
+	attr.pidfd = r.init
 	r.mu.Lock()
 	r.starting++
 	r.mu.Unlock()
-	if c.pid, err = syscall.ForkExec(name, args, attr); err != nil {
+	if c, err = spawn(name, args, attr); err != nil {
 		r.mu.Lock()
 		r.settled()
 		r.mu.Unlock()
@@ -93,8 +88,7 @@ func (r *reaper) reap() {
 
 // reapOne takes the status of a child that has ended, or of any with -1, and says whether there was one.
 func (r *reaper) reapOne(pid int) bool {
-	var s exitStatus
-	pid, err := syscall.Wait4(pid, &s.status, unix.WALL|unix.WNOHANG, &s.usage)
+	pid, s, err := quickWait(pid)
 	if err == syscall.EINTR {
 		return true
 	}

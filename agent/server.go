@@ -42,6 +42,8 @@ type Server struct {
 	shell     string
 	null      int // descriptor of /dev/null
 	reaper    *reaper
+	second    *processors // nil outside a sandbox
+	stock     outputStock
 	collector *collector
 	groups    *cgroups // nil outside a sandbox
 	guard     *guard   // nil outside a sandbox
@@ -98,6 +100,7 @@ func NewServer(opts Options) (*Server, error) {
 	}
 	s.reaper = newReaper(opts.Init, s.collector)
 	if opts.Init {
+		s.second = newProcessors()
 		if s.groups, err = setUpMachine(opts.Image); err != nil {
 			return nil, err
 		}
@@ -115,6 +118,9 @@ func (s *Server) Close() {
 	}
 	for _, p := range s.all() {
 		<-p.done
+	}
+	if o := s.stock.ready.Swap(nil); o != nil {
+		o.closeEnds()
 	}
 	s.collector.close()
 	s.trees.closeAll(&s.watches)
@@ -196,6 +202,9 @@ func (s *Server) present(n int) {
 	}
 }
 
+// laborious are the streams that may keep a processor busy. Others wait for most of their time.
+var laborious = map[string]bool{streamRead: true, streamWrite: true, streamOutput: true, streamStdin: true, streamDial: true, streamChanges: true, streamUnpack: true}
+
 // serveStream serves one stream by its header. A panic ends the stream, not the machine.
 func (s *Server) serveStream(ctx context.Context, stream *yamux.Stream) {
 	defer func() {
@@ -210,6 +219,9 @@ func (s *Server) serveStream(ctx context.Context, stream *yamux.Stream) {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	if laborious[h.Stream] {
+		defer s.second.hold()()
+	}
 	switch h.Stream {
 	case streamRPC:
 		s.serveRPC(ctx, stream)
@@ -275,6 +287,7 @@ func (s *Server) settle(p *process) {
 	if s.groups != nil {
 		s.groups.stock()
 	}
+	s.stockOutputs()
 	s.mu.Lock()
 	var ended []*process
 	for _, q := range s.procs {
@@ -461,6 +474,7 @@ func (s *Server) call(ctx context.Context, req *jsonrpc2.Request) (result any, e
 
 // callFiles answers the calls that concern files.
 func (s *Server) callFiles(ctx context.Context, req *jsonrpc2.Request) (any, error) {
+	defer s.second.hold()()
 	switch req.Method {
 	case callStat:
 		return on(req, s.stat)

@@ -53,9 +53,6 @@ func (s *Server) spawn(req StartRequest) (_ *process, err error) {
 		}
 	}
 	p.collector = s.collector
-	if req.Hold {
-		p.holdFirst()
-	}
 	run := s.runOnPipes
 	if p.terminal != nil {
 		run = s.runOnTerminal
@@ -72,8 +69,11 @@ func (s *Server) spawn(req StartRequest) (_ *process, err error) {
 // holdTime is how long output is held for a stream that does not come.
 const holdTime = 10 * time.Second
 
-// holdFirst holds the output until somebody else does.
+// holdFirst holds the output, where that is asked for, until somebody else does.
 func (p *process) holdFirst() {
+	if !p.req.Hold {
+		return
+	}
 	mine := p.output.hold(0)
 	p.release = sync.OnceFunc(func() { p.collector.resume(p.output.advance(mine, 0, true)...) })
 	time.AfterFunc(holdTime, p.release)
@@ -81,26 +81,28 @@ func (p *process) holdFirst() {
 
 // runOnPipes starts a process with pipes, and returns the writing end of its stdin if it has one.
 func (s *Server) runOnPipes(p *process, env []string) (stdin *os.File, err error) {
-	stdio, parent, err := s.openStdio(p.req.KeepStdin || len(p.req.Stdin) > 0)
+	made, err := s.takeOutputs()
 	if err != nil {
 		return nil, err
 	}
-	// Before the process runs: pipes that are added when both have output would be taken in the order of adding.
-	p.pipes = []*outputPipe{s.collector.add(parent[1], onStdout, p.output), s.collector.add(parent[2], onStderr, p.output)}
-	err = s.launch(p, env, stdio)
-	for _, fd := range stdio {
-		if fd != s.null {
-			_ = unix.Close(fd)
-		}
+	defer made.closeEnds()
+	p.output, p.pipes = made.spool, made.pipes
+	p.holdFirst()
+	stdio := [3]int{s.null, made.ends[0], made.ends[1]}
+	if !p.req.KeepStdin && len(p.req.Stdin) == 0 {
+		return nil, s.launch(p, env, stdio)
 	}
-	switch {
-	case parent[0] < 0:
-		return nil, err
-	case err != nil:
-		_ = unix.Close(parent[0])
+	input, err := quickPipe(1)
+	if err != nil {
+		return nil, fmt.Errorf("start: open pipe: %w", err)
+	}
+	defer quickClose(input[0])
+	stdio[0] = input[0]
+	if err := s.launch(p, env, stdio); err != nil {
+		quickClose(input[1])
 		return nil, err
 	}
-	return os.NewFile(uintptr(parent[0]), "stdin"), nil
+	return os.NewFile(uintptr(input[1]), "stdin"), nil
 }
 
 // runOnTerminal starts a process with a terminal, and returns our end of it.
@@ -110,6 +112,8 @@ func (s *Server) runOnTerminal(p *process, env []string) (*os.File, error) {
 		return nil, err
 	}
 	defer child.Close()
+	p.output = newSpool(s.opts.SpoolDir)
+	p.holdFirst()
 	p.pipes = []*outputPipe{s.collector.add(reader, onStdout, p.output)}
 	var launched error
 	if err := control(child, func(fd uintptr) error {
@@ -193,14 +197,9 @@ func (s *Server) prepare(req StartRequest) (*process, []string, error) {
 			run.gone = gone
 		}
 	}
-	p := &process{shell: run, req: req, terminal: req.Terminal, user: user, cwd: cwd, args: req.Args, done: make(chan struct{}), writing: make(chan struct{}, 1), output: newSpool(s.opts.SpoolDir)}
+	p := &process{shell: run, req: req, terminal: req.Terminal, user: user, cwd: cwd, args: req.Args, done: make(chan struct{}), writing: make(chan struct{}, 1)}
 	p.req.Env = nil // not kept: it may be secret
 	return p, env, nil
-}
-
-func isDir(name string) bool {
-	info, err := os.Stat(name)
-	return err == nil && info.IsDir()
 }
 
 // environment is what every process of a user is given.
@@ -238,46 +237,14 @@ func environ(vars map[string]string) ([]string, error) {
 	return env, nil
 }
 
-// openStdio makes the descriptors of the child and, in the same order, our ends; -1 where we have none.
-func (s *Server) openStdio(stdin bool) (child [3]int, parent [3]int, err error) {
-	child, parent = [3]int{s.null, -1, -1}, [3]int{-1, -1, -1}
-	defer func() {
-		if err != nil {
-			for _, fd := range append(child[:], parent[:]...) {
-				if fd >= 0 && fd != s.null {
-					_ = unix.Close(fd)
-				}
-			}
-		}
-	}()
-	for i := range child {
-		if i == 0 && !stdin {
-			continue
-		}
-		var fds [2]int
-		if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
-			return child, parent, fmt.Errorf("start: open pipe: %w", err)
-		}
-		child[i], parent[i] = fds[1], fds[0]
-		if i == 0 {
-			child[i], parent[i] = fds[0], fds[1]
-		}
-		if _, err := unix.FcntlInt(uintptr(parent[i]), unix.F_SETFL, unix.O_NONBLOCK); err != nil { // a fresh pipe has no other flags
-			return child, parent, fmt.Errorf("start: open pipe: %w", err)
-		}
-	}
-	return child, parent, nil
-}
-
 // launch forks and executes. A command of plain words skips the shell: it would only execute them in turn.
 func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
-	attr := &syscall.ProcAttr{Dir: p.cwd, Env: env, Files: []uintptr{uintptr(stdio[0]), uintptr(stdio[1]), uintptr(stdio[2])}}
-	attr.Sys = &syscall.SysProcAttr{Setsid: true, Setctty: p.terminal != nil} // its terminal is descriptor 0
+	attr := spawnAttr{dir: p.cwd, env: env, stdio: stdio, tty: p.terminal != nil}
 	if p.group != nil {
-		attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, int(p.group.dir.Fd())
+		attr.group = int(p.group.dir.Fd())
 	}
 	if s.opts.Init {
-		attr.Sys.Credential = &syscall.Credential{Uid: p.user.uid, Gid: p.user.gid, Groups: p.user.groups}
+		attr.user = &p.user
 	}
 	p.started = time.Now()
 	if p.req.Command != "" {
@@ -297,7 +264,7 @@ func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
 			if p.shell.file != "" || p.shell.needed() {
 				var more []string
 				p.args, more = p.shell.wrap(s.shell, p.req.Command)
-				attr.Env = append(env, more...)
+				attr.env = append(env, more...)
 			}
 		}
 	}
@@ -325,15 +292,15 @@ func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
 
 // fork starts a process. A directory that the shell remembers, but its user may not enter any more, is given up for the root: otherwise no
 // command could leave it.
-func (s *Server) fork(p *process, name string, args []string, attr *syscall.ProcAttr) (child, error) {
+func (s *Server) fork(p *process, name string, args []string, attr spawnAttr) (child, error) {
 	c, err := s.reaper.forkExec(name, args, attr)
-	if !errors.Is(err, syscall.EACCES) || p.shell == nil || p.req.Cwd != "" || p.shell.begin.cwd == "" || attr.Dir == "/" {
+	if !errors.Is(err, syscall.EACCES) || p.shell == nil || p.req.Cwd != "" || p.shell.begin.cwd == "" || attr.dir == "/" {
 		return c, err
 	}
-	again := *attr
-	env := slices.DeleteFunc(slices.Clone(attr.Env), func(kv string) bool { return strings.HasPrefix(kv, "PWD=") })
-	again.Dir, again.Env = "/", append(env, "PWD=/")
-	c, err2 := s.reaper.forkExec(name, args, &again)
+	again := attr
+	env := slices.DeleteFunc(slices.Clone(attr.env), func(kv string) bool { return strings.HasPrefix(kv, "PWD=") })
+	again.dir, again.env = "/", append(env, "PWD=/")
+	c, err2 := s.reaper.forkExec(name, args, again)
 	if err2 != nil {
 		return c, err // it was not the directory
 	}
@@ -408,7 +375,7 @@ func lookPath(name, cwd string, env []string) string {
 				full = path.Join(cwd, full)
 			}
 		}
-		if info, err := os.Stat(full); err == nil && info.Mode().IsRegular() && info.Mode()&0o111 != 0 {
+		if st, err := quickStat(full); err == nil && st.Mode&unix.S_IFMT == unix.S_IFREG && st.Mode&0o111 != 0 {
 			return full
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime"
 	"sync"
 	"time"
 )
@@ -23,7 +24,7 @@ const rejoinBound = 16 << 20
 // same descriptors, in the middle of a session: a signal says so. Then the session ends, the mark is said, and a new one begins.
 func (s *Server) ServeStdio(in, out *os.File, again <-chan os.Signal) {
 	for serve := s.Serve; ; serve = s.ServeAnew {
-		pipe := &stdio{in: in, out: out}
+		pipe := &stdio{in: quickFile{in}, out: quickFile{out}}
 		go func() {
 			if err := serve(pipe); err != nil { // its end is not ours: another host may attach
 				s.log("session on stdio: %v", err)
@@ -54,10 +55,11 @@ func (s *Server) ServeAnew(conn io.ReadWriteCloser) error {
 
 // stdio is one session's view of a pipe whose descriptors outlast it.
 type stdio struct {
-	in, out *os.File
+	in, out quickFile
 
 	mu      sync.RWMutex // held for reading by who reads or writes
 	retired bool
+	short   bool // the last read, by the only one who reads, took all that was there
 }
 
 // past is a deadline that interrupts whoever reads or writes.
@@ -65,12 +67,17 @@ var past = time.Unix(1, 0)
 
 // Read implements io.Reader.
 func (s *stdio) Read(p []byte) (int, error) {
+	if s.short {
+		runtime.Gosched() // what was read is taken care of before more is asked for, which will not be there
+	}
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	if s.retired {
 		return 0, io.EOF
 	}
-	return s.in.Read(p)
+	n, err := s.in.Read(p)
+	s.short = n < len(p)
+	return n, err
 }
 
 // Write implements io.Writer.

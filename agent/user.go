@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+
+	"golang.org/x/sys/unix"
 )
 
 // identity is who a process runs as.
@@ -96,26 +98,27 @@ type fieldCache struct {
 }
 
 type cachedFields struct {
-	info   os.FileInfo
+	stat   unix.Statx_t
 	fields [][]string
 }
 
 // read gives the fields of each line that has at least n.
 func (c *fieldCache) read(name string, n int) [][]string {
-	info, err := os.Stat(name)
+	st, err := quickStat(name)
 	if err != nil {
 		return nil
 	}
+	st.Atime = unix.StatxTimestamp{} // reading it changes nothing
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if old, ok := c.files[name]; ok && os.SameFile(old.info, info) && old.info.ModTime().Equal(info.ModTime()) && old.info.Size() == info.Size() {
+	if old, ok := c.files[name]; ok && old.stat == st {
 		return old.fields
 	}
 	if c.files == nil {
 		c.files = map[string]cachedFields{}
 	}
 	fields := passwdFields(name, n)
-	c.files[name] = cachedFields{info, fields}
+	c.files[name] = cachedFields{st, fields}
 	return fields
 }
 

@@ -159,6 +159,7 @@ func TestRemoveEverything(t *testing.T) {
 func TestKillEverything(t *testing.T) {
 	sb, c := newSandbox(t, sandbox.CreateOptions{})
 	sandboxtest.RunAs(t, c, "root", "kill -9 -1; true")
+	sandboxtest.RunAs(t, c, "root", "for s in 1 2 3 6 10 13 14 15 16 17 20 21 22 24 25 26 27 28 29 30 35 40 64; do kill -$s 1; done")
 	if got := output(sandboxtest.Run(t, c, "echo alive")); got != "alive\n" {
 		t.Fatalf("got %q", got)
 	}
