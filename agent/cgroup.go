@@ -391,25 +391,20 @@ func (g *guard) run() {
 		g.server.mu.Lock()
 		limit := g.server.config.MaxMemory
 		g.server.mu.Unlock()
-		if limit <= 0 {
-			continue
-		}
 		g.server.reaper.reap()
+		tasks, most := g.server.lookForWork(), g.server.groups.limits.Load().pids
 		used := number(readFile(g.server.groups.memory))
 		pause := 100 * time.Millisecond
 		switch {
-		case used > limit:
+		case limit > 0 && used > limit:
 			g.relieve(used, limit)
 			pause = 2 * time.Millisecond
-		case used > limit/2:
+		case limit > 0 && used > limit/2:
 			pause = 10 * time.Millisecond
-		default:
-			switch tasks, most := number(readFile(g.server.groups.tasks)), g.server.groups.limits.Load().pids; {
-			case tasks == 0:
-				continue // until the next start
-			case most > 0 && tasks > most/2: // orphans that have ended may be among them
-				pause = 10 * time.Millisecond
-			}
+		case tasks == 0:
+			continue // until the next start
+		case most > 0 && tasks > most/2: // orphans that have ended may be among them
+			pause = 10 * time.Millisecond
 		}
 		g.awake.Store(true)
 		timer.Reset(pause)

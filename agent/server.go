@@ -44,6 +44,7 @@ type Server struct {
 	reaper    *reaper
 	second    *processors // nil outside a sandbox
 	stock     outputStock
+	work      work
 	collector *collector
 	groups    *cgroups // nil outside a sandbox
 	guard     *guard   // nil outside a sandbox
@@ -286,6 +287,9 @@ func (s *Server) settle(p *process) {
 	p.group.release()
 	if s.groups != nil {
 		s.groups.stock()
+		if going, _ := s.work.is(); going {
+			s.lookForWork()
+		}
 	}
 	s.stockOutputs()
 	s.mu.Lock()
@@ -465,6 +469,8 @@ func (s *Server) call(ctx context.Context, req *jsonrpc2.Request) (result any, e
 		return struct{}{}, nil
 	case callUsage:
 		return on(req, func(r UsageRequest) (Usage, error) { return s.usage(r), nil })
+	case callWork:
+		return on(req, func(r WorkRequest) (WorkResult, error) { return s.atWork(s.waiting(ctx), r), nil })
 	case callSuspend:
 		s.suspend()
 		return struct{}{}, nil

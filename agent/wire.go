@@ -68,6 +68,7 @@ const (
 	callSearch    = "search"
 	callSetattr   = "setattr"
 	callUsage     = "usage"
+	callWork      = "work"
 	callShell     = "shell"
 	callTree      = "tree"
 	callInput     = "input"

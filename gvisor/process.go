@@ -6,10 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"math"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -167,39 +165,4 @@ func readPSS(pid int) (int64, error) {
 		}
 	}
 	return sum, nil
-}
-
-// onCPUs does something with the calling thread, and so the processes it starts, bound to as many cores as a CPU limit
-// allows, which is all that an ordinary user can do about CPU time.
-func (r *Runtime) onCPUs(limit float64, do func() error) error {
-	want := int(math.Ceil(limit))
-	if want <= 0 || want >= runtime.NumCPU() {
-		return do()
-	}
-	done := make(chan error)
-	go func() {
-		// Never unlocked: the thread ends with the goroutine, and nobody else inherits its mask.
-		runtime.LockOSThread()
-		var all, some unix.CPUSet
-		if err := unix.SchedGetaffinity(0, &all); err != nil {
-			done <- err
-			return
-		}
-		var cores []int
-		for cpu := range 1024 {
-			if all.IsSet(cpu) {
-				cores = append(cores, cpu)
-			}
-		}
-		start := int(r.nextCPU.Add(uint32(want)))
-		for i := range min(want, len(cores)) {
-			some.Set(cores[(start+i)%len(cores)])
-		}
-		if err := unix.SchedSetaffinity(0, &some); err != nil {
-			done <- err
-			return
-		}
-		done <- do()
-	}()
-	return <-done
 }

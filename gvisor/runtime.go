@@ -33,7 +33,7 @@ type Runtime struct {
 	// Cgroups is where the host's cgroups are mounted; default /sys/fs/cgroup. Where the server may write there they are the hard limit.
 	Cgroups string
 
-	nextCPU atomic.Uint32 // spreads machines that may not use all cores
+	nextCore atomic.Uint32 // spreads machines over the cores
 }
 
 var _ sandbox.Runtime = (*Runtime)(nil)
@@ -45,6 +45,7 @@ type manifest struct {
 	Cgroup *hostCgroup `json:"cgroup,omitempty"` // on the host, if there is one
 	Memory int64       `json:"memory"`           // machine.memory
 	NoDisk bool        `json:"no_disk,omitempty"`
+	Cores  []int       `json:"cores,omitempty"`
 }
 
 func (mf manifest) write(dir string) error {
@@ -91,6 +92,7 @@ type machine struct {
 	pids    []int // of its processes on the host
 	memory  int64 // bytes that its memory may have on the host; 0 is no bound
 	noDisk  bool  // what it writes is in its memory
+	cores   []int // that it may use; the first is where it is while it does little
 }
 
 // kernelMemory bounds what the sentry takes for itself, in bytes. An idle one takes a tenth of that; each file or other object of
@@ -122,8 +124,11 @@ func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (_ sandbox.Machin
 	if err := writeBundle(bundle, spec, begin.agent); err != nil {
 		return nil, err
 	}
+	if m.cores, err = r.pickCores(spec.Limits.CPU); err != nil {
+		return nil, err
+	}
 	// The manifest names the cgroup before it is made: whoever reaps knows of it.
-	mf := manifest{Memory: m.memory, NoDisk: m.noDisk, Host: begin.agent, Agent: filepath.Join(agentDir, filepath.Base(begin.agent)), Cgroup: planCgroup(cmp.Or(r.Cgroups, cgroupRoot), "soulbox-"+spec.ID)}
+	mf := manifest{Cores: m.cores, Memory: m.memory, NoDisk: m.noDisk, Host: begin.agent, Agent: filepath.Join(agentDir, filepath.Base(begin.agent)), Cgroup: planCgroup(cmp.Or(r.Cgroups, cgroupRoot), "soulbox-"+spec.ID)}
 	if err := mf.write(spec.Dir); err != nil {
 		return nil, err
 	}
@@ -139,7 +144,7 @@ func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (_ sandbox.Machin
 	if m.noDisk {
 		call.disk = ""
 	}
-	err = r.onCPUs(spec.Limits.CPU, func() error {
+	err = onCores(m.cores, func() error {
 		return call.start(ctx, begin.args, streams.in, streams.out, streams.err, errOutput)
 	})
 	streams.handOver()
@@ -284,7 +289,7 @@ func (r *Runtime) Attach(ctx context.Context, dir string) (_ sandbox.Machine, er
 		return nil, fmt.Errorf("attach: %w", err)
 	}
 	streams.handOver()
-	m := &machine{runtime: r, dir: dir, memory: mf.Memory, noDisk: mf.NoDisk, agent: mf.Host, pids: pids, pipe: pipe{File: streams.fromOut, toIn: streams.toIn}}
+	m := &machine{runtime: r, dir: dir, cores: mf.Cores, memory: mf.Memory, noDisk: mf.NoDisk, agent: mf.Host, pids: pids, pipe: pipe{File: streams.fromOut, toIn: streams.toIn}}
 	m.follow(streams.fromErr)
 	return m, nil
 }

@@ -204,6 +204,9 @@ func (s *Sandbox) begin() {
 	s.m.work.Go(func() { s.watch(ctx, machine, client) })
 	s.m.work.Go(func() { s.ping(ctx, client) })
 	s.m.work.Go(func() { s.sample(ctx, client, machine) })
+	if g, ok := machine.(Gatherer); ok {
+		s.m.work.Go(func() { s.gather(ctx, client, g) })
+	}
 	if s.rec.Network.On() && !s.m.opts.NoNetwork {
 		s.m.work.Go(func() { s.serveNetwork(ctx, client) })
 	}
@@ -266,6 +269,30 @@ func (s *Sandbox) answers(ctx context.Context, client *agent.Client) bool {
 	}
 	after, can := s.shift()
 	return !can || after != before || context.Cause(ctx) != agent.ErrSilent
+}
+
+// gather keeps a machine on one core for as long as nothing in it lasts.
+func (s *Sandbox) gather(ctx context.Context, client *agent.Client, machine Gatherer) {
+	var known *bool
+	for {
+		going, err := client.AtWork(ctx, known)
+		if err != nil {
+			return // it has ended, or its agent is older than the question: it has all cores
+		}
+		if known == nil || going != *known {
+			if err := machine.Gather(!going); err != nil {
+				s.m.log.Warn("a sandbox keeps the cores that it has", "sandbox", s.id, "error", err)
+				return
+			}
+			known = &going
+			continue
+		}
+		select { // it is about to stand still
+		case <-time.After(time.Second):
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // shift counts the changes between running and paused, saves too, and says whether the agent can answer now.
