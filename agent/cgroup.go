@@ -392,7 +392,7 @@ func (g *guard) run() {
 		limit := g.server.config.MaxMemory
 		g.server.mu.Unlock()
 		g.server.reaper.reap()
-		tasks, most := g.server.lookForWork(), g.server.groups.limits.Load().pids
+		tasks, most := g.server.lookForTasks(), g.server.groups.limits.Load().pids
 		used := number(readFile(g.server.groups.memory))
 		pause := 100 * time.Millisecond
 		switch {

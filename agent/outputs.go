@@ -2,7 +2,7 @@ package agent
 
 import (
 	"fmt"
-	"sync/atomic"
+	"sync"
 )
 
 // outputs are where a process without a terminal writes to, and what becomes of it.
@@ -13,11 +13,19 @@ type outputs struct {
 }
 
 // outputStock has outputs made ahead, so that a short command need not wait for them.
-type outputStock struct{ ready atomic.Pointer[outputs] }
+type outputStock struct {
+	mu     sync.Mutex
+	ready  *outputs
+	closed bool
+}
 
 // takeOutputs gives outputs whose ends the caller closes once a process has them.
 func (s *Server) takeOutputs() (*outputs, error) {
-	if o := s.stock.ready.Swap(nil); o != nil {
+	s.stock.mu.Lock()
+	o := s.stock.ready
+	s.stock.ready = nil
+	s.stock.mu.Unlock()
+	if o != nil {
 		return o, nil
 	}
 	return s.makeOutputs()
@@ -25,12 +33,21 @@ func (s *Server) takeOutputs() (*outputs, error) {
 
 // stockOutputs makes outputs ahead, if there are none; it is called when nobody waits.
 func (s *Server) stockOutputs() {
-	if s.stock.ready.Load() != nil {
-		return
+	s.stock.mu.Lock()
+	defer s.stock.mu.Unlock()
+	if s.stock.ready == nil && !s.stock.closed {
+		s.stock.ready, _ = s.makeOutputs() // takeOutputs will meet the error, and tell it
 	}
-	o, err := s.makeOutputs()
-	if err == nil && !s.stock.ready.CompareAndSwap(nil, o) { // takeOutputs will meet the error, and tell it
-		o.closeEnds()
+}
+
+// closeStock gives back what was made ahead. Nothing is made ahead any more.
+func (s *Server) closeStock() {
+	s.stock.mu.Lock()
+	defer s.stock.mu.Unlock()
+	s.stock.closed = true
+	if s.stock.ready != nil {
+		s.stock.ready.closeEnds()
+		s.stock.ready = nil
 	}
 }
 

@@ -13,6 +13,7 @@ type processors struct {
 	mu   sync.Mutex
 	busy int
 	off  *time.Timer // takes the second one away again
+	work *work       // is told
 }
 
 // To change the number stops everything for a moment: so what is soon done gets no second one, and it stays for a while when nothing needs it any more.
@@ -22,12 +23,12 @@ const (
 )
 
 // newProcessors begins with one processor, where there are more.
-func newProcessors() *processors {
+func newProcessors(w *work) *processors {
 	if runtime.GOMAXPROCS(0) < 2 {
 		return nil
 	}
 	runtime.GOMAXPROCS(1)
-	return &processors{}
+	return &processors{work: w}
 }
 
 // hold has a second processor as long as something lasts whose end is told, once, by what it returns.
@@ -49,6 +50,7 @@ func (p *processors) take() {
 	if p.busy++; p.busy == 1 { // 0: what it was for is over
 		if p.off == nil || !p.off.Stop() {
 			runtime.GOMAXPROCS(2)
+			p.work.look(func() { p.work.labour = true })
 		}
 		p.off = nil
 	}
@@ -66,8 +68,12 @@ func (p *processors) giveBack() {
 		defer p.mu.Unlock()
 		if p.off == off {
 			runtime.GOMAXPROCS(1)
+			p.work.look(func() { p.work.labour = false })
 			p.off = nil
 		}
 	})
 	p.off = off
 }
+
+// laborious are the streams that may keep a processor busy. Others wait for most of their time.
+var laborious = map[string]bool{streamRead: true, streamWrite: true, streamOutput: true, streamStdin: true, streamDial: true, streamChanges: true, streamUnpack: true}

@@ -1,8 +1,6 @@
 package agent
 
 import (
-	"errors"
-	"io"
 	"os"
 	"syscall"
 	"unsafe"
@@ -11,27 +9,27 @@ import (
 )
 
 // The system calls of this file do not block, and the Go scheduler is not told of them. It would wake its monitor for each that comes out of idleness,
-// which then sleeps and wakes every 20 µs for a millisecond: in gVisor that costs a short command more than all of its own calls to the agent.
+// which then sleeps and wakes every 20 µs for a millisecond. But the monitor is who takes the processor from a goroutine that keeps it: whatever goes on
+// for long must make an ordinary call in time. What the host asks for begins with one, as its request is read (stdio.go).
 
 // quick makes a system call. What its arguments point to escapes to the heap and stays alive.
 //
 //go:uintptrescapes
 func quick(number, a, b, c, d, e uintptr) (int, error) {
-	r, _, errno := syscall.RawSyscall6(number, a, b, c, d, e, 0)
-	if errno != 0 {
-		return -1, errno
+	for {
+		switch r, _, errno := syscall.RawSyscall6(number, a, b, c, d, e, 0); errno {
+		case 0:
+			return int(r), nil
+		case syscall.EINTR:
+		default:
+			return -1, errno
+		}
 	}
-	return int(r), nil
 }
 
 // quickRead reads what a non-blocking descriptor has.
 func quickRead(fd int, p []byte) (int, error) {
 	return quick(unix.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), 0, 0)
-}
-
-// quickWrite writes what a non-blocking descriptor takes.
-func quickWrite(fd int, p []byte) (int, error) {
-	return quick(unix.SYS_WRITE, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), 0, 0)
 }
 
 // quickPread reads a file of a cgroup, which is memory.
@@ -40,7 +38,9 @@ func quickPread(fd int, p []byte, offset int64) (int, error) {
 }
 
 // quickClose closes a pipe, or another descriptor that has nothing to finish.
-func quickClose(fd int) { _, _ = quick(unix.SYS_CLOSE, uintptr(fd), 0, 0, 0, 0) }
+func quickClose(fd int) {
+	_, _, _ = syscall.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0) // once: it is closed whatever it says
+}
 
 // quickPipe makes a pipe whose end for us does not block.
 func quickPipe(ours int) (fds [2]int, err error) {
@@ -60,7 +60,7 @@ func quickPipe(ours int) (fds [2]int, err error) {
 func quickPoll(epoll int, events []unix.EpollEvent) int {
 	n, err := quick(unix.SYS_EPOLL_PWAIT, uintptr(epoll), uintptr(unsafe.Pointer(unsafe.SliceData(events))), uintptr(len(events)), 0, 0)
 	if err != nil {
-		return 0 // EINTR: the next one sees it
+		return 0 // the next one sees it
 	}
 	return n
 }
@@ -100,42 +100,3 @@ func pendingBytes(fd int) (int, error) {
 	_, err := quick(unix.SYS_IOCTL, uintptr(fd), unix.TIOCINQ, uintptr(unsafe.Pointer(&n)), 0, 0)
 	return int(n), err
 }
-
-// quickFile reads and writes a non-blocking file: where nothing is to be had at once, its goroutine waits, until its deadline.
-type quickFile struct{ *os.File }
-
-// Read implements io.Reader.
-func (q quickFile) Read(p []byte) (n int, err error) {
-	raw, err := q.SyscallConn()
-	if err != nil || len(p) == 0 {
-		return 0, err
-	}
-	if waited := raw.Read(func(fd uintptr) bool {
-		n, err = quickRead(int(fd), p)
-		return !tryAgain(err)
-	}); waited != nil {
-		return 0, waited
-	}
-	if n == 0 && err == nil {
-		return 0, io.EOF
-	}
-	return max(n, 0), err
-}
-
-// Write implements io.Writer.
-func (q quickFile) Write(p []byte) (n int, err error) {
-	raw, err := q.SyscallConn()
-	for err == nil && n < len(p) {
-		part := 0
-		if waited := raw.Write(func(fd uintptr) bool {
-			part, err = quickWrite(int(fd), p[n:])
-			return !tryAgain(err)
-		}); waited != nil {
-			return n, waited
-		}
-		n += max(part, 0)
-	}
-	return n, err
-}
-
-func tryAgain(err error) bool { return errors.Is(err, syscall.EAGAIN) || errors.Is(err, syscall.EINTR) }

@@ -101,7 +101,7 @@ func NewServer(opts Options) (*Server, error) {
 	}
 	s.reaper = newReaper(opts.Init, s.collector)
 	if opts.Init {
-		s.second = newProcessors()
+		s.second = newProcessors(&s.work)
 		if s.groups, err = setUpMachine(opts.Image); err != nil {
 			return nil, err
 		}
@@ -120,9 +120,7 @@ func (s *Server) Close() {
 	for _, p := range s.all() {
 		<-p.done
 	}
-	if o := s.stock.ready.Swap(nil); o != nil {
-		o.closeEnds()
-	}
+	s.closeStock()
 	s.collector.close()
 	s.trees.closeAll(&s.watches)
 	for _, p := range s.all() {
@@ -202,9 +200,6 @@ func (s *Server) present(n int) {
 		s.orphan = time.AfterFunc(time.Duration(s.config.OrphanMS)*time.Millisecond, func() { s.cancel(errors.New("no host for too long")) })
 	}
 }
-
-// laborious are the streams that may keep a processor busy. Others wait for most of their time.
-var laborious = map[string]bool{streamRead: true, streamWrite: true, streamOutput: true, streamStdin: true, streamDial: true, streamChanges: true, streamUnpack: true}
 
 // serveStream serves one stream by its header. A panic ends the stream, not the machine.
 func (s *Server) serveStream(ctx context.Context, stream *yamux.Stream) {
@@ -288,7 +283,7 @@ func (s *Server) settle(p *process) {
 	if s.groups != nil {
 		s.groups.stock()
 		if going, _ := s.work.is(); going {
-			s.lookForWork()
+			s.lookForTasks()
 		}
 	}
 	s.stockOutputs()
@@ -349,24 +344,6 @@ func (s *Server) all() []*process {
 	}
 	slices.SortFunc(all, func(a, b *process) int { return cmp.Compare(a.seq, b.seq) })
 	return all
-}
-
-func (s *Server) usage(r UsageRequest) Usage {
-	var u Usage
-	if s.groups != nil {
-		u = s.groups.usage()
-	}
-	u.OOMKills = s.oomKills.Load()
-	var fs unix.Statfs_t
-	if err := unix.Statfs("/", &fs); err == nil {
-		u.DiskTotal = int64(fs.Blocks) * fs.Bsize
-		u.DiskUsed = u.DiskTotal - int64(fs.Bfree)*fs.Bsize
-	}
-	_, u.AgentMemory = procUsage(os.Getpid())
-	if r.Since != nil {
-		u.Events = s.events.since(*r.Since)
-	}
-	return u
 }
 
 // serveRPC serves calls on the control channel, each in a goroutine of its own.

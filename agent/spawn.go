@@ -22,8 +22,8 @@ type spawnAttr struct {
 }
 
 // spawn starts a program as the leader of a session of its own. It does the same as syscall.ForkExec, with a third of its system calls, each of
-// which costs microseconds in gVisor: signal handlers are reset by the kernel (CLONE_CLEAR_SIGHAND), an error comes back by shared memory, and the Go
-// scheduler is not told, as it would wake its monitor. Until the child has executed, the calling thread waits.
+// which costs microseconds in gVisor: signal handlers are reset by the kernel (CLONE_CLEAR_SIGHAND), and an error comes back by shared memory.
+// Until the child has executed, which may take as long as the guest wants, the calling thread waits, and no other.
 func spawn(name string, args []string, attr spawnAttr) (c child, err error) {
 	c.pidfd = -1
 	path, err := syscall.BytePtrFromString(name)
@@ -136,7 +136,7 @@ func (m *spawnMemory) add(number uintptr, args ...uintptr) {
 }
 
 // cloneAndRun makes a process by clone3(2) that makes n system calls, the last of which should be execve. The first that fails ends it, its errno is
-// left in failed. All signals are blocked meanwhile: masks[0] is all of them, masks[1] gets the caller's.
+// left in failed. All signals are blocked meanwhile: masks[0] is all of them, masks[1] gets the caller's. The Go scheduler is told that the thread waits.
 func cloneAndRun(args *cloneArgs, size uintptr, steps *step, n uintptr, masks *[2]uint64, failed *uintptr) (pid uintptr)
 
 // TimeSpawn tells how long it takes to start a program with this process' own descriptors and to wait for its end: the floor of what a sandbox can do.

@@ -4,6 +4,7 @@
 //
 // The child shares the parent's memory and stack, and the parent waits until it has executed or ended: so it touches neither but for *failed.
 TEXT ·cloneAndRun(SB), NOSPLIT, $0-56
+	CALL	runtime·entersyscall(SB)
 	// Block every signal: none may find the child before it has executed.
 	MOVL	$14, AX		// rt_sigprocmask
 	MOVL	$2, DI		// SIG_SETMASK
@@ -28,6 +29,7 @@ TEXT ·cloneAndRun(SB), NOSPLIT, $0-56
 	XORL	DX, DX
 	MOVL	$8, R10
 	SYSCALL
+	CALL	runtime·exitsyscall(SB)
 	RET
 child:
 	TESTQ	R13, R13

@@ -4,6 +4,7 @@
 //
 // The child shares the parent's memory and stack, and the parent waits until it has executed or ended: so it touches neither but for *failed.
 TEXT ·cloneAndRun(SB), NOSPLIT, $0-56
+	BL	runtime·entersyscall(SB)
 	// Block every signal: none may find the child before it has executed.
 	MOVD	$135, R8	// rt_sigprocmask
 	MOVD	$2, R0		// SIG_SETMASK
@@ -27,6 +28,7 @@ TEXT ·cloneAndRun(SB), NOSPLIT, $0-56
 	MOVD	ZR, R2
 	MOVD	$8, R3
 	SVC
+	BL	runtime·exitsyscall(SB)
 	RET
 child:
 	CBZ	R20, exit

@@ -24,7 +24,7 @@ const rejoinBound = 16 << 20
 // same descriptors, in the middle of a session: a signal says so. Then the session ends, the mark is said, and a new one begins.
 func (s *Server) ServeStdio(in, out *os.File, again <-chan os.Signal) {
 	for serve := s.Serve; ; serve = s.ServeAnew {
-		pipe := &stdio{in: quickFile{in}, out: quickFile{out}}
+		pipe := &stdio{in: in, out: out}
 		go func() {
 			if err := serve(pipe); err != nil { // its end is not ours: another host may attach
 				s.log("session on stdio: %v", err)
@@ -55,7 +55,7 @@ func (s *Server) ServeAnew(conn io.ReadWriteCloser) error {
 
 // stdio is one session's view of a pipe whose descriptors outlast it.
 type stdio struct {
-	in, out quickFile
+	in, out *os.File
 
 	mu      sync.RWMutex // held for reading by who reads or writes
 	retired bool

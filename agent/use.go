@@ -2,8 +2,11 @@ package agent
 
 import (
 	"context"
+	"os"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // ownCalls are those that a host makes for itself: they are no use of the sandbox, and go through when others do not.
@@ -115,4 +118,23 @@ func (s *Server) suspend() {
 	defer s.mu.Unlock()
 	s.cancelWaits()
 	s.waits, s.cancelWaits = context.WithCancel(s.ctx)
+}
+
+// usage tells what the sandbox has used.
+func (s *Server) usage(r UsageRequest) Usage {
+	var u Usage
+	if s.groups != nil {
+		u = s.groups.usage()
+	}
+	u.OOMKills = s.oomKills.Load()
+	var fs unix.Statfs_t
+	if err := unix.Statfs("/", &fs); err == nil {
+		u.DiskTotal = int64(fs.Blocks) * fs.Bsize
+		u.DiskUsed = u.DiskTotal - int64(fs.Bfree)*fs.Bsize
+	}
+	_, u.AgentMemory = procUsage(os.Getpid())
+	if r.Since != nil {
+		u.Events = s.events.since(*r.Since)
+	}
+	return u
 }

@@ -5,21 +5,21 @@ import (
 	"sync"
 )
 
-// work is whether the sandbox is at work: whether it has processes that last. It is safe for concurrent use; the zero value is not at work.
+// work is whether the sandbox is at work: whether it has processes that last, or the agent something to do that does. It is safe for concurrent use;
+// the zero value is not at work.
 type work struct {
-	mu      sync.Mutex
-	going   bool
-	changed chan struct{} // closed at the next change; nil where nobody waits for it
+	mu            sync.Mutex
+	tasks, labour bool
+	changed       chan struct{} // closed at the next change; nil where nobody waits for it
 }
 
-func (w *work) set(going bool) {
+// look notes what has changed. What it is found by is done while no other one looks.
+func (w *work) look(find func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.going == going {
-		return
-	}
-	w.going = going
-	if w.changed != nil {
+	before := w.tasks || w.labour
+	find()
+	if before != (w.tasks || w.labour) && w.changed != nil {
 		close(w.changed)
 		w.changed = nil
 	}
@@ -31,7 +31,7 @@ func (w *work) is() (going bool, changed <-chan struct{}) {
 	if w.changed == nil {
 		w.changed = make(chan struct{})
 	}
-	return w.going, w.changed
+	return w.tasks || w.labour, w.changed
 }
 
 // WorkRequest asks whether the sandbox is at work. With Known the answer comes when it is other than that.
@@ -58,14 +58,16 @@ func (s *Server) atWork(ctx context.Context, r WorkRequest) WorkResult {
 	}
 }
 
-// lookForWork notes whether processes last.
-func (s *Server) lookForWork() (tasks int64) {
-	tasks = number(readFile(s.groups.tasks))
-	s.work.set(tasks > 0)
+// lookForTasks notes whether processes last.
+func (s *Server) lookForTasks() (tasks int64) {
+	s.work.look(func() {
+		tasks = number(readFile(s.groups.tasks))
+		s.work.tasks = tasks > 0
+	})
 	return tasks
 }
 
-// AtWork tells whether processes run in the sandbox that have lasted for some 10 ms; with known, it waits for a change of that. It is no use of the sandbox.
+// AtWork tells whether something goes on in the sandbox that has lasted for some 10 ms, processes or transfers; with known, it waits for a change of that. It is no use of the sandbox.
 func (c *Client) AtWork(ctx context.Context, known *bool) (bool, error) {
 	r, err := call[WorkResult](ctx, c, callWork, WorkRequest{Known: known})
 	return r.Going, err

@@ -1,11 +1,12 @@
 package gvisor
 
 import (
-	"errors"
 	"fmt"
 	"math"
+	"math/rand/v2"
 	"os"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -13,25 +14,25 @@ import (
 )
 
 // pickCores gives a machine as many of the cores that the server may use as its limit allows: which is all that an ordinary user can do about CPU
-// time. The first is where it is while it does little, another one for each machine.
-func (r *Runtime) pickCores(limit float64) ([]int, error) {
+// time. The first is where it is while it does little. Unbound says that it may use all: then it is not bound, and none are given where the kernel
+// does not tell them.
+func pickCores(limit float64) (cores []int, unbound bool, err error) {
 	mine, err := coresOf(0)
-	if err != nil {
-		return nil, err
-	}
 	want := int(math.Ceil(limit))
+	if unbound = want <= 0 || want >= max(len(mine), runtime.NumCPU()); err != nil {
+		if unbound {
+			err = nil
+		}
+		return nil, unbound, err
+	}
 	if want <= 0 || want > len(mine) {
 		want = len(mine)
 	}
-	start := int(r.nextCore.Add(uint32(want)))
-	if want == len(mine) {
-		start = int(r.nextCore.Add(1))
+	first := rand.IntN(len(mine)) // many servers do this
+	for i := range want {
+		cores = append(cores, mine[(first+i)%len(mine)])
 	}
-	cores := make([]int, want)
-	for i := range cores {
-		cores[i] = mine[(start+i)%len(mine)]
-	}
-	return cores, nil
+	return cores, unbound, nil
 }
 
 // coresOf tells on which cores a thread may run; 0 is the calling one.
@@ -82,24 +83,29 @@ func (m *machine) Gather(one bool) error {
 	if one {
 		cores = cores[:1]
 	}
+	var failed error
 	bound := map[int]bool{}
 	for range 10 { // threads that are made meanwhile by one that was not bound yet are found by the next round
-		threads := threadsOf(m.pids)
 		before := len(bound)
-		for _, thread := range threads {
+		for _, thread := range threadsOf(m.ours()) {
 			if bound[thread] {
 				continue
 			}
-			if err := bind(thread, cores); err != nil && !errors.Is(err, unix.ESRCH) {
-				return fmt.Errorf("bind thread %d to cores: %w", thread, err)
-			}
 			bound[thread] = true
+			if err := bind(thread, cores); err != nil && err != unix.ESRCH && err != unix.EPERM { // it has ended, or only says that it is one of ours
+				failed = fmt.Errorf("bind thread %d to cores: %w", thread, err)
+			}
 		}
 		if len(bound) == before {
-			return nil
+			break // else there are new ones all the time, of those that are bound
 		}
 	}
-	return nil // there are new ones all the time, of those that are bound
+	return failed
+}
+
+// ours are the machine's processes that are still there: a number may be another process' by now.
+func (m *machine) ours() []int {
+	return slices.DeleteFunc(slices.Clone(m.pids), func(pid int) bool { return !isOf(pid, m.dir) })
 }
 
 // threadsOf gives all threads of processes and of all that descend from them: gVisor runs each process of the guest in some of its own. Where the kernel

@@ -22,7 +22,6 @@ func processesOf(dir string) ([]int, error) {
 	if err != nil {
 		return nil, err
 	}
-	want := []byte("--root=" + runDir(dir) + "\x00")
 	self := os.Getpid()
 	var found []int
 	for _, e := range entries {
@@ -30,13 +29,17 @@ func processesOf(dir string) ([]int, error) {
 		if err != nil || pid == self {
 			continue
 		}
-		line, err := os.ReadFile(filepath.Join("/proc", e.Name(), "cmdline"))
-		if err != nil || !bytes.Contains(append(line, 0), want) {
-			continue // gone, or another user's
+		if isOf(pid, dir) {
+			found = append(found, pid)
 		}
-		found = append(found, pid)
 	}
 	return found, nil
+}
+
+// isOf says whether a process is a machine's; one that is gone, or another user's, is not.
+func isOf(pid int, dir string) bool {
+	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	return err == nil && bytes.Contains(append(line, 0), []byte("--root="+runDir(dir)+"\x00"))
 }
 
 // readStatus gives the state of a process and its anonymous memory in bytes (proc(5), status).

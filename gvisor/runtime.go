@@ -15,7 +15,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -32,8 +31,6 @@ type Runtime struct {
 	Log   *slog.Logger // what sandboxes write to the stderr of their init, at level debug; default discards
 	// Cgroups is where the host's cgroups are mounted; default /sys/fs/cgroup. Where the server may write there they are the hard limit.
 	Cgroups string
-
-	nextCore atomic.Uint32 // spreads machines over the cores
 }
 
 var _ sandbox.Runtime = (*Runtime)(nil)
@@ -124,7 +121,8 @@ func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (_ sandbox.Machin
 	if err := writeBundle(bundle, spec, begin.agent); err != nil {
 		return nil, err
 	}
-	if m.cores, err = r.pickCores(spec.Limits.CPU); err != nil {
+	var unbound bool
+	if m.cores, unbound, err = pickCores(spec.Limits.CPU); err != nil {
 		return nil, err
 	}
 	// The manifest names the cgroup before it is made: whoever reaps knows of it.
@@ -144,9 +142,12 @@ func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (_ sandbox.Machin
 	if m.noDisk {
 		call.disk = ""
 	}
-	err = onCores(m.cores, func() error {
-		return call.start(ctx, begin.args, streams.in, streams.out, streams.err, errOutput)
-	})
+	run := func() error { return call.start(ctx, begin.args, streams.in, streams.out, streams.err, errOutput) }
+	if unbound {
+		err = run()
+	} else {
+		err = onCores(m.cores, run)
+	}
 	streams.handOver()
 	m.pipe = pipe{File: streams.fromOut, toIn: streams.toIn}
 	if err == nil {

@@ -273,27 +273,33 @@ func (s *Sandbox) answers(ctx context.Context, client *agent.Client) bool {
 
 // gather keeps a machine on one core for as long as nothing in it lasts.
 func (s *Sandbox) gather(ctx context.Context, client *agent.Client, machine Gatherer) {
-	var known *bool
+	var known *bool // what it is bound by; nil is not known
 	for {
 		going, err := client.AtWork(ctx, known)
 		if err != nil {
-			return // it has ended, or its agent is older than the question: it has all cores
+			break // the machine has ended, stays for another server, or its agent is older than the question
 		}
-		if known == nil || going != *known {
-			if err := machine.Gather(!going); err != nil {
-				s.m.log.Warn("a sandbox keeps the cores that it has", "sandbox", s.id, "error", err)
-				return
-			}
+		wait := gatherEvery
+		if known != nil && going == *known { // it is about to stand still
+			wait = time.Second
+		} else if err := machine.Gather(!going); err != nil {
+			s.m.log.Warn("bind a sandbox to its cores", "sandbox", s.id, "error", err)
+			known, wait = nil, time.Minute
+		} else {
 			known = &going
-			continue
 		}
-		select { // it is about to stand still
-		case <-time.After(time.Second):
+		select { // an agent that is not ours does not keep us busy
+		case <-time.After(wait):
 		case <-ctx.Done():
-			return
 		}
 	}
+	if known != nil && !*known {
+		_ = machine.Gather(false) // for whatever goes on in it without us; there is no harm where it has ended
+	}
 }
+
+// gatherEvery is how long a machine stays as it is bound.
+const gatherEvery = 50 * time.Millisecond
 
 // shift counts the changes between running and paused, saves too, and says whether the agent can answer now.
 func (s *Sandbox) shift() (count int, answers bool) {
