@@ -49,8 +49,8 @@ func (p *processors) take() {
 	defer p.mu.Unlock()
 	if p.busy++; p.busy == 1 { // 0: what it was for is over
 		if p.off == nil || !p.off.Stop() {
-			runtime.GOMAXPROCS(2)
 			p.work.look(func() { p.work.labour = true })
+			runtime.GOMAXPROCS(2)
 		}
 		p.off = nil
 	}
@@ -67,8 +67,8 @@ func (p *processors) giveBack() {
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		if p.off == off {
-			runtime.GOMAXPROCS(1)
 			p.work.look(func() { p.work.labour = false })
+			runtime.GOMAXPROCS(1)
 			p.off = nil
 		}
 	})

@@ -19,11 +19,18 @@ type reaper struct {
 	mu       sync.Mutex
 	starting int // forks whose child nobody waits for yet
 	waiting  map[int]func(exitStatus)
-	early    map[int]exitStatus // ended before somebody waited for them
+	reaped   int               // how many were, for whom nobody waited
+	early    map[int]earlyExit // ended before somebody waited for them
+}
+
+// earlyExit is an exitStatus that may be an orphan's: of a start that came after it, whose child may have its pid, it is none.
+type earlyExit struct {
+	exitStatus
+	number int
 }
 
 func newReaper(init bool, c *collector) *reaper {
-	return &reaper{init: init, collector: c, waiting: map[int]func(exitStatus){}, early: map[int]exitStatus{}}
+	return &reaper{init: init, collector: c, waiting: map[int]func(exitStatus){}, early: map[int]earlyExit{}}
 }
 
 // forkExec starts a child. If that works, await must follow with what it returns.
@@ -31,23 +38,30 @@ func (r *reaper) forkExec(name string, args []string, attr spawnAttr) (c child, 
 	attr.pidfd = r.init
 	r.mu.Lock()
 	r.starting++
+	since := r.reaped
 	r.mu.Unlock()
 	if c, err = spawn(name, args, attr); err != nil {
 		r.mu.Lock()
 		r.settled()
 		r.mu.Unlock()
 	}
+	c.since = since
 	return c, err
 }
 
 // child is what forkExec started.
-type child struct{ pid, pidfd int }
+type child struct {
+	pid, pidfd int
+	since      int // reaper.reaped before
+}
 
 // await has ended called, once, when the child of forkExec has ended. It must be short.
 func (r *reaper) await(c child, ended func(exitStatus)) {
 	r.mu.Lock()
 	status, over := r.early[c.pid]
-	if !over && r.init {
+	if over = over && status.number > c.since; over {
+		delete(r.early, c.pid)
+	} else if r.init {
 		r.waiting[c.pid] = ended
 	}
 	r.settled()
@@ -58,7 +72,7 @@ func (r *reaper) await(c child, ended func(exitStatus)) {
 		go waitOne(c.pid, ended)
 	}
 	if over {
-		ended(status)
+		ended(status.exitStatus)
 	}
 }
 
@@ -99,7 +113,8 @@ func (r *reaper) reapOne(pid int) bool {
 	ended, ok := r.waiting[pid]
 	delete(r.waiting, pid)
 	if !ok && r.starting > 0 {
-		r.early[pid] = s
+		r.reaped++
+		r.early[pid] = earlyExit{s, r.reaped}
 	}
 	r.mu.Unlock()
 	if ok {

@@ -2,7 +2,10 @@ package agent
 
 import (
 	"fmt"
+	"math"
 	"runtime"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -19,6 +22,7 @@ type spawnAttr struct {
 	user  *identity // nil is the caller's
 	tty   bool      // descriptor 0 becomes its controlling terminal
 	pidfd bool
+	limit time.Duration // a child that has not executed by then is killed, where there is a pidfd; 0 is none
 }
 
 // spawn starts a program as the leader of a session of its own. It does the same as syscall.ForkExec, with a third of its system calls, each of
@@ -55,6 +59,13 @@ func spawn(name string, args []string, attr spawnAttr) (c child, err error) {
 		m.clone.pidfd = uint64(uintptr(unsafe.Pointer(&m.pidfd)))
 	}
 	m.add(unix.SYS_SETSID)
+	for to, from := range attr.stdio {
+		if from != to {
+			m.add(unix.SYS_DUP3, uintptr(from), uintptr(to))
+		}
+	}
+	// Not by executing alone, which may take as long as the guest wants: it would have everybody's pipes for so long.
+	m.add(unix.SYS_CLOSE_RANGE, 3, math.MaxUint32, 0)
 	if u := attr.user; u != nil {
 		m.groups = append(m.groups, u.groups...)
 		m.add(unix.SYS_SETGROUPS, uintptr(len(m.groups)), uintptr(unsafe.Pointer(unsafe.SliceData(m.groups))))
@@ -64,34 +75,70 @@ func spawn(name string, args []string, attr spawnAttr) (c child, err error) {
 	if dir != nil {
 		m.add(unix.SYS_CHDIR, uintptr(unsafe.Pointer(dir)))
 	}
-	for to, from := range attr.stdio {
-		if from != to {
-			m.add(unix.SYS_DUP3, uintptr(from), uintptr(to))
-		}
-	}
 	if attr.tty {
 		m.add(unix.SYS_IOCTL, 0, unix.TIOCSCTTY, 1)
 	}
 	m.add(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&m.none)), 0, 8)
 	m.add(unix.SYS_EXECVE, uintptr(unsafe.Pointer(path)), uintptr(unsafe.Pointer(&argv[0])), uintptr(unsafe.Pointer(&envv[0])))
+	watch := m.watch(attr.limit)
 	pid := cloneAndRun(&m.clone, unsafe.Sizeof(m.clone), &m.steps[0], uintptr(m.n), &m.masks, &m.failed)
+	watch()
 	runtime.KeepAlive(path)
 	runtime.KeepAlive(argv)
 	runtime.KeepAlive(envv)
 	runtime.KeepAlive(dir)
 	runtime.KeepAlive(m)
 	if errno := -int(pid); errno > 0 && errno < 4096 {
-		return c, syscall.Errno(errno)
+		m.failed = uintptr(errno)
+		pid = 0
 	}
 	c = child{pid: int(pid), pidfd: int(m.pidfd)}
-	if m.failed != 0 {
-		if c.pidfd >= 0 {
-			_ = unix.Close(c.pidfd)
-		}
-		_ = waitFor(c.pid, nil) // ECHILD: the reaper was faster
-		return child{pidfd: -1}, syscall.Errno(m.failed)
+	if m.failed == 0 {
+		return c, nil
 	}
-	return c, nil
+	if c.pidfd >= 0 {
+		_ = unix.Close(c.pidfd)
+	}
+	if c.pid > 0 {
+		_ = waitFor(c.pid, nil) // ECHILD: the reaper was faster
+	}
+	if errno := syscall.Errno(m.failed); attr.pidfd || errno != syscall.ENOSYS {
+		return child{pidfd: -1}, errno
+	}
+	return spawnPlainly(name, args, attr)
+}
+
+// spawnPlainly is spawn on a kernel or in a container that has no clone3 or close_range, as tests may meet it.
+func spawnPlainly(name string, args []string, attr spawnAttr) (c child, err error) {
+	plain := &syscall.ProcAttr{Dir: attr.dir, Env: attr.env, Sys: &syscall.SysProcAttr{Setsid: true, Setctty: attr.tty}}
+	for _, fd := range attr.stdio {
+		plain.Files = append(plain.Files, uintptr(fd))
+	}
+	c.pidfd = -1
+	c.pid, err = syscall.ForkExec(name, args, plain)
+	return c, err
+}
+
+// watch kills a child that has not executed in time. What it gives is called when the child has, or has ended.
+func (m *spawnMemory) watch(limit time.Duration) (done func()) {
+	if limit <= 0 {
+		return func() {}
+	}
+	var mu sync.Mutex
+	over := false
+	timer := time.AfterFunc(limit, func() {
+		mu.Lock()
+		defer mu.Unlock()
+		if fd := atomic.LoadInt32(&m.pidfd); !over && fd >= 0 {
+			_ = unix.PidfdSendSignal(int(fd), unix.SIGKILL, nil, 0) // it has ended otherwise
+		}
+	})
+	return func() {
+		timer.Stop()
+		mu.Lock()
+		defer mu.Unlock()
+		over = true
+	}
 }
 
 func waitFor(pid int, status *syscall.WaitStatus) error {
@@ -105,7 +152,7 @@ func waitFor(pid int, status *syscall.WaitStatus) error {
 // spawnMemory is what the child needs between fork and exec. It is on the heap, which does not move.
 type spawnMemory struct {
 	clone  cloneArgs
-	steps  [12]step
+	steps  [13]step
 	n      int
 	masks  [2]uint64 // of signals: all, and where the caller's is kept
 	none   uint64    // the child's

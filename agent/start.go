@@ -237,14 +237,20 @@ func environ(vars map[string]string) ([]string, error) {
 	return env, nil
 }
 
+// startTime is how long a program may take to be executed, which may hang on what the guest has made of it: then it is killed.
+const startTime = 10 * time.Second
+
 // launch forks and executes. A command of plain words skips the shell: it would only execute them in turn.
 func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
-	attr := spawnAttr{dir: p.cwd, env: env, stdio: stdio, tty: p.terminal != nil}
+	attr := spawnAttr{limit: startTime, dir: p.cwd, env: env, stdio: stdio, tty: p.terminal != nil}
 	if p.group != nil {
 		attr.group = int(p.group.dir.Fd())
 	}
 	if s.opts.Init {
 		attr.user = &p.user
+	}
+	if own := time.Duration(p.req.TimeoutMS) * time.Millisecond; own > 0 {
+		attr.limit = min(own, startTime)
 	}
 	p.started = time.Now()
 	if p.req.Command != "" {

@@ -18,21 +18,26 @@ import (
 // does not tell them.
 func pickCores(limit float64) (cores []int, unbound bool, err error) {
 	mine, err := coresOf(0)
+	cores, unbound = chooseCores(mine, runtime.NumCPU(), limit, rand.Int()) // at random: many servers do this
+	if unbound {
+		err = nil
+	}
+	return cores, unbound, err
+}
+
+// chooseCores chooses among the cores that there are, beginning with one of them. There are all of the server's, or fewer by now.
+func chooseCores(mine []int, all int, limit float64, first int) (cores []int, unbound bool) {
 	want := int(math.Ceil(limit))
-	if unbound = want <= 0 || want >= max(len(mine), runtime.NumCPU()); err != nil {
-		if unbound {
-			err = nil
-		}
-		return nil, unbound, err
+	if want <= 0 || want >= max(all, len(mine)) {
+		unbound = true
 	}
 	if want <= 0 || want > len(mine) {
 		want = len(mine)
 	}
-	first := rand.IntN(len(mine)) // many servers do this
 	for i := range want {
-		cores = append(cores, mine[(first+i)%len(mine)])
+		cores = append(cores, mine[(first%len(mine)+i)%len(mine)])
 	}
-	return cores, unbound, nil
+	return cores, unbound
 }
 
 // coresOf tells on which cores a thread may run; 0 is the calling one.

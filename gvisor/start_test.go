@@ -11,26 +11,68 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestHungStarts has programs whose start does not come to its end, as the guest wants: their callers may wait, nobody else.
+// TestHungStarts has programs whose start does not come to its end, as the guest wants: nobody waits but who has started them, and not for ever.
 func TestHungStarts(t *testing.T) {
 	_, c := newSandbox(t, sandbox.CreateOptions{})
 	sandboxtest.Run(t, c, "mkfifo -m 755 /tmp/fifo; printf '#!/tmp/fifo\\n' > /tmp/hangs; chmod 755 /tmp/hangs")
-	hung, cancel := context.WithCancel(t.Context())
-	var all sync.WaitGroup
-	defer all.Wait()
-	defer cancel()
-	for range 4 {
-		all.Go(func() { _, _ = c.Start(hung, agent.StartRequest{Command: "/tmp/hangs", WaitMS: 1000}) })
-	}
-	// What stops everything that a user may stop meets children between fork and exec.
-	stopper, err := c.Start(t.Context(), agent.StartRequest{Command: `perl -e 'while (1) { kill "STOP", -1; select undef, undef, undef, 0.001 }'`})
+	cat, err := c.Start(t.Context(), agent.StartRequest{Command: "cat", KeepStdin: true})
 	if err != nil {
 		t.Fatal(err)
 	}
-	for range 4 {
-		all.Go(func() { _, _ = c.Start(hung, agent.StartRequest{Command: "/bin/true", WaitMS: 1000}) })
+	var all sync.WaitGroup
+	defer all.Wait()
+	for _, req := range []agent.StartRequest{{}, {}, {Terminal: &agent.Terminal{}}, {TimeoutMS: 300}} {
+		all.Go(func() {
+			req.Args, req.WaitMS = []string{"/tmp/hangs"}, 60_000
+			if s, err := c.Start(context.Background(), req); err != nil || s.Process.Signal != "SIGKILL" {
+				t.Errorf("a start that hangs: got signal %q, %v", s.Process.Signal, err)
+			}
+		})
 	}
-	for range 50 {
+	soon := func(what string, do func(context.Context) error) {
+		t.Helper()
+		ctx, stop := context.WithTimeout(t.Context(), 30*time.Second)
+		defer stop()
+		if err := do(ctx); err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+	}
+	for range 20 {
+		soon("ping", c.Ping)
+		if got := output(sandboxtest.Run(t, c, "echo alive")); got != "alive\n" {
+			t.Fatalf("got %q", got)
+		}
+	}
+	soon("end of input", func(ctx context.Context) error {
+		_, err := c.Input(ctx, agent.InputRequest{Process: cat.Process.ID, Data: []byte("last"), EOF: true, WaitMS: 20_000, SettleMS: 20_000})
+		return err
+	})
+	soon("end of a process that had input", func(ctx context.Context) error {
+		s, err := c.Wait(ctx, agent.WaitRequest{Process: cat.Process.ID, WaitMS: 20_000, Window: agent.Window{Head: 100}})
+		if err == nil && (s.Process.State != agent.StateExited || output(s) != "last") {
+			t.Errorf("it is %s, and wrote %q", s.Process.State, output(s))
+		}
+		return err
+	})
+}
+
+// TestStoppedStarts has children stopped between fork and exec, by one who stops all that he may.
+func TestStoppedStarts(t *testing.T) {
+	_, c := newSandbox(t, sandbox.CreateOptions{})
+	stopper, err := c.Start(t.Context(), agent.StartRequest{Command: `perl -e '$| = 1; print "on"; while (1) { kill "STOP", -1; select undef, undef, undef, 0.0001 }'`})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sandboxtest.Eventually(t, "it stops", func() bool {
+		s, err := c.Wait(t.Context(), agent.WaitRequest{Process: stopper.Process.ID, Window: agent.Window{Head: 10}})
+		return err == nil && output(s) == "on"
+	})
+	var all sync.WaitGroup
+	defer all.Wait()
+	for range 20 {
+		all.Go(func() { _, _ = c.Start(context.Background(), agent.StartRequest{Command: "/bin/true", WaitMS: 1, TimeoutMS: 5000}) })
+	}
+	for range 20 {
 		ctx, stop := context.WithTimeout(t.Context(), 30*time.Second)
 		err := c.Ping(ctx)
 		stop()

@@ -274,31 +274,32 @@ func (s *Sandbox) answers(ctx context.Context, client *agent.Client) bool {
 // gather keeps a machine on one core for as long as nothing in it lasts.
 func (s *Sandbox) gather(ctx context.Context, client *agent.Client, machine Gatherer) {
 	var known *bool // what it is bound by; nil is not known
+	one := false    // some of it may be on one core
 	for {
 		going, err := client.AtWork(ctx, known)
 		if err != nil {
 			break // the machine has ended, stays for another server, or its agent is older than the question
 		}
-		wait := gatherEvery
+		wait, began := gatherEvery, time.Now()
 		if known != nil && going == *known { // it is about to stand still
 			wait = time.Second
 		} else if err := machine.Gather(!going); err != nil {
 			s.m.log.Warn("bind a sandbox to its cores", "sandbox", s.id, "error", err)
-			known, wait = nil, time.Minute
-		} else {
-			known = &going
+			known, one, wait = nil, true, time.Minute
+		} else { // an agent that tells what it likes does not keep us busy
+			known, one, wait = &going, !going, max(gatherEvery, 20*time.Since(began))
 		}
-		select { // an agent that is not ours does not keep us busy
+		select {
 		case <-time.After(wait):
 		case <-ctx.Done():
 		}
 	}
-	if known != nil && !*known {
+	if one {
 		_ = machine.Gather(false) // for whatever goes on in it without us; there is no harm where it has ended
 	}
 }
 
-// gatherEvery is how long a machine stays as it is bound.
+// gatherEvery is how long a machine stays as it is bound, at least.
 const gatherEvery = 50 * time.Millisecond
 
 // shift counts the changes between running and paused, saves too, and says whether the agent can answer now.
