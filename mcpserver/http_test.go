@@ -356,7 +356,7 @@ func TestKeepAlive(t *testing.T) {
 }
 
 func TestSessionsEnd(t *testing.T) {
-	s := newSite(t, func(o *mcpserver.HTTPOptions) { o.SessionIdle = 20 * time.Millisecond })
+	s := newSite(t, func(o *mcpserver.HTTPOptions) { o.SessionIdle = 2 * time.Second })
 	c := s.client(false).Open(t)
 	for deadline := time.Now().Add(20 * time.Second); s.http.Sessions() > 0; time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
