@@ -49,6 +49,38 @@ func spawn(name string, args []string, attr spawnAttr) (c child, err error) {
 		}
 	}
 	m := &spawnMemory{masks: [2]uint64{^uint64(0), 0}, pidfd: -1}
+	m.plan(attr, dir)
+	m.add(unix.SYS_EXECVE, uintptr(unsafe.Pointer(path)), uintptr(unsafe.Pointer(&argv[0])), uintptr(unsafe.Pointer(&envv[0])))
+	watch := m.watch(attr.limit)
+	pid := cloneAndRun(&m.clone, unsafe.Sizeof(m.clone), &m.steps[0], uintptr(m.n), &m.masks, &m.failed)
+	watch()
+	runtime.KeepAlive(path)
+	runtime.KeepAlive(argv)
+	runtime.KeepAlive(envv)
+	runtime.KeepAlive(dir)
+	runtime.KeepAlive(m)
+	if errno := -int(pid); errno > 0 && errno < 4096 {
+		m.failed = uintptr(errno)
+		pid = 0
+	}
+	c = child{pid: int(pid), pidfd: int(m.pidfd)}
+	if m.failed == 0 {
+		return c, nil
+	}
+	if c.pidfd >= 0 {
+		_ = unix.Close(c.pidfd)
+	}
+	if c.pid > 0 {
+		_ = waitFor(c.pid, nil) // ECHILD: the reaper was faster
+	}
+	if errno := syscall.Errno(m.failed); attr.pidfd || errno != syscall.ENOSYS {
+		return child{pidfd: -1}, errno
+	}
+	return spawnPlainly(name, args, attr)
+}
+
+// plan sets what the child is made with and what it does before it executes, in a directory if that is not nil.
+func (m *spawnMemory) plan(attr spawnAttr, dir *byte) {
 	m.clone.flags, m.clone.exitSignal = unix.CLONE_VM|unix.CLONE_VFORK|unix.CLONE_CLEAR_SIGHAND, uint64(syscall.SIGCHLD)
 	if attr.group > 0 {
 		m.clone.flags |= unix.CLONE_INTO_CGROUP
@@ -79,33 +111,6 @@ func spawn(name string, args []string, attr spawnAttr) (c child, err error) {
 		m.add(unix.SYS_IOCTL, 0, unix.TIOCSCTTY, 1)
 	}
 	m.add(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&m.none)), 0, 8)
-	m.add(unix.SYS_EXECVE, uintptr(unsafe.Pointer(path)), uintptr(unsafe.Pointer(&argv[0])), uintptr(unsafe.Pointer(&envv[0])))
-	watch := m.watch(attr.limit)
-	pid := cloneAndRun(&m.clone, unsafe.Sizeof(m.clone), &m.steps[0], uintptr(m.n), &m.masks, &m.failed)
-	watch()
-	runtime.KeepAlive(path)
-	runtime.KeepAlive(argv)
-	runtime.KeepAlive(envv)
-	runtime.KeepAlive(dir)
-	runtime.KeepAlive(m)
-	if errno := -int(pid); errno > 0 && errno < 4096 {
-		m.failed = uintptr(errno)
-		pid = 0
-	}
-	c = child{pid: int(pid), pidfd: int(m.pidfd)}
-	if m.failed == 0 {
-		return c, nil
-	}
-	if c.pidfd >= 0 {
-		_ = unix.Close(c.pidfd)
-	}
-	if c.pid > 0 {
-		_ = waitFor(c.pid, nil) // ECHILD: the reaper was faster
-	}
-	if errno := syscall.Errno(m.failed); attr.pidfd || errno != syscall.ENOSYS {
-		return child{pidfd: -1}, errno
-	}
-	return spawnPlainly(name, args, attr)
 }
 
 // spawnPlainly is spawn on a kernel or in a container that has no clone3 or close_range, as tests may meet it.

@@ -70,7 +70,9 @@ func TestStoppedStarts(t *testing.T) {
 	var all sync.WaitGroup
 	defer all.Wait()
 	for range 20 {
-		all.Go(func() { _, _ = c.Start(context.Background(), agent.StartRequest{Command: "/bin/true", WaitMS: 1, TimeoutMS: 5000}) })
+		all.Go(func() {
+			_, _ = c.Start(context.Background(), agent.StartRequest{Command: "/bin/true", WaitMS: 1, TimeoutMS: 5000})
+		})
 	}
 	for range 20 {
 		ctx, stop := context.WithTimeout(t.Context(), 30*time.Second)
