@@ -110,7 +110,7 @@ func (c *collector) await(pidfd int, ended func()) {
 	}
 }
 
-// over ends the wait for a process, whose pidfd is then to be put away.
+// over ends the wait for a process, whose pidfd is then to be closed.
 func (c *collector) over(t token) (pidfd int, ok bool) {
 	c.mu.Lock()
 	end, ok := c.ends[t]
@@ -121,12 +121,6 @@ func (c *collector) over(t token) (pidfd int, ok bool) {
 	}
 	end.ended()
 	return end.pidfd, true
-}
-
-// putAway takes a pidfd from the epoll and closes it.
-func (c *collector) putAway(pidfd int, t token) {
-	_ = c.control(unix.EPOLL_CTL_DEL, pidfd, t)
-	quickClose(pidfd)
 }
 
 func (c *collector) control(op, fd int, t token) error {
@@ -196,7 +190,8 @@ func (c *collector) poll(epoll int, events []unix.EpollEvent, buf []byte) int {
 	for _, t := range ended {
 		if pidfd, ok := c.over(t); ok {
 			runtime.Gosched() // whoever waits for the end of the process hears of it before everything is put away
-			c.putAway(pidfd, t)
+			_ = c.control(unix.EPOLL_CTL_DEL, pidfd, t)
+			quickClose(pidfd)
 		}
 	}
 	for _, p := range over {

@@ -73,10 +73,7 @@ func spawn(name string, args []string, attr spawnAttr) (c child, err error) {
 	if c.pid > 0 {
 		_ = waitFor(c.pid, nil) // ECHILD: the reaper was faster
 	}
-	if errno := syscall.Errno(m.failed); attr.pidfd || errno != syscall.ENOSYS {
-		return child{pidfd: -1}, errno
-	}
-	return spawnPlainly(name, args, attr)
+	return child{pidfd: -1}, syscall.Errno(m.failed)
 }
 
 // plan sets what the child is made with and what it does before it executes, in a directory if that is not nil.
@@ -111,17 +108,6 @@ func (m *spawnMemory) plan(attr spawnAttr, dir *byte) {
 		m.add(unix.SYS_IOCTL, 0, unix.TIOCSCTTY, 1)
 	}
 	m.add(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&m.none)), 0, 8)
-}
-
-// spawnPlainly is spawn on a kernel or in a container that has no clone3 or close_range, as tests may meet it.
-func spawnPlainly(name string, args []string, attr spawnAttr) (c child, err error) {
-	plain := &syscall.ProcAttr{Dir: attr.dir, Env: attr.env, Sys: &syscall.SysProcAttr{Setsid: true, Setctty: attr.tty}}
-	for _, fd := range attr.stdio {
-		plain.Files = append(plain.Files, uintptr(fd))
-	}
-	c.pidfd = -1
-	c.pid, err = syscall.ForkExec(name, args, plain)
-	return c, err
 }
 
 // watch kills a child that has not executed in time. What it gives is called when the child has, or has ended.

@@ -14,15 +14,15 @@ import (
 )
 
 // pickCores gives a machine as many of the cores that the server may use as its limit allows: which is all that an ordinary user can do about CPU
-// time. The first is where it is while it does little. Unbound says that it may use all: then it is not bound, and none are given where the kernel
+// time. The first is where it is while it does little. It is bound to them at its boot only where it may not use all, so that it boots where the kernel
 // does not tell them.
-func pickCores(limit float64) (cores []int, unbound bool, err error) {
+func pickCores(limit float64) (cores, bound []int, err error) {
 	mine, err := coresOf(0)
-	cores, unbound = chooseCores(mine, runtime.NumCPU(), limit, rand.Int()) // at random: many servers do this
+	cores, unbound := chooseCores(mine, runtime.NumCPU(), limit, rand.Int()) // at random: many servers do this
 	if unbound {
-		err = nil
+		return cores, nil, nil
 	}
-	return cores, unbound, err
+	return cores, cores, err
 }
 
 // chooseCores chooses among the cores that there are, beginning with one of them. There are all of the server's, or fewer by now.
@@ -64,8 +64,11 @@ func bind(thread int, cores []int) error {
 	return unix.SchedSetaffinity(thread, &set)
 }
 
-// onCores does something with the calling thread, and so the processes it starts, bound to cores.
+// onCores does something with the calling thread, and so the processes it starts, bound to cores, if there are any.
 func onCores(cores []int, do func() error) error {
+	if len(cores) == 0 {
+		return do()
+	}
 	done := make(chan error)
 	go func() {
 		// Never unlocked: the thread ends with the goroutine, and nobody else inherits its mask.

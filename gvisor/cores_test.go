@@ -107,3 +107,18 @@ func TestGathered(t *testing.T) {
 	}
 	has("all cores for who attaches", all)
 }
+
+// TestOneCore has a sandbox that may use one core only: it is bound to it from its boot on, and stays so.
+func TestOneCore(t *testing.T) {
+	dir := sandboxtest.Dir(t)
+	sb, c := newSandboxIn(t, dir, sandbox.CreateOptions{Limits: sandbox.Limits{CPU: 1}})
+	if _, err := c.Start(t.Context(), agent.StartRequest{Command: "sleep 1000"}); err != nil {
+		t.Fatal(err)
+	}
+	if going, err := c.AtWork(t.Context(), new(bool)); err != nil || !going { // answers when it is
+		t.Fatal(going, err)
+	}
+	if cores := coresOfThreads(t, filepath.Join(dir, "sandboxes", sb.ID())); !allHave(cores, 1) {
+		t.Errorf("its threads may run on %v cores", cores)
+	}
+}

@@ -121,8 +121,8 @@ func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (_ sandbox.Machin
 	if err := writeBundle(bundle, spec, begin.agent); err != nil {
 		return nil, err
 	}
-	var unbound bool
-	if m.cores, unbound, err = pickCores(spec.Limits.CPU); err != nil {
+	var bound []int
+	if m.cores, bound, err = pickCores(spec.Limits.CPU); err != nil {
 		return nil, err
 	}
 	// The manifest names the cgroup before it is made: whoever reaps knows of it.
@@ -142,12 +142,9 @@ func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (_ sandbox.Machin
 	if m.noDisk {
 		call.disk = ""
 	}
-	run := func() error { return call.start(ctx, begin.args, streams.in, streams.out, streams.err, errOutput) }
-	if unbound {
-		err = run()
-	} else {
-		err = onCores(m.cores, run)
-	}
+	err = onCores(bound, func() error {
+		return call.start(ctx, begin.args, streams.in, streams.out, streams.err, errOutput)
+	})
 	streams.handOver()
 	m.pipe = pipe{File: streams.fromOut, toIn: streams.toIn}
 	if err == nil {
