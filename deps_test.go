@@ -18,25 +18,26 @@ const module = "soulbox.dev/soulbox"
 
 // mayImport is the graph of DESIGN.md: which of our packages each may import. Tests may also use internal/sandboxtest.
 var mayImport = map[string][]string{
+	"access":                               {},
 	"agent":                                {},
-	"sandbox":                              {"agent"},
+	"sandbox":                              {"access", "agent"},
 	"internal/erofs":                       {},
 	"gvisor":                               {"sandbox", "internal/erofs"},
-	"template":                             {"sandbox", "agent", "internal/erofs"},
-	"mcpserver":                            {},
-	"tools":                                {"sandbox", "agent", "template"},
+	"template":                             {"access", "sandbox", "agent", "internal/erofs"},
+	"mcpserver":                            {"access"},
+	"tools":                                {"access", "sandbox", "agent", "template"},
 	"resources":                            {"sandbox", "agent", "template"},
 	"internal/sandboxtest":                 {"sandbox", "agent", "internal/erofs"},
 	"cmd/soulbox-agent":                    {"agent"},
-	"api":                                  {"sandbox", "agent", "template", "api/envd", "api/client"},
+	"api":                                  {"access", "sandbox", "agent", "template", "api/envd", "api/client"},
 	"api/client":                           {"api/envd/spec/process", "api/envd/spec/filesystem", "api/envd/spec/process/processconnect", "api/envd/spec/filesystem/filesystemconnect"},
-	"api/envd":                             {"sandbox", "agent", "api/client", "api/envd/spec/process", "api/envd/spec/filesystem", "api/envd/spec/process/processconnect", "api/envd/spec/filesystem/filesystemconnect"},
+	"api/envd":                             {"access", "sandbox", "agent", "api/client", "api/envd/spec/process", "api/envd/spec/filesystem", "api/envd/spec/process/processconnect", "api/envd/spec/filesystem/filesystemconnect"},
 	"api/envd/spec":                        {},
 	"api/envd/spec/process":                {},
 	"api/envd/spec/filesystem":             {},
 	"api/envd/spec/process/processconnect": {"api/envd/spec/process"},
 	"api/envd/spec/filesystem/filesystemconnect": {"api/envd/spec/filesystem"},
-	"cmd/soulbox-mcp": {"agent", "sandbox", "gvisor", "template", "mcpserver", "tools", "resources", "api", "api/envd", "api/client"},
+	"cmd/soulbox-mcp": {"access", "agent", "sandbox", "gvisor", "template", "mcpserver", "tools", "resources", "api", "api/envd", "api/client"},
 	"cmd/soulbox":     {"api/client"},
 }
 

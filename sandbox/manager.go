@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/agent"
 )
 
@@ -45,6 +46,8 @@ type Options struct {
 	// have been on disk for the longest time are ended; otherwise nothing more is saved.
 	DiskBudget int64
 	Reclaim    bool
+	// Accounts are what owners use of the server's own resources; nil has no bounds.
+	Accounts *access.Accounts
 	// SampleEvery is how often it is measured what a sandbox uses; default 5 s.
 	SampleEvery time.Duration
 	// Changed is told of every change of a sandbox. It is called with locks held: it must neither block nor call back.
@@ -382,6 +385,9 @@ func checkMetadata(metadata map[string]string) error {
 	}
 	return nil
 }
+
+// Accounts are what owners use of the server's own resources.
+func (m *Manager) Accounts() *access.Accounts { return m.opts.Accounts }
 
 // Room is how much memory is still to be promised, in bytes, and how many sandboxes of all owners are in each state.
 func (m *Manager) Room() (free int64, states map[State]int, err error) {

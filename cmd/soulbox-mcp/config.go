@@ -191,6 +191,7 @@ func (c config) newManager(log *slog.Logger, watch func(*sandbox.Options)) (*san
 	o := sandbox.Options{
 		Dir: c.stateDir, Runtime: runtime, Templates: templates, Log: log, Version: version, Times: c.times, Defaults: c.limits,
 		MemoryBudget: c.budget, MaxPerOwner: c.perOwner, Keep: c.onExit != "kill", PauseOnExit: c.onExit == "pause",
+		Accounts:  accounts(),
 		NoNetwork: c.noNetwork, PausedFor: c.saving.paused, DiskBudget: c.saving.budget, Reclaim: c.saving.reclaim == "oldest",
 	}
 	if watch != nil {

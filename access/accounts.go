@@ -1,0 +1,229 @@
+// Package access keeps the accounts of owners: what each of them uses of the server's own resources, such as memory in buffers, slots for
+// heavy work and connections. Whoever uses something takes it from the owner's account first. It knows nothing of sandboxes, MCP or HTTP.
+package access
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+)
+
+// Resource is something of the server that has an end.
+type Resource string
+
+// The resources.
+const (
+	// Buffers are bytes of the server's memory that hold what somebody has sent and nobody has read yet, or what is being made.
+	Buffers Resource = "buffers"
+	// Work are CPU-heavy tasks at once: rendered screens, diffs, decompression, the expansion of Dockerfiles.
+	Work Resource = "work"
+	// Builds are builds of templates at once, Merges their merges of layers.
+	Builds Resource = "builds"
+	Merges Resource = "merges"
+	// Connections are connections and streams, each with the descriptors that it has in the server.
+	Connections Resource = "connections"
+	// Tasks are processes and threads promised to sandboxes.
+	Tasks Resource = "tasks"
+)
+
+// frees says what makes room in a resource.
+var frees = map[Resource]string{
+	Buffers:     "read what was asked for, or close connections and transfers",
+	Work:        "wait until other calls have ended",
+	Builds:      "wait until a build has ended, or cancel one",
+	Merges:      "wait until a build has ended, or cancel one",
+	Connections: "close connections",
+	Tasks:       "kill a sandbox, pause one to disk, or ask for fewer processes",
+}
+
+// Bound is how much of a resource there is.
+type Bound struct {
+	Total int64 // for all owners together
+	Share int64 // for one owner
+}
+
+// ErrFull is behind every FullError.
+var ErrFull = errors.New("the account is full")
+
+// FullError says which account has no room.
+type FullError struct {
+	Owner       string // "" is the user of this machine
+	Resource    Resource
+	Used, Share int64 // of the owner
+	All         bool  // the owner has room, and all owners together have used what there is
+}
+
+// Error names the account, and what frees it.
+func (e *FullError) Error() string {
+	if e.All {
+		return fmt.Sprintf("the server has no %s left: all owners together use them; try again later", e.Resource)
+	}
+	return fmt.Sprintf("the account of %s is full: %d of %d %s are used; %s", Name(e.Owner), e.Used, e.Share, e.Resource, frees[e.Resource])
+}
+
+// Is makes errors.Is(err, ErrFull) true.
+func (e *FullError) Is(target error) bool { return target == ErrFull }
+
+// Name is how an owner is named to people.
+func Name(owner string) string { return cmp.Or(owner, "local") }
+
+// Accounts are the accounts of all owners. It is safe for concurrent use. A nil one has no bounds.
+type Accounts struct {
+	bounds map[Resource]Bound
+
+	mu      sync.Mutex
+	used    map[account]int64
+	total   map[Resource]int64
+	waiting []*waiter // the longest first
+}
+
+type account struct {
+	owner    string
+	resource Resource
+}
+
+type waiter struct {
+	account
+	n     int64
+	taken chan struct{} // closed when it has got what it wants
+}
+
+// NewAccounts makes empty accounts. A resource that is not named has no bound.
+func NewAccounts(bounds map[Resource]Bound) *Accounts {
+	return &Accounts{bounds: bounds, used: map[account]int64{}, total: map[Resource]int64{}}
+}
+
+// Take takes n of a resource for an owner, or refuses with a FullError. Whoever takes gives it back by release, once or more often.
+func (a *Accounts) Take(owner string, r Resource, n int64) (release func(), err error) {
+	if a == nil {
+		return func() {}, nil
+	}
+	at := account{owner, r}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if err := a.lack(at, n); err != nil {
+		return nil, err
+	}
+	return a.take(at, n), nil
+}
+
+// Wait is Take that waits until there is room. One owner's waiters never delay another owner who has room; where all wait for the same, the owner
+// who uses least is first. It fails when ctx ends, and at once where n is more than there ever is.
+func (a *Accounts) Wait(ctx context.Context, owner string, r Resource, n int64) (release func(), err error) {
+	if a == nil {
+		return func() {}, nil
+	}
+	at := account{owner, r}
+	a.mu.Lock()
+	if b, ok := a.bounds[r]; ok && n > min(b.Total, b.Share) {
+		defer a.mu.Unlock()
+		return nil, &FullError{Owner: owner, Resource: r, Used: a.used[at], Share: min(b.Total, b.Share)}
+	}
+	if a.lack(at, n) == nil && !slices.ContainsFunc(a.waiting, func(w *waiter) bool { return w.account == at }) {
+		defer a.mu.Unlock()
+		return a.take(at, n), nil
+	}
+	w := &waiter{account: at, n: n, taken: make(chan struct{})}
+	a.waiting = append(a.waiting, w)
+	a.mu.Unlock()
+	select {
+	case <-w.taken:
+		return a.giver(at, n), nil
+	case <-ctx.Done():
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	select {
+	case <-w.taken: // at the same moment
+		a.give(at, n)
+	default:
+		a.waiting = slices.DeleteFunc(a.waiting, func(other *waiter) bool { return other == w })
+	}
+	return nil, context.Cause(ctx)
+}
+
+// lack says why n cannot be taken. a.mu is held.
+func (a *Accounts) lack(at account, n int64) error {
+	b, ok := a.bounds[at.resource]
+	switch {
+	case !ok:
+		return nil
+	case a.used[at]+n > b.Share:
+		return &FullError{Owner: at.owner, Resource: at.resource, Used: a.used[at], Share: b.Share}
+	case a.total[at.resource]+n > b.Total:
+		return &FullError{Owner: at.owner, Resource: at.resource, Used: a.used[at], Share: b.Share, All: true}
+	}
+	return nil
+}
+
+// take enters what is taken. a.mu is held.
+func (a *Accounts) take(at account, n int64) (release func()) {
+	a.used[at] += n
+	a.total[at.resource] += n
+	return a.giver(at, n)
+}
+
+func (a *Accounts) giver(at account, n int64) (release func()) {
+	return sync.OnceFunc(func() {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		a.give(at, n)
+	})
+}
+
+// give takes back what was taken, and lets those in who wait for it. a.mu is held.
+func (a *Accounts) give(at account, n int64) {
+	a.total[at.resource] -= n
+	if a.used[at] -= n; a.used[at] == 0 {
+		delete(a.used, at)
+	}
+	for {
+		next := -1
+		blocked := map[account]bool{} // whose first waiter cannot be served: the later ones of that owner stay behind it
+		for i, w := range a.waiting {
+			if w.resource != at.resource || blocked[w.account] {
+				continue
+			}
+			if a.lack(w.account, w.n) != nil {
+				blocked[w.account] = true
+				continue
+			}
+			if next < 0 || a.used[w.account] < a.used[a.waiting[next].account] {
+				next = i
+			}
+		}
+		if next < 0 {
+			return
+		}
+		w := a.waiting[next]
+		a.waiting = slices.Delete(a.waiting, next, next+1)
+		a.used[w.account] += w.n
+		a.total[w.resource] += w.n
+		close(w.taken)
+	}
+}
+
+// Use is what an owner uses of a resource.
+type Use struct {
+	Owner       string
+	Resource    Resource
+	Used, Share int64
+}
+
+// Uses lists what is used, by owner and resource.
+func (a *Accounts) Uses() []Use {
+	if a == nil {
+		return nil
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var all []Use
+	for at, n := range a.used {
+		all = append(all, Use{Owner: at.owner, Resource: at.resource, Used: n, Share: a.bounds[at.resource].Share})
+	}
+	slices.SortFunc(all, func(x, y Use) int { return cmp.Or(cmp.Compare(x.Owner, y.Owner), cmp.Compare(x.Resource, y.Resource)) })
+	return all
+}

@@ -1,0 +1,86 @@
+package access_test
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+
+	"soulbox.dev/soulbox/access"
+)
+
+func TestShares(t *testing.T) {
+	a := access.NewAccounts(map[access.Resource]access.Bound{access.Buffers: {Total: 10, Share: 6}})
+	release, err := a.Take("ann", access.Buffers, 6)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = a.Take("ann", access.Buffers, 1)
+	if !errors.Is(err, access.ErrFull) || !strings.Contains(err.Error(), "the account of ann is full: 6 of 6 buffers") {
+		t.Fatal(err)
+	}
+	if _, err := a.Take("bob", access.Buffers, 4); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := a.Take("bob", access.Buffers, 1); !errors.Is(err, access.ErrFull) || strings.Contains(err.Error(), "bob") {
+		t.Fatal("bob has room, the server has none:", err)
+	}
+	release()
+	release() // again is no harm
+	if uses := a.Uses(); len(uses) != 1 || uses[0] != (access.Use{Owner: "bob", Resource: access.Buffers, Used: 4, Share: 6}) {
+		t.Fatal(uses)
+	}
+	if _, err := a.Take("ann", access.Work, 1000); err != nil {
+		t.Fatal("a resource without a bound:", err)
+	}
+	var none *access.Accounts
+	if _, err := none.Take("ann", access.Buffers, 1000); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestWait: who waits gets what the owner gives back; another owner's waiters delay nobody; a cancelled one leaves nothing behind.
+func TestWait(t *testing.T) {
+	a := access.NewAccounts(map[access.Resource]access.Bound{access.Merges: {Total: 3, Share: 2}})
+	var mine []func()
+	for range 2 {
+		release, err := a.Wait(t.Context(), "ann", access.Merges, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		mine = append(mine, release)
+	}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	gone := make(chan error)
+	go func() {
+		_, err := a.Wait(ctx, "ann", access.Merges, 1)
+		gone <- err
+	}()
+	release, err := a.Wait(t.Context(), "bob", access.Merges, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	release()
+	cause := errors.New("given up")
+	cancel(cause)
+	if err := <-gone; err != cause {
+		t.Fatal(err)
+	}
+	got := make(chan func())
+	go func() {
+		release, err := a.Wait(t.Context(), "ann", access.Merges, 1)
+		if err != nil {
+			t.Error(err)
+		}
+		got <- release
+	}()
+	mine[0]()
+	(<-got)()
+	mine[1]()
+	if uses := a.Uses(); len(uses) != 0 {
+		t.Fatal(uses)
+	}
+	if _, err := a.Wait(t.Context(), "ann", access.Merges, 3); !errors.Is(err, access.ErrFull) {
+		t.Fatal("more than there ever is:", err)
+	}
+}
