@@ -48,8 +48,9 @@ type Machine interface {
 	Usage(ctx context.Context) (Usage, error)
 	// IO tells what the machine has read from the host's disk and written to it. It is cheap.
 	IO() (IO, error)
-	// Check says what is wrong with the machine that its agent may not notice: that it is stopped, or takes more of the host than it may.
-	// It is cheap and is called about twice a second.
+	// Check tells what its agent may not notice, as FindingOf reads it: OverError where the machine is stopped or takes more of the host than it may,
+	// ErrNoMachine where its processes do not exist. Any other error says that the host could not be asked. It is cheap and is called about twice a
+	// second.
 	Check() error
 	// Destroy ends the machine whatever its state; afterwards nothing of it runs. It may be called twice.
 	Destroy(ctx context.Context) error
@@ -60,6 +61,12 @@ type Machine interface {
 type Gatherer interface {
 	// Gather binds the machine to one of its cores, or lets it have all of them. It is called by one at a time, and no harm where it fails.
 	Gather(one bool) error
+}
+
+// Rescuer is the ability of a Runtime to take the files out of a checkpoint with memory: of a sandbox that is wedged, or whose memory is damaged.
+type Rescuer interface {
+	// Rescue saves the files of spec.From in the directory to, which it makes, as a checkpoint of files alone. Nothing of it runs afterwards.
+	Rescue(ctx context.Context, spec Spec, to string) error
 }
 
 // CheckpointOptions say what is saved.
