@@ -3,9 +3,13 @@ package sandbox
 import (
 	"context"
 	"errors"
+	"fmt"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
+
+	"soulbox.dev/soulbox/agent"
 )
 
 const (
@@ -192,5 +196,49 @@ const relieveTime = 5 * time.Second
 
 // relieve has the agent end what takes most of a machine that is over its bounds, and says whether that was enough.
 func (s *Sandbox) relieve(machine Machine, over *OverError) bool {
-	return false
+	s.mu.Lock()
+	client := s.client
+	s.mu.Unlock()
+	if client == nil || over.Kind != OverMemory && over.Kind != OverKernel || over.Used > 2*over.Limit {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, relieveTime)
+	defer cancel()
+	result, err := client.Relieve(ctx, agent.RelieveRequest{Kind: string(over.Kind), Target: over.Used - over.Limit + over.Limit/4})
+	if err != nil {
+		s.m.log.Warn("relieve a sandbox", "sandbox", s.id, "error", err)
+		return false
+	}
+	over.Detail = plain(result.Detail)
+	if len(result.Killed) == 0 {
+		return false
+	}
+	s.note(LevelWarn, "%v: these were ended to make room: %s", over, describeRelieved(result.Killed))
+	for sleepFor(ctx, gracePoll) {
+		now := machine.Check()
+		var still *OverError
+		if !errors.As(now, &still) {
+			return true // if it is gone, or cannot be asked about, watch finds that out
+		}
+		if still.Used > 2*still.Limit {
+			return false
+		}
+	}
+	return s.ctx.Err() != nil
+}
+
+// describeRelieved names what the agent has ended.
+func describeRelieved(killed []agent.Relieved) string {
+	var texts []string
+	for _, k := range killed[:min(len(killed), 5)] {
+		text := fmt.Sprintf("process %s (%s, pid %d", plain(k.Process), plain(k.Name), k.PID)
+		if k.Processes > 1 {
+			text += fmt.Sprintf(" and %d more", k.Processes-1)
+		}
+		texts = append(texts, text+fmt.Sprintf(", %d MB, %d descriptors)", k.Memory>>20, k.Descriptors))
+	}
+	if more := len(killed) - len(texts); more > 0 {
+		texts = append(texts, fmt.Sprintf("and %d more", more))
+	}
+	return strings.Join(texts, ", ")
 }

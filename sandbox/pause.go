@@ -243,13 +243,13 @@ func (s *Sandbox) sleep(ctx context.Context, o PauseOptions) (err error) {
 	s.mu.Lock()
 	machine, client, stop, r := s.machine, s.client, s.stop, s.rec
 	s.mu.Unlock()
-	saved, err := s.roomToSave(ctx)
+	saved, err := s.roomToSave(ctx, !o.wedged)
 	if err != nil {
 		return err
 	}
 	defer saved()
 	paused := &StateError{ID: s.id, Verb: "go on in", State: Paused, At: time.Now(), Cause: o.Cause.Error(), Wakes: o.AutoResume}
-	if r.State == Running && client != nil { // what hangs in one that is frozen is told that it goes to disk
+	if r.State == Running && client != nil && !o.wedged { // what hangs in one that is frozen is told that it goes to disk
 		suspending, done := context.WithTimeout(ctx, suspendTime)
 		err = client.Suspend(suspending, paused)
 		done()
@@ -323,9 +323,11 @@ func (s *Sandbox) endMachine(machine Machine) error {
 }
 
 // roomToSave says whether a checkpoint may be made: within the budget for them, and leaving the machine's disk some room, which is kept until
-// done is called. What the guest says that it uses is believed between what the host sees and its limits; one that is frozen has said it before.
-func (s *Sandbox) roomToSave(ctx context.Context) (done func(), err error) {
-	s.Refresh(ctx)
+// done is called. ask says that the agent is asked first. What the guest says that it uses is believed between what the host sees and its limits; one that is frozen has said it before.
+func (s *Sandbox) roomToSave(ctx context.Context, ask bool) (done func(), err error) {
+	if ask {
+		s.Refresh(ctx)
+	}
 	s.mu.Lock()
 	limits, machine := s.rec.Limits, s.machine
 	s.mu.Unlock()

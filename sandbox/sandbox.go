@@ -369,7 +369,7 @@ const tellTime = 5 * time.Second
 func (s *Sandbox) update(u Update) (info Info, retimed bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.rec.State != Running && s.rec.State != Paused || s.isLeft() {
+	if s.rec.State != Running && s.rec.State != Paused && !s.rec.onDisk() || s.isLeft() {
 		return Info{}, false, s.wrong("update")
 	}
 	r := s.rec

@@ -159,7 +159,7 @@ func (s *Sandbox) save(ctx context.Context, to string, filesOnly bool) (record, 
 	if r.State != Running && r.State != Paused {
 		return r, false, s.asError("save")
 	}
-	saved, err := s.roomToSave(ctx)
+	saved, err := s.roomToSave(ctx, true)
 	if err != nil {
 		return r, false, err
 	}
