@@ -160,6 +160,7 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
 	endpoint := s.mcp.HTTP(mcpserver.HTTPOptions{Access: c.access(public, s.log), SessionIdle: c.idle, Rate: c.rate})
+	endpoint.Access.Required() // says who may come
 	s.metrics.watch(s.manager, endpoint.Sessions)
 	control := c.control(s, endpoint)
 	defer control.Close()
@@ -266,14 +267,9 @@ func (c httpConfig) access(at string, log *slog.Logger) mcpserver.Access {
 	var closed atomic.Bool
 	closed.Store(c.issuer != "" || c.allowRemote)
 	a.Required = func() bool {
-		if !closed.Load() {
-			all, err := keys.List()
-			if err != nil {
-				log.Error("read keys", "error", err)
-			}
-			if err != nil || len(all) > 0 {
-				closed.Store(true)
-			}
+		if !closed.Load() && keys.Exist() {
+			closed.Store(true)
+			tellKeys(keys, log)
 		}
 		return closed.Load()
 	}
@@ -289,6 +285,25 @@ func (c httpConfig) access(at string, log *slog.Logger) mcpserver.Access {
 		return keys.Owner(token)
 	}
 	return a
+}
+
+// tellKeys says who may use a server that needs keys.
+func tellKeys(keys *sandbox.Keys, log *slog.Logger) {
+	all, err := keys.List()
+	valid := 0
+	for _, k := range all {
+		if k.Valid(time.Now()) {
+			valid++
+		}
+	}
+	switch {
+	case err != nil:
+		log.Error("keys are needed, and cannot be read: nobody is let in by one", "error", err)
+	case valid == 0:
+		log.Warn("keys are needed, since there is a file of them, and none is valid: nobody is let in by one; 'soulbox-mcp key create --owner NAME' makes one")
+	default:
+		log.Info("keys are needed", "valid", valid)
+	}
 }
 
 const metadataPath = "/.well-known/oauth-protected-resource"
