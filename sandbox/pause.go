@@ -161,7 +161,7 @@ func (s *Sandbox) takeTurn(ctx context.Context, verb string) (_ context.Context,
 
 // whyEnded is the end of a sandbox under a change, where that is what the change has failed of.
 func (s *Sandbox) whyEnded(err error) error {
-	if s.current().State.Ended() {
+	if s.current().ended() {
 		return s.asError("go on in")
 	}
 	return err

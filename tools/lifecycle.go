@@ -13,11 +13,11 @@ import (
 
 func (s *Service) lifecycleTools() []server.ServerTool {
 	return []server.ServerTool{
-		define(s, "sandbox_pause", "Stop a sandbox as it is, memory and processes too; its life time stands still. sandbox_resume has it go on.",
+		define(s, "sandbox_pause", "Stop a sandbox as it is, memory and processes too; its life time stands still.",
 			hints{title: "Pause a sandbox", idempotent: true}, s.sandboxPause),
-		define(s, "sandbox_resume", "Resume a paused sandbox where it was, or one that has failed from what was saved of it.",
+		define(s, "sandbox_resume", "Resume a paused sandbox where it was, or a failed one from what was saved.",
 			hints{title: "Resume a sandbox", idempotent: true}, s.sandboxResume),
-		define(s, "sandbox_snapshot", "Save a sandbox, memory and processes too, under a name; it goes on. sandbox_create with template NAME begins there, as often as you like.",
+		define(s, "sandbox_snapshot", "Save a sandbox, memory and processes too, under a name; it goes on. sandbox_create with template NAME begins there.",
 			hints{title: "Save a snapshot"}, s.sandboxSnapshot),
 		define(s, "sandbox_fork", "Make copies of a sandbox as it is, memory and processes too; it goes on.",
 			hints{title: "Fork a sandbox"}, s.sandboxFork),
@@ -65,8 +65,8 @@ func (s *Service) sandboxPause(ctx context.Context, in sandboxPauseInput) (sandb
 }
 
 type sandboxResumeInput struct {
-	FilesOnly bool  `json:"files_only,omitempty" jsonschema:"boot its files anew, without the processes that were saved"`
-	MemoryMB  int64 `json:"memory_mb,omitempty" jsonschema:"a larger memory limit"`
+	FilesOnly bool  `json:"files_only,omitempty" jsonschema:"boot it anew, without its processes"`
+	MemoryMB  int64 `json:"memory_mb,omitempty" jsonschema:"more memory"`
 	target
 }
 

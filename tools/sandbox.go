@@ -19,7 +19,7 @@ import (
 
 func (s *Service) sandboxTools() []server.ServerTool {
 	return []server.ServerTool{
-		define(s, "sandbox_create", "Make a new sandbox: an isolated Linux machine with its own files and processes and no network. Not needed for one: exec makes this session's own.",
+		define(s, "sandbox_create", "Make a new sandbox: an isolated Linux machine without a network. Not needed for one: exec makes this session's own.",
 			hints{title: "Create a sandbox"}, s.sandboxCreate),
 		define(s, "sandbox_list", "List sandboxes, newest first.",
 			hints{title: "List sandboxes", readOnly: true, idempotent: true}, s.sandboxList),
@@ -47,7 +47,7 @@ type sandboxCreateInput struct {
 	DiskMB        int64             `json:"disk_mb,omitempty" jsonschema:"default 10240"`
 	Pids          int64             `json:"pids,omitempty" jsonschema:"processes at once; default 512"`
 	Network       string            `json:"network,omitempty" jsonschema:"by HTTP proxy: none (default), full, or domains and ranges: pypi.org,*.debian.org"`
-	Protect       *protection       `json:"protect,omitempty" jsonschema:"save it in the background, to be resumed if it fails"`
+	Protect       *protection       `json:"protect,omitempty" jsonschema:"save it regularly, for a resume if it fails"`
 	DiskInMemory  bool              `json:"disk_in_memory,omitempty" jsonschema:"half of memory at most; smaller when idle"`
 }
 
@@ -86,8 +86,8 @@ type sandboxInfo struct {
 
 // protection is sandbox.Protect in arguments and results.
 type protection struct {
-	Every  string `json:"every" jsonschema:"a time such as 5m, or off"`
-	Memory bool   `json:"memory,omitempty" jsonschema:"processes too, not files alone"`
+	Every  string `json:"every" jsonschema:"such as 5m, or off"`
+	Memory bool   `json:"memory,omitempty" jsonschema:"processes too"`
 }
 
 func (p *protection) parse() (out sandbox.Protect, err error) {
@@ -199,7 +199,7 @@ func (i sandboxInfo) text() string {
 	case i.State == string(sandbox.Failed) && i.OnDisk:
 		fmt.Fprintf(&b, ", its %s as of %s can be resumed by sandbox_resume", what, i.SavedAt)
 	case i.SavedS != nil:
-		fmt.Fprintf(&b, ", its %s as of %d s ago are saved", what, *i.SavedS)
+		fmt.Fprintf(&b, ", its %s as of %s are saved", what, i.SavedAt)
 	}
 	if i.Protect != nil {
 		fmt.Fprintf(&b, ", saved every %s", i.Protect.Every)
@@ -467,7 +467,7 @@ type sandboxUpdateInput struct {
 	OnTimeout     string             `json:"on_timeout,omitempty" enum:"pause,kill"`
 	GraceMS       *int64             `json:"grace_ms,omitempty"`
 	AutoResume    *bool              `json:"auto_resume,omitempty"`
-	Protect       *protection        `json:"protect,omitempty"`
+	Protect       *protection        `json:"protect,omitempty" as:"sandbox_create"`
 	target
 }
 

@@ -18,7 +18,7 @@ import (
 
 func (s *Service) templateTools() []server.ServerTool {
 	return []server.ServerTool{
-		define(s, "template_build", "Make a template from a Dockerfile, with the files that it copies: given here, or a directory of a sandbox. Takes minutes; steps done before are cached.",
+		define(s, "template_build", "Make a template from a Dockerfile and the files that it copies: given here, or a directory of a sandbox. Takes minutes; done steps are cached.",
 			hints{title: "Build a template"}, s.templateBuild),
 		define(s, "template_list", "List what sandboxes can begin from: templates, and your snapshots.",
 			hints{title: "List templates and snapshots", readOnly: true, idempotent: true}, s.templateList),
