@@ -62,6 +62,13 @@ type Gatherer interface {
 	Gather(one bool) error
 }
 
+// Rescuer is the ability of a Runtime to get the files out of a checkpoint whose memory is not to go on: its agent is silent, or it is damaged.
+type Rescuer interface {
+	// Rescue saves the files of the checkpoint spec.From alone, in the directory to, which it makes; Boot begins from that. It does so by a machine in
+	// spec.Dir, which exists and has none; nothing of that one is left. Damage in the checkpoint does not stop it as long as files can be read.
+	Rescue(ctx context.Context, spec Spec, to string) error
+}
+
 // CheckpointOptions say what is saved.
 type CheckpointOptions struct {
 	GoOn      bool // the machine goes on afterwards, if it was not frozen before
