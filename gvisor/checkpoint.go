@@ -194,7 +194,8 @@ type beginning struct {
 }
 
 // beginFrom says how a machine is started from a checkpoint; "" is none.
-func (r *Runtime) beginFrom(bundle, from string) (beginning, error) {
+func (r *Runtime) beginFrom(dir, from string) (beginning, error) {
+	bundle := bundleDir(dir)
 	b := beginning{agent: r.Agent, args: []string{"run", "--detach", "--bundle=" + bundle}}
 	if from == "" {
 		return b, nil

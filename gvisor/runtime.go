@@ -33,7 +33,10 @@ type Runtime struct {
 	Fault func(what string) error
 }
 
-var _ sandbox.Runtime = (*Runtime)(nil)
+var (
+	_ sandbox.Runtime = (*Runtime)(nil)
+	_ sandbox.Rescuer = (*Runtime)(nil)
+)
 
 // manifest is machine.json.
 type manifest struct {
@@ -114,30 +117,45 @@ const kernelMemory = 512 << 20
 
 func runDir(dir string) string { return filepath.Join(dir, "run") }
 
+func bundleDir(dir string) string { return filepath.Join(dir, "bundle") }
+
 // Boot implements sandbox.Runtime.
 func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (_ sandbox.Machine, err error) {
 	if err := r.check(); err != nil {
 		return nil, err
 	}
-	m := &machine{runtime: r, dir: spec.Dir, memory: guestMemory(spec.Limits), noDisk: inMemory(spec)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("boot: %w", err), r.undo(spec.Dir))
 		}
 	}()
-	if err := makeDirs(spec.Dir); err != nil {
-		return nil, err
-	}
-	bundle := filepath.Join(spec.Dir, "bundle")
-	begin, err := r.beginFrom(bundle, spec.From)
+	begin, err := r.beginFrom(spec.Dir, spec.From)
 	if err != nil {
 		return nil, err
 	}
-	m.agent = begin.agent
-	if err := writeBundle(bundle, spec, begin.agent); err != nil {
+	m, err := r.begin(ctx, spec, begin)
+	if err == nil && begin.wake {
+		if err = r.wake(ctx, spec.Dir); err != nil {
+			_ = m.pipe.Close()
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+// begin starts a machine.
+func (r *Runtime) begin(ctx context.Context, spec sandbox.Spec, begin beginning) (*machine, error) {
+	m := &machine{runtime: r, dir: spec.Dir, agent: begin.agent, memory: guestMemory(spec.Limits), noDisk: inMemory(spec)}
+	if err := makeDirs(spec.Dir); err != nil {
+		return nil, err
+	}
+	if err := writeBundle(bundleDir(spec.Dir), spec, begin.agent); err != nil {
 		return nil, err
 	}
 	var bound []int
+	var err error
 	if m.cores, bound, err = pickCores(spec.Limits.CPU); err != nil {
 		return nil, err
 	}
@@ -149,39 +167,43 @@ func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (_ sandbox.Machin
 	if err := giveAway(spec.Dir); err != nil {
 		return nil, err
 	}
-	streams, err := r.newStdio()
-	if err != nil {
+	if err := m.start(ctx, spec, begin.args, bound); err != nil {
 		return nil, err
 	}
+	if mf.Cgroup != nil {
+		if err := errors.Join(mf.Cgroup.create(spec.Limits), mf.Cgroup.enter(m.processes)); err != nil {
+			r.log().Warn("a sandbox has no cgroup on the host; its other limits hold", "sandbox", spec.ID, "error", err)
+		}
+	}
+	return m, nil
+}
+
+// start has runsc start the machine, and finds its processes.
+func (m *machine) start(ctx context.Context, spec sandbox.Spec, args []string, cores []int) error {
+	streams, err := m.runtime.newStdio()
+	if err != nil {
+		return err
+	}
 	errOutput := m.follow(streams.fromErr)
-	call := runsc{path: r.Runsc, root: runDir(spec.Dir), disk: filepath.Join(spec.Dir, "disk"), size: spec.Limits.Disk}
+	call := runsc{path: m.runtime.Runsc, root: runDir(spec.Dir), disk: filepath.Join(spec.Dir, "disk"), size: spec.Limits.Disk}
 	if m.noDisk {
 		call.disk = ""
 	}
-	err = onCores(bound, func() error {
-		if err := r.fault("start runsc"); err != nil {
+	err = onCores(cores, func() error {
+		if err := m.runtime.fault("start runsc"); err != nil {
 			return err
 		}
-		return call.start(ctx, begin.args, streams.in, streams.out, streams.err, errOutput)
+		return call.start(ctx, args, streams.in, streams.out, streams.err, errOutput)
 	})
 	streams.handOver()
 	m.pipe = pipe{File: streams.fromOut, toIn: streams.toIn}
 	if err == nil {
-		m.processes, err = r.processesOf(spec.Dir)
-	}
-	if err == nil && mf.Cgroup != nil {
-		if cerr := errors.Join(mf.Cgroup.create(spec.Limits), mf.Cgroup.enter(m.processes)); cerr != nil {
-			r.log().Warn("a sandbox has no cgroup on the host; its other limits hold", "sandbox", spec.ID, "error", cerr)
-		}
-	}
-	if err == nil && begin.wake {
-		err = r.wake(ctx, spec.Dir)
+		m.processes, err = m.runtime.processesOf(spec.Dir)
 	}
 	if err != nil {
 		_ = m.pipe.Close()
-		return nil, err
 	}
-	return m, nil
+	return err
 }
 
 // check says what is missing before anything is begun.
@@ -194,9 +216,12 @@ func (r *Runtime) check() error {
 	return nil
 }
 
+// undoTime bounds how long it may take to end a machine that was not to be.
+const undoTime = 10 * time.Second
+
 // undo ends what a failed Boot has begun.
 func (r *Runtime) undo(dir string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), undoTime)
 	defer cancel()
 	return r.Reap(ctx, dir)
 }

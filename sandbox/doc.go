@@ -63,9 +63,10 @@ type Gatherer interface {
 	Gather(one bool) error
 }
 
-// Rescuer is the ability of a Runtime to take the files out of a checkpoint with memory: of a sandbox that is wedged, or whose memory is damaged.
+// Rescuer is the ability of a Runtime to get the files out of a checkpoint whose memory is not to go on: its agent is silent, or it is damaged.
 type Rescuer interface {
-	// Rescue saves the files of spec.From in the directory to, which it makes, as a checkpoint of files alone. Nothing of it runs afterwards.
+	// Rescue saves the files of the checkpoint spec.From alone, in the directory to, which it makes; Boot begins from that. It does so by a machine in
+	// spec.Dir, which exists and has none; nothing of that one is left. Damage in the checkpoint does not stop it as long as files can be read.
 	Rescue(ctx context.Context, spec Spec, to string) error
 }
 
