@@ -16,6 +16,29 @@ func (s *Sandbox) connection(ctx context.Context) (release func(), err error) {
 	full := errors.New("no room in time")
 	ctx, cancel := context.WithTimeoutCause(ctx, dialTime, full)
 	defer cancel()
+	return takeParts(func(of access.Resource, n int64) (func(), error) {
+		give, err := accounts.Wait(ctx, s.owner, of, n)
+		if errors.Is(err, full) {
+			return accounts.Take(s.owner, of, n) // which says what is full
+		}
+		return give, err
+	})
+}
+
+// connectionNow is connection that does not wait.
+func (s *Sandbox) connectionNow() (release func(), err error) {
+	accounts := s.m.opts.Accounts
+	return takeParts(func(of access.Resource, n int64) (func(), error) { return accounts.Take(s.owner, of, n) })
+}
+
+// connectionParts are what a connection takes: its place, and what waits in it.
+var connectionParts = []struct {
+	of access.Resource
+	n  int64
+}{{access.Connections, 1}, {access.Buffers, agent.ConnBuffers}}
+
+// takeParts takes all that a connection takes, or nothing.
+func takeParts(take func(of access.Resource, n int64) (func(), error)) (release func(), err error) {
 	var held []func()
 	release = func() {
 		for _, give := range held {
@@ -23,10 +46,7 @@ func (s *Sandbox) connection(ctx context.Context) (release func(), err error) {
 		}
 	}
 	for _, part := range connectionParts {
-		give, err := accounts.Wait(ctx, s.owner, part.of, part.n)
-		if errors.Is(err, full) {
-			give, err = accounts.Take(s.owner, part.of, part.n) // which says what is full
-		}
+		give, err := take(part.of, part.n)
 		if err != nil {
 			release()
 			return nil, err
@@ -35,12 +55,6 @@ func (s *Sandbox) connection(ctx context.Context) (release func(), err error) {
 	}
 	return release, nil
 }
-
-// connectionParts are what a connection takes: its place, and what waits in it.
-var connectionParts = []struct {
-	of access.Resource
-	n  int64
-}{{access.Connections, 1}, {access.Buffers, agent.ConnBuffers}}
 
 // promises are what an owner's sandboxes that are not on disk may take of the machine.
 type promises struct{ memory, tasks int64 }
