@@ -206,6 +206,15 @@ func (a *Accounts) give(at account, n int64) {
 	}
 }
 
+// Bound is how much there is of a resource; ok is false where it has no bound.
+func (a *Accounts) Bound(r Resource) (b Bound, ok bool) {
+	if a == nil {
+		return Bound{}, false
+	}
+	b, ok = a.bounds[r]
+	return b, ok
+}
+
 // Use is what an owner uses of a resource.
 type Use struct {
 	Owner       string

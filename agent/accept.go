@@ -120,7 +120,7 @@ func giveOver(stream *yamux.Stream, conn net.Conn) {
 
 // acceptedConn is a connection that nothing holds once it is closed.
 type acceptedConn struct {
-	*yamux.Stream
+	narrowStream
 	stop func() bool
 }
 
@@ -128,7 +128,9 @@ type acceptedConn struct {
 func (c *acceptedConn) Close() error {
 	c.stop()
 	_ = c.Stream.SetReadDeadline(time.Unix(1, 0))
-	return c.Stream.Close()
+	err := c.Stream.Close()
+	c.letGo()
+	return err
 }
 
 // CloseWrite ends what is written.
@@ -137,28 +139,28 @@ func (c *acceptedConn) CloseWrite() error { return c.Stream.Close() }
 // Accept waits for the next connection that is made in the sandbox to an address of its loopback, which is listened on from the first Accept on. It
 // is no use of the sandbox. When ctx ends the connection is at its end.
 func (c *Client) Accept(ctx context.Context, address string) (net.Conn, error) {
-	stream, err := OrGiveUp(ctx, func() (*yamux.Stream, error) { return c.open(header{Stream: streamAccept, Address: address}) }, func(s *yamux.Stream) { _ = s.Close() })
+	stream, err := OrGiveUp(ctx, func() (*yamux.Stream, error) { return c.open(header{Stream: streamAccept, Address: address}) }, c.giveUp)
 	if err != nil {
 		return nil, err
 	}
-	stop := context.AfterFunc(ctx, func() {
+	conn := &acceptedConn{narrowStream: narrowStream{stream, c.windows}}
+	conn.stop = context.AfterFunc(ctx, func() {
 		_ = stream.SetReadDeadline(time.Unix(1, 0))
 		_ = stream.Close()
 		_ = stream.SetDeadline(time.Unix(1, 0))
+		conn.letGo()
 	})
 	var a answer
-	if err := readMessage(stream, &a); err != nil {
-		stop()
-		_ = stream.Close()
+	if err := readMessage(conn, &a); err != nil {
+		_ = conn.Close()
 		return nil, c.streamError(ctx, streamAccept, err)
 	}
 	if a.Error != nil {
-		stop()
-		_ = stream.Close()
+		_ = conn.Close()
 		if errors.Is(a.Error, unix.EADDRINUSE) {
 			return nil, errors.Join(a.Error, ErrLimit)
 		}
 		return nil, a.Error
 	}
-	return &acceptedConn{stream, stop}, nil
+	return conn, nil
 }

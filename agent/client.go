@@ -24,6 +24,7 @@ type Client struct {
 	level   int
 	version string
 	session *yamux.Session
+	windows *windows
 	rpc     *jsonrpc2.Conn
 	conn    *onceCloser
 	lastID  atomic.Uint64
@@ -59,7 +60,10 @@ func NewClient(ctx context.Context, conn io.ReadWriteCloser, version string) (_ 
 		return nil, fmt.Errorf("agent %q speaks protocol %d, this host %q speaks %d: %w", clip(guest.Version, 40), guest.Protocol, version, Protocol, ErrVersion)
 	}
 	c.boot, c.version, c.level = clip(guest.Boot, 64), clip(guest.Version, 40), guest.Level
-	if c.session, err = yamux.Client(newBufferedConn(&guestFrames{r: reader}, c.conn), muxConfig()); err != nil {
+	mux := newBufferedConn(nil, c.conn)
+	c.windows = newWindows(&mux.frameWriter)
+	mux.Reader = &guestFrames{r: reader, windows: c.windows}
+	if c.session, err = yamux.Client(mux, muxConfig()); err != nil {
 		return nil, err
 	}
 	stream, err := c.open(header{Stream: streamRPC})
@@ -341,11 +345,20 @@ func (c *Client) open(h header) (*yamux.Stream, error) {
 	if err != nil {
 		return nil, c.lost("open "+h.Stream, err)
 	}
-	if err := writeMessage(stream, h); err != nil {
-		_ = stream.Close()
+	if connections[h.Stream] {
+		err = c.windows.narrow(stream)
+	}
+	if err = errors.Join(err, writeMessage(stream, h)); err != nil {
+		c.giveUp(stream)
 		return nil, c.lost("open "+h.Stream, err)
 	}
 	return stream, nil
+}
+
+// giveUp closes a stream that nobody has read.
+func (c *Client) giveUp(stream *yamux.Stream) {
+	_ = stream.Close()
+	c.windows.drop(stream.StreamID())
 }
 
 // begin opens a stream that lives no longer than ctx, and reads the guest's answer. The caller calls end when it is done.
@@ -372,7 +385,7 @@ func (c *Client) handshake(ctx context.Context, h header) (stream *yamux.Stream,
 			leave()
 		}
 	}()
-	stream, err = OrGiveUp(ctx, func() (*yamux.Stream, error) { return c.open(h) }, func(s *yamux.Stream) { _ = s.Close() })
+	stream, err = OrGiveUp(ctx, func() (*yamux.Stream, error) { return c.open(h) }, c.giveUp)
 	if err != nil {
 		return nil, a, nil, err
 	}
@@ -383,9 +396,16 @@ func (c *Client) handshake(ctx context.Context, h header) (stream *yamux.Stream,
 		_ = opened.SetReadDeadline(time.Unix(1, 0)) // first: what the guest says to its end is not taken for an end of its own
 		_ = opened.Close()
 		_ = opened.SetDeadline(time.Unix(1, 0))
+		if connections[h.Stream] {
+			narrowStream{opened, c.windows}.letGo()
+		}
 	})
 	defer context.AfterFunc(ctx, end)()
-	if err := readMessage(stream, &a); err != nil {
+	answered := io.Reader(stream)
+	if connections[h.Stream] {
+		answered = narrowStream{stream, c.windows}
+	}
+	if err := readMessage(answered, &a); err != nil {
 		end()
 		return nil, a, nil, c.streamError(ctx, h.Stream, err)
 	}

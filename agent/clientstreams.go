@@ -226,7 +226,7 @@ func (c *Client) Dial(ctx context.Context, network, address string) (net.Conn, e
 		// A stream's close says only that we write no more: what is read there would be sent for as long as there is room for it.
 		_ = c.rpc.Notify(context.Background(), noteHangUp, map[string]string{"dial": name}) // the guest is gone otherwise
 	})
-	return stream, nil
+	return narrowStream{stream, c.windows}, nil
 }
 
 // Watch tells each what changes in a directory, or of a file, until ctx ends or each fails. Once started is called, no change is missed.

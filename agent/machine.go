@@ -25,6 +25,9 @@ func setUpMachine(image bool) (*cgroups, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := boundSockets(); err != nil {
+		return nil, fmt.Errorf("bound the buffers of sockets: %w", err)
+	}
 	if image {
 		// gVisor mounts memory on an empty /tmp; it is to be a directory as others, on disk, and in what a build makes.
 		if err := unix.Unmount("/tmp", 0); err != nil && err != unix.EINVAL && err != unix.ENOENT && err != unix.ENOTDIR {

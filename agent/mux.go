@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"slices"
 	"sync"
 	"time"
 
@@ -22,10 +23,13 @@ func muxConfig() *yamux.Config {
 	c.AcceptBacklog = 512
 	c.ConnectionWriteTimeout = 24 * time.Hour // a paused guest reads nothing for as long
 	c.StreamOpenTimeout = 0
-	c.StreamCloseTimeout = 5 * time.Minute // of a half-closed dial; everything else is closed by both sides at once
+	c.StreamCloseTimeout = closeTimeout
 	c.LogOutput = io.Discard
 	return c
 }
+
+// closeTimeout is of a half-closed dial; everything else is closed by both sides at once.
+const closeTimeout = 5 * time.Minute
 
 // quiet keeps jsonrpc2 from logging what the other side did wrong: it ends the session, and callers are told.
 var quiet = jsonrpc2.SetLogger(log.New(io.Discard, "", 0))
@@ -41,27 +45,50 @@ func newBufferedConn(r io.Reader, conn io.WriteCloser) *bufferedConn {
 	return &bufferedConn{r, conn, frameWriter{w: conn}}
 }
 
-// frameWriter joins the head of a frame and its body, which yamux writes one after the other: each write would wake the other side.
+// frameWriter joins the head of a frame and its body, which yamux writes one after the other: each write would wake the other side. Window updates
+// of streams that windows keep are left out.
 type frameWriter struct {
-	w   io.Writer
-	buf []byte
+	w       io.Writer
+	buf     []byte   // yamux' alone
+	windows *windows // nil keeps none
+
+	mu sync.Mutex // held while a frame is written
 }
 
-// Write implements io.Writer, for one frame after the other.
+// Write implements io.Writer, for yamux: a frame with a body comes in two parts.
 func (f *frameWriter) Write(p []byte) (int, error) {
-	if len(f.buf) == 0 && len(p) == frameHead && p[1] == frameData && binary.BigEndian.Uint32(p[8:]) > 0 {
-		f.buf = append(f.buf, p...)
-		return len(p), nil
+	if len(f.buf) == 0 && len(p) == frameHead {
+		switch p[1] {
+		case frameData:
+			if binary.BigEndian.Uint32(p[8:]) > 0 {
+				f.buf = append(f.buf, p...)
+				return len(p), nil
+			}
+		case frameWindow:
+			if f.windows != nil && f.windows.keep(binary.BigEndian.Uint32(p[4:])) {
+				if binary.BigEndian.Uint16(p[2:]) == 0 {
+					return len(p), nil
+				}
+				p = append(slices.Clone(p[:8]), 0, 0, 0, 0) // its flags alone
+			}
+		}
 	}
 	if len(f.buf) == 0 {
-		return f.w.Write(p)
+		return f.whole(p)
 	}
 	f.buf = append(f.buf, p...)
-	n, err := f.w.Write(f.buf)
+	n, err := f.whole(f.buf)
 	if f.buf = f.buf[:0]; cap(f.buf) > maxJoined {
 		f.buf = nil
 	}
 	return max(0, n-frameHead), err
+}
+
+// whole writes a whole frame.
+func (f *frameWriter) whole(p []byte) (int, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.w.Write(p)
 }
 
 // maxJoined is how much memory a frameWriter keeps.
@@ -69,20 +96,26 @@ const maxJoined = 64 << 10
 
 // As in yamux' specification.
 const (
-	frameHead = 12
-	frameData = 0
-	framePing = 2
-	flagSYN   = 1
+	frameHead   = 12
+	frameData   = 0
+	frameWindow = 1
+	framePing   = 2
+	flagSYN     = 1
+	flagFIN     = 4
+	flagRST     = 8
 )
 
 // guestFrames reads what a guest sends and ends at the first frame that no honest agent sends: one that opens a stream, and a ping,
-// each of which would cost the host a goroutine until the guest reads its answer. Frames are as in yamux' specification.
+// each of which would cost the host a goroutine until the guest reads its answer. What windows want dropped is left out. Frames are as in yamux'
+// specification.
 type guestFrames struct {
-	r    io.Reader
-	head [frameHead]byte
-	have int // bytes of head that were read
-	sent int // bytes of head that were passed on
-	body uint32
+	r       io.Reader
+	windows *windows // nil keeps none
+	head    [frameHead]byte
+	have    int // bytes of head that were read
+	sent    int // bytes of head that were passed on
+	body    uint32
+	unread  int64 // bytes of a body that nobody wants
 }
 
 // errFrame says that the guest does not keep to the protocol.
@@ -95,17 +128,25 @@ func (g *guestFrames) Read(p []byte) (int, error) {
 		g.body -= uint32(n)
 		return n, err
 	}
-	for g.have < len(g.head) {
-		n, err := g.r.Read(g.head[g.have:])
-		g.have += n
-		if err != nil {
+	for g.unread > 0 {
+		n, err := g.r.Read(p[:min(int64(len(p)), g.unread)])
+		if g.unread -= int64(n); err != nil {
 			return 0, err
 		}
 	}
-	kind, flags := g.head[1], binary.BigEndian.Uint16(g.head[2:4])
-	if kind == framePing || flags&flagSYN != 0 {
-		return 0, errFrame
+	if g.have < len(g.head) {
+		for g.have < len(g.head) {
+			n, err := g.r.Read(g.head[g.have:])
+			g.have += n
+			if err != nil {
+				return 0, err
+			}
+		}
+		if err := g.look(); err != nil {
+			return 0, err
+		}
 	}
+	kind := g.head[1]
 	n := copy(p, g.head[g.sent:])
 	if g.sent += n; g.sent == len(g.head) {
 		g.have, g.sent = 0, 0
@@ -114,6 +155,32 @@ func (g *guestFrames) Read(p []byte) (int, error) {
 		}
 	}
 	return n, nil
+}
+
+// look judges a frame by its head.
+func (g *guestFrames) look() error {
+	kind, flags, id := g.head[1], binary.BigEndian.Uint16(g.head[2:4]), binary.BigEndian.Uint32(g.head[4:8])
+	if kind == framePing || flags&flagSYN != 0 {
+		return errFrame
+	}
+	if g.windows == nil {
+		return nil
+	}
+	if kind == frameData {
+		n := binary.BigEndian.Uint32(g.head[8:])
+		drop, err := g.windows.comes(id, int64(n))
+		if err != nil {
+			return err
+		}
+		if drop {
+			g.unread = int64(n)
+			clear(g.head[8:])
+		}
+	}
+	if flags&(flagFIN|flagRST) != 0 {
+		g.windows.ended(id)
+	}
+	return nil
 }
 
 func writeHello(w io.Writer, h hello) error {

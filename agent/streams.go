@@ -44,7 +44,7 @@ func (s *Server) serveDial(ctx context.Context, stream *yamux.Stream, h header) 
 		_ = writeMessage(stream, answer{Error: wireError(invalid("dial %q: only the sandbox' own loopback can be dialled", clip(h.Address, 80)))})
 		return
 	}
-	dialer := net.Dialer{Timeout: 10 * time.Second}
+	dialer := net.Dialer{Timeout: 10 * time.Second, Control: keepLittle}
 	conn, err := dialer.DialContext(ctx, h.Network, h.Address)
 	if err != nil {
 		_ = writeMessage(stream, answer{Error: wireError(err)})

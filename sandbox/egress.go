@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/time/rate"
 
+	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/agent"
 )
 
@@ -94,8 +95,10 @@ func proxyEnv() map[string]string {
 
 // Bounds of a sandbox' connections to the world.
 const (
-	maxEgress     = 256
-	parked        = 8 // that wait for a connection: a burst is taken at once
+	maxEgress     = 256 // in the sandbox, and as many in the world
+	maxEgressIdle = 32  // in the world that may be used again
+	maxEgressHost = 64  // to one host
+	parked        = 8   // that wait for a connection: a burst is taken at once
 	egressDial    = 15 * time.Second
 	egressIdle    = 5 * time.Minute
 	egressHeaders = 64 << 10
@@ -108,17 +111,32 @@ type egress struct {
 	note    func(format string, args ...any)
 	log     *slog.Logger
 	notes   *rate.Limiter // of refusals, which the guest causes
-	plain   http.RoundTripper
+	plain   *http.Transport
+	slots   chan struct{}                                                                       // one for each connection to the world
+	take    func() (release func(), err error)                                                  // takes one from the owner's account
+	reach   func(ctx context.Context, d *net.Dialer, network, address string) (net.Conn, error) // (*net.Dialer).DialContext, but for tests
+}
+
+// newEgress makes a proxy; what it is for a sandbox is set by its maker.
+func newEgress() *egress {
+	e := &egress{meter: &meter{}, log: slog.New(slog.DiscardHandler), notes: rate.NewLimiter(rate.Every(10*time.Second), 10), note: func(string, ...any) {},
+		slots: make(chan struct{}, maxEgress), take: func() (func(), error) { return func() {}, nil },
+		reach: func(ctx context.Context, d *net.Dialer, network, address string) (net.Conn, error) {
+			return d.DialContext(ctx, network, address)
+		}}
+	e.plain = &http.Transport{DialContext: e.dial, IdleConnTimeout: 30 * time.Second, MaxIdleConns: maxEgressIdle, MaxIdleConnsPerHost: 4, MaxConnsPerHost: maxEgressHost,
+		DisableCompression: true, MaxResponseHeaderBytes: egressHeaders, ResponseHeaderTimeout: egressIdle}
+	return e
 }
 
 // serveNetwork runs the proxy of a sandbox until ctx ends.
 func (s *Sandbox) serveNetwork(ctx context.Context, client *agent.Client) {
-	e := &egress{network: s.network, meter: &s.meter, log: s.m.log, notes: rate.NewLimiter(rate.Every(10*time.Second), 10),
-		note: func(format string, args ...any) { s.note(LevelWarn, format, args...) }}
-	transport := &http.Transport{DialContext: e.dial, IdleConnTimeout: 30 * time.Second, MaxIdleConnsPerHost: 4, DisableCompression: true, MaxResponseHeaderBytes: egressHeaders, ResponseHeaderTimeout: egressIdle}
-	defer transport.CloseIdleConnections()
-	e.plain = transport
-	l := &parkedListener{ctx: ctx, client: client, conns: make(chan net.Conn), slots: make(chan struct{}, maxEgress)}
+	e := newEgress()
+	e.network, e.meter, e.log = s.network, &s.meter, s.m.log
+	e.note = func(format string, args ...any) { s.note(LevelWarn, format, args...) }
+	e.take = func() (func(), error) { return s.m.opts.Accounts.Take(s.owner, access.Connections, 1) }
+	defer e.plain.CloseIdleConnections()
+	l := &parkedListener{ctx: ctx, client: client, conns: make(chan net.Conn), slots: make(chan struct{}, maxEgress), take: s.connectionNow}
 	var once sync.Once
 	l.failed = func(err error) {
 		once.Do(func() { s.note(LevelWarn, "the network of this sandbox does not work, it is tried again: %v", err) })
@@ -138,22 +156,23 @@ type parkedListener struct {
 	ctx    context.Context
 	client *agent.Client
 	conns  chan net.Conn
-	slots  chan struct{} // one for each connection, whatever it is used for
-	failed func(error)   // is told why there are no connections
+	slots  chan struct{}                      // one for each connection, whatever it is used for
+	take   func() (release func(), err error) // takes one from the owner's account
+	failed func(error)                        // is told why there are no connections
 	wait   sync.WaitGroup
 }
 
 func (l *parkedListener) start() {
 	for range parked {
 		l.wait.Go(func() {
-			for l.take() {
+			for l.next() {
 			}
 		})
 	}
 }
 
-// take waits for a connection, and says whether there may be others. Where the address is somebody else's in the sandbox, it tries again.
-func (l *parkedListener) take() bool {
+// next waits for a connection, and says whether there may be others. Where the address is somebody else's in the sandbox, it tries again.
+func (l *parkedListener) next() bool {
 	select {
 	case l.slots <- struct{}{}:
 	case <-l.ctx.Done():
@@ -174,17 +193,24 @@ func (l *parkedListener) take() bool {
 			return false
 		}
 	}
-	select {
-	case l.conns <- &slotConn{conn, free}:
-		return true
-	case <-l.ctx.Done():
+	release, err := l.take()
+	if err != nil {
+		_, _ = io.WriteString(conn, page(http.StatusServiceUnavailable, "SoulBox: "+err.Error()+".\n")) // into a buffer; one that is gone misses nothing
 		_ = conn.Close()
 		free()
+		return true
+	}
+	held := &slotConn{conn, func() { release(); free() }}
+	select {
+	case l.conns <- held:
+		return true
+	case <-l.ctx.Done():
+		_ = held.Close()
 		return false
 	}
 }
 
-// slotConn gives its slot back at its end.
+// slotConn gives back at its end what was taken for it, once or more often.
 type slotConn struct {
 	net.Conn
 	free func()
@@ -233,6 +259,10 @@ func (e *egress) fail(w http.ResponseWriter, to string, err error) {
 			e.note("a connection to %s was refused", agent.Inert([]byte(to)))
 		}
 		http.Error(w, "SoulBox: "+err.Error()+".", http.StatusForbidden)
+		return
+	}
+	if errors.Is(err, access.ErrFull) || errors.Is(err, errCrowded) {
+		http.Error(w, "SoulBox: "+err.Error()+".", http.StatusServiceUnavailable)
 		return
 	}
 	http.Error(w, "SoulBox: "+err.Error(), http.StatusBadGateway)
@@ -313,13 +343,44 @@ func (e *egress) dial(ctx context.Context, _, address string) (net.Conn, error) 
 	if name == "" {
 		target = addr.String()
 	}
-	conn, err := d.DialContext(ctx, "tcp", net.JoinHostPort(target, port))
+	release, err := e.place()
 	if err != nil {
 		return nil, err
 	}
-	c := &worldConn{Conn: conn, meter: e.meter}
+	conn, err := e.reach(ctx, &d, "tcp", net.JoinHostPort(target, port))
+	if err != nil {
+		release()
+		return nil, err
+	}
+	c := &worldConn{Conn: conn, meter: e.meter, release: release}
 	c.unwatch = context.AfterFunc(changed, func() { _ = conn.Close() })
 	return c, nil
+}
+
+// errCrowded is of a sandbox that has as many connections to the world as it may have.
+var errCrowded = fmt.Errorf("the sandbox has %d connections to the network, the most one may have; close some", maxEgress)
+
+// place takes what one connection to the world takes. Those that nobody uses now make room.
+func (e *egress) place() (release func(), err error) {
+	if release, err = e.placeNow(); err != nil {
+		e.plain.CloseIdleConnections()
+		release, err = e.placeNow()
+	}
+	return release, err
+}
+
+func (e *egress) placeNow() (release func(), err error) {
+	select {
+	case e.slots <- struct{}{}:
+	default:
+		return nil, errCrowded
+	}
+	give, err := e.take()
+	if err != nil {
+		<-e.slots
+		return nil, err
+	}
+	return sync.OnceFunc(func() { give(); <-e.slots }), nil
 }
 
 // worldConn is a connection to the world: what goes through it is counted, and it ends when nothing does for long.
@@ -327,11 +388,13 @@ type worldConn struct {
 	net.Conn
 	meter   *meter
 	unwatch func() bool
+	release func()
 }
 
 // Close implements net.Conn.
 func (c *worldConn) Close() error {
 	c.unwatch()
+	defer c.release()
 	return c.Conn.Close()
 }
 

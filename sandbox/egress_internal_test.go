@@ -1,13 +1,21 @@
 package sandbox
 
 import (
+	"bufio"
 	"context"
 	"errors"
+	"fmt"
+	"io"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"net/netip"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 
-	"golang.org/x/time/rate"
+	"soulbox.dev/soulbox/access"
 )
 
 // TestNetworkCheck: what is no domain and no range is refused, and the rest is put into one form.
@@ -62,7 +70,8 @@ func TestNetworkRefuses(t *testing.T) {
 		{list, "evil.example:80"}, {list, "ok.example.evil:80"}, {list, "evilok.example:80"}, {list, "sub.example:80"}, {list, "203.0.113.1:80"}, {list, "ok.example\x00.evil:80"}, {list, "198.51.101.1:80"},
 		{Network{}, "203.0.113.1:80"}, {Network{Mode: NetworkAllowlist}, "203.0.113.1:80"},
 	} {
-		e := &egress{network: func() (Network, context.Context) { return test.n, t.Context() }, meter: &meter{}, notes: rate.NewLimiter(0, 0)}
+		e := newEgress()
+		e.network = func() (Network, context.Context) { return test.n, t.Context() }
 		conn, err := e.dial(t.Context(), "tcp", test.to)
 		if err == nil {
 			_ = conn.Close()
@@ -86,5 +95,88 @@ func TestNetworkRefuses(t *testing.T) {
 		if list.permits(name, netip.Addr{}) != want {
 			t.Errorf("%s: %v", name, !want)
 		}
+	}
+}
+
+// TestEgressBounds: whatever one client of the proxy asks for, the server has a bounded number of connections to the world for it, also of those that
+// nobody uses any more; a full account is told, and idle connections make room.
+func TestEgressBounds(t *testing.T) {
+	world := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "hello") }))
+	defer world.Close()
+	var open, most atomic.Int64
+	accounts := access.NewAccounts(map[access.Resource]access.Bound{access.Connections: {Total: 1000, Share: 100}})
+	e := newEgress()
+	e.network = func() (Network, context.Context) { return Network{Mode: NetworkFull}, t.Context() }
+	e.take = func() (func(), error) { return accounts.Take("ann", access.Connections, 1) }
+	e.reach = func(ctx context.Context, d *net.Dialer, network, _ string) (net.Conn, error) {
+		conn, err := net.Dial(network, world.Listener.Addr().String())
+		if err != nil {
+			return nil, err
+		}
+		most.Store(max(most.Load(), open.Add(1)))
+		return &slotConn{conn, sync.OnceFunc(func() { open.Add(-1) })}, nil
+	}
+	proxy := httptest.NewServer(e)
+	defer proxy.Close()
+	defer e.plain.CloseIdleConnections()
+	client, err := net.Dial("tcp", proxy.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	from := bufio.NewReader(client)
+	ask := func(host string) (int, string) {
+		t.Helper()
+		fmt.Fprintf(client, "GET http://%s/ HTTP/1.1\r\nHost: %s\r\n\r\n", host, host)
+		res, err := http.ReadResponse(from, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(res.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return res.StatusCode, string(body)
+	}
+	for i := range 500 {
+		if code, body := ask(fmt.Sprintf("h%d.example", i)); code != http.StatusOK || body != "hello" {
+			t.Fatal(code, body)
+		}
+	}
+	if most.Load() > maxEgressIdle+2 {
+		t.Errorf("%d connections to the world for one client", most.Load())
+	}
+	rest, err := accounts.Take("ann", access.Connections, 100-accounts.Uses()[0].Used)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if code, body := ask("more.example"); code != http.StatusOK { // idle ones make room
+		t.Error(code, body)
+	}
+	e.plain.CloseIdleConnections()
+	rest()
+	if rest, err = accounts.Take("ann", access.Connections, 100); err != nil {
+		t.Fatal(err)
+	}
+	if code, body := ask("full.example"); code != http.StatusServiceUnavailable || !strings.Contains(body, "the account of ann is full") {
+		t.Error(code, body)
+	}
+	rest()
+	var held []func()
+	for range maxEgress {
+		release, err := e.place()
+		if release == nil { // the account is smaller
+			if !errors.Is(err, access.ErrFull) {
+				t.Fatal(err)
+			}
+			break
+		}
+		held = append(held, release)
+	}
+	for _, release := range held {
+		release()
+	}
+	if uses := accounts.Uses(); len(uses) != 0 || len(e.slots) != 0 {
+		t.Error(uses, len(e.slots))
 	}
 }

@@ -54,6 +54,8 @@ type Options struct {
 	Reclaim    bool
 	// Accounts are what owners use of the server's own resources; nil has no bounds.
 	Accounts *access.Accounts
+	// StallTime is how long the other side of a connection to a port may read nothing while there is something for it; default 60 s.
+	StallTime time.Duration
 	// SampleEvery is how often it is measured what a sandbox uses; default 5 s.
 	SampleEvery time.Duration
 	// Changed is told of every change of a sandbox. It is called with locks held: it must neither block nor call back.
@@ -114,6 +116,7 @@ func NewManager(opts Options) (*Manager, error) {
 	opts.Times.Life = cmp.Or(opts.Times.Life, DefaultLifetime)
 	opts.Times.OnTimeout = cmp.Or(opts.Times.OnTimeout, ActionKill)
 	opts.PausedFor = cmp.Or(opts.PausedFor, 7*24*time.Hour)
+	opts.StallTime = cmp.Or(opts.StallTime, time.Minute)
 	opts.SampleEvery = cmp.Or(opts.SampleEvery, 5*time.Second)
 	opts.RescanEvery = cmp.Or(opts.RescanEvery, 5*time.Second)
 	opts.WedgedAfter = cmp.Or(opts.WedgedAfter, time.Minute)

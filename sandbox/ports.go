@@ -10,6 +10,7 @@ import (
 	"io"
 	"maps"
 	"net"
+	"net/http"
 	"slices"
 	"strconv"
 	"strings"
@@ -25,7 +26,8 @@ const (
 	dialTime     = 10 * time.Second // for the sandbox to take a connection
 	peekTime     = 2 * time.Second  // for a client to say what it speaks, where nothing listens
 	listenPoll   = 50 * time.Millisecond
-	maxListening = 1 << 20 // bytes of the guest's list of sockets
+	hostBuffer   = 128 << 10 // bytes that this machine's kernel keeps for a client that does not read; it would be some MB
+	maxListening = 1 << 20   // bytes of the guest's list of sockets
 )
 
 // Port is a port of a sandbox that can be reached on this machine.
@@ -127,11 +129,11 @@ func (s *Sandbox) TrafficToken() string {
 // ErrNothingListens is of a port on which nothing listens in the sandbox.
 var ErrNothingListens = errors.New("nothing listens on the port")
 
-// ErrBusy is of a sandbox that has as many connections as it may have.
+// ErrBusy is of a sandbox that has as many connections as it may have, or whose owner's account is full.
 var ErrBusy = errors.New("too many connections to the sandbox")
 
 // Dial connects to a port of the sandbox that is exposed or open, for a gateway. Closing the connection ends both directions; it also ends when the port
-// is closed or becomes public or not. It waits for a while if the sandbox has as many connections as it may have: then that is ErrBusy.
+// is closed or becomes public or not. It waits for a while if the sandbox or its owner has as many connections as may be: then that is ErrBusy.
 func (s *Sandbox) Dial(ctx context.Context, port int) (net.Conn, error) {
 	client, err := s.Agent(ctx, "connect to a port of")
 	if err != nil {
@@ -154,6 +156,11 @@ func (s *Sandbox) Dial(ctx context.Context, port int) (net.Conn, error) {
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
+	giveBack, err := s.connection(ctx)
+	if err != nil {
+		<-s.connSlots
+		return nil, fmt.Errorf("port %d: %w: %w", port, ErrBusy, err)
+	}
 	// The connection outlives the request that it is made for.
 	life, cancel := context.WithCancel(gate)
 	stop := context.AfterFunc(ctx, cancel)
@@ -164,12 +171,14 @@ func (s *Sandbox) Dial(ctx context.Context, port int) (net.Conn, error) {
 	}
 	if err != nil {
 		cancel()
+		giveBack()
 		<-s.connSlots
 		return nil, fmt.Errorf("port %d: %w: %w", port, ErrNothingListens, err)
 	}
 	return &portConn{Conn: stream, life: life, end: sync.OnceFunc(func() {
 		cancel()
 		release()
+		giveBack()
 		<-s.connSlots
 	})}, nil
 }
@@ -265,8 +274,18 @@ func (s *Sandbox) serve(p Port) (*exposed, error) {
 				_ = conn.Close()
 				return
 			}
+			if tcp, ok := conn.(*net.TCPConn); ok {
+				_ = tcp.SetWriteBuffer(hostBuffer) // one that has ended says so later
+			}
+			giveBack, err := s.connection(ctx) // the next ones wait in the listener, where they have no descriptors of ours
 			e.conns.Go(func() {
 				defer func() { <-slots }()
+				defer conn.Close()
+				if err != nil {
+					sayNot(conn, http.StatusServiceUnavailable, fmt.Sprintf("There is no room for this connection: %v.\n", err))
+					return
+				}
+				defer giveBack()
 				s.splice(ctx, conn, p.Port)
 			})
 		}
@@ -311,18 +330,17 @@ func (e *exposed) stop() {
 
 // splice connects a client to a port of the sandbox, both ways, half-closes kept, until both have closed or ctx ends.
 func (s *Sandbox) splice(ctx context.Context, conn net.Conn, port int) {
-	defer conn.Close()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
 	client, err := s.Agent(ctx, "connect to a port of")
 	if err != nil {
-		sayNot(conn, fmt.Sprintf("The sandbox of this port does not run: %v.\n", err))
+		sayNot(conn, http.StatusBadGateway, fmt.Sprintf("The sandbox of this port does not run: %v.\n", err))
 		return
 	}
 	guest, release, err := s.dial(ctx, client, port)
 	if err != nil {
-		sayNot(conn, fmt.Sprintf("Nothing listens on port %d of this sandbox. Start a server there (on 127.0.0.1 or 0.0.0.0), then try again.\n", port))
+		sayNot(conn, http.StatusBadGateway, fmt.Sprintf("Nothing listens on port %d of this sandbox. Start a server there (on 127.0.0.1 or 0.0.0.0), then try again.\n", port))
 		return
 	}
 	defer release()
@@ -330,7 +348,7 @@ func (s *Sandbox) splice(ctx context.Context, conn net.Conn, port int) {
 	back := make(chan struct{})
 	go func() {
 		defer close(back)
-		if _, err := io.Copy(conn, guest); err != nil {
+		if _, err := io.Copy(stallingConn{conn, s.m.opts.StallTime}, guest); err != nil {
 			cancel()
 			return
 		}
@@ -383,21 +401,38 @@ func (c countedConn) Write(p []byte) (int, error) {
 	return n, err
 }
 
+// stallingConn ends a connection whose other side takes nothing for long.
+type stallingConn struct {
+	net.Conn
+	limit time.Duration
+}
+
+// Write implements io.Writer.
+func (c stallingConn) Write(p []byte) (int, error) {
+	_ = c.SetWriteDeadline(time.Now().Add(c.limit)) // a connection that has ended says so below
+	return c.Conn.Write(p)
+}
+
 // sayNot answers a client that speaks HTTP with a page; others see the connection close.
-func sayNot(conn net.Conn, body string) {
+func sayNot(conn net.Conn, code int, body string) {
 	_ = conn.SetDeadline(time.Now().Add(peekTime)) // one that is gone is seen by the read
 	r := bufio.NewReader(conn)
 	line, err := r.ReadSlice('\n')
 	if err != nil || !bytes.Contains(line, []byte(" HTTP/1.")) {
 		return
 	}
-	_, _ = fmt.Fprintf(conn, "HTTP/1.1 502 Bad Gateway\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", len(body), body) // as above
-	for err == nil {                                                                                                                                       // what the client still sends is read, so that it sees the page and not a reset
+	_, _ = io.WriteString(conn, page(code, body)) // as above
+	for err == nil {                              // what the client still sends is read, so that it sees the page and not a reset
 		_, err = r.ReadSlice('\n')
 		if errors.Is(err, bufio.ErrBufferFull) {
 			err = nil
 		}
 	}
+}
+
+// page is an answer in HTTP/1.1, and the last one.
+func page(code int, body string) string {
+	return fmt.Sprintf("HTTP/1.1 %d %s\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", code, http.StatusText(code), len(body), body)
 }
 
 // Listening lists the TCP ports on which something of the user's listens in the sandbox.

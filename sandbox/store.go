@@ -243,21 +243,26 @@ func loadFrom(dir, id string) (record, error) {
 }
 
 // promised sums the memory limits of all sandboxes in the store, other servers' too. One on disk has none.
-func (s store) promised() (int64, error) {
+func (s store) promised() (sum int64, err error) {
+	err = s.promisedEach(func(r record) { sum += r.Limits.promised() })
+	return sum, err
+}
+
+// promisedEach calls each for every sandbox in the store that has memory, or is about to.
+func (s store) promisedEach(each func(record)) error {
 	entries, err := os.ReadDir(s.dir)
 	if err != nil {
-		return 0, err
+		return err
 	}
-	var sum int64
 	for _, e := range entries {
 		if !e.IsDir() || !ValidID(e.Name()) {
 			continue
 		}
 		if r, err := s.load(e.Name()); err == nil && !r.ended() && (!r.onDisk() || r.Pause.Waking) {
-			sum += r.Limits.promised()
+			each(r)
 		}
 	}
-	return sum, nil
+	return nil
 }
 
 // remembered are the files that are kept of a sandbox that has ended.

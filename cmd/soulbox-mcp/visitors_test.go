@@ -1,0 +1,113 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"soulbox.dev/soulbox/internal/sandboxtest"
+)
+
+// greedyServer is a web server of one process that gives each client all that its connection takes, and makes /tmp/full when the connections of all
+// 505 take little more.
+const greedyServer = `perl -MIO::Socket::INET -MIO::Select -e '$l = IO::Socket::INET->new(LocalAddr => "127.0.0.1", LocalPort => 8000, Listen => 1024, ReuseAddr => 1) or die; $l->blocking(0); $SIG{PIPE} = "IGNORE";
+	$b = "x" x 65536; $in = IO::Select->new($l); while (1) { for $s ($in->can_read(0.5)) { if ($s == $l) { while ($c = $l->accept) { $c->blocking(0); $in->add($c) } }
+	else { sysread $s, $q, 65536; $in->remove($s); syswrite $s, "HTTP/1.0 200 OK\r\n\r\n"; push @out, $s } } next if @out < 505;
+	$n = 0; for $s (@out) { while ($w = syswrite $s, $b) { $n += $w } } if ($n < 10_000_000) { open F, ">/tmp/full"; sleep } }'`
+
+// TestVisitorsReadNothing: whoever asks for much and reads nothing costs the server and the sandbox' kernel a little for each connection, and
+// nobody anything else. The visitors are as many as one sandbox takes.
+func TestVisitorsReadNothing(t *testing.T) {
+	state := sandboxtest.Dir(t)
+	w := serve(t, state)
+	c := w.client("", true)
+	call := func(tool string, args map[string]any) sandboxtest.Answer {
+		t.Helper()
+		return must2(t)(c.Call(t.Context(), tool, args))
+	}
+	id := call("exec", map[string]any{"command": greedyServer, "background": true, "tag": "web"}).Field("sandbox_id")
+	a := call("port_expose", map[string]any{"sandbox_id": id, "port": 8000, "public": true})
+	if a.Field("listening") != "true" {
+		t.Fatal(a.Text())
+	}
+	var conns []net.Conn
+	sentry := sentryOf(t, state)
+	serverBefore, sentryBefore := anonymous(t, w.cmd.Process.Pid), anonymous(t, sentry)
+	const visitors = 505
+	for range visitors {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(a.Field("url"), "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = conn.Close() })
+		if err := conn.(*net.TCPConn).SetReadBuffer(64 << 10); err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprint(conn, "GET /big HTTP/1.0\r\n\r\n")
+		conns = append(conns, conn)
+	}
+	for _, conn := range conns {
+		_ = conn.SetReadDeadline(time.Now().Add(60 * time.Second))
+		head := make([]byte, len("HTTP/1.0 200"))
+		if _, err := io.ReadFull(conn, head); err != nil || string(head) != "HTTP/1.0 200" {
+			t.Fatalf("%q %v", head, err)
+		}
+	}
+	sandboxtest.Eventually(t, "all connections are full", func() bool {
+		return call("exec", map[string]any{"sandbox_id": id, "command": "ls /tmp/full"}).Field("exit_code") == "0"
+	})
+	kernel, server := anonymous(t, sentry), anonymous(t, w.cmd.Process.Pid)
+	t.Logf("the sandbox' kernel: %d MB, before %d MB; the server: %d MB, before %d MB", kernel>>20, sentryBefore>>20, server>>20, serverBefore>>20)
+	if kernel > 256<<20 {
+		t.Errorf("the sandbox' kernel takes %d MB", kernel>>20)
+	}
+	if server > 256<<20 {
+		t.Errorf("the server takes %d MB", server>>20)
+	}
+	if out := call("exec", map[string]any{"sandbox_id": id, "command": "echo well"}).Field("output"); out != "well\n" {
+		t.Errorf("%q", out)
+	}
+	call("sandbox_kill", map[string]any{"sandbox_id": id, "confirm": true})
+}
+
+// sentryOf is the process of the only sandbox' kernel of a state directory.
+func sentryOf(t *testing.T, state string) int {
+	t.Helper()
+	names, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names {
+		line, err := os.ReadFile(name)
+		if args := strings.Split(string(line), "\x00"); err == nil && strings.Contains(string(line), "--root="+state) && strings.HasSuffix(args[0], "sandbox") {
+			pid, err := strconv.Atoi(filepath.Base(filepath.Dir(name)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return pid
+		}
+	}
+	t.Fatal("no sandbox runs")
+	return 0
+}
+
+// anonymous is how much memory of its own a process has, in bytes.
+func anonymous(t *testing.T, pid int) int64 {
+	t.Helper()
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, line, _ := strings.Cut(string(text), "RssAnon:")
+	kb, err := strconv.ParseInt(strings.Fields(line)[0], 10, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return kb << 10
+}
