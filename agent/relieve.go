@@ -9,8 +9,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-
-	"golang.org/x/sys/unix"
 )
 
 // Kinds of relief.
@@ -139,32 +137,24 @@ func (s *Server) relieve(r RelieveRequest) (RelieveResult, error) {
 	return result, nil
 }
 
-// kernelDetail tells what there is most of.
+// kernelDetail tells what there is most of. Files that nobody has open, and connections that are over, are in no list: they are what is left.
 func kernelDetail(loads []load) string {
-	var descriptors, tasks, files int64
+	var descriptors, tasks int64
 	for _, l := range loads {
 		descriptors += l.Descriptors
 		tasks += int64(l.Processes)
 	}
-	var fs unix.Statfs_t
-	if unix.Statfs("/", &fs) == nil && fs.Files > fs.Ffree {
-		files = int64(fs.Files - fs.Ffree)
-	}
 	sockets := countSockets()
-	kinds := []struct {
-		n    int64
-		what string
-	}{{files, "files on its disk"}, {descriptors - sockets, "open files"}, {sockets, "sockets"}, {tasks, "processes"}}
-	slices.SortStableFunc(kinds, func(a, b struct {
-		n    int64
-		what string
-	}) int {
-		return cmp.Compare(b.n, a.n)
-	})
-	if kinds[0].n <= 0 {
-		return ""
+	files := max(0, descriptors-sockets)
+	switch most := max(files, sockets, tasks); {
+	case most < manyObjects:
+		return "files on its disk, or connections that are over"
+	case most == sockets:
+		return thousands(most) + " sockets"
+	case most == tasks:
+		return thousands(most) + " processes"
 	}
-	return thousands(kinds[0].n) + " " + kinds[0].what
+	return thousands(files) + " open files"
 }
 
 // thousands writes a number as people read it.
