@@ -104,6 +104,7 @@ func (m *Manager) putOff(id string, err error) {
 		p.since = time.Now()
 	}
 	p.pause = min(putOffLongest, max(m.opts.RescanEvery, 2*p.pause))
+	p.why = err
 	p.next = time.Now().Add(p.pause - m.opts.RescanEvery/2)
 	m.later[id] = p
 }
@@ -121,10 +122,17 @@ func (m *Manager) putOffSince(id string) time.Time {
 	return m.later[id].since
 }
 
+func (m *Manager) whyPutOff(id string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.later[id].why
+}
+
 // postponed is a sandbox that could not be taken over.
 type postponed struct {
 	since, next time.Time
 	pause       time.Duration
+	why         error
 }
 
 // putOffLongest is the longest time between two tries.

@@ -22,6 +22,8 @@ var (
 	ErrUnfit = errors.New("it was made by a version of SoulBox that this server does not speak with")
 	// ErrNoMachine is of a Runtime that finds nothing of a machine.
 	ErrNoMachine = errors.New("no machine runs there")
+	// ErrPutOff is of a sandbox of a dead server that this one could not take over yet.
+	ErrPutOff = errors.New("it is left as it is, as this server could not take it over yet, and tries again")
 	// ErrDamaged is of a checkpoint whose bytes are not those that were saved.
 	ErrDamaged = errors.New("what was saved is damaged")
 	// ErrState is behind every StateError.

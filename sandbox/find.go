@@ -78,6 +78,9 @@ func (m *Manager) awaitAdoption(id string) (*Sandbox, error) {
 	if sb := m.known(id); sb != nil {
 		return sb, nil
 	}
+	if why := m.whyPutOff(id); why != nil {
+		return nil, fmt.Errorf("look for sandbox %s: %w: %w", id, ErrPutOff, why)
+	}
 	return nil, ErrNotFound
 }
 

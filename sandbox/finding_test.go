@@ -22,17 +22,20 @@ var hostFaults = []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall
 // TestUnknown: a machine that cannot be asked about goes on, and is looked after again.
 func TestUnknown(t *testing.T) {
 	for _, fault := range hostFaults {
-		fake := &sandboxtest.Fake{}
-		m := newManager(t, t.TempDir(), fake, nil)
-		sb := create(t, m, sandbox.CreateOptions{})
-		fake.Sicken(fmt.Errorf("check: %w", fault))
-		asked := fake.Asked()
-		sandboxtest.Eventually(t, "it was asked about several times", func() bool { return fake.Asked() >= asked+2 })
-		if info := sb.Info(); info.State != sandbox.Running {
-			t.Fatalf("%v: %+v", fault, info)
-		}
-		fake.Sicken(sandbox.ErrNoMachine) // which is a verdict
-		sandboxtest.Eventually(t, "it is gone", func() bool { return sb.Info().State == sandbox.Failed && fake.Running() == 0 })
+		t.Run(fault.Error(), func(t *testing.T) {
+			t.Parallel()
+			fake := &sandboxtest.Fake{}
+			m := newManager(t, t.TempDir(), fake, nil)
+			sb := create(t, m, sandbox.CreateOptions{})
+			fake.Sicken(fmt.Errorf("check: %w", fault))
+			asked := fake.Asked()
+			sandboxtest.Eventually(t, "it was asked about several times", func() bool { return fake.Asked() >= asked+2 })
+			if info := sb.Info(); info.State != sandbox.Running {
+				t.Fatalf("%+v", info)
+			}
+			fake.Sicken(sandbox.ErrNoMachine) // which is a verdict
+			sandboxtest.Eventually(t, "it is gone", func() bool { return sb.Info().State == sandbox.Failed && fake.Running() == 0 })
+		})
 	}
 }
 
@@ -40,7 +43,7 @@ func TestUnknown(t *testing.T) {
 // paused at all.
 func TestOver(t *testing.T) {
 	over := &sandbox.OverError{Kind: sandbox.OverKernel, Used: 640 << 20, Limit: 512 << 20, Detail: "150,000 open files"}
-	const cause = "its kernel took 640 MB for 150,000 open files, limit 512 MB; resume it with more memory, or delete files and close connections"
+	const took, advice = "its kernel took 640 MB for ", ", limit 512 MB; resume it with more memory, or delete files and close connections"
 	for name, test := range map[string]struct {
 		save, pause error
 		state       sandbox.State
@@ -57,11 +60,11 @@ func TestOver(t *testing.T) {
 			fake.Sicken(over)
 			sandboxtest.Eventually(t, "it is dealt with", func() bool { return sb.Info().State == test.state })
 			info := sb.Info()
-			if info.OnDisk != test.onDisk || info.Cause != cause || info.AutoResume {
+			if info.OnDisk != test.onDisk || !strings.HasPrefix(info.Cause, took) || !strings.HasSuffix(info.Cause, advice) || info.AutoResume {
 				t.Fatalf("%+v", info)
 			}
 			_, err := sb.Agent(t.Context(), "run in")
-			if !errors.Is(err, sandbox.ErrState) || !strings.Contains(err.Error(), cause) {
+			if !errors.Is(err, sandbox.ErrState) || !strings.Contains(err.Error(), took) {
 				t.Fatal("the next call does not tell why:", err)
 			}
 			fake.Sicken(nil)

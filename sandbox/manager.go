@@ -340,7 +340,7 @@ func (m *Manager) promise(sb *Sandbox) error {
 	if err := m.admitOne(sb.owner); err != nil {
 		return fmt.Errorf("create sandbox: %w", err)
 	}
-	if err := m.admit(sb.owner, sb.rec.Limits.promised()); err != nil {
+	if err := m.admit(sb.owner, sb.rec.Limits); err != nil {
 		return fmt.Errorf("create sandbox: %w", err)
 	}
 	if sb.lock, err = m.store.claim(sb.rec.ID); err != nil {

@@ -15,8 +15,12 @@ import (
 // spareDisk is what a checkpoint leaves free on the file system of the state directory, in bytes.
 const spareDisk = 512 << 20
 
-// admit says whether there is memory for a sandbox of an owner. m.room is held.
-func (m *Manager) admit(owner string, need int64) error {
+// admit says whether there is room for a sandbox of an owner: memory, and in the owner's share. m.room is held.
+func (m *Manager) admit(owner string, l Limits) error {
+	if err := m.admitShare(owner, l); err != nil {
+		return err
+	}
+	need := l.promised()
 	promised, err := m.store.promised()
 	if err != nil {
 		return err
@@ -68,7 +72,7 @@ func (m *Manager) promiseAgain(s *Sandbox) error {
 	if err := m.admitOne(s.owner); err != nil {
 		return err
 	}
-	if err := m.admit(s.owner, s.current().Limits.promised()); err != nil {
+	if err := m.admit(s.owner, s.current().Limits); err != nil {
 		return err
 	}
 	return s.setWaking(true)

@@ -47,6 +47,7 @@ var advice = []struct {
 	{agent.ErrTooLarge, "Use exec to work with it in parts."},
 	{agent.ErrLimit, "End some processes with process_signal; process_list shows them."},
 	{agent.ErrSilent, "Try again: one that never answers is paused with its files within some minutes; the next call says so."},
+	{sandbox.ErrPutOff, "Nothing of it is lost: try again in a minute, or tell the operator of this server what it says."},
 	{sandbox.ErrDamaged, "Call sandbox_resume with files_only, or sandbox_create with a snapshot of it."},
 	{agent.ErrLost, "The sandbox has ended. Call sandbox_create for a new one."},
 	{syscall.ENOSPC, "The sandbox' disk is full: remove files with file_remove or exec; sandbox_get shows how much is used."},
