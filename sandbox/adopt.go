@@ -70,8 +70,8 @@ func (m *Manager) lookAtAll() {
 	defer all.Wait()
 	slots := make(chan struct{}, adoptAtOnce) // one that is silent must not hold up the others
 	for _, id := range ids {
-		if m.known(id) != nil || m.isPutOff(id) {
-			continue
+		if sb := m.known(id); sb != nil && !sb.current().ended() || m.isPutOff(id) {
+			continue // of one that has ended something may be left
 		}
 		lock, err := m.store.orphan(id)
 		if err != nil {
