@@ -170,7 +170,7 @@ func compare(t *testing.T, w *workshop, name, dir string, base, want map[string]
 	if err != nil {
 		t.Fatal(err)
 	}
-	files, err := w.store.ContextDir(context.Background(), dir)
+	files, err := w.store.ContextDir(context.Background(), "", dir)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -25,6 +25,7 @@ import (
 	"github.com/ulikunitz/xz"
 	"golang.org/x/sys/unix"
 
+	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/internal/erofs"
 	"soulbox.dev/soulbox/sandbox"
 )
@@ -47,17 +48,17 @@ func (f *Files) Close() error {
 
 // ReadContext reads the files of a build from a tar, which may be compressed. What its .dockerignore names is left out. Nothing of it becomes a file of
 // the host's but one image, which Close removes.
-func (s *Store) ReadContext(ctx context.Context, from io.Reader) (_ *Files, err error) {
+func (s *Store) ReadContext(ctx context.Context, owner string, from io.Reader) (_ *Files, err error) {
 	plain, err := uncompressed(from)
 	if err != nil {
 		return nil, fmt.Errorf("build context: %w", err)
 	}
-	return s.newContext(ctx, func(m *merger) error { return m.apply(s.whileRoom(plain)) })
+	return s.newContext(ctx, owner, func(m *merger) error { return m.apply(s.whileRoom(plain)) })
 }
 
 // newContext makes the image of a build's files.
-func (s *Store) newContext(ctx context.Context, fill func(*merger) error) (_ *Files, err error) {
-	free, err := s.slot(ctx)
+func (s *Store) newContext(ctx context.Context, owner string, fill func(*merger) error) (_ *Files, err error) {
+	free, err := s.payer(owner).wait(ctx, access.Merges, 1)
 	if err != nil {
 		return nil, err
 	}
@@ -114,7 +115,7 @@ func openFiles(name string) (*Files, error) {
 }
 
 // ContextFiles is a build context of texts by name.
-func (s *Store) ContextFiles(ctx context.Context, texts map[string]string) (*Files, error) {
+func (s *Store) ContextFiles(ctx context.Context, owner string, texts map[string]string) (*Files, error) {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
 	for name, text := range texts {
@@ -132,11 +133,11 @@ func (s *Store) ContextFiles(ctx context.Context, texts map[string]string) (*Fil
 	if err := w.Close(); err != nil {
 		return nil, err
 	}
-	return s.ReadContext(ctx, &b)
+	return s.ReadContext(ctx, owner, &b)
 }
 
 // ContextDir is a build context of a directory of the host, which links in it do not lead out of.
-func (s *Store) ContextDir(ctx context.Context, dir string) (*Files, error) {
+func (s *Store) ContextDir(ctx context.Context, owner, dir string) (*Files, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
 		return nil, fmt.Errorf("build context: %w", err)
@@ -151,7 +152,7 @@ func (s *Store) ContextDir(ctx context.Context, dir string) (*Files, error) {
 	}
 	var files *Files
 	err = piped(func(to io.Writer) error { return packDir(to, root, ignore) }, func(from io.Reader) (err error) {
-		files, err = s.ReadContext(ctx, from)
+		files, err = s.ReadContext(ctx, owner, from)
 		return err
 	})
 	return files, err

@@ -26,11 +26,11 @@ const (
 )
 
 // newLayer keeps a tar of at most so many bytes as a layer.
-func (s *Store) newLayer(from io.Reader, limit int64, createdBy string) (Layer, error) {
+func (j *job) newLayer(from io.Reader, limit int64, createdBy string) (Layer, error) {
 	l := Layer{MediaType: mediaGzip, CreatedBy: createdBy}
 	whole, inner := sha256.New(), sha256.New()
-	body := io.TeeReader(s.whileRoom(&atMost{r: from, left: limit}), inner)
-	err := s.writeNamed(s.file("layers", ""), func(f *os.File) (string, error) {
+	body := io.TeeReader(j.whileRoom(&atMost{r: from, left: limit}), inner)
+	err := j.writeNamed(j.file("layers", ""), func(f *os.File) (string, error) {
 		if err := compress(io.MultiWriter(f, whole), body); err != nil {
 			return "", err
 		}
@@ -39,7 +39,7 @@ func (s *Store) newLayer(from io.Reader, limit int64, createdBy string) (Layer, 
 		if err == nil {
 			l.Size = info.Size()
 		}
-		return s.layerFile(l.Digest), err
+		return j.layerFile(l.Digest), err
 	})
 	return l, err
 }

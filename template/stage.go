@@ -276,7 +276,7 @@ func (s *stageRun) begin(ctx context.Context) error {
 	if s.sb != nil {
 		return nil
 	}
-	image, err := s.Store.image(ctx, s.layers)
+	image, err := s.job.image(ctx, s.layers)
 	if err != nil {
 		return err
 	}
@@ -320,7 +320,7 @@ func (s *stageRun) capture(ctx context.Context, by string) (step, error) {
 		_, err := io.Copy(io.Discard, body)
 		return step{}, err // nothing: only the end of a tar
 	}
-	l, err := s.Store.newLayer(body, s.sb.Info().Limits.Disk+layerSlack, clip(by))
+	l, err := s.job.newLayer(body, s.sb.Info().Limits.Disk+layerSlack, clip(by))
 	if err != nil {
 		return step{}, fmt.Errorf("keep what has changed: %w", err)
 	}
