@@ -339,11 +339,11 @@ func (m *merger) addDeb(name string, body []byte) error {
 	if err != nil {
 		return err
 	}
-	plain, err := uncompressed(data)
+	plain, err := uncompressed(m.ctx, payer{}, data)
 	if err != nil {
 		return err
 	}
-	if err := m.apply(plain); err != nil {
+	if err := errors.Join(m.apply(plain), plain.Close()); err != nil {
 		return err
 	}
 	h := &tar.Header{Typeflag: tar.TypeReg, Name: debsDir + "/" + name + ".deb", Mode: 0o644, Size: int64(len(body))}

@@ -146,9 +146,9 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 		return Built{}, fmt.Errorf("build %s: it waits for its turn: %w", req.Name, err)
 	}
 	defer done()
-	plan, err := parse(req.Dockerfile, req.Target, req.Args)
+	plan, err := j.parse(ctx, req)
 	if err != nil {
-		return Built{}, fmt.Errorf("%w (%w)", err, sandbox.ErrInvalid)
+		return Built{}, err
 	}
 	service := req.Network
 	if req.Network.Mode == "" && !b.NoNetwork {
@@ -201,6 +201,20 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 	built.Steps, built.Cached, built.Took = r.steps, r.cached, time.Since(began)
 	r.log.line("info", "", fmt.Sprintf("built %s in %.1f s: %d steps, %d of them cached", req.Name, built.Took.Seconds(), r.steps, r.cached))
 	return built, nil
+}
+
+// parse reads the Dockerfile of a build.
+func (j *job) parse(ctx context.Context, req BuildRequest) (*plan, error) {
+	free, err := j.wait(ctx, access.Work, 1)
+	if err != nil {
+		return nil, err
+	}
+	defer free()
+	p, err := parse(req.Dockerfile, req.Target, req.Args)
+	if err != nil {
+		return nil, fmt.Errorf("%w (%w)", err, sandbox.ErrInvalid)
+	}
+	return p, nil
 }
 
 // BuildError is the failure of a build, of which there is a log.

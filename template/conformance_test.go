@@ -132,7 +132,7 @@ func (o oracle) prepare(w *workshop) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r, err := w.store.open(m.Layers[0])
+	r, err := w.store.open(w.Context(), payer{}, m.Layers[0])
 	if err != nil {
 		t.Fatal(err)
 	}

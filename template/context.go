@@ -2,9 +2,7 @@ package template
 
 import (
 	"archive/tar"
-	"bufio"
 	"bytes"
-	"compress/bzip2"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -18,11 +16,8 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
 	"github.com/moby/patternmatcher"
 	"github.com/moby/patternmatcher/ignorefile"
-	"github.com/ulikunitz/xz"
 	"golang.org/x/sys/unix"
 
 	"soulbox.dev/soulbox/access"
@@ -49,11 +44,13 @@ func (f *Files) Close() error {
 // ReadContext reads the files of a build from a tar, which may be compressed. What its .dockerignore names is left out. Nothing of it becomes a file of
 // the host's but one image, which Close removes.
 func (s *Store) ReadContext(ctx context.Context, owner string, from io.Reader) (_ *Files, err error) {
-	plain, err := uncompressed(from)
-	if err != nil {
-		return nil, fmt.Errorf("build context: %w", err)
-	}
-	return s.newContext(ctx, owner, func(m *merger) error { return m.apply(s.whileRoom(plain)) })
+	return s.newContext(ctx, owner, func(m *merger) error {
+		plain, err := uncompressed(ctx, s.payer(owner), from)
+		if err != nil {
+			return err
+		}
+		return errors.Join(m.apply(s.whileRoom(plain)), plain.Close())
+	})
 }
 
 // newContext makes the image of a build's files.
@@ -244,30 +241,6 @@ func prune(dir *erofs.Node, name string, ignore func(string) bool) {
 			delete(dir.Children, base)
 		}
 	}
-}
-
-// uncompressed reads an archive whatever it is compressed with.
-func uncompressed(from io.Reader) (io.Reader, error) {
-	r := bufio.NewReaderSize(from, 64<<10)
-	head, err := r.Peek(6)
-	if err != nil && err != io.EOF {
-		return nil, err
-	}
-	switch {
-	case bytes.HasPrefix(head, []byte("\x1f\x8b")):
-		return gzip.NewReader(r)
-	case bytes.HasPrefix(head, []byte("BZh")):
-		return bzip2.NewReader(r), nil
-	case bytes.HasPrefix(head, []byte("\xfd7zXZ\x00")):
-		return xz.ReaderConfig{DictCap: 64 << 20}.NewReader(r)
-	case bytes.HasPrefix(head, []byte("\x28\xb5\x2f\xfd")):
-		z, err := zstd.NewReader(r, zstd.WithDecoderMaxMemory(256<<20), zstd.WithDecoderConcurrency(1))
-		if err != nil {
-			return nil, err
-		}
-		return z.IOReadCloser(), nil
-	}
-	return r, nil
 }
 
 // digest stands for a file with all that is in it, as COPY sees it.

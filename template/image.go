@@ -95,7 +95,7 @@ func (j *job) assemble(ctx context.Context, f *os.File, layers []Layer) error {
 
 // applyLayer applies a layer, whose content must be what its digest says.
 func (j *job) applyLayer(ctx context.Context, m *merger, l Layer) error {
-	r, err := j.open(l)
+	r, err := j.open(ctx, j.payer, l)
 	if err != nil {
 		return err
 	}

@@ -27,6 +27,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 
+	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -213,7 +214,12 @@ func (j *job) verifyLayer(ctx context.Context, l Layer) error {
 	known := j.layerFile(l.Digest) + verifiedSuffix
 	got, err := os.ReadFile(known)
 	if err != nil { // of one that was never looked at, too
-		r, err := j.open(l)
+		free, err := j.wait(ctx, access.Work, 1)
+		if err != nil {
+			return err
+		}
+		defer free()
+		r, err := j.open(ctx, j.payer, l)
 		if err != nil {
 			return err
 		}
@@ -249,7 +255,9 @@ func (f fileLayer) DiffID() (v1.Hash, error) { return v1.NewHash(f.l.DiffID) }
 func (f fileLayer) Compressed() (io.ReadCloser, error) { return os.Open(f.s.layerFile(f.l.Digest)) }
 
 // Uncompressed implements v1.Layer.
-func (f fileLayer) Uncompressed() (io.ReadCloser, error) { return f.s.open(f.l) }
+func (f fileLayer) Uncompressed() (io.ReadCloser, error) {
+	return f.s.open(context.Background(), payer{}, f.l)
+}
 
 // Size implements v1.Layer.
 func (f fileLayer) Size() (int64, error) { return f.l.Size, nil }

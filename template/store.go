@@ -173,10 +173,11 @@ func (s *Store) Import(ctx context.Context, m Manifest, from io.Reader) (_ Manif
 }
 
 func (j *job) importTar(ctx context.Context, m Manifest, from io.Reader) (Manifest, error) {
-	plain, err := uncompressed(from)
+	plain, err := uncompressed(ctx, j.payer, from)
 	if err != nil {
 		return m, fmt.Errorf("import: %w", err)
 	}
+	defer plain.Close()
 	l, err := j.newLayer(&untilDone{ctx, plain}, maxImage, "import")
 	if err != nil {
 		return m, fmt.Errorf("import: %w", err)
