@@ -396,16 +396,8 @@ func (c *Control) pullTemplate(r *call) error {
 	if err != nil {
 		return err
 	}
-	name, err := template.CheckName(r.PathValue("name"))
+	m, err := c.Store.Pull(r.Context(), template.Manifest{Name: r.PathValue("name")}, reference)
 	if err != nil {
-		return err
-	}
-	m, err := c.Store.Pull(r.Context(), reference)
-	if err != nil {
-		return err
-	}
-	m.Name = name
-	if m, err = c.Store.Finish(r.Context(), m); err != nil {
 		return err
 	}
 	return r.answer(http.StatusOK, c.describedTemplate(m))

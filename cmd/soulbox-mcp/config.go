@@ -185,6 +185,7 @@ func (c config) newManager(log *slog.Logger, watch func(*sandbox.Options)) (*san
 	if err != nil {
 		return nil, nil, err
 	}
+	templates.Accounts = accounts()
 	runtime := &gvisor.Runtime{Runsc: c.runsc, Log: log}
 	if c.agent != "" {
 		if runtime.Agent, err = installAgent(c.agent, filepath.Join(c.stateDir, "agent")); err != nil {
@@ -194,8 +195,7 @@ func (c config) newManager(log *slog.Logger, watch func(*sandbox.Options)) (*san
 	o := sandbox.Options{
 		Dir: c.stateDir, Runtime: runtime, Templates: templates, Log: log, Version: version, Times: c.times, Defaults: c.limits,
 		MemoryBudget: c.budget, MaxPerOwner: c.perOwner, Keep: c.onExit != "kill", PauseOnExit: c.onExit == "pause",
-		Accounts:  accounts(),
-		Protect:   c.protect,
+		Accounts: templates.Accounts, Protect: c.protect,
 		NoNetwork: c.noNetwork, PausedFor: c.saving.paused, DiskBudget: c.saving.budget, Reclaim: c.saving.reclaim == "oldest",
 	}
 	if watch != nil {
