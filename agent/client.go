@@ -345,7 +345,7 @@ func (c *Client) open(h header) (*yamux.Stream, error) {
 	if err != nil {
 		return nil, c.lost("open "+h.Stream, err)
 	}
-	if connections[h.Stream] {
+	if narrow[h.Stream] {
 		err = c.windows.narrow(stream)
 	}
 	if err = errors.Join(err, writeMessage(stream, h)); err != nil {
@@ -396,13 +396,13 @@ func (c *Client) handshake(ctx context.Context, h header) (stream *yamux.Stream,
 		_ = opened.SetReadDeadline(time.Unix(1, 0)) // first: what the guest says to its end is not taken for an end of its own
 		_ = opened.Close()
 		_ = opened.SetDeadline(time.Unix(1, 0))
-		if connections[h.Stream] {
+		if narrow[h.Stream] {
 			narrowStream{opened, c.windows}.letGo()
 		}
 	})
 	defer context.AfterFunc(ctx, end)()
 	answered := io.Reader(stream)
-	if connections[h.Stream] {
+	if narrow[h.Stream] {
 		answered = narrowStream{stream, c.windows}
 	}
 	if err := readMessage(answered, &a); err != nil {

@@ -196,8 +196,9 @@ func (c *Client) output(ctx context.Context, h header, each func(OutputFrame) er
 		return err
 	}
 	defer end()
+	from := narrowStream{stream, c.windows}
 	for {
-		kind, at, body, err := readFrame(stream)
+		kind, at, body, err := readFrame(from)
 		if err != nil {
 			return c.streamError(ctx, streamOutput, err)
 		}
@@ -237,9 +238,10 @@ func (c *Client) Watch(ctx context.Context, path string, started func(), each fu
 	}
 	defer end()
 	started()
+	from := narrowStream{stream, c.windows}
 	for {
 		var batch WatchBatch
-		if err := readMessage(stream, &batch); err != nil {
+		if err := readMessage(from, &batch); err != nil {
 			return c.streamError(ctx, streamWatch, err)
 		}
 		if len(batch.Events) > maxWatchEvents {

@@ -11,13 +11,19 @@ import (
 	"github.com/hashicorp/yamux"
 )
 
-// connWindow is how many bytes of a connection wait in the host's memory for whoever reads it. yamux would keep four times as much, and
-// connections are many. It ends a little before a power of two, at which yamux' buffer would double.
+// connWindow is how many bytes of a connection, or of another stream that is narrow, wait in the host's memory for whoever reads them. yamux would
+// keep four times as much, and connections are many. It ends a little before a power of two, at which yamux' buffer would double.
 const connWindow = 63 << 10
 
 // ConnBuffers is how much of the host's memory one connection takes at most, from Dial or Accept: what waits for its reader, in a buffer that may
 // be twice as large, and copies on the way.
 const ConnBuffers = 256 << 10
+
+// StreamBuffers is the same of a stream of output or changes, FileBuffers of a transfer of a file, of which yamux keeps more.
+const (
+	StreamBuffers = 128 << 10
+	FileBuffers   = 512 << 10
+)
 
 // yamuxWindow is what each side of a stream may send before it is told of more (yamux' specification).
 const yamuxWindow = 256 << 10
@@ -25,7 +31,7 @@ const yamuxWindow = 256 << 10
 // errWindow says that the guest sends more than it may.
 var errWindow = errors.New("the guest sent more on a connection than it may")
 
-// windows keep the streams of connections to connWindow: the guest is told of a smaller window when a stream is opened, and of what was read
+// windows keep narrow streams to connWindow: the guest is told of a smaller window when a stream is opened, and of what was read
 // since then by us in place of yamux. A guest that sends more is at its end. It is safe for concurrent use.
 type windows struct {
 	frames *frameWriter
@@ -141,8 +147,8 @@ func (w *windows) drop(id uint32) {
 	}
 }
 
-// connections are the streams that are kept: of Dial and Accept.
-var connections = map[string]bool{streamDial: true, streamAccept: true}
+// narrow are the streams that are kept: those that may be open for long, and whose reader may not read.
+var narrow = map[string]bool{streamDial: true, streamAccept: true, streamOutput: true, streamWatch: true}
 
 // narrowStream is a stream of which little waits to be read.
 type narrowStream struct {

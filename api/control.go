@@ -16,6 +16,7 @@ import (
 	"sync"
 	"time"
 
+	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/api/client"
 	"soulbox.dev/soulbox/api/envd"
 	"soulbox.dev/soulbox/sandbox"
@@ -182,6 +183,12 @@ func (c *Control) handler(do func(*call) error) http.Handler {
 			c.fail(w, r, refusal{http.StatusTooManyRequests, "you have sent too many requests; wait for a second"})
 			return
 		}
+		release, err := c.charge(r, owner)
+		if err != nil {
+			c.fail(w, r, err)
+			return
+		}
+		defer release()
 		whole := r.Body
 		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
 		if err := do(&call{r, w, owner, whole, c.MayRead}); err != nil {
@@ -218,6 +225,7 @@ var statuses = []struct {
 	{template.ErrNoBuild, http.StatusNotFound},
 	{sandbox.ErrTooMany, http.StatusTooManyRequests},
 	{sandbox.ErrNoRoom, http.StatusServiceUnavailable},
+	{access.ErrFull, http.StatusServiceUnavailable},
 	{sandbox.ErrNoDisk, http.StatusInsufficientStorage},
 	{sandbox.ErrClosed, http.StatusServiceUnavailable},
 	{sandbox.ErrBusySnapshot, http.StatusConflict},

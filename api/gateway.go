@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/subtle"
-	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -20,6 +19,7 @@ import (
 	"strings"
 	"time"
 
+	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/api/envd"
 	"soulbox.dev/soulbox/sandbox"
 )
@@ -32,8 +32,7 @@ const (
 )
 
 const (
-	proxyIdle  = 60 * time.Second // of a connection to a sandbox that may be used again
-	maxHeader  = 64 << 10         // bytes of an answer's headers, which the guest fills
+	maxHeader  = 64 << 10 // bytes of an answer's headers, which the guest fills
 	cookieLife = 24 * time.Hour
 )
 
@@ -45,32 +44,19 @@ type Gateway struct {
 	Own     *url.URL // of the server itself, where what has no domain of its own is reached; nil is not known
 	Log     *slog.Logger
 
-	inside  *envd.Server
-	ways    map[way]http.RoundTripper
-	closing context.Context
-	close   context.CancelFunc
-}
-
-// way is how a server in a sandbox is spoken to.
-type way struct {
-	two bool // in HTTP/2 alone
-	tls bool
+	inside   *envd.Server
+	ways     map[way]*http.Transport
+	visitors visitors
+	stall    time.Duration
+	closing  context.Context
+	close    context.CancelFunc
 }
 
 // NewGateway makes a Gateway; base may be nil.
 func NewGateway(m *sandbox.Manager, base *url.URL, log *slog.Logger) *Gateway {
-	g := &Gateway{Manager: m, Base: base, Log: log, inside: envd.New(log), ways: map[way]http.RoundTripper{}}
+	g := &Gateway{Manager: m, Base: base, Log: log, inside: envd.New(log), stall: stallTime}
 	g.closing, g.close = context.WithCancel(context.Background())
-	for _, w := range []way{{}, {two: true}, {tls: true}, {two: true, tls: true}} {
-		t := &http.Transport{DialContext: g.dial, IdleConnTimeout: proxyIdle, MaxIdleConnsPerHost: 16, DisableCompression: true, MaxResponseHeaderBytes: maxHeader,
-			TLSClientConfig: &tls.Config{InsecureSkipVerify: true}} // the connection ends in the sandbox that was asked for, whatever name its certificate has
-		if w.two {
-			t.Protocols = new(http.Protocols)
-			t.Protocols.SetUnencryptedHTTP2(!w.tls)
-			t.Protocols.SetHTTP2(w.tls)
-		}
-		g.ways[w] = t
-	}
+	g.ways = g.newWays()
 	return g
 }
 
@@ -261,12 +247,23 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 		notFound(id).write(w, r)
 		return
 	}
+	leave, ok := g.visitors.enter(r.RemoteAddr)
+	if !ok {
+		failure{SandboxID: id, Code: http.StatusServiceUnavailable, Message: fmt.Sprintf("Your address has %d requests and tunnels here, the most one may have; close some", maxVisitor)}.write(w, r)
+		return
+	}
+	defer leave()
 	public, open := sb.Reachable(port)
 	if port == envd.Port {
 		target := envd.Target{Sandbox: sb}
 		if !g.inside.Admits(w, r, target) {
 			return
 		}
+		release, ok := g.charged(w, r, sb, port)
+		if !ok {
+			return
+		}
+		defer release()
 		if sb.Info().State == sandbox.Paused && !public && !target.Proven(r) { // asking whether it lives must not wake it
 			notFound(id).write(w, r)
 			return
@@ -292,8 +289,15 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 		failure{SandboxID: id, Port: port, Code: http.StatusBadGateway, Message: "The port is not exposed: call port_expose"}.write(w, r)
 		return
 	}
+	release, ok := g.charged(w, r, sb, port)
+	if !ok {
+		return
+	}
+	defer release()
 	if g.awake(w, r, sb) {
-		g.proxy(sb, port).ServeHTTP(w, r)
+		answer := stalling{w, g.stall}
+		defer answer.over()
+		g.proxy(sb, port).ServeHTTP(answer, r)
 	}
 }
 
@@ -409,7 +413,10 @@ func (g *Gateway) proxy(sb *sandbox.Sandbox, port int) *httputil.ReverseProxy {
 			}
 			g.Log.Debug("gateway", "sandbox", id, "port", port, "error", err)
 			f := failure{SandboxID: id, Port: port, Code: http.StatusBadGateway, Message: "The sandbox is running but port is not open"}
+			var full *access.FullError
 			switch {
+			case errors.As(err, &full):
+				f.Code, f.Message = http.StatusServiceUnavailable, full.Error()
 			case errors.Is(err, sandbox.ErrBusy):
 				f.Code, f.Message = http.StatusServiceUnavailable, "The sandbox has as many connections as it may have"
 			case !errors.Is(err, sandbox.ErrNothingListens):
@@ -434,32 +441,6 @@ func otherCookies(headers []string, name string) []string {
 		}
 	}
 	return kept
-}
-
-// transport speaks HTTP/2 to servers that are spoken to in it by gRPC, which knows nothing else, and HTTP/1.1 to all others.
-type transport struct{ *Gateway }
-
-// RoundTrip implements http.RoundTripper.
-func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
-	two := r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc")
-	return t.ways[way{two: two, tls: r.URL.Scheme == "https"}].RoundTrip(r)
-}
-
-// dial connects to a port of a sandbox; the address is its id and the port.
-func (g *Gateway) dial(ctx context.Context, _, address string) (net.Conn, error) {
-	id, text, err := net.SplitHostPort(address)
-	if err != nil {
-		return nil, err
-	}
-	port, err := strconv.Atoi(text)
-	if err != nil {
-		return nil, err
-	}
-	sb, err := g.Manager.Any(id)
-	if err != nil {
-		return nil, err
-	}
-	return sb.Dial(ctx, port)
 }
 
 // Base makes the base of a gateway's URLs: the domain at the scheme and port of the server's own URL.

@@ -85,9 +85,13 @@ func app(broken chan<- struct{}) http.Handler {
 	return mux
 }
 
-func newGatewayTest(t *testing.T) *gatewayTest {
+func newGatewayTest(t *testing.T, change ...func(*sandbox.Options)) *gatewayTest {
 	t.Helper()
-	m, err := sandbox.NewManager(sandbox.Options{Dir: t.TempDir(), Runtime: &sandboxtest.Fake{}, Templates: sandboxtest.Templates{}, Version: "test"})
+	o := sandbox.Options{Dir: t.TempDir(), Runtime: &sandboxtest.Fake{}, Templates: sandboxtest.Templates{}, Version: "test"}
+	for _, do := range change {
+		do(&o)
+	}
+	m, err := sandbox.NewManager(o)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"soulbox.dev/soulbox/agent"
 	"soulbox.dev/soulbox/api/client"
 	"soulbox.dev/soulbox/api/envd"
 	"soulbox.dev/soulbox/template"
@@ -58,6 +59,12 @@ func (c *Control) upload(w http.ResponseWriter, r *http.Request) {
 		c.fail(w, r, refuse(http.StatusForbidden, "the URL is not valid, or not any more; ask for another one"))
 		return
 	}
+	release, err := takeRequest(c.Manager.Accounts(), owner, agent.FileBuffers)
+	if err != nil {
+		c.fail(w, r, err)
+		return
+	}
+	defer release()
 	idle := envd.NewIdle(w, bodyTime)
 	defer idle.Over()
 	if err := c.Store.SaveUpload(owner, r.PathValue("hash"), idle.Reader(r.Body)); err != nil {

@@ -1,0 +1,166 @@
+package api
+
+import (
+	"bufio"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync"
+	"time"
+
+	"soulbox.dev/soulbox/access"
+	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/api/envd"
+	"soulbox.dev/soulbox/sandbox"
+)
+
+const (
+	maxVisitor = 128              // requests and tunnels of one address at once
+	stallTime  = 60 * time.Second // that a client may read nothing while there is something for it
+)
+
+// visitors counts the requests and tunnels of each address. It is safe for concurrent use.
+type visitors struct {
+	mu sync.Mutex
+	by map[netip.Prefix]int
+}
+
+// enter counts one more until leave is called, if the address may have it. An address of this machine is that of a proxy before it, or of a user of
+// this machine, and has no bound of its own.
+func (v *visitors) enter(remote string) (leave func(), ok bool) {
+	from, err := netip.ParseAddrPort(remote)
+	if err != nil || from.Addr().Unmap().IsLoopback() {
+		return func() {}, true
+	}
+	addr, bits := from.Addr().Unmap().WithZone(""), 32
+	if addr.Is6() {
+		bits = 64 // one customer has at least that
+	}
+	network, err := addr.Prefix(bits)
+	if err != nil {
+		return func() {}, true // cannot be: the bits fit the address
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.by[network] >= maxVisitor {
+		return nil, false
+	}
+	if v.by == nil {
+		v.by = map[netip.Prefix]int{}
+	}
+	v.by[network]++
+	return sync.OnceFunc(func() {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		if v.by[network]--; v.by[network] == 0 {
+			delete(v.by, network)
+		}
+	}), true
+}
+
+// isHealth says whether a request only asks whether a sandbox lives, which nobody's full account may hide.
+func isHealth(r *http.Request, port int) bool {
+	return port == envd.Port && r.Method == http.MethodGet && r.URL.Path == "/health"
+}
+
+// charge takes what a request for a port of a sandbox takes from the account of the sandbox' owner; a connection into the sandbox takes more.
+func (g *Gateway) charge(sb *sandbox.Sandbox, r *http.Request, port int) (release func(), err error) {
+	if isHealth(r, port) {
+		return func() {}, nil
+	}
+	buffers := int64(0)
+	if port == envd.Port {
+		buffers = insideBuffers(r.URL.Path)
+	}
+	return takeRequest(g.Manager.Accounts(), sb.Info().Owner, buffers)
+}
+
+// charged is charge, and answers where the account is full.
+func (g *Gateway) charged(w http.ResponseWriter, r *http.Request, sb *sandbox.Sandbox, port int) (release func(), ok bool) {
+	release, err := g.charge(sb, r, port)
+	if err == nil {
+		return release, true
+	}
+	if port != envd.Port || !envd.Refuse(w, r, http.StatusServiceUnavailable, err.Error()) {
+		failure{SandboxID: sb.ID(), Port: port, Code: http.StatusServiceUnavailable, Message: err.Error()}.write(w, r)
+	}
+	return nil, false
+}
+
+// insideBuffers is what a request to what is in a sandbox holds at most.
+func insideBuffers(path string) int64 {
+	if strings.HasSuffix(path, "/files") {
+		return agent.FileBuffers
+	}
+	return agent.StreamBuffers
+}
+
+// charge takes what a request takes from its owner's account. What only looks, and what frees something, is not charged: it works when the account is full.
+func (c *Control) charge(r *http.Request, owner string) (release func(), err error) {
+	switch {
+	case strings.Contains(r.URL.Path, "/envd/"):
+		if path := "/" + r.PathValue("path"); r.Method != http.MethodGet || path != "/health" {
+			return takeRequest(c.Manager.Accounts(), owner, insideBuffers(path))
+		}
+	case r.Method == http.MethodPut && r.PathValue("hash") != "":
+		return takeRequest(c.Manager.Accounts(), owner, agent.FileBuffers)
+	case r.Method != http.MethodGet && r.Method != http.MethodHead && r.Method != http.MethodDelete && !strings.HasSuffix(r.URL.Path, "/pause"):
+		return takeRequest(c.Manager.Accounts(), owner, 0)
+	}
+	return func() {}, nil
+}
+
+// takeRequest takes what one request takes from an owner's account.
+func takeRequest(accounts *access.Accounts, owner string, buffers int64) (release func(), err error) {
+	place, err := accounts.Take(owner, access.Connections, 1)
+	if err != nil {
+		return nil, err
+	}
+	memory, err := accounts.Take(owner, access.Buffers, buffers)
+	if err != nil {
+		place()
+		return nil, err
+	}
+	return func() { memory(); place() }, nil
+}
+
+// stalling is an answer whose client is gone once it has taken nothing for long, also when it has become a tunnel.
+type stalling struct {
+	http.ResponseWriter
+	limit time.Duration
+}
+
+// Write implements io.Writer.
+func (s stalling) Write(p []byte) (int, error) {
+	_ = http.NewResponseController(s.ResponseWriter).SetWriteDeadline(time.Now().Add(s.limit)) // where there is none it goes on without
+	return s.ResponseWriter.Write(p)
+}
+
+// Unwrap lets http.ResponseController find the rest.
+func (s stalling) Unwrap() http.ResponseWriter { return s.ResponseWriter }
+
+// Hijack implements http.Hijacker.
+func (s stalling) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, rw, err := http.NewResponseController(s.ResponseWriter).Hijack()
+	if err != nil {
+		return nil, nil, err
+	}
+	return stallingConn{conn, s.limit}, rw, nil
+}
+
+// over leaves the connection to the next request.
+func (s stalling) over() {
+	_ = http.NewResponseController(s.ResponseWriter).SetWriteDeadline(time.Time{}) // a tunnel has none any more
+}
+
+type stallingConn struct {
+	net.Conn
+	limit time.Duration
+}
+
+// Write implements io.Writer.
+func (c stallingConn) Write(p []byte) (int, error) {
+	_ = c.SetWriteDeadline(time.Now().Add(c.limit)) // one that has ended says so below
+	return c.Conn.Write(p)
+}

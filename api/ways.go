@@ -1,0 +1,74 @@
+package api
+
+import (
+	"context"
+	"crypto/tls"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Connections to sandboxes that may be used again.
+const (
+	proxyIdle    = 60 * time.Second
+	maxProxyIdle = 128 // to all sandboxes
+)
+
+// way is how a server in a sandbox is spoken to.
+type way struct {
+	two bool // in HTTP/2 alone
+	tls bool
+}
+
+// newWays makes the ways to servers in sandboxes.
+func (g *Gateway) newWays() map[way]*http.Transport {
+	ways := map[way]*http.Transport{}
+	for _, w := range []way{{}, {two: true}, {tls: true}, {two: true, tls: true}} {
+		t := &http.Transport{DialContext: g.dial, IdleConnTimeout: proxyIdle, MaxIdleConns: maxProxyIdle, MaxIdleConnsPerHost: 16, DisableCompression: true, MaxResponseHeaderBytes: maxHeader,
+			HTTP2:           &http.HTTP2Config{MaxReceiveBufferPerStream: 64 << 10, MaxReceiveBufferPerConnection: 2 << 20},
+			TLSClientConfig: &tls.Config{InsecureSkipVerify: true}} // the connection ends in the sandbox that was asked for, whatever name its certificate has
+		if w.two {
+			t.Protocols = new(http.Protocols)
+			t.Protocols.SetUnencryptedHTTP2(!w.tls)
+			t.Protocols.SetHTTP2(w.tls)
+		}
+		ways[w] = t
+	}
+	return ways
+}
+
+// transport speaks HTTP/2 to servers that are spoken to in it by gRPC, which knows nothing else, and HTTP/1.1 to all others.
+type transport struct{ *Gateway }
+
+// RoundTrip implements http.RoundTripper.
+func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
+	two := r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc")
+	return t.ways[way{two: two, tls: r.URL.Scheme == "https"}].RoundTrip(r)
+}
+
+// dial connects to a port of a sandbox; the address is its id and the port.
+func (g *Gateway) dial(ctx context.Context, _, address string) (net.Conn, error) {
+	id, text, err := net.SplitHostPort(address)
+	if err != nil {
+		return nil, err
+	}
+	port, err := strconv.Atoi(text)
+	if err != nil {
+		return nil, err
+	}
+	sb, err := g.Manager.Any(id)
+	if err != nil {
+		return nil, err
+	}
+	// Connections that nobody uses now make room for one that has to wait.
+	defer time.AfterFunc(time.Second, g.closeIdle).Stop()
+	return sb.Dial(ctx, port)
+}
+
+func (g *Gateway) closeIdle() {
+	for _, t := range g.ways {
+		t.CloseIdleConnections()
+	}
+}
