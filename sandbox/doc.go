@@ -135,6 +135,7 @@ type Template struct {
 	User   string            // of processes that name none; default "user"
 	Cwd    string            // of those; default the user's home
 	Limits Limits            // of sandboxes that ask for none; zero values are the Manager's
+	Protect Protect // of sandboxes that ask for none; default the Manager's
 	// Service runs in every sandbox of it; nil is none.
 	Service *Service
 }

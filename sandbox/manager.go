@@ -244,7 +244,7 @@ func (m *Manager) conceive(o CreateOptions, template Template) *Sandbox {
 	sb := m.newSandbox(record{
 		Version: recordVersion, ID: newID(), Owner: o.Owner, Keep: m.opts.Keep && !o.Transient, State: Creating, Template: template.Name, Image: template.ID,
 		User: template.User, Cwd: template.Cwd, Parent: o.parent, Metadata: maps.Clone(o.Metadata), Limits: o.Limits.or(template.Limits).or(m.opts.Defaults),
-		Times: o.Times, Network: o.Network, Ingress: o.Ingress, Created: now, Changed: now, Protect: o.Protect.or(m.opts.Protect),
+		Times: o.Times, Network: o.Network, Ingress: o.Ingress, Created: now, Changed: now, Protect: o.Protect.or(template.Protect).or(m.opts.Protect),
 	})
 	sb.rec.giveSecrets()
 	if service := template.Service; service != nil {

@@ -63,6 +63,8 @@ type BuildRequest struct {
 	NoCache bool
 	// Limits are those of sandboxes of the template, where they ask for none, and of the build itself. Zero values are the server's.
 	Limits sandbox.Limits
+	// Protect is that of sandboxes of the template, where they ask for none.
+	Protect sandbox.Protect
 	// Network is that of its RUNs, default NetworkFull where the operator gives one; and that which its service needs while it is started, default none.
 	Network            sandbox.Network
 	StartCmd, ReadyCmd string
@@ -187,7 +189,7 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 		}
 	}
 	of := r.done[plan.target]
-	built.Manifest, err = j.prepare(ctx, Manifest{Name: req.Name, Owner: req.Owner, Layers: of.layers, Config: of.config, Limits: req.Limits, StartCmd: req.StartCmd,
+	built.Manifest, err = j.prepare(ctx, Manifest{Name: req.Name, Owner: req.Owner, Layers: of.layers, Config: of.config, Limits: req.Limits, Protect: req.Protect, StartCmd: req.StartCmd,
 		ReadyCmd: req.ReadyCmd, Parent: of.parent, Build: r.id})
 	if err == nil && built.StartCmd != "" {
 		built.Started, err = r.startUp(ctx, built.Manifest, service)

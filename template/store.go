@@ -47,17 +47,18 @@ type Manifest struct {
 	Name  string `json:"name"`
 	Owner string `json:"owner,omitempty"` // "" is the operator, whose templates everybody sees
 	// Image stands for all layers together: the chain ID of the OCI image specification, which is also the name of its EROFS file.
-	Image    string         `json:"image"`
-	Layers   []Layer        `json:"layers"`
-	Config   v1.Config      `json:"config"`
-	Limits   sandbox.Limits `json:"limits"` // of sandboxes that ask for none; zero values are the server's
-	StartCmd string         `json:"start_cmd,omitempty"`
-	ReadyCmd string         `json:"ready_cmd,omitempty"`
-	Started  *Started       `json:"started,omitempty"` // nil where it has no StartCmd, or cannot be restored
-	Parent   string         `json:"parent,omitempty"`  // what it was made from
-	Build    string         `json:"build,omitempty"`   // the id of the build that made it
-	Created  time.Time      `json:"created"`
-	Size     int64          `json:"size"` // of the image on disk, in bytes
+	Image    string          `json:"image"`
+	Layers   []Layer         `json:"layers"`
+	Config   v1.Config       `json:"config"`
+	Limits   sandbox.Limits  `json:"limits"`           // of sandboxes that ask for none; zero values are the server's
+	Protect  sandbox.Protect `json:"protect,omitzero"` // as Limits
+	StartCmd string          `json:"start_cmd,omitempty"`
+	ReadyCmd string          `json:"ready_cmd,omitempty"`
+	Started  *Started        `json:"started,omitempty"` // nil where it has no StartCmd, or cannot be restored
+	Parent   string          `json:"parent,omitempty"`  // what it was made from
+	Build    string          `json:"build,omitempty"`   // the id of the build that made it
+	Created  time.Time       `json:"created"`
+	Size     int64           `json:"size"` // of the image on disk, in bytes
 	// DefaultUser is whom processes run as that name nobody: "user" where there is one.
 	DefaultUser string `json:"default_user,omitempty"`
 	// Original is of an image that came from elsewhere and was not changed.
@@ -150,7 +151,7 @@ func (s *Store) Template(ctx context.Context, owner, name string) (sandbox.Templ
 const BaseName = "base"
 
 func (s *Store) template(m Manifest, image string) sandbox.Template {
-	t := sandbox.Template{Name: m.Name, ID: m.Image, Image: image, Env: map[string]string{}, User: m.DefaultUser, Cwd: m.Config.WorkingDir, Limits: m.Limits}
+	t := sandbox.Template{Name: m.Name, ID: m.Image, Image: image, Env: map[string]string{}, User: m.DefaultUser, Cwd: m.Config.WorkingDir, Limits: m.Limits, Protect: m.Protect}
 	for _, kv := range m.Config.Env {
 		k, v, _ := strings.Cut(kv, "=")
 		t.Env[k] = v

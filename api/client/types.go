@@ -153,6 +153,7 @@ type NewBuild struct {
 	NoCache    bool              `json:"noCache,omitempty"`
 	StartCmd   string            `json:"startCmd,omitempty"`
 	ReadyCmd   string            `json:"readyCmd,omitempty"`
+	Protect    *Protect          `json:"protect,omitempty"` // of its sandboxes, where they ask for none
 }
 
 // Template is a template that a caller sees.
