@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"net"
 	"os"
 	"slices"
 	"strings"
@@ -56,6 +57,8 @@ type Options struct {
 	Accounts *access.Accounts
 	// StallTime is how long the other side of a connection to a port may read nothing while there is something for it; default 60 s.
 	StallTime time.Duration
+	// Listen listens for exposed ports; default net.Listen.
+	Listen func(network, address string) (net.Listener, error)
 	// SampleEvery is how often it is measured what a sandbox uses; default 5 s.
 	SampleEvery time.Duration
 	// Changed is told of every change of a sandbox. It is called with locks held: it must neither block nor call back.
@@ -111,6 +114,9 @@ func NewManager(opts Options) (*Manager, error) {
 	}
 	if opts.Observe == nil {
 		opts.Observe = func(string, time.Duration, error) {}
+	}
+	if opts.Listen == nil {
+		opts.Listen = net.Listen
 	}
 	opts.MaxPerOwner = cmp.Or(opts.MaxPerOwner, 100)
 	opts.Times.Life = cmp.Or(opts.Times.Life, DefaultLifetime)

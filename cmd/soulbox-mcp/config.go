@@ -16,6 +16,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"soulbox.dev/soulbox/gvisor"
 	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/template"
@@ -203,6 +205,28 @@ func (c config) newManager(log *slog.Logger, watch func(*sandbox.Options)) (*san
 	}
 	manager, err := sandbox.NewManager(o)
 	return manager, templates, err
+}
+
+// promised is how many sandboxes a server may promise: what one owner may have, or as many as memory is enough for.
+func (c config) promised() (int, error) {
+	budget := c.budget
+	if budget == 0 {
+		total, err := machineMemory()
+		if err != nil {
+			return 0, err
+		}
+		budget = total / 10 * 8
+	}
+	return int(min(budget/cmp.Or(c.limits.Memory, sandbox.DefaultLimits().Memory), int64(cmp.Or(c.perOwner, 100)))), nil
+}
+
+// machineMemory is the memory of this machine in bytes.
+func machineMemory() (int64, error) {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return 0, fmt.Errorf("ask for the machine's memory: %w", err)
+	}
+	return int64(info.Totalram) * int64(info.Unit), nil
 }
 
 // newStore is the store of templates.
