@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -52,7 +53,8 @@ type groupDir struct {
 
 const cgroupMount = "/sys/fs/cgroup"
 
-// mountCgroups moves the agent out of the way, makes the users' cgroup, and hides the writable tree.
+// mountCgroups moves the agent out of the way, makes the users' cgroup, and hides the writable tree. Each user process begins in a cgroup namespace of
+// its own (spawnAttr.group): whatever root in a user namespace of its own mounts, it sees its own cgroup and none beside or above it.
 func mountCgroups() (*cgroups, error) {
 	agent, user := filepath.Join(cgroupMount, "agent"), filepath.Join(cgroupMount, "user")
 	for _, dir := range []string{agent, user} {
@@ -60,23 +62,29 @@ func mountCgroups() (*cgroups, error) {
 			return nil, fmt.Errorf("make cgroup: %w", err)
 		}
 	}
-	if err := os.WriteFile(filepath.Join(agent, "cgroup.procs"), []byte("0"), 0); err != nil {
-		return nil, fmt.Errorf("enter cgroup: %w", err)
+	root, err := os.Open(cgroupMount)
+	if err != nil {
+		return nil, err
 	}
-	for _, dir := range []string{cgroupMount, user} {
-		if err := os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+cpu +memory +pids"), 0); err != nil {
-			return nil, fmt.Errorf("enable cgroup controllers: %w", err)
-		}
-	}
+	defer root.Close()
 	dir, err := os.Open(user)
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Unmount(cgroupMount, unix.MNT_DETACH); err != nil {
-		return nil, fmt.Errorf("hide cgroups: %w", err)
+	if err := showCgroup(dir); err != nil {
+		return nil, err
 	}
-	if err := unix.Mount("cgroup2", cgroupMount, "cgroup2", unix.MS_RDONLY, ""); err != nil {
-		return nil, fmt.Errorf("mount cgroups read-only: %w", err)
+	if err := writeAt(root, "agent/cgroup.procs", "0"); err != nil {
+		return nil, fmt.Errorf("enter cgroup: %w", err)
+	}
+	for _, d := range []*os.File{root, dir} {
+		if err := writeAt(d, "cgroup.subtree_control", "+cpu +memory +pids"); err != nil {
+			return nil, fmt.Errorf("enable cgroup controllers: %w", err)
+		}
+	}
+	// There is a cgroup for each process and none below: what is not needed is not there to be counted.
+	if err := writeAt(dir, "cgroup.max.depth", "1"); err != nil {
+		return nil, fmt.Errorf("limit the depth of cgroups: %w", err)
 	}
 	c := &cgroups{dir: dir, ready: make(chan *cgroup, 4)}
 	c.limits.Store(&groupLimits{})
@@ -85,6 +93,34 @@ func mountCgroups() (*cgroups, error) {
 	}
 	c.tasks, err = openAt(dir, "pids.current")
 	return c, err
+}
+
+// showCgroup mounts the cgroup in dir, and what is below it, where programs look for cgroups: read-only, and in place of all others. What is mounted is
+// the root of the caller's namespace, which for that time is this one.
+func showCgroup(dir *os.File) error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	before, err := unix.Open("/proc/thread-self/ns/cgroup", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open cgroup namespace: %w", err)
+	}
+	defer unix.Close(before)
+	if err := writeAt(dir, "cgroup.procs", "0"); err != nil {
+		return fmt.Errorf("enter cgroup: %w", err)
+	}
+	if err := unix.Unshare(unix.CLONE_NEWCGROUP); err != nil {
+		return fmt.Errorf("make cgroup namespace: %w", err)
+	}
+	if err := unix.Unmount(cgroupMount, unix.MNT_DETACH); err != nil {
+		return fmt.Errorf("hide cgroups: %w", err)
+	}
+	if err := unix.Mount("cgroup2", cgroupMount, "cgroup2", unix.MS_RDONLY, ""); err != nil {
+		return fmt.Errorf("mount cgroups read-only: %w", err)
+	}
+	if err := unix.Setns(before, unix.CLONE_NEWCGROUP); err != nil {
+		return fmt.Errorf("leave cgroup namespace: %w", err)
+	}
+	return nil
 }
 
 // limit bounds the number of tasks of all user processes together, and tells programs the memory limit, which the guard enforces.

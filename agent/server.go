@@ -448,6 +448,8 @@ func (s *Server) call(ctx context.Context, req *jsonrpc2.Request) (result any, e
 		return on(req, func(r UsageRequest) (Usage, error) { return s.usage(r), nil })
 	case callWork:
 		return on(req, func(r WorkRequest) (WorkResult, error) { return s.atWork(s.waiting(ctx), r), nil })
+	case callRelieve:
+		return on(req, s.relieve)
 	case callSuspend:
 		s.suspend()
 		return struct{}{}, nil

@@ -88,6 +88,9 @@ func (m *spawnMemory) plan(attr spawnAttr, dir *byte) {
 		m.clone.pidfd = uint64(uintptr(unsafe.Pointer(&m.pidfd)))
 	}
 	m.add(unix.SYS_SETSID)
+	if attr.group > 0 { // its cgroup is the root of all that it can mount, and its limits are not its own to change
+		m.add(unix.SYS_UNSHARE, unix.CLONE_NEWCGROUP)
+	}
 	for to, from := range attr.stdio {
 		if from != to {
 			m.add(unix.SYS_DUP3, uintptr(from), uintptr(to))

@@ -10,7 +10,7 @@ import (
 )
 
 // ownCalls are those that a host makes for itself: they are no use of the sandbox, and go through when others do not.
-var ownCalls = map[string]bool{callPing: true, callUsage: true, callConfigure: true, callSuspend: true, callWork: true}
+var ownCalls = map[string]bool{callPing: true, callUsage: true, callConfigure: true, callSuspend: true, callWork: true, callRelieve: true}
 
 // transfers are the streams that are in use until they end. Others, such as a connection to a port, may be open for days.
 var transfers = map[string]bool{streamRead: true, streamWrite: true, streamStdin: true, streamChanges: true, streamUnpack: true}

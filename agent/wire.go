@@ -75,6 +75,7 @@ const (
 	callPing      = "ping"
 	callSuspend   = "suspend"
 	callMount     = "mount"
+	callRelieve   = "relieve"
 	noteCancel    = "$/cancelRequest"
 	noteHangUp    = "$/hangUp"
 )

@@ -28,7 +28,6 @@ const (
 const (
 	maxWaiting   = 64        // builds of an owner that are announced or under way
 	maxFinished  = 32        // of those that are over; of the others there are logs
-	atOnce       = 4         // of an owner; more wait
 	maxStepText  = 500       // bytes of a step that are shown where it fails
 	buildKept    = time.Hour // after it has changed for the last time
 	maxBuildLog  = 20_000    // lines
@@ -62,9 +61,8 @@ type step struct {
 
 // builds are those that this server knows. Of others there are logs. It is safe for concurrent use.
 type builds struct {
-	mu    sync.Mutex
-	byID  map[string]*build
-	slots map[string]chan struct{} // of owners, a place for each build that is carried out
+	mu   sync.Mutex
+	byID map[string]*build
 }
 
 // add announces a build.
@@ -98,25 +96,6 @@ func (s *builds) add(b *build) error {
 	}
 	s.byID[b.id] = b
 	return nil
-}
-
-// slot waits for a place among the builds of an owner.
-func (s *builds) slot(ctx context.Context, owner string) (free func(), err error) {
-	s.mu.Lock()
-	if s.slots == nil {
-		s.slots = map[string]chan struct{}{}
-	}
-	if s.slots[owner] == nil {
-		s.slots[owner] = make(chan struct{}, atOnce)
-	}
-	slots := s.slots[owner]
-	s.mu.Unlock()
-	select {
-	case slots <- struct{}{}:
-		return func() { <-slots }, nil
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
-	}
 }
 
 // underWay says whether there is a build that is carried out, or waits for its turn.
@@ -297,25 +276,24 @@ func (c *Control) launch(b *build, req template.BuildRequest, steps []step, sent
 
 // build carries out a build.
 func (c *Control) build(b *build, req template.BuildRequest, sent []string, files string) {
-	ctx := c.ctx
-	free, err := c.builds.slot(ctx, b.owner)
-	if err == nil {
-		defer free()
-		err = c.openUploads(ctx, req, sent)
-	}
-	if err == nil && files != "" {
-		if req.Context, err = c.Store.OpenUpload(ctx, req.Owner, files); err == nil {
-			defer func() { _ = req.Context.Close() }() // it was only read
+	var whole *template.Files
+	req.Open = func(ctx context.Context, req *template.BuildRequest) (err error) {
+		if err := c.openUploads(ctx, *req, sent); err != nil || files == "" {
+			return err
 		}
+		whole, err = c.Store.OpenUpload(ctx, req.Owner, files)
+		req.Context = whole
+		return err
 	}
-	if err == nil {
-		var built template.Built
-		if built, err = c.Builder.Build(ctx, req, b.line); err == nil && len(b.tags) > 1 {
-			err = c.tag(built.Manifest, b.tags[1:])
-		}
+	built, err := c.Builder.Build(c.ctx, req, b.line)
+	if err == nil && len(b.tags) > 1 {
+		err = c.tag(built.Manifest, b.tags[1:])
 	}
 	for _, f := range req.Files {
 		err = errors.Join(err, f.Close())
+	}
+	if whole != nil {
+		err = errors.Join(err, whole.Close())
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -121,10 +121,18 @@ func (c *Control) known(r *call) (*sandbox.Sandbox, error) {
 // find finds a sandbox of the caller's that has not ended.
 func (c *Control) find(r *call) (*sandbox.Sandbox, error) {
 	sb, err := c.known(r)
-	if err == nil && sb.Info().State.Ended() {
+	if i := info(sb, err); i.State.Ended() && !i.OnDisk {
 		return nil, missing(r.PathValue("id"))
 	}
 	return sb, err
+}
+
+// info describes what was found.
+func info(sb *sandbox.Sandbox, err error) sandbox.Info {
+	if err != nil {
+		return sandbox.Info{}
+	}
+	return sb.Info()
 }
 
 // bodyOf reads what a caller wants, and finds the sandbox that it is for.
@@ -302,15 +310,16 @@ func (c *Control) connectTo(r *call) error {
 	if err != nil {
 		return err
 	}
-	paused := sb.Info().State == sandbox.Paused
-	if paused && body.Memory != nil && !*body.Memory {
-		return refuse(http.StatusNotImplemented, "a sandbox that was saved with its memory is resumed with it; pause it without memory to have it boot anew")
+	i := sb.Info()
+	paused, o := i.State == sandbox.Paused || i.OnDisk, sandbox.ResumeOptions{}
+	if body.Memory != nil && !*body.Memory && i.OnDisk {
+		o.FilesOnly = true
 	}
 	if _, err := sb.Update(r.Context(), sandbox.Update{AtLeast: &life}); err != nil {
 		return gone(sb, err)
 	}
 	if paused {
-		if err := sb.Resume(r.Context()); err != nil && sb.Info().State != sandbox.Running {
+		if err := sb.ResumeWith(r.Context(), o); err != nil && sb.Info().State != sandbox.Running {
 			return gone(sb, err)
 		}
 		return r.answer(http.StatusCreated, c.created(sb))

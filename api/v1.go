@@ -26,6 +26,7 @@ func (c *Control) ownRoutes() map[string]func(*call) error {
 		"GET /v1/sandboxes/{id}":                   c.describe,
 		"PATCH /v1/sandboxes/{id}":                 c.change,
 		"POST /v1/sandboxes/{id}/pause":            c.pauseAs,
+		"POST /v1/sandboxes/{id}/resume":           c.resumeAs,
 		"GET /v1/sandboxes/{id}/processes":         c.processes,
 		"GET /v1/sandboxes/{id}/envd/{path...}":    c.inside,
 		"POST /v1/sandboxes/{id}/envd/{path...}":   c.inside,
@@ -56,10 +57,14 @@ func (c *Control) described(i sandbox.Info, ports []sandbox.Port) client.Sandbox
 	out := client.Sandbox{ID: i.ID, Template: templateOf(i), State: string(i.State), Cause: i.Cause, Parent: i.Parent, Metadata: i.Metadata, CPU: i.Limits.CPU,
 		MemoryMB: i.Limits.Memory >> 20, DiskMB: i.Limits.Disk >> 20, Processes: i.Limits.Processes, Created: i.Created, Changed: i.Changed, OnTimeout: string(i.Times.OnTimeout),
 		AutoResume: !i.Times.NoAutoResume, OnDisk: i.OnDisk, Network: client.Network{Mode: cmp.Or(i.Network.Mode, sandbox.NetworkNone), Allow: i.Network.Allow, Deny: i.Network.Deny}}
-	switch i.State {
-	case sandbox.Running:
+	if i.Protect.Every > 0 {
+		out.Protect = &client.Protect{EveryS: int64(i.Protect.Every.Seconds()), Memory: i.Protect.Memory}
+	}
+	out.SavedAt, out.SavedFilesOnly, out.Notice = i.Saved, i.SavedFiles, i.Notice
+	switch {
+	case i.State == sandbox.Running:
 		out.ExpiresAt = i.ExpiresAt
-	case sandbox.Paused:
+	case i.State == sandbox.Paused || i.OnDisk:
 		out.LeftS, out.RemoveAt, out.AutoResume = int64(i.Left.Seconds()), i.RemoveAt, i.AutoResume
 	}
 	for _, p := range ports {
@@ -85,7 +90,7 @@ func (c *Control) listAll(r *call) error {
 	c.Manager.AwaitSettled(r.Context()) // those that another server has left are its own in a moment
 	out := []client.Sandbox{}
 	for _, i := range c.Manager.List(sandbox.Filter{Owner: r.owner, Metadata: metadata}) {
-		if states[string(i.State)] {
+		if states[string(i.State)] || q.Get("state") == "" && i.OnDisk { // what has failed and can be resumed
 			out = append(out, c.described(i, nil))
 		}
 	}
@@ -119,7 +124,7 @@ func (c *Control) createOwn(r *call) error {
 	sb, err := c.Manager.Create(r.Context(), sandbox.CreateOptions{Owner: r.owner, Template: name, Metadata: body.Metadata, Env: body.Env,
 		Limits:  sandbox.Limits{CPU: body.CPU, Memory: body.MemoryMB << 20, Disk: body.DiskMB << 20, Processes: body.Processes},
 		Times:   sandbox.Times{Life: time.Duration(body.TimeoutS) * time.Second, OnTimeout: sandbox.Action(body.OnTimeout)},
-		Network: sandbox.Network{Mode: body.Network.Mode, Allow: body.Network.Allow, Deny: body.Network.Deny}})
+		Network: sandbox.Network{Mode: body.Network.Mode, Allow: body.Network.Allow, Deny: body.Network.Deny}, Protect: protectOf(body.Protect)})
 	if err != nil {
 		return err
 	}
@@ -142,6 +147,10 @@ func (c *Control) change(r *call) error {
 		return err
 	}
 	u := sandbox.Update{Metadata: body.Metadata, OnTimeout: sandbox.Action(body.OnTimeout)}
+	if body.Protect != nil {
+		protect := protectOf(body.Protect)
+		u.Protect = &protect
+	}
 	for from, to := range map[*int64]**time.Duration{body.ExtendS: &u.Extend, body.TimeoutS: &u.Lifetime} {
 		if from == nil {
 			continue
@@ -170,6 +179,34 @@ func (c *Control) pauseAs(r *call) error {
 	}
 	err = sb.Pause(r.Context(), sandbox.PauseOptions{ToDisk: !body.InMemory, FilesOnly: body.FilesOnly, AutoResume: !sb.Info().Times.NoAutoResume})
 	if err != nil {
+		return gone(sb, err)
+	}
+	return r.answer(http.StatusOK, c.described(sb.Info(), sb.Ports()))
+}
+
+// protectOf is a protection as it is asked for: 0 seconds are off.
+func protectOf(p *client.Protect) sandbox.Protect {
+	switch {
+	case p == nil:
+		return sandbox.Protect{}
+	case p.EveryS <= 0:
+		return sandbox.Protect{Every: -1}
+	}
+	return sandbox.Protect{Every: time.Duration(min(p.EveryS, maxLife)) * time.Second, Memory: p.Memory}
+}
+
+// resumeAs resumes a sandbox that is paused, or has failed and was saved.
+func (c *Control) resumeAs(r *call) error {
+	var body client.Resume
+	sb, err := c.bodyOf(r, &body)
+	if err != nil {
+		return err
+	}
+	if body.MemoryMB < 0 || body.MemoryMB > maxMB {
+		return refuse(http.StatusBadRequest, "memoryMB is from 0 to %d", maxMB)
+	}
+	o := sandbox.ResumeOptions{FilesOnly: body.FilesOnly, Memory: body.MemoryMB << 20}
+	if err := sb.ResumeWith(r.Context(), o); err != nil && (sb.Info().State != sandbox.Running || o != sandbox.ResumeOptions{}) {
 		return gone(sb, err)
 	}
 	return r.answer(http.StatusOK, c.described(sb.Info(), sb.Ports()))
@@ -359,16 +396,8 @@ func (c *Control) pullTemplate(r *call) error {
 	if err != nil {
 		return err
 	}
-	name, err := template.CheckName(r.PathValue("name"))
+	m, err := c.Store.Pull(r.Context(), template.Manifest{Name: r.PathValue("name")}, reference)
 	if err != nil {
-		return err
-	}
-	m, err := c.Store.Pull(r.Context(), reference)
-	if err != nil {
-		return err
-	}
-	m.Name = name
-	if m, err = c.Store.Finish(r.Context(), m); err != nil {
 		return err
 	}
 	return r.answer(http.StatusOK, c.describedTemplate(m))

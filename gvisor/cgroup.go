@@ -125,10 +125,10 @@ func (g *hostCgroup) create(l sandbox.Limits) (err error) {
 }
 
 // enter moves processes into the cgroup, and with them what they start from then on.
-func (g *hostCgroup) enter(pids []int) error {
+func (g *hostCgroup) enter(processes []process) error {
 	for _, dir := range g.Dirs {
-		for _, pid := range pids {
-			err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0o644)
+		for _, p := range processes {
+			err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(p.pid)), 0o644)
 			if err != nil && !errors.Is(err, syscall.ESRCH) { // it may have ended
 				return fmt.Errorf("enter cgroup: %w", err)
 			}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -60,7 +61,7 @@ func (m *machine) Checkpoint(ctx context.Context, dir string, o sandbox.Checkpoi
 	if o.FilesOnly && m.noDisk {
 		return fmt.Errorf("its files are in its memory: save it with that: %w", sandbox.ErrInvalid)
 	}
-	if err := os.Mkdir(dir, 0o711); err != nil {
+	if err := m.runtime.ask("checkpoint mkdir", func() error { return os.Mkdir(dir, 0o711) }); err != nil {
 		return fmt.Errorf("checkpoint: %w", err)
 	}
 	defer func() {
@@ -82,6 +83,9 @@ func (m *machine) Checkpoint(ctx context.Context, dir string, o sandbox.Checkpoi
 	if err != nil {
 		return err
 	}
+	if err := m.runtime.fault("checkpoint write"); err != nil {
+		return err
+	}
 	if err := writeSynced(filepath.Join(dir, savedManifestName), body); err != nil {
 		return err
 	}
@@ -98,6 +102,9 @@ func (m *machine) save(ctx context.Context, dir string, filesOnly bool) (err err
 	if filesOnly {
 		names = diskFiles
 	}
+	if err := m.runtime.fault("checkpoint create"); err != nil {
+		return err
+	}
 	files, err := createAll(dir, names)
 	defer func() {
 		for _, f := range files {
@@ -112,15 +119,16 @@ func (m *machine) save(ctx context.Context, dir string, filesOnly bool) (err err
 	if filesOnly {
 		args := &saveDiskArgs{}
 		args.Files = files
-		err = controlSlow(ctx, runDir(m.dir), callSaveFiles, args, &struct{}{})
+		err = m.runtime.controlSlow(ctx, runDir(m.dir), callSaveFiles, args, &struct{}{})
 	} else {
 		args := &saveArgs{Metadata: map[string]string{"compression": "none"}, ExcludeZeros: true, HavePagesFile: true, Resume: true}
 		args.Files = files
-		err = controlSlow(ctx, runDir(m.dir), callCheckpoint, args, &struct{}{})
+		err = m.runtime.controlSlow(ctx, runDir(m.dir), callCheckpoint, args, &struct{}{})
 	}
 	if err != nil {
 		return fullDisk(err)
 	}
+	err = m.runtime.fault("checkpoint sync")
 	for _, f := range files { // what is named a checkpoint outlives a power cut
 		err = errors.Join(err, f.Sync())
 	}
@@ -186,31 +194,53 @@ type beginning struct {
 }
 
 // beginFrom says how a machine is started from a checkpoint; "" is none.
-func (r *Runtime) beginFrom(bundle, from string) (beginning, error) {
+func (r *Runtime) beginFrom(dir, from string) (beginning, error) {
+	bundle := bundleDir(dir)
 	b := beginning{agent: r.Agent, args: []string{"run", "--detach", "--bundle=" + bundle}}
 	if from == "" {
 		return b, nil
 	}
-	if _, err := os.Stat(filepath.Join(from, diskFiles[0])); err == nil {
+	switch there, err := r.isFile(filepath.Join(from, diskFiles[0])); {
+	case err != nil:
+		return b, fmt.Errorf("look at checkpoint: %w", err)
+	case there:
 		b.args = append(b.args, "--fs-restore-image-path="+from)
 		return b, nil
 	}
-	body, err := os.ReadFile(filepath.Join(from, savedManifestName))
-	if err != nil {
+	body, err := r.readFile("read checkpoint", filepath.Join(from, savedManifestName))
+	if errors.Is(err, fs.ErrNotExist) {
 		return b, fmt.Errorf("it is not a checkpoint: %w", err)
 	}
 	var mf savedManifest
-	if err := json.Unmarshal(body, &mf); err != nil {
+	if err == nil {
+		err = json.Unmarshal(body, &mf)
+	}
+	if err != nil {
 		return b, fmt.Errorf("read checkpoint: %w", err)
 	}
-	if _, err := os.Stat(mf.Agent); err != nil {
-		return b, fmt.Errorf("the agent that was saved with its memory is gone: %w", err)
+	switch there, err := r.isFile(mf.Agent); {
+	case err != nil:
+		return b, fmt.Errorf("look at the agent that was saved: %w", err)
+	case !there:
+		return b, fmt.Errorf("the agent that was saved with its memory is gone: %w", &fs.PathError{Op: "stat", Path: mf.Agent, Err: fs.ErrNotExist})
 	}
 	return beginning{agent: mf.Agent, wake: true, args: []string{"restore", "--detach", "--bundle=" + bundle, "--image-path=" + from}}, nil
 }
 
 // wake has the agent of a restored machine take its new pipe: the descriptors are the same, and it would go on with the old session. The machine
 // runs, also where it was frozen when it was saved.
-func wake(ctx context.Context, dir string) error {
-	return control(ctx, runDir(dir), callSignal, &signalArgs{CID: containerID, Signo: int32(syscall.SIGUSR2)}, &struct{}{})
+func (r *Runtime) wake(ctx context.Context, dir string) error {
+	return r.control(ctx, runDir(dir), callSignal, &signalArgs{CID: containerID, Signo: int32(syscall.SIGUSR2)}, &struct{}{})
+}
+
+// isFile says whether there is a file of a name.
+func (r *Runtime) isFile(name string) (bool, error) {
+	err := r.ask("stat", func() error {
+		_, err := os.Stat(name)
+		return err
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil, err
 }

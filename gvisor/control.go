@@ -26,35 +26,51 @@ type execArgs struct {
 }
 
 // control makes one call on the sentry's control socket that takes no time to speak of.
-func control(ctx context.Context, run, method string, args, result any) error {
+func (r *Runtime) control(ctx context.Context, run, method string, args, result any) error {
 	ctx, cancel := context.WithTimeout(ctx, controlTimeout)
 	defer cancel()
-	return controlSlow(ctx, run, method, args, result)
+	return r.controlSlow(ctx, run, method, args, result)
 }
 
 // controlSlow makes one call that may take as long as ctx allows: on a connection of its own, since urpc serves one call at a time.
-func controlSlow(ctx context.Context, run, method string, args, result any) error {
-	// The path may be longer than a socket's may be, so it is named by its directory's descriptor.
-	dir, err := os.Open(run)
+func (r *Runtime) controlSlow(ctx context.Context, run, method string, args, result any) (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("control %s: %w", method, err)
+		}
+	}()
+	var socket *unet.Socket
+	err = r.ask("open socket", func() (err error) {
+		socket, err = openSocket(run)
+		return err
+	})
 	if err != nil {
-		return fmt.Errorf("control %s: %w", method, err)
-	}
-	defer dir.Close()
-	socket, err := unet.Connect(fmt.Sprintf("/proc/self/fd/%d/runsc-%s.sock", dir.Fd(), containerID), false)
-	if err != nil {
-		return fmt.Errorf("control %s: %w", method, err)
+		return err
 	}
 	client := urpc.NewClient(socket)
 	defer client.Close()
 	stop := context.AfterFunc(ctx, func() { _ = socket.Shutdown() })
 	defer stop()
+	if err := r.fault("control " + method); err != nil {
+		return err
+	}
 	if err := client.Call(method, args, result); err != nil {
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
-		return fmt.Errorf("control %s: %w", method, err)
+		return err
 	}
 	return nil
+}
+
+// openSocket connects to the sentry's control socket. The path may be longer than a socket's may be, so it is named by its directory's descriptor.
+func openSocket(run string) (*unet.Socket, error) {
+	dir, err := os.Open(run)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	return unet.Connect(fmt.Sprintf("/proc/self/fd/%d/runsc-%s.sock", dir.Fd(), containerID), false)
 }
 
 // Methods of the control socket.
@@ -71,10 +87,10 @@ const (
 // isFrozen says whether a machine is. No call tells, and Resume of one that is not would be the end of its sentry; but each task of the guest is a
 // goroutine there, and where all of them have stopped they are frozen: init never stops otherwise. A sentry that is saving, perhaps for a server
 // that is dead, stops them as well, and has them go on itself: that is waited for.
-func isFrozen(ctx context.Context, run string) (bool, error) {
+func (r *Runtime) isFrozen(ctx context.Context, run string) (bool, error) {
 	for {
 		var stacks string
-		if err := control(ctx, run, callStacks, &struct{}{}, &stacks); err != nil {
+		if err := r.control(ctx, run, callStacks, &struct{}{}, &stacks); err != nil {
 			return false, err
 		}
 		if !isSaving(stacks) {

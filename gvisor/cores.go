@@ -6,7 +6,6 @@ import (
 	"math/rand/v2"
 	"os"
 	"runtime"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -95,7 +94,11 @@ func (m *machine) Gather(one bool) error {
 	bound := map[int]bool{}
 	for range 10 { // threads that are made meanwhile by one that was not bound yet are found by the next round
 		before := len(bound)
-		for _, thread := range threadsOf(m.ours()) {
+		ours, err := m.ours()
+		if err != nil {
+			return err
+		}
+		for _, thread := range threadsOf(pidsOf(ours)) {
 			if bound[thread] {
 				continue
 			}
@@ -111,9 +114,12 @@ func (m *machine) Gather(one bool) error {
 	return failed
 }
 
-// ours are the machine's processes that are still there: a number may be another process' by now.
-func (m *machine) ours() []int {
-	return slices.DeleteFunc(slices.Clone(m.pids), func(pid int) bool { return !isOf(pid, m.dir) })
+func pidsOf(processes []process) []int {
+	pids := make([]int, len(processes))
+	for i, p := range processes {
+		pids[i] = p.pid
+	}
+	return pids
 }
 
 // threadsOf gives all threads of processes and of all that descend from them: gVisor runs each process of the guest in some of its own. Where the kernel

@@ -8,140 +8,153 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 )
 
-// processesOf finds all processes of a machine: runsc names the machine's directory on the command line of each. So they are found
-// whatever happened to whoever started them.
-func processesOf(dir string) ([]int, error) {
-	entries, err := os.ReadDir("/proc")
+// process is one of a machine's on the host. Its number may be another's once it has ended; with the time of its start it never is.
+type process struct {
+	pid    int
+	start  uint64 // ticks since the start of the host
+	sentry bool   // the machine's kernel: without it there is no machine
+}
+
+// processesOf finds all processes of a machine: runsc names the machine's directory on the command line of each. So they are found whatever happened
+// to whoever started them. An error says that it is not known which there are.
+func (r *Runtime) processesOf(dir string) ([]process, error) {
+	entries, err := r.readDir("readdir /proc", "/proc")
 	if err != nil {
 		return nil, err
 	}
 	self := os.Getpid()
-	var found []int
+	var found []process
 	for _, e := range entries {
 		pid, err := strconv.Atoi(e.Name())
 		if err != nil || pid == self {
 			continue
 		}
-		if isOf(pid, dir) {
-			found = append(found, pid)
+		p, ours, err := r.isOf(pid, dir)
+		if err != nil {
+			return nil, err
+		}
+		if ours {
+			found = append(found, p)
 		}
 	}
 	return found, nil
 }
 
-// isOf says whether a process is a machine's; one that is gone, or another user's, is not.
-func isOf(pid int, dir string) bool {
-	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	return err == nil && bytes.Contains(append(line, 0), []byte("--root="+runDir(dir)+"\x00"))
+// isOf says whether a process is a machine's. Whoever writes the machine's directory on a command line is not, but for runsc as whom sandboxes run as.
+func (r *Runtime) isOf(pid int, dir string) (p process, ours bool, err error) {
+	line, err := r.readFile("read cmdline", fmt.Sprintf("/proc/%d/cmdline", pid))
+	if err != nil || !bytes.Contains(append(line, 0), []byte("\x00--root="+runDir(dir)+"\x00")) {
+		return p, false, notShown(err)
+	}
+	s, err := r.readStatus(pid)
+	if owner, _ := Owner(); err != nil || len(s.uids) < 2 || s.uids[0] != strconv.Itoa(owner) || s.uids[1] != s.uids[0] {
+		return p, false, notShown(err)
+	}
+	title, _, _ := bytes.Cut(line, []byte{0})
+	if is, err := r.isRunsc(pid, string(title)); err != nil || !is {
+		return p, false, notShown(err)
+	}
+	start, err := r.startOf(pid)
+	return process{pid: pid, start: start, sentry: string(title) == sentryTitle}, err == nil, notShown(err)
 }
 
-// readStatus gives the state of a process and its anonymous memory in bytes (proc(5), status).
-func readStatus(pid int) (state byte, anonymous int64, err error) {
-	body, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		return 0, 0, gone(err)
-	}
-	for line := range strings.Lines(string(body)) {
-		if rest, ok := strings.CutPrefix(line, "State:"); ok {
-			state = strings.TrimSpace(rest)[0]
-		}
-		if rest, ok := strings.CutPrefix(line, "RssAnon:"); ok {
-			if anonymous, err = kilobytes(rest); err != nil {
-				return 0, 0, err
-			}
-		}
-	}
-	return state, anonymous, nil
-}
+// sentryTitle is what the sentry calls itself (gVisor, runsc/sandbox).
+const sentryTitle = "runsc-sandbox"
 
-// guestMemoryOf gives how much memory a sentry has for its guest, in bytes: the size of the file in memory that it keeps it in, which has a
-// descriptor and the name runsc-memory (gVisor, pkg/sentry/pgalloc). It is 0 for other processes.
-func guestMemoryOf(pid int) int64 {
-	dir := fmt.Sprintf("/proc/%d/fd", pid)
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return 0
-	}
-	for _, e := range entries {
-		name := filepath.Join(dir, e.Name())
-		if link, err := os.Readlink(name); err != nil || !strings.HasPrefix(link, "/memfd:runsc-memory") {
-			continue
-		}
-		var st syscall.Stat_t
-		if err := syscall.Stat(name, &st); err == nil {
-			return st.Blocks * 512
-		}
-	}
-	return 0
-}
-
-// kilobytes reads " 12 kB".
-func kilobytes(text string) (int64, error) {
-	kb, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(text), " kB"), 10, 64)
-	return kb << 10, err
-}
-
-// gone makes the two ways in which /proc says that a process has ended one.
-func gone(err error) error {
-	if errors.Is(err, syscall.ESRCH) {
-		return fs.ErrNotExist
+// notShown drops the errors that say of a process that it has ended, or that it is not for us to look at.
+func notShown(err error) error {
+	if hasEnded(err) || errors.Is(err, fs.ErrPermission) {
+		return nil
 	}
 	return err
 }
 
-// killAll ends all processes of a machine and waits until they are gone.
-func killAll(ctx context.Context, dir string) error {
-	foreign := map[int]bool{} // another user's, who wrote the same on a command line
-	for {
-		processes, err := processesOf(dir)
-		if err != nil {
-			return err
+// isRunsc says whether a process runs runsc: the very file, or one of that name, as an older server may have had elsewhere, or one that has been
+// replaced. Where that is not shown, as to a root that lacks CAP_SYS_PTRACE, it is believed what it calls itself.
+func (r *Runtime) isRunsc(pid int, title string) (bool, error) {
+	exe := fmt.Sprintf("/proc/%d/exe", pid)
+	name, err := r.readLink("read exe", exe)
+	if errors.Is(err, fs.ErrPermission) {
+		return title == "runsc" || strings.HasPrefix(title, "runsc-"), nil
+	}
+	if err != nil {
+		return false, err
+	}
+	if base := filepath.Base(strings.TrimSuffix(name, " (deleted)")); base == "runsc" || base == filepath.Base(r.Runsc) {
+		return true, nil
+	}
+	var it, ours os.FileInfo
+	err = r.ask("stat exe", func() (err error) {
+		if it, err = os.Stat(exe); err == nil {
+			ours, err = os.Stat(r.Runsc)
 		}
-		left := false
-		for _, pid := range processes {
-			if foreign[pid] {
-				continue
-			}
-			left = true
-			if err := killPID(ctx, pid); errors.Is(err, unix.EPERM) {
-				foreign[pid] = true
-			} else if err != nil {
+		return err
+	})
+	return err == nil && os.SameFile(it, ours), err
+}
+
+// isThere says whether a process is still the one that it was.
+func (r *Runtime) isThere(p process) (bool, error) {
+	start, err := r.startOf(p.pid)
+	if hasEnded(err) {
+		return false, nil
+	}
+	return err == nil && start == p.start, err
+}
+
+// killAll ends all processes of a machine and waits until they are gone.
+func (r *Runtime) killAll(ctx context.Context, dir string) error {
+	for {
+		processes, err := r.processesOf(dir)
+		if err != nil {
+			return fmt.Errorf("find its processes: %w", err)
+		}
+		if len(processes) == 0 {
+			return nil
+		}
+		for _, p := range processes {
+			if err := r.kill(ctx, p); err != nil {
 				return err
 			}
-		}
-		if !left {
-			return nil
 		}
 	}
 }
 
-// killPID kills a process and waits for its end by a pidfd, so that no other process can be meant. A zombie has ended.
-func killPID(ctx context.Context, pid int) error {
-	fd, err := unix.PidfdOpen(pid, 0)
+// kill kills a process and waits for its end by a pidfd, so that no other process can be meant. A zombie has ended.
+func (r *Runtime) kill(ctx context.Context, p process) error {
+	var fd int
+	err := r.ask("open pidfd", func() (err error) {
+		fd, err = unix.PidfdOpen(p.pid, 0)
+		return err
+	})
 	if errors.Is(err, unix.ESRCH) {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("open process %d: %w", pid, err)
+		return fmt.Errorf("open process %d: %w", p.pid, err)
 	}
 	defer unix.Close(fd)
-	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
-		return fmt.Errorf("kill process %d: %w", pid, err)
+	if there, err := r.isThere(p); err != nil || !there {
+		return err
+	}
+	err = r.ask("kill", func() error { return unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) })
+	if err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("kill process %d: %w", p.pid, err)
 	}
 	for {
 		if err := ctx.Err(); err != nil {
-			return fmt.Errorf("wait for the end of process %d: %w", pid, context.Cause(ctx))
+			return fmt.Errorf("wait for the end of process %d: %w", p.pid, context.Cause(ctx))
 		}
 		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 100)
-		if err != nil && err != unix.EINTR {
-			return err
+		if err != nil && err != unix.EINTR && err != unix.EAGAIN {
+			return fmt.Errorf("wait for the end of process %d: %w", p.pid, err)
 		}
 		if n > 0 {
 			return nil
@@ -149,23 +162,13 @@ func killPID(ctx context.Context, pid int) error {
 	}
 }
 
-// readPSS reads the memory of a process in bytes, shared pages in part, without shared memory (proc(5), smaps_rollup).
-func readPSS(pid int) (int64, error) {
-	body, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
-	if err != nil {
-		return 0, gone(err)
-	}
-	var sum int64
-	for line := range strings.Lines(string(body)) {
-		for _, part := range []string{"Pss_Anon:", "Pss_File:"} {
-			if rest, ok := strings.CutPrefix(line, part); ok {
-				n, err := kilobytes(rest)
-				if err != nil {
-					return 0, err
-				}
-				sum += n
-			}
-		}
-	}
-	return sum, nil
+// ours are the machine's processes that are still there.
+func (m *machine) ours() ([]process, error) {
+	var failed error
+	left := slices.DeleteFunc(slices.Clone(m.processes), func(p process) bool {
+		there, err := m.runtime.isThere(p)
+		failed = errors.Join(failed, err)
+		return !there
+	})
+	return left, failed
 }

@@ -115,9 +115,9 @@ type stdio struct {
 // together before the kernel gives smaller ones (pipe(7), pipe-user-pages-soft).
 const pipeSize = 256 << 10
 
-func newStdio() (*stdio, error) {
+func (r *Runtime) newStdio() (*stdio, error) {
 	s := &stdio{}
-	var err error
+	err := r.fault("open pipes")
 	pipe := func(r, w **os.File) {
 		if err == nil {
 			*r, *w, err = os.Pipe()

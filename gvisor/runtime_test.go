@@ -23,7 +23,7 @@ import (
 // As root: the suite, isolation and limits, which are made in other ways there.
 func TestMain(m *testing.M) {
 	sandboxtest.Main(m, "TestRuntime", "TestImage", "TestNothingOfTheHost", "TestForkBomb", "TestMemoryBombs", "TestUserNamespace", "TestUserTmpfs", "TestDeviceDirectory", "TestAttachAsGuest", "TestHostCgroup",
-		"TestInHostCgroup", "TestSentryKilled", "TestPlanV.*")
+		"TestInHostCgroup", "TestStrangers", "TestSentryKilled", "TestRelieve", "TestPlanV.*")
 }
 
 func newRuntime(t *testing.T) (*gvisor.Runtime, sandbox.Template) {
@@ -229,21 +229,38 @@ func TestMemoryBombs(t *testing.T) {
 	}
 }
 
-// TestUserNamespace: root in a user namespace of its own can mount a cgroup tree and leave its cgroup. What it gains is bounded from outside.
+// TestUserNamespace: root in a user namespace of its own can mount cgroups, but sees its own alone, whose limits it cannot change; and it cannot begin a
+// process in another one. So its processes and its memory are counted, and end as those of others.
 func TestUserNamespace(t *testing.T) {
 	sb, c := newSandbox(t, sandbox.CreateOptions{Limits: sandbox.Limits{Processes: 64, Memory: 128 << 20}})
-	leave := "unshare -Urm sh -c 'mount -t cgroup2 none /mnt && echo $$ > /mnt/agent/cgroup.procs && echo max > /mnt/user/pids.max; %s'"
-	got := output(sandboxtest.RunAs(t, c, "root", fmt.Sprintf(leave, "perl -e \"for (1 .. 1000) { if (!defined(\\$p = fork)) { print \\$_; last } sleep 600 if !\\$p }\"; kill -9 -1")))
-	if n, err := strconv.Atoi(got); err != nil || n > 64+128 {
-		t.Errorf("%q processes could be started", got)
-	}
-	_, err := c.Start(t.Context(), agent.StartRequest{Command: fmt.Sprintf(leave, "perl -e \"push @x, q(x) x (1 << 20) while 1\""), User: "root"})
-	if err != nil {
+	if _, err := c.Start(t.Context(), agent.StartRequest{Command: "sleep 600"}); err != nil { // its cgroup is there to be entered
 		t.Fatal(err)
 	}
-	sandboxtest.Eventually(t, "the sandbox is ended", func() bool { return sb.Info().State == sandbox.Failed })
-	if cause := sb.Info().Cause; !strings.Contains(cause, "MB of memory") {
-		t.Fatal(cause)
+	said := output(sandboxtest.RunAs(t, c, "root", `unshare -Urm sh -c 'mount -t cgroup2 none /mnt; ls -d /mnt/*/
+		for f in /mnt/pids.max /mnt/memory.max /mnt/cgroup.max.depth; do (echo max > $f && echo lifted $f); done
+		mkdir /mnt/x && echo made
+		mount -o remount,rw,bind /sys/fs/cgroup && echo writable
+		mount -t cgroup -o pids none /srv && echo stolen'`))
+	if strings.Contains(said, "/\n") || strings.Contains(said, "lifted") || strings.Contains(said, "made") || strings.Contains(said, "writable") || strings.Contains(said, "stolen") {
+		t.Errorf("in its namespace root could: %s", said)
+	}
+	enter := `use Fcntl; opendir(my $d, "/sys/fs/cgroup") or die; my @g = grep /^p[0-9]/, readdir $d; my $in = 0;
+		for (@g) { sysopen(my $f, "/sys/fs/cgroup/$_", O_RDONLY | O_DIRECTORY) or next;
+			my $pid = syscall(435, pack("Q11", 0x200000000, 0, 0, 0, 17, 0, 0, 0, 0, 0, fileno $f), 88); exit 0 if $pid == 0; $in++ if $pid > 0 } print scalar(@g) > 1, " $in"`
+	if got := output(sandboxtest.RunAs(t, c, "root", "perl -e '"+enter+"'")); got != "1 1" { // that of its own
+		t.Errorf("of the cgroups there could be entered: %q", got)
+	}
+	leave := "unshare -Urm sh -c 'mount -t cgroup2 none /mnt; %s'"
+	got := output(sandboxtest.RunAs(t, c, "root", fmt.Sprintf(leave, "perl -e \"for (1 .. 1000) { if (!defined(\\$p = fork)) { print \\$_; last } sleep 600 if !\\$p }\"; kill -9 -1")))
+	if n, err := strconv.Atoi(got); err != nil || n > 64 {
+		t.Errorf("%q processes could be started", got)
+	}
+	snap := sandboxtest.RunAs(t, c, "root", fmt.Sprintf(leave, "perl -e \"push @x, q(x) x (1 << 20) while 1\""))
+	if snap.Process.Cause != agent.CauseOOM {
+		t.Errorf("what took too much memory: cause %q, exit %d", snap.Process.Cause, snap.Process.ExitCode)
+	}
+	if sb.Info().State != sandbox.Running || output(sandboxtest.Run(t, c, "echo alive")) != "alive\n" {
+		t.Fatalf("the sandbox is %s: %s", sb.Info().State, sb.Info().Cause)
 	}
 }
 

@@ -16,6 +16,9 @@ import (
 type Access struct {
 	// Authenticate finds the owner of a bearer token; an error says why it is not one, for the log. Nil: no token is looked at.
 	Authenticate func(ctx context.Context, token string) (owner string, err error)
+	// Until is how long what a request begins may go on beyond the request: it ends when what has let the request in is not valid any more. Nil, or one
+	// that gives nil: for good.
+	Until func(ctx context.Context) context.Context
 	// Required says whether a request without a token is refused; else it is the user's of this machine. Nil: never.
 	Required func() bool
 	// Origins are the origins of web pages that may ask, such as https://ide.example.com, beside the server's own on loopback.
@@ -133,6 +136,9 @@ func (a Access) admit(w http.ResponseWriter, r *http.Request) (owner string, ok 
 		challenge += sep + `error="invalid_token"`
 	}
 	w.Header().Set("WWW-Authenticate", challenge)
+	if r.ContentLength != 0 && r.ProtoMajor == 1 {
+		w.Header().Set("Connection", "close") // else net/http would wait for the body before it answers
+	}
 	refuse(w, http.StatusUnauthorized, nil, codeInvalid, "give a valid key as Authorization: Bearer KEY; soulbox-mcp key create makes one")
 	return "", false
 }
@@ -153,6 +159,16 @@ func (a Access) owner(r *http.Request) (string, error) {
 		return "", ErrDenied
 	}
 	return a.Authenticate(r.Context(), strings.TrimSpace(token))
+}
+
+// until is how long what a request begins may go on.
+func (a Access) until(r *http.Request) context.Context {
+	if a.Until != nil {
+		if ctx := a.Until(r.Context()); ctx != nil {
+			return ctx
+		}
+	}
+	return context.Background()
 }
 
 // still says whether a request that was admitted would still be.

@@ -294,21 +294,23 @@ func (h *HTTP) read(w http.ResponseWriter, r *http.Request, owner string) (m mes
 		refuse(w, http.StatusNotAcceptable, nil, codeInvalid, "accept application/json and text/event-stream")
 		return m, nil, false
 	}
-	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(readTime)) // a ResponseWriter that has none is a test's
 	done, ok := h.MayRead(owner, r.ContentLength)
 	if !ok {
 		tooMany(w, nil)
 		return m, nil, false
 	}
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, h.MaxBody))
+	body, err := io.ReadAll(http.MaxBytesReader(w, moving{r.Body, http.NewResponseController(w), time.Now().Add(readTime)}, h.MaxBody))
 	done()
-	_ = http.NewResponseController(w).SetReadDeadline(time.Time{})
+	_ = http.NewResponseController(w).SetReadDeadline(time.Time{}) // a ResponseWriter that has none is a test's
 	var tooLarge *http.MaxBytesError
 	if errors.As(err, &tooLarge) {
 		refuse(w, http.StatusRequestEntityTooLarge, nil, codeInvalid, fmt.Sprintf("the message is longer than %d bytes; send large content in parts", h.MaxBody))
 		return m, nil, false
 	}
 	if err != nil {
+		if r.ProtoMajor == 1 {
+			w.Header().Set("Connection", "close")
+		}
 		refuse(w, http.StatusBadRequest, nil, codeParse, "the message did not arrive whole")
 		return m, nil, false
 	}
@@ -324,8 +326,28 @@ func (h *HTTP) read(w http.ResponseWriter, r *http.Request, owner string) (m mes
 	return m, body, true
 }
 
-// readTime is how long a request's body may take to arrive.
-const readTime = 30 * time.Second
+// readTime is how long a request's body may take to arrive, stallTime how long none of it may.
+const (
+	readTime  = time.Minute
+	stallTime = 10 * time.Second
+)
+
+// moving is a body that must keep coming.
+type moving struct {
+	io.ReadCloser
+	web *http.ResponseController
+	end time.Time
+}
+
+// Read implements io.Reader.
+func (m moving) Read(p []byte) (int, error) {
+	next := time.Now().Add(stallTime)
+	if m.end.Before(next) {
+		next = m.end
+	}
+	_ = m.web.SetReadDeadline(next) // as above
+	return m.ReadCloser.Read(p)
+}
 
 // post answers a POST, which carries one message.
 func (h *HTTP) post(w http.ResponseWriter, r *http.Request, owner string) {
@@ -397,6 +419,8 @@ func (h *HTTP) initialize(w http.ResponseWriter, r *http.Request, owner string, 
 	}
 	stop := h.s.follow(c.feed, subscription{owner: owner, by: &c.client})
 	context.AfterFunc(c.ctx, stop)
+	revoked := context.AfterFunc(h.Access.until(r), func() { h.end(c) }) // a session is the key's that has begun it
+	context.AfterFunc(c.ctx, func() { revoked() })
 	w.Header().Set(mcp.HeaderSessionID, c.id)
 	w.Header().Set(headerCall, "1") // calls may carry names, by which they are asked for again
 	h.call(w, r, c, m, body)
@@ -455,12 +479,18 @@ func (h *HTTP) call(w http.ResponseWriter, r *http.Request, c *conversation, m m
 		return
 	}
 	st := h.newCallStream(w, r, c, m, again, f)
+	session := c.session(m, st)
+	session.until = h.Access.until(r)
 	go func() {
 		defer done()
-		h.answer(f, c, m, body, st)
+		defer session.whenRevoked(func() { f.cancel(errRevoked) })()
+		h.answer(f, session, m, body, st)
 	}()
 	st.wait(r.Context())
 	if m.modern() && r.Context().Err() != nil {
+		if session.until.Err() != nil {
+			f.cancel(errRevoked)
+		}
 		f.cancel(ErrCancelled)
 	}
 }
@@ -484,16 +514,16 @@ func (h *HTTP) newCallStream(w http.ResponseWriter, r *http.Request, c *conversa
 		st.opened = func() { c.remember(st) }
 	}
 	if m.Method == methodListen {
-		st.allowed, st.refused = func() bool { return h.Access.still(r) }, func() { f.cancel(gone{"the key is no longer valid"}) }
+		st.allowed, st.refused = func() bool { return h.Access.still(r) }, func() { f.cancel(errRevoked) }
 	}
 	st.mu.Unlock()
 	return st
 }
 
 // answer runs a request and writes what comes of it.
-func (h *HTTP) answer(f *flight, c *conversation, m message, body []byte, st *stream) {
+func (h *HTTP) answer(f *flight, session *Session, m message, body []byte, st *stream) {
 	answered := false
-	h.s.run(f, c.session(m, st), m, body, func(response any) {
+	h.s.run(f, session, m, body, func(response any) {
 		answered = true
 		if err := st.finish(statusOf(m, response), response); errors.Is(err, errEncode) {
 			h.s.Log.Error("encode response", "method", m.Method, "error", err)
@@ -506,7 +536,7 @@ func (h *HTTP) answer(f *flight, c *conversation, m message, body []byte, st *st
 		st.end()
 		st.mu.Unlock()
 	}
-	if c.over() { // nobody can come back any more
+	if session.over() { // nobody can come back any more
 		st.forget()
 	}
 }

@@ -29,6 +29,7 @@ type Session struct {
 	client *client // of the conversation; a call of 2026-07-28 has its own
 	out    sender  // nil: notes go nowhere
 	inTask bool
+	until  context.Context // ends with what has let the call in; nil: it does not
 	failed atomic.Pointer[Error]
 }
 
@@ -282,6 +283,17 @@ func (s *Session) Notify(method string, params map[string]any) error {
 		return nil
 	}
 	return s.out.write(newNote(method, params))
+}
+
+// errRevoked ends what a key has begun that is not valid any more. What runs in a sandbox is the owner's, and goes on.
+var errRevoked = gone{"the key is no longer valid"}
+
+// whenRevoked does something once what has let the call in is not valid any more, until stop is called.
+func (s *Session) whenRevoked(do func()) (stop func() bool) {
+	if s.until == nil {
+		return func() bool { return true }
+	}
+	return context.AfterFunc(s.until, do)
 }
 
 // levels are the levels of MCP's log messages, the least serious first.

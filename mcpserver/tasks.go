@@ -196,6 +196,7 @@ func (s *Server) mayBecomeTask(ctx context.Context, session *Session, m message,
 	taskCtx, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	n.cancel = cancel
 	stop := context.AfterFunc(session.ctx, func() { cancel(context.Cause(session.ctx)) })
+	stay := session.whenRevoked(func() { cancel(errRevoked) })
 	var response any
 	session.calls.Add(1)       // the call itself is counted, so drain has not returned
 	detach := session.attach() // a session with a task is not idle
@@ -204,6 +205,7 @@ func (s *Server) mayBecomeTask(ctx context.Context, session *Session, m message,
 		defer detach()
 		defer cancel(nil)
 		defer stop()
+		defer stay()
 		response = s.work(taskCtx, n, session, m, raw)
 		n.settle(response)
 		s.tasks.finished(n)

@@ -203,6 +203,9 @@ func describe(i sandbox.Info) map[string]any {
 		d["metadata"] = i.Metadata
 	}
 	switch {
+	case i.State.Ended() && i.OnDisk:
+		d["failed_at"], d["cause"], d["on_disk"] = i.Changed.UTC().Format(time.RFC3339), i.Cause, true
+		d["saved_at"], d["removed_at"] = i.Saved.UTC().Format(time.RFC3339), i.RemoveAt.UTC().Format(time.RFC3339)
 	case i.State.Ended():
 		d["ended_at"], d["cause"] = i.Changed.UTC().Format(time.RFC3339), i.Cause
 	case i.State == sandbox.Paused:

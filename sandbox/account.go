@@ -74,8 +74,9 @@ func (m *Manager) admitShare(owner string, l Limits) error {
 	if err != nil {
 		return err
 	}
-	if share := max(m.opts.MemoryBudget*largestShare/100, m.opts.Defaults.Memory); owner != "" && mine.memory+l.Memory > share {
-		return fmt.Errorf("%d MB of memory needed, %d MB of your share of %d MB are free; pause to disk or kill one of yours: %w", l.Memory>>20, max(0, share-mine.memory)>>20, share>>20, ErrNoRoom)
+	if share := max(m.opts.MemoryBudget*largestShare/100, m.opts.Defaults.Memory); owner != "" && mine.memory+l.promised() > share {
+		return fmt.Errorf("%d MB of memory needed, %d MB of your share of %d MB are free; pause to disk or kill one of yours: %w",
+			l.promised()>>20, max(0, share-mine.memory)>>20, share>>20, ErrNoRoom)
 	}
 	bound, ok := m.opts.Accounts.Bound(access.Tasks)
 	if !ok {
@@ -96,10 +97,10 @@ func (m *Manager) admitShare(owner string, l Limits) error {
 // promises sums what is promised to an owner's sandboxes, and to those of all, other servers' too. One on disk has nothing.
 func (m *Manager) promises(owner string) (mine, all promises, err error) {
 	err = m.store.promisedEach(func(r record) {
-		all.memory += r.Limits.Memory
+		all.memory += r.Limits.promised()
 		all.tasks += tasksOf(r.Limits)
 		if r.Owner == owner {
-			mine.memory += r.Limits.Memory
+			mine.memory += r.Limits.promised()
 			mine.tasks += tasksOf(r.Limits)
 		}
 	})

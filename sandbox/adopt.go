@@ -19,8 +19,6 @@ import (
 const (
 	// adoptTime bounds one try to adopt a sandbox.
 	adoptTime = 20 * time.Second
-	// rescanEvery is how often a server looks for sandboxes that others have left.
-	rescanEvery = 5 * time.Second
 	// A sandbox that runs but does not answer is tried adoptTries times, with a growing pause in between, before it is given up for dead.
 	adoptTries     = 6
 	adoptPause     = 200 * time.Millisecond
@@ -37,9 +35,9 @@ const (
 )
 
 // reap clears what dead servers left, and takes over what servers left on purpose: those on disk, and if this server keeps sandboxes those
-// that run, too. A failure is logged and leaves the sandbox for later.
+// that run, too. What cannot be looked at now is left as it is, and looked at again.
 func (m *Manager) reap() {
-	ticker := time.NewTicker(rescanEvery)
+	ticker := time.NewTicker(m.opts.RescanEvery)
 	defer ticker.Stop()
 	var forgot time.Time
 	for first := true; ; first = false {
@@ -50,25 +48,7 @@ func (m *Manager) reap() {
 				m.log.Error("remove old tombstones and unfinished snapshots", "error", err)
 			}
 		}
-		orphans, err := m.store.orphans()
-		if err != nil {
-			m.log.Error("look for sandboxes of dead servers", "error", err)
-		}
-		var all sync.WaitGroup
-		slots := make(chan struct{}, adoptAtOnce) // one that is silent must not hold up the others
-		for id, lock := range orphans {
-			r, err := m.store.load(id)
-			if err == nil && r.onDisk() { // at once: whoever asks for it meanwhile finds it locked
-				m.letSleep(r, lock)
-				continue
-			}
-			slots <- struct{}{}
-			all.Go(func() {
-				defer func() { <-slots }()
-				m.takeOver(id, r, err, lock)
-			})
-		}
-		all.Wait()
+		m.lookAtAll()
 		if first {
 			close(m.settled)
 		}
@@ -80,12 +60,88 @@ func (m *Manager) reap() {
 	}
 }
 
+// lookAtAll looks once at all sandboxes that no living server owns. Each is on its own: one that cannot be looked at does not stop the others.
+func (m *Manager) lookAtAll() {
+	ids, err := m.store.ids()
+	if err != nil {
+		m.log.Error("look for sandboxes of dead servers", "error", err)
+	}
+	var all sync.WaitGroup
+	defer all.Wait()
+	slots := make(chan struct{}, adoptAtOnce) // one that is silent must not hold up the others
+	for _, id := range ids {
+		if sb := m.known(id); sb != nil && !sb.current().ended() || m.isPutOff(id) {
+			continue // of one that has ended something may be left
+		}
+		lock, err := m.store.orphan(id)
+		if err != nil {
+			m.putOff(id, fmt.Errorf("lock it: %w", err))
+			continue
+		}
+		if lock == nil {
+			continue
+		}
+		r, err := m.store.load(id)
+		if err == nil && r.onDisk() { // at once: whoever asks for it meanwhile finds it locked
+			m.letSleep(r, lock)
+			continue
+		}
+		slots <- struct{}{}
+		all.Go(func() {
+			defer func() { <-slots }()
+			m.takeOver(id, r, err, lock)
+		})
+	}
+}
+
+// putOff leaves a sandbox as it is that cannot be looked at or taken over now, until it is tried again. The owner of the server is told once.
+func (m *Manager) putOff(id string, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	p := m.later[id]
+	if p.pause == 0 {
+		m.log.Error("a sandbox of a dead server cannot be taken over now; it is left as it is, and tried again", "sandbox", id, "error", err)
+		p.since = time.Now()
+	}
+	p.pause = min(putOffLongest, max(m.opts.RescanEvery, 2*p.pause))
+	p.why = err
+	p.next = time.Now().Add(p.pause - m.opts.RescanEvery/2)
+	m.later[id] = p
+}
+
+func (m *Manager) isPutOff(id string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return time.Now().Before(m.later[id].next)
+}
+
+// putOffSince is since when a sandbox could not be taken over; zero is not at all.
+func (m *Manager) putOffSince(id string) time.Time {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.later[id].since
+}
+
+func (m *Manager) whyPutOff(id string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.later[id].why
+}
+
+// postponed is a sandbox that could not be taken over.
+type postponed struct {
+	since, next time.Time
+	pause       time.Duration
+	why         error
+}
+
+// putOffLongest is the longest time between two tries.
+const putOffLongest = time.Minute
+
 // takeOver adopts, ends or leaves alone a sandbox that nobody owns and is not on disk; err is of its record.
 func (m *Manager) takeOver(id string, r record, err error, lock *os.File) {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) { // it cannot be read now, or is of another version: not for us to end
-		if _, told := m.unreadable.LoadOrStore(id, true); !told {
-			m.log.Error("read the state of a sandbox; it is left alone", "sandbox", id, "error", err)
-		}
+		m.putOff(id, fmt.Errorf("read its state: %w", err))
 		_ = lock.Close() // it was only read
 		return
 	}
@@ -101,14 +157,17 @@ func (m *Manager) takeOver(id string, r record, err error, lock *os.File) {
 			return
 		}
 		taken, err := m.adoptRunning(r, lock)
-		if taken || m.ctx.Err() != nil {
+		switch {
+		case taken || m.ctx.Err() != nil:
 			m.report(id, err)
 			return
+		case FindingOf(err) != Gone:
+			m.putOff(id, err)
+			_ = lock.Close() // whoever comes next may have it
+			return
 		}
-		m.log.Error("cannot adopt sandbox; it is ended", "sandbox", id, "error", err)
-		if cause = CauseGone; !errors.Is(err, ErrNoMachine) {
-			cause = Cause("no new server could adopt it: " + err.Error())
-		}
+		m.log.Error("cannot adopt sandbox: nothing of it runs", "sandbox", id, "error", err)
+		cause = CauseGone
 	case r.Keep:
 		cause = CauseTimeout
 	}
@@ -225,17 +284,11 @@ func (m *Manager) report(id string, err error) {
 	m.log.Info("adopted sandbox", "sandbox", id)
 }
 
-// adoptRunning adopts a sandbox that had a machine. It says whether it took it, or whoever comes later may; where that is not so the sandbox
-// is dead.
+// adoptRunning adopts a sandbox that had a machine. It says whether it took it; else the error tells why not, and the lock is the caller's.
 func (m *Manager) adoptRunning(r record, lock *os.File) (taken bool, err error) {
 	for try := range adoptTries {
 		if try > 0 {
-			pause := min(adoptLongPause, adoptPause<<try)
-			timer := time.NewTimer(pause/2 + mathrand.N(pause))
-			select {
-			case <-timer.C:
-			case <-m.ctx.Done():
-				timer.Stop()
+			if !sleepFor(m.ctx, adoptPauseOf(try)) {
 				return true, errors.Join(ErrClosed, lock.Close())
 			}
 			m.log.Warn("adopt sandbox; trying again", "sandbox", r.ID, "try", try+1, "error", err)
@@ -246,31 +299,73 @@ func (m *Manager) adoptRunning(r record, lock *os.File) (taken bool, err error) 
 		if errors.Is(err, ErrClosed) {
 			return true, errors.Join(err, lock.Close())
 		}
-		if errors.Is(err, ErrNoMachine) {
-			break
+		if FindingOf(err) == Gone {
+			return m.adoptSaved(r, lock, err)
 		}
 	}
-	if next := m.store.checkpoint(r.ID, r.Saves+1); errors.Is(err, ErrNoMachine) && isThere(next) {
-		// The server died between the checkpoint, which is whole, and the note of it.
-		r.Saves++
-		since := time.Now()
-		p := pause{Disk: true, FilesOnly: !hasMemory(next), AutoResume: !r.Times.NoAutoResume, Since: r.pausedSince(since)}
-		if r.Pause != nil { // it was frozen before
-			p.AutoResume = r.Pause.AutoResume
-		} else {
-			r.Cause = string(CauseRequest)
-		}
-		r.turnClock(r.State, Paused, since, m.opts.PausedFor)
-		r.State, r.Changed, r.Pause = Paused, since, &p
-		if err = m.store.save(r); err == nil {
-			err = m.adopt(r, lock)
-		}
-		if err != nil {
-			err = errors.Join(err, lock.Close())
-		}
-		return true, err
+	var over *OverError
+	since := m.putOffSince(r.ID)
+	if !errors.As(err, &over) || since.IsZero() || time.Since(since) < m.opts.WedgedAfter {
+		return false, err
 	}
-	return false, err
+	if c, ok := m.opts.Runtime.(Continuer); ok && over.Kind == OverStopped { // the next try finds it running
+		return false, errors.Join(err, c.Continue(m.store.path(r.ID)))
+	}
+	return m.adoptWedged(r, lock, over)
+}
+
+// adoptPauseOf is how long to wait before a try.
+func adoptPauseOf(try int) time.Duration {
+	pause := min(adoptLongPause, adoptPause<<try)
+	return pause/2 + mathrand.N(pause)
+}
+
+// adoptSaved adopts a sandbox without a machine whose server died between its checkpoint, which is whole, and the note of it.
+func (m *Manager) adoptSaved(r record, lock *os.File, gone error) (taken bool, err error) {
+	next := m.store.checkpoint(r.ID, r.Saves+1)
+	if _, err := os.Lstat(next); errors.Is(err, fs.ErrNotExist) {
+		return false, gone
+	} else if err != nil {
+		return false, err
+	}
+	r.Saves++
+	since := time.Now()
+	p := pause{Disk: true, FilesOnly: !hasMemory(next), AutoResume: !r.Times.NoAutoResume, Since: r.pausedSince(since)}
+	if r.Pause != nil { // it was frozen before
+		p.AutoResume, p.Wedged = r.Pause.AutoResume, r.Pause.Wedged
+	} else {
+		r.Cause = string(CauseRequest)
+	}
+	r.turnClock(r.State, Paused, since, m.opts.PausedFor)
+	r.State, r.Changed, r.Pause = Paused, since, &p
+	r.Copy = &savedCopy{Dir: filepath.Base(next), At: since, FilesOnly: p.FilesOnly}
+	if err = m.store.save(r); err == nil {
+		err = m.adopt(r, lock)
+	}
+	if err != nil {
+		err = errors.Join(err, lock.Close())
+	}
+	return true, err
+}
+
+// adoptWedged adopts a sandbox whose machine runs and whose agent has been silent for long: it is saved, and waits for its owner.
+func (m *Manager) adoptWedged(r record, lock *os.File, over *OverError) (taken bool, err error) {
+	ctx, cancel := context.WithTimeout(m.ctx, adoptTime)
+	defer cancel()
+	machine, err := m.opts.Runtime.Attach(ctx, m.store.path(r.ID))
+	if err != nil {
+		return false, err
+	}
+	_ = machine.Pipe().Close() // nobody answers there
+	sb := m.newSandbox(r)
+	sb.lock, sb.machine = lock, machine
+	sb.recall()
+	close(sb.booted)
+	if err := m.enter(sb, "taken over by a new server, and its agent is silent"); err != nil {
+		return false, err
+	}
+	sb.contain(machine, over)
+	return true, nil
 }
 
 // filesOnlyMark is a file in a checkpoint that has no memory.
@@ -304,6 +399,11 @@ func (m *Manager) adopt(r record, lock *os.File) (err error) {
 		}
 	}
 	m.tidy(ctx, r)
+	return m.enter(sb, "adopted by a new server")
+}
+
+// enter has a sandbox at hand that was not made here, and looks after it from then on.
+func (m *Manager) enter(sb *Sandbox, how string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	sb.mu.Lock()
@@ -315,21 +415,41 @@ func (m *Manager) adopt(r record, lock *os.File) (err error) {
 		}
 		return ErrClosed
 	}
-	m.sandboxes[r.ID] = sb
-	if sb.rec.State.Ended() { // meanwhile
+	m.sandboxes[sb.id] = sb
+	delete(m.later, sb.id)
+	if sb.rec.ended() { // meanwhile
 		return nil
 	}
-	sb.record("adopted by a new server")
+	sb.record("%s", how)
 	sb.serveAgain()
 	m.work.Go(sb.keepTime)
 	return nil
 }
 
+// keep has at hand what was saved of a sandbox that has failed, for a resume.
+func (m *Manager) keep(r record, lock *os.File) error {
+	ctx, cancel := context.WithTimeout(context.Background(), destroyTimeout)
+	defer cancel()
+	m.tidy(ctx, r)
+	sb := m.newSandbox(r)
+	sb.lock = lock
+	sb.recall()
+	close(sb.booted)
+	at := r.Copy.At.UTC().Format(time.RFC3339)
+	err := m.enter(sb, "what was saved of it at "+at+" is kept, and can be resumed")
+	if errors.Is(err, ErrClosed) { // the next server has it
+		return lock.Close()
+	}
+	return err
+}
+
 // tidy removes what a dead server was about to make, or to remove.
 func (m *Manager) tidy(ctx context.Context, r record) {
 	keep := ""
+	if dir := m.store.kept(r); dir != "" {
+		keep = filepath.Base(dir)
+	}
 	if r.onDisk() {
-		keep = filepath.Base(m.store.checkpoint(r.ID, r.Saves))
 		if err := m.opts.Runtime.Reap(ctx, m.store.path(r.ID)); err != nil { // of a waking, or a pause, that was cut off
 			m.log.Error("end the machine of a paused sandbox", "sandbox", r.ID, "error", err)
 		}
@@ -360,10 +480,13 @@ func (m *Manager) bury(id string, r record, lock *os.File, cause Cause) {
 		}
 		return
 	}
-	if !r.State.Ended() {
+	if !r.ended() {
+		was := r.State
 		r.State, r.Cause, r.Changed, r.Pause = Failed, string(cause), time.Now(), nil
-		if cause == CauseTimeout {
+		if cause == CauseTimeout || cause == CauseForgotten {
 			r.State = Killed
+		} else if r.Pause = r.afterFailure(r.Changed); r.Pause != nil {
+			r.turnClock(was, Failed, r.Changed, m.opts.PausedFor)
 		}
 		sb := m.newSandbox(r)
 		sb.recall()
@@ -371,6 +494,16 @@ func (m *Manager) bury(id string, r record, lock *os.File, cause Cause) {
 		r.Totals = sb.meter.totals()
 		sb.write(LogEntry{Time: r.Changed, Level: LevelError, Source: SourceSystem, Message: string(r.State) + ": " + r.Cause})
 		sb.cancel(cause)
+	}
+	if r.onDisk() {
+		err := m.store.save(r)
+		if err == nil {
+			err = m.keep(r, lock)
+		}
+		if err != nil {
+			m.log.Error("keep what was saved of a sandbox", "sandbox", id, "error", errors.Join(err, lock.Close()))
+		}
+		return
 	}
 	if err := m.store.entomb(r, lock); err != nil {
 		m.log.Error("remove sandbox of a dead server", "sandbox", id, "error", err)

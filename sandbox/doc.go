@@ -48,8 +48,9 @@ type Machine interface {
 	Usage(ctx context.Context) (Usage, error)
 	// IO tells what the machine has read from the host's disk and written to it. It is cheap.
 	IO() (IO, error)
-	// Check says what is wrong with the machine that its agent may not notice: that it is stopped, or takes more of the host than it may.
-	// It is cheap and is called about twice a second.
+	// Check tells what its agent may not notice, as FindingOf reads it: OverError where the machine is stopped or takes more of the host than it may,
+	// ErrNoMachine where its processes do not exist. Any other error says that the host could not be asked. It is cheap and is called about twice a
+	// second.
 	Check() error
 	// Destroy ends the machine whatever its state; afterwards nothing of it runs. It may be called twice.
 	Destroy(ctx context.Context) error
@@ -60,6 +61,13 @@ type Machine interface {
 type Gatherer interface {
 	// Gather binds the machine to one of its cores, or lets it have all of them. It is called by one at a time, and no harm where it fails.
 	Gather(one bool) error
+}
+
+// Rescuer is the ability of a Runtime to get the files out of a checkpoint whose memory is not to go on: its agent is silent, or it is damaged.
+type Rescuer interface {
+	// Rescue saves the files of the checkpoint spec.From alone, in the directory to, which it makes; Boot begins from that. It does so by a machine in
+	// spec.Dir, which exists and has none; nothing of that one is left. Damage in the checkpoint does not stop it as long as files can be read.
+	Rescue(ctx context.Context, spec Spec, to string) error
 }
 
 // CheckpointOptions say what is saved.
@@ -127,6 +135,7 @@ type Template struct {
 	User   string            // of processes that name none; default "user"
 	Cwd    string            // of those; default the user's home
 	Limits Limits            // of sandboxes that ask for none; zero values are the Manager's
+	Protect Protect // of sandboxes that ask for none; default the Manager's
 	// Service runs in every sandbox of it; nil is none.
 	Service *Service
 }

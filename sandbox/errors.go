@@ -22,6 +22,10 @@ var (
 	ErrUnfit = errors.New("it was made by a version of SoulBox that this server does not speak with")
 	// ErrNoMachine is of a Runtime that finds nothing of a machine.
 	ErrNoMachine = errors.New("no machine runs there")
+	// ErrPutOff is of a sandbox of a dead server that this one could not take over yet.
+	ErrPutOff = errors.New("it is left as it is, as this server could not take it over yet, and tries again")
+	// ErrDamaged is of a checkpoint whose bytes are not those that were saved.
+	ErrDamaged = errors.New("what was saved is damaged")
 	// ErrState is behind every StateError.
 	ErrState = errors.New("wrong state")
 )
@@ -44,7 +48,9 @@ const (
 	CauseRequest   Cause = "by request"
 	CauseDied      Cause = "its server died while it ran, and was not to keep it"
 	CauseHalfMade  Cause = "its server died while it was made"
-	CauseGone      Cause = "it was gone when a server came back to it: the host had restarted, or its runtime had crashed"
+	// CauseWedged is of one whose processes were stopped from outside for too long.
+	CauseWedged Cause = "its processes were stopped from outside, and nobody continued them"
+	CauseGone   Cause = "it was gone when a server came back to it: the host had restarted, or its runtime had crashed"
 )
 
 // Error implements error.
@@ -58,6 +64,7 @@ type StateError struct {
 	Cause string    // why it is in that state, for the ended and the paused ones
 	At    time.Time // since when
 	Wakes bool      // any call has it go on
+	Saved bool      // it has failed, and a resume starts what was saved of it
 }
 
 // Error names sandbox, verb, state and cause.

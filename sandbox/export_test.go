@@ -8,3 +8,12 @@ func (m *Manager) Dir() string { return m.opts.Dir }
 
 // Settled is closed when what earlier servers left has been looked at once.
 func (m *Manager) Settled() <-chan struct{} { return m.settled }
+
+// ProtectNow makes the copy that is due.
+func (s *Sandbox) ProtectNow() error {
+	s.mu.Lock()
+	client := s.client
+	s.mu.Unlock()
+	_, err := s.protectOnce(client, s.current().Protect, s.meter.haveSeen())
+	return err
+}

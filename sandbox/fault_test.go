@@ -8,7 +8,9 @@ import (
 	"path/filepath"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
+	"time"
 
 	"soulbox.dev/soulbox/internal/sandboxtest"
 	"soulbox.dev/soulbox/sandbox"
@@ -212,5 +214,90 @@ func (k *told) check(t *testing.T, at int, m *sandbox.Manager, fake *sandboxtest
 		if _, err := m.Any(e.Name()); e.IsDir() && err != nil {
 			t.Errorf("step %d: %s is left", at, e.Name())
 		}
+	}
+}
+
+// TestHostFails: whichever step of the store fails once, with whatever the host says, in a sandbox' life: it has not ended, it goes on when asked
+// again, and nothing is left when it is killed.
+func TestHostFails(t *testing.T) {
+	for _, fault := range []error{syscall.EMFILE, syscall.EIO, syscall.ENOSPC} {
+		t.Run(fault.Error(), func(t *testing.T) {
+			t.Parallel()
+			for at, steps := 1, 1; at <= steps; at++ {
+				steps = failAt(t, fault, at)
+			}
+		})
+	}
+}
+
+// failAt has one step of a life fail, and tells how many there were.
+func failAt(t *testing.T, fault error, at int) (steps int) {
+	dir, fake := t.TempDir(), &sandboxtest.Fake{}
+	var now atomic.Int64
+	o := sandbox.Options{Dir: dir, Runtime: fake, Templates: sandboxtest.Templates{}, Keep: true, MemoryBudget: 8 << 30, RescanEvery: time.Hour}
+	o.SetFault(func(_, _ string, size int) (int, error) {
+		if now.Add(1) == int64(at) {
+			return 0, fault
+		}
+		return size, nil
+	})
+	m, err := sandbox.NewManager(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-m.Settled()
+	liveOn(t, m, fmt.Sprintf("step %d", at))
+	if err := m.Close(); err != nil {
+		t.Fatal(at, err)
+	}
+	if fake.Running() != 0 {
+		t.Fatalf("step %d: a machine is left", at)
+	}
+	next := newManager(t, dir, fake, keep) // removes what could not be
+	<-next.Settled()
+	noDirectories(t, dir)
+	if err := next.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return int(now.Load())
+}
+
+// liveOn is a life in which what has failed is tried again.
+func liveOn(t *testing.T, m *sandbox.Manager, when string) {
+	t.Helper()
+	again := func(what string, do func() error) {
+		t.Helper()
+		err := do()
+		if err != nil {
+			err = do()
+		}
+		if err != nil {
+			t.Fatalf("%s: %s: %v", when, what, err)
+		}
+	}
+	var sb *sandbox.Sandbox
+	again("create", func() (err error) {
+		sb, err = m.Create(t.Context(), sandbox.CreateOptions{Protect: sandbox.Protect{Every: time.Hour}})
+		return err
+	})
+	alive := func(what string, want sandbox.State) {
+		t.Helper()
+		if i := sb.Info(); i.State != want || sb.Gone() {
+			t.Fatalf("%s: after %s it is %s (%s)", when, what, i.State, i.Cause)
+		}
+	}
+	again("protect", sb.ProtectNow)
+	alive("protect", sandbox.Running)
+	for range 2 {
+		again("pause", func() error { return sb.Pause(t.Context(), sandbox.PauseOptions{ToDisk: true}) })
+		alive("pause", sandbox.Paused)
+		again("resume", func() error { return sb.Resume(t.Context()) })
+		alive("resume", sandbox.Running)
+	}
+	again("freeze", func() error { return sb.Pause(t.Context(), sandbox.PauseOptions{}) })
+	again("thaw", func() error { return sb.Resume(t.Context()) })
+	alive("thaw", sandbox.Running)
+	if err := sb.Kill(sandbox.CauseKilled); err != nil && sb.Info().State != sandbox.Killed {
+		t.Fatalf("%s: kill: %v", when, err)
 	}
 }

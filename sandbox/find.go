@@ -3,6 +3,9 @@ package sandbox
 import (
 	"cmp"
 	"context"
+	"errors"
+	"fmt"
+	"io/fs"
 	"maps"
 	"slices"
 	"time"
@@ -35,7 +38,11 @@ func (m *Manager) find(id string, theirs func(record) bool) (*Sandbox, error) {
 		}
 		return m.remembered(r), nil
 	}
-	if r, err := m.store.load(id); err != nil || !theirs(r) {
+	r, err := m.store.load(id)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("look for sandbox %s: %w", id, err)
+	}
+	if err != nil || !theirs(r) {
 		return nil, ErrNotFound
 	}
 	return m.awaitAdoption(id)
@@ -70,6 +77,9 @@ func (m *Manager) awaitAdoption(id string) (*Sandbox, error) {
 	}
 	if sb := m.known(id); sb != nil {
 		return sb, nil
+	}
+	if why := m.whyPutOff(id); why != nil {
+		return nil, fmt.Errorf("look for sandbox %s: %w: %w", id, ErrPutOff, why)
 	}
 	return nil, ErrNotFound
 }
@@ -114,7 +124,7 @@ type Filter struct {
 }
 
 func (f Filter) selects(i Info) bool {
-	if f.Owner != i.Owner || f.State == "" && i.State.Ended() || f.State != "" && i.State != f.State || i.Created.Before(f.Since) ||
+	if f.Owner != i.Owner || f.State == "" && i.State.Ended() && !i.OnDisk || f.State != "" && i.State != f.State || i.Created.Before(f.Since) ||
 		!f.Until.IsZero() && !i.Created.Before(f.Until) ||
 		f.Template != "" && i.Template != f.Template && i.Parent != f.Template {
 		return false
@@ -139,7 +149,7 @@ func (m *Manager) List(f Filter) []Info {
 			list = append(list, info)
 		}
 	}
-	if f.State == "" || f.State == Paused {
+	if f.State == "" || f.State == Paused || f.State == Failed {
 		for _, info := range m.unowned(f.Owner, known) {
 			if f.selects(info) {
 				list = append(list, info)

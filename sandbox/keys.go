@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
@@ -9,9 +10,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"sync"
 	"time"
 )
@@ -21,9 +24,17 @@ import (
 type Keys struct {
 	Dir string
 
-	mu    sync.Mutex
-	seen  os.FileInfo
-	known []Key
+	mu     sync.Mutex
+	seen   os.FileInfo
+	known  []Key
+	lives  map[string]life // of keys that have admitted somebody, by hash
+	owners map[string]life // of owners who have a valid key
+}
+
+// life lasts as long as a key, or an owner's last one, is valid.
+type life struct {
+	ctx context.Context
+	end context.CancelCauseFunc
 }
 
 // Key is an API key without its secret.
@@ -89,26 +100,126 @@ func (k *Keys) List() ([]Key, error) {
 	if err := k.look(); err != nil {
 		return nil, err
 	}
-	return append([]Key(nil), k.known...), nil
+	return slices.Clone(k.known), nil
+}
+
+// Exist says whether there are keys, so that nobody may come without one: as soon as there is a file, whatever is in it. One that is empty, broken
+// or not to be read lets nobody in.
+func (k *Keys) Exist() bool {
+	_, err := os.Lstat(k.path())
+	return !errors.Is(err, fs.ErrNotExist)
 }
 
 // Owner finds whose a secret is. It takes the same time for every secret that is none.
 func (k *Keys) Owner(secret string) (string, error) {
-	all, err := k.List()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	key, err := k.find(secret)
+	return key.Owner, err
+}
+
+// Admit is Owner with a context that ends, by ErrKey, once the key is not valid any more. Watch has to be at work.
+func (k *Keys) Admit(secret string) (owner string, valid context.Context, err error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	key, err := k.find(secret)
 	if err != nil {
-		return "", err
+		return "", nil, err
 	}
-	given, owner, found := []byte(hash(secret)), "", 0
-	for _, key := range all {
-		same := subtle.ConstantTimeCompare(given, []byte(key.Hash))
-		if same == 1 && key.Valid(time.Now()) {
-			owner, found = key.Owner, 1
+	return key.Owner, lifeOf(&k.lives, key.Hash), nil
+}
+
+// OwnerValid is a context that ends, by ErrKey, once an owner has no valid key any more. Watch has to be at work.
+func (k *Keys) OwnerValid(owner string) (valid context.Context, err error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err := k.look(); err != nil {
+		return nil, err
+	}
+	if !slices.ContainsFunc(k.known, func(key Key) bool { return key.Owner == owner && key.Valid(time.Now()) }) {
+		return nil, ErrKey
+	}
+	return lifeOf(&k.owners, owner), nil
+}
+
+// find finds the valid key of a secret. k.mu is held.
+func (k *Keys) find(secret string) (Key, error) {
+	if err := k.look(); err != nil {
+		return Key{}, err
+	}
+	given, found, now := []byte(hash(secret)), Key{}, time.Now()
+	for _, key := range k.known {
+		if same := subtle.ConstantTimeCompare(given, []byte(key.Hash)); same == 1 && key.Valid(now) {
+			found = key
 		}
 	}
-	if found == 0 || !keyPattern.MatchString(secret) {
-		return "", ErrKey
+	if found.Hash == "" || !keyPattern.MatchString(secret) {
+		return Key{}, ErrKey
 	}
-	return owner, nil
+	return found, nil
+}
+
+func lifeOf(all *map[string]life, name string) context.Context {
+	l, ok := (*all)[name]
+	if !ok {
+		if *all == nil {
+			*all = map[string]life{}
+		}
+		l.ctx, l.end = context.WithCancelCause(context.Background())
+		(*all)[name] = l
+	}
+	return l.ctx
+}
+
+// keyLook is how often Watch looks whether keys are still valid.
+const keyLook = 250 * time.Millisecond
+
+// Watch ends what Admit and OwnerValid have given as soon as it is to, until ctx ends. Keys that cannot be read end nothing: nobody new is let in then.
+func (k *Keys) Watch(ctx context.Context, log *slog.Logger) {
+	ticker := time.NewTicker(keyLook)
+	defer ticker.Stop()
+	told := ""
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		said := ""
+		if err := k.endInvalid(); err != nil {
+			said = err.Error()
+		}
+		if said != told && said != "" {
+			log.Error("the keys cannot be read: nobody new is let in", "error", said)
+		}
+		told = said
+	}
+}
+
+func (k *Keys) endInvalid() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err := k.look(); err != nil {
+		return err
+	}
+	hashes, owners, now := map[string]bool{}, map[string]bool{}, time.Now()
+	for _, key := range k.known {
+		if key.Valid(now) {
+			hashes[key.Hash], owners[key.Owner] = true, true
+		}
+	}
+	endOthers(k.lives, hashes)
+	endOthers(k.owners, owners)
+	return nil
+}
+
+func endOthers(all map[string]life, valid map[string]bool) {
+	for name, l := range all {
+		if !valid[name] {
+			l.end(ErrKey)
+			delete(all, name)
+		}
+	}
 }
 
 func hash(secret string) string {
@@ -137,7 +248,7 @@ func (k *Keys) look() error {
 	}
 	var known []Key
 	if err := json.Unmarshal(body, &known); err != nil {
-		return fmt.Errorf("read keys: %w", err)
+		return fmt.Errorf("the keys file %s is broken (%w); restore it, or remove it and make all keys anew", k.path(), err)
 	}
 	k.seen, k.known = now, known
 	return nil

@@ -1,7 +1,9 @@
 package sandbox_test
 
 import (
+	"context"
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -10,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"soulbox.dev/soulbox/internal/sandboxtest"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -79,4 +82,102 @@ func TestKeysAtOnce(t *testing.T) {
 	if keys, err := (&sandbox.Keys{Dir: dir}).List(); err != nil || len(keys) != 20 {
 		t.Fatal(len(keys), err)
 	}
+}
+
+// TestKeysFileIsThere: whatever is in the file, keys are needed, and only whole, valid ones admit anybody.
+func TestKeysFileIsThere(t *testing.T) {
+	for name, spoil := range map[string]func(path string) error{
+		"empty list": func(path string) error { return os.WriteFile(path, []byte("[]"), 0o600) },
+		"null":       func(path string) error { return os.WriteFile(path, []byte("null"), 0o600) },
+		"empty":      func(path string) error { return os.WriteFile(path, nil, 0o600) },
+		"half": func(path string) error {
+			return os.WriteFile(path, []byte(`[{"id":"1","owner":"ann","sha256":"`), 0o600)
+		},
+		"no list":    func(path string) error { return os.WriteFile(path, []byte(`{"keys":[]}`), 0o600) },
+		"unreadable": func(path string) error { return os.Mkdir(path, 0o700) },
+		"dangling":   func(path string) error { return os.Symlink("nowhere", path) },
+	} {
+		keys := &sandbox.Keys{Dir: t.TempDir()}
+		if keys.Exist() {
+			t.Fatal("there are keys before there is a file")
+		}
+		if err := spoil(filepath.Join(keys.Dir, "keys")); err != nil {
+			t.Fatal(err)
+		}
+		if !keys.Exist() {
+			t.Errorf("%s: no keys are needed", name)
+		}
+		if owner, err := keys.Owner("e2b_" + strings.Repeat("0", 40)); err == nil {
+			t.Errorf("%s: it admits %q", name, owner)
+		}
+	}
+}
+
+// TestKeysEnd: what a key admitted ends soon after it is revoked or expired; what its owner's other key admits does not, and what hangs on the owner
+// ends with the last key. A file that cannot be read ends nothing.
+func TestKeysEnd(t *testing.T) {
+	dir := t.TempDir()
+	operator, server := &sandbox.Keys{Dir: dir}, &sandbox.Keys{Dir: dir}
+	go server.Watch(t.Context(), slog.New(slog.DiscardHandler)) // ends with the test
+	admit := func(valid time.Duration) (sandbox.Key, context.Context) {
+		t.Helper()
+		secret, key, err := operator.Create("ann", valid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		owner, ctx, err := server.Admit(secret)
+		if err != nil || owner != "ann" || ctx.Err() != nil {
+			t.Fatal(owner, ctx, err)
+		}
+		return key, ctx
+	}
+	ended := func(what string, ctx context.Context) {
+		t.Helper()
+		sandboxtest.Eventually(t, what, func() bool { return ctx.Err() != nil })
+		if !errors.Is(context.Cause(ctx), sandbox.ErrKey) {
+			t.Error(context.Cause(ctx))
+		}
+	}
+	first, one := admit(0)
+	second, two := admit(0)
+	_, brief := admit(time.Minute)
+	all, err := server.OwnerValid("ann")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := server.OwnerValid("bob"); !errors.Is(err, sandbox.ErrKey) {
+		t.Fatal("an owner without a key", err)
+	}
+	if err := operator.Revoke(first.ID); err != nil {
+		t.Fatal(err)
+	}
+	ended("the revoked key's end", one)
+	if err := errors.Join(two.Err(), brief.Err(), all.Err()); err != nil {
+		t.Fatal("another key's ended", err)
+	}
+	path := filepath.Join(dir, "keys")
+	body, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, body[:len(body)/2], 0o600); err != nil {
+		t.Fatal(err)
+	}
+	sandboxtest.Eventually(t, "the server sees that the file is broken", func() bool {
+		_, err := server.List()
+		return err != nil
+	})
+	if err := errors.Join(two.Err(), all.Err()); err != nil {
+		t.Fatal("a broken file ends what goes on", err)
+	}
+	expired := strings.Replace(string(body), `"expires": "`, `"expires": "2001-01-01T00:00:00Z", "was": "`, 1)
+	if err := errors.Join(os.WriteFile(path+".new", []byte(expired), 0o600), os.Rename(path+".new", path)); err != nil {
+		t.Fatal(err)
+	}
+	ended("the expired key's end", brief)
+	if err := operator.Revoke(second.ID); err != nil {
+		t.Fatal(err)
+	}
+	ended("the last key's end", two)
+	ended("the owner's end", all)
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"net"
 	"os"
 	"slices"
 	"strings"
@@ -32,6 +33,12 @@ type Options struct {
 	MemoryBudget int64
 	// BootTimeout bounds the time until a new sandbox' agent answers; default 60 s.
 	BootTimeout time.Duration
+	// Protect is how sandboxes are protected that ask for nothing; default not at all.
+	Protect Protect
+	// RescanEvery is how often a server looks for sandboxes that others have left; default 5 s.
+	RescanEvery time.Duration
+	// WedgedAfter is how long a machine may be stopped from outside before it is continued and saved; default a minute.
+	WedgedAfter time.Duration
 	// PingEvery is how often agents are asked whether they answer; default 10 s. PingTime is how long one may be silent (agent.Client.Patience);
 	// default agent.Silence.
 	PingEvery, PingTime time.Duration
@@ -50,6 +57,8 @@ type Options struct {
 	Accounts *access.Accounts
 	// StallTime is how long the other side of a connection to a port may read nothing while there is something for it; default 60 s.
 	StallTime time.Duration
+	// Listen listens for exposed ports; default net.Listen.
+	Listen func(network, address string) (net.Listener, error)
 	// SampleEvery is how often it is measured what a sandbox uses; default 5 s.
 	SampleEvery time.Duration
 	// Changed is told of every change of a sandbox. It is called with locks held: it must neither block nor call back.
@@ -89,8 +98,9 @@ type Manager struct {
 	inUse     map[string]int
 	past      Totals // of sandboxes that are not in sandboxes any more
 	settled   chan struct{}
-	// unreadable and tidied are ids of sandboxes that nobody owns: of which it was told that they cannot be read, and that were looked at.
-	unreadable, tidied sync.Map
+	later     map[string]postponed // sandboxes of dead servers that could not be taken over
+	// tidied are ids of sandboxes that nobody owns and that were looked at.
+	tidied sync.Map
 	// foreign are ids of sandboxes on disk that another server was found to have.
 	foreign  sync.Map
 	claiming sync.Mutex   // held while a sandbox on disk is taken
@@ -105,12 +115,17 @@ func NewManager(opts Options) (*Manager, error) {
 	if opts.Observe == nil {
 		opts.Observe = func(string, time.Duration, error) {}
 	}
+	if opts.Listen == nil {
+		opts.Listen = net.Listen
+	}
 	opts.MaxPerOwner = cmp.Or(opts.MaxPerOwner, 100)
 	opts.Times.Life = cmp.Or(opts.Times.Life, DefaultLifetime)
 	opts.Times.OnTimeout = cmp.Or(opts.Times.OnTimeout, ActionKill)
 	opts.PausedFor = cmp.Or(opts.PausedFor, 7*24*time.Hour)
 	opts.StallTime = cmp.Or(opts.StallTime, time.Minute)
 	opts.SampleEvery = cmp.Or(opts.SampleEvery, 5*time.Second)
+	opts.RescanEvery = cmp.Or(opts.RescanEvery, 5*time.Second)
+	opts.WedgedAfter = cmp.Or(opts.WedgedAfter, time.Minute)
 	if err := opts.Times.check(); err != nil {
 		return nil, err
 	}
@@ -124,7 +139,7 @@ func NewManager(opts Options) (*Manager, error) {
 		}
 		opts.MemoryBudget = total / 10 * 8
 	}
-	m := &Manager{opts: opts, store: newStore(opts.Dir), log: opts.Log, sandboxes: map[string]*Sandbox{}, inUse: map[string]int{}, settled: make(chan struct{})}
+	m := &Manager{opts: opts, store: newStore(opts.Dir), log: opts.Log, sandboxes: map[string]*Sandbox{}, inUse: map[string]int{}, later: map[string]postponed{}, settled: make(chan struct{})}
 	m.store.fault = opts.fault
 	for _, dir := range []string{m.store.dir, m.store.ended, m.store.snapshots} {
 		if err := os.MkdirAll(dir, 0o711); err != nil {
@@ -157,6 +172,7 @@ type CreateOptions struct {
 	Times     Times
 	Network   Network // default none; of a snapshot the snapshot's
 	Ingress   Ingress
+	Protect   Protect // default the Manager's
 
 	from   string // a checkpoint
 	whole  bool   // with memory
@@ -194,7 +210,7 @@ func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 	if o.Network, err = o.Network.check(); err != nil {
 		return nil, fmt.Errorf("create sandbox: %w", err)
 	}
-	if err := o.Ingress.check(); err != nil {
+	if err := errors.Join(o.Ingress.check(), o.Protect.check(o.Limits)); err != nil {
 		return nil, fmt.Errorf("create sandbox: %w", err)
 	}
 	if o.Network.On() && m.opts.NoNetwork {
@@ -234,7 +250,7 @@ func (m *Manager) conceive(o CreateOptions, template Template) *Sandbox {
 	sb := m.newSandbox(record{
 		Version: recordVersion, ID: newID(), Owner: o.Owner, Keep: m.opts.Keep && !o.Transient, State: Creating, Template: template.Name, Image: template.ID,
 		User: template.User, Cwd: template.Cwd, Parent: o.parent, Metadata: maps.Clone(o.Metadata), Limits: o.Limits.or(template.Limits).or(m.opts.Defaults),
-		Times: o.Times, Network: o.Network, Ingress: o.Ingress, Created: now, Changed: now,
+		Times: o.Times, Network: o.Network, Ingress: o.Ingress, Created: now, Changed: now, Protect: o.Protect.or(template.Protect).or(m.opts.Protect),
 	})
 	sb.rec.giveSecrets()
 	if service := template.Service; service != nil {
@@ -312,7 +328,7 @@ func isID(name string) bool { return strings.HasPrefix(name, "sha256:") }
 // newSandbox is a sandbox of a record, which nobody knows yet.
 func (m *Manager) newSandbox(r record) *Sandbox {
 	s := &Sandbox{m: m, id: r.ID, owner: r.Owner, rec: r, booted: make(chan struct{}), left: make(chan struct{}), ended: make(chan struct{}),
-		turn: make(chan struct{}, 1), retime: make(chan struct{}, 1), connSlots: make(chan struct{}, maxConns)}
+		turn: make(chan struct{}, 1), retime: make(chan struct{}, 1), guard: make(chan struct{}, 1), connSlots: make(chan struct{}, maxConns)}
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 	return s
 }
@@ -330,7 +346,7 @@ func (m *Manager) promise(sb *Sandbox) error {
 	if err := m.admitOne(sb.owner); err != nil {
 		return fmt.Errorf("create sandbox: %w", err)
 	}
-	if err := m.admit(sb.owner, sb.rec.Limits.Memory); err != nil {
+	if err := m.admit(sb.owner, sb.rec.Limits); err != nil {
 		return fmt.Errorf("create sandbox: %w", err)
 	}
 	if sb.lock, err = m.store.claim(sb.rec.ID); err != nil {

@@ -271,41 +271,6 @@ func TestAgentLost(t *testing.T) {
 	}
 }
 
-func TestMachineUnwell(t *testing.T) {
-	fake := &sandboxtest.Fake{}
-	m := newManager(t, t.TempDir(), fake, nil)
-	sb := create(t, m, sandbox.CreateOptions{})
-	fake.Sicken(errors.New("it has a cold"))
-	sandboxtest.Eventually(t, "it has failed and is gone", func() bool { return sb.Info().State == sandbox.Failed && fake.Running() == 0 })
-	if cause := sb.Info().Cause; cause != "it has a cold" {
-		t.Fatal(cause)
-	}
-}
-
-func TestAgentSilent(t *testing.T) {
-	for name, test := range map[string]struct {
-		pingTime time.Duration
-		unwell   error
-		cause    string
-	}{
-		"by itself": {20 * time.Millisecond, nil, sandbox.CauseSilent.Error()},
-		// While a silent agent is waited for, the machine is still looked at.
-		"and its machine unwell": {time.Hour, errors.New("it took too much"), "it took too much"},
-	} {
-		fake, dir := &sandboxtest.Fake{}, t.TempDir()
-		m := newManager(t, dir, fake, func(o *sandbox.Options) { o.PingEvery, o.PingTime = time.Millisecond, test.pingTime })
-		sb := create(t, m, sandbox.CreateOptions{})
-		fake.Silence(filepath.Join(dir, "sandboxes", sb.ID()))
-		if test.unwell != nil {
-			fake.Sicken(test.unwell)
-		}
-		sandboxtest.Eventually(t, name, func() bool { return sb.Info().State == sandbox.Failed && fake.Running() == 0 })
-		if cause := sb.Info().Cause; cause != test.cause {
-			t.Errorf("%s: %s", name, cause)
-		}
-	}
-}
-
 func TestList(t *testing.T) {
 	m := newManager(t, t.TempDir(), &sandboxtest.Fake{}, nil)
 	a := create(t, m, sandbox.CreateOptions{Metadata: map[string]string{"team": "x", "job": "1"}})

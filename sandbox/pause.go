@@ -25,6 +25,9 @@ type PauseOptions struct {
 	// AutoResume says that any call wakes it; otherwise Resume alone does.
 	AutoResume bool
 	Cause      Cause // default CauseRequest
+
+	forced bool // it must not go on: its agent is not waited for
+	wedged bool // its agent is silent
 }
 
 // Pause stops the sandbox as it is: its processes, and the clock of its life. Calls that wait for something in it return with what is there
@@ -63,8 +66,20 @@ func (s *Sandbox) pause(ctx context.Context, o PauseOptions) (err error) {
 	return err
 }
 
-// Resume has a paused sandbox go on.
-func (s *Sandbox) Resume(ctx context.Context) (err error) {
+// ResumeOptions say how a sandbox is resumed.
+type ResumeOptions struct {
+	// FilesOnly boots its files anew, without the processes that were saved. It helps where they are wedged or damaged.
+	FilesOnly bool
+	// Memory is a new memory limit in bytes, larger than before; zero leaves it. Where processes were saved they keep the old one, and what is more
+	// is their kernel's: for files and other objects.
+	Memory int64
+}
+
+// Resume resumes a paused sandbox, or one that has failed from what was saved of it.
+func (s *Sandbox) Resume(ctx context.Context) error { return s.ResumeWith(ctx, ResumeOptions{}) }
+
+// ResumeWith is Resume with options. Info has a Notice of what is missing.
+func (s *Sandbox) ResumeWith(ctx context.Context, o ResumeOptions) (err error) {
 	began := time.Now()
 	ctx, over, err := s.takeTurn(ctx, "resume")
 	if err != nil {
@@ -75,14 +90,20 @@ func (s *Sandbox) Resume(ctx context.Context) (err error) {
 		s.m.opts.Observe("resume", time.Since(began), err)
 	}()
 	r := s.current()
-	if r.State != Paused {
+	if r.State != Paused && !r.onDisk() {
 		return s.asError("resume")
+	}
+	if !r.onDisk() && o != (ResumeOptions{}) {
+		return fmt.Errorf("resume sandbox %s: it is paused in memory, so it is resumed as it is; pause it to disk first: %w", s.id, ErrInvalid)
+	}
+	if o.Memory != 0 && o.Memory < r.Limits.Memory {
+		return fmt.Errorf("resume sandbox %s: its memory limit is %d MB, and only more can be given: %w", s.id, r.Limits.Memory>>20, ErrInvalid)
 	}
 	if last := r.lastMoment(); !last.IsZero() && !last.Add(time.Since(r.pausedSince(time.Now()))).After(time.Now()) {
 		return fmt.Errorf("resume sandbox %s: its maximum life time is over; a longer one can be set: %w", s.id, ErrInvalid)
 	}
 	if r.onDisk() {
-		err = s.wake(ctx)
+		err = s.wake(ctx, o)
 	} else {
 		err = s.thaw(ctx)
 	}
@@ -140,7 +161,7 @@ func (s *Sandbox) takeTurn(ctx context.Context, verb string) (_ context.Context,
 
 // whyEnded is the end of a sandbox under a change, where that is what the change has failed of.
 func (s *Sandbox) whyEnded(err error) error {
-	if s.current().State.Ended() {
+	if s.current().ended() {
 		return s.asError("go on in")
 	}
 	return err
@@ -148,7 +169,9 @@ func (s *Sandbox) whyEnded(err error) error {
 
 // freeze pauses the machine in memory.
 func (s *Sandbox) freeze(ctx context.Context, o PauseOptions) error {
-	s.Refresh(ctx)
+	if !o.forced {
+		s.Refresh(ctx)
+	}
 	s.mu.Lock()
 	machine := s.machine
 	s.mu.Unlock()
@@ -157,7 +180,9 @@ func (s *Sandbox) freeze(ctx context.Context, o PauseOptions) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	err := s.become("pause", Paused, o.Cause, func(r *record) { r.Pause = &pause{AutoResume: o.AutoResume, Since: r.Changed} })
+	err := s.become("pause", Paused, o.Cause, func(r *record) {
+		r.Pause, r.Notice = &pause{AutoResume: o.AutoResume, Wedged: o.wedged, Since: r.Changed}, ""
+	})
 	if err != nil && !s.rec.State.Ended() {
 		err = errors.Join(err, machine.Resume(ctx))
 	}
@@ -190,8 +215,11 @@ func (s *Sandbox) rejoin(ctx context.Context) error {
 	client, err := agent.NewClient(ctx, machine.Pipe(), s.m.opts.Version)
 	if err != nil {
 		_ = machine.Pipe().Close() // the sandbox does not notice
+		if !errors.Is(err, agent.ErrVersion) {
+			err = errors.Join(&OverError{Kind: OverSilent}, err)
+		}
 	}
-	if s.rec.State == Paused {
+	if s.current().State == Paused {
 		err = errors.Join(err, machine.Pause(ctx))
 	}
 	if err != nil {
@@ -215,17 +243,17 @@ func (s *Sandbox) sleep(ctx context.Context, o PauseOptions) (err error) {
 	s.mu.Lock()
 	machine, client, stop, r := s.machine, s.client, s.stop, s.rec
 	s.mu.Unlock()
-	saved, err := s.roomToSave(ctx)
+	saved, err := s.roomToSave(ctx, !o.wedged)
 	if err != nil {
 		return err
 	}
 	defer saved()
 	paused := &StateError{ID: s.id, Verb: "go on in", State: Paused, At: time.Now(), Cause: o.Cause.Error(), Wakes: o.AutoResume}
-	if r.State == Running { // what hangs in one that is frozen is told that it goes to disk
+	if r.State == Running && client != nil && !o.wedged { // what hangs in one that is frozen is told that it goes to disk
 		suspending, done := context.WithTimeout(ctx, suspendTime)
 		err = client.Suspend(suspending, paused)
 		done()
-		if err != nil {
+		if err != nil && !o.forced {
 			client.GoOn()
 			return err
 		}
@@ -235,17 +263,18 @@ func (s *Sandbox) sleep(ctx context.Context, o PauseOptions) (err error) {
 	if err = s.m.store.removeAll(target + unfinishedSave); err == nil {
 		err = machine.Checkpoint(ctx, target+unfinishedSave, CheckpointOptions{FilesOnly: o.FilesOnly})
 	}
-	if err == nil && o.FilesOnly {
-		err = s.m.store.replace(filepath.Join(target+unfinishedSave, filesOnlyMark), nil)
-	}
 	if err == nil {
-		err = s.m.store.rename(target+unfinishedSave, target)
+		err = s.m.store.finish(target, o.FilesOnly)
 	}
 	s.mu.Lock()
+	older := s.m.store.kept(s.rec)
 	if err == nil {
 		err = s.become("pause", Paused, o.Cause, func(r *record) {
+			since := r.pausedSince(r.Changed)
+			size, _ := sizeOf(target) // which is told, and decides nothing
 			r.Saves++
-			r.Pause = &pause{Disk: true, FilesOnly: o.FilesOnly, AutoResume: o.AutoResume, Since: r.pausedSince(r.Changed)}
+			r.Pause = &pause{Disk: true, FilesOnly: o.FilesOnly, AutoResume: o.AutoResume, Wedged: o.wedged || r.Pause != nil && r.Pause.Wedged, Since: since}
+			r.Copy, r.Notice = &savedCopy{Dir: filepath.Base(target), At: since, FilesOnly: o.FilesOnly, Size: size}, ""
 		})
 	}
 	if err != nil {
@@ -256,16 +285,25 @@ func (s *Sandbox) sleep(ctx context.Context, o PauseOptions) (err error) {
 		err = errors.Join(noDisk(err), s.m.store.removeAll(target+unfinishedSave), s.m.store.removeAll(target))
 		if r.State == Running {
 			err = errors.Join(err, machine.Resume(ctx))
-			client.GoOn()
+			if client != nil {
+				client.GoOn()
+			}
 		}
 		s.begin() // which finds out if the machine has not survived it
 		return err
 	}
 	s.machine, s.client = nil, nil
 	s.mu.Unlock()
-	client.CloseFor(paused)
+	if client != nil {
+		client.CloseFor(paused)
+	}
 	if err := s.endMachine(machine); err != nil {
 		s.m.log.Error("end the machine of a paused sandbox", "sandbox", s.id, "error", err) // the next waking tries again
+	}
+	if older != "" {
+		if err := s.m.store.removeAll(older); err != nil {
+			s.m.log.Error("remove the last copy of a paused sandbox", "sandbox", s.id, "error", err) // it goes with the sandbox
+		}
 	}
 	return nil
 }
@@ -284,59 +322,12 @@ func (s *Sandbox) endMachine(machine Machine) error {
 	return machine.Destroy(ctx)
 }
 
-// wake boots a machine from the checkpoint. The checkpoint goes only when the machine runs and the state says so.
-func (s *Sandbox) wake(ctx context.Context) error {
-	r := s.current()
-	if err := s.m.promiseAgain(s); err != nil {
-		return err
-	}
-	template, err := s.m.opts.Templates.Template(ctx, s.owner, r.basis())
-	if err == nil {
-		err = s.m.opts.Runtime.Reap(ctx, s.m.store.path(s.id)) // what a failed end has left
-	}
-	from := s.m.store.checkpoint(s.id, r.Saves)
-	if err == nil {
-		err = s.start(ctx, template, from, !r.Pause.FilesOnly)
-	}
-	s.mu.Lock()
-	if err == nil && s.isLeft() { // on disk it is safe
-		err = ErrClosed
-	}
-	if err == nil {
-		if err = s.become("resume", Running, nil, func(r *record) { r.Pause = nil }); err == nil {
-			s.begin()
-			s.mu.Unlock()
-			if service := r.service(); service != nil && r.Pause.FilesOnly {
-				s.m.work.Go(func() { // it needs the sandbox, whose turn this one has
-					if err := s.StartService(s.ctx, *service); err != nil && s.ctx.Err() == nil {
-						s.note(LevelError, "the service of its template is not up: %v", err)
-					}
-				})
-			}
-			if err := s.m.store.removeAll(from); err != nil {
-				s.m.log.Error("remove the checkpoint of a sandbox that runs again", "sandbox", s.id, "error", err) // it goes with the sandbox
-			}
-			return nil
-		}
-	}
-	machine, client := s.machine, s.client
-	if !s.rec.State.Ended() {
-		s.machine, s.client = nil, nil
-	}
-	s.mu.Unlock()
-	if client != nil {
-		_ = client.Close()
-	}
-	if machine != nil {
-		err = errors.Join(err, s.endMachine(machine))
-	}
-	return errors.Join(err, s.m.unpromise(s))
-}
-
 // roomToSave says whether a checkpoint may be made: within the budget for them, and leaving the machine's disk some room, which is kept until
-// done is called. What the guest says that it uses is believed between what the host sees and its limits; one that is frozen has said it before.
-func (s *Sandbox) roomToSave(ctx context.Context) (done func(), err error) {
-	s.Refresh(ctx)
+// done is called. ask says that the agent is asked first. What the guest says that it uses is believed between what the host sees and its limits; one that is frozen has said it before.
+func (s *Sandbox) roomToSave(ctx context.Context, ask bool) (done func(), err error) {
+	if ask {
+		s.Refresh(ctx)
+	}
 	s.mu.Lock()
 	limits, machine := s.rec.Limits, s.machine
 	s.mu.Unlock()

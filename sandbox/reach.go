@@ -88,7 +88,7 @@ func (s *Sandbox) Reachable(port int) (public, ok bool) {
 	if e := s.ports[port]; e != nil {
 		return e.Public, true
 	}
-	return s.rec.Ingress.Open == OpenPublic, s.rec.Ingress.Open != "" && !s.rec.State.Ended()
+	return s.rec.Ingress.Open == OpenPublic, s.rec.Ingress.Open != "" && !s.rec.ended()
 }
 
 // gate is what a connection through a gateway to a port lives as long as; nil where there is none. s.mu is held.
@@ -96,7 +96,7 @@ func (s *Sandbox) gate(port int) context.Context {
 	if e := s.ports[port]; e != nil {
 		return e.gate
 	}
-	if s.rec.Ingress.Open == "" || s.rec.State.Ended() {
+	if s.rec.Ingress.Open == "" || s.rec.ended() {
 		return nil
 	}
 	return s.ctx

@@ -15,8 +15,12 @@ import (
 // spareDisk is what a checkpoint leaves free on the file system of the state directory, in bytes.
 const spareDisk = 512 << 20
 
-// admit says whether there is memory for a sandbox of an owner. m.room is held.
-func (m *Manager) admit(owner string, need int64) error {
+// admit says whether there is room for a sandbox of an owner: memory, and in the owner's share. m.room is held.
+func (m *Manager) admit(owner string, l Limits) error {
+	if err := m.admitShare(owner, l); err != nil {
+		return err
+	}
+	need := l.promised()
 	promised, err := m.store.promised()
 	if err != nil {
 		return err
@@ -30,6 +34,17 @@ func (m *Manager) admit(owner string, need int64) error {
 		text += "; pause to disk or kill one of " + strings.Join(mine, ", ")
 	}
 	return fmt.Errorf("%s: %w", text, ErrNoRoom)
+}
+
+// promised is the memory of the host that a sandbox with these limits is promised, in bytes.
+func (l Limits) promised() int64 { return l.Memory }
+
+// grown are the limits with more memory. What was saved with its memory keeps its limit; the rest is its kernel's.
+func (l Limits) grown(memory int64, whole bool) Limits {
+	if memory > 0 && !whole {
+		l.Memory = memory
+	}
+	return l
 }
 
 // largest names an owner's sandboxes that have memory, those that were not used for the longest time first.
@@ -57,7 +72,7 @@ func (m *Manager) promiseAgain(s *Sandbox) error {
 	if err := m.admitOne(s.owner); err != nil {
 		return err
 	}
-	if err := m.admit(s.owner, s.current().Limits.Memory); err != nil {
+	if err := m.admit(s.owner, s.current().Limits); err != nil {
 		return err
 	}
 	return s.setWaking(true)
@@ -81,7 +96,7 @@ func (m *Manager) lockRoom() (done func(), err error) {
 func (m *Manager) admitOne(owner string) error {
 	alive := 0
 	for _, s := range m.all() {
-		if r := s.current(); r.Owner == owner && !r.State.Ended() && (!r.onDisk() || r.Pause.Waking) {
+		if r := s.current(); r.Owner == owner && !r.ended() && (!r.onDisk() || r.Pause.Waking) {
 			alive++
 		}
 	}
@@ -133,6 +148,10 @@ func (m *Manager) roomOnDisk(owner string, need int64) (done func(), err error) 
 		}
 	}()
 	lack, why, err := m.lackOfDisk(m.saving.Load())
+	if err == nil && lack > 0 {
+		m.dropCopies(owner, lack)
+		lack, why, err = m.lackOfDisk(m.saving.Load())
+	}
 	if err != nil || lack <= 0 {
 		return release, err
 	}
@@ -142,7 +161,7 @@ func (m *Manager) roomOnDisk(owner string, need int64) (done func(), err error) 
 			m.claimAsleep(i.ID)
 		}
 		for _, s := range m.asleep(owner) {
-			size, err := sizeOf(m.store.checkpoint(s.id, s.current().Saves))
+			size, err := sizeOf(m.store.kept(s.current()))
 			if err != nil || lack <= 0 {
 				continue // it is being woken
 			}
@@ -200,7 +219,7 @@ func (m *Manager) lackOfDisk(need int64) (lack int64, why string, err error) {
 func (s store) saved() (int64, error) {
 	var sum int64
 	seen := map[uint64]bool{} // a snapshot of a paused sandbox shares its files
-	for _, pattern := range []string{filepath.Join(s.dir, "*", "checkpoint-*", "*"), filepath.Join(s.snapshots, "*", "checkpoint", "*")} {
+	for _, pattern := range []string{filepath.Join(s.dir, "*", "checkpoint-*", "*"), filepath.Join(s.dir, "*", copyName+"*", "*"), filepath.Join(s.snapshots, "*", "checkpoint", "*")} {
 		names, err := filepath.Glob(pattern)
 		if err != nil {
 			return 0, err

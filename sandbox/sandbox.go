@@ -25,6 +25,7 @@ type Sandbox struct {
 	ended  chan struct{}           // closed when its end has begun, with a cause
 	turn   chan struct{}           // has a token while somebody pauses, resumes, saves or destroys it
 	retime chan struct{}           // tells the keeper of its time that something has changed
+	guard  chan struct{}           // tells who protects it that something has changed
 	log    journal
 	meter  meter
 
@@ -45,6 +46,9 @@ type Sandbox struct {
 	// connSlots bounds the connections to all ports.
 	connSlots chan struct{}
 	changed   chan struct{} // closed at the next change of what Info or Logs tell
+	unchanged time.Time     // until when the sandbox was as its copy
+	relinked  []time.Time   // when its agent was met anew
+	contained int           // how often it could not be paused that must not go on
 }
 
 // Info is a sandbox at one moment.
@@ -70,6 +74,12 @@ type Info struct {
 	RemoveAt           time.Time
 	Left               time.Duration // of its life, while it is paused
 	Totals             Totals
+	Protect            Protect
+	// Saved is when what it can be resumed from was saved, if there is anything, and SavedFiles says that that has no memory. Current is until when
+	// nothing has changed since then.
+	Saved, Current time.Time
+	SavedFiles     bool
+	Notice         string // what its user must know of how it was resumed
 }
 
 // ID is the sandbox' name.
@@ -85,9 +95,13 @@ func (s *Sandbox) Info() Info {
 func (s *Sandbox) info() Info {
 	r := s.rec
 	i := Info{ID: r.ID, Owner: r.Owner, State: r.State, Cause: r.Cause, Template: r.Template, Parent: r.Parent, Metadata: maps.Clone(r.Metadata), Limits: r.Limits,
-		Network: r.Network, Ingress: r.Ingress, Times: r.Times, Created: r.Created, Changed: r.Changed, Updated: r.Updated, Ready: r.Ready, ExpiresAt: r.ExpiresAt, RemoveAt: r.RemoveAt, Left: r.Left, Totals: s.meter.totals()}
-	if r.Pause != nil {
+		Network: r.Network, Ingress: r.Ingress, Times: r.Times, Created: r.Created, Changed: r.Changed, Updated: r.Updated, Ready: r.Ready, ExpiresAt: r.ExpiresAt, RemoveAt: r.RemoveAt, Left: r.Left, Totals: s.meter.totals(),
+		Protect: r.Protect, Notice: r.Notice}
+	if r.Pause != nil && !r.ended() {
 		i.OnDisk, i.AutoResume = r.Pause.Disk, r.Pause.AutoResume
+	}
+	if r.Copy != nil && !r.ended() {
+		i.Saved, i.SavedFiles, i.Current = r.Copy.At, r.Copy.FilesOnly, s.unchanged
 	}
 	return i
 }
@@ -104,6 +118,9 @@ func (s *Sandbox) become(verb string, next State, cause error, change func(*reco
 		r.Cause = cause.Error()
 	}
 	r.turnClock(s.rec.State, next, now, s.m.opts.PausedFor)
+	if next == Failed {
+		r.Pause = r.afterFailure(now)
+	}
 	s.meter.turn(next == Running, r.Limits.Memory, now)
 	r.Totals, r.Seen = s.meter.totals(), s.meter.haveSeen()
 	if change != nil {
@@ -124,7 +141,8 @@ func (s *Sandbox) become(verb string, next State, cause error, change func(*reco
 }
 
 func (s *Sandbox) wrong(verb string) error {
-	return &StateError{ID: s.rec.ID, Verb: verb, State: s.rec.State, At: s.rec.Changed, Cause: s.rec.Cause, Wakes: s.rec.Pause != nil && s.rec.Pause.AutoResume}
+	return &StateError{ID: s.rec.ID, Verb: verb, State: s.rec.State, At: s.rec.Changed, Cause: s.rec.Cause,
+		Wakes: s.rec.Pause != nil && s.rec.Pause.AutoResume, Saved: s.rec.State == Failed && s.rec.onDisk()}
 }
 
 // boot brings a new sandbox to life, from a checkpoint if there is one, and says whether the service of its template runs in it already.
@@ -157,10 +175,16 @@ func (s *Sandbox) skip(ctx context.Context) error {
 
 // start starts the machine and meets its agent. What has been started is in s also when it fails.
 func (s *Sandbox) start(ctx context.Context, template Template, from string, whole bool) error {
+	return s.startWith(ctx, template, from, whole, s.current().Limits)
+}
+
+// startWith is start with limits that are not the sandbox's yet.
+func (s *Sandbox) startWith(ctx context.Context, template Template, from string, whole bool, limits Limits) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, s.m.opts.BootTimeout, errors.New("the sandbox was not ready in time"))
 	defer cancel()
 	r := s.current()
-	machine, err := s.m.opts.Runtime.Boot(ctx, Spec{ID: s.id, Dir: s.m.store.path(s.id), Template: template, Limits: r.Limits, From: from})
+	r.Limits = limits
+	machine, err := s.m.opts.Runtime.Boot(ctx, Spec{ID: s.id, Dir: s.m.store.path(s.id), Template: template, Limits: limits, From: from})
 	if err != nil {
 		return err
 	}
@@ -202,111 +226,18 @@ func (s *Sandbox) begin() {
 	s.stop = cancel
 	machine, client := s.machine, s.client
 	s.m.work.Go(func() { s.watch(ctx, machine, client) })
-	s.m.work.Go(func() { s.ping(ctx, client) })
+	if client == nil { // there is a machine, which is about to be saved
+		return
+	}
+	s.m.work.Go(func() { s.ping(ctx, machine, client) })
 	s.m.work.Go(func() { s.sample(ctx, client, machine) })
+	s.m.work.Go(func() { s.protect(ctx, client) })
 	if g, ok := machine.(Gatherer); ok {
 		s.m.work.Go(func() { s.gather(ctx, client, g) })
 	}
 	if s.rec.Network.On() && !s.m.opts.NoNetwork {
 		s.m.work.Go(func() { s.serveNetwork(ctx, client) })
 	}
-}
-
-// watch ends the sandbox when its agent is gone or its machine is not well.
-func (s *Sandbox) watch(ctx context.Context, machine Machine, client *agent.Client) {
-	ticker := time.NewTicker(checkEvery)
-	defer ticker.Stop()
-	for {
-		var cause error
-		select {
-		case <-ctx.Done():
-			return
-		case <-client.Done():
-			cause = CauseLost
-		case <-ticker.C:
-			cause = machine.Check()
-		}
-		if cause != nil && ctx.Err() == nil {
-			_ = s.end(Failed, cause) // end logs its error; it has ended already where this is not news
-			return
-		}
-	}
-}
-
-// ping ends the sandbox when its agent does not answer. It is apart from watch: waiting for a silent agent must not hold up the checks
-// of a machine whose root may have silenced it.
-func (s *Sandbox) ping(ctx context.Context, client *agent.Client) {
-	ticker := time.NewTicker(s.m.opts.PingEvery)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-client.Done():
-			return
-		case <-ticker.C:
-			if !s.answers(ctx, client) && ctx.Err() == nil {
-				_ = s.end(Failed, CauseSilent)
-				return
-			}
-		}
-	}
-}
-
-// answers says whether a running sandbox' agent does. One that is paused, or was meanwhile, does not have to.
-func (s *Sandbox) answers(ctx context.Context, client *agent.Client) bool {
-	ctx, cancel := client.Patience(ctx, 0, s.m.opts.PingTime)
-	defer cancel()
-	before, can := s.shift()
-	if !can {
-		return true
-	}
-	began := time.Now()
-	err := client.Ping(ctx)
-	s.m.opts.Observe("ping", time.Since(began), err)
-	if err == nil {
-		return true
-	}
-	after, can := s.shift()
-	return !can || after != before || context.Cause(ctx) != agent.ErrSilent
-}
-
-// gather keeps a machine on one core for as long as nothing in it lasts.
-func (s *Sandbox) gather(ctx context.Context, client *agent.Client, machine Gatherer) {
-	var known *bool // what it is bound by; nil is not known
-	one := false    // some of it may be on one core
-	for {
-		going, err := client.AtWork(ctx, known)
-		if err != nil {
-			break // the machine has ended, stays for another server, or its agent is older than the question
-		}
-		wait, began := gatherEvery, time.Now()
-		if known != nil && going == *known { // it is about to stand still
-			wait = time.Second
-		} else if err := machine.Gather(!going); err != nil {
-			s.m.log.Warn("bind a sandbox to its cores", "sandbox", s.id, "error", err)
-			known, one, wait = nil, true, time.Minute
-		} else { // an agent that tells what it likes does not keep us busy
-			known, one, wait = &going, !going, max(gatherEvery, 20*time.Since(began))
-		}
-		select {
-		case <-time.After(wait):
-		case <-ctx.Done():
-		}
-	}
-	if one {
-		_ = machine.Gather(false) // for whatever goes on in it without us; there is no harm where it has ended
-	}
-}
-
-// gatherEvery is how long a machine stays as it is bound, at least.
-const gatherEvery = 50 * time.Millisecond
-
-// shift counts the changes between running and paused, saves too, and says whether the agent can answer now.
-func (s *Sandbox) shift() (count int, answers bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.shifts, s.rec.State == Running && s.hold == nil
 }
 
 func (s *Sandbox) runs() bool { return s.current().State == Running }
@@ -369,7 +300,9 @@ func (s *Sandbox) end(final State, cause error) error {
 	} else {
 		s.m.log.Info("sandbox ended", "sandbox", s.id, "state", final, "cause", cause)
 	}
-	s.m.retire(s.id)
+	if s.current().ended() {
+		s.m.retire(s.id)
+	}
 	close(s.ending)
 	return err
 }
@@ -394,6 +327,9 @@ func (s *Sandbox) destroy(machine Machine, dead bool) (err error) {
 	if err != nil {
 		return errors.Join(err, s.lock.Close()) // the directory stays for the next start to reap
 	}
+	if r := s.current(); r.onDisk() {
+		return s.m.keep(r, s.lock)
+	}
 	return s.m.store.entomb(s.current(), s.lock)
 }
 
@@ -407,6 +343,7 @@ type Update struct {
 	Idle        *time.Duration
 	OnTimeout   Action // "" stays
 	Grace       *time.Duration
+	Protect     *Protect
 	AutoResume  *bool // whether calls wake it, now and when it is paused by its times
 }
 
@@ -432,7 +369,7 @@ const tellTime = 5 * time.Second
 func (s *Sandbox) update(u Update) (info Info, retimed bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.rec.State != Running && s.rec.State != Paused || s.isLeft() {
+	if s.rec.State != Running && s.rec.State != Paused && !s.rec.onDisk() || s.isLeft() {
 		return Info{}, false, s.wrong("update")
 	}
 	r := s.rec
@@ -453,6 +390,12 @@ func (s *Sandbox) update(u Update) (info Info, retimed bool, err error) {
 	if err := r.setTimes(u, time.Now()); err != nil {
 		return Info{}, false, err
 	}
+	if u.Protect != nil {
+		if err := u.Protect.check(r.Limits); err != nil {
+			return Info{}, false, fmt.Errorf("update sandbox %s: %w", s.id, err)
+		}
+		r.Protect = *u.Protect
+	}
 	r.Updated = time.Now()
 	if err := s.m.store.save(r); err != nil {
 		return Info{}, false, err
@@ -461,6 +404,7 @@ func (s *Sandbox) update(u Update) (info Info, retimed bool, err error) {
 	s.rec = r
 	s.record("updated")
 	s.wakeKeeper()
+	poke(s.guard)
 	return s.info(), retimed, nil
 }
 

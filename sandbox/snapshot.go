@@ -154,12 +154,12 @@ func (s *Sandbox) save(ctx context.Context, to string, filesOnly bool) (record, 
 		if filesOnly && !r.Pause.FilesOnly {
 			return r, false, fmt.Errorf("it is paused to disk with its memory: resume it first to save its files alone: %w", ErrInvalid)
 		}
-		return r, r.Pause.FilesOnly, linkAll(s.m.store.checkpoint(s.id, r.Saves), to)
+		return r, r.Pause.FilesOnly, linkAll(s.m.store.kept(r), to)
 	}
 	if r.State != Running && r.State != Paused {
 		return r, false, s.asError("save")
 	}
-	saved, err := s.roomToSave(ctx)
+	saved, err := s.roomToSave(ctx, true)
 	if err != nil {
 		return r, false, err
 	}

@@ -25,12 +25,13 @@ var moves = map[State][]State{
 	Creating: {Running, Killed, Failed},
 	Running:  {Paused, Killed, Failed},
 	Paused:   {Running, Paused, Killed, Failed}, // from memory to disk
+	Failed:   {Running, Killed},                 // from what was saved of it
 }
 
 func (s State) mayBecome(next State) bool { return slices.Contains(moves[s], next) }
 
-// Ended says that no move leads on.
-func (s State) Ended() bool { return len(moves[s]) == 0 }
+// Ended says that nothing of the sandbox runs, nor goes on by itself. A failed one may have a saved copy, from which a resume starts it again.
+func (s State) Ended() bool { return s == Killed || s == Failed }
 
 // States lists all states in the order of a life.
 func States() []State { return []State{Creating, Running, Paused, Killed, Failed} }

@@ -20,6 +20,8 @@ func TestMoves(t *testing.T) {
 				want = to == Paused || to == Killed || to == Failed
 			case Paused:
 				want = to == Running || to == Paused || to == Killed || to == Failed // from memory to disk
+			case Failed:
+				want = to == Running || to == Killed // from what was saved
 			}
 			if from.mayBecome(to) != want {
 				t.Errorf("%s to %s: %v", from, to, !want)
@@ -133,16 +135,16 @@ func checkCut(t *testing.T, name string, s store, old, fresh record, done bool) 
 		t.Fatalf("%s: %q", name, messages)
 	}
 	// Whoever comes next takes what is left.
-	found, err := s.orphans()
+	found, err := s.orphan("sbx")
 	if err != nil {
 		t.Fatalf("%s: %v", name, err)
 	}
-	for _, lock := range found {
-		if err := s.entomb(got, lock); err != nil {
+	if found != nil {
+		if err := s.entomb(got, found); err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
 	}
-	if _, err := loadFrom(s.tomb("sbx"), "sbx"); done && len(found) == 0 && err != nil {
+	if _, err := loadFrom(s.tomb("sbx"), "sbx"); done && found == nil && err != nil {
 		t.Fatalf("%s: %v", name, err)
 	}
 }
@@ -156,7 +158,7 @@ func TestLocks(t *testing.T) {
 	if _, err := s.claim("sbx"); !errors.Is(err, os.ErrExist) {
 		t.Fatal(err)
 	}
-	if found, err := s.orphans(); err != nil || len(found) != 0 {
+	if found, err := s.orphan("sbx"); err != nil || found != nil {
 		t.Fatal("an owned sandbox is an orphan", err)
 	}
 	if err := os.WriteFile(filepath.Join(s.path("sbx"), "more"), nil, 0o600); err != nil {
@@ -165,11 +167,11 @@ func TestLocks(t *testing.T) {
 	if err := lock.Close(); err != nil {
 		t.Fatal(err)
 	}
-	found, err := s.orphans()
-	if err != nil || found["sbx"] == nil {
+	found, err := s.orphan("sbx")
+	if err != nil || found == nil {
 		t.Fatal(found, err)
 	}
-	if err := s.discard("sbx", found["sbx"]); err != nil {
+	if err := s.discard("sbx", found); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := os.Stat(s.path("sbx")); !errors.Is(err, os.ErrNotExist) {

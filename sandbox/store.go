@@ -43,10 +43,15 @@ type record struct {
 	// Traffic and Access are secrets: for its ports, and for what is in it.
 	Traffic string `json:"traffic_token,omitempty"`
 	Access  string `json:"access_token,omitempty"`
-	// Pause is how it is paused; nil where it is not.
+	// Pause is how it is paused, or how a failed one was saved; nil where it is neither.
 	Pause *pause `json:"pause,omitempty"`
-	// Saves counts its checkpoints: the last one is of that number, and exists while it is paused on disk.
-	Saves  int    `json:"saves,omitempty"`
+	// Saves counts its checkpoints and copies.
+	Saves int `json:"saves,omitempty"`
+	// Copy is the last one that was saved: all there is of it while it is on disk, and what it is resumed from when it has failed.
+	Copy    *savedCopy `json:"copy,omitempty"`
+	Protect Protect    `json:"protect,omitzero"`
+	// Notice is what its user must know of how it was resumed, until it is paused again.
+	Notice string `json:"notice,omitempty"`
 	Totals Totals `json:"totals"`
 	Seen   seen   `json:"seen"`
 }
@@ -56,6 +61,8 @@ type pause struct {
 	Disk       bool `json:"disk,omitempty"`       // nothing of it runs; its checkpoint is all there is
 	FilesOnly  bool `json:"files_only,omitempty"` // its checkpoint has no memory
 	AutoResume bool `json:"auto_resume,omitempty"`
+	// Wedged says that its agent was silent: a resume boots its files anew.
+	Wedged bool `json:"wedged,omitempty"`
 	// Waking says that memory is promised to it again.
 	Waking bool      `json:"waking,omitempty"`
 	Since  time.Time `json:"since"`
@@ -64,8 +71,13 @@ type pause struct {
 // basis is what Templates knows the root file system by.
 func (r record) basis() string { return cmp.Or(r.Image, r.Template) }
 
-// onDisk says whether a checkpoint is all there is of the sandbox.
-func (r record) onDisk() bool { return r.State == Paused && r.Pause != nil && r.Pause.Disk }
+// onDisk says whether what was saved is all there is of the sandbox, and it can be resumed.
+func (r record) onDisk() bool {
+	return (r.State == Paused || r.State == Failed) && r.Pause != nil && r.Pause.Disk
+}
+
+// ended says whether only its tombstone is left, or about to be.
+func (r record) ended() bool { return r.State.Ended() && !r.onDisk() }
 
 const recordVersion = 2
 
@@ -114,8 +126,29 @@ func (s store) checkpoint(id string, n int) string {
 	return filepath.Join(s.path(id), "checkpoint-"+strconv.Itoa(n))
 }
 
+// kept is the directory of what was saved last of a sandbox; "" is nothing.
+func (s store) kept(r record) string {
+	switch {
+	case r.Copy != nil:
+		return filepath.Join(s.path(r.ID), filepath.Base(r.Copy.Dir))
+	case r.onDisk(): // by a server that knew no copies
+		return s.checkpoint(r.ID, r.Saves)
+	}
+	return ""
+}
+
 // unfinishedSave ends the name of a checkpoint that is being made.
 const unfinishedSave = ".new"
+
+// finish names a checkpoint that has been made.
+func (s store) finish(dir string, filesOnly bool) error {
+	if filesOnly {
+		if err := s.replace(filepath.Join(dir+unfinishedSave, filesOnlyMark), nil); err != nil {
+			return err
+		}
+	}
+	return s.rename(dir+unfinishedSave, dir)
+}
 
 // claim makes the directory of a new sandbox and locks it. The store's own lock is held meanwhile, so that nobody sees the
 // directory without its lock.
@@ -135,32 +168,40 @@ func (s store) claim(id string) (lock *os.File, err error) {
 	return lock, err
 }
 
-// orphans locks every sandbox that no living server owns.
-func (s store) orphans() (map[string]*os.File, error) {
+// ids lists the sandboxes that there are, of all servers.
+func (s store) ids() ([]string, error) {
+	if _, err := s.step("list", s.dir, 0); err != nil {
+		return nil, err
+	}
+	entries, err := os.ReadDir(s.dir)
+	var ids []string
+	for _, e := range entries {
+		if e.IsDir() && ValidID(e.Name()) {
+			ids = append(ids, e.Name())
+		}
+	}
+	return ids, err
+}
+
+// orphan locks a sandbox that no living server owns; nil is one that has an owner, or is being removed. The store's own lock is held meanwhile, as
+// by who makes one.
+func (s store) orphan(id string) (*os.File, error) {
+	if _, err := s.step("lock", s.path(id), 0); err != nil {
+		return nil, err
+	}
 	all, err := LockFile(filepath.Join(s.dir, ".lock"), true)
 	if err != nil {
 		return nil, err
 	}
 	defer all.Close()
-	entries, err := os.ReadDir(s.dir)
-	if err != nil {
-		return nil, err
+	if !isThere(s.path(id)) {
+		return nil, nil
 	}
-	found := map[string]*os.File{}
-	for _, e := range entries {
-		if !e.IsDir() || !ValidID(e.Name()) {
-			continue
-		}
-		lock, err := LockFile(filepath.Join(s.path(e.Name()), "lock"), false)
-		if errors.Is(err, syscall.EWOULDBLOCK) || errors.Is(err, fs.ErrNotExist) {
-			continue // owned, or being removed by its owner
-		}
-		if err != nil {
-			return found, err
-		}
-		found[e.Name()] = lock
+	lock, err := LockFile(filepath.Join(s.path(id), "lock"), false)
+	if errors.Is(err, syscall.EWOULDBLOCK) || errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
 	}
-	return found, nil
+	return lock, err
 }
 
 // save writes state.json: the old one or the new one is there at any time.
@@ -176,7 +217,12 @@ func (s store) save(r record) error {
 }
 
 // load reads state.json of a living sandbox.
-func (s store) load(id string) (record, error) { return loadFrom(s.path(id), id) }
+func (s store) load(id string) (record, error) {
+	if _, err := s.step("read", filepath.Join(s.path(id), "state.json"), 0); err != nil {
+		return record{}, err
+	}
+	return loadFrom(s.path(id), id)
+}
 
 func loadFrom(dir, id string) (record, error) {
 	var r record
@@ -198,7 +244,7 @@ func loadFrom(dir, id string) (record, error) {
 
 // promised sums the memory limits of all sandboxes in the store, other servers' too. One on disk has none.
 func (s store) promised() (sum int64, err error) {
-	err = s.promisedEach(func(r record) { sum += r.Limits.Memory })
+	err = s.promisedEach(func(r record) { sum += r.Limits.promised() })
 	return sum, err
 }
 
@@ -212,7 +258,7 @@ func (s store) promisedEach(each func(record)) error {
 		if !e.IsDir() || !ValidID(e.Name()) {
 			continue
 		}
-		if r, err := s.load(e.Name()); err == nil && !r.State.Ended() && (!r.onDisk() || r.Pause.Waking) {
+		if r, err := s.load(e.Name()); err == nil && !r.ended() && (!r.onDisk() || r.Pause.Waking) {
 			each(r)
 		}
 	}

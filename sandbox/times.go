@@ -85,7 +85,7 @@ func (r *record) turnClock(from, to State, now time.Time, paused time.Duration) 
 		}
 		r.ExpiresAt = now.Add(life)
 		r.Left, r.RemoveAt = 0, time.Time{}
-	case to == Paused && from != Paused:
+	case (to == Paused || to == Failed && r.Copy != nil) && from != Paused:
 		r.Left, r.ExpiresAt = max(0, r.ExpiresAt.Sub(now)), time.Time{}
 		r.RemoveAt = now.Add(paused)
 	}
@@ -158,7 +158,7 @@ func (r *record) setTimes(u Update, now time.Time) error {
 	if err != nil {
 		return err
 	}
-	if r.State == Paused {
+	if r.State != Running {
 		r.Left = max(0, end.Sub(now))
 		return nil
 	}
@@ -169,7 +169,7 @@ func (r *record) setTimes(u Update, now time.Time) error {
 // newEnd is when the life ends that a user wants; of one that is paused, as if it went on now. The bound of all its life holds.
 func (r *record) newEnd(u Update, now time.Time) (time.Time, error) {
 	end, slept := r.ExpiresAt, time.Duration(0)
-	if r.State == Paused {
+	if r.State != Running {
 		end, slept = now.Add(r.Left), now.Sub(r.pausedSince(now))
 	}
 	before := end
@@ -195,9 +195,12 @@ func (r *record) newEnd(u Update, now time.Time) (time.Time, error) {
 }
 
 // wakeKeeper has the keeper of the sandbox' time look again.
-func (s *Sandbox) wakeKeeper() {
+func (s *Sandbox) wakeKeeper() { poke(s.retime) }
+
+// poke tells whoever waits on a channel to look again.
+func poke(waits chan struct{}) {
 	select {
-	case s.retime <- struct{}{}:
+	case waits <- struct{}{}:
 	default: // it will anyway
 	}
 }
@@ -231,7 +234,7 @@ func (s *Sandbox) due() (time.Time, Cause) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	r := s.rec
-	if r.State == Paused {
+	if r.State == Paused || r.onDisk() {
 		return r.RemoveAt, CauseForgotten
 	}
 	if r.State != Running {

@@ -154,7 +154,7 @@ func (b *Builder) bootstrap(ctx context.Context, name string, sources []aptSourc
 	if err != nil {
 		return Manifest{}, err
 	}
-	files, err := b.Store.newContext(ctx, func(m *merger) error { return a.fill(ctx, m, chosen) })
+	files, err := b.Store.newContext(ctx, "", func(m *merger) error { return a.fill(ctx, m, chosen) })
 	if err != nil {
 		return Manifest{}, err
 	}
@@ -165,12 +165,12 @@ func (b *Builder) bootstrap(ctx context.Context, name string, sources []aptSourc
 
 // secondStage runs the scripts of the packages, and keeps what comes of it.
 func (b *Builder) secondStage(ctx context.Context, name string, files *Files, sources []aptSource, say func(string, ...any)) (_ Manifest, err error) {
-	r := &run{Builder: b, req: BuildRequest{Name: name}, id: NewBuildID()}
+	r := &run{Builder: b, job: b.Store.begin(""), req: BuildRequest{Name: name}, id: NewBuildID()}
 	if r.log, err = b.Store.newLog(r.id, "", func(l Line) { say("%s", l.Text) }); err != nil {
 		return Manifest{}, err
 	}
 	defer func() { err = errors.Join(err, r.log.close()) }()
-	l, err := b.Store.packedLayer(files, "unpacked")
+	l, err := r.job.packedLayer(files, "unpacked")
 	if err != nil {
 		return Manifest{}, err
 	}
@@ -196,7 +196,7 @@ func (b *Builder) secondStage(ctx context.Context, name string, files *Files, so
 		return Manifest{}, err
 	}
 	s.take(made)
-	return b.flatten(ctx, Manifest{Name: name, Parent: sources[0].uri + " " + sources[0].suite, Build: r.id, Config: v1.Config{Cmd: []string{"bash"}, Env: []string{"PATH=" + defaultPath}}}, s.layers)
+	return r.job.flatten(ctx, Manifest{Name: name, Parent: sources[0].uri + " " + sources[0].suite, Build: r.id, Config: v1.Config{Cmd: []string{"bash"}, Env: []string{"PATH=" + defaultPath}}}, s.layers)
 }
 
 func ptr[T any](v T) *T { return &v }
@@ -224,8 +224,8 @@ chmod 1777 /tmp
 `
 
 // flatten makes one layer of some, without what was only there to make them.
-func (b *Builder) flatten(ctx context.Context, m Manifest, layers []Layer) (Manifest, error) {
-	image, err := b.Store.image(ctx, layers)
+func (j *job) flatten(ctx context.Context, m Manifest, layers []Layer) (Manifest, error) {
+	image, err := j.image(ctx, layers)
 	if err != nil {
 		return m, err
 	}
@@ -241,18 +241,18 @@ func (b *Builder) flatten(ctx context.Context, m Manifest, layers []Layer) (Mani
 			delete(files.root.Children, name)
 		}
 	}
-	l, err := b.Store.packedLayer(files, m.Name)
+	l, err := j.packedLayer(files, m.Name)
 	if err != nil {
 		return m, err
 	}
 	m.Layers = []Layer{l}
-	return b.Store.Finish(ctx, m)
+	return j.finish(ctx, m)
 }
 
 // packedLayer keeps files as a layer.
-func (s *Store) packedLayer(files *Files, createdBy string) (l Layer, err error) {
+func (j *job) packedLayer(files *Files, createdBy string) (l Layer, err error) {
 	err = files.packed(func(r io.Reader) error {
-		l, err = s.newLayer(r, maxImage, createdBy)
+		l, err = j.newLayer(r, maxImage, createdBy)
 		return err
 	})
 	return l, err
@@ -339,11 +339,11 @@ func (m *merger) addDeb(name string, body []byte) error {
 	if err != nil {
 		return err
 	}
-	plain, err := uncompressed(data)
+	plain, err := uncompressed(m.ctx, payer{}, data)
 	if err != nil {
 		return err
 	}
-	if err := m.apply(plain); err != nil {
+	if err := errors.Join(m.apply(plain), plain.Close()); err != nil {
 		return err
 	}
 	h := &tar.Header{Typeflag: tar.TypeReg, Name: debsDir + "/" + name + ".deb", Mode: 0o644, Size: int64(len(body))}

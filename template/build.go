@@ -13,11 +13,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
+	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -26,20 +26,14 @@ type Builder struct {
 	Store   *Store
 	Manager *sandbox.Manager
 	// Pull finds an image that is no template; nil refuses them.
-	Pull func(ctx context.Context, reference string) (Manifest, error)
+	Pull Puller
 	// NoNetwork says that sandboxes have none.
 	NoNetwork bool
 	Log       *slog.Logger
-
-	mu      sync.Mutex
-	running map[string]int // builds, by owner
 }
 
-// Bounds of what an owner may have.
-const (
-	maxBuilds    = 4   // at once
-	maxTemplates = 200 // names
-)
+// maxTemplates bounds the names of an owner.
+const maxTemplates = 200
 
 // MayName says whether an owner may have templates of some names, beside those that he has.
 func (b *Builder) MayName(owner string, names ...string) error {
@@ -54,27 +48,6 @@ func (b *Builder) MayName(owner string, names ...string) error {
 	return nil
 }
 
-// admit says whether an owner may begin another build.
-func (b *Builder) admit(req BuildRequest) (done func(), err error) {
-	if err := b.MayName(req.Owner, req.Name); err != nil {
-		return nil, err
-	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.running == nil {
-		b.running = map[string]int{}
-	}
-	if b.running[req.Owner] >= maxBuilds {
-		return nil, fmt.Errorf("%d builds of yours are under way, the most there may be; wait for one: %w", maxBuilds, sandbox.ErrInvalid)
-	}
-	b.running[req.Owner]++
-	return func() {
-		b.mu.Lock()
-		defer b.mu.Unlock()
-		b.running[req.Owner]--
-	}, nil
-}
-
 // BuildRequest describes a build.
 type BuildRequest struct {
 	ID          string // default one of NewBuildID
@@ -82,12 +55,16 @@ type BuildRequest struct {
 	Dockerfile  string
 	Context     *Files            // nil has none; it stays the caller's
 	Files       map[string]*Files // others that --from names; they stay the caller's
-	Target      string            // a stage; default the last one
-	Args        map[string]string // of ARG
-	Secrets     map[string][]byte // of RUN --mount=type=secret, by id
-	NoCache     bool
+	// Open, if not nil, opens Context and Files once it is the build's turn: one that waits holds none. It sees to their end itself.
+	Open    func(context.Context, *BuildRequest) error
+	Target  string            // a stage; default the last one
+	Args    map[string]string // of ARG
+	Secrets map[string][]byte // of RUN --mount=type=secret, by id
+	NoCache bool
 	// Limits are those of sandboxes of the template, where they ask for none, and of the build itself. Zero values are the server's.
 	Limits sandbox.Limits
+	// Protect is that of sandboxes of the template, where they ask for none.
+	Protect sandbox.Protect
 	// Network is that of its RUNs, default NetworkFull where the operator gives one; and that which its service needs while it is started, default none.
 	Network            sandbox.Network
 	StartCmd, ReadyCmd string
@@ -136,6 +113,7 @@ func (e *StepError) Unwrap() error { return e.Err }
 // run is a build that goes on.
 type run struct {
 	*Builder
+	job    *job
 	req    BuildRequest
 	id     string
 	plan   *plan
@@ -161,14 +139,18 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 	if req.Name, err = CheckName(req.Name); err != nil {
 		return Built{}, err
 	}
-	done, err := b.admit(req)
-	if err != nil {
+	if err := b.MayName(req.Owner, req.Name); err != nil {
 		return Built{}, fmt.Errorf("build %s: %w", req.Name, err)
 	}
-	defer done()
-	plan, err := parse(req.Dockerfile, req.Target, req.Args)
+	j := b.Store.begin(req.Owner)
+	done, err := j.wait(ctx, access.Builds, 1)
 	if err != nil {
-		return Built{}, fmt.Errorf("%w (%w)", err, sandbox.ErrInvalid)
+		return Built{}, fmt.Errorf("build %s: it waits for its turn: %w", req.Name, err)
+	}
+	defer done()
+	plan, err := j.parse(ctx, req)
+	if err != nil {
+		return Built{}, err
 	}
 	service := req.Network
 	if req.Network.Mode == "" && !b.NoNetwork {
@@ -177,7 +159,7 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 	limit := cmp.Or(req.Timeout, DefaultBuildTime)
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("the build took longer than %s", limit))
 	defer cancel()
-	r := &run{Builder: b, req: req, id: cmp.Or(req.ID, NewBuildID()), plan: plan, done: map[int]*result{}, opened: map[string]*Files{}}
+	r := &run{Builder: b, job: j, req: req, id: cmp.Or(req.ID, NewBuildID()), plan: plan, done: map[int]*result{}, opened: map[string]*Files{}}
 	if r.log, err = b.Store.newLog(r.id, req.Owner, each); err != nil {
 		return Built{}, err
 	}
@@ -195,6 +177,11 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 		}
 	}()
 	r.log.line("info", "", fmt.Sprintf("build %s of %s begins", r.id, req.Name))
+	if req.Open != nil {
+		if err := req.Open(ctx, &r.req); err != nil {
+			return Built{}, err
+		}
+	}
 	built := Built{ID: r.id}
 	for _, i := range plan.needed() {
 		if r.done[i], err = r.stage(ctx, i); err != nil {
@@ -202,7 +189,7 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 		}
 	}
 	of := r.done[plan.target]
-	built.Manifest, err = b.Store.prepare(ctx, Manifest{Name: req.Name, Owner: req.Owner, Layers: of.layers, Config: of.config, Limits: req.Limits, StartCmd: req.StartCmd,
+	built.Manifest, err = j.prepare(ctx, Manifest{Name: req.Name, Owner: req.Owner, Layers: of.layers, Config: of.config, Limits: req.Limits, Protect: req.Protect, StartCmd: req.StartCmd,
 		ReadyCmd: req.ReadyCmd, Parent: of.parent, Build: r.id})
 	if err == nil && built.StartCmd != "" {
 		built.Started, err = r.startUp(ctx, built.Manifest, service)
@@ -216,6 +203,20 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 	built.Steps, built.Cached, built.Took = r.steps, r.cached, time.Since(began)
 	r.log.line("info", "", fmt.Sprintf("built %s in %.1f s: %d steps, %d of them cached", req.Name, built.Took.Seconds(), r.steps, r.cached))
 	return built, nil
+}
+
+// parse reads the Dockerfile of a build.
+func (j *job) parse(ctx context.Context, req BuildRequest) (*plan, error) {
+	free, err := j.wait(ctx, access.Work, 1)
+	if err != nil {
+		return nil, err
+	}
+	defer free()
+	p, err := parse(req.Dockerfile, req.Target, req.Args)
+	if err != nil {
+		return nil, fmt.Errorf("%w (%w)", err, sandbox.ErrInvalid)
+	}
+	return p, nil
 }
 
 // BuildError is the failure of a build, of which there is a log.
@@ -232,7 +233,7 @@ func (e *BuildError) Unwrap() error { return e.Err }
 
 // startUp starts the service of a template and saves the sandbox once it is ready. Where a sandbox cannot be saved, that is said, and each starts its own.
 func (r *run) startUp(ctx context.Context, m Manifest, network sandbox.Network) (*Started, error) {
-	image, err := r.Store.image(ctx, m.Layers)
+	image, err := r.job.image(ctx, m.Layers)
 	if err != nil {
 		return nil, err
 	}
@@ -347,7 +348,7 @@ func (r *run) named(ctx context.Context, name string) (Manifest, error) {
 		return m, fmt.Errorf("there is no template %q, and this server does not pull images (--templates-allow-pull): %w", clip(name), sandbox.ErrNoTemplate)
 	}
 	r.log.line("info", "", "pulling "+name)
-	return r.Pull(ctx, name)
+	return r.Pull(ctx, r.job, name)
 }
 
 // hashOf stands for some texts in their order.
@@ -383,7 +384,7 @@ func (r *run) files(ctx context.Context, from string) (*Files, error) {
 		}
 		layers = m.Layers
 	}
-	image, err := r.Store.image(ctx, layers)
+	image, err := r.job.image(ctx, layers)
 	if err != nil {
 		return nil, err
 	}

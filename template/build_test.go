@@ -82,7 +82,7 @@ func (w *workshop) build(name, dockerfile string, files map[string]string) Built
 func (w *workshop) try(ctx context.Context, req BuildRequest, files map[string]string) (Built, string, error) {
 	w.Helper()
 	if files != nil {
-		f, err := w.store.ContextFiles(context.Background(), files)
+		f, err := w.store.ContextFiles(context.Background(), "", files)
 		if err != nil {
 			w.Fatal(err)
 		}
@@ -369,7 +369,7 @@ func TestStart(t *testing.T) {
 // TestSteps: a list of steps does what a Dockerfile does, and nothing is read into its texts.
 func TestSteps(t *testing.T) {
 	w := newWorkshop(t)
-	files, err := w.store.ContextFiles(context.Background(), map[string]string{"a $x.txt": "a", "d/b": "b"})
+	files, err := w.store.ContextFiles(context.Background(), "", map[string]string{"a $x.txt": "a", "d/b": "b"})
 	if err != nil {
 		t.Fatal(err)
 	}

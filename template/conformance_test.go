@@ -132,7 +132,7 @@ func (o oracle) prepare(w *workshop) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r, err := w.store.open(m.Layers[0])
+	r, err := w.store.open(w.Context(), payer{}, m.Layers[0])
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -170,7 +170,7 @@ func compare(t *testing.T, w *workshop, name, dir string, base, want map[string]
 	if err != nil {
 		t.Fatal(err)
 	}
-	files, err := w.store.ContextDir(context.Background(), dir)
+	files, err := w.store.ContextDir(context.Background(), "", dir)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -2,9 +2,7 @@ package template
 
 import (
 	"archive/tar"
-	"bufio"
 	"bytes"
-	"compress/bzip2"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -18,13 +16,11 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
 	"github.com/moby/patternmatcher"
 	"github.com/moby/patternmatcher/ignorefile"
-	"github.com/ulikunitz/xz"
 	"golang.org/x/sys/unix"
 
+	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/internal/erofs"
 	"soulbox.dev/soulbox/sandbox"
 )
@@ -47,17 +43,19 @@ func (f *Files) Close() error {
 
 // ReadContext reads the files of a build from a tar, which may be compressed. What its .dockerignore names is left out. Nothing of it becomes a file of
 // the host's but one image, which Close removes.
-func (s *Store) ReadContext(ctx context.Context, from io.Reader) (_ *Files, err error) {
-	plain, err := uncompressed(from)
-	if err != nil {
-		return nil, fmt.Errorf("build context: %w", err)
-	}
-	return s.newContext(ctx, func(m *merger) error { return m.apply(s.whileRoom(plain)) })
+func (s *Store) ReadContext(ctx context.Context, owner string, from io.Reader) (_ *Files, err error) {
+	return s.newContext(ctx, owner, func(m *merger) error {
+		plain, err := uncompressed(ctx, s.payer(owner), from)
+		if err != nil {
+			return err
+		}
+		return errors.Join(m.apply(s.whileRoom(plain)), plain.Close())
+	})
 }
 
 // newContext makes the image of a build's files.
-func (s *Store) newContext(ctx context.Context, fill func(*merger) error) (_ *Files, err error) {
-	free, err := s.slot(ctx)
+func (s *Store) newContext(ctx context.Context, owner string, fill func(*merger) error) (_ *Files, err error) {
+	free, err := s.payer(owner).wait(ctx, access.Merges, 1)
 	if err != nil {
 		return nil, err
 	}
@@ -114,7 +112,7 @@ func openFiles(name string) (*Files, error) {
 }
 
 // ContextFiles is a build context of texts by name.
-func (s *Store) ContextFiles(ctx context.Context, texts map[string]string) (*Files, error) {
+func (s *Store) ContextFiles(ctx context.Context, owner string, texts map[string]string) (*Files, error) {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
 	for name, text := range texts {
@@ -132,11 +130,11 @@ func (s *Store) ContextFiles(ctx context.Context, texts map[string]string) (*Fil
 	if err := w.Close(); err != nil {
 		return nil, err
 	}
-	return s.ReadContext(ctx, &b)
+	return s.ReadContext(ctx, owner, &b)
 }
 
 // ContextDir is a build context of a directory of the host, which links in it do not lead out of.
-func (s *Store) ContextDir(ctx context.Context, dir string) (*Files, error) {
+func (s *Store) ContextDir(ctx context.Context, owner, dir string) (*Files, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
 		return nil, fmt.Errorf("build context: %w", err)
@@ -151,7 +149,7 @@ func (s *Store) ContextDir(ctx context.Context, dir string) (*Files, error) {
 	}
 	var files *Files
 	err = piped(func(to io.Writer) error { return packDir(to, root, ignore) }, func(from io.Reader) (err error) {
-		files, err = s.ReadContext(ctx, from)
+		files, err = s.ReadContext(ctx, owner, from)
 		return err
 	})
 	return files, err
@@ -243,30 +241,6 @@ func prune(dir *erofs.Node, name string, ignore func(string) bool) {
 			delete(dir.Children, base)
 		}
 	}
-}
-
-// uncompressed reads an archive whatever it is compressed with.
-func uncompressed(from io.Reader) (io.Reader, error) {
-	r := bufio.NewReaderSize(from, 64<<10)
-	head, err := r.Peek(6)
-	if err != nil && err != io.EOF {
-		return nil, err
-	}
-	switch {
-	case bytes.HasPrefix(head, []byte("\x1f\x8b")):
-		return gzip.NewReader(r)
-	case bytes.HasPrefix(head, []byte("BZh")):
-		return bzip2.NewReader(r), nil
-	case bytes.HasPrefix(head, []byte("\xfd7zXZ\x00")):
-		return xz.ReaderConfig{DictCap: 64 << 20}.NewReader(r)
-	case bytes.HasPrefix(head, []byte("\x28\xb5\x2f\xfd")):
-		z, err := zstd.NewReader(r, zstd.WithDecoderMaxMemory(256<<20), zstd.WithDecoderConcurrency(1))
-		if err != nil {
-			return nil, err
-		}
-		return z.IOReadCloser(), nil
-	}
-	return r, nil
 }
 
 // digest stands for a file with all that is in it, as COPY sees it.

@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/klauspost/compress/zstd"
 	"github.com/moby/buildkit/frontend/dockerfile/instructions"
 	"golang.org/x/sys/unix"
 
@@ -83,13 +84,27 @@ func (s *stageRun) put(ctx context.Context, c copying, files *Files, all []picke
 	}
 	there := err == nil && (info.Type == agent.TypeDir || info.Type == agent.TypeSymlink && s.isDir(ctx, dest))
 	into := there || strings.HasSuffix(c.DestPath, "/") || c.DestPath == "." || len(all)+len(c.SourceContents) > 1
+	archives, rest := []picked{}, []picked{}
+	for _, f := range all {
+		is := false
+		if c.unpack {
+			if is, err = s.isArchive(ctx, files, f.node); err != nil {
+				return err
+			}
+		}
+		if is {
+			archives = append(archives, f)
+		} else {
+			rest = append(rest, f)
+		}
+	}
 	p := packer{files: files, owner: owner, mode: mode, plain: c.from == "", there: there}
-	err = streamed(p, func(p packer) error { return p.all(c, dest, into, all) }, func(r io.Reader) error { return s.client.Unpack(ctx, "/", r) })
+	err = streamed(p, func(p packer) error { return p.all(c, dest, into, rest) }, func(r io.Reader) error { return s.client.Unpack(ctx, "/", r) })
 	if err != nil {
 		return err
 	}
-	for _, f := range all {
-		if err := s.unpackArchive(ctx, c, files, f, dest); err != nil {
+	for _, f := range archives {
+		if err := s.unpackArchive(ctx, files, f.node, dest); err != nil {
 			return fmt.Errorf("%s: %w", f.name, err)
 		}
 	}
@@ -117,9 +132,6 @@ type packer struct {
 
 func (p packer) all(c copying, dest string, into bool, all []picked) error {
 	for _, f := range all {
-		if c.unpack && p.files.isArchive(f.node) {
-			continue
-		}
 		target := dest
 		if into && !f.node.IsDir() {
 			target = path.Join(dest, path.Base(f.name))
@@ -210,28 +222,29 @@ func (p packer) header(h *tar.Header) error {
 }
 
 // isArchive says whether ADD unpacks a file: by what is in it, not by its name.
-func (f *Files) isArchive(n *erofs.Node) bool {
+func (s *stageRun) isArchive(ctx context.Context, files *Files, n *erofs.Node) (bool, error) {
 	if n.Type() != unix.S_IFREG || n.Data.Size == 0 {
-		return false
+		return false, nil
 	}
-	r, err := uncompressed(f.image.Content(n.Data))
+	r, err := uncompressed(ctx, s.job.payer, files.image.Content(n.Data))
 	if err != nil {
-		return false
+		return false, context.Cause(ctx)
 	}
 	_, err = tar.NewReader(r).Next()
-	return err == nil
+	is := err == nil
+	if !errors.Is(err, errWindow) && !errors.Is(err, zstd.ErrWindowSizeExceeded) {
+		err = context.Cause(ctx)
+	}
+	return is, errors.Join(err, r.Close())
 }
 
-// unpackArchive unpacks a file that is an archive, if that is asked for.
-func (s *stageRun) unpackArchive(ctx context.Context, c copying, files *Files, f picked, dest string) error {
-	if !c.unpack || !files.isArchive(f.node) {
-		return nil
-	}
-	r, err := uncompressed(files.image.Content(f.node.Data))
+// unpackArchive unpacks a file that is an archive.
+func (s *stageRun) unpackArchive(ctx context.Context, files *Files, n *erofs.Node, dest string) error {
+	r, err := uncompressed(ctx, s.job.payer, files.image.Content(n.Data))
 	if err != nil {
 		return err
 	}
-	return s.client.Unpack(ctx, dest, io.LimitReader(r, maxImage))
+	return errors.Join(s.client.Unpack(ctx, dest, &atMost{r: r, left: maxContext}), r.Close())
 }
 
 // owner gives the numbers of --chown; the default is root, and for files of other stages and images whose they are there.

@@ -41,6 +41,7 @@ type plan struct {
 	lex    *shell.Lex
 	global []instructions.KeyValuePairOptional // ARGs before the first FROM, with their values
 	args   map[string]string                   // what the caller has given
+	grown  expansion                           // of the words before the first stage, and of those of all FROMs
 }
 
 // stage is a part of a Dockerfile from FROM to FROM.
@@ -71,6 +72,9 @@ func parse(text, target string, args map[string]string) (*plan, error) {
 	if err != nil {
 		return nil, located(err)
 	}
+	if err := countable(stages, meta, args); err != nil {
+		return nil, err
+	}
 	p := &plan{lex: shell.NewLex(result.EscapeToken), args: args}
 	if err := p.setGlobal(meta); err != nil {
 		return nil, err
@@ -86,6 +90,34 @@ func parse(text, target string, args map[string]string) (*plan, error) {
 		return nil, &SyntaxError{Message: "it has no FROM", Hint: "begin with FROM and the name of a template or an image"}
 	}
 	return p, p.aim(target)
+}
+
+// countable refuses a Dockerfile with more in it than anybody writes: each instruction costs work for each variable.
+func countable(stages []instructions.Stage, meta []instructions.ArgCommand, args map[string]string) error {
+	n := len(meta)
+	for _, s := range stages {
+		n += 1 + len(s.Commands)
+	}
+	if n > maxInstructions {
+		return &SyntaxError{Message: fmt.Sprintf("it has %d instructions, at most %d are possible", n, maxInstructions), Hint: "put more into one RUN"}
+	}
+	variables := len(args)
+	for _, m := range meta {
+		variables += len(m.Args)
+	}
+	if variables > maxVariables {
+		return tooManyVariables(variables)
+	}
+	for name, v := range args {
+		if len(v) > maxValue {
+			return fmt.Errorf("the argument %s has %d bytes, at most %d are possible", clip(name), len(v), maxValue)
+		}
+	}
+	return nil
+}
+
+func tooManyVariables(n int) error {
+	return fmt.Errorf("there are %d variables, at most %d are possible; put them into a file", n, maxVariables)
 }
 
 // located gives an error of the parser its line.
@@ -117,7 +149,7 @@ func (p *plan) setGlobal(meta []instructions.ArgCommand) error {
 			if given {
 				arg.Value = &value
 			} else if arg.Value != nil {
-				v, _, err := p.lex.ProcessWord(*arg.Value, pairs(p.global))
+				v, err := p.grown.word(p.lex, *arg.Value, p.global)
 				if err != nil {
 					return &SyntaxError{Line: lineOf(cmd.Location()), Message: err.Error()}
 				}
@@ -159,7 +191,7 @@ var platformArgs = map[string]string{
 func (p *plan) stage(s instructions.Stage, index int) (stage, error) {
 	st := stage{name: s.Name, from: -1, line: lineOf(s.Location), commands: s.Commands}
 	expand := func(word string) (string, error) {
-		v, _, err := p.lex.ProcessWord(word, pairs(p.global))
+		v, err := p.grown.word(p.lex, word, p.global)
 		if err != nil {
 			return "", &SyntaxError{Line: st.line, Message: err.Error()}
 		}

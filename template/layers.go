@@ -12,7 +12,6 @@ import (
 	"strings"
 
 	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sys/unix"
 
 	"soulbox.dev/soulbox/sandbox"
@@ -26,11 +25,11 @@ const (
 )
 
 // newLayer keeps a tar of at most so many bytes as a layer.
-func (s *Store) newLayer(from io.Reader, limit int64, createdBy string) (Layer, error) {
+func (j *job) newLayer(from io.Reader, limit int64, createdBy string) (Layer, error) {
 	l := Layer{MediaType: mediaGzip, CreatedBy: createdBy}
 	whole, inner := sha256.New(), sha256.New()
-	body := io.TeeReader(s.whileRoom(&atMost{r: from, left: limit}), inner)
-	err := s.writeNamed(s.file("layers", ""), func(f *os.File) (string, error) {
+	body := io.TeeReader(j.whileRoom(&atMost{r: from, left: limit}), inner)
+	err := j.writeNamed(j.file("layers", ""), func(f *os.File) (string, error) {
 		if err := compress(io.MultiWriter(f, whole), body); err != nil {
 			return "", err
 		}
@@ -39,7 +38,7 @@ func (s *Store) newLayer(from io.Reader, limit int64, createdBy string) (Layer, 
 		if err == nil {
 			l.Size = info.Size()
 		}
-		return s.layerFile(l.Digest), err
+		return j.layerFile(l.Digest), err
 	})
 	return l, err
 }
@@ -60,12 +59,12 @@ func (s *Store) layerFile(digest string) string {
 }
 
 // open reads the tar of a layer.
-func (s *Store) open(l Layer) (io.ReadCloser, error) {
+func (s *Store) open(ctx context.Context, p payer, l Layer) (io.ReadCloser, error) {
 	f, err := os.Open(s.layerFile(l.Digest))
 	if err != nil {
 		return nil, fmt.Errorf("layer %s: %w", l.Digest, err)
 	}
-	r, err := decompress(f, l.MediaType)
+	r, err := decompress(ctx, p, f, l.MediaType)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("layer %s: %w", l.Digest, err), f.Close())
 	}
@@ -80,8 +79,9 @@ type readCloser struct {
 // Close implements io.Closer.
 func (r readCloser) Close() error { return r.close() }
 
-// decompress reads what a layer's file has in it, as its media type says (also Docker's). Closing it closes f.
-func decompress(f io.ReadCloser, mediaType string) (io.ReadCloser, error) {
+// decompress reads what a layer's file has in it, as its media type says (also Docker's). Closing it closes f. The memory of the decoder is on the
+// payer's account.
+func decompress(ctx context.Context, p payer, f io.ReadCloser, mediaType string) (io.ReadCloser, error) {
 	switch {
 	case strings.HasSuffix(mediaType, "gzip"):
 		r, err := gzip.NewReader(f)
@@ -90,11 +90,12 @@ func decompress(f io.ReadCloser, mediaType string) (io.ReadCloser, error) {
 		}
 		return readCloser{r, func() error { return errors.Join(r.Close(), f.Close()) }}, nil
 	case strings.HasSuffix(mediaType, "zstd"):
-		r, err := zstd.NewReader(f, zstd.WithDecoderMaxMemory(256<<20), zstd.WithDecoderConcurrency(1))
+		c := &charge{ctx: ctx, payer: p}
+		r, err := c.zstd(f)
 		if err != nil {
-			return nil, err
+			return nil, errors.Join(err, c.Close())
 		}
-		return readCloser{r, func() error { r.Close(); return f.Close() }}, nil
+		return readCloser{r, func() error { return errors.Join(c.Close(), f.Close()) }}, nil
 	case strings.HasSuffix(mediaType, ".tar"):
 		return f, nil
 	}

@@ -27,6 +27,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 
+	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -43,26 +44,37 @@ var ErrPull = errors.New("the registry does not give it")
 var platform = v1.Platform{OS: "linux", Architecture: runtime.GOARCH}
 
 // Puller pulls images for builds of others than the operator: of registries at public addresses, and of those that the operator names.
-func (s *Store) Puller(private []string) func(ctx context.Context, reference string) (Manifest, error) {
+func (s *Store) Puller(private []string) Puller {
 	public := remote.DefaultTransport.(*http.Transport).Clone()
 	public.Proxy = nil
 	public.DialContext = (&net.Dialer{Timeout: 30 * time.Second, Control: sandbox.RefusePrivate}).DialContext
-	return func(ctx context.Context, reference string) (Manifest, error) {
+	return func(ctx context.Context, j *job, reference string) (Manifest, error) {
 		ref, err := name.ParseReference(reference)
 		if err == nil && slices.Contains(private, ref.Context().RegistryStr()) {
-			return s.Pull(ctx, reference)
+			return j.pull(ctx, reference, remote.DefaultTransport)
 		}
-		return s.pull(ctx, reference, public)
+		return j.pull(ctx, reference, public)
 	}
 }
 
-// Pull makes a template of an image of a registry, with the credentials that the server's user has for it (~/.docker/config.json). It has no name until
-// Finish gives it one.
-func (s *Store) Pull(ctx context.Context, reference string) (Manifest, error) {
-	return s.pull(ctx, reference, remote.DefaultTransport)
+// Puller pulls an image for a build.
+type Puller func(ctx context.Context, j *job, reference string) (Manifest, error)
+
+// Pull makes a template of an image of a registry, with the credentials that the server's user has for it (~/.docker/config.json).
+func (s *Store) Pull(ctx context.Context, m Manifest, reference string) (_ Manifest, err error) {
+	if m.Name, err = CheckName(m.Name); err != nil {
+		return m, err
+	}
+	j := s.begin(m.Owner)
+	got, err := j.pull(ctx, reference, remote.DefaultTransport)
+	if err != nil {
+		return m, err
+	}
+	got.Name, got.Owner = m.Name, m.Owner
+	return j.finish(ctx, got)
 }
 
-func (s *Store) pull(ctx context.Context, reference string, by http.RoundTripper) (Manifest, error) {
+func (j *job) pull(ctx context.Context, reference string, by http.RoundTripper) (Manifest, error) {
 	ref, err := name.ParseReference(reference)
 	if err != nil {
 		return Manifest{}, fmt.Errorf("image %q: it is no name of an image: %w", clip(reference), sandbox.ErrInvalid)
@@ -71,7 +83,7 @@ func (s *Store) pull(ctx context.Context, reference string, by http.RoundTripper
 	if err != nil {
 		return Manifest{}, pullError(ref, err)
 	}
-	m, err := s.take(ctx, img)
+	m, err := j.take(ctx, img)
 	if err != nil {
 		return Manifest{}, pullError(ref, err)
 	}
@@ -99,7 +111,7 @@ func pullError(ref name.Reference, err error) error {
 }
 
 // take keeps the layers of an image.
-func (s *Store) take(ctx context.Context, img v1.Image) (Manifest, error) {
+func (j *job) take(ctx context.Context, img v1.Image) (Manifest, error) {
 	config, err := img.ConfigFile()
 	if err != nil {
 		return Manifest{}, err
@@ -119,7 +131,7 @@ func (s *Store) take(ctx context.Context, img v1.Image) (Manifest, error) {
 		if ctx.Err() != nil {
 			return m, context.Cause(ctx)
 		}
-		kept, err := s.takeLayer(ctx, l)
+		kept, err := j.takeLayer(ctx, l)
 		if err != nil {
 			return m, err
 		}
@@ -135,7 +147,7 @@ func (s *Store) take(ctx context.Context, img v1.Image) (Manifest, error) {
 	kind, err := img.MediaType()
 	o.MediaType = string(kind)
 	m.Original = o
-	file, ierr := s.image(ctx, m.Layers)
+	file, ierr := j.image(ctx, m.Layers)
 	if err := errors.Join(err, ierr); err != nil {
 		return m, err
 	}
@@ -148,7 +160,7 @@ func (s *Store) take(ctx context.Context, img v1.Image) (Manifest, error) {
 const maxLayers = 256
 
 // takeLayer keeps a layer as it comes, if it is what its digest says.
-func (s *Store) takeLayer(ctx context.Context, l v1.Layer) (Layer, error) {
+func (j *job) takeLayer(ctx context.Context, l v1.Layer) (Layer, error) {
 	digest, err := l.Digest()
 	if err != nil {
 		return Layer{}, err
@@ -169,18 +181,18 @@ func (s *Store) takeLayer(ctx context.Context, l v1.Layer) (Layer, error) {
 	if digest.Algorithm != "sha256" || diff.Algorithm != "sha256" || size > maxImage {
 		return kept, fmt.Errorf("%w: %s of %d bytes", ErrLayer, digest, size)
 	}
-	file := s.layerFile(kept.Digest)
+	file := j.layerFile(kept.Digest)
 	if exists(file) {
-		return kept, errors.Join(touch(file), s.verifyLayer(ctx, kept))
+		return kept, errors.Join(touch(file), j.verifyLayer(ctx, kept))
 	}
 	from, err := l.Compressed()
 	if err != nil {
 		return kept, err
 	}
 	defer from.Close()
-	err = s.write(file, func(f *os.File) error {
+	err = j.write(file, func(f *os.File) error {
 		sum := sha256.New()
-		if _, err := io.Copy(io.MultiWriter(f, sum), io.LimitReader(s.whileRoom(from), size+1)); err != nil {
+		if _, err := io.Copy(io.MultiWriter(f, sum), io.LimitReader(j.whileRoom(from), size+1)); err != nil {
 			return err
 		}
 		if got := digestOf(sum); got != kept.Digest {
@@ -191,18 +203,23 @@ func (s *Store) takeLayer(ctx context.Context, l v1.Layer) (Layer, error) {
 	if err != nil {
 		return kept, err
 	}
-	return kept, s.verifyLayer(ctx, kept)
+	return kept, j.verifyLayer(ctx, kept)
 }
 
 // verifiedSuffix ends the name of a file that says what is in the layer of that name. It is worked out once.
 const verifiedSuffix = ".diff"
 
 // verifyLayer says whether what is in a layer is what its image says: images are kept by that.
-func (s *Store) verifyLayer(ctx context.Context, l Layer) error {
-	known := s.layerFile(l.Digest) + verifiedSuffix
+func (j *job) verifyLayer(ctx context.Context, l Layer) error {
+	known := j.layerFile(l.Digest) + verifiedSuffix
 	got, err := os.ReadFile(known)
 	if err != nil { // of one that was never looked at, too
-		r, err := s.open(l)
+		free, err := j.wait(ctx, access.Work, 1)
+		if err != nil {
+			return err
+		}
+		defer free()
+		r, err := j.open(ctx, j.payer, l)
 		if err != nil {
 			return err
 		}
@@ -212,7 +229,7 @@ func (s *Store) verifyLayer(ctx context.Context, l Layer) error {
 			return err
 		}
 		got = []byte(digestOf(sum))
-		if err := s.writeText(known, got); err != nil {
+		if err := j.writeText(known, got); err != nil {
 			return err
 		}
 	}
@@ -238,7 +255,9 @@ func (f fileLayer) DiffID() (v1.Hash, error) { return v1.NewHash(f.l.DiffID) }
 func (f fileLayer) Compressed() (io.ReadCloser, error) { return os.Open(f.s.layerFile(f.l.Digest)) }
 
 // Uncompressed implements v1.Layer.
-func (f fileLayer) Uncompressed() (io.ReadCloser, error) { return f.s.open(f.l) }
+func (f fileLayer) Uncompressed() (io.ReadCloser, error) {
+	return f.s.open(context.Background(), payer{}, f.l)
+}
 
 // Size implements v1.Layer.
 func (f fileLayer) Size() (int64, error) { return f.l.Size, nil }
@@ -341,6 +360,7 @@ func (s *Store) ImportFile(ctx context.Context, m Manifest, from string) (_ Mani
 	if m.Name, err = CheckName(m.Name); err != nil {
 		return m, err
 	}
+	j := s.begin(m.Owner)
 	img, err := readImage(from)
 	if err != nil {
 		return m, fmt.Errorf("import %s: %w", from, err)
@@ -351,14 +371,14 @@ func (s *Store) ImportFile(ctx context.Context, m Manifest, from string) (_ Mani
 			return m, err
 		}
 		defer f.Close()
-		return s.Import(ctx, m, f)
+		return j.importTar(ctx, m, f)
 	}
-	got, err := s.take(ctx, img)
+	got, err := j.take(ctx, img)
 	if err != nil {
 		return m, fmt.Errorf("import %s: %w", from, err)
 	}
 	got.Name, got.Owner, got.Parent = m.Name, m.Owner, cmp.Or(m.Parent, filepath.Base(from))
-	return s.Finish(ctx, got)
+	return j.finish(ctx, got)
 }
 
 // readImage opens an OCI layout or an archive of docker save; nil is neither.

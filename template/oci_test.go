@@ -21,7 +21,7 @@ func TestRegistry(t *testing.T) {
 	defer server.Close()
 	host := strings.TrimPrefix(server.URL, "http://")
 	w := newWorkshop(t)
-	w.builder.Pull = w.store.Pull
+	w.builder.Pull = w.store.Puller([]string{host})
 	mini, err := w.store.Get("", "mini")
 	if err != nil {
 		t.Fatal(err)
@@ -33,7 +33,7 @@ func TestRegistry(t *testing.T) {
 	if again, err := w.store.Push(t.Context(), mini, host+"/base:again"); err != nil || again != first {
 		t.Errorf("the same template is %s and %s: %v", first, again, err)
 	}
-	pulled, err := w.store.Pull(t.Context(), host+"/base:1")
+	pulled, err := w.store.Pull(t.Context(), Manifest{Name: "pulled"}, host+"/base:1")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -49,7 +49,7 @@ func TestRegistry(t *testing.T) {
 		t.Fatal(err)
 	}
 	other := newWorkshop(t)
-	got, err := other.store.Pull(t.Context(), host+"/changed:1")
+	got, err := other.store.Pull(t.Context(), Manifest{Name: "pulled"}, host+"/changed:1")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -110,7 +110,7 @@ func TestPullErrors(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m.Layers[0], err = store.newLayer(strings.NewReader(tarOf(t, randomFiles())), maxImage, "")
+	m.Layers[0], err = store.begin("").newLayer(strings.NewReader(tarOf(t, randomFiles())), maxImage, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -122,31 +122,31 @@ func TestPullErrors(t *testing.T) {
 		host + "/private/x:1": "wants other credentials",
 		"127.0.0.1:1/x:1":     "cannot be reached",
 	} {
-		if _, err := store.Pull(t.Context(), ref); !errors.Is(err, ErrPull) || !strings.Contains(err.Error(), want) {
+		if _, err := store.Pull(t.Context(), Manifest{Name: "pulled"}, ref); !errors.Is(err, ErrPull) || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", ref, err)
 		}
 	}
 	for _, ref := range []string{"", "UPPER", "a b", "x:y:z"} {
-		if _, err := store.Pull(t.Context(), ref); !errors.Is(err, sandbox.ErrInvalid) {
+		if _, err := store.Pull(t.Context(), Manifest{Name: "pulled"}, ref); !errors.Is(err, sandbox.ErrInvalid) {
 			t.Errorf("%q: %v", ref, err)
 		}
 	}
-	if _, err := (&Store{Dir: t.TempDir()}).Puller(nil)(t.Context(), host+"/good:1"); !errors.Is(err, ErrPull) || !strings.Contains(err.Error(), "private network") {
+	if _, err := puller(t, nil)(host + "/good:1"); !errors.Is(err, ErrPull) || !strings.Contains(err.Error(), "private network") {
 		t.Errorf("a registry on this machine: %v", err)
 	}
-	if _, err := (&Store{Dir: t.TempDir()}).Puller([]string{host})(t.Context(), host+"/good:1"); err != nil {
+	if _, err := puller(t, []string{host})(host + "/good:1"); err != nil {
 		t.Error(err)
 	}
 	spoil = true
 	other := &Store{Dir: t.TempDir()}
-	if _, err := other.Pull(t.Context(), host+"/good:1"); err == nil {
+	if _, err := other.Pull(t.Context(), Manifest{Name: "pulled"}, host+"/good:1"); err == nil {
 		t.Error("a spoilt layer is taken")
 	}
 	if left, _ := filepath.Glob(filepath.Join(other.Dir, "layers", "*")); len(left) > 0 {
 		t.Errorf("it is kept: %v", left)
 	}
 	server.Close()
-	if _, err := store.Pull(t.Context(), host+"/good:1"); !errors.Is(err, ErrPull) {
+	if _, err := store.Pull(t.Context(), Manifest{Name: "pulled"}, host+"/good:1"); !errors.Is(err, ErrPull) {
 		t.Error(err)
 	}
 }
@@ -157,4 +157,12 @@ func randomFiles() map[string]string {
 		files[fmt.Sprint("f", i)] = fmt.Sprint(i * 7919 * 104729)
 	}
 	return files
+}
+
+// puller pulls for a build in a store of its own.
+func puller(t *testing.T, private []string) func(reference string) (Manifest, error) {
+	s := &Store{Dir: t.TempDir()}
+	return func(reference string) (Manifest, error) {
+		return s.Puller(private)(t.Context(), s.begin(""), reference)
+	}
 }

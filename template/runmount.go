@@ -164,7 +164,7 @@ func (m *mounts) cache(ctx context.Context, want *instructions.Mount, dir, targe
 		return err
 	}
 	if f, err := os.Open(file); err == nil {
-		plain, err := decompress(f, mediaGzip)
+		plain, err := decompress(ctx, m.s.job.payer, f, mediaGzip)
 		if err != nil {
 			return errors.Join(err, f.Close())
 		}

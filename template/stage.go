@@ -18,6 +18,7 @@ import (
 	"github.com/moby/buildkit/frontend/dockerfile/instructions"
 	"github.com/moby/buildkit/frontend/dockerfile/shell"
 
+	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/agent"
 	"soulbox.dev/soulbox/sandbox"
 )
@@ -30,6 +31,7 @@ type stageRun struct {
 	index  int
 	name   string // in the log
 	args   pairs  // in their order, with ENVs: the last of a name counts
+	grown  expansion
 	shell  []string
 	dirs   []string // of WORKDIRs, that the next step makes
 	sb     *sandbox.Sandbox
@@ -89,21 +91,8 @@ func (s *stageRun) variables() pairs {
 
 // command carries out one command.
 func (s *stageRun) command(ctx context.Context, where string, cmd instructions.Command) error {
-	if c, ok := cmd.(instructions.SupportsSingleWordExpansion); ok {
-		if err := c.Expand(s.expander()); err != nil {
-			return err
-		}
-	}
-	if c, ok := cmd.(instructions.SupportsSingleWordExpansionRaw); ok { // texts in the Dockerfile, whose quotes stay
-		lex := shell.NewLex('\\')
-		lex.SkipProcessQuotes = true
-		err := c.ExpandRaw(func(word string) (string, error) {
-			v, _, err := lex.ProcessWord(word, s.variables())
-			return v, err
-		})
-		if err != nil {
-			return err
-		}
+	if err := s.expand(ctx, cmd); err != nil {
+		return err
 	}
 	switch c := cmd.(type) {
 	case *instructions.RunCommand:
@@ -116,8 +105,7 @@ func (s *stageRun) command(ctx context.Context, where string, cmd instructions.C
 		s.config.WorkingDir = s.absolute(c.Path)
 		s.dirs = append(s.dirs, s.config.WorkingDir)
 	case *instructions.ArgCommand:
-		s.arg(c)
-		return nil // its values are in the key
+		return s.arg(c) // its values are in the key
 	default:
 		if err := s.configure(cmd); err != nil {
 			return err
@@ -127,8 +115,37 @@ func (s *stageRun) command(ctx context.Context, where string, cmd instructions.C
 	return nil
 }
 
+// expand puts the values of variables into the words of a command.
+func (s *stageRun) expand(ctx context.Context, cmd instructions.Command) error {
+	free, err := s.job.wait(ctx, access.Work, 1)
+	if err != nil {
+		return err
+	}
+	defer free()
+	vars := s.variables()
+	if c, ok := cmd.(instructions.SupportsSingleWordExpansion); ok {
+		if err := c.Expand(func(word string) (string, error) { return s.grown.word(s.plan.lex, word, vars) }); err != nil {
+			return err
+		}
+	}
+	if c, ok := cmd.(instructions.SupportsSingleWordExpansionRaw); ok { // texts in the Dockerfile, whose quotes stay
+		lex := shell.NewLex('\\')
+		lex.SkipProcessQuotes = true
+		return c.ExpandRaw(func(word string) (string, error) { return s.grown.word(lex, word, vars) })
+	}
+	return nil
+}
+
+// countVariables refuses more of them than there may be.
+func (s *stageRun) countVariables() error {
+	if n := len(s.args) + len(s.config.Env); n > maxVariables {
+		return tooManyVariables(n)
+	}
+	return nil
+}
+
 // arg declares variables.
-func (s *stageRun) arg(c *instructions.ArgCommand) {
+func (s *stageRun) arg(c *instructions.ArgCommand) error {
 	for _, arg := range c.Args {
 		if v, ok := s.req.Args[arg.Key]; ok {
 			arg.Value = &v
@@ -138,6 +155,7 @@ func (s *stageRun) arg(c *instructions.ArgCommand) {
 		s.args = append(s.args, arg)
 		s.key = hashOf(s.key, "ARG", arg.Key, arg.ValueString())
 	}
+	return s.countVariables()
 }
 
 // configure enters what a command says of the image alone.
@@ -149,6 +167,7 @@ func (s *stageRun) configure(cmd instructions.Command) error {
 			cfg.Env = slices.DeleteFunc(cfg.Env, func(old string) bool { return strings.HasPrefix(old, kv.Key+"=") })
 			cfg.Env = append(cfg.Env, kv.Key+"="+kv.Value)
 		}
+		return s.countVariables()
 	case *instructions.LabelCommand:
 		if cfg.Labels == nil {
 			cfg.Labels = map[string]string{}
@@ -190,8 +209,9 @@ func (s *stageRun) expose(c *instructions.ExposeCommand) error {
 	if s.config.ExposedPorts == nil {
 		s.config.ExposedPorts = map[string]struct{}{}
 	}
+	vars := s.variables()
 	for _, p := range c.Ports {
-		words, err := s.plan.lex.ProcessWords(p, s.variables())
+		words, err := s.grown.words(s.plan.lex, p, vars)
 		if err != nil {
 			return err
 		}
@@ -276,7 +296,7 @@ func (s *stageRun) begin(ctx context.Context) error {
 	if s.sb != nil {
 		return nil
 	}
-	image, err := s.Store.image(ctx, s.layers)
+	image, err := s.job.image(ctx, s.layers)
 	if err != nil {
 		return err
 	}
@@ -320,19 +340,11 @@ func (s *stageRun) capture(ctx context.Context, by string) (step, error) {
 		_, err := io.Copy(io.Discard, body)
 		return step{}, err // nothing: only the end of a tar
 	}
-	l, err := s.Store.newLayer(body, s.sb.Info().Limits.Disk+layerSlack, clip(by))
+	l, err := s.job.newLayer(body, s.sb.Info().Limits.Disk+layerSlack, clip(by))
 	if err != nil {
 		return step{}, fmt.Errorf("keep what has changed: %w", err)
 	}
 	return step{Layer: &l}, nil
-}
-
-// expander puts the values of variables into words.
-func (r *stageRun) expander() instructions.SingleWordExpander {
-	return func(word string) (string, error) {
-		v, _, err := r.plan.lex.ProcessWord(word, r.variables())
-		return v, err
-	}
 }
 
 // shown is a command as a reader of the log wants it: of one whose text is in here-documents, that text.

@@ -21,7 +21,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"golang.org/x/sys/unix"
 
-	"soulbox.dev/soulbox/internal/erofs"
+	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -33,28 +33,11 @@ type Store struct {
 	// InUse tells the IDs of the images that sandboxes and snapshots need. Nothing is collected without it.
 	InUse func() (map[string]bool, error)
 
-	mu      sync.Mutex
-	root    string // of the host template, once it is made
-	merging chan struct{}
-}
+	// Accounts are charged for what owners have the store do; nil has no bounds.
+	Accounts *access.Accounts
 
-// mergesAtOnce is how many trees are in memory at the same time.
-const mergesAtOnce = 2
-
-// slot waits until there is memory for another tree.
-func (s *Store) slot(ctx context.Context) (free func(), err error) {
-	s.mu.Lock()
-	if s.merging == nil {
-		s.merging = make(chan struct{}, mergesAtOnce)
-	}
-	slots := s.merging
-	s.mu.Unlock()
-	select {
-	case slots <- struct{}{}:
-		return func() { <-slots }, nil
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
-	}
+	mu   sync.Mutex
+	root string // of the host template, once it is made
 }
 
 var _ sandbox.Templates = (*Store)(nil)
@@ -64,17 +47,18 @@ type Manifest struct {
 	Name  string `json:"name"`
 	Owner string `json:"owner,omitempty"` // "" is the operator, whose templates everybody sees
 	// Image stands for all layers together: the chain ID of the OCI image specification, which is also the name of its EROFS file.
-	Image    string         `json:"image"`
-	Layers   []Layer        `json:"layers"`
-	Config   v1.Config      `json:"config"`
-	Limits   sandbox.Limits `json:"limits"` // of sandboxes that ask for none; zero values are the server's
-	StartCmd string         `json:"start_cmd,omitempty"`
-	ReadyCmd string         `json:"ready_cmd,omitempty"`
-	Started  *Started       `json:"started,omitempty"` // nil where it has no StartCmd, or cannot be restored
-	Parent   string         `json:"parent,omitempty"`  // what it was made from
-	Build    string         `json:"build,omitempty"`   // the id of the build that made it
-	Created  time.Time      `json:"created"`
-	Size     int64          `json:"size"` // of the image on disk, in bytes
+	Image    string          `json:"image"`
+	Layers   []Layer         `json:"layers"`
+	Config   v1.Config       `json:"config"`
+	Limits   sandbox.Limits  `json:"limits"`           // of sandboxes that ask for none; zero values are the server's
+	Protect  sandbox.Protect `json:"protect,omitzero"` // as Limits
+	StartCmd string          `json:"start_cmd,omitempty"`
+	ReadyCmd string          `json:"ready_cmd,omitempty"`
+	Started  *Started        `json:"started,omitempty"` // nil where it has no StartCmd, or cannot be restored
+	Parent   string          `json:"parent,omitempty"`  // what it was made from
+	Build    string          `json:"build,omitempty"`   // the id of the build that made it
+	Created  time.Time       `json:"created"`
+	Size     int64           `json:"size"` // of the image on disk, in bytes
 	// DefaultUser is whom processes run as that name nobody: "user" where there is one.
 	DefaultUser string `json:"default_user,omitempty"`
 	// Original is of an image that came from elsewhere and was not changed.
@@ -156,7 +140,7 @@ func (s *Store) Template(ctx context.Context, owner, name string) (sandbox.Templ
 	if err != nil {
 		return sandbox.Template{}, err
 	}
-	file, err := s.image(ctx, m.Layers)
+	file, err := s.begin(owner).image(ctx, m.Layers)
 	if err != nil {
 		return sandbox.Template{}, fmt.Errorf("template %q: %w", name, err)
 	}
@@ -167,7 +151,7 @@ func (s *Store) Template(ctx context.Context, owner, name string) (sandbox.Templ
 const BaseName = "base"
 
 func (s *Store) template(m Manifest, image string) sandbox.Template {
-	t := sandbox.Template{Name: m.Name, ID: m.Image, Image: image, Env: map[string]string{}, User: m.DefaultUser, Cwd: m.Config.WorkingDir, Limits: m.Limits}
+	t := sandbox.Template{Name: m.Name, ID: m.Image, Image: image, Env: map[string]string{}, User: m.DefaultUser, Cwd: m.Config.WorkingDir, Limits: m.Limits, Protect: m.Protect}
 	for _, kv := range m.Config.Env {
 		k, v, _ := strings.Cut(kv, "=")
 		t.Env[k] = v
@@ -186,30 +170,35 @@ func (s *Store) Import(ctx context.Context, m Manifest, from io.Reader) (_ Manif
 	if m.Name, err = CheckName(m.Name); err != nil {
 		return m, err
 	}
-	plain, err := uncompressed(from)
+	return s.begin(m.Owner).importTar(ctx, m, from)
+}
+
+func (j *job) importTar(ctx context.Context, m Manifest, from io.Reader) (Manifest, error) {
+	plain, err := uncompressed(ctx, j.payer, from)
 	if err != nil {
 		return m, fmt.Errorf("import: %w", err)
 	}
-	l, err := s.newLayer(&untilDone{ctx, plain}, maxImage, "import")
+	defer plain.Close()
+	l, err := j.newLayer(&untilDone{ctx, plain}, maxImage, "import")
 	if err != nil {
 		return m, fmt.Errorf("import: %w", err)
 	}
 	m.Layers = []Layer{l}
-	return s.Finish(ctx, m)
+	return j.finish(ctx, m)
 }
 
-// Finish makes the image of a template that has its layers, and gives it its name.
-func (s *Store) Finish(ctx context.Context, m Manifest) (Manifest, error) {
-	m, err := s.prepare(ctx, m)
+// finish makes the image of a template that has its layers, and gives it its name.
+func (j *job) finish(ctx context.Context, m Manifest) (Manifest, error) {
+	m, err := j.prepare(ctx, m)
 	if err != nil {
 		return m, err
 	}
-	return m, s.Put(m)
+	return m, j.Put(m)
 }
 
 // prepare makes the image of a template that has its layers, and works out what follows from it.
-func (s *Store) prepare(ctx context.Context, m Manifest) (Manifest, error) {
-	file, err := s.image(ctx, m.Layers)
+func (j *job) prepare(ctx context.Context, m Manifest) (Manifest, error) {
+	file, err := j.image(ctx, m.Layers)
 	if err != nil {
 		return m, err
 	}
@@ -356,85 +345,6 @@ func chainID(layers []Layer) string {
 		chain = "sha256:" + hex.EncodeToString(sum[:])
 	}
 	return chain
-}
-
-// image gives the EROFS file of layers, and makes it if it is missing. Those who need the same one at the same time wait for each other.
-func (s *Store) image(ctx context.Context, layers []Layer) (string, error) {
-	id := chainID(layers)
-	file := s.file("images", strings.TrimPrefix(id, "sha256:")+".erofs")
-	if exists(file) {
-		return file, touch(file)
-	}
-	unlock, err := s.lock(ctx, "images", id[7:])
-	if err != nil {
-		return "", err
-	}
-	defer unlock()
-	if exists(file) {
-		return file, touch(file)
-	}
-	return file, s.write(file, func(f *os.File) error { return s.assemble(ctx, f, layers) })
-}
-
-// assemble writes the image of layers, beginning with the largest part of it that is there.
-func (s *Store) assemble(ctx context.Context, f *os.File, layers []Layer) error {
-	free, err := s.slot(ctx)
-	if err != nil {
-		return err
-	}
-	defer free()
-	m := &merger{ctx: ctx, root: newRoot(), w: erofs.NewWriter(f)}
-	have := len(layers) - 1
-	for ; have > 0; have-- {
-		base, err := erofs.Open(s.file("images", strings.TrimPrefix(chainID(layers[:have]), "sha256:")+".erofs"))
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		m.root, err = base.Tree()
-		if err == nil {
-			err = m.w.Base(base)
-		}
-		if err := errors.Join(err, base.Close()); err != nil {
-			return err
-		}
-		break
-	}
-	for _, l := range layers[max(have, 0):] {
-		if err := s.applyLayer(ctx, m, l); err != nil {
-			return fmt.Errorf("layer %s: %w", l.Digest, err)
-		}
-	}
-	if err := errors.Join(m.w.Finish(m.root), f.Chmod(0o644)); err != nil { // who runs sandboxes reads it
-		return err
-	}
-	if s.UID != 0 {
-		return f.Chown(s.UID, s.GID)
-	}
-	return nil
-}
-
-// applyLayer applies a layer, whose content must be what its digest says.
-func (s *Store) applyLayer(ctx context.Context, m *merger, l Layer) error {
-	r, err := s.open(l)
-	if err != nil {
-		return err
-	}
-	defer r.Close()
-	sum := sha256.New()
-	body := io.TeeReader(&untilDone{ctx, s.whileRoom(r)}, sum)
-	if err := m.apply(body); err != nil {
-		return err
-	}
-	if _, err := io.Copy(io.Discard, io.LimitReader(body, 1<<20)); err != nil { // what follows the end of the tar
-		return err
-	}
-	if got := digestOf(sum); got != l.DiffID {
-		return fmt.Errorf("%w: its content is %s, not %s", ErrLayer, got, l.DiffID)
-	}
-	return nil
 }
 
 // size is how many bytes a file takes on disk.

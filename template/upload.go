@@ -77,5 +77,5 @@ func (s *Store) OpenUpload(ctx context.Context, owner, name string) (*Files, err
 		return nil, err
 	}
 	defer f.Close()
-	return s.ReadContext(ctx, f)
+	return s.ReadContext(ctx, owner, f)
 }

@@ -46,7 +46,9 @@ var advice = []struct {
 	{agent.ErrCommand, "Write it to a file with file_write and run that."},
 	{agent.ErrTooLarge, "Use exec to work with it in parts."},
 	{agent.ErrLimit, "End some processes with process_signal; process_list shows them."},
-	{agent.ErrSilent, "Try again: one that never answers is ended within a minute or, if it still says other things, some; the next call says so."},
+	{agent.ErrSilent, "Try again: one that never answers is paused with its files within some minutes; the next call says so."},
+	{sandbox.ErrPutOff, "Nothing of it is lost: try again in a minute, or tell the operator of this server what it says."},
+	{sandbox.ErrDamaged, "Call sandbox_resume with files_only, or sandbox_create with a snapshot of it."},
 	{agent.ErrLost, "The sandbox has ended. Call sandbox_create for a new one."},
 	{syscall.ENOSPC, "The sandbox' disk is full: remove files with file_remove or exec; sandbox_get shows how much is used."},
 	{syscall.EISDIR, "Use file_list to see what is in it, or give the path of a file."},
@@ -73,6 +75,9 @@ func explain(tool string, err error) string {
 	if errors.As(err, &state) {
 		if errors.Is(err, errDefaultEnded) {
 			return fmt.Sprintf("%s (sandbox %s: %s).", strings.TrimSuffix(sentence(errDefaultEnded), "."), state.ID, state.Cause)
+		}
+		if state.Saved {
+			return what + " Call sandbox_resume to start it from what was saved of it, or sandbox_create for a new one."
 		}
 		if state.State.Ended() {
 			return what + " Call sandbox_create for a new one."

@@ -29,13 +29,13 @@ const (
 
 func (s *Service) execTools() []server.ServerTool {
 	return []server.ServerTool{
-		define(s, "exec", "Run a shell command (bash) in the sandbox and return its output and exit code. If it has not ended after yield_ms it goes on in the background: the result then has state \"running\" and a process_id for process_wait, process_write and process_signal. Set background for servers.",
+		define(s, "exec", "Run a shell command (bash) in the sandbox and return its output and exit code. After yield_ms it goes on in the background: the result has state \"running\" and a process_id for process_wait, process_write, process_signal. Set background for servers.",
 			hints{title: "Run a command", destructive: true, long: true}, s.exec),
 	}
 }
 
 type execInput struct {
-	Command    string            `json:"command,omitempty" jsonschema:"the shell command; with tty it may be left out for a login shell"`
+	Command    string            `json:"command,omitempty" jsonschema:"with tty it may be left out: a login shell"`
 	Cwd        string            `json:"cwd,omitempty" jsonschema:"absolute directory for this command; default where the last one left the shell"`
 	Env        map[string]string `json:"env,omitempty" jsonschema:"extra environment variables"`
 	User       string            `json:"user,omitempty" jsonschema:"user name or uid; default user"`
@@ -44,9 +44,9 @@ type execInput struct {
 	YieldMS    *int64            `json:"yield_ms,omitempty" jsonschema:"0 to 50000; default 30000"`
 	TimeoutMS  int64             `json:"timeout_ms,omitempty" jsonschema:"kill the command after this time; default never"`
 	MaxChars   *int              `json:"max_output_chars,omitempty" jsonschema:"longer output is cut in the middle; default 30000"`
-	Background bool              `json:"background,omitempty" jsonschema:"return as soon as it has started, and keep its stdin open"`
+	Background bool              `json:"background,omitempty" jsonschema:"return at once, and keep its stdin open"`
 	Isolated   bool              `json:"isolated,omitempty" jsonschema:"without what earlier commands left, and leaving nothing"`
-	TTY        bool              `json:"tty,omitempty" jsonschema:"give it a terminal, for interactive and full-screen programs; returns when it is silent"`
+	TTY        bool              `json:"tty,omitempty" jsonschema:"give it a terminal, for interactive programs"`
 	Rows       int               `json:"rows,omitempty" jsonschema:"of the terminal; default 24"`
 	Cols       int               `json:"cols,omitempty" jsonschema:"default 80"`
 	target

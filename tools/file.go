@@ -31,7 +31,7 @@ func (s *Service) fileTools() []server.ServerTool {
 			hints{title: "Read a file", readOnly: true, idempotent: true, long: true}, s.fileRead),
 		define(s, "file_write", "Create or replace a file (atomically), append to it, or write several files at once. Missing directories are made.",
 			hints{title: "Write a file", destructive: true, idempotent: true}, s.fileWrite),
-		define(s, "file_edit", "Change a text file: replace old_str, which must occur exactly once, by new_str; or insert new_str behind line insert_line.",
+		define(s, "file_edit", "Change a text file: replace old_str, which must occur once, by new_str; or insert new_str behind insert_line.",
 			hints{title: "Edit a file", destructive: true}, s.fileEdit),
 		define(s, "file_list", "List a directory as a tree, or describe a file.",
 			hints{title: "List files", readOnly: true, idempotent: true}, s.fileList),
@@ -341,10 +341,10 @@ func (s *Service) fileWrite(ctx context.Context, in fileWriteInput) (fileWriteOu
 
 type fileEditInput struct {
 	Path       string `json:"path" jsonschema:"absolute path"`
-	OldStr     string `json:"old_str,omitempty" jsonschema:"text to replace, exactly as in the file"`
+	OldStr     string `json:"old_str,omitempty" jsonschema:"exactly as in the file"`
 	NewStr     string `json:"new_str,omitempty" jsonschema:"text to put there; empty removes"`
 	ReplaceAll bool   `json:"replace_all,omitempty" jsonschema:"replace every occurrence"`
-	InsertLine *int   `json:"insert_line,omitempty" jsonschema:"instead of old_str: insert behind this line, 0 is the start"`
+	InsertLine *int   `json:"insert_line,omitempty" jsonschema:"instead of old_str: behind this line, 0 is the start"`
 	target
 }
 

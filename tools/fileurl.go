@@ -21,7 +21,7 @@ func (s *Service) urlTools() []server.ServerTool {
 		return nil
 	}
 	return []server.ServerTool{
-		define(s, "file_url", "Make a URL by which whoever has it downloads one file (GET), or uploads it (POST), whatever its size, without a key.",
+		define(s, "file_url", "Make a URL to download one file (GET) or upload it (POST), of any size, without a key.",
 			hints{title: "Link to a file", idempotent: true}, s.fileURL),
 	}
 }

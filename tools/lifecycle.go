@@ -13,11 +13,11 @@ import (
 
 func (s *Service) lifecycleTools() []server.ServerTool {
 	return []server.ServerTool{
-		define(s, "sandbox_pause", "Stop a sandbox as it is, memory and processes too; its life time stands still. sandbox_resume has it go on.",
+		define(s, "sandbox_pause", "Stop a sandbox as it is, memory and processes too; its life time stands still.",
 			hints{title: "Pause a sandbox", idempotent: true}, s.sandboxPause),
-		define(s, "sandbox_resume", "Have a paused sandbox go on where it was.",
+		define(s, "sandbox_resume", "Resume a paused sandbox where it was, or a failed one from what was saved.",
 			hints{title: "Resume a sandbox", idempotent: true}, s.sandboxResume),
-		define(s, "sandbox_snapshot", "Save a sandbox, memory and processes too, under a name; it goes on. sandbox_create with template NAME begins there, as often as you like.",
+		define(s, "sandbox_snapshot", "Save a sandbox, memory and processes too, under a name; it goes on. sandbox_create with template NAME begins there.",
 			hints{title: "Save a snapshot"}, s.sandboxSnapshot),
 		define(s, "sandbox_fork", "Make copies of a sandbox as it is, memory and processes too; it goes on.",
 			hints{title: "Fork a sandbox"}, s.sandboxFork),
@@ -64,14 +64,22 @@ func (s *Service) sandboxPause(ctx context.Context, in sandboxPauseInput) (sandb
 	return s.describe(ctx, sb.Info()), nil
 }
 
-type sandboxResumeInput struct{ target }
+type sandboxResumeInput struct {
+	FilesOnly bool  `json:"files_only,omitempty" jsonschema:"boot it anew, without its processes"`
+	MemoryMB  int64 `json:"memory_mb,omitempty" jsonschema:"more memory"`
+	target
+}
 
 func (s *Service) sandboxResume(ctx context.Context, in sandboxResumeInput) (sandboxInfo, error) {
 	sb, err := s.own(ctx, in.target)
 	if err != nil {
 		return sandboxInfo{}, err
 	}
-	if err := sb.Resume(ctx); err != nil && sb.Info().State != sandbox.Running {
+	if in.MemoryMB < 0 || in.MemoryMB > maxNumber {
+		return sandboxInfo{}, badArgument("The argument \"memory_mb\" must be from 0 to %d.", maxNumber)
+	}
+	o := sandbox.ResumeOptions{FilesOnly: in.FilesOnly, Memory: in.MemoryMB << 20}
+	if err := sb.ResumeWith(ctx, o); err != nil && (sb.Info().State != sandbox.Running || o != sandbox.ResumeOptions{}) {
 		return sandboxInfo{}, err
 	}
 	return s.describe(ctx, sb.Info()), nil

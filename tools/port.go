@@ -21,7 +21,7 @@ func (s *Service) portTools() []server.ServerTool {
 
 type portExposeInput struct {
 	Port   int   `json:"port" jsonschema:"on which a server in the sandbox listens, on 127.0.0.1 or 0.0.0.0"`
-	WaitMS int64 `json:"wait_ms,omitempty" jsonschema:"how long to wait until something listens, up to 50000; default 5000"`
+	WaitMS int64 `json:"wait_ms,omitempty" jsonschema:"wait until something listens, up to 50000; default 5000"`
 	Public bool  `json:"public,omitempty" jsonschema:"open to everybody"`
 	target
 }

@@ -13,9 +13,9 @@ import (
 
 func (s *Service) processTools() []server.ServerTool {
 	return []server.ServerTool{
-		define(s, "process_wait", "Wait for a process to end and read its output, also after it has ended. Without offset: head and tail of all its output. With offset: what came since, from the next_offset of the last result.",
+		define(s, "process_wait", "Wait for a process to end and read its output, also later. Without offset: head and tail of all output. With offset, the next_offset of the last result: what came since.",
 			hints{title: "Wait for a process", readOnly: true, idempotent: true, long: true}, s.processWait),
-		define(s, "process_write", "Write to the stdin of a process that was started with background or tty, and return what it answers.",
+		define(s, "process_write", "Write to the stdin of a background or tty process, and return what it answers.",
 			hints{title: "Write to a process"}, s.processWrite),
 		define(s, "process_resize", "Change the size of a process' terminal.",
 			hints{title: "Resize a terminal", idempotent: true}, s.processResize),
@@ -49,7 +49,7 @@ type processWaitInput struct {
 	Offset   *int64 `json:"offset,omitempty" jsonschema:"byte offset to read from"`
 	Stream   string `json:"stream,omitempty" enum:"stdout,stderr" jsonschema:"only this one; default both"`
 	Screen   bool   `json:"screen,omitempty" jsonschema:"of a tty: its rendered screen as it is now; returns when it is silent"`
-	Above    int    `json:"lines_above,omitempty" jsonschema:"with screen: so many lines that have scrolled away, up to 500"`
+	Above    int    `json:"lines_above,omitempty" jsonschema:"with screen: lines that have scrolled away, up to 500"`
 	Raw      bool   `json:"raw,omitempty" jsonschema:"of a tty: with its escapes"`
 	YieldMS  *int64 `json:"yield_ms,omitempty" jsonschema:"0 to 50000; default 30000"`
 	MaxChars *int   `json:"max_output_chars,omitempty" jsonschema:"default 30000"`

@@ -19,7 +19,7 @@ import (
 
 func (s *Service) sandboxTools() []server.ServerTool {
 	return []server.ServerTool{
-		define(s, "sandbox_create", "Make a new sandbox: an isolated Linux machine with its own files and processes and no network. Not needed for one: exec makes this session's own.",
+		define(s, "sandbox_create", "Make a new sandbox: an isolated Linux machine without a network. Not needed for one: exec makes this session's own.",
 			hints{title: "Create a sandbox"}, s.sandboxCreate),
 		define(s, "sandbox_list", "List sandboxes, newest first.",
 			hints{title: "List sandboxes", readOnly: true, idempotent: true}, s.sandboxList),
@@ -47,6 +47,7 @@ type sandboxCreateInput struct {
 	DiskMB        int64             `json:"disk_mb,omitempty" jsonschema:"default 10240"`
 	Pids          int64             `json:"pids,omitempty" jsonschema:"processes at once; default 512"`
 	Network       string            `json:"network,omitempty" jsonschema:"by HTTP proxy: none (default), full, or domains and ranges: pypi.org,*.debian.org"`
+	Protect       *protection       `json:"protect,omitempty" jsonschema:"save it regularly, for a resume if it fails"`
 	DiskInMemory  bool              `json:"disk_in_memory,omitempty" jsonschema:"half of memory at most; smaller when idle"`
 }
 
@@ -76,6 +77,50 @@ type sandboxInfo struct {
 	DiskMB    int64             `json:"disk_mb"`
 	Pids      int64             `json:"pids"`
 	Network   string            `json:"network,omitempty"`
+	Protect   *protection       `json:"protect,omitempty"`
+	SavedAt   string            `json:"saved_at,omitempty" jsonschema:"what it is resumed from if it fails"`
+	SavedS    *int64            `json:"saved_age_s,omitempty" jsonschema:"since when changes are not saved"`
+	FilesOnly bool              `json:"saved_files_only,omitempty"`
+	Notice    string            `json:"notice,omitempty" jsonschema:"what was lost when it was resumed"`
+}
+
+// protection is sandbox.Protect in arguments and results.
+type protection struct {
+	Every  string `json:"every" jsonschema:"such as 5m, or off"`
+	Memory bool   `json:"memory,omitempty" jsonschema:"processes too"`
+}
+
+func (p *protection) parse() (out sandbox.Protect, err error) {
+	if p == nil {
+		return out, nil
+	}
+	out.Memory = p.Memory
+	if out.Every = -1; p.Every == "off" {
+		return out, nil
+	}
+	if out.Every, err = time.ParseDuration(p.Every); err != nil || out.Every <= 0 {
+		return out, badArgument("The argument \"protect\" needs \"every\": a time such as \"5m\", or \"off\".")
+	}
+	return out, nil
+}
+
+// describeSaved tells what a sandbox can be resumed from if it fails.
+func (info *sandboxInfo) describeSaved(i sandbox.Info) {
+	if i.Protect.Every > 0 {
+		info.Protect = &protection{Every: i.Protect.Every.String(), Memory: i.Protect.Memory}
+	}
+	if i.Saved.IsZero() {
+		return
+	}
+	info.SavedAt, info.FilesOnly = i.Saved.UTC().Format(time.RFC3339), i.SavedFiles
+	if i.State == sandbox.Running {
+		last := i.Saved
+		if i.Current.After(last) {
+			last = i.Current
+		}
+		age := int64(time.Since(last).Seconds())
+		info.SavedS = &age
+	}
 }
 
 func (s *Service) describe(ctx context.Context, i sandbox.Info) sandboxInfo {
@@ -91,11 +136,15 @@ func (s *Service) describe(ctx context.Context, i sandbox.Info) sandboxInfo {
 			*to = at.UTC().Format(time.RFC3339)
 		}
 	}
+	info.Notice = i.Notice
+	info.describeSaved(i)
 	if !i.State.Ended() {
 		t := i.Times
 		info.OnTimeout, info.IdleMS, info.MaxMS, info.GraceMS = string(t.OnTimeout), t.Idle.Milliseconds(), t.Max.Milliseconds(), t.Grace.Milliseconds()
 	}
 	switch {
+	case i.State.Ended() && i.OnDisk:
+		info.OnDisk, info.EndsAt, info.LeftMS = true, i.RemoveAt.UTC().Format(time.RFC3339), i.Left.Milliseconds()
 	case i.State.Ended():
 		info.EndsAt = i.Changed.UTC().Format(time.RFC3339)
 	case i.State == sandbox.Paused:
@@ -142,6 +191,22 @@ func (i sandboxInfo) text() string {
 	if i.MaxMS > 0 && i.PausedAt == "" {
 		fmt.Fprintf(&b, ", at most %d ms after its start", i.MaxMS)
 	}
+	what := "memory and files"
+	if i.FilesOnly {
+		what = "files"
+	}
+	switch {
+	case i.State == string(sandbox.Failed) && i.OnDisk:
+		fmt.Fprintf(&b, ", its %s as of %s can be resumed by sandbox_resume", what, i.SavedAt)
+	case i.SavedS != nil:
+		fmt.Fprintf(&b, ", its %s as of %s are saved", what, i.SavedAt)
+	}
+	if i.Protect != nil {
+		fmt.Fprintf(&b, ", saved every %s", i.Protect.Every)
+	}
+	if i.Notice != "" {
+		fmt.Fprintf(&b, ", notice: %s", i.Notice)
+	}
 	fmt.Fprintf(&b, ", limits: cpu %g, memory %d MB, disk %d MB, %d processes", i.CPU, i.MemoryMB, i.DiskMB, i.Pids)
 	if i.Network != "" {
 		fmt.Fprintf(&b, ", network: %s", i.Network)
@@ -174,8 +239,12 @@ func (s *Service) sandboxCreate(ctx context.Context, in sandboxCreateInput) (san
 	if err != nil {
 		return sandboxInfo{}, err
 	}
+	protect, err := in.Protect.parse()
+	if err != nil {
+		return sandboxInfo{}, err
+	}
 	sb, err := s.Manager.Create(ctx, sandbox.CreateOptions{
-		Owner: who.Owner(), Template: in.Template, Metadata: in.Metadata, Env: in.Env, Times: times, Network: parseNetwork(in.Network),
+		Protect: protect, Owner: who.Owner(), Template: in.Template, Metadata: in.Metadata, Env: in.Env, Times: times, Network: parseNetwork(in.Network),
 		Limits: sandbox.Limits{CPU: in.CPU, Memory: in.MemoryMB << 20, Disk: in.DiskMB << 20, Processes: in.Pids, DiskInMemory: in.DiskInMemory},
 	})
 	if err != nil {
@@ -398,12 +467,13 @@ type sandboxUpdateInput struct {
 	OnTimeout     string             `json:"on_timeout,omitempty" enum:"pause,kill"`
 	GraceMS       *int64             `json:"grace_ms,omitempty"`
 	AutoResume    *bool              `json:"auto_resume,omitempty"`
+	Protect       *protection        `json:"protect,omitempty" as:"sandbox_create"`
 	target
 }
 
 func (s *Service) sandboxUpdate(ctx context.Context, in sandboxUpdateInput) (sandboxInfo, error) {
-	if in.Metadata == nil && in.ExtendMS == nil && in.TimeoutMS == nil && in.MaxLifetimeMS == nil && in.IdleMS == nil && in.OnTimeout == "" && in.GraceMS == nil && in.AutoResume == nil {
-		return sandboxInfo{}, badArgument("There is nothing to change: give metadata, extend_ms, timeout_ms, max_lifetime_ms, idle_timeout_ms, on_timeout, grace_ms or auto_resume.")
+	if in.Metadata == nil && in.ExtendMS == nil && in.TimeoutMS == nil && in.MaxLifetimeMS == nil && in.IdleMS == nil && in.OnTimeout == "" && in.GraceMS == nil && in.AutoResume == nil && in.Protect == nil {
+		return sandboxInfo{}, badArgument("There is nothing to change: give metadata, extend_ms, timeout_ms, max_lifetime_ms, idle_timeout_ms, on_timeout, grace_ms, auto_resume or protect.")
 	}
 	sb, err := s.sandbox(ctx, in.SandboxID)
 	if err != nil {
@@ -418,6 +488,13 @@ func (s *Service) sandboxUpdate(ctx context.Context, in sandboxUpdateInput) (san
 		if *to.d, err = millis(name, to.ms); err != nil {
 			return sandboxInfo{}, err
 		}
+	}
+	if in.Protect != nil {
+		protect, err := in.Protect.parse()
+		if err != nil {
+			return sandboxInfo{}, err
+		}
+		u.Protect = &protect
 	}
 	info, err := sb.Update(ctx, u)
 	if err != nil {

@@ -165,6 +165,10 @@ func (s *Service) sandbox(ctx context.Context, id string) (*sandbox.Sandbox, err
 		if !info.State.Ended() {
 			return current, nil
 		}
+		if saved, err := s.Manager.Get(owner, info.ID); err == nil && saved.Info().OnDisk { // it waits for a resume, or was resumed
+			own.current.Store(saved)
+			return saved, nil
+		}
 		own.current.Store(nil)
 		return nil, errors.Join(errDefaultEnded, &sandbox.StateError{ID: info.ID, Verb: "use", State: info.State, Cause: info.Cause, At: info.Changed})
 	}
@@ -245,7 +249,7 @@ func (s *Service) whyLost(ctx context.Context, id string, lost error) error {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
 	if info := sb.AwaitEnd(ctx); info.State.Ended() {
-		return &sandbox.StateError{ID: info.ID, Verb: "go on in", State: info.State, Cause: info.Cause, At: info.Changed}
+		return &sandbox.StateError{ID: info.ID, Verb: "go on in", State: info.State, Cause: info.Cause, At: info.Changed, Saved: info.OnDisk}
 	}
 	return lost
 }

@@ -18,7 +18,7 @@ import (
 
 func (s *Service) templateTools() []server.ServerTool {
 	return []server.ServerTool{
-		define(s, "template_build", "Make a template from a Dockerfile, with the files that it copies: given here, or a directory of a sandbox. Takes minutes; steps done before are cached.",
+		define(s, "template_build", "Make a template from a Dockerfile and the files that it copies: given here, or a directory of a sandbox. Takes minutes; done steps are cached.",
 			hints{title: "Build a template"}, s.templateBuild),
 		define(s, "template_list", "List what sandboxes can begin from: templates, and your snapshots.",
 			hints{title: "List templates and snapshots", readOnly: true, idempotent: true}, s.templateList),
@@ -73,12 +73,17 @@ func (s *Service) templateBuild(ctx context.Context, in templateBuildInput) (_ t
 		Owner: who.Owner(), Name: in.Name, Dockerfile: in.Dockerfile, Target: in.Stage, Args: in.Args, NoCache: in.NoCache, Network: parseNetwork(in.Network), StartCmd: in.StartCmd, ReadyCmd: in.ReadyCmd,
 		Limits: sandbox.Limits{CPU: in.CPU, Memory: in.MemoryMB << 20},
 	}
-	if req.Context, err = s.buildContext(ctx, in); err != nil {
-		return templateBuildOutput{}, err
+	var files *template.Files
+	req.Open = func(ctx context.Context, req *template.BuildRequest) (err error) {
+		files, err = s.buildContext(ctx, req.Owner, in)
+		req.Context = files
+		return err
 	}
-	if req.Context != nil {
-		defer func() { err = errors.Join(err, req.Context.Close()) }()
-	}
+	defer func() {
+		if files != nil {
+			err = errors.Join(err, files.Close())
+		}
+	}()
 	p := newProgress(ctx)
 	built, err := s.Builder.Build(ctx, req, func(l template.Line) {
 		p.tell(strings.TrimSpace(l.Step + " " + renderName(l.Text)))
@@ -90,7 +95,7 @@ func (s *Service) templateBuild(ctx context.Context, in templateBuildInput) (_ t
 }
 
 // buildContext finds the files of a build.
-func (s *Service) buildContext(ctx context.Context, in templateBuildInput) (*template.Files, error) {
+func (s *Service) buildContext(ctx context.Context, owner string, in templateBuildInput) (*template.Files, error) {
 	given := 0
 	for _, is := range []bool{len(in.Files) > 0, in.ContextPath != "", in.HostPath != ""} {
 		if is {
@@ -106,15 +111,15 @@ func (s *Service) buildContext(ctx context.Context, in templateBuildInput) (*tem
 		if err != nil {
 			return nil, err
 		}
-		return s.Store.ContextDir(ctx, dir)
+		return s.Store.ContextDir(ctx, owner, dir)
 	case in.ContextPath != "":
 		_, client, err := s.agent(ctx, in.target, "read the files of a build in")
 		if err != nil {
 			return nil, err
 		}
-		return s.contextIn(ctx, client, in.ContextPath)
+		return s.contextIn(ctx, owner, client, in.ContextPath)
 	}
-	return s.Store.ContextFiles(ctx, in.Files)
+	return s.Store.ContextFiles(ctx, owner, in.Files)
 }
 
 // hostDir is a directory of the host that the operator allows, by the name that it really has.
@@ -131,7 +136,7 @@ func (s *Service) hostDir(name string) (string, error) {
 }
 
 // contextIn reads a directory of a sandbox, or an archive that is a file there.
-func (s *Service) contextIn(ctx context.Context, client *agent.Client, name string) (*template.Files, error) {
+func (s *Service) contextIn(ctx context.Context, owner string, client *agent.Client, name string) (*template.Files, error) {
 	info, err := client.Stat(ctx, name)
 	if err != nil {
 		return nil, err
@@ -142,14 +147,14 @@ func (s *Service) contextIn(ctx context.Context, client *agent.Client, name stri
 			return nil, err
 		}
 		defer r.Close()
-		return s.Store.ReadContext(ctx, r)
+		return s.Store.ReadContext(ctx, owner, r)
 	}
 	r, err := client.Pack(ctx, name)
 	if err != nil {
 		return nil, err
 	}
 	defer r.Close()
-	return s.Store.ReadContext(ctx, r)
+	return s.Store.ReadContext(ctx, owner, r)
 }
 
 // parseNetwork reads the argument "network": none, full, or the entries of an allowlist.

@@ -71,7 +71,7 @@ func define[In any, Out output](s *Service, name, description string, h hints, d
 	return server.ServerTool{Tool: tool, Handler: handle}
 }
 
-// schema is the JSON Schema of a struct. Fields may say enum:"a,b". Optional is said by omission, not by null.
+// schema is the JSON Schema of a struct. Fields may say enum:"a,b", and as:"tool" where that tool has described them. Optional is said by omission, not by null.
 func schema[T any](input bool) json.RawMessage {
 	s, err := jsonschema.For[T](nil)
 	if err != nil {
@@ -143,6 +143,9 @@ func tidy(s *jsonschema.Schema, t reflect.Type, input bool) {
 			}
 			if header := f.Tag.Get("header"); header != "" && input {
 				p.Extra = map[string]any{"x-mcp-header": header} // so that a proxy can route by it (SEP-2243)
+			}
+			if other := f.Tag.Get("as"); other != "" { // what another tool has said need not be said again
+				p.Types, p.Type, p.Properties, p.Required, p.Description = nil, "object", nil, nil, "as of "+other
 			}
 			tidy(p, f.Type, input)
 		}

@@ -199,7 +199,7 @@ func steady(out []byte) []byte {
 		{`sb[a-z2-7]{20}`, "SANDBOX"},
 		{`/tmp/[^ "'\n\\]*?/sandboxes/SANDBOX`, "HOME"},
 		{`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z`, "TIME"},
-		{`"life_left_ms":\d+`, `"life_left_ms":N`}, {`leaves [0-9hms.]+ from`, "leaves N from"}, {`ended after [0-9.]+m?s`, "ended after N"}, {`after \d+ ms`, "after N ms"}, {`"duration_ms":\d+`, `"duration_ms":N`},
+		{`"life_left_ms":\d+`, `"life_left_ms":N`}, {`"saved_age_s":\d+`, `"saved_age_s":N`}, {`leaves [0-9hms.]+ from`, "leaves N from"}, {`ended after [0-9.]+m?s`, "ended after N"}, {`after \d+ ms`, "after N ms"}, {`"duration_ms":\d+`, `"duration_ms":N`},
 		{`cpu \d+ ms, memory \d+ MB`, "cpu N ms, memory N MB"}, {`"cpu_ms":\d+`, `"cpu_ms":N`}, {`,"memory_mb":\d+,"output`, `,"output`},
 		{`,"listening_ports":\[[^\]]*\]`, ""}, {`usage: .*`, "usage: N"}, {`"usage":\{[^}]*\}`, `"usage":{}`},
 		{fmt.Sprintf(`user %d`, os.Getuid()), "user ME"}, {fmt.Sprintf(`"user":"%d"`, os.Getuid()), `"user":"ME"`},

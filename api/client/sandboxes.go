@@ -63,6 +63,12 @@ func (c *Client) Resume(ctx context.Context, id string, life time.Duration) erro
 	return c.call(ctx, "POST", "/sandboxes/"+url.PathEscape(id)+"/connect", nil, map[string]any{"timeout": int64(life.Seconds())}, nil)
 }
 
+// ResumeAs resumes a sandbox that is paused, or has failed and was saved.
+func (c *Client) ResumeAs(ctx context.Context, id string, r Resume) (s Sandbox, err error) {
+	err = c.call(ctx, "POST", "/v1/sandboxes/"+url.PathEscape(id)+"/resume", nil, r, &s)
+	return s, err
+}
+
 // Kill ends a sandbox.
 func (c *Client) Kill(ctx context.Context, id string) error {
 	return c.call(ctx, "DELETE", "/sandboxes/"+url.PathEscape(id), nil, nil, nil)

@@ -59,6 +59,17 @@ type Sandbox struct {
 	AutoResume bool              `json:"autoResume"`
 	Network    Network           `json:"network"`
 	Ports      []Port            `json:"ports,omitempty"`
+	Protect    *Protect          `json:"protect,omitempty"`
+	// SavedAt is when what it is resumed from was saved if it fails, SavedFilesOnly that that has no memory, Notice what was lost at its last resume.
+	SavedAt        time.Time `json:"savedAt,omitzero"`
+	SavedFilesOnly bool      `json:"savedFilesOnly,omitempty"`
+	Notice         string    `json:"notice,omitempty"`
+}
+
+// Protect says how often a sandbox is saved in the background: what it is resumed from if it fails. 0 seconds are off.
+type Protect struct {
+	EveryS int64 `json:"everySeconds"`
+	Memory bool  `json:"memory,omitempty"` // processes too, not files alone
 }
 
 // Network is what a sandbox reaches.
@@ -80,6 +91,7 @@ type NewSandbox struct {
 	DiskMB    int64             `json:"diskMB,omitempty"`
 	Processes int64             `json:"processes,omitempty"`
 	Network   Network           `json:"network,omitzero"`
+	Protect   *Protect          `json:"protect,omitempty"`
 }
 
 // Update changes a sandbox. What is nil stays.
@@ -88,12 +100,19 @@ type Update struct {
 	TimeoutS  *int64             `json:"timeoutSeconds,omitempty"` // from now on
 	OnTimeout string             `json:"onTimeout,omitempty"`
 	Metadata  map[string]*string `json:"metadata,omitempty"` // null removes a pair
+	Protect   *Protect           `json:"protect,omitempty"`
 }
 
 // Pause says how a sandbox is paused: to disk, if not otherwise said.
 type Pause struct {
 	InMemory  bool `json:"inMemory,omitempty"`
 	FilesOnly bool `json:"filesOnly,omitempty"`
+}
+
+// Resume says how a sandbox is resumed.
+type Resume struct {
+	FilesOnly bool  `json:"filesOnly,omitempty"` // boot its files anew, without the processes that were saved
+	MemoryMB  int64 `json:"memoryMB,omitempty"`  // a larger memory limit; 0 leaves it
 }
 
 // Process is a process of a sandbox, which runs or has ended.
@@ -134,6 +153,7 @@ type NewBuild struct {
 	NoCache    bool              `json:"noCache,omitempty"`
 	StartCmd   string            `json:"startCmd,omitempty"`
 	ReadyCmd   string            `json:"readyCmd,omitempty"`
+	Protect    *Protect          `json:"protect,omitempty"` // of its sandboxes, where they ask for none
 }
 
 // Template is a template that a caller sees.

@@ -16,6 +16,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"soulbox.dev/soulbox/gvisor"
 	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/template"
@@ -30,6 +32,7 @@ type config struct {
 	logFile  string
 	logLevel slog.Level
 	times    sandbox.Times
+	protect  sandbox.Protect
 	saving   saving
 	limits   sandbox.Limits
 	budget   int64 // bytes
@@ -73,6 +76,8 @@ func (c *config) parse(name string, args []string, getenv func(string) string, s
 	flags.DurationVar(&c.times.Life, "lifetime", sandbox.DefaultLifetime, "life time of sandboxes that ask for none")
 	flags.DurationVar(&c.times.Idle, "idle", 0, "`time` after which a sandbox that nobody uses is paused or killed; default never")
 	flags.DurationVar(&c.saving.paused, "paused-for", 7*24*time.Hour, "`time` for which a paused sandbox is kept")
+	flags.DurationVar(&c.protect.Every, "protect", 0, "`time` between two copies of a sandbox that runs, which it is resumed from if it fails; default no copies")
+	flags.BoolVar(&c.protect.Memory, "protect-memory", false, "with --protect: copy memory and processes too, not files alone")
 	saved := flags.Int64("disk-budget-mb", 0, "disk of all paused sandboxes and snapshots together, in MB; default what the disk has, but 512")
 	flags.StringVar(&c.saving.reclaim, "reclaim", "never", "where that is used up: `never` end a paused sandbox, or the oldest")
 	memory := flags.Int64("memory-mb", 0, "memory of sandboxes that ask for none, in MB; default 1024")
@@ -96,7 +101,7 @@ func (c *config) parse(name string, args []string, getenv func(string) string, s
 	if flags.NArg() > 0 {
 		return fmt.Errorf("there is no argument %q; run 'soulbox-mcp %s --help'", flags.Arg(0), name)
 	}
-	if *memory < 0 || *disk < 0 || *pids < 0 || *cpu < 0 || *budget < 0 || *saved < 0 || c.times.Life <= 0 || c.times.Idle < 0 || c.saving.paused <= 0 {
+	if *memory < 0 || *disk < 0 || *pids < 0 || *cpu < 0 || *budget < 0 || *saved < 0 || c.times.Life <= 0 || c.times.Idle < 0 || c.saving.paused <= 0 || c.protect.Every < 0 {
 		return errors.New("limits and times must be positive")
 	}
 	c.limits = sandbox.Limits{CPU: *cpu, Memory: *memory << 20, Disk: *disk << 20, Processes: *pids}
@@ -182,6 +187,7 @@ func (c config) newManager(log *slog.Logger, watch func(*sandbox.Options)) (*san
 	if err != nil {
 		return nil, nil, err
 	}
+	templates.Accounts = accounts()
 	runtime := &gvisor.Runtime{Runsc: c.runsc, Log: log}
 	if c.agent != "" {
 		if runtime.Agent, err = installAgent(c.agent, filepath.Join(c.stateDir, "agent")); err != nil {
@@ -191,7 +197,7 @@ func (c config) newManager(log *slog.Logger, watch func(*sandbox.Options)) (*san
 	o := sandbox.Options{
 		Dir: c.stateDir, Runtime: runtime, Templates: templates, Log: log, Version: version, Times: c.times, Defaults: c.limits,
 		MemoryBudget: c.budget, MaxPerOwner: c.perOwner, Keep: c.onExit != "kill", PauseOnExit: c.onExit == "pause",
-		Accounts:  accounts(),
+		Accounts: templates.Accounts, Protect: c.protect,
 		NoNetwork: c.noNetwork, PausedFor: c.saving.paused, DiskBudget: c.saving.budget, Reclaim: c.saving.reclaim == "oldest",
 	}
 	if watch != nil {
@@ -199,6 +205,28 @@ func (c config) newManager(log *slog.Logger, watch func(*sandbox.Options)) (*san
 	}
 	manager, err := sandbox.NewManager(o)
 	return manager, templates, err
+}
+
+// promised is how many sandboxes a server may promise: what one owner may have, or as many as memory is enough for.
+func (c config) promised() (int, error) {
+	budget := c.budget
+	if budget == 0 {
+		total, err := machineMemory()
+		if err != nil {
+			return 0, err
+		}
+		budget = total / 10 * 8
+	}
+	return int(min(budget/cmp.Or(c.limits.Memory, sandbox.DefaultLimits().Memory), int64(cmp.Or(c.perOwner, 100)))), nil
+}
+
+// machineMemory is the memory of this machine in bytes.
+func machineMemory() (int64, error) {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return 0, fmt.Errorf("ask for the machine's memory: %w", err)
+	}
+	return int64(info.Totalram) * int64(info.Unit), nil
 }
 
 // newStore is the store of templates.

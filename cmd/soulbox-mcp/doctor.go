@@ -37,6 +37,7 @@ var checks = []check{
 	{"state directory", "Name a directory by --state-dir that you can write to; as root, one that every user can walk to.", checkStateDir},
 	{"disk", "Free some disk space: a sandbox may write 10 GB by default (--disk-mb).", checkDisk},
 	{"memory", "Sandboxes get 1 GB by default; give them less by --memory-mb.", checkMemory},
+	{"descriptors", "Raise the limit of file descriptors: 'ulimit -n', LimitNOFILE= of systemd, or nofile in /etc/security/limits.conf.", checkDescriptors},
 	{"hard limits", "", checkHardLimits},
 	{"sandbox", "The lines above may say why. If they are all ok, run it again with --log-level debug and report what it says.", checkSandbox},
 }
@@ -148,12 +149,20 @@ func checkDisk(_ context.Context, c config) (string, error) {
 	return fmt.Sprintf("%d GB free", free>>30), nil
 }
 
-func checkMemory(context.Context, config) (string, error) {
-	var info unix.Sysinfo_t
-	if err := unix.Sysinfo(&info); err != nil {
+// checkDescriptors looks whether a server could have as many sandboxes as it may promise. The Go runtime has raised the soft limit to the hard one.
+func checkDescriptors(_ context.Context, c config) (string, error) {
+	sandboxes, err := c.promised()
+	if err != nil {
 		return "", err
 	}
-	total := int64(info.Totalram) * int64(info.Unit)
+	return enoughDescriptors(sandboxes)
+}
+
+func checkMemory(context.Context, config) (string, error) {
+	total, err := machineMemory()
+	if err != nil {
+		return "", err
+	}
 	if total < 1<<30 {
 		return "", fmt.Errorf("the machine has %d MB", total>>20)
 	}

@@ -6,7 +6,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
@@ -32,7 +31,12 @@ func runEnvd(ctx context.Context, args []string, getenv func(string) string, std
 		return err
 	}
 	defer func() { err = errors.Join(err, closeLog()) }()
-	manager, _, err := c.newManager(log, nil)
+	d, err := newDescriptorBudget(log)
+	if err != nil {
+		return err
+	}
+	defer d.open()()
+	manager, _, err := c.newManager(log, func(o *sandbox.Options) { o.Listen = d.Listen })
 	if err != nil {
 		return err
 	}
@@ -46,17 +50,14 @@ func runEnvd(ctx context.Context, args []string, getenv func(string) string, std
 		return err
 	}
 	inside := envd.New(log)
-	web := &http.Server{ReadHeaderTimeout: headerTime, IdleTimeout: idleTime, MaxHeaderBytes: maxHeaders, Protocols: new(http.Protocols), ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-		Handler: onLoopback(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			target := envd.Target{Sandbox: sb, Open: true}
-			if inside.Admits(w, r, target) {
-				inside.Serve(w, r, target)
-			}
-		}))}
-	web.Protocols.SetHTTP1(true)
-	web.Protocols.SetUnencryptedHTTP2(true)
+	web := newWeb(onLoopback(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		target := envd.Target{Sandbox: sb, Open: true}
+		if inside.Admits(w, r, target) {
+			inside.Serve(w, r, target)
+		}
+	})), log)
 	ended := make(chan error, 1)
-	go func() { ended <- web.Serve(listener) }()
+	go func() { ended <- web.Serve(d.counted(listener, stranger)) }()
 	if _, err := fmt.Fprintf(stdout, "http://%s serves sandbox %s; run your program with E2B_DEBUG=true\n", listener.Addr(), sb.ID()); err != nil {
 		log.Warn("tell the address", "error", err)
 	}

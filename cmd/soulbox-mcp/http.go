@@ -55,9 +55,6 @@ func (l *list) Set(v string) error {
 
 const (
 	drainTime    = 10 * time.Second // for calls in flight when the server ends
-	headerTime   = time.Minute      // from the begin of a connection, which clients open ahead of a request: net/http breaks those off, and answers 400 where a request comes just then
-	idleTime     = 2 * time.Minute  // of a connection without a request
-	maxHeaders   = 64 << 10
 	shutdownTime = drainTime + 10*time.Second
 )
 
@@ -159,7 +156,11 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 		return err
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
-	endpoint := s.mcp.HTTP(mcpserver.HTTPOptions{Access: c.access(public, s.log), SessionIdle: c.idle, Rate: c.rate})
+	keys := &sandbox.Keys{Dir: c.stateDir}
+	watching, stopWatching := context.WithCancel(context.Background())
+	defer stopWatching()
+	go keys.Watch(watching, s.log)
+	endpoint := s.mcp.HTTP(mcpserver.HTTPOptions{Access: c.access(public, keys, s.log), SessionIdle: c.idle, Rate: c.rate})
 	s.metrics.watch(s.manager, endpoint.Sessions)
 	control := c.control(s, endpoint)
 	defer control.Close()
@@ -169,7 +170,7 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 		return err
 	}
 	ended := make(chan error, 1)
-	go func() { ended <- serveOn(web, listener) }()
+	go func() { ended <- serveOn(web, s.descriptors.counted(listener, stranger)) }()
 	s.log.Info("serving", "version", version, "url", at+"/mcp", "state_dir", c.stateDir, "runsc", c.runsc)
 	if _, err := fmt.Fprintln(stdout, at+"/mcp"); err != nil {
 		s.log.Warn("tell the address", "error", err)
@@ -203,13 +204,8 @@ func serveOn(web *http.Server, listener net.Listener) error {
 
 // web is the HTTP server of everything.
 func (c httpConfig) web(s *service, endpoint *mcpserver.HTTP, control *api.Control, public string) (*http.Server, error) {
-	web := &http.Server{
-		Handler: s.gateway.Handler(c.routes(s, endpoint, control, public)), ReadHeaderTimeout: headerTime, IdleTimeout: idleTime, MaxHeaderBytes: maxHeaders,
-		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug), Protocols: new(http.Protocols),
-	}
-	web.Protocols.SetHTTP1(true)
+	web := newWeb(s.gateway.Handler(c.routes(s, endpoint, control, public)), s.log)
 	web.Protocols.SetHTTP2(true)
-	web.Protocols.SetUnencryptedHTTP2(true) // a proxy that speaks TLS, and gRPC, may use it
 	var err error
 	web.TLSConfig, err = c.tls.config(c.stateDir, c.domain, s.manager, s.log)
 	return web, err
@@ -241,6 +237,7 @@ func (c httpConfig) control(s *service, endpoint *mcpserver.HTTP) *api.Control {
 	}
 	control.Owner = func(r *http.Request) (string, error) {
 		if !access.Required() {
+			admitted(r.Context(), nil)
 			return "", nil // the SDKs always send a key
 		}
 		given := r.Header.Values("X-API-Key")
@@ -260,20 +257,16 @@ func (c httpConfig) control(s *service, endpoint *mcpserver.HTTP) *api.Control {
 }
 
 // access says who may use the server. Once it has a key, or a provider, nobody may without one.
-func (c httpConfig) access(at string, log *slog.Logger) mcpserver.Access {
-	keys := &sandbox.Keys{Dir: c.stateDir}
-	a := mcpserver.Access{Origins: c.origins, Hosts: c.hosts, Log: log}
+func (c httpConfig) access(at string, keys *sandbox.Keys, log *slog.Logger) mcpserver.Access {
+	a := mcpserver.Access{Origins: c.origins, Hosts: c.hosts, Log: log, Until: untilOf}
 	var closed atomic.Bool
-	closed.Store(c.issuer != "" || c.allowRemote)
+	if closed.Store(c.issuer != "" || c.allowRemote || keys.Exist()); keys.Exist() {
+		tellKeys(keys, log)
+	}
 	a.Required = func() bool {
-		if !closed.Load() {
-			all, err := keys.List()
-			if err != nil {
-				log.Error("read keys", "error", err)
-			}
-			if err != nil || len(all) > 0 {
-				closed.Store(true)
-			}
+		if !closed.Load() && keys.Exist() {
+			closed.Store(true)
+			tellKeys(keys, log)
 		}
 		return closed.Load()
 	}
@@ -284,11 +277,38 @@ func (c httpConfig) access(at string, log *slog.Logger) mcpserver.Access {
 	}
 	a.Authenticate = func(ctx context.Context, token string) (string, error) {
 		if provider != nil && !strings.HasPrefix(token, "e2b_") {
-			return provider.owner(ctx, token)
+			owner, expires, err := provider.owner(ctx, token)
+			if err == nil {
+				admittedFor(ctx, expires)
+			}
+			return owner, err
 		}
-		return keys.Owner(token)
+		owner, valid, err := keys.Admit(token)
+		if err == nil {
+			admitted(ctx, valid)
+		}
+		return owner, err
 	}
 	return a
+}
+
+// tellKeys says who may use a server that needs keys.
+func tellKeys(keys *sandbox.Keys, log *slog.Logger) {
+	all, err := keys.List()
+	valid := 0
+	for _, k := range all {
+		if k.Valid(time.Now()) {
+			valid++
+		}
+	}
+	switch {
+	case err != nil:
+		log.Error("keys are needed, and cannot be read: nobody is let in by one", "error", err)
+	case valid == 0:
+		log.Warn("keys are needed, since there is a file of them, and none is valid: nobody is let in by one; 'soulbox-mcp key create --owner NAME' makes one")
+	default:
+		log.Info("keys are needed", "valid", valid)
+	}
 }
 
 const metadataPath = "/.well-known/oauth-protected-resource"

@@ -56,6 +56,12 @@ func (l *lockedBuffer) String() string {
 // serve starts the server on a state directory, which is made if it is "".
 func serve(t testing.TB, state string, flags ...string) *web {
 	t.Helper()
+	return serveBy(t, state, func(*exec.Cmd) {}, flags...)
+}
+
+// serveBy is serve with a command that is changed before it is started.
+func serveBy(t testing.TB, state string, change func(*exec.Cmd), flags ...string) *web {
+	t.Helper()
 	if state == "" {
 		state = sandboxtest.Dir(t)
 	}
@@ -66,6 +72,9 @@ func serve(t testing.TB, state string, flags ...string) *web {
 	out, err := w.cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
+	}
+	if change(w.cmd); w.cmd.Err != nil {
+		t.Fatal(w.cmd.Err)
 	}
 	if err := w.cmd.Start(); err != nil {
 		t.Fatal(err)

@@ -57,10 +57,10 @@ func (s *service) serveLocal(kind string, getenv func(string) string) (*local, e
 		mux.Handle(pattern, handler)
 	}
 	l.last.Store(time.Now().UnixNano())
-	l.web = &http.Server{Handler: l.count(mux), ReadHeaderTimeout: headerTime, IdleTimeout: idleTime, MaxHeaderBytes: maxHeaders, ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug)}
+	l.web = newWeb(l.count(mux), s.log)
 	go func() {
 		defer close(l.ended)
-		if err := l.web.Serve(ownUser{listener}); !errors.Is(err, http.ErrServerClosed) {
+		if err := l.web.Serve(s.descriptors.counted(ownUser{listener}, friend)); !errors.Is(err, http.ErrServerClosed) {
 			s.log.Error("serve the socket", "path", l.path, "error", err)
 		}
 	}()

@@ -19,23 +19,26 @@ type openID struct {
 	verifier *oidc.IDTokenVerifier
 }
 
+// oidcOwner begins the names of owners that the provider knows; no owner of a key has a colon.
+const oidcOwner = "oidc:"
+
 // providerTime bounds what the provider is asked.
 const providerTime = 10 * time.Second
 
-// owner is the subject of a token, apart from the owners of keys.
-func (p *openID) owner(ctx context.Context, token string) (string, error) {
+// owner is the subject of a token, apart from the owners of keys, and until when it is valid.
+func (p *openID) owner(ctx context.Context, token string) (string, time.Time, error) {
 	v, err := p.get()
 	if err != nil {
-		return "", fmt.Errorf("ask the OpenID provider: %w", err)
+		return "", time.Time{}, fmt.Errorf("ask the OpenID provider: %w", err)
 	}
 	t, err := v.Verify(ctx, token)
 	if err != nil {
-		return "", errors.New("the token is not valid") // what is wrong with it could repeat parts of it in the log
+		return "", time.Time{}, errors.New("the token is not valid") // what is wrong with it could repeat parts of it in the log
 	}
 	if t.Subject == "" {
-		return "", errors.New("the token names nobody")
+		return "", time.Time{}, errors.New("the token names nobody")
 	}
-	return "oidc:" + t.Subject, nil
+	return oidcOwner + t.Subject, t.Expiry, nil
 }
 
 func (p *openID) get() (*oidc.IDTokenVerifier, error) {

@@ -31,7 +31,9 @@ type service struct {
 	templates *template.Store
 	builder   *template.Builder
 
-	stopCollecting func()
+	descriptors *descriptorBudget
+
+	stopCollecting, stopRelieving func()
 }
 
 // newService wires everything. It is to be closed.
@@ -45,8 +47,19 @@ func newService(c config, stderr io.Writer) (_ *service, err error) {
 			err = errors.Join(err, s.closeLog())
 		}
 	}()
+	if s.descriptors, err = newDescriptorBudget(s.log); err != nil {
+		return nil, err
+	}
+	s.stopRelieving = s.descriptors.open()
+	s.warnDescriptors()
+	defer func() {
+		if err != nil {
+			s.stopRelieving()
+		}
+	}()
 	ready := make(chan struct{}) // sandboxes may be adopted before there is anybody to tell
 	manager, templates, err := c.newManager(s.log, func(o *sandbox.Options) {
+		o.Listen = s.descriptors.Listen
 		o.Observe = s.metrics.observeSandbox
 		o.Changed = func(i sandbox.Info) {
 			select {
@@ -91,6 +104,17 @@ func newService(c config, stderr io.Writer) (_ *service, err error) {
 	return s, nil
 }
 
+// warnDescriptors says so where there are too few descriptors for the sandboxes that may be promised.
+func (s *service) warnDescriptors() {
+	sandboxes, err := s.promised()
+	if err == nil {
+		_, err = enoughDescriptors(sandboxes)
+	}
+	if err != nil {
+		s.log.Warn("too few descriptors: raise the limit (ulimit -n, LimitNOFILE=), or promise less (--memory-budget-mb, --max-sandboxes)", "error", err)
+	}
+}
+
 // collectEvery is how often what no template, sandbox or build needs any more is removed.
 const collectEvery = time.Hour
 
@@ -110,7 +134,9 @@ func (s *service) collect(ctx context.Context, templates *template.Store) {
 // Close ends the sandboxes, or leaves them to the next server.
 func (s *service) Close() error {
 	s.stopCollecting()
-	return errors.Join(s.manager.Close(), s.closeLog())
+	err := s.manager.Close()
+	s.stopRelieving()
+	return errors.Join(err, s.closeLog())
 }
 
 // newMCP is the MCP server with everything it offers.

@@ -113,15 +113,7 @@ func (c config) moveTemplate(ctx context.Context, command string, names []string
 	case "delete":
 		return store.Delete("", names[0])
 	case "pull":
-		name, err := template.CheckName(names[1])
-		if err != nil {
-			return err
-		}
-		if m, err = store.Pull(ctx, names[0]); err != nil {
-			return err
-		}
-		m.Name = name
-		if m, err = store.Finish(ctx, m); err != nil {
+		if m, err = store.Pull(ctx, template.Manifest{Name: names[1]}, names[0]); err != nil {
 			return err
 		}
 	case "import":

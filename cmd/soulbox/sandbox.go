@@ -28,7 +28,8 @@ func (a *app) sandboxCommand() *cobra.Command {
 func (a *app) createCommand() *cobra.Command {
 	var n client.NewSandbox
 	var metadata, env []string
-	var life time.Duration
+	var life, protect time.Duration
+	var protectMemory bool
 	var out format
 	c := &cobra.Command{Use: "create", Short: "Make a sandbox", Args: exactly(),
 		Long: "Make a sandbox, and print its id. It has no network unless you ask for one. At the end of its time it is paused to disk, and any command wakes it.",
@@ -43,6 +44,12 @@ func (a *app) createCommand() *cobra.Command {
 			}
 			if life < 0 || life > 0 && life < time.Second {
 				return usageError{errors.New("--timeout is a second or more, such as 30m")}
+			}
+			if protect < 0 || protect > 0 && protect < time.Second || protectMemory && protect == 0 {
+				return usageError{errors.New("--protect is a time such as 5m, and --protect-memory goes with it")}
+			}
+			if protect > 0 {
+				n.Protect = &client.Protect{EveryS: int64(protect.Seconds()), Memory: protectMemory}
 			}
 			if n.TimeoutS = int64(life.Seconds()); len(n.Network.Allow) > 0 && n.Network.Mode == "" {
 				n.Network.Mode = "allowlist"
@@ -69,6 +76,8 @@ func (a *app) createCommand() *cobra.Command {
 	f.Float64Var(&n.CPU, "cpu", 0, "`cores` that it may use; default 2")
 	f.Int64Var(&n.MemoryMB, "memory", 0, "memory in `MB`; default 1024")
 	f.Int64Var(&n.DiskMB, "disk", 0, "disk that it may write, in `MB`; default 10240")
+	f.DurationVar(&protect, "protect", 0, "save it in the background every so much `time`, to be resumed if it fails; default that of the server, never")
+	f.BoolVar(&protectMemory, "protect-memory", false, "with --protect: save its processes too, not its files alone")
 	f.StringVar(&n.Network.Mode, "network", "", "`mode`: none, full, or allowlist with --allow; default none")
 	f.StringArrayVar(&n.Network.Allow, "allow", nil, "`host` or range of addresses that it may reach; may be repeated")
 	out.flag(c, formatName, formatJSON)
@@ -202,7 +211,18 @@ func (a *app) infoCommand() *cobra.Command {
 
 func (a *app) describe(b box) error {
 	state := b.State
+	saved := ""
+	if !b.SavedAt.IsZero() {
+		if saved = "memory and files, " + ago(b.SavedAt); b.SavedFilesOnly {
+			saved = "files, " + ago(b.SavedAt)
+		}
+	}
+	if b.Protect != nil {
+		saved += ", every " + short(time.Duration(b.Protect.EveryS)*time.Second)
+	}
 	switch {
+	case b.State == "failed" && b.OnDisk:
+		state += ", can be resumed from what was saved"
 	case b.State == "paused" && b.OnDisk:
 		state += " on disk"
 	case b.State == "paused":
@@ -227,6 +247,7 @@ func (a *app) describe(b box) error {
 	for _, row := range [][2]string{
 		{"ID", b.ID}, {"State", state}, {"Template", b.Template}, {"Made from", b.Parent}, {"Created", b.Created.Local().Format(time.RFC1123) + ", " + ago(b.Created)},
 		{"Ends in", until(b.ExpiresAt)}, {"Time left", left}, {"Then", b.OnTimeout}, {"Kept for", until(b.RemoveAt)}, {"Metadata", pairs(b.Metadata)},
+		{"Saved", strings.TrimPrefix(saved, ", ")}, {"Notice", b.Notice},
 		{"Limits", fmt.Sprintf("%g cores, %d MB memory, %d MB disk, %d processes", b.CPU, b.MemoryMB, b.DiskMB, b.Processes)},
 		{"Network", network}, {"Ports", strings.Join(ports, ", ")}, {"Server", b.at.Where()},
 	} {
@@ -289,11 +310,26 @@ func (a *app) pauseCommand() *cobra.Command {
 }
 
 func (a *app) resumeCommand() *cobra.Command {
-	return &cobra.Command{Use: "resume ID...", Short: "Have paused sandboxes go on", Args: atLeast("ID"), ValidArgsFunction: a.completeSandboxes,
-		Long: "Have paused sandboxes go on, where they were. Those that no server has are resumed by one that is started for them.", Example: "  soulbox sandbox resume ID",
+	var o client.Resume
+	c := &cobra.Command{Use: "resume ID...", Short: "Resume sandboxes", Args: atLeast("ID"), ValidArgsFunction: a.completeSandboxes,
+		Long: "Resume paused sandboxes where they were, and those that have failed from what was saved of them, which is said then. Those that no server has are resumed\n" +
+			"by one that is started for them.",
+		Example: "  soulbox sandbox resume ID\n  soulbox sandbox resume --files-only ID",
 		RunE: func(c *cobra.Command, args []string) error {
-			return a.each(c.Context(), args, func(ctx context.Context, b box) (string, error) { return b.ID, b.at.Resume(ctx, b.ID, 0) })
+			return a.each(c.Context(), args, func(ctx context.Context, b box) (string, error) {
+				if o == (client.Resume{}) && b.State == "paused" {
+					return b.ID, b.at.Resume(ctx, b.ID, 0)
+				}
+				s, err := b.at.ResumeAs(ctx, b.ID, o)
+				if s.Notice != "" {
+					fmt.Fprintf(inertly(a.stderr), "soulbox: %s: %s\n", b.ID, s.Notice) // it is resumed all the same
+				}
+				return b.ID, err
+			})
 		}}
+	c.Flags().BoolVar(&o.FilesOnly, "files-only", false, "boot their files anew, without the processes that were saved: where these are wedged or damaged")
+	c.Flags().Int64Var(&o.MemoryMB, "memory", 0, "a larger memory limit in `MB`")
+	return c
 }
 
 func (a *app) forkCommand() *cobra.Command {

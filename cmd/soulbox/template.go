@@ -37,6 +37,8 @@ type templateConfig struct {
 	CPU        int               `toml:"cpu"`
 	MemoryMB   int64             `toml:"memory_mb"`
 	DiskMB     int64             `toml:"disk_mb"`
+	Protect    string            `toml:"protect"`
+	ProtectAll bool              `toml:"protect_memory"`
 	Args       map[string]string `toml:"args"`
 }
 
@@ -143,6 +145,9 @@ start_cmd = %q
 # cpu = 2
 # memory_mb = 1024
 # disk_mb = 10240
+# Save them every so often, to be resumed if they fail: their files, or with protect_memory their processes, too.
+# protect = "5m"
+# protect_memory = true
 
 # Values of ARG:
 # [args]
@@ -198,7 +203,7 @@ func (flags templateConfig) read(dir string) (templateConfig, error) {
 		return conf, fmt.Errorf("%s: %w", filepath.Join(dir, configName), err)
 	}
 	if unknown := meta.Undecoded(); len(unknown) > 0 {
-		return conf, fmt.Errorf("%s: %s is not known; the names are name, dockerfile, start_cmd, ready_cmd, cpu, memory_mb, disk_mb and args", filepath.Join(dir, configName), unknown[0])
+		return conf, fmt.Errorf("%s: %s is not known; the names are name, dockerfile, start_cmd, ready_cmd, cpu, memory_mb, disk_mb, protect, protect_memory and args", filepath.Join(dir, configName), unknown[0])
 	}
 	conf.Name, conf.Dockerfile = cmp.Or(flags.Name, conf.Name), cmp.Or(flags.Dockerfile, conf.Dockerfile, "Dockerfile")
 	conf.Start, conf.Ready = cmp.Or(flags.Start, conf.Start), cmp.Or(flags.Ready, conf.Ready)
@@ -229,6 +234,13 @@ func (a *app) build(ctx context.Context, dir string, conf templateConfig, n clie
 		return err
 	}
 	n.Dockerfile, n.Args, n.StartCmd, n.ReadyCmd = string(text), conf.Args, conf.Start, conf.Ready
+	if conf.Protect != "" {
+		every, err := time.ParseDuration(conf.Protect)
+		if err != nil || every < time.Second {
+			return usageError{fmt.Errorf("%s: protect is a time such as \"5m\", not %q", configName, conf.Protect)}
+		}
+		n.Protect = &client.Protect{EveryS: int64(every.Seconds()), Memory: conf.ProtectAll}
+	}
 	began := time.Now()
 	if err := at.Build(ctx, name, id, n); err != nil {
 		return err

@@ -7,6 +7,7 @@ package erofs
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -152,8 +153,9 @@ func (w *Writer) trim(all []placed) error {
 	return nil
 }
 
-// Base makes the image begin with all contents of another, so that extents of that one's tree hold in this one too. It comes before any Add.
-func (w *Writer) Base(from *Image) error {
+// Base makes the image begin with all contents of another, so that extents of that one's tree hold in this one too. It comes before any Add, and ends
+// early when ctx does.
+func (w *Writer) Base(ctx context.Context, from *Image) error {
 	if w.next != 1 {
 		return errors.New("image: Base after Add")
 	}
@@ -170,7 +172,7 @@ func (w *Writer) Base(from *Image) error {
 		if err != nil {
 			return fmt.Errorf("image: seek: %w", err)
 		}
-		if err := copyRange(w.f, from.f, data, min(hole, end)); err != nil {
+		if err := copyRange(ctx, w.f, from.f, data, min(hole, end)); err != nil {
 			return fmt.Errorf("image: copy: %w", err)
 		}
 		at = hole
@@ -179,14 +181,22 @@ func (w *Writer) Base(from *Image) error {
 	return nil
 }
 
+// copyPart is after how many bytes a copy looks whether it is still wanted.
+const copyPart = 32 << 20
+
 // copyRange copies [at, end) in the kernel, which may share it between the files.
-func copyRange(to, from *os.File, at, end int64) error {
+func copyRange(ctx context.Context, to, from *os.File, at, end int64) error {
 	for at < end {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
 		in, out := at, at
-		n, err := unix.CopyFileRange(int(from.Fd()), &in, int(to.Fd()), &out, int(min(end-at, 1<<30)), 0)
+		part := min(end-at, copyPart)
+		n, err := unix.CopyFileRange(int(from.Fd()), &in, int(to.Fd()), &out, int(part), 0)
 		if err == unix.EXDEV || err == unix.ENOSYS || err == unix.EOPNOTSUPP || err == unix.EINVAL {
-			_, err := io.Copy(io.NewOffsetWriter(to, at), io.NewSectionReader(from, at, end-at))
-			return err
+			var copied int64
+			copied, err = io.Copy(io.NewOffsetWriter(to, at), io.NewSectionReader(from, at, part))
+			n = int(copied)
 		}
 		if err != nil {
 			return err

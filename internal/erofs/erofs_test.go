@@ -221,7 +221,7 @@ func TestBase(t *testing.T) {
 	}
 	defer f.Close()
 	w := NewWriter(f)
-	if err := w.Base(base); err != nil {
+	if err := w.Base(t.Context(), base); err != nil {
 		t.Fatal(err)
 	}
 	extent, err := w.Add(strings.NewReader("from the second"))

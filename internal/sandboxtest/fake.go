@@ -18,15 +18,18 @@ import (
 
 // Fake is a Runtime whose machines are agents in this process: commands run on the host, as its user. Boot fails with FailBoot if set.
 type Fake struct {
-	FailBoot error
-	FailSave error              // makes every Checkpoint fail
-	Agents   chan *agent.Server // if set, machines take theirs from here: made outside of a synctest bubble, they do not keep its time from going on
-	Hang     chan struct{}      // if set, Boot waits until it is closed or its context ends
+	FailBoot   error
+	FailSave   error              // makes every Checkpoint fail
+	FailAttach error              // makes every Attach fail
+	FailPause  error              // makes every Pause fail
+	Agents     chan *agent.Server // if set, machines take theirs from here: made outside of a synctest bubble, they do not keep its time from going on
+	Hang       chan struct{}      // if set, Boot waits until it is closed or its context ends
 
 	mu       sync.Mutex
 	machines map[string]*fakeMachine  // by directory
 	saved    map[string]*agent.Server // of machines that have ended, by the name of their checkpoint
 	unwell   error
+	asked    int
 }
 
 // Sicken makes every Check fail.
@@ -36,7 +39,44 @@ func (f *Fake) Sicken(err error) {
 	f.unwell = err
 }
 
-var _ sandbox.Runtime = (*Fake)(nil)
+// Asked counts the calls of Check.
+func (f *Fake) Asked() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.asked
+}
+
+// Mend ends what FailAttach says.
+func (f *Fake) Mend() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.FailAttach = nil
+}
+
+// Cut ends the pipes to the machine in dir, which goes on.
+func (f *Fake) Cut(dir string) {
+	f.mu.Lock()
+	m := f.machines[dir]
+	f.mu.Unlock()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for p := range m.pipes {
+		_ = p.Close()
+	}
+}
+
+// Rescue implements sandbox.Rescuer.
+func (f *Fake) Rescue(_ context.Context, _ sandbox.Spec, to string) error {
+	if err := os.Mkdir(to, 0o755); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(to, "memory"), nil, 0o600)
+}
+
+var _ interface {
+	sandbox.Runtime
+	sandbox.Rescuer
+} = (*Fake)(nil)
 
 // Running counts the machines that have not been destroyed.
 func (f *Fake) Running() int {
@@ -60,6 +100,9 @@ func (f *Fake) Crash(dir string) {
 	m := f.machines[dir]
 	f.mu.Unlock()
 	if m != nil {
+		m.mu.Lock()
+		m.dead = true
+		m.mu.Unlock()
 		m.stop()
 	}
 }
@@ -143,7 +186,10 @@ func (f *Fake) Attach(_ context.Context, dir string) (sandbox.Machine, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	m := f.machines[dir]
-	if m == nil {
+	if f.FailAttach != nil {
+		return nil, f.FailAttach
+	}
+	if m == nil || m.isDead() {
 		return nil, fmt.Errorf("attach: %w", sandbox.ErrNoMachine)
 	}
 	m.mu.Lock()
@@ -187,6 +233,7 @@ type fakeMachine struct {
 	gate   *gate
 
 	mu      sync.Mutex
+	dead    bool
 	savedAs string // the checkpoint that has its memory, as long as it is frozen
 	pipes   map[net.Conn]bool
 	serve   sync.WaitGroup
@@ -199,6 +246,12 @@ func (m *fakeMachine) connect(serve func(io.ReadWriteCloser) error) sandbox.Mach
 	m.mu.Unlock()
 	m.serve.Go(func() { _ = serve(gated{guest, m.gate}) }) // ends with the pipe
 	return &fakeConn{fakeMachine: m, host: host}
+}
+
+func (m *fakeMachine) isDead() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.dead
 }
 
 // stop ends all pipes.
@@ -221,7 +274,13 @@ type fakeConn struct {
 func (c *fakeConn) Pipe() io.ReadWriteCloser { return c.host }
 
 // Pause implements sandbox.Machine.
-func (c *fakeConn) Pause(context.Context) error { c.gate.shut(); return nil }
+func (c *fakeConn) Pause(context.Context) error {
+	if c.fake.FailPause != nil {
+		return c.fake.FailPause
+	}
+	c.gate.shut()
+	return nil
+}
 
 // Resume implements sandbox.Machine.
 func (c *fakeConn) Resume(context.Context) error {
@@ -242,8 +301,12 @@ func (c *fakeConn) IO() (sandbox.IO, error) { return sandbox.IO{}, nil }
 
 // Check implements sandbox.Machine.
 func (c *fakeConn) Check() error {
+	if c.isDead() {
+		return sandbox.ErrNoMachine
+	}
 	c.fake.mu.Lock()
 	defer c.fake.mu.Unlock()
+	c.fake.asked++
 	return c.fake.unwell
 }
 

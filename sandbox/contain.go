@@ -1,0 +1,244 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"soulbox.dev/soulbox/agent"
+)
+
+const (
+	// containTries is how often it is tried to pause a sandbox that must not go on, before it has failed.
+	containTries = 3
+	// filesTime bounds how long the files of a sandbox that has failed may take to be saved.
+	filesTime = 2 * time.Minute
+)
+
+// Continuer is the ability of a Runtime to continue a machine whose processes were stopped from outside.
+type Continuer interface {
+	Continue(dir string) error
+}
+
+// contain deals with a machine that is over its bounds or silent: relieved inside it goes on; else it is paused, to disk or where that is full in
+// memory. Only where it cannot be paused several times it has failed, with its files if they can be had.
+func (s *Sandbox) contain(machine Machine, over *OverError) {
+	if over.Kind == OverStopped {
+		if c, ok := s.m.opts.Runtime.(Continuer); ok {
+			if err := c.Continue(s.m.store.path(s.id)); err != nil {
+				s.m.log.Warn("continue the processes of a sandbox", "sandbox", s.id, "error", err)
+			}
+		}
+	}
+	if s.relieve(machine, over) {
+		return
+	}
+	cause := over.cause()
+	s.m.log.Warn("a sandbox is paused, as it must not go on", "sandbox", s.id, "cause", cause)
+	o := PauseOptions{ToDisk: true, Cause: cause, forced: true, wedged: over.Kind == OverSilent}
+	err := s.pause(s.ctx, o)
+	if err == nil || !s.runs() || s.ctx.Err() != nil {
+		return
+	}
+	s.note(LevelError, "it could not be paused to disk: %v", err)
+	o.ToDisk = false
+	if ferr := s.pause(s.ctx, o); ferr == nil || !s.runs() || s.ctx.Err() != nil {
+		return
+	} else {
+		err = errors.Join(err, ferr)
+	}
+	s.mu.Lock()
+	s.contained++
+	tries := s.contained
+	s.mu.Unlock()
+	s.m.log.Error("a sandbox that must not go on could not be paused", "sandbox", s.id, "try", tries, "error", err)
+	if tries >= containTries {
+		s.saveFiles()
+		_ = s.end(Failed, cause) // end logs its error
+	}
+}
+
+// cause is why the sandbox is paused, as its owner reads it.
+func (e *OverError) cause() Cause {
+	switch e.Kind {
+	case OverMemory:
+		return Cause(e.Error() + "; resume it with more memory, or end processes")
+	case OverKernel:
+		return Cause(e.Error() + "; resume it with more memory, or delete files and close connections")
+	case OverStopped:
+		return CauseWedged
+	}
+	return CauseSilent
+}
+
+// saveFiles saves what can still be had of a sandbox that is about to fail: its files.
+func (s *Sandbox) saveFiles() {
+	ctx, over, err := s.takeTurn(s.ctx, "save the files of")
+	if err != nil {
+		return // it has ended
+	}
+	defer over()
+	ctx, cancel := context.WithTimeout(ctx, filesTime)
+	defer cancel()
+	if err := s.copy(ctx, true); err != nil {
+		s.m.log.Error("save the files of a sandbox that has failed", "sandbox", s.id, "error", err)
+	}
+}
+
+// savedCopy is what was saved of a sandbox.
+type savedCopy struct {
+	Dir       string    `json:"dir"` // in the sandbox's own
+	At        time.Time `json:"at"`
+	FilesOnly bool      `json:"files_only,omitempty"`
+	Size      int64     `json:"size,omitempty"` // bytes on disk
+}
+
+// copyName begins the names of copies of sandboxes that go on; those of paused ones are checkpoints.
+const copyName = "copy-"
+
+// copy saves the sandbox as it is, which goes on, in place of its last copy. The caller has the turn.
+func (s *Sandbox) copy(ctx context.Context, filesOnly bool) error {
+	number := s.current().Saves + 1
+	name := copyName + strconv.Itoa(number)
+	dir := filepath.Join(s.m.store.path(s.id), name)
+	at := time.Now()
+	err := errors.Join(s.m.store.removeAll(dir+unfinishedSave), s.m.store.removeAll(dir))
+	if err == nil {
+		_, filesOnly, err = s.save(ctx, dir+unfinishedSave, filesOnly)
+	}
+	if err == nil {
+		err = s.m.store.finish(dir, filesOnly)
+	}
+	if err != nil {
+		return errors.Join(noDisk(err), s.m.store.removeAll(dir+unfinishedSave))
+	}
+	size, err := sizeOf(dir)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.rec.State != Running && s.rec.State != Paused || s.rec.onDisk() {
+		return s.wrong("protect") // whoever has ended it removes it all
+	}
+	old := s.m.store.kept(s.rec)
+	r := s.rec
+	r.Saves, r.Copy = number, &savedCopy{Dir: name, At: at, FilesOnly: filesOnly, Size: size}
+	if err := s.m.store.save(r); err != nil {
+		return errors.Join(err, s.m.store.removeAll(dir))
+	}
+	s.rec, s.unchanged = r, at
+	s.tellChange()
+	if old != "" {
+		return s.m.store.removeAll(old)
+	}
+	return nil
+}
+
+// afterFailure is how a sandbox that fails is kept: its last copy can be resumed; nil is not at all.
+func (r record) afterFailure(now time.Time) *pause {
+	if r.Copy == nil {
+		return nil
+	}
+	return &pause{Disk: true, FilesOnly: r.Copy.FilesOnly, Since: now}
+}
+
+// dropCopies removes copies that sandboxes of an owner would need only if they failed, the oldest first, until so many bytes are there. Those that
+// somebody wants to be protected keep theirs.
+func (m *Manager) dropCopies(owner string, lack int64) {
+	var old []*Sandbox
+	for _, s := range m.all() {
+		if r := s.current(); s.owner == owner && r.Copy != nil && !r.onDisk() && !r.Protect.on() {
+			old = append(old, s)
+		}
+	}
+	sortBy(old, func(s *Sandbox) time.Time {
+		if c := s.current().Copy; c != nil {
+			return c.At
+		}
+		return time.Time{}
+	})
+	for _, s := range old {
+		if lack <= 0 {
+			return
+		}
+		size, err := s.dropCopy()
+		if err != nil {
+			m.log.Error("remove a copy to make room", "sandbox", s.id, "error", err)
+		}
+		lack -= size
+	}
+}
+
+// dropCopy removes the last copy of a sandbox that runs, and tells how much room that makes, in bytes.
+func (s *Sandbox) dropCopy() (int64, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.rec.Copy == nil || s.rec.State != Running || s.hold != nil {
+		return 0, nil
+	}
+	dir, size := s.m.store.kept(s.rec), s.rec.Copy.Size
+	r := s.rec
+	r.Copy = nil
+	if err := s.m.store.save(r); err != nil {
+		return 0, err
+	}
+	s.rec = r
+	return size, s.m.store.removeAll(dir)
+}
+
+// relieveTime bounds how long the agent may take to end processes, and their memory to be free.
+const relieveTime = 5 * time.Second
+
+// relieve has the agent end what takes most of a machine that is over its bounds, and says whether that was enough.
+func (s *Sandbox) relieve(machine Machine, over *OverError) bool {
+	s.mu.Lock()
+	client := s.client
+	s.mu.Unlock()
+	if client == nil || over.Kind != OverMemory && over.Kind != OverKernel || over.Used > 2*over.Limit {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, relieveTime)
+	defer cancel()
+	result, err := client.Relieve(ctx, agent.RelieveRequest{Kind: string(over.Kind), Target: over.Used - over.Limit + over.Limit/4})
+	if err != nil {
+		s.m.log.Warn("relieve a sandbox", "sandbox", s.id, "error", err)
+		return false
+	}
+	over.Detail = plain(result.Detail)
+	if len(result.Killed) == 0 {
+		return false
+	}
+	s.note(LevelWarn, "%v: these were ended to make room: %s", over, describeRelieved(result.Killed))
+	for sleepFor(ctx, gracePoll) {
+		now := machine.Check()
+		var still *OverError
+		if !errors.As(now, &still) {
+			return true // if it is gone, or cannot be asked about, watch finds that out
+		}
+		if still.Used > 2*still.Limit {
+			return false
+		}
+	}
+	return s.ctx.Err() != nil
+}
+
+// describeRelieved names what the agent has ended.
+func describeRelieved(killed []agent.Relieved) string {
+	var texts []string
+	for _, k := range killed[:min(len(killed), 5)] {
+		text := fmt.Sprintf("process %s (%s, pid %d", plain(k.Process), plain(k.Name), k.PID)
+		if k.Processes > 1 {
+			text += fmt.Sprintf(" and %d more", k.Processes-1)
+		}
+		texts = append(texts, text+fmt.Sprintf(", %d MB, %d descriptors)", k.Memory>>20, k.Descriptors))
+	}
+	if more := len(killed) - len(texts); more > 0 {
+		texts = append(texts, fmt.Sprintf("and %d more", more))
+	}
+	return strings.Join(texts, ", ")
+}

@@ -1,0 +1,139 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"soulbox.dev/soulbox/agent"
+)
+
+// Protect says how often a sandbox that runs is saved in the background: what it is resumed from when it has failed. A copy replaces the last one,
+// and is made only where something has changed. While it is made the sandbox stands still for about as long as a snapshot takes.
+type Protect struct {
+	Every  time.Duration `json:"every,omitempty"`  // zero is not at all, negative is off whatever the server's default
+	Memory bool          `json:"memory,omitempty"` // memory and processes too, not files alone
+}
+
+// minProtect is how often a sandbox is saved at most.
+const minProtect = 10 * time.Second
+
+func (p Protect) on() bool { return p.Every > 0 }
+
+// or fills in what is not said.
+func (p Protect) or(d Protect) Protect {
+	if p.Every == 0 {
+		return d
+	}
+	return p
+}
+
+func (p Protect) check(l Limits) error {
+	if p.on() && p.Every < minProtect {
+		return fmt.Errorf("protect: every %s is too often, at least %s must be between two copies: %w", p.Every, minProtect, ErrInvalid)
+	}
+	if p.on() && !p.Memory && l.DiskInMemory {
+		return fmt.Errorf("protect: what this sandbox writes is in its memory, so its memory must be saved, too: %w", ErrInvalid)
+	}
+	return nil
+}
+
+// protect saves the sandbox as often as its user wants, as long as ctx goes on.
+func (s *Sandbox) protect(ctx context.Context, client *agent.Client) {
+	var saw seen // of the last copy
+	for {
+		p := s.current().Protect
+		var due <-chan time.Time
+		if p.on() {
+			due = time.After(max(0, time.Until(s.nextCopy(p))))
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-client.Done():
+			return
+		case <-s.guard:
+			continue
+		case <-due:
+		}
+		now, err := s.protectOnce(client, p, saw)
+		if err != nil && ctx.Err() == nil && !errors.Is(err, ErrState) {
+			s.note(LevelWarn, "it could not be saved in the background: %v", err)
+		}
+		if err != nil {
+			if !sleepFor(ctx, minProtect) {
+				return
+			}
+			continue
+		}
+		saw = now
+	}
+}
+
+// nextCopy is when the next copy is due.
+func (s *Sandbox) nextCopy(p Protect) time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	last := s.rec.Changed
+	for _, at := range []time.Time{s.unchanged, s.copied()} {
+		if at.After(last) {
+			last = at
+		}
+	}
+	return last.Add(p.Every)
+}
+
+// copied is when the last copy was made; zero is never. s.mu is held.
+func (s *Sandbox) copied() time.Time {
+	if s.rec.Copy == nil {
+		return time.Time{}
+	}
+	return s.rec.Copy.At
+}
+
+// protectOnce makes a copy, unless nothing has happened since saw, and tells what was seen then.
+func (s *Sandbox) protectOnce(client *agent.Client, p Protect, saw seen) (seen, error) {
+	if !s.runs() { // one that is paused has not changed
+		s.mu.Lock()
+		s.unchanged = time.Now()
+		s.mu.Unlock()
+		return saw, nil
+	}
+	ctx, over, err := s.takeTurn(s.ctx, "protect")
+	if err != nil {
+		return saw, err
+	}
+	defer over()
+	calls, last := client.Activity()
+	s.mu.Lock()
+	copied, made := s.copied(), s.rec.Copy
+	s.mu.Unlock()
+	now := time.Now()
+	s.Refresh(ctx)
+	next := s.meter.haveSeen()
+	if made != nil && made.FilesOnly != p.Memory && calls == 0 && last.Before(copied) && saw == next && s.meter.lastTraffic().Before(copied) {
+		s.mu.Lock()
+		s.unchanged = now
+		s.mu.Unlock()
+		return next, nil
+	}
+	return next, s.copy(ctx, !p.Memory)
+}
+
+// sleepFor waits for a time, and says whether ctx goes on then.
+func sleepFor(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+func sortBy(list []*Sandbox, at func(*Sandbox) time.Time) {
+	slices.SortFunc(list, func(a, b *Sandbox) int { return at(a).Compare(at(b)) })
+}

@@ -1,0 +1,235 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"soulbox.dev/soulbox/agent"
+)
+
+const (
+	// unknownPause is the longest time between two questions about a machine that could not be asked about.
+	unknownPause = 10 * time.Second
+	// lostTime is how long the processes of a machine whose pipe has ended may take to be gone.
+	lostTime = 2 * time.Second
+	lostPoll = 20 * time.Millisecond
+	// An agent is met anew at most relinks times in relinkTime: one that breaks the protocol again and again is no agent.
+	relinks    = 3
+	relinkTime = 10 * time.Minute
+)
+
+// watch decides by what is found about the machine whether the sandbox goes on, as long as it has this machine.
+func (s *Sandbox) watch(ctx context.Context, machine Machine, client *agent.Client) {
+	var ended <-chan struct{}
+	if client != nil {
+		ended = client.Done()
+	}
+	timer := time.NewTimer(checkEvery)
+	defer timer.Stop()
+	w := watching{s: s, machine: machine}
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ended:
+			if ctx.Err() == nil {
+				s.lost(ctx, machine)
+			}
+			return
+		case <-timer.C:
+		}
+		if err := machine.Check(); ctx.Err() == nil {
+			timer.Reset(w.found(err))
+		}
+	}
+}
+
+// watching is what was found about a machine.
+type watching struct {
+	s       *Sandbox
+	machine Machine
+	unknown time.Duration // until the next question, where it could not be asked about
+	stopped time.Time     // since when it was found stopped
+}
+
+// found does what a finding wants, and tells when to ask again.
+func (w *watching) found(err error) (next time.Duration) {
+	s, finding := w.s, FindingOf(err)
+	if finding == Unknown {
+		if w.unknown == 0 {
+			s.m.log.Warn("a sandbox could not be looked after; it is tried again", "sandbox", s.id, "error", err)
+		}
+		w.unknown = min(unknownPause, max(checkEvery, 2*w.unknown))
+		return w.unknown
+	}
+	if w.unknown > 0 {
+		s.m.log.Info("a sandbox is looked after again", "sandbox", s.id)
+		w.unknown = 0
+	}
+	var over *OverError
+	stopped := errors.As(err, &over) && over.Kind == OverStopped
+	if !stopped && !w.stopped.IsZero() {
+		w.stopped = time.Time{}
+		s.note(LevelInfo, "its processes were continued")
+	}
+	switch {
+	case finding == Gone:
+		_ = s.end(Failed, CauseLost) // end logs its error; it has ended already where this is not news
+	case finding == Well:
+	case stopped && w.stopped.IsZero():
+		w.stopped = time.Now()
+		s.note(LevelWarn, "%v from outside; it goes on once that is continued", err)
+	case stopped && time.Since(w.stopped) < s.m.opts.WedgedAfter:
+	case s.runs(): // one that is frozen takes no more than it has
+		s.contain(w.machine, over)
+	}
+	return checkEvery
+}
+
+// lost finds out about a machine whose pipe has ended: without processes it is gone, else its agent is met anew.
+func (s *Sandbox) lost(ctx context.Context, machine Machine) {
+	w := watching{s: s, machine: machine}
+	for end := time.Now().Add(lostTime); time.Now().Before(end) || w.unknown > 0; {
+		err := machine.Check()
+		wait := lostPoll
+		if finding := FindingOf(err); finding == Gone || finding == Unknown || w.unknown > 0 {
+			if wait = w.found(err); finding == Gone {
+				return
+			}
+		}
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return
+		}
+	}
+	s.m.log.Warn("the connection to the agent of a sandbox was lost; it is met anew", "sandbox", s.id)
+	for try := range adoptTries {
+		if try > 0 && !sleepFor(s.ctx, adoptPauseOf(try)) {
+			return
+		}
+		err := s.relink()
+		switch {
+		case err == nil || s.ctx.Err() != nil || errors.Is(err, ErrState):
+			return
+		case FindingOf(err) == Gone:
+			_ = s.end(Failed, CauseLost)
+			return
+		}
+		s.m.log.Warn("meet the agent of a sandbox anew", "sandbox", s.id, "try", try+1, "error", err)
+	}
+	s.contain(machine, &OverError{Kind: OverSilent})
+}
+
+// relink meets the agent of a machine again whose session has ended.
+func (s *Sandbox) relink() error {
+	ctx, over, err := s.takeTurn(s.ctx, "reach")
+	if err != nil {
+		return err
+	}
+	defer over()
+	ctx, cancel := context.WithTimeout(ctx, adoptTime)
+	defer cancel()
+	s.mu.Lock()
+	stop, r := s.stop, s.rec
+	for len(s.relinked) > 0 && time.Since(s.relinked[0]) > relinkTime {
+		s.relinked = s.relinked[1:]
+	}
+	often := len(s.relinked) >= relinks
+	s.mu.Unlock()
+	if r.State != Running && r.State != Paused || r.onDisk() {
+		return s.asError("reach")
+	}
+	if often {
+		return &OverError{Kind: OverSilent}
+	}
+	before := stop
+	if err := s.rejoin(ctx); err != nil {
+		return err
+	}
+	before() // of the session that has ended
+	s.mu.Lock()
+	s.relinked = append(s.relinked, time.Now())
+	s.mu.Unlock()
+	s.note(LevelWarn, "the connection to its agent was lost, and is there again")
+	return nil
+}
+
+// ping has a sandbox contained whose agent does not answer. It is apart from watch: waiting for a silent agent must not hold up the checks
+// of a machine whose root may have silenced it.
+func (s *Sandbox) ping(ctx context.Context, machine Machine, client *agent.Client) {
+	ticker := time.NewTicker(s.m.opts.PingEvery)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-client.Done():
+			return
+		case <-ticker.C:
+			if s.answers(ctx, client) || ctx.Err() != nil {
+				continue
+			}
+			if err := machine.Check(); err == nil { // else watch knows better why it is silent
+				s.contain(machine, &OverError{Kind: OverSilent})
+			}
+		}
+	}
+}
+
+// answers reports whether the agent responds. A sandbox that is paused, or was paused meanwhile, counts as responding.
+func (s *Sandbox) answers(ctx context.Context, client *agent.Client) bool {
+	ctx, cancel := client.Patience(ctx, 0, s.m.opts.PingTime)
+	defer cancel()
+	before, can := s.shift()
+	if !can {
+		return true
+	}
+	began := time.Now()
+	err := client.Ping(ctx)
+	s.m.opts.Observe("ping", time.Since(began), err)
+	if err == nil {
+		return true
+	}
+	after, can := s.shift()
+	return !can || after != before || context.Cause(ctx) != agent.ErrSilent
+}
+
+// gather keeps a machine on one core for as long as nothing in it lasts.
+func (s *Sandbox) gather(ctx context.Context, client *agent.Client, machine Gatherer) {
+	var known *bool // what it is bound by; nil is not known
+	one := false    // some of it may be on one core
+	for {
+		going, err := client.AtWork(ctx, known)
+		if err != nil {
+			break // the machine has ended, stays for another server, or its agent is older than the question
+		}
+		wait, began := gatherEvery, time.Now()
+		if known != nil && going == *known { // it is about to stand still
+			wait = time.Second
+		} else if err := machine.Gather(!going); err != nil {
+			s.m.log.Warn("bind a sandbox to its cores", "sandbox", s.id, "error", err)
+			known, one, wait = nil, true, time.Minute
+		} else { // an agent that tells what it likes does not keep us busy
+			known, one, wait = &going, !going, max(gatherEvery, 20*time.Since(began))
+		}
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+		}
+	}
+	if one {
+		_ = machine.Gather(false) // for whatever goes on in it without us; there is no harm where it has ended
+	}
+}
+
+// gatherEvery is how long a machine stays as it is bound, at least.
+const gatherEvery = 50 * time.Millisecond
+
+// shift counts the changes between running and paused, saves too, and says whether the agent can answer now.
+func (s *Sandbox) shift() (count int, answers bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.shifts, s.rec.State == Running && s.hold == nil
+}
