@@ -14,6 +14,7 @@ import (
 
 	"github.com/mark3labs/mcp-go/server"
 
+	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/agent"
 	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/template"
@@ -204,6 +205,25 @@ func (s *Service) isDefault(ctx context.Context, id string) bool {
 	}
 	current := own.current.Load()
 	return current != nil && current.ID() == id
+}
+
+// heavy takes a slot for work that takes much of the server's processor, and memory for it, from the account of whose call it is. It waits until there
+// is room: other owners go on meanwhile.
+func (s *Service) heavy(ctx context.Context, buffers int64) (done func(), err error) {
+	c, err := caller(ctx)
+	if err != nil {
+		return nil, err
+	}
+	slot, err := s.Manager.Accounts().Wait(ctx, c.Owner(), access.Work, 1)
+	if err != nil {
+		return nil, err
+	}
+	memory, err := s.Manager.Accounts().Wait(ctx, c.Owner(), access.Buffers, buffers)
+	if err != nil {
+		slot()
+		return nil, err
+	}
+	return func() { memory(); slot() }, nil
 }
 
 // target is embedded in every input that may name a sandbox.
