@@ -92,7 +92,7 @@ func newService(c config, stderr io.Writer) (_ *service, err error) {
 }
 
 // collectEvery is how often what no template, sandbox or build needs any more is removed.
-const collectEvery = time.Hour
+const collectEvery = 10 * time.Minute
 
 func (s *service) collect(ctx context.Context, templates *template.Store) {
 	for {
