@@ -258,7 +258,11 @@ func (s *stageRun) change(ctx context.Context, where, by string, do func(context
 	}
 	defer unlock()
 	if s.sb == nil && !s.req.NoCache {
-		if known, ok := s.Store.known(s.key); ok {
+		known, ok, err := s.job.known(ctx, s.key)
+		if err != nil {
+			return err
+		}
+		if ok {
 			s.cached++
 			s.log.line("info", where, "cached")
 			s.take(known)
@@ -340,7 +344,7 @@ func (s *stageRun) capture(ctx context.Context, by string) (step, error) {
 		_, err := io.Copy(io.Discard, body)
 		return step{}, err // nothing: only the end of a tar
 	}
-	l, err := s.job.newLayer(body, s.sb.Info().Limits.Disk+layerSlack, clip(by))
+	l, err := s.job.newLayer(ctx, body, s.sb.Info().Limits.Disk+layerSlack, clip(by))
 	if err != nil {
 		return step{}, fmt.Errorf("keep what has changed: %w", err)
 	}
