@@ -85,7 +85,9 @@ func TestSilent(t *testing.T) {
 
 func silent(t *testing.T, deaf bool) {
 	fake, dir := &sandboxtest.Fake{Deaf: deaf}, t.TempDir()
-	m := newManager(t, dir, fake, func(o *sandbox.Options) { o.PingEvery, o.PingTime, o.BootTimeout = time.Millisecond, 20*time.Millisecond, time.Second })
+	m := newManager(t, dir, fake, func(o *sandbox.Options) {
+		o.PingEvery, o.PingTime, o.BootTimeout = time.Millisecond, 20*time.Millisecond, time.Second
+	})
 	sb := create(t, m, sandbox.CreateOptions{})
 	fake.Silence(filepath.Join(dir, "sandboxes", sb.ID()))
 	sandboxtest.Eventually(t, "it is paused", func() bool { return sb.Info().State == sandbox.Paused })
