@@ -16,11 +16,11 @@ import (
 )
 
 // connection takes from the owner's account what one connection of a sandbox has in the server. Where the account is full it waits, at most for
-// dialTime; then that is a FullError.
+// Options.ConnWait; then that is a FullError.
 func (s *Sandbox) connection(ctx context.Context) (release func(), err error) {
 	accounts := s.m.opts.Accounts
 	full := errors.New("no room in time")
-	ctx, cancel := context.WithTimeoutCause(ctx, dialTime, full)
+	ctx, cancel := context.WithTimeoutCause(ctx, s.m.opts.ConnWait, full)
 	defer cancel()
 	return takeParts(func(of access.Resource, n int64) (func(), error) {
 		give, err := accounts.Wait(ctx, s.owner, of, n)
