@@ -21,8 +21,8 @@ func (s *Store) Disk() (Disk, error) {
 	d := Disk{Budget: s.Budget}
 	var disk unix.Statfs_t
 	err := unix.Statfs(s.Dir, &disk)
-	if err == unix.ENOENT {
-		return d, nil
+	if err == unix.ENOENT { // nothing was made yet
+		err = unix.Statfs(filepath.Dir(s.Dir), &disk)
 	}
 	if err != nil {
 		return d, fmt.Errorf("disk of %s: %w", s.Dir, err)

@@ -267,7 +267,10 @@ func fullDiskTest(t *testing.T, dir string) {
 // TestBuildModes: nobody but the server's user and, of what sandboxes boot from, their group reads the store, also where an older version has left it open.
 func TestBuildModes(t *testing.T) {
 	w := newWorkshop(t)
-	w.build("one", "FROM mini\nRUN --mount=type=cache,target=/c echo 1 > /c/x; echo 1 > /r\n", nil)
+	_, _, err := w.try(t.Context(), BuildRequest{Name: "one", Dockerfile: "FROM mini\nRUN --mount=type=cache,target=/c echo 1 > /c/x; echo 1 > /r\n", StartCmd: "sleep 1000"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
 	open := func() (all []string) {
 		for _, kind := range kinds {
 			err := filepath.WalkDir(w.store.file(kind, ""), func(name string, d fs.DirEntry, err error) error {
