@@ -21,8 +21,8 @@ func (s *Store) Disk() (Disk, error) {
 	d := Disk{Budget: s.Budget}
 	var disk unix.Statfs_t
 	err := unix.Statfs(s.Dir, &disk)
-	if err == unix.ENOENT {
-		return d, nil
+	if err == unix.ENOENT { // nothing was made yet
+		err = unix.Statfs(filepath.Dir(s.Dir), &disk)
 	}
 	if err != nil {
 		return d, fmt.Errorf("disk of %s: %w", s.Dir, err)
@@ -61,18 +61,22 @@ type NoRoomError struct {
 	Needed int64 // bytes; 0 is not known
 	Free   int64 // bytes
 	Budget int64 // of the templates, if that is what ends; 0 is the disk itself
-	Err    error // of the system; nil where it was not asked for more
+	Step   int64 // of the sandbox in which a step ran, if that is what ends
+	Err    error // of the system, or of the step; nil where it was not asked for more
 }
 
 // Error implements error.
 func (e *NoRoomError) Error() string {
 	needed := fmt.Sprintf("%d MB", (e.Needed+1<<20-1)>>20)
-	if e.Needed <= e.Free {
+	if e.Needed <= e.Free || e.Needed < 1<<20 {
 		needed = "more"
 	}
 	text := fmt.Sprintf("no room: %s needed, %d MB free on the disk; free some of it, or delete templates", needed, e.Free>>20)
 	if e.Budget > 0 {
 		text = fmt.Sprintf("no room: %s needed, %d MB free of the %d MB that templates may take; delete templates, or allow more by --template-budget-mb", needed, e.Free>>20, e.Budget>>20)
+	}
+	if e.Step > 0 {
+		text = fmt.Sprintf("no room: %s needed, %d MB free of the %d MB of disk that this build's sandbox has; give the build more disk, or write less", needed, e.Free>>20, e.Step>>20)
 	}
 	if e.Err != nil {
 		text += fmt.Sprintf(" (%v)", e.Err)
@@ -88,36 +92,37 @@ func (e *NoRoomError) Unwrap() error { return e.Err }
 
 // room makes room for so many bytes, if there is none, of what is only kept to be faster.
 func (s *Store) room(needed int64) error {
-	lack, err := s.lack(needed)
+	lack, short, err := s.lack(needed)
 	if err != nil || lack == nil {
 		return err
 	}
-	if err := s.collect(lack.Needed - lack.Free); err != nil {
+	if err := s.collect(short); err != nil {
 		return errors.Join(lack, err)
 	}
-	if lack, err = s.lack(needed); lack == nil {
+	if lack, _, err = s.lack(needed); lack == nil {
 		return err
 	}
 	return lack
 }
 
-// lack says whether there is no room for so many bytes.
-func (s *Store) lack(needed int64) (*NoRoomError, error) {
+// lack says whether there is no room for so many bytes, and how many have to go for them.
+func (s *Store) lack(needed int64) (lack *NoRoomError, short int64, err error) {
 	d, err := s.Disk()
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	free, spare, err := s.free()
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
-	switch {
-	case d.Budget-d.Used < needed:
-		return &NoRoomError{Needed: needed, Free: max(0, d.Budget-d.Used), Budget: d.Budget}, nil
-	case free-spare < needed:
-		return &NoRoomError{Needed: needed, Free: max(0, free-spare)}, nil
+	of, left := d.Budget, d.Budget-d.Used
+	if free-spare < left {
+		of, left = 0, free-spare
 	}
-	return nil, nil
+	if left >= needed {
+		return nil, 0, nil
+	}
+	return &NoRoomError{Needed: needed, Free: max(0, left), Budget: of}, needed - left, nil
 }
 
 // free is what the disk has left, and how much of it the store leaves to others.
@@ -155,6 +160,18 @@ func (r *roomReader) Read(p []byte) (int, error) {
 	n, err := r.r.Read(p)
 	r.left -= int64(n)
 	return n, err
+}
+
+// fullDisk is when a disk counts as full, in bytes: the sandbox' kernel takes some more at a time.
+const fullDisk = 4 << 20
+
+// ifFull gives an error its sentence that may well be of a full disk, as the disk is full.
+func (s *Store) ifFull(err error) error {
+	free, _, ferr := s.free()
+	if ferr != nil || free >= fullDisk || errors.As(err, new(*NoRoomError)) {
+		return err
+	}
+	return &NoRoomError{Free: free, Err: err}
 }
 
 // noRoom gives an error of a full disk its sentence.

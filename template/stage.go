@@ -67,10 +67,11 @@ func (r *run) stage(ctx context.Context, index int) (_ *result, err error) {
 				err = context.Cause(ctx)
 			}
 			if e := (*StepError)(nil); errors.As(err, &e) {
+				e.Err = s.Store.ifFull(e.Err)
 				e.Line, e.Command = lineOf(cmd.Location()), shown(cmd)
 				return nil, err
 			}
-			return nil, &StepError{Line: lineOf(cmd.Location()), Command: shown(cmd), Err: err}
+			return nil, &StepError{Line: lineOf(cmd.Location()), Command: shown(cmd), Err: s.Store.ifFull(s.Store.noRoom(err))}
 		}
 	}
 	if len(s.dirs) > 0 { // a WORKDIR is the last word

@@ -289,7 +289,7 @@ func (s *Store) Put(m Manifest) error {
 			return fmt.Errorf("template %q: it was deleted meanwhile: %w", m.Name, sandbox.ErrNoTemplate)
 		}
 	}
-	return s.noRoom(s.writeText("names", s.nameFile(m.Owner, m.Name), body))
+	return s.noRoom(s.writeText("names", s.nameFile(m.Owner, m.Name), body)) // a temp may not even be made
 }
 
 // Delete removes the name of an owner's own template, and what only that has needed. What sandboxes and snapshots need of it stays until they are gone.
@@ -334,7 +334,7 @@ func (s *Store) writeNamed(kind string, fill func(*os.File) (name string, err er
 	}()
 	name, err := fill(f)
 	if err := errors.Join(err, f.Sync()); err != nil {
-		return err
+		return s.noRoom(err) // as long as what was written takes its room
 	}
 	return place(f.Name(), name)
 }
