@@ -51,6 +51,7 @@ type bridge struct {
 	session  string
 	version  string // the revision that initialize has settled
 	hello    []byte // the client's initialize
+	kept     string // the handle: what the session has that another may go on with
 	ready    bool   // it has said that it is initialized
 	dedupes  bool   // the server remembers calls by their names
 	watched  map[string]bool
@@ -386,6 +387,7 @@ func (l *bridge) attempt(ctx context.Context, m message, line []byte, id, lastEv
 
 // receive reads what comes back for a request.
 func (l *bridge) receive(ctx context.Context, res *http.Response, m message) part {
+	l.keepHandle(res.Header.Get(headerHandle))
 	switch res.StatusCode {
 	case http.StatusNotFound:
 		if s := res.Request.Header.Get(mcp.HeaderSessionID); s != "" {
@@ -441,7 +443,7 @@ func (l *bridge) receive(ctx context.Context, res *http.Response, m message) par
 
 // events passes a stream's messages on, up to the answer.
 func (l *bridge) events(body io.Reader, m message) (p part) {
-	err := readEvents(body, func(id string, data []byte) error {
+	err := readEvents(body, l.keepHandle, func(id string, data []byte) error {
 		p.progress = true
 		p.lastEvent = cmp.Or(id, p.lastEvent)
 		if len(data) == 0 {

@@ -484,10 +484,7 @@ func TestUnreadStdout(t *testing.T) {
 				}
 			}()
 			select {
-			case err := <-served:
-				if err == nil {
-					t.Error("what was not written is no error")
-				}
+			case <-served:
 			case <-time.After(time.Minute):
 				t.Error("it is still there")
 			}
