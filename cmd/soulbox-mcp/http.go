@@ -162,7 +162,7 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 	go keys.Watch(watching, s.log)
 	endpoint := s.mcp.HTTP(mcpserver.HTTPOptions{Access: c.access(public, keys, s.log), SessionIdle: c.idle, Rate: c.rate})
 	s.gateway.Admit = admitOwner(endpoint.Access, keys)
-	s.metrics.watch(s.manager, endpoint.Sessions)
+	s.metrics.watch(s.manager, s.descriptors, endpoint.Sessions)
 	control := c.control(s, endpoint)
 	defer control.Close()
 	defer s.alsoLocal("http", getenv)()
