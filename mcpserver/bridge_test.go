@@ -44,17 +44,16 @@ func (p *proxy) serve() {
 			_ = in.Close()
 			continue
 		}
-		p.mu.Lock()
-		to := p.to
+		p.mu.Lock() // until it is known: none that goes to the old address is there after a break
+		out, err := net.Dial("tcp", p.to)
+		if err == nil {
+			p.conns[in], p.conns[out] = true, true
+		}
 		p.mu.Unlock()
-		out, err := net.Dial("tcp", to)
 		if err != nil {
 			_ = in.Close()
 			continue
 		}
-		p.mu.Lock()
-		p.conns[in], p.conns[out] = true, true
-		p.mu.Unlock()
 		for _, way := range [][2]net.Conn{{in, out}, {out, in}} {
 			go func() {
 				_, _ = io.Copy(way[0], way[1]) // ends when either is closed
