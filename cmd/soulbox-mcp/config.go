@@ -77,7 +77,7 @@ func (c *config) parse(name string, args []string, getenv func(string) string, s
 	flags.DurationVar(&c.saving.paused, "paused-for", 7*24*time.Hour, "`time` for which a paused sandbox is kept")
 	saved := flags.Int64("disk-budget-mb", 0, "disk of all paused sandboxes and snapshots together, in MB; default what the disk has, but 512")
 	flags.StringVar(&c.saving.reclaim, "reclaim", "never", "where that is used up: `never` end a paused sandbox, or the oldest")
-	templates := flags.Int64("template-budget-mb", 0, "disk of all templates and what builds keep, in MB; default a tenth of the disk, at least 4096 and at most 20480")
+	templates := flags.Int64("template-budget-mb", 0, "disk of all templates, in MB; default a tenth of the disk, from 4096 to 20480")
 	memory := flags.Int64("memory-mb", 0, "memory of sandboxes that ask for none, in MB; default 1024")
 	disk := flags.Int64("disk-mb", 0, "disk of sandboxes that ask for none, in MB; default 10240")
 	pids := flags.Int64("pids", 0, "processes of sandboxes that ask for no number; default 512")
@@ -99,7 +99,8 @@ func (c *config) parse(name string, args []string, getenv func(string) string, s
 	if flags.NArg() > 0 {
 		return fmt.Errorf("there is no argument %q; run 'soulbox-mcp %s --help'", flags.Arg(0), name)
 	}
-	if *memory < 0 || *disk < 0 || *pids < 0 || *cpu < 0 || *budget < 0 || *saved < 0 || *templates < 0 || c.times.Life <= 0 || c.times.Idle < 0 || c.saving.paused <= 0 {
+	if *memory < 0 || *disk < 0 || *pids < 0 || *cpu < 0 || *budget < 0 || *saved < 0 || *templates < 0 ||
+		c.times.Life <= 0 || c.times.Idle < 0 || c.saving.paused <= 0 {
 		return errors.New("limits and times must be positive")
 	}
 	c.limits = sandbox.Limits{CPU: *cpu, Memory: *memory << 20, Disk: *disk << 20, Processes: *pids}
