@@ -18,6 +18,5 @@
 // says so under the lock that Collect has, too (job.go, collect.go): so what nobody needs goes at once. The whole has a budget (room.go), and each
 // owner's work is on his account.
 //
-// Nothing is ever unpacked on the host: layers are read as streams into images (layer.go), and what a
-// build does, it does in a sandbox (build.go).
+// Nothing is ever unpacked on the host: layers are read as streams into images (layer.go), and what a build does, it does in a sandbox (build.go).
 package template
