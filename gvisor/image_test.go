@@ -38,7 +38,7 @@ func TestImage(t *testing.T) {
 		t.Fatal(err)
 	}
 	w := erofs.NewWriter(f)
-	if err := w.Base(base); err != nil {
+	if err := w.Base(t.Context(), base); err != nil {
 		t.Fatal(err)
 	}
 	add := func(text string) erofs.Extent {

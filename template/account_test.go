@@ -13,11 +13,13 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// TestAccountsOfBuilds: an owner whose merges and builds never end keeps nobody else from building; what waits leaves the queue when it is cancelled,
-// what runs ends.
+// TestAccountsOfBuilds: an owner whose merges and builds never end keeps nobody else from building; what waits leaves the queue when it
+// is cancelled, what runs ends.
 func TestAccountsOfBuilds(t *testing.T) {
 	w := newWorkshop(t)
-	w.store.Accounts = access.NewAccounts(map[access.Resource]access.Bound{access.Merges: {Total: 3, Share: 2}, access.Builds: {Total: 3, Share: 2}, access.Work: {Total: 3, Share: 2}})
+	w.store.Accounts = access.NewAccounts(map[access.Resource]access.Bound{
+		access.Merges: {Total: 3, Share: 2}, access.Builds: {Total: 3, Share: 2}, access.Work: {Total: 3, Share: 2},
+	})
 	gone := errors.New("the client is gone")
 	ctx, cancel := context.WithCancelCause(t.Context())
 	defer cancel(nil)
@@ -68,7 +70,8 @@ func TestAccountsOfBuilds(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer files.Close()
-	if _, err := w.builder.Build(t.Context(), BuildRequest{Owner: "bob", Name: "bobs", Dockerfile: "FROM mini\nCOPY a /a\nRUN test -s /a\n", Context: files}, nil); err != nil {
+	bobs := BuildRequest{Owner: "bob", Name: "bobs", Dockerfile: "FROM mini\nCOPY a /a\nRUN test -s /a\n", Context: files}
+	if _, err := w.builder.Build(t.Context(), bobs, nil); err != nil {
 		t.Fatal("another owner's build:", err)
 	}
 	cancel(gone)

@@ -198,7 +198,8 @@ func (b *Builder) secondStage(ctx context.Context, name string, files *Files, so
 		return Manifest{}, err
 	}
 	s.take(made)
-	return r.job.flatten(ctx, Manifest{Name: name, Parent: sources[0].uri + " " + sources[0].suite, Build: r.id, Config: v1.Config{Cmd: []string{"bash"}, Env: []string{"PATH=" + defaultPath}}}, s.layers)
+	return j.flatten(ctx, Manifest{Name: name, Parent: sources[0].uri + " " + sources[0].suite, Build: r.id, Config: v1.Config{
+		Cmd: []string{"bash"}, Env: []string{"PATH=" + defaultPath}}}, s.layers)
 }
 
 func ptr[T any](v T) *T { return &v }

@@ -163,48 +163,58 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 	if r.log, err = b.Store.newLog(r.id, req.Owner, each); err != nil {
 		return Built{}, err
 	}
-	defer func() {
-		for _, f := range r.opened {
-			err = errors.Join(err, f.Close())
-		}
-		if err != nil {
-			err = b.Store.noRoom(err)
-			r.log.line("error", "", err.Error())
-			err = &BuildError{ID: r.id, Err: err}
-		}
-		err = errors.Join(err, r.log.close())
-		j.end() // what it has made has a name, or is of no use
-		if cerr := b.Store.Collect(); cerr != nil {
-			b.Log.Error("collect what builds have left", "error", cerr)
-		}
-	}()
+	defer func() { err = r.over(err) }()
 	r.log.line("info", "", fmt.Sprintf("build %s of %s begins", r.id, req.Name))
 	if req.Open != nil {
 		if err := req.Open(ctx, &r.req); err != nil {
 			return Built{}, err
 		}
 	}
-	built := Built{ID: r.id}
-	for _, i := range plan.needed() {
+	return r.all(ctx, service, began)
+}
+
+// all carries out all stages that are needed, and names what has come of them.
+func (r *run) all(ctx context.Context, service sandbox.Network, began time.Time) (built Built, err error) {
+	built.ID = r.id
+	for _, i := range r.plan.needed() {
 		if r.done[i], err = r.stage(ctx, i); err != nil {
 			return built, err
 		}
 	}
-	of := r.done[plan.target]
-	built.Manifest, err = j.prepare(ctx, Manifest{Name: req.Name, Owner: req.Owner, Layers: of.layers, Config: of.config, Limits: req.Limits, Protect: req.Protect, StartCmd: req.StartCmd,
-		ReadyCmd: req.ReadyCmd, Parent: of.parent, Build: r.id})
+	of := r.done[r.plan.target]
+	built.Manifest, err = r.job.prepare(ctx, Manifest{Name: r.req.Name, Owner: r.req.Owner, Layers: of.layers, Config: of.config,
+		Limits: r.req.Limits, Protect: r.req.Protect,
+		StartCmd: r.req.StartCmd, ReadyCmd: r.req.ReadyCmd, Parent: of.parent, Build: r.id})
 	if err == nil && built.StartCmd != "" {
 		built.Started, err = r.startUp(ctx, built.Manifest, service)
 	}
 	if err == nil {
-		err = b.Store.Put(built.Manifest)
+		err = r.Store.Put(built.Manifest)
 	}
 	if err != nil {
 		return built, err
 	}
 	built.Steps, built.Cached, built.Took = r.steps, r.cached, time.Since(began)
-	r.log.line("info", "", fmt.Sprintf("built %s in %.1f s: %d steps, %d of them cached", req.Name, built.Took.Seconds(), r.steps, r.cached))
+	r.log.line("info", "", fmt.Sprintf("built %s in %.1f s: %d steps, %d of them cached", r.req.Name, built.Took.Seconds(), r.steps, r.cached))
 	return built, nil
+}
+
+// over ends a build, with an error or without.
+func (r *run) over(err error) error {
+	for _, f := range r.opened {
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
+		err = r.Store.noRoom(err)
+		r.log.line("error", "", err.Error())
+		err = &BuildError{ID: r.id, Err: err}
+	}
+	err = errors.Join(err, r.log.close())
+	r.job.end() // what it has made has a name, or is of no use
+	if cerr := r.Store.Collect(); cerr != nil {
+		r.Log.Error("collect what builds have left", "error", cerr)
+	}
+	return err
 }
 
 // parse reads the Dockerfile of a build.

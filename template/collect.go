@@ -68,7 +68,8 @@ const lockPoll = 20 * time.Millisecond
 // Collect removes what no template, sandbox, snapshot or build needs any more, and what dead servers have left half made.
 func (s *Store) Collect() error { return s.collect(0) }
 
-// collect is Collect; where that gives back fewer bytes than are wanted, what is only kept to be faster follows, the longest unused first.
+// collect is Collect; where that gives back fewer bytes than are wanted, what is only kept to be faster follows, the longest unused
+// first.
 func (s *Store) collect(want int64) error {
 	gone, err := s.sweep(want)
 	err = errors.Join(err, s.secure())

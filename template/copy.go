@@ -99,7 +99,8 @@ func (s *stageRun) put(ctx context.Context, c copying, files *Files, all []picke
 		}
 	}
 	p := packer{files: files, owner: owner, mode: mode, plain: c.from == "", there: there}
-	err = streamed(p, func(p packer) error { return p.all(c, dest, into, rest) }, func(r io.Reader) error { return s.client.Unpack(ctx, "/", r) })
+	err = streamed(p, func(p packer) error { return p.all(c, dest, into, rest) },
+		func(r io.Reader) error { return s.client.Unpack(ctx, "/", r) })
 	if err != nil {
 		return err
 	}

@@ -99,7 +99,8 @@ func countable(stages []instructions.Stage, meta []instructions.ArgCommand, args
 		n += 1 + len(s.Commands)
 	}
 	if n > maxInstructions {
-		return &SyntaxError{Message: fmt.Sprintf("it has %d instructions, at most %d are possible", n, maxInstructions), Hint: "put more into one RUN"}
+		message := fmt.Sprintf("it has %d instructions, at most %d are possible", n, maxInstructions)
+		return &SyntaxError{Message: message, Hint: "put more into one RUN"}
 	}
 	variables := len(args)
 	for _, m := range meta {

@@ -43,7 +43,8 @@ func (e *expansion) add(word string, size int, values *bounded, err error) error
 	case values.over && values.left > 0:
 		return fmt.Errorf("%q puts too much in the place of too much; write it with shorter values, or do it in a RUN", clip(word))
 	case values.over || size > max(maxValue, len(word)):
-		return fmt.Errorf("%q has more than %d KB with the values of its variables; write it shorter, or keep the text in a file", clip(word), maxValue>>10)
+		return fmt.Errorf("%q has more than %d KB with the values of its variables; write it shorter, or keep the text in a file",
+			clip(word), maxValue>>10)
 	case err != nil && len(err.Error()) > maxLine:
 		return errors.New(clip(err.Error()))
 	case err != nil:

@@ -28,7 +28,8 @@ func allocated(do func()) uint64 {
 	return after.TotalAlloc - before.TotalAlloc
 }
 
-// TestExpansion: a short Dockerfile whose variables grow and grow is refused with its line before it takes memory; one that does what people do is not.
+// TestExpansion: a short Dockerfile whose variables grow and grow is refused with its line before it takes memory; one that does what
+// people do is not.
 func TestExpansion(t *testing.T) {
 	doubled := func(verb string) string {
 		text := verb + " a0=0123456789abcdef\n"
@@ -46,18 +47,19 @@ func TestExpansion(t *testing.T) {
 	}
 	value := strings.Repeat("x", 60<<10)
 	for name, c := range map[string]struct{ dockerfile, want string }{
-		"ARG":               {"FROM scratch\n" + doubled("ARG"), `line 9: ARG a7=$a6$a6$a6$a6: "$a6$a6$a6$a6" has more than 64 KB`},
-		"ENV":               {"FROM scratch\n" + doubled("ENV"), "line 9: "},
-		"before FROM":       {doubled("ARG") + "FROM scratch\n", "line 8: "},
-		"LABEL":             {"FROM scratch\nARG a=" + value + "\nLABEL b=$a$a\n", "line 3: "},
-		"in all":            {"FROM scratch\nARG a=" + value + "\n" + many("ENV b%d=$a\n", 20), "longer; use shorter values"},
-		"EXPOSE":            {"FROM scratch\nARG a=\"" + strings.Repeat("1 ", 30<<10) + "\"\nEXPOSE $a$a\n", "line 3: "},
-		"replaced":          {"FROM scratch\nARG a=" + value + "\nENV b=${a//x/" + strings.Repeat("y", 60<<10) + "}\n", "line 3: "},
-		"replaced in it":    {"FROM scratch\nARG a=" + value[:1000] + "\nENV b=${a//x/${a//x/${a//x/xxxx}}}\n", "puts too much in the place"},
-		"instructions":      {"FROM scratch\n" + many("USER u%d\n", maxInstructions+1), "at most 2000 are possible"},
-		"stages":            {many("FROM scratch AS s%d\n", maxInstructions+1), "at most 2000 are possible"},
-		"variables":         {"FROM scratch\n" + many("ARG a%d\n", maxVariables+1), "at most 1000 are possible"},
-		"what people do":    {"ARG V=1.2.3\nFROM scratch\nARG V\nENV F=file-${V//./-}-${V%.*}${X:-none}.tar P=/a:$P\nENV P=/b:$P\nLABEL f=$F\nEXPOSE ${PORT:-80} 81\n", ""},
+		"ARG":            {"FROM scratch\n" + doubled("ARG"), `line 9: ARG a7=$a6$a6$a6$a6: "$a6$a6$a6$a6" has more than 64 KB`},
+		"ENV":            {"FROM scratch\n" + doubled("ENV"), "line 9: "},
+		"before FROM":    {doubled("ARG") + "FROM scratch\n", "line 8: "},
+		"LABEL":          {"FROM scratch\nARG a=" + value + "\nLABEL b=$a$a\n", "line 3: "},
+		"in all":         {"FROM scratch\nARG a=" + value + "\n" + many("ENV b%d=$a\n", 20), "longer; use shorter values"},
+		"EXPOSE":         {"FROM scratch\nARG a=\"" + strings.Repeat("1 ", 30<<10) + "\"\nEXPOSE $a$a\n", "line 3: "},
+		"replaced":       {"FROM scratch\nARG a=" + value + "\nENV b=${a//x/" + strings.Repeat("y", 60<<10) + "}\n", "line 3: "},
+		"replaced in it": {"FROM scratch\nARG a=" + value[:1000] + "\nENV b=${a//x/${a//x/${a//x/xxxx}}}\n", "puts too much in the place"},
+		"instructions":   {"FROM scratch\n" + many("USER u%d\n", maxInstructions+1), "at most 2000 are possible"},
+		"stages":         {many("FROM scratch AS s%d\n", maxInstructions+1), "at most 2000 are possible"},
+		"variables":      {"FROM scratch\n" + many("ARG a%d\n", maxVariables+1), "at most 1000 are possible"},
+		"what people do": {"ARG V=1.2.3\nFROM scratch\nARG V\nENV F=file-${V//./-}-${V%.*}${X:-none}.tar P=/a:$P\n" +
+			"ENV P=/b:$P\nLABEL f=$F\nEXPOSE ${PORT:-80} 81\n", ""},
 		"a text of its own": {"FROM scratch\nLABEL a=" + value + "\n", ""},
 	} {
 		b := &Builder{Store: &Store{Dir: t.TempDir()}, Log: slog.New(slog.DiscardHandler)}
@@ -108,9 +110,12 @@ func zstdFrame(text string, exponent byte) []byte {
 	return append([]byte{0x28, 0xb5, 0x2f, 0xfd, 0, exponent << 3, byte(head), byte(head >> 8), byte(head >> 16)}, text...)
 }
 
-// TestWindows: what names a large dictionary is refused before it is made, wherever it names it; what is read is charged to its owner meanwhile.
+// TestWindows: what names a large dictionary is refused before it is made, wherever it names it; what is read is charged to its owner
+// meanwhile.
 func TestWindows(t *testing.T) {
-	s := &Store{Dir: t.TempDir(), Accounts: access.NewAccounts(map[access.Resource]access.Bound{access.Buffers: {Total: 200 << 20, Share: 100 << 20}, access.Work: {Total: 2, Share: 1}})}
+	s := &Store{Dir: t.TempDir(), Accounts: access.NewAccounts(map[access.Resource]access.Bound{
+		access.Buffers: {Total: 200 << 20, Share: 100 << 20}, access.Work: {Total: 2, Share: 1},
+	})}
 	archive := pack(t, file("a", strings.Repeat("text ", 5000)))
 	good := xzFile(t, archive, 10_000, 0)
 	long := xzFile(t, archive, 10_000, 40)

@@ -27,8 +27,8 @@ func (p payer) wait(ctx context.Context, r access.Resource, n int64) (free func(
 
 func (s *Store) payer(owner string) payer { return payer{s.Accounts, owner} }
 
-// job is one piece of work on the store, such as a build or an import: who pays for it, and what it needs while it goes on, which no server's Collect
-// removes. It is not for concurrent use.
+// job is one piece of work on the store, such as a build or an import: who pays for it, and what it needs while it goes on, which no
+// server's Collect removes. It is not for concurrent use.
 type job struct {
 	*Store
 	payer

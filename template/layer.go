@@ -92,7 +92,8 @@ func (m *merger) apply(r io.Reader) error {
 
 // notOfLayer says whether a layer could not be read for a cause that is not its own.
 func notOfLayer(err error) bool {
-	for _, class := range []error{sandbox.ErrNoDisk, syscall.ENOSPC, syscall.EDQUOT, syscall.EIO, access.ErrFull, errWindow, context.Canceled, context.DeadlineExceeded} {
+	for _, class := range []error{sandbox.ErrNoDisk, syscall.ENOSPC, syscall.EDQUOT, syscall.EIO, access.ErrFull, errWindow, context.Canceled,
+		context.DeadlineExceeded} {
 		if errors.Is(err, class) {
 			return true
 		}

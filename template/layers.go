@@ -76,8 +76,8 @@ type readCloser struct {
 // Close implements io.Closer.
 func (r readCloser) Close() error { return r.close() }
 
-// decompress reads what a layer's file has in it, as its media type says (also Docker's). Closing it closes f. The memory of the decoder is on the
-// payer's account.
+// decompress reads what a layer's file has in it, as its media type says (also Docker's). Closing it closes f. The memory of the decoder
+// is on the payer's account.
 func decompress(ctx context.Context, p payer, f io.ReadCloser, mediaType string) (io.ReadCloser, error) {
 	switch {
 	case strings.HasSuffix(mediaType, "gzip"):

@@ -73,10 +73,12 @@ func (e *NoRoomError) Error() string {
 	}
 	text := fmt.Sprintf("no room: %s needed, %d MB free on the disk; free some of it, or delete templates", needed, e.Free>>20)
 	if e.Budget > 0 {
-		text = fmt.Sprintf("no room: %s needed, %d MB free of the %d MB that templates may take; delete templates, or allow more by --template-budget-mb", needed, e.Free>>20, e.Budget>>20)
+		text = fmt.Sprintf("no room: %s needed, %d MB free of the %d MB of all templates; delete some, or allow more by --template-budget-mb",
+			needed, e.Free>>20, e.Budget>>20)
 	}
 	if e.Step > 0 {
-		text = fmt.Sprintf("no room: %s needed, %d MB free of the %d MB of disk that this build's sandbox has; give the build more disk, or write less", needed, e.Free>>20, e.Step>>20)
+		text = fmt.Sprintf("no room: %s needed, %d MB free of the %d MB of disk of this build's sandbox; give it more disk, or write less",
+			needed, e.Free>>20, e.Step>>20)
 	}
 	if e.Err != nil {
 		text += fmt.Sprintf(" (%v)", e.Err)

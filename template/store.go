@@ -292,7 +292,8 @@ func (s *Store) Put(m Manifest) error {
 	return s.noRoom(s.writeText("names", s.nameFile(m.Owner, m.Name), body)) // a temp may not even be made
 }
 
-// Delete removes the name of an owner's own template, and what only that has needed. What sandboxes and snapshots need of it stays until they are gone.
+// Delete removes the name of an owner's own template, and what only that has needed. What sandboxes and snapshots need of it stays until
+// they are gone.
 func (s *Store) Delete(owner, name string) error {
 	plain, err := CheckName(name)
 	if err != nil {

@@ -40,7 +40,8 @@ func (s *Store) makeKind(kind string) error {
 	return err
 }
 
-// temp makes a file of a kind that is removed when its maker dies before it has another name. Whoever made it closes it once it has, or is removed.
+// temp makes a file of a kind that is removed when its maker dies before it has another name. Whoever made it closes it once it has, or
+// is removed.
 func (s *Store) temp(kind string) (*os.File, error) {
 	if err := s.makeKind(kind); err != nil {
 		return nil, err
@@ -97,8 +98,8 @@ func (s *Store) tidy(kind string, entries []os.DirEntry) (err error) {
 	return err
 }
 
-// collecting takes the lock between Collect (unix.LOCK_EX), which removes what nobody needs, and those who say what they need (unix.LOCK_SH). Both
-// have it for a moment.
+// collecting takes the lock between Collect (unix.LOCK_EX), which removes what nobody needs, and those who say what they need
+// (unix.LOCK_SH). Both have it for a moment.
 func (s *Store) collecting(ctx context.Context, how int) (unlock func(), err error) {
 	if err := os.MkdirAll(s.Dir, 0o711); err != nil {
 		return nil, err

@@ -23,7 +23,8 @@ const maxWindow = 64 << 20
 // errWindow is of what refers back too far.
 var errWindow = errors.New("it is compressed with a window")
 
-// uncompressed reads an archive whatever it is compressed with. Until it is closed, a decoder's work and memory are on the payer's account.
+// uncompressed reads an archive whatever it is compressed with. Until it is closed, a decoder's work and memory are on the payer's
+// account.
 func uncompressed(ctx context.Context, p payer, from io.Reader) (io.ReadCloser, error) {
 	r := bufio.NewReaderSize(from, 64<<10)
 	head, err := r.Peek(6)
@@ -69,7 +70,8 @@ type charge struct {
 // window takes memory for a window before it is made, if it is not larger than one may be.
 func (c *charge) window(n int64) error {
 	if n > maxWindow {
-		return fmt.Errorf("%w of %d MB, at most %d MB are possible; compress it with a smaller one, such as by xz -6 or zstd -19", errWindow, n>>20, maxWindow>>20)
+		return fmt.Errorf("%w of %d MB, at most %d MB are possible; compress it with a smaller one, such as by xz -6 or zstd -19",
+			errWindow, n>>20, maxWindow>>20)
 	}
 	if n <= c.taken {
 		return nil

@@ -10,8 +10,8 @@ import (
 	"github.com/ulikunitz/xz/lzma"
 )
 
-// xzReader gives an .xz file on as it is (https://tukaani.org/xz/xz-file-format.txt), and asks before each block whether its window may be made: the
-// decoder makes whatever a block names, up to 4 GB.
+// xzReader gives an .xz file on as it is (https://tukaani.org/xz/xz-file-format.txt), and asks before each block whether its window may
+// be made: the decoder makes whatever a block names, up to 4 GB.
 type xzReader struct {
 	from   *bufio.Reader
 	window func(bytes int64) error

@@ -83,7 +83,7 @@ func (c *config) parse(name string, args []string, getenv func(string) string, s
 	flags.BoolVar(&c.protect.Memory, "protect-memory", false, "with --protect: copy memory and processes too, not files alone")
 	saved := flags.Int64("disk-budget-mb", 0, "disk of all paused sandboxes and snapshots together, in MB; default what the disk has, but 512")
 	flags.StringVar(&c.saving.reclaim, "reclaim", "never", "where that is used up: `never` end a paused sandbox, or the oldest")
-	templates := flags.Int64("template-budget-mb", 0, "disk of all templates and what builds keep, in MB; default a tenth of the disk, at least 4096 and at most 20480")
+	templates := flags.Int64("template-budget-mb", 0, "disk of all templates, in MB; default a tenth of the disk, from 4096 to 20480")
 	memory := flags.Int64("memory-mb", 0, "memory of sandboxes that ask for none, in MB; default 1024")
 	disk := flags.Int64("disk-mb", 0, "disk of sandboxes that ask for none, in MB; default 10240")
 	pids := flags.Int64("pids", 0, "processes of sandboxes that ask for no number; default 512")

@@ -164,7 +164,7 @@ func (c config) listTemplates(stdout io.Writer) error {
 
 // describeDisk says what the templates of all owners take.
 func describeDisk(d template.Disk) string {
-	return fmt.Sprintf("All templates, with what builds keep to be faster, take %d of %d MB of disk (--template-budget-mb).", d.Used>>20, d.Budget>>20)
+	return fmt.Sprintf("All templates, with what builds keep, take %d of %d MB of disk (--template-budget-mb).", d.Used>>20, d.Budget>>20)
 }
 
 // progress shows lines as they come: on a terminal the last one only, in one place.

@@ -153,8 +153,8 @@ func (w *Writer) trim(all []placed) error {
 	return nil
 }
 
-// Base makes the image begin with all contents of another, so that extents of that one's tree hold in this one too. It comes before any Add, and ends
-// early when ctx does.
+// Base makes the image begin with all contents of another, so that extents of that one's tree hold in this one too. It comes before any
+// Add, and ends early when ctx does.
 func (w *Writer) Base(ctx context.Context, from *Image) error {
 	if w.next != 1 {
 		return errors.New("image: Base after Add")
