@@ -22,6 +22,8 @@ var (
 	ErrUnfit = errors.New("it was made by a version of SoulBox that this server does not speak with")
 	// ErrNoMachine is of a Runtime that finds nothing of a machine.
 	ErrNoMachine = errors.New("no machine runs there")
+	// ErrDamaged is of a checkpoint whose files are not as they were saved.
+	ErrDamaged = errors.New("the checkpoint is damaged")
 	// ErrState is behind every StateError.
 	ErrState = errors.New("wrong state")
 )
