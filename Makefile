@@ -15,10 +15,10 @@ export CGO_ENABLED = $(if $(findstring -race,$(RACE)),1,0)
 build: bin/runsc
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
 
-bin/runsc: gvisor/runsc/go.mod gvisor/runsc/go.sum
+bin/runsc: gvisor/runsc/go.mod gvisor/runsc/go.sum gvisor/runsc/main.go
 	@echo "building runsc $(GVISOR), once; this takes some minutes"
 	mkdir -p bin
-	cd gvisor/runsc && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X gvisor.dev/gvisor/runsc/version.version=$(GVISOR)' -o ../../bin/runsc gvisor.dev/gvisor/runsc
+	cd gvisor/runsc && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X gvisor.dev/gvisor/runsc/version.version=$(GVISOR)' -o ../../bin/runsc .
 
 demo: build
 	timeout 120 bin/soulbox-mcp demo

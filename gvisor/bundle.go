@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -126,5 +127,12 @@ func writeBundle(dir string, spec sandbox.Spec, agent string) error {
 	if err != nil {
 		return fmt.Errorf("encode bundle: %w", err)
 	}
-	return os.WriteFile(filepath.Join(dir, "config.json"), body, 0o600)
+	if err := os.WriteFile(filepath.Join(dir, "config.json"), body, 0o600); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, sentryMemoryName), strconv.AppendInt(nil, sentryLimit(spec.Limits.Kernel()), 10), 0o600)
 }
+
+// sentryMemoryName is a file in a bundle: the soft limit of the sentry's own memory in bytes, below which it takes the trouble to collect garbage
+// (gvisor/runsc/main.go).
+const sentryMemoryName = "sentry-memory"

@@ -28,7 +28,7 @@ type cgroupSetting struct{ controller, file, value string }
 // settings are a machine's limits. Memory and tasks lie well above what the guest may use, since the sentry has its own share, and
 // since reaching them ends the whole machine: they are the last word, not the limit that a guest meets.
 func (g *hostCgroup) settings(l sandbox.Limits) []cgroupSetting {
-	memory := strconv.FormatInt(guestMemory(l)+kernelMemory, 10)
+	memory := strconv.FormatInt(guestMemory(l)+saveFactor*l.Kernel(), 10)
 	tasks := strconv.FormatInt(16*l.Processes+1024, 10)
 	quota := strconv.FormatInt(int64(l.CPU*100_000), 10)
 	if _, v2 := g.Dirs[""]; v2 {

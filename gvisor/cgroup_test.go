@@ -61,7 +61,7 @@ func TestHostCgroup(t *testing.T) {
 			}
 		}
 	}
-	for _, want := range []string{"150000", "1767899136", "1184"} {
+	for _, want := range []string{"150000", "2304770048", "1184"} {
 		if !strings.Contains(all.String(), want) {
 			t.Errorf("%s is not in %q", want, all.String())
 		}

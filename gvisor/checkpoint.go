@@ -61,6 +61,9 @@ func (m *machine) Checkpoint(ctx context.Context, dir string, o sandbox.Checkpoi
 	if o.FilesOnly && m.noDisk {
 		return fmt.Errorf("its files are in its memory: save it with that: %w", sandbox.ErrInvalid)
 	}
+	if err := m.roomToSave(); err != nil {
+		return fmt.Errorf("checkpoint: %w", err)
+	}
 	if err := m.runtime.ask("checkpoint mkdir", func() error { return os.Mkdir(dir, 0o711) }); err != nil {
 		return fmt.Errorf("checkpoint: %w", err)
 	}
@@ -116,6 +119,13 @@ func (m *machine) save(ctx context.Context, dir string, filesOnly bool) (err err
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), saveBound)
 	defer cancel()
+	m.setSaving(true)
+	defer func() {
+		if serr := m.settle(); serr != nil && err == nil {
+			m.runtime.log().Warn("look at a sandbox that was saved", "dir", filepath.Base(m.dir), "error", serr) // it was saved all the same
+		}
+		m.setSaving(false)
+	}()
 	if filesOnly {
 		args := &saveDiskArgs{}
 		args.Files = files
@@ -128,11 +138,19 @@ func (m *machine) save(ctx context.Context, dir string, filesOnly bool) (err err
 	if err != nil {
 		return fullDisk(err)
 	}
-	err = m.runtime.fault("checkpoint sync")
-	for _, f := range files { // what is named a checkpoint outlives a power cut
+	return m.runtime.keep(dir, files)
+}
+
+// keep has the files of a checkpoint outlive a power cut, and their checksums with them: both at the same time, since one waits for the disk, and the
+// other computes.
+func (r *Runtime) keep(dir string, files []*os.File) error {
+	sealed := make(chan error, 1)
+	go func() { sealed <- r.seal(context.Background(), dir, files) }()
+	err := r.fault("checkpoint sync")
+	for _, f := range files {
 		err = errors.Join(err, f.Sync())
 	}
-	return errors.Join(err, syncDir(dir))
+	return errors.Join(err, <-sealed, syncDir(dir))
 }
 
 // saveBound bounds how long the sentry may take to save a machine.

@@ -81,6 +81,7 @@ const (
 	callCheckpoint = "containerManager.Checkpoint"
 	callSaveFiles  = "containerManager.FSSave"
 	callSignal     = "containerManager.Signal"
+	callReduce     = "Usage.Reduce"
 	callStacks     = "debug.Stacks"
 )
 

@@ -150,33 +150,45 @@ func TestFaults(t *testing.T) {
 	}
 }
 
-// TestFaultsOfBoot: a boot that meets one fault of the host fails, or does not notice, and leaves nothing running.
+// TestFaultsOfBoot: a boot that meets one fault of the host fails, or does not notice, and leaves nothing running. What it begins from is not called
+// damaged for that.
 func TestFaultsOfBoot(t *testing.T) {
 	runtime, host := newRuntime(t)
-	inject := &injector{done: map[string]bool{}, once: true}
-	runtime.Fault = inject.fault
-	spec := sandbox.Spec{ID: "sbtest", Template: host, Limits: sandbox.DefaultLimits()}
-	for i := 0; ; i++ {
-		spec.Dir = sandboxtest.Dir(t)
-		inject.next(passing[i%len(passing)])
-		m, err := runtime.Boot(t.Context(), spec)
-		at := inject.next(nil)
-		if err == nil {
-			if err := errors.Join(m.Check(), m.Destroy(t.Context())); err != nil {
-				t.Fatal(err)
+	m, spec := bootIn(t, runtime, host)
+	sandboxtest.Run(t, sandboxtest.Greet(t, m), "true")
+	saved := filepath.Join(sandboxtest.Dir(t), "saved")
+	if err := errors.Join(m.Checkpoint(t.Context(), saved, sandbox.CheckpointOptions{}), m.Destroy(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	for _, spec.From = range []string{"", saved} {
+		inject := &injector{done: map[string]bool{}, once: true}
+		runtime.Fault = inject.fault
+		for i := 0; ; i++ {
+			spec.Dir = sandboxtest.Dir(t)
+			fault := passing[i%len(passing)]
+			inject.next(fault)
+			m, err := runtime.Boot(t.Context(), spec)
+			at := inject.next(nil)
+			if sandbox.FindingOf(err) == sandbox.Gone || errors.Is(err, sandbox.ErrDamaged) {
+				t.Errorf("%v at %q: %v", fault, at, err)
 			}
-		}
-		if left := sandboxtest.Processes(spec.Dir); len(left) > 0 {
-			t.Errorf("%v at %q: processes are left: %v", passing[i%len(passing)], at, left)
-		}
-		if entries, lerr := os.ReadDir(spec.Dir); lerr != nil || len(entries) > 0 {
-			t.Errorf("%v at %q (%v): files are left: %v, %v", passing[i%len(passing)], at, err, entries, lerr)
-		}
-		if at == "" {
-			if err != nil {
-				t.Fatal(err)
+			if err == nil {
+				if err := errors.Join(m.Check(), m.Destroy(t.Context())); err != nil {
+					t.Fatal(err)
+				}
 			}
-			return
+			if left := sandboxtest.Processes(spec.Dir); len(left) > 0 {
+				t.Errorf("%v at %q: processes are left: %v", fault, at, left)
+			}
+			if entries, lerr := os.ReadDir(spec.Dir); lerr != nil || len(entries) > 0 {
+				t.Errorf("%v at %q (%v): files are left: %v, %v", fault, at, err, entries, lerr)
+			}
+			if at == "" {
+				if err != nil {
+					t.Fatal(err)
+				}
+				break
+			}
 		}
 	}
 }

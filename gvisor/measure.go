@@ -48,8 +48,8 @@ func (m *machine) check(p process) error {
 		return &sandbox.OverError{Kind: sandbox.OverStopped}
 	case m.memory > 0 && used > m.memory:
 		return &sandbox.OverError{Kind: sandbox.OverMemory, Used: used, Limit: m.memory}
-	case s.anonymous > kernelMemory:
-		return &sandbox.OverError{Kind: sandbox.OverKernel, Used: s.anonymous, Limit: kernelMemory, Detail: "files and other objects"}
+	case p.sentry:
+		return m.overKernel(s.anonymous)
 	}
 	return nil
 }

@@ -44,6 +44,7 @@ type manifest struct {
 	Host   string      `json:"host_agent"`       // and on the host
 	Cgroup *hostCgroup `json:"cgroup,omitempty"` // on the host, if there is one
 	Memory int64       `json:"memory"`           // machine.memory
+	Kernel int64       `json:"kernel,omitempty"` // kernelMeter.bound; 0 is of an older version
 	NoDisk bool        `json:"no_disk,omitempty"`
 	Cores  []int       `json:"cores,omitempty"`
 }
@@ -107,13 +108,17 @@ type machine struct {
 
 	processes []process // its own on the host
 
+	ctx    context.Context // of what it does in the background
+	cancel context.CancelFunc
+	work   sync.WaitGroup
+
 	mu          sync.Mutex
+	kernel      kernelMeter
 	memoryNames []string // of the guest's memory in the sentry, by which Check measures it
 }
 
-// kernelMemory bounds what the sentry takes for itself, in bytes. An idle one takes a tenth of that; each file or other object of
-// the guest's takes some, which no limit inside the guest counts.
-const kernelMemory = 512 << 20
+// oldKernel is what a machine of an older version may take for itself, in bytes.
+const oldKernel = 512 << 20
 
 func runDir(dir string) string { return filepath.Join(dir, "run") }
 
@@ -133,7 +138,7 @@ func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (_ sandbox.Machin
 	if err != nil {
 		return nil, err
 	}
-	m, err := r.begin(ctx, spec, begin)
+	m, err := r.beginVerified(ctx, spec, begin)
 	if err == nil && begin.wake {
 		if err = r.wake(ctx, spec.Dir); err != nil {
 			_ = m.pipe.Close()
@@ -145,9 +150,37 @@ func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (_ sandbox.Machin
 	return m, nil
 }
 
+// beginVerified starts a machine while it verifies what the machine begins from: both read the same, and nobody speaks with the machine before that
+// is known to be whole. Damage is said at once, whatever a restore makes of it.
+func (r *Runtime) beginVerified(ctx context.Context, spec sandbox.Spec, begin beginning) (*machine, error) {
+	if spec.From == "" {
+		return r.begin(ctx, spec, begin)
+	}
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	verified := make(chan error, 1)
+	go func() {
+		err := r.verify(ctx, spec.From)
+		if err != nil {
+			stop(err)
+		}
+		verified <- err
+	}()
+	m, err := r.begin(ctx, spec, begin)
+	if bad := <-verified; bad != nil {
+		if m != nil {
+			_ = m.pipe.Close()
+			m.cancel()
+		}
+		return nil, bad
+	}
+	return m, err
+}
+
 // begin starts a machine.
 func (r *Runtime) begin(ctx context.Context, spec sandbox.Spec, begin beginning) (*machine, error) {
-	m := &machine{runtime: r, dir: spec.Dir, agent: begin.agent, memory: guestMemory(spec.Limits), noDisk: inMemory(spec)}
+	m := r.newMachine(spec.Dir, spec.Limits.Kernel())
+	m.agent, m.memory, m.noDisk = begin.agent, guestMemory(spec.Limits), inMemory(spec)
 	if err := makeDirs(spec.Dir); err != nil {
 		return nil, err
 	}
@@ -160,7 +193,7 @@ func (r *Runtime) begin(ctx context.Context, spec sandbox.Spec, begin beginning)
 		return nil, err
 	}
 	// The manifest names the cgroup before it is made: whoever reaps knows of it.
-	mf := manifest{Cores: m.cores, Memory: m.memory, NoDisk: m.noDisk, Host: begin.agent, Agent: filepath.Join(agentDir, filepath.Base(begin.agent)), Cgroup: planCgroup(cmp.Or(r.Cgroups, cgroupRoot), "soulbox-"+spec.ID)}
+	mf := manifest{Cores: m.cores, Memory: m.memory, Kernel: m.kernel.bound, NoDisk: m.noDisk, Host: begin.agent, Agent: filepath.Join(agentDir, filepath.Base(begin.agent)), Cgroup: planCgroup(cmp.Or(r.Cgroups, cgroupRoot), "soulbox-"+spec.ID)}
 	if err := r.writeManifest(spec.Dir, mf); err != nil {
 		return nil, err
 	}
@@ -168,6 +201,7 @@ func (r *Runtime) begin(ctx context.Context, spec sandbox.Spec, begin beginning)
 		return nil, err
 	}
 	if err := m.start(ctx, spec, begin.args, bound); err != nil {
+		m.cancel()
 		return nil, err
 	}
 	if mf.Cgroup != nil {
@@ -176,6 +210,12 @@ func (r *Runtime) begin(ctx context.Context, spec sandbox.Spec, begin beginning)
 		}
 	}
 	return m, nil
+}
+
+func (r *Runtime) newMachine(dir string, kernel int64) *machine {
+	m := &machine{runtime: r, dir: dir, kernel: kernelMeter{bound: kernel}}
+	m.ctx, m.cancel = context.WithCancel(context.Background())
+	return m
 }
 
 // start has runsc start the machine, and finds its processes.
@@ -199,6 +239,9 @@ func (m *machine) start(ctx context.Context, spec sandbox.Spec, args []string, c
 	m.pipe = pipe{File: streams.fromOut, toIn: streams.toIn}
 	if err == nil {
 		m.processes, err = m.runtime.processesOf(spec.Dir)
+	}
+	if err == nil && spec.From != "" {
+		err = m.settle()
 	}
 	if err != nil {
 		_ = m.pipe.Close()
@@ -245,7 +288,7 @@ func giveAway(dir string) error {
 	if uid == os.Geteuid() {
 		return nil
 	}
-	for _, name := range []string{"bundle", "bundle/config.json", "run", "disk"} {
+	for _, name := range []string{"bundle", "bundle/config.json", "bundle/" + sentryMemoryName, "run", "disk"} {
 		if err := os.Lchown(filepath.Join(dir, name), uid, gid); err != nil {
 			return err
 		}
@@ -301,8 +344,10 @@ func (m *machine) follow(from *os.File) *headBuffer {
 
 // Attach implements sandbox.Runtime: it starts a bridge in the machine by the control socket.
 func (r *Runtime) Attach(ctx context.Context, dir string) (_ sandbox.Machine, err error) {
+	m := r.newMachine(dir, 0)
 	defer func() {
 		if err != nil {
+			m.cancel()
 			err = fmt.Errorf("attach: %w", err)
 		}
 	}()
@@ -317,7 +362,11 @@ func (r *Runtime) Attach(ctx context.Context, dir string) (_ sandbox.Machine, er
 	if err != nil {
 		return nil, err
 	}
-	m := &machine{runtime: r, dir: dir, cores: mf.Cores, memory: mf.Memory, noDisk: mf.NoDisk, agent: mf.Host, processes: processes}
+	m.cores, m.memory, m.noDisk, m.agent, m.processes = mf.Cores, mf.Memory, mf.NoDisk, mf.Host, processes
+	m.kernel.bound = cmp.Or(mf.Kernel, oldKernel)
+	if err := m.settle(); err != nil { // it may have been saved, or restored, just now
+		return nil, err
+	}
 	if m.frozen, err = r.isFrozen(ctx, runDir(dir)); err != nil {
 		return nil, err
 	}
@@ -435,6 +484,8 @@ func (m *machine) lookFrozen(ctx context.Context) error {
 // Destroy implements sandbox.Machine. SIGKILL is the first word already: it works on a wedged sentry too, and leaves nothing.
 func (m *machine) Destroy(ctx context.Context) error {
 	err := m.runtime.Reap(ctx, m.dir)
+	m.cancel()
+	m.work.Wait()
 	_ = m.pipe.Close() // again is no harm
 	_ = m.fromErr.Close()
 	m.stderr.Wait()

@@ -105,6 +105,9 @@ type Limits struct {
 	// memory while it is idle; with other templates it changes nothing.
 	DiskInMemory bool  `json:"disk_in_memory,omitempty"`
 	Processes    int64 `json:"processes"` // tasks
+	// KernelMemory bounds, in bytes, what the sandbox's kernel takes for itself: for files, connections and other objects, which no other limit counts.
+	// 0 is the default for Memory (Kernel). It is no part of the sandbox that is saved: one may go on with more than it was paused with.
+	KernelMemory int64 `json:"kernel_memory,omitempty"`
 }
 
 // DefaultLimits are the limits of a sandbox that asks for none.

@@ -158,7 +158,8 @@ func NewManager(opts Options) (*Manager, error) {
 }
 
 func (l Limits) or(d Limits) Limits {
-	return Limits{CPU: cmp.Or(l.CPU, d.CPU), Memory: cmp.Or(l.Memory, d.Memory), Disk: cmp.Or(l.Disk, d.Disk), Processes: cmp.Or(l.Processes, d.Processes), DiskInMemory: l.DiskInMemory || d.DiskInMemory}
+	return Limits{CPU: cmp.Or(l.CPU, d.CPU), Memory: cmp.Or(l.Memory, d.Memory), Disk: cmp.Or(l.Disk, d.Disk), Processes: cmp.Or(l.Processes, d.Processes), DiskInMemory: l.DiskInMemory || d.DiskInMemory,
+		KernelMemory: cmp.Or(l.KernelMemory, d.KernelMemory)}
 }
 
 // Limits are what a sandbox has that asks for some.
@@ -381,11 +382,14 @@ func (o CreateOptions) check() error {
 		return fmt.Errorf("create sandbox: %w", err)
 	}
 	l := o.Limits
-	if l.CPU < 0 || l.CPU > maxCPU || l.Memory < 0 || l.Disk < 0 || l.Processes < 0 {
+	if l.CPU < 0 || l.CPU > maxCPU || min(l.Memory, l.KernelMemory) < 0 || l.Disk < 0 || l.Processes < 0 {
 		return fmt.Errorf("create sandbox: limits cannot be negative, nor cpu more than 1024: %w", ErrInvalid)
 	}
 	if l.Memory != 0 && l.Memory < 64<<20 || l.Disk != 0 && l.Disk < 16<<20 || l.Processes != 0 && l.Processes < 8 {
 		return fmt.Errorf("create sandbox: at least 64 MB of memory, 16 MB of disk and 8 processes are needed: %w", ErrInvalid)
+	}
+	if l.KernelMemory != 0 && l.KernelMemory < 64<<20 {
+		return fmt.Errorf("create sandbox: its kernel needs at least 64 MB of memory for itself: %w", ErrInvalid)
 	}
 	return nil
 }

@@ -142,7 +142,7 @@ func (s *Sandbox) SaveTo(ctx context.Context, dir string) error {
 func (s *Sandbox) bootWithService(ctx context.Context, template Template) (served bool, err error) {
 	service := *template.Service
 	r := s.current()
-	if service.Saved != "" && service.Limits == r.Limits && service.Network == r.Network.On() {
+	if service.Saved != "" && service.Limits.fits(r.Limits) && service.Network == r.Network.On() {
 		err := s.start(ctx, template, service.Saved, true)
 		if err == nil {
 			err = s.skip(ctx)
