@@ -38,6 +38,7 @@ type process struct {
 	group     *cgroup // nil outside a sandbox
 	pipes     []*outputPipe
 	collector *collector
+	prepared  func()    // gives its turn to the next start
 	release   func()    // takes back StartRequest.Hold; nil has none
 	shell     *shellRun // nil where none remembers
 	stop      *time.Timer
