@@ -72,7 +72,7 @@ type Server struct {
 	tags        map[string]*process // the last one started under each tag
 	seq         int
 	hosts       int // sessions
-	orphan      *time.Timer
+	orphan      *countdown
 }
 
 // NewServer makes a Server; with opts.Init it also sets up the machine.
@@ -193,12 +193,10 @@ func (s *Server) present(n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.hosts += n
-	if s.orphan != nil {
-		s.orphan.Stop()
-		s.orphan = nil
-	}
+	s.orphan.stop()
+	s.orphan = nil
 	if s.hosts == 0 && s.config.OrphanMS > 0 {
-		s.orphan = time.AfterFunc(time.Duration(s.config.OrphanMS)*time.Millisecond, func() { s.cancel(errors.New("no host for too long")) })
+		s.orphan = after(time.Duration(s.config.OrphanMS)*time.Millisecond, func() { s.cancel(errors.New("no host for too long")) })
 	}
 }
 

@@ -88,7 +88,7 @@ func (p *process) holdFirst() {
 	}
 	mine := p.output.hold(0)
 	p.release = sync.OnceFunc(func() { p.collector.resume(p.output.advance(mine, 0, true)...) })
-	time.AfterFunc(holdTime, p.release)
+	after(holdTime, p.release)
 }
 
 // runOnPipes starts a process with pipes, and returns the writing end of its stdin if it has one.
@@ -348,7 +348,7 @@ func (s *Server) follow(p *process, stdin *os.File) {
 		}
 	}
 	if p.req.TimeoutMS > 0 {
-		p.stop = time.AfterFunc(time.Duration(p.req.TimeoutMS)*time.Millisecond, p.expire)
+		p.stop = after(time.Duration(p.req.TimeoutMS)*time.Millisecond, p.expire)
 	}
 	p.namesake = nil
 	p.ready.Store(true)
