@@ -11,8 +11,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -23,6 +21,7 @@ type cgroups struct {
 	dir *os.File
 	// What the guard looks at is kept open, as are the files of each cgroup: a system call of the guest costs tens of microseconds.
 	memory, tasks *os.File
+	bridges       *os.File // the processes of the agent's own cgroup
 	limits        atomic.Pointer[groupLimits]
 	seq           atomic.Int64 // names of cgroups
 	// ready holds cgroups made ahead, or used before and left empty: making one costs about as much as a tenth of a short command.
@@ -91,7 +90,10 @@ func mountCgroups() (*cgroups, error) {
 	if c.memory, err = openAt(dir, "memory.current"); err != nil {
 		return nil, err
 	}
-	c.tasks, err = openAt(dir, "pids.current")
+	if c.tasks, err = openAt(dir, "pids.current"); err != nil {
+		return nil, err
+	}
+	c.bridges, err = openAt(root, "agent/cgroup.procs")
 	return c, err
 }
 
@@ -201,14 +203,19 @@ func (c *cgroups) make() (*cgroup, error) {
 	return g, nil
 }
 
-// release gives the cgroup back to be used again, if nothing is left in it; otherwise it does what remove does.
-func (g *cgroup) release() {
+// leftMemory is how much memory a cgroup that is used again may have: who is in it next would be held to have taken it.
+const leftMemory = 4 << 20
+
+// release gives the cgroup back to be used again, if nothing is left in it; otherwise it does what remove does. Who has not lasted cannot have left much memory, as
+// files: to look for it takes a part of a short command's time.
+func (g *cgroup) release(lasted bool) {
 	if g == nil {
 		return
 	}
 	g.mu.Lock()
 	c := g.parent
-	if g.gone || g.limits != c.limits.Load() || len(c.ready) == cap(c.ready) || readFile(g.procs) != "" {
+	if g.gone || g.limits != c.limits.Load() || len(c.ready) == cap(c.ready) || readFile(g.procs) != "" ||
+		lasted && number(readAt(g.dir, "memory.current")) > leftMemory {
 		g.mu.Unlock()
 		g.remove()
 		return
@@ -261,9 +268,13 @@ func (g *cgroup) pids() []int {
 	if g.gone {
 		return nil
 	}
-	var pids []int
-	for _, line := range strings.Fields(readFile(g.procs)) {
-		if pid, err := strconv.Atoi(line); err == nil && pid > 1 {
+	return parsePIDs(readFile(g.procs))
+}
+
+// parsePIDs reads a list of processes; the agent is left out.
+func parsePIDs(list string) (pids []int) {
+	for _, word := range strings.Fields(list) {
+		if pid, err := strconv.Atoi(word); err == nil && pid > 1 {
 			pids = append(pids, pid)
 		}
 	}
@@ -306,16 +317,21 @@ func (g *cgroup) usage(pid int) (cpuMS, memory int64) {
 }
 
 func procUsage(pid int) (cpuMS, memory int64) {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, 0
-	}
-	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	fields := procStat(pid)
 	if len(fields) < 22 {
 		return 0, 0
 	}
 	const tick = 10 // milliseconds: USER_HZ is 100 on every Linux
 	return (number(fields[11]) + number(fields[12])) * tick, number(fields[21]) * int64(os.Getpagesize())
+}
+
+// procStat is what proc(5) tells of a process from its state on; nil where there is none.
+func procStat(pid int) []string {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return nil
+	}
+	return strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
 }
 
 // usage is the consumption of all user processes.
@@ -385,108 +401,4 @@ func keyed(text, key string) int64 {
 		}
 	}
 	return 0
-}
-
-// guard keeps the memory of all user processes under a limit, which gVisor's memory.max does not: it kills the largest one. It looks
-// often when little is left, seldom when much is, and not at all while nothing runs.
-type guard struct {
-	server *Server
-	woken  chan struct{}
-	awake  atomic.Bool // it will look again by itself
-	victim int         // pid of the last one
-	killed time.Time
-	low    int64     // the least that was used since
-	freed  time.Time // when it became less, or he was killed
-}
-
-func (g *guard) wake() {
-	if g.awake.Load() {
-		return
-	}
-	select {
-	case g.woken <- struct{}{}:
-	default:
-	}
-}
-
-func (g *guard) run() {
-	timer := time.NewTimer(0)
-	for {
-		select {
-		case <-g.server.ctx.Done():
-			return
-		case <-g.woken:
-			// Most commands have ended by then, and a look at the memory costs about as much as a tenth of one. It cannot fill much meanwhile.
-			if !g.awake.Swap(true) {
-				timer.Reset(firstLook)
-			}
-			continue
-		case <-timer.C:
-		}
-		g.awake.Store(false) // who starts a process from here on wakes it again
-		g.server.mu.Lock()
-		limit := g.server.config.MaxMemory
-		g.server.mu.Unlock()
-		g.server.reaper.reap()
-		tasks, most := g.server.lookForTasks(), g.server.groups.limits.Load().pids
-		used := number(readFile(g.server.groups.memory))
-		pause := 100 * time.Millisecond
-		switch {
-		case limit > 0 && used > limit:
-			g.relieve(used, limit)
-			pause = 2 * time.Millisecond
-		case limit > 0 && used > limit/2:
-			pause = 10 * time.Millisecond
-		case tasks == 0:
-			continue // until the next start
-		case most > 0 && tasks > most/2: // orphans that have ended may be among them
-			pause = 10 * time.Millisecond
-		}
-		g.awake.Store(true)
-		timer.Reset(pause)
-	}
-}
-
-// firstLook is how long after a start the guard looks.
-const firstLook = 10 * time.Millisecond
-
-// relieve kills the largest process, unless the last victim's memory is still being freed. Where more is used than since its last victim it
-// does not wait, unless that is still there: many processes that grow at once would outrun it.
-func (g *guard) relieve(used, limit int64) {
-	if used < limit+limit/4 && g.victim > 0 && time.Since(g.killed) < victimTime && syscall.Kill(g.victim, 0) == nil {
-		return
-	}
-	// A large victim takes a while to be gone, also when its pid is: meanwhile whoever is there would die for it.
-	if used < g.low {
-		g.low, g.freed = used, time.Now()
-	}
-	if g.victim > 0 && used < g.low+limit/16 && time.Since(g.freed) < victimTime {
-		return
-	}
-	g.victim, g.killed = g.server.killLargest(used, limit), time.Now()
-	g.low, g.freed = used, g.killed
-}
-
-// victimTime is how long a killed process may take to be gone before another one is killed.
-const victimTime = 300 * time.Millisecond
-
-// killLargest kills the user process with the most memory, and gives its pid, or 0 where there is none.
-func (s *Server) killLargest(used, limit int64) int {
-	var victim *process
-	var worst, pid int64
-	for _, p := range s.all() {
-		for _, candidate := range p.group.pids() {
-			if _, rss := procUsage(candidate); rss > worst {
-				victim, worst, pid = p, rss, int64(candidate)
-			}
-		}
-	}
-	if victim == nil {
-		return 0
-	}
-	victim.blame(CauseOOM)
-	s.oomKills.Add(1)
-	s.log("out of memory: %d of %d bytes used: kill pid %d of process %s with %d bytes", used, limit, pid, victim.id, worst)
-	_ = unix.Kill(int(pid), unix.SIGKILL)
-	return int(pid)
 }

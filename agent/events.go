@@ -10,12 +10,13 @@ import (
 const (
 	EventStarted = "started"
 	EventEnded   = "ended"
+	EventKilled  = "killed" // what a process has started, or some of it, by the memory guard
 )
 
 // maxEvents bounds the events that an agent keeps for its host to fetch; the oldest go first.
 const maxEvents = 512
 
-// Event is the start or the end of a process that a user asked for. It has no command line: there may be a secret in it.
+// Event is the start or the end of a process that a user asked for, or what was killed of it. It has no command line: there may be a secret in it.
 type Event struct {
 	Seq      int64     `json:"seq"`
 	Time     time.Time `json:"time"`
@@ -27,6 +28,11 @@ type Event struct {
 	Signal   string    `json:"signal,omitempty"`
 	Cause    string    `json:"cause,omitempty"` // as in Process
 	TookMS   int64     `json:"took_ms,omitempty"`
+	// Of EventKilled: how many processes, the largest one's name, what they took together, and the limit that was reached.
+	Killed int    `json:"killed,omitempty"`
+	Name   string `json:"name,omitempty"`
+	Memory int64  `json:"memory,omitempty"`
+	Limit  int64  `json:"limit,omitempty"`
 }
 
 // events are the latest events. It is safe for concurrent use.
@@ -73,4 +79,12 @@ func (s *Server) noteEnd(p *process) {
 	p.mu.Unlock()
 	code, signal := exitCode(status)
 	s.events.add(Event{Time: ended, Kind: EventEnded, Process: p.id, Tag: p.req.Tag, ExitCode: code, Signal: signal, Cause: cause, TookMS: ended.Sub(p.started).Milliseconds()})
+}
+
+// noteKill notes what was killed for the memory that it took.
+func (s *Server) noteKill(r Relieved, limit int64) {
+	s.events.add(Event{
+		Time: time.Now(), Kind: EventKilled, Process: r.Process, Tag: r.Tag, Cause: CauseOOM,
+		Killed: r.Processes, Name: r.Name, Memory: r.Memory, Limit: limit,
+	})
 }

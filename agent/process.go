@@ -38,9 +38,10 @@ type process struct {
 	group     *cgroup // nil outside a sandbox
 	pipes     []*outputPipe
 	collector *collector
-	release   func()    // takes back StartRequest.Hold; nil has none
-	shell     *shellRun // nil where none remembers
-	stop      *time.Timer
+	prepared  func()      // gives its turn to the next start
+	release   func()      // takes back StartRequest.Hold; nil has none
+	shell     *shellRun   // nil where none remembers
+	stop      *countdown  // at its timeout
 	ready     atomic.Bool // everything above is set: others may see it
 	// namesake had the tag before; it gets it back if this one cannot be started.
 	namesake *process
@@ -98,9 +99,7 @@ func (p *process) finish(status exitStatus) {
 	if stdin != nil {
 		_ = stdin.Close()
 	}
-	if p.stop != nil {
-		p.stop.Stop()
-	}
+	p.stop.stop()
 	close(p.done)
 }
 
@@ -108,9 +107,12 @@ func (p *process) finish(status exitStatus) {
 func (p *process) expire() {
 	p.blame(CauseTimeout)
 	_ = p.signal(syscall.SIGTERM)
+	over := make(chan struct{})
+	grace := after(killGrace, func() { close(over) })
+	defer grace.stop()
 	select {
 	case <-p.done:
-	case <-time.After(killGrace):
+	case <-over:
 	}
 	p.killAll()
 }

@@ -57,39 +57,40 @@ const (
 // load is what a process, and all that it has started, takes.
 type load struct {
 	Relieved
-	p *process
+	p    *process
+	pids []int
 }
 
-// loads measures all user processes. Descriptors take long to count: only where that is asked for.
-func (s *Server) loads(descriptors bool) []load {
+// loads measures the memory of all user processes that are alive, the largest first.
+func (s *Server) loads() []load {
 	var all []load
 	for _, p := range s.all() {
 		pids := p.groupPIDs()
 		if len(pids) == 0 {
 			continue
 		}
-		l := load{p: p, Relieved: Relieved{Process: p.id, Tag: p.req.Tag, Processes: len(pids)}}
-		largest := int64(-1)
-		for _, pid := range pids {
-			_, size := procUsage(pid)
-			if p.group == nil {
-				l.Memory += size
-			}
-			if descriptors {
-				size = countDescriptors(pid)
-				l.Descriptors += size
-			}
-			if size > largest {
-				largest, l.PID = size, pid
-			}
-		}
-		if p.group != nil { // shared pages count once there
-			_, l.Memory = p.group.usage(0)
-		}
-		l.Name = programName(l.PID)
-		all = append(all, l)
+		_, memory := p.group.usage(p.pid)
+		all = append(all, load{p: p, pids: pids, Relieved: Relieved{Process: p.id, Tag: p.req.Tag, PID: pids[0], Processes: len(pids), Memory: memory}})
 	}
+	slices.SortStableFunc(all, func(a, b load) int { return cmp.Compare(b.Memory, a.Memory) })
 	return all
+}
+
+// measure measures each process, finds the largest one, and gives its size and the sum.
+func (l *load) measure(size func(pid int) int64) (largest, sum int64) {
+	for _, pid := range l.pids {
+		n := size(pid)
+		if sum += n; n > largest {
+			largest, l.PID = n, pid
+		}
+	}
+	l.Name = programName(l.PID)
+	return largest, sum
+}
+
+func residentMemory(pid int) int64 {
+	_, memory := procUsage(pid)
+	return memory
 }
 
 // groupPIDs lists what the process has started and is alive; outside a sandbox the leader alone.
@@ -116,8 +117,18 @@ func (s *Server) relieve(r RelieveRequest) (RelieveResult, error) {
 	default:
 		return RelieveResult{}, invalid("relieve: unknown kind %q", clip(r.Kind, 40))
 	}
-	loads := s.loads(r.Kind == RelieveKernel)
-	result := RelieveResult{Killed: []Relieved{}}
+	loads := s.loads()
+	result, size := RelieveResult{Killed: []Relieved{}}, residentMemory
+	if r.Kind == RelieveKernel {
+		size = countDescriptors
+	}
+	for i := range loads {
+		l := &loads[i]
+		_, sum := l.measure(size)
+		if r.Kind == RelieveKernel {
+			l.Descriptors = sum
+		}
+	}
 	if r.Kind == RelieveKernel {
 		result.Detail = kernelDetail(loads)
 	}

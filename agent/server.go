@@ -48,6 +48,7 @@ type Server struct {
 	collector *collector
 	groups    *cgroups // nil outside a sandbox
 	guard     *guard   // nil outside a sandbox
+	starting  chan struct{}
 	ctx       context.Context
 	cancel    context.CancelCauseFunc
 
@@ -71,7 +72,7 @@ type Server struct {
 	tags        map[string]*process // the last one started under each tag
 	seq         int
 	hosts       int // sessions
-	orphan      *time.Timer
+	orphan      *countdown
 }
 
 // NewServer makes a Server; with opts.Init it also sets up the machine.
@@ -82,7 +83,7 @@ func NewServer(opts Options) (*Server, error) {
 	}
 	boot := make([]byte, 8)
 	rand.Read(boot)
-	s := &Server{opts: opts, boot: hex.EncodeToString(boot), shell: "/bin/sh", null: null, procs: map[string]*process{}, tags: map[string]*process{}, trees: newTrees()}
+	s := &Server{opts: opts, boot: hex.EncodeToString(boot), shell: "/bin/sh", null: null, procs: map[string]*process{}, tags: map[string]*process{}, trees: newTrees(), starting: make(chan struct{}, starters)}
 	if lookPath("/bin/bash", "/", nil) != "" {
 		s.shell = "/bin/bash"
 	}
@@ -105,7 +106,7 @@ func NewServer(opts Options) (*Server, error) {
 		if s.groups, err = setUpMachine(opts.Image); err != nil {
 			return nil, err
 		}
-		s.guard = &guard{server: s, woken: make(chan struct{}, 1)}
+		s.guard = newGuard(s)
 		go s.guard.run()
 	}
 	return s, nil
@@ -192,12 +193,10 @@ func (s *Server) present(n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.hosts += n
-	if s.orphan != nil {
-		s.orphan.Stop()
-		s.orphan = nil
-	}
+	s.orphan.stop()
+	s.orphan = nil
 	if s.hosts == 0 && s.config.OrphanMS > 0 {
-		s.orphan = time.AfterFunc(time.Duration(s.config.OrphanMS)*time.Millisecond, func() { s.cancel(errors.New("no host for too long")) })
+		s.orphan = after(time.Duration(s.config.OrphanMS)*time.Millisecond, func() { s.cancel(errors.New("no host for too long")) })
 	}
 }
 
@@ -279,7 +278,7 @@ func (s *Server) leave(p *process) {
 
 // settle tidies up after the end of p: its cgroup goes when it is empty, and only the last ended processes are kept.
 func (s *Server) settle(p *process) {
-	p.group.release()
+	p.group.release(p.ended.Sub(p.started) > firstLook)
 	if s.groups != nil {
 		s.groups.stock()
 		if going, _ := s.work.is(); going {

@@ -120,7 +120,7 @@ func (m *spawnMemory) watch(limit time.Duration) (done func()) {
 	}
 	var mu sync.Mutex
 	over := false
-	timer := time.AfterFunc(limit, func() {
+	timer := after(limit, func() {
 		mu.Lock()
 		defer mu.Unlock()
 		if fd := atomic.LoadInt32(&m.pidfd); !over && fd >= 0 {
@@ -128,7 +128,7 @@ func (m *spawnMemory) watch(limit time.Duration) (done func()) {
 		}
 	})
 	return func() {
-		timer.Stop()
+		timer.stop()
 		mu.Lock()
 		defer mu.Unlock()
 		over = true

@@ -33,8 +33,20 @@ func (s *Server) start(ctx context.Context, req StartRequest) (Snapshot, error) 
 	return p.wait(ctx, time.Duration(req.WaitMS)*time.Millisecond, nil, req.Window)
 }
 
+// starters is how many starts are prepared at once: the guard of the memory must not wait for hundreds of them.
+const starters = 2
+
+// takeTurn waits for the turn of a start. It is given back before the program is executed, which may take as long as the guest wants.
+func (s *Server) takeTurn() (done func()) {
+	s.starting <- struct{}{}
+	s.guard.pass()
+	return sync.OnceFunc(func() { <-s.starting })
+}
+
 // spawn starts a process and enters it in the table.
 func (s *Server) spawn(req StartRequest) (_ *process, err error) {
+	done := s.takeTurn()
+	defer done()
 	p, env, err := s.prepare(req)
 	if err != nil {
 		return nil, err
@@ -52,14 +64,14 @@ func (s *Server) spawn(req StartRequest) (_ *process, err error) {
 			return nil, err
 		}
 	}
-	p.collector = s.collector
+	p.collector, p.prepared = s.collector, done
 	run := s.runOnPipes
 	if p.terminal != nil {
 		run = s.runOnTerminal
 	}
 	stdin, err := run(p, env)
 	if err != nil {
-		p.group.release() // the collector sees the end of the pipes by itself
+		p.group.release(false) // the collector sees the end of the pipes by itself
 		return nil, err
 	}
 	s.follow(p, stdin)
@@ -76,7 +88,7 @@ func (p *process) holdFirst() {
 	}
 	mine := p.output.hold(0)
 	p.release = sync.OnceFunc(func() { p.collector.resume(p.output.advance(mine, 0, true)...) })
-	time.AfterFunc(holdTime, p.release)
+	after(holdTime, p.release)
 }
 
 // runOnPipes starts a process with pipes, and returns the writing end of its stdin if it has one.
@@ -299,6 +311,7 @@ func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
 // fork starts a process. A directory that the shell remembers, but its user may not enter any more, is given up for the root: otherwise no
 // command could leave it.
 func (s *Server) fork(p *process, name string, args []string, attr spawnAttr) (child, error) {
+	p.prepared()
 	c, err := s.reaper.forkExec(name, args, attr)
 	if !errors.Is(err, syscall.EACCES) || p.shell == nil || p.req.Cwd != "" || p.shell.begin.cwd == "" || attr.dir == "/" {
 		return c, err
@@ -335,7 +348,7 @@ func (s *Server) follow(p *process, stdin *os.File) {
 		}
 	}
 	if p.req.TimeoutMS > 0 {
-		p.stop = time.AfterFunc(time.Duration(p.req.TimeoutMS)*time.Millisecond, p.expire)
+		p.stop = after(time.Duration(p.req.TimeoutMS)*time.Millisecond, p.expire)
 	}
 	p.namesake = nil
 	p.ready.Store(true)

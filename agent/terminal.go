@@ -187,7 +187,7 @@ func (p *process) hangUp() error {
 			}
 		}
 	}
-	time.AfterFunc(killGrace, func() {
+	after(killGrace, func() {
 		if p.running() {
 			p.killAll()
 		}

@@ -22,7 +22,7 @@ import (
 // As root: the suite, isolation and limits, which are made in other ways there.
 func TestMain(m *testing.M) {
 	sandboxtest.Main(m, "TestRuntime", "TestImage", "TestNothingOfTheHost", "TestForkBomb", "TestMemoryBombs", "TestUserNamespace", "TestUserTmpfs", "TestDeviceDirectory", "TestAttachAsGuest", "TestHostCgroup",
-		"TestInHostCgroup", "TestStrangers", "TestSentryKilled", "TestRelieve", "TestPlanV.*")
+		"TestInHostCgroup", "TestStrangers", "TestSentryKilled", "TestRelieve", "TestOutOfMemory", "TestPauseInTimeLimit", "TestPlanV.*")
 }
 
 func newRuntime(t *testing.T) (*gvisor.Runtime, sandbox.Template) {

@@ -17,3 +17,18 @@ func (l Limits) fits(other Limits) bool {
 	l.KernelMemory, other.KernelMemory = 0, 0
 	return l == other
 }
+
+// promised is the memory of the host that a sandbox with these limits is promised, in bytes.
+func (l Limits) promised() int64 { return l.Memory + l.Kernel() }
+
+// grown are the limits with more memory. What is saved with its memory keeps its limit: the rest is its kernel's.
+func (l Limits) grown(memory int64, whole bool) Limits {
+	switch {
+	case memory == 0:
+	case whole:
+		l.KernelMemory = l.Kernel() + memory - l.Memory
+	default:
+		l.Memory = memory
+	}
+	return l
+}

@@ -210,6 +210,10 @@ func describeEvent(ev agent.Event) string {
 	if ev.Kind == agent.EventStarted {
 		return fmt.Sprintf("process %s started as %s", text, plain(ev.User))
 	}
+	if ev.Kind == agent.EventKilled {
+		return fmt.Sprintf("out of memory: %s killed, of process %s, with %d MB: the sandbox had reached its limit of %d MB",
+			quantity(ev.Killed, plain(ev.Name)), text, ev.Memory>>20, ev.Limit>>20)
+	}
 	text = fmt.Sprintf("process %s ended after %s with exit code %d", text, time.Duration(ev.TookMS)*time.Millisecond, ev.ExitCode)
 	if ev.Signal != "" {
 		text += " by " + plain(ev.Signal)
@@ -222,6 +226,14 @@ func describeEvent(ev agent.Event) string {
 		text += ": " + plain(ev.Cause)
 	}
 	return text
+}
+
+// quantity names programs: "python3 was", "68 processes (python3 and others) were".
+func quantity(n int, name string) string {
+	if n == 1 {
+		return name + " was"
+	}
+	return fmt.Sprintf("%d processes (%s and others) were", n, name)
 }
 
 // plain is a word of the guest's that stays on its line.

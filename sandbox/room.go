@@ -36,17 +36,6 @@ func (m *Manager) admit(owner string, l Limits) error {
 	return fmt.Errorf("%s: %w", text, ErrNoRoom)
 }
 
-// promised is the memory of the host that a sandbox with these limits is promised, in bytes.
-func (l Limits) promised() int64 { return l.Memory }
-
-// grown are the limits with more memory. What was saved with its memory keeps its limit; the rest is its kernel's.
-func (l Limits) grown(memory int64, whole bool) Limits {
-	if memory > 0 && !whole {
-		l.Memory = memory
-	}
-	return l
-}
-
 // largest names an owner's sandboxes that have memory, those that were not used for the longest time first.
 func (m *Manager) largest(owner string) []string {
 	list := m.List(Filter{Owner: owner})
