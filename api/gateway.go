@@ -43,6 +43,9 @@ type Gateway struct {
 	Base    *url.URL // scheme, domain and port by which clients reach it, such as https://box.example.com; nil has no domain
 	Own     *url.URL // of the server itself, where what has no domain of its own is reached; nil is not known
 	Log     *slog.Logger
+	// Admit says whether the sandboxes of an owner may still be reached by their tokens and by URLs with a signature, and has the request of ctx end as
+	// soon as they may not; nil is always.
+	Admit func(ctx context.Context, owner string) error
 
 	inside   *envd.Server
 	ways     map[way]*http.Transport
@@ -256,7 +259,7 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 	public, open := sb.Reachable(port)
 	if port == envd.Port {
 		target := envd.Target{Sandbox: sb}
-		if !g.inside.Admits(w, r, target) {
+		if !g.inside.Admits(w, r, target) || !g.stillOwned(w, r, sb) {
 			return
 		}
 		release, ok := g.charged(w, r, sb, port)
@@ -279,6 +282,9 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 			failure{SandboxID: id, Code: http.StatusForbidden, Message: "This port needs the sandbox' traffic token, as header " + TokenHeader + " or in the URL that port_expose gave"}.write(w, r)
 			return
 		}
+		if !g.stillOwned(w, r, sb) {
+			return
+		}
 		// A browser keeps the token as a cookie, and shows an address that can be passed on. Programs have none.
 		if r.URL.Query().Has(TokenQuery) && r.Method == http.MethodGet && r.Header.Get("Upgrade") == "" && isBrowser(r) {
 			g.remember(w, r, secret)
@@ -299,6 +305,19 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 		defer answer.over()
 		g.proxy(sb, port).ServeHTTP(answer, r)
 	}
+}
+
+// stillOwned says whether a sandbox's tokens are worth anything, and answers where they are not.
+func (g *Gateway) stillOwned(w http.ResponseWriter, r *http.Request, sb *sandbox.Sandbox) bool {
+	if g.Admit == nil {
+		return true
+	}
+	if err := g.Admit(r.Context(), sb.Info().Owner); err != nil {
+		g.Log.Warn("refused a request", "why", "the sandbox's owner: "+err.Error(), "sandbox", sb.ID(), "from", r.RemoteAddr)
+		failure{SandboxID: sb.ID(), Code: http.StatusUnauthorized, Message: "The sandbox's owner has no valid key any more; soulbox-mcp key create makes one"}.write(w, r)
+		return false
+	}
+	return true
 }
 
 // awake wakes a sandbox that a request may wake, and answers where that cannot be.

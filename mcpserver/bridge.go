@@ -39,7 +39,10 @@ type bridge struct {
 	http *http.Client
 	out  *writer
 	ctx  context.Context // ends with the conversation
-	work sync.WaitGroup
+	// leaving ends, by last, when the client sends no more: a server that is not there is not waited for any longer.
+	leaving context.Context
+	last    context.CancelFunc
+	work    sync.WaitGroup
 	// shown is the URL without what may be secret in it.
 	shown string
 	notes chan func() // that are still to be sent, in their order
@@ -48,6 +51,7 @@ type bridge struct {
 	session  string
 	version  string // the revision that initialize has settled
 	hello    []byte // the client's initialize
+	kept     string // the handle: what the session has that another may go on with
 	ready    bool   // it has said that it is initialized
 	dedupes  bool   // the server remembers calls by their names
 	watched  map[string]bool
@@ -71,15 +75,22 @@ func (b Bridge) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 	defer cancel()
 	client := &http.Client{Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	l := &bridge{Bridge: b, http: client, shown: withoutSecrets(b.URL), notes: make(chan func(), maxNotes), out: &writer{w: out}, ctx: ctx, watched: map[string]bool{}, inflight: map[string]context.CancelFunc{}}
+	l.leaving, l.last = context.WithCancel(ctx)
+	defer l.last()
 	go l.sendNotes() // ends with ctx
 	ended := make(chan error, 1)
 	go func() { ended <- l.read(in) }() // a blocked read of stdin ends with the process
+	over, stop := context.WithCancel(context.Background())
+	defer stop()
+	givenUp := l.out.watch(over, in)
 	var err error
 	select {
 	case err = <-ended:
 	case <-ctx.Done():
+	case <-givenUp.Done():
 	}
-	l.end(cancel)
+	l.out.leave()
+	l.end(cancel, givenUp)
 	if werr := l.out.err(); werr != nil {
 		return errors.Join(err, fmt.Errorf("write to client: %w", werr))
 	}
@@ -101,17 +112,17 @@ func (l *bridge) sendNotes() {
 	}
 }
 
-// end lets calls in flight finish, and takes leave of the server.
-func (l *bridge) end(cancel context.CancelFunc) {
+// end lets calls in flight finish, and takes leave of the server. Calls that wait for a server which is not there are told so.
+func (l *bridge) end(cancel context.CancelFunc, givenUp context.Context) {
+	l.last()
 	done := make(chan struct{})
 	go func() { l.work.Wait(); close(done) }()
 	select {
 	case <-done:
+	case <-givenUp.Done():
 	case <-time.After(10 * time.Second):
 	}
-	l.mu.Lock()
-	session := l.session
-	l.mu.Unlock()
+	session := l.current()
 	if session != "" {
 		ctx, stop := context.WithTimeout(context.WithoutCancel(l.ctx), yieldTime)
 		if r, err := l.request(ctx, http.MethodDelete, nil, message{}); err == nil {
@@ -122,6 +133,13 @@ func (l *bridge) end(cancel context.CancelFunc) {
 		stop()
 	}
 	cancel()
+	if givenUp.Err() == nil { // calls that have not ended are told so
+		select {
+		case <-done:
+		case <-givenUp.Done():
+		case <-time.After(time.Second):
+		}
+	}
 }
 
 func (l *bridge) read(in io.Reader) error {
@@ -259,7 +277,8 @@ func (l *bridge) call(ctx context.Context, m message, line []byte) {
 			only = first
 		}
 		p := l.attempt(ctx, m, line, id, lastEvent, only)
-		if p.answered || ctx.Err() != nil {
+		over := l.ctx.Err() != nil // the conversation, and this call with it
+		if p.answered || ctx.Err() != nil && !over {
 			return
 		}
 		if p.progress {
@@ -272,7 +291,7 @@ func (l *bridge) call(ctx context.Context, m message, line []byte) {
 		if sent && m.tool() != "" && (p.forgotten || lastEvent == "" && !l.remembers(m)) {
 			p.final = unknownOutcome
 		}
-		if p.final != "" || time.Now().After(deadline) {
+		if p.final != "" || over || time.Now().After(deadline) || l.leaving.Err() != nil && p.away {
 			missing := "the server at " + l.shown + " is not there; try again later"
 			if sent && m.tool() != "" {
 				missing = unknownOutcome
@@ -281,10 +300,22 @@ func (l *bridge) call(ctx context.Context, m message, line []byte) {
 			return
 		}
 		l.Log.Debug("try again", "method", m.Method, "try", try, "why", p.why)
-		if !p.atOnce && backoff(ctx, try) != nil {
+		if !p.atOnce && l.pause(ctx, try) != nil {
 			return
 		}
 	}
+}
+
+// pause waits before the next attempt: until the client leaves, at most.
+func (l *bridge) pause(ctx context.Context, try int) error {
+	if l.leaving.Err() != nil {
+		return backoff(ctx, try)
+	}
+	wait, stop := context.WithCancel(ctx)
+	defer stop()
+	defer context.AfterFunc(l.leaving, stop)()
+	_ = backoff(wait, try) // cut short, the next attempt is the last one to a server that is away
+	return ctx.Err()
 }
 
 // unknownOutcome is told of a call of which nobody knows what became.
@@ -316,6 +347,7 @@ type part struct {
 	atOnce    bool   // the next attempt need not wait
 	sent      bool   // the server may have begun the call
 	forgotten bool   // the server does not know the session, or the stream, any more
+	away      bool   // nobody answered
 	why       string
 }
 
@@ -347,7 +379,7 @@ func (l *bridge) attempt(ctx context.Context, m message, line []byte, id, lastEv
 			return part{final: err.Error()}
 		}
 		var dial *net.OpError
-		return part{why: withoutURL(err).Error(), sent: !errors.As(err, &dial) || dial.Op != "dial"}
+		return part{why: withoutURL(err).Error(), sent: !errors.As(err, &dial) || dial.Op != "dial", away: true}
 	}
 	defer res.Body.Close()
 	return l.receive(ctx, res, m)
@@ -355,11 +387,12 @@ func (l *bridge) attempt(ctx context.Context, m message, line []byte, id, lastEv
 
 // receive reads what comes back for a request.
 func (l *bridge) receive(ctx context.Context, res *http.Response, m message) part {
+	l.keepHandle(res.Header.Get(headerHandle))
 	switch res.StatusCode {
 	case http.StatusNotFound:
 		if s := res.Request.Header.Get(mcp.HeaderSessionID); s != "" {
 			if err := l.renew(ctx, s); err != nil {
-				return part{why: withoutURL(err).Error(), forgotten: true}
+				return part{why: withoutURL(err).Error(), forgotten: true, away: true}
 			}
 			return part{why: "the session was begun anew", atOnce: true, forgotten: true}
 		}
@@ -371,7 +404,7 @@ func (l *bridge) receive(ctx context.Context, res *http.Response, m message) par
 		ours := err == nil && json.Unmarshal(body, &refusal) == nil && refusal.Error != nil && refusal.Error.Code == codeBusy
 		return part{why: res.Status, sent: !ours}
 	case http.StatusBadGateway, http.StatusGatewayTimeout:
-		return part{why: res.Status, sent: true}
+		return part{why: res.Status, sent: true, away: true}
 	case http.StatusUnauthorized:
 		return part{final: "the server does not take this key: set SOULBOX_KEY, or --key-file, to one that 'soulbox-mcp key create' made there"}
 	case http.StatusBadRequest:
@@ -410,7 +443,7 @@ func (l *bridge) receive(ctx context.Context, res *http.Response, m message) par
 
 // events passes a stream's messages on, up to the answer.
 func (l *bridge) events(body io.Reader, m message) (p part) {
-	err := readEvents(body, func(id string, data []byte) error {
+	err := readEvents(body, l.keepHandle, func(id string, data []byte) error {
 		p.progress = true
 		p.lastEvent = cmp.Or(id, p.lastEvent)
 		if len(data) == 0 {

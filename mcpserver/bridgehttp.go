@@ -54,6 +54,7 @@ func (l *bridge) do(r *http.Request) (*http.Response, error) {
 		if to.Host != r.URL.Host || to.Scheme != r.URL.Scheme {
 			next.Header.Del("Authorization")
 			next.Header.Del(mcp.HeaderSessionID)
+			next.Header.Del(headerHandle)
 		}
 		if r.GetBody != nil {
 			if next.Body, err = r.GetBody(); err != nil {
@@ -101,6 +102,9 @@ func (l *bridge) request(ctx context.Context, method string, body []byte, m mess
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if m.Method == "initialize" && l.kept != "" {
+		r.Header.Set(headerHandle, l.kept)
+	}
 	if l.session != "" && m.Method != "initialize" {
 		r.Header.Set(mcp.HeaderSessionID, l.session)
 		if l.version != "" {
@@ -124,7 +128,7 @@ func backoff(ctx context.Context, try int) error {
 }
 
 // readEvents reads a stream of server-sent events (HTML living standard, 9.2.6), as far as MCP uses them.
-func readEvents(body io.Reader, each func(id string, data []byte) error) error {
+func readEvents(body io.Reader, handle func(string), each func(id string, data []byte) error) error {
 	r := bufio.NewReaderSize(body, 64<<10)
 	id, data := "", []byte(nil)
 	for {
@@ -147,6 +151,8 @@ func readEvents(body io.Reader, each func(id string, data []byte) error) error {
 				}
 			}
 			id, data = "", nil
+		case bytes.HasPrefix(line, []byte(handleComment)):
+			handle(string(line[len(handleComment):]))
 		case bytes.HasPrefix(line, []byte("id:")):
 			id = strings.TrimSpace(string(line[3:]))
 		case bytes.HasPrefix(line, []byte("data:")):

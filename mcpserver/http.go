@@ -404,6 +404,7 @@ func (h *HTTP) post(w http.ResponseWriter, r *http.Request, owner string) {
 // initialize begins a session.
 func (h *HTTP) initialize(w http.ResponseWriter, r *http.Request, owner string, m message, body []byte) {
 	c := newConversation(h.ctx, owner, h.s.Parallel)
+	c.takeHandle(r)
 	h.mu.Lock()
 	a := h.allowance(owner)
 	full := h.closing || a.sessions >= h.MaxSessions || h.all.sessions >= 4*h.MaxSessions
@@ -505,6 +506,9 @@ func (h *HTTP) newCallStream(w http.ResponseWriter, r *http.Request, c *conversa
 	kept := &h.allowance(c.owner).kept
 	h.mu.Unlock()
 	st.kept = kept
+	if !m.modern() {
+		st.handle = c.session(m, nil).Handle
+	}
 	if kept.Load() > maxOwnKept { // answers are never dropped, so older ones are
 		c.forgetStreams(keptTime / 20)
 	}

@@ -82,6 +82,7 @@ type conversation struct {
 	held      int // bytes of the requests in flight
 	closing   bool
 	asked     int
+	handle    string                             // what a session after this one may go on with
 	questions map[string]chan message            // put to the client, by id
 	watched   map[string]context.CancelCauseFunc // subscriptions, by URI
 	streams   []*stream                          // of HTTP, that a client may come back to

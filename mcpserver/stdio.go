@@ -9,8 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/mark3labs/mcp-go/mcp"
@@ -42,14 +40,20 @@ func (s Stdio) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 
 	ended := make(chan error, 1)
 	go func() { ended <- l.read(in) }() // a blocked read of stdin ends with the process
-	drain := s.Drain
+	over, stop := context.WithCancel(context.Background())
+	defer stop()
+	givenUp := l.out.watch(over, in)
+	patience := s.Drain
 	var err error
 	select {
 	case err = <-ended:
 	case <-ctx.Done():
-		drain = 0
+		patience = 0
+	case <-givenUp.Done():
+		patience = 0
 	}
-	if !l.c.drain(drain) {
+	l.out.leave()
+	if !l.c.drain(patience) {
 		s.Server.Log.Warn("calls did not end in time; their answers are lost")
 	}
 	if werr := l.out.err(); werr != nil {
@@ -148,36 +152,4 @@ func (l *loop) respond(response any) {
 	if r, ok := response.(mcp.JSONRPCResponse); ok {
 		_ = l.out.write(mcp.JSONRPCError{JSONRPC: r.JSONRPC, ID: r.ID, Error: mcp.NewJSONRPCErrorDetails(codeInternal, "the answer could not be encoded", nil)})
 	}
-}
-
-// writer writes messages whole, one after the other, a line each.
-type writer struct {
-	mu     sync.Mutex // held while a client does not read
-	w      io.Writer
-	failed atomic.Pointer[error] // of the first write that failed; nothing is written after it
-}
-
-func (w *writer) err() error {
-	if e := w.failed.Load(); e != nil {
-		return *e
-	}
-	return nil
-}
-
-var errEncode = errors.New("encode message")
-
-func (w *writer) write(v any) error {
-	line, err := encode(v)
-	if err != nil {
-		return errors.Join(errEncode, err)
-	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if err := w.err(); err != nil {
-		return err
-	}
-	if _, err := w.w.Write(line); err != nil {
-		w.failed.Store(&err)
-	}
-	return w.err()
 }

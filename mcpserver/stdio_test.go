@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -445,4 +446,49 @@ func TestNotesOnStdio(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestUnreadStdout: a client that has closed its end and reads nothing does not hold the server, neither by calls nor by what is answered at once.
+func TestUnreadStdout(t *testing.T) {
+	for name, line := range map[string]string{
+		"answered at once": `{"jsonrpc":"2.0","id":1,"method":"ping"}`,
+		"calls":            `{"jsonrpc":"2.0","id":%d,"method":"tools/list"}`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			in, feed, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			unread, out, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer in.Close()
+			defer unread.Close()
+			served := make(chan error, 1)
+			go func() {
+				served <- mcpserver.Stdio{Server: newServer(nil, nil), Drain: time.Second}.Serve(t.Context(), in, out)
+			}()
+			go func() {
+				defer feed.Close()
+				for i := range 2000 {
+					text := line
+					if strings.Contains(line, "%d") {
+						text = fmt.Sprintf(line, i)
+					}
+					_ = feed.SetWriteDeadline(time.Now().Add(time.Second)) // once it is full, it is closed
+					if _, err := io.WriteString(feed, text+"\n"); err != nil {
+						return
+					}
+				}
+			}()
+			select {
+			case <-served:
+			case <-time.After(time.Minute):
+				t.Error("it is still there")
+			}
+			_ = unread.Close() // who is still writing may go
+		})
+	}
 }

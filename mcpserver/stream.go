@@ -40,6 +40,8 @@ type stream struct {
 	priming   bool          // the first event is empty: it is there for its id (2025-11-25)
 	allowed   func() bool   // nil, or whether the client may still listen; asked now and then
 	refused   func()        // called once when it may not
+	handle    func() string // nil, or what its client is to know of the session
+	told      string        // of that
 	opened    func()        // nil, or called when it becomes a stream of events
 	call      string        // by which a client that got no answer asks for it again; "" is none
 	kept      *atomic.Int64 // nil, or what all streams of the owner keep
@@ -94,6 +96,7 @@ func (st *stream) finish(status int, v any) error {
 	if st.call != "" && st.events && !st.isOpen { // kept for a client that does not get it
 		st.keep(event{seq: 1, data: bytes.TrimSuffix(body, []byte("\n"))})
 	}
+	st.tellHandle()
 	if st.isOpen {
 		err = st.send(body, false)
 	} else if st.w != nil {
@@ -129,6 +132,7 @@ func (st *stream) open() {
 	if st.isOpen {
 		return
 	}
+	st.tellHandle()
 	st.isOpen = true
 	if st.opened != nil {
 		st.opened()

@@ -4,17 +4,23 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
+	"os"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/agent"
 )
 
 // connection takes from the owner's account what one connection of a sandbox has in the server. Where the account is full it waits, at most for
-// dialTime; then that is a FullError.
+// Options.ConnWait; then that is a FullError.
 func (s *Sandbox) connection(ctx context.Context) (release func(), err error) {
 	accounts := s.m.opts.Accounts
 	full := errors.New("no room in time")
-	ctx, cancel := context.WithTimeoutCause(ctx, dialTime, full)
+	ctx, cancel := context.WithTimeoutCause(ctx, s.m.opts.ConnWait, full)
 	defer cancel()
 	return takeParts(func(of access.Resource, n int64) (func(), error) {
 		give, err := accounts.Wait(ctx, s.owner, of, n)
@@ -78,20 +84,36 @@ func (m *Manager) admitShare(owner string, l Limits) error {
 		return fmt.Errorf("%d MB of memory needed, %d MB of your share of %d MB are free; pause to disk or kill one of yours: %w",
 			l.promised()>>20, max(0, share-mine.memory)>>20, share>>20, ErrNoRoom)
 	}
+	need := tasksOf(l)
+	if need > m.opts.MaxTasks {
+		return fmt.Errorf("processes: %d are more than this machine has for one sandbox, %d; ask for fewer: %w", l.Processes, (m.opts.MaxTasks-kernelTasks)/2, ErrInvalid)
+	}
 	bound, ok := m.opts.Accounts.Bound(access.Tasks)
 	if !ok {
 		return nil
 	}
-	need := tasksOf(l)
-	switch {
-	case need > min(bound.Share, bound.Total):
-		return fmt.Errorf("processes: %d are more than this server gives one sandbox, %d: %w", l.Processes, (min(bound.Share, bound.Total)-kernelTasks)/2, ErrInvalid)
-	case mine.tasks+need > bound.Share:
-		return fmt.Errorf("%w: %w", ErrNoRoom, &access.FullError{Owner: owner, Resource: access.Tasks, Used: mine.tasks, Share: bound.Share})
-	case all.tasks+need > bound.Total:
-		return fmt.Errorf("%w: %w", ErrNoRoom, &access.FullError{Owner: owner, Resource: access.Tasks, Used: mine.tasks, Share: bound.Share, All: true})
+	full := &access.FullError{Owner: owner, Resource: access.Tasks, Used: mine.tasks, Share: bound.Share}
+	if full.All = mine.tasks+need <= bound.Share; full.All && all.tasks+need <= bound.Total {
+		return nil
 	}
-	return nil
+	return fmt.Errorf("%d tasks needed for %d processes: %w: %w", need, l.Processes, full, ErrNoRoom)
+}
+
+// MachineTasks is how many processes and threads this machine, and its user, can have.
+func MachineTasks() int64 {
+	least := int64(math.MaxInt32)
+	for _, name := range []string{"/proc/sys/kernel/pid_max", "/proc/sys/kernel/threads-max", "/sys/fs/cgroup/pids.max"} {
+		text, err := os.ReadFile(name)
+		n, perr := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
+		if err == nil && perr == nil && n > 0 { // where it is not told, or "max", others bound it
+			least = min(least, n)
+		}
+	}
+	var own unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NPROC, &own); err == nil && os.Geteuid() != 0 && own.Cur < math.MaxInt32 {
+		least = min(least, int64(own.Cur))
+	}
+	return least
 }
 
 // promises sums what is promised to an owner's sandboxes, and to those of all, other servers' too. One on disk has nothing.

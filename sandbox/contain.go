@@ -7,14 +7,17 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"soulbox.dev/soulbox/agent"
 )
 
 const (
-	// containTries is how often it is tried to pause a sandbox that must not go on, before it has failed.
+	// containTries is how often it is tried to pause a sandbox that must not go on, before it has failed. containPause is the time between the first two
+	// of them, which doubles.
 	containTries = 3
+	containPause = 5 * time.Second
 	// filesTime bounds how long the files of a sandbox that has failed may take to be saved.
 	filesTime = 2 * time.Minute
 )
@@ -24,9 +27,40 @@ type Continuer interface {
 	Continue(dir string) error
 }
 
+// tries counts what was tried in vain. It is safe for concurrent use.
+type tries struct {
+	mu    sync.Mutex
+	count int
+	next  time.Time // before which it is not tried again
+}
+
+func (t *tries) reset() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.count, t.next = 0, time.Time{}
+}
+
+func (t *tries) due() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return !time.Now().Before(t.next)
+}
+
+// failed counts one more, and says whether there were enough.
+func (t *tries) failed() (last bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.next = time.Now().Add(containPause << t.count)
+	t.count++
+	return t.count >= containTries
+}
+
 // contain deals with a machine that is over its bounds or silent: relieved inside it goes on; else it is paused, to disk or where that is full in
 // memory. Only where it cannot be paused several times it has failed, with its files if they can be had.
 func (s *Sandbox) contain(machine Machine, over *OverError) {
+	if over.Used <= 2*over.Limit && !s.contained.due() { // what grows on without end does not wait
+		return
+	}
 	if over.Kind == OverStopped {
 		if c, ok := s.m.opts.Runtime.(Continuer); ok {
 			if err := c.Continue(s.m.store.path(s.id)); err != nil {
@@ -51,12 +85,8 @@ func (s *Sandbox) contain(machine Machine, over *OverError) {
 	} else {
 		err = errors.Join(err, ferr)
 	}
-	s.mu.Lock()
-	s.contained++
-	tries := s.contained
-	s.mu.Unlock()
-	s.m.log.Error("a sandbox that must not go on could not be paused", "sandbox", s.id, "try", tries, "error", err)
-	if tries >= containTries {
+	s.m.log.Error("a sandbox that must not go on could not be paused", "sandbox", s.id, "error", err)
+	if s.contained.failed() {
 		s.saveFiles()
 		_ = s.end(Failed, cause) // end logs its error
 	}

@@ -128,14 +128,14 @@ type Template struct {
 	// ID stands for the content: a name may get another one, an ID never does. "" is a template that only has its name.
 	ID string
 	// The read-only base of the root is an image, or a host directory with others in it.
-	Image  string // path of an EROFS image
-	Root   string
-	Mounts []Mount
-	Env    map[string]string // of every process
-	User   string            // of processes that name none; default "user"
-	Cwd    string            // of those; default the user's home
-	Limits Limits            // of sandboxes that ask for none; zero values are the Manager's
-	Protect Protect // of sandboxes that ask for none; default the Manager's
+	Image   string // path of an EROFS image
+	Root    string
+	Mounts  []Mount
+	Env     map[string]string // of every process
+	User    string            // of processes that name none; default "user"
+	Cwd     string            // of those; default the user's home
+	Limits  Limits            // of sandboxes that ask for none; zero values are the Manager's
+	Protect Protect           // of sandboxes that ask for none; default the Manager's
 	// Service runs in every sandbox of it; nil is none.
 	Service *Service
 }

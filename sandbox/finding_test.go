@@ -76,10 +76,18 @@ func TestOver(t *testing.T) {
 	}
 }
 
-// TestSilent: a machine whose agent does not answer is saved, and its files are booted anew.
+// TestSilent: a machine whose agent does not answer is saved. It is resumed as it was, and where that is silent again its files are booted anew.
 func TestSilent(t *testing.T) {
-	fake, dir := &sandboxtest.Fake{}, t.TempDir()
-	m := newManager(t, dir, fake, func(o *sandbox.Options) { o.PingEvery, o.PingTime = time.Millisecond, 20*time.Millisecond })
+	for _, deaf := range []bool{false, true} {
+		silent(t, deaf)
+	}
+}
+
+func silent(t *testing.T, deaf bool) {
+	fake, dir := &sandboxtest.Fake{Deaf: deaf}, t.TempDir()
+	m := newManager(t, dir, fake, func(o *sandbox.Options) {
+		o.PingEvery, o.PingTime, o.BootTimeout = time.Millisecond, 20*time.Millisecond, time.Second
+	})
 	sb := create(t, m, sandbox.CreateOptions{})
 	fake.Silence(filepath.Join(dir, "sandboxes", sb.ID()))
 	sandboxtest.Eventually(t, "it is paused", func() bool { return sb.Info().State == sandbox.Paused })
@@ -89,7 +97,7 @@ func TestSilent(t *testing.T) {
 	if err := sb.Resume(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if info := sb.Info(); info.State != sandbox.Running || !strings.Contains(info.Notice, "the processes that were paused are missing") {
+	if info := sb.Info(); info.State != sandbox.Running || strings.Contains(info.Notice, "the processes that were paused are missing") != deaf {
 		t.Fatalf("%+v", info)
 	}
 }

@@ -53,8 +53,12 @@ type Options struct {
 	// have been on disk for the longest time are ended; otherwise nothing more is saved.
 	DiskBudget int64
 	Reclaim    bool
+	// MaxTasks bounds the tasks of the host that one sandbox is promised, about two for each process of its limit; default half of MachineTasks.
+	MaxTasks int64
 	// Accounts are what owners use of the server's own resources; nil has no bounds.
 	Accounts *access.Accounts
+	// ConnWait is how long a connection to a port waits for room in its owner's account; default 10 s.
+	ConnWait time.Duration
 	// StallTime is how long the other side of a connection to a port may read nothing while there is something for it; default 60 s.
 	StallTime time.Duration
 	// Listen listens for exposed ports; default net.Listen.
@@ -122,6 +126,8 @@ func NewManager(opts Options) (*Manager, error) {
 	opts.Times.Life = cmp.Or(opts.Times.Life, DefaultLifetime)
 	opts.Times.OnTimeout = cmp.Or(opts.Times.OnTimeout, ActionKill)
 	opts.PausedFor = cmp.Or(opts.PausedFor, 7*24*time.Hour)
+	opts.MaxTasks = cmp.Or(opts.MaxTasks, MachineTasks()/2)
+	opts.ConnWait = cmp.Or(opts.ConnWait, dialTime)
 	opts.StallTime = cmp.Or(opts.StallTime, time.Minute)
 	opts.SampleEvery = cmp.Or(opts.SampleEvery, 5*time.Second)
 	opts.RescanEvery = cmp.Or(opts.RescanEvery, 5*time.Second)

@@ -1,8 +1,6 @@
 package sandbox
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -16,14 +14,13 @@ import (
 	"strings"
 	"sync"
 	"time"
-
-	"soulbox.dev/soulbox/agent"
 )
 
 const (
 	maxExposed   = 64               // ports of one sandbox
 	maxConns     = 512              // connections to one sandbox at once; more wait
 	dialTime     = 10 * time.Second // for the sandbox to take a connection
+	maxStrangers = 4                // that are told at once
 	peekTime     = 2 * time.Second  // for a client to say what it speaks, where nothing listens
 	listenPoll   = 50 * time.Millisecond
 	hostBuffer   = 128 << 10 // bytes that this machine's kernel keeps for a client that does not read; it would be some MB
@@ -47,6 +44,8 @@ type exposed struct {
 	listener net.Listener
 	cancel   context.CancelFunc
 	conns    sync.WaitGroup
+	// strangers bounds those who are told that they may not come in.
+	strangers chan struct{}
 	// gate ends with what a gateway has let through.
 	gate     context.Context
 	shutGate context.CancelFunc
@@ -255,7 +254,7 @@ func (s *Sandbox) serve(p Port) (*exposed, error) {
 	}
 	p.Host = l.Addr().(*net.TCPAddr).Port
 	ctx, cancel := context.WithCancel(context.Background())
-	e := &exposed{Port: p, listener: l, cancel: cancel}
+	e := &exposed{Port: p, listener: l, cancel: cancel, strangers: make(chan struct{}, maxStrangers)}
 	e.openGate()
 	slots := s.connSlots
 	e.conns.Go(func() {
@@ -273,6 +272,10 @@ func (s *Sandbox) serve(p Port) (*exposed, error) {
 			case <-ctx.Done():
 				_ = conn.Close()
 				return
+			}
+			if err := s.lets(e, conn); err != nil {
+				e.turnAway(conn, fmt.Sprintf("This port is not public, and your connection is refused: %v. Open it as the user whose server this is, or expose the port as public.\n", err))
+				continue
 			}
 			if tcp, ok := conn.(*net.TCPConn); ok {
 				_ = tcp.SetWriteBuffer(hostBuffer) // one that has ended says so later
@@ -326,113 +329,6 @@ func (e *exposed) stop() {
 	_ = e.listener.Close() // ends Accept
 	e.cancel()
 	e.shutGate()
-}
-
-// splice connects a client to a port of the sandbox, both ways, half-closes kept, until both have closed or ctx ends.
-func (s *Sandbox) splice(ctx context.Context, conn net.Conn, port int) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
-	client, err := s.Agent(ctx, "connect to a port of")
-	if err != nil {
-		sayNot(conn, http.StatusBadGateway, fmt.Sprintf("The sandbox of this port does not run: %v.\n", err))
-		return
-	}
-	guest, release, err := s.dial(ctx, client, port)
-	if err != nil {
-		sayNot(conn, http.StatusBadGateway, fmt.Sprintf("Nothing listens on port %d of this sandbox. Start a server there (on 127.0.0.1 or 0.0.0.0), then try again.\n", port))
-		return
-	}
-	defer release()
-	defer context.AfterFunc(ctx, func() { _ = guest.Close() })()
-	back := make(chan struct{})
-	go func() {
-		defer close(back)
-		if _, err := io.Copy(stallingConn{conn, s.m.opts.StallTime}, guest); err != nil {
-			cancel()
-			return
-		}
-		if half, ok := conn.(*net.TCPConn); ok {
-			_ = half.CloseWrite() // a client that is gone shows below
-		}
-	}()
-	if _, err := io.Copy(guest, conn); err != nil {
-		cancel()
-	}
-	_ = guest.Close() // its writing half
-	<-back
-}
-
-// dial connects to a server in the sandbox, on either loopback. The connection lives until it is released; its bytes are counted.
-func (s *Sandbox) dial(ctx context.Context, client *agent.Client, port int) (conn net.Conn, release func(), err error) {
-	var errs error
-	for _, host := range []string{"127.0.0.1", "::1"} {
-		// The context of a connection bounds its life: the time for the dial alone is kept apart.
-		life, cancel := context.WithCancel(ctx)
-		timer := time.AfterFunc(dialTime, cancel)
-		conn, err := client.Dial(life, "tcp", net.JoinHostPort(host, strconv.Itoa(port)))
-		if err == nil && timer.Stop() {
-			return countedConn{conn, &s.meter}, cancel, nil
-		}
-		timer.Stop()
-		cancel()
-		errs = errors.Join(errs, err)
-	}
-	return nil, nil, errs
-}
-
-// countedConn counts what goes through it, seen from the sandbox.
-type countedConn struct {
-	net.Conn
-	meter *meter
-}
-
-// Read implements io.Reader.
-func (c countedConn) Read(p []byte) (int, error) {
-	n, err := c.Conn.Read(p)
-	c.meter.count(0, int64(n))
-	return n, err
-}
-
-// Write implements io.Writer.
-func (c countedConn) Write(p []byte) (int, error) {
-	n, err := c.Conn.Write(p)
-	c.meter.count(int64(n), 0)
-	return n, err
-}
-
-// stallingConn ends a connection whose other side takes nothing for long.
-type stallingConn struct {
-	net.Conn
-	limit time.Duration
-}
-
-// Write implements io.Writer.
-func (c stallingConn) Write(p []byte) (int, error) {
-	_ = c.SetWriteDeadline(time.Now().Add(c.limit)) // a connection that has ended says so below
-	return c.Conn.Write(p)
-}
-
-// sayNot answers a client that speaks HTTP with a page; others see the connection close.
-func sayNot(conn net.Conn, code int, body string) {
-	_ = conn.SetDeadline(time.Now().Add(peekTime)) // one that is gone is seen by the read
-	r := bufio.NewReader(conn)
-	line, err := r.ReadSlice('\n')
-	if err != nil || !bytes.Contains(line, []byte(" HTTP/1.")) {
-		return
-	}
-	_, _ = io.WriteString(conn, page(code, body)) // as above
-	for err == nil {                              // what the client still sends is read, so that it sees the page and not a reset
-		_, err = r.ReadSlice('\n')
-		if errors.Is(err, bufio.ErrBufferFull) {
-			err = nil
-		}
-	}
-}
-
-// page is an answer in HTTP/1.1, and the last one.
-func page(code int, body string) string {
-	return fmt.Sprintf("HTTP/1.1 %d %s\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", code, http.StatusText(code), len(body), body)
 }
 
 // Listening lists the TCP ports on which something of the user's listens in the sandbox.

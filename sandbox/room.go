@@ -59,8 +59,8 @@ func (m *Manager) largest(owner string) []string {
 	return names
 }
 
-// promiseAgain takes memory for a sandbox that is on disk, before it is booted.
-func (m *Manager) promiseAgain(s *Sandbox) error {
+// promiseAgain takes memory for a sandbox that is on disk, before it is booted with limits.
+func (m *Manager) promiseAgain(s *Sandbox, l Limits) error {
 	done, err := m.lockRoom()
 	if err != nil {
 		return err
@@ -72,7 +72,7 @@ func (m *Manager) promiseAgain(s *Sandbox) error {
 	if err := m.admitOne(s.owner); err != nil {
 		return err
 	}
-	if err := m.admit(s.owner, s.current().Limits); err != nil {
+	if err := m.admit(s.owner, l); err != nil {
 		return err
 	}
 	return s.setWaking(true)

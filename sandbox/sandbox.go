@@ -28,6 +28,8 @@ type Sandbox struct {
 	guard  chan struct{}           // tells who protects it that something has changed
 	log    journal
 	meter  meter
+	// contained are the tries to pause it when it must not go on.
+	contained tries
 
 	mu      sync.Mutex
 	rec     record
@@ -48,7 +50,6 @@ type Sandbox struct {
 	changed   chan struct{} // closed at the next change of what Info or Logs tell
 	unchanged time.Time     // until when the sandbox was as its copy
 	relinked  []time.Time   // when its agent was met anew
-	contained int           // how often it could not be paused that must not go on
 }
 
 // Info is a sandbox at one moment.
@@ -175,13 +176,18 @@ func (s *Sandbox) skip(ctx context.Context) error {
 
 // start starts the machine and meets its agent. What has been started is in s also when it fails.
 func (s *Sandbox) start(ctx context.Context, template Template, from string, whole bool) error {
-	return s.startWith(ctx, template, from, whole, s.current().Limits)
+	return s.startWith(ctx, template, from, whole, s.current().Limits, false)
 }
 
-// startWith is start with limits that are not the sandbox's yet.
-func (s *Sandbox) startWith(ctx context.Context, template Template, from string, whole bool, limits Limits) error {
+// startWith is start with limits that are not the sandbox's yet. hurry does not wait for long for an agent.
+func (s *Sandbox) startWith(ctx context.Context, template Template, from string, whole bool, limits Limits, hurry bool) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, s.m.opts.BootTimeout, errors.New("the sandbox was not ready in time"))
 	defer cancel()
+	if hurry {
+		var done context.CancelFunc
+		ctx, done = context.WithTimeoutCause(ctx, min(wedgedTime, s.m.opts.BootTimeout), agent.ErrLost)
+		defer done()
+	}
 	r := s.current()
 	r.Limits = limits
 	machine, err := s.m.opts.Runtime.Boot(ctx, Spec{ID: s.id, Dir: s.m.store.path(s.id), Template: template, Limits: limits, From: from})

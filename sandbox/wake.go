@@ -6,30 +6,39 @@ import (
 	"fmt"
 	"path/filepath"
 	"time"
+
+	"soulbox.dev/soulbox/agent"
 )
 
-// Rescue is a machine's files, taken out of a checkpoint with memory.
+// rescueName begins the names of files that were taken out of a checkpoint with memory.
 const rescueName = "files-"
+
+// wedgedTime bounds how long an agent may take that was silent when its sandbox was saved. It is asked once more: the host may have been at fault.
+const wedgedTime = 15 * time.Second
 
 // wake boots a machine from what was saved. That stays until something else is saved: it is what the sandbox is resumed from if it fails.
 func (s *Sandbox) wake(ctx context.Context, o ResumeOptions) error {
 	r := s.current()
-	if err := s.m.promiseAgain(s); err != nil {
+	filesOnly := r.Pause.FilesOnly
+	r.Limits = r.Limits.grown(o.Memory, !filesOnly && !o.FilesOnly)
+	if err := s.m.promiseAgain(s, r.Limits); err != nil {
 		return err
 	}
 	template, err := s.m.opts.Templates.Template(ctx, s.owner, r.basis())
 	if err == nil {
 		err = s.m.opts.Runtime.Reap(ctx, s.m.store.path(s.id)) // what a failed end has left
 	}
-	filesOnly := r.Pause.FilesOnly
-	r.Limits = r.Limits.grown(o.Memory, !filesOnly && !o.FilesOnly && !r.Pause.Wedged)
 	from, rescued := s.m.store.kept(r), ""
-	if err == nil && !filesOnly && (o.FilesOnly || r.Pause.Wedged) {
-		rescued, err = s.rescue(ctx, template, from)
-		from, filesOnly = rescued, true
+	if err == nil && !(o.FilesOnly && !filesOnly) {
+		err = s.startWith(ctx, template, from, !filesOnly, r.Limits, r.Pause.Wedged)
 	}
-	if err == nil {
-		err = s.startWith(ctx, template, from, !filesOnly, r.Limits)
+	if again := !filesOnly && r.Pause.Wedged && errors.Is(err, agent.ErrLost); again || err == nil && o.FilesOnly && !filesOnly {
+		if err = s.clear(ctx); err == nil {
+			rescued, err = s.rescue(ctx, template, from)
+		}
+		if filesOnly = true; err == nil {
+			err = s.startWith(ctx, template, rescued, false, r.Limits, false)
+		}
 	}
 	if err == nil {
 		err = s.awake(r, filesOnly)
@@ -62,7 +71,7 @@ func (s *Sandbox) awake(was record, filesOnly bool) error {
 	if err != nil {
 		return err
 	}
-	s.contained = 0
+	s.contained.reset()
 	if notice != "" {
 		s.write(LogEntry{Time: s.rec.Changed, Level: LevelWarn, Source: SourceSystem, Message: notice})
 	}

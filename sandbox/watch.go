@@ -77,6 +77,7 @@ func (w *watching) found(err error) (next time.Duration) {
 	case finding == Gone:
 		_ = s.end(Failed, CauseLost) // end logs its error; it has ended already where this is not news
 	case finding == Well:
+		s.contained.reset()
 	case stopped && w.stopped.IsZero():
 		w.stopped = time.Now()
 		s.note(LevelWarn, "%v from outside; it goes on once that is continued", err)
@@ -119,7 +120,12 @@ func (s *Sandbox) lost(ctx context.Context, machine Machine) {
 		}
 		s.m.log.Warn("meet the agent of a sandbox anew", "sandbox", s.id, "try", try+1, "error", err)
 	}
-	s.contain(machine, &OverError{Kind: OverSilent})
+	for ctx.Err() == nil && s.runs() { // a pause that has begun ends ctx
+		s.contain(machine, &OverError{Kind: OverSilent})
+		if !sleepFor(ctx, checkEvery) {
+			return
+		}
+	}
 }
 
 // relink meets the agent of a machine again whose session has ended.
@@ -144,11 +150,10 @@ func (s *Sandbox) relink() error {
 	if often {
 		return &OverError{Kind: OverSilent}
 	}
-	before := stop
 	if err := s.rejoin(ctx); err != nil {
 		return err
 	}
-	before() // of the session that has ended
+	stop() // what went on with the session that has ended
 	s.mu.Lock()
 	s.relinked = append(s.relinked, time.Now())
 	s.mu.Unlock()

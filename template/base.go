@@ -165,12 +165,14 @@ func (b *Builder) bootstrap(ctx context.Context, name string, sources []aptSourc
 
 // secondStage runs the scripts of the packages, and keeps what comes of it.
 func (b *Builder) secondStage(ctx context.Context, name string, files *Files, sources []aptSource, say func(string, ...any)) (_ Manifest, err error) {
-	r := &run{Builder: b, job: b.Store.begin(""), req: BuildRequest{Name: name}, id: NewBuildID()}
+	j := b.Store.begin("")
+	defer j.end()
+	r := &run{Builder: b, job: j, req: BuildRequest{Name: name}, id: NewBuildID()}
 	if r.log, err = b.Store.newLog(r.id, "", func(l Line) { say("%s", l.Text) }); err != nil {
 		return Manifest{}, err
 	}
 	defer func() { err = errors.Join(err, r.log.close()) }()
-	l, err := r.job.packedLayer(files, "unpacked")
+	l, err := j.packedLayer(ctx, files, "unpacked")
 	if err != nil {
 		return Manifest{}, err
 	}
@@ -241,7 +243,7 @@ func (j *job) flatten(ctx context.Context, m Manifest, layers []Layer) (Manifest
 			delete(files.root.Children, name)
 		}
 	}
-	l, err := j.packedLayer(files, m.Name)
+	l, err := j.packedLayer(ctx, files, m.Name)
 	if err != nil {
 		return m, err
 	}
@@ -250,9 +252,9 @@ func (j *job) flatten(ctx context.Context, m Manifest, layers []Layer) (Manifest
 }
 
 // packedLayer keeps files as a layer.
-func (j *job) packedLayer(files *Files, createdBy string) (l Layer, err error) {
+func (j *job) packedLayer(ctx context.Context, files *Files, createdBy string) (l Layer, err error) {
 	err = files.packed(func(r io.Reader) error {
-		l, err = j.newLayer(r, maxImage, createdBy)
+		l, err = j.newLayer(ctx, r, maxImage, createdBy)
 		return err
 	})
 	return l, err

@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -143,6 +142,7 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 		return Built{}, fmt.Errorf("build %s: %w", req.Name, err)
 	}
 	j := b.Store.begin(req.Owner)
+	defer j.end()
 	done, err := j.wait(ctx, access.Builds, 1)
 	if err != nil {
 		return Built{}, fmt.Errorf("build %s: it waits for its turn: %w", req.Name, err)
@@ -168,10 +168,12 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 			err = errors.Join(err, f.Close())
 		}
 		if err != nil {
+			err = b.Store.noRoom(err)
 			r.log.line("error", "", err.Error())
 			err = &BuildError{ID: r.id, Err: err}
 		}
 		err = errors.Join(err, r.log.close())
+		j.end() // what it has made has a name, or is of no use
 		if cerr := b.Store.Collect(); cerr != nil {
 			b.Log.Error("collect what builds have left", "error", cerr)
 		}
@@ -237,7 +239,7 @@ func (r *run) startUp(ctx context.Context, m Manifest, network sandbox.Network) 
 	if err != nil {
 		return nil, err
 	}
-	base := r.Store.template(m, image)
+	base := r.Store.template(ctx, m, image)
 	service := *base.Service
 	base.Service = nil
 	began := time.Now()
@@ -254,7 +256,7 @@ func (r *run) startUp(ctx context.Context, m Manifest, network sandbox.Network) 
 	r.log.line("info", "start", fmt.Sprintf("ready after %.1f s", time.Since(began).Seconds()))
 	started := &Started{Name: r.id, Limits: sb.Info().Limits, Network: network.On()}
 	dir := r.Store.file("started", started.Name)
-	if err := os.MkdirAll(r.Store.file("started", ""), 0o711); err != nil {
+	if err := errors.Join(r.Store.makeKind("started"), r.job.need(ctx, dir)); err != nil {
 		return nil, err
 	}
 	if err := sb.SaveTo(ctx, dir); err != nil {
@@ -325,6 +327,9 @@ func (r *run) base(ctx context.Context, s stage) (*result, error) {
 	}
 	config, err := json.Marshal(m.Config)
 	if err != nil {
+		return nil, err
+	}
+	if err := r.job.needLayers(ctx, m.Layers); err != nil {
 		return nil, err
 	}
 	return &result{layers: slices.Clone(m.Layers), config: *m.Config.DeepCopy(), parent: s.base, key: r.firstKey(m.Image, string(config))}, nil

@@ -275,7 +275,7 @@ func TestBuildLimits(t *testing.T) {
 	limits := sandbox.Limits{Memory: 256 << 20, Disk: 64 << 20, Processes: 64}
 	for command, want := range map[string]string{
 		"yes | head -c 50000000":                        "",
-		"head -c 200000000 /dev/zero > /big":            "No space left on device",
+		"head -c 200000000 /dev/zero > /big":            "no room: more needed, 0 MB free of the 64 MB of disk that this build's sandbox has",
 		"a=x; while :; do a=$a$a; done":                 "more memory than it may",
 		"for i in $(seq 500); do sleep 60 & done; wait": "more processes than it may",
 		"sleep 1000": "the build took longer than 5s",

@@ -1,16 +1,21 @@
 package template
 
 import (
+	"bufio"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"io/fs"
-	"maps"
 	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"soulbox.dev/soulbox/sandbox"
 )
@@ -20,39 +25,32 @@ type step struct {
 	Layer *Layer `json:"layer,omitempty"` // nil has changed no files
 }
 
-// known gives a step that was carried out before.
-func (s *Store) known(key string) (step, bool) {
-	var st step
-	file := s.file("steps", key+".json")
-	if err := readJSON(file, &st); err != nil {
-		return st, false // as good as none
-	}
-	if st.Layer != nil && touch(s.layerFile(st.Layer.Digest)) != nil {
-		return st, false
-	}
-	return st, touch(file) == nil
-}
-
 func (s *Store) remember(key string, st step) error {
 	body, err := json.Marshal(st)
 	if err != nil {
 		return err
 	}
-	return s.writeText(s.file("steps", key+".json"), body)
+	return s.writeText("steps", s.file("steps", key+".json"), body)
 }
 
 // lock keeps two from making the same thing at the same time, those of other servers too. It waits as long as ctx lasts.
 func (s *Store) lock(ctx context.Context, kind, key string) (unlock func(), err error) {
-	if err := os.MkdirAll(s.file(kind, ""), 0o711); err != nil {
+	if err := s.makeKind(kind); err != nil {
 		return nil, err
 	}
 	for {
-		lock, err := sandbox.LockFile(s.file(kind, ".lock-"+key), false)
-		if err == nil {
+		lock, err := sandbox.LockFile(s.file(kind, lockPrefix+key), false)
+		if err == nil && linked(lock) {
 			return sync.OnceFunc(func() {
-				_ = os.Remove(lock.Name()) // who waits for it may make the same thing again, which does no harm
+				_ = os.Remove(lock.Name())
 				_ = lock.Close()
 			}), nil
+		}
+		if err == nil { // who had it has just removed it
+			if err := lock.Close(); err != nil {
+				return nil, err
+			}
+			continue
 		}
 		if !errors.Is(err, syscall.EWOULDBLOCK) {
 			return nil, err
@@ -67,74 +65,228 @@ func (s *Store) lock(ctx context.Context, kind, key string) (unlock func(), err 
 
 const lockPoll = 20 * time.Millisecond
 
-// Collect removes what no template, sandbox, snapshot or build needs any more.
-func (s *Store) Collect() error {
-	if s.InUse == nil {
-		return nil
+// Collect removes what no template, sandbox, snapshot or build needs any more, and what dead servers have left half made.
+func (s *Store) Collect() error { return s.collect(0) }
+
+// collect is Collect; where that gives back fewer bytes than are wanted, what is only kept to be faster follows, the longest unused first.
+func (s *Store) collect(want int64) error {
+	gone, err := s.sweep(want)
+	err = errors.Join(err, s.secure())
+	for _, name := range gone { // takes long, and by now nobody finds it
+		err = errors.Join(err, os.RemoveAll(name))
 	}
-	images, err := s.InUse()
+	return err
+}
+
+// How long what is not needed is kept after it was last used.
+const (
+	stepKept   = 7 * 24 * time.Hour // makes builds faster
+	logKept    = 7 * 24 * time.Hour
+	uploadKept = 24 * time.Hour // was sent for a build
+	uploadSafe = time.Hour      // may be sent for one that is about to begin
+	// halfMadeKept is of what versions before this one were making, whose files have no locks.
+	halfMadeKept = 24 * time.Hour
+)
+
+// spare is a file that nobody needs.
+type spare struct {
+	kind, name string
+	used       time.Time // the last time
+	due        bool      // it is useless; another one makes something faster
+}
+
+// sweep takes the names of what is to go. Nobody can say meanwhile what he needs.
+func (s *Store) sweep(want int64) (gone []string, err error) {
+	if !exists(s.Dir) {
+		return nil, nil
+	}
+	unlock, err := s.collecting(context.Background(), unix.LOCK_EX)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	images, layers, started := maps.Clone(images), map[string]bool{}, map[string]bool{}
-	if images == nil {
-		images = map[string]bool{}
+	defer unlock()
+	needed, err := s.needed()
+	if err != nil {
+		return nil, err
 	}
-	err = s.each("names", func(name string) error {
+	var spares []spare
+	for _, kind := range kinds {
+		entries, rerr := os.ReadDir(s.file(kind, ""))
+		if errors.Is(rerr, fs.ErrNotExist) {
+			continue
+		}
+		err = errors.Join(err, rerr, s.tidy(kind, entries))
+		for _, e := range entries {
+			if sp, ok := s.spare(kind, e, needed); ok {
+				spares = append(spares, sp)
+			}
+		}
+	}
+	slices.SortFunc(spares, func(a, b spare) int {
+		if a.due != b.due {
+			if a.due {
+				return -1
+			}
+			return 1
+		}
+		return a.used.Compare(b.used)
+	})
+	for _, sp := range spares {
+		if !sp.due && want <= 0 {
+			break
+		}
+		file, to := s.file(sp.kind, sp.name), s.file(sp.kind, gonePrefix+rand.Text())
+		freed, serr := sizeOf(file)
+		if rerr := os.Rename(file, to); rerr != nil {
+			err = errors.Join(err, serr, rerr)
+			continue
+		}
+		want -= freed
+		gone = append(gone, to)
+	}
+	return gone, err
+}
+
+// spare says whether nobody needs a file, and what is known of it.
+func (s *Store) spare(kind string, e os.DirEntry, needed *needs) (spare, bool) {
+	info, err := e.Info()
+	if err != nil { // it is gone
+		return spare{}, false
+	}
+	sp := spare{kind: kind, name: e.Name(), used: info.ModTime()}
+	age := time.Since(sp.used)
+	rel := filepath.Join(kind, strings.TrimSuffix(sp.name, verifiedSuffix))
+	if strings.HasPrefix(sp.name, ".") {
+		sp.due = age > halfMadeKept
+		return sp, sp.due && !strings.HasPrefix(sp.name, tempPrefix) && !strings.HasPrefix(sp.name, lockPrefix)
+	}
+	switch kind {
+	case "layers":
+		sp.due = age > stepKept || !needed.steps[rel]
+	case "images", "started":
+		sp.due = true
+		if needed.unknown || age < pinned {
+			return sp, false
+		}
+	case "steps":
+		sp.due = age > stepKept
+		return sp, sp.due
+	case "builds":
+		sp.due = age > logKept
+		return sp, sp.due
+	case "caches":
+		sp.due = age > stepKept
+	case "uploads":
+		sp.due = age > uploadKept
+		return sp, age > uploadSafe
+	default: // names, and jobs, which are tidied up
+		return sp, false
+	}
+	return sp, !needed.files[rel]
+}
+
+// needs are the files that somebody needs, by their names below Dir.
+type needs struct {
+	files   map[string]bool // of templates, sandboxes, snapshots and jobs
+	steps   map[string]bool // layers of steps
+	unknown bool            // what sandboxes and snapshots need
+}
+
+func (s *Store) needed() (*needs, error) {
+	n := &needs{files: map[string]bool{}, steps: map[string]bool{}, unknown: s.InUse == nil}
+	add := func(file string) {
+		if rel, err := filepath.Rel(s.Dir, file); err == nil {
+			n.files[rel] = true
+		}
+	}
+	if !n.unknown {
+		images, err := s.InUse()
+		if err != nil {
+			return nil, err
+		}
+		for id := range images {
+			add(s.imageFile(id))
+		}
+	}
+	err := s.each("names", func(name string) error {
 		var m Manifest
 		if err := readJSON(name, &m); err != nil {
 			return err
 		}
-		images[m.Image] = true
+		add(s.imageFile(m.Image))
 		for _, l := range m.Layers {
-			layers[l.Digest] = true
+			add(s.layerFile(l.Digest))
 		}
 		if m.Started != nil {
-			started[m.Started.Name] = true
+			add(s.file("started", m.Started.Name))
 		}
 		return nil
 	})
 	if err != nil {
-		return err
+		return nil, err
 	}
-	return errors.Join(
-		s.sweep("steps", stepKept, func(string) bool { return false }),
-		s.sweep("layers", stepKept, func(name string) bool { return layers["sha256:"+strings.TrimSuffix(name, verifiedSuffix)] }),
-		s.sweep("images", imageKept, func(name string) bool { return images["sha256:"+strings.TrimSuffix(name, ".erofs")] }),
-		s.sweep("started", imageKept, func(name string) bool { return started[name] }),
-		s.sweep("caches", stepKept, func(string) bool { return false }),
-		s.sweep("builds", logKept, func(string) bool { return false }),
-		s.sweep("uploads", uploadKept, func(string) bool { return false }),
-	)
+	err = s.each("steps", func(name string) error {
+		var st step
+		if readJSON(name, &st) == nil && st.Layer != nil { // what cannot be read is as good as none
+			n.steps[filepath.Join("layers", filepath.Base(s.layerFile(st.Layer.Digest)))] = true
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return n, s.jobs(n)
 }
 
-// How long what is not needed is kept after it was last used. Whoever is about to need it has touched it.
-const (
-	stepKept  = 7 * 24 * time.Hour
-	imageKept = time.Hour
-	logKept   = 7 * 24 * time.Hour
-	// uploadKept is of files that were sent for a build.
-	uploadKept = 24 * time.Hour
-	// halfMadeKept is longer than any of it takes.
-	halfMadeKept = 24 * time.Hour
-)
-
-// sweep removes files that nobody has used for a while, and what dead builds have left half made.
-func (s *Store) sweep(kind string, whole time.Duration, needed func(name string) bool) error {
-	entries, err := os.ReadDir(s.file(kind, ""))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+// jobs adds what jobs need that go on.
+func (s *Store) jobs(n *needs) error {
+	entries, err := os.ReadDir(s.file(jobsKind, ""))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
 	}
 	for _, e := range entries {
-		kept := whole
-		info, ierr := e.Info()
-		if strings.HasPrefix(e.Name(), ".") {
-			kept = min(kept, halfMadeKept)
-		}
-		if ierr != nil || time.Since(info.ModTime()) < kept || needed(e.Name()) {
+		name := s.file(jobsKind, e.Name())
+		if abandoned(name) {
 			continue
 		}
-		err = errors.Join(err, os.RemoveAll(s.file(kind, e.Name())))
+		f, err := os.Open(name)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		lines := bufio.NewScanner(f)
+		for lines.Scan() {
+			n.files[lines.Text()] = true
+		}
+		if err := errors.Join(lines.Err(), f.Close()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// secure has only those read the files of the store who have to. Versions before this one left images to everybody.
+func (s *Store) secure() (err error) {
+	for _, kind := range kinds {
+		dir := s.file(kind, "")
+		info, serr := os.Stat(dir)
+		if errors.Is(serr, fs.ErrNotExist) {
+			continue
+		}
+		if mode, ok := walkable[kind]; serr == nil && !ok {
+			serr = os.Chmod(dir, 0o700)
+		} else if serr == nil && info.Mode().Perm() != mode {
+			serr = os.Chmod(dir, mode)
+		}
+		entries, rerr := os.ReadDir(dir)
+		err = errors.Join(err, serr, rerr)
+		for _, e := range entries {
+			if serr := s.sealed(s.file(kind, e.Name()), kind == "images"); !errors.Is(serr, fs.ErrNotExist) {
+				err = errors.Join(err, serr)
+			}
+		}
 	}
 	return err
 }

@@ -29,14 +29,14 @@ import (
 type Files struct {
 	image *erofs.Image
 	root  *erofs.Node
-	temp  string // removed at the end
+	temp  *os.File // removed at the end; its lock says that somebody needs it
 }
 
 // Close gives back what the files take.
 func (f *Files) Close() error {
 	err := f.image.Close()
-	if f.temp != "" {
-		err = errors.Join(err, os.Remove(f.temp))
+	if f.temp != nil {
+		err = errors.Join(err, os.Remove(f.temp.Name()), f.temp.Close())
 	}
 	return err
 }
@@ -60,17 +60,13 @@ func (s *Store) newContext(ctx context.Context, owner string, fill func(*merger)
 		return nil, err
 	}
 	defer free()
-	if err := os.MkdirAll(s.file("builds", ""), 0o711); err != nil {
-		return nil, err
-	}
-	f, err := os.CreateTemp(s.file("builds", ""), ".context-")
+	f, err := s.temp("builds")
 	if err != nil {
-		return nil, err
+		return nil, s.noRoom(err)
 	}
 	defer func() {
-		err = errors.Join(err, f.Close())
 		if err != nil {
-			err = errors.Join(fmt.Errorf("build context: %w", err), os.Remove(f.Name()))
+			err = errors.Join(fmt.Errorf("build context: %w", s.noRoom(err)), f.Close(), os.Remove(f.Name()))
 		}
 	}()
 	m := &merger{ctx: ctx, root: newRoot(), w: erofs.NewWriter(f), plain: true, bytes: maxImage - maxContext}
@@ -84,7 +80,7 @@ func (s *Store) newContext(ctx context.Context, owner string, fill func(*merger)
 	if err != nil {
 		return nil, err
 	}
-	files.temp = f.Name()
+	files.temp = f
 	ignore, err := files.ignored()
 	if err != nil {
 		return nil, errors.Join(err, files.image.Close())

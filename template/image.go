@@ -14,33 +14,15 @@ import (
 	"soulbox.dev/soulbox/internal/erofs"
 )
 
-// payer is whose account is charged for what is done. The zero value is charged nothing.
-type payer struct {
-	accounts *access.Accounts
-	owner    string
-}
-
-// wait takes some of a resource of the server as soon as the owner's account has it. It leaves the queue when ctx ends.
-func (p payer) wait(ctx context.Context, r access.Resource, n int64) (free func(), err error) {
-	return p.accounts.Wait(ctx, p.owner, r, n)
-}
-
-func (s *Store) payer(owner string) payer { return payer{s.Accounts, owner} }
-
-// job is one piece of work on the store, such as a build or an import, and who pays for it.
-type job struct {
-	*Store
-	payer
-}
-
-func (s *Store) begin(owner string) *job { return &job{s, s.payer(owner)} }
-
 // image gives the EROFS file of layers, and makes it if it is missing. Those who need the same one at the same time wait for each other.
 func (j *job) image(ctx context.Context, layers []Layer) (string, error) {
 	id := chainID(layers)
-	file := j.file("images", strings.TrimPrefix(id, "sha256:")+".erofs")
+	file := j.imageFile(id)
+	if err := errors.Join(j.need(ctx, file), j.needLayers(ctx, layers)); err != nil {
+		return "", err
+	}
 	if exists(file) {
-		return file, touch(file)
+		return file, j.sealed(file, true)
 	}
 	free, err := j.wait(ctx, access.Merges, 1) // before the lock: whoever has that never waits for another one's account
 	if err != nil {
@@ -53,9 +35,14 @@ func (j *job) image(ctx context.Context, layers []Layer) (string, error) {
 	}
 	defer unlock()
 	if exists(file) {
-		return file, touch(file)
+		return file, nil
 	}
-	return file, j.write(file, func(f *os.File) error { return j.assemble(ctx, f, layers) })
+	return file, j.noRoom(j.write(ctx, "images", func(f *os.File) (string, error) { return file, j.assemble(ctx, f, layers) }))
+}
+
+// imageFile is where the image of a chain ID is.
+func (s *Store) imageFile(id string) string {
+	return s.file("images", strings.TrimPrefix(id, "sha256:")+".erofs")
 }
 
 // assemble writes the image of layers, beginning with the largest part of it that is there.
@@ -63,7 +50,7 @@ func (j *job) assemble(ctx context.Context, f *os.File, layers []Layer) error {
 	m := &merger{ctx: ctx, root: newRoot(), w: erofs.NewWriter(f)}
 	have := len(layers) - 1
 	for ; have > 0; have-- {
-		base, err := erofs.Open(j.file("images", strings.TrimPrefix(chainID(layers[:have]), "sha256:")+".erofs"))
+		base, err := erofs.Open(j.imageFile(chainID(layers[:have])))
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
@@ -71,6 +58,9 @@ func (j *job) assemble(ctx context.Context, f *os.File, layers []Layer) error {
 			return err
 		}
 		m.root, err = base.Tree()
+		if err == nil {
+			err = j.roomFor(base, layers[have:])
+		}
 		if err == nil {
 			err = m.w.Base(ctx, base)
 		}
@@ -84,13 +74,19 @@ func (j *job) assemble(ctx context.Context, f *os.File, layers []Layer) error {
 			return fmt.Errorf("layer %s: %w", l.Digest, err)
 		}
 	}
-	if err := errors.Join(m.w.Finish(m.root), f.Chmod(0o644)); err != nil { // who runs sandboxes reads it
+	return errors.Join(m.w.Finish(m.root), j.seal(f, true), unpin(f))
+}
+
+// roomFor makes room for an image on top of another.
+func (s *Store) roomFor(base *erofs.Image, layers []Layer) error {
+	needed, err := base.Used()
+	if err != nil {
 		return err
 	}
-	if j.UID != 0 {
-		return f.Chown(j.UID, j.GID)
+	for _, l := range layers {
+		needed += l.Size
 	}
-	return nil
+	return s.room(needed)
 }
 
 // applyLayer applies a layer, whose content must be what its digest says.

@@ -9,12 +9,15 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/agent"
 	"soulbox.dev/soulbox/internal/erofs"
+	"soulbox.dev/soulbox/sandbox"
 )
 
 // Bounds of an image, whatever its layers say.
@@ -69,6 +72,9 @@ func (m *merger) apply(r io.Reader) error {
 		if err == io.EOF {
 			return nil
 		}
+		if err != nil && (m.ctx.Err() != nil || notOfLayer(err)) {
+			return err
+		}
 		if err != nil {
 			return fmt.Errorf("%w: %w", ErrLayer, err)
 		}
@@ -82,6 +88,16 @@ func (m *merger) apply(r io.Reader) error {
 			return fmt.Errorf("%q: %w", clip(h.Name), err)
 		}
 	}
+}
+
+// notOfLayer says whether a layer could not be read for a cause that is not its own.
+func notOfLayer(err error) bool {
+	for _, class := range []error{sandbox.ErrNoDisk, syscall.ENOSPC, syscall.EDQUOT, syscall.EIO, access.ErrFull, errWindow, context.Canceled, context.DeadlineExceeded} {
+		if errors.Is(err, class) {
+			return true
+		}
+	}
+	return false
 }
 
 // clip bounds a name for an error.

@@ -12,9 +12,6 @@ import (
 	"strings"
 
 	"github.com/klauspost/compress/gzip"
-	"golang.org/x/sys/unix"
-
-	"soulbox.dev/soulbox/sandbox"
 )
 
 // mediaTypes of layers that can be read.
@@ -25,11 +22,11 @@ const (
 )
 
 // newLayer keeps a tar of at most so many bytes as a layer.
-func (j *job) newLayer(from io.Reader, limit int64, createdBy string) (Layer, error) {
+func (j *job) newLayer(ctx context.Context, from io.Reader, limit int64, createdBy string) (Layer, error) {
 	l := Layer{MediaType: mediaGzip, CreatedBy: createdBy}
 	whole, inner := sha256.New(), sha256.New()
-	body := io.TeeReader(j.whileRoom(&atMost{r: from, left: limit}), inner)
-	err := j.writeNamed(j.file("layers", ""), func(f *os.File) (string, error) {
+	body := io.TeeReader(j.whileRoom(&atMost{r: &untilDone{ctx, from}, left: limit}), inner)
+	err := j.write(ctx, "layers", func(f *os.File) (string, error) {
 		if err := compress(io.MultiWriter(f, whole), body); err != nil {
 			return "", err
 		}
@@ -100,34 +97,6 @@ func decompress(ctx context.Context, p payer, f io.ReadCloser, mediaType string)
 		return f, nil
 	}
 	return nil, fmt.Errorf("%w: its kind %q is none that can be read", ErrLayer, mediaType)
-}
-
-// spareDisk is what the store leaves free on its disk, in bytes; roomEvery is after how many bytes it looks.
-const (
-	spareDisk = 512 << 20
-	roomEvery = 32 << 20
-)
-
-// whileRoom reads as long as there is room on the store's disk for what comes of it: an archive may be small and its content large.
-func (s *Store) whileRoom(r io.Reader) io.Reader { return &roomReader{r: r, dir: s.Dir} }
-
-type roomReader struct {
-	r    io.Reader
-	dir  string
-	left int64
-}
-
-func (r *roomReader) Read(p []byte) (int, error) {
-	if r.left <= 0 {
-		r.left = roomEvery
-		var fs unix.Statfs_t
-		if err := unix.Statfs(r.dir, &fs); err == nil && int64(fs.Bavail)*fs.Bsize < spareDisk {
-			return 0, fmt.Errorf("the disk of the templates has less than %d MB left: %w", spareDisk>>20, sandbox.ErrNoDisk)
-		}
-	}
-	n, err := r.r.Read(p)
-	r.left -= int64(n)
-	return n, err
 }
 
 // atMost fails when there is more than there may be.

@@ -42,7 +42,7 @@ type buildLog struct {
 // newLog begins the log of a build.
 func (s *Store) newLog(id, owner string, each func(Line)) (*buildLog, error) {
 	dir := s.file("builds", id)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := errors.Join(s.makeKind("builds"), os.MkdirAll(dir, 0o700)); err != nil {
 		return nil, err
 	}
 	if err := os.WriteFile(filepath.Join(dir, "owner"), []byte(owner), 0o600); err != nil {

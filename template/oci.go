@@ -66,6 +66,7 @@ func (s *Store) Pull(ctx context.Context, m Manifest, reference string) (_ Manif
 		return m, err
 	}
 	j := s.begin(m.Owner)
+	defer j.end()
 	got, err := j.pull(ctx, reference, remote.DefaultTransport)
 	if err != nil {
 		return m, err
@@ -85,7 +86,7 @@ func (j *job) pull(ctx context.Context, reference string, by http.RoundTripper) 
 	}
 	m, err := j.take(ctx, img)
 	if err != nil {
-		return Manifest{}, pullError(ref, err)
+		return Manifest{}, pullError(ref, j.noRoom(err))
 	}
 	m.Parent = ref.Name()
 	return m, nil
@@ -182,6 +183,9 @@ func (j *job) takeLayer(ctx context.Context, l v1.Layer) (Layer, error) {
 		return kept, fmt.Errorf("%w: %s of %d bytes", ErrLayer, digest, size)
 	}
 	file := j.layerFile(kept.Digest)
+	if err := j.need(ctx, file); err != nil {
+		return kept, err
+	}
 	if exists(file) {
 		return kept, errors.Join(touch(file), j.verifyLayer(ctx, kept))
 	}
@@ -190,15 +194,18 @@ func (j *job) takeLayer(ctx context.Context, l v1.Layer) (Layer, error) {
 		return kept, err
 	}
 	defer from.Close()
-	err = j.write(file, func(f *os.File) error {
+	if err := j.room(size); err != nil {
+		return kept, err
+	}
+	err = j.write(ctx, "layers", func(f *os.File) (string, error) {
 		sum := sha256.New()
 		if _, err := io.Copy(io.MultiWriter(f, sum), io.LimitReader(j.whileRoom(from), size+1)); err != nil {
-			return err
+			return "", err
 		}
 		if got := digestOf(sum); got != kept.Digest {
-			return fmt.Errorf("%w: it came as %s, not %s", ErrLayer, got, kept.Digest)
+			return "", fmt.Errorf("%w: it came as %s, not %s", ErrLayer, got, kept.Digest)
 		}
-		return nil
+		return file, nil
 	})
 	if err != nil {
 		return kept, err
@@ -229,7 +236,7 @@ func (j *job) verifyLayer(ctx context.Context, l Layer) error {
 			return err
 		}
 		got = []byte(digestOf(sum))
-		if err := j.writeText(known, got); err != nil {
+		if err := j.writeText("layers", known, got); err != nil {
 			return err
 		}
 	}
@@ -361,6 +368,7 @@ func (s *Store) ImportFile(ctx context.Context, m Manifest, from string) (_ Mani
 		return m, err
 	}
 	j := s.begin(m.Owner)
+	defer j.end()
 	img, err := readImage(from)
 	if err != nil {
 		return m, fmt.Errorf("import %s: %w", from, err)

@@ -110,7 +110,7 @@ func TestPullErrors(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m.Layers[0], err = store.begin("").newLayer(strings.NewReader(tarOf(t, randomFiles())), maxImage, "")
+	m.Layers[0], err = store.begin("").newLayer(t.Context(), strings.NewReader(tarOf(t, randomFiles())), maxImage, "")
 	if err != nil {
 		t.Fatal(err)
 	}

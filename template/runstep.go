@@ -13,8 +13,10 @@ import (
 
 	"github.com/moby/buildkit/frontend/dockerfile/instructions"
 	"github.com/moby/buildkit/frontend/dockerfile/parser"
+	"golang.org/x/sys/unix"
 
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/sandbox"
 )
 
 // runCommand carries out a RUN.
@@ -161,7 +163,21 @@ func (s *stageRun) exec(ctx context.Context, where string, args []string, secret
 	if p.ExitCode == 0 && p.Cause == "" {
 		return nil
 	}
-	return &StepError{Err: howEnded(p), Tail: out.tail()}
+	tail := out.tail()
+	return &StepError{Err: s.ifFull(ctx, howEnded(p), tail), Tail: tail}
+}
+
+// ifFull says that a step has failed as its disk was full: if it is, or was by its own words.
+func (s *stageRun) ifFull(ctx context.Context, err error, tail string) error {
+	if host := s.Store.ifFull(err); errors.Is(host, sandbox.ErrNoDisk) {
+		return host
+	}
+	u, uerr := s.client.Usage(ctx, nil)
+	free := u.DiskTotal - u.DiskUsed
+	if uerr != nil || free >= fullDisk && !strings.Contains(strings.ToLower(tail), unix.ENOSPC.Error()) {
+		return err
+	}
+	return &NoRoomError{Step: u.DiskTotal, Free: free, Err: err}
 }
 
 // howEnded says how a command has ended that failed.

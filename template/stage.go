@@ -67,10 +67,11 @@ func (r *run) stage(ctx context.Context, index int) (_ *result, err error) {
 				err = context.Cause(ctx)
 			}
 			if e := (*StepError)(nil); errors.As(err, &e) {
+				e.Err = s.Store.ifFull(e.Err)
 				e.Line, e.Command = lineOf(cmd.Location()), shown(cmd)
 				return nil, err
 			}
-			return nil, &StepError{Line: lineOf(cmd.Location()), Command: shown(cmd), Err: err}
+			return nil, &StepError{Line: lineOf(cmd.Location()), Command: shown(cmd), Err: s.Store.ifFull(s.Store.noRoom(err))}
 		}
 	}
 	if len(s.dirs) > 0 { // a WORKDIR is the last word
@@ -258,7 +259,11 @@ func (s *stageRun) change(ctx context.Context, where, by string, do func(context
 	}
 	defer unlock()
 	if s.sb == nil && !s.req.NoCache {
-		if known, ok := s.Store.known(s.key); ok {
+		known, ok, err := s.job.known(ctx, s.key)
+		if err != nil {
+			return err
+		}
+		if ok {
 			s.cached++
 			s.log.line("info", where, "cached")
 			s.take(known)
@@ -340,7 +345,7 @@ func (s *stageRun) capture(ctx context.Context, by string) (step, error) {
 		_, err := io.Copy(io.Discard, body)
 		return step{}, err // nothing: only the end of a tar
 	}
-	l, err := s.job.newLayer(body, s.sb.Info().Limits.Disk+layerSlack, clip(by))
+	l, err := s.job.newLayer(ctx, body, s.sb.Info().Limits.Disk+layerSlack, clip(by))
 	if err != nil {
 		return step{}, fmt.Errorf("keep what has changed: %w", err)
 	}

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -35,6 +36,9 @@ type Store struct {
 
 	// Accounts are charged for what owners have the store do; nil has no bounds.
 	Accounts *access.Accounts
+	// Budget is how many bytes of disk all of it may take; default a tenth of the disk, at least 4 and at most 20 GB.
+	Budget int64
+	Log    *slog.Logger // default none
 
 	mu   sync.Mutex
 	root string // of the host template, once it is made
@@ -124,11 +128,15 @@ func (s *Store) Get(owner, name string) (Manifest, error) {
 // Template implements sandbox.Templates. The default is "base" where it was built, else the host's programs.
 func (s *Store) Template(ctx context.Context, owner, name string) (sandbox.Template, error) {
 	if id, ok := strings.CutPrefix(name, "sha256:"); ok {
-		file := s.file("images", id+".erofs")
-		if !isHex(id) || !exists(file) {
-			return sandbox.Template{}, fmt.Errorf("the image %s that it needs is gone: %w", clip(name), sandbox.ErrNoTemplate)
+		file, there := s.imageFile(id), false
+		var err error
+		if isHex(id) {
+			there, err = s.pin(ctx, file)
 		}
-		return sandbox.Template{Name: name, ID: name, Image: file}, touch(file)
+		if !there && err == nil {
+			err = fmt.Errorf("the image %s that it needs is gone: %w", clip(name), sandbox.ErrNoTemplate)
+		}
+		return sandbox.Template{Name: name, ID: name, Image: file}, err
 	}
 	if name == HostName {
 		return s.host()
@@ -140,17 +148,25 @@ func (s *Store) Template(ctx context.Context, owner, name string) (sandbox.Templ
 	if err != nil {
 		return sandbox.Template{}, err
 	}
-	file, err := s.begin(owner).image(ctx, m.Layers)
+	file := s.imageFile(chainID(m.Layers))
+	there, err := s.pin(ctx, file)
+	if err == nil && !there {
+		j := s.begin(owner)
+		defer j.end()
+		if file, err = j.image(ctx, m.Layers); err == nil {
+			_, err = s.pin(ctx, file)
+		}
+	}
 	if err != nil {
 		return sandbox.Template{}, fmt.Errorf("template %q: %w", name, err)
 	}
-	return s.template(m, file), nil
+	return s.template(ctx, m, file), nil
 }
 
 // BaseName is the name of the default template, once it is built.
 const BaseName = "base"
 
-func (s *Store) template(m Manifest, image string) sandbox.Template {
+func (s *Store) template(ctx context.Context, m Manifest, image string) sandbox.Template {
 	t := sandbox.Template{Name: m.Name, ID: m.Image, Image: image, Env: map[string]string{}, User: m.DefaultUser, Cwd: m.Config.WorkingDir, Limits: m.Limits, Protect: m.Protect}
 	for _, kv := range m.Config.Env {
 		k, v, _ := strings.Cut(kv, "=")
@@ -158,8 +174,11 @@ func (s *Store) template(m Manifest, image string) sandbox.Template {
 	}
 	if m.StartCmd != "" {
 		t.Service = &sandbox.Service{Start: m.StartCmd, Ready: m.ReadyCmd}
-		if m.Started != nil && touch(s.file("started", m.Started.Name)) == nil { // another build of that name may be about to have it collected
-			t.Service.Saved, t.Service.Limits, t.Service.Network = s.file("started", m.Started.Name), m.Started.Limits, m.Started.Network
+		if m.Started != nil { // it is gone where another build of that name has had it collected
+			saved := s.file("started", m.Started.Name)
+			if there, err := s.pin(ctx, saved); err == nil && there {
+				t.Service.Saved, t.Service.Limits, t.Service.Network = saved, m.Started.Limits, m.Started.Network
+			}
 		}
 	}
 	return t
@@ -170,7 +189,9 @@ func (s *Store) Import(ctx context.Context, m Manifest, from io.Reader) (_ Manif
 	if m.Name, err = CheckName(m.Name); err != nil {
 		return m, err
 	}
-	return s.begin(m.Owner).importTar(ctx, m, from)
+	j := s.begin(m.Owner)
+	defer j.end()
+	return j.importTar(ctx, m, from)
 }
 
 func (j *job) importTar(ctx context.Context, m Manifest, from io.Reader) (Manifest, error) {
@@ -179,9 +200,9 @@ func (j *job) importTar(ctx context.Context, m Manifest, from io.Reader) (Manife
 		return m, fmt.Errorf("import: %w", err)
 	}
 	defer plain.Close()
-	l, err := j.newLayer(&untilDone{ctx, plain}, maxImage, "import")
+	l, err := j.newLayer(ctx, plain, maxImage, "import")
 	if err != nil {
-		return m, fmt.Errorf("import: %w", err)
+		return m, fmt.Errorf("import: %w", j.noRoom(err))
 	}
 	m.Layers = []Layer{l}
 	return j.finish(ctx, m)
@@ -258,10 +279,20 @@ func (s *Store) Put(m Manifest) error {
 	if err != nil {
 		return err
 	}
-	return s.writeText(s.nameFile(m.Owner, m.Name), body)
+	unlock, err := s.collecting(context.Background(), unix.LOCK_SH)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	for _, l := range m.Layers {
+		if !exists(s.layerFile(l.Digest)) {
+			return fmt.Errorf("template %q: it was deleted meanwhile: %w", m.Name, sandbox.ErrNoTemplate)
+		}
+	}
+	return s.noRoom(s.writeText("names", s.nameFile(m.Owner, m.Name), body)) // a temp may not even be made
 }
 
-// Delete removes the name of an owner's own template. What sandboxes and snapshots need of it stays until they are gone.
+// Delete removes the name of an owner's own template, and what only that has needed. What sandboxes and snapshots need of it stays until they are gone.
 func (s *Store) Delete(owner, name string) error {
 	plain, err := CheckName(name)
 	if err != nil {
@@ -271,20 +302,27 @@ func (s *Store) Delete(owner, name string) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("template %q: %w", clip(name), sandbox.ErrNoTemplate)
 	}
+	if err == nil {
+		s.collectNow()
+	}
 	return err
 }
 
-// write makes a file that is whole when it has its name. Only the server's user reads it.
-func (s *Store) write(name string, fill func(*os.File) error) error {
-	return s.writeNamed(filepath.Dir(name), func(f *os.File) (string, error) { return name, fill(f) })
+// collectNow collects what has just become useless. What fails is done by the next one.
+func (s *Store) collectNow() {
+	if err := s.Collect(); err != nil && s.Log != nil {
+		s.Log.Error("collect what builds have left", "error", err)
+	}
 }
 
-// writeNamed is write of a file whose name follows from its content.
-func (s *Store) writeNamed(dir string, fill func(*os.File) (name string, err error)) (err error) {
-	if err := os.MkdirAll(dir, 0o711); err != nil {
-		return err
-	}
-	f, err := os.CreateTemp(dir, ".new-")
+// write makes a file that is whole when it has its name. Only the server's user reads it.
+func (s *Store) write(kind, name string, fill func(*os.File) error) error {
+	return s.writeNamed(kind, func(f *os.File) (string, error) { return name, fill(f) }, os.Rename)
+}
+
+// writeNamed is write of a file whose name follows from its content; place gives it that.
+func (s *Store) writeNamed(kind string, fill func(*os.File) (name string, err error), place func(temp, name string) error) (err error) {
+	f, err := s.temp(kind)
 	if err != nil {
 		return err
 	}
@@ -292,17 +330,18 @@ func (s *Store) writeNamed(dir string, fill func(*os.File) (name string, err err
 		if err != nil {
 			err = errors.Join(err, os.Remove(f.Name()))
 		}
+		err = errors.Join(err, f.Close()) // until then it is locked
 	}()
 	name, err := fill(f)
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
+	if err := errors.Join(err, f.Sync()); err != nil {
+		return s.noRoom(err) // as long as what was written takes its room
 	}
-	return os.Rename(f.Name(), name)
+	return place(f.Name(), name)
 }
 
 // writeText is write of a text.
-func (s *Store) writeText(name string, text []byte) error {
-	return s.write(name, func(f *os.File) error {
+func (s *Store) writeText(kind, name string, text []byte) error {
+	return s.write(kind, name, func(f *os.File) error {
 		_, err := f.Write(text)
 		return err
 	})

@@ -37,12 +37,12 @@ func (s *Store) SaveUpload(owner, name string, from io.Reader) error {
 		return err
 	}
 	body := &atMost{r: from, left: min(left, maxContext)}
-	err = s.write(s.uploadFile(owner, name), func(f *os.File) error {
+	err = s.write("uploads", s.uploadFile(owner, name), func(f *os.File) error {
 		_, err := io.Copy(f, s.whileRoom(body))
 		return err
 	})
 	if err != nil {
-		return fmt.Errorf("keep the files of a build: %w", err)
+		return fmt.Errorf("keep the files of a build: %w", s.noRoom(err))
 	}
 	return nil
 }

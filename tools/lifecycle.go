@@ -33,6 +33,11 @@ func (s *Service) own(ctx context.Context, t target) (*sandbox.Sandbox, error) {
 	if t.SandboxID != "" {
 		return s.Manager.Get(owner, t.SandboxID)
 	}
+	own.making.Lock()
+	defer own.making.Unlock()
+	if err := s.inherit(ctx, own, owner); err != nil {
+		return nil, err
+	}
 	if sb := own.current.Load(); sb != nil {
 		return sb, nil
 	}

@@ -111,7 +111,7 @@ func (s *Service) processScreen(ctx context.Context, client *agent.Client, sandb
 	if in.MaxChars != nil {
 		chars = *in.MaxChars
 	}
-	err = s.screens.with(ctx, client, sandboxID, snap.Process, func(sc *screen) error {
+	err = s.screen(ctx, client, sandboxID, snap.Process, func(sc *screen) error {
 		out.Output, out.Screen = sc.text(min(max(in.Above, 0), scrollLines), chars)
 		return nil
 	})
@@ -236,7 +236,7 @@ func (s *Service) typed(ctx context.Context, client *agent.Client, sandboxID, na
 		return "", badArgument("Process %s has no terminal, so it takes no keys. Give \"input\", or start it with tty.", p.ID)
 	}
 	input := in.Input
-	err = s.screens.with(ctx, client, sandboxID, p, func(sc *screen) error {
+	err = s.screen(ctx, client, sandboxID, p, func(sc *screen) error {
 		keys, err := encodeKeys(in.Keys, sc.appCursor)
 		if in.Paste && sc.brackets {
 			input = "\x1b[200~" + strings.ReplaceAll(input, "\x1b[201~", "") + "\x1b[201~"

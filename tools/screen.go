@@ -20,7 +20,8 @@ import (
 // Bounds of rendering, which is work that a guest can make us do.
 const (
 	maxScreens  = 8       // small terminals that are kept rendered; others are rendered anew from their output
-	maxCells    = 10_000  // of a small one
+	maxCells    = 50_000  // of a small one, of both its screens and above
+	cellSize    = 128     // bytes of memory of a cell, about
 	maxReplay   = 1 << 20 // bytes of output that are rendered at most: what was before has long scrolled away
 	renderPart  = 512     // bytes between two looks at the time
 	renderTime  = 2 * time.Second
@@ -52,6 +53,26 @@ type screen struct {
 	appCursor, brackets bool
 }
 
+// sizeOf is the size at which a process' terminal is rendered, and how many cells that takes at most.
+func sizeOf(p agent.Process) (size agent.Terminal, cells int) {
+	size = agent.Terminal{Rows: 24, Cols: 80}
+	if p.Terminal != nil {
+		size = agent.Terminal{Rows: min(max(p.Terminal.Rows, 1), 300), Cols: min(max(p.Terminal.Cols, 1), 500)}
+	}
+	return size, (2*size.Rows + scrollLines) * size.Cols
+}
+
+// screen finds the screen of a process, up to date, and does something with it, in the account of whose call it is.
+func (s *Service) screen(ctx context.Context, client *agent.Client, sandboxID string, p agent.Process, do func(*screen) error) error {
+	_, cells := sizeOf(p)
+	done, err := s.heavy(ctx, maxReplay+int64(cells)*cellSize)
+	if err != nil {
+		return err
+	}
+	defer done()
+	return s.screens.with(ctx, client, sandboxID, p, do)
+}
+
 // with finds the screen of a process, up to date, and does something with it.
 func (s *screens) with(ctx context.Context, client *agent.Client, sandboxID string, p agent.Process, do func(*screen) error) error {
 	key := sandboxID + "/" + p.ID
@@ -66,8 +87,7 @@ func (s *screens) with(ctx context.Context, client *agent.Client, sandboxID stri
 	if sc == nil {
 		sc = &screen{key: key}
 	}
-	small := p.Terminal != nil && p.Terminal.Rows*p.Terminal.Cols <= maxCells
-	if small {
+	if _, cells := sizeOf(p); p.Terminal != nil && cells <= maxCells {
 		s.all = append(s.all, sc)
 		if len(s.all) > maxScreens {
 			s.all = slices.Delete(s.all, 0, 1) // it has nothing to close but memory
@@ -145,10 +165,7 @@ func (sc *screen) update(ctx context.Context, client *agent.Client, p agent.Proc
 			err = fmt.Errorf("render the terminal of %s: %v", p.ID, r)
 		}
 	}()
-	size := agent.Terminal{Rows: 24, Cols: 80}
-	if p.Terminal != nil {
-		size = agent.Terminal{Rows: min(max(p.Terminal.Rows, 1), 300), Cols: min(max(p.Terminal.Cols, 1), 500)}
-	}
+	size, _ := sizeOf(p)
 	if sc.main == nil || p.Output-sc.offset > maxReplay || p.Output < sc.offset {
 		sc.reset(size, max(0, p.Output-maxReplay))
 	}

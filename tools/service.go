@@ -14,6 +14,7 @@ import (
 
 	"github.com/mark3labs/mcp-go/server"
 
+	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/agent"
 	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/template"
@@ -51,9 +52,12 @@ type Service struct {
 
 // session is what one client's conversation has: its default sandbox.
 type session struct {
+	heir    heir       // nil where its client cannot go on in another
 	shell   string     // what its commands share; each sandbox has one of that name
 	making  sync.Mutex // held while the default sandbox is made: calls at the same time get the same one
 	current atomic.Pointer[sandbox.Sandbox]
+	// inherited is the sandbox of the session before, until it is found; guarded by making.
+	inherited string
 }
 
 // New makes the tools of a Manager.
@@ -133,7 +137,56 @@ func (s *Service) session(ctx context.Context) (own *session, owner string, err 
 	if err != nil {
 		return nil, "", err
 	}
-	return c.Value(sessionKey{s}, func() any { return &session{shell: rand.Text()} }).(*session), c.Owner(), nil
+	return c.Value(sessionKey{s}, func() any { return s.begin(c) }).(*session), c.Owner(), nil
+}
+
+// heir is a conversation whose client may go on in it with what it had in one before, which the server has forgotten: the handle names that.
+type heir interface {
+	Handle() string
+	SetHandle(handle string)
+}
+
+// begin begins a session: anew, or with the sandbox and the shell of one before.
+func (s *Service) begin(c conversation) *session {
+	own := &session{shell: rand.Text()}
+	if h, ok := c.(heir); ok {
+		own.heir = h
+		if id, shell, ok := strings.Cut(h.Handle(), "/"); ok && sandbox.ValidID(id) && shell != "" && len(shell) <= maxShell {
+			own.inherited, own.shell = id, shell
+		}
+	}
+	return own
+}
+
+// maxShell bounds the name of a shell that a client gives back.
+const maxShell = 64
+
+// own makes a sandbox the session's own, and has its client know. making is held.
+func (own *session) own(sb *sandbox.Sandbox) {
+	own.current.Store(sb)
+	if own.heir != nil {
+		own.heir.SetHandle(sb.ID() + "/" + own.shell)
+	}
+}
+
+// inherit finds the sandbox that the session was to go on with. One that is not there any more is told once. making is held.
+func (s *Service) inherit(ctx context.Context, own *session, owner string) error {
+	id := own.inherited
+	if id == "" {
+		return nil
+	}
+	s.Manager.AwaitSettled(ctx) // a server that has just begun has those of the one before in a moment
+	sb, err := s.Manager.Get(owner, id)
+	if err != nil && !errors.Is(err, sandbox.ErrNotFound) {
+		return err
+	}
+	own.inherited = ""
+	if err != nil {
+		return errDefaultGone
+	}
+	own.own(sb)
+	logTo(ctx, "sandbox "+id+" is still this session's own, though the server was started anew")
+	return nil
 }
 
 // shell is the name of the shell that the commands of a call's session share; "" for one on its own.
@@ -148,6 +201,9 @@ func (s *Service) shell(ctx context.Context, isolated bool) (string, error) {
 // errDefaultEnded is told once when the default sandbox of a session has ended; the next call makes a new one.
 var errDefaultEnded = errors.New("this session's sandbox has ended, and its files with it; the next call without sandbox_id makes a new one")
 
+// errDefaultGone is told once when a session goes on in a server that does not have its sandbox.
+var errDefaultGone = errors.New("the server was started anew, and this session's sandbox is not there any more; the next call without sandbox_id makes a new one")
+
 // sandbox finds the sandbox that a call goes to. Without an id that is the session's own, made at first use.
 func (s *Service) sandbox(ctx context.Context, id string) (*sandbox.Sandbox, error) {
 	own, owner, err := s.session(ctx)
@@ -159,6 +215,9 @@ func (s *Service) sandbox(ctx context.Context, id string) (*sandbox.Sandbox, err
 	}
 	own.making.Lock()
 	defer own.making.Unlock()
+	if err := s.inherit(ctx, own, owner); err != nil {
+		return nil, err
+	}
 	if current := own.current.Load(); current != nil {
 		info := current.Info()
 		if !info.State.Ended() {
@@ -178,21 +237,24 @@ func (s *Service) sandbox(ctx context.Context, id string) (*sandbox.Sandbox, err
 	if err != nil {
 		return nil, err
 	}
-	own.current.Store(sb)
+	own.own(sb)
 	logTo(ctx, "sandbox "+sb.ID()+" is this session's own")
 	return sb, nil
 }
 
 // adopt makes a sandbox the session's own if it has none.
 func (s *Service) adopt(ctx context.Context, sb *sandbox.Sandbox) {
-	own, _, err := s.session(ctx)
+	own, owner, err := s.session(ctx)
 	if err != nil {
 		return // it was made for somebody, so this cannot be
 	}
 	own.making.Lock()
 	defer own.making.Unlock()
+	if err := s.inherit(ctx, own, owner); err != nil {
+		logTo(ctx, err.Error())
+	}
 	if current := own.current.Load(); current == nil || current.Info().State.Ended() {
-		own.current.Store(sb)
+		own.own(sb)
 	}
 }
 
@@ -204,6 +266,25 @@ func (s *Service) isDefault(ctx context.Context, id string) bool {
 	}
 	current := own.current.Load()
 	return current != nil && current.ID() == id
+}
+
+// heavy takes a slot for work that takes much of the server's processor, and memory for it, from the account of whose call it is. It waits until there
+// is room: other owners go on meanwhile.
+func (s *Service) heavy(ctx context.Context, buffers int64) (done func(), err error) {
+	c, err := caller(ctx)
+	if err != nil {
+		return nil, err
+	}
+	slot, err := s.Manager.Accounts().Wait(ctx, c.Owner(), access.Work, 1)
+	if err != nil {
+		return nil, err
+	}
+	memory, err := s.Manager.Accounts().Wait(ctx, c.Owner(), access.Buffers, buffers)
+	if err != nil {
+		slot()
+		return nil, err
+	}
+	return func() { memory(); slot() }, nil
 }
 
 // target is embedded in every input that may name a sandbox.

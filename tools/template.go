@@ -174,12 +174,18 @@ type templateListInput struct{}
 
 type templateListOutput struct {
 	Templates []snapshotInfo `json:"templates"`
+	// DiskMB is what all templates of this server take, with what builds keep, and DiskBudgetMB what they may.
+	DiskMB       int64 `json:"disk_mb,omitempty"`
+	DiskBudgetMB int64 `json:"disk_budget_mb,omitempty"`
 }
 
 func (o templateListOutput) text() string {
 	var lines []string
 	for _, t := range o.Templates {
 		lines = append(lines, t.text())
+	}
+	if o.DiskMB > 0 {
+		lines = append(lines, fmt.Sprintf("[all templates of this server take %d of %d MB of disk]", o.DiskMB, o.DiskBudgetMB))
 	}
 	return strings.Join(lines, "\n")
 }
@@ -198,6 +204,11 @@ func (s *Service) templateList(ctx context.Context, _ templateListInput) (templa
 		for _, m := range all {
 			out.Templates = append(out.Templates, snapshotInfo{Name: m.Name, Kind: "template", CreatedAt: m.Created.UTC().Format(time.RFC3339), SizeMB: m.Size >> 20})
 		}
+		d, err := s.Store.Disk()
+		if err != nil {
+			return out, err
+		}
+		out.DiskMB, out.DiskBudgetMB = d.Used>>20, d.Budget>>20
 	}
 	snaps, err := s.Manager.Snapshots(who.Owner())
 	for _, snap := range snaps {

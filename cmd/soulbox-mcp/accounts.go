@@ -4,6 +4,7 @@ import (
 	"runtime"
 
 	"soulbox.dev/soulbox/access"
+	"soulbox.dev/soulbox/sandbox"
 )
 
 // accounts are what the owners of one server may use of it. The shares leave room for others; what health, kill, pause and the operator need is
@@ -13,12 +14,13 @@ func accounts() *access.Accounts {
 	if limit, err := softLimit(); err == nil { // half of the descriptors that connections may have
 		connections = min(connections, max(int64(limit-reserve(limit))/2, 16))
 	}
+	tasks := sandbox.MachineTasks() // more are promised than there are: a sandbox seldom has a tenth of its limit
 	return access.NewAccounts(map[access.Resource]access.Bound{
 		access.Buffers:     {Total: 512 << 20, Share: 128 << 20},
 		access.Work:        {Total: 2 * cores, Share: cores},
 		access.Builds:      {Total: 4 * cores, Share: 4},
 		access.Merges:      {Total: 2 * cores, Share: cores},
 		access.Connections: {Total: connections, Share: max(connections/4, 8)},
-		access.Tasks:       {Total: 200_000, Share: 100_000},
+		access.Tasks:       {Total: 10 * tasks, Share: 5 * tasks},
 	})
 }

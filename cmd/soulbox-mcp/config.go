@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -36,11 +37,13 @@ type config struct {
 	saving   saving
 	limits   sandbox.Limits
 	budget   int64 // bytes
-	perOwner int
-	onExit   string
-	toolsets string
-	readOnly bool
-	fixtures bool
+	// templateBudget is the disk of all templates, in bytes; 0 is the store's default.
+	templateBudget int64
+	perOwner       int
+	onExit         string
+	toolsets       string
+	readOnly       bool
+	fixtures       bool
 	// noNetwork gives sandboxes none, whatever they ask for; contextDirs are what builds may read of the host.
 	noNetwork   bool
 	allowPull   bool // builds begin from images of registries
@@ -80,6 +83,7 @@ func (c *config) parse(name string, args []string, getenv func(string) string, s
 	flags.BoolVar(&c.protect.Memory, "protect-memory", false, "with --protect: copy memory and processes too, not files alone")
 	saved := flags.Int64("disk-budget-mb", 0, "disk of all paused sandboxes and snapshots together, in MB; default what the disk has, but 512")
 	flags.StringVar(&c.saving.reclaim, "reclaim", "never", "where that is used up: `never` end a paused sandbox, or the oldest")
+	templates := flags.Int64("template-budget-mb", 0, "disk of all templates and what builds keep, in MB; default a tenth of the disk, at least 4096 and at most 20480")
 	memory := flags.Int64("memory-mb", 0, "memory of sandboxes that ask for none, in MB; default 1024")
 	disk := flags.Int64("disk-mb", 0, "disk of sandboxes that ask for none, in MB; default 10240")
 	pids := flags.Int64("pids", 0, "processes of sandboxes that ask for no number; default 512")
@@ -101,11 +105,12 @@ func (c *config) parse(name string, args []string, getenv func(string) string, s
 	if flags.NArg() > 0 {
 		return fmt.Errorf("there is no argument %q; run 'soulbox-mcp %s --help'", flags.Arg(0), name)
 	}
-	if *memory < 0 || *disk < 0 || *pids < 0 || *cpu < 0 || *budget < 0 || *saved < 0 || c.times.Life <= 0 || c.times.Idle < 0 || c.saving.paused <= 0 || c.protect.Every < 0 {
+	negative := slices.Min([]int64{*memory, *disk, *pids, *budget, *saved, *templates, int64(c.times.Idle), int64(c.protect.Every)}) < 0 || *cpu < 0
+	if negative || c.times.Life <= 0 || c.saving.paused <= 0 {
 		return errors.New("limits and times must be positive")
 	}
 	c.limits = sandbox.Limits{CPU: *cpu, Memory: *memory << 20, Disk: *disk << 20, Processes: *pids}
-	c.budget, c.saving.budget = *budget<<20, *saved<<20
+	c.budget, c.saving.budget, c.templateBudget = *budget<<20, *saved<<20, *templates<<20
 	c.findPrograms()
 	if c.stateDir == "" {
 		c.stateDir = defaultStateDir(getenv)
@@ -187,7 +192,7 @@ func (c config) newManager(log *slog.Logger, watch func(*sandbox.Options)) (*san
 	if err != nil {
 		return nil, nil, err
 	}
-	templates.Accounts = accounts()
+	templates.Accounts, templates.Log = accounts(), log
 	runtime := &gvisor.Runtime{Runsc: c.runsc, Log: log}
 	if c.agent != "" {
 		if runtime.Agent, err = installAgent(c.agent, filepath.Join(c.stateDir, "agent")); err != nil {
@@ -235,7 +240,7 @@ func (c config) newStore() (*template.Store, error) {
 	if err := os.MkdirAll(c.stateDir, 0o711); err != nil {
 		return nil, fmt.Errorf("make state directory: %w", err)
 	}
-	s := &template.Store{Dir: filepath.Join(c.stateDir, "templates")}
+	s := &template.Store{Dir: filepath.Join(c.stateDir, "templates"), Budget: c.templateBudget}
 	if os.Geteuid() == 0 {
 		s.UID, s.GID = gvisor.Owner()
 	}

@@ -36,6 +36,7 @@ var checks = []check{
 	{"agent", "Run 'make build', which puts it beside soulbox-mcp, or name it by --agent or SOULBOX_AGENT.", checkAgent},
 	{"state directory", "Name a directory by --state-dir that you can write to; as root, one that every user can walk to.", checkStateDir},
 	{"disk", "Free some disk space: a sandbox may write 10 GB by default (--disk-mb).", checkDisk},
+	{"templates", "Delete some: 'soulbox-mcp template list' shows them; or allow more by --template-budget-mb.", checkTemplates},
 	{"memory", "Sandboxes get 1 GB by default; give them less by --memory-mb.", checkMemory},
 	{"descriptors", "Raise the limit of file descriptors: 'ulimit -n', LimitNOFILE= of systemd, or nofile in /etc/security/limits.conf.", checkDescriptors},
 	{"hard limits", "", checkHardLimits},
@@ -156,6 +157,18 @@ func checkDescriptors(_ context.Context, c config) (string, error) {
 		return "", err
 	}
 	return enoughDescriptors(sandboxes)
+}
+
+func checkTemplates(_ context.Context, c config) (string, error) {
+	store, err := c.newStore()
+	if err != nil {
+		return "", err
+	}
+	d, err := store.Disk()
+	if err == nil && d.Used >= d.Budget {
+		err = errors.New("no room for another: " + describeDisk(d))
+	}
+	return fmt.Sprintf("%d of %d MB are used", d.Used>>20, d.Budget>>20), err
 }
 
 func checkMemory(context.Context, config) (string, error) {

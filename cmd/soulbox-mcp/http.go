@@ -161,7 +161,8 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 	defer stopWatching()
 	go keys.Watch(watching, s.log)
 	endpoint := s.mcp.HTTP(mcpserver.HTTPOptions{Access: c.access(public, keys, s.log), SessionIdle: c.idle, Rate: c.rate})
-	s.metrics.watch(s.manager, endpoint.Sessions)
+	s.gateway.Admit = admitOwner(endpoint.Access, keys)
+	s.metrics.watch(s.manager, s.descriptors, endpoint.Sessions)
 	control := c.control(s, endpoint)
 	defer control.Close()
 	defer s.alsoLocal("http", getenv)()
@@ -290,6 +291,22 @@ func (c httpConfig) access(at string, keys *sandbox.Keys, log *slog.Logger) mcps
 		return owner, err
 	}
 	return a
+}
+
+// admitOwner lets the tokens of sandboxes be worth something as long as their owner has a valid key, where keys are needed. This machine's user and those
+// whom a provider knows have none.
+func admitOwner(access mcpserver.Access, keys *sandbox.Keys) func(context.Context, string) error {
+	return func(ctx context.Context, owner string) error {
+		if !access.Required() || owner == "" || strings.HasPrefix(owner, oidcOwner) {
+			admitted(ctx, nil)
+			return nil
+		}
+		valid, err := keys.OwnerValid(owner)
+		if err == nil {
+			admitted(ctx, valid)
+		}
+		return err
+	}
 }
 
 // tellKeys says who may use a server that needs keys.

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -620,7 +621,8 @@ func TestHealthAndMetrics(t *testing.T) {
 	for _, m := range regexp.MustCompile(`(?m)^# TYPE (soulbox_\S+ \S+)$`).FindAllStringSubmatch(body, -1) {
 		names = append(names, m[1])
 	}
-	const want = "soulbox_agent_round_trip_seconds histogram\nsoulbox_http_bytes_total counter\nsoulbox_http_sessions gauge\nsoulbox_mcp_request_seconds histogram\nsoulbox_mcp_requests_total counter\n" +
+	names = slices.DeleteFunc(names, func(n string) bool { return strings.HasPrefix(n, "soulbox_account_") }) // those are there once something is used
+	const want = "soulbox_agent_round_trip_seconds histogram\nsoulbox_descriptors gauge\nsoulbox_http_bytes_total counter\nsoulbox_http_sessions gauge\nsoulbox_mcp_request_seconds histogram\nsoulbox_mcp_requests_total counter\n" +
 		"soulbox_memory_free_bytes gauge\nsoulbox_sandbox_operation_seconds histogram\nsoulbox_sandbox_operations_total counter\nsoulbox_sandboxes gauge\nsoulbox_sandboxes_cpu_seconds_total counter\nsoulbox_sandboxes_disk_bytes gauge\n" +
 		"soulbox_sandboxes_memory_bytes gauge\nsoulbox_sandboxes_memory_gb_seconds_total counter\nsoulbox_sandboxes_port_bytes_total counter\nsoulbox_sandboxes_processes gauge\nsoulbox_sandboxes_running_seconds_total counter\nsoulbox_saved_bytes gauge"
 	if got := strings.Join(names, "\n"); got != want {

@@ -40,8 +40,8 @@ func newMetrics() *metrics {
 }
 
 // watch adds what is asked for only when somebody looks.
-func (m *metrics) watch(manager *sandbox.Manager, sessions func() int) {
-	m.registry.MustRegister(room{manager}, prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "soulbox_http_sessions", Help: "MCP sessions over HTTP."}, func() float64 { return float64(sessions()) }))
+func (m *metrics) watch(manager *sandbox.Manager, d *descriptorBudget, sessions func() int) {
+	m.registry.MustRegister(room{manager}, accountUses{manager.Accounts()}, descriptorUse{d}, prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "soulbox_http_sessions", Help: "MCP sessions over HTTP."}, func() float64 { return float64(sessions()) }))
 }
 
 func (m *metrics) handler() http.Handler {

@@ -116,7 +116,7 @@ func (s *service) warnDescriptors() {
 }
 
 // collectEvery is how often what no template, sandbox or build needs any more is removed.
-const collectEvery = time.Hour
+const collectEvery = 10 * time.Minute
 
 func (s *service) collect(ctx context.Context, templates *template.Store) {
 	for {

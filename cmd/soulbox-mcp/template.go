@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -153,7 +154,17 @@ func (c config) listTemplates(stdout io.Writer) error {
 		fmt.Fprintf(w, "%s\t%d MB\t%s\t%s\n", m.Name, m.Size>>20, m.Created.Format(time.DateTime), m.Parent)
 	}
 	fmt.Fprintf(w, "%s\t-\t-\tthe programs of this machine\n", template.HostName)
-	return w.Flush()
+	d, err := store.Disk()
+	if err := errors.Join(err, w.Flush()); err != nil {
+		return err
+	}
+	_, err = fmt.Fprintln(stdout, "\n"+describeDisk(d))
+	return err
+}
+
+// describeDisk says what the templates of all owners take.
+func describeDisk(d template.Disk) string {
+	return fmt.Sprintf("All templates, with what builds keep to be faster, take %d of %d MB of disk (--template-budget-mb).", d.Used>>20, d.Budget>>20)
 }
 
 // progress shows lines as they come: on a terminal the last one only, in one place.

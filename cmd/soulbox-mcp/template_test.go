@@ -93,7 +93,7 @@ func TestTemplatesOverStdio(t *testing.T) {
 		}
 	}
 	list := p.call("template_list", nil).text()
-	if !strings.Contains(list, "template site") || !strings.Contains(list, "template mini") || strings.Contains(list, "wrong") {
+	if !strings.Contains(list, "template site") || !strings.Contains(list, "MB of disk]") || !strings.Contains(list, "template mini") || strings.Contains(list, "wrong") {
 		t.Error(list)
 	}
 	// A cancelled build leaves nothing.
@@ -172,7 +172,7 @@ func TestTemplateCommands(t *testing.T) {
 			t.Fatalf("%v: %v %s", args, err, out)
 		}
 	}
-	if out, err := run("list"); err != nil || !strings.Contains(out, "again") || strings.Contains(out, "mini") || !strings.Contains(out, "host") {
+	if out, err := run("list"); err != nil || !strings.Contains(out, "again") || strings.Contains(out, "mini") || !strings.Contains(out, "host") || !strings.Contains(out, " MB of disk (--template-budget-mb)") {
 		t.Error(err, out)
 	}
 	for want, args := range map[string][]string{"needs 1 arguments": {"delete"}, "no such template": {"delete", "nothere"}, "there is no command": {"frob"}, "cannot be reached": {"pull", "127.0.0.1:1/x", "y"}} {
@@ -186,15 +186,22 @@ func TestTemplateCommands(t *testing.T) {
 func TestKilledInBuild(t *testing.T) {
 	state := importMini(t)
 	p := launch(t, state, "--on-exit=keep")
-	p.start("template_build", map[string]any{"name": "slow", "dockerfile": "FROM mini\nRUN echo first > /first\nRUN sleep 1000\n"})
+	p.start("template_build", map[string]any{"name": "slow", "dockerfile": "FROM mini\nRUN echo first > /first\nRUN sleep 1000\n", "files": map[string]any{"a": "a"}})
 	sandboxtest.Eventually(t, "the build runs", func() bool { return strings.Contains(p.call("sandbox_list", nil).text(), "is running") })
 	if err := p.cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
 	<-p.ended
 	_ = p.cmd.Wait() // it was killed
+	if left, err := filepath.Glob(filepath.Join(state, "templates", "*", ".*")); err != nil || len(left) < 3 {
+		t.Errorf("the build has left %v, %v: of its files, its step and itself", left, err)
+	}
 	next := launch(t, state, "--on-exit=kill")
 	sandboxtest.Eventually(t, "nothing runs", func() bool { return len(sandboxtest.Processes(state)) == 0 })
+	sandboxtest.Eventually(t, "nothing half made is left", func() bool {
+		left, err := filepath.Glob(filepath.Join(state, "templates", "*", ".*"))
+		return err == nil && len(left) == 0
+	})
 	if list := next.call("template_list", nil).text(); strings.Contains(list, "slow") {
 		t.Error(list)
 	}

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -110,4 +111,48 @@ func anonymous(t *testing.T, pid int) int64 {
 		t.Fatal(err)
 	}
 	return kb << 10
+}
+
+// TestScreensAtOnce: terminals of the largest size that are rendered at the same time wait for each other, and the server's memory stays bounded.
+func TestScreensAtOnce(t *testing.T) {
+	w := serve(t, "")
+	c := w.client("", true)
+	call := func(tool string, args map[string]any) sandboxtest.Answer {
+		t.Helper()
+		return must2(t)(c.Call(t.Context(), tool, args))
+	}
+	// Both screens are used; every cell takes its place, whatever is in it.
+	fill := `perl -e '$| = 1; print "line\n" x 320, "\e[?1049h\e[Hdone"; sleep'`
+	a := call("exec", map[string]any{"command": fill, "background": true, "tty": true, "rows": 300, "cols": 500, "tag": "tty"})
+	id := a.Field("sandbox_id")
+	sandboxtest.Eventually(t, "the terminal is full", func() bool {
+		a, err := c.Call(t.Context(), "process_wait", map[string]any{"sandbox_id": id, "tag": "tty", "screen": true, "yield_ms": 1})
+		return err == nil && strings.Contains(a.Text(), "done") // on a busy machine it may take too long, and says so
+	})
+	before := anonymous(t, w.cmd.Process.Pid)
+	var all sync.WaitGroup
+	for range 12 {
+		all.Go(func() {
+			a, err := c.Call(t.Context(), "process_wait", map[string]any{"sandbox_id": id, "tag": "tty", "screen": true, "yield_ms": 1})
+			if err != nil || !strings.Contains(a.Text(), "done") && !strings.Contains(a.Text(), "too long to render") {
+				t.Error(a.Text(), err)
+			}
+		})
+	}
+	ended := make(chan struct{})
+	go func() { all.Wait(); close(ended) }()
+	most := before
+	for going := true; going; {
+		select {
+		case <-ended:
+			going = false
+		case <-time.After(20 * time.Millisecond):
+			most = max(most, anonymous(t, w.cmd.Process.Pid))
+		}
+	}
+	t.Logf("the server: %d MB, before %d MB", most>>20, before>>20)
+	if most > 300<<20 {
+		t.Errorf("the server takes %d MB", most>>20)
+	}
+	call("sandbox_kill", map[string]any{"sandbox_id": id, "confirm": true})
 }

@@ -187,3 +187,10 @@ func (r *treeReader) children(n *Node, block uint32, inner []byte) error {
 	}
 	return nil
 }
+
+// Used is how many bytes the image takes on disk.
+func (m *Image) Used() (int64, error) {
+	var st unix.Stat_t
+	err := unix.Fstat(int(m.f.Fd()), &st)
+	return st.Blocks * 512, err
+}

@@ -22,6 +22,7 @@ type Fake struct {
 	FailSave   error              // makes every Checkpoint fail
 	FailAttach error              // makes every Attach fail
 	FailPause  error              // makes every Pause fail
+	Deaf       bool               // has machines that begin from a memory answer nothing
 	Agents     chan *agent.Server // if set, machines take theirs from here: made outside of a synctest bubble, they do not keep its time from going on
 	Hang       chan struct{}      // if set, Boot waits until it is closed or its context ends
 
@@ -144,6 +145,9 @@ func (f *Fake) Boot(ctx context.Context, spec sandbox.Spec) (sandbox.Machine, er
 	}
 	f.machines[spec.Dir] = m
 	if saved != "" {
+		if f.Deaf {
+			m.gate.shut()
+		}
 		return m.connect(server.ServeAnew), nil
 	}
 	return m.connect(server.Serve), nil

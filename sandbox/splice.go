@@ -1,0 +1,149 @@
+package sandbox
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strconv"
+	"time"
+
+	"soulbox.dev/soulbox/agent"
+)
+
+// lets says whether a connection to this machine's loopback may come in: to a port that is not public only of the server's own user, or of root.
+func (s *Sandbox) lets(e *exposed, conn net.Conn) error {
+	s.mu.Lock()
+	public := e.Public
+	s.mu.Unlock()
+	if public {
+		return nil
+	}
+	return known(conn)
+}
+
+// turnAway tells a client why it may not come in; where many ask it only closes.
+func (e *exposed) turnAway(conn net.Conn, why string) {
+	select {
+	case e.strangers <- struct{}{}:
+	default:
+		_ = conn.Close()
+		return
+	}
+	e.conns.Go(func() {
+		defer func() { <-e.strangers }()
+		defer conn.Close()
+		sayNot(conn, http.StatusForbidden, why)
+	})
+}
+
+// splice connects a client to a port of the sandbox, both ways, half-closes kept, until both have closed or ctx ends.
+func (s *Sandbox) splice(ctx context.Context, conn net.Conn, port int) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
+	client, err := s.Agent(ctx, "connect to a port of")
+	if err != nil {
+		sayNot(conn, http.StatusBadGateway, fmt.Sprintf("The sandbox of this port does not run: %v.\n", err))
+		return
+	}
+	guest, release, err := s.dial(ctx, client, port)
+	if err != nil {
+		sayNot(conn, http.StatusBadGateway, fmt.Sprintf("Nothing listens on port %d of this sandbox. Start a server there (on 127.0.0.1 or 0.0.0.0), then try again.\n", port))
+		return
+	}
+	defer release()
+	defer context.AfterFunc(ctx, func() { _ = guest.Close() })()
+	back := make(chan struct{})
+	go func() {
+		defer close(back)
+		if _, err := io.Copy(stallingConn{conn, s.m.opts.StallTime}, guest); err != nil {
+			cancel()
+			return
+		}
+		if half, ok := conn.(*net.TCPConn); ok {
+			_ = half.CloseWrite() // a client that is gone shows below
+		}
+	}()
+	if _, err := io.Copy(guest, conn); err != nil {
+		cancel()
+	}
+	_ = guest.Close() // its writing half
+	<-back
+}
+
+// dial connects to a server in the sandbox, on either loopback. The connection lives until it is released; its bytes are counted.
+func (s *Sandbox) dial(ctx context.Context, client *agent.Client, port int) (conn net.Conn, release func(), err error) {
+	var errs error
+	for _, host := range []string{"127.0.0.1", "::1"} {
+		// The context of a connection bounds its life: the time for the dial alone is kept apart.
+		life, cancel := context.WithCancel(ctx)
+		timer := time.AfterFunc(dialTime, cancel)
+		conn, err := client.Dial(life, "tcp", net.JoinHostPort(host, strconv.Itoa(port)))
+		if err == nil && timer.Stop() {
+			return countedConn{conn, &s.meter}, cancel, nil
+		}
+		timer.Stop()
+		cancel()
+		errs = errors.Join(errs, err)
+	}
+	return nil, nil, errs
+}
+
+// countedConn counts what goes through it, seen from the sandbox.
+type countedConn struct {
+	net.Conn
+	meter *meter
+}
+
+// Read implements io.Reader.
+func (c countedConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	c.meter.count(0, int64(n))
+	return n, err
+}
+
+// Write implements io.Writer.
+func (c countedConn) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	c.meter.count(int64(n), 0)
+	return n, err
+}
+
+// stallingConn ends a connection whose other side takes nothing for long.
+type stallingConn struct {
+	net.Conn
+	limit time.Duration
+}
+
+// Write implements io.Writer.
+func (c stallingConn) Write(p []byte) (int, error) {
+	_ = c.SetWriteDeadline(time.Now().Add(c.limit)) // a connection that has ended says so below
+	return c.Conn.Write(p)
+}
+
+// sayNot answers a client that speaks HTTP with a page; others see the connection close.
+func sayNot(conn net.Conn, code int, body string) {
+	_ = conn.SetDeadline(time.Now().Add(peekTime)) // one that is gone is seen by the read
+	r := bufio.NewReader(conn)
+	line, err := r.ReadSlice('\n')
+	if err != nil || !bytes.Contains(line, []byte(" HTTP/1.")) {
+		return
+	}
+	_, _ = io.WriteString(conn, page(code, body)) // as above
+	for err == nil {                              // what the client still sends is read, so that it sees the page and not a reset
+		_, err = r.ReadSlice('\n')
+		if errors.Is(err, bufio.ErrBufferFull) {
+			err = nil
+		}
+	}
+}
+
+// page is an answer in HTTP/1.1, and the last one.
+func page(code int, body string) string {
+	return fmt.Sprintf("HTTP/1.1 %d %s\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", code, http.StatusText(code), len(body), body)
+}
