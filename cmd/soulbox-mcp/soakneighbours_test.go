@@ -206,28 +206,28 @@ func (n *neighbours) begin(command string) {
 	n.call(n.ann, "exec", map[string]any{"sandbox_id": n.hers, "command": command, "background": true})
 }
 
-// idleStrangers opens 20,800 connections, or as many as this process may have, and new ones in place of the oldest from then on.
+// idleStrangers opens 20,800 connections in ten seconds, or as many as this process may have, and new ones in place of the oldest from then on.
 func (n *neighbours) idleStrangers(ctx context.Context) {
 	soft, err := softLimit()
 	if err != nil {
 		n.t.Error(err)
 		return
 	}
-	const dialers = 50
-	each := min(20_800, soft-1000) / dialers
+	const dialers, most = 50, 20_800
+	each := min(most, soft-1000) / dialers
 	address := strings.TrimSuffix(strings.TrimPrefix(n.w.url, "http://"), "/mcp")
 	var all sync.WaitGroup
 	for range dialers {
 		all.Go(func() {
 			var conns []net.Conn
-			for ctx.Err() == nil {
+			for pace := 10 * time.Second * dialers / most; ctx.Err() == nil; time.Sleep(pace) {
 				if c, err := (&net.Dialer{Timeout: 5 * time.Second}).DialContext(ctx, "tcp", address); err == nil {
 					conns = append(conns, c)
 				}
 				if len(conns) >= each {
 					_ = conns[0].Close()
 					conns = conns[1:]
-					time.Sleep(500 * time.Millisecond)
+					pace = 500 * time.Millisecond
 				}
 			}
 			for _, c := range conns {
