@@ -5,8 +5,8 @@ import (
 	"strings"
 )
 
-// headerHandle is what a session has that its client may go on with in another session, when the server has forgotten the first: a handle is a name, not a
-// right. Whoever uses it looks whether it is the owner's.
+// headerHandle is what a session has that its client may go on with in another session, when the server has forgotten the first: a handle
+// is a name, not a right. Whoever uses it looks whether it is the owner's.
 const headerHandle = "Soulbox-Session-Handle"
 
 const maxHandle = 256

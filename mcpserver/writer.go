@@ -60,8 +60,8 @@ func (w *writer) write(v any) error {
 // leave notes that the client has closed its end.
 func (w *writer) leave() { w.left.CompareAndSwap(0, time.Now().UnixNano()) }
 
-// watch gives a context that ends when the client has closed its end and takes nothing more: then whoever writes waits in vain. It may hold who reads
-// from in, too, so that the end of in is not read: where in is a pipe the kernel tells of it. It watches until ctx ends.
+// watch gives a context that ends when the client has closed its end and takes nothing more: then whoever writes waits in vain. It may hold
+// who reads from in, too, so that the end of in is not read: where in is a pipe the kernel tells of it. It watches until ctx ends.
 func (w *writer) watch(ctx context.Context, in io.Reader) (givenUp context.Context) {
 	givenUp, giveUp := context.WithCancel(context.Background())
 	go func() {

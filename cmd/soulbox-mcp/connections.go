@@ -92,8 +92,8 @@ type accepted struct {
 	at     *queue.Element
 }
 
-// headTime is how long the head of a request may take to come, and a body that nobody reads. aheadTime is how long a connection may be open ahead of its
-// first byte: clients open more of them than they need at once, and net/http would break those off after headTime.
+// headTime is how long the head of a request may take to come, and a body that nobody reads. aheadTime is how long a connection may be
+// open ahead of its first byte: clients open more of them than they need at once, and net/http would break those off after headTime.
 const (
 	headTime  = 10 * time.Second
 	aheadTime = time.Minute

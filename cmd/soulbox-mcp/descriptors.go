@@ -15,9 +15,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// descriptorBudget is the server's number of file descriptors, as far as connections may have them. A part is kept free for what sandboxes need: runsc, pipes,
-// state files. When connections would take more, those are closed that nobody uses: of clients that have not shown a key first, the oldest first. Where
-// none can be closed no more are accepted. The Go runtime has raised the soft limit to the hard one before main, and gives children the one that was.
+// descriptorBudget is the server's number of file descriptors, as far as connections may have them. A part is kept free for what
+// sandboxes need: runsc, pipes, state files. When connections would take more, those are closed that nobody uses: of clients that have
+// not shown a key first, the oldest first. Where none can be closed no more are accepted. The Go runtime has raised the soft limit to the
+// hard one before main, and gives children the one that was.
 type descriptorBudget struct {
 	log *slog.Logger
 	dir *os.File // /proc/self/fd, open while there are descriptors
@@ -88,9 +89,11 @@ func enoughDescriptors(sandboxes int) (found string, err error) {
 		return "", err
 	}
 	if need := descriptorsFor(sandboxes); limit < need {
-		return "", fmt.Errorf("the server may have %d file descriptors; %d sandboxes, as many as it promises, and their clients need %d", limit, sandboxes, need)
+		return "", fmt.Errorf("the server may have %d file descriptors; %d sandboxes, as many as it promises, and their clients need %d",
+			limit, sandboxes, need)
 	}
-	return fmt.Sprintf("%d, enough for %d sandboxes and %d connections", limit, sandboxes, limit-reserve(limit)-ownNeed-sandboxes*perSandbox), nil
+	connections := limit - reserve(limit) - ownNeed - sandboxes*perSandbox
+	return fmt.Sprintf("%d, enough for %d sandboxes and %d connections", limit, sandboxes, connections), nil
 }
 
 // softLimit is the number of descriptors that this process may have.
@@ -238,7 +241,8 @@ func (d *descriptorBudget) relieveOnce() {
 	limit, others, total := d.limit, d.others, d.total
 	d.mu.Unlock()
 	if tell {
-		d.log.Warn("the server has few file descriptors left: start it with a higher limit (ulimit -n, LimitNOFILE=)", "limit", limit, "connections", total, "others", others)
+		d.log.Warn("the server has few file descriptors left: start it with a higher limit (ulimit -n, LimitNOFILE=)",
+			"limit", limit, "connections", total, "others", others)
 	}
 	for _, v := range victims {
 		_ = v.Close() // whoever had it sees that it ends

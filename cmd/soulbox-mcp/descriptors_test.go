@@ -105,6 +105,7 @@ func entriesOf(t testing.TB, pid int) int {
 
 // TestDescriptorsTakenAway: the limit is lowered below what the running server uses. Nothing ends, and all is well when it is raised again.
 func TestDescriptorsTakenAway(t *testing.T) {
+	t.Parallel()
 	w := serve(t, "")
 	c := w.client("", false)
 	id := must2(t)(c.Call(t.Context(), "exec", map[string]any{"command": "echo kept > f"})).Field("sandbox_id")
@@ -176,6 +177,7 @@ func TestDescriptorsOfSandbox(t *testing.T) {
 
 // TestSlowRequests: a head or a body that does not come is not waited for long, and the answer to who has no key does not wait for a body at all.
 func TestSlowRequests(t *testing.T) {
+	t.Parallel()
 	state := sandboxtest.Dir(t)
 	key := makeKey(t, state, "ann")
 	w := serve(t, state)

@@ -14,6 +14,7 @@ import (
 	"net/netip"
 	"net/url"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -157,9 +158,7 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
 	keys := &sandbox.Keys{Dir: c.stateDir}
-	watching, stopWatching := context.WithCancel(context.Background())
-	defer stopWatching()
-	go keys.Watch(watching, s.log)
+	defer s.watchKeys(keys)()
 	endpoint := s.mcp.HTTP(mcpserver.HTTPOptions{Access: c.access(public, keys, s.log), SessionIdle: c.idle, Rate: c.rate})
 	s.gateway.Admit = admitOwner(endpoint.Access, keys)
 	s.metrics.watch(s.manager, s.descriptors, endpoint.Sessions)
@@ -291,6 +290,17 @@ func (c httpConfig) access(at string, keys *sandbox.Keys, log *slog.Logger) mcps
 		return owner, err
 	}
 	return a
+}
+
+// watchKeys ends what keys have let in once they are not valid any more, until the function that it gives is called.
+func (s *service) watchKeys(keys *sandbox.Keys) (end func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	var watching sync.WaitGroup
+	watching.Go(func() { keys.Watch(ctx, s.log) })
+	return func() {
+		cancel()
+		watching.Wait()
+	}
 }
 
 // admitOwner lets the tokens of sandboxes be worth something as long as their owner has a valid key, where keys are needed. This machine's user and those

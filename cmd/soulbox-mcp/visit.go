@@ -27,7 +27,8 @@ func newWeb(handler http.Handler, log *slog.Logger) *http.Server {
 	web := &http.Server{
 		Handler: visited(handler), ReadHeaderTimeout: headTime, IdleTimeout: idleTime, MaxHeaderBytes: maxHeaders,
 		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug), Protocols: new(http.Protocols),
-		HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams, SendPingTimeout: quietTime, PingTimeout: quietTime / 2, WriteByteTimeout: quietTime},
+		HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams, SendPingTimeout: quietTime, PingTimeout: quietTime / 2,
+			WriteByteTimeout: quietTime},
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			return context.WithValue(ctx, connKey{}, acceptedOf(c))
 		},
@@ -161,8 +162,8 @@ func untilOf(ctx context.Context) context.Context {
 func (v *visit) cut() {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if !v.ended {
-		_ = errors.Join(v.web.SetReadDeadline(time.Unix(1, 0)), v.web.SetWriteDeadline(time.Unix(1, 0))) // a connection that was taken over ends with the context
+	if !v.ended { // a connection that was taken over ends with the context
+		_ = errors.Join(v.web.SetReadDeadline(time.Unix(1, 0)), v.web.SetWriteDeadline(time.Unix(1, 0)))
 	}
 }
 
