@@ -45,9 +45,11 @@ conformance: build
 	@command -v npm >/dev/null || { echo "npm is missing: apt-get install npm"; exit 1; }
 	timeout 1500 conformance/run.sh
 
-# Half an hour of everything at random, with a server that is killed every minute; tests have a short form of it.
+# Half an hour of everything at random on two servers of one state directory, which are killed and starved; then what one owner's attacks do to another's
+# commands, as a table. Tests have a short form of the first.
 soak: build
-	timeout 2700 env SOULBOX_SOAK=30m $(GO) test ./cmd/soulbox-mcp -run TestSoak -timeout 40m -count=1 -v
+	timeout 2700 env SOULBOX_SOAK=30m $(GO) test ./cmd/soulbox-mcp -run '^TestSoak$$' -timeout 40m -count=1 -v
+	timeout 1500 env SOULBOX_SOAK=30m $(GO) test ./cmd/soulbox-mcp -run '^TestSoakNeighbours$$' -timeout 20m -count=1 -v
 
 bench: build
 	timeout 1200 env CGO_ENABLED=0 $(GO) test ./cmd/... -run '^$$' -bench . -benchtime 1x -timeout 14m -v | grep -v -e '^=== ' -e '^ok'

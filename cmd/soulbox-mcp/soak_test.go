@@ -89,6 +89,9 @@ func (s *soak) call(owner, server int, tool string, args map[string]any) (sandbo
 	if err == nil && a.Status >= http.StatusInternalServerError { // without a word of ours
 		err = fmt.Errorf("status %d: %s", a.Status, a.Text())
 	}
+	if ctx.Err() != nil {
+		return a, fmt.Errorf("%s is not answered: %w", tool, err)
+	}
 	if err != nil {
 		if _, now := to.now(); now != kills || squeezes%2 == 1 || to.squeezes.Load() != squeezes {
 			return a, fmt.Errorf("%w: %w", errKilled, err)
@@ -359,11 +362,14 @@ func TestSoak(t *testing.T) {
 	}
 	all.Wait()
 	for _, b := range left { // every one that was told is there, with all that it counted
-		s.told("resume at the end", b, s.resume(b))
-		if err := s.exec(b); err != nil {
-			t.Errorf("at the end: %v", err)
-		}
+		all.Go(func() {
+			s.told("resume at the end", b, s.resume(b))
+			if err := s.exec(b); err != nil {
+				t.Errorf("at the end: %v", err)
+			}
+		})
 	}
+	all.Wait()
 	s.checkFailed()
 	s.clean()
 	s.checkFailed()
@@ -391,19 +397,23 @@ func (s *soak) quiet(server int) int {
 	s.kill(b)
 	http.DefaultClient.CloseIdleConnections()
 	time.Sleep(100 * time.Millisecond) // the server has a moment to see that
-	return descriptors(s.servers[server].w)
+	return len(descriptors(s.servers[server].w))
 }
 
 // clean kills all sandboxes, those too of which no client was told because the server was killed.
 func (s *soak) clean() {
 	sandboxes := filepath.Join(s.state, "sandboxes", "sb*")
 	for end := time.Now().Add(2 * soakPatience); ; {
+		var all sync.WaitGroup
 		for _, i := range s.list("") {
-			_, err := s.call(i.owner, i.server, "sandbox_kill", map[string]any{"sandbox_id": i.ID, "confirm": true})
-			if err != nil && !strings.Contains(err.Error(), "is killed") && !elsewhere(err) {
-				s.t.Error(err)
-			}
+			all.Go(func() {
+				_, err := s.call(i.owner, i.server, "sandbox_kill", map[string]any{"sandbox_id": i.ID, "confirm": true})
+				if err != nil && !strings.Contains(err.Error(), "is killed") && !elsewhere(err) {
+					s.t.Error(err)
+				}
+			})
 		}
+		all.Wait()
 		found, err := filepath.Glob(sandboxes)
 		if err != nil || len(found) == 0 {
 			break
@@ -466,7 +476,13 @@ func (s *soak) list(state string) (all []listed) {
 	return all
 }
 
-func descriptors(w *web) int {
-	entries, _ := os.ReadDir(fmt.Sprintf("/proc/%d/fd", w.cmd.Process.Pid))
-	return len(entries)
+// descriptors are those of a server, as what they are.
+func descriptors(w *web) (open []string) {
+	dir := fmt.Sprintf("/proc/%d/fd", w.cmd.Process.Pid)
+	entries, _ := os.ReadDir(dir)
+	for _, e := range entries {
+		name, _ := os.Readlink(filepath.Join(dir, e.Name()))
+		open = append(open, name)
+	}
+	return open
 }
