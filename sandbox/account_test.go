@@ -22,7 +22,7 @@ import (
 // all its memory. What no machine has is refused for good.
 func TestShares(t *testing.T) {
 	m := newManager(t, t.TempDir(), &sandboxtest.Fake{}, func(o *sandbox.Options) {
-		o.MemoryBudget, o.MaxTasks = 10<<30, 2000
+		o.MemoryBudget, o.MaxTasks = 12<<30, 2000
 		o.Accounts = access.NewAccounts(map[access.Resource]access.Bound{access.Tasks: {Total: 4000, Share: 3000}})
 	})
 	make := func(owner string, l sandbox.Limits) (*sandbox.Sandbox, error) {
@@ -35,7 +35,7 @@ func TestShares(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := make("ann", sandbox.Limits{Memory: 2 << 30, Processes: 8}); !errors.Is(err, sandbox.ErrNoRoom) || !strings.Contains(err.Error(), "2048 MB of memory needed, 1024 MB of your share of 8192 MB are free") {
+	if _, err := make("ann", sandbox.Limits{Memory: 2 << 30, Processes: 8}); !errors.Is(err, sandbox.ErrNoRoom) || !strings.Contains(err.Error(), "2368 MB of memory needed, 1542 MB of your share of 9830 MB are free") {
 		t.Error(err)
 	}
 	two, err := make("", sandbox.Limits{Memory: 3 << 30, Processes: 8})

@@ -164,7 +164,7 @@ func TestRefusals(t *testing.T) {
 // TestRoom: creations at the same time do not take the same memory, and two servers share one budget.
 func TestRoom(t *testing.T) {
 	fake, dir := &sandboxtest.Fake{}, t.TempDir()
-	budget := func(o *sandbox.Options) { o.MemoryBudget = 4 << 30 }
+	budget := func(o *sandbox.Options) { o.MemoryBudget = 4 * promised }
 	managers := []*sandbox.Manager{newManager(t, dir, fake, budget), newManager(t, dir, fake, budget)}
 	first := create(t, managers[0], sandbox.CreateOptions{Limits: sandbox.Limits{Memory: 2 << 30}})
 	var made, refused int

@@ -18,6 +18,9 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
+// promised is what a sandbox with the default limits is promised, in bytes.
+const promised = (1024 + 160) << 20
+
 func keep(o *sandbox.Options) { o.Keep = true }
 
 // count starts a process that says what it is told.
@@ -326,7 +329,7 @@ func TestSnapshots(t *testing.T) {
 // TestFork: also of one that is on disk, and as far as there is room.
 func TestFork(t *testing.T) {
 	fake, dir := &sandboxtest.Fake{}, t.TempDir()
-	m := newManager(t, dir, fake, func(o *sandbox.Options) { o.MemoryBudget = 4 << 30 })
+	m := newManager(t, dir, fake, func(o *sandbox.Options) { o.MemoryBudget = 4 * promised })
 	sb := create(t, m, sandbox.CreateOptions{Metadata: map[string]string{"a": "1"}})
 	if _, err := sb.Expose(8080, false); err != nil {
 		t.Fatal(err)
