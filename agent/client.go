@@ -158,10 +158,15 @@ func call[R any](ctx context.Context, c *Client, method string, args any) (resul
 	if err != nil {
 		return result, c.streamError(ctx, method, err)
 	}
-	err = waiter.Wait(ctx, &result)
+	var raw json.RawMessage
+	err = waiter.Wait(ctx, &raw)
 	var reply *jsonrpc2.Error
 	switch {
 	case err == nil:
+		if err := decodeAnswer(raw, &result); err != nil {
+			var none R
+			return none, fmt.Errorf("%s: %w", method, err)
+		}
 		return result, nil
 	case errors.As(err, &reply):
 		var e Error
@@ -262,11 +267,7 @@ func (c *Client) Ping(ctx context.Context) error {
 
 // Usage tells the consumption of all user processes and, where since is not nil, the events after that number.
 func (c *Client) Usage(ctx context.Context, since *int64) (Usage, error) {
-	u, err := call[Usage](ctx, c, callUsage, UsageRequest{Since: since})
-	if len(u.Events) > maxEvents {
-		return Usage{}, c.lost(callUsage, errors.New("too many events"))
-	}
-	return u, err
+	return call[Usage](ctx, c, callUsage, UsageRequest{Since: since})
 }
 
 // Shell tells what a shell remembers.
@@ -276,11 +277,7 @@ func (c *Client) Shell(ctx context.Context, req ShellRequest) (ShellInfo, error)
 
 // WatchTree begins a watch of a tree, reads one or ends it. What it has to tell is kept for a host that comes later.
 func (c *Client) WatchTree(ctx context.Context, req TreeRequest) (TreeResult, error) {
-	r, err := call[TreeResult](ctx, c, callTree, req)
-	if err == nil && len(r.Events) > maxTreeBatch {
-		return TreeResult{}, c.lost(callTree, errors.New("too many events"))
-	}
-	return r, err
+	return call[TreeResult](ctx, c, callTree, req)
 }
 
 // Stat describes a file, following symlinks.

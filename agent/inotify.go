@@ -13,8 +13,6 @@ import (
 type inotify struct {
 	file *os.File
 	buf  []byte
-	// drained says that the last read took all there was.
-	drained bool
 }
 
 // rawEvent is one event as the kernel tells it.
@@ -65,7 +63,6 @@ func (n *inotify) read() ([]rawEvent, error) {
 	if err != nil {
 		return nil, err
 	}
-	n.drained = size < len(n.buf)-unix.SizeofInotifyEvent-unix.NAME_MAX-1
 	var events []rawEvent
 	for b := n.buf[:size]; len(b) >= unix.SizeofInotifyEvent; {
 		length := int(binary.NativeEndian.Uint32(b[12:]))

@@ -26,16 +26,16 @@ type RelieveRequest struct {
 
 // RelieveResult tells what was killed, the largest first, and in words for people what there is most of: "150,000 open files".
 type RelieveResult struct {
-	Killed []Relieved `json:"killed"`
-	Detail string     `json:"detail,omitempty"`
+	Killed []Relieved `json:"killed" max:"64"`
+	Detail string     `json:"detail,omitempty" max:"200"`
 }
 
 // Relieved is a process that was killed with all that it has started. PID and Name are of the largest one among them, the numbers of all.
 type Relieved struct {
-	Process     string `json:"process"`
-	Tag         string `json:"tag,omitempty"`
+	Process     string `json:"process" max:"128"`
+	Tag         string `json:"tag,omitempty" max:"128"`
 	PID         int    `json:"pid"`
-	Name        string `json:"name"`
+	Name        string `json:"name" max:"256"`
 	Processes   int    `json:"processes"`
 	Memory      int64  `json:"memory"`      // bytes
 	Descriptors int64  `json:"descriptors"` // open files, sockets and others
@@ -49,7 +49,6 @@ func (c *Client) Relieve(ctx context.Context, r RelieveRequest) (RelieveResult, 
 const (
 	maxRelieved = 64      // in one answer
 	maxName     = 64      // bytes of a program's name
-	maxDetail   = 200     // bytes of RelieveResult.Detail
 	manyObjects = 1000    // of the kernel's: who has fewer dies for nothing
 	objectSize  = 4 << 10 // bytes of the kernel's memory that a descriptor or a task takes, about
 )

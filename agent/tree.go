@@ -52,9 +52,9 @@ type tree struct {
 	dirs  map[int32]string // watched directories, by watch descriptor
 	wds   map[string]int32
 	files map[string]bool // what is known to exist, to tell saving from renaming, and what was found from what is made
-	// missed says that a directory was not there when it was looked at; a rename that explains it may be among the next events, until all that
-	// were there by then are taken. missedNow says that it was among those that are being taken.
-	missed, missedNow bool
+	// missing are directories that were not there when they were looked at. An event will say what became of them, which may come much later: a name changes
+	// first, and then the kernel tells. Where it is a rename, what is in them is looked at under the new name.
+	missing map[string]bool
 
 	mu        sync.Mutex
 	ring      []TreeEvent
@@ -75,7 +75,7 @@ func openTree(id string, r TreeRequest, known *atomic.Int64) (_ *tree, err error
 	if len(r.Ignore) > maxIgnore {
 		return nil, invalid("watch: %d patterns to ignore, at most %d are possible", len(r.Ignore), maxIgnore)
 	}
-	t := &tree{id: id, root: path.Clean(r.Path), deep: r.Recursive, known: known, dirs: map[int32]string{}, wds: map[string]int32{}, files: map[string]bool{},
+	t := &tree{id: id, root: path.Clean(r.Path), deep: r.Recursive, known: known, dirs: map[int32]string{}, wds: map[string]int32{}, files: map[string]bool{}, missing: map[string]bool{},
 		written: map[string]int64{}, changed: make(chan struct{}), used: time.Now()}
 	for _, glob := range r.Ignore {
 		if glob == "" || len(glob) > maxPattern {
@@ -123,13 +123,14 @@ func (t *tree) enter(dir string, tell bool) error {
 	t.dirs[wd], t.wds[dir] = dir, wd
 	f, err := os.Open(dir)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil // it is gone again
+		return err // it was removed, or renamed, since it is watched
 	}
 	if err != nil {
 		t.lost()
 		return nil
 	}
 	defer f.Close()
+	delete(t.missing, dir)
 	for {
 		entries, err := f.ReadDir(readDirPart) // a directory may be larger than memory
 		for _, e := range entries {
@@ -159,8 +160,8 @@ func (t *tree) enter(dir string, tell bool) error {
 func (t *tree) descend(name string, tell bool) {
 	err := t.enter(name, tell)
 	switch {
-	case errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR):
-		t.missed, t.missedNow = true, true // it was removed, or renamed
+	case (errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR)) && len(t.missing) < maxTreeDirs:
+		t.missing[name] = true
 	case err != nil:
 		t.lost() // such as no more watches: what happens there is not seen
 	}
@@ -247,10 +248,6 @@ func (t *tree) follow() {
 				t.take(e)
 			}
 		}
-		if t.notify.drained && !t.missedNow {
-			t.missed = false
-		}
-		t.missedNow = false
 		t.tell()
 	}
 }
@@ -293,6 +290,7 @@ func (t *tree) take(e rawEvent) {
 		}
 	case e.has(unix.IN_DELETE):
 		t.unlearn(name)
+		t.found(name)
 		t.emit(TreeEvent{Op: opRemove, Path: name, Dir: isDir})
 	case e.has(unix.IN_MODIFY):
 		t.emit(TreeEvent{Op: opWrite, Path: name})
@@ -323,7 +321,8 @@ func (t *tree) movedAway(e rawEvent) {
 func (t *tree) renamed(from, to rawEvent) {
 	source, ok1 := t.dirs[from.wd]
 	target, ok2 := t.dirs[to.wd]
-	if !ok1 || !ok2 {
+	if !ok1 || !ok2 { // each half for itself
+		t.movedAway(from)
 		t.take(to)
 		return
 	}
@@ -349,9 +348,30 @@ func (t *tree) renamed(from, to rawEvent) {
 	t.rebase(old, name)
 	t.learn(name)
 	t.emit(e)
-	if t.missed && t.deep {
-		t.descend(name, true) // it, or something in it, may have had this name already when its old one was looked for
+	missing := t.found(old)
+	for _, p := range missing {
+		t.descend(path.Join(name, strings.TrimPrefix(p, old)), true)
 	}
+	if len(missing) == 0 && t.deep && t.mistaken(name) {
+		t.again()
+	}
+}
+
+// mistaken says whether another directory is at a path than the one that is watched as that: an old name may have been another's when it was looked at.
+func (t *tree) mistaken(dir string) bool {
+	wd, err := t.notify.add(dir, false)
+	return err == nil && t.dirs[wd] != dir
+}
+
+// found gives the missing directories at or below a path, of which it is known now what became of them.
+func (t *tree) found(name string) (all []string) {
+	for p := range t.missing {
+		if p == name || strings.HasPrefix(p, name+"/") {
+			delete(t.missing, p)
+			all = append(all, p)
+		}
+	}
+	return all
 }
 
 // rebase gives all that is below a directory its new name.
@@ -389,6 +409,7 @@ func (t *tree) rebase(old, name string) {
 
 // leave ends the watching of all that was at or below a path.
 func (t *tree) leave(name string) {
+	t.found(name)
 	below := func(p string) bool { return p == name || strings.HasPrefix(p, name+"/") }
 	for wd, dir := range t.dirs {
 		if below(dir) {
@@ -416,6 +437,7 @@ func (t *tree) again() {
 	}
 	clear(t.dirs)
 	clear(t.wds)
+	clear(t.missing)
 	if err := t.enter(t.root, false); err != nil {
 		t.end()
 	}

@@ -16,6 +16,8 @@ func (t *tree) emit(e TreeEvent) {
 			return
 		}
 		t.written[e.Path] = next
+	} else if e.Dir { // what is below has other names, or is gone
+		clear(t.written)
 	} else {
 		delete(t.written, e.Path)
 		delete(t.written, e.From)

@@ -37,7 +37,7 @@ type TreeEvent struct {
 // TreeResult is what a watch has to tell.
 type TreeResult struct {
 	Watch  string      `json:"watch"`
-	Events []TreeEvent `json:"events"`
+	Events []TreeEvent `json:"events" max:"2000"`
 	Next   int64       `json:"next"`           // the first event that is not in it
 	More   bool        `json:"more,omitempty"` // there are some already
 	// Lost says that events are missing: because there were too many, or the reader was too slow. What is there must be looked at anew.

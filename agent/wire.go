@@ -220,10 +220,10 @@ const (
 
 // Process is a running or ended process.
 type Process struct {
-	ID      string    `json:"id"`
-	Tag     string    `json:"tag,omitempty"`
-	State   string    `json:"state"`
-	Command string    `json:"command,omitempty"`
+	ID      string    `json:"id" max:"128"`
+	Tag     string    `json:"tag,omitempty" max:"128"`
+	State   string    `json:"state" max:"128"`
+	Command string    `json:"command,omitempty" max:"16384"`
 	Args    []string  `json:"args,omitempty"`
 	Cwd     string    `json:"cwd"`
 	User    string    `json:"user"`
@@ -232,8 +232,8 @@ type Process struct {
 	Ended   time.Time `json:"ended,omitzero"`
 	// ExitCode is the exit status, or 128+signal as shells have it; meaningful when exited.
 	ExitCode int    `json:"exit_code"`
-	Signal   string `json:"signal,omitempty"`
-	Cause    string `json:"cause,omitempty"`
+	Signal   string `json:"signal,omitempty" max:"128"`
+	Cause    string `json:"cause,omitempty" max:"128"`
 	// Children counts what the process started and left behind; they go on when it has ended.
 	Children int `json:"children,omitempty"`
 	// LimitHit says that a fork was refused because there were too many processes.
@@ -288,7 +288,7 @@ type Usage struct {
 	// AgentMemory is the agent's own resident memory in bytes.
 	AgentMemory int64 `json:"agent_memory"`
 	// Events are those that were asked for, the oldest first; the agent keeps the latest ones only.
-	Events []Event `json:"events,omitempty"`
+	Events []Event `json:"events,omitempty" max:"512"`
 }
 
 // Types of files.

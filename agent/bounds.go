@@ -1,0 +1,106 @@
+package agent
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"reflect"
+	"strconv"
+	"time"
+)
+
+// Bounds of what an agent answers, where a field has none of its own (`max:"N"`).
+const (
+	maxText    = 32 << 10 // bytes of a string: a path of 4 KiB takes three times that where it is no text
+	maxObjects = 4 * maxEntries
+)
+
+// decodeAnswer decodes what an agent has answered, whose parts are as large as they may be and not larger.
+func decodeAnswer(raw json.RawMessage, result any) error {
+	if n := objects(raw); n > maxObjects { // before they are made: a few bytes of JSON become hundreds
+		return fmt.Errorf("the answer has %d parts, at most %d are possible: %w", n, maxObjects, ErrTooLarge)
+	}
+	if len(raw) > 0 {
+		if err := json.Unmarshal(raw, result); err != nil {
+			return fmt.Errorf("decode the answer: %w", err)
+		}
+	}
+	return bounded(reflect.ValueOf(result).Elem(), "", 0)
+}
+
+// objects counts the objects and lists in JSON.
+func objects(raw []byte) (n int) {
+	for {
+		i := bytes.IndexAny(raw, `{["`)
+		if i < 0 {
+			return n
+		}
+		if raw[i] != '"' {
+			n++
+			raw = raw[i+1:]
+			continue
+		}
+		for raw = raw[i+1:]; ; raw = raw[i+2:] { // to the end of the text
+			if i = bytes.IndexAny(raw, `"\`); i < 0 || raw[i] == '\\' && i+2 > len(raw) {
+				return n
+			}
+			if raw[i] == '"' {
+				raw = raw[i+1:]
+				break
+			}
+		}
+	}
+}
+
+// bounded checks a value and all that is in it; limit is its field's own, or 0.
+func bounded(v reflect.Value, name string, limit int) error {
+	switch v.Kind() {
+	case reflect.String:
+		return within(v.Len(), limit, maxText, name, "bytes")
+	case reflect.Pointer:
+		if !v.IsNil() {
+			return bounded(v.Elem(), name, limit)
+		}
+	case reflect.Slice:
+		if v.Type().Elem().Kind() == reflect.Uint8 {
+			return within(v.Len(), limit, maxWindow, name, "bytes")
+		}
+		for i := range v.Len() {
+			if err := bounded(v.Index(i), name, 0); err != nil {
+				return err
+			}
+		}
+		return within(v.Len(), limit, maxEntries, name, "entries")
+	case reflect.Map:
+		for of := v.MapRange(); of.Next(); {
+			for _, part := range []reflect.Value{of.Key(), of.Value()} {
+				if err := bounded(part, name, maxCommand); err != nil {
+					return err
+				}
+			}
+		}
+		return within(v.Len(), limit, maxEntries, name, "entries")
+	case reflect.Struct:
+		if v.Type() == reflect.TypeFor[time.Time]() {
+			return nil
+		}
+		for i := range v.NumField() {
+			f := v.Type().Field(i)
+			own, _ := strconv.Atoi(f.Tag.Get("max")) // 0 is none of its own
+			if err := bounded(v.Field(i), f.Name, own); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func within(n, limit, otherwise int, name, of string) error {
+	if limit == 0 {
+		limit = otherwise
+	}
+	if n > limit {
+		return fmt.Errorf("the answer has %d %s of %s, at most %d are possible: %w", n, of, name, limit, ErrTooLarge)
+	}
+	return nil
+}
