@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"strings"
@@ -38,7 +37,7 @@ func Owner() (uid, gid int) {
 }
 
 // command builds a call of runsc in new user, mount and IPC namespaces. Its mounts vanish with them.
-func (r runsc) command(ctx context.Context, args ...string) (*exec.Cmd, io.Closer, error) {
+func (r runsc) command(ctx context.Context, args ...string) (*exec.Cmd, *os.File, error) {
 	flags := []string{
 		"--root=" + r.root, "--ignore-cgroups", "--platform=systrap", "--network=none", "--in-sandbox-cgroup=v2",
 		// Commands of agents are short: large pages cost each of them about a tenth of its time.
@@ -76,6 +75,22 @@ func (r runsc) command(ctx context.Context, args ...string) (*exec.Cmd, io.Close
 	return cmd, binary, nil
 }
 
+// forkNeeds are the descriptors that Go takes to fork into a user namespace: two pipes, a pidfd, and the map of ids. Where the fork itself fails, as for lack
+// of the pidfd, Go forgets the second pipe (syscall.forkAndExecInChild).
+const forkNeeds = 6
+
+// roomToFork fails where there are too few descriptors for a fork.
+func roomToFork(f *os.File) error {
+	for range forkNeeds {
+		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("start runsc: %w", err)
+		}
+		defer unix.Close(fd)
+	}
+	return nil
+}
+
 // start starts the container by the given call, detached, with the given stdio, and returns when it runs.
 func (r runsc) start(ctx context.Context, args []string, stdin, stdout, stderr *os.File, errOutput *headBuffer) error {
 	cmd, binary, err := r.command(ctx, append(args, containerID)...)
@@ -84,6 +99,9 @@ func (r runsc) start(ctx context.Context, args []string, stdin, stdout, stderr *
 	}
 	defer binary.Close()
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = stdin, stdout, stderr
+	if err := roomToFork(binary); err != nil {
+		return err
+	}
 	if err := cmd.Run(); err != nil {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)

@@ -78,7 +78,7 @@ func TestSoakNeighbours(t *testing.T) {
 	n.his = n.call(n.bob, "sandbox_create", nil).Field("sandbox_id")
 	n.sum = n.call(n.bob, "exec", map[string]any{"sandbox_id": n.his, "command": "head -c 1000000 /dev/urandom > f; sha256sum < f"}).Field("output")
 	n.call(n.bob, "exec", map[string]any{"sandbox_id": n.his, "command": "sleep 1000000", "background": true, "tag": "kept"})
-	table := fmt.Sprintf("%-45s %10s %10s %10s %10s %8s\n", "attack, and bob's exec of true", "quiet p50", "quiet p99", "then p50", "then p99", "times")
+	table := fmt.Sprintf("%-45s %10s %10s %10s %10s %8s  %s\n", "attack, and bob's exec of true", "quiet p50", "quiet p99", "then p50", "then p99", "times", "the server, before and at most")
 	for _, a := range attacks {
 		table += n.under(a, length)
 	}
@@ -90,6 +90,7 @@ func (n *neighbours) under(a attack, length time.Duration) string {
 	n.t.Helper()
 	n.hers = n.call(n.ann, "sandbox_create", map[string]any{"network": "full"}).Field("sandbox_id")
 	quiet := n.measure(max(length/4, time.Second))
+	before := n.costs()
 	ctx, cancel := context.WithTimeout(n.t.Context(), length)
 	defer cancel()
 	over := make(chan struct{})
@@ -107,7 +108,8 @@ func (n *neighbours) under(a attack, length time.Duration) string {
 	for _, i := range n.listOf(n.ann) { // builds, too
 		n.call(n.ann, "sandbox_kill", map[string]any{"sandbox_id": i, "confirm": true})
 	}
-	row := fmt.Sprintf("%-45s %10s %10s %10s %10s %8d\n", a.name, millisecondsOf(quiet.p50), millisecondsOf(quiet.p99), millisecondsOf(then.p50), millisecondsOf(then.p99), then.count)
+	row := fmt.Sprintf("%-45s %10s %10s %10s %10s %8d  %v; %v\n", a.name, millisecondsOf(quiet.p50), millisecondsOf(quiet.p99), millisecondsOf(then.p50),
+		millisecondsOf(then.p99), then.count, before, then.most)
 	n.t.Log(row)
 	return row
 }
@@ -120,12 +122,29 @@ func millisecondsOf(d time.Duration) string {
 type answerTimes struct {
 	p50, p99 time.Duration
 	count    int
+	most     costs // of the server meanwhile
+}
+
+// costs are what a server takes of the machine.
+type costs struct {
+	descriptors int
+	memory      int64
+}
+
+func (c costs) String() string {
+	return fmt.Sprintf("%d descriptors, %d MB", c.descriptors, c.memory>>20)
+}
+
+func (n *neighbours) costs() costs {
+	return costs{entriesOf(n.t, n.w.cmd.Process.Pid), rssOf(n.t, n.w.cmd.Process.Pid)}
 }
 
 // measure runs bob's command again and again, in turn on a connection that is there and on a new one.
 func (n *neighbours) measure(length time.Duration) answerTimes {
 	n.t.Helper()
 	var all []time.Duration
+	var most costs
+	looked := time.Now()
 	clients := []*http.Client{http.DefaultClient, n.fresh}
 	for end := time.Now().Add(length); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
 		r, _, err := n.bob.Prepare(n.t.Context(), "tools/call", map[string]any{"name": "exec", "arguments": map[string]any{"sandbox_id": n.his, "command": "true"}})
@@ -142,9 +161,13 @@ func (n *neighbours) measure(length time.Duration) answerTimes {
 		if err = errors.Join(err, res.Body.Close()); err != nil || !bytes.Contains(body, []byte(`"exit_code":0`)) {
 			n.t.Fatalf("bob's command: %v %d %s", err, res.StatusCode, body)
 		}
+		if time.Since(looked) > time.Second {
+			now := n.costs()
+			most, looked = costs{max(most.descriptors, now.descriptors), max(most.memory, now.memory)}, time.Now()
+		}
 	}
 	slices.Sort(all)
-	return answerTimes{all[len(all)/2], all[len(all)*99/100], len(all)}
+	return answerTimes{all[len(all)/2], all[len(all)*99/100], len(all), most}
 }
 
 // nothingLost: bob has his file and his process, and ann her sandbox.
@@ -300,9 +323,11 @@ func (n *neighbours) tunnels(ctx context.Context) {
 	readLittle(ctx, address, 256, "GET /socket HTTP/1.1\r\nHost: "+address+"\r\nE2b-Sandbox-Id: "+n.hers+"\r\nE2b-Sandbox-Port: 8000\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
 }
 
+// takeMemory has processes take more than there is, again and again: what began them may be ended with them.
 func (n *neighbours) takeMemory(ctx context.Context) {
-	n.begin(`while :; do perl -e 'for (1..64) { $p = fork; defined $p or last; $p or do { $x = "a" x 41943040; select undef, undef, undef, 0.5; exit } } 1 while wait > 0'; done`)
-	<-ctx.Done()
+	n.hits(ctx, 1, "exec", func(int) map[string]any {
+		return map[string]any{"isolated": true, "command": `perl -e 'for (1..64) { $p = fork; defined $p or last; $p or do { $x = "a" x 41943040; select undef, undef, undef, 0.5; exit } } 1 while wait > 0'`}
+	})
 }
 
 // bomb is an archive of a few hundred KB, in streams of xz, with a file of gigabytes in it.
