@@ -8,6 +8,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -158,6 +159,33 @@ func TestPackageDocs(t *testing.T) {
 		}
 		if !documented {
 			t.Errorf("package %s has no doc comment", pkg)
+		}
+	}
+}
+
+// TestThreats wants every test that docs/threats.md names.
+func TestThreats(t *testing.T) {
+	doc, err := os.ReadFile("docs/threats.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var tests strings.Builder
+	for file := range allImports(t) {
+		if strings.HasSuffix(file, "_test.go") {
+			body, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			tests.Write(body)
+		}
+	}
+	names := regexp.MustCompile("`(Test[A-Za-z0-9]+)`").FindAllStringSubmatch(string(doc), -1)
+	if len(names) < 40 {
+		t.Errorf("it names %d tests", len(names))
+	}
+	for _, name := range names {
+		if !strings.Contains(tests.String(), "func "+name[1]+"(t *testing.T)") {
+			t.Errorf("docs/threats.md names %s, which does not exist", name[1])
 		}
 	}
 }

@@ -52,8 +52,9 @@ type groupDir struct {
 
 const cgroupMount = "/sys/fs/cgroup"
 
-// mountCgroups moves the agent out of the way, makes the users' cgroup, and hides the writable tree. Each user process begins in a cgroup namespace of
-// its own (spawnAttr.group): whatever root in a user namespace of its own mounts, it sees its own cgroup and none beside or above it.
+// mountCgroups moves the agent out of the way, makes the users' cgroup, and hides the writable tree. Each user process begins in a cgroup
+// namespace of its own (spawnAttr.group): whatever root in a user namespace of its own mounts, it sees its own cgroup and none beside or
+// above it.
 func mountCgroups() (*cgroups, error) {
 	agent, user := filepath.Join(cgroupMount, "agent"), filepath.Join(cgroupMount, "user")
 	for _, dir := range []string{agent, user} {
@@ -97,8 +98,8 @@ func mountCgroups() (*cgroups, error) {
 	return c, err
 }
 
-// showCgroup mounts the cgroup in dir, and what is below it, where programs look for cgroups: read-only, and in place of all others. What is mounted is
-// the root of the caller's namespace, which for that time is this one.
+// showCgroup mounts the cgroup in dir, and what is below it, where programs look for cgroups: read-only, and in place of all others. What
+// is mounted is the root of the caller's namespace, which for that time is this one.
 func showCgroup(dir *os.File) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -206,8 +207,8 @@ func (c *cgroups) make() (*cgroup, error) {
 // leftMemory is how much memory a cgroup that is used again may have: who is in it next would be held to have taken it.
 const leftMemory = 4 << 20
 
-// release gives the cgroup back to be used again, if nothing is left in it; otherwise it does what remove does. Who has not lasted cannot have left much memory, as
-// files: to look for it takes a part of a short command's time.
+// release gives the cgroup back to be used again, if nothing is left in it; otherwise it does what remove does. Who has not lasted cannot
+// have left much memory, as files: to look for it takes a part of a short command's time.
 func (g *cgroup) release(lasted bool) {
 	if g == nil {
 		return

@@ -5,8 +5,9 @@ import (
 	"time"
 )
 
-// countdown calls something when a time has run, in which the sandbox did: a pause is not part of it. The guest's clocks go on while its machine is frozen or
-// saved, all at once as it seems to it, so a countdown is made of steps, and of each as much counts as it should have taken, and half as much again.
+// countdown calls something when a time has run, in which the sandbox did: a pause is not part of it. The guest's clocks go on while its
+// machine is frozen or saved, all at once as it seems to it, so a countdown is made of steps, and of each as much counts as it should have
+// taken, and half as much again.
 type countdown struct {
 	mu      sync.Mutex
 	timer   *time.Timer
@@ -24,8 +25,7 @@ func after(left time.Duration, do func()) *countdown {
 	c := &countdown{}
 	step := min(max(left/steps, time.Millisecond), longestStep)
 	begun := time.Now()
-	var next func()
-	next = func() {
+	next := func() {
 		c.mu.Lock()
 		if c.stopped {
 			c.mu.Unlock()

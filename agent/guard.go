@@ -11,9 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// guard keeps the memory of all user processes under a limit, which gVisor's memory.max does not. When more is used all of them are stopped at once, for
-// many that grow would outrun the guard; then what takes most is killed, and the others go on when its memory is free. It looks often when little is left
-// or much is taken quickly, seldom otherwise, and not at all while nothing runs.
+// guard keeps the memory of all user processes under a limit, which gVisor's memory.max does not. When more is used all of them are stopped
+// at once, for many that grow would outrun the guard; then what takes most is killed, and the others go on when its memory is free. It
+// looks often when little is left or much is taken quickly, seldom otherwise, and not at all while nothing runs.
 type guard struct {
 	server *Server
 	woken  chan struct{}
@@ -84,7 +84,8 @@ func (g *guard) run() {
 		case <-g.server.ctx.Done():
 			return
 		case <-g.woken:
-			// Most commands have ended by then, and a look at the memory costs about as much as a tenth of one. It cannot fill much meanwhile.
+			// Most commands have ended by then, and a look at the memory costs about as much as a tenth of one. It cannot fill much
+			// meanwhile.
 			if !g.awake.Swap(true) {
 				timer.Reset(firstLook)
 			}
@@ -136,8 +137,8 @@ func (g *guard) look() time.Duration {
 	return g.pause
 }
 
-// machineMemory is all that is used in the sandbox, wherever it is counted. To read a cgroup's own takes gVisor a thousand times as long while much is taken: it
-// asks the host for each page.
+// machineMemory is all that is used in the sandbox, wherever it is counted. To read a cgroup's own takes gVisor a thousand times as long
+// while much is taken: it asks the host for each page.
 func machineMemory() int64 {
 	var info unix.Sysinfo_t
 	if err := unix.Sysinfo(&info); err != nil {
@@ -174,8 +175,9 @@ func otherMemory() int64 {
 	return own + keyed(strings.ReplaceAll(string(info), ":", ""), "Mapped")<<10
 }
 
-// relieve stops all others and kills until what is left is under the limit: the largest process where that is enough, else all that is in its group, else
-// that of the next ones, too. What has ended is given time until its memory is free: nobody dies for it. Then the others go on.
+// relieve stops all others and kills until what is left is under the limit: the largest process where that is enough, else all that is in
+// its group, else that of the next ones, too. What has ended is given time until its memory is free: nobody dies for it. Then the others go
+// on.
 func (g *guard) relieve(limit int64) {
 	if g.frozen.IsZero() {
 		g.freeze()
@@ -212,7 +214,8 @@ func (g *guard) relieve(limit int64) {
 	}
 }
 
-// choose gives the largest process, and makes l that alone, where that frees as much as is needed and most of what its group has; else all of the group.
+// choose gives the largest process, and makes l that alone, where that frees as much as is needed and most of what its group has; else all
+// of the group.
 func choose(l *load, need int64) victim {
 	largest, _ := l.measure(residentMemory)
 	if size := min(largest, l.Memory); l.Processes > 1 && size >= need && size >= l.Memory/2 {
@@ -233,7 +236,8 @@ func (g *guard) kill(l load, v victim, limit int64) {
 	g.victims = append(g.victims, v)
 	g.server.oomKills.Add(1)
 	g.server.noteKill(l.Relieved, limit)
-	g.server.log("out of memory: %d of %d bytes used: kill %d processes of %s, the largest pid %d, with %d bytes", g.used, limit, l.Processes, l.Process, l.PID, l.Memory)
+	g.server.log("out of memory: %d of %d bytes used: kill %d processes of %s, the largest pid %d, with %d bytes",
+		g.used, limit, l.Processes, l.Process, l.PID, l.Memory)
 }
 
 // dying is how much memory is still to be free of what is killed already.
@@ -258,8 +262,8 @@ func (g *guard) isVictim(group *cgroup) bool {
 	return slices.ContainsFunc(g.victims, func(v victim) bool { return v.pid == 0 && v.group == group })
 }
 
-// freeze stops all processes but bridges, and holds back new ones. It is one system call: on a busy machine each takes long, and who is not stopped takes
-// more memory meanwhile.
+// freeze stops all processes but bridges, and holds back new ones. It is one system call: on a busy machine each takes long, and who is not
+// stopped takes more memory meanwhile.
 func (g *guard) freeze() {
 	g.frozen = time.Now()
 	gate := make(chan struct{})

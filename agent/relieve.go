@@ -17,8 +17,8 @@ const (
 	RelieveKernel = "kernel" // of the sandbox's kernel: descriptors, sockets, tasks
 )
 
-// RelieveRequest has the agent kill what takes most, whole processes with all that they have started, until about Target bytes are free. Zero is the
-// largest one alone.
+// RelieveRequest has the agent kill what takes most, whole processes with all that they have started, until about Target bytes are free.
+// Zero is the largest one alone.
 type RelieveRequest struct {
 	Kind   string `json:"kind"`
 	Target int64  `json:"target,omitempty"`
@@ -41,7 +41,8 @@ type Relieved struct {
 	Descriptors int64  `json:"descriptors"` // open files, sockets and others
 }
 
-// Relieve has processes killed where the host finds that the sandbox takes too much. It is no use of the sandbox. An older agent is ErrVersion.
+// Relieve has processes killed where the host finds that the sandbox takes too much. It is no use of the sandbox. An older agent is
+// ErrVersion.
 func (c *Client) Relieve(ctx context.Context, r RelieveRequest) (RelieveResult, error) {
 	return call[RelieveResult](ctx, c, callRelieve, r)
 }
@@ -147,7 +148,8 @@ func (s *Server) relieve(r RelieveRequest) (RelieveResult, error) {
 	return result, nil
 }
 
-// kernelDetail tells what there is most of. Files that nobody has open, and connections that are over, are in no list: they are what is left.
+// kernelDetail tells what there is most of. Files that nobody has open, and connections that are over, are in no list: they are what is
+// left.
 func kernelDetail(loads []load) string {
 	var descriptors, tasks int64
 	for _, l := range loads {

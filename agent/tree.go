@@ -52,8 +52,8 @@ type tree struct {
 	dirs  map[int32]string // watched directories, by watch descriptor
 	wds   map[string]int32
 	files map[string]bool // what is known to exist, to tell saving from renaming, and what was found from what is made
-	// missing are directories that were not there when they were looked at. An event will say what became of them, which may come much later: a name changes
-	// first, and then the kernel tells. Where it is a rename, what is in them is looked at under the new name.
+	// missing are directories that were not there when they were looked at. An event will say what became of them, which may come much
+	// later: a name changes first, and then the kernel tells. Where it is a rename, what is in them is looked at under the new name.
 	missing map[string]bool
 
 	mu        sync.Mutex
@@ -357,7 +357,8 @@ func (t *tree) renamed(from, to rawEvent) {
 	}
 }
 
-// mistaken says whether another directory is at a path than the one that is watched as that: an old name may have been another's when it was looked at.
+// mistaken says whether another directory is at a path than the one that is watched as that: an old name may have been another's when it
+// was looked at.
 func (t *tree) mistaken(dir string) bool {
 	wd, err := t.notify.add(dir, false)
 	return err == nil && t.dirs[wd] != dir

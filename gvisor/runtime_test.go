@@ -228,8 +228,8 @@ func TestMemoryBombs(t *testing.T) {
 	}
 }
 
-// TestUserNamespace: root in a user namespace of its own can mount cgroups, but sees its own alone, whose limits it cannot change; and it cannot begin a
-// process in another one. So its processes and its memory are counted, and end as those of others.
+// TestUserNamespace: root in a user namespace of its own can mount cgroups, but sees its own alone, whose limits it cannot change; and it
+// cannot begin a process in another one. So its processes and its memory are counted, and end as those of others.
 func TestUserNamespace(t *testing.T) {
 	sb, c := newSandbox(t, sandbox.CreateOptions{Limits: sandbox.Limits{Processes: 64, Memory: 128 << 20}})
 	if _, err := c.Start(t.Context(), agent.StartRequest{Command: "sleep 600"}); err != nil { // its cgroup is there to be entered

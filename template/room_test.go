@@ -12,10 +12,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
-	"syscall"
 	"testing"
-
-	"golang.org/x/sys/unix"
 
 	"soulbox.dev/soulbox/internal/sandboxtest"
 	"soulbox.dev/soulbox/sandbox"
@@ -175,29 +172,7 @@ func TestBuildBudget(t *testing.T) {
 // TestBuildOnFullDisk: on a disk that is full, a build ends by saying so, wherever it wants to write; nothing half made is left, and it
 // works once there is room.
 func TestBuildOnFullDisk(t *testing.T) {
-	const size = 400 << 20
-	if dir := os.Getenv(againVar); dir != "" || os.Geteuid() == 0 {
-		if dir == "" {
-			dir = sandboxtest.Dir(t)
-		}
-		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, fmt.Sprintf("size=%d,mode=0711", size)); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() {
-			if err := unix.Unmount(dir, 0); err != nil {
-				t.Error(err)
-			}
-		})
-		fullDiskTest(t, dir)
-		return
-	}
-	cmd := again(t, t.TempDir()) // in a mount namespace of its own, an ordinary user may mount
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER | syscall.CLONE_NEWNS, AmbientCaps: []uintptr{unix.CAP_SYS_ADMIN},
-		UidMappings: []syscall.SysProcIDMap{{ContainerID: os.Geteuid(), HostID: os.Geteuid(), Size: 1}},
-		GidMappings: []syscall.SysProcIDMap{{ContainerID: os.Getegid(), HostID: os.Getegid(), Size: 1}}}
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
+	sandboxtest.OnSmallDisk(t, 400<<20, func(dir string) { fullDiskTest(t, dir) })
 }
 
 func fullDiskTest(t *testing.T, dir string) {
