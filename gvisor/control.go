@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/unet"
 	"gvisor.dev/gvisor/pkg/urpc"
 )
@@ -70,7 +71,19 @@ func openSocket(run string) (*unet.Socket, error) {
 		return nil, err
 	}
 	defer dir.Close()
-	return unet.Connect(fmt.Sprintf("/proc/self/fd/%d/runsc-%s.sock", dir.Fd(), containerID), false)
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	var socket *unet.Socket
+	if err = unix.Connect(fd, &unix.SockaddrUnix{Name: fmt.Sprintf("/proc/self/fd/%d/runsc-%s.sock", dir.Fd(), containerID)}); err == nil {
+		socket, err = unet.NewSocket(fd)
+	}
+	if err != nil {
+		_ = unix.Close(fd) // unet.Connect forgets it where there is no descriptor for its event
+		return nil, err
+	}
+	return socket, nil
 }
 
 // Methods of the control socket.
