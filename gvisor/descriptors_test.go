@@ -21,7 +21,7 @@ func TestNoDescriptorIsLeft(t *testing.T) {
 		if err := os.Mkdir(dir, 0o711); err != nil {
 			t.Fatal(err)
 		}
-		m, err := r.Boot(t.Context(), sandbox.Spec{ID: "sbtest", Dir: dir, Template: host, Limits: sandbox.DefaultLimits()})
+		m, err := r.Boot(t.Context(), sandbox.Spec{ID: "sbstarved", Dir: dir, Template: host, Limits: sandbox.DefaultLimits()})
 		if err != nil {
 			err = fmt.Errorf("boot: %w", err)
 			if rerr := os.RemoveAll(dir); rerr != nil {
