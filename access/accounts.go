@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"time"
 )
 
 // Resource is something of the server that has an end.
@@ -143,6 +144,41 @@ func (a *Accounts) Wait(ctx context.Context, owner string, r Resource, n int64) 
 		a.waiting = slices.DeleteFunc(a.waiting, func(other *waiter) bool { return other == w })
 	}
 	return nil, context.Cause(ctx)
+}
+
+// Part is so much of a resource.
+type Part struct {
+	Of Resource
+	N  int64
+}
+
+// errLate is the end of a wait.
+var errLate = errors.New("no room in time")
+
+// TakeAll takes all parts for an owner, or nothing. Where there is no room it waits for so long, or not at all for 0; then that is a FullError.
+func (a *Accounts) TakeAll(ctx context.Context, wait time.Duration, owner string, parts ...Part) (release func(), err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, wait, errLate)
+	defer cancel()
+	var held []func()
+	release = func() {
+		for _, give := range held {
+			give()
+		}
+	}
+	for _, p := range parts {
+		give, err := a.Take(owner, p.Of, p.N)
+		if errors.Is(err, ErrFull) && wait > 0 {
+			if give, err = a.Wait(ctx, owner, p.Of, p.N); errors.Is(err, errLate) {
+				give, err = a.Take(owner, p.Of, p.N) // which says what is full
+			}
+		}
+		if err != nil {
+			release()
+			return nil, err
+		}
+		held = append(held, give)
+	}
+	return release, nil
 }
 
 // lack says why n cannot be taken. a.mu is held.

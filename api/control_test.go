@@ -37,7 +37,7 @@ const testDomain = "box.test"
 
 func newAPITest(t *testing.T) *apiTest {
 	t.Helper()
-	m, err := sandbox.NewManager(sandbox.Options{Dir: t.TempDir(), Runtime: &sandboxtest.Fake{}, Templates: sandboxtest.Templates{}, Version: "test", MaxPerOwner: 20})
+	m, err := sandbox.NewManager(sandbox.Options{Dir: t.TempDir(), Runtime: &sandboxtest.Fake{}, Templates: sandboxtest.Templates{}, Version: "test", MaxPerOwner: 20, ConnWait: 50 * time.Millisecond})
 	if err != nil {
 		t.Fatal(err)
 	}

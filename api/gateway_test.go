@@ -87,7 +87,7 @@ func app(broken chan<- struct{}) http.Handler {
 
 func newGatewayTest(t *testing.T, change ...func(*sandbox.Options)) *gatewayTest {
 	t.Helper()
-	o := sandbox.Options{Dir: t.TempDir(), Runtime: &sandboxtest.Fake{}, Templates: sandboxtest.Templates{}, Version: "test"}
+	o := sandbox.Options{Dir: t.TempDir(), Runtime: &sandboxtest.Fake{}, Templates: sandboxtest.Templates{}, Version: "test", ConnWait: 50 * time.Millisecond}
 	for _, do := range change {
 		do(&o)
 	}

@@ -59,7 +59,7 @@ func (c *Control) upload(w http.ResponseWriter, r *http.Request) {
 		c.fail(w, r, refuse(http.StatusForbidden, "the URL is not valid, or not any more; ask for another one"))
 		return
 	}
-	release, err := takeRequest(c.Manager.Accounts(), owner, agent.FileBuffers)
+	release, err := takeRequest(r.Context(), c.Manager, owner, agent.FileBuffers)
 	if err != nil {
 		c.fail(w, r, err)
 		return

@@ -2,6 +2,7 @@ package api
 
 import (
 	"bufio"
+	"context"
 	"net"
 	"net/http"
 	"net/netip"
@@ -73,7 +74,7 @@ func (g *Gateway) charge(sb *sandbox.Sandbox, r *http.Request, port int) (releas
 	if port == envd.Port {
 		buffers = insideBuffers(r.URL.Path)
 	}
-	return takeRequest(g.Manager.Accounts(), sb.Info().Owner, buffers)
+	return takeRequest(r.Context(), g.Manager, sb.Info().Owner, buffers)
 }
 
 // charged is charge, and answers where the account is full.
@@ -101,28 +102,19 @@ func (c *Control) charge(r *http.Request, owner string) (release func(), err err
 	switch {
 	case strings.Contains(r.URL.Path, "/envd/"):
 		if path := "/" + r.PathValue("path"); r.Method != http.MethodGet || path != "/health" {
-			return takeRequest(c.Manager.Accounts(), owner, insideBuffers(path))
+			return takeRequest(r.Context(), c.Manager, owner, insideBuffers(path))
 		}
 	case r.Method == http.MethodPut && r.PathValue("hash") != "":
-		return takeRequest(c.Manager.Accounts(), owner, agent.FileBuffers)
+		return takeRequest(r.Context(), c.Manager, owner, agent.FileBuffers)
 	case r.Method != http.MethodGet && r.Method != http.MethodHead && r.Method != http.MethodDelete && !strings.HasSuffix(r.URL.Path, "/pause"):
-		return takeRequest(c.Manager.Accounts(), owner, 0)
+		return takeRequest(r.Context(), c.Manager, owner, 0)
 	}
 	return func() {}, nil
 }
 
-// takeRequest takes what one request takes from an owner's account.
-func takeRequest(accounts *access.Accounts, owner string, buffers int64) (release func(), err error) {
-	place, err := accounts.Take(owner, access.Connections, 1)
-	if err != nil {
-		return nil, err
-	}
-	memory, err := accounts.Take(owner, access.Buffers, buffers)
-	if err != nil {
-		place()
-		return nil, err
-	}
-	return func() { memory(); place() }, nil
+// takeRequest takes what one request takes from an owner's account. It waits for a while where that is full.
+func takeRequest(ctx context.Context, m *sandbox.Manager, owner string, buffers int64) (release func(), err error) {
+	return m.Accounts().TakeAll(ctx, m.ConnWait(), owner, access.Part{Of: access.Connections, N: 1}, access.Part{Of: access.Buffers, N: buffers})
 }
 
 // stalling is an answer whose client is gone once it has taken nothing for long, also when it has become a tunnel.

@@ -29,7 +29,7 @@ func TestPlanV2(t *testing.T) {
 	if err := g.create(sandbox.DefaultLimits()); err != nil {
 		t.Fatal(err)
 	}
-	for file, want := range map[string]string{"cpu.max": "200000 100000", "memory.max": "3221225472", "pids.max": "9216"} {
+	for file, want := range map[string]string{"cpu.max": "200000 100000", "memory.max": "5368709120", "pids.max": "9216"} {
 		if got, err := os.ReadFile(filepath.Join(g.Dirs[""], file)); err != nil || string(got) != want {
 			t.Errorf("%s: %q %v", file, got, err)
 		}

@@ -356,20 +356,6 @@ func TestSentryKilled(t *testing.T) {
 	}
 }
 
-func TestSentryStopped(t *testing.T) {
-	dir := sandboxtest.Dir(t)
-	sb, _ := newSandboxIn(t, dir, sandbox.CreateOptions{})
-	for _, pid := range sandboxtest.Processes(dir) {
-		if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
-			t.Fatal(err)
-		}
-	}
-	sandboxtest.Eventually(t, "it is seen and ended", func() bool { return sb.Info().State == sandbox.Failed && len(sandboxtest.Processes(dir)) == 0 })
-	if cause := sb.Info().Cause; !strings.Contains(cause, "stopped") {
-		t.Fatal(cause)
-	}
-}
-
 func TestAttributes(t *testing.T) {
 	_, c := newSandbox(t, sandbox.CreateOptions{})
 	if _, err := c.WriteFile(t.Context(), "/home/user/f", strings.NewReader("x"), agent.WriteOptions{}); err != nil {

@@ -2,12 +2,12 @@ package sandbox
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"math"
 	"os"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -15,51 +15,10 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// connection takes from the owner's account what one connection of a sandbox has in the server. Where the account is full it waits, at most for
-// Options.ConnWait; then that is a FullError.
-func (s *Sandbox) connection(ctx context.Context) (release func(), err error) {
-	accounts := s.m.opts.Accounts
-	full := errors.New("no room in time")
-	ctx, cancel := context.WithTimeoutCause(ctx, s.m.opts.ConnWait, full)
-	defer cancel()
-	return takeParts(func(of access.Resource, n int64) (func(), error) {
-		give, err := accounts.Wait(ctx, s.owner, of, n)
-		if errors.Is(err, full) {
-			return accounts.Take(s.owner, of, n) // which says what is full
-		}
-		return give, err
-	})
-}
-
-// connectionNow is connection that does not wait.
-func (s *Sandbox) connectionNow() (release func(), err error) {
-	accounts := s.m.opts.Accounts
-	return takeParts(func(of access.Resource, n int64) (func(), error) { return accounts.Take(s.owner, of, n) })
-}
-
-// connectionParts are what a connection takes: its place, and what waits in it.
-var connectionParts = []struct {
-	of access.Resource
-	n  int64
-}{{access.Connections, 1}, {access.Buffers, agent.ConnBuffers}}
-
-// takeParts takes all that a connection takes, or nothing.
-func takeParts(take func(of access.Resource, n int64) (func(), error)) (release func(), err error) {
-	var held []func()
-	release = func() {
-		for _, give := range held {
-			give()
-		}
-	}
-	for _, part := range connectionParts {
-		give, err := take(part.of, part.n)
-		if err != nil {
-			release()
-			return nil, err
-		}
-		held = append(held, give)
-	}
-	return release, nil
+// connection takes from the owner's account what one connection of a sandbox has in the server. Where the account is full it waits for so long;
+// then that is a FullError.
+func (s *Sandbox) connection(ctx context.Context, wait time.Duration) (release func(), err error) {
+	return s.m.opts.Accounts.TakeAll(ctx, wait, s.owner, access.Part{Of: access.Connections, N: 1}, access.Part{Of: access.Buffers, N: agent.ConnBuffers})
 }
 
 // promises are what an owner's sandboxes that are not on disk may take of the machine.

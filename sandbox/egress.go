@@ -136,7 +136,7 @@ func (s *Sandbox) serveNetwork(ctx context.Context, client *agent.Client) {
 	e.note = func(format string, args ...any) { s.note(LevelWarn, format, args...) }
 	e.take = func() (func(), error) { return s.m.opts.Accounts.Take(s.owner, access.Connections, 1) }
 	defer e.plain.CloseIdleConnections()
-	l := &parkedListener{ctx: ctx, client: client, conns: make(chan net.Conn), slots: make(chan struct{}, maxEgress), take: s.connectionNow}
+	l := &parkedListener{ctx: ctx, client: client, conns: make(chan net.Conn), slots: make(chan struct{}, maxEgress), take: func() (func(), error) { return s.connection(ctx, 0) }}
 	var once sync.Once
 	l.failed = func(err error) {
 		once.Do(func() { s.note(LevelWarn, "the network of this sandbox does not work, it is tried again: %v", err) })

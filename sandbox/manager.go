@@ -57,7 +57,7 @@ type Options struct {
 	MaxTasks int64
 	// Accounts are what owners use of the server's own resources; nil has no bounds.
 	Accounts *access.Accounts
-	// ConnWait is how long a connection to a port waits for room in its owner's account; default 10 s.
+	// ConnWait is how long a connection or a request waits for room in its owner's account; default 30 s.
 	ConnWait time.Duration
 	// StallTime is how long the other side of a connection to a port may read nothing while there is something for it; default 60 s.
 	StallTime time.Duration
@@ -127,7 +127,7 @@ func NewManager(opts Options) (*Manager, error) {
 	opts.Times.OnTimeout = cmp.Or(opts.Times.OnTimeout, ActionKill)
 	opts.PausedFor = cmp.Or(opts.PausedFor, 7*24*time.Hour)
 	opts.MaxTasks = cmp.Or(opts.MaxTasks, MachineTasks()/2)
-	opts.ConnWait = cmp.Or(opts.ConnWait, dialTime)
+	opts.ConnWait = cmp.Or(opts.ConnWait, 30*time.Second)
 	opts.StallTime = cmp.Or(opts.StallTime, time.Minute)
 	opts.SampleEvery = cmp.Or(opts.SampleEvery, 5*time.Second)
 	opts.RescanEvery = cmp.Or(opts.RescanEvery, 5*time.Second)
@@ -417,6 +417,9 @@ func checkMetadata(metadata map[string]string) error {
 
 // Accounts are what owners use of the server's own resources.
 func (m *Manager) Accounts() *access.Accounts { return m.opts.Accounts }
+
+// ConnWait is how long a request waits for room in its owner's account.
+func (m *Manager) ConnWait() time.Duration { return m.opts.ConnWait }
 
 // Room is how much memory is still to be promised, in bytes, and how many sandboxes of all owners are in each state.
 func (m *Manager) Room() (free int64, states map[State]int, err error) {

@@ -155,7 +155,7 @@ func (s *Sandbox) Dial(ctx context.Context, port int) (net.Conn, error) {
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
-	giveBack, err := s.connection(ctx)
+	giveBack, err := s.connection(ctx, s.m.opts.ConnWait)
 	if err != nil {
 		<-s.connSlots
 		return nil, fmt.Errorf("port %d: %w: %w", port, ErrBusy, err)
@@ -280,7 +280,7 @@ func (s *Sandbox) serve(p Port) (*exposed, error) {
 			if tcp, ok := conn.(*net.TCPConn); ok {
 				_ = tcp.SetWriteBuffer(hostBuffer) // one that has ended says so later
 			}
-			giveBack, err := s.connection(ctx) // the next ones wait in the listener, where they have no descriptors of ours
+			giveBack, err := s.connection(ctx, s.m.opts.ConnWait) // the next ones wait in the listener, where they have no descriptors of ours
 			e.conns.Go(func() {
 				defer func() { <-slots }()
 				defer conn.Close()

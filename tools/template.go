@@ -73,6 +73,11 @@ func (s *Service) templateBuild(ctx context.Context, in templateBuildInput) (_ t
 		Owner: who.Owner(), Name: in.Name, Dockerfile: in.Dockerfile, Target: in.Stage, Args: in.Args, NoCache: in.NoCache, Network: parseNetwork(in.Network), StartCmd: in.StartCmd, ReadyCmd: in.ReadyCmd,
 		Limits: sandbox.Limits{CPU: in.CPU, Memory: in.MemoryMB << 20},
 	}
+	if in.ContextPath != "" { // before anything of the build is said
+		if _, err := s.sandbox(ctx, in.SandboxID); err != nil {
+			return templateBuildOutput{}, err
+		}
+	}
 	var files *template.Files
 	req.Open = func(ctx context.Context, req *template.BuildRequest) (err error) {
 		files, err = s.buildContext(ctx, req.Owner, in)

@@ -7,6 +7,12 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
+// The memory of the server that may be in buffers: a sixteenth of the machine's within these, in bytes.
+const (
+	leastBuffers = 512 << 20
+	mostBuffers  = 2 << 30
+)
+
 // accounts are what the owners of one server may use of it. The shares leave room for others; what health, kill, pause and the operator need is
 // never taken from an account.
 func accounts() *access.Accounts {
@@ -14,9 +20,13 @@ func accounts() *access.Accounts {
 	if limit, err := softLimit(); err == nil { // half of the descriptors that connections may have
 		connections = min(connections, max(int64(limit-reserve(limit))/2, 16))
 	}
+	buffers := int64(leastBuffers)
+	if memory, err := machineMemory(); err == nil {
+		buffers = min(max(buffers, memory/16), mostBuffers)
+	}
 	tasks := sandbox.MachineTasks() // more are promised than there are: a sandbox seldom has a tenth of its limit
 	return access.NewAccounts(map[access.Resource]access.Bound{
-		access.Buffers:     {Total: 512 << 20, Share: 128 << 20},
+		access.Buffers:     {Total: buffers, Share: buffers / 2},
 		access.Work:        {Total: 2 * cores, Share: cores},
 		access.Builds:      {Total: 4 * cores, Share: 4},
 		access.Merges:      {Total: 2 * cores, Share: cores},

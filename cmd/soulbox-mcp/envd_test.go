@@ -177,7 +177,7 @@ const (
 
 // TestErrorTable: every row of E2B.md's table (2.6), as the wire shows it; e2b.mjs has what users see of it.
 func TestErrorTable(t *testing.T) {
-	w := serve(t, "", "--memory-budget-mb=600", "--memory-mb=256", "--disk-mb=64")
+	w := serve(t, "", "--memory-budget-mb=700", "--memory-mb=256", "--disk-mb=64")
 	b := newBox(t, w, `{"templateID":"base","timeout":600}`)
 	if s := b.stream(startCall, command("echo hi"), nil); s.end == nil || len(s.end) != 0 || s.err != nil || s.stdout() != "hi\n" {
 		t.Fatalf("a clean end: %+v", s)
