@@ -46,4 +46,3 @@ func (m *Manager) whyPutOff(id string) error {
 	defer m.mu.Unlock()
 	return m.later[id].why
 }
-
