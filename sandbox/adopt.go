@@ -41,10 +41,11 @@ func (m *Manager) reap() {
 	defer ticker.Stop()
 	var forgot time.Time
 	for first := true; ; first = false {
-		if time.Since(forgot) >= forgetEvery {
+		if m.store.untidy.Swap(false) || time.Since(forgot) >= forgetEvery {
 			forgot = time.Now()
 			err := errors.Join(m.store.forget(forgot.Add(-remember)), m.store.tidySnapshots())
 			if err != nil {
+				m.store.untidy.Store(true)
 				m.log.Error("remove old tombstones and unfinished snapshots", "error", err)
 			}
 		}
