@@ -142,6 +142,7 @@ func (a *Accounts) Wait(ctx context.Context, owner string, r Resource, n int64) 
 		a.give(at, n)
 	default:
 		a.waiting = slices.DeleteFunc(a.waiting, func(other *waiter) bool { return other == w })
+		a.letIn(r) // those of the owner who were behind it
 	}
 	return nil, context.Cause(ctx)
 }
@@ -216,11 +217,16 @@ func (a *Accounts) give(at account, n int64) {
 	if a.used[at] -= n; a.used[at] == 0 {
 		delete(a.used, at)
 	}
+	a.letIn(at.resource)
+}
+
+// letIn lets those in who wait for a resource, and have room. a.mu is held.
+func (a *Accounts) letIn(r Resource) {
 	for {
 		next := -1
 		blocked := map[account]bool{} // whose first waiter cannot be served: the later ones of that owner stay behind it
 		for i, w := range a.waiting {
-			if w.resource != at.resource || blocked[w.account] {
+			if w.resource != r || blocked[w.account] {
 				continue
 			}
 			if a.lack(w.account, w.n) != nil {

@@ -3,6 +3,7 @@ package access_test
 import (
 	"context"
 	"errors"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -80,7 +81,42 @@ func TestWait(t *testing.T) {
 	if uses := a.Uses(); len(uses) != 0 {
 		t.Fatal(uses)
 	}
+	behindOneWhoGivesUp(t, a)
 	if _, err := a.Wait(t.Context(), "ann", access.Merges, 3); !errors.Is(err, access.ErrFull) {
 		t.Fatal("more than there ever is:", err)
 	}
+}
+
+// behindOneWhoGivesUp: who waits behind one who wants too much gets what there is when that one gives up.
+func behindOneWhoGivesUp(t *testing.T, a *access.Accounts) {
+	t.Helper()
+	held, err := a.Wait(t.Context(), "ann", access.Merges, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	first, second := make(chan error, 1), make(chan error, 1)
+	wait := func(ctx context.Context, n int64, done chan<- error) {
+		release, err := a.Wait(ctx, "ann", access.Merges, n)
+		if err == nil {
+			release()
+		}
+		done <- err
+	}
+	go wait(ctx, 2, first)
+	for a.Waiting() < 1 {
+		runtime.Gosched()
+	}
+	go wait(t.Context(), 1, second)
+	for a.Waiting() < 2 {
+		runtime.Gosched()
+	}
+	cancel()
+	if err := <-first; err == nil {
+		t.Fatal("it has got more than there is")
+	}
+	if err := <-second; err != nil {
+		t.Fatal(err)
+	}
+	held()
 }

@@ -484,7 +484,9 @@ func (m *machine) lookFrozen(ctx context.Context) error {
 // Destroy implements sandbox.Machine. SIGKILL is the first word already: it works on a wedged sentry too, and leaves nothing.
 func (m *machine) Destroy(ctx context.Context) error {
 	err := m.runtime.Reap(ctx, m.dir)
-	m.cancel()
+	m.mu.Lock()
+	m.cancel() // nothing is begun in the background after it
+	m.mu.Unlock()
 	m.work.Wait()
 	_ = m.pipe.Close() // again is no harm
 	_ = m.fromErr.Close()

@@ -115,8 +115,11 @@ func (m *Manager) takeOver(id string, r record, err error, lock *os.File) {
 		}
 		taken, err := m.adoptRunning(r, lock)
 		switch {
-		case taken || m.ctx.Err() != nil:
+		case taken:
 			m.report(id, err)
+			return
+		case m.ctx.Err() != nil:
+			m.report(id, errors.Join(err, lock.Close()))
 			return
 		case FindingOf(err) != Gone:
 			m.putOff(id, err)
@@ -314,10 +317,18 @@ func (m *Manager) adoptWedged(r record, lock *os.File, over *OverError) (taken b
 		return false, err
 	}
 	_ = machine.Pipe().Close() // nobody answers there
+	if r.State == Paused {
+		if err := machine.Pause(ctx); err != nil {
+			return false, err
+		}
+	}
 	sb := m.newSandbox(r)
 	sb.lock, sb.machine = lock, machine
 	sb.recall()
 	close(sb.booted)
+	sb.mu.Lock()
+	sb.begin()
+	sb.mu.Unlock()
 	if err := m.enter(sb, "taken over by a new server, and its agent is silent"); err != nil {
 		return false, err
 	}
@@ -476,7 +487,7 @@ func (s *Sandbox) leave() bool {
 		s.mu.Unlock()
 		return true
 	}
-	if !s.rec.onDisk() && (!s.rec.Keep || s.rec.State != Running && s.rec.State != Paused) {
+	if s.ending != nil || !s.rec.onDisk() && (!s.rec.Keep || s.rec.State != Running && s.rec.State != Paused) {
 		s.mu.Unlock()
 		return false
 	}

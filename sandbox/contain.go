@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"soulbox.dev/soulbox/agent"
@@ -46,6 +47,13 @@ func (t *tries) due() bool {
 	return !time.Now().Before(t.next)
 }
 
+// wait has the next one wait, and counts none.
+func (t *tries) wait() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.next = time.Now().Add(containPause)
+}
+
 // failed counts one more, and says whether there were enough.
 func (t *tries) failed() (last bool) {
 	t.mu.Lock()
@@ -80,16 +88,29 @@ func (s *Sandbox) contain(machine Machine, over *OverError) {
 	}
 	s.note(LevelError, "it could not be paused to disk: %v", err)
 	o.ToDisk = false
-	if ferr := s.pause(s.ctx, o); ferr == nil || !s.runs() || s.ctx.Err() != nil {
+	if err = s.pause(s.ctx, o); err == nil || !s.runs() || s.ctx.Err() != nil {
 		return
-	} else {
-		err = errors.Join(err, ferr)
 	}
 	s.m.log.Error("a sandbox that must not go on could not be paused", "sandbox", s.id, "error", err)
-	if s.contained.failed() {
-		s.saveFiles()
-		_ = s.end(Failed, cause) // end logs its error
+	if isOfHost(err) && over.Used <= 2*over.Limit { // which says nothing of the sandbox
+		s.contained.wait()
+		return
 	}
+	if s.contained.failed() {
+		if s.saveFiles(); s.runs() {
+			_ = s.end(Failed, cause) // end logs its error
+		}
+	}
+}
+
+// isOfHost says whether an error is of the host, which has no descriptors, memory or room for the moment.
+func isOfHost(err error) bool {
+	for _, e := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.EAGAIN, syscall.EINTR, syscall.EIO, syscall.ENOSPC, syscall.EDQUOT} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
 }
 
 // cause is why the sandbox is paused, as its owner reads it.

@@ -85,10 +85,14 @@ func (d disk) rename(from, to string) error {
 	if _, err := d.step("rename", to, 0); err != nil {
 		return err
 	}
-	if err := os.Rename(from, to); err != nil {
+	dir, err := os.Open(filepath.Dir(to)) // first: where there is no descriptor for it, nothing has been done
+	if err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(to))
+	if err := os.Rename(from, to); err != nil {
+		return errors.Join(err, dir.Close())
+	}
+	return errors.Join(dir.Sync(), dir.Close())
 }
 
 // exchange swaps the names of two that are there, and has that outlast a power cut.

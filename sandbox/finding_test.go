@@ -51,7 +51,7 @@ func TestOver(t *testing.T) {
 	}{
 		"to disk":    {nil, nil, sandbox.Paused, true},
 		"in memory":  {syscall.ENOSPC, nil, sandbox.Paused, false},
-		"not at all": {syscall.EIO, syscall.EIO, sandbox.Failed, false},
+		"not at all": {syscall.EIO, errors.New("its kernel does not answer"), sandbox.Failed, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			fake := &sandboxtest.Fake{FailSave: test.save, FailPause: test.pause}

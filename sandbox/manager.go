@@ -466,6 +466,15 @@ func (m *Manager) Now() (sum Sample, saved int64, err error) {
 	return sum, saved, err
 }
 
+// letGo forgets a sandbox that has failed, and of whose machine something is left: it is looked at anew, as a dead server's.
+func (m *Manager) letGo(s *Sandbox) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.sandboxes[s.id] == s {
+		delete(m.sandboxes, s.id)
+	}
+}
+
 // retire drops the oldest ended sandboxes beyond the number that this server has at hand. Their tombstones stay.
 func (m *Manager) retire(id string) {
 	m.mu.Lock()

@@ -180,7 +180,7 @@ func (s *Sandbox) freeze(ctx context.Context, o PauseOptions) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	err := s.become("pause", Paused, o.Cause, func(r *record) {
+	err := s.turnTo("pause", Paused, o.Cause, o.forced, func(r *record) {
 		r.Pause, r.Notice = &pause{AutoResume: o.AutoResume, Wedged: o.wedged, Since: r.Changed}, ""
 	})
 	if err != nil && !s.rec.State.Ended() {
@@ -260,7 +260,7 @@ func (s *Sandbox) sleep(ctx context.Context, o PauseOptions) (err error) {
 	}
 	stop() // from here on the end of the machine is no surprise
 	target := s.m.store.checkpoint(s.id, r.Saves+1)
-	if err = s.m.store.removeAll(target + unfinishedSave); err == nil {
+	if err = errors.Join(s.m.store.removeAll(target+unfinishedSave), s.m.store.removeAll(target)); err == nil { // of a pause that has failed
 		err = machine.Checkpoint(ctx, target+unfinishedSave, CheckpointOptions{FilesOnly: o.FilesOnly})
 	}
 	if err == nil {

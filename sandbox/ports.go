@@ -275,6 +275,7 @@ func (s *Sandbox) serve(p Port) (*exposed, error) {
 			}
 			if err := s.lets(e, conn); err != nil {
 				e.turnAway(conn, fmt.Sprintf("This port is not public, and your connection is refused: %v. Open it as the user whose server this is, or expose the port as public.\n", err))
+				<-slots
 				continue
 			}
 			if tcp, ok := conn.(*net.TCPConn); ok {

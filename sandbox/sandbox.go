@@ -109,6 +109,11 @@ func (s *Sandbox) info() Info {
 
 // become changes the state, on disk first; change, if not nil, changes what goes with it. s.mu is held.
 func (s *Sandbox) become(verb string, next State, cause error, change func(*record)) error {
+	return s.turnTo(verb, next, cause, next.Ended(), change) // a full disk must not keep a sandbox from its end
+}
+
+// turnTo is become; what must be is so also where it cannot be saved: the next that is saved has it.
+func (s *Sandbox) turnTo(verb string, next State, cause error, must bool, change func(*record)) error {
 	if !s.rec.State.mayBecome(next) {
 		return s.wrong(verb)
 	}
@@ -127,7 +132,9 @@ func (s *Sandbox) become(verb string, next State, cause error, change func(*reco
 	if change != nil {
 		change(&r)
 	}
-	if err := s.m.store.save(r); err != nil && !next.Ended() { // a full disk must not keep a sandbox from its end
+	if err := s.m.store.save(r); err != nil && must {
+		s.m.log.Error("save the state of a sandbox", "sandbox", s.id, "state", next, "error", err)
+	} else if err != nil {
 		s.meter.turn(s.rec.State == Running, r.Limits.Memory, now)
 		return err
 	}
@@ -183,11 +190,6 @@ func (s *Sandbox) start(ctx context.Context, template Template, from string, who
 func (s *Sandbox) startWith(ctx context.Context, template Template, from string, whole bool, limits Limits, hurry bool) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, s.m.opts.BootTimeout, errors.New("the sandbox was not ready in time"))
 	defer cancel()
-	if hurry {
-		var done context.CancelFunc
-		ctx, done = context.WithTimeoutCause(ctx, min(wedgedTime, s.m.opts.BootTimeout), agent.ErrLost)
-		defer done()
-	}
 	r := s.current()
 	r.Limits = limits
 	machine, err := s.m.opts.Runtime.Boot(ctx, Spec{ID: s.id, Dir: s.m.store.path(s.id), Template: template, Limits: limits, From: from})
@@ -197,6 +199,11 @@ func (s *Sandbox) startWith(ctx context.Context, template Template, from string,
 	s.mu.Lock()
 	s.machine = machine
 	s.mu.Unlock()
+	if hurry {
+		var done context.CancelFunc
+		ctx, done = context.WithTimeoutCause(ctx, min(wedgedTime, s.m.opts.BootTimeout), agent.ErrLost)
+		defer done()
+	}
 	greet := agent.NewClient
 	if whole {
 		greet = agent.Rejoin
@@ -232,7 +239,7 @@ func (s *Sandbox) begin() {
 	s.stop = cancel
 	machine, client := s.machine, s.client
 	s.m.work.Go(func() { s.watch(ctx, machine, client) })
-	if client == nil { // there is a machine, which is about to be saved
+	if client == nil { // its agent was silent
 		return
 	}
 	s.m.work.Go(func() { s.ping(ctx, machine, client) })
@@ -306,8 +313,10 @@ func (s *Sandbox) end(final State, cause error) error {
 	} else {
 		s.m.log.Info("sandbox ended", "sandbox", s.id, "state", final, "cause", cause)
 	}
-	if s.current().ended() {
+	if r := s.current(); r.ended() {
 		s.m.retire(s.id)
+	} else if err != nil {
+		s.m.letGo(s)
 	}
 	close(s.ending)
 	return err

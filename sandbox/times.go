@@ -224,8 +224,7 @@ func (s *Sandbox) keepTime() {
 			timer.Reset(wait)
 			continue
 		}
-		s.expire(at, cause)
-		timer.Reset(checkEvery) // whatever came of it
+		timer.Reset(s.expire(at, cause))
 	}
 }
 
@@ -262,31 +261,33 @@ func (s *Sandbox) lastUse() time.Time {
 	return last
 }
 
-// expire does what is due. An extension during the grace is still in time.
-func (s *Sandbox) expire(at time.Time, cause Cause) {
+// expire does what is due, and tells when to look again. An extension during the grace is still in time.
+func (s *Sandbox) expire(at time.Time, cause Cause) (next time.Duration) {
 	times := s.current().Times
 	if cause == CauseForgotten {
 		_ = s.Kill(cause) // end logs its error
-		return
+		return checkEvery
 	}
 	if !s.giveGrace(at, cause, times) {
-		return
+		return checkEvery
 	}
 	times = s.current().Times // it may have been told something else meanwhile
 	if times.OnTimeout == ActionKill {
 		_ = s.Kill(cause)
-		return
+		return checkEvery
 	}
 	err := s.pause(s.ctx, PauseOptions{ToDisk: true, FilesOnly: times.FilesOnly, Cause: cause, AutoResume: !times.NoAutoResume})
 	if err == nil || s.ctx.Err() != nil || !s.runs() || errors.Is(err, ErrUnfit) { // which is for a server of another version
-		return
+		return checkEvery
 	}
 	s.m.log.Error("pause sandbox to disk; it is frozen in memory instead", "sandbox", s.id, "error", err)
 	s.note(LevelError, "it could not be paused to disk, and is frozen in memory: %v", err)
 	if err := s.pause(s.ctx, PauseOptions{Cause: cause, AutoResume: !times.NoAutoResume}); err != nil && s.ctx.Err() == nil {
-		s.m.log.Error("pause sandbox", "sandbox", s.id, "error", err)
-		_ = s.Kill(fmt.Errorf("%s, and it could not be paused: %w", cause, err))
+		s.m.log.Error("pause sandbox; it goes on, and that is tried again", "sandbox", s.id, "error", err)
+		s.note(LevelError, "its time is over, and it could not be paused: it goes on, and that is tried again: %v", err)
+		return unknownPause // one that is wedged is noticed elsewhere
 	}
+	return checkEvery
 }
 
 // giveGrace waits until nobody is at work in the sandbox, as long as its grace allows, and says whether its time is still over then.

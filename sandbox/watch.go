@@ -21,9 +21,9 @@ const (
 
 // watch decides by what is found about the machine whether the sandbox goes on, as long as it has this machine.
 func (s *Sandbox) watch(ctx context.Context, machine Machine, client *agent.Client) {
-	var ended <-chan struct{}
-	if client != nil {
-		ended = client.Done()
+	if client == nil { // nobody has met its agent yet
+		s.lost(ctx, machine)
+		return
 	}
 	timer := time.NewTimer(checkEvery)
 	defer timer.Stop()
@@ -32,7 +32,7 @@ func (s *Sandbox) watch(ctx context.Context, machine Machine, client *agent.Clie
 		select {
 		case <-ctx.Done():
 			return
-		case <-ended:
+		case <-client.Done():
 			if ctx.Err() == nil {
 				s.lost(ctx, machine)
 			}
@@ -106,35 +106,59 @@ func (s *Sandbox) lost(ctx context.Context, machine Machine) {
 		}
 	}
 	s.m.log.Warn("the connection to the agent of a sandbox was lost; it is met anew", "sandbox", s.id)
-	for try := range adoptTries {
-		if try > 0 && !sleepFor(s.ctx, adoptPauseOf(try)) {
-			return
+	for !s.meetAnew(ctx) {
+		if s.runs() {
+			s.contain(machine, &OverError{Kind: OverSilent})
 		}
-		err := s.relink()
-		switch {
-		case err == nil || s.ctx.Err() != nil || errors.Is(err, ErrState):
-			return
-		case FindingOf(err) == Gone:
-			_ = s.end(Failed, CauseLost)
-			return
-		}
-		s.m.log.Warn("meet the agent of a sandbox anew", "sandbox", s.id, "try", try+1, "error", err)
-	}
-	for ctx.Err() == nil && s.runs() { // a pause that has begun ends ctx
-		s.contain(machine, &OverError{Kind: OverSilent})
-		if !sleepFor(ctx, checkEvery) {
+		if !s.awaitThaw(ctx, machine) { // a pause to disk that has begun ends ctx
 			return
 		}
 	}
 }
 
-// relink meets the agent of a machine again whose session has ended.
-func (s *Sandbox) relink() error {
+// awaitThaw waits for a while, and as long as the sandbox is frozen, and says whether it goes on with this machine then.
+func (s *Sandbox) awaitThaw(ctx context.Context, machine Machine) bool {
+	for sleepFor(ctx, checkEvery) {
+		if FindingOf(machine.Check()) == Gone {
+			_ = s.end(Failed, CauseLost) // end logs its error
+			return false
+		}
+		if s.runs() {
+			return true
+		}
+	}
+	return false
+}
+
+// meetAnew tries several times to meet the agent of a machine again, and says whether nothing is left to do.
+func (s *Sandbox) meetAnew(watch context.Context) (done bool) {
+	for try := range adoptTries {
+		if try > 0 && !sleepFor(watch, adoptPauseOf(try)) {
+			return true
+		}
+		err := s.relink(watch)
+		switch {
+		case err == nil || watch.Err() != nil || errors.Is(err, ErrState):
+			return true
+		case FindingOf(err) == Gone:
+			_ = s.end(Failed, CauseLost) // end logs its error
+			return true
+		}
+		s.m.log.Warn("meet the agent of a sandbox anew", "sandbox", s.id, "try", try+1, "error", err)
+	}
+	return false
+}
+
+// relink meets the agent of a machine again whose session has ended. When watch has ended that is somebody else's affair.
+func (s *Sandbox) relink(watch context.Context) error {
 	ctx, over, err := s.takeTurn(s.ctx, "reach")
 	if err != nil {
 		return err
 	}
 	defer over()
+	if watch.Err() != nil {
+		return context.Cause(watch)
+	}
 	ctx, cancel := context.WithTimeout(ctx, adoptTime)
 	defer cancel()
 	s.mu.Lock()

@@ -47,6 +47,13 @@ func (f *Fake) Asked() int {
 	return f.asked
 }
 
+// Refuse makes every Attach fail from now on.
+func (f *Fake) Refuse(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.FailAttach = err
+}
+
 // Mend ends what FailAttach says.
 func (f *Fake) Mend() {
 	f.mu.Lock()
