@@ -125,8 +125,20 @@ type stalling struct {
 
 // Write implements io.Writer.
 func (s stalling) Write(p []byte) (int, error) {
-	_ = http.NewResponseController(s.ResponseWriter).SetWriteDeadline(time.Now().Add(s.limit)) // where there is none it goes on without
+	defer s.begin()()
 	return s.ResponseWriter.Write(p)
+}
+
+// FlushError sends what is still in a buffer.
+func (s stalling) FlushError() error {
+	defer s.begin()()
+	return http.NewResponseController(s.ResponseWriter).Flush()
+}
+
+// begin bounds what is written until over is called: in HTTP/2 a deadline ends the answer also while there is nothing to write.
+func (s stalling) begin() (over func()) {
+	_ = http.NewResponseController(s.ResponseWriter).SetWriteDeadline(time.Now().Add(s.limit)) // where there is none it goes on without
+	return s.over
 }
 
 // Unwrap lets http.ResponseController find the rest.
