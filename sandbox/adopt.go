@@ -41,10 +41,11 @@ func (m *Manager) reap() {
 	defer ticker.Stop()
 	var forgot time.Time
 	for first := true; ; first = false {
-		if time.Since(forgot) >= forgetEvery {
+		if m.store.untidy.Swap(false) || time.Since(forgot) >= forgetEvery {
 			forgot = time.Now()
 			err := errors.Join(m.store.forget(forgot.Add(-remember)), m.store.tidySnapshots())
 			if err != nil {
+				m.store.untidy.Store(true)
 				m.log.Error("remove old tombstones and unfinished snapshots", "error", err)
 			}
 		}
@@ -93,50 +94,6 @@ func (m *Manager) lookAtAll() {
 		})
 	}
 }
-
-// putOff leaves a sandbox as it is that cannot be looked at or taken over now, until it is tried again. The owner of the server is told once.
-func (m *Manager) putOff(id string, err error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	p := m.later[id]
-	if p.pause == 0 {
-		m.log.Error("a sandbox of a dead server cannot be taken over now; it is left as it is, and tried again", "sandbox", id, "error", err)
-		p.since = time.Now()
-	}
-	p.pause = min(putOffLongest, max(m.opts.RescanEvery, 2*p.pause))
-	p.why = err
-	p.next = time.Now().Add(p.pause - m.opts.RescanEvery/2)
-	m.later[id] = p
-}
-
-func (m *Manager) isPutOff(id string) bool {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return time.Now().Before(m.later[id].next)
-}
-
-// putOffSince is since when a sandbox could not be taken over; zero is not at all.
-func (m *Manager) putOffSince(id string) time.Time {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.later[id].since
-}
-
-func (m *Manager) whyPutOff(id string) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.later[id].why
-}
-
-// postponed is a sandbox that could not be taken over.
-type postponed struct {
-	since, next time.Time
-	pause       time.Duration
-	why         error
-}
-
-// putOffLongest is the longest time between two tries.
-const putOffLongest = time.Minute
 
 // takeOver adopts, ends or leaves alone a sandbox that nobody owns and is not on disk; err is of its record.
 func (m *Manager) takeOver(id string, r record, err error, lock *os.File) {

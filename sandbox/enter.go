@@ -34,6 +34,9 @@ func (s *Sandbox) enter(ctx context.Context, verb string, wake bool) (*agent.Cli
 			}
 		case state == Running:
 			defer s.mu.Unlock()
+			if s.client == nil && s.unfit == nil { // it is about to be saved
+				return nil, fmt.Errorf("%s sandbox %s: %w", verb, s.id, agent.ErrSilent)
+			}
 			return s.client, s.unfit
 		case state == Paused && auto && wake:
 			s.mu.Unlock()

@@ -296,7 +296,8 @@ func (m *Manager) DeleteSnapshot(owner, name string) error {
 		return fmt.Errorf("delete snapshot %q: %w", name, err)
 	}
 	if err := m.store.removeAll(away); err != nil {
-		m.log.Error("remove a deleted snapshot", "error", err) // the next look tries again
+		m.store.untidy.Store(true) // the next look tries again
+		m.log.Error("remove a deleted snapshot", "error", err)
 	}
 	return nil
 }
@@ -373,7 +374,11 @@ func (s store) tempSnapshot() (dir string, done func() error, err error) {
 		return "", nil, err
 	}
 	done = func() error {
-		return errors.Join(s.removeAll(dir), s.removeAll(dir+lockSuffix), lock.Close())
+		err := errors.Join(s.removeAll(dir), s.removeAll(dir+lockSuffix), lock.Close())
+		if err != nil {
+			s.untidy.Store(true) // the next look tries again
+		}
+		return err
 	}
 	if err := s.mkdir(dir); err != nil {
 		return "", nil, errors.Join(err, done())

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -87,10 +88,11 @@ type store struct {
 	dir       string // sandboxes
 	ended     string
 	snapshots string
+	untidy    *atomic.Bool // something of a snapshot could not be removed
 }
 
 func newStore(root string) store {
-	return store{dir: filepath.Join(root, "sandboxes"), ended: filepath.Join(root, "ended"), snapshots: filepath.Join(root, "snapshots")}
+	return store{dir: filepath.Join(root, "sandboxes"), ended: filepath.Join(root, "ended"), snapshots: filepath.Join(root, "snapshots"), untidy: new(atomic.Bool)}
 }
 
 // LockFile takes a flock; the file is its proof, closing it gives the lock back. wait == false gives ErrWouldBlock when another has it.
