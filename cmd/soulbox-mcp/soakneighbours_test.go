@@ -78,7 +78,8 @@ func TestSoakNeighbours(t *testing.T) {
 	n.his = n.call(n.bob, "sandbox_create", nil).Field("sandbox_id")
 	n.sum = n.call(n.bob, "exec", map[string]any{"sandbox_id": n.his, "command": "head -c 1000000 /dev/urandom > f; sha256sum < f"}).Field("output")
 	n.call(n.bob, "exec", map[string]any{"sandbox_id": n.his, "command": "sleep 1000000", "background": true, "tag": "kept"})
-	table := fmt.Sprintf("%-45s %10s %10s %10s %10s %8s  %s\n", "attack, and bob's exec of true", "quiet p50", "quiet p99", "then p50", "then p99", "times", "the server, before and at most")
+	table := fmt.Sprintf("%-45s %10s %10s %10s %10s %8s  %s\n", "attack, and bob's exec of true",
+		 "quiet p50", "quiet p99", "then p50", "then p99", "times", "the server, before and at most")
 	for _, a := range attacks {
 		t.Run(a.name, func(t *testing.T) {
 			on := *n
@@ -282,7 +283,8 @@ func (n *neighbours) throughProxy(ctx context.Context) {
 	syswrite $c, "CONNECT 192.0.2.1:443 HTTP/1.1\r\nHost: 192.0.2.1\r\n\r\n" if $i++ % 2; push @all, $c; shift @all if @all > 500 }'`)
 	}
 	<-ctx.Done()
-	n.t.Logf("ann has %s sockets", strings.TrimSpace(n.call(n.ann, "exec", map[string]any{"sandbox_id": n.hers, "command": "cat /proc/net/tcp | wc -l", "isolated": true}).Field("output")))
+	a := n.call(n.ann, "exec", map[string]any{"sandbox_id": n.hers, "command": "cat /proc/net/tcp | wc -l", "isolated": true})
+	n.t.Logf("ann has %s sockets", strings.TrimSpace(a.Field("output")))
 }
 
 // floodServer answers everybody at once with as much as they take, also those who want a tunnel. It reads heads alone.
@@ -335,13 +337,15 @@ func (n *neighbours) readNothing(ctx context.Context) {
 func (n *neighbours) tunnels(ctx context.Context) {
 	n.public()
 	address := strings.TrimSuffix(strings.TrimPrefix(n.w.url, "http://"), "/mcp")
-	readLittle(ctx, address, 256, "GET /socket HTTP/1.1\r\nHost: "+address+"\r\nE2b-Sandbox-Id: "+n.hers+"\r\nE2b-Sandbox-Port: 8000\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+	readLittle(ctx, address, 256, "GET /socket HTTP/1.1\r\nHost: "+address+"\r\nE2b-Sandbox-Id: "+n.hers+
+		"\r\nE2b-Sandbox-Port: 8000\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
 }
 
 // takeMemory has processes take more than there is, again and again: what began them may be ended with them.
 func (n *neighbours) takeMemory(ctx context.Context) {
 	n.hits(ctx, 1, "exec", func(int) map[string]any {
-		return map[string]any{"isolated": true, "command": `perl -e 'for (1..64) { $p = fork; defined $p or last; $p or do { $x = "a" x 41943040; select undef, undef, undef, 0.5; exit } } 1 while wait > 0'`}
+		return map[string]any{"isolated": true, "command": `perl -e 'for (1..64) { $p = fork; defined $p or last; $p or
+			do { $x = "a" x 41943040; select undef, undef, undef, 0.5; exit } } 1 while wait > 0'`}
 	})
 }
 
@@ -370,8 +374,8 @@ func bomb(t *testing.T) []byte {
 func (n *neighbours) layBomb() {
 	all := bomb(n.t)
 	for at := 0; at < len(all); at += 500_000 {
-		n.call(n.ann, "file_write", map[string]any{"sandbox_id": n.hers, "path": "/home/user/context.tar.xz", "content": base64.StdEncoding.EncodeToString(all[at:min(at+500_000, len(all))]),
-			"encoding": "base64", "mode": "append"})
+		n.call(n.ann, "file_write", map[string]any{"sandbox_id": n.hers, "path": "/home/user/context.tar.xz",
+			"content": base64.StdEncoding.EncodeToString(all[at:min(at+500_000, len(all))]), "encoding": "base64", "mode": "append"})
 	}
 }
 
@@ -397,7 +401,8 @@ func (n *neighbours) slowBuilds(ctx context.Context) {
 		})
 	})
 	began := time.Now()
-	a, err := n.bob.Call(ctx, "template_build", map[string]any{"name": "bobs", "dockerfile": "FROM mini\nCOPY a /a\nRUN test -s /a\n", "files": map[string]any{"a": "a"}, "no_cache": true})
+	a, err := n.bob.Call(ctx, "template_build", map[string]any{"name": "bobs",
+		"dockerfile": "FROM mini\nCOPY a /a\nRUN test -s /a\n", "files": map[string]any{"a": "a"}, "no_cache": true})
 	if err != nil || !strings.Contains(a.Text(), "is built") {
 		n.t.Errorf("bob's build under ann's: %v %s", err, a.Text())
 	}
@@ -421,8 +426,10 @@ func (n *neighbours) screens(ctx context.Context) {
 	var all sync.WaitGroup
 	for i := range count {
 		all.Go(func() {
-			n.call(n.ann, "exec", map[string]any{"sandbox_id": n.hers, "tty": true, "background": true, "tag": fmt.Sprint("t", i), "rows": 300, "cols": 500, "isolated": true,
-				"command": `perl -e '$| = 1; print "\e[", int(rand 300), ";", int(rand 500), "H\e[3", int(rand 8), "m", "ab\x{cc}\x{81}c" x 20 for 1..10000; sleep 1000000'`})
+			n.call(n.ann, "exec", map[string]any{"sandbox_id": n.hers, "tty": true, "background": true,
+				"tag": fmt.Sprint("t", i), "rows": 300, "cols": 500, "isolated": true,
+				"command": `perl -e '$| = 1; print "\e[", int(rand 300), ";", int(rand 500), "H\e[3", int(rand 8), "m",
+					"ab\x{cc}\x{81}c" x 20 for 1..10000; sleep 1000000'`})
 		})
 	}
 	all.Wait()
