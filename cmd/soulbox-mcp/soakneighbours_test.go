@@ -47,15 +47,15 @@ type attack struct {
 }
 
 var attacks = []attack{
-	{"row 1: idle connections of strangers", (*neighbours).idleStrangers},
-	{"row 1: connections through the proxy", (*neighbours).throughProxy},
-	{"row 2: visitors who read nothing", (*neighbours).readNothing},
-	{"row 4: 64 processes that take 40 MB each", (*neighbours).takeMemory},
-	{"row 7: slow merges and endless builds", (*neighbours).slowBuilds},
-	{"row 8: a Dockerfile that doubles itself", (*neighbours).doubledArguments},
-	{"row 8: a context that unpacks to gigabytes", (*neighbours).bombs},
-	{"row 8: 60 rendered screens", (*neighbours).screens},
-	{"row 11: 256 tunnels of one visitor", (*neighbours).tunnels},
+	{"row 1, idle connections of strangers", (*neighbours).idleStrangers},
+	{"row 1, connections through the proxy", (*neighbours).throughProxy},
+	{"row 2, visitors who read nothing", (*neighbours).readNothing},
+	{"row 4, 64 processes that take 40 MB each", (*neighbours).takeMemory},
+	{"row 7, slow merges and endless builds", (*neighbours).slowBuilds},
+	{"row 8, a Dockerfile that doubles itself", (*neighbours).doubledArguments},
+	{"row 8, a context that unpacks to gigabytes", (*neighbours).bombs},
+	{"row 8, 60 rendered screens", (*neighbours).screens},
+	{"row 11, 256 tunnels of one visitor", (*neighbours).tunnels},
 }
 
 // TestSoakNeighbours (issue 18, must show 3): whatever one owner does to the server, the commands of another are answered nearly as before, and
@@ -78,9 +78,14 @@ func TestSoakNeighbours(t *testing.T) {
 	n.his = n.call(n.bob, "sandbox_create", nil).Field("sandbox_id")
 	n.sum = n.call(n.bob, "exec", map[string]any{"sandbox_id": n.his, "command": "head -c 1000000 /dev/urandom > f; sha256sum < f"}).Field("output")
 	n.call(n.bob, "exec", map[string]any{"sandbox_id": n.his, "command": "sleep 1000000", "background": true, "tag": "kept"})
-	table := fmt.Sprintf("%-45s %10s %10s %10s %10s %8s  %s\n", "attack, and bob's exec of true", "quiet p50", "quiet p99", "then p50", "then p99", "times", "the server, before and at most")
+	table := fmt.Sprintf("%-45s %10s %10s %10s %10s %8s  %s\n", "attack, and bob's exec of true",
+		 "quiet p50", "quiet p99", "then p50", "then p99", "times", "the server, before and at most")
 	for _, a := range attacks {
-		table += n.under(a, length)
+		t.Run(a.name, func(t *testing.T) {
+			on := *n
+			on.t = t
+			table += on.under(a, length)
+		})
 	}
 	t.Logf("for %s each\n%s", length, table)
 }
@@ -211,16 +216,26 @@ func (n *neighbours) listOf(c *sandboxtest.MCP) (ids []string) {
 // hits has ann call a tool in her sandbox again and again, so many at once, until ctx ends. It is refused, or takes its time.
 func (n *neighbours) hits(ctx context.Context, atOnce int, tool string, args func(i int) map[string]any) {
 	var all sync.WaitGroup
+	var mu sync.Mutex
+	count, last := 0, ""
 	for i := range atOnce {
 		all.Go(func() {
 			for ctx.Err() == nil {
 				given := args(i)
 				given["sandbox_id"] = n.hers
-				_, _ = n.ann.Call(ctx, tool, given) // whatever comes of it
+				a, err := n.ann.Call(ctx, tool, given)
+				if err != nil {
+					continue // ctx has ended, or that is what comes of it
+				}
+				mu.Lock()
+				count++
+				last = strings.TrimSpace(a.Text())
+				mu.Unlock()
 			}
 		})
 	}
 	all.Wait()
+	n.t.Logf("ann's %s was answered %d times, at last: %.300s", tool, count, last)
 }
 
 // begin starts a program in ann's sandbox.
@@ -268,6 +283,8 @@ func (n *neighbours) throughProxy(ctx context.Context) {
 	syswrite $c, "CONNECT 192.0.2.1:443 HTTP/1.1\r\nHost: 192.0.2.1\r\n\r\n" if $i++ % 2; push @all, $c; shift @all if @all > 500 }'`)
 	}
 	<-ctx.Done()
+	a := n.call(n.ann, "exec", map[string]any{"sandbox_id": n.hers, "command": "cat /proc/net/tcp | wc -l", "isolated": true})
+	n.t.Logf("ann has %s sockets", strings.TrimSpace(a.Field("output")))
 }
 
 // floodServer answers everybody at once with as much as they take, also those who want a tunnel. It reads heads alone.
@@ -320,13 +337,15 @@ func (n *neighbours) readNothing(ctx context.Context) {
 func (n *neighbours) tunnels(ctx context.Context) {
 	n.public()
 	address := strings.TrimSuffix(strings.TrimPrefix(n.w.url, "http://"), "/mcp")
-	readLittle(ctx, address, 256, "GET /socket HTTP/1.1\r\nHost: "+address+"\r\nE2b-Sandbox-Id: "+n.hers+"\r\nE2b-Sandbox-Port: 8000\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+	readLittle(ctx, address, 256, "GET /socket HTTP/1.1\r\nHost: "+address+"\r\nE2b-Sandbox-Id: "+n.hers+
+		"\r\nE2b-Sandbox-Port: 8000\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
 }
 
 // takeMemory has processes take more than there is, again and again: what began them may be ended with them.
 func (n *neighbours) takeMemory(ctx context.Context) {
 	n.hits(ctx, 1, "exec", func(int) map[string]any {
-		return map[string]any{"isolated": true, "command": `perl -e 'for (1..64) { $p = fork; defined $p or last; $p or do { $x = "a" x 41943040; select undef, undef, undef, 0.5; exit } } 1 while wait > 0'`}
+		return map[string]any{"isolated": true, "command": `perl -e 'for (1..64) { $p = fork; defined $p or last; $p or
+			do { $x = "a" x 41943040; select undef, undef, undef, 0.5; exit } } 1 while wait > 0'`}
 	})
 }
 
@@ -355,8 +374,8 @@ func bomb(t *testing.T) []byte {
 func (n *neighbours) layBomb() {
 	all := bomb(n.t)
 	for at := 0; at < len(all); at += 500_000 {
-		n.call(n.ann, "file_write", map[string]any{"sandbox_id": n.hers, "path": "/home/user/context.tar.xz", "content": base64.StdEncoding.EncodeToString(all[at:min(at+500_000, len(all))]),
-			"encoding": "base64", "mode": "append"})
+		n.call(n.ann, "file_write", map[string]any{"sandbox_id": n.hers, "path": "/home/user/context.tar.xz",
+			"content": base64.StdEncoding.EncodeToString(all[at:min(at+500_000, len(all))]), "encoding": "base64", "mode": "append"})
 	}
 }
 
@@ -382,7 +401,8 @@ func (n *neighbours) slowBuilds(ctx context.Context) {
 		})
 	})
 	began := time.Now()
-	a, err := n.bob.Call(ctx, "template_build", map[string]any{"name": "bobs", "dockerfile": "FROM mini\nCOPY a /a\nRUN test -s /a\n", "files": map[string]any{"a": "a"}, "no_cache": true})
+	a, err := n.bob.Call(ctx, "template_build", map[string]any{"name": "bobs",
+		"dockerfile": "FROM mini\nCOPY a /a\nRUN test -s /a\n", "files": map[string]any{"a": "a"}, "no_cache": true})
 	if err != nil || !strings.Contains(a.Text(), "is built") {
 		n.t.Errorf("bob's build under ann's: %v %s", err, a.Text())
 	}
@@ -403,13 +423,16 @@ func (n *neighbours) doubledArguments(ctx context.Context) {
 // screens has ann look at 60 large terminals at once, all the time.
 func (n *neighbours) screens(ctx context.Context) {
 	const count = 60
+	var all sync.WaitGroup
 	for i := range count {
-		n.call(n.ann, "exec", map[string]any{"sandbox_id": n.hers, "tty": true, "background": true, "tag": fmt.Sprint("t", i), "rows": 300, "cols": 500,
-			"command": `perl -e '$| = 1; print "\e[", int(rand 300), ";", int(rand 500), "H\e[3", int(rand 8), "m", "ab\x{cc}\x{81}c" x 20 for 1..10000; sleep 1000000'`})
-		if ctx.Err() != nil {
-			return
-		}
+		all.Go(func() {
+			n.call(n.ann, "exec", map[string]any{"sandbox_id": n.hers, "tty": true, "background": true,
+				"tag": fmt.Sprint("t", i), "rows": 300, "cols": 500, "isolated": true,
+				"command": `perl -e '$| = 1; print "\e[", int(rand 300), ";", int(rand 500), "H\e[3", int(rand 8), "m",
+					"ab\x{cc}\x{81}c" x 20 for 1..10000; sleep 1000000'`})
+		})
 	}
+	all.Wait()
 	n.hits(ctx, count, "process_wait", func(i int) map[string]any {
 		return map[string]any{"tag": fmt.Sprint("t", i), "screen": true, "yield_ms": 0}
 	})
