@@ -79,7 +79,7 @@ func TestSoakNeighbours(t *testing.T) {
 	n.sum = n.call(n.bob, "exec", map[string]any{"sandbox_id": n.his, "command": "head -c 1000000 /dev/urandom > f; sha256sum < f"}).Field("output")
 	n.call(n.bob, "exec", map[string]any{"sandbox_id": n.his, "command": "sleep 1000000", "background": true, "tag": "kept"})
 	table := fmt.Sprintf("%-45s %10s %10s %10s %10s %8s  %s\n", "attack, and bob's exec of true",
-		 "quiet p50", "quiet p99", "then p50", "then p99", "times", "the server, before and at most")
+		"quiet p50", "quiet p99", "then p50", "then p99", "times", "the server, before and at most")
 	for _, a := range attacks {
 		t.Run(a.name, func(t *testing.T) {
 			on := *n
