@@ -29,11 +29,12 @@ func (r *Runtime) processesOf(dir string) ([]process, error) {
 	if err != nil {
 		return nil, err
 	}
-	self := os.Getpid()
+	self, seen := os.Getpid(), false
 	var found []process
 	for _, e := range entries {
 		pid, err := strconv.Atoi(e.Name())
 		if err != nil || pid == self {
+			seen = seen || err == nil
 			continue
 		}
 		p, ours, err := r.isOf(pid, dir)
@@ -43,6 +44,9 @@ func (r *Runtime) processesOf(dir string) ([]process, error) {
 		if ours {
 			found = append(found, p)
 		}
+	}
+	if !seen { // it is empty, or another namespace's: it says nothing of ours
+		return nil, errors.New("/proc does not show this process")
 	}
 	return found, nil
 }

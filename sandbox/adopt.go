@@ -469,7 +469,7 @@ func (m *Manager) bury(id string, r record, lock *os.File, cause Cause) {
 			err = m.keep(r, lock)
 		}
 		if err != nil {
-			m.log.Error("keep what was saved of a sandbox", "sandbox", id, "error", errors.Join(err, lock.Close()))
+			m.putOff(id, fmt.Errorf("keep what was saved of it: %w", errors.Join(err, lock.Close())))
 		}
 		return
 	}

@@ -54,6 +54,8 @@ func (s *Sandbox) pause(ctx context.Context, o PauseOptions) (err error) {
 	}
 	if r := s.current(); r.State != Running && (r.State != Paused || !o.ToDisk || r.onDisk()) {
 		return s.asError("pause")
+	} else if o.forced && r.State == Paused && s.met() { // by its user, meanwhile: it takes no more than it has
+		return s.asError("pause")
 	}
 	if o.ToDisk {
 		err = s.sleep(ctx, o)
@@ -64,6 +66,13 @@ func (s *Sandbox) pause(ctx context.Context, o PauseOptions) (err error) {
 		err = fmt.Errorf("pause sandbox %s: %w", s.id, s.whyEnded(err))
 	}
 	return err
+}
+
+// met says whether there is a session with its agent.
+func (s *Sandbox) met() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.client != nil
 }
 
 // ResumeOptions say how a sandbox is resumed.
