@@ -17,3 +17,6 @@ func (s *Sandbox) ProtectNow() error {
 	_, err := s.protectOnce(client, s.current().Protect, s.meter.haveSeen())
 	return err
 }
+
+// Connections is how many places of connections to its ports are taken.
+func (s *Sandbox) Connections() int { return len(s.connSlots) }
