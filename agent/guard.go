@@ -28,9 +28,11 @@ type guard struct {
 	victims []victim      // that may still be there
 	freed   time.Time     // when memory was last seen to become free since
 	given   int64         // what may be used beyond the limit, as no process has it
+	stopped map[int]bool  // processes that others had stopped when the others were
 
 	known    atomic.Pointer[knowledge]
-	learning atomic.Bool // known is about to change
+	learning atomic.Bool  // known is about to change
+	freezes  atomic.Int64 // how often the others were stopped
 }
 
 // knowledge is what takes many system calls, and so, on a busy machine, seconds.
@@ -119,6 +121,9 @@ func (g *guard) look() time.Duration {
 	g.used, g.looked = used, now
 	g.pause = min(2*max(g.pause, firstLook/2), longPause)
 	switch {
+	case limit <= 0 && !g.frozen.IsZero(): // there is no limit any more
+		g.thaw()
+		g.pause = shortPause
 	case limit > 0 && (used > limit+g.given || !g.frozen.IsZero()):
 		g.relieve(limit)
 		g.pause = shortPause
@@ -152,21 +157,45 @@ func (g *guard) learn() {
 	if time.Since(g.known.Load().at) < learnTime || g.learning.Swap(true) {
 		return
 	}
+	freezes := g.freezes.Load()
 	go func() {
 		defer g.learning.Store(false)
 		k := knowledge{others: otherMemory(), stopped: map[int]bool{}}
 		for _, p := range g.server.all() {
 			for _, pid := range p.group.pids() {
-				if fields := procStat(pid); len(fields) > 0 && fields[0] == "T" {
+				if isStopped(pid) {
 					k.stopped[pid] = true
 				}
 			}
 		}
-		if k.at = time.Now(); g.gate.Load() == nil { // those that the guard has stopped are not meant
+		if k.at = time.Now(); g.gate.Load() == nil && g.freezes.Load() == freezes { // those that the guard has stopped are not meant
 			g.known.Store(&k)
 		}
 	}()
 }
+
+func isStopped(pid int) bool {
+	fields := procStat(pid)
+	return len(fields) > 0 && fields[0] == "T"
+}
+
+// stillStopped gives those of some processes that are stopped now. Of many it looks at some only, since the others take more memory meanwhile:
+// who is not among them goes on, which is better than never to go on.
+func stillStopped(pids map[int]bool) map[int]bool {
+	still, looks := map[int]bool{}, 0
+	for pid := range pids {
+		if looks++; looks > maxStopped {
+			break
+		}
+		if isStopped(pid) {
+			still[pid] = true
+		}
+	}
+	return still
+}
+
+// maxStopped is how many stopped processes the guard looks at.
+const maxStopped = 64
 
 // otherMemory is what of the machine's memory is the agent's, or of files that are mapped.
 func otherMemory() int64 {
@@ -263,9 +292,12 @@ func (g *guard) isVictim(group *cgroup) bool {
 }
 
 // freeze stops all processes but bridges, and holds back new ones. It is one system call: on a busy machine each takes long, and who is not
-// stopped takes more memory meanwhile.
+// stopped takes more memory meanwhile. What is known of processes that others have stopped is old by now: they may go on already, or be gone
+// and their pids be others'.
 func (g *guard) freeze() {
 	g.frozen = time.Now()
+	g.freezes.Add(1)
+	g.stopped = stillStopped(g.known.Load().stopped)
 	gate := make(chan struct{})
 	g.gate.Store(&gate)
 	_ = unix.Kill(-1, unix.SIGSTOP) // ESRCH: there is none
@@ -278,7 +310,7 @@ func (g *guard) freeze() {
 func (g *guard) thaw() {
 	g.frozen, g.victims = time.Time{}, nil
 	defer func() { close(*g.gate.Swap(nil)) }()
-	if len(g.known.Load().stopped) == 0 {
+	if len(g.stopped) == 0 {
 		_ = unix.Kill(-1, unix.SIGCONT)
 		return
 	}
@@ -288,7 +320,7 @@ func (g *guard) thaw() {
 		_ = unix.Kill(-1, unix.SIGCONT)
 	}
 	for _, e := range entries {
-		if pid, err := strconv.Atoi(e.Name()); err == nil && pid > 1 && !g.known.Load().stopped[pid] {
+		if pid, err := strconv.Atoi(e.Name()); err == nil && pid > 1 && !g.stopped[pid] {
 			_ = unix.Kill(pid, unix.SIGCONT)
 		}
 	}

@@ -93,6 +93,9 @@ func TestPortOfAnotherUser(t *testing.T) {
 	if out := ask(12345); !strings.HasPrefix(out, "HTTP/1.1 403 ") || !strings.Contains(out, "it is of another user of this machine. Open it as the user") {
 		t.Error(out)
 	}
+	if n := sb.Connections(); n != 0 {
+		t.Errorf("who was refused keeps %d places of the sandbox' connections", n)
+	}
 	if out := ask(0); !strings.HasSuffix(out, "secret") {
 		t.Error(out)
 	}

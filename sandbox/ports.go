@@ -267,16 +267,15 @@ func (s *Sandbox) serve(p Port) (*exposed, error) {
 				time.Sleep(listenPoll)
 				continue
 			}
+			if err := s.lets(e, conn); err != nil {
+				e.turnAway(conn, fmt.Sprintf("This port is not public, and your connection is refused: %v. Open it as the user whose server this is, or expose the port as public.\n", err))
+				continue
+			}
 			select {
 			case slots <- struct{}{}:
 			case <-ctx.Done():
 				_ = conn.Close()
 				return
-			}
-			if err := s.lets(e, conn); err != nil {
-				e.turnAway(conn, fmt.Sprintf("This port is not public, and your connection is refused: %v. Open it as the user whose server this is, or expose the port as public.\n", err))
-				<-slots
-				continue
 			}
 			if tcp, ok := conn.(*net.TCPConn); ok {
 				_ = tcp.SetWriteBuffer(hostBuffer) // one that has ended says so later

@@ -199,9 +199,8 @@ func (j *job) importTar(ctx context.Context, m Manifest, from io.Reader) (Manife
 	if err != nil {
 		return m, fmt.Errorf("import: %w", err)
 	}
-	defer plain.Close()
 	l, err := j.newLayer(ctx, plain, maxImage, "import")
-	if err != nil {
+	if err = errors.Join(err, plain.Close()); err != nil { // before the image is made: whoever has a decoder never waits for a merge
 		return m, fmt.Errorf("import: %w", j.noRoom(err))
 	}
 	m.Layers = []Layer{l}
