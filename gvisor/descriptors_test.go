@@ -67,6 +67,22 @@ func starve(t *testing.T, what string, do func() error) {
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() {
+		if !t.Failed() {
+			return
+		}
+		var now unix.Rlimit
+		err := unix.Getrlimit(unix.RLIMIT_NOFILE, &now)
+		t.Logf("%s: the limit was %d of %d, and is %d of %d: %v", what, old.Cur, old.Max, now.Cur, now.Max, err)
+		for fd := range int(old.Cur) {
+			if name, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd)); err == nil {
+				t.Log(fd, name)
+			}
+		}
+		if err := unix.Prlimit(0, unix.RLIMIT_NOFILE, &old, nil); err != nil {
+			t.Error(err)
+		}
+	})
 	open := func() int {
 		entries, err := os.ReadDir("/proc/self/fd")
 		if err != nil {

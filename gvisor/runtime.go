@@ -240,6 +240,9 @@ func (m *machine) start(ctx context.Context, spec sandbox.Spec, args []string, c
 	if err == nil {
 		m.processes, err = m.runtime.processesOf(spec.Dir)
 	}
+	if err == nil && !hasSentry(m.processes) {
+		err = fmt.Errorf("its kernel has ended: %s", errOutput.text())
+	}
 	if err == nil && spec.From != "" {
 		err = m.settle()
 	}

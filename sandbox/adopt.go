@@ -8,9 +8,7 @@ import (
 	mathrand "math/rand/v2"
 	"os"
 	"path/filepath"
-	"slices"
 	"sync"
-	"syscall"
 	"time"
 
 	"soulbox.dev/soulbox/agent"
@@ -133,105 +131,6 @@ func (m *Manager) takeOver(id string, r record, err error, lock *os.File) {
 	}
 	m.bury(id, r, lock, cause)
 }
-
-// letSleep tidies up a sandbox on disk, and leaves it to whichever server is asked for it first. When nobody was for too long, it ends.
-func (m *Manager) letSleep(r record, lock *os.File) {
-	if _, tidied := m.tidied.LoadOrStore(fmt.Sprint(r.ID, r.Saves), true); !tidied || r.Pause.Waking {
-		ctx, cancel := context.WithTimeout(m.ctx, adoptTime)
-		defer cancel()
-		m.tidy(ctx, r)
-		if r.Pause.Waking { // its server died meanwhile
-			p := *r.Pause
-			p.Waking = false
-			r.Pause = &p
-			if err := m.store.save(r); err != nil {
-				m.log.Error("save the state of a sandbox on disk", "sandbox", r.ID, "error", err)
-			}
-		}
-	}
-	if time.Now().After(r.RemoveAt) {
-		m.bury(r.ID, r, lock, CauseForgotten)
-		return
-	}
-	if len(r.Ports) > 0 && r.Pause.AutoResume && m.opts.Keep { // somebody has to listen for those who wake it, and to leave it again
-		if err := m.adopt(r, lock); err != nil {
-			m.report(r.ID, errors.Join(err, lock.Close()))
-		}
-		return
-	}
-	_ = lock.Close() // it was only looked at
-}
-
-// claimAsleep takes a sandbox on disk that no server has, because it is asked for. Where that is not so it does nothing.
-func (m *Manager) claimAsleep(id string) {
-	m.claiming.Lock() // two calls at once: the second finds what the first has taken
-	defer m.claiming.Unlock()
-	if m.known(id) != nil {
-		return
-	}
-	r, err := m.store.load(id)
-	if err != nil || !r.onDisk() {
-		return
-	}
-	lock, err := LockFile(filepath.Join(m.store.path(id), "lock"), false)
-	if err != nil {
-		return // another server has it, or is looking at it
-	}
-	r, err = m.store.load(id)
-	if err != nil || !r.onDisk() {
-		_ = lock.Close() // it is another's affair by now
-		return
-	}
-	if err := m.adopt(r, lock); err != nil {
-		m.report(id, errors.Join(err, lock.Close()))
-	}
-}
-
-// unowned lists the sandboxes on disk of an owner that no server has.
-func (m *Manager) unowned(owner string, known map[string]bool) []Info {
-	entries, err := os.ReadDir(m.store.dir)
-	if err != nil {
-		m.log.Error("list sandboxes on disk", "error", err)
-	}
-	var asleep []record
-	for _, e := range entries {
-		if known[e.Name()] || !e.IsDir() || !ValidID(e.Name()) {
-			continue
-		}
-		if r, err := m.store.load(e.Name()); err == nil && r.onDisk() && r.Owner == owner {
-			asleep = append(asleep, r)
-		}
-	}
-	var list []Info
-	for try := range listTries {
-		if try > 0 && slices.ContainsFunc(asleep, func(r record) bool { _, told := m.foreign.Load(r.ID); return !told }) {
-			time.Sleep(listPause) // another server may only look at it, which does not last
-		}
-		asleep = slices.DeleteFunc(asleep, func(r record) bool {
-			lock, err := LockFile(filepath.Join(m.store.path(r.ID), "lock"), false)
-			if err != nil {
-				return !errors.Is(err, syscall.EWOULDBLOCK) // it is not there any more
-			}
-			_ = lock.Close() // it was only tried
-			m.foreign.Delete(r.ID)
-			sb := m.newSandbox(r)
-			sb.meter.sum = r.Totals
-			list = append(list, sb.Info())
-			sb.cancel(nil)
-			return true
-		})
-	}
-	for _, r := range asleep {
-		m.foreign.Store(r.ID, true)
-	}
-	return list // what is left is another server's
-}
-
-// How often, and how long in between, a sandbox on disk is tried that somebody has or looks at.
-const (
-	listTries = 5
-	listPause = 10 * time.Millisecond
-)
 
 // isOver says whether the life of a running sandbox is over.
 func (r record) isOver() bool { return r.State == Running && !time.Now().Before(r.ExpiresAt) }
@@ -366,7 +265,7 @@ func (m *Manager) adopt(r record, lock *os.File) (err error) {
 			return err
 		}
 	}
-	m.tidy(ctx, r)
+	m.tidyUp(ctx, r)
 	return m.enter(sb, "adopted by a new server")
 }
 
@@ -398,7 +297,7 @@ func (m *Manager) enter(sb *Sandbox, how string) error {
 func (m *Manager) keep(r record, lock *os.File) error {
 	ctx, cancel := context.WithTimeout(context.Background(), destroyTimeout)
 	defer cancel()
-	m.tidy(ctx, r)
+	m.tidyUp(ctx, r)
 	sb := m.newSandbox(r)
 	sb.lock = lock
 	sb.recall()
@@ -411,15 +310,22 @@ func (m *Manager) keep(r record, lock *os.File) error {
 	return err
 }
 
+// tidyUp is tidy where what is left does no harm: it goes with the sandbox, and the next waking ends the machine.
+func (m *Manager) tidyUp(ctx context.Context, r record) {
+	if err := m.tidy(ctx, r); err != nil {
+		m.log.Error("remove what a dead server left", "sandbox", r.ID, "error", err)
+	}
+}
+
 // tidy removes what a dead server was about to make, or to remove.
-func (m *Manager) tidy(ctx context.Context, r record) {
+func (m *Manager) tidy(ctx context.Context, r record) error {
 	keep := ""
 	if dir := m.store.kept(r); dir != "" {
 		keep = filepath.Base(dir)
 	}
 	if r.onDisk() {
 		if err := m.opts.Runtime.Reap(ctx, m.store.path(r.ID)); err != nil { // of a waking, or a pause, that was cut off
-			m.log.Error("end the machine of a paused sandbox", "sandbox", r.ID, "error", err)
+			return err
 		}
 	}
 	left, err := filepath.Glob(filepath.Join(m.store.path(r.ID), "*-*"))
@@ -428,9 +334,7 @@ func (m *Manager) tidy(ctx context.Context, r record) {
 			err = errors.Join(err, m.store.removeAll(name))
 		}
 	}
-	if err != nil {
-		m.log.Error("remove what a dead server left", "sandbox", r.ID, "error", err)
-	}
+	return err
 }
 
 // bury ends what is left of a sandbox, and makes its tombstone.

@@ -227,19 +227,28 @@ func (m *Manager) dropCopies(owner string, lack int64) {
 
 // dropCopy removes the last copy of a sandbox that runs, and tells how much room that makes, in bytes.
 func (s *Sandbox) dropCopy() (int64, error) {
+	dir, size, err := s.forgetCopy()
+	if err != nil || dir == "" {
+		return 0, err
+	}
+	return size, s.m.store.removeAll(dir)
+}
+
+// forgetCopy takes the last copy of a sandbox that runs off its record, and tells where it is, and its size in bytes.
+func (s *Sandbox) forgetCopy() (dir string, size int64, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.rec.Copy == nil || s.rec.State != Running || s.hold != nil {
-		return 0, nil
+		return "", 0, nil
 	}
-	dir, size := s.m.store.kept(s.rec), s.rec.Copy.Size
+	dir, size = s.m.store.kept(s.rec), s.rec.Copy.Size
 	r := s.rec
 	r.Copy = nil
 	if err := s.m.store.save(r); err != nil {
-		return 0, err
+		return "", 0, err
 	}
 	s.rec = r
-	return size, s.m.store.removeAll(dir)
+	return dir, size, nil
 }
 
 // relieveTime bounds how long the agent may take to end processes, and their memory to be free.

@@ -193,9 +193,49 @@ func (s *Sandbox) freeze(ctx context.Context, o PauseOptions) error {
 		r.Pause, r.Notice = &pause{AutoResume: o.AutoResume, Wedged: o.wedged, Since: r.Changed}, ""
 	})
 	if err != nil && !s.rec.State.Ended() {
-		err = errors.Join(err, machine.Resume(ctx))
+		err = errors.Join(err, s.goOn(ctx, machine))
 	}
 	return err
+}
+
+// goOnPause is the time until a machine that could not be thawed is tried again; it doubles, to unknownPause.
+const goOnPause = 100 * time.Millisecond
+
+// goOn thaws a machine whose pause has failed. Where that fails, too, it is tried until it is done or is another's affair: the sandbox is running to
+// all who look.
+func (s *Sandbox) goOn(ctx context.Context, machine Machine) error {
+	err := machine.Resume(ctx)
+	if err == nil {
+		return nil
+	}
+	s.m.work.Go(func() {
+		for wait := goOnPause; sleepFor(s.ctx, wait); wait = min(2*wait, unknownPause) {
+			if s.goneOn(machine) {
+				return
+			}
+		}
+	})
+	return err
+}
+
+// goneOn tries once more to thaw a machine, and says whether there is nothing left to do.
+func (s *Sandbox) goneOn(machine Machine) bool {
+	ctx, over, err := s.takeTurn(s.ctx, "go on in")
+	if err != nil {
+		return true // it has ended, or is left to another server
+	}
+	defer over()
+	s.mu.Lock()
+	ours := s.machine == machine && s.rec.State == Running
+	s.mu.Unlock()
+	if !ours {
+		return true
+	}
+	if err := machine.Resume(ctx); err != nil {
+		s.m.log.Warn("thaw a sandbox whose pause has failed", "sandbox", s.id, "error", err)
+		return false
+	}
+	return true
 }
 
 // thaw goes on after freeze.
@@ -293,7 +333,7 @@ func (s *Sandbox) sleep(ctx context.Context, o PauseOptions) (err error) {
 		}
 		err = errors.Join(noDisk(err), s.m.store.removeAll(target+unfinishedSave), s.m.store.removeAll(target))
 		if r.State == Running {
-			err = errors.Join(err, machine.Resume(ctx))
+			err = errors.Join(err, s.goOn(ctx, machine))
 			if client != nil {
 				client.GoOn()
 			}

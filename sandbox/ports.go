@@ -245,7 +245,7 @@ func (s *Sandbox) Ports() []Port {
 
 // serve begins to listen for a port, at p.Host if that is not 0. s.mu is held.
 func (s *Sandbox) serve(p Port) (*exposed, error) {
-	l, err := net.Listen("tcp", p.Address())
+	l, err := s.m.opts.Listen("tcp", p.Address())
 	if err != nil {
 		return nil, err
 	}
@@ -277,7 +277,7 @@ func (s *Sandbox) serve(p Port) (*exposed, error) {
 				_ = conn.Close()
 				return
 			}
-			if tcp, ok := conn.(*net.TCPConn); ok {
+			if tcp, ok := conn.(interface{ SetWriteBuffer(bytes int) error }); ok {
 				_ = tcp.SetWriteBuffer(hostBuffer) // one that has ended says so later
 			}
 			giveBack, err := s.connection(ctx, s.m.opts.ConnWait) // the next ones wait in the listener, where they have no descriptors of ours

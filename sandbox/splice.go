@@ -65,7 +65,7 @@ func (s *Sandbox) splice(ctx context.Context, conn net.Conn, port int) {
 			cancel()
 			return
 		}
-		if half, ok := conn.(*net.TCPConn); ok {
+		if half, ok := conn.(interface{ CloseWrite() error }); ok {
 			_ = half.CloseWrite() // a client that is gone shows below
 		}
 	}()

@@ -124,6 +124,14 @@ func (a *accepted) CloseWrite() error {
 	return errors.ErrUnsupported
 }
 
+// SetWriteBuffer bounds what the kernel keeps for a client that does not read, in bytes.
+func (a *accepted) SetWriteBuffer(bytes int) error {
+	if tcp, ok := a.Conn.(*net.TCPConn); ok {
+		return tcp.SetWriteBuffer(bytes)
+	}
+	return errors.ErrUnsupported
+}
+
 // Close implements net.Conn.
 func (a *accepted) Close() error {
 	a.d.mu.Lock()

@@ -1,0 +1,126 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"syscall"
+	"time"
+)
+
+// letSleep tidies up a sandbox on disk, and leaves it to whichever server is asked for it first. When nobody was for too long, it ends.
+func (m *Manager) letSleep(r record, lock *os.File) {
+	as := fmt.Sprint(r.ID, r.Saves)
+	if _, tidied := m.tidied.Load(as); !tidied || r.Pause.Waking {
+		if err := m.settle(&r); err != nil {
+			m.log.Error("tidy up after a dead server; the next look tries again", "sandbox", r.ID, "error", err)
+		} else {
+			m.tidied.Store(as, true)
+		}
+	}
+	if time.Now().After(r.RemoveAt) {
+		m.bury(r.ID, r, lock, CauseForgotten)
+		return
+	}
+	if len(r.Ports) > 0 && r.Pause.AutoResume && m.opts.Keep { // somebody has to listen for those who wake it, and to leave it again
+		if err := m.adopt(r, lock); err != nil {
+			m.report(r.ID, errors.Join(err, lock.Close()))
+		}
+		return
+	}
+	_ = lock.Close() // it was only looked at
+}
+
+// settle ends what a dead server had begun with a sandbox on disk: as long as its machine may be there, it keeps its memory.
+func (m *Manager) settle(r *record) error {
+	ctx, cancel := context.WithTimeout(m.ctx, adoptTime)
+	defer cancel()
+	if err := m.tidy(ctx, *r); err != nil || !r.Pause.Waking {
+		return err
+	}
+	p := *r.Pause
+	p.Waking = false
+	r.Pause = &p
+	return m.store.save(*r)
+}
+
+// claimAsleep takes a sandbox on disk that no server has, because it is asked for. Where that is not so it does nothing.
+func (m *Manager) claimAsleep(id string) {
+	m.claiming.Lock() // two calls at once: the second finds what the first has taken
+	defer m.claiming.Unlock()
+	if m.known(id) != nil {
+		return
+	}
+	r, err := m.store.load(id)
+	if err != nil || !r.onDisk() {
+		return
+	}
+	lock, err := LockFile(filepath.Join(m.store.path(id), "lock"), false)
+	if err != nil {
+		return // another server has it, or is looking at it
+	}
+	r, err = m.store.load(id)
+	if err != nil || !r.onDisk() {
+		_ = lock.Close() // it is another's affair by now
+		return
+	}
+	if err := m.adopt(r, lock); err != nil {
+		m.report(id, errors.Join(err, lock.Close()))
+	}
+}
+
+// unowned lists the sandboxes on disk of an owner that no server has.
+func (m *Manager) unowned(owner string, known map[string]bool) []Info {
+	entries, err := os.ReadDir(m.store.dir)
+	if err != nil {
+		m.log.Error("list sandboxes on disk", "error", err)
+	}
+	var asleep []record
+	for _, e := range entries {
+		if known[e.Name()] || !e.IsDir() || !ValidID(e.Name()) {
+			continue
+		}
+		r, err := m.store.load(e.Name())
+		if isOfHost(err) {
+			m.log.Error("read the state of a sandbox on disk; it is not listed", "sandbox", e.Name(), "error", err)
+		}
+		if err == nil && r.onDisk() && r.Owner == owner {
+			asleep = append(asleep, r)
+		}
+	}
+	var list []Info
+	for try := range listTries {
+		if try > 0 && slices.ContainsFunc(asleep, func(r record) bool { _, told := m.foreign.Load(r.ID); return !told }) {
+			time.Sleep(listPause) // another server may only look at it, which does not last
+		}
+		asleep = slices.DeleteFunc(asleep, func(r record) bool {
+			lock, err := LockFile(filepath.Join(m.store.path(r.ID), "lock"), false)
+			if errors.Is(err, syscall.EWOULDBLOCK) || errors.Is(err, fs.ErrNotExist) {
+				return errors.Is(err, fs.ErrNotExist)
+			}
+			if err == nil { // else nobody is known to have it
+				_ = lock.Close() // it was only tried
+			}
+			m.foreign.Delete(r.ID)
+			sb := m.newSandbox(r)
+			sb.meter.sum = r.Totals
+			list = append(list, sb.Info())
+			sb.cancel(nil)
+			return true
+		})
+	}
+	for _, r := range asleep {
+		m.foreign.Store(r.ID, true)
+	}
+	return list // what is left is another server's
+}
+
+// How often, and how long in between, a sandbox on disk is tried that somebody has or looks at.
+const (
+	listTries = 5
+	listPause = 10 * time.Millisecond
+)
