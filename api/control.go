@@ -19,6 +19,7 @@ import (
 	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/api/client"
 	"soulbox.dev/soulbox/api/envd"
+	"soulbox.dev/soulbox/internal/wholenum"
 	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/template"
 )
@@ -310,7 +311,7 @@ func (r *call) body(to any) error {
 	if len(strings.TrimSpace(string(text))) == 0 {
 		return nil
 	}
-	if err := json.Unmarshal(text, to); err != nil {
+	if err := wholenum.Unmarshal(text, to); err != nil {
 		return refuse(http.StatusBadRequest, "the body is not the JSON object that is wanted: %v", err)
 	}
 	return nil

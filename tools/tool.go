@@ -14,6 +14,7 @@ import (
 	"github.com/mark3labs/mcp-go/server"
 
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/internal/wholenum"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -214,18 +215,13 @@ func decode(raw json.RawMessage, in any) error {
 
 // setArgument decodes one argument. Numbers and booleans in quotes are taken as what they stand for: models write them.
 func setArgument(field reflect.Value, arg json.RawMessage) error {
-	err := json.Unmarshal(arg, field.Addr().Interface())
+	err := wholenum.Unmarshal(arg, field.Addr().Interface())
 	if err == nil {
-		return nil
-	}
-	var number float64
-	if field.Kind() == reflect.Int64 && json.Unmarshal(arg, &number) == nil && number == float64(int64(number)) {
-		field.SetInt(int64(number)) // 1000.0 is an integer to JSON Schema
 		return nil
 	}
 	var quoted string
 	if json.Unmarshal(arg, &quoted) == nil && json.Valid([]byte(quoted)) {
-		return json.Unmarshal([]byte(quoted), field.Addr().Interface())
+		return wholenum.Unmarshal([]byte(quoted), field.Addr().Interface())
 	}
 	return err
 }

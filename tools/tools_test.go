@@ -134,6 +134,28 @@ func TestEveryTool(t *testing.T) {
 	}
 }
 
+// TestWholeNumbers: every integer argument of every tool takes 1.0 for 1, as JSON Schema does, and refuses 1.5.
+func TestWholeNumbers(t *testing.T) {
+	s, _ := newServer(t)
+	for _, tool := range listTools(t, s) {
+		for name, property := range tool.InputSchema.Properties {
+			if p, ok := property.(map[string]any); !ok || p["type"] != "integer" {
+				continue
+			}
+			for value, refused := range map[string]bool{"1.0": false, "1e0": false, `"1.0"`: false, "1.5": true} {
+				call := fmt.Sprintf(`{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":%q,"arguments":{%q:%s}}}`, tool.Name, name, value)
+				body, err := json.Marshal(s.HandleMessage(t.Context(), json.RawMessage(call)))
+				if err != nil {
+					t.Fatal(err)
+				}
+				if strings.Contains(string(body), "must be a whole number") != refused {
+					t.Errorf("%s: %s %s: %s", tool.Name, name, value, body)
+				}
+			}
+		}
+	}
+}
+
 // conversation runs a script of tool calls through the stdio loop and records what is answered. Lines: "> tool {arguments}".
 func conversation(t *testing.T, script string) []byte {
 	t.Helper()
