@@ -2,6 +2,7 @@ package gvisor_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -17,19 +18,15 @@ import (
 func TestNoDescriptorIsLeft(t *testing.T) {
 	r, host := newRuntime(t)
 	dir := filepath.Join(sandboxtest.Dir(t), "machine")
-	boot := func() (sandbox.Machine, error) {
-		if err := os.Mkdir(dir, 0o711); err != nil {
+	prepare := func() {
+		if err := errors.Join(os.RemoveAll(dir), os.Mkdir(dir, 0o711)); err != nil {
 			t.Fatal(err)
 		}
-		m, err := r.Boot(t.Context(), sandbox.Spec{ID: "sbstarved", Dir: dir, Template: host, Limits: sandbox.DefaultLimits()})
-		if err != nil {
-			err = fmt.Errorf("boot: %w", err)
-			if rerr := os.RemoveAll(dir); rerr != nil {
-				t.Fatal(rerr)
-			}
-		}
-		return m, err
 	}
+	boot := func() (sandbox.Machine, error) {
+		return r.Boot(t.Context(), sandbox.Spec{ID: "sbstarved", Dir: dir, Template: host, Limits: sandbox.DefaultLimits()})
+	}
+	prepare()
 	m, err := boot()
 	if err != nil {
 		t.Fatal(err)
@@ -44,45 +41,33 @@ func TestNoDescriptorIsLeft(t *testing.T) {
 		if err := m.Destroy(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		if err := os.RemoveAll(dir); err != nil {
-			t.Fatal(err)
-		}
 	}
-	starve(t, "pause", func() error { return m.Pause(t.Context()) })
+	starve(t, "pause", func() {}, func() error { return m.Pause(t.Context()) })
 	if err := m.Resume(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	end()
-	starve(t, "boot", func() (err error) {
+	starve(t, "boot", prepare, func() (err error) {
 		m, err = boot()
 		return err
 	})
 	end()
 }
 
-// starve does something with no descriptor to spare, with one, and so on until there are enough, and looks that none is left each time it fails.
-func starve(t *testing.T, what string, do func() error) {
+// starve does something with no descriptor to spare, with one, and so on until there are enough, each time prepared with plenty of them, and looks that
+// none is left each time it fails.
+func starve(t *testing.T, what string, prepare func(), do func() error) {
 	t.Helper()
 	var old unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		if !t.Failed() {
-			return
-		}
-		var now unix.Rlimit
-		err := unix.Getrlimit(unix.RLIMIT_NOFILE, &now)
-		t.Logf("%s: the limit was %d of %d, and is %d of %d: %v", what, old.Cur, old.Max, now.Cur, now.Max, err)
-		for fd := range int(old.Cur) {
-			if name, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd)); err == nil {
-				t.Log(fd, name)
-			}
-		}
+	restore := func() {
 		if err := unix.Prlimit(0, unix.RLIMIT_NOFILE, &old, nil); err != nil {
-			t.Error(err)
+			t.Fatal(err)
 		}
-	})
+	}
+	defer restore()
 	open := func() int {
 		entries, err := os.ReadDir("/proc/self/fd")
 		if err != nil {
@@ -91,13 +76,12 @@ func starve(t *testing.T, what string, do func() error) {
 		return len(entries) - 1 // the directory itself
 	}
 	for before, spare := open(), 0; spare < 30; spare++ {
+		prepare()
 		if err := unix.Prlimit(0, unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: uint64(before + spare), Max: old.Max}, nil); err != nil {
 			t.Fatal(err)
 		}
 		err := do()
-		if err := unix.Prlimit(0, unix.RLIMIT_NOFILE, &old, nil); err != nil {
-			t.Fatal(err)
-		}
+		restore()
 		if err == nil {
 			t.Logf("%s: %d descriptors are enough", what, spare)
 			return
