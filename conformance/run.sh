@@ -33,7 +33,7 @@ run() { # name, command...
 	else
 		failed=$((failed + 1))
 		echo "FAIL $name"
-		tail -60 "$out/last"
+		tail -150 "$out/last"
 	fi
 }
 suite() { node "node_modules/$1/dist/index.js" server --url "$url" "${@:2}" -o "$out/results"; }
