@@ -2,8 +2,10 @@ package agent
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 	"unicode/utf8"
 )
@@ -13,7 +15,10 @@ const (
 	snippetLines = 4        // around the first change
 )
 
-// edit replaces or inserts text in a file.
+// editTries is how often an edit is made anew of a file that others have changed meanwhile.
+const editTries = 5
+
+// edit replaces or inserts text in a file, in its turn.
 func (s *Server) edit(r EditRequest) (EditResult, error) {
 	if err := checkPath("edit", r.Path); err != nil {
 		return EditResult{}, err
@@ -24,41 +29,46 @@ func (s *Server) edit(r EditRequest) (EditResult, error) {
 	if r.InsertLine != nil && r.Old != "" {
 		return EditResult{}, invalid("edit: give either a text to replace or a line to insert at")
 	}
-	old, err := readText(r.Path)
+	done := s.turns.take(fileOf(r.Path))
+	defer done()
+	for range editTries {
+		result, err := s.editOnce(r)
+		if !errors.Is(err, ErrChanging) {
+			return result, err
+		}
+	}
+	return EditResult{}, fmt.Errorf("edit %q: %w", r.Path, ErrChanging)
+}
+
+// editOnce edits a file as it is found. Whoever calls it has the turn of the file.
+func (s *Server) editOnce(r EditRequest) (EditResult, error) {
+	old, was, err := readText(r.Path)
 	if err != nil {
 		return EditResult{}, err
 	}
 	var text string
+	var at int
 	result := EditResult{Replaced: 1}
-	at := 0
 	if r.InsertLine != nil {
-		if text, at, err = insertAt(old, *r.InsertLine, r.New); err != nil {
-			return EditResult{}, fmt.Errorf("edit %q: %w", r.Path, err)
-		}
+		text, at, result.CRLF, err = insertAt(old, *r.InsertLine, r.New)
 	} else {
-		n := strings.Count(old, r.Old)
-		switch {
-		case n == 0:
-			return EditResult{}, fmt.Errorf("edit %q: %w", r.Path, ErrNoMatch)
-		case n > 1 && !r.All:
-			return EditResult{}, fmt.Errorf("edit %q: %d times: %w", r.Path, n, ErrAmbiguous)
-		}
-		if size := len(old) + n*(len(r.New)-len(r.Old)); size > maxEdit {
-			return EditResult{}, fmt.Errorf("edit %q: it would have %d bytes, more than %d: %w", r.Path, size, maxEdit, ErrTooLarge)
-		}
-		result.Replaced = n
-		at = strings.Index(old, r.Old)
-		text = strings.ReplaceAll(old, r.Old, r.New)
+		text, at, result.CRLF, result.Replaced, err = replaceIn(old, r)
+	}
+	if err != nil {
+		return EditResult{}, fmt.Errorf("edit %q: %w", r.Path, err)
 	}
 	w, err := s.openWrite(header{Path: r.Path})
 	if err != nil {
 		return EditResult{}, err
 	}
 	defer w.abort()
-	if _, err := io.WriteString(w.file, text); err != nil {
+	if _, err := io.WriteString(w, text); err != nil {
 		return EditResult{}, err
 	}
-	if err := w.commit(); err != nil {
+	if is, err := os.Stat(r.Path); err != nil || !os.SameFile(is, was) || is.Size() != was.Size() || !is.ModTime().Equal(was.ModTime()) {
+		return EditResult{}, errors.Join(ErrChanging, err)
+	}
+	if err := w.commitNow(); err != nil {
 		return EditResult{}, err
 	}
 	result.Line = 1 + strings.Count(text[:at], "\n")
@@ -67,57 +77,37 @@ func (s *Server) edit(r EditRequest) (EditResult, error) {
 	return result, err
 }
 
-// insertAt inserts text behind a line, and completes its last line.
-func insertAt(old string, line int, add string) (text string, at int, err error) {
-	lines := strings.SplitAfter(old, "\n")
-	if lines[len(lines)-1] == "" {
-		lines = lines[:len(lines)-1]
-	}
-	if line < 0 || line > len(lines) {
-		return "", 0, invalid("line %d is outside the file, which has %d lines", line, len(lines))
-	}
-	end := "\n"
-	if len(lines) > 0 && strings.HasSuffix(lines[0], "\r\n") {
-		end = "\r\n" // as the file has it
-		add = strings.ReplaceAll(strings.ReplaceAll(add, "\r\n", "\n"), "\n", end)
-	}
-	before := strings.Join(lines[:line], "")
-	if before != "" && !strings.HasSuffix(before, "\n") {
-		before += end
-	}
-	if !strings.HasSuffix(add, "\n") {
-		add += end
-	}
-	return before + add + strings.Join(lines[line:], ""), len(before), nil
-}
-
 // snippet shows the lines around a change with their numbers.
 func snippet(text string, line, extra int) string {
 	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
 	from, to := max(line-1-snippetLines, 0), min(line+min(extra, 40)+snippetLines, len(lines))
 	var b strings.Builder
 	for i := from; i < to; i++ {
-		fmt.Fprintf(&b, "%6d\t%s\n", i+1, clip(lines[i], 500))
+		fmt.Fprintf(&b, "%6d\t%s\n", i+1, clip(strings.TrimSuffix(lines[i], "\r"), 500))
 	}
 	return b.String()
 }
 
-// readText reads a whole text file.
-func readText(name string) (string, error) {
+// readText reads a whole text file, and tells what the file was then.
+func readText(name string) (string, os.FileInfo, error) {
 	f, err := openRegular(name)
 	if err != nil {
-		return "", err
+		return "", nil, err
 	}
 	defer f.Close()
+	was, err := f.Stat()
+	if err != nil {
+		return "", nil, err
+	}
 	body, err := io.ReadAll(io.LimitReader(f, maxEdit+1))
 	if err != nil {
-		return "", err
+		return "", nil, err
 	}
 	if len(body) > maxEdit {
-		return "", fmt.Errorf("edit %q: it has more than %d bytes: %w", name, maxEdit, ErrTooLarge)
+		return "", nil, fmt.Errorf("edit %q: it has more than %d bytes: %w", name, maxEdit, ErrTooLarge)
 	}
 	if bytes.IndexByte(body, 0) >= 0 || !utf8.Valid(body) {
-		return "", fmt.Errorf("edit %q: %w", name, ErrNotText)
+		return "", nil, fmt.Errorf("edit %q: %w", name, ErrNotText)
 	}
-	return string(body), nil
+	return string(body), was, nil
 }

@@ -22,6 +22,7 @@ var (
 	ErrNotText    = errors.New("not a text file")
 	ErrNoMatch    = errors.New("text does not occur in the file")
 	ErrAmbiguous  = errors.New("text occurs more than once")
+	ErrChanging   = errors.New("the file is changed again and again by others")
 	ErrCwd        = errors.New("no such working directory")
 	ErrCommand    = errors.New("command line too long")
 	ErrLimit      = errors.New("limit reached")
@@ -37,7 +38,7 @@ var (
 var kinds = map[string]error{
 	"no_process": ErrNoProcess, "ended": ErrEnded, "tag_in_use": ErrTagInUse, "no_user": ErrNoUser, "no_signal": ErrNoSignal,
 	"stdin": ErrStdin, "invalid": ErrInvalid, "too_large": ErrTooLarge, "not_regular": ErrNotRegular, "not_text": ErrNotText,
-	"no_match": ErrNoMatch, "ambiguous": ErrAmbiguous, "cwd": ErrCwd, "limit": ErrLimit, "no_terminal": ErrNoTerminal, "command": ErrCommand,
+	"no_match": ErrNoMatch, "ambiguous": ErrAmbiguous, "changing": ErrChanging, "cwd": ErrCwd, "limit": ErrLimit, "no_terminal": ErrNoTerminal, "command": ErrCommand,
 	"no_watch": ErrNoWatch, "watches": ErrWatches,
 }
 

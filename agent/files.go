@@ -307,6 +307,8 @@ func (s *Server) move(r MoveRequest) (FileInfo, error) {
 	if err := s.makeDirs(path.Dir(path.Clean(r.To)), owner); err != nil {
 		return FileInfo{}, err
 	}
+	done := s.turns.take(placeOf(r.From), placeOf(r.To))
+	defer done()
 	err = os.Rename(r.From, r.To)
 	if errors.Is(err, syscall.EXDEV) {
 		err = s.moveAcross(r.From, r.To)
@@ -360,6 +362,8 @@ func (s *Server) remove(r PathRequest) (struct{}, error) {
 	if _, err := os.Lstat(clean); err != nil {
 		return none, err
 	}
+	done := s.turns.take(placeOf(clean))
+	defer done()
 	if r.Recursive {
 		return none, os.RemoveAll(clean)
 	}

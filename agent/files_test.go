@@ -4,11 +4,14 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/iotest"
@@ -266,6 +269,19 @@ func TestEdit(t *testing.T) {
 		"binary":            {"a\x00b", EditRequest{Old: "a", New: "b"}, "a\x00b", 0, ErrNotText},
 		"not UTF-8":         {"a\xff", EditRequest{Old: "a", New: "b"}, "a\xff", 0, ErrNotText},
 		"across lines":      {"a\r\nb\r\n", EditRequest{Old: "a\r\nb", New: "c"}, "c\r\n", 1, nil},
+		"CRLF":              {"a\r\nb\r\nc\r\n", EditRequest{Old: "a\nb", New: "x\ny\nz"}, "x\r\ny\r\nz\r\nc\r\n", 1, nil},
+		"CRLF, one line":    {"a\r\nb\r\n", EditRequest{Old: "b", New: "x\ny"}, "a\r\nx\r\ny\r\n", 2, nil},
+		"CRLF, last line":   {"a\r\nb", EditRequest{Old: "b", New: "x\ny"}, "a\r\nx\r\ny", 2, nil},
+		"CRLF, an end":      {"a\r\nb\r\n", EditRequest{Old: "a\n", New: ""}, "b\r\n", 1, nil},
+		"CRLF, from an end": {"a\r\nb\r\n", EditRequest{Old: "\nb", New: "\nc"}, "a\r\nc\r\n", 1, nil},
+		"CRLF for LF":       {"a\nb\n", EditRequest{Old: "a\r\nb", New: "c"}, "c\n", 1, nil},
+		"mixed":             {"a\nb\r\nc\nd\n", EditRequest{Old: "a\nb\nc", New: "x\ny"}, "x\ny\nd\n", 1, nil},
+		"mixed, all":        {"a\r\na\na\r\n", EditRequest{Old: "a\n", New: "b\nc\n", All: true}, "b\r\nc\r\nb\nc\nb\r\nc\r\n", 1, nil},
+		"CRLF, all":         {"a\r\nb\r\na\r\nb\r\n", EditRequest{Old: "a\nb\n", New: "c\n", All: true}, "c\r\nc\r\n", 1, nil},
+		"CRLF, ambiguous":   {"a\r\nb\r\na\r\nb\r\n", EditRequest{Old: "a\nb\n", New: "c\n"}, "a\r\nb\r\na\r\nb\r\n", 0, ErrAmbiguous},
+		"CRLF, insert":      {"a\r\nb\r\n", EditRequest{New: "x\ny", InsertLine: line(1)}, "a\r\nx\r\ny\r\nb\r\n", 2, nil},
+		"BOM":               {"\ufeffa\r\n", EditRequest{New: "x", InsertLine: line(0)}, "\ufeffx\r\na\r\n", 1, nil},
+		"BOM alone":         {"\ufeff", EditRequest{New: "x", InsertLine: line(0)}, "\ufeffx\n", 1, nil},
 	} {
 		put(t, c, name, test.before, WriteOptions{})
 		test.req.Path = name
@@ -275,6 +291,94 @@ func TestEdit(t *testing.T) {
 		}
 		if got := get(t, c, name, 0, -1); got != test.after {
 			t.Errorf("%s: got %q, want %q", label, got, test.after)
+		}
+	}
+}
+
+// TestEditsAtOnce: edits of one file, by whatever name, are in turn, so that each is there in the end.
+func TestEditsAtOnce(t *testing.T) {
+	c, dir := pair(t)
+	name := filepath.Join(dir, "f")
+	const n = 40
+	var body strings.Builder
+	for i := range n {
+		fmt.Fprintf(&body, "<%d>\n", i)
+	}
+	put(t, c, name, body.String(), WriteOptions{})
+	if err := errors.Join(os.Symlink("f", filepath.Join(dir, "link")), os.Symlink(".", filepath.Join(dir, "d"))); err != nil {
+		t.Fatal(err)
+	}
+	names := []string{name, filepath.Join(dir, "link"), filepath.Join(dir, "d/f"), filepath.Join(dir, "d/link")}
+	var all sync.WaitGroup
+	for i := range n {
+		all.Go(func() {
+			if _, err := c.Edit(t.Context(), EditRequest{Path: names[i%len(names)], Old: fmt.Sprintf("<%d>", i), New: "done"}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	if got := get(t, c, name, 0, -1); got != strings.Repeat("done\n", n) {
+		t.Errorf("%q", got)
+	}
+}
+
+// TestWritesAtOnce: of many that create a file one does, what is appended to a new one is all there, and what one takes back is its own alone.
+func TestWritesAtOnce(t *testing.T) {
+	c, dir := pair(t)
+	const n = 20
+	for round := range 5 {
+		var created atomic.Int32
+		var all sync.WaitGroup
+		for i := range n {
+			all.Go(func() {
+				_, err := c.WriteFile(t.Context(), filepath.Join(dir, fmt.Sprintf("new%d", round)), strings.NewReader("x"), WriteOptions{Mode: ModeCreate})
+				if err == nil {
+					created.Add(1)
+				} else if !errors.Is(err, fs.ErrExist) {
+					t.Error(err)
+				}
+			})
+			all.Go(func() {
+				if _, err := c.WriteFile(t.Context(), filepath.Join(dir, fmt.Sprintf("log%d", round)), strings.NewReader(fmt.Sprintf("%d\n", i)), WriteOptions{Mode: ModeAppend}); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		all.Wait()
+		if created.Load() != 1 {
+			t.Errorf("%d have created it", created.Load())
+		}
+		if got := strings.Count(get(t, c, filepath.Join(dir, fmt.Sprintf("log%d", round)), 0, -1), "\n"); got != n {
+			t.Errorf("%d of %d lines are there", got, n)
+		}
+	}
+	name := filepath.Join(dir, "two")
+	put(t, c, name, "first\n", WriteOptions{})
+	r, w := io.Pipe()
+	broken := make(chan error)
+	go func() {
+		_, err := c.WriteFile(t.Context(), name, r, WriteOptions{Mode: ModeAppend})
+		broken <- err
+	}()
+	if _, err := io.WriteString(w, "taken back\n"); err != nil {
+		t.Fatal(err)
+	}
+	put(t, c, name, "second\n", WriteOptions{Mode: ModeAppend})
+	w.CloseWithError(errors.New("gone"))
+	if err := <-broken; err == nil {
+		t.Error("the first append has not failed")
+	}
+	if got := get(t, c, name, 0, -1); !strings.Contains(got, "second\n") || !strings.HasPrefix(got, "first\n") {
+		t.Errorf("%q", got)
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), tempPrefix) {
+			t.Errorf("%s is left", e.Name())
 		}
 	}
 }

@@ -58,6 +58,7 @@ type Server struct {
 	fields   fieldCache
 	shells   *shells
 	trees    *trees
+	turns    turns
 	marked   marked
 
 	acceptors acceptors

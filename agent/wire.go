@@ -387,6 +387,7 @@ type EditResult struct {
 	Replaced int      `json:"replaced"`
 	Line     int      `json:"line"`
 	Snippet  string   `json:"snippet"`
+	CRLF     bool     `json:"crlf,omitempty"` // ends of lines were matched or written as the file has them
 }
 
 // SearchRequest finds files under Path by Glob (** spans directories) and, with Pattern (RE2), lines in them.

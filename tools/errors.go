@@ -41,6 +41,7 @@ var advice = []struct {
 	{agent.ErrCwd, "Make it with exec (mkdir -p), or leave cwd out to use the home directory."},
 	{agent.ErrNoMatch, "Read the file with file_read and copy old_str exactly, with its white space."},
 	{agent.ErrAmbiguous, "Add lines around it to old_str until it is unique, or set replace_all."},
+	{agent.ErrChanging, "Wait until the program that writes it is done, then edit it."},
 	{agent.ErrNotText, "Use exec to change it."},
 	{agent.ErrNotRegular, "Use exec to work with it."},
 	{agent.ErrCommand, "Write it to a file with file_write and run that."},

@@ -60,6 +60,7 @@ type fileReadOutput struct {
 	FirstLine  int64  `json:"first_line,omitempty"`
 	LastLine   int64  `json:"last_line,omitempty"`
 	NextOffset int64  `json:"next_offset,omitempty" jsonschema:"where to go on; absent at the end"`
+	CRLF       bool   `json:"crlf,omitempty" jsonschema:"lines end in CRLF"`
 
 	image *mcp.ImageContent
 }
@@ -71,6 +72,9 @@ func (o fileReadOutput) text() string {
 		return "[" + status + ", shown as an image]"
 	case o.LastLine > 0:
 		status += fmt.Sprintf(", lines %d to %d", o.FirstLine, o.LastLine)
+	}
+	if o.CRLF {
+		status += ", CRLF line ends"
 	}
 	if o.NextOffset > 0 {
 		status += fmt.Sprintf("; more: call file_read with offset %d", o.NextOffset)
@@ -190,6 +194,7 @@ func readLines(r *bufio.Reader, info agent.FileInfo, in fileReadInput) (fileRead
 		}
 		text, used := renderHead(part, room-b.Len(), int64(len(part)) == n)
 		b.WriteString(text)
+		out.CRLF = out.CRLF || bytes.HasSuffix(part, []byte("\r\n"))
 		out.FirstLine, out.LastLine = first, line
 		if left := n - int64(used); left > 0 {
 			fmt.Fprintf(&b, "[… %s of this line left out …]\n", plural(left, "byte"))
@@ -354,10 +359,15 @@ type fileEditOutput struct {
 	Line     int    `json:"line" jsonschema:"of the first change"`
 	Snippet  string `json:"snippet" jsonschema:"the lines around it, numbered"`
 	Size     int64  `json:"size"`
+	CRLF     bool   `json:"crlf,omitempty" jsonschema:"with the file's CRLF line ends"`
 }
 
 func (o fileEditOutput) text() string {
-	return fmt.Sprintf("%s[%s, %s, first at line %d, now %d bytes]", o.Snippet, o.Path, plural(int64(o.Replaced), "change"), o.Line, o.Size)
+	ends := ""
+	if o.CRLF {
+		ends = ", with the file's CRLF line ends"
+	}
+	return fmt.Sprintf("%s[%s, %s%s, first at line %d, now %d bytes]", o.Snippet, o.Path, plural(int64(o.Replaced), "change"), ends, o.Line, o.Size)
 }
 
 func (s *Service) fileEdit(ctx context.Context, in fileEditInput) (fileEditOutput, error) {
@@ -369,7 +379,7 @@ func (s *Service) fileEdit(ctx context.Context, in fileEditInput) (fileEditOutpu
 	if err != nil {
 		return fileEditOutput{}, err
 	}
-	return fileEditOutput{Path: in.Path, Replaced: r.Replaced, Line: r.Line, Snippet: render([]byte(r.Snippet)), Size: r.Info.Size}, nil
+	return fileEditOutput{Path: in.Path, Replaced: r.Replaced, Line: r.Line, Snippet: render([]byte(r.Snippet)), Size: r.Info.Size, CRLF: r.CRLF}, nil
 }
 
 type fileListInput struct {
