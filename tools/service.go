@@ -268,23 +268,17 @@ func (s *Service) isDefault(ctx context.Context, id string) bool {
 	return current != nil && current.ID() == id
 }
 
-// heavy takes a slot for work that takes much of the server's processor, and memory for it, from the account of whose call it is. It waits until there
-// is room: other owners go on meanwhile.
+// heavyTime is how long a call waits for room to work: clients give up after a minute.
+const heavyTime = 45 * time.Second
+
+// heavy takes a slot for work that takes much of the server's processor, and memory for it, from the account of whose call it is. It waits for heavyTime
+// where there is no room: other owners go on meanwhile.
 func (s *Service) heavy(ctx context.Context, buffers int64) (done func(), err error) {
 	c, err := caller(ctx)
 	if err != nil {
 		return nil, err
 	}
-	slot, err := s.Manager.Accounts().Wait(ctx, c.Owner(), access.Work, 1)
-	if err != nil {
-		return nil, err
-	}
-	memory, err := s.Manager.Accounts().Wait(ctx, c.Owner(), access.Buffers, buffers)
-	if err != nil {
-		slot()
-		return nil, err
-	}
-	return func() { memory(); slot() }, nil
+	return s.Manager.Accounts().TakeAll(ctx, heavyTime, c.Owner(), access.Part{Of: access.Work, N: 1}, access.Part{Of: access.Buffers, N: buffers})
 }
 
 // target is embedded in every input that may name a sandbox.
