@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -124,16 +125,30 @@ func runDir(dir string) string { return filepath.Join(dir, "run") }
 
 func bundleDir(dir string) string { return filepath.Join(dir, "bundle") }
 
+// bootTries is how often a machine is begun whose runsc has failed, with nothing said of why that is the machine's own: the host may be at fault.
+const bootTries = 2
+
 // Boot implements sandbox.Runtime.
-func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (_ sandbox.Machine, err error) {
+func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (sandbox.Machine, error) {
 	if err := r.check(); err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(fmt.Errorf("boot: %w", err), r.undo(spec.Dir))
+	for try := 1; ; try++ {
+		m, err := r.bootOnce(ctx, spec)
+		if err == nil {
+			return m, nil
 		}
-	}()
+		undone := r.undo(spec.Dir)
+		var exit *exec.ExitError
+		if undone != nil || try == bootTries || !errors.As(err, &exit) || ctx.Err() != nil || errors.Is(err, sandbox.ErrDamaged) {
+			return nil, errors.Join(fmt.Errorf("boot: %w", err), undone)
+		}
+		r.log().Warn("a machine could not be started; it is tried again", "sandbox", spec.ID, "error", err)
+	}
+}
+
+// bootOnce is one try of Boot. What it has begun is undone by its caller.
+func (r *Runtime) bootOnce(ctx context.Context, spec sandbox.Spec) (*machine, error) {
 	begin, err := r.beginFrom(spec.Dir, spec.From)
 	if err != nil {
 		return nil, err
@@ -142,12 +157,10 @@ func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (_ sandbox.Machin
 	if err == nil && begin.wake {
 		if err = r.wake(ctx, spec.Dir); err != nil {
 			_ = m.pipe.Close()
+			m.cancel()
 		}
 	}
-	if err != nil {
-		return nil, err
-	}
-	return m, nil
+	return m, err
 }
 
 // beginVerified starts a machine while it verifies what the machine begins from: both read the same, and nobody speaks with the machine before that

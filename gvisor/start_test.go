@@ -2,6 +2,9 @@ package gvisor_test
 
 import (
 	"context"
+	"errors"
+	"os"
+	"os/exec"
 	"sync"
 	"testing"
 	"time"
@@ -87,5 +90,30 @@ func TestStoppedStarts(t *testing.T) {
 	}
 	if got := output(sandboxtest.Run(t, c, "echo alive")); got != "alive\n" {
 		t.Errorf("got %q", got)
+	}
+}
+
+// TestStartedAgain: a runsc that fails once, as it may where the host has no room for the moment, is no reason to fail. One that fails again is.
+func TestStartedAgain(t *testing.T) {
+	runtime, host := newRuntime(t)
+	tried, fails := 0, 1
+	runtime.Fault = func(what string) error {
+		if what != "start runsc" {
+			return nil
+		}
+		if tried++; tried > fails {
+			return nil
+		}
+		return &exec.ExitError{ProcessState: &os.ProcessState{}}
+	}
+	m, _ := bootIn(t, runtime, host)
+	sandboxtest.Run(t, sandboxtest.Greet(t, m), "true")
+	if tried != 2 {
+		t.Errorf("it was tried %d times", tried)
+	}
+	tried, fails = 0, 10
+	var exit *exec.ExitError
+	if _, err := runtime.Boot(t.Context(), sandbox.Spec{ID: "sbagain", Dir: sandboxtest.Dir(t), Template: host, Limits: sandbox.DefaultLimits()}); !errors.As(err, &exit) || tried != 2 {
+		t.Errorf("after %d tries: %v", tried, err)
 	}
 }
