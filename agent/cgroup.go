@@ -30,7 +30,32 @@ type cgroups struct {
 }
 
 // groupLimits is what a cgroup is made with: one that was made with others is not used again.
-type groupLimits struct{ pids int64 }
+type groupLimits struct {
+	pids, memory int64
+	cpu          float64
+}
+
+// write sets the limits of a cgroup, of which gVisor enforces that of tasks alone: the others tell programs what the guard and the host enforce. They look
+// in their own cgroup, or at the root of what is mounted. Zero is no limit.
+func (l groupLimits) write(dir *os.File) error {
+	most := func(n int64) string {
+		if n <= 0 {
+			return "max"
+		}
+		return strconv.FormatInt(n, 10)
+	}
+	for _, f := range [][2]string{
+		{"pids.max", most(l.pids)}, {"memory.max", most(l.memory)}, {"cpu.max", fmt.Sprintf("%s %d", most(int64(l.cpu*cpuPeriod)), cpuPeriod)},
+	} {
+		if err := writeAt(dir, f[0], f[1]); err != nil {
+			return fmt.Errorf("limit %s: %w", f[0], err)
+		}
+	}
+	return nil
+}
+
+// cpuPeriod is the time in which cpu.max counts what is used, in microseconds: what Linux begins with.
+const cpuPeriod = 100_000
 
 // cgroup holds one process and everything it started. A nil cgroup is one outside a sandbox: it is empty.
 type cgroup struct {
@@ -126,9 +151,9 @@ func showCgroup(dir *os.File) error {
 	return nil
 }
 
-// limit bounds the number of tasks of all user processes together, and tells programs the memory limit, which the guard enforces.
-func (c *cgroups) limit(pids, memory int64) error {
-	c.limits.Store(&groupLimits{pids: pids})
+// limit sets the limits of all user processes together.
+func (c *cgroups) limit(l groupLimits) error {
+	c.limits.Store(&l)
 	for stale := true; stale; { // they have the old limit
 		select {
 		case g := <-c.ready:
@@ -137,16 +162,7 @@ func (c *cgroups) limit(pids, memory int64) error {
 			stale = false
 		}
 	}
-	for name, value := range map[string]int64{"pids.max": pids, "memory.max": memory} {
-		text := "max"
-		if value > 0 {
-			text = strconv.FormatInt(value, 10)
-		}
-		if err := writeAt(c.dir, name, text); err != nil {
-			return fmt.Errorf("limit %s: %w", name, err)
-		}
-	}
-	return nil
+	return l.write(c.dir)
 }
 
 // add gives a cgroup for a process. It may fill all but an eighth of the users' cgroup, so that a fork bomb in one leaves room for others.
@@ -195,11 +211,11 @@ func (c *cgroups) make() (*cgroup, error) {
 			return nil, fmt.Errorf("open cgroup %s: %w", d.name, err)
 		}
 	}
-	if share := d.limits.pids / 8 * 7; share > 0 {
-		if err := writeAt(d.dir, "pids.max", strconv.FormatInt(share, 10)); err != nil {
-			g.remove()
-			return nil, fmt.Errorf("limit cgroup %s: %w", d.name, err)
-		}
+	own := *d.limits
+	own.pids = own.pids / 8 * 7
+	if err := own.write(d.dir); err != nil {
+		g.remove()
+		return nil, fmt.Errorf("cgroup %s: %w", d.name, err)
 	}
 	return g, nil
 }

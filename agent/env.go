@@ -61,7 +61,7 @@ func (s *Server) configure(c Config) error {
 		return nil
 	}
 	s.guard.wake()
-	return s.groups.limit(c.MaxProcesses, c.MaxMemory)
+	return s.groups.limit(groupLimits{c.MaxProcesses, c.MaxMemory, c.MaxCPU})
 }
 
 // givenEnv is what processes are given beside what each of them names.

@@ -28,6 +28,11 @@ func setUpMachine(image bool) (*cgroups, error) {
 	if err := boundSockets(); err != nil {
 		return nil, fmt.Errorf("bound the buffers of sockets: %w", err)
 	}
+	// As where Docker runs, and not only for a process' own children: who may look at a process is decided by its user. Nobody may look at the agent, or
+	// at a bridge to it, since they have capabilities that nobody else has.
+	if err := os.WriteFile("/proc/sys/kernel/yama/ptrace_scope", []byte("0"), 0o644); err != nil {
+		return nil, fmt.Errorf("let programs be traced: %w", err)
+	}
 	if image {
 		// gVisor mounts memory on an empty /tmp; it is to be a directory as others, on disk, and in what a build makes.
 		if err := unix.Unmount("/tmp", 0); err != nil && err != unix.EINVAL && err != unix.ENOENT && err != unix.ENOTDIR {

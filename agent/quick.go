@@ -56,6 +56,12 @@ func quickPipe(ours int) (fds [2]int, err error) {
 	return fds, err
 }
 
+// quickChown gives a pipe to somebody.
+func quickChown(fd int, uid, gid uint32) error {
+	_, err := quick(unix.SYS_FCHOWN, uintptr(fd), uintptr(uid), uintptr(gid), 0, 0)
+	return err
+}
+
 // quickPoll asks an epoll what has happened.
 func quickPoll(epoll int, events []unix.EpollEvent) int {
 	n, err := quick(unix.SYS_EPOLL_PWAIT, uintptr(epoll), uintptr(unsafe.Pointer(unsafe.SliceData(events))), uintptr(len(events)), 0, 0)

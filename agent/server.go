@@ -35,12 +35,17 @@ type Options struct {
 	Log      func(format string, args ...any)
 }
 
+// softFiles is how many descriptors a process may have until it asks for more: the agent has all, and programs that close every descriptor which
+// they might have would take seconds.
+const softFiles = 4096
+
 // Server is the guest's end. All methods are safe for concurrent use.
 type Server struct {
 	opts      Options
 	boot      string
 	shell     string
-	null      int // descriptor of /dev/null
+	null      int         // descriptor of /dev/null
+	files     unix.Rlimit // how many descriptors processes may have; inside a sandbox only
 	reaper    *reaper
 	second    *processors // nil outside a sandbox
 	stock     outputStock
@@ -103,6 +108,10 @@ func NewServer(opts Options) (*Server, error) {
 	}
 	s.reaper = newReaper(opts.Init, s.collector)
 	if opts.Init {
+		if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &s.files); err != nil {
+			return nil, fmt.Errorf("get the limit of descriptors: %w", err)
+		}
+		s.files.Cur = min(s.files.Max, softFiles)
 		s.second = newProcessors(&s.work)
 		if s.groups, err = setUpMachine(opts.Image); err != nil {
 			return nil, err

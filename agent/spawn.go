@@ -22,6 +22,7 @@ type spawnAttr struct {
 	user  *identity // nil is the caller's
 	tty   bool      // descriptor 0 becomes its controlling terminal
 	pidfd bool
+	files *unix.Rlimit  // of its descriptors; nil is the caller's
 	limit time.Duration // a child that has not executed by then is killed, where there is a pidfd; 0 is none
 }
 
@@ -98,6 +99,10 @@ func (m *spawnMemory) plan(attr spawnAttr, dir *byte) {
 	}
 	// Not by executing alone, which may take as long as the guest wants: it would have everybody's pipes for so long.
 	m.add(unix.SYS_CLOSE_RANGE, 3, math.MaxUint32, 0)
+	if attr.files != nil {
+		m.files = *attr.files
+		m.add(unix.SYS_PRLIMIT64, 0, unix.RLIMIT_NOFILE, uintptr(unsafe.Pointer(&m.files)), 0)
+	}
 	if u := attr.user; u != nil {
 		m.groups = append(m.groups, u.groups...)
 		m.add(unix.SYS_SETGROUPS, uintptr(len(m.groups)), uintptr(unsafe.Pointer(unsafe.SliceData(m.groups))))
@@ -146,12 +151,13 @@ func waitFor(pid int, status *syscall.WaitStatus) error {
 // spawnMemory is what the child needs between fork and exec. It is on the heap, which does not move.
 type spawnMemory struct {
 	clone  cloneArgs
-	steps  [13]step
+	steps  [14]step
 	n      int
 	masks  [2]uint64 // of signals: all, and where the caller's is kept
 	none   uint64    // the child's
 	failed uintptr   // errno of the child's step that has failed
 	pidfd  int32
+	files  unix.Rlimit
 	groups []uint32
 }
 

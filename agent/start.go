@@ -93,7 +93,7 @@ func (p *process) holdFirst() {
 
 // runOnPipes starts a process with pipes, and returns the writing end of its stdin if it has one.
 func (s *Server) runOnPipes(p *process, env []string) (stdin *os.File, err error) {
-	made, err := s.takeOutputs()
+	made, err := s.takeOutputs(p.user)
 	if err != nil {
 		return nil, err
 	}
@@ -110,7 +110,11 @@ func (s *Server) runOnPipes(p *process, env []string) (stdin *os.File, err error
 	}
 	defer quickClose(input[0])
 	stdio[0] = input[0]
-	if err := s.launch(p, env, stdio); err != nil {
+	err = s.givePipe(input[0], identity{}, p.user)
+	if err == nil {
+		err = s.launch(p, env, stdio)
+	}
+	if err != nil {
 		quickClose(input[1])
 		return nil, err
 	}
@@ -259,7 +263,7 @@ func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
 		attr.group = int(p.group.dir.Fd())
 	}
 	if s.opts.Init {
-		attr.user = &p.user
+		attr.user, attr.files = &p.user, &s.files
 	}
 	if own := time.Duration(p.req.TimeoutMS) * time.Millisecond; own > 0 {
 		attr.limit = min(own, startTime)

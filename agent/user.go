@@ -73,12 +73,26 @@ func (s *Server) lookup(spec string) (identity, error) {
 		}
 		id.gid = uint32(gid)
 	}
-	for _, f := range s.fields.read("/etc/group", 4) {
-		if gid, err := strconv.ParseUint(f[2], 10, 32); err == nil && strings.Contains(","+f[3]+",", ","+id.name+",") {
-			id.groups = append(id.groups, uint32(gid))
-		}
-	}
+	id.groups = s.groupsOf(id, !numeric)
 	return id, nil
+}
+
+// groupsOf are the groups that a login gives a user: first its own, then those that /etc/group names. Who is given with a group has that alone (Docker).
+func (s *Server) groupsOf(id identity, named bool) []uint32 {
+	groups := []uint32{id.gid}
+	if !named {
+		return groups
+	}
+	have := map[uint32]bool{id.gid: true}
+	for _, f := range s.fields.read("/etc/group", 4) {
+		gid, err := strconv.ParseUint(f[2], 10, 32)
+		if err != nil || gid == 1<<32-1 || have[uint32(gid)] || !strings.Contains(","+f[3]+",", ","+id.name+",") {
+			continue
+		}
+		have[uint32(gid)] = true
+		groups = append(groups, uint32(gid))
+	}
+	return groups
 }
 
 func (s *Server) describeUser(r UserRequest) (User, error) {

@@ -136,6 +136,8 @@ type Config struct {
 	// MaxMemory bounds the memory of all user processes together, in bytes: beyond it the largest one is killed
 	// with cause "oom". Zero means no bound.
 	MaxMemory int64 `json:"max_memory,omitempty"`
+	// MaxCPU is the number of cores that programs are told they may use; the host sees to it. Zero means no bound.
+	MaxCPU float64 `json:"max_cpu,omitempty"`
 	// OrphanMS is how long the agent lives without any host; zero means for ever.
 	OrphanMS int64 `json:"orphan_ms,omitempty"`
 }

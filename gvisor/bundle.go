@@ -130,9 +130,16 @@ func writeBundle(dir string, spec sandbox.Spec, agent string) error {
 	if err := os.WriteFile(filepath.Join(dir, "config.json"), body, 0o600); err != nil {
 		return err
 	}
-	return os.WriteFile(filepath.Join(dir, sentryMemoryName), strconv.AppendInt(nil, sentryLimit(spec.Limits.Kernel()), 10), 0o600)
+	for name, size := range map[string]int64{sentryMemoryName: sentryLimit(spec.Limits.Kernel()), guestMemoryName: spec.Limits.Memory} {
+		if err := os.WriteFile(filepath.Join(dir, name), strconv.AppendInt(nil, size, 10), 0o600); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
-// sentryMemoryName is a file in a bundle: the soft limit of the sentry's own memory in bytes, below which it takes the trouble to collect garbage
-// (gvisor/runsc/main.go).
-const sentryMemoryName = "sentry-memory"
+// Files in a bundle that our runsc reads (gvisor/runsc/main.go).
+const (
+	sentryMemoryName = "sentry-memory" // the soft limit of the sentry's own memory in bytes, below which it takes the trouble to collect garbage
+	guestMemoryName  = "guest-memory"  // what programs are told that they have, in bytes
+)

@@ -304,7 +304,7 @@ func giveAway(dir string) error {
 	if uid == os.Geteuid() {
 		return nil
 	}
-	for _, name := range []string{"bundle", "bundle/config.json", "bundle/" + sentryMemoryName, "run", "disk"} {
+	for _, name := range []string{"bundle", "bundle/config.json", "bundle/" + sentryMemoryName, "bundle/" + guestMemoryName, "run", "disk"} {
 		if err := os.Lchown(filepath.Join(dir, name), uid, gid); err != nil {
 			return err
 		}

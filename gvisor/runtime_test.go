@@ -22,7 +22,8 @@ import (
 // As root: the suite, isolation and limits, which are made in other ways there.
 func TestMain(m *testing.M) {
 	sandboxtest.Main(m, "TestRuntime", "TestImage", "TestNothingOfTheHost", "TestForkBomb", "TestMemoryBombs", "TestUserNamespace", "TestUserTmpfs", "TestDeviceDirectory", "TestAttachAsGuest", "TestHostCgroup",
-		"TestInHostCgroup", "TestStrangers", "TestSentryKilled", "TestRelieve", "TestOutOfMemory", "TestPauseInTimeLimit", "TestPlanV.*")
+		"TestInHostCgroup", "TestStrangers", "TestSentryKilled", "TestRelieve", "TestOutOfMemory", "TestPauseInTimeLimit", "TestPlanV.*",
+		"TestStandardStreams", "TestLogin", "TestLimitsSeen", "TestTrace")
 }
 
 func newRuntime(t *testing.T) (*gvisor.Runtime, sandbox.Template) {

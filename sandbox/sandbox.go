@@ -224,7 +224,9 @@ func (s *Sandbox) startWith(ctx context.Context, template Template, from string,
 
 // configuration is what the agent is told, now and again.
 func (r record) configuration() agent.Config {
-	return agent.Config{User: r.User, Cwd: r.Cwd, MaxProcesses: r.Limits.Processes, MaxMemory: r.Limits.Memory, OrphanMS: r.orphanTime().Milliseconds()}
+	return agent.Config{
+		User: r.User, Cwd: r.Cwd, MaxProcesses: r.Limits.Processes, MaxMemory: r.Limits.Memory, MaxCPU: r.Limits.CPU, OrphanMS: r.orphanTime().Milliseconds(),
+	}
 }
 
 func (s *Sandbox) current() record {

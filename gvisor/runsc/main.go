@@ -1,4 +1,5 @@
-// Command runsc is gVisor's, and has a sentry keep to a soft limit of its own memory, which its bundle names.
+// Command runsc is gVisor's, with a sentry that keeps to a soft limit of its own memory, and that tells programs how much memory their sandbox may have.
+// Its bundle names both.
 package main
 
 import (
@@ -12,6 +13,11 @@ import (
 	"strings"
 	"time"
 
+	abi "gvisor.dev/gvisor/pkg/abi/linux"
+	"gvisor.dev/gvisor/pkg/sentry/arch"
+	"gvisor.dev/gvisor/pkg/sentry/kernel"
+	"gvisor.dev/gvisor/pkg/sentry/syscalls/linux"
+	"gvisor.dev/gvisor/pkg/sentry/usage"
 	"gvisor.dev/gvisor/runsc/cli/maincli"
 	"gvisor.dev/gvisor/runsc/version"
 )
@@ -21,8 +27,61 @@ var _ = version.Version() // the linker sets it
 func main() {
 	if boot := slices.Index(os.Args, "boot"); boot >= 0 {
 		limitMemory(os.Args[boot:])
+		showMemory(os.Args[boot:])
+		tellAgent()
 	}
 	maincli.Main()
+}
+
+// showMemory has programs see the memory that the bundle names as all that there is, in /proc/meminfo and by sysinfo(2). runsc itself tells the sentry
+// what the host has, or the host's cgroup, of which an ordinary user has none. A sentry that is executed once more is told the same.
+func showMemory(args []string) {
+	size := named(args, "guest-memory")
+	if at := slices.Index(args, "--total-memory"); size != "" && at >= 0 && at+1 < len(args) {
+		args[at+1] = size
+	}
+}
+
+// tellAgent has sysinfo(2) tell the first process, which keeps the limit, what is used beyond it, too: gVisor tells at most the limit.
+func tellAgent() {
+	for _, table := range []*kernel.SyscallTable{linux.AMD64, linux.ARM64} {
+		for number, call := range table.Table {
+			if call.Name == "sysinfo" {
+				call.Fn = sysinfo
+				table.Table[number] = call
+			}
+		}
+		table.Init()
+	}
+}
+
+func sysinfo(t *kernel.Task, number uintptr, args arch.SyscallArguments) (uintptr, *kernel.SyscallControl, error) {
+	if t.TGIDInRoot() != 1 {
+		return linux.Sysinfo(t, number, args)
+	}
+	file, err := t.Kernel().MemoryFile().TotalUsage()
+	if err != nil {
+		return 0, nil, err
+	}
+	counted, _ := usage.MemoryAccounting.Copy()
+	used := file + counted.Mapped
+	total := max(usage.MaximumTotalMemoryBytes, used)
+	info := abi.Sysinfo{
+		Procs: uint16(t.Kernel().TaskSet().Root.NumTasks()), Uptime: t.Kernel().MonotonicClock().Now().Seconds(), TotalRAM: total, FreeRAM: total - used, Unit: 1,
+	}
+	_, err = info.CopyOut(t, args[0].Pointer())
+	return 0, nil, err
+}
+
+// named reads a file of the bundle that the arguments name; "" is none, or that the sentry sees it no longer.
+func named(args []string, file string) string {
+	for _, arg := range args {
+		if bundle, ok := strings.CutPrefix(arg, "--bundle="); ok {
+			body, _ := os.ReadFile(filepath.Join(bundle, file)) // a missing file is no limit
+			return strings.TrimSpace(string(body))
+		}
+	}
+	return ""
 }
 
 // limitMemory sets the limit that a file of the bundle names, in bytes. gVisor gives a sentry no environment of ours, but a sentry gives it to the
@@ -32,12 +91,8 @@ func limitMemory(args []string) {
 		follow(limit)
 		return
 	}
-	for _, arg := range args {
-		if bundle, ok := strings.CutPrefix(arg, "--bundle="); ok {
-			if body, err := os.ReadFile(filepath.Join(bundle, "sentry-memory")); err == nil { // else it has no limit
-				_ = os.Setenv("GOMEMLIMIT", strings.TrimSpace(string(body)))
-			}
-		}
+	if limit := named(args, "sentry-memory"); limit != "" {
+		_ = os.Setenv("GOMEMLIMIT", limit)
 	}
 }
 

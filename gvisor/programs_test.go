@@ -1,0 +1,141 @@
+package gvisor_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/gvisor"
+	"soulbox.dev/soulbox/internal/sandboxtest"
+	"soulbox.dev/soulbox/sandbox"
+)
+
+// says has a command of a user's say what is wanted, and nothing else.
+func says(t *testing.T, c *agent.Client, user, command, want string) {
+	t.Helper()
+	if got := output(sandboxtest.RunAs(t, c, user, command)); got != want {
+		t.Errorf("as %q, %s:\ngot  %q\nwant %q", user, command, got, want)
+	}
+}
+
+// TestStandardStreams opens the streams of a process by their names, as who it belongs to; the users change, so that pipes made ahead are another's.
+func TestStandardStreams(t *testing.T) {
+	_, c := newSandbox(t, sandbox.CreateOptions{})
+	for _, user := range []string{"", "root", "", "1234", "daemon", "1234:50", "root"} {
+		says(t, c, user, `echo a >/dev/stdout; echo b >>/proc/self/fd/1; echo c | tee /dev/fd/1`, "a\nb\nc\nc\n")
+		says(t, c, user, `echo a >/dev/stderr; (echo b >/proc/$$/fd/2)`, "a\nb\n")
+		says(t, c, user, `test "$(stat -Lc %u:%g /dev/stdout)" = "$(id -u):$(id -g)" && stat -Lc '%F %a' /dev/stdout`, "fifo 600\n")
+		s, err := c.Start(t.Context(), agent.StartRequest{Command: "cat /dev/stdin /proc/self/fd/0", User: user, Stdin: []byte("in\n"), WaitMS: 50_000, Window: agent.Window{Head: 100}})
+		if err != nil || output(s) != "in\n" {
+			t.Errorf("as %q, stdin: got %q, %v", user, output(s), err)
+		}
+		s, err = c.Start(t.Context(), agent.StartRequest{
+			Command: "echo a >/dev/stdout; echo b >/dev/stderr; echo c >/dev/tty", User: user, Terminal: &agent.Terminal{}, WaitMS: 50_000, Window: agent.Window{Head: 100}})
+		if err != nil || output(s) != "a\r\nb\r\nc\r\n" {
+			t.Errorf("as %q, on a terminal: got %q, %v", user, output(s), err)
+		}
+	}
+	// Who was another when the process began is not let in, as on Linux: su of Docker's root writes to what it has, and cannot open it anew.
+	says(t, c, "root", `perl -e '$> = 1000; print "open\n" if open F, ">", "/dev/stdout"; print "$!\n"; $| = 1; print "has it\n"'`, "Permission denied\nhas it\n")
+	says(t, c, "1234:50", `perl -e '$< = $> = 0; print "root\n" if $> == 0; print "no\n"'`, "no\n")
+}
+
+// TestLogin asks for what a login gives: groups, and a limit of descriptors that programs can loop over.
+func TestLogin(t *testing.T) {
+	_, c := newSandbox(t, sandbox.CreateOptions{})
+	says(t, c, "root", `usermod -aG staff,tty user 2>/dev/null || sed -i 's/^\(staff\|tty\):.*/&user/' /etc/group; printf 'more:x:50:user\nbad:x:4294967295:user\nworse:x:x:user\n' >>/etc/group`, "")
+	for user, want := range map[string]string{"": "1000 5 50", "root": "0", "1000": "1000 5 50", "user:50": "50", "1234": "1234", "1234:0": "0"} {
+		says(t, c, user, "id -G; perl -e 'print join(q( ), (split q( ), $))[1..20]) =~ s/ +$//r, qq(\n)'", want+"\n"+want+"\n")
+	}
+	says(t, c, "", `ulimit -Sn; ulimit -Hn; ulimit -n 100000 && ulimit -Sn`, "4096\n1048576\n100000\n")
+	says(t, c, "root", `ulimit -Sn; perl -MPOSIX -e 'POSIX::close($_) for 3..POSIX::sysconf(4)-1; print POSIX::sysconf(4), "\n"'`, "4096\n4096\n")
+	s, err := c.Start(t.Context(), agent.StartRequest{Command: "ulimit -Sn", Terminal: &agent.Terminal{}, WaitMS: 50_000, Window: agent.Window{Head: 100}})
+	if err != nil || output(s) != "4096\r\n" {
+		t.Errorf("on a terminal: got %q, %v", output(s), err)
+	}
+}
+
+// TestLimitsSeen has programs find the sandbox' limits wherever they look: before and after a pause to disk, and with other limits from its files.
+func TestLimitsSeen(t *testing.T) {
+	limits := sandbox.DefaultLimits()
+	limits.Memory, limits.CPU = 512<<20, 1
+	sb, c := newSandbox(t, sandbox.CreateOptions{Limits: limits})
+	seen := func() {
+		t.Helper()
+		says(t, c, "", "awk '/^MemTotal/ {print $2}' /proc/meminfo; getconf _PHYS_PAGES; nproc", fmt.Sprintf("%d\n%d\n1\n", limits.Memory>>10, limits.Memory>>12))
+		says(t, c, "", `awk '/^Mem(Free|Available)/ && $2 > 400000 && $2 < 524288 {print $1}' /proc/meminfo`, "MemFree:\nMemAvailable:\n")
+		says(t, c, "", "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max; cat /sys/fs/cgroup/p*/cpu.max | sort -u; cat /sys/fs/cgroup/p*/memory.max | sort -u",
+			fmt.Sprintf("%d\n100000 100000\n100000 100000\n%d\n", limits.Memory, limits.Memory))
+		says(t, c, "", `! type java >/dev/null 2>&1 || java -XX:+PrintFlagsFinal -version 2>&1 | awk '/ MaxHeapSize / && ($4 < 100e6 || $4 > 270e6)'`, "")
+		says(t, c, "", `! type node >/dev/null 2>&1 || node -p '(h => h > 100e6 && h < 400e6 ? "" : h)(v8.getHeapStatistics().heap_size_limit)' | grep .`, "")
+	}
+	seen()
+	if err := errors.Join(sb.Pause(t.Context(), sandbox.PauseOptions{ToDisk: true}), sb.Resume(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	c, err := sb.Agent(t.Context(), "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen()
+	// What is used beyond the limit is seen by who keeps it.
+	s, err := c.Start(t.Context(), agent.StartRequest{Command: "perl -e '$x = q(x) x (600 << 20)'", WaitMS: 60_000})
+	if err != nil || s.Process.Cause != agent.CauseOOM {
+		t.Errorf("a process of 600 MB of 512: cause %q, exit %d, %v", s.Process.Cause, s.Process.ExitCode, err)
+	}
+	says(t, c, "", "echo alive", "alive\n")
+}
+
+// traces is a program that attaches to a process and lets it go, and says how that has ended.
+const traces = `python3 -c '
+import ctypes, os, sys
+c, pid = ctypes.CDLL(None, use_errno=True), int(sys.argv[1])
+if c.ptrace(16, pid, 0, 0) < 0: sys.exit(print(os.strerror(ctypes.get_errno())))
+os.waitpid(pid, 0x40000000)
+print("attached"); c.ptrace(17, pid, 0, 0)' `
+
+// TestTrace has debuggers attach to processes of their user, and nobody to the agent or its bridge.
+func TestTrace(t *testing.T) {
+	_, host := newRuntime(t)
+	runtime := &gvisor.Runtime{Runsc: sandboxtest.Program(t, "runsc"), Agent: sandboxtest.AgentPath(t)}
+	spec := sandbox.Spec{ID: "sbtest", Dir: sandboxtest.Dir(t), Template: host, Limits: sandbox.DefaultLimits()}
+	m, err := runtime.Boot(t.Context(), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := m.Destroy(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	first := sandboxtest.Greet(t, m)
+	for _, user := range []string{"user", "root", "daemon"} {
+		if _, err := first.Start(t.Context(), agent.StartRequest{Command: "exec sleep 600", User: user, Tag: user}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_ = first.Close()
+	again, err := runtime.Attach(t.Context(), spec.Dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := sandboxtest.Greet(t, again) // by a bridge
+	target := func(user string) string { return fmt.Sprintf("$(pgrep -u %s -x sleep)", user) }
+	bridge := "$(pgrep -x soulbox-agent | grep -vx 1)"
+	for _, test := range []struct{ user, target, want string }{
+		{"user", target("user"), "attached\n"}, {"daemon", target("daemon"), "attached\n"}, {"root", target("root"), "attached\n"},
+		{"user", target("root"), "Operation not permitted\n"}, {"user", target("daemon"), "Operation not permitted\n"},
+		{"user", "1", "Operation not permitted\n"}, {"root", "1", "Operation not permitted\n"},
+		{"user", bridge, "Operation not permitted\n"}, {"root", bridge, "Operation not permitted\n"},
+	} {
+		says(t, c, test.user, traces+test.target, test.want)
+	}
+	for _, file := range []string{"/proc/1/mem", "/proc/1/fd/0", "/proc/1/maps", "/proc/1/environ"} {
+		if got := output(sandboxtest.RunAs(t, c, "root", "head -c 1 "+file)); !strings.Contains(got, "ermission") && !strings.Contains(got, "denied") && got != "" {
+			t.Errorf("root reads %s of the agent: %q", file, got)
+		}
+	}
+}
