@@ -30,8 +30,9 @@ var files = map[string]string{
 	"etc/passwd": "root:x:0:0:root:/root:/bin/bash\ndaemon:x:1:1:daemon:/usr/sbin:/usr/sbin/nologin\n" +
 		"man:x:6:12:man:/var/cache/man:/usr/sbin/nologin\nwww-data:x:33:33:www-data:/var/www:/usr/sbin/nologin\n" +
 		"user:x:1000:1000:user:/home/user:/bin/bash\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
-	"etc/group":    "root:x:0:\ndaemon:x:1:\ntty:x:5:\nman:x:12:\nwww-data:x:33:\nstaff:x:50:\nuser:x:1000:\nnogroup:x:65534:\n",
-	"etc/shadow":   "root:*:19000:0:99999:7:::\nuser:*:19000:0:99999:7:::\n",
+	"etc/group": "root:x:0:\ndaemon:x:1:\ntty:x:5:\nman:x:12:\nwww-data:x:33:\nstaff:x:50:\nuser:x:1000:\nnogroup:x:65534:\n",
+	"etc/shadow": "root:*:19000:0:99999:7:::\ndaemon:*:19000:0:99999:7:::\nman:*:19000:0:99999:7:::\nwww-data:*:19000:0:99999:7:::\n" +
+		"user:*:19000:0:99999:7:::\nnobody:*:19000:0:99999:7:::\n",
 	"etc/hosts":    "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n",
 	"etc/hostname": "sandbox\n",
 	"etc/fstab":    "",

@@ -286,8 +286,14 @@ func matches(globs []string, name string) bool {
 	})
 }
 
-// globbed is path.Match with a pattern of ours, which is well formed.
+// globbed is path.Match with a pattern of ours, which is well formed. Most names differ in the first or last letter.
 func globbed(glob, name string) bool {
+	if first := glob[0]; first != '*' && first != name[0] {
+		return false
+	}
+	if last := glob[len(glob)-1]; last != '*' && last != name[len(name)-1] {
+		return false
+	}
 	ok, _ := path.Match(glob, name)
 	return ok
 }
