@@ -125,7 +125,7 @@ FROM %s
 # Packages, as root:
 # RUN apt-get update && apt-get install -y --no-install-recommends ripgrep
 
-# Files beside this one; .dockerignore names those that are not sent:
+# Files beside this one; Dockerfile.dockerignore or else .dockerignore names those that are not sent:
 # COPY . /home/user/project
 
 # Where and as whom commands run:
@@ -160,7 +160,7 @@ func (a *app) buildCommand() *cobra.Command {
 	var target, push string
 	var noCache bool
 	c := &cobra.Command{Use: "build [DIRECTORY]", Short: "Build a template", Args: cobra.MaximumNArgs(1),
-		Long:    "Build a template of the Dockerfile in a directory, with the files beside it that .dockerignore does not name; soulbox.toml there says the rest..",
+		Long:    "Build a template of the Dockerfile in a directory, with the files beside it that Dockerfile.dockerignore, or else .dockerignore, does not name; soulbox.toml there says the rest.",
 		Example: "  soulbox template build\n  soulbox template build web --name web:v2 --no-cache\n  soulbox template build --push registry.example.com/team/web:1",
 		RunE: func(c *cobra.Command, given []string) error {
 			dir := "."
@@ -226,14 +226,14 @@ func (a *app) build(ctx context.Context, dir string, conf templateConfig, n clie
 	if err != nil {
 		return err
 	}
-	if n.Context, err = a.sendContext(ctx, at.Client, conf.Name, dir); err != nil {
+	if n.Context, err = a.sendContext(ctx, at.Client, conf, dir); err != nil {
 		return err
 	}
 	name, id, err := at.Announce(ctx, conf.Name, conf.CPU, conf.MemoryMB, conf.DiskMB)
 	if err != nil {
 		return err
 	}
-	n.Dockerfile, n.Args, n.StartCmd, n.ReadyCmd = string(text), conf.Args, conf.Start, conf.Ready
+	n.Dockerfile, n.Filtered, n.Args, n.StartCmd, n.ReadyCmd = string(text), true, conf.Args, conf.Start, conf.Ready
 	if conf.Protect != "" {
 		every, err := time.ParseDuration(conf.Protect)
 		if err != nil || every < time.Second {
@@ -255,8 +255,8 @@ func (a *app) build(ctx context.Context, dir string, conf templateConfig, n clie
 }
 
 // sendContext sends the files of a build, if the server has not got them, and gives the hash by which it has them.
-func (a *app) sendContext(ctx context.Context, at *client.Client, name, dir string) (string, error) {
-	ignored, err := readIgnored(dir)
+func (a *app) sendContext(ctx context.Context, at *client.Client, conf templateConfig, dir string) (string, error) {
+	ignored, err := readIgnored(dir, conf.Dockerfile)
 	if err != nil {
 		return "", err
 	}
@@ -266,7 +266,7 @@ func (a *app) sendContext(ctx context.Context, at *client.Client, name, dir stri
 		return "", err
 	}
 	hash := hex.EncodeToString(sum.Sum(nil))
-	if has, err := at.HasContext(ctx, name, hash); err != nil || has {
+	if has, err := at.HasContext(ctx, conf.Name, hash); err != nil || has {
 		return hash, err
 	}
 	bar := transfer{app: a}.progress(total.n.Load())
@@ -274,37 +274,42 @@ func (a *app) sendContext(ctx context.Context, at *client.Client, name, dir stri
 	r, w := io.Pipe()
 	defer r.Close()
 	go func() { w.CloseWithError(writeContext(ctx, io.MultiWriter(w, bar), dir, ignored)) }()
-	return hash, at.SendContext(ctx, name, hash, r)
+	return hash, at.SendContext(ctx, conf.Name, hash, r)
 }
 
-// readIgnored reads .dockerignore; nil is none.
-func readIgnored(dir string) (*patternmatcher.PatternMatcher, error) {
-	f, err := os.Open(filepath.Join(dir, ".dockerignore"))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	patterns, err := ignorefile.ReadAll(f)
-	if err == nil {
-		var m *patternmatcher.PatternMatcher
-		if m, err = patternmatcher.New(patterns); err == nil {
-			return m, nil
+// readIgnored reads what is not sent: the file beside the Dockerfile that has its name and .dockerignore, else .dockerignore in the directory; nil is
+// none.
+func readIgnored(dir, dockerfile string) (*patternmatcher.PatternMatcher, error) {
+	for _, name := range []string{dockerfile + ".dockerignore", ".dockerignore"} {
+		f, err := os.Open(filepath.Join(dir, name))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
 		}
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		patterns, err := ignorefile.ReadAll(f)
+		var m *patternmatcher.PatternMatcher
+		if err == nil {
+			m, err = patternmatcher.New(patterns)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", name, err)
+		}
+		return m, nil
 	}
-	return nil, fmt.Errorf(".dockerignore: %w", err)
+	return nil, nil
 }
 
-// writeContext writes the files of a build as a tar, the same for the same files. The .dockerignore goes with them: the server has the last word.
+// writeContext writes the files of a build as a tar, the same for the same files.
 func writeContext(ctx context.Context, to io.Writer, dir string, ignored *patternmatcher.PatternMatcher) error {
 	out := tar.NewWriter(to)
 	_, err := walk(ctx, dir, func(rel string, info fs.FileInfo, link string) error {
 		if rel == "." {
 			return nil
 		}
-		if ignored != nil && rel != ".dockerignore" {
+		if ignored != nil {
 			skip, err := ignored.MatchesOrParentMatches(rel)
 			if err != nil {
 				return err
