@@ -160,6 +160,8 @@ type NewBuild struct {
 
 // Template is a template that a caller sees.
 type Template struct {
+	// Aliases are other names: of the server's own programs "base", where no base was built.
+	Aliases  []string  `json:"aliases,omitempty"`
 	Name     string    `json:"name"`
 	Build    string    `json:"build,omitempty"`
 	SizeMB   int64     `json:"sizeMB"`

@@ -45,7 +45,7 @@ type templateConfig struct {
 func (a *app) templateCommand() *cobra.Command {
 	t := &cobra.Command{Use: "template", Short: "Build, list and move templates", Long: "Build, list and move templates: the file systems that sandboxes begin from.",
 		Example: "  soulbox template init --name web\n  soulbox template build\n  soulbox sandbox create --template web"}
-	t.AddCommand(a.initCommand(), a.buildCommand(), a.templateListCommand(), a.templateDeleteCommand(), a.pullCommand(), a.pushCommand(), a.buildLogsCommand())
+	t.AddCommand(a.initCommand(), a.buildCommand(), a.templateListCommand(), a.templateDeleteCommand(), a.templateCopyCommand(), a.pullCommand(), a.pushCommand(), a.buildLogsCommand())
 	return t
 }
 
@@ -428,66 +428,17 @@ func (a *app) templateListCommand() *cobra.Command {
 			}
 			t := a.table("NAME", "SIZE", "AGE", "CPU", "MEMORY", "START")
 			for _, one := range list {
-				t.row(one.Name, fmt.Sprintf("%d MB", one.SizeMB), short(time.Since(one.Created)), fmt.Sprint(one.CPU), fmt.Sprintf("%d MB", one.MemoryMB), clip(one.StartCmd, 40))
+				name, size, age := one.Name, fmt.Sprintf("%d MB", one.SizeMB), short(time.Since(one.Created))
+				if one.Created.IsZero() { // the programs of the server's machine were not made
+					size, age = "-", "-"
+				}
+				if len(one.Aliases) > 0 {
+					name += ", " + strings.Join(one.Aliases, ", ")
+				}
+				t.row(name, size, age, fmt.Sprint(one.CPU), fmt.Sprintf("%d MB", one.MemoryMB), clip(one.StartCmd, 40))
 			}
 			return t.flush()
 		}}
 	out.flag(c, formatTable, formatJSON, formatName)
 	return c
-}
-
-func (a *app) templateDeleteCommand() *cobra.Command {
-	return &cobra.Command{Use: "delete NAME...", Aliases: []string{"rm"}, Short: "Delete templates or snapshots", Args: atLeast("NAME"), ValidArgsFunction: a.completeTemplates, Long: "Delete templates or snapshots. Sandboxes that began from them go on.",
-		Example: "  soulbox template delete web",
-		RunE: func(c *cobra.Command, args []string) error {
-			at, err := a.home(c.Context())
-			if err != nil {
-				return err
-			}
-			var errs error
-			for _, name := range args {
-				if err := at.DeleteTemplate(c.Context(), name); err != nil {
-					errs = errors.Join(errs, err)
-				} else {
-					errs = errors.Join(errs, a.printf("%s\n", name))
-				}
-			}
-			return errs
-		}}
-}
-
-func (a *app) pullCommand() *cobra.Command {
-	return &cobra.Command{Use: "pull REF NAME", Short: "Make a template of an image of a registry", Args: exactly("REF", "NAME"), Long: "Make a template of an image of a registry, with the credentials of the server's user: it works on the machine of the server alone.",
-		Example: "  soulbox template pull docker.io/library/alpine:3 alpine",
-		RunE: func(c *cobra.Command, args []string) error {
-			at, err := a.home(c.Context())
-			if err != nil {
-				return err
-			}
-			t, err := at.Pull(c.Context(), args[1], args[0])
-			if err != nil {
-				return err
-			}
-			return a.printf("%s is there: %d MB\n", t.Name, t.SizeMB)
-		}}
-}
-
-func (a *app) pushCommand() *cobra.Command {
-	return &cobra.Command{Use: "push NAME REF", Short: "Give a template to a registry", Args: exactly("NAME", "REF"), ValidArgsFunction: a.completeTemplates, Long: "Give a template to a registry, with the credentials of the server's user: it works on the machine of the server alone.",
-		Example: "  soulbox template push web registry.example.com/team/web:1",
-		RunE: func(c *cobra.Command, args []string) error {
-			at, err := a.home(c.Context())
-			if err != nil {
-				return err
-			}
-			return a.push(c.Context(), at.Client, args[0], args[1])
-		}}
-}
-
-func (a *app) push(ctx context.Context, at *client.Client, name, reference string) error {
-	t, err := at.Push(ctx, name, reference)
-	if err != nil {
-		return err
-	}
-	return a.printf("%s is %s@%s\n", t.Name, reference, t.Digest)
 }
