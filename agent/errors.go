@@ -6,6 +6,8 @@ import (
 	"io/fs"
 	"os"
 	"syscall"
+
+	"github.com/sourcegraph/jsonrpc2"
 )
 
 // Causes that have no errno. They cross the pipe as a kind, so errors.Is holds on the host.
@@ -100,4 +102,12 @@ func clip(s string, n int) string {
 		return s
 	}
 	return s[:n] + "…"
+}
+
+// replyError is an error as the answer of a call.
+func replyError(err error) *jsonrpc2.Error {
+	e := wireError(err)
+	reply := &jsonrpc2.Error{Code: jsonrpc2.CodeInternalError, Message: e.Message}
+	reply.SetError(e)
+	return reply
 }

@@ -79,6 +79,8 @@ type Server struct {
 	seq         int
 	hosts       int // sessions
 	orphan      *countdown
+	generation  int64 // of the machine; none is known until counted
+	counted     bool
 }
 
 // NewServer makes a Server; with opts.Init it also sets up the machine.
@@ -115,6 +117,9 @@ func NewServer(opts Options) (*Server, error) {
 		s.second = newProcessors(&s.work)
 		if s.groups, err = setUpMachine(opts.Image); err != nil {
 			return nil, err
+		}
+		if _, err := s.nextGeneration(); err != nil { // before there is anybody else
+			return nil, fmt.Errorf("count the generation: %w", err)
 		}
 		s.guard = newGuard(s)
 		go s.guard.run()
@@ -402,13 +407,6 @@ func (s *Server) serveRPC(ctx context.Context, stream *yamux.Stream) {
 	<-conn.DisconnectNotify()
 }
 
-func replyError(err error) *jsonrpc2.Error {
-	e := wireError(err)
-	reply := &jsonrpc2.Error{Code: jsonrpc2.CodeInternalError, Message: e.Message}
-	reply.SetError(e)
-	return reply
-}
-
 type handlerFunc func(context.Context, *jsonrpc2.Conn, *jsonrpc2.Request)
 
 func (f handlerFunc) Handle(ctx context.Context, c *jsonrpc2.Conn, r *jsonrpc2.Request) { f(ctx, c, r) }
@@ -459,6 +457,8 @@ func (s *Server) call(ctx context.Context, req *jsonrpc2.Request) (result any, e
 		return on(req, func(r WorkRequest) (WorkResult, error) { return s.atWork(s.waiting(ctx), r), nil })
 	case callRelieve:
 		return on(req, s.relieve)
+	case callRestored:
+		return s.restored()
 	case callSuspend:
 		s.suspend()
 		return struct{}{}, nil

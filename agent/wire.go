@@ -73,6 +73,7 @@ const (
 	callTree      = "tree"
 	callInput     = "input"
 	callPing      = "ping"
+	callRestored  = "restored"
 	callSuspend   = "suspend"
 	callMount     = "mount"
 	callRelieve   = "relieve"

@@ -94,7 +94,7 @@ func (c *Control) buildDockerfile(r *call) error {
 	if body.Context != "" && !c.Store.HasUpload(r.owner, body.Context) {
 		return refuse(http.StatusBadRequest, "the files %.20s… of the build are not here, or not any more: send them again", body.Context)
 	}
-	req := template.BuildRequest{Dockerfile: body.Dockerfile, Args: body.Args, Target: body.Target, NoCache: body.NoCache, StartCmd: body.StartCmd, ReadyCmd: body.ReadyCmd}
+	req := template.BuildRequest{Dockerfile: body.Dockerfile, Filtered: body.Filtered, Args: body.Args, Target: body.Target, NoCache: body.NoCache, StartCmd: body.StartCmd, ReadyCmd: body.ReadyCmd}
 	req.Protect = protectOf(body.Protect)
 	if err := c.launch(b, req, nil, nil, body.Context); err != nil {
 		return err

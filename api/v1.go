@@ -37,6 +37,7 @@ func (c *Control) ownRoutes() map[string]func(*call) error {
 		"GET /v1/templates":                        c.listOwnTemplates,
 		"PUT /v1/templates/{name}":                 c.pullTemplate,
 		"POST /v1/templates/{name}/push":           c.pushTemplate,
+		"POST /v1/templates/{name}/copy":           c.copyTemplate,
 		"POST /v1/templates/{name}/builds/{bid}":   c.buildDockerfile,
 		"PUT /v1/templates/{name}/context/{hash}":  c.sendContext,
 		"HEAD /v1/templates/{name}/context/{hash}": c.hasContext,
@@ -371,7 +372,33 @@ func (c *Control) listOwnTemplates(r *call) error {
 	for _, m := range all {
 		out = append(out, c.describedTemplate(m))
 	}
-	return r.answer(http.StatusOK, out)
+	host := c.describedTemplate(template.Manifest{Name: template.HostName})
+	if c.templateName(r.owner, template.BaseName) == "" {
+		host.Aliases = []string{template.BaseName}
+	}
+	return r.answer(http.StatusOK, append(out, host))
+}
+
+// copyTemplate gives a template that the caller sees another name, as his own.
+func (c *Control) copyTemplate(r *call) error {
+	var body struct {
+		To string `json:"to"`
+	}
+	if err := r.body(&body); err != nil {
+		return err
+	}
+	to, err := template.CheckName(plainName(r.owner, body.To))
+	if err != nil {
+		return err
+	}
+	if err := c.Builder.MayName(r.owner, to); err != nil {
+		return err
+	}
+	m, err := c.Store.Copy(r.owner, plainName(r.owner, r.PathValue("name")), to)
+	if err != nil {
+		return err
+	}
+	return r.answer(http.StatusCreated, c.describedTemplate(m))
 }
 
 // registry is what a template is pulled from or pushed to. It is for the operator, as registries are asked with his credentials.

@@ -12,10 +12,14 @@ import (
 // unfinished begins the names of what Install is making.
 const unfinished = ".new-"
 
-// Install makes a directory that never changes, named by its content, in dir, which is made if missing. build fills an empty directory
-// and gives its name; where one of that name is there already, that one is kept. Servers that install at the same time wait for each
-// other; what a dead one has left unfinished is removed.
-func Install(dir string, build func(temp string) (name string, err error)) (path string, err error) {
+// Install makes a directory that never changes, whose name stands for its content, in dir, which is made if missing. Where it is there already
+// nothing is written and nobody waits. build fills an empty directory. Servers that install at the same time wait for each other; what a dead one
+// has left unfinished is removed.
+func Install(dir, name string, build func(temp string) error) (path string, err error) {
+	path = filepath.Join(dir, name)
+	if there, err := installed(path); there || err != nil {
+		return path, err
+	}
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return "", err
 	}
@@ -24,6 +28,9 @@ func Install(dir string, build func(temp string) (name string, err error)) (path
 		return "", err
 	}
 	defer func() { err = errors.Join(err, lock.Close()) }()
+	if there, err := installed(path); there || err != nil { // by who had the lock
+		return path, err
+	}
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return "", err
@@ -40,21 +47,22 @@ func Install(dir string, build func(temp string) (name string, err error)) (path
 		return "", err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(temp)) }()
-	if err := os.Chmod(temp, 0o755); err != nil {
+	if err := errors.Join(os.Chmod(temp, 0o755), build(temp)); err != nil {
 		return "", err
-	}
-	name, err := build(temp)
-	if err != nil {
-		return "", err
-	}
-	path = filepath.Join(dir, name)
-	if _, err := os.Stat(path); err == nil {
-		return path, nil
 	}
 	if err := syncTree(temp); err != nil {
 		return "", fmt.Errorf("install %s: %w", name, err)
 	}
 	return path, os.Rename(temp, path)
+}
+
+// installed reports whether a directory has its name. It got that when it was whole.
+func installed(path string) (bool, error) {
+	_, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // syncTree writes all files of a tree to disk: a name that is there vouches for its content, also after a power cut.

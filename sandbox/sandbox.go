@@ -219,7 +219,13 @@ func (s *Sandbox) startWith(ctx context.Context, template Template, from string,
 	s.mu.Unlock()
 	config := r.configuration()
 	config.Env = s.env
-	return client.Configure(ctx, config)
+	if err := client.Configure(ctx, config); err != nil {
+		return err
+	}
+	if from != "" {
+		s.afterRestore(ctx, client, whole)
+	}
+	return nil
 }
 
 // configuration is what the agent is told, now and again.

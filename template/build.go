@@ -54,6 +54,7 @@ type BuildRequest struct {
 	Dockerfile  string
 	Context     *Files            // nil has none; it stays the caller's
 	Files       map[string]*Files // others that --from names; they stay the caller's
+	Filtered    bool              // who sent Context has left out what is to be ignored
 	// Open, if not nil, opens Context and Files once it is the build's turn: one that waits holds none. It sees to their end itself.
 	Open    func(context.Context, *BuildRequest) error
 	Target  string            // a stage; default the last one
@@ -168,6 +169,11 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 	if req.Open != nil {
 		if err := req.Open(ctx, &r.req); err != nil {
 			return Built{}, err
+		}
+	}
+	if r.req.Context != nil && !req.Filtered {
+		if err := r.req.Context.leaveOut(); err != nil {
+			return Built{}, fmt.Errorf("build context: %w", err)
 		}
 	}
 	return r.all(ctx, service, began)

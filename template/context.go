@@ -41,8 +41,8 @@ func (f *Files) Close() error {
 	return err
 }
 
-// ReadContext reads the files of a build from a tar, which may be compressed. What its .dockerignore names is left out. Nothing of it becomes a file of
-// the host's but one image, which Close removes.
+// ReadContext reads the files of a build from a tar, which may be compressed. What is to be ignored is left out by the build. Nothing of it becomes a
+// file of the host's but one image, which Close removes.
 func (s *Store) ReadContext(ctx context.Context, owner string, from io.Reader) (_ *Files, err error) {
 	return s.newContext(ctx, owner, func(m *merger) error {
 		plain, err := uncompressed(ctx, s.payer(owner), from)
@@ -81,13 +81,6 @@ func (s *Store) newContext(ctx context.Context, owner string, fill func(*merger)
 		return nil, err
 	}
 	files.temp = f
-	ignore, err := files.ignored()
-	if err != nil {
-		return nil, errors.Join(err, files.image.Close())
-	}
-	if ignore != nil {
-		prune(files.root, "", ignore)
-	}
 	return files, nil
 }
 
@@ -137,11 +130,19 @@ func (s *Store) ContextDir(ctx context.Context, owner, dir string) (*Files, erro
 	}
 	defer root.Close()
 	var ignore func(string) bool
-	if f, err := root.Open(".dockerignore"); err == nil {
-		ignore, err = readIgnore(f)
-		if err := errors.Join(err, f.Close()); err != nil {
+	for _, name := range ignoreNames {
+		f, err := root.Open(name)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err == nil {
+			ignore, err = readIgnore(name, f)
+			err = errors.Join(err, f.Close())
+		}
+		if err != nil {
 			return nil, fmt.Errorf("build context: %w", err)
 		}
+		break
 	}
 	var files *Files
 	err = piped(func(to io.Writer) error { return packDir(to, root, ignore) }, func(from io.Reader) (err error) {
@@ -199,26 +200,37 @@ func packDir(to io.Writer, root *os.Root, ignore func(string) bool) error {
 	return errors.Join(err, w.Close())
 }
 
-// maxIgnore bounds a .dockerignore, in bytes.
+// ignoreNames are the files that say what a build ignores; the first one that is there counts, and the others do not, as with docker. Dockerfiles come
+// as texts: they have the usual name.
+var ignoreNames = []string{"Dockerfile.dockerignore", ".dockerignore"}
+
+// maxIgnore bounds such a file, in bytes.
 const maxIgnore = 1 << 20
 
-// ignored reads the .dockerignore among the files; nil is none.
-func (f *Files) ignored() (func(string) bool, error) {
-	n, err := walk(f.root, ".dockerignore", true, nil)
-	if err != nil || n.Type() != unix.S_IFREG {
-		return nil, nil //nolint:nilerr // there is none
+// leaveOut takes out of the files what their ignore file names.
+func (f *Files) leaveOut() error {
+	for _, name := range ignoreNames {
+		n, err := walk(f.root, name, true, nil)
+		if err != nil || n.Type() != unix.S_IFREG {
+			continue // there is none
+		}
+		ignore, err := readIgnore(name, f.image.Content(n.Data))
+		if err == nil {
+			prune(f.root, "", ignore)
+		}
+		return err
 	}
-	return readIgnore(f.image.Content(n.Data))
+	return nil
 }
 
-func readIgnore(r io.Reader) (func(string) bool, error) {
+func readIgnore(name string, r io.Reader) (func(string) bool, error) {
 	patterns, err := ignorefile.ReadAll(io.LimitReader(r, maxIgnore))
 	if err != nil {
-		return nil, fmt.Errorf(".dockerignore: %w", err)
+		return nil, fmt.Errorf("%s: %w", name, err)
 	}
 	m, err := patternmatcher.New(patterns)
 	if err != nil {
-		return nil, fmt.Errorf(".dockerignore: %w", err)
+		return nil, fmt.Errorf("%s: %w", name, err)
 	}
 	return func(name string) bool {
 		ignored, err := m.MatchesOrParentMatches(name)

@@ -32,13 +32,13 @@ func TestHost(t *testing.T) {
 		}
 	}
 	// Nothing of the host that not everybody may read, nor anything that names its users, peers or file systems.
-	for _, never := range []string{"etc/gshadow", "etc/sudoers", "etc/ssh", "etc/ssl/private", "etc/resolv.conf", "etc/machine-id", "etc/cron.d", "etc/environment", "etc/apt"} {
+	for _, never := range []string{"etc/gshadow", "etc/sudoers", "etc/sudoers.d", "etc/ssh/ssh_host_rsa_key", "etc/ssl/private", "etc/resolv.conf", "etc/machine-id", "etc/cron.d", "etc/environment", "etc/apt"} {
 		if _, err := os.Lstat(filepath.Join(host.Root, never)); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%s is in the template", never)
 		}
 	}
 	passwd, err := os.ReadFile(filepath.Join(host.Root, "etc/passwd"))
-	if err != nil || strings.Count(string(passwd), "\n") != 4 {
+	if err != nil || strings.Count(string(passwd), "\n") != 6 {
 		t.Errorf("%s %v", passwd, err)
 	}
 	if info, err := os.Stat(filepath.Join(host.Root, "tmp")); err != nil || info.Mode().Perm() != 0o777 || info.Mode()&fs.ModeSticky == 0 {
@@ -73,33 +73,73 @@ func TestHostIsShared(t *testing.T) {
 	}
 }
 
-func TestCopyTree(t *testing.T) {
-	from, to := t.TempDir(), filepath.Join(t.TempDir(), "to")
-	for name, mode := range map[string]fs.FileMode{"public": 0o644, "private": 0o600, "dir/inner": 0o644} {
-		path := filepath.Join(from, name)
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(path, []byte(name), mode); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := os.Mkdir(filepath.Join(from, "secret"), 0o750); err != nil {
+// TestHostIsFound: another server on the same state finds the root by what is in it: it writes nothing and waits for nobody.
+func TestHostIsFound(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "templates")
+	first, err := (&Store{Dir: dir}).Template(t.Context(), "", HostName)
+	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Symlink("/etc/shadow", filepath.Join(from, "link")); err != nil {
+	// Whoever writes needs the lock, and changes the directory.
+	lock, err := sandbox.LockFile(filepath.Join(dir, ".lock"), false)
+	if err != nil {
 		t.Fatal(err)
 	}
-	if err := copyTree(from, to); err != nil {
+	defer lock.Close()
+	before, err := os.Stat(dir)
+	if err != nil {
 		t.Fatal(err)
 	}
-	var got []string
-	for _, name := range []string{"public", "private", "dir/inner", "secret", "link"} {
-		if _, err := os.Lstat(filepath.Join(to, name)); err == nil {
-			got = append(got, name)
+	second, err := (&Store{Dir: dir}).Template(t.Context(), "", HostName)
+	if err != nil || second.Root != first.Root {
+		t.Fatalf("%s, then %s: %v", first.Root, second.Root, err)
+	}
+	if after, err := os.Stat(dir); err != nil || !after.ModTime().Equal(before.ModTime()) {
+		t.Errorf("written at %v, not only at %v: %v", after.ModTime(), before.ModTime(), err)
+	}
+}
+
+// TestHostIsWhole: what is written is what was digested.
+func TestHostIsWhole(t *testing.T) {
+	tree, err := hostTree("/", nil, map[string]string{"bin": "usr/bin"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := t.TempDir()
+	if err := tree.write(root); err != nil {
+		t.Fatal(err)
+	}
+	got := newRootTree()
+	err = filepath.WalkDir(root, func(name string, entry fs.DirEntry, err error) error {
+		rel, relErr := filepath.Rel(root, name)
+		if err = errors.Join(err, relErr); err != nil || rel == "." {
+			return err
+		}
+		info, err := entry.Info()
+		if err != nil {
+			return err
+		}
+		e := rootEntry{mode: info.Mode() & (fs.ModeDir | fs.ModeSticky | 0o777)}
+		switch {
+		case info.Mode()&fs.ModeSymlink != 0:
+			e.mode = fs.ModeSymlink
+			e.link, err = os.Readlink(name)
+		case !info.IsDir():
+			e.text, err = os.ReadFile(name)
+		}
+		got.entries[rel] = e
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, e := range tree.entries {
+		if e.mode.IsRegular() {
+			e.mode |= 0o600 // the server's user may always write
+			tree.entries[name] = e
 		}
 	}
-	if strings.Join(got, " ") != "public dir/inner link" { // a link is copied as a link: it leads nowhere in a sandbox
-		t.Fatal(got)
+	if got.digest() != tree.digest() {
+		t.Errorf("%d entries were written of %d", len(got.entries), len(tree.entries))
 	}
 }

@@ -291,6 +291,19 @@ func (s *Store) Put(m Manifest) error {
 	return s.noRoom(s.writeText("names", s.nameFile(m.Owner, m.Name), body)) // a temp may not even be made
 }
 
+// Copy gives a template that an owner sees another name, as his own. Both are of the same layers, which are kept once.
+func (s *Store) Copy(owner, name, to string) (Manifest, error) {
+	m, err := s.Get(owner, name)
+	if err != nil {
+		return m, err
+	}
+	if m.Name, err = CheckName(to); err != nil {
+		return m, err
+	}
+	m.Owner = owner
+	return m, s.Put(m)
+}
+
 // Delete removes the name of an owner's own template, and what only that has needed. What sandboxes and snapshots need of it stays until
 // they are gone.
 func (s *Store) Delete(owner, name string) error {

@@ -128,6 +128,17 @@ type Error struct {
 // Error implements error.
 func (e *Error) Error() string { return e.Message }
 
+// refusal is what a server has refused. In E2B's API a user that a sandbox does not have is refused as a wrong key is.
+func refusal(status int, message string) *Error {
+	for _, begin := range []string{"invalid username: ", "error looking up user "} {
+		if who, ok := strings.CutPrefix(message, begin); ok && status == http.StatusUnauthorized {
+			who, _, _ = strings.Cut(who, ": ")
+			return &Error{http.StatusBadRequest, "the sandbox has no user " + who + ": name one of its /etc/passwd, or give a number"}
+		}
+	}
+	return &Error{status, message}
+}
+
 // IsNotFound says whether an error is that of something that is not there.
 func IsNotFound(err error) bool {
 	var e *Error
@@ -147,7 +158,7 @@ func errorOf(res *http.Response) error {
 	body, err := io.ReadAll(io.LimitReader(res.Body, maxError))
 	var told struct{ Message string }
 	if err == nil && json.Unmarshal(body, &told) == nil && told.Message != "" {
-		return &Error{res.StatusCode, told.Message}
+		return refusal(res.StatusCode, told.Message)
 	}
 	if res.StatusCode == http.StatusNotFound {
 		return &Error{res.StatusCode, "what answers there is not a SoulBox server, or one too old for this client"}

@@ -127,5 +127,5 @@ func (c *Client) plainError(err error) error {
 	if status == 0 {
 		status = 502
 	}
-	return &Error{status, ce.Message()}
+	return refusal(status, ce.Message())
 }

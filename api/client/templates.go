@@ -32,6 +32,12 @@ func (c *Client) Push(ctx context.Context, name, reference string) (t Template, 
 	return t, err
 }
 
+// CopyTemplate gives a template another name; it keeps the one it has.
+func (c *Client) CopyTemplate(ctx context.Context, name, to string) (t Template, err error) {
+	err = c.call(ctx, "POST", "/v1/templates/"+url.PathEscape(name)+"/copy", nil, map[string]string{"to": to}, &t)
+	return t, err
+}
+
 // Announce announces a build of a template, and gives the name as it is kept and the id of the build. Zero limits are the server's.
 func (c *Client) Announce(ctx context.Context, name string, cpu int, memoryMB, diskMB int64) (kept, build string, err error) {
 	body := map[string]any{"name": name}

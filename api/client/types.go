@@ -146,18 +146,22 @@ type Port struct {
 
 // NewBuild is a build of a Dockerfile, of the files that were sent under a name before.
 type NewBuild struct {
-	Dockerfile string            `json:"dockerfile"`
-	Context    string            `json:"context,omitempty"` // the hash they were sent by
-	Args       map[string]string `json:"args,omitempty"`
-	Target     string            `json:"target,omitempty"`
-	NoCache    bool              `json:"noCache,omitempty"`
-	StartCmd   string            `json:"startCmd,omitempty"`
-	ReadyCmd   string            `json:"readyCmd,omitempty"`
-	Protect    *Protect          `json:"protect,omitempty"` // of its sandboxes, where they ask for none
+	Dockerfile string `json:"dockerfile"`
+	Context    string `json:"context,omitempty"` // the hash they were sent by
+	// Filtered says that what is to be ignored was not sent; otherwise the server leaves out what Dockerfile.dockerignore or else .dockerignore names.
+	Filtered bool              `json:"filtered,omitempty"`
+	Args     map[string]string `json:"args,omitempty"`
+	Target   string            `json:"target,omitempty"`
+	NoCache  bool              `json:"noCache,omitempty"`
+	StartCmd string            `json:"startCmd,omitempty"`
+	ReadyCmd string            `json:"readyCmd,omitempty"`
+	Protect  *Protect          `json:"protect,omitempty"` // of its sandboxes, where they ask for none
 }
 
 // Template is a template that a caller sees.
 type Template struct {
+	// Aliases are other names: of the server's own programs "base", where no base was built.
+	Aliases  []string  `json:"aliases,omitempty"`
 	Name     string    `json:"name"`
 	Build    string    `json:"build,omitempty"`
 	SizeMB   int64     `json:"sizeMB"`

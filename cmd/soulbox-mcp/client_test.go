@@ -17,7 +17,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	sandboxtest.Main(m, "TestDoctorAndDemo", "TestWork", "TestServerKilled", "TestKilledInUse", "TestTwoServers", "TestTemplatesOverStdio", "TestErrorTable", "TestForks")
+	sandboxtest.Main(m, "TestDoctorAndDemo", "TestWork", "TestServerKilled", "TestKilledInUse", "TestTwoServers", "TestTemplatesOverStdio", "TestErrorTable", "TestForks", "TestCertUnreadable")
 }
 
 // program is a running soulbox-mcp stdio and a client of it, in plain JSON lines.

@@ -261,9 +261,9 @@ func installAgent(from, dir string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	home, err := sandbox.Install(dir, func(temp string) (string, error) {
-		sum := sha256.Sum256(body)
-		return hex.EncodeToString(sum[:8]), os.WriteFile(filepath.Join(temp, agentName), body, 0o755)
+	sum := sha256.Sum256(body)
+	home, err := sandbox.Install(dir, hex.EncodeToString(sum[:8]), func(temp string) error {
+		return os.WriteFile(filepath.Join(temp, agentName), body, 0o755)
 	})
 	return filepath.Join(home, agentName), err
 }

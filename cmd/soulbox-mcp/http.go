@@ -67,7 +67,7 @@ func parseHTTP(args []string, getenv func(string) string, stderr io.Writer) (c h
 		f.Var(&c.origins, "origin", "`origin` of web pages that may use the server, such as https://ide.example.com; may be repeated")
 		f.Var(&c.hosts, "allow-host", "`name` by which clients may call the server, beside loopback and the hosts of --origin; may be repeated")
 		f.StringVar(&c.publicURL, "public-url", "", "`URL` by which clients reach the server, such as https://box.example.com; default the address it listens on")
-		f.StringVar(&c.domain, "domain", "", "`domain` under which sandboxes are served as {port}-{sandbox}.{domain}, and the E2B API as api.{domain}, such as box.example.com; its wildcard must lead here, as *.localhost does by itself")
+		f.StringVar(&c.domain, "domain", "", "`domain` under which sandboxes are served as {port}-{sandbox}.{domain}, and the E2B API as api.{domain}, such as box.example.com; its wildcard must lead here, as *.localhost does by itself in browsers and curl")
 		c.tls.flags(f)
 		f.StringVar(&c.operator, "operator", "operator", "`owner` whose key may read /metrics, once keys are needed")
 		f.StringVar(&c.issuer, "oidc-issuer", "", "`URL` of an OpenID provider whose tokens are taken beside keys")

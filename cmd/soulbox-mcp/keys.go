@@ -44,9 +44,11 @@ func runKey(args []string, getenv func(string) string, stdout, stderr io.Writer)
 		if err != nil {
 			return err
 		}
-		_, err = fmt.Fprintf(stdout, "%s\n", secret)
+		if _, err = fmt.Fprintf(stdout, "%s\n", secret); err != nil {
+			return fmt.Errorf("the key %s was made, but not shown: %v; revoke it by 'soulbox-mcp key revoke --id %s'", key.ID, err, key.ID) //nolint:errorlint // a broken pipe is not quiet here
+		}
 		fmt.Fprintf(stderr, "key %s of %s; it is shown this once\n", key.ID, key.Owner)
-		return err
+		return nil
 	case "revoke":
 		return keys.Revoke(id)
 	case "list":

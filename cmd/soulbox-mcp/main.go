@@ -7,6 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/signal"
 	"runtime/debug"
@@ -41,10 +42,19 @@ func main() {
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	err := run(ctx, os.Args[1:], os.Getenv, os.Stdin, os.Stdout, os.Stderr)
 	stop()
+	if isPipe(err) && os.Args[1] != "stdio" {
+		os.Exit(128 + int(syscall.SIGPIPE)) // who reads had enough, such as grep -q
+	}
 	if err != nil && !errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintln(os.Stderr, "soulbox-mcp:", err)
 		os.Exit(1)
 	}
+}
+
+// isPipe says whether an error is that of our stdout, which nobody reads any more.
+func isPipe(err error) bool {
+	var pe *fs.PathError
+	return errors.Is(err, syscall.EPIPE) && errors.As(err, &pe) && pe.Path == os.Stdout.Name()
 }
 
 // run is main with its surroundings as arguments.

@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/template"
 )
 
@@ -27,6 +28,8 @@ Usage:
   soulbox-mcp template list    show the templates
   soulbox-mcp template delete NAME
                                remove one; sandboxes of it go on
+  soulbox-mcp template copy NAME NEW
+                               give one another name, perhaps with a :tag; it keeps the one it has
   soulbox-mcp template pull IMAGE NAME
                                make one of an image of a registry
   soulbox-mcp template push NAME IMAGE
@@ -45,7 +48,7 @@ func runTemplate(ctx context.Context, args []string, getenv func(string) string,
 		command, args = args[0], args[1:]
 	}
 	var names []string
-	for want := map[string]int{"delete": 1, "pull": 2, "push": 2, "import": 2, "export": 2}[command]; len(names) < want; args = args[1:] {
+	for want := map[string]int{"delete": 1, "copy": 2, "pull": 2, "push": 2, "import": 2, "export": 2}[command]; len(names) < want; args = args[1:] {
 		if len(args) == 0 || strings.HasPrefix(args[0], "-") {
 			return fmt.Errorf("template %s needs %d arguments, and flags behind them; run 'soulbox-mcp template help'", command, want)
 		}
@@ -71,7 +74,7 @@ func runTemplate(ctx context.Context, args []string, getenv func(string) string,
 		return c.buildBase(ctx, base, stdout, stderr)
 	case "list":
 		return c.listTemplates(stdout)
-	case "delete", "pull", "push", "import", "export":
+	case "delete", "copy", "pull", "push", "import", "export":
 		return c.moveTemplate(ctx, command, names, stdout)
 	case "", "help", "--help", "-h":
 		_, err := fmt.Fprint(stdout, templateUsage)
@@ -113,6 +116,10 @@ func (c config) moveTemplate(ctx context.Context, command string, names []string
 	switch command {
 	case "delete":
 		return store.Delete("", names[0])
+	case "copy":
+		if m, err = store.Copy("", names[0], names[1]); err != nil {
+			return err
+		}
 	case "pull":
 		if m, err = store.Pull(ctx, template.Manifest{Name: names[1]}, names[0]); err != nil {
 			return err
@@ -153,7 +160,11 @@ func (c config) listTemplates(stdout io.Writer) error {
 	for _, m := range list {
 		fmt.Fprintf(w, "%s\t%d MB\t%s\t%s\n", m.Name, m.Size>>20, m.Created.Format(time.DateTime), m.Parent)
 	}
-	fmt.Fprintf(w, "%s\t-\t-\tthe programs of this machine\n", template.HostName)
+	host := "the programs of this machine"
+	if _, err := store.Get("", template.BaseName); errors.Is(err, sandbox.ErrNoTemplate) {
+		host += fmt.Sprintf("; %q, too, until that is made by 'soulbox-mcp template base'", template.BaseName)
+	}
+	fmt.Fprintf(w, "%s\t-\t-\t%s\n", template.HostName, host)
 	d, err := store.Disk()
 	if err := errors.Join(err, w.Flush()); err != nil {
 		return err

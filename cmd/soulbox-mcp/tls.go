@@ -13,11 +13,13 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"maps"
 	"math/big"
 	"net"
 	"os"
+	"os/user"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -183,6 +185,9 @@ func (c *certFiles) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	if c.known != nil {
 		return c.known, nil
 	}
+	if errors.Is(err, fs.ErrPermission) {
+		return nil, fmt.Errorf("read certificate: %w; the server runs as uid %d: give it the files by 'sudo chown', or make them as that user by 'soulbox-mcp cert'", err, os.Geteuid())
+	}
 	return nil, fmt.Errorf("read certificate: %w", err)
 }
 
@@ -241,8 +246,22 @@ func runCert(args []string, getenv func(string) string, stdout, stderr io.Writer
 	_, err = fmt.Fprintf(stdout, `made for %[1]s and *.%[1]s, valid until %[2]s:
   soulbox-mcp http --domain %[1]s --tls-cert %[3]s/cert.pem --tls-key %[3]s/key.pem
 clients trust it by %[3]s/ca.pem: NODE_EXTRA_CA_CERTS for Node, SSL_CERT_FILE for Python and Go. Keep ca.key to yourself.
-`, domain, cert.NotAfter.Format(time.DateOnly), dir)
+%[4]s
+`, domain, cert.NotAfter.Format(time.DateOnly), dir, readers(dir, getenv))
 	return err
+}
+
+// readers says who can read what 'cert' has made: whoever made it alone, who may not be whom the server runs as.
+func readers(dir string, getenv func(string) string) string {
+	who := fmt.Sprintf("uid %d", os.Geteuid())
+	if u, err := user.Current(); err == nil {
+		who = u.Username
+	}
+	text := fmt.Sprintf("Only %s can read key.pem, so the server has to run as %s", who, who)
+	if to := getenv("SUDO_USER"); os.Geteuid() == 0 && to != "" {
+		return fmt.Sprintf("%s; to run it as %s: sudo chown -R %s %s", text, to, to, dir)
+	}
+	return text + fmt.Sprintf("; to run it as another user, make them as that one, or: sudo chown -R USER %s", dir)
 }
 
 func certificate(name string) *x509.Certificate {

@@ -77,6 +77,32 @@ func TestCert(t *testing.T) {
 	}
 }
 
+// TestCertUnreadable: the server's user may be another than who made the certificate; both are told.
+func TestCertUnreadable(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "tls")
+	var out strings.Builder
+	if err := runCert([]string{"--out", dir}, func(string) string { return "" }, &out, io.Discard); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(out.String(), "can read key.pem, so the server has to run as") {
+		t.Error(out.String())
+	}
+	files := &certFiles{cert: filepath.Join(dir, "cert.pem"), key: filepath.Join(dir, "key.pem")}
+	if os.Geteuid() == 0 {
+		return // reads everything; as an ordinary user this goes on
+	}
+	if err := os.Chmod(dir, 0); err != nil {
+		t.Fatal(err)
+	}
+	_, err := files.get(nil)
+	if cerr := os.Chmod(dir, 0o700); cerr != nil {
+		t.Fatal(cerr)
+	}
+	if err == nil || !strings.Contains(err.Error(), "give it the files by 'sudo chown'") {
+		t.Error(err)
+	}
+}
+
 // TestMayHave: certificates are got for names of this server, and of sandboxes that there are.
 func TestMayHave(t *testing.T) {
 	m, err := sandbox.NewManager(sandbox.Options{Dir: t.TempDir(), Runtime: &sandboxtest.Fake{}, Templates: sandboxtest.Templates{}})

@@ -45,7 +45,7 @@ type templateConfig struct {
 func (a *app) templateCommand() *cobra.Command {
 	t := &cobra.Command{Use: "template", Short: "Build, list and move templates", Long: "Build, list and move templates: the file systems that sandboxes begin from.",
 		Example: "  soulbox template init --name web\n  soulbox template build\n  soulbox sandbox create --template web"}
-	t.AddCommand(a.initCommand(), a.buildCommand(), a.templateListCommand(), a.templateDeleteCommand(), a.pullCommand(), a.pushCommand(), a.buildLogsCommand())
+	t.AddCommand(a.initCommand(), a.buildCommand(), a.templateListCommand(), a.templateDeleteCommand(), a.templateCopyCommand(), a.pullCommand(), a.pushCommand(), a.buildLogsCommand())
 	return t
 }
 
@@ -125,7 +125,7 @@ FROM %s
 # Packages, as root:
 # RUN apt-get update && apt-get install -y --no-install-recommends ripgrep
 
-# Files beside this one; .dockerignore names those that are not sent:
+# Files beside this one; Dockerfile.dockerignore or else .dockerignore names those that are not sent:
 # COPY . /home/user/project
 
 # Where and as whom commands run:
@@ -160,7 +160,7 @@ func (a *app) buildCommand() *cobra.Command {
 	var target, push string
 	var noCache bool
 	c := &cobra.Command{Use: "build [DIRECTORY]", Short: "Build a template", Args: cobra.MaximumNArgs(1),
-		Long:    "Build a template of the Dockerfile in a directory, with the files beside it that .dockerignore does not name; soulbox.toml there says the rest..",
+		Long:    "Build a template of the Dockerfile in a directory, with the files beside it that Dockerfile.dockerignore, or else .dockerignore, does not name; soulbox.toml there says the rest.",
 		Example: "  soulbox template build\n  soulbox template build web --name web:v2 --no-cache\n  soulbox template build --push registry.example.com/team/web:1",
 		RunE: func(c *cobra.Command, given []string) error {
 			dir := "."
@@ -226,14 +226,14 @@ func (a *app) build(ctx context.Context, dir string, conf templateConfig, n clie
 	if err != nil {
 		return err
 	}
-	if n.Context, err = a.sendContext(ctx, at.Client, conf.Name, dir); err != nil {
+	if n.Context, err = a.sendContext(ctx, at.Client, conf, dir); err != nil {
 		return err
 	}
 	name, id, err := at.Announce(ctx, conf.Name, conf.CPU, conf.MemoryMB, conf.DiskMB)
 	if err != nil {
 		return err
 	}
-	n.Dockerfile, n.Args, n.StartCmd, n.ReadyCmd = string(text), conf.Args, conf.Start, conf.Ready
+	n.Dockerfile, n.Filtered, n.Args, n.StartCmd, n.ReadyCmd = string(text), true, conf.Args, conf.Start, conf.Ready
 	if conf.Protect != "" {
 		every, err := time.ParseDuration(conf.Protect)
 		if err != nil || every < time.Second {
@@ -255,8 +255,8 @@ func (a *app) build(ctx context.Context, dir string, conf templateConfig, n clie
 }
 
 // sendContext sends the files of a build, if the server has not got them, and gives the hash by which it has them.
-func (a *app) sendContext(ctx context.Context, at *client.Client, name, dir string) (string, error) {
-	ignored, err := readIgnored(dir)
+func (a *app) sendContext(ctx context.Context, at *client.Client, conf templateConfig, dir string) (string, error) {
+	ignored, err := readIgnored(dir, conf.Dockerfile)
 	if err != nil {
 		return "", err
 	}
@@ -266,7 +266,7 @@ func (a *app) sendContext(ctx context.Context, at *client.Client, name, dir stri
 		return "", err
 	}
 	hash := hex.EncodeToString(sum.Sum(nil))
-	if has, err := at.HasContext(ctx, name, hash); err != nil || has {
+	if has, err := at.HasContext(ctx, conf.Name, hash); err != nil || has {
 		return hash, err
 	}
 	bar := transfer{app: a}.progress(total.n.Load())
@@ -274,37 +274,42 @@ func (a *app) sendContext(ctx context.Context, at *client.Client, name, dir stri
 	r, w := io.Pipe()
 	defer r.Close()
 	go func() { w.CloseWithError(writeContext(ctx, io.MultiWriter(w, bar), dir, ignored)) }()
-	return hash, at.SendContext(ctx, name, hash, r)
+	return hash, at.SendContext(ctx, conf.Name, hash, r)
 }
 
-// readIgnored reads .dockerignore; nil is none.
-func readIgnored(dir string) (*patternmatcher.PatternMatcher, error) {
-	f, err := os.Open(filepath.Join(dir, ".dockerignore"))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	patterns, err := ignorefile.ReadAll(f)
-	if err == nil {
-		var m *patternmatcher.PatternMatcher
-		if m, err = patternmatcher.New(patterns); err == nil {
-			return m, nil
+// readIgnored reads what is not sent: the file beside the Dockerfile that has its name and .dockerignore, else .dockerignore in the directory; nil is
+// none.
+func readIgnored(dir, dockerfile string) (*patternmatcher.PatternMatcher, error) {
+	for _, name := range []string{dockerfile + ".dockerignore", ".dockerignore"} {
+		f, err := os.Open(filepath.Join(dir, name))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
 		}
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		patterns, err := ignorefile.ReadAll(f)
+		var m *patternmatcher.PatternMatcher
+		if err == nil {
+			m, err = patternmatcher.New(patterns)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", name, err)
+		}
+		return m, nil
 	}
-	return nil, fmt.Errorf(".dockerignore: %w", err)
+	return nil, nil
 }
 
-// writeContext writes the files of a build as a tar, the same for the same files. The .dockerignore goes with them: the server has the last word.
+// writeContext writes the files of a build as a tar, the same for the same files.
 func writeContext(ctx context.Context, to io.Writer, dir string, ignored *patternmatcher.PatternMatcher) error {
 	out := tar.NewWriter(to)
 	_, err := walk(ctx, dir, func(rel string, info fs.FileInfo, link string) error {
 		if rel == "." {
 			return nil
 		}
-		if ignored != nil && rel != ".dockerignore" {
+		if ignored != nil {
 			skip, err := ignored.MatchesOrParentMatches(rel)
 			if err != nil {
 				return err
@@ -423,66 +428,17 @@ func (a *app) templateListCommand() *cobra.Command {
 			}
 			t := a.table("NAME", "SIZE", "AGE", "CPU", "MEMORY", "START")
 			for _, one := range list {
-				t.row(one.Name, fmt.Sprintf("%d MB", one.SizeMB), short(time.Since(one.Created)), fmt.Sprint(one.CPU), fmt.Sprintf("%d MB", one.MemoryMB), clip(one.StartCmd, 40))
+				name, size, age := one.Name, fmt.Sprintf("%d MB", one.SizeMB), short(time.Since(one.Created))
+				if one.Created.IsZero() { // the programs of the server's machine were not made
+					size, age = "-", "-"
+				}
+				if len(one.Aliases) > 0 {
+					name += ", " + strings.Join(one.Aliases, ", ")
+				}
+				t.row(name, size, age, fmt.Sprint(one.CPU), fmt.Sprintf("%d MB", one.MemoryMB), clip(one.StartCmd, 40))
 			}
 			return t.flush()
 		}}
 	out.flag(c, formatTable, formatJSON, formatName)
 	return c
-}
-
-func (a *app) templateDeleteCommand() *cobra.Command {
-	return &cobra.Command{Use: "delete NAME...", Aliases: []string{"rm"}, Short: "Delete templates or snapshots", Args: atLeast("NAME"), ValidArgsFunction: a.completeTemplates, Long: "Delete templates or snapshots. Sandboxes that began from them go on.",
-		Example: "  soulbox template delete web",
-		RunE: func(c *cobra.Command, args []string) error {
-			at, err := a.home(c.Context())
-			if err != nil {
-				return err
-			}
-			var errs error
-			for _, name := range args {
-				if err := at.DeleteTemplate(c.Context(), name); err != nil {
-					errs = errors.Join(errs, err)
-				} else {
-					errs = errors.Join(errs, a.printf("%s\n", name))
-				}
-			}
-			return errs
-		}}
-}
-
-func (a *app) pullCommand() *cobra.Command {
-	return &cobra.Command{Use: "pull REF NAME", Short: "Make a template of an image of a registry", Args: exactly("REF", "NAME"), Long: "Make a template of an image of a registry, with the credentials of the server's user: it works on the machine of the server alone.",
-		Example: "  soulbox template pull docker.io/library/alpine:3 alpine",
-		RunE: func(c *cobra.Command, args []string) error {
-			at, err := a.home(c.Context())
-			if err != nil {
-				return err
-			}
-			t, err := at.Pull(c.Context(), args[1], args[0])
-			if err != nil {
-				return err
-			}
-			return a.printf("%s is there: %d MB\n", t.Name, t.SizeMB)
-		}}
-}
-
-func (a *app) pushCommand() *cobra.Command {
-	return &cobra.Command{Use: "push NAME REF", Short: "Give a template to a registry", Args: exactly("NAME", "REF"), ValidArgsFunction: a.completeTemplates, Long: "Give a template to a registry, with the credentials of the server's user: it works on the machine of the server alone.",
-		Example: "  soulbox template push web registry.example.com/team/web:1",
-		RunE: func(c *cobra.Command, args []string) error {
-			at, err := a.home(c.Context())
-			if err != nil {
-				return err
-			}
-			return a.push(c.Context(), at.Client, args[0], args[1])
-		}}
-}
-
-func (a *app) push(ctx context.Context, at *client.Client, name, reference string) error {
-	t, err := at.Push(ctx, name, reference)
-	if err != nil {
-		return err
-	}
-	return a.printf("%s is %s@%s\n", t.Name, reference, t.Digest)
 }

@@ -1,0 +1,159 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"soulbox.dev/soulbox/internal/sandboxtest"
+)
+
+// notRunHere are the blocks of commands that TestDocCommands does not run, by a line of theirs, with the reason.
+var notRunHere = map[string]string{
+	"make demo":                      "TestDoctorAndDemo runs the demo; this is make test",
+	`{"mcpServers"`:                  "a configuration; TestWork starts the program as it says",
+	"npm install e2b":                "needs npm and its registry; make conformance",
+	"bin/soulbox-mcp template base ": "needs Debian's archive and a registry; TestPullErrors, TestTemplatesOverStdio",
+	"--listen 0.0.0.0:443":           "needs port 443 and a domain; TestTLSFlags",
+	"export E2B_API_KEY=e2b_…":       "settings; make conformance",
+}
+
+// block is some commands of a document.
+type block struct {
+	file  string
+	lines []string
+}
+
+// docBlocks are the blocks of commands in a document: lines indented by four spaces.
+func docBlocks(t *testing.T, name string) (all []block) {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join("../..", name))
+	if errors.Is(err, os.ErrNotExist) {
+		text, err = os.ReadFile(name) // as an ordinary user (sandboxtest.Main)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	open := false
+	for line := range strings.Lines(string(text)) {
+		command, ok := strings.CutPrefix(strings.TrimRight(line, "\n"), "    ")
+		if ok && !open {
+			all = append(all, block{file: name})
+		}
+		if open = ok; ok {
+			b := &all[len(all)-1]
+			b.lines = append(b.lines, command)
+		}
+	}
+	return all
+}
+
+// TestDocCommands runs the commands of README.md and docs as they are printed, each document's in one shell, in a checkout of its own with a home of its
+// own. Only the port of 'http' is another, as this machine may have a server.
+func TestDocCommands(t *testing.T) {
+	for _, name := range []string{"README.md", "docs/e2b.md", "docs/api.md", "docs/limits.md", "docs/threats.md"} {
+		t.Run(filepath.Base(name), func(t *testing.T) {
+			var script strings.Builder
+			ran := 0
+			for _, b := range docBlocks(t, name) {
+				whole := strings.Join(b.lines, "\n")
+				if reason := skipped(whole); reason != "" {
+					t.Logf("not run here (%s):\n%s", reason, whole)
+					continue
+				}
+				for _, line := range b.lines {
+					ran++
+					script.WriteString(asPrinted(line))
+				}
+			}
+			if ran > 0 {
+				runDoc(t, script.String())
+			}
+		})
+	}
+}
+
+func skipped(block string) string {
+	for line, reason := range notRunHere {
+		if strings.Contains(block, line) {
+			return reason
+		}
+	}
+	return ""
+}
+
+// asPrinted is a line of a document as a line of a script: a server goes on in the background once it answers, and what needs a terminal gets one.
+func asPrinted(line string) string {
+	command, _, _ := strings.Cut(line, " #")
+	command = strings.TrimSuffix(strings.TrimSpace(command), " &")
+	echo := fmt.Sprintf("echo '$' %s >&2\n", "'"+strings.ReplaceAll(command, "'", `'\''`)+"'")
+	switch {
+	case strings.HasPrefix(command, "bin/soulbox-mcp http"):
+		return echo + "serve " + strings.TrimPrefix(command, "bin/soulbox-mcp ") + "\n"
+	case strings.Contains(command, "sandbox connect"):
+		return echo + fmt.Sprintf("{ sleep 1; echo exit; } | script -qec \"%s\" /dev/null >/dev/null\n", command) // TestConnect types more
+	}
+	return echo + command + "\n"
+}
+
+// runDoc runs a script in a checkout.
+func runDoc(t *testing.T, script string) {
+	t.Helper()
+	dir := sandboxtest.Dir(t)
+	if err := os.Mkdir(filepath.Join(dir, "run"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	bin := filepath.Dir(sandboxtest.Program(t, "soulbox-mcp"))
+	if err := os.Symlink(bin, filepath.Join(dir, "bin")); err != nil {
+		t.Fatal(err)
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := listener.Addr().String()
+	if err := listener.Close(); err != nil {
+		t.Fatal(err)
+	}
+	// A server has its pid written, and is ended by it; the next one has the port only after that.
+	prelude := fmt.Sprintf(`set -euo pipefail
+stop() { if [ -n "${SERVER:-}" ]; then kill $SERVER; wait $SERVER || true; SERVER=; fi; }
+trap stop EXIT
+serve() {
+	stop
+	bin/soulbox-mcp "$@" --listen %s --on-exit kill 2>server.log &
+	SERVER=$!
+	scheme=http; case "$*" in *--tls-cert*) scheme=https;; esac
+	for i in $(seq 600); do
+		kill -0 $SERVER || { cat server.log >&2; return 1; }
+		if test "$(answers $scheme)" = yes; then return; fi
+		sleep 0.1
+	done
+	cat server.log >&2
+	return 1
+}
+answers() { (exec 3<>/dev/tcp/%s) 2>/dev/null && echo yes || echo no; }
+`, address, strings.Replace(address, ":", "/", 1))
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer cancel()
+	c := exec.CommandContext(ctx, "bash", "-c", prelude+script)
+	c.Dir, c.WaitDelay = dir, 10*time.Second
+	c.Env = []string{"HOME=" + dir, "PATH=/usr/bin:/bin", "SOULBOX_STATE_DIR=" + filepath.Join(dir, "state"), "XDG_RUNTIME_DIR=" + filepath.Join(dir, "run"), "TERM=xterm", "SOULBOX_RUNTIME_DIR=" + filepath.Join(dir, "run")}
+	out, err := os.Create(filepath.Join(dir, "out"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Close()
+	c.Stdout, c.Stderr = out, out
+	if err := c.Run(); err != nil {
+		text, rerr := os.ReadFile(out.Name())
+		t.Errorf("%v\n%s", errors.Join(err, rerr), text)
+	}
+}

@@ -1,0 +1,83 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"strconv"
+	"time"
+
+	"soulbox.dev/soulbox/agent"
+)
+
+// HookDir is where a sandbox has the programs that are run, as root and by their names, once it goes on from what was saved: as a copy, from a snapshot, or
+// from disk.
+const HookDir = "/etc/soulbox/after-restore.d"
+
+// HookTag is the tag of the process that runs them.
+const HookTag = "after-restore"
+
+const (
+	hookTime   = 10 * time.Second // of all together
+	hookOutput = 2000             // bytes of it in the log
+)
+
+// hookScript runs those that are root's own, as cron does. They are told the generation, and their output is one.
+const hookScript = `for f in ` + HookDir + `/*; do
+	[ -f "$f" ] && [ -x "$f" ] && [ -O "$f" ] || continue
+	"$f" </dev/null
+	code=$?
+	[ $code = 0 ] || { echo "${f##*/} has ended with exit code $code" >&2; failed=1; }
+done
+exit ${failed:-0}`
+
+// afterRestore makes of a machine that has begun from what was saved one of its own: with another boot_id and the next generation where it has its
+// memory (one that boots has them anyway), and with what its hooks do. Nothing of that keeps it from running: what fails is in its log.
+func (s *Sandbox) afterRestore(ctx context.Context, client *agent.Client, whole bool) {
+	env := map[string]string{}
+	if whole {
+		told, err := client.Restored(ctx)
+		switch {
+		case errors.Is(err, agent.ErrVersion): // it was saved by an older version
+		case err != nil:
+			s.note(LevelWarn, "it is not told from what it was saved as: %v", err)
+		default:
+			env["SOULBOX_GENERATION"] = strconv.FormatInt(told.Generation, 10)
+		}
+	}
+	if err := s.runHooks(ctx, client, env); err != nil {
+		s.note(LevelWarn, "the hooks of %s: %v", HookDir, err)
+	}
+}
+
+// runHooks runs the hooks of a sandbox, if it has any, and waits for them.
+func (s *Sandbox) runHooks(ctx context.Context, client *agent.Client, env map[string]string) error {
+	if _, err := client.Stat(ctx, HookDir); err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		return err
+	}
+	got, err := client.Start(ctx, agent.StartRequest{Args: []string{"/bin/sh", "-c", hookScript}, User: "root", Cwd: "/", Env: env, Tag: HookTag,
+		TimeoutMS: hookTime.Milliseconds(), WaitMS: (hookTime + tellTime).Milliseconds(), Window: agent.Window{Tail: hookOutput}})
+	if err != nil {
+		return err
+	}
+	p := got.Process
+	switch {
+	case p.State != agent.StateExited:
+		err = errors.New("they go on")
+	case p.Cause == agent.CauseTimeout:
+		err = fmt.Errorf("they took longer than %s and were killed", hookTime)
+	case p.ExitCode != 0 || p.Cause != "":
+		err = fmt.Errorf("they have failed, with exit code %d", p.ExitCode)
+	default:
+		s.note(LevelInfo, "the hooks of %s have run", HookDir)
+		return nil
+	}
+	if out := append(got.Output.Head, got.Output.Tail...); len(out) > 0 {
+		err = fmt.Errorf("%w; their output ends with:\n%s", err, agent.Inert(out))
+	}
+	return err
+}
