@@ -94,10 +94,10 @@ func invalid(format string, args ...any) error {
 	return fmt.Errorf(format+": %w", append(args, ErrInvalid)...)
 }
 
-// clip bounds a text to n bytes and marks that it did.
+// clip bounds a text to n bytes, at whole characters, and marks that it did.
 func clip(s string, n int) string {
 	if len(s) <= n {
 		return s
 	}
-	return s[:n] + "…"
+	return string(Whole([]byte(s[:n]))) + "…"
 }

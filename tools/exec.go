@@ -213,7 +213,7 @@ func bounds(yieldMS *int64, maxOutput *int) (yield time.Duration, chars int, err
 func follow(ctx context.Context, client *agent.Client, snap agent.Snapshot, w agent.Window, yield time.Duration) (agent.Snapshot, error) {
 	p := newProgress(ctx)
 	for end := time.Now().Add(yield); snap.Process.State == agent.StateRunning && time.Now().Before(end); {
-		p.tell(lastLine(render(append(snap.Output.Head, snap.Output.Tail...))))
+		p.tell(lastLine(progressText(snap)))
 		slice := time.Until(end)
 		if p.wanted() {
 			slice = min(slice, progressTick)
@@ -248,42 +248,58 @@ func giveUp(ctx context.Context, client *agent.Client, snap agent.Snapshot, w ag
 // show turns a snapshot into a result of at most chars characters of output. What it leaves out can be got from the offset that it names.
 func (s *Service) show(ctx context.Context, client *agent.Client, sandboxID string, snap agent.Snapshot, w agent.Window, chars int, raw bool) (execOutput, error) {
 	if snap.Process.Terminal != nil && !raw {
-		return showTerminal(sandboxID, snap, chars), nil
+		return showTerminal(sandboxID, snap, w, chars), nil
 	}
 	room := chars
 	if len(snap.Output.Tail) > 0 {
 		room = chars / 2
 	}
-	left, used := renderHead(snap.Output.Head, room, snap.Output.HeadEnd >= snap.Output.End)
-	if used < len(snap.Output.Head) {
+	head := snap.Output.Head
+	left, used := renderHead(head, room, lastOf(snap.Output, w, snap.Process.State == agent.StateExited))
+	if used < len(head) {
 		// Not all of it fits, since escapes take more room than the bytes they stand for, or it ends within a character. Ask for just what
 		// is shown, so that the offset behind it is exact.
 		w.Head = used
-		again, err := client.Wait(ctx, agent.WaitRequest{Process: snap.Process.ID, Window: w})
-		if err != nil {
+		var err error
+		if snap, err = client.Wait(ctx, agent.WaitRequest{Process: snap.Process.ID, Window: w}); err != nil {
 			return execOutput{}, err
 		}
-		snap.Output = again.Output
 	}
 	o := snap.Output
-	right, skipped := renderTail(o.Tail, chars-utf8.RuneCountInString(left))
+	right, skipped, later := renderTail(o.Tail, chars-utf8.RuneCountInString(left), o.TailStart > o.HeadEnd, snap.Process.State == agent.StateExited)
 	out := describe(sandboxID, snap)
 	if o.HeadEnd >= o.End {
 		out.Output = left
 		return out, nil
 	}
+	if later > 0 {
+		var err error
+		if out.NextOffset, err = behind(ctx, client, snap, w, len(o.Tail)-later); err != nil {
+			return execOutput{}, err
+		}
+	}
 	out.LeftOut = o.TailStart + int64(skipped) - o.HeadEnd
-	again := fmt.Sprintf("process_wait with process_id %q and offset %d gives the rest", snap.Process.ID, o.HeadEnd)
 	switch {
 	case w.Tail == 0:
 		out.Output, out.NextOffset = left, o.HeadEnd
-		out.Note = strings.Join(append(out.notes(), again), "; ")
+		if out.LeftOut <= int64(len(head)-len(agent.Whole(head))) { // no more than a character that has no end yet
+			out.LeftOut = 0
+			break
+		}
+		out.leaveOut(out.LeftOut, o.HeadEnd)
 	case out.LeftOut == 0:
 		out.Output = left + right
 	default:
-		out.Output = fmt.Sprintf("%s\n[… %s left out; %s …]\n%s", left, plural(out.LeftOut, "byte"), again, right)
+		out.Output = fmt.Sprintf("%s\n[… %s left out; %s …]\n%s", left, plural(out.LeftOut, "byte"), rest(snap.Process.ID, o.HeadEnd), right)
 	}
 	return out, nil
+}
+
+// behind is the offset behind the first n bytes of a tail: of one stream there are others between them.
+func behind(ctx context.Context, client *agent.Client, snap agent.Snapshot, w agent.Window, n int) (int64, error) {
+	w.Offset, w.Head, w.Tail = snap.Output.TailStart, n, 0
+	again, err := client.Wait(ctx, agent.WaitRequest{Process: snap.Process.ID, Window: w})
+	return again.Output.HeadEnd, err
 }
 
 // describe is a snapshot without its output.
@@ -327,26 +343,4 @@ func (o execOutput) notes() []string {
 		notes = append(notes, fmt.Sprintf("%s it started still running, process_signal reaches them", plural(int64(o.Children), "process")))
 	}
 	return notes
-}
-
-// showTerminal shows output of a terminal as text. Offsets count its bytes, escapes too.
-func showTerminal(sandboxID string, snap agent.Snapshot, chars int) execOutput {
-	out, o := describe(sandboxID, snap), snap.Output
-	left, right := []rune(render([]byte(terminalText(o.Head)))), []rune(render([]byte(terminalText(o.Tail))))
-	out.Output = string(left[:min(len(left), chars)])
-	if o.HeadEnd >= o.End {
-		return out
-	}
-	out.LeftOut = o.TailStart - o.HeadEnd
-	again := fmt.Sprintf("process_wait with process_id %q and offset %d gives the rest", snap.Process.ID, o.HeadEnd)
-	if len(right) == 0 {
-		out.NextOffset = o.HeadEnd
-		out.Note = strings.Join(append(out.notes(), again), "; ")
-		return out
-	}
-	if room := max(0, chars-len(left)); len(right) > room {
-		right = right[len(right)-room:]
-	}
-	out.Output += fmt.Sprintf("\n[… %s left out; %s …]\n", plural(out.LeftOut, "byte"), again) + string(right)
-	return out
 }

@@ -10,7 +10,6 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
-	"strings"
 	"sync/atomic"
 	"time"
 
@@ -354,5 +353,5 @@ func fail(w http.ResponseWriter, code int, message string) {
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	w.Header().Del("Content-Encoding")
 	w.WriteHeader(code)
-	_ = json.NewEncoder(w).Encode(map[string]any{"code": code, "message": strings.ToValidUTF8(message, "\uFFFD")}) // as above
+	_ = json.NewEncoder(w).Encode(map[string]any{"code": code, "message": agent.Inert([]byte(message))}) // as above
 }

@@ -93,8 +93,9 @@ func (t transfer) tar(ctx context.Context, stdin io.Reader, stdout io.Writer, ar
 			}
 		}()
 	}
-	exit, err := s.Follow(ctx, stdout, inertly(t.stderr), nil)
-	if err != nil {
+	stderr := inertly(t.stderr)
+	exit, err := s.Follow(ctx, stdout, stderr, nil)
+	if err = errors.Join(err, settle(stderr)); err != nil {
 		return t.end(s, err)
 	}
 	if exit.Code != 0 {

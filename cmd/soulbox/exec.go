@@ -159,8 +159,9 @@ func (a *app) piped(outer context.Context, b box, cmd client.Command) error {
 			}
 		}()
 	}
-	exit, err := s.Follow(ctx, inertly(a.stdout), inertly(a.stderr), nil)
-	if err != nil {
+	stdout, stderr := inertly(a.stdout), inertly(a.stderr)
+	exit, err := s.Follow(ctx, stdout, stderr, nil)
+	if err = errors.Join(err, settle(stdout), settle(stderr)); err != nil {
 		return a.end(s, err)
 	}
 	return result(exit)
