@@ -72,7 +72,7 @@ func wireError(err error) *Error {
 	if errors.As(err, &e) {
 		return e
 	}
-	e = &Error{Message: clip(err.Error(), 2000)}
+	e = &Error{Message: clip(errorText(err), 2000)}
 	errors.As(err, &e.Errno)
 	var path *fs.PathError
 	if errors.As(err, &path) {

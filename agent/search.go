@@ -14,6 +14,7 @@ import (
 	"regexp/syntax"
 	"strings"
 	"time"
+	"unicode/utf8"
 )
 
 const (
@@ -244,7 +245,9 @@ func compileGlob(glob string) (*regexp.Regexp, error) {
 				b.WriteString(",")
 			}
 		default:
-			b.WriteString(regexp.QuoteMeta(string(c)))
+			_, n := utf8.DecodeRuneInString(glob[i:])
+			b.WriteString(regexp.QuoteMeta(glob[i : i+n]))
+			i += n - 1
 		}
 	}
 	re, err := regexp.Compile("(?s)" + b.String() + "$")

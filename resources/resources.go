@@ -21,6 +21,7 @@ import (
 	"github.com/mark3labs/mcp-go/server"
 
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/internal/names"
 	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/template"
 )
@@ -338,7 +339,7 @@ func (s *Service) directory(ctx context.Context, client *agent.Client, uri strin
 		if e.Type == agent.TypeDir {
 			entry += "/"
 		}
-		fmt.Fprintf(&b, "%s\t%d\t%s\n", strings.ReplaceAll(agent.Inert([]byte(entry)), "\n", `\x0a`), e.Size, e.MTime.UTC().Format(time.RFC3339))
+		fmt.Fprintf(&b, "%s\t%d\t%s\n", names.Show(entry), e.Size, e.MTime.UTC().Format(time.RFC3339))
 	}
 	if list.More {
 		b.WriteString("[there are more]\n")

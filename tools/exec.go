@@ -12,6 +12,7 @@ import (
 	"github.com/mark3labs/mcp-go/server"
 
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/internal/names"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -36,7 +37,7 @@ func (s *Service) execTools() []server.ServerTool {
 
 type execInput struct {
 	Command    string            `json:"command,omitempty" jsonschema:"with tty it may be left out: a login shell"`
-	Cwd        string            `json:"cwd,omitempty" jsonschema:"absolute directory for this command; default where the last one left the shell"`
+	Cwd        filename          `json:"cwd,omitempty" jsonschema:"absolute directory for this command; default where the last one left the shell"`
 	Env        map[string]string `json:"env,omitempty" jsonschema:"extra environment variables"`
 	User       string            `json:"user,omitempty" jsonschema:"user name or uid; default user"`
 	Stdin      string            `json:"stdin,omitempty" jsonschema:"text given to stdin"`
@@ -162,7 +163,7 @@ func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
 		terminal = &agent.Terminal{Rows: in.Rows, Cols: in.Cols}
 	}
 	snap, err := client.Start(startCtx, agent.StartRequest{
-		Shell: shell, Fork: in.Background, Terminal: terminal, Command: in.Command, Cwd: in.Cwd, Env: in.Env, User: in.User, Stdin: []byte(in.Stdin), KeepStdin: in.Background, Tag: in.Tag,
+		Shell: shell, Fork: in.Background, Terminal: terminal, Command: in.Command, Cwd: string(in.Cwd), Env: in.Env, User: in.User, Stdin: []byte(in.Stdin), KeepStdin: in.Background, Tag: in.Tag,
 		TimeoutMS: in.TimeoutMS, Window: w, WaitMS: min(yield, startSlice).Milliseconds(),
 	})
 	if err != nil {
@@ -322,10 +323,10 @@ func describe(sandboxID string, snap agent.Snapshot) execOutput {
 func shellNotices(p agent.Process) []string {
 	var notices []string
 	if p.ShellCwd != "" {
-		notices = append(notices, "the shell is now in "+render([]byte(p.ShellCwd)))
+		notices = append(notices, "the shell is now in "+names.Show(p.ShellCwd))
 	}
 	if p.GoneCwd != "" {
-		notices = append(notices, fmt.Sprintf("the shell's directory %s is gone, the command ran in %s", render([]byte(p.GoneCwd)), render([]byte(p.Cwd))))
+		notices = append(notices, fmt.Sprintf("the shell's directory %s is gone, the command ran in %s", names.Show(p.GoneCwd), names.Show(p.Cwd)))
 	}
 	if p.Forgotten {
 		notices = append(notices, "what it changed of the shell is not remembered: at most 256 KB of variables and functions are")

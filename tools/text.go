@@ -1,11 +1,13 @@
 package tools
 
 import (
+	"encoding/json"
 	"fmt"
 	"strings"
 	"unicode/utf8"
 
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/internal/names"
 )
 
 // render makes bytes of a guest safe and readable.
@@ -71,10 +73,24 @@ func renderRunes(text string) string {
 	return b.String()
 }
 
-// renderName renders the name of a file for a line of its own.
-func renderName(name string) string {
-	return strings.ReplaceAll(render([]byte(name)), "\n", `\x0a`)
+// renderLine renders a text of the guest's for a line of its own.
+func renderLine(text string) string {
+	return strings.ReplaceAll(render([]byte(text)), "\n", `\x0a`)
 }
+
+// filename is a name of a file: the bytes that it is. Models give it, and are given it, in the notation of package names.
+type filename string
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (f *filename) UnmarshalJSON(body []byte) error {
+	var shown string
+	err := json.Unmarshal(body, &shown)
+	*f = filename(names.Parse(shown))
+	return err
+}
+
+// String implements fmt.Stringer.
+func (f filename) String() string { return names.Show(string(f)) }
 
 // lastLine is the last line that says something, for progress notes.
 func lastLine(text string) string {

@@ -327,7 +327,8 @@ func (processes) List(ctx context.Context, _ *connect.Request[pb.ListRequest]) (
 	}
 	out := &pb.ListResponse{}
 	for _, q := range list {
-		config := &pb.ProcessConfig{Cwd: &q.Cwd, Envs: map[string]string{}}
+		cwd := valid(q.Cwd)
+		config := &pb.ProcessConfig{Cwd: &cwd, Envs: map[string]string{}}
 		if len(q.Args) > 0 {
 			config.Cmd, config.Args = valid(q.Args[0]), validAll(q.Args[1:])
 		} else {

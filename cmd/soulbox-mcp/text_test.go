@@ -123,3 +123,101 @@ func TestCharactersFound(t *testing.T) {
 		t.Error(got)
 	}
 }
+
+// oddNames are names of files that are no harmless text, as they are shown and given back.
+var oddNames = []string{`caf\xe9.txt`, `two\x0alines`, `\x1b[31mred`, `\x5cxe9`, `back\slash\n`, `日本 é`, `a\xe2\x80\xaeb`}
+
+// TestOddNames: every answer shows a name in one notation that stays on its line, and every tool that takes a path takes it, for the same file.
+func TestOddNames(t *testing.T) {
+	p := launch(t, "")
+	ok := func(tool string, args map[string]any) message {
+		t.Helper()
+		m := p.call(tool, args)
+		for _, line := range strings.Split(m.text(), "\n") {
+			if strings.ContainsAny(line, "\x1b\u202e\uFFFD") || line == "lines" || strings.HasPrefix(line, "lines,") {
+				t.Errorf("%s: %q", tool, m.text())
+			}
+		}
+		return m
+	}
+	dir := "/home/user/odd"
+	cursor := ok("exec", map[string]any{"command": "mkdir " + dir})
+	cursor = ok("file_watch", map[string]any{"path": dir})
+	for i, name := range oddNames {
+		ok("file_write", map[string]any{"path": dir + "/" + name, "content": fmt.Sprintf("text %d\n", i)})
+	}
+	// What programs find are the very bytes.
+	if got := p.exec("cd " + dir + `; cat $'caf\xe9.txt' $'two\nlines' $'\e[31mred' '\xe9' 'back\slash\n' '日本 é' $'a\xe2\x80\xaeb'; ls | wc -l`); got != "text 0\ntext 1\ntext 2\ntext 3\ntext 4\ntext 5\ntext 6\n8\n" {
+		t.Errorf("%q", got)
+	}
+	list, found := ok("file_list", map[string]any{"path": dir}).text(), ok("file_search", map[string]any{"path": dir, "glob": "*"}).text()
+	lines := ok("file_search", map[string]any{"path": dir, "pattern": "text"}).text()
+	events := ok("file_watch", map[string]any{"cursor": cursor.Result.StructuredContent["cursor"], "limit": 100}).text()
+	for i, name := range oddNames {
+		file := dir + "/" + name
+		for what, text := range map[string]string{"file_list": list + "\n", "file_search": found, "file_watch": events} {
+			if !strings.Contains(text, file+"\n") {
+				t.Errorf("%s does not have %s: %q", what, name, text)
+			}
+		}
+		if !strings.Contains(lines, fmt.Sprintf("%s:1:text %d\n", file, i)) {
+			t.Errorf("%q", lines)
+		}
+		if m := ok("file_read", map[string]any{"path": file}); m.text() != fmt.Sprintf("text %d\n[%s, 7 bytes, lines 1 to 1, to the end]", i, file) || m.Result.StructuredContent["path"] != file {
+			t.Errorf("%q", m.text())
+		}
+		if m := ok("file_edit", map[string]any{"path": file, "old_str": "text", "new_str": "changed"}); m.Result.StructuredContent["path"] != file {
+			t.Error(m.text())
+		}
+		if m := ok("file_move", map[string]any{"from": file, "to": file + `.\xff`}); m.Result.StructuredContent["path"] != file+`.\xff` {
+			t.Error(m.text())
+		}
+		if m := p.await(p.request("tools/call", map[string]any{"name": "file_read", "arguments": map[string]any{"path": file}})); !m.Result.IsError || !strings.Contains(m.text(), file+": no such file") {
+			t.Errorf("%q", m.text())
+		}
+		if m := ok("file_remove", map[string]any{"path": file + `.\xff`}); m.Result.StructuredContent["removed"] != file+`.\xff` {
+			t.Error(m.text())
+		}
+	}
+	if got := p.exec("ls -A " + dir + " | wc -l"); got != "0\n" {
+		t.Errorf("%q are left", got)
+	}
+}
+
+// TestOddDirectories: a directory may have such a name where a command runs, where a shell is, in a listing and in a resource.
+func TestOddDirectories(t *testing.T) {
+	p := launch(t, "")
+	dir := `/home/user/d\xe9\x0ax`
+	id := p.call("exec", map[string]any{"command": `mkdir -p $'d\xe9\nx/sub'; echo hi > $'d\xe9\nx/sub/f'; ln -s $'d\xe9\nx' link`}).Result.StructuredContent["sandbox_id"]
+	if m := p.call("exec", map[string]any{"command": "cat sub/f", "cwd": dir}); m.Result.StructuredContent["output"] != "hi\n" {
+		t.Error(m.text())
+	}
+	if m := p.call("exec", map[string]any{"command": "cd sub", "cwd": dir}); !strings.Contains(m.text(), "the shell is now in "+dir+"/sub") {
+		t.Errorf("%q", m.text())
+	}
+	if got := p.exec("cat f"); got != "hi\n" {
+		t.Errorf("%q", got)
+	}
+	if m := p.call("sandbox_get", nil); !strings.Contains(m.text(), "shell is in "+dir+"/sub") {
+		t.Errorf("%q", m.text())
+	}
+	if m := p.call("process_list", nil); !strings.Contains(m.text(), "cwd "+dir+"/sub,") {
+		t.Errorf("%q", m.text())
+	}
+	if m := p.call("file_list", map[string]any{"path": "/home/user"}); !strings.Contains(m.text(), dir+"/\n") || !strings.Contains(m.text(), `link -> d\xe9\x0ax`) {
+		t.Errorf("%q", m.text())
+	}
+	if m := p.call("file_list", map[string]any{"path": dir, "depth": 2}); !strings.Contains(m.text(), dir+"/sub/f") {
+		t.Errorf("%q", m.text())
+	}
+	for _, path := range []string{"d%E9%0Ax", `d%5Cxe9%5Cx0ax`} { // as URIs have it, and as it is shown
+		r := p.await(p.request("resources/read", map[string]any{"uri": fmt.Sprintf("sandbox://%s/files/home/user/%s/sub/f", id, path)}))
+		if len(r.Result.Contents) != 1 || r.Result.Contents[0].Text != "hi\n" {
+			t.Errorf("%s: %+v", path, r)
+		}
+	}
+	m := p.await(p.request("tools/call", map[string]any{"name": "exec", "arguments": map[string]any{"command": "true", "cwd": `/gone\xff`}}))
+	if !m.Result.IsError || !strings.Contains(m.text(), `"/gone\xff"`) {
+		t.Errorf("%q", m.text())
+	}
+}
