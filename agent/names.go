@@ -5,7 +5,9 @@ import (
 	"errors"
 	"io/fs"
 	"os"
+	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"soulbox.dev/soulbox/internal/names"
 )
@@ -47,13 +49,30 @@ func (v *header) UnmarshalJSON(body []byte) error {
 func (v StartRequest) MarshalJSON() ([]byte, error) {
 	type plain StartRequest
 	c := plain(v)
+	if c.Shown = v.hasBytes(); c.Shown {
+		c.Args = slices.Clone(c.Args)
+		for i, arg := range c.Args {
+			c.Args[i] = names.Show(arg)
+		}
+	}
 	return marshalNames(&c, &c.Cwd)
 }
 
 // UnmarshalJSON implements json.Unmarshaler.
 func (v *StartRequest) UnmarshalJSON(body []byte) error {
 	type plain StartRequest
-	return unmarshalNames(body, (*plain)(v), &v.Cwd)
+	err := unmarshalNames(body, (*plain)(v), &v.Cwd)
+	if v.Shown {
+		for i, arg := range v.Args {
+			v.Args[i] = names.Parse(arg)
+		}
+	}
+	return err
+}
+
+// hasBytes reports whether an argument is no text.
+func (v StartRequest) hasBytes() bool {
+	return slices.ContainsFunc(v.Args, func(arg string) bool { return !utf8.ValidString(arg) })
 }
 
 // MarshalJSON implements json.Marshaler.

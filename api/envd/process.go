@@ -78,8 +78,11 @@ func (p *place) startRequest(ctx context.Context, req *connect.Request[pb.StartR
 	}
 	start := agent.StartRequest{Hold: true, Args: append([]string{config.GetCmd()}, config.GetArgs()...), Env: config.GetEnvs(), User: who, Tag: req.Msg.GetTag(),
 		KeepStdin: req.Msg.Stdin == nil || req.Msg.GetStdin()}
+	for i, arg := range start.Args {
+		start.Args[i] = p.given(arg)
+	}
 	if config.GetCwd() != "" {
-		if start.Cwd, err = p.absolute(ctx, config.GetCwd(), who); err != nil {
+		if start.Cwd, err = p.absolute(ctx, p.given(config.GetCwd()), who); err != nil {
 			return start, err
 		}
 	}

@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"soulbox.dev/soulbox/api/client"
+	"soulbox.dev/soulbox/internal/names"
 )
 
 func (a *app) copyCommand() *cobra.Command {
@@ -56,7 +57,7 @@ func remote(arg string) (id, name string, ok bool) {
 	if name == "" {
 		name = "."
 	}
-	return id, name, true
+	return id, names.Parse(name), true
 }
 
 // transfer copies files by the sandbox' tar.

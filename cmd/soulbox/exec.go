@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"soulbox.dev/soulbox/api/client"
+	"soulbox.dev/soulbox/internal/names"
 )
 
 const (
@@ -118,7 +119,7 @@ func (a *app) exec(ctx context.Context, id string, args []string, e execution) e
 
 func (e execution) command(args []string) (client.Command, error) {
 	env, err := readPairs("--env", e.env)
-	return client.Command{Args: args, Env: env, Cwd: e.cwd, User: e.user}, err
+	return client.Command{Args: args, Env: env, Cwd: names.Parse(e.cwd), User: e.user}, err
 }
 
 func (a *app) detached(ctx context.Context, b box, cmd client.Command) error {
