@@ -20,27 +20,28 @@ const module = "soulbox.dev/soulbox"
 // mayImport is the graph of DESIGN.md: which of our packages each may import. Tests may also use internal/sandboxtest.
 var mayImport = map[string][]string{
 	"access":                               {},
-	"agent":                                {},
+	"agent":                                {"internal/names"},
 	"sandbox":                              {"access", "agent"},
 	"internal/erofs":                       {},
 	"internal/wholenum":                    {},
+	"internal/names":                       {},
 	"gvisor":                               {"sandbox", "internal/erofs"},
-	"template":                             {"access", "sandbox", "agent", "internal/erofs"},
+	"template":                             {"access", "sandbox", "agent", "internal/erofs", "internal/names"},
 	"mcpserver":                            {"access"},
-	"tools":                                {"access", "sandbox", "agent", "template", "internal/wholenum"},
-	"resources":                            {"sandbox", "agent", "template"},
+	"tools":                                {"access", "sandbox", "agent", "template", "internal/wholenum", "internal/names"},
+	"resources":                            {"sandbox", "agent", "template", "internal/names"},
 	"internal/sandboxtest":                 {"sandbox", "agent", "internal/erofs"},
 	"cmd/soulbox-agent":                    {"agent"},
-	"api":                                  {"access", "sandbox", "agent", "template", "api/envd", "api/client", "internal/wholenum"},
-	"api/client":                           {"api/envd/spec/process", "api/envd/spec/filesystem", "api/envd/spec/process/processconnect", "api/envd/spec/filesystem/filesystemconnect"},
-	"api/envd":                             {"access", "sandbox", "agent", "api/client", "api/envd/spec/process", "api/envd/spec/filesystem", "api/envd/spec/process/processconnect", "api/envd/spec/filesystem/filesystemconnect"},
+	"api":                                  {"access", "sandbox", "agent", "template", "api/envd", "api/client", "internal/wholenum", "internal/names"},
+	"api/client":                           {"internal/names", "api/envd/spec/process", "api/envd/spec/filesystem", "api/envd/spec/process/processconnect", "api/envd/spec/filesystem/filesystemconnect"},
+	"api/envd":                             {"internal/names", "access", "sandbox", "agent", "api/client", "api/envd/spec/process", "api/envd/spec/filesystem", "api/envd/spec/process/processconnect", "api/envd/spec/filesystem/filesystemconnect"},
 	"api/envd/spec":                        {},
 	"api/envd/spec/process":                {},
 	"api/envd/spec/filesystem":             {},
 	"api/envd/spec/process/processconnect": {"api/envd/spec/process"},
 	"api/envd/spec/filesystem/filesystemconnect": {"api/envd/spec/filesystem"},
 	"cmd/soulbox-mcp": {"access", "agent", "sandbox", "gvisor", "template", "mcpserver", "tools", "resources", "api", "api/envd", "api/client"},
-	"cmd/soulbox":     {"api/client"},
+	"cmd/soulbox":     {"api/client", "internal/names"},
 }
 
 // testsMayImport adds to mayImport for tests: a runtime is tested with the domain on top and a template below.
@@ -80,7 +81,7 @@ var onlyIn = map[string][]string{
 }
 
 // agentMayUse are the libraries of the agent, which must stay small.
-var agentMayUse = []string{"github.com/sourcegraph/jsonrpc2", "github.com/hashicorp/yamux", "github.com/creack/pty", "github.com/fsnotify/fsnotify", "golang.org/x/sys"}
+var agentMayUse = []string{"github.com/sourcegraph/jsonrpc2", "github.com/hashicorp/yamux", "github.com/creack/pty", "github.com/fsnotify/fsnotify", "golang.org/x/sys", module + "/internal/names"}
 
 func TestImports(t *testing.T) {
 	seen := map[string]bool{}

@@ -221,6 +221,9 @@ func (c *Client) Configure(ctx context.Context, config Config) error {
 
 // Start starts a process and waits up to req.WaitMS for its end; a short command is answered in this one round trip.
 func (c *Client) Start(ctx context.Context, req StartRequest) (Snapshot, error) {
+	if c.level < 2 && req.hasBytes() {
+		return Snapshot{}, fmt.Errorf("start: the sandbox was made by an older version, which takes no arguments that are not text: %w", ErrVersion)
+	}
 	return call[Snapshot](ctx, c, callStart, req)
 }
 

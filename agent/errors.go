@@ -74,7 +74,7 @@ func wireError(err error) *Error {
 	if errors.As(err, &e) {
 		return e
 	}
-	e = &Error{Message: clip(err.Error(), 2000)}
+	e = &Error{Message: clip(errorText(err), 2000)}
 	errors.As(err, &e.Errno)
 	var path *fs.PathError
 	if errors.As(err, &path) {
@@ -96,12 +96,12 @@ func invalid(format string, args ...any) error {
 	return fmt.Errorf(format+": %w", append(args, ErrInvalid)...)
 }
 
-// clip bounds a text to n bytes and marks that it did.
+// clip bounds a text to n bytes, at whole characters, and marks that it did.
 func clip(s string, n int) string {
 	if len(s) <= n {
 		return s
 	}
-	return s[:n] + "…"
+	return string(Whole([]byte(s[:n]))) + "…"
 }
 
 // replyError is an error as the answer of a call.

@@ -30,9 +30,9 @@ func checkPath(op, name string) error {
 	case len(name) > maxPath:
 		return fmt.Errorf("%s: the path has %d bytes: %w", op, len(name), syscall.ENAMETOOLONG)
 	case !path.IsAbs(name):
-		return invalid("%s %q: the path is relative", op, name)
+		return invalid("%s %s: the path is relative", op, quoted(name))
 	case slices.Contains(strings.Split(name, "/"), ".."):
-		return invalid("%s %q: the path contains \"..\"", op, name)
+		return invalid("%s %s: the path contains \"..\"", op, quoted(name))
 	}
 	return nil
 }
@@ -52,7 +52,7 @@ func openRegular(name string) (*os.File, error) {
 	case info.IsDir():
 		return nil, errors.Join(&fs.PathError{Op: "read", Path: name, Err: syscall.EISDIR}, f.Close())
 	case !info.Mode().IsRegular():
-		return nil, errors.Join(fmt.Errorf("open %q: it is a %s: %w", name, describeMode(info.Mode()), ErrNotRegular), f.Close())
+		return nil, errors.Join(fmt.Errorf("open %s: it is a %s: %w", quoted(name), describeMode(info.Mode()), ErrNotRegular), f.Close())
 	}
 	return f, nil
 }

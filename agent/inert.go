@@ -35,3 +35,33 @@ func InertRune(p []byte) (text string, n int) {
 	}
 	return string(p[:n]), n
 }
+
+// Whole is p without a character that its end cuts in two: who reads on gets it whole with the next piece.
+func Whole(p []byte) []byte {
+	for i := 1; i < utf8.UTFMax && i <= len(p); i++ {
+		if tail := p[len(p)-i:]; utf8.RuneStart(tail[0]) {
+			if !utf8.FullRune(tail) {
+				return p[:len(p)-i]
+			}
+			break
+		}
+	}
+	return p
+}
+
+// AfterCut is p without the rest of a character that was cut off before it.
+func AfterCut(p []byte) []byte {
+	n := 0
+	for n < min(len(p), utf8.UTFMax-1) && !utf8.RuneStart(p[n]) {
+		n++
+	}
+	return p[n:]
+}
+
+// InertEnds makes the beginning and the end of a text inert, between which something may be left out. A character that this cuts is left out, too.
+func InertEnds(o Output) string {
+	if o.TailStart <= o.HeadEnd { // nothing is
+		return Inert(append(o.Head[:len(o.Head):len(o.Head)], o.Tail...))
+	}
+	return Inert(Whole(o.Head)) + Inert(AfterCut(o.Tail))
+}

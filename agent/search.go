@@ -181,17 +181,17 @@ func readLine(r *bufio.Reader) ([]byte, error) {
 	}
 }
 
-// around cuts a long line to what surrounds its match, at whole characters.
+// around cuts a long line to what surrounds its match, at whole characters. It is inert: JSON has no bytes that are not text.
 func around(line []byte, at []int) string {
 	if len(line) <= searchLine {
-		return strings.ToValidUTF8(string(line), "\uFFFD")
+		return Inert(line)
 	}
 	from := max(0, min(at[0]-searchLine/4, len(line)-searchLine))
-	to := min(len(line), from+searchLine)
-	for from > 0 && !utf8.RuneStart(line[from]) {
-		from--
+	shown := line[from:min(len(line), from+searchLine)]
+	if from > 0 {
+		shown = AfterCut(shown)
 	}
-	return "…" + strings.ToValidUTF8(string(line[from:to]), "\uFFFD") + "…"
+	return "…" + Inert(Whole(shown)) + "…"
 }
 
 // compileGlob turns a glob into a regexp: * and ? stay within a name, ** spans directories, [a-z] and {a,b} are as in shells. A glob
@@ -245,7 +245,9 @@ func compileGlob(glob string) (*regexp.Regexp, error) {
 				b.WriteString(",")
 			}
 		default:
-			b.WriteString(regexp.QuoteMeta(string(c)))
+			_, n := utf8.DecodeRuneInString(glob[i:])
+			b.WriteString(regexp.QuoteMeta(glob[i : i+n]))
+			i += n - 1
 		}
 	}
 	re, err := regexp.Compile("(?s)" + b.String() + "$")

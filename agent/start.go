@@ -191,11 +191,11 @@ func (s *Server) prepare(req StartRequest) (*process, []string, error) {
 	s.mu.Unlock()
 	cwd := cmp.Or(req.Cwd, home)
 	if !path.IsAbs(cwd) || strings.IndexByte(cwd, 0) >= 0 {
-		return nil, nil, invalid("start in %q: the working directory must be an absolute path", clip(cwd, 200))
+		return nil, nil, invalid("start in %s: the working directory must be an absolute path", quoted(cwd))
 	}
 	if !isDir(cwd) {
 		if req.Cwd != "" {
-			return nil, nil, fmt.Errorf("start in %q: %w", clip(cwd, 200), ErrCwd)
+			return nil, nil, fmt.Errorf("start in %s: %w", quoted(cwd), ErrCwd)
 		}
 		cwd = "/"
 	}
@@ -304,7 +304,7 @@ func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
 	}
 	p.child, err = s.fork(p, name, p.args, attr)
 	if errors.Is(err, syscall.EACCES) && p.args[0] == s.shell {
-		return fmt.Errorf("start in %q: user %s may not enter it: %w", clip(p.cwd, 200), p.user.name, syscall.EACCES)
+		return fmt.Errorf("start in %s: user %s may not enter it: %w", quoted(p.cwd), p.user.name, syscall.EACCES)
 	}
 	if err != nil {
 		err = fmt.Errorf("start %q: %w", clip(p.args[0], 200), explainFork(err))

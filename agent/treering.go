@@ -1,13 +1,9 @@
 package agent
 
-import (
-	"strings"
-	"time"
-)
+import "time"
 
 // emit puts an event into the ring. A write that says no more than one that nobody has read yet is left out, as is a second loss.
 func (t *tree) emit(e TreeEvent) {
-	e.Path, e.From = strings.ToValidUTF8(e.Path, "\uFFFD"), strings.ToValidUTF8(e.From, "\uFFFD")
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	next := t.first + int64(len(t.ring))

@@ -104,7 +104,7 @@ func (s *Server) watchTree(ctx context.Context, r TreeRequest) (TreeResult, erro
 func (s *trees) open(r TreeRequest, watches *atomic.Int64) (*tree, error) {
 	if watches.Add(1) > maxWatches && !s.evict(watches) {
 		watches.Add(-1)
-		return nil, fmt.Errorf("watch %q: there are %d watches already: %w", clip(r.Path, 200), maxWatches, ErrWatches)
+		return nil, fmt.Errorf("watch %s: there are %d watches already: %w", quoted(r.Path), maxWatches, ErrWatches)
 	}
 	id := "w" + strings.ToLower(rand.Text()[:8]) // no other sandbox' watch has it: a cursor that goes to the wrong one is refused
 	t, err := openTree(id, r, &s.known)

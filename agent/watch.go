@@ -42,7 +42,7 @@ func (s *Server) serveWatch(ctx context.Context, stream *yamux.Stream, h header)
 	}
 	if s.watches.Add(1) > maxWatches {
 		s.watches.Add(-1)
-		refuse(fmt.Errorf("watch %q: there are %d watches already: %w", h.Path, maxWatches, ErrWatches))
+		refuse(fmt.Errorf("watch %s: there are %d watches already: %w", quoted(h.Path), maxWatches, ErrWatches))
 		return
 	}
 	defer s.watches.Add(-1)
@@ -158,7 +158,7 @@ func (w *watcher) next(ctx context.Context) (b WatchBatch, ok bool) {
 			b.Overflow = b.Overflow || above
 			if own && !b.Overflow {
 				if b.Overflow = len(b.Events) >= maxWatchEvents; !b.Overflow {
-					b.Events = append(b.Events, WatchEvent{Op: opName(e.Op), Path: strings.ToValidUTF8(e.Name, "\uFFFD")})
+					b.Events = append(b.Events, WatchEvent{Op: opName(e.Op), Path: e.Name})
 				}
 			}
 		}

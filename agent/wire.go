@@ -13,7 +13,8 @@ import (
 const Protocol = 1
 
 // Level is what this agent knows. 1: users, environment, links, attributes of written files, listings in parts, output that is held.
-const Level = 1
+// 2: arguments of programs that are no text.
+const Level = 2
 
 // Bounds of everything that crosses the pipe (PROTOCOL.md, section 5).
 const (
@@ -147,9 +148,10 @@ type Config struct {
 type StartRequest struct {
 	Command string            `json:"command,omitempty"`
 	Args    []string          `json:"args,omitempty"`
-	Cwd     string            `json:"cwd,omitempty"`  // absolute; default the user's home
-	Env     map[string]string `json:"env,omitempty"`  // added to the sandbox' environment
-	User    string            `json:"user,omitempty"` // name, uid or uid:gid; default "user"
+	Shown   bool              `json:"shown,omitempty"` // on the pipe: Args are in the notation of names, since they are no text
+	Cwd     string            `json:"cwd,omitempty"`   // absolute; default the user's home
+	Env     map[string]string `json:"env,omitempty"`   // added to the sandbox' environment
+	User    string            `json:"user,omitempty"`  // name, uid or uid:gid; default "user"
 	// Stdin is given to the process, then its stdin is closed, unless KeepStdin holds it open for WriteStdin.
 	Stdin     []byte `json:"stdin,omitempty"`
 	KeepStdin bool   `json:"keep_stdin,omitempty"`

@@ -13,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"soulbox.dev/soulbox/agent"
 	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/template"
 )
@@ -240,7 +241,7 @@ func (c *Control) startBuild(r *call) error {
 	var shown []step
 	for i, s := range steps {
 		text := s.Args[0]
-		shown = append(shown, step{lines[i], strings.ToValidUTF8(text[:min(len(text), maxStepText)], "")})
+		shown = append(shown, step{lines[i], agent.Inert(agent.Whole([]byte(text[:min(len(text), maxStepText)])))})
 	}
 	req := template.BuildRequest{Dockerfile: dockerfile, NoCache: body.Force, StartCmd: body.StartCmd, ReadyCmd: body.ReadyCmd}
 	if !c.NoNetwork {

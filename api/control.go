@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"soulbox.dev/soulbox/access"
+	"soulbox.dev/soulbox/agent"
 	"soulbox.dev/soulbox/api/client"
 	"soulbox.dev/soulbox/api/envd"
 	"soulbox.dev/soulbox/internal/wholenum"
@@ -262,7 +263,7 @@ type told struct {
 }
 
 func tell(err error) told {
-	out := told{http.StatusInternalServerError, strings.ToValidUTF8(err.Error(), "\uFFFD")}
+	out := told{http.StatusInternalServerError, agent.Inert([]byte(err.Error()))}
 	var known refusal
 	if errors.As(err, &known) {
 		out.Code = known.code

@@ -13,6 +13,7 @@ import (
 	"soulbox.dev/soulbox/agent"
 	"soulbox.dev/soulbox/api/client"
 	"soulbox.dev/soulbox/api/envd"
+	"soulbox.dev/soulbox/internal/names"
 	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/template"
 )
@@ -355,7 +356,7 @@ func (c *Control) fileURL(r *call) error {
 	if c.Gateway.Base == nil && c.Gateway.Own == nil {
 		return refuse(http.StatusConflict, "this server is reached by its socket alone, so it has no URLs: start 'soulbox-mcp http'")
 	}
-	return r.answer(http.StatusOK, map[string]string{"url": c.Gateway.FileURL(sb, body.Path, body.Operation, time.Now().Add(life))})
+	return r.answer(http.StatusOK, map[string]string{"url": c.Gateway.FileURL(sb, names.Parse(body.Path), body.Operation, time.Now().Add(life))})
 }
 
 func (c *Control) describedTemplate(m template.Manifest) client.Template {

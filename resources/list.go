@@ -12,6 +12,7 @@ import (
 	"github.com/mark3labs/mcp-go/mcp"
 
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/internal/names"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -155,15 +156,15 @@ func (s *Service) Complete(ctx context.Context, template, variable, value string
 func paths(ctx context.Context, client *agent.Client, value string) []string {
 	value = strings.TrimPrefix(value, "/") // as models write it
 	dir, _ := path.Split("/" + value)
-	list, err := client.Dir(ctx, agent.DirRequest{Path: path.Clean(dir), Depth: 1, Limit: 1000})
+	list, err := client.Dir(ctx, agent.DirRequest{Path: names.Parse(path.Clean(dir)), Depth: 1, Limit: 1000})
 	if err != nil {
 		return nil // nothing completes what is not there
 	}
 	var all []string
 	for _, e := range list.Entries {
-		p := strings.TrimPrefix(e.Path, "/")
+		p := strings.TrimPrefix(names.Show(e.Path), "/")
 		if !strings.HasPrefix(e.Path, "/") {
-			p = strings.TrimPrefix(path.Join(dir, e.Path), "/")
+			p = strings.TrimPrefix(path.Join(dir, names.Show(e.Path)), "/")
 		}
 		if e.Type == agent.TypeDir {
 			p += "/"

@@ -21,6 +21,7 @@ import (
 	"github.com/mark3labs/mcp-go/server"
 
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/internal/names"
 	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/template"
 )
@@ -301,7 +302,7 @@ func (s *Service) file(ctx context.Context, client *agent.Client, uri string, n 
 	next := n.offset + int64(len(body))
 	kind := mimeType(n.path, body)
 	if next < info.Size { // a character that the range cuts in two is left for the next
-		if whole := wholeRunes(body); isText(whole) && len(whole) > 0 {
+		if whole := agent.Whole(body); isText(whole) && len(whole) > 0 {
 			next -= int64(len(body) - len(whole))
 			body = whole
 		}
@@ -311,19 +312,6 @@ func (s *Service) file(ctx context.Context, client *agent.Client, uri string, n 
 		return asText(uri, kind, string(body), meta), nil
 	}
 	return []mcp.ResourceContents{mcp.BlobResourceContents{URI: uri, MIMEType: kind, Blob: base64.StdEncoding.EncodeToString(body), Meta: meta}}, nil
-}
-
-// wholeRunes is p without a character that its end cuts in two.
-func wholeRunes(p []byte) []byte {
-	for i := 1; i < utf8.UTFMax && i <= len(p); i++ {
-		if tail := p[len(p)-i:]; utf8.RuneStart(tail[0]) {
-			if !utf8.FullRune(tail) {
-				return p[:len(p)-i]
-			}
-			break
-		}
-	}
-	return p
 }
 
 // isText says whether p can be shown as it is: valid UTF-8 without terminal escapes.
@@ -351,7 +339,7 @@ func (s *Service) directory(ctx context.Context, client *agent.Client, uri strin
 		if e.Type == agent.TypeDir {
 			entry += "/"
 		}
-		fmt.Fprintf(&b, "%s\t%d\t%s\n", strings.ReplaceAll(agent.Inert([]byte(entry)), "\n", `\x0a`), e.Size, e.MTime.UTC().Format(time.RFC3339))
+		fmt.Fprintf(&b, "%s\t%d\t%s\n", names.Show(entry), e.Size, e.MTime.UTC().Format(time.RFC3339))
 	}
 	if list.More {
 		b.WriteString("[there are more]\n")
@@ -359,32 +347,42 @@ func (s *Service) directory(ctx context.Context, client *agent.Client, uri strin
 	return asText(uri, "text/plain", b.String(), nil), nil
 }
 
-// output reads a range of what a process has written, terminal escapes made inert.
+// output reads a range of what a process has written, terminal escapes made inert. A character that the range cuts in two, or that the process
+// has not written to its end yet, is left for the next.
 func (s *Service) output(ctx context.Context, client *agent.Client, uri string, n name) ([]mcp.ResourceContents, error) {
 	var body []byte
-	first, next, size := int64(-1), n.offset, int64(0)
+	var p agent.Process
+	first, over := int64(-1), false // over: what would go on with body's last character is no longer kept
 	err := client.Output(ctx, n.process, n.offset, false, func(f agent.OutputFrame) error {
 		if f.End != nil {
-			size = f.End.Output
+			p = *f.End
 			return nil
 		}
 		if first < 0 {
 			first = f.Offset
 		}
+		if over = f.Offset > first+int64(len(body)); over {
+			return errEnough
+		}
 		body = append(body, f.Data[:min(int64(len(f.Data)), n.room()-int64(len(body)))]...)
-		if next = first + int64(len(body)); int64(len(body)) >= n.room() {
+		if int64(len(body)) >= n.room() {
 			return errEnough
 		}
 		return nil
 	})
 	if errors.Is(err, errEnough) {
 		snap, werr := client.Wait(ctx, agent.WaitRequest{Process: n.process})
-		size, err = snap.Process.Output, werr
+		p, err = snap.Process, werr
 	}
 	if err != nil {
 		return nil, s.missing(uri, err)
 	}
-	meta := rest(uri, size, next)
+	first = max(first, n.offset)
+	ended := p.State == agent.StateExited && first+int64(len(body)) >= p.Output
+	if whole := agent.Whole(body); !over && !ended && (len(whole) > 0 || int64(len(body)) < n.room()) {
+		body = whole
+	}
+	meta := rest(uri, p.Output, first+int64(len(body)))
 	if first > n.offset {
 		meta["dropped"] = first - n.offset
 	}

@@ -5,6 +5,7 @@ import (
 	"strconv"
 	"strings"
 
+	"soulbox.dev/soulbox/internal/names"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -55,7 +56,7 @@ func parse(uri string) (name, bool) {
 	case rest == "/metrics" && u.RawQuery == "":
 		n.kind = kindMetrics
 	case strings.HasPrefix(rest, "/files/"):
-		n.kind, n.path = kindFile, strings.TrimPrefix(rest, "/files")
+		n.kind, n.path = kindFile, names.Parse(strings.TrimPrefix(rest, "/files"))
 	case strings.HasPrefix(rest, "/processes/") && strings.HasSuffix(rest, "/output"):
 		n.kind, n.process = kindOutput, strings.TrimSuffix(strings.TrimPrefix(rest, "/processes/"), "/output")
 		return n, n.process != "" && !strings.Contains(n.process, "/")
@@ -110,7 +111,7 @@ func (n *name) ranged(query string) bool {
 func sandboxURI(id string) string { return "sandbox://" + id }
 
 func fileURI(id, path string) string {
-	return (&url.URL{Scheme: "sandbox", Host: id, Path: "/files" + path}).String()
+	return (&url.URL{Scheme: "sandbox", Host: id, Path: "/files" + names.Show(path)}).String()
 }
 
 func outputURI(id, process string) string {

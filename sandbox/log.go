@@ -76,8 +76,8 @@ func (j *journal) append(d disk, dir string, e LogEntry) error {
 		}
 		j.size = 0
 	}
-	if e.Message = strings.ToValidUTF8(e.Message, "\uFFFD"); len(e.Message) > maxMessage {
-		e.Message = strings.ToValidUTF8(e.Message[:maxMessage], "") + "…"
+	if e.Message = agent.Inert([]byte(e.Message)); len(e.Message) > maxMessage {
+		e.Message = string(agent.Whole([]byte(e.Message[:maxMessage]))) + "…"
 	}
 	e.Seq = j.seq + 1
 	line, err := json.Marshal(e)
@@ -238,7 +238,7 @@ func quantity(n int, name string) string {
 
 // plain is a word of the guest's that stays on its line.
 func plain(word string) string {
-	return strings.ReplaceAll(agent.Inert([]byte(word[:min(len(word), 200)])), "\n", `\x0a`)
+	return strings.ReplaceAll(agent.Inert(agent.Whole([]byte(word[:min(len(word), 200)]))), "\n", `\x0a`)
 }
 
 // LogQuery selects log entries; zero values select all.

@@ -121,7 +121,7 @@ func (s *Sandbox) withOutput(client *agent.Client, err error) error {
 	if werr != nil || len(got.Output.Tail)+len(got.Output.Head) == 0 {
 		return err
 	}
-	return fmt.Errorf("%w; its output ends with:\n%s", err, agent.Inert(append(got.Output.Head, got.Output.Tail...)))
+	return fmt.Errorf("%w; its output ends with:\n%s", err, agent.InertEnds(got.Output))
 }
 
 // SaveTo saves the sandbox, memory and processes too, in a directory that is made; it goes on. What is begun from there needs the same template and

@@ -22,6 +22,7 @@ import (
 
 	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/internal/erofs"
+	"soulbox.dev/soulbox/internal/names"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -331,13 +332,17 @@ func (f *Files) near(parts []string) string {
 			dir = next
 			continue
 		}
-		names := dir.Names()
-		slices.SortStableFunc(names, func(a, b string) int { return distance(part, a) - distance(part, b) })
+		near := dir.Names()
+		slices.SortStableFunc(near, func(a, b string) int { return distance(part, a) - distance(part, b) })
 		where := "/" + strings.Join(parts[:i], "/")
-		if len(names) == 0 {
+		if len(near) == 0 {
 			return fmt.Sprintf("; %s of it is empty", where)
 		}
-		return fmt.Sprintf("; %s of it has %s", where, strings.Join(names[:min(3, len(names))], ", "))
+		near = near[:min(3, len(near))]
+		for i, name := range near {
+			near[i] = names.Show(name)
+		}
+		return fmt.Sprintf("; %s of it has %s", where, strings.Join(near, ", "))
 	}
 	return ""
 }

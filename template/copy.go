@@ -20,6 +20,7 @@ import (
 
 	"soulbox.dev/soulbox/agent"
 	"soulbox.dev/soulbox/internal/erofs"
+	"soulbox.dev/soulbox/internal/names"
 )
 
 // copying is a COPY or ADD.
@@ -106,7 +107,7 @@ func (s *stageRun) put(ctx context.Context, c copying, files *Files, all []picke
 	}
 	for _, f := range archives {
 		if err := s.unpackArchive(ctx, files, f.node, dest); err != nil {
-			return fmt.Errorf("%s: %w", f.name, err)
+			return fmt.Errorf("%s: %w", names.Show(f.name), err)
 		}
 	}
 	return nil

@@ -104,7 +104,7 @@ func notOfLayer(err error) bool {
 // clip bounds a name for an error.
 func clip(s string) string {
 	if len(s) > 200 {
-		return s[:200] + "…"
+		return string(agent.Whole([]byte(s[:200]))) + "…"
 	}
 	return s
 }

@@ -57,9 +57,9 @@ func (l *buildLog) line(level, step, text string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if len(text) > maxLine && level != "error" {
-		text = text[:maxLine] + "…"
+		text = string(agent.Whole([]byte(text[:maxLine]))) + "…"
 	}
-	entry := Line{Time: time.Now().UTC(), Level: level, Step: step, Text: strings.ToValidUTF8(text, "\uFFFD")}
+	entry := Line{Time: time.Now().UTC(), Level: level, Step: step, Text: agent.Inert([]byte(text))}
 	body, err := json.Marshal(entry)
 	if err != nil || l.size+len(body) > maxLogBytes && level != "error" {
 		l.dropped++
@@ -125,7 +125,8 @@ func (l *lines) add(f agent.OutputFrame) {
 			break
 		}
 		if !ok {
-			line, after = rest[:maxLine], rest[maxLine:]
+			line = agent.Whole(rest[:maxLine])
+			after = rest[len(line):]
 		}
 		l.put(line)
 		rest = after

@@ -12,6 +12,7 @@ import (
 	"github.com/mark3labs/mcp-go/server"
 
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/internal/names"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -36,7 +37,7 @@ func (s *Service) execTools() []server.ServerTool {
 
 type execInput struct {
 	Command    string            `json:"command,omitempty" jsonschema:"with tty it may be left out: a login shell"`
-	Cwd        string            `json:"cwd,omitempty" jsonschema:"absolute directory for this command; default where the last one left the shell"`
+	Cwd        filename          `json:"cwd,omitempty" jsonschema:"absolute directory for this command; default where the last one left the shell"`
 	Env        map[string]string `json:"env,omitempty" jsonschema:"extra environment variables"`
 	User       string            `json:"user,omitempty" jsonschema:"user name or uid; default user"`
 	Stdin      string            `json:"stdin,omitempty" jsonschema:"text given to stdin"`
@@ -162,7 +163,7 @@ func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
 		terminal = &agent.Terminal{Rows: in.Rows, Cols: in.Cols}
 	}
 	snap, err := client.Start(startCtx, agent.StartRequest{
-		Shell: shell, Fork: in.Background, Terminal: terminal, Command: in.Command, Cwd: in.Cwd, Env: in.Env, User: in.User, Stdin: []byte(in.Stdin), KeepStdin: in.Background, Tag: in.Tag,
+		Shell: shell, Fork: in.Background, Terminal: terminal, Command: in.Command, Cwd: string(in.Cwd), Env: in.Env, User: in.User, Stdin: []byte(in.Stdin), KeepStdin: in.Background, Tag: in.Tag,
 		TimeoutMS: in.TimeoutMS, Window: w, WaitMS: min(yield, startSlice).Milliseconds(),
 	})
 	if err != nil {
@@ -213,7 +214,7 @@ func bounds(yieldMS *int64, maxOutput *int) (yield time.Duration, chars int, err
 func follow(ctx context.Context, client *agent.Client, snap agent.Snapshot, w agent.Window, yield time.Duration) (agent.Snapshot, error) {
 	p := newProgress(ctx)
 	for end := time.Now().Add(yield); snap.Process.State == agent.StateRunning && time.Now().Before(end); {
-		p.tell(lastLine(render(append(snap.Output.Head, snap.Output.Tail...))))
+		p.tell(lastLine(progressText(snap)))
 		slice := time.Until(end)
 		if p.wanted() {
 			slice = min(slice, progressTick)
@@ -248,42 +249,58 @@ func giveUp(ctx context.Context, client *agent.Client, snap agent.Snapshot, w ag
 // show turns a snapshot into a result of at most chars characters of output. What it leaves out can be got from the offset that it names.
 func (s *Service) show(ctx context.Context, client *agent.Client, sandboxID string, snap agent.Snapshot, w agent.Window, chars int, raw bool) (execOutput, error) {
 	if snap.Process.Terminal != nil && !raw {
-		return showTerminal(sandboxID, snap, chars), nil
+		return showTerminal(sandboxID, snap, w, chars), nil
 	}
 	room := chars
 	if len(snap.Output.Tail) > 0 {
 		room = chars / 2
 	}
-	left, used := renderHead(snap.Output.Head, room, snap.Output.HeadEnd >= snap.Output.End)
-	if used < len(snap.Output.Head) {
+	head := snap.Output.Head
+	left, used := renderHead(head, room, lastOf(snap.Output, w, snap.Process.State == agent.StateExited))
+	if used < len(head) {
 		// Not all of it fits, since escapes take more room than the bytes they stand for, or it ends within a character. Ask for just what
 		// is shown, so that the offset behind it is exact.
 		w.Head = used
-		again, err := client.Wait(ctx, agent.WaitRequest{Process: snap.Process.ID, Window: w})
-		if err != nil {
+		var err error
+		if snap, err = client.Wait(ctx, agent.WaitRequest{Process: snap.Process.ID, Window: w}); err != nil {
 			return execOutput{}, err
 		}
-		snap.Output = again.Output
 	}
 	o := snap.Output
-	right, skipped := renderTail(o.Tail, chars-utf8.RuneCountInString(left))
+	right, skipped, later := renderTail(o.Tail, chars-utf8.RuneCountInString(left), o.TailStart > o.HeadEnd, snap.Process.State == agent.StateExited)
 	out := describe(sandboxID, snap)
 	if o.HeadEnd >= o.End {
 		out.Output = left
 		return out, nil
 	}
+	if later > 0 {
+		var err error
+		if out.NextOffset, err = behind(ctx, client, snap, w, len(o.Tail)-later); err != nil {
+			return execOutput{}, err
+		}
+	}
 	out.LeftOut = o.TailStart + int64(skipped) - o.HeadEnd
-	again := fmt.Sprintf("process_wait with process_id %q and offset %d gives the rest", snap.Process.ID, o.HeadEnd)
 	switch {
 	case w.Tail == 0:
 		out.Output, out.NextOffset = left, o.HeadEnd
-		out.Note = strings.Join(append(out.notes(), again), "; ")
+		if out.LeftOut <= int64(len(head)-len(agent.Whole(head))) { // no more than a character that has no end yet
+			out.LeftOut = 0
+			break
+		}
+		out.leaveOut(out.LeftOut, o.HeadEnd)
 	case out.LeftOut == 0:
 		out.Output = left + right
 	default:
-		out.Output = fmt.Sprintf("%s\n[… %s left out; %s …]\n%s", left, plural(out.LeftOut, "byte"), again, right)
+		out.Output = fmt.Sprintf("%s\n[… %s left out; %s …]\n%s", left, plural(out.LeftOut, "byte"), rest(snap.Process.ID, o.HeadEnd), right)
 	}
 	return out, nil
+}
+
+// behind is the offset behind the first n bytes of a tail: of one stream there are others between them.
+func behind(ctx context.Context, client *agent.Client, snap agent.Snapshot, w agent.Window, n int) (int64, error) {
+	w.Offset, w.Head, w.Tail = snap.Output.TailStart, n, 0
+	again, err := client.Wait(ctx, agent.WaitRequest{Process: snap.Process.ID, Window: w})
+	return again.Output.HeadEnd, err
 }
 
 // describe is a snapshot without its output.
@@ -306,10 +323,10 @@ func describe(sandboxID string, snap agent.Snapshot) execOutput {
 func shellNotices(p agent.Process) []string {
 	var notices []string
 	if p.ShellCwd != "" {
-		notices = append(notices, "the shell is now in "+render([]byte(p.ShellCwd)))
+		notices = append(notices, "the shell is now in "+names.Show(p.ShellCwd))
 	}
 	if p.GoneCwd != "" {
-		notices = append(notices, fmt.Sprintf("the shell's directory %s is gone, the command ran in %s", render([]byte(p.GoneCwd)), render([]byte(p.Cwd))))
+		notices = append(notices, fmt.Sprintf("the shell's directory %s is gone, the command ran in %s", names.Show(p.GoneCwd), names.Show(p.Cwd)))
 	}
 	if p.Forgotten {
 		notices = append(notices, "what it changed of the shell is not remembered: at most 256 KB of variables and functions are")
@@ -327,26 +344,4 @@ func (o execOutput) notes() []string {
 		notes = append(notes, fmt.Sprintf("%s it started still running, process_signal reaches them", plural(int64(o.Children), "process")))
 	}
 	return notes
-}
-
-// showTerminal shows output of a terminal as text. Offsets count its bytes, escapes too.
-func showTerminal(sandboxID string, snap agent.Snapshot, chars int) execOutput {
-	out, o := describe(sandboxID, snap), snap.Output
-	left, right := []rune(render([]byte(terminalText(o.Head)))), []rune(render([]byte(terminalText(o.Tail))))
-	out.Output = string(left[:min(len(left), chars)])
-	if o.HeadEnd >= o.End {
-		return out
-	}
-	out.LeftOut = o.TailStart - o.HeadEnd
-	again := fmt.Sprintf("process_wait with process_id %q and offset %d gives the rest", snap.Process.ID, o.HeadEnd)
-	if len(right) == 0 {
-		out.NextOffset = o.HeadEnd
-		out.Note = strings.Join(append(out.notes(), again), "; ")
-		return out
-	}
-	if room := max(0, chars-len(left)); len(right) > room {
-		right = right[len(right)-room:]
-	}
-	out.Output += fmt.Sprintf("\n[… %s left out; %s …]\n", plural(out.LeftOut, "byte"), again) + string(right)
-	return out
 }

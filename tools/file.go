@@ -17,6 +17,7 @@ import (
 	"github.com/mark3labs/mcp-go/server"
 
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/internal/names"
 )
 
 const (
@@ -45,10 +46,10 @@ func (s *Service) fileTools() []server.ServerTool {
 }
 
 type fileReadInput struct {
-	Path     string `json:"path" jsonschema:"absolute path"`
-	Offset   int64  `json:"offset,omitempty" jsonschema:"first line, from 1; with base64 the first byte, from 0"`
-	Limit    int64  `json:"limit,omitempty" jsonschema:"lines, or bytes with base64; default what fits 30000 characters"`
-	Encoding string `json:"encoding,omitempty" enum:"text,base64" jsonschema:"default text"`
+	Path     filename `json:"path" jsonschema:"absolute path"`
+	Offset   int64    `json:"offset,omitempty" jsonschema:"first line, from 1; with base64 the first byte, from 0"`
+	Limit    int64    `json:"limit,omitempty" jsonschema:"lines, or bytes with base64; default what fits 30000 characters"`
+	Encoding string   `json:"encoding,omitempty" enum:"text,base64" jsonschema:"default text"`
 	target
 }
 
@@ -106,7 +107,7 @@ func (s *Service) fileRead(ctx context.Context, in fileReadInput) (fileReadOutpu
 	if in.Encoding == "base64" {
 		return readBytes(ctx, client, in)
 	}
-	r, info, err := client.ReadFile(ctx, in.Path, 0, maxSkip+1)
+	r, info, err := client.ReadFile(ctx, string(in.Path), 0, maxSkip+1)
 	if err != nil {
 		return fileReadOutput{}, err
 	}
@@ -133,7 +134,7 @@ func readBytes(ctx context.Context, client *agent.Client, in fileReadInput) (fil
 	if in.Limit > maxFile {
 		return fileReadOutput{}, badArgument("The argument \"limit\" can be at most %d bytes; read the file in parts.", maxFile)
 	}
-	r, info, err := client.ReadFile(ctx, in.Path, in.Offset, in.Limit)
+	r, info, err := client.ReadFile(ctx, string(in.Path), in.Offset, in.Limit)
 	if err != nil {
 		return fileReadOutput{}, err
 	}
@@ -142,7 +143,7 @@ func readBytes(ctx context.Context, client *agent.Client, in fileReadInput) (fil
 	if err != nil {
 		return fileReadOutput{}, err
 	}
-	out := fileReadOutput{Path: in.Path, Content: base64.StdEncoding.EncodeToString(body), Encoding: "base64", Size: info.Size}
+	out := fileReadOutput{Path: in.Path.String(), Content: base64.StdEncoding.EncodeToString(body), Encoding: "base64", Size: info.Size}
 	if next := in.Offset + int64(len(body)); next < info.Size && len(body) > 0 {
 		out.NextOffset = next
 	}
@@ -155,7 +156,7 @@ func readImage(r io.Reader, info agent.FileInfo, kind string) (fileReadOutput, e
 		return fileReadOutput{}, err
 	}
 	if len(body) > maxFile {
-		return fileReadOutput{}, badArgument("The image %s is larger than %d bytes. Make it smaller with exec, or read it in parts with encoding base64.", info.Path, maxFile)
+		return fileReadOutput{}, badArgument("The image %s is larger than %d bytes. Make it smaller with exec, or read it in parts with encoding base64.", filename(info.Path), maxFile)
 	}
 	image := mcp.NewImageContent(base64.StdEncoding.EncodeToString(body), kind)
 	return fileReadOutput{Path: info.Path, Encoding: "image", Size: info.Size, image: &image}, nil
@@ -170,7 +171,7 @@ func readLines(r *bufio.Reader, info agent.FileInfo, in fileReadInput) (fileRead
 	} else {
 		lines = 1 << 40
 	}
-	out := fileReadOutput{Path: in.Path, Encoding: "text", Size: info.Size}
+	out := fileReadOutput{Path: in.Path.String(), Encoding: "text", Size: info.Size}
 	var b strings.Builder
 	var line, read int64
 	for line = 1; ; line++ {
@@ -220,7 +221,7 @@ func readPart(r *bufio.Reader, room int) (part []byte, n int64, err error) {
 }
 
 type fileWriteInput struct {
-	Path     string      `json:"path,omitempty" jsonschema:"absolute path"`
+	Path     filename    `json:"path,omitempty" jsonschema:"absolute path"`
 	Content  string      `json:"content,omitempty"`
 	Encoding string      `json:"encoding,omitempty" enum:"text,base64" jsonschema:"default text"`
 	Mode     string      `json:"mode,omitempty" enum:"replace,append,create" jsonschema:"default replace; create refuses an existing file"`
@@ -229,9 +230,9 @@ type fileWriteInput struct {
 }
 
 type fileToPut struct {
-	Path     string `json:"path"`
-	Content  string `json:"content"`
-	Encoding string `json:"encoding,omitempty" enum:"text,base64"`
+	Path     filename `json:"path"`
+	Content  string   `json:"content"`
+	Encoding string   `json:"encoding,omitempty" enum:"text,base64"`
 }
 
 // fileInfo is a file in results.
@@ -247,8 +248,8 @@ type fileInfo struct {
 
 func describeFile(f agent.FileInfo) fileInfo {
 	return fileInfo{
-		Path: renderName(f.Path), Type: f.Type, Size: f.Size, Mode: f.Mode, Owner: render([]byte(f.Owner)), Modified: f.MTime.UTC().Format(time.RFC3339),
-		Target: renderName(f.Target),
+		Path: names.Show(f.Path), Type: f.Type, Size: f.Size, Mode: f.Mode, Owner: render([]byte(f.Owner)), Modified: f.MTime.UTC().Format(time.RFC3339),
+		Target: names.Show(f.Target),
 	}
 }
 
@@ -332,24 +333,24 @@ func (s *Service) fileWrite(ctx context.Context, in fileWriteInput) (fileWriteOu
 	}
 	out := fileWriteOutput{Files: []written{}}
 	for i, f := range puts {
-		info, err := client.WriteFile(ctx, f.Path, bytes.NewReader(bodies[i]), agent.WriteOptions{Mode: in.Mode})
+		info, err := client.WriteFile(ctx, string(f.Path), bytes.NewReader(bodies[i]), agent.WriteOptions{Mode: in.Mode})
 		if err != nil && len(out.Files) > 0 {
 			err = fmt.Errorf("%w (the %d files before it are written)", err, len(out.Files))
 		}
 		if err != nil {
 			return fileWriteOutput{}, err
 		}
-		out.Files = append(out.Files, written{Path: render([]byte(info.Path)), Size: info.Size})
+		out.Files = append(out.Files, written{Path: names.Show(info.Path), Size: info.Size})
 	}
 	return out, nil
 }
 
 type fileEditInput struct {
-	Path       string `json:"path" jsonschema:"absolute path"`
-	OldStr     string `json:"old_str,omitempty" jsonschema:"exactly as in the file"`
-	NewStr     string `json:"new_str,omitempty" jsonschema:"text to put there; empty removes"`
-	ReplaceAll bool   `json:"replace_all,omitempty" jsonschema:"replace every occurrence"`
-	InsertLine *int   `json:"insert_line,omitempty" jsonschema:"instead of old_str: behind this line, 0 is the start"`
+	Path       filename `json:"path" jsonschema:"absolute path"`
+	OldStr     string   `json:"old_str,omitempty" jsonschema:"exactly as in the file"`
+	NewStr     string   `json:"new_str,omitempty" jsonschema:"text to put there; empty removes"`
+	ReplaceAll bool     `json:"replace_all,omitempty" jsonschema:"replace every occurrence"`
+	InsertLine *int     `json:"insert_line,omitempty" jsonschema:"instead of old_str: behind this line, 0 is the start"`
 	target
 }
 
@@ -375,17 +376,17 @@ func (s *Service) fileEdit(ctx context.Context, in fileEditInput) (fileEditOutpu
 	if err != nil {
 		return fileEditOutput{}, err
 	}
-	r, err := client.Edit(ctx, agent.EditRequest{Path: in.Path, Old: in.OldStr, New: in.NewStr, All: in.ReplaceAll, InsertLine: in.InsertLine})
+	r, err := client.Edit(ctx, agent.EditRequest{Path: string(in.Path), Old: in.OldStr, New: in.NewStr, All: in.ReplaceAll, InsertLine: in.InsertLine})
 	if err != nil {
 		return fileEditOutput{}, err
 	}
-	return fileEditOutput{Path: in.Path, Replaced: r.Replaced, Line: r.Line, Snippet: render([]byte(r.Snippet)), Size: r.Info.Size, CRLF: r.CRLF}, nil
+	return fileEditOutput{Path: in.Path.String(), Replaced: r.Replaced, Line: r.Line, Snippet: render([]byte(r.Snippet)), Size: r.Info.Size, CRLF: r.CRLF}, nil
 }
 
 type fileListInput struct {
-	Path  string `json:"path,omitempty" jsonschema:"absolute path; default /home/user"`
-	Depth int    `json:"depth,omitempty" jsonschema:"levels of directories; default 1"`
-	Limit int    `json:"limit,omitempty" jsonschema:"entries; default 500"`
+	Path  filename `json:"path,omitempty" jsonschema:"absolute path; default /home/user"`
+	Depth int      `json:"depth,omitempty" jsonschema:"levels of directories; default 1"`
+	Limit int      `json:"limit,omitempty" jsonschema:"entries; default 500"`
 	target
 }
 
@@ -400,14 +401,14 @@ func (s *Service) fileList(ctx context.Context, in fileListInput) (filesOutput, 
 	if err != nil {
 		return filesOutput{}, err
 	}
-	info, err := client.Stat(ctx, in.Path)
+	info, err := client.Stat(ctx, string(in.Path))
 	if err != nil {
 		return filesOutput{}, err
 	}
 	if info.Type != agent.TypeDir {
 		return filesOutput{Files: []fileInfo{describeFile(info)}}, nil
 	}
-	dir, err := client.Dir(ctx, agent.DirRequest{Path: in.Path, Depth: in.Depth, Limit: in.Limit})
+	dir, err := client.Dir(ctx, agent.DirRequest{Path: string(in.Path), Depth: in.Depth, Limit: in.Limit})
 	if err != nil {
 		return filesOutput{}, err
 	}
@@ -419,10 +420,10 @@ func (s *Service) fileList(ctx context.Context, in fileListInput) (filesOutput, 
 }
 
 type fileSearchInput struct {
-	Path    string `json:"path,omitempty" jsonschema:"where to search; default /home/user"`
-	Pattern string `json:"pattern,omitempty" jsonschema:"regular expression (RE2) for lines"`
-	Glob    string `json:"glob,omitempty" jsonschema:"such as *.go or src/**/*.ts"`
-	Limit   int    `json:"limit,omitempty" jsonschema:"matches; default 200"`
+	Path    filename `json:"path,omitempty" jsonschema:"where to search; default /home/user"`
+	Pattern string   `json:"pattern,omitempty" jsonschema:"regular expression (RE2) for lines"`
+	Glob    string   `json:"glob,omitempty" jsonschema:"such as *.go or src/**/*.ts"`
+	Limit   int      `json:"limit,omitempty" jsonschema:"matches; default 200"`
 	target
 }
 
@@ -465,20 +466,20 @@ func (s *Service) fileSearch(ctx context.Context, in fileSearchInput) (fileSearc
 	if err != nil {
 		return fileSearchOutput{}, err
 	}
-	found, err := client.Search(ctx, agent.SearchRequest{Path: in.Path, Pattern: in.Pattern, Glob: in.Glob, Limit: in.Limit})
+	found, err := client.Search(ctx, agent.SearchRequest{Path: string(in.Path), Pattern: in.Pattern, Glob: in.Glob, Limit: in.Limit})
 	if err != nil {
 		return fileSearchOutput{}, err
 	}
 	out := fileSearchOutput{Matches: []searchMatch{}, Files: found.Files, More: found.More}
 	for _, m := range found.Matches {
-		out.Matches = append(out.Matches, searchMatch{Path: renderName(m.Path), Line: m.Line, Text: render([]byte(m.Text))})
+		out.Matches = append(out.Matches, searchMatch{Path: names.Show(m.Path), Line: m.Line, Text: render([]byte(m.Text))})
 	}
 	return out, nil
 }
 
 type fileMoveInput struct {
-	From string `json:"from" jsonschema:"absolute path"`
-	To   string `json:"to" jsonschema:"absolute path, with the new name"`
+	From filename `json:"from" jsonschema:"absolute path"`
+	To   filename `json:"to" jsonschema:"absolute path, with the new name"`
 	target
 }
 
@@ -487,16 +488,16 @@ func (s *Service) fileMove(ctx context.Context, in fileMoveInput) (written, erro
 	if err != nil {
 		return written{}, err
 	}
-	info, err := client.Move(ctx, agent.MoveRequest{From: in.From, To: in.To})
+	info, err := client.Move(ctx, agent.MoveRequest{From: string(in.From), To: string(in.To)})
 	if err != nil {
 		return written{}, err
 	}
-	return written{Path: render([]byte(info.Path)), Size: info.Size}, nil
+	return written{Path: names.Show(info.Path), Size: info.Size}, nil
 }
 
 type fileRemoveInput struct {
-	Path      string `json:"path" jsonschema:"absolute path"`
-	Recursive bool   `json:"recursive,omitempty"`
+	Path      filename `json:"path" jsonschema:"absolute path"`
+	Recursive bool     `json:"recursive,omitempty"`
 	target
 }
 
@@ -511,8 +512,8 @@ func (s *Service) fileRemove(ctx context.Context, in fileRemoveInput) (fileRemov
 	if err != nil {
 		return fileRemoveOutput{}, err
 	}
-	if err := client.Remove(ctx, agent.PathRequest{Path: in.Path, Recursive: in.Recursive}); err != nil {
+	if err := client.Remove(ctx, agent.PathRequest{Path: string(in.Path), Recursive: in.Recursive}); err != nil {
 		return fileRemoveOutput{}, err
 	}
-	return fileRemoveOutput{Removed: in.Path}, nil
+	return fileRemoveOutput{Removed: in.Path.String()}, nil
 }

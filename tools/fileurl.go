@@ -27,9 +27,9 @@ func (s *Service) urlTools() []server.ServerTool {
 }
 
 type fileURLInput struct {
-	Path      string `json:"path"`
-	Operation string `json:"operation,omitempty" jsonschema:"read (default) or write"`
-	ExpiresS  int64  `json:"expires_s,omitempty" jsonschema:"default 3600"`
+	Path      filename `json:"path"`
+	Operation string   `json:"operation,omitempty" jsonschema:"read (default) or write"`
+	ExpiresS  int64    `json:"expires_s,omitempty" jsonschema:"default 3600"`
 	target
 }
 
@@ -48,7 +48,7 @@ func (o fileURLOutput) text() string {
 }
 
 func (s *Service) fileURL(ctx context.Context, in fileURLInput) (fileURLOutput, error) {
-	if !path.IsAbs(in.Path) || strings.ContainsRune(in.Path, 0) {
+	if !path.IsAbs(string(in.Path)) || strings.ContainsRune(string(in.Path), 0) {
 		return fileURLOutput{}, badArgument("The argument \"path\" must be an absolute path.")
 	}
 	switch in.Operation {
@@ -74,5 +74,5 @@ func (s *Service) fileURL(ctx context.Context, in fileURLInput) (fileURLOutput, 
 		return fileURLOutput{}, err
 	}
 	until := time.Now().Add(life).Truncate(time.Second)
-	return fileURLOutput{SandboxID: sb.ID(), URL: s.FileURL(sb, in.Path, in.Operation, until), Expires: until.UTC(), operation: in.Operation}, nil
+	return fileURLOutput{SandboxID: sb.ID(), URL: s.FileURL(sb, string(in.Path), in.Operation, until), Expires: until.UTC(), operation: in.Operation}, nil
 }

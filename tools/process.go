@@ -9,6 +9,7 @@ import (
 	"github.com/mark3labs/mcp-go/server"
 
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/internal/names"
 )
 
 func (s *Service) processTools() []server.ServerTool {
@@ -286,7 +287,7 @@ type processInfo struct {
 
 func describeProcess(p agent.Process) processInfo {
 	info := processInfo{
-		ProcessID: p.ID, Tag: render([]byte(p.Tag)), State: render([]byte(p.State)), Command: shorten(strings.ReplaceAll(render([]byte(p.Command)), "\n", "; "), 200), User: render([]byte(p.User)), Cwd: render([]byte(p.Cwd)),
+		ProcessID: p.ID, Tag: renderLine(p.Tag), State: render([]byte(p.State)), Command: shorten(strings.ReplaceAll(render([]byte(p.Command)), "\n", "; "), 200), User: render([]byte(p.User)), Cwd: names.Show(p.Cwd),
 		StartedAt: p.Started.UTC().Format(time.RFC3339Nano), Signal: render([]byte(p.Signal)), Cause: render([]byte(p.Cause)), Children: p.Children,
 		CPUMS: p.CPUMS, MemoryMB: (p.Memory + 1<<19) >> 20, Output: p.Output,
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/mark3labs/mcp-go/server"
 
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/internal/names"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -361,15 +362,15 @@ func (s *Service) shellOf(ctx context.Context, client *agent.Client) (*shellInfo
 	if err != nil {
 		return nil, err
 	}
-	info := &shellInfo{Cwd: render([]byte(i.Cwd)), Kept: map[string][]string{
+	info := &shellInfo{Cwd: names.Show(i.Cwd), Kept: map[string][]string{
 		"exported": i.Env, "unset": i.Unset, "variables": i.Variables, "functions": i.Functions, "aliases": i.Aliases, "options": i.Options,
 	}}
-	for kind, names := range info.Kept {
-		if len(names) == 0 {
+	for kind, list := range info.Kept {
+		if len(list) == 0 {
 			delete(info.Kept, kind)
 		}
-		for j, name := range names {
-			names[j] = render([]byte(name))
+		for j, name := range list {
+			list[j] = renderLine(name)
 		}
 	}
 	return info, nil

@@ -1,7 +1,6 @@
 package tools
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -124,7 +123,7 @@ func (sc *screen) emulator(above int) *vt.Emulator {
 			}
 		}
 	}
-	e.SetCallbacks(vt.Callbacks{Title: func(t string) { sc.title = shorten(t, 200) }, EnableMode: mode(true), DisableMode: mode(false)})
+	e.SetCallbacks(vt.Callbacks{EnableMode: mode(true), DisableMode: mode(false)})
 	return e
 }
 
@@ -138,20 +137,25 @@ func (sc *screen) shown() *vt.Emulator {
 
 // write renders output.
 func (sc *screen) write(p []byte) error {
-	return sc.feed.each(p, func(b []byte) error {
+	return sc.feed.each(p, sc.stage())
+}
+
+// stage is where output is rendered.
+func (sc *screen) stage() stage {
+	return stage{flush: func(b []byte) error {
 		if len(b) == 0 {
 			return nil
 		}
 		_, err := sc.shown().Write(b)
 		return err
-	}, func(on bool) {
+	}, alternate: func(on bool) {
 		switch {
 		case on && sc.alt == nil:
 			sc.alt = sc.emulator(1)
 		case !on:
 			sc.alt = nil
 		}
-	})
+	}, title: func(t string) { sc.title = shorten(t, 200) }}
 }
 
 // errTooMuch is of output that takes too long to render.
@@ -203,135 +207,13 @@ func (sc *screen) update(ctx context.Context, client *agent.Client, p agent.Proc
 	if errors.Is(err, errEnoughOutput) {
 		return nil
 	}
+	if err == nil && p.State == agent.StateExited {
+		return sc.feed.end(sc.stage())
+	}
 	return err
 }
 
 var errEnoughOutput = errors.New("enough output")
-
-// sequence takes output apart as far as it must be: parameters of control sequences (ECMA-48, 5.4) are cut to what can be on a screen, since
-// an emulator would repeat a character as often as it is told, and the switch to the alternate screen is ours.
-type sequence struct {
-	state  int
-	utf8   int // continuation bytes that are still to come
-	params []byte
-	long   bool // the parameters are longer than any that means something
-}
-
-const (
-	inText = iota
-	afterEscape
-	inControl
-)
-
-// alternate are the private modes that switch to the alternate screen.
-var alternate = []string{"47", "1047", "1049"}
-
-// each gives what is to be rendered to flush, and switches screens in between.
-func (s *sequence) each(p []byte, flush func([]byte) error, toAlternate func(on bool)) error {
-	var out []byte
-	for _, c := range p {
-		switch s.state {
-		case inText:
-			switch {
-			case c == 0x1b:
-				s.state, s.utf8 = afterEscape, 0
-				continue
-			case s.utf8 > 0 && c&0xc0 == 0x80:
-				s.utf8--
-			case c == 0x9b: // CSI as one byte
-				s.begin()
-				continue
-			default:
-				s.utf8 = continuation(c)
-			}
-			out = append(out, c)
-		case afterEscape:
-			if c == '[' {
-				s.begin()
-				continue
-			}
-			if s.state = inText; c == 0x1b {
-				s.state = afterEscape
-				continue
-			}
-			out = append(out, 0x1b, c)
-		case inControl:
-			switch {
-			case c >= 0x20 && c < 0x40: // parameters and intermediates
-				if s.long = s.long || len(s.params) >= maxParams; !s.long {
-					s.params = append(s.params, c)
-				}
-			case c >= 0x40 && c < 0x7f: // the end
-				s.state = inText
-				if s.long {
-					continue
-				}
-				params, on, switches := s.finish(c)
-				if switches {
-					if err := flush(out); err != nil {
-						return err
-					}
-					out = out[:0:0]
-					toAlternate(on)
-				}
-				if params != nil {
-					out = append(append(append(out, 0x1b, '['), params...), c)
-				}
-			case c == 0x1b:
-				s.state = afterEscape
-			case c == 0x18 || c == 0x1a: // cancelled
-				s.state = inText
-			default: // a control character within a sequence is carried out
-				out = append(out, c)
-			}
-		}
-	}
-	return flush(out)
-}
-
-func (s *sequence) begin() { s.state, s.utf8, s.long, s.params = inControl, 0, false, s.params[:0] }
-
-// continuation is how many bytes of a character follow its first (RFC 3629).
-func continuation(c byte) int {
-	switch {
-	case c >= 0xf0 && c < 0xf8:
-		return 3
-	case c >= 0xe0 && c < 0xf0:
-		return 2
-	case c >= 0xc2 && c < 0xe0:
-		return 1
-	}
-	return 0
-}
-
-// finish gives the parameters of a sequence that are to be rendered (nil: none of it), and whether it switches screens.
-func (s *sequence) finish(final byte) (params []byte, on, switches bool) {
-	if len(s.params) > 0 && s.params[0] == '?' {
-		if final != 'h' && final != 'l' {
-			return slices.Clone(s.params), false, false
-		}
-		modes := slices.DeleteFunc(strings.Split(string(s.params[1:]), ";"), func(m string) bool {
-			is := slices.Contains(alternate, m)
-			switches = switches || is
-			return is
-		})
-		if len(modes) == 0 {
-			return nil, final == 'h', switches
-		}
-		return []byte("?" + strings.Join(modes, ";")), final == 'h', switches
-	}
-	digits := 0
-	params = []byte{}
-	for _, c := range s.params {
-		if c < '0' || c > '9' {
-			digits = 0
-		} else if digits++; digits > maxDigits {
-			continue
-		}
-		params = append(params, c)
-	}
-	return params, false, false
-}
 
 // screenInfo tells about a rendered screen beside its text.
 type screenInfo struct {
@@ -371,26 +253,8 @@ func cells(cols int, at func(x int) (content string, width int)) string {
 		if content == "" {
 			content, width = " ", 1
 		}
-		b.WriteString(render([]byte(content[:min(len(content), maxCell)])))
+		b.WriteString(renderRunes(string(agent.Whole([]byte(content[:min(len(content), maxCell)])))))
 		x += max(1, width)
 	}
 	return strings.TrimRight(b.String(), " ")
-}
-
-// terminalText is output of a terminal as lines of text: without escapes, and of a line that was written over only what stands there.
-func terminalText(p []byte) string {
-	var done, line []rune
-	for _, r := range ansi.Strip(strings.ToValidUTF8(string(bytes.ReplaceAll(p, []byte("\r\n"), []byte("\n"))), "\uFFFD")) {
-		switch r {
-		case '\n':
-			done, line = append(append(done, line...), '\n'), line[:0]
-		case '\r':
-			line = line[:0]
-		case '\b':
-			line = line[:max(0, len(line)-1)]
-		default:
-			line = append(line, r)
-		}
-	}
-	return string(append(done, line...))
 }

@@ -31,7 +31,7 @@ type templateBuildInput struct {
 	Name        string            `json:"name" jsonschema:"name or name:tag"`
 	Dockerfile  string            `json:"dockerfile" jsonschema:"its text; FROM a template or an image"`
 	Files       map[string]string `json:"files,omitempty" jsonschema:"texts by path, for COPY"`
-	ContextPath string            `json:"context_path,omitempty" jsonschema:"instead of files: a directory in the sandbox"`
+	ContextPath filename          `json:"context_path,omitempty" jsonschema:"instead of files: a directory in the sandbox"`
 	HostPath    string            `json:"host_path,omitempty" jsonschema:"or one of the host, where the operator allows it"`
 	target
 	Stage    string            `json:"stage,omitempty" jsonschema:"default the last"`
@@ -91,7 +91,7 @@ func (s *Service) templateBuild(ctx context.Context, in templateBuildInput) (_ t
 	}()
 	p := newProgress(ctx)
 	built, err := s.Builder.Build(ctx, req, func(l template.Line) {
-		p.tell(strings.TrimSpace(l.Step + " " + renderName(l.Text)))
+		p.tell(strings.TrimSpace(l.Step + " " + renderLine(l.Text)))
 	})
 	if err != nil {
 		return templateBuildOutput{}, err
@@ -122,7 +122,7 @@ func (s *Service) buildContext(ctx context.Context, owner string, in templateBui
 		if err != nil {
 			return nil, err
 		}
-		return s.contextIn(ctx, owner, client, in.ContextPath)
+		return s.contextIn(ctx, owner, client, string(in.ContextPath))
 	}
 	return s.Store.ContextFiles(ctx, owner, in.Files)
 }

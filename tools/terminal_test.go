@@ -11,7 +11,7 @@ import (
 func TestTerminalText(t *testing.T) {
 	for in, want := range map[string]string{
 		"plain\r\nlines\r\n": "plain\nlines\n", "\x1b[1;31mred\x1b[0m": "red", "10%\r20%\r30%\r\n": "30%\n", "abc\b\bX": "aX", "\x1b]0;title\x07x": "x", "\b\bx": "x",
-		"\x1b]52;c;ZXZpbA==\x07safe": "safe", "\xff\xfe": "\uFFFD", "é\b": "",
+		"\x1b]52;c;ZXZpbA==\x07safe": "safe", "\xff\xfe": `\xff\xfe`, "é\b": "", "\xe9\bx": "x", "\x1b]0;日本語\x07x": "x", "\x1b(Bx": "x", "\x1bPq\x07#\x1b\\x": "x",
 	} {
 		if got := terminalText([]byte(in)); got != want {
 			t.Errorf("%q: %q, want %q", in, got, want)
@@ -57,10 +57,14 @@ func TestScreen(t *testing.T) {
 		{"one\r\ntwo", "one\ntwo"}, {"\x1b[2;3Hhere", "\n  here"}, {"\x1b[31mred\x1b[0m", "red"}, {"a\x1b[3bb", "aaaab"}, {"日本", "日本"},
 		{"main\x1b[?1049hfull\x1b[2J\x1b[Hscreen", "screen"}, {"main\x1b[?1049hfull\x1b[?1049l!", "main!"}, {"\x1b[?25;1049hx", "x"}, {"\x1b[6n\x1b[c\x1b]10;?\x07after", "after"},
 		{"1\r\n2\r\n3\r\n4\r\n5", "1\n2\n3\n4\n5"}, {"ě2024", "ě2024"}, {"\x1b]0;a title\x07x", "x"},
+		{"caf\xe9 \xfft\xe9\r\nx\x1b[1;6H!", `caf\xe9 !t\xe9` + "\nx"}, {"\U0010ffe9", `\xf4\x8f\xbf\xa9`}, {"\xe6\x1b[1;4Hx", `\xe6  x`}, {"\x1bP1;2q\x07#~\x1b\\x", "x"},
 	} {
 		if got, _, _ := rendered(t, small, c.in); got != c.want {
 			t.Errorf("%q: %q, want %q", c.in, got, c.want)
 		}
+	}
+	if _, info, _ := rendered(t, small, "\x1b]2;日本 caf\xe9\x1b\\"); info.Title != `日本 caf\xe9` {
+		t.Errorf("%+v", info)
 	}
 	_, info, sc := rendered(t, small, "\x1b]0;a title\x07\x1b[?1h\x1b[?2004h\x1b[2;4H")
 	if info.Title != "a title" || info.CursorRow != 2 || info.CursorCol != 4 || !sc.appCursor || !sc.brackets {

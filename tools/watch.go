@@ -10,6 +10,7 @@ import (
 	"github.com/mark3labs/mcp-go/server"
 
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/internal/names"
 )
 
 func (s *Service) watchTools() []server.ServerTool {
@@ -20,7 +21,7 @@ func (s *Service) watchTools() []server.ServerTool {
 }
 
 type fileWatchInput struct {
-	Path    string   `json:"path,omitempty" jsonschema:"directory, with all below, or file"`
+	Path    filename `json:"path,omitempty" jsonschema:"directory, with all below, or file"`
 	Flat    bool     `json:"flat,omitempty" jsonschema:"the directory only"`
 	Ignore  []string `json:"ignore,omitempty" jsonschema:"globs, such as node_modules or *.log"`
 	Cursor  string   `json:"cursor,omitempty" jsonschema:"of the last result; can be used again"`
@@ -95,7 +96,7 @@ func (s *Service) fileWatch(ctx context.Context, in fileWatchInput) (fileWatchOu
 	if in.Limit == 0 {
 		in.Limit = 200
 	}
-	req := agent.TreeRequest{Path: in.Path, Recursive: !in.Flat, Ignore: in.Ignore, Close: in.Close, Limit: in.Limit, WaitMS: yield.Milliseconds()}
+	req := agent.TreeRequest{Path: string(in.Path), Recursive: !in.Flat, Ignore: in.Ignore, Close: in.Close, Limit: in.Limit, WaitMS: yield.Milliseconds()}
 	if in.Cursor != "" {
 		watch, from, ok := strings.Cut(in.Cursor, ".")
 		if req.From, err = strconv.ParseInt(from, 10, 64); err != nil || !ok || req.From < 0 {
@@ -122,7 +123,7 @@ func watchTree(ctx context.Context, client *agent.Client, req agent.TreeRequest)
 	}
 	out := fileWatchOutput{Cursor: fmt.Sprintf("%s.%d", render([]byte(r.Watch)), r.Next), Events: []watchEvent{}, More: r.More, Lost: r.Lost, Gone: r.Gone}
 	for _, e := range r.Events {
-		out.Events = append(out.Events, watchEvent{render([]byte(e.Op)), render([]byte(e.Path)), render([]byte(e.From)), e.Dir})
+		out.Events = append(out.Events, watchEvent{renderLine(e.Op), names.Show(e.Path), names.Show(e.From), e.Dir})
 	}
 	return out, nil
 }

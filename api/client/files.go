@@ -11,6 +11,7 @@ import (
 
 	fs "soulbox.dev/soulbox/api/envd/spec/filesystem"
 	"soulbox.dev/soulbox/api/envd/spec/filesystem/filesystemconnect"
+	"soulbox.dev/soulbox/internal/names"
 )
 
 func (c *Client) envd(sandbox string) string {
@@ -24,6 +25,13 @@ func (c *Client) files(sandbox string) filesystemconnect.FilesystemClient {
 	return filesystemconnect.NewFilesystemClient(c.plain, c.envd(sandbox), uncompressed)
 }
 
+// withNames is a request whose names, and those of its answer, are in the notation of package names.
+func withNames[T any](msg *T) *connect.Request[T] {
+	req := connect.NewRequest(msg)
+	req.Header().Set(NamesHeader, "shown")
+	return req
+}
+
 // File is a file of a sandbox.
 type File struct {
 	Path     string
@@ -35,28 +43,28 @@ type File struct {
 
 // Stat describes a file; a path that does not begin with / is below the home of the user.
 func (c *Client) Stat(ctx context.Context, sandbox, path string) (File, error) {
-	res, err := c.files(sandbox).Stat(ctx, connect.NewRequest(&fs.StatRequest{Path: path}))
+	res, err := c.files(sandbox).Stat(ctx, withNames(&fs.StatRequest{Path: names.Show(path)}))
 	if err != nil {
 		return File{}, c.plainError(err)
 	}
 	e := res.Msg.GetEntry()
-	return File{Path: e.GetPath(), Dir: e.GetType() == fs.FileType_FILE_TYPE_DIRECTORY, Size: e.GetSize(), Mode: e.GetMode(), Modified: e.GetModifiedTime().AsTime()}, nil
+	return File{Path: names.Parse(e.GetPath()), Dir: e.GetType() == fs.FileType_FILE_TYPE_DIRECTORY, Size: e.GetSize(), Mode: e.GetMode(), Modified: e.GetModifiedTime().AsTime()}, nil
 }
 
 // Names lists what is in a directory of a sandbox, directories with a slash behind.
-func (c *Client) Names(ctx context.Context, sandbox, dir string) (names []string, err error) {
-	res, err := c.files(sandbox).ListDir(ctx, connect.NewRequest(&fs.ListDirRequest{Path: dir, Depth: 1}))
+func (c *Client) Names(ctx context.Context, sandbox, dir string) (all []string, err error) {
+	res, err := c.files(sandbox).ListDir(ctx, withNames(&fs.ListDirRequest{Path: names.Show(dir), Depth: 1}))
 	if err != nil {
 		return nil, c.plainError(err)
 	}
 	for _, e := range res.Msg.GetEntries() {
-		name := e.GetName()
+		name := names.Parse(e.GetName())
 		if e.GetType() == fs.FileType_FILE_TYPE_DIRECTORY {
 			name += "/"
 		}
-		names = append(names, name)
+		all = append(all, name)
 	}
-	return names, nil
+	return all, nil
 }
 
 // Download opens a file of a sandbox. The caller closes it.
@@ -88,7 +96,7 @@ var ops = map[fs.EventType]string{fs.EventType_EVENT_TYPE_CREATE: "create", fs.E
 
 // Watch tells what changes in a directory until ctx ends; began is called once it does.
 func (c *Client) Watch(ctx context.Context, sandbox, dir string, recursive bool, began func(), each func(Event) error) error {
-	stream, err := c.files(sandbox).WatchDir(ctx, connect.NewRequest(&fs.WatchDirRequest{Path: dir, Recursive: recursive}))
+	stream, err := c.files(sandbox).WatchDir(ctx, withNames(&fs.WatchDirRequest{Path: names.Show(dir), Recursive: recursive}))
 	if err != nil {
 		return c.plainError(err)
 	}
@@ -98,7 +106,7 @@ func (c *Client) Watch(ctx context.Context, sandbox, dir string, recursive bool,
 		case *fs.WatchDirResponse_Start:
 			began()
 		case *fs.WatchDirResponse_Filesystem:
-			if err := each(Event{ops[e.Filesystem.GetType()], e.Filesystem.GetName()}); err != nil {
+			if err := each(Event{ops[e.Filesystem.GetType()], names.Parse(e.Filesystem.GetName())}); err != nil {
 				return err
 			}
 		}

@@ -6,15 +6,18 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strconv"
 	"sync"
 	"syscall"
 	"time"
+	"unicode/utf8"
 
 	"connectrpc.com/connect"
 
 	pb "soulbox.dev/soulbox/api/envd/spec/process"
 	"soulbox.dev/soulbox/api/envd/spec/process/processconnect"
+	"soulbox.dev/soulbox/internal/names"
 )
 
 // Size is that of a terminal, in characters.
@@ -121,6 +124,13 @@ func by(pid int) *pb.ProcessSelector {
 
 // Start starts a process and follows it; again finds the sandbox' server once more when this one is gone.
 func (c *Client) Start(ctx context.Context, sandbox string, cmd Command, again func(context.Context) (*Client, error)) (*Session, error) {
+	bytes := !utf8.ValidString(cmd.Cwd) || slices.ContainsFunc(cmd.Args, func(arg string) bool { return !utf8.ValidString(arg) })
+	if bytes { // otherwise older servers understand it, too
+		cmd.Args, cmd.Cwd = slices.Clone(cmd.Args), names.Show(cmd.Cwd)
+		for i, arg := range cmd.Args {
+			cmd.Args[i] = names.Show(arg)
+		}
+	}
 	msg := &pb.StartRequest{Process: &pb.ProcessConfig{Cmd: cmd.Args[0], Args: cmd.Args[1:], Envs: cmd.Env}, Stdin: &cmd.Stdin}
 	if cmd.Cwd != "" {
 		msg.Process.Cwd = &cmd.Cwd
@@ -132,6 +142,9 @@ func (c *Client) Start(ctx context.Context, sandbox string, cmd Command, again f
 		msg.Pty = pty(*cmd.Terminal)
 	}
 	req := connect.NewRequest(msg)
+	if bytes {
+		req.Header().Set(NamesHeader, "shown")
+	}
 	if cmd.User != "" {
 		plain, _ := http.NewRequest("GET", "/", nil) // for its way to write the name
 		plain.SetBasicAuth(cmd.User, "")

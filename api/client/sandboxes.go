@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"soulbox.dev/soulbox/internal/names"
 )
 
 // List selects sandboxes. The zero value selects those that have not ended.
@@ -155,7 +157,7 @@ func (c *Client) FileURL(ctx context.Context, id, path string, write bool, valid
 		operation = "write"
 	}
 	var out struct{ URL string }
-	err := c.call(ctx, "POST", "/v1/sandboxes/"+url.PathEscape(id)+"/url", nil, map[string]any{"path": path, "operation": operation, "seconds": int64(valid.Seconds())}, &out)
+	err := c.call(ctx, "POST", "/v1/sandboxes/"+url.PathEscape(id)+"/url", nil, map[string]any{"path": names.Text(path), "operation": operation, "seconds": int64(valid.Seconds())}, &out)
 	return out.URL, err
 }
 

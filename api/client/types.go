@@ -23,6 +23,8 @@ const (
 	LingerHeader = "Soulbox-Linger-Ms"
 	// ProcessHeader is the id of a process, which is never used again, as its number is: Start and Connect tell it, and calls may name it beside the number.
 	ProcessHeader = "Soulbox-Process"
+	// NamesHeader says that names of files, and arguments of programs, are in the notation of package names on a call, and asks for it in the answer.
+	NamesHeader = "Soulbox-Names"
 	// ExitHeader of an error of Process.Start is the exit status that a shell would have: 126 or 127.
 	ExitHeader = "Soulbox-Exit"
 )

@@ -10,7 +10,6 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
-	"strings"
 	"sync/atomic"
 	"time"
 
@@ -103,7 +102,7 @@ func (s *Server) Serve(w http.ResponseWriter, r *http.Request, t Target) {
 	}
 	ctx, cancel := t.Sandbox.Bind(r.Context())
 	defer cancel()
-	p := &place{Target: t, client: client, process: r.Header.Get(ours.ProcessHeader)}
+	p := &place{Target: t, client: client, process: r.Header.Get(ours.ProcessHeader), shown: r.Header.Get(ours.NamesHeader) != ""}
 	over := p.keep(ctx, w)
 	defer over()
 	if r.URL.Path != "/files" { // what is passed on is not held
@@ -187,6 +186,7 @@ type place struct {
 	idle   *Idle // is told when something is sent or taken
 	// process is the agent's id of the process that is meant, where a client names it: numbers may be used again.
 	process string
+	shown   bool // names of files are in the notation of package names, which E2B does not know
 }
 
 func placeOf(ctx context.Context) *place { return ctx.Value(placeKey{}).(*place) }
@@ -354,5 +354,5 @@ func fail(w http.ResponseWriter, code int, message string) {
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	w.Header().Del("Content-Encoding")
 	w.WriteHeader(code)
-	_ = json.NewEncoder(w).Encode(map[string]any{"code": code, "message": strings.ToValidUTF8(message, "\uFFFD")}) // as above
+	_ = json.NewEncoder(w).Encode(map[string]any{"code": code, "message": agent.Inert([]byte(message))}) // as above
 }

@@ -15,6 +15,7 @@ import (
 
 	"soulbox.dev/soulbox/agent"
 	pb "soulbox.dev/soulbox/api/envd/spec/filesystem"
+	"soulbox.dev/soulbox/internal/names"
 )
 
 // metadataPrefix begins the names of the extended attributes that clients set and see as metadata.
@@ -61,21 +62,37 @@ func (p *place) absolute(ctx context.Context, name, who string) (string, error) 
 func asked(ctx context.Context, req connect.AnyRequest, name string) (p *place, file, who string, err error) {
 	p = placeOf(ctx)
 	if who, err = user(req.Header()); err == nil {
-		file, err = p.absolute(ctx, name, who)
+		file, err = p.absolute(ctx, p.given(name), who)
 	}
 	return p, file, who, err
 }
 
+// given is a name as a client has given it.
+func (p *place) given(name string) string {
+	if p.shown {
+		return names.Parse(name)
+	}
+	return name
+}
+
+// told is a name as a client takes it. Protocol buffers have no bytes that are not text.
+func (p *place) told(name string) string {
+	if p.shown {
+		return names.Show(name)
+	}
+	return valid(name)
+}
+
 // entry is a file as clients see it.
-func entry(f agent.FileInfo) *pb.EntryInfo {
-	e := &pb.EntryInfo{Name: valid(path.Base(f.Path)), Type: typeOf(f.Type), Path: valid(f.Path), Size: f.Size, Mode: modeOf(f.Mode), Owner: f.Owner, Group: f.Group, ModifiedTime: timestamppb.New(f.MTime)}
+func (p *place) entry(f agent.FileInfo) *pb.EntryInfo {
+	e := &pb.EntryInfo{Name: p.told(path.Base(f.Path)), Type: typeOf(f.Type), Path: p.told(f.Path), Size: f.Size, Mode: modeOf(f.Mode), Owner: f.Owner, Group: f.Group, ModifiedTime: timestamppb.New(f.MTime)}
 	if f.Link != nil {
 		e.Permissions = f.Link.Permissions
 		if f.Type == agent.TypeSymlink {
 			e.Type = typeOf(f.Link.Type)
 		}
 		if f.Link.Target != "" {
-			target := valid(f.Link.Target)
+			target := p.told(f.Link.Target)
 			e.SymlinkTarget, e.Mode = &target, modeOf(f.Link.Mode)
 		}
 	}
@@ -118,7 +135,7 @@ func (p *place) stat(ctx context.Context, file string) (*pb.EntryInfo, error) {
 	if err != nil {
 		return nil, err
 	}
-	return entry(info), nil
+	return p.entry(info), nil
 }
 
 // Stat implements filesystemconnect.FilesystemHandler.
@@ -157,7 +174,7 @@ func (files) Move(ctx context.Context, req *connect.Request[pb.MoveRequest]) (*c
 	if err != nil {
 		return nil, err
 	}
-	to, err := p.absolute(ctx, req.Msg.GetDestination(), who)
+	to, err := p.absolute(ctx, p.given(req.Msg.GetDestination()), who)
 	if err != nil {
 		return nil, err
 	}
@@ -205,7 +222,7 @@ func (f files) ListDir(ctx context.Context, req *connect.Request[pb.ListDirReque
 			return nil, err
 		}
 		for _, f := range part.Entries {
-			e := entry(f)
+			e := p.entry(f)
 			out.Entries = append(out.Entries, e)
 			size += 2*len(e.Path) + len(e.GetSymlinkTarget())
 			for k, v := range e.Metadata {

@@ -78,8 +78,11 @@ func (p *place) startRequest(ctx context.Context, req *connect.Request[pb.StartR
 	}
 	start := agent.StartRequest{Hold: true, Args: append([]string{config.GetCmd()}, config.GetArgs()...), Env: config.GetEnvs(), User: who, Tag: req.Msg.GetTag(),
 		KeepStdin: req.Msg.Stdin == nil || req.Msg.GetStdin()}
+	for i, arg := range start.Args {
+		start.Args[i] = p.given(arg)
+	}
 	if config.GetCwd() != "" {
-		if start.Cwd, err = p.absolute(ctx, config.GetCwd(), who); err != nil {
+		if start.Cwd, err = p.absolute(ctx, p.given(config.GetCwd()), who); err != nil {
 			return start, err
 		}
 	}
@@ -327,7 +330,8 @@ func (processes) List(ctx context.Context, _ *connect.Request[pb.ListRequest]) (
 	}
 	out := &pb.ListResponse{}
 	for _, q := range list {
-		config := &pb.ProcessConfig{Cwd: &q.Cwd, Envs: map[string]string{}}
+		cwd := valid(q.Cwd)
+		config := &pb.ProcessConfig{Cwd: &cwd, Envs: map[string]string{}}
 		if len(q.Args) > 0 {
 			config.Cmd, config.Args = valid(q.Args[0]), validAll(q.Args[1:])
 		} else {

@@ -84,7 +84,7 @@ func (w *watcher) read(ctx context.Context, p *place, wait time.Duration) ([]*pb
 // tell is what happened as clients know it: the words are inotify's, where a move is two events.
 func (w *watcher) tell(ctx context.Context, p *place, e agent.TreeEvent) []*pb.FilesystemEvent {
 	one := func(t pb.EventType, file string) *pb.FilesystemEvent {
-		out := &pb.FilesystemEvent{Name: valid(strings.TrimPrefix(strings.TrimPrefix(file, w.dir), "/")), Type: t}
+		out := &pb.FilesystemEvent{Name: p.told(strings.TrimPrefix(strings.TrimPrefix(file, w.dir), "/")), Type: t}
 		if w.entries && t != pb.EventType_EVENT_TYPE_REMOVE && t != pb.EventType_EVENT_TYPE_RENAME {
 			if entry, err := p.stat(ctx, path.Clean(file)); err == nil { // it may be gone by now
 				out.Entry = entry

@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"soulbox.dev/soulbox/api/client"
+	"soulbox.dev/soulbox/internal/names"
 )
 
 func (a *app) copyCommand() *cobra.Command {
@@ -56,7 +57,7 @@ func remote(arg string) (id, name string, ok bool) {
 	if name == "" {
 		name = "."
 	}
-	return id, name, true
+	return id, names.Parse(name), true
 }
 
 // transfer copies files by the sandbox' tar.
@@ -93,8 +94,9 @@ func (t transfer) tar(ctx context.Context, stdin io.Reader, stdout io.Writer, ar
 			}
 		}()
 	}
-	exit, err := s.Follow(ctx, stdout, inertly(t.stderr), nil)
-	if err != nil {
+	stderr := inertly(t.stderr)
+	exit, err := s.Follow(ctx, stdout, stderr, nil)
+	if err = errors.Join(err, settle(stderr)); err != nil {
 		return t.end(s, err)
 	}
 	if exit.Code != 0 {

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"soulbox.dev/soulbox/api/client"
+	"soulbox.dev/soulbox/internal/names"
 )
 
 const (
@@ -118,7 +119,7 @@ func (a *app) exec(ctx context.Context, id string, args []string, e execution) e
 
 func (e execution) command(args []string) (client.Command, error) {
 	env, err := readPairs("--env", e.env)
-	return client.Command{Args: args, Env: env, Cwd: e.cwd, User: e.user}, err
+	return client.Command{Args: args, Env: env, Cwd: names.Parse(e.cwd), User: e.user}, err
 }
 
 func (a *app) detached(ctx context.Context, b box, cmd client.Command) error {
@@ -159,8 +160,9 @@ func (a *app) piped(outer context.Context, b box, cmd client.Command) error {
 			}
 		}()
 	}
-	exit, err := s.Follow(ctx, inertly(a.stdout), inertly(a.stderr), nil)
-	if err != nil {
+	stdout, stderr := inertly(a.stdout), inertly(a.stderr)
+	exit, err := s.Follow(ctx, stdout, stderr, nil)
+	if err = errors.Join(err, settle(stdout), settle(stderr)); err != nil {
 		return a.end(s, err)
 	}
 	return result(exit)

@@ -75,12 +75,15 @@ func TestVersions(t *testing.T) {
 func TestPrintable(t *testing.T) {
 	var shown bytes.Buffer
 	w := &inert{to: &shown}
-	for _, part := range []string{"a\x1b]0;t", "itle\x07\tä\xc2", "\x9b31m\r\n\x7f\xc2", "\xb0"} {
+	for _, part := range []string{"a\x1b]0;t", "itle\x07\tä\xc2", "\x9b31m\r\n\x7f\xc2", "\xb0", "caf\xe9!", "\xe6\x97", "\xa5\xf0\x9f"} {
 		if n, err := w.Write([]byte(part)); err != nil || n != len(part) {
 			t.Error(n, err)
 		}
 	}
-	if got, want := shown.String(), "a^[]0;title^G\tä?31m\r\n^?°"; got != want {
+	if err := settle(w); err != nil {
+		t.Error(err)
+	}
+	if got, want := shown.String(), "a^[]0;title^G\tä?31m\r\n^?°caf\\xe9!日\\xf0\\x9f"; got != want {
 		t.Errorf("%q, want %q", got, want)
 	}
 	if got := printable("a\x1b]0;title\x07\tb\u009b31m\n"); strings.ContainsAny(got, "\x1b\x07\n\t\u009b") {

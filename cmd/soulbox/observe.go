@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"soulbox.dev/soulbox/api/client"
+	"soulbox.dev/soulbox/internal/names"
 )
 
 func (a *app) logsCommand() *cobra.Command {
@@ -174,12 +175,12 @@ func (a *app) watchCommand() *cobra.Command {
 			again := a.again(b.ID)
 			at, lost := b.at, time.Time{}
 			for {
-				err := at.Watch(ctx, b.ID, args[1], recursive, func() {
+				err := at.Watch(ctx, b.ID, names.Parse(args[1]), recursive, func() {
 					if !lost.IsZero() {
 						fmt.Fprintf(a.stderr, "soulbox: watching again; what changed in the last %s was not seen\n", short(time.Since(lost))) // nobody else can be told
 					}
 					lost = time.Time{}
-				}, func(e client.Event) error { return a.printf("%-7s %s\n", e.Op, printable(e.Name)) })
+				}, func(e client.Event) error { return a.printf("%-7s %s\n", e.Op, names.Show(e.Name)) })
 				var told *client.Error
 				if ctx.Err() != nil {
 					return nil // Ctrl-C is how this ends
@@ -290,7 +291,7 @@ func (a *app) urlCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			at, err := b.at.FileURL(c.Context(), b.ID, args[1], write, valid)
+			at, err := b.at.FileURL(c.Context(), b.ID, names.Parse(args[1]), write, valid)
 			if err != nil {
 				return err
 			}

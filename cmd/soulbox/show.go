@@ -9,6 +9,7 @@ import (
 	"text/tabwriter"
 	"time"
 	"unicode"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 )
@@ -54,13 +55,14 @@ func printable(text string) string {
 }
 
 // inert writes what a guest has written to a terminal, so that nothing of it acts there but ends of lines, tabs and returns: a program that is to
-// act on the terminal is given one. What is written elsewhere is passed on as it is.
+// act on the terminal is given one. Bytes that are not text are shown as \xNN, and a character waits for its end: the other stream may come
+// between. What is written elsewhere is passed on as it is.
 type inert struct {
 	to   io.Writer
-	half bool // the first byte of a C1 control in UTF-8 was the last one
+	part []byte // of a character
 }
 
-// inertly is w, made inert if it is a terminal.
+// inertly is w, made inert if it is a terminal. Who has written all of it calls settle.
 func inertly(w io.Writer) io.Writer {
 	if _, ok := terminalOf(w); ok {
 		return &inert{to: w}
@@ -68,32 +70,47 @@ func inertly(w io.Writer) io.Writer {
 	return w
 }
 
+// settle has what is left of a character shown, of which no more comes.
+func settle(w io.Writer) error {
+	i, ok := w.(*inert)
+	if !ok || len(i.part) == 0 {
+		return nil
+	}
+	_, err := i.to.Write(i.taken(true))
+	return err
+}
+
 // Write implements io.Writer.
 func (i *inert) Write(p []byte) (int, error) {
-	out := make([]byte, 0, len(p)+16)
-	for _, b := range p {
-		if i.half {
-			if i.half = false; b >= 0x80 && b < 0xa0 {
-				out = append(out, '?')
-				continue
-			}
-			out = append(out, 0xc2)
-		}
-		switch {
-		case b == 0xc2:
-			i.half = true
-		case b < ' ' && b != '\n' && b != '\t' && b != '\r':
-			out = append(out, '^', b+'@')
-		case b == 0x7f:
-			out = append(out, '^', '?')
-		default:
-			out = append(out, b)
-		}
-	}
-	if _, err := i.to.Write(out); err != nil {
+	i.part = append(i.part, p...)
+	if _, err := i.to.Write(i.taken(false)); err != nil {
 		return 0, err
 	}
 	return len(p), nil
+}
+
+// taken takes the characters that are there to their end, or with all what is left, too.
+func (i *inert) taken(all bool) []byte {
+	out := make([]byte, 0, len(i.part)+16)
+	p := i.part
+	for len(p) > 0 && (all || utf8.FullRune(p)) {
+		r, n := utf8.DecodeRune(p)
+		switch {
+		case r == utf8.RuneError && n == 1:
+			out = fmt.Appendf(out, `\x%02x`, p[0])
+		case r >= 0x80 && r < 0xa0:
+			out = append(out, '?')
+		case r < ' ' && r != '\n' && r != '\t' && r != '\r':
+			out = append(out, '^', byte(r)+'@')
+		case r == 0x7f:
+			out = append(out, '^', '?')
+		default:
+			out = append(out, p[:n]...)
+		}
+		p = p[n:]
+	}
+	i.part = append(i.part[:0], p...)
+	return out
 }
 
 // json shows a value as JSON, with C1 controls escaped as it has C0 ones escaped anyway.

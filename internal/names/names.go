@@ -1,0 +1,93 @@
+// Package names writes names of files in a notation that is text of one line, whatever bytes they have, and reads it again. Names that are
+// harmless text stay as they are: in them the notation cannot be seen. It knows nothing of files.
+package names
+
+import (
+	"fmt"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+)
+
+// Show writes a name: bytes that are not UTF-8, control characters, ends of lines and what turns the direction of writing are \xNN, a backslash
+// before what Parse would take for one of these is \x5c. Everything else is itself.
+func Show(name string) string {
+	if isPlain(name) {
+		return name
+	}
+	var b strings.Builder
+	for i := 0; i < len(name); {
+		r, n := utf8.DecodeRuneInString(name[i:])
+		switch _, escaped := escape(name[i:]); {
+		case escaped:
+			b.WriteString(`\x5c`)
+		case r == utf8.RuneError && n == 1, acts(r):
+			for _, c := range []byte(name[i : i+n]) {
+				fmt.Fprintf(&b, `\x%02x`, c)
+			}
+		default:
+			b.WriteString(name[i : i+n])
+		}
+		i += n
+	}
+	return b.String()
+}
+
+// Text writes a name where text may be of many lines, such as in JSON: only what is no text, or what Parse would take for something else, is
+// written as Show does.
+func Text(name string) string {
+	if utf8.ValidString(name) && Parse(name) == name {
+		return name
+	}
+	return Show(name)
+}
+
+// Parse reads what Show has written: Parse(Show(name)) is name. Of what it has not written only what looks like one of its escapes is read as such.
+func Parse(shown string) string {
+	if !strings.Contains(shown, `\x`) {
+		return shown
+	}
+	b := make([]byte, 0, len(shown))
+	for i := 0; i < len(shown); {
+		c, n := shown[i], 1
+		if of, ok := escape(shown[i:]); ok {
+			c, n = of, len(`\xNN`)
+		}
+		b = append(b, c)
+		i += n
+	}
+	return string(b)
+}
+
+// escape is the byte that the escape at the beginning of a text stands for: only of bytes that Show escapes there are any, in lower case.
+func escape(text string) (c byte, ok bool) {
+	if len(text) < 4 || text[0] != '\\' || text[1] != 'x' {
+		return 0, false
+	}
+	high, low := digit(text[2]), digit(text[3])
+	if high < 0 || low < 0 {
+		return 0, false
+	}
+	c = byte(high<<4 | low)
+	if c == '\\' { // before what is no escape for it
+		return c, len(text) >= 7 && text[4] == 'x' && digit(text[5]) >= 0 && digit(text[6]) >= 0
+	}
+	return c, c < 0x20 || c >= 0x7f
+}
+
+func digit(c byte) int { return strings.IndexByte("0123456789abcdef", c) }
+
+// acts reports whether a character does more than to be shown.
+func acts(r rune) bool {
+	return unicode.IsControl(r) || r == '\u2028' || r == '\u2029' || unicode.Is(unicode.Bidi_Control, r)
+}
+
+// isPlain reports whether a name can be seen to be written as itself.
+func isPlain(name string) bool {
+	for i := range len(name) {
+		if c := name[i]; c < 0x20 || c >= 0x7f || c == '\\' {
+			return false
+		}
+	}
+	return true
+}

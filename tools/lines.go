@@ -1,0 +1,205 @@
+package tools
+
+import (
+	"bytes"
+	"fmt"
+	"strings"
+	"unicode/utf8"
+
+	"soulbox.dev/soulbox/agent"
+)
+
+// maxHeld bounds, in bytes, what is held back of a sequence whose end is still to come.
+const maxHeld = 4 << 10
+
+// terminalText is output of a terminal as lines of text: without escapes, and of a line that was written over only what stands there.
+func terminalText(p []byte) string {
+	p = bytes.ReplaceAll(p, []byte("\r\n"), []byte("\n"))
+	var done, line []string
+	for len(p) > 0 {
+		n := 1
+		switch p[0] {
+		case 0x1b:
+			n, _ = escapeLen(p)
+		case '\n':
+			done, line = append(append(done, line...), "\n"), line[:0]
+		case '\r':
+			line = line[:0]
+		case '\b':
+			line = line[:max(0, len(line)-1)]
+		default:
+			var text string
+			text, n = agent.InertRune(p)
+			line = append(line, text)
+		}
+		p = p[n:]
+	}
+	return strings.Join(append(done, line...), "")
+}
+
+// escapeLen is the length of the sequence that p begins with (ECMA-48, 5.3 to 5.6), and whether all of it is there.
+func escapeLen(p []byte) (n int, whole bool) {
+	if len(p) < 2 {
+		return len(p), false
+	}
+	switch c := p[1]; {
+	case c == '[':
+		for i := 2; i < len(p); i++ {
+			switch c := p[i]; {
+			case c >= 0x40 && c < 0x7f, c == 0x18, c == 0x1a:
+				return i + 1, true
+			case c == 0x1b, c >= 0x80: // which ends it
+				return i, true
+			}
+		}
+		return len(p), false
+	case bytes.IndexByte([]byte("]PX^_"), c) >= 0:
+		return stringLen(p)
+	case c >= 0x20 && c < 0x30:
+		i := 2
+		for i < len(p) && p[i] >= 0x20 && p[i] < 0x30 {
+			i++
+		}
+		return min(i+1, len(p)), i < len(p)
+	case c > 0x30 && c < 0x7f:
+		return 2, true
+	}
+	return 1, true // what follows is not of it
+}
+
+// stringLen is the same of a control string.
+func stringLen(p []byte) (n int, whole bool) {
+	for i := 2; i < len(p); i++ {
+		switch c := p[i]; {
+		case c == 0x07 && p[1] == ']', c == 0x18, c == 0x1a:
+			return i + 1, true
+		case c == 0x1b && i+1 == len(p):
+			return len(p), false
+		case c == 0x1b && p[i+1] == '\\':
+			return i + 2, true
+		case c == 0x1b:
+			return i, true
+		}
+	}
+	return len(p), false
+}
+
+// held is how many bytes at the end of a terminal's output are better read with what follows: part of a character or a sequence, or a return, which
+// means something else before a line feed.
+func held(p []byte) int {
+	for at := 0; at < len(p); {
+		next := bytes.IndexByte(p[at:], 0x1b)
+		if next < 0 {
+			break
+		}
+		n, whole := escapeLen(p[at+next:])
+		if !whole {
+			if n > maxHeld {
+				return 0
+			}
+			return n
+		}
+		at += next + n
+	}
+	if bytes.HasSuffix(p, []byte("\r")) {
+		return 1
+	}
+	return len(p) - len(agent.Whole(p))
+}
+
+// terminalHead shows as much from the start of a terminal's output as fits into room characters, and tells how many bytes that is. Unless p is
+// whole, what is better read with what follows is left for later.
+func terminalHead(p []byte, room int, whole bool) (text string, used int) {
+	used = len(p)
+	if !whole {
+		used -= held(p)
+	}
+	for {
+		text = terminalText(p[:used])
+		n := utf8.RuneCountInString(text)
+		if n <= room {
+			return text, used
+		}
+		used = min(used*room/n, used*7/8)
+		used -= held(p[:used])
+	}
+}
+
+// terminalTail shows as much of the end of a terminal's output as fits into room characters, and tells how many bytes before that it skipped, and
+// how many behind that it left for later.
+func terminalTail(p []byte, room int, whole bool) (text string, skipped, later int) {
+	if !whole {
+		later = held(p)
+		p = p[:len(p)-later]
+	}
+	for {
+		skipped = len(p) - len(agent.AfterCut(p[skipped:]))
+		text = terminalText(p[skipped:])
+		n := utf8.RuneCountInString(text)
+		if n <= room {
+			return text, skipped, later
+		}
+		left := len(p) - skipped
+		skipped += max(left-left*room/n, left/8, 1)
+	}
+}
+
+// showTerminal shows output of a terminal as text. Offsets count its bytes, escapes too.
+func showTerminal(sandboxID string, snap agent.Snapshot, w agent.Window, chars int) execOutput {
+	out, o := describe(sandboxID, snap), snap.Output
+	ended := snap.Process.State == agent.StateExited
+	if len(o.Tail) > 0 && o.TailStart == o.HeadEnd && len(o.Head)+len(o.Tail) <= chars { // nothing lies between
+		o.Head, o.Tail, o.HeadEnd, o.TailStart = append(o.Head[:len(o.Head):len(o.Head)], o.Tail...), nil, o.End, o.End
+	}
+	if len(o.Tail) == 0 {
+		more := o.HeadEnd < o.End
+		left, used := terminalHead(o.Head, chars, lastOf(o, w, ended))
+		if used == 0 && more { // a sequence that is longer than what is asked for
+			left, used = terminalHead(o.Head, chars, true)
+		}
+		out.Output, out.NextOffset = left, o.HeadEnd-int64(len(o.Head)-used)
+		if more || used < len(o.Head)-held(o.Head) {
+			out.leaveOut(o.End-out.NextOffset, out.NextOffset)
+		}
+		return out
+	}
+	left, used := terminalHead(o.Head, chars/2, false)
+	headEnd := o.HeadEnd - int64(len(o.Head)-used)
+	right, skipped, later := terminalTail(o.Tail, chars-utf8.RuneCountInString(left), ended)
+	out.NextOffset = o.End - int64(later)
+	out.LeftOut = o.TailStart + int64(skipped) - headEnd
+	out.Output = fmt.Sprintf("%s\n[… %s left out; %s …]\n%s", left, plural(out.LeftOut, "byte"), rest(out.ProcessID, headEnd), right)
+	return out
+}
+
+// lastOf reports whether nothing comes that could go on with the last character of a head.
+func lastOf(o agent.Output, w agent.Window, ended bool) bool {
+	if o.HeadEnd < o.End {
+		return len(o.Head) < w.Head // what lies behind it is no longer kept
+	}
+	return ended
+}
+
+// rest says how to get what is left out of an output.
+func rest(process string, offset int64) string {
+	return fmt.Sprintf("process_wait with process_id %q and offset %d gives the rest", process, offset)
+}
+
+// leaveOut says that output of so many bytes is left out behind an offset.
+func (o *execOutput) leaveOut(n, offset int64) {
+	o.LeftOut = n
+	o.Note = strings.Join(append(o.notes(), rest(o.ProcessID, offset)), "; ")
+}
+
+// progressText is what a running process has written, as far as its characters have their ends.
+func progressText(snap agent.Snapshot) string {
+	o := snap.Output
+	if len(o.Tail) == 0 {
+		o.Head = o.Head[:len(o.Head)-held(o.Head)]
+	}
+	o.Tail = o.Tail[:len(o.Tail)-held(o.Tail)]
+	if snap.Process.Terminal != nil {
+		return terminalText(o.Head) + terminalText(o.Tail)
+	}
+	return agent.InertEnds(o)
+}

@@ -1,0 +1,180 @@
+package tools
+
+import (
+	"slices"
+	"strings"
+	"unicode/utf8"
+
+	"soulbox.dev/soulbox/agent"
+)
+
+// sequence takes output apart as far as it must be: parameters of control sequences (ECMA-48, 5.4) are cut to what can be on a screen, since
+// an emulator would repeat a character as often as it is told, the switch to the alternate screen is ours, and so are control strings (5.6), of
+// which only titles say something. Bytes that are not text become characters of their own (byteRune), a cell for each, as a terminal has it.
+type sequence struct {
+	state  int
+	part   []byte // of a character whose end is still to come
+	params []byte
+	long   bool // the parameters are longer than any that means something
+	osc    bool // the control string is an operating system command
+}
+
+const (
+	inText = iota
+	afterEscape
+	inControl
+	inString
+)
+
+// maxTitle bounds what is kept of a control string, in bytes.
+const maxTitle = 1 << 10
+
+// alternate are the private modes that switch to the alternate screen.
+var alternate = []string{"47", "1047", "1049"}
+
+// stage is what output acts on.
+type stage struct {
+	flush     func([]byte) error // what is to be rendered
+	alternate func(on bool)      // comes between
+	title     func(string)
+}
+
+// each gives a stage its output.
+func (s *sequence) each(p []byte, to stage) error {
+	var out []byte
+	for _, c := range p {
+		switch s.state {
+		case inText:
+			if c == 0x1b {
+				out = s.drain(out, true)
+				s.state = afterEscape
+			} else {
+				s.part = append(s.part, c)
+				out = s.drain(out, false)
+			}
+		case afterEscape:
+			out = s.escape(out, c)
+		case inString:
+			s.string(c, to.title)
+		case inControl:
+			switch {
+			case c >= 0x20 && c < 0x40: // parameters and intermediates
+				if s.long = s.long || len(s.params) >= maxParams; !s.long {
+					s.params = append(s.params, c)
+				}
+			case c >= 0x40 && c < 0x7f: // the end
+				s.state = inText
+				if s.long {
+					continue
+				}
+				params, on, switches := s.finish(c)
+				if switches {
+					if err := to.flush(out); err != nil {
+						return err
+					}
+					out = out[:0:0]
+					to.alternate(on)
+				}
+				if params != nil {
+					out = append(append(append(out, 0x1b, '['), params...), c)
+				}
+			case c == 0x1b:
+				s.state = afterEscape
+			case c == 0x18 || c == 0x1a: // cancelled
+				s.state = inText
+			default: // a control character within a sequence is carried out
+				out = append(out, c)
+			}
+		}
+	}
+	return to.flush(out)
+}
+
+// end gives what is left of a character that will have no end.
+func (s *sequence) end(to stage) error { return to.flush(s.drain(nil, true)) }
+
+// drain adds the characters that are there to their end, or with all what is left, too.
+func (s *sequence) drain(out []byte, all bool) []byte {
+	for len(s.part) > 0 && (all || utf8.FullRune(s.part)) {
+		r, n := utf8.DecodeRune(s.part)
+		if r == utf8.RuneError && n == 1 || r >= byteRune+0x80 {
+			out = appendBytes(out, s.part[:n])
+		} else {
+			out = append(out, s.part[:n]...)
+		}
+		s.part = s.part[:copy(s.part, s.part[n:])]
+	}
+	return out
+}
+
+// escape takes what follows an escape.
+func (s *sequence) escape(out []byte, c byte) []byte {
+	switch c {
+	case '[':
+		s.state, s.long, s.params = inControl, false, s.params[:0]
+	case ']', 'P', 'X', '^', '_':
+		s.state, s.osc, s.long, s.params = inString, c == ']', false, s.params[:0]
+	case 0x1b:
+	default:
+		s.state = inText
+		if c >= 0x80 { // of a character, which ends the escape
+			s.part = append(s.part, c)
+			return s.drain(out, false)
+		}
+		return append(out, 0x1b, c)
+	}
+	return out
+}
+
+// string takes what is in a control string, whose end may be BEL if it is a command, else ESC \.
+func (s *sequence) string(c byte, title func(string)) {
+	switch {
+	case c == 0x18 || c == 0x1a: // cancelled
+		s.state = inText
+	case c == 0x1b || c == 0x07 && s.osc:
+		if s.state = inText; c == 0x1b {
+			s.state = afterEscape
+		}
+		kind, text, ok := strings.Cut(string(s.params), ";")
+		if s.osc && ok && (kind == "0" || kind == "2") { // xterm's control sequences, "Operating System Commands"
+			body := []byte(text)
+			if s.long {
+				body = agent.Whole(body)
+			}
+			title(render(body))
+		}
+	case len(s.params) < maxTitle:
+		s.params = append(s.params, c)
+	default:
+		s.long = true
+	}
+}
+
+// finish gives the parameters of a sequence that are to be rendered (nil: none of it), and whether it switches screens.
+func (s *sequence) finish(final byte) (params []byte, on, switches bool) {
+	if len(s.params) > 0 && s.params[0] == '?' {
+		if final != 'h' && final != 'l' {
+			return slices.Clone(s.params), false, false
+		}
+		modes := slices.DeleteFunc(strings.Split(string(s.params[1:]), ";"), func(m string) bool {
+			is := slices.Contains(alternate, m)
+			switches = switches || is
+			return is
+		})
+		if len(modes) == 0 {
+			return nil, final == 'h', switches
+		}
+		return []byte("?" + strings.Join(modes, ";")), final == 'h', switches
+	}
+	digits := 0
+	params = []byte{}
+	for _, c := range s.params {
+		if c < '0' || c > '9' {
+			digits = 0
+		} else if digits++; digits > maxDigits {
+			continue
+		}
+		params = append(params, c)
+	}
+	return params, false, false
+}
