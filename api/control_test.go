@@ -91,6 +91,9 @@ func (a *apiTest) ask(method, path, body string, headers ...string) reply {
 			req.Host = headers[i+1]
 			continue
 		}
+		if headers[i] == "Content-Type" {
+			req.Header.Del("Content-Type")
+		}
 		req.Header.Add(headers[i], headers[i+1])
 	}
 	res, err := (&http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}).Do(req)
