@@ -69,13 +69,15 @@ type WriteOptions struct {
 	User   string // owner of what is created; default the sandbox' user
 	Perm   uint32 // of a new file; default 0644
 	NoDirs bool   // a missing parent directory is an error
-	// Attrs are all user.* extended attributes that the file has then; nil keeps those that it had.
-	Attrs map[string]string
+	// Attrs are all user.* extended attributes that the file has then; nil keeps those that it had. With AttrsBelow they are those whose names begin so,
+	// and the others stay.
+	Attrs      map[string]string
+	AttrsBelow string
 }
 
 // WriteFile writes what r gives to a file.
 func (c *Client) WriteFile(ctx context.Context, path string, r io.Reader, o WriteOptions) (FileInfo, error) {
-	stream, _, end, err := c.begin(ctx, header{Stream: streamWrite, Path: path, Mode: o.Mode, User: o.User, Perm: o.Perm, Parents: !o.NoDirs, Attrs: o.Attrs})
+	stream, _, end, err := c.begin(ctx, header{Stream: streamWrite, Path: path, Mode: o.Mode, User: o.User, Perm: o.Perm, Parents: !o.NoDirs, Attrs: o.Attrs, AttrsBelow: o.AttrsBelow})
 	if err != nil {
 		return FileInfo{}, err
 	}

@@ -8,9 +8,11 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -83,11 +85,26 @@ func (s *Server) openWrite(h header) (_ *fileWriter, err error) {
 			owner.uid, owner.gid = st.Uid, st.Gid
 		}
 	}
-	w, err := s.openTemp(target, perm, owner, h.Attrs)
+	w, err := s.openTemp(target, perm, owner, attrsOver(target, h))
 	if err == nil && !exists {
 		w.mode = h.Mode
 	}
 	return w, err
+}
+
+// attrsOver are the attributes that a file is to have which is written over another: those that are given, with what they leave of the old ones.
+func attrsOver(target string, h header) map[string]string {
+	if h.Attrs == nil || h.AttrsBelow == "" {
+		return h.Attrs
+	}
+	attrs := map[string]string{}
+	for name, value := range readAttrs(target) {
+		if !strings.HasPrefix(name, h.AttrsBelow) {
+			attrs[name] = value
+		}
+	}
+	maps.Copy(attrs, h.Attrs)
+	return attrs
 }
 
 // resolve follows the links of an existing path.

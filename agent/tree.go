@@ -277,17 +277,7 @@ func (t *tree) take(e rawEvent) {
 		t.end()
 	case e.name == "" || t.ignored(name): // of the directory itself: its parent tells it
 	case e.has(unix.IN_CREATE | unix.IN_MOVED_TO):
-		isNew := t.learn(name)
-		if isNew {
-			t.emit(TreeEvent{Op: opCreate, Path: name, Dir: isDir})
-		} else if e.has(unix.IN_MOVED_TO) {
-			t.emit(TreeEvent{Op: opSave, Path: name})
-		}
-		if isDir && t.deep {
-			if _, watched := t.wds[name]; !watched || e.has(unix.IN_MOVED_TO) {
-				t.descend(name, true)
-			}
-		}
+		t.arrived(e, name, false)
 	case e.has(unix.IN_DELETE):
 		t.unlearn(name)
 		t.found(name)
@@ -296,6 +286,23 @@ func (t *tree) take(e rawEvent) {
 		t.emit(TreeEvent{Op: opWrite, Path: name})
 	case e.has(unix.IN_ATTRIB):
 		t.emit(TreeEvent{Op: opAttrib, Path: name, Dir: isDir})
+	}
+}
+
+// arrived enters what has come to a name that is told; whole is of a file that a call of the host has written.
+func (t *tree) arrived(e rawEvent, name string, whole bool) {
+	isDir := e.has(unix.IN_ISDIR)
+	whole = whole && !isDir
+	if t.learn(name) {
+		t.emit(TreeEvent{Op: opCreate, Path: name, Dir: isDir, Whole: whole})
+	} else if e.has(unix.IN_MOVED_TO) {
+		t.emit(TreeEvent{Op: opSave, Path: name, Whole: whole})
+	}
+	if !isDir || !t.deep {
+		return
+	}
+	if _, watched := t.wds[name]; !watched || e.has(unix.IN_MOVED_TO) {
+		t.descend(name, true)
 	}
 }
 
@@ -332,7 +339,7 @@ func (t *tree) renamed(from, to rawEvent) {
 		t.movedAway(from)
 		return
 	case hidden:
-		t.take(to)
+		t.arrived(to, name, strings.HasPrefix(from.name, tempPrefix))
 		return
 	}
 	e := TreeEvent{Op: opRename, Path: name, From: old, Dir: isDir}

@@ -148,7 +148,7 @@ func TestTree(t *testing.T) {
 		if _, err := c.WriteFile(t.Context(), in("new/tool"), strings.NewReader("x"), WriteOptions{}); err != nil {
 			t.Fatal(err)
 		}
-		r.until(TreeEvent{Op: op, Path: in("new/tool")})
+		r.until(TreeEvent{Op: op, Path: in("new/tool"), Whole: true})
 	}
 	if slices.ContainsFunc(r.seen, func(e TreeEvent) bool { return strings.Contains(e.Path+e.From, tempPrefix) }) {
 		t.Errorf("%+v", r.seen)

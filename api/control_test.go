@@ -37,7 +37,12 @@ const testDomain = "box.test"
 
 func newAPITest(t *testing.T) *apiTest {
 	t.Helper()
-	m, err := sandbox.NewManager(sandbox.Options{Dir: t.TempDir(), Runtime: &sandboxtest.Fake{}, Templates: sandboxtest.Templates{}, Version: "test", MaxPerOwner: 20, ConnWait: 50 * time.Millisecond})
+	return newAPITestOn(t, &sandboxtest.Fake{})
+}
+
+func newAPITestOn(t *testing.T, fake *sandboxtest.Fake) *apiTest {
+	t.Helper()
+	m, err := sandbox.NewManager(sandbox.Options{Dir: t.TempDir(), Runtime: fake, Templates: sandboxtest.Templates{}, Version: "test", MaxPerOwner: 20, ConnWait: 50 * time.Millisecond})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -90,6 +95,9 @@ func (a *apiTest) ask(method, path, body string, headers ...string) reply {
 		if headers[i] == "Host" {
 			req.Host = headers[i+1]
 			continue
+		}
+		if headers[i] == "Content-Type" {
+			req.Header.Del("Content-Type")
 		}
 		req.Header.Add(headers[i], headers[i+1])
 	}
@@ -172,6 +180,7 @@ func TestControlPlane(t *testing.T) {
 		{"POST", "/v2/sandboxes", `{"templateID":"base","timeout":-1}`, 400, "timeout is from 0"},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","timeout":9000000000000}`, 400, "timeout is from 0"},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","autoResume":{"enabled":true}}`, 400, "autoResume needs autoPause"},
+		{"POST", "/v2/sandboxes", `{"templateID":"base","autoPauseMemory":false}`, 400, "autoPauseMemory=false only applies when autoPause is true"},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","volumeMounts":[{"name":"v","path":"/v"}]}`, 501, "volumes"},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","mcp":{"x":{}}}`, 501, "MCP"},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","network":{"allowOut":["example.com"]}}`, 400, "0.0.0.0/0"},
@@ -203,6 +212,8 @@ func TestControlPlane(t *testing.T) {
 		{"POST", "/sandboxes/" + id + "/pause", `{}`, 204, ""},
 		{"POST", "/sandboxes/" + id + "/pause", `{}`, 409, `"code":409`},
 		{"GET", "/v2/sandboxes?state=paused", "", 200, `"state":"paused"`},
+		{"POST", "/sandboxes/" + id + "/timeout", `{"timeout":100}`, 404, "connect to it first"},
+		{"POST", "/sandboxes/" + id + "/refreshes", `{}`, 404, "connect to it first"},
 		{"POST", "/v2/sandboxes/" + id + "/connect", `{"timeout":5}`, 201, id},
 		{"GET", "/snapshots?limit=0", "", 400, "limit"},
 		{"DELETE", "/templates/nothere%3Adefault", "", 404, `"code":404`},

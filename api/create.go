@@ -46,12 +46,15 @@ func (n newSandbox) options(c *Control, owner string, life int64) (o sandbox.Cre
 	if resume && (!n.AutoPause || filesOnly) {
 		return o, refuse(http.StatusBadRequest, "autoResume needs autoPause with memory")
 	}
+	if !n.AutoPause && n.AutoPauseMemory != nil && !*n.AutoPauseMemory {
+		return o, refuse(http.StatusBadRequest, "autoPauseMemory=false only applies when autoPause is true")
+	}
 	lifetime, err := seconds("timeout", n.Timeout, life, maxLife)
 	if err != nil {
 		return o, err
 	}
 	o = sandbox.CreateOptions{Owner: owner, Template: c.templateName(owner, n.TemplateID), Metadata: n.Metadata, Env: n.Env,
-		Times: sandbox.Times{Life: max(lifetime, time.Second), OnTimeout: sandbox.ActionKill, NoAutoResume: !resume, FilesOnly: filesOnly}}
+		Times: sandbox.Times{Life: max(lifetime, time.Second), First: max(lifetime, time.Second), OnTimeout: sandbox.ActionKill, NoAutoResume: !resume, FilesOnly: filesOnly}}
 	if n.AutoPause {
 		o.Times.OnTimeout = sandbox.ActionPause
 	}

@@ -232,7 +232,7 @@ func (f failure) write(w http.ResponseWriter, r *http.Request) {
 	_ = json.NewEncoder(w).Encode(f) // as above
 }
 
-// autoLife is how long a sandbox lives at least that a request has woken.
+// autoLife is how long a sandbox lives at least that a request has woken; more, where it was made with more.
 const autoLife = 5 * time.Minute
 
 // serve answers a request for a port of a sandbox. One that other nodes have would be asked for there.
@@ -267,7 +267,7 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 			return
 		}
 		defer release()
-		if sb.Info().State == sandbox.Paused && !public && !target.Proven(r) { // asking whether it lives must not wake it
+		if sb.Info().State == sandbox.Paused && !target.Proven(r) { // asking whether it lives must not wake it
 			notFound(id).write(w, r)
 			return
 		}
@@ -327,7 +327,7 @@ func (g *Gateway) awake(w http.ResponseWriter, r *http.Request, sb *sandbox.Sand
 	}
 	_, err := sb.Agent(r.Context(), "wake")
 	if err == nil {
-		life := autoLife
+		life := max(autoLife, sb.Info().Times.First)
 		if _, err := sb.Update(r.Context(), sandbox.Update{AtLeast: &life}); err != nil {
 			g.Log.Debug("give a sandbox that was woken time", "sandbox", sb.ID(), "error", err) // it may not have more
 		}

@@ -289,7 +289,8 @@ func (c *Control) pause(r *call) error {
 	if err != nil {
 		return err
 	}
-	err = sb.Pause(r.Context(), sandbox.PauseOptions{ToDisk: true, FilesOnly: body.Memory != nil && !*body.Memory, AutoResume: !sb.Info().Times.NoAutoResume})
+	filesOnly := body.Memory != nil && !*body.Memory // what would boot anew is resumed by those alone who ask for that
+	err = sb.Pause(r.Context(), sandbox.PauseOptions{ToDisk: true, FilesOnly: filesOnly, AutoResume: !filesOnly && !sb.Info().Times.NoAutoResume})
 	if err != nil {
 		return gone(sb, err)
 	}
@@ -310,22 +311,31 @@ func (c *Control) connectTo(r *call) error {
 	if err != nil {
 		return err
 	}
-	i := sb.Info()
-	paused, o := i.State == sandbox.Paused || i.OnDisk, sandbox.ResumeOptions{}
-	if body.Memory != nil && !*body.Memory && i.OnDisk {
-		o.FilesOnly = true
-	}
-	if _, err := sb.Update(r.Context(), sandbox.Update{AtLeast: &life}); err != nil {
-		return gone(sb, err)
-	}
-	if paused {
-		if err := sb.ResumeWith(r.Context(), o); err != nil && sb.Info().State != sandbox.Running {
+	code := http.StatusOK
+	for range connectTries {
+		if err := sb.Settle(r.Context()); err != nil { // one that is just being paused is resumed
+			return err
+		}
+		i := sb.Info()
+		if _, err := sb.Update(r.Context(), sandbox.Update{AtLeast: &life}); err != nil {
 			return gone(sb, err)
 		}
-		return r.answer(http.StatusCreated, c.created(sb))
+		if i.State == sandbox.Paused || i.OnDisk {
+			code = http.StatusCreated
+			o := sandbox.ResumeOptions{FilesOnly: i.OnDisk && body.Memory != nil && !*body.Memory}
+			if err := sb.ResumeWith(r.Context(), o); err != nil && sb.Info().State != sandbox.Running {
+				return gone(sb, err)
+			}
+		}
+		if sb.Info().State == sandbox.Running { // nobody has paused it meanwhile
+			break
+		}
 	}
-	return r.answer(http.StatusOK, c.created(sb))
+	return r.answer(code, c.created(sb))
 }
+
+// connectTries is how often a sandbox is resumed that others pause.
+const connectTries = 3
 
 func (c *Control) resume(r *call) error {
 	var body struct {
@@ -340,7 +350,11 @@ func (c *Control) resume(r *call) error {
 	if err != nil {
 		return err
 	}
-	if sb.Info().State == sandbox.Running {
+	was := sb.Info().State
+	if err := sb.Settle(r.Context()); err != nil {
+		return err
+	}
+	if was == sandbox.Running && sb.Info().State == was { // else somebody has just resumed it
 		return refuse(http.StatusConflict, "sandbox %q is already running", sb.ID())
 	}
 	u := sandbox.Update{AtLeast: &life}
@@ -353,7 +367,7 @@ func (c *Control) resume(r *call) error {
 	if _, err := sb.Update(r.Context(), u); err != nil {
 		return gone(sb, err)
 	}
-	if err := sb.Resume(r.Context()); err != nil {
+	if err := sb.Resume(r.Context()); err != nil && sb.Info().State != sandbox.Running {
 		return gone(sb, err)
 	}
 	return r.answer(http.StatusCreated, c.created(sb))
@@ -373,7 +387,7 @@ func (c *Control) setTimeout(r *call) error {
 	if err != nil {
 		return err
 	}
-	return c.update(r, sandbox.Update{Lifetime: &life})
+	return c.setLife(r, sandbox.Update{Lifetime: &life})
 }
 
 func (c *Control) refresh(r *call) error {
@@ -387,13 +401,17 @@ func (c *Control) refresh(r *call) error {
 	if err != nil {
 		return err
 	}
-	return c.update(r, sandbox.Update{AtLeast: &life})
+	return c.setLife(r, sandbox.Update{AtLeast: &life})
 }
 
-func (c *Control) update(r *call, u sandbox.Update) error {
+// setLife changes how long a sandbox lives, which one that is paused does not do: clients are told that there is none that runs.
+func (c *Control) setLife(r *call, u sandbox.Update) error {
 	sb, err := c.find(r)
 	if err != nil {
 		return err
+	}
+	if sb.Info().State != sandbox.Running {
+		return refuse(http.StatusNotFound, "sandbox %q is not running: connect to it first, which resumes it", sb.ID())
 	}
 	if _, err := sb.Update(r.Context(), u); err != nil {
 		return gone(sb, err)

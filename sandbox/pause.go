@@ -31,7 +31,8 @@ type PauseOptions struct {
 }
 
 // Pause stops the sandbox as it is: its processes, and the clock of its life. Calls that wait for something in it return with what is there
-// when it goes to disk, and go on after Resume when it is frozen. When it fails the sandbox is as before.
+// when it goes to disk, and go on after Resume when it is frozen. When it fails the sandbox is as before. Where another call is just doing the same it
+// waits, and is done with it; so does Resume.
 func (s *Sandbox) Pause(ctx context.Context, o PauseOptions) error {
 	if o.FilesOnly && !o.ToDisk {
 		return fmt.Errorf("pause sandbox %s: its files alone can be saved to disk only: %w", s.id, ErrInvalid)
@@ -40,7 +41,7 @@ func (s *Sandbox) Pause(ctx context.Context, o PauseOptions) error {
 }
 
 func (s *Sandbox) pause(ctx context.Context, o PauseOptions) (err error) {
-	began := time.Now()
+	began, moved := time.Now(), s.moves(Running)
 	ctx, over, err := s.takeTurn(ctx, "pause")
 	if err != nil {
 		return err
@@ -52,7 +53,9 @@ func (s *Sandbox) pause(ctx context.Context, o PauseOptions) (err error) {
 	if o.Cause == "" {
 		o.Cause = CauseRequest
 	}
-	if r := s.current(); r.State != Running && (r.State != Paused || !o.ToDisk || r.onDisk()) {
+	if r := s.current(); moved && r.isAs(o) {
+		return nil // by whoever was faster
+	} else if r.State != Running && (r.State != Paused || !o.ToDisk || r.onDisk()) {
 		return s.asError("pause")
 	} else if o.forced && r.State == Paused && s.met() { // by its user, meanwhile: it takes no more than it has
 		return s.asError("pause")
@@ -66,6 +69,35 @@ func (s *Sandbox) pause(ctx context.Context, o PauseOptions) (err error) {
 		err = fmt.Errorf("pause sandbox %s: %w", s.id, s.whyEnded(err))
 	}
 	return err
+}
+
+// moves says whether a sandbox is in a state, or is just being changed: who wants another one, and finds when it is his turn that it is so, has what he wants.
+func (s *Sandbox) moves(from State) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.rec.State == from || s.hold != nil && !s.rec.State.Ended()
+}
+
+// isAs says whether a sandbox is paused as somebody wants it.
+func (r record) isAs(o PauseOptions) bool {
+	return r.State == Paused && !o.forced && r.onDisk() == o.ToDisk && (o.FilesOnly || !r.Pause.FilesOnly)
+}
+
+// Settle waits until nobody changes the sandbox between running and paused.
+func (s *Sandbox) Settle(ctx context.Context) error {
+	for {
+		s.mu.Lock()
+		hold := s.hold
+		s.mu.Unlock()
+		if hold == nil {
+			return nil
+		}
+		select {
+		case <-hold:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
 }
 
 // met says whether there is a session with its agent.
@@ -89,7 +121,7 @@ func (s *Sandbox) Resume(ctx context.Context) error { return s.ResumeWith(ctx, R
 
 // ResumeWith is Resume with options. Info has a Notice of what is missing.
 func (s *Sandbox) ResumeWith(ctx context.Context, o ResumeOptions) (err error) {
-	began := time.Now()
+	began, moved := time.Now(), s.moves(Paused)
 	ctx, over, err := s.takeTurn(ctx, "resume")
 	if err != nil {
 		return err
@@ -99,6 +131,9 @@ func (s *Sandbox) ResumeWith(ctx context.Context, o ResumeOptions) (err error) {
 		s.m.opts.Observe("resume", time.Since(began), err)
 	}()
 	r := s.current()
+	if moved && r.State == Running && o == (ResumeOptions{}) {
+		return nil // by whoever was faster
+	}
 	if r.State != Paused && !r.onDisk() {
 		return s.asError("resume")
 	}

@@ -28,6 +28,8 @@ type Times struct {
 	// which are told by SIGTERM.
 	OnTimeout Action        `json:"on_timeout"`
 	Grace     time.Duration `json:"grace,omitempty"`
+	// First is the Life with which it was made: what it has at least when a request for one of its ports wakes it. Zero is no such bound.
+	First time.Duration `json:"first,omitempty"`
 	// NoAutoResume says that calls do not wake it where its times have paused it, FilesOnly that its memory is given up then.
 	NoAutoResume bool `json:"no_auto_resume,omitempty"`
 	FilesOnly    bool `json:"files_only,omitempty"`

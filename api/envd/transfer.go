@@ -238,7 +238,7 @@ func (s *Server) upload(w http.ResponseWriter, r *http.Request) {
 	written := []uploaded{}
 	put := func(to string, from io.Reader) bool {
 		in := &source{r: from}
-		info, err := p.client.WriteFile(r.Context(), to, in, agent.WriteOptions{User: who, Attrs: attrs})
+		info, err := p.client.WriteFile(r.Context(), to, in, agent.WriteOptions{User: who, Attrs: attrs, AttrsBelow: metadataPrefix})
 		switch {
 		case err == nil:
 			written = append(written, uploaded{Path: info.Path, Name: path.Base(info.Path), Type: "file", Metadata: metadata})
@@ -346,9 +346,10 @@ func (s *Server) parts(w http.ResponseWriter, r *http.Request, p *place, form *m
 	}
 }
 
-// metadataOf is what a request wants to be kept with its files, as it is told and as attributes; nil leaves what there is.
+// metadataOf is what a request wants to be kept with its files, as it is told and as attributes: all of it, what a file had before goes.
 func metadataOf(h http.Header) (metadata, attrs map[string]string, err error) {
 	size := 0
+	attrs = map[string]string{}
 	for name, values := range h {
 		key, ok := strings.CutPrefix(name, metadataHeader)
 		if !ok {
@@ -358,7 +359,7 @@ func metadataOf(h http.Header) (metadata, attrs map[string]string, err error) {
 			return nil, nil, fmt.Errorf("metadata %q: neither its name nor its value may be empty", key)
 		}
 		if metadata == nil {
-			metadata, attrs = map[string]string{}, map[string]string{}
+			metadata = map[string]string{}
 		}
 		metadata[key], attrs[metadataPrefix+key] = values[0], values[0]
 		size += len(key) + len(values[0])

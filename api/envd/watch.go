@@ -92,6 +92,13 @@ func (w *watcher) tell(ctx context.Context, p *place, e agent.TreeEvent) []*pb.F
 		}
 		return out
 	}
+	if e.Whole { // clients know an upload as what envd does, which writes to the file itself
+		written := one(pb.EventType_EVENT_TYPE_WRITE, e.Path)
+		if e.Op == "create" {
+			return []*pb.FilesystemEvent{one(pb.EventType_EVENT_TYPE_CREATE, e.Path), written}
+		}
+		return []*pb.FilesystemEvent{written}
+	}
 	switch e.Op {
 	case "create":
 		return []*pb.FilesystemEvent{one(pb.EventType_EVENT_TYPE_CREATE, e.Path)}

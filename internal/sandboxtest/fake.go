@@ -25,6 +25,7 @@ type Fake struct {
 	Deaf       bool               // has machines that begin from a memory answer nothing
 	Agents     chan *agent.Server // if set, machines take theirs from here: made outside of a synctest bubble, they do not keep its time from going on
 	Hang       chan struct{}      // if set, Boot waits until it is closed or its context ends
+	HangSave   chan struct{}      // if set, every Checkpoint takes two from it: the first says that it has begun, the second that it may go on
 
 	mu       sync.Mutex
 	machines map[string]*fakeMachine  // by directory
@@ -172,6 +173,11 @@ func readCheckpoint(dir string) (string, error) {
 // Checkpoint implements sandbox.Machine. What is saved is the agent itself: the first machine that begins from it has the memory, all others
 // are new.
 func (c *fakeConn) Checkpoint(_ context.Context, dir string, o sandbox.CheckpointOptions) error {
+	for range 2 {
+		if c.fake.HangSave != nil {
+			<-c.fake.HangSave
+		}
+	}
 	if c.fake.FailSave != nil {
 		return c.fake.FailSave
 	}

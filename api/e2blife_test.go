@@ -1,0 +1,113 @@
+package api
+
+import (
+	"fmt"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"soulbox.dev/soulbox/api/envd"
+	"soulbox.dev/soulbox/internal/sandboxtest"
+)
+
+// waiting counts the goroutines that are in a function.
+func waiting(function string) int {
+	stacks := make([]byte, 4<<20)
+	n := 0
+	for _, one := range strings.Split(string(stacks[:runtime.Stack(stacks, true)]), "\n\n") {
+		if strings.Contains(one, function+"(") {
+			n++
+		}
+	}
+	return n
+}
+
+// TestPausesAtOnce: who pauses a sandbox that is just being paused waits, and is told that it is done; who connects to it has it resumed. One that was paused
+// before is told to be so, as E2B does.
+func TestPausesAtOnce(t *testing.T) {
+	fake := &sandboxtest.Fake{HangSave: make(chan struct{})}
+	a := newAPITestOn(t, fake)
+	id, _ := a.create("ann", `{"templateID":"base"}`)
+	ask := func(path string) chan int {
+		code := make(chan int, 1)
+		go func() { code <- a.as("ann", "POST", path, "{}").code }()
+		return code
+	}
+	first := ask("/sandboxes/" + id + "/pause")
+	fake.HangSave <- struct{}{}
+	second, third := ask("/sandboxes/"+id+"/pause"), ask("/sandboxes/"+id+"/pause")
+	sandboxtest.Eventually(t, "both wait", func() bool { return waiting("sandbox.(*Sandbox).takeTurn") == 2 })
+	close(fake.HangSave)
+	for i, code := range []chan int{first, second, third} {
+		if got := <-code; got != 204 {
+			t.Errorf("pause %d: %d", i, got)
+		}
+	}
+	if r := a.as("ann", "POST", "/sandboxes/"+id+"/pause", "{}"); r.code != 409 {
+		t.Errorf("once more: %d %s", r.code, r.text)
+	}
+	if r := a.as("ann", "POST", "/v2/sandboxes/"+id+"/connect", "{}"); r.code != 201 {
+		t.Errorf("connect: %d %s", r.code, r.text)
+	}
+}
+
+// TestConnectWhilePausing: who connects to a sandbox that is just being paused finds it running.
+func TestConnectWhilePausing(t *testing.T) {
+	for path, want := range map[string]int{"/v2/sandboxes/%s/connect": 201, "/sandboxes/%s/resume": 201} {
+		fake := &sandboxtest.Fake{HangSave: make(chan struct{})}
+		a := newAPITestOn(t, fake)
+		id, _ := a.create("ann", `{"templateID":"base"}`)
+		paused, connected := make(chan int, 1), make(chan int, 1)
+		go func() { paused <- a.as("ann", "POST", "/sandboxes/"+id+"/pause", "{}").code }()
+		fake.HangSave <- struct{}{}
+		go func() { connected <- a.as("ann", "POST", fmt.Sprintf(path, id), "{}").code }()
+		sandboxtest.Eventually(t, "it waits", func() bool { return waiting("sandbox.(*Sandbox).Settle") == 1 })
+		close(fake.HangSave)
+		if p, c := <-paused, <-connected; p != 204 || c != want {
+			t.Errorf("%s: %d %d", path, p, c)
+		}
+		if state := a.as("ann", "GET", "/sandboxes/"+id, "").field("state"); state != "running" {
+			t.Errorf("%s: it is %v", path, state)
+		}
+	}
+}
+
+// TestTrafficWakes: a request that wakes a sandbox gives it the time with which it was made; asking whether it lives wakes none, whoever may reach it; one
+// whose files alone were saved is resumed by those alone who ask for that.
+func TestTrafficWakes(t *testing.T) {
+	a := newAPITest(t)
+	id, token := a.create("ann", `{"templateID":"base","timeout":7200,"autoPause":true,"autoResume":{"enabled":true}}`)
+	host := fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain)
+	state := func() any { return a.as("ann", "GET", "/sandboxes/"+id, "").field("state") }
+	pause := func(body string) {
+		t.Helper()
+		if r := a.as("ann", "POST", "/sandboxes/"+id+"/pause", body); r.code != 204 {
+			t.Fatal(r.text)
+		}
+	}
+	if r := a.as("ann", "POST", "/sandboxes/"+id+"/timeout", `{"timeout":60}`); r.code != 204 {
+		t.Fatal(r.text)
+	}
+	pause("{}")
+	if r := a.ask("GET", "/health", "", "Host", host); r.code != 502 || state() != "paused" {
+		t.Errorf("health: %d %s, %v", r.code, r.text, state())
+	}
+	if r := a.inside(id, token, "GET", "/envs", ""); r.code != 200 || state() != "running" {
+		t.Errorf("a call: %d %s, %v", r.code, r.text, state())
+	}
+	end, err := time.Parse(time.RFC3339, fmt.Sprint(a.as("ann", "GET", "/sandboxes/"+id, "").field("endAt")))
+	if left := time.Until(end); err != nil || left < 7100*time.Second || left > 7200*time.Second {
+		t.Errorf("it has %s left, %v", left, err)
+	}
+	pause(`{"memory":false}`)
+	if r := a.inside(id, token, "GET", "/envs", ""); r.code != 502 || state() != "paused" {
+		t.Errorf("files alone: %d %s, %v", r.code, r.text, state())
+	}
+	if r := a.ask("GET", "/", "", "Host", fmt.Sprintf("8000-%s.%s", id, testDomain)); r.code != 502 || state() != "paused" {
+		t.Errorf("files alone, by a port: %d %s, %v", r.code, r.text, state())
+	}
+	if r := a.as("ann", "POST", "/v2/sandboxes/"+id+"/connect", `{}`); r.code != 201 || state() != "running" {
+		t.Errorf("connect: %d %s, %v", r.code, r.text, state())
+	}
+}
