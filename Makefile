@@ -15,10 +15,14 @@ export CGO_ENABLED = $(if $(findstring -race,$(RACE)),1,0)
 build: bin/runsc
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
 
-bin/runsc: gvisor/runsc/go.mod gvisor/runsc/go.sum gvisor/runsc/main.go
+# gVisor with gvisor/runsc/patches. The folder of the patches is named, too, so that one that is taken away is noticed.
+PATCHES := $(wildcard gvisor/runsc/patches/*.patch) gvisor/runsc/patches gvisor/patch/main.go gvisor/patch/patch.go
+
+bin/runsc: gvisor/runsc/go.mod gvisor/runsc/go.sum gvisor/runsc/main.go $(PATCHES)
 	@echo "building runsc $(GVISOR), once; this takes some minutes"
-	mkdir -p bin
-	cd gvisor/runsc && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X gvisor.dev/gvisor/runsc/version.version=$(GVISOR)' -o ../../bin/runsc .
+	mkdir -p bin .cache
+	CGO_ENABLED=0 $(GO) run ./gvisor/patch -to .cache/gvisor
+	cd gvisor/runsc && CGO_ENABLED=0 $(GO) build -modfile=$(CURDIR)/.cache/gvisor.mod -trimpath -ldflags '-s -w -X gvisor.dev/gvisor/runsc/version.version=$(GVISOR)' -o ../../bin/runsc .
 
 demo: build
 	timeout 120 bin/soulbox-mcp demo
@@ -55,4 +59,4 @@ bench: build
 	timeout 1200 env CGO_ENABLED=0 $(GO) test ./cmd/... -run '^$$' -bench . -benchtime 1x -timeout 14m -v | grep -v -e '^=== ' -e '^ok'
 
 clean:
-	rm -rf bin
+	rm -rf bin .cache/gvisor .cache/gvisor.mod .cache/gvisor.sum
