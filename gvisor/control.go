@@ -28,7 +28,7 @@ type execArgs struct {
 
 // control makes one call on the sentry's control socket that takes no time to speak of.
 func (r *Runtime) control(ctx context.Context, run, method string, args, result any) error {
-	ctx, cancel := context.WithTimeout(ctx, controlTimeout)
+	ctx, cancel := context.WithTimeoutCause(ctx, controlTimeout, fmt.Errorf("its kernel has not answered in %s: %w", controlTimeout, context.DeadlineExceeded))
 	defer cancel()
 	return r.controlSlow(ctx, run, method, args, result)
 }

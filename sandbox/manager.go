@@ -240,7 +240,7 @@ func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
-		_ = sb.end(Failed, err) // end logs its error; this one is the cause
+		_ = sb.end(Failed, fmt.Errorf("it could not be made: %w", err)) // end logs its error; this one is the cause
 		return nil, fmt.Errorf("create sandbox: %w", err)
 	}
 	for _, p := range o.ports {

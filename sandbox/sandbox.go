@@ -174,12 +174,15 @@ func (s *Sandbox) boot(ctx context.Context, template Template, from string, whol
 	return served, nil
 }
 
-// skip is skipPast, with a bound.
+// skip is skipPast, with the bound of a boot, of which it is the end.
 func (s *Sandbox) skip(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, tellTime)
+	ctx, cancel := context.WithTimeoutCause(ctx, s.m.opts.BootTimeout, errNotReady)
 	defer cancel()
 	return s.skipPast(ctx)
 }
+
+// errNotReady is of a machine whose agent has not answered in time: the host may have been busy.
+var errNotReady = fmt.Errorf("the sandbox was not ready in time: %w", context.DeadlineExceeded)
 
 // start starts the machine and meets its agent. What has been started is in s also when it fails.
 func (s *Sandbox) start(ctx context.Context, template Template, from string, whole bool) error {
@@ -188,7 +191,7 @@ func (s *Sandbox) start(ctx context.Context, template Template, from string, who
 
 // startWith is start with limits that are not the sandbox's yet. hurry does not wait for long for an agent.
 func (s *Sandbox) startWith(ctx context.Context, template Template, from string, whole bool, limits Limits, hurry bool) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, s.m.opts.BootTimeout, errors.New("the sandbox was not ready in time"))
+	ctx, cancel := context.WithTimeoutCause(ctx, s.m.opts.BootTimeout, errNotReady)
 	defer cancel()
 	r := s.current()
 	r.Limits = limits

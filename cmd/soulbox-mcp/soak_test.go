@@ -238,6 +238,8 @@ func (s *soak) told(what string, b *box, err error) {
 		s.count("no room")
 	case strings.Contains(err.Error(), "too many open files"):
 		s.count("no descriptors")
+	case strings.Contains(err.Error(), "was not ready in time"): // nothing is made, or it is where it was
+		s.count("too slow a machine")
 	default:
 		s.t.Errorf("%s %s: %v", what, b.id, err)
 	}

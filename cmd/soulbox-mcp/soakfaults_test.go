@@ -184,7 +184,7 @@ func (s *soak) recover(b *box) bool {
 }
 
 // notMade are causes of what has failed before its client was told of it.
-var notMade = []string{"while it was made", "too many open files", "cancelled by the client"}
+var notMade = []string{"while it was made", "it could not be made", "cancelled by the client"}
 
 // checkFailed: nothing has failed but what we have ended, or what was not made yet.
 func (s *soak) checkFailed() {
