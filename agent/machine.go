@@ -33,6 +33,10 @@ func setUpMachine(image bool) (*cgroups, error) {
 	if err := os.WriteFile("/proc/sys/kernel/yama/ptrace_scope", []byte("0"), 0o644); err != nil {
 		return nil, fmt.Errorf("let programs be traced: %w", err)
 	}
+	// A child has the agent's memory until it executes, and its user's id before that: nobody with that id may look at it.
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return nil, fmt.Errorf("keep the agent's memory from others: %w", err)
+	}
 	if image {
 		// gVisor mounts memory on an empty /tmp; it is to be a directory as others, on disk, and in what a build makes.
 		if err := unix.Unmount("/tmp", 0); err != nil && err != unix.EINVAL && err != unix.ENOENT && err != unix.ENOTDIR {

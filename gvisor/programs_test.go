@@ -97,11 +97,35 @@ if c.ptrace(16, pid, 0, 0) < 0: sys.exit(print(os.strerror(ctypes.get_errno())))
 os.waitpid(pid, 0x40000000)
 print("attached"); c.ptrace(17, pid, 0, 0)' `
 
-// TestTrace has debuggers attach to processes of their user, and nobody to the agent or its bridge.
-func TestTrace(t *testing.T) {
-	_, host := newRuntime(t)
-	runtime := &gvisor.Runtime{Runsc: sandboxtest.Program(t, "runsc"), Agent: sandboxtest.AgentPath(t)}
-	spec := sandbox.Spec{ID: "sbtest", Dir: sandboxtest.Dir(t), Template: host, Limits: sandbox.DefaultLimits()}
+// TestStickyDirectories renames over names that are free again, where only their owners may: the overlay has whiteouts there, which are root's.
+func TestStickyDirectories(t *testing.T) {
+	image := sandboxtest.Image(t, sandboxtest.Dir(t))
+	runtime, host := newRuntime(t)
+	inMemory := sandbox.DefaultLimits()
+	inMemory.DiskInMemory = true
+	for name, spec := range map[string]sandbox.Spec{
+		"host":            {Template: host, Limits: sandbox.DefaultLimits()},
+		"image":           {Template: sandbox.Template{Image: image}, Limits: sandbox.DefaultLimits()},
+		"image in memory": {Template: sandbox.Template{Image: image}, Limits: inMemory},
+	} {
+		t.Run(name, func(t *testing.T) {
+			spec.ID, spec.Dir = "sbtest", sandboxtest.Dir(t)
+			c := sandboxtest.Greet(t, boot(t, runtime, spec))
+			says(t, c, "root", "mkdir -p /var/tmp /tmp/own; chmod 1777 /tmp /var/tmp /tmp/own", "")
+			for _, dir := range []string{"/tmp", "/var/tmp", "/tmp/own"} {
+				says(t, c, "user", "cd "+dir+"; echo 1 >a; echo 2 >b; mv a a.bak; mv b a; cat a a.bak; rm a a.bak", "2\n1\n")
+				says(t, c, "user", "cd "+dir+"; echo 1 >a; mv a b; mv b a; mv a b; ln b a; mv a c; ln -s b a; rm a; mkdir a; rmdir a; mv b a; cat a; rm a c; ls a b c 2>/dev/null", "1\n")
+				says(t, c, "user", "cd "+dir+"; mkdir d e; mv d f; mv e d; rmdir d f; echo 1 >d; rm d; ls d e f 2>/dev/null", "")
+				says(t, c, "root", "echo r >"+dir+"/r; mv "+dir+"/r "+dir+"/root", "")
+				says(t, c, "user", "cd "+dir+"; echo 1 >a; mv a r; cat r; rm r; echo 2 >a; mv -f a root 2>/dev/null || cat root a; rm a; rm -f root 2>/dev/null || echo root\\'s", "1\nr\n2\nroot's\n")
+			}
+		})
+	}
+}
+
+// boot is a machine without a Manager.
+func boot(t *testing.T, runtime *gvisor.Runtime, spec sandbox.Spec) sandbox.Machine {
+	t.Helper()
 	m, err := runtime.Boot(t.Context(), spec)
 	if err != nil {
 		t.Fatal(err)
@@ -111,7 +135,14 @@ func TestTrace(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	first := sandboxtest.Greet(t, m)
+	return m
+}
+
+// TestTrace has debuggers attach to processes of their user, and nobody to the agent or its bridge.
+func TestTrace(t *testing.T) {
+	runtime, host := newRuntime(t)
+	spec := sandbox.Spec{ID: "sbtest", Dir: sandboxtest.Dir(t), Template: host, Limits: sandbox.DefaultLimits()}
+	first := sandboxtest.Greet(t, boot(t, runtime, spec))
 	for _, user := range []string{"user", "root", "daemon"} {
 		if _, err := first.Start(t.Context(), agent.StartRequest{Command: "exec sleep 600", User: user, Tag: user}); err != nil {
 			t.Fatal(err)
@@ -127,6 +158,7 @@ func TestTrace(t *testing.T) {
 	bridge := "$(pgrep -x soulbox-agent | grep -vx 1)"
 	for _, test := range []struct{ user, target, want string }{
 		{"user", target("user"), "attached\n"}, {"daemon", target("daemon"), "attached\n"}, {"root", target("root"), "attached\n"},
+		{"root", target("user"), "attached\n"}, {"root", target("daemon"), "attached\n"},
 		{"user", target("root"), "Operation not permitted\n"}, {"user", target("daemon"), "Operation not permitted\n"},
 		{"user", "1", "Operation not permitted\n"}, {"root", "1", "Operation not permitted\n"},
 		{"user", bridge, "Operation not permitted\n"}, {"root", bridge, "Operation not permitted\n"},

@@ -23,7 +23,7 @@ import (
 func TestMain(m *testing.M) {
 	sandboxtest.Main(m, "TestRuntime", "TestImage", "TestNothingOfTheHost", "TestForkBomb", "TestMemoryBombs", "TestUserNamespace", "TestUserTmpfs", "TestDeviceDirectory", "TestAttachAsGuest", "TestHostCgroup",
 		"TestInHostCgroup", "TestStrangers", "TestSentryKilled", "TestRelieve", "TestOutOfMemory", "TestPauseInTimeLimit", "TestPlanV.*",
-		"TestStandardStreams", "TestLogin", "TestLimitsSeen", "TestTrace")
+		"TestStandardStreams", "TestLogin", "TestLimitsSeen", "TestStickyDirectories", "TestTrace")
 }
 
 func newRuntime(t *testing.T) (*gvisor.Runtime, sandbox.Template) {
