@@ -49,7 +49,7 @@ func (s *Server) nextGeneration() (int64, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	dir := s.shells.dir
-	if err := errors.Join(os.MkdirAll(dir, 0o733), os.Chmod(dir, 0o733|os.ModeSticky)); err != nil {
+	if err := errors.Join(os.MkdirAll(filepath.Dir(dir), 0o755), os.MkdirAll(dir, 0o733), os.Chmod(dir, 0o733|os.ModeSticky)); err != nil {
 		return s.generation, err
 	}
 	f, known, err := openOwn(filepath.Join(dir, generationFile), 0o644)

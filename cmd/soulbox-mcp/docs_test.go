@@ -98,7 +98,8 @@ func asPrinted(line string) string {
 	case strings.HasPrefix(command, "bin/soulbox-mcp http"):
 		return echo + "serve " + strings.TrimPrefix(command, "bin/soulbox-mcp ") + "\n"
 	case strings.Contains(command, "sandbox connect"):
-		return echo + fmt.Sprintf("{ sleep 1; echo exit; } | script -qec \"%s\" /dev/null >/dev/null\n", command) // TestConnect types more
+		// What is typed before the shell is there may be lost, so it is typed until that has ended. TestConnect types more.
+		return echo + fmt.Sprintf("{ trap '' PIPE; while echo exit 2>/dev/null; do sleep 0.2; done; } | script -qec \"%s\" /dev/null >/dev/null\n", command)
 	}
 	return echo + command + "\n"
 }
