@@ -6,9 +6,9 @@ import (
 	"github.com/charmbracelet/x/ansi"
 )
 
-// The emulator joins characters that come in one write, gives a pair of regional indicators and emoji with joiners two columns, forgets what is
-// combined when it comes alone, and loses a wide character at the margin (docs/upstream/x-vt.md). Programs count as wcwidth does, and xterm
-// with them: each character by itself. So characters that are not ASCII are placed here, one by one.
+// The emulator joins characters that come in one write, gives a flag and emoji with joiners two columns, forgets what is combined when it
+// comes alone, and loses a wide character at the margin (docs/upstream/x-vt.md). Programs count as wcwidth does, and xterm with them: each
+// character by itself. So characters that are not ASCII are placed here, one by one.
 
 // nextLine goes to the begin of the next line, as a character does that has no room in its own.
 const nextLine = "\r\x1bD"
@@ -16,7 +16,8 @@ const nextLine = "\r\x1bD"
 // placeholder is a character of one column, in whose place another is put.
 const placeholder = "x"
 
-// char renders a character that is not ASCII. atMargin says that the one before it was wide and ends at the margin, and margin that this is such.
+// char renders a character that is not ASCII. atMargin says that the one before it was wide and ends at the margin, and margin that this one
+// is such.
 func (sc *screen) char(c rune, atMargin bool) (margin bool, err error) {
 	e, width := sc.shown(), charWidth(c)
 	if width == 0 {
