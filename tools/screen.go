@@ -50,6 +50,7 @@ type screen struct {
 	feed   sequence
 	// appCursor and brackets are what the program has asked of the keyboard.
 	appCursor, brackets bool
+	noWrap              bool // the program has asked that lines are not continued at the margin
 }
 
 // sizeOf is the size at which a process' terminal is rendered, and how many cells that takes at most.
@@ -103,7 +104,7 @@ func (s *screens) with(ctx context.Context, client *agent.Client, sandboxID stri
 
 // reset begins with an empty screen at an offset. sc.mu is held.
 func (sc *screen) reset(size agent.Terminal, offset int64) {
-	sc.size, sc.offset, sc.title, sc.appCursor, sc.brackets, sc.feed = size, offset, "", false, false, sequence{}
+	sc.size, sc.offset, sc.title, sc.appCursor, sc.brackets, sc.noWrap, sc.feed = size, offset, "", false, false, false, sequence{}
 	sc.main, sc.alt = sc.emulator(scrollLines), nil
 }
 
@@ -120,6 +121,8 @@ func (sc *screen) emulator(above int) *vt.Emulator {
 				sc.appCursor = on
 			case ansi.ModeBracketedPaste:
 				sc.brackets = on
+			case ansi.ModeAutoWrap:
+				sc.noWrap = !on
 			}
 		}
 	}
@@ -155,7 +158,7 @@ func (sc *screen) stage() stage {
 		case !on:
 			sc.alt = nil
 		}
-	}, title: func(t string) { sc.title = shorten(t, 200) }}
+	}, char: sc.char, title: func(t string) { sc.title = shorten(t, 200) }}
 }
 
 // errTooMuch is of output that takes too long to render.

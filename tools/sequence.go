@@ -17,11 +17,13 @@ type sequence struct {
 	params []byte
 	long   bool // the parameters are longer than any that means something
 	osc    bool // the control string is an operating system command
+	margin bool // the last character was a wide one that ends at the margin: the next one begins the next line
 }
 
 const (
 	inText = iota
 	afterEscape
+	inEscape // behind its intermediates
 	inControl
 	inString
 )
@@ -34,26 +36,34 @@ var alternate = []string{"47", "1047", "1049"}
 
 // stage is what output acts on.
 type stage struct {
-	flush     func([]byte) error // what is to be rendered
-	alternate func(on bool)      // comes between
+	flush     func([]byte) error                                   // what is to be rendered
+	alternate func(on bool)                                        // comes between
+	char      func(c rune, atMargin bool) (margin bool, err error) // the same of a character that is not ASCII
 	title     func(string)
 }
 
 // each gives a stage its output.
-func (s *sequence) each(p []byte, to stage) error {
+func (s *sequence) each(p []byte, to stage) (err error) {
 	var out []byte
 	for _, c := range p {
 		switch s.state {
 		case inText:
 			if c == 0x1b {
-				out = s.drain(out, true)
+				out, err = s.drain(out, to, true)
 				s.state = afterEscape
 			} else {
 				s.part = append(s.part, c)
-				out = s.drain(out, false)
+				out, err = s.drain(out, to, false)
+			}
+			if err != nil {
+				return err
 			}
 		case afterEscape:
 			out = s.escape(out, c)
+		case inEscape:
+			if out = append(out, c); c >= 0x30 || c < 0x20 {
+				s.state = inText
+			}
 		case inString:
 			s.string(c, to.title)
 		case inControl:
@@ -67,6 +77,7 @@ func (s *sequence) each(p []byte, to stage) error {
 				if s.long {
 					continue
 				}
+				s.margin = s.margin && strings.IndexByte("mhlnc", c) >= 0 // the others move the cursor, or what is below it
 				params, on, switches := s.finish(c)
 				if switches {
 					if err := to.flush(out); err != nil {
@@ -91,20 +102,43 @@ func (s *sequence) each(p []byte, to stage) error {
 }
 
 // end gives what is left of a character that will have no end.
-func (s *sequence) end(to stage) error { return to.flush(s.drain(nil, true)) }
+func (s *sequence) end(to stage) error {
+	out, err := s.drain(nil, to, true)
+	if err != nil {
+		return err
+	}
+	return to.flush(out)
+}
 
 // drain adds the characters that are there to their end, or with all what is left, too.
-func (s *sequence) drain(out []byte, all bool) []byte {
+func (s *sequence) drain(out []byte, to stage, all bool) ([]byte, error) {
 	for len(s.part) > 0 && (all || utf8.FullRune(s.part)) {
 		r, n := utf8.DecodeRune(s.part)
-		if r == utf8.RuneError && n == 1 || r >= byteRune+0x80 {
-			out = appendBytes(out, s.part[:n])
-		} else {
+		switch {
+		case s.margin && r >= ' ' && r < 0x7f:
+			out, s.margin = append(append(out, nextLine...), s.part[:n]...), false
+		case r < 0xa0:
+			s.margin = s.margin && r == '\a'
 			out = append(out, s.part[:n]...)
+		default:
+			if err := to.flush(out); err != nil {
+				return nil, err
+			}
+			out = out[:0:0]
+			chars := []rune{r}
+			if r == utf8.RuneError && n == 1 || r >= byteRune+0x80 {
+				chars = []rune(string(appendBytes(nil, s.part[:n])))
+			}
+			for _, c := range chars {
+				var err error
+				if s.margin, err = to.char(c, s.margin); err != nil {
+					return nil, err
+				}
+			}
 		}
 		s.part = s.part[:copy(s.part, s.part[n:])]
 	}
-	return out
+	return out, nil
 }
 
 // escape takes what follows an escape.
@@ -117,9 +151,14 @@ func (s *sequence) escape(out []byte, c byte) []byte {
 	case 0x1b:
 	default:
 		s.state = inText
-		if c >= 0x80 { // of a character, which ends the escape
+		switch {
+		case c >= 0x80: // of a character, which ends the escape
 			s.part = append(s.part, c)
-			return s.drain(out, false)
+			return out
+		case c >= 0x20 && c < 0x30:
+			s.state = inEscape
+		default:
+			s.margin = false
 		}
 		return append(out, 0x1b, c)
 	}

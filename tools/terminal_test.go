@@ -63,6 +63,20 @@ func TestScreen(t *testing.T) {
 			t.Errorf("%q: %q, want %q", c.in, got, c.want)
 		}
 	}
+	for _, c := range []struct {
+		in, want string
+		row, col int
+	}{
+		{"あいうえおかきくけこ", "あいうえお\nかきくけこ", 2, 10}, {"aあいうえおか", "aあいうえ\nおか", 2, 5}, {"あいうえおx", "あいうえお\nx", 2, 2}, {"あいうえお\r\nx", "あいうえお\nx", 2, 2},
+		{"あいうえお\x1b[31mか", "あいうえお\nか", 2, 3}, {"あいうえお\x1b(Bか", "あいうえお\nか", 2, 3}, {"あいうえお\x1b[1Gか", "かいうえお", 1, 3}, {"\x1b[?7lあいうえお\x1b[1Gか", "かいうえお", 1, 3},
+		{"e\u0301x", "e\u0301x", 1, 3}, {"日\u0301x", "日\u0301x", 1, 4}, {"\u0301x", "x", 1, 2}, {"123456789e\u0301x", "123456789e\u0301\nx", 2, 2}, {"あいうえお\u3099か", "あいうえお\u3099\nか", 2, 3},
+		{"👨\u200d👩\u200d👧y", "👨\u200d👩\u200d👧y", 1, 8}, {"🇩🇪🇫🇷x", "🇩🇪🇫🇷x", 1, 6}, {"123456789🇩🇪", "123456789🇩\n🇪", 2, 2}, {"❤\ufe0fx", "❤\ufe0fx", 1, 3}, {"日\x1b[1;2HX", " X", 1, 3},
+		{"1\r\n2\r\n123456789日", "1\n2\n123456789\n日", 3, 3}, {"é\x1b[1;1HE", "E", 1, 2}, {"\u05d0\u05b7x", "\u05d0\u05b7x", 1, 3}, {"\x1b(0qx\x1b(Bq", "─│q", 1, 4},
+	} {
+		if got, info, _ := rendered(t, small, c.in); got != c.want || info.CursorRow != c.row || info.CursorCol != c.col {
+			t.Errorf("%q: %q at %d, %d; want %q at %d, %d", c.in, got, info.CursorRow, info.CursorCol, c.want, c.row, c.col)
+		}
+	}
 	if _, info, _ := rendered(t, small, "\x1b]2;日本 caf\xe9\x1b\\"); info.Title != `日本 caf\xe9` {
 		t.Errorf("%+v", info)
 	}
@@ -76,7 +90,7 @@ func TestScreen(t *testing.T) {
 func TestScreenHostile(t *testing.T) {
 	for name, one := range map[string]string{
 		"repeat": "x\x1b[2147483646b", "erase": "\x1b[2147483646X", "tabs": "\x1b[2147483646I", "back tabs": "\x1b[2147483646Z", "insert": "\x1b[2147483646@", "scroll": "\x1b[2147483646S",
-		"lines": "\x1b[2147483646L", "C1": "x\x9b2147483646b", "parameters": "\x1b[" + strings.Repeat("9;", 10_000) + "m", "alternate": "\x1b[?1049hx\x1b[499b\r\n", "switches": "\x1b[?1049h\x1b[?1049l",
+		"lines": "\x1b[2147483646L", "C1": "x\x9b2147483646b", "parameters": "\x1b[" + strings.Repeat("9;", 10_000) + "m", "alternate": "\x1b[?1049hx\x1b[499b\r\n", "switches": "\x1b[?1049h\x1b[?1049l", "combining": "e" + strings.Repeat("\u0301", 20_000), "flags": strings.Repeat("🇩", 20_000),
 	} {
 		begin := time.Now()
 		rendered(t, agent.Terminal{Rows: 300, Cols: 500}, strings.Repeat(one, 3))
