@@ -132,8 +132,12 @@ func (c *Control) newTemplate(r *call) error {
 		CPUCount int      `json:"cpuCount"`
 		MemoryMB int64    `json:"memoryMB"`
 		FreeDisk int64    `json:"minFreeDiskMb"`
+		TeamID   string   `json:"teamID"`
 	}
 	if err := r.body(&body); err != nil {
+		return err
+	}
+	if err := errors.Join(r.isTeam(body.TeamID), checkTags(cmp.Or(body.Name, body.Alias), body.Tags)); err != nil {
 		return err
 	}
 	name := plainName(r.owner, cmp.Or(body.Name, body.Alias))
@@ -180,28 +184,25 @@ type startRequest struct {
 	ReadyCmd string `json:"readyCmd"`
 }
 
-// from is what the build begins from. The image that clients begin from who name none is this server's own.
-func (s startRequest) from(c *Control, owner string) (string, error) {
+// from is what the build begins from. The image that clients begin from who name none is this server's own. A template keeps its user and its directory.
+func (s startRequest) from(c *Control, owner string) (from template.From, err error) {
 	switch {
 	case given(s.Registry):
-		return "", refuse(http.StatusNotImplemented, "this server pulls with the operator's credentials alone: 'soulbox-mcp template pull' makes a template of a private image")
+		return from, refuse(http.StatusNotImplemented, "this server pulls with the operator's credentials alone: 'soulbox-mcp template pull' makes a template of a private image")
 	case s.FromTemplate != "" && s.FromImage != "":
-		return "", refuse(http.StatusBadRequest, "give fromImage or fromTemplate, not both")
+		return from, refuse(http.StatusBadRequest, "give fromImage or fromTemplate, not both")
 	case s.FromTemplate != "":
-		name := plainName(owner, s.FromTemplate)
-		if _, err := c.Store.Get(owner, name); err != nil {
-			return "", err
-		}
-		return name, nil
+		m, err := c.Store.Get(owner, plainName(owner, s.FromTemplate))
+		return template.From{Name: m.Name, User: m.Config.User, Cwd: m.Config.WorkingDir}, err
 	}
 	image := strings.TrimSpace(s.FromImage)
 	if image == "" || image == defaultImage || strings.HasPrefix(image, defaultImage+":") {
-		return template.BaseName, nil
+		return template.From{Name: template.BaseName}, nil
 	}
 	if strings.ContainsAny(image, " \t\r\n$\\\"'`#") || len(image) > 512 {
-		return "", refuse(http.StatusBadRequest, "fromImage %.100q is not the name of an image", image)
+		return from, refuse(http.StatusBadRequest, "fromImage %.100q is not the name of an image", image)
 	}
-	return image, nil
+	return template.From{Name: image}, nil
 }
 
 // startBuild begins a build that was announced.
@@ -243,7 +244,7 @@ func (c *Control) startBuild(r *call) error {
 		text := s.Args[0]
 		shown = append(shown, step{lines[i], agent.Inert(agent.Whole([]byte(text[:min(len(text), maxStepText)])))})
 	}
-	req := template.BuildRequest{Dockerfile: dockerfile, NoCache: body.Force, StartCmd: body.StartCmd, ReadyCmd: body.ReadyCmd}
+	req := template.BuildRequest{Dockerfile: dockerfile, Login: true, NoCache: body.Force, StartCmd: body.StartCmd, ReadyCmd: body.ReadyCmd}
 	if !c.NoNetwork {
 		req.Network = sandbox.Network{Mode: sandbox.NetworkFull} // its sandboxes have one, so that its service is saved with one
 	}
@@ -255,11 +256,22 @@ func (c *Control) startBuild(r *call) error {
 
 // announced finds the build of a caller's that a path names.
 func (c *Control) announced(r *call, name string) (*build, error) {
+	if err := r.hasBuildID(); err != nil {
+		return nil, err
+	}
 	b := c.builds.find(r.owner, r.PathValue("bid"))
 	if b == nil || b.name != plainName(r.owner, name) {
 		return nil, fmt.Errorf("build %.60q of template %.60q: %w", r.PathValue("bid"), name, template.ErrNoBuild)
 	}
 	return b, nil
+}
+
+// hasBuildID says what is wrong with the id of a build in a path.
+func (r *call) hasBuildID() error {
+	if id := r.PathValue("bid"); !template.ValidBuildID(id) {
+		return refuse(http.StatusBadRequest, "the build id %.60q is malformed: it is a UUID", id)
+	}
+	return nil
 }
 
 // launch begins a build that was announced: of a Dockerfile, files that were sent by their names, and a context that was.
@@ -355,6 +367,9 @@ type standing struct {
 // lookUp finds a build: one of this server's, or what is left of another's.
 func (c *Control) lookUp(r *call) (standing, error) {
 	id := r.PathValue("bid")
+	if err := r.hasBuildID(); err != nil {
+		return standing{}, err
+	}
 	b := c.builds.find(r.owner, id)
 	if b != nil {
 		b.mu.Lock()
@@ -365,6 +380,9 @@ func (c *Control) lookUp(r *call) (standing, error) {
 	}
 	text, err := c.Store.BuildLog(r.owner, id)
 	if err != nil && b == nil {
+		if all, lerr := c.Store.List(r.owner); lerr == nil && slices.ContainsFunc(all, func(m template.Manifest) bool { return m.Owner == r.owner && m.BuildID() == id }) {
+			return standing{status: statusReady}, nil // it was made without a log, such as by an import
+		}
 		return standing{}, err
 	}
 	var lines []template.Line

@@ -111,3 +111,34 @@ func TestTrafficWakes(t *testing.T) {
 		t.Errorf("connect: %d %s, %v", r.code, r.text, state())
 	}
 }
+
+// TestNetworkAsGiven: what a client says of its network comes back in its own words, and "*" is every name.
+func TestNetworkAsGiven(t *testing.T) {
+	a := newAPITest(t)
+	for _, test := range []struct{ allow, deny string }{{`["8.8.8.8"]`, `["0.0.0.0/0"]`}, {`["*"]`, `["8.8.8.8"]`}, {`["*"]`, ``}, {`["1.1.1.1"]`, ``}, {`["*","A.example"]`, `["0.0.0.0/0"]`}, {``, `["10.1.2.3/8","8.8.8.8"]`}} {
+		body, want := "", ""
+		for name, list := range map[string]string{"allowOut": test.allow, "denyOut": test.deny} {
+			if list != "" {
+				body += fmt.Sprintf(`,"%s":%s`, name, list)
+			}
+		}
+		for _, list := range []string{test.allow, test.deny} {
+			want += list + " "
+		}
+		id, _ := a.create("ann", `{"templateID":"base","network":{"maskRequestHost":"h"`+body+`}}`)
+		got := ""
+		r := a.as("ann", "GET", "/sandboxes/"+id, "")
+		for _, name := range []string{"allowOut", "denyOut"} {
+			if list, ok := r.field("network", name).([]any); ok {
+				got += strings.ReplaceAll(fmt.Sprintf("%q", list), " ", ",")
+			}
+			got += " "
+		}
+		if got != want {
+			t.Errorf("%s, want %s", got, want)
+		}
+	}
+	if r := a.as("ann", "POST", "/v2/sandboxes", `{"templateID":"base","network":{"allowOut":["a b"],"denyOut":["0.0.0.0/0"]}}`); r.code != 400 {
+		t.Errorf("%d %s", r.code, r.text)
+	}
+}

@@ -47,7 +47,7 @@ func (n *network) egress(internet *bool, none bool) (sandbox.Network, error) {
 	named := slices.ContainsFunc(n.AllowOut, func(a string) bool {
 		_, aerr := netip.ParseAddr(a)
 		_, perr := netip.ParsePrefix(a)
-		return aerr != nil && perr != nil
+		return aerr != nil && perr != nil && a != "*" // which allows nothing that is not
 	})
 	if named && !all && (internet == nil || *internet) {
 		return sandbox.Network{}, refuse(http.StatusBadRequest, "when specifying allowed domains in allow out, you must include '0.0.0.0/0' in deny out to block all other traffic")
@@ -62,6 +62,9 @@ func (n *network) egress(internet *bool, none bool) (sandbox.Network, error) {
 		out = sandbox.Network{Mode: sandbox.NetworkAllowlist, Allow: n.AllowOut}
 	case len(n.DenyOut) > 0:
 		out.Allow, out.Deny = n.AllowOut, n.DenyOut
+	}
+	if len(n.AllowOut)+len(n.DenyOut) > 0 {
+		out.Said = &sandbox.NetworkWords{Allow: n.AllowOut, Deny: n.DenyOut}
 	}
 	return out, nil
 }
@@ -85,6 +88,9 @@ func networkOf(i sandbox.Info) network {
 	n := network{AllowPublic: &public, MaskHost: i.Ingress.Host, HTTPSPorts: i.Ingress.TLS, AllowOut: i.Network.Allow, DenyOut: i.Network.Deny}
 	if i.Network.Mode != sandbox.NetworkFull {
 		n.DenyOut = everything[:1]
+	}
+	if said := i.Network.Said; said != nil {
+		n.AllowOut, n.DenyOut = said.Allow, said.Deny
 	}
 	return n
 }

@@ -60,11 +60,14 @@ type templateInfo struct {
 
 func (c *Control) templateInfo(m template.Manifest) templateInfo {
 	l := c.Manager.Limits(m.Limits)
-	return templateInfo{TemplateID: m.Name, BuildID: m.Build, CPUCount: max(1, int(l.CPU+0.5)), MemoryMB: l.Memory >> 20, DiskSizeMB: l.Disk >> 20, Public: m.Owner == "",
+	return templateInfo{TemplateID: m.Name, BuildID: m.BuildID(), CPUCount: max(1, int(l.CPU+0.5)), MemoryMB: l.Memory >> 20, DiskSizeMB: l.Disk >> 20, Public: m.Owner == "",
 		Aliases: []string{m.Name}, Names: []string{m.Name}, CreatedAt: m.Created, UpdatedAt: m.Created, BuildCount: 1, EnvdVersion: envd.Version, BuildStatus: statusReady}
 }
 
 func (c *Control) listTemplates(r *call) error {
+	if err := r.isTeam(r.URL.Query().Get("teamID")); err != nil {
+		return err
+	}
 	all, err := c.Store.List(r.owner)
 	if err != nil {
 		return err
@@ -94,7 +97,7 @@ func (c *Control) getTemplate(r *call) error {
 	if err := json.Unmarshal(body, &out); err != nil {
 		return err
 	}
-	out["builds"] = []map[string]any{{"buildID": m.Build, "status": statusReady, "createdAt": m.Created, "updatedAt": m.Created, "finishedAt": m.Created,
+	out["builds"] = []map[string]any{{"buildID": m.BuildID(), "status": statusReady, "createdAt": m.Created, "updatedAt": m.Created, "finishedAt": m.Created,
 		"cpuCount": out["cpuCount"], "memoryMB": out["memoryMB"], "diskSizeMB": out["diskSizeMB"], "envdVersion": envd.Version}}
 	return r.answer(http.StatusOK, out)
 }
@@ -162,6 +165,14 @@ func tagged(name string) (plain, tag string) {
 	return plain, cmp.Or(tag, defaultTag)
 }
 
+// checkTags refuses tags that are none: that of a name, and others.
+func checkTags(name string, tags []string) error {
+	if strings.HasSuffix(strings.TrimSpace(name), ":") || slices.ContainsFunc(tags, func(t string) bool { return strings.TrimSpace(t) == "" }) {
+		return refuse(http.StatusBadRequest, "a tag is empty: leave it out, or name it")
+	}
+	return nil
+}
+
 // withTag is the name that a template has under a tag.
 func withTag(plain, tag string) string {
 	if tag = strings.ToLower(strings.TrimSpace(tag)); tag == defaultTag || tag == "latest" || tag == "" {
@@ -184,6 +195,9 @@ func (c *Control) addTags(r *call) error {
 	if len(body.Tags) == 0 || len(body.Tags) > maxTags {
 		return refuse(http.StatusBadRequest, "give 1 to %d tags", maxTags)
 	}
+	if err := checkTags(body.Target, body.Tags); err != nil {
+		return err
+	}
 	m, err := c.Store.Get(r.owner, plainName(r.owner, body.Target))
 	if err != nil {
 		return err
@@ -194,7 +208,7 @@ func (c *Control) addTags(r *call) error {
 	if err := c.tag(m, body.Tags); err != nil {
 		return err
 	}
-	return r.answer(http.StatusCreated, map[string]any{"tags": body.Tags, "buildID": m.Build})
+	return r.answer(http.StatusCreated, map[string]any{"tags": body.Tags, "buildID": m.BuildID()})
 }
 
 // tag names a template by its name with each of some tags, all or none.
@@ -231,6 +245,9 @@ func (c *Control) removeTags(r *call) error {
 	if len(body.Tags) == 0 || len(body.Tags) > maxTags {
 		return refuse(http.StatusBadRequest, "give 1 to %d tags", maxTags)
 	}
+	if err := checkTags(body.Name, body.Tags); err != nil {
+		return err
+	}
 	plain, _ := tagged(plainName(r.owner, body.Name))
 	for _, t := range body.Tags {
 		if withTag(plain, t) == plain {
@@ -252,7 +269,7 @@ func (c *Control) listTags(r *call) error {
 	out := []map[string]any{}
 	for _, m := range all {
 		if name, tag := tagged(m.Name); name == plain {
-			out = append(out, map[string]any{"tag": tag, "buildID": m.Build, "createdAt": m.Created})
+			out = append(out, map[string]any{"tag": tag, "buildID": m.BuildID(), "createdAt": m.Created})
 		}
 	}
 	if len(out) == 0 {

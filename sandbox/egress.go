@@ -245,18 +245,21 @@ func (e *egress) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		e.connect(w, r)
 	case r.URL.Scheme == "http" && r.URL.Host != "":
 		proxy := &httputil.ReverseProxy{Rewrite: func(p *httputil.ProxyRequest) { p.Out.Host = p.In.Host }, Transport: e.plain, FlushInterval: -1, ErrorLog: slog.NewLogLogger(e.log.Handler(), slog.LevelDebug),
-			ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) { e.fail(w, r.URL.Host, err) }}
+			ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) { e.fail(w, r.URL.Host, false, err) }}
 		proxy.ServeHTTP(w, r)
 	default:
 		http.Error(w, "SoulBox: this is the proxy to the network; it takes http:// addresses and CONNECT.", http.StatusBadRequest)
 	}
 }
 
-// fail says why there is no connection.
-func (e *egress) fail(w http.ResponseWriter, to string, err error) {
+// fail says why there is no connection: to who asks for a tunnel. Who asks for a page finds that the connection ends, as with a host that refuses it.
+func (e *egress) fail(w http.ResponseWriter, to string, tunnel bool, err error) {
 	if errors.Is(err, ErrRefused) {
 		if e.notes.Allow() {
-			e.note("a connection to %s was refused", agent.Inert([]byte(to)))
+			e.note("a connection to %s was refused: %s", agent.Inert([]byte(to)), agent.Inert([]byte(err.Error())))
+		}
+		if !tunnel { // an answer would be taken for the host's own, and programs that ask for no more than one would call it a success
+			panic(http.ErrAbortHandler)
 		}
 		http.Error(w, "SoulBox: "+err.Error()+".", http.StatusForbidden)
 		return
@@ -272,13 +275,13 @@ func (e *egress) fail(w http.ResponseWriter, to string, err error) {
 func (e *egress) connect(w http.ResponseWriter, r *http.Request) {
 	out, err := e.dial(r.Context(), "tcp", r.Host)
 	if err != nil {
-		e.fail(w, r.Host, err)
+		e.fail(w, r.Host, true, err)
 		return
 	}
 	defer out.Close()
 	in, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
-		e.fail(w, r.Host, err)
+		e.fail(w, r.Host, true, err)
 		return
 	}
 	defer in.Close()

@@ -22,14 +22,14 @@ import (
 func TestNetworkCheck(t *testing.T) {
 	for in, want := range map[string]string{
 		"Example.COM": "example.com", "example.com.": "example.com", "*.Example.com": "*.example.com", "bücher.example": "xn--bcher-kva.example",
-		"192.0.2.1": "192.0.2.1/32", "192.0.2.77/24": "192.0.2.0/24", "::ffff:192.0.2.1": "192.0.2.1/32",
+		"192.0.2.1": "192.0.2.1", "192.0.2.77/24": "192.0.2.77/24", "::ffff:192.0.2.1": "::ffff:192.0.2.1", "*": "*",
 	} {
 		n, err := Network{Mode: NetworkAllowlist, Allow: []string{in}}.check()
 		if err != nil || n.Allow[0] != want {
 			t.Errorf("%q: %v, %v", in, n.Allow, err)
 		}
 	}
-	for _, bad := range []string{"", "*", "*.", "ok.com\x00.evil", "a b", "a/b", "http://x", "*.*.com", "x..y", "1.2.3.4/99"} {
+	for _, bad := range []string{"", "**", "*.", "ok.com\x00.evil", "a b", "a/b", "http://x", "*.*.com", "x..y", "1.2.3.4/99"} {
 		if n, err := (Network{Mode: NetworkAllowlist, Allow: []string{bad}}).check(); !errors.Is(err, ErrInvalid) {
 			t.Errorf("%q is taken: %v", bad, n.Allow)
 		}
@@ -47,6 +47,22 @@ func TestNetworkCheck(t *testing.T) {
 		if some.permits("", netip.MustParseAddr(addr)) != want {
 			t.Errorf("%s: %v", addr, !want)
 		}
+	}
+	loose := Network{Mode: NetworkFull, Deny: []string{"198.51.100.77/24", "203.0.113.9"}, Said: &NetworkWords{Allow: []string{"*"}}}
+	if loose, err = loose.check(); err != nil {
+		t.Fatal(err)
+	}
+	for addr, want := range map[string]bool{"198.51.100.1": false, "203.0.113.9": false, "203.0.113.8": true} {
+		if loose.permits("", netip.MustParseAddr(addr)) != want {
+			t.Errorf("%s: %v", addr, !want)
+		}
+	}
+	every := Network{Mode: NetworkAllowlist, Allow: []string{"*"}}
+	if !every.permits("any.example", netip.Addr{}) || every.permits("", netip.MustParseAddr("203.0.113.1")) {
+		t.Error("* is not every name and nothing else")
+	}
+	if _, err := (Network{Mode: NetworkFull, Said: &NetworkWords{Allow: []string{"a b"}}}).check(); !errors.Is(err, ErrInvalid) {
+		t.Error(err)
 	}
 	if !some.permits("ok.example", netip.Addr{}) || some.permits("other.example", netip.Addr{}) || !some.hasRanges() {
 		t.Error("a name is taken for its addresses")
@@ -95,6 +111,32 @@ func TestNetworkRefuses(t *testing.T) {
 		if list.permits(name, netip.Addr{}) != want {
 			t.Errorf("%s: %v", name, !want)
 		}
+	}
+}
+
+// TestRefusedEnds: who asks the proxy for a page of a host that is blocked finds that the connection ends, and no page that a program takes for the host's; who
+// asks for a tunnel is refused one. Why is in the log.
+func TestRefusedEnds(t *testing.T) {
+	e := newEgress()
+	e.network = func() (Network, context.Context) { return Network{Mode: NetworkAllowlist}, t.Context() }
+	var notes []string
+	e.note = func(format string, args ...any) { notes = append(notes, fmt.Sprintf(format, args...)) }
+	proxy := httptest.NewServer(e)
+	defer proxy.Close()
+	for _, test := range []struct{ ask, want string }{{"GET http://blocked.example/", ""}, {"CONNECT blocked.example:443", "HTTP/1.1 403 Forbidden"}} {
+		conn, err := net.Dial("tcp", proxy.Listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprintf(conn, "%s HTTP/1.1\r\nHost: blocked.example\r\nConnection: close\r\n\r\n", test.ask)
+		got, err := io.ReadAll(conn)
+		if err != nil || (test.want == "") != (len(got) == 0) || !strings.HasPrefix(string(got), test.want) {
+			t.Errorf("%s: %q %v", test.ask, got, err)
+		}
+		_ = conn.Close()
+	}
+	if len(notes) != 2 || !strings.Contains(notes[0], "a connection to blocked.example was refused: blocked.example: the network of this sandbox does not allow it") {
+		t.Errorf("%q", notes)
 	}
 }
 

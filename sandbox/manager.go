@@ -234,7 +234,7 @@ func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 	}
 	served, err := sb.boot(ctx, template, o.from, o.whole)
 	if service := template.Service; err == nil && service != nil && !o.whole && !served {
-		err = sb.StartService(ctx, *service)
+		err = sb.StartService(ctx, *service, nil)
 	}
 	if err != nil {
 		if ctx.Err() != nil {

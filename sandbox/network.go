@@ -24,8 +24,16 @@ const (
 // and what is connected to is checked by its address.
 type Network struct {
 	Mode string `json:"mode"` // "" is none
-	// Allow are the domains ("example.com", "*.example.com" for all below it) and the ranges of addresses of an allowlist; nothing is reached where
+	// Allow are the domains ("example.com", "*.example.com" for all below it, "*" for every one) and the ranges of addresses of an allowlist; nothing is reached where
 	// there are none. In a full network they are the exceptions from Deny, which are ranges of addresses that are not reached.
+	Allow []string `json:"allow,omitempty"`
+	Deny  []string `json:"deny,omitempty"`
+	// Said are the lists in the words of a client whose words are others, for it to see; they decide nothing.
+	Said *NetworkWords `json:"said,omitempty"`
+}
+
+// NetworkWords are the lists of a Network as a client has said them.
+type NetworkWords struct {
 	Allow []string `json:"allow,omitempty"`
 	Deny  []string `json:"deny,omitempty"`
 }
@@ -36,7 +44,7 @@ func (n Network) On() bool { return n.Mode == NetworkFull || n.Mode == NetworkAl
 // maxAllow bounds an allowlist.
 const maxAllow = 256
 
-// check gives the network in the form in which it is compared.
+// check gives the network with its names in the form in which they are compared. Addresses and ranges stay as they were given.
 func (n Network) check() (Network, error) {
 	switch n.Mode {
 	case "", NetworkNone, NetworkFull, NetworkAllowlist:
@@ -52,30 +60,46 @@ func (n Network) check() (Network, error) {
 	if all := len(n.Allow) + len(n.Deny); all > maxAllow {
 		return n, fmt.Errorf("network: %d entries, at most %d are possible: %w", all, maxAllow, ErrInvalid)
 	}
-	n.Allow, n.Deny = slices.Clone(n.Allow), slices.Clone(n.Deny)
-	for i, entry := range n.Deny {
-		prefix, err := parseRange(entry)
-		if err != nil {
-			return n, fmt.Errorf("network: %q is no range of addresses, such as 192.0.2.0/24, which alone can be denied: %w", entry, ErrInvalid)
+	if n.Said != nil {
+		if all := len(n.Said.Allow) + len(n.Said.Deny); all > maxAllow {
+			return n, fmt.Errorf("network: %d entries, at most %d are possible: %w", all, maxAllow, ErrInvalid)
 		}
-		n.Deny[i] = prefix.String()
+		if _, err := checkLists(n.Said.Allow, n.Said.Deny); err != nil {
+			return n, err
+		}
 	}
-	for i, entry := range n.Allow {
-		if prefix, err := parseRange(entry); err == nil {
-			n.Allow[i] = prefix.String()
+	var err error
+	n.Deny = slices.Clone(n.Deny)
+	n.Allow, err = checkLists(n.Allow, n.Deny)
+	return n, err
+}
+
+// checkLists gives what is allowed with its names in the form in which they are compared.
+func checkLists(allow, deny []string) ([]string, error) {
+	for _, entry := range deny {
+		if _, err := parseRange(entry); err != nil {
+			return nil, fmt.Errorf("network: %.100q is no range of addresses, such as 192.0.2.0/24, which alone can be denied: %w", entry, ErrInvalid)
+		}
+	}
+	allow = slices.Clone(allow)
+	for i, entry := range allow {
+		if _, err := parseRange(entry); err == nil || entry == anyName {
 			continue
 		}
 		below, wild := strings.CutPrefix(entry, "*.")
 		name, err := hostName(below)
 		if err != nil {
-			return n, fmt.Errorf("network: %q is neither a domain, such as example.com or *.example.com, nor a range of addresses, such as 192.0.2.0/24: %w", entry, ErrInvalid)
+			return nil, fmt.Errorf("network: %.300q is neither a domain, such as example.com or *.example.com, nor a range of addresses, such as 192.0.2.0/24: %w", entry, ErrInvalid)
 		}
-		if n.Allow[i] = name; wild {
-			n.Allow[i] = "*." + name
+		if allow[i] = name; wild {
+			allow[i] = "*." + name
 		}
 	}
-	return n, nil
+	return allow, nil
 }
+
+// anyName is the entry of an allowlist that is every name.
+const anyName = "*"
 
 func parseRange(text string) (netip.Prefix, error) {
 	if addr, err := netip.ParseAddr(text); err == nil {
@@ -97,7 +121,7 @@ func hostName(text string) (string, error) {
 // permits says whether a host, as hostName or an address, may be connected to.
 func (n Network) permits(name string, addr netip.Addr) bool {
 	in := func(entry string) bool {
-		p, err := netip.ParsePrefix(entry)
+		p, err := parseRange(entry)
 		return err == nil && addr.IsValid() && p.Contains(addr)
 	}
 	listed := slices.ContainsFunc(n.Allow, func(entry string) bool {
@@ -156,5 +180,5 @@ func (s *Sandbox) SetNetwork(n Network) error {
 
 // hasRanges says whether a name may be allowed by what it resolves to.
 func (n Network) hasRanges() bool {
-	return n.Mode == NetworkFull || n.Mode == NetworkAllowlist && slices.ContainsFunc(n.Allow, func(entry string) bool { _, err := netip.ParsePrefix(entry); return err == nil })
+	return n.Mode == NetworkFull || n.Mode == NetworkAllowlist && slices.ContainsFunc(n.Allow, func(entry string) bool { _, err := parseRange(entry); return err == nil })
 }

@@ -41,14 +41,18 @@ const (
 // errService is of a service that ended before it was ready.
 var errService = errors.New("the service of the template has ended before it was ready")
 
-// StartService starts a service in the sandbox and waits until it is ready. Its error has the last of its output.
-func (s *Sandbox) StartService(ctx context.Context, service Service) error {
+// StartService starts a service in the sandbox and waits until it is ready. Its error has the last of its output; each, if not nil, is given all of it.
+func (s *Sandbox) StartService(ctx context.Context, service Service, each func(agent.OutputFrame)) error {
 	client, err := s.Agent(ctx, "start the service of")
 	if err != nil {
 		return err
 	}
-	if _, err := client.Start(ctx, agent.StartRequest{Command: service.Start, Tag: ServiceTag}); err != nil {
+	started, err := client.Start(ctx, agent.StartRequest{Command: service.Start, Tag: ServiceTag})
+	if err != nil {
 		return fmt.Errorf("start service: %w", err)
+	}
+	if each != nil {
+		defer s.tellOutput(ctx, client, started.Process.ID, each)()
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, readyTime, fmt.Errorf("the service of the template was not ready within %s", readyTime))
 	defer cancel()
@@ -63,6 +67,33 @@ func (s *Sandbox) StartService(ctx context.Context, service Service) error {
 		return s.withOutput(client, err)
 	}
 	return nil
+}
+
+// tellOutput tells what a process writes, until over is called and has told the rest of what there is.
+func (s *Sandbox) tellOutput(ctx context.Context, client *agent.Client, process string, each func(agent.OutputFrame)) (over func()) {
+	var next int64
+	tell := func(f agent.OutputFrame) error {
+		if f.End == nil {
+			each(f)
+			next = f.Offset + int64(len(f.Data))
+		}
+		return nil
+	}
+	following, stop := context.WithCancel(ctx)
+	told := make(chan struct{})
+	go func() {
+		defer close(told)
+		_ = client.Output(following, process, 0, true, tell) // until it is stopped; what is missing comes below
+	}()
+	return func() {
+		stop()
+		<-told
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), tellTime)
+		defer cancel()
+		if err := client.Output(ctx, process, next, false, tell); err != nil {
+			s.m.log.Debug("read the output of a service", "sandbox", s.id, "error", err)
+		}
+	}
 }
 
 // awaitReady waits until a command succeeds in the sandbox, which asks itself: no process is left of each time.

@@ -78,7 +78,7 @@ func (s *Sandbox) awake(was record, filesOnly bool) error {
 	s.begin()
 	if service := was.service(); service != nil && filesOnly {
 		s.m.work.Go(func() { // it needs the sandbox, whose turn this one has
-			if err := s.StartService(s.ctx, *service); err != nil && s.ctx.Err() == nil {
+			if err := s.StartService(s.ctx, *service, nil); err != nil && s.ctx.Err() == nil {
 				s.note(LevelError, "the service of its template is not up: %v", err)
 			}
 		})

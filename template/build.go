@@ -61,6 +61,9 @@ type BuildRequest struct {
 	Args    map[string]string // of ARG
 	Secrets map[string][]byte // of RUN --mount=type=secret, by id
 	NoCache bool
+	// Login is of a Dockerfile of FromSteps: as E2B's clients expect, RUN is done by bash as at a login, variables have the values of root's login where nothing
+	// else is said, and WORKDIR makes its directory for the user.
+	Login bool
 	// Limits are those of sandboxes of the template, where they ask for none, and of the build itself. Zero values are the server's.
 	Limits sandbox.Limits
 	// Protect is that of sandboxes of the template, where they ask for none.
@@ -266,7 +269,9 @@ func (r *run) startUp(ctx context.Context, m Manifest, network sandbox.Network) 
 		return nil, fmt.Errorf("start %s: %w", m.Name, err)
 	}
 	defer func() { _ = sb.Kill(errors.New("the build is done with it")) }() // what could not be ended is logged
-	if err := sb.StartService(ctx, service); err != nil {
+	out := newLines(func(text string) { r.log.line("info", "start", text) })
+	err = sb.StartService(ctx, service, out.add)
+	if out.end(); err != nil {
 		return nil, fmt.Errorf("start %s: %w", m.Name, err)
 	}
 	r.log.line("info", "start", fmt.Sprintf("ready after %.1f s", time.Since(began).Seconds()))

@@ -366,41 +366,6 @@ func TestStart(t *testing.T) {
 	w.none()
 }
 
-// TestSteps: a list of steps does what a Dockerfile does, and nothing is read into its texts.
-func TestSteps(t *testing.T) {
-	w := newWorkshop(t)
-	files, err := w.store.ContextFiles(context.Background(), "", map[string]string{"a $x.txt": "a", "d/b": "b"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer files.Close()
-	dockerfile, _, err := FromSteps("mini", []Step{
-		{Type: "ENV", Args: []string{"A", `two "words" $HOME \ 'q'`, "B", ""}},
-		{Type: "WORKDIR", Args: []string{"/srv/a $b"}},
-		{Type: "COPY", Args: []string{"a $x.txt", "/x y/", "user", "0640"}, Files: "files-1"},
-		{Type: "COPY", Args: []string{"d", "/d", "", ""}, Files: "files-1"},
-		{Type: "RUN", Args: []string{"echo \"$A\" > /env\nid -un > /who\necho END_OF_STEP > /end", "root"}},
-		{Type: "USER", Args: []string{"user"}},
-		{Type: "RUN", Args: []string{"pwd > /tmp/pwd; id -un >> /tmp/pwd", ""}},
-		{Type: "RUN", Args: []string{"id -un > /root-was-here", "root"}},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, log, err := w.try(t.Context(), BuildRequest{Name: "steps", Dockerfile: dockerfile, Files: map[string]*Files{"files-1": files}}, nil); err != nil {
-		t.Fatal(err, log, dockerfile)
-	}
-	want := "two \"words\" $HOME \\ 'q'\nroot\nEND_OF_STEP\n/srv/a $b\nuser\nroot\nb640 user\nuser\n"
-	if got := w.in("steps", "", "cat /env /who /end /tmp/pwd /root-was-here /d/b; stat -c '%a %U' '/x y/a $x.txt'; id -un"); got != want {
-		t.Errorf("%q, want %q\n%s", got, want, dockerfile)
-	}
-	for _, bad := range []Step{{Type: "FROM", Args: []string{"x"}}, {Type: "RUN"}, {Type: "COPY", Args: []string{"a"}}, {Type: "ENV", Args: []string{"A", "b", "C"}}, {Type: "WORKDIR", Args: []string{"/a\nRUN x"}}, {Type: "USER", Args: []string{""}}} {
-		if _, _, err := FromSteps("mini", []Step{bad}); !errors.Is(err, sandbox.ErrInvalid) {
-			t.Errorf("%+v is taken", bad)
-		}
-	}
-}
-
 // TestImageUser: whom processes run as in an image that says so by a name, a number, or with a group.
 func TestImageUser(t *testing.T) {
 	w := newWorkshop(t)

@@ -3,6 +3,7 @@ package template
 import (
 	"bytes"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -24,10 +25,33 @@ const (
 	tailLines   = 20
 )
 
-var buildID = regexp.MustCompile(`^bd[a-z0-9]{16}$`) // as NewBuildID makes them
+// buildID is what NewBuildID makes, or what it made in older servers.
+var buildID = regexp.MustCompile(`^(bd[a-z0-9]{16}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})$`)
 
-// NewBuildID makes an id that cannot be guessed.
-func NewBuildID() string { return "bd" + strings.ToLower(rand.Text()[:16]) }
+// NewBuildID makes an id that cannot be guessed: a random UUID (RFC 9562, 5.4).
+func NewBuildID() string {
+	var random [16]byte
+	rand.Read(random[:])
+	return asUUID(random, 4)
+}
+
+// asUUID writes bytes as a UUID of a version.
+func asUUID(b [16]byte, version byte) string {
+	b[6], b[8] = b[6]&0x0f|version<<4, b[8]&0x3f|0x80
+	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
+}
+
+// ValidBuildID says whether a text may be the id of a build.
+func ValidBuildID(id string) bool { return buildID.MatchString(id) }
+
+// BuildID is the id of the build that has made a template. One that was not built here has one all the same, which is always the same (RFC 9562, 5.8).
+func (m Manifest) BuildID() string {
+	if m.Build != "" {
+		return m.Build
+	}
+	sum := sha256.Sum256([]byte(hashOf(m.Owner, m.Name, m.Image, m.Created.UTC().String())))
+	return asUUID([16]byte(sum[:16]), 8)
+}
 
 // buildLog is the log of a build. It is safe for concurrent use.
 type buildLog struct {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"slices"
 	"strconv"
@@ -86,6 +87,9 @@ func (s *stageRun) runArgs(c *instructions.RunCommand) ([]string, error) {
 		return append(slices.Clone(s.shell), b.String()), nil
 	}
 	data := c.Files[0].Data
+	if s.req.Login { // it is for the shell, however it begins
+		return append(slices.Clone(s.shell), data), nil
+	}
 	if c.Files[0].Chomp {
 		data = parser.ChompHeredocContent(data)
 	}
@@ -124,8 +128,11 @@ func (s *stageRun) exec(ctx context.Context, where string, args []string, secret
 		}
 		args = append(slices.Clone(args[:n-2]), scriptFile)
 	}
-	user, err := s.user(ctx)
+	user, err := s.userOf(ctx, s.config.User)
 	if err != nil {
+		return err
+	}
+	if args, err = s.withShell(ctx, args); err != nil {
 		return err
 	}
 	req := agent.StartRequest{Args: args, Env: env, User: user, Cwd: cmp.Or(s.config.WorkingDir, "/")}
@@ -203,14 +210,29 @@ func (s *stageRun) wait(ctx context.Context, id string) (agent.Process, error) {
 	}
 }
 
-// user is whom a RUN runs as: a number that no user has, has the group 0 (Docker).
-func (s *stageRun) user(ctx context.Context) (string, error) {
-	user := cmp.Or(s.config.User, "root")
+// withShell is a command with a shell that is there: minimal images have no bash.
+func (s *stageRun) withShell(ctx context.Context, args []string) ([]string, error) {
+	if n := len(loginShell); !s.req.Login || len(args) < n || !slices.Equal(args[:n], loginShell) {
+		return args, nil
+	}
+	_, err := s.client.Stat(ctx, loginShell[0])
+	if errors.Is(err, fs.ErrNotExist) {
+		return append(slices.Clone(plainShell), args[len(loginShell):]...), nil
+	}
+	return args, err
+}
+
+// userOf is whom a RUN runs as: a number that no user has, has the group 0 (Docker).
+func (s *stageRun) userOf(ctx context.Context, configured string) (string, error) {
+	user := cmp.Or(configured, "root")
 	name, group, both := strings.Cut(user, ":")
 	uid, gid, err := s.lookup(ctx, "/etc/passwd", name)
 	if err != nil {
 		if name == "root" {
 			return "root", nil
+		}
+		if s.req.Login {
+			return "", fmt.Errorf("unauthenticated: invalid username: '%s'", clip(user))
 		}
 		return "", fmt.Errorf("USER %s: %w", clip(user), err)
 	}

@@ -33,10 +33,19 @@ type stageRun struct {
 	args   pairs  // in their order, with ENVs: the last of a name counts
 	grown  expansion
 	shell  []string
-	dirs   []string // of WORKDIRs, that the next step makes
+	dirs   []newDir // of WORKDIRs, that the next step makes
 	sb     *sandbox.Sandbox
 	client *agent.Client
 }
+
+// newDir is a directory that is to be, and whose it is if it is made.
+type newDir struct{ path, owner string }
+
+// plainShell is that of a RUN; loginShell that of BuildRequest.Login, where there is one.
+var (
+	plainShell = []string{"/bin/sh", "-c"}
+	loginShell = []string{"/bin/bash", "-l", "-c"}
+)
 
 // defaultPath is that of images that say none.
 const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -47,8 +56,11 @@ func (r *run) stage(ctx context.Context, index int) (_ *result, err error) {
 	if s.result, err = r.base(ctx, s.stage); err != nil {
 		return nil, err
 	}
-	if s.shell = s.config.Shell; len(s.shell) == 0 {
-		s.shell = []string{"/bin/sh", "-c"}
+	switch s.shell = s.config.Shell; {
+	case r.req.Login:
+		s.shell = slices.Clone(loginShell)
+	case len(s.shell) == 0:
+		s.shell = slices.Clone(plainShell)
 	}
 	defer func() {
 		if s.sb != nil {
@@ -82,7 +94,11 @@ func (r *run) stage(ctx context.Context, index int) (_ *result, err error) {
 
 // variables are what words are expanded with: ARGs, and ENVs over them.
 func (s *stageRun) variables() pairs {
-	all := slices.Clone(s.args)
+	var all pairs
+	if s.req.Login {
+		all = append(all, loginVariables...)
+	}
+	all = append(all, s.args...)
 	for _, kv := range s.config.Env {
 		k, v, _ := strings.Cut(kv, "=")
 		all = append(all, instructions.KeyValuePairOptional{Key: k, Value: &v})
@@ -104,7 +120,11 @@ func (s *stageRun) command(ctx context.Context, where string, cmd instructions.C
 		return s.copy(ctx, where, copying{SourcesAndDest: c.SourcesAndDest, chown: c.Chown, chmod: c.Chmod, unpack: c.Unpack == nil || *c.Unpack})
 	case *instructions.WorkdirCommand:
 		s.config.WorkingDir = s.absolute(c.Path)
-		s.dirs = append(s.dirs, s.config.WorkingDir)
+		owner := ""
+		if s.req.Login {
+			owner = s.config.User
+		}
+		s.dirs = append(s.dirs, newDir{s.config.WorkingDir, cmp.Or(owner, "root")})
 	case *instructions.ArgCommand:
 		return s.arg(c) // its values are in the key
 	default:
@@ -193,7 +213,7 @@ func (s *stageRun) configure(cmd instructions.Command) error {
 		}
 		for _, v := range c.Volumes {
 			cfg.Volumes[v] = struct{}{}
-			s.dirs = append(s.dirs, s.absolute(v))
+			s.dirs = append(s.dirs, newDir{s.absolute(v), "root"})
 		}
 	case *instructions.StopSignalCommand:
 		cfg.StopSignal = c.Signal
@@ -252,7 +272,16 @@ func (s *stageRun) absolute(name string) string {
 
 // change carries out a step that changes files, or takes what it made when it was carried out before. by stands for all that it depends on.
 func (s *stageRun) change(ctx context.Context, where, by string, do func(context.Context) error) error {
-	s.key = hashOf(s.key, by, strings.Join(s.dirs, "\x00"))
+	dirs := ""
+	for i, d := range s.dirs { // the key of one of root's is as it always was
+		if i > 0 {
+			dirs += "\x00"
+		}
+		if dirs += d.path; d.owner != "root" {
+			dirs += "\x00\x00" + d.owner
+		}
+	}
+	s.key = hashOf(s.key, by, dirs)
 	unlock, err := s.Store.lock(ctx, "steps", s.key)
 	if err != nil {
 		return err
@@ -321,12 +350,16 @@ func (s *stageRun) begin(ctx context.Context) error {
 	return s.client.MarkFiles(ctx)
 }
 
-// makeDir makes a directory of root's, if there is none.
-func (s *stageRun) makeDir(ctx context.Context, dir string) error {
-	if dir == "/" {
+// makeDir makes a directory, if there is none.
+func (s *stageRun) makeDir(ctx context.Context, dir newDir) error {
+	if dir.path == "/" {
 		return nil
 	}
-	_, err := s.client.Mkdir(ctx, agent.PathRequest{Path: dir, User: "root"})
+	owner, err := s.userOf(ctx, dir.owner)
+	if err != nil {
+		return err
+	}
+	_, err = s.client.Mkdir(ctx, agent.PathRequest{Path: dir.path, User: owner})
 	if errors.Is(err, fs.ErrExist) {
 		return nil
 	}

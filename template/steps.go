@@ -6,7 +6,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"regexp"
 	"strings"
+
+	"github.com/moby/buildkit/frontend/dockerfile/instructions"
 
 	"soulbox.dev/soulbox/sandbox"
 )
@@ -21,30 +24,69 @@ type Step struct {
 	Anew bool
 }
 
-// withUser makes the user as whom steps run that name none, where an image has not got one.
-const withUser = `USER root
+// makeUser makes a user, where an image has not got him, who may use sudo.
+const makeUser = `USER root
 RUN <<'END_OF_STEP'
 set -e
-id user >/dev/null 2>&1 && exit 0
+id %[1]s >/dev/null 2>&1 && exit 0
 if command -v useradd >/dev/null; then
-  useradd --create-home --shell "$(command -v bash || echo /bin/sh)" user
+  useradd --create-home --shell "$(command -v bash || echo /bin/sh)" %[1]s
+elif command -v adduser >/dev/null; then
+  adduser -D -s "$(command -v bash || echo /bin/sh)" %[1]s
 else
-  adduser -D -s "$(command -v bash || echo /bin/sh)" user
+  n=1000
+  while grep -q "^[^:]*:[^:]*:$n:" /etc/passwd /etc/group; do n=$((n+1)); done
+  echo "%[1]s:x:$n:$n::/home/%[1]s:$(command -v bash || echo /bin/sh)" >>/etc/passwd
+  echo "%[1]s:x:$n:" >>/etc/group
+  mkdir -p /home/%[1]s
+  chown "$n:$n" /home/%[1]s
 fi
-mkdir -p /etc/sudoers.d
-echo 'user ALL=(ALL) NOPASSWD:ALL' >/etc/sudoers.d/90-soulbox
-chmod 0440 /etc/sudoers.d/90-soulbox
 END_OF_STEP
-USER user
-WORKDIR /home/user
 `
 
-// FromSteps is a list of steps as a Dockerfile, and the line at which each begins: they are carried out, cached and told as any other. As those
-// clients expect, they begin as "user" in his home, who is made where there is none.
-func FromSteps(from string, steps []Step) (dockerfile string, lines []int, err error) {
+// maySudo lets a user become root without a password.
+const maySudo = `USER root
+RUN <<'END_OF_STEP'
+set -e
+mkdir -p /etc/sudoers.d
+test -e /etc/sudoers.d/90-soulbox%[2]s && exit 0
+echo '%[1]s ALL=(ALL) NOPASSWD:ALL' >/etc/sudoers.d/90-soulbox%[2]s
+chmod 0440 /etc/sudoers.d/90-soulbox%[2]s
+END_OF_STEP
+`
+
+// Names of what the values of variables cannot have in a Dockerfile as it is.
+const (
+	lineFeed       = "SOULBOX_LINE_FEED"
+	carriageReturn = "SOULBOX_CARRIAGE_RETURN"
+)
+
+// loginVariables are those that the values of others may name, as at root's login.
+var loginVariables = func() (all pairs) {
+	for _, kv := range [][2]string{{"PATH", defaultPath}, {"HOME", "/root"}, {"USER", "root"}, {"LOGNAME", "root"}, {"SHELL", "/bin/bash"}, {lineFeed, "\n"}, {carriageReturn, "\r"}} {
+		all = append(all, instructions.KeyValuePairOptional{Key: kv[0], Value: &kv[1]})
+	}
+	return all
+}()
+
+// userName is of users who are made.
+var userName = regexp.MustCompile(`^[a-z_][a-z0-9_-]{0,31}$`)
+
+// From is what steps begin from. User and Cwd are those of a template; an image's are not taken: its steps begin as "user", in his home.
+type From struct{ Name, User, Cwd string }
+
+// FromSteps is a list of steps as a Dockerfile for a build with Login, and the line at which each begins: they are carried out, cached and told as any other.
+// As those clients expect, "user" is there, and so is whom they change to.
+func FromSteps(from From, steps []Step) (dockerfile string, lines []int, err error) {
 	var b strings.Builder
-	user := "user"
-	fmt.Fprintf(&b, "FROM %s\n%s", from, withUser)
+	user := cmp.Or(from.User, "user")
+	fmt.Fprintf(&b, "FROM %s\n", from.Name)
+	fmt.Fprintf(&b, makeUser, "user")
+	fmt.Fprintf(&b, maySudo, "user", "")
+	fmt.Fprintf(&b, "USER %s\n", literal(user))
+	if cwd := cmp.Or(from.Cwd, "/home/user"); from.Cwd != "" || user == "user" {
+		fmt.Fprintf(&b, "WORKDIR %s\n", literal(cwd))
+	}
 	for i, s := range steps {
 		if err := s.check(); err != nil {
 			return "", nil, fmt.Errorf("step %d, %s: %w: %w", i+1, clip(s.Type), err, sandbox.ErrInvalid)
@@ -84,7 +126,12 @@ func FromSteps(from string, steps []Step) (dockerfile string, lines []int, err e
 		case "WORKDIR":
 			fmt.Fprintf(&b, "WORKDIR %s\n", literal(arg(0)))
 		case "USER":
-			user = arg(0)
+			if user = arg(0); userName.MatchString(user) && user != "root" && user != "user" {
+				fmt.Fprintf(&b, makeUser, user)
+				if arg(1) == "true" {
+					fmt.Fprintf(&b, maySudo, user, "-"+user)
+				}
+			}
 			fmt.Fprintf(&b, "USER %s\n", literal(user))
 		}
 	}
@@ -108,8 +155,13 @@ func (s Step) check() error {
 	case s.Type == "ENV" && len(s.Args)%2 != 0:
 		return errors.New("a name has no value")
 	}
+	for n := 0; s.Type == "ENV" && n < len(s.Args); n += 2 {
+		if strings.ContainsAny(s.Args[n], " \t\r\n=\"'\\$#") || s.Args[n] == "" {
+			return fmt.Errorf("%q is no name of a variable", clip(s.Args[n]))
+		}
+	}
 	for _, a := range s.Args {
-		if s.Type != "RUN" && strings.ContainsAny(a, "\n\r\x00") || strings.Contains(a, "\x00") {
+		if s.Type != "RUN" && s.Type != "ENV" && strings.ContainsAny(a, "\n\r\x00") || strings.Contains(a, "\x00") {
 			return errors.New("an argument has a line feed or a NUL byte")
 		}
 	}
@@ -130,6 +182,7 @@ func literal(text string) string {
 	return strings.NewReplacer(`\`, `\\`, `$`, `\$`, `"`, `\"`, `'`, `\'`).Replace(text)
 }
 
+// quoted is the value of a variable, in which others are named by $NAME. Commands are not run.
 func quoted(text string) string {
-	return `"` + strings.NewReplacer(`\`, `\\`, `$`, `\$`, `"`, `\"`).Replace(text) + `"`
+	return `"` + strings.NewReplacer(`\`, `\\`, `$(`, `\$(`, `"`, `\"`, "\n", "${"+lineFeed+"}", "\r", "${"+carriageReturn+"}").Replace(text) + `"`
 }
