@@ -32,7 +32,7 @@ test: build
 	timeout 1380 bash -c '$(GO) test -timeout 20m ./cmd/... & programs=$$!; $(GO) test $(RACE) -timeout 20m $$($(GO) list ./... | grep -v /cmd/); rest=$$?; wait $$programs && exit $$rest'
 
 lint:
-	@out=$$(gofmt -l .); test -z "$$out" || { echo "gofmt these:"; echo "$$out"; exit 1; }
+	@out=$$(find . -name '*.go' -not -path './.cache/*' -exec gofmt -l {} +); test -z "$$out" || { echo "gofmt these:"; echo "$$out"; exit 1; }
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
 	$(GO) mod tidy -diff

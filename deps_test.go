@@ -24,6 +24,7 @@ var mayImport = map[string][]string{
 	"sandbox":                              {"access", "agent"},
 	"internal/erofs":                       {},
 	"internal/wholenum":                    {},
+	"gvisor/patch":                         {},
 	"internal/names":                       {},
 	"gvisor":                               {"sandbox", "internal/erofs"},
 	"template":                             {"access", "sandbox", "agent", "internal/erofs", "internal/names"},
@@ -62,7 +63,7 @@ var onlyIn = map[string][]string{
 	"github.com/opencontainers/runtime-spec": {"gvisor", "template"},
 	"github.com/opencontainers/image-spec":   {"gvisor", "template"},
 	"gvisor.dev/gvisor":                      {"gvisor"},
-	"flag":                                   {"cmd/soulbox-mcp", "internal/sandboxtest"},
+	"flag":                                   {"cmd/soulbox-mcp", "internal/sandboxtest", "gvisor/patch"},
 	"github.com/google/jsonschema-go":        {"tools"},
 	"github.com/sourcegraph/jsonrpc2":        {"agent"},
 	"github.com/hashicorp/yamux":             {"agent"},
@@ -200,7 +201,7 @@ func allImports(t *testing.T) map[string][]string {
 		if err != nil {
 			return err
 		}
-		if entry.IsDir() && (name == "bin" || name == ".git" || name == "gvisor/runsc") {
+		if entry.IsDir() && (name == "bin" || name == ".git" || name == ".cache" || name == "gvisor/runsc") {
 			return fs.SkipDir
 		}
 		if !strings.HasSuffix(name, ".go") {

@@ -99,7 +99,7 @@ func TestBuildID(t *testing.T) {
 			t.Errorf("%q: %v", id, !want)
 		}
 	}
-	if made == NewBuildID() || made[14] != '4' || imported.BuildID() != imported.BuildID() || (Manifest{Name: "b", Image: "sha256:1"}).BuildID() == imported.BuildID() {
+	if again := imported.BuildID(); made == NewBuildID() || made[14] != '4' || imported.BuildID() != again || (Manifest{Name: "b", Image: "sha256:1"}).BuildID() == imported.BuildID() {
 		t.Error(made, imported.BuildID())
 	}
 	if built := (Manifest{Name: "a", Build: made}); built.BuildID() != made {
