@@ -225,7 +225,8 @@ func (s *Sandbox) answers(ctx context.Context, client *agent.Client) bool {
 	return !can || after != before || context.Cause(ctx) != agent.ErrSilent
 }
 
-// gather keeps a machine on one core for as long as nothing in it lasts.
+// gather keeps a machine on one core for as long as nothing in it lasts. Each time it is bound it is bound once more a moment later: of processes that begin
+// or end meanwhile the kernel may leave some out (proc(5), children).
 func (s *Sandbox) gather(ctx context.Context, client *agent.Client, machine Gatherer) {
 	var known *bool // what it is bound by; nil is not known
 	one := false    // some of it may be on one core
@@ -234,18 +235,17 @@ func (s *Sandbox) gather(ctx context.Context, client *agent.Client, machine Gath
 		if err != nil {
 			break // the machine has ended, stays for another server, or its agent is older than the question
 		}
-		wait, began := gatherEvery, time.Now()
+		wait, began, again := gatherEvery, time.Now(), false
 		if known != nil && going == *known { // it is about to stand still
 			wait = time.Second
 		} else if err := machine.Gather(!going); err != nil {
 			s.m.log.Warn("bind a sandbox to its cores", "sandbox", s.id, "error", err)
 			known, one, wait = nil, true, time.Minute
 		} else { // an agent that tells what it likes does not keep us busy
-			known, one, wait = &going, !going, max(gatherEvery, 20*time.Since(began))
+			known, one, wait, again = &going, !going, max(gatherEvery, 20*time.Since(began)), true
 		}
-		select {
-		case <-time.After(wait):
-		case <-ctx.Done():
+		if sleepFor(ctx, wait) && again && machine.Gather(!going) != nil {
+			known, one = nil, true
 		}
 	}
 	if one {
