@@ -35,8 +35,8 @@ type groupLimits struct {
 	cpu          float64
 }
 
-// write sets the limits of a cgroup, of which gVisor enforces that of tasks alone: the others tell programs what the guard and the host enforce. They look
-// in their own cgroup, or at the root of what is mounted. Zero is no limit.
+// write sets the limits of a cgroup, of which gVisor enforces that of tasks alone: the others tell programs what the guard and the host
+// enforce. They look in their own cgroup, or at the root of what is mounted. Zero is no limit.
 func (l groupLimits) write(dir *os.File) error {
 	most := func(n int64) string {
 		if n <= 0 {

@@ -69,8 +69,8 @@ type WriteOptions struct {
 	User   string // owner of what is created; default the sandbox' user
 	Perm   uint32 // of a new file; default 0644
 	NoDirs bool   // a missing parent directory is an error
-	// Attrs are all user.* extended attributes that the file has then; nil keeps those that it had. With AttrsBelow they are those whose names begin so,
-	// and the others stay.
+	// Attrs are all user.* extended attributes that the file has then; nil keeps those that it had. With AttrsBelow they are those whose
+	// names begin so, and the others stay.
 	Attrs      map[string]string
 	AttrsBelow string
 }

@@ -37,7 +37,7 @@ func (s *Server) edit(r EditRequest) (EditResult, error) {
 			return result, err
 		}
 	}
-	return EditResult{}, fmt.Errorf("edit %q: %w", r.Path, ErrChanging)
+	return EditResult{}, fmt.Errorf("edit %s: %w", quoted(r.Path), ErrChanging)
 }
 
 // editOnce edits a file as it is found. Whoever calls it has the turn of the file.
@@ -55,7 +55,7 @@ func (s *Server) editOnce(r EditRequest) (EditResult, error) {
 		text, at, result.CRLF, result.Replaced, err = replaceIn(old, r)
 	}
 	if err != nil {
-		return EditResult{}, fmt.Errorf("edit %q: %w", r.Path, err)
+		return EditResult{}, fmt.Errorf("edit %s: %w", quoted(r.Path), err)
 	}
 	w, err := s.openWrite(header{Path: r.Path})
 	if err != nil {
@@ -104,10 +104,10 @@ func readText(name string) (string, os.FileInfo, error) {
 		return "", nil, err
 	}
 	if len(body) > maxEdit {
-		return "", nil, fmt.Errorf("edit %q: it has more than %d bytes: %w", name, maxEdit, ErrTooLarge)
+		return "", nil, fmt.Errorf("edit %s: it has more than %d bytes: %w", quoted(name), maxEdit, ErrTooLarge)
 	}
 	if bytes.IndexByte(body, 0) >= 0 || !utf8.Valid(body) {
-		return "", nil, fmt.Errorf("edit %q: %w", name, ErrNotText)
+		return "", nil, fmt.Errorf("edit %s: %w", quoted(name), ErrNotText)
 	}
 	return string(body), was, nil
 }

@@ -323,7 +323,8 @@ func TestEditsAtOnce(t *testing.T) {
 	}
 }
 
-// TestWritesAtOnce: of many that create a file one does, what is appended to a new one is all there, and what one takes back is its own alone.
+// TestWritesAtOnce: of many that create a file one does, what is appended to a new one is all there, and what one takes back is its own
+// alone.
 func TestWritesAtOnce(t *testing.T) {
 	c, dir := pair(t)
 	const n = 20

@@ -57,7 +57,7 @@ func (s *Server) openWrite(h header) (_ *fileWriter, err error) {
 	case err == nil && old.IsDir():
 		return nil, &fs.PathError{Op: "write", Path: target, Err: syscall.EISDIR}
 	case err == nil && !old.Mode().IsRegular():
-		return nil, fmt.Errorf("write %q: it is a %s: %w", target, describeMode(old.Mode()), ErrNotRegular)
+		return nil, fmt.Errorf("write %s: it is a %s: %w", quoted(target), describeMode(old.Mode()), ErrNotRegular)
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
 		return nil, err
 	}
@@ -70,7 +70,7 @@ func (s *Server) openWrite(h header) (_ *fileWriter, err error) {
 		}
 	case ModeAppend:
 		if exists {
-			return s.openAppend(target)
+			return openAppend(target, &s.turns)
 		}
 	default:
 		return nil, invalid("write: mode %q is none of replace, append, create", clip(h.Mode, 40))
@@ -92,7 +92,8 @@ func (s *Server) openWrite(h header) (_ *fileWriter, err error) {
 	return w, err
 }
 
-// attrsOver are the attributes that a file is to have which is written over another: those that are given, with what they leave of the old ones.
+// attrsOver are the attributes that a file is to have which is written over another: those that are given, with what they leave of the old
+// ones.
 func attrsOver(target string, h header) map[string]string {
 	if h.Attrs == nil || h.AttrsBelow == "" {
 		return h.Attrs
@@ -117,7 +118,8 @@ func resolve(name string) (string, error) {
 	return os.Readlink("/proc/self/fd/" + strconv.Itoa(fd))
 }
 
-func (s *Server) openAppend(target string) (*fileWriter, error) {
+// openAppend begins to write at the end of a file that is there.
+func openAppend(target string, turns *turns) (*fileWriter, error) {
 	f, err := os.OpenFile(target, os.O_WRONLY|os.O_APPEND|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
@@ -126,7 +128,7 @@ func (s *Server) openAppend(target string) (*fileWriter, error) {
 	if err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
-	return &fileWriter{file: f, target: target, turns: &s.turns, size: st.Size()}, nil
+	return &fileWriter{file: f, target: target, turns: turns, size: st.Size()}, nil
 }
 
 // openTemp begins a file that is to become target, with the attributes that it is given, or else those of the target.
@@ -173,7 +175,8 @@ func (w *fileWriter) commitNow() error {
 	return nil
 }
 
-// rename gives the file its name. What was not to be there, and is, by somebody who was faster, is not replaced: it is appended to, or left as it is.
+// rename gives the file its name. What was not to be there, and is, by somebody who was faster, is not replaced: it is appended to, or left
+// as it is.
 func (w *fileWriter) rename() error {
 	if w.mode != ModeCreate && w.mode != ModeAppend {
 		return os.Rename(w.temp, w.target)
@@ -190,12 +193,19 @@ func (w *fileWriter) rename() error {
 		return err
 	}
 	defer from.Close()
-	to, err := os.OpenFile(w.target, os.O_WRONLY|os.O_APPEND|syscall.O_NONBLOCK, 0)
+	to, err := openAppend(w.target, w.turns)
 	if err != nil {
 		return err
 	}
-	_, err = io.Copy(to, from)
-	return errors.Join(err, to.Close(), os.Remove(w.temp))
+	defer to.abort()
+	if _, err := io.Copy(to, from); err != nil {
+		return err
+	}
+	if err := to.commitNow(); err != nil {
+		return err
+	}
+	_ = os.Remove(w.temp) // all of it is where it should be
+	return nil
 }
 
 // abort takes back everything unless commit has succeeded. What others have appended meanwhile stays.

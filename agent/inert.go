@@ -58,7 +58,8 @@ func AfterCut(p []byte) []byte {
 	return p[n:]
 }
 
-// InertEnds makes the beginning and the end of a text inert, between which something may be left out. A character that this cuts is left out, too.
+// InertEnds makes the beginning and the end of a text inert, between which something may be left out. A character that this cuts is left
+// out, too.
 func InertEnds(o Output) string {
 	if o.TailStart <= o.HeadEnd { // nothing is
 		return Inert(append(o.Head[:len(o.Head):len(o.Head)], o.Tail...))

@@ -11,8 +11,8 @@ const (
 	endsIn  = 64 << 10 // bytes of a line in which its end is looked for
 )
 
-// replaceIn replaces what an edit asks for. A text whose lines end otherwise than the file's matches as well, and what is put there has the file's own
-// ends: models and people write \n. It gives the first place that has changed, and whether ends were made CRLF.
+// replaceIn replaces what an edit asks for. A text whose lines end otherwise than the file's matches as well, and what is put there has the
+// file's own ends: models and people write \n. It gives the first place that has changed, and whether ends were made CRLF.
 func replaceIn(old string, r EditRequest) (text string, at int, toCRLF bool, n int, err error) {
 	m := matcher{text: old, find: r.Old}
 	n = strings.Count(old, r.Old)

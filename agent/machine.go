@@ -28,8 +28,8 @@ func setUpMachine(image bool) (*cgroups, error) {
 	if err := boundSockets(); err != nil {
 		return nil, fmt.Errorf("bound the buffers of sockets: %w", err)
 	}
-	// As where Docker runs, and not only for a process' own children: who may look at a process is decided by its user. Nobody may look at the agent, or
-	// at a bridge to it, since they have capabilities that nobody else has.
+	// As where Docker runs, and not only for a process' own children: who may look at a process is decided by its user. Nobody may look at
+	// the agent, or at a bridge to it, since they have capabilities that nobody else has.
 	if err := os.WriteFile("/proc/sys/kernel/yama/ptrace_scope", []byte("0"), 0o644); err != nil {
 		return nil, fmt.Errorf("let programs be traced: %w", err)
 	}
@@ -70,14 +70,29 @@ func giveHome(home string, uid, gid int) error {
 	})
 }
 
-// dropCapabilities takes from the children, also from those of root, what only the agent needs. Their bounding set is inherited from
-// the thread that forks, so all threads drop it.
+// dropCapabilities takes from the children, also from those of root, what only the agent needs, and where the kernel does not keep the
+// agent from who traces, the right to trace. Their bounding set is inherited from the thread that forks, so all threads drop it.
 func dropCapabilities() error {
-	_, _, errno := syscall.AllThreadsSyscall6(syscall.SYS_PRCTL, unix.PR_CAPBSET_DROP, unix.CAP_SYS_ADMIN, 0, 0, 0, 0)
-	if errno != 0 {
-		return fmt.Errorf("drop capabilities: %w", errno)
+	drop := []uintptr{unix.CAP_SYS_ADMIN}
+	if !isGuarded() {
+		drop = append(drop, unix.CAP_SYS_PTRACE)
+	}
+	for _, capability := range drop {
+		if _, _, errno := syscall.AllThreadsSyscall6(syscall.SYS_PRCTL, unix.PR_CAPBSET_DROP, capability, 0, 0, 0, 0); errno != 0 {
+			return fmt.Errorf("drop capabilities: %w", errno)
+		}
 	}
 	return nil
+}
+
+// guardMark is told to the first process, as the first of the loads, by a kernel with our patches (gvisor/runsc/main.go); another has 0
+// there.
+const guardMark = 0x536f756c426f78
+
+// isGuarded says whether the kernel keeps the first process from who may trace (gvisor/runsc/patches/guarded-init.patch).
+func isGuarded() bool {
+	var info unix.Sysinfo_t
+	return unix.Sysinfo(&info) == nil && info.Loads[0] == guardMark
 }
 
 // ListenAttach serves bridges until the machine ends. A bridge is root's, and in the agent's own cgroup, where only the runtime can put a

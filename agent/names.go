@@ -12,8 +12,8 @@ import (
 	"soulbox.dev/soulbox/internal/names"
 )
 
-// JSON has no bytes that are not text. So names of files cross the pipe in the notation of package names, and are the bytes that they are on both
-// sides of it (PROTOCOL.md, section 2).
+// JSON has no bytes that are not text. So names of files cross the pipe in the notation of package names, and are the bytes that they are
+// on both sides of it (PROTOCOL.md, section 2).
 
 // marshalNames writes v, in which names are; it is a copy of whoever calls.
 func marshalNames(v any, in ...*string) ([]byte, error) {

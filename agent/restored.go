@@ -17,8 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What a machine is told once it goes on from what was saved, as one of perhaps many copies: its kernel's boot_id is another one from then on, and the
-// file generation in ShellDir has a higher number, which programs may watch. Its hooks the host starts (sandbox/restored.go).
+// What a machine is told once it goes on from what was saved, as one of perhaps many copies: its kernel's boot_id is another one from then
+// on, and the file generation in ShellDir has a higher number, which programs may watch. Its hooks the host starts (sandbox/restored.go).
 
 const (
 	bootIDFile     = "/proc/sys/kernel/random/boot_id"
@@ -44,7 +44,8 @@ func (s *Server) restored() (r Restored, err error) {
 	return r, errors.Join(err, s.renewBootID())
 }
 
-// nextGeneration counts on, in the file that programs see; in a machine that has none it is 0. It never goes back, whatever is written there.
+// nextGeneration counts on, in the file that programs see; in a machine that has none it is 0. It never goes back, whatever is written
+// there.
 func (s *Server) nextGeneration() (int64, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -57,19 +58,17 @@ func (s *Server) nextGeneration() (int64, error) {
 		return s.generation, err
 	}
 	defer f.Close()
-	was := int64(-1)
-	if s.counted {
-		was = s.generation
-	}
+	was := s.generation
 	if n, err := strconv.ParseInt(strings.TrimSpace(known), 10, 64); err == nil && n < math.MaxInt64 {
 		was = max(was, n)
 	}
-	s.generation, s.counted = was+1, true
+	s.generation = was + 1
 	_, err = f.WriteAt(fmt.Appendf(nil, "%d\n", s.generation), 0) // in one write, and never shorter: who reads it sees a number
 	return s.generation, err
 }
 
-// openOwn opens a file of the agent's that others may read, with what is in it. What else has its name is removed: it was made by somebody else.
+// openOwn opens a file of the agent's that others may read, with what is in it. What else has its name is removed: it was made by somebody
+// else.
 func openOwn(name string, perm fs.FileMode) (f *os.File, text string, err error) {
 	for range 3 {
 		f, err = os.OpenFile(name, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK, perm)

@@ -35,10 +35,6 @@ type Options struct {
 	Log      func(format string, args ...any)
 }
 
-// softFiles is how many descriptors a process may have until it asks for more: the agent has all, and programs that close every descriptor which
-// they might have would take seconds.
-const softFiles = 4096
-
 // Server is the guest's end. All methods are safe for concurrent use.
 type Server struct {
 	opts      Options
@@ -79,8 +75,7 @@ type Server struct {
 	seq         int
 	hosts       int // sessions
 	orphan      *countdown
-	generation  int64 // of the machine; none is known until counted
-	counted     bool
+	generation  int64 // of the machine; -1 until it is counted
 }
 
 // NewServer makes a Server; with opts.Init it also sets up the machine.
@@ -91,7 +86,7 @@ func NewServer(opts Options) (*Server, error) {
 	}
 	boot := make([]byte, 8)
 	rand.Read(boot)
-	s := &Server{opts: opts, boot: hex.EncodeToString(boot), shell: "/bin/sh", null: null, procs: map[string]*process{}, tags: map[string]*process{}, trees: newTrees(), starting: make(chan struct{}, starters)}
+	s := &Server{opts: opts, boot: hex.EncodeToString(boot), shell: "/bin/sh", null: null, procs: map[string]*process{}, tags: map[string]*process{}, trees: newTrees(), generation: -1, starting: make(chan struct{}, starters)}
 	if lookPath("/bin/bash", "/", nil) != "" {
 		s.shell = "/bin/bash"
 	}

@@ -13,6 +13,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// softFiles is how many descriptors a process may have until it asks for more: the agent has all, and programs that close every descriptor
+// which they might have would take seconds.
+const softFiles = 4096
+
 // spawnAttr is how spawn starts a process.
 type spawnAttr struct {
 	dir   string

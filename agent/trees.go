@@ -32,7 +32,8 @@ type TreeEvent struct {
 	Path string `json:"path"`
 	From string `json:"from,omitempty"`
 	Dir  bool   `json:"dir,omitempty"`
-	// Whole says of create and save that a call of the host has written the file, which got its name when it was whole: there is no write to tell of.
+	// Whole says of create and save that a call of the host has written the file, which got its name when it was whole: there is no write
+	// to tell of.
 	Whole bool `json:"whole,omitempty"`
 }
 

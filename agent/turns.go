@@ -7,8 +7,9 @@ import (
 	"sync"
 )
 
-// turns has what changes a name done one after the other: an edit is of the text that it has read, and what is to be new finds no other. It is of our own
-// calls alone; a program of the guest is seen by what it leaves (see fileWriter.unchanged). Its zero value is ready for use, and safe for concurrent use.
+// turns has what changes a name done one after the other: an edit is of the text that it has read, and what is to be new finds no other. It
+// is of our own calls alone; a program of the guest is seen by what it has changed (editOnce). Its zero value is ready for use, and safe
+// for concurrent use.
 type turns struct {
 	mu    sync.Mutex
 	names map[string]*turn

@@ -77,7 +77,8 @@ func (s *Server) lookup(spec string) (identity, error) {
 	return id, nil
 }
 
-// groupsOf are the groups that a login gives a user: first its own, then those that /etc/group names. Who is given with a group has that alone (Docker).
+// groupsOf are the groups that a login gives a user: first its own, then those that /etc/group names. Who is given with a group has that
+// alone (Docker).
 func (s *Server) groupsOf(id identity, named bool) []uint32 {
 	groups := []uint32{id.gid}
 	if !named {

@@ -115,7 +115,8 @@ type header struct {
 	Address string `json:"address,omitempty"`
 	// Dial names a connection, for noteHangUp.
 	Dial string `json:"dial,omitempty"`
-	// Attrs are the user.* extended attributes of a file that is written, or with AttrsBelow those whose names begin so; nil keeps those that it has.
+	// Attrs are the user.* extended attributes of a file that is written, or with AttrsBelow those whose names begin so; nil keeps those
+	// that it has.
 	Attrs      map[string]string `json:"attrs,omitzero"`
 	AttrsBelow string            `json:"attrs_below,omitempty"`
 }

@@ -184,7 +184,8 @@ type startRequest struct {
 	ReadyCmd string `json:"readyCmd"`
 }
 
-// from is what the build begins from. The image that clients begin from who name none is this server's own. A template keeps its user and its directory.
+// from is what the build begins from. The image that clients begin from who name none is this server's own. A template keeps its user and
+// its directory.
 func (s startRequest) from(c *Control, owner string) (from template.From, err error) {
 	switch {
 	case given(s.Registry):

@@ -1,7 +1,6 @@
 package api
 
 import (
-	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -374,19 +373,16 @@ func moment(t time.Time, name string) string { return fmt.Sprintf("%019d.%s", t.
 
 const maxPage = 100
 
-// team is whom a key is of.
-func (r *call) team() string { return cmp.Or(r.owner, "local") }
-
 // isTeam refuses the id of another team than the caller's; none is his own.
 func (r *call) isTeam(id string) error {
-	if id != "" && id != r.team() {
-		return refuse(http.StatusForbidden, "the team %.60q is not that of your key, which is %q", id, r.team())
+	if own := access.Name(r.owner); id != "" && id != own {
+		return refuse(http.StatusForbidden, "the team %.60q is not that of your key, which is %q", id, own)
 	}
 	return nil
 }
 
 // teams are whom a key is of, for the command line of E2B.
 func (c *Control) teams(r *call) error {
-	name := r.team()
+	name := access.Name(r.owner)
 	return r.answer(http.StatusOK, []map[string]any{{"teamID": name, "name": name, "apiKey": "", "isDefault": true}})
 }

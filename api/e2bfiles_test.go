@@ -20,8 +20,8 @@ func (a *apiTest) inside(id, token, method, path, body string, headers ...string
 	return a.ask(method, path, body, append([]string{"Host", fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain), envd.TokenHeader, token}, headers...)...)
 }
 
-// TestUploadIsToldAsWritten: an upload is told as envd's own, which writes to the file itself: one over an existing file is a write, a new one is made and
-// written. What others rename stays a rename.
+// TestUploadIsToldAsWritten: an upload is told as envd's own, which writes to the file itself: one over an existing file is a write, a new
+// one is made and written. What others rename stays a rename.
 func TestUploadIsToldAsWritten(t *testing.T) {
 	a := newAPITest(t)
 	id, token := a.create("ann", `{"templateID":"base"}`)
@@ -59,7 +59,8 @@ func TestUploadIsToldAsWritten(t *testing.T) {
 	}
 }
 
-// TestUploadReplacesMetadata: a file that is written over has the metadata of the new one alone, by each way of writing it; other attributes are the user's.
+// TestUploadReplacesMetadata: a file that is written over has the metadata of the new one alone, by each way of writing it; other
+// attributes are the user's.
 func TestUploadReplacesMetadata(t *testing.T) {
 	a := newAPITest(t)
 	id, token := a.create("ann", `{"templateID":"base"}`)

@@ -23,8 +23,8 @@ func waiting(function string) int {
 	return n
 }
 
-// TestPausesAtOnce: who pauses a sandbox that is just being paused waits, and is told that it is done; who connects to it has it resumed. One that was paused
-// before is told to be so, as E2B does.
+// TestPausesAtOnce: who pauses a sandbox that is just being paused waits, and is told that it is done; who connects to it has it resumed.
+// One that was paused before is told to be so, as E2B does.
 func TestPausesAtOnce(t *testing.T) {
 	fake := &sandboxtest.Fake{HangSave: make(chan struct{})}
 	a := newAPITestOn(t, fake)
@@ -73,8 +73,8 @@ func TestConnectWhilePausing(t *testing.T) {
 	}
 }
 
-// TestTrafficWakes: a request that wakes a sandbox gives it the time with which it was made; asking whether it lives wakes none, whoever may reach it; one
-// whose files alone were saved is resumed by those alone who ask for that.
+// TestTrafficWakes: a request that wakes a sandbox gives it the time with which it was made; asking whether it lives wakes none, whoever
+// may reach it; one whose files alone were saved is resumed by those alone who ask for that.
 func TestTrafficWakes(t *testing.T) {
 	a := newAPITest(t)
 	id, token := a.create("ann", `{"templateID":"base","timeout":7200,"autoPause":true,"autoResume":{"enabled":true}}`)

@@ -20,7 +20,8 @@ import (
 const agentDir = "/.soulbox"
 
 // capabilities of init. Its children get the same less CAP_SYS_ADMIN, which the agent drops for them; what they may do is bounded by the
-// sentry in any case. CAP_SYS_PTRACE does not reach the agent, nor a bridge to it: gvisor/runsc/patches/guarded-init.patch sees to that.
+// sentry in any case. CAP_SYS_PTRACE does not reach the agent, nor a bridge to it: gvisor/runsc/patches/guarded-init.patch sees to that;
+// with another runsc the agent drops it for its children, too.
 var capabilities = []string{
 	"CAP_AUDIT_WRITE", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_NET_BIND_SERVICE",
 	"CAP_NET_RAW", "CAP_SETFCAP", "CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_ADMIN", "CAP_SYS_CHROOT", "CAP_SYS_PTRACE",
@@ -67,8 +68,8 @@ func writeAgentImage(to *os.File, agent string) error {
 	return w.Finish(&erofs.Node{Mode: unix.S_IFDIR | 0o755, Children: map[string]*erofs.Node{filepath.Base(agent): binary}})
 }
 
-// writeBundle writes config.json for a machine.
-func writeBundle(dir string, spec sandbox.Spec, agent string) error {
+// bundleMounts is what a machine has mounted.
+func bundleMounts(spec sandbox.Spec, agent string) ([]specs.Mount, error) {
 	// What is memory has a size, or is read-only: gVisor's /dev takes no size.
 	mounts := []specs.Mount{
 		{Destination: "/proc", Type: "proc", Source: "proc"},
@@ -78,11 +79,10 @@ func writeBundle(dir string, spec sandbox.Spec, agent string) error {
 		{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"ro"}},
 		{Destination: "/sys/fs/cgroup", Type: "cgroup2", Source: "cgroup2"},
 	}
-	config := specs.Spec{Root: &specs.Root{Path: spec.Template.Root}}
 	if inMemory(spec) {
 		image, err := agentImage(agent)
 		if err != nil {
-			return fmt.Errorf("make image of agent: %w", err)
+			return nil, fmt.Errorf("make image of agent: %w", err)
 		}
 		mounts = append(mounts, specs.Mount{Destination: agentDir, Type: "erofs", Source: image, Options: []string{"ro"}})
 	} else {
@@ -91,6 +91,16 @@ func writeBundle(dir string, spec sandbox.Spec, agent string) error {
 	for _, m := range spec.Template.Mounts {
 		mounts = append(mounts, specs.Mount{Destination: m.Destination, Type: "bind", Source: m.Source, Options: []string{"ro", "rbind", "nosuid", "nodev"}})
 	}
+	return mounts, nil
+}
+
+// writeBundle writes config.json for a machine, and what our runsc reads.
+func writeBundle(dir string, spec sandbox.Spec, agent string) error {
+	mounts, err := bundleMounts(spec, agent)
+	if err != nil {
+		return err
+	}
+	config := specs.Spec{Root: &specs.Root{Path: spec.Template.Root}}
 	tasks := uint64(spec.Limits.Processes) + 128
 	config.Version, config.Hostname, config.Mounts = "1.0.2", spec.ID, mounts
 	config.Process = &specs.Process{
@@ -127,11 +137,12 @@ func writeBundle(dir string, spec sandbox.Spec, agent string) error {
 	if err != nil {
 		return fmt.Errorf("encode bundle: %w", err)
 	}
-	if err := os.WriteFile(filepath.Join(dir, "config.json"), body, 0o600); err != nil {
-		return err
-	}
-	for name, size := range map[string]int64{sentryMemoryName: sentryLimit(spec.Limits.Kernel()), guestMemoryName: spec.Limits.Memory} {
-		if err := os.WriteFile(filepath.Join(dir, name), strconv.AppendInt(nil, size, 10), 0o600); err != nil {
+	for name, content := range map[string][]byte{
+		"config.json":    body,
+		sentryMemoryName: strconv.AppendInt(nil, sentryLimit(spec.Limits.Kernel()), 10),
+		guestMemoryName:  strconv.AppendInt(nil, spec.Limits.Memory, 10),
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
 			return err
 		}
 	}

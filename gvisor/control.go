@@ -15,6 +15,8 @@ import (
 // controlTimeout bounds a call on the control socket: a stopped sentry answers none.
 const controlTimeout = 10 * time.Second
 
+var errNoAnswer = fmt.Errorf("its kernel has not answered in %s: %w", controlTimeout, context.DeadlineExceeded)
+
 // execArgs is gVisor's control.ExecArgs as far as we use it; the field names are its JSON.
 type execArgs struct {
 	Filename         string   `json:"filename"`
@@ -28,7 +30,7 @@ type execArgs struct {
 
 // control makes one call on the sentry's control socket that takes no time to speak of.
 func (r *Runtime) control(ctx context.Context, run, method string, args, result any) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, controlTimeout, fmt.Errorf("its kernel has not answered in %s: %w", controlTimeout, context.DeadlineExceeded))
+	ctx, cancel := context.WithTimeoutCause(ctx, controlTimeout, errNoAnswer)
 	defer cancel()
 	return r.controlSlow(ctx, run, method, args, result)
 }

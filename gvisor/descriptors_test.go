@@ -54,8 +54,8 @@ func TestNoDescriptorIsLeft(t *testing.T) {
 	end()
 }
 
-// starve does something with no descriptor to spare, with one, and so on until there are enough, each time prepared with plenty of them, and looks that
-// none is left each time it fails.
+// starve does something with no descriptor to spare, with one, and so on until there are enough, each time prepared with plenty of them,
+// and looks that none is left each time it fails.
 func starve(t *testing.T, what string, prepare func(), do func() error) {
 	t.Helper()
 	var old unix.Rlimit

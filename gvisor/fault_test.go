@@ -59,16 +59,7 @@ func bootIn(t *testing.T, runtime *gvisor.Runtime, host sandbox.Template) (sandb
 	if err := os.Mkdir(spec.Dir, 0o711); err != nil {
 		t.Fatal(err)
 	}
-	m, err := runtime.Boot(t.Context(), spec)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := m.Destroy(context.Background()); err != nil {
-			t.Error(err)
-		}
-	})
-	return m, spec
+	return boot(t, runtime, spec), spec
 }
 
 // TestFaults: whatever the host says when it is asked at whatever place, it is no verdict on the machine, which is as before.

@@ -128,8 +128,8 @@ func (p terminalCase) run(t *testing.T, c *agent.Client) {
 	}
 }
 
-// TestHangUpPatch closes the master of a terminal: who reads at the other end gets an end of file, who writes an error, and the leader of the session its
-// signal though another group has the terminal.
+// TestHangUpPatch closes the master of a terminal: who reads at the other end gets an end of file, who writes an error, and the leader of
+// the session its signal though another group has the terminal.
 func TestHangUpPatch(t *testing.T) {
 	_, c := newSandbox(t, sandbox.CreateOptions{})
 	script, err := os.Open(filepath.Join("testdata", "hangup.pl"))

@@ -113,6 +113,38 @@ func (r *Runtime) isThere(p process) (bool, error) {
 	return err == nil && start == p.start, err
 }
 
+// Reap implements sandbox.Runtime.
+func (r *Runtime) Reap(ctx context.Context, dir string) (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("reap %s: %w", filepath.Base(dir), err)
+		}
+	}()
+	if err := r.killAll(ctx, dir); err != nil {
+		return err
+	}
+	mf, err := r.readManifest(dir)
+	if err != nil && !errors.Is(err, errNoManifest) {
+		return err
+	}
+	if mf.Cgroup != nil {
+		if err := r.ask("remove cgroup", mf.Cgroup.remove); err != nil {
+			return err
+		}
+	}
+	// runsc mounts here; the mount goes with its namespace, unless somebody ran it without one.
+	err = unix.Unmount(filepath.Join(runDir(dir), "null-netns"), unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+	if err != nil && err != unix.EINVAL && err != unix.ENOENT && err != unix.EPERM {
+		return fmt.Errorf("unmount: %w", err)
+	}
+	for _, name := range parts {
+		if err := r.ask("remove "+name, func() error { return os.RemoveAll(filepath.Join(dir, name)) }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // killAll ends all processes of a machine and waits until they are gone.
 func (r *Runtime) killAll(ctx context.Context, dir string) error {
 	for {

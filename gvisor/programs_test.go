@@ -21,7 +21,8 @@ func says(t *testing.T, c *agent.Client, user, command, want string) {
 	}
 }
 
-// TestStandardStreams opens the streams of a process by their names, as who it belongs to; the users change, so that pipes made ahead are another's.
+// TestStandardStreams opens the streams of a process by their names, as who it belongs to; the users change, so that pipes made ahead are
+// another's.
 func TestStandardStreams(t *testing.T) {
 	_, c := newSandbox(t, sandbox.CreateOptions{})
 	for _, user := range []string{"", "root", "", "1234", "daemon", "1234:50", "root"} {
@@ -38,7 +39,8 @@ func TestStandardStreams(t *testing.T) {
 			t.Errorf("as %q, on a terminal: got %q, %v", user, output(s), err)
 		}
 	}
-	// Who was another when the process began is not let in, as on Linux: su of Docker's root writes to what it has, and cannot open it anew.
+	// Who was another when the process began is not let in, as on Linux: su of Docker's root writes to what it has, and cannot open it
+	// anew.
 	says(t, c, "root", `perl -e '$> = 1000; print "open\n" if open F, ">", "/dev/stdout"; print "$!\n"; $| = 1; print "has it\n"'`, "Permission denied\nhas it\n")
 	says(t, c, "1234:50", `perl -e '$< = $> = 0; print "root\n" if $> == 0; print "no\n"'`, "no\n")
 }
@@ -58,7 +60,8 @@ func TestLogin(t *testing.T) {
 	}
 }
 
-// TestLimitsSeen has programs find the sandbox' limits wherever they look: before and after a pause to disk, and with other limits from its files.
+// TestLimitsSeen has programs find the sandbox' limits wherever they look: before and after a pause to disk, and with other limits from its
+// files.
 func TestLimitsSeen(t *testing.T) {
 	limits := sandbox.DefaultLimits()
 	limits.Memory, limits.CPU = 512<<20, 1
@@ -97,7 +100,8 @@ if c.ptrace(16, pid, 0, 0) < 0: sys.exit(print(os.strerror(ctypes.get_errno())))
 os.waitpid(pid, 0x40000000)
 print("attached"); c.ptrace(17, pid, 0, 0)' `
 
-// TestStickyDirectories renames over names that are free again, where only their owners may: the overlay has whiteouts there, which are root's.
+// TestStickyDirectories renames over names that are free again, where only their owners may: the overlay has whiteouts there, which are
+// root's.
 func TestStickyDirectories(t *testing.T) {
 	image := sandboxtest.Image(t, sandboxtest.Dir(t))
 	runtime, host := newRuntime(t)

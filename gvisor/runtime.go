@@ -17,8 +17,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -125,7 +123,8 @@ func runDir(dir string) string { return filepath.Join(dir, "run") }
 
 func bundleDir(dir string) string { return filepath.Join(dir, "bundle") }
 
-// bootTries is how often a machine is begun whose runsc has failed, with nothing said of why that is the machine's own: the host may be at fault.
+// bootTries is how often a machine is begun whose runsc has failed, with nothing said of why that is the machine's own: the host may be at
+// fault.
 const bootTries = 2
 
 // Boot implements sandbox.Runtime.
@@ -415,38 +414,6 @@ func (r *Runtime) Attach(ctx context.Context, dir string) (_ sandbox.Machine, er
 
 func hasSentry(processes []process) bool {
 	return slices.ContainsFunc(processes, func(p process) bool { return p.sentry })
-}
-
-// Reap implements sandbox.Runtime.
-func (r *Runtime) Reap(ctx context.Context, dir string) (err error) {
-	defer func() {
-		if err != nil {
-			err = fmt.Errorf("reap %s: %w", filepath.Base(dir), err)
-		}
-	}()
-	if err := r.killAll(ctx, dir); err != nil {
-		return err
-	}
-	mf, err := r.readManifest(dir)
-	if err != nil && !errors.Is(err, errNoManifest) {
-		return err
-	}
-	if mf.Cgroup != nil {
-		if err := r.ask("remove cgroup", mf.Cgroup.remove); err != nil {
-			return err
-		}
-	}
-	// runsc mounts here; the mount goes with its namespace, unless somebody ran it without one.
-	err = unix.Unmount(filepath.Join(runDir(dir), "null-netns"), unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
-	if err != nil && err != unix.EINVAL && err != unix.ENOENT && err != unix.EPERM {
-		return fmt.Errorf("unmount: %w", err)
-	}
-	for _, name := range parts {
-		if err := r.ask("remove "+name, func() error { return os.RemoveAll(filepath.Join(dir, name)) }); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // Pipe implements sandbox.Machine.

@@ -93,7 +93,8 @@ func TestStoppedStarts(t *testing.T) {
 	}
 }
 
-// TestStartedAgain: a runsc that fails once, as it may where the host has no room for the moment, is no reason to fail. One that fails again is.
+// TestStartedAgain: a runsc that fails once, as it may where the host has no room for the moment, is no reason to fail. One that fails
+// again is.
 func TestStartedAgain(t *testing.T) {
 	runtime, host := newRuntime(t)
 	tried, fails := 0, 1

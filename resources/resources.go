@@ -347,8 +347,8 @@ func (s *Service) directory(ctx context.Context, client *agent.Client, uri strin
 	return asText(uri, "text/plain", b.String(), nil), nil
 }
 
-// output reads a range of what a process has written, terminal escapes made inert. A character that the range cuts in two, or that the process
-// has not written to its end yet, is left for the next.
+// output reads a range of what a process has written, terminal escapes made inert. A character that the range cuts in two, or that the
+// process has not written to its end yet, is left for the next.
 func (s *Service) output(ctx context.Context, client *agent.Client, uri string, n name) ([]mcp.ResourceContents, error) {
 	var body []byte
 	var p agent.Process

@@ -99,10 +99,12 @@ func (m *Manager) unowned(owner string, known map[string]bool) []Info {
 		}
 		asleep = slices.DeleteFunc(asleep, func(r record) bool {
 			lock, err := LockFile(filepath.Join(m.store.path(r.ID), "lock"), false)
-			if errors.Is(err, syscall.EWOULDBLOCK) || errors.Is(err, fs.ErrNotExist) {
-				return errors.Is(err, fs.ErrNotExist)
-			}
-			if err == nil { // else nobody is known to have it
+			switch {
+			case errors.Is(err, fs.ErrNotExist): // it is gone
+				return true
+			case errors.Is(err, syscall.EWOULDBLOCK):
+				return false
+			case err == nil: // else it is not known, and nobody is known to have it
 				_ = lock.Close() // it was only tried
 			}
 			m.foreign.Delete(r.ID)

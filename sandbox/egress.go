@@ -252,7 +252,8 @@ func (e *egress) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// fail says why there is no connection: to who asks for a tunnel. Who asks for a page finds that the connection ends, as with a host that refuses it.
+// fail says why there is no connection: to who asks for a tunnel. Who asks for a page finds that the connection ends, as with a host that
+// refuses it.
 func (e *egress) fail(w http.ResponseWriter, to string, tunnel bool, err error) {
 	if errors.Is(err, ErrRefused) {
 		if e.notes.Allow() {

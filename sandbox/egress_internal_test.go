@@ -114,8 +114,8 @@ func TestNetworkRefuses(t *testing.T) {
 	}
 }
 
-// TestRefusedEnds: who asks the proxy for a page of a host that is blocked finds that the connection ends, and no page that a program takes for the host's; who
-// asks for a tunnel is refused one. Why is in the log.
+// TestRefusedEnds: who asks the proxy for a page of a host that is blocked finds that the connection ends, and no page that a program takes
+// for the host's; who asks for a tunnel is refused one. Why is in the log.
 func TestRefusedEnds(t *testing.T) {
 	e := newEgress()
 	e.network = func() (Network, context.Context) { return Network{Mode: NetworkAllowlist}, t.Context() }

@@ -12,9 +12,9 @@ import (
 // unfinished begins the names of what Install is making.
 const unfinished = ".new-"
 
-// Install makes a directory that never changes, whose name stands for its content, in dir, which is made if missing. Where it is there already
-// nothing is written and nobody waits. build fills an empty directory. Servers that install at the same time wait for each other; what a dead one
-// has left unfinished is removed.
+// Install makes a directory that never changes, whose name stands for its content, in dir, which is made if missing. Where it is there
+// already nothing is written and nobody waits. build fills an empty directory. Servers that install at the same time wait for each other;
+// what a dead one has left unfinished is removed.
 func Install(dir, name string, build func(temp string) error) (path string, err error) {
 	path = filepath.Join(dir, name)
 	if there, err := installed(path); there || err != nil {

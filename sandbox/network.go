@@ -24,8 +24,9 @@ const (
 // and what is connected to is checked by its address.
 type Network struct {
 	Mode string `json:"mode"` // "" is none
-	// Allow are the domains ("example.com", "*.example.com" for all below it, "*" for every one) and the ranges of addresses of an allowlist; nothing is reached where
-	// there are none. In a full network they are the exceptions from Deny, which are ranges of addresses that are not reached.
+	// Allow are the domains ("example.com", "*.example.com" for all below it, "*" for every one) and the ranges of addresses of an
+	// allowlist; nothing is reached where there are none. In a full network they are the exceptions from Deny, which are ranges of
+	// addresses that are not reached.
 	Allow []string `json:"allow,omitempty"`
 	Deny  []string `json:"deny,omitempty"`
 	// Said are the lists in the words of a client whose words are others, for it to see; they decide nothing.

@@ -31,8 +31,8 @@ type PauseOptions struct {
 }
 
 // Pause stops the sandbox as it is: its processes, and the clock of its life. Calls that wait for something in it return with what is there
-// when it goes to disk, and go on after Resume when it is frozen. When it fails the sandbox is as before. Where another call is just doing the same it
-// waits, and is done with it; so does Resume.
+// when it goes to disk, and go on after Resume when it is frozen. When it fails the sandbox is as before. Where another call is just doing
+// the same it waits, and is done with it; so does Resume.
 func (s *Sandbox) Pause(ctx context.Context, o PauseOptions) error {
 	if o.FilesOnly && !o.ToDisk {
 		return fmt.Errorf("pause sandbox %s: its files alone can be saved to disk only: %w", s.id, ErrInvalid)
@@ -71,7 +71,8 @@ func (s *Sandbox) pause(ctx context.Context, o PauseOptions) (err error) {
 	return err
 }
 
-// moves says whether a sandbox is in a state, or is just being changed: who wants another one, and finds when it is his turn that it is so, has what he wants.
+// moves says whether a sandbox is in a state, or is just being changed: who wants another one, and finds when it is his turn that it is so,
+// has what he wants.
 func (s *Sandbox) moves(from State) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -236,8 +237,8 @@ func (s *Sandbox) freeze(ctx context.Context, o PauseOptions) error {
 // goOnPause is the time until a machine that could not be thawed is tried again; it doubles, to unknownPause.
 const goOnPause = 100 * time.Millisecond
 
-// goOn thaws a machine whose pause has failed. Where that fails, too, it is tried until it is done or is another's affair: the sandbox is running to
-// all who look.
+// goOn thaws a machine whose pause has failed. Where that fails, too, it is tried until it is done or is another's affair: the sandbox is
+// running to all who look.
 func (s *Sandbox) goOn(ctx context.Context, machine Machine) error {
 	err := machine.Resume(ctx)
 	if err == nil {

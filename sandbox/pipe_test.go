@@ -55,7 +55,8 @@ func (p faultyPipe) Write(b []byte) (int, error) {
 	return p.ReadWriteCloser.Write(b)
 }
 
-// TestPipeFails: whatever the host says where the agent's client asks it to read or write, the call may fail, and no sandbox ends: its agent is met anew.
+// TestPipeFails: whatever the host says where the agent's client asks it to read or write, the call may fail, and no sandbox ends: its
+// agent is met anew.
 func TestPipeFails(t *testing.T) {
 	for _, fault := range hostFaults {
 		for _, where := range []string{"read", "write"} {

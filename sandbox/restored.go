@@ -11,8 +11,8 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// HookDir is where a sandbox has the programs that are run, as root and by their names, once it goes on from what was saved: as a copy, from a snapshot, or
-// from disk.
+// HookDir is where a sandbox has the programs that are run, as root and by their names, once it goes on from what was saved: as a copy,
+// from a snapshot, or from disk.
 const HookDir = "/etc/soulbox/after-restore.d"
 
 // HookTag is the tag of the process that runs them.
@@ -32,8 +32,9 @@ const hookScript = `for f in ` + HookDir + `/*; do
 done
 exit ${failed:-0}`
 
-// afterRestore makes of a machine that has begun from what was saved one of its own: with another boot_id and the next generation where it has its
-// memory (one that boots has them anyway), and with what its hooks do. Nothing of that keeps it from running: what fails is in its log.
+// afterRestore makes of a machine that has begun from what was saved one of its own: with another boot_id and the next generation where it
+// has its memory (one that boots has them anyway), and with what its hooks do. Nothing of that keeps it from running: what fails is in its
+// log.
 func (s *Sandbox) afterRestore(ctx context.Context, client *agent.Client, whole bool) {
 	env := map[string]string{}
 	if whole {

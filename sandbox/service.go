@@ -41,7 +41,8 @@ const (
 // errService is of a service that ended before it was ready.
 var errService = errors.New("the service of the template has ended before it was ready")
 
-// StartService starts a service in the sandbox and waits until it is ready. Its error has the last of its output; each, if not nil, is given all of it.
+// StartService starts a service in the sandbox and waits until it is ready. Its error has the last of its output; each, if not nil, is
+// given all of it.
 func (s *Sandbox) StartService(ctx context.Context, service Service, each func(agent.OutputFrame)) error {
 	client, err := s.Agent(ctx, "start the service of")
 	if err != nil {

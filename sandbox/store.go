@@ -250,8 +250,8 @@ func (s store) promised() (sum int64, err error) {
 	return sum, err
 }
 
-// promisedEach calls each for every sandbox in the store that has memory, or is about to. Of one whose state has no meaning to this server nothing is
-// known; where the host does not let it be read, that is an error.
+// promisedEach calls each for every sandbox in the store that has memory, or is about to. Of one whose state has no meaning to this server
+// nothing is known; where the host does not let it be read, that is an error.
 func (s store) promisedEach(each func(record)) error {
 	entries, err := os.ReadDir(s.dir)
 	if err != nil {

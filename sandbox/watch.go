@@ -225,8 +225,8 @@ func (s *Sandbox) answers(ctx context.Context, client *agent.Client) bool {
 	return !can || after != before || context.Cause(ctx) != agent.ErrSilent
 }
 
-// gather keeps a machine on one core for as long as nothing in it lasts. Each time it is bound it is bound once more a moment later: of processes that begin
-// or end meanwhile the kernel may leave some out (proc(5), children).
+// gather keeps a machine on one core for as long as nothing in it lasts. When it is given all of its cores it is given them once more a
+// moment later: of processes that begin or end meanwhile the kernel may leave some out (proc(5), children), and they would stay on one.
 func (s *Sandbox) gather(ctx context.Context, client *agent.Client, machine Gatherer) {
 	var known *bool // what it is bound by; nil is not known
 	one := false    // some of it may be on one core
@@ -242,9 +242,9 @@ func (s *Sandbox) gather(ctx context.Context, client *agent.Client, machine Gath
 			s.m.log.Warn("bind a sandbox to its cores", "sandbox", s.id, "error", err)
 			known, one, wait = nil, true, time.Minute
 		} else { // an agent that tells what it likes does not keep us busy
-			known, one, wait, again = &going, !going, max(gatherEvery, 20*time.Since(began)), true
+			known, one, wait, again = &going, !going, max(gatherEvery, 20*time.Since(began)), going
 		}
-		if sleepFor(ctx, wait) && again && machine.Gather(!going) != nil {
+		if sleepFor(ctx, wait) && again && machine.Gather(false) != nil { // the next round tells why
 			known, one = nil, true
 		}
 	}

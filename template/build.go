@@ -61,8 +61,8 @@ type BuildRequest struct {
 	Args    map[string]string // of ARG
 	Secrets map[string][]byte // of RUN --mount=type=secret, by id
 	NoCache bool
-	// Login is of a Dockerfile of FromSteps: as E2B's clients expect, RUN is done by bash as at a login, variables have the values of root's login where nothing
-	// else is said, and WORKDIR makes its directory for the user.
+	// Login is of a Dockerfile of FromSteps: as E2B's clients expect, RUN is done by bash as at a login, variables have the values of
+	// root's login where nothing else is said, and WORKDIR makes its directory for the user.
 	Login bool
 	// Limits are those of sandboxes of the template, where they ask for none, and of the build itself. Zero values are the server's.
 	Limits sandbox.Limits

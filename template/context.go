@@ -42,8 +42,8 @@ func (f *Files) Close() error {
 	return err
 }
 
-// ReadContext reads the files of a build from a tar, which may be compressed. What is to be ignored is left out by the build. Nothing of it becomes a
-// file of the host's but one image, which Close removes.
+// ReadContext reads the files of a build from a tar, which may be compressed. What is to be ignored is left out by the build. Nothing of it
+// becomes a file of the host's but one image, which Close removes.
 func (s *Store) ReadContext(ctx context.Context, owner string, from io.Reader) (_ *Files, err error) {
 	return s.newContext(ctx, owner, func(m *merger) error {
 		plain, err := uncompressed(ctx, s.payer(owner), from)
@@ -201,8 +201,8 @@ func packDir(to io.Writer, root *os.Root, ignore func(string) bool) error {
 	return errors.Join(err, w.Close())
 }
 
-// ignoreNames are the files that say what a build ignores; the first one that is there counts, and the others do not, as with docker. Dockerfiles come
-// as texts: they have the usual name.
+// ignoreNames are the files that say what a build ignores; the first one that is there counts, and the others do not, as with docker.
+// Dockerfiles come as texts: they have the usual name.
 var ignoreNames = []string{"Dockerfile.dockerignore", ".dockerignore"}
 
 // maxIgnore bounds such a file, in bytes.

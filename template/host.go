@@ -25,7 +25,8 @@ var empty = map[string]fs.FileMode{
 	"var/lib": 0o755, "var/lib/soulbox": 0o700, "var/spool": 0o755, "etc": 0o755, ".soulbox": 0o755,
 }
 
-// files are written, not copied. Of the users that packages count on there are those whose numbers are the same on all of Debian's machines.
+// files are written, not copied. Of the users that packages count on there are those whose numbers are the same on all of Debian's
+// machines.
 var files = map[string]string{
 	"etc/passwd": "root:x:0:0:root:/root:/bin/bash\ndaemon:x:1:1:daemon:/usr/sbin:/usr/sbin/nologin\n" +
 		"man:x:6:12:man:/var/cache/man:/usr/sbin/nologin\nwww-data:x:33:33:www-data:/var/www:/usr/sbin/nologin\n" +

@@ -44,7 +44,8 @@ func asUUID(b [16]byte, version byte) string {
 // ValidBuildID says whether a text may be the id of a build.
 func ValidBuildID(id string) bool { return buildID.MatchString(id) }
 
-// BuildID is the id of the build that has made a template. One that was not built here has one all the same, which is always the same (RFC 9562, 5.8).
+// BuildID is the id of the build that has made a template. One that was not built here has one all the same, which is always the same (RFC
+// 9562, 5.8).
 func (m Manifest) BuildID() string {
 	if m.Build != "" {
 		return m.Build

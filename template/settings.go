@@ -27,21 +27,21 @@ import (
 
 // settings are the files of /etc that programs need, whoever has made them, as globs.
 var settings = []string{
-	"alternatives", "bash.bashrc", "ca-certificates.conf", "ca-certificates", "crypto-policies", "debian_version", "environment.d", "fonts", "gai.conf",
-	"inputrc", "java*", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "locale.alias", "locale.conf", "localtime", "login.defs", "lsb-release", "magic",
-	"magic.mime", "man.conf", "man_db.conf", "manpath.config", "mime.types", "mke2fs.conf", "networks", "nsswitch.conf", "os-release", "pam.d", "perl",
-	"pki/ca-trust", "pki/tls", "profile", "profile.d", "protocols", "python*", "rpc", "services", "sgml", "shells", "ssl/cert.pem", "ssl/certs",
-	"ssl/openssl.cnf", "terminfo", "timezone", "vim", "xml",
+	"alternatives", "bash.bashrc", "ca-certificates.conf", "ca-certificates", "crypto-policies", "debian_version", "environment.d",
+	"fonts", "gai.conf", "inputrc", "java*", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "locale.alias", "locale.conf", "localtime",
+	"login.defs", "lsb-release", "magic", "magic.mime", "man.conf", "man_db.conf", "manpath.config", "mime.types", "mke2fs.conf",
+	"networks", "nsswitch.conf", "os-release", "pam.d", "perl", "pki/ca-trust", "pki/tls", "profile", "profile.d", "protocols", "python*",
+	"rpc", "services", "sgml", "shells", "ssl/cert.pem", "ssl/certs", "ssl/openssl.cnf", "terminfo", "timezone", "vim", "xml",
 }
 
 // denied are names that never come, wherever they are; in lower case.
 var denied = []string{
 	// Passwords and keys, and backups of files that have them.
-	"*.cred", "*.jks", "*.kdbx", "*.key", "*.keystore", "*.keytab", "*.ovpn", "*.p12", "*.pfx", "*.ppk", "*.psk", "*.secret", "*_key", "*credential*",
-	"*htpasswd*", "*passwords*", "*secrets*", "*token", "*tokens", "auth.conf*", "auth.json", "authorized_keys*", "bindpw*", "chap-secrets", "doas.conf",
-	"gshadow*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "id_rsa*", "netrc", ".netrc", "opasswd*", "passwd.client", "pap-secrets", ".pgpass", "private",
-	"sasl_passwd*", "shadow*", "ssh_host_*", "sudoers*", "*~", "*-", "#*#", "*.bak", "*.dpkg-*", "*.old", "*.orig", "*.rpmnew", "*.rpmsave",
-	"*.swp", "*.ucf-*",
+	"*.cred", "*.jks", "*.kdbx", "*.key", "*.keystore", "*.keytab", "*.ovpn", "*.p12", "*.pfx", "*.ppk", "*.psk", "*.secret", "*_key",
+	"*credential*", "*htpasswd*", "*passwords*", "*secrets*", "*token", "*tokens", "auth.conf*", "auth.json", "authorized_keys*",
+	"bindpw*", "chap-secrets", "doas.conf", "gshadow*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "id_rsa*", "netrc", ".netrc", "opasswd*",
+	"passwd.client", "pap-secrets", ".pgpass", "private", "sasl_passwd*", "shadow*", "ssh_host_*", "sudoers*", "*~", "*-", "#*#", "*.bak",
+	"*.dpkg-*", "*.old", "*.orig", "*.rpmnew", "*.rpmsave", "*.swp", "*.ucf-*",
 	// Who and where this machine is, and whom it knows.
 	"*known_hosts*", "hostid", "hostnqn", "machine-id", "machine-info",
 	".git", ".svn", ".hg", ".bzr", // of who keeps /etc in one
@@ -49,11 +49,12 @@ var denied = []string{
 
 // deniedPaths are what says who and where this machine is, what it starts, and how it is reached; as globs below /etc.
 var deniedPaths = []string{
-	"NetworkManager", "adjtime", "aliases*", "anacrontab", "apt", "bluetooth", "ceph", "cloud", "cron*", "crypttab", "default/grub*", "dhcp", "docker",
-	"environment", "exim4", "exports*", "fstab*", "group*", "grub*", "hostname", "hosts*", "init.d", "ipsec*", "iscsi", "iwd",
-	"krb5.conf*", "kubernetes", "letsencrypt", "libvirt", "logrotate.d", "lvm", "mail", "mailname", "mdadm", "motd", "mtab", "multipath*", "netplan", "network",
-	"nvme", "openvpn", "passwd*", "postfix", "ppp", "rancher", "rc?.d", "resolv*", "samba", "snmp", "ssl/private", "sssd", "strongswan*", "subgid*",
-	"subuid*", "swanctl", "systemd", "udev", "update-motd.d", "wireguard", "wpa_supplicant",
+	"NetworkManager", "adjtime", "aliases*", "anacrontab", "apt", "bluetooth", "ceph", "cloud", "cron*", "crypttab", "default/grub*",
+	"dhcp", "docker", "environment", "exim4", "exports*", "fstab*", "group*", "grub*", "hostname", "hosts*", "init.d", "ipsec*", "iscsi",
+	"iwd", "krb5.conf*", "kubernetes", "letsencrypt", "libvirt", "logrotate.d", "lvm", "mail", "mailname", "mdadm", "motd", "mtab",
+	"multipath*", "netplan", "network", "nvme", "openvpn", "passwd*", "postfix", "ppp", "rancher", "rc?.d", "resolv*", "samba", "snmp",
+	"ssl/private", "sssd", "strongswan*", "subgid*", "subuid*", "swanctl", "systemd", "udev", "update-motd.d", "wireguard",
+	"wpa_supplicant",
 }
 
 // secret is what a password or a key looks like in a text: NAME = VALUE, <name>VALUE<, //user:password@host, "machine … password …".
@@ -76,7 +77,8 @@ const (
 type etc struct {
 	tree    *rootTree
 	machine string // the directory that is its root
-	// shipped are the conffiles of the packages that are installed, below /etc, with the MD5 sums of what the packages brought; nil without dpkg.
+	// shipped are the conffiles of the packages that are installed, below /etc, with the MD5 sums of what the packages brought; nil without
+	// dpkg.
 	shipped map[string]string
 	usr     map[string]bool   // names in /usr, without dpkg
 	links   map[string]string // that come if they lead to what comes
@@ -98,10 +100,13 @@ func addSettings(t *rootTree, machine string) error {
 	if err := e.walk("", false, 0); err != nil {
 		return err
 	}
-	for range 3 { // links to links
+	for more := true; more; { // links to links
+		more = false
 		for name, target := range e.links {
 			if e.leads(name, target) {
 				t.link("etc/"+name, target)
+				delete(e.links, name)
+				more = true
 			}
 		}
 	}
@@ -203,8 +208,8 @@ func (e *etc) leads(name, target string) bool {
 	return strings.HasPrefix(target, "/usr/") || strings.HasPrefix(target, "/etc/") && e.tree.has(target[1:])
 }
 
-// named tells whether something right below /etc has the name of something in /usr, such as nginx, resolvconf.conf or logrotate.d: without dpkg
-// it is taken for its.
+// named tells whether something right below /etc has the name of something in /usr, such as nginx, resolvconf.conf or logrotate.d: without
+// dpkg it is taken for its.
 func (e *etc) named(name string) bool {
 	stem := strings.ToLower(name)
 	for _, end := range []string{"", ".d", ".conf", ".conf.d", "rc", ".cfg", ".ini"} {
@@ -230,7 +235,8 @@ func namesOfUsr(machine string) (map[string]bool, error) {
 	return names, nil
 }
 
-// conffiles reads from dpkg's status file which conffiles the packages that are installed have below /etc, with the MD5 sums of what they brought.
+// conffiles reads from dpkg's status file which conffiles the packages that are installed have below /etc, with the MD5 sums of what they
+// brought.
 func conffiles(name string) (map[string]string, error) {
 	f, err := os.Open(name)
 	if errors.Is(err, fs.ErrNotExist) {

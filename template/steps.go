@@ -75,8 +75,8 @@ var userName = regexp.MustCompile(`^[a-z_][a-z0-9_-]{0,31}$`)
 // From is what steps begin from. User and Cwd are those of a template; an image's are not taken: its steps begin as "user", in his home.
 type From struct{ Name, User, Cwd string }
 
-// FromSteps is a list of steps as a Dockerfile for a build with Login, and the line at which each begins: they are carried out, cached and told as any other.
-// As those clients expect, "user" is there, and so is whom they change to.
+// FromSteps is a list of steps as a Dockerfile for a build with Login, and the line at which each begins: they are carried out, cached and
+// told as any other. As those clients expect, "user" is there, and so is whom they change to.
 func FromSteps(from From, steps []Step) (dockerfile string, lines []int, err error) {
 	var b strings.Builder
 	user := cmp.Or(from.User, "user")

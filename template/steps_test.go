@@ -45,8 +45,8 @@ func TestSteps(t *testing.T) {
 	}
 }
 
-// TestStepsAsE2B: what E2B's own builder does otherwise than Docker: RUN is bash's as at a login, users are made, directories are the user's, and what begins
-// from a template goes on where that has ended.
+// TestStepsAsE2B: what E2B's own builder does otherwise than Docker: RUN is bash's as at a login, users are made, directories are the
+// user's, and what begins from a template goes on where that has ended.
 func TestStepsAsE2B(t *testing.T) {
 	w := newWorkshop(t)
 	build := func(name string, from From, steps ...Step) (string, error) {

@@ -16,8 +16,8 @@ const nextLine = "\r\x1bD"
 // placeholder is a character of one column, in whose place another is put.
 const placeholder = "x"
 
-// char renders a character that is not ASCII. atMargin says that the one before it was wide and ends at the margin, and margin that this one
-// is such.
+// char renders a character that is not ASCII. atMargin says that the one before it was wide and ends at the margin, and margin that this
+// one is such.
 func (sc *screen) char(c rune, atMargin bool) (margin bool, err error) {
 	e, width := sc.shown(), charWidth(c)
 	if width == 0 {

@@ -159,7 +159,7 @@ func readImage(r io.Reader, info agent.FileInfo, kind string) (fileReadOutput, e
 		return fileReadOutput{}, badArgument("The image %s is larger than %d bytes. Make it smaller with exec, or read it in parts with encoding base64.", filename(info.Path), maxFile)
 	}
 	image := mcp.NewImageContent(base64.StdEncoding.EncodeToString(body), kind)
-	return fileReadOutput{Path: info.Path, Encoding: "image", Size: info.Size, image: &image}, nil
+	return fileReadOutput{Path: names.Show(info.Path), Encoding: "image", Size: info.Size, image: &image}, nil
 }
 
 // readLines reads whole lines from line in.Offset on; only the first one shown is cut where it is too long by itself.
@@ -343,44 +343,6 @@ func (s *Service) fileWrite(ctx context.Context, in fileWriteInput) (fileWriteOu
 		out.Files = append(out.Files, written{Path: names.Show(info.Path), Size: info.Size})
 	}
 	return out, nil
-}
-
-type fileEditInput struct {
-	Path       filename `json:"path" jsonschema:"absolute path"`
-	OldStr     string   `json:"old_str,omitempty" jsonschema:"exactly as in the file"`
-	NewStr     string   `json:"new_str,omitempty" jsonschema:"text to put there; empty removes"`
-	ReplaceAll bool     `json:"replace_all,omitempty" jsonschema:"replace every occurrence"`
-	InsertLine *int     `json:"insert_line,omitempty" jsonschema:"instead of old_str: behind this line, 0 is the start"`
-	target
-}
-
-type fileEditOutput struct {
-	Path     string `json:"path"`
-	Replaced int    `json:"replaced"`
-	Line     int    `json:"line" jsonschema:"of the first change"`
-	Snippet  string `json:"snippet" jsonschema:"the lines around it, numbered"`
-	Size     int64  `json:"size"`
-	CRLF     bool   `json:"crlf,omitempty" jsonschema:"with the file's CRLF line ends"`
-}
-
-func (o fileEditOutput) text() string {
-	ends := ""
-	if o.CRLF {
-		ends = ", with the file's CRLF line ends"
-	}
-	return fmt.Sprintf("%s[%s, %s%s, first at line %d, now %d bytes]", o.Snippet, o.Path, plural(int64(o.Replaced), "change"), ends, o.Line, o.Size)
-}
-
-func (s *Service) fileEdit(ctx context.Context, in fileEditInput) (fileEditOutput, error) {
-	_, client, err := s.agent(ctx, in.target, "edit a file in")
-	if err != nil {
-		return fileEditOutput{}, err
-	}
-	r, err := client.Edit(ctx, agent.EditRequest{Path: string(in.Path), Old: in.OldStr, New: in.NewStr, All: in.ReplaceAll, InsertLine: in.InsertLine})
-	if err != nil {
-		return fileEditOutput{}, err
-	}
-	return fileEditOutput{Path: in.Path.String(), Replaced: r.Replaced, Line: r.Line, Snippet: render([]byte(r.Snippet)), Size: r.Info.Size, CRLF: r.CRLF}, nil
 }
 
 type fileListInput struct {

@@ -149,7 +149,7 @@ func (o sandboxForkOutput) text() string {
 	for _, f := range o.Failed {
 		text += "\nnot made: " + f
 	}
-	return text + "\n[each has another boot_id, and a higher number in /run/soulbox/generation; the hooks of " + sandbox.HookDir + " have run in it. Random numbers that a program has drawn ahead are the same in all: restart it, or have a hook do it]"
+	return text + "\n[each has another boot_id, and a higher number in /run/soulbox/generation; the hooks of " + sandbox.HookDir + " were run in it, and its log tells of those that failed. Random numbers that a program has drawn ahead are the same in all: restart it, or have a hook do it]"
 }
 
 // sandboxFork fails as a whole only where no copy could be made.

@@ -84,8 +84,8 @@ func stringLen(p []byte) (n int, whole bool) {
 	return len(p), false
 }
 
-// held is how many bytes at the end of a terminal's output are better read with what follows: part of a character or a sequence, or a return, which
-// means something else before a line feed.
+// held is how many bytes at the end of a terminal's output are better read with what follows: part of a character or a sequence, or a
+// return, which means something else before a line feed.
 func held(p []byte) int {
 	for at := 0; at < len(p); {
 		next := bytes.IndexByte(p[at:], 0x1b)
@@ -107,8 +107,8 @@ func held(p []byte) int {
 	return len(p) - len(agent.Whole(p))
 }
 
-// terminalHead shows as much from the start of a terminal's output as fits into room characters, and tells how many bytes that is. Unless p is
-// whole, what is better read with what follows is left for later.
+// terminalHead shows as much from the start of a terminal's output as fits into room characters, and tells how many bytes that is. Unless p
+// is whole, what is better read with what follows is left for later.
 func terminalHead(p []byte, room int, whole bool) (text string, used int) {
 	used = len(p)
 	if !whole {
@@ -125,8 +125,8 @@ func terminalHead(p []byte, room int, whole bool) (text string, used int) {
 	}
 }
 
-// terminalTail shows as much of the end of a terminal's output as fits into room characters, and tells how many bytes before that it skipped, and
-// how many behind that it left for later.
+// terminalTail shows as much of the end of a terminal's output as fits into room characters, and tells how many bytes before that it
+// skipped, and how many behind that it left for later.
 func terminalTail(p []byte, room int, whole bool) (text string, skipped, later int) {
 	if !whole {
 		later = held(p)

@@ -8,9 +8,10 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// sequence takes output apart as far as it must be: parameters of control sequences (ECMA-48, 5.4) are cut to what can be on a screen, since
-// an emulator would repeat a character as often as it is told, the switch to the alternate screen is ours, and so are control strings (5.6), of
-// which only titles say something. Bytes that are not text become characters of their own (byteRune), a cell for each, as a terminal has it.
+// sequence takes output apart as far as it must be: parameters of control sequences (ECMA-48, 5.4) are cut to what can be on a screen,
+// since an emulator would repeat a character as often as it is told, the switch to the alternate screen is ours, and so are control strings
+// (5.6), of which only titles say something. Bytes that are not text become characters of their own (byteRune), a cell for each, as a
+// terminal has it.
 type sequence struct {
 	state  int
 	part   []byte // of a character whose end is still to come

@@ -271,8 +271,8 @@ func (s *Service) isDefault(ctx context.Context, id string) bool {
 // heavyTime is how long a call waits for room to work: clients give up after a minute.
 const heavyTime = 45 * time.Second
 
-// heavy takes a slot for work that takes much of the server's processor, and memory for it, from the account of whose call it is. It waits for heavyTime
-// where there is no room: other owners go on meanwhile.
+// heavy takes a slot for work that takes much of the server's processor, and memory for it, from the account of whose call it is. It waits
+// for heavyTime where there is no room: other owners go on meanwhile.
 func (s *Service) heavy(ctx context.Context, buffers int64) (done func(), err error) {
 	c, err := caller(ctx)
 	if err != nil {

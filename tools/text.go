@@ -29,8 +29,8 @@ func renderHead(p []byte, room int, whole bool) (text string, used int) {
 	return b.String(), used
 }
 
-// renderTail renders as much of the end of p as fits into room characters, and tells how many bytes before that it skipped, and how many behind
-// that it left for later: unless p is whole, a character that p cuts off at its end. One that was cut before p is skipped.
+// renderTail renders as much of the end of p as fits into room characters, and tells how many bytes before that it skipped, and how many
+// behind that it left for later: unless p is whole, a character that p cuts off at its end. One that was cut before p is skipped.
 func renderTail(p []byte, room int, cut, whole bool) (text string, skipped, later int) {
 	if all := len(p); !whole {
 		p = agent.Whole(p)
@@ -48,8 +48,8 @@ func renderTail(p []byte, room int, cut, whole bool) (text string, skipped, late
 	return render(p[skipped:]), skipped, later
 }
 
-// byteRune+0x80 to byteRune+0xff are characters that stand for bytes that are not text, where only characters can be worked with. They are of the
-// private use area of plane 16; who uses them for something else finds the bytes of them.
+// byteRune+0x80 to byteRune+0xff are characters that stand for bytes that are not text, where only characters can be worked with. They are
+// of the private use area of plane 16; who uses them for something else finds the bytes of them.
 const byteRune = 0x10ff00
 
 // appendBytes adds characters that stand for bytes.

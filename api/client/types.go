@@ -23,7 +23,8 @@ const (
 	LingerHeader = "Soulbox-Linger-Ms"
 	// ProcessHeader is the id of a process, which is never used again, as its number is: Start and Connect tell it, and calls may name it beside the number.
 	ProcessHeader = "Soulbox-Process"
-	// NamesHeader says that names of files, and arguments of programs, are in the notation of package names on a call, and asks for it in the answer.
+	// NamesHeader says that names of files, and arguments of programs, are in the notation of package names on a call, and asks for it in
+	// the answer.
 	NamesHeader = "Soulbox-Names"
 	// ExitHeader of an error of Process.Start is the exit status that a shell would have: 126 or 127.
 	ExitHeader = "Soulbox-Exit"
@@ -150,7 +151,8 @@ type Port struct {
 type NewBuild struct {
 	Dockerfile string `json:"dockerfile"`
 	Context    string `json:"context,omitempty"` // the hash they were sent by
-	// Filtered says that what is to be ignored was not sent; otherwise the server leaves out what Dockerfile.dockerignore or else .dockerignore names.
+	// Filtered says that what is to be ignored was not sent; otherwise the server leaves out what Dockerfile.dockerignore or else
+	// .dockerignore names.
 	Filtered bool              `json:"filtered,omitempty"`
 	Args     map[string]string `json:"args,omitempty"`
 	Target   string            `json:"target,omitempty"`

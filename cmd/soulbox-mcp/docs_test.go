@@ -55,8 +55,8 @@ func docBlocks(t *testing.T, name string) (all []block) {
 	return all
 }
 
-// TestDocCommands runs the commands of README.md and docs as they are printed, each document's in one shell, in a checkout of its own with a home of its
-// own. Only the port of 'http' is another, as this machine may have a server.
+// TestDocCommands runs the commands of README.md and docs as they are printed, each document's in one shell, in a checkout of its own with
+// a home of its own. Only the port of 'http' is another, as this machine may have a server.
 func TestDocCommands(t *testing.T) {
 	for _, name := range []string{"README.md", "docs/e2b.md", "docs/api.md", "docs/limits.md", "docs/threats.md"} {
 		t.Run(filepath.Base(name), func(t *testing.T) {
@@ -89,7 +89,8 @@ func skipped(block string) string {
 	return ""
 }
 
-// asPrinted is a line of a document as a line of a script: a server goes on in the background once it answers, and what needs a terminal gets one.
+// asPrinted is a line of a document as a line of a script: a server goes on in the background once it answers, and what needs a terminal
+// gets one.
 func asPrinted(line string) string {
 	command, _, _ := strings.Cut(line, " #")
 	command = strings.TrimSuffix(strings.TrimSpace(command), " &")

@@ -9,8 +9,8 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// TestHostPrograms: programs of this machine find what they have in /etc, and nothing that is not theirs. Those that are not installed here are
-// tested with made-up packages (template, TestConffiles).
+// TestHostPrograms: programs of this machine find what they have in /etc, and nothing that is not theirs. Those that are not installed here
+// are tested with made-up packages (template, TestConffiles).
 func TestHostPrograms(t *testing.T) {
 	p := launch(t, "")
 	for _, try := range []struct{ file, command, want string }{

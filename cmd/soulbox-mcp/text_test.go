@@ -65,8 +65,8 @@ func (w piecewise) expectResource(from int, want string) {
 	}
 }
 
-// TestCharactersCut: a character of which the rest is still to come is shown whole with it, in every answer that tells of output; what has no end
-// when the process ends is shown as bytes, as Latin-1 is everywhere.
+// TestCharactersCut: a character of which the rest is still to come is shown whole with it, in every answer that tells of output; what has
+// no end when the process ends is shown as bytes, as Latin-1 is everywhere.
 func TestCharactersCut(t *testing.T) {
 	p := launch(t, "")
 	for _, tty := range []bool{false, true} {
@@ -127,7 +127,8 @@ func TestCharactersFound(t *testing.T) {
 // oddNames are names of files that are no harmless text, as they are shown and given back.
 var oddNames = []string{`caf\xe9.txt`, `two\x0alines`, `\x1b[31mred`, `\x5cxe9`, `back\slash\n`, `日本 é`, `a\xe2\x80\xaeb`}
 
-// TestOddNames: every answer shows a name in one notation that stays on its line, and every tool that takes a path takes it, for the same file.
+// TestOddNames: every answer shows a name in one notation that stays on its line, and every tool that takes a path takes it, for the same
+// file.
 func TestOddNames(t *testing.T) {
 	p := launch(t, "")
 	ok := func(tool string, args map[string]any) message {

@@ -277,8 +277,8 @@ func (a *app) sendContext(ctx context.Context, at *client.Client, conf templateC
 	return hash, at.SendContext(ctx, conf.Name, hash, r)
 }
 
-// readIgnored reads what is not sent: the file beside the Dockerfile that has its name and .dockerignore, else .dockerignore in the directory; nil is
-// none.
+// readIgnored reads what is not sent: the file beside the Dockerfile that has its name and .dockerignore, else .dockerignore in the
+// directory; nil is none.
 func readIgnored(dir, dockerfile string) (*patternmatcher.PatternMatcher, error) {
 	for _, name := range []string{dockerfile + ".dockerignore", ".dockerignore"} {
 		f, err := os.Open(filepath.Join(dir, name))

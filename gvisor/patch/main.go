@@ -1,5 +1,6 @@
-// Command patch makes a copy of the pinned gVisor with our changes, which bin/runsc is built from. A patch holds our own lines alone: it names a file of
-// gVisor by its SHA-256, so that another version of gVisor is noticed, and where in it they go. It knows nothing of what the patches do.
+// Command patch makes a copy of the pinned gVisor with our changes, which bin/runsc is built from. A patch holds our own lines alone: it
+// names a file of gVisor by its SHA-256, so that another version of gVisor is noticed, and where in it they go. It knows nothing of what
+// the patches do.
 package main
 
 import (

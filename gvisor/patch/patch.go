@@ -19,7 +19,8 @@ type change struct {
 	hunks  []hunk
 }
 
-// hunk puts lines where count lines were, from line at on, of the file as gVisor has it: so patches of one file do not depend on each other.
+// hunk puts lines where count lines were, from line at on, of the file as gVisor has it: so patches of one file do not depend on each
+// other.
 type hunk struct {
 	patch     string
 	at, count int

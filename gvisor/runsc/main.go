@@ -1,5 +1,5 @@
-// Command runsc is gVisor's, with a sentry that keeps to a soft limit of its own memory, and that tells programs how much memory their sandbox may have.
-// Its bundle names both.
+// Command runsc is gVisor's, with a sentry that keeps to a soft limit of its own memory, and that tells programs how much memory their
+// sandbox may have. Its bundle names both.
 package main
 
 import (
@@ -33,8 +33,9 @@ func main() {
 	maincli.Main()
 }
 
-// showMemory has programs see the memory that the bundle names as all that there is, in /proc/meminfo and by sysinfo(2). runsc itself tells the sentry
-// what the host has, or the host's cgroup, of which an ordinary user has none. A sentry that is executed once more is told the same.
+// showMemory has programs see the memory that the bundle names as all that there is, in /proc/meminfo and by sysinfo(2). runsc itself tells
+// the sentry what the host has, or the host's cgroup, of which an ordinary user has none. A sentry that is executed once more is told the
+// same.
 func showMemory(args []string) {
 	size := named(args, "guest-memory")
 	if at := slices.Index(args, "--total-memory"); size != "" && at >= 0 && at+1 < len(args) {
@@ -55,6 +56,10 @@ func tellAgent() {
 	}
 }
 
+// guardMark tells the agent that this sentry has our patches: that CAP_SYS_PTRACE does not reach it (agent/machine.go). gVisor has no
+// loads.
+const guardMark = 0x536f756c426f78
+
 func sysinfo(t *kernel.Task, number uintptr, args arch.SyscallArguments) (uintptr, *kernel.SyscallControl, error) {
 	if t.TGIDInRoot() != 1 {
 		return linux.Sysinfo(t, number, args)
@@ -67,7 +72,7 @@ func sysinfo(t *kernel.Task, number uintptr, args arch.SyscallArguments) (uintpt
 	used := file + counted.Mapped
 	total := max(usage.MaximumTotalMemoryBytes, used)
 	info := abi.Sysinfo{
-		Procs: uint16(t.Kernel().TaskSet().Root.NumTasks()), Uptime: t.Kernel().MonotonicClock().Now().Seconds(), TotalRAM: total, FreeRAM: total - used, Unit: 1,
+		Loads: [3]uint64{guardMark}, Procs: uint16(t.Kernel().TaskSet().Root.NumTasks()), Uptime: t.Kernel().MonotonicClock().Now().Seconds(), TotalRAM: total, FreeRAM: total - used, Unit: 1,
 	}
 	_, err = info.CopyOut(t, args[0].Pointer())
 	return 0, nil, err

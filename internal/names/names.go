@@ -9,8 +9,8 @@ import (
 	"unicode/utf8"
 )
 
-// Show writes a name: bytes that are not UTF-8, control characters, ends of lines and what turns the direction of writing are \xNN, a backslash
-// before what Parse would take for one of these is \x5c. Everything else is itself.
+// Show writes a name: bytes that are not UTF-8, control characters, ends of lines and what turns the direction of writing are \xNN, a
+// backslash before what Parse would take for one of these is \x5c. Everything else is itself.
 func Show(name string) string {
 	if isPlain(name) {
 		return name
@@ -33,8 +33,8 @@ func Show(name string) string {
 	return b.String()
 }
 
-// Text writes a name where text may be of many lines, such as in JSON: only what is no text, or what Parse would take for something else, is
-// written as Show does.
+// Text writes a name where text may be of many lines, such as in JSON: only what is no text, or what Parse would take for something else,
+// is written as Show does.
 func Text(name string) string {
 	if utf8.ValidString(name) && Parse(name) == name {
 		return name
@@ -42,7 +42,8 @@ func Text(name string) string {
 	return Show(name)
 }
 
-// Parse reads what Show has written: Parse(Show(name)) is name. Of what it has not written only what looks like one of its escapes is read as such.
+// Parse reads what Show has written: Parse(Show(name)) is name. Of what it has not written only what looks like one of its escapes is read
+// as such.
 func Parse(shown string) string {
 	if !strings.Contains(shown, `\x`) {
 		return shown

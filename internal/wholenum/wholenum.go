@@ -1,5 +1,5 @@
-// Package wholenum reads whole numbers that JSON writes as fractions: 500.0 and 5e2 are integers to JSON Schema (draft 2020-12, 6.1.1), and the SDKs of some
-// models and Python's json write them so, but encoding/json refuses them for Go's integers.
+// Package wholenum reads whole numbers that JSON writes as fractions: 500.0 and 5e2 are integers to JSON Schema (draft 2020-12, 6.1.1), and
+// the SDKs of some models and Python's json write them so, but encoding/json refuses them for Go's integers.
 package wholenum
 
 import (
@@ -13,7 +13,8 @@ import (
 // exact bounds the integers that a float64 has without loss.
 const exact = 1 << 53
 
-// Unmarshal is json.Unmarshal that takes whole numbers for integers however they are written. It changes nothing else, strings least of all.
+// Unmarshal is json.Unmarshal that takes whole numbers for integers however they are written. It changes nothing else, strings least of
+// all.
 func Unmarshal(body []byte, to any) error {
 	err := json.Unmarshal(body, to)
 	if err == nil {
