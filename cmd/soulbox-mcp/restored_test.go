@@ -24,7 +24,7 @@ time.sleep(1000)
 END
 python3 service.py >/dev/null 2>&1 & until test -e up; do sleep 0.05; done`})
 	forked := p.call("sandbox_fork", map[string]any{"count": 2})
-	if text := forked.text(); !strings.Contains(text, "/etc/soulbox/after-restore.d have run") {
+	if text := forked.text(); !strings.Contains(text, "/etc/soulbox/after-restore.d were run") {
 		t.Error(text)
 	}
 	ids := forked.Result.StructuredContent["sandbox_ids"].([]any)
