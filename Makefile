@@ -22,7 +22,8 @@ bin/runsc: gvisor/runsc/go.mod gvisor/runsc/go.sum gvisor/runsc/main.go $(PATCHE
 	@echo "building runsc $(GVISOR), once; this takes some minutes"
 	mkdir -p bin .cache
 	CGO_ENABLED=0 $(GO) run ./gvisor/patch -to .cache/gvisor
-	cd gvisor/runsc && CGO_ENABLED=0 $(GO) build -modfile=$(CURDIR)/.cache/gvisor.mod -trimpath -ldflags '-s -w -X gvisor.dev/gvisor/runsc/version.version=$(GVISOR)' -o ../../bin/runsc .
+	cd gvisor/runsc && CGO_ENABLED=0 $(GO) build -modfile=$(CURDIR)/.cache/gvisor.mod -trimpath -o ../../bin/runsc \
+		-ldflags '-s -w -X gvisor.dev/gvisor/runsc/version.version=$(GVISOR)' .; status=$$?; cd ../..; rm -rf .cache/gvisor*; exit $$status
 
 demo: build
 	timeout 120 bin/soulbox-mcp demo
@@ -59,4 +60,4 @@ bench: build
 	timeout 1200 env CGO_ENABLED=0 $(GO) test ./cmd/... -run '^$$' -bench . -benchtime 1x -timeout 14m -v | grep -v -e '^=== ' -e '^ok'
 
 clean:
-	rm -rf bin .cache/gvisor .cache/gvisor.mod .cache/gvisor.sum
+	rm -rf bin .cache/gvisor*
