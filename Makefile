@@ -9,7 +9,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 RACE    := $(shell command -v gcc >/dev/null && echo -race '-gcflags=github.com/klauspost/compress/...=-race=false')
 export CGO_ENABLED = $(if $(findstring -race,$(RACE)),1,0)
 
-.PHONY: build demo test lint golden bench conformance clean
+.PHONY: build demo test lint golden bench conformance suites clean
 .DELETE_ON_ERROR:
 
 build: bin/runsc
@@ -49,6 +49,10 @@ golden: build
 conformance: build
 	@command -v npm >/dev/null || { echo "npm is missing: apt-get install npm"; exit 1; }
 	timeout 1500 conformance/run.sh
+
+# Test suites of well-known programs, outside and in a sandbox: what differs is known (conformance/suites/differences.txt), or it fails.
+suites: build
+	timeout 3000 conformance/suites/run.sh
 
 # Half an hour of everything at random on two servers of one state directory, which are killed and starved; then what one owner's attacks do to another's
 # commands, as a table. Tests have a short form of the first.
