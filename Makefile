@@ -9,7 +9,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 RACE    := $(shell command -v gcc >/dev/null && echo -race '-gcflags=github.com/klauspost/compress/...=-race=false')
 export CGO_ENABLED = $(if $(findstring -race,$(RACE)),1,0)
 
-.PHONY: build demo test lint golden bench conformance clean
+.PHONY: build demo test lint golden bench conformance suites clean
 .DELETE_ON_ERROR:
 
 build: bin/runsc
@@ -22,7 +22,8 @@ bin/runsc: gvisor/runsc/go.mod gvisor/runsc/go.sum gvisor/runsc/main.go $(PATCHE
 	@echo "building runsc $(GVISOR), once; this takes some minutes"
 	mkdir -p bin .cache
 	CGO_ENABLED=0 $(GO) run ./gvisor/patch -to .cache/gvisor
-	cd gvisor/runsc && CGO_ENABLED=0 $(GO) build -modfile=$(CURDIR)/.cache/gvisor.mod -trimpath -ldflags '-s -w -X gvisor.dev/gvisor/runsc/version.version=$(GVISOR)' -o ../../bin/runsc .
+	cd gvisor/runsc && CGO_ENABLED=0 $(GO) build -modfile=$(CURDIR)/.cache/gvisor.mod -trimpath -o ../../bin/runsc \
+		-ldflags '-s -w -X gvisor.dev/gvisor/runsc/version.version=$(GVISOR)' .; status=$$?; cd ../..; rm -rf .cache/gvisor*; exit $$status
 
 demo: build
 	timeout 120 bin/soulbox-mcp demo
@@ -49,6 +50,10 @@ conformance: build
 	@command -v npm >/dev/null || { echo "npm is missing: apt-get install npm"; exit 1; }
 	timeout 1500 conformance/run.sh
 
+# Test suites of well-known programs, outside and in a sandbox: what differs is known (conformance/suites/differences.txt), or it fails.
+suites: build
+	timeout 3000 conformance/suites/run.sh
+
 # Half an hour of everything at random on two servers of one state directory, which are killed and starved; then what one owner's attacks do to another's
 # commands, as a table. Tests have a short form of the first.
 soak: build
@@ -59,4 +64,4 @@ bench: build
 	timeout 1200 env CGO_ENABLED=0 $(GO) test ./cmd/... -run '^$$' -bench . -benchtime 1x -timeout 14m -v | grep -v -e '^=== ' -e '^ok'
 
 clean:
-	rm -rf bin .cache/gvisor .cache/gvisor.mod .cache/gvisor.sum
+	rm -rf bin .cache/gvisor*

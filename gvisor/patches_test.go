@@ -32,6 +32,20 @@ func TestPatches(t *testing.T) {
 		{"an empty datagram", empty("SOCK_DGRAM"), "0 1"},
 		{"an empty packet", empty("SOCK_SEQPACKET"), "0 1"},
 		{"nothing in a stream", empty("SOCK_STREAM"), "1"},
+
+		{"one device", `mkdir t && echo hi > t/f && ln -s f t/l && mkfifo t/p && stat -c %d t t/f t/l t/p /etc /etc/passwd | sort -u | wc -l`, "1"},
+		{"du -x", `du -xb t/f | cut -f 1; head -c 5000 /dev/zero > t/g; test "$(du -xb t | cut -f 1)" -gt 5000 && find . -xdev -name g | wc -l`,
+			"3\n1"},
+		{"inode numbers", `cd /etc && perl -e 'opendir D, "."; $n = 0; /^\.\.?$/ || -d $_ || $n++ for readdir D; print $n > 1'; ls -i /etc/passwd | cut -d " " -f 1 > /tmp/i; stat -c %i /etc/passwd | cmp - /tmp/i && echo same`,
+			"1same"},
+		{"inode numbers are apart", `for i in 1 2 3 4 5 6 7 8 9; do mkdir -p n/d$i; echo > n/f$i; done; find n /etc /usr/bin -xdev -printf "%D %i %n %y\n" | awk '$3 == 1 || $4 == "d"' | sort | uniq -d | wc -l`, "0"},
+		{"hard links", `echo > h1; ln h1 h2; stat -c %i h1 h2 | uniq | wc -l; test h1 -ef h2 && echo same`, "1\nsame"},
+
+		{"vmstat", `awk '$1 == "nr_free_pages" && $2 > 0 || $1 == "pgpgin" || $1 == "pswpout" {print $1}' /proc/vmstat`, "nr_free_pages\npgpgin\npswpout"},
+		{"diskstats", `wc -c < /proc/diskstats`, "0"},
+		{"limits of inotify", `ls /proc/sys/fs/inotify; test "$(cat /proc/sys/fs/inotify/max_user_watches)" -gt 500000 && echo enough`,
+			"max_queued_events\nmax_user_instances\nmax_user_watches\nenough"},
+		{"the most that a process had", `perl -e '$x = "x" x 50e6; undef $x; open F, "/proc/self/status"; /^VmHWM:\s+(\d+) kB$/ && print $1 > 45000 for <F>'`, "1"},
 	} {
 		t.Run(p.name, func(t *testing.T) {
 			if got := strings.TrimSpace(output(sandboxtest.Run(t, c, p.command))); got != p.want {
@@ -54,7 +68,7 @@ func empty(kind string) string {
 // terminalCase is what is typed at a terminal once the program says "ready", and what the program says then.
 type terminalCase struct {
 	name, command string
-	typed         []string // each after what the one before has brought: text "=" before which it waits
+	typed         []string // what ends in "=" it waits for instead
 	want          []string
 }
 
@@ -82,7 +96,7 @@ func TestTerminalPatch(t *testing.T) {
 		{"no minimum, a time", `stty -icanon min 0 time 5; echo ready; dd bs=1 count=1 2>&1`, nil, []string{"0+0 records in"}},
 		{"no minimum, no time", `stty -icanon min 0 time 0; echo ready; dd bs=1 count=1 2>&1`, nil, []string{"0+0 records in"}},
 		{"no minimum, a time, a byte", `stty -icanon min 0 time 255; echo ready; dd bs=9 count=1 2>&1`, []string{"a"}, []string{"0+1 records in"}},
-		{"a minimum", `stty -icanon -echo min 3 time 0; echo ready; perl -e '` + perlSays + `say_ "read=", sysread(STDIN, $b, 9), $b'`, []string{"a", "", "bc"}, []string{"read= 3 abc"}},
+		{"a minimum", `stty -icanon -echo min 3 time 0; perl -e '` + perlSays + `say_ "ready"; say_ "read=", sysread(STDIN, $b, 9), $b'`, []string{"a", "bc"}, []string{"read= 3 abc"}},
 		{"a minimum and a time between bytes", `stty -icanon -echo min 9 time 1; echo ready; perl -e '` + perlSays + `say_ "read=", sysread(STDIN, $b, 9), $b'`, []string{"a"}, []string{"read= 1 a"}},
 		{"control characters are seen", `echo ready; read x; echo "end="`, []string{"a\x1b[Ab\n"}, []string{"a^[[Ab", "end="}},
 	} {
