@@ -73,7 +73,7 @@ type lifecycle struct {
 
 func (c *Control) created(sb *sandbox.Sandbox) created {
 	i := sb.Info()
-	out := created{TemplateID: templateOf(i), SandboxID: i.ID, ClientID: clientID, EnvdVersion: envd.Version, Alias: i.Template, AccessToken: sb.AccessToken(), Domain: c.domain()}
+	out := created{TemplateID: originOf(i), SandboxID: i.ID, ClientID: clientID, EnvdVersion: envd.Version, Alias: cmp.Or(i.Origin, i.Template), AccessToken: sb.AccessToken(), Domain: c.domain()}
 	if i.Ingress.Open != sandbox.OpenPublic {
 		token := sb.TrafficToken()
 		out.TrafficToken = &token
@@ -92,8 +92,11 @@ func (c *Control) domain() *string {
 // templateOf is what a sandbox began from.
 func templateOf(i sandbox.Info) string { return cmp.Or(i.Template, template.HostName) }
 
+// originOf is what clients take for its template: a snapshot, where it began from one.
+func originOf(i sandbox.Info) string { return cmp.Or(i.Origin, templateOf(i)) }
+
 func list(i sandbox.Info) listed {
-	out := listed{TemplateID: templateOf(i), Alias: i.Template, SandboxID: i.ID, ClientID: clientID, StartedAt: began(i), EndAt: i.ExpiresAt, CPUCount: max(1, int(i.Limits.CPU+0.5)),
+	out := listed{TemplateID: originOf(i), Alias: cmp.Or(i.Origin, i.Template), SandboxID: i.ID, ClientID: clientID, StartedAt: began(i), EndAt: i.ExpiresAt, CPUCount: max(1, int(i.Limits.CPU+0.5)),
 		MemoryMB: i.Limits.Memory >> 20, DiskSizeMB: i.Limits.Disk >> 20, Metadata: i.Metadata, State: "running", EnvdVersion: envd.Version, VolumeMounts: []struct{}{}}
 	if i.State == sandbox.Paused {
 		out.State, out.EndAt = "paused", i.Changed

@@ -290,7 +290,7 @@ func user(h http.Header) (string, error) {
 // metrics tells what the sandbox uses.
 func (s *Server) metrics(w http.ResponseWriter, r *http.Request) {
 	p := placeOf(r.Context())
-	inside, _, err := p.Sandbox.Usage(r.Context())
+	inside, outside, err := p.Sandbox.Usage(r.Context())
 	if err != nil {
 		s.refuse(w, r, err)
 		return
@@ -302,13 +302,14 @@ func (s *Server) metrics(w http.ResponseWriter, r *http.Request) {
 	}
 	cpu := 0.0
 	if len(samples) > 0 {
-		cpu = samples[len(samples)-1].CPU
+		cpu = max(samples[len(samples)-1].CPU, samples[len(samples)-1].HostCPU)
 	}
+	used := max(inside.Memory, outside.Memory) // its kernel is in it, as in E2B's machines
 	limits := p.Sandbox.Info().Limits
 	cpu /= max(limits.CPU, 1) // of all that it may use
 	answer(w, map[string]any{
-		"ts": time.Now().Unix(), "cpu_count": max(1, int(limits.CPU+0.5)), "cpu_used_pct": cpu, "mem_total": limits.Memory, "mem_used": inside.Memory, "mem_cache": 0,
-		"mem_total_mib": limits.Memory >> 20, "mem_used_mib": inside.Memory >> 20, "disk_used": inside.DiskUsed, "disk_total": limits.Disk,
+		"ts": time.Now().Unix(), "cpu_count": max(1, int(limits.CPU+0.5)), "cpu_used_pct": cpu, "mem_total": limits.Memory, "mem_used": used, "mem_cache": 0,
+		"mem_total_mib": limits.Memory >> 20, "mem_used_mib": used >> 20, "disk_used": inside.DiskUsed, "disk_total": limits.Disk,
 	})
 }
 
