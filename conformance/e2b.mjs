@@ -18,6 +18,7 @@ let failed = 0, passed = 0;
 async function check(name, only, run) {
   if (!only) return;
   const began = performance.now();
+  const before = left.length;
   try {
     await run();
     passed++;
@@ -26,6 +27,7 @@ async function check(name, only, run) {
     failed++;
     console.log(`FAIL ${name}: ${e} ${e?.cause ?? ""}\n${e?.stack ?? ""}`);
   }
+  await Promise.all(left.splice(before).map((s) => s.kill().catch(() => {}))); // the server has room for so many
 }
 
 async function rejects(promise, kind, text = "") {
@@ -347,7 +349,7 @@ await check("life: paused at its timeout, woken by a command", remote && modern,
   assert.deepEqual([i.state, i.lifecycle], ["running", { onTimeout: "pause", autoResume: true }]);
   assert.ok(i.endAt - Date.now() > 200_000);
   await s.pause({ keepMemory: false });
-  await rejects(s.files.read("/tmp/f"), "SandboxNotFoundError"); // traffic boots it no more
+  await rejects(s.commands.run("true"), "SandboxNotFoundError"); // traffic boots it no more
   assert.equal((await s.getInfo()).state, "paused");
   const long = await make({ timeoutMs: 1_800_000, lifecycle: { onTimeout: "pause", autoResume: true } });
   await long.setTimeout(60_000);
@@ -414,6 +416,17 @@ await check("metrics", remote, async () => {
 });
 
 // Network
+
+await check("ports: all at their own numbers, as long as something listens", mode === "debug", async () => {
+  const port = 20_000 + Math.floor(Math.random() * 10_000);
+  await sbx.files.write("/tmp/www/index.html", "from inside");
+  const h = await sbx.commands.run(`exec python3 -m http.server ${port} --bind 127.0.0.1 --directory /tmp/www`, { background: true, timeoutMs: 0 });
+  h.wait().catch(() => {});
+  const get = () => fetch(`http://${sbx.getHost(port)}/`).then((r) => r.text(), () => "");
+  await until("it serves", async () => (await get()) === "from inside");
+  await h.kill();
+  await until("it is closed", async () => (await get()) === "");
+});
 
 await check("ports: by name, private ones by their token", mode === "tls", async () => {
   const serve = "python3 -m http.server 8000 --bind 127.0.0.1 --directory /tmp/www";
