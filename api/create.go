@@ -12,6 +12,7 @@ import (
 // newSandbox is what a client wants to have made.
 type newSandbox struct {
 	TemplateID      string `json:"templateID"`
+	Secure          *bool  `json:"secure"`
 	Timeout         *int64 `json:"timeout"`
 	AutoPause       bool   `json:"autoPause"`
 	AutoPauseMemory *bool  `json:"autoPauseMemory"`
@@ -59,6 +60,9 @@ func (n newSandbox) options(c *Control, owner string, life int64) (o sandbox.Cre
 		o.Times.OnTimeout = sandbox.ActionPause
 	}
 	o.Ingress = n.Network.ingress()
+	if o.Ingress.Insecure = c.Gateway.insecure() && n.Secure != nil && !*n.Secure; o.Ingress.Insecure && o.Ingress.Open != sandbox.OpenPublic {
+		return o, refuse(http.StatusBadRequest, "a sandbox without public traffic needs its token: leave out secure=false")
+	}
 	snap, saved, err := c.snapshotOf(owner, o.Template)
 	if err != nil {
 		return o, err

@@ -142,3 +142,70 @@ func TestNetworkAsGiven(t *testing.T) {
 		t.Errorf("%d %s", r.code, r.text)
 	}
 }
+
+// TestInsecure: a sandbox that is made without a token needs none where the operator allows it, and has one anywhere else; what is the operator's alone is not there.
+func TestInsecure(t *testing.T) {
+	a := newAPITest(t)
+	make := func(body string) (string, string) {
+		t.Helper()
+		r := a.as("ann", "POST", "/sandboxes", `{"templateID":"base","autoPause":true,"autoResume":{"enabled":true}`+body+`}`)
+		token, _ := r.field("envdAccessToken").(string)
+		if r.code != 201 {
+			t.Fatal(r.text)
+		}
+		return fmt.Sprint(r.field("sandboxID")), token
+	}
+	asked := func(id, method, path string) int {
+		return a.ask(method, path, "", "Host", fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain)).code
+	}
+	id, token := make(`,"secure":false`)
+	if token == "" || asked(id, "GET", "/envs") != 401 {
+		t.Errorf("it is not allowed, and there is a sandbox without a token: %q", token)
+	}
+	a.gateway.Insecure = true
+	if asked(id, "GET", "/envs") != 401 {
+		t.Error("a sandbox that was told its token needs none")
+	}
+	for _, body := range []string{"", `,"secure":true`} {
+		if id, token := make(body); token == "" || asked(id, "GET", "/envs") != 401 {
+			t.Errorf("%q: no token", body)
+		}
+	}
+	id, token = make(`,"secure":false`)
+	if got := a.as("ann", "GET", "/sandboxes/"+id, ""); token != "" || got.field("envdAccessToken") != nil || asked(id, "GET", "/envs") != 200 || asked(id, "POST", "/init") != 404 {
+		t.Errorf("%q: %s", token, got.text)
+	}
+	if r := a.as("ann", "POST", "/sandboxes/"+id+"/pause", "{}"); r.code != 204 {
+		t.Fatal(r.text)
+	}
+	if asked(id, "GET", "/health") != 502 || asked(id, "GET", "/envs") != 200 {
+		t.Error("its health wakes it, or nothing does")
+	}
+	a.gateway.Insecure = false
+	if asked(id, "GET", "/envs") != 401 {
+		t.Error("it needs no token on a server that does not allow that")
+	}
+	a.gateway.Insecure = true
+	if r := a.as("ann", "POST", "/sandboxes", `{"templateID":"base","secure":false,"network":{"allowPublicTraffic":false}}`); r.code != 400 {
+		t.Errorf("%d %s", r.code, r.text)
+	}
+}
+
+// TestGatewayAnswers: what the gateway says itself has its charset, and names sandbox and port, for people, too; what is E2B's own servers' is not there.
+func TestGatewayAnswers(t *testing.T) {
+	a := newAPITest(t)
+	id, token := a.create("ann", `{"templateID":"base"}`)
+	host := fmt.Sprintf("8001-%s.%s", id, testDomain)
+	if r := a.ask("GET", "/", "", "Host", host, "User-Agent", "Mozilla/5.0"); r.code != 502 || r.header.Get("Content-Type") != "text/html; charset=utf-8" ||
+		!strings.Contains(r.text, "<code>"+id+"</code>, port <code>8001</code>") || !strings.HasPrefix(r.text, "<html") {
+		t.Errorf("%d %v %s", r.code, r.header, r.text)
+	}
+	if r := a.ask("GET", "/", "", "Host", host); r.header.Get("Content-Type") != "application/json; charset=utf-8" || r.field("port") != 8001. || r.field("sandboxId") != id {
+		t.Errorf("%d %v %s", r.code, r.header, r.text)
+	}
+	for _, path := range []string{"/init", "/freeze", "/upgrade"} {
+		if shown, none := a.inside(id, token, "POST", path, "{}"), a.inside(id, "", "POST", path, "{}"); shown.code != 404 || none.code != 404 {
+			t.Errorf("%s: %d %d", path, shown.code, none.code)
+		}
+	}
+}

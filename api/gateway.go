@@ -43,6 +43,8 @@ type Gateway struct {
 	Base    *url.URL // scheme, domain and port by which clients reach it, such as https://box.example.com; nil has no domain
 	Own     *url.URL // of the server itself, where what has no domain of its own is reached; nil is not known
 	Log     *slog.Logger
+	// Insecure says that sandboxes that were made so are reached without their access token; others than loopback's do so where the operator says it.
+	Insecure bool
 	// Admit says whether the sandboxes of an owner may still be reached by their tokens and by URLs with a signature, and has the request of ctx end as
 	// soon as they may not; nil is always.
 	Admit func(ctx context.Context, owner string) error
@@ -224,10 +226,18 @@ func (f failure) write(w http.ResponseWriter, r *http.Request) {
 	if isBrowser(r) {
 		h.Set("Content-Type", "text/html; charset=utf-8")
 		w.WriteHeader(f.Code)
-		_, _ = fmt.Fprintf(w, "<html><head><title>SoulBox</title></head><body><h1>%d</h1><p>%s</p></body></html>\n", f.Code, html.EscapeString(f.Message)) // a client that is gone misses nothing
+		where := ""
+		if f.SandboxID != "" {
+			where = "<p>Sandbox <code>" + html.EscapeString(f.SandboxID) + "</code>"
+			if f.Port != 0 {
+				where += fmt.Sprintf(", port <code>%d</code>", f.Port)
+			}
+			where += "</p>"
+		}
+		_, _ = fmt.Fprintf(w, "<html><head><title>SoulBox</title></head><body><h1>%d</h1><p>%s</p>%s</body></html>\n", f.Code, html.EscapeString(f.Message), where) // a client that is gone misses nothing
 		return
 	}
-	h.Set("Content-Type", "application/json")
+	h.Set("Content-Type", "application/json; charset=utf-8")
 	w.WriteHeader(f.Code)
 	_ = json.NewEncoder(w).Encode(f) // as above
 }
@@ -258,7 +268,7 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 	defer leave()
 	public, open := sb.Reachable(port)
 	if port == envd.Port {
-		target := envd.Target{Sandbox: sb}
+		target := envd.Target{Sandbox: sb, Free: g.free(sb.Info())}
 		if !g.inside.Admits(w, r, target) || !g.stillOwned(w, r, sb) {
 			return
 		}
@@ -306,6 +316,12 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 		g.proxy(sb, port).ServeHTTP(answer, r)
 	}
 }
+
+// insecure says whether sandboxes may be made that need no token.
+func (g *Gateway) insecure() bool { return g != nil && g.Insecure }
+
+// free says whether a sandbox is reached without its token.
+func (g *Gateway) free(i sandbox.Info) bool { return g.insecure() && i.Ingress.Insecure }
 
 // stillOwned says whether a sandbox's tokens are worth anything, and answers where they are not.
 func (g *Gateway) stillOwned(w http.ResponseWriter, r *http.Request, sb *sandbox.Sandbox) bool {

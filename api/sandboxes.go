@@ -34,7 +34,7 @@ type created struct {
 	ClientID     string  `json:"clientID"`
 	EnvdVersion  string  `json:"envdVersion"`
 	Alias        string  `json:"alias,omitempty"`
-	AccessToken  string  `json:"envdAccessToken"`
+	AccessToken  string  `json:"envdAccessToken,omitempty"` // not of one that needs none
 	TrafficToken *string `json:"trafficAccessToken"`
 	Domain       *string `json:"domain"`
 }
@@ -59,7 +59,7 @@ type listed struct {
 // detail is all there is to know of a sandbox.
 type detail struct {
 	listed
-	AccessToken string    `json:"envdAccessToken"`
+	AccessToken string    `json:"envdAccessToken,omitempty"`
 	Domain      *string   `json:"domain"`
 	Internet    *bool     `json:"allowInternetAccess"`
 	Network     network   `json:"network"`
@@ -73,12 +73,20 @@ type lifecycle struct {
 
 func (c *Control) created(sb *sandbox.Sandbox) created {
 	i := sb.Info()
-	out := created{TemplateID: templateOf(i), SandboxID: i.ID, ClientID: clientID, EnvdVersion: envd.Version, Alias: i.Template, AccessToken: sb.AccessToken(), Domain: c.domain()}
+	out := created{TemplateID: originOf(i), SandboxID: i.ID, ClientID: clientID, EnvdVersion: envd.Version, Alias: cmp.Or(i.Origin, i.Template), AccessToken: c.tokenOf(sb), Domain: c.domain()}
 	if i.Ingress.Open != sandbox.OpenPublic {
 		token := sb.TrafficToken()
 		out.TrafficToken = &token
 	}
 	return out
+}
+
+// tokenOf is the token that clients of a sandbox need.
+func (c *Control) tokenOf(sb *sandbox.Sandbox) string {
+	if c.Gateway.free(sb.Info()) {
+		return ""
+	}
+	return sb.AccessToken()
 }
 
 // domain is where sandboxes are reached, if that is what clients take it for: they put https:// before it.
@@ -92,8 +100,11 @@ func (c *Control) domain() *string {
 // templateOf is what a sandbox began from.
 func templateOf(i sandbox.Info) string { return cmp.Or(i.Template, template.HostName) }
 
+// originOf is what clients take for its template: a snapshot, where it began from one.
+func originOf(i sandbox.Info) string { return cmp.Or(i.Origin, templateOf(i)) }
+
 func list(i sandbox.Info) listed {
-	out := listed{TemplateID: templateOf(i), Alias: i.Template, SandboxID: i.ID, ClientID: clientID, StartedAt: began(i), EndAt: i.ExpiresAt, CPUCount: max(1, int(i.Limits.CPU+0.5)),
+	out := listed{TemplateID: originOf(i), Alias: cmp.Or(i.Origin, i.Template), SandboxID: i.ID, ClientID: clientID, StartedAt: began(i), EndAt: i.ExpiresAt, CPUCount: max(1, int(i.Limits.CPU+0.5)),
 		MemoryMB: i.Limits.Memory >> 20, DiskSizeMB: i.Limits.Disk >> 20, Metadata: i.Metadata, State: "running", EnvdVersion: envd.Version, VolumeMounts: []struct{}{}}
 	if i.State == sandbox.Paused {
 		out.State, out.EndAt = "paused", i.Changed
@@ -262,7 +273,7 @@ func (c *Control) get(r *call) error {
 	}
 	i := sb.Info()
 	on := i.Network.Mode == sandbox.NetworkFull || len(i.Network.Allow) > 0
-	return r.answer(http.StatusOK, detail{listed: list(i), AccessToken: sb.AccessToken(), Domain: c.domain(), Internet: &on, Network: networkOf(i),
+	return r.answer(http.StatusOK, detail{listed: list(i), AccessToken: c.tokenOf(sb), Domain: c.domain(), Internet: &on, Network: networkOf(i),
 		Lifecycle: lifecycle{AutoResume: !i.Times.NoAutoResume && i.Times.OnTimeout == sandbox.ActionPause, OnTimeout: string(i.Times.OnTimeout)}})
 }
 

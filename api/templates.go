@@ -2,6 +2,7 @@ package api
 
 import (
 	"cmp"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"net/http"
@@ -30,6 +31,15 @@ func plainName(owner, name string) string {
 // templateName is what the domain knows a template by. "base" is what there is, where none was built.
 func (c *Control) templateName(owner, name string) string {
 	name = plainName(owner, name)
+	if plain, id := tagged(name); template.ValidBuildID(id) {
+		if all, err := c.Store.List(owner); err == nil { // else it is not found below
+			for _, m := range all {
+				if of, _ := tagged(m.Name); of == plain && m.BuildID() == id {
+					return m.Name
+				}
+			}
+		}
+	}
 	if name == template.BaseName {
 		if _, err := c.Store.Get(owner, name); err != nil {
 			return ""
@@ -75,6 +85,11 @@ func (c *Control) listTemplates(r *call) error {
 	out := []templateInfo{}
 	for _, m := range all {
 		out = append(out, c.templateInfo(m))
+	}
+	if strings.HasPrefix(r.URL.Path, "/v2/") {
+		if out, err = page(r, out, false, func(t templateInfo) string { return t.TemplateID }); err != nil {
+			return err
+		}
 	}
 	return r.answer(http.StatusOK, out)
 }
@@ -290,23 +305,32 @@ func (c *Control) snapshot(r *call) error {
 	if err != nil {
 		return err
 	}
-	name := plainName(r.owner, body.Name)
-	if name == "" {
-		name = "snap-" + strings.TrimPrefix(template.NewBuildID(), "bd")
+	if err := checkTags(body.Name, nil); err != nil {
+		return err
 	}
-	if strings.Contains(name, ":") {
-		return refuse(http.StatusBadRequest, "snapshots have no tags here: %.100q", body.Name)
+	o := sandbox.SnapshotOptions{Name: plainName(r.owner, body.Name), Unnamed: body.Name == "", Replace: body.Name != ""}
+	if o.Unnamed {
+		o.Name = strings.ToLower(rand.Text()[:snapshotID])
 	}
-	snap, err := sb.Snapshot(r.Context(), sandbox.SnapshotOptions{Name: name, Replace: body.Name != ""})
+	snap, err := sb.Snapshot(r.Context(), o)
 	if err != nil {
 		return gone(sb, err)
 	}
-	return r.answer(http.StatusCreated, snapshotOf(snap))
+	return r.answer(http.StatusCreated, r.snapshotOf(snap))
 }
 
-func snapshotOf(s sandbox.Snapshot) map[string]any {
-	id := s.Name + ":" + defaultTag
-	return map[string]any{"snapshotID": id, "names": []string{id}}
+// snapshotID is how long the names of snapshots are that have none, as templates' ids are with E2B.
+const snapshotID = 20
+
+// snapshotOf is a snapshot as clients know it: a template of the caller's team, or without a name one that its id names.
+func (r *call) snapshotOf(s sandbox.Snapshot) map[string]any {
+	name, tag := tagged(s.Name)
+	names := []string{}
+	if !s.Unnamed {
+		name = r.team() + "/" + name
+		names = append(names, name)
+	}
+	return map[string]any{"snapshotID": name + ":" + tag, "names": names}
 }
 
 func (c *Control) listSnapshots(r *call) error {
@@ -317,7 +341,10 @@ func (c *Control) listSnapshots(r *call) error {
 	q := r.URL.Query()
 	of, _, _ := strings.Cut(q.Get("sandboxID"), "-")
 	name := plainName(r.owner, q.Get("name"))
-	all = slices.DeleteFunc(all, func(s sandbox.Snapshot) bool { return of != "" && s.Sandbox != of || name != "" && s.Name != name })
+	all = slices.DeleteFunc(all, func(s sandbox.Snapshot) bool {
+		plain, _ := tagged(s.Name)
+		return of != "" && s.Sandbox != of || name != "" && s.Name != name && plain != name
+	})
 	slices.SortFunc(all, func(a, b sandbox.Snapshot) int {
 		return cmp.Or(b.Created.Compare(a.Created), cmp.Compare(b.Name, a.Name))
 	})
@@ -326,7 +353,7 @@ func (c *Control) listSnapshots(r *call) error {
 	}
 	out := []map[string]any{}
 	for _, s := range all {
-		out = append(out, snapshotOf(s))
+		out = append(out, r.snapshotOf(s))
 	}
 	return r.answer(http.StatusOK, out)
 }

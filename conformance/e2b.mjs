@@ -18,6 +18,7 @@ let failed = 0, passed = 0;
 async function check(name, only, run) {
   if (!only) return;
   const began = performance.now();
+  const before = left.length;
   try {
     await run();
     passed++;
@@ -26,6 +27,7 @@ async function check(name, only, run) {
     failed++;
     console.log(`FAIL ${name}: ${e} ${e?.cause ?? ""}\n${e?.stack ?? ""}`);
   }
+  await Promise.all(left.splice(before).map((s) => s.kill().catch(() => {}))); // the server has room for so many
 }
 
 async function rejects(promise, kind, text = "") {
@@ -182,6 +184,10 @@ await check("files: every way in and out", true, async () => {
     await sbx.files.write("gz", "z".repeat(1e6), { gzip: true, metadata: { colour: "blue" } });
     assert.equal((await sbx.files.read("gz", { gzip: true })).length, 1e6);
     assert.deepEqual((await sbx.files.getInfo("gz")).metadata, { colour: "blue" });
+    await sbx.files.write("gz", "over", { metadata: { size: "9" } });
+    assert.deepEqual((await sbx.files.getInfo("gz")).metadata, { size: "9" });
+    await sbx.files.write("gz", "plain");
+    assert.equal((await sbx.files.getInfo("gz")).metadata, undefined);
     await sbx.files.write("oct", "o", { useOctetStream: true });
     assert.equal(await sbx.files.read("oct"), "o");
   }
@@ -232,7 +238,11 @@ await check("files: watch", true, async () => {
   const w = await sbx.files.watchDir("/tmp/w", (e) => seen.push(e), { recursive: true, timeoutMs: 0, ...(modern ? { includeEntry: true } : {}) });
   const has = (type, name) => seen.some((e) => e.type === type && e.name === name);
   await sbx.files.write("/tmp/w/sub/f", "1");
-  await until("created", () => has("create", "sub/f"));
+  await until("created and written", () => has("create", "sub/f") && has("write", "sub/f"));
+  seen.length = 0;
+  await sbx.files.write("/tmp/w/sub/f", "2");
+  await until("written over", () => has("write", "sub/f"));
+  assert.ok(!has("create", "sub/f"), JSON.stringify(seen));
   await sbx.commands.run("echo 2 >> /tmp/w/sub/f; chmod 600 /tmp/w/sub/f; mv /tmp/w/sub/f /tmp/w/g; rm /tmp/w/g");
   await until("all", () => has("write", "sub/f") && has("chmod", "sub/f") && has("rename", "sub/f") && has("create", "g") && has("remove", "g"));
   if (modern) assert.ok(seen.some((e) => e.entry?.path === "/tmp/w/sub/f"));
@@ -307,7 +317,10 @@ await check("life: pause and resume, with memory and without", remote, async () 
   await until("it counts", async () => +(await s.files.read("/tmp/n").catch(() => 0)) > 2);
   await (s.pause ?? s.betaPause).call(s);
   assert.equal((await s.getInfo()).state, "paused");
-  if (modern) assert.equal(await s.pause(), false);
+  if (modern) {
+    assert.equal(await s.pause(), false);
+    await rejects(s.setTimeout(60_000), "SandboxNotFoundError");
+  }
   await rejects(s.commands.run("true"), "SandboxNotFoundError");
   await s.connect();
   assert.equal(await s.files.read("/tmp/kept"), "kept");
@@ -319,6 +332,11 @@ await check("life: pause and resume, with memory and without", remote, async () 
     await s.connect();
     assert.equal(await s.files.read("/tmp/kept"), "kept");
     assert.equal((await s.commands.list()).length, 0);
+    assert.deepEqual(await Promise.all([s.pause(), s.pause(), s.pause()]), [true, true, true]);
+    const pausing = s.connect().then(() => s.pause());
+    await pausing;
+    assert.deepEqual((await Promise.all([s.connect(), s.connect()])).map((c) => c.sandboxId), [s.sandboxId, s.sandboxId]);
+    assert.equal(await s.isRunning(), true);
   }
 });
 
@@ -330,6 +348,21 @@ await check("life: paused at its timeout, woken by a command", remote && modern,
   const i = await s.getInfo();
   assert.deepEqual([i.state, i.lifecycle], ["running", { onTimeout: "pause", autoResume: true }]);
   assert.ok(i.endAt - Date.now() > 200_000);
+  await s.pause({ keepMemory: false });
+  await rejects(s.commands.run("true"), "SandboxNotFoundError"); // traffic boots it no more
+  assert.equal((await s.getInfo()).state, "paused");
+  const long = await make({ timeoutMs: 1_800_000, lifecycle: { onTimeout: "pause", autoResume: true } });
+  await long.setTimeout(60_000);
+  await long.pause();
+  await long.commands.run("true");
+  assert.ok((await long.getInfo()).endAt - Date.now() > 1_700_000);
+});
+
+await check("life: without a token, where the server allows it", !modern && mode === "tls", async () => {
+  const s = await make({ secure: false });
+  assert.equal((await s.commands.run("echo open")).stdout, "open\n");
+  assert.equal((await fetch(`https://${s.getHost(49983)}/envs`)).status, 200);
+  assert.equal((await fetch(`https://${sbx.getHost(49983)}/envs`)).status, 401);
 });
 
 await check("snapshots", remote && modern, async () => {
@@ -346,6 +379,17 @@ await check("snapshots", remote && modern, async () => {
   assert.equal(await (await make({}, snap.snapshotId)).files.read("/tmp/state"), "v2");
   assert.equal(await Sandbox.deleteSnapshot(snap.snapshotId), true);
   assert.equal(await Sandbox.deleteSnapshot(snap.snapshotId), false);
+  assert.match(snap.snapshotId, new RegExp(`^[a-z0-9]+/snap-${marker}:default$`));
+  assert.equal((await copy.getInfo()).templateId, `snap-${marker}`);
+  const unnamed = await s.createSnapshot();
+  assert.match(unnamed.snapshotId, /^[a-z0-9]{20}:default$/);
+  assert.deepEqual([unnamed.names ?? []], [[]]);
+  const tagged = await s.createSnapshot({ name: `snap-${marker}:v2` });
+  assert.ok(tagged.snapshotId.endsWith(`/snap-${marker}:v2`));
+  for (const one of [unnamed, tagged]) {
+    assert.equal(await (await make({}, one.snapshotId)).files.read("/tmp/state"), "v2");
+    assert.equal(await Sandbox.deleteSnapshot(one.snapshotId), true);
+  }
 });
 
 await check("fork", remote && modern, async () => {
@@ -367,11 +411,22 @@ await check("fork", remote && modern, async () => {
 await check("metrics", remote, async () => {
   await until("there are some", async () => {
     const m = await sbx.getMetrics();
-    return m.length > 0 && m.at(-1).cpuCount === 2 && m.at(-1).memTotal === 1 << 30 && m.at(-1).diskTotal > 0;
+    return m.length > 0 && m.at(-1).cpuCount === 2 && m.at(-1).memTotal === 1 << 30 && m.at(-1).memUsed > 1 << 20 && m.at(-1).diskTotal > 0;
   });
 });
 
 // Network
+
+await check("ports: all at their own numbers, as long as something listens", mode === "debug", async () => {
+  const port = 20_000 + Math.floor(Math.random() * 10_000);
+  await sbx.files.write("/tmp/www/index.html", "from inside");
+  const h = await sbx.commands.run(`exec python3 -m http.server ${port} --bind 127.0.0.1 --directory /tmp/www`, { background: true, timeoutMs: 0 });
+  h.wait().catch(() => {});
+  const get = () => fetch(`http://${sbx.getHost(port)}/`).then((r) => r.text(), () => "");
+  await until("it serves", async () => (await get()) === "from inside");
+  await h.kill();
+  await until("it is closed", async () => (await get()) === "");
+});
 
 await check("ports: by name, private ones by their token", mode === "tls", async () => {
   const serve = "python3 -m http.server 8000 --bind 127.0.0.1 --directory /tmp/www";
@@ -447,10 +502,18 @@ await check("template: build from a Dockerfile, tags, use", remote, async () => 
       const bad = Template().fromTemplate("mini").runCmd("echo to the log; false");
       const e = await rejects(Template.build(bad, `bad-${marker}`), "BuildError", "failed to run command 'echo to the log; false'");
       assert.ok(e.message.includes("to the log"), e.message);
-      await rejects(Template.build(Template().fromTemplate("mini").runCmd("whoami", { user: "root123" }), `bad2-${marker}`), "BuildError", "root123");
+      const unknown = "failed to run command 'whoami': command failed: unauthenticated: invalid username: 'root123'";
+      await rejects(Template.build(Template().fromTemplate("mini").runCmd("whoami", { user: "root123" }), `bad2-${marker}`), "BuildError", unknown);
+      assert.match(built.buildId, /^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}$/);
+      const grown = Template().fromTemplate(name).setEnvs({ LINES2: "a\nb", AT: "$GREETING/$HOME" }).runCmd('shopt -q login_shell && [[ $GREETING == h* ]] && printf "%s|" "$PWD" "$LINES2" "$AT" > /tmp/grown');
+      await Template.build(grown, `grown-${marker}`);
+      assert.equal(await (await make({}, `grown-${marker}`)).files.read("/tmp/grown"), "/srv/app|a\nb|hello//root|");
+      assert.equal((await (await make({}, `${name}:${built.buildId}`)).commands.run("pwd")).stdout, "/srv/app\n");
       await rejects(Template.build(Template().fromTemplate("nosuch"), `bad3-${marker}`), "BuildError", "nosuch");
-      const started = Template().fromTemplate("mini").setStartCmd("echo up > /tmp/up; sleep 1000", "test -e /tmp/up");
-      await Template.build(started, `started-${marker}`);
+      const started = Template().fromTemplate("mini").setStartCmd("echo it begins; echo up > /tmp/up; sleep 1000", "test -e /tmp/up");
+      const said = [];
+      await Template.build(started, `started-${marker}`, { onBuildLogs: (l) => said.push(l.message) });
+      assert.ok(said.includes("it begins"), said.join("\n"));
       assert.equal(await (await make({}, `started-${marker}`)).files.read("/tmp/up"), "up\n");
     }
   } finally {

@@ -82,8 +82,8 @@ type Usage struct {
 	Disk   int64 // bytes of the files that the guest has written
 }
 
-// IO is what a machine has done on the host's disk since it was started, in bytes.
-type IO struct{ Read, Written int64 }
+// IO is what a machine has done on the host since it was started: on its disk, in bytes, and on its CPUs, in ms.
+type IO struct{ Read, Written, CPUMS int64 }
 
 // Spec describes a machine.
 type Spec struct {

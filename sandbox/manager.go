@@ -184,6 +184,7 @@ type CreateOptions struct {
 	from   string // a checkpoint
 	whole  bool   // with memory
 	parent string
+	origin string
 	ports  []Port
 }
 
@@ -256,7 +257,7 @@ func (m *Manager) conceive(o CreateOptions, template Template) *Sandbox {
 	now := time.Now()
 	sb := m.newSandbox(record{
 		Version: recordVersion, ID: newID(), Owner: o.Owner, Keep: m.opts.Keep && !o.Transient, State: Creating, Template: template.Name, Image: template.ID,
-		User: template.User, Cwd: template.Cwd, Parent: o.parent, Metadata: maps.Clone(o.Metadata), Limits: o.Limits.or(template.Limits).or(m.opts.Defaults),
+		User: template.User, Cwd: template.Cwd, Parent: o.parent, Origin: o.origin, Metadata: maps.Clone(o.Metadata), Limits: o.Limits.or(template.Limits).or(m.opts.Defaults),
 		Times: o.Times, Network: o.Network, Ingress: o.Ingress, Created: now, Changed: now, Protect: o.Protect.or(template.Protect).or(m.opts.Protect),
 	})
 	sb.rec.giveSecrets()
@@ -304,7 +305,7 @@ func (m *Manager) basis(ctx context.Context, o *CreateOptions) (template Templat
 	if want := o.Limits.or(snap.Limits); !snap.FilesOnly && want != snap.Limits {
 		return Template{}, nil, fmt.Errorf("create sandbox: snapshot %q has memory, so its limits stay as they are: %w", snap.Name, ErrInvalid)
 	}
-	o.from, o.whole, o.parent = from, !snap.FilesOnly, snap.Name
+	o.from, o.whole, o.parent, o.origin = from, !snap.FilesOnly, snap.Name, snap.Name
 	o.Limits, o.Times, o.ports = o.Limits.or(snap.Limits), o.Times.or(snap.Times), snap.Ports
 	if o.Network.Mode == "" {
 		o.Network = snap.Network

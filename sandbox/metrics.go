@@ -41,6 +41,9 @@ type Sample struct {
 	DiskRead    int64     `json:"disk_read"` // bytes of the host's disk, since the machine was started
 	DiskWritten int64     `json:"disk_written"`
 	Processes   int64     `json:"processes"`
+	// HostMemory is what all of the machine takes on the host, its kernel and its agent too, as it was measured last; HostCPU is CPU of all of it.
+	HostMemory int64   `json:"host_memory,omitempty"`
+	HostCPU    float64 `json:"host_cpu_pct,omitempty"`
 	Totals
 	Seen seen `json:"seen"`
 }
@@ -151,7 +154,9 @@ func (s *Sandbox) sample(ctx context.Context, client *agent.Client, machine Mach
 	ticker := time.NewTicker(s.m.opts.SampleEvery)
 	defer ticker.Stop()
 	last, lastCPU := time.Now(), s.meter.totals().CPUMS
-	for {
+	before, _ := machine.IO() // what cannot be read now cannot be later
+	var host int64
+	for n := 0; ; n++ {
 		select {
 		case <-ctx.Done():
 			return
@@ -175,9 +180,19 @@ func (s *Sandbox) sample(ctx context.Context, client *agent.Client, machine Mach
 			MemoryPct: float64(usage.Memory) / float64(limits.Memory) * 100, DiskUsed: usage.DiskUsed, Processes: usage.Processes, Totals: totals, Seen: s.meter.haveSeen()}
 		if io, err := machine.IO(); err == nil {
 			sample.DiskRead, sample.DiskWritten = io.Read, io.Written
+			sample.HostCPU = float64(max(0, io.CPUMS-before.CPUMS)) / float64(max(1, now.Sub(last).Milliseconds())) * 100
+			before = io
 		} else {
 			s.m.log.Debug("read a machine's input and output", "sandbox", s.id, "error", err)
 		}
+		if n%hostMemoryEvery == 0 { // the host looks at all of its pages
+			if outside, err := machine.Usage(ctx); err == nil {
+				host = outside.Memory
+			} else {
+				s.m.log.Debug("measure a machine's memory", "sandbox", s.id, "error", err)
+			}
+		}
+		sample.HostMemory = host
 		last, lastCPU = now, totals.CPUMS
 		s.meter.sampled(sample)
 		if err := s.keepSample(sample); err != nil && ctx.Err() == nil {
@@ -185,6 +200,9 @@ func (s *Sandbox) sample(ctx context.Context, client *agent.Client, machine Mach
 		}
 	}
 }
+
+// hostMemoryEvery is of how many samples one measures what the machine takes on the host.
+const hostMemoryEvery = 12
 
 // ask asks the agent what is used, and what has happened to processes since it was last asked.
 func (s *Sandbox) ask(ctx context.Context, client *agent.Client) (agent.Usage, error) {

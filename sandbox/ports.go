@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -55,7 +56,10 @@ func (e *exposed) openGate() { e.gate, e.shutGate = context.WithCancel(context.B
 
 // Expose makes a port of the sandbox reachable on the host's loopback, at the same number as long as the sandbox lives, and by a gateway.
 // One that is exposed already stays where it is, and becomes public or not.
-func (s *Sandbox) Expose(port int, public bool) (Port, error) {
+func (s *Sandbox) Expose(port int, public bool) (Port, error) { return s.ExposeAt(port, public, 0) }
+
+// ExposeAt is Expose at a number of the host's loopback that its caller has chosen, and there alone; 0 leaves the choice.
+func (s *Sandbox) ExposeAt(port int, public bool, host int) (Port, error) {
 	if port < 1 || port > 65535 {
 		return Port{}, fmt.Errorf("expose port %d: a port is from 1 to 65535: %w", port, ErrInvalid)
 	}
@@ -72,13 +76,13 @@ func (s *Sandbox) Expose(port int, public bool) (Port, error) {
 	}
 	r := s.rec
 	r.Ports = slices.Clone(r.Ports)
-	want := Port{Port: port, Public: public}
+	want := Port{Port: port, Public: public, Host: host}
 	if i := slices.IndexFunc(r.Ports, func(p Port) bool { return p.Port == port }); i >= 0 { // it could not be had again when it was adopted
-		want.Host = r.Ports[i].Host
+		want.Host = cmp.Or(host, r.Ports[i].Host)
 		r.Ports = slices.Delete(r.Ports, i, i+1)
 	}
 	e, err := s.serve(want)
-	if err != nil && want.Host != 0 {
+	if err != nil && want.Host != 0 && host == 0 {
 		e, err = s.serve(Port{Port: port, Public: public})
 	}
 	if err != nil {

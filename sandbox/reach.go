@@ -42,6 +42,8 @@ type Ingress struct {
 	// Host is what servers are told as the host that was asked for, with ${PORT} for the port; "" is the gateway's.
 	Host string `json:"host,omitempty"`
 	TLS  []int  `json:"tls,omitempty"` // ports whose servers speak TLS
+	// Insecure says that what is in it is for everybody who knows its id, without the access token, on servers that allow that.
+	Insecure bool `json:"insecure,omitempty"`
 }
 
 // Values of Ingress.Open.

@@ -60,6 +60,7 @@ type Info struct {
 	Cause     string // why it has ended, or is paused
 	Template  string
 	Parent    string // the snapshot or the sandbox that it began from
+	Origin    string // the snapshot that it, or what it is a copy of, began from; "" is none
 	Metadata  map[string]string
 	Limits    Limits
 	Network   Network
@@ -95,7 +96,7 @@ func (s *Sandbox) Info() Info {
 
 func (s *Sandbox) info() Info {
 	r := s.rec
-	i := Info{ID: r.ID, Owner: r.Owner, State: r.State, Cause: r.Cause, Template: r.Template, Parent: r.Parent, Metadata: maps.Clone(r.Metadata), Limits: r.Limits,
+	i := Info{ID: r.ID, Owner: r.Owner, State: r.State, Cause: r.Cause, Template: r.Template, Parent: r.Parent, Origin: r.Origin, Metadata: maps.Clone(r.Metadata), Limits: r.Limits,
 		Network: r.Network, Ingress: r.Ingress, Times: r.Times, Created: r.Created, Changed: r.Changed, Updated: r.Updated, Ready: r.Ready, ExpiresAt: r.ExpiresAt, RemoveAt: r.RemoveAt, Left: r.Left, Totals: s.meter.totals(),
 		Protect: r.Protect, Notice: r.Notice}
 	if r.Pause != nil && !r.ended() {

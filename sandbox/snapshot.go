@@ -38,6 +38,8 @@ type Snapshot struct {
 	Size     int64     `json:"size"` // bytes on disk
 	// FilesOnly says that it has no memory: what begins from it boots.
 	FilesOnly bool `json:"files_only,omitempty"`
+	// Unnamed says that its owner has given it no name: it has one of the server's.
+	Unnamed bool `json:"unnamed,omitempty"`
 }
 
 // MaxFork bounds the copies of one fork.
@@ -46,7 +48,7 @@ const MaxFork = 100
 // forkAtOnce is how many copies are started at the same time.
 const forkAtOnce = 4
 
-var snapshotPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
+var snapshotPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}(:[a-zA-Z0-9_][a-zA-Z0-9._-]{0,62})?$`)
 
 // snapshotDir is the directory of a snapshot: an owner's name says nothing of paths, so it is a hash of both.
 func (s store) snapshotDir(owner, name string) string {
@@ -57,6 +59,7 @@ func (s store) snapshotDir(owner, name string) string {
 type SnapshotOptions struct {
 	Name      string
 	FilesOnly bool // without memory and processes
+	Unnamed   bool // the name is the server's
 	Replace   bool // takes the place of another snapshot of that name, which otherwise is ErrSnapshot
 }
 
@@ -64,7 +67,7 @@ type SnapshotOptions struct {
 func (s *Sandbox) Snapshot(ctx context.Context, o SnapshotOptions) (_ Snapshot, err error) {
 	name := o.Name
 	if !snapshotPattern.MatchString(name) {
-		return Snapshot{}, fmt.Errorf("snapshot %q: a name is 1 to 63 lower-case letters, digits or . _ - and begins with a letter or digit: %w", name, ErrInvalid)
+		return Snapshot{}, fmt.Errorf("snapshot %q: a name is 1 to 63 lower-case letters, digits or . _ - and begins with a letter or digit; a tag may follow a colon: %w", name, ErrInvalid)
 	}
 	if _, err := s.m.opts.Templates.Template(ctx, s.owner, name); err == nil {
 		return Snapshot{}, fmt.Errorf("snapshot %q: it is the name of a template: %w", name, ErrInvalid)
@@ -94,7 +97,7 @@ func (s *Sandbox) Snapshot(ctx context.Context, o SnapshotOptions) (_ Snapshot, 
 	if err != nil {
 		return Snapshot{}, fmt.Errorf("snapshot sandbox %s: %w", s.id, s.whyEnded(noDisk(err)))
 	}
-	snap := Snapshot{Name: name, Owner: s.owner, Sandbox: s.id, Template: r.Template, Image: r.Image, User: r.User, Cwd: r.Cwd, StartCmd: r.StartCmd, ReadyCmd: r.ReadyCmd, Limits: r.Limits, Times: r.Times, Network: r.Network, Ingress: r.Ingress, Created: time.Now().UTC(), FilesOnly: filesOnly}
+	snap := Snapshot{Name: name, Owner: s.owner, Sandbox: s.id, Template: r.Template, Image: r.Image, User: r.User, Cwd: r.Cwd, StartCmd: r.StartCmd, ReadyCmd: r.ReadyCmd, Limits: r.Limits, Times: r.Times, Network: r.Network, Ingress: r.Ingress, Created: time.Now().UTC(), FilesOnly: filesOnly, Unnamed: o.Unnamed}
 	for _, p := range r.Ports {
 		snap.Ports = append(snap.Ports, Port{Port: p.Port, Public: p.Public})
 	}
@@ -338,7 +341,7 @@ func (s *Sandbox) Fork(ctx context.Context, count int, metadata map[string]strin
 	if err != nil {
 		return nil, nil, fmt.Errorf("fork sandbox %s: %w", s.id, err)
 	}
-	o := CreateOptions{Owner: s.owner, Base: &template, Limits: r.Limits, Times: r.Times, Network: r.Network, Ingress: r.Ingress, Metadata: maps.Clone(r.Metadata), parent: s.id,
+	o := CreateOptions{Owner: s.owner, Base: &template, Limits: r.Limits, Times: r.Times, Network: r.Network, Ingress: r.Ingress, Metadata: maps.Clone(r.Metadata), parent: s.id, origin: r.Origin,
 		from: filepath.Join(shared, "checkpoint"), whole: !filesOnly, ports: r.Ports}
 	if metadata != nil {
 		o.Metadata = metadata

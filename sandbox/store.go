@@ -31,6 +31,7 @@ type record struct {
 	StartCmd string            `json:"start_cmd,omitempty"`
 	ReadyCmd string            `json:"ready_cmd,omitempty"`
 	Parent   string            `json:"parent,omitempty"` // the snapshot or the sandbox that it began from
+	Origin   string            `json:"origin,omitempty"` // the snapshot that it, or what it is a copy of, began from
 	Metadata map[string]string `json:"metadata,omitempty"`
 	Limits   Limits            `json:"limits"`
 	Created  time.Time         `json:"created"`

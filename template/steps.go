@@ -55,6 +55,15 @@ chmod 0440 /etc/sudoers.d/90-soulbox%[2]s
 END_OF_STEP
 `
 
+// trustCerts has programs trust the certificates of authorities that a build has put where they belong, as E2B's sandboxes do once they boot.
+const trustCerts = `USER root
+RUN <<'END_OF_STEP'
+ls /usr/local/share/ca-certificates/*.crt >/dev/null 2>&1 || exit 0
+command -v update-ca-certificates >/dev/null || exit 0
+update-ca-certificates || echo 'the certificates in /usr/local/share/ca-certificates could not be installed' >&2
+END_OF_STEP
+`
+
 // Names of what the values of variables cannot have in a Dockerfile as it is.
 const (
 	lineFeed       = "SOULBOX_LINE_FEED"
@@ -135,6 +144,7 @@ func FromSteps(from From, steps []Step) (dockerfile string, lines []int, err err
 			fmt.Fprintf(&b, "USER %s\n", literal(user))
 		}
 	}
+	fmt.Fprintf(&b, trustCerts+"USER %s\n", literal(user))
 	return b.String(), lines, nil
 }
 

@@ -60,6 +60,7 @@ func TestStepsAsE2B(t *testing.T) {
 	}
 	log, err := build("first", From{Name: "mini"},
 		Step{Type: "RUN", Args: []string{"#!/nothing\nshopt -q login_shell && [[ a == a* ]] && echo \"a login of $BASH\" > /tmp/shell"}},
+		Step{Type: "RUN", Args: []string{"mkdir -p /usr/local/share/ca-certificates /usr/local/sbin; echo mine > /usr/local/share/ca-certificates/own.crt; printf '#!/bin/sh\\ncat /usr/local/share/ca-certificates/*.crt > /trusted\\n' > /usr/local/sbin/update-ca-certificates; chmod +x /usr/local/sbin/update-ca-certificates", "root"}},
 		Step{Type: "USER", Args: []string{"carla", "true"}},
 		Step{Type: "ENV", Args: []string{"KEPT", "yes"}},
 		Step{Type: "WORKDIR", Args: []string{"/app/deep"}},
@@ -79,8 +80,8 @@ func TestStepsAsE2B(t *testing.T) {
 	if log, err := build("second", From{Name: "first", User: of.Config.User, Cwd: of.Config.WorkingDir}, Step{Type: "RUN", Args: []string{"touch \"more-$KEPT\""}}); err != nil {
 		t.Fatal(err, log)
 	}
-	want := "a login of /bin/bash\n/app/deep yes carla\ncarla carla carla\nmine\nmore-yes\n"
-	if got := w.in("second", "", "cat /tmp/shell; echo $PWD $KEPT $(id -un); echo $(stat -c %U /app /app/deep mine); ls"); got != want {
+	want := "a login of /bin/bash\n/app/deep yes carla\ncarla carla carla\nmine\nmore-yes\nmine\n"
+	if got := w.in("second", "", "cat /tmp/shell; echo $PWD $KEPT $(id -un); echo $(stat -c %U /app /app/deep mine); ls; cat /trusted"); got != want {
 		t.Errorf("%q, want %q", got, want)
 	}
 	var failed *StepError

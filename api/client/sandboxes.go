@@ -103,7 +103,12 @@ func (c *Client) Snapshot(ctx context.Context, id, name string) (string, error) 
 		body["name"] = name
 	}
 	err := c.call(ctx, "POST", "/sandboxes/"+url.PathEscape(id)+"/snapshots", nil, body, &out)
-	return strings.TrimSuffix(out.SnapshotID, ":default"), err
+	return snapshotName(out.SnapshotID), err
+}
+
+// snapshotName is the name by which its owner knows a snapshot, whose id has his own name and the tag that every one has.
+func snapshotName(id string) string {
+	return strings.TrimSuffix(id[strings.LastIndexByte(id, '/')+1:], ":default")
 }
 
 // Snapshots lists the names of snapshots, the newest first.
@@ -119,7 +124,7 @@ func (c *Client) Snapshots(ctx context.Context) (names []string, err error) {
 			return nil, err
 		}
 		for _, s := range part {
-			names = append(names, strings.TrimSuffix(s.SnapshotID, ":default"))
+			names = append(names, snapshotName(s.SnapshotID))
 		}
 		if token = h.Get("X-Next-Token"); token == "" {
 			return names, nil

@@ -39,6 +39,8 @@ type Target struct {
 	Sandbox *sandbox.Sandbox
 	// Open says that no token is asked for, and that what is for the operator alone is served, too: only this machine's user comes here.
 	Open bool
+	// Free says that no token is asked for: the sandbox was made so.
+	Free bool
 }
 
 // Server serves any number of sandboxes. It is safe for concurrent use.
@@ -70,12 +72,16 @@ func New(log *slog.Logger) *Server {
 
 // Proven says whether a request shows the sandbox' token or a signature, and not only asks what everybody may.
 func (t Target) Proven(r *http.Request) bool {
-	return t.hasToken(r) || r.URL.Path == "/files" && t.wrong(r) == ""
+	return t.hasToken(r) || t.Free && r.URL.Path != "/health" || r.URL.Path == "/files" && t.wrong(r) == ""
 }
 
 // Admits says whether a request may act in a sandbox, and answers those that may not and those that ask what they may send.
 func (s *Server) Admits(w http.ResponseWriter, r *http.Request, t Target) bool {
 	if allowAll(w, r) {
+		return false
+	}
+	if internal[r.URL.Path] && !t.Open { // it is not there for anybody, whatever he shows
+		fail(w, http.StatusNotFound, "there is no "+r.URL.Path)
 		return false
 	}
 	if wrong := t.wrong(r); wrong != "" {
@@ -84,6 +90,9 @@ func (s *Server) Admits(w http.ResponseWriter, r *http.Request, t Target) bool {
 	}
 	return true
 }
+
+// internal are the paths by which E2B's own servers speak to envd.
+var internal = map[string]bool{"/init": true, "/freeze": true, "/unfreeze": true, "/collapse": true, "/fsfreeze": true, "/fsthaw": true, "/upgrade": true}
 
 // Serve answers a request that is admitted. Where the sandbox ends meanwhile, the connection is broken off: a client must not take it for the end of
 // what it asked for.
@@ -242,7 +251,7 @@ func (aborter) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.S
 // wrong says what is wrong with the proof of a request; "" is nothing. Files may be signed for.
 func (t Target) wrong(r *http.Request) string {
 	switch {
-	case t.Open, t.hasToken(r):
+	case t.Open, t.Free, t.hasToken(r):
 		return ""
 	case r.URL.Path == "/health" && (r.Method == http.MethodGet || r.Method == http.MethodHead):
 		return ""
@@ -290,7 +299,7 @@ func user(h http.Header) (string, error) {
 // metrics tells what the sandbox uses.
 func (s *Server) metrics(w http.ResponseWriter, r *http.Request) {
 	p := placeOf(r.Context())
-	inside, _, err := p.Sandbox.Usage(r.Context())
+	inside, outside, err := p.Sandbox.Usage(r.Context())
 	if err != nil {
 		s.refuse(w, r, err)
 		return
@@ -302,13 +311,14 @@ func (s *Server) metrics(w http.ResponseWriter, r *http.Request) {
 	}
 	cpu := 0.0
 	if len(samples) > 0 {
-		cpu = samples[len(samples)-1].CPU
+		cpu = max(samples[len(samples)-1].CPU, samples[len(samples)-1].HostCPU)
 	}
+	used := max(inside.Memory, outside.Memory) // its kernel is in it, as in E2B's machines
 	limits := p.Sandbox.Info().Limits
 	cpu /= max(limits.CPU, 1) // of all that it may use
 	answer(w, map[string]any{
-		"ts": time.Now().Unix(), "cpu_count": max(1, int(limits.CPU+0.5)), "cpu_used_pct": cpu, "mem_total": limits.Memory, "mem_used": inside.Memory, "mem_cache": 0,
-		"mem_total_mib": limits.Memory >> 20, "mem_used_mib": inside.Memory >> 20, "disk_used": inside.DiskUsed, "disk_total": limits.Disk,
+		"ts": time.Now().Unix(), "cpu_count": max(1, int(limits.CPU+0.5)), "cpu_used_pct": cpu, "mem_total": limits.Memory, "mem_used": used, "mem_cache": 0,
+		"mem_total_mib": limits.Memory >> 20, "mem_used_mib": used >> 20, "disk_used": inside.DiskUsed, "disk_total": limits.Disk,
 	})
 }
 

@@ -50,6 +50,7 @@ type config struct {
 	contextDirs []string
 	registries  []string // in private networks, that builds may pull from
 	gateway     *url.URL // where ports of sandboxes are reached by name; nil is nowhere
+	insecure    bool     // see api.Gateway
 	own         *url.URL // where the server is reached; nil is not by URLs
 }
 

@@ -6,9 +6,12 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
+	"time"
 
 	"soulbox.dev/soulbox/api/envd"
 	"soulbox.dev/soulbox/sandbox"
@@ -63,6 +66,12 @@ func runEnvd(ctx context.Context, args []string, getenv func(string) string, std
 	}
 	gone, stop := sb.Bind(ctx)
 	defer stop()
+	serving := make(chan struct{})
+	go func() {
+		defer close(serving)
+		servePorts(gone, sb, log)
+	}()
+	defer func() { stop(); <-serving }()
 	select {
 	case err = <-ended:
 		return err
@@ -73,6 +82,47 @@ func runEnvd(ctx context.Context, args []string, getenv func(string) string, std
 		return errors.Join(fmt.Errorf("the sandbox has ended: %s", sb.Info().Cause), err)
 	}
 	return err
+}
+
+const (
+	portsEvery  = 200 * time.Millisecond // between two looks at which ports there are
+	ownPorts    = 1024                   // that this machine's own services may want
+	maxReported = 64                     // ports of which it is told that they are taken
+)
+
+// servePorts serves the ports of a sandbox at the same numbers of this machine's loopback, where debug mode looks for them, as long as something listens on them
+// in the sandbox. What is taken here stays whose it is.
+func servePorts(ctx context.Context, sb *sandbox.Sandbox, log *slog.Logger) {
+	ticker := time.NewTicker(portsEvery)
+	defer ticker.Stop()
+	told := map[int]bool{}
+	for {
+		listening, err := sb.Listening(ctx)
+		if err == nil {
+			for _, p := range sb.Ports() {
+				if !slices.Contains(listening, p.Port) {
+					err = errors.Join(err, sb.Unexpose(p.Port))
+				}
+			}
+		}
+		for _, port := range listening {
+			if port < ownPorts {
+				continue
+			}
+			if _, err := sb.ExposeAt(port, false, port); err != nil && !told[port] && len(told) < maxReported {
+				told[port] = true
+				log.Warn("a port of the sandbox cannot be served at its own number; end what has that, or take another port", "port", port, "error", err)
+			}
+		}
+		if err != nil && ctx.Err() == nil {
+			log.Debug("look for ports", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+	}
 }
 
 func parseEnvd(args []string, getenv func(string) string, stderr io.Writer) (c config, listen, name string, err error) {

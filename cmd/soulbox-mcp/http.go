@@ -61,7 +61,10 @@ const (
 
 func parseHTTP(args []string, getenv func(string) string, stderr io.Writer) (c httpConfig, err error) {
 	c.onExit = "keep"
+	var all *flag.FlagSet
 	err = c.parse("http", args, getenv, stderr, c.serving, func(f *flag.FlagSet) {
+		all = f
+		f.BoolVar(&c.insecure, insecureFlag, false, "sandboxes that are made with secure=false are reached by their id alone, without a token; default only where the server is on loopback and has no --public-url")
 		f.StringVar(&c.listen, "listen", "127.0.0.1:8787", "`address` to listen on")
 		f.BoolVar(&c.allowRemote, "allow-remote", false, "listen on more than loopback; needs keys or an OpenID provider, and --origin")
 		f.Var(&c.origins, "origin", "`origin` of web pages that may use the server, such as https://ide.example.com; may be repeated")
@@ -78,7 +81,16 @@ func parseHTTP(args []string, getenv func(string) string, stderr io.Writer) (c h
 	if err != nil {
 		return c, err
 	}
+	c.insecure = c.insecure || !c.allowRemote && c.publicURL == "" && !isGiven(all, insecureFlag)
 	return c, c.check()
+}
+
+const insecureFlag = "allow-insecure-sandboxes"
+
+// isGiven says whether a flag was given, whatever its value.
+func isGiven(f *flag.FlagSet, name string) (given bool) {
+	f.Visit(func(one *flag.Flag) { given = given || one.Name == name })
+	return given
 }
 
 // check refuses what would serve strangers.

@@ -80,6 +80,7 @@ func newService(c config, stderr io.Writer) (_ *service, err error) {
 	}()
 	templates.InUse = manager.Images
 	s.templates, s.builder, s.gateway = templates, c.newBuilder(templates, manager, s.log), api.NewGateway(manager, c.gateway, s.log)
+	s.gateway.Insecure = c.insecure
 	o := tools.Options{Manager: manager, Store: templates, Builder: s.builder, ContextDirs: c.contextDirs, ReadOnly: c.readOnly}
 	if s.gateway.Own = c.own; c.own != nil {
 		o.FileURL = s.gateway.FileURL

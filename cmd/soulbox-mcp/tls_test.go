@@ -19,6 +19,21 @@ import (
 )
 
 // makeCert makes a certificate as 'soulbox-mcp cert' does, and gives its directory.
+// TestInsecureByDefault: sandboxes without a token are possible on loopback alone, unless the operator says otherwise.
+func TestInsecureByDefault(t *testing.T) {
+	for args, want := range map[string]bool{"": true, "--allow-insecure-sandboxes=false": false, "--public-url=https://box.example.com": false,
+		"--public-url=https://box.example.com --allow-insecure-sandboxes": true} {
+		c, err := parseHTTP(strings.Fields(args), func(string) string { return "" }, io.Discard)
+		if err != nil || c.insecure != want {
+			t.Errorf("%q: %v, %v", args, c.insecure, err)
+		}
+	}
+	c := httpConfig{}
+	if _, err := parseHTTP(strings.Fields("--listen=0.0.0.0:0 --allow-remote --origin=https://x.example"), func(string) string { return "" }, io.Discard); err == nil || c.insecure {
+		t.Error("strangers are let in")
+	}
+}
+
 func makeCert(t *testing.T, dir, domain string) string {
 	t.Helper()
 	if err := runCert([]string{"--domain", domain, "--out", dir}, func(string) string { return "" }, io.Discard, io.Discard); err != nil {
