@@ -35,10 +35,6 @@ type Options struct {
 	Log      func(format string, args ...any)
 }
 
-// softFiles is how many descriptors a process may have until it asks for more: the agent has all, and programs that close every descriptor which
-// they might have would take seconds.
-const softFiles = 4096
-
 // Server is the guest's end. All methods are safe for concurrent use.
 type Server struct {
 	opts      Options
