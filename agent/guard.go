@@ -54,8 +54,8 @@ const (
 	firstLook  = 10 * time.Millisecond // after a start
 	shortPause = 2 * time.Millisecond
 	longPause  = 100 * time.Millisecond
-	// settleTime is how long the memory of who has ended may take to be free, and owedTime while it is known to be still in use: gVisor gives it back in
-	// the background, which on a busy machine takes its time.
+	// settleTime is how long the memory of who has ended may take to be free, and owedTime while it is known to be still in use:
+	// gVisor gives it back in the background, which on a busy machine takes its time.
 	settleTime = 300 * time.Millisecond
 	owedTime   = 2 * time.Second
 	// freezeTime is how long the others are stopped at most.

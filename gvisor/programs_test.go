@@ -139,7 +139,7 @@ func boot(t *testing.T, runtime *gvisor.Runtime, spec sandbox.Spec) sandbox.Mach
 	return m
 }
 
-// vmRead is a program that reads a byte of a process' memory, where the caller's libc is: the agent has none, and any answer but a refusal is wrong.
+// vmRead is a program that reads a byte of a process' memory. Any answer but a refusal is wrong, also that there is nothing at that place.
 const vmRead = `python3 -c '
 import ctypes, os, sys
 c, b = ctypes.CDLL(None, use_errno=True), ctypes.create_string_buffer(8)
