@@ -27,6 +27,7 @@ type guard struct {
 	frozen  time.Time     // since when the others are stopped; zero is not
 	victims []victim      // that may still be there
 	freed   time.Time     // when memory was last seen to become free since
+	owed    int64         // what of the memory of those who were killed was not seen to become free yet
 	given   int64         // what may be used beyond the limit, as no process has it
 	stopped map[int]bool  // processes that others had stopped when the others were
 
@@ -53,8 +54,10 @@ const (
 	firstLook  = 10 * time.Millisecond // after a start
 	shortPause = 2 * time.Millisecond
 	longPause  = 100 * time.Millisecond
-	// settleTime is how long the memory of who has ended may take to be free.
+	// settleTime is how long the memory of who has ended may take to be free, and owedTime while it is known to be still in use:
+	// gVisor gives it back in the background, which on a busy machine takes its time.
 	settleTime = 300 * time.Millisecond
+	owedTime   = 2 * time.Second
 	// freezeTime is how long the others are stopped at most.
 	freezeTime = 5 * time.Second
 	// learnTime is how old the guard's knowledge may be.
@@ -112,7 +115,7 @@ func (g *guard) look() time.Duration {
 	tasks, most := s.lookForTasks(), s.groups.limits.Load().pids
 	used, now := machineMemory()-g.known.Load().others, time.Now()
 	if used < g.used-1<<20 {
-		g.freed = now
+		g.freed, g.owed = now, max(0, g.owed-(g.used-used))
 	}
 	if used <= limit {
 		g.given = 0
@@ -218,7 +221,7 @@ func (g *guard) relieve(limit int64) {
 		g.used = machineMemory() - g.known.Load().others
 	}
 	over := g.used - g.dying() - limit
-	settled := time.Since(g.freed) > settleTime
+	settled := g.settled(time.Now())
 	if over > 0 && settled {
 		need := over + limit/8
 		for _, l := range g.server.loads() {
@@ -243,6 +246,14 @@ func (g *guard) relieve(limit int64) {
 	}
 }
 
+// settled says whether no more memory becomes free of who has ended. The next largest dies only if that is so: it is the wrong one else.
+func (g *guard) settled(now time.Time) bool {
+	if g.owed > 0 {
+		return now.Sub(g.freed) > owedTime
+	}
+	return now.Sub(g.freed) > settleTime
+}
+
 // choose gives the largest process, and makes l that alone, where that frees as much as is needed and most of what its group has; else all
 // of the group.
 func choose(l *load, need int64) victim {
@@ -263,6 +274,7 @@ func (g *guard) kill(l load, v victim, limit int64) {
 		l.p.killAll()
 	}
 	g.victims = append(g.victims, v)
+	g.owed += v.size
 	g.server.oomKills.Add(1)
 	g.server.noteKill(l.Relieved, limit)
 	g.server.log("out of memory: %d of %d bytes used: kill %d processes of %s, the largest pid %d, with %d bytes",
@@ -308,7 +320,7 @@ func (g *guard) freeze() {
 
 // thaw has go on who was not stopped before.
 func (g *guard) thaw() {
-	g.frozen, g.victims = time.Time{}, nil
+	g.frozen, g.victims, g.owed = time.Time{}, nil, 0
 	defer func() { close(*g.gate.Swap(nil)) }()
 	if len(g.stopped) == 0 {
 		_ = unix.Kill(-1, unix.SIGCONT)

@@ -3,6 +3,7 @@ package agent
 import (
 	"os/exec"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -59,6 +60,21 @@ func TestLearnFrozen(t *testing.T) {
 		eventually(t, "it is over", func() bool { return !g.learning.Load() })
 		if learnt := g.known.Load() != before; learnt == frozen {
 			t.Errorf("others were stopped meanwhile: %v, learnt: %v", frozen, learnt)
+		}
+	}
+}
+
+// TestSettled: while the memory of who has ended is known to be still in use, nobody else dies for it, but not for ever.
+func TestSettled(t *testing.T) {
+	now := time.Now()
+	for _, test := range []struct {
+		owed  int64
+		since time.Duration
+		want  bool
+	}{{0, 100 * time.Millisecond, false}, {0, time.Second, true}, {800 << 20, time.Second, false}, {800 << 20, 3 * time.Second, true}} {
+		g := &guard{owed: test.owed, freed: now.Add(-test.since)}
+		if got := g.settled(now); got != test.want {
+			t.Errorf("%d bytes owed, %v after the last became free: settled is %v", test.owed, test.since, got)
 		}
 	}
 }

@@ -64,3 +64,25 @@ func TestOutOfMemory(t *testing.T) {
 		return err == nil && len(page.Entries) > 0 && strings.Contains(page.Entries[0].Message, "python3")
 	})
 }
+
+// TestOnlyTheLargest has a process outgrow the limit again and again beside a small one, which lives.
+func TestOnlyTheLargest(t *testing.T) {
+	_, c := newSandbox(t, sandbox.CreateOptions{})
+	small, err := c.Start(t.Context(), agent.StartRequest{Command: "perl -e '$| = 1; $x = q(x) x (60 << 20); print q(has it); sleep 600'"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sandboxtest.Eventually(t, "the small one has its memory", func() bool {
+		s, err := c.Wait(t.Context(), agent.WaitRequest{Process: small.Process.ID, Window: agent.Window{Head: 100}})
+		return err == nil && output(s) == "has it"
+	})
+	for range 5 {
+		s, err := c.Start(t.Context(), agent.StartRequest{Command: "perl -e 'push @x, q(x) x (20 << 20) while 1'", WaitMS: 120_000})
+		if err != nil || s.Process.Cause != agent.CauseOOM {
+			t.Fatalf("the large one: cause %q, exit %d, %v", s.Process.Cause, s.Process.ExitCode, err)
+		}
+	}
+	if s, err := c.Wait(t.Context(), agent.WaitRequest{Process: small.Process.ID}); err != nil || s.Process.State != agent.StateRunning {
+		t.Errorf("the small one was killed, too: %+v, %v", s.Process, err)
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"testing"
 
 	"soulbox.dev/soulbox/agent"
@@ -142,6 +143,14 @@ func boot(t *testing.T, runtime *gvisor.Runtime, spec sandbox.Spec) sandbox.Mach
 	return m
 }
 
+// vmRead is a program that reads a byte of a process' memory. Any answer but a refusal is wrong, also that there is nothing at that place.
+const vmRead = `python3 -c '
+import ctypes, os, sys
+c, b = ctypes.CDLL(None, use_errno=True), ctypes.create_string_buffer(8)
+v = (ctypes.c_size_t * 2)(ctypes.addressof(b), 1)
+n = c.process_vm_readv(int(sys.argv[1]), v, 1, v, 1, 0)
+print(os.strerror(ctypes.get_errno()) if n < 0 else "read")' `
+
 // TestTrace has debuggers attach to processes of their user, and nobody to the agent or its bridge.
 func TestTrace(t *testing.T) {
 	runtime, host := newRuntime(t)
@@ -160,6 +169,19 @@ func TestTrace(t *testing.T) {
 	c := sandboxtest.Greet(t, again) // by a bridge
 	target := func(user string) string { return fmt.Sprintf("$(pgrep -u %s -x sleep)", user) }
 	bridge := "$(pgrep -x soulbox-agent | grep -vx 1)"
+	// A child whose start hangs has the agent's memory still, and the id of its user already.
+	sandboxtest.RunAs(t, c, "user", "mkfifo -m 755 /tmp/fifo; printf '#!/tmp/fifo\\n' >/tmp/hangs; chmod 755 /tmp/hangs")
+	var hung sync.WaitGroup
+	defer hung.Wait()
+	hung.Go(func() {
+		_, _ = c.Start(context.Background(), agent.StartRequest{Args: []string{"/tmp/hangs"}, User: "user"})
+	}) // it is killed
+	find := "for n in $(seq 100); do p=$(pgrep -u user -x soulbox-agent) && break; sleep 0.05; done; "
+	for _, user := range []string{"user", "root"} { // ptrace(2) itself waits for the end of the start
+		says(t, c, user, find+"for f in mem environ maps; do head -c 1 /proc/$p/$f 2>&1 | grep -o 'Permission denied'; done",
+			"Permission denied\nPermission denied\nPermission denied\n")
+		says(t, c, user, find+vmRead+"$p", "Operation not permitted\n")
+	}
 	for _, test := range []struct{ user, target, want string }{
 		{"user", target("user"), "attached\n"}, {"daemon", target("daemon"), "attached\n"}, {"root", target("root"), "attached\n"},
 		{"root", target("user"), "attached\n"}, {"root", target("daemon"), "attached\n"},

@@ -79,7 +79,18 @@ echo 'Defaults env_keep += "http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PRO
 chmod 440 /etc/sudoers.d/*
 rm -f /usr/lib/python3*/EXTERNALLY-MANAGED
 ln -sf vim.tiny /usr/bin/vim
-EOF
+` + noContainers + `EOF
+`
+
+// noContainers says what to do instead where programs that start containers are called, which do not work in a sandbox: they want
+// mounts and cgroups of their own. A package of that name replaces it, and what is found earlier in PATH comes first.
+const noContainers = `for name in docker podman; do
+  if command -v $name >/dev/null; then continue; fi
+  { echo '#!/bin/sh'
+    echo "echo '$name: containers do not run in a sandbox; run the program itself, or build a template with template_build.' >&2"
+    echo 'exit 125'; } > /usr/bin/$name
+  chmod 755 /usr/bin/$name
+done
 `
 
 // distribution makes, or finds, a minimal system.

@@ -18,7 +18,6 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// makeCert makes a certificate as 'soulbox-mcp cert' does, and gives its directory.
 // TestInsecureByDefault: sandboxes without a token are possible on loopback alone, unless the operator says otherwise.
 func TestInsecureByDefault(t *testing.T) {
 	for args, want := range map[string]bool{"": true, "--allow-insecure-sandboxes=false": false, "--public-url=https://box.example.com": false,
@@ -34,6 +33,7 @@ func TestInsecureByDefault(t *testing.T) {
 	}
 }
 
+// makeCert makes a certificate as 'soulbox-mcp cert' does, and gives its directory.
 func makeCert(t *testing.T, dir, domain string) string {
 	t.Helper()
 	if err := runCert([]string{"--domain", domain, "--out", dir}, func(string) string { return "" }, io.Discard, io.Discard); err != nil {
