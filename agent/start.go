@@ -24,10 +24,6 @@ const (
 	maxEnv      = 1 << 20
 )
 
-// softFiles is how many descriptors a process may have until it asks for more: the agent has all, but programs that close
-// each one they might have would take seconds.
-const softFiles = 4096
-
 // start starts a process, waits for its end as long as asked, and describes it.
 func (s *Server) start(ctx context.Context, req StartRequest) (Snapshot, error) {
 	p, err := s.spawn(req)

@@ -1,7 +1,6 @@
 package api
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -45,6 +44,7 @@ type build struct {
 	tags            []string
 	limits          sandbox.Limits
 	made            time.Time
+	old             template.BuildRequest // of one whose Dockerfile came with its announcement
 
 	mu      sync.Mutex
 	status  string
@@ -121,51 +121,6 @@ func (s *builds) find(owner, id string) *build {
 		return b
 	}
 	return nil
-}
-
-// newTemplate announces a build.
-func (c *Control) newTemplate(r *call) error {
-	var body struct {
-		Name     string   `json:"name"`
-		Alias    string   `json:"alias"`
-		Tags     []string `json:"tags"`
-		CPUCount int      `json:"cpuCount"`
-		MemoryMB int64    `json:"memoryMB"`
-		FreeDisk int64    `json:"minFreeDiskMb"`
-		TeamID   string   `json:"teamID"`
-	}
-	if err := r.body(&body); err != nil {
-		return err
-	}
-	if err := errors.Join(r.isTeam(body.TeamID), checkTags(cmp.Or(body.Name, body.Alias), body.Tags)); err != nil {
-		return err
-	}
-	name := plainName(r.owner, cmp.Or(body.Name, body.Alias))
-	if name == "" {
-		return refuse(http.StatusBadRequest, "the template has no name")
-	}
-	plain, tag := tagged(name)
-	tags := slices.Clone(body.Tags)
-	if tag != defaultTag || len(tags) == 0 {
-		tags = append([]string{tag}, tags...)
-	}
-	if len(tags) > maxTags || body.CPUCount < 0 || body.CPUCount > 1024 || body.MemoryMB < 0 || body.MemoryMB > maxMB || body.FreeDisk < 0 || body.FreeDisk > maxMB {
-		return refuse(http.StatusBadRequest, "at most %d tags, 1024 CPUs and %d MB are possible", maxTags, maxMB)
-	}
-	for _, t := range tags {
-		if _, err := template.CheckName(withTag(plain, t)); err != nil {
-			return err
-		}
-	}
-	b := &build{id: template.NewBuildID(), owner: r.owner, name: plain, tags: tags, status: statusWaiting, made: time.Now(), changed: time.Now(),
-		limits: sandbox.Limits{CPU: float64(body.CPUCount), Memory: body.MemoryMB << 20}}
-	if body.FreeDisk > 0 {
-		b.limits.Disk = max(c.Manager.Limits(sandbox.Limits{}).Disk, body.FreeDisk<<20)
-	}
-	if err := c.builds.add(b); err != nil {
-		return err
-	}
-	return r.answer(http.StatusAccepted, map[string]any{"templateID": b.name, "buildID": b.id, "public": false, "names": []string{b.name}, "aliases": []string{b.name}, "tags": b.tags})
 }
 
 // startRequest is what is to be built.

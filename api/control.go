@@ -105,6 +105,9 @@ func (c *Control) Routes() map[string]http.Handler {
 		"PATCH /v2/templates/{id}":                c.publish,
 		"POST /v2/templates":                      c.newTemplate,
 		"POST /v3/templates":                      c.newTemplate,
+		"POST /templates":                         c.newOldTemplate,
+		"POST /templates/{id}":                    c.newOldTemplate,
+		"POST /templates/{id}/builds/{bid}":       c.startOldBuild,
 		"GET /templates/{id}/files/{hash}":        c.fileLink,
 		"POST /v2/templates/{id}/builds/{bid}":    c.startBuild,
 		"GET /templates/{id}/builds/{bid}/status": c.buildStatus,
@@ -121,11 +124,6 @@ func (c *Control) Routes() map[string]http.Handler {
 	for _, path := range []string{"/volumes", "/volumes/", "/volumecontent/", "/secrets", "/secrets/", "/access-tokens", "/access-tokens/", "/api-keys", "/api-keys/", "/nodes", "/nodes/", "/admin/"} {
 		routes[path] = c.handler(func(r *call) error {
 			return refusal{http.StatusNotImplemented, "this server has no " + strings.Split(r.URL.Path, "/")[1] + " (docs/e2b.md says what it has)"}
-		})
-	}
-	for _, pattern := range []string{"POST /templates", "POST /templates/{id}", "POST /templates/{id}/builds/{bid}"} {
-		routes[pattern] = c.handler(func(*call) error {
-			return refusal{http.StatusNotImplemented, "templates are not pushed as images here: build them with Template.build of an SDK from 2.0 on, or by 'soulbox-mcp template'"}
 		})
 	}
 	for _, path := range []string{"/sandboxes", "/sandboxes/", "/v1/", "/v2/", "/v3/", "/templates", "/templates/", "/snapshots", "/snapshots/", "/teams", "/teams/"} {

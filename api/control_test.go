@@ -234,7 +234,9 @@ func TestControlPlane(t *testing.T) {
 		{"POST", "/v2/templates/x/builds/2f7c0b3e-0000-4000-8000-0123456789ab", `{}`, 404, "no such build"},
 		{"GET", "/templates/x/builds/2f7c0b3e-0000-4000-8000-0123456789ab/status", "", 404, "no such build"},
 		{"GET", "/templates/x/files/..%2f..", "", 400, "no hash"},
-		{"POST", "/templates", `{"dockerfile":"FROM x"}`, 501, "pushed"},
+		{"POST", "/templates", `{"alias":"a"}`, 400, "give a dockerfile"},
+		{"POST", "/templates/a", `{"dockerfile":"FROM x","teamID":"bob"}`, 403, "is not that of your key"},
+		{"POST", "/templates/a/builds/bdnothere", "", 400, "malformed"},
 		{"PUT", "/sandboxes/" + id, "", 404, "there is no PUT"},
 		{"GET", "/sandboxes/" + id + "/nothere", "", 404, "there is no GET"},
 		{"GET", "/volumes", "", 501, `"code":501`},
@@ -631,6 +633,31 @@ func TestSnapshotsOfOthers(t *testing.T) {
 		}
 	}
 	if r := a.as("ann", "PUT", "/sandboxes/"+sb.ID()+"/network", `{}`); r.code != 400 || !strings.Contains(r.text, "made without a network") {
+		t.Errorf("%d %s", r.code, r.text)
+	}
+}
+
+// TestOldBuild: a Dockerfile that comes with the announcement, as clients before build system 2.0 send it, is what is built.
+func TestOldBuild(t *testing.T) {
+	a := newAPITest(t)
+	for path, name := range map[string]string{"/templates": "^[a-z0-9]{20}$", "/templates/old": "^old$"} {
+		r := a.as("ann", "POST", path, `{"dockerfile":"FROM nothere"}`)
+		if r.code != 202 || !regexp.MustCompile(name).MatchString(fmt.Sprint(r.field("templateID"))) {
+			t.Fatalf("%s: %d %s", path, r.code, r.text)
+		}
+		build := fmt.Sprintf("/templates/%v/builds/%v", r.field("templateID"), r.field("buildID"))
+		if r := a.as("bob", "POST", build, ""); r.code != 404 {
+			t.Errorf("%d %s", r.code, r.text)
+		}
+		if r := a.as("ann", "POST", build, ""); r.code != 202 {
+			t.Errorf("%d %s", r.code, r.text)
+		}
+		sandboxtest.Eventually(t, "it has failed", func() bool {
+			return strings.Contains(a.as("ann", "GET", build+"/status", "").text, "nothere")
+		})
+	}
+	r := a.as("ann", "POST", "/v3/templates", `{"name":"new"}`)
+	if r := a.as("ann", "POST", fmt.Sprintf("/templates/new/builds/%v", r.field("buildID")), ""); r.code != 400 || !strings.Contains(r.text, "/v2/") {
 		t.Errorf("%d %s", r.code, r.text)
 	}
 }

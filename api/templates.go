@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/api/envd"
 	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/template"
@@ -310,7 +311,7 @@ func (c *Control) snapshot(r *call) error {
 	}
 	o := sandbox.SnapshotOptions{Name: plainName(r.owner, body.Name), Unnamed: body.Name == "", Replace: body.Name != ""}
 	if o.Unnamed {
-		o.Name = strings.ToLower(rand.Text()[:snapshotID])
+		o.Name = strings.ToLower(rand.Text()[:shortID])
 	}
 	snap, err := sb.Snapshot(r.Context(), o)
 	if err != nil {
@@ -319,15 +320,12 @@ func (c *Control) snapshot(r *call) error {
 	return r.answer(http.StatusCreated, r.snapshotOf(snap))
 }
 
-// snapshotID is how long the names of snapshots are that have none, as templates' ids are with E2B.
-const snapshotID = 20
-
 // snapshotOf is a snapshot as clients know it: a template of the caller's team, or without a name one that its id names.
 func (r *call) snapshotOf(s sandbox.Snapshot) map[string]any {
 	name, tag := tagged(s.Name)
 	names := []string{}
 	if !s.Unnamed {
-		name = r.team() + "/" + name
+		name = access.Name(r.owner) + "/" + name
 		names = append(names, name)
 	}
 	return map[string]any{"snapshotID": name + ":" + tag, "names": names}

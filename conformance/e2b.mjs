@@ -521,6 +521,20 @@ await check("template: build from a Dockerfile, tags, use", remote, async () => 
   }
 });
 
+await check("template: a Dockerfile by the API before build system 2.0", remote && modern, async () => {
+  const ask = async (method, path, body) => {
+    const r = await fetch(process.env.E2B_API_URL + path, { method, headers: { "X-API-Key": process.env.E2B_API_KEY }, body: body && JSON.stringify(body) });
+    assert.equal(r.status, method === "GET" ? 200 : 202, path);
+    return r.headers.get("content-length") === "0" ? undefined : r.json();
+  };
+  const made = await ask("POST", "/templates", { alias: `old-${marker}`, dockerfile: "FROM mini\nRUN echo old > /old\n", cpuCount: 1, memoryMB: 256 });
+  assert.deepEqual(made.aliases, [`old-${marker}`]);
+  const build = `/templates/${made.templateID}/builds/${made.buildID}`;
+  await ask("POST", build);
+  await until("it is built", async () => (await ask("GET", `${build}/status`)).status === "ready");
+  assert.equal(await (await make({}, `old-${marker}`)).files.read("/old"), "old\n");
+});
+
 // What is refused
 
 await check("refused: no key, another's key", remote && process.env.OTHER_KEY, async () => {

@@ -130,9 +130,9 @@ func (s *soak) onBox(b *box, tool string, args map[string]any) (a sandboxtest.An
 	}
 }
 
-// newer counts in a sandbox; sumOf makes the random file where it is not there.
+// newer counts in a sandbox, after who may still do so for a server that was killed; sumOf makes the random file where it is not there.
 const (
-	newer = "n=$(($(cat n 2>/dev/null || echo 0) + 1)); echo $n > n.new && mv n.new n; echo $n; sha256sum < r"
+	newer = "exec 9>lock; flock 9; n=$(($(cat n 2>/dev/null || echo 0) + 1)); echo $n > n.new && mv n.new n; echo $n; sha256sum < r"
 	sumOf = "[ -e r ] || { head -c 200000 /dev/urandom > r.new && mv r.new r; }; sha256sum < r"
 )
 

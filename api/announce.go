@@ -1,0 +1,104 @@
+package api
+
+import (
+	"cmp"
+	"crypto/rand"
+	"errors"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"soulbox.dev/soulbox/sandbox"
+	"soulbox.dev/soulbox/template"
+)
+
+// announcement is a build that is to come. What older clients build is in it; the others send steps when they start it.
+type announcement struct {
+	Name     string   `json:"name"`
+	Alias    string   `json:"alias"`
+	Tags     []string `json:"tags"`
+	CPUCount int      `json:"cpuCount"`
+	MemoryMB int64    `json:"memoryMB"`
+	FreeDisk int64    `json:"minFreeDiskMb"`
+	TeamID   string   `json:"teamID"`
+
+	Dockerfile string `json:"dockerfile"`
+	StartCmd   string `json:"startCmd"`
+	ReadyCmd   string `json:"readyCmd"`
+}
+
+// newTemplate announces a build whose steps are sent when it is started.
+func (c *Control) newTemplate(r *call) error {
+	var body announcement
+	if err := r.body(&body); err != nil {
+		return err
+	}
+	return c.announce(r, body, template.BuildRequest{})
+}
+
+// newOldTemplate announces a build as clients before E2B's build system 2.0 do: of a Dockerfile, whose image they push next. Here it is built from the
+// Dockerfile alone.
+func (c *Control) newOldTemplate(r *call) error {
+	var body announcement
+	if err := r.body(&body); err != nil {
+		return err
+	}
+	if strings.TrimSpace(body.Dockerfile) == "" || len(body.Dockerfile) > maxDockerfile {
+		return refuse(http.StatusBadRequest, "give a dockerfile of at most %d bytes", maxDockerfile)
+	}
+	body.Name = cmp.Or(r.PathValue("id"), body.Name, body.Alias, strings.ToLower(rand.Text()[:shortID]))
+	return c.announce(r, body, template.BuildRequest{Dockerfile: body.Dockerfile, StartCmd: body.StartCmd, ReadyCmd: body.ReadyCmd})
+}
+
+// shortID is how long the names are that this server gives to templates and snapshots without one, as their ids are with E2B.
+const shortID = 20
+
+// startOldBuild begins a build that was announced with its Dockerfile.
+func (c *Control) startOldBuild(r *call) error {
+	b, err := c.announced(r, r.PathValue("id"))
+	if err != nil {
+		return err
+	}
+	if b.old.Dockerfile == "" {
+		return refuse(http.StatusBadRequest, "the build was announced without a Dockerfile: start it by POST /v2/templates/{id}/builds/{bid}")
+	}
+	if err := c.launch(b, b.old, nil, nil, ""); err != nil {
+		return err
+	}
+	return r.done(http.StatusAccepted)
+}
+
+// announce keeps what is to be built until it is started.
+func (c *Control) announce(r *call, body announcement, old template.BuildRequest) error {
+	if err := errors.Join(r.isTeam(body.TeamID), checkTags(cmp.Or(body.Name, body.Alias), body.Tags)); err != nil {
+		return err
+	}
+	name := plainName(r.owner, cmp.Or(body.Name, body.Alias))
+	if name == "" {
+		return refuse(http.StatusBadRequest, "the template has no name")
+	}
+	plain, tag := tagged(name)
+	tags := slices.Clone(body.Tags)
+	if tag != defaultTag || len(tags) == 0 {
+		tags = append([]string{tag}, tags...)
+	}
+	if len(tags) > maxTags || body.CPUCount < 0 || body.CPUCount > 1024 || body.MemoryMB < 0 || body.MemoryMB > maxMB || body.FreeDisk < 0 || body.FreeDisk > maxMB {
+		return refuse(http.StatusBadRequest, "at most %d tags, 1024 CPUs and %d MB are possible", maxTags, maxMB)
+	}
+	for _, t := range tags {
+		if _, err := template.CheckName(withTag(plain, t)); err != nil {
+			return err
+		}
+	}
+	b := &build{id: template.NewBuildID(), owner: r.owner, name: plain, tags: tags, status: statusWaiting, made: time.Now(), changed: time.Now(),
+		limits: sandbox.Limits{CPU: float64(body.CPUCount), Memory: body.MemoryMB << 20}, old: old}
+	if body.FreeDisk > 0 {
+		b.limits.Disk = max(c.Manager.Limits(sandbox.Limits{}).Disk, body.FreeDisk<<20)
+	}
+	if err := c.builds.add(b); err != nil {
+		return err
+	}
+	return r.answer(http.StatusAccepted, map[string]any{"templateID": b.name, "buildID": b.id, "public": false, "names": []string{b.name},
+		"aliases": []string{b.name}, "tags": b.tags})
+}
