@@ -111,8 +111,8 @@ func (a *Accounts) Take(owner string, r Resource, n int64) (release func(), err 
 	return a.take(at, n), nil
 }
 
-// Wait is Take that waits until there is room. One owner's waiters never delay another owner who has room; where all wait for the same, the owner
-// who uses least is first. It fails when ctx ends, and at once where n is more than there ever is.
+// Wait is Take that waits until there is room. One owner's waiters never delay another owner who has room; where all wait for the same, the
+// owner who uses least is first. It fails when ctx ends, and at once where n is more than there ever is.
 func (a *Accounts) Wait(ctx context.Context, owner string, r Resource, n int64) (release func(), err error) {
 	if a == nil {
 		return func() {}, nil
@@ -156,7 +156,8 @@ type Part struct {
 // errLate is the end of a wait.
 var errLate = errors.New("no room in time")
 
-// TakeAll takes all parts for an owner, or nothing. Where there is no room it waits for so long, or not at all for 0; then that is a FullError.
+// TakeAll takes all parts for an owner, or nothing. Where there is no room it waits for so long, or not at all for 0; then that is a
+// FullError.
 func (a *Accounts) TakeAll(ctx context.Context, wait time.Duration, owner string, parts ...Part) (release func(), err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, wait, errLate)
 	defer cancel()

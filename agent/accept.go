@@ -18,8 +18,8 @@ const (
 	maxPending = 128
 )
 
-// acceptors are the addresses of the sandbox' loopback on which a host takes connections. They go on from one host to the next. It is safe for
-// concurrent use.
+// acceptors are the addresses of the sandbox' loopback on which a host takes connections. They go on from one host to the next. It is safe
+// for concurrent use.
 type acceptors struct {
 	mu     sync.Mutex
 	byAddr map[string]chan net.Conn
@@ -136,8 +136,8 @@ func (c *acceptedConn) Close() error {
 // CloseWrite ends what is written.
 func (c *acceptedConn) CloseWrite() error { return c.Stream.Close() }
 
-// Accept waits for the next connection that is made in the sandbox to an address of its loopback, which is listened on from the first Accept on. It
-// is no use of the sandbox. When ctx ends the connection is at its end.
+// Accept waits for the next connection that is made in the sandbox to an address of its loopback, which is listened on from the first
+// Accept on. It is no use of the sandbox. When ctx ends the connection is at its end.
 func (c *Client) Accept(ctx context.Context, address string) (net.Conn, error) {
 	stream, err := OrGiveUp(ctx, func() (*yamux.Stream, error) { return c.open(header{Stream: streamAccept, Address: address}) }, c.giveUp)
 	if err != nil {

@@ -186,8 +186,8 @@ func call[R any](ctx context.Context, c *Client, method string, args any) (resul
 	return result, c.lost(method, err)
 }
 
-// OrGiveUp does what cannot be interrupted, as it may block for as long as the guest does not read its pipe, or must not be. When ctx ends first, do goes
-// on alone until it is done or the pipe ends, and undo, if not nil, gets its result.
+// OrGiveUp does what cannot be interrupted, as it may block for as long as the guest does not read its pipe, or must not be. When ctx ends
+// first, do goes on alone until it is done or the pipe ends, and undo, if not nil, gets its result.
 func OrGiveUp[T any](ctx context.Context, do func() (T, error), undo func(T)) (T, error) {
 	type outcome struct {
 		value T

@@ -16,7 +16,8 @@ const (
 // maxEvents bounds the events that an agent keeps for its host to fetch; the oldest go first.
 const maxEvents = 512
 
-// Event is the start or the end of a process that a user asked for, or what was killed of it. It has no command line: there may be a secret in it.
+// Event is the start or the end of a process that a user asked for, or what was killed of it. It has no command line: there may be a secret
+// in it.
 type Event struct {
 	Seq      int64     `json:"seq"`
 	Time     time.Time `json:"time"`

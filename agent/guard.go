@@ -182,8 +182,8 @@ func isStopped(pid int) bool {
 	return len(fields) > 0 && fields[0] == "T"
 }
 
-// stillStopped gives those of some processes that are stopped now. Of many it looks at some only, since the others take more memory meanwhile:
-// who is not among them goes on, which is better than never to go on.
+// stillStopped gives those of some processes that are stopped now. Of many it looks at some only, since the others take more memory
+// meanwhile: who is not among them goes on, which is better than never to go on.
 func stillStopped(pids map[int]bool) map[int]bool {
 	still, looks := map[int]bool{}, 0
 	for pid := range pids {
@@ -304,8 +304,8 @@ func (g *guard) isVictim(group *cgroup) bool {
 }
 
 // freeze stops all processes but bridges, and holds back new ones. It is one system call: on a busy machine each takes long, and who is not
-// stopped takes more memory meanwhile. What is known of processes that others have stopped is old by now: they may go on already, or be gone
-// and their pids be others'.
+// stopped takes more memory meanwhile. What is known of processes that others have stopped is old by now: they may go on already, or be
+// gone and their pids be others'.
 func (g *guard) freeze() {
 	g.frozen = time.Now()
 	g.freezes.Add(1)

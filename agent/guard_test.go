@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestStillStopped: who goes on since the guard has learnt that it is stopped, and who is gone, is stopped for the guard's sake alone, and goes on
-// with the others.
+// TestStillStopped: who goes on since the guard has learnt that it is stopped, and who is gone, is stopped for the guard's sake alone, and
+// goes on with the others.
 func TestStillStopped(t *testing.T) {
 	var pids []int
 	for range 2 {
@@ -45,7 +45,8 @@ func TestStillStopped(t *testing.T) {
 	}
 }
 
-// TestLearnFrozen: what the guard sees while it has others stopped is not taken for knowledge, also where they go on before it has looked at all.
+// TestLearnFrozen: what the guard sees while it has others stopped is not taken for knowledge, also where they go on before it has looked
+// at all.
 func TestLearnFrozen(t *testing.T) {
 	s := &Server{procs: map[string]*process{}}
 	g := newGuard(s)

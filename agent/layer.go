@@ -33,15 +33,15 @@ type fileKey struct {
 	ctime unix.Timespec
 }
 
-// marked is what the file system was like when it was last looked at: of each directory, its own key as "." and those of what is in it. It is
-// safe for concurrent use, by one after the other.
+// marked is what the file system was like when it was last looked at: of each directory, its own key as "." and those of what is in it. It
+// is safe for concurrent use, by one after the other.
 type marked struct {
 	mu   sync.Mutex
 	dirs map[string]map[string]fileKey
 }
 
-// serveChanges sends what has changed since the last time as a layer, a tar in which what is gone is a whiteout. The first time, with h.Mode "mark",
-// nothing is sent; with "all" all is, and nothing is remembered.
+// serveChanges sends what has changed since the last time as a layer, a tar in which what is gone is a whiteout. The first time, with
+// h.Mode "mark", nothing is sent; with "all" all is, and nothing is remembered.
 func (s *Server) serveChanges(ctx context.Context, stream *yamux.Stream, h header) {
 	if h.Mode != modeAll {
 		s.marked.mu.Lock()
@@ -291,8 +291,8 @@ func (zeroReader) Read(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// serveUnpack unpacks a tar from the host below the directory h.Path. It is no layer: whiteouts are names as others. What is there is replaced, but
-// for directories.
+// serveUnpack unpacks a tar from the host below the directory h.Path. It is no layer: whiteouts are names as others. What is there is
+// replaced, but for directories.
 func (s *Server) serveUnpack(stream *yamux.Stream, h header) {
 	if err := checkPath("unpack", h.Path); err != nil {
 		_ = writeMessage(stream, answer{Error: wireError(err)})
@@ -431,8 +431,8 @@ func (c *Client) MarkFiles(ctx context.Context) error {
 	return errors.Join(err, r.Close())
 }
 
-// Changes gives a layer, as the OCI image specification has it: a tar of what has changed since MarkFiles, or since the last Changes that was read to
-// its end. The reader must be closed, and reads fail when ctx ends. It is the guest's, whatever it says.
+// Changes gives a layer, as the OCI image specification has it: a tar of what has changed since MarkFiles, or since the last Changes that
+// was read to its end. The reader must be closed, and reads fail when ctx ends. It is the guest's, whatever it says.
 func (c *Client) Changes(ctx context.Context) (io.ReadCloser, error) { return c.changes(ctx, "/", "") }
 
 // Pack gives all that is in a directory as a tar, with names below it. What is mounted there is left out. Else it is as Changes.
@@ -448,8 +448,8 @@ func (c *Client) changes(ctx context.Context, root, mode string) (io.ReadCloser,
 	return &streamReader{Reader: &chunkReader{r: stream}, end: end}, nil
 }
 
-// Unpack unpacks a tar in a directory of the sandbox, as root. Names cannot lead out of the directory, links that are there already can. What is
-// unpacked when it fails stays.
+// Unpack unpacks a tar in a directory of the sandbox, as root. Names cannot lead out of the directory, links that are there already can.
+// What is unpacked when it fails stays.
 func (c *Client) Unpack(ctx context.Context, dir string, r io.Reader) error {
 	stream, _, end, err := c.begin(ctx, header{Stream: streamUnpack, Path: dir})
 	if err != nil {

@@ -144,7 +144,8 @@ func Attach(in io.Reader, out io.WriteCloser) error {
 	return errors.Join(err, out.Close())
 }
 
-// forgetChildren takes SIGCHLD from the Go runtime's hands, whose handler would run at the end of every process: pidfds tell of those that matter.
+// forgetChildren takes SIGCHLD from the Go runtime's hands, whose handler would run at the end of every process: pidfds tell of those that
+// matter.
 func forgetChildren() error {
 	signal.Ignore(syscall.SIGCHLD) // now the runtime does not handle it, but the kernel would reap children by itself
 	byDefault := make([]uint64, 4) // struct sigaction of the kernel: SIG_DFL, no flags, no mask

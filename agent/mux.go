@@ -45,8 +45,8 @@ func newBufferedConn(r io.Reader, conn io.WriteCloser) *bufferedConn {
 	return &bufferedConn{r, conn, frameWriter{w: conn}}
 }
 
-// frameWriter joins the head of a frame and its body, which yamux writes one after the other: each write would wake the other side. Window updates
-// of streams that windows keep are left out.
+// frameWriter joins the head of a frame and its body, which yamux writes one after the other: each write would wake the other side. Window
+// updates of streams that windows keep are left out.
 type frameWriter struct {
 	w       io.Writer
 	buf     []byte   // yamux' alone
@@ -105,8 +105,8 @@ const (
 	flagRST     = 8
 )
 
-// guestFrames reads what a guest sends and ends at the first frame that no honest agent sends: one that opens a stream, and a ping,
-// each of which would cost the host a goroutine until the guest reads its answer. What windows want dropped is left out. Frames are as in yamux'
+// guestFrames reads what a guest sends and ends at the first frame that no honest agent sends: one that opens a stream, and a ping, each of
+// which would cost the host a goroutine until the guest reads its answer. What windows want dropped is left out. Frames are as in yamux'
 // specification.
 type guestFrames struct {
 	r       io.Reader

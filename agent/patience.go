@@ -20,8 +20,9 @@ const (
 	busyRatio  = 6  // a sandbox that says other things than the answer gets as many times the silence
 )
 
-// Patience is a context for a call that takes as long as work and what the sandbox needs beside. It ends with ErrSilent when nothing at all has
-// come from the guest for silence, or much has and the answer has not for six times as long: a busy sandbox is waited for, a dead one is not.
+// Patience is a context for a call that takes as long as work and what the sandbox needs beside. It ends with ErrSilent when nothing at all
+// has come from the guest for silence, or much has and the answer has not for six times as long: a busy sandbox is waited for, a dead one
+// is not.
 func (c *Client) Patience(ctx context.Context, work, silence time.Duration) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	step := max(silence/quietSteps, time.Millisecond)

@@ -6,9 +6,9 @@ import (
 	"time"
 )
 
-// processors gives the agent a second processor for as long as something is at work that keeps one busy. With a second one each step of a call
-// wakes another thread, which costs more in gVisor than the step: a short command takes half as many system calls with one. It is safe for concurrent
-// use; nil does nothing.
+// processors gives the agent a second processor for as long as something is at work that keeps one busy. With a second one each step of a
+// call wakes another thread, which costs more in gVisor than the step: a short command takes half as many system calls with one. It is safe
+// for concurrent use; nil does nothing.
 type processors struct {
 	mu   sync.Mutex
 	busy int
@@ -16,7 +16,8 @@ type processors struct {
 	work *work       // is told
 }
 
-// To change the number stops everything for a moment: so what is soon done gets no second one, and it stays for a while when nothing needs it any more.
+// To change the number stops everything for a moment: so what is soon done gets no second one, and it stays for a while when nothing needs
+// it any more.
 const (
 	soonDone   = 5 * time.Millisecond
 	secondStay = time.Second

@@ -8,9 +8,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The system calls of this file do not block, and the Go scheduler is not told of them. It would wake its monitor for each that comes out of idleness,
-// which then sleeps and wakes every 20 µs for a millisecond. But the monitor is who takes the processor from a goroutine that keeps it: whatever goes on
-// for long must make an ordinary call in time. What the host asks for begins with one, as its request is read (stdio.go).
+// The system calls of this file do not block, and the Go scheduler is not told of them. It would wake its monitor for each that comes out
+// of idleness, which then sleeps and wakes every 20 µs for a millisecond. But the monitor is who takes the processor from a goroutine that
+// keeps it: whatever goes on for long must make an ordinary call in time. What the host asks for begins with one, as its request is read
+// (stdio.go).
 
 // quick makes a system call. What its arguments point to escapes to the heap and stays alive.
 //

@@ -283,7 +283,8 @@ func (r *shellRun) report() {
 // needed says whether even a command of plain words must run in the shell.
 func (r *shellRun) needed() bool { return r != nil && !r.begin.plain() }
 
-// leave takes over what a command that has ended left behind, and tells where the shell is now if it has moved. What it did not say, because it was killed or replaced its shell, is as before.
+// leave takes over what a command that has ended left behind, and tells where the shell is now if it has moved. What it did not say,
+// because it was killed or replaced its shell, is as before.
 func (r *shellRun) leave() (cwd string, err error) {
 	if r == nil || r.file == "" {
 		return "", nil

@@ -28,7 +28,8 @@ func parseShell(dump []byte) (*shellState, error) {
 	}
 	end := &shellState{}
 	end.set = optionChanges(fields[0], fields[1], "-o", "+o")
-	// An option that ends or silences a shell holds for the command that sets it: the next one would end or say nothing for no visible reason.
+	// An option that ends or silences a shell holds for the command that sets it: the next one would end or say nothing for no visible
+	// reason.
 	end.set = slices.DeleteFunc(end.set, func(o string) bool { return slices.Contains(passing, o) })
 	end.shopt = optionChanges(fields[2], fields[3], "-s", "-u")
 	end.cwd = strings.Clone(strings.TrimSuffix(fields[4], "\n"))

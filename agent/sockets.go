@@ -13,8 +13,8 @@ import (
 // socketBuffer is what the kernel keeps of a connection of the host's for each direction, in bytes.
 const socketBuffer = 64 << 10
 
-// What it keeps of any TCP connection, in bytes. It would be 4 MB for each direction, and what many connections that nobody reads hold is in the
-// sandbox' kernel, outside of any process' memory. Root can have more.
+// What it keeps of any TCP connection, in bytes. It would be 4 MB for each direction, and what many connections that nobody reads hold is
+// in the sandbox' kernel, outside of any process' memory. Root can have more.
 const (
 	maxReceive = 256 << 10
 	maxSend    = 128 << 10

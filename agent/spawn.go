@@ -30,9 +30,9 @@ type spawnAttr struct {
 	limit time.Duration // a child that has not executed by then is killed, where there is a pidfd; 0 is none
 }
 
-// spawn starts a program as the leader of a session of its own. It does the same as syscall.ForkExec, with a third of its system calls, each of
-// which costs microseconds in gVisor: signal handlers are reset by the kernel (CLONE_CLEAR_SIGHAND), and an error comes back by shared memory.
-// Until the child has executed, which may take as long as the guest wants, the calling thread waits, and no other.
+// spawn starts a program as the leader of a session of its own. It does the same as syscall.ForkExec, with a third of its system calls,
+// each of which costs microseconds in gVisor: signal handlers are reset by the kernel (CLONE_CLEAR_SIGHAND), and an error comes back by
+// shared memory. Until the child has executed, which may take as long as the guest wants, the calling thread waits, and no other.
 func spawn(name string, args []string, attr spawnAttr) (c child, err error) {
 	c.pidfd = -1
 	path, err := syscall.BytePtrFromString(name)
@@ -186,11 +186,13 @@ func (m *spawnMemory) add(number uintptr, args ...uintptr) {
 	m.n++
 }
 
-// cloneAndRun makes a process by clone3(2) that makes n system calls, the last of which should be execve. The first that fails ends it, its errno is
-// left in failed. All signals are blocked meanwhile: masks[0] is all of them, masks[1] gets the caller's. The Go scheduler is told that the thread waits.
+// cloneAndRun makes a process by clone3(2) that makes n system calls, the last of which should be execve. The first that fails ends it, its
+// errno is left in failed. All signals are blocked meanwhile: masks[0] is all of them, masks[1] gets the caller's. The Go scheduler is told
+// that the thread waits.
 func cloneAndRun(args *cloneArgs, size uintptr, steps *step, n uintptr, masks *[2]uint64, failed *uintptr) (pid uintptr)
 
-// TimeSpawn tells how long it takes to start a program with this process' own descriptors and to wait for its end: the floor of what a sandbox can do.
+// TimeSpawn tells how long it takes to start a program with this process' own descriptors and to wait for its end: the floor of what a
+// sandbox can do.
 func TimeSpawn(name string) (time.Duration, error) {
 	begin := time.Now()
 	c, err := spawn(name, []string{name}, spawnAttr{stdio: [3]int{0, 1, 2}})

@@ -173,8 +173,8 @@ func (s *spool) stall(p *outputPipe) bool {
 	return true
 }
 
-// isHeld says whether what one more read brings could cost a holder what he has not read: bytes, or changes of the stream, of which half are given
-// up when there are too many.
+// isHeld says whether what one more read brings could cost a holder what he has not read: bytes, or changes of the stream, of which half
+// are given up when there are too many.
 func (s *spool) isHeld() bool {
 	room := int64(holdRoom)
 	if s.ring != nil {

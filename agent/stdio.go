@@ -13,15 +13,16 @@ import (
 	"time"
 )
 
-// rejoinMark is what an agent says on a pipe that it begins to serve anew, and what its host answers. What comes before it, in either direction,
-// belongs to an older session: gVisor saves with a machine what was in its pipe and not read yet (gVisor, fsimpl/host/save_restore.go).
+// rejoinMark is what an agent says on a pipe that it begins to serve anew, and what its host answers. What comes before it, in either
+// direction, belongs to an older session: gVisor saves with a machine what was in its pipe and not read yet (gVisor,
+// fsimpl/host/save_restore.go).
 var rejoinMark = []byte("\x00soulbox agent begins anew\n")
 
 // rejoinBound is how much of an older session either side reads before it gives up, in bytes.
 const rejoinBound = 16 << 20
 
-// ServeStdio serves the pipe that the agent was started with until Done. A machine that is restored has another host at the other end of the
-// same descriptors, in the middle of a session: a signal says so. Then the session ends, the mark is said, and a new one begins.
+// ServeStdio serves the pipe that the agent was started with until Done. A machine that is restored has another host at the other end of
+// the same descriptors, in the middle of a session: a signal says so. Then the session ends, the mark is said, and a new one begins.
 func (s *Server) ServeStdio(in, out *os.File, again <-chan os.Signal) {
 	for serve := s.Serve; ; serve = s.ServeAnew {
 		pipe := &stdio{in: in, out: out}

@@ -25,8 +25,8 @@ type TreeRequest struct {
 	WaitMS int64 `json:"wait_ms,omitempty"`
 }
 
-// TreeEvent is a change in a watched tree: create, write, remove, rename (From is where it was), save (a file was replaced by a rename, From
-// is what by, if that was in the tree) or attrib.
+// TreeEvent is a change in a watched tree: create, write, remove, rename (From is where it was), save (a file was replaced by a rename,
+// From is what by, if that was in the tree) or attrib.
 type TreeEvent struct {
 	Op   string `json:"op"`
 	Path string `json:"path"`

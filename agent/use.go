@@ -56,8 +56,8 @@ func (c *Client) Activity() (calls int, last time.Time) {
 	return c.use.calls, c.use.last
 }
 
-// Suspend makes the sandbox ready to stand still: new calls are refused with cause, those that wait for something return with what is there,
-// and the others have as long as ctx allows. What is still under way then is of no concern to the guest.
+// Suspend makes the sandbox ready to stand still: new calls are refused with cause, those that wait for something return with what is
+// there, and the others have as long as ctx allows. What is still under way then is of no concern to the guest.
 func (c *Client) Suspend(ctx context.Context, cause error) error {
 	c.use.mu.Lock()
 	c.use.closed = cause

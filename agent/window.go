@@ -11,12 +11,13 @@ import (
 	"github.com/hashicorp/yamux"
 )
 
-// connWindow is how many bytes of a connection, or of another stream that is narrow, wait in the host's memory for whoever reads them. yamux would
-// keep four times as much, and connections are many. It ends a little before a power of two, at which yamux' buffer would double.
+// connWindow is how many bytes of a connection, or of another stream that is narrow, wait in the host's memory for whoever reads them.
+// yamux would keep four times as much, and connections are many. It ends a little before a power of two, at which yamux' buffer would
+// double.
 const connWindow = 63 << 10
 
-// ConnBuffers is how much of the host's memory one connection takes at most, from Dial or Accept: what waits for its reader, in a buffer that may
-// be twice as large, and copies on the way.
+// ConnBuffers is how much of the host's memory one connection takes at most, from Dial or Accept: what waits for its reader, in a buffer
+// that may be twice as large, and copies on the way.
 const ConnBuffers = 256 << 10
 
 // StreamBuffers is the same of a stream of output or changes, FileBuffers of a transfer of a file, of which yamux keeps more.
@@ -55,8 +56,8 @@ func newWindows(frames *frameWriter) *windows {
 	return w
 }
 
-// narrow begins to keep a stream on which the guest has not been asked for anything. Its window is made smaller by telling it of what makes a sum
-// modulo 2³² less.
+// narrow begins to keep a stream on which the guest has not been asked for anything. Its window is made smaller by telling it of what makes
+// a sum modulo 2³² less.
 func (w *windows) narrow(stream *yamux.Stream) error {
 	w.mu.Lock()
 	w.byID[stream.StreamID()] = &window{}

@@ -18,8 +18,8 @@ func dataFrame(id uint32, flags uint16, body int) []byte {
 	return f
 }
 
-// TestWindow: a guest that sends more on a narrow stream than it was told of is at its end; what was read is told, yamux' own word for it is left out;
-// what comes after the end is dropped, and nothing of the stream stays.
+// TestWindow: a guest that sends more on a narrow stream than it was told of is at its end; what was read is told, yamux' own word for it
+// is left out; what comes after the end is dropped, and nothing of the stream stays.
 func TestWindow(t *testing.T) {
 	var told bytes.Buffer
 	w := newWindows(&frameWriter{w: &told})

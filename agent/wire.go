@@ -345,8 +345,8 @@ type User struct {
 	Cwd  string `json:"cwd"` // where his processes start that name no directory
 }
 
-// DirRequest lists a directory down to Depth levels (at least 1), at most Limit entries, those behind the path After if it is set. With Links each
-// entry has what Link tells, and its attributes.
+// DirRequest lists a directory down to Depth levels (at least 1), at most Limit entries, those behind the path After if it is set. With
+// Links each entry has what Link tells, and its attributes.
 type DirRequest struct {
 	Path  string `json:"path"`
 	Depth int    `json:"depth,omitempty"`
@@ -361,8 +361,8 @@ type DirResult struct {
 	More    bool       `json:"more,omitempty"`
 }
 
-// PathRequest names one file; User owns what is created; Recursive extends Remove to whole trees; Links has a file described that is a link, not
-// what it leads to.
+// PathRequest names one file; User owns what is created; Recursive extends Remove to whole trees; Links has a file described that is a
+// link, not what it leads to.
 type PathRequest struct {
 	Path      string            `json:"path"`
 	User      string            `json:"user,omitempty"`

@@ -5,8 +5,8 @@ import (
 	"sync"
 )
 
-// work is whether the sandbox is at work: whether it has processes that last, or the agent something to do that does. It is safe for concurrent use;
-// the zero value is not at work.
+// work is whether the sandbox is at work: whether it has processes that last, or the agent something to do that does. It is safe for
+// concurrent use; the zero value is not at work.
 type work struct {
 	mu            sync.Mutex
 	tasks, labour bool
@@ -67,7 +67,8 @@ func (s *Server) lookForTasks() (tasks int64) {
 	return tasks
 }
 
-// AtWork tells whether something goes on in the sandbox that has lasted for some 10 ms, processes or transfers; with known, it waits for a change of that. It is no use of the sandbox.
+// AtWork tells whether something goes on in the sandbox that has lasted for some 10 ms, processes or transfers; with known, it waits for a
+// change of that. It is no use of the sandbox.
 func (c *Client) AtWork(ctx context.Context, known *bool) (bool, error) {
 	r, err := call[WorkResult](ctx, c, callWork, WorkRequest{Known: known})
 	return r.Going, err

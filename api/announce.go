@@ -37,8 +37,8 @@ func (c *Control) newTemplate(r *call) error {
 	return c.announce(r, body, template.BuildRequest{})
 }
 
-// newOldTemplate announces a build as clients before E2B's build system 2.0 do: of a Dockerfile, whose image they push next. Here it is built from the
-// Dockerfile alone.
+// newOldTemplate announces a build as clients before E2B's build system 2.0 do: of a Dockerfile, whose image they push next. Here it is
+// built from the Dockerfile alone.
 func (c *Control) newOldTemplate(r *call) error {
 	var body announcement
 	if err := r.body(&body); err != nil {

@@ -25,14 +25,16 @@ import (
 	"soulbox.dev/soulbox/template"
 )
 
-// Control is the control plane: it serves sandboxes, snapshots and templates as E2B's REST API does (shared/E2B.md, 2.3). It is safe for concurrent use.
+// Control is the control plane: it serves sandboxes, snapshots and templates as E2B's REST API does (shared/E2B.md, 2.3). It is safe for
+// concurrent use.
 type Control struct {
 	Manager *sandbox.Manager
 	Store   *template.Store
 	Builder *template.Builder
 	// Owner says whose a request is. Its error is shown to the client.
 	Owner func(*http.Request) (string, error)
-	// MayAsk says whether an owner may ask now, MayRead whether he may send a body of a size (-1 is not known), and is given back by done; nil is always.
+	// MayAsk says whether an owner may ask now, MayRead whether he may send a body of a size (-1 is not known), and is given back by done;
+	// nil is always.
 	MayAsk  func(owner string) bool
 	MayRead func(owner string, size int64) (done func(), ok bool)
 	// Gateway is where sandboxes are reached.

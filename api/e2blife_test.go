@@ -143,7 +143,8 @@ func TestNetworkAsGiven(t *testing.T) {
 	}
 }
 
-// TestInsecure: a sandbox that is made without a token needs none where the operator allows it, and has one anywhere else; what is the operator's alone is not there.
+// TestInsecure: a sandbox that is made without a token needs none where the operator allows it, and has one anywhere else; what is the
+// operator's alone is not there.
 func TestInsecure(t *testing.T) {
 	a := newAPITest(t)
 	make := func(body string) (string, string) {
@@ -191,7 +192,8 @@ func TestInsecure(t *testing.T) {
 	}
 }
 
-// TestGatewayAnswers: what the gateway says itself has its charset, and names sandbox and port, for people, too; what is E2B's own servers' is not there.
+// TestGatewayAnswers: what the gateway says itself has its charset, and names sandbox and port, for people, too; what is E2B's own servers'
+// is not there.
 func TestGatewayAnswers(t *testing.T) {
 	a := newAPITest(t)
 	id, token := a.create("ann", `{"templateID":"base"}`)

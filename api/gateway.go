@@ -36,17 +36,19 @@ const (
 	cookieLife = 24 * time.Hour
 )
 
-// Gateway serves the ports of all sandboxes, and what is in them as envd does, at {port}-{id}.{domain}; on this machine's own names and addresses a
-// request says by headers which it means. It passes HTTP/1.1, HTTP/2 (also without TLS), WebSocket and streams. It is safe for concurrent use.
+// Gateway serves the ports of all sandboxes, and what is in them as envd does, at {port}-{id}.{domain}; on this machine's own names and
+// addresses a request says by headers which it means. It passes HTTP/1.1, HTTP/2 (also without TLS), WebSocket and streams. It is safe for
+// concurrent use.
 type Gateway struct {
 	Manager *sandbox.Manager
 	Base    *url.URL // scheme, domain and port by which clients reach it, such as https://box.example.com; nil has no domain
 	Own     *url.URL // of the server itself, where what has no domain of its own is reached; nil is not known
 	Log     *slog.Logger
-	// Insecure says that sandboxes that were made so are reached without their access token; others than loopback's do so where the operator says it.
+	// Insecure says that sandboxes that were made so are reached without their access token; others than loopback's do so where the
+	// operator says it.
 	Insecure bool
-	// Admit says whether the sandboxes of an owner may still be reached by their tokens and by URLs with a signature, and has the request of ctx end as
-	// soon as they may not; nil is always.
+	// Admit says whether the sandboxes of an owner may still be reached by their tokens and by URLs with a signature, and has the request
+	// of ctx end as soon as they may not; nil is always.
 	Admit func(ctx context.Context, owner string) error
 
 	inside   *envd.Server
@@ -91,7 +93,8 @@ const (
 	sharedLabel  = "sandbox"
 )
 
-// FileURL is where whoever has it reads or writes one file of a sandbox, until a time: at the sandbox' own name, or without a domain at the server's.
+// FileURL is where whoever has it reads or writes one file of a sandbox, until a time: at the sandbox' own name, or without a domain at the
+// server's.
 func (g *Gateway) FileURL(sb *sandbox.Sandbox, path, operation string, until time.Time) string {
 	u := url.URL{}
 	if g.Base != nil {
@@ -104,7 +107,8 @@ func (g *Gateway) FileURL(sb *sandbox.Sandbox, path, operation string, until tim
 	return u.String()
 }
 
-// Files serves the URLs of FileURL at the server's own name, as /v1/sandboxes/{id}/files. A browser must not run there what comes from a sandbox.
+// Files serves the URLs of FileURL at the server's own name, as /v1/sandboxes/{id}/files. A browser must not run there what comes from a
+// sandbox.
 func (g *Gateway) Files() http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		id := r.PathValue("id")

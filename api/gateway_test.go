@@ -156,7 +156,8 @@ func (g *gatewayTest) get(host, path string, headers ...string) (*http.Response,
 	return res, string(body)
 }
 
-// TestGatewayToken: a port that is not public is for those who show the sandbox' token, by header, link or cookie; the sandbox sees none of it.
+// TestGatewayToken: a port that is not public is for those who show the sandbox' token, by header, link or cookie; the sandbox sees none of
+// it.
 func TestGatewayToken(t *testing.T) {
 	g := newGatewayTest(t)
 	host, secret := g.host(g.port), g.sb.TrafficToken()
@@ -416,8 +417,8 @@ func TestBase(t *testing.T) {
 	}
 }
 
-// TestGatewayIngress: ports that are open need not be exposed; their servers may speak TLS and be told another host; headers name them where the host
-// does not; a request wakes who may be woken, once it has shown that it may.
+// TestGatewayIngress: ports that are open need not be exposed; their servers may speak TLS and be told another host; headers name them
+// where the host does not; a request wakes who may be woken, once it has shown that it may.
 func TestGatewayIngress(t *testing.T) {
 	g := newGatewayTest(t)
 	inside := httptest.NewTLSServer(app(g.broken))

@@ -23,7 +23,8 @@ type metric struct {
 	DiskTotal int64     `json:"diskTotal"`
 }
 
-// metricOf tells the use of CPUs in percent of all that the sandbox may use. As of E2B's machines, its kernel's is in it: one that does nothing takes some.
+// metricOf tells the use of CPUs in percent of all that the sandbox may use. As of E2B's machines, its kernel's is in it: one that does
+// nothing takes some.
 func metricOf(s sandbox.Sample, l sandbox.Limits) metric {
 	return metric{Timestamp: s.Time, Unix: s.Time.Unix(), CPUCount: max(1, int(l.CPU+0.5)), CPUUsed: max(s.CPU, s.HostCPU) / max(l.CPU, 1), MemUsed: max(s.Memory, s.HostMemory), MemTotal: l.Memory, DiskUsed: s.DiskUsed, DiskTotal: l.Disk}
 }

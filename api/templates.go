@@ -19,7 +19,8 @@ import (
 // defaultTag is the tag of a name without one.
 const defaultTag = "default"
 
-// plainName is a name of a template or snapshot as it is kept here: clients may put the owner before it, and the tag that every template has.
+// plainName is a name of a template or snapshot as it is kept here: clients may put the owner before it, and the tag that every template
+// has.
 func plainName(owner, name string) string {
 	name = strings.ToLower(strings.TrimSpace(name))
 	if owner == "" {

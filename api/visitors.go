@@ -27,8 +27,8 @@ type visitors struct {
 	by map[netip.Prefix]int
 }
 
-// enter counts one more until leave is called, if the address may have it. An address of this machine is that of a proxy before it, or of a user of
-// this machine, and has no bound of its own.
+// enter counts one more until leave is called, if the address may have it. An address of this machine is that of a proxy before it, or of a
+// user of this machine, and has no bound of its own.
 func (v *visitors) enter(remote string) (leave func(), ok bool) {
 	from, err := netip.ParseAddrPort(remote)
 	if err != nil || from.Addr().Unmap().IsLoopback() {
@@ -65,7 +65,8 @@ func isHealth(r *http.Request, port int) bool {
 	return port == envd.Port && r.Method == http.MethodGet && r.URL.Path == "/health"
 }
 
-// charge takes what a request for a port of a sandbox takes from the account of the sandbox' owner; a connection into the sandbox takes more.
+// charge takes what a request for a port of a sandbox takes from the account of the sandbox' owner; a connection into the sandbox takes
+// more.
 func (g *Gateway) charge(sb *sandbox.Sandbox, r *http.Request, port int) (release func(), err error) {
 	if isHealth(r, port) {
 		return func() {}, nil
@@ -97,7 +98,8 @@ func insideBuffers(path string) int64 {
 	return agent.StreamBuffers
 }
 
-// charge takes what a request takes from its owner's account. What only looks, and what frees something, is not charged: it works when the account is full.
+// charge takes what a request takes from its owner's account. What only looks, and what frees something, is not charged: it works when the
+// account is full.
 func (c *Control) charge(r *http.Request, owner string) (release func(), err error) {
 	switch {
 	case strings.Contains(r.URL.Path, "/envd/"):

@@ -17,7 +17,8 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestVisitorsOfOneAddress: one address has so many requests and tunnels at once, an IPv6 network counts as one, a proxy of this machine is not bounded.
+// TestVisitorsOfOneAddress: one address has so many requests and tunnels at once, an IPv6 network counts as one, a proxy of this machine is
+// not bounded.
 func TestVisitorsOfOneAddress(t *testing.T) {
 	var v visitors
 	var all []func()
@@ -69,8 +70,8 @@ func (g *gatewayTest) tunnel() (conn net.Conn, status int, body string) {
 	return conn, res.StatusCode, ""
 }
 
-// TestTunnelsAreCharged: each tunnel is taken from the account of the sandbox' owner; a full account is told, other owners' sandboxes are not concerned,
-// health, kill and pause are answered, and what has ended is given back.
+// TestTunnelsAreCharged: each tunnel is taken from the account of the sandbox' owner; a full account is told, other owners' sandboxes are
+// not concerned, health, kill and pause are answered, and what has ended is given back.
 func TestTunnelsAreCharged(t *testing.T) {
 	const share = 8 // a tunnel is a request and a connection into the sandbox
 	accounts := access.NewAccounts(map[access.Resource]access.Bound{access.Connections: {Total: 100, Share: share}, access.Buffers: {Total: 100 << 20, Share: 50 << 20}})

@@ -56,7 +56,8 @@ type savedManifest struct {
 
 const savedManifestName = "machine.json"
 
-// Checkpoint implements sandbox.Machine. A machine that is not to go on is frozen first: nothing happens in it that the checkpoint does not have.
+// Checkpoint implements sandbox.Machine. A machine that is not to go on is frozen first: nothing happens in it that the checkpoint does not
+// have.
 func (m *machine) Checkpoint(ctx context.Context, dir string, o sandbox.CheckpointOptions) (err error) {
 	if o.FilesOnly && m.noDisk {
 		return fmt.Errorf("its files are in its memory: save it with that: %w", sandbox.ErrInvalid)
@@ -98,8 +99,8 @@ func (m *machine) Checkpoint(ctx context.Context, dir string, o sandbox.Checkpoi
 	return m.save(ctx, dir, o.FilesOnly)
 }
 
-// save has the sentry write the files of a checkpoint. What has begun goes on without its caller, and nothing else can be done with the machine
-// meanwhile but to destroy it: what is whole then is kept.
+// save has the sentry write the files of a checkpoint. What has begun goes on without its caller, and nothing else can be done with the
+// machine meanwhile but to destroy it: what is whole then is kept.
 func (m *machine) save(ctx context.Context, dir string, filesOnly bool) (err error) {
 	names := wholeFiles
 	if filesOnly {
@@ -141,8 +142,8 @@ func (m *machine) save(ctx context.Context, dir string, filesOnly bool) (err err
 	return m.runtime.keep(dir, files)
 }
 
-// keep has the files of a checkpoint outlive a power cut, and their checksums with them: both at the same time, since one waits for the disk, and the
-// other computes.
+// keep has the files of a checkpoint outlive a power cut, and their checksums with them: both at the same time, since one waits for the
+// disk, and the other computes.
 func (r *Runtime) keep(dir string, files []*os.File) error {
 	sealed := make(chan error, 1)
 	go func() { sealed <- r.seal(context.Background(), dir, files) }()
@@ -245,8 +246,8 @@ func (r *Runtime) beginFrom(dir, from string) (beginning, error) {
 	return beginning{agent: mf.Agent, wake: true, args: []string{"restore", "--detach", "--bundle=" + bundle, "--image-path=" + from}}, nil
 }
 
-// wake has the agent of a restored machine take its new pipe: the descriptors are the same, and it would go on with the old session. The machine
-// runs, also where it was frozen when it was saved.
+// wake has the agent of a restored machine take its new pipe: the descriptors are the same, and it would go on with the old session. The
+// machine runs, also where it was frozen when it was saved.
 func (r *Runtime) wake(ctx context.Context, dir string) error {
 	return r.control(ctx, runDir(dir), callSignal, &signalArgs{CID: containerID, Signo: int32(syscall.SIGUSR2)}, &struct{}{})
 }

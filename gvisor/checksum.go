@@ -16,13 +16,14 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// checksumsName is the file of a checkpoint that has the checksums of the others. One without it is of an older version; one in which it is not whole
-// was saved by a host that lost its power then, or it is damaged itself: neither says anything of the others, and both are believed.
+// checksumsName is the file of a checkpoint that has the checksums of the others. One without it is of an older version; one in which it is
+// not whole was saved by a host that lost its power then, or it is damaged itself: neither says anything of the others, and both are
+// believed.
 const checksumsName = "checksums.json"
 
-// checksums are those of a checkpoint's files. CRC-32C finds every change of up to three bits in a block of this size, every burst of up to 32, and all
-// but one in 4,000,000,000 of any other; the processor computes it as fast as it reads. It is no proof against who can write there: nothing in the
-// directory would be.
+// checksums are those of a checkpoint's files. CRC-32C finds every change of up to three bits in a block of this size, every burst of up to
+// 32, and all but one in 4,000,000,000 of any other; the processor computes it as fast as it reads. It is no proof against who can write
+// there: nothing in the directory would be.
 type checksums struct {
 	Block int64                   `json:"block"` // bytes; the last of a file may be shorter
 	Files map[string]fileChecksum `json:"files"`

@@ -66,7 +66,8 @@ func (r *Runtime) controlSlow(ctx context.Context, run, method string, args, res
 	return nil
 }
 
-// openSocket connects to the sentry's control socket. The path may be longer than a socket's may be, so it is named by its directory's descriptor.
+// openSocket connects to the sentry's control socket. The path may be longer than a socket's may be, so it is named by its directory's
+// descriptor.
 func openSocket(run string) (*unet.Socket, error) {
 	dir, err := os.Open(run)
 	if err != nil {
@@ -100,9 +101,9 @@ const (
 	callStacks     = "debug.Stacks"
 )
 
-// isFrozen says whether a machine is. No call tells, and Resume of one that is not would be the end of its sentry; but each task of the guest is a
-// goroutine there, and where all of them have stopped they are frozen: init never stops otherwise. A sentry that is saving, perhaps for a server
-// that is dead, stops them as well, and has them go on itself: that is waited for.
+// isFrozen says whether a machine is. No call tells, and Resume of one that is not would be the end of its sentry; but each task of the
+// guest is a goroutine there, and where all of them have stopped they are frozen: init never stops otherwise. A sentry that is saving,
+// perhaps for a server that is dead, stops them as well, and has them go on itself: that is waited for.
 func (r *Runtime) isFrozen(ctx context.Context, run string) (bool, error) {
 	for {
 		var stacks string

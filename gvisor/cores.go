@@ -12,9 +12,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// pickCores gives a machine as many of the cores that the server may use as its limit allows: which is all that an ordinary user can do about CPU
-// time. The first is where it is while it does little. It is bound to them at its boot only where it may not use all, so that it boots where the kernel
-// does not tell them.
+// pickCores gives a machine as many of the cores that the server may use as its limit allows: which is all that an ordinary user can do
+// about CPU time. The first is where it is while it does little. It is bound to them at its boot only where it may not use all, so that it
+// boots where the kernel does not tell them.
 func pickCores(limit float64) (cores, bound []int, err error) {
 	mine, err := coresOf(0)
 	cores, unbound := chooseCores(mine, runtime.NumCPU(), limit, rand.Int()) // at random: many servers do this
@@ -122,8 +122,8 @@ func pidsOf(processes []process) []int {
 	return pids
 }
 
-// threadsOf gives all threads of processes and of all that descend from them: gVisor runs each process of the guest in some of its own. Where the kernel
-// does not tell children (proc(5), children), they are not among them.
+// threadsOf gives all threads of processes and of all that descend from them: gVisor runs each process of the guest in some of its own.
+// Where the kernel does not tell children (proc(5), children), they are not among them.
 func threadsOf(pids []int) []int {
 	var all []int
 	for _, pid := range pids {

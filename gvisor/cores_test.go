@@ -17,8 +17,8 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// coresOfThreads gives on how many cores each thread of a sandbox may run: of the processes that runsc has started, and of those that have none of its
-// words on their command line, as they run the guest's code.
+// coresOfThreads gives on how many cores each thread of a sandbox may run: of the processes that runsc has started, and of those that have
+// none of its words on their command line, as they run the guest's code.
 func coresOfThreads(t *testing.T, dir string) (cores []int) {
 	t.Helper()
 	names, err := filepath.Glob("/proc/[0-9]*/task/[0-9]*")
@@ -64,8 +64,8 @@ func allHave(cores []int, want int) bool {
 	return len(cores) > 10 // those of the sentry alone
 }
 
-// TestGathered has a sandbox on one core while it does little, on all that it may have while something lasts, and on one again after that. Who
-// attaches to it knows all of its cores.
+// TestGathered has a sandbox on one core while it does little, on all that it may have while something lasts, and on one again after that.
+// Who attaches to it knows all of its cores.
 func TestGathered(t *testing.T) {
 	if runtime.NumCPU() < 2 {
 		t.Log("there is one core only")

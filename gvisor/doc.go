@@ -3,6 +3,6 @@
 // line, its control socket and its processes; it does not know what runs in the sandbox, nor whose it is.
 //
 // A machine's directory (sandbox.Spec.Dir) holds: bundle/ (the OCI bundle), run/ (runsc's --root, with the control socket), disk/ (the
-// upper layer of the root file system) and machine.json (what Attach and Reap need). A checkpoint is a directory with gVisor's image files and a
-// machine.json of its own.
+// upper layer of the root file system) and machine.json (what Attach and Reap need). A checkpoint is a directory with gVisor's image files
+// and a machine.json of its own.
 package gvisor

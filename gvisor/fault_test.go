@@ -141,8 +141,8 @@ func TestFaults(t *testing.T) {
 	}
 }
 
-// TestFaultsOfBoot: a boot that meets one fault of the host fails, or does not notice, and leaves nothing running. What it begins from is not called
-// damaged for that.
+// TestFaultsOfBoot: a boot that meets one fault of the host fails, or does not notice, and leaves nothing running. What it begins from is
+// not called damaged for that.
 func TestFaultsOfBoot(t *testing.T) {
 	runtime, host := newRuntime(t)
 	m, spec := bootIn(t, runtime, host)

@@ -47,7 +47,8 @@ func logged(t *testing.T, sb *sandbox.Sandbox, text string) bool {
 	return len(page.Entries) > 0
 }
 
-// TestStoppedFromOutside: sentry and gofer that are stopped are told of, go on when they are continued, and are saved when nobody does that.
+// TestStoppedFromOutside: sentry and gofer that are stopped are told of, go on when they are continued, and are saved when nobody does
+// that.
 func TestStoppedFromOutside(t *testing.T) {
 	dir := sandboxtest.Dir(t)
 	m := newManager(t, dir, func(o *sandbox.Options) { o.WedgedAfter = 3 * time.Second })

@@ -9,7 +9,8 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestFullHostDisk: on a disk of the host's that is full, nothing is saved and nothing ends: the sandbox goes on, and all works when there is room.
+// TestFullHostDisk: on a disk of the host's that is full, nothing is saved and nothing ends: the sandbox goes on, and all works when there
+// is room.
 func TestFullHostDisk(t *testing.T) {
 	sandboxtest.OnSmallDisk(t, 800<<20, func(dir string) {
 		m := newManager(t, dir, func(o *sandbox.Options) { o.SampleEvery = 50 * time.Millisecond })

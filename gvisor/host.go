@@ -15,8 +15,8 @@ import (
 // askTries bounds how often the host is asked again that said EINTR or EAGAIN.
 const askTries = 4
 
-// ask asks the host for something that may be asked twice. What was interrupted, or is to be tried again, is tried again at once; all other errors say
-// that it is not known, unless whoever asks knows them for an answer.
+// ask asks the host for something that may be asked twice. What was interrupted, or is to be tried again, is tried again at once; all other
+// errors say that it is not known, unless whoever asks knows them for an answer.
 func (r *Runtime) ask(what string, do func() error) error {
 	for try := 1; ; try++ {
 		err := r.fault(what)
@@ -119,8 +119,8 @@ func (r *Runtime) startOf(pid int) (uint64, error) {
 // memoryPrefix begins the name of the file in memory in which a sentry keeps what it has for its guest (gVisor, pkg/sentry/pgalloc).
 const memoryPrefix = "/memfd:runsc-memory"
 
-// memoryFiles finds those of a process' descriptors that are the guest's memory, as names in /proc. Where they are not shown, as to a root that lacks
-// CAP_SYS_PTRACE, there are none: nobody would know more if it was an error.
+// memoryFiles finds those of a process' descriptors that are the guest's memory, as names in /proc. Where they are not shown, as to a root
+// that lacks CAP_SYS_PTRACE, there are none: nobody would know more if it was an error.
 func (r *Runtime) memoryFiles(pid int) (names []string, err error) {
 	dir := fmt.Sprintf("/proc/%d/fd", pid)
 	entries, err := r.readDir("readdir fd", dir)

@@ -20,7 +20,8 @@ var tinyELF = []byte("\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x0
 	"\x00\x00\x40\x00\x00\x00\x00\x00\x00\x00\x40\x00\x00\x00\x00\x00\x87\x00\x00\x00\x00\x00\x00\x00\x87\x00\x00\x00\x00\x00\x00\x00\x00\x10\x00\x00\x00\x00\x00\x00" +
 	"\xb8\x3c\x00\x00\x00\xbf\x2a\x00\x00\x00\x0f\x05\x00\x00\x00")
 
-// TestImage: what gVisor finds hard about images works with ours: small programs, hard links, links, owners, modes, devices, times, and /tmp on disk.
+// TestImage: what gVisor finds hard about images works with ours: small programs, hard links, links, owners, modes, devices, times, and
+// /tmp on disk.
 func TestImage(t *testing.T) {
 	dir := sandboxtest.Dir(t)
 	f, err := os.OpenFile(filepath.Join(dir, "tiny.erofs"), os.O_CREATE|os.O_RDWR, 0o644)

@@ -8,8 +8,9 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// kernelMeter judges what a sentry takes for itself. Most of what it frees, it has for a while; and a save or a restore needs as much again for a
-// moment: none of that is the guest's need. So one that is over its bound is told to collect its garbage, and judged by what is left then.
+// kernelMeter judges what a sentry takes for itself. Most of what it frees, it has for a while; and a save or a restore needs as much again
+// for a moment: none of that is the guest's need. So one that is over its bound is told to collect its garbage, and judged by what is left
+// then.
 type kernelMeter struct {
 	bound int64 // bytes
 
@@ -29,8 +30,8 @@ const (
 	overTime = 20 * time.Second
 )
 
-// sentryLimit is the soft limit of a sentry's own memory: it collects garbage rather than exceed it, and what of its memory is no heap has room below
-// the bound.
+// sentryLimit is the soft limit of a sentry's own memory: it collects garbage rather than exceed it, and what of its memory is no heap has
+// room below the bound.
 func sentryLimit(bound int64) int64 { return bound / 8 * 7 }
 
 // judge takes a measurement: over is a verdict, and ask says that garbage is to be collected first.
@@ -125,8 +126,8 @@ const saveFactor = 4
 // smallSave is what a save may take of the host's memory without asking for it, in bytes.
 const smallSave = 64 << 20
 
-// roomToSave refuses a save that the host has no memory for: it would end the sentry. Whatever a sentry has, it has as much several times while it is
-// saved.
+// roomToSave refuses a save that the host has no memory for: it would end the sentry. Whatever a sentry has, it has as much several times
+// while it is saved.
 func (m *machine) roomToSave() error {
 	for _, p := range m.processes {
 		if !p.sentry {

@@ -32,8 +32,8 @@ func TestManyFiles(t *testing.T) {
 	}
 }
 
-// TestManyFilesSaved: a save takes several times what the sentry had, and leaves as much garbage; so does a restore. Neither is the guest's doing, and it
-// is given back.
+// TestManyFilesSaved: a save takes several times what the sentry had, and leaves as much garbage; so does a restore. Neither is the guest's
+// doing, and it is given back.
 func TestManyFilesSaved(t *testing.T) {
 	dir := sandboxtest.Dir(t)
 	const bound, files = 64 << 20, 12_000

@@ -130,9 +130,9 @@ func (m *machine) Usage(context.Context) (u sandbox.Usage, err error) {
 	return u, nil
 }
 
-// guestMemory bounds what the sentry holds for the guest: the limit that the agent keeps, half of it for tmpfs, as much for a root in memory, and
-// what many processes may take before the agent has killed enough of them, also on a slow machine. It is the last word on whatever escapes the
-// guest's cgroups.
+// guestMemory bounds what the sentry holds for the guest: the limit that the agent keeps, half of it for tmpfs, as much for a root in
+// memory, and what many processes may take before the agent has killed enough of them, also on a slow machine. It is the last word on
+// whatever escapes the guest's cgroups.
 func guestMemory(l sandbox.Limits) int64 {
 	sum := l.Memory + l.Memory/2 + 1<<30
 	if l.DiskInMemory {

@@ -22,8 +22,8 @@ type process struct {
 	sentry bool   // the machine's kernel: without it there is no machine
 }
 
-// processesOf finds all processes of a machine: runsc names the machine's directory on the command line of each. So they are found whatever happened
-// to whoever started them. An error says that it is not known which there are.
+// processesOf finds all processes of a machine: runsc names the machine's directory on the command line of each. So they are found whatever
+// happened to whoever started them. An error says that it is not known which there are.
 func (r *Runtime) processesOf(dir string) ([]process, error) {
 	entries, err := r.readDir("readdir /proc", "/proc")
 	if err != nil {
@@ -51,7 +51,8 @@ func (r *Runtime) processesOf(dir string) ([]process, error) {
 	return found, nil
 }
 
-// isOf says whether a process is a machine's. Whoever writes the machine's directory on a command line is not, but for runsc as whom sandboxes run as.
+// isOf says whether a process is a machine's. Whoever writes the machine's directory on a command line is not, but for runsc as whom
+// sandboxes run as.
 func (r *Runtime) isOf(pid int, dir string) (p process, ours bool, err error) {
 	line, err := r.readFile("read cmdline", fmt.Sprintf("/proc/%d/cmdline", pid))
 	if err != nil || !bytes.Contains(append(line, 0), []byte("\x00--root="+runDir(dir)+"\x00")) {
@@ -80,8 +81,8 @@ func notShown(err error) error {
 	return err
 }
 
-// isRunsc says whether a process runs runsc: the very file, or one of that name, as an older server may have had elsewhere, or one that has been
-// replaced. Where that is not shown, as to a root that lacks CAP_SYS_PTRACE, it is believed what it calls itself.
+// isRunsc says whether a process runs runsc: the very file, or one of that name, as an older server may have had elsewhere, or one that has
+// been replaced. Where that is not shown, as to a root that lacks CAP_SYS_PTRACE, it is believed what it calls itself.
 func (r *Runtime) isRunsc(pid int, title string) (bool, error) {
 	exe := fmt.Sprintf("/proc/%d/exe", pid)
 	name, err := r.readLink("read exe", exe)

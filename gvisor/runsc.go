@@ -75,8 +75,8 @@ func (r runsc) command(ctx context.Context, args ...string) (*exec.Cmd, *os.File
 	return cmd, binary, nil
 }
 
-// forkNeeds are the descriptors that Go takes to fork into a user namespace: two pipes, a pidfd, and the map of ids. Where the fork itself fails, as for lack
-// of the pidfd, Go forgets the second pipe (syscall.forkAndExecInChild).
+// forkNeeds are the descriptors that Go takes to fork into a user namespace: two pipes, a pidfd, and the map of ids. Where the fork itself
+// fails, as for lack of the pidfd, Go forgets the second pipe (syscall.forkAndExecInChild).
 const forkNeeds = 6
 
 // roomToFork fails where there are too few descriptors for a fork.
@@ -129,8 +129,8 @@ type stdio struct {
 	toIn, fromOut, fromErr *os.File // ours
 }
 
-// pipeSize is how much a pipe holds, in bytes: four times the usual makes large transfers half as fast again. A user has 64 MiB of all his pipes
-// together before the kernel gives smaller ones (pipe(7), pipe-user-pages-soft).
+// pipeSize is how much a pipe holds, in bytes: four times the usual makes large transfers half as fast again. A user has 64 MiB of all his
+// pipes together before the kernel gives smaller ones (pipe(7), pipe-user-pages-soft).
 const pipeSize = 256 << 10
 
 func (r *Runtime) newStdio() (*stdio, error) {

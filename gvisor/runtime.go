@@ -28,7 +28,8 @@ type Runtime struct {
 	Log   *slog.Logger // what sandboxes write to the stderr of their init, at level debug; default discards
 	// Cgroups is where the host's cgroups are mounted; default /sys/fs/cgroup. Where the server may write there they are the hard limit.
 	Cgroups string
-	// Fault is for tests alone: it is asked before each thing that the host is asked for, which what names, and its error is the answer then.
+	// Fault is for tests alone: it is asked before each thing that the host is asked for, which what names, and its error is the answer
+	// then.
 	Fault func(what string) error
 }
 
@@ -162,8 +163,8 @@ func (r *Runtime) bootOnce(ctx context.Context, spec sandbox.Spec) (*machine, er
 	return m, err
 }
 
-// beginVerified starts a machine while it verifies what the machine begins from: both read the same, and nobody speaks with the machine before that
-// is known to be whole. Damage is said at once, whatever a restore makes of it.
+// beginVerified starts a machine while it verifies what the machine begins from: both read the same, and nobody speaks with the machine
+// before that is known to be whole. Damage is said at once, whatever a restore makes of it.
 func (r *Runtime) beginVerified(ctx context.Context, spec sandbox.Spec, begin beginning) (*machine, error) {
 	if spec.From == "" {
 		return r.begin(ctx, spec, begin)
@@ -425,8 +426,8 @@ func (m *machine) Pause(ctx context.Context) error { return m.setFrozen(ctx, tru
 // Resume implements sandbox.Machine.
 func (m *machine) Resume(ctx context.Context) error { return m.setFrozen(ctx, false) }
 
-// setFrozen freezes or thaws the machine. gVisor counts both, and one more Resume than Pauses ends the sentry: so a call that was made is not
-// given up with its caller, and where its outcome is not known it is looked up, now or before the next.
+// setFrozen freezes or thaws the machine. gVisor counts both, and one more Resume than Pauses ends the sentry: so a call that was made is
+// not given up with its caller, and where its outcome is not known it is looked up, now or before the next.
 func (m *machine) setFrozen(ctx context.Context, want bool) error {
 	ctx = context.WithoutCancel(ctx)
 	if m.unsure {

@@ -14,7 +14,8 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestHungStarts has programs whose start does not come to its end, as the guest wants: nobody waits but who has started them, and not for ever.
+// TestHungStarts has programs whose start does not come to its end, as the guest wants: nobody waits but who has started them, and not for
+// ever.
 func TestHungStarts(t *testing.T) {
 	_, c := newSandbox(t, sandbox.CreateOptions{})
 	sandboxtest.Run(t, c, "mkfifo -m 755 /tmp/fifo; printf '#!/tmp/fifo\\n' > /tmp/hangs; chmod 755 /tmp/hangs")

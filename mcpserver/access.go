@@ -16,8 +16,8 @@ import (
 type Access struct {
 	// Authenticate finds the owner of a bearer token; an error says why it is not one, for the log. Nil: no token is looked at.
 	Authenticate func(ctx context.Context, token string) (owner string, err error)
-	// Until is how long what a request begins may go on beyond the request: it ends when what has let the request in is not valid any more. Nil, or one
-	// that gives nil: for good.
+	// Until is how long what a request begins may go on beyond the request: it ends when what has let the request in is not valid any more.
+	// Nil, or one that gives nil: for good.
 	Until func(ctx context.Context) context.Context
 	// Required says whether a request without a token is refused; else it is the user's of this machine. Nil: never.
 	Required func() bool
@@ -209,8 +209,8 @@ func (a Access) knowsHost(host string) bool {
 	return isLoopback(name) || slices.ContainsFunc(a.Hosts, func(h string) bool { return bareHost(h) == name })
 }
 
-// knowsOrigin admits requests of no web page (no header), of this server's own, and of those that are listed. A page on another port of this
-// machine may be anybody's: for one, of a server in a sandbox.
+// knowsOrigin admits requests of no web page (no header), of this server's own, and of those that are listed. A page on another port of
+// this machine may be anybody's: for one, of a server in a sandbox.
 func (a Access) knowsOrigin(origins []string, host string) bool {
 	if len(origins) == 0 {
 		return true

@@ -208,7 +208,8 @@ func TestBridgeBreaks(t *testing.T) {
 	}
 }
 
-// TestBridgeBeginsAnew: a server that has forgotten the session gets the handshake and the subscriptions again, and the client notices nothing.
+// TestBridgeBeginsAnew: a server that has forgotten the session gets the handshake and the subscriptions again, and the client notices
+// nothing.
 func TestBridgeBeginsAnew(t *testing.T) {
 	s := newSite(t, func(o *mcpserver.HTTPOptions) { o.SessionIdle = 30 * time.Millisecond })
 	b := newBridge(t, s, nil)

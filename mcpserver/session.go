@@ -216,7 +216,8 @@ func (s *Session) Owner() string { return s.owner }
 // InTask says whether the call goes on as a task: nobody waits for its answer, so it may take its time.
 func (s *Session) InTask() bool { return s.inTask }
 
-// Value is what a package keeps for the conversation under a key of its own type; make makes it at first use. It goes with the conversation.
+// Value is what a package keeps for the conversation under a key of its own type; make makes it at first use. It goes with the
+// conversation.
 func (s *Session) Value(key any, make func() any) any {
 	if v, ok := s.values.Load(key); ok {
 		return v

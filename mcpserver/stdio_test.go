@@ -405,7 +405,8 @@ type brokenWriter struct{}
 
 func (brokenWriter) Write([]byte) (int, error) { return 0, errors.New("broken") }
 
-// TestNotesOnStdio (must show 2): 1,000 calls with three notes each, 16 at once, in both eras: each note arrives, in order, before its answer.
+// TestNotesOnStdio (must show 2): 1,000 calls with three notes each, 16 at once, in both eras: each note arrives, in order, before its
+// answer.
 func TestNotesOnStdio(t *testing.T) {
 	eras(t, func(t *testing.T, modern bool) {
 		s := &site{started: make(chan string, 1), ended: make(chan error, 1)}
@@ -448,7 +449,8 @@ func TestNotesOnStdio(t *testing.T) {
 	})
 }
 
-// TestUnreadStdout: a client that has closed its end and reads nothing does not hold the server, neither by calls nor by what is answered at once.
+// TestUnreadStdout: a client that has closed its end and reads nothing does not hold the server, neither by calls nor by what is answered
+// at once.
 func TestUnreadStdout(t *testing.T) {
 	for name, line := range map[string]string{
 		"answered at once": `{"jsonrpc":"2.0","id":1,"method":"ping"}`,

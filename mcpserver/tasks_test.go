@@ -83,7 +83,8 @@ func TestTaskSurvivesItsClient(t *testing.T) {
 	}
 }
 
-// TestTaskBounds: an owner has 64 unfinished tasks at most, beyond which calls are answered as any other; and another owner's are not there.
+// TestTaskBounds: an owner has 64 unfinished tasks at most, beyond which calls are answered as any other; and another owner's are not
+// there.
 func TestTaskBounds(t *testing.T) {
 	s := newSite(t, func(o *mcpserver.HTTPOptions) {
 		o.Access.Authenticate = func(_ context.Context, token string) (string, error) { return token, nil }

@@ -50,7 +50,8 @@ func (s *Service) Watch(ctx context.Context, uri string, changed func()) error {
 	return nil
 }
 
-// keepWatching begins a watch anew when the sandbox was paused to disk, and runs again: it has ended then. What changed meanwhile may be anything.
+// keepWatching begins a watch anew when the sandbox was paused to disk, and runs again: it has ended then. What changed meanwhile may be
+// anything.
 func keepWatching(ctx context.Context, sb *sandbox.Sandbox, over <-chan struct{}, watch func(context.Context) (<-chan struct{}, error), changed func()) {
 	for {
 		select {
@@ -108,8 +109,8 @@ func watchState(ctx context.Context, sb *sandbox.Sandbox, changed func(), next <
 	}
 }
 
-// watchOutput tells that a process has written more, and that it has ended, until over is closed. What it wrote meanwhile is not looked at, and does
-// not pile up: while we pause, the agent waits.
+// watchOutput tells that a process has written more, and that it has ended, until over is closed. What it wrote meanwhile is not looked at,
+// and does not pile up: while we pause, the agent waits.
 func watchOutput(ctx context.Context, client *agent.Client, process string, changed func()) (<-chan struct{}, error) {
 	begin, cancel := client.Patience(ctx, 0, agent.Silence)
 	defer cancel()

@@ -15,8 +15,8 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// connection takes from the owner's account what one connection of a sandbox has in the server. Where the account is full it waits for so long;
-// then that is a FullError.
+// connection takes from the owner's account what one connection of a sandbox has in the server. Where the account is full it waits for so
+// long; then that is a FullError.
 func (s *Sandbox) connection(ctx context.Context, wait time.Duration) (release func(), err error) {
 	return s.m.opts.Accounts.TakeAll(ctx, wait, s.owner, access.Part{Of: access.Connections, N: 1}, access.Part{Of: access.Buffers, N: agent.ConnBuffers})
 }
@@ -29,8 +29,8 @@ func tasksOf(l Limits) int64 { return 2*l.Processes + kernelTasks }
 
 const kernelTasks = 64
 
-// largestShare is the part of the memory budget that one owner may be promised, in percent: the rest is for the others. The user of this machine
-// may have all of it.
+// largestShare is the part of the memory budget that one owner may be promised, in percent: the rest is for the others. The user of this
+// machine may have all of it.
 const largestShare = 80
 
 // admitShare says whether an owner's share has room for one more sandbox of these limits, and the server for its tasks. m.room is held.

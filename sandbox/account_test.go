@@ -18,8 +18,8 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestShares: an owner is promised his share of memory and tasks, never what the others need; one on disk has none; the user of this machine may have
-// all its memory. What no machine has is refused for good.
+// TestShares: an owner is promised his share of memory and tasks, never what the others need; one on disk has none; the user of this
+// machine may have all its memory. What no machine has is refused for good.
 func TestShares(t *testing.T) {
 	m := newManager(t, t.TempDir(), &sandboxtest.Fake{}, func(o *sandbox.Options) {
 		o.MemoryBudget, o.MaxTasks = 12<<30, 2000
@@ -107,7 +107,8 @@ func TestPortOfAnotherUser(t *testing.T) {
 	}
 }
 
-// TestFullAccountAtPort: a connection for which its owner's account has no room is answered with a sentence, and kill and pause work meanwhile.
+// TestFullAccountAtPort: a connection for which its owner's account has no room is answered with a sentence, and kill and pause work
+// meanwhile.
 func TestFullAccountAtPort(t *testing.T) {
 	accounts := access.NewAccounts(map[access.Resource]access.Bound{access.Connections: {Total: 10, Share: 5}})
 	m := newManager(t, t.TempDir(), &sandboxtest.Fake{}, func(o *sandbox.Options) { o.Accounts, o.ConnWait = accounts, 50*time.Millisecond })

@@ -59,7 +59,8 @@ func (m *Manager) reap() {
 	}
 }
 
-// lookAtAll looks once at all sandboxes that no living server owns. Each is on its own: one that cannot be looked at does not stop the others.
+// lookAtAll looks once at all sandboxes that no living server owns. Each is on its own: one that cannot be looked at does not stop the
+// others.
 func (m *Manager) lookAtAll() {
 	ids, err := m.store.ids()
 	if err != nil {

@@ -15,8 +15,8 @@ import (
 )
 
 const (
-	// containTries is how often it is tried to pause a sandbox that must not go on, before it has failed. containPause is the time between the first two
-	// of them, which doubles.
+	// containTries is how often it is tried to pause a sandbox that must not go on, before it has failed. containPause is the time between
+	// the first two of them, which doubles.
 	containTries = 3
 	containPause = 5 * time.Second
 	// filesTime bounds how long the files of a sandbox that has failed may take to be saved.
@@ -63,8 +63,8 @@ func (t *tries) failed() (last bool) {
 	return t.count >= containTries
 }
 
-// contain deals with a machine that is over its bounds or silent: relieved inside it goes on; else it is paused, to disk or where that is full in
-// memory. Only where it cannot be paused several times it has failed, with its files if they can be had.
+// contain deals with a machine that is over its bounds or silent: relieved inside it goes on; else it is paused, to disk or where that is
+// full in memory. Only where it cannot be paused several times it has failed, with its files if they can be had.
 func (s *Sandbox) contain(machine Machine, over *OverError) {
 	if over.Used <= 2*over.Limit && !s.contained.due() { // what grows on without end does not wait
 		return
@@ -198,8 +198,8 @@ func (r record) afterFailure(now time.Time) *pause {
 	return &pause{Disk: true, FilesOnly: r.Copy.FilesOnly, Since: now}
 }
 
-// dropCopies removes copies that sandboxes of an owner would need only if they failed, the oldest first, until so many bytes are there. Those that
-// somebody wants to be protected keep theirs.
+// dropCopies removes copies that sandboxes of an owner would need only if they failed, the oldest first, until so many bytes are there.
+// Those that somebody wants to be protected keep theirs.
 func (m *Manager) dropCopies(owner string, lack int64) {
 	var old []*Sandbox
 	for _, s := range m.all() {

@@ -46,8 +46,8 @@ func isPublic(a netip.Addr) bool {
 	return a.IsValid() && !slices.ContainsFunc(never, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
-// isOwn says whether an address is one of this machine's, or of a network that it is on, as far as those are IPv6: there they are as global as
-// any other. It is asked anew each time, as they change.
+// isOwn says whether an address is one of this machine's, or of a network that it is on, as far as those are IPv6: there they are as global
+// as any other. It is asked anew each time, as they change.
 func isOwn(a netip.Addr) bool {
 	addrs, err := net.InterfaceAddrs()
 	if err != nil {

@@ -140,8 +140,8 @@ func TestRefusedEnds(t *testing.T) {
 	}
 }
 
-// TestEgressBounds: whatever one client of the proxy asks for, the server has a bounded number of connections to the world for it, also of those that
-// nobody uses any more; a full account is told, and idle connections make room.
+// TestEgressBounds: whatever one client of the proxy asks for, the server has a bounded number of connections to the world for it, also of
+// those that nobody uses any more; a full account is told, and idle connections make room.
 func TestEgressBounds(t *testing.T) {
 	world := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "hello") }))
 	defer world.Close()

@@ -79,8 +79,8 @@ func (o *outage) step(_, _ string, size int) (int, error) {
 	return 0, errPower
 }
 
-// TestPowerFails (issue 5, must show 5): wherever in a sandbox' life the server and the disk stop, the next server finds the state before the last
-// change or after it, and nothing else is left.
+// TestPowerFails (issue 5, must show 5): wherever in a sandbox' life the server and the disk stop, the next server finds the state before
+// the last change or after it, and nothing else is left.
 func TestPowerFails(t *testing.T) {
 	for at := 1; ; at++ {
 		dir, fake := t.TempDir(), &mortal{Fake: &sandboxtest.Fake{}}
@@ -217,8 +217,8 @@ func (k *told) check(t *testing.T, at int, m *sandbox.Manager, fake *sandboxtest
 	}
 }
 
-// TestHostFails: whichever step of the store fails once, with whatever the host says, in a sandbox' life: it has not ended, it goes on when asked
-// again, and nothing is left when it is killed.
+// TestHostFails: whichever step of the store fails once, with whatever the host says, in a sandbox' life: it has not ended, it goes on when
+// asked again, and nothing is left when it is killed.
 func TestHostFails(t *testing.T) {
 	for _, fault := range []error{syscall.EMFILE, syscall.EIO, syscall.ENOSPC} {
 		t.Run(fault.Error(), func(t *testing.T) {

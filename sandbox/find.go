@@ -55,8 +55,9 @@ func (m *Manager) known(id string) *Sandbox {
 	return m.sandboxes[id]
 }
 
-// awaitAdoption finds a sandbox on disk that no server has, and waits for one that this server, which has just been started, may be about to
-// adopt. One that is locked may only be looked at by another server, which does not last; one that another server has stays unknown here.
+// awaitAdoption finds a sandbox on disk that no server has, and waits for one that this server, which has just been started, may be about
+// to adopt. One that is locked may only be looked at by another server, which does not last; one that another server has stays unknown
+// here.
 func (m *Manager) awaitAdoption(id string) (*Sandbox, error) {
 	begin := time.Now()
 	for wait := adoptWait; isThere(m.store.path(id)) && time.Since(begin) < wait; {

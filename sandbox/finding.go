@@ -20,8 +20,8 @@ const (
 	Gone
 )
 
-// FindingOf tells what an error of Machine.Check, Runtime.Attach or the ping says of a machine. Over and Gone are said in so many words (OverError,
-// ErrNoMachine); whatever else fails is Unknown.
+// FindingOf tells what an error of Machine.Check, Runtime.Attach or the ping says of a machine. Over and Gone are said in so many words
+// (OverError, ErrNoMachine); whatever else fails is Unknown.
 func FindingOf(err error) Finding {
 	var over *OverError
 	switch {

@@ -39,8 +39,8 @@ func TestUnknown(t *testing.T) {
 	}
 }
 
-// TestOver: what takes more than it may is paused to disk with a cause, where that cannot be had in memory, and has failed only where it cannot be
-// paused at all.
+// TestOver: what takes more than it may is paused to disk with a cause, where that cannot be had in memory, and has failed only where it
+// cannot be paused at all.
 func TestOver(t *testing.T) {
 	over := &sandbox.OverError{Kind: sandbox.OverKernel, Used: 640 << 20, Limit: 512 << 20, Detail: "150,000 open files"}
 	const took, advice = "its kernel took 640 MB for ", ", limit 512 MB; resume it with more memory, or delete files and close connections"
@@ -76,7 +76,8 @@ func TestOver(t *testing.T) {
 	}
 }
 
-// TestSilent: a machine whose agent does not answer is saved. It is resumed as it was, and where that is silent again its files are booted anew.
+// TestSilent: a machine whose agent does not answer is saved. It is resumed as it was, and where that is silent again its files are booted
+// anew.
 func TestSilent(t *testing.T) {
 	for _, deaf := range []bool{false, true} {
 		silent(t, deaf)
@@ -218,7 +219,8 @@ func TestProtect(t *testing.T) {
 	noDirectories(t, dir)
 }
 
-// TestFaultyStart: a server that starts while the host cannot be asked leaves every sandbox as it is, says so, and has it when the fault is over.
+// TestFaultyStart: a server that starts while the host cannot be asked leaves every sandbox as it is, says so, and has it when the fault is
+// over.
 func TestFaultyStart(t *testing.T) {
 	for _, step := range []string{"list", "lock", "read", "create", "attach"} {
 		for _, fault := range hostFaults {

@@ -19,8 +19,8 @@ import (
 // hasNoMore are a host's answers that say nothing of a sandbox.
 var hasNoMore = []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.ENOSPC, syscall.EIO}
 
-// TestNothingToPauseBy: a sandbox that must not go on, and cannot be paused for want of something on the host, has not failed, however often that is
-// tried.
+// TestNothingToPauseBy: a sandbox that must not go on, and cannot be paused for want of something on the host, has not failed, however
+// often that is tried.
 func TestNothingToPauseBy(t *testing.T) {
 	for _, fault := range hasNoMore {
 		fake := &sandboxtest.Fake{FailSave: fault, FailPause: fault}
@@ -99,8 +99,8 @@ func answers(t *testing.T, sb *sandbox.Sandbox) {
 	})
 }
 
-// TestAdoptWedged: a sandbox whose agent was silent to the new server is saved, and where that cannot be, it is frozen, and its agent is met when it
-// is resumed.
+// TestAdoptWedged: a sandbox whose agent was silent to the new server is saved, and where that cannot be, it is frozen, and its agent is
+// met when it is resumed.
 func TestAdoptWedged(t *testing.T) {
 	for _, fault := range []error{nil, syscall.ENOSPC} {
 		for _, frozen := range []bool{false, true} {

@@ -103,8 +103,8 @@ func (k *Keys) List() ([]Key, error) {
 	return slices.Clone(k.known), nil
 }
 
-// Exist says whether there are keys, so that nobody may come without one: as soon as there is a file, whatever is in it. One that is empty, broken
-// or not to be read lets nobody in.
+// Exist says whether there are keys, so that nobody may come without one: as soon as there is a file, whatever is in it. One that is empty,
+// broken or not to be read lets nobody in.
 func (k *Keys) Exist() bool {
 	_, err := os.Lstat(k.path())
 	return !errors.Is(err, fs.ErrNotExist)
@@ -174,7 +174,8 @@ func lifeOf(all *map[string]life, name string) context.Context {
 // keyLook is how often Watch looks whether keys are still valid.
 const keyLook = 250 * time.Millisecond
 
-// Watch ends what Admit and OwnerValid have given as soon as it is to, until ctx ends. Keys that cannot be read end nothing: nobody new is let in then.
+// Watch ends what Admit and OwnerValid have given as soon as it is to, until ctx ends. Keys that cannot be read end nothing: nobody new is
+// let in then.
 func (k *Keys) Watch(ctx context.Context, log *slog.Logger) {
 	ticker := time.NewTicker(keyLook)
 	defer ticker.Stop()

@@ -113,8 +113,8 @@ func TestKeysFileIsThere(t *testing.T) {
 	}
 }
 
-// TestKeysEnd: what a key admitted ends soon after it is revoked or expired; what its owner's other key admits does not, and what hangs on the owner
-// ends with the last key. A file that cannot be read ends nothing.
+// TestKeysEnd: what a key admitted ends soon after it is revoked or expired; what its owner's other key admits does not, and what hangs on
+// the owner ends with the last key. A file that cannot be read ends nothing.
 func TestKeysEnd(t *testing.T) {
 	dir := t.TempDir()
 	operator, server := &sandbox.Keys{Dir: dir}, &sandbox.Keys{Dir: dir}

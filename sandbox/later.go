@@ -12,7 +12,8 @@ type postponed struct {
 // putOffLongest is the longest time between two tries.
 const putOffLongest = time.Minute
 
-// putOff leaves a sandbox as it is that cannot be looked at or taken over now, until it is tried again. The owner of the server is told once.
+// putOff leaves a sandbox as it is that cannot be looked at or taken over now, until it is tried again. The owner of the server is told
+// once.
 func (m *Manager) putOff(id string, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -18,10 +18,12 @@ func (l Limits) fits(other Limits) bool {
 	return l == other
 }
 
-// promisedPart is the part of the kernel's default that is promised: few sandboxes have so many files and connections that they need it all.
+// promisedPart is the part of the kernel's default that is promised: few sandboxes have so many files and connections that they need it
+// all.
 const promisedPart = 4
 
-// promised is the memory of the host that a sandbox with these limits is promised, in bytes: of its kernel's what is asked for, else a part of the default.
+// promised is the memory of the host that a sandbox with these limits is promised, in bytes: of its kernel's what is asked for, else a part
+// of the default.
 func (l Limits) promised() int64 {
 	if l.KernelMemory > 0 {
 		return l.Memory + l.KernelMemory

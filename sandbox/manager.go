@@ -39,21 +39,22 @@ type Options struct {
 	RescanEvery time.Duration
 	// WedgedAfter is how long a machine may be stopped from outside before it is continued and saved; default a minute.
 	WedgedAfter time.Duration
-	// PingEvery is how often agents are asked whether they answer; default 10 s. PingTime is how long one may be silent (agent.Client.Patience);
-	// default agent.Silence.
+	// PingEvery is how often agents are asked whether they answer; default 10 s. PingTime is how long one may be silent
+	// (agent.Client.Patience); default agent.Silence.
 	PingEvery, PingTime time.Duration
 	// MaxPerOwner bounds the living sandboxes of one owner; default 100.
 	MaxPerOwner int
-	// Keep says that sandboxes outlive the server: Close leaves them, running or with PauseOnExit on disk, and the next server adopts them. Those on
-	// disk always outlive it.
+	// Keep says that sandboxes outlive the server: Close leaves them, running or with PauseOnExit on disk, and the next server adopts them.
+	// Those on disk always outlive it.
 	Keep, PauseOnExit bool
 	// PausedFor is how long a paused sandbox is kept; default 7 days.
 	PausedFor time.Duration
-	// DiskBudget bounds all checkpoints and snapshots, in bytes; zero is what the disk has. Reclaim says that where there is no room the sandboxes that
-	// have been on disk for the longest time are ended; otherwise nothing more is saved.
+	// DiskBudget bounds all checkpoints and snapshots, in bytes; zero is what the disk has. Reclaim says that where there is no room the
+	// sandboxes that have been on disk for the longest time are ended; otherwise nothing more is saved.
 	DiskBudget int64
 	Reclaim    bool
-	// MaxTasks bounds the tasks of the host that one sandbox is promised, about two for each process of its limit; default half of MachineTasks.
+	// MaxTasks bounds the tasks of the host that one sandbox is promised, about two for each process of its limit; default half of
+	// MachineTasks.
 	MaxTasks int64
 	// Accounts are what owners use of the server's own resources; nil has no bounds.
 	Accounts *access.Accounts
@@ -490,7 +491,8 @@ func (m *Manager) retire(id string) {
 	}
 }
 
-// Close leaves the sandboxes of this server as Options say, and waits until nothing of those that are not kept is left. It may be called twice.
+// Close leaves the sandboxes of this server as Options say, and waits until nothing of those that are not kept is left. It may be called
+// twice.
 func (m *Manager) Close() error {
 	m.cancel(ErrClosed)
 	m.mu.Lock()

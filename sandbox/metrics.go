@@ -41,7 +41,8 @@ type Sample struct {
 	DiskRead    int64     `json:"disk_read"` // bytes of the host's disk, since the machine was started
 	DiskWritten int64     `json:"disk_written"`
 	Processes   int64     `json:"processes"`
-	// HostMemory is what all of the machine takes on the host, its kernel and its agent too, as it was measured last; HostCPU is CPU of all of it.
+	// HostMemory is what all of the machine takes on the host, its kernel and its agent too, as it was measured last; HostCPU is CPU of all
+	// of it.
 	HostMemory int64   `json:"host_memory,omitempty"`
 	HostCPU    float64 `json:"host_cpu_pct,omitempty"`
 	Totals
@@ -233,8 +234,8 @@ func (s *Sandbox) ask(ctx context.Context, client *agent.Client) (agent.Usage, e
 	return usage, nil
 }
 
-// Refresh has the log know what has happened to processes until now, and the meter what is used. A sandbox that does not run, or is silent, has
-// nothing new.
+// Refresh has the log know what has happened to processes until now, and the meter what is used. A sandbox that does not run, or is silent,
+// has nothing new.
 func (s *Sandbox) Refresh(ctx context.Context) {
 	s.mu.Lock()
 	client, running := s.client, s.rec.State == Running

@@ -20,8 +20,8 @@ const (
 
 // Network says what of the world a sandbox reaches. Private addresses and this machine are never reached, whatever it says.
 //
-// There is a proxy on the sandbox' loopback, which its environment names; programs that do not use it reach nothing. The names are resolved here,
-// and what is connected to is checked by its address.
+// There is a proxy on the sandbox' loopback, which its environment names; programs that do not use it reach nothing. The names are resolved
+// here, and what is connected to is checked by its address.
 type Network struct {
 	Mode string `json:"mode"` // "" is none
 	// Allow are the domains ("example.com", "*.example.com" for all below it, "*" for every one) and the ranges of addresses of an

@@ -26,7 +26,8 @@ func logs(t *testing.T, sb *sandbox.Sandbox, q sandbox.LogQuery) (messages []str
 	return messages, page.Last, page.More
 }
 
-// TestLogs: what happens to a sandbox and its processes is there, by every selection, from any cursor, and after its end for the next server.
+// TestLogs: what happens to a sandbox and its processes is there, by every selection, from any cursor, and after its end for the next
+// server.
 func TestLogs(t *testing.T) {
 	dir := t.TempDir()
 	m := newManager(t, dir, &sandboxtest.Fake{}, keep)

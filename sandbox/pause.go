@@ -112,8 +112,8 @@ func (s *Sandbox) met() bool {
 type ResumeOptions struct {
 	// FilesOnly boots its files anew, without the processes that were saved. It helps where they are wedged or damaged.
 	FilesOnly bool
-	// Memory is a new memory limit in bytes, larger than before; zero leaves it. Where processes were saved they keep the old one, and what is more
-	// is their kernel's: for files and other objects.
+	// Memory is a new memory limit in bytes, larger than before; zero leaves it. Where processes were saved they keep the old one, and what
+	// is more is their kernel's: for files and other objects.
 	Memory int64
 }
 
@@ -320,8 +320,8 @@ func (s *Sandbox) rejoin(ctx context.Context) error {
 	return nil
 }
 
-// sleep saves the sandbox to disk and ends its machine, which is frozen until the state says that the checkpoint is there: a crash at any point
-// leaves one of the two.
+// sleep saves the sandbox to disk and ends its machine, which is frozen until the state says that the checkpoint is there: a crash at any
+// point leaves one of the two.
 func (s *Sandbox) sleep(ctx context.Context, o PauseOptions) (err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, saveTime, errors.New("it was not saved in time"))
 	defer cancel()
@@ -407,8 +407,9 @@ func (s *Sandbox) endMachine(machine Machine) error {
 	return machine.Destroy(ctx)
 }
 
-// roomToSave says whether a checkpoint may be made: within the budget for them, and leaving the machine's disk some room, which is kept until
-// done is called. ask says that the agent is asked first. What the guest says that it uses is believed between what the host sees and its limits; one that is frozen has said it before.
+// roomToSave says whether a checkpoint may be made: within the budget for them, and leaving the machine's disk some room, which is kept
+// until done is called. ask says that the agent is asked first. What the guest says that it uses is believed between what the host sees and
+// its limits; one that is frozen has said it before.
 func (s *Sandbox) roomToSave(ctx context.Context, ask bool) (done func(), err error) {
 	if ask {
 		s.Refresh(ctx)

@@ -19,8 +19,8 @@ import (
 // errStranger is of a connection of another user of this machine.
 var errStranger = errors.New("it is of another user of this machine")
 
-// known says whether a connection that was accepted on this machine's loopback is of the server's own user or of root. Where that cannot be told it is
-// not: the connection has no other proof.
+// known says whether a connection that was accepted on this machine's loopback is of the server's own user or of root. Where that cannot be
+// told it is not: the connection has no other proof.
 func known(conn net.Conn) error {
 	from, err := netip.ParseAddrPort(conn.RemoteAddr().String())
 	if err != nil {

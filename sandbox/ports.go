@@ -135,8 +135,9 @@ var ErrNothingListens = errors.New("nothing listens on the port")
 // ErrBusy is of a sandbox that has as many connections as it may have, or whose owner's account is full.
 var ErrBusy = errors.New("too many connections to the sandbox")
 
-// Dial connects to a port of the sandbox that is exposed or open, for a gateway. Closing the connection ends both directions; it also ends when the port
-// is closed or becomes public or not. It waits for a while if the sandbox or its owner has as many connections as may be: then that is ErrBusy.
+// Dial connects to a port of the sandbox that is exposed or open, for a gateway. Closing the connection ends both directions; it also ends
+// when the port is closed or becomes public or not. It waits for a while if the sandbox or its owner has as many connections as may be:
+// then that is ErrBusy.
 func (s *Sandbox) Dial(ctx context.Context, port int) (net.Conn, error) {
 	client, err := s.Agent(ctx, "connect to a port of")
 	if err != nil {
@@ -193,8 +194,8 @@ type portConn struct {
 	end  func()
 }
 
-// Read fails once the connection is to end: what the server in the sandbox says when it sees that, such as the proper end of a stream, is not for
-// the client.
+// Read fails once the connection is to end: what the server in the sandbox says when it sees that, such as the proper end of a stream, is
+// not for the client.
 func (c *portConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	if c.life.Err() != nil {

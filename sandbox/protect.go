@@ -10,8 +10,8 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// Protect says how often a sandbox that runs is saved in the background: what it is resumed from when it has failed. A copy replaces the last one,
-// and is made only where something has changed. While it is made the sandbox stands still for about as long as a snapshot takes.
+// Protect says how often a sandbox that runs is saved in the background: what it is resumed from when it has failed. A copy replaces the
+// last one, and is made only where something has changed. While it is made the sandbox stands still for about as long as a snapshot takes.
 type Protect struct {
 	Every  time.Duration `json:"every,omitempty"`  // zero is not at all, negative is off whatever the server's default
 	Memory bool          `json:"memory,omitempty"` // memory and processes too, not files alone

@@ -12,8 +12,8 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestOpenPorts: what is open is reached without being exposed, by whom it is open to, in copies and after a restart too, and no longer than the
-// sandbox lives.
+// TestOpenPorts: what is open is reached without being exposed, by whom it is open to, in copies and after a restart too, and no longer
+// than the sandbox lives.
 func TestOpenPorts(t *testing.T) {
 	fake, dir := &sandboxtest.Fake{}, t.TempDir()
 	m := newManager(t, dir, fake, keep)

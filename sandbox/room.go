@@ -125,9 +125,9 @@ func (s *Sandbox) setWaking(waking bool) error {
 	return nil
 }
 
-// roomOnDisk says whether so many bytes of a checkpoint of an owner's may be written, and keeps room for them until done is called. Where there
-// is none, and the operator wants that, the owner's sandboxes that have been on disk for the longest time are ended, if that makes enough room;
-// their tombstones say so.
+// roomOnDisk says whether so many bytes of a checkpoint of an owner's may be written, and keeps room for them until done is called. Where
+// there is none, and the operator wants that, the owner's sandboxes that have been on disk for the longest time are ended, if that makes
+// enough room; their tombstones say so.
 func (m *Manager) roomOnDisk(owner string, need int64) (done func(), err error) {
 	m.saving.Add(need)
 	release := sync.OnceFunc(func() { m.saving.Add(-need) })

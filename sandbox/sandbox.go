@@ -77,8 +77,8 @@ type Info struct {
 	Left               time.Duration // of its life, while it is paused
 	Totals             Totals
 	Protect            Protect
-	// Saved is when what it can be resumed from was saved, if there is anything, and SavedFiles says that that has no memory. Current is until when
-	// nothing has changed since then.
+	// Saved is when what it can be resumed from was saved, if there is anything, and SavedFiles says that that has no memory. Current is
+	// until when nothing has changed since then.
 	Saved, Current time.Time
 	SavedFiles     bool
 	Notice         string // what its user must know of how it was resumed

@@ -156,8 +156,8 @@ func (s *Sandbox) withOutput(client *agent.Client, err error) error {
 	return fmt.Errorf("%w; its output ends with:\n%s", err, agent.InertEnds(got.Output))
 }
 
-// SaveTo saves the sandbox, memory and processes too, in a directory that is made; it goes on. What is begun from there needs the same template and
-// the same limits.
+// SaveTo saves the sandbox, memory and processes too, in a directory that is made; it goes on. What is begun from there needs the same
+// template and the same limits.
 func (s *Sandbox) SaveTo(ctx context.Context, dir string) error {
 	ctx, over, err := s.takeTurn(ctx, "save")
 	if err != nil {

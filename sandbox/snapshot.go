@@ -134,8 +134,8 @@ func (m *Manager) placeSnapshot(temp, dir string, replace bool) error {
 	}
 }
 
-// exchange swaps two snapshots, unless a sandbox is just being made from the one that has a name. Other servers are not asked: there the new one may
-// come before the sandbox has begun from the old one, as it may after that.
+// exchange swaps two snapshots, unless a sandbox is just being made from the one that has a name. Other servers are not asked: there the
+// new one may come before the sandbox has begun from the old one, as it may after that.
 func (m *Manager) exchange(temp, dir string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -305,8 +305,8 @@ func (m *Manager) DeleteSnapshot(owner, name string) error {
 	return nil
 }
 
-// Fork makes copies of the sandbox, which goes on: each with its memory, files and processes as they are, and with an id, a host name, ports and
-// a life of its own. It gives those that could be made; the errors are of the others, by their number.
+// Fork makes copies of the sandbox, which goes on: each with its memory, files and processes as they are, and with an id, a host name,
+// ports and a life of its own. It gives those that could be made; the errors are of the others, by their number.
 func (s *Sandbox) Fork(ctx context.Context, count int, metadata map[string]string) (copies []*Sandbox, failed map[int]error, err error) {
 	if count < 1 || count > MaxFork {
 		return nil, nil, fmt.Errorf("fork sandbox %s: the number of copies is from 1 to %d: %w", s.id, MaxFork, ErrInvalid)

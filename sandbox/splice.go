@@ -15,7 +15,8 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// lets says whether a connection to this machine's loopback may come in: to a port that is not public only of the server's own user, or of root.
+// lets says whether a connection to this machine's loopback may come in: to a port that is not public only of the server's own user, or of
+// root.
 func (s *Sandbox) lets(e *exposed, conn net.Conn) error {
 	s.mu.Lock()
 	public := e.Public

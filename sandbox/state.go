@@ -30,7 +30,8 @@ var moves = map[State][]State{
 
 func (s State) mayBecome(next State) bool { return slices.Contains(moves[s], next) }
 
-// Ended says that nothing of the sandbox runs, nor goes on by itself. A failed one may have a saved copy, from which a resume starts it again.
+// Ended says that nothing of the sandbox runs, nor goes on by itself. A failed one may have a saved copy, from which a resume starts it
+// again.
 func (s State) Ended() bool { return s == Killed || s == Failed }
 
 // States lists all states in the order of a life.

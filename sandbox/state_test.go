@@ -49,7 +49,8 @@ func TestIDs(t *testing.T) {
 	}
 }
 
-// TestCutAtEveryByte (issue 5, must show 5): wherever a write is cut off, in which step of one, what is read afterwards is the old or the new.
+// TestCutAtEveryByte (issue 5, must show 5): wherever a write is cut off, in which step of one, what is read afterwards is the old or the
+// new.
 func TestCutAtEveryByte(t *testing.T) {
 	old := record{Version: recordVersion, ID: "sbx", State: Running, Metadata: map[string]string{"a": "old"}}
 	fresh := old

@@ -186,8 +186,8 @@ func (s store) ids() ([]string, error) {
 	return ids, err
 }
 
-// orphan locks a sandbox that no living server owns; nil is one that has an owner, or is being removed. The store's own lock is held meanwhile, as
-// by who makes one.
+// orphan locks a sandbox that no living server owns; nil is one that has an owner, or is being removed. The store's own lock is held
+// meanwhile, as by who makes one.
 func (s store) orphan(id string) (*os.File, error) {
 	if _, err := s.step("lock", s.path(id), 0); err != nil {
 		return nil, err
@@ -276,8 +276,8 @@ func (s store) promisedEach(each func(record)) error {
 // remembered are the files that are kept of a sandbox that has ended.
 var remembered = []string{"state.json", logName, logName + olderSuffix, metricsName, metricsName + olderSuffix}
 
-// entomb takes a sandbox that has ended away, but for what is remembered of it, and gives its lock back. The lock file goes last: as long as
-// it is there, the rest is owned.
+// entomb takes a sandbox that has ended away, but for what is remembered of it, and gives its lock back. The lock file goes last: as long
+// as it is there, the rest is owned.
 func (s store) entomb(r record, lock *os.File) (err error) {
 	defer func() { err = errors.Join(err, lock.Close()) }()
 	dir := s.path(r.ID)

@@ -24,8 +24,8 @@ type Times struct {
 	Life time.Duration `json:"life"`           // from its readiness on, and again from each waking at which none is left
 	Max  time.Duration `json:"max,omitempty"`  // bounds every extension, counted from readiness without the times when it was paused; zero is no bound
 	Idle time.Duration `json:"idle,omitempty"` // without a call, nor traffic on a port; zero is no bound
-	// OnTimeout is done at the end of either time, when those who are at work in it have had Grace: calls, and where it is killed processes, too,
-	// which are told by SIGTERM.
+	// OnTimeout is done at the end of either time, when those who are at work in it have had Grace: calls, and where it is killed
+	// processes, too, which are told by SIGTERM.
 	OnTimeout Action        `json:"on_timeout"`
 	Grace     time.Duration `json:"grace,omitempty"`
 	// First is the Life with which it was made: what it has at least when a request for one of its ports wakes it. Zero is no such bound.

@@ -19,8 +19,8 @@ import (
 // bubbleVar names the test that a process runs in a bubble.
 const bubbleVar = "SOULBOX_TEST_BUBBLE"
 
-// inBubble runs f in a bubble whose time goes on when nothing else does, with a Fake whose agents were made before it. Each bubble has a process
-// of its own: yamux keeps timers from one session to the next, and those of one bubble are of no use in another.
+// inBubble runs f in a bubble whose time goes on when nothing else does, with a Fake whose agents were made before it. Each bubble has a
+// process of its own: yamux keeps timers from one session to the next, and those of one bubble are of no use in another.
 func inBubble(t *testing.T, agents int, f func(t *testing.T, fake *sandboxtest.Fake)) {
 	if os.Getenv(bubbleVar) == "" {
 		parts := strings.Split(t.Name(), "/")
@@ -46,7 +46,8 @@ func inBubble(t *testing.T, agents int, f func(t *testing.T, fake *sandboxtest.F
 	synctest.Test(t, func(t *testing.T) { f(t, fake) })
 }
 
-// TestTimes (issue 5, must show 6): life and idle time, and both actions; what a command and a request may take has nothing to do with them.
+// TestTimes (issue 5, must show 6): life and idle time, and both actions; what a command and a request may take has nothing to do with
+// them.
 func TestTimes(t *testing.T) {
 	const never = time.Duration(-1)
 	for name, test := range map[string]struct {

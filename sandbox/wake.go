@@ -13,7 +13,8 @@ import (
 // rescueName begins the names of files that were taken out of a checkpoint with memory.
 const rescueName = "files-"
 
-// wedgedTime bounds how long an agent may take that was silent when its sandbox was saved. It is asked once more: the host may have been at fault.
+// wedgedTime bounds how long an agent may take that was silent when its sandbox was saved. It is asked once more: the host may have been at
+// fault.
 const wedgedTime = 15 * time.Second
 
 // wake boots a machine from what was saved. That stays until something else is saved: it is what the sandbox is resumed from if it fails.

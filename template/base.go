@@ -44,8 +44,8 @@ var variants = map[string]string{"": "", "node": "nodejs npm", "python": "python
 // minimal are the packages of which a system consists that can install others.
 var minimal = []string{"apt", "debian-archive-keyring", "ca-certificates"}
 
-// BuildBase makes the base template from a distribution's archive: first a minimal system, which is kept as "debian:CODENAME" or the like, then the rest
-// with its own apt. As the operator's it is everybody's.
+// BuildBase makes the base template from a distribution's archive: first a minimal system, which is kept as "debian:CODENAME" or the like,
+// then the rest with its own apt. As the operator's it is everybody's.
 func (b *Builder) BuildBase(ctx context.Context, o BaseOptions) (Built, error) {
 	o.Name = cmp.Or(o.Name, BaseName)
 	extra, ok := variants[o.Variant]

@@ -68,7 +68,8 @@ type BuildRequest struct {
 	Limits sandbox.Limits
 	// Protect is that of sandboxes of the template, where they ask for none.
 	Protect sandbox.Protect
-	// Network is that of its RUNs, default NetworkFull where the operator gives one; and that which its service needs while it is started, default none.
+	// Network is that of its RUNs, default NetworkFull where the operator gives one; and that which its service needs while it is started,
+	// default none.
 	Network            sandbox.Network
 	StartCmd, ReadyCmd string
 	Timeout            time.Duration // of the whole build; default DefaultBuildTime
@@ -252,7 +253,8 @@ func (e *BuildError) Error() string { return fmt.Sprintf("build %s: %v", e.ID, e
 // Unwrap gives the cause.
 func (e *BuildError) Unwrap() error { return e.Err }
 
-// startUp starts the service of a template and saves the sandbox once it is ready. Where a sandbox cannot be saved, that is said, and each starts its own.
+// startUp starts the service of a template and saves the sandbox once it is ready. Where a sandbox cannot be saved, that is said, and each
+// starts its own.
 func (r *run) startUp(ctx context.Context, m Manifest, network sandbox.Network) (*Started, error) {
 	image, err := r.job.image(ctx, m.Layers)
 	if err != nil {
@@ -318,7 +320,8 @@ func defaultUser(image, configured string) (string, error) {
 	return "root", nil
 }
 
-// numbered is a user as an image names him, with the number of his group where that is named, or where no entry of the user tells it (Docker: 0).
+// numbered is a user as an image names him, with the number of his group where that is named, or where no entry of the user tells it
+// (Docker: 0).
 func (f *Files) numbered(user string) string {
 	name, group, both := strings.Cut(user, ":")
 	if both {

@@ -306,7 +306,8 @@ func TestBuildLimits(t *testing.T) {
 	w.none()
 }
 
-// TestStart: a template's service is ready in every sandbox of it, with the memory that it had when it was built; with other limits it is started anew.
+// TestStart: a template's service is ready in every sandbox of it, with the memory that it had when it was built; with other limits it is
+// started anew.
 func TestStart(t *testing.T) {
 	w := newWorkshop(t)
 	dockerfile := "FROM mini\nENV GREETING=hello\nRUN printf 'n=$RANDOM$RANDOM\\nsleep 0.3\\nwhile :; do echo $n > /tmp/value.new; mv /tmp/value.new /tmp/value; sleep 0.1; done\\n' > /serve\nUSER user\n"

@@ -284,8 +284,8 @@ func (l layer) dir(name string) (*erofs.Node, error) {
 // find finds a file of the tree by the name that an entry gave it; links on the way are followed, the last one is not.
 func (l layer) find(name string) (*erofs.Node, error) { return walk(l.root, name, false, nil) }
 
-// walk finds a file below root as a kernel would whose root that is. Symbolic links are followed, the last one if follow says so. What is missing
-// is made by missing, or is unix.ENOENT.
+// walk finds a file below root as a kernel would whose root that is. Symbolic links are followed, the last one if follow says so. What is
+// missing is made by missing, or is unix.ENOENT.
 func walk(root *erofs.Node, name string, follow bool, missing func(parent *erofs.Node, base string) (*erofs.Node, error)) (*erofs.Node, error) {
 	parts, trail, links := splitPath(name), []*erofs.Node{root}, 0
 	for len(parts) > 0 {

@@ -28,7 +28,8 @@ type mounts struct {
 	caches map[string]string
 }
 
-// lockCaches has this build alone use the caches of a RUN, each once and in one order: two builds that wait for each other would wait for ever.
+// lockCaches has this build alone use the caches of a RUN, each once and in one order: two builds that wait for each other would wait for
+// ever.
 func (m *mounts) lockCaches(ctx context.Context, all []*instructions.Mount) error {
 	keys := map[string]bool{}
 	for _, want := range all {

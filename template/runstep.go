@@ -67,8 +67,8 @@ func told[T any](v *T) string {
 	return fmt.Sprint("=", *v)
 }
 
-// runArgs is the command of a RUN. A heredoc alone is a script for the shell, or one with an interpreter of its own; any other is for the shell to
-// read (Dockerfile reference, "Here-Documents").
+// runArgs is the command of a RUN. A heredoc alone is a script for the shell, or one with an interpreter of its own; any other is for the
+// shell to read (Dockerfile reference, "Here-Documents").
 func (s *stageRun) runArgs(c *instructions.RunCommand) ([]string, error) {
 	if len(c.Files) == 0 {
 		return s.words(c.ShellDependantCmdLine), nil

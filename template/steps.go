@@ -55,7 +55,8 @@ chmod 0440 /etc/sudoers.d/90-soulbox%[2]s
 END_OF_STEP
 `
 
-// trustCerts has programs trust the certificates of authorities that a build has put where they belong, as E2B's sandboxes do once they boot.
+// trustCerts has programs trust the certificates of authorities that a build has put where they belong, as E2B's sandboxes do once they
+// boot.
 const trustCerts = `USER root
 RUN <<'END_OF_STEP'
 ls /usr/local/share/ca-certificates/*.crt >/dev/null 2>&1 || exit 0

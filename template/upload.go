@@ -19,8 +19,8 @@ const (
 	maxUploadBytes = 2 * maxContext
 )
 
-// uploadsOf begins the names of the files of an owner, and uploadFile is where files are by the name that his client gave them. Neither name becomes
-// part of a path.
+// uploadsOf begins the names of the files of an owner, and uploadFile is where files are by the name that his client gave them. Neither
+// name becomes part of a path.
 func uploadsOf(owner string) string { return hashOf(owner)[:20] + "-" }
 
 func (s *Store) uploadFile(owner, name string) string {

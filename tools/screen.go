@@ -229,8 +229,8 @@ type screenInfo struct {
 	Above     int    `json:"lines_above,omitempty" jsonschema:"that have scrolled away"`
 }
 
-// text renders the screen, a line for each row, with up to above lines that have scrolled away before it, in at most chars characters. sc.mu
-// is held.
+// text renders the screen, a line for each row, with up to above lines that have scrolled away before it, in at most chars characters.
+// sc.mu is held.
 func (sc *screen) text(above, chars int) (string, *screenInfo) {
 	e := sc.shown()
 	at := e.CursorPosition()

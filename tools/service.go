@@ -140,7 +140,8 @@ func (s *Service) session(ctx context.Context) (own *session, owner string, err 
 	return c.Value(sessionKey{s}, func() any { return s.begin(c) }).(*session), c.Owner(), nil
 }
 
-// heir is a conversation whose client may go on in it with what it had in one before, which the server has forgotten: the handle names that.
+// heir is a conversation whose client may go on in it with what it had in one before, which the server has forgotten: the handle names
+// that.
 type heir interface {
 	Handle() string
 	SetHandle(handle string)

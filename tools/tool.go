@@ -72,7 +72,8 @@ func define[In any, Out output](s *Service, name, description string, h hints, d
 	return server.ServerTool{Tool: tool, Handler: handle}
 }
 
-// schema is the JSON Schema of a struct. Fields may say enum:"a,b", and as:"tool" where that tool has described them. Optional is said by omission, not by null.
+// schema is the JSON Schema of a struct. Fields may say enum:"a,b", and as:"tool" where that tool has described them. Optional is said by
+// omission, not by null.
 func schema[T any](input bool) json.RawMessage {
 	s, err := jsonschema.For[T](nil)
 	if err != nil {

@@ -12,7 +12,8 @@ import (
 	"soulbox.dev/soulbox/api/envd/spec/process/processconnect"
 )
 
-// tell calls the server that has the process, and the next one if that is gone. What may have arrived is not said again, unless twice is as good as once.
+// tell calls the server that has the process, and the next one if that is gone. What may have arrived is not said again, unless twice is as
+// good as once.
 func (s *Session) tell(ctx context.Context, twice bool, do func(processconnect.ProcessClient) error) error {
 	for pause, began := firstPause, time.Now(); ; pause = min(2*pause, lastPause) {
 		c := s.current()
@@ -103,8 +104,8 @@ func (s *Session) unlessPaused(ctx context.Context, c *Client, err error) error 
 // Process is what the session follows.
 func (s *Session) Process() Process { return Process{PID: s.PID, ID: s.id} }
 
-// Kill ends the process and all that it has started, on whichever server has its sandbox now: for who follows it no longer. A sandbox that is paused is
-// not woken: that is ErrPaused.
+// Kill ends the process and all that it has started, on whichever server has its sandbox now: for who follows it no longer. A sandbox that
+// is paused is not woken: that is ErrPaused.
 func (s *Session) Kill(ctx context.Context) error {
 	c := s.current()
 	for {

@@ -52,8 +52,8 @@ type StartError struct {
 // Error implements error.
 func (e *StartError) Error() string { return e.Message }
 
-// Session follows a process, over the ends of connections and of servers: it comes back, and goes on at the byte that it had reached. Its methods may be
-// called at the same time, but Follow once.
+// Session follows a process, over the ends of connections and of servers: it comes back, and goes on at the byte that it had reached. Its
+// methods may be called at the same time, but Follow once.
 type Session struct {
 	PID     int // it never changes
 	sandbox string
@@ -238,8 +238,8 @@ func (c *Client) startError(err error) error {
 	return c.plainError(err)
 }
 
-// Follow writes what the process writes, until it has ended: a terminal's output to stdout. reconnecting, if not nil, is told when the connection is lost
-// (true), and when it is back.
+// Follow writes what the process writes, until it has ended: a terminal's output to stdout. reconnecting, if not nil, is told when the
+// connection is lost (true), and when it is back.
 func (s *Session) Follow(ctx context.Context, stdout, stderr io.Writer, reconnecting func(bool)) (Exit, error) {
 	for {
 		exit, err := s.read(ctx, stdout, stderr)

@@ -1,10 +1,12 @@
-// Package client is the client of a SoulBox server's HTTP API, for the command line and for Go programs: sandboxes, what runs in them, files, ports,
-// templates. It knows nothing of how sandboxes are made. What the server says beside E2B's API (paths below /v1) has its types here.
+// Package client is the client of a SoulBox server's HTTP API, for the command line and for Go programs: sandboxes, what runs in them,
+// files, ports, templates. It knows nothing of how sandboxes are made. What the server says beside E2B's API (paths below /v1) has its
+// types here.
 package client
 
 import "time"
 
-// API is the version of what is below /v1 that this client speaks, and that a server built with it does. Oldest is the oldest that it understands.
+// API is the version of what is below /v1 that this client speaks, and that a server built with it does. Oldest is the oldest that it
+// understands.
 const (
 	API    = 1
 	Oldest = 1
@@ -16,12 +18,14 @@ const (
 	APIHeader = "Soulbox-Api"
 	// OwnerHeader says on a server's socket as whom its user acts; without it as himself.
 	OwnerHeader = "Soulbox-Owner"
-	// FromHeader of Process.Connect is the offset in bytes, stdout and stderr together, from which the output is wanted. One that has ended is told, too.
+	// FromHeader of Process.Connect is the offset in bytes, stdout and stderr together, from which the output is wanted. One that has ended
+	// is told, too.
 	FromHeader = "Soulbox-From"
-	// LingerHeader of Process.Start and Process.Connect has a process that nobody follows any more killed after so many milliseconds. A Connect
-	// without it lets the process go on.
+	// LingerHeader of Process.Start and Process.Connect has a process that nobody follows any more killed after so many milliseconds. A
+	// Connect without it lets the process go on.
 	LingerHeader = "Soulbox-Linger-Ms"
-	// ProcessHeader is the id of a process, which is never used again, as its number is: Start and Connect tell it, and calls may name it beside the number.
+	// ProcessHeader is the id of a process, which is never used again, as its number is: Start and Connect tell it, and calls may name it
+	// beside the number.
 	ProcessHeader = "Soulbox-Process"
 	// NamesHeader says that names of files, and arguments of programs, are in the notation of package names on a call, and asks for it in
 	// the answer.
@@ -63,7 +67,8 @@ type Sandbox struct {
 	Network    Network           `json:"network"`
 	Ports      []Port            `json:"ports,omitempty"`
 	Protect    *Protect          `json:"protect,omitempty"`
-	// SavedAt is when what it is resumed from was saved if it fails, SavedFilesOnly that that has no memory, Notice what was lost at its last resume.
+	// SavedAt is when what it is resumed from was saved if it fails, SavedFilesOnly that that has no memory, Notice what was lost at its
+	// last resume.
 	SavedAt        time.Time `json:"savedAt,omitzero"`
 	SavedFilesOnly bool      `json:"savedFilesOnly,omitempty"`
 	Notice         string    `json:"notice,omitempty"`

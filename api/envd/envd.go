@@ -1,5 +1,5 @@
-// Package envd serves what is in a sandbox as E2B's envd does, at port 49983 of each: processes and files by Connect RPC, whole files and some
-// facts by plain HTTP (shared/E2B.md, 2.5). Nothing of it runs in the sandbox: it is spoken from here to the sandbox' agent.
+// Package envd serves what is in a sandbox as E2B's envd does, at port 49983 of each: processes and files by Connect RPC, whole files and
+// some facts by plain HTTP (shared/E2B.md, 2.5). Nothing of it runs in the sandbox: it is spoken from here to the sandbox' agent.
 package envd
 
 import (
@@ -94,8 +94,8 @@ func (s *Server) Admits(w http.ResponseWriter, r *http.Request, t Target) bool {
 // internal are the paths by which E2B's own servers speak to envd.
 var internal = map[string]bool{"/init": true, "/freeze": true, "/unfreeze": true, "/collapse": true, "/fsfreeze": true, "/fsthaw": true, "/upgrade": true}
 
-// Serve answers a request that is admitted. Where the sandbox ends meanwhile, the connection is broken off: a client must not take it for the end of
-// what it asked for.
+// Serve answers a request that is admitted. Where the sandbox ends meanwhile, the connection is broken off: a client must not take it for
+// the end of what it asked for.
 func (s *Server) Serve(w http.ResponseWriter, r *http.Request, t Target) {
 	client, err := t.agent(r)
 	if err != nil && follows(r) && errors.Is(err, sandbox.ErrState) && Refuse(w, r, http.StatusConflict, err.Error()) {
@@ -144,8 +144,8 @@ const (
 	maxBodies = 256 << 20        // bytes of the bodies of all calls together
 )
 
-// keep ends the connection of a request when nothing moves on it for long, and when ctx ends: a client that does not read must not hold up what the
-// sandbox had. over is called when the request is served.
+// keep ends the connection of a request when nothing moves on it for long, and when ctx ends: a client that does not read must not hold up
+// what the sandbox had. over is called when the request is served.
 func (p *place) keep(ctx context.Context, w http.ResponseWriter) (over func()) {
 	idle := NewIdle(w, idleTime)
 	idle.Moves()

@@ -10,9 +10,9 @@ import (
 	"soulbox.dev/soulbox/api/client"
 )
 
-// leases end processes that hang on those who follow them: where all of these are gone, and nobody has come for a while, it is killed. E2B's clients
-// ask for no such thing. They are of this server alone: a process that it has left to another goes on there until its starter has come back, and is gone
-// again. The zero value is ready, and safe for concurrent use.
+// leases end processes that hang on those who follow them: where all of these are gone, and nobody has come for a while, it is killed.
+// E2B's clients ask for no such thing. They are of this server alone: a process that it has left to another goes on there until its starter
+// has come back, and is gone again. The zero value is ready, and safe for concurrent use.
 type leases struct {
 	mu  sync.Mutex
 	all map[leaseKey]*lease
@@ -31,7 +31,8 @@ const (
 	killTime  = 10 * time.Second
 )
 
-// follow counts somebody who follows a process, until gone is called. What he says of its end holds from now on, if anybody has asked for one.
+// follow counts somebody who follows a process, until gone is called. What he says of its end holds from now on, if anybody has asked for
+// one.
 func (l *leases) follow(ctx context.Context, p *place, process string, h http.Header) (gone func()) {
 	linger := lingerOf(h)
 	key := leaseKey{p.Sandbox.ID(), process}
@@ -65,7 +66,8 @@ func lingerOf(h http.Header) time.Duration {
 	return time.Duration(ms) * time.Millisecond
 }
 
-// leave counts one less. The call's own end, as that of the process, asks for nothing more, and where the sandbox is paused everything in it stays.
+// leave counts one less. The call's own end, as that of the process, asks for nothing more, and where the sandbox is paused everything in
+// it stays.
 func (l *leases) leave(ctx context.Context, p *place, key leaseKey, one *lease) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -52,8 +52,8 @@ func (s processes) Start(ctx context.Context, req *connect.Request[pb.StartReque
 	return f.run(ctx, began.Process, 0)
 }
 
-// start starts a process. That is not cancelled: whether it was started would be unknown. hangs says that it is to end with those who follow it: one whose
-// starter is gone by then is known to nobody.
+// start starts a process. That is not cancelled: whether it was started would be unknown. hangs says that it is to end with those who
+// follow it: one whose starter is gone by then is known to nobody.
 func (p *place) start(ctx context.Context, req agent.StartRequest, hangs bool) (agent.Snapshot, error) {
 	begin := func() (agent.Snapshot, error) { return p.client.Start(context.WithoutCancel(ctx), req) }
 	if !hangs {
@@ -114,7 +114,8 @@ func startError(err error, config *pb.ProcessConfig, who string) error {
 	return err
 }
 
-// Connect implements processconnect.ProcessHandler: what comes from now on, or from an offset, where also one that has ended long ago is told of.
+// Connect implements processconnect.ProcessHandler: what comes from now on, or from an offset, where also one that has ended long ago is
+// told of.
 func (s processes) Connect(ctx context.Context, req *connect.Request[pb.ConnectRequest], stream *connect.ServerStream[pb.ConnectResponse]) error {
 	p := placeOf(ctx)
 	kept, from, late := endedKept, int64(-1), true
@@ -420,8 +421,8 @@ func (processes) StreamInput(ctx context.Context, stream *connect.ClientStream[p
 	return connect.NewResponse(&pb.StreamInputResponse{}), stream.Err()
 }
 
-// SendSignal implements processconnect.ProcessHandler. SIGKILL ends all that the process has started. E2B names two signals, by their numbers; here
-// every signal has its own.
+// SendSignal implements processconnect.ProcessHandler. SIGKILL ends all that the process has started. E2B names two signals, by their
+// numbers; here every signal has its own.
 func (processes) SendSignal(ctx context.Context, req *connect.Request[pb.SendSignalRequest]) (*connect.Response[pb.SendSignalResponse], error) {
 	p := placeOf(ctx)
 	process, err := p.find(ctx, req.Msg.GetProcess(), 0)

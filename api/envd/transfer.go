@@ -137,8 +137,8 @@ func escape(text string) string {
 	return b.String()
 }
 
-// encoding says whether a client wants gzip, and whether it takes anything that there is (RFC 9110, 12.5.3). Where it likes both, it gets the file as
-// it is: that is faster on most ways, and has ranges.
+// encoding says whether a client wants gzip, and whether it takes anything that there is (RFC 9110, 12.5.3). Where it likes both, it gets
+// the file as it is: that is faster on most ways, and has ranges.
 func encoding(accept []string) (zip, acceptable bool) {
 	weight := map[string]float64{"identity": -1, "gzip": -1, "*": -1}
 	for _, one := range strings.Split(strings.Join(accept, ","), ",") {

@@ -64,7 +64,8 @@ func run(args []string) error {
 	return nil
 }
 
-// forkExec tells the median of how many microseconds fork, exec and wait of /bin/true take here: the floor of every exec, for the benchmark.
+// forkExec tells the median of how many microseconds fork, exec and wait of /bin/true take here: the floor of every exec, for the
+// benchmark.
 func forkExec(count string) error {
 	n, err := strconv.Atoi(count)
 	if err != nil || n <= 0 {

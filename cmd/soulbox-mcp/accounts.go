@@ -13,8 +13,8 @@ const (
 	mostBuffers  = 2 << 30
 )
 
-// accounts are what the owners of one server may use of it. The shares leave room for others; what health, kill, pause and the operator need is
-// never taken from an account.
+// accounts are what the owners of one server may use of it. The shares leave room for others; what health, kill, pause and the operator
+// need is never taken from an account.
 func accounts() *access.Accounts {
 	cores, connections := int64(runtime.NumCPU()), int64(8192)
 	if limit, err := softLimit(); err == nil { // half of the descriptors that connections may have

@@ -25,8 +25,8 @@ type step struct {
 	check string
 }
 
-// demoSteps are what the demo does. A bare Debian has perl but no python; a sandbox of the host template has what the host has, one of the base
-// template its own, and a network for installing more.
+// demoSteps are what the demo does. A bare Debian has perl but no python; a sandbox of the host template has what the host has, one of the
+// base template its own, and a network for installing more.
 func demoSteps(home string, hasBase bool) []step {
 	compute, serve := "python3 -c 'print(sum(i * i for i in range(10**6)))'", "python3 -u -m http.server 8000 --directory /home/user/site"
 	if _, err := os.Stat("/usr/bin/python3"); err != nil && !hasBase {

@@ -175,7 +175,8 @@ func TestDescriptorsOfSandbox(t *testing.T) {
 	}
 }
 
-// TestSlowRequests: a head or a body that does not come is not waited for long, and the answer to who has no key does not wait for a body at all.
+// TestSlowRequests: a head or a body that does not come is not waited for long, and the answer to who has no key does not wait for a body
+// at all.
 func TestSlowRequests(t *testing.T) {
 	t.Parallel()
 	state := sandboxtest.Dir(t)

@@ -150,7 +150,8 @@ func checkDisk(_ context.Context, c config) (string, error) {
 	return fmt.Sprintf("%d GB free", free>>30), nil
 }
 
-// checkDescriptors looks whether a server could have as many sandboxes as it may promise. The Go runtime has raised the soft limit to the hard one.
+// checkDescriptors looks whether a server could have as many sandboxes as it may promise. The Go runtime has raised the soft limit to the
+// hard one.
 func checkDescriptors(_ context.Context, c config) (string, error) {
 	sandboxes, err := c.promised()
 	if err != nil {

@@ -17,8 +17,8 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// runEnvd serves one sandbox as E2B's SDKs look for it in debug mode (E2B_DEBUG=true): on this machine, without a control plane and without a token.
-// The sandbox ends with it.
+// runEnvd serves one sandbox as E2B's SDKs look for it in debug mode (E2B_DEBUG=true): on this machine, without a control plane and without
+// a token. The sandbox ends with it.
 func runEnvd(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) (err error) {
 	c, listen, name, err := parseEnvd(args, getenv, stderr)
 	if err != nil {
@@ -90,8 +90,8 @@ const (
 	maxReported = 64                     // ports of which it is told that they are taken
 )
 
-// servePorts serves the ports of a sandbox at the same numbers of this machine's loopback, where debug mode looks for them, as long as something listens on them
-// in the sandbox. What is taken here stays whose it is.
+// servePorts serves the ports of a sandbox at the same numbers of this machine's loopback, where debug mode looks for them, as long as
+// something listens on them in the sandbox. What is taken here stays whose it is.
 func servePorts(ctx context.Context, sb *sandbox.Sandbox, log *slog.Logger) {
 	ticker := time.NewTicker(portsEvery)
 	defer ticker.Stop()

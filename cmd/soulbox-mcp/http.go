@@ -315,8 +315,8 @@ func (s *service) watchKeys(keys *sandbox.Keys) (end func()) {
 	}
 }
 
-// admitOwner lets the tokens of sandboxes be worth something as long as their owner has a valid key, where keys are needed. This machine's user and those
-// whom a provider knows have none.
+// admitOwner lets the tokens of sandboxes be worth something as long as their owner has a valid key, where keys are needed. This machine's
+// user and those whom a provider knows have none.
 func admitOwner(access mcpserver.Access, keys *sandbox.Keys) func(context.Context, string) error {
 	return func(ctx context.Context, owner string) error {
 		if !access.Required() || owner == "" || strings.HasPrefix(owner, oidcOwner) {

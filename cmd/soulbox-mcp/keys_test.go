@@ -43,8 +43,8 @@ func TestKeysFileOfNobody(t *testing.T) {
 	}
 }
 
-// TestKeyRevoked: within a moment of the end of a key all streams end that it has let in, and its session; what another key of its owner has let in goes
-// on. With the owner's last key end the tokens of the owner's sandboxes. Another owner notices nothing.
+// TestKeyRevoked: within a moment of the end of a key all streams end that it has let in, and its session; what another key of its owner
+// has let in goes on. With the owner's last key end the tokens of the owner's sandboxes. Another owner notices nothing.
 func TestKeyRevoked(t *testing.T) {
 	state := sandboxtest.Dir(t)
 	first, second, bobs := makeKey(t, state, "ann"), makeKey(t, state, "ann"), makeKey(t, state, "bob")

@@ -72,8 +72,8 @@ func fetchText(url string) (string, error) {
 	return string(body), err
 }
 
-// TestNothingIsLost (issue 5, must show 1): a process that counts in memory, a server, an editor with an unsaved text: all go on after a pause
-// to disk and kill -9 of the server, ten times, with writes in between.
+// TestNothingIsLost (issue 5, must show 1): a process that counts in memory, a server, an editor with an unsaved text: all go on after a
+// pause to disk and kill -9 of the server, ten times, with writes in between.
 func TestNothingIsLost(t *testing.T) {
 	w := serve(t, "", "--on-exit=keep")
 	l := &lives{t: t, w: w, c: w.client("", true)}

@@ -13,8 +13,8 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// TestLinger: what is to end with those who follow it does so whenever they are gone: at once, while it is started, or on a server that has taken it over. What
-// is not goes on.
+// TestLinger: what is to end with those who follow it does so whenever they are gone: at once, while it is started, or on a server that has
+// taken it over. What is not goes on.
 func TestLinger(t *testing.T) {
 	state := sandboxtest.Dir(t)
 	w := serve(t, state, "--on-exit=keep")

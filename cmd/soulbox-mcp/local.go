@@ -67,8 +67,8 @@ func (s *service) serveLocal(kind string, getenv func(string) string) (*local, e
 	return l, nil
 }
 
-// listenLocal makes a socket that only its user can open, and removes those of servers that are gone. One of several servers at a time does so: a socket that
-// is made, and not listened at yet, looks like one of those.
+// listenLocal makes a socket that only its user can open, and removes those of servers that are gone. One of several servers at a time does
+// so: a socket that is made, and not listened at yet, looks like one of those.
 func listenLocal(dir, path string) (_ net.Listener, err error) {
 	lock, err := sandbox.LockFile(filepath.Join(dir, "sockets.lock"), true)
 	if err != nil {
@@ -187,7 +187,8 @@ func peer(c net.Conn) (uid uint32, err error) {
 // idleLook is how often a server of the socket alone looks whether it is needed.
 const idleLook = time.Second
 
-// runLocal serves the socket alone, as the command line starts it where there is no server: until no sandbox runs, and nobody asks for anything.
+// runLocal serves the socket alone, as the command line starts it where there is no server: until no sandbox runs, and nobody asks for
+// anything.
 func runLocal(ctx context.Context, args []string, getenv func(string) string, stderr io.Writer) (err error) {
 	c := config{onExit: "keep"}
 	var idle time.Duration

@@ -15,12 +15,14 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// perlServer is a web server for machines without python: each request is answered with a header and a file's bytes, in a process of its own.
+// perlServer is a web server for machines without python: each request is answered with a header and a file's bytes, in a process of its
+// own.
 const perlServer = `perl -MIO::Socket::INET -e '$l = IO::Socket::INET->new(LocalAddr => "127.0.0.1", LocalPort => 8000, Listen => 128, ReuseAddr => 1) or die; $SIG{CHLD} = "IGNORE";
 	while ($c = $l->accept) { if (fork) { close $c; next } $line = <$c>; while (<$c>) { last if /^\r\n$/ } $line =~ m{GET /(\S*)}; open F, "/home/user/$1"; binmode F; print $c "HTTP/1.0 200 OK\r\n\r\n";
 	while (read F, $b, 65536) { print $c $b } exit }'`
 
-// TestPortsOfSandbox: a server in a real sandbox is reached from this machine, by many at once and with many bytes, and only while it is to be.
+// TestPortsOfSandbox: a server in a real sandbox is reached from this machine, by many at once and with many bytes, and only while it is to
+// be.
 func TestPortsOfSandbox(t *testing.T) {
 	state := sandboxtest.Dir(t)
 	w := serve(t, state, "--on-exit=keep")

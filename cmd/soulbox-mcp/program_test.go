@@ -249,7 +249,8 @@ func TestServerKilled(t *testing.T) {
 	}
 }
 
-// TestClientGone: when a client ends with all its pipes, or its terminal is closed, its sandboxes are paused to disk, and the next has them.
+// TestClientGone: when a client ends with all its pipes, or its terminal is closed, its sandboxes are paused to disk, and the next has
+// them.
 func TestClientGone(t *testing.T) {
 	for name, leave := range map[string]func(*exec.Cmd, ...*os.File){
 		"pipes closed": func(_ *exec.Cmd, ends ...*os.File) {

@@ -11,8 +11,8 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// TestServerRestartedUnderBridge: a client of 'stdio --connect' goes on in its own sandbox and shell when the server was started anew, also after kill -9,
-// and is told once when its sandbox is gone. A client that leaves while the server is away gets an error for its last call.
+// TestServerRestartedUnderBridge: a client of 'stdio --connect' goes on in its own sandbox and shell when the server was started anew, also
+// after kill -9, and is told once when its sandbox is gone. A client that leaves while the server is away gets an error for its last call.
 func TestServerRestartedUnderBridge(t *testing.T) {
 	w := serve(t, "", "--on-exit=keep")
 	u, err := url.Parse(w.url)

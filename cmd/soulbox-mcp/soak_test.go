@@ -322,8 +322,8 @@ func (s *soak) kill(b *box) {
 // resumable is told of a sandbox that has failed, and of which something was saved.
 const resumable = "can be resumed by sandbox_resume"
 
-// TestSoak (issue 18, must show 4): the clients of three owners do everything at random on two servers, which are killed now and then, have no
-// descriptors, or machines that stand still. Nothing is lost but what was killed, and nothing is left.
+// TestSoak (issue 18, must show 4): the clients of three owners do everything at random on two servers, which are killed now and then, have
+// no descriptors, or machines that stand still. Nothing is lost but what was killed, and nothing is left.
 func TestSoak(t *testing.T) {
 	length := 20 * time.Second
 	if v := os.Getenv(soakVar); v != "" {

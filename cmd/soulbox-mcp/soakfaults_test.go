@@ -104,7 +104,8 @@ func (s *soak) sentriesOf(b *box) (pids []int) {
 	return pids
 }
 
-// shoot kills the kernel of a sandbox while it is used, or is at rest. It says whether the sandbox is there afterwards: from what was saved of it last.
+// shoot kills the kernel of a sandbox while it is used, or is at rest. It says whether the sandbox is there afterwards: from what was saved
+// of it last.
 func (s *soak) shoot(b *box) bool {
 	if len(s.sentriesOf(b)) == 0 {
 		return true // it is on disk
@@ -151,7 +152,8 @@ func (s *soak) useAnyhow(b *box) (err error) {
 	return err
 }
 
-// recover waits for what becomes of a sandbox whose kernel was killed, and says whether it is there: it has failed, unless it was on its way to disk.
+// recover waits for what becomes of a sandbox whose kernel was killed, and says whether it is there: it has failed, unless it was on its
+// way to disk.
 func (s *soak) recover(b *box) bool {
 	said, back := "", false
 	for end := time.Now().Add(2 * soakPatience); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {

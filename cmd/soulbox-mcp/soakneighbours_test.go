@@ -58,8 +58,8 @@ var attacks = []attack{
 	{"row 11, 256 tunnels of one visitor", (*neighbours).tunnels},
 }
 
-// TestSoakNeighbours (issue 18, must show 3): whatever one owner does to the server, the commands of another are answered nearly as before, and
-// nobody loses anything.
+// TestSoakNeighbours (issue 18, must show 3): whatever one owner does to the server, the commands of another are answered nearly as before,
+// and nobody loses anything.
 func TestSoakNeighbours(t *testing.T) {
 	v := os.Getenv(soakVar)
 	if v == "" {
@@ -244,7 +244,8 @@ func (n *neighbours) begin(command string) {
 	n.call(n.ann, "exec", map[string]any{"sandbox_id": n.hers, "command": command, "background": true})
 }
 
-// idleStrangers opens 20,800 connections in ten seconds, or as many as this process may have, and new ones in place of the oldest from then on.
+// idleStrangers opens 20,800 connections in ten seconds, or as many as this process may have, and new ones in place of the oldest from then
+// on.
 func (n *neighbours) idleStrangers(ctx context.Context) {
 	soft, err := softLimit()
 	if err != nil {

@@ -30,7 +30,8 @@ USER user
 WORKDIR /site
 `
 
-// TestTemplatesOverStdio: a template is built from files given here, from a directory of a sandbox and from one of the host, and sandboxes begin from it.
+// TestTemplatesOverStdio: a template is built from files given here, from a directory of a sandbox and from one of the host, and sandboxes
+// begin from it.
 func TestTemplatesOverStdio(t *testing.T) {
 	state := importMini(t)
 	allowed := sandboxtest.Dir(t)

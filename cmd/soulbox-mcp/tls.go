@@ -94,8 +94,8 @@ func (t *tlsConfig) config(stateDir, domain string, m *sandbox.Manager, log *slo
 // namesEach is how many names of one sandbox certificates are got for.
 const namesEach = 8
 
-// names are those that certificates are got for: of the server, and some of each sandbox that there is. Anybody may ask for a name, and ACME servers
-// give so many and no more.
+// names are those that certificates are got for: of the server, and some of each sandbox that there is. Anybody may ask for a name, and
+// ACME servers give so many and no more.
 type names struct {
 	domain  string
 	manager *sandbox.Manager

@@ -42,7 +42,8 @@ func makeCert(t *testing.T, dir, domain string) string {
 	return dir
 }
 
-// TestCert: clients that trust the authority trust the certificate, for the domain and all right below it; another certificate keeps the authority.
+// TestCert: clients that trust the authority trust the certificate, for the domain and all right below it; another certificate keeps the
+// authority.
 func TestCert(t *testing.T) {
 	dir := makeCert(t, filepath.Join(t.TempDir(), "tls"), "box.test")
 	ca, err := os.ReadFile(filepath.Join(dir, "ca.pem"))

@@ -15,15 +15,15 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// greedyServer is a web server of one process that gives each client all that its connection takes, and makes /tmp/full when the connections of all
-// 505 take little more.
+// greedyServer is a web server of one process that gives each client all that its connection takes, and makes /tmp/full when the
+// connections of all 505 take little more.
 const greedyServer = `perl -MIO::Socket::INET -MIO::Select -e '$l = IO::Socket::INET->new(LocalAddr => "127.0.0.1", LocalPort => 8000, Listen => 1024, ReuseAddr => 1) or die; $l->blocking(0); $SIG{PIPE} = "IGNORE";
 	$b = "x" x 65536; $in = IO::Select->new($l); while (1) { for $s ($in->can_read(0.5)) { if ($s == $l) { while ($c = $l->accept) { $c->blocking(0); $in->add($c) } }
 	else { sysread $s, $q, 65536; $in->remove($s); syswrite $s, "HTTP/1.0 200 OK\r\n\r\n"; push @out, $s } } next if @out < 505;
 	$n = 0; for $s (@out) { while ($w = syswrite $s, $b) { $n += $w } } if ($n < 10_000_000) { open F, ">/tmp/full"; sleep } }'`
 
-// TestVisitorsReadNothing: whoever asks for much and reads nothing costs the server and the sandbox' kernel a little for each connection, and
-// nobody anything else. The visitors are as many as one sandbox takes.
+// TestVisitorsReadNothing: whoever asks for much and reads nothing costs the server and the sandbox' kernel a little for each connection,
+// and nobody anything else. The visitors are as many as one sandbox takes.
 func TestVisitorsReadNothing(t *testing.T) {
 	state := sandboxtest.Dir(t)
 	w := serve(t, state)
@@ -116,7 +116,8 @@ func anonymous(t *testing.T, pid int) int64 {
 	return kb << 10
 }
 
-// TestScreensAtOnce: terminals of the largest size that are rendered at the same time wait for each other, and the server's memory stays bounded.
+// TestScreensAtOnce: terminals of the largest size that are rendered at the same time wait for each other, and the server's memory stays
+// bounded.
 func TestScreensAtOnce(t *testing.T) {
 	w := serve(t, "")
 	c := w.client("", true)

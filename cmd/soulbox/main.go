@@ -1,5 +1,5 @@
-// Command soulbox is the command line for people: it sees, enters and steers the sandboxes of this machine's servers, or of a team's. It is a client of
-// the HTTP API and knows nothing else.
+// Command soulbox is the command line for people: it sees, enters and steers the sandboxes of this machine's servers, or of a team's. It is
+// a client of the HTTP API and knows nothing else.
 package main
 
 import (
@@ -102,8 +102,8 @@ func (a *app) run(args []string) int {
 	return exit.code
 }
 
-// interruptible is a context that ends with the first signal. A second Ctrl-C ends the program at once; other signals may come many times, as from the
-// kernel for each thread of a parent that dies.
+// interruptible is a context that ends with the first signal. A second Ctrl-C ends the program at once; other signals may come many times,
+// as from the kernel for each thread of a parent that dies.
 func interruptible() (ctx context.Context, signalled func() syscall.Signal, stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	signals := make(chan os.Signal, 1)

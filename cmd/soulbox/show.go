@@ -54,9 +54,9 @@ func printable(text string) string {
 	}, text)
 }
 
-// inert writes what a guest has written to a terminal, so that nothing of it acts there but ends of lines, tabs and returns: a program that is to
-// act on the terminal is given one. Bytes that are not text are shown as \xNN, and a character waits for its end: the other stream may come
-// between. What is written elsewhere is passed on as it is.
+// inert writes what a guest has written to a terminal, so that nothing of it acts there but ends of lines, tabs and returns: a program that
+// is to act on the terminal is given one. Bytes that are not text are shown as \xNN, and a character waits for its end: the other stream
+// may come between. What is written elsewhere is passed on as it is.
 type inert struct {
 	to   io.Writer
 	part []byte // of a character
@@ -246,7 +246,8 @@ func (a *app) coloured(colour, text string) string {
 	return colour + text + plain
 }
 
-// repaint shows a text, in the place of the one before if it is shown again and again at a terminal; elsewhere what is new is written below.
+// repaint shows a text, in the place of the one before if it is shown again and again at a terminal; elsewhere what is new is written
+// below.
 func (a *app) repaint(w io.Writer, text string, again bool) error {
 	if _, ok := terminalOf(w); ok && again {
 		text = "\x1b[H\x1b[2J" + text

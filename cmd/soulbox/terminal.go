@@ -166,8 +166,8 @@ const (
 // maxTyped is how much may wait for a process that reads nothing, in bytes; more is lost, as at a terminal.
 const maxTyped = 1 << 20
 
-// typed sends what is typed, and knows the keys that leave also while nothing can be sent. It gives errDetached for them; failed is told when nothing can be
-// sent ever more.
+// typed sends what is typed, and knows the keys that leave also while nothing can be sent. It gives errDetached for them; failed is told
+// when nothing can be sent ever more.
 func typed(ctx context.Context, s *client.Session, from io.Reader, failed context.CancelCauseFunc) error {
 	keys := &queue{changed: make(chan struct{}, 1)}
 	sent := make(chan struct{})
@@ -319,8 +319,8 @@ const (
 	guardFile = 3
 )
 
-// guard runs this program once more and watches over it: whatever becomes of it, SIGKILL too, the terminal is what it was, and nothing of it goes on in the
-// sandbox. done is false in the program that is watched.
+// guard runs this program once more and watches over it: whatever becomes of it, SIGKILL too, the terminal is what it was, and nothing of
+// it goes on in the sandbox. done is false in the program that is watched.
 func (a *app) guard() (err error, done bool) {
 	fd, ok := terminalOf(a.stdin)
 	if !ok || a.getenv(guardVar) != "" {

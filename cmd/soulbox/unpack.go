@@ -63,7 +63,8 @@ func (a archive) write(f *os.File) error {
 	}
 }
 
-// place is where a copy goes: a name in a directory, or "." for what is in it. The directory was named by the user, the name may be the sandbox'.
+// place is where a copy goes: a name in a directory, or "." for what is in it. The directory was named by the user, the name may be the
+// sandbox'.
 type place struct {
 	dir, name string
 	slash     bool // only a directory is meant
@@ -136,8 +137,8 @@ func unpack(ctx context.Context, from io.Reader, base string, to place, warn io.
 	return nil
 }
 
-// free says whether something may be written at a place. A link there is not followed, nor replaced by anything but a link: an earlier copy may have brought
-// it, and it may lead anywhere. Where the user has named it, it is not replaced at all.
+// free says whether something may be written at a place. A link there is not followed, nor replaced by anything but a link: an earlier copy
+// may have brought it, and it may lead anywhere. Where the user has named it, it is not replaced at all.
 func free(parent *os.Root, to place, h *tar.Header) error {
 	there, err := parent.Lstat(to.name)
 	name := filepath.Join(to.dir, to.name)
@@ -214,7 +215,8 @@ func umask() fs.FileMode {
 	return fs.FileMode(mask)
 }
 
-// makeDir makes a directory, and notes it by another name if it is new. One that is there keeps its mode; if nothing could be written to it, after that.
+// makeDir makes a directory, and notes it by another name if it is new. One that is there keeps its mode; if nothing could be written to
+// it, after that.
 func (t *tree) makeDir(root *os.Root, name string, h *tar.Header, noted string) error {
 	mode := fs.FileMode(h.Mode) & 0o777 &^ t.mask
 	there, err := root.Stat(name)

@@ -73,7 +73,8 @@ func TestUnpackHostile(t *testing.T) {
 	}
 }
 
-// copied is a tar of what "dir" or "file" is made of: a name with / at its end is a directory, one with -> a link, others are files of one byte.
+// copied is a tar of what "dir" or "file" is made of: a name with / at its end is a directory, one with -> a link, others are files of one
+// byte.
 func copied(t *testing.T, mode int64, names ...string) io.Reader {
 	t.Helper()
 	var text bytes.Buffer
@@ -128,7 +129,8 @@ func TestUnpackPlanted(t *testing.T) {
 	}
 }
 
-// TestUnpackAgain: the same copy works twice, of what may not be written to, too; what was there keeps its mode, and what is new obeys the umask.
+// TestUnpackAgain: the same copy works twice, of what may not be written to, too; what was there keeps its mode, and what is new obeys the
+// umask.
 func TestUnpackAgain(t *testing.T) {
 	here := t.TempDir()
 	if err := os.Chmod(here, 0o750); err != nil {

@@ -89,8 +89,8 @@ func named(args []string, file string) string {
 	return ""
 }
 
-// limitMemory sets the limit that a file of the bundle names, in bytes. gVisor gives a sentry no environment of ours, but a sentry gives it to the
-// program that it executes once more when it sees the bundle no longer.
+// limitMemory sets the limit that a file of the bundle names, in bytes. gVisor gives a sentry no environment of ours, but a sentry gives it
+// to the program that it executes once more when it sees the bundle no longer.
 func limitMemory(args []string) {
 	if limit := debug.SetMemoryLimit(-1); limit != math.MaxInt64 { // it has been executed once more
 		follow(limit)
@@ -101,8 +101,9 @@ func limitMemory(args []string) {
 	}
 }
 
-// follow sets the limit anew after each collection of garbage: where more is in use than the limit, as while a machine is saved, the sentry would do
-// little else but look for garbage that is not there. What it holds beyond the limit it gives back, which Go by itself takes minutes for.
+// follow sets the limit anew after each collection of garbage: where more is in use than the limit, as while a machine is saved, the sentry
+// would do little else but look for garbage that is not there. What it holds beyond the limit it gives back, which Go by itself takes
+// minutes for.
 func follow(limit int64) {
 	samples := []metrics.Sample{{Name: "/gc/heap/live:bytes"}, {Name: "/memory/classes/total:bytes"}, {Name: "/memory/classes/heap/released:bytes"}}
 	type collected struct{ self *collected } // it has a pointer, so it is no part of a block of others

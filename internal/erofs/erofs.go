@@ -1,8 +1,8 @@
-// Package erofs writes and reads file system images in the plain form of EROFS that gVisor can boot from: no compression, no chunks, no extended
-// attributes, and no inline data of regular files, which gVisor cannot map. It knows nothing of templates or sandboxes.
+// Package erofs writes and reads file system images in the plain form of EROFS that gVisor can boot from: no compression, no chunks, no
+// extended attributes, and no inline data of regular files, which gVisor cannot map. It knows nothing of templates or sandboxes.
 //
-// An image is written front to back: a block for the super block, then the contents of files in any order, and the tree at the end. So contents
-// are streamed into it while the tree still changes. See https://docs.kernel.org/filesystems/erofs.html and erofs_fs.h of Linux.
+// An image is written front to back: a block for the super block, then the contents of files in any order, and the tree at the end. So
+// contents are streamed into it while the tree still changes. See https://docs.kernel.org/filesystems/erofs.html and erofs_fs.h of Linux.
 package erofs
 
 import (
@@ -83,7 +83,8 @@ func NewWriter(f *os.File) *Writer { return &Writer{f: f, next: 1, buf: make([]b
 // Size is how many bytes the image has so far.
 func (w *Writer) Size() int64 { return int64(w.next) * BlockSize }
 
-// Add writes the content of a file and says where it is. Whatever of it is zero blocks takes no room on disk. An error of r is given as it is.
+// Add writes the content of a file and says where it is. Whatever of it is zero blocks takes no room on disk. An error of r is given as it
+// is.
 func (w *Writer) Add(r io.Reader) (Extent, error) {
 	e := Extent{Block: w.next}
 	for {

@@ -36,8 +36,8 @@ var fileTypes = map[uint16]byte{unix.S_IFREG: 1, unix.S_IFDIR: 2, unix.S_IFCHR: 
 // placed is a node with its first directory, in the order of the image.
 type placed struct{ node, parent *Node }
 
-// Finish writes the tree of which root is the root, and with that the image is whole. The tree must not have changed its extents since they were
-// given, nor contain itself.
+// Finish writes the tree of which root is the root, and with that the image is whole. The tree must not have changed its extents since they
+// were given, nor contain itself.
 func (w *Writer) Finish(root *Node) error {
 	all, err := collect(root)
 	if err != nil {

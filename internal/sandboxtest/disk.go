@@ -13,8 +13,8 @@ import (
 // onDiskVar names the directory that the run of a test on a small disk is for.
 const onDiskVar = "SOULBOX_TEST_SMALL_DISK"
 
-// OnSmallDisk does something with a file system in memory of so many bytes: a real one, which can be full. An ordinary user mounts it in a user
-// namespace, in which the test runs once more.
+// OnSmallDisk does something with a file system in memory of so many bytes: a real one, which can be full. An ordinary user mounts it in a
+// user namespace, in which the test runs once more.
 func OnSmallDisk(t *testing.T, size int64, do func(dir string)) {
 	t.Helper()
 	dir := os.Getenv(onDiskVar)

@@ -170,8 +170,8 @@ func readCheckpoint(dir string) (string, error) {
 	return string(name), err
 }
 
-// Checkpoint implements sandbox.Machine. What is saved is the agent itself: the first machine that begins from it has the memory, all others
-// are new.
+// Checkpoint implements sandbox.Machine. What is saved is the agent itself: the first machine that begins from it has the memory, all
+// others are new.
 func (c *fakeConn) Checkpoint(_ context.Context, dir string, o sandbox.CheckpointOptions) error {
 	for range 2 {
 		if c.fake.HangSave != nil {

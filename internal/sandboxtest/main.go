@@ -24,8 +24,9 @@ const runtimeVar = "SOULBOX_RUNTIME_DIR"
 // ordinaryID is the user that tests run as when they were started as root.
 const ordinaryID = 65_432
 
-// Main runs a package's tests and, when it was started as root, runs them again as an ordinary user with an empty home. Where asRoot names tests, root
-// runs these alone, if not asked for others by -run: what depends on who it is. What needs runsc fails where runsc does not run: nothing is skipped.
+// Main runs a package's tests and, when it was started as root, runs them again as an ordinary user with an empty home. Where asRoot names
+// tests, root runs these alone, if not asked for others by -run: what depends on who it is. What needs runsc fails where runsc does not
+// run: nothing is skipped.
 func Main(m *testing.M, asRoot ...string) {
 	flag.Parse()
 	run := flag.Lookup("test.run").Value

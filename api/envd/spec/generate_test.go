@@ -1,4 +1,5 @@
-// Package spec_test makes the Go code of the services in this directory, and checks that it is what is committed: UPDATE_GOLDEN=1 writes it.
+// Package spec_test makes the Go code of the services in this directory, and checks that it is what is committed: UPDATE_GOLDEN=1 writes
+// it.
 package spec_test
 
 import (
