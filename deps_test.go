@@ -19,30 +19,34 @@ const module = "soulbox.dev/soulbox"
 
 // mayImport is the graph of DESIGN.md: which of our packages each may import. Tests may also use internal/sandboxtest.
 var mayImport = map[string][]string{
-	"access":                               {},
-	"agent":                                {"internal/names"},
-	"sandbox":                              {"access", "agent"},
-	"internal/erofs":                       {},
-	"internal/wholenum":                    {},
-	"gvisor/patch":                         {},
-	"internal/names":                       {},
-	"gvisor":                               {"sandbox", "internal/erofs"},
-	"template":                             {"access", "sandbox", "agent", "internal/erofs", "internal/names"},
-	"mcpserver":                            {"access"},
-	"tools":                                {"access", "sandbox", "agent", "template", "internal/wholenum", "internal/names"},
-	"resources":                            {"sandbox", "agent", "template", "internal/names"},
-	"internal/sandboxtest":                 {"sandbox", "agent", "internal/erofs"},
-	"cmd/soulbox-agent":                    {"agent"},
-	"api":                                  {"access", "sandbox", "agent", "template", "api/envd", "api/client", "internal/wholenum", "internal/names"},
-	"api/client":                           {"internal/names", "api/envd/spec/process", "api/envd/spec/filesystem", "api/envd/spec/process/processconnect", "api/envd/spec/filesystem/filesystemconnect"},
-	"api/envd":                             {"internal/names", "access", "sandbox", "agent", "api/client", "api/envd/spec/process", "api/envd/spec/filesystem", "api/envd/spec/process/processconnect", "api/envd/spec/filesystem/filesystemconnect"},
-	"api/envd/spec":                        {},
-	"api/envd/spec/process":                {},
-	"api/envd/spec/filesystem":             {},
-	"api/envd/spec/process/processconnect": {"api/envd/spec/process"},
+	"access":               {},
+	"agent":                {"internal/names"},
+	"sandbox":              {"access", "agent"},
+	"internal/erofs":       {},
+	"internal/wholenum":    {},
+	"gvisor/patch":         {},
+	"internal/names":       {},
+	"gvisor":               {"sandbox", "internal/erofs"},
+	"template":             {"access", "sandbox", "agent", "internal/erofs", "internal/names"},
+	"mcpserver":            {"access"},
+	"tools":                {"access", "sandbox", "agent", "template", "internal/wholenum", "internal/names"},
+	"resources":            {"sandbox", "agent", "template", "internal/names"},
+	"internal/sandboxtest": {"sandbox", "agent", "internal/erofs"},
+	"cmd/soulbox-agent":    {"agent"},
+	"api": {"access", "sandbox", "agent", "template", "api/envd", "api/client", "internal/wholenum",
+		"internal/names"},
+	"api/client": {"internal/names", "api/envd/spec/process", "api/envd/spec/filesystem",
+		"api/envd/spec/process/processconnect", "api/envd/spec/filesystem/filesystemconnect"},
+	"api/envd": {"internal/names", "access", "sandbox", "agent", "api/client", "api/envd/spec/process",
+		"api/envd/spec/filesystem", "api/envd/spec/process/processconnect", "api/envd/spec/filesystem/filesystemconnect"},
+	"api/envd/spec":                              {},
+	"api/envd/spec/process":                      {},
+	"api/envd/spec/filesystem":                   {},
+	"api/envd/spec/process/processconnect":       {"api/envd/spec/process"},
 	"api/envd/spec/filesystem/filesystemconnect": {"api/envd/spec/filesystem"},
-	"cmd/soulbox-mcp": {"access", "agent", "sandbox", "gvisor", "template", "mcpserver", "tools", "resources", "api", "api/envd", "api/client"},
-	"cmd/soulbox":     {"api/client", "internal/names"},
+	"cmd/soulbox-mcp": {"access", "agent", "sandbox", "gvisor", "template", "mcpserver", "tools", "resources",
+		"api", "api/envd", "api/client"},
+	"cmd/soulbox": {"api/client", "internal/names"},
 }
 
 // testsMayImport adds to mayImport for tests: a runtime is tested with the domain on top and a template below.
@@ -72,17 +76,19 @@ var onlyIn = map[string][]string{
 	"github.com/coreos/go-oidc":              {"cmd/soulbox-mcp"},
 	"github.com/charmbracelet":               {"tools"},
 	"github.com/creack/pty":                  {"agent"},
-	"connectrpc.com/connect":                 {"api/envd", "api/client", "api/envd/spec/process/processconnect", "api/envd/spec/filesystem/filesystemconnect"},
-	"golang.org/x/crypto":                    {"cmd/soulbox-mcp"},
-	"github.com/spf13":                       {"cmd/soulbox"},
-	"github.com/schollz/progressbar":         {"cmd/soulbox"},
-	"github.com/BurntSushi/toml":             {"cmd/soulbox"},
-	"github.com/rogpeppe/go-internal":        {"cmd/soulbox"},
-	"golang.org/x/term":                      {"cmd/soulbox"},
+	"connectrpc.com/connect": {"api/envd", "api/client", "api/envd/spec/process/processconnect",
+		"api/envd/spec/filesystem/filesystemconnect"},
+	"golang.org/x/crypto":             {"cmd/soulbox-mcp"},
+	"github.com/spf13":                {"cmd/soulbox"},
+	"github.com/schollz/progressbar":  {"cmd/soulbox"},
+	"github.com/BurntSushi/toml":      {"cmd/soulbox"},
+	"github.com/rogpeppe/go-internal": {"cmd/soulbox"},
+	"golang.org/x/term":               {"cmd/soulbox"},
 }
 
 // agentMayUse are the libraries of the agent, which must stay small.
-var agentMayUse = []string{"github.com/sourcegraph/jsonrpc2", "github.com/hashicorp/yamux", "github.com/creack/pty", "github.com/fsnotify/fsnotify", "golang.org/x/sys", module + "/internal/names"}
+var agentMayUse = []string{"github.com/sourcegraph/jsonrpc2", "github.com/hashicorp/yamux", "github.com/creack/pty",
+	"github.com/fsnotify/fsnotify", "golang.org/x/sys", module + "/internal/names"}
 
 func TestImports(t *testing.T) {
 	seen := map[string]bool{}
@@ -112,7 +118,10 @@ func TestImports(t *testing.T) {
 			}
 			first, _, _ := strings.Cut(imported, "/")
 			if pkg == "agent" && !test && strings.Contains(first, ".") &&
-				!slices.ContainsFunc(agentMayUse, func(lib string) bool { return imported == lib || strings.HasPrefix(imported, lib+"/") }) {
+				!slices.ContainsFunc(agentMayUse, func(lib string) bool {
+					return imported == lib ||
+						strings.HasPrefix(imported, lib+"/")
+				}) {
 				t.Errorf("%s imports %s: the agent is to stay small", file, imported)
 			}
 		}

@@ -273,7 +273,8 @@ func TestStdinBackPressure(t *testing.T) {
 
 func TestOutputStream(t *testing.T) {
 	c, _ := pair(t)
-	s, err := c.Start(t.Context(), StartRequest{Command: "for i in 1 2 3; do echo out$i; echo err$i >&2; done; read x; echo $x", KeepStdin: true})
+	s, err := c.Start(t.Context(), StartRequest{Command: "for i in 1 2 3; do echo out$i; echo err$i >&2; done; read x; echo $x",
+		KeepStdin: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -538,10 +539,12 @@ func TestLargeAnswers(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "text"), bytes.Repeat([]byte(strings.Repeat("<", 299)+"\n"), 2000), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if r, err := c.Search(t.Context(), SearchRequest{Path: dir, Pattern: "<", Glob: "text"}); err != nil || !r.More || len(r.Matches) < 100 {
+	if r, err := c.Search(t.Context(), SearchRequest{Path: dir, Pattern: "<", Glob: "text"}); err != nil || !r.More ||
+		len(r.Matches) < 100 {
 		t.Fatal(len(r.Matches), err)
 	}
-	if _, err := c.Start(t.Context(), StartRequest{Command: "cat", Stdin: make([]byte, 900_000)}); !errors.Is(err, ErrTooLarge) || errors.Is(err, ErrLost) {
+	if _, err := c.Start(t.Context(), StartRequest{Command: "cat", Stdin: make([]byte, 900_000)}); !errors.Is(err, ErrTooLarge) ||
+		errors.Is(err, ErrLost) {
 		t.Fatal(err)
 	}
 	run(t, c, StartRequest{Command: "true"})

@@ -35,9 +35,10 @@ func forged(t *testing.T, result string) *Client {
 		var hd header
 		_ = readMessage(stream, &hd)
 		raw := json.RawMessage(result)
-		conn := jsonrpc2.NewConn(context.Background(), messageStream{stream}, handlerFunc(func(ctx context.Context, c *jsonrpc2.Conn, r *jsonrpc2.Request) {
-			_ = c.Reply(ctx, r.ID, &raw)
-		}), quiet)
+		conn := jsonrpc2.NewConn(context.Background(), messageStream{stream},
+			handlerFunc(func(ctx context.Context, c *jsonrpc2.Conn, r *jsonrpc2.Request) {
+				_ = c.Reply(ctx, r.ID, &raw)
+			}), quiet)
 		<-conn.DisconnectNotify()
 	}()
 	c, err := NewClient(t.Context(), host, "test")
@@ -61,17 +62,25 @@ func TestForgedAnswers(t *testing.T) {
 		"many":      {list("{}", 300_000), func(c *Client) error { _, err := c.List(ctx, ListRequest{}); return err }},
 		"lists":     {list("[]", 300_000), func(c *Client) error { _, err := c.List(ctx, ListRequest{}); return err }},
 		"a command": {`[{"command":"` + long + `"}]`, func(c *Client) error { _, err := c.List(ctx, ListRequest{}); return err }},
-		"an id":     {`{"process":{"id":"` + long[:200] + `"}}`, func(c *Client) error { _, err := c.Start(ctx, StartRequest{}); return err }},
-		"output":    {`{"output":{"head":"` + strings.Repeat("AAAA", maxWindow/3+2) + `"}}`, func(c *Client) error { _, err := c.Wait(ctx, WaitRequest{}); return err }},
-		"files":     {`{"entries":` + list("{}", maxEntries+1) + `}`, func(c *Client) error { _, err := c.Dir(ctx, DirRequest{}); return err }},
-		"a path":    {`{"path":"` + long + `"}`, func(c *Client) error { _, err := c.Stat(ctx, "/"); return err }},
-		"a link":    {`{"link":{"target":"` + long + `"}}`, func(c *Client) error { _, err := c.Lstat(ctx, "/"); return err }},
-		"matches":   {`{"matches":` + list("{}", maxEntries+1) + `}`, func(c *Client) error { _, err := c.Search(ctx, SearchRequest{}); return err }},
-		"variables": {fmt.Sprintf(`{%q:%q}`, "A", strings.Repeat("x", maxCommand+1)), func(c *Client) error { _, err := c.Environment(ctx); return err }},
-		"events":    {`{"events":` + list("{}", maxEvents+1) + `}`, func(c *Client) error { _, err := c.Usage(ctx, nil); return err }},
-		"changes":   {`{"events":` + list("{}", maxTreeBatch+1) + `}`, func(c *Client) error { _, err := c.WatchTree(ctx, TreeRequest{}); return err }},
-		"killed":    {`{"killed":` + list("{}", maxRelieved+1) + `}`, func(c *Client) error { _, err := c.Relieve(ctx, RelieveRequest{}); return err }},
-		"names":     {`{"env":` + list(`"x"`, maxEntries+1) + `}`, func(c *Client) error { _, err := c.Shell(ctx, ShellRequest{}); return err }},
+		"an id": {`{"process":{"id":"` + long[:200] + `"}}`,
+			func(c *Client) error { _, err := c.Start(ctx, StartRequest{}); return err }},
+		"output": {`{"output":{"head":"` + strings.Repeat("AAAA", maxWindow/3+2) + `"}}`,
+			func(c *Client) error { _, err := c.Wait(ctx, WaitRequest{}); return err }},
+		"files": {`{"entries":` + list("{}", maxEntries+1) + `}`,
+			func(c *Client) error { _, err := c.Dir(ctx, DirRequest{}); return err }},
+		"a path": {`{"path":"` + long + `"}`, func(c *Client) error { _, err := c.Stat(ctx, "/"); return err }},
+		"a link": {`{"link":{"target":"` + long + `"}}`, func(c *Client) error { _, err := c.Lstat(ctx, "/"); return err }},
+		"matches": {`{"matches":` + list("{}", maxEntries+1) + `}`,
+			func(c *Client) error { _, err := c.Search(ctx, SearchRequest{}); return err }},
+		"variables": {fmt.Sprintf(`{%q:%q}`, "A", strings.Repeat("x", maxCommand+1)),
+			func(c *Client) error { _, err := c.Environment(ctx); return err }},
+		"events": {`{"events":` + list("{}", maxEvents+1) + `}`, func(c *Client) error { _, err := c.Usage(ctx, nil); return err }},
+		"changes": {`{"events":` + list("{}", maxTreeBatch+1) + `}`,
+			func(c *Client) error { _, err := c.WatchTree(ctx, TreeRequest{}); return err }},
+		"killed": {`{"killed":` + list("{}", maxRelieved+1) + `}`,
+			func(c *Client) error { _, err := c.Relieve(ctx, RelieveRequest{}); return err }},
+		"names": {`{"env":` + list(`"x"`, maxEntries+1) + `}`,
+			func(c *Client) error { _, err := c.Shell(ctx, ShellRequest{}); return err }},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if err := f.call(forged(t, f.answer)); !errors.Is(err, ErrTooLarge) {

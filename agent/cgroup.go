@@ -45,7 +45,8 @@ func (l groupLimits) write(dir *os.File) error {
 		return strconv.FormatInt(n, 10)
 	}
 	for _, f := range [][2]string{
-		{"pids.max", most(l.pids)}, {"memory.max", most(l.memory)}, {"cpu.max", fmt.Sprintf("%s %d", most(int64(l.cpu*cpuPeriod)), cpuPeriod)},
+		{"pids.max", most(l.pids)}, {"memory.max", most(l.memory)},
+		{"cpu.max", fmt.Sprintf("%s %d", most(int64(l.cpu*cpuPeriod)), cpuPeriod)},
 	} {
 		if err := writeAt(dir, f[0], f[1]); err != nil {
 			return fmt.Errorf("limit %s: %w", f[0], err)

@@ -57,7 +57,8 @@ func NewClient(ctx context.Context, conn io.ReadWriteCloser, version string) (_ 
 		return nil, fmt.Errorf("%w: %w", err, ErrLost)
 	}
 	if guest.Error != "" || guest.Protocol != Protocol {
-		return nil, fmt.Errorf("agent %q speaks protocol %d, this host %q speaks %d: %w", clip(guest.Version, 40), guest.Protocol, version, Protocol, ErrVersion)
+		return nil, fmt.Errorf("agent %q speaks protocol %d, this host %q speaks %d: %w", clip(guest.Version, 40), guest.Protocol, version,
+			Protocol, ErrVersion)
 	}
 	c.boot, c.version, c.level = clip(guest.Boot, 64), clip(guest.Version, 40), guest.Level
 	mux := newBufferedConn(nil, c.conn)
@@ -222,7 +223,8 @@ func (c *Client) Configure(ctx context.Context, config Config) error {
 // Start starts a process and waits up to req.WaitMS for its end; a short command is answered in this one round trip.
 func (c *Client) Start(ctx context.Context, req StartRequest) (Snapshot, error) {
 	if c.level < 2 && req.hasBytes() {
-		return Snapshot{}, fmt.Errorf("start: the sandbox was made by an older version, which takes no arguments that are not text: %w", ErrVersion)
+		return Snapshot{}, fmt.Errorf("start: the sandbox was made by an older version, which takes no arguments that are not text: %w",
+			ErrVersion)
 	}
 	return call[Snapshot](ctx, c, callStart, req)
 }

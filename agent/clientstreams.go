@@ -77,7 +77,8 @@ type WriteOptions struct {
 
 // WriteFile writes what r gives to a file.
 func (c *Client) WriteFile(ctx context.Context, path string, r io.Reader, o WriteOptions) (FileInfo, error) {
-	stream, _, end, err := c.begin(ctx, header{Stream: streamWrite, Path: path, Mode: o.Mode, User: o.User, Perm: o.Perm, Parents: !o.NoDirs, Attrs: o.Attrs, AttrsBelow: o.AttrsBelow})
+	stream, _, end, err := c.begin(ctx, header{Stream: streamWrite, Path: path, Mode: o.Mode, User: o.User, Perm: o.Perm,
+		Parents: !o.NoDirs, Attrs: o.Attrs, AttrsBelow: o.AttrsBelow})
 	if err != nil {
 		return FileInfo{}, err
 	}

@@ -56,7 +56,8 @@ func newCollector() (*collector, error) {
 	if err := unix.SetNonblock(fd, true); err != nil { // os.NewFile goes by it
 		return nil, errors.Join(fmt.Errorf("make epoll: %w", err), unix.Close(fd))
 	}
-	c := &collector{epoll: os.NewFile(uintptr(fd), "epoll"), pipes: map[token]*outputPipe{}, ends: map[token]processEnd{}, done: make(chan struct{})}
+	c := &collector{epoll: os.NewFile(uintptr(fd), "epoll"), pipes: map[token]*outputPipe{}, ends: map[token]processEnd{},
+		done: make(chan struct{})}
 	go c.run()
 	return c, nil
 }

@@ -40,7 +40,8 @@ var (
 var kinds = map[string]error{
 	"no_process": ErrNoProcess, "ended": ErrEnded, "tag_in_use": ErrTagInUse, "no_user": ErrNoUser, "no_signal": ErrNoSignal,
 	"stdin": ErrStdin, "invalid": ErrInvalid, "too_large": ErrTooLarge, "not_regular": ErrNotRegular, "not_text": ErrNotText,
-	"no_match": ErrNoMatch, "ambiguous": ErrAmbiguous, "changing": ErrChanging, "cwd": ErrCwd, "limit": ErrLimit, "no_terminal": ErrNoTerminal, "command": ErrCommand,
+	"no_match": ErrNoMatch, "ambiguous": ErrAmbiguous, "changing": ErrChanging, "cwd": ErrCwd, "limit": ErrLimit,
+	"no_terminal": ErrNoTerminal, "command": ErrCommand,
 	"no_watch": ErrNoWatch, "watches": ErrWatches,
 }
 

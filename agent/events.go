@@ -79,7 +79,8 @@ func (s *Server) noteEnd(p *process) {
 	ended, status, cause := p.ended, p.status, p.cause
 	p.mu.Unlock()
 	code, signal := exitCode(status)
-	s.events.add(Event{Time: ended, Kind: EventEnded, Process: p.id, Tag: p.req.Tag, ExitCode: code, Signal: signal, Cause: cause, TookMS: ended.Sub(p.started).Milliseconds()})
+	s.events.add(Event{Time: ended, Kind: EventEnded, Process: p.id, Tag: p.req.Tag, ExitCode: code, Signal: signal, Cause: cause,
+		TookMS: ended.Sub(p.started).Milliseconds()})
 }
 
 // noteKill notes what was killed for the memory that it took.

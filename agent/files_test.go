@@ -63,10 +63,12 @@ func TestWriteAndRead(t *testing.T) {
 	if _, err := c.WriteFile(t.Context(), name, strings.NewReader("x"), WriteOptions{Mode: ModeCreate}); !errors.Is(err, fs.ErrExist) {
 		t.Fatal(err)
 	}
-	if _, err := c.WriteFile(t.Context(), filepath.Join(dir, "no/file"), strings.NewReader("x"), WriteOptions{NoDirs: true}); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := c.WriteFile(t.Context(), filepath.Join(dir, "no/file"), strings.NewReader("x"),
+		WriteOptions{NoDirs: true}); !errors.Is(err, fs.ErrNotExist) {
 		t.Fatal(err)
 	}
-	if _, err := c.WriteFile(t.Context(), filepath.Join(name, "under"), strings.NewReader("x"), WriteOptions{}); !errors.Is(err, syscall.ENOTDIR) {
+	if _, err := c.WriteFile(t.Context(), filepath.Join(name, "under"), strings.NewReader("x"), WriteOptions{}); !errors.Is(err,
+		syscall.ENOTDIR) {
 		t.Fatal(err)
 	}
 	large := strings.Repeat("0123456789abcdef", 1<<20)
@@ -85,7 +87,8 @@ func TestCutOffWriteLeavesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancelCause(t.Context())
-	stuck := io.MultiReader(strings.NewReader(strings.Repeat("x", 100_000)), readerFunc(func([]byte) (int, error) { cancel(why); return 0, why }))
+	stuck := io.MultiReader(strings.NewReader(strings.Repeat("x", 100_000)),
+		readerFunc(func([]byte) (int, error) { cancel(why); return 0, why }))
 	if _, err := c.WriteFile(ctx, name, stuck, WriteOptions{Mode: ModeAppend}); !errors.Is(err, why) {
 		t.Fatal(err)
 	}
@@ -165,7 +168,8 @@ func TestPaths(t *testing.T) {
 	c, _ := pair(t)
 	for name, want := range map[string]error{
 		"": ErrInvalid, "relative": ErrInvalid, "./x": ErrInvalid, "/a/../etc/passwd": ErrInvalid, "/..": ErrInvalid, "/a\x00b": ErrInvalid,
-		"/" + strings.Repeat("x", 5000): syscall.ENAMETOOLONG, "/" + strings.Repeat("x", 300): syscall.ENAMETOOLONG, "/no/such": fs.ErrNotExist,
+		"/" + strings.Repeat("x", 5000): syscall.ENAMETOOLONG, "/" + strings.Repeat("x", 300): syscall.ENAMETOOLONG,
+		"/no/such": fs.ErrNotExist,
 	} {
 		_, _, rerr := c.ReadFile(t.Context(), name, 0, 1)
 		_, serr := c.Stat(t.Context(), name)
@@ -333,7 +337,8 @@ func TestWritesAtOnce(t *testing.T) {
 		var all sync.WaitGroup
 		for i := range n {
 			all.Go(func() {
-				_, err := c.WriteFile(t.Context(), filepath.Join(dir, fmt.Sprintf("new%d", round)), strings.NewReader("x"), WriteOptions{Mode: ModeCreate})
+				_, err := c.WriteFile(t.Context(), filepath.Join(dir, fmt.Sprintf("new%d", round)), strings.NewReader("x"),
+					WriteOptions{Mode: ModeCreate})
 				if err == nil {
 					created.Add(1)
 				} else if !errors.Is(err, fs.ErrExist) {
@@ -341,7 +346,8 @@ func TestWritesAtOnce(t *testing.T) {
 				}
 			})
 			all.Go(func() {
-				if _, err := c.WriteFile(t.Context(), filepath.Join(dir, fmt.Sprintf("log%d", round)), strings.NewReader(fmt.Sprintf("%d\n", i)), WriteOptions{Mode: ModeAppend}); err != nil {
+				if _, err := c.WriteFile(t.Context(), filepath.Join(dir, fmt.Sprintf("log%d", round)),
+					strings.NewReader(fmt.Sprintf("%d\n", i)), WriteOptions{Mode: ModeAppend}); err != nil {
 					t.Error(err)
 				}
 			})
@@ -387,8 +393,9 @@ func TestWritesAtOnce(t *testing.T) {
 func TestSearch(t *testing.T) {
 	c, dir := pair(t)
 	for name, body := range map[string]string{
-		"main.go": "package main\nfunc main() {}\n", "sub/a.go": "package sub\n", "sub/deep/b.txt": "package text\n", "bin": "package\x00", ".git/x.go": "package git\n",
-		"long": strings.Repeat("é", 5000) + "package" + strings.Repeat("x", 5000) + "\n",
+		"main.go": "package main\nfunc main() {}\n", "sub/a.go": "package sub\n", "sub/deep/b.txt": "package text\n", "bin": "package\x00",
+		".git/x.go": "package git\n",
+		"long":      strings.Repeat("é", 5000) + "package" + strings.Repeat("x", 5000) + "\n",
 	} {
 		put(t, c, filepath.Join(dir, name), body, WriteOptions{})
 	}
@@ -423,13 +430,15 @@ func TestSearch(t *testing.T) {
 			t.Errorf("%s: got %s", label, got)
 		}
 	}
-	for label, req := range map[string]SearchRequest{"nothing": {}, "bad pattern": {Pattern: "("}, "bad glob": {Glob: "a[b"}, "open brace": {Glob: "{a,b"}} {
+	for label, req := range map[string]SearchRequest{"nothing": {}, "bad pattern": {Pattern: "("}, "bad glob": {Glob: "a[b"},
+		"open brace": {Glob: "{a,b"}} {
 		req.Path = dir
 		if _, err := c.Search(t.Context(), req); !errors.Is(err, ErrInvalid) {
 			t.Errorf("%s: %v", label, err)
 		}
 	}
-	if r, err := c.Search(t.Context(), SearchRequest{Path: dir, Pattern: "package", Limit: 2}); err != nil || len(r.Matches) != 2 || !r.More {
+	if r, err := c.Search(t.Context(), SearchRequest{Path: dir, Pattern: "package", Limit: 2}); err != nil || len(r.Matches) != 2 ||
+		!r.More {
 		t.Error(r, err)
 	}
 }
@@ -445,7 +454,8 @@ func TestAttributes(t *testing.T) {
 	if err != nil || info.Attrs["a"] != "1" || info.Attrs["b"] != "2" {
 		t.Fatal(info, err)
 	}
-	if info, err = c.Setattr(t.Context(), PathRequest{Path: name, Attrs: map[string]string{"a": "", "never": ""}}); err != nil || len(info.Attrs) != 1 {
+	if info, err = c.Setattr(t.Context(), PathRequest{Path: name, Attrs: map[string]string{"a": "", "never": ""}}); err != nil ||
+		len(info.Attrs) != 1 {
 		t.Fatal(info, err)
 	}
 }

@@ -137,7 +137,8 @@ func TestListGoesOn(t *testing.T) {
 // TestLinks: a link is described by itself and by where it leads; attributes of a file stay when it is replaced, unless others are given.
 func TestLinks(t *testing.T) {
 	c, dir := pair(t)
-	target, link, dead, loop := filepath.Join(dir, "file"), filepath.Join(dir, "link"), filepath.Join(dir, "dead"), filepath.Join(dir, "loop")
+	target, link, dead, loop := filepath.Join(dir, "file"), filepath.Join(dir, "link"), filepath.Join(dir, "dead"),
+		filepath.Join(dir, "loop")
 	put(t, c, target, "x", WriteOptions{Perm: 0o640})
 	for name, to := range map[string]string{link: "file", dead: "nowhere", loop: "loop"} {
 		if err := os.Symlink(to, name); err != nil {
@@ -148,7 +149,8 @@ func TestLinks(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if f, err := c.Lstat(t.Context(), link); err != nil || f.Type != TypeSymlink || f.Link == nil || f.Link.Target != real || f.Link.Type != TypeFile || f.Link.Mode != "0640" || f.Link.Permissions[0] != 'L' {
+	if f, err := c.Lstat(t.Context(), link); err != nil || f.Type != TypeSymlink || f.Link == nil || f.Link.Target != real ||
+		f.Link.Type != TypeFile || f.Link.Mode != "0640" || f.Link.Permissions[0] != 'L' {
 		t.Fatalf("%+v %+v %v", f, f.Link, err)
 	}
 	for _, name := range []string{dead, loop} {
@@ -174,7 +176,8 @@ func TestLinks(t *testing.T) {
 	if f := put(t, c, target, "z", WriteOptions{Attrs: map[string]string{"b": "2"}}); f.Attrs["e2b.a"] != "" || f.Attrs["b"] != "2" {
 		t.Errorf("%v", f.Attrs)
 	}
-	if _, err := c.WriteFile(t.Context(), target, strings.NewReader("w"), WriteOptions{Attrs: map[string]string{"b": strings.Repeat("x", 1<<20)}}); err == nil {
+	if _, err := c.WriteFile(t.Context(), target, strings.NewReader("w"),
+		WriteOptions{Attrs: map[string]string{"b": strings.Repeat("x", 1<<20)}}); err == nil {
 		t.Error("an attribute of a megabyte")
 	}
 	r, _, err := c.ReadFile(t.Context(), target, 0, -1)

@@ -73,7 +73,8 @@ func (n *inotify) read() ([]rawEvent, error) {
 		if end := bytes.IndexByte(name, 0); end >= 0 {
 			name = name[:end]
 		}
-		events = append(events, rawEvent{int32(binary.NativeEndian.Uint32(b)), binary.NativeEndian.Uint32(b[4:]), binary.NativeEndian.Uint32(b[8:]), string(name)})
+		events = append(events, rawEvent{int32(binary.NativeEndian.Uint32(b)), binary.NativeEndian.Uint32(b[4:]),
+			binary.NativeEndian.Uint32(b[8:]), string(name)})
 		b = b[unix.SizeofInotifyEvent+length:]
 	}
 	return events, nil

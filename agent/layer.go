@@ -52,7 +52,8 @@ func (s *Server) serveChanges(ctx context.Context, stream *yamux.Stream, h heade
 		return
 	}
 	shells := s.shells.dir
-	if err := errors.Join(os.MkdirAll(s.opts.SpoolDir, 0o700), os.MkdirAll(shells, 0o700)); err != nil { // whatever is above them then is no change
+	if err := errors.Join(os.MkdirAll(s.opts.SpoolDir, 0o700),
+		os.MkdirAll(shells, 0o700)); err != nil { // whatever is above them then is no change
 		_ = writeMessage(stream, answer{Error: wireError(err)})
 		return
 	}
@@ -64,7 +65,8 @@ func (s *Server) serveChanges(ctx context.Context, stream *yamux.Stream, h heade
 	from, to := io.Pipe()
 	defer from.Close() // the walk ends with its reader
 	out := bufio.NewWriterSize(to, 128<<10)
-	w := &layerWriter{ctx: ctx, now: map[string]map[string]fileKey{}, links: map[uint64]string{}, skip: map[string]bool{path.Clean(s.opts.SpoolDir): true, path.Clean(shells): true, agentPath: true, BuildDir: true}}
+	w := &layerWriter{ctx: ctx, now: map[string]map[string]fileKey{}, links: map[uint64]string{},
+		skip: map[string]bool{path.Clean(s.opts.SpoolDir): true, path.Clean(shells): true, agentPath: true, BuildDir: true}}
 	if h.Mode != modeAll {
 		w.old = s.marked.dirs
 	}
@@ -221,7 +223,8 @@ func (w *layerWriter) entry(full, name string, st *unix.Stat_t) error {
 	if w.tar == nil {
 		return nil
 	}
-	h := &tar.Header{Name: name, Mode: int64(st.Mode & 0o7777), Uid: int(st.Uid), Gid: int(st.Gid), ModTime: time.Unix(int64(st.Mtim.Sec), 0)} // layers have seconds
+	h := &tar.Header{Name: name, Mode: int64(st.Mode & 0o7777), Uid: int(st.Uid), Gid: int(st.Gid),
+		ModTime: time.Unix(int64(st.Mtim.Sec), 0)} // layers have seconds
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFDIR:
 		h.Typeflag, h.Name = tar.TypeDir, name+"/"

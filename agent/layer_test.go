@@ -77,7 +77,8 @@ func apply(t *testing.T, c *Client, root string, body []byte) {
 // listing says of every file below a directory what a layer has of it.
 func listing(t *testing.T, root string) string {
 	t.Helper()
-	out, err := exec.Command("bash", "-c", `cd "$1" && find . -mindepth 1 ! -type s \( -type d -printf '%P d %m %U %G\n' -o -type f -printf '%P f %m %U %G %T@ %s %n\n' -o -printf '%P %y %m %U %G %T@ %l\n' \) |
+	out, err := exec.Command("bash", "-c",
+		`cd "$1" && find . -mindepth 1 ! -type s \( -type d -printf '%P d %m %U %G\n' -o -type f -printf '%P f %m %U %G %T@ %s %n\n' -o -printf '%P %y %m %U %G %T@ %l\n' \) |
 		sed -E 's,([0-9])[.][0-9]+( |$),\1 ,' | sort; find . -type f -exec md5sum {} + | sort -k2`, "-", root).CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v: %s", err, out)
@@ -89,8 +90,10 @@ func listing(t *testing.T, root string) string {
 func TestChanges(t *testing.T) {
 	c, dir := pair(t)
 	root, copied := dir+"/root", dir+"/copied"
-	run(t, c, StartRequest{Command: "mkdir -p " + root + "; cd " + root + `; mkdir -p a/b/c d/e many; echo 1 > a/one; echo 2 > a/b/two; ln a/one a/same; ln -s one a/link; echo x > d/e/x; echo y > d/y;
-		for i in $(seq 2000); do echo $i > many/$i; done; echo keep > keep; touch -d '2001-02-03 04:05:06' keep; cp -a ` + root + " " + copied})
+	run(t, c, StartRequest{Command: "mkdir -p " + root + "; cd " + root +
+		`; mkdir -p a/b/c d/e many; echo 1 > a/one; echo 2 > a/b/two; ln a/one a/same; ln -s one a/link; echo x > d/e/x; echo y > d/y;
+		for i in $(seq 2000); do echo $i > many/$i; done; echo keep > keep; touch -d '2001-02-03 04:05:06' keep; cp -a ` + root + " " +
+		copied})
 	if _, err := c.changes(t.Context(), root, ""); !errors.Is(err, ErrInvalid) {
 		t.Fatal("without a mark:", err)
 	}
@@ -116,7 +119,8 @@ func TestChanges(t *testing.T) {
 	} {
 		run(t, c, StartRequest{Command: "cd " + root + " && " + step.script})
 		names, body := layerOf(t, c, root)
-		if all := "\n" + strings.Join(names, "\n") + "\n"; !strings.Contains(all, "\n"+step.want+"\n") || strings.Contains(all, "\n"+step.wantNot+"\n") {
+		if all := "\n" + strings.Join(names, "\n") + "\n"; !strings.Contains(all, "\n"+step.want+"\n") ||
+			strings.Contains(all, "\n"+step.wantNot+"\n") {
 			t.Errorf("%s: %d entries: %.300s", step.script, len(names), all)
 		}
 		apply(t, c, copied, body)
@@ -143,7 +147,8 @@ func TestUnpack(t *testing.T) {
 		return &b
 	}
 	to := dir + "/to"
-	err := c.Unpack(t.Context(), to, pack(tar.Header{Name: "../../up", Typeflag: tar.TypeReg, Size: 5}, tar.Header{Name: "/abs", Typeflag: tar.TypeReg}, tar.Header{Name: "hard", Typeflag: tar.TypeLink, Linkname: "../../abs"}))
+	err := c.Unpack(t.Context(), to, pack(tar.Header{Name: "../../up", Typeflag: tar.TypeReg, Size: 5},
+		tar.Header{Name: "/abs", Typeflag: tar.TypeReg}, tar.Header{Name: "hard", Typeflag: tar.TypeLink, Linkname: "../../abs"}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -158,7 +163,8 @@ func TestUnpack(t *testing.T) {
 	if err := c.Unpack(t.Context(), to, strings.NewReader(strings.Repeat("no tar ", 1000))); err == nil {
 		t.Error("no error")
 	}
-	if err := c.Unpack(t.Context(), to, io.MultiReader(pack(tar.Header{Name: "y", Typeflag: tar.TypeReg}), &failing{})); err == nil || !strings.Contains(err.Error(), "source failed") {
+	if err := c.Unpack(t.Context(), to, io.MultiReader(pack(tar.Header{Name: "y", Typeflag: tar.TypeReg}), &failing{})); err == nil ||
+		!strings.Contains(err.Error(), "source failed") {
 		t.Error(err)
 	}
 }

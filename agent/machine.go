@@ -122,7 +122,8 @@ func isBridge(conn *net.UnixConn) bool {
 	}
 	var cred *unix.Ucred
 	var cerr error
-	if err := raw.Control(func(fd uintptr) { cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil || cerr != nil || cred.Uid != 0 {
+	if err := raw.Control(func(fd uintptr) { cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil ||
+		cerr != nil || cred.Uid != 0 {
 		return false
 	}
 	in, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", cred.Pid))
@@ -149,7 +150,8 @@ func Attach(in io.Reader, out io.WriteCloser) error {
 func forgetChildren() error {
 	signal.Ignore(syscall.SIGCHLD) // now the runtime does not handle it, but the kernel would reap children by itself
 	byDefault := make([]uint64, 4) // struct sigaction of the kernel: SIG_DFL, no flags, no mask
-	_, _, errno := syscall.RawSyscall6(syscall.SYS_RT_SIGACTION, uintptr(syscall.SIGCHLD), uintptr(unsafe.Pointer(&byDefault[0])), 0, 8, 0, 0)
+	_, _, errno := syscall.RawSyscall6(syscall.SYS_RT_SIGACTION, uintptr(syscall.SIGCHLD), uintptr(unsafe.Pointer(&byDefault[0])), 0, 8, 0,
+		0)
 	if errno != 0 {
 		return fmt.Errorf("reset SIGCHLD: %w", errno)
 	}

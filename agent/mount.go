@@ -13,8 +13,9 @@ import (
 
 // MountRequest mounts something for a build, or takes it away again.
 type MountRequest struct {
-	Target   string `json:"target"`
-	Source   string `json:"source,omitempty"` // a file or directory below BuildDir that is seen at Target; "" is an empty directory in memory
+	Target string `json:"target"`
+	// A file or directory below BuildDir that is seen at Target; "" is an empty directory in memory.
+	Source   string `json:"source,omitempty"`
 	ReadOnly bool   `json:"read_only,omitempty"`
 	Size     int64  `json:"size,omitempty"` // of memory, in bytes
 	Unmount  bool   `json:"unmount,omitempty"`

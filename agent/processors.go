@@ -77,4 +77,5 @@ func (p *processors) giveBack() {
 }
 
 // laborious are the streams that may keep a processor busy. Others wait for most of their time.
-var laborious = map[string]bool{streamRead: true, streamWrite: true, streamOutput: true, streamStdin: true, streamDial: true, streamChanges: true, streamUnpack: true}
+var laborious = map[string]bool{streamRead: true, streamWrite: true, streamOutput: true, streamStdin: true, streamDial: true,
+	streamChanges: true, streamUnpack: true}

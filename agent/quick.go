@@ -50,7 +50,8 @@ func quickPipe(ours int) (fds [2]int, err error) {
 		return fds, err
 	}
 	fds = [2]int{int(made[0]), int(made[1])}
-	if _, err = quick(unix.SYS_FCNTL, uintptr(fds[ours]), unix.F_SETFL, unix.O_NONBLOCK, 0, 0); err != nil { // a fresh pipe has no other flags
+	if _, err = quick(unix.SYS_FCNTL, uintptr(fds[ours]), unix.F_SETFL, unix.O_NONBLOCK, 0,
+		0); err != nil { // a fresh pipe has no other flags
 		quickClose(fds[0])
 		quickClose(fds[1])
 	}
@@ -84,7 +85,8 @@ func quickStat(name string) (st unix.Statx_t, err error) {
 		return st, err
 	}
 	cwd := unix.AT_FDCWD
-	if _, err = quick(unix.SYS_STATX, uintptr(cwd), uintptr(unsafe.Pointer(path)), 0, unix.STATX_BASIC_STATS, uintptr(unsafe.Pointer(&st))); err != nil {
+	if _, err = quick(unix.SYS_STATX, uintptr(cwd), uintptr(unsafe.Pointer(path)), 0, unix.STATX_BASIC_STATS,
+		uintptr(unsafe.Pointer(&st))); err != nil {
 		err = &os.PathError{Op: "stat", Path: name, Err: err}
 	}
 	return st, err
@@ -97,7 +99,8 @@ func isDir(name string) bool {
 
 // quickWait takes the status of a child that has ended, or of any with -1; 0 is none.
 func quickWait(pid int) (got int, s exitStatus, err error) {
-	got, err = quick(unix.SYS_WAIT4, uintptr(pid), uintptr(unsafe.Pointer(&s.status)), unix.WALL|unix.WNOHANG, uintptr(unsafe.Pointer(&s.usage)), 0)
+	got, err = quick(unix.SYS_WAIT4, uintptr(pid), uintptr(unsafe.Pointer(&s.status)), unix.WALL|unix.WNOHANG,
+		uintptr(unsafe.Pointer(&s.usage)), 0)
 	return got, s, err
 }
 

@@ -70,7 +70,8 @@ func (s *Server) loads() []load {
 			continue
 		}
 		_, memory := p.group.usage(p.pid)
-		all = append(all, load{p: p, pids: pids, Relieved: Relieved{Process: p.id, Tag: p.req.Tag, PID: pids[0], Processes: len(pids), Memory: memory}})
+		all = append(all, load{p: p, pids: pids, Relieved: Relieved{Process: p.id, Tag: p.req.Tag, PID: pids[0], Processes: len(pids),
+			Memory: memory}})
 	}
 	slices.SortStableFunc(all, func(a, b load) int { return cmp.Compare(b.Memory, a.Memory) })
 	return all

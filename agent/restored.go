@@ -74,7 +74,8 @@ func openOwn(name string, perm fs.FileMode) (f *os.File, text string, err error)
 		f, err = os.OpenFile(name, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK, perm)
 		if err == nil {
 			var st unix.Stat_t
-			if err = unix.Fstat(int(f.Fd()), &st); err == nil && st.Mode&unix.S_IFMT == unix.S_IFREG && int(st.Uid) == os.Geteuid() && st.Nlink == 1 {
+			if err = unix.Fstat(int(f.Fd()), &st); err == nil && st.Mode&unix.S_IFMT == unix.S_IFREG && int(st.Uid) == os.Geteuid() &&
+				st.Nlink == 1 {
 				body, err := io.ReadAll(io.LimitReader(f, 64))
 				return f, string(body), errors.Join(err, f.Chmod(perm)) // the umask may have taken bits away
 			}

@@ -86,7 +86,8 @@ func NewServer(opts Options) (*Server, error) {
 	}
 	boot := make([]byte, 8)
 	rand.Read(boot)
-	s := &Server{opts: opts, boot: hex.EncodeToString(boot), shell: "/bin/sh", null: null, procs: map[string]*process{}, tags: map[string]*process{}, trees: newTrees(), generation: -1, starting: make(chan struct{}, starters)}
+	s := &Server{opts: opts, boot: hex.EncodeToString(boot), shell: "/bin/sh", null: null, procs: map[string]*process{},
+		tags: map[string]*process{}, trees: newTrees(), generation: -1, starting: make(chan struct{}, starters)}
 	if lookPath("/bin/bash", "/", nil) != "" {
 		s.shell = "/bin/bash"
 	}
@@ -170,7 +171,8 @@ func (s *Server) serve(conn io.ReadWriteCloser, reader *bufio.Reader) error {
 	}
 	mine := hello{Protocol: Protocol, Version: s.opts.Version, Boot: s.boot, Level: Level}
 	if host.Protocol != Protocol {
-		mine.Error = fmt.Sprintf("agent %s speaks protocol %d, host %s speaks %d", s.opts.Version, Protocol, clip(host.Version, 40), host.Protocol)
+		mine.Error = fmt.Sprintf("agent %s speaks protocol %d, host %s speaks %d", s.opts.Version, Protocol, clip(host.Version, 40),
+			host.Protocol)
 	}
 	if err := writeHello(conn, mine); err != nil || mine.Error != "" {
 		return errors.Join(err, conn.Close())

@@ -13,7 +13,8 @@ import (
 
 // shellValues are what variables get: as hard to quote as they come.
 var shellValues = []string{
-	"", "1", "a b", "two\nlines", `q"u'o$t\e` + "`", "\t\x01\x7f", "é ☃ 𝄞", bytesThatAreNoText, "  lead", "trail  ", "*", "~", "=", "-n", "$(false)", "a:b:c", "declare -x A=\"1\"\n",
+	"", "1", "a b", "two\nlines", `q"u'o$t\e` + "`", "\t\x01\x7f", "é ☃ 𝄞", bytesThatAreNoText, "  lead", "trail  ", "*", "~", "=", "-n",
+	"$(false)", "a:b:c", "declare -x A=\"1\"\n",
 	"}\n", "'", `\`, `\'`, `"`, "0",
 }
 
@@ -112,7 +113,8 @@ func sameAsOneShell(t *testing.T, c *Client, dir string, n int, seed uint64) {
 		}
 		place := func(kind string) (string, []string) {
 			at := filepath.Join(dir, fmt.Sprintf("%s%d", kind, i))
-			if err := errors.Join(os.MkdirAll(filepath.Join(at, "a", "a"), 0o777), os.Mkdir(filepath.Join(at, "b c"), 0o777), os.Symlink("a", filepath.Join(at, "link"))); err != nil {
+			if err := errors.Join(os.MkdirAll(filepath.Join(at, "a", "a"), 0o777), os.Mkdir(filepath.Join(at, "b c"), 0o777),
+				os.Symlink("a", filepath.Join(at, "link"))); err != nil {
 				t.Fatal(err)
 			}
 			// Both places have names of the same length: what shows them is compared without.

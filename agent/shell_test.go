@@ -52,12 +52,14 @@ func TestShellRemembers(t *testing.T) {
 	r.expect("f x; bash -c 'f y'", "f x 5\nf y \n")
 	r.run("unset X n; unset -f f; X2=${X-gone}")
 	r.expect(`echo "${X-none} ${n-none} $X2"; type f 2>/dev/null || echo no f`, "none none gone\nno f\n")
-	r.run("shopt -s extglob expand_aliases; alias greet='echo hello'; set -o pipefail -f; umask 077; set -- p 'q r'\ng() { case $1 in +(a)) echo as;; esac; }")
+	r.run("shopt -s extglob expand_aliases; alias greet='echo hello'; set -o pipefail -f; umask 077; set -- p 'q r'\ng() { case $1 in " +
+		"+(a)) echo as;; esac; }")
 	r.expect("greet; umask; echo $# \"$2\"; g aaa; false | true || echo piped; echo *", "hello\n0077\n2 q r\nas\npiped\n*\n")
 	r.run("set +f; unset HOME LANG")
 	r.expect(`echo "${HOME-none} ${LANG-none}"; env | grep -c -e ^HOME= -e __soulbox -e ^POSIX`, "none none\n0\n")
 	info, err := c.Shell(t.Context(), ShellRequest{Shell: "s"})
-	if err != nil || info.Cwd != dir+"/a b/c" || strings.Join(info.Functions, " ") != "g" || strings.Join(info.Aliases, " ") != "greet" || strings.Join(info.Unset, " ") != "HOME LANG" {
+	if err != nil || info.Cwd != dir+"/a b/c" || strings.Join(info.Functions, " ") != "g" || strings.Join(info.Aliases, " ") != "greet" ||
+		strings.Join(info.Unset, " ") != "HOME LANG" {
 		t.Fatalf("%+v %v", info, err)
 	}
 }
@@ -70,30 +72,35 @@ func TestShellUnbroken(t *testing.T) {
 		moved   bool // its directory is, but no variables
 		shows   string
 	}{
-		"exit":                  {command: "cd sub; export V=1; exit 3", kept: true},
-		"exit in a function":    {command: "q() { exit 0; }; cd sub; export V=1; q; echo never", moved: true},
-		"errexit":               {command: "set -e; cd sub; export V=1; false; echo never", kept: true},
-		"a trap of its own":     {command: "trap 'echo bye' EXIT; cd sub; export V=1", kept: true, shows: "bye\n"},
-		"trap and exit":         {command: "trap 'echo bye' EXIT; cd sub; export V=1; exit", shows: "bye\n"},
-		"kill":                  {command: "cd sub; export V=1; kill -9 $$"},
-		"exec":                  {command: "cd sub; export V=1; exec true"},
-		"no path":               {command: "cd sub; export V=1; PATH=/nowhere", kept: true},
-		"closed descriptors":    {command: "cd sub; export V=1; for ((i = 0; i < 256; i++)); do eval \"exec $i>&-\"; done 2>/dev/null", kept: true},
-		"builtins replaced":     {command: "cd sub; export V=1; for b in builtin declare printf umask alias set trap unset eval exit shopt pwd return; do eval \"$b() { :; }\"; done", kept: true},
-		"aliases":               {command: "shopt -s expand_aliases; cd sub; export V=1; alias builtin=false declare=false unset=false eval=false", kept: true},
-		"noisy":                 {command: "cd sub; export V=1; PS4='trace '; set -o noclobber; trap 'echo debug' ERR; set -u", kept: true},
-		"IFS":                   {command: "cd sub; export V=1; IFS=0123456789/", kept: true},
-		"a syntax error":        {command: "cd sub; export V=1\nif then", kept: true},
-		"an open here-document": {command: "cd sub; export V=1; cat <<E\nbody", kept: true, shows: "bash: line 2: warning: here-document at line 1 delimited by end-of-file (wanted `E')\nbody\n"},
-		"a comment":             {command: "cd sub; export V=1 # the end", kept: true},
-		"a backslash":           {command: "cd sub; export V=1 \\", kept: true},
-		"posix":                 {command: "cd sub; export V=1; set -o posix", kept: true},
-		"allexport":             {command: "cd sub; export V=1; set -a", kept: true},
-		"noexec":                {command: "cd sub; export V=1; set -n"},
-		"its own words":         {command: "cd sub; export V=1; unset -f __soulbox_save; unset ${!__soulbox@}"},
-		"too much":              {command: "cd sub; export V=1; big=$(head -c 300000 /dev/zero | tr '\\0' x)"},
-		"its report removed":    {command: "cd sub; export V=1; chmod 0 /proc/self/cwd/../spool/shell 2>/dev/null; rm -rf ../spool/shell", kept: true},
-		"ulimit":                {command: "cd sub; export V=1; ulimit -f 0"},
+		"exit":               {command: "cd sub; export V=1; exit 3", kept: true},
+		"exit in a function": {command: "q() { exit 0; }; cd sub; export V=1; q; echo never", moved: true},
+		"errexit":            {command: "set -e; cd sub; export V=1; false; echo never", kept: true},
+		"a trap of its own":  {command: "trap 'echo bye' EXIT; cd sub; export V=1", kept: true, shows: "bye\n"},
+		"trap and exit":      {command: "trap 'echo bye' EXIT; cd sub; export V=1; exit", shows: "bye\n"},
+		"kill":               {command: "cd sub; export V=1; kill -9 $$"},
+		"exec":               {command: "cd sub; export V=1; exec true"},
+		"no path":            {command: "cd sub; export V=1; PATH=/nowhere", kept: true},
+		"closed descriptors": {command: "cd sub; export V=1; for ((i = 0; i < 256; i++)); do eval \"exec $i>&-\"; done 2>/dev/null",
+			kept: true},
+		"builtins replaced": {command: "cd sub; export V=1; for b in builtin declare printf umask alias set trap unset eval exit " +
+			"shopt pwd return; do eval \"$b() { :; }\"; done", kept: true},
+		"aliases": {command: "shopt -s expand_aliases; cd sub; export V=1; alias builtin=false declare=false unset=false " +
+			"eval=false", kept: true},
+		"noisy":          {command: "cd sub; export V=1; PS4='trace '; set -o noclobber; trap 'echo debug' ERR; set -u", kept: true},
+		"IFS":            {command: "cd sub; export V=1; IFS=0123456789/", kept: true},
+		"a syntax error": {command: "cd sub; export V=1\nif then", kept: true},
+		"an open here-document": {command: "cd sub; export V=1; cat <<E\nbody", kept: true,
+			shows: "bash: line 2: warning: here-document at line 1 delimited by end-of-file (wanted `E')\nbody\n"},
+		"a comment":     {command: "cd sub; export V=1 # the end", kept: true},
+		"a backslash":   {command: "cd sub; export V=1 \\", kept: true},
+		"posix":         {command: "cd sub; export V=1; set -o posix", kept: true},
+		"allexport":     {command: "cd sub; export V=1; set -a", kept: true},
+		"noexec":        {command: "cd sub; export V=1; set -n"},
+		"its own words": {command: "cd sub; export V=1; unset -f __soulbox_save; unset ${!__soulbox@}"},
+		"too much":      {command: "cd sub; export V=1; big=$(head -c 300000 /dev/zero | tr '\\0' x)"},
+		"its report removed": {command: "cd sub; export V=1; chmod 0 /proc/self/cwd/../spool/shell 2>/dev/null; rm -rf ../spool/shell",
+			kept: true},
+		"ulimit": {command: "cd sub; export V=1; ulimit -f 0"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c, dir := pair(t)
@@ -139,7 +146,8 @@ func TestShellParallel(t *testing.T) {
 	if _, err := c.WriteStdin(t.Context(), slow.Process.ID, []byte("go\n"), true); err != nil {
 		t.Fatal(err)
 	}
-	if s, err := c.Wait(t.Context(), WaitRequest{Process: slow.Process.ID, WaitMS: 30_000}); err != nil || s.Process.ShellCwd != dir+"/sub" {
+	if s, err := c.Wait(t.Context(), WaitRequest{Process: slow.Process.ID, WaitMS: 30_000}); err != nil || s.Process.ShellCwd != dir+
+		"/sub" {
 		t.Fatal(s, err)
 	}
 	r.expect(`echo "$V0$V9 $SLOW ${GONE-gone}"; pwd`, "09 1 gone\n"+dir+"/sub\n")
@@ -153,7 +161,8 @@ func TestShellForks(t *testing.T) {
 	if got := r.start(StartRequest{Command: "pwd; f; echo $V; cd /; export V=2; f() { :; }", Fork: true}); got != dir+"/sub\nf\n1\n" {
 		t.Fatalf("%q", got)
 	}
-	if got := r.start(StartRequest{Command: "pwd; echo $V $W; export W=3", Cwd: "/usr", Env: map[string]string{"V": "for this one"}}); got != "/usr\nfor this one\n" {
+	if got := r.start(StartRequest{Command: "pwd; echo $V $W; export W=3", Cwd: "/usr",
+		Env: map[string]string{"V": "for this one"}}); got != "/usr\nfor this one\n" {
 		t.Fatalf("%q", got)
 	}
 	r.expect("pwd; f; echo $V $W", dir+"/sub\nf\n1 3\n")
@@ -194,13 +203,20 @@ func TestShellsBounded(t *testing.T) {
 // TestChangesNothing: what may change the shell is never taken for what cannot.
 func TestChangesNothing(t *testing.T) {
 	for command, want := range map[string]bool{
-		"ls -la | head -3": true, "grep -n 'a b' \"$HOME/x\" > out 2>&1": true, "echo hi && git status; make -j4 || echo no": true, "npm test &": true, "test -f x": true,
-		"[ -f x ] && cat x": true, "ls *.go": true, "echo $?": true, "echo 'cd /'; find . -name \"*.c\"": true, "tar --file=x -x": true, "echo a\nls": true, "ls; ": true, "": true,
-		"cd /": false, "ls; cd /": false, "ls && cd /": false, "ls | cd /": false, "ls\ncd /": false, "ls &cd /": false, "'cd' /": false, "\"cd\" /": false, "c'd' /": false, "c\\d /": false,
-		"export X=1": false, "X=1": false, "X=1 ls": false, "X+=1": false, "a[0]=1": false, "echo ${X:=1}": false, "echo $((X++))": false, "echo $(cd /)": false, "echo `cd /`": false,
-		"> out cd /": false, "2> out cd /": false, "2>out cd /": false, "<x cd /": false, "ls <<E\ncd /\nE": false, "cat <<< x": false, "$X": false, "\"$X\" /": false, "c? /": false, "{ cd /; }": false,
-		"! cd /": false, "time cd /": false, "if true; then cd /; fi": false, "(cd /)": false, ". x": false, "source x": false, "printf -v X a": false, "read X": false, "exit": false, "exec ls": false,
-		"set -e": false, "alias a=b": false, "ls # x\ncd /": false, "f() { :; }": false, "ls \"a": false, "ls 'a": false, "[[ x ]]": false, "command cd /": false, "builtin cd /": false, "ls ;; cd": false,
+		"ls -la | head -3": true, "grep -n 'a b' \"$HOME/x\" > out 2>&1": true, "echo hi && git status; make -j4 || echo no": true,
+		"npm test &": true, "test -f x": true,
+		"[ -f x ] && cat x": true, "ls *.go": true, "echo $?": true, "echo 'cd /'; find . -name \"*.c\"": true, "tar --file=x -x": true,
+		"echo a\nls": true, "ls; ": true, "": true,
+		"cd /": false, "ls; cd /": false, "ls && cd /": false, "ls | cd /": false, "ls\ncd /": false, "ls &cd /": false, "'cd' /": false,
+		"\"cd\" /": false, "c'd' /": false, "c\\d /": false,
+		"export X=1": false, "X=1": false, "X=1 ls": false, "X+=1": false, "a[0]=1": false, "echo ${X:=1}": false, "echo $((X++))": false,
+		"echo $(cd /)": false, "echo `cd /`": false,
+		"> out cd /": false, "2> out cd /": false, "2>out cd /": false, "<x cd /": false, "ls <<E\ncd /\nE": false, "cat <<< x": false,
+		"$X": false, "\"$X\" /": false, "c? /": false, "{ cd /; }": false,
+		"! cd /": false, "time cd /": false, "if true; then cd /; fi": false, "(cd /)": false, ". x": false, "source x": false,
+		"printf -v X a": false, "read X": false, "exit": false, "exec ls": false,
+		"set -e": false, "alias a=b": false, "ls # x\ncd /": false, "f() { :; }": false, "ls \"a": false, "ls 'a": false, "[[ x ]]": false,
+		"command cd /": false, "builtin cd /": false, "ls ;; cd": false,
 		"ls >&2 cd": true, "ls 2>&1|cd /": false, "ls >& out; cd /": false, "ls &> out": false, "ls \r": false,
 	} {
 		if got := changesNothing(command, nil); got != want {
@@ -214,7 +230,8 @@ func TestChangesNothing(t *testing.T) {
 
 // FuzzShellReport: what bash tells may come from anybody.
 func FuzzShellReport(f *testing.F) {
-	good := strings.Join([]string{"a:b", "a", "", "", "/x\n", "umask 0022\n", "", "declare -f g\n", "g () \n{ \n    :\n}\n", "declare -x A=\"1\"\ndeclare -a B=([0]=\"x\ny\")\n", "end", ""}, "\x00")
+	good := strings.Join([]string{"a:b", "a", "", "", "/x\n", "umask 0022\n", "", "declare -f g\n", "g () \n{ \n    :\n}\n",
+		"declare -x A=\"1\"\ndeclare -a B=([0]=\"x\ny\")\n", "end", ""}, "\x00")
 	f.Add([]byte(good))
 	f.Add([]byte(strings.ReplaceAll(good, `"1"`, `$'\x4\u00e9\377\n'`)))
 	f.Fuzz(func(t *testing.T, dump []byte) {
@@ -234,7 +251,8 @@ func TestShellRepaired(t *testing.T) {
 	r.expect("echo ${#BIG} $SMALL; unset BIG", "200000 1\n")
 	r.expect("echo ${BIG-none}; ls / >/dev/null && echo runs", "none\nruns\n")
 	r.run("FOO=x; unset LANG")
-	if got := r.start(StartRequest{Command: "echo $FOO $LANG $(printenv FOO); cd sub 2>/dev/null", Env: map[string]string{"FOO": "b", "LANG": "given"}}); got != "b given b\n" {
+	if got := r.start(StartRequest{Command: "echo $FOO $LANG $(printenv FOO); cd sub 2>/dev/null",
+		Env: map[string]string{"FOO": "b", "LANG": "given"}}); got != "b given b\n" {
 		t.Errorf("%q", got)
 	}
 	r.expect("echo $FOO ${LANG-none} $(printenv FOO)", "x none\n")
@@ -260,7 +278,9 @@ func TestShellRepaired(t *testing.T) {
 		r.expect("pwd; chmod 700 closed", dir+"\n")
 	}
 	// A report that the command itself writes, as large as it may be, costs nobody anything.
-	s := start(t, c, StartRequest{Command: "perl -e 'print join \":\", map { \"o$_\" =~ tr/0-9/a-j/r } 1 .. 50000' > /tmp/o 2>/dev/null; (cat /tmp/o; printf '\\0'; cat /tmp/o; printf '\\0\\0\\0/\\0\\0\\0\\0\\0\\0end\\0') > \"$__soulbox_file\"; kill -9 $$", Shell: "s"})
+	s := start(t, c, StartRequest{Command: "perl -e 'print join \":\", map { \"o$_\" =~ tr/0-9/a-j/r } 1 .. 50000' > /tmp/o 2>/dev/null; " +
+		"(cat /tmp/o; printf '\\0'; cat /tmp/o; printf '\\0\\0\\0/\\0\\0\\0\\0\\0\\0end\\0') > \"$__soulbox_file\"; kill -9 $$",
+		Shell: "s"})
 	if !s.Process.Forgotten {
 		t.Errorf("%+v", s.Process)
 	}

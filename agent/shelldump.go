@@ -137,7 +137,8 @@ func (s *shellState) take(decl string) error {
 			return nil
 		}
 	}
-	if shellOwn(name) || flags == "--" && slices.Contains(byDefault, name) || strings.HasPrefix(name, ownPrefix) || !assigned && name == "OLDPWD" || name == "IFS" && value == `$' \t\n'` {
+	if shellOwn(name) || flags == "--" && slices.Contains(byDefault, name) || strings.HasPrefix(name, ownPrefix) || !assigned &&
+		name == "OLDPWD" || name == "IFS" && value == `$' \t\n'` {
 		return nil
 	}
 	if flags == "-x" && assigned && !slices.Contains(startUp, name) {
@@ -211,7 +212,8 @@ func unescape(text, special string) string {
 }
 
 // ansiEscapes are those of bash(1), "QUOTING", that stand for one byte.
-var ansiEscapes = map[byte]byte{'a': 7, 'b': 8, 'e': 27, 'E': 27, 'f': 12, 'n': 10, 'r': 13, 't': 9, 'v': 11, '\\': '\\', '\'': '\'', '"': '"', '?': '?'}
+var ansiEscapes = map[byte]byte{'a': 7, 'b': 8, 'e': 27, 'E': 27, 'f': 12, 'n': 10, 'r': 13, 't': 9, 'v': 11, '\\': '\\', '\'': '\'',
+	'"': '"', '?': '?'}
 
 // unquoteANSI is the value of what stands between $' and '.
 func unquoteANSI(text string) (string, error) {

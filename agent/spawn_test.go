@@ -72,7 +72,8 @@ func TestSpawn(t *testing.T) {
 	}
 	out, status := spawnOutput(t, spawnAttr{dir: dir, env: []string{"A=1", "B=two words"}}, "/bin/sh", "-c",
 		`pwd; echo "$A,$B,$PATH" | cut -d, -f1,2; ls -l /proc/self/fd | grep -c leak; sed -nE '/^Sig(Blk|Ign|Cgt)/p' /proc/self/status; test $(ps -o sid= -p $$ 2>/dev/null || echo $$) = $$ && echo leader; exit 7`)
-	if want := fmt.Sprintf("%s\n1,two words\n0\nSigBlk:\t%016x\n%sSigCgt:\t%016x\nleader\n", dir, 0, ignored, 0); out != want || status.ExitStatus() != 7 {
+	if want := fmt.Sprintf("%s\n1,two words\n0\nSigBlk:\t%016x\n%sSigCgt:\t%016x\nleader\n", dir, 0, ignored, 0); out != want ||
+		status.ExitStatus() != 7 {
 		t.Errorf("got status %#x and %q, want 7 and %q", status, out, want)
 	}
 }

@@ -184,7 +184,8 @@ func (s *spool) isHeld() bool {
 		if s.end-h.at > room {
 			return true
 		}
-		if len(s.runs) > spoolRuns/2 && len(s.runs)-sort.Search(len(s.runs), func(i int) bool { return s.runs[i]>>1 >= h.at }) > spoolRuns/4 {
+		if len(s.runs) > spoolRuns/2 && len(s.runs)-sort.Search(len(s.runs),
+			func(i int) bool { return s.runs[i]>>1 >= h.at }) > spoolRuns/4 {
 			return true
 		}
 	}

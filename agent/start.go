@@ -156,7 +156,8 @@ func (s *Server) checked(req StartRequest) (StartRequest, error) {
 	if (req.Command == "") == (len(req.Args) == 0) {
 		return req, invalid("start: give either a command or args")
 	}
-	if strings.IndexByte(req.Command, 0) >= 0 || slices.ContainsFunc(req.Args, func(a string) bool { return strings.IndexByte(a, 0) >= 0 }) {
+	if strings.IndexByte(req.Command, 0) >= 0 || slices.ContainsFunc(req.Args,
+		func(a string) bool { return strings.IndexByte(a, 0) >= 0 }) {
 		return req, invalid("start: the command contains a NUL byte")
 	}
 	if len(req.Command) > maxCommand {
@@ -213,7 +214,8 @@ func (s *Server) prepare(req StartRequest) (*process, []string, error) {
 			run.gone = gone
 		}
 	}
-	p := &process{shell: run, req: req, terminal: req.Terminal, user: user, cwd: cwd, args: req.Args, done: make(chan struct{}), writing: make(chan struct{}, 1)}
+	p := &process{shell: run, req: req, terminal: req.Terminal, user: user, cwd: cwd, args: req.Args, done: make(chan struct{}),
+		writing: make(chan struct{}, 1)}
 	p.req.Env = nil // not kept: it may be secret
 	return p, env, nil
 }

@@ -40,8 +40,10 @@ func (s *Server) serveDial(ctx context.Context, stream *yamux.Stream, h header) 
 		_ = writeMessage(stream, answer{Error: wireError(invalid("dial: network %q is neither tcp nor unix", clip(h.Network, 40)))})
 		return
 	}
-	if host, _, err := net.SplitHostPort(h.Address); h.Network == "tcp" && (err != nil || net.ParseIP(host) == nil || !net.ParseIP(host).IsLoopback()) {
-		_ = writeMessage(stream, answer{Error: wireError(invalid("dial %q: only the sandbox' own loopback can be dialled", clip(h.Address, 80)))})
+	if host, _, err := net.SplitHostPort(h.Address); h.Network == "tcp" &&
+		(err != nil || net.ParseIP(host) == nil || !net.ParseIP(host).IsLoopback()) {
+		_ = writeMessage(stream, answer{Error: wireError(invalid("dial %q: only the sandbox' own loopback can be dialled",
+			clip(h.Address, 80)))})
 		return
 	}
 	dialer := net.Dialer{Timeout: 10 * time.Second, Control: keepLittle}

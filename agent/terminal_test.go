@@ -148,7 +148,8 @@ func TestInputBlocked(t *testing.T) {
 	const wait = 1500
 	for _, eof := range []bool{false, true} {
 		begin := time.Now()
-		r, err := c.Input(t.Context(), InputRequest{Process: p.id, Data: make([]byte, maxInput), EOF: eof, WaitMS: wait, SettleMS: 10, Window: Window{Offset: -1}})
+		r, err := c.Input(t.Context(), InputRequest{Process: p.id, Data: make([]byte, maxInput), EOF: eof, WaitMS: wait, SettleMS: 10,
+			Window: Window{Offset: -1}})
 		if err != nil || !r.Blocked || r.Written >= maxInput {
 			t.Fatalf("%+v %v", r, err)
 		}

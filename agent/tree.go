@@ -75,7 +75,8 @@ func openTree(id string, r TreeRequest, known *atomic.Int64) (_ *tree, err error
 	if len(r.Ignore) > maxIgnore {
 		return nil, invalid("watch: %d patterns to ignore, at most %d are possible", len(r.Ignore), maxIgnore)
 	}
-	t := &tree{id: id, root: path.Clean(r.Path), deep: r.Recursive, known: known, dirs: map[int32]string{}, wds: map[string]int32{}, files: map[string]bool{}, missing: map[string]bool{},
+	t := &tree{id: id, root: path.Clean(r.Path), deep: r.Recursive, known: known, dirs: map[int32]string{}, wds: map[string]int32{},
+		files: map[string]bool{}, missing: map[string]bool{},
 		written: map[string]int64{}, changed: make(chan struct{}), used: time.Now()}
 	for _, glob := range r.Ignore {
 		if glob == "" || len(glob) > maxPattern {

@@ -29,7 +29,8 @@ func TestWindow(t *testing.T) {
 		return len(body), err
 	}
 	const part = 20 << 10
-	if n, err := read(dataFrame(1, 0, part), dataFrame(3, 0, connWindow+1), dataFrame(1, 0, part)); err != nil || n != 3*frameHead+2*part+connWindow+1 {
+	if n, err := read(dataFrame(1, 0, part), dataFrame(3, 0, connWindow+1), dataFrame(1, 0, part)); err != nil || n != 3*frameHead+2*part+
+		connWindow+1 {
 		t.Fatal(n, err)
 	}
 	if err := w.took(1, 2*part); err != nil {

@@ -148,5 +148,8 @@ func (s *wordScanner) endWord() bool {
 
 // startsShellCode says that bash finds code of its own in an environment.
 func startsShellCode(env []string) bool {
-	return slices.ContainsFunc(env, func(kv string) bool { return strings.HasPrefix(kv, "BASH_ENV=") || strings.HasPrefix(kv, "BASH_FUNC_") })
+	return slices.ContainsFunc(env, func(kv string) bool {
+		return strings.HasPrefix(kv, "BASH_ENV=") ||
+			strings.HasPrefix(kv, "BASH_FUNC_")
+	})
 }

@@ -61,7 +61,8 @@ func (c *Control) startOldBuild(r *call) error {
 		return err
 	}
 	if b.old.Dockerfile == "" {
-		return refuse(http.StatusBadRequest, "the build was announced without a Dockerfile: start it by POST /v2/templates/{id}/builds/{bid}")
+		return refuse(http.StatusBadRequest,
+			"the build was announced without a Dockerfile: start it by POST /v2/templates/{id}/builds/{bid}")
 	}
 	if err := c.launch(b, b.old, nil, nil, ""); err != nil {
 		return err
@@ -83,7 +84,8 @@ func (c *Control) announce(r *call, body announcement, old template.BuildRequest
 	if tag != defaultTag || len(tags) == 0 {
 		tags = append([]string{tag}, tags...)
 	}
-	if len(tags) > maxTags || body.CPUCount < 0 || body.CPUCount > 1024 || body.MemoryMB < 0 || body.MemoryMB > maxMB || body.FreeDisk < 0 || body.FreeDisk > maxMB {
+	if len(tags) > maxTags || body.CPUCount < 0 || body.CPUCount > 1024 || body.MemoryMB < 0 || body.MemoryMB > maxMB ||
+		body.FreeDisk < 0 || body.FreeDisk > maxMB {
 		return refuse(http.StatusBadRequest, "at most %d tags, 1024 CPUs and %d MB are possible", maxTags, maxMB)
 	}
 	for _, t := range tags {
@@ -91,8 +93,9 @@ func (c *Control) announce(r *call, body announcement, old template.BuildRequest
 			return err
 		}
 	}
-	b := &build{id: template.NewBuildID(), owner: r.owner, name: plain, tags: tags, status: statusWaiting, made: time.Now(), changed: time.Now(),
-		limits: sandbox.Limits{CPU: float64(body.CPUCount), Memory: body.MemoryMB << 20}, old: old}
+	b := &build{id: template.NewBuildID(), owner: r.owner, name: plain, tags: tags, status: statusWaiting, made: time.Now(),
+		changed: time.Now(),
+		limits:  sandbox.Limits{CPU: float64(body.CPUCount), Memory: body.MemoryMB << 20}, old: old}
 	if body.FreeDisk > 0 {
 		b.limits.Disk = max(c.Manager.Limits(sandbox.Limits{}).Disk, body.FreeDisk<<20)
 	}

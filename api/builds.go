@@ -144,7 +144,8 @@ type startRequest struct {
 func (s startRequest) from(c *Control, owner string) (from template.From, err error) {
 	switch {
 	case given(s.Registry):
-		return from, refuse(http.StatusNotImplemented, "this server pulls with the operator's credentials alone: 'soulbox-mcp template pull' makes a template of a private image")
+		return from, refuse(http.StatusNotImplemented,
+			"this server pulls with the operator's credentials alone: 'soulbox-mcp template pull' makes a template of a private image")
 	case s.FromTemplate != "" && s.FromImage != "":
 		return from, refuse(http.StatusBadRequest, "give fromImage or fromTemplate, not both")
 	case s.FromTemplate != "":
@@ -336,7 +337,8 @@ func (c *Control) lookUp(r *call) (standing, error) {
 	}
 	text, err := c.Store.BuildLog(r.owner, id)
 	if err != nil && b == nil {
-		if all, lerr := c.Store.List(r.owner); lerr == nil && slices.ContainsFunc(all, func(m template.Manifest) bool { return m.Owner == r.owner && m.BuildID() == id }) {
+		if all, lerr := c.Store.List(r.owner); lerr == nil &&
+			slices.ContainsFunc(all, func(m template.Manifest) bool { return m.Owner == r.owner && m.BuildID() == id }) {
 			return standing{status: statusReady}, nil // it was made without a log, such as by an import
 		}
 		return standing{}, err
@@ -381,7 +383,8 @@ func (c *Control) buildStatus(r *call) error {
 	for _, l := range part {
 		logs = append(logs, l.Text)
 	}
-	out := map[string]any{"templateID": plainName(r.owner, r.PathValue("id")), "buildID": r.PathValue("bid"), "status": b.status, "logs": logs, "logEntries": entries(part)}
+	out := map[string]any{"templateID": plainName(r.owner, r.PathValue("id")), "buildID": r.PathValue("bid"), "status": b.status,
+		"logs": logs, "logEntries": entries(part)}
 	if b.err != nil {
 		out["reason"] = reason(b.err, b.steps)
 	}
@@ -433,7 +436,10 @@ func (c *Control) buildLogs(r *call) error {
 	}
 	if cursor > 0 {
 		at := time.UnixMilli(cursor)
-		lines = slices.DeleteFunc(lines, func(l template.Line) bool { return !backward && l.Time.Before(at) || backward && l.Time.After(at) })
+		lines = slices.DeleteFunc(lines, func(l template.Line) bool {
+			return !backward && l.Time.Before(at) || backward &&
+				l.Time.After(at)
+		})
 	}
 	return r.answer(http.StatusOK, map[string]any{"logs": entries(lines[:min(int64(len(lines)), limit)])})
 }

@@ -123,12 +123,15 @@ func (c *Control) Routes() map[string]http.Handler {
 	for pattern, do := range c.ownRoutes() {
 		routes[pattern] = c.handler(do)
 	}
-	for _, path := range []string{"/volumes", "/volumes/", "/volumecontent/", "/secrets", "/secrets/", "/access-tokens", "/access-tokens/", "/api-keys", "/api-keys/", "/nodes", "/nodes/", "/admin/"} {
+	for _, path := range []string{"/volumes", "/volumes/", "/volumecontent/", "/secrets", "/secrets/", "/access-tokens", "/access-tokens/",
+		"/api-keys", "/api-keys/", "/nodes", "/nodes/", "/admin/"} {
 		routes[path] = c.handler(func(r *call) error {
-			return refusal{http.StatusNotImplemented, "this server has no " + strings.Split(r.URL.Path, "/")[1] + " (docs/e2b.md says what it has)"}
+			return refusal{http.StatusNotImplemented, "this server has no " + strings.Split(r.URL.Path, "/")[1] +
+				" (docs/e2b.md says what it has)"}
 		})
 	}
-	for _, path := range []string{"/sandboxes", "/sandboxes/", "/v1/", "/v2/", "/v3/", "/templates", "/templates/", "/snapshots", "/snapshots/", "/teams", "/teams/"} {
+	for _, path := range []string{"/sandboxes", "/sandboxes/", "/v1/", "/v2/", "/v3/", "/templates", "/templates/", "/snapshots",
+		"/snapshots/", "/teams", "/teams/"} {
 		routes[path] = c.handler(func(r *call) error { return refuse(http.StatusNotFound, "there is no %s %.200s", r.Method, r.URL.Path) })
 	}
 	routes["PUT /templates/{id}/files/{hash}"] = http.HandlerFunc(c.upload) // the URL is its own proof
@@ -206,14 +209,16 @@ func (c *Control) handler(do func(*call) error) http.Handler {
 func tooOld(h http.Header) error {
 	if own := h.Get(client.APIHeader); own != "" {
 		if v, err := strconv.Atoi(own); err != nil || v < client.Oldest {
-			return refuse(http.StatusBadRequest, "this server speaks version %d of the API, and nothing older than %d: update your soulbox", client.API, client.Oldest)
+			return refuse(http.StatusBadRequest, "this server speaks version %d of the API, and nothing older than %d: update your soulbox",
+				client.API, client.Oldest)
 		}
 	}
 	version := h.Get("Package_version")
 	if product, v, ok := strings.Cut(h.Get("User-Agent"), "/"); ok && version == "" && strings.HasPrefix(product, "e2b-") {
 		version = v
 	}
-	if major, _, _ := strings.Cut(version, "."); major == "0" && (h.Get("Publisher") == "e2b" || strings.HasPrefix(h.Get("User-Agent"), "e2b-")) {
+	if major, _, _ := strings.Cut(version, "."); major == "0" &&
+		(h.Get("Publisher") == "e2b" || strings.HasPrefix(h.Get("User-Agent"), "e2b-")) {
 		return refuse(http.StatusBadRequest, "the version %.20s of the SDK is too old for this server; install 1.0 or a later one", version)
 	}
 	return nil

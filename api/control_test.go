@@ -42,7 +42,8 @@ func newAPITest(t *testing.T) *apiTest {
 
 func newAPITestOn(t *testing.T, fake *sandboxtest.Fake) *apiTest {
 	t.Helper()
-	m, err := sandbox.NewManager(sandbox.Options{Dir: t.TempDir(), Runtime: fake, Templates: sandboxtest.Templates{}, Version: "test", MaxPerOwner: 20, ConnWait: 50 * time.Millisecond})
+	m, err := sandbox.NewManager(sandbox.Options{Dir: t.TempDir(), Runtime: fake, Templates: sandboxtest.Templates{}, Version: "test",
+		MaxPerOwner: 20, ConnWait: 50 * time.Millisecond})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -53,7 +54,8 @@ func newAPITestOn(t *testing.T, fake *sandboxtest.Fake) *apiTest {
 	})
 	a := &apiTest{T: t, m: m, gateway: NewGateway(m, &url.URL{Scheme: "http", Host: testDomain}, slog.New(slog.DiscardHandler))}
 	store := &template.Store{Dir: t.TempDir()}
-	a.control = &Control{Manager: m, Store: store, Builder: &template.Builder{Store: store, Manager: m, Log: slog.New(slog.DiscardHandler)}, Gateway: a.gateway, Log: slog.New(slog.DiscardHandler),
+	a.control = &Control{Manager: m, Store: store, Builder: &template.Builder{Store: store, Manager: m, Log: slog.New(slog.DiscardHandler)},
+		Gateway: a.gateway, Log: slog.New(slog.DiscardHandler),
 		Owner: func(r *http.Request) (string, error) {
 			if key := r.Header.Get("X-API-Key"); key != "" {
 				return key, nil
@@ -149,20 +151,23 @@ func (a *apiTest) create(owner, body string) (id, token string) {
 func TestControlPlane(t *testing.T) {
 	a := newAPITest(t)
 	first := a.as("ann", "POST", "/v2/sandboxes", `{"templateID":"base","metadata":{"k":"v"},"envVars":{"A":"1"},"timeout":62}`)
-	if first.code != 201 || first.field("domain") != nil || first.field("trafficAccessToken") != nil || first.field("envdVersion") != envd.Version {
+	if first.code != 201 || first.field("domain") != nil || first.field("trafficAccessToken") != nil ||
+		first.field("envdVersion") != envd.Version {
 		t.Fatalf("%d %s", first.code, first.text)
 	}
 	id := fmt.Sprint(first.field("sandboxID"))
 	if !regexp.MustCompile(`^[a-z0-9]+$`).MatchString(id) {
 		t.Error(id)
 	}
-	shared := a.as("ann", "POST", "/sandboxes", `{"templateID":"base","network":{"allowPublicTraffic":false,"denyOut":["0.0.0.0/0"],"allowOut":["example.com"]},"autoPause":true,"autoResume":{"enabled":true}}`)
+	shared := a.as("ann", "POST", "/sandboxes",
+		`{"templateID":"base","network":{"allowPublicTraffic":false,"denyOut":["0.0.0.0/0"],"allowOut":["example.com"]},"autoPause":true,"autoResume":{"enabled":true}}`)
 	if shared.code != 201 || shared.field("trafficAccessToken") == nil {
 		t.Fatalf("%d %s", shared.code, shared.text)
 	}
 	second := fmt.Sprint(shared.field("sandboxID"))
 	got := a.as("ann", "GET", "/sandboxes/"+second, "")
-	for want, have := range map[any]any{"pause": got.field("lifecycle", "onTimeout"), true: got.field("lifecycle", "autoResume"), "running": got.field("state"), false: got.field("network", "allowPublicTraffic")} {
+	for want, have := range map[any]any{"pause": got.field("lifecycle", "onTimeout"), true: got.field("lifecycle", "autoResume"),
+		"running": got.field("state"), false: got.field("network", "allowPublicTraffic")} {
 		if want != have {
 			t.Errorf("%v is %v: %s", want, have, got.text)
 		}
@@ -180,12 +185,14 @@ func TestControlPlane(t *testing.T) {
 		{"POST", "/v2/sandboxes", `{"templateID":"base","timeout":-1}`, 400, "timeout is from 0"},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","timeout":9000000000000}`, 400, "timeout is from 0"},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","autoResume":{"enabled":true}}`, 400, "autoResume needs autoPause"},
-		{"POST", "/v2/sandboxes", `{"templateID":"base","autoPauseMemory":false}`, 400, "autoPauseMemory=false only applies when autoPause is true"},
+		{"POST", "/v2/sandboxes", `{"templateID":"base","autoPauseMemory":false}`, 400,
+			"autoPauseMemory=false only applies when autoPause is true"},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","volumeMounts":[{"name":"v","path":"/v"}]}`, 501, "volumes"},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","mcp":{"x":{}}}`, 501, "MCP"},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","network":{"allowOut":["example.com"]}}`, 400, "0.0.0.0/0"},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","network":{"denyOut":["example.com"]}}`, 400, "only addresses and ranges"},
-		{"POST", "/v2/sandboxes", `{"templateID":"base","network":{"rules":{"x.com":[{"transform":{"headers":{"A":"b"}}}]}}}`, 501, "network.rules"},
+		{"POST", "/v2/sandboxes", `{"templateID":"base","network":{"rules":{"x.com":[{"transform":{"headers":{"A":"b"}}}]}}}`, 501,
+			"network.rules"},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","envVars":{"A=B":"x"}}`, 400, "environment variable"},
 		{"POST", "/v2/sandboxes", strings.Repeat(" ", maxBody+1), 413, "more than"},
 		{"GET", "/v2/sandboxes?state=gone", "", 400, "state is running or paused"},
@@ -260,7 +267,8 @@ func TestControlPlane(t *testing.T) {
 	if r := a.ask("GET", "/sandboxes", ""); r.code != 401 || r.field("code") != 401. {
 		t.Errorf("without a key: %d %s", r.code, r.text)
 	}
-	if r := a.ask("GET", "/sandboxes", "", "X-API-Key", "ann", "User-Agent", "e2b-js-sdk/0.16.1"); r.code != 400 || !strings.Contains(r.text, "too old") {
+	if r := a.ask("GET", "/sandboxes", "", "X-API-Key", "ann", "User-Agent", "e2b-js-sdk/0.16.1"); r.code != 400 ||
+		!strings.Contains(r.text, "too old") {
 		t.Errorf("an SDK of another protocol: %d %s", r.code, r.text)
 	}
 	a.control.MayAsk = func(string) bool { return false }
@@ -325,7 +333,8 @@ func TestNobodyElses(t *testing.T) {
 			if strings.Contains(path, "/templates/") {
 				what = name
 			}
-			p := strings.NewReplacer("{id}", what, "{hash}", strings.Repeat("a", 64), "{bid}", build, "{what}", "tags", "{name}", name, "{port}", "80", "{path...}", "health").Replace(path)
+			p := strings.NewReplacer("{id}", what, "{hash}", strings.Repeat("a", 64), "{bid}", build, "{what}", "tags", "{name}", name,
+				"{port}", "80", "{path...}", "health").Replace(path)
 			r := a.as("bob", method, p, `{"timeout":1,"tags":["x"],"target":"anns"}`)
 			r.text = strings.NewReplacer(sandboxID, "ID", name, "NAME", build, "BUILD").Replace(r.text)
 			return r
@@ -334,7 +343,8 @@ func TestNobodyElses(t *testing.T) {
 		if strings.Contains(pattern, "/files/") { // the same for every name: files are the asker's own
 			theirs.text, none.text = "", ""
 		}
-		if theirs.code != none.code || theirs.text != none.text || theirs.code < 400 && !strings.Contains(pattern, "/files/") && !strings.Contains(pattern, "/context/") {
+		if theirs.code != none.code || theirs.text != none.text || theirs.code < 400 && !strings.Contains(pattern, "/files/") &&
+			!strings.Contains(pattern, "/context/") {
 			t.Errorf("%s: %d %s, and of what is missing %d %s", pattern, theirs.code, theirs.text, none.code, none.text)
 		}
 	}
@@ -354,10 +364,12 @@ func TestNobodyElses(t *testing.T) {
 	_, foreign := a.create("bob", `{"templateID":"base"}`)
 	host := fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain)
 	for _, headers := range [][]string{
-		{}, {envd.TokenHeader, foreign}, {envd.TokenHeader, "ann"}, {envd.TokenHeader, ""}, {envd.TokenHeader, token, envd.TokenHeader, token}, {"X-API-Key", "ann"},
+		{}, {envd.TokenHeader, foreign}, {envd.TokenHeader, "ann"}, {envd.TokenHeader, ""},
+		{envd.TokenHeader, token, envd.TokenHeader, token}, {"X-API-Key", "ann"},
 		{"Authorization", "Bearer " + token}, {TokenHeader, token}, {SandboxHeader, id, PortHeader, "49983", envd.TokenHeader, foreign},
 	} {
-		for _, path := range []string{processconnect.ProcessListProcedure, processconnect.ProcessStartProcedure, filesystemconnect.FilesystemStatProcedure, "/files?path=/etc/passwd", "/metrics", "/envs", "/files/compose", "/init"} {
+		for _, path := range []string{processconnect.ProcessListProcedure, processconnect.ProcessStartProcedure,
+			filesystemconnect.FilesystemStatProcedure, "/files?path=/etc/passwd", "/metrics", "/envs", "/files/compose", "/init"} {
 			r := a.ask("POST", path, "{}", append([]string{"Host", host}, headers...)...)
 			want := 401.
 			if path == "/init" { // is not there for anybody
@@ -412,7 +424,8 @@ func TestHosts(t *testing.T) {
 		{"49983-sbnothere." + testDomain, nil, 502, `"message":"The sandbox was not found","code":502`},
 		{"8000-" + id + "." + testDomain, nil, 502, `"message":"The sandbox is running but port is not open"`},
 	} {
-		r := a.ask("POST", processconnect.ProcessListProcedure, "{}", append([]string{"Host", test.host, envd.TokenHeader, token}, test.headers...)...)
+		r := a.ask("POST", processconnect.ProcessListProcedure, "{}",
+			append([]string{"Host", test.host, envd.TokenHeader, token}, test.headers...)...)
 		if r.code != test.code || !strings.Contains(r.text, test.want) {
 			t.Errorf("%s %v: %d %s, want %d %s", test.host, test.headers, r.code, r.text, test.code, test.want)
 		}
@@ -424,7 +437,8 @@ func TestHosts(t *testing.T) {
 
 // TestSignedURLs: a signature is good for one operation on one file as one user, until its time (THREATS.md, signed URLs).
 func TestSignedURLs(t *testing.T) {
-	if got := envd.Sign("hello.txt", envd.OpRead, "user", "0tQG31xiMp0IOQfaz9dcwi72L1CPo8e0", time.Time{}); got != "v1_gUtH/s9YCJWgCizjfUxuWfhFE4QSydOWEIIvfLwDr6E" {
+	if got := envd.Sign("hello.txt", envd.OpRead, "user", "0tQG31xiMp0IOQfaz9dcwi72L1CPo8e0",
+		time.Time{}); got != "v1_gUtH/s9YCJWgCizjfUxuWfhFE4QSydOWEIIvfLwDr6E" {
 		t.Fatal(got)
 	}
 	a := newAPITest(t)
@@ -449,15 +463,23 @@ func TestSignedURLs(t *testing.T) {
 	}
 	for want, queries := range map[string][]string{
 		"invalid signature": {
-			with(func(q url.Values) { q.Set("path", file+"/") }), with(func(q url.Values) { q.Set("path", "/"+file) }), with(func(q url.Values) { q.Set("path", strings.Replace(file, "/a", "/./a", 1)) }),
-			with(func(q url.Values) { q.Set("path", "/etc/passwd") }), with(func(q url.Values) { q.Add("path", "/etc/passwd") }), with(func(q url.Values) { q.Set("username", "root") }),
-			with(func(q url.Values) { q.Set("signature_expiration", fmt.Sprint(soon.Unix()+1)) }), with(func(q url.Values) { q.Del("signature_expiration") }),
-			with(func(q url.Values) { q.Set("signature_expiration", "0"+q.Get("signature_expiration")) }), with(func(q url.Values) { q.Set("signature_expiration", "+"+q.Get("signature_expiration")) }),
-			with(func(q url.Values) { q.Set("signature", q.Get("signature")+"=") }), with(func(q url.Values) { q.Set("signature", "v2"+q.Get("signature")[2:]) }),
-			envd.SignedQuery(file+":write:0", envd.OpRead, "", token, soon).Encode() + "&username=0:read:", envd.SignedQuery(file, envd.OpWrite, "", token, soon).Encode(), envd.SignedQuery(file, envd.OpRead, "", "", soon).Encode(), envd.SignedQuery(file, envd.OpRead, "", "x"+token, soon).Encode(),
+			with(func(q url.Values) { q.Set("path", file+"/") }), with(func(q url.Values) { q.Set("path", "/"+file) }),
+			with(func(q url.Values) { q.Set("path", strings.Replace(file, "/a", "/./a", 1)) }),
+			with(func(q url.Values) { q.Set("path", "/etc/passwd") }), with(func(q url.Values) { q.Add("path", "/etc/passwd") }),
+			with(func(q url.Values) { q.Set("username", "root") }),
+			with(func(q url.Values) { q.Set("signature_expiration", fmt.Sprint(soon.Unix()+1)) }),
+			with(func(q url.Values) { q.Del("signature_expiration") }),
+			with(func(q url.Values) { q.Set("signature_expiration", "0"+q.Get("signature_expiration")) }),
+			with(func(q url.Values) { q.Set("signature_expiration", "+"+q.Get("signature_expiration")) }),
+			with(func(q url.Values) { q.Set("signature", q.Get("signature")+"=") }),
+			with(func(q url.Values) { q.Set("signature", "v2"+q.Get("signature")[2:]) }),
+			envd.SignedQuery(file+":write:0", envd.OpRead, "", token, soon).Encode() + "&username=0:read:",
+			envd.SignedQuery(file, envd.OpWrite, "", token, soon).Encode(), envd.SignedQuery(file, envd.OpRead, "", "", soon).Encode(),
+			envd.SignedQuery(file, envd.OpRead, "", "x"+token, soon).Encode(),
 		},
-		"signature is already expired":      {envd.SignedQuery(file, envd.OpRead, "", token, time.Now().Add(-time.Second)).Encode()},
-		"missing signature query parameter": {"path=" + url.QueryEscape(file), with(func(q url.Values) { q.Set("signature", "") }), with(func(q url.Values) { q.Add("signature", "x") })},
+		"signature is already expired": {envd.SignedQuery(file, envd.OpRead, "", token, time.Now().Add(-time.Second)).Encode()},
+		"missing signature query parameter": {"path=" + url.QueryEscape(file), with(func(q url.Values) { q.Set("signature", "") }),
+			with(func(q url.Values) { q.Add("signature", "x") })},
 	} {
 		for _, q := range queries {
 			if r := a.ask("GET", "/files?"+q, "", "Host", host); r.code != 401 || r.field("message") != want {
@@ -477,11 +499,13 @@ func TestSignedURLs(t *testing.T) {
 	if r := a.ask("GET", "/files?"+good.Encode(), "", "Host", fmt.Sprintf("%d-%s.%s", envd.Port, other, testDomain)); r.code != 401 {
 		t.Errorf("another sandbox' file: %d", r.code)
 	}
-	if r := a.ask("GET", "/files?"+good.Encode(), "", "Host", host, "Range", "bytes=2-4"); r.code != 206 || r.text != "234" || r.header.Get("Content-Range") != "bytes 2-4/10" {
+	if r := a.ask("GET", "/files?"+good.Encode(), "", "Host", host, "Range", "bytes=2-4"); r.code != 206 || r.text != "234" ||
+		r.header.Get("Content-Range") != "bytes 2-4/10" {
 		t.Errorf("%d %s %v", r.code, r.text, r.header)
 	}
 	write := envd.SignedQuery(file, envd.OpWrite, "", token, soon).Encode()
-	if r := a.ask("POST", "/files?"+write, "new", "Host", host, "Content-Type", "application/octet-stream"); r.code != 400 && r.code != 200 {
+	if r := a.ask("POST", "/files?"+write, "new", "Host", host, "Content-Type", "application/octet-stream"); r.code != 400 &&
+		r.code != 200 {
 		t.Errorf("%d %s", r.code, r.text)
 	}
 }
@@ -503,10 +527,14 @@ func TestDocs(t *testing.T) {
 			served = append(served, pattern)
 		}
 	}
-	for _, p := range []string{processconnect.ProcessListProcedure, processconnect.ProcessConnectProcedure, processconnect.ProcessStartProcedure, processconnect.ProcessUpdateProcedure,
-		processconnect.ProcessStreamInputProcedure, processconnect.ProcessSendInputProcedure, processconnect.ProcessSendSignalProcedure, processconnect.ProcessCloseStdinProcedure,
-		filesystemconnect.FilesystemStatProcedure, filesystemconnect.FilesystemMakeDirProcedure, filesystemconnect.FilesystemMoveProcedure, filesystemconnect.FilesystemListDirProcedure,
-		filesystemconnect.FilesystemRemoveProcedure, filesystemconnect.FilesystemWatchDirProcedure, filesystemconnect.FilesystemCreateWatcherProcedure,
+	for _, p := range []string{processconnect.ProcessListProcedure, processconnect.ProcessConnectProcedure,
+		processconnect.ProcessStartProcedure, processconnect.ProcessUpdateProcedure,
+		processconnect.ProcessStreamInputProcedure, processconnect.ProcessSendInputProcedure, processconnect.ProcessSendSignalProcedure,
+		processconnect.ProcessCloseStdinProcedure,
+		filesystemconnect.FilesystemStatProcedure, filesystemconnect.FilesystemMakeDirProcedure, filesystemconnect.FilesystemMoveProcedure,
+		filesystemconnect.FilesystemListDirProcedure,
+		filesystemconnect.FilesystemRemoveProcedure, filesystemconnect.FilesystemWatchDirProcedure,
+		filesystemconnect.FilesystemCreateWatcherProcedure,
 		filesystemconnect.FilesystemGetWatcherEventsProcedure, filesystemconnect.FilesystemRemoveWatcherProcedure} {
 		served = append(served, "POST "+p)
 	}
@@ -530,15 +558,18 @@ func TestDocs(t *testing.T) {
 // TestHealthWakesNobody: who only asks whether a sandbox lives does not wake one that is not open to him.
 func TestHealthWakesNobody(t *testing.T) {
 	a := newAPITest(t)
-	id, token := a.create("ann", `{"templateID":"base","autoPause":true,"autoResume":{"enabled":true},"network":{"allowPublicTraffic":false}}`)
+	id, token := a.create("ann",
+		`{"templateID":"base","autoPause":true,"autoResume":{"enabled":true},"network":{"allowPublicTraffic":false}}`)
 	if r := a.as("ann", "POST", "/sandboxes/"+id+"/pause", "{}"); r.code != 204 {
 		t.Fatal(r.text)
 	}
 	host := fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain)
-	if r := a.ask("GET", "/health", "", "Host", host); r.code != 502 || a.as("ann", "GET", "/sandboxes/"+id, "").field("state") != "paused" {
+	if r := a.ask("GET", "/health", "", "Host", host); r.code != 502 ||
+		a.as("ann", "GET", "/sandboxes/"+id, "").field("state") != "paused" {
 		t.Errorf("%d %s", r.code, r.text)
 	}
-	if r := a.ask("GET", "/health", "", "Host", host, envd.TokenHeader, token); r.code != 204 || a.as("ann", "GET", "/sandboxes/"+id, "").field("state") != "running" {
+	if r := a.ask("GET", "/health", "", "Host", host, envd.TokenHeader, token); r.code != 204 ||
+		a.as("ann", "GET", "/sandboxes/"+id, "").field("state") != "running" {
 		t.Errorf("%d %s", r.code, r.text)
 	}
 }
@@ -548,13 +579,15 @@ func TestCompose(t *testing.T) {
 	a := newAPITest(t)
 	id, token := a.create("ann", `{"templateID":"base"}`)
 	dir := t.TempDir()
-	if err := errors.Join(os.Mkdir(dir+"/d", 0o700), os.Symlink("d", dir+"/l"), os.WriteFile(dir+"/d/x", []byte("one "), 0o600), os.WriteFile(dir+"/d/y", []byte("two"), 0o600)); err != nil {
+	if err := errors.Join(os.Mkdir(dir+"/d", 0o700), os.Symlink("d", dir+"/l"), os.WriteFile(dir+"/d/x", []byte("one "), 0o600),
+		os.WriteFile(dir+"/d/y", []byte("two"), 0o600)); err != nil {
 		t.Fatal(err)
 	}
 	compose := func(body string) reply {
 		return a.ask("POST", "/files/compose", body, "Host", fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain), envd.TokenHeader, token)
 	}
-	if r := compose(fmt.Sprintf(`{"source_paths":["%[1]s/l/x","%[1]s/d/y"],"destination":"%[1]s/d/x"}`, dir)); r.code != 200 || r.field("name") != "x" {
+	if r := compose(fmt.Sprintf(`{"source_paths":["%[1]s/l/x","%[1]s/d/y"],"destination":"%[1]s/d/x"}`, dir)); r.code != 200 ||
+		r.field("name") != "x" {
 		t.Fatalf("%d %s", r.code, r.text)
 	}
 	if body, err := os.ReadFile(dir + "/d/x"); err != nil || string(body) != "one two" {
@@ -563,7 +596,8 @@ func TestCompose(t *testing.T) {
 	if _, err := os.Stat(dir + "/d/y"); err == nil {
 		t.Error("a source is left")
 	}
-	if r := compose(fmt.Sprintf(`{"source_paths":["%[1]s/none"],"destination":"%[1]s/z"}`, dir)); r.code != 404 || !strings.Contains(r.text, "none") {
+	if r := compose(fmt.Sprintf(`{"source_paths":["%[1]s/none"],"destination":"%[1]s/z"}`, dir)); r.code != 404 ||
+		!strings.Contains(r.text, "none") {
 		t.Errorf("%d %s", r.code, r.text)
 	}
 	for _, bad := range []string{`{`, `{"source_paths":[],"destination":"/x"}`, `{"source_paths":["` + dir + `"],"destination":"/x"}`} {
@@ -578,7 +612,8 @@ func TestWatchersAreASandbox(t *testing.T) {
 	a := newAPITest(t)
 	dir := t.TempDir()
 	watch := func(id, token string) reply {
-		return a.ask("POST", filesystemconnect.FilesystemCreateWatcherProcedure, `{"path":"`+dir+`"}`, "Host", fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain), envd.TokenHeader, token)
+		return a.ask("POST", filesystemconnect.FilesystemCreateWatcherProcedure, `{"path":"`+dir+`"}`, "Host",
+			fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain), envd.TokenHeader, token)
 	}
 	id, token := a.create("ann", `{"templateID":"base"}`)
 	for i := range 65 {
@@ -592,7 +627,8 @@ func TestWatchersAreASandbox(t *testing.T) {
 		t.Errorf("%d %s", r.code, r.text)
 	}
 	poll := func(id, token string) reply {
-		return a.ask("POST", filesystemconnect.FilesystemGetWatcherEventsProcedure, fmt.Sprintf(`{"watcherId":"%v"}`, r.field("watcherId")), "Host", fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain), envd.TokenHeader, token)
+		return a.ask("POST", filesystemconnect.FilesystemGetWatcherEventsProcedure, fmt.Sprintf(`{"watcherId":"%v"}`, r.field("watcherId")),
+			"Host", fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain), envd.TokenHeader, token)
 	}
 	if r := poll(id, token); r.code != 404 {
 		t.Errorf("another's watcher: %d %s", r.code, r.text)
@@ -612,7 +648,8 @@ func TestOnlyLargeBodiesAreCounted(t *testing.T) {
 	if asked != 0 {
 		t.Errorf("a small body was asked for %d times", asked)
 	}
-	if r := a.as("ann", "POST", "/sandboxes", `{"templateID":"base"}`+strings.Repeat(" ", freeBody)); r.code != 429 || r.header.Get("Retry-After") == "" {
+	if r := a.as("ann", "POST", "/sandboxes", `{"templateID":"base"}`+strings.Repeat(" ", freeBody)); r.code != 429 ||
+		r.header.Get("Retry-After") == "" {
 		t.Errorf("%d %s", r.code, r.text)
 	}
 }
@@ -627,12 +664,14 @@ func TestSnapshotsOfOthers(t *testing.T) {
 	if _, err := sb.Snapshot(t.Context(), sandbox.SnapshotOptions{Name: "theirs"}); err != nil {
 		t.Fatal(err)
 	}
-	for body, want := range map[string]int{`{"templateID":"theirs"}`: 201, `{"templateID":"theirs","allow_internet_access":false}`: 201, `{"templateID":"theirs","allow_internet_access":true}`: 400} {
+	for body, want := range map[string]int{`{"templateID":"theirs"}`: 201, `{"templateID":"theirs","allow_internet_access":false}`: 201,
+		`{"templateID":"theirs","allow_internet_access":true}`: 400} {
 		if r := a.as("ann", "POST", "/v2/sandboxes", body); r.code != want {
 			t.Errorf("%s: %d %s", body, r.code, r.text)
 		}
 	}
-	if r := a.as("ann", "PUT", "/sandboxes/"+sb.ID()+"/network", `{}`); r.code != 400 || !strings.Contains(r.text, "made without a network") {
+	if r := a.as("ann", "PUT", "/sandboxes/"+sb.ID()+"/network", `{}`); r.code != 400 ||
+		!strings.Contains(r.text, "made without a network") {
 		t.Errorf("%d %s", r.code, r.text)
 	}
 }
@@ -657,7 +696,8 @@ func TestOldBuild(t *testing.T) {
 		})
 	}
 	r := a.as("ann", "POST", "/v3/templates", `{"name":"new"}`)
-	if r := a.as("ann", "POST", fmt.Sprintf("/templates/new/builds/%v", r.field("buildID")), ""); r.code != 400 || !strings.Contains(r.text, "/v2/") {
+	if r := a.as("ann", "POST", fmt.Sprintf("/templates/new/builds/%v", r.field("buildID")), ""); r.code != 400 ||
+		!strings.Contains(r.text, "/v2/") {
 		t.Errorf("%d %s", r.code, r.text)
 	}
 }
@@ -666,7 +706,8 @@ func TestOldBuild(t *testing.T) {
 func TestBuildsAreBounded(t *testing.T) {
 	a := newAPITest(t)
 	announce := func() reply { return a.as("ann", "POST", "/v3/templates", `{"name":"t"}`) }
-	large, err := json.Marshal(map[string]any{"fromImage": "nothere", "steps": []map[string]any{{"type": "RUN", "args": []string{strings.Repeat("x", 1<<20)}}}})
+	large, err := json.Marshal(map[string]any{"fromImage": "nothere",
+		"steps": []map[string]any{{"type": "RUN", "args": []string{strings.Repeat("x", 1<<20)}}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -699,7 +740,8 @@ func TestBuildsAreBounded(t *testing.T) {
 			t.Fatalf("%d: %d %s", i, r.code, r.text)
 		}
 	}
-	for _, body := range []string{`{"name":"t","memoryMB":17592186044417}`, `{"name":"t","cpuCount":1000000000}`, `{"name":"t","minFreeDiskMb":-1}`} {
+	for _, body := range []string{`{"name":"t","memoryMB":17592186044417}`, `{"name":"t","cpuCount":1000000000}`,
+		`{"name":"t","minFreeDiskMb":-1}`} {
 		if r := a.as("bob", "POST", "/v3/templates", body); r.code != 400 {
 			t.Errorf("%s: %d %s", body, r.code, r.text)
 		}

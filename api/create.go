@@ -38,7 +38,8 @@ func (n newSandbox) options(c *Control, owner string, life int64) (o sandbox.Cre
 	case len(n.VolumeMounts) > 0:
 		return o, refuse(http.StatusNotImplemented, "this server has no volumes")
 	case given(n.MCP):
-		return o, refuse(http.StatusNotImplemented, "this server has no MCP gateway in sandboxes: start MCP servers by commands.run, or build a template with them")
+		return o, refuse(http.StatusNotImplemented,
+			"this server has no MCP gateway in sandboxes: start MCP servers by commands.run, or build a template with them")
 	case given(n.IAM):
 		return o, refuse(http.StatusNotImplemented, "this server gives sandboxes no identities")
 	}
@@ -55,12 +56,14 @@ func (n newSandbox) options(c *Control, owner string, life int64) (o sandbox.Cre
 		return o, err
 	}
 	o = sandbox.CreateOptions{Owner: owner, Template: c.templateName(owner, n.TemplateID), Metadata: n.Metadata, Env: n.Env,
-		Times: sandbox.Times{Life: max(lifetime, time.Second), First: max(lifetime, time.Second), OnTimeout: sandbox.ActionKill, NoAutoResume: !resume, FilesOnly: filesOnly}}
+		Times: sandbox.Times{Life: max(lifetime, time.Second), First: max(lifetime, time.Second), OnTimeout: sandbox.ActionKill,
+			NoAutoResume: !resume, FilesOnly: filesOnly}}
 	if n.AutoPause {
 		o.Times.OnTimeout = sandbox.ActionPause
 	}
 	o.Ingress = n.Network.ingress()
-	if o.Ingress.Insecure = c.Gateway.insecure() && n.Secure != nil && !*n.Secure; o.Ingress.Insecure && o.Ingress.Open != sandbox.OpenPublic {
+	if o.Ingress.Insecure = c.Gateway.insecure() && n.Secure != nil && !*n.Secure; o.Ingress.Insecure &&
+		o.Ingress.Open != sandbox.OpenPublic {
 		return o, refuse(http.StatusBadRequest, "a sandbox without public traffic needs its token: leave out secure=false")
 	}
 	snap, saved, err := c.snapshotOf(owner, o.Template)
@@ -69,7 +72,8 @@ func (n newSandbox) options(c *Control, owner string, life int64) (o sandbox.Cre
 	}
 	if saved && (n.Network == nil && n.Internet == nil || !snap.Network.On()) {
 		if n.Network != nil && (len(n.Network.AllowOut) > 0 || len(n.Network.DenyOut) > 0) || n.Internet != nil && *n.Internet {
-			return o, refuse(http.StatusBadRequest, "snapshot %q was made of a sandbox without a network, so what begins from it has none", o.Template)
+			return o, refuse(http.StatusBadRequest, "snapshot %q was made of a sandbox without a network, so what begins from it has none",
+				o.Template)
 		}
 		return o, nil // as it was saved
 	}

@@ -17,7 +17,8 @@ import (
 // inside asks envd of a sandbox.
 func (a *apiTest) inside(id, token, method, path, body string, headers ...string) reply {
 	a.Helper()
-	return a.ask(method, path, body, append([]string{"Host", fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain), envd.TokenHeader, token}, headers...)...)
+	return a.ask(method, path, body, append([]string{"Host", fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain), envd.TokenHeader, token},
+		headers...)...)
 }
 
 // TestUploadIsToldAsWritten: an upload is told as envd's own, which writes to the file itself: one over an existing file is a write, a new
@@ -44,7 +45,8 @@ func TestUploadIsToldAsWritten(t *testing.T) {
 	want := []string{"WRITE old", "CREATE fresh", "WRITE fresh", "RENAME fresh", "CREATE old"}
 	var told []string
 	sandboxtest.Eventually(t, "all is told", func() bool {
-		r := a.inside(id, token, "POST", filesystemconnect.FilesystemGetWatcherEventsProcedure, fmt.Sprintf(`{"watcherId":"%v"}`, made.field("watcherId")))
+		r := a.inside(id, token, "POST", filesystemconnect.FilesystemGetWatcherEventsProcedure,
+			fmt.Sprintf(`{"watcherId":"%v"}`, made.field("watcherId")))
 		var got struct{ Events []struct{ Name, Type string } }
 		if err := json.Unmarshal([]byte(r.text), &got); err != nil {
 			t.Fatalf("%s: %v", r.text, err)
@@ -68,7 +70,8 @@ func TestUploadReplacesMetadata(t *testing.T) {
 	file := dir + "/f"
 	upload := func(headers ...string) {
 		t.Helper()
-		if r := a.inside(id, token, "POST", "/files?path="+file, "x", append([]string{"Content-Type", "application/octet-stream"}, headers...)...); r.code != 200 {
+		if r := a.inside(id, token, "POST", "/files?path="+file, "x",
+			append([]string{"Content-Type", "application/octet-stream"}, headers...)...); r.code != 200 {
 			t.Fatalf("%d %s", r.code, r.text)
 		}
 	}
@@ -96,7 +99,8 @@ func TestUploadReplacesMetadata(t *testing.T) {
 	if err := os.WriteFile(dir+"/part", []byte("y"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if r := a.inside(id, token, "POST", "/files/compose", fmt.Sprintf(`{"source_paths":["%s/part"],"destination":"%s"}`, dir, file)); r.code != 200 {
+	if r := a.inside(id, token, "POST", "/files/compose",
+		fmt.Sprintf(`{"source_paths":["%s/part"],"destination":"%s"}`, dir, file)); r.code != 200 {
 		t.Fatalf("%d %s", r.code, r.text)
 	}
 	if got := metadata(); got != "<nil>" {

@@ -115,7 +115,8 @@ func TestTrafficWakes(t *testing.T) {
 // TestNetworkAsGiven: what a client says of its network comes back in its own words, and "*" is every name.
 func TestNetworkAsGiven(t *testing.T) {
 	a := newAPITest(t)
-	for _, test := range []struct{ allow, deny string }{{`["8.8.8.8"]`, `["0.0.0.0/0"]`}, {`["*"]`, `["8.8.8.8"]`}, {`["*"]`, ``}, {`["1.1.1.1"]`, ``}, {`["*","A.example"]`, `["0.0.0.0/0"]`}, {``, `["10.1.2.3/8","8.8.8.8"]`}} {
+	for _, test := range []struct{ allow, deny string }{{`["8.8.8.8"]`, `["0.0.0.0/0"]`}, {`["*"]`, `["8.8.8.8"]`}, {`["*"]`, ``},
+		{`["1.1.1.1"]`, ``}, {`["*","A.example"]`, `["0.0.0.0/0"]`}, {``, `["10.1.2.3/8","8.8.8.8"]`}} {
 		body, want := "", ""
 		for name, list := range map[string]string{"allowOut": test.allow, "denyOut": test.deny} {
 			if list != "" {
@@ -138,7 +139,8 @@ func TestNetworkAsGiven(t *testing.T) {
 			t.Errorf("%s, want %s", got, want)
 		}
 	}
-	if r := a.as("ann", "POST", "/v2/sandboxes", `{"templateID":"base","network":{"allowOut":["a b"],"denyOut":["0.0.0.0/0"]}}`); r.code != 400 {
+	if r := a.as("ann", "POST", "/v2/sandboxes",
+		`{"templateID":"base","network":{"allowOut":["a b"],"denyOut":["0.0.0.0/0"]}}`); r.code != 400 {
 		t.Errorf("%d %s", r.code, r.text)
 	}
 }
@@ -173,7 +175,8 @@ func TestInsecure(t *testing.T) {
 		}
 	}
 	id, token = make(`,"secure":false`)
-	if got := a.as("ann", "GET", "/sandboxes/"+id, ""); token != "" || got.field("envdAccessToken") != nil || asked(id, "GET", "/envs") != 200 || asked(id, "POST", "/init") != 404 {
+	if got := a.as("ann", "GET", "/sandboxes/"+id, ""); token != "" || got.field("envdAccessToken") != nil ||
+		asked(id, "GET", "/envs") != 200 || asked(id, "POST", "/init") != 404 {
 		t.Errorf("%q: %s", token, got.text)
 	}
 	if r := a.as("ann", "POST", "/sandboxes/"+id+"/pause", "{}"); r.code != 204 {
@@ -187,7 +190,8 @@ func TestInsecure(t *testing.T) {
 		t.Error("it needs no token on a server that does not allow that")
 	}
 	a.gateway.Insecure = true
-	if r := a.as("ann", "POST", "/sandboxes", `{"templateID":"base","secure":false,"network":{"allowPublicTraffic":false}}`); r.code != 400 {
+	if r := a.as("ann", "POST", "/sandboxes",
+		`{"templateID":"base","secure":false,"network":{"allowPublicTraffic":false}}`); r.code != 400 {
 		t.Errorf("%d %s", r.code, r.text)
 	}
 }
@@ -198,15 +202,18 @@ func TestGatewayAnswers(t *testing.T) {
 	a := newAPITest(t)
 	id, token := a.create("ann", `{"templateID":"base"}`)
 	host := fmt.Sprintf("8001-%s.%s", id, testDomain)
-	if r := a.ask("GET", "/", "", "Host", host, "User-Agent", "Mozilla/5.0"); r.code != 502 || r.header.Get("Content-Type") != "text/html; charset=utf-8" ||
+	if r := a.ask("GET", "/", "", "Host", host, "User-Agent", "Mozilla/5.0"); r.code != 502 ||
+		r.header.Get("Content-Type") != "text/html; charset=utf-8" ||
 		!strings.Contains(r.text, "<code>"+id+"</code>, port <code>8001</code>") || !strings.HasPrefix(r.text, "<html") {
 		t.Errorf("%d %v %s", r.code, r.header, r.text)
 	}
-	if r := a.ask("GET", "/", "", "Host", host); r.header.Get("Content-Type") != "application/json; charset=utf-8" || r.field("port") != 8001. || r.field("sandboxId") != id {
+	if r := a.ask("GET", "/", "", "Host", host); r.header.Get("Content-Type") != "application/json; charset=utf-8" ||
+		r.field("port") != 8001. || r.field("sandboxId") != id {
 		t.Errorf("%d %v %s", r.code, r.header, r.text)
 	}
 	for _, path := range []string{"/init", "/freeze", "/upgrade"} {
-		if shown, none := a.inside(id, token, "POST", path, "{}"), a.inside(id, "", "POST", path, "{}"); shown.code != 404 || none.code != 404 {
+		if shown, none := a.inside(id, token, "POST", path, "{}"), a.inside(id, "", "POST", path, "{}"); shown.code != 404 ||
+			none.code != 404 {
 			t.Errorf("%s: %d %d", path, shown.code, none.code)
 		}
 	}

@@ -33,7 +33,8 @@ func TestSnapshotNames(t *testing.T) {
 		if r := a.as("ann", "GET", "/snapshots", ""); !strings.Contains(r.text, made.text) {
 			t.Errorf("%s is not in %s", made.text, r.text)
 		}
-		if r := a.as("ann", "DELETE", "/templates/"+strings.ReplaceAll(strings.ReplaceAll(snap, "/", "%2F"), ":", "%3A"), ""); r.code != 204 {
+		if r := a.as("ann", "DELETE", "/templates/"+strings.ReplaceAll(strings.ReplaceAll(snap, "/", "%2F"), ":", "%3A"),
+			""); r.code != 204 {
 			t.Errorf("delete %s: %d %s", snap, r.code, r.text)
 		}
 	}
@@ -47,14 +48,16 @@ func TestSnapshotNames(t *testing.T) {
 // TestTemplatesByBuild: a template is found by the id of its build, too; lists have pages, and say which templates are public.
 func TestTemplatesByBuild(t *testing.T) {
 	a := newAPITest(t)
-	for _, m := range []template.Manifest{{Name: "tool", Owner: "ann", Build: template.NewBuildID(), Image: "sha256:1"}, {Name: "tool:v1", Owner: "ann", Build: template.NewBuildID(), Image: "sha256:2"}, {Name: "shared", Image: "sha256:3"}} {
+	for _, m := range []template.Manifest{{Name: "tool", Owner: "ann", Build: template.NewBuildID(), Image: "sha256:1"},
+		{Name: "tool:v1", Owner: "ann", Build: template.NewBuildID(), Image: "sha256:2"}, {Name: "shared", Image: "sha256:3"}} {
 		if err := a.control.Store.Put(m); err != nil {
 			t.Fatal(err)
 		}
 		if got := a.control.templateName("ann", strings.Split(m.Name, ":")[0]+":"+m.BuildID()); got != m.Name {
 			t.Errorf("%s: %s", m.Name, got)
 		}
-		if r := a.as("ann", "GET", "/templates/x/builds/"+m.BuildID()+"/status", ""); m.Owner == "ann" && (r.code != 200 || r.field("status") != "ready") {
+		if r := a.as("ann", "GET", "/templates/x/builds/"+m.BuildID()+"/status", ""); m.Owner == "ann" &&
+			(r.code != 200 || r.field("status") != "ready") {
 			t.Errorf("%d %s", r.code, r.text)
 		}
 	}
@@ -92,7 +95,8 @@ func TestTeamMetrics(t *testing.T) {
 			t.Errorf("%s: %d %s", path, r.code, r.text)
 		}
 	}
-	for path, code := range map[string]int{"/teams/bob/metrics": 403, "/teams/ann/metrics/max?metric=x": 400, "/teams/ann/metrics?start=2&end=1": 400} {
+	for path, code := range map[string]int{"/teams/bob/metrics": 403, "/teams/ann/metrics/max?metric=x": 400,
+		"/teams/ann/metrics?start=2&end=1": 400} {
 		if r := a.as("ann", "GET", path, ""); r.code != code {
 			t.Errorf("%s: %d %s", path, r.code, r.text)
 		}

@@ -158,7 +158,8 @@ func (g *Gateway) Handler(next http.Handler) http.Handler {
 			return
 		}
 		if port < 1 || port > 65535 || !sandbox.ValidID(id) {
-			http.Error(w, "Invalid sandbox ID or port: a host is {port}-{sandbox id} before the domain; elsewhere the headers "+SandboxHeader+" and "+PortHeader+" name them.", http.StatusBadRequest)
+			http.Error(w, "Invalid sandbox ID or port: a host is {port}-{sandbox id} before the domain; elsewhere the headers "+
+				SandboxHeader+" and "+PortHeader+" name them.", http.StatusBadRequest)
 			return
 		}
 		g.serve(w, r, id, port)
@@ -238,7 +239,8 @@ func (f failure) write(w http.ResponseWriter, r *http.Request) {
 			}
 			where += "</p>"
 		}
-		_, _ = fmt.Fprintf(w, "<html><head><title>SoulBox</title></head><body><h1>%d</h1><p>%s</p>%s</body></html>\n", f.Code, html.EscapeString(f.Message), where) // a client that is gone misses nothing
+		_, _ = fmt.Fprintf(w, "<html><head><title>SoulBox</title></head><body><h1>%d</h1><p>%s</p>%s</body></html>\n", f.Code,
+			html.EscapeString(f.Message), where) // a client that is gone misses nothing
 		return
 	}
 	h.Set("Content-Type", "application/json; charset=utf-8")
@@ -266,7 +268,9 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 	}
 	leave, ok := g.visitors.enter(r.RemoteAddr)
 	if !ok {
-		failure{SandboxID: id, Code: http.StatusServiceUnavailable, Message: fmt.Sprintf("Your address has %d requests and tunnels here, the most one may have; close some", maxVisitor)}.write(w, r)
+		failure{SandboxID: id, Code: http.StatusServiceUnavailable,
+			Message: fmt.Sprintf("Your address has %d requests and tunnels here, the most one may have; close some", maxVisitor)}.write(w,
+			r)
 		return
 	}
 	defer leave()
@@ -293,7 +297,8 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 	if !open || !public {
 		secret := sb.TrafficToken()
 		if !g.admits(r, secret) {
-			failure{SandboxID: id, Code: http.StatusForbidden, Message: "This port needs the sandbox' traffic token, as header " + TokenHeader + " or in the URL that port_expose gave"}.write(w, r)
+			failure{SandboxID: id, Code: http.StatusForbidden, Message: "This port needs the sandbox' traffic token, as header " +
+				TokenHeader + " or in the URL that port_expose gave"}.write(w, r)
 			return
 		}
 		if !g.stillOwned(w, r, sb) {
@@ -334,7 +339,8 @@ func (g *Gateway) stillOwned(w http.ResponseWriter, r *http.Request, sb *sandbox
 	}
 	if err := g.Admit(r.Context(), sb.Info().Owner); err != nil {
 		g.Log.Warn("refused a request", "why", "the sandbox's owner: "+err.Error(), "sandbox", sb.ID(), "from", r.RemoteAddr)
-		failure{SandboxID: sb.ID(), Code: http.StatusUnauthorized, Message: "The sandbox's owner has no valid key any more; soulbox-mcp key create makes one"}.write(w, r)
+		failure{SandboxID: sb.ID(), Code: http.StatusUnauthorized,
+			Message: "The sandbox's owner has no valid key any more; soulbox-mcp key create makes one"}.write(w, r)
 		return false
 	}
 	return true
@@ -396,7 +402,8 @@ func isBrowser(r *http.Request) bool { return strings.Contains(r.UserAgent(), "M
 // remember turns a token of a link into a cookie of that host, and takes it out of the address.
 func (g *Gateway) remember(w http.ResponseWriter, r *http.Request, shown string) {
 	http.SetCookie(w, &http.Cookie{
-		Name: g.cookie(), Value: shown, Path: "/", MaxAge: int(cookieLife.Seconds()), HttpOnly: true, Secure: g.secure(), SameSite: http.SameSiteLaxMode,
+		Name: g.cookie(), Value: shown, Path: "/", MaxAge: int(cookieLife.Seconds()), HttpOnly: true, Secure: g.secure(),
+		SameSite: http.SameSiteLaxMode,
 	})
 	w.Header().Set("Cache-Control", "no-store")
 	w.Header().Set("Referrer-Policy", "no-referrer")
@@ -488,7 +495,8 @@ func Base(domain, server string) (*url.URL, error) {
 	if err != nil {
 		return nil, err
 	}
-	if domain == "" || strings.Trim(strings.ToLower(domain), "abcdefghijklmnopqrstuvwxyz0123456789.-") != "" || strings.HasPrefix(domain, ".") || strings.HasSuffix(domain, ".") {
+	if domain == "" || strings.Trim(strings.ToLower(domain), "abcdefghijklmnopqrstuvwxyz0123456789.-") != "" ||
+		strings.HasPrefix(domain, ".") || strings.HasSuffix(domain, ".") {
 		return nil, fmt.Errorf("%q is not a domain, such as box.example.com", domain)
 	}
 	host := strings.ToLower(domain)

@@ -51,7 +51,8 @@ func app(broken chan<- struct{}) http.Handler {
 		}
 	})
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		fmt.Fprintf(w, "%s %s host=%s for=%s proto=%s cookie=%q token=%q", r.Method, r.URL.RequestURI(), r.Host, r.Header.Get("X-Forwarded-For"), r.Header.Get("X-Forwarded-Proto"),
+		fmt.Fprintf(w, "%s %s host=%s for=%s proto=%s cookie=%q token=%q", r.Method, r.URL.RequestURI(), r.Host,
+			r.Header.Get("X-Forwarded-For"), r.Header.Get("X-Forwarded-Proto"),
 			r.Header.Get("Cookie"), r.Header.Get(TokenHeader))
 	})
 	mux.HandleFunc("/sum", func(w http.ResponseWriter, r *http.Request) {
@@ -87,7 +88,8 @@ func app(broken chan<- struct{}) http.Handler {
 
 func newGatewayTest(t *testing.T, change ...func(*sandbox.Options)) *gatewayTest {
 	t.Helper()
-	o := sandbox.Options{Dir: t.TempDir(), Runtime: &sandboxtest.Fake{}, Templates: sandboxtest.Templates{}, Version: "test", ConnWait: 50 * time.Millisecond}
+	o := sandbox.Options{Dir: t.TempDir(), Runtime: &sandboxtest.Fake{}, Templates: sandboxtest.Templates{}, Version: "test",
+		ConnWait: 50 * time.Millisecond}
 	for _, do := range change {
 		do(&o)
 	}
@@ -118,7 +120,10 @@ func newGatewayTest(t *testing.T, change ...func(*sandbox.Options)) *gatewayTest
 		t.Fatal(err)
 	}
 	g.g = NewGateway(m, base, slog.New(slog.DiscardHandler))
-	g.front.Config.Handler = g.g.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "the server itself") }))
+	g.front.Config.Handler = g.g.Handler(http.HandlerFunc(func(w http.ResponseWriter,
+		r *http.Request) {
+		fmt.Fprint(w, "the server itself")
+	}))
 	g.front.Config.Protocols = inside.Config.Protocols
 	g.front.Start()
 	t.Cleanup(g.front.Close)
@@ -128,7 +133,8 @@ func newGatewayTest(t *testing.T, change ...func(*sandbox.Options)) *gatewayTest
 	}
 	transport := &http.Transport{DialContext: dialer}
 	t.Cleanup(transport.CloseIdleConnections)
-	g.client = &http.Client{Transport: transport, Timeout: 30 * time.Second, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	g.client = &http.Client{Transport: transport, Timeout: 30 * time.Second,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	return g
 }
 
@@ -168,10 +174,12 @@ func TestGatewayToken(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, headers := range map[string][]string{"none": nil, "empty": {TokenHeader, ""}, "wrong": {TokenHeader, secret + "x"}, "wrong cookie": {"Cookie", tokenCookie + "=x"}, "a key": {"Authorization", "Bearer " + secret}} {
+	for name, headers := range map[string][]string{"none": nil, "empty": {TokenHeader, ""}, "wrong": {TokenHeader, secret + "x"},
+		"wrong cookie": {"Cookie", tokenCookie + "=x"}, "a key": {"Authorization", "Bearer " + secret}} {
 		res, body := g.get(host, "/", headers...)
 		var f failure
-		if err := json.Unmarshal([]byte(body), &f); err != nil || res.StatusCode != 403 || f.Code != 403 || f.SandboxID != g.sb.ID() || strings.Contains(body, secret) {
+		if err := json.Unmarshal([]byte(body), &f); err != nil || res.StatusCode != 403 || f.Code != 403 || f.SandboxID != g.sb.ID() ||
+			strings.Contains(body, secret) {
 			t.Errorf("%s: %d %s", name, res.StatusCode, body)
 		}
 	}
@@ -202,7 +210,8 @@ func TestGatewayToken(t *testing.T) {
 	if c := res.Cookies()[0]; c.Value != secret || !c.HttpOnly || c.Domain != "" {
 		t.Error(c)
 	}
-	if res, _ := g.get(host, "//elsewhere.example/"+link.RequestURI()[1:], "User-Agent", "Mozilla/5.0"); strings.HasPrefix(res.Header.Get("Location"), "//") {
+	if res, _ := g.get(host, "//elsewhere.example/"+link.RequestURI()[1:], "User-Agent",
+		"Mozilla/5.0"); strings.HasPrefix(res.Header.Get("Location"), "//") {
 		t.Error("leads away:", res.Header)
 	}
 	conn, err := net.Dial("tcp", g.front.Listener.Addr().String())
@@ -210,7 +219,8 @@ func TestGatewayToken(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	fmt.Fprintf(conn, "GET /socket?%s=%s HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", TokenQuery, secret, host)
+	fmt.Fprintf(conn, "GET /socket?%s=%s HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", TokenQuery, secret,
+		host)
 	if res, err := http.ReadResponse(bufio.NewReader(conn), nil); err != nil || res.StatusCode != http.StatusSwitchingProtocols {
 		t.Error("a WebSocket with the token in its URL:", res, err)
 	}
@@ -235,17 +245,22 @@ func TestGatewayErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	secret := g.sb.TrafficToken()
-	const invalid = "400 Invalid sandbox ID or port: a host is {port}-{sandbox id} before the domain; elsewhere the headers E2b-Sandbox-Id and E2b-Sandbox-Port name them."
+	const invalid = "400 Invalid sandbox ID or port: a host is {port}-{sandbox id} before the domain; elsewhere the headers " +
+		"E2b-Sandbox-Id and E2b-Sandbox-Port name them."
 	for host, want := range map[string]string{
-		g.host(1):                             `502 {"sandboxId":"` + g.sb.ID() + `","message":"The sandbox is running but port is not open","port":1,"code":502}`,
-		strings.ToUpper(g.host(1)) + ".":      `502 {"sandboxId":"` + g.sb.ID() + `","message":"The sandbox is running but port is not open","port":1,"code":502}`,
-		"1-" + g.sb.ID() + "-client.box.test": `502 {"sandboxId":"` + g.sb.ID() + `","message":"The sandbox is running but port is not open","port":1,"code":502}`,
-		g.host(2):                             `502 {"sandboxId":"` + g.sb.ID() + `","message":"The port is not exposed: call port_expose","port":2,"code":502}`,
-		"1-sb000000000000000000.box.test":     `502 {"sandboxId":"sb000000000000000000","message":"The sandbox was not found","code":502}`,
-		"x.box.test":                          invalid,
-		"0-" + g.sb.ID() + ".box.test":        invalid,
-		"box.test":                            "200 the server itself",
-		"1-" + g.sb.ID() + ".other.test":      "200 the server itself",
+		g.host(1): `502 {"sandboxId":"` + g.sb.ID() +
+			`","message":"The sandbox is running but port is not open","port":1,"code":502}`,
+		strings.ToUpper(g.host(1)) + ".": `502 {"sandboxId":"` + g.sb.ID() +
+			`","message":"The sandbox is running but port is not open","port":1,"code":502}`,
+		"1-" + g.sb.ID() + "-client.box.test": `502 {"sandboxId":"` + g.sb.ID() +
+			`","message":"The sandbox is running but port is not open","port":1,"code":502}`,
+		g.host(2): `502 {"sandboxId":"` + g.sb.ID() +
+			`","message":"The port is not exposed: call port_expose","port":2,"code":502}`,
+		"1-sb000000000000000000.box.test": `502 {"sandboxId":"sb000000000000000000","message":"The sandbox was not found","code":502}`,
+		"x.box.test":                      invalid,
+		"0-" + g.sb.ID() + ".box.test":    invalid,
+		"box.test":                        "200 the server itself",
+		"1-" + g.sb.ID() + ".other.test":  "200 the server itself",
 	} {
 		res, body := g.get(host, "/", TokenHeader, secret)
 		if got := strconv.Itoa(res.StatusCode) + " " + strings.TrimSpace(body); got != want {
@@ -425,20 +440,23 @@ func TestGatewayIngress(t *testing.T) {
 	defer inside.Close()
 	port := inside.Listener.Addr().(*net.TCPAddr).Port
 	times := sandbox.Times{Life: time.Minute, OnTimeout: sandbox.ActionPause}
-	sb, err := g.m.Create(t.Context(), sandbox.CreateOptions{Times: times, Ingress: sandbox.Ingress{Open: sandbox.OpenToken, Host: "inside:${PORT}", TLS: []int{port}}})
+	sb, err := g.m.Create(t.Context(), sandbox.CreateOptions{Times: times,
+		Ingress: sandbox.Ingress{Open: sandbox.OpenToken, Host: "inside:${PORT}", TLS: []int{port}}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	host := func(port int) string { return fmt.Sprintf("%d-%s.box.test", port, sb.ID()) }
 	for _, p := range []int{port, g.port} {
-		if res, body := g.get(host(p), "/x", TokenHeader, sb.TrafficToken()); res.StatusCode != 200 || !strings.Contains(body, fmt.Sprintf("host=inside:%d", p)) || !strings.Contains(body, `token=""`) {
+		if res, body := g.get(host(p), "/x", TokenHeader, sb.TrafficToken()); res.StatusCode != 200 ||
+			!strings.Contains(body, fmt.Sprintf("host=inside:%d", p)) || !strings.Contains(body, `token=""`) {
 			t.Errorf("%d: %s %s", p, res.Status, body)
 		}
 	}
 	if res, _ := g.get(host(port), "/x"); res.StatusCode != 403 {
 		t.Error(res.Status)
 	}
-	if res, body := g.get("127.0.0.1", "/x", SandboxHeader, sb.ID(), PortHeader, strconv.Itoa(port), TokenHeader, sb.TrafficToken()); res.StatusCode != 200 || !strings.Contains(body, "GET /x") {
+	if res, body := g.get("127.0.0.1", "/x", SandboxHeader, sb.ID(), PortHeader, strconv.Itoa(port), TokenHeader,
+		sb.TrafficToken()); res.StatusCode != 200 || !strings.Contains(body, "GET /x") {
 		t.Errorf("%s %s", res.Status, body)
 	}
 	pause := func(auto bool) {
@@ -451,11 +469,13 @@ func TestGatewayIngress(t *testing.T) {
 	if res, _ := g.get(host(port), "/x"); res.StatusCode != 403 || sb.Info().State != sandbox.Paused {
 		t.Errorf("%s: who has not shown the token wakes it", res.Status)
 	}
-	if res, _ := g.get(host(port), "/x", TokenHeader, sb.TrafficToken()); res.StatusCode != 200 || time.Until(sb.Info().ExpiresAt) < 4*time.Minute {
+	if res, _ := g.get(host(port), "/x", TokenHeader, sb.TrafficToken()); res.StatusCode != 200 ||
+		time.Until(sb.Info().ExpiresAt) < 4*time.Minute {
 		t.Errorf("%s %s", res.Status, sb.Info().ExpiresAt)
 	}
 	pause(false)
-	if res, body := g.get(host(port), "/x", TokenHeader, sb.TrafficToken()); res.StatusCode != 502 || !strings.Contains(body, "The sandbox was not found") || sb.Info().State != sandbox.Paused {
+	if res, body := g.get(host(port), "/x", TokenHeader, sb.TrafficToken()); res.StatusCode != 502 ||
+		!strings.Contains(body, "The sandbox was not found") || sb.Info().State != sandbox.Paused {
 		t.Errorf("%s %s", res.Status, body)
 	}
 }

@@ -32,14 +32,16 @@ func (n *network) egress(internet *bool, none bool) (sandbox.Network, error) {
 		return sandbox.Network{}, refuse(http.StatusNotImplemented, "network.egressProxy: this server knows no proxies of others")
 	}
 	if given(n.Rules) && string(n.Rules) != "{}" {
-		return sandbox.Network{}, refuse(http.StatusNotImplemented, "network.rules: this server does not change what sandboxes send; give them what they need as envs")
+		return sandbox.Network{}, refuse(http.StatusNotImplemented,
+			"network.rules: this server does not change what sandboxes send; give them what they need as envs")
 	}
 	for _, d := range n.DenyOut {
 		if _, err := netip.ParseAddr(d); err == nil {
 			continue
 		}
 		if _, err := netip.ParsePrefix(d); err != nil {
-			return sandbox.Network{}, refuse(http.StatusBadRequest, "invalid denied CIDR %.100s: only addresses and ranges of addresses can be denied", d)
+			return sandbox.Network{}, refuse(http.StatusBadRequest,
+				"invalid denied CIDR %.100s: only addresses and ranges of addresses can be denied", d)
 		}
 	}
 	has := func(r string) bool { return slices.Contains(n.DenyOut, r) }
@@ -50,7 +52,8 @@ func (n *network) egress(internet *bool, none bool) (sandbox.Network, error) {
 		return aerr != nil && perr != nil && a != "*" // which allows nothing that is not
 	})
 	if named && !all && (internet == nil || *internet) {
-		return sandbox.Network{}, refuse(http.StatusBadRequest, "when specifying allowed domains in allow out, you must include '0.0.0.0/0' in deny out to block all other traffic")
+		return sandbox.Network{}, refuse(http.StatusBadRequest,
+			"when specifying allowed domains in allow out, you must include '0.0.0.0/0' in deny out to block all other traffic")
 	}
 	out := sandbox.Network{Mode: sandbox.NetworkFull}
 	switch {
@@ -85,7 +88,8 @@ func (n *network) ingress() sandbox.Ingress {
 // networkOf is a sandbox' network as clients say it.
 func networkOf(i sandbox.Info) network {
 	public := i.Ingress.Open == sandbox.OpenPublic
-	n := network{AllowPublic: &public, MaskHost: i.Ingress.Host, HTTPSPorts: i.Ingress.TLS, AllowOut: i.Network.Allow, DenyOut: i.Network.Deny}
+	n := network{AllowPublic: &public, MaskHost: i.Ingress.Host, HTTPSPorts: i.Ingress.TLS, AllowOut: i.Network.Allow,
+		DenyOut: i.Network.Deny}
 	if i.Network.Mode != sandbox.NetworkFull {
 		n.DenyOut = everything[:1]
 	}

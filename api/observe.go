@@ -26,7 +26,8 @@ type metric struct {
 // metricOf tells the use of CPUs in percent of all that the sandbox may use. As of E2B's machines, its kernel's is in it: one that does
 // nothing takes some.
 func metricOf(s sandbox.Sample, l sandbox.Limits) metric {
-	return metric{Timestamp: s.Time, Unix: s.Time.Unix(), CPUCount: max(1, int(l.CPU+0.5)), CPUUsed: max(s.CPU, s.HostCPU) / max(l.CPU, 1), MemUsed: max(s.Memory, s.HostMemory), MemTotal: l.Memory, DiskUsed: s.DiskUsed, DiskTotal: l.Disk}
+	return metric{Timestamp: s.Time, Unix: s.Time.Unix(), CPUCount: max(1, int(l.CPU+0.5)), CPUUsed: max(s.CPU, s.HostCPU) / max(l.CPU, 1),
+		MemUsed: max(s.Memory, s.HostMemory), MemTotal: l.Memory, DiskUsed: s.DiskUsed, DiskTotal: l.Disk}
 }
 
 const maxSeconds = 1 << 40
@@ -137,7 +138,8 @@ func (c *Control) oldLogs(r *call) error {
 	}
 	lines := []map[string]any{}
 	for _, e := range entries {
-		line, err := json.Marshal(map[string]any{"timestamp": e.Timestamp, "level": e.Level, "logger": e.Fields["source"], "message": e.Message})
+		line, err := json.Marshal(map[string]any{"timestamp": e.Timestamp, "level": e.Level, "logger": e.Fields["source"],
+			"message": e.Message})
 		if err != nil {
 			return err
 		}
@@ -156,7 +158,8 @@ func (c *Control) logs(r *call) error {
 		return err
 	}
 	q := sandbox.LogQuery{Limit: int(limit), Text: r.URL.Query().Get("search"), Level: sandbox.Level(r.URL.Query().Get("level"))}
-	if q.Source = r.URL.Query().Get("source"); q.Source != "" && !slices.Contains([]string{sandbox.SourceSystem, sandbox.SourceProcess, sandbox.SourceBuild}, q.Source) {
+	if q.Source = r.URL.Query().Get("source"); q.Source != "" &&
+		!slices.Contains([]string{sandbox.SourceSystem, sandbox.SourceProcess, sandbox.SourceBuild}, q.Source) {
 		return refuse(http.StatusBadRequest, "source is system, process or build")
 	}
 	if q.Level != "" && !slices.Contains(sandbox.Levels(), q.Level) || len(q.Text) > 256 {

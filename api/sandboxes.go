@@ -73,7 +73,8 @@ type lifecycle struct {
 
 func (c *Control) created(sb *sandbox.Sandbox) created {
 	i := sb.Info()
-	out := created{TemplateID: originOf(i), SandboxID: i.ID, ClientID: clientID, EnvdVersion: envd.Version, Alias: cmp.Or(i.Origin, i.Template), AccessToken: c.tokenOf(sb), Domain: c.domain()}
+	out := created{TemplateID: originOf(i), SandboxID: i.ID, ClientID: clientID, EnvdVersion: envd.Version,
+		Alias: cmp.Or(i.Origin, i.Template), AccessToken: c.tokenOf(sb), Domain: c.domain()}
 	if i.Ingress.Open != sandbox.OpenPublic {
 		token := sb.TrafficToken()
 		out.TrafficToken = &token
@@ -104,8 +105,10 @@ func templateOf(i sandbox.Info) string { return cmp.Or(i.Template, template.Host
 func originOf(i sandbox.Info) string { return cmp.Or(i.Origin, templateOf(i)) }
 
 func list(i sandbox.Info) listed {
-	out := listed{TemplateID: originOf(i), Alias: cmp.Or(i.Origin, i.Template), SandboxID: i.ID, ClientID: clientID, StartedAt: began(i), EndAt: i.ExpiresAt, CPUCount: max(1, int(i.Limits.CPU+0.5)),
-		MemoryMB: i.Limits.Memory >> 20, DiskSizeMB: i.Limits.Disk >> 20, Metadata: i.Metadata, State: "running", EnvdVersion: envd.Version, VolumeMounts: []struct{}{}}
+	out := listed{TemplateID: originOf(i), Alias: cmp.Or(i.Origin, i.Template), SandboxID: i.ID, ClientID: clientID, StartedAt: began(i),
+		EndAt: i.ExpiresAt, CPUCount: max(1, int(i.Limits.CPU+0.5)),
+		MemoryMB: i.Limits.Memory >> 20, DiskSizeMB: i.Limits.Disk >> 20, Metadata: i.Metadata, State: "running", EnvdVersion: envd.Version,
+		VolumeMounts: []struct{}{}}
 	if i.State == sandbox.Paused {
 		out.State, out.EndAt = "paused", i.Changed
 	}
@@ -273,8 +276,10 @@ func (c *Control) get(r *call) error {
 	}
 	i := sb.Info()
 	on := i.Network.Mode == sandbox.NetworkFull || len(i.Network.Allow) > 0
-	return r.answer(http.StatusOK, detail{listed: list(i), AccessToken: c.tokenOf(sb), Domain: c.domain(), Internet: &on, Network: networkOf(i),
-		Lifecycle: lifecycle{AutoResume: !i.Times.NoAutoResume && i.Times.OnTimeout == sandbox.ActionPause, OnTimeout: string(i.Times.OnTimeout)}})
+	return r.answer(http.StatusOK, detail{listed: list(i), AccessToken: c.tokenOf(sb), Domain: c.domain(), Internet: &on,
+		Network: networkOf(i),
+		Lifecycle: lifecycle{AutoResume: !i.Times.NoAutoResume && i.Times.OnTimeout == sandbox.ActionPause,
+			OnTimeout: string(i.Times.OnTimeout)}})
 }
 
 func (c *Control) kill(r *call) error {
@@ -301,7 +306,8 @@ func (c *Control) pause(r *call) error {
 		return err
 	}
 	filesOnly := body.Memory != nil && !*body.Memory // what would boot anew is resumed by those alone who ask for that
-	err = sb.Pause(r.Context(), sandbox.PauseOptions{ToDisk: true, FilesOnly: filesOnly, AutoResume: !filesOnly && !sb.Info().Times.NoAutoResume})
+	err = sb.Pause(r.Context(), sandbox.PauseOptions{ToDisk: true, FilesOnly: filesOnly, AutoResume: !filesOnly &&
+		!sb.Info().Times.NoAutoResume})
 	if err != nil {
 		return gone(sb, err)
 	}

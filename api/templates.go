@@ -72,8 +72,10 @@ type templateInfo struct {
 
 func (c *Control) templateInfo(m template.Manifest) templateInfo {
 	l := c.Manager.Limits(m.Limits)
-	return templateInfo{TemplateID: m.Name, BuildID: m.BuildID(), CPUCount: max(1, int(l.CPU+0.5)), MemoryMB: l.Memory >> 20, DiskSizeMB: l.Disk >> 20, Public: m.Owner == "",
-		Aliases: []string{m.Name}, Names: []string{m.Name}, CreatedAt: m.Created, UpdatedAt: m.Created, BuildCount: 1, EnvdVersion: envd.Version, BuildStatus: statusReady}
+	return templateInfo{TemplateID: m.Name, BuildID: m.BuildID(), CPUCount: max(1, int(l.CPU+0.5)), MemoryMB: l.Memory >> 20,
+		DiskSizeMB: l.Disk >> 20, Public: m.Owner == "",
+		Aliases: []string{m.Name}, Names: []string{m.Name}, CreatedAt: m.Created, UpdatedAt: m.Created, BuildCount: 1,
+		EnvdVersion: envd.Version, BuildStatus: statusReady}
 }
 
 func (c *Control) listTemplates(r *call) error {
@@ -114,8 +116,9 @@ func (c *Control) getTemplate(r *call) error {
 	if err := json.Unmarshal(body, &out); err != nil {
 		return err
 	}
-	out["builds"] = []map[string]any{{"buildID": m.BuildID(), "status": statusReady, "createdAt": m.Created, "updatedAt": m.Created, "finishedAt": m.Created,
-		"cpuCount": out["cpuCount"], "memoryMB": out["memoryMB"], "diskSizeMB": out["diskSizeMB"], "envdVersion": envd.Version}}
+	out["builds"] = []map[string]any{{"buildID": m.BuildID(), "status": statusReady, "createdAt": m.Created, "updatedAt": m.Created,
+		"finishedAt": m.Created,
+		"cpuCount":   out["cpuCount"], "memoryMB": out["memoryMB"], "diskSizeMB": out["diskSizeMB"], "envdVersion": envd.Version}}
 	return r.answer(http.StatusOK, out)
 }
 
@@ -184,7 +187,8 @@ func tagged(name string) (plain, tag string) {
 
 // checkTags refuses tags that are none: that of a name, and others.
 func checkTags(name string, tags []string) error {
-	if strings.HasSuffix(strings.TrimSpace(name), ":") || slices.ContainsFunc(tags, func(t string) bool { return strings.TrimSpace(t) == "" }) {
+	if strings.HasSuffix(strings.TrimSpace(name), ":") ||
+		slices.ContainsFunc(tags, func(t string) bool { return strings.TrimSpace(t) == "" }) {
 		return refuse(http.StatusBadRequest, "a tag is empty: leave it out, or name it")
 	}
 	return nil

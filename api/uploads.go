@@ -55,7 +55,8 @@ func (c *Control) upload(w http.ResponseWriter, r *http.Request) {
 	q := r.URL.Query()
 	owner, until := q.Get("owner"), q.Get("until")
 	last, err := strconv.ParseInt(until, 10, 64)
-	if want := c.sign(owner, r.PathValue("id"), r.PathValue("hash"), until); err != nil || !hmac.Equal([]byte(want), []byte(q.Get("signature"))) || time.Now().Unix() > last {
+	if want := c.sign(owner, r.PathValue("id"), r.PathValue("hash"), until); err != nil ||
+		!hmac.Equal([]byte(want), []byte(q.Get("signature"))) || time.Now().Unix() > last {
 		c.fail(w, r, refuse(http.StatusForbidden, "the URL is not valid, or not any more; ask for another one"))
 		return
 	}
@@ -88,13 +89,16 @@ func (c *Control) buildDockerfile(r *call) error {
 	if err != nil {
 		return err
 	}
-	if strings.TrimSpace(body.Dockerfile) == "" || len(body.Dockerfile) > maxDockerfile || body.Context != "" && !filesHash.MatchString(body.Context) {
-		return refuse(http.StatusBadRequest, "give a Dockerfile of at most %d bytes, and as its context the hash by which it was sent", maxDockerfile)
+	if strings.TrimSpace(body.Dockerfile) == "" || len(body.Dockerfile) > maxDockerfile || body.Context != "" &&
+		!filesHash.MatchString(body.Context) {
+		return refuse(http.StatusBadRequest, "give a Dockerfile of at most %d bytes, and as its context the hash by which it was sent",
+			maxDockerfile)
 	}
 	if body.Context != "" && !c.Store.HasUpload(r.owner, body.Context) {
 		return refuse(http.StatusBadRequest, "the files %.20s… of the build are not here, or not any more: send them again", body.Context)
 	}
-	req := template.BuildRequest{Dockerfile: body.Dockerfile, Filtered: body.Filtered, Args: body.Args, Target: body.Target, NoCache: body.NoCache, StartCmd: body.StartCmd, ReadyCmd: body.ReadyCmd}
+	req := template.BuildRequest{Dockerfile: body.Dockerfile, Filtered: body.Filtered, Args: body.Args, Target: body.Target,
+		NoCache: body.NoCache, StartCmd: body.StartCmd, ReadyCmd: body.ReadyCmd}
 	req.Protect = protectOf(body.Protect)
 	if err := c.launch(b, req, nil, nil, body.Context); err != nil {
 		return err

@@ -56,9 +56,12 @@ func (c *Control) describeServer(r *call) error {
 
 // described is a sandbox in the words of the command line.
 func (c *Control) described(i sandbox.Info, ports []sandbox.Port) client.Sandbox {
-	out := client.Sandbox{ID: i.ID, Template: templateOf(i), State: string(i.State), Cause: i.Cause, Parent: i.Parent, Metadata: i.Metadata, CPU: i.Limits.CPU,
-		MemoryMB: i.Limits.Memory >> 20, DiskMB: i.Limits.Disk >> 20, Processes: i.Limits.Processes, Created: i.Created, Changed: i.Changed, OnTimeout: string(i.Times.OnTimeout),
-		AutoResume: !i.Times.NoAutoResume, OnDisk: i.OnDisk, Network: client.Network{Mode: cmp.Or(i.Network.Mode, sandbox.NetworkNone), Allow: i.Network.Allow, Deny: i.Network.Deny}}
+	out := client.Sandbox{ID: i.ID, Template: templateOf(i), State: string(i.State), Cause: i.Cause, Parent: i.Parent, Metadata: i.Metadata,
+		CPU:      i.Limits.CPU,
+		MemoryMB: i.Limits.Memory >> 20, DiskMB: i.Limits.Disk >> 20, Processes: i.Limits.Processes, Created: i.Created, Changed: i.Changed,
+		OnTimeout:  string(i.Times.OnTimeout),
+		AutoResume: !i.Times.NoAutoResume, OnDisk: i.OnDisk,
+		Network: client.Network{Mode: cmp.Or(i.Network.Mode, sandbox.NetworkNone), Allow: i.Network.Allow, Deny: i.Network.Deny}}
 	if i.Protect.Every > 0 {
 		out.Protect = &client.Protect{EveryS: int64(i.Protect.Every.Seconds()), Memory: i.Protect.Memory}
 	}
@@ -116,7 +119,8 @@ func (c *Control) createOwn(r *call) error {
 	if err := r.body(&body); err != nil {
 		return err
 	}
-	if body.CPU < 0 || body.MemoryMB < 0 || body.MemoryMB > maxMB || body.DiskMB < 0 || body.DiskMB > maxMB || body.TimeoutS < 0 || body.TimeoutS > maxLife {
+	if body.CPU < 0 || body.MemoryMB < 0 || body.MemoryMB > maxMB || body.DiskMB < 0 || body.DiskMB > maxMB || body.TimeoutS < 0 ||
+		body.TimeoutS > maxLife {
 		return refuse(http.StatusBadRequest, "limits and times are not negative, and at most %d MB and %d seconds", maxMB, maxLife)
 	}
 	name := body.Template
@@ -126,7 +130,8 @@ func (c *Control) createOwn(r *call) error {
 	sb, err := c.Manager.Create(r.Context(), sandbox.CreateOptions{Owner: r.owner, Template: name, Metadata: body.Metadata, Env: body.Env,
 		Limits:  sandbox.Limits{CPU: body.CPU, Memory: body.MemoryMB << 20, Disk: body.DiskMB << 20, Processes: body.Processes},
 		Times:   sandbox.Times{Life: time.Duration(body.TimeoutS) * time.Second, OnTimeout: sandbox.Action(body.OnTimeout)},
-		Network: sandbox.Network{Mode: body.Network.Mode, Allow: body.Network.Allow, Deny: body.Network.Deny}, Protect: protectOf(body.Protect)})
+		Network: sandbox.Network{Mode: body.Network.Mode, Allow: body.Network.Allow, Deny: body.Network.Deny},
+		Protect: protectOf(body.Protect)})
 	if err != nil {
 		return err
 	}
@@ -179,7 +184,8 @@ func (c *Control) pauseAs(r *call) error {
 	if body.InMemory && body.FilesOnly {
 		return refuse(http.StatusBadRequest, "what is paused in memory has its memory: give inMemory or filesOnly")
 	}
-	err = sb.Pause(r.Context(), sandbox.PauseOptions{ToDisk: !body.InMemory, FilesOnly: body.FilesOnly, AutoResume: !sb.Info().Times.NoAutoResume})
+	err = sb.Pause(r.Context(), sandbox.PauseOptions{ToDisk: !body.InMemory, FilesOnly: body.FilesOnly,
+		AutoResume: !sb.Info().Times.NoAutoResume})
 	if err != nil {
 		return gone(sb, err)
 	}
@@ -230,8 +236,10 @@ func (c *Control) processes(r *call) error {
 	}
 	out := []client.Process{}
 	for _, p := range list {
-		out = append(out, client.Process{ID: p.ID, PID: p.PID, Tag: p.Tag, State: p.State, Command: cmp.Or(p.Command, strings.Join(p.Args, " ")), User: p.User, Cwd: cmp.Or(p.ShellCwd, p.Cwd),
-			Started: p.Started, Ended: p.Ended, ExitCode: p.ExitCode, Signal: p.Signal, Cause: p.Cause, CPUMS: p.CPUMS, Memory: p.Memory, Output: p.Output,
+		out = append(out, client.Process{ID: p.ID, PID: p.PID, Tag: p.Tag, State: p.State,
+			Command: cmp.Or(p.Command, strings.Join(p.Args, " ")), User: p.User, Cwd: cmp.Or(p.ShellCwd, p.Cwd),
+			Started: p.Started, Ended: p.Ended, ExitCode: p.ExitCode, Signal: p.Signal, Cause: p.Cause, CPUMS: p.CPUMS, Memory: p.Memory,
+			Output:   p.Output,
 			Terminal: p.Terminal != nil, StdinOpen: p.StdinOpen})
 	}
 	return r.answer(http.StatusOK, out)
@@ -346,7 +354,8 @@ func (c *Control) fileURL(r *call) error {
 	if err != nil {
 		return err
 	}
-	if body.Operation = cmp.Or(body.Operation, envd.OpRead); body.Operation != envd.OpRead && body.Operation != envd.OpWrite || body.Path == "" {
+	if body.Operation = cmp.Or(body.Operation, envd.OpRead); body.Operation != envd.OpRead && body.Operation != envd.OpWrite ||
+		body.Path == "" {
 		return refuse(http.StatusBadRequest, "give a path, and as operation read or write")
 	}
 	life, err := seconds("seconds", body.Seconds, 3600, maxURLLife)
@@ -356,12 +365,14 @@ func (c *Control) fileURL(r *call) error {
 	if c.Gateway.Base == nil && c.Gateway.Own == nil {
 		return refuse(http.StatusConflict, "this server is reached by its socket alone, so it has no URLs: start 'soulbox-mcp http'")
 	}
-	return r.answer(http.StatusOK, map[string]string{"url": c.Gateway.FileURL(sb, names.Parse(body.Path), body.Operation, time.Now().Add(life))})
+	return r.answer(http.StatusOK, map[string]string{"url": c.Gateway.FileURL(sb, names.Parse(body.Path), body.Operation,
+		time.Now().Add(life))})
 }
 
 func (c *Control) describedTemplate(m template.Manifest) client.Template {
 	l := c.Manager.Limits(m.Limits)
-	return client.Template{Name: m.Name, Build: m.Build, SizeMB: m.Size >> 20, Created: m.Created, Shared: m.Owner == "", CPU: l.CPU, MemoryMB: l.Memory >> 20, DiskMB: l.Disk >> 20, StartCmd: m.StartCmd}
+	return client.Template{Name: m.Name, Build: m.Build, SizeMB: m.Size >> 20, Created: m.Created, Shared: m.Owner == "", CPU: l.CPU,
+		MemoryMB: l.Memory >> 20, DiskMB: l.Disk >> 20, StartCmd: m.StartCmd}
 }
 
 func (c *Control) listOwnTemplates(r *call) error {
@@ -411,7 +422,8 @@ func (c *Control) registry(r *call) (reference string, err error) {
 		return "", err
 	}
 	if r.owner != "" || !c.Local {
-		return "", refuse(http.StatusForbidden, "registries are asked with the operator's credentials: only he pulls and pushes, on the machine of the server")
+		return "", refuse(http.StatusForbidden,
+			"registries are asked with the operator's credentials: only he pulls and pushes, on the machine of the server")
 	}
 	if body.Reference == "" {
 		return "", refuse(http.StatusBadRequest, "reference is missing, such as docker.io/library/alpine:3")

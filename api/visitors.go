@@ -108,7 +108,8 @@ func (c *Control) charge(r *http.Request, owner string) (release func(), err err
 		}
 	case r.Method == http.MethodPut && r.PathValue("hash") != "":
 		return takeRequest(r.Context(), c.Manager, owner, agent.FileBuffers)
-	case r.Method != http.MethodGet && r.Method != http.MethodHead && r.Method != http.MethodDelete && !strings.HasSuffix(r.URL.Path, "/pause"):
+	case r.Method != http.MethodGet && r.Method != http.MethodHead && r.Method != http.MethodDelete &&
+		!strings.HasSuffix(r.URL.Path, "/pause"):
 		return takeRequest(r.Context(), c.Manager, owner, 0)
 	}
 	return func() {}, nil
@@ -116,7 +117,8 @@ func (c *Control) charge(r *http.Request, owner string) (release func(), err err
 
 // takeRequest takes what one request takes from an owner's account. It waits for a while where that is full.
 func takeRequest(ctx context.Context, m *sandbox.Manager, owner string, buffers int64) (release func(), err error) {
-	return m.Accounts().TakeAll(ctx, m.ConnWait(), owner, access.Part{Of: access.Connections, N: 1}, access.Part{Of: access.Buffers, N: buffers})
+	return m.Accounts().TakeAll(ctx, m.ConnWait(), owner, access.Part{Of: access.Connections, N: 1},
+		access.Part{Of: access.Buffers, N: buffers})
 }
 
 // stalling is an answer whose client is gone once it has taken nothing for long, also when it has become a tunnel.

@@ -74,7 +74,8 @@ func (g *gatewayTest) tunnel() (conn net.Conn, status int, body string) {
 // not concerned, health, kill and pause are answered, and what has ended is given back.
 func TestTunnelsAreCharged(t *testing.T) {
 	const share = 8 // a tunnel is a request and a connection into the sandbox
-	accounts := access.NewAccounts(map[access.Resource]access.Bound{access.Connections: {Total: 100, Share: share}, access.Buffers: {Total: 100 << 20, Share: 50 << 20}})
+	accounts := access.NewAccounts(map[access.Resource]access.Bound{access.Connections: {Total: 100, Share: share},
+		access.Buffers: {Total: 100 << 20, Share: 50 << 20}})
 	g := newGatewayTest(t, func(o *sandbox.Options) { o.Accounts = accounts })
 	if _, err := g.sb.Expose(g.port, true); err != nil {
 		t.Fatal(err)
@@ -87,10 +88,12 @@ func TestTunnelsAreCharged(t *testing.T) {
 		}
 		conns = append(conns, conn)
 	}
-	if _, status, body := g.tunnel(); status != http.StatusServiceUnavailable || !strings.Contains(body, "the account of ann is full: 8 of 8 connections are used; close connections") {
+	if _, status, body := g.tunnel(); status != http.StatusServiceUnavailable ||
+		!strings.Contains(body, "the account of ann is full: 8 of 8 connections are used; close connections") {
 		t.Error(status, body)
 	}
-	control := &Control{Manager: g.m, Gateway: g.g, Owner: func(r *http.Request) (string, error) { return r.Header.Get("X-API-Key"), nil }, Log: slog.New(slog.DiscardHandler)}
+	control := &Control{Manager: g.m, Gateway: g.g, Owner: func(r *http.Request) (string, error) { return r.Header.Get("X-API-Key"), nil },
+		Log: slog.New(slog.DiscardHandler)}
 	t.Cleanup(control.Close)
 	mux := http.NewServeMux()
 	for pattern, h := range control.Routes() {

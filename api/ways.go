@@ -26,9 +26,11 @@ type way struct {
 func (g *Gateway) newWays() map[way]*http.Transport {
 	ways := map[way]*http.Transport{}
 	for _, w := range []way{{}, {two: true}, {tls: true}, {two: true, tls: true}} {
-		t := &http.Transport{DialContext: g.dial, IdleConnTimeout: proxyIdle, MaxIdleConns: maxProxyIdle, MaxIdleConnsPerHost: 16, DisableCompression: true, MaxResponseHeaderBytes: maxHeader,
-			HTTP2:           &http.HTTP2Config{MaxReceiveBufferPerStream: 64 << 10, MaxReceiveBufferPerConnection: 2 << 20},
-			TLSClientConfig: &tls.Config{InsecureSkipVerify: true}} // the connection ends in the sandbox that was asked for, whatever name its certificate has
+		t := &http.Transport{DialContext: g.dial, IdleConnTimeout: proxyIdle, MaxIdleConns: maxProxyIdle, MaxIdleConnsPerHost: 16,
+			DisableCompression: true, MaxResponseHeaderBytes: maxHeader,
+			HTTP2: &http.HTTP2Config{MaxReceiveBufferPerStream: 64 << 10, MaxReceiveBufferPerConnection: 2 << 20},
+			// The connection ends in the sandbox that was asked for, whatever name its certificate has.
+			TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}
 		if w.two {
 			t.Protocols = new(http.Protocols)
 			t.Protocols.SetUnencryptedHTTP2(!w.tls)

@@ -75,7 +75,8 @@ func bundleMounts(spec sandbox.Spec, agent string) ([]specs.Mount, error) {
 		{Destination: "/proc", Type: "proc", Source: "proc"},
 		{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"mode=755", "ro"}},
 		{Destination: "/dev/pts", Type: "devpts", Source: "devpts"},
-		{Destination: "/dev/shm", Type: "tmpfs", Source: "tmpfs", Options: []string{"mode=1777", fmt.Sprintf("size=%d", spec.Limits.Memory/2)}},
+		{Destination: "/dev/shm", Type: "tmpfs", Source: "tmpfs",
+			Options: []string{"mode=1777", fmt.Sprintf("size=%d", spec.Limits.Memory/2)}},
 		{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"ro"}},
 		{Destination: "/sys/fs/cgroup", Type: "cgroup2", Source: "cgroup2"},
 	}
@@ -86,10 +87,12 @@ func bundleMounts(spec sandbox.Spec, agent string) ([]specs.Mount, error) {
 		}
 		mounts = append(mounts, specs.Mount{Destination: agentDir, Type: "erofs", Source: image, Options: []string{"ro"}})
 	} else {
-		mounts = append(mounts, specs.Mount{Destination: agentDir, Type: "bind", Source: filepath.Dir(agent), Options: []string{"ro", "bind"}})
+		mounts = append(mounts, specs.Mount{Destination: agentDir, Type: "bind", Source: filepath.Dir(agent),
+			Options: []string{"ro", "bind"}})
 	}
 	for _, m := range spec.Template.Mounts {
-		mounts = append(mounts, specs.Mount{Destination: m.Destination, Type: "bind", Source: m.Source, Options: []string{"ro", "rbind", "nosuid", "nodev"}})
+		mounts = append(mounts, specs.Mount{Destination: m.Destination, Type: "bind", Source: m.Source,
+			Options: []string{"ro", "rbind", "nosuid", "nodev"}})
 	}
 	return mounts, nil
 }
@@ -117,13 +120,15 @@ func writeBundle(dir string, spec sandbox.Spec, agent string) error {
 	}
 	if spec.Template.Image != "" {
 		config.Process.Args = append(config.Process.Args, "image")
-		config.Root.Path = "rootfs"                  // it must be named, and is not looked at
-		upper, size := "dir=/disk", spec.Limits.Disk // where that is says the flag; the annotation is the same for all, as a restore wants it
+		config.Root.Path = "rootfs" // it must be named, and is not looked at
+		upper, size := "dir=/disk",
+			spec.Limits.Disk // where that is says the flag; the annotation is the same for all, as a restore wants it
 		if inMemory(spec) {
 			upper, size = "memory", min(size, spec.Limits.Memory/2)
 		}
 		config.Annotations = map[string]string{
-			rootAnnotation + "source": spec.Template.Image, rootAnnotation + "type": "erofs", rootAnnotation + "overlay": upper, rootAnnotation + "options": fmt.Sprintf("size=%d", size),
+			rootAnnotation + "source": spec.Template.Image, rootAnnotation + "type": "erofs", rootAnnotation + "overlay": upper,
+			rootAnnotation + "options": fmt.Sprintf("size=%d", size),
 		}
 	}
 	config.Linux = &specs.Linux{
@@ -151,6 +156,7 @@ func writeBundle(dir string, spec sandbox.Spec, agent string) error {
 
 // Files in a bundle that our runsc reads (gvisor/runsc/main.go).
 const (
-	sentryMemoryName = "sentry-memory" // the soft limit of the sentry's own memory in bytes, below which it takes the trouble to collect garbage
-	guestMemoryName  = "guest-memory"  // what programs are told that they have, in bytes
+	// The soft limit of the sentry's own memory in bytes, below which it takes the trouble to collect garbage.
+	sentryMemoryName = "sentry-memory"
+	guestMemoryName  = "guest-memory" // what programs are told that they have, in bytes
 )

@@ -35,7 +35,8 @@ func (g *hostCgroup) settings(l sandbox.Limits) []cgroupSetting {
 		return []cgroupSetting{{"", "memory.max", memory}, {"", "cpu.max", quota + " 100000"}, {"", "pids.max", tasks}}
 	}
 	return []cgroupSetting{
-		{"memory", "memory.limit_in_bytes", memory}, {"cpu", "cpu.cfs_period_us", "100000"}, {"cpu", "cpu.cfs_quota_us", quota}, {"pids", "pids.max", tasks},
+		{"memory", "memory.limit_in_bytes", memory}, {"cpu", "cpu.cfs_period_us", "100000"}, {"cpu", "cpu.cfs_quota_us", quota},
+		{"pids", "pids.max", tasks},
 	}
 }
 

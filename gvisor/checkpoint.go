@@ -123,7 +123,8 @@ func (m *machine) save(ctx context.Context, dir string, filesOnly bool) (err err
 	m.setSaving(true)
 	defer func() {
 		if serr := m.settle(); serr != nil && err == nil {
-			m.runtime.log().Warn("look at a sandbox that was saved", "dir", filepath.Base(m.dir), "error", serr) // it was saved all the same
+			m.runtime.log().Warn("look at a sandbox that was saved", "dir", filepath.Base(m.dir), "error",
+				serr) // it was saved all the same
 		}
 		m.setSaving(false)
 	}()
@@ -241,7 +242,8 @@ func (r *Runtime) beginFrom(dir, from string) (beginning, error) {
 	case err != nil:
 		return b, fmt.Errorf("look at the agent that was saved: %w", err)
 	case !there:
-		return b, fmt.Errorf("the agent that was saved with its memory is gone: %w", &fs.PathError{Op: "stat", Path: mf.Agent, Err: fs.ErrNotExist})
+		return b, fmt.Errorf("the agent that was saved with its memory is gone: %w",
+			&fs.PathError{Op: "stat", Path: mf.Agent, Err: fs.ErrNotExist})
 	}
 	return beginning{agent: mf.Agent, wake: true, args: []string{"restore", "--detach", "--bundle=" + bundle, "--image-path=" + from}}, nil
 }

@@ -146,7 +146,8 @@ func (r *Runtime) verifyFile(ctx context.Context, name string, want fileChecksum
 	}
 	for i, sum := range sums {
 		if i >= len(want.CRC32C) || sum != want.CRC32C[i] {
-			return fmt.Errorf("%w: its file %s is not as it was saved, in the %d bytes from %d on", sandbox.ErrDamaged, filepath.Base(name), min(block, want.Size-int64(i)*block), int64(i)*block)
+			return fmt.Errorf("%w: its file %s is not as it was saved, in the %d bytes from %d on", sandbox.ErrDamaged, filepath.Base(name),
+				min(block, want.Size-int64(i)*block), int64(i)*block)
 		}
 	}
 	return nil

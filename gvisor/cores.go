@@ -103,7 +103,8 @@ func (m *machine) Gather(one bool) error {
 				continue
 			}
 			bound[thread] = true
-			if err := bind(thread, cores); err != nil && err != unix.ESRCH && err != unix.EPERM { // it has ended, or only says that it is one of ours
+			if err := bind(thread, cores); err != nil && err != unix.ESRCH &&
+				err != unix.EPERM { // it has ended, or only says that it is one of ours
 				failed = fmt.Errorf("bind thread %d to cores: %w", thread, err)
 			}
 		}

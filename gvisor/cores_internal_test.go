@@ -27,7 +27,8 @@ func TestChooseCores(t *testing.T) {
 		{nil, 8, 2, 3, nil, false}, // the kernel does not tell
 		{nil, 2, 2, 3, nil, true},
 	} {
-		if got, unbound := chooseCores(test.mine, test.all, test.limit, test.first); !slices.Equal(got, test.want) || unbound != test.unbound {
+		if got, unbound := chooseCores(test.mine, test.all, test.limit, test.first); !slices.Equal(got, test.want) ||
+			unbound != test.unbound {
 			t.Errorf("%+v: got %v, %v", test, got, unbound)
 		}
 	}

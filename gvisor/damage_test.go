@@ -29,7 +29,8 @@ func TestDamage(t *testing.T) {
 	refused := func(name string) {
 		t.Helper()
 		spec.From = filepath.Dir(name)
-		if m, err := runtime.Boot(t.Context(), spec); !errors.Is(err, sandbox.ErrDamaged) || !strings.Contains(err.Error(), filepath.Base(name)) {
+		if m, err := runtime.Boot(t.Context(), spec); !errors.Is(err, sandbox.ErrDamaged) ||
+			!strings.Contains(err.Error(), filepath.Base(name)) {
 			t.Errorf("%s: %v", name, err)
 			if err == nil {
 				_ = m.Destroy(t.Context())

@@ -86,7 +86,8 @@ func starve(t *testing.T, what string, prepare func(), do func() error) {
 			t.Logf("%s: %d descriptors are enough", what, spare)
 			return
 		}
-		sandboxtest.Eventually(t, fmt.Sprintf("%s with %d descriptors to spare: none is left after %v", what, spare, err), func() bool { return open() <= before })
+		sandboxtest.Eventually(t, fmt.Sprintf("%s with %d descriptors to spare: none is left after %v", what, spare, err),
+			func() bool { return open() <= before })
 	}
 	t.Errorf("%s: 30 descriptors are not enough", what)
 }

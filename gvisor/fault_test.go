@@ -18,7 +18,8 @@ import (
 )
 
 // passing are errors of the host that say nothing of a machine.
-var passing = []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.EAGAIN, syscall.EINTR, syscall.EIO, syscall.ENOSPC, context.DeadlineExceeded}
+var passing = []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.EAGAIN, syscall.EINTR, syscall.EIO, syscall.ENOSPC,
+	context.DeadlineExceeded}
 
 // injector has each place fail, one after another, at which a runtime asks the host.
 type injector struct {

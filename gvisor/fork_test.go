@@ -23,7 +23,8 @@ func TestForkWhileBusy(t *testing.T) {
 	for range 4 {
 		all.Go(func() {
 			for ctx.Err() == nil {
-				_, err := client.Start(ctx, agent.StartRequest{Command: "echo hi; cat /etc/passwd", WaitMS: 10_000, Window: agent.Window{Head: 1000}})
+				_, err := client.Start(ctx, agent.StartRequest{Command: "echo hi; cat /etc/passwd", WaitMS: 10_000,
+					Window: agent.Window{Head: 1000}})
 				if err != nil && ctx.Err() == nil {
 					t.Error(err)
 				}
@@ -49,7 +50,8 @@ func TestForkWhileBusy(t *testing.T) {
 func TestSaveGivenUp(t *testing.T) {
 	sb, client := newSandbox(t, sandbox.CreateOptions{Limits: sandbox.Limits{Memory: 256 << 20}})
 	sandboxtest.Run(t, client, "head -c 100M /dev/urandom > /home/user/large")
-	for i, o := range []sandbox.PauseOptions{{}, {ToDisk: true}, {ToDisk: true}, {}, {ToDisk: true, FilesOnly: true}, {ToDisk: true}, {ToDisk: true}} {
+	for i, o := range []sandbox.PauseOptions{{}, {ToDisk: true}, {ToDisk: true}, {}, {ToDisk: true, FilesOnly: true}, {ToDisk: true},
+		{ToDisk: true}} {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i*i*4)*time.Millisecond)
 		err := sb.Pause(ctx, o)
 		cancel()

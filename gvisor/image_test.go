@@ -54,8 +54,10 @@ func TestImage(t *testing.T) {
 	delete(root.Children["tmp"].Children, ".X11-unix") // empty
 	root.Children["t"] = &erofs.Node{Mode: unix.S_IFDIR | 0o755, Children: map[string]*erofs.Node{
 		"tiny": {Mode: unix.S_IFREG | 0o755, Data: add(string(tinyELF))}, "one": shared, "two": shared,
-		"long": {Mode: unix.S_IFLNK | 0o777, Target: strings.Repeat("./", 500) + "one"}, "own": {Mode: unix.S_IFREG | 0o640, UID: 1000, GID: 54321, Data: add("mine")},
-		"suid": {Mode: unix.S_IFREG | 0o4755, UID: 0, Data: root.Children["usr"].Children["bin"].Children["id"].Data}, "null": {Mode: unix.S_IFCHR | 0o666, Device: unix.Mkdev(1, 3)},
+		"long":   {Mode: unix.S_IFLNK | 0o777, Target: strings.Repeat("./", 500) + "one"},
+		"own":    {Mode: unix.S_IFREG | 0o640, UID: 1000, GID: 54321, Data: add("mine")},
+		"suid":   {Mode: unix.S_IFREG | 0o4755, UID: 0, Data: root.Children["usr"].Children["bin"].Children["id"].Data},
+		"null":   {Mode: unix.S_IFCHR | 0o666, Device: unix.Mkdev(1, 3)},
 		"closed": {Mode: unix.S_IFDIR | 0o700, Children: map[string]*erofs.Node{"x": {Mode: unix.S_IFREG | 0o600}}},
 	}}
 	if err := w.Finish(root); err != nil {
@@ -71,16 +73,20 @@ func TestImage(t *testing.T) {
 			"stat -c '%u %g %a %Y' /t/own /t/one": "1000 54321 640 0\n0 0 644 978307200\n",
 			"cat /t/closed/x 2>&1":                "ermission denied",
 			"/t/suid | cut -d' ' -f3":             "euid=0(root)\n",
-			"ls -l /t/null 2>&1":                  "No such file", // gVisor gives devices of images no numbers, and so takes them for whiteouts
-			"echo x >> /t/one 2>&1":               "ermission denied",
-			"echo kept > /tmp/x; df --output=fstype /tmp / | tail -n 2 | sort -u | wc -l":                                                   "1\n",
-			"head -c 100000000 /dev/zero > /tmp/big 2>&1; stat -c %s /tmp/big | { read n; [ $n -lt 70000000 ] && echo full; }; rm /tmp/big": "full\n",
+			"ls -l /t/null 2>&1":                  "No such file",
+			// gVisor gives devices of images no numbers, and so takes them for whiteouts
+			"echo x >> /t/one 2>&1": "ermission denied",
+			"echo kept > /tmp/x; df --output=fstype /tmp / | tail -n 2 | sort -u | wc -l": "1\n",
+			"head -c 100000000 /dev/zero > /tmp/big 2>&1; " +
+				"stat -c %s /tmp/big | { read n; [ $n -lt 70000000 ] && echo full; }; rm /tmp/big": "full\n",
 		} {
 			if got := output(sandboxtest.Run(t, c, command)); !strings.Contains(got, want) {
 				t.Errorf("in memory %v: %s: %q, want %q", inMemory, command, got, want)
 			}
 		}
-		if got := output(sandboxtest.RunAs(t, c, "root", "echo more >> /t/one; cat /t/one /t/two; rm -rf /usr/bin/cat; ls /usr/bin/cat 2>&1; apt 2>/dev/null; true")); !strings.HasPrefix(got, "shared\nmore\n") || !strings.Contains(got, "No such file") {
+		if got := output(sandboxtest.RunAs(t, c, "root",
+			"echo more >> /t/one; cat /t/one /t/two; rm -rf /usr/bin/cat; ls /usr/bin/cat 2>&1; apt 2>/dev/null; true")); !strings.HasPrefix(got, "shared\nmore\n") ||
+			!strings.Contains(got, "No such file") {
 			t.Errorf("%q", got)
 		}
 	}

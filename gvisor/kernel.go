@@ -146,7 +146,8 @@ func (m *machine) roomToSave() error {
 			return err
 		}
 		if needed > free {
-			return fmt.Errorf("its kernel has %d MB of files, connections and other objects, and takes %d MB more to save them; %d MB of memory are free: %w",
+			return fmt.Errorf("its kernel has %d MB of files, connections and other objects, and takes %d MB more to save them; %d MB of "+
+				"memory are free: %w",
 				s.anonymous>>20, needed>>20, free>>20, sandbox.ErrNoRoom)
 		}
 	}

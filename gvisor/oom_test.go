@@ -56,7 +56,8 @@ func TestOutOfMemory(t *testing.T) {
 		return killed > 64/2
 	})
 	goesOn("64 commands")
-	if s, err := c.Wait(t.Context(), agent.WaitRequest{Process: bystander.Process.ID}); err != nil || s.Process.State != agent.StateRunning {
+	if s, err := c.Wait(t.Context(), agent.WaitRequest{Process: bystander.Process.ID}); err != nil ||
+		s.Process.State != agent.StateRunning {
 		t.Errorf("a bystander was killed: %+v, %v", s.Process, err)
 	}
 	sandboxtest.Eventually(t, "the log names what was killed", func() bool {

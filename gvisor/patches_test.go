@@ -36,16 +36,20 @@ func TestPatches(t *testing.T) {
 		{"one device", `mkdir t && echo hi > t/f && ln -s f t/l && mkfifo t/p && stat -c %d t t/f t/l t/p /etc /etc/passwd | sort -u | wc -l`, "1"},
 		{"du -x", `du -xb t/f | cut -f 1; head -c 5000 /dev/zero > t/g; test "$(du -xb t | cut -f 1)" -gt 5000 && find . -xdev -name g | wc -l`,
 			"3\n1"},
-		{"inode numbers", `cd /etc && perl -e 'opendir D, "."; $n = 0; /^\.\.?$/ || -d $_ || $n++ for readdir D; print $n > 1'; ls -i /etc/passwd | cut -d " " -f 1 > /tmp/i; stat -c %i /etc/passwd | cmp - /tmp/i && echo same`,
+		{"inode numbers",
+			`cd /etc && perl -e 'opendir D, "."; $n = 0; /^\.\.?$/ || -d $_ || $n++ for readdir D; print $n > 1'; ls -i /etc/passwd | cut -d " " -f 1 > /tmp/i; stat -c %i /etc/passwd | cmp - /tmp/i && echo same`,
 			"1same"},
-		{"inode numbers are apart", `for i in 1 2 3 4 5 6 7 8 9; do mkdir -p n/d$i; echo > n/f$i; done; find n /etc /usr/bin -xdev -printf "%D %i %n %y\n" | awk '$3 == 1 || $4 == "d"' | sort | uniq -d | wc -l`, "0"},
+		{"inode numbers are apart",
+			`for i in 1 2 3 4 5 6 7 8 9; do mkdir -p n/d$i; echo > n/f$i; done; find n /etc /usr/bin -xdev -printf "%D %i %n %y\n" | awk '$3 == 1 || $4 == "d"' | sort | uniq -d | wc -l`, "0"},
 		{"hard links", `echo > h1; ln h1 h2; stat -c %i h1 h2 | uniq | wc -l; test h1 -ef h2 && echo same`, "1\nsame"},
 
-		{"vmstat", `awk '$1 == "nr_free_pages" && $2 > 0 || $1 == "pgpgin" || $1 == "pswpout" {print $1}' /proc/vmstat`, "nr_free_pages\npgpgin\npswpout"},
+		{"vmstat", `awk '$1 == "nr_free_pages" && $2 > 0 || $1 == "pgpgin" || $1 == "pswpout" {print $1}' /proc/vmstat`,
+			"nr_free_pages\npgpgin\npswpout"},
 		{"diskstats", `wc -c < /proc/diskstats`, "0"},
 		{"limits of inotify", `ls /proc/sys/fs/inotify; test "$(cat /proc/sys/fs/inotify/max_user_watches)" -gt 500000 && echo enough`,
 			"max_queued_events\nmax_user_instances\nmax_user_watches\nenough"},
-		{"the most that a process had", `perl -e '$x = "x" x 50e6; undef $x; open F, "/proc/self/status"; /^VmHWM:\s+(\d+) kB$/ && print $1 > 45000 for <F>'`, "1"},
+		{"the most that a process had",
+			`perl -e '$x = "x" x 50e6; undef $x; open F, "/proc/self/status"; /^VmHWM:\s+(\d+) kB$/ && print $1 > 45000 for <F>'`, "1"},
 	} {
 		t.Run(p.name, func(t *testing.T) {
 			if got := strings.TrimSpace(output(sandboxtest.Run(t, c, p.command))); got != p.want {
@@ -61,7 +65,8 @@ func openDir(name, flag string) string {
 
 // empty sends nothing, and then one byte, and prints the length of all that arrives until there is a byte.
 func empty(kind string) string {
-	return `perl -MSocket -e 'alarm 30; socketpair(A, B, AF_UNIX, ` + kind + `, 0) or die $!; defined(send(A, "", 0)) or die $!; send(A, "x", 0);
+	return `perl -MSocket -e 'alarm 30; socketpair(A, B, AF_UNIX, ` + kind +
+		`, 0) or die $!; defined(send(A, "", 0)) or die $!; send(A, "x", 0);
 		do { defined(recv(B, $b, 9, 0)) or die $!; push @n, length $b } until $b; print "@n"'`
 }
 
@@ -78,26 +83,34 @@ const perlSays = `$| = 1; sub say_ { syswrite STDOUT, "@_\n" } `
 func TestTerminalPatch(t *testing.T) {
 	_, c := newSandbox(t, sandbox.CreateOptions{})
 	for _, p := range []terminalCase{
-		{"ctrl-d while a program polls", `perl -e '` + perlSays + `say_ "ready"; vec($r, 0, 1) = 1; select($r, undef, undef, 60) or die "nothing"; say_ "read=", sysread(STDIN, $b, 9)'`,
+		{"ctrl-d while a program polls", `perl -e '` + perlSays +
+			`say_ "ready"; vec($r, 0, 1) = 1; select($r, undef, undef, 60) or die "nothing"; say_ "read=", sysread(STDIN, $b, 9)'`,
 			[]string{"\x04"}, []string{"read= 0"}},
 		{"ctrl-d before a line", `perl -e '` + perlSays + `say_ "ready"; say_ "read=", sysread(STDIN, $b, 9) for 1, 2'`,
 			[]string{"\x04abc\n"}, []string{"read= 0", "read= 4"}},
 		{"ctrl-d in a line", `perl -e '` + perlSays + `say_ "ready"; say_ "read=", sysread(STDIN, $b, 9) for 1, 2'`,
 			[]string{"abc\x04d\n"}, []string{"read= 3", "read= 2"}},
-		{"ctrl-u takes back the line", `echo ready; read x; echo "got=<$x>"`, []string{"bad\x15good\n"}, []string{"bad\b \b\b \b\b \bgood", "got=<good>"}},
-		{"ctrl-u on a terminal that cannot erase", `stty -echok -echoke; echo ready; read x; echo "got=<$x>"`, []string{"bad\x15good\n"}, []string{"bad^Ugood", "got=<good>"}},
+		{"ctrl-u takes back the line", `echo ready; read x; echo "got=<$x>"`, []string{"bad\x15good\n"},
+			[]string{"bad\b \b\b \b\b \bgood", "got=<good>"}},
+		{"ctrl-u on a terminal that cannot erase", `stty -echok -echoke; echo ready; read x; echo "got=<$x>"`, []string{"bad\x15good\n"},
+			[]string{"bad^Ugood", "got=<good>"}},
 		{"ctrl-u in raw mode", `stty -icanon; echo ready; head -c 3 | od -c`, []string{"a\x15b"}, []string{"a 025   b"}},
 		{"ctrl-c drops what was typed", `trap 'echo INT=' INT; echo ready; while :; do if read x; then echo "got=<$x>"; fi; done`,
 			[]string{"rm -rf \x03", "INT=", "ls\n"}, []string{"^C", "got=<ls>"}},
-		{"ctrl-c behind a line that nobody reads", `trap 'echo INT=' INT; echo ready; while :; do sleep 60; done`, []string{"line\n\x03"}, []string{"INT="}},
+		{"ctrl-c behind a line that nobody reads", `trap 'echo INT=' INT; echo ready; while :; do sleep 60; done`, []string{"line\n\x03"},
+			[]string{"INT="}},
 		{"ctrl-c with noflsh", `stty noflsh; trap 'echo INT=' INT; echo ready; while :; do if read x; then echo "got=<$x>"; fi; done`,
 			[]string{"l\x03", "INT=", "s\n"}, []string{"got=<ls>"}},
-		{"a disabled character", `stty intr undef kill undef; echo ready; read x; printf %s "$x" | od -An -c; echo "end="`, []string{"a\x03\x15b\n"}, []string{"a 003 025   b", "end="}},
+		{"a disabled character", `stty intr undef kill undef; echo ready; read x; printf %s "$x" | od -An -c; echo "end="`,
+			[]string{"a\x03\x15b\n"}, []string{"a 003 025   b", "end="}},
 		{"no minimum, a time", `stty -icanon min 0 time 5; echo ready; dd bs=1 count=1 2>&1`, nil, []string{"0+0 records in"}},
 		{"no minimum, no time", `stty -icanon min 0 time 0; echo ready; dd bs=1 count=1 2>&1`, nil, []string{"0+0 records in"}},
-		{"no minimum, a time, a byte", `stty -icanon min 0 time 255; echo ready; dd bs=9 count=1 2>&1`, []string{"a"}, []string{"0+1 records in"}},
-		{"a minimum", `stty -icanon -echo min 3 time 0; perl -e '` + perlSays + `say_ "ready"; say_ "read=", sysread(STDIN, $b, 9), $b'`, []string{"a", "bc"}, []string{"read= 3 abc"}},
-		{"a minimum and a time between bytes", `stty -icanon -echo min 9 time 1; echo ready; perl -e '` + perlSays + `say_ "read=", sysread(STDIN, $b, 9), $b'`, []string{"a"}, []string{"read= 1 a"}},
+		{"no minimum, a time, a byte", `stty -icanon min 0 time 255; echo ready; dd bs=9 count=1 2>&1`, []string{"a"},
+			[]string{"0+1 records in"}},
+		{"a minimum", `stty -icanon -echo min 3 time 0; perl -e '` + perlSays + `say_ "ready"; say_ "read=", sysread(STDIN, $b, 9), $b'`,
+			[]string{"a", "bc"}, []string{"read= 3 abc"}},
+		{"a minimum and a time between bytes", `stty -icanon -echo min 9 time 1; echo ready; perl -e '` + perlSays +
+			`say_ "read=", sysread(STDIN, $b, 9), $b'`, []string{"a"}, []string{"read= 1 a"}},
 		{"control characters are seen", `echo ready; read x; echo "end="`, []string{"a\x1b[Ab\n"}, []string{"a^[[Ab", "end="}},
 	} {
 		t.Run(p.name, func(t *testing.T) { p.run(t, c) })
@@ -155,7 +168,8 @@ func TestHangUpPatch(t *testing.T) {
 		t.Fatal(err)
 	}
 	got := output(sandboxtest.Run(t, c, "perl /tmp/hangup.pl 2>&1"))
-	for _, want := range []string{"leader: SIGHUP", "foreground: read 0", "foreground: write 5", "foreground: poll", "foreground: ioctl 5"} {
+	for _, want := range []string{"leader: SIGHUP", "foreground: read 0", "foreground: write 5", "foreground: poll",
+		"foreground: ioctl 5"} {
 		if !strings.Contains(got, want+"\n") {
 			t.Errorf("%q is missing in %q", want, got)
 		}

@@ -30,19 +30,22 @@ func TestStandardStreams(t *testing.T) {
 		says(t, c, user, `echo a >/dev/stdout; echo b >>/proc/self/fd/1; echo c | tee /dev/fd/1`, "a\nb\nc\nc\n")
 		says(t, c, user, `echo a >/dev/stderr; (echo b >/proc/$$/fd/2)`, "a\nb\n")
 		says(t, c, user, `test "$(stat -Lc %u:%g /dev/stdout)" = "$(id -u):$(id -g)" && stat -Lc '%F %a' /dev/stdout`, "fifo 600\n")
-		s, err := c.Start(t.Context(), agent.StartRequest{Command: "cat /dev/stdin /proc/self/fd/0", User: user, Stdin: []byte("in\n"), WaitMS: 50_000, Window: agent.Window{Head: 100}})
+		s, err := c.Start(t.Context(), agent.StartRequest{Command: "cat /dev/stdin /proc/self/fd/0", User: user, Stdin: []byte("in\n"),
+			WaitMS: 50_000, Window: agent.Window{Head: 100}})
 		if err != nil || output(s) != "in\n" {
 			t.Errorf("as %q, stdin: got %q, %v", user, output(s), err)
 		}
 		s, err = c.Start(t.Context(), agent.StartRequest{
-			Command: "echo a >/dev/stdout; echo b >/dev/stderr; echo c >/dev/tty", User: user, Terminal: &agent.Terminal{}, WaitMS: 50_000, Window: agent.Window{Head: 100}})
+			Command: "echo a >/dev/stdout; echo b >/dev/stderr; echo c >/dev/tty", User: user, Terminal: &agent.Terminal{}, WaitMS: 50_000,
+			Window: agent.Window{Head: 100}})
 		if err != nil || output(s) != "a\r\nb\r\nc\r\n" {
 			t.Errorf("as %q, on a terminal: got %q, %v", user, output(s), err)
 		}
 	}
 	// Who was another when the process began is not let in, as on Linux: su of Docker's root writes to what it has, and cannot open it
 	// anew.
-	says(t, c, "root", `perl -e '$> = 1000; print "open\n" if open F, ">", "/dev/stdout"; print "$!\n"; $| = 1; print "has it\n"'`, "Permission denied\nhas it\n")
+	says(t, c, "root", `perl -e '$> = 1000; print "open\n" if open F, ">", "/dev/stdout"; print "$!\n"; $| = 1; print "has it\n"'`,
+		"Permission denied\nhas it\n")
 	says(t, c, "1234:50", `perl -e '$< = $> = 0; print "root\n" if $> == 0; print "no\n"'`, "no\n")
 }
 
@@ -50,12 +53,15 @@ func TestStandardStreams(t *testing.T) {
 func TestLogin(t *testing.T) {
 	_, c := newSandbox(t, sandbox.CreateOptions{})
 	says(t, c, "root", `usermod -aG staff,tty user 2>/dev/null || sed -i 's/^\(staff\|tty\):.*/&user/' /etc/group; printf 'more:x:50:user\nbad:x:4294967295:user\nworse:x:x:user\n' >>/etc/group`, "")
-	for user, want := range map[string]string{"": "1000 5 50", "root": "0", "1000": "1000 5 50", "user:50": "50", "1234": "1234", "1234:0": "0"} {
+	for user, want := range map[string]string{"": "1000 5 50", "root": "0", "1000": "1000 5 50", "user:50": "50", "1234": "1234",
+		"1234:0": "0"} {
 		says(t, c, user, "id -G; perl -e 'print join(q( ), (split q( ), $))[1..20]) =~ s/ +$//r, qq(\n)'", want+"\n"+want+"\n")
 	}
 	says(t, c, "", `ulimit -Sn; ulimit -Hn; ulimit -n 100000 && ulimit -Sn`, "4096\n1048576\n100000\n")
-	says(t, c, "root", `ulimit -Sn; perl -MPOSIX -e 'POSIX::close($_) for 3..POSIX::sysconf(4)-1; print POSIX::sysconf(4), "\n"'`, "4096\n4096\n")
-	s, err := c.Start(t.Context(), agent.StartRequest{Command: "ulimit -Sn", Terminal: &agent.Terminal{}, WaitMS: 50_000, Window: agent.Window{Head: 100}})
+	says(t, c, "root", `ulimit -Sn; perl -MPOSIX -e 'POSIX::close($_) for 3..POSIX::sysconf(4)-1; print POSIX::sysconf(4), "\n"'`,
+		"4096\n4096\n")
+	s, err := c.Start(t.Context(), agent.StartRequest{Command: "ulimit -Sn", Terminal: &agent.Terminal{}, WaitMS: 50_000,
+		Window: agent.Window{Head: 100}})
 	if err != nil || output(s) != "4096\r\n" {
 		t.Errorf("on a terminal: got %q, %v", output(s), err)
 	}
@@ -69,9 +75,11 @@ func TestLimitsSeen(t *testing.T) {
 	sb, c := newSandbox(t, sandbox.CreateOptions{Limits: limits})
 	seen := func() {
 		t.Helper()
-		says(t, c, "", "awk '/^MemTotal/ {print $2}' /proc/meminfo; getconf _PHYS_PAGES; nproc", fmt.Sprintf("%d\n%d\n1\n", limits.Memory>>10, limits.Memory>>12))
+		says(t, c, "", "awk '/^MemTotal/ {print $2}' /proc/meminfo; getconf _PHYS_PAGES; nproc",
+			fmt.Sprintf("%d\n%d\n1\n", limits.Memory>>10, limits.Memory>>12))
 		says(t, c, "", `awk '/^Mem(Free|Available)/ && $2 > 400000 && $2 < 524288 {print $1}' /proc/meminfo`, "MemFree:\nMemAvailable:\n")
-		says(t, c, "", "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max; cat /sys/fs/cgroup/p*/cpu.max | sort -u; cat /sys/fs/cgroup/p*/memory.max | sort -u",
+		says(t, c, "", "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max; cat /sys/fs/cgroup/p*/cpu.max | sort -u; cat "+
+			"/sys/fs/cgroup/p*/memory.max | sort -u",
 			fmt.Sprintf("%d\n100000 100000\n100000 100000\n%d\n", limits.Memory, limits.Memory))
 		says(t, c, "", `! type java >/dev/null 2>&1 || java -XX:+PrintFlagsFinal -version 2>&1 | awk '/ MaxHeapSize / && ($4 < 100e6 || $4 > 270e6)'`, "")
 		says(t, c, "", `! type node >/dev/null 2>&1 || node -p '(h => h > 100e6 && h < 400e6 ? "" : h)(v8.getHeapStatistics().heap_size_limit)' | grep .`, "")
@@ -119,10 +127,14 @@ func TestStickyDirectories(t *testing.T) {
 			says(t, c, "root", "mkdir -p /var/tmp /tmp/own; chmod 1777 /tmp /var/tmp /tmp/own", "")
 			for _, dir := range []string{"/tmp", "/var/tmp", "/tmp/own"} {
 				says(t, c, "user", "cd "+dir+"; echo 1 >a; echo 2 >b; mv a a.bak; mv b a; cat a a.bak; rm a a.bak", "2\n1\n")
-				says(t, c, "user", "cd "+dir+"; echo 1 >a; mv a b; mv b a; mv a b; ln b a; mv a c; ln -s b a; rm a; mkdir a; rmdir a; mv b a; cat a; rm a c; ls a b c 2>/dev/null", "1\n")
+				says(t, c, "user", "cd "+dir+
+					"; echo 1 >a; mv a b; mv b a; mv a b; ln b a; mv a c; ln -s b a; rm a; mkdir a; rmdir a; mv b a; cat a; rm a c; ls a "+
+					"b c 2>/dev/null", "1\n")
 				says(t, c, "user", "cd "+dir+"; mkdir d e; mv d f; mv e d; rmdir d f; echo 1 >d; rm d; ls d e f 2>/dev/null", "")
 				says(t, c, "root", "echo r >"+dir+"/r; mv "+dir+"/r "+dir+"/root", "")
-				says(t, c, "user", "cd "+dir+"; echo 1 >a; mv a r; cat r; rm r; echo 2 >a; mv -f a root 2>/dev/null || cat root a; rm a; rm -f root 2>/dev/null || echo root\\'s", "1\nr\n2\nroot's\n")
+				says(t, c, "user", "cd "+dir+
+					"; echo 1 >a; mv a r; cat r; rm r; echo 2 >a; mv -f a root 2>/dev/null || cat root a; rm a; rm -f root 2>/dev/null "+
+					"|| echo root\\'s", "1\nr\n2\nroot's\n")
 			}
 		})
 	}
@@ -192,7 +204,8 @@ func TestTrace(t *testing.T) {
 		says(t, c, test.user, traces+test.target, test.want)
 	}
 	for _, file := range []string{"/proc/1/mem", "/proc/1/fd/0", "/proc/1/maps", "/proc/1/environ"} {
-		if got := output(sandboxtest.RunAs(t, c, "root", "head -c 1 "+file)); !strings.Contains(got, "ermission") && !strings.Contains(got, "denied") && got != "" {
+		if got := output(sandboxtest.RunAs(t, c, "root", "head -c 1 "+file)); !strings.Contains(got, "ermission") &&
+			!strings.Contains(got, "denied") && got != "" {
 			t.Errorf("root reads %s of the agent: %q", file, got)
 		}
 	}

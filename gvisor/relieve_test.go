@@ -31,7 +31,8 @@ func TestRelieve(t *testing.T) {
 		if err != nil || len(r.Killed) != 1 || r.Killed[0].Tag != kind || r.Killed[0].Name != "perl" {
 			t.Fatalf("%s: %+v, %v", kind, r, err)
 		}
-		if k := r.Killed[0]; kind == agent.RelieveMemory && k.Memory < 100<<20 || kind == agent.RelieveKernel && (k.Descriptors < 3000 || k.Processes != 2) {
+		if k := r.Killed[0]; kind == agent.RelieveMemory && k.Memory < 100<<20 || kind == agent.RelieveKernel &&
+			(k.Descriptors < 3000 || k.Processes != 2) {
 			t.Errorf("%s: %+v", kind, k)
 		}
 		if kind == agent.RelieveKernel && !strings.Contains(r.Detail, "open files") {

@@ -206,7 +206,8 @@ func (r *Runtime) begin(ctx context.Context, spec sandbox.Spec, begin beginning)
 		return nil, err
 	}
 	// The manifest names the cgroup before it is made: whoever reaps knows of it.
-	mf := manifest{Cores: m.cores, Memory: m.memory, Kernel: m.kernel.bound, NoDisk: m.noDisk, Host: begin.agent, Agent: filepath.Join(agentDir, filepath.Base(begin.agent)), Cgroup: planCgroup(cmp.Or(r.Cgroups, cgroupRoot), "soulbox-"+spec.ID)}
+	mf := manifest{Cores: m.cores, Memory: m.memory, Kernel: m.kernel.bound, NoDisk: m.noDisk, Host: begin.agent,
+		Agent: filepath.Join(agentDir, filepath.Base(begin.agent)), Cgroup: planCgroup(cmp.Or(r.Cgroups, cgroupRoot), "soulbox-"+spec.ID)}
 	if err := r.writeManifest(spec.Dir, mf); err != nil {
 		return nil, err
 	}
@@ -304,7 +305,8 @@ func giveAway(dir string) error {
 	if uid == os.Geteuid() {
 		return nil
 	}
-	for _, name := range []string{"bundle", "bundle/config.json", "bundle/" + sentryMemoryName, "bundle/" + guestMemoryName, "run", "disk"} {
+	for _, name := range []string{"bundle", "bundle/config.json", "bundle/" + sentryMemoryName, "bundle/" + guestMemoryName, "run",
+		"disk"} {
 		if err := os.Lchown(filepath.Join(dir, name), uid, gid); err != nil {
 			return err
 		}
@@ -400,7 +402,8 @@ func (r *Runtime) Attach(ctx context.Context, dir string) (_ sandbox.Machine, er
 	if err != nil {
 		return nil, err
 	}
-	args := &execArgs{Filename: mf.Agent, Argv: []string{mf.Agent, "attach"}, Envv: []string{"PATH=/usr/bin:/bin"}, WorkingDirectory: "/", ContainerID: containerID, GuestFDs: []int{0, 1, 2}}
+	args := &execArgs{Filename: mf.Agent, Argv: []string{mf.Agent, "attach"}, Envv: []string{"PATH=/usr/bin:/bin"}, WorkingDirectory: "/",
+		ContainerID: containerID, GuestFDs: []int{0, 1, 2}}
 	args.Files = []*os.File{streams.in, streams.out, streams.err}
 	var pid int32
 	if err := r.control(ctx, runDir(dir), callExecute, args, &pid); err != nil {

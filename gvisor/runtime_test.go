@@ -21,7 +21,8 @@ import (
 
 // As root: the suite, isolation and limits, which are made in other ways there.
 func TestMain(m *testing.M) {
-	sandboxtest.Main(m, "TestRuntime", "TestImage", "TestNothingOfTheHost", "TestForkBomb", "TestMemoryBombs", "TestUserNamespace", "TestUserTmpfs", "TestDeviceDirectory", "TestAttachAsGuest", "TestHostCgroup",
+	sandboxtest.Main(m, "TestRuntime", "TestImage", "TestNothingOfTheHost", "TestForkBomb", "TestMemoryBombs", "TestUserNamespace",
+		"TestUserTmpfs", "TestDeviceDirectory", "TestAttachAsGuest", "TestHostCgroup",
 		"TestInHostCgroup", "TestStrangers", "TestSentryKilled", "TestRelieve", "TestOutOfMemory", "TestPauseInTimeLimit", "TestPlanV.*",
 		"TestStandardStreams", "TestLogin", "TestLimitsSeen", "TestStickyDirectories", "TestTrace")
 }
@@ -111,7 +112,8 @@ func TestNothingOfTheHost(t *testing.T) {
 		"the host's ports":  {"(exec 3<>/dev/tcp/127.0.0.1/" + port + ") 2>&1", "refused"},
 		"the agent's files": {"ls -l /proc/self/fd | tail -n +2 | wc -l", "4\n"}, // 0, 1, 2 and the directory itself
 		"init's memory":     {"cat /proc/1/environ; head -c 10 /proc/1/mem; ls /proc/1/fd; true", ""},
-		"mounting":          {"mount -t tmpfs none /mnt 2>&1; umount /sys 2>&1; unshare -m true 2>&1; mknod /tmp/x b 8 0 2>&1; ls /tmp", ""},
+		"mounting": {"mount -t tmpfs none /mnt 2>&1; umount /sys 2>&1; unshare -m true 2>&1; mknod /tmp/x b 8 0 2>&1; ls /tmp",
+			""},
 	} {
 		got := output(sandboxtest.RunAs(t, c, "root", test.command))
 		if name == "mounting" {
@@ -151,7 +153,8 @@ func TestRemoveEverything(t *testing.T) {
 		t.Fatal(err)
 	}
 	// A loader is not there any more, so a command fails; but it says so.
-	if _, err := c.Start(t.Context(), agent.StartRequest{Args: []string{"/usr/bin/true"}, WaitMS: 10_000}); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if _, err := c.Start(t.Context(), agent.StartRequest{Args: []string{"/usr/bin/true"}, WaitMS: 10_000}); err != nil &&
+		!errors.Is(err, os.ErrNotExist) {
 		t.Fatal(err)
 	}
 }
@@ -241,7 +244,8 @@ func TestUserNamespace(t *testing.T) {
 		mkdir /mnt/x && echo made
 		mount -o remount,rw,bind /sys/fs/cgroup && echo writable
 		mount -t cgroup -o pids none /srv && echo stolen'`))
-	if strings.Contains(said, "/\n") || strings.Contains(said, "lifted") || strings.Contains(said, "made") || strings.Contains(said, "writable") || strings.Contains(said, "stolen") {
+	if strings.Contains(said, "/\n") || strings.Contains(said, "lifted") || strings.Contains(said, "made") ||
+		strings.Contains(said, "writable") || strings.Contains(said, "stolen") {
 		t.Errorf("in its namespace root could: %s", said)
 	}
 	enter := `use Fcntl; opendir(my $d, "/sys/fs/cgroup") or die; my @g = grep /^p[0-9]/, readdir $d; my $in = 0;
@@ -251,7 +255,8 @@ func TestUserNamespace(t *testing.T) {
 		t.Errorf("of the cgroups there could be entered: %q", got)
 	}
 	leave := "unshare -Urm sh -c 'mount -t cgroup2 none /mnt; %s'"
-	got := output(sandboxtest.RunAs(t, c, "root", fmt.Sprintf(leave, "perl -e \"for (1 .. 1000) { if (!defined(\\$p = fork)) { print \\$_; last } sleep 600 if !\\$p }\"; kill -9 -1")))
+	got := output(sandboxtest.RunAs(t, c, "root", fmt.Sprintf(leave,
+		"perl -e \"for (1 .. 1000) { if (!defined(\\$p = fork)) { print \\$_; last } sleep 600 if !\\$p }\"; kill -9 -1")))
 	if n, err := strconv.Atoi(got); err != nil || n > 64 {
 		t.Errorf("%q processes could be started", got)
 	}
@@ -267,7 +272,8 @@ func TestUserNamespace(t *testing.T) {
 // TestUserTmpfs: a tmpfs that a user mounts in a namespace of its own has no size but that of the machine.
 func TestUserTmpfs(t *testing.T) {
 	sb, c := newSandbox(t, sandbox.CreateOptions{Limits: sandbox.Limits{Memory: 128 << 20}})
-	_, err := c.Start(t.Context(), agent.StartRequest{Command: "unshare -Urm sh -c 'mount -t tmpfs none /mnt; head -c 4G /dev/zero > /mnt/x; sleep 600'"})
+	_, err := c.Start(t.Context(),
+		agent.StartRequest{Command: "unshare -Urm sh -c 'mount -t tmpfs none /mnt; head -c 4G /dev/zero > /mnt/x; sleep 600'"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -280,7 +286,8 @@ func TestUserTmpfs(t *testing.T) {
 // TestDeviceDirectory: /dev is memory that no limit counts, so nothing may be put there; its devices still work.
 func TestDeviceDirectory(t *testing.T) {
 	_, c := newSandbox(t, sandbox.CreateOptions{})
-	got := output(sandboxtest.RunAs(t, c, "root", "head -c 100M /dev/zero > /dev/fill; echo works > /dev/stdout; echo gone > /dev/null; echo kept > /dev/shm/x; cat /dev/shm/x"))
+	got := output(sandboxtest.RunAs(t, c, "root",
+		"head -c 100M /dev/zero > /dev/fill; echo works > /dev/stdout; echo gone > /dev/null; echo kept > /dev/shm/x; cat /dev/shm/x"))
 	if !strings.Contains(got, "Read-only") || !strings.HasSuffix(got, "works\nkept\n") {
 		t.Fatalf("%q", got)
 	}
@@ -290,7 +297,8 @@ func TestDeviceDirectory(t *testing.T) {
 func TestAttachAsGuest(t *testing.T) {
 	_, c := newSandbox(t, sandbox.CreateOptions{})
 	for _, user := range []string{"user", "root"} {
-		snap := sandboxtest.RunAs(t, c, user, `{ echo '{"protocol":1,"version":"x"}'; sleep 1; } | /.soulbox/soulbox-agent attach; echo end`)
+		snap := sandboxtest.RunAs(t, c, user,
+			`{ echo '{"protocol":1,"version":"x"}'; sleep 1; } | /.soulbox/soulbox-agent attach; echo end`)
 		if got := output(snap); strings.Contains(got, "protocol") || !strings.HasSuffix(got, "end\n") {
 			t.Errorf("as %s: %q", user, got)
 		}

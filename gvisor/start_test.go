@@ -48,7 +48,8 @@ func TestHungStarts(t *testing.T) {
 		}
 	}
 	soon("end of input", func(ctx context.Context) error {
-		_, err := c.Input(ctx, agent.InputRequest{Process: cat.Process.ID, Data: []byte("last"), EOF: true, WaitMS: 20_000, SettleMS: 20_000})
+		_, err := c.Input(ctx, agent.InputRequest{Process: cat.Process.ID, Data: []byte("last"), EOF: true, WaitMS: 20_000,
+			SettleMS: 20_000})
 		return err
 	})
 	soon("end of a process that had input", func(ctx context.Context) error {
@@ -63,7 +64,8 @@ func TestHungStarts(t *testing.T) {
 // TestStoppedStarts has children stopped between fork and exec, by one who stops all that he may.
 func TestStoppedStarts(t *testing.T) {
 	_, c := newSandbox(t, sandbox.CreateOptions{})
-	stopper, err := c.Start(t.Context(), agent.StartRequest{Command: `perl -e '$| = 1; print "on"; while (1) { kill "STOP", -1; select undef, undef, undef, 0.0001 }'`})
+	stopper, err := c.Start(t.Context(),
+		agent.StartRequest{Command: `perl -e '$| = 1; print "on"; while (1) { kill "STOP", -1; select undef, undef, undef, 0.0001 }'`})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -115,7 +117,8 @@ func TestStartedAgain(t *testing.T) {
 	}
 	tried, fails = 0, 10
 	var exit *exec.ExitError
-	if _, err := runtime.Boot(t.Context(), sandbox.Spec{ID: "sbagain", Dir: sandboxtest.Dir(t), Template: host, Limits: sandbox.DefaultLimits()}); !errors.As(err, &exit) || tried != 2 {
+	if _, err := runtime.Boot(t.Context(), sandbox.Spec{ID: "sbagain", Dir: sandboxtest.Dir(t), Template: host,
+		Limits: sandbox.DefaultLimits()}); !errors.As(err, &exit) || tried != 2 {
 		t.Errorf("after %d tries: %v", tried, err)
 	}
 }

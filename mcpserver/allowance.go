@@ -74,5 +74,6 @@ func (h *HTTP) take(owner string) (done func(), ok bool) {
 
 func tooMany(w http.ResponseWriter, id json.RawMessage) {
 	w.Header().Set("Retry-After", "1")
-	refuse(w, http.StatusTooManyRequests, id, codeBusy, "you have sent too many requests, or have too many calls in flight; wait for some of them")
+	refuse(w, http.StatusTooManyRequests, id, codeBusy,
+		"you have sent too many requests, or have too many calls in flight; wait for some of them")
 }

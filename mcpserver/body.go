@@ -15,7 +15,8 @@ func (h *HTTP) read(w http.ResponseWriter, r *http.Request, owner string) (m mes
 		refuse(w, http.StatusUnsupportedMediaType, nil, codeInvalid, "the content type must be application/json")
 		return m, nil, false
 	}
-	if a := r.Header.Get("Accept"); a != "" && !strings.Contains(a, "*/*") && !strings.Contains(a, "application/json") && !strings.Contains(a, "application/*") && !strings.Contains(a, "text/event-stream") {
+	if a := r.Header.Get("Accept"); a != "" && !strings.Contains(a, "*/*") && !strings.Contains(a, "application/json") &&
+		!strings.Contains(a, "application/*") && !strings.Contains(a, "text/event-stream") {
 		refuse(w, http.StatusNotAcceptable, nil, codeInvalid, "accept application/json and text/event-stream")
 		return m, nil, false
 	}
@@ -29,7 +30,8 @@ func (h *HTTP) read(w http.ResponseWriter, r *http.Request, owner string) (m mes
 	_ = http.NewResponseController(w).SetReadDeadline(time.Time{}) // a ResponseWriter that has none is a test's
 	var tooLarge *http.MaxBytesError
 	if errors.As(err, &tooLarge) {
-		refuse(w, http.StatusRequestEntityTooLarge, nil, codeInvalid, fmt.Sprintf("the message is longer than %d bytes; send large content in parts", h.MaxBody))
+		refuse(w, http.StatusRequestEntityTooLarge, nil, codeInvalid,
+			fmt.Sprintf("the message is longer than %d bytes; send large content in parts", h.MaxBody))
 		return m, nil, false
 	}
 	if err != nil {

@@ -73,8 +73,12 @@ func (b Bridge) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 	defer transport.CloseIdleConnections()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	client := &http.Client{Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-	l := &bridge{Bridge: b, http: client, shown: withoutSecrets(b.URL), notes: make(chan func(), maxNotes), out: &writer{w: out}, ctx: ctx, watched: map[string]bool{}, inflight: map[string]context.CancelFunc{}}
+	client := &http.Client{Transport: transport, CheckRedirect: func(*http.Request,
+		[]*http.Request) error {
+		return http.ErrUseLastResponse
+	}}
+	l := &bridge{Bridge: b, http: client, shown: withoutSecrets(b.URL), notes: make(chan func(), maxNotes), out: &writer{w: out}, ctx: ctx,
+		watched: map[string]bool{}, inflight: map[string]context.CancelFunc{}}
 	l.leaving, l.last = context.WithCancel(ctx)
 	defer l.last()
 	go l.sendNotes() // ends with ctx
@@ -319,7 +323,8 @@ func (l *bridge) pause(ctx context.Context, try int) error {
 }
 
 // unknownOutcome is told of a call of which nobody knows what became.
-const unknownOutcome = "the connection to the server broke in the middle of the call, which may have been carried out; look, with process_list or file_read, before you call it again"
+const unknownOutcome = "the connection to the server broke in the middle of the call, which may have been carried out; look, with " +
+	"process_list or file_read, before you call it again"
 
 // current is the session at hand.
 func (l *bridge) current() string {
@@ -396,7 +401,8 @@ func (l *bridge) receive(ctx context.Context, res *http.Response, m message) par
 			}
 			return part{why: "the session was begun anew", atOnce: true, forgotten: true}
 		}
-	case http.StatusTooManyRequests, http.StatusServiceUnavailable: // not begun, if it is the server that says so and not something before it
+	case http.StatusTooManyRequests,
+		http.StatusServiceUnavailable: // not begun, if it is the server that says so and not something before it
 		body, err := io.ReadAll(io.LimitReader(res.Body, 64<<10))
 		var refusal struct {
 			Error *Error `json:"error"`
@@ -406,7 +412,8 @@ func (l *bridge) receive(ctx context.Context, res *http.Response, m message) par
 	case http.StatusBadGateway, http.StatusGatewayTimeout:
 		return part{why: res.Status, sent: true, away: true}
 	case http.StatusUnauthorized:
-		return part{final: "the server does not take this key: set SOULBOX_KEY, or --key-file, to one that 'soulbox-mcp key create' made there"}
+		return part{final: "the server does not take this key: set SOULBOX_KEY, or --key-file, to one that 'soulbox-mcp key create' made " +
+			"there"}
 	case http.StatusBadRequest:
 		if res.Request.Header.Get(mcp.HeaderLastEventID) != "" {
 			return part{why: "the stream is not kept any more", forgotten: true, sent: true}

@@ -173,7 +173,8 @@ func TestBridgeBreaks(t *testing.T) {
 			select {
 			case <-stop:
 				return
-			case <-time.After(20*time.Millisecond + time.Duration(i%25/24)*time.Second): // a busy machine answers something now and then, too
+			case <-time.After(20*time.Millisecond +
+				time.Duration(i%25/24)*time.Second): // a busy machine answers something now and then, too
 				b.proxy.down.Store(i%5 == 0)
 				b.proxy.breakAll()
 			}
@@ -182,7 +183,8 @@ func TestBridgeBreaks(t *testing.T) {
 	const calls = 200
 	go func() {
 		for i := range calls {
-			fmt.Fprintf(b.in, `{"jsonrpc":"2.0","id":%d,"method":"tools/call","params":{"name":"count","arguments":{"text":"%d"}}}`+"\n", i+10, i)
+			fmt.Fprintf(b.in, `{"jsonrpc":"2.0","id":%d,"method":"tools/call","params":{"name":"count","arguments":{"text":"%d"}}}`+"\n", i+
+				10, i)
 			time.Sleep(time.Millisecond)
 		}
 	}()
@@ -245,10 +247,12 @@ func TestBridgeRefused(t *testing.T) {
 		b.send(`{"jsonrpc":"2.0","id":5,"method":"tools/call","params":{"name":"whose","arguments":{},` + modernMeta + `}}`)
 		return b.receive()
 	}
-	if r := ask(func(b *mcpserver.Bridge) { b.Key = "wrong" }); r.Error == nil || !strings.Contains(r.Error.Message, "key") || strings.Contains(r.Error.Message, "wrong") {
+	if r := ask(func(b *mcpserver.Bridge) { b.Key = "wrong" }); r.Error == nil || !strings.Contains(r.Error.Message, "key") ||
+		strings.Contains(r.Error.Message, "wrong") {
 		t.Errorf("%+v", r)
 	}
-	if r := ask(func(b *mcpserver.Bridge) { b.URL, b.Patience = "http://127.0.0.1:1", time.Millisecond }); r.Error == nil || !strings.Contains(r.Error.Message, "not there") {
+	if r := ask(func(b *mcpserver.Bridge) { b.URL, b.Patience = "http://127.0.0.1:1", time.Millisecond }); r.Error == nil ||
+		!strings.Contains(r.Error.Message, "not there") {
 		t.Errorf("%+v", r)
 	}
 	key := make(chan string, 10)
@@ -263,10 +267,12 @@ func TestBridgeRefused(t *testing.T) {
 	mux.Handle("/away", http.RedirectHandler(elsewhere.URL, http.StatusTemporaryRedirect))
 	moved := httptest.NewServer(mux)
 	defer moved.Close()
-	if r := ask(func(b *mcpserver.Bridge) { b.Key, b.URL = "right", moved.URL+"/moved" }); r.Error != nil || r.Result.Content[0].Text != "ann" {
+	if r := ask(func(b *mcpserver.Bridge) { b.Key, b.URL = "right", moved.URL+"/moved" }); r.Error != nil ||
+		r.Result.Content[0].Text != "ann" {
 		t.Errorf("%+v", r.Error)
 	}
-	if r := ask(func(b *mcpserver.Bridge) { b.Key, b.URL = "right", moved.URL+"/away?token=secret" }); r.Error == nil || strings.Contains(r.Error.Message, "secret") {
+	if r := ask(func(b *mcpserver.Bridge) { b.Key, b.URL = "right", moved.URL+"/away?token=secret" }); r.Error == nil ||
+		strings.Contains(r.Error.Message, "secret") {
 		t.Errorf("%+v", r)
 	}
 	if k := <-key; k != "" {

@@ -63,7 +63,8 @@ func (l *bridge) renew(ctx context.Context, old string) error {
 		l.send(message{Method: "notifications/initialized"}, []byte(`{"jsonrpc":"2.0","method":"notifications/initialized"}`))
 	}
 	for i, uri := range uris { // what the client was subscribed to, it is again
-		line, err := encode(note{JSONRPC: mcp.JSONRPC_VERSION, ID: "soulbox-again-" + strconv.Itoa(i), Method: methodSubscribe, Params: map[string]string{"uri": uri}})
+		line, err := encode(note{JSONRPC: mcp.JSONRPC_VERSION, ID: "soulbox-again-" + strconv.Itoa(i), Method: methodSubscribe,
+			Params: map[string]string{"uri": uri}})
 		if err != nil {
 			return err
 		}

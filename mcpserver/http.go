@@ -57,7 +57,8 @@ func (s *Server) HTTP(o HTTPOptions) *HTTP {
 	o.MaxReading = cmp.Or(o.MaxReading, 64<<20)
 	o.Beat = cmp.Or(o.Beat, 15*time.Second)
 	o.Rate, o.Burst, o.InFlight = cmp.Or(o.Rate, 200), cmp.Or(o.Burst, max(1000, int(o.Rate))), cmp.Or(o.InFlight, 1024)
-	h := &HTTP{HTTPOptions: o, s: s, sessions: map[string]*conversation{}, clients: map[program]*conversation{}, owners: map[string]*allowance{}}
+	h := &HTTP{HTTPOptions: o, s: s, sessions: map[string]*conversation{}, clients: map[program]*conversation{},
+		owners: map[string]*allowance{}}
 	h.ctx, h.cancel = context.WithCancelCause(context.Background())
 	h.work.Go(h.expire)
 	return h

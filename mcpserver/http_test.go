@@ -56,7 +56,8 @@ func (w watched) Complete(context.Context, string, string, string, map[string]st
 }
 
 func newTools(s *site) *server.MCPServer {
-	m := server.NewMCPServer("test", "1", server.WithResourceCapabilities(true, true), server.WithToolCapabilities(true), server.WithElicitation())
+	m := server.NewMCPServer("test", "1", server.WithResourceCapabilities(true, true), server.WithToolCapabilities(true),
+		server.WithElicitation())
 	add := func(name string, do func(ctx context.Context, r mcp.CallToolRequest) (string, error)) {
 		m.AddTool(mcp.NewTool(name), func(ctx context.Context, r mcp.CallToolRequest) (*mcp.CallToolResult, error) {
 			text, err := do(ctx, r)
@@ -106,7 +107,8 @@ func newTools(s *site) *server.MCPServer {
 func newSite(t *testing.T, change func(*mcpserver.HTTPOptions)) *site {
 	t.Helper()
 	s := &site{started: make(chan string, 1000), ended: make(chan error, 1000)}
-	s.mcp = mcpserver.New(mcpserver.Options{MCP: newTools(s), Resources: watched{s}, Name: "test", Tasks: map[string]mcpserver.TaskRule{"slow": {After: 20 * time.Millisecond}}})
+	s.mcp = mcpserver.New(mcpserver.Options{MCP: newTools(s), Resources: watched{s}, Name: "test",
+		Tasks: map[string]mcpserver.TaskRule{"slow": {After: 20 * time.Millisecond}}})
 	o := mcpserver.HTTPOptions{Rate: 1e6, Burst: 1e6}
 	if change != nil {
 		change(&o)
@@ -142,7 +144,8 @@ func TestNotesOverHTTP(t *testing.T) {
 			calls.Go(func() {
 				for range 1000/16 + 1 {
 					token := fmt.Sprint("tok-", shared.ID.Load())
-					a, err := shared.Do(t.Context(), "tools/call", map[string]any{"name": "notes", "arguments": map[string]any{}, "_meta": map[string]any{"progressToken": token}})
+					a, err := shared.Do(t.Context(), "tools/call",
+						map[string]any{"name": "notes", "arguments": map[string]any{}, "_meta": map[string]any{"progressToken": token}})
 					notes := a.Notes
 					if len(notes) > 0 && notes[0].Method == "" { // the event that is there for its id
 						notes = notes[1:]
@@ -180,8 +183,10 @@ var traps = []struct {
 		}()
 		<-s.started
 		for id := range 20 {
-			_ = bob.Tell(ctx, map[string]any{"jsonrpc": "2.0", "method": "notifications/cancelled", "params": map[string]any{"requestId": id, "_meta": map[string]any{
-				"io.modelcontextprotocol/protocolVersion": sandboxtest.ModernVersion, "io.modelcontextprotocol/clientCapabilities": map[string]any{}}}})
+			_ = bob.Tell(ctx, map[string]any{"jsonrpc": "2.0", "method": "notifications/cancelled",
+				"params": map[string]any{"requestId": id, "_meta": map[string]any{
+					"io.modelcontextprotocol/protocolVersion":    sandboxtest.ModernVersion,
+					"io.modelcontextprotocol/clientCapabilities": map[string]any{}}}})
 		}
 		select {
 		case err := <-s.ended:
@@ -229,13 +234,15 @@ var traps = []struct {
 		(*changed)()
 		m := <-messages
 		meta, _ := m.Params["_meta"].(map[string]any)
-		if m.Method != "notifications/resources/updated" || m.Params["uri"] != "test://it" || meta["io.modelcontextprotocol/subscriptionId"] != float64(c.ID.Load()) {
+		if m.Method != "notifications/resources/updated" || m.Params["uri"] != "test://it" ||
+			meta["io.modelcontextprotocol/subscriptionId"] != float64(c.ID.Load()) {
 			return fmt.Errorf("%+v", m)
 		}
 		return nil
 	}},
 	{"12: a call that lasts becomes a task", func(t *testing.T, _ *site, url string) error {
-		c := &sandboxtest.MCP{URL: url, Modern: true, Capabilities: map[string]any{"extensions": map[string]any{mcpserver.TasksExtension: map[string]any{}}}}
+		c := &sandboxtest.MCP{URL: url, Modern: true,
+			Capabilities: map[string]any{"extensions": map[string]any{mcpserver.TasksExtension: map[string]any{}}}}
 		a, err := c.Call(t.Context(), "slow", map[string]any{"ms": 200})
 		if err != nil {
 			return err
@@ -314,7 +321,8 @@ func TestLeaving(t *testing.T) {
 				t.Fatalf("leaving ended the call: %v", err)
 			case <-time.After(50 * time.Millisecond):
 			}
-			if err := c.Tell(t.Context(), map[string]any{"jsonrpc": "2.0", "method": "notifications/cancelled", "params": map[string]any{"requestId": id}}); err != nil {
+			if err := c.Tell(t.Context(), map[string]any{"jsonrpc": "2.0", "method": "notifications/cancelled",
+				"params": map[string]any{"requestId": id}}); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -349,7 +357,8 @@ func TestKeepAlive(t *testing.T) {
 	eras(t, func(t *testing.T, modern bool) {
 		s := newSite(t, func(o *mcpserver.HTTPOptions) { o.Beat = 30 * time.Millisecond })
 		a, err := s.client(modern).Open(t).Call(t.Context(), "slow", map[string]any{"ms": 200})
-		if err != nil || a.Text() != "done" || !strings.HasPrefix(a.Header.Get("Content-Type"), "text/event-stream") || a.Header.Get("X-Accel-Buffering") != "no" {
+		if err != nil || a.Text() != "done" || !strings.HasPrefix(a.Header.Get("Content-Type"), "text/event-stream") ||
+			a.Header.Get("X-Accel-Buffering") != "no" {
 			t.Fatalf("%v %+v", err, a)
 		}
 	})
@@ -428,7 +437,8 @@ func TestBadHTTP(t *testing.T) {
 		{"malformed", raw(legacy, "POST", `{"jsonrpc":`), 400, -32700},
 		{"empty", raw(legacy, "POST", " "), 400, -32700},
 		{"batch", raw(legacy, "POST", "["+list+"]"), 400, -32600},
-		{"deep", raw(legacy, "POST", `{"jsonrpc":"2.0","id":1,"method":"x","params":`+strings.Repeat("[", 100)+strings.Repeat("]", 100)+"}"), 400, -32600},
+		{"deep", raw(legacy, "POST", `{"jsonrpc":"2.0","id":1,"method":"x","params":`+strings.Repeat("[", 100)+strings.Repeat("]", 100)+
+			"}"), 400, -32600},
 		{"no method", raw(legacy, "POST", `{"jsonrpc":"2.0","id":1}`), 400, -32600},
 		{"id is an object", raw(legacy, "POST", `{"jsonrpc":"2.0","id":{},"method":"ping"}`), 400, -32600},
 		{"content type", raw(legacy, "POST", list, "Content-Type", "text/plain"), 415, -32600},
@@ -445,7 +455,8 @@ func TestBadHTTP(t *testing.T) {
 		{"our own origin", raw(legacy, "POST", list, "Origin", strings.TrimSuffix(legacy.URL, "/mcp")), 200, 0},
 		{"method header", changed("tools/list", nil, func(h http.Header) { h.Set("Mcp-Method", "ping") }), 400, -32020},
 		{"no method header", changed("tools/list", nil, func(h http.Header) { h.Del("Mcp-Method") }), 400, -32020},
-		{"name header", changed("tools/call", map[string]any{"name": "echo"}, func(h http.Header) { h.Set("Mcp-Name", "block") }), 400, -32020},
+		{"name header", changed("tools/call", map[string]any{"name": "echo"}, func(h http.Header) { h.Set("Mcp-Name", "block") }), 400,
+			-32020},
 		{"version header", changed("tools/list", nil, func(h http.Header) { h.Set("MCP-Protocol-Version", "2025-11-25") }), 400, -32020},
 		{"unknown task", changed("tasks/get", map[string]any{"taskId": "x"}, func(http.Header) {}), 400, -32021},
 		{"unknown method", changed("no/such", nil, func(http.Header) {}), 404, -32601},

@@ -176,7 +176,8 @@ func failure(id json.RawMessage, e *Error) mcp.JSONRPCError {
 	if len(id) == 0 {
 		id = json.RawMessage("null")
 	}
-	return mcp.JSONRPCError{JSONRPC: mcp.JSONRPC_VERSION, ID: mcp.NewRequestId(id), Error: mcp.NewJSONRPCErrorDetails(e.Code, e.Message, e.Data)}
+	return mcp.JSONRPCError{JSONRPC: mcp.JSONRPC_VERSION, ID: mcp.NewRequestId(id),
+		Error: mcp.NewJSONRPCErrorDetails(e.Code, e.Message, e.Data)}
 }
 
 // note is a message that wants no answer; a question wants one.

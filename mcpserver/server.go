@@ -99,7 +99,8 @@ func (s *Server) run(f *flight, session *Session, m message, raw []byte, respond
 	defer f.done()
 	began := time.Now()
 	ctx := s.MCP.WithContext(f.ctx, session)
-	if m.Method != methodListen && !inline[m.Method] && !strings.HasPrefix(m.Method, "tasks/") { // which cost nothing, or must not wait for calls
+	if m.Method != methodListen && !inline[m.Method] && !strings.HasPrefix(m.Method,
+		"tasks/") { // which cost nothing, or must not wait for calls
 		select {
 		case f.c.slots <- struct{}{}:
 			// A call that is cancelled gives its slot back at once, however long its handler takes to notice.
@@ -260,7 +261,8 @@ func (s *Server) decorate(method string, result mcp.ResultMetadata) {
 	if meta := result.EnsureResultMeta(); meta.ServerInfo() == nil {
 		meta.SetServerInfo(mcp.Implementation{Name: s.Name, Version: s.Version})
 	}
-	if c, ok := result.(mcp.CacheHintSetter); ok && (method == string(mcp.MethodResourcesList) || method == string(mcp.MethodResourcesTemplatesList) || method == string(mcp.MethodResourcesRead)) {
+	if c, ok := result.(mcp.CacheHintSetter); ok && (method == string(mcp.MethodResourcesList) ||
+		method == string(mcp.MethodResourcesTemplatesList) || method == string(mcp.MethodResourcesRead)) {
 		c.SetCacheHints(0, mcp.CacheScopePrivate)
 	}
 }

@@ -36,7 +36,10 @@ func (s Stdio) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 	l := &loop{Stdio: s, c: newConversation(context.WithoutCancel(ctx), "", s.Server.Parallel), out: &writer{w: out}}
 	defer l.c.cancel(gone{"the conversation has ended"})
 	defer s.Server.follow(l.c.feed, subscription{by: &l.c.client})()
-	go func() { _ = l.c.feed.tell(l.c.ctx, l.out, nil) }() // not waited for: a client that does not read may hold it; a failing pipe is told below
+	go func() {
+		_ = l.c.feed.tell(l.c.ctx, l.out,
+			nil)
+	}() // not waited for: a client that does not read may hold it; a failing pipe is told below
 
 	ended := make(chan error, 1)
 	go func() { ended <- l.read(in) }() // a blocked read of stdin ends with the process
@@ -68,7 +71,8 @@ func (l *loop) read(in io.Reader) error {
 	for {
 		line, tooLong, err := readLine(r, l.MaxLine)
 		if tooLong {
-			l.respond(failure(nil, &Error{Code: codeInvalid, Message: fmt.Sprintf("the message is longer than %d bytes; send large content in parts", l.MaxLine)}))
+			l.respond(failure(nil, &Error{Code: codeInvalid,
+				Message: fmt.Sprintf("the message is longer than %d bytes; send large content in parts", l.MaxLine)}))
 		} else if line = bytes.TrimSpace(line); len(line) > 0 {
 			l.handle(line)
 		}
@@ -150,6 +154,7 @@ func (l *loop) respond(response any) {
 	}
 	l.Server.Log.Error("encode response", "error", err)
 	if r, ok := response.(mcp.JSONRPCResponse); ok {
-		_ = l.out.write(mcp.JSONRPCError{JSONRPC: r.JSONRPC, ID: r.ID, Error: mcp.NewJSONRPCErrorDetails(codeInternal, "the answer could not be encoded", nil)})
+		_ = l.out.write(mcp.JSONRPCError{JSONRPC: r.JSONRPC, ID: r.ID,
+			Error: mcp.NewJSONRPCErrorDetails(codeInternal, "the answer could not be encoded", nil)})
 	}
 }

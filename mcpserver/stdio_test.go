@@ -322,14 +322,15 @@ func TestBadInput(t *testing.T) {
 		line string
 		code int
 	}{
-		"not JSON":       {`{"jsonrpc": "2.0", "id": 1, "method": `, -32700},
-		"not UTF-8":      {"\xff\xfe", -32700},
-		"a batch":        {`[{"jsonrpc":"2.0","id":1,"method":"ping"}]`, -32600},
-		"no method":      {`{"jsonrpc":"2.0","id":1}`, -32600},
-		"a number":       {`5`, -32600},
-		"a strange id":   {`{"jsonrpc":"2.0","id":{"a":1},"method":"ping"}`, -32600},
-		"another RPC":    {`{"jsonrpc":"1.0","id":1,"method":"ping"}`, -32600},
-		"deep":           {`{"jsonrpc":"2.0","id":1,"method":"ping","params":` + strings.Repeat("[", 100) + strings.Repeat("]", 100) + `}`, -32600},
+		"not JSON":     {`{"jsonrpc": "2.0", "id": 1, "method": `, -32700},
+		"not UTF-8":    {"\xff\xfe", -32700},
+		"a batch":      {`[{"jsonrpc":"2.0","id":1,"method":"ping"}]`, -32600},
+		"no method":    {`{"jsonrpc":"2.0","id":1}`, -32600},
+		"a number":     {`5`, -32600},
+		"a strange id": {`{"jsonrpc":"2.0","id":{"a":1},"method":"ping"}`, -32600},
+		"another RPC":  {`{"jsonrpc":"1.0","id":1,"method":"ping"}`, -32600},
+		"deep": {`{"jsonrpc":"2.0","id":1,"method":"ping","params":` + strings.Repeat("[", 100) + strings.Repeat("]", 100) + `}`,
+			-32600},
 		"long":           {`{"jsonrpc":"2.0","id":1,"method":"ping","params":"` + strings.Repeat("x", 20_000) + `"}`, -32600},
 		"a wrong type":   {`{"jsonrpc":"2.0","id":1,"method":5}`, -32600},
 		"no such method": {`{"jsonrpc":"2.0","id":1,"method":"no/such"}`, -32601},
@@ -365,7 +366,8 @@ func TestIDs(t *testing.T) {
 func TestNegotiation(t *testing.T) {
 	for _, revision := range []string{"2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25"} {
 		c := connect(t, mcpserver.Stdio{Server: newServer(nil, nil)})
-		c.send(`{"jsonrpc":"2.0","id":1,"method":"initialize","params":{"protocolVersion":"` + revision + `","capabilities":{},"clientInfo":{"name":"t","version":"1"}}}`)
+		c.send(`{"jsonrpc":"2.0","id":1,"method":"initialize","params":{"protocolVersion":"` + revision +
+			`","capabilities":{},"clientInfo":{"name":"t","version":"1"}}}`)
 		line, err := c.out.ReadString('\n')
 		if err != nil || !strings.Contains(line, `"protocolVersion":"`+revision+`"`) {
 			t.Errorf("%s: %s %v", revision, line, err)
@@ -420,7 +422,8 @@ func TestNotesOnStdio(t *testing.T) {
 		go func() {
 			for i := range calls {
 				free <- struct{}{}
-				fmt.Fprintf(c.in, `{"jsonrpc":"2.0","id":%d,"method":"tools/call","params":{"name":"notes","arguments":{},"_meta":{%s"progressToken":"t%d"}}}`+"\n", i, meta, i)
+				fmt.Fprintf(c.in,
+					`{"jsonrpc":"2.0","id":%d,"method":"tools/call","params":{"name":"notes","arguments":{},"_meta":{%s"progressToken":"t%d"}}}`+"\n", i, meta, i)
 			}
 		}()
 		told := map[string]int{}

@@ -140,7 +140,8 @@ func (st *stream) open() {
 	st.headers()
 	if st.priming {
 		st.missed = append(st.missed, event{seq: st.seq})
-		_ = st.put(fmt.Appendf(nil, "id: %s-%d\nretry: %d\ndata: \n\n", st.id, st.seq, retryMS)) // a client that is gone is noticed by the next
+		_ = st.put(fmt.Appendf(nil, "id: %s-%d\nretry: %d\ndata: \n\n", st.id, st.seq,
+			retryMS)) // a client that is gone is noticed by the next
 	}
 }
 

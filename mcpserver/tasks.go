@@ -237,7 +237,8 @@ func (s *Server) mayBecomeTask(ctx context.Context, session *Session, m message,
 	result := n.info
 	n.mu.Unlock()
 	n.telling.Unlock()
-	result.Status, result.InputRequests, result.Outcome, result.Error = taskWorking, nil, nil, nil // what has become of it since, tasks/get tells
+	result.Status, result.InputRequests, result.Outcome, result.Error = taskWorking, nil, nil,
+		nil // what has become of it since, tasks/get tells
 	result.SetResultType("task")
 	s.decorate(m.Method, &result)
 	return mcp.NewJSONRPCResultResponse(mcp.NewRequestId(m.ID), &result)

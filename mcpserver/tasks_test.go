@@ -67,7 +67,8 @@ func TestTaskSurvivesItsClient(t *testing.T) {
 	c := s.taskClient("")
 	begun := task(t, c, "tools/call", map[string]any{"name": "slow", "arguments": map[string]any{"ms": 100}})
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-		if got := task(t, c, "tasks/get", map[string]any{"taskId": begun.TaskID}); got.Status == "completed" && strings.Contains(string(got.Result), "done") {
+		if got := task(t, c, "tasks/get", map[string]any{"taskId": begun.TaskID}); got.Status == "completed" &&
+			strings.Contains(string(got.Result), "done") {
 			break
 		}
 		if time.Now().After(deadline) {

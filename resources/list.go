@@ -54,7 +54,8 @@ func (s *Service) List(ctx context.Context, cursor string) ([]mcp.Resource, stri
 		return nil, "", err
 	}
 	for _, name := range templates {
-		page = append(page, mcp.NewResource("template://"+name, name, mcp.WithResourceDescription("Template "+name), mcp.WithMIMEType("application/json")))
+		page = append(page, mcp.NewResource("template://"+name, name, mcp.WithResourceDescription("Template "+name),
+			mcp.WithMIMEType("application/json")))
 	}
 	return page, "", nil
 }

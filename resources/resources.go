@@ -82,14 +82,18 @@ func (s *Service) Templates() []mcp.ResourceTemplate {
 	var all []mcp.ResourceTemplate
 	for _, t := range []struct{ uri, name, description, mime string }{
 		{"sandbox://{id}", "sandbox", "State, limits and life time of a sandbox.", "application/json"},
-		{"sandbox://{id}/files/{+path}", "file", "A file of a sandbox, or the list of a directory. Add ?offset=N&limit=M for a range in bytes.", ""},
-		{"sandbox://{id}/processes/{process_id}/output", "output", "What a process has written. Add ?offset=N&limit=M for a range in bytes.", "text/plain"},
-		{"sandbox://{id}/logs", "logs", "What has happened to a sandbox, as JSON lines. Add ?offset=N for the entries after that seq.", "application/jsonl"},
+		{"sandbox://{id}/files/{+path}", "file",
+			"A file of a sandbox, or the list of a directory. Add ?offset=N&limit=M for a range in bytes.", ""},
+		{"sandbox://{id}/processes/{process_id}/output", "output",
+			"What a process has written. Add ?offset=N&limit=M for a range in bytes.", "text/plain"},
+		{"sandbox://{id}/logs", "logs", "What has happened to a sandbox, as JSON lines. Add ?offset=N for the entries after that seq.",
+			"application/jsonl"},
 		{"sandbox://{id}/metrics", "metrics", "What a sandbox uses now, has used, and its samples of the last hour.", "application/json"},
 		{"template://{name}", "template", "A template of sandboxes.", "application/json"},
 		{"template://{name}/builds/{build_id}/log", "build log", "The log of a build of a template, as JSON lines.", "application/jsonl"},
 	} {
-		all = append(all, mcp.NewResourceTemplate(t.uri, t.name, mcp.WithTemplateDescription(t.description), mcp.WithTemplateMIMEType(t.mime)))
+		all = append(all, mcp.NewResourceTemplate(t.uri, t.name, mcp.WithTemplateDescription(t.description),
+			mcp.WithTemplateMIMEType(t.mime)))
 	}
 	return all
 }
@@ -197,7 +201,8 @@ func asJSON(uri string, v any) ([]mcp.ResourceContents, error) {
 // describe is a sandbox as its resource shows it.
 func describe(i sandbox.Info) map[string]any {
 	d := map[string]any{
-		"sandbox_id": i.ID, "state": i.State, "template": i.Template, "created_at": i.Created.UTC().Format(time.RFC3339), "cpu": i.Limits.CPU,
+		"sandbox_id": i.ID, "state": i.State, "template": i.Template, "created_at": i.Created.UTC().Format(time.RFC3339),
+		"cpu":       i.Limits.CPU,
 		"memory_mb": i.Limits.Memory >> 20, "disk_mb": i.Limits.Disk >> 20, "pids": i.Limits.Processes,
 	}
 	if len(i.Metadata) > 0 {
@@ -311,7 +316,8 @@ func (s *Service) file(ctx context.Context, client *agent.Client, uri string, n 
 	if isText(body) {
 		return asText(uri, kind, string(body), meta), nil
 	}
-	return []mcp.ResourceContents{mcp.BlobResourceContents{URI: uri, MIMEType: kind, Blob: base64.StdEncoding.EncodeToString(body), Meta: meta}}, nil
+	return []mcp.ResourceContents{mcp.BlobResourceContents{URI: uri, MIMEType: kind, Blob: base64.StdEncoding.EncodeToString(body),
+		Meta: meta}}, nil
 }
 
 // isText says whether p can be shown as it is: valid UTF-8 without terminal escapes.

@@ -52,7 +52,8 @@ func (s *Service) Watch(ctx context.Context, uri string, changed func()) error {
 
 // keepWatching begins a watch anew when the sandbox was paused to disk, and runs again: it has ended then. What changed meanwhile may be
 // anything.
-func keepWatching(ctx context.Context, sb *sandbox.Sandbox, over <-chan struct{}, watch func(context.Context) (<-chan struct{}, error), changed func()) {
+func keepWatching(ctx context.Context, sb *sandbox.Sandbox, over <-chan struct{}, watch func(context.Context) (<-chan struct{}, error),
+	changed func()) {
 	for {
 		select {
 		case <-over:

@@ -18,7 +18,8 @@ import (
 // connection takes from the owner's account what one connection of a sandbox has in the server. Where the account is full it waits for so
 // long; then that is a FullError.
 func (s *Sandbox) connection(ctx context.Context, wait time.Duration) (release func(), err error) {
-	return s.m.opts.Accounts.TakeAll(ctx, wait, s.owner, access.Part{Of: access.Connections, N: 1}, access.Part{Of: access.Buffers, N: agent.ConnBuffers})
+	return s.m.opts.Accounts.TakeAll(ctx, wait, s.owner, access.Part{Of: access.Connections, N: 1},
+		access.Part{Of: access.Buffers, N: agent.ConnBuffers})
 }
 
 // promises are what an owner's sandboxes that are not on disk may take of the machine.
@@ -45,7 +46,8 @@ func (m *Manager) admitShare(owner string, l Limits) error {
 	}
 	need := tasksOf(l)
 	if need > m.opts.MaxTasks {
-		return fmt.Errorf("processes: %d are more than this machine has for one sandbox, %d; ask for fewer: %w", l.Processes, (m.opts.MaxTasks-kernelTasks)/2, ErrInvalid)
+		return fmt.Errorf("processes: %d are more than this machine has for one sandbox, %d; ask for fewer: %w", l.Processes,
+			(m.opts.MaxTasks-kernelTasks)/2, ErrInvalid)
 	}
 	bound, ok := m.opts.Accounts.Bound(access.Tasks)
 	if !ok {

@@ -28,14 +28,16 @@ func TestShares(t *testing.T) {
 	make := func(owner string, l sandbox.Limits) (*sandbox.Sandbox, error) {
 		return m.Create(t.Context(), sandbox.CreateOptions{Owner: owner, Limits: l})
 	}
-	if _, err := make("ann", sandbox.Limits{Processes: 1_000_000}); !errors.Is(err, sandbox.ErrInvalid) || !strings.Contains(err.Error(), "1000000 are more than this machine has for one sandbox, 968; ask for fewer") {
+	if _, err := make("ann", sandbox.Limits{Processes: 1_000_000}); !errors.Is(err, sandbox.ErrInvalid) ||
+		!strings.Contains(err.Error(), "1000000 are more than this machine has for one sandbox, 968; ask for fewer") {
 		t.Error(err)
 	}
 	big, err := make("ann", sandbox.Limits{Memory: 7 << 30, Processes: 100})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := make("ann", sandbox.Limits{Memory: 2 << 30, Processes: 8}); !errors.Is(err, sandbox.ErrNoRoom) || !strings.Contains(err.Error(), "2368 MB of memory needed, 1542 MB of your share of 9830 MB are free") {
+	if _, err := make("ann", sandbox.Limits{Memory: 2 << 30, Processes: 8}); !errors.Is(err, sandbox.ErrNoRoom) ||
+		!strings.Contains(err.Error(), "2368 MB of memory needed, 1542 MB of your share of 9830 MB are free") {
 		t.Error(err)
 	}
 	two, err := make("", sandbox.Limits{Memory: 3 << 30, Processes: 8})
@@ -56,7 +58,8 @@ func TestShares(t *testing.T) {
 	if _, err := make("ann", small); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := make("ann", small); !errors.Is(err, sandbox.ErrNoRoom) || !errors.Is(err, access.ErrFull) || !strings.Contains(err.Error(), "the account of ann is full: 1864 of 3000 tasks are used") {
+	if _, err := make("ann", small); !errors.Is(err, sandbox.ErrNoRoom) || !errors.Is(err, access.ErrFull) ||
+		!strings.Contains(err.Error(), "the account of ann is full: 1864 of 3000 tasks are used") {
 		t.Error(err)
 	}
 	if _, err := make("bob", small); err != nil {
@@ -82,7 +85,8 @@ func TestPortOfAnotherUser(t *testing.T) {
 	p := exposePort(t, sb, port)
 	ask := func(uid uint32) string {
 		t.Helper()
-		cmd := exec.Command("bash", "-c", fmt.Sprintf(`exec 3<>/dev/tcp/127.0.0.1/%d; printf 'GET / HTTP/1.0\r\n\r\n' >&3; cat <&3`, p.Host))
+		cmd := exec.Command("bash", "-c", fmt.Sprintf(`exec 3<>/dev/tcp/127.0.0.1/%d; printf 'GET / HTTP/1.0\r\n\r\n' >&3; cat <&3`,
+			p.Host))
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
 		out, err := cmd.CombinedOutput()
 		if err != nil {
@@ -90,7 +94,8 @@ func TestPortOfAnotherUser(t *testing.T) {
 		}
 		return string(out)
 	}
-	if out := ask(12345); !strings.HasPrefix(out, "HTTP/1.1 403 ") || !strings.Contains(out, "it is of another user of this machine. Open it as the user") {
+	if out := ask(12345); !strings.HasPrefix(out, "HTTP/1.1 403 ") ||
+		!strings.Contains(out, "it is of another user of this machine. Open it as the user") {
 		t.Error(out)
 	}
 	if n := sb.Connections(); n != 0 {
@@ -111,7 +116,8 @@ func TestPortOfAnotherUser(t *testing.T) {
 // meanwhile.
 func TestFullAccountAtPort(t *testing.T) {
 	accounts := access.NewAccounts(map[access.Resource]access.Bound{access.Connections: {Total: 10, Share: 5}})
-	m := newManager(t, t.TempDir(), &sandboxtest.Fake{}, func(o *sandbox.Options) { o.Accounts, o.ConnWait = accounts, 50*time.Millisecond })
+	m := newManager(t, t.TempDir(), &sandboxtest.Fake{},
+		func(o *sandbox.Options) { o.Accounts, o.ConnWait = accounts, 50*time.Millisecond })
 	sb := create(t, m, sandbox.CreateOptions{Owner: "ann"})
 	p := exposePort(t, sb, guest(t, func(c net.Conn) { _, _ = io.Copy(c, c) }))
 	full, err := accounts.Take("ann", access.Connections, 5)
@@ -124,7 +130,8 @@ func TestFullAccountAtPort(t *testing.T) {
 		t.Fatal(err)
 	}
 	body, err := io.ReadAll(res.Body)
-	if err = errors.Join(err, res.Body.Close()); err != nil || res.StatusCode != http.StatusServiceUnavailable || !strings.Contains(string(body), "the account of ann is full: 5 of 5 connections are used; close connections") {
+	if err = errors.Join(err, res.Body.Close()); err != nil || res.StatusCode != http.StatusServiceUnavailable ||
+		!strings.Contains(string(body), "the account of ann is full: 5 of 5 connections are used; close connections") {
 		t.Error(res.StatusCode, string(body), err)
 	}
 	if _, err := sb.Dial(t.Context(), p.Port); !errors.Is(err, sandbox.ErrBusy) || !errors.Is(err, access.ErrFull) {
@@ -141,7 +148,8 @@ func TestFullAccountAtPort(t *testing.T) {
 // TestPortStalls: a client that reads nothing while there is something for it is ended, and gives back what it took.
 func TestPortStalls(t *testing.T) {
 	accounts := access.NewAccounts(map[access.Resource]access.Bound{access.Buffers: {Total: 1 << 30, Share: 1 << 30}})
-	m := newManager(t, t.TempDir(), &sandboxtest.Fake{}, func(o *sandbox.Options) { o.Accounts, o.StallTime = accounts, 200*time.Millisecond })
+	m := newManager(t, t.TempDir(), &sandboxtest.Fake{},
+		func(o *sandbox.Options) { o.Accounts, o.StallTime = accounts, 200*time.Millisecond })
 	sb := create(t, m, sandbox.CreateOptions{})
 	ended := make(chan struct{})
 	p := exposePort(t, sb, guest(t, func(c net.Conn) {

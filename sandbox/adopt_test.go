@@ -115,7 +115,8 @@ func TestChanged(t *testing.T) {
 // TestTransient: what is only to be there for its server's sake ends with it, whatever becomes of others, also when the server dies.
 func TestTransient(t *testing.T) {
 	for name, change := range map[string]func(*sandbox.Options){
-		"pause": func(o *sandbox.Options) { o.Keep, o.PauseOnExit = true, true }, "keep": func(o *sandbox.Options) { o.Keep = true }, "kill": nil,
+		"pause": func(o *sandbox.Options) { o.Keep, o.PauseOnExit = true, true }, "keep": func(o *sandbox.Options) { o.Keep = true },
+		"kill": nil,
 	} {
 		fake, dir := &sandboxtest.Fake{}, t.TempDir()
 		m := newManager(t, dir, fake, change)

@@ -105,7 +105,8 @@ func (s *Sandbox) contain(machine Machine, over *OverError) {
 
 // isOfHost says whether an error is of the host, which has no descriptors, memory or room for the moment.
 func isOfHost(err error) bool {
-	for _, e := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.EAGAIN, syscall.EINTR, syscall.EIO, syscall.ENOSPC, syscall.EDQUOT} {
+	for _, e := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.EAGAIN, syscall.EINTR, syscall.EIO, syscall.ENOSPC,
+		syscall.EDQUOT} {
 		if errors.Is(err, e) {
 			return true
 		}

@@ -3,9 +3,9 @@
 //
 // State is files, in the state directory:
 //
-//	sandboxes/ID/   state.json, log.jsonl, metrics.jsonl, the Runtime's machine, checkpoint-N while it is on disk, and a lock, whose flock belongs
-//	                to the server that has the sandbox. Where the lock is free the next server adopts what runs (adopt.go), ends what was half
-//	                made, and leaves what is on disk to whoever is asked for it.
+//	sandboxes/ID/   state.json, log.jsonl, metrics.jsonl, the Runtime's machine, checkpoint-N while it is on disk, and a lock,
+//	                whose flock belongs to the server that has the sandbox. Where the lock is free the next server adopts what
+//	                runs (adopt.go), ends what was half made, and leaves what is on disk to whoever is asked for it.
 //	ended/ID/       what is remembered of a sandbox for a day: state, log and samples
 //	snapshots/HASH/ snapshot.json and a checkpoint
 //

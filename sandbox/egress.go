@@ -25,7 +25,8 @@ import (
 // never are the addresses that no sandbox reaches: of this machine, its networks and its cloud (IANA special-purpose address registries).
 var never = func() (all []netip.Prefix) {
 	for _, p := range []string{
-		"0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24", "192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/3",
+		"0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24", "192.168.0.0/16",
+		"198.18.0.0/15", "224.0.0.0/3",
 		"::/127", "64:ff9b:1::/48", "100::/64", "2002::/16", "2001::/23", "fc00::/7", "fe80::/10", "fec0::/10", "ff00::/8",
 	} {
 		all = append(all, netip.MustParsePrefix(p))
@@ -119,12 +120,14 @@ type egress struct {
 
 // newEgress makes a proxy; what it is for a sandbox is set by its maker.
 func newEgress() *egress {
-	e := &egress{meter: &meter{}, log: slog.New(slog.DiscardHandler), notes: rate.NewLimiter(rate.Every(10*time.Second), 10), note: func(string, ...any) {},
+	e := &egress{meter: &meter{}, log: slog.New(slog.DiscardHandler), notes: rate.NewLimiter(rate.Every(10*time.Second), 10),
+		note:  func(string, ...any) {},
 		slots: make(chan struct{}, maxEgress), take: func() (func(), error) { return func() {}, nil },
 		reach: func(ctx context.Context, d *net.Dialer, network, address string) (net.Conn, error) {
 			return d.DialContext(ctx, network, address)
 		}}
-	e.plain = &http.Transport{DialContext: e.dial, IdleConnTimeout: 30 * time.Second, MaxIdleConns: maxEgressIdle, MaxIdleConnsPerHost: 4, MaxConnsPerHost: maxEgressHost,
+	e.plain = &http.Transport{DialContext: e.dial, IdleConnTimeout: 30 * time.Second, MaxIdleConns: maxEgressIdle, MaxIdleConnsPerHost: 4,
+		MaxConnsPerHost:    maxEgressHost,
 		DisableCompression: true, MaxResponseHeaderBytes: egressHeaders, ResponseHeaderTimeout: egressIdle}
 	return e
 }
@@ -136,13 +139,15 @@ func (s *Sandbox) serveNetwork(ctx context.Context, client *agent.Client) {
 	e.note = func(format string, args ...any) { s.note(LevelWarn, format, args...) }
 	e.take = func() (func(), error) { return s.m.opts.Accounts.Take(s.owner, access.Connections, 1) }
 	defer e.plain.CloseIdleConnections()
-	l := &parkedListener{ctx: ctx, client: client, conns: make(chan net.Conn), slots: make(chan struct{}, maxEgress), take: func() (func(), error) { return s.connection(ctx, 0) }}
+	l := &parkedListener{ctx: ctx, client: client, conns: make(chan net.Conn), slots: make(chan struct{}, maxEgress),
+		take: func() (func(), error) { return s.connection(ctx, 0) }}
 	var once sync.Once
 	l.failed = func(err error) {
 		once.Do(func() { s.note(LevelWarn, "the network of this sandbox does not work, it is tried again: %v", err) })
 	}
-	server := &http.Server{Handler: e, ReadHeaderTimeout: 30 * time.Second, MaxHeaderBytes: egressHeaders, IdleTimeout: time.Minute, BaseContext: func(net.Listener) context.Context { return ctx },
-		ErrorLog: slog.NewLogLogger(s.m.log.Handler(), slog.LevelDebug)}
+	server := &http.Server{Handler: e, ReadHeaderTimeout: 30 * time.Second, MaxHeaderBytes: egressHeaders, IdleTimeout: time.Minute,
+		BaseContext: func(net.Listener) context.Context { return ctx },
+		ErrorLog:    slog.NewLogLogger(s.m.log.Handler(), slog.LevelDebug)}
 	defer context.AfterFunc(ctx, func() { _ = server.Close() })()
 	l.start()
 	if err := server.Serve(l); err != nil && ctx.Err() == nil {
@@ -195,7 +200,8 @@ func (l *parkedListener) next() bool {
 	}
 	release, err := l.take()
 	if err != nil {
-		_, _ = io.WriteString(conn, page(http.StatusServiceUnavailable, "SoulBox: "+err.Error()+".\n")) // into a buffer; one that is gone misses nothing
+		_, _ = io.WriteString(conn, page(http.StatusServiceUnavailable, "SoulBox: "+err.Error()+
+			".\n")) // into a buffer; one that is gone misses nothing
 		_ = conn.Close()
 		free()
 		return true
@@ -244,7 +250,8 @@ func (e *egress) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case r.Method == http.MethodConnect:
 		e.connect(w, r)
 	case r.URL.Scheme == "http" && r.URL.Host != "":
-		proxy := &httputil.ReverseProxy{Rewrite: func(p *httputil.ProxyRequest) { p.Out.Host = p.In.Host }, Transport: e.plain, FlushInterval: -1, ErrorLog: slog.NewLogLogger(e.log.Handler(), slog.LevelDebug),
+		proxy := &httputil.ReverseProxy{Rewrite: func(p *httputil.ProxyRequest) { p.Out.Host = p.In.Host }, Transport: e.plain,
+			FlushInterval: -1, ErrorLog: slog.NewLogLogger(e.log.Handler(), slog.LevelDebug),
 			ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) { e.fail(w, r.URL.Host, false, err) }}
 		proxy.ServeHTTP(w, r)
 	default:

@@ -21,8 +21,9 @@ import (
 // TestNetworkCheck: what is no domain and no range is refused, and the rest is put into one form.
 func TestNetworkCheck(t *testing.T) {
 	for in, want := range map[string]string{
-		"Example.COM": "example.com", "example.com.": "example.com", "*.Example.com": "*.example.com", "bücher.example": "xn--bcher-kva.example",
-		"192.0.2.1": "192.0.2.1", "192.0.2.77/24": "192.0.2.77/24", "::ffff:192.0.2.1": "::ffff:192.0.2.1", "*": "*",
+		"Example.COM": "example.com", "example.com.": "example.com", "*.Example.com": "*.example.com",
+		"bücher.example": "xn--bcher-kva.example",
+		"192.0.2.1":      "192.0.2.1", "192.0.2.77/24": "192.0.2.77/24", "::ffff:192.0.2.1": "::ffff:192.0.2.1", "*": "*",
 	} {
 		n, err := Network{Mode: NetworkAllowlist, Allow: []string{in}}.check()
 		if err != nil || n.Allow[0] != want {
@@ -34,7 +35,9 @@ func TestNetworkCheck(t *testing.T) {
 			t.Errorf("%q is taken: %v", bad, n.Allow)
 		}
 	}
-	for _, bad := range []Network{{Mode: "all"}, {Mode: NetworkFull, Allow: []string{"x.com"}}, {Allow: []string{"x.com"}}, {Mode: NetworkFull, Deny: []string{"x.com"}}, {Mode: NetworkAllowlist, Deny: []string{"192.0.2.0/24"}}, {Mode: NetworkAllowlist, Allow: make([]string, maxAllow+1)}} {
+	for _, bad := range []Network{{Mode: "all"}, {Mode: NetworkFull, Allow: []string{"x.com"}}, {Allow: []string{"x.com"}},
+		{Mode: NetworkFull, Deny: []string{"x.com"}}, {Mode: NetworkAllowlist, Deny: []string{"192.0.2.0/24"}},
+		{Mode: NetworkAllowlist, Allow: make([]string, maxAllow+1)}} {
 		if _, err := bad.check(); !errors.Is(err, ErrInvalid) {
 			t.Errorf("%+v is taken", bad)
 		}
@@ -80,10 +83,14 @@ func TestNetworkRefuses(t *testing.T) {
 		n  Network
 		to string
 	}{
-		{full, "127.0.0.1:80"}, {full, "localhost:80"}, {full, "LOCALHOST.:80"}, {full, "10.1.2.3:80"}, {full, "169.254.169.254:80"}, {full, "[::1]:80"}, {full, "[::ffff:127.0.0.1]:80"},
-		{full, "[::ffff:7f00:1]:80"}, {full, "[64:ff9b::7f00:1]:80"}, {full, "[fe80::1%lo]:80"}, {full, "[fd00::1]:80"}, {full, "0.0.0.0:80"}, {full, "[::]:80"}, {full, "192.168.1.1:22"},
-		{full, "100.64.0.1:80"}, {full, "224.0.0.1:80"}, {full, "255.255.255.255:80"}, {full, "2130706433:80"}, {full, "0x7f.1:80"}, {full, "x\x00y:80"}, {full, "203.0.113.1:0"}, {full, "203.0.113.1:http"},
-		{list, "evil.example:80"}, {list, "ok.example.evil:80"}, {list, "evilok.example:80"}, {list, "sub.example:80"}, {list, "203.0.113.1:80"}, {list, "ok.example\x00.evil:80"}, {list, "198.51.101.1:80"},
+		{full, "127.0.0.1:80"}, {full, "localhost:80"}, {full, "LOCALHOST.:80"}, {full, "10.1.2.3:80"}, {full, "169.254.169.254:80"},
+		{full, "[::1]:80"}, {full, "[::ffff:127.0.0.1]:80"},
+		{full, "[::ffff:7f00:1]:80"}, {full, "[64:ff9b::7f00:1]:80"}, {full, "[fe80::1%lo]:80"}, {full, "[fd00::1]:80"},
+		{full, "0.0.0.0:80"}, {full, "[::]:80"}, {full, "192.168.1.1:22"},
+		{full, "100.64.0.1:80"}, {full, "224.0.0.1:80"}, {full, "255.255.255.255:80"}, {full, "2130706433:80"}, {full, "0x7f.1:80"},
+		{full, "x\x00y:80"}, {full, "203.0.113.1:0"}, {full, "203.0.113.1:http"},
+		{list, "evil.example:80"}, {list, "ok.example.evil:80"}, {list, "evilok.example:80"}, {list, "sub.example:80"},
+		{list, "203.0.113.1:80"}, {list, "ok.example\x00.evil:80"}, {list, "198.51.101.1:80"},
 		{Network{}, "203.0.113.1:80"}, {Network{Mode: NetworkAllowlist}, "203.0.113.1:80"},
 	} {
 		e := newEgress()
@@ -123,7 +130,8 @@ func TestRefusedEnds(t *testing.T) {
 	e.note = func(format string, args ...any) { said <- fmt.Sprintf(format, args...) }
 	proxy := httptest.NewServer(e)
 	defer proxy.Close()
-	for _, test := range []struct{ ask, want string }{{"GET http://blocked.example/", ""}, {"CONNECT blocked.example:443", "HTTP/1.1 403 Forbidden"}} {
+	for _, test := range []struct{ ask, want string }{{"GET http://blocked.example/", ""},
+		{"CONNECT blocked.example:443", "HTTP/1.1 403 Forbidden"}} {
 		conn, err := net.Dial("tcp", proxy.Listener.Addr().String())
 		if err != nil {
 			t.Fatal(err)
@@ -135,7 +143,8 @@ func TestRefusedEnds(t *testing.T) {
 		}
 		_ = conn.Close()
 	}
-	if first := <-said; len(said) != 1 || !strings.Contains(first, "a connection to blocked.example was refused: blocked.example: the network of this sandbox does not allow it") {
+	if first := <-said; len(said) != 1 || !strings.Contains(first,
+		"a connection to blocked.example was refused: blocked.example: the network of this sandbox does not allow it") {
 		t.Errorf("%q, and %d more", first, len(said))
 	}
 }

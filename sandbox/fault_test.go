@@ -96,7 +96,8 @@ func TestPowerFails(t *testing.T) {
 		power.at = 1
 		power.mu.Unlock()
 		_ = first.Close() // it could not do anything
-		second, err := sandbox.NewManager(sandbox.Options{Dir: dir, Runtime: fake.Fake, Templates: sandboxtest.Templates{}, Keep: true, MemoryBudget: 8 << 30})
+		second, err := sandbox.NewManager(sandbox.Options{Dir: dir, Runtime: fake.Fake, Templates: sandboxtest.Templates{}, Keep: true,
+			MemoryBudget: 8 << 30})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -234,7 +235,8 @@ func TestHostFails(t *testing.T) {
 func failAt(t *testing.T, fault error, at int) (steps int) {
 	dir, fake := t.TempDir(), &sandboxtest.Fake{}
 	var now atomic.Int64
-	o := sandbox.Options{Dir: dir, Runtime: fake, Templates: sandboxtest.Templates{}, Keep: true, MemoryBudget: 8 << 30, RescanEvery: time.Hour}
+	o := sandbox.Options{Dir: dir, Runtime: fake, Templates: sandboxtest.Templates{}, Keep: true, MemoryBudget: 8 << 30,
+		RescanEvery: time.Hour}
 	o.SetFault(func(_, _ string, size int) (int, error) {
 		if now.Add(1) == int64(at) {
 			return 0, fault

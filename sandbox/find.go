@@ -125,7 +125,8 @@ type Filter struct {
 }
 
 func (f Filter) selects(i Info) bool {
-	if f.Owner != i.Owner || f.State == "" && i.State.Ended() && !i.OnDisk || f.State != "" && i.State != f.State || i.Created.Before(f.Since) ||
+	if f.Owner != i.Owner || f.State == "" && i.State.Ended() && !i.OnDisk || f.State != "" && i.State != f.State ||
+		i.Created.Before(f.Since) ||
 		!f.Until.IsZero() && !i.Created.Before(f.Until) ||
 		f.Template != "" && i.Template != f.Template && i.Parent != f.Template && i.Origin != f.Template {
 		return false

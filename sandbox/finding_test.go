@@ -17,7 +17,8 @@ import (
 )
 
 // hostFaults are what the host says when it cannot be asked: never a verdict on a sandbox.
-var hostFaults = []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.EAGAIN, syscall.EINTR, syscall.EIO, syscall.ENOSPC, context.DeadlineExceeded}
+var hostFaults = []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.EAGAIN, syscall.EINTR, syscall.EIO, syscall.ENOSPC,
+	context.DeadlineExceeded}
 
 // TestUnknown: a machine that cannot be asked about goes on, and is looked after again.
 func TestUnknown(t *testing.T) {
@@ -60,7 +61,8 @@ func TestOver(t *testing.T) {
 			fake.Sicken(over)
 			sandboxtest.Eventually(t, "it is dealt with", func() bool { return sb.Info().State == test.state })
 			info := sb.Info()
-			if info.OnDisk != test.onDisk || !strings.HasPrefix(info.Cause, took) || !strings.HasSuffix(info.Cause, advice) || info.AutoResume {
+			if info.OnDisk != test.onDisk || !strings.HasPrefix(info.Cause, took) || !strings.HasSuffix(info.Cause, advice) ||
+				info.AutoResume {
 				t.Fatalf("%+v", info)
 			}
 			_, err := sb.Agent(t.Context(), "run in")
@@ -98,7 +100,8 @@ func silent(t *testing.T, deaf bool) {
 	if err := sb.Resume(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if info := sb.Info(); info.State != sandbox.Running || strings.Contains(info.Notice, "the processes that were paused are missing") != deaf {
+	if info := sb.Info(); info.State != sandbox.Running ||
+		strings.Contains(info.Notice, "the processes that were paused are missing") != deaf {
 		t.Fatalf("%+v", info)
 	}
 }
@@ -154,7 +157,8 @@ func TestRelink(t *testing.T) {
 func TestProtect(t *testing.T) {
 	fake, dir := &sandboxtest.Fake{}, t.TempDir()
 	m := newManager(t, dir, fake, keep)
-	if _, err := m.Create(t.Context(), sandbox.CreateOptions{Protect: sandbox.Protect{Every: time.Second}}); !errors.Is(err, sandbox.ErrInvalid) {
+	if _, err := m.Create(t.Context(), sandbox.CreateOptions{Protect: sandbox.Protect{Every: time.Second}}); !errors.Is(err,
+		sandbox.ErrInvalid) {
 		t.Fatal(err)
 	}
 	sb := create(t, m, sandbox.CreateOptions{Protect: sandbox.Protect{Every: time.Hour, Memory: true}})

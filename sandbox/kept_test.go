@@ -66,7 +66,8 @@ func TestFrozenOnFullDisk(t *testing.T) {
 // TestTimeOverAndNoPause: a sandbox whose time is over, and that cannot be paused, is not killed; that is tried again.
 func TestTimeOverAndNoPause(t *testing.T) {
 	fake := &sandboxtest.Fake{FailSave: syscall.ENOSPC, FailPause: syscall.EMFILE}
-	sb := create(t, newManager(t, t.TempDir(), fake, nil), sandbox.CreateOptions{Times: sandbox.Times{Life: time.Second, OnTimeout: sandbox.ActionPause}})
+	sb := create(t, newManager(t, t.TempDir(), fake, nil),
+		sandbox.CreateOptions{Times: sandbox.Times{Life: time.Second, OnTimeout: sandbox.ActionPause}})
 	sandboxtest.Eventually(t, "it is said", func() bool {
 		page, err := sb.Logs(sandbox.LogQuery{Text: "could not be paused: it goes on"})
 		return err == nil && len(page.Entries) > 0

@@ -19,7 +19,8 @@ func (m *Manager) putOff(id string, err error) {
 	defer m.mu.Unlock()
 	p := m.later[id]
 	if p.pause == 0 {
-		m.log.Error("a sandbox of a dead server cannot be taken over now; it is left as it is, and tried again", "sandbox", id, "error", err)
+		m.log.Error("a sandbox of a dead server cannot be taken over now; it is left as it is, and tried again", "sandbox", id, "error",
+			err)
 		p.since = time.Now()
 	}
 	p.pause = min(putOffLongest, max(m.opts.RescanEvery, 2*p.pause))

@@ -146,7 +146,8 @@ func NewManager(opts Options) (*Manager, error) {
 		}
 		opts.MemoryBudget = total / 10 * 8
 	}
-	m := &Manager{opts: opts, store: newStore(opts.Dir), log: opts.Log, sandboxes: map[string]*Sandbox{}, inUse: map[string]int{}, later: map[string]postponed{}, settled: make(chan struct{})}
+	m := &Manager{opts: opts, store: newStore(opts.Dir), log: opts.Log, sandboxes: map[string]*Sandbox{}, inUse: map[string]int{},
+		later: map[string]postponed{}, settled: make(chan struct{})}
 	m.store.fault = opts.fault
 	for _, dir := range []string{m.store.dir, m.store.ended, m.store.snapshots} {
 		if err := os.MkdirAll(dir, 0o711); err != nil {
@@ -159,7 +160,8 @@ func NewManager(opts Options) (*Manager, error) {
 }
 
 func (l Limits) or(d Limits) Limits {
-	return Limits{CPU: cmp.Or(l.CPU, d.CPU), Memory: cmp.Or(l.Memory, d.Memory), Disk: cmp.Or(l.Disk, d.Disk), Processes: cmp.Or(l.Processes, d.Processes), DiskInMemory: l.DiskInMemory || d.DiskInMemory,
+	return Limits{CPU: cmp.Or(l.CPU, d.CPU), Memory: cmp.Or(l.Memory, d.Memory), Disk: cmp.Or(l.Disk, d.Disk),
+		Processes: cmp.Or(l.Processes, d.Processes), DiskInMemory: l.DiskInMemory || d.DiskInMemory,
 		KernelMemory: cmp.Or(l.KernelMemory, d.KernelMemory)}
 }
 
@@ -257,9 +259,12 @@ func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 func (m *Manager) conceive(o CreateOptions, template Template) *Sandbox {
 	now := time.Now()
 	sb := m.newSandbox(record{
-		Version: recordVersion, ID: newID(), Owner: o.Owner, Keep: m.opts.Keep && !o.Transient, State: Creating, Template: template.Name, Image: template.ID,
-		User: template.User, Cwd: template.Cwd, Parent: o.parent, Origin: o.origin, Metadata: maps.Clone(o.Metadata), Limits: o.Limits.or(template.Limits).or(m.opts.Defaults),
-		Times: o.Times, Network: o.Network, Ingress: o.Ingress, Created: now, Changed: now, Protect: o.Protect.or(template.Protect).or(m.opts.Protect),
+		Version: recordVersion, ID: newID(), Owner: o.Owner, Keep: m.opts.Keep && !o.Transient, State: Creating, Template: template.Name,
+		Image: template.ID,
+		User:  template.User, Cwd: template.Cwd, Parent: o.parent, Origin: o.origin, Metadata: maps.Clone(o.Metadata),
+		Limits: o.Limits.or(template.Limits).or(m.opts.Defaults),
+		Times:  o.Times, Network: o.Network, Ingress: o.Ingress, Created: now, Changed: now,
+		Protect: o.Protect.or(template.Protect).or(m.opts.Protect),
 	})
 	sb.rec.giveSecrets()
 	if service := template.Service; service != nil {
@@ -304,7 +309,8 @@ func (m *Manager) basis(ctx context.Context, o *CreateOptions) (template Templat
 		}
 	}()
 	if want := o.Limits.or(snap.Limits); !snap.FilesOnly && want != snap.Limits {
-		return Template{}, nil, fmt.Errorf("create sandbox: snapshot %q has memory, so its limits stay as they are: %w", snap.Name, ErrInvalid)
+		return Template{}, nil, fmt.Errorf("create sandbox: snapshot %q has memory, so its limits stay as they are: %w", snap.Name,
+			ErrInvalid)
 	}
 	o.from, o.whole, o.parent, o.origin = from, !snap.FilesOnly, snap.Name, snap.Name
 	o.Limits, o.Times, o.ports = o.Limits.or(snap.Limits), o.Times.or(snap.Times), snap.Ports
@@ -315,9 +321,11 @@ func (m *Manager) basis(ctx context.Context, o *CreateOptions) (template Templat
 		o.Ingress = snap.Ingress
 	}
 	if !snap.FilesOnly && o.Network.On() != snap.Network.On() {
-		return Template{}, nil, fmt.Errorf("create sandbox: snapshot %q has memory, so it has a network or has none as it was saved: %w", snap.Name, ErrInvalid)
+		return Template{}, nil, fmt.Errorf("create sandbox: snapshot %q has memory, so it has a network or has none as it was saved: %w",
+			snap.Name, ErrInvalid)
 	}
-	template, err = m.again(ctx, record{Owner: o.Owner, Template: snap.Template, Image: snap.Image, User: snap.User, Cwd: snap.Cwd, StartCmd: snap.StartCmd, ReadyCmd: snap.ReadyCmd})
+	template, err = m.again(ctx, record{Owner: o.Owner, Template: snap.Template, Image: snap.Image, User: snap.User, Cwd: snap.Cwd,
+		StartCmd: snap.StartCmd, ReadyCmd: snap.ReadyCmd})
 	if err != nil {
 		return Template{}, nil, fmt.Errorf("create sandbox: %w", err)
 	}
@@ -336,8 +344,10 @@ func isID(name string) bool { return strings.HasPrefix(name, "sha256:") }
 
 // newSandbox is a sandbox of a record, which nobody knows yet.
 func (m *Manager) newSandbox(r record) *Sandbox {
-	s := &Sandbox{m: m, id: r.ID, owner: r.Owner, rec: r, booted: make(chan struct{}), left: make(chan struct{}), ended: make(chan struct{}),
-		turn: make(chan struct{}, 1), retime: make(chan struct{}, 1), guard: make(chan struct{}, 1), connSlots: make(chan struct{}, maxConns)}
+	s := &Sandbox{m: m, id: r.ID, owner: r.Owner, rec: r, booted: make(chan struct{}), left: make(chan struct{}),
+		ended: make(chan struct{}),
+		turn:  make(chan struct{}, 1), retime: make(chan struct{}, 1), guard: make(chan struct{}, 1),
+		connSlots: make(chan struct{}, maxConns)}
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 	return s
 }

@@ -120,7 +120,8 @@ func TestUpdate(t *testing.T) {
 		t.Fatalf("%+v %v", info, err)
 	}
 	for name, u := range map[string]sandbox.Update{
-		"too long": {Extend: &long}, "both": {Extend: &hour, Lifetime: &hour}, "negative": {Extend: &negative}, "a long key": {Metadata: map[string]*string{strings.Repeat("k", 2000): &three}},
+		"too long": {Extend: &long}, "both": {Extend: &hour, Lifetime: &hour}, "negative": {Extend: &negative},
+		"a long key": {Metadata: map[string]*string{strings.Repeat("k", 2000): &three}},
 	} {
 		if _, err := sb.Update(t.Context(), u); !errors.Is(err, sandbox.ErrInvalid) {
 			t.Errorf("%s: %v", name, err)
@@ -302,7 +303,8 @@ func TestReap(t *testing.T) {
 
 	sandboxes := filepath.Join(dir, "sandboxes")
 	for id, state := range map[string]string{
-		"sbnew": "", "sbrunning": `{"version":1,"id":"sbrunning","state":"running"}`, "sbbroken": `{"version":1,"id":"sbbroken","sta`, "sbfuture": `{"version":99}`,
+		"sbnew": "", "sbrunning": `{"version":1,"id":"sbrunning","state":"running"}`, "sbbroken": `{"version":1,"id":"sbbroken","sta`,
+		"sbfuture": `{"version":99}`,
 	} {
 		if err := os.MkdirAll(filepath.Join(sandboxes, id, "disk", "deep"), 0o700); err != nil {
 			t.Fatal(err)
@@ -357,7 +359,8 @@ func TestUnwritableState(t *testing.T) {
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := sandbox.NewManager(sandbox.Options{Dir: file, Runtime: &sandboxtest.Fake{}, Templates: sandboxtest.Templates{}}); !errors.Is(err, syscall.ENOTDIR) {
+	if _, err := sandbox.NewManager(sandbox.Options{Dir: file, Runtime: &sandboxtest.Fake{},
+		Templates: sandboxtest.Templates{}}); !errors.Is(err, syscall.ENOTDIR) {
 		t.Fatal(err)
 	}
 }

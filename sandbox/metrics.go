@@ -28,7 +28,8 @@ type Totals struct {
 }
 
 func (t Totals) plus(u Totals) Totals {
-	return Totals{RunMS: t.RunMS + u.RunMS, CPUMS: t.CPUMS + u.CPUMS, GBSeconds: t.GBSeconds + u.GBSeconds, NetIn: t.NetIn + u.NetIn, NetOut: t.NetOut + u.NetOut}
+	return Totals{RunMS: t.RunMS + u.RunMS, CPUMS: t.CPUMS + u.CPUMS, GBSeconds: t.GBSeconds + u.GBSeconds, NetIn: t.NetIn + u.NetIn,
+		NetOut: t.NetOut + u.NetOut}
 }
 
 // Sample is what a sandbox used at one moment.
@@ -178,7 +179,8 @@ func (s *Sandbox) sample(ctx context.Context, client *agent.Client, machine Mach
 		used := totals.CPUMS - lastCPU
 		limits := s.current().Limits
 		sample := Sample{Time: now, CPU: float64(used) / float64(max(1, now.Sub(last).Milliseconds())) * 100, Memory: usage.Memory,
-			MemoryPct: float64(usage.Memory) / float64(limits.Memory) * 100, DiskUsed: usage.DiskUsed, Processes: usage.Processes, Totals: totals, Seen: s.meter.haveSeen()}
+			MemoryPct: float64(usage.Memory) / float64(limits.Memory) * 100, DiskUsed: usage.DiskUsed, Processes: usage.Processes,
+			Totals: totals, Seen: s.meter.haveSeen()}
 		if io, err := machine.IO(); err == nil {
 			sample.DiskRead, sample.DiskWritten = io.Read, io.Written
 			sample.HostCPU = float64(max(0, io.CPUMS-before.CPUMS)) / float64(max(1, now.Sub(last).Milliseconds())) * 100
@@ -272,7 +274,8 @@ func (s *Sandbox) Samples(from, until time.Time) ([]Sample, error) {
 	samples := []Sample{}
 	err := s.eachRemembered(metricsName, func(line []byte) error {
 		var sample Sample
-		if json.Unmarshal(line, &sample) != nil || !from.IsZero() && sample.Time.Before(from) || !until.IsZero() && !sample.Time.Before(until) {
+		if json.Unmarshal(line, &sample) != nil || !from.IsZero() && sample.Time.Before(from) || !until.IsZero() &&
+			!sample.Time.Before(until) {
 			return nil
 		}
 		samples = append(samples, sample)

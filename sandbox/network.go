@@ -79,7 +79,8 @@ func (n Network) check() (Network, error) {
 func checkLists(allow, deny []string) ([]string, error) {
 	for _, entry := range deny {
 		if _, err := parseRange(entry); err != nil {
-			return nil, fmt.Errorf("network: %.100q is no range of addresses, such as 192.0.2.0/24, which alone can be denied: %w", entry, ErrInvalid)
+			return nil, fmt.Errorf("network: %.100q is no range of addresses, such as 192.0.2.0/24, which alone can be denied: %w", entry,
+				ErrInvalid)
 		}
 	}
 	allow = slices.Clone(allow)
@@ -90,7 +91,8 @@ func checkLists(allow, deny []string) ([]string, error) {
 		below, wild := strings.CutPrefix(entry, "*.")
 		name, err := hostName(below)
 		if err != nil {
-			return nil, fmt.Errorf("network: %.300q is neither a domain, such as example.com or *.example.com, nor a range of addresses, such as 192.0.2.0/24: %w", entry, ErrInvalid)
+			return nil, fmt.Errorf("network: %.300q is neither a domain, such as example.com or *.example.com, nor a range of addresses, "+
+				"such as 192.0.2.0/24: %w", entry, ErrInvalid)
 		}
 		if allow[i] = name; wild {
 			allow[i] = "*." + name
@@ -113,7 +115,8 @@ func parseRange(text string) (netip.Prefix, error) {
 // hostName is a domain as it is compared and resolved.
 func hostName(text string) (string, error) {
 	name, err := idna.Lookup.ToASCII(strings.TrimSuffix(text, "."))
-	if err != nil || name == "" || len(name) > 253 || strings.Contains("."+name+".", "..") || strings.Trim(name, "abcdefghijklmnopqrstuvwxyz0123456789.-_") != "" {
+	if err != nil || name == "" || len(name) > 253 || strings.Contains("."+name+".", "..") ||
+		strings.Trim(name, "abcdefghijklmnopqrstuvwxyz0123456789.-_") != "" {
 		return "", fmt.Errorf("%q is no name of a host: %w", text, ErrInvalid)
 	}
 	return name, nil
@@ -161,9 +164,11 @@ func (s *Sandbox) SetNetwork(n Network) error {
 	}
 	if n.On() != s.rec.Network.On() {
 		if !n.On() {
-			return fmt.Errorf("update sandbox %s: it has a network for good; %q without entries allows nothing: %w", s.id, NetworkAllowlist, ErrInvalid)
+			return fmt.Errorf("update sandbox %s: it has a network for good; %q without entries allows nothing: %w", s.id, NetworkAllowlist,
+				ErrInvalid)
 		}
-		return fmt.Errorf("update sandbox %s: it was made without a network, and its programs know of none; make one with a network: %w", s.id, ErrInvalid)
+		return fmt.Errorf("update sandbox %s: it was made without a network, and its programs know of none; make one with a network: %w",
+			s.id, ErrInvalid)
 	}
 	r := s.rec
 	r.Network, r.Updated = n, time.Now()
@@ -181,5 +186,6 @@ func (s *Sandbox) SetNetwork(n Network) error {
 
 // hasRanges says whether a name may be allowed by what it resolves to.
 func (n Network) hasRanges() bool {
-	return n.Mode == NetworkFull || n.Mode == NetworkAllowlist && slices.ContainsFunc(n.Allow, func(entry string) bool { _, err := parseRange(entry); return err == nil })
+	return n.Mode == NetworkFull || n.Mode == NetworkAllowlist &&
+		slices.ContainsFunc(n.Allow, func(entry string) bool { _, err := parseRange(entry); return err == nil })
 }

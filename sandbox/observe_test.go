@@ -36,13 +36,15 @@ func TestLogs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := client.Start(t.Context(), agent.StartRequest{Command: "exit 3", Tag: "three\x1b[31m", WaitMS: 10_000, Env: map[string]string{"SECRET": "hidden"}}); err != nil {
+	if _, err := client.Start(t.Context(), agent.StartRequest{Command: "exit 3", Tag: "three\x1b[31m", WaitMS: 10_000,
+		Env: map[string]string{"SECRET": "hidden"}}); err != nil {
 		t.Fatal(err)
 	}
 	sandboxtest.Eventually(t, "the process' end is in the log", func() bool {
 		sb.Refresh(t.Context())
 		got, _, _ := logs(t, sb, sandbox.LogQuery{Source: sandbox.SourceProcess})
-		return len(got) == 2 && strings.Contains(got[0], "process p1 (three\\x1b[31m) started as") && strings.Contains(got[1], "exit code 3")
+		return len(got) == 2 && strings.Contains(got[0], "process p1 (three\\x1b[31m) started as") &&
+			strings.Contains(got[1], "exit code 3")
 	})
 	got, last, more := logs(t, sb, sandbox.LogQuery{Limit: 1})
 	if len(got) != 1 || !more || last != 4 {
@@ -52,8 +54,9 @@ func TestLogs(t *testing.T) {
 		t.Fatal(got, last, more)
 	}
 	for name, q := range map[string]sandbox.LogQuery{
-		"since": {Since: time.Now().Add(time.Minute)}, "until": {Until: time.Now().Add(-time.Hour)}, "level": {Level: sandbox.LevelWarn}, "source": {Source: sandbox.SourceBuild},
-		"text": {Text: "no such"}, "after": {After: 99},
+		"since": {Since: time.Now().Add(time.Minute)}, "until": {Until: time.Now().Add(-time.Hour)}, "level": {Level: sandbox.LevelWarn},
+		"source": {Source: sandbox.SourceBuild},
+		"text":   {Text: "no such"}, "after": {After: 99},
 	} {
 		if got, _, _ := logs(t, sb, q); len(got) != 0 {
 			t.Errorf("%s: %v", name, got)
@@ -87,7 +90,8 @@ func TestLogs(t *testing.T) {
 		t.Fatal(found, err)
 	}
 	for _, name := range found {
-		if body, err := os.ReadFile(name); err != nil || strings.Contains(string(body), "hidden") || strings.Contains(string(body), "traffic") {
+		if body, err := os.ReadFile(name); err != nil || strings.Contains(string(body), "hidden") ||
+			strings.Contains(string(body), "traffic") {
 			t.Errorf("%s: %s %v", name, body, err)
 		}
 	}
@@ -101,7 +105,8 @@ func TestLogIsBounded(t *testing.T) {
 	name := filepath.Join(dir, "sandboxes", sb.ID(), "log.jsonl")
 	var b strings.Builder
 	for i := range 12_000 {
-		fmt.Fprintf(&b, `{"seq":%d,"time":"2026-01-01T00:00:00Z","level":"info","source":"system","message":"%s"}`+"\n", 100+i, strings.Repeat("x", 50))
+		fmt.Fprintf(&b, `{"seq":%d,"time":"2026-01-01T00:00:00Z","level":"info","source":"system","message":"%s"}`+"\n", 100+i,
+			strings.Repeat("x", 50))
 	}
 	if err := os.WriteFile(name, []byte(b.String()), 0o600); err != nil {
 		t.Fatal(err)

@@ -139,10 +139,12 @@ func (s *Sandbox) ResumeWith(ctx context.Context, o ResumeOptions) (err error) {
 		return s.asError("resume")
 	}
 	if !r.onDisk() && o != (ResumeOptions{}) {
-		return fmt.Errorf("resume sandbox %s: it is paused in memory, so it is resumed as it is; pause it to disk first: %w", s.id, ErrInvalid)
+		return fmt.Errorf("resume sandbox %s: it is paused in memory, so it is resumed as it is; pause it to disk first: %w", s.id,
+			ErrInvalid)
 	}
 	if o.Memory != 0 && o.Memory < r.Limits.Memory {
-		return fmt.Errorf("resume sandbox %s: its memory limit is %d MB, and only more can be given: %w", s.id, r.Limits.Memory>>20, ErrInvalid)
+		return fmt.Errorf("resume sandbox %s: its memory limit is %d MB, and only more can be given: %w", s.id, r.Limits.Memory>>20,
+			ErrInvalid)
 	}
 	if last := r.lastMoment(); !last.IsZero() && !last.Add(time.Since(r.pausedSince(time.Now()))).After(time.Now()) {
 		return fmt.Errorf("resume sandbox %s: its maximum life time is over; a longer one can be set: %w", s.id, ErrInvalid)
@@ -345,7 +347,8 @@ func (s *Sandbox) sleep(ctx context.Context, o PauseOptions) (err error) {
 	}
 	stop() // from here on the end of the machine is no surprise
 	target := s.m.store.checkpoint(s.id, r.Saves+1)
-	if err = errors.Join(s.m.store.removeAll(target+unfinishedSave), s.m.store.removeAll(target)); err == nil { // of a pause that has failed
+	if err = errors.Join(s.m.store.removeAll(target+unfinishedSave),
+		s.m.store.removeAll(target)); err == nil { // of a pause that has failed
 		err = machine.Checkpoint(ctx, target+unfinishedSave, CheckpointOptions{FilesOnly: o.FilesOnly})
 	}
 	if err == nil {
@@ -358,7 +361,8 @@ func (s *Sandbox) sleep(ctx context.Context, o PauseOptions) (err error) {
 			since := r.pausedSince(r.Changed)
 			size, _ := sizeOf(target) // which is told, and decides nothing
 			r.Saves++
-			r.Pause = &pause{Disk: true, FilesOnly: o.FilesOnly, AutoResume: o.AutoResume, Wedged: o.wedged || r.Pause != nil && r.Pause.Wedged, Since: since}
+			r.Pause = &pause{Disk: true, FilesOnly: o.FilesOnly, AutoResume: o.AutoResume, Wedged: o.wedged || r.Pause != nil &&
+				r.Pause.Wedged, Since: since}
 			r.Copy, r.Notice = &savedCopy{Dir: filepath.Base(target), At: since, FilesOnly: o.FilesOnly, Size: size}, ""
 		})
 	}
@@ -422,7 +426,8 @@ func (s *Sandbox) roomToSave(ctx context.Context, ask bool) (done func(), err er
 	if err != nil {
 		return nil, err
 	}
-	return s.m.roomOnDisk(s.owner, baseSave+max(seen.Memory, min(said.Memory, 2*limits.Memory))+max(seen.Disk, min(said.DiskUsed, limits.Disk)))
+	return s.m.roomOnDisk(s.owner, baseSave+max(seen.Memory, min(said.Memory, 2*limits.Memory))+
+		max(seen.Disk, min(said.DiskUsed, limits.Disk)))
 }
 
 // baseSave is about what the checkpoint of an empty sandbox takes, in bytes.

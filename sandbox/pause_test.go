@@ -49,7 +49,8 @@ func echo(t *testing.T, sb *sandbox.Sandbox, what string) string {
 	if _, err := client.WriteStdin(t.Context(), "echo", []byte(what), false); err != nil {
 		t.Fatal(err)
 	}
-	after, err := client.Wait(t.Context(), agent.WaitRequest{Process: "echo", WaitMS: 30_000, Beyond: &before.Process.Output, Window: agent.Window{Head: 1000}})
+	after, err := client.Wait(t.Context(), agent.WaitRequest{Process: "echo", WaitMS: 30_000, Beyond: &before.Process.Output,
+		Window: agent.Window{Head: 1000}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,7 +68,8 @@ func TestPauseToDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	info := sb.Info()
-	if fake.Running() != 0 || info.State != sandbox.Paused || !info.OnDisk || info.Left > left || info.Left < left-time.Minute || !info.ExpiresAt.IsZero() {
+	if fake.Running() != 0 || info.State != sandbox.Paused || !info.OnDisk || info.Left > left || info.Left < left-time.Minute ||
+		!info.ExpiresAt.IsZero() {
 		t.Fatalf("%d %+v", fake.Running(), info)
 	}
 	if free, _, err := m.Room(); err != nil || free != 8<<30 {
@@ -299,7 +301,8 @@ func TestSnapshots(t *testing.T) {
 	if _, err := m.Create(t.Context(), sandbox.CreateOptions{Owner: "bob", Template: "base"}); !errors.Is(err, sandbox.ErrNoTemplate) {
 		t.Fatal("bob finds ann's snapshot:", err)
 	}
-	if _, err := m.Create(t.Context(), sandbox.CreateOptions{Owner: "ann", Template: "base", Limits: sandbox.Limits{Memory: 64 << 20}}); !errors.Is(err, sandbox.ErrInvalid) {
+	if _, err := m.Create(t.Context(), sandbox.CreateOptions{Owner: "ann", Template: "base",
+		Limits: sandbox.Limits{Memory: 64 << 20}}); !errors.Is(err, sandbox.ErrInvalid) {
 		t.Fatal(err)
 	}
 	again := create(t, m, sandbox.CreateOptions{Owner: "ann", Template: "base"})
@@ -351,7 +354,8 @@ func TestFork(t *testing.T) {
 	seen := map[string]bool{sb.ID(): true}
 	for _, c := range copies {
 		info, ports := c.Info(), c.Ports()
-		if seen[c.ID()] || info.Parent != sb.ID() || info.Metadata["a"] != "1" || len(ports) != 1 || ports[0].Host == sb.Ports()[0].Host || c.TrafficToken() == sb.TrafficToken() {
+		if seen[c.ID()] || info.Parent != sb.ID() || info.Metadata["a"] != "1" || len(ports) != 1 || ports[0].Host == sb.Ports()[0].Host ||
+			c.TrafficToken() == sb.TrafficToken() {
 			t.Fatalf("%+v %v", info, ports)
 		}
 		seen[c.ID()] = true
@@ -444,14 +448,18 @@ func TestNoDisk(t *testing.T) {
 	}
 	m := newManager(t, t.TempDir(), &sandboxtest.Fake{}, small(false))
 	sb := create(t, m, sandbox.CreateOptions{})
-	if err := sb.Pause(t.Context(), sandbox.PauseOptions{ToDisk: true}); !errors.Is(err, sandbox.ErrNoDisk) || sb.Info().State != sandbox.Running {
+	if err := sb.Pause(t.Context(), sandbox.PauseOptions{ToDisk: true}); !errors.Is(err, sandbox.ErrNoDisk) ||
+		sb.Info().State != sandbox.Running {
 		t.Fatal(err)
 	}
 	if _, err := sb.Snapshot(t.Context(), sandbox.SnapshotOptions{Name: "s"}); !errors.Is(err, sandbox.ErrNoDisk) {
 		t.Fatal(err)
 	}
 	// An operator lets the oldest go, if that helps; another owner's stays.
-	m = newManager(t, t.TempDir(), &sandboxtest.Fake{}, func(o *sandbox.Options) { o.DiskBudget, o.Reclaim, o.Defaults.Disk = 120<<20, true, 16<<20 })
+	m = newManager(t, t.TempDir(), &sandboxtest.Fake{}, func(o *sandbox.Options) {
+		o.DiskBudget, o.Reclaim, o.Defaults.Disk = 120<<20, true,
+			16<<20
+	})
 	var old []*sandbox.Sandbox
 	for _, owner := range []string{"bob", "ann"} {
 		sb := create(t, m, sandbox.CreateOptions{Owner: owner})
@@ -468,14 +476,16 @@ func TestNoDisk(t *testing.T) {
 		old = append(old, sb)
 	}
 	large := create(t, m, sandbox.CreateOptions{Owner: "ann", Limits: sandbox.Limits{Disk: 200 << 20}})
-	if err := large.Pause(t.Context(), sandbox.PauseOptions{ToDisk: true}); !errors.Is(err, sandbox.ErrNoDisk) || old[1].Info().State != sandbox.Paused {
+	if err := large.Pause(t.Context(), sandbox.PauseOptions{ToDisk: true}); !errors.Is(err, sandbox.ErrNoDisk) ||
+		old[1].Info().State != sandbox.Paused {
 		t.Fatal("one was ended in vain", err)
 	}
 	sb = create(t, m, sandbox.CreateOptions{Owner: "ann"})
 	if err := sb.Pause(t.Context(), sandbox.PauseOptions{ToDisk: true}); err != nil {
 		t.Fatal(err)
 	}
-	if info := old[1].Info(); info.State != sandbox.Killed || info.Cause != string(sandbox.CauseReclaimed) || old[0].Info().State != sandbox.Paused {
+	if info := old[1].Info(); info.State != sandbox.Killed || info.Cause != string(sandbox.CauseReclaimed) ||
+		old[0].Info().State != sandbox.Paused {
 		t.Fatalf("%+v", info)
 	}
 }
@@ -497,7 +507,8 @@ func TestAsleepIsNobodys(t *testing.T) {
 	}
 	for _, m := range []*sandbox.Manager{one, two} {
 		<-m.Settled()
-		if list := m.List(sandbox.Filter{Owner: "ann", State: sandbox.Paused}); len(list) != 1 || list[0].Metadata["a"] != "1" || !list[0].OnDisk {
+		if list := m.List(sandbox.Filter{Owner: "ann", State: sandbox.Paused}); len(list) != 1 || list[0].Metadata["a"] != "1" ||
+			!list[0].OnDisk {
 			t.Fatal(list)
 		}
 		if list := m.List(sandbox.Filter{Owner: "bob"}); len(list) != 0 {

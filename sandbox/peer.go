@@ -107,7 +107,8 @@ func ownerOf(local, remote netip.AddrPort) (uid int, err error) {
 
 // ownerInProc is ownerOf by the lists of all sockets (proc(5)).
 func ownerInProc(local, remote netip.AddrPort) (uid int, err error) {
-	want := []string{procAddress(local, false) + " " + procAddress(remote, false), procAddress(local, true) + " " + procAddress(remote, true)}
+	want := []string{procAddress(local, false) + " " + procAddress(remote, false), procAddress(local, true) + " " +
+		procAddress(remote, true)}
 	for _, name := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
 		list, rerr := os.ReadFile(name)
 		if err = errors.Join(err, rerr); rerr != nil {

@@ -77,7 +77,8 @@ func (s *Sandbox) ExposeAt(port int, public bool, host int) (Port, error) {
 	r := s.rec
 	r.Ports = slices.Clone(r.Ports)
 	want := Port{Port: port, Public: public, Host: host}
-	if i := slices.IndexFunc(r.Ports, func(p Port) bool { return p.Port == port }); i >= 0 { // it could not be had again when it was adopted
+	if i := slices.IndexFunc(r.Ports,
+		func(p Port) bool { return p.Port == port }); i >= 0 { // it could not be had again when it was adopted
 		want.Host = cmp.Or(host, r.Ports[i].Host)
 		r.Ports = slices.Delete(r.Ports, i, i+1)
 	}
@@ -273,7 +274,9 @@ func (s *Sandbox) serve(p Port) (*exposed, error) {
 				continue
 			}
 			if err := s.lets(e, conn); err != nil {
-				e.turnAway(conn, fmt.Sprintf("This port is not public, and your connection is refused: %v. Open it as the user whose server this is, or expose the port as public.\n", err))
+				e.turnAway(conn,
+					fmt.Sprintf("This port is not public, and your connection is refused: %v. Open it as the user whose server this is, "+
+						"or expose the port as public.\n", err))
 				continue
 			}
 			select {
@@ -285,7 +288,8 @@ func (s *Sandbox) serve(p Port) (*exposed, error) {
 			if tcp, ok := conn.(interface{ SetWriteBuffer(bytes int) error }); ok {
 				_ = tcp.SetWriteBuffer(hostBuffer) // one that has ended says so later
 			}
-			giveBack, err := s.connection(ctx, s.m.opts.ConnWait) // the next ones wait in the listener, where they have no descriptors of ours
+			giveBack, err := s.connection(ctx,
+				s.m.opts.ConnWait) // the next ones wait in the listener, where they have no descriptors of ours
 			e.conns.Go(func() {
 				defer func() { <-slots }()
 				defer conn.Close()

@@ -113,7 +113,8 @@ func (s *Sandbox) protectOnce(client *agent.Client, p Protect, saw seen) (seen, 
 	now := time.Now()
 	s.Refresh(ctx)
 	next := s.meter.haveSeen()
-	if made != nil && made.FilesOnly != p.Memory && calls == 0 && last.Before(copied) && saw == next && s.meter.lastTraffic().Before(copied) {
+	if made != nil && made.FilesOnly != p.Memory && calls == 0 && last.Before(copied) && saw == next &&
+		s.meter.lastTraffic().Before(copied) {
 		s.mu.Lock()
 		s.unchanged = now
 		s.mu.Unlock()

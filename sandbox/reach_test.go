@@ -54,7 +54,8 @@ func TestOpenPorts(t *testing.T) {
 	if err != nil || len(failed) > 0 {
 		t.Fatal(err, failed)
 	}
-	if in := copies[0].Info().Ingress; in.Open != sandbox.OpenPublic || in.Host != "h:${PORT}" || len(in.TLS) != 1 || copies[0].AccessToken() == sb.AccessToken() {
+	if in := copies[0].Info().Ingress; in.Open != sandbox.OpenPublic || in.Host != "h:${PORT}" || len(in.TLS) != 1 ||
+		copies[0].AccessToken() == sb.AccessToken() {
 		t.Errorf("%+v", in)
 	}
 	token := sb.AccessToken()
@@ -108,7 +109,8 @@ func TestSetNetwork(t *testing.T) {
 	if n := sb.Info().Network; n.Mode != want.Mode || len(n.Allow) != 1 || n.Allow[0] != "example.com" {
 		t.Errorf("%+v", n)
 	}
-	for _, bad := range []sandbox.Network{{}, {Mode: sandbox.NetworkNone}, {Mode: "all"}, {Mode: sandbox.NetworkFull, Deny: []string{"x"}}} {
+	for _, bad := range []sandbox.Network{{}, {Mode: sandbox.NetworkNone}, {Mode: "all"},
+		{Mode: sandbox.NetworkFull, Deny: []string{"x"}}} {
 		if err := sb.SetNetwork(bad); !errors.Is(err, sandbox.ErrInvalid) {
 			t.Errorf("%+v: %v", bad, err)
 		}
@@ -162,7 +164,8 @@ func TestAtLeast(t *testing.T) {
 	if i, err := sb.Update(t.Context(), sandbox.Update{AtLeast: &less}); err != nil || !i.ExpiresAt.Equal(before) {
 		t.Error(i.ExpiresAt, err)
 	}
-	if i, err := sb.Update(t.Context(), sandbox.Update{AtLeast: &more}); err != nil || i.ExpiresAt.Sub(before) < 50*time.Minute || i.Times.Life != time.Hour {
+	if i, err := sb.Update(t.Context(), sandbox.Update{AtLeast: &more}); err != nil || i.ExpiresAt.Sub(before) < 50*time.Minute ||
+		i.Times.Life != time.Hour {
 		t.Error(i.ExpiresAt, err)
 	}
 	if err := sb.Pause(t.Context(), sandbox.PauseOptions{}); err != nil {

@@ -60,7 +60,8 @@ func (s *Sandbox) runHooks(ctx context.Context, client *agent.Client, env map[st
 		}
 		return err
 	}
-	got, err := client.Start(ctx, agent.StartRequest{Args: []string{"/bin/sh", "-c", hookScript}, User: "root", Cwd: "/", Env: env, Tag: HookTag,
+	got, err := client.Start(ctx, agent.StartRequest{Args: []string{"/bin/sh", "-c", hookScript}, User: "root", Cwd: "/", Env: env,
+		Tag:       HookTag,
 		TimeoutMS: hookTime.Milliseconds(), WaitMS: (hookTime + tellTime).Milliseconds(), Window: agent.Window{Tail: hookOutput}})
 	if err != nil {
 		return err

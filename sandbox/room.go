@@ -199,7 +199,8 @@ func (m *Manager) lackOfDisk(need int64) (lack int64, why string, err error) {
 		return 0, "", err
 	}
 	if free := m.opts.DiskBudget - used; need > free {
-		return need - free, fmt.Sprintf("about %d MB needed, %d MB of %d MB free for paused sandboxes and snapshots", need>>20, max(free, 0)>>20, m.opts.DiskBudget>>20), nil
+		return need - free, fmt.Sprintf("about %d MB needed, %d MB of %d MB free for paused sandboxes and snapshots", need>>20,
+			max(free, 0)>>20, m.opts.DiskBudget>>20), nil
 	}
 	return 0, "", nil
 }
@@ -208,7 +209,8 @@ func (m *Manager) lackOfDisk(need int64) (lack int64, why string, err error) {
 func (s store) saved() (int64, error) {
 	var sum int64
 	seen := map[uint64]bool{} // a snapshot of a paused sandbox shares its files
-	for _, pattern := range []string{filepath.Join(s.dir, "*", "checkpoint-*", "*"), filepath.Join(s.dir, "*", copyName+"*", "*"), filepath.Join(s.snapshots, "*", "checkpoint", "*")} {
+	for _, pattern := range []string{filepath.Join(s.dir, "*", "checkpoint-*", "*"), filepath.Join(s.dir, "*", copyName+"*", "*"),
+		filepath.Join(s.snapshots, "*", "checkpoint", "*")} {
 		names, err := filepath.Glob(pattern)
 		if err != nil {
 			return 0, err

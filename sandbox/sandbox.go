@@ -96,8 +96,10 @@ func (s *Sandbox) Info() Info {
 
 func (s *Sandbox) info() Info {
 	r := s.rec
-	i := Info{ID: r.ID, Owner: r.Owner, State: r.State, Cause: r.Cause, Template: r.Template, Parent: r.Parent, Origin: r.Origin, Metadata: maps.Clone(r.Metadata), Limits: r.Limits,
-		Network: r.Network, Ingress: r.Ingress, Times: r.Times, Created: r.Created, Changed: r.Changed, Updated: r.Updated, Ready: r.Ready, ExpiresAt: r.ExpiresAt, RemoveAt: r.RemoveAt, Left: r.Left, Totals: s.meter.totals(),
+	i := Info{ID: r.ID, Owner: r.Owner, State: r.State, Cause: r.Cause, Template: r.Template, Parent: r.Parent, Origin: r.Origin,
+		Metadata: maps.Clone(r.Metadata), Limits: r.Limits,
+		Network: r.Network, Ingress: r.Ingress, Times: r.Times, Created: r.Created, Changed: r.Changed, Updated: r.Updated, Ready: r.Ready,
+		ExpiresAt: r.ExpiresAt, RemoveAt: r.RemoveAt, Left: r.Left, Totals: s.meter.totals(),
 		Protect: r.Protect, Notice: r.Notice}
 	if r.Pause != nil && !r.ended() {
 		i.OnDisk, i.AutoResume = r.Pause.Disk, r.Pause.AutoResume
@@ -235,7 +237,8 @@ func (s *Sandbox) startWith(ctx context.Context, template Template, from string,
 // configuration is what the agent is told, now and again.
 func (r record) configuration() agent.Config {
 	return agent.Config{
-		User: r.User, Cwd: r.Cwd, MaxProcesses: r.Limits.Processes, MaxMemory: r.Limits.Memory, MaxCPU: r.Limits.CPU, OrphanMS: r.orphanTime().Milliseconds(),
+		User: r.User, Cwd: r.Cwd, MaxProcesses: r.Limits.Processes, MaxMemory: r.Limits.Memory, MaxCPU: r.Limits.CPU,
+		OrphanMS: r.orphanTime().Milliseconds(),
 	}
 }
 
@@ -308,7 +311,8 @@ func (s *Sandbox) end(final State, cause error) error {
 	doomed := s.machine
 	s.mu.Unlock()
 	dead := doomed != nil && s.endMachine(doomed) == nil // at once: whoever is about to save it needs not come to an end with that
-	s.turn <- struct{}{}                                 // who pauses or resumes it sees that it has ended; nobody has a turn after this one
+	// Who pauses or resumes it sees that it has ended; nobody has a turn after this one.
+	s.turn <- struct{}{}
 	s.mu.Lock()
 	machine, client := s.machine, s.client
 	s.mu.Unlock()

@@ -99,7 +99,8 @@ func (s *Sandbox) tellOutput(ctx context.Context, client *agent.Client, process 
 
 // awaitReady waits until a command succeeds in the sandbox, which asks itself: no process is left of each time.
 func awaitReady(ctx context.Context, client *agent.Client, ready string) error {
-	asking, err := client.Start(ctx, agent.StartRequest{Command: "until (\n" + ready + "\n) > /dev/null 2>&1; do sleep 0.1; done", TimeoutMS: readyTime.Milliseconds()})
+	asking, err := client.Start(ctx, agent.StartRequest{Command: "until (\n" + ready + "\n) > /dev/null 2>&1; do sleep 0.1; done",
+		TimeoutMS: readyTime.Milliseconds()})
 	for {
 		if err != nil {
 			return err

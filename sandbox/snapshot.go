@@ -67,7 +67,9 @@ type SnapshotOptions struct {
 func (s *Sandbox) Snapshot(ctx context.Context, o SnapshotOptions) (_ Snapshot, err error) {
 	name := o.Name
 	if !snapshotPattern.MatchString(name) {
-		return Snapshot{}, fmt.Errorf("snapshot %q: a name is 1 to 63 lower-case letters, digits or . _ - and begins with a letter or digit; a tag may follow a colon: %w", name, ErrInvalid)
+		return Snapshot{},
+			fmt.Errorf("snapshot %q: a name is 1 to 63 lower-case letters, digits or . _ - and begins with a letter or digit; a tag may "+
+				"follow a colon: %w", name, ErrInvalid)
 	}
 	if _, err := s.m.opts.Templates.Template(ctx, s.owner, name); err == nil {
 		return Snapshot{}, fmt.Errorf("snapshot %q: it is the name of a template: %w", name, ErrInvalid)
@@ -97,7 +99,9 @@ func (s *Sandbox) Snapshot(ctx context.Context, o SnapshotOptions) (_ Snapshot, 
 	if err != nil {
 		return Snapshot{}, fmt.Errorf("snapshot sandbox %s: %w", s.id, s.whyEnded(noDisk(err)))
 	}
-	snap := Snapshot{Name: name, Owner: s.owner, Sandbox: s.id, Template: r.Template, Image: r.Image, User: r.User, Cwd: r.Cwd, StartCmd: r.StartCmd, ReadyCmd: r.ReadyCmd, Limits: r.Limits, Times: r.Times, Network: r.Network, Ingress: r.Ingress, Created: time.Now().UTC(), FilesOnly: filesOnly, Unnamed: o.Unnamed}
+	snap := Snapshot{Name: name, Owner: s.owner, Sandbox: s.id, Template: r.Template, Image: r.Image, User: r.User, Cwd: r.Cwd,
+		StartCmd: r.StartCmd, ReadyCmd: r.ReadyCmd, Limits: r.Limits, Times: r.Times, Network: r.Network, Ingress: r.Ingress,
+		Created: time.Now().UTC(), FilesOnly: filesOnly, Unnamed: o.Unnamed}
 	for _, p := range r.Ports {
 		snap.Ports = append(snap.Ports, Port{Port: p.Port, Public: p.Public})
 	}
@@ -341,7 +345,8 @@ func (s *Sandbox) Fork(ctx context.Context, count int, metadata map[string]strin
 	if err != nil {
 		return nil, nil, fmt.Errorf("fork sandbox %s: %w", s.id, err)
 	}
-	o := CreateOptions{Owner: s.owner, Base: &template, Limits: r.Limits, Times: r.Times, Network: r.Network, Ingress: r.Ingress, Metadata: maps.Clone(r.Metadata), parent: s.id, origin: r.Origin,
+	o := CreateOptions{Owner: s.owner, Base: &template, Limits: r.Limits, Times: r.Times, Network: r.Network, Ingress: r.Ingress,
+		Metadata: maps.Clone(r.Metadata), parent: s.id, origin: r.Origin,
 		from: filepath.Join(shared, "checkpoint"), whole: !filesOnly, ports: r.Ports}
 	if metadata != nil {
 		o.Metadata = metadata

@@ -54,7 +54,9 @@ func (s *Sandbox) splice(ctx context.Context, conn net.Conn, port int) {
 	}
 	guest, release, err := s.dial(ctx, client, port)
 	if err != nil {
-		sayNot(conn, http.StatusBadGateway, fmt.Sprintf("Nothing listens on port %d of this sandbox. Start a server there (on 127.0.0.1 or 0.0.0.0), then try again.\n", port))
+		sayNot(conn, http.StatusBadGateway,
+			fmt.Sprintf("Nothing listens on port %d of this sandbox. Start a server there (on 127.0.0.1 or 0.0.0.0), then try again.\n",
+				port))
 		return
 	}
 	defer release()
@@ -146,5 +148,6 @@ func sayNot(conn net.Conn, code int, body string) {
 
 // page is an answer in HTTP/1.1, and the last one.
 func page(code int, body string) string {
-	return fmt.Sprintf("HTTP/1.1 %d %s\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", code, http.StatusText(code), len(body), body)
+	return fmt.Sprintf("HTTP/1.1 %d %s\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", code,
+		http.StatusText(code), len(body), body)
 }

@@ -71,7 +71,8 @@ func TestCutAtEveryByte(t *testing.T) {
 		cuts := 0
 		for done := false; !done; cuts++ {
 			s := newTestStore(t)
-			for _, err := range []error{os.Mkdir(s.path("sbx"), 0o700), s.save(old), new(journal).append(s.disk, s.path("sbx"), LogEntry{Message: "old", Level: LevelInfo})} {
+			for _, err := range []error{os.Mkdir(s.path("sbx"), 0o700), s.save(old),
+				new(journal).append(s.disk, s.path("sbx"), LogEntry{Message: "old", Level: LevelInfo})} {
 				if err != nil {
 					t.Fatal(err)
 				}

@@ -93,7 +93,8 @@ type store struct {
 }
 
 func newStore(root string) store {
-	return store{dir: filepath.Join(root, "sandboxes"), ended: filepath.Join(root, "ended"), snapshots: filepath.Join(root, "snapshots"), untidy: new(atomic.Bool)}
+	return store{dir: filepath.Join(root, "sandboxes"), ended: filepath.Join(root, "ended"), snapshots: filepath.Join(root, "snapshots"),
+		untidy: new(atomic.Bool)}
 }
 
 // LockFile takes a flock; the file is its proof, closing it gives the lock back. wait == false gives ErrWouldBlock when another has it.
@@ -351,7 +352,8 @@ func (s store) forget(before time.Time) error {
 		if err != nil {
 			continue // another server removes it, too
 		}
-		if r, err := loadFrom(s.tomb(e.Name()), e.Name()); err == nil && r.Changed.Before(before) || err != nil && info.ModTime().Before(before) {
+		if r, err := loadFrom(s.tomb(e.Name()), e.Name()); err == nil && r.Changed.Before(before) || err != nil &&
+			info.ModTime().Before(before) {
 			errs = errors.Join(errs, s.removeAll(s.tomb(e.Name())))
 		}
 	}

@@ -21,8 +21,9 @@ const (
 
 // Times are the times of a sandbox as its user wants them. They have nothing to do with the time that a command or a request may take.
 type Times struct {
-	Life time.Duration `json:"life"`           // from its readiness on, and again from each waking at which none is left
-	Max  time.Duration `json:"max,omitempty"`  // bounds every extension, counted from readiness without the times when it was paused; zero is no bound
+	Life time.Duration `json:"life"` // from its readiness on, and again from each waking at which none is left
+	// Bounds every extension, counted from readiness without the times when it was paused; zero is no bound.
+	Max  time.Duration `json:"max,omitempty"`
 	Idle time.Duration `json:"idle,omitempty"` // without a call, nor traffic on a port; zero is no bound
 	// OnTimeout is done at the end of either time, when those who are at work in it have had Grace: calls, and where it is killed
 	// processes, too, which are told by SIGTERM.

@@ -58,15 +58,24 @@ func TestTimes(t *testing.T) {
 		cause  sandbox.Cause
 		onDisk bool
 	}{
-		"life, kill":          {times: sandbox.Times{Life: time.Hour}, use: time.Minute, at: time.Hour, state: sandbox.Killed, cause: sandbox.CauseTimeout},
-		"life, pause":         {times: sandbox.Times{Life: time.Hour, OnTimeout: sandbox.ActionPause}, use: time.Minute, at: time.Hour, state: sandbox.Paused, cause: sandbox.CauseTimeout, onDisk: true},
-		"life, bounded":       {times: sandbox.Times{Life: time.Hour, Max: time.Minute}, use: time.Second, at: time.Minute, state: sandbox.Killed, cause: sandbox.CauseTimeout},
-		"idle, kill":          {times: sandbox.Times{Life: time.Hour, Idle: time.Minute}, use: never, at: time.Minute, state: sandbox.Killed, cause: sandbox.CauseIdle},
-		"idle, pause":         {times: sandbox.Times{Life: time.Hour, Idle: time.Minute, OnTimeout: sandbox.ActionPause}, use: never, at: time.Minute, state: sandbox.Paused, cause: sandbox.CauseIdle, onDisk: true},
-		"idle, but used":      {times: sandbox.Times{Life: time.Hour, Idle: time.Minute}, use: 50 * time.Second, at: time.Hour, state: sandbox.Killed, cause: sandbox.CauseTimeout},
-		"idle beyond life":    {times: sandbox.Times{Life: time.Minute, Idle: time.Hour}, use: never, at: time.Minute, state: sandbox.Killed, cause: sandbox.CauseTimeout},
-		"grace for nobody":    {times: sandbox.Times{Life: time.Minute, Grace: time.Hour}, use: never, at: time.Minute, state: sandbox.Killed, cause: sandbox.CauseTimeout},
-		"grace before a save": {times: sandbox.Times{Life: time.Minute, Grace: time.Hour, OnTimeout: sandbox.ActionPause}, use: never, at: time.Minute, state: sandbox.Paused, cause: sandbox.CauseTimeout, onDisk: true},
+		"life, kill": {times: sandbox.Times{Life: time.Hour}, use: time.Minute, at: time.Hour, state: sandbox.Killed,
+			cause: sandbox.CauseTimeout},
+		"life, pause": {times: sandbox.Times{Life: time.Hour, OnTimeout: sandbox.ActionPause}, use: time.Minute, at: time.Hour,
+			state: sandbox.Paused, cause: sandbox.CauseTimeout, onDisk: true},
+		"life, bounded": {times: sandbox.Times{Life: time.Hour, Max: time.Minute}, use: time.Second, at: time.Minute,
+			state: sandbox.Killed, cause: sandbox.CauseTimeout},
+		"idle, kill": {times: sandbox.Times{Life: time.Hour, Idle: time.Minute}, use: never, at: time.Minute,
+			state: sandbox.Killed, cause: sandbox.CauseIdle},
+		"idle, pause": {times: sandbox.Times{Life: time.Hour, Idle: time.Minute, OnTimeout: sandbox.ActionPause}, use: never,
+			at: time.Minute, state: sandbox.Paused, cause: sandbox.CauseIdle, onDisk: true},
+		"idle, but used": {times: sandbox.Times{Life: time.Hour, Idle: time.Minute}, use: 50 * time.Second, at: time.Hour,
+			state: sandbox.Killed, cause: sandbox.CauseTimeout},
+		"idle beyond life": {times: sandbox.Times{Life: time.Minute, Idle: time.Hour}, use: never, at: time.Minute,
+			state: sandbox.Killed, cause: sandbox.CauseTimeout},
+		"grace for nobody": {times: sandbox.Times{Life: time.Minute, Grace: time.Hour}, use: never, at: time.Minute,
+			state: sandbox.Killed, cause: sandbox.CauseTimeout},
+		"grace before a save": {times: sandbox.Times{Life: time.Minute, Grace: time.Hour, OnTimeout: sandbox.ActionPause}, use: never,
+			at: time.Minute, state: sandbox.Paused, cause: sandbox.CauseTimeout, onDisk: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			inBubble(t, 1, func(t *testing.T, fake *sandboxtest.Fake) {
@@ -117,7 +126,8 @@ func TestLifeIsKept(t *testing.T) {
 		}
 		used := sb.Info().Totals
 		time.Sleep(24 * time.Hour)
-		if info := sb.Info(); info.State != sandbox.Paused || info.Left != 40*time.Minute || info.Totals != used || used.RunMS != (20*time.Minute).Milliseconds() {
+		if info := sb.Info(); info.State != sandbox.Paused || info.Left != 40*time.Minute || info.Totals != used ||
+			used.RunMS != (20*time.Minute).Milliseconds() {
 			t.Fatalf("%+v", info)
 		}
 		if err := sb.Resume(t.Context()); err != nil {
@@ -127,7 +137,8 @@ func TestLifeIsKept(t *testing.T) {
 			t.Fatal("left", left)
 		}
 		day := 24 * time.Hour
-		if _, err := sb.Update(t.Context(), sandbox.Update{Extend: &day}); !errors.Is(err, sandbox.ErrInvalid) || !strings.Contains(err.Error(), "leaves 1h40m0s from now") {
+		if _, err := sb.Update(t.Context(), sandbox.Update{Extend: &day}); !errors.Is(err, sandbox.ErrInvalid) ||
+			!strings.Contains(err.Error(), "leaves 1h40m0s from now") {
 			t.Fatal(err)
 		}
 		more := time.Hour

@@ -62,7 +62,8 @@ func TestAccountsOfBuilds(t *testing.T) {
 	if _, err := w.store.ContextFiles(waiting, "ann", map[string]string{"a": "a"}); !errors.Is(err, gone) {
 		t.Error("a merge that waits:", err)
 	}
-	if _, err := w.builder.Build(waiting, BuildRequest{Owner: "ann", Name: "third", Dockerfile: "FROM mini\n"}, nil); !errors.Is(err, gone) {
+	if _, err := w.builder.Build(waiting, BuildRequest{Owner: "ann", Name: "third", Dockerfile: "FROM mini\n"}, nil); !errors.Is(err,
+		gone) {
 		t.Error("a build that waits:", err)
 	}
 	files, err := w.store.ContextFiles(t.Context(), "bob", map[string]string{"a": "a"})

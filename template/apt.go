@@ -72,7 +72,8 @@ func findSources(etc, codename string) ([]aptSource, error) {
 		}
 	}
 	all = slices.DeleteFunc(all, func(s aptSource) bool {
-		return s.suite != codename && !strings.HasPrefix(s.suite, codename+"-") || strings.HasSuffix(s.suite, "-backports") || strings.HasSuffix(s.suite, "-proposed")
+		return s.suite != codename && !strings.HasPrefix(s.suite, codename+"-") || strings.HasSuffix(s.suite, "-backports") ||
+			strings.HasSuffix(s.suite, "-proposed")
 	})
 	if len(all) == 0 {
 		return nil, fmt.Errorf("the apt of this machine has no source of %q; name a mirror by --mirror and --suite", codename)
@@ -97,7 +98,8 @@ func defaultKeyring() string {
 func deb822(body []byte) []aptSource {
 	var all []aptSource
 	for _, fields := range paragraphs(bytes.NewReader(body)) {
-		if !slices.Contains(strings.Fields(fields["types"]), "deb") || !slices.Contains(strings.Fields(fields["components"]), "main") || fields["enabled"] == "no" {
+		if !slices.Contains(strings.Fields(fields["types"]), "deb") || !slices.Contains(strings.Fields(fields["components"]), "main") ||
+			fields["enabled"] == "no" {
 			continue
 		}
 		for _, uri := range strings.Fields(fields["uris"]) {
@@ -217,7 +219,8 @@ func (a archive) packages(ctx context.Context, s aptSource) ([]aptPackage, error
 		return nil, fmt.Errorf("%s: its InRelease is empty", suite)
 	}
 	if until, err := time.Parse(time.RFC1123, fields[0]["valid-until"]); err == nil && time.Now().After(until) {
-		return nil, fmt.Errorf("%s: its InRelease was valid until %s only; use another mirror, or set the clock", suite, until.Format(time.RFC3339))
+		return nil, fmt.Errorf("%s: its InRelease was valid until %s only; use another mirror, or set the clock", suite,
+			until.Format(time.RFC3339))
 	}
 	name := path.Join("main", "binary-"+debArch(), "Packages.xz")
 	sum := ""
@@ -273,7 +276,8 @@ func verify(text []byte, keyring string) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read keyring: %w", err)
 	}
-	if _, err := openpgp.CheckDetachedSignature(keys, bytes.NewReader(block.Bytes), block.ArmoredSignature.Body, &packet.Config{}); err != nil {
+	if _, err := openpgp.CheckDetachedSignature(keys, bytes.NewReader(block.Bytes), block.ArmoredSignature.Body,
+		&packet.Config{}); err != nil {
 		return nil, fmt.Errorf("the signature of its InRelease is not good: %w", err)
 	}
 	return block.Plaintext, nil
@@ -287,7 +291,8 @@ func debArch() string {
 func parsePackages(r io.Reader, uri string) []aptPackage {
 	var all []aptPackage
 	for _, f := range paragraphs(r) {
-		p := aptPackage{name: f["package"], version: f["version"], priority: f["priority"], file: f["filename"], sha256: f["sha256"], uri: uri, essential: f["essential"] == "yes"}
+		p := aptPackage{name: f["package"], version: f["version"], priority: f["priority"], file: f["filename"], sha256: f["sha256"],
+			uri: uri, essential: f["essential"] == "yes"}
 		if p.name == "" || p.file == "" || !isHex(p.sha256) || strings.Contains(p.file, "..") {
 			continue
 		}

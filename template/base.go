@@ -36,10 +36,12 @@ type BaseOptions struct {
 }
 
 // packagesOf are what the base has beside a minimal system.
-const basePackages = "bash-completion build-essential ca-certificates curl file git gnupg jq less libnss-myhostname ncurses-term netbase openssh-client procps python3 python3-pip python3-venv " +
+const basePackages = "bash-completion build-essential ca-certificates curl file git gnupg jq less libnss-myhostname ncurses-term netbase " +
+	"openssh-client procps python3 python3-pip python3-venv " +
 	"python-is-python3 rsync sudo tmux tzdata unzip vim-tiny wget xz-utils zip"
 
-var variants = map[string]string{"": "", "node": "nodejs npm", "python": "python3-dev python3-numpy python3-pandas python3-matplotlib python3-requests ipython3 pipx"}
+var variants = map[string]string{"": "", "node": "nodejs npm",
+	"python": "python3-dev python3-numpy python3-pandas python3-matplotlib python3-requests ipython3 pipx"}
 
 // minimal are the packages of which a system consists that can install others.
 var minimal = []string{"apt", "debian-archive-keyring", "ca-certificates"}
@@ -175,7 +177,8 @@ func (b *Builder) bootstrap(ctx context.Context, name string, sources []aptSourc
 }
 
 // secondStage runs the scripts of the packages, and keeps what comes of it.
-func (b *Builder) secondStage(ctx context.Context, name string, files *Files, sources []aptSource, say func(string, ...any)) (_ Manifest, err error) {
+func (b *Builder) secondStage(ctx context.Context, name string, files *Files, sources []aptSource, say func(string, ...any)) (_ Manifest,
+	err error) {
 	j := b.Store.begin("")
 	defer j.end()
 	r := &run{Builder: b, job: j, req: BuildRequest{Name: name}, id: NewBuildID()}
@@ -278,7 +281,8 @@ const debsAtOnce = 4
 // fill puts the packages into a tree: the files of each, and the package itself for dpkg.
 func (a archive) fill(ctx context.Context, m *merger, chosen []aptPackage) error {
 	m.keepLinks = true
-	for link, target := range map[string]string{"bin": "usr/bin", "sbin": "usr/sbin", "lib": "usr/lib", "lib64": "usr/lib64"} { // all files are below /usr
+	for link, target := range map[string]string{"bin": "usr/bin", "sbin": "usr/sbin", "lib": "usr/lib",
+		"lib64": "usr/lib64"} { // all files are below /usr
 		m.root.Children[link] = &erofs.Node{Mode: unix.S_IFLNK | 0o777, Target: target}
 		if _, err := (layer{m, map[place]bool{}}).dir(target); err != nil {
 			return err

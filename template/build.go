@@ -164,7 +164,8 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 	limit := cmp.Or(req.Timeout, DefaultBuildTime)
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("the build took longer than %s", limit))
 	defer cancel()
-	r := &run{Builder: b, job: j, req: req, id: cmp.Or(req.ID, NewBuildID()), plan: plan, done: map[int]*result{}, opened: map[string]*Files{}}
+	r := &run{Builder: b, job: j, req: req, id: cmp.Or(req.ID, NewBuildID()), plan: plan, done: map[int]*result{},
+		opened: map[string]*Files{}}
 	if r.log, err = b.Store.newLog(r.id, req.Owner, each); err != nil {
 		return Built{}, err
 	}
@@ -205,7 +206,8 @@ func (r *run) all(ctx context.Context, service sandbox.Network, began time.Time)
 		return built, err
 	}
 	built.Steps, built.Cached, built.Took = r.steps, r.cached, time.Since(began)
-	r.log.line("info", "", fmt.Sprintf("built %s in %.1f s: %d steps, %d of them cached", r.req.Name, built.Took.Seconds(), r.steps, r.cached))
+	r.log.line("info", "", fmt.Sprintf("built %s in %.1f s: %d steps, %d of them cached", r.req.Name, built.Took.Seconds(), r.steps,
+		r.cached))
 	return built, nil
 }
 
@@ -265,8 +267,10 @@ func (r *run) startUp(ctx context.Context, m Manifest, network sandbox.Network) 
 	base.Service = nil
 	began := time.Now()
 	r.log.line("info", "start", service.Start)
-	sb, err := r.Manager.Create(ctx, sandbox.CreateOptions{Owner: r.req.Owner, Base: &base, Transient: true, Limits: r.req.Limits, Network: network,
-		Times: sandbox.Times{Life: DefaultBuildTime, OnTimeout: sandbox.ActionKill}, Metadata: map[string]string{"build": r.id, "template": m.Name}})
+	sb, err := r.Manager.Create(ctx, sandbox.CreateOptions{Owner: r.req.Owner, Base: &base, Transient: true, Limits: r.req.Limits,
+		Network:  network,
+		Times:    sandbox.Times{Life: DefaultBuildTime, OnTimeout: sandbox.ActionKill},
+		Metadata: map[string]string{"build": r.id, "template": m.Name}})
 	if err != nil {
 		return nil, fmt.Errorf("start %s: %w", m.Name, err)
 	}
@@ -356,7 +360,8 @@ func (r *run) base(ctx context.Context, s stage) (*result, error) {
 	if err := r.job.needLayers(ctx, m.Layers); err != nil {
 		return nil, err
 	}
-	return &result{layers: slices.Clone(m.Layers), config: *m.Config.DeepCopy(), parent: s.base, key: r.firstKey(m.Image, string(config))}, nil
+	return &result{layers: slices.Clone(m.Layers), config: *m.Config.DeepCopy(), parent: s.base, key: r.firstKey(m.Image, string(config))},
+		nil
 }
 
 // firstKey is what all steps depend on. What one owner's builds have done is not taken for another's: he can reach into their sandboxes.
@@ -371,10 +376,12 @@ func (r *run) named(ctx context.Context, name string) (Manifest, error) {
 		return m, err
 	}
 	if name == HostName {
-		return m, fmt.Errorf("the template %q is this machine's own programs and cannot be built on; build on %q: %w", HostName, BaseName, sandbox.ErrInvalid)
+		return m, fmt.Errorf("the template %q is this machine's own programs and cannot be built on; build on %q: %w", HostName, BaseName,
+			sandbox.ErrInvalid)
 	}
 	if r.Pull == nil {
-		return m, fmt.Errorf("there is no template %q, and this server does not pull images (--templates-allow-pull): %w", clip(name), sandbox.ErrNoTemplate)
+		return m, fmt.Errorf("there is no template %q, and this server does not pull images (--templates-allow-pull): %w", clip(name),
+			sandbox.ErrNoTemplate)
 	}
 	r.log.line("info", "", "pulling "+name)
 	return r.Pull(ctx, r.job, name)

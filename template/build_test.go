@@ -47,7 +47,8 @@ func newWorkshop(t *testing.T) *workshop {
 		}
 	})
 	store.InUse = manager.Images
-	w := &workshop{T: t, store: store, manager: manager, builder: &Builder{Store: store, Manager: manager, Log: slog.New(slog.DiscardHandler)}}
+	w := &workshop{T: t, store: store, manager: manager,
+		builder: &Builder{Store: store, Manager: manager, Log: slog.New(slog.DiscardHandler)}}
 	w.mini(sandboxtest.Image(t, dir))
 	return w
 }
@@ -139,7 +140,9 @@ EXPOSE 80 8000-8002/udp
 	if built.Cached != 0 || len(built.Layers) < 2 || built.Config.User != "user" || len(built.Config.ExposedPorts) != 4 {
 		t.Errorf("%+v", built)
 	}
-	if got := w.in("first", "", "id -un; pwd; cat ~/out /etc/heredoc; stat -c '%U %a' ~/out; echo $A; type expr | head -1"); got != "user\n/work\nhello there\none\ntwo\nuser 600\n1\nexpr is /usr/bin/expr\n" {
+	if got := w.in("first", "",
+		"id -un; pwd; cat ~/out /etc/heredoc; stat -c '%U %a' ~/out; echo $A; type expr | head -1"); got != "user\n/work\nhello "+
+		"there\none\ntwo\nuser 600\n1\nexpr is /usr/bin/expr\n" {
 		t.Errorf("%q", got)
 	}
 	again := w.build("second", dockerfile, files)
@@ -177,7 +180,8 @@ A
 made for $WHO
 B
 `, nil)
-	got := w.in("heredocs", "root", "cat /one /two /quoted /shebang /greeting /dir/A /dir/B; stat -c %a /greeting; ls -A / | grep soulbox-build")
+	got := w.in("heredocs", "root",
+		"cat /one /two /quoted /shebang /greeting /dir/A /dir/B; stat -c %a /greeting; ls -A / | grep soulbox-build")
 	if want := "one\ntwo world\n$not expanded\nbash\nhello world\nraw $WHO\nmade for world\n711\n"; got != want {
 		t.Errorf("%q, want %q", got, want)
 	}
@@ -194,16 +198,19 @@ RUN --mount=type=tmpfs,target=/t,size=1m head -c 10000000 /dev/zero > /t/x || ec
 `
 	secrets := map[string][]byte{"key": []byte("top secret"), "tok": []byte("token")}
 	for n, id := range []string{"a", "a", "b"} {
-		_, log, err := w.try(t.Context(), BuildRequest{Name: "mounts", Dockerfile: strings.Replace(dockerfile, "%s", id, 1), Secrets: secrets, NoCache: true}, nil)
+		_, log, err := w.try(t.Context(), BuildRequest{Name: "mounts", Dockerfile: strings.Replace(dockerfile, "%s", id, 1),
+			Secrets: secrets, NoCache: true}, nil)
 		if err != nil || strings.Contains(log, "top secret") {
 			t.Fatal(err, log)
 		}
 		want := map[int]string{0: "1\n", 1: "2\n", 2: "1\n"}[n]
-		if got := w.in("mounts", "root", "cat /count /full; ls -A /t /c /run/secrets 2>&1 | grep -c 'No such'; cat /sum"); !strings.HasPrefix(got, want+"full\n3\n") {
+		if got := w.in("mounts", "root",
+			"cat /count /full; ls -A /t /c /run/secrets 2>&1 | grep -c 'No such'; cat /sum"); !strings.HasPrefix(got, want+"full\n3\n") {
 			t.Errorf("%q", got)
 		}
 	}
-	w.build("twice", "FROM mini\nRUN --mount=type=cache,id=one,target=/c1 --mount=type=cache,id=one,target=/c2 --mount=type=cache,id=two,target=/c3 echo x > /c1/x; test -e /c2/x && test ! -e /c3/x && echo same > /same\n", nil)
+	w.build("twice", "FROM mini\nRUN --mount=type=cache,id=one,target=/c1 --mount=type=cache,id=one,target=/c2 "+
+		"--mount=type=cache,id=two,target=/c3 echo x > /c1/x; test -e /c2/x && test ! -e /c3/x && echo same > /same\n", nil)
 	if got := w.in("twice", "root", "cat /same; ls -d /c1 /c2 /c3 2>&1 | grep -c 'No such'"); got != "same\n3\n" {
 		t.Errorf("%q", got)
 	}
@@ -213,7 +220,8 @@ RUN --mount=type=tmpfs,target=/t,size=1m head -c 10000000 /dev/zero > /t/x || ec
 			t.Errorf("the secret is in %s", out)
 		}
 	}
-	if _, _, err := w.try(t.Context(), BuildRequest{Name: "x", Dockerfile: "FROM mini\nRUN --mount=type=secret,id=no,required true\n"}, nil); err == nil || !strings.Contains(err.Error(), `no secret "no"`) {
+	if _, _, err := w.try(t.Context(), BuildRequest{Name: "x", Dockerfile: "FROM mini\nRUN --mount=type=secret,id=no,required true\n"},
+		nil); err == nil || !strings.Contains(err.Error(), `no secret "no"`) {
 		t.Error(err)
 	}
 }
@@ -222,30 +230,33 @@ RUN --mount=type=tmpfs,target=/t,size=1m head -c 10000000 /dev/zero > /t/x || ec
 func TestDockerfileErrors(t *testing.T) {
 	w := newWorkshop(t)
 	for dockerfile, want := range map[string]string{
-		"":                                                    "file with no instructions",
-		"RUN x\n":                                             "no build stage in current context",
-		"FROM mini\nRUM x\n":                                  "line 2: unknown instruction: RUM",
-		"FROM mini\n\nCOPY a\n":                               "line 3: ",
-		"FROM mini\nONBUILD RUN x\n":                          "line 2: ONBUILD is not supported; put the instruction",
-		"FROM mini\nADD http://x/y /\n":                       "line 2: ADD of http://x/y is not supported; fetch it by RUN curl",
-		"FROM mini\nRUN --network=host x\n":                   "line 2: RUN --network is not supported",
-		"FROM mini\nRUN --mount=type=ssh x\n":                 "line 2: RUN --mount=type=ssh is not supported; give the key as a secret",
-		"FROM --platform=linux/s390x mini\n":                  `line 1: the platform "linux/s390x" cannot be built here`,
-		"ARG X\nFROM $X\n":                                    "line 2: FROM $X names nothing",
-		"FROM mini\nCOPY --from=3 a /\n":                      "line 2: COPY --from=3 names the stage itself",
-		"FROM nothere\n":                                      "line 1: FROM nothere: there is no template \"nothere\", and this server does not pull images",
-		"FROM host\n":                                         "cannot be built on; build on \"base\"",
-		"FROM mini\nCOPY main.g /\n":                          `line 2: COPY main.g /: "main.g": file does not exist; / of it has main.go`,
-		"FROM mini\nCOPY lib/*.rs /\n":                        `"lib/*.rs": file does not exist; /lib of it has`,
-		"FROM mini\nCOPY --chown=nouser a.txt /\n":            `--chown=nouser: there is no "nouser" in /etc/passwd`,
-		"FROM mini\nCOPY --chmod=abc a.txt /\n":               "--chmod=abc is no mode",
-		"FROM mini\nUSER nobodyx\nRUN true\n":                 `USER nobodyx: there is no "nobodyx" in /etc/passwd`,
-		"FROM mini\nRUN echo why; echo because >&2; exit 7\n": "line 2: RUN echo why; echo because >&2; exit 7: exit code 7\nThe last lines of its output:\nwhy\nbecause",
-		"FROM mini\nRUN [\"/nothere\"]\n":                     "line 2: ",
-		"FROM mini\nEXPOSE 99999\n":                           `"99999" is no port`,
-		"FROM mini\nRUN kill -9 $$\n":                         "it was ended by SIGKILL",
+		"":                                    "file with no instructions",
+		"RUN x\n":                             "no build stage in current context",
+		"FROM mini\nRUM x\n":                  "line 2: unknown instruction: RUM",
+		"FROM mini\n\nCOPY a\n":               "line 3: ",
+		"FROM mini\nONBUILD RUN x\n":          "line 2: ONBUILD is not supported; put the instruction",
+		"FROM mini\nADD http://x/y /\n":       "line 2: ADD of http://x/y is not supported; fetch it by RUN curl",
+		"FROM mini\nRUN --network=host x\n":   "line 2: RUN --network is not supported",
+		"FROM mini\nRUN --mount=type=ssh x\n": "line 2: RUN --mount=type=ssh is not supported; give the key as a secret",
+		"FROM --platform=linux/s390x mini\n":  `line 1: the platform "linux/s390x" cannot be built here`,
+		"ARG X\nFROM $X\n":                    "line 2: FROM $X names nothing",
+		"FROM mini\nCOPY --from=3 a /\n":      "line 2: COPY --from=3 names the stage itself",
+		"FROM nothere\n": "line 1: FROM nothere: there is no template \"nothere\", and this server " +
+			"does not pull images",
+		"FROM host\n":                              "cannot be built on; build on \"base\"",
+		"FROM mini\nCOPY main.g /\n":               `line 2: COPY main.g /: "main.g": file does not exist; / of it has main.go`,
+		"FROM mini\nCOPY lib/*.rs /\n":             `"lib/*.rs": file does not exist; /lib of it has`,
+		"FROM mini\nCOPY --chown=nouser a.txt /\n": `--chown=nouser: there is no "nouser" in /etc/passwd`,
+		"FROM mini\nCOPY --chmod=abc a.txt /\n":    "--chmod=abc is no mode",
+		"FROM mini\nUSER nobodyx\nRUN true\n":      `USER nobodyx: there is no "nobodyx" in /etc/passwd`,
+		"FROM mini\nRUN echo why; echo because >&2; exit 7\n": "line 2: RUN echo why; echo because >&2; exit 7: exit code 7\nThe last " +
+			"lines of its output:\nwhy\nbecause",
+		"FROM mini\nRUN [\"/nothere\"]\n": "line 2: ",
+		"FROM mini\nEXPOSE 99999\n":       `"99999" is no port`,
+		"FROM mini\nRUN kill -9 $$\n":     "it was ended by SIGKILL",
 	} {
-		_, _, err := w.try(t.Context(), BuildRequest{Name: "wrong", Dockerfile: dockerfile}, map[string]string{"main.go": "x", "lib/a.c": "x", "a.txt": "x"})
+		_, _, err := w.try(t.Context(), BuildRequest{Name: "wrong", Dockerfile: dockerfile},
+			map[string]string{"main.go": "x", "lib/a.c": "x", "a.txt": "x"})
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v, want %q", dockerfile, err, want)
 		}
@@ -310,13 +321,16 @@ func TestBuildLimits(t *testing.T) {
 // started anew.
 func TestStart(t *testing.T) {
 	w := newWorkshop(t)
-	dockerfile := "FROM mini\nENV GREETING=hello\nRUN printf 'n=$RANDOM$RANDOM\\nsleep 0.3\\nwhile :; do echo $n > /tmp/value.new; mv /tmp/value.new /tmp/value; sleep 0.1; done\\n' > /serve\nUSER user\n"
-	built, log, err := w.try(t.Context(), BuildRequest{Name: "service", Dockerfile: dockerfile, StartCmd: "bash /serve", ReadyCmd: "test -s /tmp/value"}, nil)
+	dockerfile := "FROM mini\nENV GREETING=hello\nRUN printf 'n=$RANDOM$RANDOM\\nsleep 0.3\\nwhile :; do echo $n > /tmp/value.new; mv " +
+		"/tmp/value.new /tmp/value; sleep 0.1; done\\n' > /serve\nUSER user\n"
+	built, log, err := w.try(t.Context(), BuildRequest{Name: "service", Dockerfile: dockerfile, StartCmd: "bash /serve",
+		ReadyCmd: "test -s /tmp/value"}, nil)
 	if err != nil || built.Started == nil || !strings.Contains(log, "ready after") {
 		t.Fatal(err, log)
 	}
 	w.none()
-	first, second := w.in("service", "", "cat /tmp/value; echo $GREETING; hostname"), w.in("service", "", "cat /tmp/value; echo $GREETING; hostname")
+	first, second := w.in("service", "", "cat /tmp/value; echo $GREETING; hostname"),
+		w.in("service", "", "cat /tmp/value; echo $GREETING; hostname")
 	one, two := strings.Fields(first), strings.Fields(second)
 	if len(one) != 3 || len(two) != 3 || one[0] != two[0] || one[1] != "hello" || one[2] == two[2] {
 		t.Errorf("%q and %q", first, second)
@@ -370,7 +384,8 @@ func TestStart(t *testing.T) {
 // TestImageUser: whom processes run as in an image that says so by a name, a number, or with a group.
 func TestImageUser(t *testing.T) {
 	w := newWorkshop(t)
-	for user, want := range map[string]string{"user": "1000:1000", "1000": "1000:1000", "4321": "4321:0", "4321:77": "4321:77", "user:nogroup": "1000:65534", "root": "0:0"} {
+	for user, want := range map[string]string{"user": "1000:1000", "1000": "1000:1000", "4321": "4321:0", "4321:77": "4321:77",
+		"user:nogroup": "1000:65534", "root": "0:0"} {
 		w.build("user", "FROM mini\nUSER "+user+"\n", nil)
 		if got := w.in("user", "", "echo $(id -u):$(id -g)"); got != want+"\n" {
 			t.Errorf("%s: %q, want %q", user, got, want)
@@ -386,7 +401,8 @@ func TestBuildsAtOnce(t *testing.T) {
 	cached, images := 0, map[string]bool{}
 	for i := range 4 {
 		all.Go(func() {
-			built, err := w.builder.Build(t.Context(), BuildRequest{Name: "same", Dockerfile: fmt.Sprintf("FROM mini\nRUN sleep 1; echo $RANDOM > /r\nRUN echo second > /s\nLABEL n=%d\n", i%2)}, nil)
+			built, err := w.builder.Build(t.Context(), BuildRequest{Name: "same",
+				Dockerfile: fmt.Sprintf("FROM mini\nRUN sleep 1; echo $RANDOM > /r\nRUN echo second > /s\nLABEL n=%d\n", i%2)}, nil)
 			mu.Lock()
 			defer mu.Unlock()
 			if err != nil {

@@ -113,7 +113,8 @@ type oracle struct {
 
 func (o oracle) run(args ...string) string {
 	o.Helper()
-	out, err := exec.Command("buildah", append([]string{"--root", o.root + "/root", "--runroot", o.root + "/run", "--storage-driver", "vfs"}, args...)...).CombinedOutput()
+	out, err := exec.Command("buildah", append([]string{"--root", o.root + "/root", "--runroot", o.root + "/run", "--storage-driver",
+		"vfs"}, args...)...).CombinedOutput()
 	if err != nil {
 		o.Fatalf("buildah %s: %v\n%s", args[0], err, out)
 	}
@@ -138,7 +139,8 @@ func (o oracle) prepare(w *workshop) {
 	}
 	defer r.Close()
 	writeFile(t, filepath.Join(mini, "mini.tar"), r)
-	writeFile(t, filepath.Join(mini, "Dockerfile"), strings.NewReader("FROM scratch\nADD mini.tar /\nENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n"))
+	writeFile(t, filepath.Join(mini, "Dockerfile"),
+		strings.NewReader("FROM scratch\nADD mini.tar /\nENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n"))
 	o.run("bud", "-t", "mini", mini)
 }
 
@@ -176,7 +178,8 @@ func compare(t *testing.T, w *workshop, name, dir string, base, want map[string]
 	}
 	defer files.Close()
 	var log strings.Builder
-	built, err := w.builder.Build(t.Context(), BuildRequest{Name: name, Dockerfile: string(dockerfile), Context: files}, func(l Line) { fmt.Fprintf(&log, "%s: %s\n", l.Step, l.Text) })
+	built, err := w.builder.Build(t.Context(), BuildRequest{Name: name, Dockerfile: string(dockerfile), Context: files},
+		func(l Line) { fmt.Fprintf(&log, "%s: %s\n", l.Step, l.Text) })
 	if err != nil {
 		t.Fatalf("%v\n%s", err, &log)
 	}
@@ -249,7 +252,8 @@ func writeFile(t *testing.T, name string, from io.Reader) {
 
 // foreign is what a builder puts there itself, and no file of the image.
 func foreign(path string) bool {
-	for _, p := range []string{"/proc", "/sys", "/dev", "/etc/hosts", "/etc/resolv.conf", "/etc/hostname", "/run/.containerenv", "/run/secrets", "/.soulbox", "/var/lib/soulbox", "/run/soulbox"} {
+	for _, p := range []string{"/proc", "/sys", "/dev", "/etc/hosts", "/etc/resolv.conf", "/etc/hostname", "/run/.containerenv",
+		"/run/secrets", "/.soulbox", "/var/lib/soulbox", "/run/soulbox"} {
 		if path == p || strings.HasPrefix(path, p+"/") {
 			return true
 		}

@@ -179,7 +179,8 @@ func (p packer) copied(target string, n *erofs.Node) error {
 
 // add writes a file, and all that is in it.
 func (p packer) add(name string, n *erofs.Node) error {
-	h := &tar.Header{Name: strings.TrimPrefix(name, "/"), Mode: int64(n.Mode & 0o7777), Uid: int(n.UID), Gid: int(n.GID), ModTime: n.Time, Linkname: n.Target}
+	h := &tar.Header{Name: strings.TrimPrefix(name, "/"), Mode: int64(n.Mode & 0o7777), Uid: int(n.UID), Gid: int(n.GID), ModTime: n.Time,
+		Linkname: n.Target}
 	switch n.Type() {
 	case unix.S_IFDIR:
 		h.Typeflag, h.Name = tar.TypeDir, h.Name+"/"

@@ -186,7 +186,8 @@ func (p pairs) Keys() []string {
 
 // platformArgs are those that FROM knows without an ARG.
 var platformArgs = map[string]string{
-	"TARGETPLATFORM": "linux/" + runtime.GOARCH, "TARGETOS": "linux", "TARGETARCH": runtime.GOARCH, "BUILDPLATFORM": "linux/" + runtime.GOARCH, "BUILDOS": "linux", "BUILDARCH": runtime.GOARCH,
+	"TARGETPLATFORM": "linux/" + runtime.GOARCH, "TARGETOS": "linux", "TARGETARCH": runtime.GOARCH, "BUILDPLATFORM": "linux/" +
+		runtime.GOARCH, "BUILDOS": "linux", "BUILDARCH": runtime.GOARCH,
 }
 
 func (p *plan) stage(s instructions.Stage, index int) (stage, error) {
@@ -203,14 +204,16 @@ func (p *plan) stage(s instructions.Stage, index int) (stage, error) {
 		return st, err
 	}
 	if st.base == "" {
-		return st, &SyntaxError{Line: st.line, Message: fmt.Sprintf("FROM %s names nothing, as its variable is empty", s.BaseName), Hint: "give the ARG a default before the first FROM"}
+		return st, &SyntaxError{Line: st.line, Message: fmt.Sprintf("FROM %s names nothing, as its variable is empty", s.BaseName),
+			Hint: "give the ARG a default before the first FROM"}
 	}
 	platform, err := expand(s.Platform)
 	if err != nil {
 		return st, err
 	}
 	if platform != "" && platform != "linux/"+runtime.GOARCH {
-		return st, &SyntaxError{Line: st.line, Message: fmt.Sprintf("the platform %q cannot be built here", platform), Hint: "leave --platform out, or use linux/" + runtime.GOARCH}
+		return st, &SyntaxError{Line: st.line, Message: fmt.Sprintf("the platform %q cannot be built here", platform),
+			Hint: "leave --platform out, or use linux/" + runtime.GOARCH}
 	}
 	if st.from = p.find(st.base); st.from >= 0 {
 		st.base = ""
@@ -220,7 +223,8 @@ func (p *plan) stage(s instructions.Stage, index int) (stage, error) {
 			return st, err
 		}
 		if c, ok := cmd.(*instructions.CopyCommand); ok && p.refers(c.From, index) {
-			return st, &SyntaxError{Line: lineOf(c.Location()), Message: fmt.Sprintf("COPY --from=%s names the stage itself, or a later one", c.From), Hint: "name a stage above it"}
+			return st, &SyntaxError{Line: lineOf(c.Location()),
+				Message: fmt.Sprintf("COPY --from=%s names the stage itself, or a later one", c.From), Hint: "name a stage above it"}
 		}
 	}
 	return st, nil
@@ -322,7 +326,8 @@ func supported(cmd instructions.Command) error {
 	case *instructions.RunCommand:
 		for _, flag := range c.FlagsUsed {
 			if flag != "mount" {
-				return refuse("RUN --"+flag+" is not supported", "leave it out: a build has the network that it is given as a whole, and no privileges")
+				return refuse("RUN --"+flag+" is not supported",
+					"leave it out: a build has the network that it is given as a whole, and no privileges")
 			}
 		}
 		// Types are known once variables have values; what has none is known now.
@@ -345,7 +350,8 @@ func supported(cmd instructions.Command) error {
 		}
 	case *instructions.CopyCommand:
 		if len(c.ExcludePatterns) > 0 || c.Parents {
-			return refuse("COPY --exclude and --parents are not supported", "name what is not to be there in .dockerignore, and the directories one by one")
+			return refuse("COPY --exclude and --parents are not supported",
+				"name what is not to be there in .dockerignore, and the directories one by one")
 		}
 	case *instructions.WorkdirCommand:
 		if strings.Contains(path.Clean(c.Path), "\x00") {

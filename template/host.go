@@ -20,9 +20,11 @@ var programs = []string{"usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32"}
 // empty are directories that a machine has, with their modes. The hidden one in /tmp keeps runsc from mounting a tmpfs there,
 // whose content would be memory of the sandbox.
 var empty = map[string]fs.FileMode{
-	"dev": 0o755, "proc": 0o755, "sys": 0o755, "run": 0o755, "run/lock": fs.ModeSticky | 0o777, "tmp": fs.ModeSticky | 0o777, "tmp/.X11-unix": fs.ModeSticky | 0o777, "root": 0o700, "home": 0o755,
-	"home/user": 0o755, "mnt": 0o755, "opt": 0o755, "srv": 0o755, "var": 0o755, "var/tmp": fs.ModeSticky | 0o777, "var/log": 0o755, "var/cache": 0o755,
-	"var/lib": 0o755, "var/lib/soulbox": 0o700, "var/spool": 0o755, "etc": 0o755, ".soulbox": 0o755,
+	"dev": 0o755, "proc": 0o755, "sys": 0o755, "run": 0o755, "run/lock": fs.ModeSticky | 0o777, "tmp": fs.ModeSticky | 0o777,
+	"tmp/.X11-unix": fs.ModeSticky | 0o777, "root": 0o700, "home": 0o755,
+	"home/user": 0o755, "mnt": 0o755, "opt": 0o755, "srv": 0o755, "var": 0o755, "var/tmp": fs.ModeSticky | 0o777, "var/log": 0o755,
+	"var/cache": 0o755,
+	"var/lib":   0o755, "var/lib/soulbox": 0o700, "var/spool": 0o755, "etc": 0o755, ".soulbox": 0o755,
 }
 
 // files are written, not copied. Of the users that packages count on there are those whose numbers are the same on all of Debian's
@@ -39,7 +41,8 @@ var files = map[string]string{
 	"etc/fstab":    "",
 	"home/user/.bashrc": "# ~/.bashrc: for interactive shells\n[ -z \"$PS1\" ] && return\nPS1='\\u@\\h:\\w\\$ '\n" +
 		"alias ls='ls --color=auto'\nalias ll='ls -l'\n",
-	"home/user/.profile": "# ~/.profile: for login shells\n[ -n \"$BASH_VERSION\" ] && [ -f ~/.bashrc ] && . ~/.bashrc\nPATH=\"$HOME/.local/bin:$HOME/bin:$PATH\"\n",
+	"home/user/.profile": "# ~/.profile: for login shells\n[ -n \"$BASH_VERSION\" ] && [ -f ~/.bashrc ] && . " +
+		"~/.bashrc\nPATH=\"$HOME/.local/bin:$HOME/bin:$PATH\"\n",
 }
 
 // host makes the root of the host template once per server. It is content-addressed and never changed: sandboxes of other servers use it.

@@ -22,7 +22,8 @@ func TestHost(t *testing.T) {
 		t.Fatal(host.Name)
 	}
 	for _, m := range host.Mounts {
-		if top := strings.Split(m.Source, "/")[1]; !strings.HasPrefix(top, "usr") && !strings.HasPrefix(top, "bin") && !strings.HasPrefix(top, "sbin") && !strings.HasPrefix(top, "lib") {
+		if top := strings.Split(m.Source, "/")[1]; !strings.HasPrefix(top, "usr") && !strings.HasPrefix(top, "bin") &&
+			!strings.HasPrefix(top, "sbin") && !strings.HasPrefix(top, "lib") {
 			t.Errorf("%s of the host is shown", m.Source)
 		}
 	}
@@ -32,7 +33,8 @@ func TestHost(t *testing.T) {
 		}
 	}
 	// Nothing of the host that not everybody may read, nor anything that names its users, peers or file systems.
-	for _, never := range []string{"etc/gshadow", "etc/sudoers", "etc/sudoers.d", "etc/ssh/ssh_host_rsa_key", "etc/ssl/private", "etc/resolv.conf", "etc/machine-id", "etc/cron.d", "etc/environment", "etc/apt"} {
+	for _, never := range []string{"etc/gshadow", "etc/sudoers", "etc/sudoers.d", "etc/ssh/ssh_host_rsa_key", "etc/ssl/private",
+		"etc/resolv.conf", "etc/machine-id", "etc/cron.d", "etc/environment", "etc/apt"} {
 		if _, err := os.Lstat(filepath.Join(host.Root, never)); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%s is in the template", never)
 		}

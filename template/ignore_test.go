@@ -52,7 +52,8 @@ func TestIgnoreFiles(t *testing.T) {
 		}
 	}
 	bad := map[string]string{"Dockerfile.dockerignore": "[a-\n"}
-	if _, _, err := w.try(t.Context(), BuildRequest{Name: "bad", Dockerfile: "FROM scratch\nCOPY . /\n"}, bad); err == nil || !strings.Contains(err.Error(), "Dockerfile.dockerignore") {
+	if _, _, err := w.try(t.Context(), BuildRequest{Name: "bad", Dockerfile: "FROM scratch\nCOPY . /\n"}, bad); err == nil ||
+		!strings.Contains(err.Error(), "Dockerfile.dockerignore") {
 		t.Errorf("a pattern that is none: %v", err)
 	}
 	if _, err := w.store.Get("", "bad"); !errors.Is(err, sandbox.ErrNoTemplate) {

@@ -92,7 +92,8 @@ func (m *merger) apply(r io.Reader) error {
 
 // notOfLayer says whether a layer could not be read for a cause that is not its own.
 func notOfLayer(err error) bool {
-	for _, class := range []error{sandbox.ErrNoDisk, syscall.ENOSPC, syscall.EDQUOT, syscall.EIO, access.ErrFull, errWindow, context.Canceled,
+	for _, class := range []error{sandbox.ErrNoDisk, syscall.ENOSPC, syscall.EDQUOT, syscall.EIO, access.ErrFull, errWindow,
+		context.Canceled,
 		context.DeadlineExceeded} {
 		if errors.Is(err, class) {
 			return true
@@ -286,7 +287,8 @@ func (l layer) find(name string) (*erofs.Node, error) { return walk(l.root, name
 
 // walk finds a file below root as a kernel would whose root that is. Symbolic links are followed, the last one if follow says so. What is
 // missing is made by missing, or is unix.ENOENT.
-func walk(root *erofs.Node, name string, follow bool, missing func(parent *erofs.Node, base string) (*erofs.Node, error)) (*erofs.Node, error) {
+func walk(root *erofs.Node, name string, follow bool, missing func(parent *erofs.Node, base string) (*erofs.Node, error)) (*erofs.Node,
+	error) {
 	parts, trail, links := splitPath(name), []*erofs.Node{root}, 0
 	for len(parts) > 0 {
 		part, dir := parts[0], trail[len(trail)-1]

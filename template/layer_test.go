@@ -125,8 +125,10 @@ func TestLayers(t *testing.T) {
 		{"whiteout of a directory", []string{base, pack(t, file(".wh.d", ""))}, "/e/x=4 /f=3 /l>d"},
 		{"opaque first", []string{base, pack(t, file("d/.wh..wh..opq", ""), file("d/c", "5"))}, "/d/c=5 /e/x=4 /f=3 /l>d"},
 		{"opaque last", []string{base, pack(t, file("d/c", "5"), file("d/.wh..wh..opq", ""))}, "/d/c=5 /e/x=4 /f=3 /l>d"},
-		{"whiteout after what is new", []string{base, pack(t, file("d/a", "new"), file("d/.wh.a", ""))}, "/d/a=new /d/b=2 /e/x=4 /f=3 /l>d"},
-		{"whiteout of a directory that is made again", []string{base, pack(t, folder("d"), file("d/c", "5"), file(".wh.d", ""))}, "/d/c=5 /e/x=4 /f=3 /l>d"},
+		{"whiteout after what is new", []string{base, pack(t, file("d/a", "new"), file("d/.wh.a", ""))},
+			"/d/a=new /d/b=2 /e/x=4 /f=3 /l>d"},
+		{"whiteout of a directory that is made again", []string{base, pack(t, folder("d"), file("d/c", "5"), file(".wh.d", ""))},
+			"/d/c=5 /e/x=4 /f=3 /l>d"},
 		{"directory by file", []string{base, pack(t, file("d", "file"))}, "/d=file /e/x=4 /f=3 /l>d"},
 		{"file by directory", []string{base, pack(t, folder("f"), file("f/y", "6"))}, "/d/a=1 /d/b=2 /e/x=4 /f/y=6 /l>d"},
 		{"through a link", []string{base, pack(t, file("l/new", "7"))}, "/d/a=1 /d/b=2 /d/new=7 /e/x=4 /f=3 /l>d"},
@@ -143,7 +145,8 @@ func TestLayers(t *testing.T) {
 
 // TestHostileLayers: no name leads out of the image, and what is broken or beyond a bound is an error (THREATS.md, hostile archives).
 func TestHostileLayers(t *testing.T) {
-	contained := pack(t, file("../../up", "1"), file("/abs", "2"), link("out", "/../../etc"), file("out/passwd", "3"), link("a", "b"), hard("h", "../abs"))
+	contained := pack(t, file("../../up", "1"), file("/abs", "2"), link("out", "/../../etc"), file("out/passwd", "3"), link("a", "b"),
+		hard("h", "../abs"))
 	if got, err := merged(t, contained); err != nil || got != "/a>b /abs=2 /etc/passwd=3 /h=2 /out>/../../etc /up=1" {
 		t.Errorf("%q, %v", got, err)
 	}
@@ -171,11 +174,14 @@ func TestHostileLayers(t *testing.T) {
 		}
 	}
 	many := &merger{ctx: t.Context(), root: newRoot(), entries: maxEntries - 1}
-	if err := many.apply(strings.NewReader(pack(t, folder("a"), folder("b")))); !errors.Is(err, ErrLayer) || !strings.Contains(err.Error(), "entries") {
+	if err := many.apply(strings.NewReader(pack(t, folder("a"), folder("b")))); !errors.Is(err, ErrLayer) ||
+		!strings.Contains(err.Error(), "entries") {
 		t.Error(err)
 	}
-	for name, layer := range map[string]string{"implied directories": pack(t, file(strings.Repeat("d/", 100)+"f", "")), "targets": pack(t, link("l", strings.Repeat("t", 3000)))} {
-		if err := (&merger{ctx: t.Context(), root: newRoot(), meta: maxMeta - 3000}).apply(strings.NewReader(layer)); !errors.Is(err, ErrLayer) || !strings.Contains(err.Error(), "too many files") {
+	for name, layer := range map[string]string{"implied directories": pack(t, file(strings.Repeat("d/", 100)+"f", "")),
+		"targets": pack(t, link("l", strings.Repeat("t", 3000)))} {
+		if err := (&merger{ctx: t.Context(), root: newRoot(), meta: maxMeta - 3000}).apply(strings.NewReader(layer)); !errors.Is(err,
+			ErrLayer) || !strings.Contains(err.Error(), "too many files") {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

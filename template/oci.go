@@ -80,7 +80,8 @@ func (j *job) pull(ctx context.Context, reference string, by http.RoundTripper) 
 	if err != nil {
 		return Manifest{}, fmt.Errorf("image %q: it is no name of an image: %w", clip(reference), sandbox.ErrInvalid)
 	}
-	img, err := remote.Image(ref, remote.WithContext(ctx), remote.WithAuthFromKeychain(authn.DefaultKeychain), remote.WithPlatform(platform), remote.WithTransport(by))
+	img, err := remote.Image(ref, remote.WithContext(ctx), remote.WithAuthFromKeychain(authn.DefaultKeychain),
+		remote.WithPlatform(platform), remote.WithTransport(by))
 	if err != nil {
 		return Manifest{}, pullError(ref, err)
 	}
@@ -98,11 +99,13 @@ func pullError(ref name.Reference, err error) error {
 	var lost net.Error
 	switch {
 	case errors.As(err, &refused) && (refused.StatusCode == http.StatusUnauthorized || refused.StatusCode == http.StatusForbidden):
-		return fmt.Errorf("image %s: %s wants other credentials, or has no such image; log in with docker login: %w", ref, ref.Context().RegistryStr(), ErrPull)
+		return fmt.Errorf("image %s: %s wants other credentials, or has no such image; log in with docker login: %w", ref,
+			ref.Context().RegistryStr(), ErrPull)
 	case errors.As(err, &refused) && refused.StatusCode == http.StatusNotFound:
 		return fmt.Errorf("image %s: %s has no such image: %w", ref, ref.Context().RegistryStr(), ErrPull)
 	case errors.Is(err, sandbox.ErrRefused):
-		return fmt.Errorf("image %s: %s is in a private network; the operator names such registries by --templates-registries: %w", ref, ref.Context().RegistryStr(), ErrPull)
+		return fmt.Errorf("image %s: %s is in a private network; the operator names such registries by --templates-registries: %w", ref,
+			ref.Context().RegistryStr(), ErrPull)
 	case errors.As(err, &refused):
 		return fmt.Errorf("image %s: %s answers with status %d: %w", ref, ref.Context().RegistryStr(), refused.StatusCode, ErrPull)
 	case errors.As(err, &lost):
@@ -118,7 +121,8 @@ func (j *job) take(ctx context.Context, img v1.Image) (Manifest, error) {
 		return Manifest{}, err
 	}
 	if config.Architecture != "" && config.Architecture != runtime.GOARCH || config.OS != "" && config.OS != "linux" {
-		return Manifest{}, fmt.Errorf("it is of %s/%s, and this machine is linux/%s: %w", config.OS, config.Architecture, runtime.GOARCH, sandbox.ErrInvalid)
+		return Manifest{}, fmt.Errorf("it is of %s/%s, and this machine is linux/%s: %w", config.OS, config.Architecture, runtime.GOARCH,
+			sandbox.ErrInvalid)
 	}
 	layers, err := img.Layers()
 	if err != nil {
@@ -307,7 +311,8 @@ func (s *Store) oci(m Manifest) (v1.Image, error) {
 	img := mutate.ConfigMediaType(mutate.MediaType(nothing.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
 	var adds []mutate.Addendum
 	for _, l := range m.Layers {
-		adds = append(adds, mutate.Addendum{Layer: fileLayer{s, l}, History: v1.History{CreatedBy: l.CreatedBy}, MediaType: types.MediaType(l.MediaType)})
+		adds = append(adds, mutate.Addendum{Layer: fileLayer{s, l}, History: v1.History{CreatedBy: l.CreatedBy},
+			MediaType: types.MediaType(l.MediaType)})
 	}
 	img, err := mutate.Append(img, adds...)
 	if err != nil {

@@ -53,7 +53,8 @@ func TestRegistry(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got.Image != built.Image || len(got.Layers) != 2 || got.Layers[0].Digest != mini.Layers[0].Digest || got.Config.User != "user" || got.Config.Env[0] != "X=1" {
+	if got.Image != built.Image || len(got.Layers) != 2 || got.Layers[0].Digest != mini.Layers[0].Digest || got.Config.User != "user" ||
+		got.Config.Env[0] != "X=1" {
 		t.Errorf("%+v", got)
 	}
 	if back, err := other.store.Push(t.Context(), got, host+"/back:1"); err != nil || back != pushed {
@@ -106,7 +107,8 @@ func TestPullErrors(t *testing.T) {
 		}
 	}))
 	host := strings.TrimPrefix(server.URL, "http://")
-	m, err := store.Import(t.Context(), Manifest{Name: "x"}, strings.NewReader(tarOf(t, map[string]string{"f": strings.Repeat("random enough ", 9000)})))
+	m, err := store.Import(t.Context(), Manifest{Name: "x"},
+		strings.NewReader(tarOf(t, map[string]string{"f": strings.Repeat("random enough ", 9000)})))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -122,7 +124,8 @@ func TestPullErrors(t *testing.T) {
 		host + "/private/x:1": "wants other credentials",
 		"127.0.0.1:1/x:1":     "cannot be reached",
 	} {
-		if _, err := store.Pull(t.Context(), Manifest{Name: "pulled"}, ref); !errors.Is(err, ErrPull) || !strings.Contains(err.Error(), want) {
+		if _, err := store.Pull(t.Context(), Manifest{Name: "pulled"}, ref); !errors.Is(err, ErrPull) ||
+			!strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", ref, err)
 		}
 	}

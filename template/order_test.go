@@ -15,7 +15,8 @@ import (
 // TestImportOrder: an import that waits for a merge has given back its decoder, for whoever has the merge may wait for one.
 func TestImportOrder(t *testing.T) {
 	s := &Store{Dir: t.TempDir()}
-	s.Accounts = access.NewAccounts(map[access.Resource]access.Bound{access.Merges: {Total: 1, Share: 1}, access.Work: {Total: 1, Share: 1}})
+	s.Accounts = access.NewAccounts(map[access.Resource]access.Bound{access.Merges: {Total: 1, Share: 1},
+		access.Work: {Total: 1, Share: 1}})
 	merge, err := s.Accounts.Take("ann", access.Merges, 1)
 	if err != nil {
 		t.Fatal(err)

@@ -73,7 +73,8 @@ func (e *NoRoomError) Error() string {
 	}
 	text := fmt.Sprintf("no room: %s needed, %d MB free on the disk; free some of it, or delete templates", needed, e.Free>>20)
 	if e.Budget > 0 {
-		text = fmt.Sprintf("no room: %s needed, %d MB free of the %d MB of all templates; delete some, or allow more by --template-budget-mb",
+		text = fmt.Sprintf("no room: %s needed, %d MB free of the %d MB of all templates; delete some, or allow more by "+
+			"--template-budget-mb",
 			needed, e.Free>>20, e.Budget>>20)
 	}
 	if e.Step > 0 {

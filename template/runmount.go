@@ -188,7 +188,10 @@ func (m *mounts) cache(ctx context.Context, want *instructions.Mount, dir, targe
 		}
 		defer r.Close()
 		limit := m.s.sb.Info().Limits.Disk + layerSlack
-		return m.s.Store.write("caches", file, func(f *os.File) error { return compress(f, &atMost{r: m.s.Store.whileRoom(r), left: limit}) })
+		return m.s.Store.write("caches", file, func(f *os.File) error {
+			return compress(f,
+				&atMost{r: m.s.Store.whileRoom(r), left: limit})
+		})
 	})
 	return nil
 }

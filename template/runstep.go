@@ -123,7 +123,8 @@ func (s *stageRun) exec(ctx context.Context, where string, args []string, secret
 		env[k] = v
 	}
 	if n := len(args); n > 2 && args[n-2] == scriptArg {
-		if _, err := s.client.WriteFile(ctx, scriptFile, strings.NewReader(args[n-1]), agent.WriteOptions{User: "root", Perm: 0o755}); err != nil {
+		if _, err := s.client.WriteFile(ctx, scriptFile, strings.NewReader(args[n-1]),
+			agent.WriteOptions{User: "root", Perm: 0o755}); err != nil {
 			return err
 		}
 		args = append(slices.Clone(args[:n-2]), scriptFile)

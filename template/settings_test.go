@@ -84,32 +84,49 @@ const mavenSettings = "<settings>\n<!--\n<password>repopwd</password> is how it 
 
 // TestConffiles: what packages brought to /etc comes along, changed or not; what is nobody's, secret or of this machine does not.
 func TestConffiles(t *testing.T) {
-	status := "Package: chromium\nStatus: install ok installed\nConffiles:\n /etc/chromium.d/default-flags " + md5Of("flags") + "\n /etc/chromium/a name " + md5Of("x") +
+	status := "Package: chromium\nStatus: install ok installed\nConffiles:\n /etc/chromium.d/default-flags " + md5Of("flags") +
+		"\n /etc/chromium/a name " + md5Of("x") +
 		"\nDescription: browser\n /etc/not-a-conffile 0123456789abcdef0123456789abcdef\n\n" +
-		"Package: maven\nStatus: install ok installed\nConffiles:\n /etc/maven/settings.xml " + md5Of(mavenSettings) + "\n /etc/maven/m2.conf " + md5Of("as shipped") + "\n\n" +
+		"Package: maven\nStatus: install ok installed\nConffiles:\n /etc/maven/settings.xml " + md5Of(mavenSettings) +
+		"\n /etc/maven/m2.conf " + md5Of("as shipped") + "\n\n" +
 		"Package: util-linux\nStatus: install ok installed\nConffiles:\n /etc/pam.d/su " + md5Of("auth sufficient pam_rootok.so") + "\n\n" +
-		"Package: man-db\nStatus: hold ok installed\nConffiles:\n /etc/manpath.config " + md5Of("MANDATORY_MANPATH /usr/man") + "\n /etc/cron.daily/man-db " + md5Of("job") + "\n\n" +
-		"Package: nginx\nStatus: install ok installed\nConffiles:\n /etc/nginx/nginx.conf " + md5Of("as shipped") + "\n /etc/nginx/sites-available/default " + md5Of("site") +
-		"\n /etc/nginx/proxy.conf " + md5Of("as shipped") + "\n /etc/nginx/tls.pem " + md5Of("as shipped") + "\n /etc/nginx/closed.conf " + md5Of("closed") + "\n\n" +
-		"Package: openssh\nStatus: install ok installed\nConffiles:\n /etc/ssh/ssh_config " + md5Of("Host *") + "\n /etc/sudoers.d/README " + md5Of("readme") +
+		"Package: man-db\nStatus: hold ok installed\nConffiles:\n /etc/manpath.config " + md5Of("MANDATORY_MANPATH /usr/man") +
+		"\n /etc/cron.daily/man-db " + md5Of("job") + "\n\n" +
+		"Package: nginx\nStatus: install ok installed\nConffiles:\n /etc/nginx/nginx.conf " + md5Of("as shipped") +
+		"\n /etc/nginx/sites-available/default " + md5Of("site") +
+		"\n /etc/nginx/proxy.conf " + md5Of("as shipped") + "\n /etc/nginx/tls.pem " + md5Of("as shipped") + "\n /etc/nginx/closed.conf " +
+		md5Of("closed") + "\n\n" +
+		"Package: openssh\nStatus: install ok installed\nConffiles:\n /etc/ssh/ssh_config " + md5Of("Host *") +
+		"\n /etc/sudoers.d/README " + md5Of("readme") +
 		"\n /etc/NetworkManager/NetworkManager.conf " + md5Of("nm") + "\n /etc/krb5.keytab " + md5Of("kt") + "\n\n" +
 		"Package: gone\nStatus: deinstall ok config-files\nConffiles:\n /etc/gone.conf " + md5Of("gone") + "\n"
 	got, tree := settingsOf(t, map[string]madeFile{
 		"var/lib/dpkg/status": plain(status), "usr/bin/ourapp": plain(""),
 		"etc/chromium.d/default-flags": plain("flags"), "etc/chromium/a name": plain("x"), "etc/not-a-conffile": plain("x"),
-		"etc/maven/settings.xml": plain(mavenSettings), "etc/maven/m2.conf": plain("main is x\npassword = hunter2\n"), "etc/pam.d/su": plain("auth sufficient pam_rootok.so"),
-		"etc/pam.d/common-password": plain("password\t[success=1 default=ignore]\tpam_unix.so\npassword\trequisite\tpam_deny.so\n@include common-password\nx\n"),
-		"etc/manpath.config":        plain("MANDATORY_MANPATH /usr/man"), "etc/cron.daily/man-db": plain("job"),
-		"etc/nginx/nginx.conf": plain("user www-data; # of this machine\n"), "etc/nginx/sites-available/default": plain("site"), "etc/nginx/sites-enabled/default": {0, "../sites-available/default"},
-		"etc/nginx/sites-enabled/customer": {0, "/srv/customer/site"}, "etc/nginx/proxy.conf": plain("proxy_pass http://ann:hunter2@10.0.0.1;\n"),
-		"etc/nginx/tls.pem": plain("-----BEGIN PRIVATE KEY-----\nx\n"), "etc/nginx/closed.conf": {0o640, "closed"}, "etc/nginx/modules-enabled/x.conf": {0, "/usr/share/nginx/x.conf"},
-		"etc/ssh/ssh_config": plain("Host *"), "etc/ssh/ssh_host_rsa_key": plain("x"), "etc/ssh/ssh_known_hosts": plain("x"), "etc/sudoers.d/README": plain("readme"),
-		"etc/NetworkManager/NetworkManager.conf": plain("nm"), "etc/krb5.keytab": plain("kt"), "etc/gone.conf": plain("gone"), "etc/ourapp/config": plain("x"),
-		"etc/machine-id": plain("x"), "etc/ssl/private/x.key": plain("x"), "etc/profile.d/proxy.sh": plain("export https_proxy=http://ann:hunter2@proxy:3128\n"),
-		"etc/profile.d/lang.sh": plain("export LANG=C.UTF-8\n"), "etc/hosts.deny": plain("x"), "etc/passwd": plain("ann:x:1:1::/home/ann:/bin/sh\n"),
+		"etc/maven/settings.xml": plain(mavenSettings), "etc/maven/m2.conf": plain("main is x\npassword = hunter2\n"),
+		"etc/pam.d/su": plain("auth sufficient pam_rootok.so"),
+		"etc/pam.d/common-password": plain("password\t[success=1 " +
+			"default=ignore]\tpam_unix.so\npassword\trequisite\tpam_deny.so\n@include common-password\nx\n"),
+		"etc/manpath.config": plain("MANDATORY_MANPATH /usr/man"), "etc/cron.daily/man-db": plain("job"),
+		"etc/nginx/nginx.conf": plain("user www-data; # of this machine\n"), "etc/nginx/sites-available/default": plain("site"),
+		"etc/nginx/sites-enabled/default":  {0, "../sites-available/default"},
+		"etc/nginx/sites-enabled/customer": {0, "/srv/customer/site"},
+		"etc/nginx/proxy.conf":             plain("proxy_pass http://ann:hunter2@10.0.0.1;\n"),
+		"etc/nginx/tls.pem":                plain("-----BEGIN PRIVATE KEY-----\nx\n"), "etc/nginx/closed.conf": {0o640, "closed"},
+		"etc/nginx/modules-enabled/x.conf": {0, "/usr/share/nginx/x.conf"},
+		"etc/ssh/ssh_config":               plain("Host *"), "etc/ssh/ssh_host_rsa_key": plain("x"), "etc/ssh/ssh_known_hosts": plain("x"),
+		"etc/sudoers.d/README":                   plain("readme"),
+		"etc/NetworkManager/NetworkManager.conf": plain("nm"), "etc/krb5.keytab": plain("kt"), "etc/gone.conf": plain("gone"),
+		"etc/ourapp/config": plain("x"),
+		"etc/machine-id":    plain("x"), "etc/ssl/private/x.key": plain("x"),
+		"etc/profile.d/proxy.sh": plain("export https_proxy=http://ann:hunter2@proxy:3128\n"),
+		"etc/profile.d/lang.sh":  plain("export LANG=C.UTF-8\n"), "etc/hosts.deny": plain("x"),
+		"etc/passwd": plain("ann:x:1:1::/home/ann:/bin/sh\n"),
 	})
-	wantNames(t, got, "chromium.d/default-flags", "chromium/a name", "maven/settings.xml", "pam.d/su", "pam.d/common-password", "manpath.config", "nginx/nginx.conf",
-		"nginx/sites-available/default", "nginx/sites-enabled/default", "nginx/modules-enabled/x.conf", "ssh/ssh_config", "profile.d/lang.sh")
+	wantNames(t, got, "chromium.d/default-flags", "chromium/a name", "maven/settings.xml", "pam.d/su", "pam.d/common-password",
+		"manpath.config", "nginx/nginx.conf",
+		"nginx/sites-available/default", "nginx/sites-enabled/default", "nginx/modules-enabled/x.conf", "ssh/ssh_config",
+		"profile.d/lang.sh")
 	if text := string(tree.entries["etc/passwd"].text); strings.Contains(text, "ann") {
 		t.Errorf("the machine's users are seen: %s", text)
 	}
@@ -118,15 +135,22 @@ func TestConffiles(t *testing.T) {
 // TestSettingsWithoutDpkg: where no package manager of Debian's tells, what has the name of something in /usr comes along.
 func TestSettingsWithoutDpkg(t *testing.T) {
 	files := map[string]madeFile{
-		"usr/bin/chromium": plain(""), "usr/share/maven/x": plain(""), "usr/sbin/nginx": plain(""), "usr/bin/ssh": plain(""), "usr/bin/npm": plain(""), "usr/bin/pip": plain(""),
+		"usr/bin/chromium": plain(""), "usr/share/maven/x": plain(""), "usr/sbin/nginx": plain(""), "usr/bin/ssh": plain(""),
+		"usr/bin/npm": plain(""), "usr/bin/pip": plain(""),
 		"usr/share/doc/networkmanager/x": plain(""), "usr/bin/sudo": plain(""), "usr/bin/wget": plain(""),
-		"etc/chromium/master_preferences": plain("{}"), "etc/maven/m2.conf": plain("main is x\n"), "etc/maven/settings.xml": plain("<password>hunter2</password>"),
-		"etc/nginx/nginx.conf": plain("user http;\n"), "etc/nginx/.htpasswd": plain("ann:x"), "etc/ssh/ssh_config": plain("Host *\n"), "etc/ssh/ssh_host_ed25519_key": plain("x"),
-		"etc/man_db.conf": plain("x"), "etc/pam.d/su": plain("x"), "etc/npmrc": plain("//registry.example.com/:_authToken=hunter2\n"),
-		"etc/pip.conf": plain("[global]\nindex-url = https://ann:hunter2@pypi.example.com/simple\n"), "etc/wgetrc": plain("# passwd = x\ntries = 20\n"),
-		"etc/NetworkManager/system-connections/home": plain("x"), "etc/sudoers.d/x": plain("x"), "etc/ourapp/config": plain("x"), "etc/shadow-": plain("x"), "etc/machine-id": plain("x"),
+		"etc/chromium/master_preferences": plain("{}"), "etc/maven/m2.conf": plain("main is x\n"),
+		"etc/maven/settings.xml": plain("<password>hunter2</password>"),
+		"etc/nginx/nginx.conf":   plain("user http;\n"), "etc/nginx/.htpasswd": plain("ann:x"), "etc/ssh/ssh_config": plain("Host *\n"),
+		"etc/ssh/ssh_host_ed25519_key": plain("x"),
+		"etc/man_db.conf":              plain("x"), "etc/pam.d/su": plain("x"),
+		"etc/npmrc":    plain("//registry.example.com/:_authToken=hunter2\n"),
+		"etc/pip.conf": plain("[global]\nindex-url = https://ann:hunter2@pypi.example.com/simple\n"),
+		"etc/wgetrc":   plain("# passwd = x\ntries = 20\n"),
+		"etc/NetworkManager/system-connections/home": plain("x"), "etc/sudoers.d/x": plain("x"), "etc/ourapp/config": plain("x"),
+		"etc/shadow-": plain("x"), "etc/machine-id": plain("x"),
 	}
-	want := []string{"chromium/master_preferences", "maven/m2.conf", "nginx/nginx.conf", "ssh/ssh_config", "man_db.conf", "pam.d/su", "wgetrc"}
+	want := []string{"chromium/master_preferences", "maven/m2.conf", "nginx/nginx.conf", "ssh/ssh_config", "man_db.conf", "pam.d/su",
+		"wgetrc"}
 	got, _ := settingsOf(t, files)
 	wantNames(t, got, want...)
 	files["var/lib/dpkg/status"] = plain("") // dpkg as a tool on a machine of another's

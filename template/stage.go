@@ -117,7 +117,8 @@ func (s *stageRun) command(ctx context.Context, where string, cmd instructions.C
 	case *instructions.CopyCommand:
 		return s.copy(ctx, where, copying{SourcesAndDest: c.SourcesAndDest, from: c.From, chown: c.Chown, chmod: c.Chmod})
 	case *instructions.AddCommand:
-		return s.copy(ctx, where, copying{SourcesAndDest: c.SourcesAndDest, chown: c.Chown, chmod: c.Chmod, unpack: c.Unpack == nil || *c.Unpack})
+		return s.copy(ctx, where, copying{SourcesAndDest: c.SourcesAndDest, chown: c.Chown, chmod: c.Chmod, unpack: c.Unpack == nil ||
+			*c.Unpack})
 	case *instructions.WorkdirCommand:
 		s.config.WorkingDir = s.absolute(c.Path)
 		owner := ""
@@ -218,7 +219,8 @@ func (s *stageRun) configure(cmd instructions.Command) error {
 	case *instructions.StopSignalCommand:
 		cfg.StopSignal = c.Signal
 	case *instructions.HealthCheckCommand:
-		cfg.Healthcheck = &v1.HealthConfig{Test: c.Health.Test, Interval: c.Health.Interval, Timeout: c.Health.Timeout, StartPeriod: c.Health.StartPeriod, Retries: c.Health.Retries}
+		cfg.Healthcheck = &v1.HealthConfig{Test: c.Health.Test, Interval: c.Health.Interval, Timeout: c.Health.Timeout,
+			StartPeriod: c.Health.StartPeriod, Retries: c.Health.Retries}
 	case *instructions.MaintainerCommand:
 	default:
 		return fmt.Errorf("%s is not supported", strings.ToUpper(cmd.Name()))
@@ -339,7 +341,8 @@ func (s *stageRun) begin(ctx context.Context) error {
 	if end, ok := ctx.Deadline(); ok {
 		times.Life = time.Until(end) + time.Minute
 	}
-	s.sb, err = s.Manager.Create(ctx, sandbox.CreateOptions{Owner: s.req.Owner, Base: base, Transient: true, Limits: s.req.Limits, Times: times, Network: s.req.Network,
+	s.sb, err = s.Manager.Create(ctx, sandbox.CreateOptions{Owner: s.req.Owner, Base: base, Transient: true, Limits: s.req.Limits,
+		Times: times, Network: s.req.Network,
 		Metadata: map[string]string{"build": s.id, "template": s.req.Name}})
 	if err != nil {
 		return err

@@ -73,7 +73,8 @@ const (
 
 // loginVariables are those that the values of others may name, as at root's login.
 var loginVariables = func() (all pairs) {
-	for _, kv := range [][2]string{{"PATH", defaultPath}, {"HOME", "/root"}, {"USER", "root"}, {"LOGNAME", "root"}, {"SHELL", "/bin/bash"}, {lineFeed, "\n"}, {carriageReturn, "\r"}} {
+	for _, kv := range [][2]string{{"PATH", defaultPath}, {"HOME", "/root"}, {"USER", "root"}, {"LOGNAME", "root"}, {"SHELL", "/bin/bash"},
+		{lineFeed, "\n"}, {carriageReturn, "\r"}} {
 		all = append(all, instructions.KeyValuePairOptional{Key: kv[0], Value: &kv[1]})
 	}
 	return all
@@ -195,5 +196,6 @@ func literal(text string) string {
 
 // quoted is the value of a variable, in which others are named by $NAME. Commands are not run.
 func quoted(text string) string {
-	return `"` + strings.NewReplacer(`\`, `\\`, `$(`, `\$(`, `"`, `\"`, "\n", "${"+lineFeed+"}", "\r", "${"+carriageReturn+"}").Replace(text) + `"`
+	return `"` + strings.NewReplacer(`\`, `\\`, `$(`, `\$(`, `"`, `\"`, "\n", "${"+lineFeed+"}", "\r", "${"+carriageReturn+
+		"}").Replace(text) + `"`
 }

@@ -91,7 +91,8 @@ var namePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}(:[a-zA-Z0-9_][a
 func CheckName(name string) (string, error) {
 	plain := strings.TrimSuffix(name, ":latest")
 	if !namePattern.MatchString(plain) || strings.HasPrefix(plain, "sha256:") {
-		return "", fmt.Errorf("template %q: a name is 1 to 63 lower-case letters, digits or . _ - and begins with a letter or digit; a tag may follow a colon: %w", clip(name), sandbox.ErrInvalid)
+		return "", fmt.Errorf("template %q: a name is 1 to 63 lower-case letters, digits or . _ - and begins with a letter or digit; a "+
+			"tag may follow a colon: %w", clip(name), sandbox.ErrInvalid)
 	}
 	if plain == HostName {
 		return "", fmt.Errorf("template %q: the name is that of this machine's own template: %w", name, sandbox.ErrInvalid)
@@ -167,7 +168,8 @@ func (s *Store) Template(ctx context.Context, owner, name string) (sandbox.Templ
 const BaseName = "base"
 
 func (s *Store) template(ctx context.Context, m Manifest, image string) sandbox.Template {
-	t := sandbox.Template{Name: m.Name, ID: m.Image, Image: image, Env: map[string]string{}, User: m.DefaultUser, Cwd: m.Config.WorkingDir, Limits: m.Limits, Protect: m.Protect}
+	t := sandbox.Template{Name: m.Name, ID: m.Image, Image: image, Env: map[string]string{}, User: m.DefaultUser, Cwd: m.Config.WorkingDir,
+		Limits: m.Limits, Protect: m.Protect}
 	for _, kv := range m.Config.Env {
 		k, v, _ := strings.Cut(kv, "=")
 		t.Env[k] = v

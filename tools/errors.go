@@ -30,9 +30,11 @@ var advice = []struct {
 	{agent.ErrTagInUse, "Use another tag, or end that process with process_signal."},
 	{agent.ErrEnded, "Its output is still there: call process_wait."},
 	{sandbox.ErrNotExposed, "Call sandbox_get to see the ports that are."},
-	{agent.ErrNoWatch, "Begin anew with file_watch and a path: watches end with close, and when nobody reads them while others are wanted."},
+	{agent.ErrNoWatch, "Begin anew with file_watch and a path: watches end with close, and when nobody reads them while " +
+		"others are wanted."},
 	{agent.ErrWatches, "End one with file_watch, its cursor and close."},
-	{sandbox.ErrUnfit, "It goes on running, sandbox_get and sandbox_kill work; make a new one with sandbox_create, or start the version that made it."},
+	{sandbox.ErrUnfit, "It goes on running, sandbox_get and sandbox_kill work; make a new one with sandbox_create, or start the version " +
+		"that made it."},
 	{agent.ErrVersion, "Commands and files still work in it; for this, make a new one with sandbox_create."},
 	{agent.ErrNoTerminal, "Start it with tty to give it one."},
 	{agent.ErrNoUser, "Leave user out to run as \"user\", or use \"root\"."},

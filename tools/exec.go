@@ -30,7 +30,10 @@ const (
 
 func (s *Service) execTools() []server.ServerTool {
 	return []server.ServerTool{
-		define(s, "exec", "Run a shell command (bash) in the sandbox and return its output and exit code. After yield_ms it goes on in the background: the result has state \"running\" and a process_id for process_wait, process_write, process_signal. Set background for servers.",
+		define(s, "exec",
+			"Run a shell command (bash) in the sandbox and return its output and exit code. After yield_ms it goes on in the background: "+
+				"the result has state \"running\" and a process_id for process_wait, process_write, process_signal. Set background for "+
+				"servers.",
 			hints{title: "Run a command", destructive: true, long: true}, s.exec),
 	}
 }
@@ -117,10 +120,12 @@ func (in execInput) check() error {
 		return badArgument("The arguments \"rows\" and \"cols\" are of a terminal. Set tty, or leave them out.")
 	}
 	if len(in.Command) > maxCommand {
-		return badArgument("The argument \"command\" has %d bytes, at most %d can be given. Write it to a file with file_write and run that.", len(in.Command), maxCommand)
+		return badArgument("The argument \"command\" has %d bytes, at most %d can be given. Write it to a file with file_write and run "+
+			"that.", len(in.Command), maxCommand)
 	}
 	if len(in.Stdin) > maxStdin {
-		return badArgument("The argument \"stdin\" has %d bytes, at most %d can be given. Write it to a file with file_write and redirect it: command < file.", len(in.Stdin), maxStdin)
+		return badArgument("The argument \"stdin\" has %d bytes, at most %d can be given. Write it to a file with file_write and "+
+			"redirect it: command < file.", len(in.Stdin), maxStdin)
 	}
 	return nil
 }
@@ -163,7 +168,8 @@ func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
 		terminal = &agent.Terminal{Rows: in.Rows, Cols: in.Cols}
 	}
 	snap, err := client.Start(startCtx, agent.StartRequest{
-		Shell: shell, Fork: in.Background, Terminal: terminal, Command: in.Command, Cwd: string(in.Cwd), Env: in.Env, User: in.User, Stdin: []byte(in.Stdin), KeepStdin: in.Background, Tag: in.Tag,
+		Shell: shell, Fork: in.Background, Terminal: terminal, Command: in.Command, Cwd: string(in.Cwd), Env: in.Env, User: in.User,
+		Stdin: []byte(in.Stdin), KeepStdin: in.Background, Tag: in.Tag,
 		TimeoutMS: in.TimeoutMS, Window: w, WaitMS: min(yield, startSlice).Milliseconds(),
 	})
 	if err != nil {
@@ -202,10 +208,12 @@ func bounds(yieldMS *int64, maxOutput *int) (yield time.Duration, chars int, err
 		chars = *maxOutput
 	}
 	if ms < 0 || ms > maxYield {
-		return 0, 0, badArgument("The argument \"yield_ms\" must be from 0 to %d; a command that takes longer goes on, and process_wait waits for it.", maxYield)
+		return 0, 0, badArgument("The argument \"yield_ms\" must be from 0 to %d; a command that takes longer goes on, and process_wait "+
+			"waits for it.", maxYield)
 	}
 	if chars < 100 || chars > maxChars {
-		return 0, 0, badArgument("The argument \"max_output_chars\" must be from 100 to %d; process_wait gives the rest of a longer output.", maxChars)
+		return 0, 0, badArgument(
+			"The argument \"max_output_chars\" must be from 100 to %d; process_wait gives the rest of a longer output.", maxChars)
 	}
 	return time.Duration(ms) * time.Millisecond, chars, nil
 }
@@ -247,7 +255,8 @@ func giveUp(ctx context.Context, client *agent.Client, snap agent.Snapshot, w ag
 }
 
 // show turns a snapshot into a result of at most chars characters of output. What it leaves out can be got from the offset that it names.
-func (s *Service) show(ctx context.Context, client *agent.Client, sandboxID string, snap agent.Snapshot, w agent.Window, chars int, raw bool) (execOutput, error) {
+func (s *Service) show(ctx context.Context, client *agent.Client, sandboxID string, snap agent.Snapshot, w agent.Window, chars int,
+	raw bool) (execOutput, error) {
 	if snap.Process.Terminal != nil && !raw {
 		return showTerminal(sandboxID, snap, w, chars), nil
 	}
@@ -267,7 +276,8 @@ func (s *Service) show(ctx context.Context, client *agent.Client, sandboxID stri
 		}
 	}
 	o := snap.Output
-	right, skipped, later := renderTail(o.Tail, chars-utf8.RuneCountInString(left), o.TailStart > o.HeadEnd, snap.Process.State == agent.StateExited)
+	right, skipped, later := renderTail(o.Tail, chars-utf8.RuneCountInString(left), o.TailStart > o.HeadEnd,
+		snap.Process.State == agent.StateExited)
 	out := describe(sandboxID, snap)
 	if o.HeadEnd >= o.End {
 		out.Output = left
@@ -291,7 +301,8 @@ func (s *Service) show(ctx context.Context, client *agent.Client, sandboxID stri
 	case out.LeftOut == 0:
 		out.Output = left + right
 	default:
-		out.Output = fmt.Sprintf("%s\n[… %s left out; %s …]\n%s", left, plural(out.LeftOut, "byte"), rest(snap.Process.ID, o.HeadEnd), right)
+		out.Output = fmt.Sprintf("%s\n[… %s left out; %s …]\n%s", left, plural(out.LeftOut, "byte"), rest(snap.Process.ID, o.HeadEnd),
+			right)
 	}
 	return out, nil
 }
@@ -308,7 +319,8 @@ func describe(sandboxID string, snap agent.Snapshot) execOutput {
 	p := snap.Process
 	out := execOutput{
 		SandboxID: sandboxID, ProcessID: p.ID, State: p.State, Signal: render([]byte(p.Signal)), Cause: render([]byte(p.Cause)),
-		Dropped: snap.Output.Dropped, NextOffset: snap.Output.End, Children: p.Children, DurationMS: time.Since(p.Started).Milliseconds(), limitHit: p.LimitHit,
+		Dropped: snap.Output.Dropped, NextOffset: snap.Output.End, Children: p.Children, DurationMS: time.Since(p.Started).Milliseconds(),
+		limitHit: p.LimitHit,
 	}
 	if p.State == agent.StateExited {
 		out.ExitCode = &p.ExitCode
@@ -326,7 +338,8 @@ func shellNotices(p agent.Process) []string {
 		notices = append(notices, "the shell is now in "+names.Show(p.ShellCwd))
 	}
 	if p.GoneCwd != "" {
-		notices = append(notices, fmt.Sprintf("the shell's directory %s is gone, the command ran in %s", names.Show(p.GoneCwd), names.Show(p.Cwd)))
+		notices = append(notices, fmt.Sprintf("the shell's directory %s is gone, the command ran in %s", names.Show(p.GoneCwd),
+			names.Show(p.Cwd)))
 	}
 	if p.Forgotten {
 		notices = append(notices, "what it changed of the shell is not remembered: at most 256 KB of variables and functions are")

@@ -30,9 +30,11 @@ func (s *Service) fileTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "file_read", "Read a text file by lines, an image as an image, or any file as base64. Directories: file_list.",
 			hints{title: "Read a file", readOnly: true, idempotent: true, long: true}, s.fileRead),
-		define(s, "file_write", "Create or replace a file (atomically), append to it, or write several files at once. Missing directories are made.",
+		define(s, "file_write",
+			"Create or replace a file (atomically), append to it, or write several files at once. Missing directories are made.",
 			hints{title: "Write a file", destructive: true, idempotent: true}, s.fileWrite),
-		define(s, "file_edit", "Change a text file: replace old_str, which must occur once, by new_str; or insert new_str behind insert_line.",
+		define(s, "file_edit",
+			"Change a text file: replace old_str, which must occur once, by new_str; or insert new_str behind insert_line.",
 			hints{title: "Edit a file", destructive: true}, s.fileEdit),
 		define(s, "file_list", "List a directory as a tree, or describe a file.",
 			hints{title: "List files", readOnly: true, idempotent: true}, s.fileList),
@@ -122,7 +124,9 @@ func (s *Service) fileRead(ctx context.Context, in fileReadInput) (fileReadOutpu
 		return readImage(br, info, kind)
 	}
 	if bytes.IndexByte(start, 0) >= 0 {
-		return fileReadOutput{}, badArgument("The file %s is not text (%s, %d bytes). Read it with encoding base64, or work with it by exec.", in.Path, kind, info.Size)
+		return fileReadOutput{},
+			badArgument("The file %s is not text (%s, %d bytes). Read it with encoding base64, or work with it by exec.", in.Path, kind,
+				info.Size)
 	}
 	return readLines(br, info, in)
 }
@@ -156,7 +160,9 @@ func readImage(r io.Reader, info agent.FileInfo, kind string) (fileReadOutput, e
 		return fileReadOutput{}, err
 	}
 	if len(body) > maxFile {
-		return fileReadOutput{}, badArgument("The image %s is larger than %d bytes. Make it smaller with exec, or read it in parts with encoding base64.", filename(info.Path), maxFile)
+		return fileReadOutput{},
+			badArgument("The image %s is larger than %d bytes. Make it smaller with exec, or read it in parts with encoding base64.",
+				filename(info.Path), maxFile)
 	}
 	image := mcp.NewImageContent(base64.StdEncoding.EncodeToString(body), kind)
 	return fileReadOutput{Path: names.Show(info.Path), Encoding: "image", Size: info.Size, image: &image}, nil
@@ -178,7 +184,8 @@ func readLines(r *bufio.Reader, info agent.FileInfo, in fileReadInput) (fileRead
 		part, n, err := readPart(r, room-b.Len())
 		read += n
 		if read > maxSkip {
-			return out, badArgument("The lines lie beyond the first %d MB of the file, which has %d bytes. Use exec, such as: sed -n '%d,%dp' FILE.", maxSkip>>20, info.Size, first, first+200)
+			return out, badArgument("The lines lie beyond the first %d MB of the file, which has %d bytes. Use exec, such as: sed -n "+
+				"'%d,%dp' FILE.", maxSkip>>20, info.Size, first, first+200)
 		}
 		if err != nil && !errors.Is(err, io.EOF) {
 			return out, err
@@ -248,8 +255,9 @@ type fileInfo struct {
 
 func describeFile(f agent.FileInfo) fileInfo {
 	return fileInfo{
-		Path: names.Show(f.Path), Type: f.Type, Size: f.Size, Mode: f.Mode, Owner: render([]byte(f.Owner)), Modified: f.MTime.UTC().Format(time.RFC3339),
-		Target: names.Show(f.Target),
+		Path: names.Show(f.Path), Type: f.Type, Size: f.Size, Mode: f.Mode, Owner: render([]byte(f.Owner)),
+		Modified: f.MTime.UTC().Format(time.RFC3339),
+		Target:   names.Show(f.Target),
 	}
 }
 
@@ -324,7 +332,9 @@ func (s *Service) fileWrite(ctx context.Context, in fileWriteInput) (fileWriteOu
 			}
 		}
 		if len(bodies[i]) > maxFile {
-			return fileWriteOutput{}, badArgument("The content of %s has %d bytes, at most %d can be written in one call. Write it in parts with mode append.", f.Path, len(bodies[i]), maxFile)
+			return fileWriteOutput{},
+				badArgument("The content of %s has %d bytes, at most %d can be written in one call. Write it in parts with mode append.",
+					f.Path, len(bodies[i]), maxFile)
 		}
 	}
 	_, client, err := s.agent(ctx, in.target, "write a file in")

@@ -30,7 +30,8 @@ func (o fileEditOutput) text() string {
 	if o.CRLF {
 		ends = ", with the file's CRLF line ends"
 	}
-	return fmt.Sprintf("%s[%s, %s%s, first at line %d, now %d bytes]", o.Snippet, o.Path, plural(int64(o.Replaced), "change"), ends, o.Line, o.Size)
+	return fmt.Sprintf("%s[%s, %s%s, first at line %d, now %d bytes]", o.Snippet, o.Path, plural(int64(o.Replaced), "change"), ends, o.Line,
+		o.Size)
 }
 
 func (s *Service) fileEdit(ctx context.Context, in fileEditInput) (fileEditOutput, error) {
@@ -38,9 +39,11 @@ func (s *Service) fileEdit(ctx context.Context, in fileEditInput) (fileEditOutpu
 	if err != nil {
 		return fileEditOutput{}, err
 	}
-	r, err := client.Edit(ctx, agent.EditRequest{Path: string(in.Path), Old: in.OldStr, New: in.NewStr, All: in.ReplaceAll, InsertLine: in.InsertLine})
+	r, err := client.Edit(ctx, agent.EditRequest{Path: string(in.Path), Old: in.OldStr, New: in.NewStr, All: in.ReplaceAll,
+		InsertLine: in.InsertLine})
 	if err != nil {
 		return fileEditOutput{}, err
 	}
-	return fileEditOutput{Path: in.Path.String(), Replaced: r.Replaced, Line: r.Line, Snippet: render([]byte(r.Snippet)), Size: r.Info.Size, CRLF: r.CRLF}, nil
+	return fileEditOutput{Path: in.Path.String(), Replaced: r.Replaced, Line: r.Line, Snippet: render([]byte(r.Snippet)), Size: r.Info.Size,
+		CRLF: r.CRLF}, nil
 }

@@ -42,7 +42,8 @@ type fileURLOutput struct {
 
 func (o fileURLOutput) text() string {
 	if o.operation == "write" {
-		return fmt.Sprintf("POST the file to %s as form field \"file\" or application/octet-stream, until %s.", o.URL, o.Expires.Format(time.RFC3339))
+		return fmt.Sprintf("POST the file to %s as form field \"file\" or application/octet-stream, until %s.", o.URL,
+			o.Expires.Format(time.RFC3339))
 	}
 	return fmt.Sprintf("%s downloads the file until %s.", o.URL, o.Expires.Format(time.RFC3339))
 }
@@ -74,5 +75,6 @@ func (s *Service) fileURL(ctx context.Context, in fileURLInput) (fileURLOutput, 
 		return fileURLOutput{}, err
 	}
 	until := time.Now().Add(life).Truncate(time.Second)
-	return fileURLOutput{SandboxID: sb.ID(), URL: s.FileURL(sb, string(in.Path), in.Operation, until), Expires: until.UTC(), operation: in.Operation}, nil
+	return fileURLOutput{SandboxID: sb.ID(), URL: s.FileURL(sb, string(in.Path), in.Operation, until), Expires: until.UTC(),
+		operation: in.Operation}, nil
 }

@@ -17,7 +17,8 @@ func (s *Service) lifecycleTools() []server.ServerTool {
 			hints{title: "Pause a sandbox", idempotent: true}, s.sandboxPause),
 		define(s, "sandbox_resume", "Resume a paused sandbox where it was, or a failed one from what was saved.",
 			hints{title: "Resume a sandbox", idempotent: true}, s.sandboxResume),
-		define(s, "sandbox_snapshot", "Save a sandbox, memory and processes too, under a name; it goes on. sandbox_create with template NAME begins there.",
+		define(s, "sandbox_snapshot",
+			"Save a sandbox, memory and processes too, under a name; it goes on. sandbox_create with template NAME begins there.",
 			hints{title: "Save a snapshot"}, s.sandboxSnapshot),
 		define(s, "sandbox_fork", "Make copies of a sandbox as it is, memory and processes too; it goes on.",
 			hints{title: "Fork a sandbox"}, s.sandboxFork),
@@ -41,7 +42,8 @@ func (s *Service) own(ctx context.Context, t target) (*sandbox.Sandbox, error) {
 	if sb := own.current.Load(); sb != nil {
 		return sb, nil
 	}
-	return nil, badArgument("The argument \"sandbox_id\" is missing, and this session has no sandbox of its own yet. Call sandbox_list to see those there are.")
+	return nil, badArgument("The argument \"sandbox_id\" is missing, and this session has no sandbox of its own yet. Call sandbox_list " +
+		"to see those there are.")
 }
 
 type sandboxPauseInput struct {
@@ -121,7 +123,8 @@ func (i snapshotInfo) text() string {
 	if i.FilesOnly {
 		what = "files"
 	}
-	return fmt.Sprintf("snapshot %s: %s of sandbox %s at %s, %d MB; sandbox_create with template %s begins there", i.Name, what, i.SandboxID, i.CreatedAt, i.SizeMB, i.Name)
+	return fmt.Sprintf("snapshot %s: %s of sandbox %s at %s, %d MB; sandbox_create with template %s begins there", i.Name, what,
+		i.SandboxID, i.CreatedAt, i.SizeMB, i.Name)
 }
 
 func (s *Service) sandboxSnapshot(ctx context.Context, in sandboxSnapshotInput) (snapshotInfo, error) {
@@ -149,7 +152,9 @@ func (o sandboxForkOutput) text() string {
 	for _, f := range o.Failed {
 		text += "\nnot made: " + f
 	}
-	return text + "\n[each has another boot_id, and a higher number in /run/soulbox/generation; the hooks of " + sandbox.HookDir + " were run in it, and its log tells of those that failed. Random numbers that a program has drawn ahead are the same in all: restart it, or have a hook do it]"
+	return text + "\n[each has another boot_id, and a higher number in /run/soulbox/generation; the hooks of " + sandbox.HookDir +
+		" were run in it, and its log tells of those that failed. Random numbers that a program has drawn ahead are the same in all: " +
+		"restart it, or have a hook do it]"
 }
 
 // sandboxFork fails as a whole only where no copy could be made.

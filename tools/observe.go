@@ -32,7 +32,8 @@ func moment(name, value string) (time.Time, error) {
 	if d, err := time.ParseDuration(strings.TrimPrefix(value, "-")); err == nil {
 		return time.Now().Add(-d), nil
 	}
-	return time.Time{}, badArgument("The argument %q must be a time such as 2026-01-31T12:00:00Z, or how long ago, such as 10m; got %q.", name, shorten(value, 60))
+	return time.Time{}, badArgument("The argument %q must be a time such as 2026-01-31T12:00:00Z, or how long ago, such as 10m; got %q.",
+		name, shorten(value, 60))
 }
 
 type sandboxLogsInput struct {
@@ -87,7 +88,8 @@ func (s *Service) sandboxLogs(ctx context.Context, in sandboxLogsInput) (sandbox
 	}
 	if in.Cursor != "" {
 		if q.After, err = strconv.ParseInt(in.Cursor, 10, 64); err != nil || q.After < 0 {
-			return sandboxLogsOutput{}, badArgument("The argument \"cursor\" is not one that sandbox_logs gave; leave it out for the last entries.")
+			return sandboxLogsOutput{},
+				badArgument("The argument \"cursor\" is not one that sandbox_logs gave; leave it out for the last entries.")
 		}
 	}
 	sb, err := s.own(ctx, in.target)
@@ -101,7 +103,8 @@ func (s *Service) sandboxLogs(ctx context.Context, in sandboxLogsInput) (sandbox
 	}
 	out := sandboxLogsOutput{Lines: []logLine{}, Cursor: strconv.FormatInt(page.Last, 10), More: page.More}
 	for _, e := range page.Entries {
-		out.Lines = append(out.Lines, logLine{e.Time.UTC().Format("2006-01-02T15:04:05.000Z"), string(e.Level), e.Source, render([]byte(e.Message))})
+		out.Lines = append(out.Lines, logLine{e.Time.UTC().Format("2006-01-02T15:04:05.000Z"), string(e.Level), e.Source,
+			render([]byte(e.Message))})
 	}
 	return out, nil
 }
@@ -142,9 +145,11 @@ type sandboxMetricsOutput struct {
 func (o sandboxMetricsOutput) text() string {
 	var b strings.Builder
 	t := o.Totals
-	fmt.Fprintf(&b, "totals: running %.1f s, cpu %.1f s, %.1f GB-seconds, network %d KB in, %d KB out", t.RunningS, t.CPUS, t.GBSeconds, t.NetInKB, t.NetOutKB)
+	fmt.Fprintf(&b, "totals: running %.1f s, cpu %.1f s, %.1f GB-seconds, network %d KB in, %d KB out", t.RunningS, t.CPUS, t.GBSeconds,
+		t.NetInKB, t.NetOutKB)
 	for _, m := range o.Samples {
-		fmt.Fprintf(&b, "\n%s cpu %.1f %%, memory %d MB (%.1f %%), disk %d MB (read %d, written %d), network %d KB in, %d KB out, %d processes",
+		fmt.Fprintf(&b, "\n%s cpu %.1f %%, memory %d MB (%.1f %%), disk %d MB (read %d, written %d), network %d KB in, %d KB out, %d "+
+			"processes",
 			m.Time, m.CPUPct, m.MemoryMB, m.MemoryPct, m.DiskMB, m.DiskReadMB, m.DiskWrittenMB, m.NetInKB, m.NetOutKB, m.Processes)
 	}
 	if len(o.Samples) == 0 {
@@ -180,7 +185,8 @@ func (s *Service) sandboxMetrics(ctx context.Context, in sandboxMetricsInput) (s
 	}
 	t := sb.Info().Totals
 	out := sandboxMetricsOutput{Samples: []metricsSample{}, Totals: metricsTotals{
-		RunningS: round(float64(t.RunMS) / 1000), CPUS: round(float64(t.CPUMS) / 1000), GBSeconds: round(t.GBSeconds), NetInKB: t.NetIn >> 10, NetOutKB: t.NetOut >> 10,
+		RunningS: round(float64(t.RunMS) / 1000), CPUS: round(float64(t.CPUMS) / 1000), GBSeconds: round(t.GBSeconds),
+		NetInKB: t.NetIn >> 10, NetOutKB: t.NetOut >> 10,
 	}}
 	step := (len(samples) + in.Points - 1) / in.Points
 	for i := range samples {
@@ -188,8 +194,10 @@ func (s *Service) sandboxMetrics(ctx context.Context, in sandboxMetricsInput) (s
 			continue
 		}
 		m := samples[i]
-		out.Samples = append(out.Samples, metricsSample{Time: m.Time.UTC().Format(time.RFC3339), CPUPct: round(m.CPU), MemoryMB: m.Memory >> 20, MemoryPct: round(m.MemoryPct),
-			DiskMB: m.DiskUsed >> 20, DiskReadMB: m.DiskRead >> 20, DiskWrittenMB: m.DiskWritten >> 20, NetInKB: m.NetIn >> 10, NetOutKB: m.NetOut >> 10, Processes: m.Processes})
+		out.Samples = append(out.Samples, metricsSample{Time: m.Time.UTC().Format(time.RFC3339), CPUPct: round(m.CPU),
+			MemoryMB: m.Memory >> 20, MemoryPct: round(m.MemoryPct),
+			DiskMB: m.DiskUsed >> 20, DiskReadMB: m.DiskRead >> 20, DiskWrittenMB: m.DiskWritten >> 20, NetInKB: m.NetIn >> 10,
+			NetOutKB: m.NetOut >> 10, Processes: m.Processes})
 	}
 	return out, nil
 }

@@ -14,7 +14,9 @@ import (
 
 func (s *Service) processTools() []server.ServerTool {
 	return []server.ServerTool{
-		define(s, "process_wait", "Wait for a process to end and read its output, also later. Without offset: head and tail of all output. With offset, the next_offset of the last result: what came since.",
+		define(s, "process_wait",
+			"Wait for a process to end and read its output, also later. Without offset: head and tail of all output. With offset, the "+
+				"next_offset of the last result: what came since.",
 			hints{title: "Wait for a process", readOnly: true, idempotent: true, long: true}, s.processWait),
 		define(s, "process_write", "Write to the stdin of a background or tty process, and return what it answers.",
 			hints{title: "Write to a process"}, s.processWrite),
@@ -95,7 +97,8 @@ func (s *Service) processWait(ctx context.Context, in processWaitInput) (execOut
 }
 
 // processScreen waits until a terminal is silent and renders it.
-func (s *Service) processScreen(ctx context.Context, client *agent.Client, sandboxID string, p agent.Process, in processWaitInput, yield time.Duration) (execOutput, error) {
+func (s *Service) processScreen(ctx context.Context, client *agent.Client, sandboxID string, p agent.Process, in processWaitInput,
+	yield time.Duration) (execOutput, error) {
 	if p.Terminal == nil {
 		return execOutput{}, badArgument("Process %s has no terminal, so it has no screen. Start it with tty.", p.ID)
 	}
@@ -287,9 +290,12 @@ type processInfo struct {
 
 func describeProcess(p agent.Process) processInfo {
 	info := processInfo{
-		ProcessID: p.ID, Tag: renderLine(p.Tag), State: render([]byte(p.State)), Command: shorten(strings.ReplaceAll(render([]byte(p.Command)), "\n", "; "), 200), User: render([]byte(p.User)), Cwd: names.Show(p.Cwd),
-		StartedAt: p.Started.UTC().Format(time.RFC3339Nano), Signal: render([]byte(p.Signal)), Cause: render([]byte(p.Cause)), Children: p.Children,
-		CPUMS: p.CPUMS, MemoryMB: (p.Memory + 1<<19) >> 20, Output: p.Output,
+		ProcessID: p.ID, Tag: renderLine(p.Tag), State: render([]byte(p.State)),
+		Command: shorten(strings.ReplaceAll(render([]byte(p.Command)), "\n", "; "), 200), User: render([]byte(p.User)),
+		Cwd:       names.Show(p.Cwd),
+		StartedAt: p.Started.UTC().Format(time.RFC3339Nano), Signal: render([]byte(p.Signal)), Cause: render([]byte(p.Cause)),
+		Children: p.Children,
+		CPUMS:    p.CPUMS, MemoryMB: (p.Memory + 1<<19) >> 20, Output: p.Output,
 	}
 	if p.State == agent.StateExited {
 		info.ExitCode, info.EndedAt = &p.ExitCode, p.Ended.UTC().Format(time.RFC3339Nano)

@@ -21,10 +21,11 @@ type promptArg struct {
 }
 
 var prompts = []prompt{
-	{"set_up_project", "Set up a project", "Set up a project in a sandbox: get it to build and its tests to pass, without touching this machine.", []promptArg{
-		{"project", "what it is: a path of this workspace, or a description", ""},
-		{"goal", "what is to work in the end", "it builds and its tests pass"},
-	}, `Set up this project in a SoulBox sandbox: {project}
+	{"set_up_project", "Set up a project",
+		"Set up a project in a sandbox: get it to build and its tests to pass, without touching this machine.", []promptArg{
+			{"project", "what it is: a path of this workspace, or a description", ""},
+			{"goal", "what is to work in the end", "it builds and its tests pass"},
+		}, `Set up this project in a SoulBox sandbox: {project}
 
 Goal: {goal}.
 
@@ -35,10 +36,12 @@ Goal: {goal}.
 5. When something fails, read the error, change one thing with file_edit, and run it again.
 
 Tell me at the end: the commands that build and test it, what you had to change and why, and what is still open. Leave the sandbox running.`},
-	{"debug_failing_test", "Debug a failing test", "Find out why a test fails in a sandbox of its own, so that nothing that is tried there does harm.", []promptArg{
-		{"command", "the command that fails", ""},
-		{"sandbox_id", "the sandbox that has the project; without it, bring the files into a new one", "a new one: bring in the files that are needed with file_write"},
-	}, `This fails: {command}
+	{"debug_failing_test", "Debug a failing test",
+		"Find out why a test fails in a sandbox of its own, so that nothing that is tried there does harm.", []promptArg{
+			{"command", "the command that fails", ""},
+			{"sandbox_id", "the sandbox that has the project; without it, bring the files into a new one",
+				"a new one: bring in the files that are needed with file_write"},
+		}, `This fails: {command}
 
 Sandbox: {sandbox_id}.
 
@@ -48,10 +51,11 @@ Sandbox: {sandbox_id}.
 4. Fix it with file_edit, in the fewest lines. Run the small case, then the whole command.
 
 Tell me: the cause, how you know, the fix as a diff, and whether the whole command passes. If you could not find it, what you ruled out and how.`},
-	{"review_repository", "Review a repository", "Read and run code that is not trusted, in isolation, and report what it does.", []promptArg{
-		{"subject", "what to review: files of this workspace, or a description", ""},
-		{"question", "what is to be found out", "is it safe to run, what does it do, and what is wrong with it"},
-	}, `Review this in a SoulBox sandbox, which it cannot leave and which has no network: {subject}
+	{"review_repository", "Review a repository", "Read and run code that is not trusted, in isolation, and report what it does.",
+		[]promptArg{
+			{"subject", "what to review: files of this workspace, or a description", ""},
+			{"question", "what is to be found out", "is it safe to run, what does it do, and what is wrong with it"},
+		}, `Review this in a SoulBox sandbox, which it cannot leave and which has no network: {subject}
 
 Question: {question}.
 
@@ -91,10 +95,12 @@ func (p prompt) get(_ context.Context, r mcp.GetPromptRequest) (*mcp.GetPromptRe
 			value = a.fallback
 		}
 		if value == "" || len(value) > maxPromptArg {
-			return nil, &protocolError{fmt.Sprintf("the argument %q of the prompt is missing or longer than %d bytes: %s", a.name, maxPromptArg, a.description)}
+			return nil, &protocolError{fmt.Sprintf("the argument %q of the prompt is missing or longer than %d bytes: %s", a.name,
+				maxPromptArg, a.description)}
 		}
 		replace = append(replace, "{"+a.name+"}", value)
 	}
 	text := strings.NewReplacer(replace...).Replace(p.text)
-	return &mcp.GetPromptResult{Description: p.description, Messages: []mcp.PromptMessage{mcp.NewPromptMessage(mcp.RoleUser, mcp.NewTextContent(text))}}, nil
+	return &mcp.GetPromptResult{Description: p.description,
+		Messages: []mcp.PromptMessage{mcp.NewPromptMessage(mcp.RoleUser, mcp.NewTextContent(text))}}, nil
 }

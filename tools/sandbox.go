@@ -20,7 +20,8 @@ import (
 
 func (s *Service) sandboxTools() []server.ServerTool {
 	return []server.ServerTool{
-		define(s, "sandbox_create", "Make a new sandbox: an isolated Linux machine without a network. Not needed for one: exec makes this session's own.",
+		define(s, "sandbox_create",
+			"Make a new sandbox: an isolated Linux machine without a network. Not needed for one: exec makes this session's own.",
 			hints{title: "Create a sandbox"}, s.sandboxCreate),
 		define(s, "sandbox_list", "List sandboxes, newest first.",
 			hints{title: "List sandboxes", readOnly: true, idempotent: true}, s.sandboxList),
@@ -126,8 +127,10 @@ func (info *sandboxInfo) describeSaved(i sandbox.Info) {
 
 func (s *Service) describe(ctx context.Context, i sandbox.Info) sandboxInfo {
 	info := sandboxInfo{
-		SandboxID: i.ID, State: string(i.State), Cause: i.Cause, Default: s.isDefault(ctx, i.ID), Template: i.Template, Parent: i.Parent, Metadata: i.Metadata,
-		CreatedAt: i.Created.UTC().Format(time.RFC3339), CPU: i.Limits.CPU, MemoryMB: i.Limits.Memory >> 20, DiskMB: i.Limits.Disk >> 20, Pids: i.Limits.Processes,
+		SandboxID: i.ID, State: string(i.State), Cause: i.Cause, Default: s.isDefault(ctx, i.ID), Template: i.Template, Parent: i.Parent,
+		Metadata:  i.Metadata,
+		CreatedAt: i.Created.UTC().Format(time.RFC3339), CPU: i.Limits.CPU, MemoryMB: i.Limits.Memory >> 20, DiskMB: i.Limits.Disk >> 20,
+		Pids: i.Limits.Processes,
 	}
 	if i.Network.On() {
 		info.Network = cmp.Or(strings.Join(i.Network.Allow, ","), i.Network.Mode)
@@ -141,7 +144,8 @@ func (s *Service) describe(ctx context.Context, i sandbox.Info) sandboxInfo {
 	info.describeSaved(i)
 	if !i.State.Ended() {
 		t := i.Times
-		info.OnTimeout, info.IdleMS, info.MaxMS, info.GraceMS = string(t.OnTimeout), t.Idle.Milliseconds(), t.Max.Milliseconds(), t.Grace.Milliseconds()
+		info.OnTimeout, info.IdleMS, info.MaxMS, info.GraceMS = string(t.OnTimeout), t.Idle.Milliseconds(), t.Max.Milliseconds(),
+			t.Grace.Milliseconds()
 	}
 	switch {
 	case i.State.Ended() && i.OnDisk:
@@ -224,7 +228,8 @@ func (s *Service) sandboxCreate(ctx context.Context, in sandboxCreateInput) (san
 		name string
 		ms   int64
 		to   *time.Duration
-	}{{"timeout_ms", in.TimeoutMS, &times.Life}, {"max_lifetime_ms", in.MaxLifetimeMS, &times.Max}, {"idle_timeout_ms", in.IdleMS, &times.Idle}, {"grace_ms", in.GraceMS, &times.Grace}} {
+	}{{"timeout_ms", in.TimeoutMS, &times.Life}, {"max_lifetime_ms", in.MaxLifetimeMS, &times.Max},
+		{"idle_timeout_ms", in.IdleMS, &times.Idle}, {"grace_ms", in.GraceMS, &times.Grace}} {
 		d, err := millis(t.name, &t.ms)
 		if err != nil {
 			return sandboxInfo{}, err
@@ -245,8 +250,10 @@ func (s *Service) sandboxCreate(ctx context.Context, in sandboxCreateInput) (san
 		return sandboxInfo{}, err
 	}
 	sb, err := s.Manager.Create(ctx, sandbox.CreateOptions{
-		Protect: protect, Owner: who.Owner(), Template: in.Template, Metadata: in.Metadata, Env: in.Env, Times: times, Network: parseNetwork(in.Network),
-		Limits: sandbox.Limits{CPU: in.CPU, Memory: in.MemoryMB << 20, Disk: in.DiskMB << 20, Processes: in.Pids, DiskInMemory: in.DiskInMemory},
+		Protect: protect, Owner: who.Owner(), Template: in.Template, Metadata: in.Metadata, Env: in.Env, Times: times,
+		Network: parseNetwork(in.Network),
+		Limits: sandbox.Limits{CPU: in.CPU, Memory: in.MemoryMB << 20, Disk: in.DiskMB << 20, Processes: in.Pids,
+			DiskInMemory: in.DiskInMemory},
 	})
 	if err != nil {
 		return sandboxInfo{}, err
@@ -302,13 +309,15 @@ func (s *Service) sandboxList(ctx context.Context, in sandboxListInput) (sandbox
 		return sandboxListOutput{}, err
 	}
 	s.Manager.AwaitSettled(ctx)
-	list := s.Manager.List(sandbox.Filter{Until: until, Owner: who.Owner(), State: sandbox.State(in.State), Template: in.Template, Metadata: in.Metadata, Since: since})
+	list := s.Manager.List(sandbox.Filter{Until: until, Owner: who.Owner(), State: sandbox.State(in.State), Template: in.Template,
+		Metadata: in.Metadata, Since: since})
 	if in.Cursor != "" {
 		after, err := base64.RawURLEncoding.DecodeString(in.Cursor)
 		at, id, ok := strings.Cut(string(after), " ")
 		created, perr := time.Parse(time.RFC3339Nano, at)
 		if err != nil || !ok || perr != nil {
-			return sandboxListOutput{}, badArgument("The argument \"cursor\" is not one that sandbox_list gave; leave it out to begin anew.")
+			return sandboxListOutput{},
+				badArgument("The argument \"cursor\" is not one that sandbox_list gave; leave it out to begin anew.")
 		}
 		list = slices.DeleteFunc(list, func(i sandbox.Info) bool {
 			return i.Created.After(created) || i.Created.Equal(created) && i.ID <= id
@@ -473,8 +482,11 @@ type sandboxUpdateInput struct {
 }
 
 func (s *Service) sandboxUpdate(ctx context.Context, in sandboxUpdateInput) (sandboxInfo, error) {
-	if in.Metadata == nil && in.ExtendMS == nil && in.TimeoutMS == nil && in.MaxLifetimeMS == nil && in.IdleMS == nil && in.OnTimeout == "" && in.GraceMS == nil && in.AutoResume == nil && in.Protect == nil {
-		return sandboxInfo{}, badArgument("There is nothing to change: give metadata, extend_ms, timeout_ms, max_lifetime_ms, idle_timeout_ms, on_timeout, grace_ms, auto_resume or protect.")
+	if in.Metadata == nil && in.ExtendMS == nil && in.TimeoutMS == nil && in.MaxLifetimeMS == nil && in.IdleMS == nil &&
+		in.OnTimeout == "" && in.GraceMS == nil && in.AutoResume == nil && in.Protect == nil {
+		return sandboxInfo{},
+			badArgument("There is nothing to change: give metadata, extend_ms, timeout_ms, max_lifetime_ms, idle_timeout_ms, on_timeout, " +
+				"grace_ms, auto_resume or protect.")
 	}
 	sb, err := s.sandbox(ctx, in.SandboxID)
 	if err != nil {
@@ -484,7 +496,8 @@ func (s *Service) sandboxUpdate(ctx context.Context, in sandboxUpdateInput) (san
 	for name, to := range map[string]struct {
 		ms *int64
 		d  **time.Duration
-	}{"extend_ms": {in.ExtendMS, &u.Extend}, "timeout_ms": {in.TimeoutMS, &u.Lifetime}, "max_lifetime_ms": {in.MaxLifetimeMS, &u.MaxLifetime},
+	}{"extend_ms": {in.ExtendMS, &u.Extend}, "timeout_ms": {in.TimeoutMS, &u.Lifetime},
+		"max_lifetime_ms": {in.MaxLifetimeMS, &u.MaxLifetime},
 		"idle_timeout_ms": {in.IdleMS, &u.Idle}, "grace_ms": {in.GraceMS, &u.Grace}} {
 		if *to.d, err = millis(name, to.ms); err != nil {
 			return sandboxInfo{}, err
@@ -545,7 +558,8 @@ func (s *Service) sandboxKill(ctx context.Context, in sandboxKillInput) (sandbox
 		return sandboxKillOutput{}, err
 	}
 	if n := running(ctx, sb); n > 0 && !in.Confirm {
-		err := s.confirm(ctx, "kill "+sb.ID(), fmt.Sprintf("In sandbox %s %s still running; their work and its files are lost when it ends.", sb.ID(), are(n, "process")))
+		err := s.confirm(ctx, "kill "+sb.ID(),
+			fmt.Sprintf("In sandbox %s %s still running; their work and its files are lost when it ends.", sb.ID(), are(n, "process")))
 		if err != nil {
 			return sandboxKillOutput{}, err
 		}

@@ -234,7 +234,8 @@ type screenInfo struct {
 func (sc *screen) text(above, chars int) (string, *screenInfo) {
 	e := sc.shown()
 	at := e.CursorPosition()
-	info := &screenInfo{Rows: sc.size.Rows, Cols: sc.size.Cols, CursorRow: at.Y + 1, CursorCol: at.X + 1, Title: render([]byte(sc.title)), Alternate: sc.alt != nil, Above: e.ScrollbackLen()}
+	info := &screenInfo{Rows: sc.size.Rows, Cols: sc.size.Cols, CursorRow: at.Y + 1, CursorCol: at.X + 1, Title: render([]byte(sc.title)),
+		Alternate: sc.alt != nil, Above: e.ScrollbackLen()}
 	if info.Alternate {
 		info.Above = 0 // it has none
 	}

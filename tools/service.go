@@ -103,9 +103,11 @@ func (s *Service) Register(m *server.MCPServer) {
 	if !s.ReadOnly && len(s.Toolsets) == 0 { // they name tools of all sets
 		registerPrompts(m)
 	}
-	for _, noun := range []func() []server.ServerTool{s.execTools, s.processTools, s.fileTools, s.urlTools, s.watchTools, s.portTools, s.sandboxTools, s.lifecycleTools, s.templateTools, s.observeTools} {
+	for _, noun := range []func() []server.ServerTool{s.execTools, s.processTools, s.fileTools, s.urlTools, s.watchTools, s.portTools,
+		s.sandboxTools, s.lifecycleTools, s.templateTools, s.observeTools} {
 		for _, t := range noun() {
-			if (len(s.Toolsets) == 0 || slices.Contains(s.Toolsets, toolset(t.Tool.Name))) && (!s.ReadOnly || *t.Tool.Annotations.ReadOnlyHint) {
+			if (len(s.Toolsets) == 0 || slices.Contains(s.Toolsets, toolset(t.Tool.Name))) &&
+				(!s.ReadOnly || *t.Tool.Annotations.ReadOnlyHint) {
 				m.AddTools(t)
 			}
 		}
@@ -200,10 +202,12 @@ func (s *Service) shell(ctx context.Context, isolated bool) (string, error) {
 }
 
 // errDefaultEnded is told once when the default sandbox of a session has ended; the next call makes a new one.
-var errDefaultEnded = errors.New("this session's sandbox has ended, and its files with it; the next call without sandbox_id makes a new one")
+var errDefaultEnded = errors.New("this session's sandbox has ended, and its files with it; the next call without sandbox_id " +
+	"makes a new one")
 
 // errDefaultGone is told once when a session goes on in a server that does not have its sandbox.
-var errDefaultGone = errors.New("the server was started anew, and this session's sandbox is not there any more; the next call without sandbox_id makes a new one")
+var errDefaultGone = errors.New("the server was started anew, and this session's sandbox is not there any more; the next call without " +
+	"sandbox_id makes a new one")
 
 // sandbox finds the sandbox that a call goes to. Without an id that is the session's own, made at first use.
 func (s *Service) sandbox(ctx context.Context, id string) (*sandbox.Sandbox, error) {
@@ -229,10 +233,12 @@ func (s *Service) sandbox(ctx context.Context, id string) (*sandbox.Sandbox, err
 			return saved, nil
 		}
 		own.current.Store(nil)
-		return nil, errors.Join(errDefaultEnded, &sandbox.StateError{ID: info.ID, Verb: "use", State: info.State, Cause: info.Cause, At: info.Changed})
+		return nil, errors.Join(errDefaultEnded, &sandbox.StateError{ID: info.ID, Verb: "use", State: info.State, Cause: info.Cause,
+			At: info.Changed})
 	}
 	if s.ReadOnly {
-		return nil, badArgument("The argument \"sandbox_id\" is missing: this server only reads, so it makes no sandbox. Call sandbox_list to see those there are.")
+		return nil, badArgument("The argument \"sandbox_id\" is missing: this server only reads, so it makes no sandbox. Call " +
+			"sandbox_list to see those there are.")
 	}
 	sb, err := s.Manager.Create(ctx, sandbox.CreateOptions{Owner: owner})
 	if err != nil {
@@ -279,7 +285,8 @@ func (s *Service) heavy(ctx context.Context, buffers int64) (done func(), err er
 	if err != nil {
 		return nil, err
 	}
-	return s.Manager.Accounts().TakeAll(ctx, heavyTime, c.Owner(), access.Part{Of: access.Work, N: 1}, access.Part{Of: access.Buffers, N: buffers})
+	return s.Manager.Accounts().TakeAll(ctx, heavyTime, c.Owner(), access.Part{Of: access.Work, N: 1},
+		access.Part{Of: access.Buffers, N: buffers})
 }
 
 // target is embedded in every input that may name a sandbox.
@@ -305,7 +312,8 @@ func (s *Service) whyLost(ctx context.Context, id string, lost error) error {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
 	if info := sb.AwaitEnd(ctx); info.State.Ended() {
-		return &sandbox.StateError{ID: info.ID, Verb: "go on in", State: info.State, Cause: info.Cause, At: info.Changed, Saved: info.OnDisk}
+		return &sandbox.StateError{ID: info.ID, Verb: "go on in", State: info.State, Cause: info.Cause, At: info.Changed,
+			Saved: info.OnDisk}
 	}
 	return lost
 }

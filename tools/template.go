@@ -18,7 +18,9 @@ import (
 
 func (s *Service) templateTools() []server.ServerTool {
 	return []server.ServerTool{
-		define(s, "template_build", "Make a template from a Dockerfile and the files that it copies: given here, or a directory of a sandbox. Takes minutes; done steps are cached.",
+		define(s, "template_build",
+			"Make a template from a Dockerfile and the files that it copies: given here, or a directory of a sandbox. Takes minutes; "+
+				"done steps are cached.",
 			hints{title: "Build a template"}, s.templateBuild),
 		define(s, "template_list", "List what sandboxes can begin from: templates, and your snapshots.",
 			hints{title: "List templates and snapshots", readOnly: true, idempotent: true}, s.templateList),
@@ -54,7 +56,8 @@ type templateBuildOutput struct {
 }
 
 func (o templateBuildOutput) text() string {
-	return fmt.Sprintf("Template %s is built: %d steps, %d of them cached, %d MB, %.1f s.\n[sandbox_create with template %s begins from it; its log is template://%s/builds/%s/log]", o.Name, o.Steps, o.Cached,
+	return fmt.Sprintf("Template %s is built: %d steps, %d of them cached, %d MB, %.1f s.\n[sandbox_create with template %s begins from "+
+		"it; its log is template://%s/builds/%s/log]", o.Name, o.Steps, o.Cached,
 		o.SizeMB, float64(o.TookMS)/1000, o.Name, o.Name, o.BuildID)
 }
 
@@ -70,7 +73,8 @@ func (s *Service) templateBuild(ctx context.Context, in templateBuildInput) (_ t
 		return templateBuildOutput{}, badArgument("The argument \"memory_mb\" must be from 0 to %d.", maxNumber)
 	}
 	req := template.BuildRequest{
-		Owner: who.Owner(), Name: in.Name, Dockerfile: in.Dockerfile, Target: in.Stage, Args: in.Args, NoCache: in.NoCache, Network: parseNetwork(in.Network), StartCmd: in.StartCmd, ReadyCmd: in.ReadyCmd,
+		Owner: who.Owner(), Name: in.Name, Dockerfile: in.Dockerfile, Target: in.Stage, Args: in.Args, NoCache: in.NoCache,
+		Network: parseNetwork(in.Network), StartCmd: in.StartCmd, ReadyCmd: in.ReadyCmd,
 		Limits: sandbox.Limits{CPU: in.CPU, Memory: in.MemoryMB << 20},
 	}
 	if in.ContextPath != "" { // before anything of the build is said
@@ -137,7 +141,8 @@ func (s *Service) hostDir(name string) (string, error) {
 			}
 		}
 	}
-	return "", badArgument("The directory %q of the host is not one that builds may read. The operator names those by --build-contexts.", shorten(name, 200))
+	return "", badArgument("The directory %q of the host is not one that builds may read. The operator names those by --build-contexts.",
+		shorten(name, 200))
 }
 
 // contextIn reads a directory of a sandbox, or an archive that is a file there.
@@ -207,7 +212,8 @@ func (s *Service) templateList(ctx context.Context, _ templateListInput) (templa
 			return out, err
 		}
 		for _, m := range all {
-			out.Templates = append(out.Templates, snapshotInfo{Name: m.Name, Kind: "template", CreatedAt: m.Created.UTC().Format(time.RFC3339), SizeMB: m.Size >> 20})
+			out.Templates = append(out.Templates, snapshotInfo{Name: m.Name, Kind: "template",
+				CreatedAt: m.Created.UTC().Format(time.RFC3339), SizeMB: m.Size >> 20})
 		}
 		d, err := s.Store.Disk()
 		if err != nil {
@@ -238,7 +244,8 @@ func (s *Service) templateDelete(ctx context.Context, in templateDeleteInput) (t
 		return templateDeleteOutput{}, err
 	}
 	if in.Name == template.HostName {
-		return templateDeleteOutput{}, badArgument("%q is a template of this server, which stays. template_list shows what can be deleted.", in.Name)
+		return templateDeleteOutput{}, badArgument("%q is a template of this server, which stays. template_list shows what can be deleted.",
+			in.Name)
 	}
 	if s.Store != nil {
 		err := s.Store.Delete(who.Owner(), in.Name)
@@ -250,7 +257,9 @@ func (s *Service) templateDelete(ctx context.Context, in templateDeleteInput) (t
 			return templateDeleteOutput{}, err
 		}
 		if slices.ContainsFunc(all, func(m template.Manifest) bool { return m.Name == in.Name }) {
-			return templateDeleteOutput{}, badArgument("%q is a template of this server's operator, which stays. template_list shows what can be deleted.", shorten(in.Name, 60))
+			return templateDeleteOutput{},
+				badArgument("%q is a template of this server's operator, which stays. template_list shows what can be deleted.",
+					shorten(in.Name, 60))
 		}
 	}
 	return templateDeleteOutput(in), s.Manager.DeleteSnapshot(who.Owner(), in.Name)

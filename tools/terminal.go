@@ -8,15 +8,20 @@ import (
 
 // keyBytes are what keys send (xterm's control sequences, "PC-Style Function Keys").
 var keyBytes = map[string]string{
-	"enter": "\r", "tab": "\t", "shift-tab": "\x1b[Z", "esc": "\x1b", "space": " ", "backspace": "\x7f", "delete": "\x1b[3~", "insert": "\x1b[2~",
-	"up": "\x1b[A", "down": "\x1b[B", "right": "\x1b[C", "left": "\x1b[D", "home": "\x1b[H", "end": "\x1b[F", "page-up": "\x1b[5~", "page-down": "\x1b[6~",
-	"f1": "\x1bOP", "f2": "\x1bOQ", "f3": "\x1bOR", "f4": "\x1bOS", "f5": "\x1b[15~", "f6": "\x1b[17~", "f7": "\x1b[18~", "f8": "\x1b[19~", "f9": "\x1b[20~",
-	"f10": "\x1b[21~", "f11": "\x1b[23~", "f12": "\x1b[24~", "ctrl-space": "\x00", "ctrl-[": "\x1b", "ctrl-\\": "\x1c", "ctrl-]": "\x1d", "ctrl-^": "\x1e", "ctrl-_": "\x1f",
+	"enter": "\r", "tab": "\t", "shift-tab": "\x1b[Z", "esc": "\x1b", "space": " ", "backspace": "\x7f", "delete": "\x1b[3~",
+	"insert": "\x1b[2~",
+	"up":     "\x1b[A", "down": "\x1b[B", "right": "\x1b[C", "left": "\x1b[D", "home": "\x1b[H", "end": "\x1b[F", "page-up": "\x1b[5~",
+	"page-down": "\x1b[6~",
+	"f1":        "\x1bOP", "f2": "\x1bOQ", "f3": "\x1bOR", "f4": "\x1bOS", "f5": "\x1b[15~", "f6": "\x1b[17~", "f7": "\x1b[18~",
+	"f8": "\x1b[19~", "f9": "\x1b[20~",
+	"f10": "\x1b[21~", "f11": "\x1b[23~", "f12": "\x1b[24~", "ctrl-space": "\x00", "ctrl-[": "\x1b", "ctrl-\\": "\x1c", "ctrl-]": "\x1d",
+	"ctrl-^": "\x1e", "ctrl-_": "\x1f",
 	"ctrl-up": "\x1b[1;5A", "ctrl-down": "\x1b[1;5B", "ctrl-right": "\x1b[1;5C", "ctrl-left": "\x1b[1;5D",
 }
 
 // keyNames are other names of keys.
-var keyNames = map[string]string{"return": "enter", "escape": "esc", "pgup": "page-up", "pageup": "page-up", "pgdn": "page-down", "pagedown": "page-down", "del": "delete", "bs": "backspace"}
+var keyNames = map[string]string{"return": "enter", "escape": "esc", "pgup": "page-up", "pageup": "page-up", "pgdn": "page-down",
+	"pagedown": "page-down", "del": "delete", "bs": "backspace"}
 
 // encodeKeys turns names of keys into what they send. appCursor is the mode in which programs want other arrows.
 func encodeKeys(keys []string, appCursor bool) (string, error) {
@@ -41,7 +46,9 @@ func encodeKeys(keys []string, appCursor bool) (string, error) {
 			letters := []rune(strings.TrimSpace(key)) // as it was written: A is not a
 			text = string(letters[len(letters)-1])
 		default:
-			return "", badArgument("There is no key %q. Keys are: enter, tab, shift-tab, esc, backspace, delete, insert, space, up, down, left, right, home, end, page-up, page-down, f1 to f12, ctrl-a to ctrl-z, alt- before another; text goes into \"input\".", shorten(key, 40))
+			return "", badArgument("There is no key %q. Keys are: enter, tab, shift-tab, esc, backspace, delete, insert, space, up, "+
+				"down, left, right, home, end, page-up, page-down, f1 to f12, ctrl-a to ctrl-z, alt- before another; text goes into "+
+				"\"input\".", shorten(key, 40))
 		}
 		if alt {
 			text = "\x1b" + text

@@ -34,7 +34,8 @@ const maxResult = 200_000
 type output interface{ text() string }
 
 // define makes a tool of a method. In and Out are structs whose fields carry their descriptions; a field without omitempty is required.
-func define[In any, Out output](s *Service, name, description string, h hints, do func(context.Context, In) (Out, error)) server.ServerTool {
+func define[In any, Out output](s *Service, name, description string, h hints,
+	do func(context.Context, In) (Out, error)) server.ServerTool {
 	tool := mcp.NewToolWithRawSchema(name, description, schema[In](true))
 	tool.RawOutputSchema = brief(schema[Out](false)) // the list is read by models with every conversation, and is to be short
 	tool.Annotations = mcp.ToolAnnotation{
@@ -164,7 +165,8 @@ func badArgument(format string, args ...any) error {
 }
 
 // aliases are other tools' names of our arguments, which models know.
-var aliases = map[string]string{"cmd": "command", "workdir": "cwd", "file_path": "path", "old_string": "old_str", "new_string": "new_str", "yield_time_ms": "yield_ms"}
+var aliases = map[string]string{"cmd": "command", "workdir": "cwd", "file_path": "path", "old_string": "old_str", "new_string": "new_str",
+	"yield_time_ms": "yield_ms"}
 
 // decode fills a struct from a call's arguments, argument by argument, so that an error names the one that is wrong.
 func decode(raw json.RawMessage, in any) error {
@@ -201,7 +203,8 @@ func decode(raw json.RawMessage, in any) error {
 			return badArgument("The argument %q must be %s; got %s.", name, describeType(f.Type), shorten(string(arg), 60))
 		}
 		if list := f.Tag.Get("enum"); list != "" && !strings.Contains(","+list+",", ","+value.FieldByIndex(f.Index).String()+",") {
-			return badArgument("The argument %q must be one of: %s; got %s.", name, strings.ReplaceAll(list, ",", ", "), shorten(string(arg), 60))
+			return badArgument("The argument %q must be one of: %s; got %s.", name, strings.ReplaceAll(list, ",", ", "),
+				shorten(string(arg), 60))
 		}
 		delete(fields, name)
 		delete(fields, aliases[name])

@@ -25,7 +25,8 @@ import (
 // newServer is the tools on a Fake: commands run on this machine.
 func newServer(t *testing.T) (*server.MCPServer, *sandbox.Manager) {
 	t.Helper()
-	m, err := sandbox.NewManager(sandbox.Options{Dir: t.TempDir(), Runtime: &sandboxtest.Fake{}, Templates: sandboxtest.Templates{}, MemoryBudget: 8 << 30, Times: sandbox.Times{OnTimeout: sandbox.ActionPause}})
+	m, err := sandbox.NewManager(sandbox.Options{Dir: t.TempDir(), Runtime: &sandboxtest.Fake{}, Templates: sandboxtest.Templates{},
+		MemoryBudget: 8 << 30, Times: sandbox.Times{OnTimeout: sandbox.ActionPause}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -143,7 +144,8 @@ func TestWholeNumbers(t *testing.T) {
 				continue
 			}
 			for value, refused := range map[string]bool{"1.0": false, "1e0": false, `"1.0"`: false, "1.5": true} {
-				call := fmt.Sprintf(`{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":%q,"arguments":{%q:%s}}}`, tool.Name, name, value)
+				call := fmt.Sprintf(`{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":%q,"arguments":{%q:%s}}}`, tool.Name,
+					name, value)
 				body, err := json.Marshal(s.HandleMessage(t.Context(), json.RawMessage(call)))
 				if err != nil {
 					t.Fatal(err)
@@ -174,7 +176,8 @@ func conversation(t *testing.T, script string) []byte {
 		}
 		tool, args, _ := strings.Cut(strings.TrimPrefix(line, "> "), " ")
 		fmt.Fprintln(&out, line)
-		if _, err := fmt.Fprintf(inW, `{"jsonrpc":"2.0","id":%d,"method":"tools/call","params":{"name":%q,"arguments":%s}}`+"\n", i, tool, args); err != nil {
+		if _, err := fmt.Fprintf(inW, `{"jsonrpc":"2.0","id":%d,"method":"tools/call","params":{"name":%q,"arguments":%s}}`+"\n", i, tool,
+			args); err != nil {
 			t.Fatal(err)
 		}
 		type reply struct {
@@ -221,7 +224,8 @@ func steady(out []byte) []byte {
 		{`sb[a-z2-7]{20}`, "SANDBOX"},
 		{`/tmp/[^ "'\n\\]*?/sandboxes/SANDBOX`, "HOME"},
 		{`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z`, "TIME"},
-		{`"life_left_ms":\d+`, `"life_left_ms":N`}, {`"saved_age_s":\d+`, `"saved_age_s":N`}, {`leaves [0-9hms.]+ from`, "leaves N from"}, {`ended after [0-9.]+m?s`, "ended after N"}, {`after \d+ ms`, "after N ms"}, {`"duration_ms":\d+`, `"duration_ms":N`},
+		{`"life_left_ms":\d+`, `"life_left_ms":N`}, {`"saved_age_s":\d+`, `"saved_age_s":N`}, {`leaves [0-9hms.]+ from`, "leaves N from"},
+		{`ended after [0-9.]+m?s`, "ended after N"}, {`after \d+ ms`, "after N ms"}, {`"duration_ms":\d+`, `"duration_ms":N`},
 		{`cpu \d+ ms, memory \d+ MB`, "cpu N ms, memory N MB"}, {`"cpu_ms":\d+`, `"cpu_ms":N`}, {`,"memory_mb":\d+,"output`, `,"output`},
 		{`,"listening_ports":\[[^\]]*\]`, ""}, {`usage: .*`, "usage: N"}, {`"usage":\{[^}]*\}`, `"usage":{}`},
 		{fmt.Sprintf(`user %d`, os.Getuid()), "user ME"}, {fmt.Sprintf(`"user":"%d"`, os.Getuid()), `"user":"ME"`},
@@ -288,7 +292,8 @@ func TestToolsets(t *testing.T) {
 func TestPrompts(t *testing.T) {
 	s, _ := newServer(t)
 	get := func(method, params string) string {
-		body, err := json.Marshal(s.HandleMessage(t.Context(), json.RawMessage(`{"jsonrpc":"2.0","id":1,"method":"`+method+`","params":`+params+`}`)))
+		body, err := json.Marshal(s.HandleMessage(t.Context(),
+			json.RawMessage(`{"jsonrpc":"2.0","id":1,"method":"`+method+`","params":`+params+`}`)))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -15,7 +15,8 @@ import (
 
 func (s *Service) watchTools() []server.ServerTool {
 	return []server.ServerTool{
-		define(s, "file_watch", "See what changes in files. Begin with path; then the cursor gives the changes since, or waits for the first.",
+		define(s, "file_watch",
+			"See what changes in files. Begin with path; then the cursor gives the changes since, or waits for the first.",
 			hints{title: "Watch files", readOnly: true, idempotent: true, long: true}, s.fileWatch),
 	}
 }
@@ -87,7 +88,8 @@ func (s *Service) fileWatch(ctx context.Context, in fileWatchInput) (fileWatchOu
 	case (in.Path == "") == (in.Cursor == ""):
 		return fileWatchOutput{}, badArgument("Give either the argument \"path\", to begin, or \"cursor\", to read on.")
 	case in.Cursor != "" && (in.Flat || len(in.Ignore) > 0):
-		return fileWatchOutput{}, badArgument("The arguments \"flat\" and \"ignore\" go with \"path\": they are those of the beginning. Leave them out.")
+		return fileWatchOutput{},
+			badArgument("The arguments \"flat\" and \"ignore\" go with \"path\": they are those of the beginning. Leave them out.")
 	case in.Path != "" && in.Close:
 		return fileWatchOutput{}, badArgument("The argument \"close\" goes with \"cursor\". Leave it out to begin.")
 	case in.Limit < 0 || in.Limit > maxWatchEvents:
@@ -96,7 +98,8 @@ func (s *Service) fileWatch(ctx context.Context, in fileWatchInput) (fileWatchOu
 	if in.Limit == 0 {
 		in.Limit = 200
 	}
-	req := agent.TreeRequest{Path: string(in.Path), Recursive: !in.Flat, Ignore: in.Ignore, Close: in.Close, Limit: in.Limit, WaitMS: yield.Milliseconds()}
+	req := agent.TreeRequest{Path: string(in.Path), Recursive: !in.Flat, Ignore: in.Ignore, Close: in.Close, Limit: in.Limit,
+		WaitMS: yield.Milliseconds()}
 	if in.Cursor != "" {
 		watch, from, ok := strings.Cut(in.Cursor, ".")
 		if req.From, err = strconv.ParseInt(from, 10, 64); err != nil || !ok || req.From < 0 {
@@ -121,7 +124,8 @@ func watchTree(ctx context.Context, client *agent.Client, req agent.TreeRequest)
 	if err != nil {
 		return fileWatchOutput{}, err
 	}
-	out := fileWatchOutput{Cursor: fmt.Sprintf("%s.%d", render([]byte(r.Watch)), r.Next), Events: []watchEvent{}, More: r.More, Lost: r.Lost, Gone: r.Gone}
+	out := fileWatchOutput{Cursor: fmt.Sprintf("%s.%d", render([]byte(r.Watch)), r.Next), Events: []watchEvent{}, More: r.More,
+		Lost: r.Lost, Gone: r.Gone}
 	for _, e := range r.Events {
 		out.Events = append(out.Events, watchEvent{renderLine(e.Op), names.Show(e.Path), names.Show(e.From), e.Dir})
 	}

@@ -40,7 +40,8 @@ const (
 
 // New makes a Client. Nothing is asked yet.
 func New(o Options) (*Client, error) {
-	transport := &http.Transport{Proxy: http.ProxyFromEnvironment, ForceAttemptHTTP2: true, MaxIdleConnsPerHost: 16, IdleConnTimeout: 30 * time.Second, DisableCompression: true,
+	transport := &http.Transport{Proxy: http.ProxyFromEnvironment, ForceAttemptHTTP2: true, MaxIdleConnsPerHost: 16,
+		IdleConnTimeout: 30 * time.Second, DisableCompression: true,
 		HTTP2: &http.HTTP2Config{SendPingTimeout: pingTime, PingTimeout: pingTime}} // a connection that has died in silence is found out
 	dialer := &net.Dialer{Timeout: dialTime}
 	transport.DialContext = dialer.DialContext
@@ -57,7 +58,8 @@ func New(o Options) (*Client, error) {
 	u.Path = strings.TrimSuffix(strings.TrimSuffix(u.Path, "/"), "/mcp")
 	u.RawQuery, u.Fragment = "", ""
 	c := &Client{base: u, o: o}
-	c.plain = &http.Client{Transport: signed{c, transport}, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	c.plain = &http.Client{Transport: signed{c, transport},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	return c, nil
 }
 
@@ -148,7 +150,8 @@ func IsNotFound(err error) bool {
 // Unreachable says whether an error is that of a server which does not answer.
 func Unreachable(err error) bool {
 	var e *Error
-	return err != nil && !errors.As(err, &e) && !errors.Is(err, ErrServerOld) && !errors.Is(err, context.Canceled) && !errors.Is(err, context.DeadlineExceeded)
+	return err != nil && !errors.As(err, &e) && !errors.Is(err, ErrServerOld) && !errors.Is(err, context.Canceled) &&
+		!errors.Is(err, context.DeadlineExceeded)
 }
 
 const maxError = 1 << 20 // bytes of an answer that is an error

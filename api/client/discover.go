@@ -32,7 +32,8 @@ func CheckRuntimeDir(dir string) error {
 	}
 	st, ok := info.Sys().(*syscall.Stat_t)
 	if !ok || !info.IsDir() || int(st.Uid) != os.Geteuid() || info.Mode().Perm()&0o077 != 0 {
-		return fmt.Errorf("the directory %s of servers' sockets is not this user's alone: remove it, or name another by SOULBOX_RUNTIME_DIR", dir)
+		return fmt.Errorf("the directory %s of servers' sockets is not this user's alone: remove it, or name another "+
+			"by SOULBOX_RUNTIME_DIR", dir)
 	}
 	return nil
 }

@@ -48,7 +48,8 @@ func (c *Client) Stat(ctx context.Context, sandbox, path string) (File, error) {
 		return File{}, c.plainError(err)
 	}
 	e := res.Msg.GetEntry()
-	return File{Path: names.Parse(e.GetPath()), Dir: e.GetType() == fs.FileType_FILE_TYPE_DIRECTORY, Size: e.GetSize(), Mode: e.GetMode(), Modified: e.GetModifiedTime().AsTime()}, nil
+	return File{Path: names.Parse(e.GetPath()), Dir: e.GetType() == fs.FileType_FILE_TYPE_DIRECTORY, Size: e.GetSize(), Mode: e.GetMode(),
+		Modified: e.GetModifiedTime().AsTime()}, nil
 }
 
 // Names lists what is in a directory of a sandbox, directories with a slash behind.
@@ -78,7 +79,8 @@ func (c *Client) Download(ctx context.Context, sandbox, path string) (io.ReadClo
 
 // Upload writes a file of a sandbox, and makes the directories above it.
 func (c *Client) Upload(ctx context.Context, sandbox, path string, from io.Reader) error {
-	res, err := c.send(ctx, "POST", "/v1/sandboxes/"+url.PathEscape(sandbox)+"/envd/files", url.Values{"path": {path}}, "application/octet-stream", from)
+	res, err := c.send(ctx, "POST", "/v1/sandboxes/"+url.PathEscape(sandbox)+"/envd/files", url.Values{"path": {path}},
+		"application/octet-stream", from)
 	if err != nil {
 		return err
 	}
@@ -91,7 +93,8 @@ type Event struct {
 	Name string // below the directory
 }
 
-var ops = map[fs.EventType]string{fs.EventType_EVENT_TYPE_CREATE: "create", fs.EventType_EVENT_TYPE_WRITE: "write", fs.EventType_EVENT_TYPE_REMOVE: "remove",
+var ops = map[fs.EventType]string{fs.EventType_EVENT_TYPE_CREATE: "create", fs.EventType_EVENT_TYPE_WRITE: "write",
+	fs.EventType_EVENT_TYPE_REMOVE: "remove",
 	fs.EventType_EVENT_TYPE_RENAME: "rename", fs.EventType_EVENT_TYPE_CHMOD: "chmod"}
 
 // Watch tells what changes in a directory until ctx ends; began is called once it does.
@@ -118,8 +121,10 @@ func (c *Client) Watch(ctx context.Context, sandbox, dir string, recursive bool,
 }
 
 // statuses are the codes of Connect as those of HTTP.
-var statuses = map[connect.Code]int{connect.CodeNotFound: 404, connect.CodeUnimplemented: 404, connect.CodeInvalidArgument: 400, connect.CodeUnauthenticated: 401, connect.CodePermissionDenied: 403,
-	connect.CodeAlreadyExists: 409, connect.CodeFailedPrecondition: 409, connect.CodeResourceExhausted: 429, connect.CodeDeadlineExceeded: 504, connect.CodeInternal: 500, connect.CodeDataLoss: 500}
+var statuses = map[connect.Code]int{connect.CodeNotFound: 404, connect.CodeUnimplemented: 404, connect.CodeInvalidArgument: 400,
+	connect.CodeUnauthenticated: 401, connect.CodePermissionDenied: 403,
+	connect.CodeAlreadyExists: 409, connect.CodeFailedPrecondition: 409, connect.CodeResourceExhausted: 429,
+	connect.CodeDeadlineExceeded: 504, connect.CodeInternal: 500, connect.CodeDataLoss: 500}
 
 // plainError makes what a server has refused an Error. What has not come from the server stays.
 func (c *Client) plainError(err error) error {

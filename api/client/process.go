@@ -176,7 +176,8 @@ func (s *Session) ask(h http.Header) {
 }
 
 // Attach follows a process that there is, from a byte of its output on; one that has ended, too. It goes on without its followers.
-func (c *Client) Attach(ctx context.Context, sandbox string, p Process, from int64, again func(context.Context) (*Client, error)) (*Session, error) {
+func (c *Client) Attach(ctx context.Context, sandbox string, p Process, from int64, again func(context.Context) (*Client, error)) (*Session,
+	error) {
 	s := &Session{sandbox: sandbox, client: c, again: again, reached: from, pty: p.Terminal}
 	s.PID, s.id = p.PID, p.ID
 	return s, s.connect(ctx, c)
@@ -244,7 +245,8 @@ func (s *Session) Follow(ctx context.Context, stdout, stderr io.Writer, reconnec
 	for {
 		exit, err := s.read(ctx, stdout, stderr)
 		var told *Error
-		if err == nil || ctx.Err() != nil || errors.As(err, new(writeError)) || errors.As(err, &told) && told.Status != http.StatusBadGateway {
+		if err == nil || ctx.Err() != nil || errors.As(err, new(writeError)) || errors.As(err, &told) &&
+			told.Status != http.StatusBadGateway {
 			if err != nil && ctx.Err() != nil {
 				err = context.Cause(ctx) // what it has broken off says nothing
 			}
@@ -366,7 +368,8 @@ func (s *Session) back(ctx context.Context, lost error) error {
 			return nil
 		case ctx.Err() != nil:
 			return context.Cause(ctx)
-		case errors.As(err, &told) && told.Status < 500 && told.Status != http.StatusTooManyRequests && told.Status != http.StatusConflict: // it was just paused
+		case errors.As(err, &told) && told.Status < 500 && told.Status != http.StatusTooManyRequests &&
+			told.Status != http.StatusConflict: // it was just paused
 			return err
 		case time.Since(began) > patience:
 			return fmt.Errorf("the connection was lost (%w), and is not back after %s: %w", lost, patience, err)

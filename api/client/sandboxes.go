@@ -82,7 +82,8 @@ func (c *Client) Fork(ctx context.Context, id string, count int, life time.Durat
 		Sandbox *struct{ SandboxID string }
 		Error   *Error
 	}
-	if err := c.call(ctx, "POST", "/sandboxes/"+url.PathEscape(id)+"/fork", nil, map[string]any{"count": count, "timeout": int64(life.Seconds())}, &out); err != nil {
+	if err := c.call(ctx, "POST", "/sandboxes/"+url.PathEscape(id)+"/fork", nil,
+		map[string]any{"count": count, "timeout": int64(life.Seconds())}, &out); err != nil {
 		return nil, err
 	}
 	for _, one := range out {
@@ -162,7 +163,8 @@ func (c *Client) FileURL(ctx context.Context, id, path string, write bool, valid
 		operation = "write"
 	}
 	var out struct{ URL string }
-	err := c.call(ctx, "POST", "/v1/sandboxes/"+url.PathEscape(id)+"/url", nil, map[string]any{"path": names.Text(path), "operation": operation, "seconds": int64(valid.Seconds())}, &out)
+	err := c.call(ctx, "POST", "/v1/sandboxes/"+url.PathEscape(id)+"/url", nil,
+		map[string]any{"path": names.Text(path), "operation": operation, "seconds": int64(valid.Seconds())}, &out)
 	return out.URL, err
 }
 

@@ -53,7 +53,8 @@ func (s *Server) compose(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	all := &oneAfterAnother{ctx: r.Context(), client: p.client, names: sources}
-	info, err := p.client.WriteFile(r.Context(), to, all, agent.WriteOptions{User: body.User, Attrs: map[string]string{}, AttrsBelow: metadataPrefix})
+	info, err := p.client.WriteFile(r.Context(), to, all,
+		agent.WriteOptions{User: body.User, Attrs: map[string]string{}, AttrsBelow: metadataPrefix})
 	all.close()
 	if err != nil {
 		s.wrong(w, r, cmp.Or(all.failed, to), err)

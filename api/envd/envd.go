@@ -92,7 +92,8 @@ func (s *Server) Admits(w http.ResponseWriter, r *http.Request, t Target) bool {
 }
 
 // internal are the paths by which E2B's own servers speak to envd.
-var internal = map[string]bool{"/init": true, "/freeze": true, "/unfreeze": true, "/collapse": true, "/fsfreeze": true, "/fsthaw": true, "/upgrade": true}
+var internal = map[string]bool{"/init": true, "/freeze": true, "/unfreeze": true, "/collapse": true, "/fsfreeze": true, "/fsthaw": true,
+	"/upgrade": true}
 
 // Serve answers a request that is admitted. Where the sandbox ends meanwhile, the connection is broken off: a client must not take it for
 // the end of what it asked for.
@@ -106,7 +107,8 @@ func (s *Server) Serve(w http.ResponseWriter, r *http.Request, t Target) {
 		return
 	}
 	if client.Level() < level {
-		fail(w, http.StatusNotImplemented, "the sandbox was made by an older version of SoulBox, which does not know this; it can be used by MCP, or made anew")
+		fail(w, http.StatusNotImplemented,
+			"the sandbox was made by an older version of SoulBox, which does not know this; it can be used by MCP, or made anew")
 		return
 	}
 	ctx, cancel := t.Sandbox.Bind(r.Context())
@@ -170,7 +172,8 @@ type counted struct {
 	n, held int64
 }
 
-var errBodies = connect.NewError(connect.CodeResourceExhausted, errors.New("too much is being sent to this server at once; try again in a moment"))
+var errBodies = connect.NewError(connect.CodeResourceExhausted,
+	errors.New("too much is being sent to this server at once; try again in a moment"))
 
 // Read implements io.Reader.
 func (c *counted) Read(p []byte) (int, error) {
@@ -272,12 +275,15 @@ func (t Target) hasToken(r *http.Request) bool {
 func allowAll(w http.ResponseWriter, r *http.Request) (answered bool) {
 	h := w.Header()
 	h.Set("Access-Control-Allow-Origin", "*")
-	h.Set("Access-Control-Expose-Headers", "Location, Cache-Control, X-Content-Type-Options, Grpc-Status, Grpc-Message, Grpc-Status-Details-Bin")
+	h.Set("Access-Control-Expose-Headers",
+		"Location, Cache-Control, X-Content-Type-Options, Grpc-Status, Grpc-Message, Grpc-Status-Details-Bin")
 	if r.Method != http.MethodOptions {
 		return false
 	}
 	h.Set("Access-Control-Allow-Methods", "HEAD, GET, POST, PUT, PATCH, DELETE")
-	h.Set("Access-Control-Allow-Headers", "*, Authorization, Content-Type, Connect-Protocol-Version, Connect-Timeout-Ms, Keepalive-Ping-Interval, X-Access-Token, E2b-Sandbox-Id, E2b-Sandbox-Port, X-Requested-With")
+	h.Set("Access-Control-Allow-Headers",
+		"*, Authorization, Content-Type, Connect-Protocol-Version, Connect-Timeout-Ms, Keepalive-Ping-Interval, X-Access-Token, "+
+			"E2b-Sandbox-Id, E2b-Sandbox-Port, X-Requested-With")
 	h.Set("Access-Control-Max-Age", "7200")
 	w.WriteHeader(http.StatusNoContent)
 	return true
@@ -317,7 +323,8 @@ func (s *Server) metrics(w http.ResponseWriter, r *http.Request) {
 	limits := p.Sandbox.Info().Limits
 	cpu /= max(limits.CPU, 1) // of all that it may use
 	answer(w, map[string]any{
-		"ts": time.Now().Unix(), "cpu_count": max(1, int(limits.CPU+0.5)), "cpu_used_pct": cpu, "mem_total": limits.Memory, "mem_used": used, "mem_cache": 0,
+		"ts": time.Now().Unix(), "cpu_count": max(1, int(limits.CPU+0.5)), "cpu_used_pct": cpu, "mem_total": limits.Memory,
+		"mem_used": used, "mem_cache": 0,
 		"mem_total_mib": limits.Memory >> 20, "mem_used_mib": used >> 20, "disk_used": inside.DiskUsed, "disk_total": limits.Disk,
 	})
 }

@@ -92,7 +92,8 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 }
 
 // refusals are what Connect calls the statuses of plain HTTP.
-var refusals = map[int]connect.Code{400: connect.CodeInvalidArgument, 401: connect.CodeUnauthenticated, 403: connect.CodePermissionDenied, 404: connect.CodeNotFound, 409: connect.CodeFailedPrecondition,
+var refusals = map[int]connect.Code{400: connect.CodeInvalidArgument, 401: connect.CodeUnauthenticated, 403: connect.CodePermissionDenied,
+	404: connect.CodeNotFound, 409: connect.CodeFailedPrecondition,
 	429: connect.CodeResourceExhausted, 501: connect.CodeUnimplemented, 503: connect.CodeUnavailable, 504: connect.CodeDeadlineExceeded}
 
 // Refuse answers a call of Connect's with a refusal in its form, by the status that it would have elsewhere; it says whether it was one.
@@ -101,7 +102,8 @@ func Refuse(w http.ResponseWriter, r *http.Request, status int, message string) 
 	if !told.IsSupported(r) {
 		return false
 	}
-	_ = told.Write(w, r, connect.NewError(cmp.Or(refusals[status], connect.CodeInternal), errors.New(message))) // a client that is gone misses nothing
+	_ = told.Write(w, r, connect.NewError(cmp.Or(refusals[status], connect.CodeInternal),
+		errors.New(message))) // a client that is gone misses nothing
 	return true
 }
 

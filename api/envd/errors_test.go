@@ -18,10 +18,13 @@ import (
 // have.
 func TestCodes(t *testing.T) {
 	for err, want := range map[error]connect.Code{
-		fs.ErrNotExist: connect.CodeNotFound, agent.ErrNoProcess: connect.CodeNotFound, agent.ErrNoUser: connect.CodeUnauthenticated, agent.ErrInvalid: connect.CodeInvalidArgument,
-		syscall.ENOTDIR: connect.CodeInvalidArgument, syscall.ENOSPC: connect.CodeResourceExhausted, agent.ErrWatches: connect.CodeResourceExhausted, agent.ErrLimit: connect.CodeResourceExhausted,
+		fs.ErrNotExist: connect.CodeNotFound, agent.ErrNoProcess: connect.CodeNotFound, agent.ErrNoUser: connect.CodeUnauthenticated,
+		agent.ErrInvalid: connect.CodeInvalidArgument,
+		syscall.ENOTDIR:  connect.CodeInvalidArgument, syscall.ENOSPC: connect.CodeResourceExhausted,
+		agent.ErrWatches: connect.CodeResourceExhausted, agent.ErrLimit: connect.CodeResourceExhausted,
 		&sandbox.StateError{}: connect.CodeUnavailable, sandbox.ErrClosed: connect.CodeUnavailable, agent.ErrLost: connect.CodeUnavailable,
-		context.DeadlineExceeded: connect.CodeDeadlineExceeded, syscall.EACCES: connect.CodePermissionDenied, fs.ErrExist: connect.CodeAlreadyExists, errors.New("else"): connect.CodeInternal,
+		context.DeadlineExceeded: connect.CodeDeadlineExceeded, syscall.EACCES: connect.CodePermissionDenied,
+		fs.ErrExist: connect.CodeAlreadyExists, errors.New("else"): connect.CodeInternal,
 		connect.NewError(connect.CodeDataLoss, fs.ErrNotExist): connect.CodeDataLoss,
 	} {
 		if got := connect.CodeOf(rpcError(fmt.Errorf("in vain: %w", err))); got != want {
@@ -36,8 +39,10 @@ func TestCodes(t *testing.T) {
 // TestEncoding: who wants gzip alone gets it, and who takes nothing that there is is told (RFC 9110, 12.5.3).
 func TestEncoding(t *testing.T) {
 	for accept, want := range map[string][2]bool{
-		"": {false, true}, "gzip": {true, true}, "gzip, deflate, br": {false, true}, "identity": {false, true}, "*": {false, true}, "gzip;q=1, identity;q=0.5": {true, true},
-		"identity;q=0, gzip": {true, true}, "br, identity;q=0": {false, false}, "*;q=0": {false, false}, "gzip;q=0": {false, true}, "br;q=x, ;;;": {false, true},
+		"": {false, true}, "gzip": {true, true}, "gzip, deflate, br": {false, true}, "identity": {false, true}, "*": {false, true},
+		"gzip;q=1, identity;q=0.5": {true, true},
+		"identity;q=0, gzip":       {true, true}, "br, identity;q=0": {false, false}, "*;q=0": {false, false}, "gzip;q=0": {false, true},
+		"br;q=x, ;;;": {false, true},
 	} {
 		var values []string
 		if accept != "" {

@@ -85,7 +85,8 @@ func (p *place) told(name string) string {
 
 // entry is a file as clients see it.
 func (p *place) entry(f agent.FileInfo) *pb.EntryInfo {
-	e := &pb.EntryInfo{Name: p.told(path.Base(f.Path)), Type: typeOf(f.Type), Path: p.told(f.Path), Size: f.Size, Mode: modeOf(f.Mode), Owner: f.Owner, Group: f.Group, ModifiedTime: timestamppb.New(f.MTime)}
+	e := &pb.EntryInfo{Name: p.told(path.Base(f.Path)), Type: typeOf(f.Type), Path: p.told(f.Path), Size: f.Size, Mode: modeOf(f.Mode),
+		Owner: f.Owner, Group: f.Group, ModifiedTime: timestamppb.New(f.MTime)}
 	if f.Link != nil {
 		e.Permissions = f.Link.Permissions
 		if f.Type == agent.TypeSymlink {
@@ -233,7 +234,9 @@ func (f files) ListDir(ctx context.Context, req *connect.Request[pb.ListDirReque
 			return connect.NewResponse(out), nil
 		}
 		if len(out.Entries) >= maxListed || size > maxListing {
-			return nil, errorf(connect.CodeResourceExhausted, "there are more files than one answer can have (%d, with names of %d MB): list directories below it, or less deep", maxListed, maxListing>>20)
+			return nil, errorf(connect.CodeResourceExhausted,
+				"there are more files than one answer can have (%d, with names of %d MB): list directories below it, or less deep",
+				maxListed, maxListing>>20)
 		}
 		if len(part.Entries) == 0 {
 			return nil, errorf(connect.CodeInternal, "the sandbox has broken off its listing")

@@ -76,7 +76,8 @@ func (p *place) startRequest(ctx context.Context, req *connect.Request[pb.StartR
 	if err != nil {
 		return agent.StartRequest{}, err
 	}
-	start := agent.StartRequest{Hold: true, Args: append([]string{config.GetCmd()}, config.GetArgs()...), Env: config.GetEnvs(), User: who, Tag: req.Msg.GetTag(),
+	start := agent.StartRequest{Hold: true, Args: append([]string{config.GetCmd()}, config.GetArgs()...), Env: config.GetEnvs(), User: who,
+		Tag:       req.Msg.GetTag(),
 		KeepStdin: req.Msg.Stdin == nil || req.Msg.GetStdin()}
 	for i, arg := range start.Args {
 		start.Args[i] = p.given(arg)
@@ -116,7 +117,8 @@ func startError(err error, config *pb.ProcessConfig, who string) error {
 
 // Connect implements processconnect.ProcessHandler: what comes from now on, or from an offset, where also one that has ended long ago is
 // told of.
-func (s processes) Connect(ctx context.Context, req *connect.Request[pb.ConnectRequest], stream *connect.ServerStream[pb.ConnectResponse]) error {
+func (s processes) Connect(ctx context.Context, req *connect.Request[pb.ConnectRequest],
+	stream *connect.ServerStream[pb.ConnectResponse]) error {
 	p := placeOf(ctx)
 	kept, from, late := endedKept, int64(-1), true
 	if text := req.Header().Get(client.FromHeader); text != "" {
@@ -366,13 +368,15 @@ func (processes) Update(ctx context.Context, req *connect.Request[pb.UpdateReque
 		return nil, err
 	}
 	if size := req.Msg.GetPty().GetSize(); size != nil {
-		_, err = p.client.Resize(ctx, agent.ResizeRequest{Process: process.ID, Terminal: agent.Terminal{Rows: int(min(size.GetRows(), 1<<15)), Cols: int(min(size.GetCols(), 1<<15))}})
+		_, err = p.client.Resize(ctx, agent.ResizeRequest{Process: process.ID,
+			Terminal: agent.Terminal{Rows: int(min(size.GetRows(), 1<<15)), Cols: int(min(size.GetCols(), 1<<15))}})
 	}
 	return connect.NewResponse(&pb.UpdateResponse{}), err
 }
 
 // SendInput implements processconnect.ProcessHandler.
-func (processes) SendInput(ctx context.Context, req *connect.Request[pb.SendInputRequest]) (*connect.Response[pb.SendInputResponse], error) {
+func (processes) SendInput(ctx context.Context, req *connect.Request[pb.SendInputRequest]) (*connect.Response[pb.SendInputResponse],
+	error) {
 	p := placeOf(ctx)
 	process, err := p.find(ctx, req.Msg.GetProcess(), 0)
 	if err != nil {
@@ -399,7 +403,8 @@ func (p *place) write(ctx context.Context, process agent.Process, input *pb.Proc
 }
 
 // StreamInput implements processconnect.ProcessHandler.
-func (processes) StreamInput(ctx context.Context, stream *connect.ClientStream[pb.StreamInputRequest]) (*connect.Response[pb.StreamInputResponse], error) {
+func (processes) StreamInput(ctx context.Context,
+	stream *connect.ClientStream[pb.StreamInputRequest]) (*connect.Response[pb.StreamInputResponse], error) {
 	p := placeOf(ctx)
 	var process agent.Process
 	for stream.Receive() {
@@ -423,7 +428,8 @@ func (processes) StreamInput(ctx context.Context, stream *connect.ClientStream[p
 
 // SendSignal implements processconnect.ProcessHandler. SIGKILL ends all that the process has started. E2B names two signals, by their
 // numbers; here every signal has its own.
-func (processes) SendSignal(ctx context.Context, req *connect.Request[pb.SendSignalRequest]) (*connect.Response[pb.SendSignalResponse], error) {
+func (processes) SendSignal(ctx context.Context, req *connect.Request[pb.SendSignalRequest]) (*connect.Response[pb.SendSignalResponse],
+	error) {
 	p := placeOf(ctx)
 	process, err := p.find(ctx, req.Msg.GetProcess(), 0)
 	if err != nil {
@@ -442,7 +448,8 @@ func (processes) SendSignal(ctx context.Context, req *connect.Request[pb.SendSig
 }
 
 // CloseStdin implements processconnect.ProcessHandler.
-func (processes) CloseStdin(ctx context.Context, req *connect.Request[pb.CloseStdinRequest]) (*connect.Response[pb.CloseStdinResponse], error) {
+func (processes) CloseStdin(ctx context.Context, req *connect.Request[pb.CloseStdinRequest]) (*connect.Response[pb.CloseStdinResponse],
+	error) {
 	p := placeOf(ctx)
 	process, err := p.find(ctx, req.Msg.GetProcess(), 0)
 	if err != nil {

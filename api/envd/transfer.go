@@ -305,7 +305,8 @@ func (s *source) Read(p []byte) (int, error) {
 }
 
 // parts writes each file of a form, as it comes.
-func (s *Server) parts(w http.ResponseWriter, r *http.Request, p *place, form *multipart.Reader, file, who string, put func(string, io.Reader) bool) bool {
+func (s *Server) parts(w http.ResponseWriter, r *http.Request, p *place, form *multipart.Reader, file, who string,
+	put func(string, io.Reader) bool) bool {
 	for n := 0; ; {
 		part, err := form.NextPart()
 		if err == io.EOF {

@@ -68,7 +68,8 @@ func (w *watcher) read(ctx context.Context, p *place, wait time.Duration) ([]*pb
 		return nil, false, err
 	}
 	if r.Lost {
-		return nil, false, errorf(connect.CodeResourceExhausted, "more has changed below %s than is kept: look at it anew, and watch again", w.dir)
+		return nil, false, errorf(connect.CodeResourceExhausted, "more has changed below %s than is kept: look at it anew, and watch again",
+			w.dir)
 	}
 	var events []*pb.FilesystemEvent
 	for _, e := range r.Events {
@@ -119,7 +120,8 @@ func (w *watcher) tell(ctx context.Context, p *place, e agent.TreeEvent) []*pb.F
 }
 
 // WatchDir implements filesystemconnect.FilesystemHandler.
-func (files) WatchDir(ctx context.Context, req *connect.Request[pb.WatchDirRequest], stream *connect.ServerStream[pb.WatchDirResponse]) error {
+func (files) WatchDir(ctx context.Context, req *connect.Request[pb.WatchDirRequest],
+	stream *connect.ServerStream[pb.WatchDirResponse]) error {
 	p, w, err := begin(ctx, req, req.Msg)
 	if err != nil {
 		return err
@@ -143,7 +145,8 @@ func (files) WatchDir(ctx context.Context, req *connect.Request[pb.WatchDirReque
 		}
 		if time.Since(last) >= every {
 			p.idle.Moves()
-			if err := stream.Send(&pb.WatchDirResponse{Event: &pb.WatchDirResponse_Keepalive{Keepalive: &pb.WatchDirResponse_KeepAlive{}}}); err != nil {
+			alive := &pb.WatchDirResponse_Keepalive{Keepalive: &pb.WatchDirResponse_KeepAlive{}}
+			if err := stream.Send(&pb.WatchDirResponse{Event: alive}); err != nil {
 				return err
 			}
 			last = time.Now()
@@ -198,7 +201,8 @@ func (s *watchers) remove(p *place, id string) {
 }
 
 // CreateWatcher implements filesystemconnect.FilesystemHandler.
-func (f files) CreateWatcher(ctx context.Context, req *connect.Request[pb.CreateWatcherRequest]) (*connect.Response[pb.CreateWatcherResponse], error) {
+func (f files) CreateWatcher(ctx context.Context,
+	req *connect.Request[pb.CreateWatcherRequest]) (*connect.Response[pb.CreateWatcherResponse], error) {
 	p, w, err := begin(ctx, req, req.Msg)
 	if err != nil {
 		return nil, err
@@ -211,7 +215,8 @@ func (f files) CreateWatcher(ctx context.Context, req *connect.Request[pb.Create
 }
 
 // GetWatcherEvents implements filesystemconnect.FilesystemHandler. What its agent does not know any more is forgotten here, too.
-func (f files) GetWatcherEvents(ctx context.Context, req *connect.Request[pb.GetWatcherEventsRequest]) (*connect.Response[pb.GetWatcherEventsResponse], error) {
+func (f files) GetWatcherEvents(ctx context.Context,
+	req *connect.Request[pb.GetWatcherEventsRequest]) (*connect.Response[pb.GetWatcherEventsResponse], error) {
 	p := placeOf(ctx)
 	w, err := f.watchers.find(p, req.Msg.GetWatcherId())
 	if err != nil {
@@ -239,7 +244,8 @@ func (f files) GetWatcherEvents(ctx context.Context, req *connect.Request[pb.Get
 }
 
 // RemoveWatcher implements filesystemconnect.FilesystemHandler.
-func (f files) RemoveWatcher(ctx context.Context, req *connect.Request[pb.RemoveWatcherRequest]) (*connect.Response[pb.RemoveWatcherResponse], error) {
+func (f files) RemoveWatcher(ctx context.Context,
+	req *connect.Request[pb.RemoveWatcherRequest]) (*connect.Response[pb.RemoveWatcherResponse], error) {
 	p := placeOf(ctx)
 	w, err := f.watchers.find(p, req.Msg.GetWatcherId())
 	if err != nil {

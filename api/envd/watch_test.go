@@ -9,7 +9,8 @@ import (
 
 // TestWatchersEnd: what clients watch in a sandbox is forgotten with it, and what others watch is not.
 func TestWatchersEnd(t *testing.T) {
-	m, err := sandbox.NewManager(sandbox.Options{Dir: t.TempDir(), Runtime: &sandboxtest.Fake{}, Templates: sandboxtest.Templates{}, Version: "test"})
+	m, err := sandbox.NewManager(sandbox.Options{Dir: t.TempDir(), Runtime: &sandboxtest.Fake{}, Templates: sandboxtest.Templates{},
+		Version: "test"})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -50,10 +50,13 @@ func run(args []string) error {
 		return err
 	}
 	// Neither a host that is gone ends the sandbox, as writing to its pipe would, nor what Linux would not let end an init.
-	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE, syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGABRT, syscall.SIGUSR1, syscall.SIGALRM,
-		syscall.SIGVTALRM, syscall.SIGPROF, syscall.SIGIO, syscall.SIGPWR, syscall.SIGXCPU, syscall.SIGXFSZ, syscall.SIGSTKFLT, syscall.SIGTSTP, syscall.SIGTTIN, syscall.SIGTTOU)
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE, syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM,
+		syscall.SIGABRT, syscall.SIGUSR1, syscall.SIGALRM,
+		syscall.SIGVTALRM, syscall.SIGPROF, syscall.SIGIO, syscall.SIGPWR, syscall.SIGXCPU, syscall.SIGXFSZ, syscall.SIGSTKFLT,
+		syscall.SIGTSTP, syscall.SIGTTIN, syscall.SIGTTOU)
 	go func() { _ = server.ListenAttach() }()
-	for _, fd := range []int{0, 1} { // then the Go runtime waits for them by epoll: a thread that blocks in a read would hold back a processor
+	for _, fd := range []int{0,
+		1} { // then the Go runtime waits for them by epoll: a thread that blocks in a read would hold back a processor
 		if err := syscall.SetNonblock(fd, true); err != nil {
 			return err
 		}

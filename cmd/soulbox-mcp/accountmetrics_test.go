@@ -41,7 +41,8 @@ func TestAccountMetrics(t *testing.T) {
 		}
 	}
 	all := strings.Join(told, "\n")
-	for _, want := range []string{"soulbox_account_used local buffers 950", "soulbox_account_used oidc:___evil_ buffers 800", "soulbox_account_used (others) buffers 106", "soulbox_account_share buffers 1000"} {
+	for _, want := range []string{"soulbox_account_used local buffers 950", "soulbox_account_used oidc:___evil_ buffers 800",
+		"soulbox_account_used (others) buffers 106", "soulbox_account_share buffers 1000"} {
 		if !strings.Contains(all, want) {
 			t.Errorf("%q is missing in\n%s", want, all)
 		}

@@ -26,7 +26,8 @@ func BenchmarkE2B(b *testing.B) {
 	defer func() { t.print() }()
 	w := serve(b, "")
 	box := newBox(b, w, `{"templateID":"base","timeout":3000}`)
-	for what, body := range map[string]string{"Start /bin/true": `{"process":{"cmd":"/bin/true"}}`, "Start bash -l -c true, as commands.run does": `{"process":{"cmd":"/bin/bash","args":["-l","-c","true"]}}`} {
+	for what, body := range map[string]string{"Start /bin/true": `{"process":{"cmd":"/bin/true"}}`,
+		"Start bash -l -c true, as commands.run does": `{"process":{"cmd":"/bin/bash","args":["-l","-c","true"]}}`} {
 		t.measure(b, what, 200, func() {
 			if s := box.stream(startCall, body, nil); s.end == nil || len(s.end) > 0 {
 				b.Fatalf("%+v", s)
@@ -39,7 +40,8 @@ func BenchmarkE2B(b *testing.B) {
 	t.measure(b, "create and kill by REST", 10, func() { newBox(b, w, `{"templateID":"base"}`).kill() })
 	const size = 1 << 30
 	in, out := box.transfer(size)
-	t.say("1 GiB in and out, through the server", fmt.Sprintf("%.0f and %.0f MB/s; the server took %d MB at most", in, out, peakMemory(b, w.cmd.Process.Pid)>>20))
+	t.say("1 GiB in and out, through the server", fmt.Sprintf("%.0f and %.0f MB/s; the server took %d MB at most", in, out,
+		peakMemory(b, w.cmd.Process.Pid)>>20))
 	if in, out, err := benchNginx(b, size); err != nil {
 		t.say("the same by nginx", err.Error())
 	} else {

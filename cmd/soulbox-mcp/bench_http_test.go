@@ -51,7 +51,8 @@ func benchHTTP(b *testing.B, t *table) {
 			slices.Sort(times[i])
 			*t = append(*t, row{what: name, p50: times[i][1000], p99: times[i][1980]})
 		}
-		t.say("echo over HTTP compared with bare mcp-go, "+era, fmt.Sprintf("%.2f times, wanted at most 1.5", times[0][1000].Seconds()/times[1][1000].Seconds()))
+		t.say("echo over HTTP compared with bare mcp-go, "+era,
+			fmt.Sprintf("%.2f times, wanted at most 1.5", times[0][1000].Seconds()/times[1][1000].Seconds()))
 	}
 	w := serve(b, "", "--rate=1e6")
 	for _, modern := range []bool{false, true} {
@@ -66,6 +67,7 @@ func benchHTTP(b *testing.B, t *table) {
 	for range sessions {
 		w.client("", false)
 	}
-	t.say(fmt.Sprintf("memory of an idle session, %d at once", sessions), fmt.Sprintf("%.1f KB, wanted under 100", float64(rssOf(b, w.cmd.Process.Pid)-before)/1024/sessions))
+	t.say(fmt.Sprintf("memory of an idle session, %d at once", sessions),
+		fmt.Sprintf("%.1f KB, wanted under 100", float64(rssOf(b, w.cmd.Process.Pid)-before)/1024/sessions))
 	w.stop()
 }

@@ -73,7 +73,9 @@ func benchPort(b *testing.B, t *table, p *program) {
 	own := fmt.Sprintf("http://127.0.0.1:%d", port)
 	sandboxtest.Eventually(b, "the server on this machine", func() bool { n, _ := load(1, 10*time.Millisecond, own); return n > 0 })
 	outside, _ := load(conns, 5*time.Second, own)
-	t.say(fmt.Sprintf("a port of a sandbox, %d connections for %s", conns, long), fmt.Sprintf("%.0f requests/s, %d errors; the same server on this machine %.0f: a ratio of %.2f", inside, errors, outside, inside/outside))
+	t.say(fmt.Sprintf("a port of a sandbox, %d connections for %s", conns, long),
+		fmt.Sprintf("%.0f requests/s, %d errors; the same server on this machine %.0f: a ratio of %.2f", inside, errors, outside,
+			inside/outside))
 }
 
 // load asks for a URL by many connections at once, and gives requests per second and errors.

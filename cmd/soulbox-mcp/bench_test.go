@@ -103,12 +103,14 @@ func benchExec(b *testing.B, t *table, p *program, id string) {
 	})
 	t.say("exec /bin/true above the agent's own fork+exec", fmt.Sprintf("%+.2f ms, wanted at most 2", (truth-own).Seconds()*1000))
 	t.say("exec /bin/true compared with runsc exec", fmt.Sprintf("%.1f times faster, wanted at least 5", runsc.Seconds()/truth.Seconds()))
-	t.say("the agent's own fork+exec compared with runsc exec", fmt.Sprintf("%.1f times faster: as good as it can get", runsc.Seconds()/own.Seconds()))
+	t.say("the agent's own fork+exec compared with runsc exec",
+		fmt.Sprintf("%.1f times faster: as good as it can get", runsc.Seconds()/own.Seconds()))
 	stop := keepBusy(b)
 	defer stop()
 	truth = t.measure(b, "exec /bin/true by MCP stdio, machine busy", 100, func() { p.exec("/bin/true") })
 	runsc = t.measure(b, "the same by runsc exec, machine busy", 30, func() { runscExec(b, p, id) })
-	t.say("exec /bin/true compared with runsc exec, machine busy", fmt.Sprintf("%.1f times faster, wanted at least 5", runsc.Seconds()/truth.Seconds()))
+	t.say("exec /bin/true compared with runsc exec, machine busy",
+		fmt.Sprintf("%.1f times faster, wanted at least 5", runsc.Seconds()/truth.Seconds()))
 }
 
 // benchTrue measures the same command by each way in turns: a machine that others use is fast in one second and slow in the next.
@@ -163,7 +165,8 @@ func ownForkExec(b *testing.B, p *program, n int) time.Duration {
 
 func runscExec(b *testing.B, p *program, id string) {
 	b.Helper()
-	cmd := exec.Command(sandboxtest.Program(b, "runsc"), "--root="+filepath.Join(p.state, "sandboxes", id, "run"), "--ignore-cgroups", "exec", "sb", "/bin/true")
+	cmd := exec.Command(sandboxtest.Program(b, "runsc"), "--root="+filepath.Join(p.state, "sandboxes", id, "run"), "--ignore-cgroups",
+		"exec", "sb", "/bin/true")
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags:  syscall.CLONE_NEWUSER,
 		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Geteuid(), Size: 1}},
@@ -274,8 +277,10 @@ func benchPause(b *testing.B, t *table) {
 func benchFork(b *testing.B, t *table) {
 	p := launch(b, "", "--on-exit=kill", "--memory-mb=512")
 	defer p.close()
-	p.call("exec", map[string]any{"command": `perl -e '$x = "ab"; $x x= 105_000_000; $| = 1; print "ready"; sleep 600'`, "background": true, "yield_ms": 10_000, "tag": "holder"})
-	for !strings.Contains(fmt.Sprint(p.call("process_wait", map[string]any{"process_id": "holder", "offset": 0, "yield_ms": 0}).Result.StructuredContent["output"]), "ready") {
+	p.call("exec", map[string]any{"command": `perl -e '$x = "ab"; $x x= 105_000_000; $| = 1; print "ready"; sleep 600'`, "background": true,
+		"yield_ms": 10_000, "tag": "holder"})
+	for !strings.Contains(fmt.Sprint(p.call("process_wait",
+		map[string]any{"process_id": "holder", "offset": 0, "yield_ms": 0}).Result.StructuredContent["output"]), "ready") {
 	}
 	one := p.hostMemory()
 	took := timed(func() { p.call("sandbox_fork", map[string]any{"count": 10}) })
@@ -284,7 +289,8 @@ func benchFork(b *testing.B, t *table) {
 		m := p.call("sandbox_get", map[string]any{"sandbox_id": s.(map[string]any)["sandbox_id"]})
 		all += m.Result.StructuredContent["usage"].(map[string]any)["host_memory_mb"].(float64)
 	}
-	t.say("sandbox_fork, 10 copies of one with 200 MB in use", fmt.Sprintf("%.2f s; one takes %.0f MB, all eleven %.0f MB: gVisor reads the pages of each", took.Seconds(), one, all))
+	t.say("sandbox_fork, 10 copies of one with 200 MB in use",
+		fmt.Sprintf("%.2f s; one takes %.0f MB, all eleven %.0f MB: gVisor reads the pages of each", took.Seconds(), one, all))
 }
 
 // hostMemory is what the session's own sandbox takes of the host, in MB.

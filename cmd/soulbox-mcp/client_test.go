@@ -17,7 +17,8 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	sandboxtest.Main(m, "TestDoctorAndDemo", "TestWork", "TestServerKilled", "TestKilledInUse", "TestTwoServers", "TestTemplatesOverStdio", "TestErrorTable", "TestForks", "TestCertUnreadable")
+	sandboxtest.Main(m, "TestDoctorAndDemo", "TestWork", "TestServerKilled", "TestKilledInUse", "TestTwoServers", "TestTemplatesOverStdio",
+		"TestErrorTable", "TestForks", "TestCertUnreadable")
 }
 
 // program is a running soulbox-mcp stdio and a client of it, in plain JSON lines.
@@ -71,7 +72,8 @@ func launch(t testing.TB, state string, flags ...string) *program {
 		state = sandboxtest.Dir(t)
 	}
 	p := &program{t: t, state: state, waiting: map[string]chan message{}, ended: make(chan struct{})}
-	p.cmd = exec.Command(sandboxtest.Program(t, "soulbox-mcp"), append([]string{"stdio", "--state-dir=" + state, "--log-level=warn"}, flags...)...)
+	p.cmd = exec.Command(sandboxtest.Program(t, "soulbox-mcp"),
+		append([]string{"stdio", "--state-dir=" + state, "--log-level=warn"}, flags...)...)
 	p.cmd.Env = []string{sandboxtest.RuntimeEnv(), "HOME=" + state, "PATH=/usr/bin:/bin"}
 	p.cmd.Stderr = os.Stderr
 	var err error
@@ -87,7 +89,8 @@ func launch(t testing.TB, state string, flags ...string) *program {
 	}
 	go p.read(out)
 	t.Cleanup(func() { p.close() })
-	p.await(p.request("initialize", map[string]any{"protocolVersion": "2025-06-18", "capabilities": map[string]any{}, "clientInfo": map[string]any{"name": "test", "version": "1"}}))
+	p.await(p.request("initialize", map[string]any{"protocolVersion": "2025-06-18", "capabilities": map[string]any{},
+		"clientInfo": map[string]any{"name": "test", "version": "1"}}))
 	p.send(map[string]any{"jsonrpc": "2.0", "method": "notifications/initialized"})
 	return p
 }

@@ -20,12 +20,16 @@ func TestGoSDK(t *testing.T) {
 	w := serve(t, "")
 	stdio := exec.Command(sandboxtest.Program(t, "soulbox-mcp"), "stdio", "--state-dir="+sandboxtest.Dir(t), "--log-level=error")
 	stdio.Env = []string{sandboxtest.RuntimeEnv(), "PATH=/usr/bin:/bin"}
-	for name, over := range map[string]gosdk.Transport{"http": &gosdk.StreamableClientTransport{Endpoint: w.url}, "stdio": &gosdk.CommandTransport{Command: stdio}} {
+	for name, over := range map[string]gosdk.Transport{"http": &gosdk.StreamableClientTransport{Endpoint: w.url},
+		"stdio": &gosdk.CommandTransport{Command: stdio}} {
 		t.Run(name, func(t *testing.T) {
 			progress, updated := make(chan string, 100), make(chan string, 100)
 			c := gosdk.NewClient(&gosdk.Implementation{Name: "go-sdk", Version: "1"}, &gosdk.ClientOptions{
-				ProgressNotificationHandler: func(_ context.Context, r *gosdk.ProgressNotificationClientRequest) { progress <- r.Params.Message },
-				ResourceUpdatedHandler:      func(_ context.Context, r *gosdk.ResourceUpdatedNotificationRequest) { updated <- r.Params.URI },
+				ProgressNotificationHandler: func(_ context.Context,
+					r *gosdk.ProgressNotificationClientRequest) {
+					progress <- r.Params.Message
+				},
+				ResourceUpdatedHandler: func(_ context.Context, r *gosdk.ResourceUpdatedNotificationRequest) { updated <- r.Params.URI },
 			})
 			session, err := c.Connect(t.Context(), over, nil)
 			if err != nil {
@@ -50,7 +54,8 @@ func TestGoSDK(t *testing.T) {
 				t.Fatal(err)
 			}
 			for told := false; !told; { // in 2026-07-28 Subscribe returns before the server has acknowledged it
-				if _, err := session.CallTool(t.Context(), &gosdk.CallToolParams{Name: "sandbox_update", Arguments: map[string]any{"extend_ms": 1000}}); err != nil {
+				if _, err := session.CallTool(t.Context(),
+					&gosdk.CallToolParams{Name: "sandbox_update", Arguments: map[string]any{"extend_ms": 1000}}); err != nil {
 					t.Fatal(err)
 				}
 				select {
@@ -82,7 +87,8 @@ func TestMCPGoClient(t *testing.T) {
 		t.Fatal(err)
 	}
 	var hello mcp.InitializeRequest
-	hello.Params.ProtocolVersion, hello.Params.ClientInfo = mcp.LATEST_LEGACY_PROTOCOL_VERSION, mcp.Implementation{Name: "mcp-go", Version: "1"}
+	hello.Params.ProtocolVersion, hello.Params.ClientInfo = mcp.LATEST_LEGACY_PROTOCOL_VERSION,
+		mcp.Implementation{Name: "mcp-go", Version: "1"}
 	if _, err := c.Initialize(t.Context(), hello); err != nil {
 		t.Fatal(err)
 	}

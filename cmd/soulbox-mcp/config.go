@@ -71,18 +71,22 @@ func parseConfig(name string, args []string, getenv func(string) string, stderr 
 func (c *config) parse(name string, args []string, getenv func(string) string, stderr io.Writer, more ...func(*flag.FlagSet)) error {
 	flags := flag.NewFlagSet("soulbox-mcp "+name, flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	flags.StringVar(&c.runsc, "runsc", getenv("SOULBOX_RUNSC"), "`path` of runsc; default beside this program, then in PATH (SOULBOX_RUNSC)")
+	flags.StringVar(&c.runsc, "runsc", getenv("SOULBOX_RUNSC"),
+		"`path` of runsc; default beside this program, then in PATH (SOULBOX_RUNSC)")
 	flags.StringVar(&c.agent, "agent", getenv("SOULBOX_AGENT"), "`path` of soulbox-agent; default beside this program (SOULBOX_AGENT)")
-	flags.StringVar(&c.stateDir, "state-dir", getenv("SOULBOX_STATE_DIR"), "`directory` of all state; default $XDG_STATE_HOME/soulbox, as root /var/lib/soulbox (SOULBOX_STATE_DIR)")
+	flags.StringVar(&c.stateDir, "state-dir", getenv("SOULBOX_STATE_DIR"),
+		"`directory` of all state; default $XDG_STATE_HOME/soulbox, as root /var/lib/soulbox (SOULBOX_STATE_DIR)")
 	flags.StringVar(&c.logFile, "log-file", getenv("SOULBOX_LOG_FILE"), "`path` of the log; default stderr (SOULBOX_LOG_FILE)")
 	flags.TextVar(&c.logLevel, "log-level", slog.LevelInfo, "`level`: debug, info, warn or error")
 	c.times.OnTimeout = sandbox.ActionPause // nothing is lost that nobody wanted to be
 	flags.DurationVar(&c.times.Life, "lifetime", sandbox.DefaultLifetime, "life time of sandboxes that ask for none")
 	flags.DurationVar(&c.times.Idle, "idle", 0, "`time` after which a sandbox that nobody uses is paused or killed; default never")
 	flags.DurationVar(&c.saving.paused, "paused-for", 7*24*time.Hour, "`time` for which a paused sandbox is kept")
-	flags.DurationVar(&c.protect.Every, "protect", 0, "`time` between two copies of a sandbox that runs, which it is resumed from if it fails; default no copies")
+	flags.DurationVar(&c.protect.Every, "protect", 0,
+		"`time` between two copies of a sandbox that runs, which it is resumed from if it fails; default no copies")
 	flags.BoolVar(&c.protect.Memory, "protect-memory", false, "with --protect: copy memory and processes too, not files alone")
-	saved := flags.Int64("disk-budget-mb", 0, "disk of all paused sandboxes and snapshots together, in MB; default what the disk has, but 512")
+	saved := flags.Int64("disk-budget-mb", 0,
+		"disk of all paused sandboxes and snapshots together, in MB; default what the disk has, but 512")
 	flags.StringVar(&c.saving.reclaim, "reclaim", "never", "where that is used up: `never` end a paused sandbox, or the oldest")
 	templates := flags.Int64("template-budget-mb", 0, "disk of all templates, in MB; default a tenth of the disk, from 4096 to 20480")
 	memory := flags.Int64("memory-mb", 0, "memory of sandboxes that ask for none, in MB; default 1024")
@@ -106,7 +110,8 @@ func (c *config) parse(name string, args []string, getenv func(string) string, s
 	if flags.NArg() > 0 {
 		return fmt.Errorf("there is no argument %q; run 'soulbox-mcp %s --help'", flags.Arg(0), name)
 	}
-	negative := slices.Min([]int64{*memory, *disk, *pids, *budget, *saved, *templates, int64(c.times.Idle), int64(c.protect.Every)}) < 0 || *cpu < 0
+	negative := slices.Min([]int64{*memory, *disk, *pids, *budget, *saved, *templates, int64(c.times.Idle), int64(c.protect.Every)}) < 0 ||
+		*cpu < 0
 	if negative || c.times.Life <= 0 || c.saving.paused <= 0 {
 		return errors.New("limits and times must be positive")
 	}
@@ -121,7 +126,8 @@ func (c *config) parse(name string, args []string, getenv func(string) string, s
 		return err
 	}
 	if strings.ContainsAny(c.stateDir, ":,") {
-		return fmt.Errorf("the state directory %s has a ':' or ',' in its name, which runsc cannot take; name another by --state-dir", c.stateDir)
+		return fmt.Errorf("the state directory %s has a ':' or ',' in its name, which runsc cannot take; name another by --state-dir",
+			c.stateDir)
 	}
 	return nil
 }
@@ -167,23 +173,29 @@ func (c config) openLog(stderr io.Writer) (*slog.Logger, func() error, error) {
 
 // serving are the flags of the commands that serve clients.
 func (c *config) serving(flags *flag.FlagSet) {
-	flags.StringVar(&c.onExit, "on-exit", c.onExit, "what becomes of sandboxes when the server ends: `pause` (to disk), keep (they go on) or kill; the next server has the first two")
-	flags.StringVar(&c.toolsets, "toolsets", "", "`names` of the tools that are offered, of "+strings.Join(tools.Toolsets(), ",")+"; default all")
+	flags.StringVar(&c.onExit, "on-exit", c.onExit,
+		"what becomes of sandboxes when the server ends: `pause` (to disk), keep (they go on) or kill; the next server has the first two")
+	flags.StringVar(&c.toolsets, "toolsets", "", "`names` of the tools that are offered, of "+strings.Join(tools.Toolsets(), ",")+
+		"; default all")
 	flags.BoolVar(&c.readOnly, "read-only", false, "offer only tools that change nothing")
 	flags.BoolVar(&c.noNetwork, "no-network", false, "no sandbox has a network, whatever it asks for")
-	flags.BoolVar(&c.allowPull, "templates-allow-pull", false, "builds may begin FROM images of registries, with the credentials of this server's user")
-	flags.Func("templates-registries", "`host:port` of a registry in a private network or on this machine that builds may pull from; may be given several times", func(host string) error {
-		c.registries = append(c.registries, host)
-		return nil
-	})
-	flags.Func("build-contexts", "`directory` of this machine that builds of templates may read; may be given several times", func(dir string) error {
-		real, err := filepath.Abs(dir)
-		if err == nil {
-			real, err = filepath.EvalSymlinks(real)
-		}
-		c.contextDirs = append(c.contextDirs, real)
-		return err
-	})
+	flags.BoolVar(&c.allowPull, "templates-allow-pull", false,
+		"builds may begin FROM images of registries, with the credentials of this server's user")
+	flags.Func("templates-registries",
+		"`host:port` of a registry in a private network or on this machine that builds may pull from; may be given several times",
+		func(host string) error {
+			c.registries = append(c.registries, host)
+			return nil
+		})
+	flags.Func("build-contexts", "`directory` of this machine that builds of templates may read; may be given several times",
+		func(dir string) error {
+			real, err := filepath.Abs(dir)
+			if err == nil {
+				real, err = filepath.EvalSymlinks(real)
+			}
+			c.contextDirs = append(c.contextDirs, real)
+			return err
+		})
 	flags.BoolVar(&c.fixtures, "conformance", false, "offer what the official conformance suite needs, too")
 }
 

@@ -49,8 +49,9 @@ func withFixtures(o mcpserver.Options) *mcpserver.Server {
 	f.changes(o.MCP)
 	f.tasks(o.MCP)
 	f.prompts(o.MCP)
-	for name, rule := range map[string]mcpserver.TaskRule{"slow_compute": {}, "failing_job": {Required: true}, "protocol_error_job": {}, "confirm_delete": {},
-		"multi_input": {}, "test_tool_with_task": {Required: true, AskFirst: true}} {
+	for name, rule := range map[string]mcpserver.TaskRule{"slow_compute": {}, "failing_job": {Required: true}, "protocol_error_job": {},
+		"confirm_delete": {},
+		"multi_input":    {}, "test_tool_with_task": {Required: true, AskFirst: true}} {
 		o.Tasks[name] = rule
 	}
 	o.Resources = fixtureResources{o.Resources}
@@ -109,7 +110,8 @@ func (f *fixtures) conversations(m *server.MCPServer) {
 	addTool(m, "test_tool_with_progress", func(ctx context.Context, r callRequest) (*callResult, error) {
 		for i := 0; i <= 100; i += 50 {
 			if r.Params.Meta != nil && r.Params.Meta.ProgressToken != nil {
-				if err := mcpserver.SessionFrom(ctx).Notify("notifications/progress", map[string]any{"progressToken": r.Params.Meta.ProgressToken, "progress": i, "total": 100}); err != nil {
+				if err := mcpserver.SessionFrom(ctx).Notify("notifications/progress",
+					map[string]any{"progressToken": r.Params.Meta.ProgressToken, "progress": i, "total": 100}); err != nil {
 					return nil, err
 				}
 			}
@@ -123,7 +125,8 @@ func (f *fixtures) conversations(m *server.MCPServer) {
 		return says("Reconnection test completed successfully."), nil
 	})
 	addTool(m, "test_streaming_elicitation", func(_ context.Context, r callRequest) (*callResult, error) {
-		return elicit(r, "answer", "", "Please answer", object("answer", "string"), func(any) (*callResult, error) { return says("answered"), nil })
+		return elicit(r, "answer", "", "Please answer", object("answer", "string"),
+			func(any) (*callResult, error) { return says("answered"), nil })
 	})
 	addTool(m, "test_missing_capability", func(ctx context.Context, _ callRequest) (*callResult, error) {
 		if mcpserver.SessionFrom(ctx).GetClientCapabilities().Sampling == nil {
@@ -144,12 +147,14 @@ func (f *fixtures) conversations(m *server.MCPServer) {
 				content, err := json.Marshal(a.Content)
 				return says(fmt.Sprintf(format, a.Action, content)), err
 			}
-			return server.NewInputRequestBuilder("").Elicit("ask", mcp.ElicitationParams{Message: r.GetString("message", "Please answer"), RequestedSchema: schema()}).ToolResult(), nil
+			return server.NewInputRequestBuilder("").Elicit("ask",
+				mcp.ElicitationParams{Message: r.GetString("message", "Please answer"), RequestedSchema: schema()}).ToolResult(), nil
 		}, args...)
 	}
 	asks("test_elicitation", "User response: action=%s, content=%s", func() map[string]any {
 		return map[string]any{"type": "object", "required": []string{"username", "email"}, "properties": map[string]any{
-			"username": map[string]any{"type": "string", "description": "User's response"}, "email": map[string]any{"type": "string", "description": "User's email address"}}}
+			"username": map[string]any{"type": "string", "description": "User's response"},
+			"email":    map[string]any{"type": "string", "description": "User's email address"}}}
 	}, mcp.WithString("message", mcp.Required()))
 	asks("test_elicitation_sep1034_defaults", "Elicitation completed: action=%s, content=%s", func() map[string]any {
 		return map[string]any{"type": "object", "properties": map[string]any{
@@ -168,9 +173,11 @@ func (f *fixtures) conversations(m *server.MCPServer) {
 		return map[string]any{"type": "object", "properties": map[string]any{
 			"untitledSingle": map[string]any{"type": "string", "enum": options},
 			"titledSingle":   map[string]any{"type": "string", "oneOf": titled("First Option", "Second Option", "Third Option")},
-			"legacyEnum":     map[string]any{"type": "string", "enum": []string{"opt1", "opt2", "opt3"}, "enumNames": []string{"Option One", "Option Two", "Option Three"}},
-			"untitledMulti":  map[string]any{"type": "array", "items": map[string]any{"type": "string", "enum": options}},
-			"titledMulti":    map[string]any{"type": "array", "items": map[string]any{"anyOf": titled("First Choice", "Second Choice", "Third Choice")}},
+			"legacyEnum": map[string]any{"type": "string", "enum": []string{"opt1", "opt2", "opt3"},
+				"enumNames": []string{"Option One", "Option Two", "Option Three"}},
+			"untitledMulti": map[string]any{"type": "array", "items": map[string]any{"type": "string", "enum": options}},
+			"titledMulti": map[string]any{"type": "array",
+				"items": map[string]any{"anyOf": titled("First Choice", "Second Choice", "Third Choice")}},
 		}}
 	})
 }
@@ -180,7 +187,8 @@ func object(field, kind string) map[string]any {
 }
 
 func sampling(prompt string, tokens int) mcp.CreateMessageParams {
-	return mcp.CreateMessageParams{MaxTokens: tokens, Messages: []mcp.SamplingMessage{{Role: mcp.RoleUser, Content: mcp.NewTextContent(prompt)}}}
+	return mcp.CreateMessageParams{MaxTokens: tokens, Messages: []mcp.SamplingMessage{{Role: mcp.RoleUser,
+		Content: mcp.NewTextContent(prompt)}}}
 }
 
 func textOf(content any) string {
@@ -195,11 +203,13 @@ func textOf(content any) string {
 }
 
 // elicit asks once, and then goes on with an answer that is an object.
-func elicit(r callRequest, id, state, message string, schema map[string]any, then func(content any) (*callResult, error)) (*callResult, error) {
+func elicit(r callRequest, id, state, message string, schema map[string]any, then func(content any) (*callResult, error)) (*callResult,
+	error) {
 	if a := server.ElicitationResponse(r.Params.InputResponses, id); a != nil && a.Action != "" {
 		return then(a.Content)
 	}
-	return server.NewInputRequestBuilder(state).Elicit(id, mcp.ElicitationParams{Message: message, RequestedSchema: schema}).ToolResult(), nil
+	return server.NewInputRequestBuilder(state).Elicit(id, mcp.ElicitationParams{Message: message, RequestedSchema: schema}).ToolResult(),
+		nil
 }
 
 func field(content any, name string) string {
@@ -225,13 +235,15 @@ func (f *fixtures) check(state, text string) error {
 func (f *fixtures) inputs(m *server.MCPServer) {
 	const prefix = "test_input_required_result_"
 	addTool(m, prefix+"elicitation", func(_ context.Context, r callRequest) (*callResult, error) {
-		return elicit(r, "user_name", "", "What is your name?", object("name", "string"), func(c any) (*callResult, error) { return says("Hello, " + field(c, "name") + "!"), nil })
+		return elicit(r, "user_name", "", "What is your name?", object("name", "string"),
+			func(c any) (*callResult, error) { return says("Hello, " + field(c, "name") + "!"), nil })
 	})
 	addTool(m, prefix+"sampling", func(_ context.Context, r callRequest) (*callResult, error) {
 		if a := server.SamplingResponse(r.Params.InputResponses, "capital_question"); a != nil {
 			return says(textOf(a.Content)), nil
 		}
-		return server.NewInputRequestBuilder("").Sample("capital_question", sampling("What is the capital of France?", 100)).ToolResult(), nil
+		return server.NewInputRequestBuilder("").Sample("capital_question", sampling("What is the capital of France?", 100)).ToolResult(),
+			nil
 	})
 	addTool(m, prefix+"list_roots", func(_ context.Context, r callRequest) (*callResult, error) {
 		if a := server.RootsResponse(r.Params.InputResponses, "client_roots"); a != nil {
@@ -241,16 +253,20 @@ func (f *fixtures) inputs(m *server.MCPServer) {
 	})
 	for _, name := range []string{"request_state", "tampered_state"} {
 		addTool(m, prefix+name, func(_ context.Context, r callRequest) (*callResult, error) {
-			return elicit(r, "confirm", f.sign(name), "Please confirm", object("ok", "boolean"), func(any) (*callResult, error) { return says("state-ok"), f.check(r.Params.RequestState, name) })
+			return elicit(r, "confirm", f.sign(name), "Please confirm", object("ok", "boolean"),
+				func(any) (*callResult, error) { return says("state-ok"), f.check(r.Params.RequestState, name) })
 		})
 	}
 	addTool(m, prefix+"multiple_inputs", func(_ context.Context, r callRequest) (*callResult, error) {
 		in := r.Params.InputResponses
-		name, greeting, roots := server.ElicitationResponse(in, "user_name"), server.SamplingResponse(in, "greeting"), server.RootsResponse(in, "client_roots")
+		name, greeting, roots := server.ElicitationResponse(in, "user_name"), server.SamplingResponse(in, "greeting"),
+			server.RootsResponse(in, "client_roots")
 		if name != nil && greeting != nil && roots != nil {
-			return says(fmt.Sprint(textOf(greeting.Content), field(name.Content, "name"), roots.Roots)), f.check(r.Params.RequestState, "multiple")
+			return says(fmt.Sprint(textOf(greeting.Content), field(name.Content, "name"), roots.Roots)),
+				f.check(r.Params.RequestState, "multiple")
 		}
-		return server.NewInputRequestBuilder(f.sign("multiple")).Elicit("user_name", mcp.ElicitationParams{Message: "What is your name?", RequestedSchema: object("name", "string")}).
+		return server.NewInputRequestBuilder(f.sign("multiple")).Elicit("user_name",
+			mcp.ElicitationParams{Message: "What is your name?", RequestedSchema: object("name", "string")}).
 			Sample("greeting", sampling("Generate a greeting", 50)).Roots("client_roots").ToolResult(), nil
 	})
 	addTool(m, prefix+"multi_round", func(_ context.Context, r callRequest) (*callResult, error) {
@@ -261,7 +277,9 @@ func (f *fixtures) inputs(m *server.MCPServer) {
 			if err := f.check(r.Params.RequestState, "round1"); err != nil {
 				return nil, err
 			}
-			return server.NewInputRequestBuilder(f.sign("round2")).Elicit("step2", mcp.ElicitationParams{Message: "Step 2: What is your favorite color?", RequestedSchema: object("color", "string")}).ToolResult(), nil
+			return server.NewInputRequestBuilder(f.sign("round2")).Elicit("step2",
+				mcp.ElicitationParams{Message: "Step 2: What is your favorite color?",
+					RequestedSchema: object("color", "string")}).ToolResult(), nil
 		})
 	})
 	addTool(m, prefix+"capabilities", func(ctx context.Context, _ callRequest) (*callResult, error) {
@@ -310,7 +328,8 @@ func (f *fixtures) tasks(m *server.MCPServer) {
 		return nil, errors.New("a fault of the protocol")
 	})
 	addTool(m, "confirm_delete", func(_ context.Context, r callRequest) (*callResult, error) {
-		return elicit(r, "confirm", "", "Delete "+r.GetString("filename", "")+"?", object("confirm", "boolean"), func(any) (*callResult, error) { return says("deleted"), nil })
+		return elicit(r, "confirm", "", "Delete "+r.GetString("filename", "")+"?", object("confirm", "boolean"),
+			func(any) (*callResult, error) { return says("deleted"), nil })
 	}, mcp.WithString("filename"))
 	addTool(m, "multi_input", func(_ context.Context, r callRequest) (*callResult, error) {
 		if len(r.Params.InputResponses) >= 2 {
@@ -323,7 +342,8 @@ func (f *fixtures) tasks(m *server.MCPServer) {
 		return b.ToolResult(), nil
 	})
 	addTool(m, "test_tool_with_task", func(_ context.Context, r callRequest) (*callResult, error) {
-		return elicit(r, "user_name", "", "What is your name?", object("name", "string"), func(c any) (*callResult, error) { return says("Hello, " + field(c, "name") + "!"), nil })
+		return elicit(r, "user_name", "", "What is your name?", object("name", "string"),
+			func(c any) (*callResult, error) { return says("Hello, " + field(c, "name") + "!"), nil })
 	})
 }
 
@@ -349,18 +369,23 @@ func (f *fixtures) prompts(m *server.MCPServer) {
 		return []mcp.Content{text(fmt.Sprintf("Prompt with arguments: arg1='%s', arg2='%s'", a["arg1"], a["arg2"]))}
 	}, "arg1", "arg2")
 	add("test_prompt_with_embedded_resource", func(a map[string]string) []mcp.Content {
-		return []mcp.Content{mcp.NewEmbeddedResource(mcp.TextResourceContents{URI: a["resourceUri"], MIMEType: "text/plain", Text: "Embedded resource content for testing."}),
+		return []mcp.Content{mcp.NewEmbeddedResource(mcp.TextResourceContents{URI: a["resourceUri"], MIMEType: "text/plain",
+			Text: "Embedded resource content for testing."}),
 			text("Please process the embedded resource above.")}
 	}, "resourceUri")
 	add("test_prompt_with_image", func(map[string]string) []mcp.Content {
 		return []mcp.Content{mcp.NewImageContent(pngPixel, "image/png"), text("Please analyze the image above.")}
 	})
-	m.AddPrompt(mcp.NewPrompt("test_input_required_result_prompt", mcp.WithPromptDescription("For the conformance suite.")), func(_ context.Context, r mcp.GetPromptRequest) (*mcp.GetPromptResult, error) {
-		if a := server.ElicitationResponse(r.Params.InputResponses, "user_context"); a != nil {
-			return &mcp.GetPromptResult{Messages: []mcp.PromptMessage{mcp.NewPromptMessage(mcp.RoleUser, text("Context: "+field(a.Content, "context")))}}, nil
-		}
-		return server.NewInputRequestBuilder("").Elicit("user_context", mcp.ElicitationParams{Message: "What context should the prompt use?", RequestedSchema: object("context", "string")}).PromptResult(), nil
-	})
+	m.AddPrompt(mcp.NewPrompt("test_input_required_result_prompt", mcp.WithPromptDescription("For the conformance suite.")),
+		func(_ context.Context, r mcp.GetPromptRequest) (*mcp.GetPromptResult, error) {
+			if a := server.ElicitationResponse(r.Params.InputResponses, "user_context"); a != nil {
+				return &mcp.GetPromptResult{Messages: []mcp.PromptMessage{mcp.NewPromptMessage(mcp.RoleUser,
+					text("Context: "+field(a.Content, "context")))}}, nil
+			}
+			return server.NewInputRequestBuilder("").Elicit("user_context",
+				mcp.ElicitationParams{Message: "What context should the prompt use?",
+					RequestedSchema: object("context", "string")}).PromptResult(), nil
+		})
 }
 
 // fixtureResources are the resources of the suite before those of the server.
@@ -387,7 +412,8 @@ func (f fixtureResources) List(ctx context.Context, cursor string) ([]mcp.Resour
 
 // Templates implements mcpserver.Resources.
 func (f fixtureResources) Templates() []mcp.ResourceTemplate {
-	return append(f.Resources.Templates(), mcp.NewResourceTemplate("test://template/{id}/data", "test", mcp.WithTemplateDescription("For the conformance suite.")))
+	return append(f.Resources.Templates(), mcp.NewResourceTemplate("test://template/{id}/data", "test",
+		mcp.WithTemplateDescription("For the conformance suite.")))
 }
 
 // Read implements mcpserver.Resources.

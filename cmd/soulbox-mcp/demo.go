@@ -35,20 +35,30 @@ func demoSteps(home string, hasBase bool) []step {
 			while ($c = $l->accept) { print "127.0.0.1 ", scalar <$c>; open F, "/home/user/site/index.html"; print $c "HTTP/1.0 200 OK\r\n\r\n", <F>; close $c }'`
 	}
 	// Asks as soon as the server listens.
-	ask := "for i in $(seq 100); do (exec 3<>/dev/tcp/127.0.0.1/8000 && printf 'GET / HTTP/1.0\\r\\n\\r\\n' >&3 && cat <&3) 2>/dev/null && break; sleep 0.05; done"
+	ask := "for i in $(seq 100); do (exec 3<>/dev/tcp/127.0.0.1/8000 && printf 'GET / HTTP/1.0\\r\\n\\r\\n' >&3 && cat <&3) 2>/dev/null " +
+		"&& break; sleep 0.05; done"
 	steps := []step{
 		{"Who am I, and where?", "exec", map[string]any{"command": "id; uname -sr; pwd; nproc"}, "uid=1000(user)"},
-		{"Again: the sandbox is there now, and a command takes milliseconds.", "exec", map[string]any{"command": "echo hello from $(hostname)"}, "hello from"},
+		{"Again: the sandbox is there now, and a command takes milliseconds.", "exec",
+			map[string]any{"command": "echo hello from $(hostname)"}, "hello from"},
 		{"Compute something.", "exec", map[string]any{"command": compute}, "333332833333500000"},
-		{"Write a file ...", "file_write", map[string]any{"path": "/home/user/site/index.html", "content": "<h1>Hello</h1>\n<p>from nowhere</p>\n"}, "index.html"},
-		{"... edit it ...", "file_edit", map[string]any{"path": "/home/user/site/index.html", "old_str": "from nowhere", "new_str": "from a gVisor sandbox"}, "1 change"},
+		{"Write a file ...", "file_write", map[string]any{"path": "/home/user/site/index.html",
+			"content": "<h1>Hello</h1>\n<p>from nowhere</p>\n"}, "index.html"},
+		{"... edit it ...", "file_edit", map[string]any{"path": "/home/user/site/index.html", "old_str": "from nowhere",
+			"new_str": "from a gVisor sandbox"}, "1 change"},
 		{"... and find it.", "file_search", map[string]any{"path": "/home/user", "pattern": "gVisor"}, "index.html:2"},
-		{"Commands share a shell: go there, set a variable, define a function ...", "exec", map[string]any{"command": "cd site; export WHO=you; greet() { echo \"hello $1 in $(pwd)\"; }"}, "the shell is now in /home/user/site"},
-		{"... and the next one, even after an exit, has them.", "exec", map[string]any{"command": "greet $WHO; cd ..; exit 3"}, "hello you in /home/user/site"},
+		{"Commands share a shell: go there, set a variable, define a function ...", "exec",
+			map[string]any{"command": "cd site; export WHO=you; greet() { echo \"hello $1 in $(pwd)\"; }"},
+			"the shell is now in /home/user/site"},
+		{"... and the next one, even after an exit, has them.", "exec", map[string]any{"command": "greet $WHO; cd ..; exit 3"},
+			"hello you in /home/user/site"},
 		{"Watch the files ...", "file_watch", map[string]any{"path": "/home/user/site"}, "with cursor w"},
-		{"... change some ...", "exec", map[string]any{"command": "mkdir site/img; touch site/img/a.png; mv site/img site/pictures"}, "exit code 0"},
-		{"... and see what has changed.", "file_watch", map[string]any{"cursor": lastCursor}, "rename /home/user/site/pictures/ from /home/user/site/img"},
-		{"Start a web server in the background ...", "exec", map[string]any{"command": serve, "background": true, "tag": "web"}, "is still running"},
+		{"... change some ...", "exec", map[string]any{"command": "mkdir site/img; touch site/img/a.png; mv site/img site/pictures"},
+			"exit code 0"},
+		{"... and see what has changed.", "file_watch", map[string]any{"cursor": lastCursor},
+			"rename /home/user/site/pictures/ from /home/user/site/img"},
+		{"Start a web server in the background ...", "exec", map[string]any{"command": serve, "background": true, "tag": "web"},
+			"is still running"},
 		{"... and ask it.", "exec", map[string]any{"command": ask}, "from a gVisor sandbox"},
 		{"Its log is kept.", "process_wait", map[string]any{"tag": "web", "yield_ms": 0}, "GET / HTTP/1.0"},
 		{"What runs?", "process_list", map[string]any{}, "tag=web running"},
@@ -58,19 +68,26 @@ func demoSteps(home string, hasBase bool) []step {
 		{"Make a copy of it, with the server in it and its memory.", "sandbox_fork", map[string]any{}, "made: sb"},
 		{"What has happened so far?", "sandbox_logs", map[string]any{"source": "system"}, "paused: by request"},
 		{"Stop it.", "process_signal", map[string]any{"tag": "web"}, "has exited"},
-		{"What can the sandbox not see? Your home and root's ...", "exec", map[string]any{"command": "ls /home; ls " + home + " 2>&1 | head -3; ls /root 2>&1 | tail -1"}, "user\n"},
-		{"... your processes ...", "exec", map[string]any{"command": "cat /proc/[0-9]*/cmdline | tr '\\0' ' '", "user": "root"}, "soulbox-agent init"},
-		{"... any network ...", "exec", map[string]any{"command": "tail -n +3 /proc/net/dev | cut -d: -f1; (exec 3<>/dev/tcp/192.0.2.1/53) 2>&1 | tail -1"}, "lo"},
+		{"What can the sandbox not see? Your home and root's ...", "exec",
+			map[string]any{"command": "ls /home; ls " + home + " 2>&1 | head -3; ls /root 2>&1 | tail -1"}, "user\n"},
+		{"... your processes ...", "exec", map[string]any{"command": "cat /proc/[0-9]*/cmdline | tr '\\0' ' '", "user": "root"},
+			"soulbox-agent init"},
+		{"... any network ...", "exec",
+			map[string]any{"command": "tail -n +3 /proc/net/dev | cut -d: -f1; (exec 3<>/dev/tcp/192.0.2.1/53) 2>&1 | tail -1"}, "lo"},
 	}
 	if hasBase {
 		return append(steps,
-			step{"... and what it does to its programs, it does to its own.", "exec", map[string]any{"command": "rm -rf /usr/share; ls /usr/share 2>&1", "user": "root"}, "cannot access"},
+			step{"... and what it does to its programs, it does to its own.", "exec",
+				map[string]any{"command": "rm -rf /usr/share; ls /usr/share 2>&1", "user": "root"}, "cannot access"},
 			step{"What does it cost?", "sandbox_get", map[string]any{}, "is running"},
 			step{"Another one, with a network ...", "sandbox_create", map[string]any{"network": "full"}, "is running"},
-			step{"... installs a package.", "exec", map[string]any{"command": "sudo apt-get update -qq && sudo apt-get install -qq -y tree 2>&1 | tail -1; tree --version", "sandbox_id": lastSandbox}, "tree v"})
+			step{"... installs a package.", "exec",
+				map[string]any{"command": "sudo apt-get update -qq && sudo apt-get install -qq -y tree 2>&1 | tail -1; tree --version",
+					"sandbox_id": lastSandbox}, "tree v"})
 	}
 	return append(steps,
-		step{"... and it cannot harm your programs, not even as root.", "exec", map[string]any{"command": "rm -rf /usr/bin 2>&1 | tail -1; ls /usr/bin | wc -l", "user": "root"}, "Read-only file system"},
+		step{"... and it cannot harm your programs, not even as root.", "exec",
+			map[string]any{"command": "rm -rf /usr/bin 2>&1 | tail -1; ls /usr/bin | wc -l", "user": "root"}, "Read-only file system"},
 		step{"What does it cost?", "sandbox_get", map[string]any{}, "is running"})
 }
 
@@ -86,7 +103,8 @@ func runDemo(ctx context.Context, args []string, getenv func(string) string, std
 	}
 	begin := time.Now()
 	var server *exec.Cmd
-	stdio := transport.NewStdioWithOptions(self, nil, append([]string{"stdio", "--log-level=warn", "--on-exit=kill", "--state-dir=" + c.stateDir}, args...),
+	stdio := transport.NewStdioWithOptions(self, nil, append([]string{"stdio", "--log-level=warn", "--on-exit=kill", "--state-dir=" +
+		c.stateDir}, args...),
 		transport.WithCommandFunc(func(ctx context.Context, name string, env []string, args []string) (*exec.Cmd, error) {
 			server = exec.CommandContext(ctx, name, args...)
 			server.Env = append(os.Environ(), env...)
@@ -109,7 +127,8 @@ func runDemo(ctx context.Context, args []string, getenv func(string) string, std
 	if err != nil {
 		return fmt.Errorf("list tools: %w", err)
 	}
-	fmt.Fprintf(stdout, "An MCP client (protocol %s) talks over stdio to %s %s, which offers %d tools.\n", hello.ProtocolVersion, hello.ServerInfo.Name, hello.ServerInfo.Version, len(list.Tools))
+	fmt.Fprintf(stdout, "An MCP client (protocol %s) talks over stdio to %s %s, which offers %d tools.\n", hello.ProtocolVersion,
+		hello.ServerInfo.Name, hello.ServerInfo.Version, len(list.Tools))
 	store, err := c.newStore()
 	if err != nil {
 		return err
@@ -126,7 +145,8 @@ func runDemo(ctx context.Context, args []string, getenv func(string) string, std
 			return err
 		}
 	}
-	fmt.Fprintf(stdout, "\nDone in %.1f s: %d steps, all as expected. The sandboxes end with their client, which asked for that; else they would be paused to disk.\n", time.Since(begin).Seconds(), len(steps))
+	fmt.Fprintf(stdout, "\nDone in %.1f s: %d steps, all as expected. The sandboxes end with their client, which asked for that; else "+
+		"they would be paused to disk.\n", time.Since(begin).Seconds(), len(steps))
 	return nil
 }
 

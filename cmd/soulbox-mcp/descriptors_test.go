@@ -69,7 +69,8 @@ func TestDescriptorsOfStrangers(t *testing.T) {
 	}()
 	works := func() {
 		t.Helper()
-		if a := must2(t)(c.Call(t.Context(), "exec", map[string]any{"sandbox_id": id, "command": "cat f"})); !strings.Contains(a.Text(), "kept") {
+		if a := must2(t)(c.Call(t.Context(), "exec", map[string]any{"sandbox_id": id, "command": "cat f"})); !strings.Contains(a.Text(),
+			"kept") {
 			t.Fatal(a.Text())
 		}
 		if status, body := w.get("/health", ""); status != http.StatusOK {
@@ -110,14 +111,17 @@ func TestDescriptorsTakenAway(t *testing.T) {
 	c := w.client("", false)
 	id := must2(t)(c.Call(t.Context(), "exec", map[string]any{"command": "echo kept > f"})).Field("sandbox_id")
 	limitOf(t, w.cmd.Process.Pid, 8)
-	asking := &http.Client{Timeout: time.Second}                                                             // it is not answered while it cannot be accepted
-	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(100 * time.Millisecond) { // as long as ten looks at the sandbox take
+	// It is not answered while it cannot be accepted.
+	asking := &http.Client{Timeout: time.Second}
+	// As long as ten looks at the sandbox take.
+	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
 		if res, err := asking.Get(strings.TrimSuffix(w.url, "/mcp") + "/health"); err == nil {
 			_ = res.Body.Close() // it may be refused meanwhile
 		}
 	}
 	limitOf(t, w.cmd.Process.Pid, 4096)
-	if a := must2(t)(c.Call(t.Context(), "exec", map[string]any{"sandbox_id": id, "command": "cat f"})); !strings.Contains(a.Text(), "kept") {
+	if a := must2(t)(c.Call(t.Context(), "exec", map[string]any{"sandbox_id": id, "command": "cat f"})); !strings.Contains(a.Text(),
+		"kept") {
 		t.Fatal(a.Text())
 	}
 }
@@ -132,14 +136,16 @@ func TestDescriptorsFew(t *testing.T) {
 	w = serveUnder(t, state, 64, "--on-exit=keep")
 	strangers(t, w, 100)
 	c = w.client("", false)
-	if a := must2(t)(c.Call(t.Context(), "exec", map[string]any{"sandbox_id": id, "command": "cat f"})); !strings.Contains(a.Text(), "kept") {
+	if a := must2(t)(c.Call(t.Context(), "exec", map[string]any{"sandbox_id": id, "command": "cat f"})); !strings.Contains(a.Text(),
+		"kept") {
 		t.Fatal(a.Text())
 	}
 	if log := w.log.String(); !strings.Contains(log, "file descriptors") {
 		t.Errorf("the log does not say that there are few: %s", log)
 	}
 	must2(t)(c.Call(t.Context(), "sandbox_kill", map[string]any{"sandbox_id": id, "confirm": true}))
-	out, err := exec.Command("sh", "-c", fmt.Sprintf("ulimit -n 64; exec %s doctor --state-dir=%s", sandboxtest.Program(t, "soulbox-mcp"), sandboxtest.Dir(t))).CombinedOutput()
+	out, err := exec.Command("sh", "-c", fmt.Sprintf("ulimit -n 64; exec %s doctor --state-dir=%s", sandboxtest.Program(t, "soulbox-mcp"),
+		sandboxtest.Dir(t))).CombinedOutput()
 	if !strings.Contains(string(out), "descriptors") || !strings.Contains(string(out), "64") {
 		t.Errorf("doctor: %v: %s", err, out)
 	}
@@ -185,15 +191,17 @@ func TestSlowRequests(t *testing.T) {
 	address := strings.TrimSuffix(strings.TrimPrefix(w.url, "http://"), "/mcp")
 	var all sync.WaitGroup
 	for name, head := range map[string]string{
-		"half a head":            "POST /mcp HTTP/1.1\r\nHost: localhost\r\nX-A",
-		"MCP":                    "POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n",
-		"MCP, chunked":           "POST /mcp HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n",
-		"API":                    "POST /sandboxes HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n",
-		"API, nowhere":           "POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n",
-		"the gateway":            "POST / HTTP/1.1\r\nHost: localhost\r\nE2b-Sandbox-Id: sbaaaaaaaaaaaaaaaaaaaa\r\nContent-Length: 1000\r\n\r\n",
-		"health, with a body":    "GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n",
-		"upload, with no proof":  "PUT /templates/t/files/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n",
-		"with a key, some bytes": "POST /mcp HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer " + key + "\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{",
+		"half a head":  "POST /mcp HTTP/1.1\r\nHost: localhost\r\nX-A",
+		"MCP":          "POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n",
+		"MCP, chunked": "POST /mcp HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n",
+		"API":          "POST /sandboxes HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n",
+		"API, nowhere": "POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n",
+		"the gateway": "POST / HTTP/1.1\r\nHost: localhost\r\nE2b-Sandbox-Id: sbaaaaaaaaaaaaaaaaaaaa\r\nContent-Length: " +
+			"1000\r\n\r\n",
+		"health, with a body":   "GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n",
+		"upload, with no proof": "PUT /templates/t/files/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n",
+		"with a key, some bytes": "POST /mcp HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer " + key +
+			"\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{",
 	} {
 		all.Go(func() {
 			c, err := net.Dial("tcp", address)
@@ -222,7 +230,8 @@ func TestSlowRequests(t *testing.T) {
 			if took := time.Since(begin); took > time.Minute {
 				t.Errorf("%s: closed after %s", name, took)
 			}
-			t.Logf("%s: %q after %.1fs, closed after %.1fs", name, strings.TrimSpace(first), answered.Seconds(), time.Since(begin).Seconds())
+			t.Logf("%s: %q after %.1fs, closed after %.1fs", name, strings.TrimSpace(first), answered.Seconds(),
+				time.Since(begin).Seconds())
 		})
 	}
 	all.Wait()

@@ -100,7 +100,8 @@ func asPrinted(line string) string {
 		return echo + "serve " + strings.TrimPrefix(command, "bin/soulbox-mcp ") + "\n"
 	case strings.Contains(command, "sandbox connect"):
 		// What is typed before the shell is there may be lost, so it is typed until that has ended. TestConnect types more.
-		return echo + fmt.Sprintf("{ trap '' PIPE; while echo exit 2>/dev/null; do sleep 0.2; done; } | script -qec \"%s\" /dev/null >/dev/null\n", command)
+		return echo + fmt.Sprintf("{ trap '' PIPE; while echo exit 2>/dev/null; do sleep 0.2; done; } | script -qec \"%s\" /dev/null "+
+			">/dev/null\n", command)
 	}
 	return echo + command + "\n"
 }
@@ -147,7 +148,8 @@ answers() { (exec 3<>/dev/tcp/%s) 2>/dev/null && echo yes || echo no; }
 	defer cancel()
 	c := exec.CommandContext(ctx, "bash", "-c", prelude+script)
 	c.Dir, c.WaitDelay = dir, 10*time.Second
-	c.Env = []string{"HOME=" + dir, "PATH=/usr/bin:/bin", "SOULBOX_STATE_DIR=" + filepath.Join(dir, "state"), "XDG_RUNTIME_DIR=" + filepath.Join(dir, "run"), "TERM=xterm", "SOULBOX_RUNTIME_DIR=" + filepath.Join(dir, "run")}
+	c.Env = []string{"HOME=" + dir, "PATH=/usr/bin:/bin", "SOULBOX_STATE_DIR=" + filepath.Join(dir, "state"), "XDG_RUNTIME_DIR=" +
+		filepath.Join(dir, "run"), "TERM=xterm", "SOULBOX_RUNTIME_DIR=" + filepath.Join(dir, "run")}
 	out, err := os.Create(filepath.Join(dir, "out"))
 	if err != nil {
 		t.Fatal(err)

@@ -30,17 +30,21 @@ type check struct {
 
 var checks = []check{
 	{"kernel", "SoulBox needs Linux 5.13 or newer on x86-64 or arm64.", checkKernel},
-	{"user namespaces", "Allow them: 'sudo sysctl -w user.max_user_namespaces=15000', on Debian also 'kernel.unprivileged_userns_clone=1', on Ubuntu 24.04 or newer " +
-		"'kernel.apparmor_restrict_unprivileged_userns=0'. In a container, start it with '--security-opt seccomp=unconfined --security-opt apparmor=unconfined'.", checkNamespaces},
+	{"user namespaces", "Allow them: 'sudo sysctl -w user.max_user_namespaces=15000', on Debian also " +
+		"'kernel.unprivileged_userns_clone=1', on Ubuntu 24.04 or newer " +
+		"'kernel.apparmor_restrict_unprivileged_userns=0'. In a container, start it with '--security-opt seccomp=unconfined " +
+		"--security-opt apparmor=unconfined'.", checkNamespaces},
 	{"runsc", "Run 'make build', which puts it beside soulbox-mcp, or name it by --runsc or SOULBOX_RUNSC.", checkRunsc},
 	{"agent", "Run 'make build', which puts it beside soulbox-mcp, or name it by --agent or SOULBOX_AGENT.", checkAgent},
 	{"state directory", "Name a directory by --state-dir that you can write to; as root, one that every user can walk to.", checkStateDir},
 	{"disk", "Free some disk space: a sandbox may write 10 GB by default (--disk-mb).", checkDisk},
 	{"templates", "Delete some: 'soulbox-mcp template list' shows them; or allow more by --template-budget-mb.", checkTemplates},
 	{"memory", "Sandboxes get 1 GB by default; give them less by --memory-mb.", checkMemory},
-	{"descriptors", "Raise the limit of file descriptors: 'ulimit -n', LimitNOFILE= of systemd, or nofile in /etc/security/limits.conf.", checkDescriptors},
+	{"descriptors", "Raise the limit of file descriptors: 'ulimit -n', LimitNOFILE= of systemd, or nofile in /etc/security/limits.conf.",
+		checkDescriptors},
 	{"hard limits", "", checkHardLimits},
-	{"sandbox", "The lines above may say why. If they are all ok, run it again with --log-level debug and report what it says.", checkSandbox},
+	{"sandbox", "The lines above may say why. If they are all ok, run it again with --log-level debug and report what it says.",
+		checkSandbox},
 }
 
 // runDoctor runs all checks and tells what is wrong and how to mend it.
@@ -220,5 +224,6 @@ func checkSandbox(ctx context.Context, c config) (_ string, err error) {
 	if snap.Process.State != agent.StateExited || snap.Process.ExitCode != 0 {
 		return "", fmt.Errorf("uname ended with %d: %q", snap.Process.ExitCode, snap.Output.Head)
 	}
-	return fmt.Sprintf("started in %d ms; its kernel is %s; a command takes %d ms", booted.Milliseconds(), strings.TrimSpace(string(snap.Output.Head)), time.Since(begin).Milliseconds()), nil
+	return fmt.Sprintf("started in %d ms; its kernel is %s; a command takes %d ms", booted.Milliseconds(),
+		strings.TrimSpace(string(snap.Output.Head)), time.Since(begin).Milliseconds()), nil
 }

@@ -48,17 +48,21 @@ func TestE2BSDK(t *testing.T) {
 	}
 	t.Run("tls", func(t *testing.T) {
 		state, dir := importMini(t), t.TempDir()
-		if out, err := exec.Command(sandboxtest.Program(t, "soulbox-mcp"), "cert", "--domain="+sdkDomain, "--out="+dir).CombinedOutput(); err != nil {
+		if out, err := exec.Command(sandboxtest.Program(t, "soulbox-mcp"), "cert", "--domain="+sdkDomain, "--out="+
+			dir).CombinedOutput(); err != nil {
 			t.Fatalf("%v: %s", err, out)
 		}
 		key, other := makeKey(t, state, "ann"), makeKey(t, state, "bob")
-		w := serve(t, state, "--domain="+sdkDomain, "--tls-cert="+filepath.Join(dir, "cert.pem"), "--tls-key="+filepath.Join(dir, "key.pem"))
+		w := serve(t, state, "--domain="+sdkDomain, "--tls-cert="+filepath.Join(dir, "cert.pem"), "--tls-key="+
+			filepath.Join(dir, "key.pem"))
 		u, err := url.Parse(w.url)
 		if err != nil {
 			t.Fatal(err)
 		}
-		env := []string{"E2B_API_KEY=" + key, "OTHER_KEY=" + other, "E2B_DOMAIN=" + sdkDomain + ":" + u.Port(), "SOULBOX_TEST_DOMAIN=." + sdkDomain,
-			"NODE_EXTRA_CA_CERTS=" + filepath.Join(dir, "ca.pem"), "NODE_OPTIONS=--require " + filepath.Join(filepath.Dir(modules), "resolve.cjs")}
+		env := []string{"E2B_API_KEY=" + key, "OTHER_KEY=" + other, "E2B_DOMAIN=" + sdkDomain + ":" + u.Port(), "SOULBOX_TEST_DOMAIN=." +
+			sdkDomain,
+			"NODE_EXTRA_CA_CERTS=" + filepath.Join(dir, "ca.pem"), "NODE_OPTIONS=--require " +
+				filepath.Join(filepath.Dir(modules), "resolve.cjs")}
 		for _, name := range []string{"e2b", "e2b-old"} {
 			t.Run(name, func(t *testing.T) { script(t, name, "tls", env...) })
 		}

@@ -48,7 +48,8 @@ func runEnvd(ctx context.Context, args []string, getenv func(string) string, std
 	if c.noNetwork {
 		network.Mode = sandbox.NetworkNone
 	}
-	sb, err := manager.Create(ctx, sandbox.CreateOptions{Template: name, Network: network, Transient: true, Times: sandbox.Times{Life: maxEnvdLife, OnTimeout: sandbox.ActionKill}})
+	sb, err := manager.Create(ctx, sandbox.CreateOptions{Template: name, Network: network, Transient: true,
+		Times: sandbox.Times{Life: maxEnvdLife, OnTimeout: sandbox.ActionKill}})
 	if err != nil {
 		return err
 	}
@@ -61,7 +62,8 @@ func runEnvd(ctx context.Context, args []string, getenv func(string) string, std
 	})), log)
 	ended := make(chan error, 1)
 	go func() { ended <- web.Serve(d.counted(listener, stranger)) }()
-	if _, err := fmt.Fprintf(stdout, "http://%s serves sandbox %s; run your program with E2B_DEBUG=true\n", listener.Addr(), sb.ID()); err != nil {
+	if _, err := fmt.Fprintf(stdout, "http://%s serves sandbox %s; run your program with E2B_DEBUG=true\n", listener.Addr(),
+		sb.ID()); err != nil {
 		log.Warn("tell the address", "error", err)
 	}
 	gone, stop := sb.Bind(ctx)
@@ -111,7 +113,8 @@ func servePorts(ctx context.Context, sb *sandbox.Sandbox, log *slog.Logger) {
 			}
 			if _, err := sb.ExposeAt(port, false, port); err != nil && !told[port] && len(told) < maxReported {
 				told[port] = true
-				log.Warn("a port of the sandbox cannot be served at its own number; end what has that, or take another port", "port", port, "error", err)
+				log.Warn("a port of the sandbox cannot be served at its own number; end what has that, or take another port", "port", port,
+					"error", err)
 			}
 		}
 		if err != nil && ctx.Err() == nil {
@@ -153,7 +156,8 @@ func onLoopback(next http.Handler) http.Handler {
 			host = r.Host
 		}
 		ip, err := netip.ParseAddr(host)
-		if host != "localhost" && (err != nil || !ip.IsLoopback()) || r.Header.Get("Origin") != "" || r.Header.Get("Sec-Fetch-Site") == "cross-site" {
+		if host != "localhost" && (err != nil || !ip.IsLoopback()) || r.Header.Get("Origin") != "" ||
+			r.Header.Get("Sec-Fetch-Site") == "cross-site" {
 			http.Error(w, "only programs on this machine may use this server", http.StatusForbidden)
 			return
 		}

@@ -110,7 +110,8 @@ func (s streamed) code() string {
 func (b *remoteBox) stream(method, body string, each func(map[string]any), headers ...string) (s streamed) {
 	frame := make([]byte, 5, 5+len(body))
 	binary.BigEndian.PutUint32(frame[1:], uint32(len(body)))
-	res, err := b.request(b.t.Context(), "POST", method, bytes.NewReader(append(frame, body...)), append([]string{"Content-Type", "application/connect+json", "Connect-Protocol-Version", "1"}, headers...)...)
+	res, err := b.request(b.t.Context(), "POST", method, bytes.NewReader(append(frame, body...)),
+		append([]string{"Content-Type", "application/connect+json", "Connect-Protocol-Version", "1"}, headers...)...)
 	if err != nil {
 		s.err = err
 		return s
@@ -226,11 +227,14 @@ func TestErrorTable(t *testing.T) {
 		{"GET", "/files?path=x&username=nosuch", "", 401, "unknown user nosuch", nil},
 		{"GET", "/files?path=/tmp/none", "", 404, "path '/tmp/none' does not exist", nil},
 		{"GET", "/files?path=/etc/passwd", "", 406, "no acceptable encoding", []string{"Accept-Encoding", "br, identity;q=0"}},
-		{"POST", "/files?path=/tmp/big", strings.Repeat("x", 100<<20), 507, "not enough disk space", []string{"Content-Type", "application/octet-stream"}},
+		{"POST", "/files?path=/tmp/big", strings.Repeat("x", 100<<20), 507, "not enough disk space",
+			[]string{"Content-Type", "application/octet-stream"}},
 		{"POST", "/files", "x", 400, "name the file", []string{"Content-Type", "application/octet-stream"}},
-		{"POST", "/files?path=/tmp/z", "no gzip", 400, "gzip", []string{"Content-Type", "application/octet-stream", "Content-Encoding", "gzip"}},
+		{"POST", "/files?path=/tmp/z", "no gzip", 400, "gzip",
+			[]string{"Content-Type", "application/octet-stream", "Content-Encoding", "gzip"}},
 	} {
-		if status, text := b.rest(test.method, test.path, test.body, test.headers...); status != test.status || !strings.Contains(text, test.want) || !strings.Contains(text, fmt.Sprintf(`"code":%d`, test.status)) {
+		if status, text := b.rest(test.method, test.path, test.body, test.headers...); status != test.status ||
+			!strings.Contains(text, test.want) || !strings.Contains(text, fmt.Sprintf(`"code":%d`, test.status)) {
 			t.Errorf("%s %s: %d %.300s, want %d %s", test.method, test.path, status, text, test.status, test.want)
 		}
 	}
@@ -369,7 +373,10 @@ func TestNobodyReads(t *testing.T) {
 		body := command("yes")
 		frame := make([]byte, 5, 5+len(body))
 		binary.BigEndian.PutUint32(frame[1:], uint32(len(body)))
-		if _, err := fmt.Fprintf(c, "POST %s HTTP/1.1\r\nHost: 127.0.0.1\r\nE2b-Sandbox-Id: %s\r\nX-Access-Token: %s\r\nContent-Type: application/connect+json\r\nContent-Length: %d\r\n\r\n%s%s", startCall, b.id, b.token, 5+len(body), frame, body); err != nil {
+		if _, err := fmt.Fprintf(c,
+			"POST %s HTTP/1.1\r\nHost: 127.0.0.1\r\nE2b-Sandbox-Id: %s\r\nX-Access-Token: %s\r\nContent-Type: "+
+				"application/connect+json\r\nContent-Length: %d\r\n\r\n%s%s", startCall, b.id, b.token, 5+len(body), frame,
+			body); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := io.ReadFull(c, make([]byte, 1000)); err != nil { // it has begun
@@ -433,7 +440,8 @@ func (b *remoteBox) transfer(size int64) (in, out float64) {
 	}
 	sum, back := sha256.New(), sha256.New()
 	began := time.Now()
-	res, err := b.request(b.t.Context(), "POST", "/files?path=/tmp/large", io.TeeReader(io.LimitReader(endless{part}, size), sum), "Content-Type", "application/octet-stream")
+	res, err := b.request(b.t.Context(), "POST", "/files?path=/tmp/large", io.TeeReader(io.LimitReader(endless{part}, size), sum),
+		"Content-Type", "application/octet-stream")
 	if err != nil {
 		b.t.Fatal(err)
 	}
@@ -485,7 +493,8 @@ func TestThousandRequests(t *testing.T) {
 	boxes := make([]*remoteBox, 20)
 	for i := range boxes {
 		boxes[i] = newBox(t, w, `{"templateID":"base","timeout":600}`)
-		if status, text := boxes[i].rest("POST", "/files?path=/tmp/who", boxes[i].id, "Content-Type", "application/octet-stream"); status != 200 {
+		if status, text := boxes[i].rest("POST", "/files?path=/tmp/who", boxes[i].id, "Content-Type",
+			"application/octet-stream"); status != 200 {
 			t.Fatal(text)
 		}
 	}
@@ -521,7 +530,8 @@ func TestThousandRequests(t *testing.T) {
 func (b *remoteBox) oneOf(n int) error {
 	switch n % 5 {
 	case 0:
-		if s := b.stream(startCall, command("cat /tmp/who; sleep 0.1; echo over"), nil); s.err != nil || s.stdout() != b.id+"over\n" || s.end == nil || len(s.end) != 0 {
+		if s := b.stream(startCall, command("cat /tmp/who; sleep 0.1; echo over"), nil); s.err != nil || s.stdout() != b.id+"over\n" ||
+			s.end == nil || len(s.end) != 0 {
 			return fmt.Errorf("start: %+v", s)
 		}
 		return nil
@@ -594,7 +604,8 @@ func TestOneDomain(t *testing.T) {
 	}
 	defer res.Body.Close()
 	text, err := io.ReadAll(res.Body)
-	if err != nil || string(text) != "by link" || !strings.HasPrefix(res.Header.Get("Content-Disposition"), "attachment") || res.Header.Get("Content-Security-Policy") != "sandbox" {
+	if err != nil || string(text) != "by link" || !strings.HasPrefix(res.Header.Get("Content-Disposition"), "attachment") ||
+		res.Header.Get("Content-Security-Policy") != "sandbox" {
 		t.Errorf("%s %q %v %v", res.Status, text, res.Header, err)
 	}
 	if bad, err := http.Get(strings.Replace(link, "up", "f", 1)); err != nil || bad.StatusCode != 401 {
@@ -605,7 +616,8 @@ func TestOneDomain(t *testing.T) {
 		t.Error(code)
 	}
 	theirs.kill()
-	if a, err := c.Call(t.Context(), "exec", map[string]any{"sandbox_id": made, "command": "true"}); err != nil || !strings.Contains(a.Text(), "killed") {
+	if a, err := c.Call(t.Context(), "exec", map[string]any{"sandbox_id": made, "command": "true"}); err != nil ||
+		!strings.Contains(a.Text(), "killed") {
 		t.Error("it is still there", err)
 	}
 	call("sandbox_kill", map[string]any{"sandbox_id": b.id, "confirm": true})

@@ -32,7 +32,8 @@ func TestHostPrograms(t *testing.T) {
 			t.Errorf("%s: %q, not %q", try.command, got, try.want)
 		}
 	}
-	secrets := "/etc/gshadow /etc/sudoers /etc/machine-id /etc/ssh/ssh_host_* /etc/ssl/private /etc/resolv.conf /etc/apt /etc/environment /etc/cron.d"
+	secrets := "/etc/gshadow /etc/sudoers /etc/machine-id /etc/ssh/ssh_host_* /etc/ssl/private /etc/resolv.conf /etc/apt " +
+		"/etc/environment /etc/cron.d"
 	if got := p.exec("ls -d " + secrets + " 2>/dev/null; grep -rl 'PRIVATE KEY-----' /etc 2>/dev/null"); got != "" {
 		t.Errorf("of the machine are seen: %s", got)
 	}
@@ -48,7 +49,8 @@ func TestNextServerFindsHost(t *testing.T) {
 		p.close()
 	}
 	list := func() string {
-		out, err := exec.Command("stat", "-c", "%n %y %z", filepath.Join(state, "templates"), filepath.Join(state, "agent")).CombinedOutput()
+		out, err := exec.Command("stat", "-c", "%n %y %z", filepath.Join(state, "templates"),
+			filepath.Join(state, "agent")).CombinedOutput()
 		if err != nil {
 			t.Fatalf("%s %v", out, err)
 		}

@@ -64,13 +64,19 @@ func parseHTTP(args []string, getenv func(string) string, stderr io.Writer) (c h
 	var all *flag.FlagSet
 	err = c.parse("http", args, getenv, stderr, c.serving, func(f *flag.FlagSet) {
 		all = f
-		f.BoolVar(&c.insecure, insecureFlag, false, "sandboxes that are made with secure=false are reached by their id alone, without a token; default only where the server is on loopback and has no --public-url")
+		f.BoolVar(&c.insecure, insecureFlag, false,
+			"sandboxes that are made with secure=false are reached by their id alone, without a token; default only where the server is "+
+				"on loopback and has no --public-url")
 		f.StringVar(&c.listen, "listen", "127.0.0.1:8787", "`address` to listen on")
 		f.BoolVar(&c.allowRemote, "allow-remote", false, "listen on more than loopback; needs keys or an OpenID provider, and --origin")
 		f.Var(&c.origins, "origin", "`origin` of web pages that may use the server, such as https://ide.example.com; may be repeated")
-		f.Var(&c.hosts, "allow-host", "`name` by which clients may call the server, beside loopback and the hosts of --origin; may be repeated")
-		f.StringVar(&c.publicURL, "public-url", "", "`URL` by which clients reach the server, such as https://box.example.com; default the address it listens on")
-		f.StringVar(&c.domain, "domain", "", "`domain` under which sandboxes are served as {port}-{sandbox}.{domain}, and the E2B API as api.{domain}, such as box.example.com; its wildcard must lead here, as *.localhost does by itself in browsers and curl")
+		f.Var(&c.hosts, "allow-host",
+			"`name` by which clients may call the server, beside loopback and the hosts of --origin; may be repeated")
+		f.StringVar(&c.publicURL, "public-url", "",
+			"`URL` by which clients reach the server, such as https://box.example.com; default the address it listens on")
+		f.StringVar(&c.domain, "domain", "",
+			"`domain` under which sandboxes are served as {port}-{sandbox}.{domain}, and the E2B API as api.{domain}, such as "+
+				"box.example.com; its wildcard must lead here, as *.localhost does by itself in browsers and curl")
 		c.tls.flags(f)
 		f.StringVar(&c.operator, "operator", "operator", "`owner` whose key may read /metrics, once keys are needed")
 		f.StringVar(&c.issuer, "oidc-issuer", "", "`URL` of an OpenID provider whose tokens are taken beside keys")
@@ -97,7 +103,8 @@ func isGiven(f *flag.FlagSet, name string) (given bool) {
 func (c *httpConfig) check() error {
 	host, _, err := net.SplitHostPort(c.listen)
 	if err != nil || host == "" {
-		return fmt.Errorf("--listen %q: name a host and a port, such as 127.0.0.1:8787; to listen on all addresses say so: 0.0.0.0:8787", c.listen)
+		return fmt.Errorf("--listen %q: name a host and a port, such as 127.0.0.1:8787; to listen on all addresses say so: 0.0.0.0:8787",
+			c.listen)
 	}
 	if c.publicURL != "" {
 		u, err := url.Parse(c.publicURL)
@@ -128,7 +135,8 @@ func (c *httpConfig) check() error {
 		return fmt.Errorf("--listen %q is not on loopback: give --allow-remote too if everybody who can reach it may try keys", c.listen)
 	}
 	if len(c.origins) == 0 {
-		return errors.New("--allow-remote needs --origin: the origins of web pages that may use the server, or its own URL if there are none")
+		return errors.New("--allow-remote needs --origin: the origins of web pages that may use the server, or its own URL if there are " +
+			"none")
 	}
 	if c.issuer != "" {
 		return nil
@@ -232,8 +240,10 @@ func (c *httpConfig) setDomain(public string) (err error) {
 		return fmt.Errorf("--domain: %w", err)
 	}
 	own := "api." + strings.ToLower(c.domain)
-	if u, err := url.Parse(public); err == nil && strings.HasSuffix(strings.ToLower(u.Hostname()), "."+strings.ToLower(c.domain)) && strings.ToLower(u.Hostname()) != own {
-		return fmt.Errorf("--domain %q contains the server's own name %s: only %s may be below it, the others are sandboxes'", c.domain, u.Hostname(), own)
+	if u, err := url.Parse(public); err == nil && strings.HasSuffix(strings.ToLower(u.Hostname()), "."+strings.ToLower(c.domain)) &&
+		strings.ToLower(u.Hostname()) != own {
+		return fmt.Errorf("--domain %q contains the server's own name %s: only %s may be below it, the others are sandboxes'", c.domain,
+			u.Hostname(), own)
 	}
 	c.hosts = append(c.hosts, c.domain, own)
 	return nil
@@ -242,7 +252,8 @@ func (c *httpConfig) setDomain(public string) (err error) {
 // control is the E2B API.
 func (c httpConfig) control(s *service, endpoint *mcpserver.HTTP) *api.Control {
 	access := endpoint.Access
-	control := &api.Control{Manager: s.manager, Store: s.templates, Builder: s.builder, Gateway: s.gateway, NoNetwork: c.noNetwork, Log: s.log, MayAsk: endpoint.MayAsk, MayRead: endpoint.MayRead,
+	control := &api.Control{Manager: s.manager, Store: s.templates, Builder: s.builder, Gateway: s.gateway, NoNetwork: c.noNetwork,
+		Log: s.log, MayAsk: endpoint.MayAsk, MayRead: endpoint.MayRead,
 		Self: client.Server{Version: version, Kind: "http"}}
 	if u, err := url.Parse(c.publicURL); err == nil && c.publicURL != "" {
 		control.URL = u
@@ -344,7 +355,8 @@ func tellKeys(keys *sandbox.Keys, log *slog.Logger) {
 	case err != nil:
 		log.Error("keys are needed, and cannot be read: nobody is let in by one", "error", err)
 	case valid == 0:
-		log.Warn("keys are needed, since there is a file of them, and none is valid: nobody is let in by one; 'soulbox-mcp key create --owner NAME' makes one")
+		log.Warn("keys are needed, since there is a file of them, and none is valid: nobody is let in by one; 'soulbox-mcp key create " +
+			"--owner NAME' makes one")
 	default:
 		log.Info("keys are needed", "valid", valid)
 	}
@@ -367,7 +379,8 @@ func (c httpConfig) routes(s *service, endpoint *mcpserver.HTTP, control *api.Co
 	mux.Handle("GET /metrics", endpoint.Access.Private(c.operator, s.metrics.handler()))
 	if c.issuer != "" {
 		metadata := guard(answerJSON(func() (any, error) {
-			return map[string]any{"resource": at + "/mcp", "authorization_servers": []string{c.issuer}, "bearer_methods_supported": []string{"header"}}, nil
+			return map[string]any{"resource": at + "/mcp", "authorization_servers": []string{c.issuer},
+				"bearer_methods_supported": []string{"header"}}, nil
 		}))
 		mux.Handle("GET "+metadataPath, metadata)
 		mux.Handle("GET "+metadataPath+"/mcp", metadata)
@@ -383,7 +396,8 @@ func (s *service) health() http.Handler {
 		if err != nil {
 			return nil, err
 		}
-		return map[string]any{"status": "ok", "version": version, "uptime_s": int64(time.Since(began).Seconds()), "free_memory_mb": free >> 30 << 10, "hard_limits": hard}, nil
+		return map[string]any{"status": "ok", "version": version, "uptime_s": int64(time.Since(began).Seconds()),
+			"free_memory_mb": free >> 30 << 10, "hard_limits": hard}, nil
 	})
 }
 

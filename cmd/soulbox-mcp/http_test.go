@@ -67,7 +67,8 @@ func serveBy(t testing.TB, state string, change func(*exec.Cmd), flags ...string
 		state = sandboxtest.Dir(t)
 	}
 	w := &web{t: t, state: state, log: &lockedBuffer{}}
-	w.cmd = exec.Command(sandboxtest.Program(t, "soulbox-mcp"), append([]string{"http", "--listen=127.0.0.1:0", "--state-dir=" + state, "--on-exit=kill"}, flags...)...)
+	w.cmd = exec.Command(sandboxtest.Program(t, "soulbox-mcp"),
+		append([]string{"http", "--listen=127.0.0.1:0", "--state-dir=" + state, "--on-exit=kill"}, flags...)...)
 	w.cmd.Env = []string{sandboxtest.RuntimeEnv(), "HOME=" + state, "PATH=/usr/bin:/bin"}
 	w.cmd.Stderr = w.log
 	out, err := w.cmd.StdoutPipe()
@@ -154,7 +155,8 @@ func TestOneOwnersThings(t *testing.T) {
 	tasks := map[string]any{"extensions": map[string]any{"io.modelcontextprotocol/tasks": map[string]any{}}}
 	annModern := &sandboxtest.MCP{URL: w.url, Key: annKey, Modern: true, Capabilities: tasks}
 	ann := w.client(annKey, false)
-	a, err := ann.Call(t.Context(), "exec", map[string]any{"command": "echo ann-secret | tee /home/user/f; sleep 600", "tag": "anns", "yield_ms": 300})
+	a, err := ann.Call(t.Context(), "exec", map[string]any{"command": "echo ann-secret | tee /home/user/f; sleep 600", "tag": "anns",
+		"yield_ms": 300})
 	id := must(t, a, err).Field("sandbox_id")
 	process := a.Field("process_id")
 	a, err = annModern.Call(t.Context(), "exec", map[string]any{"sandbox_id": id, "command": "sleep 600"})
@@ -232,41 +234,50 @@ func TestOneOwnersThings(t *testing.T) {
 			}
 			same(tool.Name, hers, call(none))
 		}
-		for _, path := range []string{"", "/logs", "/metrics", "/files/home/user/f", "/files/home/user", "/processes/" + process + "/output"} {
+		for _, path := range []string{"", "/logs", "/metrics", "/files/home/user/f", "/files/home/user", "/processes/" + process +
+			"/output"} {
 			for _, method := range []string{"resources/read", "resources/subscribe"} {
 				if bob.Modern && method == "resources/subscribe" {
 					continue
 				}
-				hers, missing := do(method, map[string]any{"uri": "sandbox://" + id + path}), do(method, map[string]any{"uri": "sandbox://" + none + path})
+				hers, missing := do(method, map[string]any{"uri": "sandbox://" + id + path}),
+					do(method, map[string]any{"uri": "sandbox://" + none + path})
 				if hers.Error == nil {
 					t.Errorf("%s %s: %s", method, path, hers.Result)
 				}
 				same(method+path, hers, missing)
 			}
 		}
-		if got := string(do("resources/list", nil).Result) + string(do("tools/call", map[string]any{"name": "sandbox_list", "arguments": map[string]any{}}).Result); strings.Contains(got, id) {
+		if got := string(do("resources/list", nil).Result) +
+			string(do("tools/call", map[string]any{"name": "sandbox_list", "arguments": map[string]any{}}).Result); strings.Contains(got,
+			id) {
 			t.Errorf("a list has it: %s", got)
 		}
 		for _, variable := range []string{"id", "process_id", "path"} {
-			a := do("completion/complete", map[string]any{"ref": map[string]any{"type": "ref/resource", "uri": "sandbox://{id}"}, "argument": map[string]any{"name": variable, "value": ""}, "context": map[string]any{"arguments": map[string]any{"id": id}}})
+			a := do("completion/complete", map[string]any{"ref": map[string]any{"type": "ref/resource", "uri": "sandbox://{id}"},
+				"argument": map[string]any{"name": variable, "value": ""},
+				"context":  map[string]any{"arguments": map[string]any{"id": id}}})
 			if !strings.Contains(string(a.Result), `"values":[]`) {
 				t.Errorf("completion of %s: %s", variable, a.Result)
 			}
 		}
 		for _, method := range []string{"tasks/get", "tasks/update", "tasks/cancel"} {
-			same(method, do(method, map[string]any{"taskId": task.TaskID, "inputResponses": map[string]any{}}), do(method, map[string]any{"taskId": "nope", "inputResponses": map[string]any{}}))
+			same(method, do(method, map[string]any{"taskId": task.TaskID, "inputResponses": map[string]any{}}),
+				do(method, map[string]any{"taskId": "nope", "inputResponses": map[string]any{}}))
 		}
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	messages, err := eras[0].Listen(ctx, map[string]any{"resourcesListChanged": true, "resourceSubscriptions": []string{"sandbox://" + id, "sandbox://" + id + "/files/home/user"}})
+	messages, err := eras[0].Listen(ctx, map[string]any{"resourcesListChanged": true,
+		"resourceSubscriptions": []string{"sandbox://" + id, "sandbox://" + id + "/files/home/user"}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if ack := fmt.Sprint((<-messages).Params); strings.Contains(ack, id) {
 		t.Errorf("bob listens to ann's: %s", ack)
 	}
-	for key, want := range map[string]int{"": http.StatusUnauthorized, bobKey: http.StatusForbidden, makeKey(t, state, "operator"): http.StatusOK} {
+	for key, want := range map[string]int{"": http.StatusUnauthorized, bobKey: http.StatusForbidden,
+		makeKey(t, state, "operator"): http.StatusOK} {
 		if status, _ := w.get("/metrics", key); status != want {
 			t.Errorf("/metrics: %d, want %d", status, want)
 		}
@@ -332,7 +343,8 @@ func TestUpdates(t *testing.T) {
 // updatesOnStdio is the same on stdio.
 func updatesOnStdio(t *testing.T, modern bool, writes string) {
 	p := launch(t, "")
-	home := p.await(p.request("tools/call", map[string]any{"name": "exec", "arguments": map[string]any{"command": "mkdir -p /home/user/d"}}))
+	home := p.await(p.request("tools/call", map[string]any{"name": "exec",
+		"arguments": map[string]any{"command": "mkdir -p /home/user/d"}}))
 	dir := "sandbox://" + fmt.Sprint(home.Result.StructuredContent["sandbox_id"]) + "/files/home/user/d"
 	told := func(method string) int {
 		p.mu.Lock()
@@ -354,15 +366,18 @@ func updatesOnStdio(t *testing.T, modern bool, writes string) {
 		}
 	}
 	if modern {
-		p.request("subscriptions/listen", map[string]any{"notifications": map[string]any{"resourceSubscriptions": []string{dir}}, "_meta": map[string]any{
-			"io.modelcontextprotocol/protocolVersion": sandboxtest.ModernVersion, "io.modelcontextprotocol/clientCapabilities": map[string]any{}}})
+		p.request("subscriptions/listen", map[string]any{"notifications": map[string]any{"resourceSubscriptions": []string{dir}},
+			"_meta": map[string]any{
+				"io.modelcontextprotocol/protocolVersion":    sandboxtest.ModernVersion,
+				"io.modelcontextprotocol/clientCapabilities": map[string]any{}}})
 		await("notifications/subscriptions/acknowledged", 0)
 	} else if m := p.await(p.request("resources/subscribe", map[string]any{"uri": dir})); m.Error != nil {
 		t.Fatal(m.Error)
 	}
 	p.exec(writes)
 	await("notifications/resources/updated", 0)
-	for before := -1; before != told("notifications/resources/updated"); time.Sleep(100 * time.Millisecond) { // what is still to come is of the writes, too
+	// What is still to come is of the writes, too.
+	for before := -1; before != told("notifications/resources/updated"); time.Sleep(100 * time.Millisecond) {
 		before = told("notifications/resources/updated")
 	}
 	before := told("notifications/resources/updated")
@@ -401,7 +416,8 @@ func awaitUpdate(t *testing.T, messages <-chan sandboxtest.Message) sandboxtest.
 func TestResources(t *testing.T) {
 	w := serve(t, "")
 	c := w.client("", true)
-	a, err := c.Call(t.Context(), "exec", map[string]any{"command": `printf 'a\033[31mb' ; printf '\000\001' > bin; echo text > 'a b.txt'; head -c 1500000 /dev/zero | tr '\0' x > big; sleep 600`, "yield_ms": 1000})
+	a, err := c.Call(t.Context(), "exec",
+		map[string]any{"command": `printf 'a\033[31mb' ; printf '\000\001' > bin; echo text > 'a b.txt'; head -c 1500000 /dev/zero | tr '\0' x > big; sleep 600`, "yield_ms": 1000})
 	id, process := must(t, a, err).Field("sandbox_id"), a.Field("process_id")
 	base := "sandbox://" + id
 	list, err := c.Do(t.Context(), "resources/list", nil)
@@ -412,8 +428,10 @@ func TestResources(t *testing.T) {
 		return string(must(t, a, err).Result)
 	}
 	for uri, want := range map[string]string{
-		base: `\"running\"`, base + "/logs": "running", base + "/metrics": "memory_bytes", base + "/files/home/user": "a b.txt", base + "/files/home/user/a%20b.txt": `"text":"text\n"`,
-		base + "/files/home/user/bin": `"blob":"AAE="`, base + "/processes/" + process + "/output": `a\\x1b[31mb`, "template://host": "host",
+		base: `\"running\"`, base + "/logs": "running", base + "/metrics": "memory_bytes", base + "/files/home/user": "a b.txt", base +
+			"/files/home/user/a%20b.txt": `"text":"text\n"`,
+		base + "/files/home/user/bin": `"blob":"AAE="`, base + "/processes/" + process + "/output": `a\\x1b[31mb`,
+		"template://host": "host",
 		base + "/processes/" + process + "/output?offset=1&limit=4": `"text":"\\x1b[31"`,
 		base + "/files/home/user/big":                               `"next":"` + base + `/files/home/user/big?offset=1048576"`,
 		base + "/files/home/user/big?offset=1499999":                `"text":"x"`,
@@ -421,20 +439,27 @@ func TestResources(t *testing.T) {
 		if got := read(uri); !strings.Contains(got, want) {
 			t.Errorf("%s: %.300s; want %s", uri, got, want)
 		}
-		if plain, _, ranged := strings.Cut(uri, "?"); !ranged && !strings.Contains(plain, "/user/") && !strings.Contains(string(list.Result), `"`+plain+`"`) {
+		if plain, _, ranged := strings.Cut(uri, "?"); !ranged && !strings.Contains(plain, "/user/") &&
+			!strings.Contains(string(list.Result), `"`+plain+`"`) {
 			t.Errorf("%s is not listed", uri)
 		}
 	}
-	for _, uri := range []string{base + "/files/no/such", base + "/nothing", base + "/processes/p999/output", "template://no", base + "/files/home/user/../../etc/passwd", "sandbox://" + id + ":1/logs", "file:///etc/passwd", base + "/logs?x=1"} {
-		if a, err := c.Do(t.Context(), "resources/read", map[string]any{"uri": uri}); err != nil || a.Error == nil || a.Error.Code != -32602 {
+	for _, uri := range []string{base + "/files/no/such", base + "/nothing", base + "/processes/p999/output", "template://no", base +
+		"/files/home/user/../../etc/passwd", "sandbox://" + id + ":1/logs", "file:///etc/passwd", base + "/logs?x=1"} {
+		if a, err := c.Do(t.Context(), "resources/read", map[string]any{"uri": uri}); err != nil || a.Error == nil ||
+			a.Error.Code != -32602 {
 			t.Errorf("%s: %v %+v", uri, err, a)
 		}
 	}
 	complete := func(variable, value string) string {
-		a, err := c.Do(t.Context(), "completion/complete", map[string]any{"ref": map[string]any{"type": "ref/resource", "uri": "sandbox://{id}/files/{+path}"}, "argument": map[string]any{"name": variable, "value": value}, "context": map[string]any{"arguments": map[string]any{"id": id}}})
+		a, err := c.Do(t.Context(), "completion/complete",
+			map[string]any{"ref": map[string]any{"type": "ref/resource", "uri": "sandbox://{id}/files/{+path}"},
+				"argument": map[string]any{"name": variable, "value": value},
+				"context":  map[string]any{"arguments": map[string]any{"id": id}}})
 		return string(must(t, a, err).Result)
 	}
-	if got := complete("id", id[:4]) + complete("path", "home/user/a") + complete("process_id", "p"); !strings.Contains(got, id) || !strings.Contains(got, `"home/user/a b.txt"`) || !strings.Contains(got, `"`+process+`"`) {
+	if got := complete("id", id[:4]) + complete("path", "home/user/a") + complete("process_id", "p"); !strings.Contains(got, id) ||
+		!strings.Contains(got, `"home/user/a b.txt"`) || !strings.Contains(got, `"`+process+`"`) {
 		t.Error(got)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
@@ -481,14 +506,16 @@ func TestConfirm(t *testing.T) {
 		t.Fatal(err, string(a.Result))
 	}
 	answer := func(id, state, action string) sandboxtest.Answer {
-		a, err := c.Do(t.Context(), "tools/call", map[string]any{"name": "sandbox_kill", "arguments": map[string]any{"sandbox_id": id}, "requestState": state,
+		a, err := c.Do(t.Context(), "tools/call", map[string]any{"name": "sandbox_kill", "arguments": map[string]any{"sandbox_id": id},
+			"requestState":   state,
 			"inputResponses": map[string]any{"confirm": map[string]any{"action": action, "content": map[string]any{"confirm": true}}}})
 		if err != nil {
 			t.Fatal(err)
 		}
 		return a
 	}
-	for what, a := range map[string]sandboxtest.Answer{"for another": answer(ids[1], asked.RequestState, "accept"), "made up": answer(ids[0], "x"+asked.RequestState, "accept"), "none": answer(ids[0], "", "accept")} {
+	for what, a := range map[string]sandboxtest.Answer{"for another": answer(ids[1], asked.RequestState, "accept"),
+		"made up": answer(ids[0], "x"+asked.RequestState, "accept"), "none": answer(ids[0], "", "accept")} {
 		if a.Error == nil || a.Error.Code != -32602 {
 			t.Errorf("a state %s: %+v", what, a)
 		}
@@ -500,7 +527,8 @@ func TestConfirm(t *testing.T) {
 		t.Error(a.Text())
 	}
 	legacy := (&sandboxtest.MCP{URL: w.url, Capabilities: map[string]any{"elicitation": map[string]any{}}}).Open(t)
-	r, id, err := legacy.Prepare(t.Context(), "tools/call", map[string]any{"name": "sandbox_kill", "arguments": map[string]any{"sandbox_id": ids[1]}})
+	r, id, err := legacy.Prepare(t.Context(), "tools/call",
+		map[string]any{"name": "sandbox_kill", "arguments": map[string]any{"sandbox_id": ids[1]}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -512,7 +540,8 @@ func TestConfirm(t *testing.T) {
 	text := ""
 	err = sandboxtest.Events(res.Body, func(_ string, m sandboxtest.Message) error {
 		if m.Method == "elicitation/create" {
-			return legacy.Tell(t.Context(), map[string]any{"jsonrpc": "2.0", "id": m.ID, "result": map[string]any{"action": "accept", "content": map[string]any{"confirm": true}}})
+			return legacy.Tell(t.Context(), map[string]any{"jsonrpc": "2.0", "id": m.ID,
+				"result": map[string]any{"action": "accept", "content": map[string]any{"confirm": true}}})
 		}
 		if string(m.ID) == fmt.Sprint(id) {
 			text = sandboxtest.Answer{Message: m}.Text()
@@ -534,7 +563,8 @@ func TestManySessions(t *testing.T) {
 	for i := range 200 {
 		calls.Go(func() {
 			c := w.client("", i%2 == 0)
-			a, err := c.Call(t.Context(), "exec", map[string]any{"sandbox_id": id, "command": fmt.Sprintf("echo session-%d-$((%d + 1))", i, i)})
+			a, err := c.Call(t.Context(), "exec", map[string]any{"sandbox_id": id,
+				"command": fmt.Sprintf("echo session-%d-$((%d + 1))", i, i)})
 			if err != nil || !strings.Contains(a.Text(), fmt.Sprintf("session-%d-%d\n", i, i+1)) {
 				t.Errorf("session %d: %v %s", i, err, a.Text())
 			}
@@ -548,7 +578,8 @@ func TestKeptSandboxes(t *testing.T) {
 	state := sandboxtest.Dir(t)
 	w := serve(t, state, "--on-exit=keep")
 	c := w.client("", true)
-	a, err := c.Call(t.Context(), "exec", map[string]any{"command": "echo kept > f; while :; do date >> log; sleep 0.1; done", "tag": "loop", "yield_ms": 200})
+	a, err := c.Call(t.Context(), "exec", map[string]any{"command": "echo kept > f; while :; do date >> log; sleep 0.1; done",
+		"tag": "loop", "yield_ms": 200})
 	id := must(t, a, err).Field("sandbox_id")
 	for _, end := range []func(){w.stop, func() {
 		_ = w.cmd.Process.Kill()
@@ -559,7 +590,8 @@ func TestKeptSandboxes(t *testing.T) {
 		c.URL = w.url
 		var text string
 		for deadline := time.Now().Add(60 * time.Second); !strings.Contains(text, "kept"); time.Sleep(20 * time.Millisecond) {
-			a, err := c.Call(t.Context(), "exec", map[string]any{"sandbox_id": id, "command": "cat f; a=$(wc -l < log); sleep 0.5; echo $(($(wc -l < log) - a))"})
+			a, err := c.Call(t.Context(), "exec", map[string]any{"sandbox_id": id,
+				"command": "cat f; a=$(wc -l < log); sleep 0.5; echo $(($(wc -l < log) - a))"})
 			if text = a.Text(); err != nil || time.Now().After(deadline) {
 				t.Fatal(err, text, w.log)
 			}
@@ -589,7 +621,8 @@ func TestRefusesToServe(t *testing.T) {
 		"--on-exit=explode":                                            "keep or kill",
 		"--oidc-issuer=https://a.example":                              "go together",
 	} {
-		out, err := exec.Command(sandboxtest.Program(t, "soulbox-mcp"), append([]string{"http", "--state-dir=" + state}, strings.Fields(flags)...)...).CombinedOutput()
+		out, err := exec.Command(sandboxtest.Program(t, "soulbox-mcp"),
+			append([]string{"http", "--state-dir=" + state}, strings.Fields(flags)...)...).CombinedOutput()
 		if err == nil || !strings.Contains(string(out), want) {
 			t.Errorf("%s: %v %s", flags, err, out)
 		}
@@ -621,15 +654,23 @@ func TestHealthAndMetrics(t *testing.T) {
 	for _, m := range regexp.MustCompile(`(?m)^# TYPE (soulbox_\S+ \S+)$`).FindAllStringSubmatch(body, -1) {
 		names = append(names, m[1])
 	}
-	names = slices.DeleteFunc(names, func(n string) bool { return strings.HasPrefix(n, "soulbox_account_") }) // those are there once something is used
-	const want = "soulbox_agent_round_trip_seconds histogram\nsoulbox_descriptors gauge\nsoulbox_http_bytes_total counter\nsoulbox_http_sessions gauge\nsoulbox_mcp_request_seconds histogram\nsoulbox_mcp_requests_total counter\n" +
-		"soulbox_memory_free_bytes gauge\nsoulbox_sandbox_operation_seconds histogram\nsoulbox_sandbox_operations_total counter\nsoulbox_sandboxes gauge\nsoulbox_sandboxes_cpu_seconds_total counter\nsoulbox_sandboxes_disk_bytes gauge\n" +
-		"soulbox_sandboxes_memory_bytes gauge\nsoulbox_sandboxes_memory_gb_seconds_total counter\nsoulbox_sandboxes_port_bytes_total counter\nsoulbox_sandboxes_processes gauge\nsoulbox_sandboxes_running_seconds_total counter\nsoulbox_saved_bytes gauge"
+	names = slices.DeleteFunc(names, func(n string) bool {
+		return strings.HasPrefix(n,
+			"soulbox_account_")
+	}) // those are there once something is used
+	const want = "soulbox_agent_round_trip_seconds histogram\nsoulbox_descriptors gauge\nsoulbox_http_bytes_total " +
+		"counter\nsoulbox_http_sessions gauge\nsoulbox_mcp_request_seconds histogram\nsoulbox_mcp_requests_total counter\n" +
+		"soulbox_memory_free_bytes gauge\nsoulbox_sandbox_operation_seconds histogram\nsoulbox_sandbox_operations_total " +
+		"counter\nsoulbox_sandboxes gauge\nsoulbox_sandboxes_cpu_seconds_total counter\nsoulbox_sandboxes_disk_bytes gauge\n" +
+		"soulbox_sandboxes_memory_bytes gauge\nsoulbox_sandboxes_memory_gb_seconds_total counter\nsoulbox_sandboxes_port_bytes_total " +
+		"counter\nsoulbox_sandboxes_processes gauge\nsoulbox_sandboxes_running_seconds_total counter\nsoulbox_saved_bytes gauge"
 	if got := strings.Join(names, "\n"); got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
 	}
-	for _, line := range []string{`soulbox_mcp_requests_total{method="tools/call",outcome="ok",tool="exec"} 1`, `soulbox_mcp_requests_total{method="other",outcome="refused",tool=""} 1`,
-		`soulbox_mcp_requests_total{method="tools/call",outcome="refused",tool="other"} 1`, `soulbox_sandboxes{state="running"} 1`, `soulbox_sandbox_operations_total{operation="create",outcome="ok"} 1`} {
+	for _, line := range []string{`soulbox_mcp_requests_total{method="tools/call",outcome="ok",tool="exec"} 1`,
+		`soulbox_mcp_requests_total{method="other",outcome="refused",tool=""} 1`,
+		`soulbox_mcp_requests_total{method="tools/call",outcome="refused",tool="other"} 1`, `soulbox_sandboxes{state="running"} 1`,
+		`soulbox_sandbox_operations_total{operation="create",outcome="ok"} 1`} {
 		if !strings.Contains(body, line+"\n") {
 			t.Errorf("%s is missing", line)
 		}
@@ -695,15 +736,17 @@ func TestOpenID(t *testing.T) {
 	answer := func(path string, v any) {
 		mux.HandleFunc(path, func(w http.ResponseWriter, _ *http.Request) { _ = json.NewEncoder(w).Encode(v) })
 	}
-	answer("/.well-known/openid-configuration", map[string]any{"issuer": issuer.URL, "jwks_uri": issuer.URL + "/keys", "authorization_endpoint": issuer.URL + "/a",
-		"token_endpoint": issuer.URL + "/t", "id_token_signing_alg_values_supported": []string{"RS256"}})
+	answer("/.well-known/openid-configuration", map[string]any{"issuer": issuer.URL, "jwks_uri": issuer.URL + "/keys",
+		"authorization_endpoint": issuer.URL + "/a",
+		"token_endpoint":         issuer.URL + "/t", "id_token_signing_alg_values_supported": []string{"RS256"}})
 	answer("/keys", jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: &private.PublicKey, KeyID: "k", Algorithm: "RS256", Use: "sig"}}})
 	token := func(key *rsa.PrivateKey, iss, aud, sub string, left time.Duration) string {
 		signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.RS256, Key: jose.JSONWebKey{Key: key, KeyID: "k"}}, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
-		claims, err := json.Marshal(map[string]any{"iss": iss, "aud": aud, "sub": sub, "exp": time.Now().Add(left).Unix(), "iat": time.Now().Unix()})
+		claims, err := json.Marshal(map[string]any{"iss": iss, "aud": aud, "sub": sub, "exp": time.Now().Add(left).Unix(),
+			"iat": time.Now().Unix()})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -729,9 +772,11 @@ func TestOpenID(t *testing.T) {
 		t.Fatal(got, w.log)
 	}
 	for what, bad := range map[string]string{
-		"of another key": token(other, issuer.URL, "soulbox", "ann", time.Hour), "for another": token(private, issuer.URL, "other", "ann", time.Hour),
-		"out of date": token(private, issuer.URL, "soulbox", "ann", -time.Hour), "of another issuer": token(private, "https://evil.example", "soulbox", "ann", time.Hour),
-		"none": "", "made up": "a.b.c", "without a subject": token(private, issuer.URL, "soulbox", "", time.Hour),
+		"of another key":    token(other, issuer.URL, "soulbox", "ann", time.Hour),
+		"for another":       token(private, issuer.URL, "other", "ann", time.Hour),
+		"out of date":       token(private, issuer.URL, "soulbox", "ann", -time.Hour),
+		"of another issuer": token(private, "https://evil.example", "soulbox", "ann", time.Hour),
+		"none":              "", "made up": "a.b.c", "without a subject": token(private, issuer.URL, "soulbox", "", time.Hour),
 	} {
 		if got := status(bad); got != http.StatusUnauthorized {
 			t.Errorf("a token %s: %d", what, got)

@@ -45,7 +45,8 @@ func runKey(args []string, getenv func(string) string, stdout, stderr io.Writer)
 			return err
 		}
 		if _, err = fmt.Fprintf(stdout, "%s\n", secret); err != nil {
-			return fmt.Errorf("the key %s was made, but not shown: %v; revoke it by 'soulbox-mcp key revoke --id %s'", key.ID, err, key.ID) //nolint:errorlint // a broken pipe is not quiet here
+			return fmt.Errorf("the key %s was made, but not shown: %v; revoke it by 'soulbox-mcp key revoke --id %s'", key.ID, err,
+				key.ID) //nolint:errorlint // a broken pipe is not quiet here
 		}
 		fmt.Fprintf(stderr, "key %s of %s; it is shown this once\n", key.ID, key.Owner)
 		return nil

@@ -70,7 +70,8 @@ func TestKeyRevoked(t *testing.T) {
 		ID    string `json:"sandboxID"`
 		Token string `json:"envdAccessToken"`
 	}
-	if res := ask("POST", "/sandboxes", `{"templateID":"base","secure":true}`, "X-API-Key", second, "Content-Type", "application/json"); json.NewDecoder(res.Body).Decode(&made) != nil || made.Token == "" {
+	if res := ask("POST", "/sandboxes", `{"templateID":"base","secure":true}`, "X-API-Key", second, "Content-Type",
+		"application/json"); json.NewDecoder(res.Body).Decode(&made) != nil || made.Token == "" {
 		t.Fatal(res.Status, made)
 	}
 	listen := func(key string, modern bool) (*sandboxtest.MCP, <-chan sandboxtest.Message) {
@@ -87,7 +88,8 @@ func TestKeyRevoked(t *testing.T) {
 	other, others := listen(second, false)
 	_, strangers := listen(bobs, true)
 	start := `{"process":{"cmd":"/bin/sleep","args":["600"]}}`
-	follow := ask("POST", startCall, string([]byte{0, 0, 0, 0, byte(len(start))})+start, "E2b-Sandbox-Id", made.ID, "X-Access-Token", made.Token, "Content-Type", "application/connect+json", "Connect-Protocol-Version", "1")
+	follow := ask("POST", startCall, string([]byte{0, 0, 0, 0, byte(len(start))})+start, "E2b-Sandbox-Id", made.ID, "X-Access-Token",
+		made.Token, "Content-Type", "application/connect+json", "Connect-Protocol-Version", "1")
 	followed := make(chan error, 1)
 	go func() {
 		_, err := io.Copy(io.Discard, follow.Body)
@@ -147,7 +149,8 @@ func TestKeyRevoked(t *testing.T) {
 	case <-time.After(30 * time.Second):
 		t.Fatal("a stream of the sandbox's token goes on")
 	}
-	if res := ask("POST", "/process.Process/List", "{}", "E2b-Sandbox-Id", made.ID, "X-Access-Token", made.Token, "Content-Type", "application/json"); res.StatusCode != http.StatusUnauthorized {
+	if res := ask("POST", "/process.Process/List", "{}", "E2b-Sandbox-Id", made.ID, "X-Access-Token", made.Token, "Content-Type",
+		"application/json"); res.StatusCode != http.StatusUnauthorized {
 		t.Error("the sandbox's token is worth something:", res.Status)
 	}
 	goesOn("another owner's stream", strangers)

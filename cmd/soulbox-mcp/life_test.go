@@ -90,7 +90,8 @@ for i in itertools.count(): print(i); time.sleep(0.02)'`
 	if !needs(t, "vim") { // then it is not that editor, but a program with an unsaved text at a terminal all the same
 		editor = "cat; read -r l"
 	}
-	vim := l.call("exec", map[string]any{"tty": true, "command": editor + " /home/user/unsaved", "rows": 24, "cols": 80}).Field("process_id")
+	vim := l.call("exec", map[string]any{"tty": true, "command": editor + " /home/user/unsaved", "rows": 24,
+		"cols": 80}).Field("process_id")
 	l.call("process_write", map[string]any{"process_id": vim, "input": "inot saved yet: "})
 	screen := func() string {
 		return l.call("process_wait", map[string]any{"process_id": vim, "screen": true}).Text()
@@ -99,7 +100,8 @@ for i in itertools.count(): print(i); time.sleep(0.02)'`
 	const tree = `cd / && find home/user tmp opt -xdev -type f ! -name '.*.sw?' -print0 | sort -z | xargs -0 sha256sum | sha256sum`
 	counted := 0
 	for round := range 10 {
-		l.run(fmt.Sprintf("echo %d > hi; mkdir -p d%d/e; head -c 1000000 /dev/urandom > d%d/e/random; ln -sf ../hi d%d/link; rm -rf d%d", round, round, round, round, round-3))
+		l.run(fmt.Sprintf("echo %d > hi; mkdir -p d%d/e; head -c 1000000 /dev/urandom > d%d/e/random; ln -sf ../hi d%d/link; rm -rf d%d",
+			round, round, round, round, round-3))
 		l.call("process_write", map[string]any{"process_id": vim, "input": fmt.Sprintf("r%d ", round)})
 		sandboxtest.Eventually(t, "the editor shows it", func() bool { return strings.Contains(screen(), fmt.Sprintf("r%d", round)) })
 		before := l.run(tree)
@@ -125,7 +127,8 @@ for i in itertools.count(): print(i); time.sleep(0.02)'`
 		if err != nil || body != fmt.Sprintf("%d\n", round) {
 			t.Fatalf("round %d: the server says %q, %v", round, body, err)
 		}
-		out := l.call("process_wait", map[string]any{"process_id": "count", "offset": 0, "yield_ms": 0, "max_output_chars": 90000}).Field("output")
+		out := l.call("process_wait", map[string]any{"process_id": "count", "offset": 0, "yield_ms": 0,
+			"max_output_chars": 90000}).Field("output")
 		lines := strings.Fields(out)
 		for i, line := range lines {
 			if n, err := strconv.Atoi(line); err == nil && n != i && i < len(lines)-1 {
@@ -150,9 +153,11 @@ func TestForks(t *testing.T) {
 	w := serve(t, "", "--pids=64")
 	l := &lives{t: t, w: w, c: w.client("", true)}
 	l.id = l.call("sandbox_create", nil).Field("sandbox_id")
-	l.call("exec", map[string]any{"tag": "holder", "background": true, "command": `perl -e '$x = "ab"; $x x= 105_000_000; $|=1; print "ready\n"; while (<STDIN>) { chomp; $y .= $_; print length($x), " $y\n" }'`})
+	l.call("exec", map[string]any{"tag": "holder", "background": true,
+		"command": `perl -e '$x = "ab"; $x x= 105_000_000; $|=1; print "ready\n"; while (<STDIN>) { chomp; $y .= $_; print length($x), " $y\n" }'`})
 	sandboxtest.Eventually(t, "it holds its memory", func() bool {
-		return strings.Contains(l.call("process_wait", map[string]any{"process_id": "holder", "offset": 0, "yield_ms": 0}).Field("output"), "ready")
+		return strings.Contains(l.call("process_wait", map[string]any{"process_id": "holder", "offset": 0, "yield_ms": 0}).Field("output"),
+			"ready")
 	})
 	l.run("echo shared > file")
 	ids := strings.Fields(strings.Trim(l.call("sandbox_fork", map[string]any{"count": 10}).Field("sandbox_ids"), "[]"))
@@ -163,7 +168,8 @@ func TestForks(t *testing.T) {
 	for i, id := range append([]string{l.id}, ids...) {
 		c := &lives{t: t, w: w, c: l.c, id: id}
 		own := fmt.Sprintf("own%d", i)
-		if out := c.call("process_write", map[string]any{"process_id": "holder", "input": own + "\n"}).Field("output"); !strings.Contains(out, "210000000 "+own) {
+		if out := c.call("process_write", map[string]any{"process_id": "holder", "input": own +
+			"\n"}).Field("output"); !strings.Contains(out, "210000000 "+own) {
 			t.Fatalf("%s: %q", id, out)
 		}
 		if got := c.run("cat file; echo " + own + " > file; cat file"); got != "shared\n"+own {
@@ -246,10 +252,12 @@ func TestLimitsNeighbours(t *testing.T) {
 		over := make(chan struct{})
 		go func() {
 			defer close(over)
-			a, err := c.Call(t.Context(), "exec", bad.with(map[string]any{"command": test.command, "yield_ms": 50_000, "timeout_ms": limit, "isolated": true}))
+			a, err := c.Call(t.Context(), "exec", bad.with(map[string]any{"command": test.command, "yield_ms": 50_000, "timeout_ms": limit,
+				"isolated": true}))
 			all := a.Text()
 			for err == nil && a.Field("state") == "running" { // which its timeout ends; what it has started may go on
-				a, err = c.Call(t.Context(), "process_wait", bad.with(map[string]any{"process_id": a.Field("process_id"), "yield_ms": 50_000}))
+				a, err = c.Call(t.Context(), "process_wait",
+					bad.with(map[string]any{"process_id": a.Field("process_id"), "yield_ms": 50_000}))
 				all += a.Text()
 			}
 			said = fmt.Sprint(all, err)

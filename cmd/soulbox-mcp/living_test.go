@@ -29,16 +29,20 @@ func TestShellOfSession(t *testing.T) {
 		}
 	}
 	expect("pwd; greet you; echo $TOKEN $n", "/home/user/app\nhi you\ns3cret 5\n")
-	if m := p.call("exec", map[string]any{"command": "pwd; echo ${TOKEN-none}", "isolated": true}); m.Result.StructuredContent["output"] != "/home/user\nnone\n" {
+	if m := p.call("exec", map[string]any{"command": "pwd; echo ${TOKEN-none}",
+		"isolated": true}); m.Result.StructuredContent["output"] != "/home/user\nnone\n" {
 		t.Error(m.text())
 	}
-	if m := p.call("exec", map[string]any{"command": "cd sub; whoami; pwd", "user": "root"}); !strings.HasSuffix(m.text(), "]") || !strings.Contains(m.text(), "root\n/root\n") {
+	if m := p.call("exec", map[string]any{"command": "cd sub; whoami; pwd", "user": "root"}); !strings.HasSuffix(m.text(), "]") ||
+		!strings.Contains(m.text(), "root\n/root\n") {
 		t.Error(m.text())
 	}
-	if m := p.call("exec", map[string]any{"command": "cd sub; exit 3"}); m.Result.StructuredContent["exit_code"] != float64(3) || !strings.Contains(m.text(), "the shell is now in /home/user/app/sub") {
+	if m := p.call("exec", map[string]any{"command": "cd sub; exit 3"}); m.Result.StructuredContent["exit_code"] != float64(3) ||
+		!strings.Contains(m.text(), "the shell is now in /home/user/app/sub") {
 		t.Error(m.text())
 	}
-	for _, wild := range []string{"kill -9 $$", "exec true", "exec 0<&- 1>&- 2>&-", "for fd in /proc/self/fd/*; do eval \"exec ${fd##*/}>&-\"; done 2>/dev/null", "set -e; false; echo never"} {
+	for _, wild := range []string{"kill -9 $$", "exec true", "exec 0<&- 1>&- 2>&-",
+		"for fd in /proc/self/fd/*; do eval \"exec ${fd##*/}>&-\"; done 2>/dev/null", "set -e; false; echo never"} {
 		p.call("exec", map[string]any{"command": wild})
 		expect("pwd; greet you; echo $TOKEN $n", "/home/user/app/sub\nhi you\ns3cret 5\n")
 	}
@@ -102,9 +106,11 @@ func TestWatchedTrees(t *testing.T) {
 		p.exec(`git init -q /tmp/from && cd /tmp/from && git config user.email a@b && git config user.name n && mkdir d{0..49} && for i in $(seq 2000); do echo $i > d$((i % 50))/f$i; done && git add . && git commit -qm all; cd`)
 	}
 	for name, script := range map[string]string{
-		"clone":   "git clone -q /tmp/from to",
-		"trees":   "for i in $(seq 100); do mkdir -p n/p$i/lib; for j in 1 2 3 4 5; do echo $j > n/p$i/lib/f$j; done; done; rm -rf n; mkdir n; echo > n/last",
-		"renames": "mkdir d; for i in $(seq 100); do : > d/f$i; done; perl -e 'for $k (1 .. 50) { for $i (1 .. 100) { rename \"d/f$i\", \"d/g$i\"; rename \"d/g$i\", \"d/f$i\" } }'; mv d e",
+		"clone": "git clone -q /tmp/from to",
+		"trees": "for i in $(seq 100); do mkdir -p n/p$i/lib; for j in 1 2 3 4 5; do echo $j > n/p$i/lib/f$j; done; done; rm -rf n; " +
+			"mkdir n; echo > n/last",
+		"renames": "mkdir d; for i in $(seq 100); do : > d/f$i; done; perl -e 'for $k (1 .. 50) { for $i (1 .. 100) { rename \"d/f$i\", " +
+			"\"d/g$i\"; rename \"d/g$i\", \"d/f$i\" } }'; mv d e",
 	} {
 		if name == "clone" && !needs(t, "git") {
 			continue
@@ -154,13 +160,16 @@ func TestWatchedTrees(t *testing.T) {
 // TestTerminalExact (must show 2): 100 MB through a terminal are read as they were written.
 func TestTerminalExact(t *testing.T) {
 	p := launch(t, "")
-	m := p.call("exec", map[string]any{"command": "head -c 75000000 /dev/urandom | base64 -w0 > /home/user/text; sha256sum < /home/user/text | cut -c1-64"})
+	m := p.call("exec", map[string]any{"command": "head -c 75000000 /dev/urandom | base64 -w0 > /home/user/text; sha256sum < " +
+		"/home/user/text | cut -c1-64"})
 	id, sum := m.Result.StructuredContent["sandbox_id"], strings.TrimSpace(fmt.Sprint(m.Result.StructuredContent["output"]))
 	// In parts: a terminal's output is kept as far as the last 16 MB.
-	y := openTTY(t, p, map[string]any{"command": "stty raw -echo; for ((i = 0; i < 100000000; i += 4000000)); do dd if=/home/user/text iflag=skip_bytes,count_bytes skip=$i count=4000000 bs=100000 status=none; read -rn1; done", "yield_ms": 0})
+	y := openTTY(t, p, map[string]any{"command": "stty raw -echo; for ((i = 0; i < 100000000; i += 4000000)); do dd if=/home/user/text " +
+		"iflag=skip_bytes,count_bytes skip=$i count=4000000 bs=100000 status=none; read -rn1; done", "yield_ms": 0})
 	h, offset := sha256.New(), 0
 	for next := 4_000_000; offset < 100_000_000; {
-		m := p.await(p.request("resources/read", map[string]any{"uri": fmt.Sprintf("sandbox://%s/processes/%s/output?offset=%d&limit=500000", id, y.id, offset)}))
+		m := p.await(p.request("resources/read",
+			map[string]any{"uri": fmt.Sprintf("sandbox://%s/processes/%s/output?offset=%d&limit=500000", id, y.id, offset)}))
 		if m.Error != nil || len(m.Result.Contents) != 1 {
 			t.Fatalf("%+v", m)
 		}
@@ -200,7 +209,8 @@ func TestKilledInUse(t *testing.T) {
 	base := call("port_expose", map[string]any{"port": 8000}).Field("url")
 	first := call("process_wait", map[string]any{"process_id": sh, "offset": 0, "raw": true, "yield_ms": 0}).Field("output")
 	// While nobody is there: the shell goes on, a file is made.
-	call("process_write", map[string]any{"process_id": sh, "input": "while ! [ -e go ]; do sleep 0.1; done; for i in $(seq 51 100); do echo line-$i; done; echo 2 > watched/meanwhile\n"})
+	call("process_write", map[string]any{"process_id": sh,
+		"input": "while ! [ -e go ]; do sleep 0.1; done; for i in $(seq 51 100); do echo line-$i; done; echo 2 > watched/meanwhile\n"})
 	call("exec", map[string]any{"command": "(sleep 1; touch go) & disown"})
 
 	_ = w.cmd.Process.Kill()
@@ -226,7 +236,8 @@ func TestKilledInUse(t *testing.T) {
 	}
 	call("process_write", map[string]any{"process_id": sh, "input": "echo alive-$((n + 42))\n"})
 	sandboxtest.Eventually(t, "the shell goes on", func() bool {
-		return strings.Contains(call("process_wait", map[string]any{"process_id": sh, "offset": 0, "raw": true, "yield_ms": 0}).Field("output"), "alive-42")
+		return strings.Contains(call("process_wait", map[string]any{"process_id": sh, "offset": 0, "raw": true,
+			"yield_ms": 0}).Field("output"), "alive-42")
 	})
 	sandboxtest.Eventually(t, "what happened before and meanwhile, from the cursor", func() bool {
 		text := call("file_watch", map[string]any{"cursor": cursor, "yield_ms": 0}).Text()

@@ -49,7 +49,8 @@ func (s *service) serveLocal(kind string, getenv func(string) string) (*local, e
 	if err != nil {
 		return nil, err
 	}
-	l.control = &api.Control{Manager: s.manager, Store: s.templates, Builder: s.builder, Gateway: s.gateway, NoNetwork: s.noNetwork, Log: s.log, Local: true,
+	l.control = &api.Control{Manager: s.manager, Store: s.templates, Builder: s.builder, Gateway: s.gateway, NoNetwork: s.noNetwork,
+		Log: s.log, Local: true,
 		Self:  client.Server{Version: version, Kind: kind, PID: os.Getpid(), State: s.stateDir},
 		Owner: func(r *http.Request) (string, error) { return r.Header.Get(client.OwnerHeader), nil }}
 	mux := http.NewServeMux()

@@ -59,7 +59,8 @@ func isPipe(err error) bool {
 
 // run is main with its surroundings as arguments.
 func run(ctx context.Context, args []string, getenv func(string) string, stdin io.Reader, stdout, stderr io.Writer) error {
-	syscall.Umask(0o022)           // what a sandbox is to read must not depend on who started us; private files are made 0600 and 0700 explicitly
+	// What a sandbox is to read must not depend on who started us; private files are made 0600 and 0700 explicitly.
+	syscall.Umask(0o022)
 	debug.SetMemoryLimit(48 << 20) // soft: the server is to stay small beside what it serves
 	command := ""
 	if len(args) > 0 {

@@ -28,20 +28,32 @@ func newMetrics() *metrics {
 	fast := prometheus.ExponentialBuckets(0.0005, 2, 18) // 0.5 ms to a minute
 	m := &metrics{
 		registry: prometheus.NewRegistry(),
-		requests: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "soulbox_mcp_requests_total", Help: "MCP requests answered, by method, tool and outcome (ok, error, refused, cancelled)."}, []string{"method", "tool", "outcome"}),
-		latency:  prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "soulbox_mcp_request_seconds", Help: "Time to answer an MCP request, by method and tool; tool exec is the latency of commands.", Buckets: fast}, []string{"method", "tool"}),
-		changes:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: "soulbox_sandbox_operations_total", Help: "Changes of sandboxes, by what was done (create, pause, resume, snapshot, fork) and outcome (ok, error)."}, []string{"operation", "outcome"}),
-		change:   prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "soulbox_sandbox_operation_seconds", Help: "Time that a change of a sandbox took, by what was done.", Buckets: fast}, []string{"operation"}),
-		ping:     prometheus.NewHistogram(prometheus.HistogramOpts{Name: "soulbox_agent_round_trip_seconds", Help: "Time in which the agents of sandboxes answered.", Buckets: fast}),
-		bytes:    prometheus.NewCounterVec(prometheus.CounterOpts{Name: "soulbox_http_bytes_total", Help: "Bytes of MCP requests (in) and answers (out) over HTTP."}, []string{"direction"}),
+		requests: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "soulbox_mcp_requests_total",
+			Help: "MCP requests answered, by method, tool and outcome (ok, error, refused, cancelled)."},
+			[]string{"method", "tool", "outcome"}),
+		latency: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "soulbox_mcp_request_seconds",
+			Help: "Time to answer an MCP request, by method and tool; tool exec is the latency of commands.", Buckets: fast},
+			[]string{"method", "tool"}),
+		changes: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "soulbox_sandbox_operations_total",
+			Help: "Changes of sandboxes, by what was done (create, pause, resume, snapshot, fork) and outcome (ok, error)."},
+			[]string{"operation", "outcome"}),
+		change: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "soulbox_sandbox_operation_seconds",
+			Help: "Time that a change of a sandbox took, by what was done.", Buckets: fast}, []string{"operation"}),
+		ping: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "soulbox_agent_round_trip_seconds",
+			Help: "Time in which the agents of sandboxes answered.", Buckets: fast}),
+		bytes: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "soulbox_http_bytes_total",
+			Help: "Bytes of MCP requests (in) and answers (out) over HTTP."}, []string{"direction"}),
 	}
-	m.registry.MustRegister(m.bytes, m.requests, m.latency, m.changes, m.change, m.ping, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	m.registry.MustRegister(m.bytes, m.requests, m.latency, m.changes, m.change, m.ping, collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
 
 // watch adds what is asked for only when somebody looks.
 func (m *metrics) watch(manager *sandbox.Manager, d *descriptorBudget, sessions func() int) {
-	m.registry.MustRegister(room{manager}, accountUses{manager.Accounts()}, descriptorUse{d}, prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "soulbox_http_sessions", Help: "MCP sessions over HTTP."}, func() float64 { return float64(sessions()) }))
+	m.registry.MustRegister(room{manager}, accountUses{manager.Accounts()}, descriptorUse{d},
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "soulbox_http_sessions", Help: "MCP sessions over HTTP."},
+			func() float64 { return float64(sessions()) }))
 }
 
 func (m *metrics) handler() http.Handler {
@@ -50,9 +62,11 @@ func (m *metrics) handler() http.Handler {
 
 // known are the methods of MCP; whatever else a client asks for is "other".
 var known = map[string]bool{
-	"initialize": true, "ping": true, "server/discover": true, "tools/list": true, "tools/call": true, "prompts/list": true, "prompts/get": true, "resources/list": true,
-	"resources/templates/list": true, "resources/read": true, "resources/subscribe": true, "resources/unsubscribe": true, "subscriptions/listen": true,
-	"completion/complete": true, "logging/setLevel": true, "tasks/get": true, "tasks/update": true, "tasks/cancel": true,
+	"initialize": true, "ping": true, "server/discover": true, "tools/list": true, "tools/call": true, "prompts/list": true,
+	"prompts/get": true, "resources/list": true,
+	"resources/templates/list": true, "resources/read": true, "resources/subscribe": true, "resources/unsubscribe": true,
+	"subscriptions/listen": true,
+	"completion/complete":  true, "logging/setLevel": true, "tasks/get": true, "tasks/update": true, "tasks/cancel": true,
 }
 
 func (m *metrics) observeRequest(s *server.MCPServer, method, tool, outcome string, took time.Duration) {
@@ -86,21 +100,27 @@ func (m *metrics) observeSandbox(what string, took time.Duration, err error) {
 type room struct{ manager *sandbox.Manager }
 
 var (
-	sandboxesDesc = prometheus.NewDesc("soulbox_sandboxes", "Sandboxes, by state; ended ones as long as they are remembered.", []string{"state"}, nil)
-	runDesc       = prometheus.NewDesc("soulbox_sandboxes_running_seconds_total", "Time that sandboxes have run, those that have ended too.", nil, nil)
-	cpuDesc       = prometheus.NewDesc("soulbox_sandboxes_cpu_seconds_total", "CPU time of sandboxes, as last measured.", nil, nil)
-	memoryDesc    = prometheus.NewDesc("soulbox_sandboxes_memory_gb_seconds_total", "Memory promised to sandboxes times how long they have run, in 2^30 bytes.", nil, nil)
-	netDesc       = prometheus.NewDesc("soulbox_sandboxes_port_bytes_total", "Bytes through ports of sandboxes, in to them and out.", []string{"direction"}, nil)
-	usedDesc      = prometheus.NewDesc("soulbox_sandboxes_memory_bytes", "Memory that running sandboxes use, as last measured.", nil, nil)
-	diskDesc      = prometheus.NewDesc("soulbox_sandboxes_disk_bytes", "Bytes that running sandboxes have written to their disks and not removed, as last measured.", nil, nil)
-	tasksDesc     = prometheus.NewDesc("soulbox_sandboxes_processes", "Processes of running sandboxes, as last measured.", nil, nil)
-	savedDesc     = prometheus.NewDesc("soulbox_saved_bytes", "Bytes on disk of all paused sandboxes and snapshots.", nil, nil)
-	freeDesc      = prometheus.NewDesc("soulbox_memory_free_bytes", "Memory that can still be promised to sandboxes.", nil, nil)
+	sandboxesDesc = prometheus.NewDesc("soulbox_sandboxes", "Sandboxes, by state; ended ones as long as they are remembered.",
+		[]string{"state"}, nil)
+	runDesc = prometheus.NewDesc("soulbox_sandboxes_running_seconds_total", "Time that sandboxes have run, those that have ended too.",
+		nil, nil)
+	cpuDesc    = prometheus.NewDesc("soulbox_sandboxes_cpu_seconds_total", "CPU time of sandboxes, as last measured.", nil, nil)
+	memoryDesc = prometheus.NewDesc("soulbox_sandboxes_memory_gb_seconds_total",
+		"Memory promised to sandboxes times how long they have run, in 2^30 bytes.", nil, nil)
+	netDesc = prometheus.NewDesc("soulbox_sandboxes_port_bytes_total", "Bytes through ports of sandboxes, in to them and out.",
+		[]string{"direction"}, nil)
+	usedDesc = prometheus.NewDesc("soulbox_sandboxes_memory_bytes", "Memory that running sandboxes use, as last measured.", nil, nil)
+	diskDesc = prometheus.NewDesc("soulbox_sandboxes_disk_bytes",
+		"Bytes that running sandboxes have written to their disks and not removed, as last measured.", nil, nil)
+	tasksDesc = prometheus.NewDesc("soulbox_sandboxes_processes", "Processes of running sandboxes, as last measured.", nil, nil)
+	savedDesc = prometheus.NewDesc("soulbox_saved_bytes", "Bytes on disk of all paused sandboxes and snapshots.", nil, nil)
+	freeDesc  = prometheus.NewDesc("soulbox_memory_free_bytes", "Memory that can still be promised to sandboxes.", nil, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (r room) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{sandboxesDesc, freeDesc, runDesc, cpuDesc, memoryDesc, netDesc, usedDesc, diskDesc, tasksDesc, savedDesc} {
+	for _, d := range []*prometheus.Desc{sandboxesDesc, freeDesc, runDesc, cpuDesc, memoryDesc, netDesc, usedDesc, diskDesc, tasksDesc,
+		savedDesc} {
 		ch <- d
 	}
 }
@@ -121,7 +141,8 @@ func (r room) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(v))
 	}
 	used := r.manager.Used()
-	for d, v := range map[*prometheus.Desc]float64{runDesc: float64(used.RunMS) / 1000, cpuDesc: float64(used.CPUMS) / 1000, memoryDesc: used.GBSeconds} {
+	for d, v := range map[*prometheus.Desc]float64{runDesc: float64(used.RunMS) / 1000, cpuDesc: float64(used.CPUMS) / 1000,
+		memoryDesc: used.GBSeconds} {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, v)
 	}
 	ch <- prometheus.MustNewConstMetric(netDesc, prometheus.CounterValue, float64(used.NetIn), "in")

@@ -16,7 +16,8 @@ import (
 // is no quiet matter.
 func TestReaderGone(t *testing.T) {
 	dir := sandboxtest.Dir(t)
-	for _, args := range []string{"template list", "template help", "key list", "cert --out " + filepath.Join(dir, "tls"), "help", "version", "key create --owner ann"} {
+	for _, args := range []string{"template list", "template help", "key list", "cert --out " + filepath.Join(dir, "tls"), "help",
+		"version", "key create --owner ann"} {
 		r, w, err := os.Pipe()
 		if err != nil {
 			t.Fatal(err)

@@ -34,7 +34,8 @@ func TestPortsOfSandbox(t *testing.T) {
 	a := call("exec", map[string]any{"command": "echo hello > hi; head -c 100000000 /dev/urandom > big; sha256sum < big | cut -c1-64"})
 	id, sum := a.Field("sandbox_id"), strings.TrimSpace(a.Field("output"))
 	a = call("port_expose", map[string]any{"sandbox_id": id, "port": 8000, "wait_ms": 1})
-	if url := a.Field("url"); a.Field("listening") != "" && a.Field("listening") != "false" || !strings.HasPrefix(url, "http://127.0.0.1:") {
+	if url := a.Field("url"); a.Field("listening") != "" && a.Field("listening") != "false" ||
+		!strings.HasPrefix(url, "http://127.0.0.1:") {
 		t.Fatal(a.Text())
 	}
 	base := a.Field("url")
@@ -45,7 +46,8 @@ func TestPortsOfSandbox(t *testing.T) {
 	if a = call("port_expose", map[string]any{"sandbox_id": id, "port": 8000}); a.Field("listening") != "true" {
 		t.Fatal(a.Text())
 	}
-	if a = call("sandbox_get", map[string]any{"sandbox_id": id}); !strings.Contains(a.Text(), "listening on ports 8000, port 8000 is at "+base) {
+	if a = call("sandbox_get", map[string]any{"sandbox_id": id}); !strings.Contains(a.Text(), "listening on ports 8000, port 8000 is at "+
+		base) {
 		t.Error(a.Text())
 	}
 	fetch := func(path string) (int64, string) {

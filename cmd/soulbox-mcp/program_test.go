@@ -32,14 +32,17 @@ func TestWork(t *testing.T) {
 	if got := p.exec("stat -c '%U %a' a/b.txt; cat a/b.txt"); got != "user 644\none\nthree\n" {
 		t.Fatalf("%q", got)
 	}
-	p.call("file_write", map[string]any{"files": []map[string]any{{"path": "/home/user/x", "content": "AAEC", "encoding": "base64"}, {"path": "/home/user/y", "content": "y"}}})
-	if got := p.call("file_read", map[string]any{"path": "/home/user/x", "encoding": "base64"}); got.Result.StructuredContent["content"] != "AAEC" {
+	p.call("file_write", map[string]any{"files": []map[string]any{{"path": "/home/user/x", "content": "AAEC", "encoding": "base64"},
+		{"path": "/home/user/y", "content": "y"}}})
+	if got := p.call("file_read", map[string]any{"path": "/home/user/x",
+		"encoding": "base64"}); got.Result.StructuredContent["content"] != "AAEC" {
 		t.Fatal(got.text())
 	}
 	if got := p.exec("printf '\\211PNG\\r\\n\\032\\n0000' > p.png; echo made"); got != "made\n" {
 		t.Fatal(got)
 	}
-	if got := p.call("file_read", map[string]any{"path": "/home/user/p.png"}); got.Result.StructuredContent["encoding"] != "image" || len(got.Result.Content) != 2 {
+	if got := p.call("file_read", map[string]any{"path": "/home/user/p.png"}); got.Result.StructuredContent["encoding"] != "image" ||
+		len(got.Result.Content) != 2 {
 		t.Fatal(got.text())
 	}
 	if got := p.call("file_list", map[string]any{"depth": 2}).text(); !strings.Contains(got, "/home/user/a/b.txt") {
@@ -54,7 +57,8 @@ func TestWork(t *testing.T) {
 	if shell.Result.StructuredContent["state"] != "running" {
 		t.Fatal(shell.text())
 	}
-	if got := p.call("process_write", map[string]any{"tag": "shell", "input": "echo $((6*7))\n"}); got.Result.StructuredContent["output"] != "42\n" {
+	if got := p.call("process_write", map[string]any{"tag": "shell",
+		"input": "echo $((6*7))\n"}); got.Result.StructuredContent["output"] != "42\n" {
 		t.Fatal(got.text())
 	}
 	if got := p.call("sandbox_get", nil).text(); !strings.Contains(got, "is running, this session's own") {
@@ -62,7 +66,8 @@ func TestWork(t *testing.T) {
 	}
 	second := p.call("sandbox_create", map[string]any{"env": map[string]string{"SECRET": "s3cret"}})
 	id := second.Result.StructuredContent["sandbox_id"]
-	if got := p.call("exec", map[string]any{"sandbox_id": id, "command": "echo $SECRET; ls /home/user"}).Result.StructuredContent["output"]; got != "s3cret\n" {
+	if got := p.call("exec", map[string]any{"sandbox_id": id,
+		"command": "echo $SECRET; ls /home/user"}).Result.StructuredContent["output"]; got != "s3cret\n" {
 		t.Fatalf("%q", got)
 	}
 	// Secrets are in no file of the host.
@@ -124,11 +129,13 @@ func TestFiftyInFlight(t *testing.T) {
 			t.Fatalf("call %d got %s", i, m.text())
 		}
 	}
-	sandboxtest.Eventually(t, "three sleeps of a shell run", func() bool { return strings.Count(p.exec("cat /proc/[0-9]*/cmdline | tr '\\0' ' '"), "sleep 60 ") >= 2 })
+	sandboxtest.Eventually(t, "three sleeps of a shell run",
+		func() bool { return strings.Count(p.exec("cat /proc/[0-9]*/cmdline | tr '\\0' ' '"), "sleep 60 ") >= 2 })
 	p.send(map[string]any{"jsonrpc": "2.0", "method": "notifications/cancelled", "params": map[string]any{"requestId": long.id}})
 	begin := time.Now()
 	sandboxtest.Eventually(t, "the whole group is gone", func() bool {
-		return p.call("process_list", map[string]any{"tag": "long", "state": "exited"}).Result.StructuredContent["processes"].([]any) != nil &&
+		return p.call("process_list", map[string]any{"tag": "long",
+			"state": "exited"}).Result.StructuredContent["processes"].([]any) != nil &&
 			!strings.Contains(p.exec("cat /proc/[0-9]*/cmdline | tr '\\0' ' ' | grep -o '[s]leep 6[0]' | head -1"), "sleep")
 	})
 	t.Logf("gone after %s", time.Since(begin))
@@ -144,7 +151,8 @@ func TestFiftyInFlight(t *testing.T) {
 func TestProgress(t *testing.T) {
 	p := launch(t, "")
 	m := p.await(p.request("tools/call", map[string]any{
-		"name": "exec", "arguments": map[string]any{"command": "for i in 1 2 3 4; do echo line $i; sleep 0.6; done"}, "_meta": map[string]any{"progressToken": "tok"},
+		"name": "exec", "arguments": map[string]any{"command": "for i in 1 2 3 4; do echo line $i; sleep 0.6; done"},
+		"_meta": map[string]any{"progressToken": "tok"},
 	}))
 	if m.Error != nil || m.Result.IsError {
 		t.Fatal(m.text())
@@ -160,7 +168,8 @@ func TestProgress(t *testing.T) {
 		t.Fatal("no progress was told")
 	}
 	for i, n := range notes {
-		if n.Params["progressToken"] != "tok" || n.Params["progress"] != float64(i+1) || !strings.HasPrefix(fmt.Sprint(n.Params["message"]), "line ") {
+		if n.Params["progressToken"] != "tok" || n.Params["progress"] != float64(i+1) ||
+			!strings.HasPrefix(fmt.Sprint(n.Params["message"]), "line ") {
 			t.Errorf("%+v", n)
 		}
 	}
@@ -175,7 +184,8 @@ func TestPipeIntoStdio(t *testing.T) {
 	}
 	for i := range 100 {
 		if i == 50 { // also with a sandbox that is not there yet when stdin ends
-			input.WriteString(`{"jsonrpc":"2.0","id":5,"method":"tools/call","params":{"name":"exec","arguments":{"command":"echo hi"}}}` + "\n")
+			input.WriteString(`{"jsonrpc":"2.0","id":5,"method":"tools/call","params":{"name":"exec","arguments":{"command":"echo hi"}}}` +
+				"\n")
 		}
 		if i > 52 {
 			input.Reset()
@@ -187,7 +197,8 @@ func TestPipeIntoStdio(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if asked, answered := strings.Count(input.String(), "\n"), bytes.Count(out, []byte("\n")); answered != asked || bytes.Contains(out, []byte(`"isError"`)) {
+		if asked, answered := strings.Count(input.String(), "\n"), bytes.Count(out, []byte("\n")); answered != asked ||
+			bytes.Contains(out, []byte(`"isError"`)) {
 			t.Fatalf("run %d: asked %d, answered %d:\n%s", i, asked, answered, out)
 		}
 	}
@@ -229,7 +240,10 @@ func TestServerKilled(t *testing.T) {
 			continue // leave it to a later start
 		}
 		next := launch(t, state, "--on-exit=kill")
-		sandboxtest.Eventually(t, "nothing is left", func() bool { return len(sandboxtest.Processes(state)) == 0 && len(directories(t, state)) == 0 })
+		sandboxtest.Eventually(t, "nothing is left", func() bool {
+			return len(sandboxtest.Processes(state)) == 0 &&
+				len(directories(t, state)) == 0
+		})
 		if next.exec("echo alive") != "alive\n" {
 			t.Fatal("the next server does not work")
 		}
@@ -369,7 +383,8 @@ func TestMissingPrograms(t *testing.T) {
 	}
 	cmd := exec.Command(alone, "stdio", "--state-dir="+filepath.Join(dir, "state"), "--log-level=error")
 	cmd.Env = []string{sandboxtest.RuntimeEnv(), "PATH=/usr/bin:/bin"}
-	cmd.Stdin = strings.NewReader(`{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"exec","arguments":{"command":"true"}}}` + "\n")
+	cmd.Stdin = strings.NewReader(`{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"exec","arguments":{"command":"true"}}}` +
+		"\n")
 	out, err := cmd.Output()
 	if err != nil || !bytes.Contains(out, []byte("is not found; run 'soulbox-mcp doctor'")) {
 		t.Fatalf("%s %v", out, err)
@@ -398,8 +413,10 @@ func TestCommandLine(t *testing.T) {
 		code int
 		want string
 	}{
-		{nil, 0, "Usage:"}, {[]string{"help"}, 0, "Usage:"}, {[]string{"version"}, 0, "soulbox-mcp "}, {[]string{"bogus"}, 1, "there is no command"},
-		{[]string{"stdio", "--bogus"}, 1, "-bogus"}, {[]string{"stdio", "more"}, 1, "there is no argument"}, {[]string{"stdio", "--memory-mb=-1"}, 1, "must be positive"},
+		{nil, 0, "Usage:"}, {[]string{"help"}, 0, "Usage:"}, {[]string{"version"}, 0, "soulbox-mcp "},
+		{[]string{"bogus"}, 1, "there is no command"},
+		{[]string{"stdio", "--bogus"}, 1, "-bogus"}, {[]string{"stdio", "more"}, 1, "there is no argument"},
+		{[]string{"stdio", "--memory-mb=-1"}, 1, "must be positive"},
 		{[]string{"stdio", "--help"}, 0, "-state-dir"}, {[]string{"stdio", "--log-level=loud"}, 1, "loud"},
 	} {
 		cmd := exec.Command(sandboxtest.Program(t, "soulbox-mcp"), test.args...)

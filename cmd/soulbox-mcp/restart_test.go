@@ -60,7 +60,8 @@ func TestHandleIsNoRight(t *testing.T) {
 	id := must2(t)(w.client(annKey, false).Call(t.Context(), "exec", map[string]any{"command": "echo secret > f"})).Field("sandbox_id")
 	bob := &sandboxtest.MCP{URL: w.url, Key: bobKey, Header: http.Header{"Soulbox-Session-Handle": {id + "/shell"}}}
 	bob.Open(t)
-	if a, err := bob.Call(t.Context(), "exec", map[string]any{"command": "cat f"}); err != nil || !strings.Contains(a.Text(), "not there any more") || strings.Contains(a.Text(), "secret") {
+	if a, err := bob.Call(t.Context(), "exec", map[string]any{"command": "cat f"}); err != nil ||
+		!strings.Contains(a.Text(), "not there any more") || strings.Contains(a.Text(), "secret") {
 		t.Fatal(err, a.Text())
 	}
 	for _, handle := range []string{"", "/", "x/y", strings.Repeat("a", 300), id, "sb/../../x", "<script>"} {

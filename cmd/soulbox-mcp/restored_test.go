@@ -32,7 +32,8 @@ python3 service.py >/dev/null 2>&1 & until test -e up; do sleep 0.05; done`})
 	ids = append(ids, p.call("sandbox_create", map[string]any{"template": "drawn"}).Result.StructuredContent["sandbox_id"])
 	said := map[string]bool{}
 	for _, id := range ids {
-		got := p.call("exec", map[string]any{"sandbox_id": id, "command": "touch go; until test -e said; do sleep 0.05; done; cat said", "yield_ms": 30_000}).Result.StructuredContent["output"].(string)
+		got := p.call("exec", map[string]any{"sandbox_id": id, "command": "touch go; until test -e said; do sleep 0.05; done; cat said",
+			"yield_ms": 30_000}).Result.StructuredContent["output"].(string)
 		if !strings.HasSuffix(got, " 1\n") || said[got] {
 			t.Errorf("%q, after %v", got, said)
 		}

@@ -112,7 +112,8 @@ func (s *service) warnDescriptors() {
 		_, err = enoughDescriptors(sandboxes)
 	}
 	if err != nil {
-		s.log.Warn("too few descriptors: raise the limit (ulimit -n, LimitNOFILE=), or promise less (--memory-budget-mb, --max-sandboxes)", "error", err)
+		s.log.Warn("too few descriptors: raise the limit (ulimit -n, LimitNOFILE=), or promise less (--memory-budget-mb, --max-sandboxes)",
+			"error", err)
 	}
 }
 
@@ -146,14 +147,16 @@ func newMCP(o tools.Options, fixtures bool, m *metrics, log *slog.Logger) (*mcps
 	if err != nil {
 		return nil, fmt.Errorf("--toolsets: %w", err)
 	}
-	s := server.NewMCPServer("soulbox", version, server.WithToolCapabilities(true), server.WithResourceCapabilities(true, true), server.WithPromptCapabilities(true),
+	s := server.NewMCPServer("soulbox", version, server.WithToolCapabilities(true), server.WithResourceCapabilities(true, true),
+		server.WithPromptCapabilities(true),
 		server.WithLogging(), server.WithCompletions(), server.WithInstructions(tools.Instructions), server.WithTitle("SoulBox"),
 		server.WithExtensions(map[string]any{mcpserver.TasksExtension: map[string]any{}}))
 	offered.Register(s)
 	options := mcpserver.Options{
 		MCP: s, Name: "soulbox", Version: version, Log: log,
 		Resources: resources.New(resources.Options{Manager: o.Manager, Store: o.Store, NotFound: mcpserver.ErrNoResource}),
-		Tasks:     map[string]mcpserver.TaskRule{"exec": {After: taskAfter}, "sandbox_snapshot": {After: taskAfter}, "sandbox_fork": {After: taskAfter}, "template_build": {After: taskAfter}},
+		Tasks: map[string]mcpserver.TaskRule{"exec": {After: taskAfter}, "sandbox_snapshot": {After: taskAfter},
+			"sandbox_fork": {After: taskAfter}, "template_build": {After: taskAfter}},
 	}
 	if m != nil {
 		options.Observe = func(method, tool, outcome string, took time.Duration) {

@@ -76,7 +76,8 @@ func TestSoakNeighbours(t *testing.T) {
 	n.ann = &sandboxtest.MCP{URL: n.w.url, Key: makeKey(t, state, "ann"), Modern: true}
 	n.bob = &sandboxtest.MCP{URL: n.w.url, Key: makeKey(t, state, "bob"), Modern: true}
 	n.his = n.call(n.bob, "sandbox_create", nil).Field("sandbox_id")
-	n.sum = n.call(n.bob, "exec", map[string]any{"sandbox_id": n.his, "command": "head -c 1000000 /dev/urandom > f; sha256sum < f"}).Field("output")
+	n.sum = n.call(n.bob, "exec", map[string]any{"sandbox_id": n.his,
+		"command": "head -c 1000000 /dev/urandom > f; sha256sum < f"}).Field("output")
 	n.call(n.bob, "exec", map[string]any{"sandbox_id": n.his, "command": "sleep 1000000", "background": true, "tag": "kept"})
 	table := fmt.Sprintf("%-45s %10s %10s %10s %10s %8s  %s\n", "attack, and bob's exec of true",
 		"quiet p50", "quiet p99", "then p50", "then p99", "times", "the server, before and at most")
@@ -113,7 +114,8 @@ func (n *neighbours) under(a attack, length time.Duration) string {
 	for _, i := range n.listOf(n.ann) { // builds, too
 		n.call(n.ann, "sandbox_kill", map[string]any{"sandbox_id": i, "confirm": true})
 	}
-	row := fmt.Sprintf("%-45s %10s %10s %10s %10s %8d  %v; %v\n", a.name, millisecondsOf(quiet.p50), millisecondsOf(quiet.p99), millisecondsOf(then.p50),
+	row := fmt.Sprintf("%-45s %10s %10s %10s %10s %8d  %v; %v\n", a.name, millisecondsOf(quiet.p50), millisecondsOf(quiet.p99),
+		millisecondsOf(then.p50),
 		millisecondsOf(then.p99), then.count, before, then.most)
 	n.t.Log(row)
 	return row
@@ -152,7 +154,8 @@ func (n *neighbours) measure(length time.Duration) answerTimes {
 	looked := time.Now()
 	clients := []*http.Client{http.DefaultClient, n.fresh}
 	for end := time.Now().Add(length); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
-		r, _, err := n.bob.Prepare(n.t.Context(), "tools/call", map[string]any{"name": "exec", "arguments": map[string]any{"sandbox_id": n.his, "command": "true"}})
+		r, _, err := n.bob.Prepare(n.t.Context(), "tools/call",
+			map[string]any{"name": "exec", "arguments": map[string]any{"sandbox_id": n.his, "command": "true"}})
 		if err != nil {
 			n.t.Fatal(err)
 		}
@@ -181,7 +184,8 @@ func (n *neighbours) nothingLost(what string) {
 	if got := n.call(n.bob, "exec", map[string]any{"sandbox_id": n.his, "command": "sha256sum < f"}).Field("output"); got != n.sum {
 		n.t.Errorf("%s: bob's file has the sum %q, had %q", what, got, n.sum)
 	}
-	if a := n.call(n.bob, "process_wait", map[string]any{"sandbox_id": n.his, "process_id": "kept", "yield_ms": 0}); a.Field("state") != "running" {
+	if a := n.call(n.bob, "process_wait", map[string]any{"sandbox_id": n.his, "process_id": "kept",
+		"yield_ms": 0}); a.Field("state") != "running" {
 		n.t.Errorf("%s: bob's process: %s", what, a.Text())
 	}
 	sandboxtest.Eventually(n.t, "ann's sandbox is usable", func() bool {
@@ -383,7 +387,8 @@ func (n *neighbours) layBomb() {
 func (n *neighbours) bombs(ctx context.Context) {
 	n.layBomb()
 	n.hits(ctx, 8, "template_build", func(i int) map[string]any {
-		return map[string]any{"name": fmt.Sprint("bomb", i), "dockerfile": "FROM mini\nCOPY . /x\n", "context_path": "/home/user/context.tar.xz"}
+		return map[string]any{"name": fmt.Sprint("bomb", i), "dockerfile": "FROM mini\nCOPY . /x\n",
+			"context_path": "/home/user/context.tar.xz"}
 	})
 }
 
@@ -393,7 +398,8 @@ func (n *neighbours) slowBuilds(ctx context.Context) {
 	var all sync.WaitGroup
 	all.Go(func() {
 		n.hits(ctx, 2, "template_build", func(i int) map[string]any {
-			return map[string]any{"name": fmt.Sprint("merge", i), "dockerfile": "FROM mini\nCOPY . /x\n", "context_path": "/home/user/context.tar.xz"}
+			return map[string]any{"name": fmt.Sprint("merge", i), "dockerfile": "FROM mini\nCOPY . /x\n",
+				"context_path": "/home/user/context.tar.xz"}
 		})
 	})
 	all.Go(func() {

@@ -18,7 +18,8 @@ func runStdio(ctx context.Context, args []string, getenv func(string) string, st
 	c := config{onExit: "pause"}
 	var remote, keyFile string
 	err = c.parse("stdio", args, getenv, stderr, c.serving, func(f *flag.FlagSet) {
-		f.StringVar(&remote, "connect", getenv("SOULBOX_URL"), "`URL` of a SoulBox server to use instead of this machine, such as https://box.example.com/mcp (SOULBOX_URL)")
+		f.StringVar(&remote, "connect", getenv("SOULBOX_URL"),
+			"`URL` of a SoulBox server to use instead of this machine, such as https://box.example.com/mcp (SOULBOX_URL)")
 		f.StringVar(&keyFile, "key-file", "", "`path` of a file with the key for --connect; default the environment's SOULBOX_KEY")
 	})
 	if err != nil {

@@ -48,7 +48,8 @@ func runTemplate(ctx context.Context, args []string, getenv func(string) string,
 		command, args = args[0], args[1:]
 	}
 	var names []string
-	for want := map[string]int{"delete": 1, "copy": 2, "pull": 2, "push": 2, "import": 2, "export": 2}[command]; len(names) < want; args = args[1:] {
+	for want := map[string]int{"delete": 1, "copy": 2, "pull": 2, "push": 2, "import": 2,
+		"export": 2}[command]; len(names) < want; args = args[1:] {
 		if len(args) == 0 || strings.HasPrefix(args[0], "-") {
 			return fmt.Errorf("template %s needs %d arguments, and flags behind them; run 'soulbox-mcp template help'", command, want)
 		}
@@ -62,7 +63,8 @@ func runTemplate(ctx context.Context, args []string, getenv func(string) string,
 		}
 		flags.StringVar(&base.Name, "name", "", "`name` of the template; default base, or the variant")
 		flags.StringVar(&base.Variant, "variant", "", "more packages: `node` or python")
-		flags.StringVar(&base.Mirror, "mirror", "", "`URL` of the archive of packages, such as https://deb.debian.org/debian; default those of this machine's apt")
+		flags.StringVar(&base.Mirror, "mirror", "",
+			"`URL` of the archive of packages, such as https://deb.debian.org/debian; default those of this machine's apt")
 		flags.StringVar(&base.Suite, "suite", "", "`codename` of the distribution, such as bookworm; default this machine's")
 		flags.StringVar(&base.Keyring, "keyring", "", "`file` with the keys of the archive; default this machine's")
 	})
@@ -102,7 +104,8 @@ func (c config) buildBase(ctx context.Context, o template.BaseOptions, stdout, s
 	if err != nil {
 		return err
 	}
-	_, err = fmt.Fprintf(stdout, "%s is built: %d MB in %.0f s. Sandboxes that name no template begin from %q.\n", built.Name, built.Size>>20, shown.took().Seconds(), template.BaseName)
+	_, err = fmt.Fprintf(stdout, "%s is built: %d MB in %.0f s. Sandboxes that name no template begin from %q.\n", built.Name,
+		built.Size>>20, shown.took().Seconds(), template.BaseName)
 	return err
 }
 

@@ -17,7 +17,8 @@ func importMini(t testing.TB) (state string) {
 	t.Helper()
 	state = sandboxtest.Dir(t)
 	tar := sandboxtest.ImageTar(t, sandboxtest.Dir(t))
-	if out, err := exec.Command(sandboxtest.Program(t, "soulbox-mcp"), "template", "import", tar, "mini", "--state-dir="+state).CombinedOutput(); err != nil || !strings.Contains(string(out), "mini is there") {
+	if out, err := exec.Command(sandboxtest.Program(t, "soulbox-mcp"), "template", "import", tar, "mini", "--state-dir="+
+		state).CombinedOutput(); err != nil || !strings.Contains(string(out), "mini is there") {
 		t.Fatalf("%v: %s", err, out)
 	}
 	return state
@@ -40,9 +41,11 @@ func TestTemplatesOverStdio(t *testing.T) {
 	}
 	p := launch(t, state, "--on-exit=kill", "--build-contexts="+allowed)
 	ask := p.request("tools/call", map[string]any{"name": "template_build", "_meta": map[string]any{"progressToken": "b"},
-		"arguments": map[string]any{"name": "site", "dockerfile": sitesDockerfile, "files": map[string]any{"index.html": "one\ntwo\n", "css/a.css": "x"}}})
+		"arguments": map[string]any{"name": "site", "dockerfile": sitesDockerfile,
+			"files": map[string]any{"index.html": "one\ntwo\n", "css/a.css": "x"}}})
 	m := p.await(ask)
-	if m.Error != nil || m.Result.IsError || !strings.Contains(m.text(), "Template site is built: 5 steps, 0 of them cached") && !strings.Contains(m.text(), "Template site is built: 4 steps, 0 of them cached") {
+	if m.Error != nil || m.Result.IsError || !strings.Contains(m.text(), "Template site is built: 5 steps, 0 of them cached") &&
+		!strings.Contains(m.text(), "Template site is built: 4 steps, 0 of them cached") {
 		t.Fatalf("%s %+v", m.text(), m.Error)
 	}
 	p.mu.Lock()
@@ -56,7 +59,8 @@ func TestTemplatesOverStdio(t *testing.T) {
 	}
 	build := fmt.Sprint(m.Result.StructuredContent["build_id"])
 	id := p.call("sandbox_create", map[string]any{"template": "site"}).Result.StructuredContent["sandbox_id"]
-	if got := p.call("exec", map[string]any{"sandbox_id": id, "command": "pwd; id -un; cat /lines; find . | sort | tr '\\n' ' '"}).Result.StructuredContent["output"]; got != "/site\nuser\n2\n. ./css ./css/a.css ./index.html " {
+	got := p.call("exec", map[string]any{"sandbox_id": id, "command": "pwd; id -un; cat /lines; find . | sort | tr '\\n' ' '"})
+	if got := got.Result.StructuredContent["output"]; got != "/site\nuser\n2\n. ./css ./css/a.css ./index.html " {
 		t.Errorf("%q", got)
 	}
 	for uri, want := range map[string]string{"template://site": `"layers"`, "template://site/builds/" + build + "/log": "built site in"} {
@@ -65,12 +69,14 @@ func TestTemplatesOverStdio(t *testing.T) {
 			t.Errorf("%s: %+v", uri, got)
 		}
 	}
-	p.call("exec", map[string]any{"sandbox_id": id, "user": "root", "command": "mkdir -p /ctx/sub; echo only > /ctx/index.html; ln -s index.html /ctx/l"})
+	p.call("exec", map[string]any{"sandbox_id": id, "user": "root",
+		"command": "mkdir -p /ctx/sub; echo only > /ctx/index.html; ln -s index.html /ctx/l"})
 	p.call("template_build", map[string]any{"name": "inside", "dockerfile": sitesDockerfile, "context_path": "/ctx", "sandbox_id": id})
 	p.call("template_build", map[string]any{"name": "hosted", "dockerfile": sitesDockerfile, "host_path": allowed})
 	for name, want := range map[string]string{"inside": "1\n", "hosted": "3\n"} {
 		id := p.call("sandbox_create", map[string]any{"template": name}).Result.StructuredContent["sandbox_id"]
-		if got := p.call("exec", map[string]any{"sandbox_id": id, "command": "cat /lines"}).Result.StructuredContent["output"]; got != want {
+		if got := p.call("exec", map[string]any{"sandbox_id": id,
+			"command": "cat /lines"}).Result.StructuredContent["output"]; got != want {
 			t.Errorf("%s: %q", name, got)
 		}
 	}
@@ -94,7 +100,8 @@ func TestTemplatesOverStdio(t *testing.T) {
 		}
 	}
 	list := p.call("template_list", nil).text()
-	if !strings.Contains(list, "template site") || !strings.Contains(list, "MB of disk]") || !strings.Contains(list, "template mini") || strings.Contains(list, "wrong") {
+	if !strings.Contains(list, "template site") || !strings.Contains(list, "MB of disk]") || !strings.Contains(list, "template mini") ||
+		strings.Contains(list, "wrong") {
 		t.Error(list)
 	}
 	// A cancelled build leaves nothing.
@@ -104,7 +111,8 @@ func TestTemplatesOverStdio(t *testing.T) {
 	})
 	p.send(map[string]any{"jsonrpc": "2.0", "method": "notifications/cancelled", "params": map[string]any{"requestId": ask.id}})
 	sandboxtest.Eventually(t, "nothing of it is left", func() bool {
-		return !strings.Contains(p.call("sandbox_list", map[string]any{"metadata": map[string]any{"template": "slow"}}).text(), "is running")
+		return !strings.Contains(p.call("sandbox_list", map[string]any{"metadata": map[string]any{"template": "slow"}}).text(),
+			"is running")
 	})
 	p.call("template_delete", map[string]any{"name": "site"})
 	if got := p.call("exec", map[string]any{"sandbox_id": id, "command": "cat /lines"}).Result.StructuredContent["output"]; got != "2\n" {
@@ -132,7 +140,8 @@ func TestTemplatesOverHTTP(t *testing.T) {
 			t.Errorf("bob's %s: %v %s", tool, err, got.Result)
 		}
 	}
-	if got, err := b.Call(t.Context(), "template_delete", map[string]any{"name": "mini"}); err != nil || !strings.Contains(got.Text(), "operator") {
+	if got, err := b.Call(t.Context(), "template_delete", map[string]any{"name": "mini"}); err != nil ||
+		!strings.Contains(got.Text(), "operator") {
 		t.Errorf("%v %s", err, got.Text())
 	}
 	for _, uri := range []string{"template://mine", log} {
@@ -142,18 +151,21 @@ func TestTemplatesOverHTTP(t *testing.T) {
 		got, err := a.Do(t.Context(), "resources/read", map[string]any{"uri": uri})
 		must(t, got, err)
 	}
-	if got, err := b.Call(t.Context(), "template_list", nil); strings.Contains(must(t, got, err).Text(), "mine") || !strings.Contains(got.Text(), "mini") {
+	if got, err := b.Call(t.Context(), "template_list", nil); strings.Contains(must(t, got, err).Text(), "mine") ||
+		!strings.Contains(got.Text(), "mini") {
 		t.Error(got.Text())
 	}
 	// What one owner's build has made is not taken for another's.
-	if same, err := b.Call(t.Context(), "template_build", map[string]any{"name": "same", "dockerfile": "FROM mini\nRUN echo ann > /who\n"}); must(t, same, err).Field("cached") != "0" {
+	if same, err := b.Call(t.Context(), "template_build",
+		map[string]any{"name": "same", "dockerfile": "FROM mini\nRUN echo ann > /who\n"}); must(t, same, err).Field("cached") != "0" {
 		t.Error(same.Text())
 	}
 	other, err := b.Call(t.Context(), "template_build", map[string]any{"name": "mine", "dockerfile": "FROM mini\nRUN echo bob > /who\n"})
 	must(t, other, err)
 	for c, want := range map[*sandboxtest.MCP]string{a: "ann\n", b: "bob\n"} {
 		made, err := c.Call(t.Context(), "sandbox_create", map[string]any{"template": "mine"})
-		got, gerr := c.Call(t.Context(), "exec", map[string]any{"sandbox_id": must(t, made, err).Field("sandbox_id"), "command": "cat /who"})
+		got, gerr := c.Call(t.Context(), "exec", map[string]any{"sandbox_id": must(t, made, err).Field("sandbox_id"),
+			"command": "cat /who"})
 		if must(t, got, gerr).Field("output") != want {
 			t.Error(got.Text())
 		}
@@ -164,7 +176,8 @@ func TestTemplatesOverHTTP(t *testing.T) {
 func TestTemplateCommands(t *testing.T) {
 	state := importMini(t)
 	run := func(args ...string) (string, error) {
-		out, err := exec.Command(sandboxtest.Program(t, "soulbox-mcp"), append(append([]string{"template"}, args...), "--state-dir="+state)...).CombinedOutput()
+		out, err := exec.Command(sandboxtest.Program(t, "soulbox-mcp"),
+			append(append([]string{"template"}, args...), "--state-dir="+state)...).CombinedOutput()
 		return string(out), err
 	}
 	to := filepath.Join(sandboxtest.Dir(t), "layout")
@@ -173,10 +186,12 @@ func TestTemplateCommands(t *testing.T) {
 			t.Fatalf("%v: %v %s", args, err, out)
 		}
 	}
-	if out, err := run("list"); err != nil || !strings.Contains(out, "again") || strings.Contains(out, "mini") || !strings.Contains(out, "host") || !strings.Contains(out, " MB of disk (--template-budget-mb)") {
+	if out, err := run("list"); err != nil || !strings.Contains(out, "again") || strings.Contains(out, "mini") ||
+		!strings.Contains(out, "host") || !strings.Contains(out, " MB of disk (--template-budget-mb)") {
 		t.Error(err, out)
 	}
-	for want, args := range map[string][]string{"needs 1 arguments": {"delete"}, "no such template": {"delete", "nothere"}, "there is no command": {"frob"}, "cannot be reached": {"pull", "127.0.0.1:1/x", "y"}} {
+	for want, args := range map[string][]string{"needs 1 arguments": {"delete"}, "no such template": {"delete", "nothere"},
+		"there is no command": {"frob"}, "cannot be reached": {"pull", "127.0.0.1:1/x", "y"}} {
 		if out, err := run(args...); err == nil || !strings.Contains(out, want) {
 			t.Errorf("%v: %v %s", args, err, out)
 		}
@@ -187,7 +202,8 @@ func TestTemplateCommands(t *testing.T) {
 func TestKilledInBuild(t *testing.T) {
 	state := importMini(t)
 	p := launch(t, state, "--on-exit=keep")
-	p.start("template_build", map[string]any{"name": "slow", "dockerfile": "FROM mini\nRUN echo first > /first\nRUN sleep 1000\n", "files": map[string]any{"a": "a"}})
+	p.start("template_build", map[string]any{"name": "slow", "dockerfile": "FROM mini\nRUN echo first > /first\nRUN sleep 1000\n",
+		"files": map[string]any{"a": "a"}})
 	sandboxtest.Eventually(t, "the build runs", func() bool { return strings.Contains(p.call("sandbox_list", nil).text(), "is running") })
 	if err := p.cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
@@ -219,12 +235,15 @@ func BenchmarkTemplates(b *testing.B) {
 	state := importMini(b)
 	p := launch(b, state, "--on-exit=kill", "--memory-mb=256")
 	defer p.close()
-	dockerfile := "FROM mini\nRUN seq 100000 > /a\nRUN mkdir /d && cd /d && touch $(seq 1000)\nRUN rm -r /d && head -c 10000000 /dev/zero | tr '\\0' x > /big\nCOPY f /f\n"
+	dockerfile := "FROM mini\nRUN seq 100000 > /a\nRUN mkdir /d && cd /d && touch $(seq 1000)\nRUN rm -r /d && head -c 10000000 " +
+		"/dev/zero | tr '\\0' x > /big\nCOPY f /f\n"
 	n := 0
 	build := func() time.Duration {
 		n++
 		return timed(func() {
-			p.call("template_build", map[string]any{"name": "bench", "dockerfile": strings.ReplaceAll(dockerfile, "seq 100000", fmt.Sprint("seq ", 100000+n)), "files": map[string]any{"f": "f"}})
+			p.call("template_build", map[string]any{"name": "bench",
+				"dockerfile": strings.ReplaceAll(dockerfile, "seq 100000", fmt.Sprint("seq ", 100000+n)),
+				"files":      map[string]any{"f": "f"}})
 		})
 	}
 	var cold, cached []time.Duration
@@ -236,7 +255,8 @@ func BenchmarkTemplates(b *testing.B) {
 	t.enter("template_build, 3 RUN and COPY, cold", cold)
 	t.enter("template_build, all cached", cached)
 	benchBuildah(b, t, dockerfile)
-	p.call("template_build", map[string]any{"name": "service", "dockerfile": "FROM mini\n", "start_cmd": fmt.Sprintf(helloServer, 8000), "ready_cmd": "(exec 3<>/dev/tcp/127.0.0.1/8000)"})
+	p.call("template_build", map[string]any{"name": "service", "dockerfile": "FROM mini\n", "start_cmd": fmt.Sprintf(helloServer, 8000),
+		"ready_cmd": "(exec 3<>/dev/tcp/127.0.0.1/8000)"})
 	var first []time.Duration
 	for range 10 {
 		first = append(first, timed(func() {
@@ -255,17 +275,23 @@ func BenchmarkTemplates(b *testing.B) {
 	var all float64
 	var ids []any
 	for range idle {
-		ids = append(ids, p.call("sandbox_create", map[string]any{"template": "mini", "disk_in_memory": true}).Result.StructuredContent["sandbox_id"])
+		ids = append(ids, p.call("sandbox_create", map[string]any{"template": "mini",
+			"disk_in_memory": true}).Result.StructuredContent["sandbox_id"])
 	}
 	for _, id := range ids {
-		all += p.call("sandbox_get", map[string]any{"sandbox_id": id}).Result.StructuredContent["usage"].(map[string]any)["host_memory_mb"].(float64)
+		all += p.call("sandbox_get",
+			map[string]any{"sandbox_id": id}).Result.StructuredContent["usage"].(map[string]any)["host_memory_mb"].(float64)
 	}
-	t.say(fmt.Sprintf("memory of an idle sandbox of an image, in memory, %d at once", idle), fmt.Sprintf("PSS %.1f MB; %.1f MB with what of its memory is not mapped", pssOf(b, state)/idle, all/idle))
+	t.say(fmt.Sprintf("memory of an idle sandbox of an image, in memory, %d at once", idle),
+		fmt.Sprintf("PSS %.1f MB; %.1f MB with what of its memory is not mapped", pssOf(b, state)/idle, all/idle))
 	host := p.call("sandbox_create", map[string]any{"template": "host"}).Result.StructuredContent["sandbox_id"]
 	var times [2][]time.Duration
 	for range 300 { // one after the other: the machine is the same for both
 		for i, id := range []any{host, ids[0]} {
-			times[i] = append(times[i], timed(func() { p.call("exec", map[string]any{"sandbox_id": id, "command": "/bin/true", "isolated": true}) }))
+			times[i] = append(times[i], timed(func() {
+				p.call("exec",
+					map[string]any{"sandbox_id": id, "command": "/bin/true", "isolated": true})
+			}))
 		}
 	}
 	t.enter("exec of true in a sandbox of the host template", times[0])
@@ -298,7 +324,8 @@ func benchBuildah(b *testing.B, t *table, dockerfile string) {
 	dir := sandboxtest.Dir(b)
 	run := func(args ...string) time.Duration {
 		return timed(func() {
-			out, err := exec.Command("buildah", append([]string{"--root", dir + "/root", "--runroot", dir + "/run", "--storage-driver", "vfs"}, args...)...).CombinedOutput()
+			out, err := exec.Command("buildah", append([]string{"--root", dir + "/root", "--runroot", dir + "/run", "--storage-driver",
+				"vfs"}, args...)...).CombinedOutput()
 			if err != nil {
 				b.Fatalf("%v: %s", err, out)
 			}

@@ -176,7 +176,8 @@ func TestTerminals(t *testing.T) {
 // TestTerminalOutput (must show 2): 100 MB through a terminal arrive as they were written, and others are not held up meanwhile.
 func TestTerminalFlood(t *testing.T) {
 	p := launch(t, "")
-	y := openTTY(t, p, map[string]any{"command": "stty raw; head -c 100000000 /dev/zero | tr '\\0' x; echo; echo the-end; sleep 600", "yield_ms": 0})
+	y := openTTY(t, p, map[string]any{"command": "stty raw; head -c 100000000 /dev/zero | tr '\\0' x; echo; echo the-end; sleep 600",
+		"yield_ms": 0})
 	for deadline := time.Now().Add(100 * time.Second); ; time.Sleep(50 * time.Millisecond) {
 		begin := time.Now()
 		if p.exec("echo beside") != "beside\n" {

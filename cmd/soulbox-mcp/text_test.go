@@ -59,7 +59,8 @@ func (w piecewise) expect(args map[string]any, output string, next int) {
 
 func (w piecewise) expectResource(from int, want string) {
 	w.t.Helper()
-	r := w.p.await(w.p.request("resources/read", map[string]any{"uri": fmt.Sprintf("sandbox://%s/processes/%s/output?offset=%d", w.sandbox, w.id, from)}))
+	r := w.p.await(w.p.request("resources/read", map[string]any{"uri": fmt.Sprintf("sandbox://%s/processes/%s/output?offset=%d", w.sandbox,
+		w.id, from)}))
 	if len(r.Result.Contents) != 1 || strings.ReplaceAll(r.Result.Contents[0].Text, "\r", "") != want {
 		w.t.Errorf("the resource from %d has %q, want %q", from, r.Result.Contents, want)
 	}
@@ -119,7 +120,8 @@ func TestCharactersFound(t *testing.T) {
 	p := launch(t, "")
 	p.exec(`printf 'caf\351 %s\346\227\245%s\n' "$(head -c 293 /dev/zero | tr '\0' x)" "$(head -c 400 /dev/zero | tr '\0' y)" > /home/user/latin; printf 'caf\351 short\n' > /home/user/short`)
 	m := p.call("file_search", map[string]any{"pattern": "^caf", "path": "/home/user"})
-	if got := m.text(); !strings.Contains(got, `caf\xe9 xxx`) || !strings.Contains(got, "xxx…\n") || !strings.Contains(got, "short:1:caf\\xe9 short\n") {
+	if got := m.text(); !strings.Contains(got, `caf\xe9 xxx`) || !strings.Contains(got, "xxx…\n") ||
+		!strings.Contains(got, "short:1:caf\\xe9 short\n") {
 		t.Error(got)
 	}
 }
@@ -148,7 +150,8 @@ func TestOddNames(t *testing.T) {
 		ok("file_write", map[string]any{"path": dir + "/" + name, "content": fmt.Sprintf("text %d\n", i)})
 	}
 	// What programs find are the very bytes.
-	if got := p.exec("cd " + dir + `; cat $'caf\xe9.txt' $'two\nlines' $'\e[31mred' '\xe9' 'back\slash\n' '日本 é' $'a\xe2\x80\xaeb'; ls | wc -l`); got != "text 0\ntext 1\ntext 2\ntext 3\ntext 4\ntext 5\ntext 6\n8\n" {
+	if got := p.exec("cd " + dir +
+		`; cat $'caf\xe9.txt' $'two\nlines' $'\e[31mred' '\xe9' 'back\slash\n' '日本 é' $'a\xe2\x80\xaeb'; ls | wc -l`); got != "text 0\ntext 1\ntext 2\ntext 3\ntext 4\ntext 5\ntext 6\n8\n" {
 		t.Errorf("%q", got)
 	}
 	list, found := ok("file_list", map[string]any{"path": dir}).text(), ok("file_search", map[string]any{"path": dir, "glob": "*"}).text()
@@ -164,16 +167,19 @@ func TestOddNames(t *testing.T) {
 		if !strings.Contains(lines, fmt.Sprintf("%s:1:text %d\n", file, i)) {
 			t.Errorf("%q", lines)
 		}
-		if m := ok("file_read", map[string]any{"path": file}); m.text() != fmt.Sprintf("text %d\n[%s, 7 bytes, lines 1 to 1, to the end]", i, file) || m.Result.StructuredContent["path"] != file {
+		if m := ok("file_read", map[string]any{"path": file}); m.text() != fmt.Sprintf("text %d\n[%s, 7 bytes, lines 1 to 1, to the end]",
+			i, file) || m.Result.StructuredContent["path"] != file {
 			t.Errorf("%q", m.text())
 		}
-		if m := ok("file_edit", map[string]any{"path": file, "old_str": "text", "new_str": "changed"}); m.Result.StructuredContent["path"] != file {
+		if m := ok("file_edit", map[string]any{"path": file, "old_str": "text",
+			"new_str": "changed"}); m.Result.StructuredContent["path"] != file {
 			t.Error(m.text())
 		}
 		if m := ok("file_move", map[string]any{"from": file, "to": file + `.\xff`}); m.Result.StructuredContent["path"] != file+`.\xff` {
 			t.Error(m.text())
 		}
-		if m := p.await(p.request("tools/call", map[string]any{"name": "file_read", "arguments": map[string]any{"path": file}})); !m.Result.IsError || !strings.Contains(m.text(), file+": no such file") {
+		if m := p.await(p.request("tools/call", map[string]any{"name": "file_read",
+			"arguments": map[string]any{"path": file}})); !m.Result.IsError || !strings.Contains(m.text(), file+": no such file") {
 			t.Errorf("%q", m.text())
 		}
 		if m := ok("file_remove", map[string]any{"path": file + `.\xff`}); m.Result.StructuredContent["removed"] != file+`.\xff` {
@@ -189,11 +195,13 @@ func TestOddNames(t *testing.T) {
 func TestOddDirectories(t *testing.T) {
 	p := launch(t, "")
 	dir := `/home/user/d\xe9\x0ax`
-	id := p.call("exec", map[string]any{"command": `mkdir -p $'d\xe9\nx/sub'; echo hi > $'d\xe9\nx/sub/f'; ln -s $'d\xe9\nx' link`}).Result.StructuredContent["sandbox_id"]
+	id := p.call("exec",
+		map[string]any{"command": `mkdir -p $'d\xe9\nx/sub'; echo hi > $'d\xe9\nx/sub/f'; ln -s $'d\xe9\nx' link`}).Result.StructuredContent["sandbox_id"]
 	if m := p.call("exec", map[string]any{"command": "cat sub/f", "cwd": dir}); m.Result.StructuredContent["output"] != "hi\n" {
 		t.Error(m.text())
 	}
-	if m := p.call("exec", map[string]any{"command": "cd sub", "cwd": dir}); !strings.Contains(m.text(), "the shell is now in "+dir+"/sub") {
+	if m := p.call("exec", map[string]any{"command": "cd sub", "cwd": dir}); !strings.Contains(m.text(), "the shell is now in "+dir+
+		"/sub") {
 		t.Errorf("%q", m.text())
 	}
 	if got := p.exec("cat f"); got != "hi\n" {
@@ -205,7 +213,8 @@ func TestOddDirectories(t *testing.T) {
 	if m := p.call("process_list", nil); !strings.Contains(m.text(), "cwd "+dir+"/sub,") {
 		t.Errorf("%q", m.text())
 	}
-	if m := p.call("file_list", map[string]any{"path": "/home/user"}); !strings.Contains(m.text(), dir+"/\n") || !strings.Contains(m.text(), `link -> d\xe9\x0ax`) {
+	if m := p.call("file_list", map[string]any{"path": "/home/user"}); !strings.Contains(m.text(), dir+"/\n") ||
+		!strings.Contains(m.text(), `link -> d\xe9\x0ax`) {
 		t.Errorf("%q", m.text())
 	}
 	if m := p.call("file_list", map[string]any{"path": dir, "depth": 2}); !strings.Contains(m.text(), dir+"/sub/f") {
@@ -217,7 +226,8 @@ func TestOddDirectories(t *testing.T) {
 			t.Errorf("%s: %+v", path, r)
 		}
 	}
-	m := p.await(p.request("tools/call", map[string]any{"name": "exec", "arguments": map[string]any{"command": "true", "cwd": `/gone\xff`}}))
+	m := p.await(p.request("tools/call", map[string]any{"name": "exec",
+		"arguments": map[string]any{"command": "true", "cwd": `/gone\xff`}}))
 	if !m.Result.IsError || !strings.Contains(m.text(), `"/gone\xff"`) {
 		t.Errorf("%q", m.text())
 	}

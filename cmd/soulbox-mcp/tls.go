@@ -44,7 +44,8 @@ type tlsConfig struct {
 func (t *tlsConfig) flags(f *flag.FlagSet) {
 	f.StringVar(&t.cert, "tls-cert", "", "`file` of a certificate, PEM, for the domain, api. and its wildcard; read again when it changes")
 	f.StringVar(&t.key, "tls-key", "", "`file` of its key")
-	f.StringVar(&t.email, "acme", "", "`address` of who gets certificates by ACME, one for each name that is asked for; port 443 must lead here")
+	f.StringVar(&t.email, "acme", "",
+		"`address` of who gets certificates by ACME, one for each name that is asked for; port 443 must lead here")
 	f.StringVar(&t.directory, "acme-directory", acme.LetsEncryptURL, "`URL` of the ACME server")
 }
 
@@ -83,7 +84,8 @@ func (t *tlsConfig) config(stateDir, domain string, m *sandbox.Manager, log *slo
 	case t.email != "":
 		all := &names{domain: domain, manager: m}
 		manager := &autocert.Manager{Prompt: autocert.AcceptTOS, Cache: autocert.DirCache(filepath.Join(stateDir, "acme")), Email: t.email,
-			Client: &acme.Client{DirectoryURL: t.directory}, HostPolicy: func(_ context.Context, host string) error { return all.may(host) }}
+			Client:     &acme.Client{DirectoryURL: t.directory},
+			HostPolicy: func(_ context.Context, host string) error { return all.may(host) }}
 		c := manager.TLSConfig()
 		c.MinVersion = tls.VersionTLS12
 		return c, nil
@@ -186,7 +188,8 @@ func (c *certFiles) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 		return c.known, nil
 	}
 	if errors.Is(err, fs.ErrPermission) {
-		return nil, fmt.Errorf("read certificate: %w; the server runs as uid %d: give it the files by 'sudo chown', or make them as that user by 'soulbox-mcp cert'", err, os.Geteuid())
+		return nil, fmt.Errorf("read certificate: %w; the server runs as uid %d: give it the files by 'sudo chown', or make them as that "+
+			"user by 'soulbox-mcp cert'", err, os.Geteuid())
 	}
 	return nil, fmt.Errorf("read certificate: %w", err)
 }
@@ -240,7 +243,8 @@ func runCert(args []string, getenv func(string) string, stdout, stderr io.Writer
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(writeKey(filepath.Join(dir, "key.pem"), key), writePEM(filepath.Join(dir, "cert.pem"), "CERTIFICATE", body, 0o644)); err != nil {
+	if err := errors.Join(writeKey(filepath.Join(dir, "key.pem"), key),
+		writePEM(filepath.Join(dir, "cert.pem"), "CERTIFICATE", body, 0o644)); err != nil {
 		return err
 	}
 	_, err = fmt.Fprintf(stdout, `made for %[1]s and *.%[1]s, valid until %[2]s:
@@ -267,7 +271,8 @@ func readers(dir string, getenv func(string) string) string {
 func certificate(name string) *x509.Certificate {
 	var serial [16]byte
 	rand.Read(serial[:])
-	return &x509.Certificate{SerialNumber: new(big.Int).SetBytes(serial[:]), Subject: pkix.Name{CommonName: name, Organization: []string{"SoulBox development"}},
+	return &x509.Certificate{SerialNumber: new(big.Int).SetBytes(serial[:]),
+		Subject:   pkix.Name{CommonName: name, Organization: []string{"SoulBox development"}},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(certLife), BasicConstraintsValid: true}
 }
 

@@ -20,7 +20,8 @@ import (
 
 // TestInsecureByDefault: sandboxes without a token are possible on loopback alone, unless the operator says otherwise.
 func TestInsecureByDefault(t *testing.T) {
-	for args, want := range map[string]bool{"": true, "--allow-insecure-sandboxes=false": false, "--public-url=https://box.example.com": false,
+	for args, want := range map[string]bool{"": true, "--allow-insecure-sandboxes=false": false,
+		"--public-url=https://box.example.com":                            false,
 		"--public-url=https://box.example.com --allow-insecure-sandboxes": true} {
 		c, err := parseHTTP(strings.Fields(args), func(string) string { return "" }, io.Discard)
 		if err != nil || c.insecure != want {
@@ -28,7 +29,8 @@ func TestInsecureByDefault(t *testing.T) {
 		}
 	}
 	c := httpConfig{}
-	if _, err := parseHTTP(strings.Fields("--listen=0.0.0.0:0 --allow-remote --origin=https://x.example"), func(string) string { return "" }, io.Discard); err == nil || c.insecure {
+	if _, err := parseHTTP(strings.Fields("--listen=0.0.0.0:0 --allow-remote --origin=https://x.example"),
+		func(string) string { return "" }, io.Discard); err == nil || c.insecure {
 		t.Error("strangers are let in")
 	}
 }
@@ -61,7 +63,8 @@ func TestCert(t *testing.T) {
 	}
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(ca)
-	for name, want := range map[string]bool{"box.test": true, "api.box.test": true, "49983-sb1.box.test": true, "a.b.box.test": false, "localhost": true, "127.0.0.1": true, "evil.test": false} {
+	for name, want := range map[string]bool{"box.test": true, "api.box.test": true, "49983-sb1.box.test": true, "a.b.box.test": false,
+		"localhost": true, "127.0.0.1": true, "evil.test": false} {
 		if _, err := leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: name}); (err == nil) != want {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -131,7 +134,8 @@ func TestMayHave(t *testing.T) {
 		t.Fatal(err)
 	}
 	all := &names{domain: "Box.test", manager: m}
-	for name, want := range map[string]bool{"08000-" + sb.ID() + ".box.test": false, "x-" + sb.ID() + ".box.test": false, "box.test": true, "API.box.test": true, "sandbox.box.test": true, "8000-" + sb.ID() + ".box.test": true, "8000-" + sb.ID() + "-x.box.test": false,
+	for name, want := range map[string]bool{"08000-" + sb.ID() + ".box.test": false, "x-" + sb.ID() + ".box.test": false, "box.test": true,
+		"API.box.test": true, "sandbox.box.test": true, "8000-" + sb.ID() + ".box.test": true, "8000-" + sb.ID() + "-x.box.test": false,
 		"8000-sbnothere.box.test": false, "x.box.test": false, "evil.test": false, "a.api.box.test": false, sb.ID() + ".box.test": false} {
 		if err := all.may(name); (err == nil) != want {
 			t.Errorf("%s: %v", name, err)
@@ -158,14 +162,17 @@ func TestTLSFlags(t *testing.T) {
 		"--acme needs --domain":                {"--acme=a@box.test"},
 		"is http://":                           {"--tls-cert=" + cert, "--tls-key=" + key, "--public-url=http://box.test"},
 	} {
-		if _, err := parseHTTP(append(flags, "--state-dir="+t.TempDir()), func(string) string { return "" }, io.Discard); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := parseHTTP(append(flags, "--state-dir="+t.TempDir()), func(string) string { return "" }, io.Discard); err == nil ||
+			!strings.Contains(err.Error(), want) {
 			t.Errorf("%v: %v", flags, err)
 		}
 	}
-	if c, err := (&tlsConfig{cert: cert, key: key}).config(t.TempDir(), "box.test", nil, slog.New(slog.DiscardHandler)); err != nil || c.MinVersion != tls.VersionTLS12 {
+	if c, err := (&tlsConfig{cert: cert, key: key}).config(t.TempDir(), "box.test", nil, slog.New(slog.DiscardHandler)); err != nil ||
+		c.MinVersion != tls.VersionTLS12 {
 		t.Error(err)
 	}
-	if err := runEnvd(t.Context(), []string{"--listen=0.0.0.0:0"}, func(string) string { return "" }, io.Discard, io.Discard); err == nil || !strings.Contains(err.Error(), "not on loopback") {
+	if err := runEnvd(t.Context(), []string{"--listen=0.0.0.0:0"}, func(string) string { return "" }, io.Discard, io.Discard); err == nil ||
+		!strings.Contains(err.Error(), "not on loopback") {
 		t.Error(err)
 	}
 }

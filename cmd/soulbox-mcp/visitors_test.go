@@ -67,7 +67,8 @@ func TestVisitorsReadNothing(t *testing.T) {
 		return call("exec", map[string]any{"sandbox_id": id, "command": "ls /tmp/full"}).Field("exit_code") == "0"
 	})
 	kernel, server := anonymous(t, sentry), anonymous(t, w.cmd.Process.Pid)
-	t.Logf("the sandbox' kernel: %d MB, before %d MB; the server: %d MB, before %d MB", kernel>>20, sentryBefore>>20, server>>20, serverBefore>>20)
+	t.Logf("the sandbox' kernel: %d MB, before %d MB; the server: %d MB, before %d MB", kernel>>20, sentryBefore>>20, server>>20,
+		serverBefore>>20)
 	if kernel > 256<<20 {
 		t.Errorf("the sandbox' kernel takes %d MB", kernel>>20)
 	}
@@ -89,7 +90,8 @@ func sentryOf(t *testing.T, state string) int {
 	}
 	for _, name := range names {
 		line, err := os.ReadFile(name)
-		if args := strings.Split(string(line), "\x00"); err == nil && strings.Contains(string(line), "--root="+state) && strings.HasSuffix(args[0], "sandbox") {
+		if args := strings.Split(string(line), "\x00"); err == nil && strings.Contains(string(line), "--root="+state) &&
+			strings.HasSuffix(args[0], "sandbox") {
 			pid, err := strconv.Atoi(filepath.Base(filepath.Dir(name)))
 			if err != nil {
 				t.Fatal(err)

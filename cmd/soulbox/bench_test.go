@@ -26,7 +26,8 @@ func BenchmarkCommandLine(b *testing.B) {
 		times = append(times, time.Since(began))
 	}
 	slices.Sort(times)
-	fmt.Printf("%-60s p50 %s, p99 %s\n", "soulbox exec ID -- true, the program's start included", times[len(times)/2].Round(time.Millisecond/10), times[len(times)-1].Round(time.Millisecond/10))
+	fmt.Printf("%-60s p50 %s, p99 %s\n", "soulbox exec ID -- true, the program's start included",
+		times[len(times)/2].Round(time.Millisecond/10), times[len(times)-1].Round(time.Millisecond/10))
 	const size = 1 << 30
 	part := make([]byte, 1<<20)
 	for i := range part {
@@ -50,7 +51,8 @@ func BenchmarkCommandLine(b *testing.B) {
 	if !bytes.Equal(want.Sum(nil), got.Sum(nil)) {
 		b.Error("1 GiB came back with another checksum")
 	}
-	fmt.Printf("%-60s %.0f and %.0f MB/s\n", "1 GiB through soulbox exec, in and out, checksums right", size/inTime.Seconds()/1e6, size/outTime.Seconds()/1e6)
+	fmt.Printf("%-60s %.0f and %.0f MB/s\n", "1 GiB through soulbox exec, in and out, checksums right", size/inTime.Seconds()/1e6,
+		size/outTime.Seconds()/1e6)
 }
 
 // repeated reads a part again and again.

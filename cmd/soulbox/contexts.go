@@ -110,22 +110,31 @@ func (a *app) chosen() (l login, name string, ok bool, err error) {
 }
 
 func (a *app) authCommand() *cobra.Command {
-	auth := &cobra.Command{Use: "auth", Short: "Log in to a server, and out again", Long: "Logins are kept in a file that only you can read. Without one, soulbox uses the servers that you run on this machine.",
+	auth := &cobra.Command{Use: "auth", Short: "Log in to a server, and out again",
+		Long:    "Logins are kept in a file that only you can read. Without one, soulbox uses the servers that you run on this machine.",
 		Example: "  soulbox auth login --url https://box.example.com\n  soulbox auth info"}
 	var at, name, key string
 	in := &cobra.Command{Use: "login", Short: "Log in to a server", Args: exactly(),
-		Long:    "Log in to a server, with a key that its operator has made by 'soulbox-mcp key create'. The key is asked for, or read from stdin with --key -; it is never an argument,\nwhich other users could see.",
-		Example: "  soulbox auth login --url https://box.example.com\n  soulbox auth login --url https://box.example.com --name team --key - <key.txt",
-		RunE:    func(c *cobra.Command, _ []string) error { return a.login(c.Context(), at, name, key) }}
+		Long: "Log in to a server, with a key that its operator has made by 'soulbox-mcp key create'. The key is asked for, or read " +
+			"from stdin with --key -; it is never an argument,\nwhich other users could see.",
+		Example: "  soulbox auth login --url https://box.example.com\n  soulbox auth login --url https://box.example.com --name team " +
+			"--key - <key.txt",
+		RunE: func(c *cobra.Command, _ []string) error { return a.login(c.Context(), at, name, key) }}
 	in.Flags().StringVar(&at, "url", "", "`URL` of the server (SOULBOX_URL)")
 	in.Flags().StringVar(&name, "name", "", "`name` of the login; default the server's host")
 	in.Flags().StringVar(&key, "key", "", "\"-\" reads the key from stdin")
-	out := &cobra.Command{Use: "logout [NAME]", Short: "Forget a login", Args: cobra.MaximumNArgs(1), Long: "Forget a login and its key, without a name the current one. The key goes on to be valid; 'soulbox-mcp key revoke' ends it.",
-		Example: "  soulbox auth logout\n  soulbox auth logout team", RunE: func(_ *cobra.Command, args []string) error { return a.logout(args) }}
-	use := &cobra.Command{Use: "use NAME", Short: "Use another login from now on", Args: exactly("NAME"), Long: "Use another login from now on; \"local\" is this machine.", Example: "  soulbox auth use team\n  soulbox auth use local",
+	out := &cobra.Command{Use: "logout [NAME]", Short: "Forget a login", Args: cobra.MaximumNArgs(1),
+		Long: "Forget a login and its key, without a name the current one. The key goes on to be valid; 'soulbox-mcp key revoke' ends " +
+			"it.",
+		Example: "  soulbox auth logout\n  soulbox auth logout team",
+		RunE:    func(_ *cobra.Command, args []string) error { return a.logout(args) }}
+	use := &cobra.Command{Use: "use NAME", Short: "Use another login from now on", Args: exactly("NAME"),
+		Long: "Use another login from now on; \"local\" is this machine.", Example: "  soulbox auth use team\n  soulbox auth use local",
 		RunE: func(_ *cobra.Command, args []string) error { return a.useContext(args[0]) }}
-	info := &cobra.Command{Use: "info", Short: "Show the logins, and as whom the server knows you", Args: exactly(), Example: "  soulbox auth info", Long: "Show the logins, which of them is used, and as whom its server knows you. Keys are not shown.",
-		RunE: func(c *cobra.Command, _ []string) error { return a.authInfo(c.Context()) }}
+	info := &cobra.Command{Use: "info", Short: "Show the logins, and as whom the server knows you", Args: exactly(),
+		Example: "  soulbox auth info",
+		Long:    "Show the logins, which of them is used, and as whom its server knows you. Keys are not shown.",
+		RunE:    func(c *cobra.Command, _ []string) error { return a.authInfo(c.Context()) }}
 	auth.AddCommand(in, out, use, info)
 	return auth
 }
@@ -135,7 +144,8 @@ func (a *app) login(ctx context.Context, at, name, key string) error {
 		return usageError{errors.New("give the server's URL by --url")}
 	}
 	if key != "" && key != "-" {
-		return usageError{errors.New("a key is not given as an argument, where other users could see it: leave --key out to be asked, or say --key - to read it from stdin")}
+		return usageError{errors.New("a key is not given as an argument, where other users could see it: leave --key out to be asked, or " +
+			"say --key - to read it from stdin")}
 	}
 	u, err := url.Parse(at)
 	if err != nil || u.Host == "" {

@@ -23,10 +23,12 @@ import (
 func (a *app) copyCommand() *cobra.Command {
 	var user string
 	var quiet bool
-	c := &cobra.Command{Use: "cp SOURCE DESTINATION", Short: "Copy files into a sandbox, or out of it", Args: exactly("SOURCE", "DESTINATION"), ValidArgsFunction: a.completeCopy,
+	c := &cobra.Command{Use: "cp SOURCE DESTINATION", Short: "Copy files into a sandbox, or out of it",
+		Args: exactly("SOURCE", "DESTINATION"), ValidArgsFunction: a.completeCopy,
 		Long: `Copy files and directories into a sandbox, or out of it. One side is ID:PATH, a path that does not begin with / is below the user's home. "-" is a tar on stdin or stdout. A
 directory goes into one that is there, or becomes it; "SOURCE/." is what is in it. Links stay links, what is there is replaced. What a sandbox sends is written below the destination, and nowhere else.`,
-		Example: "  soulbox cp report.csv ID:/tmp/\n  soulbox cp project ID:project\n  soulbox cp ID:/home/user/out .\n  soulbox cp ID:/var/log - | tar tf -\n  tar cf - src | soulbox cp - ID:/home/user",
+		Example: "  soulbox cp report.csv ID:/tmp/\n  soulbox cp project ID:project\n  soulbox cp ID:/home/user/out .\n  soulbox cp " +
+			"ID:/var/log - | tar tf -\n  tar cf - src | soulbox cp - ID:/home/user",
 		RunE: func(c *cobra.Command, args []string) error {
 			fromID, from, fromBox := remote(args[0])
 			toID, to, toBox := remote(args[1])
@@ -71,7 +73,8 @@ type transfer struct {
 // progress shows how much was copied, at a terminal; total is -1 where it is not known.
 func (t transfer) progress(total int64) *progressbar.ProgressBar {
 	_, shown := terminalOf(t.stderr)
-	return progressbar.NewOptions64(total, progressbar.OptionSetWriter(t.stderr), progressbar.OptionSetVisibility(shown && !t.quiet), progressbar.OptionShowBytes(true),
+	return progressbar.NewOptions64(total, progressbar.OptionSetWriter(t.stderr), progressbar.OptionSetVisibility(shown && !t.quiet),
+		progressbar.OptionShowBytes(true),
 		progressbar.OptionThrottle(100*time.Millisecond), progressbar.OptionClearOnFinish(), progressbar.OptionSetWidth(30))
 }
 
@@ -79,10 +82,13 @@ func (t transfer) progress(total int64) *progressbar.ProgressBar {
 func (t transfer) tar(ctx context.Context, stdin io.Reader, stdout io.Writer, args ...string) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	s, err := t.box.at.Start(ctx, t.box.ID, client.Command{Args: append([]string{"tar"}, args...), User: t.user, Stdin: stdin != nil, Linger: execLinger}, t.again(t.box.ID))
+	s, err := t.box.at.Start(ctx, t.box.ID, client.Command{Args: append([]string{"tar"}, args...), User: t.user, Stdin: stdin != nil,
+		Linger: execLinger}, t.again(t.box.ID))
 	var start *client.StartError
 	if errors.As(err, &start) && start.Exit == 127 {
-		return exitError{exitExec, errors.New("the sandbox has no tar, which copies are made by: install it there, or copy single files by 'soulbox exec ID -- cat FILE'")}
+		return exitError{exitExec,
+			errors.New("the sandbox has no tar, which copies are made by: install it there, or copy single files by 'soulbox exec ID -- " +
+				"cat FILE'")}
 	}
 	if err != nil {
 		return err

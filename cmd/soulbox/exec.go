@@ -44,11 +44,13 @@ func (e *execution) flags(c *cobra.Command) {
 
 func (a *app) execCommand() *cobra.Command {
 	var e execution
-	c := &cobra.Command{Use: "exec ID [flags] -- COMMAND [ARGUMENT]...", Short: "Run a command in a sandbox", ValidArgsFunction: a.completeSandboxes,
+	c := &cobra.Command{Use: "exec ID [flags] -- COMMAND [ARGUMENT]...", Short: "Run a command in a sandbox",
+		ValidArgsFunction: a.completeSandboxes,
 		Long: `Run a command in a sandbox. Its output is ours, and so is its exit code: 126 is of a command that cannot be run, 127 of one that is not there, 125 of a failure
 of soulbox itself, 128 and more of a signal. Signals are passed on; Ctrl-C three times, or SIGTERM twice, kills it. Nothing of its output is lost when the connection or the server
 is: it goes on where it was. A command whose soulbox was killed by SIGKILL is killed by its server after a minute, if not begun with --detach.`,
-		Example: "  soulbox exec ID -- uname -a\n  soulbox exec ID -- sh -c 'echo $HOME'\n  tar cf - dir | soulbox exec -i ID -- tar xf -\n  soulbox exec -it ID -- bash\n  soulbox exec ID --detach -- python3 -m http.server",
+		Example: "  soulbox exec ID -- uname -a\n  soulbox exec ID -- sh -c 'echo $HOME'\n  tar cf - dir | soulbox exec -i ID -- tar xf " +
+			"-\n  soulbox exec -it ID -- bash\n  soulbox exec ID --detach -- python3 -m http.server",
 		Args: func(c *cobra.Command, args []string) error {
 			if len(args) == 0 || c.ArgsLenAtDash() == 0 {
 				return usageError{errors.New("ID is missing")}
@@ -312,7 +314,8 @@ func (a *app) end(s *client.Session, why error) error {
 		return err
 	}
 	if err != nil && unlessOver(err) != nil {
-		fmt.Fprintf(inertly(a.stderr), "soulbox: process %d could not be killed, and may go on for a while: %v\n", s.PID, err) // nobody else can be told
+		fmt.Fprintf(inertly(a.stderr), "soulbox: process %d could not be killed, and may go on for a while: %v\n", s.PID,
+			err) // nobody else can be told
 	}
 	return why
 }
@@ -333,7 +336,8 @@ func (a *app) psCommand() *cobra.Command {
 	var all bool
 	var out format
 	c := &cobra.Command{Use: "ps ID", Short: "List the processes of a sandbox", Args: exactly("ID"), ValidArgsFunction: a.completeSandboxes,
-		Long:    "List the processes that were started in a sandbox and run; with --all also those that have ended and are still known. A sandbox that is paused is not woken by this.",
+		Long: "List the processes that were started in a sandbox and run; with --all also those that have ended and are still known. " +
+			"A sandbox that is paused is not woken by this.",
 		Example: "  soulbox ps ID\n  soulbox ps ID --all -o json",
 		RunE: func(c *cobra.Command, args []string) error {
 			b, err := a.find(c.Context(), args[0])
@@ -365,7 +369,8 @@ func (a *app) psCommand() *cobra.Command {
 				if p.Terminal {
 					tty = "yes"
 				}
-				t.row(strconv.Itoa(p.PID), p.Tag, p.User, state, age, fmt.Sprintf("%.1fs", float64(p.CPUMS)/1000), bytesOf(p.Memory), tty, clip(p.Command, 80))
+				t.row(strconv.Itoa(p.PID), p.Tag, p.User, state, age, fmt.Sprintf("%.1fs", float64(p.CPUMS)/1000), bytesOf(p.Memory), tty,
+					clip(p.Command, 80))
 			}
 			return t.flush()
 		}}
@@ -390,20 +395,24 @@ func process(ctx context.Context, b box, name string) (client.Process, error) {
 	pid, _ := strconv.Atoi(name) // 0 is none
 	var found *client.Process
 	for i, p := range list {
-		if (p.PID == pid || p.Tag == name && name != "") && (found == nil || p.State == "running" || found.State != "running" && p.Started.After(found.Started)) {
+		if (p.PID == pid || p.Tag == name && name != "") &&
+			(found == nil || p.State == "running" || found.State != "running" && p.Started.After(found.Started)) {
 			found = &list[i]
 		}
 	}
 	if found == nil {
-		return client.Process{}, fmt.Errorf("there is no process %q in sandbox %s; 'soulbox ps %s --all' lists those that there are", name, b.ID, b.ID)
+		return client.Process{}, fmt.Errorf("there is no process %q in sandbox %s; 'soulbox ps %s --all' lists those that there are", name,
+			b.ID, b.ID)
 	}
 	return *found, nil
 }
 
 func (a *app) killCommand() *cobra.Command {
 	var name string
-	c := &cobra.Command{Use: "kill ID PID|TAG", Short: "Send a signal to a process of a sandbox", Args: exactly("ID", "PID or TAG"), ValidArgsFunction: a.completeSandboxes,
-		Long: "Send a signal to a process of a sandbox and its group. KILL ends all that it has started. ('soulbox sandbox kill' ends sandboxes.)", Example: "  soulbox kill ID 42\n  soulbox kill ID server -s HUP",
+	c := &cobra.Command{Use: "kill ID PID|TAG", Short: "Send a signal to a process of a sandbox", Args: exactly("ID", "PID or TAG"),
+		ValidArgsFunction: a.completeSandboxes,
+		Long: "Send a signal to a process of a sandbox and its group. KILL ends all that it has started. ('soulbox sandbox " +
+			"kill' ends sandboxes.)", Example: "  soulbox kill ID 42\n  soulbox kill ID server -s HUP",
 		RunE: func(c *cobra.Command, args []string) error {
 			sig, err := signalOf(name)
 			if err != nil {

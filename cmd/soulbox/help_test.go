@@ -65,7 +65,8 @@ func TestVersions(t *testing.T) {
 	}))
 	defer web.Close()
 	var said bytes.Buffer
-	a := &app{stdin: os.Stdin, stdout: &said, stderr: &said, getenv: func(name string) string { return map[string]string{"SOULBOX_URL": web.URL}[name] }}
+	a := &app{stdin: os.Stdin, stdout: &said, stderr: &said,
+		getenv: func(name string) string { return map[string]string{"SOULBOX_URL": web.URL}[name] }}
 	if code := a.run([]string{"sandbox", "list"}); code != exitFailed || !strings.Contains(said.String(), "update soulbox-mcp") {
 		t.Errorf("%d %s", code, said.String())
 	}

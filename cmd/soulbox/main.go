@@ -72,7 +72,8 @@ type usageError struct{ error }
 
 // run is main with its surroundings as a receiver.
 func (a *app) run(args []string) int {
-	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // a reader that is gone is an error of a write, after which there is something to tidy up
+	signal.Notify(make(chan os.Signal, 1),
+		syscall.SIGPIPE) // a reader that is gone is an error of a write, after which there is something to tidy up
 	if a.getenv(guardVar) != "" {
 		syscall.CloseOnExec(guardFile) // of a server that is started it is no business
 	}
@@ -159,7 +160,8 @@ has started; after 'soulbox auth login', those of a team's server.`,
 	root.SetVersionTemplate("soulbox {{.Version}}\n")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	flags := root.PersistentFlags()
-	flags.StringVar(&a.context, "context", "", "use the server that this `name` was given by 'auth login'; \"local\" is this machine (SOULBOX_CONTEXT)")
+	flags.StringVar(&a.context, "context", "",
+		"use the server that this `name` was given by 'auth login'; \"local\" is this machine (SOULBOX_CONTEXT)")
 	flags.StringVar(&a.owner, "owner", "", "act as this `owner` of a server on this machine that has keys")
 	flags.BoolVar(&a.debug, "debug", false, "show requests on stderr, without secrets")
 	check(root.RegisterFlagCompletionFunc("context", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
@@ -169,7 +171,8 @@ has started; after 'soulbox auth login', those of a team's server.`,
 		}
 		return append(c.names(), localContext), cobra.ShellCompDirectiveNoFileComp
 	}))
-	root.AddCommand(a.sandboxCommand(), a.execCommand(), a.psCommand(), a.killCommand(), a.copyCommand(), a.watchCommand(), a.portCommand(), a.urlCommand(), a.templateCommand(), a.authCommand(), a.manCommand())
+	root.AddCommand(a.sandboxCommand(), a.execCommand(), a.psCommand(), a.killCommand(), a.copyCommand(), a.watchCommand(), a.portCommand(),
+		a.urlCommand(), a.templateCommand(), a.authCommand(), a.manCommand())
 	return root
 }
 

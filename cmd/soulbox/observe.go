@@ -20,9 +20,12 @@ func (a *app) logsCommand() *cobra.Command {
 	var since time.Duration
 	var source, level string
 	var limit int
-	c := &cobra.Command{Use: "logs ID", Short: "Show what happened to a sandbox", Args: exactly("ID"), ValidArgsFunction: a.completeSandboxes,
-		Long:    "Show what happened to a sandbox: its changes of state, the starts and ends of its processes; also of one that has ended not longer than a day ago.",
-		Example: "  soulbox sandbox logs ID\n  soulbox sandbox logs ID --follow --since 10m\n  soulbox sandbox logs ID --source process --level warn",
+	c := &cobra.Command{Use: "logs ID", Short: "Show what happened to a sandbox", Args: exactly("ID"),
+		ValidArgsFunction: a.completeSandboxes,
+		Long: "Show what happened to a sandbox: its changes of state, the starts and ends of its processes; also of one " +
+			"that has ended not longer than a day ago.",
+		Example: "  soulbox sandbox logs ID\n  soulbox sandbox logs ID --follow --since 10m\n  soulbox sandbox logs ID --source process " +
+			"--level warn",
 		RunE: func(c *cobra.Command, args []string) error {
 			if since < 0 || limit < 1 || limit > maxLogs {
 				return usageError{fmt.Errorf("--since is a time such as 10m, and --tail from 1 to %d", maxLogs)}
@@ -43,8 +46,10 @@ func (a *app) logsCommand() *cobra.Command {
 	f.IntVarP(&limit, "tail", "n", 100, "the last so many `entries`, if not since a time")
 	f.StringVar(&source, "source", "", "only of this `source`: system, process or build")
 	f.StringVar(&level, "level", "", "only this grave or more: debug, info, warn, error")
-	check(c.RegisterFlagCompletionFunc("source", cobra.FixedCompletions([]string{"system", "process", "build"}, cobra.ShellCompDirectiveNoFileComp)))
-	check(c.RegisterFlagCompletionFunc("level", cobra.FixedCompletions([]string{"debug", "info", "warn", "error"}, cobra.ShellCompDirectiveNoFileComp)))
+	check(c.RegisterFlagCompletionFunc("source", cobra.FixedCompletions([]string{"system", "process", "build"},
+		cobra.ShellCompDirectiveNoFileComp)))
+	check(c.RegisterFlagCompletionFunc("level", cobra.FixedCompletions([]string{"debug", "info", "warn", "error"},
+		cobra.ShellCompDirectiveNoFileComp)))
 	return c
 }
 
@@ -61,7 +66,8 @@ func (a *app) logs(ctx context.Context, b box, q client.LogQuery, follow bool) e
 			}
 			return err
 		}
-		slices.SortStableFunc(list, func(x, y client.LogEntry) int { return x.Time.Compare(y.Time) }) // ends of processes are told when they are asked for
+		slices.SortStableFunc(list,
+			func(x, y client.LogEntry) int { return x.Time.Compare(y.Time) }) // ends of processes are told when they are asked for
 		fresh := 0
 		for _, e := range list {
 			key := e.Time.String() + e.Message
@@ -74,7 +80,8 @@ func (a *app) logs(ctx context.Context, b box, q client.LogQuery, follow bool) e
 			}
 			seen[key] = true
 			colour := map[string]string{"warn": yellow, "error": red, "debug": dim}[e.Level]
-			if err := a.printf("%s %-5s %-7s %s\n", a.coloured(dim, e.Time.Local().Format("2006-01-02 15:04:05.000")), a.coloured(colour, e.Level), e.Fields["source"], printable(e.Message)); err != nil {
+			if err := a.printf("%s %-5s %-7s %s\n", a.coloured(dim, e.Time.Local().Format("2006-01-02 15:04:05.000")),
+				a.coloured(colour, e.Level), e.Fields["source"], printable(e.Message)); err != nil {
 				return err
 			}
 		}
@@ -103,7 +110,9 @@ func (a *app) metricsCommand() *cobra.Command {
 	var since time.Duration
 	var out format
 	c := &cobra.Command{Use: "metrics ID", Short: "Show what a sandbox uses", Args: exactly("ID"), ValidArgsFunction: a.completeSandboxes,
-		Long: "Show the processor, memory and disk that a sandbox uses now and has used, as numbers and plots. It is measured every five seconds.", Example: "  soulbox sandbox metrics ID\n  soulbox sandbox metrics ID --watch --since 10m\n  soulbox sandbox metrics ID -o json",
+		Long: "Show the processor, memory and disk that a sandbox uses now and has used, as numbers and plots. It is measured every five " +
+			"seconds.", Example: "  soulbox sandbox metrics ID\n  soulbox sandbox metrics ID --watch --since 10m\n  soulbox sandbox " +
+			"metrics ID -o json",
 		RunE: func(c *cobra.Command, args []string) error {
 			b, err := a.remembered(c.Context(), args[0])
 			if err != nil {
@@ -148,8 +157,10 @@ func plotted(list []client.Metric) string {
 	}
 	share := func(used, total int64) float64 { return 100 * float64(used) / float64(max(total, 1)) }
 	return line("CPU", fmt.Sprintf("%.1f %% of %d cores", last.CPUPct, last.CPUCount), func(m client.Metric) float64 { return m.CPUPct }) +
-		line("memory", bytesOf(last.MemUsed)+" of "+bytesOf(last.MemTotal), func(m client.Metric) float64 { return share(m.MemUsed, m.MemTotal) }) +
-		line("disk", bytesOf(last.DiskUsed)+" of "+bytesOf(last.DiskTotal), func(m client.Metric) float64 { return share(m.DiskUsed, m.DiskTotal) })
+		line("memory", bytesOf(last.MemUsed)+" of "+bytesOf(last.MemTotal),
+			func(m client.Metric) float64 { return share(m.MemUsed, m.MemTotal) }) +
+		line("disk", bytesOf(last.DiskUsed)+" of "+bytesOf(last.DiskTotal),
+			func(m client.Metric) float64 { return share(m.DiskUsed, m.DiskTotal) })
 }
 
 // spark plots shares of a hundred, each as one block (Unicode, U+2581 to U+2588).
@@ -163,8 +174,10 @@ func spark(values []float64) string {
 
 func (a *app) watchCommand() *cobra.Command {
 	var recursive bool
-	c := &cobra.Command{Use: "watch ID PATH", Short: "Show what changes in a directory of a sandbox", Args: exactly("ID", "PATH"), ValidArgsFunction: a.completeSandboxes,
-		Long:    "Show what changes in a directory of a sandbox, a line for each change, until Ctrl-C. What changes while the connection is lost is not told, which is said then.",
+	c := &cobra.Command{Use: "watch ID PATH", Short: "Show what changes in a directory of a sandbox", Args: exactly("ID", "PATH"),
+		ValidArgsFunction: a.completeSandboxes,
+		Long: "Show what changes in a directory of a sandbox, a line for each change, until Ctrl-C. What changes while the " +
+			"connection is lost is not told, which is said then.",
 		Example: "  soulbox watch ID /home/user/project\n  soulbox watch ID --recursive=false /tmp",
 		RunE: func(c *cobra.Command, args []string) error {
 			ctx := c.Context()
@@ -177,7 +190,8 @@ func (a *app) watchCommand() *cobra.Command {
 			for {
 				err := at.Watch(ctx, b.ID, names.Parse(args[1]), recursive, func() {
 					if !lost.IsZero() {
-						fmt.Fprintf(a.stderr, "soulbox: watching again; what changed in the last %s was not seen\n", short(time.Since(lost))) // nobody else can be told
+						fmt.Fprintf(a.stderr, "soulbox: watching again; what changed in the last %s was not seen\n",
+							short(time.Since(lost))) // nobody else can be told
 					}
 					lost = time.Time{}
 				}, func(e client.Event) error { return a.printf("%-7s %s\n", e.Op, names.Show(e.Name)) })
@@ -213,10 +227,14 @@ func (a *app) watchCommand() *cobra.Command {
 }
 
 func (a *app) portCommand() *cobra.Command {
-	port := &cobra.Command{Use: "port", Short: "Make ports of a sandbox reachable", Long: "Make ports of a sandbox reachable from this machine, or at a domain of its server.", Example: "  soulbox port expose ID 8000\n  soulbox port list ID"}
+	port := &cobra.Command{Use: "port", Short: "Make ports of a sandbox reachable",
+		Long:    "Make ports of a sandbox reachable from this machine, or at a domain of its server.",
+		Example: "  soulbox port expose ID 8000\n  soulbox port list ID"}
 	var public bool
-	expose := &cobra.Command{Use: "expose ID PORT", Short: "Make a port reachable", Args: exactly("ID", "PORT"), ValidArgsFunction: a.completeSandboxes,
-		Long: "Make a TCP port reachable, and print where: a URL on this machine, or below the domain of the server.", Example: "  soulbox port expose ID 8000\n  curl $(soulbox port expose ID 8000)",
+	expose := &cobra.Command{Use: "expose ID PORT", Short: "Make a port reachable", Args: exactly("ID", "PORT"),
+		ValidArgsFunction: a.completeSandboxes,
+		Long:              "Make a TCP port reachable, and print where: a URL on this machine, or below the domain of the server.",
+		Example:           "  soulbox port expose ID 8000\n  curl $(soulbox port expose ID 8000)",
 		RunE: func(c *cobra.Command, args []string) error {
 			n, err := portNumber(args[1])
 			if err != nil {
@@ -236,7 +254,9 @@ func (a *app) portCommand() *cobra.Command {
 			return a.printf("%s\n", p.URL)
 		}}
 	expose.Flags().BoolVar(&public, "public", false, "also for those who do not show the sandbox' token")
-	list := &cobra.Command{Use: "list ID", Aliases: []string{"ls"}, Short: "List ports", Args: exactly("ID"), ValidArgsFunction: a.completeSandboxes, Long: "List the ports that are exposed, and those on which something listens.", Example: "  soulbox port list ID",
+	list := &cobra.Command{Use: "list ID", Aliases: []string{"ls"}, Short: "List ports", Args: exactly("ID"),
+		ValidArgsFunction: a.completeSandboxes, Long: "List the ports that are exposed, and those on which something listens.",
+		Example: "  soulbox port list ID",
 		RunE: func(c *cobra.Command, args []string) error {
 			b, err := a.find(c.Context(), args[0])
 			if err != nil {
@@ -256,7 +276,9 @@ func (a *app) portCommand() *cobra.Command {
 			}
 			return t.flush()
 		}}
-	end := &cobra.Command{Use: "close ID PORT", Short: "Make a port unreachable again", Args: exactly("ID", "PORT"), ValidArgsFunction: a.completeSandboxes, Long: "End what 'port expose' began, and the connections to it.", Example: "  soulbox port close ID 8000",
+	end := &cobra.Command{Use: "close ID PORT", Short: "Make a port unreachable again", Args: exactly("ID", "PORT"),
+		ValidArgsFunction: a.completeSandboxes, Long: "End what 'port expose' began, and the connections to it.",
+		Example: "  soulbox port close ID 8000",
 		RunE: func(c *cobra.Command, args []string) error {
 			n, err := portNumber(args[1])
 			if err != nil {
@@ -283,9 +305,12 @@ func portNumber(text string) (int, error) {
 func (a *app) urlCommand() *cobra.Command {
 	var write bool
 	var valid time.Duration
-	c := &cobra.Command{Use: "url ID PATH", Short: "Sign a URL for a file of a sandbox", Args: exactly("ID", "PATH"), ValidArgsFunction: a.completeSandboxes,
-		Long:    "Sign a URL by which whoever has it reads a file of a sandbox, or with --write writes it, until a time. It needs a server that is reached by HTTP.",
-		Example: "  soulbox url ID /home/user/report.pdf\n  curl --data-binary @data.csv -H 'Content-Type: application/octet-stream' \"$(soulbox url ID /tmp/data.csv --write)\"",
+	c := &cobra.Command{Use: "url ID PATH", Short: "Sign a URL for a file of a sandbox", Args: exactly("ID", "PATH"),
+		ValidArgsFunction: a.completeSandboxes,
+		Long: "Sign a URL by which whoever has it reads a file of a sandbox, or with --write writes it, until a time. It " +
+			"needs a server that is reached by HTTP.",
+		Example: "  soulbox url ID /home/user/report.pdf\n  curl --data-binary @data.csv -H 'Content-Type: application/octet-stream' " +
+			"\"$(soulbox url ID /tmp/data.csv --write)\"",
 		RunE: func(c *cobra.Command, args []string) error {
 			b, err := a.find(c.Context(), args[0])
 			if err != nil {

@@ -18,9 +18,11 @@ import (
 )
 
 func (a *app) sandboxCommand() *cobra.Command {
-	sandbox := &cobra.Command{Use: "sandbox", Aliases: []string{"sb"}, Short: "Make, list and steer sandboxes", Long: "Make, list and steer sandboxes. An ID may be cut short as long as no other sandbox begins so.",
+	sandbox := &cobra.Command{Use: "sandbox", Aliases: []string{"sb"}, Short: "Make, list and steer sandboxes",
+		Long:    "Make, list and steer sandboxes. An ID may be cut short as long as no other sandbox begins so.",
 		Example: "  soulbox sandbox create --template python\n  soulbox sandbox list\n  soulbox sandbox connect ID"}
-	sandbox.AddCommand(a.createCommand(), a.listCommand(), a.infoCommand(), a.connectCommand(), a.endCommand(), a.pauseCommand(), a.resumeCommand(), a.forkCommand(), a.snapshotCommand(),
+	sandbox.AddCommand(a.createCommand(), a.listCommand(), a.infoCommand(), a.connectCommand(), a.endCommand(), a.pauseCommand(),
+		a.resumeCommand(), a.forkCommand(), a.snapshotCommand(),
 		a.extendCommand(), a.logsCommand(), a.metricsCommand())
 	return sandbox
 }
@@ -32,8 +34,10 @@ func (a *app) createCommand() *cobra.Command {
 	var protectMemory bool
 	var out format
 	c := &cobra.Command{Use: "create", Short: "Make a sandbox", Args: exactly(),
-		Long: "Make a sandbox, and print its id. It has no network unless you ask for one. At the end of its time it is paused to disk, and any command wakes it.",
-		Example: "  soulbox sandbox create\n  soulbox sandbox create --template python --metadata project=demo --timeout 2h\n  soulbox sandbox create --memory 4096 --cpu 2 --network full\n" +
+		Long: "Make a sandbox, and print its id. It has no network unless you ask for one. At the end of its time it is paused to disk, " +
+			"and any command wakes it.",
+		Example: "  soulbox sandbox create\n  soulbox sandbox create --template python --metadata project=demo --timeout 2h\n  soulbox " +
+			"sandbox create --memory 4096 --cpu 2 --network full\n" +
 			"  soulbox sandbox create --allow pypi.org --allow files.pythonhosted.org",
 		RunE: func(c *cobra.Command, _ []string) (err error) {
 			if n.Metadata, err = readPairs("--metadata", metadata); err != nil {
@@ -76,14 +80,16 @@ func (a *app) createCommand() *cobra.Command {
 	f.Float64Var(&n.CPU, "cpu", 0, "`cores` that it may use; default 2")
 	f.Int64Var(&n.MemoryMB, "memory", 0, "memory in `MB`; default 1024")
 	f.Int64Var(&n.DiskMB, "disk", 0, "disk that it may write, in `MB`; default 10240")
-	f.DurationVar(&protect, "protect", 0, "save it in the background every so much `time`, to be resumed if it fails; default that of the server, never")
+	f.DurationVar(&protect, "protect", 0,
+		"save it in the background every so much `time`, to be resumed if it fails; default that of the server, never")
 	f.BoolVar(&protectMemory, "protect-memory", false, "with --protect: save its processes too, not its files alone")
 	f.StringVar(&n.Network.Mode, "network", "", "`mode`: none, full, or allowlist with --allow; default none")
 	f.StringArrayVar(&n.Network.Allow, "allow", nil, "`host` or range of addresses that it may reach; may be repeated")
 	out.flag(c, formatName, formatJSON)
 	check(c.RegisterFlagCompletionFunc("template", a.completeTemplates))
 	check(c.RegisterFlagCompletionFunc("on-timeout", cobra.FixedCompletions([]string{"pause", "kill"}, cobra.ShellCompDirectiveNoFileComp)))
-	check(c.RegisterFlagCompletionFunc("network", cobra.FixedCompletions([]string{"none", "full", "allowlist"}, cobra.ShellCompDirectiveNoFileComp)))
+	check(c.RegisterFlagCompletionFunc("network", cobra.FixedCompletions([]string{"none", "full", "allowlist"},
+		cobra.ShellCompDirectiveNoFileComp)))
 	return c
 }
 
@@ -92,8 +98,10 @@ func (a *app) listCommand() *cobra.Command {
 	var out format
 	var watch bool
 	c := &cobra.Command{Use: "list", Aliases: []string{"ls"}, Short: "List sandboxes", Args: exactly(),
-		Long:    "List the sandboxes that run or are paused, the newest first. --state also shows ended ones, which are remembered for a day.",
-		Example: "  soulbox sandbox list\n  soulbox sandbox list --filter project=demo -o wide\n  soulbox sandbox list --state killed,failed\n  soulbox sandbox list --watch\n  soulbox sandbox kill $(soulbox sandbox list -o name)",
+		Long: "List the sandboxes that run or are paused, the newest first. --state also shows ended ones, which are remembered for a " +
+			"day.",
+		Example: "  soulbox sandbox list\n  soulbox sandbox list --filter project=demo -o wide\n  soulbox sandbox list --state " +
+			"killed,failed\n  soulbox sandbox list --watch\n  soulbox sandbox kill $(soulbox sandbox list -o name)",
 		RunE: func(c *cobra.Command, _ []string) error {
 			l := client.List{States: states}
 			var err error
@@ -110,7 +118,8 @@ func (a *app) listCommand() *cobra.Command {
 	f.StringSliceVar(&states, "state", nil, "only those in these `states`: creating, running, paused, killed, failed")
 	f.BoolVarP(&watch, "watch", "w", false, "go on, and show what changes")
 	out.flag(c, formatTable, formatWide, formatJSON, formatName)
-	check(c.RegisterFlagCompletionFunc("state", cobra.FixedCompletions([]string{"creating", "running", "paused", "killed", "failed"}, cobra.ShellCompDirectiveNoFileComp)))
+	check(c.RegisterFlagCompletionFunc("state", cobra.FixedCompletions([]string{"creating", "running", "paused", "killed", "failed"},
+		cobra.ShellCompDirectiveNoFileComp)))
 	return c
 }
 
@@ -147,7 +156,8 @@ func (a *app) list(ctx context.Context, l client.List, out format) error {
 		}
 		row := []string{b.ID, b.Template, b.State, short(time.Since(b.Created)), ends, pairs(b.Metadata)}
 		if out == formatWide {
-			row = append(row, strconv.FormatFloat(b.CPU, 'g', -1, 64), strconv.FormatInt(b.MemoryMB, 10)+" MB", strconv.FormatInt(b.DiskMB, 10)+" MB", b.Network.Mode, b.at.Where(), b.Cause)
+			row = append(row, strconv.FormatFloat(b.CPU, 'g', -1, 64), strconv.FormatInt(b.MemoryMB, 10)+" MB",
+				strconv.FormatInt(b.DiskMB, 10)+" MB", b.Network.Mode, b.at.Where(), b.Cause)
 		}
 		t.row(row...)
 	}
@@ -193,7 +203,8 @@ func pause(ctx context.Context, d time.Duration) bool {
 
 func (a *app) infoCommand() *cobra.Command {
 	var out format
-	c := &cobra.Command{Use: "info ID", Short: "Describe a sandbox", Args: exactly("ID"), ValidArgsFunction: a.completeSandboxes, Long: "Describe a sandbox, also one that has ended not longer than a day ago.",
+	c := &cobra.Command{Use: "info ID", Short: "Describe a sandbox", Args: exactly("ID"), ValidArgsFunction: a.completeSandboxes,
+		Long:    "Describe a sandbox, also one that has ended not longer than a day ago.",
 		Example: "  soulbox sandbox info ID\n  soulbox sandbox info ID -o json",
 		RunE: func(c *cobra.Command, args []string) error {
 			b, err := a.remembered(c.Context(), args[0])
@@ -245,8 +256,10 @@ func (a *app) describe(b box) error {
 	}
 	t := a.table()
 	for _, row := range [][2]string{
-		{"ID", b.ID}, {"State", state}, {"Template", b.Template}, {"Made from", b.Parent}, {"Created", b.Created.Local().Format(time.RFC1123) + ", " + ago(b.Created)},
-		{"Ends in", until(b.ExpiresAt)}, {"Time left", left}, {"Then", b.OnTimeout}, {"Kept for", until(b.RemoveAt)}, {"Metadata", pairs(b.Metadata)},
+		{"ID", b.ID}, {"State", state}, {"Template", b.Template}, {"Made from", b.Parent},
+		{"Created", b.Created.Local().Format(time.RFC1123) + ", " + ago(b.Created)},
+		{"Ends in", until(b.ExpiresAt)}, {"Time left", left}, {"Then", b.OnTimeout}, {"Kept for", until(b.RemoveAt)},
+		{"Metadata", pairs(b.Metadata)},
 		{"Saved", strings.TrimPrefix(saved, ", ")}, {"Notice", b.Notice},
 		{"Limits", fmt.Sprintf("%g cores, %d MB memory, %d MB disk, %d processes", b.CPU, b.MemoryMB, b.DiskMB, b.Processes)},
 		{"Network", network}, {"Ports", strings.Join(ports, ", ")}, {"Server", b.at.Where()},
@@ -286,7 +299,8 @@ func (a *app) each(ctx context.Context, ids []string, do func(context.Context, b
 }
 
 func (a *app) endCommand() *cobra.Command {
-	return &cobra.Command{Use: "kill ID...", Aliases: []string{"rm"}, Short: "End sandboxes", Args: atLeast("ID"), ValidArgsFunction: a.completeSandboxes, Long: "End sandboxes, with all that is in them.",
+	return &cobra.Command{Use: "kill ID...", Aliases: []string{"rm"}, Short: "End sandboxes", Args: atLeast("ID"),
+		ValidArgsFunction: a.completeSandboxes, Long: "End sandboxes, with all that is in them.",
 		Example: "  soulbox sandbox kill ID\n  soulbox sandbox kill $(soulbox sandbox list -o name)",
 		RunE: func(c *cobra.Command, args []string) error {
 			return a.each(c.Context(), args, func(ctx context.Context, b box) (string, error) { return b.ID, b.at.Kill(ctx, b.ID) })
@@ -296,7 +310,8 @@ func (a *app) endCommand() *cobra.Command {
 func (a *app) pauseCommand() *cobra.Command {
 	var p client.Pause
 	c := &cobra.Command{Use: "pause ID...", Short: "Pause sandboxes", Args: atLeast("ID"), ValidArgsFunction: a.completeSandboxes,
-		Long:    "Pause sandboxes: save their memory and files to disk, so that they take no memory and outlive a restart. 'resume' or any command has them go on.",
+		Long: "Pause sandboxes: save their memory and files to disk, so that they take no memory and outlive a restart. 'resume' or " +
+			"any command has them go on.",
 		Example: "  soulbox sandbox pause ID\n  soulbox sandbox pause --in-memory ID",
 		RunE: func(c *cobra.Command, args []string) error {
 			return a.each(c.Context(), args, func(ctx context.Context, b box) (string, error) {
@@ -312,7 +327,8 @@ func (a *app) pauseCommand() *cobra.Command {
 func (a *app) resumeCommand() *cobra.Command {
 	var o client.Resume
 	c := &cobra.Command{Use: "resume ID...", Short: "Resume sandboxes", Args: atLeast("ID"), ValidArgsFunction: a.completeSandboxes,
-		Long: "Resume paused sandboxes where they were, and those that have failed from what was saved of them, which is said then. Those that no server has are resumed\n" +
+		Long: "Resume paused sandboxes where they were, and those that have failed from what was saved of them, which is said then. " +
+			"Those that no server has are resumed\n" +
 			"by one that is started for them.",
 		Example: "  soulbox sandbox resume ID\n  soulbox sandbox resume --files-only ID",
 		RunE: func(c *cobra.Command, args []string) error {
@@ -327,7 +343,8 @@ func (a *app) resumeCommand() *cobra.Command {
 				return b.ID, err
 			})
 		}}
-	c.Flags().BoolVar(&o.FilesOnly, "files-only", false, "boot their files anew, without the processes that were saved: where these are wedged or damaged")
+	c.Flags().BoolVar(&o.FilesOnly, "files-only", false,
+		"boot their files anew, without the processes that were saved: where these are wedged or damaged")
 	c.Flags().Int64Var(&o.MemoryMB, "memory", 0, "a larger memory limit in `MB`")
 	return c
 }
@@ -355,8 +372,10 @@ func (a *app) forkCommand() *cobra.Command {
 }
 
 func (a *app) snapshotCommand() *cobra.Command {
-	c := &cobra.Command{Use: "snapshot ID [NAME]", Short: "Save a sandbox under a name", Args: cobra.RangeArgs(1, 2), ValidArgsFunction: a.completeSandboxes,
-		Long: "Save a sandbox' memory and files under a name, and let it go on. Sandboxes begin from it by 'soulbox sandbox create --template NAME', any number of times. A snapshot that\n" +
+	c := &cobra.Command{Use: "snapshot ID [NAME]", Short: "Save a sandbox under a name", Args: cobra.RangeArgs(1, 2),
+		ValidArgsFunction: a.completeSandboxes,
+		Long: "Save a sandbox' memory and files under a name, and let it go on. Sandboxes begin from it by 'soulbox sandbox create " +
+			"--template NAME', any number of times. A snapshot that\n" +
 			"had the name is replaced; 'soulbox template delete NAME' removes it.",
 		Example: "  soulbox sandbox snapshot ID ready\n  soulbox sandbox create --template ready\n  soulbox sandbox snapshot list",
 		RunE: func(c *cobra.Command, args []string) error {
@@ -373,7 +392,8 @@ func (a *app) snapshotCommand() *cobra.Command {
 			}
 			return a.printf("%s\n", name)
 		}}
-	c.AddCommand(&cobra.Command{Use: "list", Short: "List snapshots", Args: exactly(), Example: "  soulbox sandbox snapshot list", Long: "List the names of snapshots, the newest first.",
+	c.AddCommand(&cobra.Command{Use: "list", Short: "List snapshots", Args: exactly(), Example: "  soulbox sandbox snapshot list",
+		Long: "List the names of snapshots, the newest first.",
 		RunE: func(c *cobra.Command, _ []string) error {
 			all, err := a.servers(c.Context())
 			if err != nil {
@@ -400,7 +420,8 @@ func (a *app) snapshotCommand() *cobra.Command {
 }
 
 func (a *app) extendCommand() *cobra.Command {
-	return &cobra.Command{Use: "extend ID TIME", Short: "Let a sandbox live longer", Args: exactly("ID", "TIME"), ValidArgsFunction: a.completeSandboxes, Long: "Add a time to what is left of a sandbox' life.",
+	return &cobra.Command{Use: "extend ID TIME", Short: "Let a sandbox live longer", Args: exactly("ID", "TIME"),
+		ValidArgsFunction: a.completeSandboxes, Long: "Add a time to what is left of a sandbox' life.",
 		Example: "  soulbox sandbox extend ID 2h",
 		RunE: func(c *cobra.Command, args []string) error {
 			d, err := time.ParseDuration(args[1])

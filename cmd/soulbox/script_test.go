@@ -37,7 +37,8 @@ func newSurroundings(t testing.TB) surroundings {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := surroundings{dir: dir, env: []string{"HOME=" + filepath.Join(dir, "home"), "SOULBOX_STATE_DIR=" + filepath.Join(dir, "state"), "SOULBOX_RUNTIME_DIR=" + run,
+	s := surroundings{dir: dir, env: []string{"HOME=" + filepath.Join(dir, "home"), "SOULBOX_STATE_DIR=" + filepath.Join(dir, "state"),
+		"SOULBOX_RUNTIME_DIR=" + run,
 		"PATH=" + filepath.Dir(sandboxtest.Program(t, "soulbox")) + ":/usr/bin:/bin", "TERM=xterm", "LANG=C.UTF-8"}}
 	if err := os.Mkdir(filepath.Join(dir, "home"), 0o755); err != nil {
 		t.Fatal(err)
@@ -177,7 +178,8 @@ func within(ts *testscript.TestScript, neg bool, args []string) {
 
 // web starts an HTTP server with the flags given, and sets URL to where it is. It ends with the test.
 func web(t *testing.T, ts *testscript.TestScript, s surroundings, args []string) {
-	cmd := exec.Command(filepath.Join(strings.Split(s.get("PATH"), ":")[0], "soulbox-mcp"), append([]string{"http", "--listen", "127.0.0.1:0", "--log-level", "warn"}, args...)...)
+	cmd := exec.Command(filepath.Join(strings.Split(s.get("PATH"), ":")[0], "soulbox-mcp"),
+		append([]string{"http", "--listen", "127.0.0.1:0", "--log-level", "warn"}, args...)...)
 	cmd.Env = s.env
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
@@ -211,7 +213,8 @@ func fetch(ts *testscript.TestScript, _ bool, args []string) {
 		}
 		body, err := io.ReadAll(res.Body)
 		_ = res.Body.Close()
-		if last = fmt.Sprint(res.Status, string(body), err); err == nil && res.StatusCode == http.StatusOK && strings.Contains(string(body), args[0]) {
+		if last = fmt.Sprint(res.Status, string(body), err); err == nil && res.StatusCode == http.StatusOK &&
+			strings.Contains(string(body), args[0]) {
 			return
 		}
 	}
@@ -264,7 +267,8 @@ func TestWithoutServer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = io.WriteString(in, `{"jsonrpc":"2.0","id":1,"method":"initialize","params":{"protocolVersion":"2025-06-18","capabilities":{},"clientInfo":{"name":"ide","version":"1"}}}
+	_, err = io.WriteString(in,
+		`{"jsonrpc":"2.0","id":1,"method":"initialize","params":{"protocolVersion":"2025-06-18","capabilities":{},"clientInfo":{"name":"ide","version":"1"}}}
 {"jsonrpc":"2.0","method":"notifications/initialized"}
 {"jsonrpc":"2.0","id":2,"method":"tools/call","params":{"name":"exec","arguments":{"command":"echo agent > work"}}}
 `)

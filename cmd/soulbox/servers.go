@@ -122,7 +122,8 @@ const (
 
 // start starts a server that serves this user alone, and ends by itself when nobody needs it.
 func (a *app) start(ctx context.Context) ([]server, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, startTime, errors.New("no server could be started in time; its log is local.log in its state directory"))
+	ctx, cancel := context.WithTimeoutCause(ctx, startTime,
+		errors.New("no server could be started in time; its log is local.log in its state directory"))
 	defer cancel()
 	program, err := a.findServer()
 	if err != nil {
@@ -160,7 +161,8 @@ func (a *app) start(ctx context.Context) ([]server, error) {
 		select {
 		case werr := <-over:
 			if werr != nil {
-				return nil, fmt.Errorf("no server could be started: %s", strings.TrimPrefix(strings.TrimSpace(said.String()), "soulbox-mcp: "))
+				return nil, fmt.Errorf("no server could be started: %s",
+					strings.TrimPrefix(strings.TrimSpace(said.String()), "soulbox-mcp: "))
 			}
 			if !pause(ctx, 10*startPoll) {
 				return nil, context.Cause(ctx)
@@ -187,7 +189,8 @@ func (a *app) findServer() (string, error) {
 	if path, err := exec.LookPath("soulbox-mcp"); err == nil {
 		return path, nil
 	}
-	return "", errors.New("no server of yours runs on this machine, and soulbox-mcp is not here to start one: put it beside soulbox or into PATH, or log in to a server by 'soulbox auth login'")
+	return "", errors.New("no server of yours runs on this machine, and soulbox-mcp is not here to start one: put it beside soulbox or " +
+		"into PATH, or log in to a server by 'soulbox auth login'")
 }
 
 // box is a sandbox, and where it is.

@@ -43,9 +43,11 @@ type templateConfig struct {
 }
 
 func (a *app) templateCommand() *cobra.Command {
-	t := &cobra.Command{Use: "template", Short: "Build, list and move templates", Long: "Build, list and move templates: the file systems that sandboxes begin from.",
+	t := &cobra.Command{Use: "template", Short: "Build, list and move templates",
+		Long:    "Build, list and move templates: the file systems that sandboxes begin from.",
 		Example: "  soulbox template init --name web\n  soulbox template build\n  soulbox sandbox create --template web"}
-	t.AddCommand(a.initCommand(), a.buildCommand(), a.templateListCommand(), a.templateDeleteCommand(), a.templateCopyCommand(), a.pullCommand(), a.pushCommand(), a.buildLogsCommand())
+	t.AddCommand(a.initCommand(), a.buildCommand(), a.templateListCommand(), a.templateDeleteCommand(), a.templateCopyCommand(),
+		a.pullCommand(), a.pushCommand(), a.buildLogsCommand())
 	return t
 }
 
@@ -53,7 +55,8 @@ func (a *app) initCommand() *cobra.Command {
 	var conf templateConfig
 	var from string
 	c := &cobra.Command{Use: "init [DIRECTORY]", Short: "Begin a template", Args: cobra.MaximumNArgs(1),
-		Long:    "Write a commented Dockerfile and soulbox.toml into a directory. What no flag says is asked for, if there is a terminal. Files that are there are left alone.",
+		Long: "Write a commented Dockerfile and soulbox.toml into a directory. What no flag says is asked for, if there is a " +
+			"terminal. Files that are there are left alone.",
 		Example: "  soulbox template init\n  soulbox template init web --name web --from base --start 'python3 -m http.server'",
 		RunE: func(c *cobra.Command, args []string) error {
 			dir := "."
@@ -79,7 +82,8 @@ func (a *app) init(dir string, conf templateConfig, from string) error {
 	for _, q := range []struct {
 		to           *string
 		what, unless string
-	}{{&conf.Name, "Name of the template", strings.ToLower(filepath.Base(abs))}, {&from, "It begins from", "base"}, {&conf.Start, "Command that runs in it from the beginning", ""}} {
+	}{{&conf.Name, "Name of the template", strings.ToLower(filepath.Base(abs))}, {&from, "It begins from", "base"},
+		{&conf.Start, "Command that runs in it from the beginning", ""}} {
 		if *q.to == "" && asked {
 			fmt.Fprintf(a.stderr, "%s [%s]: ", q.what, q.unless) // who does not see it is not there
 			line, err := in.ReadString('\n')
@@ -160,8 +164,10 @@ func (a *app) buildCommand() *cobra.Command {
 	var target, push string
 	var noCache bool
 	c := &cobra.Command{Use: "build [DIRECTORY]", Short: "Build a template", Args: cobra.MaximumNArgs(1),
-		Long:    "Build a template of the Dockerfile in a directory, with the files beside it that Dockerfile.dockerignore, or else .dockerignore, does not name; soulbox.toml there says the rest.",
-		Example: "  soulbox template build\n  soulbox template build web --name web:v2 --no-cache\n  soulbox template build --push registry.example.com/team/web:1",
+		Long: "Build a template of the Dockerfile in a directory, with the files beside it that Dockerfile.dockerignore, or else " +
+			".dockerignore, does not name; soulbox.toml there says the rest.",
+		Example: "  soulbox template build\n  soulbox template build web --name web:v2 --no-cache\n  soulbox template build --push " +
+			"registry.example.com/team/web:1",
 		RunE: func(c *cobra.Command, given []string) error {
 			dir := "."
 			if len(given) > 0 {
@@ -203,11 +209,13 @@ func (flags templateConfig) read(dir string) (templateConfig, error) {
 		return conf, fmt.Errorf("%s: %w", filepath.Join(dir, configName), err)
 	}
 	if unknown := meta.Undecoded(); len(unknown) > 0 {
-		return conf, fmt.Errorf("%s: %s is not known; the names are name, dockerfile, start_cmd, ready_cmd, cpu, memory_mb, disk_mb, protect, protect_memory and args", filepath.Join(dir, configName), unknown[0])
+		return conf, fmt.Errorf("%s: %s is not known; the names are name, dockerfile, start_cmd, ready_cmd, cpu, memory_mb, disk_mb, "+
+			"protect, protect_memory and args", filepath.Join(dir, configName), unknown[0])
 	}
 	conf.Name, conf.Dockerfile = cmp.Or(flags.Name, conf.Name), cmp.Or(flags.Dockerfile, conf.Dockerfile, "Dockerfile")
 	conf.Start, conf.Ready = cmp.Or(flags.Start, conf.Start), cmp.Or(flags.Ready, conf.Ready)
-	conf.CPU, conf.MemoryMB, conf.DiskMB = cmp.Or(flags.CPU, conf.CPU), cmp.Or(flags.MemoryMB, conf.MemoryMB), cmp.Or(flags.DiskMB, conf.DiskMB)
+	conf.CPU, conf.MemoryMB, conf.DiskMB = cmp.Or(flags.CPU, conf.CPU), cmp.Or(flags.MemoryMB, conf.MemoryMB),
+		cmp.Or(flags.DiskMB, conf.DiskMB)
 	if conf.Args == nil {
 		conf.Args = map[string]string{}
 	}
@@ -342,7 +350,8 @@ func (a *app) followBuild(ctx context.Context, at *client.Client, name, id strin
 		for _, l := range s.Lines {
 			if l.Step != step && l.Step != "" {
 				if step = l.Step; a.colours() {
-					if err := a.printf("%s %s\n", a.coloured(green, "▸ "+step), a.coloured(dim, l.Time.Sub(began).Round(100*time.Millisecond).String())); err != nil {
+					if err := a.printf("%s %s\n", a.coloured(green, "▸ "+step),
+						a.coloured(dim, l.Time.Sub(began).Round(100*time.Millisecond).String())); err != nil {
 						return err
 					}
 				}
@@ -380,7 +389,8 @@ func (a *app) followBuild(ctx context.Context, at *client.Client, name, id strin
 }
 
 func (a *app) buildLogsCommand() *cobra.Command {
-	return &cobra.Command{Use: "logs NAME|BUILD", Short: "Show the log of a build", Args: exactly("NAME or BUILD"), ValidArgsFunction: a.completeTemplates, Long: "Show the log of the build that has made a template, or of any build by its id.",
+	return &cobra.Command{Use: "logs NAME|BUILD", Short: "Show the log of a build", Args: exactly("NAME or BUILD"),
+		ValidArgsFunction: a.completeTemplates, Long: "Show the log of the build that has made a template, or of any build by its id.",
 		Example: "  soulbox template logs web",
 		RunE: func(c *cobra.Command, args []string) error {
 			at, err := a.home(c.Context())
@@ -405,7 +415,9 @@ func (a *app) buildLogsCommand() *cobra.Command {
 
 func (a *app) templateListCommand() *cobra.Command {
 	var out format
-	c := &cobra.Command{Use: "list", Aliases: []string{"ls"}, Short: "List templates", Args: exactly(), Long: "List templates: yours, and the operator's, which everybody sees.", Example: "  soulbox template list\n  soulbox template list -o name",
+	c := &cobra.Command{Use: "list", Aliases: []string{"ls"}, Short: "List templates", Args: exactly(),
+		Long:    "List templates: yours, and the operator's, which everybody sees.",
+		Example: "  soulbox template list\n  soulbox template list -o name",
 		RunE: func(c *cobra.Command, _ []string) error {
 			at, err := a.home(c.Context())
 			if err != nil {

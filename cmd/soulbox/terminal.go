@@ -23,7 +23,8 @@ import (
 
 func (a *app) connectCommand() *cobra.Command {
 	var e execution
-	c := &cobra.Command{Use: "connect ID [PID|TAG]", Short: "Enter a sandbox with a terminal", Args: cobra.RangeArgs(1, 2), ValidArgsFunction: a.completeSandboxes,
+	c := &cobra.Command{Use: "connect ID [PID|TAG]", Short: "Enter a sandbox with a terminal", Args: cobra.RangeArgs(1, 2),
+		ValidArgsFunction: a.completeSandboxes,
 		Long: `Enter a sandbox: a shell of its user at this terminal. Ctrl-P Ctrl-Q leaves it without ending it, and says how to come back: with the number of its process. A tag or number
 of any process with a terminal enters that, also an agent's: it goes on whatever becomes of this program. The shell goes on when the connection is lost or the server
 restarts, and so does this; when this program is gone, the shell is ended.`,
@@ -88,7 +89,8 @@ func (a *app) attach(ctx context.Context, b box, name string) (*client.Session, 
 var errDetached = errors.New("detached")
 
 // atTerminal is at a process' terminal until it ends, or its user leaves. One that is ours ends with us.
-func (a *app) atTerminal(outer context.Context, b box, begin func(context.Context, client.Size) (*client.Session, error), input, ours bool) error {
+func (a *app) atTerminal(outer context.Context, b box, begin func(context.Context, client.Size) (*client.Session, error), input,
+	ours bool) error {
 	fd, here := terminalOf(a.stdin)
 	size := client.Size{Rows: 24, Cols: 80}
 	if out, ok := terminalOf(a.stdout); ok {

@@ -202,7 +202,8 @@ func TestKilledAtTerminal(t *testing.T) {
 			c.typed("\n")
 			c.shows(`ready> $`)
 			c.sane()
-			sandboxtest.Eventually(t, fmt.Sprintf("nothing goes on, after %s, inner %v", sig, inner), func() bool { return strings.Count(s.run(t, "ps", id), "\n") == 1 })
+			sandboxtest.Eventually(t, fmt.Sprintf("nothing goes on, after %s, inner %v", sig, inner),
+				func() bool { return strings.Count(s.run(t, "ps", id), "\n") == 1 })
 		}
 	}
 	// What somebody else has begun, as an agent may have, is not ours to end.
@@ -253,7 +254,8 @@ func TestKilledExec(t *testing.T) {
 		{{"begun", syscall.SIGHUP}, {"reloaded", syscall.SIGTERM}, {"again", syscall.SIGTERM}},
 		{{"begun", syscall.SIGINT}, {"again", syscall.SIGINT}, {"again", syscall.SIGINT}},
 	} {
-		stubborn := s.command("exec", id, "--", "sh", "-c", "trap 'echo again' TERM INT; trap 'echo reloaded' HUP; echo begun; while :; do sleep 0.1; done")
+		stubborn := s.command("exec", id, "--", "sh", "-c",
+			"trap 'echo again' TERM INT; trap 'echo reloaded' HUP; echo begun; while :; do sleep 0.1; done")
 		out, err := stubborn.StdoutPipe()
 		if err == nil {
 			err = stubborn.Start()
@@ -293,7 +295,8 @@ type step struct {
 func TestPausedExec(t *testing.T) {
 	s := newSurroundings(t)
 	id := strings.TrimSpace(s.run(t, "sandbox", "create"))
-	for name, args := range map[string][]string{"no input": {"exec", id, "--", "sleep", "1000"}, "much input": {"exec", "-i", id, "--", "sh", "-c", "cat >/dev/null; sleep 1000"}} {
+	for name, args := range map[string][]string{"no input": {"exec", id, "--", "sleep", "1000"},
+		"much input": {"exec", "-i", id, "--", "sh", "-c", "cat >/dev/null; sleep 1000"}} {
 		follower := s.command(args...)
 		follower.Stdin = endless{}
 		var said strings.Builder
@@ -304,7 +307,8 @@ func TestPausedExec(t *testing.T) {
 		}
 		sandboxtest.Eventually(t, "it runs", func() bool { return strings.Contains(s.run(t, "ps", id), "running") })
 		s.run(t, "sandbox", "pause", id)
-		if err := follower.Wait(); err == nil || follower.ProcessState.ExitCode() != exitExec || !strings.Contains(said.String(), "was paused") {
+		if err := follower.Wait(); err == nil || follower.ProcessState.ExitCode() != exitExec ||
+			!strings.Contains(said.String(), "was paused") {
 			t.Errorf("%s: %v %s", name, err, said.String())
 		}
 		if list := s.run(t, "sandbox", "list"); !strings.Contains(list, "paused") {

@@ -28,8 +28,9 @@ func TestUnpackHostile(t *testing.T) {
 		"through a link":           {link(tar.TypeSymlink, "dir/l", ".."), file("dir/l/evil")},
 		"through an absolute link": {link(tar.TypeSymlink, "dir/l", "/tmp"), file("dir/l/evil")},
 		"a hard link out":          {link(tar.TypeLink, "dir/l", "../evil")},
-		"made of nothing":          {{Name: "dir/s", Typeflag: tar.TypeReg, Mode: 0o644, Size: 1, PAXRecords: map[string]string{"SOULBOX.x": "1"}}, file("../evil")},
-		"the base a link":          {link(tar.TypeSymlink, "dir", ".."), file("dir/evil")},
+		"made of nothing": {{Name: "dir/s", Typeflag: tar.TypeReg, Mode: 0o644, Size: 1,
+			PAXRecords: map[string]string{"SOULBOX.x": "1"}}, file("../evil")},
+		"the base a link": {link(tar.TypeSymlink, "dir", ".."), file("dir/evil")},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var text bytes.Buffer
@@ -52,7 +53,8 @@ func TestUnpackHostile(t *testing.T) {
 			if headers[0].Name != "dir" { // as honest ones begin
 				var whole bytes.Buffer
 				first := tar.NewWriter(&whole)
-				if err := errors.Join(first.WriteHeader(&tar.Header{Name: "dir/", Typeflag: tar.TypeDir, Mode: 0o755}), first.Flush()); err != nil {
+				if err := errors.Join(first.WriteHeader(&tar.Header{Name: "dir/", Typeflag: tar.TypeDir, Mode: 0o755}),
+					first.Flush()); err != nil {
 					t.Fatal(err)
 				}
 				text = *bytes.NewBuffer(append(whole.Bytes(), text.Bytes()...))
@@ -146,7 +148,8 @@ func TestUnpackAgain(t *testing.T) {
 	}
 	for range 2 {
 		for _, to := range []place{{dir: here, name: "."}, {dir: here, name: "new"}, {dir: here, name: "deep", slash: true}} {
-			if err := unpack(t.Context(), copied(t, 0o446, "dir/", "dir/sub/", "dir/sub/f", "dir/l->f"), "dir", to, io.Discard); err != nil {
+			if err := unpack(t.Context(), copied(t, 0o446, "dir/", "dir/sub/", "dir/sub/f", "dir/l->f"), "dir", to,
+				io.Discard); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -190,8 +193,10 @@ func TestPlaceOf(t *testing.T) {
 		t.Fatal(err)
 	}
 	for to, want := range map[string][2]string{ // of a thing called base, and of its contents
-		"d": {"d base", "d ."}, "d/": {"d/ base", "d/ ."}, ".": {". base", ". ."}, "f": {". f", ""}, "new": {". new", ". new"}, "new/": {". new/", ". new/"},
-		"new/.": {". new/", ". new/"}, "d/new/.": {"d new/", "d new/"}, "": {"", ""}, "new/..": {"", ""}, "d/..": {"d/.. base", "d/.. ."}, "a/b": {"a b", "a b"},
+		"d": {"d base", "d ."}, "d/": {"d/ base", "d/ ."}, ".": {". base", ". ."}, "f": {". f", ""}, "new": {". new", ". new"},
+		"new/":  {". new/", ". new/"},
+		"new/.": {". new/", ". new/"}, "d/new/.": {"d new/", "d new/"}, "": {"", ""}, "new/..": {"", ""}, "d/..": {"d/.. base", "d/.. ."},
+		"a/b": {"a b", "a b"},
 	} {
 		for i, whole := range []bool{false, true} {
 			got := ""
@@ -214,7 +219,8 @@ func TestUnpackBroken(t *testing.T) {
 	if err := errors.Join(os.Mkdir(filepath.Join(here, "dir"), 0o700), os.Chmod(filepath.Join(here, "dir"), 0o500)); err != nil {
 		t.Fatal(err)
 	}
-	if err := unpack(t.Context(), copied(t, 0o644, "dir/", "dir/f", "evil"), "dir", place{dir: here, name: "dir", within: true}, io.Discard); err == nil {
+	if err := unpack(t.Context(), copied(t, 0o644, "dir/", "dir/f", "evil"), "dir", place{dir: here, name: "dir", within: true},
+		io.Discard); err == nil {
 		t.Error("it is taken")
 	}
 	info, err := os.Stat(filepath.Join(here, "dir"))

@@ -29,7 +29,8 @@ func run(args []string, stdin io.Reader, stdout io.Writer) error {
 	flags := flag.NewFlagSet("patch", flag.ContinueOnError)
 	module := flags.String("module", "gvisor/runsc", "the module that pins gVisor; its patches/*.patch are applied")
 	to := flags.String("to", "", "write the patched gVisor to `DIR`, which is replaced, and to DIR.mod and DIR.sum what to build with it")
-	record := flags.Bool("record", false, "make a patch of the output of 'git diff -U0' on stdin, for the pinned gVisor; -module says where that is pinned")
+	record := flags.Bool("record", false,
+		"make a patch of the output of 'git diff -U0' on stdin, for the pinned gVisor; -module says where that is pinned")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -58,7 +59,8 @@ func pinned(module string) (string, error) {
 	if runErr == nil && parseErr == nil && found.Dir != "" {
 		return found.Dir, nil
 	}
-	return "", fmt.Errorf("download gVisor as %s pins it: %w: %s%s", filepath.Join(module, "go.mod"), errors.Join(runErr, parseErr), errs.String(), found.Error)
+	return "", fmt.Errorf("download gVisor as %s pins it: %w: %s%s", filepath.Join(module, "go.mod"), errors.Join(runErr, parseErr),
+		errs.String(), found.Error)
 }
 
 const gvisorModule = "gvisor.dev/gvisor"

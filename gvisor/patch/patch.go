@@ -117,7 +117,8 @@ func (c *change) apply(from, to, name string) error {
 		return fmt.Errorf("%s is no file of this gVisor: see what became of it, and change %s: %w", name, c.patches(), err)
 	}
 	if digest(before) != c.digest {
-		return fmt.Errorf("%s has another SHA-256, so this is another gVisor: see whether %s is still needed, and record it anew (docs/upstream/README.md)",
+		return fmt.Errorf("%s has another SHA-256, so this is another gVisor: see whether %s is still needed, and record it anew "+
+			"(docs/upstream/README.md)",
 			name, c.patches())
 	}
 	after, err := c.edit(string(before))

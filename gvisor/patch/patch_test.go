@@ -18,11 +18,12 @@ func TestParseAndApply(t *testing.T) {
 		patches   []string
 		want, err string
 	}{
-		"a line replaced":           {patches: []string{head + "@@ 2,1 two\n+zwei\n"}, want: "one\nzwei\n\tthree\nfour\n"},
-		"lines put before":          {patches: []string{head + "@@ 3,0 three\n+\tx\n+\n"}, want: "one\ntwo\n\tx\n\n\tthree\nfour\n"},
-		"lines gone":                {patches: []string{head + "@@ 2,2 two\n"}, want: "one\nfour\n"},
-		"lines at the end":          {patches: []string{head + "@@ 5,0 \n+five\n"}, want: "one\ntwo\n\tthree\nfour\nfive\n"},
-		"two of one file":           {patches: []string{head + "@@ 4,1 four\n+vier\n", head + "@@ 1,1 one\n+eins\n"}, want: "eins\ntwo\n\tthree\nvier\n"},
+		"a line replaced":  {patches: []string{head + "@@ 2,1 two\n+zwei\n"}, want: "one\nzwei\n\tthree\nfour\n"},
+		"lines put before": {patches: []string{head + "@@ 3,0 three\n+\tx\n+\n"}, want: "one\ntwo\n\tx\n\n\tthree\nfour\n"},
+		"lines gone":       {patches: []string{head + "@@ 2,2 two\n"}, want: "one\nfour\n"},
+		"lines at the end": {patches: []string{head + "@@ 5,0 \n+five\n"}, want: "one\ntwo\n\tthree\nfour\nfive\n"},
+		"two of one file": {patches: []string{head + "@@ 4,1 four\n+vier\n", head + "@@ 1,1 one\n+eins\n"},
+			want: "eins\ntwo\n\tthree\nvier\n"},
 		"another version of gVisor": {patches: []string{"--- a.go 00\n@@ 1,1 one\n"}, err: "another SHA-256"},
 		"no such file":              {patches: []string{"--- b.go 00\n@@ 1,1 one\n"}, err: "no file of this gVisor"},
 		"another line":              {patches: []string{head + "@@ 1,1 two\n"}, err: "expects line 1"},

@@ -72,7 +72,8 @@ func sysinfo(t *kernel.Task, number uintptr, args arch.SyscallArguments) (uintpt
 	used := file + counted.Mapped
 	total := max(usage.MaximumTotalMemoryBytes, used)
 	info := abi.Sysinfo{
-		Loads: [3]uint64{guardMark}, Procs: uint16(t.Kernel().TaskSet().Root.NumTasks()), Uptime: t.Kernel().MonotonicClock().Now().Seconds(), TotalRAM: total, FreeRAM: total - used, Unit: 1,
+		Loads: [3]uint64{guardMark}, Procs: uint16(t.Kernel().TaskSet().Root.NumTasks()),
+		Uptime: t.Kernel().MonotonicClock().Now().Seconds(), TotalRAM: total, FreeRAM: total - used, Unit: 1,
 	}
 	_, err = info.CopyOut(t, args[0].Pointer())
 	return 0, nil, err
@@ -105,7 +106,8 @@ func limitMemory(args []string) {
 // would do little else but look for garbage that is not there. What it holds beyond the limit it gives back, which Go by itself takes
 // minutes for.
 func follow(limit int64) {
-	samples := []metrics.Sample{{Name: "/gc/heap/live:bytes"}, {Name: "/memory/classes/total:bytes"}, {Name: "/memory/classes/heap/released:bytes"}}
+	samples := []metrics.Sample{{Name: "/gc/heap/live:bytes"}, {Name: "/memory/classes/total:bytes"},
+		{Name: "/memory/classes/heap/released:bytes"}}
 	type collected struct{ self *collected } // it has a pointer, so it is no part of a block of others
 	var gave time.Time
 	var after func(*collected)

@@ -141,7 +141,8 @@ func (w *Writer) trim(all []placed) error {
 	at := uint32(1)
 	for _, e := range append(used, Extent{Block: w.next}) {
 		if e.Block > at {
-			err := unix.Fallocate(int(w.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, int64(at)*BlockSize, int64(e.Block-at)*BlockSize)
+			err := unix.Fallocate(int(w.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, int64(at)*BlockSize,
+				int64(e.Block-at)*BlockSize)
 			if err == unix.EOPNOTSUPP {
 				return nil // it only takes more room
 			}

@@ -52,12 +52,16 @@ func sample(add func(string) Extent) *Node {
 	}
 	shared := file("two names")
 	all := map[string]*Node{
-		"empty": file(""), "small": file("small"), "block": file(strings.Repeat("x", BlockSize)), "more": file(strings.Repeat("y", BlockSize+1)),
+		"empty": file(""), "small": file("small"), "block": file(strings.Repeat("x", BlockSize)),
+		"more":  file(strings.Repeat("y", BlockSize+1)),
 		"zeros": file(strings.Repeat("\x00", 3*BlockSize)), "large": file(strings.Repeat("0123456789abcdef", 100_000)),
-		"hard": shared, "!first": file("sorts before ."), "-dash": file("-"), strings.Repeat("n", 255): file("long name"), "ünïcödé": file("u"),
-		"link": {Mode: unix.S_IFLNK | 0o777, Time: stamp, Target: "small"}, "far": {Mode: unix.S_IFLNK | 0o777, Time: stamp, Target: strings.Repeat("t/", 2000)},
-		"null": {Mode: unix.S_IFCHR | 0o666, Time: stamp, Device: unix.Mkdev(1, 3)}, "disk": {Mode: unix.S_IFBLK | 0o600, Time: stamp, Device: unix.Mkdev(259, 0x12345)},
-		"fifo": {Mode: unix.S_IFIFO | 0o600, Time: stamp}, "sock": {Mode: unix.S_IFSOCK | 0o600, Time: stamp},
+		"hard": shared, "!first": file("sorts before ."), "-dash": file("-"), strings.Repeat("n", 255): file("long name"),
+		"ünïcödé": file("u"),
+		"link":    {Mode: unix.S_IFLNK | 0o777, Time: stamp, Target: "small"},
+		"far":     {Mode: unix.S_IFLNK | 0o777, Time: stamp, Target: strings.Repeat("t/", 2000)},
+		"null":    {Mode: unix.S_IFCHR | 0o666, Time: stamp, Device: unix.Mkdev(1, 3)},
+		"disk":    {Mode: unix.S_IFBLK | 0o600, Time: stamp, Device: unix.Mkdev(259, 0x12345)},
+		"fifo":    {Mode: unix.S_IFIFO | 0o600, Time: stamp}, "sock": {Mode: unix.S_IFSOCK | 0o600, Time: stamp},
 		"suid": {Mode: unix.S_IFREG | 0o4755, Time: time.Unix(-5, 0), Data: add("#!/bin/sh\n")}, "nothing": dir(nil),
 	}
 	for _, n := range []int{1, 100, 300, 3000} {
@@ -103,7 +107,8 @@ func same(t *testing.T, name string, a, b *Node) {
 	if wantTime.Before(time.Unix(0, 0)) {
 		wantTime = time.Unix(0, 0)
 	}
-	if a.Mode != b.Mode || a.UID != b.UID || a.GID != b.GID || !a.Time.Equal(wantTime) || a.Target != b.Target || a.Device != b.Device || a.Data != b.Data || len(a.Children) != len(b.Children) {
+	if a.Mode != b.Mode || a.UID != b.UID || a.GID != b.GID || !a.Time.Equal(wantTime) || a.Target != b.Target || a.Device != b.Device ||
+		a.Data != b.Data || len(a.Children) != len(b.Children) {
 		t.Errorf("%s: %+v, want %+v", name, a, b)
 	}
 	for child, n := range b.Children {
@@ -133,7 +138,9 @@ func TestOracle(t *testing.T) {
 	if out, err := exec.Command("fsck.erofs", name).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	if out, err := exec.Command("dump.erofs", "-s", "-S", name).CombinedOutput(); err != nil || !strings.Contains(string(out), "Filesystem block size") && !strings.Contains(string(out), "blocksize") && !strings.Contains(string(out), "Filesystem blocks") {
+	if out, err := exec.Command("dump.erofs", "-s", "-S", name).CombinedOutput(); err != nil ||
+		!strings.Contains(string(out), "Filesystem block size") && !strings.Contains(string(out), "blocksize") &&
+			!strings.Contains(string(out), "Filesystem blocks") {
 		t.Fatalf("%v: %s", err, out)
 	}
 	if os.Geteuid() != 0 { // as others fsck.erofs cannot make devices
@@ -148,7 +155,8 @@ func TestOracle(t *testing.T) {
 		})
 	}
 	to := filepath.Join(t.TempDir(), "out")
-	if out, err := exec.Command("fsck.erofs", "--extract="+to, "--no-preserve-owner", "--preserve-perms", name).CombinedOutput(); err != nil {
+	if out, err := exec.Command("fsck.erofs", "--extract="+to, "--no-preserve-owner", "--preserve-perms",
+		name).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 	image, err := Open(name)
@@ -258,8 +266,10 @@ func TestRefused(t *testing.T) {
 	loop := dir(map[string]*Node{})
 	loop.Children["loop"] = loop
 	for name, root := range map[string]*Node{
-		"no directory": {Mode: unix.S_IFREG}, "no type": dir(map[string]*Node{"x": {}}), "slash": dir(map[string]*Node{"a/b": dir(nil)}), "dot dot": dir(map[string]*Node{"..": dir(nil)}),
-		"long name": dir(map[string]*Node{strings.Repeat("n", 256): dir(nil)}), "no target": dir(map[string]*Node{"x": {Mode: unix.S_IFLNK}}),
+		"no directory": {Mode: unix.S_IFREG}, "no type": dir(map[string]*Node{"x": {}}), "slash": dir(map[string]*Node{"a/b": dir(nil)}),
+		"dot dot":     dir(map[string]*Node{"..": dir(nil)}),
+		"long name":   dir(map[string]*Node{strings.Repeat("n", 256): dir(nil)}),
+		"no target":   dir(map[string]*Node{"x": {Mode: unix.S_IFLNK}}),
 		"long target": dir(map[string]*Node{"x": {Mode: unix.S_IFLNK, Target: strings.Repeat("t", 4096)}}), "in itself": loop,
 	} {
 		f, err := os.Create(filepath.Join(t.TempDir(), "image"))
@@ -276,7 +286,8 @@ func TestRefused(t *testing.T) {
 // TestBroken: whatever is changed in an image, reading it gives an error or a tree, and never panics.
 func TestBroken(t *testing.T) {
 	body, err := os.ReadFile(write(t, func(add func(string) Extent) *Node {
-		return dir(map[string]*Node{"f": {Mode: unix.S_IFREG, Data: add("text")}, "d": dir(map[string]*Node{"l": {Mode: unix.S_IFLNK, Target: "t"}})})
+		return dir(map[string]*Node{"f": {Mode: unix.S_IFREG, Data: add("text")},
+			"d": dir(map[string]*Node{"l": {Mode: unix.S_IFLNK, Target: "t"}})})
 	}))
 	if err != nil {
 		t.Fatal(err)

@@ -31,7 +31,8 @@ const (
 const maxInline = BlockSize - inodeSize
 
 // fileTypes are those of directory entries.
-var fileTypes = map[uint16]byte{unix.S_IFREG: 1, unix.S_IFDIR: 2, unix.S_IFCHR: 3, unix.S_IFBLK: 4, unix.S_IFIFO: 5, unix.S_IFSOCK: 6, unix.S_IFLNK: 7}
+var fileTypes = map[uint16]byte{unix.S_IFREG: 1, unix.S_IFDIR: 2, unix.S_IFCHR: 3, unix.S_IFBLK: 4, unix.S_IFIFO: 5, unix.S_IFSOCK: 6,
+	unix.S_IFLNK: 7}
 
 // placed is a node with its first directory, in the order of the image.
 type placed struct{ node, parent *Node }

@@ -7,8 +7,10 @@ import (
 
 func TestShow(t *testing.T) {
 	for name, want := range map[string]string{
-		"/tmp/plain": "/tmp/plain", "日本 é": "日本 é", `a\b\n\xyz`: `a\b\n\xyz`, "caf\xe9": `caf\xe9`, "two\nlines": `two\x0alines`, "\x1b[31m": `\x1b[31m`, "\u009b": `\xc2\x9b`, "a\u202eb\u2028": `a\xe2\x80\xaeb\xe2\x80\xa8`,
-		`\xe9`: `\x5cxe9`, `\x41`: `\x41`, `\xE9`: `\xE9`, `\x5cxe9`: `\x5cx5cxe9`, `\x5c`: `\x5c`, `\x5cx41`: `\x5cx5cx41`, "\\x4\xff": `\x4\xff`, "\uFFFD": "\uFFFD", "\xe6\x97": `\xe6\x97`,
+		"/tmp/plain": "/tmp/plain", "日本 é": "日本 é", `a\b\n\xyz`: `a\b\n\xyz`, "caf\xe9": `caf\xe9`, "two\nlines": `two\x0alines`,
+		"\x1b[31m": `\x1b[31m`, "\u009b": `\xc2\x9b`, "a\u202eb\u2028": `a\xe2\x80\xaeb\xe2\x80\xa8`,
+		`\xe9`: `\x5cxe9`, `\x41`: `\x41`, `\xE9`: `\xE9`, `\x5cxe9`: `\x5cx5cxe9`, `\x5c`: `\x5c`, `\x5cx41`: `\x5cx5cx41`,
+		"\\x4\xff": `\x4\xff`, "\uFFFD": "\uFFFD", "\xe6\x97": `\xe6\x97`,
 	} {
 		if got := Show(name); got != want || Parse(got) != name {
 			t.Errorf("%q is shown as %q, want %q, and read as %q", name, got, want, Parse(got))

@@ -19,13 +19,15 @@ import (
 // Fake is a Runtime whose machines are agents in this process: commands run on the host, as its user. Boot fails with FailBoot if set.
 type Fake struct {
 	FailBoot   error
-	FailSave   error              // makes every Checkpoint fail
-	FailAttach error              // makes every Attach fail
-	FailPause  error              // makes every Pause fail
-	Deaf       bool               // has machines that begin from a memory answer nothing
-	Agents     chan *agent.Server // if set, machines take theirs from here: made outside of a synctest bubble, they do not keep its time from going on
-	Hang       chan struct{}      // if set, Boot waits until it is closed or its context ends
-	HangSave   chan struct{}      // if set, every Checkpoint takes two from it: the first says that it has begun, the second that it may go on
+	FailSave   error // makes every Checkpoint fail
+	FailAttach error // makes every Attach fail
+	FailPause  error // makes every Pause fail
+	Deaf       bool  // has machines that begin from a memory answer nothing
+	// If set, machines take theirs from here: made outside of a synctest bubble, they do not keep its time from going on.
+	Agents chan *agent.Server
+	Hang   chan struct{} // if set, Boot waits until it is closed or its context ends
+	// If set, every Checkpoint takes two from it: the first says that it has begun, the second that it may go on.
+	HangSave chan struct{}
 
 	mu       sync.Mutex
 	machines map[string]*fakeMachine  // by directory
@@ -140,7 +142,8 @@ func (f *Fake) Boot(ctx context.Context, spec sandbox.Spec) (sandbox.Machine, er
 		server = <-f.Agents
 	}
 	if server == nil {
-		if server, err = agent.NewServer(agent.Options{Version: "fake", SpoolDir: filepath.Join(spec.Dir, "spool"), Home: spec.Dir}); err != nil {
+		if server, err = agent.NewServer(agent.Options{Version: "fake", SpoolDir: filepath.Join(spec.Dir, "spool"),
+			Home: spec.Dir}); err != nil {
 			return nil, err
 		}
 	}

@@ -19,8 +19,10 @@ import (
 )
 
 // programs are those of this machine that an Image has; those that the machine has not are left out.
-const programs = "bash sh ls cat cp mv rm ln mkdir rmdir chmod chown touch stat find sort head tail grep sed tr cut seq sleep wc env id true false dd df du date echo " +
-	"printf readlink realpath basename dirname tee test tar gzip sha256sum mkfifo mknod ps kill perl xargs uname hostname mktemp timeout sync od cmp diff su setfattr getfattr " +
+const programs = "bash sh ls cat cp mv rm ln mkdir rmdir chmod chown touch stat find sort head tail grep sed tr cut seq sleep wc env id " +
+	"true false dd df du date echo " +
+	"printf readlink realpath basename dirname tee test tar gzip sha256sum mkfifo mknod ps kill perl xargs uname hostname mktemp timeout " +
+	"sync od cmp diff su setfattr getfattr " +
 	"truncate expr nproc md5sum install stty tput"
 
 // Image makes a small EROFS image with programs of this machine and the libraries that they need, with a user and a home.
@@ -113,7 +115,9 @@ func (b imageBuilder) fill() {
 	}
 	home := b.dir("/home/user")
 	home.UID, home.GID = 1000, 1000
-	b.text("/etc/passwd", "root:x:0:0:root:/root:/bin/bash\nuser:x:1000:1000:user:/home/user:/bin/bash\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n")
+	b.text("/etc/passwd",
+		"root:x:0:0:root:/root:/bin/bash\nuser:x:1000:1000:user:/home/user:/bin/bash\n"+
+			"nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n")
 	b.text("/etc/group", "root:x:0:\nuser:x:1000:\nnogroup:x:65534:\n")
 	if _, err := os.Stat("/etc/ld.so.cache"); err == nil { // without it every program looks for its libraries in many places
 		b.copy("/etc/ld.so.cache", "/etc/ld.so.cache")
@@ -167,7 +171,8 @@ func ImageTar(t testing.TB, dir string) string {
 }
 
 func writeTar(w *tar.Writer, image *erofs.Image, name string, n *erofs.Node) error {
-	h := &tar.Header{Name: name, Mode: int64(n.Mode & 0o7777), Uid: int(n.UID), Gid: int(n.GID), ModTime: n.Time, Linkname: n.Target, Size: n.Data.Size, Typeflag: tar.TypeReg}
+	h := &tar.Header{Name: name, Mode: int64(n.Mode & 0o7777), Uid: int(n.UID), Gid: int(n.GID), ModTime: n.Time, Linkname: n.Target,
+		Size: n.Data.Size, Typeflag: tar.TypeReg}
 	switch n.Type() {
 	case unix.S_IFDIR:
 		h.Typeflag, h.Name = tar.TypeDir, name+"/"

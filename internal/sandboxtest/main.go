@@ -116,7 +116,8 @@ func asUser(dir string) (*exec.Cmd, error) {
 	}
 	var args []string
 	for _, a := range os.Args[1:] {
-		if !strings.HasPrefix(a, "-test.testlogfile") && !strings.HasPrefix(a, "-test.gocoverdir") && !strings.HasPrefix(a, "-test.coverprofile") &&
+		if !strings.HasPrefix(a, "-test.testlogfile") && !strings.HasPrefix(a, "-test.gocoverdir") &&
+			!strings.HasPrefix(a, "-test.coverprofile") &&
 			!strings.HasPrefix(a, "-test.outputdir") {
 			args = append(args, a)
 		}

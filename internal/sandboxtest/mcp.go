@@ -84,7 +84,8 @@ func (c *MCP) Open(t testing.TB) *MCP {
 	if capabilities == nil {
 		capabilities = map[string]any{}
 	}
-	a, err := c.Do(t.Context(), "initialize", map[string]any{"protocolVersion": legacyVersion, "capabilities": capabilities, "clientInfo": map[string]any{"name": "test", "version": "1"}})
+	a, err := c.Do(t.Context(), "initialize", map[string]any{"protocolVersion": legacyVersion, "capabilities": capabilities,
+		"clientInfo": map[string]any{"name": "test", "version": "1"}})
 	if err != nil || a.Error != nil {
 		t.Fatalf("initialize: %v %+v", err, a)
 	}

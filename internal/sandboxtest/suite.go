@@ -83,7 +83,8 @@ func Run(t *testing.T, c *agent.Client, command string) agent.Snapshot {
 // RunAs is Run as a user.
 func RunAs(t *testing.T, c *agent.Client, user, command string) agent.Snapshot {
 	t.Helper()
-	snap, err := c.Start(t.Context(), agent.StartRequest{Command: command, User: user, WaitMS: 50_000, Window: agent.Window{Head: 30_000, Tail: 30_000}})
+	snap, err := c.Start(t.Context(), agent.StartRequest{Command: command, User: user, WaitMS: 50_000,
+		Window: agent.Window{Head: 30_000, Tail: 30_000}})
 	if err != nil {
 		t.Fatalf("%s: %v", command, err)
 	}
@@ -185,7 +186,8 @@ func (s suite) checkpointGoOn(t *testing.T) {
 // checkpoint: the processes, what they have written, and the agent's own memory are there again, in a machine of another directory.
 func (s suite) checkpoint(t *testing.T) {
 	m, c, spec := s.boot(t)
-	if _, err := c.Start(t.Context(), agent.StartRequest{Command: "echo before; read -r line; echo $line", Tag: "kept", KeepStdin: true}); err != nil {
+	if _, err := c.Start(t.Context(), agent.StartRequest{Command: "echo before; read -r line; echo $line", Tag: "kept",
+		KeepStdin: true}); err != nil {
 		t.Fatal(err)
 	}
 	Eventually(t, "it has begun", func() bool {

@@ -23,10 +23,12 @@ func TestUnmarshal(t *testing.T) {
 	if err := wholenum.Unmarshal([]byte(body), &got); err != nil {
 		t.Fatal(err)
 	}
-	if got.Text != `1.0 "2.0` || *got.P != 500 || got.F != 0.5 || got.List[0] != 1 || got.List[1] != 200 || got.List[2] != -3 || got.Map["4.0"] != 5 || got.In.N != 1<<53 {
+	if got.Text != `1.0 "2.0` || *got.P != 500 || got.F != 0.5 || got.List[0] != 1 || got.List[1] != 200 || got.List[2] != -3 ||
+		got.Map["4.0"] != 5 || got.In.N != 1<<53 {
 		t.Errorf("%+v", got)
 	}
-	for _, bad := range []string{`{"p":500.5}`, `{"p":1e300}`, `{"p":"500.0"}`, `{"p":`, `{"p":1.0}}`, ``, `{"in":{"n":9007199254740993.0e3}}`} {
+	for _, bad := range []string{`{"p":500.5}`, `{"p":1e300}`, `{"p":"500.0"}`, `{"p":`, `{"p":1.0}}`, ``,
+		`{"in":{"n":9007199254740993.0e3}}`} {
 		if err := wholenum.Unmarshal([]byte(bad), &outer{}); err == nil {
 			t.Errorf("%s: no error", bad)
 		}

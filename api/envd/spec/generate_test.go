@@ -21,7 +21,8 @@ var plugins = []string{"protoc-gen-go", "protoc-gen-connect-go"} // go.mod pins 
 
 func TestGenerated(t *testing.T) {
 	sources := []string{"process/process.proto", "filesystem/filesystem.proto"}
-	compiler := protocompile.Compiler{Resolver: protocompile.WithStandardImports(&protocompile.SourceResolver{}), SourceInfoMode: protocompile.SourceInfoStandard}
+	compiler := protocompile.Compiler{Resolver: protocompile.WithStandardImports(&protocompile.SourceResolver{}),
+		SourceInfoMode: protocompile.SourceInfoStandard}
 	files, err := compiler.Compile(t.Context(), sources...)
 	if err != nil {
 		t.Fatal(err)
