@@ -12,6 +12,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"soulbox.dev/soulbox/internal/durable"
 	"soulbox.dev/soulbox/internal/erofs"
 	"soulbox.dev/soulbox/sandbox"
 )
@@ -39,18 +40,7 @@ func agentImage(agent string) (string, error) {
 	if _, err := os.Stat(name); !errors.Is(err, fs.ErrNotExist) {
 		return name, err
 	}
-	temp, err := os.CreateTemp(filepath.Dir(name), ".agent-*")
-	if err != nil {
-		return "", err
-	}
-	err = errors.Join(writeAgentImage(temp, agent), temp.Chmod(0o644), temp.Sync(), temp.Close())
-	if err == nil {
-		err = os.Rename(temp.Name(), name)
-	}
-	if err != nil {
-		return "", errors.Join(err, os.Remove(temp.Name()))
-	}
-	return name, nil
+	return name, durable.Disk{}.Make(name, 0o644, func(f *os.File) error { return writeAgentImage(f, agent) })
 }
 
 func writeAgentImage(to *os.File, agent string) error {

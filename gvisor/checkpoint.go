@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/urpc"
 
+	"soulbox.dev/soulbox/internal/durable"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -90,7 +91,7 @@ func (m *machine) Checkpoint(ctx context.Context, dir string, o sandbox.Checkpoi
 	if err := m.runtime.fault("checkpoint write"); err != nil {
 		return err
 	}
-	if err := writeSynced(filepath.Join(dir, savedManifestName), body); err != nil {
+	if err := durable.Create(filepath.Join(dir, savedManifestName), body, 0o600); err != nil {
 		return err
 	}
 	if ctx.Err() != nil {
@@ -152,28 +153,11 @@ func (r *Runtime) keep(dir string, files []*os.File) error {
 	for _, f := range files {
 		err = errors.Join(err, f.Sync())
 	}
-	return errors.Join(err, <-sealed, syncDir(dir))
+	return errors.Join(err, <-sealed, durable.Sync(dir))
 }
 
 // saveBound bounds how long the sentry may take to save a machine.
 const saveBound = 10 * time.Minute
-
-func writeSynced(name string, body []byte) error {
-	f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(body)
-	return errors.Join(err, f.Sync(), f.Close())
-}
-
-func syncDir(name string) error {
-	d, err := os.Open(name)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
-}
 
 // fullDisk gives an error of the sentry, which is words only, its class.
 func fullDisk(err error) error {

@@ -13,6 +13,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"soulbox.dev/soulbox/internal/durable"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -93,7 +94,7 @@ func (r *Runtime) seal(ctx context.Context, dir string, files []*os.File) error 
 	if body, err = json.Marshal(sealed{Checksums: body, CRC32C: crc32.Checksum(body, crc32.MakeTable(crc32.Castagnoli))}); err != nil {
 		return err
 	}
-	return writeSynced(filepath.Join(dir, checksumsName), body)
+	return durable.Create(filepath.Join(dir, checksumsName), body, 0o600)
 }
 
 // verify compares a checkpoint's files with their checksums. What differs is sandbox.ErrDamaged; other errors say that it is not known.

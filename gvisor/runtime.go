@@ -17,6 +17,7 @@ import (
 	"sync"
 	"time"
 
+	"soulbox.dev/soulbox/internal/durable"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -56,7 +57,7 @@ func (r *Runtime) writeManifest(dir string, mf manifest) error {
 	if err != nil {
 		return err
 	}
-	return r.ask("write manifest", func() error { return os.WriteFile(filepath.Join(dir, manifestName), body, 0o600) })
+	return r.ask("write manifest", func() error { return durable.Disk{}.Replace(filepath.Join(dir, manifestName), body, 0o600) })
 }
 
 // readManifest reads machine.json. One that is not there, or half written, is errNoManifest: its machine has no cgroup yet.

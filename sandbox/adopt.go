@@ -332,7 +332,7 @@ func (m *Manager) tidy(ctx context.Context, r record) error {
 	left, err := filepath.Glob(filepath.Join(m.store.path(r.ID), "*-*"))
 	for _, name := range left {
 		if base := filepath.Base(name); base != keep {
-			err = errors.Join(err, m.store.removeAll(name))
+			err = errors.Join(err, m.store.RemoveAll(name))
 		}
 	}
 	return err

@@ -10,6 +10,8 @@ import (
 	"slices"
 	"syscall"
 	"time"
+
+	"soulbox.dev/soulbox/internal/durable"
 )
 
 // letSleep tidies up a sandbox on disk, and leaves it to whichever server is asked for it first. When nobody was for too long, it ends.
@@ -59,7 +61,7 @@ func (m *Manager) claimAsleep(id string) {
 	if err != nil || !r.onDisk() {
 		return
 	}
-	lock, err := LockFile(filepath.Join(m.store.path(id), "lock"), false)
+	lock, err := durable.Lock(filepath.Join(m.store.path(id), "lock"), false)
 	if err != nil {
 		return // another server has it, or is looking at it
 	}
@@ -98,7 +100,7 @@ func (m *Manager) unowned(owner string, known map[string]bool) []Info {
 			time.Sleep(listPause) // another server may only look at it, which does not last
 		}
 		asleep = slices.DeleteFunc(asleep, func(r record) bool {
-			lock, err := LockFile(filepath.Join(m.store.path(r.ID), "lock"), false)
+			lock, err := durable.Lock(filepath.Join(m.store.path(r.ID), "lock"), false)
 			switch {
 			case errors.Is(err, fs.ErrNotExist): // it is gone
 				return true

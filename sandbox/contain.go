@@ -158,7 +158,7 @@ func (s *Sandbox) copy(ctx context.Context, filesOnly bool) error {
 	name := copyName + strconv.Itoa(number)
 	dir := filepath.Join(s.m.store.path(s.id), name)
 	at := time.Now()
-	err := errors.Join(s.m.store.removeAll(dir+unfinishedSave), s.m.store.removeAll(dir))
+	err := errors.Join(s.m.store.RemoveAll(dir+unfinishedSave), s.m.store.RemoveAll(dir))
 	if err == nil {
 		_, filesOnly, err = s.save(ctx, dir+unfinishedSave, filesOnly)
 	}
@@ -166,7 +166,7 @@ func (s *Sandbox) copy(ctx context.Context, filesOnly bool) error {
 		err = s.m.store.finish(dir, filesOnly)
 	}
 	if err != nil {
-		return errors.Join(noDisk(err), s.m.store.removeAll(dir+unfinishedSave))
+		return errors.Join(noDisk(err), s.m.store.RemoveAll(dir+unfinishedSave))
 	}
 	size, err := sizeOf(dir)
 	if err != nil {
@@ -181,12 +181,12 @@ func (s *Sandbox) copy(ctx context.Context, filesOnly bool) error {
 	r := s.rec
 	r.Saves, r.Copy = number, &savedCopy{Dir: name, At: at, FilesOnly: filesOnly, Size: size}
 	if err := s.m.store.save(r); err != nil {
-		return errors.Join(err, s.m.store.removeAll(dir))
+		return errors.Join(err, s.m.store.RemoveAll(dir))
 	}
 	s.rec, s.unchanged = r, at
 	s.tellChange()
 	if old != "" {
-		return s.m.store.removeAll(old)
+		return s.m.store.RemoveAll(old)
 	}
 	return nil
 }
@@ -232,7 +232,7 @@ func (s *Sandbox) dropCopy() (int64, error) {
 	if err != nil || dir == "" {
 		return 0, err
 	}
-	return size, s.m.store.removeAll(dir)
+	return size, s.m.store.RemoveAll(dir)
 }
 
 // forgetCopy takes the last copy of a sandbox that runs off its record, and tells where it is, and its size in bytes.

@@ -17,6 +17,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"soulbox.dev/soulbox/internal/durable"
 )
 
 // Keys are the API keys of a state directory, in its file "keys": hashed, since whoever reads the file must not be able to use them. Any
@@ -258,7 +260,7 @@ func (k *Keys) look() error {
 
 // change rewrites the file, while no other process does.
 func (k *Keys) change(to func([]Key) ([]Key, error)) error {
-	lock, err := LockFile(k.path()+".lock", true)
+	lock, err := durable.Lock(k.path()+".lock", true)
 	if err != nil {
 		return fmt.Errorf("write keys: %w", err)
 	}
@@ -278,7 +280,7 @@ func (k *Keys) change(to func([]Key) ([]Key, error)) error {
 		return fmt.Errorf("write keys: %w", err)
 	}
 	k.seen = nil
-	if err := (disk{}).replace(k.path(), body); err != nil {
+	if err := (durable.Disk{}).Replace(k.path(), body, 0o600); err != nil {
 		return fmt.Errorf("write keys: %w", err)
 	}
 	return nil

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/internal/durable"
 )
 
 // Level is how grave a log entry is.
@@ -63,7 +64,7 @@ type journal struct {
 }
 
 // append adds an entry to the log in dir.
-func (j *journal) append(d disk, dir string, e LogEntry) error {
+func (j *journal) append(d durable.Disk, dir string, e LogEntry) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	name := filepath.Join(dir, logName)
@@ -71,7 +72,7 @@ func (j *journal) append(d disk, dir string, e LogEntry) error {
 		return err
 	}
 	if j.size >= maxLogFile {
-		if err := d.rename(name, name+olderSuffix); err != nil {
+		if err := d.Rename(name, name+olderSuffix); err != nil {
 			return err
 		}
 		j.size = 0
@@ -84,7 +85,7 @@ func (j *journal) append(d disk, dir string, e LogEntry) error {
 	if err != nil {
 		return err
 	}
-	if err := d.add(name, line); err != nil {
+	if err := d.Append(name, line); err != nil {
 		j.know = false // half a line may be there
 		return err
 	}
@@ -180,7 +181,7 @@ func (s *Sandbox) tellChange() {
 }
 
 func (s *Sandbox) write(e LogEntry) {
-	if err := s.log.append(s.m.store.disk, s.m.store.path(s.id), e); err != nil {
+	if err := s.log.append(s.m.store.Disk, s.m.store.path(s.id), e); err != nil {
 		s.m.log.Error("write the log of a sandbox", "sandbox", s.id, "error", err, "entry", e.Message)
 	}
 }

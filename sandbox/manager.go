@@ -148,7 +148,7 @@ func NewManager(opts Options) (*Manager, error) {
 	}
 	m := &Manager{opts: opts, store: newStore(opts.Dir), log: opts.Log, sandboxes: map[string]*Sandbox{}, inUse: map[string]int{},
 		later: map[string]postponed{}, settled: make(chan struct{})}
-	m.store.fault = opts.fault
+	m.store.Fault = opts.fault
 	for _, dir := range []string{m.store.dir, m.store.ended, m.store.snapshots} {
 		if err := os.MkdirAll(dir, 0o711); err != nil {
 			return nil, fmt.Errorf("open state directory: %w", err)

@@ -256,12 +256,12 @@ func (s *Sandbox) keepSample(sample Sample) error {
 	s.meter.mu.Lock()
 	defer s.meter.mu.Unlock()
 	if s.meter.lines >= samplesKept {
-		if err := s.m.store.rename(name, name+olderSuffix); err != nil {
+		if err := s.m.store.Rename(name, name+olderSuffix); err != nil {
 			return err
 		}
 		s.meter.lines = 0
 	}
-	if err := s.m.store.add(name, line); err != nil {
+	if err := s.m.store.Append(name, line); err != nil {
 		return err
 	}
 	s.meter.lines++

@@ -347,8 +347,8 @@ func (s *Sandbox) sleep(ctx context.Context, o PauseOptions) (err error) {
 	}
 	stop() // from here on the end of the machine is no surprise
 	target := s.m.store.checkpoint(s.id, r.Saves+1)
-	if err = errors.Join(s.m.store.removeAll(target+unfinishedSave),
-		s.m.store.removeAll(target)); err == nil { // of a pause that has failed
+	if err = errors.Join(s.m.store.RemoveAll(target+unfinishedSave),
+		s.m.store.RemoveAll(target)); err == nil { // of a pause that has failed
 		err = machine.Checkpoint(ctx, target+unfinishedSave, CheckpointOptions{FilesOnly: o.FilesOnly})
 	}
 	if err == nil {
@@ -371,7 +371,7 @@ func (s *Sandbox) sleep(ctx context.Context, o PauseOptions) (err error) {
 		if s.rec.State.Ended() {
 			return err // whoever has killed it ends the machine
 		}
-		err = errors.Join(noDisk(err), s.m.store.removeAll(target+unfinishedSave), s.m.store.removeAll(target))
+		err = errors.Join(noDisk(err), s.m.store.RemoveAll(target+unfinishedSave), s.m.store.RemoveAll(target))
 		if r.State == Running {
 			err = errors.Join(err, s.goOn(ctx, machine))
 			if client != nil {
@@ -390,7 +390,7 @@ func (s *Sandbox) sleep(ctx context.Context, o PauseOptions) (err error) {
 		s.m.log.Error("end the machine of a paused sandbox", "sandbox", s.id, "error", err) // the next waking tries again
 	}
 	if older != "" {
-		if err := s.m.store.removeAll(older); err != nil {
+		if err := s.m.store.RemoveAll(older); err != nil {
 			s.m.log.Error("remove the last copy of a paused sandbox", "sandbox", s.id, "error", err) // it goes with the sandbox
 		}
 	}

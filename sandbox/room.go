@@ -10,6 +10,8 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+
+	"soulbox.dev/soulbox/internal/durable"
 )
 
 // spareDisk is what a checkpoint leaves free on the file system of the state directory, in bytes.
@@ -70,7 +72,7 @@ func (m *Manager) promiseAgain(s *Sandbox, l Limits) error {
 // lockRoom keeps two promises from taking the same room, those of other servers too.
 func (m *Manager) lockRoom() (done func(), err error) {
 	m.room.Lock()
-	lock, err := LockFile(filepath.Join(m.store.dir, ".room"), true)
+	lock, err := durable.Lock(filepath.Join(m.store.dir, ".room"), true)
 	if err != nil {
 		m.room.Unlock()
 		return nil, err

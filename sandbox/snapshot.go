@@ -16,6 +16,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"soulbox.dev/soulbox/internal/durable"
 )
 
 // Snapshot is a sandbox' memory and files, saved under a name of its owner's. Sandboxes begin from it any number of times.
@@ -112,7 +114,7 @@ func (s *Sandbox) Snapshot(ctx context.Context, o SnapshotOptions) (_ Snapshot, 
 	if err != nil {
 		return Snapshot{}, err
 	}
-	if err := s.m.store.replace(filepath.Join(temp, "snapshot.json"), body); err != nil {
+	if err := s.m.store.Replace(filepath.Join(temp, "snapshot.json"), body, 0o600); err != nil {
 		return Snapshot{}, noDisk(err)
 	}
 	if err := s.m.placeSnapshot(temp, dir, o.Replace); err != nil {
@@ -125,7 +127,7 @@ func (s *Sandbox) Snapshot(ctx context.Context, o SnapshotOptions) (_ Snapshot, 
 // placeSnapshot gives a snapshot its name. One that it takes the place of is where it was made then.
 func (m *Manager) placeSnapshot(temp, dir string, replace bool) error {
 	for {
-		err := m.store.rename(temp, dir)
+		err := m.store.Rename(temp, dir)
 		if err == nil || !errors.Is(err, fs.ErrExist) {
 			return err
 		}
@@ -146,7 +148,7 @@ func (m *Manager) exchange(temp, dir string) error {
 	if m.inUse[dir] > 0 {
 		return fmt.Errorf("a sandbox is just being made from the one of that name: %w", ErrBusySnapshot)
 	}
-	return m.store.exchange(temp, dir)
+	return m.store.Exchange(temp, dir)
 }
 
 // save makes a checkpoint of the sandbox as it is, whatever that is, and leaves it so. The caller has the turn. It tells whether the
@@ -195,7 +197,7 @@ func linkAll(from, to string) error {
 			return err
 		}
 	}
-	return syncDir(to)
+	return durable.Sync(to)
 }
 
 // sizeOf sums the files of a directory, in bytes on disk.
@@ -299,10 +301,10 @@ func (m *Manager) DeleteSnapshot(owner, name string) error {
 		return fmt.Errorf("delete snapshot %q: a sandbox is just being made from it: %w", name, ErrBusySnapshot)
 	}
 	away := filepath.Join(m.store.snapshots, unfinished+newID())
-	if err := m.store.rename(dir, away); err != nil {
+	if err := m.store.Rename(dir, away); err != nil {
 		return fmt.Errorf("delete snapshot %q: %w", name, err)
 	}
-	if err := m.store.removeAll(away); err != nil {
+	if err := m.store.RemoveAll(away); err != nil {
 		m.store.untidy.Store(true) // the next look tries again
 		m.log.Error("remove a deleted snapshot", "error", err)
 	}
@@ -325,7 +327,7 @@ func (s *Sandbox) Fork(ctx context.Context, count int, metadata map[string]strin
 	if err != nil {
 		return nil, nil, err
 	}
-	defer func() { err = errors.Join(err, s.m.store.removeAll(from)) }() // what could not be moved
+	defer func() { err = errors.Join(err, s.m.store.RemoveAll(from)) }() // what could not be moved
 	r, filesOnly, err := s.save(turn, from, false)
 	if err != nil {
 		over()
@@ -377,24 +379,27 @@ func (s *Sandbox) Fork(ctx context.Context, count int, metadata map[string]strin
 // lock of it.
 func (s store) tempSnapshot() (dir string, done func() error, err error) {
 	dir = filepath.Join(s.snapshots, unfinished+newID())
-	lock, err := LockFile(dir+lockSuffix, false)
+	lock, err := durable.Lock(dir+lockSuffix, false)
 	if err != nil {
 		return "", nil, err
 	}
 	done = func() error {
-		err := errors.Join(s.removeAll(dir), s.removeAll(dir+lockSuffix), lock.Close())
+		err := errors.Join(s.RemoveAll(dir), s.RemoveAll(dir+lockSuffix), lock.Close())
 		if err != nil {
 			s.untidy.Store(true) // the next look tries again
 		}
 		return err
 	}
-	if err := s.mkdir(dir); err != nil {
+	if err := s.Mkdir(dir); err != nil {
 		return "", nil, errors.Join(err, done())
 	}
 	return dir, done, nil
 }
 
-const lockSuffix = ".lock"
+const (
+	lockSuffix = ".lock"
+	unfinished = ".new-" // begins the names of snapshots that are being made, or removed
+)
 
 // tidySnapshots removes what servers that are dead have begun, or were about to remove.
 func (s store) tidySnapshots() error {
@@ -404,7 +409,7 @@ func (s store) tidySnapshots() error {
 		if name != base && isThere(base) {
 			continue // it comes with the directory
 		}
-		lock, lerr := LockFile(base+lockSuffix, false)
+		lock, lerr := durable.Lock(base+lockSuffix, false)
 		if errors.Is(lerr, syscall.EWOULDBLOCK) {
 			continue
 		}
@@ -412,7 +417,7 @@ func (s store) tidySnapshots() error {
 			err = errors.Join(err, lerr)
 			continue
 		}
-		err = errors.Join(err, s.removeAll(base), s.removeAll(base+lockSuffix), lock.Close())
+		err = errors.Join(err, s.RemoveAll(base), s.RemoveAll(base+lockSuffix), lock.Close())
 	}
 	return err
 }

@@ -7,6 +7,8 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"soulbox.dev/soulbox/internal/durable"
 )
 
 func TestMoves(t *testing.T) {
@@ -58,28 +60,28 @@ func TestCutAtEveryByte(t *testing.T) {
 	for name, change := range map[string]func(s store) error{
 		"save": func(s store) error { return s.save(fresh) },
 		"entomb": func(s store) error {
-			lock, err := LockFile(filepath.Join(s.path("sbx"), "lock"), false)
+			lock, err := durable.Lock(filepath.Join(s.path("sbx"), "lock"), false)
 			if err != nil {
 				return err
 			}
 			return s.entomb(fresh, lock)
 		},
 		"log": func(s store) error {
-			return new(journal).append(s.disk, s.path("sbx"), LogEntry{Message: "new", Level: LevelInfo})
+			return new(journal).append(s.Disk, s.path("sbx"), LogEntry{Message: "new", Level: LevelInfo})
 		},
 	} {
 		cuts := 0
 		for done := false; !done; cuts++ {
 			s := newTestStore(t)
 			for _, err := range []error{os.Mkdir(s.path("sbx"), 0o700), s.save(old),
-				new(journal).append(s.disk, s.path("sbx"), LogEntry{Message: "old", Level: LevelInfo})} {
+				new(journal).append(s.Disk, s.path("sbx"), LogEntry{Message: "old", Level: LevelInfo})} {
 				if err != nil {
 					t.Fatal(err)
 				}
 			}
 			left := cuts
 			broken := s
-			broken.fault = func(_, _ string, size int) (int, error) {
+			broken.Fault = func(_, _ string, size int) (int, error) {
 				if left < 0 {
 					return 0, errCut
 				}
@@ -117,7 +119,7 @@ func checkCut(t *testing.T, name string, s store, old, fresh record, done bool) 
 	var messages []string
 	for _, more := range []bool{false, true} {
 		if more { // the log goes on after a line that was cut off
-			if err := new(journal).append(s.disk, dir, LogEntry{Message: "later", Level: LevelInfo}); err != nil {
+			if err := new(journal).append(s.Disk, dir, LogEntry{Message: "later", Level: LevelInfo}); err != nil {
 				t.Fatalf("%s: %v", name, err)
 			}
 		}

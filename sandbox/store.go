@@ -13,6 +13,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"soulbox.dev/soulbox/internal/durable"
 )
 
 // record is a sandbox as state.json keeps it.
@@ -85,7 +87,7 @@ const recordVersion = 2
 
 // store is the directory of all sandboxes of this machine's servers: sandboxes/ has the living, ended/ what is remembered of the others.
 type store struct {
-	disk
+	durable.Disk
 	dir       string // sandboxes
 	ended     string
 	snapshots string
@@ -95,28 +97,6 @@ type store struct {
 func newStore(root string) store {
 	return store{dir: filepath.Join(root, "sandboxes"), ended: filepath.Join(root, "ended"), snapshots: filepath.Join(root, "snapshots"),
 		untidy: new(atomic.Bool)}
-}
-
-// LockFile takes a flock; the file is its proof, closing it gives the lock back. wait == false gives ErrWouldBlock when another has it.
-func LockFile(name string, wait bool) (*os.File, error) {
-	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	how := syscall.LOCK_EX
-	if !wait {
-		how |= syscall.LOCK_NB
-	}
-	for {
-		err = syscall.Flock(int(f.Fd()), how)
-		if err != syscall.EINTR {
-			break
-		}
-	}
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("lock %s: %w", name, err), f.Close())
-	}
-	return f, nil
 }
 
 // path is the directory of a sandbox.
@@ -147,25 +127,25 @@ const unfinishedSave = ".new"
 // finish names a checkpoint that has been made.
 func (s store) finish(dir string, filesOnly bool) error {
 	if filesOnly {
-		if err := s.replace(filepath.Join(dir+unfinishedSave, filesOnlyMark), nil); err != nil {
+		if err := s.Replace(filepath.Join(dir+unfinishedSave, filesOnlyMark), nil, 0o600); err != nil {
 			return err
 		}
 	}
-	return s.rename(dir+unfinishedSave, dir)
+	return s.Rename(dir+unfinishedSave, dir)
 }
 
 // claim makes the directory of a new sandbox and locks it. The store's own lock is held meanwhile, so that nobody sees the
 // directory without its lock.
 func (s store) claim(id string) (lock *os.File, err error) {
-	all, err := LockFile(filepath.Join(s.dir, ".lock"), true)
+	all, err := durable.Lock(filepath.Join(s.dir, ".lock"), true)
 	if err != nil {
 		return nil, err
 	}
 	defer all.Close()
-	if err := s.mkdir(s.path(id)); err != nil {
+	if err := s.Mkdir(s.path(id)); err != nil {
 		return nil, err
 	}
-	lock, err = LockFile(filepath.Join(s.path(id), "lock"), false)
+	lock, err = durable.Lock(filepath.Join(s.path(id), "lock"), false)
 	if err != nil {
 		err = errors.Join(err, os.RemoveAll(s.path(id)))
 	}
@@ -174,7 +154,7 @@ func (s store) claim(id string) (lock *os.File, err error) {
 
 // ids lists the sandboxes that there are, of all servers.
 func (s store) ids() ([]string, error) {
-	if _, err := s.step("list", s.dir, 0); err != nil {
+	if _, err := s.Step("list", s.dir, 0); err != nil {
 		return nil, err
 	}
 	entries, err := os.ReadDir(s.dir)
@@ -190,10 +170,10 @@ func (s store) ids() ([]string, error) {
 // orphan locks a sandbox that no living server owns; nil is one that has an owner, or is being removed. The store's own lock is held
 // meanwhile, as by who makes one.
 func (s store) orphan(id string) (*os.File, error) {
-	if _, err := s.step("lock", s.path(id), 0); err != nil {
+	if _, err := s.Step("lock", s.path(id), 0); err != nil {
 		return nil, err
 	}
-	all, err := LockFile(filepath.Join(s.dir, ".lock"), true)
+	all, err := durable.Lock(filepath.Join(s.dir, ".lock"), true)
 	if err != nil {
 		return nil, err
 	}
@@ -201,7 +181,7 @@ func (s store) orphan(id string) (*os.File, error) {
 	if !isThere(s.path(id)) {
 		return nil, nil
 	}
-	lock, err := LockFile(filepath.Join(s.path(id), "lock"), false)
+	lock, err := durable.Lock(filepath.Join(s.path(id), "lock"), false)
 	if errors.Is(err, syscall.EWOULDBLOCK) || errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
@@ -214,7 +194,7 @@ func (s store) save(r record) error {
 	if err != nil {
 		return fmt.Errorf("save state of %s: %w", r.ID, err)
 	}
-	if err := s.replace(filepath.Join(s.path(r.ID), "state.json"), body); err != nil {
+	if err := s.Replace(filepath.Join(s.path(r.ID), "state.json"), body, 0o600); err != nil {
 		return fmt.Errorf("save state of %s: %w", r.ID, err)
 	}
 	return nil
@@ -222,7 +202,7 @@ func (s store) save(r record) error {
 
 // load reads state.json of a living sandbox.
 func (s store) load(id string) (record, error) {
-	if _, err := s.step("read", filepath.Join(s.path(id), "state.json"), 0); err != nil {
+	if _, err := s.Step("read", filepath.Join(s.path(id), "state.json"), 0); err != nil {
 		return record{}, err
 	}
 	return loadFrom(s.path(id), id)
@@ -295,7 +275,7 @@ func (s store) entomb(r record, lock *os.File) (err error) {
 	}
 	for _, e := range entries {
 		if !keep[e.Name()] {
-			err = errors.Join(err, s.removeAll(filepath.Join(dir, e.Name())))
+			err = errors.Join(err, s.RemoveAll(filepath.Join(dir, e.Name())))
 		}
 	}
 	if err != nil {
@@ -303,20 +283,20 @@ func (s store) entomb(r record, lock *os.File) (err error) {
 	}
 	r.Traffic, r.Access = "", "" // secrets are for the living
 	if err := s.save(r); err != nil {
-		return errors.Join(err, s.removeAll(dir)) // on a full disk its end cannot be remembered, but must be had
+		return errors.Join(err, s.RemoveAll(dir)) // on a full disk its end cannot be remembered, but must be had
 	}
-	if err := s.removeAll(s.tomb(r.ID)); err != nil {
+	if err := s.RemoveAll(s.tomb(r.ID)); err != nil {
 		return err
 	}
-	if err := s.rename(dir, s.tomb(r.ID)); err != nil {
-		return errors.Join(err, s.removeAll(dir))
+	if err := s.Rename(dir, s.tomb(r.ID)); err != nil {
+		return errors.Join(err, s.RemoveAll(dir))
 	}
-	return s.removeAll(filepath.Join(s.tomb(r.ID), "lock"))
+	return s.RemoveAll(filepath.Join(s.tomb(r.ID), "lock"))
 }
 
 // discard takes away the directory of a sandbox that never was, and gives its lock back.
 func (s store) discard(id string, lock *os.File) error {
-	return errors.Join(s.removeAll(s.path(id)), lock.Close())
+	return errors.Join(s.RemoveAll(s.path(id)), lock.Close())
 }
 
 // tombs lists what is remembered of sandboxes that have ended.
@@ -354,7 +334,7 @@ func (s store) forget(before time.Time) error {
 		}
 		if r, err := loadFrom(s.tomb(e.Name()), e.Name()); err == nil && r.Changed.Before(before) || err != nil &&
 			info.ModTime().Before(before) {
-			errs = errors.Join(errs, s.removeAll(s.tomb(e.Name())))
+			errs = errors.Join(errs, s.RemoveAll(s.tomb(e.Name())))
 		}
 	}
 	return errs

@@ -48,7 +48,7 @@ func (s *Sandbox) wake(ctx context.Context, o ResumeOptions) error {
 		err = errors.Join(s.wakeHint(r, err), s.lieDown())
 	}
 	if rescued != "" {
-		if rerr := s.m.store.removeAll(rescued); rerr != nil {
+		if rerr := s.m.store.RemoveAll(rescued); rerr != nil {
 			s.m.log.Error("remove the files that a sandbox was booted from", "sandbox", s.id, "error", rerr) // they go with the sandbox
 		}
 	}
@@ -112,7 +112,7 @@ func (s *Sandbox) rescue(ctx context.Context, template Template, from string) (s
 	}
 	r := s.current()
 	to := filepath.Join(s.m.store.path(s.id), rescueName+"1")
-	if err := s.m.store.removeAll(to); err != nil {
+	if err := s.m.store.RemoveAll(to); err != nil {
 		return "", err
 	}
 	saved, err := s.m.roomOnDisk(s.owner, baseSave+s.meter.now().DiskUsed)
@@ -122,7 +122,7 @@ func (s *Sandbox) rescue(ctx context.Context, template Template, from string) (s
 	defer saved()
 	err = rescuer.Rescue(ctx, Spec{ID: s.id, Dir: s.m.store.path(s.id), Template: template, Limits: r.Limits, From: from}, to)
 	if err != nil {
-		return "", errors.Join(fmt.Errorf("take the files out of what was saved: %w", noDisk(err)), s.m.store.removeAll(to))
+		return "", errors.Join(fmt.Errorf("take the files out of what was saved: %w", noDisk(err)), s.m.store.RemoveAll(to))
 	}
 	return to, nil
 }

@@ -16,8 +16,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"soulbox.dev/soulbox/sandbox"
+	"soulbox.dev/soulbox/internal/durable"
 )
 
 // step is what a step has made, as steps/KEY.json keeps it.
@@ -39,7 +38,7 @@ func (s *Store) lock(ctx context.Context, kind, key string) (unlock func(), err 
 		return nil, err
 	}
 	for {
-		lock, err := sandbox.LockFile(s.file(kind, lockPrefix+key), false)
+		lock, err := durable.Lock(s.file(kind, lockPrefix+key), false)
 		if err == nil && linked(lock) {
 			return sync.OnceFunc(func() {
 				_ = os.Remove(lock.Name())

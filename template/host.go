@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"soulbox.dev/soulbox/internal/durable"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -83,7 +84,7 @@ func (s *Store) makeRoot(mounts []sandbox.Mount, links map[string]string) (strin
 	if err != nil {
 		return "", err
 	}
-	return sandbox.Install(s.Dir, fmt.Sprintf("host-%s-%d", t.digest()[:16], s.UID), func(temp string) error {
+	return durable.Install(s.Dir, fmt.Sprintf("host-%s-%d", t.digest()[:16], s.UID), func(temp string) error {
 		return errors.Join(t.write(temp), s.giveAway(temp))
 	})
 }

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"testing"
 
+	"soulbox.dev/soulbox/internal/durable"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -83,7 +84,7 @@ func TestHostIsFound(t *testing.T) {
 		t.Fatal(err)
 	}
 	// Whoever writes needs the lock, and changes the directory.
-	lock, err := sandbox.LockFile(filepath.Join(dir, ".lock"), false)
+	lock, err := durable.Lock(filepath.Join(dir, ".lock"), false)
 	if err != nil {
 		t.Fatal(err)
 	}

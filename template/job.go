@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"soulbox.dev/soulbox/access"
+	"soulbox.dev/soulbox/internal/durable"
 )
 
 // payer is whose account is charged for what is done. The zero value is charged nothing.
@@ -99,7 +100,7 @@ func (j *job) write(ctx context.Context, kind string, fill func(*os.File) (name 
 		if err := j.note(name); err != nil {
 			return err
 		}
-		return os.Rename(temp, name)
+		return durable.Disk{}.Rename(temp, name)
 	})
 }
 

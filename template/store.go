@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"soulbox.dev/soulbox/access"
+	"soulbox.dev/soulbox/internal/durable"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -332,7 +333,7 @@ func (s *Store) collectNow() {
 
 // write makes a file that is whole when it has its name. Only the server's user reads it.
 func (s *Store) write(kind, name string, fill func(*os.File) error) error {
-	return s.writeNamed(kind, func(f *os.File) (string, error) { return name, fill(f) }, os.Rename)
+	return s.writeNamed(kind, func(f *os.File) (string, error) { return name, fill(f) }, durable.Disk{}.Rename)
 }
 
 // writeNamed is write of a file whose name follows from its content; place gives it that.

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"soulbox.dev/soulbox/internal/durable"
 )
 
 // How names begin of what is not there for good. As long as somebody has the lock of a file, its maker lives; else tidy removes it.
@@ -51,20 +52,12 @@ func (s *Store) temp(kind string) (*os.File, error) {
 		if err != nil {
 			return nil, err
 		}
-		err = flock(f, unix.LOCK_EX|unix.LOCK_NB)
+		err = durable.Flock(f, unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil && linked(f) {
 			return f, nil
 		}
 		if cerr := f.Close(); err != nil && err != unix.EWOULDBLOCK || cerr != nil { // else tidy was here
 			return nil, errors.Join(err, cerr, os.Remove(f.Name()))
-		}
-	}
-}
-
-func flock(f *os.File, how int) error {
-	for {
-		if err := unix.Flock(int(f.Fd()), how); err != unix.EINTR {
-			return err
 		}
 	}
 }
@@ -82,7 +75,7 @@ func abandoned(name string) bool {
 		return false
 	}
 	defer f.Close()
-	return flock(f, unix.LOCK_EX|unix.LOCK_NB) == nil
+	return durable.Flock(f, unix.LOCK_EX|unix.LOCK_NB) == nil
 }
 
 // tidy removes what servers that are dead were making, or removing.
@@ -109,7 +102,7 @@ func (s *Store) collecting(ctx context.Context, how int) (unlock func(), err err
 		return nil, err
 	}
 	for {
-		err := flock(f, how|unix.LOCK_NB)
+		err := durable.Flock(f, how|unix.LOCK_NB)
 		if err == nil {
 			return func() { _ = f.Close() }, nil
 		}

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"soulbox.dev/soulbox/gvisor"
+	"soulbox.dev/soulbox/internal/durable"
 	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/template"
 	"soulbox.dev/soulbox/tools"
@@ -275,7 +276,7 @@ func installAgent(from, dir string) (string, error) {
 		return "", err
 	}
 	sum := sha256.Sum256(body)
-	home, err := sandbox.Install(dir, hex.EncodeToString(sum[:8]), func(temp string) error {
+	home, err := durable.Install(dir, hex.EncodeToString(sum[:8]), func(temp string) error {
 		return os.WriteFile(filepath.Join(temp, agentName), body, 0o755)
 	})
 	return filepath.Join(home, agentName), err

@@ -20,7 +20,7 @@ import (
 
 	"soulbox.dev/soulbox/api"
 	"soulbox.dev/soulbox/api/client"
-	"soulbox.dev/soulbox/sandbox"
+	"soulbox.dev/soulbox/internal/durable"
 )
 
 // local serves the HTTP API to the server's own user on a socket, for the command line: whoever is at its other end is asked of the kernel.
@@ -71,7 +71,7 @@ func (s *service) serveLocal(kind string, getenv func(string) string) (*local, e
 // listenLocal makes a socket that only its user can open, and removes those of servers that are gone. One of several servers at a time does
 // so: a socket that is made, and not listened at yet, looks like one of those.
 func listenLocal(dir, path string) (_ net.Listener, err error) {
-	lock, err := sandbox.LockFile(filepath.Join(dir, "sockets.lock"), true)
+	lock, err := durable.Lock(filepath.Join(dir, "sockets.lock"), true)
 	if err != nil {
 		return nil, err
 	}
@@ -209,7 +209,7 @@ func runLocal(ctx context.Context, args []string, getenv func(string) string, st
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	lock, err := sandbox.LockFile(filepath.Join(dir, "local.lock"), false)
+	lock, err := durable.Lock(filepath.Join(dir, "local.lock"), false)
 	if errors.Is(err, syscall.EWOULDBLOCK) {
 		return nil // there is one
 	}

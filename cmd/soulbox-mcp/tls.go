@@ -31,6 +31,7 @@ import (
 	"golang.org/x/crypto/acme/autocert"
 
 	"soulbox.dev/soulbox/api/envd"
+	"soulbox.dev/soulbox/internal/durable"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -317,9 +318,5 @@ func writeKey(name string, key *ecdsa.PrivateKey) error {
 }
 
 func writePEM(name, kind string, body []byte, perm os.FileMode) error {
-	temp := name + ".new"
-	if err := os.WriteFile(temp, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: body}), perm); err != nil {
-		return err
-	}
-	return os.Rename(temp, name)
+	return durable.Disk{}.Replace(name, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: body}), perm)
 }

@@ -22,6 +22,7 @@ import (
 	"golang.org/x/term"
 
 	"soulbox.dev/soulbox/api/client"
+	"soulbox.dev/soulbox/internal/durable"
 )
 
 // localContext names this machine's servers.
@@ -75,18 +76,7 @@ func (a *app) writeContexts(c contexts) error {
 	if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(filepath.Dir(name), ".contexts-") // it is 0600
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(append(body, '\n'))
-	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
-		err = os.Rename(f.Name(), name)
-	}
-	if err != nil {
-		return errors.Join(err, os.Remove(f.Name()))
-	}
-	return nil
+	return durable.Disk{}.Replace(name, append(body, '\n'), 0o600)
 }
 
 // chosen is the login that is to be used, by flag, environment or choice; ok is false for this machine.

@@ -1,4 +1,4 @@
-package sandbox
+package durable
 
 import (
 	"errors"
@@ -12,9 +12,9 @@ import (
 // unfinished begins the names of what Install is making.
 const unfinished = ".new-"
 
-// Install makes a directory that never changes, whose name stands for its content, in dir, which is made if missing. Where it is there
-// already nothing is written and nobody waits. build fills an empty directory. Servers that install at the same time wait for each other;
-// what a dead one has left unfinished is removed.
+// Install makes a directory that never changes, whose name stands for its content, in dir, which is made if missing. If it is there already,
+// nothing is written and nobody waits. build fills an empty directory. Processes that install at the same time wait for each other; what a
+// dead one has left unfinished is removed.
 func Install(dir, name string, build func(temp string) error) (path string, err error) {
 	path = filepath.Join(dir, name)
 	if there, err := installed(path); there || err != nil {
@@ -23,12 +23,12 @@ func Install(dir, name string, build func(temp string) error) (path string, err 
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return "", err
 	}
-	lock, err := LockFile(filepath.Join(dir, ".lock"), true)
+	lock, err := Lock(filepath.Join(dir, ".lock"), true)
 	if err != nil {
 		return "", err
 	}
 	defer func() { err = errors.Join(err, lock.Close()) }()
-	if there, err := installed(path); there || err != nil { // by who had the lock
+	if there, err := installed(path); there || err != nil { // by whoever had the lock
 		return path, err
 	}
 	entries, err := os.ReadDir(dir)
@@ -53,10 +53,10 @@ func Install(dir, name string, build func(temp string) error) (path string, err 
 	if err := syncTree(temp); err != nil {
 		return "", fmt.Errorf("install %s: %w", name, err)
 	}
-	return path, os.Rename(temp, path)
+	return path, Disk{}.Rename(temp, path)
 }
 
-// installed reports whether a directory has its name. It got that when it was whole.
+// installed reports whether a directory has its name. It gets that once it is whole.
 func installed(path string) (bool, error) {
 	_, err := os.Stat(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -71,10 +71,6 @@ func syncTree(root string) error {
 		if err != nil || !entry.Type().IsRegular() {
 			return err
 		}
-		f, err := os.Open(name)
-		if err != nil {
-			return err
-		}
-		return errors.Join(f.Sync(), f.Close())
+		return Sync(name)
 	})
 }

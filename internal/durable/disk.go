@@ -1,0 +1,167 @@
+// Package durable changes files so that a crash or a power cut at any moment leaves the old one or the new one. It knows nothing of what is
+// in them.
+package durable
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+// Disk changes files. The zero Disk is ready to use, and safe for concurrent use as far as the names differ.
+type Disk struct {
+	// Fault is asked before each step how many of its bytes are done. An error stands for a loss of power: the step is done so far, and no
+	// further. Only tests set it.
+	Fault func(step, name string, size int) (done int, err error)
+}
+
+// Step asks Fault about a step of the caller's own. Without Fault all of it is done.
+func (d Disk) Step(step, name string, size int) (int, error) {
+	if d.Fault == nil {
+		return size, nil
+	}
+	return d.Fault(step, name, size)
+}
+
+// Replace writes a file as Make does.
+func (d Disk) Replace(name string, body []byte, perm fs.FileMode) error {
+	return d.Make(name, perm, func(f *os.File) error { return d.write(f, body) })
+}
+
+// Make writes a file by temp, fsync, rename and fsync of the directory; fill writes its content. Whoever opens the name finds the old content
+// or the new one. A failure leaves the old one and no temporary file.
+func (d Disk) Make(name string, perm fs.FileMode, fill func(*os.File) error) (err error) {
+	if _, err := d.Step("create", name, 0); err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(filepath.Dir(name), "."+filepath.Base(name)+"-")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			if _, ferr := d.Step("remove", f.Name(), 0); ferr == nil {
+				_ = os.Remove(f.Name()) // it has a name that nobody reads
+			}
+		}
+	}()
+	if err := errors.Join(f.Chmod(perm), fill(f)); err != nil {
+		return errors.Join(err, f.Close())
+	}
+	if err := errors.Join(f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	return d.Rename(f.Name(), name)
+}
+
+func (d Disk) write(f *os.File, body []byte) error {
+	n, fault := d.Step("write", f.Name(), len(body))
+	if _, err := f.Write(body[:n]); err != nil {
+		return err
+	}
+	return fault
+}
+
+// Append adds a line to a file, which is made if it is not there. A line that was cut off is ended first. It does not wait for the disk.
+func (d Disk) Append(name string, line []byte) (err error) {
+	if _, err := d.Step("open", name, 0); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	var last [1]byte
+	if info.Size() > 0 {
+		if _, err := f.ReadAt(last[:], info.Size()-1); err != nil {
+			return err
+		}
+		if last[0] != '\n' {
+			line = append([]byte{'\n'}, line...)
+		}
+	}
+	return d.write(f, append(line, '\n'))
+}
+
+// Rename gives a file or directory another name that survives a power cut. What is in it must be on disk already.
+func (d Disk) Rename(from, to string) error {
+	if _, err := d.Step("rename", to, 0); err != nil {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(to)) // first: where there is no descriptor for it, nothing has been done
+	if err != nil {
+		return err
+	}
+	if err := os.Rename(from, to); err != nil {
+		return errors.Join(err, dir.Close())
+	}
+	return errors.Join(dir.Sync(), dir.Close())
+}
+
+// Exchange swaps the names of two files or directories at once, and the swap survives a power cut.
+func (d Disk) Exchange(a, b string) error {
+	if _, err := d.Step("rename", b, 0); err != nil {
+		return err
+	}
+	if err := unix.Renameat2(unix.AT_FDCWD, a, unix.AT_FDCWD, b, unix.RENAME_EXCHANGE); err != nil {
+		return err
+	}
+	return errors.Join(Sync(filepath.Dir(a)), Sync(filepath.Dir(b)))
+}
+
+// Mkdir makes a directory that others may walk through.
+func (d Disk) Mkdir(name string) error {
+	if _, err := d.Step("mkdir", name, 0); err != nil {
+		return err
+	}
+	return os.Mkdir(name, 0o711)
+}
+
+// RemoveAll removes a tree, entry by entry of its top. Nothing there is no error.
+func (d Disk) RemoveAll(name string) error {
+	if info, err := os.Lstat(name); err == nil && info.IsDir() {
+		entries, err := os.ReadDir(name)
+		if err != nil {
+			return err
+		}
+		for _, e := range entries {
+			if _, err := d.Step("remove", filepath.Join(name, e.Name()), 0); err != nil {
+				return err
+			}
+			if err := os.RemoveAll(filepath.Join(name, e.Name())); err != nil {
+				return err
+			}
+		}
+	}
+	if _, err := d.Step("remove", name, 0); err != nil {
+		return err
+	}
+	return os.RemoveAll(name)
+}
+
+// Create writes a new file and waits until it is on disk. It is for files of a directory that gets its name later, by Rename.
+func Create(name string, body []byte, perm fs.FileMode) error {
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, perm)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(body)
+	return errors.Join(err, f.Sync(), f.Close())
+}
+
+// Sync waits until a file, or the names in a directory, are on disk.
+func Sync(name string) error {
+	f, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
