@@ -73,7 +73,7 @@ var onlyIn = map[string][]string{
 	"github.com/hashicorp/yamux":             {"agent"},
 	"github.com/fsnotify/fsnotify":           {"agent"},
 	"github.com/modelcontextprotocol/go-sdk": {"cmd/soulbox-mcp"}, // in tests only
-	"github.com/coreos/go-oidc":              {"cmd/soulbox-mcp"},
+	"github.com/coreos/go-oidc":              {"access"},
 	"github.com/charmbracelet":               {"tools"},
 	"github.com/creack/pty":                  {"agent"},
 	"connectrpc.com/connect": {"api/envd", "api/client", "api/envd/spec/process/processconnect",

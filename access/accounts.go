@@ -1,5 +1,6 @@
-// Package access keeps the accounts of owners: what each of them uses of the server's own resources, such as memory in buffers, slots for
-// heavy work and connections. Whoever uses something takes it from the owner's account first. It knows nothing of sandboxes, MCP or HTTP.
+// Package access decides who may use a server, and how much of it. Door finds the owner of a request by its key (Keys) or by a token of an
+// OpenID provider (Provider). Accounts keep what each owner uses of the server's own resources, such as memory in buffers, slots for heavy
+// work and connections: whoever uses something takes it from the owner's account first. It knows nothing of sandboxes or MCP.
 package access
 
 import (

@@ -28,7 +28,9 @@ type Access struct {
 	Hosts []string
 	// Metadata is the URL of the protected resource's metadata (RFC 9728), told to clients without a token; "" is none.
 	Metadata string
-	Log      *slog.Logger // default discards
+	// NewKey says how a client gets a key, for those that have none; "" says nothing.
+	NewKey string
+	Log    *slog.Logger // default discards
 }
 
 // ErrDenied is of a token that is not, or no longer, valid.
@@ -139,7 +141,11 @@ func (a Access) admit(w http.ResponseWriter, r *http.Request) (owner string, ok 
 	if r.ContentLength != 0 && r.ProtoMajor == 1 {
 		w.Header().Set("Connection", "close") // else net/http would wait for the body before it answers
 	}
-	refuse(w, http.StatusUnauthorized, nil, codeInvalid, "give a valid key as Authorization: Bearer KEY; soulbox-mcp key create makes one")
+	text := "give a valid key as Authorization: Bearer KEY"
+	if a.NewKey != "" {
+		text += "; " + a.NewKey
+	}
+	refuse(w, http.StatusUnauthorized, nil, codeInvalid, text)
 	return "", false
 }
 

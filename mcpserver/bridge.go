@@ -25,6 +25,7 @@ import (
 type Bridge struct {
 	URL      string        // of the endpoint; required
 	Key      string        // sent as bearer token; "" sends none
+	NewKey   string        // says how a client gets a key and gives it, for where the server takes none; "" says nothing
 	Log      *slog.Logger  // default discards
 	Patience time.Duration // how long a server that is away is waited for; default 2 min
 	MaxLine  int           // bytes of one message; default 4 MiB
@@ -412,8 +413,7 @@ func (l *bridge) receive(ctx context.Context, res *http.Response, m message) par
 	case http.StatusBadGateway, http.StatusGatewayTimeout:
 		return part{why: res.Status, sent: true, away: true}
 	case http.StatusUnauthorized:
-		return part{final: "the server does not take this key: set SOULBOX_KEY, or --key-file, to one that 'soulbox-mcp key create' made " +
-			"there"}
+		return part{final: strings.TrimSuffix("the server does not take this key: "+l.NewKey, ": ")}
 	case http.StatusBadRequest:
 		if res.Request.Header.Get(mcp.HeaderLastEventID) != "" {
 			return part{why: "the stream is not kept any more", forgotten: true, sent: true}

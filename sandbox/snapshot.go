@@ -2,6 +2,8 @@ package sandbox
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -54,7 +56,8 @@ var snapshotPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}(:[a-zA-Z0-9
 
 // snapshotDir is the directory of a snapshot: an owner's name says nothing of paths, so it is a hash of both.
 func (s store) snapshotDir(owner, name string) string {
-	return filepath.Join(s.snapshots, hash(owner + "\x00" + name)[:40])
+	sum := sha256.Sum256([]byte(owner + "\x00" + name))
+	return filepath.Join(s.snapshots, hex.EncodeToString(sum[:20]))
 }
 
 // SnapshotOptions say what a snapshot is.

@@ -14,15 +14,13 @@ import (
 	"net/netip"
 	"net/url"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"time"
 
+	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/api"
 	"soulbox.dev/soulbox/api/client"
 	"soulbox.dev/soulbox/gvisor"
 	"soulbox.dev/soulbox/mcpserver"
-	"soulbox.dev/soulbox/sandbox"
 )
 
 // httpConfig is what flags say of the HTTP server.
@@ -141,7 +139,7 @@ func (c *httpConfig) check() error {
 	if c.issuer != "" {
 		return nil
 	}
-	keys, err := (&sandbox.Keys{Dir: c.stateDir}).List()
+	keys, err := (&access.Keys{Dir: c.stateDir}).List()
 	if err != nil {
 		return err
 	}
@@ -177,12 +175,12 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 		return err
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
-	keys := &sandbox.Keys{Dir: c.stateDir}
-	defer s.watchKeys(keys)()
-	endpoint := s.mcp.HTTP(mcpserver.HTTPOptions{Access: c.access(public, keys, s.log), SessionIdle: c.idle, Rate: c.rate})
-	s.gateway.Admit = admitOwner(endpoint.Access, keys)
+	door := c.door(s.log)
+	defer door.Watch()()
+	endpoint := s.mcp.HTTP(mcpserver.HTTPOptions{Access: c.access(public, door), SessionIdle: c.idle, Rate: c.rate})
+	s.gateway.Admit = door.AdmitOwner
 	s.metrics.watch(s.manager, s.descriptors, endpoint.Sessions)
-	control := c.control(s, endpoint)
+	control := c.control(s, endpoint, door)
 	defer control.Close()
 	defer s.alsoLocal("http", getenv)()
 	web, err := c.web(s, endpoint, control, public)
@@ -250,117 +248,38 @@ func (c *httpConfig) setDomain(public string) (err error) {
 }
 
 // control is the E2B API.
-func (c httpConfig) control(s *service, endpoint *mcpserver.HTTP) *api.Control {
-	access := endpoint.Access
+func (c httpConfig) control(s *service, endpoint *mcpserver.HTTP, door *access.Door) *api.Control {
 	control := &api.Control{Manager: s.manager, Store: s.templates, Builder: s.builder, Gateway: s.gateway, NoNetwork: c.noNetwork,
-		Log: s.log, MayAsk: endpoint.MayAsk, MayRead: endpoint.MayRead,
+		Log: s.log, Owner: door.Caller, MayAsk: endpoint.MayAsk, MayRead: endpoint.MayRead,
 		Self: client.Server{Version: version, Kind: "http"}}
 	if u, err := url.Parse(c.publicURL); err == nil && c.publicURL != "" {
 		control.URL = u
 	}
-	control.Owner = func(r *http.Request) (string, error) {
-		if !access.Required() {
-			admitted(r.Context(), nil)
-			return "", nil // the SDKs always send a key
-		}
-		given := r.Header.Values("X-API-Key")
-		if token, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer "); ok && len(given) == 0 {
-			given = []string{token}
-		}
-		if len(given) != 1 || given[0] == "" {
-			return "", errors.New("give a valid key as X-API-Key: KEY; soulbox-mcp key create makes one")
-		}
-		owner, err := access.Authenticate(r.Context(), given[0])
-		if err != nil {
-			return "", errors.New("the key is not valid, or not any more; soulbox-mcp key create makes one")
-		}
-		return owner, nil
-	}
 	return control
 }
 
-// access says who may use the server. Once it has a key, or a provider, nobody may without one.
-func (c httpConfig) access(at string, keys *sandbox.Keys, log *slog.Logger) mcpserver.Access {
-	a := mcpserver.Access{Origins: c.origins, Hosts: c.hosts, Log: log, Until: untilOf}
-	var closed atomic.Bool
-	if closed.Store(c.issuer != "" || c.allowRemote || keys.Exist()); keys.Exist() {
-		tellKeys(keys, log)
-	}
-	a.Required = func() bool {
-		if !closed.Load() && keys.Exist() {
-			closed.Store(true)
-			tellKeys(keys, log)
-		}
-		return closed.Load()
-	}
-	var provider *openID
+// door says who may use the server. Once it has a key, or a provider, nobody may without one.
+func (c httpConfig) door(log *slog.Logger) *access.Door {
+	door := &access.Door{Keys: &access.Keys{Dir: c.stateDir}, Closed: c.allowRemote, Admitted: admitted, Log: log}
 	if c.issuer != "" {
-		provider = &openID{issuer: c.issuer, audience: c.audience}
-		a.Metadata = at + metadataPath
+		door.Provider = &access.Provider{Issuer: c.issuer, Audience: c.audience}
 	}
-	a.Authenticate = func(ctx context.Context, token string) (string, error) {
-		if provider != nil && !strings.HasPrefix(token, "e2b_") {
-			owner, expires, err := provider.owner(ctx, token)
-			if err == nil {
-				admittedFor(ctx, expires)
-			}
-			return owner, err
-		}
-		owner, valid, err := keys.Admit(token)
-		if err == nil {
-			admitted(ctx, valid)
-		}
-		return owner, err
+	door.Required() // it tells of keys that are there
+	return door
+}
+
+// access is the door as MCP has it.
+func (c httpConfig) access(at string, door *access.Door) mcpserver.Access {
+	a := mcpserver.Access{Origins: c.origins, Hosts: c.hosts, Log: door.Log, Until: untilOf, Required: door.Required,
+		Authenticate: door.Authenticate, NewKey: newKeyHint}
+	if door.Provider != nil {
+		a.Metadata = at + metadataPath
 	}
 	return a
 }
 
-// watchKeys ends what keys have let in once they are not valid any more, until the function that it gives is called.
-func (s *service) watchKeys(keys *sandbox.Keys) (end func()) {
-	ctx, cancel := context.WithCancel(context.Background())
-	var watching sync.WaitGroup
-	watching.Go(func() { keys.Watch(ctx, s.log) })
-	return func() {
-		cancel()
-		watching.Wait()
-	}
-}
-
-// admitOwner lets the tokens of sandboxes be worth something as long as their owner has a valid key, where keys are needed. This machine's
-// user and those whom a provider knows have none.
-func admitOwner(access mcpserver.Access, keys *sandbox.Keys) func(context.Context, string) error {
-	return func(ctx context.Context, owner string) error {
-		if !access.Required() || owner == "" || strings.HasPrefix(owner, oidcOwner) {
-			admitted(ctx, nil)
-			return nil
-		}
-		valid, err := keys.OwnerValid(owner)
-		if err == nil {
-			admitted(ctx, valid)
-		}
-		return err
-	}
-}
-
-// tellKeys says who may use a server that needs keys.
-func tellKeys(keys *sandbox.Keys, log *slog.Logger) {
-	all, err := keys.List()
-	valid := 0
-	for _, k := range all {
-		if k.Valid(time.Now()) {
-			valid++
-		}
-	}
-	switch {
-	case err != nil:
-		log.Error("keys are needed, and cannot be read: nobody is let in by one", "error", err)
-	case valid == 0:
-		log.Warn("keys are needed, since there is a file of them, and none is valid: nobody is let in by one; 'soulbox-mcp key create " +
-			"--owner NAME' makes one")
-	default:
-		log.Info("keys are needed", "valid", valid)
-	}
-}
+// newKeyHint says how a key is made.
+const newKeyHint = "soulbox-mcp key create makes one"
 
 const metadataPath = "/.well-known/oauth-protected-resource"
 

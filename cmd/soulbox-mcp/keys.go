@@ -9,7 +9,7 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"soulbox.dev/soulbox/sandbox"
+	"soulbox.dev/soulbox/access"
 )
 
 // runKey makes, lists and revokes keys. The server sees the change at once.
@@ -37,7 +37,7 @@ func runKey(args []string, getenv func(string) string, stdout, stderr io.Writer)
 	if err := os.MkdirAll(c.stateDir, 0o711); err != nil {
 		return fmt.Errorf("make state directory: %w", err)
 	}
-	keys := &sandbox.Keys{Dir: c.stateDir}
+	keys := &access.Keys{Dir: c.stateDir}
 	switch verb {
 	case "create":
 		secret, key, err := keys.Create(owner, expires)

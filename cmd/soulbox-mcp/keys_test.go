@@ -10,8 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/internal/sandboxtest"
-	"soulbox.dev/soulbox/sandbox"
 )
 
 // TestKeysFileOfNobody: a server with a file of keys lets nobody in by none, whatever is in the file, and says so.
@@ -159,7 +159,7 @@ func TestKeyRevoked(t *testing.T) {
 // revoke revokes a key by its place in the list.
 func revoke(t testing.TB, state string, n int) {
 	t.Helper()
-	keys := &sandbox.Keys{Dir: state}
+	keys := &access.Keys{Dir: state}
 	all, err := keys.List()
 	if err == nil {
 		err = keys.Revoke(all[n].ID)

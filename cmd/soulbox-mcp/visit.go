@@ -11,7 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"soulbox.dev/soulbox/sandbox"
+	"soulbox.dev/soulbox/access"
 )
 
 const (
@@ -74,7 +74,7 @@ func visited(next http.Handler) http.Handler {
 			body.whole.Store(true)
 		}
 		next.ServeHTTP(w, inner)
-		if errors.Is(context.Cause(ctx), sandbox.ErrKey) {
+		if errors.Is(context.Cause(ctx), access.ErrKey) {
 			panic(http.ErrAbortHandler) // it must not look like a proper end
 		}
 		switch { // net/http reads what nobody has read, to use the connection again. A ResponseWriter without deadlines is a test's
@@ -103,8 +103,8 @@ func (b *body) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// admitted notes what has let the request of ctx in: it ends with that. Nil does not end.
-func admitted(ctx context.Context, until context.Context) {
+// admitted notes what has let the request of ctx in: it ends with that.
+func admitted(ctx context.Context, g access.Grant) {
 	v, _ := ctx.Value(visitKey{}).(*visit)
 	if v == nil {
 		return
@@ -114,8 +114,14 @@ func admitted(ctx context.Context, until context.Context) {
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if until == nil || v.until != nil || v.ended {
+	until := g.Valid
+	if v.until != nil || v.ended || until == nil && g.Expires.IsZero() {
 		return
+	}
+	if until == nil {
+		deadline, cancel := context.WithDeadlineCause(context.Background(), g.Expires, access.ErrKey)
+		until, v.token = deadline, true
+		v.stop = append(v.stop, cancel)
 	}
 	v.until = until
 	stop := context.AfterFunc(until, func() {
@@ -123,25 +129,6 @@ func admitted(ctx context.Context, until context.Context) {
 		time.AfterFunc(cutTime, v.cut)
 	})
 	v.stop = append(v.stop, func() { stop() })
-}
-
-// admittedFor is admitted for what is valid until a time.
-func admittedFor(ctx context.Context, until time.Time) {
-	deadline, cancel := context.WithDeadlineCause(context.Background(), until, sandbox.ErrKey)
-	admitted(ctx, deadline)
-	v, _ := ctx.Value(visitKey{}).(*visit)
-	if v == nil {
-		cancel()
-		return
-	}
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	if v.ended || v.until != deadline {
-		cancel()
-		return
-	}
-	v.token = true
-	v.stop = append(v.stop, cancel)
 }
 
 // untilOf is how long what the request of ctx begins may go on beyond it; nil is for good.

@@ -1,4 +1,4 @@
-package sandbox
+package access
 
 import (
 	"context"
@@ -56,6 +56,9 @@ func (k Key) Valid(at time.Time) bool {
 
 // ErrKey is of a key that is not, or no longer, valid. It does not tell which, nor why.
 var ErrKey = errors.New("the key is not valid")
+
+// ErrInvalid is of an argument that cannot be.
+var ErrInvalid = errors.New("invalid")
 
 // ErrNoKey is of an id that no key has.
 var ErrNoKey = errors.New("there is no such key; 'soulbox-mcp key list' shows them")

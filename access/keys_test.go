@@ -1,4 +1,4 @@
-package sandbox_test
+package access_test
 
 import (
 	"context"
@@ -12,14 +12,14 @@ import (
 	"testing"
 	"time"
 
+	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/internal/sandboxtest"
-	"soulbox.dev/soulbox/sandbox"
 )
 
 func TestKeys(t *testing.T) {
 	dir := t.TempDir()
-	mine, server := &sandbox.Keys{Dir: dir}, &sandbox.Keys{Dir: dir} // two processes
-	if _, err := server.Owner("e2b_" + strings.Repeat("0", 40)); !errors.Is(err, sandbox.ErrKey) {
+	mine, server := &access.Keys{Dir: dir}, &access.Keys{Dir: dir} // two processes
+	if _, err := server.Owner("e2b_" + strings.Repeat("0", 40)); !errors.Is(err, access.ErrKey) {
 		t.Fatal(err)
 	}
 	secret, key, err := mine.Create("ann@example.com", 0)
@@ -30,7 +30,7 @@ func TestKeys(t *testing.T) {
 		t.Fatal(owner, err)
 	}
 	for _, wrong := range []string{"", secret[:43], secret + "0", strings.ToUpper(secret), key.Hash, key.ID} {
-		if _, err := server.Owner(wrong); !errors.Is(err, sandbox.ErrKey) {
+		if _, err := server.Owner(wrong); !errors.Is(err, access.ErrKey) {
 			t.Errorf("%q: %v", wrong, err)
 		}
 	}
@@ -44,24 +44,24 @@ func TestKeys(t *testing.T) {
 	if err := mine.Revoke(key.ID); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := server.Owner(secret); !errors.Is(err, sandbox.ErrKey) {
+	if _, err := server.Owner(secret); !errors.Is(err, access.ErrKey) {
 		t.Fatal("a revoked key admits", err)
 	}
 	if all, err := server.List(); err != nil || len(all) != 1 {
 		t.Fatal(all, err)
 	}
-	if err := mine.Revoke("nope"); !errors.Is(err, sandbox.ErrNoKey) {
+	if err := mine.Revoke("nope"); !errors.Is(err, access.ErrNoKey) {
 		t.Fatal(err)
 	}
 	brief, _, err := mine.Create("bob", time.Nanosecond)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := server.Owner(brief); !errors.Is(err, sandbox.ErrKey) {
+	if _, err := server.Owner(brief); !errors.Is(err, access.ErrKey) {
 		t.Fatal("an expired key admits", err)
 	}
 	for _, owner := range []string{"", "a b", "-x", "../x", strings.Repeat("a", 65), "a\nb"} {
-		if _, _, err := mine.Create(owner, 0); !errors.Is(err, sandbox.ErrInvalid) {
+		if _, _, err := mine.Create(owner, 0); !errors.Is(err, access.ErrInvalid) {
 			t.Errorf("owner %q: %v", owner, err)
 		}
 	}
@@ -73,13 +73,13 @@ func TestKeysAtOnce(t *testing.T) {
 	var all sync.WaitGroup
 	for range 20 {
 		all.Go(func() {
-			if _, _, err := (&sandbox.Keys{Dir: dir}).Create("ann", 0); err != nil {
+			if _, _, err := (&access.Keys{Dir: dir}).Create("ann", 0); err != nil {
 				t.Error(err)
 			}
 		})
 	}
 	all.Wait()
-	if keys, err := (&sandbox.Keys{Dir: dir}).List(); err != nil || len(keys) != 20 {
+	if keys, err := (&access.Keys{Dir: dir}).List(); err != nil || len(keys) != 20 {
 		t.Fatal(len(keys), err)
 	}
 }
@@ -97,7 +97,7 @@ func TestKeysFileIsThere(t *testing.T) {
 		"unreadable": func(path string) error { return os.Mkdir(path, 0o700) },
 		"dangling":   func(path string) error { return os.Symlink("nowhere", path) },
 	} {
-		keys := &sandbox.Keys{Dir: t.TempDir()}
+		keys := &access.Keys{Dir: t.TempDir()}
 		if keys.Exist() {
 			t.Fatal("there are keys before there is a file")
 		}
@@ -117,9 +117,9 @@ func TestKeysFileIsThere(t *testing.T) {
 // the owner ends with the last key. A file that cannot be read ends nothing.
 func TestKeysEnd(t *testing.T) {
 	dir := t.TempDir()
-	operator, server := &sandbox.Keys{Dir: dir}, &sandbox.Keys{Dir: dir}
+	operator, server := &access.Keys{Dir: dir}, &access.Keys{Dir: dir}
 	go server.Watch(t.Context(), slog.New(slog.DiscardHandler)) // ends with the test
-	admit := func(valid time.Duration) (sandbox.Key, context.Context) {
+	admit := func(valid time.Duration) (access.Key, context.Context) {
 		t.Helper()
 		secret, key, err := operator.Create("ann", valid)
 		if err != nil {
@@ -134,7 +134,7 @@ func TestKeysEnd(t *testing.T) {
 	ended := func(what string, ctx context.Context) {
 		t.Helper()
 		sandboxtest.Eventually(t, what, func() bool { return ctx.Err() != nil })
-		if !errors.Is(context.Cause(ctx), sandbox.ErrKey) {
+		if !errors.Is(context.Cause(ctx), access.ErrKey) {
 			t.Error(context.Cause(ctx))
 		}
 	}
@@ -145,7 +145,7 @@ func TestKeysEnd(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := server.OwnerValid("bob"); !errors.Is(err, sandbox.ErrKey) {
+	if _, err := server.OwnerValid("bob"); !errors.Is(err, access.ErrKey) {
 		t.Fatal("an owner without a key", err)
 	}
 	if err := operator.Revoke(first.ID); err != nil {

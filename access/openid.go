@@ -1,4 +1,4 @@
-package main
+package access
 
 import (
 	"context"
@@ -11,22 +11,23 @@ import (
 	"github.com/coreos/go-oidc/v3/oidc"
 )
 
-// openID checks tokens of an OpenID provider, which is asked for its keys when the first token comes.
-type openID struct {
-	issuer, audience string
+// Provider checks tokens of an OpenID provider, which is asked for its keys when the first token comes. It is safe for concurrent use.
+type Provider struct {
+	Issuer   string // its URL
+	Audience string // whom its tokens must be made for
 
 	mu       sync.Mutex
 	verifier *oidc.IDTokenVerifier
 }
 
-// oidcOwner begins the names of owners that the provider knows; no owner of a key has a colon.
-const oidcOwner = "oidc:"
+// providerOwner begins the names of owners that the provider knows; no owner of a key has a colon.
+const providerOwner = "oidc:"
 
 // providerTime bounds what the provider is asked.
 const providerTime = 10 * time.Second
 
 // owner is the subject of a token, apart from the owners of keys, and until when it is valid.
-func (p *openID) owner(ctx context.Context, token string) (string, time.Time, error) {
+func (p *Provider) owner(ctx context.Context, token string) (string, time.Time, error) {
 	v, err := p.get()
 	if err != nil {
 		return "", time.Time{}, fmt.Errorf("ask the OpenID provider: %w", err)
@@ -38,20 +39,20 @@ func (p *openID) owner(ctx context.Context, token string) (string, time.Time, er
 	if t.Subject == "" {
 		return "", time.Time{}, errors.New("the token names nobody")
 	}
-	return oidcOwner + t.Subject, t.Expiry, nil
+	return providerOwner + t.Subject, t.Expiry, nil
 }
 
-func (p *openID) get() (*oidc.IDTokenVerifier, error) {
+func (p *Provider) get() (*oidc.IDTokenVerifier, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.verifier == nil {
 		// The keys are fetched again by the provider's own client, whenever they change, so its context must last.
 		ctx := oidc.ClientContext(context.Background(), &http.Client{Timeout: providerTime})
-		provider, err := oidc.NewProvider(ctx, p.issuer)
+		provider, err := oidc.NewProvider(ctx, p.Issuer)
 		if err != nil {
 			return nil, err
 		}
-		p.verifier = provider.VerifierContext(ctx, &oidc.Config{ClientID: p.audience})
+		p.verifier = provider.VerifierContext(ctx, &oidc.Config{ClientID: p.Audience})
 	}
 	return p.verifier, nil
 }
