@@ -19,9 +19,10 @@ const module = "soulbox.dev/soulbox"
 
 // mayImport is the graph of DESIGN.md: which of our packages each may import. Tests may also use internal/sandboxtest.
 var mayImport = map[string][]string{
-	"access":               {},
+	"access":               {"internal/durable"},
 	"agent":                {"internal/names"},
-	"sandbox":              {"access", "agent"},
+	"sandbox":              {"access", "agent", "internal/durable"},
+	"internal/durable":     {},
 	"internal/erofs":       {},
 	"internal/wholenum":    {},
 	"gvisor/patch":         {},
@@ -45,8 +46,8 @@ var mayImport = map[string][]string{
 	"api/envd/spec/process/processconnect":       {"api/envd/spec/process"},
 	"api/envd/spec/filesystem/filesystemconnect": {"api/envd/spec/filesystem"},
 	"cmd/soulbox-mcp": {"access", "agent", "sandbox", "gvisor", "template", "mcpserver", "tools", "resources",
-		"api", "api/envd", "api/client"},
-	"cmd/soulbox": {"api/client", "internal/names"},
+		"api", "api/envd", "api/client", "internal/durable"},
+	"cmd/soulbox": {"api/client", "internal/names", "internal/durable"},
 }
 
 // testsMayImport adds to mayImport for tests: a runtime is tested with the domain on top and a template below.
