@@ -7,7 +7,6 @@ import (
 	"net/http"
 	"slices"
 	"strings"
-	"time"
 
 	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/template"
@@ -60,18 +59,18 @@ func (c *Control) startOldBuild(r *call) error {
 	if err != nil {
 		return err
 	}
-	if b.old.Dockerfile == "" {
+	if b.Request.Dockerfile == "" {
 		return refuse(http.StatusBadRequest,
 			"the build was announced without a Dockerfile: start it by POST /v2/templates/{id}/builds/{bid}")
 	}
-	if err := c.launch(b, b.old, nil, nil, ""); err != nil {
+	if err := c.launch(b, b.Request, nil, ""); err != nil {
 		return err
 	}
 	return r.done(http.StatusAccepted)
 }
 
 // announce keeps what is to be built until it is started.
-func (c *Control) announce(r *call, body announcement, old template.BuildRequest) error {
+func (c *Control) announce(r *call, body announcement, req template.BuildRequest) error {
 	if err := errors.Join(r.isTeam(body.TeamID), checkTags(cmp.Or(body.Name, body.Alias), body.Tags)); err != nil {
 		return err
 	}
@@ -88,20 +87,22 @@ func (c *Control) announce(r *call, body announcement, old template.BuildRequest
 		body.FreeDisk < 0 || body.FreeDisk > maxMB {
 		return refuse(http.StatusBadRequest, "at most %d tags, 1024 CPUs and %d MB are possible", maxTags, maxMB)
 	}
-	for _, t := range tags {
-		if _, err := template.CheckName(withTag(plain, t)); err != nil {
+	names := make([]string, len(tags))
+	for i, t := range tags {
+		var err error
+		if names[i], err = template.CheckName(withTag(plain, t)); err != nil {
 			return err
 		}
 	}
-	b := &build{id: template.NewBuildID(), owner: r.owner, name: plain, tags: tags, status: statusWaiting, made: time.Now(),
-		changed: time.Now(),
-		limits:  sandbox.Limits{CPU: float64(body.CPUCount), Memory: body.MemoryMB << 20}, old: old}
+	req.Owner, req.Name = r.owner, names[0]
+	req.Limits = sandbox.Limits{CPU: float64(body.CPUCount), Memory: body.MemoryMB << 20}
 	if body.FreeDisk > 0 {
-		b.limits.Disk = max(c.Manager.Limits(sandbox.Limits{}).Disk, body.FreeDisk<<20)
+		req.Limits.Disk = max(c.Manager.Limits(sandbox.Limits{}).Disk, body.FreeDisk<<20)
 	}
-	if err := c.builds.add(b); err != nil {
+	b, err := c.Builds.Announce(req, names[1:]...)
+	if err != nil {
 		return err
 	}
-	return r.answer(http.StatusAccepted, map[string]any{"templateID": b.name, "buildID": b.id, "public": false, "names": []string{b.name},
-		"aliases": []string{b.name}, "tags": b.tags})
+	return r.answer(http.StatusAccepted, map[string]any{"templateID": plain, "buildID": b.ID, "public": false, "names": []string{plain},
+		"aliases": []string{plain}, "tags": tags})
 }

@@ -30,7 +30,7 @@ import (
 type Control struct {
 	Manager *sandbox.Manager
 	Store   *template.Store
-	Builder *template.Builder
+	Builds  *template.Builds
 	// Owner says whose a request is. Its error is shown to the client.
 	Owner func(*http.Request) (string, error)
 	// MayAsk says whether an owner may ask now, MayRead whether he may send a body of a size (-1 is not known), and is given back by done;
@@ -50,11 +50,9 @@ type Control struct {
 	Log       *slog.Logger
 
 	begin  sync.Once
-	secret string // of signatures of uploads
-	builds builds
+	secret string          // of signatures of uploads
 	ctx    context.Context // ends with Close
 	cancel context.CancelCauseFunc
-	work   sync.WaitGroup
 }
 
 // start makes what is not given; it may be called again.
@@ -138,15 +136,11 @@ func (c *Control) Routes() map[string]http.Handler {
 	return routes
 }
 
-// Close ends the builds that were begun here, and waits for them.
+// Close ends the streams that have no end of their own.
 func (c *Control) Close() {
 	c.start()
 	c.cancel(sandbox.ErrClosed)
-	c.work.Wait()
 }
-
-// Building says whether a build is under way.
-func (c *Control) Building() bool { return c.builds.underWay() }
 
 // call is a request of an owner.
 type call struct {

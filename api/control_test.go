@@ -54,7 +54,8 @@ func newAPITestOn(t *testing.T, fake *sandboxtest.Fake) *apiTest {
 	})
 	a := &apiTest{T: t, m: m, gateway: NewGateway(m, &url.URL{Scheme: "http", Host: testDomain}, slog.New(slog.DiscardHandler))}
 	store := &template.Store{Dir: t.TempDir()}
-	a.control = &Control{Manager: m, Store: store, Builder: &template.Builder{Store: store, Manager: m, Log: slog.New(slog.DiscardHandler)},
+	a.control = &Control{Manager: m, Store: store, Builds: template.NewBuilds(&template.Builder{Store: store, Manager: m,
+		Log: slog.New(slog.DiscardHandler)}),
 		Gateway: a.gateway, Log: slog.New(slog.DiscardHandler),
 		Owner: func(r *http.Request) (string, error) {
 			if key := r.Header.Get("X-API-Key"); key != "" {
@@ -721,7 +722,7 @@ func TestBuildsAreBounded(t *testing.T) {
 			t.Errorf("%d %s", r.code, r.text)
 		}
 		sandboxtest.Eventually(t, "it has failed", func() bool {
-			return a.as("ann", "GET", "/templates/t/builds/"+id+"/status", "").field("status") == statusError
+			return a.as("ann", "GET", "/templates/t/builds/"+id+"/status", "").field("status") == string(template.BuildFailed)
 		})
 	}
 	a.control.builds.mu.Lock()

@@ -75,7 +75,7 @@ func (c *Control) templateInfo(m template.Manifest) templateInfo {
 	return templateInfo{TemplateID: m.Name, BuildID: m.BuildID(), CPUCount: max(1, int(l.CPU+0.5)), MemoryMB: l.Memory >> 20,
 		DiskSizeMB: l.Disk >> 20, Public: m.Owner == "",
 		Aliases: []string{m.Name}, Names: []string{m.Name}, CreatedAt: m.Created, UpdatedAt: m.Created, BuildCount: 1,
-		EnvdVersion: envd.Version, BuildStatus: statusReady}
+		EnvdVersion: envd.Version, BuildStatus: string(template.BuildReady)}
 }
 
 func (c *Control) listTemplates(r *call) error {
@@ -116,7 +116,7 @@ func (c *Control) getTemplate(r *call) error {
 	if err := json.Unmarshal(body, &out); err != nil {
 		return err
 	}
-	out["builds"] = []map[string]any{{"buildID": m.BuildID(), "status": statusReady, "createdAt": m.Created, "updatedAt": m.Created,
+	out["builds"] = []map[string]any{{"buildID": m.BuildID(), "status": template.BuildReady, "createdAt": m.Created, "updatedAt": m.Created,
 		"finishedAt": m.Created,
 		"cpuCount":   out["cpuCount"], "memoryMB": out["memoryMB"], "diskSizeMB": out["diskSizeMB"], "envdVersion": envd.Version}}
 	return r.answer(http.StatusOK, out)
@@ -185,6 +185,12 @@ func tagged(name string) (plain, tag string) {
 	return plain, cmp.Or(tag, defaultTag)
 }
 
+// plainOf is a name without its tag.
+func plainOf(name string) string {
+	plain, _ := tagged(name)
+	return plain
+}
+
 // checkTags refuses tags that are none: that of a name, and others.
 func checkTags(name string, tags []string) error {
 	if strings.HasSuffix(strings.TrimSpace(name), ":") ||
@@ -234,25 +240,11 @@ func (c *Control) addTags(r *call) error {
 
 // tag names a template by its name with each of some tags, all or none.
 func (c *Control) tag(m template.Manifest, tags []string) error {
-	plain, _ := tagged(m.Name)
 	names := make([]string, len(tags))
 	for i, t := range tags {
-		name, err := template.CheckName(withTag(plain, t))
-		if err != nil {
-			return err
-		}
-		names[i] = name
+		names[i] = withTag(plainOf(m.Name), t)
 	}
-	if err := c.Builder.MayName(m.Owner, names...); err != nil {
-		return err
-	}
-	for _, name := range names {
-		m.Name = name
-		if err := c.Store.Put(m); err != nil {
-			return err
-		}
-	}
-	return nil
+	return c.Builds.Name(m, names...)
 }
 
 func (c *Control) removeTags(r *call) error {

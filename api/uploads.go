@@ -15,7 +15,6 @@ import (
 	"soulbox.dev/soulbox/agent"
 	"soulbox.dev/soulbox/api/client"
 	"soulbox.dev/soulbox/api/envd"
-	"soulbox.dev/soulbox/template"
 )
 
 var filesHash = regexp.MustCompile(`^[0-9a-zA-Z]{16,128}$`)
@@ -97,10 +96,10 @@ func (c *Control) buildDockerfile(r *call) error {
 	if body.Context != "" && !c.Store.HasUpload(r.owner, body.Context) {
 		return refuse(http.StatusBadRequest, "the files %.20s… of the build are not here, or not any more: send them again", body.Context)
 	}
-	req := template.BuildRequest{Dockerfile: body.Dockerfile, Filtered: body.Filtered, Args: body.Args, Target: body.Target,
-		NoCache: body.NoCache, StartCmd: body.StartCmd, ReadyCmd: body.ReadyCmd}
-	req.Protect = protectOf(body.Protect)
-	if err := c.launch(b, req, nil, nil, body.Context); err != nil {
+	req := b.Request
+	req.Dockerfile, req.Filtered, req.Args, req.Target, req.NoCache = body.Dockerfile, body.Filtered, body.Args, body.Target, body.NoCache
+	req.StartCmd, req.ReadyCmd, req.Protect = body.StartCmd, body.ReadyCmd, protectOf(body.Protect)
+	if err := c.launch(b, req, nil, body.Context); err != nil {
 		return err
 	}
 	return r.done(http.StatusAccepted)

@@ -403,7 +403,7 @@ func (c *Control) copyTemplate(r *call) error {
 	if err != nil {
 		return err
 	}
-	if err := c.Builder.MayName(r.owner, to); err != nil {
+	if err := c.Builds.MayName(r.owner, to); err != nil {
 		return err
 	}
 	m, err := c.Store.Copy(r.owner, plainName(r.owner, r.PathValue("name")), to)

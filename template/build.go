@@ -47,6 +47,25 @@ func (b *Builder) MayName(owner string, names ...string) error {
 	return nil
 }
 
+// Name gives a template other names, all or none of them.
+func (b *Builder) Name(m Manifest, names ...string) (err error) {
+	names = slices.Clone(names)
+	for i, name := range names {
+		if names[i], err = CheckName(name); err != nil {
+			return err
+		}
+	}
+	if err := b.MayName(m.Owner, names...); err != nil {
+		return err
+	}
+	for _, m.Name = range names {
+		if err := b.Store.Put(m); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // BuildRequest describes a build.
 type BuildRequest struct {
 	ID          string // default one of NewBuildID
@@ -73,6 +92,9 @@ type BuildRequest struct {
 	Network            sandbox.Network
 	StartCmd, ReadyCmd string
 	Timeout            time.Duration // of the whole build; default DefaultBuildTime
+	Shown              []Shown       // the steps as the client has written them
+
+	each func(Line) // of Builds.Run
 }
 
 // DefaultBuildTime is how long a build may take that asks for no other time.

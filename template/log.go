@@ -15,7 +15,9 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/internal/durable"
 )
 
 // Bounds of a build's log. What is beyond them is counted, and not kept.
@@ -73,8 +75,21 @@ func (s *Store) newLog(id, owner string, each func(Line)) (*buildLog, error) {
 	if err := os.WriteFile(filepath.Join(dir, "owner"), []byte(owner), 0o600); err != nil {
 		return nil, err
 	}
-	f, err := os.OpenFile(filepath.Join(dir, "log.jsonl"), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
-	return &buildLog{f: f, each: each}, err
+	f, err := os.OpenFile(filepath.Join(dir, logFile), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := durable.Flock(f, unix.LOCK_EX); err != nil { // it tells other servers that it is being built
+		return nil, errors.Join(err, f.Close())
+	}
+	return &buildLog{f: f, each: each}, nil
+}
+
+const logFile = "log.jsonl"
+
+// beingBuilt says whether a server, this one or another, is at work on a build that has a log.
+func (s *Store) beingBuilt(id string) bool {
+	return !abandoned(filepath.Join(s.file("builds", id), logFile))
 }
 
 // line adds a line.
@@ -122,7 +137,7 @@ func (s *Store) BuildLog(owner, id string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	f, err := os.Open(filepath.Join(dir, "log.jsonl"))
+	f, err := os.Open(filepath.Join(dir, logFile))
 	if err != nil {
 		return nil, err
 	}

@@ -34,9 +34,9 @@ type Options struct {
 	PortURL func(*sandbox.Sandbox, sandbox.Port) string
 	// FileURL is where whoever has it reads or writes a file until a time; nil where the server is not reached by URLs.
 	FileURL func(sb *sandbox.Sandbox, path, operation string, until time.Time) string
-	// Store has the templates that there are beside the host's; Builder makes them. Default none are, and none can be made.
-	Store   *template.Store
-	Builder *template.Builder
+	// Store has the templates that there are beside the host's; Builds are of new ones. Default none are, and none can be made.
+	Store  *template.Store
+	Builds *template.Builds
 	// ContextDirs are the directories of the host that builds may read, by the names that they really have; default none.
 	ContextDirs []string
 	// ReadOnly leaves out every tool that changes anything, and makes no sandbox by itself.

@@ -66,7 +66,7 @@ func (s *Service) templateBuild(ctx context.Context, in templateBuildInput) (_ t
 	if err != nil {
 		return templateBuildOutput{}, err
 	}
-	if s.Builder == nil {
+	if s.Builds == nil {
 		return templateBuildOutput{}, badArgument("This server builds no templates.")
 	}
 	if in.MemoryMB > maxNumber || in.MemoryMB < 0 {
@@ -94,7 +94,7 @@ func (s *Service) templateBuild(ctx context.Context, in templateBuildInput) (_ t
 		}
 	}()
 	p := newProgress(ctx)
-	built, err := s.Builder.Build(ctx, req, func(l template.Line) {
+	built, err := s.Builds.Run(ctx, req, func(l template.Line) {
 		p.tell(strings.TrimSpace(l.Step + " " + renderLine(l.Text)))
 	})
 	if err != nil {

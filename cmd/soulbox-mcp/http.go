@@ -249,7 +249,7 @@ func (c *httpConfig) setDomain(public string) (err error) {
 
 // control is the E2B API.
 func (c httpConfig) control(s *service, endpoint *mcpserver.HTTP, door *access.Door) *api.Control {
-	control := &api.Control{Manager: s.manager, Store: s.templates, Builder: s.builder, Gateway: s.gateway, NoNetwork: c.noNetwork,
+	control := &api.Control{Manager: s.manager, Store: s.templates, Builds: s.builds, Gateway: s.gateway, NoNetwork: c.noNetwork,
 		Log: s.log, Owner: door.Caller, MayAsk: endpoint.MayAsk, MayRead: endpoint.MayRead,
 		Self: client.Server{Version: version, Kind: "http"}}
 	if u, err := url.Parse(c.publicURL); err == nil && c.publicURL != "" {

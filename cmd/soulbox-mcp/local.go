@@ -49,7 +49,7 @@ func (s *service) serveLocal(kind string, getenv func(string) string) (*local, e
 	if err != nil {
 		return nil, err
 	}
-	l.control = &api.Control{Manager: s.manager, Store: s.templates, Builder: s.builder, Gateway: s.gateway, NoNetwork: s.noNetwork,
+	l.control = &api.Control{Manager: s.manager, Store: s.templates, Builds: s.builds, Gateway: s.gateway, NoNetwork: s.noNetwork,
 		Log: s.log, Local: true,
 		Self:  client.Server{Version: version, Kind: kind, PID: os.Getpid(), State: s.stateDir},
 		Owner: func(r *http.Request) (string, error) { return r.Header.Get(client.OwnerHeader), nil }}
@@ -236,7 +236,7 @@ func runLocal(ctx context.Context, args []string, getenv func(string) string, st
 			return nil
 		case <-ticker.C:
 		}
-		if l.quiet() >= idle && !s.manager.Busy() && !l.control.Building() {
+		if l.quiet() >= idle && !s.manager.Busy() && !s.builds.UnderWay() {
 			s.log.Info("nobody needs this server any more")
 			return nil
 		}

@@ -29,7 +29,7 @@ type service struct {
 	metrics   *metrics
 	gateway   *api.Gateway
 	templates *template.Store
-	builder   *template.Builder
+	builds    *template.Builds
 
 	descriptors *descriptorBudget
 
@@ -79,9 +79,10 @@ func newService(c config, stderr io.Writer) (_ *service, err error) {
 		}
 	}()
 	templates.InUse = manager.Images
-	s.templates, s.builder, s.gateway = templates, c.newBuilder(templates, manager, s.log), api.NewGateway(manager, c.gateway, s.log)
+	s.templates, s.builds = templates, template.NewBuilds(c.newBuilder(templates, manager, s.log))
+	s.gateway = api.NewGateway(manager, c.gateway, s.log)
 	s.gateway.Insecure = c.insecure
-	o := tools.Options{Manager: manager, Store: templates, Builder: s.builder, ContextDirs: c.contextDirs, ReadOnly: c.readOnly}
+	o := tools.Options{Manager: manager, Store: templates, Builds: s.builds, ContextDirs: c.contextDirs, ReadOnly: c.readOnly}
 	if s.gateway.Own = c.own; c.own != nil {
 		o.FileURL = s.gateway.FileURL
 	}
@@ -136,6 +137,7 @@ func (s *service) collect(ctx context.Context, templates *template.Store) {
 // Close ends the sandboxes, or leaves them to the next server.
 func (s *service) Close() error {
 	s.stopCollecting()
+	s.builds.Close()
 	err := s.manager.Close()
 	s.stopRelieving()
 	return errors.Join(err, s.closeLog())
