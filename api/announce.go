@@ -43,12 +43,15 @@ func (c *Control) newOldTemplate(r *call) error {
 	if err := r.body(&body); err != nil {
 		return err
 	}
-	if strings.TrimSpace(body.Dockerfile) == "" || len(body.Dockerfile) > maxDockerfile {
-		return refuse(http.StatusBadRequest, "give a dockerfile of at most %d bytes", maxDockerfile)
+	if strings.TrimSpace(body.Dockerfile) == "" || len(body.Dockerfile) > maxOldDockerfile {
+		return refuse(http.StatusBadRequest, "give a dockerfile of at most %d bytes", maxOldDockerfile)
 	}
 	body.Name = cmp.Or(r.PathValue("id"), body.Name, body.Alias, strings.ToLower(rand.Text()[:shortID]))
 	return c.announce(r, body, template.BuildRequest{Dockerfile: body.Dockerfile, StartCmd: body.StartCmd, ReadyCmd: body.ReadyCmd})
 }
+
+// maxOldDockerfile bounds the text of a Dockerfile that is kept until its build is started, in bytes.
+const maxOldDockerfile = 64 << 10
 
 // shortID is how long the names are that this server gives to templates and snapshots without one, as their ids are with E2B.
 const shortID = 20

@@ -56,7 +56,7 @@ const (
 type Announced struct {
 	ID, Owner string
 	Names     []string     // of the template that comes of it
-	Request   BuildRequest // what was said of it when it was announced
+	Request   BuildRequest // what was said of it when it was announced, until it is started
 	made      time.Time
 
 	mu      sync.Mutex
@@ -159,7 +159,7 @@ func (s *Builds) Start(ctx context.Context, b *Announced, req BuildRequest, afte
 	if b.started {
 		return fmt.Errorf("build %s: %w", b.ID, ErrStarted)
 	}
-	b.started, b.changed, b.shown = true, time.Now(), req.Shown
+	b.started, b.changed, b.shown, b.Request = true, time.Now(), req.Shown, BuildRequest{}
 	req.ID, req.Owner, req.Name = b.ID, b.Owner, b.Names[0]
 	each := b.line
 	if req.each != nil {
