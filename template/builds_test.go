@@ -88,7 +88,8 @@ func TestBuildsSeen(t *testing.T) {
 	}
 	builds.Close()
 	for name, of := range map[string]*Builds{"its server": builds, "another": other} {
-		if s, err := of.Standing("ann", id); err != nil || s.Status != BuildFailed || s.Err == nil || !strings.Contains(s.Err.Error(), "enough") {
+		if s, err := of.Standing("ann", id); err != nil || s.Status != BuildFailed || s.Err == nil ||
+			!strings.Contains(s.Err.Error(), "enough") {
 			t.Errorf("%s: %+v, %v", name, s, err)
 		}
 	}
