@@ -90,6 +90,7 @@ const (
 	portsEvery  = 200 * time.Millisecond // between two looks at which ports there are
 	ownPorts    = 1024                   // that this machine's own services may want
 	maxReported = 64                     // ports of which it is told that they are taken
+	maxServed   = 256                    // ports at once
 )
 
 // servePorts serves the ports of a sandbox at the same numbers of this machine's loopback, where debug mode looks for them, as long as
@@ -108,7 +109,9 @@ func servePorts(ctx context.Context, sb *sandbox.Sandbox, log *slog.Logger) {
 			}
 		}
 		for _, port := range listening {
-			if port < ownPorts {
+			exposed := sb.Ports()
+			if port < ownPorts || len(exposed) >= maxServed ||
+				slices.ContainsFunc(exposed, func(p sandbox.Port) bool { return p.Port == port }) {
 				continue
 			}
 			if _, err := sb.ExposeAt(port, false, port); err != nil && !told[port] && len(told) < maxReported {

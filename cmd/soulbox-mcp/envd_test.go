@@ -14,9 +14,11 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -168,6 +170,73 @@ func (s streamed) stdout() string {
 		}
 	}
 	return string(all)
+}
+
+// TestDebugPorts: in debug mode a server of the sandbox is reached at its own number as long as it is there. A port that this machine has in
+// use stays whose it is, and low ones are not served.
+func TestDebugPorts(t *testing.T) {
+	cmd := exec.Command(sandboxtest.Program(t, "soulbox-mcp"), "envd", "--listen=127.0.0.1:0", "--state-dir="+sandboxtest.Dir(t))
+	log := &lockedBuffer{}
+	cmd.Stdout, cmd.Stderr = log, log
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := errors.Join(cmd.Process.Signal(syscall.SIGTERM), cmd.Wait()); err != nil {
+			t.Errorf("%v\n%s", err, log)
+		}
+	}()
+	var at string
+	sandboxtest.Eventually(t, "it serves", func() bool {
+		at, _, _ = strings.Cut(log.String(), " serves sandbox")
+		return strings.HasPrefix(at, "http://")
+	})
+	ours, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ours.Close()
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	taken, port := ours.Addr().(*net.TCPAddr).Port, free.Addr().(*net.TCPAddr).Port
+	if err := free.Close(); err != nil {
+		t.Fatal(err)
+	}
+	b := &remoteBox{t: t, at: at, client: http.DefaultClient}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		b.stream(startCall, command(fmt.Sprintf(`python3 -c '
+import os, socket
+for port in 80, %d, %d:
+    s = socket.create_server(("127.0.0.1", port))
+    if os.fork() == 0:
+        while True: s.accept()[0].send(b"inside")
+s.accept()'`, taken, port)), nil)
+	}()
+	say := func() string {
+		c, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		if err != nil {
+			return err.Error()
+		}
+		defer c.Close()
+		text := make([]byte, 6)
+		_, _ = io.ReadFull(c, text) // nothing is not what is asked for
+		return string(text)
+	}
+	sandboxtest.Eventually(t, "it is reached", func() bool { return say() == "inside" })
+	sandboxtest.Eventually(t, "the other is told of", func() bool {
+		return strings.Contains(log.String(), "cannot be served at its own number") &&
+			strings.Contains(log.String(), fmt.Sprint("port=", taken))
+	})
+	if strings.Contains(log.String(), "port=80 ") {
+		t.Error("a low port is served, or tried")
+	}
+	_ = b.stream(startCall, command("pkill -f create_server"), nil) // it ends itself, too
+	<-ended
+	sandboxtest.Eventually(t, "it is closed", func() bool { return strings.Contains(say(), "refused") })
 }
 
 const (
