@@ -50,6 +50,13 @@ func TestPatches(t *testing.T) {
 			"max_queued_events\nmax_user_instances\nmax_user_watches\nenough"},
 		{"the most that a process had",
 			`perl -e '$x = "x" x 50e6; undef $x; open F, "/proc/self/status"; /^VmHWM:\s+(\d+) kB$/ && print $1 > 45000 for <F>'`, "1"},
+
+		{"a file without a name", tmpfile("."), "0"},                          // TestTmpfilePatch has more
+		{"a file without a name on a read-only tmpfs", tmpfile("/dev"), "30"}, // EROFS
+		{"a file without a name on a read-only mount", tmpfile("/usr"), "30"},
+		{"a file without a name in nothing on a read-only mount", tmpfile("/usr/missing"), "2"}, // ENOENT
+		{"a file without a name by a read-only mount", tmpfile("/usr/share/../../tmp"), "0"},
+		{"a file without a name where one may not write", tmpfile("/etc"), "13"}, // EACCES
 	} {
 		t.Run(p.name, func(t *testing.T) {
 			if got := strings.TrimSpace(output(sandboxtest.Run(t, c, p.command))); got != p.want {
