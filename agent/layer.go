@@ -426,7 +426,7 @@ func setTimes(name string, h *tar.Header) error {
 
 // MarkFiles has the sandbox remember what its files are like, for Changes. Files of mounts do not count.
 func (c *Client) MarkFiles(ctx context.Context) error {
-	r, err := c.changes(ctx, "/", modeMark)
+	r, err := c.changesOf(ctx, "/", modeMark)
 	if err != nil {
 		return err
 	}
@@ -436,14 +436,14 @@ func (c *Client) MarkFiles(ctx context.Context) error {
 
 // Changes gives a layer, as the OCI image specification has it: a tar of what has changed since MarkFiles, or since the last Changes that
 // was read to its end. The reader must be closed, and reads fail when ctx ends. It is the guest's, whatever it says.
-func (c *Client) Changes(ctx context.Context) (io.ReadCloser, error) { return c.changes(ctx, "/", "") }
+func (c *Client) Changes(ctx context.Context) (io.ReadCloser, error) { return c.changesOf(ctx, "/", "") }
 
 // Pack gives all that is in a directory as a tar, with names below it. What is mounted there is left out. Else it is as Changes.
 func (c *Client) Pack(ctx context.Context, dir string) (io.ReadCloser, error) {
-	return c.changes(ctx, dir, modeAll)
+	return c.changesOf(ctx, dir, modeAll)
 }
 
-func (c *Client) changes(ctx context.Context, root, mode string) (io.ReadCloser, error) {
+func (c *Client) changesOf(ctx context.Context, root, mode string) (io.ReadCloser, error) {
 	stream, _, end, err := c.begin(ctx, header{Stream: streamChanges, Path: root, Mode: mode})
 	if err != nil {
 		return nil, err

@@ -15,7 +15,7 @@ import (
 // layerOf reads a layer to its end.
 func layerOf(t *testing.T, c *Client, root string) (names []string, body []byte) {
 	t.Helper()
-	r, err := c.changes(t.Context(), root, "")
+	r, err := c.changesOf(t.Context(), root, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -94,10 +94,10 @@ func TestChanges(t *testing.T) {
 		`; mkdir -p a/b/c d/e many; echo 1 > a/one; echo 2 > a/b/two; ln a/one a/same; ln -s one a/link; echo x > d/e/x; echo y > d/y;
 		for i in $(seq 2000); do echo $i > many/$i; done; echo keep > keep; touch -d '2001-02-03 04:05:06' keep; cp -a ` + root + " " +
 		copied})
-	if _, err := c.changes(t.Context(), root, ""); !errors.Is(err, ErrInvalid) {
+	if _, err := c.changesOf(t.Context(), root, ""); !errors.Is(err, ErrInvalid) {
 		t.Fatal("without a mark:", err)
 	}
-	r, err := c.changes(t.Context(), root, modeMark)
+	r, err := c.changesOf(t.Context(), root, modeMark)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -298,8 +298,6 @@ type InputRequest struct {
 	Window Window `json:"window"`
 }
 
-// MaxInput bounds the bytes of an InputRequest; WriteStdin takes any number.
-const MaxInput = maxInput
 
 // InputResult is what a process has answered. Blocked says that it did not take all of the input, but the first Written bytes.
 type InputResult struct {
@@ -318,8 +316,8 @@ func (s *Server) input(ctx context.Context, r InputRequest) (InputResult, error)
 	if err != nil {
 		return InputResult{}, err
 	}
-	if len(r.Data) > maxInput {
-		return InputResult{}, invalid("input: %d bytes, at most %d are allowed", len(r.Data), maxInput)
+	if len(r.Data) > MaxInput {
+		return InputResult{}, invalid("input: %d bytes, at most %d are allowed", len(r.Data), MaxInput)
 	}
 	if r.Window.Offset < 0 {
 		r.Window.Offset, _ = p.output.sizes()

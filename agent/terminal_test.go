@@ -148,9 +148,9 @@ func TestInputBlocked(t *testing.T) {
 	const wait = 1500
 	for _, eof := range []bool{false, true} {
 		begin := time.Now()
-		r, err := c.Input(t.Context(), InputRequest{Process: p.id, Data: make([]byte, maxInput), EOF: eof, WaitMS: wait, SettleMS: 10,
+		r, err := c.Input(t.Context(), InputRequest{Process: p.id, Data: make([]byte, MaxInput), EOF: eof, WaitMS: wait, SettleMS: 10,
 			Window: Window{Offset: -1}})
-		if err != nil || !r.Blocked || r.Written >= maxInput {
+		if err != nil || !r.Blocked || r.Written >= MaxInput {
 			t.Fatalf("%+v %v", r, err)
 		}
 		if took := time.Since(begin); took > 10*wait*time.Millisecond {

@@ -24,7 +24,7 @@ const (
 	maxWindow  = 64 << 10
 	maxEntries = 10_000
 	maxStdin   = 256 << 10
-	maxInput   = 64 << 10
+	MaxInput   = 64 << 10 // bytes of an InputRequest; WriteStdin takes any number
 )
 
 // Stream kinds.
