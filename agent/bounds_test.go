@@ -35,7 +35,7 @@ func forged(t *testing.T, result string) *Client {
 		var hd header
 		_ = readMessage(stream, &hd)
 		raw := json.RawMessage(result)
-		conn := jsonrpc2.NewConn(context.Background(), messageStream{stream},
+		conn := jsonrpc2.NewConn(context.Background(), messageStream{conn: stream},
 			handlerFunc(func(ctx context.Context, c *jsonrpc2.Conn, r *jsonrpc2.Request) {
 				_ = c.Reply(ctx, r.ID, &raw)
 			}), quiet)

@@ -78,7 +78,7 @@ func NewClient(ctx context.Context, conn io.ReadWriteCloser, version string) (_ 
 			c.fail(errors.New("the guest called the host")) // which it never does
 		}()
 	}
-	c.rpc = jsonrpc2.NewConn(context.Background(), messageStream{stream}, handlerFunc(refuse), quiet)
+	c.rpc = jsonrpc2.NewConn(context.Background(), messageStream{conn: stream}, handlerFunc(refuse), quiet)
 	close(whole)
 	go c.watch()
 	go func() {

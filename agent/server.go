@@ -400,7 +400,7 @@ func (s *Server) serveRPC(ctx context.Context, stream *yamux.Stream) {
 			}
 		}()
 	}
-	conn := jsonrpc2.NewConn(ctx, messageStream{stream}, handlerFunc(handler), quiet)
+	conn := jsonrpc2.NewConn(ctx, messageStream{conn: stream}, handlerFunc(handler), quiet)
 	<-conn.DisconnectNotify()
 }
 
