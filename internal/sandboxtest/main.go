@@ -92,7 +92,7 @@ func asUser(dir string) (*exec.Cmd, error) {
 		return nil, err
 	}
 	copies := map[string]string{self: "test", filepath.Join(wd, "testdata"): "testdata"}
-	for _, name := range []string{"README.md", "docs"} { // of programs: tests run their commands
+	for _, name := range []string{"README.md", "docs", "examples"} { // of programs: tests run their commands
 		copies[filepath.Join(wd, "../..", name)] = name
 	}
 	programs, err := findPrograms()
