@@ -412,7 +412,7 @@ func awaitUpdate(t *testing.T, messages <-chan sandboxtest.Message) sandboxtest.
 	}
 }
 
-// TestResources: everything that MCP.md names can be listed and read, and its changes are told.
+// TestResources: every kind of resource can be listed and read, and its changes are told.
 func TestResources(t *testing.T) {
 	w := serve(t, "")
 	c := w.client("", true)

@@ -1,0 +1,155 @@
+package soulbox_test
+
+import (
+	"bytes"
+	"errors"
+	"io/fs"
+	"net/url"
+	"os"
+	"os/exec"
+	"path"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"unicode/utf8"
+)
+
+// maxColumns is how long a line of a document or of code may be.
+const maxColumns = 140
+
+// repositoryFiles are the files of the repository, those that are not committed yet too.
+func repositoryFiles(t *testing.T) []string {
+	t.Helper()
+	out, err := exec.Command("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard").Output()
+	if err != nil {
+		t.Fatalf("list the files of the repository: %v", err)
+	}
+	var files []string
+	for name := range strings.SplitSeq(strings.TrimSuffix(string(out), "\x00"), "\x00") {
+		if info, err := os.Lstat(name); err == nil && info.Mode().IsRegular() {
+			files = append(files, name)
+		} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			t.Fatal(err)
+		}
+	}
+	if len(files) < 100 {
+		t.Fatalf("git names %d files", len(files))
+	}
+	return files
+}
+
+func read(t *testing.T, name string) string {
+	t.Helper()
+	body, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(body)
+}
+
+// link is a link in Markdown: [text](target) or ![text](target).
+var link = regexp.MustCompile(`\]\(([^)\s]+)\)`)
+
+// TestDocLinks: every relative link of a document leads to a file of the repository, and to a heading that is there.
+func TestDocLinks(t *testing.T) {
+	files := repositoryFiles(t)
+	for _, name := range files {
+		if path.Ext(name) != ".md" {
+			continue
+		}
+		for _, found := range link.FindAllStringSubmatch(withoutCode(read(t, name)), -1) {
+			target, err := url.Parse(found[1])
+			if err != nil {
+				t.Errorf("%s: %v", name, err)
+				continue
+			}
+			if target.Scheme != "" {
+				continue
+			}
+			to := name
+			if target.Path != "" {
+				to = path.Join(path.Dir(name), target.Path)
+			}
+			if info, err := os.Stat(to); err != nil || !info.IsDir() && !slices.Contains(files, to) {
+				t.Errorf("%s links to %s, which is not in the repository", name, found[1])
+			} else if target.Fragment != "" && !slices.Contains(anchors(read(t, to)), target.Fragment) {
+				t.Errorf("%s links to %s, and %s has no such heading", name, found[1], to)
+			}
+		}
+	}
+}
+
+// withoutCode leaves out blocks of commands and what is in backquotes.
+func withoutCode(text string) string {
+	var b strings.Builder
+	for line := range strings.Lines(text) {
+		if !strings.HasPrefix(line, "    ") {
+			b.WriteString(regexp.MustCompile("`[^`\n]*`").ReplaceAllString(line, ""))
+		}
+	}
+	return b.String()
+}
+
+// anchors are the names by which a document's headings are linked to, as GitHub makes them, and those that it gives itself.
+func anchors(text string) (all []string) {
+	for _, id := range regexp.MustCompile(`<a id="([^"]+)">`).FindAllStringSubmatch(text, -1) {
+		all = append(all, id[1])
+	}
+	for line := range strings.Lines(text) {
+		if heading, ok := strings.CutPrefix(strings.TrimLeft(line, "#"), " "); ok && strings.HasPrefix(line, "#") {
+			heading = regexp.MustCompile(`[^\p{L}\p{N} _-]`).ReplaceAllString(strings.ToLower(strings.TrimSpace(heading)), "")
+			all = append(all, strings.ReplaceAll(heading, " ", "-"))
+		}
+	}
+	return all
+}
+
+// document is the name of a document in a text. What is behind a host's name is on the web.
+var document = regexp.MustCompile(`(https?://\S*)?[A-Za-z0-9_./-]*[A-Za-z0-9_-]\.md\b`)
+
+// TestDocNames: no document, comment or message names a document that is not in the repository, such as notes that only its makers have.
+func TestDocNames(t *testing.T) {
+	files := repositoryFiles(t)
+	documents := map[string]bool{}
+	for _, name := range files {
+		if path.Ext(name) == ".md" {
+			documents[name], documents[path.Base(name)] = true, true
+		}
+	}
+	for _, name := range files {
+		if !slices.Contains([]string{".md", ".go", ".proto", ".patch", ".sh", ".bash", ".mjs", ".txt", ""}, path.Ext(name)) || isTestData(name) {
+			continue
+		}
+		for number, line := range strings.Split(read(t, name), "\n") {
+			for _, found := range document.FindAllString(line, -1) {
+				if strings.HasPrefix(found, "http") {
+					continue
+				}
+				if at := path.Join(path.Dir(name), found); !documents[at] && !documents[strings.TrimPrefix(found, "../../")] {
+					t.Errorf("%s:%d names %s, which is not in the repository", name, number+1, found)
+				}
+			}
+		}
+	}
+}
+
+// isTestData says whether a file is the material of a test, such as a recorded answer.
+func isTestData(name string) bool {
+	return strings.Contains(name, "testdata/") || name == "docs_test.go"
+}
+
+// TestDocColumns: lines of documents are short enough to be read side by side. What models read has a line for each paragraph, and reports are
+// written as they are to be filed.
+func TestDocColumns(t *testing.T) {
+	for _, name := range repositoryFiles(t) {
+		if path.Ext(name) != ".md" || isTestData(name) || name == "tools/instructions.md" || strings.HasPrefix(name, "docs/upstream/") {
+			continue
+		}
+		for number, line := range bytes.Split([]byte(read(t, name)), []byte("\n")) {
+			if n := utf8.RuneCount(line); n > maxColumns {
+				t.Errorf("%s:%d has %d columns, at most %d are allowed", name, number+1, n, maxColumns)
+			}
+		}
+	}
+}
