@@ -139,8 +139,8 @@ func isTestData(name string) bool {
 	return strings.Contains(name, "testdata/") || name == "docs_test.go"
 }
 
-// TestDocColumns: lines of documents are short enough to be read side by side. What models read has a line for each paragraph, and reports are
-// written as they are to be filed.
+// TestDocColumns: lines of documents are short enough to be read side by side. What models read has a line for each paragraph, and reports
+// are written as they are to be filed.
 func TestDocColumns(t *testing.T) {
 	for _, name := range repositoryFiles(t) {
 		if path.Ext(name) != ".md" || isTestData(name) || name == "tools/instructions.md" || strings.HasPrefix(name, "docs/upstream/") {

@@ -30,8 +30,10 @@ var notRunHere = map[string]string{
 }
 
 // documents are the pages whose commands are run.
-var documents = []string{"README.md", "examples/README.md", "docs/tools.md", "docs/sandboxes.md", "docs/templates.md", "docs/network.md", "docs/http.md", "docs/cli.md",
-	"docs/e2b.md", "docs/api.md", "docs/limits.md", "docs/threats.md", "docs/troubleshooting.md"}
+var documents = []string{
+	"README.md", "examples/README.md", "docs/tools.md", "docs/sandboxes.md", "docs/templates.md", "docs/network.md", "docs/http.md",
+	"docs/cli.md", "docs/e2b.md", "docs/api.md", "docs/limits.md", "docs/threats.md", "docs/troubleshooting.md",
+}
 
 // repository is where a file or directory of the repository is that tests read: as an ordinary user it is a copy (sandboxtest.Main).
 func repository(t *testing.T, name string) string {
@@ -82,8 +84,8 @@ func docBlocks(t *testing.T, name string) (all []block) {
 	return all
 }
 
-// TestDocCommands runs the commands of all documents as they are printed, each document's in one shell, in a checkout of its own with a home of
-// its own. Only the port of 'http' is another, as this machine may have a server.
+// TestDocCommands runs the commands of all documents as they are printed, each document's in one shell, in a checkout of its own with a home
+// of its own. Only the port of 'http' is another, as this machine may have a server.
 func TestDocCommands(t *testing.T) {
 	for _, name := range documents {
 		t.Run(name, func(t *testing.T) {
@@ -141,7 +143,8 @@ func runDoc(t *testing.T, script string) {
 		t.Fatal(err)
 	}
 	bin := filepath.Dir(sandboxtest.Program(t, "soulbox-mcp"))
-	if err := errors.Join(os.Symlink(bin, filepath.Join(dir, "bin")), os.Symlink(repository(t, "examples"), filepath.Join(dir, "examples"))); err != nil {
+	examples := repository(t, "examples")
+	if err := errors.Join(os.Symlink(bin, filepath.Join(dir, "bin")), os.Symlink(examples, filepath.Join(dir, "examples"))); err != nil {
 		t.Fatal(err)
 	}
 	if strings.Contains(script, "template build") { // a small one stands for the base that takes minutes to build

@@ -401,8 +401,11 @@ func TestMissingPrograms(t *testing.T) {
 func TestDoctorAndDemo(t *testing.T) {
 	for command, want := range map[string]string{"doctor": "This machine can run sandboxes.", "demo": "all as expected"} {
 		cmd := exec.Command(sandboxtest.Program(t, "soulbox-mcp"), command, "--state-dir="+sandboxtest.Dir(t))
-		if out, err := cmd.CombinedOutput(); err != nil || !bytes.Contains(out, []byte(want)) {
+		out, err := cmd.CombinedOutput()
+		if err != nil || !bytes.Contains(out, []byte(want)) {
 			t.Errorf("%s: %v\n%s", command, err, out)
+		} else if command == "demo" {
+			checkPicture(t, string(out))
 		}
 	}
 }
