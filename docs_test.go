@@ -108,6 +108,9 @@ func anchors(text string) (all []string) {
 // document is the name of a document in a text. What is behind a host's name is on the web.
 var document = regexp.MustCompile(`(https?://\S*)?[A-Za-z0-9_./-]*[A-Za-z0-9_-]\.md\b`)
 
+// named are the endings of files in which documents are named.
+var named = []string{".md", ".go", ".proto", ".patch", ".sh", ".bash", ".mjs", ".txt", ""}
+
 // TestDocNames: no document, comment or message names a document that is not in the repository, such as notes that only its makers have.
 func TestDocNames(t *testing.T) {
 	files := repositoryFiles(t)
@@ -118,7 +121,7 @@ func TestDocNames(t *testing.T) {
 		}
 	}
 	for _, name := range files {
-		if !slices.Contains([]string{".md", ".go", ".proto", ".patch", ".sh", ".bash", ".mjs", ".txt", ""}, path.Ext(name)) || isTestData(name) {
+		if !slices.Contains(named, path.Ext(name)) || isTestData(name) {
 			continue
 		}
 		for number, line := range strings.Split(read(t, name), "\n") {
@@ -143,12 +146,42 @@ func isTestData(name string) bool {
 // are written as they are to be filed.
 func TestDocColumns(t *testing.T) {
 	for _, name := range repositoryFiles(t) {
-		if path.Ext(name) != ".md" || isTestData(name) || name == "tools/instructions.md" || strings.HasPrefix(name, "docs/upstream/") {
+		if path.Ext(name) != ".md" || name == "tools/instructions.md" || strings.HasPrefix(name, "docs/upstream/") {
 			continue
 		}
 		for number, line := range bytes.Split([]byte(read(t, name)), []byte("\n")) {
 			if n := utf8.RuneCount(line); n > maxColumns {
 				t.Errorf("%s:%d has %d columns, at most %d are allowed", name, number+1, n, maxColumns)
+			}
+		}
+	}
+}
+
+// TestDocCode: the files and names of code that the documents for people who change it speak of are there. It is no proof that a sentence is
+// right, but what was renamed or moved is noticed.
+func TestDocCode(t *testing.T) {
+	files := repositoryFiles(t)
+	words := map[string]bool{}
+	for _, name := range files {
+		if path.Ext(name) == ".go" {
+			for _, word := range regexp.MustCompile(`\w+`).FindAllString(read(t, name), -1) {
+				words[word] = true
+			}
+		}
+	}
+	quoted, code := regexp.MustCompile("`([^`\n]+)`"), regexp.MustCompile(`^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$`)
+	for _, name := range []string{"AGENTS.md", "docs/architecture.md", "docs/gvisor.md"} {
+		for _, found := range quoted.FindAllStringSubmatch(read(t, name), -1) {
+			text := found[1]
+			switch {
+			case path.Ext(text) == ".go" && !strings.Contains(text, "*"):
+				if !slices.ContainsFunc(files, func(file string) bool { return file == text || strings.HasSuffix(file, "/"+text) }) {
+					t.Errorf("%s names the file %s, which is not in the repository", name, text)
+				}
+			case code.MatchString(text):
+				if word := text[strings.LastIndex(text, ".")+1:]; !words[word] {
+					t.Errorf("%s names %s, and no code has the word %s", name, text, word)
+				}
 			}
 		}
 	}

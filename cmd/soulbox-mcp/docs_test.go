@@ -24,7 +24,8 @@ var notRunHere = map[string]string{
 	"[mcp_servers.soulbox]":          "a configuration; TestWork starts the program as it says",
 	"go test ":                       "a test, which runs with all tests",
 	"npm install e2b":                "needs npm and its registry; make conformance",
-	"bin/soulbox-mcp template base ": "needs Debian's archive and a registry; TestPullErrors, TestTemplatesOverStdio",
+	"bin/soulbox-mcp template base ": "needs Debian's archive; TestTemplatesOverStdio",
+	"bin/soulbox-mcp template pull ": "needs a registry; TestPullErrors",
 	"--listen 0.0.0.0:443":           "needs port 443 and a domain; TestTLSFlags",
 	"export E2B_API_KEY=e2b_…":       "settings; make conformance",
 }
