@@ -20,7 +20,7 @@ var scenes = []scene{
 	{"Commands share a shell", `the shell is now`},
 	{"... and the next one, even after an exit", `^hello`},
 	{"Pause it all to disk", `.`},
-	{"... and go on", `.`},
+	{"... and resume it", `.`},
 	{"Really?", `<p>`},
 	{"Make a copy of it", `.`},
 	{"... any network", `lo|Network`},
