@@ -186,3 +186,22 @@ func TestDocCode(t *testing.T) {
 		}
 	}
 }
+
+// TestDocLayout: the layout in docs/architecture.md has every package, and no other.
+func TestDocLayout(t *testing.T) {
+	_, layout, _ := strings.Cut(read(t, "docs/architecture.md"), "\n## Layout\n")
+	layout, _, _ = strings.Cut(layout, "\n## ")
+	shown := map[string]bool{"gvisor/runsc": true} // a module of its own, which the graph does not have
+	for _, row := range regexp.MustCompile("(?m)^\\| `([^`]+)` \\|").FindAllStringSubmatch(layout, -1) {
+		name := strings.TrimSuffix(row[1], "/")
+		if _, known := mayImport[name]; !known && !shown[name] {
+			t.Errorf("the layout has %s, which is no package", name)
+		}
+		shown[name] = true
+	}
+	for name := range mayImport {
+		if !shown[name] && !strings.HasPrefix(name, "api/envd/spec/") { // generated
+			t.Errorf("the layout in docs/architecture.md has no row for %s", name)
+		}
+	}
+}
