@@ -174,7 +174,8 @@ serve() {
 	scheme=http; case "$*" in *--tls-cert*) scheme=https;; esac
 	for i in $(seq 600); do
 		kill -0 $SERVER || { cat server.log >&2; return 1; }
-		if test "$(answers $scheme)" = yes; then return; fi
+		# Its port answers before it serves; soulbox would start a server of its own where it finds no socket.
+		if test "$(answers $scheme)" = yes && test -n "$(find run -name $SERVER.sock)"; then return; fi
 		sleep 0.1
 	done
 	cat server.log >&2
