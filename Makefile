@@ -41,7 +41,7 @@ lint:
 
 # Rewrites the recorded outputs that tests compare with; review them as a diff.
 golden: build
-	UPDATE_GOLDEN=1 $(GO) test ./tools ./mcpserver ./cmd/... ./api/envd/spec -run 'Golden|Readme|Generated' -count=1
+	UPDATE_GOLDEN=1 $(GO) test ./tools ./mcpserver ./cmd/... ./api/envd/spec -run 'Golden|Readme|Generated|Demo' -count=1
 	@if [ "$$(id -u)" = 0 ] && command -v buildah >/dev/null; then UPDATE_GOLDEN=1 $(GO) test ./template -run '^TestConformance$$' -count=1 -timeout 30m; \
 	else echo "what buildah makes of Dockerfiles is recorded as root only, with Debian's buildah and crun"; fi
 

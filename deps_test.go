@@ -17,7 +17,7 @@ import (
 
 const module = "soulbox.dev/soulbox"
 
-// mayImport is the graph of DESIGN.md: which of our packages each may import. Tests may also use internal/sandboxtest.
+// mayImport is the graph of docs/architecture.md: which of our packages each may import. Tests may also use internal/sandboxtest.
 var mayImport = map[string][]string{
 	"access":               {"internal/durable"},
 	"agent":                {"internal/names"},
@@ -101,7 +101,7 @@ func TestImports(t *testing.T) {
 		seen[pkg] = true
 		allowed, known := mayImport[pkg]
 		if !known {
-			t.Errorf("%s: package %s is not in the layout of DESIGN.md", file, pkg)
+			t.Errorf("%s: package %s is not in the layout of docs/architecture.md: add it there and to mayImport", file, pkg)
 			continue
 		}
 		test := strings.HasSuffix(file, "_test.go")

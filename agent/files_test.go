@@ -117,7 +117,7 @@ func TestWriteThroughLink(t *testing.T) {
 	}
 }
 
-// TestSpecialFiles: none of them may hold the agent up (THREATS.md: known agents hang for good on a FIFO).
+// TestSpecialFiles: none of them may hold the agent up (other agents hang for good on a FIFO).
 func TestSpecialFiles(t *testing.T) {
 	c, dir := pair(t)
 	fifo := filepath.Join(dir, "fifo")

@@ -24,7 +24,7 @@ import (
 // maxMarked bounds the files that a mark remembers.
 const maxMarked = 2_000_000
 
-// whiteout begins the name of what a layer says is gone (OCI image specification, layer.md).
+// whiteout begins the name of what a layer says is gone (OCI image specification, layers).
 const whiteout = ".wh."
 
 // fileKey tells whether a file is as it was: the kernel sets the time of the last status change, and nobody else can.

@@ -25,8 +25,8 @@ import (
 	"soulbox.dev/soulbox/template"
 )
 
-// Control is the control plane: it serves sandboxes, snapshots and templates as E2B's REST API does (shared/E2B.md, 2.3). It is safe for
-// concurrent use.
+// Control is the control plane: it serves sandboxes, snapshots and templates as E2B's REST API does (docs/e2b.md, docs/protocol.md). It is safe
+// for concurrent use.
 type Control struct {
 	Manager *sandbox.Manager
 	Store   *template.Store

@@ -148,7 +148,7 @@ func (a *apiTest) create(owner, body string) (id, token string) {
 	return fmt.Sprint(r.field("sandboxID")), fmt.Sprint(r.field("envdAccessToken"))
 }
 
-// TestControlPlane: statuses, bodies and headers as E2B.md has them.
+// TestControlPlane: statuses, bodies and headers as E2B's clients expect them (docs/protocol.md).
 func TestControlPlane(t *testing.T) {
 	a := newAPITest(t)
 	first := a.as("ann", "POST", "/v2/sandboxes", `{"templateID":"base","metadata":{"k":"v"},"envVars":{"A":"1"},"timeout":62}`)
@@ -436,7 +436,7 @@ func TestHosts(t *testing.T) {
 	}
 }
 
-// TestSignedURLs: a signature is good for one operation on one file as one user, until its time (THREATS.md, signed URLs).
+// TestSignedURLs: a signature is good for one operation on one file as one user, until its time.
 func TestSignedURLs(t *testing.T) {
 	if got := envd.Sign("hello.txt", envd.OpRead, "user", "0tQG31xiMp0IOQfaz9dcwi72L1CPo8e0",
 		time.Time{}); got != "v1_gUtH/s9YCJWgCizjfUxuWfhFE4QSydOWEIIvfLwDr6E" {

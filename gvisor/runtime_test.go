@@ -85,7 +85,7 @@ func newSandboxIn(t *testing.T, dir string, o sandbox.CreateOptions) (*sandbox.S
 
 func output(s agent.Snapshot) string { return string(s.Output.Head) + string(s.Output.Tail) }
 
-// TestNothingOfTheHost is THREATS.md's first row.
+// TestNothingOfTheHost: a sandbox sees no file, variable, process or secret of the host, and has three descriptors open.
 func TestNothingOfTheHost(t *testing.T) {
 	secret := filepath.Join(sandboxtest.Dir(t), "secret")
 	if err := os.WriteFile(secret, []byte("top secret"), 0o644); err != nil {

@@ -72,7 +72,7 @@ func TestNetworkCheck(t *testing.T) {
 	}
 }
 
-// TestNetworkRefuses: no spelling of an address leads to this machine, a private network, or past the list (THREATS.md, egress lists).
+// TestNetworkRefuses: no spelling of an address leads to this machine, a private network, or past the list.
 func TestNetworkRefuses(t *testing.T) {
 	full := Network{Mode: NetworkFull}
 	list, err := Network{Mode: NetworkAllowlist, Allow: []string{"ok.example", "*.sub.example", "198.51.100.0/24"}}.check()

@@ -11,7 +11,7 @@ import (
 // State is where a sandbox is in its life.
 type State string
 
-// The states of DESIGN.md.
+// The states; moves says which may follow which.
 const (
 	Creating State = "creating"
 	Running  State = "running"

@@ -64,7 +64,7 @@ type place struct {
 	name string
 }
 
-// apply applies a layer (OCI image specification, layer.md).
+// apply applies a layer (OCI image specification, layers).
 func (m *merger) apply(r io.Reader) error {
 	l := layer{m, map[place]bool{}}
 	for from := tar.NewReader(r); ; {

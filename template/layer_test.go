@@ -113,7 +113,7 @@ func merged(t *testing.T, layers ...string) (string, error) {
 	return strings.Join(list, " "), nil
 }
 
-// TestLayers: layers on top of each other, with whiteouts in whatever order (OCI image specification, layer.md).
+// TestLayers: layers on top of each other, with whiteouts in whatever order (OCI image specification, layers).
 func TestLayers(t *testing.T) {
 	base := pack(t, folder("d"), file("d/a", "1"), file("d/b", "2"), file("f", "3"), folder("e"), file("e/x", "4"), link("l", "d"))
 	for _, test := range []struct {
@@ -143,7 +143,7 @@ func TestLayers(t *testing.T) {
 	}
 }
 
-// TestHostileLayers: no name leads out of the image, and what is broken or beyond a bound is an error (THREATS.md, hostile archives).
+// TestHostileLayers: no name leads out of the image, and what is broken or beyond a bound is an error.
 func TestHostileLayers(t *testing.T) {
 	contained := pack(t, file("../../up", "1"), file("/abs", "2"), link("out", "/../../etc"), file("out/passwd", "3"), link("a", "b"),
 		hard("h", "../abs"))

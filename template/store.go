@@ -387,7 +387,7 @@ func touch(name string) error {
 
 func isHex(s string) bool { return len(s) == 64 && strings.Trim(s, "0123456789abcdef") == "" }
 
-// chainID stands for layers on top of each other (OCI image specification, config.md). That of none is of the empty image.
+// chainID stands for layers on top of each other (OCI image specification, configuration). That of none is of the empty image.
 func chainID(layers []Layer) string {
 	sum := sha256.Sum256(nil)
 	chain := "sha256:" + hex.EncodeToString(sum[:])

@@ -105,7 +105,7 @@ func TestGoldenList(t *testing.T) {
 	golden(t, "tools.json", append(pretty, '\n'))
 }
 
-// TestEveryTool has what MCP.md asks of every tool.
+// TestEveryTool: every tool has what docs/protocol.md asks of tools.
 func TestEveryTool(t *testing.T) {
 	s, _ := newServer(t)
 	name := regexp.MustCompile(`^[a-z]+(_[a-z]+)*$`)

@@ -1,5 +1,5 @@
 // Package envd serves what is in a sandbox as E2B's envd does, at port 49983 of each: processes and files by Connect RPC, whole files and
-// some facts by plain HTTP (shared/E2B.md, 2.5). Nothing of it runs in the sandbox: it is spoken from here to the sandbox' agent.
+// some facts by plain HTTP (docs/protocol.md). Nothing of it runs in the sandbox: it is spoken from here to the sandbox' agent.
 package envd
 
 import (
@@ -22,7 +22,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// Version is what clients are told: it has all that their gates ask for (E2B.md, 2.7).
+// Version is what clients are told: it has all that their gates ask for (docs/protocol.md).
 const Version = "0.6.13"
 
 // Port is where clients look for it in a sandbox.

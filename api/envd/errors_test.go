@@ -14,8 +14,8 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestCodes: errors have the codes that clients make their own errors of (E2B.md, 2.6), however they are wrapped, and keep those that they
-// have.
+// TestCodes: errors have the codes that clients make their own errors of (docs/protocol.md), however they are wrapped, and keep those that
+// they have.
 func TestCodes(t *testing.T) {
 	for err, want := range map[error]connect.Code{
 		fs.ErrNotExist: connect.CodeNotFound, agent.ErrNoProcess: connect.CodeNotFound, agent.ErrNoUser: connect.CodeUnauthenticated,

@@ -18,7 +18,7 @@ const (
 )
 
 // Sign makes the signature of a URL for one file: who has it does that one operation without the sandbox' token, until a time (zero: as
-// long as the token lasts). path and user are as in the URL, which is not normalised. The form is E2B's (E2B.md, 2.5).
+// long as the token lasts). path and user are as in the URL, which is not normalised. The form is E2B's (docs/protocol.md).
 func Sign(path, operation, user, token string, until time.Time) string {
 	raw := path + ":" + operation + ":" + user + ":" + token
 	if !until.IsZero() {

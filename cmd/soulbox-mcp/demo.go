@@ -63,7 +63,7 @@ func demoSteps(home string, hasBase bool) []step {
 		{"Its log is kept.", "process_wait", map[string]any{"tag": "web", "yield_ms": 0}, "GET / HTTP/1.0"},
 		{"What runs?", "process_list", map[string]any{}, "tag=web running"},
 		{"Pause it all to disk: nothing runs any more ...", "sandbox_pause", map[string]any{"to_disk": true}, "paused on disk"},
-		{"... and go on: the server is there as it was.", "sandbox_resume", map[string]any{}, "is running"},
+		{"... and resume it: the server is there as it was.", "sandbox_resume", map[string]any{}, "is running"},
 		{"Really?", "exec", map[string]any{"command": ask}, "from a gVisor sandbox"},
 		{"Make a copy of it, with the server in it and its memory.", "sandbox_fork", map[string]any{}, "made: sb"},
 		{"What has happened so far?", "sandbox_logs", map[string]any{"source": "system"}, "paused: by request"},

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
@@ -18,11 +19,39 @@ import (
 // notRunHere are the blocks of commands that TestDocCommands does not run, by a line of theirs, with the reason.
 var notRunHere = map[string]string{
 	"make demo":                      "TestDoctorAndDemo runs the demo; this is make test",
+	"claude mcp add":                 "a client's command; TestWork starts the program as it says",
 	`{"mcpServers"`:                  "a configuration; TestWork starts the program as it says",
+	"[mcp_servers.soulbox]":          "a configuration; TestWork starts the program as it says",
+	"go test ":                       "a test, which runs with all tests",
 	"npm install e2b":                "needs npm and its registry; make conformance",
-	"bin/soulbox-mcp template base ": "needs Debian's archive and a registry; TestPullErrors, TestTemplatesOverStdio",
+	"bin/soulbox-mcp template base ": "needs Debian's archive; TestTemplatesOverStdio",
+	"bin/soulbox-mcp template pull ": "needs a registry; TestPullErrors",
 	"--listen 0.0.0.0:443":           "needs port 443 and a domain; TestTLSFlags",
 	"export E2B_API_KEY=e2b_…":       "settings; make conformance",
+}
+
+// documents are the pages whose commands are run.
+var documents = []string{
+	"README.md", "examples/README.md", "docs/tools.md", "docs/sandboxes.md", "docs/templates.md", "docs/network.md", "docs/http.md",
+	"docs/cli.md", "docs/e2b.md", "docs/api.md", "docs/limits.md", "docs/threats.md", "docs/troubleshooting.md",
+}
+
+// repository is where a file or directory of the repository is that tests read: as an ordinary user it is a copy (sandboxtest.Main).
+func repository(t *testing.T, name string) string {
+	t.Helper()
+	for _, root := range []string{"../..", "."} {
+		path, err := filepath.Abs(filepath.Join(root, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := os.Stat(path); err == nil {
+			return path
+		} else if !errors.Is(err, fs.ErrNotExist) {
+			t.Fatal(err)
+		}
+	}
+	t.Fatalf("%s is not in the repository", name)
+	return ""
 }
 
 // block is some commands of a document.
@@ -34,10 +63,7 @@ type block struct {
 // docBlocks are the blocks of commands in a document: lines indented by four spaces.
 func docBlocks(t *testing.T, name string) (all []block) {
 	t.Helper()
-	text, err := os.ReadFile(filepath.Join("../..", name))
-	if errors.Is(err, os.ErrNotExist) {
-		text, err = os.ReadFile(name) // as an ordinary user (sandboxtest.Main)
-	}
+	text, err := os.ReadFile(repository(t, name))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -49,17 +75,21 @@ func docBlocks(t *testing.T, name string) (all []block) {
 		}
 		if open = ok; ok {
 			b := &all[len(all)-1]
+			if strings.HasPrefix(command, "  ") && len(b.lines) > 0 { // of the command before
+				b.lines[len(b.lines)-1] += "\n" + command
+				continue
+			}
 			b.lines = append(b.lines, command)
 		}
 	}
 	return all
 }
 
-// TestDocCommands runs the commands of README.md and docs as they are printed, each document's in one shell, in a checkout of its own with
-// a home of its own. Only the port of 'http' is another, as this machine may have a server.
+// TestDocCommands runs the commands of all documents as they are printed, each document's in one shell, in a checkout of its own with a home
+// of its own. Only the port of 'http' is another, as this machine may have a server.
 func TestDocCommands(t *testing.T) {
-	for _, name := range []string{"README.md", "docs/e2b.md", "docs/api.md", "docs/limits.md", "docs/threats.md"} {
-		t.Run(filepath.Base(name), func(t *testing.T) {
+	for _, name := range documents {
+		t.Run(name, func(t *testing.T) {
 			var script strings.Builder
 			ran := 0
 			for _, b := range docBlocks(t, name) {
@@ -114,8 +144,16 @@ func runDoc(t *testing.T, script string) {
 		t.Fatal(err)
 	}
 	bin := filepath.Dir(sandboxtest.Program(t, "soulbox-mcp"))
-	if err := os.Symlink(bin, filepath.Join(dir, "bin")); err != nil {
+	examples := repository(t, "examples")
+	if err := errors.Join(os.Symlink(bin, filepath.Join(dir, "bin")), os.Symlink(examples, filepath.Join(dir, "examples"))); err != nil {
 		t.Fatal(err)
+	}
+	if strings.Contains(script, "template build") { // a small one stands for the base that takes minutes to build
+		sandboxtest.ImageTar(t, dir)
+		script = "bin/soulbox-mcp template import image.tar base >/dev/null\n" + script
+	}
+	if !strings.Contains(script, "serve ") { // an IDE has one; without any, soulbox would leave its own behind
+		script = "serve http\n" + script
 	}
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -136,7 +174,8 @@ serve() {
 	scheme=http; case "$*" in *--tls-cert*) scheme=https;; esac
 	for i in $(seq 600); do
 		kill -0 $SERVER || { cat server.log >&2; return 1; }
-		if test "$(answers $scheme)" = yes; then return; fi
+		# Its port answers before it serves; soulbox would start a server of its own where it finds no socket.
+		if test "$(answers $scheme)" = yes && test -n "$(find run -name $SERVER.sock)"; then return; fi
 		sleep 0.1
 	done
 	cat server.log >&2
@@ -144,6 +183,7 @@ serve() {
 }
 answers() { (exec 3<>/dev/tcp/%s) 2>/dev/null && echo yes || echo no; }
 `, address, strings.Replace(address, ":", "/", 1))
+	script = strings.ReplaceAll(script, "127.0.0.1:8787", address)
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	c := exec.CommandContext(ctx, "bash", "-c", prelude+script)

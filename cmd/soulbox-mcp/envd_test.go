@@ -245,7 +245,7 @@ const (
 	watchCall   = "/filesystem.Filesystem/WatchDir"
 )
 
-// TestErrorTable: every row of E2B.md's table (2.6), as the wire shows it; e2b.mjs has what users see of it.
+// TestErrorTable: every row of the table of errors in docs/protocol.md, as the wire shows it; e2b.mjs has what users see of it.
 func TestErrorTable(t *testing.T) {
 	w := serve(t, "", "--memory-budget-mb=700", "--memory-mb=256", "--disk-mb=64")
 	b := newBox(t, w, `{"templateID":"base","timeout":600}`)

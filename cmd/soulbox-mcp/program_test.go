@@ -401,8 +401,11 @@ func TestMissingPrograms(t *testing.T) {
 func TestDoctorAndDemo(t *testing.T) {
 	for command, want := range map[string]string{"doctor": "This machine can run sandboxes.", "demo": "all as expected"} {
 		cmd := exec.Command(sandboxtest.Program(t, "soulbox-mcp"), command, "--state-dir="+sandboxtest.Dir(t))
-		if out, err := cmd.CombinedOutput(); err != nil || !bytes.Contains(out, []byte(want)) {
+		out, err := cmd.CombinedOutput()
+		if err != nil || !bytes.Contains(out, []byte(want)) {
 			t.Errorf("%s: %v\n%s", command, err, out)
+		} else if command == "demo" {
+			checkPicture(t, string(out))
 		}
 	}
 }
@@ -428,17 +431,14 @@ func TestCommandLine(t *testing.T) {
 	}
 }
 
-// TestReadme: its table of tools is the list that the program gives.
+// TestReadme: the table of tools in docs/tools.md is the list that the program gives.
 func TestReadme(t *testing.T) {
-	readme, err := os.ReadFile("../../README.md")
-	if errors.Is(err, os.ErrNotExist) && os.Getenv("SOULBOX_TEST_PROGRAMS") != "" {
-		return // the second run, as an ordinary user, has no source tree; the first one has compared
-	}
+	text, err := os.ReadFile(repository(t, "docs/tools.md"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	var named, offered []string
-	for _, row := range regexp.MustCompile("(?m)^\\| `([a-z_]+)` \\|").FindAllStringSubmatch(string(readme), -1) {
+	for _, row := range regexp.MustCompile("(?m)^\\| `([a-z_]+)` \\|").FindAllStringSubmatch(string(text), -1) {
 		named = append(named, row[1])
 	}
 	server, err := newMCP(tools.Options{FileURL: (&api.Gateway{}).FileURL}, false, nil, nil)
@@ -451,6 +451,6 @@ func TestReadme(t *testing.T) {
 	slices.Sort(named)
 	slices.Sort(offered)
 	if !slices.Equal(named, offered) {
-		t.Errorf("README.md has %v\nthe program has %v", named, offered)
+		t.Errorf("docs/tools.md has %v\nthe program has %v", named, offered)
 	}
 }

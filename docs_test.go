@@ -1,0 +1,237 @@
+package soulbox_test
+
+import (
+	"bytes"
+	"errors"
+	"go/scanner"
+	"go/token"
+	"io/fs"
+	"net/url"
+	"os"
+	"os/exec"
+	"path"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"unicode/utf8"
+)
+
+// maxColumns is how long a line of a document or of code may be.
+const maxColumns = 140
+
+// repositoryFiles are the files of the repository, those that are not committed yet too. Where there is no checkout, as in an unpacked
+// archive, they are all that are there.
+func repositoryFiles(t *testing.T) []string {
+	t.Helper()
+	var files []string
+	out, err := exec.Command("git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard").Output()
+	if err == nil {
+		for name := range strings.SplitSeq(strings.TrimSuffix(string(out), "\x00"), "\x00") {
+			if info, err := os.Lstat(name); err == nil && info.Mode().IsRegular() {
+				files = append(files, name)
+			} else if err != nil && !errors.Is(err, fs.ErrNotExist) { // one that was removed, and is not committed
+				t.Fatal(err)
+			}
+		}
+	} else if err := fs.WalkDir(os.DirFS("."), ".", func(name string, entry fs.DirEntry, err error) error {
+		if err == nil && entry.IsDir() && slices.Contains([]string{".git", ".cache", "bin", "node_modules"}, path.Base(name)) {
+			return fs.SkipDir
+		}
+		if err == nil && entry.Type().IsRegular() {
+			files = append(files, name)
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if len(files) < 100 {
+		t.Fatalf("the repository has %d files", len(files))
+	}
+	return files
+}
+
+func read(t *testing.T, name string) string {
+	t.Helper()
+	body, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(body)
+}
+
+// link is a link in Markdown: [text](target) or ![text](target).
+var link = regexp.MustCompile(`\]\(([^)\s]+)\)`)
+
+// TestDocLinks: every relative link of a document leads to a file of the repository, and to a heading that is there.
+func TestDocLinks(t *testing.T) {
+	files := repositoryFiles(t)
+	for _, name := range files {
+		if path.Ext(name) != ".md" {
+			continue
+		}
+		for _, found := range link.FindAllStringSubmatch(withoutCode(read(t, name)), -1) {
+			target, err := url.Parse(found[1])
+			if err != nil {
+				t.Errorf("%s: %v", name, err)
+				continue
+			}
+			if target.Scheme != "" {
+				continue
+			}
+			to := name
+			if target.Path != "" {
+				to = path.Join(path.Dir(name), target.Path)
+			}
+			if info, err := os.Stat(to); err != nil || !info.IsDir() && !slices.Contains(files, to) {
+				t.Errorf("%s links to %s, which is not in the repository", name, found[1])
+			} else if target.Fragment != "" && !slices.Contains(anchors(read(t, to)), target.Fragment) {
+				t.Errorf("%s links to %s, and %s has no such heading", name, found[1], to)
+			}
+		}
+	}
+}
+
+// withoutCode leaves out blocks of commands and what is in backquotes.
+func withoutCode(text string) string {
+	var b strings.Builder
+	for line := range strings.Lines(text) {
+		if !strings.HasPrefix(line, "    ") {
+			b.WriteString(regexp.MustCompile("`[^`\n]*`").ReplaceAllString(line, ""))
+		}
+	}
+	return b.String()
+}
+
+// anchors are the names by which a document's headings are linked to, as GitHub makes them, and those that it gives itself.
+func anchors(text string) (all []string) {
+	for _, id := range regexp.MustCompile(`<a id="([^"]+)">`).FindAllStringSubmatch(text, -1) {
+		all = append(all, id[1])
+	}
+	for line := range strings.Lines(text) {
+		if heading, ok := strings.CutPrefix(strings.TrimLeft(line, "#"), " "); ok && strings.HasPrefix(line, "#") {
+			heading = regexp.MustCompile(`[^\p{L}\p{N} _-]`).ReplaceAllString(strings.ToLower(strings.TrimSpace(heading)), "")
+			all = append(all, strings.ReplaceAll(heading, " ", "-"))
+		}
+	}
+	return all
+}
+
+// document is the name of a document in a text. What is behind a host's name is on the web.
+var document = regexp.MustCompile(`(https?://\S*)?[A-Za-z0-9_./-]*[A-Za-z0-9_-]\.md\b`)
+
+// named are the endings of files in which documents are named.
+var named = []string{".md", ".go", ".proto", ".patch", ".sh", ".bash", ".mjs", ".txt", ""}
+
+// TestDocNames: no document, comment or message names a document that is not in the repository, such as notes that only its makers have.
+func TestDocNames(t *testing.T) {
+	files := repositoryFiles(t)
+	documents := map[string]bool{}
+	for _, name := range files {
+		if path.Ext(name) == ".md" {
+			documents[name], documents[path.Base(name)] = true, true
+		}
+	}
+	for _, name := range files {
+		if !slices.Contains(named, path.Ext(name)) || isTestData(name) {
+			continue
+		}
+		for number, line := range strings.Split(read(t, name), "\n") {
+			for _, found := range document.FindAllString(line, -1) {
+				if strings.HasPrefix(found, "http") {
+					continue
+				}
+				if at := path.Join(path.Dir(name), found); !documents[at] && !documents[strings.TrimPrefix(found, "../../")] {
+					t.Errorf("%s:%d names %s, which is not in the repository", name, number+1, found)
+				}
+			}
+		}
+	}
+}
+
+// isTestData says whether a file is the material of a test, such as a recorded answer.
+func isTestData(name string) bool {
+	return strings.Contains(name, "testdata/") || name == "docs_test.go"
+}
+
+// TestDocColumns: lines of documents are short enough to be read side by side. What models read has a line for each paragraph, and reports
+// are written as they are to be filed.
+func TestDocColumns(t *testing.T) {
+	for _, name := range repositoryFiles(t) {
+		if path.Ext(name) != ".md" || name == "tools/instructions.md" || strings.HasPrefix(name, "docs/upstream/") {
+			continue
+		}
+		for number, line := range bytes.Split([]byte(read(t, name)), []byte("\n")) {
+			if n := utf8.RuneCount(line); n > maxColumns {
+				t.Errorf("%s:%d has %d columns, at most %d are allowed", name, number+1, n, maxColumns)
+			}
+		}
+	}
+}
+
+// TestDocCode: the files and names of code that the documents for people who change it speak of are there. It is no proof that a sentence is
+// right, but what was renamed or moved is noticed.
+func TestDocCode(t *testing.T) {
+	files := repositoryFiles(t)
+	words := map[string]bool{}
+	for _, name := range files {
+		if path.Ext(name) == ".go" {
+			wordsOf(read(t, name), words)
+		}
+	}
+	quoted, code := regexp.MustCompile("`([^`\n]+)`"), regexp.MustCompile(`^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$`)
+	for _, name := range []string{"AGENTS.md", "docs/architecture.md", "docs/gvisor.md"} {
+		for _, found := range quoted.FindAllStringSubmatch(read(t, name), -1) {
+			text := found[1]
+			switch {
+			case path.Ext(text) == ".go" && !strings.Contains(text, "*"):
+				if !slices.ContainsFunc(files, func(file string) bool { return file == text || strings.HasSuffix(file, "/"+text) }) {
+					t.Errorf("%s names the file %s, which is not in the repository", name, text)
+				}
+			case code.MatchString(text):
+				if word := text[strings.LastIndex(text, ".")+1:]; !words[word] {
+					t.Errorf("%s names %s, and no code has the word %s", name, text, word)
+				}
+			}
+		}
+	}
+}
+
+// wordsOf adds the words of code, and of texts in it, such as names of tools. Those of comments are no proof of anything.
+func wordsOf(code string, words map[string]bool) {
+	set := token.NewFileSet()
+	var s scanner.Scanner
+	s.Init(set.AddFile("", set.Base(), len(code)), []byte(code), nil, 0)
+	word := regexp.MustCompile(`\w+`)
+	for {
+		switch _, kind, text := s.Scan(); kind {
+		case token.EOF:
+			return
+		case token.IDENT:
+			words[text] = true
+		case token.STRING:
+			for _, one := range word.FindAllString(text, -1) {
+				words[one] = true
+			}
+		}
+	}
+}
+
+// TestDocLayout: the layout in docs/architecture.md has every package, and no other.
+func TestDocLayout(t *testing.T) {
+	_, layout, _ := strings.Cut(read(t, "docs/architecture.md"), "\n## Layout\n")
+	layout, _, _ = strings.Cut(layout, "\n## ")
+	shown := map[string]bool{"gvisor/runsc": true} // a module of its own, which the graph does not have
+	for _, row := range regexp.MustCompile("(?m)^\\| `([^`]+)` \\|").FindAllStringSubmatch(layout, -1) {
+		name := strings.TrimSuffix(row[1], "/")
+		if _, known := mayImport[name]; !known && !shown[name] {
+			t.Errorf("the layout has %s, which is no package", name)
+		}
+		shown[name] = true
+	}
+	for name := range mayImport {
+		if !shown[name] && !strings.HasPrefix(name, "api/envd/spec/") { // generated
+			t.Errorf("the layout in docs/architecture.md has no row for %s", name)
+		}
+	}
+}
