@@ -64,7 +64,7 @@ func TestTerminal(t *testing.T) {
 	p.shows("30 100")
 	p.shows("/dev/pts/")
 	p.shows("xterm-256color")
-	if _, err := c.Resize(t.Context(), ResizeRequest{p.id, Terminal{40, 120}}); err != nil {
+	if _, err := c.Resize(t.Context(), ResizeRequest{Process: p.id, Terminal: Terminal{Rows: 40, Cols: 120}}); err != nil {
 		t.Fatal(err)
 	}
 	p.typed("stty size\n")
@@ -126,7 +126,7 @@ func TestTerminalOutput(t *testing.T) {
 
 func TestTerminalRefuses(t *testing.T) {
 	c, _ := pair(t)
-	for _, size := range []Terminal{{-1, 80}, {24, 501}, {301, 80}} {
+	for _, size := range []Terminal{{Rows: -1, Cols: 80}, {Rows: 24, Cols: 501}, {Rows: 301, Cols: 80}} {
 		if _, err := c.Start(t.Context(), StartRequest{Terminal: &size}); !errors.Is(err, ErrInvalid) {
 			t.Errorf("%v: %v", size, err)
 		}
@@ -135,7 +135,8 @@ func TestTerminalRefuses(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := c.Resize(t.Context(), ResizeRequest{s.Process.ID, Terminal{24, 80}}); !errors.Is(err, ErrNoTerminal) {
+	if _, err := c.Resize(t.Context(), ResizeRequest{Process: s.Process.ID, Terminal: Terminal{Rows: 24, Cols: 80}}); !errors.Is(err,
+		ErrNoTerminal) {
 		t.Fatal(err)
 	}
 }

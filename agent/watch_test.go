@@ -60,20 +60,20 @@ func TestWatch(t *testing.T) {
 	write("there")
 	all, one := watch(t, c, dir), watch(t, c, in("there"))
 	write("new")
-	await(t, all, WatchEvent{"create", in("new")}, WatchEvent{"write", in("new")})
+	await(t, all, WatchEvent{Op: "create", Path: in("new")}, WatchEvent{Op: "write", Path: in("new")})
 	if err := os.Rename(in("new"), in("there")); err != nil { // as editors save
 		t.Fatal(err)
 	}
-	await(t, all, WatchEvent{"rename", in("new")}, WatchEvent{"create", in("there")})
-	await(t, one, WatchEvent{"create", in("there")})
+	await(t, all, WatchEvent{Op: "rename", Path: in("new")}, WatchEvent{Op: "create", Path: in("there")})
+	await(t, one, WatchEvent{Op: "create", Path: in("there")})
 	write("there")
-	await(t, one, WatchEvent{"write", in("there")})
+	await(t, one, WatchEvent{Op: "write", Path: in("there")})
 	if err := os.Remove(in("there")); err != nil {
 		t.Fatal(err)
 	}
-	await(t, one, WatchEvent{"remove", in("there")})
+	await(t, one, WatchEvent{Op: "remove", Path: in("there")})
 	write("there")
-	await(t, one, WatchEvent{"create", in("there")})
+	await(t, one, WatchEvent{Op: "create", Path: in("there")})
 }
 
 // TestWatchBounds: what cannot be watched is said, many events are cut and said to be, and there are 64 watches at most.

@@ -48,12 +48,12 @@ func (s *Server) atWork(ctx context.Context, r WorkRequest) WorkResult {
 	for {
 		going, changed := s.work.is()
 		if r.Known == nil || going != *r.Known {
-			return WorkResult{going}
+			return WorkResult{Going: going}
 		}
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			return WorkResult{going}
+			return WorkResult{Going: going}
 		}
 	}
 }

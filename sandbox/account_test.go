@@ -81,7 +81,7 @@ func TestPortOfAnotherUser(t *testing.T) {
 	}
 	m := newManager(t, t.TempDir(), &sandboxtest.Fake{}, nil)
 	sb := create(t, m, sandbox.CreateOptions{})
-	port := guest(t, func(c net.Conn) { fmt.Fprint(c, "HTTP/1.0 200 OK\r\n\r\nsecret") })
+	port := inside(t, func(c net.Conn) { fmt.Fprint(c, "HTTP/1.0 200 OK\r\n\r\nsecret") })
 	p := exposePort(t, sb, port)
 	ask := func(uid uint32) string {
 		t.Helper()
@@ -119,7 +119,7 @@ func TestFullAccountAtPort(t *testing.T) {
 	m := newManager(t, t.TempDir(), &sandboxtest.Fake{},
 		func(o *sandbox.Options) { o.Accounts, o.ConnWait = accounts, 50*time.Millisecond })
 	sb := create(t, m, sandbox.CreateOptions{Owner: "ann"})
-	p := exposePort(t, sb, guest(t, func(c net.Conn) { _, _ = io.Copy(c, c) }))
+	p := exposePort(t, sb, inside(t, func(c net.Conn) { _, _ = io.Copy(c, c) }))
 	full, err := accounts.Take("ann", access.Connections, 5)
 	if err != nil {
 		t.Fatal(err)
@@ -152,7 +152,7 @@ func TestPortStalls(t *testing.T) {
 		func(o *sandbox.Options) { o.Accounts, o.StallTime = accounts, 200*time.Millisecond })
 	sb := create(t, m, sandbox.CreateOptions{})
 	ended := make(chan struct{})
-	p := exposePort(t, sb, guest(t, func(c net.Conn) {
+	p := exposePort(t, sb, inside(t, func(c net.Conn) {
 		defer close(ended)
 		for part := make([]byte, 64<<10); ; {
 			if _, err := c.Write(part); err != nil {

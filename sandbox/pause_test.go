@@ -381,7 +381,7 @@ func TestPortsWake(t *testing.T) {
 	fake, dir := &sandboxtest.Fake{}, t.TempDir()
 	m := newManager(t, dir, fake, nil)
 	sb := create(t, m, sandbox.CreateOptions{})
-	port := guest(t, func(c net.Conn) {
+	port := inside(t, func(c net.Conn) {
 		if _, err := http.ReadRequest(bufio.NewReader(c)); err == nil {
 			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhello")
 		}

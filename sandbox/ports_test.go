@@ -19,8 +19,8 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// guest is a server that, on the Fake, is in the sandbox.
-func guest(t *testing.T, serve func(net.Conn)) (port int) {
+// inside is a server that, on the Fake, is in the sandbox.
+func inside(t *testing.T, serve func(net.Conn)) (port int) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -55,7 +55,7 @@ func exposePort(t *testing.T, sb *sandbox.Sandbox, port int) sandbox.Port {
 func TestPorts(t *testing.T) {
 	m := newManager(t, t.TempDir(), &sandboxtest.Fake{}, nil)
 	sb := create(t, m, sandbox.CreateOptions{})
-	port := guest(t, func(c net.Conn) { // answers with the sum of all that comes, once that has ended
+	port := inside(t, func(c net.Conn) { // answers with the sum of all that comes, once that has ended
 		h := sha256.New()
 		if _, err := io.Copy(h, c); err == nil {
 			fmt.Fprintf(c, "%x", h.Sum(nil))
@@ -159,7 +159,7 @@ func TestPortsEnd(t *testing.T) {
 	keep := func(o *sandbox.Options) { o.Keep = true }
 	first := newManager(t, dir, fake, keep)
 	sb := create(t, first, sandbox.CreateOptions{})
-	p := exposePort(t, sb, guest(t, func(c net.Conn) { _, _ = io.Copy(c, c) }))
+	p := exposePort(t, sb, inside(t, func(c net.Conn) { _, _ = io.Copy(c, c) }))
 	echo := func() net.Conn {
 		t.Helper()
 		conn, err := net.Dial("tcp", p.Address())
