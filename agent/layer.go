@@ -436,7 +436,9 @@ func (c *Client) MarkFiles(ctx context.Context) error {
 
 // Changes gives a layer, as the OCI image specification has it: a tar of what has changed since MarkFiles, or since the last Changes that
 // was read to its end. The reader must be closed, and reads fail when ctx ends. It is the guest's, whatever it says.
-func (c *Client) Changes(ctx context.Context) (io.ReadCloser, error) { return c.changesOf(ctx, "/", "") }
+func (c *Client) Changes(ctx context.Context) (io.ReadCloser, error) {
+	return c.changesOf(ctx, "/", "")
+}
 
 // Pack gives all that is in a directory as a tar, with names below it. What is mounted there is left out. Else it is as Changes.
 func (c *Client) Pack(ctx context.Context, dir string) (io.ReadCloser, error) {

@@ -298,7 +298,6 @@ type InputRequest struct {
 	Window Window `json:"window"`
 }
 
-
 // InputResult is what a process has answered. Blocked says that it did not take all of the input, but the first Written bytes.
 type InputResult struct {
 	Snapshot
