@@ -21,6 +21,7 @@ const module = "soulbox.dev/soulbox"
 var mayImport = map[string][]string{
 	"access":               {"internal/durable"},
 	"agent":                {"internal/names"},
+	"agent/guest":          {"agent", "internal/names"},
 	"sandbox":              {"access", "agent", "internal/durable"},
 	"internal/durable":     {},
 	"internal/erofs":       {},
@@ -32,8 +33,8 @@ var mayImport = map[string][]string{
 	"mcpserver":            {"access"},
 	"tools":                {"access", "sandbox", "agent", "template", "internal/wholenum", "internal/names"},
 	"resources":            {"sandbox", "agent", "template", "internal/names"},
-	"internal/sandboxtest": {"sandbox", "agent", "internal/erofs"},
-	"cmd/soulbox-agent":    {"agent"},
+	"internal/sandboxtest": {"sandbox", "agent", "agent/guest", "internal/erofs"},
+	"cmd/soulbox-agent":    {"agent/guest"},
 	"api": {"access", "sandbox", "agent", "template", "api/envd", "api/client", "internal/wholenum",
 		"internal/names"},
 	"api/client": {"internal/names", "api/envd/spec/process", "api/envd/spec/filesystem",
@@ -52,7 +53,7 @@ var mayImport = map[string][]string{
 
 // testsMayImport adds to mayImport for tests: a runtime is tested with the domain on top and a template below.
 var testsMayImport = map[string][]string{
-	"sandbox":   {"internal/sandboxtest"},
+	"sandbox":   {"internal/sandboxtest", "agent/guest"},
 	"gvisor":    {"internal/sandboxtest", "internal/erofs", "agent", "template"},
 	"template":  {"internal/sandboxtest", "gvisor"},
 	"tools":     {"internal/sandboxtest", "mcpserver"},
@@ -70,13 +71,13 @@ var onlyIn = map[string][]string{
 	"gvisor.dev/gvisor":                      {"gvisor"},
 	"flag":                                   {"cmd/soulbox-mcp", "internal/sandboxtest", "gvisor/patch"},
 	"github.com/google/jsonschema-go":        {"tools"},
-	"github.com/sourcegraph/jsonrpc2":        {"agent"},
-	"github.com/hashicorp/yamux":             {"agent"},
-	"github.com/fsnotify/fsnotify":           {"agent"},
+	"github.com/sourcegraph/jsonrpc2":        {"agent", "agent/guest"},
+	"github.com/hashicorp/yamux":             {"agent", "agent/guest"},
+	"github.com/fsnotify/fsnotify":           {"agent/guest"},
 	"github.com/modelcontextprotocol/go-sdk": {"cmd/soulbox-mcp"}, // in tests only
 	"github.com/coreos/go-oidc":              {"access"},
 	"github.com/charmbracelet":               {"tools"},
-	"github.com/creack/pty":                  {"agent"},
+	"github.com/creack/pty":                  {"agent/guest"},
 	"connectrpc.com/connect": {"api/envd", "api/client", "api/envd/spec/process/processconnect",
 		"api/envd/spec/filesystem/filesystemconnect"},
 	"golang.org/x/crypto":             {"cmd/soulbox-mcp"},
@@ -89,7 +90,7 @@ var onlyIn = map[string][]string{
 
 // agentMayUse are the libraries of the agent, which must stay small.
 var agentMayUse = []string{"github.com/sourcegraph/jsonrpc2", "github.com/hashicorp/yamux", "github.com/creack/pty",
-	"github.com/fsnotify/fsnotify", "golang.org/x/sys", module + "/internal/names"}
+	"github.com/fsnotify/fsnotify", "golang.org/x/sys", module + "/internal/names", module + "/agent"}
 
 func TestImports(t *testing.T) {
 	seen := map[string]bool{}
@@ -118,7 +119,7 @@ func TestImports(t *testing.T) {
 				}
 			}
 			first, _, _ := strings.Cut(imported, "/")
-			if pkg == "agent" && !test && strings.Contains(first, ".") &&
+			if (pkg == "agent" || pkg == "agent/guest") && !test && strings.Contains(first, ".") &&
 				!slices.ContainsFunc(agentMayUse, func(lib string) bool {
 					return imported == lib ||
 						strings.HasPrefix(imported, lib+"/")

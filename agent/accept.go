@@ -3,120 +3,12 @@ package agent
 import (
 	"context"
 	"errors"
-	"io"
 	"net"
-	"sync"
 	"time"
 
 	"github.com/hashicorp/yamux"
 	"golang.org/x/sys/unix"
 )
-
-// acceptWait is how long a connection waits for a host that takes it; maxPending is how many wait.
-const (
-	acceptWait = 30 * time.Second
-	maxPending = 128
-)
-
-// acceptors are the addresses of the sandbox' loopback on which a host takes connections. They go on from one host to the next. It is safe
-// for concurrent use.
-type acceptors struct {
-	mu     sync.Mutex
-	byAddr map[string]chan net.Conn
-}
-
-// on gives the connections to an address, which is listened on from the first time on.
-func (a *acceptors) on(ctx context.Context, address string) (chan net.Conn, error) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if conns := a.byAddr[address]; conns != nil {
-		return conns, nil
-	}
-	host, _, err := net.SplitHostPort(address)
-	if err != nil || net.ParseIP(host) == nil || !net.ParseIP(host).IsLoopback() {
-		return nil, invalid("accept on %q: only the sandbox' own loopback can be listened on", clip(address, 80))
-	}
-	l, err := net.Listen("tcp", address)
-	if err != nil {
-		return nil, err
-	}
-	conns := make(chan net.Conn)
-	if a.byAddr == nil {
-		a.byAddr = map[string]chan net.Conn{}
-	}
-	a.byAddr[address] = conns
-	context.AfterFunc(ctx, func() { _ = l.Close() })
-	go func() {
-		slots := make(chan struct{}, maxPending)
-		for {
-			slots <- struct{}{}
-			conn, err := l.Accept()
-			if err != nil { // the agent is at its end, or out of descriptors: who asks again listens anew
-				a.mu.Lock()
-				delete(a.byAddr, address)
-				a.mu.Unlock()
-				_ = l.Close()
-				return
-			}
-			go func() {
-				defer func() { <-slots }()
-				timer := time.NewTimer(acceptWait)
-				defer timer.Stop()
-				select {
-				case conns <- conn:
-				case <-timer.C:
-					_ = conn.Close()
-				}
-			}()
-		}
-	}()
-	return conns, nil
-}
-
-// serveAccept waits for a connection to an address of the loopback, and gives it to the host.
-func (s *Server) serveAccept(ctx context.Context, stream *yamux.Stream, h header) {
-	conns, err := s.acceptors.on(s.ctx, h.Address)
-	if err != nil {
-		_ = writeMessage(stream, answer{Error: wireError(err)})
-		return
-	}
-	select {
-	case conn := <-conns:
-		defer conn.Close()
-		defer s.second.hold()()
-		defer context.AfterFunc(ctx, func() { // the host is gone
-			_ = conn.Close()
-			_ = stream.SetDeadline(time.Unix(1, 0))
-		})()
-		if writeMessage(stream, answer{}) == nil {
-			giveOver(stream, conn)
-		}
-	case <-ctx.Done():
-	}
-}
-
-// lingerTime is how long a connection may stay that its host has done with.
-const lingerTime = 5 * time.Second
-
-// giveOver is splice with a host that says the last word: once it has closed its half, the sandbox has a moment to close its own.
-func giveOver(stream *yamux.Stream, conn net.Conn) {
-	var both sync.WaitGroup
-	both.Go(func() {
-		_, err := io.Copy(conn, stream)
-		if half, ok := conn.(*net.TCPConn); ok && err == nil {
-			_ = half.CloseWrite()
-		}
-		_ = conn.SetReadDeadline(time.Now().Add(lingerTime))
-	})
-	both.Go(func() {
-		_, err := io.Copy(stream, conn)
-		_ = stream.Close()
-		if err != nil {
-			_ = conn.Close()
-		}
-	})
-	both.Wait()
-}
 
 // acceptedConn is a connection that nothing holds once it is closed.
 type acceptedConn struct {
@@ -139,7 +31,7 @@ func (c *acceptedConn) CloseWrite() error { return c.Stream.Close() }
 // Accept waits for the next connection that is made in the sandbox to an address of its loopback, which is listened on from the first
 // Accept on. It is no use of the sandbox. When ctx ends the connection is at its end.
 func (c *Client) Accept(ctx context.Context, address string) (net.Conn, error) {
-	stream, err := OrGiveUp(ctx, func() (*yamux.Stream, error) { return c.open(header{Stream: streamAccept, Address: address}) }, c.giveUp)
+	stream, err := OrGiveUp(ctx, func() (*yamux.Stream, error) { return c.open(Header{Stream: StreamAccept, Address: address}) }, c.giveUp)
 	if err != nil {
 		return nil, err
 	}
@@ -150,10 +42,10 @@ func (c *Client) Accept(ctx context.Context, address string) (net.Conn, error) {
 		_ = stream.SetDeadline(time.Unix(1, 0))
 		conn.letGo()
 	})
-	var a answer
-	if err := readMessage(conn, &a); err != nil {
+	var a Answer
+	if err := ReadMessage(conn, &a); err != nil {
 		_ = conn.Close()
-		return nil, c.streamError(ctx, streamAccept, err)
+		return nil, c.streamError(ctx, StreamAccept, err)
 	}
 	if a.Error != nil {
 		_ = conn.Close()

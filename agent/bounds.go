@@ -12,7 +12,7 @@ import (
 // Bounds of what an agent answers, where a field has none of its own (`max:"N"`).
 const (
 	maxText    = 32 << 10 // bytes of a string: a path of 4 KiB takes three times that where it is no text
-	maxObjects = 4 * maxEntries
+	maxObjects = 4 * MaxEntries
 )
 
 // decodeAnswer decodes what an agent has answered, whose parts are as large as they may be and not larger.
@@ -63,23 +63,23 @@ func bounded(v reflect.Value, name string, limit int) error {
 		}
 	case reflect.Slice:
 		if v.Type().Elem().Kind() == reflect.Uint8 {
-			return within(v.Len(), limit, maxWindow, name, "bytes")
+			return within(v.Len(), limit, MaxWindow, name, "bytes")
 		}
 		for i := range v.Len() {
 			if err := bounded(v.Index(i), name, 0); err != nil {
 				return err
 			}
 		}
-		return within(v.Len(), limit, maxEntries, name, "entries")
+		return within(v.Len(), limit, MaxEntries, name, "entries")
 	case reflect.Map:
 		for of := v.MapRange(); of.Next(); {
 			for _, part := range []reflect.Value{of.Key(), of.Value()} {
-				if err := bounded(part, name, maxCommand); err != nil {
+				if err := bounded(part, name, MaxCommand); err != nil {
 					return err
 				}
 			}
 		}
-		return within(v.Len(), limit, maxEntries, name, "entries")
+		return within(v.Len(), limit, MaxEntries, name, "entries")
 	case reflect.Struct:
 		if v.Type() == reflect.TypeFor[time.Time]() {
 			return nil

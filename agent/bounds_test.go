@@ -21,10 +21,10 @@ func forged(t *testing.T, result string) *Client {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		var h hello
-		_ = readHello(bufio.NewReader(guest), &h)
-		_ = writeHello(guest, hello{Protocol: Protocol})
-		session, err := yamux.Server(guest, muxConfig())
+		var h Hello
+		_ = ReadHello(bufio.NewReader(guest), &h)
+		_ = WriteHello(guest, Hello{Protocol: Protocol})
+		session, err := yamux.Server(guest, MuxConfig())
 		if err != nil {
 			return
 		}
@@ -32,13 +32,13 @@ func forged(t *testing.T, result string) *Client {
 		if err != nil {
 			return
 		}
-		var hd header
-		_ = readMessage(stream, &hd)
+		var hd Header
+		_ = ReadMessage(stream, &hd)
 		raw := json.RawMessage(result)
-		conn := jsonrpc2.NewConn(context.Background(), messageStream{conn: stream},
-			handlerFunc(func(ctx context.Context, c *jsonrpc2.Conn, r *jsonrpc2.Request) {
+		conn := jsonrpc2.NewConn(context.Background(), MessageStream{Conn: stream},
+			HandlerFunc(func(ctx context.Context, c *jsonrpc2.Conn, r *jsonrpc2.Request) {
 				_ = c.Reply(ctx, r.ID, &raw)
-			}), quiet)
+			}), Quiet)
 		<-conn.DisconnectNotify()
 	}()
 	c, err := NewClient(t.Context(), host, "test")
@@ -58,28 +58,28 @@ func TestForgedAnswers(t *testing.T) {
 		answer string
 		call   func(*Client) error
 	}{
-		"processes": {list("{}", maxEntries+1), func(c *Client) error { _, err := c.List(ctx, ListRequest{}); return err }},
+		"processes": {list("{}", MaxEntries+1), func(c *Client) error { _, err := c.List(ctx, ListRequest{}); return err }},
 		"many":      {list("{}", 300_000), func(c *Client) error { _, err := c.List(ctx, ListRequest{}); return err }},
 		"lists":     {list("[]", 300_000), func(c *Client) error { _, err := c.List(ctx, ListRequest{}); return err }},
 		"a command": {`[{"command":"` + long + `"}]`, func(c *Client) error { _, err := c.List(ctx, ListRequest{}); return err }},
 		"an id": {`{"process":{"id":"` + long[:200] + `"}}`,
 			func(c *Client) error { _, err := c.Start(ctx, StartRequest{}); return err }},
-		"output": {`{"output":{"head":"` + strings.Repeat("AAAA", maxWindow/3+2) + `"}}`,
+		"output": {`{"output":{"head":"` + strings.Repeat("AAAA", MaxWindow/3+2) + `"}}`,
 			func(c *Client) error { _, err := c.Wait(ctx, WaitRequest{}); return err }},
-		"files": {`{"entries":` + list("{}", maxEntries+1) + `}`,
+		"files": {`{"entries":` + list("{}", MaxEntries+1) + `}`,
 			func(c *Client) error { _, err := c.Dir(ctx, DirRequest{}); return err }},
 		"a path": {`{"path":"` + long + `"}`, func(c *Client) error { _, err := c.Stat(ctx, "/"); return err }},
 		"a link": {`{"link":{"target":"` + long + `"}}`, func(c *Client) error { _, err := c.Lstat(ctx, "/"); return err }},
-		"matches": {`{"matches":` + list("{}", maxEntries+1) + `}`,
+		"matches": {`{"matches":` + list("{}", MaxEntries+1) + `}`,
 			func(c *Client) error { _, err := c.Search(ctx, SearchRequest{}); return err }},
-		"variables": {fmt.Sprintf(`{%q:%q}`, "A", strings.Repeat("x", maxCommand+1)),
+		"variables": {fmt.Sprintf(`{%q:%q}`, "A", strings.Repeat("x", MaxCommand+1)),
 			func(c *Client) error { _, err := c.Environment(ctx); return err }},
-		"events": {`{"events":` + list("{}", maxEvents+1) + `}`, func(c *Client) error { _, err := c.Usage(ctx, nil); return err }},
-		"changes": {`{"events":` + list("{}", maxTreeBatch+1) + `}`,
+		"events": {`{"events":` + list("{}", MaxEvents+1) + `}`, func(c *Client) error { _, err := c.Usage(ctx, nil); return err }},
+		"changes": {`{"events":` + list("{}", MaxTreeBatch+1) + `}`,
 			func(c *Client) error { _, err := c.WatchTree(ctx, TreeRequest{}); return err }},
-		"killed": {`{"killed":` + list("{}", maxRelieved+1) + `}`,
+		"killed": {`{"killed":` + list("{}", MaxRelieved+1) + `}`,
 			func(c *Client) error { _, err := c.Relieve(ctx, RelieveRequest{}); return err }},
-		"names": {`{"env":` + list(`"x"`, maxEntries+1) + `}`,
+		"names": {`{"env":` + list(`"x"`, MaxEntries+1) + `}`,
 			func(c *Client) error { _, err := c.Shell(ctx, ShellRequest{}); return err }},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -6,8 +6,8 @@ import (
 	"io"
 )
 
-// writeChunks copies r to w as chunks, without the end.
-func writeChunks(w io.Writer, r io.Reader) (int64, error) {
+// WriteChunks copies r to w as chunks, without the end.
+func WriteChunks(w io.Writer, r io.Reader) (int64, error) {
 	buf := make([]byte, 4+64<<10)
 	var total int64
 	for {
@@ -28,28 +28,28 @@ func writeChunks(w io.Writer, r io.Reader) (int64, error) {
 	}
 }
 
-// endChunks ends a sequence of chunks.
-func endChunks(w io.Writer, trailer any) error {
+// EndChunks ends a sequence of chunks.
+func EndChunks(w io.Writer, trailer any) error {
 	if _, err := w.Write([]byte{0, 0, 0, 0}); err != nil {
 		return err
 	}
-	return writeMessage(w, trailer)
+	return WriteMessage(w, trailer)
 }
 
-// chunkReader reads chunks up to their end; then trailer is decoded and its error, if any, is returned.
-type chunkReader struct {
-	r    io.Reader
+// ChunkReader reads chunks up to their end; then trailer is decoded and its error, if any, is returned.
+type ChunkReader struct {
+	R    io.Reader
 	left uint32
 	err  error
 }
 
-func (c *chunkReader) Read(p []byte) (int, error) {
+func (c *ChunkReader) Read(p []byte) (int, error) {
 	if c.err != nil {
 		return 0, c.err
 	}
 	if c.left == 0 {
 		var size [4]byte
-		if _, err := io.ReadFull(c.r, size[:]); err != nil {
+		if _, err := io.ReadFull(c.R, size[:]); err != nil {
 			c.err = cutOff(err)
 			return 0, c.err
 		}
@@ -59,9 +59,9 @@ func (c *chunkReader) Read(p []byte) (int, error) {
 			c.err = fmt.Errorf("chunk of %d bytes, allowed are %d: %w", c.left, maxChunk, ErrTooLarge)
 			return 0, c.err
 		case c.left == 0:
-			var end answer
+			var end Answer
 			c.err = io.EOF
-			if err := readMessage(c.r, &end); err != nil {
+			if err := ReadMessage(c.R, &end); err != nil {
 				c.err = cutOff(err)
 			} else if end.Error != nil {
 				c.err = end.Error
@@ -69,7 +69,7 @@ func (c *chunkReader) Read(p []byte) (int, error) {
 			return 0, c.err
 		}
 	}
-	n, err := c.r.Read(p[:min(len(p), int(c.left))])
+	n, err := c.R.Read(p[:min(len(p), int(c.left))])
 	c.left -= uint32(n)
 	if err != nil {
 		c.err = cutOff(err)

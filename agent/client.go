@@ -48,26 +48,26 @@ func NewClient(ctx context.Context, conn io.ReadWriteCloser, version string) (_ 
 			_ = c.conn.Close()
 		}
 	}()
-	if err := writeHello(c.conn, hello{Protocol: Protocol, Version: version}); err != nil {
+	if err := WriteHello(c.conn, Hello{Protocol: Protocol, Version: version}); err != nil {
 		return nil, fmt.Errorf("handshake with agent: %w: %w", err, ErrLost)
 	}
-	reader := bufio.NewReaderSize(heardReader{c.conn, &c.heard}, maxHello)
-	var guest hello
-	if err := readHello(reader, &guest); err != nil {
+	reader := bufio.NewReaderSize(heardReader{c.conn, &c.heard}, MaxHello)
+	var guest Hello
+	if err := ReadHello(reader, &guest); err != nil {
 		return nil, fmt.Errorf("%w: %w", err, ErrLost)
 	}
 	if guest.Error != "" || guest.Protocol != Protocol {
-		return nil, fmt.Errorf("agent %q speaks protocol %d, this host %q speaks %d: %w", clip(guest.Version, 40), guest.Protocol, version,
+		return nil, fmt.Errorf("agent %q speaks protocol %d, this host %q speaks %d: %w", Clip(guest.Version, 40), guest.Protocol, version,
 			Protocol, ErrVersion)
 	}
-	c.boot, c.version, c.level = clip(guest.Boot, 64), clip(guest.Version, 40), guest.Level
-	mux := newBufferedConn(nil, c.conn)
+	c.boot, c.version, c.level = Clip(guest.Boot, 64), Clip(guest.Version, 40), guest.Level
+	mux := NewBufferedConn(nil, c.conn)
 	c.windows = newWindows(&mux.frameWriter)
 	mux.Reader = &guestFrames{r: reader, windows: c.windows}
-	if c.session, err = yamux.Client(mux, muxConfig()); err != nil {
+	if c.session, err = yamux.Client(mux, MuxConfig()); err != nil {
 		return nil, err
 	}
-	stream, err := c.open(header{Stream: streamRPC})
+	stream, err := c.open(Header{Stream: StreamRPC})
 	if err != nil {
 		return nil, err
 	}
@@ -78,7 +78,7 @@ func NewClient(ctx context.Context, conn io.ReadWriteCloser, version string) (_ 
 			c.fail(errors.New("the guest called the host")) // which it never does
 		}()
 	}
-	c.rpc = jsonrpc2.NewConn(context.Background(), messageStream{conn: stream}, handlerFunc(refuse), quiet)
+	c.rpc = jsonrpc2.NewConn(context.Background(), MessageStream{Conn: stream}, HandlerFunc(refuse), Quiet)
 	close(whole)
 	go c.watch()
 	go func() {
@@ -141,8 +141,8 @@ func (c *Client) lost(op string, err error) error {
 	return fmt.Errorf("%s: %w: %w", op, ErrLost, err)
 }
 
-// call makes one call. When ctx ends the guest is told, and the answer is not waited for.
-func call[R any](ctx context.Context, c *Client, method string, args any) (result R, err error) {
+// Call makes one call. When ctx ends the guest is told, and the answer is not waited for.
+func Call[R any](ctx context.Context, c *Client, method string, args any) (result R, err error) {
 	if !ownCalls[method] {
 		if err := c.use.enter(); err != nil {
 			return result, fmt.Errorf("%s: %w", method, err)
@@ -174,14 +174,14 @@ func call[R any](ctx context.Context, c *Client, method string, args any) (resul
 		if reply.Data == nil || json.Unmarshal(*reply.Data, &e) != nil {
 			e = Error{Message: reply.Message}
 		}
-		if e.Kind == "invalid" && strings.HasPrefix(e.Message, unknownCall) {
+		if e.Kind == "invalid" && strings.HasPrefix(e.Message, UnknownCall) {
 			return result, fmt.Errorf("%s: the sandbox was made by an older version, which does not know it: %w", method, ErrVersion)
 		}
-		e.Message = clip(e.Message, 4000)
+		e.Message = Clip(e.Message, 4000)
 		return result, &e
 	case ctx.Err() != nil:
 		// Not waited for: it matters only to the guest, which may not read.
-		go func() { _ = c.rpc.Notify(context.Background(), noteCancel, map[string]uint64{"id": id}) }()
+		go func() { _ = c.rpc.Notify(context.Background(), NoteCancel, map[string]uint64{"id": id}) }()
 		return result, context.Cause(ctx)
 	}
 	return result, c.lost(method, err)
@@ -216,7 +216,7 @@ func OrGiveUp[T any](ctx context.Context, do func() (T, error), undo func(T)) (T
 
 // Configure sets the sandbox' environment and limits.
 func (c *Client) Configure(ctx context.Context, config Config) error {
-	_, err := call[struct{}](ctx, c, callConfigure, config)
+	_, err := Call[struct{}](ctx, c, CallConfigure, config)
 	return err
 }
 
@@ -226,123 +226,123 @@ func (c *Client) Start(ctx context.Context, req StartRequest) (Snapshot, error) 
 		return Snapshot{}, fmt.Errorf("start: the sandbox was made by an older version, which takes no arguments that are not text: %w",
 			ErrVersion)
 	}
-	return call[Snapshot](ctx, c, callStart, req)
+	return Call[Snapshot](ctx, c, CallStart, req)
 }
 
 // Wait waits up to req.WaitMS for the end of a process. Ending ctx ends the wait, never the process.
 func (c *Client) Wait(ctx context.Context, req WaitRequest) (Snapshot, error) {
-	return call[Snapshot](ctx, c, callWait, req)
+	return Call[Snapshot](ctx, c, CallWait, req)
 }
 
 // Input writes to a process and listens to its answer. Ending ctx ends the listening.
 func (c *Client) Input(ctx context.Context, req InputRequest) (InputResult, error) {
-	return call[InputResult](ctx, c, callInput, req)
+	return Call[InputResult](ctx, c, CallInput, req)
 }
 
 // Signal sends a signal to the process group.
 func (c *Client) Signal(ctx context.Context, process, signal string) (Process, error) {
-	return call[Process](ctx, c, callSignal, SignalRequest{Process: process, Signal: signal})
+	return Call[Process](ctx, c, CallSignal, SignalRequest{Process: process, Signal: signal})
 }
 
 // Resize changes the size of a process' terminal. A process without one is ErrNoTerminal.
 func (c *Client) Resize(ctx context.Context, req ResizeRequest) (Process, error) {
-	return call[Process](ctx, c, callResize, req)
+	return Call[Process](ctx, c, CallResize, req)
 }
 
 // Kill ends a process and everything that it started.
 func (c *Client) Kill(ctx context.Context, process string) (Process, error) {
-	return call[Process](ctx, c, callKill, WaitRequest{Process: process})
+	return Call[Process](ctx, c, CallKill, WaitRequest{Process: process})
 }
 
 // List lists processes, newest first.
 func (c *Client) List(ctx context.Context, req ListRequest) ([]Process, error) {
-	return call[[]Process](ctx, c, callList, req)
+	return Call[[]Process](ctx, c, CallList, req)
 }
 
 // Mount mounts something for a build, or takes it away.
 func (c *Client) Mount(ctx context.Context, req MountRequest) (MountResult, error) {
-	return call[MountResult](ctx, c, callMount, req)
+	return Call[MountResult](ctx, c, CallMount, req)
 }
 
 // Ping returns when the agent has answered.
 func (c *Client) Ping(ctx context.Context) error {
-	_, err := call[struct{}](ctx, c, callPing, struct{}{})
+	_, err := Call[struct{}](ctx, c, CallPing, struct{}{})
 	return err
 }
 
 // Usage tells the consumption of all user processes and, where since is not nil, the events after that number.
 func (c *Client) Usage(ctx context.Context, since *int64) (Usage, error) {
-	return call[Usage](ctx, c, callUsage, UsageRequest{Since: since})
+	return Call[Usage](ctx, c, CallUsage, UsageRequest{Since: since})
 }
 
 // Shell tells what a shell remembers.
 func (c *Client) Shell(ctx context.Context, req ShellRequest) (ShellInfo, error) {
-	return call[ShellInfo](ctx, c, callShell, req)
+	return Call[ShellInfo](ctx, c, CallShell, req)
 }
 
 // WatchTree begins a watch of a tree, reads one or ends it. What it has to tell is kept for a host that comes later.
 func (c *Client) WatchTree(ctx context.Context, req TreeRequest) (TreeResult, error) {
-	return call[TreeResult](ctx, c, callTree, req)
+	return Call[TreeResult](ctx, c, CallTree, req)
 }
 
 // Stat describes a file, following symlinks.
 func (c *Client) Stat(ctx context.Context, path string) (FileInfo, error) {
-	return call[FileInfo](ctx, c, callStat, PathRequest{Path: path})
+	return Call[FileInfo](ctx, c, CallStat, PathRequest{Path: path})
 }
 
 // Lstat describes a file, links themselves.
 func (c *Client) Lstat(ctx context.Context, path string) (FileInfo, error) {
-	return call[FileInfo](ctx, c, callStat, PathRequest{Path: path, Links: true})
+	return Call[FileInfo](ctx, c, CallStat, PathRequest{Path: path, Links: true})
 }
 
 // Environment is what Configure has given processes.
 func (c *Client) Environment(ctx context.Context) (map[string]string, error) {
-	return call[map[string]string](ctx, c, callEnv, struct{}{})
+	return Call[map[string]string](ctx, c, CallEnv, struct{}{})
 }
 
 // User finds a user.
 func (c *Client) User(ctx context.Context, user string) (User, error) {
-	return call[User](ctx, c, callUser, UserRequest{User: user})
+	return Call[User](ctx, c, CallUser, UserRequest{User: user})
 }
 
 // Dir lists a directory.
 func (c *Client) Dir(ctx context.Context, req DirRequest) (DirResult, error) {
-	return call[DirResult](ctx, c, callDir, req)
+	return Call[DirResult](ctx, c, CallDir, req)
 }
 
 // Mkdir makes a directory and its parents; it exists already is an error (fs.ErrExist).
 func (c *Client) Mkdir(ctx context.Context, req PathRequest) (FileInfo, error) {
-	return call[FileInfo](ctx, c, callMkdir, req)
+	return Call[FileInfo](ctx, c, CallMkdir, req)
 }
 
 // Move renames a file or directory; an existing file at the target is replaced.
 func (c *Client) Move(ctx context.Context, req MoveRequest) (FileInfo, error) {
-	return call[FileInfo](ctx, c, callMove, req)
+	return Call[FileInfo](ctx, c, CallMove, req)
 }
 
 // Remove removes a file or, when Recursive, a tree.
 func (c *Client) Remove(ctx context.Context, req PathRequest) error {
-	_, err := call[struct{}](ctx, c, callRemove, req)
+	_, err := Call[struct{}](ctx, c, CallRemove, req)
 	return err
 }
 
 // Edit changes a text file in place, atomically.
 func (c *Client) Edit(ctx context.Context, req EditRequest) (EditResult, error) {
-	return call[EditResult](ctx, c, callEdit, req)
+	return Call[EditResult](ctx, c, CallEdit, req)
 }
 
 // Search finds files and lines.
 func (c *Client) Search(ctx context.Context, req SearchRequest) (SearchResult, error) {
-	return call[SearchResult](ctx, c, callSearch, req)
+	return Call[SearchResult](ctx, c, CallSearch, req)
 }
 
 // Setattr sets user.* extended attributes; an empty value removes one.
 func (c *Client) Setattr(ctx context.Context, req PathRequest) (FileInfo, error) {
-	return call[FileInfo](ctx, c, callSetattr, req)
+	return Call[FileInfo](ctx, c, CallSetattr, req)
 }
 
 // open opens a stream with its header.
-func (c *Client) open(h header) (*yamux.Stream, error) {
+func (c *Client) open(h Header) (*yamux.Stream, error) {
 	stream, err := c.session.OpenStream()
 	if err != nil {
 		return nil, c.lost("open "+h.Stream, err)
@@ -350,7 +350,7 @@ func (c *Client) open(h header) (*yamux.Stream, error) {
 	if narrow[h.Stream] {
 		err = c.windows.narrow(stream)
 	}
-	if err = errors.Join(err, writeMessage(stream, h)); err != nil {
+	if err = errors.Join(err, WriteMessage(stream, h)); err != nil {
 		c.giveUp(stream)
 		return nil, c.lost("open "+h.Stream, err)
 	}
@@ -364,7 +364,7 @@ func (c *Client) giveUp(stream *yamux.Stream) {
 }
 
 // begin opens a stream that lives no longer than ctx, and reads the guest's answer. The caller calls end when it is done.
-func (c *Client) begin(ctx context.Context, h header) (*yamux.Stream, answer, func(), error) {
+func (c *Client) begin(ctx context.Context, h Header) (*yamux.Stream, Answer, func(), error) {
 	stream, a, end, err := c.handshake(ctx, h)
 	if err != nil {
 		return nil, a, nil, err
@@ -374,7 +374,7 @@ func (c *Client) begin(ctx context.Context, h header) (*yamux.Stream, answer, fu
 }
 
 // handshake opens a stream and reads the guest's answer; ctx bounds that and no more.
-func (c *Client) handshake(ctx context.Context, h header) (stream *yamux.Stream, a answer, end func(), err error) {
+func (c *Client) handshake(ctx context.Context, h Header) (stream *yamux.Stream, a Answer, end func(), err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, a, nil, context.Cause(ctx)
 	}
@@ -407,7 +407,7 @@ func (c *Client) handshake(ctx context.Context, h header) (stream *yamux.Stream,
 	if narrow[h.Stream] {
 		answered = narrowStream{stream, c.windows}
 	}
-	if err := readMessage(answered, &a); err != nil {
+	if err := ReadMessage(answered, &a); err != nil {
 		end()
 		return nil, a, nil, c.streamError(ctx, h.Stream, err)
 	}

@@ -16,15 +16,15 @@ import (
 
 // ReadFile reads limit bytes of a regular file from offset on; limit < 0 is all. The reader must be closed, and reads fail when ctx ends.
 func (c *Client) ReadFile(ctx context.Context, path string, offset, limit int64) (io.ReadCloser, FileInfo, error) {
-	stream, a, end, err := c.begin(ctx, header{Stream: streamRead, Path: path, Offset: offset, Limit: limit})
+	stream, a, end, err := c.begin(ctx, Header{Stream: StreamRead, Path: path, Offset: offset, Limit: limit})
 	if err != nil {
 		return nil, FileInfo{}, err
 	}
 	if a.Info == nil {
 		end()
-		return nil, FileInfo{}, c.lost(streamRead, errors.New("answer without info"))
+		return nil, FileInfo{}, c.lost(StreamRead, errors.New("answer without info"))
 	}
-	body := io.Reader(&chunkReader{r: stream})
+	body := io.Reader(&ChunkReader{R: stream})
 	if limit >= 0 {
 		body = &atMost{r: body, left: limit}
 	}
@@ -77,57 +77,57 @@ type WriteOptions struct {
 
 // WriteFile writes what r gives to a file.
 func (c *Client) WriteFile(ctx context.Context, path string, r io.Reader, o WriteOptions) (FileInfo, error) {
-	stream, _, end, err := c.begin(ctx, header{Stream: streamWrite, Path: path, Mode: o.Mode, User: o.User, Perm: o.Perm,
+	stream, _, end, err := c.begin(ctx, Header{Stream: StreamWrite, Path: path, Mode: o.Mode, User: o.User, Perm: o.Perm,
 		Parents: !o.NoDirs, Attrs: o.Attrs, AttrsBelow: o.AttrsBelow})
 	if err != nil {
 		return FileInfo{}, err
 	}
 	defer end()
 	answered := awaitAnswer(stream)
-	src := &sourceReader{r: r}
-	if _, err := writeChunks(stream, src); err == nil {
-		_ = endChunks(stream, answer{}) // a failure shows in the answer below
-	} else if src.err != nil {
-		return FileInfo{}, src.err // closing without the end: nothing of it becomes visible
+	src := &SourceReader{R: r}
+	if _, err := WriteChunks(stream, src); err == nil {
+		_ = EndChunks(stream, Answer{}) // a failure shows in the answer below
+	} else if src.Err != nil {
+		return FileInfo{}, src.Err // closing without the end: nothing of it becomes visible
 	}
 	a, err := answered()
 	if err != nil {
-		return FileInfo{}, c.streamError(ctx, streamWrite, err)
+		return FileInfo{}, c.streamError(ctx, StreamWrite, err)
 	}
 	if a.Error != nil {
 		return FileInfo{}, a.Error
 	}
 	if a.Info == nil {
-		return FileInfo{}, c.lost(streamWrite, errors.New("answer without info"))
+		return FileInfo{}, c.lost(StreamWrite, errors.New("answer without info"))
 	}
 	return *a.Info, nil
 }
 
 // awaitAnswer reads the guest's second answer while we write: one that comes early says that the rest is of no use, and ends the writing.
-func awaitAnswer(stream *yamux.Stream) (answered func() (answer, error)) {
-	var a answer
+func awaitAnswer(stream *yamux.Stream) (answered func() (Answer, error)) {
+	var a Answer
 	done := make(chan error, 1)
 	go func() {
-		err := readMessage(stream, &a)
+		err := ReadMessage(stream, &a)
 		_ = stream.SetWriteDeadline(time.Unix(1, 0))
 		done <- err
 	}()
-	return func() (answer, error) {
+	return func() (Answer, error) {
 		err := <-done
 		return a, err
 	}
 }
 
-// sourceReader remembers the error of the caller's reader, to tell it from one of the stream.
-type sourceReader struct {
-	r   io.Reader
-	err error
+// SourceReader remembers the error of the caller's reader, to tell it from one of the stream.
+type SourceReader struct {
+	R   io.Reader
+	Err error
 }
 
-func (s *sourceReader) Read(p []byte) (int, error) {
-	n, err := s.r.Read(p)
+func (s *SourceReader) Read(p []byte) (int, error) {
+	n, err := s.R.Read(p)
 	if err != nil && err != io.EOF {
-		s.err = err
+		s.Err = err
 	}
 	return n, err
 }
@@ -136,7 +136,7 @@ func (s *sourceReader) Read(p []byte) (int, error) {
 // does not read; when ctx ends, written tells how much went through.
 func (c *Client) WriteStdin(ctx context.Context, process string, input []byte, eof bool) (written int64, err error) {
 	for {
-		part := input[:min(len(input), maxStdin)]
+		part := input[:min(len(input), MaxStdin)]
 		input = input[len(part):]
 		n, err := c.writeStdin(ctx, process, part, eof && len(input) == 0)
 		written += n
@@ -147,7 +147,7 @@ func (c *Client) WriteStdin(ctx context.Context, process string, input []byte, e
 }
 
 func (c *Client) writeStdin(ctx context.Context, process string, input []byte, eof bool) (int64, error) {
-	stream, _, end, err := c.handshake(ctx, header{Stream: streamStdin, Process: process, Size: int64(len(input)), EOF: eof})
+	stream, _, end, err := c.handshake(ctx, Header{Stream: StreamStdin, Process: process, Size: int64(len(input)), EOF: eof})
 	if err != nil {
 		return 0, err
 	}
@@ -163,7 +163,7 @@ func (c *Client) writeStdin(ctx context.Context, process string, input []byte, e
 	_, _ = io.Copy(stream, bytes.NewReader(input)) // a failure shows in the answer below
 	a, err := answered()
 	if err != nil {
-		return 0, c.streamError(ctx, streamStdin, err)
+		return 0, c.streamError(ctx, StreamStdin, err)
 	}
 	if ctx.Err() != nil {
 		return a.Written, context.Cause(ctx)
@@ -185,15 +185,15 @@ type OutputFrame struct {
 // Output replays the output of a process from offset on and, with follow, goes on until nobody can write any more. It calls
 // each for every frame, and returns when that fails.
 func (c *Client) Output(ctx context.Context, process string, offset int64, follow bool, each func(OutputFrame) error) error {
-	return c.output(ctx, header{Stream: streamOutput, Process: process, Offset: offset, Follow: follow}, each)
+	return c.output(ctx, Header{Stream: StreamOutput, Process: process, Offset: offset, Follow: follow}, each)
 }
 
 // Follow is Output for who wants all of it: a process whose output is not taken waits, as at a pipe.
 func (c *Client) Follow(ctx context.Context, process string, offset int64, each func(OutputFrame) error) error {
-	return c.output(ctx, header{Stream: streamOutput, Process: process, Offset: offset, Follow: true, Hold: true}, each)
+	return c.output(ctx, Header{Stream: StreamOutput, Process: process, Offset: offset, Follow: true, Hold: true}, each)
 }
 
-func (c *Client) output(ctx context.Context, h header, each func(OutputFrame) error) error {
+func (c *Client) output(ctx context.Context, h Header, each func(OutputFrame) error) error {
 	stream, _, end, err := c.begin(ctx, h)
 	if err != nil {
 		return err
@@ -201,18 +201,18 @@ func (c *Client) output(ctx context.Context, h header, each func(OutputFrame) er
 	defer end()
 	from := narrowStream{stream, c.windows}
 	for {
-		kind, at, body, err := readFrame(from)
+		kind, at, body, err := ReadFrame(from)
 		if err != nil {
-			return c.streamError(ctx, streamOutput, err)
+			return c.streamError(ctx, StreamOutput, err)
 		}
-		frame := OutputFrame{Offset: at, Data: body, Stream: streamName(kind - frameStdout)}
-		if kind == frameEnd {
+		frame := OutputFrame{Offset: at, Data: body, Stream: StreamName(kind - FrameStdout)}
+		if kind == FrameEnd {
 			frame = OutputFrame{Offset: at, End: &Process{}}
 			if err := json.Unmarshal(body, frame.End); err != nil {
-				return c.lost(streamOutput, err)
+				return c.lost(StreamOutput, err)
 			}
 		}
-		if err := each(frame); err != nil || kind == frameEnd {
+		if err := each(frame); err != nil || kind == FrameEnd {
 			return err
 		}
 	}
@@ -222,20 +222,20 @@ func (c *Client) output(ctx context.Context, h header, each func(OutputFrame) er
 // reads go on until the other side has closed too, or ctx ends: then the connection is at its end in the sandbox, too.
 func (c *Client) Dial(ctx context.Context, network, address string) (net.Conn, error) {
 	name := rand.Text()
-	stream, _, _, err := c.begin(ctx, header{Stream: streamDial, Network: network, Address: address, Dial: name})
+	stream, _, _, err := c.begin(ctx, Header{Stream: StreamDial, Network: network, Address: address, Dial: name})
 	if err != nil {
 		return nil, err
 	}
 	context.AfterFunc(ctx, func() {
 		// A stream's close says only that we write no more: what is read there would be sent for as long as there is room for it.
-		_ = c.rpc.Notify(context.Background(), noteHangUp, map[string]string{"dial": name}) // the guest is gone otherwise
+		_ = c.rpc.Notify(context.Background(), NoteHangUp, map[string]string{"dial": name}) // the guest is gone otherwise
 	})
 	return narrowStream{stream, c.windows}, nil
 }
 
 // Watch tells each what changes in a directory, or of a file, until ctx ends or each fails. Once started is called, no change is missed.
 func (c *Client) Watch(ctx context.Context, path string, started func(), each func(WatchBatch) error) error {
-	stream, _, end, err := c.begin(ctx, header{Stream: streamWatch, Path: path})
+	stream, _, end, err := c.begin(ctx, Header{Stream: StreamWatch, Path: path})
 	if err != nil {
 		return err
 	}
@@ -244,11 +244,11 @@ func (c *Client) Watch(ctx context.Context, path string, started func(), each fu
 	from := narrowStream{stream, c.windows}
 	for {
 		var batch WatchBatch
-		if err := readMessage(from, &batch); err != nil {
-			return c.streamError(ctx, streamWatch, err)
+		if err := ReadMessage(from, &batch); err != nil {
+			return c.streamError(ctx, StreamWatch, err)
 		}
-		if len(batch.Events) > maxWatchEvents {
-			return c.lost(streamWatch, errors.New("too many events"))
+		if len(batch.Events) > MaxWatchEvents {
+			return c.lost(StreamWatch, errors.New("too many events"))
 		}
 		if err := each(batch); err != nil {
 			return err

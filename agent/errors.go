@@ -3,11 +3,7 @@ package agent
 import (
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
 	"syscall"
-
-	"github.com/sourcegraph/jsonrpc2"
 )
 
 // Causes that have no errno. They cross the pipe as a kind, so errors.Is holds on the host.
@@ -37,7 +33,7 @@ var (
 	ErrVersion = errors.New("protocol version mismatch")
 )
 
-var kinds = map[string]error{
+var Kinds = map[string]error{
 	"no_process": ErrNoProcess, "ended": ErrEnded, "tag_in_use": ErrTagInUse, "no_user": ErrNoUser, "no_signal": ErrNoSignal,
 	"stdin": ErrStdin, "invalid": ErrInvalid, "too_large": ErrTooLarge, "not_regular": ErrNotRegular, "not_text": ErrNotText,
 	"no_match": ErrNoMatch, "ambiguous": ErrAmbiguous, "changing": ErrChanging, "cwd": ErrCwd, "limit": ErrLimit,
@@ -63,52 +59,20 @@ func (e *Error) Unwrap() []error {
 	if e.Errno != 0 {
 		all = append(all, e.Errno)
 	}
-	if kind := kinds[e.Kind]; kind != nil {
+	if kind := Kinds[e.Kind]; kind != nil {
 		all = append(all, kind)
 	}
 	return all
 }
 
-// wireError turns any error into one that can cross the pipe. The text is bounded: file names may be in it.
-func wireError(err error) *Error {
-	var e *Error
-	if errors.As(err, &e) {
-		return e
-	}
-	e = &Error{Message: clip(errorText(err), 2000)}
-	errors.As(err, &e.Errno)
-	var path *fs.PathError
-	if errors.As(err, &path) {
-		e.Op, e.Path = path.Op, clip(path.Path, 1000)
-	}
-	var link *os.LinkError
-	if errors.As(err, &link) {
-		e.Op, e.Path = link.Op, clip(link.Old, 1000)
-	}
-	for kind, sentinel := range kinds {
-		if errors.Is(err, sentinel) {
-			e.Kind = kind
-		}
-	}
-	return e
-}
-
-func invalid(format string, args ...any) error {
+func Invalid(format string, args ...any) error {
 	return fmt.Errorf(format+": %w", append(args, ErrInvalid)...)
 }
 
-// clip bounds a text to n bytes, at whole characters, and marks that it did.
-func clip(s string, n int) string {
+// Clip bounds a text to n bytes, at whole characters, and marks that it did.
+func Clip(s string, n int) string {
 	if len(s) <= n {
 		return s
 	}
 	return string(Whole([]byte(s[:n]))) + "…"
-}
-
-// replyError is an error as the answer of a call.
-func replyError(err error) *jsonrpc2.Error {
-	e := wireError(err)
-	reply := &jsonrpc2.Error{Code: jsonrpc2.CodeInternalError, Message: e.Message}
-	reply.SetError(e)
-	return reply
 }

@@ -1,432 +1,27 @@
 package agent
 
 import (
-	"archive/tar"
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
-	"os"
 	"path"
-	"path/filepath"
-	"slices"
 	"strings"
-	"sync"
-	"syscall"
-	"time"
-
-	"github.com/hashicorp/yamux"
-	"golang.org/x/sys/unix"
 )
 
-// maxMarked bounds the files that a mark remembers.
-const maxMarked = 2_000_000
-
-// whiteout begins the name of what a layer says is gone (OCI image specification, layers).
-const whiteout = ".wh."
-
-// fileKey tells whether a file is as it was: the kernel sets the time of the last status change, and nobody else can.
-type fileKey struct {
-	ino   uint64
-	ctime unix.Timespec
-}
-
-// marked is what the file system was like when it was last looked at: of each directory, its own key as "." and those of what is in it. It
-// is safe for concurrent use, by one after the other.
-type marked struct {
-	mu   sync.Mutex
-	dirs map[string]map[string]fileKey
-}
-
-// serveChanges sends what has changed since the last time as a layer, a tar in which what is gone is a whiteout. The first time, with
-// h.Mode "mark", nothing is sent; with "all" all is, and nothing is remembered.
-func (s *Server) serveChanges(ctx context.Context, stream *yamux.Stream, h header) {
-	if h.Mode != modeAll {
-		s.marked.mu.Lock()
-		defer s.marked.mu.Unlock()
-	}
-	if h.Mode == "" && s.marked.dirs == nil {
-		_ = writeMessage(stream, answer{Error: wireError(invalid("changes: there is no mark to compare with"))})
-		return
-	}
-	shells := s.shells.dir
-	if err := errors.Join(os.MkdirAll(s.opts.SpoolDir, 0o700),
-		os.MkdirAll(shells, 0o700)); err != nil { // whatever is above them then is no change
-		_ = writeMessage(stream, answer{Error: wireError(err)})
-		return
-	}
-	if err := writeMessage(stream, answer{}); err != nil {
-		return
-	}
-	ctx, cancel := untilClosed(ctx, stream)
-	defer cancel()
-	from, to := io.Pipe()
-	defer from.Close() // the walk ends with its reader
-	out := bufio.NewWriterSize(to, 128<<10)
-	w := &layerWriter{ctx: ctx, now: map[string]map[string]fileKey{}, links: map[uint64]string{},
-		skip: map[string]bool{path.Clean(s.opts.SpoolDir): true, path.Clean(shells): true, agentPath: true, BuildDir: true}}
-	if h.Mode != modeAll {
-		w.old = s.marked.dirs
-	}
-	if h.Mode != modeMark {
-		w.tar = tar.NewWriter(out)
-	}
-	var walk sync.WaitGroup
-	walk.Go(func() {
-		err := w.run(h.Path)
-		if err == nil {
-			err = out.Flush()
-		}
-		_ = to.CloseWithError(err) // nil is the end
-	})
-	src := &sourceReader{r: from}
-	_, err := writeChunks(stream, src)
-	_ = from.Close()
-	walk.Wait()
-	if err != nil && src.err == nil {
-		return // the host is gone
-	}
-	end := answer{}
-	if src.err != nil {
-		end.Error = wireError(src.err)
-	} else if h.Mode != modeAll {
-		s.marked.dirs = w.now
-	}
-	_ = endChunks(stream, end)
-}
+// Whiteout begins the name of what a layer says is gone (OCI image specification, layers).
+const Whiteout = ".wh."
 
 const (
-	modeMark = "mark"
-	modeAll  = "all"
-	// agentPath is where the agent's binary is: it is no part of the sandbox' files.
-	agentPath = "/.soulbox"
+	ModeMark = "mark"
+	ModeAll  = "all"
 	// BuildDir is for what a build needs in its sandbox, and is no part of the files either.
 	BuildDir = "/.soulbox-build"
 )
 
-// layerWriter walks a file system. Directories that are mounted there are not entered.
-type layerWriter struct {
-	ctx      context.Context // where nothing is written; else the pipe ends it, too
-	tar      *tar.Writer     // nil only looks
-	old, now map[string]map[string]fileKey
-	links    map[uint64]string // the first name of a file that has several, by inode
-	skip     map[string]bool
-	device   uint64
-	count    int
-}
-
-func (w *layerWriter) run(root string) error {
-	var st unix.Stat_t
-	if err := unix.Stat(root, &st); err != nil {
-		return &fs.PathError{Op: "stat", Path: root, Err: err}
-	}
-	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
-		return &fs.PathError{Op: "read", Path: root, Err: unix.ENOTDIR}
-	}
-	w.device = st.Dev
-	if err := w.dir(root, "", &st); err != nil {
-		return err
-	}
-	if w.tar == nil {
-		return nil
-	}
-	return w.tar.Close()
-}
-
-// dir writes what has changed in a directory, whose path in the layer is name.
-func (w *layerWriter) dir(full, name string, st *unix.Stat_t) error {
-	if w.ctx.Err() != nil {
-		return context.Cause(w.ctx)
-	}
-	names, err := readNames(full)
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
-		return nil // gone since
-	}
-	if err != nil {
-		return err
-	}
-	if w.count += len(names); w.count > maxMarked {
-		return fmt.Errorf("changes: more than %d files: %w", maxMarked, ErrTooLarge)
-	}
-	old, keys := w.old[name], make(map[string]fileKey, len(names)+1)
-	w.now[name] = keys
-	keys["."] = fileKey{st.Ino, st.Ctim}
-	if name != "" && old["."] != keys["."] {
-		if err := w.entry(full, name, st); err != nil {
-			return err
-		}
-	}
-	stats := make([]unix.Stat_t, len(names))
-	for i, base := range names {
-		if name := filepath.Join(full, base); w.skip[name] || unix.Lstat(name, &stats[i]) != nil {
-			stats[i].Mode = 0
-			continue // not to be seen, or gone since
-		}
-		keys[base] = fileKey{stats[i].Ino, stats[i].Ctim}
-	}
-	if err := w.whiteouts(name, old, keys); err != nil {
-		return err
-	}
-	for i, base := range names {
-		full, name, st := filepath.Join(full, base), path.Join(name, base), &stats[i]
-		switch {
-		case st.Mode == 0:
-		case st.Mode&unix.S_IFMT == unix.S_IFDIR:
-			if st.Dev == w.device {
-				err = w.dir(full, name, st)
-			}
-		case old[base] != keys[base]:
-			err = w.entry(full, name, st)
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// whiteouts says what is gone from a directory, before anything else of it.
-func (w *layerWriter) whiteouts(name string, old, keys map[string]fileKey) error {
-	if w.tar == nil {
-		return nil
-	}
-	var gone []string
-	for base := range old {
-		if _, ok := keys[base]; !ok {
-			gone = append(gone, base)
-		}
-	}
-	slices.Sort(gone)
-	for _, base := range gone {
-		if err := w.tar.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: path.Join(name, whiteout+base)}); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func readNames(dir string) ([]string, error) {
-	f, err := os.Open(dir)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	names, err := f.Readdirnames(-1)
-	slices.Sort(names)
-	return names, err
-}
-
-// entry writes a file as it is now.
-func (w *layerWriter) entry(full, name string, st *unix.Stat_t) error {
-	if w.tar == nil {
-		return nil
-	}
-	h := &tar.Header{Name: name, Mode: int64(st.Mode & 0o7777), Uid: int(st.Uid), Gid: int(st.Gid),
-		ModTime: time.Unix(int64(st.Mtim.Sec), 0)} // layers have seconds
-	switch st.Mode & unix.S_IFMT {
-	case unix.S_IFDIR:
-		h.Typeflag, h.Name = tar.TypeDir, name+"/"
-	case unix.S_IFLNK:
-		target, err := os.Readlink(full)
-		if err != nil {
-			return ifThere(err)
-		}
-		h.Typeflag, h.Linkname = tar.TypeSymlink, target
-	case unix.S_IFIFO:
-		h.Typeflag = tar.TypeFifo
-	case unix.S_IFCHR, unix.S_IFBLK:
-		h.Typeflag = tar.TypeChar
-		if st.Mode&unix.S_IFMT == unix.S_IFBLK {
-			h.Typeflag = tar.TypeBlock
-		}
-		h.Devmajor, h.Devminor = int64(unix.Major(st.Rdev)), int64(unix.Minor(st.Rdev))
-	case unix.S_IFREG:
-		if first := w.links[st.Ino]; st.Nlink > 1 && first != "" {
-			h.Typeflag, h.Linkname = tar.TypeLink, first
-			break
-		}
-		if st.Nlink > 1 {
-			w.links[st.Ino] = name
-		}
-		return w.file(full, h)
-	default:
-		return nil // a socket is of a process
-	}
-	return w.tar.WriteHeader(h)
-}
-
-// file writes a regular file with as many bytes as it has when it is opened, whatever else is done to it meanwhile.
-func (w *layerWriter) file(full string, h *tar.Header) error {
-	f, err := openRegular(full)
-	if err != nil {
-		return ifThere(err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	h.Typeflag, h.Size = tar.TypeReg, info.Size()
-	if err := w.tar.WriteHeader(h); err != nil {
-		return err
-	}
-	n, err := io.Copy(w.tar, io.LimitReader(f, h.Size))
-	if err == nil && n < h.Size {
-		_, err = io.CopyN(w.tar, zeroReader{}, h.Size-n)
-	}
-	return err
-}
-
-// ifThere makes nothing of the error that a file is gone.
-func ifThere(err error) error {
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, ErrNotRegular) {
-		return nil
-	}
-	return err
-}
-
-type zeroReader struct{}
-
-func (zeroReader) Read(p []byte) (int, error) {
-	clear(p)
-	return len(p), nil
-}
-
-// serveUnpack unpacks a tar from the host below the directory h.Path. It is no layer: whiteouts are names as others. What is there is
-// replaced, but for directories.
-func (s *Server) serveUnpack(stream *yamux.Stream, h header) {
-	if err := checkPath("unpack", h.Path); err != nil {
-		_ = writeMessage(stream, answer{Error: wireError(err)})
-		return
-	}
-	if err := writeMessage(stream, answer{}); err != nil {
-		return
-	}
-	a := answer{}
-	from := bufio.NewReaderSize(&chunkReader{r: stream}, 128<<10)
-	err := unpack(path.Clean(h.Path), tar.NewReader(from))
-	if err == nil {
-		_, err = io.Copy(io.Discard, from) // what follows the tar, to the end
-	}
-	if err != nil {
-		a.Error = wireError(err)
-	}
-	_ = writeMessage(stream, a)
-}
-
-func unpack(root string, from *tar.Reader) error {
-	var dirs []*tar.Header // whose times are set when nothing changes them any more
-	for {
-		h, err := from.Next()
-		if err == io.EOF {
-			break
-		}
-		if err != nil {
-			return err
-		}
-		if h.Typeflag == tar.TypeXGlobalHeader { // of git archive, which says nothing of files
-			continue
-		}
-		if err := unpackOne(root, h, from); err != nil {
-			return err
-		}
-		if h.Typeflag == tar.TypeDir {
-			dirs = append(dirs, h)
-		}
-	}
-	for _, h := range slices.Backward(dirs) {
-		if err := setTimes(below(root, h.Name), h); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// below is a path below root whatever the name says.
-func below(root, name string) string { return path.Join(root, path.Clean("/"+name)) }
-
-func unpackOne(root string, h *tar.Header, from io.Reader) error {
-	name := below(root, h.Name)
-	if err := os.MkdirAll(path.Dir(name), 0o755); err != nil {
-		return err
-	}
-	old, err := os.Lstat(name)
-	if err == nil && h.Typeflag != tar.TypeDir {
-		if old.IsDir() {
-			return &fs.PathError{Op: "unpack", Path: name, Err: syscall.EISDIR}
-		}
-		if err := os.Remove(name); err != nil {
-			return err
-		}
-	}
-	switch h.Typeflag {
-	case tar.TypeDir:
-		if st, err := os.Stat(name); err == nil && st.IsDir() { // a link to a directory stays one
-			break
-		}
-		err = os.Mkdir(name, 0o755)
-	case tar.TypeReg:
-		err = writeNew(name, from)
-	case tar.TypeSymlink:
-		err = os.Symlink(h.Linkname, name)
-	case tar.TypeLink:
-		return os.Link(below(root, h.Linkname), name)
-	case tar.TypeFifo:
-		err = unix.Mkfifo(name, 0o600)
-	case tar.TypeChar:
-		err = unix.Mknod(name, unix.S_IFCHR|0o600, int(unix.Mkdev(uint32(h.Devmajor), uint32(h.Devminor))))
-	case tar.TypeBlock:
-		err = unix.Mknod(name, unix.S_IFBLK|0o600, int(unix.Mkdev(uint32(h.Devmajor), uint32(h.Devminor))))
-	default:
-		return invalid("unpack %q: it is of kind %q, which is none of a file", clip(h.Name, 200), h.Typeflag)
-	}
-	if err != nil {
-		return err
-	}
-	if err := os.Lchown(name, h.Uid, h.Gid); err != nil {
-		return err
-	}
-	if h.Typeflag == tar.TypeSymlink {
-		return setTimes(name, h)
-	}
-	if err := unix.Chmod(name, uint32(h.Mode&0o7777)); err != nil {
-		return &fs.PathError{Op: "chmod", Path: name, Err: err}
-	}
-	if h.Typeflag == tar.TypeDir {
-		return nil
-	}
-	return setTimes(name, h)
-}
-
-func writeNew(name string, from io.Reader) error {
-	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = io.Copy(f, from)
-	return errors.Join(err, f.Close())
-}
-
-func setTimes(name string, h *tar.Header) error {
-	if h.ModTime.IsZero() {
-		return nil
-	}
-	at := unix.NsecToTimespec(h.ModTime.UnixNano())
-	flags := unix.AT_SYMLINK_NOFOLLOW
-	if h.Typeflag == tar.TypeDir {
-		flags = 0
-	}
-	if err := unix.UtimesNanoAt(unix.AT_FDCWD, name, []unix.Timespec{at, at}, flags); err != nil {
-		return &fs.PathError{Op: "utimes", Path: name, Err: err}
-	}
-	return nil
-}
-
 // MarkFiles has the sandbox remember what its files are like, for Changes. Files of mounts do not count.
 func (c *Client) MarkFiles(ctx context.Context) error {
-	r, err := c.changesOf(ctx, "/", modeMark)
+	r, err := c.ChangesOf(ctx, "/", ModeMark)
 	if err != nil {
 		return err
 	}
@@ -437,40 +32,40 @@ func (c *Client) MarkFiles(ctx context.Context) error {
 // Changes gives a layer, as the OCI image specification has it: a tar of what has changed since MarkFiles, or since the last Changes that
 // was read to its end. The reader must be closed, and reads fail when ctx ends. It is the guest's, whatever it says.
 func (c *Client) Changes(ctx context.Context) (io.ReadCloser, error) {
-	return c.changesOf(ctx, "/", "")
+	return c.ChangesOf(ctx, "/", "")
 }
 
 // Pack gives all that is in a directory as a tar, with names below it. What is mounted there is left out. Else it is as Changes.
 func (c *Client) Pack(ctx context.Context, dir string) (io.ReadCloser, error) {
-	return c.changesOf(ctx, dir, modeAll)
+	return c.ChangesOf(ctx, dir, ModeAll)
 }
 
-func (c *Client) changesOf(ctx context.Context, root, mode string) (io.ReadCloser, error) {
-	stream, _, end, err := c.begin(ctx, header{Stream: streamChanges, Path: root, Mode: mode})
+func (c *Client) ChangesOf(ctx context.Context, root, mode string) (io.ReadCloser, error) {
+	stream, _, end, err := c.begin(ctx, Header{Stream: StreamChanges, Path: root, Mode: mode})
 	if err != nil {
 		return nil, err
 	}
-	return &streamReader{Reader: &chunkReader{r: stream}, end: end}, nil
+	return &streamReader{Reader: &ChunkReader{R: stream}, end: end}, nil
 }
 
 // Unpack unpacks a tar in a directory of the sandbox, as root. Names cannot lead out of the directory, links that are there already can.
 // What is unpacked when it fails stays.
 func (c *Client) Unpack(ctx context.Context, dir string, r io.Reader) error {
-	stream, _, end, err := c.begin(ctx, header{Stream: streamUnpack, Path: dir})
+	stream, _, end, err := c.begin(ctx, Header{Stream: StreamUnpack, Path: dir})
 	if err != nil {
 		return err
 	}
 	defer end()
 	answered := awaitAnswer(stream)
-	src := &sourceReader{r: r}
-	if _, err := writeChunks(stream, src); err == nil {
-		_ = endChunks(stream, answer{}) // a failure shows in the answer below
-	} else if src.err != nil {
-		return src.err
+	src := &SourceReader{R: r}
+	if _, err := WriteChunks(stream, src); err == nil {
+		_ = EndChunks(stream, Answer{}) // a failure shows in the answer below
+	} else if src.Err != nil {
+		return src.Err
 	}
 	a, err := answered()
 	if err != nil {
-		return c.streamError(ctx, streamUnpack, err)
+		return c.streamError(ctx, StreamUnpack, err)
 	}
 	if a.Error != nil {
 		return fmt.Errorf("unpack: %w", a.Error)
@@ -481,6 +76,6 @@ func (c *Client) Unpack(ctx context.Context, dir string, r io.Reader) error {
 // IsWhiteout says whether a name in a layer is of something that is gone, and of what; opaque is all that was in its directory.
 func IsWhiteout(name string) (gone string, opaque, ok bool) {
 	dir, base := path.Split(name)
-	rest, ok := strings.CutPrefix(base, whiteout)
-	return dir + rest, rest == whiteout+".opq", ok
+	rest, ok := strings.CutPrefix(base, Whiteout)
+	return dir + rest, rest == Whiteout+".opq", ok
 }

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bufio"
+	"context"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -16,8 +17,8 @@ import (
 	"github.com/sourcegraph/jsonrpc2"
 )
 
-// muxConfig is yamux without keep-alives: a paused guest answers none, and the host sees the end of the pipe anyway.
-func muxConfig() *yamux.Config {
+// MuxConfig is yamux without keep-alives: a paused guest answers none, and the host sees the end of the pipe anyway.
+func MuxConfig() *yamux.Config {
 	c := yamux.DefaultConfig()
 	c.EnableKeepAlive = false
 	c.AcceptBacklog = 512
@@ -31,8 +32,8 @@ func muxConfig() *yamux.Config {
 // closeTimeout is of a half-closed dial; everything else is closed by both sides at once.
 const closeTimeout = 5 * time.Minute
 
-// quiet keeps jsonrpc2 from logging what the other side did wrong: it ends the session, and callers are told.
-var quiet = jsonrpc2.SetLogger(log.New(io.Discard, "", 0))
+// Quiet keeps jsonrpc2 from logging what the other side did wrong: it ends the session, and callers are told.
+var Quiet = jsonrpc2.SetLogger(log.New(io.Discard, "", 0))
 
 // bufferedConn reads through the reader that has read the handshake, and writes each frame at once.
 type bufferedConn struct {
@@ -41,7 +42,7 @@ type bufferedConn struct {
 	frameWriter
 }
 
-func newBufferedConn(r io.Reader, conn io.WriteCloser) *bufferedConn {
+func NewBufferedConn(r io.Reader, conn io.WriteCloser) *bufferedConn {
 	return &bufferedConn{r, conn, frameWriter{w: conn}}
 }
 
@@ -183,7 +184,7 @@ func (g *guestFrames) look() error {
 	return nil
 }
 
-func writeHello(w io.Writer, h hello) error {
+func WriteHello(w io.Writer, h Hello) error {
 	line, err := json.Marshal(h)
 	if err != nil {
 		return err
@@ -192,8 +193,8 @@ func writeHello(w io.Writer, h hello) error {
 	return err
 }
 
-// readHello reads one bounded line.
-func readHello(r *bufio.Reader, h *hello) error {
+// ReadHello reads one bounded line.
+func ReadHello(r *bufio.Reader, h *Hello) error {
 	line, err := r.ReadSlice('\n')
 	if errors.Is(err, bufio.ErrBufferFull) {
 		return fmt.Errorf("handshake line: %w", ErrTooLarge)
@@ -207,28 +208,19 @@ func readHello(r *bufio.Reader, h *hello) error {
 	return nil
 }
 
-// messageStream is a stream of messages for jsonrpc2, with their bound.
-type messageStream struct{ conn io.ReadWriteCloser }
+// MessageStream is a stream of messages for jsonrpc2, with their bound.
+type MessageStream struct{ Conn io.ReadWriteCloser }
 
 // WriteObject implements jsonrpc2.ObjectStream.
-func (m messageStream) WriteObject(v any) error { return writeMessage(m.conn, v) }
+func (m MessageStream) WriteObject(v any) error { return WriteMessage(m.Conn, v) }
 
 // ReadObject implements jsonrpc2.ObjectStream.
-func (m messageStream) ReadObject(v any) error { return readMessage(m.conn, v) }
+func (m MessageStream) ReadObject(v any) error { return ReadMessage(m.Conn, v) }
 
 // Close implements jsonrpc2.ObjectStream.
-func (m messageStream) Close() error { return m.conn.Close() }
+func (m MessageStream) Close() error { return m.Conn.Close() }
 
-func writeFrame(w io.Writer, kind int, offset int64, body []byte) error {
-	buf := make([]byte, 13, 13+len(body))
-	buf[0] = byte(kind)
-	binary.BigEndian.PutUint64(buf[1:], uint64(offset))
-	binary.BigEndian.PutUint32(buf[9:], uint32(len(body)))
-	_, err := w.Write(append(buf, body...))
-	return err
-}
-
-func readFrame(r io.Reader) (kind int, offset int64, body []byte, err error) {
+func ReadFrame(r io.Reader) (kind int, offset int64, body []byte, err error) {
 	var head [9]byte
 	if _, err := io.ReadFull(r, head[:]); err != nil {
 		return 0, 0, nil, cutOff(err)
@@ -249,3 +241,9 @@ func (c *onceCloser) Close() error {
 	c.once.Do(func() { c.err = c.ReadWriteCloser.Close() })
 	return c.err
 }
+
+// HandlerFunc is a function that is a jsonrpc2.Handler.
+type HandlerFunc func(context.Context, *jsonrpc2.Conn, *jsonrpc2.Request)
+
+// Handle implements jsonrpc2.Handler.
+func (f HandlerFunc) Handle(ctx context.Context, c *jsonrpc2.Conn, r *jsonrpc2.Request) { f(ctx, c, r) }

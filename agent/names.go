@@ -2,11 +2,7 @@ package agent
 
 import (
 	"encoding/json"
-	"errors"
-	"io/fs"
-	"os"
 	"slices"
-	"strings"
 	"unicode/utf8"
 
 	"soulbox.dev/soulbox/internal/names"
@@ -33,15 +29,15 @@ func unmarshalNames(body []byte, v any, in ...*string) error {
 }
 
 // MarshalJSON implements json.Marshaler.
-func (v header) MarshalJSON() ([]byte, error) {
-	type plain header
+func (v Header) MarshalJSON() ([]byte, error) {
+	type plain Header
 	c := plain(v)
 	return marshalNames(&c, &c.Path)
 }
 
 // UnmarshalJSON implements json.Unmarshaler.
-func (v *header) UnmarshalJSON(body []byte) error {
-	type plain header
+func (v *Header) UnmarshalJSON(body []byte) error {
+	type plain Header
 	return unmarshalNames(body, (*plain)(v), &v.Path)
 }
 
@@ -281,27 +277,4 @@ func (v Error) MarshalJSON() ([]byte, error) {
 func (v *Error) UnmarshalJSON(body []byte) error {
 	type plain Error
 	return unmarshalNames(body, (*plain)(v), &v.Path)
-}
-
-// quoted is a name in the text of an error.
-func quoted(name string) string { return `"` + names.Show(clip(name, 200)) + `"` }
-
-// errorText is the text of an error, whose names are shown in the notation.
-func errorText(err error) string {
-	text := err.Error()
-	var in []string
-	var path *fs.PathError
-	if errors.As(err, &path) {
-		in = append(in, path.Path)
-	}
-	var link *os.LinkError
-	if errors.As(err, &link) {
-		in = append(in, link.Old, link.New)
-	}
-	for _, name := range in {
-		if shown := names.Show(name); shown != name {
-			text = strings.ReplaceAll(text, name, shown)
-		}
-	}
-	return Inert([]byte(text))
 }

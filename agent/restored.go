@@ -1,28 +1,7 @@
 package agent
 
 import (
-	"bytes"
 	"context"
-	"crypto/rand"
-	"errors"
-	"fmt"
-	"io"
-	"io/fs"
-	"math"
-	"os"
-	"path/filepath"
-	"strconv"
-	"strings"
-
-	"golang.org/x/sys/unix"
-)
-
-// What a machine is told once it goes on from what was saved, as one of perhaps many copies: its kernel's boot_id is another one from then
-// on, and the file generation in ShellDir has a higher number, which programs may watch. Its hooks the host starts (sandbox/restored.go).
-
-const (
-	bootIDFile     = "/proc/sys/kernel/random/boot_id"
-	generationFile = "generation"
 )
 
 // Restored tells in which generation the machine is: how often it went on from what was saved.
@@ -32,82 +11,5 @@ type Restored struct {
 
 // Restored tells the agent that its machine goes on from what was saved. An older agent is ErrVersion.
 func (c *Client) Restored(ctx context.Context) (Restored, error) {
-	return call[Restored](ctx, c, callRestored, struct{}{})
-}
-
-// restored makes of the machine one that is not the one it was saved as. What fails leaves the rest done.
-func (s *Server) restored() (r Restored, err error) {
-	if !s.opts.Init {
-		return r, nil // the machine is somebody else's
-	}
-	r.Generation, err = s.nextGeneration()
-	return r, errors.Join(err, s.renewBootID())
-}
-
-// nextGeneration counts on, in the file that programs see; in a machine that has none it is 0. It never goes back, whatever is written
-// there.
-func (s *Server) nextGeneration() (int64, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	dir := s.shells.dir
-	if err := errors.Join(os.MkdirAll(filepath.Dir(dir), 0o755), os.MkdirAll(dir, 0o733), os.Chmod(dir, 0o733|os.ModeSticky)); err != nil {
-		return s.generation, err
-	}
-	f, known, err := openOwn(filepath.Join(dir, generationFile), 0o644)
-	if err != nil {
-		return s.generation, err
-	}
-	defer f.Close()
-	was := s.generation
-	if n, err := strconv.ParseInt(strings.TrimSpace(known), 10, 64); err == nil && n < math.MaxInt64 {
-		was = max(was, n)
-	}
-	s.generation = was + 1
-	_, err = f.WriteAt(fmt.Appendf(nil, "%d\n", s.generation), 0) // in one write, and never shorter: who reads it sees a number
-	return s.generation, err
-}
-
-// openOwn opens a file of the agent's that others may read, with what is in it. What else has its name is removed: it was made by somebody
-// else.
-func openOwn(name string, perm fs.FileMode) (f *os.File, text string, err error) {
-	for range 3 {
-		f, err = os.OpenFile(name, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK, perm)
-		if err == nil {
-			var st unix.Stat_t
-			if err = unix.Fstat(int(f.Fd()), &st); err == nil && st.Mode&unix.S_IFMT == unix.S_IFREG && int(st.Uid) == os.Geteuid() &&
-				st.Nlink == 1 {
-				body, err := io.ReadAll(io.LimitReader(f, 64))
-				return f, string(body), errors.Join(err, f.Chmod(perm)) // the umask may have taken bits away
-			}
-			_ = f.Close() // nothing was written
-		}
-		if err := os.RemoveAll(name); err != nil {
-			return nil, "", err
-		}
-	}
-	return nil, "", errors.Join(fmt.Errorf("%s is not the agent's", name), err)
-}
-
-// renewBootID has the kernel show another boot_id: gVisor's is saved with the machine.
-func (s *Server) renewBootID() error {
-	var id [16]byte
-	rand.Read(id[:])
-	id[6], id[8] = id[6]&0x0f|0x40, id[8]&0x3f|0x80 // a random UUID
-	text := fmt.Appendf(nil, "%x-%x-%x-%x-%x\n", id[:4], id[4:6], id[6:8], id[8:10], id[10:])
-	if err := os.MkdirAll(s.opts.SpoolDir, 0o700); err != nil {
-		return err
-	}
-	name := filepath.Join(s.opts.SpoolDir, "boot_id")
-	f, _, err := openOwn(name, 0o444)
-	if err != nil {
-		return err
-	}
-	_, err = f.WriteAt(text, 0)
-	if err := errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	if shown, err := os.ReadFile(bootIDFile); err == nil && bytes.Equal(shown, text) {
-		return nil // it was mounted before the machine was saved
-	}
-	return mountOn(bootIDFile, MountRequest{Source: name, ReadOnly: true})
+	return Call[Restored](ctx, c, CallRestored, struct{}{})
 }

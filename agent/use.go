@@ -2,18 +2,15 @@ package agent
 
 import (
 	"context"
-	"os"
 	"sync"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // ownCalls are those that a host makes for itself: they are no use of the sandbox, and go through when others do not.
-var ownCalls = map[string]bool{callPing: true, callUsage: true, callConfigure: true, callSuspend: true, callWork: true, callRelieve: true}
+var ownCalls = map[string]bool{CallPing: true, CallUsage: true, CallConfigure: true, CallSuspend: true, CallWork: true, CallRelieve: true}
 
 // transfers are the streams that are in use until they end. Others, such as a connection to a port, may be open for days.
-var transfers = map[string]bool{streamRead: true, streamWrite: true, streamStdin: true, streamChanges: true, streamUnpack: true}
+var transfers = map[string]bool{StreamRead: true, StreamWrite: true, StreamStdin: true, StreamChanges: true, StreamUnpack: true}
 
 // usage counts what a client is used for. It is safe for concurrent use.
 type usage struct {
@@ -71,7 +68,7 @@ func (c *Client) Suspend(ctx context.Context, cause error) error {
 	// It is not given up half-way: one that came late would end the waits of calls that have nothing to do with it.
 	asking, cancel := context.WithTimeout(context.WithoutCancel(ctx), suspendTime)
 	defer cancel()
-	if _, err := call[struct{}](asking, c, callSuspend, struct{}{}); err != nil {
+	if _, err := Call[struct{}](asking, c, CallSuspend, struct{}{}); err != nil {
 		return err
 	}
 	if ctx.Err() != nil {
@@ -99,42 +96,4 @@ func (c *Client) CloseFor(cause error) {
 	c.use.closed = cause
 	c.use.mu.Unlock()
 	c.fail(cause)
-}
-
-// waiting is ctx for a call that waits: it ends with suspend, too.
-func (s *Server) waiting(ctx context.Context) context.Context {
-	s.mu.Lock()
-	waits := s.waits
-	s.mu.Unlock()
-	ctx, cancel := context.WithCancel(ctx)
-	stop := context.AfterFunc(waits, cancel)
-	context.AfterFunc(ctx, func() { stop() }) // ctx ends with the call
-	return ctx
-}
-
-// suspend has all calls that wait return with what is there: the machine is about to stand still.
-func (s *Server) suspend() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.cancelWaits()
-	s.waits, s.cancelWaits = context.WithCancel(s.ctx)
-}
-
-// usage tells what the sandbox has used.
-func (s *Server) usage(r UsageRequest) Usage {
-	var u Usage
-	if s.groups != nil {
-		u = s.groups.usage()
-	}
-	u.OOMKills = s.oomKills.Load()
-	var fs unix.Statfs_t
-	if err := unix.Statfs("/", &fs); err == nil {
-		u.DiskTotal = int64(fs.Blocks) * fs.Bsize
-		u.DiskUsed = u.DiskTotal - int64(fs.Bfree)*fs.Bsize
-	}
-	_, u.AgentMemory = procUsage(os.Getpid())
-	if r.Since != nil {
-		u.Events = s.events.since(*r.Since)
-	}
-	return u
 }

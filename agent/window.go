@@ -149,7 +149,7 @@ func (w *windows) drop(id uint32) {
 }
 
 // narrow are the streams that are kept: those that may be open for long, and whose reader may not read.
-var narrow = map[string]bool{streamDial: true, streamAccept: true, streamOutput: true, streamWatch: true}
+var narrow = map[string]bool{StreamDial: true, StreamAccept: true, StreamOutput: true, StreamWatch: true}
 
 // narrowStream is a stream of which little waits to be read.
 type narrowStream struct {

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"strings"
 	"time"
 )
 
@@ -18,75 +17,76 @@ const Level = 2
 
 // Bounds of everything that crosses the pipe (PROTOCOL.md, section 5).
 const (
-	maxHello   = 4 << 10
-	maxMessage = 1 << 20
+	MaxHello   = 4 << 10
+	MaxMessage = 1 << 20
 	maxChunk   = 256 << 10
-	maxWindow  = 64 << 10
-	maxEntries = 10_000
-	maxStdin   = 256 << 10
-	MaxInput   = 64 << 10 // bytes of an InputRequest; WriteStdin takes any number
+	MaxWindow  = 64 << 10
+	MaxEntries = 10_000
+	MaxStdin   = 256 << 10
+	MaxCommand = 128<<10 - 1 // bytes of a command, an argument or a variable: MAX_ARG_STRLEN of Linux
+	MaxInput   = 64 << 10    // bytes of an InputRequest; WriteStdin takes any number
 )
 
 // Stream kinds.
 const (
-	streamRPC    = "rpc"
-	streamRead   = "read"
-	streamWrite  = "write"
-	streamOutput = "output"
-	streamStdin  = "stdin"
-	streamDial   = "dial"
-	streamWatch  = "watch"
+	StreamRPC    = "rpc"
+	StreamRead   = "read"
+	StreamWrite  = "write"
+	StreamOutput = "output"
+	StreamStdin  = "stdin"
+	StreamDial   = "dial"
+	StreamWatch  = "watch"
 
-	streamChanges = "changes"
-	streamUnpack  = "unpack"
-	streamAccept  = "accept"
+	StreamChanges = "changes"
+	StreamUnpack  = "unpack"
+	StreamAccept  = "accept"
 )
 
 // Kinds of frames on an output stream.
 const (
-	frameStdout = 1
+	FrameStdout = 1
 	frameStderr = 2
-	frameEnd    = 3
+	FrameEnd    = 3
 )
 
 // Names of calls.
 const (
-	callConfigure = "configure"
-	callStart     = "start"
-	callWait      = "wait"
-	callSignal    = "signal"
-	callResize    = "resize"
-	callKill      = "kill"
-	callList      = "list"
-	callStat      = "stat"
-	callUser      = "user"
-	callEnv       = "env"
-	callDir       = "dir"
-	callMkdir     = "mkdir"
-	callMove      = "move"
-	callRemove    = "remove"
-	callEdit      = "edit"
-	callSearch    = "search"
-	callSetattr   = "setattr"
-	callUsage     = "usage"
-	callWork      = "work"
-	callShell     = "shell"
-	callTree      = "tree"
-	callInput     = "input"
-	callPing      = "ping"
-	callRestored  = "restored"
-	callSuspend   = "suspend"
-	callMount     = "mount"
-	callRelieve   = "relieve"
-	noteCancel    = "$/cancelRequest"
-	noteHangUp    = "$/hangUp"
+	CallConfigure = "configure"
+	CallStart     = "start"
+	CallWait      = "wait"
+	CallSignal    = "signal"
+	CallResize    = "resize"
+	CallKill      = "kill"
+	CallList      = "list"
+	CallStat      = "stat"
+	CallUser      = "user"
+	CallEnv       = "env"
+	CallDir       = "dir"
+	CallMkdir     = "mkdir"
+	CallMove      = "move"
+	CallRemove    = "remove"
+	CallEdit      = "edit"
+	CallSearch    = "search"
+	CallSetattr   = "setattr"
+	CallUsage     = "usage"
+	CallWork      = "work"
+	CallShell     = "shell"
+	CallTree      = "tree"
+	CallInput     = "input"
+	CallPing      = "ping"
+	CallRestored  = "restored"
+	CallSuspend   = "suspend"
+	CallMount     = "mount"
+	CallRelieve   = "relieve"
+	NoteCancel    = "$/cancelRequest"
+	NoteHangUp    = "$/hangUp"
 )
 
-// unknownCall begins the error of a call that an agent does not know, because its host is newer.
-const unknownCall = "unknown call"
+// UnknownCall begins the error of a call that an agent does not know, because its host is newer.
+const UnknownCall = "unknown call"
 
-// hello is the one line each side writes first.
-type hello struct {
+// Hello is the one line each side writes first.
+type Hello struct {
 	Protocol int    `json:"protocol"`
 	Version  string `json:"version"`
 	Boot     string `json:"boot,omitempty"`
@@ -95,8 +95,8 @@ type hello struct {
 	Error string `json:"error,omitempty"`
 }
 
-// header opens every stream.
-type header struct {
+// Header opens every stream.
+type Header struct {
 	Stream  string `json:"stream"`
 	Path    string `json:"path,omitempty"`
 	User    string `json:"user,omitempty"`
@@ -121,8 +121,8 @@ type header struct {
 	AttrsBelow string            `json:"attrs_below,omitempty"`
 }
 
-// answer is the guest's message on a raw stream.
-type answer struct {
+// Answer is the guest's message on a raw stream.
+type Answer struct {
 	Error   *Error    `json:"error,omitempty"`
 	Info    *FileInfo `json:"info,omitempty"`
 	Written int64     `json:"written,omitempty"`
@@ -419,28 +419,14 @@ type Match struct {
 	Text string `json:"text,omitempty"`
 }
 
-// encodedSize is how many bytes texts take in JSON at most: encoding/json writes some bytes as six.
-func encodedSize(texts ...string) int {
-	n := 0
-	for _, text := range texts {
-		n += len(text)
-		for i := range len(text) {
-			if c := text[i]; c < 0x20 || c >= 0x7f || strings.IndexByte(`<>&"\\`, c) >= 0 {
-				n += 5
-			}
-		}
-	}
-	return n
-}
-
-// writeMessage writes v as a length and JSON.
-func writeMessage(w io.Writer, v any) error {
+// WriteMessage writes v as a length and JSON.
+func WriteMessage(w io.Writer, v any) error {
 	body, err := json.Marshal(v)
 	if err != nil {
 		return fmt.Errorf("encode message: %w", err)
 	}
-	if len(body) > maxMessage {
-		return fmt.Errorf("encode message: %d bytes are more than %d: %w", len(body), maxMessage, ErrTooLarge)
+	if len(body) > MaxMessage {
+		return fmt.Errorf("encode message: %d bytes are more than %d: %w", len(body), MaxMessage, ErrTooLarge)
 	}
 	buf := make([]byte, 4, 4+len(body))
 	binary.BigEndian.PutUint32(buf, uint32(len(body)))
@@ -448,9 +434,9 @@ func writeMessage(w io.Writer, v any) error {
 	return err
 }
 
-// readMessage reads what writeMessage wrote.
-func readMessage(r io.Reader, v any) error {
-	body, err := readBlock(r, maxMessage)
+// ReadMessage reads what writeMessage wrote.
+func ReadMessage(r io.Reader, v any) error {
+	body, err := readBlock(r, MaxMessage)
 	if err != nil {
 		return err
 	}

@@ -2,37 +2,7 @@ package agent
 
 import (
 	"context"
-	"sync"
 )
-
-// work is whether the sandbox is at work: whether it has processes that last, or the agent something to do that does. It is safe for
-// concurrent use; the zero value is not at work.
-type work struct {
-	mu            sync.Mutex
-	tasks, labour bool
-	changed       chan struct{} // closed at the next change; nil where nobody waits for it
-}
-
-// look notes what has changed. What it is found by is done while no other one looks.
-func (w *work) look(find func()) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	before := w.tasks || w.labour
-	find()
-	if before != (w.tasks || w.labour) && w.changed != nil {
-		close(w.changed)
-		w.changed = nil
-	}
-}
-
-func (w *work) is() (going bool, changed <-chan struct{}) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.changed == nil {
-		w.changed = make(chan struct{})
-	}
-	return w.tasks || w.labour, w.changed
-}
 
 // WorkRequest asks whether the sandbox is at work. With Known the answer comes when it is other than that.
 type WorkRequest struct {
@@ -44,32 +14,9 @@ type WorkResult struct {
 	Going bool `json:"going"`
 }
 
-func (s *Server) atWork(ctx context.Context, r WorkRequest) WorkResult {
-	for {
-		going, changed := s.work.is()
-		if r.Known == nil || going != *r.Known {
-			return WorkResult{Going: going}
-		}
-		select {
-		case <-changed:
-		case <-ctx.Done():
-			return WorkResult{Going: going}
-		}
-	}
-}
-
-// lookForTasks notes whether processes last.
-func (s *Server) lookForTasks() (tasks int64) {
-	s.work.look(func() {
-		tasks = number(readFile(s.groups.tasks))
-		s.work.tasks = tasks > 0
-	})
-	return tasks
-}
-
 // AtWork tells whether something goes on in the sandbox that has lasted for some 10 ms, processes or transfers; with known, it waits for a
 // change of that. It is no use of the sandbox.
 func (c *Client) AtWork(ctx context.Context, known *bool) (bool, error) {
-	r, err := call[WorkResult](ctx, c, callWork, WorkRequest{Known: known})
+	r, err := Call[WorkResult](ctx, c, CallWork, WorkRequest{Known: known})
 	return r.Going, err
 }

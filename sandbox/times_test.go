@@ -11,6 +11,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"soulbox.dev/soulbox/agent/guest"
+
 	"soulbox.dev/soulbox/agent"
 	"soulbox.dev/soulbox/internal/sandboxtest"
 	"soulbox.dev/soulbox/sandbox"
@@ -34,9 +36,9 @@ func inBubble(t *testing.T, agents int, f func(t *testing.T, fake *sandboxtest.F
 		}
 		return
 	}
-	fake := &sandboxtest.Fake{Agents: make(chan *agent.Server, agents)}
+	fake := &sandboxtest.Fake{Agents: make(chan *guest.Server, agents)}
 	for range agents {
-		server, err := agent.NewServer(agent.Options{Version: "fake", SpoolDir: t.TempDir(), Home: t.TempDir()})
+		server, err := guest.NewServer(guest.Options{Version: "fake", SpoolDir: t.TempDir(), Home: t.TempDir()})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -13,7 +13,7 @@ import (
 	"syscall"
 	"time"
 
-	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/agent/guest"
 )
 
 // version is set by the linker.
@@ -26,14 +26,14 @@ func main() {
 	}
 }
 
-// maxProcs is as many processors as the agent ever uses, see agent/processors.go.
+// maxProcs is as many processors as the agent ever uses, see agent/guest/processors.go.
 const maxProcs = 2
 
 func run(args []string) error {
 	debug.SetMemoryLimit(40 << 20)
 	runtime.GOMAXPROCS(min(runtime.GOMAXPROCS(0), maxProcs))
 	if len(args) == 1 && args[0] == "attach" {
-		return agent.Attach(os.Stdin, os.Stdout)
+		return guest.Attach(os.Stdin, os.Stdout)
 	}
 	if len(args) == 2 && args[0] == "forkexec" {
 		return forkExec(args[1])
@@ -42,7 +42,7 @@ func run(args []string) error {
 	if len(args) == 0 || args[0] != "init" || len(args) > 1 && !image || os.Getpid() != 1 {
 		return errors.New("this is the first process of a SoulBox sandbox; it is of no use elsewhere")
 	}
-	server, err := agent.NewServer(agent.Options{
+	server, err := guest.NewServer(guest.Options{
 		Version: version, SpoolDir: "/var/lib/soulbox/output", ShellDir: "/run/soulbox", Init: true, Image: image,
 		Log: func(format string, a ...any) { fmt.Fprintf(os.Stderr, format+"\n", a...) },
 	})
@@ -76,7 +76,7 @@ func forkExec(count string) error {
 	}
 	times := make([]time.Duration, n)
 	for i := range times {
-		if times[i], err = agent.TimeSpawn("/bin/true"); err != nil {
+		if times[i], err = guest.TimeSpawn("/bin/true"); err != nil {
 			return err
 		}
 	}

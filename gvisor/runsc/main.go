@@ -56,7 +56,7 @@ func tellAgent() {
 	}
 }
 
-// guardMark tells the agent that this sentry has our patches: that CAP_SYS_PTRACE does not reach it (agent/machine.go). gVisor has no
+// guardMark tells the agent that this sentry has our patches: that CAP_SYS_PTRACE does not reach it (agent/guest/machine.go). gVisor has no
 // loads.
 const guardMark = 0x536f756c426f78
 

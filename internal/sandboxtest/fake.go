@@ -12,7 +12,8 @@ import (
 	"path/filepath"
 	"sync"
 
-	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/agent/guest"
+
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -24,14 +25,14 @@ type Fake struct {
 	FailPause  error // makes every Pause fail
 	Deaf       bool  // has machines that begin from a memory answer nothing
 	// If set, machines take theirs from here: made outside of a synctest bubble, they do not keep its time from going on.
-	Agents chan *agent.Server
+	Agents chan *guest.Server
 	Hang   chan struct{} // if set, Boot waits until it is closed or its context ends
 	// If set, every Checkpoint takes two from it: the first says that it has begun, the second that it may go on.
 	HangSave chan struct{}
 
 	mu       sync.Mutex
 	machines map[string]*fakeMachine  // by directory
-	saved    map[string]*agent.Server // of machines that have ended, by the name of their checkpoint
+	saved    map[string]*guest.Server // of machines that have ended, by the name of their checkpoint
 	unwell   error
 	asked    int
 }
@@ -142,7 +143,7 @@ func (f *Fake) Boot(ctx context.Context, spec sandbox.Spec) (sandbox.Machine, er
 		server = <-f.Agents
 	}
 	if server == nil {
-		if server, err = agent.NewServer(agent.Options{Version: "fake", SpoolDir: filepath.Join(spec.Dir, "spool"),
+		if server, err = guest.NewServer(guest.Options{Version: "fake", SpoolDir: filepath.Join(spec.Dir, "spool"),
 			Home: spec.Dir}); err != nil {
 			return nil, err
 		}
@@ -229,7 +230,7 @@ func (f *Fake) Reap(_ context.Context, dir string) error {
 		m.mu.Lock()
 		if saved = m.savedAs != ""; saved { // its memory goes on in the checkpoint
 			if f.saved == nil {
-				f.saved = map[string]*agent.Server{}
+				f.saved = map[string]*guest.Server{}
 			}
 			f.saved[m.savedAs] = m.server
 		}
@@ -249,7 +250,7 @@ func (f *Fake) Reap(_ context.Context, dir string) error {
 type fakeMachine struct {
 	fake   *Fake
 	dir    string
-	server *agent.Server
+	server *guest.Server
 	gate   *gate
 
 	mu      sync.Mutex

@@ -1,0 +1,499 @@
+package guest
+
+import (
+	"bufio"
+	"cmp"
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/yamux"
+	"github.com/sourcegraph/jsonrpc2"
+	"golang.org/x/sys/unix"
+	"soulbox.dev/soulbox/agent"
+)
+
+// Options is what a Server needs. The zero value serves the process' own user on this machine, as tests do.
+type Options struct {
+	Version  string
+	SpoolDir string // where large outputs are kept; default a directory in os.TempDir
+	ShellDir string // where shells report what they leave; default a directory in SpoolDir
+	Home     string // home of the only user outside a sandbox
+	Init     bool   // be the first process of a sandbox: reap orphans, use cgroups, switch users
+	Image    bool   // the root is an image: its files, such as homes, belong to whom they should already
+	Log      func(format string, args ...any)
+}
+
+// Server is the guest's end. All methods are safe for concurrent use.
+type Server struct {
+	opts      Options
+	boot      string
+	shell     string
+	null      int         // descriptor of /dev/null
+	files     unix.Rlimit // how many descriptors processes may have; inside a sandbox only
+	reaper    *reaper
+	second    *processors // nil outside a sandbox
+	stock     outputStock
+	work      work
+	collector *collector
+	groups    *cgroups // nil outside a sandbox
+	guard     *guard   // nil outside a sandbox
+	starting  chan struct{}
+	ctx       context.Context
+	cancel    context.CancelCauseFunc
+
+	oomKills atomic.Int64
+	watches  atomic.Int64
+	dials    sync.Map // of the names of connections that the host may hang up: what does it
+	fields   fieldCache
+	shells   *shells
+	trees    *trees
+	turns    turns
+	marked   marked
+
+	acceptors acceptors
+	events    events
+
+	mu sync.Mutex
+	// waits ends when the calls that wait for something in the sandbox are to return with what is there.
+	waits       context.Context
+	cancelWaits context.CancelFunc
+	config      agent.Config
+	procs       map[string]*process // by id
+	tags        map[string]*process // the last one started under each tag
+	seq         int
+	hosts       int // sessions
+	orphan      *countdown
+	generation  int64 // of the machine; -1 until it is counted
+}
+
+// NewServer makes a Server; with opts.Init it also sets up the machine.
+func NewServer(opts Options) (*Server, error) {
+	null, err := unix.Open("/dev/null", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open /dev/null: %w", err)
+	}
+	boot := make([]byte, 8)
+	rand.Read(boot)
+	s := &Server{opts: opts, boot: hex.EncodeToString(boot), shell: "/bin/sh", null: null, procs: map[string]*process{},
+		tags: map[string]*process{}, trees: newTrees(), generation: -1, starting: make(chan struct{}, starters)}
+	if lookPath("/bin/bash", "/", nil) != "" {
+		s.shell = "/bin/bash"
+	}
+	if s.opts.SpoolDir == "" {
+		s.opts.SpoolDir = os.TempDir()
+	}
+	if s.opts.Home == "" {
+		s.opts.Home = "/"
+	}
+	s.loadEnv()
+	s.shells = newShells(cmp.Or(opts.ShellDir, filepath.Join(s.opts.SpoolDir, "shell")))
+	s.ctx, s.cancel = context.WithCancelCause(context.Background())
+	s.waits, s.cancelWaits = context.WithCancel(s.ctx)
+	if s.collector, err = newCollector(); err != nil {
+		return nil, err
+	}
+	s.reaper = newReaper(opts.Init, s.collector)
+	if opts.Init {
+		if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &s.files); err != nil {
+			return nil, fmt.Errorf("get the limit of descriptors: %w", err)
+		}
+		s.files.Cur = min(s.files.Max, softFiles)
+		s.second = newProcessors(&s.work)
+		if s.groups, err = setUpMachine(opts.Image); err != nil {
+			return nil, err
+		}
+		if _, err := s.nextGeneration(); err != nil { // before there is anybody else
+			return nil, fmt.Errorf("count the generation: %w", err)
+		}
+		s.guard = newGuard(s)
+		go s.guard.run()
+	}
+	return s, nil
+}
+
+// Close ends every process and waits for them. It is for tests: as init the agent ends with the machine.
+func (s *Server) Close() {
+	s.cancel(errors.New("agent closed"))
+	for _, p := range s.all() {
+		p.killAll()
+	}
+	for _, p := range s.all() {
+		<-p.done
+	}
+	s.closeStock()
+	s.collector.close()
+	s.trees.closeAll(&s.watches)
+	for _, p := range s.all() {
+		p.output.discard()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.null >= 0 {
+		_ = unix.Close(s.null)
+		s.null = -1
+	}
+}
+
+// Done is closed when the agent has lived too long without a host, and should end.
+func (s *Server) Done() <-chan struct{} { return s.ctx.Done() }
+
+func (s *Server) log(format string, args ...any) {
+	if s.opts.Log != nil {
+		s.opts.Log(format, args...)
+	}
+}
+
+// Serve speaks the protocol on one pipe until it ends. Several pipes may be served at once.
+func (s *Server) Serve(conn io.ReadWriteCloser) error {
+	return s.serve(conn, bufio.NewReaderSize(conn, agent.MaxHello))
+}
+
+// serve is Serve with what reads from the pipe.
+func (s *Server) serve(conn io.ReadWriteCloser, reader *bufio.Reader) error {
+	defer conn.Close()
+	s.present(1)
+	defer s.present(-1)
+	var host agent.Hello
+	if err := agent.ReadHello(reader, &host); err != nil {
+		return err
+	}
+	mine := agent.Hello{Protocol: agent.Protocol, Version: s.opts.Version, Boot: s.boot, Level: agent.Level}
+	if host.Protocol != agent.Protocol {
+		mine.Error = fmt.Sprintf("agent %s speaks protocol %d, host %s speaks %d", s.opts.Version, agent.Protocol,
+			agent.Clip(host.Version, 40),
+			host.Protocol)
+	}
+	if err := agent.WriteHello(conn, mine); err != nil || mine.Error != "" {
+		return errors.Join(err, conn.Close())
+	}
+	session, err := yamux.Server(agent.NewBufferedConn(reader, conn), agent.MuxConfig())
+	if err != nil {
+		return err
+	}
+	defer session.Close()
+	ctx, cancel := context.WithCancel(s.ctx)
+	defer cancel()
+	context.AfterFunc(ctx, func() { _ = session.Close() })
+	var streams sync.WaitGroup
+	defer streams.Wait()
+	for {
+		stream, err := session.AcceptStream()
+		if err != nil {
+			cancel()
+			return nil // the pipe is at its end
+		}
+		streams.Go(func() {
+			defer stream.Close()
+			s.serveStream(ctx, stream)
+		})
+	}
+}
+
+// present counts hosts, and ends the agent when it has been without one for too long.
+func (s *Server) present(n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.hosts += n
+	s.orphan.stop()
+	s.orphan = nil
+	if s.hosts == 0 && s.config.OrphanMS > 0 {
+		s.orphan = after(time.Duration(s.config.OrphanMS)*time.Millisecond, func() { s.cancel(errors.New("no host for too long")) })
+	}
+}
+
+// serveStream serves one stream by its header. A panic ends the stream, not the machine.
+func (s *Server) serveStream(ctx context.Context, stream *yamux.Stream) {
+	defer func() {
+		if r := recover(); r != nil {
+			buf := make([]byte, 4<<10)
+			s.log("panic: %v\n%s", r, buf[:runtime.Stack(buf, false)])
+		}
+	}()
+	var h agent.Header
+	if err := agent.ReadMessage(stream, &h); err != nil {
+		return
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if laborious[h.Stream] {
+		defer s.second.hold()()
+	}
+	switch h.Stream {
+	case agent.StreamRPC:
+		s.serveRPC(ctx, stream)
+	case agent.StreamRead:
+		s.serveRead(stream, h)
+	case agent.StreamWrite:
+		s.serveWrite(stream, h)
+		discard(stream)
+	case agent.StreamOutput:
+		s.serveOutput(ctx, stream, h)
+	case agent.StreamStdin:
+		s.serveStdin(ctx, stream, h)
+		discard(stream)
+	case agent.StreamWatch:
+		s.serveWatch(ctx, stream, h)
+	case agent.StreamDial:
+		s.serveDial(ctx, stream, h)
+	case agent.StreamAccept:
+		s.serveAccept(ctx, stream, h)
+	case agent.StreamChanges:
+		s.serveChanges(ctx, stream, h)
+	case agent.StreamUnpack:
+		s.serveUnpack(stream, h)
+		discard(stream)
+	default:
+		_ = agent.WriteMessage(stream, agent.Answer{Error: wireError(agent.Invalid("unknown stream %q", agent.Clip(h.Stream, 40)))})
+	}
+}
+
+// enter gives a process its id and checks its tag.
+func (s *Server) enter(p *process) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if old := s.tags[p.req.Tag]; p.req.Tag != "" && old != nil && old.running() {
+		return fmt.Errorf("tag %q belongs to process %s: %w", p.req.Tag, old.id, agent.ErrTagInUse)
+	}
+	s.seq++
+	p.seq, p.id = s.seq, "p"+strconv.Itoa(s.seq)
+	s.procs[p.id] = p
+	if p.req.Tag != "" {
+		p.namesake = s.tags[p.req.Tag]
+		s.tags[p.req.Tag] = p
+	}
+	return nil
+}
+
+// leave takes back what enter did.
+func (s *Server) leave(p *process) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.procs, p.id)
+	if s.tags[p.req.Tag] == p {
+		delete(s.tags, p.req.Tag)
+		if p.namesake != nil {
+			s.tags[p.req.Tag] = p.namesake
+		}
+	}
+}
+
+// settle tidies up after the end of p: its cgroup goes when it is empty, and only the last ended processes are kept.
+func (s *Server) settle(p *process) {
+	p.group.release(p.ended.Sub(p.started) > firstLook)
+	if s.groups != nil {
+		s.groups.stock()
+		if going, _ := s.work.is(); going {
+			s.lookForTasks()
+		}
+	}
+	s.stockOutputs()
+	s.mu.Lock()
+	var ended []*process
+	for _, q := range s.procs {
+		if q.ready.Load() && !q.running() {
+			ended = append(ended, q)
+		}
+	}
+	var drop []*process
+	for len(ended) > endedKept {
+		oldest := 0
+		for i, q := range ended {
+			if q.seq < ended[oldest].seq {
+				oldest = i
+			}
+		}
+		q := ended[oldest]
+		ended = append(ended[:oldest], ended[oldest+1:]...)
+		if !q.group.remove() {
+			continue // something it started still runs
+		}
+		drop = append(drop, q)
+		delete(s.procs, q.id)
+		if s.tags[q.req.Tag] == q {
+			delete(s.tags, q.req.Tag)
+		}
+	}
+	s.mu.Unlock()
+	for _, q := range drop {
+		q.output.discard()
+	}
+}
+
+// find gets a process by id or tag.
+func (s *Server) find(name string) (*process, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if p := s.procs[name]; p != nil && p.ready.Load() {
+		return p, nil
+	}
+	if p := s.tags[name]; p != nil && p.ready.Load() {
+		return p, nil
+	}
+	return nil, fmt.Errorf("process %q: %w", agent.Clip(name, 80), agent.ErrNoProcess)
+}
+
+// all lists the processes by their start.
+func (s *Server) all() []*process {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var all []*process
+	for _, p := range s.procs {
+		if p.ready.Load() {
+			all = append(all, p)
+		}
+	}
+	slices.SortFunc(all, func(a, b *process) int { return cmp.Compare(a.seq, b.seq) })
+	return all
+}
+
+// serveRPC serves calls on the control channel, each in a goroutine of its own.
+func (s *Server) serveRPC(ctx context.Context, stream *yamux.Stream) {
+	var mu sync.Mutex
+	cancels := map[uint64]context.CancelFunc{}
+	handler := func(_ context.Context, conn *jsonrpc2.Conn, req *jsonrpc2.Request) {
+		if req.Notif {
+			var note struct {
+				ID   uint64 `json:"id"`
+				Dial string `json:"dial"`
+			}
+			if req.Method == agent.NoteCancel && req.Params != nil && json.Unmarshal(*req.Params, &note) == nil {
+				mu.Lock()
+				if cancel := cancels[note.ID]; cancel != nil {
+					cancel()
+				}
+				mu.Unlock()
+			}
+			if req.Method == agent.NoteHangUp && req.Params != nil && json.Unmarshal(*req.Params, &note) == nil {
+				if hangUp, ok := s.dials.Load(note.Dial); ok {
+					hangUp.(context.CancelFunc)()
+				}
+			}
+			return
+		}
+		callCtx, cancel := context.WithCancel(ctx)
+		mu.Lock()
+		cancels[req.ID.Num] = cancel
+		mu.Unlock()
+		go func() {
+			defer cancel()
+			result, err := s.call(callCtx, req)
+			mu.Lock()
+			delete(cancels, req.ID.Num)
+			mu.Unlock()
+			if err != nil {
+				_ = conn.ReplyWithError(callCtx, req.ID, replyError(err)) // the pipe is gone otherwise
+				return
+			}
+			if err := conn.Reply(callCtx, req.ID, result); errors.Is(err, agent.ErrTooLarge) {
+				_ = conn.ReplyWithError(callCtx, req.ID, replyError(err))
+			}
+		}()
+	}
+	conn := jsonrpc2.NewConn(ctx, agent.MessageStream{Conn: stream}, agent.HandlerFunc(handler), agent.Quiet)
+	<-conn.DisconnectNotify()
+}
+
+// call does one call.
+func (s *Server) call(ctx context.Context, req *jsonrpc2.Request) (result any, err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			result, err = nil, fmt.Errorf("%s: the agent panicked: %v", req.Method, r)
+		}
+	}()
+	switch req.Method {
+	case agent.CallConfigure:
+		return on(req, func(c agent.Config) (struct{}, error) { return struct{}{}, s.configure(c) })
+	case agent.CallStart:
+		return on(req, func(r agent.StartRequest) (agent.Snapshot, error) { return s.start(s.waiting(ctx), r) })
+	case agent.CallWait:
+		return on(req, func(r agent.WaitRequest) (agent.Snapshot, error) {
+			p, err := s.find(r.Process)
+			if err != nil {
+				return agent.Snapshot{}, err
+			}
+			return p.wait(s.waiting(ctx), time.Duration(r.WaitMS)*time.Millisecond, r.Beyond, r.Window)
+		})
+	case agent.CallSignal:
+		return on(req, s.signal)
+	case agent.CallResize:
+		return on(req, s.resize)
+	case agent.CallKill:
+		return on(req, s.kill)
+	case agent.CallList:
+		return on(req, s.list)
+	case agent.CallInput:
+		return on(req, func(r agent.InputRequest) (agent.InputResult, error) { return s.input(s.waiting(ctx), r) })
+	case agent.CallTree:
+		return on(req, func(r agent.TreeRequest) (agent.TreeResult, error) { return s.watchTree(s.waiting(ctx), r) })
+	case agent.CallShell:
+		return on(req, s.describeShell)
+	case agent.CallUser:
+		return on(req, s.describeUser)
+	case agent.CallEnv:
+		return s.givenEnv(), nil
+	case agent.CallPing:
+		return struct{}{}, nil
+	case agent.CallUsage:
+		return on(req, func(r agent.UsageRequest) (agent.Usage, error) { return s.usage(r), nil })
+	case agent.CallWork:
+		return on(req, func(r agent.WorkRequest) (agent.WorkResult, error) { return s.atWork(s.waiting(ctx), r), nil })
+	case agent.CallRelieve:
+		return on(req, s.relieve)
+	case agent.CallRestored:
+		return s.restored()
+	case agent.CallSuspend:
+		s.suspend()
+		return struct{}{}, nil
+	}
+	return s.callFiles(ctx, req)
+}
+
+// callFiles answers the calls that concern files.
+func (s *Server) callFiles(ctx context.Context, req *jsonrpc2.Request) (any, error) {
+	defer s.second.hold()()
+	switch req.Method {
+	case agent.CallStat:
+		return on(req, s.stat)
+	case agent.CallDir:
+		return on(req, s.dir)
+	case agent.CallMkdir:
+		return on(req, s.mkdir)
+	case agent.CallMove:
+		return on(req, s.move)
+	case agent.CallRemove:
+		return on(req, s.remove)
+	case agent.CallEdit:
+		return on(req, s.edit)
+	case agent.CallMount:
+		return on(req, s.mount)
+	case agent.CallSetattr:
+		return on(req, s.setattr)
+	case agent.CallSearch:
+		return on(req, func(r agent.SearchRequest) (agent.SearchResult, error) { return s.search(ctx, r) })
+	}
+	return nil, agent.Invalid(agent.UnknownCall+" %q", agent.Clip(req.Method, 40))
+}
+
+// on decodes the arguments of a call and makes it.
+func on[A, R any](req *jsonrpc2.Request, do func(A) (R, error)) (any, error) {
+	var args A
+	if req.Params != nil {
+		if err := json.Unmarshal(*req.Params, &args); err != nil {
+			return nil, agent.Invalid("%s: %v", req.Method, err)
+		}
+	}
+	return do(args)
+}

@@ -1,0 +1,189 @@
+package guest
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// spawnOutput runs a program by spawn, and gives what it writes and how it ends.
+func spawnOutput(t *testing.T, attr spawnAttr, args ...string) (string, syscall.WaitStatus) {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	attr.stdio = [3]int{int(null.Fd()), int(w.Fd()), int(w.Fd())}
+	c, err := spawn(args[0], args, attr)
+	_ = w.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var b strings.Builder
+	for buf := make([]byte, 4096); ; {
+		n, err := r.Read(buf)
+		b.Write(buf[:n])
+		if err != nil {
+			break
+		}
+	}
+	var status syscall.WaitStatus
+	if err := waitFor(c.pid, &status); err != nil {
+		t.Fatal(err)
+	}
+	return b.String(), status
+}
+
+// TestSpawn looks at a process that spawn has started: it has what it was given, and nothing of ours.
+func TestSpawn(t *testing.T) {
+	dir := t.TempDir()
+	leak, err := os.Create(dir + "/leak")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer leak.Close()
+	if inherited, err := unix.Dup(int(leak.Fd())); err != nil { // by who only executes
+		t.Fatal(err)
+	} else {
+		defer unix.Close(inherited)
+	}
+	ignored := "" // by whoever has started the test; spawn leaves that, as every fork does
+	own, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(own)) {
+		if strings.HasPrefix(line, "SigIgn:") {
+			ignored = line
+		}
+	}
+	out, status := spawnOutput(t, spawnAttr{dir: dir, env: []string{"A=1", "B=two words"}}, "/bin/sh", "-c",
+		`pwd; echo "$A,$B,$PATH" | cut -d, -f1,2; ls -l /proc/self/fd | grep -c leak; sed -nE '/^Sig(Blk|Ign|Cgt)/p' /proc/self/status; test $(ps -o sid= -p $$ 2>/dev/null || echo $$) = $$ && echo leader; exit 7`)
+	if want := fmt.Sprintf("%s\n1,two words\n0\nSigBlk:\t%016x\n%sSigCgt:\t%016x\nleader\n", dir, 0, ignored, 0); out != want ||
+		status.ExitStatus() != 7 {
+		t.Errorf("got status %#x and %q, want 7 and %q", status, out, want)
+	}
+}
+
+// TestSpawnFails has every step before the program fail: the error is that step's, and no process is left.
+func TestSpawnFails(t *testing.T) {
+	dir := t.TempDir()
+	script := dir + "/script"
+	if err := os.WriteFile(script, []byte("no program"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for name, test := range map[string]struct {
+		program string
+		attr    spawnAttr
+		want    syscall.Errno
+	}{
+		"no such program":   {dir + "/none", spawnAttr{}, syscall.ENOENT},
+		"no program":        {script, spawnAttr{}, syscall.ENOEXEC},
+		"a directory":       {dir, spawnAttr{}, syscall.EACCES},
+		"no such directory": {"/bin/true", spawnAttr{dir: dir + "/none"}, syscall.ENOENT},
+		"a file as one":     {"/bin/true", spawnAttr{dir: script}, syscall.ENOTDIR},
+		"no descriptor":     {"/bin/true", spawnAttr{stdio: [3]int{0, 1, 1 << 20}}, syscall.EBADF},
+		"no terminal":       {"/bin/true", spawnAttr{tty: true}, syscall.ENOTTY},
+		"no cgroup":         {"/bin/true", spawnAttr{group: 1 << 20}, syscall.EBADF},
+		"a NUL":             {"/bin/true\x00", spawnAttr{}, syscall.EINVAL},
+	} {
+		if test.attr.stdio == [3]int{} {
+			null, err := os.Open(os.DevNull)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer null.Close()
+			test.attr.stdio = [3]int{int(null.Fd()), 1, 2}
+		}
+		test.attr.pidfd = true
+		if c, err := spawn(test.program, []string{"x"}, test.attr); !errors.Is(err, test.want) || c.pid != 0 || c.pidfd != -1 {
+			t.Errorf("%s: got %v, %v", name, c, err)
+		}
+	}
+	if _, err := syscall.Wait4(-1, nil, unix.WNOHANG, nil); !errors.Is(err, syscall.ECHILD) {
+		t.Errorf("a process is left: %v", err)
+	}
+}
+
+// TestSpawnAtOnce starts processes from many threads while signals come in and the collector of garbage moves stacks.
+func TestSpawnAtOnce(t *testing.T) {
+	stop := make(chan struct{})
+	var noise, all sync.WaitGroup
+	noise.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				runtime.GC()
+				_ = syscall.Kill(os.Getpid(), syscall.SIGURG) // the scheduler's own
+			}
+		}
+	})
+	for range 8 {
+		all.Go(func() {
+			for range 50 {
+				if took, err := TimeSpawn("/bin/true"); err != nil || took <= 0 {
+					t.Errorf("got %v, %v", took, err)
+				}
+			}
+		})
+	}
+	all.Wait()
+	close(stop)
+	noise.Wait()
+	if _, err := TimeSpawn("/bin/false"); err == nil {
+		t.Error("a program that fails has a time")
+	}
+}
+
+// TestProcessors has long and short work at once: there is a second processor while something lasts, and for a while longer.
+func TestProcessors(t *testing.T) {
+	before := runtime.GOMAXPROCS(2)
+	defer runtime.GOMAXPROCS(before)
+	w := &work{}
+	p := newProcessors(w)
+	p.hold()() // soon done
+	if got := runtime.GOMAXPROCS(0); got != 1 {
+		t.Fatalf("%d processors for nothing", got)
+	}
+	first, second := p.hold(), p.hold()
+	eventually(t, "two processors", func() bool { return runtime.GOMAXPROCS(0) == 2 })
+	if going, _ := w.is(); !going {
+		t.Error("what lasts is no work")
+	}
+	first()
+	var short sync.WaitGroup
+	for range 100 { // its end and the timer meet, in either order
+		short.Go(p.giveBack)
+		short.Go(p.take)
+	}
+	short.Wait()
+	if got := runtime.GOMAXPROCS(0); got != 2 {
+		t.Fatalf("%d processors while something lasts", got)
+	}
+	second()
+	eventually(t, "one processor", func() bool { return runtime.GOMAXPROCS(0) == 1 })
+	if going, _ := w.is(); going {
+		t.Error("nothing is work")
+	}
+	eventually(t, "nothing at work", func() bool {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return p.busy == 0
+	})
+	(*processors)(nil).hold()()
+}

@@ -1,0 +1,411 @@
+package guest
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"soulbox.dev/soulbox/agent"
+)
+
+const (
+	defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+	maxEnv      = 1 << 20
+)
+
+// start starts a process, waits for its end as long as asked, and describes it.
+func (s *Server) start(ctx context.Context, req agent.StartRequest) (agent.Snapshot, error) {
+	p, err := s.spawn(req)
+	if err != nil {
+		return agent.Snapshot{}, err
+	}
+	return p.wait(ctx, time.Duration(req.WaitMS)*time.Millisecond, nil, req.Window)
+}
+
+// starters is how many starts are prepared at once: the guard of the memory must not wait for hundreds of them.
+const starters = 2
+
+// takeTurn waits for the turn of a start. It is given back before the program is executed, which may take as long as the guest wants.
+func (s *Server) takeTurn() (done func()) {
+	s.starting <- struct{}{}
+	s.guard.pass()
+	return sync.OnceFunc(func() { <-s.starting })
+}
+
+// spawn starts a process and enters it in the table.
+func (s *Server) spawn(req agent.StartRequest) (_ *process, err error) {
+	done := s.takeTurn()
+	defer done()
+	p, env, err := s.prepare(req)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.enter(p); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			s.leave(p)
+		}
+	}()
+	if s.groups != nil {
+		if p.group, err = s.groups.add(); err != nil {
+			return nil, err
+		}
+	}
+	p.collector, p.prepared = s.collector, done
+	run := s.runOnPipes
+	if p.terminal != nil {
+		run = s.runOnTerminal
+	}
+	stdin, err := run(p, env)
+	if err != nil {
+		p.group.release(false) // the collector sees the end of the pipes by itself
+		return nil, err
+	}
+	s.follow(p, stdin)
+	return p, nil
+}
+
+// holdTime is how long output is held for a stream that does not come.
+const holdTime = 10 * time.Second
+
+// holdFirst holds the output, where that is asked for, until somebody else does.
+func (p *process) holdFirst() {
+	if !p.req.Hold {
+		return
+	}
+	mine := p.output.hold(0)
+	p.release = sync.OnceFunc(func() { p.collector.resume(p.output.advance(mine, 0, true)...) })
+	after(holdTime, p.release)
+}
+
+// runOnPipes starts a process with pipes, and returns the writing end of its stdin if it has one.
+func (s *Server) runOnPipes(p *process, env []string) (stdin *os.File, err error) {
+	made, err := s.takeOutputs(p.user)
+	if err != nil {
+		return nil, err
+	}
+	defer made.closeEnds()
+	p.output, p.pipes = made.spool, made.pipes
+	p.holdFirst()
+	stdio := [3]int{s.null, made.ends[0], made.ends[1]}
+	if !p.req.KeepStdin && len(p.req.Stdin) == 0 {
+		return nil, s.launch(p, env, stdio)
+	}
+	input, err := quickPipe(1)
+	if err != nil {
+		return nil, fmt.Errorf("start: open pipe: %w", err)
+	}
+	defer quickClose(input[0])
+	stdio[0] = input[0]
+	err = s.givePipe(input[0], identity{}, p.user)
+	if err == nil {
+		err = s.launch(p, env, stdio)
+	}
+	if err != nil {
+		quickClose(input[1])
+		return nil, err
+	}
+	return os.NewFile(uintptr(input[1]), "stdin"), nil
+}
+
+// runOnTerminal starts a process with a terminal, and returns our end of it.
+func (s *Server) runOnTerminal(p *process, env []string) (*os.File, error) {
+	child, master, reader, err := s.openTerminal(*p.terminal, p.user)
+	if err != nil {
+		return nil, err
+	}
+	defer child.Close()
+	p.output = newSpool(s.opts.SpoolDir)
+	p.holdFirst()
+	p.pipes = []*outputPipe{s.collector.add(reader, agent.OnStdout, p.output)}
+	var launched error
+	if err := control(child, func(fd uintptr) error {
+		launched = s.launch(p, env, [3]int{int(fd), int(fd), int(fd)})
+		return nil
+	}); err != nil || launched != nil {
+		return nil, errors.Join(err, launched, master.Close())
+	}
+	return master, nil
+}
+
+// checked is a request that can be carried out, with its defaults.
+func (s *Server) checked(req agent.StartRequest) (agent.StartRequest, error) {
+	if req.Terminal != nil {
+		size := agent.Terminal{Rows: cmp.Or(req.Terminal.Rows, defaultRows), Cols: cmp.Or(req.Terminal.Cols, defaultCols)}
+		if err := size.Check(); err != nil {
+			return req, err
+		}
+		req.Terminal = &size
+		if req.Command == "" && len(req.Args) == 0 {
+			req.Args = []string{s.shell, "-il"}
+		}
+	}
+	if (req.Command == "") == (len(req.Args) == 0) {
+		return req, agent.Invalid("start: give either a command or args")
+	}
+	if strings.IndexByte(req.Command, 0) >= 0 || slices.ContainsFunc(req.Args,
+		func(a string) bool { return strings.IndexByte(a, 0) >= 0 }) {
+		return req, agent.Invalid("start: the command contains a NUL byte")
+	}
+	if len(req.Command) > agent.MaxCommand {
+		return req, fmt.Errorf("start: the command has %d bytes, at most %d are possible: %w", len(req.Command), agent.MaxCommand,
+			agent.ErrCommand)
+	}
+	if len(req.Tag) > 1 && req.Tag[0] == 'p' && strings.Trim(req.Tag[1:], "0123456789") == "" {
+		return req, agent.Invalid("start: the tag %q looks like the id of a process", req.Tag)
+	}
+	if len(req.Tag) > maxTag {
+		return req, agent.Invalid("start: the tag has %d bytes, at most %d are allowed", len(req.Tag), maxTag)
+	}
+	return req, nil
+}
+
+// prepare works out everything that a process needs.
+func (s *Server) prepare(req agent.StartRequest) (*process, []string, error) {
+	req, err := s.checked(req)
+	if err != nil {
+		return nil, nil, err
+	}
+	user, err := s.lookup(req.User)
+	if err != nil {
+		return nil, nil, err
+	}
+	run, state := (*shellRun)(nil), &shellState{}
+	if req.Shell != "" && path.Base(s.shell) == "bash" {
+		run = s.shells.enter(shellID{req.Shell, user.name})
+		state = run.begin
+	}
+	s.mu.Lock()
+	home, gone := state.existing(cmp.Or(s.config.Cwd, user.home))
+	s.mu.Unlock()
+	cwd := cmp.Or(req.Cwd, home)
+	if !path.IsAbs(cwd) || strings.IndexByte(cwd, 0) >= 0 {
+		return nil, nil, agent.Invalid("start in %s: the working directory must be an absolute path", quoted(cwd))
+	}
+	if !isDir(cwd) {
+		if req.Cwd != "" {
+			return nil, nil, fmt.Errorf("start in %s: %w", quoted(cwd), agent.ErrCwd)
+		}
+		cwd = "/"
+	}
+	base := s.environment(user, req.Terminal != nil)
+	vars := state.environment(base)
+	vars["PWD"] = cwd
+	maps.Copy(vars, req.Env)
+	env, err := environ(vars)
+	if err != nil {
+		return nil, nil, err
+	}
+	if run != nil {
+		run.base, run.env, run.given, run.cwd = base, vars, req.Env, cwd
+		if req.Cwd == "" {
+			run.gone = gone
+		}
+	}
+	p := &process{shell: run, req: req, terminal: req.Terminal, user: user, cwd: cwd, args: req.Args, done: make(chan struct{}),
+		writing: make(chan struct{}, 1)}
+	p.req.Env = nil // not kept: it may be secret
+	return p, env, nil
+}
+
+// environment is what every process of a user is given.
+func (s *Server) environment(user identity, terminal bool) map[string]string {
+	vars := map[string]string{
+		"PATH": defaultPath, "HOME": user.home, "USER": user.name, "LOGNAME": user.name, "SHELL": s.shell, "LANG": "C.UTF-8",
+	}
+	if terminal {
+		vars["TERM"] = "xterm-256color"
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	maps.Copy(vars, s.config.Env)
+	return vars
+}
+
+// environ is the environment as execve takes it.
+func environ(vars map[string]string) ([]string, error) {
+	for k, v := range vars {
+		if k == "" || strings.ContainsAny(k, "=\x00") || strings.IndexByte(v, 0) >= 0 {
+			return nil, agent.Invalid("start: %q is not a name of an environment variable, or its value contains a NUL byte",
+				agent.Clip(k, 80))
+		}
+	}
+	env := make([]string, 0, len(vars))
+	for k, v := range vars {
+		env = append(env, k+"="+v)
+	}
+	slices.Sort(env)
+	size := 0
+	for _, kv := range env {
+		if size += len(kv) + 1; len(kv) > agent.MaxCommand || size > maxEnv {
+			return nil, agent.Invalid("start: the environment is too large: a variable may have %d bytes, all together %d",
+				agent.MaxCommand, maxEnv)
+		}
+	}
+	return env, nil
+}
+
+// startTime is how long a program may take to be executed, which may hang on what the guest has made of it: then it is killed.
+const startTime = 10 * time.Second
+
+// launch forks and executes. A command of plain words skips the shell: it would only execute them in turn.
+func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
+	attr := spawnAttr{limit: startTime, dir: p.cwd, env: env, stdio: stdio, tty: p.terminal != nil}
+	if p.group != nil {
+		attr.group = int(p.group.dir.Fd())
+	}
+	if s.opts.Init {
+		attr.user, attr.files = &p.user, &s.files
+	}
+	if own := time.Duration(p.req.TimeoutMS) * time.Millisecond; own > 0 {
+		attr.limit = min(own, startTime)
+	}
+	p.started = time.Now()
+	if p.req.Command != "" {
+		if words := plainWords(p.req.Command, env); words != nil && !p.shell.needed() {
+			if name := lookPath(words[0], p.cwd, env); name != "" {
+				if p.child, err = s.fork(p, name, words, attr); err == nil || errors.Is(err, syscall.EAGAIN) {
+					return explainFork(err)
+				}
+			}
+		}
+		p.args = []string{s.shell, "-c", p.req.Command}
+		if p.shell != nil {
+			forked := p.req.Fork || p.terminal != nil
+			if !forked && (p.shell.needed() || !changesNothing(p.req.Command, env)) {
+				p.shell.report()
+			}
+			if p.shell.file != "" || p.shell.needed() {
+				var more []string
+				p.args, more = p.shell.wrap(s.shell, p.req.Command)
+				attr.env = append(env, more...)
+			}
+		}
+	}
+	name := lookPath(p.args[0], p.cwd, env)
+	if name == "" {
+		if file := p.args[0]; strings.Contains(file, "/") {
+			if !path.IsAbs(file) {
+				file = path.Join(p.cwd, file)
+			}
+			if _, err := os.Stat(file); err == nil {
+				return fmt.Errorf("start %q: it is no program: %w", agent.Clip(p.args[0], 200), syscall.EACCES)
+			}
+		}
+		return fmt.Errorf("start %q: command not found: %w", agent.Clip(p.args[0], 200), syscall.ENOENT)
+	}
+	p.child, err = s.fork(p, name, p.args, attr)
+	if errors.Is(err, syscall.EACCES) && p.args[0] == s.shell {
+		return fmt.Errorf("start in %s: user %s may not enter it: %w", quoted(p.cwd), p.user.name, syscall.EACCES)
+	}
+	if err != nil {
+		err = fmt.Errorf("start %q: %w", agent.Clip(p.args[0], 200), explainFork(err))
+	}
+	return err
+}
+
+// fork starts a process. A directory that the shell remembers, but its user may not enter any more, is given up for the root: otherwise no
+// command could leave it.
+func (s *Server) fork(p *process, name string, args []string, attr spawnAttr) (child, error) {
+	p.prepared()
+	c, err := s.reaper.forkExec(name, args, attr)
+	if !errors.Is(err, syscall.EACCES) || p.shell == nil || p.req.Cwd != "" || p.shell.begin.cwd == "" || attr.dir == "/" {
+		return c, err
+	}
+	again := attr
+	env := slices.DeleteFunc(slices.Clone(attr.env), func(kv string) bool { return strings.HasPrefix(kv, "PWD=") })
+	again.dir, again.env = "/", append(env, "PWD=/")
+	c, err2 := s.reaper.forkExec(name, args, again)
+	if err2 != nil {
+		return c, err // it was not the directory
+	}
+	p.shell.gone, p.shell.cwd, p.cwd = p.shell.begin.cwd, "/", "/"
+	return c, nil
+}
+
+// explainFork names the limit behind a refused fork.
+func explainFork(err error) error {
+	if errors.Is(err, syscall.EAGAIN) {
+		return fmt.Errorf("the sandbox has as many processes as it may have: %w", agent.ErrLimit)
+	}
+	return err
+}
+
+// follow starts what serves a running process.
+func (s *Server) follow(p *process, stdin *os.File) {
+	if stdin != nil {
+		p.mu.Lock()
+		p.stdin = stdin
+		p.mu.Unlock()
+		if input := p.req.Stdin; len(input) > 0 {
+			p.req.Stdin = nil
+			// The feeder ends with the process at the latest: watch closes stdin.
+			go func() { _, _ = p.writeStdin(s.ctx, bytes.NewReader(input), !p.req.KeepStdin && p.terminal == nil) }()
+		}
+	}
+	if p.req.TimeoutMS > 0 {
+		p.stop = after(time.Duration(p.req.TimeoutMS)*time.Millisecond, p.expire)
+	}
+	p.namesake = nil
+	p.ready.Store(true)
+	s.noteStart(p)
+	s.reaper.await(p.child, func(status exitStatus) {
+		reports := p.shell != nil && p.shell.file != ""
+		if !reports {
+			p.finish(status)
+		}
+		go func() {
+			if reports { // which takes as long as the guest wants, within bounds: not on the thread that all others wait for
+				p.finish(status)
+			}
+			s.noteEnd(p)
+			// What it left behind may still write: the spool is finished when nobody can.
+			for _, pipe := range p.pipes {
+				<-pipe.eof
+			}
+			p.output.finish()
+			s.settle(p)
+		}()
+	})
+	if s.guard != nil {
+		s.guard.wake()
+	}
+}
+
+// lookPath finds an executable as execvp does; "" means that there is none.
+func lookPath(name, cwd string, env []string) string {
+	dirs := []string{""}
+	if !strings.Contains(name, "/") {
+		dirs = nil
+		for _, kv := range env {
+			if v, ok := strings.CutPrefix(kv, "PATH="); ok {
+				dirs = strings.Split(v, ":")
+			}
+		}
+	}
+	for _, dir := range dirs {
+		full := name
+		if !path.IsAbs(full) {
+			if full = path.Join(dir, name); !path.IsAbs(full) {
+				full = path.Join(cwd, full)
+			}
+		}
+		if st, err := quickStat(full); err == nil && st.Mode&unix.S_IFMT == unix.S_IFREG && st.Mode&0o111 != 0 {
+			return full
+		}
+	}
+	return ""
+}

@@ -1,0 +1,171 @@
+package guest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+	"github.com/hashicorp/yamux"
+	"soulbox.dev/soulbox/agent"
+)
+
+const (
+	maxWatches = 64 // at once in one sandbox
+	watchBatch = 10 * time.Millisecond
+)
+
+// serveWatch tells what changes in a directory, or of a file: then its directory is watched, since editors replace files. What is reached
+// by a symlink is watched where it is, too. A directory that is removed is watched again as soon as there is one of that name.
+func (s *Server) serveWatch(ctx context.Context, stream *yamux.Stream, h agent.Header) {
+	refuse := func(err error) { _ = agent.WriteMessage(stream, agent.Answer{Error: wireError(err)}) }
+	if err := checkPath("watch", h.Path); err != nil {
+		refuse(err)
+		return
+	}
+	if s.watches.Add(1) > maxWatches {
+		s.watches.Add(-1)
+		refuse(fmt.Errorf("watch %s: there are %d watches already: %w", quoted(h.Path), maxWatches, agent.ErrWatches))
+		return
+	}
+	defer s.watches.Add(-1)
+	info, err := os.Stat(h.Path)
+	if err != nil {
+		refuse(err)
+		return
+	}
+	w := &watcher{isDir: info.IsDir(), names: map[string]bool{}, dirs: map[string]bool{}}
+	if w.Watcher, err = fsnotify.NewWatcher(); err != nil {
+		refuse(err)
+		return
+	}
+	defer w.Close()
+	if err := w.begin(filepath.Clean(h.Path)); err != nil {
+		refuse(&fs.PathError{Op: "watch", Path: h.Path, Err: err})
+		return
+	}
+	if err := agent.WriteMessage(stream, agent.Answer{}); err != nil {
+		return
+	}
+	ctx, cancel := untilClosed(ctx, stream)
+	defer cancel()
+	for {
+		batch, ok := w.next(ctx)
+		if !ok || agent.WriteMessage(stream, batch) != nil {
+			return
+		}
+	}
+}
+
+// watcher watches one path under the names that it has.
+type watcher struct {
+	*fsnotify.Watcher
+	isDir bool
+	names map[string]bool // of the file, or of the directory whose entries count: as it was named, and where its symlinks lead
+	dirs  map[string]bool // directories that lead to it, in which only the next step counts
+}
+
+// begin watches the path and what leads to it.
+func (w *watcher) begin(path string) error {
+	real, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return err
+	}
+	for _, name := range []string{path, real} {
+		w.names[name] = true
+		if w.isDir {
+			if err := w.Add(name); err != nil {
+				return err
+			}
+		}
+		for dir := filepath.Dir(name); ; dir = filepath.Dir(dir) {
+			w.dirs[dir] = true
+			if err := w.Add(dir); err != nil && dir == filepath.Dir(name) && !w.isDir {
+				return err // without those above, only what becomes of the directory itself is missed
+			}
+			if dir == filepath.Dir(dir) {
+				break
+			}
+		}
+	}
+	return nil
+}
+
+// again watches anew what has come back: a directory of a name that led to the path, and what is in it by now.
+func (w *watcher) again(name string) {
+	for dir := range w.dirs {
+		if dir == name || strings.HasPrefix(dir, name+"/") {
+			_ = w.Add(dir) // one that is not there yet comes later
+		}
+	}
+	if w.isDir {
+		for n := range w.names {
+			if n == name || strings.HasPrefix(n, name+"/") {
+				_ = w.Add(n) // as above
+			}
+		}
+	}
+}
+
+// counts says whether an event is of what is watched, or leads to it (then it says no more than that something changed).
+func (w *watcher) counts(e fsnotify.Event) (own, above bool) {
+	if w.names[e.Name] || w.isDir && w.names[filepath.Dir(e.Name)] {
+		return true, w.names[e.Name] && w.isDir && e.Has(fsnotify.Create)
+	}
+	return false, w.dirs[e.Name] && e.Has(fsnotify.Create|fsnotify.Remove|fsnotify.Rename)
+}
+
+// next waits for a change, and a moment for more.
+func (w *watcher) next(ctx context.Context) (b agent.WatchBatch, ok bool) {
+	var full <-chan time.Time
+	for {
+		select {
+		case <-ctx.Done():
+			return b, false
+		case <-full:
+			return b, true
+		case err, open := <-w.Errors:
+			if !open {
+				return b, false
+			}
+			b.Overflow = b.Overflow || errors.Is(err, fsnotify.ErrEventOverflow)
+		case e, open := <-w.Events:
+			if !open {
+				return b, false
+			}
+			own, above := w.counts(e)
+			if above && e.Has(fsnotify.Create) {
+				w.again(e.Name)
+				b.Overflow = true // what was made before it was watched again is not known one by one
+			}
+			b.Overflow = b.Overflow || above
+			if own && !b.Overflow {
+				if b.Overflow = len(b.Events) >= agent.MaxWatchEvents; !b.Overflow {
+					b.Events = append(b.Events, agent.WatchEvent{Op: opName(e.Op), Path: e.Name})
+				}
+			}
+		}
+		if full == nil && (b.Overflow || len(b.Events) > 0) {
+			full = time.After(watchBatch)
+		}
+	}
+}
+
+func opName(op fsnotify.Op) string {
+	switch {
+	case op.Has(fsnotify.Create):
+		return "create"
+	case op.Has(fsnotify.Remove):
+		return "remove"
+	case op.Has(fsnotify.Rename):
+		return "rename"
+	case op.Has(fsnotify.Write):
+		return "write"
+	}
+	return "attrib"
+}
