@@ -28,7 +28,8 @@ func TestMain(m *testing.M) {
 	for end := time.Now().Add(10 * time.Second); code == 0; time.Sleep(10 * time.Millisecond) {
 		buf := make([]byte, 1<<20)
 		stacks := string(buf[:runtime.Stack(buf, true)])
-		if !strings.Contains(stacks, "soulbox/agent.(") && !strings.Contains(stacks, "soulbox/agent/guest.(") && !strings.Contains(stacks, "yamux") {
+		if !strings.Contains(stacks, "soulbox/agent.(") && !strings.Contains(stacks, "soulbox/agent/guest.(") &&
+			!strings.Contains(stacks, "yamux") {
 			break
 		}
 		if time.Now().After(end) {
