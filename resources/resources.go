@@ -124,7 +124,7 @@ func (s *Service) read(ctx context.Context, uri string) ([]mcp.ResourceContents,
 	case kindTemplate:
 		return s.template(ctx, uri, n)
 	case kindSandbox:
-		return asJSON(uri, describe(sb.Info()))
+		return asJSON(uri, sb.Info().Describe())
 	case kindLogs:
 		return s.logs(ctx, sb, uri, n)
 	case kindMetrics:
@@ -196,31 +196,6 @@ func asJSON(uri string, v any) ([]mcp.ResourceContents, error) {
 		return nil, err
 	}
 	return asText(uri, "application/json", string(body), nil), nil
-}
-
-// describe is a sandbox as its resource shows it.
-func describe(i sandbox.Info) map[string]any {
-	d := map[string]any{
-		"sandbox_id": i.ID, "state": i.State, "template": i.Template, "created_at": i.Created.UTC().Format(time.RFC3339),
-		"cpu":       i.Limits.CPU,
-		"memory_mb": i.Limits.Memory >> 20, "disk_mb": i.Limits.Disk >> 20, "pids": i.Limits.Processes,
-	}
-	if len(i.Metadata) > 0 {
-		d["metadata"] = i.Metadata
-	}
-	switch {
-	case i.State.Ended() && i.OnDisk:
-		d["failed_at"], d["cause"], d["on_disk"] = i.Changed.UTC().Format(time.RFC3339), i.Cause, true
-		d["saved_at"], d["removed_at"] = i.Saved.UTC().Format(time.RFC3339), i.RemoveAt.UTC().Format(time.RFC3339)
-	case i.State.Ended():
-		d["ended_at"], d["cause"] = i.Changed.UTC().Format(time.RFC3339), i.Cause
-	case i.State == sandbox.Paused:
-		d["paused_at"], d["cause"], d["on_disk"], d["auto_resume"] = i.Changed.UTC().Format(time.RFC3339), i.Cause, i.OnDisk, i.AutoResume
-		d["life_left_ms"], d["removed_at"] = i.Left.Milliseconds(), i.RemoveAt.UTC().Format(time.RFC3339)
-	case !i.ExpiresAt.IsZero():
-		d["ends_at"], d["on_timeout"] = i.ExpiresAt.UTC().Format(time.RFC3339), i.Times.OnTimeout
-	}
-	return d
 }
 
 // template is a template, or the log of a build of it.

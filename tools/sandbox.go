@@ -1,7 +1,6 @@
 package tools
 
 import (
-	"cmp"
 	"context"
 	"encoding/base64"
 	"errors"
@@ -35,64 +34,32 @@ func (s *Service) sandboxTools() []server.ServerTool {
 }
 
 type sandboxCreateInput struct {
-	Template      string            `json:"template,omitempty" jsonschema:"or a snapshot; default base, else host: this machine's programs"`
-	Metadata      map[string]string `json:"metadata,omitempty" jsonschema:"to find it by"`
-	Env           map[string]string `json:"env,omitempty" jsonschema:"environment of all its processes"`
-	TimeoutMS     int64             `json:"timeout_ms,omitempty" jsonschema:"life time; default 3600000"`
-	MaxLifetimeMS int64             `json:"max_lifetime_ms,omitempty" jsonschema:"bound of all extensions; default none"`
-	IdleMS        int64             `json:"idle_timeout_ms,omitempty" jsonschema:"without a call; default none"`
-	OnTimeout     string            `json:"on_timeout,omitempty" enum:"pause,kill" jsonschema:"default pause: to disk"`
-	GraceMS       int64             `json:"grace_ms,omitempty" jsonschema:"for work to finish at the end"`
-	AutoResume    *bool             `json:"auto_resume,omitempty" jsonschema:"calls resume it after a timeout; default true"`
-	CPU           float64           `json:"cpu,omitempty" jsonschema:"cores; default 2"`
-	MemoryMB      int64             `json:"memory_mb,omitempty" jsonschema:"default 1024"`
-	DiskMB        int64             `json:"disk_mb,omitempty" jsonschema:"default 10240"`
-	Pids          int64             `json:"pids,omitempty" jsonschema:"processes at once; default 512"`
-	Network       string            `json:"network,omitempty" jsonschema:"by HTTP proxy: none (default), full, or domains and ranges: pypi.org,*.debian.org"`
-	Protect       *protection       `json:"protect,omitempty" jsonschema:"save it regularly, for a resume if it fails"`
-	DiskInMemory  bool              `json:"disk_in_memory,omitempty" jsonschema:"half of memory at most; smaller when idle"`
+	Template      string              `json:"template,omitempty" jsonschema:"or a snapshot; default base, else host: this machine's programs"`
+	Metadata      map[string]string   `json:"metadata,omitempty" jsonschema:"to find it by"`
+	Env           map[string]string   `json:"env,omitempty" jsonschema:"environment of all its processes"`
+	TimeoutMS     int64               `json:"timeout_ms,omitempty" jsonschema:"life time; default 3600000"`
+	MaxLifetimeMS int64               `json:"max_lifetime_ms,omitempty" jsonschema:"bound of all extensions; default none"`
+	IdleMS        int64               `json:"idle_timeout_ms,omitempty" jsonschema:"without a call; default none"`
+	OnTimeout     string              `json:"on_timeout,omitempty" enum:"pause,kill" jsonschema:"default pause: to disk"`
+	GraceMS       int64               `json:"grace_ms,omitempty" jsonschema:"for work to finish at the end"`
+	AutoResume    *bool               `json:"auto_resume,omitempty" jsonschema:"calls resume it after a timeout; default true"`
+	CPU           float64             `json:"cpu,omitempty" jsonschema:"cores; default 2"`
+	MemoryMB      int64               `json:"memory_mb,omitempty" jsonschema:"default 1024"`
+	DiskMB        int64               `json:"disk_mb,omitempty" jsonschema:"default 10240"`
+	Pids          int64               `json:"pids,omitempty" jsonschema:"processes at once; default 512"`
+	Network       string              `json:"network,omitempty" jsonschema:"by HTTP proxy: none (default), full, or domains and ranges: pypi.org,*.debian.org"`
+	Protect       *sandbox.Protection `json:"protect,omitempty" jsonschema:"save it regularly, for a resume if it fails"`
+	DiskInMemory  bool                `json:"disk_in_memory,omitempty" jsonschema:"half of memory at most; smaller when idle"`
 }
 
 // sandboxInfo is a sandbox in results.
 type sandboxInfo struct {
-	SandboxID string            `json:"sandbox_id"`
-	State     string            `json:"state"`
-	Cause     string            `json:"cause,omitempty" jsonschema:"why it ended or is paused"`
-	Default   bool              `json:"default,omitempty" jsonschema:"it is this session's own"`
-	Template  string            `json:"template"`
-	Parent    string            `json:"parent,omitempty" jsonschema:"the snapshot or sandbox that it began from"`
-	Metadata  map[string]string `json:"metadata,omitempty"`
-	CreatedAt string            `json:"created_at"`
-	EndsAt    string            `json:"ends_at,omitempty"`
-	OnTimeout string            `json:"on_timeout,omitempty"`
-	PausedAt  string            `json:"paused_at,omitempty"`
-	OnDisk    bool              `json:"on_disk,omitempty"`
-	Resumes   bool              `json:"auto_resume,omitempty"`
-	LeftMS    int64             `json:"life_left_ms,omitempty"`
-	IdleMS    int64             `json:"idle_timeout_ms,omitempty"`
-	MaxMS     int64             `json:"max_lifetime_ms,omitempty"`
-	GraceMS   int64             `json:"grace_ms,omitempty"`
-	ReadyAt   string            `json:"ready_at,omitempty"`
-	UpdatedAt string            `json:"updated_at,omitempty"`
-	CPU       float64           `json:"cpu"`
-	MemoryMB  int64             `json:"memory_mb"`
-	DiskMB    int64             `json:"disk_mb"`
-	Pids      int64             `json:"pids"`
-	Network   string            `json:"network,omitempty"`
-	Protect   *protection       `json:"protect,omitempty"`
-	SavedAt   string            `json:"saved_at,omitempty" jsonschema:"what it is resumed from if it fails"`
-	SavedS    *int64            `json:"saved_age_s,omitempty" jsonschema:"since when changes are not saved"`
-	FilesOnly bool              `json:"saved_files_only,omitempty"`
-	Notice    string            `json:"notice,omitempty" jsonschema:"what was lost when it was resumed"`
+	sandbox.Description
+	Default bool `json:"default,omitempty" jsonschema:"it is this session's own"`
 }
 
-// protection is sandbox.Protect in arguments and results.
-type protection struct {
-	Every  string `json:"every" jsonschema:"such as 5m, or off"`
-	Memory bool   `json:"memory,omitempty" jsonschema:"processes too"`
-}
-
-func (p *protection) parse() (out sandbox.Protect, err error) {
+// parseProtection reads the argument "protect".
+func parseProtection(p *sandbox.Protection) (out sandbox.Protect, err error) {
 	if p == nil {
 		return out, nil
 	}
@@ -106,59 +73,8 @@ func (p *protection) parse() (out sandbox.Protect, err error) {
 	return out, nil
 }
 
-// describeSaved tells what a sandbox can be resumed from if it fails.
-func (info *sandboxInfo) describeSaved(i sandbox.Info) {
-	if i.Protect.Every > 0 {
-		info.Protect = &protection{Every: i.Protect.Every.String(), Memory: i.Protect.Memory}
-	}
-	if i.Saved.IsZero() {
-		return
-	}
-	info.SavedAt, info.FilesOnly = i.Saved.UTC().Format(time.RFC3339), i.SavedFiles
-	if i.State == sandbox.Running {
-		last := i.Saved
-		if i.Current.After(last) {
-			last = i.Current
-		}
-		age := int64(time.Since(last).Seconds())
-		info.SavedS = &age
-	}
-}
-
 func (s *Service) describe(ctx context.Context, i sandbox.Info) sandboxInfo {
-	info := sandboxInfo{
-		SandboxID: i.ID, State: string(i.State), Cause: i.Cause, Default: s.isDefault(ctx, i.ID), Template: i.Template, Parent: i.Parent,
-		Metadata:  i.Metadata,
-		CreatedAt: i.Created.UTC().Format(time.RFC3339), CPU: i.Limits.CPU, MemoryMB: i.Limits.Memory >> 20, DiskMB: i.Limits.Disk >> 20,
-		Pids: i.Limits.Processes,
-	}
-	if i.Network.On() {
-		info.Network = cmp.Or(strings.Join(i.Network.Allow, ","), i.Network.Mode)
-	}
-	for at, to := range map[time.Time]*string{i.Ready: &info.ReadyAt, i.Updated: &info.UpdatedAt} {
-		if !at.IsZero() {
-			*to = at.UTC().Format(time.RFC3339)
-		}
-	}
-	info.Notice = i.Notice
-	info.describeSaved(i)
-	if !i.State.Ended() {
-		t := i.Times
-		info.OnTimeout, info.IdleMS, info.MaxMS, info.GraceMS = string(t.OnTimeout), t.Idle.Milliseconds(), t.Max.Milliseconds(),
-			t.Grace.Milliseconds()
-	}
-	switch {
-	case i.State.Ended() && i.OnDisk:
-		info.OnDisk, info.EndsAt, info.LeftMS = true, i.RemoveAt.UTC().Format(time.RFC3339), i.Left.Milliseconds()
-	case i.State.Ended():
-		info.EndsAt = i.Changed.UTC().Format(time.RFC3339)
-	case i.State == sandbox.Paused:
-		info.PausedAt, info.EndsAt = i.Changed.UTC().Format(time.RFC3339), i.RemoveAt.UTC().Format(time.RFC3339)
-		info.OnDisk, info.Resumes, info.LeftMS = i.OnDisk, i.AutoResume, i.Left.Milliseconds()
-	case !i.ExpiresAt.IsZero():
-		info.EndsAt = i.ExpiresAt.UTC().Format(time.RFC3339)
-	}
-	return info
+	return sandboxInfo{i.Describe(), s.isDefault(ctx, i.ID)}
 }
 
 func (i sandboxInfo) text() string {
@@ -184,8 +100,10 @@ func (i sandboxInfo) text() string {
 		}
 		fmt.Fprintf(&b, ", paused %s since %s, resumed %s", where, i.PausedAt, how)
 	}
-	if i.EndsAt != "" {
-		fmt.Fprintf(&b, ", end %s", i.EndsAt)
+	for _, at := range []struct{ what, when string }{{"ends", i.EndsAt}, {"ended", i.EndedAt}, {"kept until", i.RemovedAt}} {
+		if at.when != "" {
+			fmt.Fprintf(&b, ", %s %s", at.what, at.when)
+		}
 	}
 	if i.OnTimeout == string(sandbox.ActionPause) && i.PausedAt == "" {
 		b.WriteString(" (then paused to disk)")
@@ -245,7 +163,7 @@ func (s *Service) sandboxCreate(ctx context.Context, in sandboxCreateInput) (san
 	if err != nil {
 		return sandboxInfo{}, err
 	}
-	protect, err := in.Protect.parse()
+	protect, err := parseProtection(in.Protect)
 	if err != nil {
 		return sandboxInfo{}, err
 	}
@@ -469,15 +387,15 @@ func lastUsage(sb *sandbox.Sandbox) (*usageInfo, error) {
 }
 
 type sandboxUpdateInput struct {
-	Metadata      map[string]*string `json:"metadata,omitempty" jsonschema:"pairs to set; null removes one"`
-	ExtendMS      *int64             `json:"extend_ms,omitempty" jsonschema:"add to its life time"`
-	TimeoutMS     *int64             `json:"timeout_ms,omitempty" jsonschema:"life time from now on; may shorten it"`
-	MaxLifetimeMS *int64             `json:"max_lifetime_ms,omitempty" jsonschema:"bound of all extensions, from its start"`
-	IdleMS        *int64             `json:"idle_timeout_ms,omitempty"`
-	OnTimeout     string             `json:"on_timeout,omitempty" enum:"pause,kill"`
-	GraceMS       *int64             `json:"grace_ms,omitempty"`
-	AutoResume    *bool              `json:"auto_resume,omitempty"`
-	Protect       *protection        `json:"protect,omitempty" as:"sandbox_create"`
+	Metadata      map[string]*string  `json:"metadata,omitempty" jsonschema:"pairs to set; null removes one"`
+	ExtendMS      *int64              `json:"extend_ms,omitempty" jsonschema:"add to its life time"`
+	TimeoutMS     *int64              `json:"timeout_ms,omitempty" jsonschema:"life time from now on; may shorten it"`
+	MaxLifetimeMS *int64              `json:"max_lifetime_ms,omitempty" jsonschema:"bound of all extensions, from its start"`
+	IdleMS        *int64              `json:"idle_timeout_ms,omitempty"`
+	OnTimeout     string              `json:"on_timeout,omitempty" enum:"pause,kill"`
+	GraceMS       *int64              `json:"grace_ms,omitempty"`
+	AutoResume    *bool               `json:"auto_resume,omitempty"`
+	Protect       *sandbox.Protection `json:"protect,omitempty" as:"sandbox_create"`
 	target
 }
 
@@ -504,7 +422,7 @@ func (s *Service) sandboxUpdate(ctx context.Context, in sandboxUpdateInput) (san
 		}
 	}
 	if in.Protect != nil {
-		protect, err := in.Protect.parse()
+		protect, err := parseProtection(in.Protect)
 		if err != nil {
 			return sandboxInfo{}, err
 		}
