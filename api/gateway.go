@@ -168,7 +168,7 @@ func (g *Gateway) Handler(next http.Handler) http.Handler {
 
 // address is the sandbox and the port that a request is for, if it is for one. What cannot be read is port 0.
 func (g *Gateway) address(r *http.Request) (id string, port int, ours bool) {
-	host := bareHost(r.Host)
+	host := access.BareHost(r.Host)
 	label := ""
 	if g.Base != nil {
 		label, ours = strings.CutSuffix(host, "."+strings.ToLower(g.Base.Hostname()))
@@ -202,14 +202,6 @@ func (g *Gateway) address(r *http.Request) (id string, port int, ours bool) {
 		port = 0
 	}
 	return id, port, true
-}
-
-// bareHost is a host without its port, brackets, trailing dot and case.
-func bareHost(host string) string {
-	if name, _, err := net.SplitHostPort(host); err == nil {
-		host = name
-	}
-	return strings.TrimSuffix(strings.ToLower(strings.Trim(host, "[]")), ".")
 }
 
 // failure is an answer of the gateway itself, as E2B's clients know it.

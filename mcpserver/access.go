@@ -10,6 +10,8 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+
+	"soulbox.dev/soulbox/access"
 )
 
 // Access decides whose a request is, and whether it may come from where it comes. The zero value admits everybody on loopback.
@@ -183,14 +185,6 @@ func (a Access) still(r *http.Request) bool {
 	return err == nil
 }
 
-// bareHost is a host without its port, brackets, trailing dot and case.
-func bareHost(host string) string {
-	if name, _, err := net.SplitHostPort(host); err == nil {
-		host = name
-	}
-	return strings.TrimSuffix(strings.ToLower(strings.Trim(host, "[]")), ".")
-}
-
 // portOf is the port of a host, as it is named or as the scheme has it.
 func portOf(host, scheme string) string {
 	if _, port, err := net.SplitHostPort(host); err == nil {
@@ -211,8 +205,8 @@ func isLoopback(host string) bool {
 }
 
 func (a Access) knowsHost(host string) bool {
-	name := bareHost(host)
-	return isLoopback(name) || slices.ContainsFunc(a.Hosts, func(h string) bool { return bareHost(h) == name })
+	name := access.BareHost(host)
+	return isLoopback(name) || slices.ContainsFunc(a.Hosts, func(h string) bool { return access.BareHost(h) == name })
 }
 
 // knowsOrigin admits requests of no web page (no header), of this server's own, and of those that are listed. A page on another port of
@@ -228,7 +222,7 @@ func (a Access) knowsOrigin(origins []string, host string) bool {
 	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
 		return false
 	}
-	if isLoopback(bareHost(u.Host)) && isLoopback(bareHost(host)) && portOf(u.Host, u.Scheme) == portOf(host, "http") {
+	if isLoopback(access.BareHost(u.Host)) && isLoopback(access.BareHost(host)) && portOf(u.Host, u.Scheme) == portOf(host, "http") {
 		return true
 	}
 	return slices.ContainsFunc(a.Origins, func(o string) bool { return strings.EqualFold(strings.TrimSuffix(o, "/"), origins[0]) })

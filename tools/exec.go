@@ -31,20 +31,19 @@ const (
 func (s *Service) execTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "exec",
-			"Run a shell command (bash) in the sandbox and return its output and exit code. After yield_ms it goes on in the background: "+
-				"the result has state \"running\" and a process_id for process_wait, process_write, process_signal. Set background for "+
-				"servers.",
+			"Run a shell command (bash) in the sandbox and return its output and exit code. After yield_ms it continues in the "+
+				"background; its process_id is for process_wait, process_write and process_signal. Set background for servers.",
 			hints{title: "Run a command", destructive: true, long: true}, s.exec),
 	}
 }
 
 type execInput struct {
 	Command    string            `json:"command,omitempty" jsonschema:"with tty it may be left out: a login shell"`
-	Cwd        filename          `json:"cwd,omitempty" jsonschema:"absolute directory for this command; default where the last one left the shell"`
+	Cwd        filename          `json:"cwd,omitempty" jsonschema:"absolute directory; default where the last command left the shell"`
 	Env        map[string]string `json:"env,omitempty" jsonschema:"extra environment variables"`
 	User       string            `json:"user,omitempty" jsonschema:"user name or uid; default user"`
 	Stdin      string            `json:"stdin,omitempty" jsonschema:"text given to stdin"`
-	Tag        string            `json:"tag,omitempty" jsonschema:"a name to find the process by, unique among the running ones"`
+	Tag        string            `json:"tag,omitempty" jsonschema:"a name to find it by, unique among running ones"`
 	YieldMS    *int64            `json:"yield_ms,omitempty" jsonschema:"0 to 50000; default 30000"`
 	TimeoutMS  int64             `json:"timeout_ms,omitempty" jsonschema:"kill the command after this time; default never"`
 	MaxChars   *int              `json:"max_output_chars,omitempty" jsonschema:"longer output is cut in the middle; default 30000"`

@@ -13,14 +13,16 @@ import (
 
 func (s *Service) lifecycleTools() []server.ServerTool {
 	return []server.ServerTool{
+		define(s, "sandbox_update", "Change the metadata or the life time of a sandbox.",
+			hints{title: "Update a sandbox"}, s.sandboxUpdate),
 		define(s, "sandbox_pause", "Stop a sandbox as it is, memory and processes too; its life time stands still.",
 			hints{title: "Pause a sandbox", idempotent: true}, s.sandboxPause),
 		define(s, "sandbox_resume", "Resume a paused sandbox where it was, or a failed one from what was saved.",
 			hints{title: "Resume a sandbox", idempotent: true}, s.sandboxResume),
 		define(s, "sandbox_snapshot",
-			"Save a sandbox, memory and processes too, under a name; it goes on. sandbox_create with template NAME begins there.",
+			"Save a running sandbox, with its processes, under a name; sandbox_create with template NAME begins there.",
 			hints{title: "Save a snapshot"}, s.sandboxSnapshot),
-		define(s, "sandbox_fork", "Make copies of a sandbox as it is, memory and processes too; it goes on.",
+		define(s, "sandbox_fork", "Make copies of a sandbox, memory and processes too; it continues.",
 			hints{title: "Fork a sandbox"}, s.sandboxFork),
 	}
 }

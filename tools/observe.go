@@ -16,7 +16,7 @@ func (s *Service) observeTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "sandbox_logs", "Tell what has happened to a sandbox and its processes, also after its end, for a day.",
 			hints{title: "Read a sandbox' log", readOnly: true, idempotent: true}, s.sandboxLogs),
-		define(s, "sandbox_metrics", "Tell what a sandbox used in the last hour (samples, every 5 s at most) and in its life.",
+		define(s, "sandbox_metrics", "Tell what a sandbox used in the last hour (samples) and in its life.",
 			hints{title: "Read a sandbox' metrics", readOnly: true, idempotent: true}, s.sandboxMetrics),
 	}
 }

@@ -12,7 +12,7 @@ import (
 
 func (s *Service) portTools() []server.ServerTool {
 	return []server.ServerTool{
-		define(s, "port_expose", "Make a TCP port of the sandbox reachable for the user: returns a URL on the host's loopback.",
+		define(s, "port_expose", "Make a TCP port of the sandbox reachable: returns a URL on the host's loopback.",
 			hints{title: "Expose a port", idempotent: true}, s.portExpose),
 		define(s, "port_close", "End what port_expose began, and the connections to it.",
 			hints{title: "Close a port", destructive: true, idempotent: true}, s.portClose),

@@ -15,7 +15,7 @@ import (
 func (s *Service) processTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "process_wait",
-			"Wait for a process to end and read its output, also later. Without offset: head and tail of all output. With offset, the "+
+			"Wait for a process to end and read its output, also later. Without offset: head and tail of it all. With the "+
 				"next_offset of the last result: what came since.",
 			hints{title: "Wait for a process", readOnly: true, idempotent: true, long: true}, s.processWait),
 		define(s, "process_write", "Write to the stdin of a background or tty process, and return what it answers.",
@@ -24,7 +24,7 @@ func (s *Service) processTools() []server.ServerTool {
 			hints{title: "Resize a terminal", idempotent: true}, s.processResize),
 		define(s, "process_signal", "Send a signal to a process and its group.",
 			hints{title: "Signal a process", destructive: true}, s.processSignal),
-		define(s, "process_list", "List the processes started by exec, running and ended, newest first.",
+		define(s, "process_list", "List processes started by exec, also ended ones, newest first.",
 			hints{title: "List processes", readOnly: true, idempotent: true}, s.processList),
 	}
 }

@@ -20,14 +20,12 @@ import (
 func (s *Service) sandboxTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "sandbox_create",
-			"Make a new sandbox: an isolated Linux machine without a network. Not needed for one: exec makes this session's own.",
+			"Make another sandbox, an isolated Linux machine. Not needed for one: exec makes this session's own.",
 			hints{title: "Create a sandbox"}, s.sandboxCreate),
 		define(s, "sandbox_list", "List sandboxes, newest first.",
 			hints{title: "List sandboxes", readOnly: true, idempotent: true}, s.sandboxList),
-		define(s, "sandbox_get", "Tell all about a sandbox: state, when and how it ends, limits, usage.",
+		define(s, "sandbox_get", "Describe a sandbox: state, end, limits, usage.",
 			hints{title: "Describe a sandbox", readOnly: true, idempotent: true}, s.sandboxGet),
-		define(s, "sandbox_update", "Change the metadata or the life time of a sandbox.",
-			hints{title: "Update a sandbox"}, s.sandboxUpdate),
 		define(s, "sandbox_kill", "End a sandbox. Its files and processes are lost.",
 			hints{title: "Kill a sandbox", destructive: true}, s.sandboxKill),
 	}

@@ -72,30 +72,30 @@ func New(o Options) (*Service, error) {
 	return s, nil
 }
 
-// Toolsets are the names of the groups of tools.
-func Toolsets() []string {
-	return []string{"core", "files", "watch", "lifecycle", "net", "templates", "observe"}
+// group is some tools that are offered together, or not.
+type group struct {
+	set   string
+	tools func(*Service) []server.ServerTool
 }
 
-// toolset is the group of a tool.
-func toolset(tool string) string {
-	switch {
-	case tool == "file_watch":
-		return "watch"
-	case strings.HasPrefix(tool, "file_"):
-		return "files"
-	case strings.HasPrefix(tool, "port_"):
-		return "net"
-	case strings.HasPrefix(tool, "template_"):
-		return "templates"
+// groups are all tools.
+func groups() []group {
+	return []group{
+		{"core", (*Service).execTools}, {"core", (*Service).processTools}, {"core", (*Service).sandboxTools},
+		{"files", (*Service).fileTools}, {"files", (*Service).urlTools}, {"watch", (*Service).watchTools},
+		{"lifecycle", (*Service).lifecycleTools}, {"net", (*Service).portTools}, {"templates", (*Service).templateTools},
+		{"observe", (*Service).observeTools},
 	}
-	switch tool {
-	case "sandbox_update", "sandbox_pause", "sandbox_resume", "sandbox_snapshot", "sandbox_fork":
-		return "lifecycle"
-	case "sandbox_logs", "sandbox_metrics":
-		return "observe"
+}
+
+// Toolsets are the names of the groups of tools.
+func Toolsets() (sets []string) {
+	for _, g := range groups() {
+		if !slices.Contains(sets, g.set) {
+			sets = append(sets, g.set)
+		}
 	}
-	return "core"
+	return sets
 }
 
 // Register adds the tools that are offered to a server, and the prompts that use them.
@@ -103,11 +103,12 @@ func (s *Service) Register(m *server.MCPServer) {
 	if !s.ReadOnly && len(s.Toolsets) == 0 { // they name tools of all sets
 		registerPrompts(m)
 	}
-	for _, noun := range []func() []server.ServerTool{s.execTools, s.processTools, s.fileTools, s.urlTools, s.watchTools, s.portTools,
-		s.sandboxTools, s.lifecycleTools, s.templateTools, s.observeTools} {
-		for _, t := range noun() {
-			if (len(s.Toolsets) == 0 || slices.Contains(s.Toolsets, toolset(t.Tool.Name))) &&
-				(!s.ReadOnly || *t.Tool.Annotations.ReadOnlyHint) {
+	for _, g := range groups() {
+		if len(s.Toolsets) > 0 && !slices.Contains(s.Toolsets, g.set) {
+			continue
+		}
+		for _, t := range g.tools(s) {
+			if !s.ReadOnly || *t.Tool.Annotations.ReadOnlyHint {
 				m.AddTools(t)
 			}
 		}

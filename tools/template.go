@@ -19,12 +19,11 @@ import (
 func (s *Service) templateTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "template_build",
-			"Make a template from a Dockerfile and the files that it copies: given here, or a directory of a sandbox. Takes minutes; "+
-				"done steps are cached.",
+			"Make a template from a Dockerfile. Takes minutes; steps done before are cached.",
 			hints{title: "Build a template"}, s.templateBuild),
-		define(s, "template_list", "List what sandboxes can begin from: templates, and your snapshots.",
+		define(s, "template_list", "List templates and your snapshots.",
 			hints{title: "List templates and snapshots", readOnly: true, idempotent: true}, s.templateList),
-		define(s, "template_delete", "Delete a template or snapshot of yours. Sandboxes made from it stay.",
+		define(s, "template_delete", "Delete a template or snapshot of yours; sandboxes made from it stay.",
 			hints{title: "Delete a template or snapshot", destructive: true}, s.templateDelete),
 	}
 }

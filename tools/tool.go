@@ -103,7 +103,11 @@ func brief(body json.RawMessage) json.RawMessage {
 			delete(s.Properties, name)
 			continue
 		}
-		s.Properties[name] = &jsonschema.Schema{Type: p.Type}
+		kind := &jsonschema.Schema{Type: p.Type}
+		if p.Items != nil { // some clients take no array without
+			kind.Items = &jsonschema.Schema{Type: p.Items.Type}
+		}
+		s.Properties[name] = kind
 	}
 	s.Required = nil // it would say all names once more
 	short, err := json.Marshal(s)
