@@ -271,7 +271,10 @@ func (m *machine) start(ctx context.Context, spec sandbox.Spec, args []string, c
 func (r *Runtime) check() error {
 	for what, path := range map[string]string{"runsc": r.Runsc, "soulbox-agent": r.Agent} {
 		if path == "" {
-			return fmt.Errorf("%s is not found; run 'soulbox-mcp doctor' to see how to mend it", what)
+			return fmt.Errorf("%s is not found; run 'soulbox-mcp doctor' to see how to fix it", what)
+		}
+		if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) { // which is no file of a sandbox: it loses its class
+			return fmt.Errorf("%s is not found at %s; run 'soulbox-mcp doctor' to see how to fix it", what, path)
 		}
 	}
 	return nil

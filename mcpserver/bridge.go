@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -71,6 +72,7 @@ func (b Bridge) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 	}
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.MaxIdleConnsPerHost = 64
+	transport.DialContext = dialLocalhost
 	defer transport.CloseIdleConnections()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -100,6 +102,15 @@ func (b Bridge) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 		return errors.Join(err, fmt.Errorf("write to client: %w", werr))
 	}
 	return err
+}
+
+// dialLocalhost dials, and takes names below localhost for this machine (RFC 6761, 6.3), which not every resolver does.
+func dialLocalhost(ctx context.Context, network, address string) (net.Conn, error) {
+	var d net.Dialer
+	if host, port, err := net.SplitHostPort(address); err == nil && strings.HasSuffix(strings.ToLower(host), ".localhost") {
+		address = net.JoinHostPort("localhost", port)
+	}
+	return d.DialContext(ctx, network, address)
 }
 
 // maxNotes bounds the notes that wait for a server that is away; more are dropped.
@@ -383,6 +394,12 @@ func (l *bridge) attempt(ctx context.Context, m message, line []byte, id, lastEv
 	if err != nil {
 		if errors.Is(err, errDowngrade) {
 			return part{final: err.Error()}
+		}
+		var untrusted *tls.CertificateVerificationError
+		if errors.As(err, &untrusted) {
+			return part{final: fmt.Sprintf("the certificate of %s is not trusted: %v; name a file with its authority by SSL_CERT_FILE",
+				l.shown,
+				untrusted.Err)}
 		}
 		var dial *net.OpError
 		return part{why: withoutURL(err).Error(), sent: !errors.As(err, &dial) || dial.Op != "dial", away: true}

@@ -2,9 +2,11 @@ package mcpserver_test
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"fmt"
 	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -309,5 +311,25 @@ func TestBridgeServerDies(t *testing.T) {
 	b.call(2, "echo", `{"text":"hi"}`)
 	if r := b.receive(); r.Result.Content[0].Text != "hi" {
 		t.Fatalf("%+v", r)
+	}
+}
+
+// TestBridgeUntrusted: a certificate that is not trusted is named as what it is, and so is the way out; names below localhost are this machine.
+func TestBridgeUntrusted(t *testing.T) {
+	web := httptest.NewUnstartedServer(http.NotFoundHandler())
+	web.Config.ErrorLog = log.New(io.Discard, "", 0)
+	web.StartTLS()
+	defer web.Close()
+	_, port, err := net.SplitHostPort(web.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	in := strings.NewReader(`{"jsonrpc":"2.0","id":0,"method":"ping"}` + "\n")
+	var out bytes.Buffer
+	if err := (mcpserver.Bridge{URL: "https://box.localhost:" + port + "/mcp"}).Serve(t.Context(), in, &out); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(out.String(), "is not trusted") || !strings.Contains(out.String(), "SSL_CERT_FILE") {
+		t.Error(out.String())
 	}
 }

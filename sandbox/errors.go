@@ -28,6 +28,8 @@ var (
 	ErrDamaged = errors.New("what was saved is damaged")
 	// ErrState is behind every StateError.
 	ErrState = errors.New("wrong state")
+	// ErrTooMuch is ErrNoRoom of a request that no other sandbox's end makes room for.
+	ErrTooMuch = fmt.Errorf("more than there is: %w", ErrNoRoom)
 )
 
 // Cause is why a sandbox has ended, as its users are told.

@@ -90,9 +90,9 @@ func checkLists(allow, deny []string) ([]string, error) {
 		}
 		below, wild := strings.CutPrefix(entry, "*.")
 		name, err := hostName(below)
-		if err != nil {
+		if err != nil || !strings.Contains(name, ".") && !wild { // a name without a dot is none of the world's
 			return nil, fmt.Errorf("network: %.300q is neither a domain, such as example.com or *.example.com, nor a range of addresses, "+
-				"such as 192.0.2.0/24: %w", entry, ErrInvalid)
+				"such as 192.0.2.0/24; a whole network is %q, no network %q: %w", entry, NetworkFull, NetworkNone, ErrInvalid)
 		}
 		if allow[i] = name; wild {
 			allow[i] = "*." + name

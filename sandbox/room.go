@@ -31,7 +31,11 @@ func (m *Manager) admit(owner string, l Limits) error {
 	if need <= free {
 		return nil
 	}
-	text := fmt.Sprintf("%d MB of memory needed, %d MB free", need>>20, max(free, 0)>>20)
+	if need > m.opts.MemoryBudget {
+		return fmt.Errorf("%d MB of memory needed, with what its kernel takes, and all sandboxes together may have %d MB: %w",
+			need>>20, m.opts.MemoryBudget>>20, ErrTooMuch)
+	}
+	text := fmt.Sprintf("%d MB of memory needed, with what its kernel takes, %d MB free", need>>20, max(free, 0)>>20)
 	if mine := m.largest(owner); len(mine) > 0 {
 		text += "; pause to disk or kill one of " + strings.Join(mine, ", ")
 	}
@@ -92,7 +96,7 @@ func (m *Manager) admitOne(owner string) error {
 		}
 	}
 	if alive >= m.opts.MaxPerOwner {
-		return fmt.Errorf("you have %d, the most one may have: %w", alive, ErrTooMany)
+		return fmt.Errorf("you have %d, the most one may have; kill one, or raise --max-sandboxes: %w", alive, ErrTooMany)
 	}
 	return nil
 }

@@ -398,8 +398,12 @@ func (r *run) named(ctx context.Context, name string) (Manifest, error) {
 		return m, err
 	}
 	if name == HostName {
-		return m, fmt.Errorf("the template %q is this machine's own programs and cannot be built on; build on %q: %w", HostName, BaseName,
-			sandbox.ErrInvalid)
+		return m, fmt.Errorf("the template %q is this machine's own programs and cannot be built on; build on %q, which "+
+			"'soulbox-mcp template base' makes: %w", HostName, BaseName, sandbox.ErrInvalid)
+	}
+	if name == BaseName {
+		return m, fmt.Errorf("there is no template %q yet: 'soulbox-mcp template base' makes it, in some minutes: %w", BaseName,
+			sandbox.ErrNoTemplate)
 	}
 	if r.Pull == nil {
 		return m, fmt.Errorf("there is no template %q, and this server does not pull images (--templates-allow-pull): %w", clip(name),

@@ -18,13 +18,14 @@ var advice = []struct {
 	text  string
 }{
 	{sandbox.ErrNotFound, "Call sandbox_list to see the sandboxes there are, or leave sandbox_id out to use this session's own."},
-	{sandbox.ErrNoTemplate, "Call template_list to see the templates and snapshots there are; leave template out for \"host\"."},
+	{sandbox.ErrNoTemplate, "Call template_list to see the templates and snapshots there are."},
 	{sandbox.ErrNoSnapshot, "Call template_list to see the snapshots there are."},
 	{sandbox.ErrSnapshot, "Use another name, or delete that one with template_delete."},
 	{sandbox.ErrBusySnapshot, "Try again in a moment."},
 	{sandbox.ErrNoDisk, "Delete a snapshot with template_delete, or kill a paused sandbox with sandbox_kill."},
 	{sandbox.ErrTooMany, "Kill one you no longer need with sandbox_kill; sandbox_list shows them."},
-	{sandbox.ErrNoRoom, "Kill a sandbox you no longer need with sandbox_kill, or ask for less memory_mb."},
+	{sandbox.ErrTooMuch, "Ask for less memory_mb."},
+	{sandbox.ErrNoRoom, "Kill a sandbox you no longer need with sandbox_kill, or pause one to disk with sandbox_pause."},
 	{sandbox.ErrClosed, "The server is shutting down; try again when it is back."},
 	{agent.ErrNoProcess, "Call process_list to see the processes there are."},
 	{agent.ErrTagInUse, "Use another tag, or end that process with process_signal."},

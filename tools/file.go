@@ -229,7 +229,7 @@ func readPart(r *bufio.Reader, room int) (part []byte, n int64, err error) {
 
 type fileWriteInput struct {
 	Path     filename    `json:"path,omitempty" jsonschema:"absolute path"`
-	Content  string      `json:"content,omitempty"`
+	Content  *string     `json:"content,omitempty"`
 	Encoding string      `json:"encoding,omitempty" enum:"text,base64" jsonschema:"default text"`
 	Mode     string      `json:"mode,omitempty" enum:"replace,append,create" jsonschema:"default replace; create refuses an existing file"`
 	Files    []fileToPut `json:"files,omitempty" jsonschema:"several files, instead of path and content"`
@@ -314,12 +314,14 @@ func (o fileWriteOutput) text() string {
 func (s *Service) fileWrite(ctx context.Context, in fileWriteInput) (fileWriteOutput, error) {
 	puts := in.Files
 	switch {
-	case len(puts) > 0 && (in.Path != "" || in.Content != ""):
+	case len(puts) > 0 && (in.Path != "" || in.Content != nil):
 		return fileWriteOutput{}, badArgument("Give either \"path\" and \"content\", or \"files\".")
 	case len(puts) == 0 && in.Path == "":
 		return fileWriteOutput{}, badArgument("The argument \"path\" is missing: the absolute path of the file.")
+	case len(puts) == 0 && in.Content == nil: // the file would be emptied
+		return fileWriteOutput{}, badArgument("The argument \"content\" is missing; \"\" makes an empty file.")
 	case len(puts) == 0:
-		puts = []fileToPut{{Path: in.Path, Content: in.Content, Encoding: in.Encoding}}
+		puts = []fileToPut{{Path: in.Path, Content: *in.Content, Encoding: in.Encoding}}
 	}
 	// All is checked before anything is written.
 	bodies := make([][]byte, len(puts))

@@ -2,6 +2,7 @@ package tools
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -177,11 +178,21 @@ func (s *Service) sandboxFork(ctx context.Context, in sandboxForkInput) (sandbox
 		out.SandboxIDs = append(out.SandboxIDs, c.ID())
 	}
 	var last error
+	same := 0
 	for i := range in.Count {
-		if err := failed[i+1]; err != nil {
+		err := failed[i+1]
+		switch {
+		case err == nil:
+			continue
+		case last != nil && errors.Is(err, sandbox.ErrNoRoom) && errors.Is(last, sandbox.ErrNoRoom):
+			same++ // one of them says it all
+		default:
 			out.Failed = append(out.Failed, fmt.Sprintf("copy %d: %s", i+1, explain("sandbox_fork", err)))
-			last = err
 		}
+		last = err
+	}
+	if same > 0 {
+		out.Failed = append(out.Failed, fmt.Sprintf("%d more for the same reason", same))
 	}
 	if len(copies) == 0 {
 		return out, last

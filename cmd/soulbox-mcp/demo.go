@@ -81,15 +81,18 @@ func demoSteps(home string, hasBase bool) []step {
 				map[string]any{"command": "rm -rf /usr/share; ls /usr/share 2>&1", "user": "root"}, "cannot access"},
 			step{"What does it cost?", "sandbox_get", map[string]any{}, "is running"},
 			step{"Another one, with a network ...", "sandbox_create", map[string]any{"network": "full"}, "is running"},
-			step{"... installs a package.", "exec",
-				map[string]any{"command": "sudo apt-get update -qq && sudo apt-get install -qq -y tree 2>&1 | tail -1; tree --version",
-					"sandbox_id": lastSandbox}, "tree v"})
+			step{"... installs a package, where this machine has the network for it.", "exec",
+				map[string]any{"command": installTree, "yield_ms": 50_000, "sandbox_id": lastSandbox}, "installed: "})
 	}
 	return append(steps,
 		step{"... and it cannot harm your programs, not even as root.", "exec",
 			map[string]any{"command": "rm -rf /usr/bin 2>&1 | tail -1; ls /usr/bin | wc -l", "user": "root"}, "Read-only file system"},
 		step{"What does it cost?", "sandbox_get", map[string]any{}, "is running"})
 }
+
+// installTree installs a package, or says that it cannot be had in the time that the demo takes for it.
+const installTree = `timeout 45 bash -c 'sudo apt-get update -qq && sudo apt-get install -qq -y tree' >log 2>&1
+echo "installed: $(tree --version 2>/dev/null || tail -n 1 log | grep . || echo 'nothing, in 45 s')"`
 
 // runDemo lets a real MCP client talk to this program in a process of its own, as an IDE would, and prints what is said.
 func runDemo(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) (err error) {

@@ -24,7 +24,7 @@ func runEnvd(ctx context.Context, args []string, getenv func(string) string, std
 	if err != nil {
 		return err
 	}
-	listener, err := net.Listen("tcp", listen)
+	listener, err := listenTCP(listen)
 	if err != nil {
 		return err
 	}

@@ -14,6 +14,7 @@ import (
 	"net/netip"
 	"net/url"
 	"strings"
+	"syscall"
 	"time"
 
 	"soulbox.dev/soulbox/access"
@@ -157,7 +158,7 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 	if err != nil {
 		return err
 	}
-	listener, err := net.Listen("tcp", c.listen) // first: one that cannot serve must not touch the sandboxes of one that does
+	listener, err := listenTCP(c.listen) // first: one that cannot serve must not touch the sandboxes of one that does
 	if err != nil {
 		return err
 	}
@@ -211,6 +212,19 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 		return web.Close()
 	}
 	return nil
+}
+
+// listenTCP listens, or says what else can be done.
+func listenTCP(address string) (net.Listener, error) {
+	l, err := net.Listen("tcp", address)
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		err = fmt.Errorf("%w: another server has it, perhaps a soulbox-mcp; end that, or name another address by --listen", err)
+	case errors.Is(err, syscall.EACCES):
+		err = fmt.Errorf("%w: ports below 1024 are root's; listen on another port, or allow it: "+
+			"'sudo sysctl net.ipv4.ip_unprivileged_port_start=443'", err)
+	}
+	return l, err
 }
 
 func serveOn(web *http.Server, listener net.Listener) error {

@@ -88,7 +88,10 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdin i
 	case "version", "--version":
 		_, err := fmt.Fprintln(stdout, "soulbox-mcp", version)
 		return err
-	case "", "help", "--help", "-h":
+	case "":
+		_, err := fmt.Fprint(stderr, usage)
+		return errors.Join(errors.New("name a command; MCP clients start 'soulbox-mcp stdio'"), err)
+	case "help", "--help", "-h":
 		_, err := fmt.Fprint(stdout, usage)
 		return err
 	}

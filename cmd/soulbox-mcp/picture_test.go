@@ -53,7 +53,8 @@ func checkPicture(t *testing.T, said string) {
 	was, is := strings.Split(masked(string(shown)), "\n"), strings.Split(masked(now), "\n")
 	for i := range max(len(was), len(is)) {
 		if i >= len(was) || i >= len(is) || was[i] != is[i] {
-			t.Errorf("docs/demo.svg is not what the demo says from line %d on; 'make golden' records it anew\nit has   %q\nit wants %q", i+1,
+			t.Errorf("docs/demo.svg is not what the demo says from line %d on; 'make golden' records it anew\nit has   %q\nit wants %q", i+
+				1,
 				was[min(i, len(was)):min(i+1, len(was))], is[min(i, len(is)):min(i+1, len(is))])
 			return
 		}

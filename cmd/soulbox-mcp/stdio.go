@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -26,7 +27,7 @@ func runStdio(ctx context.Context, args []string, getenv func(string) string, st
 		return err
 	}
 	if remote != "" {
-		return c.connect(ctx, remote, keyFile, getenv("SOULBOX_KEY"), stdin, stdout, stderr)
+		return c.connect(ctx, remote, keyFile, cmp.Or(getenv("SOULBOX_KEY"), getenv("SOULBOX_API_KEY")), stdin, stdout, stderr)
 	}
 	s, err := newService(c, stderr)
 	if err != nil {
@@ -43,6 +44,10 @@ func (c config) connect(ctx context.Context, remote, keyFile, key string, stdin 
 	u, err := url.Parse(remote)
 	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
 		return errors.New("--connect: give the URL of the server's endpoint, such as https://box.example.com/mcp")
+	}
+	if strings.Trim(u.Path, "/") == "" { // of the server, as the command line wants it
+		u.Path = "/mcp"
+		remote = u.String()
 	}
 	if keyFile != "" {
 		body, err := os.ReadFile(keyFile)

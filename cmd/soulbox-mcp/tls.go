@@ -78,8 +78,15 @@ func (t *tlsConfig) config(stateDir, domain string, m *sandbox.Manager, log *slo
 	switch {
 	case t.cert != "":
 		files := &certFiles{cert: t.cert, key: t.key, log: log}
-		if _, err := files.get(nil); err != nil {
+		c, err := files.get(nil)
+		if err != nil {
 			return nil, err
+		}
+		if domain != "" && c.Leaf != nil {
+			if err := c.Leaf.VerifyHostname("8000-sandbox." + domain); err != nil {
+				log.Warn("the certificate is not for the domain: clients will refuse the ports of sandboxes", "domain", domain, "error",
+					err)
+			}
 		}
 		return &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: files.get}, nil
 	case t.email != "":
