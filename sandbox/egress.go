@@ -260,8 +260,8 @@ func (e *egress) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// fail tells a client that asked for a tunnel why there is no connection. If a plain request was refused, it only closes the connection, as
-// a host that refuses it would.
+// fail tells the client why there is no connection. If the rules refuse a plain request, fail only closes the connection, as a host that
+// refuses it would.
 func (e *egress) fail(w http.ResponseWriter, to string, tunnel bool, err error) {
 	if errors.Is(err, ErrRefused) {
 		if e.notes.Allow() {
