@@ -65,7 +65,7 @@ func applied(from, to string, patches []string) (string, error) {
 	return string(body), err
 }
 
-// TestFromDiff makes patches of a diff and applies them: what comes of it is what the diff was made of.
+// TestFromDiff makes patches from a diff and applies them: the result is what the diff was made from.
 func TestFromDiff(t *testing.T) {
 	from, to := t.TempDir(), t.TempDir()
 	if err := os.WriteFile(filepath.Join(from, "a.go"), []byte("one\ntwo\nthree\n"), 0o644); err != nil {
