@@ -67,7 +67,7 @@ func (d *Door) Authenticate(ctx context.Context, token string) (owner string, er
 // Errors of Caller, in words for its client.
 var (
 	ErrNoToken  = errors.New("give a valid key as X-API-Key: KEY; soulbox-mcp key create makes one")
-	ErrNotValid = errors.New("the key is not valid, or not any more; soulbox-mcp key create makes one")
+	ErrNotValid = errors.New("the key is not, or no longer, valid; soulbox-mcp key create makes one")
 )
 
 // Caller returns the owner of a request to the HTTP API, by X-API-Key or a bearer token. If no token is needed, it ignores any, because
@@ -126,9 +126,9 @@ func (d *Door) tellKeys() {
 	}
 	switch {
 	case err != nil:
-		d.Log.Error("keys are needed, and cannot be read: nobody is let in by one", "error", err)
+		d.Log.Error("keys are needed but cannot be read: no key is accepted", "error", err)
 	case valid == 0:
-		d.Log.Warn("keys are needed, since there is a file of them, and none is valid: nobody is let in by one; 'soulbox-mcp key create " +
+		d.Log.Warn("keys are needed because the file of keys exists, but none is valid, so no key is accepted; 'soulbox-mcp key create " +
 			"--owner NAME' makes one")
 	default:
 		d.Log.Info("keys are needed", "valid", valid)

@@ -197,7 +197,7 @@ func (k *Keys) Watch(ctx context.Context, log *slog.Logger) {
 			said = err.Error()
 		}
 		if said != told && said != "" {
-			log.Error("the keys cannot be read: nobody new is let in", "error", said)
+			log.Error("the keys cannot be read: no new request is accepted", "error", said)
 		}
 		told = said
 	}
@@ -255,7 +255,7 @@ func (k *Keys) look() error {
 	}
 	var known []Key
 	if err := json.Unmarshal(body, &known); err != nil {
-		return fmt.Errorf("the keys file %s is broken (%w); restore it, or remove it and make all keys anew", k.path(), err)
+		return fmt.Errorf("the keys file %s is broken (%w); restore it, or remove it and create all keys again", k.path(), err)
 	}
 	k.seen, k.known = now, known
 	return nil

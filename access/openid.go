@@ -37,7 +37,7 @@ func (p *Provider) owner(ctx context.Context, token string) (string, time.Time, 
 		return "", time.Time{}, errors.New("the token is not valid") // the cause could repeat parts of the token in the log
 	}
 	if t.Subject == "" {
-		return "", time.Time{}, errors.New("the token names nobody")
+		return "", time.Time{}, errors.New("the token names no subject")
 	}
 	return providerOwner + t.Subject, t.Expiry, nil
 }

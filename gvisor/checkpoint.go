@@ -61,7 +61,7 @@ const savedManifestName = "machine.json"
 // checkpoint does not have.
 func (m *machine) Checkpoint(ctx context.Context, dir string, o sandbox.CheckpointOptions) (err error) {
 	if o.FilesOnly && m.noDisk {
-		return fmt.Errorf("its files are in its memory: save it with that: %w", sandbox.ErrInvalid)
+		return fmt.Errorf("its files are in its memory: save its memory too: %w", sandbox.ErrInvalid)
 	}
 	if err := m.roomToSave(); err != nil {
 		return fmt.Errorf("checkpoint: %w", err)

@@ -110,7 +110,7 @@ func (r *Runtime) verify(ctx context.Context, dir string) error {
 	var sums checksums
 	if json.Unmarshal(body, &seal) != nil || crc32.Checksum(seal.Checksums, crc32.MakeTable(crc32.Castagnoli)) != seal.CRC32C ||
 		json.Unmarshal(seal.Checksums, &sums) != nil || sums.Block <= 0 || sums.Block > 64<<20 {
-		r.log().Warn("the checksums of a checkpoint are not whole; it is used unverified", "dir", dir)
+		r.log().Warn("the checksums of a checkpoint are incomplete; it is used unverified", "dir", dir)
 		return nil
 	}
 	for name, want := range sums.Files {

@@ -15,7 +15,7 @@ import (
 // controlTimeout bounds a call on the control socket: a stopped sentry does not answer.
 const controlTimeout = 10 * time.Second
 
-var errNoAnswer = fmt.Errorf("its kernel has not answered in %s: %w", controlTimeout, context.DeadlineExceeded)
+var errNoAnswer = fmt.Errorf("its kernel has not responded in %s: %w", controlTimeout, context.DeadlineExceeded)
 
 // execArgs has the fields of gVisor's control.ExecArgs that this package uses, with the names in its JSON.
 type execArgs struct {

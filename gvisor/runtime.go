@@ -76,7 +76,7 @@ func (r *Runtime) readManifest(dir string) (manifest, error) {
 	return mf, nil
 }
 
-var errNoManifest = errors.New("it is not told what machine this is")
+var errNoManifest = errors.New("machine.json is missing or incomplete")
 
 // Version returns runsc's version, which also shows that runsc starts.
 func (r *Runtime) Version(ctx context.Context) (string, error) { return version(ctx, r.Runsc) }
@@ -143,7 +143,7 @@ func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (sandbox.Machine,
 		if undone != nil || try == bootTries || !errors.As(err, &exit) || ctx.Err() != nil || errors.Is(err, sandbox.ErrDamaged) {
 			return nil, errors.Join(fmt.Errorf("boot: %w", err), undone)
 		}
-		r.log().Warn("a machine could not be started; it is tried again", "sandbox", spec.ID, "error", err)
+		r.log().Warn("a machine could not be started; trying again", "sandbox", spec.ID, "error", err)
 	}
 }
 

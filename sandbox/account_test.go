@@ -95,7 +95,7 @@ func TestPortOfAnotherUser(t *testing.T) {
 		return string(out)
 	}
 	if out := ask(12345); !strings.HasPrefix(out, "HTTP/1.1 403 ") ||
-		!strings.Contains(out, "it is of another user of this machine. Open it as the user") {
+		!strings.Contains(out, "another user of this machine made it. Open it as the user") {
 		t.Error(out)
 	}
 	if n := sb.Connections(); n != 0 {

@@ -261,7 +261,7 @@ func (m *Manager) adopt(r record, lock *os.File) (err error) {
 		err := sb.rejoin(ctx)
 		if errors.Is(err, agent.ErrVersion) { // it runs on by itself; here it can be seen and killed
 			sb.unfit = fmt.Errorf("sandbox %s: %w: %w", r.ID, ErrUnfit, err)
-			m.log.Error("a sandbox was made by a version that this server does not speak with", "sandbox", r.ID, "error", err)
+			m.log.Error("a sandbox was made by a version that this server is not compatible with", "sandbox", r.ID, "error", err)
 		} else if err != nil {
 			sb.cancel(err)
 			return err

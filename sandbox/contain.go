@@ -81,7 +81,7 @@ func (s *Sandbox) contain(machine Machine, over *OverError) {
 		return
 	}
 	cause := over.cause()
-	s.m.log.Warn("a sandbox is paused, as it must not go on", "sandbox", s.id, "cause", cause)
+	s.m.log.Warn("a sandbox is paused, because it must not continue", "sandbox", s.id, "cause", cause)
 	o := PauseOptions{ToDisk: true, Cause: cause, forced: true, wedged: over.Kind == OverSilent}
 	err := s.pause(s.ctx, o)
 	if err == nil || !s.runs() || s.ctx.Err() != nil {
@@ -92,7 +92,7 @@ func (s *Sandbox) contain(machine Machine, over *OverError) {
 	if err = s.pause(s.ctx, o); err == nil || !s.runs() || s.ctx.Err() != nil {
 		return
 	}
-	s.m.log.Error("a sandbox that must not go on could not be paused", "sandbox", s.id, "error", err)
+	s.m.log.Error("a sandbox that must not continue could not be paused", "sandbox", s.id, "error", err)
 	if isOfHost(err) && over.Used <= 2*over.Limit { // a fault of the host says nothing about the sandbox
 		s.contained.wait()
 		return

@@ -144,7 +144,7 @@ func (s *Sandbox) serveNetwork(ctx context.Context, client *agent.Client) {
 		take: func() (func(), error) { return s.connection(ctx, 0) }}
 	var once sync.Once
 	l.failed = func(err error) {
-		once.Do(func() { s.note(LevelWarn, "the network of this sandbox does not work, it is tried again: %v", err) })
+		once.Do(func() { s.note(LevelWarn, "the network of this sandbox does not work; it is tried again: %v", err) })
 	}
 	server := &http.Server{Handler: e, ReadHeaderTimeout: 30 * time.Second, MaxHeaderBytes: egressHeaders, IdleTimeout: time.Minute,
 		BaseContext: func(net.Listener) context.Context { return ctx },

@@ -19,11 +19,11 @@ var (
 	ErrBusySnapshot = errors.New("the snapshot is in use")
 	ErrSnapshot     = errors.New("there is a snapshot of that name")
 	// ErrUnfit means that the sandbox's agent has a version that this server does not speak.
-	ErrUnfit = errors.New("it was made by a version of SoulBox that this server does not speak with")
+	ErrUnfit = errors.New("it was made by a version of SoulBox that this server is not compatible with")
 	// ErrNoMachine is returned by a Runtime that finds nothing of a machine.
 	ErrNoMachine = errors.New("no machine runs there")
 	// ErrPutOff means that this server could not yet take over a sandbox of a dead server.
-	ErrPutOff = errors.New("it is left as it is, as this server could not take it over yet, and tries again")
+	ErrPutOff = errors.New("this server could not take it over yet, leaves it as it is, and tries again")
 	// ErrDamaged means that a checkpoint's bytes are not those that were saved.
 	ErrDamaged = errors.New("what was saved is damaged")
 	// ErrState is what every StateError matches.
@@ -40,16 +40,16 @@ const (
 	CauseShutdown Cause = "its server has ended"
 	CauseLost     Cause = "agent lost"
 	CauseSilent   Cause = "its agent did not answer"
-	CauseIdle     Cause = "nobody used it for as long as it may be idle"
+	CauseIdle     Cause = "it was not used for as long as it may be idle"
 	// CauseForgotten means that the sandbox stayed paused for longer than a paused sandbox is kept.
 	CauseForgotten Cause = "it was paused for longer than a paused sandbox is kept"
 	// CauseReclaimed means that the sandbox was ended because others needed its room on disk and the operator allows that.
-	CauseReclaimed Cause = "it was the one that had been paused on disk for the longest time, and its room was needed"
+	CauseReclaimed Cause = "it had been paused on disk for the longest time, and its room was needed"
 	CauseRequest   Cause = "by request"
-	CauseDied      Cause = "its server died while it ran, and was not to keep it"
+	CauseDied      Cause = "its server died while it ran, and it was not set to outlive its server"
 	CauseHalfMade  Cause = "its server died while it was made"
 	// CauseWedged means that the sandbox's processes were stopped from outside for too long.
-	CauseWedged Cause = "its processes were stopped from outside, and nobody continued them"
+	CauseWedged Cause = "its processes were stopped from outside and not continued"
 	CauseGone   Cause = "it was gone when a server came back to it: the host had restarted, or its runtime had crashed"
 )
 

@@ -321,7 +321,7 @@ func (m *Manager) basis(ctx context.Context, o *CreateOptions) (template Templat
 		o.Ingress = snap.Ingress
 	}
 	if !snap.FilesOnly && o.Network.On() != snap.Network.On() {
-		return Template{}, nil, fmt.Errorf("create sandbox: snapshot %q has memory, so it has a network or has none as it was saved: %w",
+		return Template{}, nil, fmt.Errorf("create sandbox: snapshot %q has memory, so whether it has a network cannot change: %w",
 			snap.Name, ErrInvalid)
 	}
 	template, err = m.again(ctx, record{Owner: o.Owner, Template: snap.Template, Image: snap.Image, User: snap.User, Cwd: snap.Cwd,
@@ -409,7 +409,7 @@ func (o CreateOptions) check() error {
 func checkEnv(env map[string]string) error {
 	for k, v := range env {
 		if k == "" || strings.ContainsAny(k, "=\x00") || strings.IndexByte(v, 0) >= 0 || len(v) > maxEnvValue {
-			return fmt.Errorf("%q is not a name of an environment variable, or its value is not one: %w", k, ErrInvalid)
+			return fmt.Errorf("%q is not a valid name of an environment variable, or its value is not valid: %w", k, ErrInvalid)
 		}
 	}
 	return nil
@@ -546,6 +546,6 @@ func (s *Sandbox) putToSleep() {
 	}
 	err := s.pause(ctx, o)
 	if err != nil && !errors.Is(err, ErrState) && !errors.Is(err, ErrClosed) {
-		s.m.log.Error("pause sandbox at the end of its server; it goes on", "sandbox", s.id, "error", err)
+		s.m.log.Error("pause sandbox at the end of its server; it runs on", "sandbox", s.id, "error", err)
 	}
 }

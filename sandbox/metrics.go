@@ -230,7 +230,7 @@ func (s *Sandbox) ask(ctx context.Context, client *agent.Client) (agent.Usage, e
 	}
 	s.meter.mu.Unlock()
 	if len(fresh) > 0 && fresh[0].Seq > since+1 {
-		s.note(LevelWarn, "%d starts and ends of processes were too many to be noted", fresh[0].Seq-since-1)
+		s.note(LevelWarn, "%d starts and ends of processes are missing here: there were too many", fresh[0].Seq-since-1)
 	}
 	s.noteEvents(fresh)
 	return usage, nil

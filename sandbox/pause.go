@@ -35,7 +35,7 @@ type PauseOptions struct {
 // already pausing it the same way, Pause waits for that call and succeeds with it; so does Resume.
 func (s *Sandbox) Pause(ctx context.Context, o PauseOptions) error {
 	if o.FilesOnly && !o.ToDisk {
-		return fmt.Errorf("pause sandbox %s: its files alone can be saved to disk only: %w", s.id, ErrInvalid)
+		return fmt.Errorf("pause sandbox %s: files_only needs a pause to disk: %w", s.id, ErrInvalid)
 	}
 	return s.pause(ctx, o)
 }
@@ -209,7 +209,7 @@ func (s *Sandbox) takeTurn(ctx context.Context, verb string) (_ context.Context,
 // whyEnded returns the sandbox's end instead of err if the sandbox ended during a change, because that is why the change failed.
 func (s *Sandbox) whyEnded(err error) error {
 	if s.current().ended() {
-		return s.asError("go on in")
+		return s.asError("continue in")
 	}
 	return err
 }
@@ -258,7 +258,7 @@ func (s *Sandbox) goOn(ctx context.Context, machine Machine) error {
 
 // goneOn tries once more to thaw a machine, and reports whether nothing is left to do.
 func (s *Sandbox) goneOn(machine Machine) bool {
-	ctx, over, err := s.takeTurn(s.ctx, "go on in")
+	ctx, over, err := s.takeTurn(s.ctx, "continue in")
 	if err != nil {
 		return true // it has ended, or this server has left it to another
 	}
@@ -335,7 +335,7 @@ func (s *Sandbox) sleep(ctx context.Context, o PauseOptions) (err error) {
 		return err
 	}
 	defer saved()
-	paused := &StateError{ID: s.id, Verb: "go on in", State: Paused, At: time.Now(), Cause: o.Cause.Error(), Wakes: o.AutoResume}
+	paused := &StateError{ID: s.id, Verb: "continue in", State: Paused, At: time.Now(), Cause: o.Cause.Error(), Wakes: o.AutoResume}
 	if r.State == Running && client != nil && !o.wedged { // calls that wait for a frozen agent end by CloseFor below
 		suspending, done := context.WithTimeout(ctx, suspendTime)
 		err = client.Suspend(suspending, paused)

@@ -17,7 +17,7 @@ import (
 )
 
 // errStranger means that another user of this machine made the connection.
-var errStranger = errors.New("it is of another user of this machine")
+var errStranger = errors.New("another user of this machine made it")
 
 // known returns nil if the server's own user or root made a connection to this machine's loopback. If that cannot be found out, it is an
 // error, because the connection carries no other proof.
@@ -97,7 +97,7 @@ func ownerOf(local, remote netip.AddrPort) (uid int, err error) {
 		return 0, fmt.Errorf("sock_diag: %w", unix.Errno(-int32(host.Uint32(body))))
 	}
 	if host.Uint16(answer[4:]) != sockDiagByFamily || len(body) < diagAnswer {
-		return 0, errors.New("another answer of sock_diag")
+		return 0, errors.New("an unexpected answer of sock_diag")
 	}
 	if host.Uint32(body[diagInode:]) == 0 {
 		return 0, errNoSocket

@@ -42,7 +42,7 @@ func (s *Sandbox) afterRestore(ctx context.Context, client *agent.Client, whole 
 		switch {
 		case errors.Is(err, agent.ErrVersion): // an older version saved it
 		case err != nil:
-			s.note(LevelWarn, "it is not told from what it was saved as: %v", err)
+			s.note(LevelWarn, "it has the same boot_id as the sandbox that was saved: %v", err)
 		default:
 			env["SOULBOX_GENERATION"] = strconv.FormatInt(told.Generation, 10)
 		}
@@ -69,7 +69,7 @@ func (s *Sandbox) runHooks(ctx context.Context, client *agent.Client, env map[st
 	p := got.Process
 	switch {
 	case p.State != agent.StateExited:
-		err = errors.New("they go on")
+		err = errors.New("they still run")
 	case p.Cause == agent.CauseTimeout:
 		err = fmt.Errorf("they took longer than %s and were killed", hookTime)
 	case p.ExitCode != 0 || p.Cause != "":

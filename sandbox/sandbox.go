@@ -320,7 +320,7 @@ func (s *Sandbox) end(final State, cause error) error {
 	wait := s.stopPorts()
 	err = s.destroy(machine, dead && machine == doomed)
 	if client != nil {
-		client.CloseFor(s.asError("go on in")) // even if the machine could not be ended: this frees callers that wait for it
+		client.CloseFor(s.asError("continue in")) // even if the machine could not be ended: this frees callers that wait for it
 	}
 	wait()
 	if err != nil {

@@ -183,7 +183,7 @@ func (s *Sandbox) bootWithService(ctx context.Context, template Template) (serve
 		if err == nil || ctx.Err() != nil {
 			return true, err
 		}
-		s.note(LevelWarn, "the service of template %s cannot be restored here, so it is started anew: %v", template.Name, err)
+		s.note(LevelWarn, "the service of template %s cannot be restored here, so it is started again: %v", template.Name, err)
 		if err := s.clear(ctx); err != nil {
 			return false, err
 		}

@@ -287,8 +287,8 @@ func (s *Sandbox) expire(at time.Time, cause Cause) (next time.Duration) {
 	s.m.log.Error("pause sandbox to disk; it is frozen in memory instead", "sandbox", s.id, "error", err)
 	s.note(LevelError, "it could not be paused to disk, and is frozen in memory: %v", err)
 	if err := s.pause(s.ctx, PauseOptions{Cause: cause, AutoResume: !times.NoAutoResume}); err != nil && s.ctx.Err() == nil {
-		s.m.log.Error("pause sandbox; it goes on, and that is tried again", "sandbox", s.id, "error", err)
-		s.note(LevelError, "its time is over, and it could not be paused: it goes on, and that is tried again: %v", err)
+		s.m.log.Error("pause sandbox; it runs on, and the pause is tried again", "sandbox", s.id, "error", err)
+		s.note(LevelError, "its time is over, and it could not be paused: it runs on, and the pause is tried again: %v", err)
 		return unknownPause // if it is wedged, ping or watch notices
 	}
 	return checkEvery
@@ -308,7 +308,7 @@ func (s *Sandbox) giveGrace(at time.Time, cause Cause, times Times) bool {
 	if client == nil {
 		return over()
 	}
-	s.note(LevelInfo, "its time is over; those at work in it have %s to finish", times.Grace)
+	s.note(LevelInfo, "its time is over; calls and processes in it have %s to finish", times.Grace)
 	if times.OnTimeout == ActionKill {
 		s.terminate(client)
 	}
@@ -364,7 +364,7 @@ func (s *Sandbox) processes(client *agent.Client) []agent.Process {
 	defer cancel()
 	list, err := client.List(ctx, agent.ListRequest{State: agent.StateRunning})
 	if err != nil {
-		s.m.log.Debug("list processes at the end of a sandbox' time", "sandbox", s.id, "error", err)
+		s.m.log.Debug("list processes at the end of a sandbox's time", "sandbox", s.id, "error", err)
 	}
 	return list
 }

@@ -97,7 +97,7 @@ func (r record) missing(filesOnly bool) string {
 	switch {
 	case !filesOnly || r.State == Paused && r.Pause.FilesOnly:
 	case text == "":
-		text = "it was booted anew with its files: the processes that were paused are missing"
+		text = "it was booted with its files: the processes that were paused are missing"
 	default:
 		text += ", and its processes, as its files alone were saved"
 	}

@@ -58,13 +58,13 @@ func (w *watching) found(err error) (next time.Duration) {
 	s, finding := w.s, FindingOf(err)
 	if finding == Unknown {
 		if w.unknown == 0 {
-			s.m.log.Warn("a sandbox could not be looked after; it is tried again", "sandbox", s.id, "error", err)
+			s.m.log.Warn("a sandbox could not be checked; it is tried again", "sandbox", s.id, "error", err)
 		}
 		w.unknown = min(unknownPause, max(checkEvery, 2*w.unknown))
 		return w.unknown
 	}
 	if w.unknown > 0 {
-		s.m.log.Info("a sandbox is looked after again", "sandbox", s.id)
+		s.m.log.Info("a sandbox can be checked again", "sandbox", s.id)
 		w.unknown = 0
 	}
 	var over *OverError
@@ -80,7 +80,7 @@ func (w *watching) found(err error) (next time.Duration) {
 		s.contained.reset()
 	case stopped && w.stopped.IsZero():
 		w.stopped = time.Now()
-		s.note(LevelWarn, "%v from outside; it goes on once that is continued", err)
+		s.note(LevelWarn, "%v from outside; the sandbox runs again once that process is continued", err)
 	case stopped && time.Since(w.stopped) < s.m.opts.WedgedAfter:
 	case s.runs(): // a frozen machine takes no more than it has
 		s.contain(w.machine, over)
@@ -105,7 +105,7 @@ func (s *Sandbox) lost(ctx context.Context, machine Machine) {
 			return
 		}
 	}
-	s.m.log.Warn("the connection to the agent of a sandbox was lost; it is met anew", "sandbox", s.id)
+	s.m.log.Warn("the connection to the agent of a sandbox was lost; reconnecting", "sandbox", s.id)
 	for !s.meetAnew(ctx) {
 		if s.runs() {
 			s.contain(machine, &OverError{Kind: OverSilent})
@@ -144,7 +144,7 @@ func (s *Sandbox) meetAnew(watch context.Context) (done bool) {
 			_ = s.end(Failed, CauseLost) // end logs its error
 			return true
 		}
-		s.m.log.Warn("meet the agent of a sandbox anew", "sandbox", s.id, "try", try+1, "error", err)
+		s.m.log.Warn("reconnect to the agent of a sandbox", "sandbox", s.id, "try", try+1, "error", err)
 	}
 	return false
 }
@@ -181,7 +181,7 @@ func (s *Sandbox) relink(watch context.Context) error {
 	s.mu.Lock()
 	s.relinked = append(s.relinked, time.Now())
 	s.mu.Unlock()
-	s.note(LevelWarn, "the connection to its agent was lost, and is there again")
+	s.note(LevelWarn, "the connection to its agent was lost and restored")
 	return nil
 }
 

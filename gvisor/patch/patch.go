@@ -114,10 +114,10 @@ func anchor(lines []string, at int) string {
 func (c *change) apply(from, to, name string) error {
 	before, err := os.ReadFile(filepath.Join(from, name))
 	if err != nil {
-		return fmt.Errorf("%s is no file of this gVisor: see what became of it, and change %s: %w", name, c.patches(), err)
+		return fmt.Errorf("%s is not a file of this gVisor: find out what replaced it, and change %s: %w", name, c.patches(), err)
 	}
 	if digest(before) != c.digest {
-		return fmt.Errorf("%s has another SHA-256, so this is another gVisor: see whether %s is still needed, and record it anew "+
+		return fmt.Errorf("%s has another SHA-256, so this is another gVisor: see whether %s is still needed, and record it again "+
 			"(docs/upstream/README.md)",
 			name, c.patches())
 	}
@@ -140,7 +140,7 @@ func (c *change) edit(before string) (string, error) {
 		case h.at+h.count > len(old)+1:
 			return "", fmt.Errorf("%s changes line %d, and there are %d", h.patch, h.at+h.count-1, len(old))
 		case anchor(old, h.at) != h.anchor:
-			return "", fmt.Errorf("%s expects line %d to begin with %q, and it does with %q", h.patch, h.at, h.anchor, anchor(old, h.at))
+			return "", fmt.Errorf("%s expects line %d to begin with %q, but it begins with %q", h.patch, h.at, h.anchor, anchor(old, h.at))
 		}
 		now = append(now, old[next-1:h.at-1]...)
 		now = append(now, h.lines...)

@@ -25,7 +25,7 @@ func TestParseAndApply(t *testing.T) {
 		"two of one file": {patches: []string{head + "@@ 4,1 four\n+vier\n", head + "@@ 1,1 one\n+eins\n"},
 			want: "eins\ntwo\n\tthree\nvier\n"},
 		"another version of gVisor": {patches: []string{"--- a.go 00\n@@ 1,1 one\n"}, err: "another SHA-256"},
-		"no such file":              {patches: []string{"--- b.go 00\n@@ 1,1 one\n"}, err: "no file of this gVisor"},
+		"no such file":              {patches: []string{"--- b.go 00\n@@ 1,1 one\n"}, err: "not a file of this gVisor"},
 		"another line":              {patches: []string{head + "@@ 1,1 two\n"}, err: "expects line 1"},
 		"one line twice":            {patches: []string{head + "@@ 1,2 one\n", head + "@@ 2,1 two\n"}, err: "another hunk"},
 		"beyond the end":            {patches: []string{head + "@@ 4,9 four\n"}, err: "there are 5"},

@@ -131,7 +131,7 @@ func collect(root *Node) ([]placed, error) {
 			n.links = 2
 			for _, name := range n.Names() {
 				if name == "" || name == "." || name == ".." || len(name) > maxName || strings.ContainsAny(name, "/\x00") {
-					return fmt.Errorf("image: %q is no name of a file", name)
+					return fmt.Errorf("image: %q is not a valid file name", name)
 				}
 				child := n.Children[name]
 				if err := walk(child, n); err != nil {

@@ -50,7 +50,7 @@ func onDisk(t *testing.T) {
 	}
 }
 
-// Fill fills a file system up to left bytes, with a file that replaces the one of the last call. free removes the file.
+// Fill fills a file system so that left bytes stay free, with a file that replaces the one of the last call. free removes it.
 func Fill(t *testing.T, dir string, left int64) (free func()) {
 	t.Helper()
 	name := dir + "/ballast"

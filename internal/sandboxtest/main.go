@@ -175,7 +175,7 @@ func findPrograms() (string, error) {
 func AsUserAlone(t testing.TB) {
 	t.Helper()
 	if os.Geteuid() == 0 {
-		t.Skip("it takes its time, and runs when the tests run again as an ordinary user")
+		t.Skip("slow: runs only when the tests run again as an ordinary user")
 	}
 }
 
