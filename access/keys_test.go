@@ -168,7 +168,7 @@ func TestKeysEnd(t *testing.T) {
 		return err != nil
 	})
 	if err := errors.Join(two.Err(), all.Err()); err != nil {
-		t.Fatal("a broken file ends what goes on", err)
+		t.Fatal("a broken file ends what was admitted", err)
 	}
 	expired := strings.Replace(string(body), `"expires": "`, `"expires": "2001-01-01T00:00:00Z", "was": "`, 1)
 	if err := errors.Join(os.WriteFile(path+".new", []byte(expired), 0o600), os.Rename(path+".new", path)); err != nil {

@@ -240,7 +240,7 @@ func TestStrangers(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !stopped() {
-		t.Error("a stranger was ended, or goes on")
+		t.Error("a stranger was ended or continued")
 	}
 	if err := m.Check(); sandbox.FindingOf(err) != sandbox.Gone {
 		t.Error(err)

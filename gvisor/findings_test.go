@@ -63,10 +63,10 @@ func TestStoppedFromOutside(t *testing.T) {
 		t.Fatal(err)
 	}
 	signalAll(dir, syscall.SIGSTOP)
-	sandboxtest.Eventually(t, "it is told of", func() bool { return logged(t, sb, "was stopped from outside") })
+	sandboxtest.Eventually(t, "it is reported", func() bool { return logged(t, sb, "was stopped from outside") })
 	signalAll(dir, syscall.SIGCONT)
 	sandboxtest.Run(t, c, "true")
-	sandboxtest.Eventually(t, "it goes on", func() bool { return logged(t, sb, "were continued") })
+	sandboxtest.Eventually(t, "it runs again", func() bool { return logged(t, sb, "were continued") })
 	signalAll(dir, syscall.SIGSTOP)
 	sandboxtest.Eventually(t, "it is saved", func() bool { return sb.Info().State == sandbox.Paused })
 	if i := sb.Info(); !i.OnDisk || i.Cause != sandbox.CauseWedged.Error() {

@@ -99,7 +99,7 @@ func TestPortOfAnotherUser(t *testing.T) {
 		t.Error(out)
 	}
 	if n := sb.Connections(); n != 0 {
-		t.Errorf("who was refused keeps %d places of the sandbox' connections", n)
+		t.Errorf("refused connections keep %d of the sandbox's places", n)
 	}
 	if out := ask(0); !strings.HasSuffix(out, "secret") {
 		t.Error(out)

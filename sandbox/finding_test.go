@@ -117,9 +117,9 @@ func TestStopped(t *testing.T) {
 		}
 	}
 	fake.Sicken(&sandbox.OverError{Kind: sandbox.OverStopped})
-	sandboxtest.Eventually(t, "it is told of", says("was stopped from outside"))
+	sandboxtest.Eventually(t, "it is reported", says("was stopped from outside"))
 	fake.Sicken(nil)
-	sandboxtest.Eventually(t, "it goes on", says("were continued"))
+	sandboxtest.Eventually(t, "it runs again", says("were continued"))
 	if info := sb.Info(); info.State != sandbox.Running {
 		t.Fatalf("%+v", info)
 	}
@@ -141,7 +141,7 @@ func TestRelink(t *testing.T) {
 	}
 	sandboxtest.Run(t, client, "true")
 	fake.Cut(filepath.Join(dir, "sandboxes", sb.ID()))
-	sandboxtest.Eventually(t, "its agent is met anew", func() bool {
+	sandboxtest.Eventually(t, "its agent is reconnected", func() bool {
 		again, err := sb.Agent(t.Context(), "use")
 		return err == nil && again != client
 	})

@@ -69,7 +69,7 @@ func TestTimeOverAndNoPause(t *testing.T) {
 	sb := create(t, newManager(t, t.TempDir(), fake, nil),
 		sandbox.CreateOptions{Times: sandbox.Times{Life: time.Second, OnTimeout: sandbox.ActionPause}})
 	sandboxtest.Eventually(t, "it is said", func() bool {
-		page, err := sb.Logs(sandbox.LogQuery{Text: "could not be paused: it goes on"})
+		page, err := sb.Logs(sandbox.LogQuery{Text: "could not be paused: it runs on"})
 		return err == nil && len(page.Entries) > 0
 	})
 	if info := sb.Info(); info.State != sandbox.Running || fake.Running() != 1 {

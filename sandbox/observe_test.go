@@ -40,7 +40,7 @@ func TestLogs(t *testing.T) {
 		Env: map[string]string{"SECRET": "hidden"}}); err != nil {
 		t.Fatal(err)
 	}
-	sandboxtest.Eventually(t, "the process' end is in the log", func() bool {
+	sandboxtest.Eventually(t, "the end of the process is in the log", func() bool {
 		sb.Refresh(t.Context())
 		got, _, _ := logs(t, sb, sandbox.LogQuery{Source: sandbox.SourceProcess})
 		return len(got) == 2 && strings.Contains(got[0], "process p1 (three\\x1b[31m) started as") &&

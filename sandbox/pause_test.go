@@ -197,7 +197,7 @@ func TestWaitAtPause(t *testing.T) {
 	}
 	var paused *sandbox.StateError
 	if _, err := client.List(t.Context(), agent.ListRequest{}); !errors.As(err, &paused) || !paused.Wakes {
-		t.Fatal("a client from before it was paused is told:", err)
+		t.Fatal("a client from before the pause gets:", err)
 	}
 	var all sync.WaitGroup
 	for range 20 {

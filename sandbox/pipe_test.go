@@ -73,7 +73,7 @@ func TestPipeFails(t *testing.T) {
 				sandboxtest.Run(t, client, "echo kept > "+kept)
 				map[string]*atomic.Pointer[error]{"read": &runtime.read, "write": &runtime.write}[where].Store(&fault)
 				_ = client.Ping(t.Context()) // it may fail; only what follows matters
-				sandboxtest.Eventually(t, "its agent is met anew", func() bool {
+				sandboxtest.Eventually(t, "its agent is reconnected", func() bool {
 					again, err := sb.Agent(t.Context(), "use")
 					return err == nil && again != client
 				})

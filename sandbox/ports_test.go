@@ -178,7 +178,7 @@ func TestPortsEnd(t *testing.T) {
 		_ = conn.SetReadDeadline(time.Now().Add(30 * time.Second))
 		var timeout net.Error
 		if _, err := conn.Read(make([]byte, 1)); err == nil || errors.As(err, &timeout) && timeout.Timeout() {
-			t.Fatal("the connection goes on")
+			t.Fatal("the connection is still open")
 		}
 	}
 	conn := echo()

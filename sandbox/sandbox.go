@@ -35,7 +35,7 @@ type Sandbox struct {
 	rec     record
 	lock    *os.File
 	machine Machine       // nil before it is booted, and while it is on disk
-	client  *agent.Client // nil whenever machine is
+	client  *agent.Client // nil if machine is, and while its agent is silent
 	unfit   error         // why this server cannot speak with its agent, though it runs
 	stop    func()        // ends the goroutines that run with the machine
 	hold    chan struct{} // closed when a change between running and paused is over; nil if there is none

@@ -51,7 +51,7 @@ func TestThawedAgain(t *testing.T) {
 	if state := sb.Info().State; state != sandbox.Running {
 		t.Fatal(state)
 	}
-	sandboxtest.Eventually(t, "it goes on", func() bool {
+	sandboxtest.Eventually(t, "it runs again", func() bool {
 		client, err := sb.Agent(t.Context(), "use")
 		if err != nil {
 			t.Fatal(err)

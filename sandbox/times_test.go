@@ -74,7 +74,7 @@ func TestTimes(t *testing.T) {
 			state: sandbox.Killed, cause: sandbox.CauseTimeout},
 		"idle beyond life": {times: sandbox.Times{Life: time.Minute, Idle: time.Hour}, use: never, at: time.Minute,
 			state: sandbox.Killed, cause: sandbox.CauseTimeout},
-		"grace for nobody": {times: sandbox.Times{Life: time.Minute, Grace: time.Hour}, use: never, at: time.Minute,
+		"grace without work": {times: sandbox.Times{Life: time.Minute, Grace: time.Hour}, use: never, at: time.Minute,
 			state: sandbox.Killed, cause: sandbox.CauseTimeout},
 		"grace before a save": {times: sandbox.Times{Life: time.Minute, Grace: time.Hour, OnTimeout: sandbox.ActionPause}, use: never,
 			at: time.Minute, state: sandbox.Paused, cause: sandbox.CauseTimeout, onDisk: true},

@@ -34,7 +34,7 @@ const maxInline = BlockSize - inodeSize
 var fileTypes = map[uint16]byte{unix.S_IFREG: 1, unix.S_IFDIR: 2, unix.S_IFCHR: 3, unix.S_IFBLK: 4, unix.S_IFIFO: 5, unix.S_IFSOCK: 6,
 	unix.S_IFLNK: 7}
 
-// placed is a node with the first directory that has it.
+// placed is a node with the first directory that has it. A list of them is in the order of the image.
 type placed struct{ node, parent *Node }
 
 // Finish writes the tree below root, which completes the image. Extents in the tree must be unchanged since Add returned them, and no
