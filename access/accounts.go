@@ -1,6 +1,6 @@
 // Package access decides who may use a server, and how much of it. Door finds the owner of a request by its key (Keys) or by a token of an
-// OpenID provider (Provider). Accounts keep what each owner uses of the server's own resources, such as memory in buffers, slots for heavy
-// work and connections: whoever uses something takes it from the owner's account first. It knows nothing of sandboxes or MCP.
+// OpenID provider (Provider). Accounts count what each owner uses of the server's own resources, such as memory in buffers, slots for heavy
+// work and connections: code that uses a resource takes it from the owner's account first. The package knows nothing of sandboxes or MCP.
 package access
 
 import (
@@ -13,25 +13,25 @@ import (
 	"time"
 )
 
-// Resource is something of the server that has an end.
+// Resource is something that the server has a limited amount of.
 type Resource string
 
 // The resources.
 const (
-	// Buffers are bytes of the server's memory that hold what somebody has sent and nobody has read yet, or what is being made.
+	// Buffers are bytes of the server's memory that hold what was sent and not yet read, or what is being made.
 	Buffers Resource = "buffers"
-	// Work are CPU-heavy tasks at once: rendered screens, diffs, decompression, the expansion of Dockerfiles.
+	// Work are CPU-heavy tasks at the same time: rendering screens, diffs, decompression, expanding Dockerfiles.
 	Work Resource = "work"
-	// Builds are builds of templates at once, Merges their merges of layers.
+	// Builds are builds of templates at the same time, Merges the merges of layers in them.
 	Builds Resource = "builds"
 	Merges Resource = "merges"
-	// Connections are connections and streams, each with the descriptors that it has in the server.
+	// Connections are connections and streams, each with its descriptors in the server.
 	Connections Resource = "connections"
 	// Tasks are processes and threads promised to sandboxes.
 	Tasks Resource = "tasks"
 )
 
-// frees says what makes room in a resource.
+// frees says what frees some of a resource.
 var frees = map[Resource]string{
 	Buffers:     "read what was asked for, or close connections and transfers",
 	Work:        "wait until other calls have ended",
@@ -47,7 +47,7 @@ type Bound struct {
 	Share int64 // for one owner
 }
 
-// ErrFull is behind every FullError.
+// ErrFull is what every FullError matches.
 var ErrFull = errors.New("the account is full")
 
 // FullError says which account has no room.
@@ -55,10 +55,10 @@ type FullError struct {
 	Owner       string // "" is the user of this machine
 	Resource    Resource
 	Used, Share int64 // of the owner
-	All         bool  // the owner has room, and all owners together have used what there is
+	All         bool  // the owner has room, but all owners together have used everything
 }
 
-// Error names the account, and what frees it.
+// Error names the account and what frees room in it.
 func (e *FullError) Error() string {
 	if e.All {
 		return fmt.Sprintf("the server has no %s left: all owners together use them; try again later", e.Resource)
@@ -69,17 +69,17 @@ func (e *FullError) Error() string {
 // Is makes errors.Is(err, ErrFull) true.
 func (e *FullError) Is(target error) bool { return target == ErrFull }
 
-// Name is how an owner is named to people.
+// Name returns an owner's name for people.
 func Name(owner string) string { return cmp.Or(owner, "local") }
 
-// Accounts are the accounts of all owners. It is safe for concurrent use. A nil one has no bounds.
+// Accounts are the accounts of all owners. It is safe for concurrent use. A nil Accounts has no bounds.
 type Accounts struct {
 	bounds map[Resource]Bound
 
 	mu      sync.Mutex
 	used    map[account]int64
 	total   map[Resource]int64
-	waiting []*waiter // the longest first
+	waiting []*waiter // the longest waiting first
 }
 
 type account struct {
@@ -90,15 +90,16 @@ type account struct {
 type waiter struct {
 	account
 	n     int64
-	taken chan struct{} // closed when it has got what it wants
+	taken chan struct{} // closed when it has got what it waits for
 }
 
-// NewAccounts makes empty accounts. A resource that is not named has no bound.
+// NewAccounts makes empty accounts. A resource that bounds does not name has no bound.
 func NewAccounts(bounds map[Resource]Bound) *Accounts {
 	return &Accounts{bounds: bounds, used: map[account]int64{}, total: map[Resource]int64{}}
 }
 
-// Take takes n of a resource for an owner, or refuses with a FullError. Whoever takes gives it back by release, once or more often.
+// Take takes n of a resource for an owner, or refuses with a FullError. The caller gives it back by release; further calls of release do
+// nothing.
 func (a *Accounts) Take(owner string, r Resource, n int64) (release func(), err error) {
 	if a == nil {
 		return func() {}, nil
@@ -112,8 +113,8 @@ func (a *Accounts) Take(owner string, r Resource, n int64) (release func(), err 
 	return a.take(at, n), nil
 }
 
-// Wait is Take that waits until there is room. One owner's waiters never delay another owner who has room; where all wait for the same, the
-// owner who uses least is first. It fails when ctx ends, and at once where n is more than there ever is.
+// Wait is Take that waits until there is room. One owner's waiters never delay another owner who has room; if several owners wait for the
+// same resource, the one that uses least is first. Wait fails when ctx ends, and at once if n is more than the bounds allow.
 func (a *Accounts) Wait(ctx context.Context, owner string, r Resource, n int64) (release func(), err error) {
 	if a == nil {
 		return func() {}, nil
@@ -143,21 +144,21 @@ func (a *Accounts) Wait(ctx context.Context, owner string, r Resource, n int64) 
 		a.give(at, n)
 	default:
 		a.waiting = slices.DeleteFunc(a.waiting, func(other *waiter) bool { return other == w })
-		a.letIn(r) // those of the owner who were behind it
+		a.letIn(r) // the owner's waiters behind it
 	}
 	return nil, context.Cause(ctx)
 }
 
-// Part is so much of a resource.
+// Part is an amount of a resource.
 type Part struct {
 	Of Resource
 	N  int64
 }
 
-// errLate is the end of a wait.
+// errLate means that a wait took too long.
 var errLate = errors.New("no room in time")
 
-// TakeAll takes all parts for an owner, or nothing. Where there is no room it waits for so long, or not at all for 0; then that is a
+// TakeAll takes all parts for an owner, or nothing. If there is no room, it waits for at most wait, which may be 0; then the error is a
 // FullError.
 func (a *Accounts) TakeAll(ctx context.Context, wait time.Duration, owner string, parts ...Part) (release func(), err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, wait, errLate)
@@ -172,7 +173,7 @@ func (a *Accounts) TakeAll(ctx context.Context, wait time.Duration, owner string
 		give, err := a.Take(owner, p.Of, p.N)
 		if errors.Is(err, ErrFull) && wait > 0 {
 			if give, err = a.Wait(ctx, owner, p.Of, p.N); errors.Is(err, errLate) {
-				give, err = a.Take(owner, p.Of, p.N) // which says what is full
+				give, err = a.Take(owner, p.Of, p.N) // its error says what is full
 			}
 		}
 		if err != nil {
@@ -184,7 +185,7 @@ func (a *Accounts) TakeAll(ctx context.Context, wait time.Duration, owner string
 	return release, nil
 }
 
-// lack says why n cannot be taken. a.mu is held.
+// lack returns why n cannot be taken; nil if it can. a.mu is held.
 func (a *Accounts) lack(at account, n int64) error {
 	b, ok := a.bounds[at.resource]
 	switch {
@@ -198,7 +199,7 @@ func (a *Accounts) lack(at account, n int64) error {
 	return nil
 }
 
-// take enters what is taken. a.mu is held.
+// take counts n as used. a.mu is held.
 func (a *Accounts) take(at account, n int64) (release func()) {
 	a.used[at] += n
 	a.total[at.resource] += n
@@ -213,7 +214,7 @@ func (a *Accounts) giver(at account, n int64) (release func()) {
 	})
 }
 
-// give takes back what was taken, and lets those in who wait for it. a.mu is held.
+// give returns n, and serves those that wait for it. a.mu is held.
 func (a *Accounts) give(at account, n int64) {
 	a.total[at.resource] -= n
 	if a.used[at] -= n; a.used[at] == 0 {
@@ -222,11 +223,11 @@ func (a *Accounts) give(at account, n int64) {
 	a.letIn(at.resource)
 }
 
-// letIn lets those in who wait for a resource, and have room. a.mu is held.
+// letIn serves those that wait for a resource, as far as there is room. a.mu is held.
 func (a *Accounts) letIn(r Resource) {
 	for {
 		next := -1
-		blocked := map[account]bool{} // whose first waiter cannot be served: the later ones of that owner stay behind it
+		blocked := map[account]bool{} // accounts whose first waiter cannot be served: their later waiters stay behind it
 		for i, w := range a.waiting {
 			if w.resource != r || blocked[w.account] {
 				continue
@@ -250,7 +251,7 @@ func (a *Accounts) letIn(r Resource) {
 	}
 }
 
-// Bound is how much there is of a resource; ok is false where it has no bound.
+// Bound returns how much there is of a resource; ok is false if it has no bound.
 func (a *Accounts) Bound(r Resource) (b Bound, ok bool) {
 	if a == nil {
 		return Bound{}, false
@@ -259,7 +260,7 @@ func (a *Accounts) Bound(r Resource) (b Bound, ok bool) {
 	return b, ok
 }
 
-// Use is what an owner uses of a resource.
+// Use is how much of a resource an owner uses.
 type Use struct {
 	Owner       string
 	Resource    Resource

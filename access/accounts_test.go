@@ -27,7 +27,7 @@ func TestShares(t *testing.T) {
 		t.Fatal("bob has room, the server has none:", err)
 	}
 	release()
-	release() // again is no harm
+	release() // a second call does no harm
 	if uses := a.Uses(); len(uses) != 1 || uses[0] != (access.Use{Owner: "bob", Resource: access.Buffers, Used: 4, Share: 6}) {
 		t.Fatal(uses)
 	}
@@ -40,7 +40,7 @@ func TestShares(t *testing.T) {
 	}
 }
 
-// TestWait: who waits gets what the owner gives back; another owner's waiters delay nobody; a cancelled one leaves nothing behind.
+// TestWait: a waiter gets what its owner gives back; another owner's waiters delay no one; a cancelled waiter leaves nothing behind.
 func TestWait(t *testing.T) {
 	a := access.NewAccounts(map[access.Resource]access.Bound{access.Merges: {Total: 3, Share: 2}})
 	var mine []func()
@@ -87,7 +87,7 @@ func TestWait(t *testing.T) {
 	}
 }
 
-// behindOneWhoGivesUp: who waits behind one who wants too much gets what there is when that one gives up.
+// behindOneWhoGivesUp: a waiter behind one that wants too much gets what there is when that one gives up.
 func behindOneWhoGivesUp(t *testing.T, a *access.Accounts) {
 	t.Helper()
 	held, err := a.Wait(t.Context(), "ann", access.Merges, 1)

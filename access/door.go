@@ -12,30 +12,30 @@ import (
 	"time"
 )
 
-// Door decides whose a request is: the one place that knows keys and the OpenID provider, for MCP, the HTTP API and the gateway alike. It is
-// safe for concurrent use.
+// Door decides to which owner a request belongs. It is the one place that knows keys and the OpenID provider, for MCP, the HTTP API and the
+// gateway alike. It is safe for concurrent use.
 type Door struct {
 	Keys     *Keys
-	Provider *Provider // nil is none
-	// Closed says that a token is needed from the start. Else one is needed as soon as there is a key, and from then on for good.
+	Provider *Provider // nil means none
+	// Closed means that a token is always needed. Otherwise one is needed once there is a key, and from then on for good.
 	Closed bool
-	// Admitted is told of each request that is let in: that of ctx, and for how long.
+	// Admitted is called for each request that is admitted, with the request's ctx and for how long it is admitted.
 	Admitted func(ctx context.Context, g Grant)
 	Log      *slog.Logger
 
 	closed atomic.Bool
 }
 
-// Grant is for how long a request is let in. The zero Grant has no end.
+// Grant says for how long a request is admitted. The zero Grant has no end.
 type Grant struct {
-	Valid   context.Context // ends when its key is not valid any more; nil is no key
-	Expires time.Time       // of a provider's token, whose client has others later; zero is no such token
+	Valid   context.Context // ends when the key is no longer valid; nil if there is no key
+	Expires time.Time       // of a provider's token, whose client gets new ones later; zero if there is none
 }
 
-// keyPrefix begins all keys; other tokens are the provider's.
+// keyPrefix begins all keys; other tokens belong to the provider.
 const keyPrefix = "e2b_"
 
-// Required reports whether a request needs a token. Requests without one are the user's of this machine otherwise.
+// Required reports whether a request needs a token. If not, a request without one belongs to this machine's user.
 func (d *Door) Required() bool {
 	if d.closed.Load() {
 		return true
@@ -49,7 +49,7 @@ func (d *Door) Required() bool {
 	return true
 }
 
-// Authenticate finds the owner of a token: a key, or a token of the provider.
+// Authenticate returns the owner of a token: a key, or a token of the provider.
 func (d *Door) Authenticate(ctx context.Context, token string) (owner string, err error) {
 	if d.Provider != nil && !strings.HasPrefix(token, keyPrefix) {
 		owner, expires, err := d.Provider.owner(ctx, token)
@@ -65,14 +65,14 @@ func (d *Door) Authenticate(ctx context.Context, token string) (owner string, er
 	return owner, err
 }
 
-// Errors of Caller, for who asked.
+// Errors of Caller, in words for its client.
 var (
 	ErrNoToken  = errors.New("give a valid key as X-API-Key: KEY; soulbox-mcp key create makes one")
-	ErrNotValid = errors.New("the key is not valid, or not any more; soulbox-mcp key create makes one")
+	ErrNotValid = errors.New("the key is not, or no longer, valid; soulbox-mcp key create makes one")
 )
 
-// Caller finds whose a request of the HTTP API is, by X-API-Key or a bearer token. Where no token is needed none is looked at: E2B's SDKs
-// always send a key.
+// Caller returns the owner of a request to the HTTP API, by X-API-Key or a bearer token. If no token is needed, it ignores any, because
+// E2B's SDKs always send a key.
 func (d *Door) Caller(r *http.Request) (owner string, err error) {
 	if !d.Required() {
 		d.Admitted(r.Context(), Grant{})
@@ -91,8 +91,8 @@ func (d *Door) Caller(r *http.Request) (owner string, err error) {
 	return owner, nil
 }
 
-// AdmitOwner lets the tokens of an owner's sandboxes be worth something as long as the owner has a valid key, if keys are needed. This
-// machine's user and those whom the provider knows have none.
+// AdmitOwner admits a request that shows a token of one of the owner's sandboxes. If keys are needed, the owner must have a valid one; this
+// machine's user and owners from the provider need none.
 func (d *Door) AdmitOwner(ctx context.Context, owner string) error {
 	if !d.Required() || owner == "" || strings.HasPrefix(owner, providerOwner) {
 		d.Admitted(ctx, Grant{})
@@ -105,7 +105,7 @@ func (d *Door) AdmitOwner(ctx context.Context, owner string) error {
 	return err
 }
 
-// Watch ends what keys have let in once they are not valid any more, until the function that it gives is called.
+// Watch ends what keys have admitted once they are no longer valid, until end is called.
 func (d *Door) Watch() (end func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var watching sync.WaitGroup
@@ -116,7 +116,7 @@ func (d *Door) Watch() (end func()) {
 	}
 }
 
-// tellKeys says who may use a server that needs keys.
+// tellKeys logs that keys are needed, and whether any is valid.
 func (d *Door) tellKeys() {
 	all, err := d.Keys.List()
 	valid := 0
@@ -127,9 +127,9 @@ func (d *Door) tellKeys() {
 	}
 	switch {
 	case err != nil:
-		d.Log.Error("keys are needed, and cannot be read: nobody is let in by one", "error", err)
+		d.Log.Error("keys are needed but cannot be read: no key is accepted", "error", err)
 	case valid == 0:
-		d.Log.Warn("keys are needed, since there is a file of them, and none is valid: nobody is let in by one; 'soulbox-mcp key create " +
+		d.Log.Warn("keys are needed because the file of keys exists, but none is valid, so no key is accepted; 'soulbox-mcp key create " +
 			"--owner NAME' makes one")
 	default:
 		d.Log.Info("keys are needed", "valid", valid)

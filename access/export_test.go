@@ -1,6 +1,6 @@
 package access
 
-// Waiting is how many wait.
+// Waiting returns how many calls wait.
 func (a *Accounts) Waiting() int {
 	a.mu.Lock()
 	defer a.mu.Unlock()

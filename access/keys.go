@@ -21,19 +21,19 @@ import (
 	"soulbox.dev/soulbox/internal/durable"
 )
 
-// Keys are the API keys of a state directory, in its file "keys": hashed, since whoever reads the file must not be able to use them. Any
-// number of processes may use it at once: each sees the others' changes at its next look. It is safe for concurrent use.
+// Keys are the API keys of a state directory, in its file "keys". They are stored hashed, so that reading the file is not enough to use
+// them. Any number of processes may use the file at once: each sees the others' changes at its next look. Keys is safe for concurrent use.
 type Keys struct {
 	Dir string
 
 	mu     sync.Mutex
 	seen   os.FileInfo
 	known  []Key
-	lives  map[string]life // of keys that have admitted somebody, by hash
-	owners map[string]life // of owners who have a valid key
+	lives  map[string]life // of keys that were used, by hash
+	owners map[string]life // of owners with a valid key
 }
 
-// life lasts as long as a key, or an owner's last one, is valid.
+// life ends when a key, or an owner's last key, is no longer valid.
 type life struct {
 	ctx context.Context
 	end context.CancelCauseFunc
@@ -49,18 +49,18 @@ type Key struct {
 	Revoked time.Time `json:"revoked,omitzero"`
 }
 
-// Valid says whether the key admits anybody at a time.
+// Valid reports whether the key is valid at a time.
 func (k Key) Valid(at time.Time) bool {
 	return k.Revoked.IsZero() && (k.Expires.IsZero() || at.Before(k.Expires))
 }
 
-// ErrKey is of a key that is not, or no longer, valid. It does not tell which, nor why.
+// ErrKey means that a key is not, or no longer, valid. It tells neither which key nor why.
 var ErrKey = errors.New("the key is not valid")
 
-// ErrInvalid is of an argument that cannot be.
+// ErrInvalid means that an argument is not allowed.
 var ErrInvalid = errors.New("invalid")
 
-// ErrNoKey is of an id that no key has.
+// ErrNoKey means that no key has this ID.
 var ErrNoKey = errors.New("there is no such key; 'soulbox-mcp key list' shows them")
 
 var (
@@ -68,7 +68,7 @@ var (
 	ownerPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$`)
 )
 
-// Create makes a key of an owner, valid for a time (zero: for good), and returns its secret, which is kept nowhere.
+// Create makes a key for an owner, valid for a time (zero: without end), and returns its secret, which is stored nowhere.
 func (k *Keys) Create(owner string, valid time.Duration) (secret string, key Key, err error) {
 	if !ownerPattern.MatchString(owner) || valid < 0 {
 		return "", Key{},
@@ -99,7 +99,7 @@ func (k *Keys) Revoke(id string) error {
 	})
 }
 
-// List lists all keys, also those that are not valid any more.
+// List lists all keys, including those that are no longer valid.
 func (k *Keys) List() ([]Key, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -109,14 +109,14 @@ func (k *Keys) List() ([]Key, error) {
 	return slices.Clone(k.known), nil
 }
 
-// Exist says whether there are keys, so that nobody may come without one: as soon as there is a file, whatever is in it. One that is empty,
-// broken or not to be read lets nobody in.
+// Exist reports whether keys are needed: as soon as the file exists, whatever it contains. If it is empty, broken or unreadable, no key is
+// valid.
 func (k *Keys) Exist() bool {
 	_, err := os.Lstat(k.path())
 	return !errors.Is(err, fs.ErrNotExist)
 }
 
-// Owner finds whose a secret is. It takes the same time for every secret that is none.
+// Owner returns the owner of a secret. It takes the same time for every invalid secret.
 func (k *Keys) Owner(secret string) (string, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -124,7 +124,7 @@ func (k *Keys) Owner(secret string) (string, error) {
 	return key.Owner, err
 }
 
-// Admit is Owner with a context that ends, by ErrKey, once the key is not valid any more. Watch has to be at work.
+// Admit is Owner with a context that ends, with ErrKey, once the key is no longer valid. Watch must be running.
 func (k *Keys) Admit(secret string) (owner string, valid context.Context, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -135,7 +135,7 @@ func (k *Keys) Admit(secret string) (owner string, valid context.Context, err er
 	return key.Owner, lifeOf(&k.lives, key.Hash), nil
 }
 
-// OwnerValid is a context that ends, by ErrKey, once an owner has no valid key any more. Watch has to be at work.
+// OwnerValid returns a context that ends, with ErrKey, once an owner has no valid key any more. Watch must be running.
 func (k *Keys) OwnerValid(owner string) (valid context.Context, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -148,7 +148,7 @@ func (k *Keys) OwnerValid(owner string) (valid context.Context, err error) {
 	return lifeOf(&k.owners, owner), nil
 }
 
-// find finds the valid key of a secret. k.mu is held.
+// find returns the valid key of a secret. k.mu is held.
 func (k *Keys) find(secret string) (Key, error) {
 	if err := k.look(); err != nil {
 		return Key{}, err
@@ -177,11 +177,11 @@ func lifeOf(all *map[string]life, name string) context.Context {
 	return l.ctx
 }
 
-// keyLook is how often Watch looks whether keys are still valid.
+// keyLook is how often Watch checks whether keys are still valid.
 const keyLook = 250 * time.Millisecond
 
-// Watch ends what Admit and OwnerValid have given as soon as it is to, until ctx ends. Keys that cannot be read end nothing: nobody new is
-// let in then.
+// Watch ends the contexts that Admit and OwnerValid returned as soon as they must end, until ctx ends. If the keys cannot be read, it ends
+// nothing, and no new request is admitted meanwhile.
 func (k *Keys) Watch(ctx context.Context, log *slog.Logger) {
 	ticker := time.NewTicker(keyLook)
 	defer ticker.Stop()
@@ -197,7 +197,7 @@ func (k *Keys) Watch(ctx context.Context, log *slog.Logger) {
 			said = err.Error()
 		}
 		if said != told && said != "" {
-			log.Error("the keys cannot be read: nobody new is let in", "error", said)
+			log.Error("the keys cannot be read: no new request is accepted", "error", said)
 		}
 		told = said
 	}
@@ -255,13 +255,13 @@ func (k *Keys) look() error {
 	}
 	var known []Key
 	if err := json.Unmarshal(body, &known); err != nil {
-		return fmt.Errorf("the keys file %s is broken (%w); restore it, or remove it and make all keys anew", k.path(), err)
+		return fmt.Errorf("the keys file %s is broken (%w); restore it, or remove it and create all keys again", k.path(), err)
 	}
 	k.seen, k.known = now, known
 	return nil
 }
 
-// change rewrites the file, while no other process does.
+// change rewrites the file while no other process can.
 func (k *Keys) change(to func([]Key) ([]Key, error)) error {
 	lock, err := durable.Lock(k.path()+".lock", true)
 	if err != nil {

@@ -67,7 +67,7 @@ func TestKeys(t *testing.T) {
 	}
 }
 
-// TestKeysAtOnce: of keys made by many processes at once none is lost.
+// TestKeysAtOnce: when many processes make keys at once, none is lost.
 func TestKeysAtOnce(t *testing.T) {
 	dir := t.TempDir()
 	var all sync.WaitGroup
@@ -84,7 +84,7 @@ func TestKeysAtOnce(t *testing.T) {
 	}
 }
 
-// TestKeysFileIsThere: whatever is in the file, keys are needed, and only whole, valid ones admit anybody.
+// TestKeysFileIsThere: whatever the file contains, keys are needed, and only complete, valid ones are admitted.
 func TestKeysFileIsThere(t *testing.T) {
 	for name, spoil := range map[string]func(path string) error{
 		"empty list": func(path string) error { return os.WriteFile(path, []byte("[]"), 0o600) },
@@ -113,8 +113,8 @@ func TestKeysFileIsThere(t *testing.T) {
 	}
 }
 
-// TestKeysEnd: what a key admitted ends soon after it is revoked or expired; what its owner's other key admits does not, and what hangs on
-// the owner ends with the last key. A file that cannot be read ends nothing.
+// TestKeysEnd: what a key admitted ends soon after the key is revoked or expires; what its owner's other key admitted does not, and what
+// depends on the owner ends with the last key. A file that cannot be read ends nothing.
 func TestKeysEnd(t *testing.T) {
 	dir := t.TempDir()
 	operator, server := &access.Keys{Dir: dir}, &access.Keys{Dir: dir}
@@ -168,7 +168,7 @@ func TestKeysEnd(t *testing.T) {
 		return err != nil
 	})
 	if err := errors.Join(two.Err(), all.Err()); err != nil {
-		t.Fatal("a broken file ends what goes on", err)
+		t.Fatal("a broken file ends what was admitted", err)
 	}
 	expired := strings.Replace(string(body), `"expires": "`, `"expires": "2001-01-01T00:00:00Z", "was": "`, 1)
 	if err := errors.Join(os.WriteFile(path+".new", []byte(expired), 0o600), os.Rename(path+".new", path)); err != nil {

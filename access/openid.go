@@ -11,22 +11,22 @@ import (
 	"github.com/coreos/go-oidc/v3/oidc"
 )
 
-// Provider checks tokens of an OpenID provider, which is asked for its keys when the first token comes. It is safe for concurrent use.
+// Provider checks tokens of an OpenID provider. It fetches the provider's keys when the first token comes. It is safe for concurrent use.
 type Provider struct {
 	Issuer   string // its URL
-	Audience string // whom its tokens must be made for
+	Audience string // the audience that its tokens must have
 
 	mu       sync.Mutex
 	verifier *oidc.IDTokenVerifier
 }
 
-// providerOwner begins the names of owners that the provider knows; no owner of a key has a colon.
+// providerOwner begins the names of owners from the provider; no owner of a key has a colon.
 const providerOwner = "oidc:"
 
-// providerTime bounds what the provider is asked.
+// providerTime bounds a request to the provider.
 const providerTime = 10 * time.Second
 
-// owner is the subject of a token, apart from the owners of keys, and until when it is valid.
+// owner returns the subject of a token, with a prefix that no key's owner has, and when the token expires.
 func (p *Provider) owner(ctx context.Context, token string) (string, time.Time, error) {
 	v, err := p.get()
 	if err != nil {
@@ -34,10 +34,10 @@ func (p *Provider) owner(ctx context.Context, token string) (string, time.Time, 
 	}
 	t, err := v.Verify(ctx, token)
 	if err != nil {
-		return "", time.Time{}, errors.New("the token is not valid") // what is wrong with it could repeat parts of it in the log
+		return "", time.Time{}, errors.New("the token is not valid") // the cause could repeat parts of the token in the log
 	}
 	if t.Subject == "" {
-		return "", time.Time{}, errors.New("the token names nobody")
+		return "", time.Time{}, errors.New("the token names no subject")
 	}
 	return providerOwner + t.Subject, t.Expiry, nil
 }
@@ -46,7 +46,7 @@ func (p *Provider) get() (*oidc.IDTokenVerifier, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.verifier == nil {
-		// The keys are fetched again by the provider's own client, whenever they change, so its context must last.
+		// The verifier fetches the keys again with this context whenever they change, so the context must not end.
 		ctx := oidc.ClientContext(context.Background(), &http.Client{Timeout: providerTime})
 		provider, err := oidc.NewProvider(ctx, p.Issuer)
 		if err != nil {

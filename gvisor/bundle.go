@@ -17,24 +17,24 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// agentDir is where the agent's binary is seen in a sandbox.
+// agentDir is the directory of the agent's binary in a sandbox.
 const agentDir = "/.soulbox"
 
-// capabilities of init. Its children get the same less CAP_SYS_ADMIN, which the agent drops for them; what they may do is bounded by the
-// sentry in any case. CAP_SYS_PTRACE does not reach the agent, nor a bridge to it: gvisor/runsc/patches/guarded-init.patch sees to that;
-// with another runsc the agent drops it for its children, too.
+// capabilities are those of init. Its children get the same without CAP_SYS_ADMIN, which the agent drops for them; the sentry bounds what
+// they may do in any case. gvisor/runsc/patches/guarded-init.patch keeps CAP_SYS_PTRACE from reaching the agent and any bridge to it; with
+// another runsc, the agent also drops it for its children.
 var capabilities = []string{
 	"CAP_AUDIT_WRITE", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_NET_BIND_SERVICE",
 	"CAP_NET_RAW", "CAP_SETFCAP", "CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_ADMIN", "CAP_SYS_CHROOT", "CAP_SYS_PTRACE",
 }
 
-// rootAnnotation begins the annotations by which gVisor is told of an image as root (gVisor, runsc/boot/mount_hints.go).
+// rootAnnotation begins the annotations that tell gVisor to use an image as root (gVisor, runsc/boot/mount_hints.go).
 const rootAnnotation = "dev.gvisor.spec.rootfs."
 
-// inMemory says whether a machine is without files of the host's: its root is an image and what it writes is in memory. It needs no gofer.
+// inMemory reports whether a machine uses no files of the host: its root is an image, and what it writes is in memory. It needs no gofer.
 func inMemory(spec sandbox.Spec) bool { return spec.Template.Image != "" && spec.Limits.DiskInMemory }
 
-// agentImage is an image with the agent alone, made once, beside the directory that has it.
+// agentImage returns an image that holds only the agent, beside the agent's directory. It is made once.
 func agentImage(agent string) (string, error) {
 	name := filepath.Dir(agent) + ".erofs"
 	if _, err := os.Stat(name); !errors.Is(err, fs.ErrNotExist) {
@@ -58,9 +58,9 @@ func writeAgentImage(to *os.File, agent string) error {
 	return w.Finish(&erofs.Node{Mode: unix.S_IFDIR | 0o755, Children: map[string]*erofs.Node{filepath.Base(agent): binary}})
 }
 
-// bundleMounts is what a machine has mounted.
+// bundleMounts returns a machine's mounts.
 func bundleMounts(spec sandbox.Spec, agent string) ([]specs.Mount, error) {
-	// What is memory has a size, or is read-only: gVisor's /dev takes no size.
+	// Mounts in memory have a size or are read-only: gVisor's /dev accepts no size.
 	mounts := []specs.Mount{
 		{Destination: "/proc", Type: "proc", Source: "proc"},
 		{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"mode=755", "ro"}},
@@ -87,7 +87,7 @@ func bundleMounts(spec sandbox.Spec, agent string) ([]specs.Mount, error) {
 	return mounts, nil
 }
 
-// writeBundle writes config.json for a machine, and what our runsc reads.
+// writeBundle writes config.json for a machine, and the files that SoulBox's runsc reads.
 func writeBundle(dir string, spec sandbox.Spec, agent string) error {
 	mounts, err := bundleMounts(spec, agent)
 	if err != nil {
@@ -103,16 +103,16 @@ func writeBundle(dir string, spec sandbox.Spec, agent string) error {
 		Capabilities: &specs.LinuxCapabilities{Bounding: capabilities, Effective: capabilities, Permitted: capabilities},
 		Rlimits: []specs.POSIXRlimit{
 			{Type: "RLIMIT_NOFILE", Hard: 1 << 20, Soft: 1 << 20},
-			// Behind the guest's cgroup, which root in a user namespace of its own can leave: this one it cannot. It is per user, so
-			// the agent's own threads have room in it.
+			// This backs up the guest's cgroup, which root in its own user namespace can leave; this limit it cannot. It counts per user,
+			// so it leaves room for the agent's own threads.
 			{Type: "RLIMIT_NPROC", Hard: tasks, Soft: tasks},
 		},
 	}
 	if spec.Template.Image != "" {
 		config.Process.Args = append(config.Process.Args, "image")
-		config.Root.Path = "rootfs" // it must be named, and is not looked at
+		config.Root.Path = "rootfs" // it must be set, but is not used
 		upper, size := "dir=/disk",
-			spec.Limits.Disk // where that is says the flag; the annotation is the same for all, as a restore wants it
+			spec.Limits.Disk // the flag says where it is; the annotation is the same for all, as a restore requires
 		if inMemory(spec) {
 			upper, size = "memory", min(size, spec.Limits.Memory/2)
 		}
@@ -144,9 +144,9 @@ func writeBundle(dir string, spec sandbox.Spec, agent string) error {
 	return nil
 }
 
-// Files in a bundle that our runsc reads (gvisor/runsc/main.go).
+// Files in a bundle that SoulBox's runsc reads (gvisor/runsc/main.go).
 const (
-	// The soft limit of the sentry's own memory in bytes, below which it takes the trouble to collect garbage.
+	// The soft limit of the sentry's own memory in bytes: near it, the sentry collects garbage more often.
 	sentryMemoryName = "sentry-memory"
-	guestMemoryName  = "guest-memory" // what programs are told that they have, in bytes
+	guestMemoryName  = "guest-memory" // the memory that programs see as their total, in bytes
 )

@@ -13,10 +13,10 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// hostCgroup is a machine's cgroup on the host: limits that hold whatever happens in the guest. It exists only where the server may
-// make one: as root, or in a delegated subtree of version 2.
+// hostCgroup is a machine's cgroup on the host: limits that hold whatever happens in the guest. It exists only if the server may make one:
+// as root, or in a delegated subtree of version 2.
 type hostCgroup struct {
-	// Dirs are its directories by controller in version 1; in version 2 there is one, for all: "".
+	// Dirs are its directories by controller in version 1; version 2 has one directory for all, with the key "".
 	Dirs map[string]string `json:"dirs"`
 }
 
@@ -25,8 +25,8 @@ const cgroupRoot = "/sys/fs/cgroup"
 // cgroupSetting is a file of a controller and what is written to it.
 type cgroupSetting struct{ controller, file, value string }
 
-// settings are a machine's limits. Memory and tasks lie well above what the guest may use, since the sentry has its own share, and
-// since reaching them ends the whole machine: they are the last word, not the limit that a guest meets.
+// settings are a machine's limits. Memory and tasks are well above what the guest may use, because the sentry has its own share and because
+// reaching them ends the whole machine: they are the last resort, not the limits that a guest meets.
 func (g *hostCgroup) settings(l sandbox.Limits) []cgroupSetting {
 	memory := strconv.FormatInt(guestMemory(l)+saveFactor*l.Kernel(), 10)
 	tasks := strconv.FormatInt(16*l.Processes+1024, 10)
@@ -40,7 +40,7 @@ func (g *hostCgroup) settings(l sandbox.Limits) []cgroupSetting {
 	}
 }
 
-// planCgroup finds where a cgroup for a machine may be made: nil where it may not. Nothing is made yet.
+// planCgroup finds where a cgroup for a machine may be made; nil means nowhere. It makes nothing yet.
 func planCgroup(root, name string) *hostCgroup {
 	own, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
@@ -55,7 +55,7 @@ func planCgroup(root, name string) *hostCgroup {
 		}
 	}
 	if _, err := os.Stat(filepath.Join(root, "cgroup.controllers")); err == nil {
-		// A cgroup with processes of its own can have none below it with controllers: go up until one can.
+		// A cgroup that has processes cannot have children with controllers: go up until one can.
 		for path := paths[""]; ; path = filepath.Dir(path) {
 			if parent := filepath.Join(root, path); enableControllers(parent) {
 				return &hostCgroup{Dirs: map[string]string{"": filepath.Join(parent, name)}}
@@ -77,7 +77,7 @@ func planCgroup(root, name string) *hostCgroup {
 	return g
 }
 
-// writable says whether a cgroup can be made in dir.
+// writable reports whether a cgroup can be made in dir.
 func writable(dir string) bool {
 	probe := filepath.Join(dir, "soulbox-probe-"+strconv.Itoa(os.Getpid()))
 	if err := os.Mkdir(probe, 0o755); err != nil {
@@ -86,7 +86,7 @@ func writable(dir string) bool {
 	return os.Remove(probe) == nil
 }
 
-// enableControllers gives the children of a cgroup of version 2 the controllers we need.
+// enableControllers enables the controllers that machines need for the children of a version 2 cgroup.
 func enableControllers(dir string) bool {
 	enabled, err := os.ReadFile(filepath.Join(dir, "cgroup.subtree_control"))
 	if err != nil {
@@ -105,7 +105,7 @@ func enableControllers(dir string) bool {
 	return writable(dir)
 }
 
-// create makes the cgroup with a machine's limits. On failure nothing of it is left.
+// create makes the cgroup with a machine's limits. On failure it leaves nothing.
 func (g *hostCgroup) create(l sandbox.Limits) (err error) {
 	defer func() {
 		if err != nil {
@@ -125,7 +125,7 @@ func (g *hostCgroup) create(l sandbox.Limits) (err error) {
 	return nil
 }
 
-// enter moves processes into the cgroup, and with them what they start from then on.
+// enter moves processes into the cgroup; processes that they start from now on are in it too.
 func (g *hostCgroup) enter(processes []process) error {
 	for _, dir := range g.Dirs {
 		for _, p := range processes {
@@ -138,7 +138,7 @@ func (g *hostCgroup) enter(processes []process) error {
 	return nil
 }
 
-// remove takes the cgroup away. Its processes must have ended.
+// remove removes the cgroup. Its processes must have ended.
 func (g *hostCgroup) remove() error {
 	var errs error
 	for _, dir := range g.Dirs {

@@ -9,8 +9,8 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestPlanV2 goes up from the server's own cgroup, which has processes, to one that can have children with controllers. The tree is made
-// of plain files: no delegated subtree can be had in every test.
+// TestPlanV2 goes up from the server's own cgroup, which has processes, to one that can have children with controllers. The tree is made of
+// plain files, because a delegated subtree is not available in every test.
 func TestPlanV2(t *testing.T) {
 	root := t.TempDir()
 	if err := os.WriteFile(filepath.Join(root, "cgroup.controllers"), nil, 0o644); err != nil {
@@ -36,14 +36,15 @@ func TestPlanV2(t *testing.T) {
 	}
 }
 
-// TestHostCgroup: where the server may, a machine is in a cgroup of the host with its limits, and nothing of it is left in the end.
+// TestHostCgroup: if the server may, it puts a machine into a cgroup of the host with its limits, and nothing of the cgroup is left at the
+// end.
 func TestHostCgroup(t *testing.T) {
 	g := planCgroup("/sys/fs/cgroup", "soulbox-test")
 	if g == nil {
 		if os.Geteuid() == 0 {
 			t.Log("this machine lets not even root make cgroups")
 		}
-		return // nothing to hold; that machines work without is what every other test shows
+		return // there is no cgroup to test; every other test shows that machines work without one
 	}
 	if err := g.create(sandbox.Limits{CPU: 1.5, Memory: 100 << 20, Disk: 1, Processes: 10}); err != nil {
 		t.Fatal(err)

@@ -19,14 +19,14 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// The files of a checkpoint, in the order in which gVisor wants their descriptors (gVisor, pkg/sentry/state/checkpointfiles). The first
-// tells one with memory from one of files alone.
+// The files of a checkpoint, in the order in which gVisor expects their descriptors (gVisor, pkg/sentry/state/checkpointfiles). The first
+// file shows whether it is a checkpoint with memory or one of files alone.
 var (
 	wholeFiles = []string{"checkpoint.img", "pages_meta.img", "pages.img"}
 	diskFiles  = []string{"fscheckpoint.pb", "multitar.img", "pages_meta.img", "pages.img"}
 )
 
-// saveArgs is gVisor's control.SaveOpts as far as we use it.
+// saveArgs has the fields of gVisor's control.SaveOpts that this package uses.
 type saveArgs struct {
 	Metadata      map[string]string `json:"metadata"`
 	ExcludeZeros  bool              `json:"app_mf_exclude_committed_zero_pages"`
@@ -35,33 +35,33 @@ type saveArgs struct {
 	Resume bool
 }
 
-// saveDiskArgs is gVisor's boot.FSSaveArgs as far as we use it.
+// saveDiskArgs has the fields of gVisor's boot.FSSaveArgs that this package uses.
 type saveDiskArgs struct {
 	urpc.FilePayload
-	Paths []struct{} `json:"paths"` // none: the root
+	Paths []struct{} `json:"paths"` // empty: the root
 	Exit  bool       `json:"exit_after_saving"`
 }
 
-// signalArgs is gVisor's boot.SignalArgs as far as we use it.
+// signalArgs has the fields of gVisor's boot.SignalArgs that this package uses.
 type signalArgs struct {
 	CID   string
 	Signo int32
 	PID   int32
 }
 
-// savedManifest is machine.json of a checkpoint: what a restore needs to know of the machine that was saved.
+// savedManifest is machine.json of a checkpoint: what a restore needs to know about the machine that was saved.
 type savedManifest struct {
-	// Agent is the binary on the host: the memory that is saved may have parts of it on disk only, so it must be the same one.
+	// Agent is the agent's binary on the host. A restore needs the same file, because parts of the saved memory may be only in that file.
 	Agent string `json:"agent"`
 }
 
 const savedManifestName = "machine.json"
 
-// Checkpoint implements sandbox.Machine. A machine that is not to go on is frozen first: nothing happens in it that the checkpoint does not
-// have.
+// Checkpoint implements sandbox.Machine. Unless the machine is to be resumed, it is frozen first, so that nothing happens in it that the
+// checkpoint does not have.
 func (m *machine) Checkpoint(ctx context.Context, dir string, o sandbox.CheckpointOptions) (err error) {
 	if o.FilesOnly && m.noDisk {
-		return fmt.Errorf("its files are in its memory: save it with that: %w", sandbox.ErrInvalid)
+		return fmt.Errorf("its files are in its memory: save its memory too: %w", sandbox.ErrInvalid)
 	}
 	if err := m.roomToSave(); err != nil {
 		return fmt.Errorf("checkpoint: %w", err)
@@ -100,8 +100,8 @@ func (m *machine) Checkpoint(ctx context.Context, dir string, o sandbox.Checkpoi
 	return m.save(ctx, dir, o.FilesOnly)
 }
 
-// save has the sentry write the files of a checkpoint. What has begun goes on without its caller, and nothing else can be done with the
-// machine meanwhile but to destroy it: what is whole then is kept.
+// save makes the sentry write the files of a checkpoint. Once begun, it continues even if its caller gives up, and meanwhile the machine
+// can only be destroyed; if the save completes, the checkpoint is kept.
 func (m *machine) save(ctx context.Context, dir string, filesOnly bool) (err error) {
 	names := wholeFiles
 	if filesOnly {
@@ -125,7 +125,7 @@ func (m *machine) save(ctx context.Context, dir string, filesOnly bool) (err err
 	defer func() {
 		if serr := m.settle(); serr != nil && err == nil {
 			m.runtime.log().Warn("look at a sandbox that was saved", "dir", filepath.Base(m.dir), "error",
-				serr) // it was saved all the same
+				serr) // it has been saved anyway
 		}
 		m.setSaving(false)
 	}()
@@ -144,8 +144,8 @@ func (m *machine) save(ctx context.Context, dir string, filesOnly bool) (err err
 	return m.runtime.keep(dir, files)
 }
 
-// keep has the files of a checkpoint outlive a power cut, and their checksums with them: both at the same time, since one waits for the
-// disk, and the other computes.
+// keep syncs the files of a checkpoint to disk and writes their checksums. Both happen at the same time, because one waits for the disk
+// while the other computes.
 func (r *Runtime) keep(dir string, files []*os.File) error {
 	sealed := make(chan error, 1)
 	go func() { sealed <- r.seal(context.Background(), dir, files) }()
@@ -159,7 +159,7 @@ func (r *Runtime) keep(dir string, files []*os.File) error {
 // saveBound bounds how long the sentry may take to save a machine.
 const saveBound = 10 * time.Minute
 
-// fullDisk gives an error of the sentry, which is words only, its class.
+// fullDisk adds ENOSPC to an error of the sentry, which is only text.
 func fullDisk(err error) error {
 	if strings.Contains(err.Error(), unix.ENOSPC.Error()) {
 		return fmt.Errorf("%w (%w)", err, unix.ENOSPC)
@@ -167,7 +167,7 @@ func fullDisk(err error) error {
 	return err
 }
 
-// createAll makes new files for whom sandboxes run as: runsc opens them by name when it restores.
+// createAll makes new files owned by the user that sandboxes run as, because runsc opens them by name when it restores.
 func createAll(dir string, names []string) (files []*os.File, err error) {
 	uid, gid := Owner()
 	if uid != os.Geteuid() {
@@ -190,14 +190,14 @@ func createAll(dir string, names []string) (files []*os.File, err error) {
 	return files, nil
 }
 
-// beginning is how a machine is started.
+// beginning says how a machine is started.
 type beginning struct {
-	args  []string // of runsc
+	args  []string // on the host
 	agent string   // on the host
-	wake  bool     // it has the memory of another, which must be told of its new life
+	wake  bool     // it has the memory of another machine, and must be told about its new pipe
 }
 
-// beginFrom says how a machine is started from a checkpoint; "" is none.
+// beginFrom returns how to start a machine from a checkpoint; "" means from none.
 func (r *Runtime) beginFrom(dir, from string) (beginning, error) {
 	bundle := bundleDir(dir)
 	b := beginning{agent: r.Agent, args: []string{"run", "--detach", "--bundle=" + bundle}}
@@ -232,13 +232,13 @@ func (r *Runtime) beginFrom(dir, from string) (beginning, error) {
 	return beginning{agent: mf.Agent, wake: true, args: []string{"restore", "--detach", "--bundle=" + bundle, "--image-path=" + from}}, nil
 }
 
-// wake has the agent of a restored machine take its new pipe: the descriptors are the same, and it would go on with the old session. The
-// machine runs, also where it was frozen when it was saved.
+// wake makes the agent of a restored machine take its new pipe: the descriptors are the same, so it would otherwise continue with the old
+// session. A restored machine runs, even if it was frozen when it was saved.
 func (r *Runtime) wake(ctx context.Context, dir string) error {
 	return r.control(ctx, runDir(dir), callSignal, &signalArgs{CID: containerID, Signo: int32(syscall.SIGUSR2)}, &struct{}{})
 }
 
-// isFile says whether there is a file of a name.
+// isFile reports whether a file exists.
 func (r *Runtime) isFile(name string) (bool, error) {
 	err := r.ask("stat", func() error {
 		_, err := os.Stat(name)

@@ -17,14 +17,14 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// checksumsName is the file of a checkpoint that has the checksums of the others. One without it is of an older version; one in which it is
-// not whole was saved by a host that lost its power then, or it is damaged itself: neither says anything of the others, and both are
-// believed.
+// checksumsName is the file of a checkpoint that has the checksums of the others. If it is missing, an older version made the checkpoint.
+// If it is incomplete, the host lost its power during the save, or the file itself is damaged. Neither says anything about the other files,
+// so in both cases they are used.
 const checksumsName = "checksums.json"
 
-// checksums are those of a checkpoint's files. CRC-32C finds every change of up to three bits in a block of this size, every burst of up to
-// 32, and all but one in 4,000,000,000 of any other; the processor computes it as fast as it reads. It is no proof against who can write
-// there: nothing in the directory would be.
+// checksums are the checksums of a checkpoint's files. CRC-32C finds every change of up to three bits in a block of this size, every burst
+// of up to 32 bits, and all but one in 4,000,000,000 of all other changes; the processor computes it as fast as it reads. It is no
+// protection against someone who can write to the directory: nothing in the directory would be.
 type checksums struct {
 	Block int64                   `json:"block"` // bytes; the last of a file may be shorter
 	Files map[string]fileChecksum `json:"files"`
@@ -35,7 +35,7 @@ type fileChecksum struct {
 	CRC32C []uint32 `json:"crc32c"` // of each block
 }
 
-// sealed are checksums with their own.
+// sealed holds checksums with a checksum of their own.
 type sealed struct {
 	Checksums json.RawMessage `json:"checksums"`
 	CRC32C    uint32          `json:"crc32c"`
@@ -43,11 +43,11 @@ type sealed struct {
 
 const (
 	checksumBlock = 1 << 20
-	// checksumAtOnce is how many blocks are looked at at the same time.
+	// checksumAtOnce is how many blocks are summed at the same time.
 	checksumAtOnce = 2
 )
 
-// sumBlocks gives the checksum of each block of a file of a size.
+// sumBlocks returns the checksum of each block of a file with the given size.
 func sumBlocks(ctx context.Context, f io.ReaderAt, size, block int64) ([]uint32, error) {
 	sums := make([]uint32, (size+block-1)/block)
 	table := crc32.MakeTable(crc32.Castagnoli)
@@ -60,7 +60,7 @@ func sumBlocks(ctx context.Context, f io.ReaderAt, size, block int64) ([]uint32,
 			for n := next.Add(1) - 1; n < int64(len(sums)) && errs[i] == nil; n = next.Add(1) - 1 {
 				part := buf[:min(block, size-n*block)]
 				if _, errs[i] = f.ReadAt(part, n*block); errors.Is(errs[i], io.EOF) {
-					errs[i] = nil // it ends with what was read
+					errs[i] = nil // the file ends with what was read
 				}
 				sums[n] = crc32.Checksum(part, table)
 				if errs[i] == nil {
@@ -97,7 +97,7 @@ func (r *Runtime) seal(ctx context.Context, dir string, files []*os.File) error 
 	return durable.Create(filepath.Join(dir, checksumsName), body, 0o600)
 }
 
-// verify compares a checkpoint's files with their checksums. What differs is sandbox.ErrDamaged; other errors say that it is not known.
+// verify compares a checkpoint's files with their checksums. A difference is sandbox.ErrDamaged; other errors mean that it is not known.
 func (r *Runtime) verify(ctx context.Context, dir string) error {
 	body, err := r.readFile("read checksums", filepath.Join(dir, checksumsName))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -110,7 +110,7 @@ func (r *Runtime) verify(ctx context.Context, dir string) error {
 	var sums checksums
 	if json.Unmarshal(body, &seal) != nil || crc32.Checksum(seal.Checksums, crc32.MakeTable(crc32.Castagnoli)) != seal.CRC32C ||
 		json.Unmarshal(seal.Checksums, &sums) != nil || sums.Block <= 0 || sums.Block > 64<<20 {
-		r.log().Warn("the checksums of a checkpoint are not whole; it is used unverified", "dir", dir)
+		r.log().Warn("the checksums of a checkpoint are incomplete; it is used unverified", "dir", dir)
 		return nil
 	}
 	for name, want := range sums.Files {

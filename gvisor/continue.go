@@ -11,7 +11,7 @@ import (
 
 var _ sandbox.Continuer = (*Runtime)(nil)
 
-// Continue implements sandbox.Continuer: by SIGCONT, to what is known by a descriptor to be a process of the machine.
+// Continue implements sandbox.Continuer. It sends SIGCONT by pidfd, so that only a process of the machine gets it.
 func (r *Runtime) Continue(dir string) error {
 	processes, err := r.processesOf(dir)
 	if err != nil {

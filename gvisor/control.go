@@ -12,30 +12,30 @@ import (
 	"gvisor.dev/gvisor/pkg/urpc"
 )
 
-// controlTimeout bounds a call on the control socket: a stopped sentry answers none.
+// controlTimeout bounds a call on the control socket: a stopped sentry does not answer.
 const controlTimeout = 10 * time.Second
 
-var errNoAnswer = fmt.Errorf("its kernel has not answered in %s: %w", controlTimeout, context.DeadlineExceeded)
+var errNoAnswer = fmt.Errorf("its kernel has not responded in %s: %w", controlTimeout, context.DeadlineExceeded)
 
-// execArgs is gVisor's control.ExecArgs as far as we use it; the field names are its JSON.
+// execArgs has the fields of gVisor's control.ExecArgs that this package uses, with the names in its JSON.
 type execArgs struct {
 	Filename         string   `json:"filename"`
 	Argv             []string `json:"argv"`
 	Envv             []string `json:"envv"`
 	WorkingDirectory string   `json:"wd"`
 	ContainerID      string
-	GuestFDs         []int // where the guest sees Files
+	GuestFDs         []int // the numbers of Files in the guest
 	urpc.FilePayload
 }
 
-// control makes one call on the sentry's control socket that takes no time to speak of.
+// control makes one call on the sentry's control socket that should return at once.
 func (r *Runtime) control(ctx context.Context, run, method string, args, result any) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, controlTimeout, errNoAnswer)
 	defer cancel()
 	return r.controlSlow(ctx, run, method, args, result)
 }
 
-// controlSlow makes one call that may take as long as ctx allows: on a connection of its own, since urpc serves one call at a time.
+// controlSlow makes one call that may take as long as ctx allows. It uses its own connection, because urpc serves one call at a time.
 func (r *Runtime) controlSlow(ctx context.Context, run, method string, args, result any) (err error) {
 	defer func() {
 		if err != nil {
@@ -66,8 +66,8 @@ func (r *Runtime) controlSlow(ctx context.Context, run, method string, args, res
 	return nil
 }
 
-// openSocket connects to the sentry's control socket. The path may be longer than a socket's may be, so it is named by its directory's
-// descriptor.
+// openSocket connects to the sentry's control socket. The path may be too long for a socket's address, so it is given by a descriptor of
+// its directory.
 func openSocket(run string) (*unet.Socket, error) {
 	dir, err := os.Open(run)
 	if err != nil {
@@ -83,7 +83,7 @@ func openSocket(run string) (*unet.Socket, error) {
 		socket, err = unet.NewSocket(fd)
 	}
 	if err != nil {
-		_ = unix.Close(fd) // unet.Connect forgets it where there is no descriptor for its event
+		_ = unix.Close(fd) // unet.Connect would leak it if there is no descriptor for its event
 		return nil, err
 	}
 	return socket, nil
@@ -101,9 +101,10 @@ const (
 	callStacks     = "debug.Stacks"
 )
 
-// isFrozen says whether a machine is. No call tells, and Resume of one that is not would be the end of its sentry; but each task of the
-// guest is a goroutine there, and where all of them have stopped they are frozen: init never stops otherwise. A sentry that is saving,
-// perhaps for a server that is dead, stops them as well, and has them go on itself: that is waited for.
+// isFrozen reports whether a machine is frozen. No call returns that, and Resume of a machine that is not frozen would end its sentry. But
+// each task of the guest is a goroutine of the sentry, and if all of them are stopped, the machine is frozen, because init never stops
+// otherwise. A sentry that is saving, perhaps for a server that is dead, stops them too and resumes them itself, so isFrozen waits for
+// that.
 func (r *Runtime) isFrozen(ctx context.Context, run string) (bool, error) {
 	for {
 		var stacks string
@@ -123,7 +124,7 @@ func (r *Runtime) isFrozen(ctx context.Context, run string) (bool, error) {
 
 const savingPoll = 50 * time.Millisecond
 
-// isSaving looks for gVisor's functions that save a kernel, or its files.
+// isSaving looks in stacks for gVisor's functions that save a kernel or its files.
 func isSaving(stacks string) bool {
 	for _, f := range []string{"state.(*SaveOpts).Save(", "kernel.(*Kernel).SaveTo(", "kernel.(*Kernel).FSSave("} {
 		if strings.Contains(stacks, f) {
@@ -133,7 +134,7 @@ func isSaving(stacks string) bool {
 	return false
 }
 
-// allStopped says whether no task runs.
+// allStopped reports whether no task runs.
 func allStopped(stacks string) bool {
 	tasks, stopped := 0, 0
 	for goroutine := range strings.SplitSeq(stacks, "\n\n") {

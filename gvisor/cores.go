@@ -12,19 +12,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// pickCores gives a machine as many of the cores that the server may use as its limit allows: which is all that an ordinary user can do
-// about CPU time. The first is where it is while it does little. It is bound to them at its boot only where it may not use all, so that it
-// boots where the kernel does not tell them.
+// pickCores picks as many of the server's cores for a machine as its limit allows: an ordinary user cannot bound CPU time in any other way.
+// The machine is on the first core while it does little. It is bound at its boot only if it may not use all cores, so it boots even if the
+// kernel does not say which cores there are.
 func pickCores(limit float64) (cores, bound []int, err error) {
 	mine, err := coresOf(0)
-	cores, unbound := chooseCores(mine, runtime.NumCPU(), limit, rand.Int()) // at random: many servers do this
+	cores, unbound := chooseCores(mine, runtime.NumCPU(), limit, rand.Int()) // at random, because many servers do this
 	if unbound {
 		return cores, nil, nil
 	}
 	return cores, cores, err
 }
 
-// chooseCores chooses among the cores that there are, beginning with one of them. There are all of the server's, or fewer by now.
+// chooseCores chooses want cores from mine, beginning at first. all is how many cores the server had at its start; mine may be fewer by
+// now.
 func chooseCores(mine []int, all int, limit float64, first int) (cores []int, unbound bool) {
 	want := int(math.Ceil(limit))
 	if want <= 0 || want >= max(all, len(mine)) {
@@ -39,7 +40,7 @@ func chooseCores(mine []int, all int, limit float64, first int) (cores []int, un
 	return cores, unbound
 }
 
-// coresOf tells on which cores a thread may run; 0 is the calling one.
+// coresOf returns the cores on which a thread may run; 0 is the calling thread.
 func coresOf(thread int) ([]int, error) {
 	var set unix.CPUSet
 	if err := unix.SchedGetaffinity(thread, &set); err != nil {
@@ -54,7 +55,7 @@ func coresOf(thread int) ([]int, error) {
 	return cores, nil
 }
 
-// bind binds a thread to cores; 0 is the calling one.
+// bind binds a thread to cores; 0 is the calling thread.
 func bind(thread int, cores []int) error {
 	var set unix.CPUSet
 	for _, core := range cores {
@@ -63,14 +64,14 @@ func bind(thread int, cores []int) error {
 	return unix.SchedSetaffinity(thread, &set)
 }
 
-// onCores does something with the calling thread, and so the processes it starts, bound to cores, if there are any.
+// onCores calls do on a thread that is bound to cores, if there are any; processes that do starts are bound too.
 func onCores(cores []int, do func() error) error {
 	if len(cores) == 0 {
 		return do()
 	}
 	done := make(chan error)
 	go func() {
-		// Never unlocked: the thread ends with the goroutine, and nobody else inherits its mask.
+		// Never unlocked: the thread ends with the goroutine, so no other goroutine inherits its mask.
 		runtime.LockOSThread()
 		if err := bind(0, cores); err != nil {
 			done <- fmt.Errorf("bind to cores: %w", err)
@@ -92,7 +93,7 @@ func (m *machine) Gather(one bool) error {
 	}
 	var failed error
 	bound := map[int]bool{}
-	for range 10 { // threads that are made meanwhile by one that was not bound yet are found by the next round
+	for range 10 { // the next round finds threads that were made meanwhile by a thread that was not bound yet
 		before := len(bound)
 		ours, err := m.ours()
 		if err != nil {
@@ -104,12 +105,12 @@ func (m *machine) Gather(one bool) error {
 			}
 			bound[thread] = true
 			if err := bind(thread, cores); err != nil && err != unix.ESRCH &&
-				err != unix.EPERM { // it has ended, or only says that it is one of ours
+				err != unix.EPERM { // it has ended, or is only said to be one of the machine's
 				failed = fmt.Errorf("bind thread %d to cores: %w", thread, err)
 			}
 		}
 		if len(bound) == before {
-			break // else there are new ones all the time, of those that are bound
+			break // later threads are made by threads that are bound
 		}
 	}
 	return failed
@@ -123,8 +124,8 @@ func pidsOf(processes []process) []int {
 	return pids
 }
 
-// threadsOf gives all threads of processes and of all that descend from them: gVisor runs each process of the guest in some of its own.
-// Where the kernel does not tell children (proc(5), children), they are not among them.
+// threadsOf returns all threads of processes and of all their descendants: gVisor runs each process of the guest in some of them. If the
+// kernel does not list children (proc(5), children), they are missing.
 func threadsOf(pids []int) []int {
 	var all []int
 	for _, pid := range pids {

@@ -24,7 +24,7 @@ func TestChooseCores(t *testing.T) {
 		{four[:2], 4, 3, 1, []int{1, 0}, false}, // the server has fewer than at its start
 		{four, 2, 2, 0, []int{0, 1}, false},     // it has more
 		{four[:1], 1, 2, 9, []int{0}, true},
-		{nil, 8, 2, 3, nil, false}, // the kernel does not tell
+		{nil, 8, 2, 3, nil, false}, // the kernel does not say which
 		{nil, 2, 2, 3, nil, true},
 	} {
 		if got, unbound := chooseCores(test.mine, test.all, test.limit, test.first); !slices.Equal(got, test.want) ||

@@ -17,8 +17,8 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// coresOfThreads gives on how many cores each thread of a sandbox may run: of the processes that runsc has started, and of those that have
-// none of its words on their command line, as they run the guest's code.
+// coresOfThreads returns on how many cores each thread of a sandbox may run: threads of the processes that runsc has started, and of their
+// descendants, which run the guest's code and have none of runsc's arguments on their command line.
 func coresOfThreads(t *testing.T, dir string) (cores []int) {
 	t.Helper()
 	names, err := filepath.Glob("/proc/[0-9]*/task/[0-9]*")
@@ -54,18 +54,18 @@ func coresOfThreads(t *testing.T, dir string) (cores []int) {
 	return cores
 }
 
-// allHave says whether all threads may run on a number of cores.
+// allHave reports whether all threads may run on that many cores.
 func allHave(cores []int, want int) bool {
 	for _, n := range cores {
 		if n != want {
 			return false
 		}
 	}
-	return len(cores) > 10 // those of the sentry alone
+	return len(cores) > 10 // the sentry's threads alone
 }
 
-// TestGathered has a sandbox on one core while it does little, on all that it may have while something lasts, and on one again after that.
-// Who attaches to it knows all of its cores.
+// TestGathered keeps a sandbox on one core while it does little, on all its cores while something lasts, and on one again after that. A
+// server that attaches to it knows all of its cores.
 func TestGathered(t *testing.T) {
 	if runtime.NumCPU() < 2 {
 		t.Log("there is one core only")
@@ -108,14 +108,14 @@ func TestGathered(t *testing.T) {
 	has("all cores for who attaches", all)
 }
 
-// TestOneCore has a sandbox that may use one core only: it is bound to it from its boot on, and stays so.
+// TestOneCore: a sandbox that may use only one core is bound to it from its boot on, and stays so.
 func TestOneCore(t *testing.T) {
 	dir := sandboxtest.Dir(t)
 	sb, c := newSandboxIn(t, dir, sandbox.CreateOptions{Limits: sandbox.Limits{CPU: 1}})
 	if _, err := c.Start(t.Context(), agent.StartRequest{Command: "sleep 1000"}); err != nil {
 		t.Fatal(err)
 	}
-	if going, err := c.AtWork(t.Context(), new(bool)); err != nil || !going { // answers when it is
+	if going, err := c.AtWork(t.Context(), new(bool)); err != nil || !going { // it returns when that is so
 		t.Fatal(going, err)
 	}
 	if cores := coresOfThreads(t, filepath.Join(dir, "sandboxes", sb.ID())); !allHave(cores, 1) {

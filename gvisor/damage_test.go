@@ -11,7 +11,8 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestDamage: a checkpoint of which one bit has changed is refused before anything of it counts as running, and says where it is damaged.
+// TestDamage: a checkpoint in which one bit changed is refused before its machine counts as running, and the error says where the damage
+// is.
 func TestDamage(t *testing.T) {
 	runtime, host := newRuntime(t)
 	m, spec := bootIn(t, runtime, host)
@@ -61,7 +62,7 @@ func TestDamage(t *testing.T) {
 		t.Fatal(err)
 	}
 	refused(whole + "/pages.img")
-	// What has no checksums, of an older version or of a host that lost its power, is used; so is what is as it was.
+	// A checkpoint without checksums, of an older version or of a host that lost its power, is used; so is one that is unchanged.
 	for _, without := range []string{"", files + "/checksums.json"} {
 		if without != "" {
 			if err := os.Truncate(without, 100); err != nil {

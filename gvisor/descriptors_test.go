@@ -14,7 +14,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestNoDescriptorIsLeft: however few descriptors there are, what fails for it gives back all that it took.
+// TestNoDescriptorIsLeft: however few descriptors there are, a call that fails for lack of them closes all that it opened.
 func TestNoDescriptorIsLeft(t *testing.T) {
 	r, host := newRuntime(t)
 	dir := filepath.Join(sandboxtest.Dir(t), "machine")
@@ -32,7 +32,7 @@ func TestNoDescriptorIsLeft(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if m != nil { // what has failed
+		if m != nil { // it is the one that failed
 			_ = m.Destroy(context.Background())
 		}
 	})
@@ -54,8 +54,8 @@ func TestNoDescriptorIsLeft(t *testing.T) {
 	end()
 }
 
-// starve does something with no descriptor to spare, with one, and so on until there are enough, each time prepared with plenty of them,
-// and looks that none is left each time it fails.
+// starve calls a function with no descriptor to spare, then with one, and so on until there are enough. Before each call it prepares with
+// plenty of them, and after each failure it checks that none is left open.
 func starve(t *testing.T, what string, prepare func(), do func() error) {
 	t.Helper()
 	var old unix.Rlimit
@@ -73,7 +73,7 @@ func starve(t *testing.T, what string, prepare func(), do func() error) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return len(entries) - 1 // the directory itself
+		return len(entries) - 1 // without the directory itself
 	}
 	for before, spare := open(), 0; spare < 30; spare++ {
 		prepare()

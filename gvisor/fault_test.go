@@ -17,17 +17,17 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// passing are errors of the host that say nothing of a machine.
+// passing are errors of the host that say nothing about a machine.
 var passing = []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.EAGAIN, syscall.EINTR, syscall.EIO, syscall.ENOSPC,
 	context.DeadlineExceeded}
 
-// injector has each place fail, one after another, at which a runtime asks the host.
+// injector makes each place fail, one after another, at which a runtime asks the host.
 type injector struct {
 	mu   sync.Mutex
 	done map[string]bool
 	at   string
 	err  error // nil injects nothing
-	once bool  // the first time alone
+	once bool  // only the first time
 }
 
 func (i *injector) fault(what string) error {
@@ -46,7 +46,7 @@ func (i *injector) fault(what string) error {
 	return nil
 }
 
-// next begins another round with an error; it tells where the last one was injected, "" where there was no new place.
+// next starts another round with an error; it returns where the last error was injected, "" if there was no new place.
 func (i *injector) next(err error) (last string) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -63,7 +63,7 @@ func bootIn(t *testing.T, runtime *gvisor.Runtime, host sandbox.Template) (sandb
 	return boot(t, runtime, spec), spec
 }
 
-// TestFaults: whatever the host says when it is asked at whatever place, it is no verdict on the machine, which is as before.
+// TestFaults: an error of the host at any place is no verdict on the machine, which is as before.
 func TestFaults(t *testing.T) {
 	runtime, host := newRuntime(t)
 	inject := &injector{}
@@ -73,7 +73,7 @@ func TestFaults(t *testing.T) {
 	saves := 0
 	for _, op := range []struct {
 		name string
-		must bool // be an error, since what it tells would be wrong
+		must bool // an error is required, because the result would be wrong
 		do   func() error
 	}{
 		{"Check", true, m.Check},
@@ -142,8 +142,8 @@ func TestFaults(t *testing.T) {
 	}
 }
 
-// TestFaultsOfBoot: a boot that meets one fault of the host fails, or does not notice, and leaves nothing running. What it begins from is
-// not called damaged for that.
+// TestFaultsOfBoot: a boot that meets one fault of the host fails or does not notice, and leaves nothing running. It does not call the
+// checkpoint damaged because of it.
 func TestFaultsOfBoot(t *testing.T) {
 	runtime, host := newRuntime(t)
 	m, spec := bootIn(t, runtime, host)
@@ -185,7 +185,7 @@ func TestFaultsOfBoot(t *testing.T) {
 	}
 }
 
-// TestStrangers: processes that name a machine's directory on their command line are not taken for the machine's.
+// TestStrangers: processes that have a machine's directory on their command line are not taken for the machine's.
 func TestStrangers(t *testing.T) {
 	runtime, host := newRuntime(t)
 	spec := sandbox.Spec{ID: "sbtest", Dir: filepath.Join(sandboxtest.Dir(t), "machine"), Template: host, Limits: sandbox.DefaultLimits()}
@@ -211,7 +211,7 @@ func TestStrangers(t *testing.T) {
 			}
 			strangers = append(strangers, cmd.Process.Pid)
 			t.Cleanup(func() {
-				_ = cmd.Process.Kill() // its end says whether that was so
+				_ = cmd.Process.Kill() // the result of Wait says whether it was killed
 				_ = cmd.Wait()
 			})
 		}
@@ -240,7 +240,7 @@ func TestStrangers(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !stopped() {
-		t.Error("a stranger was ended, or goes on")
+		t.Error("a stranger was ended or continued")
 	}
 	if err := m.Check(); sandbox.FindingOf(err) != sandbox.Gone {
 		t.Error(err)

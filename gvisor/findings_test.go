@@ -12,7 +12,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// newManager is a real Manager whose sandboxes outlive it.
+// newManager makes a real Manager whose sandboxes outlive it.
 func newManager(t *testing.T, dir string, change func(*sandbox.Options)) *sandbox.Manager {
 	t.Helper()
 	runtime, _ := newRuntime(t)
@@ -34,7 +34,7 @@ func newManager(t *testing.T, dir string, change func(*sandbox.Options)) *sandbo
 
 func signalAll(dir string, sig syscall.Signal) {
 	for _, pid := range sandboxtest.Processes(dir) {
-		_ = syscall.Kill(pid, sig) // it may be gone with another one
+		_ = syscall.Kill(pid, sig) // it may have ended with another one
 	}
 }
 
@@ -47,8 +47,7 @@ func logged(t *testing.T, sb *sandbox.Sandbox, text string) bool {
 	return len(page.Entries) > 0
 }
 
-// TestStoppedFromOutside: sentry and gofer that are stopped are told of, go on when they are continued, and are saved when nobody does
-// that.
+// TestStoppedFromOutside: a stopped sentry or gofer is reported, runs again when it is continued, and is saved if nothing continues it.
 func TestStoppedFromOutside(t *testing.T) {
 	dir := sandboxtest.Dir(t)
 	m := newManager(t, dir, func(o *sandbox.Options) { o.WedgedAfter = 3 * time.Second })
@@ -64,10 +63,10 @@ func TestStoppedFromOutside(t *testing.T) {
 		t.Fatal(err)
 	}
 	signalAll(dir, syscall.SIGSTOP)
-	sandboxtest.Eventually(t, "it is told of", func() bool { return logged(t, sb, "was stopped from outside") })
+	sandboxtest.Eventually(t, "it is reported", func() bool { return logged(t, sb, "was stopped from outside") })
 	signalAll(dir, syscall.SIGCONT)
 	sandboxtest.Run(t, c, "true")
-	sandboxtest.Eventually(t, "it goes on", func() bool { return logged(t, sb, "were continued") })
+	sandboxtest.Eventually(t, "it runs again", func() bool { return logged(t, sb, "were continued") })
 	signalAll(dir, syscall.SIGSTOP)
 	sandboxtest.Eventually(t, "it is saved", func() bool { return sb.Info().State == sandbox.Paused })
 	if i := sb.Info(); !i.OnDisk || i.Cause != sandbox.CauseWedged.Error() {
@@ -87,7 +86,8 @@ func TestStoppedFromOutside(t *testing.T) {
 	}
 }
 
-// TestKilledIsKept: what was saved of a sandbox whose sentry was killed is kept, and can be resumed: as it was, or its files alone.
+// TestKilledIsKept: what was saved of a sandbox whose sentry was killed is kept, and can be resumed with its memory or with its files
+// alone.
 func TestKilledIsKept(t *testing.T) {
 	dir := sandboxtest.Dir(t)
 	m := newManager(t, dir, nil)

@@ -15,7 +15,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestForkWhileBusy: what is on its way to the agent of a sandbox when it is saved does not get into the way of the hosts of its copies.
+// TestForkWhileBusy: data on its way to a sandbox's agent during a save does not disturb the sessions with its copies.
 func TestForkWhileBusy(t *testing.T) {
 	sb, client := newSandbox(t, sandbox.CreateOptions{Limits: sandbox.Limits{Memory: 128 << 20}})
 	ctx, cancel := context.WithCancel(t.Context())
@@ -46,7 +46,7 @@ func TestForkWhileBusy(t *testing.T) {
 	all.Wait()
 }
 
-// TestSaveGivenUp: a pause whose caller goes away, at whatever moment, leaves the sandbox running or paused, and usable in either case.
+// TestSaveGivenUp: a pause whose caller gives up at any moment leaves the sandbox running or paused, and usable in either case.
 func TestSaveGivenUp(t *testing.T) {
 	sb, client := newSandbox(t, sandbox.CreateOptions{Limits: sandbox.Limits{Memory: 256 << 20}})
 	sandboxtest.Run(t, client, "head -c 100M /dev/urandom > /home/user/large")
@@ -77,7 +77,7 @@ func TestSaveGivenUp(t *testing.T) {
 	}
 }
 
-// TestAttachWhileSaving: the next server comes while the sentry is still saving for one that is dead. It must not take that for frozen.
+// TestAttachWhileSaving: the next server attaches while the sentry still saves for a dead server. It must not take the machine for frozen.
 func TestAttachWhileSaving(t *testing.T) {
 	runtime, host := newRuntime(t)
 	dir := sandboxtest.Dir(t)
@@ -100,7 +100,7 @@ func TestAttachWhileSaving(t *testing.T) {
 		go func() {
 			saved <- m.Checkpoint(t.Context(), filepath.Join(dir, fmt.Sprint("saved-", i)), sandbox.CheckpointOptions{GoOn: true})
 		}()
-		time.Sleep(time.Duration(20*i) * time.Millisecond) // at one moment or another of it
+		time.Sleep(time.Duration(20*i) * time.Millisecond) // at various moments of the save
 		sandboxtest.Run(t, sandboxtest.Greet(t, attach(t, runtime, spec.Dir)), "true")
 		if err := <-saved; err != nil {
 			t.Fatal(i, err)

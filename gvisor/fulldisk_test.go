@@ -9,7 +9,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestFullHostDisk: on a disk of the host's that is full, nothing is saved and nothing ends: the sandbox goes on, and all works when there
+// TestFullHostDisk: on a full disk of the host, nothing is saved and nothing ends: the sandbox continues, and everything works when there
 // is room.
 func TestFullHostDisk(t *testing.T) {
 	sandboxtest.OnSmallDisk(t, 800<<20, func(dir string) {
@@ -33,7 +33,7 @@ func TestFullHostDisk(t *testing.T) {
 			t.Fatal(err)
 		}
 		sandboxtest.Run(t, c, "echo kept > /home/user/kept")
-		for _, left := range []int64{100 << 20, 0} { // there is no room to save; there is none for a note either
+		for _, left := range []int64{100 << 20, 0} { // no room for a checkpoint; then no room even for the state
 			free := sandboxtest.Fill(t, dir, left)
 			for _, do := range []func() error{
 				func() error { return sb.Pause(t.Context(), sandbox.PauseOptions{ToDisk: true}) },
@@ -57,7 +57,7 @@ func TestFullHostDisk(t *testing.T) {
 		}
 		works("kept\n")
 		free := sandboxtest.Fill(t, dir, 0)
-		if err := sb.Kill(sandbox.CauseKilled); err != nil { // an end can always be had
+		if err := sb.Kill(sandbox.CauseKilled); err != nil { // a kill always works
 			t.Error(err)
 		}
 		free()

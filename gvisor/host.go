@@ -12,11 +12,11 @@ import (
 	"time"
 )
 
-// askTries bounds how often the host is asked again that said EINTR or EAGAIN.
+// askTries bounds how often a request to the host is tried that fails with EINTR or EAGAIN.
 const askTries = 4
 
-// ask asks the host for something that may be asked twice. What was interrupted, or is to be tried again, is tried again at once; all other
-// errors say that it is not known, unless whoever asks knows them for an answer.
+// ask makes a request to the host that may be repeated. It repeats a request that fails with EINTR or EAGAIN; any other error means that
+// the answer is not known, unless the caller takes that error for an answer.
 func (r *Runtime) ask(what string, do func() error) error {
 	for try := 1; ; try++ {
 		err := r.fault(what)
@@ -30,7 +30,7 @@ func (r *Runtime) ask(what string, do func() error) error {
 	}
 }
 
-// fault is what a test wants to come of asking the host.
+// fault returns the error that a test injects into a request to the host.
 func (r *Runtime) fault(what string) error {
 	if r.Fault == nil {
 		return nil
@@ -62,17 +62,17 @@ func (r *Runtime) readLink(what, name string) (target string, err error) {
 	return target, err
 }
 
-// hasEnded says whether an error of reading something of a process in /proc says that there is none (any more).
+// hasEnded reports whether an error of reading about a process in /proc means that the process does not exist (any more).
 func hasEnded(err error) bool { return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ESRCH) }
 
-// status is what proc(5), status, tells of a process.
+// status is what proc(5), status, says about a process.
 type status struct {
 	state     byte
 	uids      []string // real, effective, saved, of the file system
-	anonymous int64    // bytes of memory that are no file's
+	anonymous int64    // bytes of memory without a file
 }
 
-// ended says that there is nothing of the process but that somebody may still ask how it ended.
+// ended reports whether the process has ended, even if its parent has not waited for it yet.
 func (s status) ended() bool { return s.state == 'Z' || s.state == 'X' }
 
 func (r *Runtime) readStatus(pid int) (s status, err error) {
@@ -96,19 +96,19 @@ func (r *Runtime) readStatus(pid int) (s status, err error) {
 	return s, nil
 }
 
-// kilobytes reads "12 kB".
+// kilobytes parses "12 kB" and returns bytes.
 func kilobytes(text string) (int64, error) {
 	kb, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(text), " kB"), 10, 64)
 	return kb << 10, err
 }
 
-// startOf tells when a process was started, in ticks since the host's own start (proc(5), stat, field 22).
+// startOf returns when a process was started, in ticks since the host's own start (proc(5), stat, field 22).
 func (r *Runtime) startOf(pid int) (uint64, error) {
 	body, err := r.readFile("read stat", fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		return 0, err
 	}
-	_, after, _ := strings.Cut(string(body[max(0, strings.LastIndexByte(string(body), ')')):]), " ") // its name may have anything in it
+	_, after, _ := strings.Cut(string(body[max(0, strings.LastIndexByte(string(body), ')')):]), " ") // the name may contain anything
 	fields := strings.Fields(after)
 	if len(fields) < 20 {
 		return 0, fmt.Errorf("read stat of process %d: it has %d fields", pid, len(fields))
@@ -116,11 +116,11 @@ func (r *Runtime) startOf(pid int) (uint64, error) {
 	return strconv.ParseUint(fields[19], 10, 64)
 }
 
-// memoryPrefix begins the name of the file in memory in which a sentry keeps what it has for its guest (gVisor, pkg/sentry/pgalloc).
+// memoryPrefix begins the name of the memory file in which a sentry keeps what it has for its guest (gVisor, pkg/sentry/pgalloc).
 const memoryPrefix = "/memfd:runsc-memory"
 
-// memoryFiles finds those of a process' descriptors that are the guest's memory, as names in /proc. Where they are not shown, as to a root
-// that lacks CAP_SYS_PTRACE, there are none: nobody would know more if it was an error.
+// memoryFiles finds the descriptors of a process that are the guest's memory, as names in /proc. If the kernel does not show them, as to a
+// root without CAP_SYS_PTRACE, it returns none, because an error would tell no more.
 func (r *Runtime) memoryFiles(pid int) (names []string, err error) {
 	dir := fmt.Sprintf("/proc/%d/fd", pid)
 	entries, err := r.readDir("readdir fd", dir)
@@ -143,7 +143,7 @@ func (r *Runtime) memoryFiles(pid int) (names []string, err error) {
 	return names, nil
 }
 
-// sizeOfMemory sums what files in memory take, by the names that memoryFiles gave, in bytes. It opens nothing.
+// sizeOfMemory sums the sizes of memory files in bytes, by the names from memoryFiles. It opens nothing.
 func (r *Runtime) sizeOfMemory(names []string) (sum int64, err error) {
 	var seen []syscall.Stat_t
 next:

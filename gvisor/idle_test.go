@@ -8,7 +8,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestIdleTakesSomething: what a machine itself takes on the host is told, also of a sandbox in which nothing runs.
+// TestIdleTakesSomething: what a machine itself takes on the host is reported, even for a sandbox in which nothing runs.
 func TestIdleTakesSomething(t *testing.T) {
 	sb, _ := newSandbox(t, sandbox.CreateOptions{})
 	sandboxtest.Eventually(t, "there are samples", func() bool {

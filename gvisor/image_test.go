@@ -14,14 +14,14 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// tinyELF is a program of 135 bytes that ends with 42: it is all in one block, which gVisor can map only where it is not inline.
+// tinyELF is a program of 135 bytes that exits with 42. It fits into one block, which gVisor can map only if it is not inline.
 var tinyELF = []byte("\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\x3e\x00\x01\x00\x00\x00\x78\x00\x40\x00\x00\x00\x00\x00\x40\x00\x00\x00\x00\x00\x00\x00" +
 	"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x40\x00\x38\x00\x01\x00\x00\x00\x00\x00\x00\x00\x01\x00\x00\x00\x05\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00" +
 	"\x00\x00\x40\x00\x00\x00\x00\x00\x00\x00\x40\x00\x00\x00\x00\x00\x87\x00\x00\x00\x00\x00\x00\x00\x87\x00\x00\x00\x00\x00\x00\x00\x00\x10\x00\x00\x00\x00\x00\x00" +
 	"\xb8\x3c\x00\x00\x00\xbf\x2a\x00\x00\x00\x0f\x05\x00\x00\x00")
 
-// TestImage: what gVisor finds hard about images works with ours: small programs, hard links, links, owners, modes, devices, times, and
-// /tmp on disk.
+// TestImage: what is difficult for gVisor in images works: small programs, hard links, links, owners, modes, devices, times, and /tmp on
+// disk.
 func TestImage(t *testing.T) {
 	dir := sandboxtest.Dir(t)
 	f, err := os.OpenFile(filepath.Join(dir, "tiny.erofs"), os.O_CREATE|os.O_RDWR, 0o644)
@@ -51,7 +51,7 @@ func TestImage(t *testing.T) {
 	}
 	stamp := time.Unix(978_307_200, 0)
 	shared := &erofs.Node{Mode: unix.S_IFREG | 0o644, Data: add("shared\n"), Time: stamp}
-	delete(root.Children["tmp"].Children, ".X11-unix") // empty
+	delete(root.Children["tmp"].Children, ".X11-unix") // leaves /tmp empty
 	root.Children["t"] = &erofs.Node{Mode: unix.S_IFDIR | 0o755, Children: map[string]*erofs.Node{
 		"tiny": {Mode: unix.S_IFREG | 0o755, Data: add(string(tinyELF))}, "one": shared, "two": shared,
 		"long":   {Mode: unix.S_IFLNK | 0o777, Target: strings.Repeat("./", 500) + "one"},
@@ -74,7 +74,7 @@ func TestImage(t *testing.T) {
 			"cat /t/closed/x 2>&1":                "ermission denied",
 			"/t/suid | cut -d' ' -f3":             "euid=0(root)\n",
 			"ls -l /t/null 2>&1":                  "No such file",
-			// gVisor gives devices of images no numbers, and so takes them for whiteouts
+			// gVisor gives devices in images no numbers, and so takes them for whiteouts
 			"echo x >> /t/one 2>&1": "ermission denied",
 			"echo kept > /tmp/x; df --output=fstype /tmp / | tail -n 2 | sort -u | wc -l": "1\n",
 			"head -c 100000000 /dev/zero > /tmp/big 2>&1; " +

@@ -8,33 +8,34 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// kernelMeter judges what a sentry takes for itself. Most of what it frees, it has for a while; and a save or a restore needs as much again
-// for a moment: none of that is the guest's need. So one that is over its bound is told to collect its garbage, and judged by what is left
-// then.
+// kernelMeter decides whether a sentry uses too much memory itself. The sentry keeps most of what it frees for a while, and a save or a
+// restore needs as much again for a moment: the guest is not to blame for either. So a sentry over its bound is told to collect its
+// garbage, and judged by what is left afterwards.
 type kernelMeter struct {
 	bound int64 // bytes
 
 	saving  bool
-	slack   int64     // that it had beyond its bound after a save, a restore or an adoption
-	since   time.Time // that it is over its bound; zero is below
-	asking  bool      // to collect garbage
-	reduced time.Time // when that was done last
+	slack   int64     // what it had after a save, a restore or an adoption, which it may have beyond its bound
+	since   time.Time // when it went over its bound; zero while it is below
+	asking  bool      // it is being told to collect garbage
+	reduced time.Time // when that was last done
 }
 
 const (
-	// settleTime is how long after it has collected its garbage a sentry may take to give it back.
+	// settleTime is how long a sentry may take to give garbage back after collecting it.
 	settleTime = 2 * time.Second
-	// reduceEvery is how often it is told to. It gives memory back less than twice as often as that (gvisor/runsc/main.go).
+	// reduceEvery is the shortest time between two requests to collect garbage. It is longer than giveEvery in gvisor/runsc/main.go, the
+	// time between two returns of memory.
 	reduceEvery = 5 * time.Second
-	// overTime is how long it must have been over its bound before what it was told last counts.
+	// overTime is how long it must have been over its bound before the last request counts.
 	overTime = 20 * time.Second
 )
 
-// sentryLimit is the soft limit of a sentry's own memory: it collects garbage rather than exceed it, and what of its memory is no heap has
-// room below the bound.
+// sentryLimit is the soft limit of a sentry's own memory. The sentry collects garbage to stay below it; the memory that is not heap has
+// room between it and the bound.
 func sentryLimit(bound int64) int64 { return bound / 8 * 7 }
 
-// judge takes a measurement: over is a verdict, and ask says that garbage is to be collected first.
+// judge takes a measurement. over is a verdict; ask means that garbage must be collected first.
 func (k *kernelMeter) judge(anonymous int64, now time.Time) (over, ask bool) {
 	switch {
 	case k.saving:
@@ -42,7 +43,7 @@ func (k *kernelMeter) judge(anonymous int64, now time.Time) (over, ask bool) {
 	case anonymous <= k.bound:
 		k.since, k.slack = time.Time{}, 0
 		return false, false
-	case anonymous > 2*k.bound+k.slack: // whatever it is, it grows faster than it can be judged
+	case anonymous > 2*k.bound+k.slack: // it grows too fast to be judged
 		return true, false
 	case k.since.IsZero():
 		k.since = now
@@ -53,7 +54,7 @@ func (k *kernelMeter) judge(anonymous int64, now time.Time) (over, ask bool) {
 	return false, !k.asking && now.Sub(k.reduced) > reduceEvery
 }
 
-// overKernel says whether what a sentry takes for itself is more than it may.
+// overKernel returns an OverError if a sentry uses more memory itself than it may.
 func (m *machine) overKernel(anonymous int64) error {
 	m.mu.Lock()
 	over, ask := m.kernel.judge(anonymous, time.Now())
@@ -68,7 +69,7 @@ func (m *machine) overKernel(anonymous int64) error {
 	return nil
 }
 
-// reduce has the sentry collect its garbage, in the background. Where that fails, the next look at it asks again.
+// reduce makes the sentry collect its garbage, in the background. If that fails, the next measurement asks again.
 func (m *machine) reduce() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -78,7 +79,7 @@ func (m *machine) reduce() {
 	m.kernel.asking = true
 	m.work.Go(func() {
 		var err error
-		for range 2 { // what the first finds is free only after the second, if it has a finalizer
+		for range 2 { // an object with a finalizer is freed only by the second
 			if err == nil {
 				err = m.runtime.control(m.ctx, runDir(m.dir), callReduce, &struct{}{}, &struct{}{})
 			}
@@ -92,14 +93,14 @@ func (m *machine) reduce() {
 	})
 }
 
-// setSaving says that the sentry is being saved, which is no time to judge it.
+// setSaving says whether the sentry is being saved, during which it is not judged.
 func (m *machine) setSaving(is bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.kernel.saving = is
 }
 
-// settle is called after what has made the sentry larger for a while.
+// settle is called after something made the sentry larger for a while.
 func (m *machine) settle() error {
 	for _, p := range m.processes {
 		if !p.sentry {
@@ -123,11 +124,11 @@ func (m *machine) settle() error {
 // saveFactor is how many times as much memory a sentry takes while it saves its machine.
 const saveFactor = 4
 
-// smallSave is what a save may take of the host's memory without asking for it, in bytes.
+// smallSave is how many bytes a save may take without a look at the host's free memory.
 const smallSave = 64 << 20
 
-// roomToSave refuses a save that the host has no memory for: it would end the sentry. Whatever a sentry has, it has as much several times
-// while it is saved.
+// roomToSave refuses a save for which the host has too little memory, because it would end the sentry: while it is saved, a sentry takes
+// saveFactor times the memory that it has.
 func (m *machine) roomToSave() error {
 	for _, p := range m.processes {
 		if !p.sentry {
@@ -154,7 +155,7 @@ func (m *machine) roomToSave() error {
 	return nil
 }
 
-// freeMemory tells how much memory of the host can be had, in bytes (proc(5), meminfo).
+// freeMemory returns how much memory of the host is available, in bytes (proc(5), meminfo).
 func (r *Runtime) freeMemory() (int64, error) {
 	body, err := r.readFile("read meminfo", "/proc/meminfo")
 	if err != nil {

@@ -16,7 +16,7 @@ import (
 // makeFiles makes a number of files in a sandbox, each of which takes about 2.8 KB of its kernel.
 const makeFiles = `perl -e 'for (0 .. $ARGV[0] - 1) { $d = int($_ / 100); mkdir "d$d" if $_ %% 100 == 0; open F, ">", "d$d/$_" or die; print F "x" }' %d`
 
-// TestManyFiles: empty files take no disk but memory of the sentry, on the host.
+// TestManyFiles: empty files take no disk, but memory of the sentry on the host.
 func TestManyFiles(t *testing.T) {
 	sb, c := newSandbox(t, sandbox.CreateOptions{Limits: sandbox.Limits{KernelMemory: 64 << 20}})
 	_, err := c.Start(t.Context(), agent.StartRequest{Command: fmt.Sprintf(makeFiles, 10_000_000), WaitMS: 1})
@@ -32,8 +32,8 @@ func TestManyFiles(t *testing.T) {
 	}
 }
 
-// TestManyFilesSaved: a save takes several times what the sentry had, and leaves as much garbage; so does a restore. Neither is the guest's
-// doing, and it is given back.
+// TestManyFilesSaved: a save takes several times what the sentry had, and leaves as much garbage; so does a restore. The guest is not
+// blamed for either, and the memory is given back.
 func TestManyFilesSaved(t *testing.T) {
 	dir := sandboxtest.Dir(t)
 	const bound, files = 64 << 20, 12_000
@@ -72,7 +72,7 @@ func TestManyFilesSaved(t *testing.T) {
 	}
 }
 
-// anonymous is the memory of the sentries in a directory that is no file's, in bytes.
+// anonymous returns the memory without a file of the sentries in a directory, in bytes.
 func anonymous(t *testing.T, dir string) (most int64) {
 	t.Helper()
 	for _, pid := range sandboxtest.Processes(dir) {

@@ -26,10 +26,10 @@ func (m *machine) Check() error {
 	return nil
 }
 
-// check looks at one process.
+// check checks one process.
 func (m *machine) check(p process) error {
 	used, s, failed := m.look(p)
-	there, err := m.runtime.isThere(p) // last: what was measured is its own only if it is still the same
+	there, err := m.runtime.isThere(p) // last: the measurements are valid only if it is still the same process
 	if err != nil {
 		return fmt.Errorf("check: %w", err)
 	}
@@ -38,7 +38,7 @@ func (m *machine) check(p process) error {
 		if !p.sentry {
 			return nil // the sentry ends with it
 		}
-		if _, err := m.runtime.readFile("read stat", "/proc/self/stat"); err != nil { // where /proc is not there, nothing is known
+		if _, err := m.runtime.readFile("read stat", "/proc/self/stat"); err != nil { // without /proc nothing is known
 			return fmt.Errorf("check: %w", err)
 		}
 		return sandbox.ErrNoMachine
@@ -54,7 +54,7 @@ func (m *machine) check(p process) error {
 	return nil
 }
 
-// look measures one process. One that has ended, but that nobody has waited for yet, has no memory to look at.
+// look measures one process. If it has ended and was not waited for yet, it has no memory to measure.
 func (m *machine) look(p process) (used int64, s status, err error) {
 	s, err = m.runtime.readStatus(p.pid)
 	if err == nil && p.sentry && !s.ended() {
@@ -63,7 +63,8 @@ func (m *machine) look(p process) (used int64, s status, err error) {
 	return used, s, err
 }
 
-// guestMemoryOf tells how much memory the sentry has for its guest, in bytes. The names of that memory stay the same as long as it lives.
+// guestMemoryOf returns how much memory the sentry has for its guest, in bytes. The names of that memory stay the same while the sentry
+// lives.
 func (m *machine) guestMemoryOf(p process) (int64, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -73,7 +74,7 @@ func (m *machine) guestMemoryOf(p process) (int64, error) {
 			return 0, err
 		}
 		if !strings.HasPrefix(link, memoryPrefix) {
-			m.memoryNames = nil // they are found anew
+			m.memoryNames = nil // find them again
 			break
 		}
 	}
@@ -87,7 +88,7 @@ func (m *machine) guestMemoryOf(p process) (int64, error) {
 	return m.runtime.sizeOfMemory(m.memoryNames)
 }
 
-// Usage implements sandbox.Machine: the memory of the machine's processes on the host, and that of the guest, whether it is mapped or not.
+// Usage implements sandbox.Machine. It sums the memory of the machine's processes on the host and the guest's memory, mapped or not.
 func (m *machine) Usage(context.Context) (u sandbox.Usage, err error) {
 	defer func() {
 		if err != nil {
@@ -112,7 +113,7 @@ func (m *machine) Usage(context.Context) (u sandbox.Usage, err error) {
 			u.Memory += guest
 		}
 	}
-	files, err := m.runtime.readDir("readdir disk", filepath.Join(m.dir, "disk")) // the sentry keeps all of them in one
+	files, err := m.runtime.readDir("readdir disk", filepath.Join(m.dir, "disk")) // the sentry keeps all files in one
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return u, err
 	}
@@ -130,9 +131,9 @@ func (m *machine) Usage(context.Context) (u sandbox.Usage, err error) {
 	return u, nil
 }
 
-// guestMemory bounds what the sentry holds for the guest: the limit that the agent keeps, half of it for tmpfs, as much for a root in
-// memory, and what many processes may take before the agent has killed enough of them, also on a slow machine. It is the last word on
-// whatever escapes the guest's cgroups.
+// guestMemory bounds what the sentry holds for the guest: the limit that the agent enforces, half of it for tmpfs, another half for a root
+// in memory, and what many processes may take before the agent has killed enough of them, even on a slow machine. It is the last resort
+// against whatever escapes the guest's cgroups.
 func guestMemory(l sandbox.Limits) int64 {
 	sum := l.Memory + l.Memory/2 + 1<<30
 	if l.DiskInMemory {
@@ -141,10 +142,10 @@ func guestMemory(l sandbox.Limits) int64 {
 	return sum
 }
 
-// clockTick is the unit of times in proc(5), stat, on all of Linux' machines that gVisor knows.
+// clockTick is the unit of times in proc(5), stat, on all Linux machines that gVisor supports.
 const clockTick = 10 // ms
 
-// cpuOf tells how long a process has been on CPUs, in ms; 0 is of one that has ended.
+// cpuOf returns how much CPU time a process has used, in ms; 0 if it has ended.
 func (m *machine) cpuOf(pid int) (int64, error) {
 	body, err := m.runtime.readFile("read stat", fmt.Sprintf("/proc/%d/stat", pid))
 	if hasEnded(err) {
@@ -153,17 +154,17 @@ func (m *machine) cpuOf(pid int) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	_, rest, _ := strings.Cut(string(body), ") ") // behind the name, which for a machine's processes has no bracket
+	_, rest, _ := strings.Cut(string(body), ") ") // after the name, which has no parenthesis in a machine's processes
 	fields := strings.Fields(rest)
 	if len(fields) < 13 {
 		return 0, fmt.Errorf("the stat of process %d has %d fields", pid, len(fields))
 	}
-	user, _ := strconv.ParseInt(fields[11], 10, 64) // 0 where the kernel says something else
+	user, _ := strconv.ParseInt(fields[11], 10, 64) // 0 if the kernel writes something else
 	system, _ := strconv.ParseInt(fields[12], 10, 64)
 	return (user + system) * clockTick, nil
 }
 
-// IO implements sandbox.Machine: the sums of proc(5), io and stat.
+// IO implements sandbox.Machine. It sums values of proc(5), io and stat.
 func (m *machine) IO() (sandbox.IO, error) {
 	var sum sandbox.IO
 	processes, err := m.ours()
@@ -180,7 +181,7 @@ func (m *machine) IO() (sandbox.IO, error) {
 		}
 		for line := range strings.Lines(string(body)) {
 			name, value, _ := strings.Cut(strings.TrimSpace(line), ": ")
-			n, _ := strconv.ParseInt(value, 10, 64) // 0 where the kernel says something else
+			n, _ := strconv.ParseInt(value, 10, 64) // 0 if the kernel writes something else
 			switch name {
 			case "read_bytes":
 				sum.Read += n

@@ -10,7 +10,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestOutOfMemory has many processes take memory at once: they are killed, the sandbox goes on, and its log names them.
+// TestOutOfMemory: many processes take memory at once: they are killed, the sandbox continues, and its log names them.
 func TestOutOfMemory(t *testing.T) {
 	sb, c := newSandbox(t, sandbox.CreateOptions{})
 	goesOn := func(after string) {
@@ -66,7 +66,7 @@ func TestOutOfMemory(t *testing.T) {
 	})
 }
 
-// TestOnlyTheLargest has a process outgrow the limit again and again beside a small one, which lives.
+// TestOnlyTheLargest: a process outgrows the limit again and again beside a small one, which survives.
 func TestOnlyTheLargest(t *testing.T) {
 	_, c := newSandbox(t, sandbox.CreateOptions{})
 	small, err := c.Start(t.Context(), agent.StartRequest{Command: "perl -e '$| = 1; $x = q(x) x (60 << 20); print q(has it); sleep 600'"})

@@ -11,7 +11,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestPatches has what gvisor/runsc/patches changes, each with what Linux answers. Numbers are of errno(3).
+// TestPatches tests what gvisor/runsc/patches changes, each with what Linux answers. Numbers are of errno(3).
 func TestPatches(t *testing.T) {
 	_, c := newSandbox(t, sandbox.CreateOptions{})
 	for _, p := range []struct{ name, command, want string }{
@@ -72,7 +72,7 @@ func openDir(name, flag string) string {
 	return `perl -MFcntl -e 'print sysopen(F, "` + name + `", O_RDONLY | O_DIRECTORY | ` + flag + `) ? 0 : $!+0'`
 }
 
-// empty sends nothing, and then one byte, and prints the length of all that arrives until there is a byte.
+// empty sends nothing, then one byte, and prints the length of everything that arrives until there is a byte.
 func empty(kind string) string {
 	return `perl -MSocket -e 'alarm 30; socketpair(A, B, AF_UNIX, ` + kind +
 		`, 0) or die $!; defined(send(A, "", 0)) or die $!; send(A, "x", 0);
@@ -82,13 +82,13 @@ func empty(kind string) string {
 // terminalCase is what is typed at a terminal once the program says "ready", and what the program says then.
 type terminalCase struct {
 	name, command string
-	typed         []string // what ends in "=" it waits for instead
+	typed         []string // an entry that ends in "=" is not typed but waited for
 	want          []string
 }
 
 const perlSays = `$| = 1; sub say_ { syswrite STDOUT, "@_\n" } `
 
-// TestTerminalPatch has the line discipline as Linux has it, at the terminals that the agent gives.
+// TestTerminalPatch: the line discipline of the agent's terminals is as in Linux.
 func TestTerminalPatch(t *testing.T) {
 	_, c := newSandbox(t, sandbox.CreateOptions{})
 	for _, p := range []terminalCase{
@@ -164,8 +164,8 @@ func (p terminalCase) run(t *testing.T, c *agent.Client) {
 	}
 }
 
-// TestHangUpPatch closes the master of a terminal: who reads at the other end gets an end of file, who writes an error, and the leader of
-// the session its signal though another group has the terminal.
+// TestHangUpPatch closes the master of a terminal: a reader at the other end gets an end of file, a writer an error, and the session's
+// leader its signal even if another group has the terminal.
 func TestHangUpPatch(t *testing.T) {
 	_, c := newSandbox(t, sandbox.CreateOptions{})
 	script, err := os.Open(filepath.Join("testdata", "hangup.pl"))

@@ -15,15 +15,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// process is one of a machine's on the host. Its number may be another's once it has ended; with the time of its start it never is.
+// process is a machine's process on the host. Another process may get its PID after it has ended; PID and start time together are unique.
 type process struct {
 	pid    int
 	start  uint64 // ticks since the start of the host
 	sentry bool   // the machine's kernel: without it there is no machine
 }
 
-// processesOf finds all processes of a machine: runsc names the machine's directory on the command line of each. So they are found whatever
-// happened to whoever started them. An error says that it is not known which there are.
+// processesOf finds all processes of a machine: runsc has the machine's directory on the command line of each. So they are found whatever
+// happened to the server that started them. An error means that the processes are not known.
 func (r *Runtime) processesOf(dir string) ([]process, error) {
 	entries, err := r.readDir("readdir /proc", "/proc")
 	if err != nil {
@@ -45,14 +45,14 @@ func (r *Runtime) processesOf(dir string) ([]process, error) {
 			found = append(found, p)
 		}
 	}
-	if !seen { // it is empty, or another namespace's: it says nothing of ours
+	if !seen { // /proc is empty or another namespace's, so it says nothing about this machine
 		return nil, errors.New("/proc does not show this process")
 	}
 	return found, nil
 }
 
-// isOf says whether a process is a machine's. Whoever writes the machine's directory on a command line is not, but for runsc as whom
-// sandboxes run as.
+// isOf reports whether a process belongs to a machine. The machine's directory on the command line is not enough: the process must also run
+// runsc as the user that sandboxes run as.
 func (r *Runtime) isOf(pid int, dir string) (p process, ours bool, err error) {
 	line, err := r.readFile("read cmdline", fmt.Sprintf("/proc/%d/cmdline", pid))
 	if err != nil || !bytes.Contains(append(line, 0), []byte("\x00--root="+runDir(dir)+"\x00")) {
@@ -70,10 +70,10 @@ func (r *Runtime) isOf(pid int, dir string) (p process, ours bool, err error) {
 	return process{pid: pid, start: start, sentry: string(title) == sentryTitle}, err == nil, notShown(err)
 }
 
-// sentryTitle is what the sentry calls itself (gVisor, runsc/sandbox).
+// sentryTitle is the title of the sentry's process (gVisor, runsc/sandbox).
 const sentryTitle = "runsc-sandbox"
 
-// notShown drops the errors that say of a process that it has ended, or that it is not for us to look at.
+// notShown drops errors which mean that a process has ended or that this server may not look at it.
 func notShown(err error) error {
 	if hasEnded(err) || errors.Is(err, fs.ErrPermission) {
 		return nil
@@ -81,8 +81,8 @@ func notShown(err error) error {
 	return err
 }
 
-// isRunsc says whether a process runs runsc: the very file, or one of that name, as an older server may have had elsewhere, or one that has
-// been replaced. Where that is not shown, as to a root that lacks CAP_SYS_PTRACE, it is believed what it calls itself.
+// isRunsc reports whether a process runs runsc: the same file, or one of that name, because an older server may have had it elsewhere, or
+// it may have been replaced. If the kernel does not show that, as to a root without CAP_SYS_PTRACE, the process's title is believed.
 func (r *Runtime) isRunsc(pid int, title string) (bool, error) {
 	exe := fmt.Sprintf("/proc/%d/exe", pid)
 	name, err := r.readLink("read exe", exe)
@@ -105,7 +105,7 @@ func (r *Runtime) isRunsc(pid int, title string) (bool, error) {
 	return err == nil && os.SameFile(it, ours), err
 }
 
-// isThere says whether a process is still the one that it was.
+// isThere reports whether a process still exists and is the same one.
 func (r *Runtime) isThere(p process) (bool, error) {
 	start, err := r.startOf(p.pid)
 	if hasEnded(err) {
@@ -133,7 +133,7 @@ func (r *Runtime) Reap(ctx context.Context, dir string) (err error) {
 			return err
 		}
 	}
-	// runsc mounts here; the mount goes with its namespace, unless somebody ran it without one.
+	// runsc mounts here. The mount vanishes with its namespace, unless runsc was run without one.
 	err = unix.Unmount(filepath.Join(runDir(dir), "null-netns"), unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
 	if err != nil && err != unix.EINVAL && err != unix.ENOENT && err != unix.EPERM {
 		return fmt.Errorf("unmount: %w", err)
@@ -146,7 +146,7 @@ func (r *Runtime) Reap(ctx context.Context, dir string) (err error) {
 	return nil
 }
 
-// killAll ends all processes of a machine and waits until they are gone.
+// killAll ends all processes of a machine and waits until they have ended.
 func (r *Runtime) killAll(ctx context.Context, dir string) error {
 	for {
 		processes, err := r.processesOf(dir)
@@ -164,7 +164,7 @@ func (r *Runtime) killAll(ctx context.Context, dir string) error {
 	}
 }
 
-// kill kills a process and waits for its end by a pidfd, so that no other process can be meant. A zombie has ended.
+// kill kills a process and waits for its end by a pidfd, so that it cannot hit another process. A zombie counts as ended.
 func (r *Runtime) kill(ctx context.Context, p process) error {
 	var fd int
 	err := r.ask("open pidfd", func() (err error) {
@@ -199,7 +199,7 @@ func (r *Runtime) kill(ctx context.Context, p process) error {
 	}
 }
 
-// ours are the machine's processes that are still there.
+// ours returns those of the machine's processes that still exist.
 func (m *machine) ours() ([]process, error) {
 	var failed error
 	left := slices.DeleteFunc(slices.Clone(m.processes), func(p process) bool {

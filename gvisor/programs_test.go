@@ -14,7 +14,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// says has a command of a user's say what is wanted, and nothing else.
+// says checks that a user's command prints what is wanted, and nothing else.
 func says(t *testing.T, c *agent.Client, user, command, want string) {
 	t.Helper()
 	if got := output(sandboxtest.RunAs(t, c, user, command)); got != want {
@@ -22,8 +22,8 @@ func says(t *testing.T, c *agent.Client, user, command, want string) {
 	}
 }
 
-// TestStandardStreams opens the streams of a process by their names, as who it belongs to; the users change, so that pipes made ahead are
-// another's.
+// TestStandardStreams opens the streams of a process by their names, as the process's owner. The users alternate, so that pipes made ahead
+// belong to another user.
 func TestStandardStreams(t *testing.T) {
 	_, c := newSandbox(t, sandbox.CreateOptions{})
 	for _, user := range []string{"", "root", "", "1234", "daemon", "1234:50", "root"} {
@@ -42,14 +42,14 @@ func TestStandardStreams(t *testing.T) {
 			t.Errorf("as %q, on a terminal: got %q, %v", user, output(s), err)
 		}
 	}
-	// Who was another when the process began is not let in, as on Linux: su of Docker's root writes to what it has, and cannot open it
-	// anew.
+	// A process that was another user when it began may not open them, as on Linux: su of Docker's root writes to what it has, and cannot
+	// open it again.
 	says(t, c, "root", `perl -e '$> = 1000; print "open\n" if open F, ">", "/dev/stdout"; print "$!\n"; $| = 1; print "has it\n"'`,
 		"Permission denied\nhas it\n")
 	says(t, c, "1234:50", `perl -e '$< = $> = 0; print "root\n" if $> == 0; print "no\n"'`, "no\n")
 }
 
-// TestLogin asks for what a login gives: groups, and a limit of descriptors that programs can loop over.
+// TestLogin checks what a login provides: groups, and a limit of descriptors that programs can loop over.
 func TestLogin(t *testing.T) {
 	_, c := newSandbox(t, sandbox.CreateOptions{})
 	says(t, c, "root", `usermod -aG staff,tty user 2>/dev/null || sed -i 's/^\(staff\|tty\):.*/&user/' /etc/group; printf 'more:x:50:user\nbad:x:4294967295:user\nworse:x:x:user\n' >>/etc/group`, "")
@@ -67,8 +67,8 @@ func TestLogin(t *testing.T) {
 	}
 }
 
-// TestLimitsSeen has programs find the sandbox' limits wherever they look: before and after a pause to disk, and with other limits from its
-// files.
+// TestLimitsSeen: programs find the sandbox's limits wherever they look: before and after a pause to disk, and with other limits when it
+// boots from its files.
 func TestLimitsSeen(t *testing.T) {
 	limits := sandbox.DefaultLimits()
 	limits.Memory, limits.CPU = 512<<20, 1
@@ -93,7 +93,7 @@ func TestLimitsSeen(t *testing.T) {
 		t.Fatal(err)
 	}
 	seen()
-	// What is used beyond the limit is seen by who keeps it.
+	// The process that enforces the limit sees what is used beyond it.
 	s, err := c.Start(t.Context(), agent.StartRequest{Command: "perl -e '$x = q(x) x (600 << 20)'", WaitMS: 60_000})
 	if err != nil || s.Process.Cause != agent.CauseOOM {
 		t.Errorf("a process of 600 MB of 512: cause %q, exit %d, %v", s.Process.Cause, s.Process.ExitCode, err)
@@ -101,7 +101,7 @@ func TestLimitsSeen(t *testing.T) {
 	says(t, c, "", "echo alive", "alive\n")
 }
 
-// traces is a program that attaches to a process and lets it go, and says how that has ended.
+// traces is a program that attaches to a process, detaches, and prints how that went.
 const traces = `python3 -c '
 import ctypes, os, sys
 c, pid = ctypes.CDLL(None, use_errno=True), int(sys.argv[1])
@@ -109,8 +109,8 @@ if c.ptrace(16, pid, 0, 0) < 0: sys.exit(print(os.strerror(ctypes.get_errno())))
 os.waitpid(pid, 0x40000000)
 print("attached"); c.ptrace(17, pid, 0, 0)' `
 
-// TestStickyDirectories renames over names that are free again, where only their owners may: the overlay has whiteouts there, which are
-// root's.
+// TestStickyDirectories renames to names that are free again, in directories where only owners may: the overlay has whiteouts there, which
+// belong to root.
 func TestStickyDirectories(t *testing.T) {
 	image := sandboxtest.Image(t, sandboxtest.Dir(t))
 	runtime, host := newRuntime(t)
@@ -140,7 +140,7 @@ func TestStickyDirectories(t *testing.T) {
 	}
 }
 
-// boot is a machine without a Manager.
+// boot boots a machine without a Manager.
 func boot(t *testing.T, runtime *gvisor.Runtime, spec sandbox.Spec) sandbox.Machine {
 	t.Helper()
 	m, err := runtime.Boot(t.Context(), spec)
@@ -155,7 +155,7 @@ func boot(t *testing.T, runtime *gvisor.Runtime, spec sandbox.Spec) sandbox.Mach
 	return m
 }
 
-// vmRead is a program that reads a byte of a process' memory. Any answer but a refusal is wrong, also that there is nothing at that place.
+// vmRead is a program that reads a byte of a process's memory. Any result but a refusal is wrong, even that nothing is at that address.
 const vmRead = `python3 -c '
 import ctypes, os, sys
 c, b = ctypes.CDLL(None, use_errno=True), ctypes.create_string_buffer(8)
@@ -163,7 +163,7 @@ v = (ctypes.c_size_t * 2)(ctypes.addressof(b), 1)
 n = c.process_vm_readv(int(sys.argv[1]), v, 1, v, 1, 0)
 print(os.strerror(ctypes.get_errno()) if n < 0 else "read")' `
 
-// TestTrace has debuggers attach to processes of their user, and nobody to the agent or its bridge.
+// TestTrace: debuggers can attach to processes of their user, and no process can attach to the agent or its bridge.
 func TestTrace(t *testing.T) {
 	runtime, host := newRuntime(t)
 	spec := sandbox.Spec{ID: "sbtest", Dir: sandboxtest.Dir(t), Template: host, Limits: sandbox.DefaultLimits()}
@@ -181,7 +181,7 @@ func TestTrace(t *testing.T) {
 	c := sandboxtest.Greet(t, again) // by a bridge
 	target := func(user string) string { return fmt.Sprintf("$(pgrep -u %s -x sleep)", user) }
 	bridge := "$(pgrep -x soulbox-agent | grep -vx 1)"
-	// A child whose start hangs has the agent's memory still, and the id of its user already.
+	// A child whose start hangs still has the agent's memory, and already the ID of its user.
 	sandboxtest.RunAs(t, c, "user", "mkfifo -m 755 /tmp/fifo; printf '#!/tmp/fifo\\n' >/tmp/hangs; chmod 755 /tmp/hangs")
 	var hung sync.WaitGroup
 	defer hung.Wait()

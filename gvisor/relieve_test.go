@@ -9,7 +9,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestRelieve has the agent kill what takes most of the memory or of the kernel, and nothing else.
+// TestRelieve: the agent kills what takes most of the memory or of the kernel, and nothing else.
 func TestRelieve(t *testing.T) {
 	_, c := newSandbox(t, sandbox.CreateOptions{})
 	start := func(tag, command string) {
@@ -46,7 +46,7 @@ func TestRelieve(t *testing.T) {
 	if s, err := c.Wait(t.Context(), agent.WaitRequest{Process: "bystander"}); err != nil || s.Process.State != agent.StateRunning {
 		t.Fatalf("the bystander is %s, %v", s.Process.State, err)
 	}
-	// What is left is no cause for anything.
+	// What is left needs no relief.
 	if r, err := c.Relieve(t.Context(), agent.RelieveRequest{Kind: agent.RelieveKernel}); err != nil || len(r.Killed) != 0 {
 		t.Fatalf("%+v, %v", r, err)
 	}

@@ -8,7 +8,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// Rescue implements sandbox.Rescuer: the machine is restored, and frozen before anybody speaks with it.
+// Rescue implements sandbox.Rescuer. It restores the machine, and freezes it before anything talks to it.
 func (r *Runtime) Rescue(ctx context.Context, spec sandbox.Spec, to string) (err error) {
 	if err := r.check(); err != nil {
 		return err

@@ -10,7 +10,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestRescue: of a checkpoint whose agent will never answer the files are had all the same, and a machine boots with them.
+// TestRescue: the files of a checkpoint whose agent will never respond can still be rescued, and a machine boots with them.
 func TestRescue(t *testing.T) {
 	runtime, host := newRuntime(t)
 	m, spec := bootIn(t, runtime, host)
@@ -49,7 +49,7 @@ func TestRescue(t *testing.T) {
 	if err := m.Destroy(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	// What is no checkpoint is said to be none, and nothing is left.
+	// A directory that is not a checkpoint is reported as such, and nothing is left.
 	spec.From = sandboxtest.Dir(t)
 	if err := runtime.Rescue(t.Context(), spec, filepath.Join(sandboxtest.Dir(t), "none")); err == nil {
 		t.Error("files of nothing were rescued")

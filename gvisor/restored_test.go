@@ -9,8 +9,8 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestAfterRestore: whatever goes on from what was saved has another boot_id and the next generation, and its hooks have run: copies,
-// copies of copies, what begins from a snapshot, and what is resumed from disk. One that is paused in memory stays what it was.
+// TestAfterRestore: whatever continues from what was saved has another boot_id and the next generation, and its hooks have run: copies,
+// copies of copies, what begins from a snapshot, and what is resumed from disk. A sandbox paused in memory stays unchanged.
 func TestAfterRestore(t *testing.T) {
 	sb, client := newSandbox(t, sandbox.CreateOptions{Limits: sandbox.Limits{Memory: 128 << 20}})
 	const show = "cat /proc/sys/kernel/random/boot_id /run/soulbox/generation; cat /tmp/hooked 2>/dev/null; true"

@@ -14,21 +14,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// hostID is whom sandboxes run as where the server is root: an id that owns nothing else. An ordinary user's sandboxes run as that user.
+// hostID is the user that sandboxes run as if the server is root: an ID that owns nothing else. An ordinary user's sandboxes run as that
+// user.
 const hostID = 65_431
 
-// containerID is the same for all, as each has a --root of its own: paths of sockets stay short.
+// containerID is the same for all machines, because each has its own --root; so paths of sockets stay short.
 const containerID = "sb"
 
-// runsc is how runsc is called: the plain struct is the configuration, and command is the one place that builds a call.
+// runsc says how to call runsc: the struct is the configuration, and command is the one place that builds a call.
 type runsc struct {
 	path string // of the binary
 	root string // --root
-	disk string // directory of the upper layer; "" has it in memory
-	size int64  // of the upper layer, bytes
+	disk string // directory of the upper layer; "" keeps it in memory
+	size int64  // of the upper layer, in bytes
 }
 
-// Owner is whom sandboxes run as on the host: the server's own user, or where that is root an id that owns nothing else.
+// Owner returns the user that sandboxes run as on the host: the server's own user or, if that is root, an ID that owns nothing else.
 func Owner() (uid, gid int) {
 	if os.Geteuid() == 0 {
 		return hostID, hostID
@@ -36,27 +37,27 @@ func Owner() (uid, gid int) {
 	return os.Geteuid(), os.Getegid()
 }
 
-// command builds a call of runsc in new user, mount and IPC namespaces. Its mounts vanish with them.
+// command builds a call of runsc in new user, mount and IPC namespaces. Its mounts vanish with the namespaces.
 func (r runsc) command(ctx context.Context, args ...string) (*exec.Cmd, *os.File, error) {
 	flags := []string{
 		"--root=" + r.root, "--ignore-cgroups", "--platform=systrap", "--network=none", "--in-sandbox-cgroup=v2",
-		// Commands of agents are short: large pages cost each of them about a tenth of its time.
+		// Agents' commands are short: large pages cost each of them about a tenth of its time.
 		"--app-huge-pages=false",
-		// For sudo: what root may do in a sandbox is bounded by the sentry all the same.
+		// For sudo: the sentry bounds what root may do in a sandbox anyway.
 		"--allow-suid",
 		"--file-access=exclusive", "--file-access-mounts=exclusive",
 	}
 	if r.disk != "" {
 		flags = append(flags, fmt.Sprintf("--overlay2=root:dir=%s,size=%dk", r.disk, r.size>>10))
 	}
-	// By descriptor: where the server is root, the sandbox' user need not be able to walk to the binary.
+	// By descriptor: if the server is root, the sandbox's user may have no access to the binary's directory.
 	binary, err := os.Open(r.path)
 	if err != nil {
 		return nil, nil, fmt.Errorf("open runsc: %w", err)
 	}
 	cmd := exec.CommandContext(ctx, fmt.Sprintf("/proc/self/fd/%d", binary.Fd()), append(flags, args...)...)
 	cmd.Args[0] = "runsc"
-	// As one of the child's files, too: Go moves descriptors about in the child, but none onto one of those.
+	// Also as one of the child's files: Go moves descriptors in the child, but never to the number of one of those.
 	cmd.ExtraFiles = []*os.File{binary}
 	cmd.Env = []string{"PATH=/usr/bin:/bin", "HOME=/"}
 	cmd.Dir = "/"
@@ -65,7 +66,7 @@ func (r runsc) command(ctx context.Context, args ...string) (*exec.Cmd, *os.File
 		Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNS | syscall.CLONE_NEWIPC,
 		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: uid, Size: 1}},
 		GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: gid, Size: 1}},
-		Setsid:      true, // a terminal's Ctrl-C is the server's business
+		Setsid:      true, // a terminal's Ctrl-C is for the server only
 	}
 	if os.Geteuid() == 0 {
 		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: 0, Gid: 0}
@@ -75,11 +76,11 @@ func (r runsc) command(ctx context.Context, args ...string) (*exec.Cmd, *os.File
 	return cmd, binary, nil
 }
 
-// forkNeeds are the descriptors that Go takes to fork into a user namespace: two pipes, a pidfd, and the map of ids. Where the fork itself
-// fails, as for lack of the pidfd, Go forgets the second pipe (syscall.forkAndExecInChild).
+// forkNeeds is how many descriptors Go needs to fork into a user namespace: two pipes, a pidfd, and the map of IDs. If the fork itself
+// fails, as for lack of the pidfd, Go leaks the second pipe (syscall.forkAndExecInChild).
 const forkNeeds = 6
 
-// roomToFork fails where there are too few descriptors for a fork.
+// roomToFork returns an error if there are too few descriptors for a fork.
 func roomToFork(f *os.File) error {
 	for range forkNeeds {
 		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
@@ -91,7 +92,7 @@ func roomToFork(f *os.File) error {
 	return nil
 }
 
-// start starts the container by the given call, detached, with the given stdio, and returns when it runs.
+// start starts the container detached, with the given call and stdio, and returns when it runs.
 func (r runsc) start(ctx context.Context, args []string, stdin, stdout, stderr *os.File, errOutput *headBuffer) error {
 	cmd, binary, err := r.command(ctx, append(args, containerID)...)
 	if err != nil {
@@ -111,7 +112,7 @@ func (r runsc) start(ctx context.Context, args []string, stdin, stdout, stderr *
 	return nil
 }
 
-// version asks runsc for its version; it shows that the binary starts.
+// version returns runsc's version, which also shows that the binary starts.
 func version(ctx context.Context, path string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
@@ -123,14 +124,14 @@ func version(ctx context.Context, path string) (string, error) {
 	return strings.TrimSpace(string(first)), nil
 }
 
-// stdio are the two ends of a machine's standard streams.
+// stdio holds both ends of a machine's standard streams.
 type stdio struct {
 	in, out, err           *os.File // the machine's
-	toIn, fromOut, fromErr *os.File // ours
+	toIn, fromOut, fromErr *os.File // the server's
 }
 
-// pipeSize is how much a pipe holds, in bytes: four times the usual makes large transfers half as fast again. A user has 64 MiB of all his
-// pipes together before the kernel gives smaller ones (pipe(7), pipe-user-pages-soft).
+// pipeSize is how much a pipe holds, in bytes: four times the default makes large transfers half as fast again. All pipes of a user
+// together may hold 64 MiB before the kernel makes smaller ones (pipe(7), pipe-user-pages-soft).
 const pipeSize = 256 << 10
 
 func (r *Runtime) newStdio() (*stdio, error) {
@@ -141,7 +142,7 @@ func (r *Runtime) newStdio() (*stdio, error) {
 			*r, *w, err = os.Pipe()
 		}
 		if err == nil {
-			if raw, rerr := (*w).SyscallConn(); rerr == nil { // a smaller one does as well
+			if raw, rerr := (*w).SyscallConn(); rerr == nil { // a smaller pipe works too
 				_ = raw.Control(func(fd uintptr) { _, _ = unix.FcntlInt(fd, unix.F_SETPIPE_SZ, pipeSize) })
 			}
 		}
@@ -156,7 +157,7 @@ func (r *Runtime) newStdio() (*stdio, error) {
 	return s, nil
 }
 
-// handOver closes the machine's ends once it has them.
+// handOver closes the machine's ends once the machine has them.
 func (s *stdio) handOver() {
 	for _, f := range []*os.File{s.in, s.out, s.err} {
 		_ = f.Close()
@@ -171,7 +172,7 @@ func (s *stdio) closeAll() {
 	}
 }
 
-// pipe is our end of stdin and stdout as one.
+// pipe is the server's end of stdin and stdout as one.
 type pipe struct {
 	*os.File // stdout of the machine
 	toIn     *os.File

@@ -21,16 +21,16 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// Runtime runs machines with runsc. The zero values of its fields but Runsc and Agent are the documented defaults. It is safe for
-// concurrent use.
+// Runtime runs machines with runsc. Runsc and Agent are required; the zero values of the other fields are the documented defaults. It is
+// safe for concurrent use.
 type Runtime struct {
 	Runsc string       // path of the binary; required
 	Agent string       // path of soulbox-agent in a directory that holds nothing else; required
-	Log   *slog.Logger // what sandboxes write to the stderr of their init, at level debug; default discards
-	// Cgroups is where the host's cgroups are mounted; default /sys/fs/cgroup. Where the server may write there they are the hard limit.
+	Log   *slog.Logger // gets what init writes to stderr, at level debug; the default discards it
+	// Cgroups is where the host's cgroups are mounted; default /sys/fs/cgroup. If the server may write there, they are the hard limit.
 	Cgroups string
-	// Fault is for tests alone: it is asked before each thing that the host is asked for, which what names, and its error is the answer
-	// then.
+	// Fault is only for tests: it is called before each request to the host, which what names, and its error is then the result of that
+	// request.
 	Fault func(what string) error
 }
 
@@ -43,9 +43,9 @@ var (
 type manifest struct {
 	Agent  string      `json:"agent"`            // path of the agent in the sandbox
 	Host   string      `json:"host_agent"`       // and on the host
-	Cgroup *hostCgroup `json:"cgroup,omitempty"` // on the host, if there is one
+	Cgroup *hostCgroup `json:"cgroup,omitempty"` // on the host; nil if there is none
 	Memory int64       `json:"memory"`           // machine.memory
-	Kernel int64       `json:"kernel,omitempty"` // kernelMeter.bound; 0 is of an older version
+	Kernel int64       `json:"kernel,omitempty"` // kernelMeter.bound; 0 if an older version wrote it
 	NoDisk bool        `json:"no_disk,omitempty"`
 	Cores  []int       `json:"cores,omitempty"`
 }
@@ -60,7 +60,7 @@ func (r *Runtime) writeManifest(dir string, mf manifest) error {
 	return r.ask("write manifest", func() error { return durable.Disk{}.Replace(filepath.Join(dir, manifestName), body, 0o600) })
 }
 
-// readManifest reads machine.json. One that is not there, or half written, is errNoManifest: its machine has no cgroup yet.
+// readManifest reads machine.json. If it does not exist or is half written, the error is errNoManifest: its machine has no cgroup yet.
 func (r *Runtime) readManifest(dir string) (manifest, error) {
 	var mf manifest
 	body, err := r.readFile("read manifest", filepath.Join(dir, manifestName))
@@ -76,12 +76,12 @@ func (r *Runtime) readManifest(dir string) (manifest, error) {
 	return mf, nil
 }
 
-var errNoManifest = errors.New("it is not told what machine this is")
+var errNoManifest = errors.New("machine.json is missing or incomplete")
 
-// Version tells runsc's version, and thereby that it starts.
+// Version returns runsc's version, which also shows that runsc starts.
 func (r *Runtime) Version(ctx context.Context) (string, error) { return version(ctx, r.Runsc) }
 
-// HardLimits says whether machines get cgroups of the host.
+// HardLimits reports whether machines get cgroups of the host.
 func (r *Runtime) HardLimits() bool {
 	return planCgroup(cmp.Or(r.Cgroups, cgroupRoot), "soulbox-") != nil
 }
@@ -102,31 +102,30 @@ type machine struct {
 	fromErr *os.File
 	agent   string // on the host
 	frozen  bool
-	unsure  bool  // of frozen: it is to be looked up
-	memory  int64 // bytes that its memory may have on the host; 0 is no bound
+	unsure  bool  // frozen is not known and must be looked up
+	memory  int64 // bytes that the guest's memory may take on the host; 0 means no bound
 	noDisk  bool  // what it writes is in its memory
-	cores   []int // that it may use; the first is where it is while it does little
+	cores   []int // cores that it may use; it is on the first while it does little
 
-	processes []process // its own on the host
+	processes []process // the machine's processes on the host
 
-	ctx    context.Context // of what it does in the background
+	ctx    context.Context // of its background work
 	cancel context.CancelFunc
 	work   sync.WaitGroup
 
 	mu          sync.Mutex
 	kernel      kernelMeter
-	memoryNames []string // of the guest's memory in the sentry, by which Check measures it
+	memoryNames []string // names in /proc of the guest's memory in the sentry, by which Check measures it
 }
 
-// oldKernel is what a machine of an older version may take for itself, in bytes.
+// oldKernel is what the kernel of a machine of an older version may use itself, in bytes.
 const oldKernel = 512 << 20
 
 func runDir(dir string) string { return filepath.Join(dir, "run") }
 
 func bundleDir(dir string) string { return filepath.Join(dir, "bundle") }
 
-// bootTries is how often a machine is begun whose runsc has failed, with nothing said of why that is the machine's own: the host may be at
-// fault.
+// bootTries is how often Boot starts a machine whose runsc fails without a reason that lies in the machine: the host may be at fault.
 const bootTries = 2
 
 // Boot implements sandbox.Runtime.
@@ -144,11 +143,11 @@ func (r *Runtime) Boot(ctx context.Context, spec sandbox.Spec) (sandbox.Machine,
 		if undone != nil || try == bootTries || !errors.As(err, &exit) || ctx.Err() != nil || errors.Is(err, sandbox.ErrDamaged) {
 			return nil, errors.Join(fmt.Errorf("boot: %w", err), undone)
 		}
-		r.log().Warn("a machine could not be started; it is tried again", "sandbox", spec.ID, "error", err)
+		r.log().Warn("a machine could not be started; trying again", "sandbox", spec.ID, "error", err)
 	}
 }
 
-// bootOnce is one try of Boot. What it has begun is undone by its caller.
+// bootOnce is one attempt of Boot. The caller undoes what it has begun.
 func (r *Runtime) bootOnce(ctx context.Context, spec sandbox.Spec) (*machine, error) {
 	begin, err := r.beginFrom(spec.Dir, spec.From)
 	if err != nil {
@@ -164,8 +163,8 @@ func (r *Runtime) bootOnce(ctx context.Context, spec sandbox.Spec) (*machine, er
 	return m, err
 }
 
-// beginVerified starts a machine while it verifies what the machine begins from: both read the same, and nobody speaks with the machine
-// before that is known to be whole. Damage is said at once, whatever a restore makes of it.
+// beginVerified starts a machine while it verifies the checkpoint that the machine begins from: both only read it, and the machine's pipe
+// is not used before the checkpoint is known to be sound. Damage is reported at once, whatever the restore makes of it.
 func (r *Runtime) beginVerified(ctx context.Context, spec sandbox.Spec, begin beginning) (*machine, error) {
 	if spec.From == "" {
 		return r.begin(ctx, spec, begin)
@@ -206,7 +205,7 @@ func (r *Runtime) begin(ctx context.Context, spec sandbox.Spec, begin beginning)
 	if m.cores, bound, err = pickCores(spec.Limits.CPU); err != nil {
 		return nil, err
 	}
-	// The manifest names the cgroup before it is made: whoever reaps knows of it.
+	// The manifest names the cgroup before the cgroup exists, so that Reap knows of it.
 	mf := manifest{Cores: m.cores, Memory: m.memory, Kernel: m.kernel.bound, NoDisk: m.noDisk, Host: begin.agent,
 		Agent: filepath.Join(agentDir, filepath.Base(begin.agent)), Cgroup: planCgroup(cmp.Or(r.Cgroups, cgroupRoot), "soulbox-"+spec.ID)}
 	if err := r.writeManifest(spec.Dir, mf); err != nil {
@@ -233,7 +232,7 @@ func (r *Runtime) newMachine(dir string, kernel int64) *machine {
 	return m
 }
 
-// start has runsc start the machine, and finds its processes.
+// start makes runsc start the machine, and finds the machine's processes.
 func (m *machine) start(ctx context.Context, spec sandbox.Spec, args []string, cores []int) error {
 	streams, err := m.runtime.newStdio()
 	if err != nil {
@@ -267,7 +266,7 @@ func (m *machine) start(ctx context.Context, spec sandbox.Spec, args []string, c
 	return err
 }
 
-// check says what is missing before anything is begun.
+// check returns what is missing before anything is begun.
 func (r *Runtime) check() error {
 	for what, path := range map[string]string{"runsc": r.Runsc, "soulbox-agent": r.Agent} {
 		if path == "" {
@@ -280,7 +279,7 @@ func (r *Runtime) check() error {
 	return nil
 }
 
-// undoTime bounds how long it may take to end a machine that was not to be.
+// undoTime bounds how long ending a machine whose start failed may take.
 const undoTime = 10 * time.Second
 
 // undo ends what a failed Boot has begun.
@@ -290,10 +289,10 @@ func (r *Runtime) undo(dir string) error {
 	return r.Reap(ctx, dir)
 }
 
-// parts are what a machine's directory has of ours: the manifest goes last, since it says what else is to be undone.
+// parts are the entries that Boot makes in a machine's directory. The manifest is removed last, because it says what else must be undone.
 var parts = []string{"bundle", "run", "disk", "machine.json"}
 
-// makeDirs makes the parts of a machine's directory that are directories.
+// makeDirs makes those parts of a machine's directory that are directories.
 func makeDirs(dir string) error {
 	for _, name := range parts[:3] {
 		if err := os.Mkdir(filepath.Join(dir, name), 0o700); err != nil {
@@ -303,7 +302,7 @@ func makeDirs(dir string) error {
 	return nil
 }
 
-// giveAway gives a machine's directory to whom the sandbox runs as. As an ordinary user that is the same.
+// giveAway gives a machine's directory to the user that the sandbox runs as, which differs only if the server is root.
 func giveAway(dir string) error {
 	uid, gid := Owner()
 	if uid == os.Geteuid() {
@@ -318,7 +317,7 @@ func giveAway(dir string) error {
 	return nil
 }
 
-// headBuffer keeps the first bytes of a stream, for error messages.
+// headBuffer keeps the first bytes of a stream for error messages.
 type headBuffer struct {
 	mu  sync.Mutex
 	buf []byte
@@ -338,7 +337,7 @@ func (h *headBuffer) text() string {
 	return string(bytes.TrimSpace(h.buf))
 }
 
-// logBound is how much of a machine's stderr is logged; the rest is read and dropped, since it may be the guest's.
+// logBound is how much of a machine's stderr is logged; the rest is read and dropped, because it may come from the guest.
 const logBound = 64 << 10
 
 // follow reads a machine's stderr to its end.
@@ -364,7 +363,7 @@ func (m *machine) follow(from *os.File) *headBuffer {
 	return head
 }
 
-// Attach implements sandbox.Runtime: it starts a bridge in the machine by the control socket.
+// Attach implements sandbox.Runtime. It starts a bridge in the machine by a call on the control socket.
 func (r *Runtime) Attach(ctx context.Context, dir string) (_ sandbox.Machine, err error) {
 	m := r.newMachine(dir, 0)
 	defer func() {
@@ -386,7 +385,7 @@ func (r *Runtime) Attach(ctx context.Context, dir string) (_ sandbox.Machine, er
 	}
 	m.cores, m.memory, m.noDisk, m.agent, m.processes = mf.Cores, mf.Memory, mf.NoDisk, mf.Host, processes
 	m.kernel.bound = cmp.Or(mf.Kernel, oldKernel)
-	if err := m.settle(); err != nil { // it may have been saved, or restored, just now
+	if err := m.settle(); err != nil { // it may just have been saved or restored
 		return nil, err
 	}
 	if m.frozen, err = r.isFrozen(ctx, runDir(dir)); err != nil {
@@ -397,7 +396,7 @@ func (r *Runtime) Attach(ctx context.Context, dir string) (_ sandbox.Machine, er
 			return nil, err
 		}
 		defer func() {
-			if err != nil { // whoever tries again finds it as it was
+			if err != nil { // the next attempt finds it as it was
 				err = errors.Join(err, m.Pause(ctx))
 			}
 		}()
@@ -433,8 +432,8 @@ func (m *machine) Pause(ctx context.Context) error { return m.setFrozen(ctx, tru
 // Resume implements sandbox.Machine.
 func (m *machine) Resume(ctx context.Context) error { return m.setFrozen(ctx, false) }
 
-// setFrozen freezes or thaws the machine. gVisor counts both, and one more Resume than Pauses ends the sentry: so a call that was made is
-// not given up with its caller, and where its outcome is not known it is looked up, now or before the next.
+// setFrozen freezes or thaws the machine. gVisor counts both, and one Resume more than Pauses ends the sentry. So a call is completed even
+// if its caller gives up, and if its outcome is not known, it is looked up, now or before the next call.
 func (m *machine) setFrozen(ctx context.Context, want bool) error {
 	ctx = context.WithoutCancel(ctx)
 	if m.unsure {
@@ -472,14 +471,14 @@ func (m *machine) lookFrozen(ctx context.Context) error {
 	return err
 }
 
-// Destroy implements sandbox.Machine. SIGKILL is the first word already: it works on a wedged sentry too, and leaves nothing.
+// Destroy implements sandbox.Machine. It starts with SIGKILL, which works on a wedged sentry too and leaves nothing.
 func (m *machine) Destroy(ctx context.Context) error {
 	err := m.runtime.Reap(ctx, m.dir)
 	m.mu.Lock()
-	m.cancel() // nothing is begun in the background after it
+	m.cancel() // no background work starts after this
 	m.mu.Unlock()
 	m.work.Wait()
-	_ = m.pipe.Close() // again is no harm
+	_ = m.pipe.Close() // closing it again does no harm
 	_ = m.fromErr.Close()
 	m.stderr.Wait()
 	return err

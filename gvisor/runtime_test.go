@@ -19,7 +19,7 @@ import (
 	"soulbox.dev/soulbox/template"
 )
 
-// As root: the suite, isolation and limits, which are made in other ways there.
+// As root: the suite, isolation and limits, which work in other ways there.
 func TestMain(m *testing.M) {
 	sandboxtest.Main(m, "TestRuntime", "TestImage", "TestNothingOfTheHost", "TestForkBomb", "TestMemoryBombs", "TestUserNamespace",
 		"TestUserTmpfs", "TestDeviceDirectory", "TestAttachAsGuest", "TestHostCgroup",
@@ -54,7 +54,7 @@ func TestRuntime(t *testing.T) {
 	t.Run("image in memory", func(t *testing.T) { sandboxtest.Suite(t, runtime, image, inMemory) })
 }
 
-// newSandbox is a real sandbox under a real Manager.
+// newSandbox makes a real sandbox under a real Manager.
 func newSandbox(t *testing.T, o sandbox.CreateOptions) (*sandbox.Sandbox, *agent.Client) {
 	t.Helper()
 	return newSandboxIn(t, sandboxtest.Dir(t), o)
@@ -148,11 +148,11 @@ func TestRemoveEverything(t *testing.T) {
 	if after, err := os.Stat("/usr/bin/env"); err != nil || !after.ModTime().Equal(before.ModTime()) {
 		t.Fatalf("the host was touched: %v", err)
 	}
-	// The agent lives: files and direct commands go on.
+	// The agent lives: files and direct commands still work.
 	if _, err := c.WriteFile(t.Context(), "/home/user/new", strings.NewReader("x"), agent.WriteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	// A loader is not there any more, so a command fails; but it says so.
+	// The loader is gone, so a command fails; but its error says so.
 	if _, err := c.Start(t.Context(), agent.StartRequest{Args: []string{"/usr/bin/true"}, WaitMS: 10_000}); err != nil &&
 		!errors.Is(err, os.ErrNotExist) {
 		t.Fatal(err)
@@ -166,7 +166,7 @@ func TestKillEverything(t *testing.T) {
 	if got := output(sandboxtest.Run(t, c, "echo alive")); got != "alive\n" {
 		t.Fatalf("got %q", got)
 	}
-	// gVisor does not shield init from root's own kill -9 1 (task_signals.go has it as a TODO): that ends the sandbox, with a cause.
+	// gVisor does not protect init from root's own kill -9 1 (task_signals.go has it as a TODO): that ends the sandbox, with a cause.
 	_, _ = c.Start(t.Context(), agent.StartRequest{Command: "kill -9 1", User: "root"})
 	sandboxtest.Eventually(t, "the sandbox has failed", func() bool { return sb.Info().State == sandbox.Failed })
 	if cause := sb.Info().Cause; cause != "agent lost" {
@@ -191,7 +191,7 @@ func TestForkBomb(t *testing.T) {
 		if got := output(sandboxtest.Run(t, c, "echo alive")); got != "alive\n" {
 			t.Fatalf("as %s: got %q", user, got)
 		}
-		// Root cannot lift the limit either.
+		// Root cannot raise the limit either.
 		lift := sandboxtest.RunAs(t, c, "root", "for f in $(find /sys/fs/cgroup -name pids.max); do echo max > $f; done 2>&1")
 		if !strings.Contains(output(lift), "Read-only") {
 			t.Fatalf("as %s: lifting the limit: %q", user, output(lift))
@@ -222,7 +222,7 @@ func TestMemoryBombs(t *testing.T) {
 			t.Errorf("%s: afterwards got %+v", name, s.Process)
 		}
 	}
-	// Shared memory is bounded too: a tmpfs is memory.
+	// Shared memory is bounded too, because a tmpfs is memory.
 	snap := sandboxtest.Run(t, c, "head -c 1G /dev/zero > /dev/shm/x; rm /dev/shm/x")
 	if !strings.Contains(output(snap), "No space") && snap.Process.Cause != agent.CauseOOM {
 		t.Errorf("a tmpfs: %q, cause %q", output(snap), snap.Process.Cause)
@@ -232,11 +232,11 @@ func TestMemoryBombs(t *testing.T) {
 	}
 }
 
-// TestUserNamespace: root in a user namespace of its own can mount cgroups, but sees its own alone, whose limits it cannot change; and it
-// cannot begin a process in another one. So its processes and its memory are counted, and end as those of others.
+// TestUserNamespace: root in its own user namespace can mount cgroups, but sees only its own, whose limits it cannot change, and it cannot
+// start a process in another one. So its processes and its memory are counted, and end as those of others.
 func TestUserNamespace(t *testing.T) {
 	sb, c := newSandbox(t, sandbox.CreateOptions{Limits: sandbox.Limits{Processes: 64, Memory: 128 << 20}})
-	if _, err := c.Start(t.Context(), agent.StartRequest{Command: "sleep 600"}); err != nil { // its cgroup is there to be entered
+	if _, err := c.Start(t.Context(), agent.StartRequest{Command: "sleep 600"}); err != nil { // its cgroup could be entered
 		t.Fatal(err)
 	}
 	said := output(sandboxtest.RunAs(t, c, "root", `unshare -Urm sh -c 'mount -t cgroup2 none /mnt; ls -d /mnt/*/
@@ -251,7 +251,7 @@ func TestUserNamespace(t *testing.T) {
 	enter := `use Fcntl; opendir(my $d, "/sys/fs/cgroup") or die; my @g = grep /^p[0-9]/, readdir $d; my $in = 0;
 		for (@g) { sysopen(my $f, "/sys/fs/cgroup/$_", O_RDONLY | O_DIRECTORY) or next;
 			my $pid = syscall(435, pack("Q11", 0x200000000, 0, 0, 0, 17, 0, 0, 0, 0, 0, fileno $f), 88); exit 0 if $pid == 0; $in++ if $pid > 0 } print scalar(@g) > 1, " $in"`
-	if got := output(sandboxtest.RunAs(t, c, "root", "perl -e '"+enter+"'")); got != "1 1" { // that of its own
+	if got := output(sandboxtest.RunAs(t, c, "root", "perl -e '"+enter+"'")); got != "1 1" { // its own cgroup
 		t.Errorf("of the cgroups there could be entered: %q", got)
 	}
 	leave := "unshare -Urm sh -c 'mount -t cgroup2 none /mnt; %s'"
@@ -269,7 +269,7 @@ func TestUserNamespace(t *testing.T) {
 	}
 }
 
-// TestUserTmpfs: a tmpfs that a user mounts in a namespace of its own has no size but that of the machine.
+// TestUserTmpfs: a tmpfs that a user mounts in its own namespace has no size limit but the machine's.
 func TestUserTmpfs(t *testing.T) {
 	sb, c := newSandbox(t, sandbox.CreateOptions{Limits: sandbox.Limits{Memory: 128 << 20}})
 	_, err := c.Start(t.Context(),
@@ -283,7 +283,7 @@ func TestUserTmpfs(t *testing.T) {
 	})
 }
 
-// TestDeviceDirectory: /dev is memory that no limit counts, so nothing may be put there; its devices still work.
+// TestDeviceDirectory: /dev is memory that no limit counts, so nothing can be put there; its devices still work.
 func TestDeviceDirectory(t *testing.T) {
 	_, c := newSandbox(t, sandbox.CreateOptions{})
 	got := output(sandboxtest.RunAs(t, c, "root",
@@ -293,7 +293,7 @@ func TestDeviceDirectory(t *testing.T) {
 	}
 }
 
-// TestAttachAsGuest: not even root of the sandbox may speak to the agent as its host does, and so lift its own limits.
+// TestAttachAsGuest: not even the sandbox's root may speak to the agent as its host does, which would let it raise its own limits.
 func TestAttachAsGuest(t *testing.T) {
 	_, c := newSandbox(t, sandbox.CreateOptions{})
 	for _, user := range []string{"user", "root"} {
@@ -354,7 +354,7 @@ func TestSentryKilled(t *testing.T) {
 		waited <- err
 	}()
 	for _, pid := range sandboxtest.Processes(dir) {
-		_ = syscall.Kill(pid, syscall.SIGKILL) // it may be gone with another one
+		_ = syscall.Kill(pid, syscall.SIGKILL) // it may have ended with another one
 	}
 	if err := <-waited; !errors.Is(err, agent.ErrLost) {
 		t.Fatalf("a wait in flight: %v", err)
@@ -376,7 +376,7 @@ func TestAttributes(t *testing.T) {
 	}
 }
 
-// TestInHostCgroup: every process of a machine is in its cgroup on the host, where there is one, and the cgroup goes with the machine.
+// TestInHostCgroup: if a machine has a cgroup on the host, all its processes are in it, and the cgroup is removed with the machine.
 func TestInHostCgroup(t *testing.T) {
 	dir := sandboxtest.Dir(t)
 	sb, _ := newSandboxIn(t, dir, sandbox.CreateOptions{})

@@ -14,8 +14,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestHungStarts has programs whose start does not come to its end, as the guest wants: nobody waits but who has started them, and not for
-// ever.
+// TestHungStarts: the guest makes the start of programs hang: only their callers wait, and not for ever.
 func TestHungStarts(t *testing.T) {
 	_, c := newSandbox(t, sandbox.CreateOptions{})
 	sandboxtest.Run(t, c, "mkfifo -m 755 /tmp/fifo; printf '#!/tmp/fifo\\n' > /tmp/hangs; chmod 755 /tmp/hangs")
@@ -61,7 +60,7 @@ func TestHungStarts(t *testing.T) {
 	})
 }
 
-// TestStoppedStarts has children stopped between fork and exec, by one who stops all that he may.
+// TestStoppedStarts: a process that stops whatever it may stops children between fork and exec.
 func TestStoppedStarts(t *testing.T) {
 	_, c := newSandbox(t, sandbox.CreateOptions{})
 	stopper, err := c.Start(t.Context(),
@@ -96,8 +95,8 @@ func TestStoppedStarts(t *testing.T) {
 	}
 }
 
-// TestStartedAgain: a runsc that fails once, as it may where the host has no room for the moment, is no reason to fail. One that fails
-// again is.
+// TestStartedAgain: if runsc fails once, as when the host lacks something for the moment, the boot succeeds. If it fails again, the boot
+// fails.
 func TestStartedAgain(t *testing.T) {
 	runtime, host := newRuntime(t)
 	tried, fails := 0, 1

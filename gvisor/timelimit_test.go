@@ -9,8 +9,8 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestPauseInTimeLimit has a command with a time limit stand still for longer than that, in memory and on disk: it is not killed for it,
-// but still at its limit.
+// TestPauseInTimeLimit: a command with a time limit is paused for longer than that, in memory and on disk: it is not killed for that, but
+// still when its limit is reached.
 func TestPauseInTimeLimit(t *testing.T) {
 	sb, _ := newSandbox(t, sandbox.CreateOptions{})
 	const limit = 3000

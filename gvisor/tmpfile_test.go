@@ -14,14 +14,14 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestTmpfilePatch has files without a name (O_TMPFILE) in an overlay and on tmpfs. On Linux testdata/tmpfile.py finds nothing either, on
-// ext4, tmpfs and overlayfs.
+// TestTmpfilePatch tests files without a name (O_TMPFILE) in an overlay and on tmpfs. On Linux, testdata/tmpfile.py finds no error either,
+// on ext4, tmpfs and overlayfs.
 func TestTmpfilePatch(t *testing.T) {
 	_, c := newSandbox(t, sandbox.CreateOptions{})
 	writeTmpfileScript(t, c)
 	sandboxtest.RunAs(t, c, "root", "mkdir -m 2755 /srv/group && chgrp daemon /srv/group")
 	for _, p := range []struct{ user, dir, other string }{
-		{"root", "/mnt", "/dev/shm"}, // is of the image alone
+		{"root", "/mnt", "/dev/shm"}, // only in the image
 		{"root", "/tmp/root", "/dev/shm"},
 		{"root", "/srv/group", "/dev/shm"},
 		{"root", "/dev/shm/root", "/tmp"},
@@ -38,14 +38,14 @@ func TestTmpfilePatch(t *testing.T) {
 	}
 }
 
-// TestTmpfileInImage has them where an image is below, with an upper layer on disk and in memory.
+// TestTmpfileInImage tests them with an image below, and an upper layer on disk and in memory.
 func TestTmpfileInImage(t *testing.T) {
 	image := sandboxtest.Image(t, sandboxtest.Dir(t))
 	runtime, _ := newRuntime(t)
 	open := func(dir string) string {
 		return fmt.Sprintf(`sysopen(F, "%s", %d, 0600) or print($!+0, "\n"), exit;`, dir, unix.O_TMPFILE|unix.O_RDWR)
 	}
-	named := func(dir string) string { // prints the links before, and the links and the size of what has the name
+	named := func(dir string) string { // prints the links before, then the links and the size of the named file
 		return fmt.Sprintf(`print F "x"; F->flush; $n = (stat F)[3]; $from = "/proc/self/fd/" . fileno F; $to = "%s/named";
 			syscall(%d, %d, $from, %d, $to, %d) and print("$!\n"), exit; print "$n ", join(" ", (stat $to)[3, 7]), "\n"; unlink $to`,
 			dir, unix.SYS_LINKAT, unix.AT_FDCWD, unix.AT_FDCWD, unix.AT_SYMLINK_FOLLOW)
@@ -60,14 +60,15 @@ func TestTmpfileInImage(t *testing.T) {
 				says(t, c, user, "LC_ALL=C perl -e '"+open(dir)+named(dir)+"'", "0 1 1\n")
 			}
 			says(t, c, "user", "LC_ALL=C perl -e '"+open("/usr/bin")+"'", "13\n")
-			says(t, c, "user", "LC_ALL=C perl -e '"+open("/.soulbox")+"'", "30\n") // of the agent; in memory it is an EROFS image
+			says(t, c, "user", "LC_ALL=C perl -e '"+open("/.soulbox")+"'", "30\n") // the agent's directory; in memory it is an EROFS image
 			says(t, c, "user", "LC_ALL=C perl -e '"+open("/.soulbox/missing")+"'", "2\n")
 			says(t, c, "user", "LC_ALL=C perl -e '"+open("/.soulbox/../tmp")+"'", "")
 		})
 	}
 }
 
-// TestTmpfileSaved: files without a name that are open when a machine is saved are there when it goes on, and whether they may get a name.
+// TestTmpfileSaved: files without a name that are open when a machine is saved still exist when it is resumed, and so does whether they may
+// get a name.
 func TestTmpfileSaved(t *testing.T) {
 	sb, c := newSandbox(t, sandbox.CreateOptions{Limits: sandbox.Limits{Memory: 128 << 20}})
 	writeTmpfileScript(t, c)

@@ -15,26 +15,27 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// connection takes from the owner's account what one connection of a sandbox has in the server. Where the account is full it waits for so
-// long; then that is a FullError.
+// connection takes what one connection of a sandbox uses in the server from the owner's account. If the account is full, it waits for at
+// most wait; then the error is a FullError.
 func (s *Sandbox) connection(ctx context.Context, wait time.Duration) (release func(), err error) {
 	return s.m.opts.Accounts.TakeAll(ctx, wait, s.owner, access.Part{Of: access.Connections, N: 1},
 		access.Part{Of: access.Buffers, N: agent.ConnBuffers})
 }
 
-// promises are what an owner's sandboxes that are not on disk may take of the machine.
+// promises are what an owner's sandboxes that are not on disk may take from the machine.
 type promises struct{ memory, tasks int64 }
 
-// tasksOf is how many tasks of the host a sandbox may have: about two for each in the guest, and its kernel's own.
+// tasksOf returns how many host tasks a sandbox may have: about two for each task in the guest, plus those of its kernel.
 func tasksOf(l Limits) int64 { return 2*l.Processes + kernelTasks }
 
 const kernelTasks = 64
 
-// largestShare is the part of the memory budget that one owner may be promised, in percent: the rest is for the others. The user of this
+// largestShare is the part of the memory budget that one owner may be promised, in percent: the rest is for others. The user of this
 // machine may have all of it.
 const largestShare = 80
 
-// admitShare says whether an owner's share has room for one more sandbox of these limits, and the server for its tasks. m.room is held.
+// admitShare returns an error unless the owner's share has room for one more sandbox with these limits, and the server has room for its
+// tasks. m.room is held.
 func (m *Manager) admitShare(owner string, l Limits) error {
 	mine, all, err := m.promises(owner)
 	if err != nil {
@@ -60,13 +61,13 @@ func (m *Manager) admitShare(owner string, l Limits) error {
 	return fmt.Errorf("%d tasks needed for %d processes: %w: %w", need, l.Processes, full, ErrNoRoom)
 }
 
-// MachineTasks is how many processes and threads this machine, and its user, can have.
+// MachineTasks returns how many processes and threads this machine and its user can have.
 func MachineTasks() int64 {
 	least := int64(math.MaxInt32)
 	for _, name := range []string{"/proc/sys/kernel/pid_max", "/proc/sys/kernel/threads-max", "/sys/fs/cgroup/pids.max"} {
 		text, err := os.ReadFile(name)
 		n, perr := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
-		if err == nil && perr == nil && n > 0 { // where it is not told, or "max", others bound it
+		if err == nil && perr == nil && n > 0 { // if it cannot be read or says "max", the others bound it
 			least = min(least, n)
 		}
 	}
@@ -77,7 +78,7 @@ func MachineTasks() int64 {
 	return least
 }
 
-// promises sums what is promised to an owner's sandboxes, and to those of all, other servers' too. One on disk has nothing.
+// promises sums what is promised to an owner's sandboxes, and to all, including those of other servers. A sandbox on disk has nothing.
 func (m *Manager) promises(owner string) (mine, all promises, err error) {
 	err = m.store.promisedEach(func(r record) {
 		all.memory += r.Limits.promised()
@@ -90,7 +91,7 @@ func (m *Manager) promises(owner string) (mine, all promises, err error) {
 	return mine, all, err
 }
 
-// Promised lists the tasks that are promised to the sandboxes of each owner, in the form of access.Accounts.Uses.
+// Promised lists the tasks promised to the sandboxes of each owner, in the form of access.Accounts.Uses.
 func (m *Manager) Promised() ([]access.Use, error) {
 	bound, _ := m.opts.Accounts.Bound(access.Tasks)
 	sums := map[string]int64{}

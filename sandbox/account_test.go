@@ -18,8 +18,8 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestShares: an owner is promised his share of memory and tasks, never what the others need; one on disk has none; the user of this
-// machine may have all its memory. What no machine has is refused for good.
+// TestShares: an owner is promised at most a share of memory and tasks, never what others need; a sandbox on disk has no promise; the user
+// of this machine may have all its memory. A request that no machine could meet is refused for good.
 func TestShares(t *testing.T) {
 	m := newManager(t, t.TempDir(), &sandboxtest.Fake{}, func(o *sandbox.Options) {
 		o.MemoryBudget, o.MaxTasks = 12<<30, 2000
@@ -74,7 +74,7 @@ func TestShares(t *testing.T) {
 	}
 }
 
-// TestPortOfAnotherUser: on this machine's loopback a port that is not public is for the server's own user alone.
+// TestPortOfAnotherUser: on this machine's loopback, a port that is not public is only for the server's own user.
 func TestPortOfAnotherUser(t *testing.T) {
 	if os.Geteuid() != 0 {
 		return // only root can ask as another user
@@ -95,11 +95,11 @@ func TestPortOfAnotherUser(t *testing.T) {
 		return string(out)
 	}
 	if out := ask(12345); !strings.HasPrefix(out, "HTTP/1.1 403 ") ||
-		!strings.Contains(out, "it is of another user of this machine. Open it as the user") {
+		!strings.Contains(out, "another user of this machine made it. Open it as the user") {
 		t.Error(out)
 	}
 	if n := sb.Connections(); n != 0 {
-		t.Errorf("who was refused keeps %d places of the sandbox' connections", n)
+		t.Errorf("refused connections keep %d of the sandbox's places", n)
 	}
 	if out := ask(0); !strings.HasSuffix(out, "secret") {
 		t.Error(out)
@@ -112,7 +112,7 @@ func TestPortOfAnotherUser(t *testing.T) {
 	}
 }
 
-// TestFullAccountAtPort: a connection for which its owner's account has no room is answered with a sentence, and kill and pause work
+// TestFullAccountAtPort: a connection for which its owner's account has no room gets a sentence that says so; kill and pause work
 // meanwhile.
 func TestFullAccountAtPort(t *testing.T) {
 	accounts := access.NewAccounts(map[access.Resource]access.Bound{access.Connections: {Total: 10, Share: 5}})
@@ -145,7 +145,7 @@ func TestFullAccountAtPort(t *testing.T) {
 	}
 }
 
-// TestPortStalls: a client that reads nothing while there is something for it is ended, and gives back what it took.
+// TestPortStalls: the connection of a client that does not read what is sent to it ends, and releases what it took.
 func TestPortStalls(t *testing.T) {
 	accounts := access.NewAccounts(map[access.Resource]access.Bound{access.Buffers: {Total: 1 << 30, Share: 1 << 30}})
 	m := newManager(t, t.TempDir(), &sandboxtest.Fake{},

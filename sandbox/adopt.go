@@ -15,9 +15,10 @@ import (
 )
 
 const (
-	// adoptTime bounds one try to adopt a sandbox.
+	// adoptTime bounds one attempt to adopt a sandbox.
 	adoptTime = 20 * time.Second
-	// A sandbox that runs but does not answer is tried adoptTries times, with a growing pause in between, before it is given up for dead.
+	// A sandbox that runs but does not respond is tried adoptTries times, with a growing pause in between, before it is put off or
+	// contained.
 	adoptTries     = 6
 	adoptPause     = 200 * time.Millisecond
 	adoptLongPause = 5 * time.Second
@@ -25,15 +26,15 @@ const (
 	// adoptWait is how long a call waits for a sandbox that is about to be adopted.
 	adoptWait = 10 * time.Second
 	adoptPoll = 20 * time.Millisecond
-	// lookTime is how long one may be locked by a server that only looks at it.
+	// lookTime is how long a server that only looks at a sandbox may keep it locked.
 	lookTime = time.Second
-	// remember is how long tombstones are kept, and forgetEvery how often old ones are looked for.
+	// remember is how long tombstones are kept; forgetEvery is how often old ones are looked for.
 	remember    = 24 * time.Hour
 	forgetEvery = 10 * time.Minute
 )
 
-// reap clears what dead servers left, and takes over what servers left on purpose: those on disk, and if this server keeps sandboxes those
-// that run, too. What cannot be looked at now is left as it is, and looked at again.
+// reap clears what dead servers left, and takes over what servers left on purpose: sandboxes on disk and, if this server keeps sandboxes,
+// also those that run. What cannot be looked at now stays as it is and is looked at again.
 func (m *Manager) reap() {
 	ticker := time.NewTicker(m.opts.RescanEvery)
 	defer ticker.Stop()
@@ -59,7 +60,7 @@ func (m *Manager) reap() {
 	}
 }
 
-// lookAtAll looks once at all sandboxes that no living server owns. Each is on its own: one that cannot be looked at does not stop the
+// lookAtAll looks once at all sandboxes that no living server owns. They are independent: one that cannot be looked at does not stop the
 // others.
 func (m *Manager) lookAtAll() {
 	ids, err := m.store.ids()
@@ -68,10 +69,10 @@ func (m *Manager) lookAtAll() {
 	}
 	var all sync.WaitGroup
 	defer all.Wait()
-	slots := make(chan struct{}, adoptAtOnce) // one that is silent must not hold up the others
+	slots := make(chan struct{}, adoptAtOnce) // a silent one must not delay the others
 	for _, id := range ids {
 		if sb := m.known(id); sb != nil && !sb.current().ended() || m.isPutOff(id) {
-			continue // of one that has ended something may be left
+			continue // an ended one is looked at, because something of it may be left
 		}
 		lock, err := m.store.orphan(id)
 		if err != nil {
@@ -82,7 +83,7 @@ func (m *Manager) lookAtAll() {
 			continue
 		}
 		r, err := m.store.load(id)
-		if err == nil && r.onDisk() { // at once: whoever asks for it meanwhile finds it locked
+		if err == nil && r.onDisk() { // at once, because calls for it find it locked meanwhile
 			m.letSleep(r, lock)
 			continue
 		}
@@ -94,9 +95,9 @@ func (m *Manager) lookAtAll() {
 	}
 }
 
-// takeOver adopts, ends or leaves alone a sandbox that nobody owns and is not on disk; err is of its record.
+// takeOver adopts, ends or leaves alone a sandbox that no server owns and that is not on disk; err is from loading its record.
 func (m *Manager) takeOver(id string, r record, err error, lock *os.File) {
-	if err != nil && !errors.Is(err, fs.ErrNotExist) { // it cannot be read now, or is of another version: not for us to end
+	if err != nil && !errors.Is(err, fs.ErrNotExist) { // it cannot be read now, or another version wrote it: this server must not end it
 		m.putOff(id, fmt.Errorf("read its state: %w", err))
 		_ = lock.Close() // it was only read
 		return
@@ -133,7 +134,7 @@ func (m *Manager) takeOver(id string, r record, err error, lock *os.File) {
 	m.bury(id, r, lock, cause)
 }
 
-// isOver says whether the life of a running sandbox is over.
+// isOver reports whether the life of a running sandbox is over.
 func (r record) isOver() bool { return r.State == Running && !time.Now().Before(r.ExpiresAt) }
 
 func (m *Manager) report(id string, err error) {
@@ -144,7 +145,7 @@ func (m *Manager) report(id string, err error) {
 	m.log.Info("adopted sandbox", "sandbox", id)
 }
 
-// adoptRunning adopts a sandbox that had a machine. It says whether it took it; else the error tells why not, and the lock is the caller's.
+// adoptRunning adopts a sandbox that had a machine. If it does not take the sandbox, err says why, and the lock is still the caller's.
 func (m *Manager) adoptRunning(r record, lock *os.File) (taken bool, err error) {
 	for try := range adoptTries {
 		if try > 0 {
@@ -174,13 +175,13 @@ func (m *Manager) adoptRunning(r record, lock *os.File) (taken bool, err error) 
 	return m.adoptWedged(r, lock, over)
 }
 
-// adoptPauseOf is how long to wait before a try.
+// adoptPauseOf returns how long to wait before an attempt.
 func adoptPauseOf(try int) time.Duration {
 	pause := min(adoptLongPause, adoptPause<<try)
 	return pause/2 + mathrand.N(pause)
 }
 
-// adoptSaved adopts a sandbox without a machine whose server died between its checkpoint, which is whole, and the note of it.
+// adoptSaved adopts a sandbox without a machine whose server died after the checkpoint was complete and before state.json said so.
 func (m *Manager) adoptSaved(r record, lock *os.File, gone error) (taken bool, err error) {
 	next := m.store.checkpoint(r.ID, r.Saves+1)
 	if _, err := os.Lstat(next); errors.Is(err, fs.ErrNotExist) {
@@ -208,7 +209,7 @@ func (m *Manager) adoptSaved(r record, lock *os.File, gone error) (taken bool, e
 	return true, err
 }
 
-// adoptWedged adopts a sandbox whose machine runs and whose agent has been silent for long: it is saved, and waits for its owner.
+// adoptWedged adopts a sandbox whose machine runs and whose agent has been silent for long: the sandbox is saved and waits for its owner.
 func (m *Manager) adoptWedged(r record, lock *os.File, over *OverError) (taken bool, err error) {
 	ctx, cancel := context.WithTimeout(m.ctx, adoptTime)
 	defer cancel()
@@ -216,7 +217,7 @@ func (m *Manager) adoptWedged(r record, lock *os.File, over *OverError) (taken b
 	if err != nil {
 		return false, err
 	}
-	_ = machine.Pipe().Close() // nobody answers there
+	_ = machine.Pipe().Close() // the agent is silent
 	if r.State == Paused {
 		if err := machine.Pause(ctx); err != nil {
 			return false, err
@@ -236,31 +237,31 @@ func (m *Manager) adoptWedged(r record, lock *os.File, over *OverError) (taken b
 	return true, nil
 }
 
-// filesOnlyMark is a file in a checkpoint that has no memory.
+// filesOnlyMark is the name of a file that marks a checkpoint without memory.
 const filesOnlyMark = "files-only"
 
 func hasMemory(dir string) bool { return !isThere(filepath.Join(dir, filesOnlyMark)) }
 
-// adopt takes over a sandbox that a server left on purpose, or in its death. Nothing has changed when it fails, and the lock is still the
-// caller's.
+// adopt takes over a sandbox that a server left on purpose or when it died. If adopt fails, it has changed nothing, and the lock is still
+// the caller's.
 func (m *Manager) adopt(r record, lock *os.File) (err error) {
 	ctx, cancel := context.WithTimeout(m.ctx, adoptTime)
 	defer cancel()
-	if r.giveSecrets() { // one of an older version has not got all
+	if r.giveSecrets() { // an older version did not make all of them
 		if err := m.store.save(r); err != nil {
 			return err
 		}
 	}
-	r.Keep = m.opts.Keep // what becomes of it at the end of this server is for this server to say
+	r.Keep = m.opts.Keep // this server decides what happens to it when this server ends
 	sb := m.newSandbox(r)
 	sb.lock = lock
 	sb.recall()
 	close(sb.booted)
 	if !r.onDisk() {
 		err := sb.rejoin(ctx)
-		if errors.Is(err, agent.ErrVersion) { // it goes on by itself; here it can be seen, and killed
+		if errors.Is(err, agent.ErrVersion) { // it runs on by itself; here it can be seen and killed
 			sb.unfit = fmt.Errorf("sandbox %s: %w: %w", r.ID, ErrUnfit, err)
-			m.log.Error("a sandbox was made by a version that this server does not speak with", "sandbox", r.ID, "error", err)
+			m.log.Error("a sandbox was made by a version that this server is not compatible with", "sandbox", r.ID, "error", err)
 		} else if err != nil {
 			sb.cancel(err)
 			return err
@@ -270,7 +271,7 @@ func (m *Manager) adopt(r record, lock *os.File) (err error) {
 	return m.enter(sb, "adopted by a new server")
 }
 
-// enter has a sandbox at hand that was not made here, and looks after it from then on.
+// enter adds a sandbox that was not made here to the Manager, which looks after it from now on.
 func (m *Manager) enter(sb *Sandbox, how string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -294,7 +295,7 @@ func (m *Manager) enter(sb *Sandbox, how string) error {
 	return nil
 }
 
-// keep has at hand what was saved of a sandbox that has failed, for a resume.
+// keep enters a failed sandbox that has a saved copy into the Manager, so that it can be resumed.
 func (m *Manager) keep(r record, lock *os.File) error {
 	ctx, cancel := context.WithTimeout(context.Background(), destroyTimeout)
 	defer cancel()
@@ -305,27 +306,27 @@ func (m *Manager) keep(r record, lock *os.File) error {
 	close(sb.booted)
 	at := r.Copy.At.UTC().Format(time.RFC3339)
 	err := m.enter(sb, "what was saved of it at "+at+" is kept, and can be resumed")
-	if errors.Is(err, ErrClosed) { // the next server has it
+	if errors.Is(err, ErrClosed) { // the next server takes it
 		return lock.Close()
 	}
 	return err
 }
 
-// tidyUp is tidy where what is left does no harm: it goes with the sandbox, and the next waking ends the machine.
+// tidyUp is tidy for callers to whom leftovers do no harm: they go with the sandbox, and the next resume ends the machine.
 func (m *Manager) tidyUp(ctx context.Context, r record) {
 	if err := m.tidy(ctx, r); err != nil {
 		m.log.Error("remove what a dead server left", "sandbox", r.ID, "error", err)
 	}
 }
 
-// tidy removes what a dead server was about to make, or to remove.
+// tidy removes what a dead server had begun to make or to remove.
 func (m *Manager) tidy(ctx context.Context, r record) error {
 	keep := ""
 	if dir := m.store.kept(r); dir != "" {
 		keep = filepath.Base(dir)
 	}
 	if r.onDisk() {
-		if err := m.opts.Runtime.Reap(ctx, m.store.path(r.ID)); err != nil { // of a waking, or a pause, that was cut off
+		if err := m.opts.Runtime.Reap(ctx, m.store.path(r.ID)); err != nil { // left by a resume or a pause that was cut off
 			return err
 		}
 	}
@@ -338,7 +339,7 @@ func (m *Manager) tidy(ctx context.Context, r record) error {
 	return err
 }
 
-// bury ends what is left of a sandbox, and makes its tombstone.
+// bury ends what is left of a sandbox and makes its tombstone.
 func (m *Manager) bury(id string, r record, lock *os.File, cause Cause) {
 	ctx, cancel := context.WithTimeout(context.Background(), destroyTimeout)
 	defer cancel()
@@ -363,7 +364,7 @@ func (m *Manager) bury(id string, r record, lock *os.File, cause Cause) {
 		}
 		sb := m.newSandbox(r)
 		sb.recall()
-		sb.meter.since = time.Time{} // nobody knows how long it has run without a server
+		sb.meter.since = time.Time{} // how long it ran without a server is not known
 		r.Totals = sb.meter.totals()
 		sb.write(LogEntry{Time: r.Changed, Level: LevelError, Source: SourceSystem, Message: string(r.State) + ": " + r.Cause})
 		sb.cancel(cause)
@@ -385,7 +386,7 @@ func (m *Manager) bury(id string, r record, lock *os.File, cause Cause) {
 	m.log.Info("reaped sandbox of a dead server", "sandbox", id, "cause", cause)
 }
 
-// leave lets go of a sandbox, which goes on, or stays on disk, without this server until the next adopts it. It reports whether it did.
+// leave gives up a sandbox, which stays as it is, running or on disk, until the next server adopts it. It reports whether it did.
 func (s *Sandbox) leave() bool {
 	s.mu.Lock()
 	if s.isLeft() {
@@ -399,7 +400,7 @@ func (s *Sandbox) leave() bool {
 	close(s.left)
 	s.mu.Unlock()
 	s.cancel(ErrClosed)
-	s.turn <- struct{}{} // a change that is under way comes to its end first; nobody has a turn after this one
+	s.turn <- struct{}{} // wait for a change that is under way; no turn is given after this one
 	s.mu.Lock()
 	client, lock, r := s.client, s.lock, s.rec
 	s.mu.Unlock()
@@ -409,7 +410,7 @@ func (s *Sandbox) leave() bool {
 	}
 	wait := s.stopPorts()
 	if client != nil {
-		_ = client.Close() // its end of the pipe is the agent's business
+		_ = client.Close() // the agent handles the end of its pipe
 	}
 	wait()
 	if err := lock.Close(); err != nil {

@@ -10,7 +10,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestAdopt: a sandbox that is kept goes on without a server, and the next one has it as it was.
+// TestAdopt: a sandbox that is kept runs on without a server, and the next server finds it unchanged.
 func TestAdopt(t *testing.T) {
 	fake, dir := &sandboxtest.Fake{}, t.TempDir()
 	keep := func(o *sandbox.Options) { o.Keep = true }
@@ -29,7 +29,7 @@ func TestAdopt(t *testing.T) {
 		t.Fatal("it did not outlive its server")
 	}
 
-	// A server that keeps none leaves it alone, and so does one that ends before it could adopt it.
+	// A server that keeps no sandboxes leaves it alone, and so does one that ends before it could adopt it.
 	other := newManager(t, dir, fake, nil)
 	gone := newManager(t, dir, fake, keep)
 	if err := errors.Join(gone.Close(), other.Close()); err != nil || fake.Running() != 1 {
@@ -112,7 +112,7 @@ func TestChanged(t *testing.T) {
 	}
 }
 
-// TestTransient: what is only to be there for its server's sake ends with it, whatever becomes of others, also when the server dies.
+// TestTransient: a transient sandbox ends with its server, even when the server dies, whatever happens to other sandboxes.
 func TestTransient(t *testing.T) {
 	for name, change := range map[string]func(*sandbox.Options){
 		"pause": func(o *sandbox.Options) { o.Keep, o.PauseOnExit = true, true }, "keep": func(o *sandbox.Options) { o.Keep = true },

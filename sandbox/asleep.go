@@ -14,7 +14,7 @@ import (
 	"soulbox.dev/soulbox/internal/durable"
 )
 
-// letSleep tidies up a sandbox on disk, and leaves it to whichever server is asked for it first. When nobody was for too long, it ends.
+// letSleep tidies up a sandbox on disk and leaves it to the first server that is asked for it. If no server was for too long, it ends.
 func (m *Manager) letSleep(r record, lock *os.File) {
 	as := fmt.Sprint(r.ID, r.Saves)
 	if _, tidied := m.tidied.Load(as); !tidied || r.Pause.Waking {
@@ -28,7 +28,7 @@ func (m *Manager) letSleep(r record, lock *os.File) {
 		m.bury(r.ID, r, lock, CauseForgotten)
 		return
 	}
-	if len(r.Ports) > 0 && r.Pause.AutoResume && m.opts.Keep { // somebody has to listen for those who wake it, and to leave it again
+	if len(r.Ports) > 0 && r.Pause.AutoResume && m.opts.Keep { // a server has to listen for the clients that wake it, and to leave it again
 		if err := m.adopt(r, lock); err != nil {
 			m.report(r.ID, errors.Join(err, lock.Close()))
 		}
@@ -37,7 +37,7 @@ func (m *Manager) letSleep(r record, lock *os.File) {
 	_ = lock.Close() // it was only looked at
 }
 
-// settle ends what a dead server had begun with a sandbox on disk: as long as its machine may be there, it keeps its memory.
+// settle ends what a dead server began with a sandbox on disk. The sandbox's memory stays promised while its machine may still exist.
 func (m *Manager) settle(r *record) error {
 	ctx, cancel := context.WithTimeout(m.ctx, adoptTime)
 	defer cancel()
@@ -50,9 +50,9 @@ func (m *Manager) settle(r *record) error {
 	return m.store.save(*r)
 }
 
-// claimAsleep takes a sandbox on disk that no server has, because it is asked for. Where that is not so it does nothing.
+// claimAsleep takes a sandbox on disk that no server has, because it is asked for. If there is no such sandbox, it does nothing.
 func (m *Manager) claimAsleep(id string) {
-	m.claiming.Lock() // two calls at once: the second finds what the first has taken
+	m.claiming.Lock() // of two calls at once, the second finds what the first has taken
 	defer m.claiming.Unlock()
 	if m.known(id) != nil {
 		return
@@ -67,7 +67,7 @@ func (m *Manager) claimAsleep(id string) {
 	}
 	r, err = m.store.load(id)
 	if err != nil || !r.onDisk() {
-		_ = lock.Close() // it is another's affair by now
+		_ = lock.Close() // another server has changed it meanwhile
 		return
 	}
 	if err := m.adopt(r, lock); err != nil {
@@ -75,7 +75,7 @@ func (m *Manager) claimAsleep(id string) {
 	}
 }
 
-// unowned lists the sandboxes on disk of an owner that no server has.
+// unowned lists an owner's sandboxes on disk that no server has.
 func (m *Manager) unowned(owner string, known map[string]bool) []Info {
 	entries, err := os.ReadDir(m.store.dir)
 	if err != nil {
@@ -97,7 +97,7 @@ func (m *Manager) unowned(owner string, known map[string]bool) []Info {
 	var list []Info
 	for try := range listTries {
 		if try > 0 && slices.ContainsFunc(asleep, func(r record) bool { _, told := m.foreign.Load(r.ID); return !told }) {
-			time.Sleep(listPause) // another server may only look at it, which does not last
+			time.Sleep(listPause) // another server may just be looking at it, which does not last
 		}
 		asleep = slices.DeleteFunc(asleep, func(r record) bool {
 			lock, err := durable.Lock(filepath.Join(m.store.path(r.ID), "lock"), false)
@@ -106,7 +106,7 @@ func (m *Manager) unowned(owner string, known map[string]bool) []Info {
 				return true
 			case errors.Is(err, syscall.EWOULDBLOCK):
 				return false
-			case err == nil: // else it is not known, and nobody is known to have it
+			case err == nil: // on any other error it is not known to have a server
 				_ = lock.Close() // it was only tried
 			}
 			m.foreign.Delete(r.ID)
@@ -120,10 +120,10 @@ func (m *Manager) unowned(owner string, known map[string]bool) []Info {
 	for _, r := range asleep {
 		m.foreign.Store(r.ID, true)
 	}
-	return list // what is left is another server's
+	return list // the rest belongs to other servers
 }
 
-// How often, and how long in between, a sandbox on disk is tried that somebody has or looks at.
+// How often, and at what interval, a sandbox on disk is tried whose lock another server holds.
 const (
 	listTries = 5
 	listPause = 10 * time.Millisecond

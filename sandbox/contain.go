@@ -15,24 +15,24 @@ import (
 )
 
 const (
-	// containTries is how often it is tried to pause a sandbox that must not go on, before it has failed. containPause is the time between
-	// the first two of them, which doubles.
+	// containTries is how many failed attempts to pause a sandbox that must not continue make it fail. containPause is the time between the
+	// first two attempts; it doubles.
 	containTries = 3
 	containPause = 5 * time.Second
-	// filesTime bounds how long the files of a sandbox that has failed may take to be saved.
+	// filesTime bounds how long saving the files of a sandbox that is about to fail may take.
 	filesTime = 2 * time.Minute
 )
 
-// Continuer is the ability of a Runtime to continue a machine whose processes were stopped from outside.
+// Continuer is implemented by a Runtime that can continue a machine whose processes were stopped from outside.
 type Continuer interface {
 	Continue(dir string) error
 }
 
-// tries counts what was tried in vain. It is safe for concurrent use.
+// tries counts failed attempts. It is safe for concurrent use.
 type tries struct {
 	mu    sync.Mutex
 	count int
-	next  time.Time // before which it is not tried again
+	next  time.Time // no attempt before this time
 }
 
 func (t *tries) reset() {
@@ -47,14 +47,14 @@ func (t *tries) due() bool {
 	return !time.Now().Before(t.next)
 }
 
-// wait has the next one wait, and counts none.
+// wait delays the next attempt without counting a failure.
 func (t *tries) wait() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.next = time.Now().Add(containPause)
 }
 
-// failed counts one more, and says whether there were enough.
+// failed counts one more failure, and reports whether that was the last attempt.
 func (t *tries) failed() (last bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -63,10 +63,11 @@ func (t *tries) failed() (last bool) {
 	return t.count >= containTries
 }
 
-// contain deals with a machine that is over its bounds or silent: relieved inside it goes on; else it is paused, to disk or where that is
-// full in memory. Only where it cannot be paused several times it has failed, with its files if they can be had.
+// contain deals with a machine that is over its bounds or silent. If ending processes inside is enough, the sandbox continues; otherwise it
+// is paused to disk, or in memory if that fails. Only if it cannot be paused several times does the sandbox fail, with its files if they
+// can be saved.
 func (s *Sandbox) contain(machine Machine, over *OverError) {
-	if over.Used <= 2*over.Limit && !s.contained.due() { // what grows on without end does not wait
+	if over.Used <= 2*over.Limit && !s.contained.due() { // a machine at more than twice its limit does not wait
 		return
 	}
 	if over.Kind == OverStopped {
@@ -80,7 +81,7 @@ func (s *Sandbox) contain(machine Machine, over *OverError) {
 		return
 	}
 	cause := over.cause()
-	s.m.log.Warn("a sandbox is paused, as it must not go on", "sandbox", s.id, "cause", cause)
+	s.m.log.Warn("a sandbox is paused, because it must not continue", "sandbox", s.id, "cause", cause)
 	o := PauseOptions{ToDisk: true, Cause: cause, forced: true, wedged: over.Kind == OverSilent}
 	err := s.pause(s.ctx, o)
 	if err == nil || !s.runs() || s.ctx.Err() != nil {
@@ -91,8 +92,8 @@ func (s *Sandbox) contain(machine Machine, over *OverError) {
 	if err = s.pause(s.ctx, o); err == nil || !s.runs() || s.ctx.Err() != nil {
 		return
 	}
-	s.m.log.Error("a sandbox that must not go on could not be paused", "sandbox", s.id, "error", err)
-	if isOfHost(err) && over.Used <= 2*over.Limit { // which says nothing of the sandbox
+	s.m.log.Error("a sandbox that must not continue could not be paused", "sandbox", s.id, "error", err)
+	if isOfHost(err) && over.Used <= 2*over.Limit { // a fault of the host says nothing about the sandbox
 		s.contained.wait()
 		return
 	}
@@ -103,7 +104,7 @@ func (s *Sandbox) contain(machine Machine, over *OverError) {
 	}
 }
 
-// isOfHost says whether an error is of the host, which has no descriptors, memory or room for the moment.
+// isOfHost reports whether an error comes from the host, which is out of descriptors, memory or disk space for the moment.
 func isOfHost(err error) bool {
 	for _, e := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.EAGAIN, syscall.EINTR, syscall.EIO, syscall.ENOSPC,
 		syscall.EDQUOT} {
@@ -114,7 +115,7 @@ func isOfHost(err error) bool {
 	return false
 }
 
-// cause is why the sandbox is paused, as its owner reads it.
+// cause is why the sandbox is paused, in words for its owner.
 func (e *OverError) cause() Cause {
 	switch e.Kind {
 	case OverMemory:
@@ -127,7 +128,7 @@ func (e *OverError) cause() Cause {
 	return CauseSilent
 }
 
-// saveFiles saves what can still be had of a sandbox that is about to fail: its files.
+// saveFiles saves what it can of a sandbox that is about to fail: its files.
 func (s *Sandbox) saveFiles() {
 	ctx, over, err := s.takeTurn(s.ctx, "save the files of")
 	if err != nil {
@@ -141,18 +142,18 @@ func (s *Sandbox) saveFiles() {
 	}
 }
 
-// savedCopy is what was saved of a sandbox.
+// savedCopy describes what was saved of a sandbox.
 type savedCopy struct {
-	Dir       string    `json:"dir"` // in the sandbox's own
+	Dir       string    `json:"dir"` // in the sandbox's directory
 	At        time.Time `json:"at"`
 	FilesOnly bool      `json:"files_only,omitempty"`
 	Size      int64     `json:"size,omitempty"` // bytes on disk
 }
 
-// copyName begins the names of copies of sandboxes that go on; those of paused ones are checkpoints.
+// copyName begins the names of copies of sandboxes that continue; copies of paused sandboxes are named checkpoint-N.
 const copyName = "copy-"
 
-// copy saves the sandbox as it is, which goes on, in place of its last copy. The caller has the turn.
+// copy saves the sandbox as it is in place of its last copy; the sandbox continues. The caller has the turn.
 func (s *Sandbox) copy(ctx context.Context, filesOnly bool) error {
 	number := s.current().Saves + 1
 	name := copyName + strconv.Itoa(number)
@@ -175,7 +176,7 @@ func (s *Sandbox) copy(ctx context.Context, filesOnly bool) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.rec.State != Running && s.rec.State != Paused || s.rec.onDisk() {
-		return s.wrong("protect") // whoever has ended it removes it all
+		return s.wrong("protect") // whoever ended it removes the copy
 	}
 	old := s.m.store.kept(s.rec)
 	r := s.rec
@@ -191,7 +192,7 @@ func (s *Sandbox) copy(ctx context.Context, filesOnly bool) error {
 	return nil
 }
 
-// afterFailure is how a sandbox that fails is kept: its last copy can be resumed; nil is not at all.
+// afterFailure is how a sandbox that fails is kept: its last copy can be resumed; nil means that there is none.
 func (r record) afterFailure(now time.Time) *pause {
 	if r.Copy == nil {
 		return nil
@@ -199,8 +200,8 @@ func (r record) afterFailure(now time.Time) *pause {
 	return &pause{Disk: true, FilesOnly: r.Copy.FilesOnly, Since: now}
 }
 
-// dropCopies removes copies that sandboxes of an owner would need only if they failed, the oldest first, until so many bytes are there.
-// Those that somebody wants to be protected keep theirs.
+// dropCopies removes copies that an owner's sandboxes would need only if they failed, the oldest first, until lack bytes are freed.
+// Sandboxes with Protect keep their copies.
 func (m *Manager) dropCopies(owner string, lack int64) {
 	var old []*Sandbox
 	for _, s := range m.all() {
@@ -226,7 +227,7 @@ func (m *Manager) dropCopies(owner string, lack int64) {
 	}
 }
 
-// dropCopy removes the last copy of a sandbox that runs, and tells how much room that makes, in bytes.
+// dropCopy removes the last copy of a running sandbox, and returns how many bytes that frees.
 func (s *Sandbox) dropCopy() (int64, error) {
 	dir, size, err := s.forgetCopy()
 	if err != nil || dir == "" {
@@ -235,7 +236,7 @@ func (s *Sandbox) dropCopy() (int64, error) {
 	return size, s.m.store.RemoveAll(dir)
 }
 
-// forgetCopy takes the last copy of a sandbox that runs off its record, and tells where it is, and its size in bytes.
+// forgetCopy removes the last copy of a running sandbox from its record, and returns the copy's directory and size in bytes.
 func (s *Sandbox) forgetCopy() (dir string, size int64, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -252,10 +253,10 @@ func (s *Sandbox) forgetCopy() (dir string, size int64, err error) {
 	return dir, size, nil
 }
 
-// relieveTime bounds how long the agent may take to end processes, and their memory to be free.
+// relieveTime bounds how long the agent may take to end processes, and how long their memory may take to be freed.
 const relieveTime = 5 * time.Second
 
-// relieve has the agent end what takes most of a machine that is over its bounds, and says whether that was enough.
+// relieve makes the agent end what takes most of a machine that is over its bounds, and reports whether that was enough.
 func (s *Sandbox) relieve(machine Machine, over *OverError) bool {
 	s.mu.Lock()
 	client := s.client
@@ -279,7 +280,7 @@ func (s *Sandbox) relieve(machine Machine, over *OverError) bool {
 		now := machine.Check()
 		var still *OverError
 		if !errors.As(now, &still) {
-			return true // if it is gone, or cannot be asked about, watch finds that out
+			return true // if the machine is gone or cannot be asked about, watch finds out
 		}
 		if still.Used > 2*still.Limit {
 			return false
@@ -288,7 +289,7 @@ func (s *Sandbox) relieve(machine Machine, over *OverError) bool {
 	return s.ctx.Err() != nil
 }
 
-// describeRelieved names what the agent has ended.
+// describeRelieved names what the agent ended.
 func describeRelieved(killed []agent.Relieved) string {
 	var texts []string
 	for _, k := range killed[:min(len(killed), 5)] {

@@ -22,7 +22,8 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// never are the addresses that no sandbox reaches: of this machine, its networks and its cloud (IANA special-purpose address registries).
+// never lists the addresses that no sandbox can reach: those of this machine, its networks and its cloud (IANA special-purpose address
+// registries).
 var never = func() (all []netip.Prefix) {
 	for _, p := range []string{
 		"0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24", "192.168.0.0/16",
@@ -34,10 +35,10 @@ var never = func() (all []netip.Prefix) {
 	return all
 }()
 
-// nat64 has the IPv4 addresses in its last four bytes (RFC 6052).
+// nat64 is the prefix of IPv6 addresses that hold an IPv4 address in their last four bytes (RFC 6052).
 var nat64 = netip.MustParsePrefix("64:ff9b::/96")
 
-// isPublic says whether an address is one of the world's.
+// isPublic reports whether an address is on the public Internet.
 func isPublic(a netip.Addr) bool {
 	a = a.Unmap().WithZone("")
 	if nat64.Contains(a) {
@@ -47,8 +48,8 @@ func isPublic(a netip.Addr) bool {
 	return a.IsValid() && !slices.ContainsFunc(never, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
-// isOwn says whether an address is one of this machine's, or of a network that it is on, as far as those are IPv6: there they are as global
-// as any other. It is asked anew each time, as they change.
+// isOwn reports whether an address belongs to this machine or, if it is IPv6, to a network that this machine is on: such addresses look as
+// global as any other. It reads the interfaces on every call, because they change.
 func isOwn(a netip.Addr) bool {
 	addrs, err := net.InterfaceAddrs()
 	if err != nil {
@@ -64,7 +65,7 @@ func isOwn(a netip.Addr) bool {
 	return false
 }
 
-// RefusePrivate is a net.Dialer's Control that connects to public addresses only.
+// RefusePrivate is a Control function for a net.Dialer that connects to public addresses only.
 func RefusePrivate(_, address string, _ syscall.RawConn) error {
 	ip, err := netip.ParseAddrPort(address)
 	if err != nil || !isPublic(ip.Addr()) || isOwn(ip.Addr()) {
@@ -73,7 +74,7 @@ func RefusePrivate(_, address string, _ syscall.RawConn) error {
 	return nil
 }
 
-// ErrRefused is of a connection that a sandbox may not make.
+// ErrRefused means that a sandbox may not make a connection.
 var ErrRefused = errors.New("the network of this sandbox does not allow it")
 
 // ProxyAddress is where the proxy of a sandbox with a network listens, on its loopback.
@@ -81,7 +82,7 @@ const ProxyAddress = "127.0.0.1:3128"
 
 const proxyPort = 3128
 
-// proxyEnv is how programs find the proxy.
+// proxyEnv is the environment by which programs find the proxy.
 func proxyEnv() map[string]string {
 	env := map[string]string{}
 	for _, name := range []string{"http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"} {
@@ -94,12 +95,12 @@ func proxyEnv() map[string]string {
 	return env
 }
 
-// Bounds of a sandbox' connections to the world.
+// Bounds of a sandbox's connections to the network.
 const (
-	maxEgress     = 256 // in the sandbox, and as many in the world
-	maxEgressIdle = 32  // in the world that may be used again
+	maxEgress     = 256 // in the sandbox, and as many on the host
+	maxEgressIdle = 32  // idle connections on the host, kept for reuse
 	maxEgressHost = 64  // to one host
-	parked        = 8   // that wait for a connection: a burst is taken at once
+	parked        = 8   // calls that wait for a connection: a burst is accepted at once
 	egressDial    = 15 * time.Second
 	egressIdle    = 5 * time.Minute
 	egressHeaders = 64 << 10
@@ -107,18 +108,18 @@ const (
 
 // egress is the proxy of a sandbox.
 type egress struct {
-	network func() (Network, context.Context) // as it is now, and until it changes
+	network func() (Network, context.Context) // the rules now, and a context that ends when they change
 	meter   *meter
 	note    func(format string, args ...any)
 	log     *slog.Logger
-	notes   *rate.Limiter // of refusals, which the guest causes
+	notes   *rate.Limiter // limits the notes about refusals, which the guest causes
 	plain   *http.Transport
-	slots   chan struct{}                                                                       // one for each connection to the world
+	slots   chan struct{}                                                                       // one for each connection to the network
 	take    func() (release func(), err error)                                                  // takes one from the owner's account
-	reach   func(ctx context.Context, d *net.Dialer, network, address string) (net.Conn, error) // (*net.Dialer).DialContext, but for tests
+	reach   func(ctx context.Context, d *net.Dialer, network, address string) (net.Conn, error) // net.Dialer.DialContext, except in tests
 }
 
-// newEgress makes a proxy; what it is for a sandbox is set by its maker.
+// newEgress makes a proxy; the caller sets the fields that depend on the sandbox.
 func newEgress() *egress {
 	e := &egress{meter: &meter{}, log: slog.New(slog.DiscardHandler), notes: rate.NewLimiter(rate.Every(10*time.Second), 10),
 		note:  func(string, ...any) {},
@@ -143,7 +144,7 @@ func (s *Sandbox) serveNetwork(ctx context.Context, client *agent.Client) {
 		take: func() (func(), error) { return s.connection(ctx, 0) }}
 	var once sync.Once
 	l.failed = func(err error) {
-		once.Do(func() { s.note(LevelWarn, "the network of this sandbox does not work, it is tried again: %v", err) })
+		once.Do(func() { s.note(LevelWarn, "the network of this sandbox does not work; it is tried again: %v", err) })
 	}
 	server := &http.Server{Handler: e, ReadHeaderTimeout: 30 * time.Second, MaxHeaderBytes: egressHeaders, IdleTimeout: time.Minute,
 		BaseContext: func(net.Listener) context.Context { return ctx },
@@ -156,14 +157,14 @@ func (s *Sandbox) serveNetwork(ctx context.Context, client *agent.Client) {
 	l.wait.Wait()
 }
 
-// parkedListener takes the connections that are made in the sandbox.
+// parkedListener accepts the connections that programs in the sandbox make to the proxy.
 type parkedListener struct {
 	ctx    context.Context
 	client *agent.Client
 	conns  chan net.Conn
-	slots  chan struct{}                      // one for each connection, whatever it is used for
+	slots  chan struct{}                      // one for each accepted connection, whatever its use
 	take   func() (release func(), err error) // takes one from the owner's account
-	failed func(error)                        // is told why there are no connections
+	failed func(error)                        // called with the reason why there are no connections
 	wait   sync.WaitGroup
 }
 
@@ -176,7 +177,7 @@ func (l *parkedListener) start() {
 	}
 }
 
-// next waits for a connection, and says whether there may be others. Where the address is somebody else's in the sandbox, it tries again.
+// next waits for a connection, and reports whether there may be more. If another program in the sandbox uses the address, next tries again.
 func (l *parkedListener) next() bool {
 	select {
 	case l.slots <- struct{}{}:
@@ -201,7 +202,7 @@ func (l *parkedListener) next() bool {
 	release, err := l.take()
 	if err != nil {
 		_, _ = io.WriteString(conn, page(http.StatusServiceUnavailable, "SoulBox: "+err.Error()+
-			".\n")) // into a buffer; one that is gone misses nothing
+			".\n")) // into a buffer; if the client is gone, nothing is lost
 		_ = conn.Close()
 		free()
 		return true
@@ -216,7 +217,7 @@ func (l *parkedListener) next() bool {
 	}
 }
 
-// slotConn gives back at its end what was taken for it, once or more often.
+// slotConn releases what was taken for the connection when it is closed; Close may be called more than once.
 type slotConn struct {
 	net.Conn
 	free func()
@@ -238,13 +239,13 @@ func (l *parkedListener) Accept() (net.Conn, error) {
 	}
 }
 
-// Close implements net.Listener; the context closes it.
+// Close implements net.Listener and does nothing: the context closes the listener.
 func (l *parkedListener) Close() error { return nil }
 
 // Addr implements net.Listener.
 func (l *parkedListener) Addr() net.Addr { return &net.TCPAddr{} }
 
-// ServeHTTP implements http.Handler: a proxy (RFC 9110, 9.3.6 and RFC 9112, 3.2.2).
+// ServeHTTP implements http.Handler as a proxy (RFC 9110, 9.3.6 and RFC 9112, 3.2.2).
 func (e *egress) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case r.Method == http.MethodConnect:
@@ -259,14 +260,14 @@ func (e *egress) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// fail says why there is no connection: to who asks for a tunnel. Who asks for a page finds that the connection ends, as with a host that
-// refuses it.
+// fail tells the client why there is no connection. If the rules refuse a plain request, fail only closes the connection, as a host that
+// refuses it would.
 func (e *egress) fail(w http.ResponseWriter, to string, tunnel bool, err error) {
 	if errors.Is(err, ErrRefused) {
 		if e.notes.Allow() {
 			e.note("a connection to %s was refused: %s", agent.Inert([]byte(to)), agent.Inert([]byte(err.Error())))
 		}
-		if !tunnel { // an answer would be taken for the host's own, and programs that ask for no more than one would call it a success
+		if !tunnel { // a response would look like the host's own, and clients that want no more than a response would call it a success
 			panic(http.ErrAbortHandler)
 		}
 		http.Error(w, "SoulBox: "+err.Error()+".", http.StatusForbidden)
@@ -307,14 +308,15 @@ func (e *egress) connect(w http.ResponseWriter, r *http.Request) {
 		_ = out.Close()
 	})
 	both.Go(func() {
-		_, _ = io.Copy(in, out) // whatever ends it, it ends
+		_, _ = io.Copy(in, out) // whichever side ends it, both end
 		_ = in.Close()
 		_ = out.Close()
 	})
 	both.Wait()
 }
 
-// dial connects to a host of the world, if that is allowed. The address is checked when it is connected to, whatever the name says by then.
+// dial connects to a host on the network, if the rules allow it. The address is checked when it is connected to, whatever the name resolves
+// to by then.
 func (e *egress) dial(ctx context.Context, _, address string) (net.Conn, error) {
 	host, port, err := net.SplitHostPort(address)
 	if err != nil {
@@ -368,10 +370,10 @@ func (e *egress) dial(ctx context.Context, _, address string) (net.Conn, error) 
 	return c, nil
 }
 
-// errCrowded is of a sandbox that has as many connections to the world as it may have.
+// errCrowded means that a sandbox has as many connections to the network as it may have.
 var errCrowded = fmt.Errorf("the sandbox has %d connections to the network, the most one may have; close some", maxEgress)
 
-// place takes what one connection to the world takes. Those that nobody uses now make room.
+// place takes what one connection to the network needs. If there is no room, idle connections are closed first.
 func (e *egress) place() (release func(), err error) {
 	if release, err = e.placeNow(); err != nil {
 		e.plain.CloseIdleConnections()
@@ -394,7 +396,7 @@ func (e *egress) placeNow() (release func(), err error) {
 	return sync.OnceFunc(func() { give(); <-e.slots }), nil
 }
 
-// worldConn is a connection to the world: what goes through it is counted, and it ends when nothing does for long.
+// worldConn is a connection to the network: it counts its bytes, and ends when nothing is transferred for egressIdle.
 type worldConn struct {
 	net.Conn
 	meter   *meter
@@ -409,9 +411,9 @@ func (c *worldConn) Close() error {
 	return c.Conn.Close()
 }
 
-// Read implements io.Reader: it comes in to the sandbox.
+// Read implements io.Reader: it counts bytes that come in to the sandbox.
 func (c *worldConn) Read(p []byte) (int, error) {
-	_ = c.SetReadDeadline(time.Now().Add(egressIdle)) // a connection that has ended says so below
+	_ = c.SetReadDeadline(time.Now().Add(egressIdle)) // if the connection has ended, the read below fails
 	n, err := c.Conn.Read(p)
 	c.meter.count(int64(n), 0)
 	return n, err
@@ -419,13 +421,13 @@ func (c *worldConn) Read(p []byte) (int, error) {
 
 // Write implements io.Writer.
 func (c *worldConn) Write(p []byte) (int, error) {
-	_ = c.SetDeadline(time.Now().Add(egressIdle)) // an answer may come when all is sent
+	_ = c.SetDeadline(time.Now().Add(egressIdle)) // of reads too: a response may come after all is sent
 	n, err := c.Conn.Write(p)
 	c.meter.count(0, int64(n))
 	return n, err
 }
 
-// CloseWrite ends what the sandbox sends.
+// CloseWrite ends the direction from the sandbox.
 func (c *worldConn) CloseWrite() error {
 	if half, ok := c.Conn.(*net.TCPConn); ok {
 		return half.CloseWrite()

@@ -18,7 +18,7 @@ import (
 	"soulbox.dev/soulbox/access"
 )
 
-// TestNetworkCheck: what is no domain and no range is refused, and the rest is put into one form.
+// TestNetworkCheck: entries that are neither a domain nor a range are refused, and the others are normalized.
 func TestNetworkCheck(t *testing.T) {
 	for in, want := range map[string]string{
 		"Example.COM": "example.com", "example.com.": "example.com", "*.Example.com": "*.example.com",
@@ -72,7 +72,7 @@ func TestNetworkCheck(t *testing.T) {
 	}
 }
 
-// TestNetworkRefuses: no spelling of an address leads to this machine, a private network, or past the list.
+// TestNetworkRefuses: no spelling of an address leads to this machine, to a private network, or past the list.
 func TestNetworkRefuses(t *testing.T) {
 	full := Network{Mode: NetworkFull}
 	list, err := Network{Mode: NetworkAllowlist, Allow: []string{"ok.example", "*.sub.example", "198.51.100.0/24"}}.check()
@@ -121,12 +121,12 @@ func TestNetworkRefuses(t *testing.T) {
 	}
 }
 
-// TestRefusedEnds: who asks the proxy for a page of a host that is blocked finds that the connection ends, and no page that a program takes
-// for the host's; who asks for a tunnel is refused one. Why is in the log.
+// TestRefusedEnds: when a client asks the proxy for a page of a blocked host, the connection ends without a page that could pass for the
+// host's; when it asks for a tunnel, it is refused one. The reason is in the log.
 func TestRefusedEnds(t *testing.T) {
 	e := newEgress()
 	e.network = func() (Network, context.Context) { return Network{Mode: NetworkAllowlist}, t.Context() }
-	said := make(chan string, 10) // each ask by a goroutine of its own
+	said := make(chan string, 10) // called from several goroutines
 	e.note = func(format string, args ...any) { said <- fmt.Sprintf(format, args...) }
 	proxy := httptest.NewServer(e)
 	defer proxy.Close()
@@ -149,8 +149,8 @@ func TestRefusedEnds(t *testing.T) {
 	}
 }
 
-// TestEgressBounds: whatever one client of the proxy asks for, the server has a bounded number of connections to the world for it, also of
-// those that nobody uses any more; a full account is told, and idle connections make room.
+// TestEgressBounds: whatever one client of the proxy asks for, the server holds a bounded number of connections to the network for it,
+// including idle ones; a full account is reported, and idle connections make room.
 func TestEgressBounds(t *testing.T) {
 	world := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "hello") }))
 	defer world.Close()
@@ -201,7 +201,7 @@ func TestEgressBounds(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if code, body := ask("more.example"); code != http.StatusOK { // idle ones make room
+	if code, body := ask("more.example"); code != http.StatusOK { // idle connections make room
 		t.Error(code, body)
 	}
 	e.plain.CloseIdleConnections()

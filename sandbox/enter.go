@@ -7,12 +7,13 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// Agent is the way into a sandbox, for the verb that the caller is about to do. One that is paused is woken, if calls are to wake it.
+// Agent returns the client for the sandbox's agent, for the verb that the caller is about to do. It wakes a paused sandbox if calls may
+// wake it.
 func (s *Sandbox) Agent(ctx context.Context, verb string) (*agent.Client, error) {
 	return s.enter(ctx, verb, true)
 }
 
-// AgentAwake is Agent for who comes back to something that he has begun: it wakes none that was paused meanwhile.
+// AgentAwake is Agent for a caller that returns to something it began earlier: it does not wake a sandbox that was paused meanwhile.
 func (s *Sandbox) AgentAwake(ctx context.Context, verb string) (*agent.Client, error) {
 	return s.enter(ctx, verb, false)
 }
@@ -50,7 +51,7 @@ func (s *Sandbox) enter(ctx context.Context, verb string, wake bool) (*agent.Cli
 	}
 }
 
-// Look is Agent for who only wants to know something of a sandbox that runs anyway: it wakes none.
+// Look is Agent for a caller that only wants to know something about a running sandbox: it wakes no sandbox.
 func (s *Sandbox) Look(verb string) (*agent.Client, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -18,40 +18,40 @@ var (
 	ErrNoSnapshot   = errors.New("no such snapshot")
 	ErrBusySnapshot = errors.New("the snapshot is in use")
 	ErrSnapshot     = errors.New("there is a snapshot of that name")
-	// ErrUnfit is of a sandbox whose agent is of a version that this server does not speak with.
-	ErrUnfit = errors.New("it was made by a version of SoulBox that this server does not speak with")
-	// ErrNoMachine is of a Runtime that finds nothing of a machine.
+	// ErrUnfit means that the sandbox's agent has a version that this server does not speak.
+	ErrUnfit = errors.New("it was made by a version of SoulBox that this server is not compatible with")
+	// ErrNoMachine is returned by a Runtime that finds nothing of a machine.
 	ErrNoMachine = errors.New("no machine runs there")
-	// ErrPutOff is of a sandbox of a dead server that this one could not take over yet.
-	ErrPutOff = errors.New("it is left as it is, as this server could not take it over yet, and tries again")
-	// ErrDamaged is of a checkpoint whose bytes are not those that were saved.
+	// ErrPutOff means that this server could not yet take over a sandbox of a dead server.
+	ErrPutOff = errors.New("this server could not take it over yet, leaves it as it is, and tries again")
+	// ErrDamaged means that a checkpoint's bytes are not those that were saved.
 	ErrDamaged = errors.New("what was saved is damaged")
-	// ErrState is behind every StateError.
+	// ErrState is what every StateError matches.
 	ErrState = errors.New("wrong state")
 	// ErrTooMuch is ErrNoRoom of a request that no other sandbox's end makes room for.
 	ErrTooMuch = fmt.Errorf("more than there is: %w", ErrNoRoom)
 )
 
-// Cause is why a sandbox has ended, as its users are told.
+// Cause says why a sandbox ended, in words for its users.
 type Cause string
 
-// The causes that the domain itself knows; a failed boot has its error as cause.
+// The causes that the domain itself knows. When a boot fails, its error is the cause.
 const (
 	CauseKilled   Cause = "killed by request"
 	CauseTimeout  Cause = "its life time was over"
 	CauseShutdown Cause = "its server has ended"
 	CauseLost     Cause = "agent lost"
 	CauseSilent   Cause = "its agent did not answer"
-	CauseIdle     Cause = "nobody used it for as long as it may be idle"
-	// CauseForgotten is of a sandbox that was paused for longer than one is kept.
+	CauseIdle     Cause = "it was not used for as long as it may be idle"
+	// CauseForgotten means that the sandbox stayed paused for longer than a paused sandbox is kept.
 	CauseForgotten Cause = "it was paused for longer than a paused sandbox is kept"
-	// CauseReclaimed is of one that was ended because others needed its room on disk, as the operator wants.
-	CauseReclaimed Cause = "it was the one that had been paused on disk for the longest time, and its room was needed"
+	// CauseReclaimed means that the sandbox was ended because others needed its room on disk and the operator allows that.
+	CauseReclaimed Cause = "it had been paused on disk for the longest time, and its room was needed"
 	CauseRequest   Cause = "by request"
-	CauseDied      Cause = "its server died while it ran, and was not to keep it"
+	CauseDied      Cause = "its server died while it ran, and it was not set to outlive its server"
 	CauseHalfMade  Cause = "its server died while it was made"
-	// CauseWedged is of one whose processes were stopped from outside for too long.
-	CauseWedged Cause = "its processes were stopped from outside, and nobody continued them"
+	// CauseWedged means that the sandbox's processes were stopped from outside for too long.
+	CauseWedged Cause = "its processes were stopped from outside and not continued"
 	CauseGone   Cause = "it was gone when a server came back to it: the host had restarted, or its runtime had crashed"
 )
 
@@ -63,13 +63,13 @@ type StateError struct {
 	ID    string
 	Verb  string
 	State State
-	Cause string    // why it is in that state, for the ended and the paused ones
+	Cause string    // why it is in that state, if it has ended or is paused
 	At    time.Time // since when
-	Wakes bool      // any call has it go on
-	Saved bool      // it has failed, and a resume starts what was saved of it
+	Wakes bool      // any call resumes it
+	Saved bool      // it has failed, and Resume starts it from what was saved
 }
 
-// Error names sandbox, verb, state and cause.
+// Error names the sandbox, the verb, the state and the cause.
 func (e *StateError) Error() string {
 	text := fmt.Sprintf("cannot %s sandbox %s: it is %s", e.Verb, e.ID, e.State)
 	if e.Cause != "" {

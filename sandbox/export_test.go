@@ -2,13 +2,13 @@ package sandbox
 
 import "time"
 
-// SetFault has the steps of a Manager's disk fail as a test wants, see disk.
+// SetFault makes the steps of a Manager's disk fail as a test wants, see durable.Disk.
 func (o *Options) SetFault(fault func(step, name string, size int) (int, error)) { o.fault = fault }
 
-// Dir is the state directory.
+// Dir returns the state directory.
 func (m *Manager) Dir() string { return m.opts.Dir }
 
-// Settled is closed when what earlier servers left has been looked at once.
+// Settled is closed once what earlier servers left has been looked at.
 func (m *Manager) Settled() <-chan struct{} { return m.settled }
 
 // ProtectNow makes the copy that is due.
@@ -20,7 +20,7 @@ func (s *Sandbox) ProtectNow() error {
 	return err
 }
 
-// ContainNow deals with what the sandbox is over, however lately that was tried.
+// ContainNow contains the sandbox at once, even if that was tried a moment ago.
 func (s *Sandbox) ContainNow(over *OverError) {
 	s.contained.mu.Lock()
 	s.contained.next = time.Time{}
@@ -31,7 +31,7 @@ func (s *Sandbox) ContainNow(over *OverError) {
 	s.contain(machine, over)
 }
 
-// AdoptWedged adopts a sandbox that no server has as one whose agent has been silent for long.
+// AdoptWedged adopts an unowned sandbox as if its agent had been silent for long.
 func (m *Manager) AdoptWedged(id string) error {
 	lock, err := m.store.orphan(id)
 	if err != nil {
@@ -44,7 +44,7 @@ func (m *Manager) AdoptWedged(id string) error {
 	return err
 }
 
-// Connections is how many connections to its ports it has.
+// Connections returns how many connections to its ports the sandbox has.
 func (s *Sandbox) Connections() int { return len(s.connSlots) }
 
 // Closing is closed when Close has begun.

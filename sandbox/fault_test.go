@@ -18,7 +18,7 @@ import (
 
 var errPower = errors.New("the power is gone")
 
-// mortal is a Runtime whose server dies: from then on it does nothing, and its machines go on.
+// mortal is a Runtime whose server dies: from then on its calls do nothing, and its machines run on.
 type mortal struct {
 	*sandboxtest.Fake
 	dead atomic.Bool
@@ -58,7 +58,7 @@ func (m *mortalMachine) Destroy(ctx context.Context) error {
 	return m.Machine.Destroy(ctx)
 }
 
-// outage counts the steps on disk, and has the power fail at one of them: half of what it writes is there.
+// outage counts the steps on disk and makes the power fail at one of them, which then writes half of its bytes.
 type outage struct {
 	mu      sync.Mutex
 	at, now int
@@ -79,8 +79,8 @@ func (o *outage) step(_, _ string, size int) (int, error) {
 	return 0, errPower
 }
 
-// TestPowerFails (issue 5, must show 5): wherever in a sandbox' life the server and the disk stop, the next server finds the state before
-// the last change or after it, and nothing else is left.
+// TestPowerFails (issue 5, must show 5): wherever in a sandbox's life the server and the disk stop, the next server finds the state before
+// or after the last change, and nothing else is left.
 func TestPowerFails(t *testing.T) {
 	for at := 1; ; at++ {
 		dir, fake := t.TempDir(), &mortal{Fake: &sandboxtest.Fake{}}
@@ -92,7 +92,7 @@ func TestPowerFails(t *testing.T) {
 		known := live(t, first)
 		fake.dead.Store(true)
 		power.mu.Lock()
-		done := power.now < power.at // it was all without it
+		done := power.now < power.at // the life ended before the outage
 		power.at = 1
 		power.mu.Unlock()
 		_ = first.Close() // it could not do anything
@@ -127,11 +127,11 @@ func faulty(dir string, runtime sandbox.Runtime, power *outage) sandbox.Options 
 	return o
 }
 
-// told is what the first server has said of its sandbox, before the last thing that it was asked.
+// told is what the first server has said about its sandbox, up to the last request before the outage.
 type told struct {
 	id       string
 	before   string
-	after    string // what it was asked for
+	after    string // the last request
 	snapshot bool
 }
 
@@ -144,7 +144,7 @@ func (k *told) do(what string, err error) bool {
 	return true
 }
 
-// live is a life with everything that is written in one.
+// live is a life in which everything that is written is written once.
 func live(t *testing.T, m *sandbox.Manager) *told {
 	k := &told{}
 	sb, err := m.Create(t.Context(), sandbox.CreateOptions{Metadata: map[string]string{"n": "0"}})
@@ -173,7 +173,7 @@ func live(t *testing.T, m *sandbox.Manager) *told {
 	return k
 }
 
-// check compares what the next server finds with what was told.
+// check compares what the next server finds with what the first one said.
 func (k *told) check(t *testing.T, at int, m *sandbox.Manager, fake *sandboxtest.Fake, dir string) {
 	t.Helper()
 	running := 0
@@ -218,8 +218,8 @@ func (k *told) check(t *testing.T, at int, m *sandbox.Manager, fake *sandboxtest
 	}
 }
 
-// TestHostFails: whichever step of the store fails once, with whatever the host says, in a sandbox' life: it has not ended, it goes on when
-// asked again, and nothing is left when it is killed.
+// TestHostFails: whichever step of the store fails once in a sandbox's life, with whatever error of the host, the sandbox does not end; the
+// next attempt succeeds, and nothing is left after a kill.
 func TestHostFails(t *testing.T) {
 	for _, fault := range []error{syscall.EMFILE, syscall.EIO, syscall.ENOSPC} {
 		t.Run(fault.Error(), func(t *testing.T) {
@@ -231,7 +231,7 @@ func TestHostFails(t *testing.T) {
 	}
 }
 
-// failAt has one step of a life fail, and tells how many there were.
+// failAt makes one step of a life fail, and returns how many steps there were.
 func failAt(t *testing.T, fault error, at int) (steps int) {
 	dir, fake := t.TempDir(), &sandboxtest.Fake{}
 	var now atomic.Int64
@@ -255,7 +255,7 @@ func failAt(t *testing.T, fault error, at int) (steps int) {
 	if fake.Running() != 0 {
 		t.Fatalf("step %d: a machine is left", at)
 	}
-	next := newManager(t, dir, fake, keep) // removes what could not be
+	next := newManager(t, dir, fake, keep) // removes what could not be removed
 	<-next.Settled()
 	noDirectories(t, dir)
 	if err := next.Close(); err != nil {
@@ -264,7 +264,7 @@ func failAt(t *testing.T, fault error, at int) (steps int) {
 	return int(now.Load())
 }
 
-// liveOn is a life in which what has failed is tried again.
+// liveOn is a life in which whatever fails is tried again.
 func liveOn(t *testing.T, m *sandbox.Manager, when string) {
 	t.Helper()
 	again := func(what string, do func() error) {

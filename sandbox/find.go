@@ -11,17 +11,17 @@ import (
 	"time"
 )
 
-// Get finds a sandbox of an owner, also one that has ended not long ago. Unknown ids, and those of others, are ErrNotFound.
+// Get finds an owner's sandbox, including one that ended not long ago. Unknown IDs, and those of other owners, are ErrNotFound.
 func (m *Manager) Get(owner, id string) (*Sandbox, error) {
 	return m.find(id, func(r record) bool { return r.Owner == owner })
 }
 
-// Any finds a sandbox of whomever. It is for callers who let nobody near it without another proof.
+// Any finds a sandbox of any owner. It is for callers that demand another proof before they use it.
 func (m *Manager) Any(id string) (*Sandbox, error) {
 	return m.find(id, func(record) bool { return true })
 }
 
-// find finds a sandbox that is the caller's: here, in its tomb, or on disk.
+// find finds a sandbox that theirs accepts: one at hand, one with a tombstone, or one on disk.
 func (m *Manager) find(id string, theirs func(record) bool) (*Sandbox, error) {
 	if sb := m.known(id); sb != nil {
 		if !theirs(sb.current()) {
@@ -48,16 +48,16 @@ func (m *Manager) find(id string, theirs func(record) bool) (*Sandbox, error) {
 	return m.awaitAdoption(id)
 }
 
-// known is a sandbox that this server has at hand; nil is none.
+// known returns a sandbox that this server has; nil if it has none with this ID.
 func (m *Manager) known(id string) *Sandbox {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.sandboxes[id]
 }
 
-// awaitAdoption finds a sandbox on disk that no server has, and waits for one that this server, which has just been started, may be about
-// to adopt. One that is locked may only be looked at by another server, which does not last; one that another server has stays unknown
-// here.
+// awaitAdoption claims a sandbox on disk that no server has, and waits for a sandbox that this server may be about to adopt because it has
+// just started. If a sandbox is locked, another server may just be looking at it, which does not last; a sandbox that another server has is
+// not found here.
 func (m *Manager) awaitAdoption(id string) (*Sandbox, error) {
 	begin := time.Now()
 	for wait := adoptWait; isThere(m.store.path(id)) && time.Since(begin) < wait; {
@@ -85,7 +85,7 @@ func (m *Manager) awaitAdoption(id string) (*Sandbox, error) {
 	return nil, ErrNotFound
 }
 
-// remembered is a sandbox that has ended, from its tombstone.
+// remembered makes an ended Sandbox from its tombstone.
 func (m *Manager) remembered(r record) *Sandbox {
 	sb := m.newSandbox(r)
 	sb.meter.sum = r.Totals
@@ -97,7 +97,7 @@ func (m *Manager) remembered(r record) *Sandbox {
 	return sb
 }
 
-// AwaitSettled waits until what earlier servers left has been looked at once, but not for long.
+// AwaitSettled waits, but not for long, until what earlier servers left has been looked at once.
 func (m *Manager) AwaitSettled(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, adoptWait)
 	defer cancel()
@@ -107,7 +107,7 @@ func (m *Manager) AwaitSettled(ctx context.Context) {
 	}
 }
 
-// all lists the sandboxes of this server, and of those that have ended the last.
+// all lists the sandboxes of this server, including the ended ones that it still keeps at hand.
 func (m *Manager) all() []*Sandbox {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -139,7 +139,7 @@ func (f Filter) selects(i Info) bool {
 	return true
 }
 
-// List lists sandboxes of an owner, the newest first.
+// List lists an owner's sandboxes, the newest first.
 func (m *Manager) List(f Filter) []Info {
 	var list []Info
 	known := map[string]bool{}

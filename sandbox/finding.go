@@ -5,23 +5,23 @@ import (
 	"fmt"
 )
 
-// Finding is what is known of a machine. Whoever asks for one decides by it, and by nothing else, whether a sandbox goes on.
+// Finding is what is known about a machine. Every decision whether a sandbox continues depends on a Finding, and on nothing else.
 type Finding int
 
 // The findings.
 const (
-	// Well is a machine of which nothing bad is known.
+	// Well means that nothing bad is known about the machine.
 	Well Finding = iota
-	// Unknown is one that could not be asked about: the host had no descriptors, no memory, no time. It is no verdict: it is asked again.
+	// Unknown means that the host could not be asked: it had no descriptors, memory or time. It is not a verdict; the host is asked again.
 	Unknown
-	// Over is one that takes more than it may, is stopped, or whose agent is silent. It is paused, with its files.
+	// Over means that the machine takes more than it may, is stopped, or has a silent agent. The sandbox is paused, with its files.
 	Over
-	// Gone is one whose processes do not exist. It alone ends a sandbox at once.
+	// Gone means that the machine's processes do not exist. Only this finding ends a sandbox at once.
 	Gone
 )
 
-// FindingOf tells what an error of Machine.Check, Runtime.Attach or the ping says of a machine. Over and Gone are said in so many words
-// (OverError, ErrNoMachine); whatever else fails is Unknown.
+// FindingOf says what an error of Machine.Check, Runtime.Attach or a ping means for the machine. Only OverError means Over and only
+// ErrNoMachine means Gone; every other error is Unknown.
 func FindingOf(err error) Finding {
 	var over *OverError
 	switch {
@@ -35,25 +35,25 @@ func FindingOf(err error) Finding {
 	return Unknown
 }
 
-// Kind is in what a machine is over its bounds.
+// Kind is the bound that a machine exceeds, or what else is wrong with it.
 type Kind string
 
 // The kinds.
 const (
 	OverMemory  Kind = "memory"  // what the sentry holds for the guest
-	OverKernel  Kind = "kernel"  // what the sentry takes for itself, for files and other objects of the guest
+	OverKernel  Kind = "kernel"  // what the sentry uses itself, for the guest's files and other objects
 	OverStopped Kind = "stopped" // a process of the machine was stopped from outside
-	OverSilent  Kind = "silent"  // the agent does not answer
+	OverSilent  Kind = "silent"  // the agent does not respond
 )
 
-// OverError says in what a machine is over its bounds.
+// OverError says which bound a machine exceeds.
 type OverError struct {
 	Kind        Kind
 	Used, Limit int64  // bytes, for OverMemory and OverKernel
-	Detail      string // what it took that for, if that is known, such as "150,000 open files"
+	Detail      string // what the memory is used for, if that is known, such as "150,000 open files"
 }
 
-// Error tells the finding as the owner reads it.
+// Error describes the finding in words for the owner.
 func (e *OverError) Error() string {
 	detail := ""
 	if e.Detail != "" {

@@ -16,11 +16,11 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// hostFaults are what the host says when it cannot be asked: never a verdict on a sandbox.
+// hostFaults are errors of a host that cannot be asked: never a verdict on a sandbox.
 var hostFaults = []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.EAGAIN, syscall.EINTR, syscall.EIO, syscall.ENOSPC,
 	context.DeadlineExceeded}
 
-// TestUnknown: a machine that cannot be asked about goes on, and is looked after again.
+// TestUnknown: a machine that cannot be asked about continues, and is looked after again.
 func TestUnknown(t *testing.T) {
 	for _, fault := range hostFaults {
 		t.Run(fault.Error(), func(t *testing.T) {
@@ -34,14 +34,14 @@ func TestUnknown(t *testing.T) {
 			if info := sb.Info(); info.State != sandbox.Running {
 				t.Fatalf("%+v", info)
 			}
-			fake.Sicken(sandbox.ErrNoMachine) // which is a verdict
+			fake.Sicken(sandbox.ErrNoMachine) // this is a verdict
 			sandboxtest.Eventually(t, "it is gone", func() bool { return sb.Info().State == sandbox.Failed && fake.Running() == 0 })
 		})
 	}
 }
 
-// TestOver: what takes more than it may is paused to disk with a cause, where that cannot be had in memory, and has failed only where it
-// cannot be paused at all.
+// TestOver: a sandbox that takes more than it may is paused to disk with a cause, or in memory if that fails; it fails only if it cannot be
+// paused at all.
 func TestOver(t *testing.T) {
 	over := &sandbox.OverError{Kind: sandbox.OverKernel, Used: 640 << 20, Limit: 512 << 20, Detail: "150,000 open files"}
 	const took, advice = "its kernel took 640 MB for ", ", limit 512 MB; resume it with more memory, or delete files and close connections"
@@ -78,8 +78,7 @@ func TestOver(t *testing.T) {
 	}
 }
 
-// TestSilent: a machine whose agent does not answer is saved. It is resumed as it was, and where that is silent again its files are booted
-// anew.
+// TestSilent: a machine whose agent is silent is saved. It is resumed with its memory; if its agent is silent again, its files are booted.
 func TestSilent(t *testing.T) {
 	for _, deaf := range []bool{false, true} {
 		silent(t, deaf)
@@ -106,7 +105,7 @@ func silent(t *testing.T, deaf bool) {
 	}
 }
 
-// TestStopped: one that is stopped from outside is told of, and goes on when it is continued; in the end it is saved.
+// TestStopped: a machine that is stopped from outside is reported, and runs again when it is continued; in the end it is saved.
 func TestStopped(t *testing.T) {
 	fake := &sandboxtest.Fake{}
 	m := newManager(t, t.TempDir(), fake, func(o *sandbox.Options) { o.WedgedAfter = 2 * time.Second })
@@ -118,9 +117,9 @@ func TestStopped(t *testing.T) {
 		}
 	}
 	fake.Sicken(&sandbox.OverError{Kind: sandbox.OverStopped})
-	sandboxtest.Eventually(t, "it is told of", says("was stopped from outside"))
+	sandboxtest.Eventually(t, "it is reported", says("was stopped from outside"))
 	fake.Sicken(nil)
-	sandboxtest.Eventually(t, "it goes on", says("were continued"))
+	sandboxtest.Eventually(t, "it runs again", says("were continued"))
 	if info := sb.Info(); info.State != sandbox.Running {
 		t.Fatalf("%+v", info)
 	}
@@ -131,7 +130,7 @@ func TestStopped(t *testing.T) {
 	}
 }
 
-// TestRelink: a pipe that has ended is no end of a machine whose processes are there.
+// TestRelink: the end of a pipe is not the end of a machine whose processes exist.
 func TestRelink(t *testing.T) {
 	fake, dir := &sandboxtest.Fake{}, t.TempDir()
 	m := newManager(t, dir, fake, nil)
@@ -142,7 +141,7 @@ func TestRelink(t *testing.T) {
 	}
 	sandboxtest.Run(t, client, "true")
 	fake.Cut(filepath.Join(dir, "sandboxes", sb.ID()))
-	sandboxtest.Eventually(t, "its agent is met anew", func() bool {
+	sandboxtest.Eventually(t, "its agent is reconnected", func() bool {
 		again, err := sb.Agent(t.Context(), "use")
 		return err == nil && again != client
 	})
@@ -153,7 +152,7 @@ func TestRelink(t *testing.T) {
 	sandboxtest.Run(t, again, "true")
 }
 
-// TestProtect: what has failed is resumed from its last copy, which says what is missing; a copy is made only where something has changed.
+// TestProtect: a failed sandbox is resumed from its last copy, and Notice says what is missing; a copy is made only if something changed.
 func TestProtect(t *testing.T) {
 	fake, dir := &sandboxtest.Fake{}, t.TempDir()
 	m := newManager(t, dir, fake, keep)
@@ -192,7 +191,7 @@ func TestProtect(t *testing.T) {
 	}
 	fake.Crash(filepath.Join(dir, "sandboxes", sb.ID()))
 	sandboxtest.Eventually(t, "it has failed", func() bool { return sb.Info().State == sandbox.Failed && fake.Running() == 0 })
-	for range 2 { // here, and by the next server
+	for range 2 { // by this server and by the next
 		sandboxtest.Eventually(t, "it is at hand", func() bool {
 			sb, err = m.Get("", info.ID)
 			return err == nil && sb.Info().OnDisk && !sb.Gone()
@@ -223,8 +222,8 @@ func TestProtect(t *testing.T) {
 	noDirectories(t, dir)
 }
 
-// TestFaultyStart: a server that starts while the host cannot be asked leaves every sandbox as it is, says so, and has it when the fault is
-// over.
+// TestFaultyStart: a server that starts while the host cannot be asked leaves every sandbox as it is, says so, and has it after the fault
+// is over.
 func TestFaultyStart(t *testing.T) {
 	for _, step := range []string{"list", "lock", "read", "create", "attach"} {
 		for _, fault := range hostFaults {

@@ -10,8 +10,8 @@ import (
 	"syscall"
 )
 
-// Images are the IDs of the templates that sandboxes and snapshots of all servers need, also those that are on disk. What cannot be read is
-// an error: nobody knows what it needs.
+// Images returns the IDs of the templates that the sandboxes and snapshots of all servers need, including sandboxes on disk. If a state
+// file cannot be read, that is an error, because what it needs is not known.
 func (m *Manager) Images() (map[string]bool, error) {
 	needed := map[string]bool{}
 	for dir, file := range map[string]string{m.store.dir: "state.json", m.store.snapshots: "snapshot.json"} {

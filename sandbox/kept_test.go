@@ -16,10 +16,10 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// hasNoMore are a host's answers that say nothing of a sandbox.
+// hasNoMore are errors of the host that say nothing about a sandbox.
 var hasNoMore = []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.ENOSPC, syscall.EIO}
 
-// TestNothingToPauseBy: a sandbox that must not go on, and cannot be paused for want of something on the host, has not failed, however
+// TestNothingToPauseBy: a sandbox that must not continue, and cannot be paused because the host lacks something, does not fail, however
 // often that is tried.
 func TestNothingToPauseBy(t *testing.T) {
 	for _, fault := range hasNoMore {
@@ -39,7 +39,7 @@ func TestNothingToPauseBy(t *testing.T) {
 	}
 }
 
-// TestFrozenOnFullDisk: a sandbox that must not go on is frozen also where the disk has no room for its state.
+// TestFrozenOnFullDisk: a sandbox that must not continue is frozen even if the disk has no room for its state.
 func TestFrozenOnFullDisk(t *testing.T) {
 	fake := &sandboxtest.Fake{FailSave: syscall.ENOSPC}
 	var full atomic.Bool
@@ -63,13 +63,13 @@ func TestFrozenOnFullDisk(t *testing.T) {
 	}
 }
 
-// TestTimeOverAndNoPause: a sandbox whose time is over, and that cannot be paused, is not killed; that is tried again.
+// TestTimeOverAndNoPause: a sandbox whose time is over and that cannot be paused is not killed; the pause is tried again.
 func TestTimeOverAndNoPause(t *testing.T) {
 	fake := &sandboxtest.Fake{FailSave: syscall.ENOSPC, FailPause: syscall.EMFILE}
 	sb := create(t, newManager(t, t.TempDir(), fake, nil),
 		sandbox.CreateOptions{Times: sandbox.Times{Life: time.Second, OnTimeout: sandbox.ActionPause}})
 	sandboxtest.Eventually(t, "it is said", func() bool {
-		page, err := sb.Logs(sandbox.LogQuery{Text: "could not be paused: it goes on"})
+		page, err := sb.Logs(sandbox.LogQuery{Text: "could not be paused: it runs on"})
 		return err == nil && len(page.Entries) > 0
 	})
 	if info := sb.Info(); info.State != sandbox.Running || fake.Running() != 1 {
@@ -77,7 +77,7 @@ func TestTimeOverAndNoPause(t *testing.T) {
 	}
 }
 
-// TestThawedWithoutSession: a sandbox whose session was lost, and that was frozen for that, has an agent again when it is resumed.
+// TestThawedWithoutSession: a sandbox that was frozen because its session was lost has a session again after its resume.
 func TestThawedWithoutSession(t *testing.T) {
 	t.Parallel()
 	fake, dir := &sandboxtest.Fake{FailSave: syscall.ENOSPC}, t.TempDir()
@@ -100,8 +100,8 @@ func answers(t *testing.T, sb *sandbox.Sandbox) {
 	})
 }
 
-// TestAdoptWedged: a sandbox whose agent was silent to the new server is saved, and where that cannot be, it is frozen, and its agent is
-// met when it is resumed.
+// TestAdoptWedged: a sandbox whose agent was silent to the new server is saved; if it cannot be saved, it is frozen, and its agent is
+// reconnected when it is resumed.
 func TestAdoptWedged(t *testing.T) {
 	for _, fault := range []error{nil, syscall.ENOSPC} {
 		for _, frozen := range []bool{false, true} {
@@ -115,7 +115,7 @@ func TestAdoptWedged(t *testing.T) {
 				t.Fatal(err)
 			}
 			fake.FailSave = fault
-			second := newManager(t, dir, fake, nil) // which takes over none by itself
+			second := newManager(t, dir, fake, nil) // it adopts none by itself
 			<-second.Settled()
 			if err := second.AdoptWedged(id); err != nil {
 				t.Fatal(err)
@@ -135,7 +135,7 @@ func TestAdoptWedged(t *testing.T) {
 	}
 }
 
-// stubborn is a Runtime whose machines are ended as a test wants.
+// stubborn is a Runtime whose machines end as a test wants.
 type stubborn struct {
 	*sandboxtest.Fake
 	end func() error
@@ -158,7 +158,7 @@ func (m *stubbornMachine) Destroy(ctx context.Context) error {
 	return m.Machine.Destroy(ctx)
 }
 
-// failing creates a sandbox that has a copy, and has it fail.
+// failing creates a sandbox that has a copy, and makes it fail.
 func failing(t *testing.T, m *sandbox.Manager, fake *sandboxtest.Fake) *sandbox.Sandbox {
 	t.Helper()
 	sb := create(t, m, sandbox.CreateOptions{Protect: sandbox.Protect{Every: time.Hour, Memory: true}})
@@ -169,7 +169,7 @@ func failing(t *testing.T, m *sandbox.Manager, fake *sandboxtest.Fake) *sandbox.
 	return sb
 }
 
-// TestCloseAtFailure: a server that is closed while a sandbox fails that has a copy comes to its end, and the next one has the copy.
+// TestCloseAtFailure: a server that is closed while a sandbox with a copy fails comes to its end, and the next server has the copy.
 func TestCloseAtFailure(t *testing.T) {
 	fake, dir := &sandboxtest.Fake{}, t.TempDir()
 	ending, goOn := make(chan struct{}, 10), make(chan struct{})
@@ -195,7 +195,7 @@ func TestCloseAtFailure(t *testing.T) {
 	}
 }
 
-// TestFailsUnended: a sandbox that has failed, and what is left of whose machine cannot be removed at once, can be resumed when it can.
+// TestFailsUnended: a failed sandbox whose machine cannot be removed at once can be resumed as soon as it can.
 func TestFailsUnended(t *testing.T) {
 	fake := &sandboxtest.Fake{}
 	var faulty atomic.Bool
@@ -217,7 +217,7 @@ func TestFailsUnended(t *testing.T) {
 	faulty.Store(false)
 }
 
-// TestStaleCheckpoint: a checkpoint of a pause that failed, and that could not be removed, is in nobody's way.
+// TestStaleCheckpoint: a checkpoint of a failed pause that could not be removed does no harm.
 func TestStaleCheckpoint(t *testing.T) {
 	m := newManager(t, t.TempDir(), &sandboxtest.Fake{}, nil)
 	sb := create(t, m, sandbox.CreateOptions{})
@@ -236,14 +236,14 @@ func TestStaleCheckpoint(t *testing.T) {
 	}
 }
 
-// TestStrangersLeaveNothing: connections that are refused take no place from those that are not.
+// TestStrangersLeaveNothing: refused connections take no place from others.
 func TestStrangersLeaveNothing(t *testing.T) {
 	sb := create(t, newManager(t, t.TempDir(), &sandboxtest.Fake{}, nil), sandbox.CreateOptions{})
 	port, err := sb.Expose(4321, false)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for range 100 { // whose it was cannot be told of one that is closed
+	for range 100 { // the owner of a closed connection is not known
 		conn, err := net.Dial("tcp", port.Address())
 		if err != nil {
 			if strings.Contains(err.Error(), "refused") {

@@ -2,7 +2,7 @@ package sandbox
 
 import "time"
 
-// postponed is a sandbox of a dead server that could not be taken over.
+// postponed is a sandbox of a dead server that could not be taken over yet.
 type postponed struct {
 	since, next time.Time
 	pause       time.Duration
@@ -12,8 +12,7 @@ type postponed struct {
 // putOffLongest is the longest time between two tries.
 const putOffLongest = time.Minute
 
-// putOff leaves a sandbox as it is that cannot be looked at or taken over now, until it is tried again. The owner of the server is told
-// once.
+// putOff leaves a sandbox that cannot be looked at or taken over now as it is, until the next try. The operator is told once.
 func (m *Manager) putOff(id string, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -35,14 +34,14 @@ func (m *Manager) isPutOff(id string) bool {
 	return time.Now().Before(m.later[id].next)
 }
 
-// putOffSince is since when a sandbox could not be taken over; zero is not at all.
+// putOffSince returns since when a sandbox could not be taken over; zero if it is not put off.
 func (m *Manager) putOffSince(id string) time.Time {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.later[id].since
 }
 
-// whyPutOff is why a sandbox could not be taken over; nil is none that could not.
+// whyPutOff returns why a sandbox could not be taken over; nil if it is not put off.
 func (m *Manager) whyPutOff(id string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()

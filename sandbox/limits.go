@@ -1,10 +1,10 @@
 package sandbox
 
-// leastKernel is what the kernel of the smallest sandbox may take: about 90,000 files.
+// leastKernel is what the kernel of the smallest sandbox may use: enough for about 90,000 files.
 const leastKernel = 256 << 20
 
-// Kernel tells how much memory the sandbox's kernel may take for itself, in bytes: KernelMemory, by default five eighths of
-// Memory: about 200,000 files at 1 GiB.
+// Kernel returns how much memory the sandbox's kernel may use itself, in bytes: KernelMemory, or by default five eighths of Memory, which
+// at 1 GiB is enough for about 200,000 files.
 func (l Limits) Kernel() int64 {
 	if l.KernelMemory > 0 {
 		return l.KernelMemory
@@ -12,18 +12,18 @@ func (l Limits) Kernel() int64 {
 	return max(leastKernel, l.Memory/8*5)
 }
 
-// fits says whether what was saved with these limits goes on with others: the kernel's own memory may be another.
+// fits reports whether a sandbox that was saved with these limits can be resumed with others: only KernelMemory may differ.
 func (l Limits) fits(other Limits) bool {
 	l.KernelMemory, other.KernelMemory = 0, 0
 	return l == other
 }
 
-// promisedPart is the part of the kernel's default that is promised: few sandboxes have so many files and connections that they need it
-// all.
+// promisedPart is the divisor of the kernel's default that gives the memory promised for it: few sandboxes have so many files and
+// connections that they need all of the default.
 const promisedPart = 4
 
-// promised is the memory of the host that a sandbox with these limits is promised, in bytes: of its kernel's what is asked for, else a part
-// of the default.
+// promised is the host memory that a sandbox with these limits is promised, in bytes: Memory, and for its kernel all of KernelMemory if
+// that was asked for, else a part of the default.
 func (l Limits) promised() int64 {
 	if l.KernelMemory > 0 {
 		return l.Memory + l.KernelMemory
@@ -31,7 +31,7 @@ func (l Limits) promised() int64 {
 	return l.Memory + l.Kernel()/promisedPart
 }
 
-// grown are the limits with more memory. What is saved with its memory keeps its limit: the rest is its kernel's.
+// grown returns the limits with more memory. If the sandbox was saved with its memory (whole), Memory stays and the kernel gets the rest.
 func (l Limits) grown(memory int64, whole bool) Limits {
 	switch {
 	case memory == 0:

@@ -19,7 +19,7 @@ import (
 	"soulbox.dev/soulbox/internal/durable"
 )
 
-// Level is how grave a log entry is.
+// Level is the severity of a log entry.
 type Level string
 
 // The levels, and the sources of entries.
@@ -29,12 +29,12 @@ const (
 	LevelWarn  Level = "warn"
 	LevelError Level = "error"
 
-	SourceSystem  = "system"  // the sandbox itself
+	SourceSystem  = "system"  // about the sandbox itself
 	SourceProcess = "process" // starts and ends of processes
 	SourceBuild   = "build"
 )
 
-// Levels are all levels, the least grave first.
+// Levels lists all levels, the least severe first.
 func Levels() []Level { return []Level{LevelDebug, LevelInfo, LevelWarn, LevelError} }
 
 const (
@@ -54,13 +54,13 @@ type LogEntry struct {
 	Message string    `json:"message"`
 }
 
-// journal is a file of JSON lines that is bounded by its size: when it is full it becomes the older one, whose predecessor goes. It is safe
-// for concurrent use.
+// journal is a file of JSON lines of bounded size: when it is full, it replaces the older file, and a new one begins. It is safe for
+// concurrent use.
 type journal struct {
 	mu   sync.Mutex
 	seq  int64 // of the last entry
 	size int64 // of the file
-	know bool  // seq and size are those of the file
+	know bool  // seq and size are known
 }
 
 // append adds an entry to the log in dir.
@@ -93,7 +93,7 @@ func (j *journal) append(d durable.Disk, dir string, e LogEntry) error {
 	return nil
 }
 
-// open finds where the file ends. j.mu is held.
+// open finds the size and the last entry of the file. j.mu is held.
 func (j *journal) open(dir string) error {
 	if j.know {
 		return nil
@@ -126,7 +126,7 @@ func (j *journal) open(dir string) error {
 	return nil
 }
 
-// eachLine reads a file line by line; one that is longer than any of ours ends it.
+// eachLine reads a file line by line. A line longer than maxLogLine, which SoulBox never writes, is an error.
 func eachLine(name string, each func([]byte) error) error {
 	f, err := os.Open(name)
 	if err != nil {
@@ -146,7 +146,7 @@ func eachLine(name string, each func([]byte) error) error {
 			continue
 		}
 		if errors.Is(err, io.EOF) {
-			if len(line) > 0 { // it was cut off; what is there may be whole all the same
+			if len(line) > 0 { // it was cut off, but may be complete without its newline
 				return each(line)
 			}
 			return nil
@@ -155,7 +155,7 @@ func eachLine(name string, each func([]byte) error) error {
 	}
 }
 
-// record adds to the log, and tells those who wait for a change. s.mu is held.
+// record adds to the log and announces a change of the sandbox. s.mu is held.
 func (s *Sandbox) record(format string, args ...any) {
 	s.write(LogEntry{Time: time.Now(), Level: LevelInfo, Source: SourceSystem, Message: fmt.Sprintf(format, args...)})
 	s.tellChange()
@@ -172,7 +172,7 @@ func (s *Sandbox) note(level Level, format string, args ...any) {
 	s.tellChange()
 }
 
-// tellChange tells those who wait for a change. s.mu is held.
+// tellChange announces a change. s.mu is held.
 func (s *Sandbox) tellChange() {
 	if s.changed != nil {
 		close(s.changed)
@@ -186,7 +186,7 @@ func (s *Sandbox) write(e LogEntry) {
 	}
 }
 
-// noteEvents adds what has happened to processes.
+// noteEvents adds what happened to processes.
 func (s *Sandbox) noteEvents(events []agent.Event) {
 	if len(events) == 0 {
 		return
@@ -237,7 +237,7 @@ func quantity(n int, name string) string {
 	return fmt.Sprintf("%d processes (%s and others) were", n, name)
 }
 
-// plain is a word of the guest's that stays on its line.
+// plain makes a word from the guest harmless and keeps it on one line.
 func plain(word string) string {
 	return strings.ReplaceAll(agent.Inert(agent.Whole([]byte(word[:min(len(word), 200)]))), "\n", `\x0a`)
 }
@@ -245,24 +245,24 @@ func plain(word string) string {
 // LogQuery selects log entries; zero values select all.
 type LogQuery struct {
 	Since, Until time.Time
-	Level        Level  // that grave, or more
+	Level        Level  // at least this severe
 	Source       string // one of the sources
-	Text         string // is in the message
-	After        int64  // the Seq of the last entry that is known
-	Limit        int    // the first so many after After; without After the last so many, unless First is set; default 100
+	Text         string // contained in the message
+	After        int64  // the Seq of the last entry that the caller knows
+	Limit        int    // at most that many: the first after After; without After the last, unless First is set; default 100
 	First        bool
 }
 
 const maxLogLimit = 1000
 
-// LogPage is what a query gives, the oldest first.
+// LogPage is the result of a query, the oldest entry first.
 type LogPage struct {
 	Entries []LogEntry
-	More    bool  // there are some that the limit has left out
-	Last    int64 // After for what comes later
+	More    bool  // the limit left out some
+	Last    int64 // the After for later entries
 }
 
-// Logs tells what has happened to the sandbox.
+// Logs returns log entries of the sandbox.
 func (s *Sandbox) Logs(q LogQuery) (LogPage, error) {
 	page := LogPage{Entries: []LogEntry{}, Last: q.After}
 	if q.Limit <= 0 || q.Limit > maxLogLimit {
@@ -294,7 +294,7 @@ func (s *Sandbox) Logs(q LogQuery) (LogPage, error) {
 	return page, nil
 }
 
-// eachRemembered reads the lines of a file of the sandbox, wherever it is by now, and of the older one before it.
+// eachRemembered reads the lines of a file of the sandbox, wherever it is by now, after those of the older file.
 func (s *Sandbox) eachRemembered(name string, each func([]byte) error) error {
 	dir := s.m.store.path(s.id)
 	if !isThere(filepath.Join(dir, "state.json")) {

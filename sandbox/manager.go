@@ -24,61 +24,60 @@ type Options struct {
 	Dir       string // where state is kept; made if missing; required
 	Runtime   Runtime
 	Templates Templates
-	NoNetwork bool // no sandbox has a network, whatever is asked for
+	NoNetwork bool // no sandbox gets a network, whatever is asked for
 	Log       *slog.Logger
 	Version   string // told to agents
-	Times     Times  // of sandboxes that ask for none; default DefaultLifetime, and then a kill
-	Defaults  Limits // of sandboxes that ask for none; default DefaultLimits
+	Times     Times  // for sandboxes that ask for none; default DefaultLifetime, then kill
+	Defaults  Limits // for sandboxes that ask for none; default DefaultLimits
 	// MemoryBudget bounds the sum of all sandboxes' memory limits, in bytes; default 80 % of the machine.
 	MemoryBudget int64
-	// BootTimeout bounds the time until a new sandbox' agent answers; default 60 s.
+	// BootTimeout bounds the time until a new sandbox's agent responds; default 60 s.
 	BootTimeout time.Duration
-	// Protect is how sandboxes are protected that ask for nothing; default not at all.
+	// Protect is how sandboxes are protected that ask for nothing; by default they are not.
 	Protect Protect
-	// RescanEvery is how often a server looks for sandboxes that others have left; default 5 s.
+	// RescanEvery is how often the server looks for sandboxes that other servers left; default 5 s.
 	RescanEvery time.Duration
-	// WedgedAfter is how long a machine may be stopped from outside before it is continued and saved; default a minute.
+	// WedgedAfter is how long a machine may stay stopped from outside before it is continued and saved; default a minute.
 	WedgedAfter time.Duration
-	// PingEvery is how often agents are asked whether they answer; default 10 s. PingTime is how long one may be silent
-	// (agent.Client.Patience); default agent.Silence.
+	// PingEvery is how often agents are pinged; default 10 s. PingTime is how long an agent may be silent (agent.Client.Patience); default
+	// agent.Silence.
 	PingEvery, PingTime time.Duration
 	// MaxPerOwner bounds the living sandboxes of one owner; default 100.
 	MaxPerOwner int
-	// Keep says that sandboxes outlive the server: Close leaves them, running or with PauseOnExit on disk, and the next server adopts them.
-	// Those on disk always outlive it.
+	// Keep says that sandboxes outlive the server: Close leaves them running, or on disk if PauseOnExit is set, and the next server adopts
+	// them. Sandboxes on disk always outlive the server.
 	Keep, PauseOnExit bool
 	// PausedFor is how long a paused sandbox is kept; default 7 days.
 	PausedFor time.Duration
-	// DiskBudget bounds all checkpoints and snapshots, in bytes; zero is what the disk has. Reclaim says that where there is no room the
-	// sandboxes that have been on disk for the longest time are ended; otherwise nothing more is saved.
+	// DiskBudget bounds the size of all checkpoints and snapshots, in bytes; zero means no bound but the disk. With Reclaim, when there is
+	// no room, the sandboxes that have been on disk for the longest time are ended; otherwise nothing more is saved.
 	DiskBudget int64
 	Reclaim    bool
-	// MaxTasks bounds the tasks of the host that one sandbox is promised, about two for each process of its limit; default half of
-	// MachineTasks.
+	// MaxTasks bounds the host tasks that one sandbox is promised, about two for each process of its limit; default half of MachineTasks.
 	MaxTasks int64
-	// Accounts are what owners use of the server's own resources; nil has no bounds.
+	// Accounts count what owners use of the server's own resources; nil means no bounds.
 	Accounts *access.Accounts
 	// ConnWait is how long a connection or a request waits for room in its owner's account; default 30 s.
 	ConnWait time.Duration
-	// StallTime is how long the other side of a connection to a port may read nothing while there is something for it; default 60 s.
+	// StallTime is how long the client of an exposed port may read nothing while there is data for it; default 60 s.
 	StallTime time.Duration
 	// Listen listens for exposed ports; default net.Listen.
 	Listen func(network, address string) (net.Listener, error)
-	// SampleEvery is how often it is measured what a sandbox uses; default 5 s.
+	// SampleEvery is how often a sandbox's usage is measured; default 5 s.
 	SampleEvery time.Duration
-	// Changed is told of every change of a sandbox. It is called with locks held: it must neither block nor call back.
+	// Changed is called after every change of a sandbox, with locks held: it must neither block nor call back.
 	Changed func(Info)
-	// Observe is told how long a create, pause, resume, snapshot, fork or ping took and how it ended. It must not block.
+	// Observe is called with how long a create, pause, resume, snapshot, fork or ping took and how it ended. It must not block.
 	Observe func(what string, took time.Duration, err error)
 
-	fault func(step, name string, size int) (int, error) // of tests, see disk
+	fault func(step, name string, size int) (int, error) // for tests, see durable.Disk
 }
 
 const (
 	checkEvery     = 500 * time.Millisecond
 	destroyTimeout = 20 * time.Second
-	exitTime       = 30 * time.Second // to be paused at the end of its server
-	endedKept      = 100              // ended sandboxes that are at hand without their tombstones
+	exitTime       = 30 * time.Second // for a sandbox to be paused when its server ends
+	endedKept      = 100              // ended sandboxes kept in Manager.sandboxes, so that they need no look at their tombstones
 	maxMetadata    = 64
 	maxMetadataLen = 1024
 	maxEnvValue    = 100_000
@@ -99,20 +98,20 @@ type Manager struct {
 	closed    bool
 	sandboxes map[string]*Sandbox
 	ended     []string   // ids of ended sandboxes in sandboxes, oldest first
-	room      sync.Mutex // held while memory is promised, so that two creations do not take the same
+	room      sync.Mutex // held while memory is promised, so that two creations do not take the same memory
 	inUse     map[string]int
-	past      Totals // of sandboxes that are not in sandboxes any more
+	past      Totals // of sandboxes that are no longer in sandboxes
 	settled   chan struct{}
 	later     map[string]postponed // sandboxes of dead servers that could not be taken over
-	// tidied are ids of sandboxes that nobody owns and that were looked at.
+	// tidied has the IDs of unowned sandboxes that have been tidied up.
 	tidied sync.Map
-	// foreign are ids of sandboxes on disk that another server was found to have.
+	// foreign has the IDs of sandboxes on disk that another server was found to have.
 	foreign  sync.Map
-	claiming sync.Mutex   // held while a sandbox on disk is taken
-	saving   atomic.Int64 // bytes of the checkpoints that are being made
+	claiming sync.Mutex   // held while a sandbox on disk is claimed
+	saving   atomic.Int64 // bytes of the checkpoints being made
 }
 
-// NewManager opens the state directory and begins to reap what dead servers left in it.
+// NewManager opens the state directory and starts to reap what dead servers left in it.
 func NewManager(opts Options) (*Manager, error) {
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
@@ -165,22 +164,23 @@ func (l Limits) or(d Limits) Limits {
 		KernelMemory: cmp.Or(l.KernelMemory, d.KernelMemory)}
 }
 
-// Limits are what a sandbox has that asks for some.
+// Limits fills in the default for each limit that is not set.
 func (m *Manager) Limits(l Limits) Limits { return l.or(m.opts.Defaults) }
 
 // CreateOptions describe a new sandbox; zero values mean the defaults.
 type CreateOptions struct {
-	Owner    string // whose it is; nobody else finds it. "" is the user of this machine
-	Template string // or the name of a snapshot of the owner's
-	// Base is begun from instead of what Template names; one that is not a template yet has no name that anybody else uses.
+	Owner    string // the owner; only the owner finds it. "" is the user of this machine
+	Template string // or the name of one of the owner's snapshots
+	// Base is what the sandbox begins from, instead of Template. If it is not a template yet, it must have a name that no other template
+	// uses.
 	Base *Template
-	// Transient has the sandbox end with its server, whatever becomes of others.
+	// Transient ends the sandbox with its server, even if the server keeps other sandboxes.
 	Transient bool
 	Metadata  map[string]string
-	Env       map[string]string // of every process; only the sandbox itself knows it, and its files and checkpoints
-	Limits    Limits            // what begins with the memory of a snapshot has the snapshot's
+	Env       map[string]string // of every process; it is only in the sandbox itself, its files and its checkpoints
+	Limits    Limits            // a sandbox that begins with a snapshot's memory has the snapshot's limits
 	Times     Times
-	Network   Network // default none; of a snapshot the snapshot's
+	Network   Network // default none, or the snapshot's
 	Ingress   Ingress
 	Protect   Protect // default the Manager's
 
@@ -191,7 +191,7 @@ type CreateOptions struct {
 	ports  []Port
 }
 
-// Create boots a sandbox and returns when its agent answers. When ctx ends before that, nothing is left.
+// Create boots a sandbox and returns when its agent responds. If ctx ends before that, nothing is left.
 func (m *Manager) Create(ctx context.Context, o CreateOptions) (*Sandbox, error) {
 	began := time.Now()
 	sb, err := m.create(ctx, o)
@@ -200,7 +200,7 @@ func (m *Manager) Create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 }
 
 func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error) {
-	// Close waits for a creation that has begun, and none begins after it.
+	// Close waits for a creation that has begun; no creation begins after it.
 	m.mu.Lock()
 	if m.closed {
 		m.mu.Unlock()
@@ -244,7 +244,7 @@ func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
-		_ = sb.end(Failed, fmt.Errorf("it could not be made: %w", err)) // end logs its error; this one is the cause
+		_ = sb.end(Failed, fmt.Errorf("it could not be made: %w", err)) // end logs its error; err is the cause
 		return nil, fmt.Errorf("create sandbox: %w", err)
 	}
 	for _, p := range o.ports {
@@ -255,7 +255,7 @@ func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 	return sb, nil
 }
 
-// conceive is a sandbox as it is asked for, which nobody knows yet.
+// conceive makes the Sandbox that is asked for; it is not entered anywhere yet.
 func (m *Manager) conceive(o CreateOptions, template Template) *Sandbox {
 	now := time.Now()
 	sb := m.newSandbox(record{
@@ -286,7 +286,7 @@ func (m *Manager) basis(ctx context.Context, o *CreateOptions) (template Templat
 	if o.Base != nil {
 		return *o.Base, func() {}, nil
 	}
-	if isID(o.Template) { // it would be found whoever's it is
+	if isID(o.Template) { // an ID would be found whoever owns it
 		return Template{}, nil, fmt.Errorf("create sandbox: template %q: %w", o.Template, ErrNoTemplate)
 	}
 	template, err = m.opts.Templates.Template(ctx, o.Owner, o.Template)
@@ -321,7 +321,7 @@ func (m *Manager) basis(ctx context.Context, o *CreateOptions) (template Templat
 		o.Ingress = snap.Ingress
 	}
 	if !snap.FilesOnly && o.Network.On() != snap.Network.On() {
-		return Template{}, nil, fmt.Errorf("create sandbox: snapshot %q has memory, so it has a network or has none as it was saved: %w",
+		return Template{}, nil, fmt.Errorf("create sandbox: snapshot %q has memory, so whether it has a network cannot change: %w",
 			snap.Name, ErrInvalid)
 	}
 	template, err = m.again(ctx, record{Owner: o.Owner, Template: snap.Template, Image: snap.Image, User: snap.User, Cwd: snap.Cwd,
@@ -332,17 +332,17 @@ func (m *Manager) basis(ctx context.Context, o *CreateOptions) (template Templat
 	return template, release, nil
 }
 
-// again is the template of a sandbox for what begins from a checkpoint of it. Its environment is in the checkpoint.
+// again returns the template for a sandbox that begins from a checkpoint of r. The template's environment is in the checkpoint.
 func (m *Manager) again(ctx context.Context, r record) (Template, error) {
 	t, err := m.opts.Templates.Template(ctx, r.Owner, r.basis())
 	t.Name, t.User, t.Cwd, t.Env, t.Service = r.Template, r.User, r.Cwd, nil, r.service()
 	return t, err
 }
 
-// isID says whether a name is that of a content.
+// isID reports whether a name is the ID of a template's content.
 func isID(name string) bool { return strings.HasPrefix(name, "sha256:") }
 
-// newSandbox is a sandbox of a record, which nobody knows yet.
+// newSandbox makes the Sandbox of a record; it is not entered anywhere yet.
 func (m *Manager) newSandbox(r record) *Sandbox {
 	s := &Sandbox{m: m, id: r.ID, owner: r.Owner, rec: r, booted: make(chan struct{}), left: make(chan struct{}),
 		ended: make(chan struct{}),
@@ -352,7 +352,7 @@ func (m *Manager) newSandbox(r record) *Sandbox {
 	return s
 }
 
-// promise finds room for a sandbox and enters it.
+// promise finds room for a sandbox and enters it into the Manager.
 func (m *Manager) promise(sb *Sandbox) error {
 	done, err := m.lockRoom()
 	if err != nil {
@@ -409,7 +409,7 @@ func (o CreateOptions) check() error {
 func checkEnv(env map[string]string) error {
 	for k, v := range env {
 		if k == "" || strings.ContainsAny(k, "=\x00") || strings.IndexByte(v, 0) >= 0 || len(v) > maxEnvValue {
-			return fmt.Errorf("%q is not a name of an environment variable, or its value is not one: %w", k, ErrInvalid)
+			return fmt.Errorf("%q is not a valid name of an environment variable, or its value is not valid: %w", k, ErrInvalid)
 		}
 	}
 	return nil
@@ -427,13 +427,13 @@ func checkMetadata(metadata map[string]string) error {
 	return nil
 }
 
-// Accounts are what owners use of the server's own resources.
+// Accounts returns what owners use of the server's own resources.
 func (m *Manager) Accounts() *access.Accounts { return m.opts.Accounts }
 
 // ConnWait is how long a request waits for room in its owner's account.
 func (m *Manager) ConnWait() time.Duration { return m.opts.ConnWait }
 
-// Room is how much memory is still to be promised, in bytes, and how many sandboxes of all owners are in each state.
+// Room returns how much memory can still be promised, in bytes, and how many sandboxes of all owners are in each state.
 func (m *Manager) Room() (free int64, states map[State]int, err error) {
 	promised, err := m.store.promised()
 	states = map[State]int{}
@@ -443,7 +443,7 @@ func (m *Manager) Room() (free int64, states map[State]int, err error) {
 	return max(0, m.opts.MemoryBudget-promised), states, err
 }
 
-// Busy says whether a sandbox of this server is in memory, so that somebody is needed to end it in time.
+// Busy reports whether a sandbox of this server is in memory, so that the server is needed to end it in time.
 func (m *Manager) Busy() bool {
 	return slices.ContainsFunc(m.all(), func(sb *Sandbox) bool {
 		i := sb.Info()
@@ -451,7 +451,7 @@ func (m *Manager) Busy() bool {
 	})
 }
 
-// Used is what all sandboxes of this server have used, those that have ended too.
+// Used returns what all sandboxes of this server have used, including those that have ended.
 func (m *Manager) Used() Totals {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -462,7 +462,8 @@ func (m *Manager) Used() Totals {
 	return sum
 }
 
-// Now is what all running sandboxes of this server use, as last measured, and how many bytes all checkpoints and snapshots have on disk.
+// Now returns what all running sandboxes of this server use, as last measured, and how many bytes all checkpoints and snapshots take on
+// disk.
 func (m *Manager) Now() (sum Sample, saved int64, err error) {
 	for _, sb := range m.all() {
 		if sb.runs() {
@@ -478,7 +479,7 @@ func (m *Manager) Now() (sum Sample, saved int64, err error) {
 	return sum, saved, err
 }
 
-// letGo forgets a sandbox that has failed, and of whose machine something is left: it is looked at anew, as a dead server's.
+// letGo forgets a failed sandbox whose machine could not be fully ended; the next look treats it like a dead server's sandbox.
 func (m *Manager) letGo(s *Sandbox) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -487,7 +488,7 @@ func (m *Manager) letGo(s *Sandbox) {
 	}
 }
 
-// retire drops the oldest ended sandboxes beyond the number that this server has at hand. Their tombstones stay.
+// retire forgets the oldest ended sandboxes beyond endedKept. Their tombstones stay.
 func (m *Manager) retire(id string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -501,8 +502,7 @@ func (m *Manager) retire(id string) {
 	}
 }
 
-// Close leaves the sandboxes of this server as Options say, and waits until nothing of those that are not kept is left. It may be called
-// twice.
+// Close leaves this server's sandboxes as Options say, and waits until nothing is left of those that are not kept. It may be called twice.
 func (m *Manager) Close() error {
 	m.cancel(ErrClosed)
 	m.mu.Lock()
@@ -531,7 +531,8 @@ func (m *Manager) Close() error {
 	return errs
 }
 
-// putToSleep pauses the sandbox to disk if it is not. One that cannot be paused goes on without a server: the next one adopts it.
+// putToSleep pauses the sandbox to disk if it is not there yet. If that fails, the sandbox runs on without a server until the next one
+// adopts it.
 func (s *Sandbox) putToSleep() {
 	r := s.current()
 	if r.onDisk() || r.State != Running && r.State != Paused || s.isLeft() {
@@ -540,11 +541,11 @@ func (s *Sandbox) putToSleep() {
 	ctx, cancel := context.WithTimeout(s.ctx, exitTime)
 	defer cancel()
 	o := PauseOptions{ToDisk: true, AutoResume: !r.Times.NoAutoResume, Cause: CauseShutdown}
-	if r.State == Paused { // as it was paused
+	if r.State == Paused { // keep how it was paused
 		o.AutoResume, o.Cause = r.Pause.AutoResume, Cause(r.Cause)
 	}
 	err := s.pause(ctx, o)
 	if err != nil && !errors.Is(err, ErrState) && !errors.Is(err, ErrClosed) {
-		s.m.log.Error("pause sandbox at the end of its server; it goes on", "sandbox", s.id, "error", err)
+		s.m.log.Error("pause sandbox at the end of its server; it runs on", "sandbox", s.id, "error", err)
 	}
 }

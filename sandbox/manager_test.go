@@ -16,7 +16,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// newManager is a Manager on the Fake. Its state directory can be given to another one.
+// newManager makes a Manager on the Fake. Its state directory can be given to another Manager.
 func newManager(t *testing.T, dir string, fake *sandboxtest.Fake, change func(*sandbox.Options)) *sandbox.Manager {
 	t.Helper()
 	o := sandbox.Options{Dir: dir, Runtime: fake, Templates: sandboxtest.Templates{}, Version: "test", MemoryBudget: 8 << 30}
@@ -295,7 +295,7 @@ func TestList(t *testing.T) {
 	}
 }
 
-// TestReap: what a dead server left is gone after the next start, whatever state it is in; what a living one owns is not touched.
+// TestReap: what a dead server left is gone after the next start, whatever state it is in; what a living server owns is not touched.
 func TestReap(t *testing.T) {
 	fake, dir := &sandboxtest.Fake{}, t.TempDir()
 	living := newManager(t, dir, fake, nil)
@@ -322,7 +322,7 @@ func TestReap(t *testing.T) {
 	m := newManager(t, dir, fake, nil)
 	<-m.Settled()
 	left, err := filepath.Glob(filepath.Join(sandboxes, "sb*"))
-	// What cannot be read, or is of a later version, is not for us to end.
+	// This server must not end a sandbox whose state cannot be read or is of a later version.
 	if want := []string{mine.ID(), "sbbroken", "sbfuture"}; err != nil || len(left) != len(want) || fake.Running() != 1 {
 		t.Fatal(left, err, fake.Running())
 	}

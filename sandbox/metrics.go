@@ -13,16 +13,16 @@ import (
 
 const (
 	metricsName = "metrics.jsonl"
-	// samplesKept is how many samples are kept at least: one hour, at the default interval. As many are in the older file at most.
+	// samplesKept is how many samples are kept at least: one hour's at the default interval. The older file has at most as many.
 	samplesKept = 720
 	maxSamples  = 2 * samplesKept
 )
 
-// Totals are what a sandbox has used in its life. They stand still while it is paused.
+// Totals are what a sandbox has used in its life. They do not change while it is paused.
 type Totals struct {
 	RunMS     int64   `json:"run_ms"`
 	CPUMS     int64   `json:"cpu_ms"`
-	GBSeconds float64 `json:"gb_seconds"` // of the memory that it may use, in 2^30 bytes
+	GBSeconds float64 `json:"gb_seconds"` // of its memory limit, in 2^30 bytes
 	NetIn     int64   `json:"net_in"`     // bytes that came in through ports
 	NetOut    int64   `json:"net_out"`
 }
@@ -35,41 +35,41 @@ func (t Totals) plus(u Totals) Totals {
 // Sample is what a sandbox used at one moment.
 type Sample struct {
 	Time        time.Time `json:"time"`
-	CPU         float64   `json:"cpu_pct"` // of one core, since the sample before
+	CPU         float64   `json:"cpu_pct"` // of one core, since the previous sample
 	Memory      int64     `json:"memory"`  // bytes
 	MemoryPct   float64   `json:"memory_pct"`
 	DiskUsed    int64     `json:"disk_used"`
-	DiskRead    int64     `json:"disk_read"` // bytes of the host's disk, since the machine was started
+	DiskRead    int64     `json:"disk_read"` // bytes from the host's disk, since the machine was started
 	DiskWritten int64     `json:"disk_written"`
 	Processes   int64     `json:"processes"`
-	// HostMemory is what all of the machine takes on the host, its kernel and its agent too, as it was measured last; HostCPU is CPU of all
-	// of it.
+	// HostMemory is what the whole machine takes on the host, including its kernel and its agent, as last measured; HostCPU is the same for
+	// CPU.
 	HostMemory int64   `json:"host_memory,omitempty"`
 	HostCPU    float64 `json:"host_cpu_pct,omitempty"`
 	Totals
 	Seen seen `json:"seen"`
 }
 
-// seen is what an agent has been asked for already. It counts from the agent's start, so it begins anew where that does.
+// seen is how far the agent's counters have been read. They count from the agent's start, so seen restarts with the agent.
 type seen struct {
 	CPUMS int64 `json:"cpu_ms,omitempty"`
 	Event int64 `json:"event,omitempty"`
 }
 
-// meter adds up what a sandbox uses. It is safe for concurrent use.
+// meter sums what a sandbox uses. It is safe for concurrent use.
 type meter struct {
 	mu      sync.Mutex
 	sum     Totals
-	since   time.Time // when it began to run; zero while it does not
+	since   time.Time // start of the running time; zero while it does not run
 	memory  int64
-	traffic time.Time // the last bytes on a port, or when a server took it over
+	traffic time.Time // time of the last bytes on a port, or when a server took it over
 	latest  Sample
 	lines   int // in the file of samples
 	seen    seen
-	told    time.Time // when it was last told
+	told    time.Time // when the agent last reported its CPU time
 }
 
-// turn begins or ends the running time.
+// turn starts or stops the running time.
 func (m *meter) turn(running bool, memory int64, now time.Time) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -85,7 +85,7 @@ func (m *meter) settle(now time.Time) {
 	if m.since.IsZero() || now.Before(m.since) {
 		return
 	}
-	run := now.Sub(m.since).Truncate(time.Millisecond) // the rest counts the next time
+	run := now.Sub(m.since).Truncate(time.Millisecond) // the remainder counts the next time
 	m.sum.RunMS += run.Milliseconds()
 	m.sum.GBSeconds += run.Seconds() * float64(m.memory) / (1 << 30)
 	m.since = m.since.Add(run)
@@ -98,11 +98,11 @@ func (m *meter) totals() Totals {
 	return m.sum
 }
 
-// cpu takes what the agent says of CPU time.
+// cpu adds the CPU time that the agent reports.
 func (m *meter) cpu(told int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	most := time.Since(m.told).Milliseconds()*maxCPU + 1000 // the guest is not believed beyond what is possible
+	most := time.Since(m.told).Milliseconds()*maxCPU + 1000 // more than is possible is not believed
 	if m.told.IsZero() {
 		most = math.MaxInt32
 	}
@@ -110,14 +110,14 @@ func (m *meter) cpu(told int64) {
 	m.seen.CPUMS, m.told = max(0, told), time.Now()
 }
 
-// sampled keeps the latest sample.
+// sampled stores the latest sample.
 func (m *meter) sampled(s Sample) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.latest = s
 }
 
-// now is the latest sample.
+// now returns the latest sample.
 func (m *meter) now() Sample {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -156,7 +156,7 @@ func (s *Sandbox) sample(ctx context.Context, client *agent.Client, machine Mach
 	ticker := time.NewTicker(s.m.opts.SampleEvery)
 	defer ticker.Stop()
 	last, lastCPU := time.Now(), s.meter.totals().CPUMS
-	before, _ := machine.IO() // what cannot be read now cannot be later
+	before, _ := machine.IO() // if it cannot be read now, it cannot be read later
 	var host int64
 	for n := 0; ; n++ {
 		select {
@@ -172,7 +172,7 @@ func (s *Sandbox) sample(ctx context.Context, client *agent.Client, machine Mach
 		}
 		usage, err := s.ask(ctx, client)
 		if err != nil {
-			continue // one that is silent is noticed elsewhere
+			continue // ping notices a silent agent
 		}
 		now := time.Now()
 		totals := s.meter.totals()
@@ -188,7 +188,7 @@ func (s *Sandbox) sample(ctx context.Context, client *agent.Client, machine Mach
 		} else {
 			s.m.log.Debug("read a machine's input and output", "sandbox", s.id, "error", err)
 		}
-		if n%hostMemoryEvery == 0 { // the host looks at all of its pages
+		if n%hostMemoryEvery == 0 { // not every time: the host looks at all of the machine's pages
 			if outside, err := machine.Usage(ctx); err == nil {
 				host = outside.Memory
 			} else {
@@ -204,10 +204,10 @@ func (s *Sandbox) sample(ctx context.Context, client *agent.Client, machine Mach
 	}
 }
 
-// hostMemoryEvery is of how many samples one measures what the machine takes on the host.
+// hostMemoryEvery is how many samples share one measurement of the machine's memory on the host.
 const hostMemoryEvery = 12
 
-// ask asks the agent what is used, and what has happened to processes since it was last asked.
+// ask asks the agent for its usage and for what happened to processes since the last time.
 func (s *Sandbox) ask(ctx context.Context, client *agent.Client) (agent.Usage, error) {
 	ctx, cancel := context.WithTimeout(ctx, tellTime)
 	defer cancel()
@@ -222,7 +222,7 @@ func (s *Sandbox) ask(ctx context.Context, client *agent.Client) (agent.Usage, e
 	var fresh []agent.Event
 	s.meter.mu.Lock()
 	s.meter.latest.Memory, s.meter.latest.DiskUsed, s.meter.latest.Processes = usage.Memory, usage.DiskUsed, usage.Processes
-	for _, ev := range usage.Events { // two may have asked at once
+	for _, ev := range usage.Events { // two callers may ask at once
 		if ev.Seq > s.meter.seen.Event {
 			s.meter.seen.Event = ev.Seq
 			fresh = append(fresh, ev)
@@ -230,20 +230,20 @@ func (s *Sandbox) ask(ctx context.Context, client *agent.Client) (agent.Usage, e
 	}
 	s.meter.mu.Unlock()
 	if len(fresh) > 0 && fresh[0].Seq > since+1 {
-		s.note(LevelWarn, "%d starts and ends of processes were too many to be noted", fresh[0].Seq-since-1)
+		s.note(LevelWarn, "%d starts and ends of processes are missing here: there were too many", fresh[0].Seq-since-1)
 	}
 	s.noteEvents(fresh)
 	return usage, nil
 }
 
-// Refresh has the log know what has happened to processes until now, and the meter what is used. A sandbox that does not run, or is silent,
-// has nothing new.
+// Refresh updates the log with what happened to processes until now, and the meter with what is used. If the sandbox does not run or its
+// agent is silent, Refresh changes nothing.
 func (s *Sandbox) Refresh(ctx context.Context) {
 	s.mu.Lock()
 	client, running := s.client, s.rec.State == Running
 	s.mu.Unlock()
 	if client != nil && running {
-		_, _ = s.ask(ctx, client) // one that is silent is noticed elsewhere
+		_, _ = s.ask(ctx, client) // ping notices a silent agent
 	}
 }
 
@@ -268,8 +268,8 @@ func (s *Sandbox) keepSample(sample Sample) error {
 	return nil
 }
 
-// Samples tells what the sandbox used from one time until another, the oldest first; zero times are no bounds. A time of which nothing is
-// kept has no samples.
+// Samples returns the sandbox's samples between two times, the oldest first; zero times are no bounds. For times of which nothing is kept
+// there are no samples.
 func (s *Sandbox) Samples(from, until time.Time) ([]Sample, error) {
 	samples := []Sample{}
 	err := s.eachRemembered(metricsName, func(line []byte) error {
@@ -287,7 +287,7 @@ func (s *Sandbox) Samples(from, until time.Time) ([]Sample, error) {
 	return samples, err
 }
 
-// recall finds where the totals and the samples of a sandbox stood when its last server left it.
+// recall restores the totals and the latest sample as the sandbox's last server left them.
 func (s *Sandbox) recall() {
 	m := &s.meter
 	m.sum, m.seen = s.rec.Totals, s.rec.Seen
@@ -307,13 +307,14 @@ func (s *Sandbox) recall() {
 			s.m.log.Warn("read the samples of a sandbox", "sandbox", s.id, "error", err) // the state has older totals
 		}
 	}
-	if s.rec.State == Running { // it has run without a server
+	if s.rec.State == Running { // it ran without a server
 		m.since, m.memory = since, s.rec.Limits.Memory
 	}
-	m.traffic = time.Now() // nobody could use it without one
+	m.traffic = time.Now() // without a server it could not be used
 }
 
-// skipPast has the meter begin where an agent stands that has lived before, in the sandbox that this one was made from.
+// skipPast starts the meter where the agent's counters stand, because this agent has already run in the sandbox that this one was made
+// from.
 func (s *Sandbox) skipPast(ctx context.Context) error {
 	var none int64
 	usage, err := s.client.Usage(ctx, &none)

@@ -18,34 +18,34 @@ const (
 	NetworkFull      = "full"
 )
 
-// Network says what of the world a sandbox reaches. Private addresses and this machine are never reached, whatever it says.
+// Network says what a sandbox can reach on the network. It can never reach private addresses or this machine, whatever Network says.
 //
-// There is a proxy on the sandbox' loopback, which its environment names; programs that do not use it reach nothing. The names are resolved
-// here, and what is connected to is checked by its address.
+// There is a proxy on the sandbox's loopback, which its environment names; programs that ignore the proxy have no network. The host
+// resolves names, and checks the address of every connection.
 type Network struct {
-	Mode string `json:"mode"` // "" is none
-	// Allow are the domains ("example.com", "*.example.com" for all below it, "*" for every one) and the ranges of addresses of an
-	// allowlist; nothing is reached where there are none. In a full network they are the exceptions from Deny, which are ranges of
-	// addresses that are not reached.
+	Mode string `json:"mode"` // "" means none
+	// Allow lists the domains ("example.com", "*.example.com" for all below it, "*" for all names) and address ranges of an allowlist; if
+	// it is empty, nothing can be reached. In a full network, Deny lists address ranges that cannot be reached, and Allow the exceptions
+	// from them.
 	Allow []string `json:"allow,omitempty"`
 	Deny  []string `json:"deny,omitempty"`
-	// Said are the lists in the words of a client whose words are others, for it to see; they decide nothing.
+	// Said has the lists as a client whose API words them differently gave them, to show them again; it has no effect.
 	Said *NetworkWords `json:"said,omitempty"`
 }
 
-// NetworkWords are the lists of a Network as a client has said them.
+// NetworkWords are the lists of a Network as a client gave them.
 type NetworkWords struct {
 	Allow []string `json:"allow,omitempty"`
 	Deny  []string `json:"deny,omitempty"`
 }
 
-// On says whether there is a network, even one in which nothing is allowed: what it allows can be changed.
+// On reports whether there is a network, even if nothing is allowed in it: what it allows can change.
 func (n Network) On() bool { return n.Mode == NetworkFull || n.Mode == NetworkAllowlist }
 
-// maxAllow bounds an allowlist.
+// maxAllow bounds the entries of both lists together.
 const maxAllow = 256
 
-// check gives the network with its names in the form in which they are compared. Addresses and ranges stay as they were given.
+// check returns the network with its names in the form in which they are compared. Addresses and ranges stay as given.
 func (n Network) check() (Network, error) {
 	switch n.Mode {
 	case "", NetworkNone, NetworkFull, NetworkAllowlist:
@@ -75,7 +75,7 @@ func (n Network) check() (Network, error) {
 	return n, err
 }
 
-// checkLists gives what is allowed with its names in the form in which they are compared.
+// checkLists returns the allowlist with its names in the form in which they are compared.
 func checkLists(allow, deny []string) ([]string, error) {
 	for _, entry := range deny {
 		if _, err := parseRange(entry); err != nil {
@@ -101,7 +101,7 @@ func checkLists(allow, deny []string) ([]string, error) {
 	return allow, nil
 }
 
-// anyName is the entry of an allowlist that is every name.
+// anyName is the entry of an allowlist that matches every name.
 const anyName = "*"
 
 func parseRange(text string) (netip.Prefix, error) {
@@ -112,7 +112,7 @@ func parseRange(text string) (netip.Prefix, error) {
 	return p.Masked(), err
 }
 
-// hostName is a domain as it is compared and resolved.
+// hostName returns a domain in the form in which it is compared and resolved.
 func hostName(text string) (string, error) {
 	name, err := idna.Lookup.ToASCII(strings.TrimSuffix(text, "."))
 	if err != nil || name == "" || len(name) > 253 || strings.Contains("."+name+".", "..") ||
@@ -122,7 +122,7 @@ func hostName(text string) (string, error) {
 	return name, nil
 }
 
-// permits says whether a host, as hostName or an address, may be connected to.
+// permits reports whether a connection to a host is allowed; name is from hostName, or "" if the host is an address.
 func (n Network) permits(name string, addr netip.Addr) bool {
 	in := func(entry string) bool {
 		p, err := parseRange(entry)
@@ -141,7 +141,7 @@ func (n Network) permits(name string, addr netip.Addr) bool {
 	return false
 }
 
-// network is what the sandbox reaches now, and a context that ends when that changes.
+// network returns what the sandbox can reach now, and a context that ends when that changes.
 func (s *Sandbox) network() (Network, context.Context) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -151,7 +151,7 @@ func (s *Sandbox) network() (Network, context.Context) {
 	return s.rec.Network, s.rules
 }
 
-// SetNetwork changes what a sandbox with a network reaches. Connections that are there end.
+// SetNetwork changes what a sandbox with a network can reach. It closes existing connections.
 func (s *Sandbox) SetNetwork(n Network) error {
 	n, err := n.check()
 	if err != nil {
@@ -184,7 +184,7 @@ func (s *Sandbox) SetNetwork(n Network) error {
 	return nil
 }
 
-// hasRanges says whether a name may be allowed by what it resolves to.
+// hasRanges reports whether a name may be allowed because of the address that it resolves to.
 func (n Network) hasRanges() bool {
 	return n.Mode == NetworkFull || n.Mode == NetworkAllowlist &&
 		slices.ContainsFunc(n.Allow, func(entry string) bool { _, err := parseRange(entry); return err == nil })

@@ -26,8 +26,8 @@ func logs(t *testing.T, sb *sandbox.Sandbox, q sandbox.LogQuery) (messages []str
 	return messages, page.Last, page.More
 }
 
-// TestLogs: what happens to a sandbox and its processes is there, by every selection, from any cursor, and after its end for the next
-// server.
+// TestLogs: what happens to a sandbox and its processes is logged, and can be read by every selection, from any cursor, and after its end
+// by the next server.
 func TestLogs(t *testing.T) {
 	dir := t.TempDir()
 	m := newManager(t, dir, &sandboxtest.Fake{}, keep)
@@ -40,7 +40,7 @@ func TestLogs(t *testing.T) {
 		Env: map[string]string{"SECRET": "hidden"}}); err != nil {
 		t.Fatal(err)
 	}
-	sandboxtest.Eventually(t, "the process' end is in the log", func() bool {
+	sandboxtest.Eventually(t, "the end of the process is in the log", func() bool {
 		sb.Refresh(t.Context())
 		got, _, _ := logs(t, sb, sandbox.LogQuery{Source: sandbox.SourceProcess})
 		return len(got) == 2 && strings.Contains(got[0], "process p1 (three\\x1b[31m) started as") &&
@@ -97,7 +97,7 @@ func TestLogs(t *testing.T) {
 	}
 }
 
-// TestLogIsBounded: an older file is kept beside the newer one, and the numbers go on.
+// TestLogIsBounded: an older file is kept beside the newer one, and the numbers continue.
 func TestLogIsBounded(t *testing.T) {
 	dir := t.TempDir()
 	m := newManager(t, dir, &sandboxtest.Fake{}, nil)
@@ -117,7 +117,7 @@ func TestLogIsBounded(t *testing.T) {
 	if err := m.Close(); err != nil {
 		t.Fatal(err)
 	}
-	m = newManager(t, dir, &sandboxtest.Fake{}, nil) // which reads where the file ends
+	m = newManager(t, dir, &sandboxtest.Fake{}, nil) // it reads where the file ends
 	sb = awaitSandbox(t, m, "", sb.ID())
 	got, last, _ := logs(t, sb, sandbox.LogQuery{Limit: 2})
 	if last < 12_100 || got[len(got)-1] != "adopted by a new server" {
@@ -131,7 +131,7 @@ func TestLogIsBounded(t *testing.T) {
 	}
 }
 
-// TestMetrics: samples are kept over a restart, totals stand still while it is paused.
+// TestMetrics: samples are kept over a restart; totals do not change during a pause.
 func TestMetrics(t *testing.T) {
 	fake, dir := &sandboxtest.Fake{}, t.TempDir()
 	often := func(o *sandbox.Options) { o.Keep, o.SampleEvery = true, time.Millisecond }
@@ -182,7 +182,7 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
-// TestFrozenCall: a call under way when a sandbox is frozen goes on with it.
+// TestFrozenCall: a call that is under way when a sandbox is frozen continues after the resume.
 func TestFrozenCall(t *testing.T) {
 	m := newManager(t, t.TempDir(), &sandboxtest.Fake{}, nil)
 	sb := create(t, m, sandbox.CreateOptions{})
@@ -214,7 +214,7 @@ func TestFrozenCall(t *testing.T) {
 	}
 }
 
-// TestGone: a sandbox whose machine is gone when a server comes back to it, as after a restart of the host, has a tombstone that says so.
+// TestGone: a sandbox whose machine is gone when a server returns, as after a restart of the host, has a tombstone that says so.
 func TestGone(t *testing.T) {
 	fake, dir := &sandboxtest.Fake{}, t.TempDir()
 	m := newManager(t, dir, fake, keep)

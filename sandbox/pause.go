@@ -12,30 +12,30 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// suspendTime is how long calls that are under way have to finish before a sandbox is saved.
+// suspendTime is how long calls that are under way may take to return before a sandbox is saved.
 const suspendTime = 5 * time.Second
 
-// saveTime bounds how long a sandbox may take to be saved.
+// saveTime bounds how long saving a sandbox may take.
 const saveTime = 5 * time.Minute
 
 // PauseOptions say how a sandbox is paused.
 type PauseOptions struct {
-	ToDisk    bool // memory and files are saved and nothing of it runs, otherwise it is frozen
-	FilesOnly bool // with ToDisk: its memory and processes are given up, and it boots anew when it is resumed
-	// AutoResume says that any call wakes it; otherwise Resume alone does.
+	ToDisk    bool // save memory and files and end its machine; otherwise freeze it in memory
+	FilesOnly bool // with ToDisk: drop its memory and processes; it boots when it is resumed
+	// AutoResume lets any call wake the sandbox; otherwise only Resume does.
 	AutoResume bool
 	Cause      Cause // default CauseRequest
 
-	forced bool // it must not go on: its agent is not waited for
+	forced bool // it must not continue: do not wait for its agent
 	wedged bool // its agent is silent
 }
 
-// Pause stops the sandbox as it is: its processes, and the clock of its life. Calls that wait for something in it return with what is there
-// when it goes to disk, and go on after Resume when it is frozen. When it fails the sandbox is as before. Where another call is just doing
-// the same it waits, and is done with it; so does Resume.
+// Pause stops the sandbox as it is: its processes and the clock of its life. When it goes to disk, calls that wait for something in it
+// return with what is there; when it is frozen, they continue after Resume. When Pause fails, the sandbox is as before. If another call is
+// already pausing it the same way, Pause waits for that call and succeeds with it; so does Resume.
 func (s *Sandbox) Pause(ctx context.Context, o PauseOptions) error {
 	if o.FilesOnly && !o.ToDisk {
-		return fmt.Errorf("pause sandbox %s: its files alone can be saved to disk only: %w", s.id, ErrInvalid)
+		return fmt.Errorf("pause sandbox %s: files_only needs a pause to disk: %w", s.id, ErrInvalid)
 	}
 	return s.pause(ctx, o)
 }
@@ -54,10 +54,10 @@ func (s *Sandbox) pause(ctx context.Context, o PauseOptions) (err error) {
 		o.Cause = CauseRequest
 	}
 	if r := s.current(); moved && r.isAs(o) {
-		return nil // by whoever was faster
+		return nil // another call was faster
 	} else if r.State != Running && (r.State != Paused || !o.ToDisk || r.onDisk()) {
 		return s.asError("pause")
-	} else if o.forced && r.State == Paused && s.met() { // by its user, meanwhile: it takes no more than it has
+	} else if o.forced && r.State == Paused && s.met() { // its user paused it meanwhile: it takes no more than it has
 		return s.asError("pause")
 	}
 	if o.ToDisk {
@@ -71,20 +71,20 @@ func (s *Sandbox) pause(ctx context.Context, o PauseOptions) (err error) {
 	return err
 }
 
-// moves says whether a sandbox is in a state, or is just being changed: who wants another one, and finds when it is his turn that it is so,
-// has what he wants.
+// moves reports whether a sandbox is in a state or is just being changed. A caller that wants another state, and finds it when its turn
+// comes, has what it wants.
 func (s *Sandbox) moves(from State) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.rec.State == from || s.hold != nil && !s.rec.State.Ended()
 }
 
-// isAs says whether a sandbox is paused as somebody wants it.
+// isAs reports whether a sandbox is already paused as o asks.
 func (r record) isAs(o PauseOptions) bool {
 	return r.State == Paused && !o.forced && r.onDisk() == o.ToDisk && (o.FilesOnly || !r.Pause.FilesOnly)
 }
 
-// Settle waits until nobody changes the sandbox between running and paused.
+// Settle waits until no change between running and paused is under way.
 func (s *Sandbox) Settle(ctx context.Context) error {
 	for {
 		s.mu.Lock()
@@ -101,7 +101,7 @@ func (s *Sandbox) Settle(ctx context.Context) error {
 	}
 }
 
-// met says whether there is a session with its agent.
+// met reports whether there is a session with the agent.
 func (s *Sandbox) met() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -110,17 +110,17 @@ func (s *Sandbox) met() bool {
 
 // ResumeOptions say how a sandbox is resumed.
 type ResumeOptions struct {
-	// FilesOnly boots its files anew, without the processes that were saved. It helps where they are wedged or damaged.
+	// FilesOnly boots the files without the processes that were saved. It helps if those are wedged or damaged.
 	FilesOnly bool
-	// Memory is a new memory limit in bytes, larger than before; zero leaves it. Where processes were saved they keep the old one, and what
-	// is more is their kernel's: for files and other objects.
+	// Memory is a new memory limit in bytes, larger than before; zero leaves it. Processes that were saved keep the old limit, and their
+	// kernel gets the rest: for files and other objects.
 	Memory int64
 }
 
-// Resume resumes a paused sandbox, or one that has failed from what was saved of it.
+// Resume resumes a paused sandbox, or a failed one from what was saved of it.
 func (s *Sandbox) Resume(ctx context.Context) error { return s.ResumeWith(ctx, ResumeOptions{}) }
 
-// ResumeWith is Resume with options. Info has a Notice of what is missing.
+// ResumeWith is Resume with options. Info.Notice says what is missing afterwards.
 func (s *Sandbox) ResumeWith(ctx context.Context, o ResumeOptions) (err error) {
 	began, moved := time.Now(), s.moves(Paused)
 	ctx, over, err := s.takeTurn(ctx, "resume")
@@ -133,7 +133,7 @@ func (s *Sandbox) ResumeWith(ctx context.Context, o ResumeOptions) (err error) {
 	}()
 	r := s.current()
 	if moved && r.State == Running && o == (ResumeOptions{}) {
-		return nil // by whoever was faster
+		return nil // another call was faster
 	}
 	if r.State != Paused && !r.onDisk() {
 		return s.asError("resume")
@@ -160,8 +160,8 @@ func (s *Sandbox) ResumeWith(ctx context.Context, o ResumeOptions) (err error) {
 	return err
 }
 
-// takeTurn waits until nobody else changes between running and paused, and keeps callers of Agent waiting until over is called. The context
-// that it gives ends with the sandbox, too.
+// takeTurn waits until no other change between running and paused is under way, and makes callers of Agent wait until over is called. The
+// context that it returns also ends with the sandbox.
 func (s *Sandbox) takeTurn(ctx context.Context, verb string) (_ context.Context, over func(), err error) {
 	<-s.booted
 	mine := false
@@ -201,15 +201,15 @@ func (s *Sandbox) takeTurn(ctx context.Context, verb string) (_ context.Context,
 		s.hold = nil
 		s.mu.Unlock()
 		close(hold)
-		s.wakeKeeper() // the idle time was not looked at meanwhile
+		s.wakeKeeper() // it did not look at the idle time meanwhile
 		<-s.turn
 	}, nil
 }
 
-// whyEnded is the end of a sandbox under a change, where that is what the change has failed of.
+// whyEnded returns the sandbox's end instead of err if the sandbox ended during a change, because that is why the change failed.
 func (s *Sandbox) whyEnded(err error) error {
 	if s.current().ended() {
-		return s.asError("go on in")
+		return s.asError("continue in")
 	}
 	return err
 }
@@ -236,11 +236,11 @@ func (s *Sandbox) freeze(ctx context.Context, o PauseOptions) error {
 	return err
 }
 
-// goOnPause is the time until a machine that could not be thawed is tried again; it doubles, to unknownPause.
+// goOnPause is the time until the next attempt to thaw a machine; it doubles, up to unknownPause.
 const goOnPause = 100 * time.Millisecond
 
-// goOn thaws a machine whose pause has failed. Where that fails, too, it is tried until it is done or is another's affair: the sandbox is
-// running to all who look.
+// goOn thaws a machine whose pause failed. If that fails too, it tries again in the background until the machine is thawed or is no longer
+// its job, because every observer sees the sandbox as running.
 func (s *Sandbox) goOn(ctx context.Context, machine Machine) error {
 	err := machine.Resume(ctx)
 	if err == nil {
@@ -256,11 +256,11 @@ func (s *Sandbox) goOn(ctx context.Context, machine Machine) error {
 	return err
 }
 
-// goneOn tries once more to thaw a machine, and says whether there is nothing left to do.
+// goneOn tries once more to thaw a machine, and reports whether nothing is left to do.
 func (s *Sandbox) goneOn(machine Machine) bool {
-	ctx, over, err := s.takeTurn(s.ctx, "go on in")
+	ctx, over, err := s.takeTurn(s.ctx, "continue in")
 	if err != nil {
-		return true // it has ended, or is left to another server
+		return true // it has ended, or this server has left it to another
 	}
 	defer over()
 	s.mu.Lock()
@@ -276,7 +276,7 @@ func (s *Sandbox) goneOn(machine Machine) bool {
 	return true
 }
 
-// thaw goes on after freeze.
+// thaw resumes a sandbox that freeze paused.
 func (s *Sandbox) thaw(ctx context.Context) error {
 	s.mu.Lock()
 	machine := s.machine
@@ -293,7 +293,7 @@ func (s *Sandbox) thaw(ctx context.Context) error {
 	return err
 }
 
-// rejoin meets the agent of a machine that another server has booted. One that is paused is frozen again.
+// rejoin connects to the agent of a machine that another server booted. If the sandbox is paused, its machine is frozen again.
 func (s *Sandbox) rejoin(ctx context.Context) error {
 	machine, err := s.m.opts.Runtime.Attach(ctx, s.m.store.path(s.id))
 	if err != nil {
@@ -322,8 +322,8 @@ func (s *Sandbox) rejoin(ctx context.Context) error {
 	return nil
 }
 
-// sleep saves the sandbox to disk and ends its machine, which is frozen until the state says that the checkpoint is there: a crash at any
-// point leaves one of the two.
+// sleep saves the sandbox to disk and ends its machine. The machine stays frozen until state.json says that the checkpoint exists, so a
+// crash at any point leaves one of the two.
 func (s *Sandbox) sleep(ctx context.Context, o PauseOptions) (err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, saveTime, errors.New("it was not saved in time"))
 	defer cancel()
@@ -335,8 +335,8 @@ func (s *Sandbox) sleep(ctx context.Context, o PauseOptions) (err error) {
 		return err
 	}
 	defer saved()
-	paused := &StateError{ID: s.id, Verb: "go on in", State: Paused, At: time.Now(), Cause: o.Cause.Error(), Wakes: o.AutoResume}
-	if r.State == Running && client != nil && !o.wedged { // what hangs in one that is frozen is told that it goes to disk
+	paused := &StateError{ID: s.id, Verb: "continue in", State: Paused, At: time.Now(), Cause: o.Cause.Error(), Wakes: o.AutoResume}
+	if r.State == Running && client != nil && !o.wedged { // calls that wait for a frozen agent end by CloseFor below
 		suspending, done := context.WithTimeout(ctx, suspendTime)
 		err = client.Suspend(suspending, paused)
 		done()
@@ -345,10 +345,10 @@ func (s *Sandbox) sleep(ctx context.Context, o PauseOptions) (err error) {
 			return err
 		}
 	}
-	stop() // from here on the end of the machine is no surprise
+	stop() // from here on, the end of the machine is expected
 	target := s.m.store.checkpoint(s.id, r.Saves+1)
 	if err = errors.Join(s.m.store.RemoveAll(target+unfinishedSave),
-		s.m.store.RemoveAll(target)); err == nil { // of a pause that has failed
+		s.m.store.RemoveAll(target)); err == nil { // left by a pause that failed
 		err = machine.Checkpoint(ctx, target+unfinishedSave, CheckpointOptions{FilesOnly: o.FilesOnly})
 	}
 	if err == nil {
@@ -359,7 +359,7 @@ func (s *Sandbox) sleep(ctx context.Context, o PauseOptions) (err error) {
 	if err == nil {
 		err = s.become("pause", Paused, o.Cause, func(r *record) {
 			since := r.pausedSince(r.Changed)
-			size, _ := sizeOf(target) // which is told, and decides nothing
+			size, _ := sizeOf(target) // only shown; no decision depends on it
 			r.Saves++
 			r.Pause = &pause{Disk: true, FilesOnly: o.FilesOnly, AutoResume: o.AutoResume, Wedged: o.wedged || r.Pause != nil &&
 				r.Pause.Wedged, Since: since}
@@ -369,7 +369,7 @@ func (s *Sandbox) sleep(ctx context.Context, o PauseOptions) (err error) {
 	if err != nil {
 		defer s.mu.Unlock()
 		if s.rec.State.Ended() {
-			return err // whoever has killed it ends the machine
+			return err // whoever killed it ends the machine
 		}
 		err = errors.Join(noDisk(err), s.m.store.RemoveAll(target+unfinishedSave), s.m.store.RemoveAll(target))
 		if r.State == Running {
@@ -378,7 +378,7 @@ func (s *Sandbox) sleep(ctx context.Context, o PauseOptions) (err error) {
 				client.GoOn()
 			}
 		}
-		s.begin() // which finds out if the machine has not survived it
+		s.begin() // its watch finds out if the machine has not survived
 		return err
 	}
 	s.machine, s.client = nil, nil
@@ -387,17 +387,17 @@ func (s *Sandbox) sleep(ctx context.Context, o PauseOptions) (err error) {
 		client.CloseFor(paused)
 	}
 	if err := s.endMachine(machine); err != nil {
-		s.m.log.Error("end the machine of a paused sandbox", "sandbox", s.id, "error", err) // the next waking tries again
+		s.m.log.Error("end the machine of a paused sandbox", "sandbox", s.id, "error", err) // the next resume tries again
 	}
 	if older != "" {
 		if err := s.m.store.RemoveAll(older); err != nil {
-			s.m.log.Error("remove the last copy of a paused sandbox", "sandbox", s.id, "error", err) // it goes with the sandbox
+			s.m.log.Error("remove the last copy of a paused sandbox", "sandbox", s.id, "error", err) // it is removed with the sandbox
 		}
 	}
 	return nil
 }
 
-// noDisk gives a full disk its class.
+// noDisk adds ErrNoDisk to the error of a full disk.
 func noDisk(err error) error {
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
 		return fmt.Errorf("%w: %w", ErrNoDisk, err)
@@ -411,9 +411,9 @@ func (s *Sandbox) endMachine(machine Machine) error {
 	return machine.Destroy(ctx)
 }
 
-// roomToSave says whether a checkpoint may be made: within the budget for them, and leaving the machine's disk some room, which is kept
-// until done is called. ask says that the agent is asked first. What the guest says that it uses is believed between what the host sees and
-// its limits; one that is frozen has said it before.
+// roomToSave reports an error unless a checkpoint may be made: within the budget for checkpoints, and with some room left on the machine's
+// disk. That room is reserved until done is called. With ask, the agent is asked for its usage first. What the guest says it uses is
+// believed only between what the host sees and the limits; a frozen guest has said it earlier.
 func (s *Sandbox) roomToSave(ctx context.Context, ask bool) (done func(), err error) {
 	if ask {
 		s.Refresh(ctx)
@@ -430,10 +430,10 @@ func (s *Sandbox) roomToSave(ctx context.Context, ask bool) (done func(), err er
 		max(seen.Disk, min(said.DiskUsed, limits.Disk)))
 }
 
-// baseSave is about what the checkpoint of an empty sandbox takes, in bytes.
+// baseSave is about the size of an empty sandbox's checkpoint, in bytes.
 const baseSave = 8 << 20
 
-// isThere says whether something has a name.
+// isThere reports whether a file of that name exists.
 func isThere(name string) bool {
 	_, err := os.Lstat(name)
 	return err == nil

@@ -23,7 +23,7 @@ const promised = (1024 + 160) << 20
 
 func keep(o *sandbox.Options) { o.Keep = true }
 
-// count starts a process that says what it is told.
+// startEcho starts a process that repeats its input.
 func startEcho(t *testing.T, sb *sandbox.Sandbox) {
 	t.Helper()
 	client, err := sb.Agent(t.Context(), "use")
@@ -35,7 +35,7 @@ func startEcho(t *testing.T, sb *sandbox.Sandbox) {
 	}
 }
 
-// echo has the process of startEcho say something more, and gives all that it has said.
+// echo writes a line to the process of startEcho, and returns all that the process has written.
 func echo(t *testing.T, sb *sandbox.Sandbox, what string) string {
 	t.Helper()
 	client, err := sb.Agent(t.Context(), "use")
@@ -80,7 +80,7 @@ func TestPauseToDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// The server is killed: nothing of it is closed.
+	// The server is killed: it closes nothing.
 	next := newManager(t, dir, fake, nil)
 	if _, err := next.Get("", sb.ID()); err == nil {
 		t.Fatal("a sandbox has two owners")
@@ -116,7 +116,7 @@ func TestPauseToDisk(t *testing.T) {
 	}
 }
 
-// TestPauseFromMemory: what is frozen can go to disk, and be adopted frozen.
+// TestPauseFromMemory: a frozen sandbox can go to disk, and can be adopted frozen.
 func TestPauseFromMemory(t *testing.T) {
 	fake, dir := &sandboxtest.Fake{}, t.TempDir()
 	m := newManager(t, dir, fake, keep)
@@ -158,7 +158,7 @@ func TestFilesOnly(t *testing.T) {
 	if err := sb.Pause(t.Context(), sandbox.PauseOptions{ToDisk: true, FilesOnly: true, AutoResume: true}); err != nil {
 		t.Fatal(err)
 	}
-	client, err := sb.Agent(t.Context(), "use") // which wakes it
+	client, err := sb.Agent(t.Context(), "use") // this wakes it
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -170,7 +170,7 @@ func TestFilesOnly(t *testing.T) {
 	}
 }
 
-// TestWaitAtPause: a call that waits returns with what there is, and many that come to a sandbox that is paused wake it once.
+// TestWaitAtPause: a call that waits returns with what there is, and many calls to a paused sandbox wake it once.
 func TestWaitAtPause(t *testing.T) {
 	m := newManager(t, t.TempDir(), &sandboxtest.Fake{}, nil)
 	sb := create(t, m, sandbox.CreateOptions{})
@@ -197,7 +197,7 @@ func TestWaitAtPause(t *testing.T) {
 	}
 	var paused *sandbox.StateError
 	if _, err := client.List(t.Context(), agent.ListRequest{}); !errors.As(err, &paused) || !paused.Wakes {
-		t.Fatal("a client from before it was paused is told:", err)
+		t.Fatal("a client from before the pause gets:", err)
 	}
 	var all sync.WaitGroup
 	for range 20 {
@@ -218,7 +218,7 @@ func TestWaitAtPause(t *testing.T) {
 	}
 }
 
-// TestRaces: whatever comes together, each call has an answer of the table of states, and nothing is left.
+// TestRaces: whatever calls come together, each gets a result that the table of states allows, and nothing is left.
 func TestRaces(t *testing.T) {
 	fake, dir := &sandboxtest.Fake{}, t.TempDir()
 	m := newManager(t, dir, fake, nil)
@@ -253,7 +253,7 @@ func TestRaces(t *testing.T) {
 	}
 }
 
-// TestSaveFails: a sandbox that cannot be saved goes on as if nothing had been.
+// TestSaveFails: a sandbox that cannot be saved continues as if it had not been tried.
 func TestSaveFails(t *testing.T) {
 	fake := &sandboxtest.Fake{FailSave: errors.New("no")}
 	dir := t.TempDir()
@@ -329,7 +329,7 @@ func TestSnapshots(t *testing.T) {
 	}
 }
 
-// TestFork: also of one that is on disk, and as far as there is room.
+// TestFork: a sandbox on disk can be forked too; copies are made as far as there is room.
 func TestFork(t *testing.T) {
 	fake, dir := &sandboxtest.Fake{}, t.TempDir()
 	m := newManager(t, dir, fake, func(o *sandbox.Options) { o.MemoryBudget = 4 * promised })
@@ -376,7 +376,7 @@ func TestFork(t *testing.T) {
 	}
 }
 
-// TestPortsWake: a connection to a port of a sandbox that is paused wakes it.
+// TestPortsWake: a connection to a port of a paused sandbox wakes it.
 func TestPortsWake(t *testing.T) {
 	fake, dir := &sandboxtest.Fake{}, t.TempDir()
 	m := newManager(t, dir, fake, nil)
@@ -409,12 +409,12 @@ func TestPortsWake(t *testing.T) {
 	if err := m.Close(); err != nil {
 		t.Fatal(err)
 	}
-	passing := newManager(t, dir, fake, nil) // one that ends what it has leaves it alone
+	passing := newManager(t, dir, fake, nil) // when it ends, it leaves the sandbox alone
 	<-passing.Settled()
 	if err := passing.Close(); err != nil {
 		t.Fatal(err)
 	}
-	m = newManager(t, dir, fake, keep) // somebody has to listen, though nobody has asked for it
+	m = newManager(t, dir, fake, keep) // it has to listen, although it was not asked for the sandbox
 	<-m.Settled()
 	if body := get(t, p); body != "hello" {
 		t.Fatal(body)
@@ -425,7 +425,7 @@ func TestPortsWake(t *testing.T) {
 	}
 }
 
-// get is what a port answers to a browser.
+// get returns a port's response to a browser.
 func get(t *testing.T, p sandbox.Port) string {
 	t.Helper()
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
@@ -441,7 +441,7 @@ func get(t *testing.T, p sandbox.Port) string {
 	return string(body)
 }
 
-// TestNoDisk: the budget for what is saved, and who goes where the operator lets the oldest go.
+// TestNoDisk: the budget for what is saved, and which sandboxes end if the operator sets Reclaim.
 func TestNoDisk(t *testing.T) {
 	small := func(reclaim bool) func(*sandbox.Options) {
 		return func(o *sandbox.Options) { o.DiskBudget, o.Reclaim = 1, reclaim }
@@ -455,7 +455,7 @@ func TestNoDisk(t *testing.T) {
 	if _, err := sb.Snapshot(t.Context(), sandbox.SnapshotOptions{Name: "s"}); !errors.Is(err, sandbox.ErrNoDisk) {
 		t.Fatal(err)
 	}
-	// An operator lets the oldest go, if that helps; another owner's stays.
+	// With Reclaim the oldest end, if that helps; another owner's stays.
 	m = newManager(t, t.TempDir(), &sandboxtest.Fake{}, func(o *sandbox.Options) {
 		o.DiskBudget, o.Reclaim, o.Defaults.Disk = 120<<20, true,
 			16<<20
@@ -490,7 +490,7 @@ func TestNoDisk(t *testing.T) {
 	}
 }
 
-// TestAsleepIsNobodys: a sandbox on disk belongs to whichever server is asked for it first, and all list it until then.
+// TestAsleepIsNobodys: a sandbox on disk belongs to the first server that is asked for it; until then all servers list it.
 func TestAsleepIsNobodys(t *testing.T) {
 	fake, dir := &sandboxtest.Fake{}, t.TempDir()
 	first := newManager(t, dir, fake, nil)

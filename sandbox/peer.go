@@ -16,11 +16,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// errStranger is of a connection of another user of this machine.
-var errStranger = errors.New("it is of another user of this machine")
+// errStranger means that another user of this machine made the connection.
+var errStranger = errors.New("another user of this machine made it")
 
-// known says whether a connection that was accepted on this machine's loopback is of the server's own user or of root. Where that cannot be
-// told it is not: the connection has no other proof.
+// known returns nil if the server's own user or root made a connection to this machine's loopback. If that cannot be found out, it is an
+// error, because the connection carries no other proof.
 func known(conn net.Conn) error {
 	from, err := netip.ParseAddrPort(conn.RemoteAddr().String())
 	if err != nil {
@@ -43,19 +43,19 @@ func known(conn net.Conn) error {
 	return nil
 }
 
-// errNoSocket is of a connection whose other end is closed: the kernel calls it root's.
+// errNoSocket means that the other end of the connection is closed; the kernel reports root as its user.
 var errNoSocket = errors.New("its other end is closed")
 
-// The kernel's words in NETLINK_SOCK_DIAG (sock_diag(7), linux/inet_diag.h).
+// Constants of NETLINK_SOCK_DIAG (sock_diag(7), linux/inet_diag.h).
 const (
 	sockDiagByFamily = 20
-	diagRequest      = 56 // bytes of inet_diag_req_v2
-	diagAnswer       = 72 // of inet_diag_msg
-	diagUID          = 64 // in it
+	diagRequest      = 56 // size of inet_diag_req_v2 in bytes
+	diagAnswer       = 72 // size of inet_diag_msg in bytes
+	diagUID          = 64 // offset in inet_diag_msg
 	diagInode        = 68
 )
 
-// ownerOf asks the kernel for the user of a TCP socket of this machine, by its own end and its other one, both in IPv4.
+// ownerOf asks the kernel for the user of a TCP socket of this machine, given its local and remote address, both IPv4.
 func ownerOf(local, remote netip.AddrPort) (uid int, err error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.NETLINK_INET_DIAG)
 	if err != nil {
@@ -72,14 +72,14 @@ func ownerOf(local, remote netip.AddrPort) (uid int, err error) {
 	host.PutUint16(ask[6:], unix.NLM_F_REQUEST)
 	body := ask[unix.NLMSG_HDRLEN:]
 	body[0], body[1] = unix.AF_INET, unix.IPPROTO_TCP
-	host.PutUint32(body[4:], 1<<32-1) // in any state
+	host.PutUint32(body[4:], 1<<32-1) // any state
 	id := body[8:]
 	binary.BigEndian.PutUint16(id[0:], local.Port())
 	binary.BigEndian.PutUint16(id[2:], remote.Port())
 	l, r := local.Addr().Unmap().As4(), remote.Addr().Unmap().As4()
 	copy(id[4:], l[:])
 	copy(id[20:], r[:])
-	host.PutUint64(id[40:], 1<<64-1) // whatever its cookie
+	host.PutUint64(id[40:], 1<<64-1) // any cookie
 	if err := unix.Sendto(fd, ask, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return 0, err
 	}
@@ -97,7 +97,7 @@ func ownerOf(local, remote netip.AddrPort) (uid int, err error) {
 		return 0, fmt.Errorf("sock_diag: %w", unix.Errno(-int32(host.Uint32(body))))
 	}
 	if host.Uint16(answer[4:]) != sockDiagByFamily || len(body) < diagAnswer {
-		return 0, errors.New("another answer of sock_diag")
+		return 0, errors.New("an unexpected answer of sock_diag")
 	}
 	if host.Uint32(body[diagInode:]) == 0 {
 		return 0, errNoSocket
@@ -105,7 +105,7 @@ func ownerOf(local, remote netip.AddrPort) (uid int, err error) {
 	return int(host.Uint32(body[diagUID:])), nil
 }
 
-// ownerInProc is ownerOf by the lists of all sockets (proc(5)).
+// ownerInProc is ownerOf by the kernel's lists of all sockets (proc(5)).
 func ownerInProc(local, remote netip.AddrPort) (uid int, err error) {
 	want := []string{procAddress(local, false) + " " + procAddress(remote, false), procAddress(local, true) + " " +
 		procAddress(remote, true)}
@@ -128,7 +128,7 @@ func ownerInProc(local, remote netip.AddrPort) (uid int, err error) {
 	return 0, errors.Join(err, errNoSocket)
 }
 
-// procAddress is an address of IPv4 as /proc/net/tcp, or mapped as /proc/net/tcp6, has it: in words of the machine's order.
+// procAddress formats an IPv4 address as in /proc/net/tcp or, if mapped, as in /proc/net/tcp6: as 32-bit words in the machine's byte order.
 func procAddress(a netip.AddrPort, mapped bool) string {
 	ip := a.Addr().Unmap().As4()
 	word := make([]byte, 4)

@@ -11,7 +11,7 @@ import (
 	"testing"
 )
 
-// TestPeer: both ways of asking tell the user of a connection's other end, and neither takes an end that is closed for root's.
+// TestPeer: both ways of asking find the user of a connection's other end, and neither takes a closed end for root's.
 func TestPeer(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -50,7 +50,7 @@ func TestPeer(t *testing.T) {
 		t.Error("a closed one is known")
 	}
 	if os.Geteuid() != 0 {
-		return // nobody else can be asked to connect
+		return // no other user can be made to connect
 	}
 	cmd := exec.Command("bash", "-c", fmt.Sprintf("exec 3<>/dev/tcp/127.0.0.1/%d; cat <&3", to.Port()))
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 12345, Gid: 12345}}

@@ -11,7 +11,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// faultyPipes is a Fake whose pipes to agents fail once in what is armed.
+// faultyPipes is a Fake whose pipes to agents fail once when a fault is armed.
 type faultyPipes struct {
 	*sandboxtest.Fake
 	read, write atomic.Pointer[error]
@@ -42,7 +42,7 @@ type faultyPipe struct {
 func (p faultyPipe) Read(b []byte) (int, error) {
 	n, err := p.ReadWriteCloser.Read(b)
 	if fault := p.f.read.Swap(nil); fault != nil {
-		return 0, *fault // what came is lost
+		return 0, *fault // what was read is lost
 	}
 	return n, err
 }
@@ -55,8 +55,8 @@ func (p faultyPipe) Write(b []byte) (int, error) {
 	return p.ReadWriteCloser.Write(b)
 }
 
-// TestPipeFails: whatever the host says where the agent's client asks it to read or write, the call may fail, and no sandbox ends: its
-// agent is met anew.
+// TestPipeFails: when a read or write of the connection to the agent fails on the host, whatever the error, the call may fail, but no
+// sandbox ends: its agent is reconnected.
 func TestPipeFails(t *testing.T) {
 	for _, fault := range hostFaults {
 		for _, where := range []string{"read", "write"} {
@@ -72,8 +72,8 @@ func TestPipeFails(t *testing.T) {
 				kept := filepath.Join(t.TempDir(), "kept")
 				sandboxtest.Run(t, client, "echo kept > "+kept)
 				map[string]*atomic.Pointer[error]{"read": &runtime.read, "write": &runtime.write}[where].Store(&fault)
-				_ = client.Ping(t.Context()) // it may fail; what matters is what comes then
-				sandboxtest.Eventually(t, "its agent is met anew", func() bool {
+				_ = client.Ping(t.Context()) // it may fail; only what follows matters
+				sandboxtest.Eventually(t, "its agent is reconnected", func() bool {
 					again, err := sb.Agent(t.Context(), "use")
 					return err == nil && again != client
 				})

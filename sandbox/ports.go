@@ -20,11 +20,11 @@ import (
 const (
 	maxExposed   = 64               // ports of one sandbox
 	maxConns     = 512              // connections to one sandbox at once; more wait
-	dialTime     = 10 * time.Second // for the sandbox to take a connection
-	maxStrangers = 4                // that are told at once
-	peekTime     = 2 * time.Second  // for a client to say what it speaks, where nothing listens
+	dialTime     = 10 * time.Second // for the sandbox to accept a connection
+	maxStrangers = 4                // clients that are told at once that they are refused
+	peekTime     = 2 * time.Second  // for a client to show whether it speaks HTTP, if nothing listens
 	listenPoll   = 50 * time.Millisecond
-	hostBuffer   = 128 << 10 // bytes that this machine's kernel keeps for a client that does not read; it would be some MB
+	hostBuffer   = 128 << 10 // bytes that the host's kernel buffers for a client that does not read; the default would be some MB
 	maxListening = 1 << 20   // bytes of the guest's list of sockets
 )
 
@@ -32,33 +32,33 @@ const (
 type Port struct {
 	Port int `json:"port"`      // in the sandbox
 	Host int `json:"host_port"` // on the host's loopback
-	// Public says that a gateway serves it to everybody, not only to those who show the sandbox' traffic token.
+	// Public means that a gateway serves the port to everybody, not only to clients that show the sandbox's traffic token.
 	Public bool `json:"public,omitempty"`
 }
 
-// Address is where the port is reached.
+// Address returns where the port is reached on this machine.
 func (p Port) Address() string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(p.Host)) }
 
-// exposed is a port that is served.
+// exposed is a port that is being served.
 type exposed struct {
 	Port
 	listener net.Listener
 	cancel   context.CancelFunc
 	conns    sync.WaitGroup
-	// strangers bounds those who are told that they may not come in.
+	// strangers bounds the clients that are being told why they are refused.
 	strangers chan struct{}
-	// gate ends with what a gateway has let through.
+	// gate ends when the connections that a gateway let through must end.
 	gate     context.Context
 	shutGate context.CancelFunc
 }
 
 func (e *exposed) openGate() { e.gate, e.shutGate = context.WithCancel(context.Background()) }
 
-// Expose makes a port of the sandbox reachable on the host's loopback, at the same number as long as the sandbox lives, and by a gateway.
-// One that is exposed already stays where it is, and becomes public or not.
+// Expose makes a port of the sandbox reachable through a gateway, and on the host's loopback at a number that stays the same as long as the
+// sandbox lives. If the port is exposed already, its number stays, and public applies to it.
 func (s *Sandbox) Expose(port int, public bool) (Port, error) { return s.ExposeAt(port, public, 0) }
 
-// ExposeAt is Expose at a number of the host's loopback that its caller has chosen, and there alone; 0 leaves the choice.
+// ExposeAt is Expose at a loopback port of the host that the caller chose, and at no other; 0 leaves the choice to the server.
 func (s *Sandbox) ExposeAt(port int, public bool, host int) (Port, error) {
 	if port < 1 || port > 65535 {
 		return Port{}, fmt.Errorf("expose port %d: a port is from 1 to 65535: %w", port, ErrInvalid)
@@ -78,7 +78,7 @@ func (s *Sandbox) ExposeAt(port int, public bool, host int) (Port, error) {
 	r.Ports = slices.Clone(r.Ports)
 	want := Port{Port: port, Public: public, Host: host}
 	if i := slices.IndexFunc(r.Ports,
-		func(p Port) bool { return p.Port == port }); i >= 0 { // it could not be had again when it was adopted
+		func(p Port) bool { return p.Port == port }); i >= 0 { // it could not be exposed again when the sandbox was adopted
 		want.Host = cmp.Or(host, r.Ports[i].Host)
 		r.Ports = slices.Delete(r.Ports, i, i+1)
 	}
@@ -100,7 +100,7 @@ func (s *Sandbox) ExposeAt(port int, public bool, host int) (Port, error) {
 	return e.Port, nil
 }
 
-// publish makes an exposed port public, or not. s.mu is held.
+// publish makes an exposed port public or not public. s.mu is held.
 func (s *Sandbox) publish(e *exposed, public bool) error {
 	if e.Public == public {
 		return nil
@@ -117,7 +117,7 @@ func (s *Sandbox) publish(e *exposed, public bool) error {
 	}
 	s.rec = r
 	e.Public = public
-	e.shutGate() // who came in without the token stays no longer
+	e.shutGate() // connections that were made without the token end
 	e.openGate()
 	s.record("port %d is public: %t", e.Port.Port, public)
 	return nil
@@ -130,15 +130,15 @@ func (s *Sandbox) TrafficToken() string {
 	return s.rec.Traffic
 }
 
-// ErrNothingListens is of a port on which nothing listens in the sandbox.
+// ErrNothingListens means that nothing in the sandbox listens on the port.
 var ErrNothingListens = errors.New("nothing listens on the port")
 
-// ErrBusy is of a sandbox that has as many connections as it may have, or whose owner's account is full.
+// ErrBusy means that the sandbox has as many connections as it may have, or that its owner's account is full.
 var ErrBusy = errors.New("too many connections to the sandbox")
 
-// Dial connects to a port of the sandbox that is exposed or open, for a gateway. Closing the connection ends both directions; it also ends
-// when the port is closed or becomes public or not. It waits for a while if the sandbox or its owner has as many connections as may be:
-// then that is ErrBusy.
+// Dial connects a gateway to a port of the sandbox that is exposed or open. Closing the connection ends both directions; it also ends when
+// the port is closed or when its Public changes. If the sandbox or its owner has as many connections as allowed, Dial waits for a while;
+// then the error is ErrBusy.
 func (s *Sandbox) Dial(ctx context.Context, port int) (net.Conn, error) {
 	client, err := s.Agent(ctx, "connect to a port of")
 	if err != nil {
@@ -195,8 +195,8 @@ type portConn struct {
 	end  func()
 }
 
-// Read fails once the connection is to end: what the server in the sandbox says when it sees that, such as the proper end of a stream, is
-// not for the client.
+// Read fails once the connection is to end: what the server in the sandbox sends when it sees that, such as a proper end of the stream,
+// must not reach the client.
 func (c *portConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	if c.life.Err() != nil {
@@ -211,10 +211,10 @@ func (c *portConn) Close() error {
 	return nil
 }
 
-// ErrNotExposed is of a port that is not exposed.
+// ErrNotExposed means that a port is not exposed.
 var ErrNotExposed = errors.New("port is not exposed")
 
-// Unexpose ends what Expose began, and the connections to it.
+// Unexpose undoes Expose and ends the connections to the port.
 func (s *Sandbox) Unexpose(port int) error {
 	s.mu.Lock()
 	e := s.ports[port]
@@ -249,7 +249,7 @@ func (s *Sandbox) Ports() []Port {
 	return list
 }
 
-// serve begins to listen for a port, at p.Host if that is not 0. s.mu is held.
+// serve starts to listen for a port, at p.Host if that is not 0. s.mu is held.
 func (s *Sandbox) serve(p Port) (*exposed, error) {
 	l, err := s.m.opts.Listen("tcp", p.Address())
 	if err != nil {
@@ -269,7 +269,7 @@ func (s *Sandbox) serve(p Port) (*exposed, error) {
 			if errors.Is(err, net.ErrClosed) {
 				return
 			}
-			if err != nil { // such as no descriptors: later there may be some
+			if err != nil { // such as out of descriptors: there may be some later
 				time.Sleep(listenPoll)
 				continue
 			}
@@ -286,10 +286,10 @@ func (s *Sandbox) serve(p Port) (*exposed, error) {
 				return
 			}
 			if tcp, ok := conn.(interface{ SetWriteBuffer(bytes int) error }); ok {
-				_ = tcp.SetWriteBuffer(hostBuffer) // one that has ended says so later
+				_ = tcp.SetWriteBuffer(hostBuffer) // if the connection has ended, that shows later
 			}
 			giveBack, err := s.connection(ctx,
-				s.m.opts.ConnWait) // the next ones wait in the listener, where they have no descriptors of ours
+				s.m.opts.ConnWait) // the next ones wait in the listener, where they use no descriptor of the server
 			e.conns.Go(func() {
 				defer func() { <-slots }()
 				defer conn.Close()
@@ -305,7 +305,7 @@ func (s *Sandbox) serve(p Port) (*exposed, error) {
 	return e, nil
 }
 
-// serveAgain serves the ports of a sandbox that is adopted. s.mu is held.
+// serveAgain serves the ports of an adopted sandbox. s.mu is held.
 func (s *Sandbox) serveAgain() {
 	for _, p := range s.rec.Ports {
 		e, err := s.serve(p)
@@ -317,7 +317,7 @@ func (s *Sandbox) serveAgain() {
 	}
 }
 
-// stopPorts ends all ports; wait is to be called when the agent's pipe is closed. It is called without locks.
+// stopPorts closes all ports. Call wait after the agent's pipe is closed. stopPorts is called without locks.
 func (s *Sandbox) stopPorts() (wait func()) {
 	s.mu.Lock()
 	all := slices.Collect(maps.Values(s.ports))
@@ -333,14 +333,14 @@ func (s *Sandbox) stopPorts() (wait func()) {
 	}
 }
 
-// stop ends the port without waiting: a connection may hang on a guest that reads nothing until the guest's pipe is closed.
+// stop closes the port without waiting: until the guest's pipe is closed, a connection may hang on a guest that reads nothing.
 func (e *exposed) stop() {
 	_ = e.listener.Close() // ends Accept
 	e.cancel()
 	e.shutGate()
 }
 
-// Listening lists the TCP ports on which something of the user's listens in the sandbox.
+// Listening lists the TCP ports on which the user's programs listen in the sandbox.
 func (s *Sandbox) Listening(ctx context.Context) ([]int, error) {
 	client, err := s.Look("look for listening ports in")
 	if err != nil {
@@ -353,7 +353,7 @@ func (s *Sandbox) Listening(ctx context.Context) ([]int, error) {
 			return nil, err
 		}
 		body, err := io.ReadAll(r)
-		_ = r.Close() // it is read
+		_ = r.Close() // it has been read
 		if err != nil {
 			return nil, err
 		}
@@ -369,7 +369,7 @@ func (s *Sandbox) Listening(ctx context.Context) ([]int, error) {
 	return slices.Sorted(maps.Keys(found)), nil
 }
 
-// listeningPort reads a line of /proc/net/tcp (proc(5)): "sl local_address rem_address st", 0A is a listening socket.
+// listeningPort parses a line of /proc/net/tcp (proc(5)): "sl local_address rem_address st"; state 0A is a listening socket.
 func listeningPort(line string) (int, bool) {
 	fields := strings.Fields(line)
 	if len(fields) < 4 || fields[3] != "0A" {
@@ -383,7 +383,7 @@ func listeningPort(line string) (int, bool) {
 	return int(b[0])<<8 | int(b[1]), true
 }
 
-// AwaitPort waits until something listens on a port, at most for that long, and says whether it does.
+// AwaitPort waits until something listens on a port, for at most wait, and reports whether it does.
 func (s *Sandbox) AwaitPort(ctx context.Context, port int, wait time.Duration) (bool, error) {
 	for end := time.Now().Add(wait); ; {
 		list, err := s.Listening(ctx)

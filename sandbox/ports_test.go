@@ -19,7 +19,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// inside is a server that, on the Fake, is in the sandbox.
+// inside is a server that, with the Fake, runs in the sandbox.
 func inside(t *testing.T, serve func(net.Conn)) (port int) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -51,11 +51,11 @@ func exposePort(t *testing.T, sb *sandbox.Sandbox, port int) sandbox.Port {
 	return p
 }
 
-// TestPorts: bytes pass as they are, both ways at once, with half-closes, over many connections.
+// TestPorts: bytes pass unchanged in both directions at once, with half-closes, over many connections.
 func TestPorts(t *testing.T) {
 	m := newManager(t, t.TempDir(), &sandboxtest.Fake{}, nil)
 	sb := create(t, m, sandbox.CreateOptions{})
-	port := inside(t, func(c net.Conn) { // answers with the sum of all that comes, once that has ended
+	port := inside(t, func(c net.Conn) { // answers with the checksum of all input at its end
 		h := sha256.New()
 		if _, err := io.Copy(h, c); err == nil {
 			fmt.Fprintf(c, "%x", h.Sum(nil))
@@ -117,7 +117,7 @@ func TestPorts(t *testing.T) {
 	}
 }
 
-// TestPortNothingListens: a browser is told so, other clients see the connection close.
+// TestPortNothingListens: a browser gets a page that says so; other clients see the connection close.
 func TestPortNothingListens(t *testing.T) {
 	m := newManager(t, t.TempDir(), &sandboxtest.Fake{}, nil)
 	sb := create(t, m, sandbox.CreateOptions{})
@@ -153,7 +153,7 @@ func TestPortNothingListens(t *testing.T) {
 	}
 }
 
-// TestPortsEnd: connections end with their sandbox; a sandbox that is kept has its ports again, at the same numbers.
+// TestPortsEnd: connections end with their sandbox; an adopted sandbox has its ports again, at the same numbers.
 func TestPortsEnd(t *testing.T) {
 	fake, dir := &sandboxtest.Fake{}, t.TempDir()
 	keep := func(o *sandbox.Options) { o.Keep = true }
@@ -178,7 +178,7 @@ func TestPortsEnd(t *testing.T) {
 		_ = conn.SetReadDeadline(time.Now().Add(30 * time.Second))
 		var timeout net.Error
 		if _, err := conn.Read(make([]byte, 1)); err == nil || errors.As(err, &timeout) && timeout.Timeout() {
-			t.Fatal("the connection goes on")
+			t.Fatal("the connection is still open")
 		}
 	}
 	conn := echo()

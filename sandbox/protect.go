@@ -10,19 +10,19 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// Protect says how often a sandbox that runs is saved in the background: what it is resumed from when it has failed. A copy replaces the
-// last one, and is made only where something has changed. While it is made the sandbox stands still for about as long as a snapshot takes.
+// Protect says how often a running sandbox is saved in the background, so that it can be resumed if it fails. A copy replaces the previous
+// one, and is made only if something has changed. While it is made, the sandbox stands still for about as long as a snapshot takes.
 type Protect struct {
-	Every  time.Duration `json:"every,omitempty"`  // zero is not at all, negative is off whatever the server's default
-	Memory bool          `json:"memory,omitempty"` // memory and processes too, not files alone
+	Every  time.Duration `json:"every,omitempty"`  // zero means not set, negative means off whatever the server's default
+	Memory bool          `json:"memory,omitempty"` // memory and processes too, not only files
 }
 
-// minProtect is how often a sandbox is saved at most.
+// minProtect is the shortest time between two copies.
 const minProtect = 10 * time.Second
 
 func (p Protect) on() bool { return p.Every > 0 }
 
-// or fills in what is not said.
+// or fills in what is not set.
 func (p Protect) or(d Protect) Protect {
 	if p.Every == 0 {
 		return d
@@ -40,9 +40,9 @@ func (p Protect) check(l Limits) error {
 	return nil
 }
 
-// protect saves the sandbox as often as its user wants, as long as ctx goes on.
+// protect saves the sandbox as often as its user wants, until ctx ends.
 func (s *Sandbox) protect(ctx context.Context, client *agent.Client) {
-	var saw seen // of the last copy
+	var saw seen // at the last copy
 	for {
 		p := s.current().Protect
 		var due <-chan time.Time
@@ -72,7 +72,7 @@ func (s *Sandbox) protect(ctx context.Context, client *agent.Client) {
 	}
 }
 
-// nextCopy is when the next copy is due.
+// nextCopy returns when the next copy is due.
 func (s *Sandbox) nextCopy(p Protect) time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -85,7 +85,7 @@ func (s *Sandbox) nextCopy(p Protect) time.Time {
 	return last.Add(p.Every)
 }
 
-// copied is when the last copy was made; zero is never. s.mu is held.
+// copied returns when the last copy was made; zero means never. s.mu is held.
 func (s *Sandbox) copied() time.Time {
 	if s.rec.Copy == nil {
 		return time.Time{}
@@ -93,9 +93,9 @@ func (s *Sandbox) copied() time.Time {
 	return s.rec.Copy.At
 }
 
-// protectOnce makes a copy, unless nothing has happened since saw, and tells what was seen then.
+// protectOnce makes a copy, unless nothing has happened since saw, and returns what it has seen then.
 func (s *Sandbox) protectOnce(client *agent.Client, p Protect, saw seen) (seen, error) {
-	if !s.runs() { // one that is paused has not changed
+	if !s.runs() { // a paused sandbox has not changed
 		s.mu.Lock()
 		s.unchanged = time.Now()
 		s.mu.Unlock()
@@ -123,7 +123,7 @@ func (s *Sandbox) protectOnce(client *agent.Client, p Protect, saw seen) (seen, 
 	return next, s.copy(ctx, !p.Memory)
 }
 
-// sleepFor waits for a time, and says whether ctx goes on then.
+// sleepFor waits for d, and reports whether ctx had not ended by then.
 func sleepFor(ctx context.Context, d time.Duration) bool {
 	timer := time.NewTimer(d)
 	defer timer.Stop()

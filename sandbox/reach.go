@@ -8,7 +8,7 @@ import (
 	"strings"
 )
 
-// Bind gives a context that also ends with the sandbox, and when this server leaves it to another.
+// Bind returns a context that also ends when the sandbox ends or when this server leaves it to another.
 func (s *Sandbox) Bind(ctx context.Context) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	stop := context.AfterFunc(s.ctx, func() { cancel(context.Cause(s.ctx)) })
@@ -18,10 +18,11 @@ func (s *Sandbox) Bind(ctx context.Context) (context.Context, context.CancelFunc
 	}
 }
 
-// Gone says whether the sandbox has ended, or this server has left it to another.
+// Gone reports whether the sandbox has ended or this server has left it to another.
 func (s *Sandbox) Gone() bool { return s.ctx.Err() != nil }
 
-// AddEnv adds to the environment of processes that are started from now on. It wakes no sandbox, and one that boots anew has forgotten it.
+// AddEnv adds to the environment of processes that are started from now on. It wakes no sandbox, and the addition is lost when the sandbox
+// boots again.
 func (s *Sandbox) AddEnv(ctx context.Context, env map[string]string) error {
 	if err := checkEnv(env); err != nil {
 		return fmt.Errorf("update sandbox %s: %w", s.id, err)
@@ -35,14 +36,14 @@ func (s *Sandbox) AddEnv(ctx context.Context, env map[string]string) error {
 	return client.Configure(ctx, config)
 }
 
-// Ingress says how those of its ports are reached through a gateway that nobody has exposed, and how the servers there are spoken to.
+// Ingress says how a gateway reaches the ports that are not exposed, and how it speaks to the servers on them.
 type Ingress struct {
-	// Open is OpenPublic for everybody, OpenToken for those who show the traffic token; "" is nobody.
+	// Open is OpenPublic for everybody, or OpenToken for clients that show the traffic token; "" means that they are not reachable.
 	Open string `json:"open,omitempty"`
-	// Host is what servers are told as the host that was asked for, with ${PORT} for the port; "" is the gateway's.
+	// Host is the Host header that servers get, with ${PORT} for the port; "" means the gateway's.
 	Host string `json:"host,omitempty"`
 	TLS  []int  `json:"tls,omitempty"` // ports whose servers speak TLS
-	// Insecure says that what is in it is for everybody who knows its id, without the access token, on servers that allow that.
+	// Insecure lets everybody who knows the sandbox's ID act in it without the access token, on servers that allow that.
 	Insecure bool `json:"insecure,omitempty"`
 }
 
@@ -66,7 +67,7 @@ func (i Ingress) check() error {
 	return nil
 }
 
-// giveSecrets gives a sandbox the secrets that it has not got, and says whether there were any.
+// giveSecrets makes the secrets that a sandbox does not have yet, and reports whether there were any.
 func (r *record) giveSecrets() (some bool) {
 	for _, secret := range []*string{&r.Traffic, &r.Access} {
 		if *secret == "" {
@@ -76,14 +77,14 @@ func (r *record) giveSecrets() (some bool) {
 	return some
 }
 
-// AccessToken is what clients show who act in the sandbox without its owner's key. It is a secret.
+// AccessToken is what clients show that act in the sandbox without its owner's key. It is a secret.
 func (s *Sandbox) AccessToken() string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.rec.Access
 }
 
-// Reachable tells whether a port is reached through a gateway, and whether by everybody.
+// Reachable reports whether a gateway can reach a port, and whether everybody can.
 func (s *Sandbox) Reachable(port int) (public, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -93,7 +94,7 @@ func (s *Sandbox) Reachable(port int) (public, ok bool) {
 	return s.rec.Ingress.Open == OpenPublic, s.rec.Ingress.Open != "" && !s.rec.ended()
 }
 
-// gate is what a connection through a gateway to a port lives as long as; nil where there is none. s.mu is held.
+// gate returns the context that bounds a gateway's connections to a port; nil if they are not allowed. s.mu is held.
 func (s *Sandbox) gate(port int) context.Context {
 	if e := s.ports[port]; e != nil {
 		return e.gate

@@ -12,8 +12,8 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestOpenPorts: what is open is reached without being exposed, by whom it is open to, in copies and after a restart too, and no longer
-// than the sandbox lives.
+// TestOpenPorts: open ports are reachable without being exposed, for those to whom they are open, in forks and after a restart too, and no
+// longer than the sandbox lives.
 func TestOpenPorts(t *testing.T) {
 	fake, dir := &sandboxtest.Fake{}, t.TempDir()
 	m := newManager(t, dir, fake, keep)
@@ -97,7 +97,7 @@ func TestOpenPorts(t *testing.T) {
 	}
 }
 
-// TestSetNetwork: what is reached changes while a sandbox lives, and whether it has a network does not.
+// TestSetNetwork: what can be reached may change while a sandbox lives; whether it has a network may not.
 func TestSetNetwork(t *testing.T) {
 	fake, dir := &sandboxtest.Fake{}, t.TempDir()
 	m := newManager(t, dir, fake, keep)
@@ -132,7 +132,7 @@ func TestSetNetwork(t *testing.T) {
 	}
 }
 
-// TestSnapshotReplaced: a snapshot takes the place of another one at once, and nothing of that is left.
+// TestSnapshotReplaced: a snapshot replaces another one at once, and nothing is left of the old one.
 func TestSnapshotReplaced(t *testing.T) {
 	fake, dir := &sandboxtest.Fake{}, t.TempDir()
 	m := newManager(t, dir, fake, nil)
@@ -155,7 +155,7 @@ func TestSnapshotReplaced(t *testing.T) {
 	}
 }
 
-// TestAtLeast: a life gets longer and never shorter.
+// TestAtLeast: AtLeast makes a life longer and never shorter.
 func TestAtLeast(t *testing.T) {
 	m := newManager(t, t.TempDir(), &sandboxtest.Fake{}, nil)
 	sb := create(t, m, sandbox.CreateOptions{Times: sandbox.Times{Life: time.Hour}})

@@ -11,19 +11,19 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// HookDir is where a sandbox has the programs that are run, as root and by their names, once it goes on from what was saved: as a copy,
-// from a snapshot, or from disk.
+// HookDir is the directory in a sandbox with programs that are run as root, in the order of their names, after the sandbox was restored: as
+// a fork, from a snapshot, or from disk.
 const HookDir = "/etc/soulbox/after-restore.d"
 
-// HookTag is the tag of the process that runs them.
+// HookTag is the tag of the process that runs the hooks.
 const HookTag = "after-restore"
 
 const (
-	hookTime   = 10 * time.Second // of all together
-	hookOutput = 2000             // bytes of it in the log
+	hookTime   = 10 * time.Second // for all together
+	hookOutput = 2000             // bytes of their output in the log
 )
 
-// hookScript runs those that are root's own, as cron does. They are told the generation, and their output is one.
+// hookScript runs the hooks that root owns, as cron does. They get the generation in their environment, and their output is joined.
 const hookScript = `for f in ` + HookDir + `/*; do
 	[ -f "$f" ] && [ -x "$f" ] && [ -O "$f" ] || continue
 	"$f" </dev/null
@@ -32,17 +32,17 @@ const hookScript = `for f in ` + HookDir + `/*; do
 done
 exit ${failed:-0}`
 
-// afterRestore makes of a machine that has begun from what was saved one of its own: with another boot_id and the next generation where it
-// has its memory (one that boots has them anyway), and with what its hooks do. Nothing of that keeps it from running: what fails is in its
-// log.
+// afterRestore makes a restored machine distinct from the one that was saved: if it has the saved memory, it gets another boot_id and the
+// next generation (a machine that boots needs neither); then its hooks run. A failure does not stop the sandbox; it is noted in
+// the sandbox's log.
 func (s *Sandbox) afterRestore(ctx context.Context, client *agent.Client, whole bool) {
 	env := map[string]string{}
 	if whole {
 		told, err := client.Restored(ctx)
 		switch {
-		case errors.Is(err, agent.ErrVersion): // it was saved by an older version
+		case errors.Is(err, agent.ErrVersion): // an older version saved it
 		case err != nil:
-			s.note(LevelWarn, "it is not told from what it was saved as: %v", err)
+			s.note(LevelWarn, "it has the same boot_id as the sandbox that was saved: %v", err)
 		default:
 			env["SOULBOX_GENERATION"] = strconv.FormatInt(told.Generation, 10)
 		}
@@ -52,7 +52,7 @@ func (s *Sandbox) afterRestore(ctx context.Context, client *agent.Client, whole 
 	}
 }
 
-// runHooks runs the hooks of a sandbox, if it has any, and waits for them.
+// runHooks runs the sandbox's hooks, if it has any, and waits for them.
 func (s *Sandbox) runHooks(ctx context.Context, client *agent.Client, env map[string]string) error {
 	if _, err := client.Stat(ctx, HookDir); err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
@@ -69,7 +69,7 @@ func (s *Sandbox) runHooks(ctx context.Context, client *agent.Client, env map[st
 	p := got.Process
 	switch {
 	case p.State != agent.StateExited:
-		err = errors.New("they go on")
+		err = errors.New("they still run")
 	case p.Cause == agent.CauseTimeout:
 		err = fmt.Errorf("they took longer than %s and were killed", hookTime)
 	case p.ExitCode != 0 || p.Cause != "":

@@ -14,10 +14,10 @@ import (
 	"soulbox.dev/soulbox/internal/durable"
 )
 
-// spareDisk is what a checkpoint leaves free on the file system of the state directory, in bytes.
+// spareDisk is what a checkpoint must leave free on the file system of the state directory, in bytes.
 const spareDisk = 512 << 20
 
-// admit says whether there is room for a sandbox of an owner: memory, and in the owner's share. m.room is held.
+// admit returns an error unless there is memory for an owner's sandbox, on the server and in the owner's share. m.room is held.
 func (m *Manager) admit(owner string, l Limits) error {
 	if err := m.admitShare(owner, l); err != nil {
 		return err
@@ -42,7 +42,7 @@ func (m *Manager) admit(owner string, l Limits) error {
 	return fmt.Errorf("%s: %w", text, ErrNoRoom)
 }
 
-// largest names an owner's sandboxes that have memory, those that were not used for the longest time first.
+// largest names an owner's sandboxes that have memory, the longest unchanged first.
 func (m *Manager) largest(owner string) []string {
 	list := m.List(Filter{Owner: owner})
 	list = slices.DeleteFunc(list, func(i Info) bool { return i.OnDisk || i.State == Creating })
@@ -54,14 +54,14 @@ func (m *Manager) largest(owner string) []string {
 	return names
 }
 
-// promiseAgain takes memory for a sandbox that is on disk, before it is booted with limits.
+// promiseAgain promises memory to a sandbox on disk before it is booted with limits l.
 func (m *Manager) promiseAgain(s *Sandbox, l Limits) error {
 	done, err := m.lockRoom()
 	if err != nil {
 		return err
 	}
 	defer done()
-	if s.current().Pause.Waking { // it is promised already: that could not be taken back
+	if s.current().Pause.Waking { // an earlier, failed resume could not take the promise back
 		return nil
 	}
 	if err := m.admitOne(s.owner); err != nil {
@@ -73,7 +73,7 @@ func (m *Manager) promiseAgain(s *Sandbox, l Limits) error {
 	return s.setWaking(true)
 }
 
-// lockRoom keeps two promises from taking the same room, those of other servers too.
+// lockRoom keeps two promises, including those of other servers, from taking the same memory.
 func (m *Manager) lockRoom() (done func(), err error) {
 	m.room.Lock()
 	lock, err := durable.Lock(filepath.Join(m.store.dir, ".room"), true)
@@ -87,7 +87,7 @@ func (m *Manager) lockRoom() (done func(), err error) {
 	}, nil
 }
 
-// admitOne says whether an owner may have one more sandbox that is not on disk.
+// admitOne returns an error if an owner may not have one more sandbox that is not on disk.
 func (m *Manager) admitOne(owner string) error {
 	alive := 0
 	for _, s := range m.all() {
@@ -101,10 +101,10 @@ func (m *Manager) admitOne(owner string) error {
 	return nil
 }
 
-// asleepFactor is how many sandboxes an owner may have, those on disk too, for each that may be alive; there may be as many snapshots.
+// asleepFactor is how many sandboxes, including those on disk, an owner may have for each that may be alive; the same holds for snapshots.
 const asleepFactor = 10
 
-// unpromise takes promiseAgain back.
+// unpromise undoes promiseAgain.
 func (m *Manager) unpromise(s *Sandbox) error {
 	done, err := m.lockRoom()
 	if err != nil {
@@ -131,9 +131,9 @@ func (s *Sandbox) setWaking(waking bool) error {
 	return nil
 }
 
-// roomOnDisk says whether so many bytes of a checkpoint of an owner's may be written, and keeps room for them until done is called. Where
-// there is none, and the operator wants that, the owner's sandboxes that have been on disk for the longest time are ended, if that makes
-// enough room; their tombstones say so.
+// roomOnDisk returns an error unless need bytes of a checkpoint may be written for an owner, and reserves them until done is called. If
+// there is no room and Reclaim is set, it ends those of the owner's sandboxes that have been on disk for the longest time, provided that
+// this makes enough room; their tombstones say so.
 func (m *Manager) roomOnDisk(owner string, need int64) (done func(), err error) {
 	m.saving.Add(need)
 	release := sync.OnceFunc(func() { m.saving.Add(-need) })
@@ -158,7 +158,7 @@ func (m *Manager) roomOnDisk(owner string, need int64) (done func(), err error) 
 		for _, s := range m.asleep(owner) {
 			size, err := sizeOf(m.store.kept(s.current()))
 			if err != nil || lack <= 0 {
-				continue // it is being woken
+				continue // it is just being resumed
 			}
 			victims = append(victims, s)
 			lack -= size
@@ -176,7 +176,7 @@ func (m *Manager) roomOnDisk(owner string, need int64) (done func(), err error) 
 	return release, nil
 }
 
-// asleep are an owner's sandboxes on disk that this server has, those that have been there for the longest time first.
+// asleep lists an owner's sandboxes on disk that this server has, those that have been there for the longest time first.
 func (m *Manager) asleep(owner string) []*Sandbox {
 	var list []*Sandbox
 	for _, s := range m.all() {
@@ -188,7 +188,7 @@ func (m *Manager) asleep(owner string) []*Sandbox {
 	return list
 }
 
-// lackOfDisk says how many bytes are missing for so many more, and why.
+// lackOfDisk returns how many bytes are missing to write need more, and why.
 func (m *Manager) lackOfDisk(need int64) (lack int64, why string, err error) {
 	var st syscall.Statfs_t
 	if err := syscall.Statfs(m.opts.Dir, &st); err != nil {
@@ -211,7 +211,7 @@ func (m *Manager) lackOfDisk(need int64) (lack int64, why string, err error) {
 	return 0, "", nil
 }
 
-// saved is how many bytes all checkpoints and snapshots take.
+// saved returns how many bytes all checkpoints and snapshots take on disk.
 func (s store) saved() (int64, error) {
 	var sum int64
 	seen := map[uint64]bool{} // a snapshot of a paused sandbox shares its files
@@ -224,7 +224,7 @@ func (s store) saved() (int64, error) {
 		for _, name := range names {
 			info, err := os.Lstat(name)
 			if errors.Is(err, fs.ErrNotExist) {
-				continue // gone meanwhile
+				continue // removed meanwhile
 			}
 			if err != nil {
 				return 0, err

@@ -17,39 +17,39 @@ type Sandbox struct {
 	m      *Manager
 	id     string
 	owner  string
-	env    map[string]string       // that its agent is to know
-	ctx    context.Context         // ends with the sandbox, and when this server leaves it
+	env    map[string]string       // for its agent
+	ctx    context.Context         // ends with the sandbox, or when this server leaves it
 	cancel context.CancelCauseFunc // of ctx
-	booted chan struct{}           // closed when the boot is over, whatever came of it
+	booted chan struct{}           // closed when the boot is over, successful or not
 	left   chan struct{}           // closed when this server leaves it to the next
 	ended  chan struct{}           // closed when its end has begun, with a cause
-	turn   chan struct{}           // has a token while somebody pauses, resumes, saves or destroys it
-	retime chan struct{}           // tells the keeper of its time that something has changed
-	guard  chan struct{}           // tells who protects it that something has changed
+	turn   chan struct{}           // holds a token during a pause, resume, save or destroy
+	retime chan struct{}           // tells keepTime to look again
+	guard  chan struct{}           // tells protect to look again
 	log    journal
 	meter  meter
-	// contained are the tries to pause it when it must not go on.
+	// contained counts the attempts to pause the sandbox when it must not continue.
 	contained tries
 
 	mu      sync.Mutex
 	rec     record
 	lock    *os.File
 	machine Machine       // nil before it is booted, and while it is on disk
-	client  *agent.Client // as machine
+	client  *agent.Client // nil if machine is, and while its agent is silent
 	unfit   error         // why this server cannot speak with its agent, though it runs
-	stop    func()        // ends what goes on while it runs
-	hold    chan struct{} // closed when a change between running and paused is over; nil where there is none
-	shifts  int           // how many there were
-	ending  chan struct{} // closed when nothing of an ended sandbox is left
+	stop    func()        // ends the goroutines that run with the machine
+	hold    chan struct{} // closed when a change between running and paused is over; nil if there is none
+	shifts  int           // how many such changes there were
+	ending  chan struct{} // closed when nothing is left of an ended sandbox
 	ports   map[int]*exposed
-	// rules end when the network changes; nil until somebody asks.
+	// rules ends when the network changes; nil until it is first needed.
 	rules    context.Context
 	endRules context.CancelFunc
 	// connSlots bounds the connections to all ports.
 	connSlots chan struct{}
-	changed   chan struct{} // closed at the next change of what Info or Logs tell
-	unchanged time.Time     // until when the sandbox was as its copy
-	relinked  []time.Time   // when its agent was met anew
+	changed   chan struct{} // closed at the next change of what Info or Logs return
+	unchanged time.Time     // until when the sandbox had not changed since its copy
+	relinked  []time.Time   // when the connection to its agent was restored
 }
 
 // Info is a sandbox at one moment.
@@ -57,10 +57,10 @@ type Info struct {
 	ID        string
 	Owner     string // "" is the user of this machine
 	State     State
-	Cause     string // why it has ended, or is paused
+	Cause     string // why it ended, or is paused
 	Template  string
-	Parent    string // the snapshot or the sandbox that it began from
-	Origin    string // the snapshot that it, or what it is a copy of, began from; "" is none
+	Parent    string // the snapshot or sandbox that it began from
+	Origin    string // the snapshot that it began from, directly or through forks; "" means none
 	Metadata  map[string]string
 	Limits    Limits
 	Network   Network
@@ -71,20 +71,20 @@ type Info struct {
 	Updated   time.Time // the last change by its user
 	Ready     time.Time
 	ExpiresAt time.Time // while it runs
-	// OnDisk says that it is paused and takes no memory, AutoResume that a call wakes it, RemoveAt when it ends if nobody does.
+	// OnDisk means that it is paused and takes no memory, AutoResume that a call wakes it. RemoveAt is when it ends if it is not resumed.
 	OnDisk, AutoResume bool
 	RemoveAt           time.Time
 	Left               time.Duration // of its life, while it is paused
 	Totals             Totals
 	Protect            Protect
-	// Saved is when what it can be resumed from was saved, if there is anything, and SavedFiles says that that has no memory. Current is
-	// until when nothing has changed since then.
+	// Saved is when the copy was saved that it can be resumed from, if there is one; SavedFiles means that this copy has no memory. Current
+	// is until when the sandbox had not changed since then.
 	Saved, Current time.Time
 	SavedFiles     bool
-	Notice         string // what its user must know of how it was resumed
+	Notice         string // what its user must know about how it was resumed
 }
 
-// ID is the sandbox' name.
+// ID is the sandbox's name.
 func (s *Sandbox) ID() string { return s.id }
 
 // Info describes the sandbox.
@@ -110,12 +110,12 @@ func (s *Sandbox) info() Info {
 	return i
 }
 
-// become changes the state, on disk first; change, if not nil, changes what goes with it. s.mu is held.
+// become changes the state, on disk first; change, if not nil, changes the other fields of the record with it. s.mu is held.
 func (s *Sandbox) become(verb string, next State, cause error, change func(*record)) error {
 	return s.turnTo(verb, next, cause, next.Ended(), change) // a full disk must not keep a sandbox from its end
 }
 
-// turnTo is become; what must be is so also where it cannot be saved: the next that is saved has it.
+// turnTo is become; with must, the state changes even if it cannot be saved, and the next save writes it.
 func (s *Sandbox) turnTo(verb string, next State, cause error, must bool, change func(*record)) error {
 	if !s.rec.State.mayBecome(next) {
 		return s.wrong(verb)
@@ -156,7 +156,7 @@ func (s *Sandbox) wrong(verb string) error {
 		Wakes: s.rec.Pause != nil && s.rec.Pause.AutoResume, Saved: s.rec.State == Failed && s.rec.onDisk()}
 }
 
-// boot brings a new sandbox to life, from a checkpoint if there is one, and says whether the service of its template runs in it already.
+// boot boots a new sandbox, from a checkpoint if there is one, and reports whether the service of its template already runs in it.
 func (s *Sandbox) boot(ctx context.Context, template Template, from string, whole bool) (served bool, err error) {
 	defer close(s.booted)
 	if from == "" && template.Service != nil {
@@ -177,22 +177,22 @@ func (s *Sandbox) boot(ctx context.Context, template Template, from string, whol
 	return served, nil
 }
 
-// skip is skipPast, with the bound of a boot, of which it is the end.
+// skip is skipPast within the time of a boot, whose last step it is.
 func (s *Sandbox) skip(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, s.m.opts.BootTimeout, errNotReady)
 	defer cancel()
 	return s.skipPast(ctx)
 }
 
-// errNotReady is of a machine whose agent has not answered in time: the host may have been busy.
+// errNotReady means that an agent has not responded in time: the host may have been busy.
 var errNotReady = fmt.Errorf("the sandbox was not ready in time: %w", context.DeadlineExceeded)
 
-// start starts the machine and meets its agent. What has been started is in s also when it fails.
+// start boots the machine and connects to its agent. s holds whatever was started, even if start fails.
 func (s *Sandbox) start(ctx context.Context, template Template, from string, whole bool) error {
 	return s.startWith(ctx, template, from, whole, s.current().Limits, false)
 }
 
-// startWith is start with limits that are not the sandbox's yet. hurry does not wait for long for an agent.
+// startWith is start with limits that the sandbox does not have yet. With hurry, it waits only a short time for the agent.
 func (s *Sandbox) startWith(ctx context.Context, template Template, from string, whole bool, limits Limits, hurry bool) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, s.m.opts.BootTimeout, errNotReady)
 	defer cancel()
@@ -214,7 +214,7 @@ func (s *Sandbox) startWith(ctx context.Context, template Template, from string,
 	if whole {
 		greet = agent.Rejoin
 	} else {
-		s.meter.see(seen{}) // the agent counts anew
+		s.meter.see(seen{}) // a new agent counts from zero
 	}
 	client, err := greet(ctx, machine.Pipe(), s.m.opts.Version)
 	if err != nil {
@@ -234,7 +234,7 @@ func (s *Sandbox) startWith(ctx context.Context, template Template, from string,
 	return nil
 }
 
-// configuration is what the agent is told, now and again.
+// configuration is what the agent is told when it starts and after changes.
 func (r record) configuration() agent.Config {
 	return agent.Config{
 		User: r.User, Cwd: r.Cwd, MaxProcesses: r.Limits.Processes, MaxMemory: r.Limits.Memory, MaxCPU: r.Limits.CPU,
@@ -248,13 +248,13 @@ func (s *Sandbox) current() record {
 	return s.rec
 }
 
-// begin begins what goes on as long as there is a machine. s.mu is held.
+// begin starts the goroutines that run as long as the machine does. s.mu is held.
 func (s *Sandbox) begin() {
 	ctx, cancel := context.WithCancel(s.ctx)
 	s.stop = cancel
 	machine, client := s.machine, s.client
 	s.m.work.Go(func() { s.watch(ctx, machine, client) })
-	if client == nil { // its agent was silent
+	if client == nil { // its agent is silent
 		return
 	}
 	s.m.work.Go(func() { s.ping(ctx, machine, client) })
@@ -270,7 +270,7 @@ func (s *Sandbox) begin() {
 
 func (s *Sandbox) runs() bool { return s.current().State == Running }
 
-// AwaitEnd waits until the sandbox has ended or ctx has, and describes it.
+// AwaitEnd waits until the sandbox or ctx has ended, and returns the sandbox's Info.
 func (s *Sandbox) AwaitEnd(ctx context.Context) Info {
 	select {
 	case <-s.ended:
@@ -279,10 +279,10 @@ func (s *Sandbox) AwaitEnd(ctx context.Context) Info {
 	return s.Info()
 }
 
-// Kill ends the sandbox; nothing of it is left when it returns.
+// Kill ends the sandbox; when it returns, nothing of the sandbox is left.
 func (s *Sandbox) Kill(cause error) error { return s.end(Killed, cause) }
 
-// end ends the sandbox in a final state. Whoever comes second waits for the first, and gets a StateError.
+// end ends the sandbox in a final state. A second caller waits for the first and gets a StateError.
 func (s *Sandbox) end(final State, cause error) error {
 	s.mu.Lock()
 	if s.ending != nil {
@@ -293,7 +293,7 @@ func (s *Sandbox) end(final State, cause error) error {
 		defer s.mu.Unlock()
 		return s.wrong("kill")
 	}
-	if s.isLeft() { // another server's by now
+	if s.isLeft() { // it belongs to another server by now
 		s.mu.Unlock()
 		return fmt.Errorf("end sandbox %s: %w", s.id, ErrClosed)
 	}
@@ -310,8 +310,8 @@ func (s *Sandbox) end(final State, cause error) error {
 	s.mu.Lock()
 	doomed := s.machine
 	s.mu.Unlock()
-	dead := doomed != nil && s.endMachine(doomed) == nil // at once: whoever is about to save it needs not come to an end with that
-	// Who pauses or resumes it sees that it has ended; nobody has a turn after this one.
+	dead := doomed != nil && s.endMachine(doomed) == nil // at once, because a save that is under way does not have to complete
+	// A pause or resume that is under way sees that the sandbox has ended; no turn is given after this one.
 	s.turn <- struct{}{}
 	s.mu.Lock()
 	machine, client := s.machine, s.client
@@ -320,7 +320,7 @@ func (s *Sandbox) end(final State, cause error) error {
 	wait := s.stopPorts()
 	err = s.destroy(machine, dead && machine == doomed)
 	if client != nil {
-		client.CloseFor(s.asError("go on in")) // also where the machine could not be ended: what hangs on it is freed
+		client.CloseFor(s.asError("continue in")) // even if the machine could not be ended: this frees callers that wait for it
 	}
 	wait()
 	if err != nil {
@@ -344,13 +344,13 @@ func (s *Sandbox) asError(verb string) error {
 	return s.wrong(verb)
 }
 
-// destroy ends the machine, if it is not dead, so that the agent's end is no surprise to anyone, then removes what it left.
+// destroy ends the machine, unless it is dead, and then removes what it left.
 func (s *Sandbox) destroy(machine Machine, dead bool) (err error) {
 	switch {
 	case dead:
 	case machine != nil:
 		err = s.endMachine(machine)
-	default: // of a boot that failed, or on disk
+	default: // the boot failed, or the sandbox is on disk
 		ctx, cancel := context.WithTimeout(context.Background(), destroyTimeout)
 		defer cancel()
 		err = s.m.opts.Runtime.Reap(ctx, s.m.store.path(s.id))
@@ -364,28 +364,29 @@ func (s *Sandbox) destroy(machine Machine, dead bool) (err error) {
 	return s.m.store.entomb(s.current(), s.lock)
 }
 
-// Update changes what can be changed of a living sandbox. Nil fields stay.
+// Update describes changes of a living sandbox. Nil fields stay as they are.
 type Update struct {
 	Metadata    map[string]*string // nil values remove a pair
 	Extend      *time.Duration     // added to what is left
-	Lifetime    *time.Duration     // from now on; the only way to shorten a life
-	AtLeast     *time.Duration     // from now on, where less is left
-	MaxLifetime *time.Duration     // counted from readiness, paused times aside
+	Lifetime    *time.Duration     // from now on; only this can shorten a life
+	AtLeast     *time.Duration     // from now on, if less is left
+	MaxLifetime *time.Duration     // counted from readiness, without paused times
 	Idle        *time.Duration
-	OnTimeout   Action // "" stays
+	OnTimeout   Action // "" means no change
 	Grace       *time.Duration
 	Protect     *Protect
-	AutoResume  *bool // whether calls wake it, now and when it is paused by its times
+	AutoResume  *bool // whether calls wake it, now and when its times pause it
 }
 
-// Update applies u as a whole or not at all.
+// Update applies all of u or nothing.
 func (s *Sandbox) Update(ctx context.Context, u Update) (Info, error) {
 	info, retimed, err := s.update(u)
 	client, lookErr := s.Look("tell")
-	if err != nil || !retimed || lookErr != nil { // one that does not run is told when it does
+	if err != nil || !retimed || lookErr != nil { // a sandbox that does not run is told when it does
 		return info, err
 	}
-	// The agent ends itself when no server comes for longer than its life: it is told of a longer one. A silent one is noticed elsewhere.
+	// An agent ends itself when no server connects for longer than the sandbox's life, so it is told of a longer life. If it is silent,
+	// ping notices.
 	ctx, cancel := context.WithTimeout(ctx, tellTime)
 	defer cancel()
 	if err := client.Configure(ctx, s.current().configuration()); err != nil {
@@ -394,7 +395,7 @@ func (s *Sandbox) Update(ctx context.Context, u Update) (Info, error) {
 	return info, nil
 }
 
-// tellTime bounds how long an agent is told something that it need not know at once.
+// tellTime bounds a call to the agent that is not urgent.
 const tellTime = 5 * time.Second
 
 func (s *Sandbox) update(u Update) (info Info, retimed bool, err error) {
@@ -439,7 +440,7 @@ func (s *Sandbox) update(u Update) (info Info, retimed bool, err error) {
 	return s.info(), retimed, nil
 }
 
-// Usage tells what the sandbox uses: inside, and of the host.
+// Usage returns what the sandbox uses inside, and what it takes from the host.
 func (s *Sandbox) Usage(ctx context.Context) (agent.Usage, Usage, error) {
 	client, err := s.Look("measure")
 	if err != nil {

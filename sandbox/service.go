@@ -9,17 +9,17 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// Service is what runs in every sandbox of a template.
+// Service is a program that runs in every sandbox of a template.
 type Service struct {
-	Start string // a command of the shell, as the template's user
-	Ready string // one that succeeds once the service is ready; "" waits until something listens on a port, or a short while
-	// Saved is the directory of a checkpoint in which it is ready already, of a sandbox with these Limits; "" is none.
+	Start string // a shell command, run as the template's user
+	Ready string // a command that succeeds once the service is ready; "" waits until something listens on a port, or a short while
+	// Saved is the directory of a checkpoint in which the service is ready already, of a sandbox with these Limits; "" if there is none.
 	Saved   string
 	Limits  Limits
-	Network bool // that one has a network, which its processes know of
+	Network bool // the saved sandbox has a network, and its processes know that
 }
 
-// service is the service of a sandbox' template, which is not saved; nil is none.
+// service returns the service of a sandbox's template, without a checkpoint; nil if there is none.
 func (r record) service() *Service {
 	if r.StartCmd == "" {
 		return nil
@@ -33,16 +33,16 @@ const ServiceTag = "start"
 // Bounds of the wait for a service.
 const (
 	readyTime  = 60 * time.Second
-	readyLook  = 500 * time.Millisecond // after which it is looked whether the service lives
+	readyLook  = 500 * time.Millisecond // interval of the checks whether the service still runs
 	readyPoll  = 50 * time.Millisecond
-	silentTime = 5 * time.Second // of one of which nobody knows when it is ready
+	silentTime = 5 * time.Second // wait for a service that opens no port and has no Ready
 )
 
-// errService is of a service that ended before it was ready.
+// errService means that the service ended before it was ready.
 var errService = errors.New("the service of the template has ended before it was ready")
 
-// StartService starts a service in the sandbox and waits until it is ready. Its error has the last of its output; each, if not nil, is
-// given all of it.
+// StartService starts a service in the sandbox and waits until it is ready. Its error includes the end of the service's output; each, if
+// not nil, gets all of the output.
 func (s *Sandbox) StartService(ctx context.Context, service Service, each func(agent.OutputFrame)) error {
 	client, err := s.Agent(ctx, "start the service of")
 	if err != nil {
@@ -70,7 +70,7 @@ func (s *Sandbox) StartService(ctx context.Context, service Service, each func(a
 	return nil
 }
 
-// tellOutput tells what a process writes, until over is called and has told the rest of what there is.
+// tellOutput passes on what a process writes, until over is called, which passes on the rest.
 func (s *Sandbox) tellOutput(ctx context.Context, client *agent.Client, process string, each func(agent.OutputFrame)) (over func()) {
 	var next int64
 	tell := func(f agent.OutputFrame) error {
@@ -84,7 +84,7 @@ func (s *Sandbox) tellOutput(ctx context.Context, client *agent.Client, process 
 	told := make(chan struct{})
 	go func() {
 		defer close(told)
-		_ = client.Output(following, process, 0, true, tell) // until it is stopped; what is missing comes below
+		_ = client.Output(following, process, 0, true, tell) // until it is stopped; over reads the rest
 	}()
 	return func() {
 		stop()
@@ -97,7 +97,7 @@ func (s *Sandbox) tellOutput(ctx context.Context, client *agent.Client, process 
 	}
 }
 
-// awaitReady waits until a command succeeds in the sandbox, which asks itself: no process is left of each time.
+// awaitReady waits until a command succeeds in the sandbox. The loop runs inside, so that it is one process and not one for each attempt.
 func awaitReady(ctx context.Context, client *agent.Client, ready string) error {
 	asking, err := client.Start(ctx, agent.StartRequest{Command: "until (\n" + ready + "\n) > /dev/null 2>&1; do sleep 0.1; done",
 		TimeoutMS: readyTime.Milliseconds()})
@@ -106,7 +106,7 @@ func awaitReady(ctx context.Context, client *agent.Client, ready string) error {
 			return err
 		}
 		if asking.Process.State == agent.StateExited {
-			if asking.Process.ExitCode != 0 { // it is no command of a shell, or its time is over
+			if asking.Process.ExitCode != 0 { // the shell cannot run it, or it timed out
 				return fmt.Errorf("the command that says whether the service is ready has ended with exit code %d", asking.Process.ExitCode)
 			}
 			return nil
@@ -118,7 +118,7 @@ func awaitReady(ctx context.Context, client *agent.Client, ready string) error {
 	}
 }
 
-// awaitPort waits until something listens on a port, or for a while.
+// awaitPort waits until something listens on a port, or for silentTime.
 func (s *Sandbox) awaitPort(ctx context.Context, client *agent.Client) error {
 	for end := time.Now().Add(silentTime); time.Now().Before(end); {
 		ports, err := s.Listening(ctx)
@@ -137,7 +137,7 @@ func (s *Sandbox) awaitPort(ctx context.Context, client *agent.Client) error {
 	return nil
 }
 
-// hasEnded is an error where the service has ended, unless it did what it was for and ended well.
+// hasEnded returns an error if the service has ended, unless it ended with exit code 0, having done its work.
 func hasEnded(ctx context.Context, client *agent.Client) error {
 	got, err := client.Wait(ctx, agent.WaitRequest{Process: ServiceTag})
 	if err == nil && got.Process.State == agent.StateExited && got.Process.ExitCode != 0 {
@@ -146,7 +146,7 @@ func hasEnded(ctx context.Context, client *agent.Client) error {
 	return err
 }
 
-// withOutput adds what the service has said to an error.
+// withOutput adds the end of the service's output to an error.
 func (s *Sandbox) withOutput(client *agent.Client, err error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), tellTime)
 	defer cancel()
@@ -157,8 +157,8 @@ func (s *Sandbox) withOutput(client *agent.Client, err error) error {
 	return fmt.Errorf("%w; its output ends with:\n%s", err, agent.InertEnds(got.Output))
 }
 
-// SaveTo saves the sandbox, memory and processes too, in a directory that is made; it goes on. What is begun from there needs the same
-// template and the same limits.
+// SaveTo saves the sandbox, including memory and processes, in a directory that it creates; the sandbox continues. A sandbox that begins
+// from there needs the same template and the same limits.
 func (s *Sandbox) SaveTo(ctx context.Context, dir string) error {
 	ctx, over, err := s.takeTurn(ctx, "save")
 	if err != nil {
@@ -171,7 +171,7 @@ func (s *Sandbox) SaveTo(ctx context.Context, dir string) error {
 	return nil
 }
 
-// bootWithService boots a new sandbox with the service of its template as it was saved, where that is possible; else it is to be started.
+// bootWithService boots a new sandbox from its template's saved service if possible; otherwise the service is still to be started.
 func (s *Sandbox) bootWithService(ctx context.Context, template Template) (served bool, err error) {
 	service := *template.Service
 	r := s.current()
@@ -183,7 +183,7 @@ func (s *Sandbox) bootWithService(ctx context.Context, template Template) (serve
 		if err == nil || ctx.Err() != nil {
 			return true, err
 		}
-		s.note(LevelWarn, "the service of template %s cannot be restored here, so it is started anew: %v", template.Name, err)
+		s.note(LevelWarn, "the service of template %s cannot be restored here, so it is started again: %v", template.Name, err)
 		if err := s.clear(ctx); err != nil {
 			return false, err
 		}
@@ -191,7 +191,7 @@ func (s *Sandbox) bootWithService(ctx context.Context, template Template) (serve
 	return false, s.start(ctx, template, "", false)
 }
 
-// clear takes away what a failed start has left.
+// clear removes what a failed start left.
 func (s *Sandbox) clear(ctx context.Context) error {
 	s.mu.Lock()
 	machine, client := s.machine, s.client

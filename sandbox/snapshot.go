@@ -22,16 +22,16 @@ import (
 	"soulbox.dev/soulbox/internal/durable"
 )
 
-// Snapshot is a sandbox' memory and files, saved under a name of its owner's. Sandboxes begin from it any number of times.
+// Snapshot is a sandbox's memory and files, saved under a name that its owner chose. Any number of sandboxes can begin from it.
 type Snapshot struct {
 	Name     string    `json:"name"`
 	Owner    string    `json:"owner,omitempty"`
-	Sandbox  string    `json:"sandbox"` // that it was made of
+	Sandbox  string    `json:"sandbox"` // the sandbox that it was made from
 	Template string    `json:"template"`
 	Image    string    `json:"image,omitempty"` // the template's ID
-	User     string    `json:"user,omitempty"`  // as of the sandbox
+	User     string    `json:"user,omitempty"`  // the sandbox's
 	Cwd      string    `json:"cwd,omitempty"`
-	StartCmd string    `json:"start_cmd,omitempty"` // as of the sandbox
+	StartCmd string    `json:"start_cmd,omitempty"` // the sandbox's
 	ReadyCmd string    `json:"ready_cmd,omitempty"`
 	Limits   Limits    `json:"limits"`
 	Times    Times     `json:"times"`
@@ -40,9 +40,9 @@ type Snapshot struct {
 	Ports    []Port    `json:"ports,omitempty"`
 	Created  time.Time `json:"created"`
 	Size     int64     `json:"size"` // bytes on disk
-	// FilesOnly says that it has no memory: what begins from it boots.
+	// FilesOnly means that it has no memory: a sandbox that begins from it boots.
 	FilesOnly bool `json:"files_only,omitempty"`
-	// Unnamed says that its owner has given it no name: it has one of the server's.
+	// Unnamed means that its owner gave it no name: the server chose one.
 	Unnamed bool `json:"unnamed,omitempty"`
 }
 
@@ -54,21 +54,21 @@ const forkAtOnce = 4
 
 var snapshotPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}(:[a-zA-Z0-9_][a-zA-Z0-9._-]{0,62})?$`)
 
-// snapshotDir is the directory of a snapshot: an owner's name says nothing of paths, so it is a hash of both.
+// snapshotDir is the directory of a snapshot: a hash of owner and name, because an owner's name need not be valid in a path.
 func (s store) snapshotDir(owner, name string) string {
 	sum := sha256.Sum256([]byte(owner + "\x00" + name))
 	return filepath.Join(s.snapshots, hex.EncodeToString(sum[:20]))
 }
 
-// SnapshotOptions say what a snapshot is.
+// SnapshotOptions say what is saved, and under which name.
 type SnapshotOptions struct {
 	Name      string
 	FilesOnly bool // without memory and processes
-	Unnamed   bool // the name is the server's
-	Replace   bool // takes the place of another snapshot of that name, which otherwise is ErrSnapshot
+	Unnamed   bool // the server chose the name
+	Replace   bool // replace a snapshot of that name, which otherwise is ErrSnapshot
 }
 
-// Snapshot saves the sandbox under a name, and the sandbox goes on.
+// Snapshot saves the sandbox under a name; the sandbox continues.
 func (s *Sandbox) Snapshot(ctx context.Context, o SnapshotOptions) (_ Snapshot, err error) {
 	name := o.Name
 	if !snapshotPattern.MatchString(name) {
@@ -127,7 +127,7 @@ func (s *Sandbox) Snapshot(ctx context.Context, o SnapshotOptions) (_ Snapshot, 
 	return snap, nil
 }
 
-// placeSnapshot gives a snapshot its name. One that it takes the place of is where it was made then.
+// placeSnapshot gives a snapshot its name. A snapshot that it replaces is in temp afterwards.
 func (m *Manager) placeSnapshot(temp, dir string, replace bool) error {
 	for {
 		err := m.store.Rename(temp, dir)
@@ -135,7 +135,7 @@ func (m *Manager) placeSnapshot(temp, dir string, replace bool) error {
 			return err
 		}
 		if !replace {
-			return ErrSnapshot // who was faster has the name
+			return ErrSnapshot // another caller was faster
 		}
 		if err = m.exchange(temp, dir); !errors.Is(err, fs.ErrNotExist) { // it was deleted meanwhile
 			return err
@@ -143,8 +143,8 @@ func (m *Manager) placeSnapshot(temp, dir string, replace bool) error {
 	}
 }
 
-// exchange swaps two snapshots, unless a sandbox is just being made from the one that has a name. Other servers are not asked: there the
-// new one may come before the sandbox has begun from the old one, as it may after that.
+// exchange swaps two snapshots, unless a sandbox is just being made from the named one. It does not ask other servers: there, a sandbox
+// that is being made may begin from the new one instead of the old one.
 func (m *Manager) exchange(temp, dir string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -154,8 +154,8 @@ func (m *Manager) exchange(temp, dir string) error {
 	return m.store.Exchange(temp, dir)
 }
 
-// save makes a checkpoint of the sandbox as it is, whatever that is, and leaves it so. The caller has the turn. It tells whether the
-// checkpoint is without memory, which that of a sandbox that was paused so is.
+// save makes a checkpoint of the sandbox in whatever state it is, and leaves it in that state. The caller has the turn. save also reports
+// whether the checkpoint has no memory, as is the case if the sandbox was paused to disk without it.
 func (s *Sandbox) save(ctx context.Context, to string, filesOnly bool) (record, bool, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, saveTime, errors.New("it was not saved in time"))
 	defer cancel()
@@ -179,7 +179,7 @@ func (s *Sandbox) save(ctx context.Context, to string, filesOnly bool) (record, 
 	return r, filesOnly, machine.Checkpoint(ctx, to, CheckpointOptions{GoOn: true, FilesOnly: filesOnly})
 }
 
-// linkAll makes a directory of links to the files of another: checkpoints never change.
+// linkAll makes a directory of links to the files of another directory: checkpoints never change.
 func linkAll(from, to string) error {
 	entries, err := os.ReadDir(from)
 	if err != nil {
@@ -203,7 +203,7 @@ func linkAll(from, to string) error {
 	return durable.Sync(to)
 }
 
-// sizeOf sums the files of a directory, in bytes on disk.
+// sizeOf returns the sum of a directory's files, in bytes on disk.
 func sizeOf(dir string) (int64, error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -230,7 +230,7 @@ func (m *Manager) Snapshots(owner string) ([]Snapshot, error) {
 	for _, e := range entries {
 		body, err := os.ReadFile(filepath.Join(m.store.snapshots, e.Name(), "snapshot.json"))
 		if err != nil {
-			continue // it is being made, or removed
+			continue // it is being made or removed
 		}
 		var snap Snapshot
 		if err := json.Unmarshal(body, &snap); err != nil {
@@ -245,7 +245,7 @@ func (m *Manager) Snapshots(owner string) ([]Snapshot, error) {
 	return list, nil
 }
 
-// FindSnapshot gives a snapshot of an owner; ErrNoSnapshot says that there is none of that name.
+// FindSnapshot returns an owner's snapshot, or ErrNoSnapshot if there is none of that name.
 func (m *Manager) FindSnapshot(owner, name string) (Snapshot, error) {
 	snap, _, done, err := m.snapshot(owner, name)
 	if err == nil {
@@ -254,13 +254,13 @@ func (m *Manager) FindSnapshot(owner, name string) (Snapshot, error) {
 	return snap, err
 }
 
-// snapshot finds a snapshot of an owner, and keeps it from being removed until it is closed.
+// snapshot finds an owner's snapshot, and keeps it from being removed until done is called.
 func (m *Manager) snapshot(owner, name string) (snap Snapshot, dir string, done func(), err error) {
 	if !snapshotPattern.MatchString(name) {
 		return snap, "", nil, fmt.Errorf("snapshot %q: %w", name, ErrNoSnapshot)
 	}
 	dir = m.store.snapshotDir(owner, name)
-	done = m.use(dir) // before it is read: another one of that name must not come in between
+	done = m.use(dir) // before it is read: it must not be replaced in between
 	body, err := os.ReadFile(filepath.Join(dir, "snapshot.json"))
 	if errors.Is(err, fs.ErrNotExist) {
 		err = ErrNoSnapshot
@@ -289,7 +289,7 @@ func (m *Manager) use(dir string) (done func()) {
 	})
 }
 
-// DeleteSnapshot removes a snapshot of an owner. Sandboxes that began from it do not need it; one that is just being made does.
+// DeleteSnapshot removes an owner's snapshot. Sandboxes that began from it do not need it, but one that is just being made does.
 func (m *Manager) DeleteSnapshot(owner, name string) error {
 	_, _, done, err := m.snapshot(owner, name)
 	if err != nil {
@@ -314,8 +314,8 @@ func (m *Manager) DeleteSnapshot(owner, name string) error {
 	return nil
 }
 
-// Fork makes copies of the sandbox, which goes on: each with its memory, files and processes as they are, and with an id, a host name,
-// ports and a life of its own. It gives those that could be made; the errors are of the others, by their number.
+// Fork makes copies of the sandbox, which continues. Each copy has the memory, files and processes of the sandbox, and its own ID, host
+// name, ports and life. Fork returns the copies that could be made; failed has the errors of the others, by their number from 1.
 func (s *Sandbox) Fork(ctx context.Context, count int, metadata map[string]string) (copies []*Sandbox, failed map[int]error, err error) {
 	if count < 1 || count > MaxFork {
 		return nil, nil, fmt.Errorf("fork sandbox %s: the number of copies is from 1 to %d: %w", s.id, MaxFork, ErrInvalid)
@@ -330,13 +330,13 @@ func (s *Sandbox) Fork(ctx context.Context, count int, metadata map[string]strin
 	if err != nil {
 		return nil, nil, err
 	}
-	defer func() { err = errors.Join(err, s.m.store.RemoveAll(from)) }() // what could not be moved
+	defer func() { err = errors.Join(err, s.m.store.RemoveAll(from)) }() // if it was not moved
 	r, filesOnly, err := s.save(turn, from, false)
 	if err != nil {
 		over()
 		return nil, nil, fmt.Errorf("fork sandbox %s: %w", s.id, s.whyEnded(noDisk(err)))
 	}
-	// It may end while its copies are made: they have a name of their own for what they begin from.
+	// The sandbox may end while its copies are made, so what they begin from is moved out of its directory.
 	shared, done, err := s.m.store.tempSnapshot()
 	if err == nil {
 		defer func() { err = errors.Join(err, done()) }()
@@ -378,8 +378,8 @@ func (s *Sandbox) Fork(ctx context.Context, count int, metadata map[string]strin
 	return copies, failed, nil
 }
 
-// tempSnapshot makes a directory for a snapshot that is being made; done removes what of it is left. As long as its maker lives it has the
-// lock of it.
+// tempSnapshot makes a directory for a snapshot that is being made; done removes what is left of it. While its maker lives, the maker holds
+// its lock.
 func (s store) tempSnapshot() (dir string, done func() error, err error) {
 	dir = filepath.Join(s.snapshots, unfinished+newID())
 	lock, err := durable.Lock(dir+lockSuffix, false)
@@ -401,16 +401,16 @@ func (s store) tempSnapshot() (dir string, done func() error, err error) {
 
 const (
 	lockSuffix = ".lock"
-	unfinished = ".new-" // begins the names of snapshots that are being made, or removed
+	unfinished = ".new-" // begins the names of snapshots that are being made or removed
 )
 
-// tidySnapshots removes what servers that are dead have begun, or were about to remove.
+// tidySnapshots removes what dead servers had begun to make or to remove.
 func (s store) tidySnapshots() error {
 	names, err := filepath.Glob(filepath.Join(s.snapshots, unfinished+"*"))
 	for _, name := range names {
 		base := strings.TrimSuffix(name, lockSuffix)
 		if name != base && isThere(base) {
-			continue // it comes with the directory
+			continue // it is removed with the directory
 		}
 		lock, lerr := durable.Lock(base+lockSuffix, false)
 		if errors.Is(lerr, syscall.EWOULDBLOCK) {
@@ -425,7 +425,7 @@ func (s store) tidySnapshots() error {
 	return err
 }
 
-// sizeOnDisk is how many bytes a file takes.
+// sizeOnDisk returns how many bytes a file takes on disk.
 func sizeOnDisk(info fs.FileInfo) int64 {
 	if st, ok := info.Sys().(*syscall.Stat_t); ok {
 		return st.Blocks * 512
@@ -433,7 +433,7 @@ func sizeOnDisk(info fs.FileInfo) int64 {
 	return info.Size()
 }
 
-// sameOwner gives something to whom what info is of belongs.
+// sameOwner gives a file to the owner of the file that info describes.
 func sameOwner(info fs.FileInfo, name string) error {
 	st, ok := info.Sys().(*syscall.Stat_t)
 	if !ok || int(st.Uid) == os.Geteuid() {

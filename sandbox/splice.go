@@ -15,8 +15,8 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// lets says whether a connection to this machine's loopback may come in: to a port that is not public only of the server's own user, or of
-// root.
+// lets returns nil if a connection to this machine's loopback may come in: if the port is not public, only the server's own user and root
+// may.
 func (s *Sandbox) lets(e *exposed, conn net.Conn) error {
 	s.mu.Lock()
 	public := e.Public
@@ -27,7 +27,7 @@ func (s *Sandbox) lets(e *exposed, conn net.Conn) error {
 	return known(conn)
 }
 
-// turnAway tells a client why it may not come in; where many ask it only closes.
+// turnAway tells a client why it is refused; if it is telling maxStrangers already, it only closes the connection.
 func (e *exposed) turnAway(conn net.Conn, why string) {
 	select {
 	case e.strangers <- struct{}{}:
@@ -42,7 +42,7 @@ func (e *exposed) turnAway(conn net.Conn, why string) {
 	})
 }
 
-// splice connects a client to a port of the sandbox, both ways, half-closes kept, until both have closed or ctx ends.
+// splice connects a client to a port of the sandbox in both directions, and keeps half-closes, until both sides have closed or ctx ends.
 func (s *Sandbox) splice(ctx context.Context, conn net.Conn, port int) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -69,7 +69,7 @@ func (s *Sandbox) splice(ctx context.Context, conn net.Conn, port int) {
 			return
 		}
 		if half, ok := conn.(interface{ CloseWrite() error }); ok {
-			_ = half.CloseWrite() // a client that is gone shows below
+			_ = half.CloseWrite() // if the client is gone, that shows below
 		}
 	}()
 	if _, err := io.Copy(guest, conn); err != nil {
@@ -79,11 +79,11 @@ func (s *Sandbox) splice(ctx context.Context, conn net.Conn, port int) {
 	<-back
 }
 
-// dial connects to a server in the sandbox, on either loopback. The connection lives until it is released; its bytes are counted.
+// dial connects to a server on either loopback of the sandbox. The connection lives until release is called; its bytes are counted.
 func (s *Sandbox) dial(ctx context.Context, client *agent.Client, port int) (conn net.Conn, release func(), err error) {
 	var errs error
 	for _, host := range []string{"127.0.0.1", "::1"} {
-		// The context of a connection bounds its life: the time for the dial alone is kept apart.
+		// The context bounds the connection's life, so the time for the dial is bounded separately.
 		life, cancel := context.WithCancel(ctx)
 		timer := time.AfterFunc(dialTime, cancel)
 		conn, err := client.Dial(life, "tcp", net.JoinHostPort(host, strconv.Itoa(port)))
@@ -97,7 +97,7 @@ func (s *Sandbox) dial(ctx context.Context, client *agent.Client, port int) (con
 	return nil, nil, errs
 }
 
-// countedConn counts what goes through it, seen from the sandbox.
+// countedConn counts the bytes of a connection as the sandbox's traffic.
 type countedConn struct {
 	net.Conn
 	meter *meter
@@ -117,7 +117,7 @@ func (c countedConn) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// stallingConn ends a connection whose other side takes nothing for long.
+// stallingConn ends a connection whose other side reads nothing for limit.
 type stallingConn struct {
 	net.Conn
 	limit time.Duration
@@ -125,20 +125,20 @@ type stallingConn struct {
 
 // Write implements io.Writer.
 func (c stallingConn) Write(p []byte) (int, error) {
-	_ = c.SetWriteDeadline(time.Now().Add(c.limit)) // a connection that has ended says so below
+	_ = c.SetWriteDeadline(time.Now().Add(c.limit)) // if the connection has ended, the write below fails
 	return c.Conn.Write(p)
 }
 
-// sayNot answers a client that speaks HTTP with a page; others see the connection close.
+// sayNot answers a client that speaks HTTP with a page; other clients only see the connection close.
 func sayNot(conn net.Conn, code int, body string) {
-	_ = conn.SetDeadline(time.Now().Add(peekTime)) // one that is gone is seen by the read
+	_ = conn.SetDeadline(time.Now().Add(peekTime)) // if the client is gone, the read fails
 	r := bufio.NewReader(conn)
 	line, err := r.ReadSlice('\n')
 	if err != nil || !bytes.Contains(line, []byte(" HTTP/1.")) {
 		return
 	}
 	_, _ = io.WriteString(conn, page(code, body)) // as above
-	for err == nil {                              // what the client still sends is read, so that it sees the page and not a reset
+	for err == nil {                              // read what the client still sends, so that it sees the page and not a reset
 		_, err = r.ReadSlice('\n')
 		if errors.Is(err, bufio.ErrBufferFull) {
 			err = nil
@@ -146,7 +146,7 @@ func sayNot(conn net.Conn, code int, body string) {
 	}
 }
 
-// page is an answer in HTTP/1.1, and the last one.
+// page is an HTTP/1.1 response after which the connection closes.
 func page(code int, body string) string {
 	return fmt.Sprintf("HTTP/1.1 %d %s\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", code,
 		http.StatusText(code), len(body), body)

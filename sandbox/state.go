@@ -11,7 +11,7 @@ import (
 // State is where a sandbox is in its life.
 type State string
 
-// The states; moves says which may follow which.
+// The states; moves says which state may follow which.
 const (
 	Creating State = "creating"
 	Running  State = "running"
@@ -30,19 +30,19 @@ var moves = map[State][]State{
 
 func (s State) mayBecome(next State) bool { return slices.Contains(moves[s], next) }
 
-// Ended says that nothing of the sandbox runs, nor goes on by itself. A failed one may have a saved copy, from which a resume starts it
-// again.
+// Ended reports whether nothing of the sandbox runs and nothing resumes it by itself. A failed sandbox may have a saved copy, from which
+// Resume starts it again.
 func (s State) Ended() bool { return s == Killed || s == Failed }
 
-// States lists all states in the order of a life.
+// States lists all states in the order of a sandbox's life.
 func States() []State { return []State{Creating, Running, Paused, Killed, Failed} }
 
 var idPattern = regexp.MustCompile(`^[a-z0-9]{1,40}$`)
 
-// ValidID says whether a text has the form of a sandbox id; only such a text ever becomes part of a path.
+// ValidID reports whether a text has the form of a sandbox ID; only such a text ever becomes part of a path.
 func ValidID(id string) bool { return idPattern.MatchString(id) }
 
-// newID makes an id that cannot be guessed: 100 random bits.
+// newID makes an ID that cannot be guessed: 100 random bits.
 func newID() string {
 	var random [13]byte
 	rand.Read(random[:])

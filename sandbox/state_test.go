@@ -51,8 +51,8 @@ func TestIDs(t *testing.T) {
 	}
 }
 
-// TestCutAtEveryByte (issue 5, must show 5): wherever a write is cut off, in which step of one, what is read afterwards is the old or the
-// new.
+// TestCutAtEveryByte (issue 5, must show 5): wherever a write is cut off, in whichever of its steps, a later read finds the old or the new
+// content.
 func TestCutAtEveryByte(t *testing.T) {
 	old := record{Version: recordVersion, ID: "sbx", State: Running, Metadata: map[string]string{"a": "old"}}
 	fresh := old
@@ -118,7 +118,7 @@ func checkCut(t *testing.T, name string, s store, old, fresh record, done bool) 
 	}
 	var messages []string
 	for _, more := range []bool{false, true} {
-		if more { // the log goes on after a line that was cut off
+		if more { // the log continues after a line that was cut off
 			if err := new(journal).append(s.Disk, dir, LogEntry{Message: "later", Level: LevelInfo}); err != nil {
 				t.Fatalf("%s: %v", name, err)
 			}
@@ -138,7 +138,7 @@ func checkCut(t *testing.T, name string, s store, old, fresh record, done bool) 
 	if n := len(messages); n < 2 || messages[0] != "1old" || messages[n-1] != fmt.Sprintf("%dlater", n) {
 		t.Fatalf("%s: %q", name, messages)
 	}
-	// Whoever comes next takes what is left.
+	// The next server takes what is left.
 	found, err := s.orphan("sbx")
 	if err != nil {
 		t.Fatalf("%s: %v", name, err)

@@ -17,7 +17,7 @@ import (
 	"soulbox.dev/soulbox/internal/durable"
 )
 
-// record is a sandbox as state.json keeps it.
+// record is a sandbox as stored in state.json.
 type record struct {
 	Version  int    `json:"version"`
 	ID       string `json:"id"`
@@ -27,13 +27,13 @@ type record struct {
 	Cause    string `json:"cause,omitempty"`
 	Template string `json:"template"`
 	Image    string `json:"image,omitempty"` // the template's ID
-	User     string `json:"user,omitempty"`  // of processes that name none
+	User     string `json:"user,omitempty"`  // for processes that name none
 	Cwd      string `json:"cwd,omitempty"`
-	// StartCmd and ReadyCmd are of its template's service, which is started again where it begins from files alone.
+	// StartCmd and ReadyCmd are the service of its template. The service is started again if the sandbox begins from files alone.
 	StartCmd string            `json:"start_cmd,omitempty"`
 	ReadyCmd string            `json:"ready_cmd,omitempty"`
-	Parent   string            `json:"parent,omitempty"` // the snapshot or the sandbox that it began from
-	Origin   string            `json:"origin,omitempty"` // the snapshot that it, or what it is a copy of, began from
+	Parent   string            `json:"parent,omitempty"` // the snapshot or sandbox that it began from
+	Origin   string            `json:"origin,omitempty"` // the snapshot that it began from, directly or through forks
 	Metadata map[string]string `json:"metadata,omitempty"`
 	Limits   Limits            `json:"limits"`
 	Created  time.Time         `json:"created"`
@@ -44,48 +44,49 @@ type record struct {
 	clock
 	Ports   []Port  `json:"ports,omitempty"`
 	Ingress Ingress `json:"ingress,omitzero"`
-	// Traffic and Access are secrets: for its ports, and for what is in it.
+	// Traffic and Access are secrets: for its ports, and for clients that act inside it.
 	Traffic string `json:"traffic_token,omitempty"`
 	Access  string `json:"access_token,omitempty"`
-	// Pause is how it is paused, or how a failed one was saved; nil where it is neither.
+	// Pause is how it is paused, or how a failed one was saved; otherwise nil.
 	Pause *pause `json:"pause,omitempty"`
 	// Saves counts its checkpoints and copies.
 	Saves int `json:"saves,omitempty"`
-	// Copy is the last one that was saved: all there is of it while it is on disk, and what it is resumed from when it has failed.
+	// Copy is what was saved last: all there is of the sandbox while it is on disk, and what it is resumed from after it failed.
 	Copy    *savedCopy `json:"copy,omitempty"`
 	Protect Protect    `json:"protect,omitzero"`
-	// Notice is what its user must know of how it was resumed, until it is paused again.
+	// Notice is what its user must know about how it was resumed, until it is paused again.
 	Notice string `json:"notice,omitempty"`
 	Totals Totals `json:"totals"`
 	Seen   seen   `json:"seen"`
 }
 
-// pause is how a sandbox is paused.
+// pause says how a sandbox is paused.
 type pause struct {
 	Disk       bool `json:"disk,omitempty"`       // nothing of it runs; its checkpoint is all there is
 	FilesOnly  bool `json:"files_only,omitempty"` // its checkpoint has no memory
 	AutoResume bool `json:"auto_resume,omitempty"`
-	// Wedged says that its agent was silent: a resume boots its files anew.
+	// Wedged means that its agent was silent: a resume tries its memory once more, and then boots its files.
 	Wedged bool `json:"wedged,omitempty"`
-	// Waking says that memory is promised to it again.
+	// Waking means that memory is promised to it again.
 	Waking bool      `json:"waking,omitempty"`
 	Since  time.Time `json:"since"`
 }
 
-// basis is what Templates knows the root file system by.
+// basis is the name by which Templates finds the root file system.
 func (r record) basis() string { return cmp.Or(r.Image, r.Template) }
 
-// onDisk says whether what was saved is all there is of the sandbox, and it can be resumed.
+// onDisk reports whether what was saved is all there is of the sandbox, so that a resume starts from it.
 func (r record) onDisk() bool {
 	return (r.State == Paused || r.State == Failed) && r.Pause != nil && r.Pause.Disk
 }
 
-// ended says whether only its tombstone is left, or about to be.
+// ended reports whether nothing but its tombstone is left, or will be left shortly.
 func (r record) ended() bool { return r.State.Ended() && !r.onDisk() }
 
 const recordVersion = 2
 
-// store is the directory of all sandboxes of this machine's servers: sandboxes/ has the living, ended/ what is remembered of the others.
+// store is the state directory that all servers of this machine share: sandboxes/ has the living sandboxes, ended/ what is kept of the
+// others.
 type store struct {
 	durable.Disk
 	dir       string // sandboxes
@@ -99,23 +100,23 @@ func newStore(root string) store {
 		untidy: new(atomic.Bool)}
 }
 
-// path is the directory of a sandbox.
+// path returns the directory of a sandbox.
 func (s store) path(id string) string { return filepath.Join(s.dir, id) }
 
-// tomb is the directory of what is remembered of a sandbox that has ended.
+// tomb returns the directory of what is kept of an ended sandbox.
 func (s store) tomb(id string) string { return filepath.Join(s.ended, id) }
 
-// checkpoint is the directory of a sandbox' checkpoint of a number.
+// checkpoint returns the directory of a sandbox's n-th checkpoint.
 func (s store) checkpoint(id string, n int) string {
 	return filepath.Join(s.path(id), "checkpoint-"+strconv.Itoa(n))
 }
 
-// kept is the directory of what was saved last of a sandbox; "" is nothing.
+// kept returns the directory of what was saved last of a sandbox; "" if nothing was.
 func (s store) kept(r record) string {
 	switch {
 	case r.Copy != nil:
 		return filepath.Join(s.path(r.ID), filepath.Base(r.Copy.Dir))
-	case r.onDisk(): // by a server that knew no copies
+	case r.onDisk(): // saved by a server that did not know copies
 		return s.checkpoint(r.ID, r.Saves)
 	}
 	return ""
@@ -124,7 +125,7 @@ func (s store) kept(r record) string {
 // unfinishedSave ends the name of a checkpoint that is being made.
 const unfinishedSave = ".new"
 
-// finish names a checkpoint that has been made.
+// finish gives a completed checkpoint its name.
 func (s store) finish(dir string, filesOnly bool) error {
 	if filesOnly {
 		if err := s.Replace(filepath.Join(dir+unfinishedSave, filesOnlyMark), nil, 0o600); err != nil {
@@ -134,8 +135,8 @@ func (s store) finish(dir string, filesOnly bool) error {
 	return s.Rename(dir+unfinishedSave, dir)
 }
 
-// claim makes the directory of a new sandbox and locks it. The store's own lock is held meanwhile, so that nobody sees the
-// directory without its lock.
+// claim makes the directory of a new sandbox and locks it. The store's own lock is held meanwhile, so that no server sees the directory
+// without its lock.
 func (s store) claim(id string) (lock *os.File, err error) {
 	all, err := durable.Lock(filepath.Join(s.dir, ".lock"), true)
 	if err != nil {
@@ -152,7 +153,7 @@ func (s store) claim(id string) (lock *os.File, err error) {
 	return lock, err
 }
 
-// ids lists the sandboxes that there are, of all servers.
+// ids lists the sandboxes of all servers.
 func (s store) ids() ([]string, error) {
 	if _, err := s.Step("list", s.dir, 0); err != nil {
 		return nil, err
@@ -167,8 +168,8 @@ func (s store) ids() ([]string, error) {
 	return ids, err
 }
 
-// orphan locks a sandbox that no living server owns; nil is one that has an owner, or is being removed. The store's own lock is held
-// meanwhile, as by who makes one.
+// orphan locks a sandbox that no living server owns; the lock is nil if a server owns it or it is being removed. The store's own lock is
+// held meanwhile, as in claim.
 func (s store) orphan(id string) (*os.File, error) {
 	if _, err := s.Step("lock", s.path(id), 0); err != nil {
 		return nil, err
@@ -188,7 +189,7 @@ func (s store) orphan(id string) (*os.File, error) {
 	return lock, err
 }
 
-// save writes state.json: the old one or the new one is there at any time.
+// save writes state.json: at any time there is either the old or the new one.
 func (s store) save(r record) error {
 	body, err := json.MarshalIndent(r, "", "  ")
 	if err != nil {
@@ -200,7 +201,7 @@ func (s store) save(r record) error {
 	return nil
 }
 
-// load reads state.json of a living sandbox.
+// load reads the state.json of a living sandbox.
 func (s store) load(id string) (record, error) {
 	if _, err := s.Step("read", filepath.Join(s.path(id), "state.json"), 0); err != nil {
 		return record{}, err
@@ -217,7 +218,7 @@ func loadFrom(dir, id string) (record, error) {
 	if err := json.Unmarshal(body, &r); err != nil {
 		return r, fmt.Errorf("state of %s: %w", id, err)
 	}
-	if r.Version == 1 { // the clock had one life time only
+	if r.Version == 1 { // version 1 had only one life time
 		r.Version, r.Times = recordVersion, Times{Life: DefaultLifetime, OnTimeout: ActionKill}
 	}
 	if r.Version != recordVersion || r.ID != id {
@@ -226,14 +227,14 @@ func loadFrom(dir, id string) (record, error) {
 	return r, nil
 }
 
-// promised sums the memory limits of all sandboxes in the store, other servers' too. One on disk has none.
+// promised sums the memory promised to all sandboxes in the store, including those of other servers. A sandbox on disk has none.
 func (s store) promised() (sum int64, err error) {
 	err = s.promisedEach(func(r record) { sum += r.Limits.promised() })
 	return sum, err
 }
 
-// promisedEach calls each for every sandbox in the store that has memory, or is about to. Of one whose state has no meaning to this server
-// nothing is known; where the host does not let it be read, that is an error.
+// promisedEach calls each for every sandbox in the store that has memory or is about to get it. It skips a sandbox whose state this server
+// cannot interpret; if the host does not let it read a state, that is an error.
 func (s store) promisedEach(each func(record)) error {
 	entries, err := os.ReadDir(s.dir)
 	if err != nil {
@@ -254,11 +255,11 @@ func (s store) promisedEach(each func(record)) error {
 	return nil
 }
 
-// remembered are the files that are kept of a sandbox that has ended.
+// remembered are the files that are kept of an ended sandbox.
 var remembered = []string{"state.json", logName, logName + olderSuffix, metricsName, metricsName + olderSuffix}
 
-// entomb takes a sandbox that has ended away, but for what is remembered of it, and gives its lock back. The lock file goes last: as long
-// as it is there, the rest is owned.
+// entomb removes an ended sandbox except for the remembered files, and releases its lock. The lock file goes last, because the rest is
+// owned as long as it exists.
 func (s store) entomb(r record, lock *os.File) (err error) {
 	defer func() { err = errors.Join(err, lock.Close()) }()
 	dir := s.path(r.ID)
@@ -281,9 +282,9 @@ func (s store) entomb(r record, lock *os.File) (err error) {
 	if err != nil {
 		return err
 	}
-	r.Traffic, r.Access = "", "" // secrets are for the living
+	r.Traffic, r.Access = "", "" // an ended sandbox needs no secrets
 	if err := s.save(r); err != nil {
-		return errors.Join(err, s.RemoveAll(dir)) // on a full disk its end cannot be remembered, but must be had
+		return errors.Join(err, s.RemoveAll(dir)) // a full disk may prevent the tombstone, but not the end
 	}
 	if err := s.RemoveAll(s.tomb(r.ID)); err != nil {
 		return err
@@ -294,12 +295,12 @@ func (s store) entomb(r record, lock *os.File) (err error) {
 	return s.RemoveAll(filepath.Join(s.tomb(r.ID), "lock"))
 }
 
-// discard takes away the directory of a sandbox that never was, and gives its lock back.
+// discard removes the directory of a sandbox that was never entered, and releases its lock.
 func (s store) discard(id string, lock *os.File) error {
 	return errors.Join(s.RemoveAll(s.path(id)), lock.Close())
 }
 
-// tombs lists what is remembered of sandboxes that have ended.
+// tombs lists what is kept of ended sandboxes.
 func (s store) tombs() ([]record, error) {
 	entries, err := os.ReadDir(s.ended)
 	if err != nil {
@@ -317,7 +318,7 @@ func (s store) tombs() ([]record, error) {
 	return all, nil
 }
 
-// forget removes what is remembered of sandboxes that ended before a time.
+// forget removes what is kept of sandboxes that ended before a time.
 func (s store) forget(before time.Time) error {
 	entries, err := os.ReadDir(s.ended)
 	if err != nil {
@@ -330,7 +331,7 @@ func (s store) forget(before time.Time) error {
 		}
 		info, err := e.Info()
 		if err != nil {
-			continue // another server removes it, too
+			continue // another server removes it too
 		}
 		if r, err := loadFrom(s.tomb(e.Name()), e.Name()); err == nil && r.Changed.Before(before) || err != nil &&
 			info.ModTime().Before(before) {

@@ -11,10 +11,10 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// unthawed is a Fake whose machines cannot be saved, are frozen then, and can be thawed only after some tries.
+// unthawed is a Fake whose machines cannot be saved, stay frozen then, and can be thawed only after some attempts.
 type unthawed struct {
 	*sandboxtest.Fake
-	fails atomic.Int32 // tries to thaw that are still to fail
+	fails atomic.Int32 // attempts to thaw that are still to fail
 }
 
 func (f *unthawed) Boot(ctx context.Context, spec sandbox.Spec) (sandbox.Machine, error) {
@@ -38,7 +38,8 @@ func (m unthawedMachine) Resume(ctx context.Context) error {
 	return m.Machine.Resume(ctx)
 }
 
-// TestThawedAgain: a sandbox whose pause fails, and whose machine cannot be thawed at once, does not stay frozen while it is said to run.
+// TestThawedAgain: a sandbox whose pause fails, and whose machine cannot be thawed at once, does not stay frozen while its state is
+// running.
 func TestThawedAgain(t *testing.T) {
 	runtime := &unthawed{Fake: &sandboxtest.Fake{}}
 	m := newManager(t, t.TempDir(), runtime.Fake, func(o *sandbox.Options) { o.Runtime = runtime })
@@ -50,7 +51,7 @@ func TestThawedAgain(t *testing.T) {
 	if state := sb.Info().State; state != sandbox.Running {
 		t.Fatal(state)
 	}
-	sandboxtest.Eventually(t, "it goes on", func() bool {
+	sandboxtest.Eventually(t, "it runs again", func() bool {
 		client, err := sb.Agent(t.Context(), "use")
 		if err != nil {
 			t.Fatal(err)

@@ -10,7 +10,7 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// Action is what becomes of a sandbox when its time is over.
+// Action is what happens to a sandbox when its time is over.
 type Action string
 
 // The actions.
@@ -19,40 +19,41 @@ const (
 	ActionPause Action = "pause" // to disk
 )
 
-// Times are the times of a sandbox as its user wants them. They have nothing to do with the time that a command or a request may take.
+// Times are the times of a sandbox as its user wants them. They are independent of the time that a command or a request may take.
 type Times struct {
-	Life time.Duration `json:"life"` // from its readiness on, and again from each waking at which none is left
-	// Bounds every extension, counted from readiness without the times when it was paused; zero is no bound.
+	Life time.Duration `json:"life"` // counted from readiness, and again from each resume at which none is left
+	// Max bounds every extension, counted from readiness without the time that it was paused; zero means no bound.
 	Max  time.Duration `json:"max,omitempty"`
-	Idle time.Duration `json:"idle,omitempty"` // without a call, nor traffic on a port; zero is no bound
-	// OnTimeout is done at the end of either time, when those who are at work in it have had Grace: calls, and where it is killed
-	// processes, too, which are told by SIGTERM.
+	Idle time.Duration `json:"idle,omitempty"` // time without a call or traffic on a port; zero means no bound
+	// OnTimeout happens when Life or Idle is over. At the end of Life, calls under way get Grace to finish; if the sandbox is to be killed,
+	// so do its processes, which get SIGTERM.
 	OnTimeout Action        `json:"on_timeout"`
 	Grace     time.Duration `json:"grace,omitempty"`
-	// First is the Life with which it was made: what it has at least when a request for one of its ports wakes it. Zero is no such bound.
+	// First is the Life that it was made with: it has at least that much when a request for one of its ports wakes it. Zero means no such
+	// bound.
 	First time.Duration `json:"first,omitempty"`
-	// NoAutoResume says that calls do not wake it where its times have paused it, FilesOnly that its memory is given up then.
+	// NoAutoResume means that calls do not wake it after its times paused it; FilesOnly means that its memory is dropped then.
 	NoAutoResume bool `json:"no_auto_resume,omitempty"`
 	FilesOnly    bool `json:"files_only,omitempty"`
 }
 
-// clock is where the times of a sandbox stand.
+// clock holds what is left of a sandbox's times.
 type clock struct {
 	Ready     time.Time     `json:"ready,omitzero"`
 	ExpiresAt time.Time     `json:"expires_at,omitzero"` // while it runs
-	Left      time.Duration `json:"left,omitempty"`      // of its life, while it is paused: that does not count
-	Slept     time.Duration `json:"slept,omitempty"`     // all times when it was paused
+	Left      time.Duration `json:"left,omitempty"`      // of its life, while it is paused: paused time does not count
+	Slept     time.Duration `json:"slept,omitempty"`     // sum of the time that it was paused
 	RemoveAt  time.Time     `json:"remove_at,omitzero"`  // while it is paused
 }
 
 const (
-	minimumLife = time.Second // what a pause leaves at least, so that a waking makes sense
+	minimumLife = time.Second // what is left at least after a pause, so that a resume makes sense
 	gracePoll   = 100 * time.Millisecond
-	// strayTime is how long a machine lives whose server is gone and whose time is over, where its end is to be a pause.
+	// strayTime is how much longer a machine lives whose server is gone and whose time is over, if it is to be paused at its end.
 	strayTime = 24 * time.Hour
 )
 
-// or fills in what is not said.
+// or fills in what is not set.
 func (t Times) or(d Times) Times {
 	t.Life, t.Max, t.Idle, t.Grace = cmp.Or(t.Life, d.Life), cmp.Or(t.Max, d.Max), cmp.Or(t.Idle, d.Idle), cmp.Or(t.Grace, d.Grace)
 	if t.OnTimeout == "" {
@@ -97,7 +98,7 @@ func (r *record) turnClock(from, to State, now time.Time, paused time.Duration) 
 	}
 }
 
-// pausedSince is when the sandbox was paused: RemoveAt and Changed may both have been changed meanwhile, so it is kept with the pause.
+// pausedSince is when the sandbox was paused. It is kept with the pause, because RemoveAt and Changed may both have changed since then.
 func (r *record) pausedSince(now time.Time) time.Time {
 	if r.Pause == nil {
 		return now
@@ -105,7 +106,7 @@ func (r *record) pausedSince(now time.Time) time.Time {
 	return r.Pause.Since
 }
 
-// lastMoment is when no extension leads beyond; zero is never.
+// lastMoment is the time that no extension can exceed; zero means no bound.
 func (r *record) lastMoment() time.Time {
 	if r.Times.Max <= 0 {
 		return time.Time{}
@@ -113,9 +114,9 @@ func (r *record) lastMoment() time.Time {
 	return r.Ready.Add(r.Times.Max + r.Slept)
 }
 
-// orphanTime is how long an agent lives that no server comes to.
+// orphanTime is how long an agent lives to which no server connects.
 func (r *record) orphanTime() time.Duration {
-	left := max(r.Times.Life, r.Left) // of one that is just being started
+	left := max(r.Times.Life, r.Left) // while it is being started
 	if !r.ExpiresAt.IsZero() {
 		left = time.Until(r.ExpiresAt)
 	}
@@ -125,7 +126,7 @@ func (r *record) orphanTime() time.Duration {
 	return max(left, minimumLife)
 }
 
-// setTimes changes the times as a user wants.
+// setTimes changes the times as the user asks.
 func (r *record) setTimes(u Update, now time.Time) error {
 	t := r.Times
 	for from, to := range map[*time.Duration]*time.Duration{u.MaxLifetime: &t.Max, u.Idle: &t.Idle, u.Grace: &t.Grace} {
@@ -169,7 +170,7 @@ func (r *record) setTimes(u Update, now time.Time) error {
 	return nil
 }
 
-// newEnd is when the life ends that a user wants; of one that is paused, as if it went on now. The bound of all its life holds.
+// newEnd returns when the life ends that the user asks for; for a paused sandbox, as if it were resumed now. It never exceeds lastMoment.
 func (r *record) newEnd(u Update, now time.Time) (time.Time, error) {
 	end, slept := r.ExpiresAt, time.Duration(0)
 	if r.State != Running {
@@ -194,21 +195,21 @@ func (r *record) newEnd(u Update, now time.Time) (time.Time, error) {
 		left := max(0, last.Sub(now)).Round(time.Second)
 		return end, fmt.Errorf("update sandbox %s: its maximum life time leaves %s from now: %w", r.ID, left, ErrInvalid)
 	}
-	return last, nil // only the bound was set: what is beyond it is cut, which is what was asked for
+	return last, nil // only the bound was lowered: what is beyond it is cut, as asked
 }
 
-// wakeKeeper has the keeper of the sandbox' time look again.
+// wakeKeeper makes keepTime look again.
 func (s *Sandbox) wakeKeeper() { poke(s.retime) }
 
-// poke tells whoever waits on a channel to look again.
+// poke makes the goroutine that waits on a channel look again.
 func poke(waits chan struct{}) {
 	select {
 	case waits <- struct{}{}:
-	default: // it will anyway
+	default: // it is going to look anyway
 	}
 }
 
-// keepTime does what is due as long as the sandbox lives and this server has it.
+// keepTime does what is due, as long as the sandbox lives and this server has it.
 func (s *Sandbox) keepTime() {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -221,7 +222,7 @@ func (s *Sandbox) keepTime() {
 		}
 		at, cause := s.due()
 		if at.IsZero() {
-			continue // ended: ctx is about to be
+			continue // it has ended, and ctx is about to
 		}
 		if wait := time.Until(at); wait > 0 {
 			timer.Reset(wait)
@@ -231,7 +232,7 @@ func (s *Sandbox) keepTime() {
 	}
 }
 
-// due tells what is due next, and when.
+// due returns when the next thing is due, and why.
 func (s *Sandbox) due() (time.Time, Cause) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -250,7 +251,7 @@ func (s *Sandbox) due() (time.Time, Cause) {
 	return r.ExpiresAt, CauseTimeout
 }
 
-// lastUse is when the sandbox was last used: now, where a call is under way. s.mu is held.
+// lastUse is when the sandbox was last used: now, if a call is under way. s.mu is held.
 func (s *Sandbox) lastUse() time.Time {
 	calls, last := s.client.Activity()
 	if calls > 0 {
@@ -264,7 +265,7 @@ func (s *Sandbox) lastUse() time.Time {
 	return last
 }
 
-// expire does what is due, and tells when to look again. An extension during the grace is still in time.
+// expire does what is due, and returns when to look again. An extension during the grace still counts.
 func (s *Sandbox) expire(at time.Time, cause Cause) (next time.Duration) {
 	times := s.current().Times
 	if cause == CauseForgotten {
@@ -274,26 +275,26 @@ func (s *Sandbox) expire(at time.Time, cause Cause) (next time.Duration) {
 	if !s.giveGrace(at, cause, times) {
 		return checkEvery
 	}
-	times = s.current().Times // it may have been told something else meanwhile
+	times = s.current().Times // they may have changed meanwhile
 	if times.OnTimeout == ActionKill {
 		_ = s.Kill(cause)
 		return checkEvery
 	}
 	err := s.pause(s.ctx, PauseOptions{ToDisk: true, FilesOnly: times.FilesOnly, Cause: cause, AutoResume: !times.NoAutoResume})
-	if err == nil || s.ctx.Err() != nil || !s.runs() || errors.Is(err, ErrUnfit) { // which is for a server of another version
+	if err == nil || s.ctx.Err() != nil || !s.runs() || errors.Is(err, ErrUnfit) { // ErrUnfit is for a server of another version
 		return checkEvery
 	}
 	s.m.log.Error("pause sandbox to disk; it is frozen in memory instead", "sandbox", s.id, "error", err)
 	s.note(LevelError, "it could not be paused to disk, and is frozen in memory: %v", err)
 	if err := s.pause(s.ctx, PauseOptions{Cause: cause, AutoResume: !times.NoAutoResume}); err != nil && s.ctx.Err() == nil {
-		s.m.log.Error("pause sandbox; it goes on, and that is tried again", "sandbox", s.id, "error", err)
-		s.note(LevelError, "its time is over, and it could not be paused: it goes on, and that is tried again: %v", err)
-		return unknownPause // one that is wedged is noticed elsewhere
+		s.m.log.Error("pause sandbox; it runs on, and the pause is tried again", "sandbox", s.id, "error", err)
+		s.note(LevelError, "its time is over, and it could not be paused: it runs on, and the pause is tried again: %v", err)
+		return unknownPause // if it is wedged, ping or watch notices
 	}
 	return checkEvery
 }
 
-// giveGrace waits until nobody is at work in the sandbox, as long as its grace allows, and says whether its time is still over then.
+// giveGrace waits until no work is under way in the sandbox, for at most its grace, and reports whether its time is still over then.
 func (s *Sandbox) giveGrace(at time.Time, cause Cause, times Times) bool {
 	over := func() bool {
 		due, why := s.due()
@@ -307,7 +308,7 @@ func (s *Sandbox) giveGrace(at time.Time, cause Cause, times Times) bool {
 	if client == nil {
 		return over()
 	}
-	s.note(LevelInfo, "its time is over; those at work in it have %s to finish", times.Grace)
+	s.note(LevelInfo, "its time is over; calls and processes in it have %s to finish", times.Grace)
 	if times.OnTimeout == ActionKill {
 		s.terminate(client)
 	}
@@ -327,7 +328,7 @@ func (s *Sandbox) giveGrace(at time.Time, cause Cause, times Times) bool {
 	return over()
 }
 
-// await is the agent of a running sandbox, when what is done with it as a whole is over; nil where there is none at that time.
+// await returns the agent of a running sandbox once no change is under way; nil if there is none, or if end comes first.
 func (s *Sandbox) await(end time.Time) *agent.Client {
 	ctx, cancel := context.WithDeadline(s.ctx, end)
 	defer cancel()
@@ -357,13 +358,13 @@ func (s *Sandbox) terminate(client *agent.Client) {
 	}
 }
 
-// processes lists those that run; one that does not answer has none that could be waited for.
+// processes lists the running processes; from a silent agent it gets none, and there is nothing to wait for.
 func (s *Sandbox) processes(client *agent.Client) []agent.Process {
 	ctx, cancel := context.WithTimeout(s.ctx, tellTime)
 	defer cancel()
 	list, err := client.List(ctx, agent.ListRequest{State: agent.StateRunning})
 	if err != nil {
-		s.m.log.Debug("list processes at the end of a sandbox' time", "sandbox", s.id, "error", err)
+		s.m.log.Debug("list processes at the end of a sandbox's time", "sandbox", s.id, "error", err)
 	}
 	return list
 }

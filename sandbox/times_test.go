@@ -18,11 +18,11 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// bubbleVar names the test that a process runs in a bubble.
+// bubbleVar names the test that a process runs in a synctest bubble.
 const bubbleVar = "SOULBOX_TEST_BUBBLE"
 
-// inBubble runs f in a bubble whose time goes on when nothing else does, with a Fake whose agents were made before it. Each bubble has a
-// process of its own: yamux keeps timers from one session to the next, and those of one bubble are of no use in another.
+// inBubble runs f in a synctest bubble, with a Fake whose agents were made outside of it. Each bubble has its own process, because yamux
+// reuses timers across sessions, and a timer of one bubble cannot be used in another.
 func inBubble(t *testing.T, agents int, f func(t *testing.T, fake *sandboxtest.Fake)) {
 	if os.Getenv(bubbleVar) == "" {
 		parts := strings.Split(t.Name(), "/")
@@ -48,13 +48,13 @@ func inBubble(t *testing.T, agents int, f func(t *testing.T, fake *sandboxtest.F
 	synctest.Test(t, func(t *testing.T) { f(t, fake) })
 }
 
-// TestTimes (issue 5, must show 6): life and idle time, and both actions; what a command and a request may take has nothing to do with
-// them.
+// TestTimes (issue 5, must show 6): life and idle time, and both actions; they are independent of the time that a command or a request may
+// take.
 func TestTimes(t *testing.T) {
 	const never = time.Duration(-1)
 	for name, test := range map[string]struct {
 		times  sandbox.Times
-		use    time.Duration // every so often it is used
+		use    time.Duration // interval at which it is used
 		at     time.Duration // when its time is over
 		state  sandbox.State
 		cause  sandbox.Cause
@@ -74,7 +74,7 @@ func TestTimes(t *testing.T) {
 			state: sandbox.Killed, cause: sandbox.CauseTimeout},
 		"idle beyond life": {times: sandbox.Times{Life: time.Minute, Idle: time.Hour}, use: never, at: time.Minute,
 			state: sandbox.Killed, cause: sandbox.CauseTimeout},
-		"grace for nobody": {times: sandbox.Times{Life: time.Minute, Grace: time.Hour}, use: never, at: time.Minute,
+		"grace without work": {times: sandbox.Times{Life: time.Minute, Grace: time.Hour}, use: never, at: time.Minute,
 			state: sandbox.Killed, cause: sandbox.CauseTimeout},
 		"grace before a save": {times: sandbox.Times{Life: time.Minute, Grace: time.Hour, OnTimeout: sandbox.ActionPause}, use: never,
 			at: time.Minute, state: sandbox.Paused, cause: sandbox.CauseTimeout, onDisk: true},
@@ -116,7 +116,7 @@ func TestTimes(t *testing.T) {
 	}
 }
 
-// TestLifeIsKept: use, waking and adoption never shorten a life, and a pause does not count.
+// TestLifeIsKept: use, resume and adoption never shorten a life, and paused time does not count.
 func TestLifeIsKept(t *testing.T) {
 	inBubble(t, 1, func(t *testing.T, fake *sandboxtest.Fake) {
 		dir := t.TempDir()
@@ -150,7 +150,7 @@ func TestLifeIsKept(t *testing.T) {
 		if err := m.Close(); err != nil {
 			t.Fatal(err)
 		}
-		// Its time is over while no server is there: the next one carries it out.
+		// Its time ends while no server runs: the next one does what is due.
 		time.Sleep(3 * time.Hour)
 		m = newManager(t, dir, fake, keep)
 		<-m.Settled()
@@ -173,7 +173,7 @@ func TestLifeIsKept(t *testing.T) {
 		if left := time.Until(sb.Info().ExpiresAt); left != time.Hour {
 			t.Fatal("a new life has", left)
 		}
-		// Nobody comes for it any more.
+		// It is not used any more.
 		time.Sleep(time.Hour + 7*24*time.Hour + time.Minute)
 		synctest.Wait()
 		if info := sb.Info(); info.State != sandbox.Killed || info.Cause != string(sandbox.CauseForgotten) {
@@ -182,7 +182,7 @@ func TestLifeIsKept(t *testing.T) {
 	})
 }
 
-// TestIdleAgain: the idle time counts again after a waking.
+// TestIdleAgain: the idle time starts again after a resume.
 func TestIdleAgain(t *testing.T) {
 	inBubble(t, 1, func(t *testing.T, fake *sandboxtest.Fake) {
 		m := newManager(t, t.TempDir(), fake, nil)
@@ -208,7 +208,7 @@ func TestIdleAgain(t *testing.T) {
 	})
 }
 
-// TestKillWhileNobodyLooked: a life that ended while no server was there ends with its cause.
+// TestKillWhileNobodyLooked: a life that ended while no server ran ends with its cause.
 func TestKillWhileNobodyLooked(t *testing.T) {
 	inBubble(t, 1, func(t *testing.T, fake *sandboxtest.Fake) {
 		dir := t.TempDir()
@@ -227,7 +227,7 @@ func TestKillWhileNobodyLooked(t *testing.T) {
 		if info := tomb.Info(); info.State != sandbox.Killed || info.Cause != string(sandbox.CauseTimeout) || fake.Running() != 0 {
 			t.Fatalf("%+v", info)
 		}
-		// It is remembered for a day.
+		// Its tombstone is kept for a day.
 		time.Sleep(25 * time.Hour)
 		if _, err := m.Get("", sb.ID()); !errors.Is(err, sandbox.ErrNotFound) {
 			t.Fatal(err)
@@ -235,7 +235,7 @@ func TestKillWhileNobodyLooked(t *testing.T) {
 	})
 }
 
-// TestGrace: calls under way have the grace, and an extension in it is still in time.
+// TestGrace: calls under way get the grace, and an extension during it still counts.
 func TestGrace(t *testing.T) {
 	inBubble(t, 1, func(t *testing.T, fake *sandboxtest.Fake) {
 		m := newManager(t, t.TempDir(), fake, nil)
@@ -246,7 +246,7 @@ func TestGrace(t *testing.T) {
 		}
 		call, file := make(chan struct{}), t.TempDir()+"/file"
 		slow, end := io.Pipe()
-		go func() { // a file that takes longer than there is time
+		go func() { // a file that takes longer than its life
 			defer close(call)
 			_, _ = client.WriteFile(t.Context(), file, slow, agent.WriteOptions{})
 		}()

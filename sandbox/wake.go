@@ -10,14 +10,14 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// rescueName begins the names of files that were taken out of a checkpoint with memory.
+// rescueName begins the names of directories with files taken out of a checkpoint with memory.
 const rescueName = "files-"
 
-// wedgedTime bounds how long an agent may take that was silent when its sandbox was saved. It is asked once more: the host may have been at
-// fault.
+// wedgedTime bounds how long an agent may take to respond if it was silent when its sandbox was saved. It gets this second chance because
+// the host may have been at fault.
 const wedgedTime = 15 * time.Second
 
-// wake boots a machine from what was saved. That stays until something else is saved: it is what the sandbox is resumed from if it fails.
+// wake boots a machine from what was saved. The copy stays until another is saved, because the sandbox is resumed from it if it fails.
 func (s *Sandbox) wake(ctx context.Context, o ResumeOptions) error {
 	r := s.current()
 	filesOnly := r.Pause.FilesOnly
@@ -27,7 +27,7 @@ func (s *Sandbox) wake(ctx context.Context, o ResumeOptions) error {
 	}
 	template, err := s.m.opts.Templates.Template(ctx, s.owner, r.basis())
 	if err == nil {
-		err = s.m.opts.Runtime.Reap(ctx, s.m.store.path(s.id)) // what a failed end has left
+		err = s.m.opts.Runtime.Reap(ctx, s.m.store.path(s.id)) // left by an end that failed
 	}
 	from, rescued := s.m.store.kept(r), ""
 	if err == nil && !(o.FilesOnly && !filesOnly) {
@@ -49,13 +49,13 @@ func (s *Sandbox) wake(ctx context.Context, o ResumeOptions) error {
 	}
 	if rescued != "" {
 		if rerr := s.m.store.RemoveAll(rescued); rerr != nil {
-			s.m.log.Error("remove the files that a sandbox was booted from", "sandbox", s.id, "error", rerr) // they go with the sandbox
+			s.m.log.Error("remove the files that a sandbox was booted from", "sandbox", s.id, "error", rerr) // removed with the sandbox
 		}
 	}
 	return err
 }
 
-// awake says that the sandbox runs again.
+// awake records that the sandbox runs again.
 func (s *Sandbox) awake(was record, filesOnly bool) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -65,7 +65,7 @@ func (s *Sandbox) awake(was record, filesOnly bool) error {
 	notice := was.missing(filesOnly)
 	err := s.become("resume", Running, nil, func(r *record) {
 		r.Limits, r.Pause, r.Notice = was.Limits, nil, notice
-		if r.Copy == nil { // it was saved by a server that knew no copies
+		if r.Copy == nil { // saved by a server that did not know copies
 			r.Copy = &savedCopy{Dir: filepath.Base(s.m.store.checkpoint(s.id, r.Saves)), At: was.Changed, FilesOnly: was.Pause.FilesOnly}
 		}
 	})
@@ -78,7 +78,7 @@ func (s *Sandbox) awake(was record, filesOnly bool) error {
 	}
 	s.begin()
 	if service := was.service(); service != nil && filesOnly {
-		s.m.work.Go(func() { // it needs the sandbox, whose turn this one has
+		s.m.work.Go(func() { // it waits until this turn ends
 			if err := s.StartService(s.ctx, *service, nil); err != nil && s.ctx.Err() == nil {
 				s.note(LevelError, "the service of its template is not up: %v", err)
 			}
@@ -87,7 +87,7 @@ func (s *Sandbox) awake(was record, filesOnly bool) error {
 	return nil
 }
 
-// missing tells what is not there any more of a sandbox that is resumed; "" is nothing, or what its user wanted.
+// missing says what a resumed sandbox has lost; "" if it lost nothing, or only what its user gave up.
 func (r record) missing(filesOnly bool) string {
 	text := ""
 	if r.State == Failed && r.Copy != nil {
@@ -97,14 +97,14 @@ func (r record) missing(filesOnly bool) string {
 	switch {
 	case !filesOnly || r.State == Paused && r.Pause.FilesOnly:
 	case text == "":
-		text = "it was booted anew with its files: the processes that were paused are missing"
+		text = "it was booted with its files: the processes that were paused are missing"
 	default:
 		text += ", and its processes, as its files alone were saved"
 	}
 	return text
 }
 
-// rescue takes the files out of a checkpoint with memory, and gives the directory that has them.
+// rescue takes the files out of a checkpoint with memory, and returns their directory.
 func (s *Sandbox) rescue(ctx context.Context, template Template, from string) (string, error) {
 	rescuer, ok := s.m.opts.Runtime.(Rescuer)
 	if !ok {
@@ -127,7 +127,7 @@ func (s *Sandbox) rescue(ctx context.Context, template Template, from string) (s
 	return to, nil
 }
 
-// wakeHint tells whoever cannot resume a sandbox as it was what may help.
+// wakeHint adds to the error of a failed resume what may help.
 func (s *Sandbox) wakeHint(r record, err error) error {
 	_, ok := s.m.opts.Runtime.(Rescuer)
 	if errors.Is(err, ErrDamaged) && ok && !r.Pause.FilesOnly {
@@ -136,7 +136,7 @@ func (s *Sandbox) wakeHint(r record, err error) error {
 	return err
 }
 
-// lieDown takes back a waking that has failed.
+// lieDown undoes a failed resume.
 func (s *Sandbox) lieDown() (err error) {
 	s.mu.Lock()
 	machine, client := s.machine, s.client

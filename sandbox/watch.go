@@ -9,19 +9,19 @@ import (
 )
 
 const (
-	// unknownPause is the longest time between two questions about a machine that could not be asked about.
+	// unknownPause is the longest time between two questions about a machine that the host could not be asked about.
 	unknownPause = 10 * time.Second
-	// lostTime is how long the processes of a machine whose pipe has ended may take to be gone.
+	// lostTime is how long the processes of a machine may take to end after its pipe has ended.
 	lostTime = 2 * time.Second
 	lostPoll = 20 * time.Millisecond
-	// An agent is met anew at most relinks times in relinkTime: one that breaks the protocol again and again is no agent.
+	// An agent is reconnected at most relinks times in relinkTime: a program that breaks the protocol again and again is no agent.
 	relinks    = 3
 	relinkTime = 10 * time.Minute
 )
 
-// watch decides by what is found about the machine whether the sandbox goes on, as long as it has this machine.
+// watch checks the machine as long as the sandbox has it, and decides by the findings whether the sandbox continues.
 func (s *Sandbox) watch(ctx context.Context, machine Machine, client *agent.Client) {
-	if client == nil { // nobody has met its agent yet
+	if client == nil { // no server has reached its agent yet
 		s.lost(ctx, machine)
 		return
 	}
@@ -45,26 +45,26 @@ func (s *Sandbox) watch(ctx context.Context, machine Machine, client *agent.Clie
 	}
 }
 
-// watching is what was found about a machine.
+// watching is what was found about a machine so far.
 type watching struct {
 	s       *Sandbox
 	machine Machine
-	unknown time.Duration // until the next question, where it could not be asked about
-	stopped time.Time     // since when it was found stopped
+	unknown time.Duration // until the next question, while the machine cannot be asked about
+	stopped time.Time     // since when it has been stopped
 }
 
-// found does what a finding wants, and tells when to ask again.
+// found acts on a finding, and returns when to ask again.
 func (w *watching) found(err error) (next time.Duration) {
 	s, finding := w.s, FindingOf(err)
 	if finding == Unknown {
 		if w.unknown == 0 {
-			s.m.log.Warn("a sandbox could not be looked after; it is tried again", "sandbox", s.id, "error", err)
+			s.m.log.Warn("a sandbox could not be checked; it is tried again", "sandbox", s.id, "error", err)
 		}
 		w.unknown = min(unknownPause, max(checkEvery, 2*w.unknown))
 		return w.unknown
 	}
 	if w.unknown > 0 {
-		s.m.log.Info("a sandbox is looked after again", "sandbox", s.id)
+		s.m.log.Info("a sandbox can be checked again", "sandbox", s.id)
 		w.unknown = 0
 	}
 	var over *OverError
@@ -75,20 +75,20 @@ func (w *watching) found(err error) (next time.Duration) {
 	}
 	switch {
 	case finding == Gone:
-		_ = s.end(Failed, CauseLost) // end logs its error; it has ended already where this is not news
+		_ = s.end(Failed, CauseLost) // end logs its error; if the sandbox has already ended, this is not news
 	case finding == Well:
 		s.contained.reset()
 	case stopped && w.stopped.IsZero():
 		w.stopped = time.Now()
-		s.note(LevelWarn, "%v from outside; it goes on once that is continued", err)
+		s.note(LevelWarn, "%v from outside; the sandbox runs again once that process is continued", err)
 	case stopped && time.Since(w.stopped) < s.m.opts.WedgedAfter:
-	case s.runs(): // one that is frozen takes no more than it has
+	case s.runs(): // a frozen machine takes no more than it has
 		s.contain(w.machine, over)
 	}
 	return checkEvery
 }
 
-// lost finds out about a machine whose pipe has ended: without processes it is gone, else its agent is met anew.
+// lost finds out about a machine whose pipe has ended: if it has no processes it is gone, else its agent is reconnected.
 func (s *Sandbox) lost(ctx context.Context, machine Machine) {
 	w := watching{s: s, machine: machine}
 	for end := time.Now().Add(lostTime); time.Now().Before(end) || w.unknown > 0; {
@@ -105,7 +105,7 @@ func (s *Sandbox) lost(ctx context.Context, machine Machine) {
 			return
 		}
 	}
-	s.m.log.Warn("the connection to the agent of a sandbox was lost; it is met anew", "sandbox", s.id)
+	s.m.log.Warn("the connection to the agent of a sandbox was lost; reconnecting", "sandbox", s.id)
 	for !s.meetAnew(ctx) {
 		if s.runs() {
 			s.contain(machine, &OverError{Kind: OverSilent})
@@ -116,7 +116,7 @@ func (s *Sandbox) lost(ctx context.Context, machine Machine) {
 	}
 }
 
-// awaitThaw waits for a while, and as long as the sandbox is frozen, and says whether it goes on with this machine then.
+// awaitThaw waits for a while, then for as long as the sandbox is frozen, and reports whether it then runs with this machine.
 func (s *Sandbox) awaitThaw(ctx context.Context, machine Machine) bool {
 	for sleepFor(ctx, checkEvery) {
 		if FindingOf(machine.Check()) == Gone {
@@ -130,7 +130,7 @@ func (s *Sandbox) awaitThaw(ctx context.Context, machine Machine) bool {
 	return false
 }
 
-// meetAnew tries several times to meet the agent of a machine again, and says whether nothing is left to do.
+// meetAnew tries several times to reconnect to the agent of a machine, and reports whether nothing is left to do.
 func (s *Sandbox) meetAnew(watch context.Context) (done bool) {
 	for try := range adoptTries {
 		if try > 0 && !sleepFor(watch, adoptPauseOf(try)) {
@@ -144,12 +144,12 @@ func (s *Sandbox) meetAnew(watch context.Context) (done bool) {
 			_ = s.end(Failed, CauseLost) // end logs its error
 			return true
 		}
-		s.m.log.Warn("meet the agent of a sandbox anew", "sandbox", s.id, "try", try+1, "error", err)
+		s.m.log.Warn("reconnect to the agent of a sandbox", "sandbox", s.id, "try", try+1, "error", err)
 	}
 	return false
 }
 
-// relink meets the agent of a machine again whose session has ended. When watch has ended that is somebody else's affair.
+// relink reconnects to the agent of a machine whose session has ended. If watch has ended, that is no longer this caller's job.
 func (s *Sandbox) relink(watch context.Context) error {
 	ctx, over, err := s.takeTurn(s.ctx, "reach")
 	if err != nil {
@@ -177,16 +177,16 @@ func (s *Sandbox) relink(watch context.Context) error {
 	if err := s.rejoin(ctx); err != nil {
 		return err
 	}
-	stop() // what went on with the session that has ended
+	stop() // ends what ran with the old session
 	s.mu.Lock()
 	s.relinked = append(s.relinked, time.Now())
 	s.mu.Unlock()
-	s.note(LevelWarn, "the connection to its agent was lost, and is there again")
+	s.note(LevelWarn, "the connection to its agent was lost and restored")
 	return nil
 }
 
-// ping has a sandbox contained whose agent does not answer. It is apart from watch: waiting for a silent agent must not hold up the checks
-// of a machine whose root may have silenced it.
+// ping contains a sandbox whose agent is silent. It is separate from watch, because waiting for a silent agent must not delay the checks of
+// a machine whose root user may have silenced the agent.
 func (s *Sandbox) ping(ctx context.Context, machine Machine, client *agent.Client) {
 	ticker := time.NewTicker(s.m.opts.PingEvery)
 	defer ticker.Stop()
@@ -200,7 +200,7 @@ func (s *Sandbox) ping(ctx context.Context, machine Machine, client *agent.Clien
 			if s.answers(ctx, client) || ctx.Err() != nil {
 				continue
 			}
-			if err := machine.Check(); err == nil { // else watch knows better why it is silent
+			if err := machine.Check(); err == nil { // else watch knows better why the agent is silent
 				s.contain(machine, &OverError{Kind: OverSilent})
 			}
 		}
@@ -225,38 +225,38 @@ func (s *Sandbox) answers(ctx context.Context, client *agent.Client) bool {
 	return !can || after != before || context.Cause(ctx) != agent.ErrSilent
 }
 
-// gather keeps a machine on one core for as long as nothing in it lasts. When it is given all of its cores it is given them once more a
-// moment later: of processes that begin or end meanwhile the kernel may leave some out (proc(5), children), and they would stay on one.
+// gather keeps a machine on one core while nothing in it runs for long. After releasing it to all cores, gather releases it once more a
+// moment later: the kernel may leave out processes that begin or end meanwhile (proc(5), children), and they would stay on one core.
 func (s *Sandbox) gather(ctx context.Context, client *agent.Client, machine Gatherer) {
-	var known *bool // what it is bound by; nil is not known
+	var known *bool // whether it has all of its cores; nil means not known
 	one := false    // some of it may be on one core
 	for {
 		going, err := client.AtWork(ctx, known)
 		if err != nil {
-			break // the machine has ended, stays for another server, or its agent is older than the question
+			break // the machine has ended, it stays for another server, or its agent does not know this call
 		}
 		wait, began, again := gatherEvery, time.Now(), false
-		if known != nil && going == *known { // it is about to stand still
+		if known != nil && going == *known { // the agent returns no change when the machine is about to be frozen
 			wait = time.Second
 		} else if err := machine.Gather(!going); err != nil {
 			s.m.log.Warn("bind a sandbox to its cores", "sandbox", s.id, "error", err)
 			known, one, wait = nil, true, time.Minute
-		} else { // an agent that tells what it likes does not keep us busy
+		} else { // an agent that answers whatever it likes must not keep the server busy
 			known, one, wait, again = &going, !going, max(gatherEvery, 20*time.Since(began)), going
 		}
-		if sleepFor(ctx, wait) && again && machine.Gather(false) != nil { // the next round tells why
+		if sleepFor(ctx, wait) && again && machine.Gather(false) != nil { // the next round logs why
 			known, one = nil, true
 		}
 	}
 	if one {
-		_ = machine.Gather(false) // for whatever goes on in it without us; there is no harm where it has ended
+		_ = machine.Gather(false) // so that it runs on without this server on all cores; an error does no harm if it has ended
 	}
 }
 
-// gatherEvery is how long a machine stays as it is bound, at least.
+// gatherEvery is the least time between two changes of a machine's pinning.
 const gatherEvery = 50 * time.Millisecond
 
-// shift counts the changes between running and paused, saves too, and says whether the agent can answer now.
+// shift counts the changes between running and paused, including saves, and reports whether the agent can respond now.
 func (s *Sandbox) shift() (count int, answers bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -313,7 +313,7 @@ func (s *Service) whyLost(ctx context.Context, id string, lost error) error {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
 	if info := sb.AwaitEnd(ctx); info.State.Ended() {
-		return &sandbox.StateError{ID: info.ID, Verb: "go on in", State: info.State, Cause: info.Cause, At: info.Changed,
+		return &sandbox.StateError{ID: info.ID, Verb: "continue in", State: info.State, Cause: info.Cause, At: info.Changed,
 			Saved: info.OnDisk}
 	}
 	return lost

@@ -36,7 +36,7 @@ func TestKeysFileOfNobody(t *testing.T) {
 		if status, _ := w.get("/health", ""); status != http.StatusOK {
 			t.Errorf("keys %q: health is %d", body, status)
 		}
-		if log := w.log.String(); !strings.Contains(log, "nobody is let in") {
+		if log := w.log.String(); !strings.Contains(log, "no key is accepted") {
 			t.Errorf("keys %q: the log does not say so: %s", body, log)
 		}
 		w.stop()

@@ -1,6 +1,6 @@
-// Command patch makes a copy of the pinned gVisor with our changes, which bin/runsc is built from. A patch holds our own lines alone: it
-// names a file of gVisor by its SHA-256, so that another version of gVisor is noticed, and where in it they go. It knows nothing of what
-// the patches do.
+// Command patch makes a copy of the pinned gVisor with SoulBox's changes, from which bin/runsc is built. A patch holds only the new lines.
+// It names a file of gVisor by its SHA-256, so that another version of gVisor is noticed, and says where in the file the lines go. The
+// command does not know what the patches do.
 package main
 
 import (
@@ -28,7 +28,7 @@ func main() {
 func run(args []string, stdin io.Reader, stdout io.Writer) error {
 	flags := flag.NewFlagSet("patch", flag.ContinueOnError)
 	module := flags.String("module", "gvisor/runsc", "the module that pins gVisor; its patches/*.patch are applied")
-	to := flags.String("to", "", "write the patched gVisor to `DIR`, which is replaced, and to DIR.mod and DIR.sum what to build with it")
+	to := flags.String("to", "", "write the patched gVisor to `DIR`, which is replaced, and the go.mod and go.sum to build with it to DIR.mod and DIR.sum")
 	record := flags.Bool("record", false,
 		"make a patch of the output of 'git diff -U0' on stdin, for the pinned gVisor; -module says where that is pinned")
 	if err := flags.Parse(args); err != nil {
@@ -47,7 +47,7 @@ func run(args []string, stdin io.Reader, stdout io.Writer) error {
 	return build(*module, source, *to)
 }
 
-// pinned is the directory of the gVisor that module pins. It is downloaded if it is not there, as a build would do.
+// pinned returns the directory of the gVisor that module pins, and downloads it if needed, as a build would.
 func pinned(module string) (string, error) {
 	cmd := exec.Command("go", "mod", "download", "-json", gvisorModule)
 	cmd.Dir = module
@@ -65,7 +65,7 @@ func pinned(module string) (string, error) {
 
 const gvisorModule = "gvisor.dev/gvisor"
 
-// build writes the patched gVisor. What was there is replaced at the end, so a build that was interrupted leaves no mixture.
+// build writes the patched gVisor. It replaces the old one at the end, so an interrupted build leaves no mixture.
 func build(module, source, to string) error {
 	names, err := filepath.Glob(filepath.Join(module, "patches", "*.patch"))
 	if err != nil {
@@ -96,7 +96,7 @@ func build(module, source, to string) error {
 	return modFile(module, to)
 }
 
-// copyTree copies what a build needs: no tests.
+// copyTree copies what a build needs, which excludes tests.
 func copyTree(from, to string) error {
 	return filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
@@ -117,7 +117,7 @@ func copyTree(from, to string) error {
 	})
 }
 
-// modFile writes the go.mod of module that has gVisor replaced by to, and its go.sum, beside to.
+// modFile writes module's go.mod, with gVisor replaced by to, and its go.sum, beside to.
 func modFile(module, to string) error {
 	dir, err := filepath.Abs(to)
 	if err != nil {
@@ -140,7 +140,7 @@ var (
 	diffHunk = regexp.MustCompile(`^@@ -(\d+)(?:,(\d+))? \+\S+ @@`)
 )
 
-// fromDiff makes a patch of a diff without context. It drops the lines that the diff takes away: how many there are says enough.
+// fromDiff makes a patch from a diff without context. It drops the lines that the diff removes: their number is enough.
 func fromDiff(diff io.Reader, patch io.Writer, source string) error {
 	body, err := io.ReadAll(diff)
 	if err != nil {
@@ -163,7 +163,7 @@ func fromDiff(diff io.Reader, patch io.Writer, source string) error {
 			if m[2] != "" {
 				count = atoi(m[2])
 			}
-			if count == 0 { // a diff names the line before
+			if count == 0 { // the diff names the line before
 				at++
 			}
 			_, _ = fmt.Fprintf(patch, "@@ %d,%d %s\n", at, count, anchor(lines, at))

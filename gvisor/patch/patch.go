@@ -13,22 +13,22 @@ import (
 	"strings"
 )
 
-// change is what all patches do to one file of gVisor.
+// change is what all patches together do to one file of gVisor.
 type change struct {
 	digest string // of the file before
 	hunks  []hunk
 }
 
-// hunk puts lines where count lines were, from line at on, of the file as gVisor has it: so patches of one file do not depend on each
-// other.
+// hunk replaces count lines, starting at line at, by other lines. Line numbers refer to gVisor's original file, so patches of one file do
+// not depend on each other.
 type hunk struct {
 	patch     string
 	at, count int
-	anchor    string // how line at begins, for those who read the patch and for safety
+	anchor    string // how line at begins, for readers of the patch and for safety
 	lines     []string
 }
 
-// parse reads one patch. Up to its first file it is prose.
+// parse reads one patch. The text before its first file is a comment.
 //
 //	--- PATH SHA-256      a file as gVisor has it
 //	@@ LINE,COUNT TEXT    replace COUNT lines from LINE on, which begins with TEXT after its indentation
@@ -88,7 +88,7 @@ func parseHunk(line string) (hunk, error) {
 	return h, nil
 }
 
-// atoi is -1 for what is no number.
+// atoi returns -1 if s is not a number.
 func atoi(s string) int {
 	if n, err := strconv.Atoi(s); err == nil {
 		return n
@@ -101,7 +101,7 @@ func digest(body []byte) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// anchor is how a line begins, as a patch says it.
+// anchor returns how a line begins, in the form that a patch uses.
 func anchor(lines []string, at int) string {
 	if at > len(lines) {
 		return ""
@@ -114,10 +114,10 @@ func anchor(lines []string, at int) string {
 func (c *change) apply(from, to, name string) error {
 	before, err := os.ReadFile(filepath.Join(from, name))
 	if err != nil {
-		return fmt.Errorf("%s is no file of this gVisor: see what became of it, and change %s: %w", name, c.patches(), err)
+		return fmt.Errorf("%s is not a file of this gVisor: find out what replaced it, and change %s: %w", name, c.patches(), err)
 	}
 	if digest(before) != c.digest {
-		return fmt.Errorf("%s has another SHA-256, so this is another gVisor: see whether %s is still needed, and record it anew "+
+		return fmt.Errorf("%s has another SHA-256, so this is another gVisor: see whether %s is still needed, and record it again "+
 			"(docs/upstream/README.md)",
 			name, c.patches())
 	}
@@ -140,7 +140,7 @@ func (c *change) edit(before string) (string, error) {
 		case h.at+h.count > len(old)+1:
 			return "", fmt.Errorf("%s changes line %d, and there are %d", h.patch, h.at+h.count-1, len(old))
 		case anchor(old, h.at) != h.anchor:
-			return "", fmt.Errorf("%s expects line %d to begin with %q, and it does with %q", h.patch, h.at, h.anchor, anchor(old, h.at))
+			return "", fmt.Errorf("%s expects line %d to begin with %q, but it begins with %q", h.patch, h.at, h.anchor, anchor(old, h.at))
 		}
 		now = append(now, old[next-1:h.at-1]...)
 		now = append(now, h.lines...)
@@ -149,7 +149,7 @@ func (c *change) edit(before string) (string, error) {
 	return strings.Join(append(now, old[next-1:]...), "\n"), nil
 }
 
-// patches names those that change the file.
+// patches names the patches that change the file.
 func (c *change) patches() string {
 	var names []string
 	for _, h := range c.hunks {

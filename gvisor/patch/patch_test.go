@@ -25,7 +25,7 @@ func TestParseAndApply(t *testing.T) {
 		"two of one file": {patches: []string{head + "@@ 4,1 four\n+vier\n", head + "@@ 1,1 one\n+eins\n"},
 			want: "eins\ntwo\n\tthree\nvier\n"},
 		"another version of gVisor": {patches: []string{"--- a.go 00\n@@ 1,1 one\n"}, err: "another SHA-256"},
-		"no such file":              {patches: []string{"--- b.go 00\n@@ 1,1 one\n"}, err: "no file of this gVisor"},
+		"no such file":              {patches: []string{"--- b.go 00\n@@ 1,1 one\n"}, err: "not a file of this gVisor"},
 		"another line":              {patches: []string{head + "@@ 1,1 two\n"}, err: "expects line 1"},
 		"one line twice":            {patches: []string{head + "@@ 1,2 one\n", head + "@@ 2,1 two\n"}, err: "another hunk"},
 		"beyond the end":            {patches: []string{head + "@@ 4,9 four\n"}, err: "there are 5"},
@@ -65,7 +65,7 @@ func applied(from, to string, patches []string) (string, error) {
 	return string(body), err
 }
 
-// TestFromDiff makes patches of a diff and applies them: what comes of it is what the diff was made of.
+// TestFromDiff makes patches from a diff and applies them: the result is what the diff was made from.
 func TestFromDiff(t *testing.T) {
 	from, to := t.TempDir(), t.TempDir()
 	if err := os.WriteFile(filepath.Join(from, "a.go"), []byte("one\ntwo\nthree\n"), 0o644); err != nil {

@@ -1,5 +1,5 @@
-// Command runsc is gVisor's, with a sentry that keeps to a soft limit of its own memory, and that tells programs how much memory their
-// sandbox may have. Its bundle names both.
+// Command runsc is gVisor's runsc with two changes: its sentry keeps to a soft limit of its own memory, and it tells programs how much
+// memory their sandbox may have. The bundle names both.
 package main
 
 import (
@@ -33,9 +33,9 @@ func main() {
 	maincli.Main()
 }
 
-// showMemory has programs see the memory that the bundle names as all that there is, in /proc/meminfo and by sysinfo(2). runsc itself tells
-// the sentry what the host has, or the host's cgroup, of which an ordinary user has none. A sentry that is executed once more is told the
-// same.
+// showMemory makes programs see the memory that the bundle names as the total, in /proc/meminfo and by sysinfo(2). By itself, runsc tells
+// the sentry the memory of the host or of the host's cgroup, which an ordinary user does not have. A sentry that executes itself again gets
+// the same value.
 func showMemory(args []string) {
 	size := named(args, "guest-memory")
 	if at := slices.Index(args, "--total-memory"); size != "" && at >= 0 && at+1 < len(args) {
@@ -43,7 +43,8 @@ func showMemory(args []string) {
 	}
 }
 
-// tellAgent has sysinfo(2) tell the first process, which keeps the limit, what is used beyond it, too: gVisor tells at most the limit.
+// tellAgent makes sysinfo(2) tell the first process, which enforces the limit, also what is used beyond it: gVisor reports at most the
+// limit.
 func tellAgent() {
 	for _, table := range []*kernel.SyscallTable{linux.AMD64, linux.ARM64} {
 		for number, call := range table.Table {
@@ -56,8 +57,8 @@ func tellAgent() {
 	}
 }
 
-// guardMark tells the agent that this sentry has our patches: that CAP_SYS_PTRACE does not reach it (agent/guest/machine.go). gVisor has no
-// loads.
+// guardMark tells the agent that this sentry has SoulBox's patches, so that CAP_SYS_PTRACE does not reach the agent
+// (agent/guest/machine.go). It is in the load averages, which gVisor leaves zero.
 const guardMark = 0x536f756c426f78
 
 func sysinfo(t *kernel.Task, number uintptr, args arch.SyscallArguments) (uintptr, *kernel.SyscallControl, error) {
@@ -79,21 +80,21 @@ func sysinfo(t *kernel.Task, number uintptr, args arch.SyscallArguments) (uintpt
 	return 0, nil, err
 }
 
-// named reads a file of the bundle that the arguments name; "" is none, or that the sentry sees it no longer.
+// named reads a file of the bundle that the arguments name; "" means that there is none, or that the sentry can no longer see it.
 func named(args []string, file string) string {
 	for _, arg := range args {
 		if bundle, ok := strings.CutPrefix(arg, "--bundle="); ok {
-			body, _ := os.ReadFile(filepath.Join(bundle, file)) // a missing file is no limit
+			body, _ := os.ReadFile(filepath.Join(bundle, file)) // a missing file means no limit
 			return strings.TrimSpace(string(body))
 		}
 	}
 	return ""
 }
 
-// limitMemory sets the limit that a file of the bundle names, in bytes. gVisor gives a sentry no environment of ours, but a sentry gives it
-// to the program that it executes once more when it sees the bundle no longer.
+// limitMemory sets the limit that a file of the bundle names, in bytes. gVisor starts a sentry without this environment variable, but a
+// sentry passes it on when it executes itself again, after which it cannot see the bundle.
 func limitMemory(args []string) {
-	if limit := debug.SetMemoryLimit(-1); limit != math.MaxInt64 { // it has been executed once more
+	if limit := debug.SetMemoryLimit(-1); limit != math.MaxInt64 { // it has been executed again
 		follow(limit)
 		return
 	}
@@ -102,13 +103,13 @@ func limitMemory(args []string) {
 	}
 }
 
-// follow sets the limit anew after each collection of garbage: where more is in use than the limit, as while a machine is saved, the sentry
-// would do little else but look for garbage that is not there. What it holds beyond the limit it gives back, which Go by itself takes
-// minutes for.
+// follow sets the limit again after each garbage collection. If more is in use than the limit, as while a machine is saved, the sentry
+// would otherwise spend its time looking for garbage that does not exist. It also returns the memory beyond the limit to the host, for
+// which Go alone takes minutes.
 func follow(limit int64) {
 	samples := []metrics.Sample{{Name: "/gc/heap/live:bytes"}, {Name: "/memory/classes/total:bytes"},
 		{Name: "/memory/classes/heap/released:bytes"}}
-	type collected struct{ self *collected } // it has a pointer, so it is no part of a block of others
+	type collected struct{ self *collected } // the pointer keeps it out of memory blocks that it would share with other objects
 	var gave time.Time
 	var after func(*collected)
 	after = func(*collected) {
@@ -125,5 +126,5 @@ func follow(limit int64) {
 	runtime.SetFinalizer(&collected{}, after)
 }
 
-// giveEvery is how often memory is given back at most: it takes a collection of its own.
+// giveEvery is the shortest time between two returns of memory: each needs a garbage collection.
 const giveEvery = 4 * time.Second

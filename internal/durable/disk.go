@@ -1,5 +1,5 @@
-// Package durable changes files so that a crash or a power cut at any moment leaves the old one or the new one. It knows nothing of what is
-// in them.
+// Package durable changes files so that a crash or a power cut at any moment leaves the old or the new content. It knows nothing about that
+// content.
 package durable
 
 import (
@@ -11,14 +11,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Disk changes files. The zero Disk is ready to use, and safe for concurrent use as far as the names differ.
+// Disk changes files. The zero Disk is ready to use. It is safe for concurrent use on different names.
 type Disk struct {
-	// Fault is asked before each step how many of its bytes are done. An error stands for a loss of power: the step is done so far, and no
-	// further. Only tests set it.
+	// Fault is asked before each step how many of the step's bytes are written. An error stands for a power cut: these bytes are written,
+	// and nothing else. Only tests set it.
 	Fault func(step, name string, size int) (done int, err error)
 }
 
-// Step asks Fault about a step of the caller's own. Without Fault all of it is done.
+// Step asks Fault about a step of the caller's own. Without Fault, the whole step is done.
 func (d Disk) Step(step, name string, size int) (int, error) {
 	if d.Fault == nil {
 		return size, nil
@@ -26,13 +26,13 @@ func (d Disk) Step(step, name string, size int) (int, error) {
 	return d.Fault(step, name, size)
 }
 
-// Replace writes a file as Make does.
+// Replace writes a file as Make does, with the content body.
 func (d Disk) Replace(name string, body []byte, perm fs.FileMode) error {
 	return d.Make(name, perm, func(f *os.File) error { return d.write(f, body) })
 }
 
-// Make writes a file by temp, fsync, rename and fsync of the directory; fill writes its content. Whoever opens the name finds the old content
-// or the new one. A failure leaves the old one and no temporary file.
+// Make writes a file by way of a temporary file, fsync, rename and fsync of the directory; fill writes the content. A reader of the name
+// finds the old or the new content. A failure leaves the old content and no temporary file.
 func (d Disk) Make(name string, perm fs.FileMode, fill func(*os.File) error) (err error) {
 	if _, err := d.Step("create", name, 0); err != nil {
 		return err
@@ -44,7 +44,7 @@ func (d Disk) Make(name string, perm fs.FileMode, fill func(*os.File) error) (er
 	defer func() {
 		if err != nil {
 			if _, ferr := d.Step("remove", f.Name(), 0); ferr == nil {
-				_ = os.Remove(f.Name()) // it has a name that nobody reads
+				_ = os.Remove(f.Name()) // no reader uses its name
 			}
 		}
 	}()
@@ -65,7 +65,7 @@ func (d Disk) write(f *os.File, body []byte) error {
 	return fault
 }
 
-// Append adds a line to a file, which is made if it is not there. A line that was cut off is ended first. It does not wait for the disk.
+// Append adds a line to a file, creating it if needed. If the last line was cut off, Append ends it first. It does not sync to disk.
 func (d Disk) Append(name string, line []byte) (err error) {
 	if _, err := d.Step("open", name, 0); err != nil {
 		return err
@@ -91,12 +91,12 @@ func (d Disk) Append(name string, line []byte) (err error) {
 	return d.write(f, append(line, '\n'))
 }
 
-// Rename gives a file or directory another name that survives a power cut. What is in it must be on disk already.
+// Rename renames a file or directory so that the new name survives a power cut. Its content must be on disk already.
 func (d Disk) Rename(from, to string) error {
 	if _, err := d.Step("rename", to, 0); err != nil {
 		return err
 	}
-	dir, err := os.Open(filepath.Dir(to)) // first: where there is no descriptor for it, nothing has been done
+	dir, err := os.Open(filepath.Dir(to)) // first: if there is no descriptor for it, nothing has been done
 	if err != nil {
 		return err
 	}
@@ -106,7 +106,7 @@ func (d Disk) Rename(from, to string) error {
 	return errors.Join(dir.Sync(), dir.Close())
 }
 
-// Exchange swaps the names of two files or directories at once, and the swap survives a power cut.
+// Exchange swaps the names of two files or directories atomically; the swap survives a power cut.
 func (d Disk) Exchange(a, b string) error {
 	if _, err := d.Step("rename", b, 0); err != nil {
 		return err
@@ -117,7 +117,7 @@ func (d Disk) Exchange(a, b string) error {
 	return errors.Join(Sync(filepath.Dir(a)), Sync(filepath.Dir(b)))
 }
 
-// Mkdir makes a directory that others may walk through.
+// Mkdir makes a directory that other users can pass through.
 func (d Disk) Mkdir(name string) error {
 	if _, err := d.Step("mkdir", name, 0); err != nil {
 		return err
@@ -125,7 +125,7 @@ func (d Disk) Mkdir(name string) error {
 	return os.Mkdir(name, 0o711)
 }
 
-// RemoveAll removes a tree, entry by entry of its top. Nothing there is no error.
+// RemoveAll removes a tree, its top-level entries one by one. It is no error if nothing is there.
 func (d Disk) RemoveAll(name string) error {
 	if info, err := os.Lstat(name); err == nil && info.IsDir() {
 		entries, err := os.ReadDir(name)
@@ -147,7 +147,7 @@ func (d Disk) RemoveAll(name string) error {
 	return os.RemoveAll(name)
 }
 
-// Create writes a new file and waits until it is on disk. It is for files of a directory that gets its name later, by Rename.
+// Create writes a new file and syncs it to disk. It is for files in a directory that gets its name later, by Rename.
 func Create(name string, body []byte, perm fs.FileMode) error {
 	f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, perm)
 	if err != nil {
@@ -157,7 +157,7 @@ func Create(name string, body []byte, perm fs.FileMode) error {
 	return errors.Join(err, f.Sync(), f.Close())
 }
 
-// Sync waits until a file, or the names in a directory, are on disk.
+// Sync waits until a file's content, or a directory's names, are on disk.
 func Sync(name string) error {
 	f, err := os.Open(name)
 	if err != nil {

@@ -13,7 +13,7 @@ import (
 
 var errPower = errors.New("no power")
 
-// TestReplaceFails cuts the power at each step: the old content or the new one is there, and at most one file that nobody reads.
+// TestReplaceFails cuts the power at each step: the old or the new content is there, and at most one file that no reader uses.
 func TestReplaceFails(t *testing.T) {
 	for cut := range 10 {
 		dir := t.TempDir()
@@ -38,7 +38,7 @@ func TestReplaceFails(t *testing.T) {
 	}
 }
 
-// TestReplaceErrors: what the host refuses leaves no temporary file.
+// TestReplaceErrors: an error of the host leaves no temporary file.
 func TestReplaceErrors(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.MkdirAll(filepath.Join(dir, "taken", "full"), 0o700); err != nil {
@@ -58,7 +58,7 @@ func TestReplaceErrors(t *testing.T) {
 	}
 }
 
-// TestAppend: a line that was cut off is ended before the next.
+// TestAppend: a line that was cut off is ended before the next one.
 func TestAppend(t *testing.T) {
 	name := filepath.Join(t.TempDir(), "log")
 	for _, line := range []string{"one", "two"} {
@@ -87,7 +87,7 @@ func TestAppend(t *testing.T) {
 	}
 }
 
-// TestLock: one has it at a time, until its file is closed.
+// TestLock: only one caller has the lock at a time, until it closes the file.
 func TestLock(t *testing.T) {
 	name := filepath.Join(t.TempDir(), "lock")
 	first, err := Lock(name, false)
@@ -109,7 +109,7 @@ func TestLock(t *testing.T) {
 	}
 }
 
-// TestInstall: many install the same at once, one does it; what a dead one or a failure leaves is no installation.
+// TestInstall: of many that install the same directory at once, one makes it; what a dead process or a failure leaves is no installation.
 func TestInstall(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "all")
 	if err := os.MkdirAll(filepath.Join(dir, unfinished+"dead"), 0o700); err != nil {
@@ -146,7 +146,7 @@ func TestInstall(t *testing.T) {
 	}
 }
 
-// TestExchangeAndRemove: names are swapped, and trees removed until the power is cut.
+// TestExchangeAndRemove: names are swapped, and trees are removed up to a power cut.
 func TestExchangeAndRemove(t *testing.T) {
 	dir := t.TempDir()
 	a, b := filepath.Join(dir, "a"), filepath.Join(dir, "b")

@@ -9,12 +9,12 @@ import (
 	"strings"
 )
 
-// unfinished begins the names of what Install is making.
+// unfinished begins the names of directories that Install is making.
 const unfinished = ".new-"
 
-// Install makes a directory that never changes, whose name stands for its content, in dir, which is made if missing. If it is there already,
-// nothing is written and nobody waits. build fills an empty directory. Processes that install at the same time wait for each other; what a
-// dead one has left unfinished is removed.
+// Install makes a directory that never changes and whose name stands for its content, in dir, which is created if needed. If the directory
+// exists, Install neither writes nor waits. build fills an empty directory. Processes that install at the same time wait for each other;
+// what a dead process left unfinished is removed.
 func Install(dir, name string, build func(temp string) error) (path string, err error) {
 	path = filepath.Join(dir, name)
 	if there, err := installed(path); there || err != nil {
@@ -28,7 +28,7 @@ func Install(dir, name string, build func(temp string) error) (path string, err 
 		return "", err
 	}
 	defer func() { err = errors.Join(err, lock.Close()) }()
-	if there, err := installed(path); there || err != nil { // by whoever had the lock
+	if there, err := installed(path); there || err != nil { // the process that had the lock made it
 		return path, err
 	}
 	entries, err := os.ReadDir(dir)
@@ -56,7 +56,7 @@ func Install(dir, name string, build func(temp string) error) (path string, err 
 	return path, Disk{}.Rename(temp, path)
 }
 
-// installed reports whether a directory has its name. It gets that once it is whole.
+// installed reports whether the directory exists. It gets its name only once it is complete.
 func installed(path string) (bool, error) {
 	_, err := os.Stat(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -65,7 +65,7 @@ func installed(path string) (bool, error) {
 	return err == nil, err
 }
 
-// syncTree writes all files of a tree to disk: a name that is there vouches for its content, also after a power cut.
+// syncTree syncs all files of a tree to disk, so that a directory that exists has its content even after a power cut.
 func syncTree(root string) error {
 	return filepath.WalkDir(root, func(name string, entry fs.DirEntry, err error) error {
 		if err != nil || !entry.Type().IsRegular() {

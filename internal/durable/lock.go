@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Lock opens a file, which is made if it is not there, and takes its flock. Closing the file gives the lock back; the end of the process does
-// so, too. If another has the lock, Lock waits, or without wait returns an error that is unix.EWOULDBLOCK.
+// Lock opens a file, creating it if needed, and takes its flock. Closing the file, or the end of the process, releases the lock. If the
+// lock is taken, Lock waits, or without wait returns an error that matches unix.EWOULDBLOCK.
 func Lock(name string, wait bool) (*os.File, error) {
 	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -25,7 +25,7 @@ func Lock(name string, wait bool) (*os.File, error) {
 	return f, nil
 }
 
-// Flock is flock(2) of an open file, which a signal does not interrupt.
+// Flock is flock(2) of an open file that a signal does not interrupt.
 func Flock(f *os.File, how int) error {
 	for {
 		if err := unix.Flock(int(f.Fd()), how); err != unix.EINTR {

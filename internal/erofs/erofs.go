@@ -2,7 +2,7 @@
 // extended attributes, and no inline data of regular files, which gVisor cannot map. It knows nothing of templates or sandboxes.
 //
 // An image is written front to back: a block for the super block, then the contents of files in any order, and the tree at the end. So
-// contents are streamed into it while the tree still changes. See https://docs.kernel.org/filesystems/erofs.html and erofs_fs.h of Linux.
+// contents can be streamed into it while the tree still changes. See https://docs.kernel.org/filesystems/erofs.html and Linux's erofs_fs.h.
 package erofs
 
 import (
@@ -19,7 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// BlockSize is the unit of everything in an image, in bytes. gVisor takes no other.
+// BlockSize is the unit of everything in an image, in bytes. gVisor accepts no other.
 const BlockSize = 4096
 
 // Limits of the format.
@@ -29,22 +29,22 @@ const (
 	MaxBlocks = math.MaxUint32
 )
 
-// ErrFormat is of what is not an image of this form.
+// ErrFormat means that a file is not an image of this form.
 var ErrFormat = errors.New("not a plain EROFS image")
 
-// Node is a file of an image. One that is in several directories has several names: they are hard links.
+// Node is a file of an image. A node that is in several directories has several names: they are hard links.
 type Node struct {
-	Mode     uint16 // as stat(2) has it, with the type
+	Mode     uint16 // as in stat(2), including the type
 	UID, GID uint32
-	Time     time.Time // of the last change of the content; before 1970 is 1970
+	Time     time.Time // of the last change of the content; times before 1970 become 1970
 	Target   string    // of a symbolic link
-	Device   uint64    // of a device, as makedev(3) has it
+	Device   uint64    // of a device, as from makedev(3)
 	Data     Extent    // of a regular file
 	Children map[string]*Node
 
 	nid, size uint64
 	links     uint32
-	block     uint32 // of a directory's entries; 0 is inline
+	block     uint32 // of a directory's entries; 0 if they are inline
 	ino       uint32
 }
 
@@ -54,13 +54,13 @@ type Extent struct {
 	Size  int64 // bytes
 }
 
-// Type is the part of the mode that says what the node is.
+// Type returns the part of the mode that says what kind of file the node is.
 func (n *Node) Type() uint16 { return n.Mode & unix.S_IFMT }
 
-// IsDir says whether the node is a directory.
+// IsDir reports whether the node is a directory.
 func (n *Node) IsDir() bool { return n.Type() == unix.S_IFDIR }
 
-// Names are the names in a directory, sorted.
+// Names returns the names in a directory, sorted.
 func (n *Node) Names() []string {
 	names := make([]string, 0, len(n.Children))
 	for name := range n.Children {
@@ -70,21 +70,21 @@ func (n *Node) Names() []string {
 	return names
 }
 
-// Writer writes an image. Its methods are not for concurrent use.
+// Writer writes an image. It is not safe for concurrent use.
 type Writer struct {
 	f    *os.File
 	next uint32 // block
 	buf  []byte
 }
 
-// NewWriter begins an image in an empty file.
+// NewWriter starts an image in an empty file.
 func NewWriter(f *os.File) *Writer { return &Writer{f: f, next: 1, buf: make([]byte, 256<<10)} }
 
-// Size is how many bytes the image has so far.
+// Size returns how many bytes the image has so far.
 func (w *Writer) Size() int64 { return int64(w.next) * BlockSize }
 
-// Add writes the content of a file and says where it is. Whatever of it is zero blocks takes no room on disk. An error of r is given as it
-// is.
+// Add writes the content of a file and returns where it is. A part that is all zeros takes no room on disk. Errors of r are returned
+// unchanged.
 func (w *Writer) Add(r io.Reader) (Extent, error) {
 	e := Extent{Block: w.next}
 	for {
@@ -129,7 +129,7 @@ func isZero(b []byte) bool {
 	return true
 }
 
-// trim gives the disk back what no file has any more: those that were there and were replaced.
+// trim frees the disk space of contents that no file in the tree has any more, because they were replaced or removed.
 func (w *Writer) trim(all []placed) error {
 	var used []Extent
 	for _, p := range all {
@@ -144,7 +144,7 @@ func (w *Writer) trim(all []placed) error {
 			err := unix.Fallocate(int(w.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, int64(at)*BlockSize,
 				int64(e.Block-at)*BlockSize)
 			if err == unix.EOPNOTSUPP {
-				return nil // it only takes more room
+				return nil // then the image only takes more room
 			}
 			if err != nil {
 				return fmt.Errorf("image: punch hole: %w", err)
@@ -155,8 +155,8 @@ func (w *Writer) trim(all []placed) error {
 	return nil
 }
 
-// Base makes the image begin with all contents of another, so that extents of that one's tree hold in this one too. It comes before any
-// Add, and ends early when ctx does.
+// Base makes the image begin with all contents of another image, so that the extents of that image's tree are valid in this one. It must be
+// called before any Add, and ends early when ctx ends.
 func (w *Writer) Base(ctx context.Context, from *Image) error {
 	if w.next != 1 {
 		return errors.New("image: Base after Add")
@@ -183,10 +183,10 @@ func (w *Writer) Base(ctx context.Context, from *Image) error {
 	return nil
 }
 
-// copyPart is after how many bytes a copy looks whether it is still wanted.
+// copyPart is after how many bytes a copy checks whether ctx has ended.
 const copyPart = 32 << 20
 
-// copyRange copies [at, end) in the kernel, which may share it between the files.
+// copyRange copies [at, end) in the kernel, which may share the blocks between the files.
 func copyRange(ctx context.Context, to, from *os.File, at, end int64) error {
 	for at < end {
 		if ctx.Err() != nil {

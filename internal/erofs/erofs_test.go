@@ -23,7 +23,7 @@ func dir(children map[string]*Node) *Node {
 	return &Node{Mode: unix.S_IFDIR | 0o755, Time: stamp, Children: children}
 }
 
-// write makes an image of a tree that build gives.
+// write makes an image of the tree that build returns.
 func write(t *testing.T, build func(add func(string) Extent) *Node) string {
 	t.Helper()
 	f, err := os.Create(filepath.Join(t.TempDir(), "image.erofs"))
@@ -45,7 +45,7 @@ func write(t *testing.T, build func(add func(string) Extent) *Node) string {
 	return f.Name()
 }
 
-// sample has every kind of file, and directories of one, many and just enough entries.
+// sample has every kind of file, and directories with one entry, with many, and with just enough to fill a block.
 func sample(add func(string) Extent) *Node {
 	file := func(text string) *Node {
 		return &Node{Mode: unix.S_IFREG | 0o644, UID: 1000, GID: 70_000, Time: stamp, Data: add(text)}
@@ -71,7 +71,7 @@ func sample(add func(string) Extent) *Node {
 		}
 		all[fmt.Sprintf("dir%d", n)] = dir(children)
 	}
-	for size := 230; size <= 236; size++ { // names that end with their block, and next to it
+	for size := 230; size <= 236; size++ { // names that end at the end of a block, and close to it
 		children := map[string]*Node{}
 		for i := range 34 {
 			children[fmt.Sprintf("%0*d", size, i)] = file("")
@@ -82,7 +82,7 @@ func sample(add func(string) Extent) *Node {
 	return dir(all)
 }
 
-// TestReadBack: what is written is read as it was.
+// TestReadBack: what is written is read back unchanged.
 func TestReadBack(t *testing.T) {
 	var want *Node
 	name := write(t, func(add func(string) Extent) *Node { want = sample(add); return want })
@@ -120,7 +120,7 @@ func same(t *testing.T, name string, a, b *Node) {
 	}
 }
 
-// TestOracle: erofs-utils find the image sound, and take the same files out of it.
+// TestOracle: erofs-utils find no error in the image, and extract the same files from it.
 func TestOracle(t *testing.T) {
 	if _, err := exec.LookPath("fsck.erofs"); err != nil {
 		if os.Getenv("SOULBOX_TEST_ALL") != "" {
@@ -128,7 +128,7 @@ func TestOracle(t *testing.T) {
 		}
 		t.Skip("erofs-utils are not installed")
 	}
-	// What only root can make, or is longer than the oracle takes, is left out.
+	// Files that only root can make, or that are longer than the oracle accepts, are left out.
 	var want *Node
 	name := write(t, func(add func(string) Extent) *Node {
 		want = sample(add)
@@ -143,7 +143,7 @@ func TestOracle(t *testing.T) {
 			!strings.Contains(string(out), "Filesystem blocks") {
 		t.Fatalf("%v: %s", err, out)
 	}
-	if os.Geteuid() != 0 { // as others fsck.erofs cannot make devices
+	if os.Geteuid() != 0 { // only root can make devices with fsck.erofs
 		delete(want.Children, "null")
 		delete(want.Children, "disk")
 		name = write(t, func(add func(string) Extent) *Node {
@@ -261,7 +261,7 @@ func TestBase(t *testing.T) {
 	}
 }
 
-// TestRefused: what the format cannot have is an error, not an image.
+// TestRefused: what the format cannot hold is an error, not an image.
 func TestRefused(t *testing.T) {
 	loop := dir(map[string]*Node{})
 	loop.Children["loop"] = loop
@@ -283,7 +283,7 @@ func TestRefused(t *testing.T) {
 	}
 }
 
-// TestBroken: whatever is changed in an image, reading it gives an error or a tree, and never panics.
+// TestBroken: whatever is changed in an image, reading it returns an error or a tree, and never panics.
 func TestBroken(t *testing.T) {
 	body, err := os.ReadFile(write(t, func(add func(string) Extent) *Node {
 		return dir(map[string]*Node{"f": {Mode: unix.S_IFREG, Data: add("text")},

@@ -12,13 +12,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Constants of erofs_fs.h.
+// Constants from erofs_fs.h.
 const (
 	magic       = 0xe0f5e1e2
 	superAt     = 1024
 	superSize   = 128
 	hasChecksum = 1
-	inodeSize   = 64 // the extended form, which has times and large ids
+	inodeSize   = 64 // the extended form, which has times and 32-bit IDs
 	direntSize  = 12
 	slotSize    = 32
 
@@ -27,18 +27,18 @@ const (
 	layoutInner = 2 << 1 // the content follows the inode
 )
 
-// maxInline is how much content may follow an inode: both are in one block.
+// maxInline is how much content may follow an inode: both must be in one block.
 const maxInline = BlockSize - inodeSize
 
-// fileTypes are those of directory entries.
+// fileTypes are the types in directory entries.
 var fileTypes = map[uint16]byte{unix.S_IFREG: 1, unix.S_IFDIR: 2, unix.S_IFCHR: 3, unix.S_IFBLK: 4, unix.S_IFIFO: 5, unix.S_IFSOCK: 6,
 	unix.S_IFLNK: 7}
 
-// placed is a node with its first directory, in the order of the image.
+// placed is a node with the first directory that has it. A list of them is in the order of the image.
 type placed struct{ node, parent *Node }
 
-// Finish writes the tree of which root is the root, and with that the image is whole. The tree must not have changed its extents since they
-// were given, nor contain itself.
+// Finish writes the tree below root, which completes the image. Extents in the tree must be unchanged since Add returned them, and no
+// directory may contain itself.
 func (w *Writer) Finish(root *Node) error {
 	all, err := collect(root)
 	if err != nil {
@@ -47,7 +47,7 @@ func (w *Writer) Finish(root *Node) error {
 	if err := w.trim(all); err != nil {
 		return err
 	}
-	for _, p := range all { // large directories have blocks of their own, before the inodes
+	for _, p := range all { // large directories have their own blocks, before the inodes
 		n := p.node
 		n.block = 0
 		if n.IsDir() {
@@ -59,7 +59,7 @@ func (w *Writer) Finish(root *Node) error {
 		}
 	}
 	meta := w.next
-	at := uint64(slotSize * 2) // the root is near the beginning, as its number has 16 bits
+	at := uint64(slotSize * 2) // the root is near the beginning, because its number has 16 bits
 	for i, p := range all {
 		n := p.node
 		need := inodeSize + n.inline()
@@ -69,7 +69,7 @@ func (w *Writer) Finish(root *Node) error {
 		n.nid, n.ino = at/slotSize, uint32(i+1)
 		at += (need + slotSize*2 - 1) / (slotSize * 2) * (slotSize * 2)
 	}
-	metaBlocks := at/BlockSize + 1 // erofs-utils look for attributes behind the last inode
+	metaBlocks := at/BlockSize + 1 // erofs-utils looks for attributes behind the last inode
 	if uint64(meta)+metaBlocks > MaxBlocks {
 		return fmt.Errorf("image: more than %d blocks", int64(MaxBlocks))
 	}
@@ -91,7 +91,7 @@ func (w *Writer) Finish(root *Node) error {
 	return err
 }
 
-// inline is how many bytes of content follow the inode.
+// inline returns how many bytes of content follow the inode.
 func (n *Node) inline() uint64 {
 	switch {
 	case n.Type() == unix.S_IFLNK, n.IsDir() && n.block == 0:
@@ -131,7 +131,7 @@ func collect(root *Node) ([]placed, error) {
 			n.links = 2
 			for _, name := range n.Names() {
 				if name == "" || name == "." || name == ".." || len(name) > maxName || strings.ContainsAny(name, "/\x00") {
-					return fmt.Errorf("image: %q is no name of a file", name)
+					return fmt.Errorf("image: %q is not a valid file name", name)
 				}
 				child := n.Children[name]
 				if err := walk(child, n); err != nil {
@@ -147,7 +147,7 @@ func collect(root *Node) ([]placed, error) {
 	return all, walk(root, root)
 }
 
-// entries are the names of a directory in the order of the format, in blocks of which each is full.
+// entries returns the names of a directory in the order of the format, block by block; each block holds as many as fit.
 func entries(n *Node) [][]string {
 	names := append(n.Names(), ".", "..")
 	slices.Sort(names)
@@ -174,7 +174,7 @@ func dirSize(n *Node) uint64 {
 	return size
 }
 
-// encodeDir is the content of a directory.
+// encodeDir returns the content of a directory.
 func encodeDir(p placed) []byte {
 	out := make([]byte, 0, p.node.size)
 	for _, names := range entries(p.node) {
@@ -225,7 +225,7 @@ func (w *Writer) writeInodes(all []placed, meta int64) error {
 	return out.Flush()
 }
 
-// encode is the inode in the extended form.
+// encode returns the inode in the extended form.
 func (n *Node) encode() []byte {
 	format, where := uint16(extended|layoutPlain), n.Data.Block
 	switch {
@@ -234,7 +234,7 @@ func (n *Node) encode() []byte {
 	case n.IsDir():
 		where = n.block
 	case n.Type() == unix.S_IFCHR || n.Type() == unix.S_IFBLK:
-		major, minor := unix.Major(n.Device), unix.Minor(n.Device) // as new_encode_dev of Linux
+		major, minor := unix.Major(n.Device), unix.Minor(n.Device) // as in Linux's new_encode_dev
 		where = minor&0xff | major<<8 | minor&^0xff<<12
 	}
 	seconds, nanos := n.Time.Unix(), n.Time.Nanosecond()
@@ -257,13 +257,13 @@ func (n *Node) encode() []byte {
 	return append(b, make([]byte, inodeSize-len(b))...)
 }
 
-// superBlock is block 0.
+// superBlock returns block 0.
 func (w *Writer) superBlock(meta uint32, inodes, root uint64) []byte {
 	block := make([]byte, BlockSize)
 	s := block[superAt:]
 	binary.LittleEndian.PutUint32(s, magic)
 	binary.LittleEndian.PutUint32(s[8:], hasChecksum)
-	s[12] = 12 // bits of the block size
+	s[12] = 12 // log2 of the block size
 	binary.LittleEndian.PutUint16(s[14:], uint16(root))
 	binary.LittleEndian.PutUint64(s[16:], inodes)
 	binary.LittleEndian.PutUint32(s[36:], w.next)
@@ -272,7 +272,7 @@ func (w *Writer) superBlock(meta uint32, inodes, root uint64) []byte {
 	return block
 }
 
-// checksum is that of a super block whose checksum is zero.
+// checksum returns the checksum of a super block whose checksum field is zero.
 func checksum(block []byte) uint32 {
 	return ^crc32.Checksum(block[superAt:], crc32.MakeTable(crc32.Castagnoli))
 }

@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Image is an image of the form that Writer writes. Its methods are safe for concurrent use.
+// Image is an image in the form that Writer writes. It is safe for concurrent use.
 type Image struct {
 	f         *os.File
 	size      int64
@@ -33,10 +33,10 @@ func Open(name string) (*Image, error) {
 	return m, nil
 }
 
-// Close closes the image; what Content has given ends with it.
+// Close closes the image; readers from Content fail afterwards.
 func (m *Image) Close() error { return m.f.Close() }
 
-// Content reads the content of a file.
+// Content returns a reader of the content of a file.
 func (m *Image) Content(e Extent) *io.SectionReader {
 	return io.NewSectionReader(m.f, int64(e.Block)*BlockSize, e.Size)
 }
@@ -170,7 +170,7 @@ func (r *treeReader) children(n *Node, block uint32, inner []byte) error {
 				return ErrFormat
 			}
 			name := part[from:to]
-			if i+1 == count { // the last one may be padded
+			if i+1 == count { // the last name may be padded
 				for len(name) > 0 && name[len(name)-1] == 0 {
 					name = name[:len(name)-1]
 				}
@@ -188,7 +188,7 @@ func (r *treeReader) children(n *Node, block uint32, inner []byte) error {
 	return nil
 }
 
-// Used is how many bytes the image takes on disk.
+// Used returns how many bytes the image takes on disk.
 func (m *Image) Used() (int64, error) {
 	var st unix.Stat_t
 	err := unix.Fstat(int(m.f.Fd()), &st)

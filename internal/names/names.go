@@ -1,5 +1,5 @@
-// Package names writes names of files in a notation that is text of one line, whatever bytes they have, and reads it again. Names that are
-// harmless text stay as they are: in them the notation cannot be seen. It knows nothing of files.
+// Package names writes file names, whatever their bytes, in a notation that is one line of text, and parses that notation. Names that are
+// harmless text stay unchanged. The package knows nothing about files.
 package names
 
 import (
@@ -9,8 +9,8 @@ import (
 	"unicode/utf8"
 )
 
-// Show writes a name: bytes that are not UTF-8, control characters, ends of lines and what turns the direction of writing are \xNN, a
-// backslash before what Parse would take for one of these is \x5c. Everything else is itself.
+// Show writes a name: bytes that are not UTF-8, control characters, line separators and characters that change the direction of text become
+// \xNN; a backslash that Parse would take for the start of such an escape becomes \x5c. Everything else stays unchanged.
 func Show(name string) string {
 	if isPlain(name) {
 		return name
@@ -33,8 +33,8 @@ func Show(name string) string {
 	return b.String()
 }
 
-// Text writes a name where text may be of many lines, such as in JSON: only what is no text, or what Parse would take for something else,
-// is written as Show does.
+// Text writes a name for a place where text may have many lines, such as JSON: it uses Show only for names that are not valid UTF-8 or that
+// Parse would change.
 func Text(name string) string {
 	if utf8.ValidString(name) && Parse(name) == name {
 		return name
@@ -42,8 +42,7 @@ func Text(name string) string {
 	return Show(name)
 }
 
-// Parse reads what Show has written: Parse(Show(name)) is name. Of what it has not written only what looks like one of its escapes is read
-// as such.
+// Parse reads what Show wrote: Parse(Show(name)) is name. In other text it replaces only what looks like one of Show's escapes.
 func Parse(shown string) string {
 	if !strings.Contains(shown, `\x`) {
 		return shown
@@ -60,7 +59,7 @@ func Parse(shown string) string {
 	return string(b)
 }
 
-// escape is the byte that the escape at the beginning of a text stands for: only of bytes that Show escapes there are any, in lower case.
+// escape returns the byte that the escape at the beginning of a text stands for. Only bytes that Show escapes have one, in lower-case hex.
 func escape(text string) (c byte, ok bool) {
 	if len(text) < 4 || text[0] != '\\' || text[1] != 'x' {
 		return 0, false
@@ -70,7 +69,7 @@ func escape(text string) (c byte, ok bool) {
 		return 0, false
 	}
 	c = byte(high<<4 | low)
-	if c == '\\' { // before what is no escape for it
+	if c == '\\' { // only before what would otherwise be an escape
 		return c, len(text) >= 7 && text[4] == 'x' && digit(text[5]) >= 0 && digit(text[6]) >= 0
 	}
 	return c, c < 0x20 || c >= 0x7f
@@ -78,12 +77,12 @@ func escape(text string) (c byte, ok bool) {
 
 func digit(c byte) int { return strings.IndexByte("0123456789abcdef", c) }
 
-// acts reports whether a character does more than to be shown.
+// acts reports whether a character does more than show itself.
 func acts(r rune) bool {
 	return unicode.IsControl(r) || r == '\u2028' || r == '\u2029' || unicode.Is(unicode.Bidi_Control, r)
 }
 
-// isPlain reports whether a name can be seen to be written as itself.
+// isPlain reports whether a name obviously needs no escapes.
 func isPlain(name string) bool {
 	for i := range len(name) {
 		if c := name[i]; c < 0x20 || c >= 0x7f || c == '\\' {

@@ -10,11 +10,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// onDiskVar names the directory that the run of a test on a small disk is for.
+// onDiskVar is the variable that tells a test's run in a user namespace the directory for its small disk.
 const onDiskVar = "SOULBOX_TEST_SMALL_DISK"
 
-// OnSmallDisk does something with a file system in memory of so many bytes: a real one, which can be full. An ordinary user mounts it in a
-// user namespace, in which the test runs once more.
+// OnSmallDisk calls do with a file system in memory of size bytes: a real one, which can be full. As an ordinary user, it runs the test
+// once more in a user namespace, where the user may mount.
 func OnSmallDisk(t *testing.T, size int64, do func(dir string)) {
 	t.Helper()
 	dir := os.Getenv(onDiskVar)
@@ -36,7 +36,7 @@ func OnSmallDisk(t *testing.T, size int64, do func(dir string)) {
 	do(dir)
 }
 
-// onDisk runs the test in namespaces of its own, as the same user.
+// onDisk runs the test in its own namespaces, as the same user.
 func onDisk(t *testing.T) {
 	t.Helper()
 	cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.count=1")
@@ -50,7 +50,7 @@ func onDisk(t *testing.T) {
 	}
 }
 
-// Fill fills a file system but for so many bytes, with a file that is at most as large as before. It gives what removes that.
+// Fill fills a file system so that left bytes stay free, with a file that replaces the one of the last call. free removes it.
 func Fill(t *testing.T, dir string, left int64) (free func()) {
 	t.Helper()
 	name := dir + "/ballast"
@@ -66,7 +66,7 @@ func Fill(t *testing.T, dir string, left int64) (free func()) {
 	if err == nil {
 		f, err = os.Create(name)
 	}
-	for step := int64(st.Bavail)*st.Bsize - left; err == nil && step >= 4096; step /= 2 { // others may write meanwhile
+	for step := int64(st.Bavail)*st.Bsize - left; err == nil && step >= 4096; step /= 2 { // other processes may write meanwhile
 		if err = unix.Fallocate(int(f.Fd()), 0, sizeOf(f), step); err == unix.ENOSPC {
 			err = nil
 		}
@@ -77,7 +77,7 @@ func Fill(t *testing.T, dir string, left int64) (free func()) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_ = f.Close() // it is empty
+	_ = f.Close() // nothing was written through it
 	return func() {
 		if err := os.Remove(name); err != nil {
 			t.Error(err)

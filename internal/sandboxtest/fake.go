@@ -17,17 +17,18 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// Fake is a Runtime whose machines are agents in this process: commands run on the host, as its user. Boot fails with FailBoot if set.
+// Fake is a Runtime whose machines are agents in this process: commands run on the host, as its user. If FailBoot is set, Boot fails with
+// it.
 type Fake struct {
 	FailBoot   error
 	FailSave   error // makes every Checkpoint fail
 	FailAttach error // makes every Attach fail
 	FailPause  error // makes every Pause fail
-	Deaf       bool  // has machines that begin from a memory answer nothing
-	// If set, machines take theirs from here: made outside of a synctest bubble, they do not keep its time from going on.
+	Deaf       bool  // machines that begin from a memory do not respond
+	// If set, machines take their agents from here: agents made outside of a synctest bubble do not keep its time from advancing.
 	Agents chan *guest.Server
 	Hang   chan struct{} // if set, Boot waits until it is closed or its context ends
-	// If set, every Checkpoint takes two from it: the first says that it has begun, the second that it may go on.
+	// If set, every Checkpoint receives two values from it: the first when it has begun, the second before it continues.
 	HangSave chan struct{}
 
 	mu       sync.Mutex
@@ -58,14 +59,14 @@ func (f *Fake) Refuse(err error) {
 	f.FailAttach = err
 }
 
-// Mend ends what FailAttach says.
+// Mend undoes Refuse.
 func (f *Fake) Mend() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.FailAttach = nil
 }
 
-// Cut ends the pipes to the machine in dir, which goes on.
+// Cut ends the pipes to the machine in dir, which runs on.
 func (f *Fake) Cut(dir string) {
 	f.mu.Lock()
 	m := f.machines[dir]
@@ -97,7 +98,7 @@ func (f *Fake) Running() int {
 	return len(f.machines)
 }
 
-// Silence makes the agent in dir answer nothing, as a stopped one.
+// Silence makes the agent in dir stop responding, as if it were stopped.
 func (f *Fake) Silence(dir string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -106,7 +107,7 @@ func (f *Fake) Silence(dir string) {
 	}
 }
 
-// Crash ends the machine in dir as a dead sentry would: its pipe ends, and nobody is told.
+// Crash ends the machine in dir as a crash of the sentry would: its pipe ends, and the Fake reports nothing.
 func (f *Fake) Crash(dir string) {
 	f.mu.Lock()
 	m := f.machines[dir]
@@ -165,7 +166,7 @@ func (f *Fake) Boot(ctx context.Context, spec sandbox.Spec) (sandbox.Machine, er
 	return m.connect(server.Serve), nil
 }
 
-// readCheckpoint gives the name of a checkpoint with memory; others have none.
+// readCheckpoint returns the name of a checkpoint with memory; "" for others.
 func readCheckpoint(dir string) (string, error) {
 	if dir == "" {
 		return "", nil
@@ -174,7 +175,7 @@ func readCheckpoint(dir string) (string, error) {
 	return string(name), err
 }
 
-// Checkpoint implements sandbox.Machine. What is saved is the agent itself: the first machine that begins from it has the memory, all
+// Checkpoint implements sandbox.Machine. It saves the agent itself: the first machine that begins from the checkpoint has the memory, all
 // others are new.
 func (c *fakeConn) Checkpoint(_ context.Context, dir string, o sandbox.CheckpointOptions) error {
 	for range 2 {
@@ -228,7 +229,7 @@ func (f *Fake) Reap(_ context.Context, dir string) error {
 	saved := false
 	if m != nil {
 		m.mu.Lock()
-		if saved = m.savedAs != ""; saved { // its memory goes on in the checkpoint
+		if saved = m.savedAs != ""; saved { // its memory lives on in the checkpoint
 			if f.saved == nil {
 				f.saved = map[string]*guest.Server{}
 			}
@@ -246,7 +247,7 @@ func (f *Fake) Reap(_ context.Context, dir string) error {
 	return nil
 }
 
-// fakeMachine is one agent; each connect is another way to it.
+// fakeMachine is one agent; each connect makes another connection to it.
 type fakeMachine struct {
 	fake   *Fake
 	dir    string
@@ -255,7 +256,7 @@ type fakeMachine struct {
 
 	mu      sync.Mutex
 	dead    bool
-	savedAs string // the checkpoint that has its memory, as long as it is frozen
+	savedAs string // the checkpoint that has its memory, while it is frozen
 	pipes   map[net.Conn]bool
 	serve   sync.WaitGroup
 }
@@ -337,12 +338,12 @@ func (c *fakeConn) Destroy(ctx context.Context) error {
 	return c.fake.Reap(ctx, c.dir)
 }
 
-// gate holds an agent's pipe while its machine is paused.
+// gate holds the bytes of an agent's pipe while its machine is paused.
 type gate struct {
 	mu   sync.Mutex
 	cond *sync.Cond
 	held bool
-	over bool // its machine has ended: nothing waits any more
+	over bool // the machine has ended, and nothing waits any more
 }
 
 func newGate() *gate {
@@ -389,7 +390,7 @@ func (g gated) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Templates is a template for the Fake, which needs no files.
+// Templates has one template for the Fake, which needs no files.
 type Templates struct{}
 
 // Template implements sandbox.Templates.

@@ -18,14 +18,14 @@ import (
 	"soulbox.dev/soulbox/internal/erofs"
 )
 
-// programs are those of this machine that an Image has; those that the machine has not are left out.
+// programs are the programs of this machine that an Image contains; those that the machine does not have are left out.
 const programs = "bash sh ls cat cp mv rm ln mkdir rmdir chmod chown touch stat find sort head tail grep sed tr cut seq sleep wc env id " +
 	"true false dd df du date echo " +
 	"printf readlink realpath basename dirname tee test tar gzip sha256sum mkfifo mknod ps kill perl xargs uname hostname mktemp timeout " +
 	"sync od cmp diff su setfattr getfattr " +
 	"truncate expr nproc md5sum install stty tput"
 
-// Image makes a small EROFS image with programs of this machine and the libraries that they need, with a user and a home.
+// Image makes a small EROFS image with programs of this machine and the libraries that they need, a user and a home.
 func Image(t testing.TB, dir string) string {
 	t.Helper()
 	f, err := os.OpenFile(filepath.Join(dir, "image.erofs"), os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o644)
@@ -52,7 +52,7 @@ func imageDir(mode uint16) *erofs.Node {
 	return &erofs.Node{Mode: unix.S_IFDIR | mode, Time: time.Unix(1_600_000_000, 0), Children: map[string]*erofs.Node{}}
 }
 
-// dir is a directory of the image, made if missing.
+// dir returns a directory of the image, made if missing.
 func (b imageBuilder) dir(name string) *erofs.Node {
 	if name == "/" || name == "." {
 		return b.root
@@ -76,7 +76,7 @@ func (b imageBuilder) fill() {
 			b.t.Fatal(err)
 		}
 		b.copy(real, "/usr/bin/"+name)
-		out, _ := exec.Command("ldd", real).Output() // of a script there are none
+		out, _ := exec.Command("ldd", real).Output() // scripts have none
 		for word := range strings.FieldsSeq(string(out)) {
 			if strings.HasPrefix(word, "/") {
 				needed[word] = true
@@ -119,7 +119,7 @@ func (b imageBuilder) fill() {
 		"root:x:0:0:root:/root:/bin/bash\nuser:x:1000:1000:user:/home/user:/bin/bash\n"+
 			"nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n")
 	b.text("/etc/group", "root:x:0:\nuser:x:1000:\nnogroup:x:65534:\n")
-	if _, err := os.Stat("/etc/ld.so.cache"); err == nil { // without it every program looks for its libraries in many places
+	if _, err := os.Stat("/etc/ld.so.cache"); err == nil { // without it every program searches many places for its libraries
 		b.copy("/etc/ld.so.cache", "/etc/ld.so.cache")
 	}
 	b.text("/etc/hosts", "127.0.0.1\tlocalhost\n")
@@ -146,7 +146,7 @@ func (b imageBuilder) text(name, text string) {
 	b.dir(path.Dir(name)).Children[path.Base(name)] = &erofs.Node{Mode: unix.S_IFREG | 0o644, Data: data}
 }
 
-// ImageTar makes an Image as a tar, such as "soulbox-mcp template import" takes.
+// ImageTar makes an Image as a tar file, which "soulbox-mcp template import" accepts.
 func ImageTar(t testing.TB, dir string) string {
 	t.Helper()
 	image, err := erofs.Open(Image(t, dir))

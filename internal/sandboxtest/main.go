@@ -16,17 +16,17 @@ import (
 	"time"
 )
 
-// programsVar names the directory of the built programs to a test binary that runs as an ordinary user.
+// programsVar is the variable that tells a test binary that runs as an ordinary user where the built programs are.
 const programsVar = "SOULBOX_TEST_PROGRAMS"
 
 const runtimeVar = "SOULBOX_RUNTIME_DIR"
 
-// ordinaryID is the user that tests run as when they were started as root.
+// ordinaryID is the user ID of the tests' second run, if they were started as root.
 const ordinaryID = 65_432
 
-// Main runs a package's tests and, when it was started as root, runs them again as an ordinary user with an empty home. Where asRoot names
-// tests, root runs these alone, if not asked for others by -run: what depends on who it is. What needs runsc fails where runsc does not
-// run: nothing is skipped.
+// Main runs a package's tests and, if it was started as root, runs them again as an ordinary user with an empty home. If asRoot names
+// tests, root runs only these, unless -run asks for others: name the tests whose result depends on the user. Tests that need runsc fail if
+// it does not run: none is skipped.
 func Main(m *testing.M, asRoot ...string) {
 	flag.Parse()
 	run := flag.Lookup("test.run").Value
@@ -35,7 +35,7 @@ func Main(m *testing.M, asRoot ...string) {
 			panic(err)
 		}
 	}
-	runtime, err := os.MkdirTemp("", "soulbox-run-") // servers of tests are not to be found from outside
+	runtime, err := os.MkdirTemp("", "soulbox-run-") // so that servers of tests cannot be found from outside
 	if err == nil {
 		err = os.Setenv(runtimeVar, runtime)
 	}
@@ -43,12 +43,12 @@ func Main(m *testing.M, asRoot ...string) {
 		panic(err)
 	}
 	user := func() (said []byte, err error) { return nil, nil }
-	if os.Geteuid() == 0 && os.Getenv("UPDATE_GOLDEN") == "" { // at the same time: most of both is waiting. What is recorded is recorded once
+	if os.Geteuid() == 0 && os.Getenv("UPDATE_GOLDEN") == "" { // at the same time: both mostly wait. Goldens are recorded once
 		user = again()
 	}
 	code := m.Run()
 	said, err := user()
-	_, _ = os.Stdout.Write(said) // whoever does not read it misses nothing else
+	_, _ = os.Stdout.Write(said) // if the output is not read, nothing else is lost
 	if err = errors.Join(err, os.RemoveAll(runtime)); err != nil {
 		fmt.Fprintln(os.Stderr, "tests as an ordinary user:", err)
 		code = 1
@@ -56,10 +56,10 @@ func Main(m *testing.M, asRoot ...string) {
 	os.Exit(code)
 }
 
-// RuntimeEnv is the variable that keeps the sockets of servers that a test starts from being found from outside.
+// RuntimeEnv returns the environment variable that keeps the sockets of servers that a test starts from being found from outside.
 func RuntimeEnv() string { return runtimeVar + "=" + os.Getenv(runtimeVar) }
 
-// again begins to run this test binary as an ordinary user. What it gives waits for the end.
+// again starts this test binary as an ordinary user; wait waits for its end.
 func again() (wait func() (said []byte, err error)) {
 	dir, err := os.MkdirTemp("", "soulbox-user-")
 	var cmd *exec.Cmd
@@ -92,7 +92,7 @@ func asUser(dir string) (*exec.Cmd, error) {
 		return nil, err
 	}
 	copies := map[string]string{self: "test", filepath.Join(wd, "testdata"): "testdata"}
-	for _, name := range []string{"README.md", "docs", "examples"} { // of programs: tests run their commands
+	for _, name := range []string{"README.md", "docs", "examples"} { // for tests of commands: they run the examples
 		copies[filepath.Join(wd, "../..", name)] = name
 	}
 	programs, err := findPrograms()
@@ -171,15 +171,15 @@ func findPrograms() (string, error) {
 	return "", errors.New("the module's root is not found")
 }
 
-// AsUserAlone leaves a test that takes its time to the run as an ordinary user, which follows that as root: Main sees to it.
+// AsUserAlone skips a slow test as root: Main runs it again as an ordinary user.
 func AsUserAlone(t testing.TB) {
 	t.Helper()
 	if os.Geteuid() == 0 {
-		t.Skip("it takes its time, and runs when the tests run again as an ordinary user")
+		t.Skip("slow: runs only when the tests run again as an ordinary user")
 	}
 }
 
-// Program is the path of a built program: runsc, soulbox-agent or soulbox-mcp.
+// Program returns the path of a built program: runsc, soulbox-agent or soulbox-mcp.
 func Program(t testing.TB, name string) string {
 	t.Helper()
 	dir, err := findPrograms()
@@ -189,18 +189,18 @@ func Program(t testing.TB, name string) string {
 	return filepath.Join(dir, name)
 }
 
-// AgentPath is the path of the agent in a directory of its own, which any user can walk to.
+// AgentPath returns the path of a copy of the agent in its own directory, which any user can pass through.
 func AgentPath(t testing.TB) string {
 	t.Helper()
-	path := filepath.Join(Dir(t), "agent", "soulbox-agent") // its image goes beside the directory
+	path := filepath.Join(Dir(t), "agent", "soulbox-agent") // its image is made beside the directory
 	if err := errors.Join(os.Mkdir(filepath.Dir(path), 0o755), copyAll(Program(t, "soulbox-agent"), path)); err != nil {
 		t.Fatal(err)
 	}
 	return path
 }
 
-// Dir is a temporary directory that any user can walk through, as sandboxes of a server that is root must. When the test ends, no
-// process of a sandbox in it may run, and it must be possible to remove it: a mount in it would not let it go.
+// Dir makes a temporary directory that any user can pass through, as the sandboxes of a server that runs as root must. When the test ends,
+// no process of a sandbox in it may run, and it must be removable, so nothing may be mounted in it.
 func Dir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "soulbox-")
@@ -238,7 +238,7 @@ func Processes(dir string) []int {
 	return pids
 }
 
-// Eventually waits until a condition holds. The bound is far beyond what it should take: it only keeps a failing test from hanging.
+// Eventually waits until a condition holds. The time limit is far beyond what it should take: it only keeps a failing test from hanging.
 func Eventually(t testing.TB, what string, holds func() bool) {
 	t.Helper()
 	for end := time.Now().Add(30 * time.Second); !holds(); time.Sleep(5 * time.Millisecond) {

@@ -13,14 +13,15 @@ import (
 	"testing"
 )
 
-// MCP is a client of an MCP endpoint over HTTP, of the era with sessions or, if Modern, of 2026-07-28. It shows what is on the wire.
+// MCP is a client of an MCP endpoint over HTTP that shows what is on the wire. It speaks the revision with sessions or, if Modern,
+// 2026-07-28.
 type MCP struct {
 	URL, Key     string
 	Modern       bool
 	Name         string         // of the client; default "test"
 	Capabilities map[string]any // of the client
 	Session      string         // set by Open
-	ID           atomic.Int64   // of the last request
+	ID           atomic.Int64   // ID of the last request
 	Header       http.Header    // added to every request
 }
 
@@ -30,7 +31,7 @@ const (
 	legacyVersion = "2025-11-25"
 )
 
-// Message is what a server sends.
+// Message is a message from a server.
 type Message struct {
 	ID     json.RawMessage `json:"id"`
 	Method string          `json:"method"`
@@ -43,17 +44,17 @@ type Message struct {
 	} `json:"error"`
 }
 
-// Answer is what comes back for one request.
+// Answer is the response to one request, with everything around it.
 type Answer struct {
 	Message
 	Status int
 	Header http.Header
-	Notes  []Message // what came before the answer
-	Late   []Message // what came after it, which nothing may
-	Events []string  // ids of the events
+	Notes  []Message // what came before the response
+	Late   []Message // what came after the response; nothing may
+	Events []string  // IDs of the events
 }
 
-// Text is the text of a tool's result, or the error.
+// Text returns the text of a tool's result, or the error.
 func (a Answer) Text() string {
 	if a.Error != nil {
 		return a.Error.Message
@@ -65,7 +66,7 @@ func (a Answer) Text() string {
 	return r.Content[0].Text
 }
 
-// Field is a field of a tool's structured result.
+// Field returns a field of a tool's structured result.
 func (a Answer) Field(name string) string {
 	var r struct{ StructuredContent map[string]any }
 	if json.Unmarshal(a.Result, &r) != nil || r.StructuredContent[name] == nil {
@@ -74,7 +75,7 @@ func (a Answer) Field(name string) string {
 	return fmt.Sprint(r.StructuredContent[name])
 }
 
-// Open begins a session in the era that has them.
+// Open starts a session, unless the client is Modern, which has none.
 func (c *MCP) Open(t testing.TB) *MCP {
 	t.Helper()
 	if c.Modern {
@@ -96,7 +97,7 @@ func (c *MCP) Open(t testing.TB) *MCP {
 	return c
 }
 
-// Request makes a request with a body as it is.
+// Request makes an HTTP request with the given body.
 func (c *MCP) Request(ctx context.Context, httpMethod string, body []byte) (*http.Request, error) {
 	r, err := http.NewRequestWithContext(ctx, httpMethod, c.URL, bytes.NewReader(body))
 	if err != nil {
@@ -119,7 +120,7 @@ func (c *MCP) Request(ctx context.Context, httpMethod string, body []byte) (*htt
 	return r, nil
 }
 
-// Prepare makes the request of a call, and tells its id.
+// Prepare makes the HTTP request for a method call, and returns its ID.
 func (c *MCP) Prepare(ctx context.Context, method string, params map[string]any) (*http.Request, int64, error) {
 	id := c.ID.Add(1)
 	message := map[string]any{"jsonrpc": "2.0", "id": id, "method": method}
@@ -174,7 +175,7 @@ func (c *MCP) Prepare(ctx context.Context, method string, params map[string]any)
 	return r, id, nil
 }
 
-// Tell sends what wants no answer.
+// Tell sends a message that gets no response.
 func (c *MCP) Tell(ctx context.Context, message any) error {
 	body, err := json.Marshal(message)
 	if err != nil {
@@ -198,7 +199,7 @@ func (c *MCP) Tell(ctx context.Context, message any) error {
 	return nil
 }
 
-// Do makes a request and reads its answer with everything around it.
+// Do makes a request and reads its response with everything around it.
 func (c *MCP) Do(ctx context.Context, method string, params map[string]any) (Answer, error) {
 	r, id, err := c.Prepare(ctx, method, params)
 	if err != nil {
@@ -212,7 +213,7 @@ func (c *MCP) Call(ctx context.Context, tool string, args map[string]any) (Answe
 	return c.Do(ctx, "tools/call", map[string]any{"name": tool, "arguments": args})
 }
 
-// Send sends a request and reads all that comes.
+// Send sends a request and reads everything that comes back.
 func Send(r *http.Request, id int64) (a Answer, err error) {
 	res, err := http.DefaultClient.Do(r)
 	if err != nil {
@@ -243,7 +244,7 @@ func Send(r *http.Request, id int64) (a Answer, err error) {
 	return a, err
 }
 
-// Events reads a stream of events; each gets the id and the message of every event.
+// Events reads a stream of events, and calls each with the ID and the message of every event.
 func Events(body io.Reader, each func(id string, m Message) error) error {
 	r := bufio.NewReaderSize(body, 1<<20)
 	id, data := "", ""
@@ -276,7 +277,7 @@ func Events(body io.Reader, each func(id string, m Message) error) error {
 	}
 }
 
-// Listen opens a stream, by GET or by subscriptions/listen, and gives what comes on it to a channel, which is closed at its end.
+// Listen opens a stream, by GET or by subscriptions/listen, and returns a channel of its messages, which is closed at the stream's end.
 func (c *MCP) Listen(ctx context.Context, filter map[string]any) (<-chan Message, error) {
 	r, err := c.Request(ctx, http.MethodGet, nil)
 	if c.Modern {

@@ -12,7 +12,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// Suite is what every Runtime must pass: what holds on the Fake holds on runsc.
+// Suite is what every Runtime must pass, so that what holds on the Fake holds on runsc.
 func Suite(t *testing.T, runtime sandbox.Runtime, template sandbox.Template, limits sandbox.Limits) {
 	s := suite{runtime, template, limits}
 	t.Run("boot and run", s.bootAndRun)
@@ -61,7 +61,7 @@ func (s suite) boot(t *testing.T) (sandbox.Machine, *agent.Client, sandbox.Spec)
 	return m, Greet(t, m), spec
 }
 
-// Greet makes a client on a machine's pipe.
+// Greet connects a client to a machine's pipe.
 func Greet(t *testing.T, m sandbox.Machine) *agent.Client {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -74,13 +74,13 @@ func Greet(t *testing.T, m sandbox.Machine) *agent.Client {
 	return client
 }
 
-// Run runs a shell command to its end and returns it.
+// Run runs a shell command to its end and returns its snapshot.
 func Run(t *testing.T, c *agent.Client, command string) agent.Snapshot {
 	t.Helper()
 	return RunAs(t, c, "", command)
 }
 
-// RunAs is Run as a user.
+// RunAs is Run as another user.
 func RunAs(t *testing.T, c *agent.Client, user, command string) agent.Snapshot {
 	t.Helper()
 	snap, err := c.Start(t.Context(), agent.StartRequest{Command: command, User: user, WaitMS: 50_000,
@@ -183,7 +183,7 @@ func (s suite) checkpointGoOn(t *testing.T) {
 	}
 }
 
-// checkpoint: the processes, what they have written, and the agent's own memory are there again, in a machine of another directory.
+// checkpoint: the processes, what they wrote, and the agent's own memory are restored in a machine in another directory.
 func (s suite) checkpoint(t *testing.T) {
 	m, c, spec := s.boot(t)
 	if _, err := c.Start(t.Context(), agent.StartRequest{Command: "echo before; read -r line; echo $line", Tag: "kept",
@@ -231,7 +231,7 @@ func (s suite) checkpoint(t *testing.T) {
 
 func (s suite) checkpointFiles(t *testing.T) {
 	if s.limits.DiskInMemory {
-		return // they are not apart from the memory
+		return // the files are part of the memory
 	}
 	m, c, spec := s.boot(t)
 	Run(t, c, "echo kept > file")
@@ -242,7 +242,7 @@ func (s suite) checkpointFiles(t *testing.T) {
 	if err := m.Destroy(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	spec.From = dir // in the same directory
+	spec.From = dir // in the same directory as before
 	again, err := s.runtime.Boot(t.Context(), spec)
 	if err != nil {
 		t.Fatal(err)
@@ -299,7 +299,7 @@ func (s suite) cancelledBoot(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(why)
 	m, err := s.runtime.Boot(ctx, spec)
-	if err == nil { // it may have been faster
+	if err == nil { // Boot may have been faster
 		if err := m.Destroy(t.Context()); err != nil {
 			t.Fatal(err)
 		}

@@ -1,5 +1,5 @@
-// Package wholenum reads whole numbers that JSON writes as fractions: 500.0 and 5e2 are integers to JSON Schema (draft 2020-12, 6.1.1), and
-// the SDKs of some models and Python's json write them so, but encoding/json refuses them for Go's integers.
+// Package wholenum reads whole numbers that JSON writes as fractions. To JSON Schema, 500.0 and 5e2 are integers (draft 2020-12, 6.1.1),
+// and the SDKs of some models and Python's json write them so, but encoding/json refuses them for Go's integers.
 package wholenum
 
 import (
@@ -10,11 +10,10 @@ import (
 	"strconv"
 )
 
-// exact bounds the integers that a float64 has without loss.
+// exact is the bound up to which a float64 holds every integer exactly.
 const exact = 1 << 53
 
-// Unmarshal is json.Unmarshal that takes whole numbers for integers however they are written. It changes nothing else, strings least of
-// all.
+// Unmarshal is json.Unmarshal that accepts whole numbers for integers however they are written. It changes nothing else, and no strings.
 func Unmarshal(body []byte, to any) error {
 	err := json.Unmarshal(body, to)
 	if err == nil {
@@ -26,7 +25,7 @@ func Unmarshal(body []byte, to any) error {
 	return err
 }
 
-// rewrite writes whole numbers without a fraction or an exponent; nil is of a body that has none to write anew, or is no JSON.
+// rewrite writes whole numbers without fraction or exponent; it returns nil if the body has none to rewrite or is not JSON.
 func rewrite(body []byte) []byte {
 	d := json.NewDecoder(bytes.NewReader(body))
 	d.UseNumber()
