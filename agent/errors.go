@@ -6,7 +6,7 @@ import (
 	"syscall"
 )
 
-// Causes that have no errno. They cross the pipe as a kind, so errors.Is holds on the host.
+// Causes that have no errno. They cross the pipe as a kind, so errors.Is also works on the host.
 var (
 	ErrNoProcess  = errors.New("no such process")
 	ErrEnded      = errors.New("process has ended")
@@ -50,10 +50,10 @@ type Error struct {
 	Message string        `json:"message"`
 }
 
-// Error gives the guest's own sentence.
+// Error returns the guest's own message.
 func (e *Error) Error() string { return e.Message }
 
-// Unwrap gives the errno and the kind, so that errors.Is works as if the error had happened here.
+// Unwrap returns the errno and the kind, so that errors.Is works as if the error had occurred on the host.
 func (e *Error) Unwrap() []error {
 	var all []error
 	if e.Errno != 0 {
@@ -69,7 +69,7 @@ func Invalid(format string, args ...any) error {
 	return fmt.Errorf(format+": %w", append(args, ErrInvalid)...)
 }
 
-// Clip bounds a text to n bytes, at whole characters, and marks that it did.
+// Clip cuts a text to n bytes, at a character boundary, and marks the cut with "…".
 func Clip(s string, n int) string {
 	if len(s) <= n {
 		return s

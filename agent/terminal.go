@@ -6,7 +6,7 @@ const (
 	maxCols = 500
 )
 
-// Terminal is the size of a process' terminal, in characters.
+// Terminal is the size of a process's terminal, in characters.
 type Terminal struct {
 	Rows int `json:"rows"`
 	Cols int `json:"cols"`
