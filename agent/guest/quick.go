@@ -39,7 +39,7 @@ func quickPread(fd int, p []byte, offset int64) (int, error) {
 
 // quickClose closes a pipe, or another descriptor whose close does no work.
 func quickClose(fd int) {
-	_, _, _ = syscall.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0) // once: it is closed whatever it says
+	_, _, _ = syscall.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0) // once: the descriptor is closed even after an error
 }
 
 // quickPipe makes a pipe; our end of it does not block.
