@@ -33,7 +33,7 @@ func (a *acceptors) on(ctx context.Context, address string) (chan net.Conn, erro
 	}
 	host, _, err := net.SplitHostPort(address)
 	if err != nil || net.ParseIP(host) == nil || !net.ParseIP(host).IsLoopback() {
-		return nil, agent.Invalid("accept on %q: only the sandbox' own loopback can be listened on", agent.Clip(address, 80))
+		return nil, agent.Invalid("accept on %q: only the sandbox's own loopback can be listened on", agent.Clip(address, 80))
 	}
 	l, err := net.Listen("tcp", address)
 	if err != nil {

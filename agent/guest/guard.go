@@ -329,7 +329,7 @@ func (g *guard) thaw() {
 	}
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
-		g.server.log("list the processes that are to go on: %v", err)
+		g.server.log("list the processes to resume: %v", err)
 		_ = unix.Kill(-1, unix.SIGCONT)
 	}
 	for _, e := range entries {

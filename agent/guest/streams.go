@@ -44,7 +44,7 @@ func (s *Server) serveDial(ctx context.Context, stream *yamux.Stream, h agent.He
 	}
 	if host, _, err := net.SplitHostPort(h.Address); h.Network == "tcp" &&
 		(err != nil || net.ParseIP(host) == nil || !net.ParseIP(host).IsLoopback()) {
-		_ = agent.WriteMessage(stream, agent.Answer{Error: wireError(agent.Invalid("dial %q: only the sandbox' own loopback can be dialled",
+		_ = agent.WriteMessage(stream, agent.Answer{Error: wireError(agent.Invalid("dial %q: only the sandbox's own loopback is allowed",
 			agent.Clip(h.Address, 80)))})
 		return
 	}

@@ -231,7 +231,7 @@ func (t *tree) follow() {
 			}
 		}
 		if err != nil {
-			return // closed
+			return // the watch is closed
 		}
 		for _, e := range events {
 			if from != nil && !(e.has(unix.IN_MOVED_TO) && e.cookie == from.cookie) {
