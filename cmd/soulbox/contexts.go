@@ -25,10 +25,10 @@ import (
 	"soulbox.dev/soulbox/internal/durable"
 )
 
-// localContext names this machine's servers.
+// localContext is the name of this machine's servers.
 const localContext = "local"
 
-// contexts are the servers that a user has logged in to, in a file that is his alone.
+// contexts are the servers that a user has logged in to; the file that holds them is readable only by the user.
 type contexts struct {
 	Current string           `json:"current,omitempty"`
 	Known   map[string]login `json:"contexts"`
@@ -66,7 +66,7 @@ func (a *app) readContexts() (c contexts, err error) {
 	return c, nil
 }
 
-// writeContexts replaces the file: whole, or not at all.
+// writeContexts replaces the file atomically.
 func (a *app) writeContexts(c contexts) error {
 	name := a.contextsFile()
 	body, err := json.MarshalIndent(c, "", "  ")
@@ -79,7 +79,7 @@ func (a *app) writeContexts(c contexts) error {
 	return durable.Disk{}.Replace(name, append(body, '\n'), 0o600)
 }
 
-// chosen is the login that is to be used, by flag, environment or choice; ok is false for this machine.
+// chosen returns the login to use, chosen by flag, environment or 'auth use'; ok is false for this machine.
 func (a *app) chosen() (l login, name string, ok bool, err error) {
 	name = cmp.Or(a.context, a.getenv("SOULBOX_CONTEXT"))
 	if name == "" && a.getenv("SOULBOX_URL") != "" {
@@ -145,11 +145,11 @@ func (a *app) login(ctx context.Context, at, name, key string) error {
 		return usageError{fmt.Errorf("%q cannot be the name of a login", name)}
 	}
 	if ip, err := netip.ParseAddr(u.Hostname()); u.Scheme == "http" && u.Hostname() != "localhost" && (err != nil || !ip.IsLoopback()) {
-		fmt.Fprintf(a.stderr, "soulbox: whoever is on the way to %s can read the key: use https\n", u.Host) // nobody else can be told
+		fmt.Fprintf(a.stderr, "soulbox: whoever is on the way to %s can read the key: use https\n", u.Host) // best effort
 	}
 	secret := ""
 	if key == "-" {
-		defer context.AfterFunc(ctx, func() { os.Exit(128 + int(syscall.SIGINT)) })() // a read of stdin knows nothing of it
+		defer context.AfterFunc(ctx, func() { os.Exit(128 + int(syscall.SIGINT)) })() // a read of stdin does not end with ctx
 		line, err := bufio.NewReader(io.LimitReader(a.stdin, 4096)).ReadString('\n')
 		if err != nil && err != io.EOF {
 			return err
@@ -181,7 +181,7 @@ func (a *app) login(ctx context.Context, at, name, key string) error {
 	return a.printf("You are %s at %s; the login is called %s.\n", who, at, name)
 }
 
-// askSecret asks at the terminal, without showing the answer.
+// askSecret asks at the terminal and hides the answer.
 func (a *app) askSecret(prompt string) (string, error) {
 	fd, ok := terminalOf(a.stdin)
 	if !ok {
@@ -192,7 +192,7 @@ func (a *app) askSecret(prompt string) (string, error) {
 		return "", err
 	}
 	defer restoreAtSignal(fd, saved)()
-	fmt.Fprint(a.stderr, prompt) // who does not see it is not at the terminal
+	fmt.Fprint(a.stderr, prompt) // if stderr fails, no user is at the terminal
 	text, err := term.ReadPassword(fd)
 	fmt.Fprintln(a.stderr) // as above
 	return strings.TrimSpace(string(text)), err

@@ -50,7 +50,7 @@ directory goes into one that is there, or becomes it; "SOURCE/." is what is in i
 	return c
 }
 
-// remote splits ID:PATH. Paths of this machine that have a colon begin with . or /.
+// remote splits ID:PATH. A path of this machine that contains a colon must begin with . or /.
 func remote(arg string) (id, name string, ok bool) {
 	id, name, ok = strings.Cut(arg, ":")
 	if !ok || id == "" || strings.Trim(id, "abcdefghijklmnopqrstuvwxyz0123456789") != "" {
@@ -62,7 +62,7 @@ func remote(arg string) (id, name string, ok bool) {
 	return id, names.Parse(name), true
 }
 
-// transfer copies files by the sandbox' tar.
+// transfer copies files with the sandbox's tar.
 type transfer struct {
 	*app
 	box   box
@@ -70,7 +70,7 @@ type transfer struct {
 	quiet bool
 }
 
-// progress shows how much was copied, at a terminal; total is -1 where it is not known.
+// progress shows how much was copied, if stderr is a terminal; total is -1 if unknown.
 func (t transfer) progress(total int64) *progressbar.ProgressBar {
 	_, shown := terminalOf(t.stderr)
 	return progressbar.NewOptions64(total, progressbar.OptionSetWriter(t.stderr), progressbar.OptionSetVisibility(shown && !t.quiet),
@@ -147,7 +147,7 @@ func (t transfer) in(ctx context.Context, from, to string) error {
 	go func() {
 		out := tar.NewWriter(w)
 		_, err := walk(ctx, from, func(rel string, info fs.FileInfo, link string) error {
-			if path.Join(name, rel) == "." { // it is there, and may be another user's
+			if path.Join(name, rel) == "." { // the directory exists, and may belong to another user
 				return nil
 			}
 			return add(out, from, rel, path.Join(name, rel), info, link, bar)
@@ -157,7 +157,7 @@ func (t transfer) in(ctx context.Context, from, to string) error {
 	return t.tar(ctx, r, io.Discard, "-xopf", "-", "-C", into)
 }
 
-// walk visits a file, or a directory and all below it, and sums their sizes; rel is below root, and "." is that itself.
+// walk visits a file, or a directory and everything below it, and sums the sizes; rel is relative to root, "." is root itself.
 func walk(ctx context.Context, root string, each func(rel string, info fs.FileInfo, link string) error) (total int64, err error) {
 	err = filepath.WalkDir(root, func(name string, d fs.DirEntry, err error) error {
 		if err == nil {
@@ -190,7 +190,7 @@ func walk(ctx context.Context, root string, each func(rel string, info fs.FileIn
 	return total, err
 }
 
-// add writes one file to a tar, as nobody's in particular.
+// add writes one file to a tar, without its owner.
 func add(out *tar.Writer, root, rel, name string, info fs.FileInfo, link string, shown io.Writer) error {
 	h, err := tar.FileInfoHeader(info, link)
 	if err != nil {
@@ -245,9 +245,9 @@ func (t transfer) out(ctx context.Context, from, to string) error {
 	}()
 	err = unpack(ctx, r, base, target, inertly(t.stderr))
 	if err == nil {
-		_, err = io.Copy(io.Discard, r) // what tar fills its last block with
+		_, err = io.Copy(io.Discard, r) // the padding of tar's last block
 	}
-	_ = r.CloseWithError(err) // the other side ends by it, and says no more than that, unless it was first
+	_ = r.CloseWithError(err) // makes tar's writer end, with no other error unless it failed first
 	if serr := <-sent; serr != nil && (err == nil || errors.Is(err, serr) || !errors.Is(serr, err)) {
 		return serr
 	}

@@ -55,19 +55,19 @@ func (a *app) logsCommand() *cobra.Command {
 
 const maxLogs = 1000
 
-// logs shows a log, in pages, and goes on if that is wanted.
+// logs prints a log page by page, and with follow continues with new entries.
 func (a *app) logs(ctx context.Context, b box, q client.LogQuery, follow bool) error {
-	seen := map[string]bool{} // those of the last moment, which the next page begins with again
+	seen := map[string]bool{} // entries of the last millisecond, with which the next page begins again
 	for {
 		list, err := b.at.Logs(ctx, b.ID, q)
 		if err != nil {
 			if ctx.Err() != nil {
-				return nil // Ctrl-C is how this ends
+				return nil // Ctrl-C is the usual end
 			}
 			return err
 		}
 		slices.SortStableFunc(list,
-			func(x, y client.LogEntry) int { return x.Time.Compare(y.Time) }) // ends of processes are told when they are asked for
+			func(x, y client.LogEntry) int { return x.Time.Compare(y.Time) }) // ends of processes are logged only when they are queried
 		fresh := 0
 		for _, e := range list {
 			key := e.Time.String() + e.Message
@@ -163,7 +163,7 @@ func plotted(list []client.Metric) string {
 			func(m client.Metric) float64 { return share(m.DiskUsed, m.DiskTotal) })
 }
 
-// spark plots shares of a hundred, each as one block (Unicode, U+2581 to U+2588).
+// spark plots percentages, each as one block (Unicode, U+2581 to U+2588).
 func spark(values []float64) string {
 	var b strings.Builder
 	for _, v := range values {
@@ -191,13 +191,13 @@ func (a *app) watchCommand() *cobra.Command {
 				err := at.Watch(ctx, b.ID, names.Parse(args[1]), recursive, func() {
 					if !lost.IsZero() {
 						fmt.Fprintf(a.stderr, "soulbox: watching again; what changed in the last %s was not seen\n",
-							short(time.Since(lost))) // nobody else can be told
+							short(time.Since(lost))) // if stderr fails, there is no other place to report
 					}
 					lost = time.Time{}
 				}, func(e client.Event) error { return a.printf("%-7s %s\n", e.Op, names.Show(e.Name)) })
 				var told *client.Error
 				if ctx.Err() != nil {
-					return nil // Ctrl-C is how this ends
+					return nil // Ctrl-C is the usual end
 				}
 				if errors.As(err, &told) && told.Status < 500 {
 					return err
@@ -217,7 +217,7 @@ func (a *app) watchCommand() *cobra.Command {
 				if err == nil && (sb.State == "killed" || sb.State == "failed") {
 					return fmt.Errorf("sandbox %s has ended: %s", b.ID, sb.Cause)
 				}
-				if err == nil && sb.State == "paused" { // to watch it would wake it
+				if err == nil && sb.State == "paused" { // watching would wake it
 					return fmt.Errorf("sandbox %s was paused; 'soulbox sandbox resume %s' has it go on", b.ID, b.ID)
 				}
 			}
@@ -249,7 +249,7 @@ func (a *app) portCommand() *cobra.Command {
 				return err
 			}
 			if !p.Listening {
-				fmt.Fprintf(a.stderr, "soulbox: nothing listens on port %d yet\n", n) // nobody else can be told
+				fmt.Fprintf(a.stderr, "soulbox: nothing listens on port %d yet\n", n) // if stderr fails, there is no other place to report
 			}
 			return a.printf("%s\n", p.URL)
 		}}

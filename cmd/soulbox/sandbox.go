@@ -152,7 +152,7 @@ func (a *app) list(ctx context.Context, l client.List, out format) error {
 	for _, b := range all {
 		ends := until(b.ExpiresAt)
 		if b.State == "paused" {
-			ends = "" // its clock stands
+			ends = "" // its clock is stopped
 		}
 		row := []string{b.ID, b.Template, b.State, short(time.Since(b.Created)), ends, pairs(b.Metadata)}
 		if out == formatWide {
@@ -166,7 +166,7 @@ func (a *app) list(ctx context.Context, l client.List, out format) error {
 
 const watchEvery = time.Second
 
-// watchList shows the list anew whenever it is another one.
+// watchList prints the list again whenever it has changed.
 func (a *app) watchList(ctx context.Context, l client.List, out format) error {
 	last := ""
 	for {
@@ -177,7 +177,7 @@ func (a *app) watchList(ctx context.Context, l client.List, out format) error {
 			return err
 		}
 		if ctx.Err() != nil {
-			return nil // Ctrl-C is how this ends
+			return nil // Ctrl-C is the usual end
 		}
 		if text.String() != last {
 			last = text.String()
@@ -191,7 +191,7 @@ func (a *app) watchList(ctx context.Context, l client.List, out format) error {
 	}
 }
 
-// pause waits, and says whether to go on.
+// pause waits, and reports whether to continue.
 func pause(ctx context.Context, d time.Duration) bool {
 	select {
 	case <-time.After(d):
@@ -271,7 +271,7 @@ func (a *app) describe(b box) error {
 	return t.flush()
 }
 
-// each does something to several sandboxes, and tells of those that it could not be done to.
+// each does something with several sandboxes, and returns the errors of those that failed.
 func (a *app) each(ctx context.Context, ids []string, do func(context.Context, box) (string, error)) error {
 	errs, said := make([]error, len(ids)), make([]string, len(ids))
 	var all sync.WaitGroup
@@ -338,7 +338,7 @@ func (a *app) resumeCommand() *cobra.Command {
 				}
 				s, err := b.at.ResumeAs(ctx, b.ID, o)
 				if s.Notice != "" {
-					fmt.Fprintf(inertly(a.stderr), "soulbox: %s: %s\n", b.ID, s.Notice) // it is resumed all the same
+					fmt.Fprintf(inertly(a.stderr), "soulbox: %s: %s\n", b.ID, s.Notice) // the sandbox is resumed all the same
 				}
 				return b.ID, err
 			})

@@ -25,10 +25,10 @@ import (
 	"soulbox.dev/soulbox/api/client"
 )
 
-// configName is the file beside a Dockerfile that says what it does not.
+// configName is the name of the file next to a Dockerfile with the settings that a Dockerfile cannot express.
 const configName = "soulbox.toml"
 
-// templateConfig is what that file says.
+// templateConfig is the content of that file.
 type templateConfig struct {
 	Name       string            `toml:"name"`
 	Dockerfile string            `toml:"dockerfile"`
@@ -63,7 +63,7 @@ func (a *app) initCommand() *cobra.Command {
 			if len(args) > 0 {
 				dir = args[0]
 			}
-			defer context.AfterFunc(c.Context(), func() { os.Exit(128 + int(syscall.SIGINT)) })() // a read of stdin knows nothing of it
+			defer context.AfterFunc(c.Context(), func() { os.Exit(128 + int(syscall.SIGINT)) })() // a read of stdin does not end with ctx
 			return a.init(dir, conf, from)
 		}}
 	c.Flags().StringVar(&conf.Name, "name", "", "`name` of the template")
@@ -85,7 +85,7 @@ func (a *app) init(dir string, conf templateConfig, from string) error {
 	}{{&conf.Name, "Name of the template", strings.ToLower(filepath.Base(abs))}, {&from, "It begins from", "base"},
 		{&conf.Start, "Command that runs in it from the beginning", ""}} {
 		if *q.to == "" && asked {
-			fmt.Fprintf(a.stderr, "%s [%s]: ", q.what, q.unless) // who does not see it is not there
+			fmt.Fprintf(a.stderr, "%s [%s]: ", q.what, q.unless) // if stderr fails, no user is at the terminal
 			line, err := in.ReadString('\n')
 			if err != nil && err != io.EOF {
 				return err
@@ -201,7 +201,7 @@ func (a *app) buildCommand() *cobra.Command {
 	return c
 }
 
-// read adds to what flags say what the file in a directory says.
+// read adds the settings of the file in a directory to those of the flags, which come first.
 func (flags templateConfig) read(dir string) (templateConfig, error) {
 	conf := templateConfig{}
 	meta, err := toml.DecodeFile(filepath.Join(dir, configName), &conf)
@@ -262,7 +262,7 @@ func (a *app) build(ctx context.Context, dir string, conf templateConfig, n clie
 	return a.push(ctx, at.Client, conf.Name, push)
 }
 
-// sendContext sends the files of a build, if the server has not got them, and gives the hash by which it has them.
+// sendContext sends the files of a build, unless the server has them, and returns the hash by which the server finds them.
 func (a *app) sendContext(ctx context.Context, at *client.Client, conf templateConfig, dir string) (string, error) {
 	ignored, err := readIgnored(dir, conf.Dockerfile)
 	if err != nil {
@@ -285,8 +285,8 @@ func (a *app) sendContext(ctx context.Context, at *client.Client, conf templateC
 	return hash, at.SendContext(ctx, conf.Name, hash, r)
 }
 
-// readIgnored reads what is not sent: the file beside the Dockerfile that has its name and .dockerignore, else .dockerignore in the
-// directory; nil is none.
+// readIgnored reads which files are not sent: from DOCKERFILE.dockerignore, named after the Dockerfile, or else from .dockerignore in the
+// directory; nil means that all are sent.
 func readIgnored(dir, dockerfile string) (*patternmatcher.PatternMatcher, error) {
 	for _, name := range []string{dockerfile + ".dockerignore", ".dockerignore"} {
 		f, err := os.Open(filepath.Join(dir, name))
@@ -310,7 +310,7 @@ func readIgnored(dir, dockerfile string) (*patternmatcher.PatternMatcher, error)
 	return nil, nil
 }
 
-// writeContext writes the files of a build as a tar, the same for the same files.
+// writeContext writes the files of a build as a tar that is identical for identical files.
 func writeContext(ctx context.Context, to io.Writer, dir string, ignored *patternmatcher.PatternMatcher) error {
 	out := tar.NewWriter(to)
 	_, err := walk(ctx, dir, func(rel string, info fs.FileInfo, link string) error {
@@ -336,7 +336,7 @@ func writeContext(ctx context.Context, to io.Writer, dir string, ignored *patter
 
 const buildPoll = 200 * time.Millisecond
 
-// followBuild shows the log of a build, to its end if that is wanted, and gives its failure.
+// followBuild prints the log of a build, to its end if toEnd is set, and returns the build's failure.
 func (a *app) followBuild(ctx context.Context, at *client.Client, name, id string, toEnd bool) error {
 	step, began := "", time.Now()
 	for n := 0; ; {
@@ -441,7 +441,7 @@ func (a *app) templateListCommand() *cobra.Command {
 			t := a.table("NAME", "SIZE", "AGE", "CPU", "MEMORY", "START")
 			for _, one := range list {
 				name, size, age := one.Name, fmt.Sprintf("%d MB", one.SizeMB), short(time.Since(one.Created))
-				if one.Created.IsZero() { // the programs of the server's machine were not made
+				if one.Created.IsZero() { // the template of the host's programs has no size and age
 					size, age = "-", "-"
 				}
 				if len(one.Aliases) > 0 {
