@@ -123,7 +123,7 @@ const harmless = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789
 // manCommand writes the manual.
 func (a *app) manCommand() *cobra.Command {
 	return &cobra.Command{Use: "man DIRECTORY", Short: "Write the manual as man pages", Args: exactly("DIRECTORY"),
-		Long:    "Write a man page for each command into a directory, which is made if it is not there.",
+		Long:    "Write a man page for each command into a directory, which is created if it does not exist.",
 		Example: "  soulbox man ~/.local/share/man/man1\n  man soulbox-sandbox-create",
 		RunE: func(c *cobra.Command, args []string) error {
 			if err := os.MkdirAll(args[0], 0o755); err != nil {

@@ -61,7 +61,7 @@ func (a *app) readContexts() (c contexts, err error) {
 		c.Known = map[string]login{}
 	}
 	if err != nil {
-		return c, fmt.Errorf("read the logins in %s: %w; mend or remove that file", a.contextsFile(), err)
+		return c, fmt.Errorf("read the logins in %s: %w; fix or remove that file", a.contextsFile(), err)
 	}
 	return c, nil
 }
@@ -94,19 +94,19 @@ func (a *app) chosen() (l login, name string, ok bool, err error) {
 	}
 	l, ok = c.Known[name]
 	if !ok {
-		return l, name, false, fmt.Errorf("there is no login %q; 'soulbox auth info' lists those that there are", name)
+		return l, name, false, fmt.Errorf("there is no login %q; 'soulbox auth info' lists them", name)
 	}
 	return l, name, true, nil
 }
 
 func (a *app) authCommand() *cobra.Command {
-	auth := &cobra.Command{Use: "auth", Short: "Log in to a server, and out again",
+	auth := &cobra.Command{Use: "auth", Short: "Log in to a server, and log out",
 		Long:    "Logins are kept in a file that only you can read. Without one, soulbox uses the servers that you run on this machine.",
 		Example: "  soulbox auth login --url https://box.example.com\n  soulbox auth info"}
 	var at, name, key string
 	in := &cobra.Command{Use: "login", Short: "Log in to a server", Args: exactly(),
-		Long: "Log in to a server, with a key that its operator has made by 'soulbox-mcp key create'. The key is asked for, or read " +
-			"from stdin with --key -; it is never an argument,\nwhich other users could see.",
+		Long: "Log in to a server, with a key that its operator has made with 'soulbox-mcp key create'. soulbox asks for the key, or " +
+			"reads it from stdin with\n--key -; it is never an argument, since other users could see that.",
 		Example: "  soulbox auth login --url https://box.example.com\n  soulbox auth login --url https://box.example.com --name team " +
 			"--key - <key.txt",
 		RunE: func(c *cobra.Command, _ []string) error { return a.login(c.Context(), at, name, key) }}
@@ -114,16 +114,16 @@ func (a *app) authCommand() *cobra.Command {
 	in.Flags().StringVar(&name, "name", "", "`name` of the login; default the server's host")
 	in.Flags().StringVar(&key, "key", "", "\"-\" reads the key from stdin")
 	out := &cobra.Command{Use: "logout [NAME]", Short: "Forget a login", Args: cobra.MaximumNArgs(1),
-		Long: "Forget a login and its key, without a name the current one. The key goes on to be valid; 'soulbox-mcp key revoke' ends " +
+		Long: "Forget a login and its key; without a name, the current login. The key stays valid; 'soulbox-mcp key revoke' revokes " +
 			"it.",
 		Example: "  soulbox auth logout\n  soulbox auth logout team",
 		RunE:    func(_ *cobra.Command, args []string) error { return a.logout(args) }}
 	use := &cobra.Command{Use: "use NAME", Short: "Use another login from now on", Args: exactly("NAME"),
 		Long: "Use another login from now on; \"local\" is this machine.", Example: "  soulbox auth use team\n  soulbox auth use local",
 		RunE: func(_ *cobra.Command, args []string) error { return a.useContext(args[0]) }}
-	info := &cobra.Command{Use: "info", Short: "Show the logins, and as whom the server knows you", Args: exactly(),
+	info := &cobra.Command{Use: "info", Short: "Show the logins, and who you are to the server", Args: exactly(),
 		Example: "  soulbox auth info",
-		Long:    "Show the logins, which of them is used, and as whom its server knows you. Keys are not shown.",
+		Long:    "Show the logins, which of them is used, and who you are to its server. Keys are not shown.",
 		RunE:    func(c *cobra.Command, _ []string) error { return a.authInfo(c.Context()) }}
 	auth.AddCommand(in, out, use, info)
 	return auth
@@ -131,11 +131,11 @@ func (a *app) authCommand() *cobra.Command {
 
 func (a *app) login(ctx context.Context, at, name, key string) error {
 	if at = cmp.Or(at, a.getenv("SOULBOX_URL")); at == "" {
-		return usageError{errors.New("give the server's URL by --url")}
+		return usageError{errors.New("give the server's URL with --url")}
 	}
 	if key != "" && key != "-" {
 		return usageError{errors.New("a key is not given as an argument, where other users could see it: leave --key out to be asked, or " +
-			"say --key - to read it from stdin")}
+			"use --key - to read it from stdin")}
 	}
 	u, err := url.Parse(at)
 	if err != nil || u.Host == "" {
@@ -145,7 +145,7 @@ func (a *app) login(ctx context.Context, at, name, key string) error {
 		return usageError{fmt.Errorf("%q cannot be the name of a login", name)}
 	}
 	if ip, err := netip.ParseAddr(u.Hostname()); u.Scheme == "http" && u.Hostname() != "localhost" && (err != nil || !ip.IsLoopback()) {
-		fmt.Fprintf(a.stderr, "soulbox: whoever is on the way to %s can read the key: use https\n", u.Host) // best effort
+		fmt.Fprintf(a.stderr, "soulbox: anyone on the network between here and %s can read the key: use https\n", u.Host) // best effort
 	}
 	secret := ""
 	if key == "-" {
@@ -185,7 +185,7 @@ func (a *app) login(ctx context.Context, at, name, key string) error {
 func (a *app) askSecret(prompt string) (string, error) {
 	fd, ok := terminalOf(a.stdin)
 	if !ok {
-		return "", usageError{errors.New("there is no terminal to ask for the key at: say --key - and send it on stdin")}
+		return "", usageError{errors.New("there is no terminal to ask for the key: use --key - and send it on stdin")}
 	}
 	saved, err := term.GetState(fd)
 	if err != nil {
@@ -208,7 +208,7 @@ func (a *app) logout(args []string) error {
 		name = args[0]
 	}
 	if _, ok := all.Known[name]; !ok {
-		return fmt.Errorf("there is no login %q to forget; 'soulbox auth info' lists those that there are", name)
+		return fmt.Errorf("there is no login %q to forget; 'soulbox auth info' lists them", name)
 	}
 	delete(all.Known, name)
 	if all.Current == name {

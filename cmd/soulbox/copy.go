@@ -25,8 +25,10 @@ func (a *app) copyCommand() *cobra.Command {
 	var quiet bool
 	c := &cobra.Command{Use: "cp SOURCE DESTINATION", Short: "Copy files into a sandbox, or out of it",
 		Args: exactly("SOURCE", "DESTINATION"), ValidArgsFunction: a.completeCopy,
-		Long: `Copy files and directories into a sandbox, or out of it. One side is ID:PATH, a path that does not begin with / is below the user's home. "-" is a tar on stdin or stdout. A
-directory goes into one that is there, or becomes it; "SOURCE/." is what is in it. Links stay links, what is there is replaced. What a sandbox sends is written below the destination, and nowhere else.`,
+		Long: `Copy files and directories into a sandbox, or out of it. One side is ID:PATH; a path that does not begin with / is relative
+to the user's home. "-" is a tar on stdin or stdout. A directory is copied into an existing directory, or becomes the destination;
+"SOURCE/." is its content. Symbolic links stay links, existing files are replaced. What a sandbox sends is written below the destination
+and nowhere else.`,
 		Example: "  soulbox cp report.csv ID:/tmp/\n  soulbox cp project ID:project\n  soulbox cp ID:/home/user/out .\n  soulbox cp " +
 			"ID:/var/log - | tar tf -\n  tar cf - src | soulbox cp - ID:/home/user",
 		RunE: func(c *cobra.Command, args []string) error {
@@ -45,7 +47,7 @@ directory goes into one that is there, or becomes it; "SOURCE/." is what is in i
 			}
 			return asExec(t.out(c.Context(), from, to))
 		}}
-	c.Flags().StringVarP(&user, "user", "u", "", "`name` of the user to do it as; default that of the sandbox")
+	c.Flags().StringVarP(&user, "user", "u", "", "`name` of the user in the sandbox; default the sandbox's user")
 	c.Flags().BoolVarP(&quiet, "quiet", "q", false, "show no progress")
 	return c
 }
@@ -87,7 +89,7 @@ func (t transfer) tar(ctx context.Context, stdin io.Reader, stdout io.Writer, ar
 	var start *client.StartError
 	if errors.As(err, &start) && start.Exit == 127 {
 		return exitError{exitExec,
-			errors.New("the sandbox has no tar, which copies are made by: install it there, or copy single files by 'soulbox exec ID -- " +
+			errors.New("the sandbox has no tar, which cp needs: install it there, or copy single files with 'soulbox exec ID -- " +
 				"cat FILE'")}
 	}
 	if err != nil {
@@ -227,7 +229,7 @@ func (t transfer) out(ctx context.Context, from, to string) error {
 	bar := t.progress(-1)
 	defer bar.Close()
 	if _, shown := terminalOf(t.stdout); to == "-" && shown {
-		return usageError{errors.New("a tar is nothing for a terminal: redirect it, or name a destination")}
+		return usageError{errors.New("stdout is a terminal, which cannot show a tar: redirect it, or name a destination")}
 	}
 	if to == "-" {
 		return t.tar(ctx, nil, io.MultiWriter(t.stdout, bar), "-cf", "-", "-C", into, "--", base)

@@ -37,7 +37,7 @@ type execution struct {
 
 func (e *execution) flags(c *cobra.Command) {
 	f := c.Flags()
-	f.StringVarP(&e.user, "user", "u", "", "`name` of the user; default that of the sandbox")
+	f.StringVarP(&e.user, "user", "u", "", "`name` of the user; default the sandbox's user")
 	f.StringVarP(&e.cwd, "cwd", "w", "", "`directory` to run in; default the user's home")
 	f.StringArrayVarP(&e.env, "env", "e", nil, "`KEY=VALUE` of its environment; may be repeated")
 }
@@ -46,9 +46,10 @@ func (a *app) execCommand() *cobra.Command {
 	var e execution
 	c := &cobra.Command{Use: "exec ID [flags] -- COMMAND [ARGUMENT]...", Short: "Run a command in a sandbox",
 		ValidArgsFunction: a.completeSandboxes,
-		Long: `Run a command in a sandbox. Its output is ours, and so is its exit code: 126 is of a command that cannot be run, 127 of one that is not there, 125 of a failure
-of soulbox itself, 128 and more of a signal. Signals are passed on; Ctrl-C three times, or SIGTERM twice, kills it. Nothing of its output is lost when the connection or the server
-is: it goes on where it was. A command whose soulbox was killed by SIGKILL is killed by its server after a minute, if not begun with --detach.`,
+		Long: `Run a command in a sandbox. soulbox prints its output and exits with its exit code; 125 is a failure of soulbox itself, 126
+a command that cannot be run, 127 a command that does not exist, 128 and more a signal. Signals are passed on; Ctrl-C three times, or
+SIGTERM twice, kills the command. No output is lost with the connection or the server: soulbox reconnects
+and continues where it was. If soulbox is killed with SIGKILL, the server kills the command after a minute, unless it was started with --detach.`,
 		Example: "  soulbox exec ID -- uname -a\n  soulbox exec ID -- sh -c 'echo $HOME'\n  tar cf - dir | soulbox exec -i ID -- tar xf " +
 			"-\n  soulbox exec -it ID -- bash\n  soulbox exec ID --detach -- python3 -m http.server",
 		Args: func(c *cobra.Command, args []string) error {
@@ -64,7 +65,7 @@ is: it goes on where it was. A command whose soulbox was killed by SIGKILL is ki
 	f := c.Flags()
 	f.BoolVarP(&e.input, "interactive", "i", false, "send stdin")
 	f.BoolVarP(&e.terminal, "tty", "t", false, "give it a terminal")
-	f.BoolVarP(&e.detach, "detach", "d", false, "let it run, and print its process number")
+	f.BoolVarP(&e.detach, "detach", "d", false, "start it in the background, and print its process number")
 	e.flags(c)
 	return c
 }
@@ -336,8 +337,8 @@ func (a *app) psCommand() *cobra.Command {
 	var all bool
 	var out format
 	c := &cobra.Command{Use: "ps ID", Short: "List the processes of a sandbox", Args: exactly("ID"), ValidArgsFunction: a.completeSandboxes,
-		Long: "List the processes that were started in a sandbox and run; with --all also those that have ended and are still known. " +
-			"A sandbox that is paused is not woken by this.",
+		Long: "List the running processes that were started in a sandbox; with --all also those that have ended and are still known. " +
+			"This does not wake a paused sandbox.",
 		Example: "  soulbox ps ID\n  soulbox ps ID --all -o json",
 		RunE: func(c *cobra.Command, args []string) error {
 			b, err := a.find(c.Context(), args[0])
@@ -374,7 +375,7 @@ func (a *app) psCommand() *cobra.Command {
 			}
 			return t.flush()
 		}}
-	c.Flags().BoolVarP(&all, "all", "a", false, "also those that have ended")
+	c.Flags().BoolVarP(&all, "all", "a", false, "also processes that have ended")
 	out.flag(c, formatTable, formatJSON)
 	return c
 }
@@ -401,7 +402,7 @@ func process(ctx context.Context, b box, name string) (client.Process, error) {
 		}
 	}
 	if found == nil {
-		return client.Process{}, fmt.Errorf("there is no process %q in sandbox %s; 'soulbox ps %s --all' lists those that there are", name,
+		return client.Process{}, fmt.Errorf("there is no process %q in sandbox %s; 'soulbox ps %s --all' lists them", name,
 			b.ID, b.ID)
 	}
 	return *found, nil
@@ -411,7 +412,7 @@ func (a *app) killCommand() *cobra.Command {
 	var name string
 	c := &cobra.Command{Use: "kill ID PID|TAG", Short: "Send a signal to a process of a sandbox", Args: exactly("ID", "PID or TAG"),
 		ValidArgsFunction: a.completeSandboxes,
-		Long: "Send a signal to a process of a sandbox and its group. KILL ends all that it has started. ('soulbox sandbox " +
+		Long: "Send a signal to a process of a sandbox and its group. KILL also kills everything it has started. ('soulbox sandbox " +
 			"kill' ends sandboxes.)", Example: "  soulbox kill ID 42\n  soulbox kill ID server -s HUP",
 		RunE: func(c *cobra.Command, args []string) error {
 			sig, err := signalOf(name)

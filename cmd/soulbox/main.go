@@ -134,7 +134,7 @@ func (a *app) explain(err error) string {
 	var told *client.Error
 	switch {
 	case errors.As(err, &told) && told.Status == 401:
-		text += "; log in by 'soulbox auth login --url URL'"
+		text += "; log in with 'soulbox auth login --url URL'"
 	case errors.As(err, new(usageError)):
 		text += "; --help shows how"
 	}
@@ -145,9 +145,9 @@ func (a *app) explain(err error) string {
 func (a *app) root() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "soulbox",
-		Short: "See, enter and steer the sandboxes of AI agents",
-		Long: `soulbox sees, enters and steers the sandboxes of AI agents: on this machine those of every soulbox-mcp that this user runs, such as the one an IDE
-has started; after 'soulbox auth login', those of a team's server.`,
+		Short: "Show, enter and control the sandboxes of AI agents",
+		Long: `soulbox shows, enters and controls the sandboxes of AI agents: on this machine those of every soulbox-mcp that this user
+runs, such as one that an IDE has started; after 'soulbox auth login', those of a team's server.`,
 		Example:           "  soulbox sandbox create\n  soulbox exec ID -- uname -a\n  soulbox sandbox connect ID",
 		Version:           version,
 		SilenceUsage:      true,
@@ -161,7 +161,7 @@ has started; after 'soulbox auth login', those of a team's server.`,
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	flags := root.PersistentFlags()
 	flags.StringVar(&a.context, "context", "",
-		"use the server that this `name` was given by 'auth login'; \"local\" is this machine (SOULBOX_CONTEXT)")
+		"use the server with this `name`, which 'auth login' gave it; \"local\" is this machine (SOULBOX_CONTEXT)")
 	flags.StringVar(&a.owner, "owner", "", "act as this `owner` of a server on this machine that has keys")
 	flags.BoolVar(&a.debug, "debug", false, "show requests on stderr, without secrets")
 	check(root.RegisterFlagCompletionFunc("context", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {

@@ -189,8 +189,8 @@ func (a *app) findServer() (string, error) {
 	if path, err := exec.LookPath("soulbox-mcp"); err == nil {
 		return path, nil
 	}
-	return "", errors.New("no server of yours runs on this machine, and soulbox-mcp is not here to start one: put it beside soulbox or " +
-		"into PATH, or log in to a server by 'soulbox auth login'")
+	return "", errors.New("no server of yours runs on this machine, and soulbox-mcp is not here to start one: put it next to soulbox or " +
+		"into PATH, or log in to a server with 'soulbox auth login'")
 }
 
 // box is a sandbox and the client of its server.
@@ -259,11 +259,11 @@ func (a *app) remembered(ctx context.Context, id string) (box, error) {
 	}
 	switch len(found) {
 	case 0:
-		return box{}, fmt.Errorf("there is no sandbox %q; 'soulbox sandbox list' shows those that there are", id)
+		return box{}, fmt.Errorf("there is no sandbox %q; 'soulbox sandbox list' shows them", id)
 	case 1:
 		return found[0], nil
 	}
-	return box{}, fmt.Errorf("%q is the beginning of %d sandboxes: %s and others; give more of the id", id, len(found), found[0].ID)
+	return box{}, fmt.Errorf("%q is the beginning of %d ids: %s and others; give more of the id", id, len(found), found[0].ID)
 }
 
 // findAmong asks servers for a sandbox. The server that runs it is preferred to those that only remember it.

@@ -25,9 +25,10 @@ func (a *app) connectCommand() *cobra.Command {
 	var e execution
 	c := &cobra.Command{Use: "connect ID [PID|TAG]", Short: "Enter a sandbox with a terminal", Args: cobra.RangeArgs(1, 2),
 		ValidArgsFunction: a.completeSandboxes,
-		Long: `Enter a sandbox: a shell of its user at this terminal. Ctrl-P Ctrl-Q leaves it without ending it, and says how to come back: with the number of its process. A tag or number
-of any process with a terminal enters that, also an agent's: it goes on whatever becomes of this program. The shell goes on when the connection is lost or the server
-restarts, and so does this; when this program is gone, the shell is ended.`,
+		Long: `Enter a sandbox: run a shell of its user at this terminal. Ctrl-P Ctrl-Q leaves the shell without ending it, and prints how
+to return to it by its process number. The tag or number of any process with a terminal enters that process, also one of an agent; it
+continues even if soulbox is killed. The shell and soulbox survive a lost connection and a restart of the server; if soulbox is killed, the
+shell ends.`,
 		Example: "  soulbox sandbox connect ID\n  soulbox sandbox connect ID --user root\n  soulbox sandbox connect ID 42",
 		RunE: func(c *cobra.Command, args []string) error {
 			if _, ok := terminalOf(a.stdin); !ok {
@@ -435,7 +436,7 @@ func (a *app) tidyUp(told string) {
 		err = b.at.Signal(ctx, b.ID, p, syscall.SIGKILL)
 	}
 	if err != nil && unlessOver(err) != nil {
-		fmt.Fprintf(inertly(a.stderr), "soulbox: process %d of sandbox %s may go on for a while: %v\n", p.PID, id, err)
+		fmt.Fprintf(inertly(a.stderr), "soulbox: process %d of sandbox %s may run for a while: %v\n", p.PID, id, err)
 	}
 }
 

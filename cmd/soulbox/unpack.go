@@ -41,7 +41,7 @@ func (a archive) next() (*tar.Header, error) {
 		sparse = sparse || strings.HasPrefix(k, "GNU.sparse.")
 	}
 	if sparse {
-		return nil, fmt.Errorf("the sandbox sends %.60q as a file with holes, which its tar was not told to", printable(h.Name))
+		return nil, fmt.Errorf("the sandbox sends %.60q as a sparse file, which its tar was not asked for", printable(h.Name))
 	}
 	return h, nil
 }
@@ -87,7 +87,7 @@ func placeOf(to, base string, whole bool) (place, error) {
 	clean := filepath.Clean(to)
 	name := filepath.Base(clean)
 	if to == "" || name == "." || name == ".." {
-		return place{}, fmt.Errorf("%q is no name of a file or a directory", to)
+		return place{}, fmt.Errorf("%q is not the name of a file or directory", to)
 	}
 	return place{dir: filepath.Dir(clean), name: name, slash: strings.HasSuffix(to, "/") || strings.HasSuffix(to, "/.")}, nil
 }
@@ -150,14 +150,14 @@ func free(parent *os.Root, to place, h *tar.Header) error {
 	case there.IsDir() == (h.Typeflag == tar.TypeDir) && (there.IsDir() || there.Mode().IsRegular()):
 		return nil
 	case there.IsDir():
-		return fmt.Errorf("%s is a directory, and what the sandbox sends is none", name)
+		return fmt.Errorf("%s is a directory, but what the sandbox sends is not", name)
 	case there.Mode()&fs.ModeSymlink != 0:
 		if to.within && h.Typeflag == tar.TypeSymlink {
 			return nil
 		}
-		return fmt.Errorf("%s is a symbolic link, through which nothing is written: remove it, or name what it leads to", name)
+		return fmt.Errorf("%s is a symbolic link, and cp does not write through it: remove it, or name its target", name)
 	case there.Mode().IsRegular():
-		return fmt.Errorf("%s is a file, and what the sandbox sends is a directory", name)
+		return fmt.Errorf("%s is a file, but the sandbox sends a directory", name)
 	}
 	return fmt.Errorf("%s is neither file nor directory; the destination - is stdout", name)
 }
@@ -264,7 +264,7 @@ func (t *tree) put(in archive, h *tar.Header, name, base string, warn io.Writer)
 		return err
 	}
 	if there, err := t.root.Lstat(name); err == nil && there.IsDir() {
-		return fmt.Errorf("%s is a directory here, and none in the sandbox", filepath.Join(t.root.Name(), name))
+		return fmt.Errorf("%s is a directory here, but not in the sandbox", filepath.Join(t.root.Name(), name))
 	}
 	if err := t.root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
