@@ -48,8 +48,8 @@ func (a *app) execCommand() *cobra.Command {
 		ValidArgsFunction: a.completeSandboxes,
 		Long: `Run a command in a sandbox. soulbox prints its output and exits with its exit code; 125 is a failure of soulbox itself, 126
 a command that cannot be run, 127 a command that does not exist, 128 and more a signal. Signals are passed on; Ctrl-C three times, or
-SIGTERM twice, kills the command. No output is lost with the connection or the server: soulbox reconnects
-and continues where it was. If soulbox is killed with SIGKILL, the server kills the command after a minute, unless it was started with --detach.`,
+SIGTERM twice, kills the command. No output is lost with the connection or the server: soulbox reconnects and continues where it was. If
+soulbox is killed with SIGKILL, the server kills the command after a minute, unless it was started with --detach.`,
 		Example: "  soulbox exec ID -- uname -a\n  soulbox exec ID -- sh -c 'echo $HOME'\n  tar cf - dir | soulbox exec -i ID -- tar xf " +
 			"-\n  soulbox exec -it ID -- bash\n  soulbox exec ID --detach -- python3 -m http.server",
 		Args: func(c *cobra.Command, args []string) error {
