@@ -43,6 +43,7 @@ type ChunkReader struct {
 	err  error
 }
 
+// Read implements io.Reader.
 func (c *ChunkReader) Read(p []byte) (int, error) {
 	if c.err != nil {
 		return 0, c.err

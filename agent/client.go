@@ -175,7 +175,7 @@ func Call[R any](ctx context.Context, c *Client, method string, args any) (resul
 			e = Error{Message: reply.Message}
 		}
 		if e.Kind == "invalid" && strings.HasPrefix(e.Message, UnknownCall) {
-			return result, fmt.Errorf("%s: the sandbox was made by an older version, which does not know it: %w", method, ErrVersion)
+			return result, fmt.Errorf("%s: the sandbox was made by an older version, which does not know this call: %w", method, ErrVersion)
 		}
 		e.Message = Clip(e.Message, 4000)
 		return result, &e
@@ -223,7 +223,7 @@ func (c *Client) Configure(ctx context.Context, config Config) error {
 // Start starts a process and waits up to req.WaitMS for its end; a short command needs only this one round trip.
 func (c *Client) Start(ctx context.Context, req StartRequest) (Snapshot, error) {
 	if c.level < 2 && req.hasBytes() {
-		return Snapshot{}, fmt.Errorf("start: the sandbox was made by an older version, which takes no arguments that are not text: %w",
+		return Snapshot{}, fmt.Errorf("start: the sandbox was made by an older version, which takes only arguments that are text: %w",
 			ErrVersion)
 	}
 	return Call[Snapshot](ctx, c, CallStart, req)

@@ -126,6 +126,7 @@ type SourceReader struct {
 	Err error
 }
 
+// Read implements io.Reader.
 func (s *SourceReader) Read(p []byte) (int, error) {
 	n, err := s.R.Read(p)
 	if err != nil && err != io.EOF {

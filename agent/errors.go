@@ -20,7 +20,7 @@ var (
 	ErrNotText    = errors.New("not a text file")
 	ErrNoMatch    = errors.New("text does not occur in the file")
 	ErrAmbiguous  = errors.New("text occurs more than once")
-	ErrChanging   = errors.New("the file is changed again and again by others")
+	ErrChanging   = errors.New("other programs keep changing the file")
 	ErrCwd        = errors.New("no such working directory")
 	ErrCommand    = errors.New("command line too long")
 	ErrLimit      = errors.New("limit reached")
@@ -33,6 +33,7 @@ var (
 	ErrVersion = errors.New("protocol version mismatch")
 )
 
+// Kinds are the names by which the causes cross the pipe.
 var Kinds = map[string]error{
 	"no_process": ErrNoProcess, "ended": ErrEnded, "tag_in_use": ErrTagInUse, "no_user": ErrNoUser, "no_signal": ErrNoSignal,
 	"stdin": ErrStdin, "invalid": ErrInvalid, "too_large": ErrTooLarge, "not_regular": ErrNotRegular, "not_text": ErrNotText,
@@ -65,6 +66,7 @@ func (e *Error) Unwrap() []error {
 	return all
 }
 
+// Invalid returns an error that is ErrInvalid.
 func Invalid(format string, args ...any) error {
 	return fmt.Errorf(format+": %w", append(args, ErrInvalid)...)
 }

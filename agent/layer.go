@@ -42,6 +42,7 @@ func (c *Client) Pack(ctx context.Context, dir string) (io.ReadCloser, error) {
 	return c.ChangesOf(ctx, dir, ModeAll)
 }
 
+// ChangesOf returns the tar of the directory root; mode is "" for Changes, ModeMark or ModeAll.
 func (c *Client) ChangesOf(ctx context.Context, root, mode string) (io.ReadCloser, error) {
 	stream, _, end, err := c.begin(ctx, Header{Stream: StreamChanges, Path: root, Mode: mode})
 	if err != nil {

@@ -43,6 +43,7 @@ type bufferedConn struct {
 	frameWriter
 }
 
+// NewBufferedConn returns a connection for yamux that reads from r, and writes to and closes conn.
 func NewBufferedConn(r io.Reader, conn io.WriteCloser) *bufferedConn {
 	return &bufferedConn{r, conn, frameWriter{w: conn}}
 }
@@ -185,6 +186,7 @@ func (g *guestFrames) look() error {
 	return nil
 }
 
+// WriteHello writes h as one line.
 func WriteHello(w io.Writer, h Hello) error {
 	line, err := json.Marshal(h)
 	if err != nil {
@@ -221,6 +223,7 @@ func (m MessageStream) ReadObject(v any) error { return ReadMessage(m.Conn, v) }
 // Close implements jsonrpc2.ObjectStream.
 func (m MessageStream) Close() error { return m.Conn.Close() }
 
+// ReadFrame reads one frame of an output stream.
 func ReadFrame(r io.Reader) (kind int, offset int64, body []byte, err error) {
 	var head [9]byte
 	if _, err := io.ReadFull(r, head[:]); err != nil {

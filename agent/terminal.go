@@ -12,6 +12,7 @@ type Terminal struct {
 	Cols int `json:"cols"`
 }
 
+// Check returns an error if the size is not within its bounds.
 func (t Terminal) Check() error {
 	if t.Rows < 1 || t.Rows > maxRows || t.Cols < 1 || t.Cols > maxCols {
 		return Invalid("a terminal has 1 to %d rows and 1 to %d columns, not %d and %d", maxRows, maxCols, t.Rows, t.Cols)

@@ -373,7 +373,7 @@ func unpackOne(root string, h *tar.Header, from io.Reader) error {
 	case tar.TypeBlock:
 		err = unix.Mknod(name, unix.S_IFBLK|0o600, int(unix.Mkdev(uint32(h.Devmajor), uint32(h.Devminor))))
 	default:
-		return agent.Invalid("unpack %q: it is of kind %q, which is none of a file", agent.Clip(h.Name, 200), h.Typeflag)
+		return agent.Invalid("unpack %q: entries of type %q are not supported", agent.Clip(h.Name, 200), h.Typeflag)
 	}
 	if err != nil {
 		return err

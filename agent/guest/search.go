@@ -38,7 +38,7 @@ func (s *Server) search(ctx context.Context, r agent.SearchRequest) (agent.Searc
 		return agent.SearchResult{}, agent.Invalid("search: give a pattern, a glob, or both")
 	}
 	if len(r.Pattern) > maxPattern || len(r.Glob) > maxPattern {
-		return agent.SearchResult{}, agent.Invalid("search: pattern and glob may have %d bytes", maxPattern)
+		return agent.SearchResult{}, agent.Invalid("search: pattern and glob may have at most %d bytes each", maxPattern)
 	}
 	q := &searcher{ctx: ctx, root: path.Clean(r.Path), limit: r.Limit, room: agent.MaxMessage * 9 / 10,
 		result: agent.SearchResult{Matches: []agent.Match{}}}

@@ -300,7 +300,7 @@ func readDump(name string) ([]byte, error) {
 	_ = os.Remove(name) // no other file in this directory has its name
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG {
-		return nil, fmt.Errorf("the shell's report is no regular file: %w", syscall.EINVAL)
+		return nil, fmt.Errorf("the shell's report is not a regular file: %w", syscall.EINVAL)
 	}
 	body, err := io.ReadAll(io.LimitReader(f, maxShellDump+1))
 	if len(body) > maxShellDump {

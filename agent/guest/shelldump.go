@@ -251,7 +251,7 @@ func unquoteANSI(text string) (string, error) {
 		}
 		code, err := strconv.ParseUint(text[i:stop], base, 32)
 		if err != nil {
-			return "", fmt.Errorf("the shell reports an escape that is no number: %w", errShellReport)
+			return "", fmt.Errorf("the shell reports an escape that is not a number: %w", errShellReport)
 		}
 		if c == 'u' || c == 'U' {
 			b.Write(utf8.AppendRune(nil, rune(code)))

@@ -302,7 +302,7 @@ func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
 				file = path.Join(p.cwd, file)
 			}
 			if _, err := os.Stat(file); err == nil {
-				return fmt.Errorf("start %q: it is no program: %w", agent.Clip(p.args[0], 200), syscall.EACCES)
+				return fmt.Errorf("start %q: it is not a program: %w", agent.Clip(p.args[0], 200), syscall.EACCES)
 			}
 		}
 		return fmt.Errorf("start %q: command not found: %w", agent.Clip(p.args[0], 200), syscall.ENOENT)
