@@ -97,7 +97,7 @@ func (c *collector) resume(pipes ...*outputPipe) {
 	}
 }
 
-// await makes ended be called once the process behind a pidfd has ended. It takes over the pidfd.
+// await calls ended once the process behind a pidfd has ended. It takes over the pidfd.
 func (c *collector) await(pidfd int, ended func()) {
 	c.mu.Lock()
 	c.seq++

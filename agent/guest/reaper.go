@@ -55,7 +55,7 @@ type child struct {
 	since      int // reaper.reaped before the start
 }
 
-// await makes ended be called, once, when the child of forkExec has ended. ended must be short.
+// await calls ended, once, when the child of forkExec has ended. ended must be short.
 func (r *reaper) await(c child, ended func(exitStatus)) {
 	r.mu.Lock()
 	status, over := r.early[c.pid]
