@@ -343,7 +343,7 @@ func (a *app) followBuild(ctx context.Context, at *client.Client, name, id strin
 		s, err := at.BuildStatus(ctx, name, id, n)
 		if err != nil {
 			if ctx.Err() != nil {
-				return fmt.Errorf("the build goes on at the server; 'soulbox template logs %s' shows it", id)
+				return fmt.Errorf("the build continues at the server; 'soulbox template logs %s' shows it", id)
 			}
 			return err
 		}
@@ -383,7 +383,7 @@ func (a *app) followBuild(ctx context.Context, at *client.Client, name, id strin
 			return nil
 		}
 		if !pause(ctx, buildPoll) {
-			return fmt.Errorf("the build goes on at the server; 'soulbox template logs %s' shows it", id)
+			return fmt.Errorf("the build continues at the server; 'soulbox template logs %s' shows it", id)
 		}
 	}
 }

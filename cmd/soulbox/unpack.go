@@ -257,7 +257,7 @@ func (t *tree) put(in archive, h *tar.Header, name, base string, warn io.Writer)
 	}
 	if h.Typeflag != tar.TypeReg && h.Typeflag != tar.TypeSymlink && h.Typeflag != tar.TypeLink {
 		fmt.Fprintf(warn, "soulbox: %s is neither file, directory nor link, and is left out\n",
-			names.Show(h.Name)) // nobody else can be told
+			names.Show(h.Name)) // best effort
 		return nil
 	}
 	if err := t.root.MkdirAll(path.Dir(name), 0o755); err != nil {
