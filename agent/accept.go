@@ -10,13 +10,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// acceptedConn is a connection that nothing holds once it is closed.
+// acceptedConn is a connection of which no memory is kept after Close.
 type acceptedConn struct {
 	narrowStream
 	stop func() bool
 }
 
-// Close implements net.Conn: nothing more is read or written.
+// Close implements net.Conn: it ends both reading and writing.
 func (c *acceptedConn) Close() error {
 	c.stop()
 	_ = c.Stream.SetReadDeadline(time.Unix(1, 0))
@@ -25,11 +25,11 @@ func (c *acceptedConn) Close() error {
 	return err
 }
 
-// CloseWrite ends what is written.
+// CloseWrite closes the writing half.
 func (c *acceptedConn) CloseWrite() error { return c.Stream.Close() }
 
-// Accept waits for the next connection that is made in the sandbox to an address of its loopback, which is listened on from the first
-// Accept on. It is no use of the sandbox. When ctx ends the connection is at its end.
+// Accept waits for the next connection that a program in the sandbox makes to an address of its loopback. The agent listens on the address
+// from the first Accept on. Accept does not count as use of the sandbox. The connection ends when ctx ends.
 func (c *Client) Accept(ctx context.Context, address string) (net.Conn, error) {
 	stream, err := OrGiveUp(ctx, func() (*yamux.Stream, error) { return c.open(Header{Stream: StreamAccept, Address: address}) }, c.giveUp)
 	if err != nil {

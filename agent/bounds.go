@@ -9,15 +9,15 @@ import (
 	"time"
 )
 
-// Bounds of what an agent answers, where a field has none of its own (`max:"N"`).
+// Bounds of what an agent answers, for fields without a bound of their own (`max:"N"`).
 const (
-	maxText    = 32 << 10 // bytes of a string: a path of 4 KiB takes three times that where it is no text
+	maxText    = 32 << 10 // bytes of a string: a path of 4 KiB takes three times that if it is not text
 	maxObjects = 4 * MaxEntries
 )
 
-// decodeAnswer decodes what an agent has answered, whose parts are as large as they may be and not larger.
+// decodeAnswer decodes what an agent has answered, and fails if a part of it is larger than allowed.
 func decodeAnswer(raw json.RawMessage, result any) error {
-	if n := objects(raw); n > maxObjects { // before they are made: a few bytes of JSON become hundreds
+	if n := objects(raw); n > maxObjects { // before decoding, which turns a few bytes of JSON into hundreds
 		return fmt.Errorf("the answer has %d parts, at most %d are possible: %w", n, maxObjects, ErrTooLarge)
 	}
 	if len(raw) > 0 {
@@ -40,7 +40,7 @@ func objects(raw []byte) (n int) {
 			raw = raw[i+1:]
 			continue
 		}
-		for raw = raw[i+1:]; ; raw = raw[i+2:] { // to the end of the text
+		for raw = raw[i+1:]; ; raw = raw[i+2:] { // to the end of the string
 			if i = bytes.IndexAny(raw, `"\`); i < 0 || raw[i] == '\\' && i+2 > len(raw) {
 				return n
 			}
@@ -52,7 +52,7 @@ func objects(raw []byte) (n int) {
 	}
 }
 
-// bounded checks a value and all that is in it; limit is its field's own, or 0.
+// bounded checks a value and everything in it; limit is the bound of its field, or 0 for the default.
 func bounded(v reflect.Value, name string, limit int) error {
 	switch v.Kind() {
 	case reflect.String:
@@ -86,7 +86,7 @@ func bounded(v reflect.Value, name string, limit int) error {
 		}
 		for i := range v.NumField() {
 			f := v.Type().Field(i)
-			own, _ := strconv.Atoi(f.Tag.Get("max")) // 0 is none of its own
+			own, _ := strconv.Atoi(f.Tag.Get("max")) // 0 means the default bound
 			if err := bounded(v.Field(i), f.Name, own); err != nil {
 				return err
 			}

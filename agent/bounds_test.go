@@ -49,7 +49,7 @@ func forged(t *testing.T, result string) *Client {
 	return c
 }
 
-// TestForgedAnswers: no list and no text of an agent is larger on the host than it may be.
+// TestForgedAnswers: the host refuses lists and strings of an agent that are larger than allowed.
 func TestForgedAnswers(t *testing.T) {
 	list := func(entry string, n int) string { return "[" + strings.Repeat(entry+",", n-1) + entry + "]" }
 	long := strings.Repeat("x", maxText+1)

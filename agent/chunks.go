@@ -6,7 +6,7 @@ import (
 	"io"
 )
 
-// WriteChunks copies r to w as chunks, without the end.
+// WriteChunks copies r to w as chunks, without the end mark.
 func WriteChunks(w io.Writer, r io.Reader) (int64, error) {
 	buf := make([]byte, 4+64<<10)
 	var total int64
@@ -28,7 +28,7 @@ func WriteChunks(w io.Writer, r io.Reader) (int64, error) {
 	}
 }
 
-// EndChunks ends a sequence of chunks.
+// EndChunks ends a sequence of chunks with trailer.
 func EndChunks(w io.Writer, trailer any) error {
 	if _, err := w.Write([]byte{0, 0, 0, 0}); err != nil {
 		return err
@@ -36,13 +36,14 @@ func EndChunks(w io.Writer, trailer any) error {
 	return WriteMessage(w, trailer)
 }
 
-// ChunkReader reads chunks up to their end; then trailer is decoded and its error, if any, is returned.
+// ChunkReader reads chunks up to their end; then it decodes the trailer and returns its error, if there is one.
 type ChunkReader struct {
 	R    io.Reader
 	left uint32
 	err  error
 }
 
+// Read implements io.Reader.
 func (c *ChunkReader) Read(p []byte) (int, error) {
 	if c.err != nil {
 		return 0, c.err

@@ -16,9 +16,9 @@ import (
 	"github.com/sourcegraph/jsonrpc2"
 )
 
-// Client is the host's end: it acts in one sandbox. All methods are safe for concurrent use. Errors of the guest keep their class:
-// errors.Is works with fs.ErrNotExist, syscall errnos and the Err variables of this package. When the pipe ends, calls in flight
-// fail with ErrLost. What comes from the guest is hostile; every size is bounded.
+// Client is the host's end of the pipe to one agent; it acts in one sandbox. All methods are safe for concurrent use. Errors of the guest
+// keep their class: errors.Is works with fs.ErrNotExist, syscall errnos and the Err variables of this package. When the pipe ends, calls in
+// progress fail with ErrLost. Everything from the guest is treated as hostile; every size is bounded.
 type Client struct {
 	boot    string
 	level   int
@@ -28,15 +28,15 @@ type Client struct {
 	rpc     *jsonrpc2.Conn
 	conn    *onceCloser
 	lastID  atomic.Uint64
-	heard   atomic.Int64 // bytes from the guest
+	heard   atomic.Int64 // bytes read from the guest
 
 	mu    sync.Mutex
-	cause error // why the session ended, if it was not the pipe
+	cause error // why the session ended, if not because the pipe did
 
 	use usage
 }
 
-// NewClient greets the agent at the other end of conn, which it owns from then on. ctx bounds the handshake only.
+// NewClient does the handshake with the agent at the other end of conn, and owns conn from then on. ctx bounds the handshake only.
 func NewClient(ctx context.Context, conn io.ReadWriteCloser, version string) (_ *Client, err error) {
 	c := &Client{conn: &onceCloser{ReadWriteCloser: conn}}
 	stop := context.AfterFunc(ctx, func() { _ = c.conn.Close() })
@@ -71,7 +71,7 @@ func NewClient(ctx context.Context, conn io.ReadWriteCloser, version string) (_ 
 	if err != nil {
 		return nil, err
 	}
-	whole := make(chan struct{}) // the guest may call at once, before there is a c.rpc to close
+	whole := make(chan struct{}) // closed when c.rpc is set: the guest may call before that
 	refuse := func(context.Context, *jsonrpc2.Conn, *jsonrpc2.Request) {
 		go func() {
 			<-whole
@@ -109,25 +109,25 @@ func (c *Client) fail(cause error) {
 	_ = c.conn.Close()
 }
 
-// Close ends the session. The agent and its processes go on.
+// Close ends the session. The agent and its processes keep running.
 func (c *Client) Close() error {
 	c.fail(nil)
 	return nil
 }
 
-// Done is closed when the session has ended, by either side.
+// Done is closed when either side has ended the session.
 func (c *Client) Done() <-chan struct{} { return c.session.CloseChan() }
 
 // Boot identifies the boot of the agent; it is the same when a host attaches again.
 func (c *Client) Boot() string { return c.boot }
 
-// Level is what the agent knows, as Level of this package counts it.
+// Level is the agent's level, see the constant Level.
 func (c *Client) Level() int { return c.level }
 
 // Version is the agent's version.
 func (c *Client) Version() string { return c.version }
 
-// lost says that an error came from the pipe, not from the guest's work.
+// lost marks an error as one of the pipe, unless it is the guest's own answer or the end of a context.
 func (c *Client) lost(op string, err error) error {
 	var remote *Error
 	if errors.As(err, &remote) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
@@ -141,7 +141,7 @@ func (c *Client) lost(op string, err error) error {
 	return fmt.Errorf("%s: %w: %w", op, ErrLost, err)
 }
 
-// Call makes one call. When ctx ends the guest is told, and the answer is not waited for.
+// Call makes one call. When ctx ends, Call tells the guest and returns without the answer.
 func Call[R any](ctx context.Context, c *Client, method string, args any) (result R, err error) {
 	if !ownCalls[method] {
 		if err := c.use.enter(); err != nil {
@@ -154,7 +154,7 @@ func Call[R any](ctx context.Context, c *Client, method string, args any) (resul
 		return c.rpc.DispatchCall(ctx, method, args, jsonrpc2.PickID(jsonrpc2.ID{Num: id}))
 	}, nil)
 	if errors.Is(err, ErrTooLarge) {
-		return result, fmt.Errorf("%s: %w", method, err) // our own request: it was not sent
+		return result, fmt.Errorf("%s: %w", method, err) // our own request was too large and was not sent
 	}
 	if err != nil {
 		return result, c.streamError(ctx, method, err)
@@ -175,20 +175,20 @@ func Call[R any](ctx context.Context, c *Client, method string, args any) (resul
 			e = Error{Message: reply.Message}
 		}
 		if e.Kind == "invalid" && strings.HasPrefix(e.Message, UnknownCall) {
-			return result, fmt.Errorf("%s: the sandbox was made by an older version, which does not know it: %w", method, ErrVersion)
+			return result, fmt.Errorf("%s: the sandbox was made by an older version, which does not know this call: %w", method, ErrVersion)
 		}
 		e.Message = Clip(e.Message, 4000)
 		return result, &e
 	case ctx.Err() != nil:
-		// Not waited for: it matters only to the guest, which may not read.
+		// In the background: only the guest needs to know, and it may not read its pipe.
 		go func() { _ = c.rpc.Notify(context.Background(), NoteCancel, map[string]uint64{"id": id}) }()
 		return result, context.Cause(ctx)
 	}
 	return result, c.lost(method, err)
 }
 
-// OrGiveUp does what cannot be interrupted, as it may block for as long as the guest does not read its pipe, or must not be. When ctx ends
-// first, do goes on alone until it is done or the pipe ends, and undo, if not nil, gets its result.
+// OrGiveUp runs do, which cannot or must not be interrupted: it may block for as long as the guest does not read its pipe. When ctx ends
+// first, OrGiveUp returns, do continues in the background until it is done or the pipe ends, and undo, if not nil, gets its result.
 func OrGiveUp[T any](ctx context.Context, do func() (T, error), undo func(T)) (T, error) {
 	type outcome struct {
 		value T
@@ -214,42 +214,42 @@ func OrGiveUp[T any](ctx context.Context, do func() (T, error), undo func(T)) (T
 	}
 }
 
-// Configure sets the sandbox' environment and limits.
+// Configure sets the sandbox's environment and limits.
 func (c *Client) Configure(ctx context.Context, config Config) error {
 	_, err := Call[struct{}](ctx, c, CallConfigure, config)
 	return err
 }
 
-// Start starts a process and waits up to req.WaitMS for its end; a short command is answered in this one round trip.
+// Start starts a process and waits up to req.WaitMS for its end; a short command needs only this one round trip.
 func (c *Client) Start(ctx context.Context, req StartRequest) (Snapshot, error) {
 	if c.level < 2 && req.hasBytes() {
-		return Snapshot{}, fmt.Errorf("start: the sandbox was made by an older version, which takes no arguments that are not text: %w",
+		return Snapshot{}, fmt.Errorf("start: the sandbox was made by an older version, which takes only arguments that are text: %w",
 			ErrVersion)
 	}
 	return Call[Snapshot](ctx, c, CallStart, req)
 }
 
-// Wait waits up to req.WaitMS for the end of a process. Ending ctx ends the wait, never the process.
+// Wait waits up to req.WaitMS for a process to end. Ending ctx ends the wait, never the process.
 func (c *Client) Wait(ctx context.Context, req WaitRequest) (Snapshot, error) {
 	return Call[Snapshot](ctx, c, CallWait, req)
 }
 
-// Input writes to a process and listens to its answer. Ending ctx ends the listening.
+// Input writes to a process and returns its reply. Ending ctx ends the wait for the reply.
 func (c *Client) Input(ctx context.Context, req InputRequest) (InputResult, error) {
 	return Call[InputResult](ctx, c, CallInput, req)
 }
 
-// Signal sends a signal to the process group.
+// Signal sends a signal to a process's group.
 func (c *Client) Signal(ctx context.Context, process, signal string) (Process, error) {
 	return Call[Process](ctx, c, CallSignal, SignalRequest{Process: process, Signal: signal})
 }
 
-// Resize changes the size of a process' terminal. A process without one is ErrNoTerminal.
+// Resize changes the size of a process's terminal. The error of a process without a terminal is ErrNoTerminal.
 func (c *Client) Resize(ctx context.Context, req ResizeRequest) (Process, error) {
 	return Call[Process](ctx, c, CallResize, req)
 }
 
-// Kill ends a process and everything that it started.
+// Kill ends a process and everything it started.
 func (c *Client) Kill(ctx context.Context, process string) (Process, error) {
 	return Call[Process](ctx, c, CallKill, WaitRequest{Process: process})
 }
@@ -259,28 +259,28 @@ func (c *Client) List(ctx context.Context, req ListRequest) ([]Process, error) {
 	return Call[[]Process](ctx, c, CallList, req)
 }
 
-// Mount mounts something for a build, or takes it away.
+// Mount mounts something for a build, or unmounts it.
 func (c *Client) Mount(ctx context.Context, req MountRequest) (MountResult, error) {
 	return Call[MountResult](ctx, c, CallMount, req)
 }
 
-// Ping returns when the agent has answered.
+// Ping returns when the agent has replied.
 func (c *Client) Ping(ctx context.Context) error {
 	_, err := Call[struct{}](ctx, c, CallPing, struct{}{})
 	return err
 }
 
-// Usage tells the consumption of all user processes and, where since is not nil, the events after that number.
+// Usage returns the resource usage of all user processes and, if since is not nil, the events after that number.
 func (c *Client) Usage(ctx context.Context, since *int64) (Usage, error) {
 	return Call[Usage](ctx, c, CallUsage, UsageRequest{Since: since})
 }
 
-// Shell tells what a shell remembers.
+// Shell returns what a shell remembers.
 func (c *Client) Shell(ctx context.Context, req ShellRequest) (ShellInfo, error) {
 	return Call[ShellInfo](ctx, c, CallShell, req)
 }
 
-// WatchTree begins a watch of a tree, reads one or ends it. What it has to tell is kept for a host that comes later.
+// WatchTree begins, reads or ends a watch of a tree. The agent keeps its events, so a later host can read them.
 func (c *Client) WatchTree(ctx context.Context, req TreeRequest) (TreeResult, error) {
 	return Call[TreeResult](ctx, c, CallTree, req)
 }
@@ -290,17 +290,17 @@ func (c *Client) Stat(ctx context.Context, path string) (FileInfo, error) {
 	return Call[FileInfo](ctx, c, CallStat, PathRequest{Path: path})
 }
 
-// Lstat describes a file, links themselves.
+// Lstat describes a file without following symlinks.
 func (c *Client) Lstat(ctx context.Context, path string) (FileInfo, error) {
 	return Call[FileInfo](ctx, c, CallStat, PathRequest{Path: path, Links: true})
 }
 
-// Environment is what Configure has given processes.
+// Environment returns the variables that Configure has given to processes.
 func (c *Client) Environment(ctx context.Context) (map[string]string, error) {
 	return Call[map[string]string](ctx, c, CallEnv, struct{}{})
 }
 
-// User finds a user.
+// User looks up a user.
 func (c *Client) User(ctx context.Context, user string) (User, error) {
 	return Call[User](ctx, c, CallUser, UserRequest{User: user})
 }
@@ -310,12 +310,12 @@ func (c *Client) Dir(ctx context.Context, req DirRequest) (DirResult, error) {
 	return Call[DirResult](ctx, c, CallDir, req)
 }
 
-// Mkdir makes a directory and its parents; it exists already is an error (fs.ErrExist).
+// Mkdir creates a directory and its missing parents; the error is fs.ErrExist if it exists already.
 func (c *Client) Mkdir(ctx context.Context, req PathRequest) (FileInfo, error) {
 	return Call[FileInfo](ctx, c, CallMkdir, req)
 }
 
-// Move renames a file or directory; an existing file at the target is replaced.
+// Move renames a file or directory and replaces an existing file at the target.
 func (c *Client) Move(ctx context.Context, req MoveRequest) (FileInfo, error) {
 	return Call[FileInfo](ctx, c, CallMove, req)
 }
@@ -341,7 +341,7 @@ func (c *Client) Setattr(ctx context.Context, req PathRequest) (FileInfo, error)
 	return Call[FileInfo](ctx, c, CallSetattr, req)
 }
 
-// open opens a stream with its header.
+// open opens a stream and sends its header.
 func (c *Client) open(h Header) (*yamux.Stream, error) {
 	stream, err := c.session.OpenStream()
 	if err != nil {
@@ -357,13 +357,14 @@ func (c *Client) open(h Header) (*yamux.Stream, error) {
 	return stream, nil
 }
 
-// giveUp closes a stream that nobody has read.
+// giveUp closes a stream that has no reader.
 func (c *Client) giveUp(stream *yamux.Stream) {
 	_ = stream.Close()
 	c.windows.drop(stream.StreamID())
 }
 
-// begin opens a stream that lives no longer than ctx, and reads the guest's answer. The caller calls end when it is done.
+// begin opens a stream that ends with ctx at the latest, and reads the guest's answer. The caller calls end when it is done with the
+// stream.
 func (c *Client) begin(ctx context.Context, h Header) (*yamux.Stream, Answer, func(), error) {
 	stream, a, end, err := c.handshake(ctx, h)
 	if err != nil {
@@ -373,7 +374,7 @@ func (c *Client) begin(ctx context.Context, h Header) (*yamux.Stream, Answer, fu
 	return stream, a, func() { stop(); end() }, nil
 }
 
-// handshake opens a stream and reads the guest's answer; ctx bounds that and no more.
+// handshake opens a stream and reads the guest's answer; ctx bounds only these two steps.
 func (c *Client) handshake(ctx context.Context, h Header) (stream *yamux.Stream, a Answer, end func(), err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, a, nil, context.Cause(ctx)
@@ -394,8 +395,8 @@ func (c *Client) handshake(ctx context.Context, h Header) (stream *yamux.Stream,
 	opened := stream
 	end = sync.OnceFunc(func() {
 		leave()
-		// The guest sees our half close, and closes its own: what it has sent until then goes with the stream.
-		_ = opened.SetReadDeadline(time.Unix(1, 0)) // first: what the guest says to its end is not taken for an end of its own
+		// The guest sees that our half is closed and closes its own; what it sends until then is dropped with the stream.
+		_ = opened.SetReadDeadline(time.Unix(1, 0)) // first, so that a read does not take the guest's close for the regular end
 		_ = opened.Close()
 		_ = opened.SetDeadline(time.Unix(1, 0))
 		if narrow[h.Stream] {

@@ -14,7 +14,8 @@ import (
 	"github.com/hashicorp/yamux"
 )
 
-// ReadFile reads limit bytes of a regular file from offset on; limit < 0 is all. The reader must be closed, and reads fail when ctx ends.
+// ReadFile reads limit bytes of a regular file from offset; limit < 0 reads to the end. The caller must close the reader; reads fail when
+// ctx ends.
 func (c *Client) ReadFile(ctx context.Context, path string, offset, limit int64) (io.ReadCloser, FileInfo, error) {
 	stream, a, end, err := c.begin(ctx, Header{Stream: StreamRead, Path: path, Offset: offset, Limit: limit})
 	if err != nil {
@@ -31,7 +32,7 @@ func (c *Client) ReadFile(ctx context.Context, path string, offset, limit int64)
 	return &streamReader{Reader: body, end: end}, *a.Info, nil
 }
 
-// atMost fails when there is more than there may be: the guest was told how much was wanted.
+// atMost fails if the guest sends more than it was asked for.
 type atMost struct {
 	r    io.Reader
 	left int64
@@ -58,7 +59,7 @@ func (r *streamReader) Close() error {
 
 // Modes of WriteFile.
 const (
-	ModeReplace = "replace" // atomically: the file is the old or the new one, never half
+	ModeReplace = "replace" // atomic: readers see the old or the new file, never a part
 	ModeAppend  = "append"
 	ModeCreate  = "create" // an existing file is an error (fs.ErrExist)
 )
@@ -66,16 +67,16 @@ const (
 // WriteOptions say how WriteFile writes.
 type WriteOptions struct {
 	Mode   string // default ModeReplace
-	User   string // owner of what is created; default the sandbox' user
+	User   string // owner of what is created; default the sandbox's user
 	Perm   uint32 // of a new file; default 0644
 	NoDirs bool   // a missing parent directory is an error
-	// Attrs are all user.* extended attributes that the file has then; nil keeps those that it had. With AttrsBelow they are those whose
-	// names begin so, and the others stay.
+	// Attrs become the user.* extended attributes of the file; nil keeps the existing ones. With AttrsBelow they replace only the
+	// attributes whose names begin with it.
 	Attrs      map[string]string
 	AttrsBelow string
 }
 
-// WriteFile writes what r gives to a file.
+// WriteFile writes everything from r to a file.
 func (c *Client) WriteFile(ctx context.Context, path string, r io.Reader, o WriteOptions) (FileInfo, error) {
 	stream, _, end, err := c.begin(ctx, Header{Stream: StreamWrite, Path: path, Mode: o.Mode, User: o.User, Perm: o.Perm,
 		Parents: !o.NoDirs, Attrs: o.Attrs, AttrsBelow: o.AttrsBelow})
@@ -86,9 +87,9 @@ func (c *Client) WriteFile(ctx context.Context, path string, r io.Reader, o Writ
 	answered := awaitAnswer(stream)
 	src := &SourceReader{R: r}
 	if _, err := WriteChunks(stream, src); err == nil {
-		_ = EndChunks(stream, Answer{}) // a failure shows in the answer below
+		_ = EndChunks(stream, Answer{}) // the answer below tells of a failure
 	} else if src.Err != nil {
-		return FileInfo{}, src.Err // closing without the end: nothing of it becomes visible
+		return FileInfo{}, src.Err // without the end of the chunks, nothing of the file becomes visible
 	}
 	a, err := answered()
 	if err != nil {
@@ -103,7 +104,8 @@ func (c *Client) WriteFile(ctx context.Context, path string, r io.Reader, o Writ
 	return *a.Info, nil
 }
 
-// awaitAnswer reads the guest's second answer while we write: one that comes early says that the rest is of no use, and ends the writing.
+// awaitAnswer reads the guest's second answer while we write. An early answer means that the guest needs no more data, so it also ends the
+// writing.
 func awaitAnswer(stream *yamux.Stream) (answered func() (Answer, error)) {
 	var a Answer
 	done := make(chan error, 1)
@@ -118,12 +120,13 @@ func awaitAnswer(stream *yamux.Stream) (answered func() (Answer, error)) {
 	}
 }
 
-// SourceReader remembers the error of the caller's reader, to tell it from one of the stream.
+// SourceReader remembers the error of the caller's reader, to tell it from an error of the stream.
 type SourceReader struct {
 	R   io.Reader
 	Err error
 }
 
+// Read implements io.Reader.
 func (s *SourceReader) Read(p []byte) (int, error) {
 	n, err := s.R.Read(p)
 	if err != nil && err != io.EOF {
@@ -132,8 +135,8 @@ func (s *SourceReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// WriteStdin writes to a process that was started with KeepStdin, and closes its stdin if eof. It blocks while the process
-// does not read; when ctx ends, written tells how much went through.
+// WriteStdin writes to a process that was started with KeepStdin, and closes its stdin if eof is set. It blocks while the process does not
+// read; when ctx ends, written is the number of bytes written until then.
 func (c *Client) WriteStdin(ctx context.Context, process string, input []byte, eof bool) (written int64, err error) {
 	for {
 		part := input[:min(len(input), MaxStdin)]
@@ -152,7 +155,7 @@ func (c *Client) writeStdin(ctx context.Context, process string, input []byte, e
 		return 0, err
 	}
 	defer end()
-	// At the end of ctx our half closes, the guest gives up, and still says how much was written.
+	// When ctx ends, we close our half; the guest then gives up and still reports how much was written.
 	stop := context.AfterFunc(ctx, func() {
 		_ = stream.SetWriteDeadline(time.Unix(1, 0))
 		_ = stream.Close()
@@ -160,7 +163,7 @@ func (c *Client) writeStdin(ctx context.Context, process string, input []byte, e
 	})
 	defer stop()
 	answered := awaitAnswer(stream)
-	_, _ = io.Copy(stream, bytes.NewReader(input)) // a failure shows in the answer below
+	_, _ = io.Copy(stream, bytes.NewReader(input)) // the answer below tells of a failure
 	a, err := answered()
 	if err != nil {
 		return 0, c.streamError(ctx, StreamStdin, err)
@@ -174,7 +177,7 @@ func (c *Client) writeStdin(ctx context.Context, process string, input []byte, e
 	return a.Written, nil
 }
 
-// OutputFrame is some output of a process. End is set on the last one, which has no bytes.
+// OutputFrame is some output of a process. The last frame has End set and no bytes.
 type OutputFrame struct {
 	Stream string // "stdout" or "stderr"
 	Offset int64
@@ -182,13 +185,13 @@ type OutputFrame struct {
 	End    *Process
 }
 
-// Output replays the output of a process from offset on and, with follow, goes on until nobody can write any more. It calls
-// each for every frame, and returns when that fails.
+// Output replays the output of a process from offset and, with follow, continues until no process can write to it any more. It calls each
+// for every frame, and returns when each fails.
 func (c *Client) Output(ctx context.Context, process string, offset int64, follow bool, each func(OutputFrame) error) error {
 	return c.output(ctx, Header{Stream: StreamOutput, Process: process, Offset: offset, Follow: follow}, each)
 }
 
-// Follow is Output for who wants all of it: a process whose output is not taken waits, as at a pipe.
+// Follow is Output for a caller that needs all output: if the caller does not keep up, the process blocks, as at a pipe.
 func (c *Client) Follow(ctx context.Context, process string, offset int64, each func(OutputFrame) error) error {
 	return c.output(ctx, Header{Stream: StreamOutput, Process: process, Offset: offset, Follow: true, Hold: true}, each)
 }
@@ -218,8 +221,8 @@ func (c *Client) output(ctx context.Context, h Header, each func(OutputFrame) er
 	}
 }
 
-// Dial connects to a socket in the sandbox: "tcp" to its loopback, or "unix". Closing the result's writing half is its Close;
-// reads go on until the other side has closed too, or ctx ends: then the connection is at its end in the sandbox, too.
+// Dial connects to a socket in the sandbox: "tcp" on its loopback, or "unix". Close of the result closes only the writing half; reads
+// continue until the other side has closed too, or until ctx ends, which also ends the connection in the sandbox.
 func (c *Client) Dial(ctx context.Context, network, address string) (net.Conn, error) {
 	name := rand.Text()
 	stream, _, _, err := c.begin(ctx, Header{Stream: StreamDial, Network: network, Address: address, Dial: name})
@@ -227,13 +230,14 @@ func (c *Client) Dial(ctx context.Context, network, address string) (net.Conn, e
 		return nil, err
 	}
 	context.AfterFunc(ctx, func() {
-		// A stream's close says only that we write no more: what is read there would be sent for as long as there is room for it.
-		_ = c.rpc.Notify(context.Background(), NoteHangUp, map[string]string{"dial": name}) // the guest is gone otherwise
+		// Closing a stream says only that we write no more: the guest would still send what the socket gives while there is room for it.
+		_ = c.rpc.Notify(context.Background(), NoteHangUp, map[string]string{"dial": name}) // an error means that the guest is gone
 	})
 	return narrowStream{stream, c.windows}, nil
 }
 
-// Watch tells each what changes in a directory, or of a file, until ctx ends or each fails. Once started is called, no change is missed.
+// Watch calls each with the changes in a directory, or of a file, until ctx ends or each fails. After it has called started, no change is
+// missed.
 func (c *Client) Watch(ctx context.Context, path string, started func(), each func(WatchBatch) error) error {
 	stream, _, end, err := c.begin(ctx, Header{Stream: StreamWatch, Path: path})
 	if err != nil {

@@ -6,7 +6,7 @@ import (
 	"syscall"
 )
 
-// Causes that have no errno. They cross the pipe as a kind, so errors.Is holds on the host.
+// Causes that have no errno. They cross the pipe as a kind, so errors.Is also works on the host.
 var (
 	ErrNoProcess  = errors.New("no such process")
 	ErrEnded      = errors.New("process has ended")
@@ -20,7 +20,7 @@ var (
 	ErrNotText    = errors.New("not a text file")
 	ErrNoMatch    = errors.New("text does not occur in the file")
 	ErrAmbiguous  = errors.New("text occurs more than once")
-	ErrChanging   = errors.New("the file is changed again and again by others")
+	ErrChanging   = errors.New("other programs keep changing the file")
 	ErrCwd        = errors.New("no such working directory")
 	ErrCommand    = errors.New("command line too long")
 	ErrLimit      = errors.New("limit reached")
@@ -33,6 +33,7 @@ var (
 	ErrVersion = errors.New("protocol version mismatch")
 )
 
+// Kinds are the names by which the causes cross the pipe.
 var Kinds = map[string]error{
 	"no_process": ErrNoProcess, "ended": ErrEnded, "tag_in_use": ErrTagInUse, "no_user": ErrNoUser, "no_signal": ErrNoSignal,
 	"stdin": ErrStdin, "invalid": ErrInvalid, "too_large": ErrTooLarge, "not_regular": ErrNotRegular, "not_text": ErrNotText,
@@ -50,10 +51,10 @@ type Error struct {
 	Message string        `json:"message"`
 }
 
-// Error gives the guest's own sentence.
+// Error returns the guest's own message.
 func (e *Error) Error() string { return e.Message }
 
-// Unwrap gives the errno and the kind, so that errors.Is works as if the error had happened here.
+// Unwrap returns the errno and the kind, so that errors.Is works as if the error had occurred on the host.
 func (e *Error) Unwrap() []error {
 	var all []error
 	if e.Errno != 0 {
@@ -65,11 +66,12 @@ func (e *Error) Unwrap() []error {
 	return all
 }
 
+// Invalid returns an error that is ErrInvalid.
 func Invalid(format string, args ...any) error {
 	return fmt.Errorf(format+": %w", append(args, ErrInvalid)...)
 }
 
-// Clip bounds a text to n bytes, at whole characters, and marks that it did.
+// Clip cuts a text to n bytes, at a character boundary, and marks the cut with "…".
 func Clip(s string, n int) string {
 	if len(s) <= n {
 		return s

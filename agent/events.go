@@ -8,14 +8,14 @@ import (
 const (
 	EventStarted = "started"
 	EventEnded   = "ended"
-	EventKilled  = "killed" // what a process has started, or some of it, by the memory guard
+	EventKilled  = "killed" // the memory guard has killed all or some of what a process started
 )
 
-// MaxEvents bounds the events that an agent keeps for its host to fetch; the oldest go first.
+// MaxEvents bounds the events that an agent keeps for its host to fetch; the oldest are dropped first.
 const MaxEvents = 512
 
-// Event is the start or the end of a process that a user asked for, or what was killed of it. It has no command line: there may be a secret
-// in it.
+// Event is the start or the end of a process that a user asked for, or a kill by the memory guard. It has no command line, which may
+// contain a secret.
 type Event struct {
 	Seq      int64     `json:"seq"`
 	Time     time.Time `json:"time"`
@@ -27,7 +27,7 @@ type Event struct {
 	Signal   string    `json:"signal,omitempty" max:"128"`
 	Cause    string    `json:"cause,omitempty" max:"128"` // as in Process
 	TookMS   int64     `json:"took_ms,omitempty"`
-	// Of EventKilled: how many processes, the largest one's name, what they took together, and the limit that was reached.
+	// For EventKilled: the number of processes, the name of the largest one, their memory together, and the limit that was reached.
 	Killed int    `json:"killed,omitempty"`
 	Name   string `json:"name,omitempty" max:"128"`
 	Memory int64  `json:"memory,omitempty"`

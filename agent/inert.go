@@ -7,8 +7,8 @@ import (
 	"unicode/utf8"
 )
 
-// Inert makes bytes of a guest safe and readable: valid UTF-8, no terminal escapes. Bytes that are not text, and control characters, are
-// shown as \xNN; \n, \t and a line's \r\n stay.
+// Inert makes bytes of a guest safe and readable: valid UTF-8 without terminal escapes. Bytes that are not text, and control characters,
+// become \xNN (\uNNNN above 0x7f); \n, \t and the \r of \r\n stay.
 func Inert(p []byte) string {
 	var b strings.Builder
 	for used := 0; used < len(p); {
@@ -19,7 +19,7 @@ func Inert(p []byte) string {
 	return b.String()
 }
 
-// InertRune makes the first character of p inert, or byte where there is none.
+// InertRune makes the first character of p inert, or its first byte if that begins no character.
 func InertRune(p []byte) (text string, n int) {
 	r, n := utf8.DecodeRune(p)
 	switch {
@@ -36,7 +36,7 @@ func InertRune(p []byte) (text string, n int) {
 	return string(p[:n]), n
 }
 
-// Whole is p without a character that its end cuts in two: who reads on gets it whole with the next piece.
+// Whole returns p without an incomplete character at its end: a caller that reads on gets that character whole with the next piece.
 func Whole(p []byte) []byte {
 	for i := 1; i < utf8.UTFMax && i <= len(p); i++ {
 		if tail := p[len(p)-i:]; utf8.RuneStart(tail[0]) {
@@ -49,7 +49,7 @@ func Whole(p []byte) []byte {
 	return p
 }
 
-// AfterCut is p without the rest of a character that was cut off before it.
+// AfterCut returns p without the rest of a character that was cut off before it.
 func AfterCut(p []byte) []byte {
 	n := 0
 	for n < min(len(p), utf8.UTFMax-1) && !utf8.RuneStart(p[n]) {
@@ -58,10 +58,9 @@ func AfterCut(p []byte) []byte {
 	return p[n:]
 }
 
-// InertEnds makes the beginning and the end of a text inert, between which something may be left out. A character that this cuts is left
-// out, too.
+// InertEnds makes the head and the tail of an output inert. If output between them is left out, so is a character that the cut splits.
 func InertEnds(o Output) string {
-	if o.TailStart <= o.HeadEnd { // nothing is
+	if o.TailStart <= o.HeadEnd { // nothing is left out
 		return Inert(append(o.Head[:len(o.Head):len(o.Head)], o.Tail...))
 	}
 	return Inert(Whole(o.Head)) + Inert(AfterCut(o.Tail))

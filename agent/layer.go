@@ -9,17 +9,17 @@ import (
 	"strings"
 )
 
-// Whiteout begins the name of what a layer says is gone (OCI image specification, layers).
+// Whiteout begins the name of a layer's entry that says that a file is gone (OCI image specification, layers).
 const Whiteout = ".wh."
 
 const (
 	ModeMark = "mark"
 	ModeAll  = "all"
-	// BuildDir is for what a build needs in its sandbox, and is no part of the files either.
+	// BuildDir holds what a build needs in its sandbox; like the agent's own files it is never part of a layer.
 	BuildDir = "/.soulbox-build"
 )
 
-// MarkFiles has the sandbox remember what its files are like, for Changes. Files of mounts do not count.
+// MarkFiles makes the agent remember the state of the sandbox's files, for Changes. Mounted directories are not included.
 func (c *Client) MarkFiles(ctx context.Context) error {
 	r, err := c.ChangesOf(ctx, "/", ModeMark)
 	if err != nil {
@@ -29,17 +29,20 @@ func (c *Client) MarkFiles(ctx context.Context) error {
 	return errors.Join(err, r.Close())
 }
 
-// Changes gives a layer, as the OCI image specification has it: a tar of what has changed since MarkFiles, or since the last Changes that
-// was read to its end. The reader must be closed, and reads fail when ctx ends. It is the guest's, whatever it says.
+// Changes returns a layer in the sense of the OCI image specification: a tar of the changes since MarkFiles, or since the last Changes that
+// was read to its end. The caller must close the reader; reads fail when ctx ends. The content comes from the guest and must not be
+// trusted.
 func (c *Client) Changes(ctx context.Context) (io.ReadCloser, error) {
 	return c.ChangesOf(ctx, "/", "")
 }
 
-// Pack gives all that is in a directory as a tar, with names below it. What is mounted there is left out. Else it is as Changes.
+// Pack returns a tar of everything in a directory, with names relative to it. What is mounted there is left out. Otherwise it is like
+// Changes.
 func (c *Client) Pack(ctx context.Context, dir string) (io.ReadCloser, error) {
 	return c.ChangesOf(ctx, dir, ModeAll)
 }
 
+// ChangesOf returns the tar of the directory root; mode is "" for Changes, ModeMark or ModeAll.
 func (c *Client) ChangesOf(ctx context.Context, root, mode string) (io.ReadCloser, error) {
 	stream, _, end, err := c.begin(ctx, Header{Stream: StreamChanges, Path: root, Mode: mode})
 	if err != nil {
@@ -48,8 +51,8 @@ func (c *Client) ChangesOf(ctx context.Context, root, mode string) (io.ReadClose
 	return &streamReader{Reader: &ChunkReader{R: stream}, end: end}, nil
 }
 
-// Unpack unpacks a tar in a directory of the sandbox, as root. Names cannot lead out of the directory, links that are there already can.
-// What is unpacked when it fails stays.
+// Unpack unpacks a tar into a directory of the sandbox, as root. Names in the tar cannot lead out of the directory, but existing symlinks
+// in it can. If Unpack fails, what it has unpacked stays.
 func (c *Client) Unpack(ctx context.Context, dir string, r io.Reader) error {
 	stream, _, end, err := c.begin(ctx, Header{Stream: StreamUnpack, Path: dir})
 	if err != nil {
@@ -59,7 +62,7 @@ func (c *Client) Unpack(ctx context.Context, dir string, r io.Reader) error {
 	answered := awaitAnswer(stream)
 	src := &SourceReader{R: r}
 	if _, err := WriteChunks(stream, src); err == nil {
-		_ = EndChunks(stream, Answer{}) // a failure shows in the answer below
+		_ = EndChunks(stream, Answer{}) // the answer below tells of a failure
 	} else if src.Err != nil {
 		return src.Err
 	}
@@ -73,7 +76,8 @@ func (c *Client) Unpack(ctx context.Context, dir string, r io.Reader) error {
 	return nil
 }
 
-// IsWhiteout says whether a name in a layer is of something that is gone, and of what; opaque is all that was in its directory.
+// IsWhiteout reports whether a name in a layer is a whiteout, and returns the path that is gone. opaque means that everything in its
+// directory is gone.
 func IsWhiteout(name string) (gone string, opaque, ok bool) {
 	dir, base := path.Split(name)
 	rest, ok := strings.CutPrefix(base, Whiteout)

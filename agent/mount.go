@@ -1,18 +1,18 @@
 package agent
 
-// MountRequest mounts something for a build, or takes it away again.
+// MountRequest mounts something for a build, or unmounts it.
 type MountRequest struct {
 	Target string `json:"target"`
-	// A file or directory below BuildDir that is seen at Target; "" is an empty directory in memory.
+	// Source is a file or directory below BuildDir to show at Target; "" mounts an empty directory in memory.
 	Source   string `json:"source,omitempty"`
 	ReadOnly bool   `json:"read_only,omitempty"`
-	Size     int64  `json:"size,omitempty"` // of memory, in bytes
+	Size     int64  `json:"size,omitempty"` // of the directory in memory, in bytes
 	Unmount  bool   `json:"unmount,omitempty"`
-	// Remove, with Unmount, removes Target and as many directories above it as were made for it.
+	// Remove, with Unmount, is how many files and directories were created for Target: they are removed, from Target upwards.
 	Remove int `json:"remove,omitempty"`
 }
 
-// MountResult tells how many files and directories were made for the target.
+// MountResult is the number of files and directories that were created for the target.
 type MountResult struct {
 	Made int `json:"made"`
 }

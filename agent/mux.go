@@ -17,46 +17,48 @@ import (
 	"github.com/sourcegraph/jsonrpc2"
 )
 
-// MuxConfig is yamux without keep-alives: a paused guest answers none, and the host sees the end of the pipe anyway.
+// MuxConfig returns the configuration of yamux, without keep-alives: a paused guest answers none, and the host sees the end of the pipe
+// anyway.
 func MuxConfig() *yamux.Config {
 	c := yamux.DefaultConfig()
 	c.EnableKeepAlive = false
 	c.AcceptBacklog = 512
-	c.ConnectionWriteTimeout = 24 * time.Hour // a paused guest reads nothing for as long
+	c.ConnectionWriteTimeout = 24 * time.Hour // a paused guest reads nothing for that long
 	c.StreamOpenTimeout = 0
 	c.StreamCloseTimeout = closeTimeout
 	c.LogOutput = io.Discard
 	return c
 }
 
-// closeTimeout is of a half-closed dial; everything else is closed by both sides at once.
+// closeTimeout applies to a half-closed dial; both sides close all other streams at once.
 const closeTimeout = 5 * time.Minute
 
-// Quiet keeps jsonrpc2 from logging what the other side did wrong: it ends the session, and callers are told.
+// Quiet keeps jsonrpc2 from logging the other side's protocol errors: they end the session, and callers get an error.
 var Quiet = jsonrpc2.SetLogger(log.New(io.Discard, "", 0))
 
-// bufferedConn reads through the reader that has read the handshake, and writes each frame at once.
+// bufferedConn reads through the reader that has read the handshake, and writes each frame in one piece.
 type bufferedConn struct {
 	io.Reader
 	io.Closer
 	frameWriter
 }
 
+// NewBufferedConn returns a connection for yamux that reads from r, and writes to and closes conn.
 func NewBufferedConn(r io.Reader, conn io.WriteCloser) *bufferedConn {
 	return &bufferedConn{r, conn, frameWriter{w: conn}}
 }
 
-// frameWriter joins the head of a frame and its body, which yamux writes one after the other: each write would wake the other side. Window
-// updates of streams that windows keep are left out.
+// frameWriter joins the head of a frame with its body, which yamux writes separately: each write would wake the other side. It drops
+// yamux's window updates for the streams that windows manages.
 type frameWriter struct {
 	w       io.Writer
-	buf     []byte   // yamux' alone
-	windows *windows // nil keeps none
+	buf     []byte   // for yamux's writes only
+	windows *windows // nil manages no windows
 
 	mu sync.Mutex // held while a frame is written
 }
 
-// Write implements io.Writer, for yamux: a frame with a body comes in two parts.
+// Write implements io.Writer for yamux, which writes a frame with a body in two parts.
 func (f *frameWriter) Write(p []byte) (int, error) {
 	if len(f.buf) == 0 && len(p) == frameHead {
 		switch p[1] {
@@ -70,7 +72,7 @@ func (f *frameWriter) Write(p []byte) (int, error) {
 				if binary.BigEndian.Uint16(p[2:]) == 0 {
 					return len(p), nil
 				}
-				p = append(slices.Clone(p[:8]), 0, 0, 0, 0) // its flags alone
+				p = append(slices.Clone(p[:8]), 0, 0, 0, 0) // keep only its flags
 			}
 		}
 	}
@@ -85,17 +87,17 @@ func (f *frameWriter) Write(p []byte) (int, error) {
 	return max(0, n-frameHead), err
 }
 
-// whole writes a whole frame.
+// whole writes a complete frame.
 func (f *frameWriter) whole(p []byte) (int, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.w.Write(p)
 }
 
-// maxJoined is how much memory a frameWriter keeps.
+// maxJoined is how much memory a frameWriter keeps between frames.
 const maxJoined = 64 << 10
 
-// As in yamux' specification.
+// Constants of yamux's specification.
 const (
 	frameHead   = 12
 	frameData   = 0
@@ -106,20 +108,20 @@ const (
 	flagRST     = 8
 )
 
-// guestFrames reads what a guest sends and ends at the first frame that no honest agent sends: one that opens a stream, and a ping, each of
-// which would cost the host a goroutine until the guest reads its answer. What windows want dropped is left out. Frames are as in yamux'
-// specification.
+// guestFrames reads the frames that a guest sends, in the format of yamux's specification. It fails at the first frame that no honest agent
+// sends: a frame that opens a stream, or a ping. Each of these would cost the host a goroutine until the guest reads the reply. It skips
+// the data that windows wants dropped.
 type guestFrames struct {
 	r       io.Reader
-	windows *windows // nil keeps none
+	windows *windows // nil manages no windows
 	head    [frameHead]byte
 	have    int // bytes of head that were read
 	sent    int // bytes of head that were passed on
 	body    uint32
-	unread  int64 // bytes of a body that nobody wants
+	unread  int64 // bytes of a dropped body that are still to be read
 }
 
-// errFrame says that the guest does not keep to the protocol.
+// errFrame means that the guest violates the protocol.
 var errFrame = errors.New("the guest opened a stream or sent a ping")
 
 // Read implements io.Reader.
@@ -158,7 +160,7 @@ func (g *guestFrames) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// look judges a frame by its head.
+// look checks a frame by its head.
 func (g *guestFrames) look() error {
 	kind, flags, id := g.head[1], binary.BigEndian.Uint16(g.head[2:4]), binary.BigEndian.Uint32(g.head[4:8])
 	if kind == framePing || flags&flagSYN != 0 {
@@ -184,6 +186,7 @@ func (g *guestFrames) look() error {
 	return nil
 }
 
+// WriteHello writes h as one line.
 func WriteHello(w io.Writer, h Hello) error {
 	line, err := json.Marshal(h)
 	if err != nil {
@@ -208,7 +211,7 @@ func ReadHello(r *bufio.Reader, h *Hello) error {
 	return nil
 }
 
-// MessageStream is a stream of messages for jsonrpc2, with their bound.
+// MessageStream is a stream of size-bounded messages for jsonrpc2.
 type MessageStream struct{ Conn io.ReadWriteCloser }
 
 // WriteObject implements jsonrpc2.ObjectStream.
@@ -220,6 +223,7 @@ func (m MessageStream) ReadObject(v any) error { return ReadMessage(m.Conn, v) }
 // Close implements jsonrpc2.ObjectStream.
 func (m MessageStream) Close() error { return m.Conn.Close() }
 
+// ReadFrame reads one frame of an output stream.
 func ReadFrame(r io.Reader) (kind int, offset int64, body []byte, err error) {
 	var head [9]byte
 	if _, err := io.ReadFull(r, head[:]); err != nil {
@@ -229,7 +233,7 @@ func ReadFrame(r io.Reader) (kind int, offset int64, body []byte, err error) {
 	return int(head[0]), int64(binary.BigEndian.Uint64(head[1:])), body, cutOff(err)
 }
 
-// onceCloser closes once, whoever calls.
+// onceCloser closes its stream once, however often Close is called.
 type onceCloser struct {
 	io.ReadWriteCloser
 	once sync.Once
@@ -242,7 +246,7 @@ func (c *onceCloser) Close() error {
 	return c.err
 }
 
-// HandlerFunc is a function that is a jsonrpc2.Handler.
+// HandlerFunc makes a function a jsonrpc2.Handler.
 type HandlerFunc func(context.Context, *jsonrpc2.Conn, *jsonrpc2.Request)
 
 // Handle implements jsonrpc2.Handler.

@@ -8,10 +8,10 @@ import (
 	"soulbox.dev/soulbox/internal/names"
 )
 
-// JSON has no bytes that are not text. So names of files cross the pipe in the notation of package names, and are the bytes that they are
-// on both sides of it (PROTOCOL.md, section 2).
+// JSON cannot carry bytes that are not text. So file names cross the pipe in the notation of package names, and are plain bytes on both
+// sides of it (PROTOCOL.md, section 2).
 
-// marshalNames writes v, in which names are; it is a copy of whoever calls.
+// marshalNames encodes v, which contains the names in. It changes them, so v must be the caller's copy.
 func marshalNames(v any, in ...*string) ([]byte, error) {
 	for _, name := range in {
 		*name = names.Text(*name)
@@ -19,7 +19,7 @@ func marshalNames(v any, in ...*string) ([]byte, error) {
 	return json.Marshal(v)
 }
 
-// unmarshalNames reads what marshalNames wrote. What is longer than any name is refused later.
+// unmarshalNames decodes what marshalNames wrote. Names that are too long are refused later.
 func unmarshalNames(body []byte, v any, in ...*string) error {
 	err := json.Unmarshal(body, v)
 	for _, name := range in {
@@ -66,7 +66,7 @@ func (v *StartRequest) UnmarshalJSON(body []byte) error {
 	return err
 }
 
-// hasBytes reports whether an argument is no text.
+// hasBytes reports whether an argument is not text.
 func (v StartRequest) hasBytes() bool {
 	return slices.ContainsFunc(v.Args, func(arg string) bool { return !utf8.ValidString(arg) })
 }

@@ -8,21 +8,21 @@ import (
 	"time"
 )
 
-// ErrSilent is of a sandbox from which nothing comes, or not what was asked for.
+// ErrSilent means that a sandbox sends nothing, or does not send the answer.
 var ErrSilent = errors.New("the sandbox does not answer")
 
 const (
-	// Silence is after how long without a byte from it a sandbox counts as silent. One among many on a busy machine has been seen to need
-	// 16 s for its next one.
+	// Silence is how long a sandbox may send no byte before it counts as silent. On a busy machine, one sandbox of many has been seen to
+	// take 16 s for its next byte.
 	Silence = 30 * time.Second
 
-	quietSteps = 10 // a silence is made of as many steps; those in which we ourselves did not run are not counted
-	busyRatio  = 6  // a sandbox that says other things than the answer gets as many times the silence
+	quietSteps = 10 // a silence is counted in this many steps; a step counts once even if the machine did not run us for longer
+	busyRatio  = 6  // a sandbox that sends data but not the answer gets this many times the silence
 )
 
-// Patience is a context for a call that takes as long as work and what the sandbox needs beside. It ends with ErrSilent when nothing at all
-// has come from the guest for silence, or much has and the answer has not for six times as long: a busy sandbox is waited for, a dead one
-// is not.
+// Patience returns a context for a call that takes the time work, plus what a slow sandbox needs. It ends with ErrSilent when the guest has
+// sent nothing for silence, or has sent data but not the answer for six times silence: the caller waits for a busy sandbox but not for a
+// dead one.
 func (c *Client) Patience(ctx context.Context, work, silence time.Duration) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	step := max(silence/quietSteps, time.Millisecond)
@@ -44,7 +44,7 @@ func (c *Client) Patience(ctx context.Context, work, silence time.Duration) (con
 	return ctx, func() { cancel(nil); timer.Stop() }
 }
 
-// heardReader counts what is read.
+// heardReader counts the bytes that are read.
 type heardReader struct {
 	io.Reader
 	bytes *atomic.Int64

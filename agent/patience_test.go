@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// TestPatience: a sandbox that says anything is waited for, but not for ever; one that says nothing is not.
+// TestPatience: a sandbox that sends anything is waited for, but not forever; a silent one is given up.
 func TestPatience(t *testing.T) {
 	for name, test := range map[string]struct {
 		work, talks time.Duration

@@ -1,19 +1,19 @@
 package agent
 
-// InputRequest writes to the stdin of a process, which may be nothing, and listens to what it answers, all in one round trip.
+// InputRequest writes Data, which may be empty, to the stdin of a process and waits for its answer, in one round trip.
 type InputRequest struct {
 	Process string `json:"process"`
 	Data    []byte `json:"data,omitempty"` // at most MaxInput bytes
 	EOF     bool   `json:"eof,omitempty"`
-	// WaitMS is how long to listen at most, SettleMS how long the process must be silent for its answer to be complete: without
-	// a terminal a third of that.
+	// WaitMS is how long to wait at most. SettleMS is how long the process must be silent for its answer to be complete; without a terminal
+	// it is a third of that.
 	WaitMS   int64 `json:"wait_ms,omitempty"`
 	SettleMS int64 `json:"settle_ms,omitempty"`
-	// Window is of the answer; with a negative offset the answer is what comes from now on.
+	// Window selects from the answer; with a negative offset the answer is the output from now on.
 	Window Window `json:"window"`
 }
 
-// InputResult is what a process has answered. Blocked says that it did not take all of the input, but the first Written bytes.
+// InputResult is the answer of a process. Blocked means that the process took only the first Written bytes of the input.
 type InputResult struct {
 	Snapshot
 	Offset  int64 `json:"offset"` // where the answer begins
@@ -27,7 +27,7 @@ const (
 	OnStderr = 1
 )
 
-// StreamName names an output stream as callers know it.
+// StreamName returns the name of an output stream for callers.
 func StreamName(stream int) string {
 	if stream == OnStderr {
 		return "stderr"

@@ -6,24 +6,25 @@ import (
 
 // Kinds of relief.
 const (
-	RelieveMemory = "memory" // of processes and their files in memory
-	RelieveKernel = "kernel" // of the sandbox's kernel: descriptors, sockets, tasks
+	RelieveMemory = "memory" // memory of processes and their files in memory
+	RelieveKernel = "kernel" // objects of the sandbox's kernel: descriptors, sockets, tasks
 )
 
-// RelieveRequest has the agent kill what takes most, whole processes with all that they have started, until about Target bytes are free.
-// Zero is the largest one alone.
+// RelieveRequest makes the agent kill the largest processes, each with everything it started, until about Target bytes are free. Zero kills
+// only the largest one.
 type RelieveRequest struct {
 	Kind   string `json:"kind"`
 	Target int64  `json:"target,omitempty"`
 }
 
-// RelieveResult tells what was killed, the largest first, and in words for people what there is most of: "150,000 open files".
+// RelieveResult lists what was killed, largest first. Detail tells people what there is most of, such as "150,000 open files".
 type RelieveResult struct {
 	Killed []Relieved `json:"killed" max:"64"`
 	Detail string     `json:"detail,omitempty" max:"200"`
 }
 
-// Relieved is a process that was killed with all that it has started. PID and Name are of the largest one among them, the numbers of all.
+// Relieved is a process that was killed with everything it started. PID and Name are those of the largest of these processes, the numbers
+// are totals.
 type Relieved struct {
 	Process     string `json:"process" max:"128"`
 	Tag         string `json:"tag,omitempty" max:"128"`
@@ -31,11 +32,11 @@ type Relieved struct {
 	Name        string `json:"name" max:"256"`
 	Processes   int    `json:"processes"`
 	Memory      int64  `json:"memory"`      // bytes
-	Descriptors int64  `json:"descriptors"` // open files, sockets and others
+	Descriptors int64  `json:"descriptors"` // open files, sockets and so on
 }
 
-// Relieve has processes killed where the host finds that the sandbox takes too much. It is no use of the sandbox. An older agent is
-// ErrVersion.
+// Relieve makes the agent kill processes when the host finds that the sandbox takes too much. It does not count as use of the sandbox. The
+// error of an older agent is ErrVersion.
 func (c *Client) Relieve(ctx context.Context, r RelieveRequest) (RelieveResult, error) {
 	return Call[RelieveResult](ctx, c, CallRelieve, r)
 }

@@ -8,12 +8,12 @@ import (
 	"io"
 )
 
-// RejoinMark is what an agent says on a pipe that it begins to serve anew, and what its host answers. What comes before it, in either
-// direction, belongs to an older session: gVisor saves with a machine what was in its pipe and not read yet (gVisor,
+// RejoinMark is what an agent writes to a pipe before it starts a new session on it, and what the host answers. Everything before it, in
+// either direction, belongs to an older session: gVisor saves the unread content of the machine's pipe with the machine (gVisor,
 // fsimpl/host/save_restore.go).
 var RejoinMark = []byte("\x00soulbox agent begins anew\n")
 
-// rejoinBound is how much of an older session either side reads before it gives up, in bytes.
+// rejoinBound is how many bytes of an older session either side reads before it gives up.
 const rejoinBound = 16 << 20
 
 // Rejoin is NewClient for the pipe of a machine that was restored with its memory.
@@ -38,7 +38,7 @@ func Rejoin(ctx context.Context, conn io.ReadWriteCloser, version string) (*Clie
 	}{reader, closer}, version)
 }
 
-// SkipTo reads up to the end of mark.
+// SkipTo reads up to and including mark.
 func SkipTo(r *bufio.Reader, mark []byte) error {
 	var tail []byte
 	for range rejoinBound {

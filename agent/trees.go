@@ -2,40 +2,40 @@ package agent
 
 // TreeRequest begins, reads or ends a watch that outlasts the call.
 type TreeRequest struct {
-	// Path and what follows begin one: of a directory, or of one file. Ignore are globs of names, or of paths below it.
+	// Path, Recursive and Ignore begin a watch of a directory or of one file. Ignore holds globs that match names, or paths below Path.
 	Path      string   `json:"path,omitempty"`
 	Recursive bool     `json:"recursive,omitempty"`
 	Ignore    []string `json:"ignore,omitempty"`
-	// Watch names one that was begun, From is the number of the first event to read: those that are kept can be read again.
+	// Watch names an existing watch. From is the number of the first event to read; events that are still kept can be read again.
 	Watch string `json:"watch,omitempty"`
 	From  int64  `json:"from,omitempty"`
 	Close bool   `json:"close,omitempty"`
-	// Limit bounds the events, WaitMS the wait for the first one.
+	// Limit bounds the number of events, WaitMS the wait for the first one.
 	Limit  int   `json:"limit,omitempty"`
 	WaitMS int64 `json:"wait_ms,omitempty"`
 }
 
-// TreeEvent is a change in a watched tree: create, write, remove, rename (From is where it was), save (a file was replaced by a rename,
-// From is what by, if that was in the tree) or attrib.
+// TreeEvent is a change in a watched tree. Op is create, write, remove, rename (From is the old path), save (a rename replaced an existing
+// file; From is the path of the new file before, if that was in the tree) or attrib.
 type TreeEvent struct {
 	Op   string `json:"op"`
 	Path string `json:"path"`
 	From string `json:"from,omitempty"`
 	Dir  bool   `json:"dir,omitempty"`
-	// Whole says of create and save that a call of the host has written the file, which got its name when it was whole: there is no write
-	// to tell of.
+	// Whole, for create and save, means that a call of the host has written the file, which got its name only when it was complete: no
+	// write event follows.
 	Whole bool `json:"whole,omitempty"`
 }
 
-// TreeResult is what a watch has to tell.
+// TreeResult is the events of a watch that were read.
 type TreeResult struct {
 	Watch  string      `json:"watch"`
 	Events []TreeEvent `json:"events" max:"2000"`
-	Next   int64       `json:"next"`           // the first event that is not in it
-	More   bool        `json:"more,omitempty"` // there are some already
-	// Lost says that events are missing: because there were too many, or the reader was too slow. What is there must be looked at anew.
+	Next   int64       `json:"next"`           // number of the first event after these
+	More   bool        `json:"more,omitempty"` // more events can be read at once
+	// Lost means that events are missing, because there were too many or the reader was too slow. The reader must look at the tree again.
 	Lost bool `json:"lost,omitempty"`
-	// Gone says that what is watched does not exist any more.
+	// Gone means that the watched path does not exist any more.
 	Gone bool `json:"gone,omitempty"`
 }
 

@@ -6,19 +6,19 @@ import (
 	"time"
 )
 
-// ownCalls are those that a host makes for itself: they are no use of the sandbox, and go through when others do not.
+// ownCalls are the calls that a host makes for itself: they do not count as use of the sandbox, and go through when others are refused.
 var ownCalls = map[string]bool{CallPing: true, CallUsage: true, CallConfigure: true, CallSuspend: true, CallWork: true, CallRelieve: true}
 
-// transfers are the streams that are in use until they end. Others, such as a connection to a port, may be open for days.
+// transfers are the streams that count as use until they end. Other streams, such as a connection to a port, may be open for days.
 var transfers = map[string]bool{StreamRead: true, StreamWrite: true, StreamStdin: true, StreamChanges: true, StreamUnpack: true}
 
-// usage counts what a client is used for. It is safe for concurrent use.
+// usage counts the calls and transfers of a client. It is safe for concurrent use.
 type usage struct {
 	mu     sync.Mutex
 	calls  int
 	last   time.Time
-	closed error         // what new calls are told
-	none   chan struct{} // closed when calls is 0; nil where nobody waits for it
+	closed error         // the error of new calls
+	none   chan struct{} // closed when calls becomes 0; nil if no Suspend waits for that
 }
 
 func (u *usage) enter() error {
@@ -43,18 +43,18 @@ func (u *usage) leave() {
 	}
 }
 
-// suspendTime is how long an agent may take to have its calls return.
+// suspendTime is how long an agent may take to make its waiting calls return.
 const suspendTime = 10 * time.Second
 
-// Activity tells how many calls and transfers are under way, and when the last one was.
+// Activity returns how many calls and transfers are in progress, and when the last one began or ended.
 func (c *Client) Activity() (calls int, last time.Time) {
 	c.use.mu.Lock()
 	defer c.use.mu.Unlock()
 	return c.use.calls, c.use.last
 }
 
-// Suspend makes the sandbox ready to stand still: new calls are refused with cause, those that wait for something return with what is
-// there, and the others have as long as ctx allows. What is still under way then is of no concern to the guest.
+// Suspend prepares the sandbox for a pause: new calls are refused with cause, calls that wait for something return what they have, and all
+// others may finish until ctx ends. Those that are still in progress then do not matter to the guest.
 func (c *Client) Suspend(ctx context.Context, cause error) error {
 	c.use.mu.Lock()
 	c.use.closed = cause
@@ -65,7 +65,7 @@ func (c *Client) Suspend(ctx context.Context, cause error) error {
 	}
 	busy := c.use.calls > 0
 	c.use.mu.Unlock()
-	// It is not given up half-way: one that came late would end the waits of calls that have nothing to do with it.
+	// This call outlasts ctx: if it were given up and arrived late, it would end the waits of calls after the pause.
 	asking, cancel := context.WithTimeout(context.WithoutCancel(ctx), suspendTime)
 	defer cancel()
 	if _, err := Call[struct{}](asking, c, CallSuspend, struct{}{}); err != nil {
@@ -83,14 +83,14 @@ func (c *Client) Suspend(ctx context.Context, cause error) error {
 	return nil
 }
 
-// GoOn takes Suspend back.
+// GoOn undoes Suspend.
 func (c *Client) GoOn() {
 	c.use.mu.Lock()
 	defer c.use.mu.Unlock()
 	c.use.closed = nil
 }
 
-// CloseFor is Close with a cause that calls under way, and later ones, are told beside ErrLost.
+// CloseFor is Close with a cause: calls in progress and later calls get it together with ErrLost.
 func (c *Client) CloseFor(cause error) {
 	c.use.mu.Lock()
 	c.use.closed = cause

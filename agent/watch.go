@@ -1,16 +1,16 @@
 package agent
 
 const (
-	MaxWatchEvents = 256 // in one message; more are said to be left out
+	MaxWatchEvents = 256 // in one message; Overflow tells of further ones
 )
 
-// WatchEvent is a change of a file. Op is one of create, write, remove, rename (away) and attrib.
+// WatchEvent is a change of a file. Op is create, write, remove, rename (away) or attrib.
 type WatchEvent struct {
 	Op   string `json:"op"`
 	Path string `json:"path"`
 }
 
-// WatchBatch is what has changed in a short time. Overflow says that there was more.
+// WatchBatch holds the changes within a short time. Overflow means that there were more.
 type WatchBatch struct {
 	Events   []WatchEvent `json:"events,omitempty"`
 	Overflow bool         `json:"overflow,omitempty"`

@@ -11,29 +11,28 @@ import (
 	"github.com/hashicorp/yamux"
 )
 
-// connWindow is how many bytes of a connection, or of another stream that is narrow, wait in the host's memory for whoever reads them.
-// yamux would keep four times as much, and connections are many. It ends a little before a power of two, at which yamux' buffer would
-// double.
+// connWindow is how many unread bytes of a narrow stream, such as a connection, the host keeps in memory. yamux would keep four times as
+// much, and there are many connections. It is a little less than a power of two, at which yamux's buffer would double.
 const connWindow = 63 << 10
 
-// ConnBuffers is how much of the host's memory one connection takes at most, from Dial or Accept: what waits for its reader, in a buffer
-// that may be twice as large, and copies on the way.
+// ConnBuffers is how much of the host's memory one connection from Dial or Accept takes at most: the unread bytes, in a buffer that may be
+// twice as large, and copies on the way.
 const ConnBuffers = 256 << 10
 
-// StreamBuffers is the same of a stream of output or changes, FileBuffers of a transfer of a file, of which yamux keeps more.
+// StreamBuffers is the same for a stream of output or changes, FileBuffers for the transfer of a file, of which yamux keeps more.
 const (
 	StreamBuffers = 128 << 10
 	FileBuffers   = 512 << 10
 )
 
-// yamuxWindow is what each side of a stream may send before it is told of more (yamux' specification).
+// yamuxWindow is how much each side of a stream may send before a window update allows more (yamux's specification).
 const yamuxWindow = 256 << 10
 
-// errWindow says that the guest sends more than it may.
+// errWindow means that the guest sends more than it may.
 var errWindow = errors.New("the guest sent more on a connection than it may")
 
-// windows keep narrow streams to connWindow: the guest is told of a smaller window when a stream is opened, and of what was read
-// since then by us in place of yamux. A guest that sends more is at its end. It is safe for concurrent use.
+// windows limits narrow streams to connWindow. It gives the guest a smaller window when a stream is opened, and sends the later window
+// updates in place of yamux. The session of a guest that sends more ends. It is safe for concurrent use.
 type windows struct {
 	frames *frameWriter
 
@@ -41,12 +40,12 @@ type windows struct {
 	byID map[uint32]*window
 }
 
-// window is what is on its way in one stream.
+// window is the state of one narrow stream.
 type window struct {
-	waiting int64 // bytes that nobody has read
-	owed    int64 // bytes that were read, and that the guest was not told of
+	waiting int64 // bytes that were received but not read
+	owed    int64 // bytes that were read but not granted to the guest again
 	ended   bool  // the guest sends no more
-	over    bool  // the host wants no more: what comes is dropped
+	over    bool  // the host needs no more: what still arrives is dropped
 	forget  *time.Timer
 }
 
@@ -56,8 +55,8 @@ func newWindows(frames *frameWriter) *windows {
 	return w
 }
 
-// narrow begins to keep a stream on which the guest has not been asked for anything. Its window is made smaller by telling it of what makes
-// a sum modulo 2³² less.
+// narrow begins to manage a stream before the guest is asked for anything on it. Window updates can only add, so to make the window smaller
+// it grants a number that makes the sum modulo 2³² less.
 func (w *windows) narrow(stream *yamux.Stream) error {
 	w.mu.Lock()
 	w.byID[stream.StreamID()] = &window{}
@@ -66,7 +65,7 @@ func (w *windows) narrow(stream *yamux.Stream) error {
 	return w.grant(stream.StreamID(), uint32(less))
 }
 
-// grant tells the guest that it may send more.
+// grant allows the guest to send n more bytes.
 func (w *windows) grant(id, n uint32) error {
 	frame := make([]byte, frameHead)
 	frame[1] = frameWindow
@@ -76,14 +75,14 @@ func (w *windows) grant(id, n uint32) error {
 	return err
 }
 
-// keep says whether a stream is kept: then yamux is not to tell of its window.
+// keep reports whether a stream is managed here: then yamux must not send its window updates.
 func (w *windows) keep(id uint32) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.byID[id] != nil
 }
 
-// comes counts what the guest sends on a stream, and says whether it is to be dropped.
+// comes counts what the guest sends on a stream, and reports whether it is to be dropped.
 func (w *windows) comes(id uint32, n int64) (drop bool, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -97,7 +96,7 @@ func (w *windows) comes(id uint32, n int64) (drop bool, err error) {
 	return false, nil
 }
 
-// took counts what was read of a stream, and tells the guest of it now and then.
+// took counts what was read from a stream, and from time to time grants it to the guest again.
 func (w *windows) took(id uint32, n int) error {
 	w.mu.Lock()
 	in := w.byID[id]
@@ -117,7 +116,7 @@ func (w *windows) took(id uint32, n int) error {
 	return w.grant(id, uint32(owed))
 }
 
-// ended is told that the guest sends no more on a stream.
+// ended notes that the guest sends no more on a stream.
 func (w *windows) ended(id uint32) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -129,7 +128,7 @@ func (w *windows) ended(id uint32) {
 	}
 }
 
-// drop has what still comes on a stream dropped, until the guest has ended it, too, or yamux has forgotten it.
+// drop makes further data on a stream dropped, until the guest has also ended the stream or yamux has forgotten it.
 func (w *windows) drop(id uint32) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -148,10 +147,10 @@ func (w *windows) drop(id uint32) {
 	}
 }
 
-// narrow are the streams that are kept: those that may be open for long, and whose reader may not read.
+// narrow are the kinds of streams that windows manages: those that may be open for long without being read.
 var narrow = map[string]bool{StreamDial: true, StreamAccept: true, StreamOutput: true, StreamWatch: true}
 
-// narrowStream is a stream of which little waits to be read.
+// narrowStream is a stream of which only connWindow bytes may be unread.
 type narrowStream struct {
 	*yamux.Stream
 	windows *windows
@@ -166,11 +165,11 @@ func (s narrowStream) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// letGo has nothing more of the stream kept.
+// letGo frees everything that is kept of the stream.
 func (s narrowStream) letGo() {
 	s.windows.drop(s.StreamID())
 	_ = s.SetReadDeadline(time.Unix(1, 0))
-	_, _ = io.Copy(io.Discard, s.Stream) // what waits; then comes the deadline
+	_, _ = io.Copy(io.Discard, s.Stream) // reads what was received, until the deadline ends it
 	s.Shrink()
 }
 

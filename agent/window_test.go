@@ -16,8 +16,8 @@ func dataFrame(id uint32, flags uint16, body int) []byte {
 	return f
 }
 
-// TestWindow: a guest that sends more on a narrow stream than it was told of is at its end; what was read is told, yamux' own word for it
-// is left out; what comes after the end is dropped, and nothing of the stream stays.
+// TestWindow: the session of a guest that sends more on a narrow stream than it may ends; what was read is granted again; yamux's own
+// window updates are left out; what arrives after the end is dropped, and nothing of the stream is kept.
 func TestWindow(t *testing.T) {
 	var told bytes.Buffer
 	w := newWindows(&frameWriter{w: &told})
@@ -39,7 +39,7 @@ func TestWindow(t *testing.T) {
 		t.Fatal(grant)
 	}
 	told.Reset()
-	own := make([]byte, frameHead) // yamux' word
+	own := make([]byte, frameHead) // a window update of yamux
 	own[1], own[7], own[8] = frameWindow, 1, 1
 	for _, flags := range []byte{0, flagFIN} {
 		own[3] = flags

@@ -11,8 +11,8 @@ import (
 // Protocol is the version of the protocol in PROTOCOL.md.
 const Protocol = 1
 
-// Level is what this agent knows. 1: users, environment, links, attributes of written files, listings in parts, output that is held.
-// 2: arguments of programs that are no text.
+// Level counts what agents of this protocol have learned. 1: users, environment, links, attributes of written files, listings in parts,
+// output that is held. 2: program arguments that are not text.
 const Level = 2
 
 // Bounds of everything that crosses the pipe (PROTOCOL.md, section 5).
@@ -82,15 +82,15 @@ const (
 	NoteHangUp    = "$/hangUp"
 )
 
-// UnknownCall begins the error of a call that an agent does not know, because its host is newer.
+// UnknownCall begins the error for a call that the agent does not know because its host is newer.
 const UnknownCall = "unknown call"
 
-// Hello is the one line each side writes first.
+// Hello is the one line that each side writes first.
 type Hello struct {
 	Protocol int    `json:"protocol"`
 	Version  string `json:"version"`
 	Boot     string `json:"boot,omitempty"`
-	// Level counts what agents have learned since the first of this protocol.
+	// Level is the level of the guest, see the constant Level; 0 is an agent from before levels.
 	Level int    `json:"level,omitempty"`
 	Error string `json:"error,omitempty"`
 }
@@ -107,21 +107,21 @@ type Header struct {
 	Parents bool   `json:"parents,omitempty"`
 	Process string `json:"process,omitempty"`
 	Follow  bool   `json:"follow,omitempty"`
-	// Hold has a process wait rather than lose output that the host was not sent yet.
+	// Hold makes the process wait rather than lose output that was not sent to the host yet.
 	Hold    bool   `json:"hold,omitempty"`
 	Size    int64  `json:"size,omitempty"`
 	EOF     bool   `json:"eof,omitempty"`
 	Network string `json:"network,omitempty"`
 	Address string `json:"address,omitempty"`
-	// Dial names a connection, for noteHangUp.
+	// Dial names the connection for NoteHangUp.
 	Dial string `json:"dial,omitempty"`
-	// Attrs are the user.* extended attributes of a file that is written, or with AttrsBelow those whose names begin so; nil keeps those
-	// that it has.
+	// Attrs are the user.* extended attributes of the written file; nil keeps the existing ones. With AttrsBelow they replace only the
+	// attributes whose names begin with it.
 	Attrs      map[string]string `json:"attrs,omitzero"`
 	AttrsBelow string            `json:"attrs_below,omitempty"`
 }
 
-// Answer is the guest's message on a raw stream.
+// Answer is the message that the guest sends on a raw stream.
 type Answer struct {
 	Error   *Error    `json:"error,omitempty"`
 	Info    *FileInfo `json:"info,omitempty"`
@@ -130,19 +130,20 @@ type Answer struct {
 
 // Config is what the host tells the agent about its sandbox.
 type Config struct {
-	// Env is added to the environment of every process, and to what was given before.
+	// Env is added to the environment of every process, and to the variables that earlier calls have set.
 	Env map[string]string `json:"env,omitempty"`
-	// User and Cwd are those of processes that name none; the defaults are "user", and the home of whoever it is.
+	// User and Cwd are the defaults for processes that name none. If they are empty, the user is "user" and the directory is the user's
+	// home.
 	User string `json:"user,omitempty"`
 	Cwd  string `json:"cwd,omitempty"`
 	// MaxProcesses bounds the tasks of all user processes together; zero means no bound.
 	MaxProcesses int64 `json:"max_processes,omitempty"`
-	// MaxMemory bounds the memory of all user processes together, in bytes: beyond it the largest one is killed
-	// with cause "oom". Zero means no bound.
+	// MaxMemory bounds the memory of all user processes together, in bytes: above it the largest process is killed with cause "oom". Zero
+	// means no bound.
 	MaxMemory int64 `json:"max_memory,omitempty"`
-	// MaxCPU is the number of cores that programs are told they may use; the host sees to it. Zero means no bound.
+	// MaxCPU is the number of cores that programs are told they may use; the host enforces it. Zero means no bound.
 	MaxCPU float64 `json:"max_cpu,omitempty"`
-	// OrphanMS is how long the agent lives without any host; zero means for ever.
+	// OrphanMS is how long the agent lives without any host; zero means forever.
 	OrphanMS int64 `json:"orphan_ms,omitempty"`
 }
 
@@ -150,42 +151,44 @@ type Config struct {
 type StartRequest struct {
 	Command string            `json:"command,omitempty"`
 	Args    []string          `json:"args,omitempty"`
-	Shown   bool              `json:"shown,omitempty"` // on the pipe: Args are in the notation of names, since they are no text
-	Cwd     string            `json:"cwd,omitempty"`   // absolute; default the user's home
-	Env     map[string]string `json:"env,omitempty"`   // added to the sandbox' environment
-	User    string            `json:"user,omitempty"`  // name, uid or uid:gid; default "user"
-	// Stdin is given to the process, then its stdin is closed, unless KeepStdin holds it open for WriteStdin.
+	Shown   bool              `json:"shown,omitempty"` // on the pipe: Args are in the notation of names, since they are not text
+	Cwd     string            `json:"cwd,omitempty"`   // absolute; default the shell's directory, Config.Cwd or the user's home
+	Env     map[string]string `json:"env,omitempty"`   // added to the sandbox's environment
+	User    string            `json:"user,omitempty"`  // name, uid or uid:gid; default Config.User
+	// Stdin is written to the process; then its stdin is closed, unless KeepStdin keeps it open for WriteStdin.
 	Stdin     []byte `json:"stdin,omitempty"`
 	KeepStdin bool   `json:"keep_stdin,omitempty"`
-	// Terminal gives the process a terminal of that size as stdin, stdout and stderr; zero sizes are 24 and 80. Its stdin stays open.
+	// Terminal gives the process a terminal of that size as stdin, stdout and stderr; zero means 24 rows and 80 columns. Its stdin stays
+	// open.
 	Terminal *Terminal `json:"terminal,omitempty"`
 	// Tag is a second name, unique among the running processes.
 	Tag string `json:"tag,omitempty"`
-	// Shell names a shell that remembers: the command starts in its directory, with its environment, functions and options, and leaves them
-	// to the next command as it has changed them. Each user has a shell of that name. Without bash only the request's own counts.
+	// Shell names a shell that keeps its state: the command starts in the shell's directory, with its environment, functions and options,
+	// and passes its changes to them on to the next command. Each user has a separate shell of that name. Without bash there is no state to
+	// keep, and only the request's own directory and environment apply.
 	Shell string `json:"shell,omitempty"`
-	// Fork starts the command as the shell would with "&": it gets what the shell has, and changes nothing of it. A command with a terminal
-	// always is one.
+	// Fork starts the command as the shell would with "&": it gets the shell's state but changes none of it. A command with a terminal is
+	// always forked.
 	Fork bool `json:"fork,omitempty"`
-	// TimeoutMS ends the process that long after its start, with cause "timeout"; zero means never.
+	// TimeoutMS is how long the process may run; then it ends with cause "timeout". Zero means no limit.
 	TimeoutMS int64 `json:"timeout_ms,omitempty"`
-	// Hold keeps all output for the first stream that holds it, for a while.
+	// Hold keeps all output until the first output stream with Header.Hold opens, but for 10 s at most.
 	Hold bool `json:"hold,omitempty"`
-	// WaitMS is how long the call waits for the end.
+	// WaitMS is how long the call waits for the process to end.
 	WaitMS int64  `json:"wait_ms,omitempty"`
 	Window Window `json:"window"`
 }
 
-// WaitRequest asks for a process by id or tag and a window of its output.
+// WaitRequest asks for a process, by id or tag, and for a window of its output.
 type WaitRequest struct {
 	Process string `json:"process"`
 	WaitMS  int64  `json:"wait_ms,omitempty"`
-	// Beyond, if set, ends the wait also when the process has written more than so many bytes in all.
+	// Beyond, if set, also ends the wait when the process has written more than that many bytes in total.
 	Beyond *int64 `json:"beyond,omitempty"`
 	Window Window `json:"window"`
 }
 
-// Window selects output: up to Head bytes from Offset on and, where that is not all, the last Tail bytes.
+// Window selects output: up to Head bytes from Offset and, if that is not everything, the last Tail bytes.
 type Window struct {
 	Offset int64  `json:"offset,omitempty"`
 	Head   int    `json:"head,omitempty"`
@@ -193,14 +196,14 @@ type Window struct {
 	Stream string `json:"stream,omitempty"` // "", "stdout" or "stderr"
 }
 
-// Output is what a Window found. Offsets count stdout and stderr together.
+// Output is what a Window selected. Offsets count stdout and stderr together.
 type Output struct {
 	Head []byte `json:"head,omitempty"`
 	Tail []byte `json:"tail,omitempty"`
-	// HeadEnd is the offset behind Head; what lies from there to TailStart is kept but was not asked for.
+	// HeadEnd is the offset after Head. Output from there to TailStart is left out: it was not asked for, or is no longer kept.
 	HeadEnd   int64 `json:"head_end"`
 	TailStart int64 `json:"tail_start"`
-	// End is the offset to go on from.
+	// End is the offset from which to continue.
 	End int64 `json:"end"`
 	// Dropped counts the bytes of the window that are no longer kept.
 	Dropped int64 `json:"dropped,omitempty"`
@@ -218,7 +221,7 @@ const (
 	StateExited  = "exited"
 )
 
-// Causes of a process' end that its exit status alone does not tell.
+// Causes of the end of a process that its exit status alone does not tell.
 const (
 	CauseOOM     = "oom"     // killed by the memory guard
 	CauseTimeout = "timeout" // killed at its timeout
@@ -237,15 +240,15 @@ type Process struct {
 	PID     int       `json:"pid"`
 	Started time.Time `json:"started"`
 	Ended   time.Time `json:"ended,omitzero"`
-	// ExitCode is the exit status, or 128+signal as shells have it; meaningful when exited.
+	// ExitCode is the exit status, or 128+signal as in shells; it has a meaning only after the process has exited.
 	ExitCode int    `json:"exit_code"`
 	Signal   string `json:"signal,omitempty" max:"128"`
 	Cause    string `json:"cause,omitempty" max:"128"`
-	// Children counts what the process started and left behind; they go on when it has ended.
+	// Children counts the processes that it started and that still run after its end.
 	Children int `json:"children,omitempty"`
-	// LimitHit says that a fork was refused because there were too many processes.
+	// LimitHit reports whether a fork was refused because there were too many processes.
 	LimitHit bool `json:"limit_hit,omitempty"`
-	// CPUMS is the CPU time used in milliseconds, Memory the bytes used now, or at most once it has ended.
+	// CPUMS is the CPU time used, in milliseconds. Memory is the bytes in use now or, after the end, the peak.
 	CPUMS     int64 `json:"cpu_ms"`
 	Memory    int64 `json:"memory"`
 	Output    int64 `json:"output"`            // bytes written so far
@@ -253,11 +256,11 @@ type Process struct {
 	StdinOpen bool  `json:"stdin_open,omitempty"`
 	// Terminal is the size of its terminal, if it has one.
 	Terminal *Terminal `json:"terminal,omitempty"`
-	// ShellCwd is where its shell is now, if that has moved.
+	// ShellCwd is the directory where its shell is now, if the command has changed it.
 	ShellCwd string `json:"shell_cwd,omitempty"`
-	// GoneCwd is where its shell was, if that directory is gone; it was started in one above.
+	// GoneCwd is the directory where its shell was, if that is gone or closed to the user; the process was started in a directory above it.
 	GoneCwd string `json:"gone_cwd,omitempty"`
-	// Forgotten says that what it has changed of its shell could not be remembered.
+	// Forgotten reports whether its changes to the shell could not be remembered.
 	Forgotten bool `json:"forgotten,omitempty"`
 }
 
@@ -273,18 +276,18 @@ type SignalRequest struct {
 	Signal  string `json:"signal"`
 }
 
-// ResizeRequest changes the size of a process' terminal.
+// ResizeRequest changes the size of a process's terminal.
 type ResizeRequest struct {
 	Process  string   `json:"process"`
 	Terminal Terminal `json:"terminal"`
 }
 
-// UsageRequest asks for the consumption and, if Since is set, for the events after that number.
+// UsageRequest asks for the resource usage and, if Since is set, for the events after that number.
 type UsageRequest struct {
 	Since *int64 `json:"since,omitempty"`
 }
 
-// Usage is the consumption of all user processes of the sandbox.
+// Usage is the resource usage of all user processes of the sandbox.
 type Usage struct {
 	Memory    int64 `json:"memory"`     // bytes
 	CPUMS     int64 `json:"cpu_ms"`     // milliseconds since boot
@@ -294,7 +297,7 @@ type Usage struct {
 	OOMKills  int64 `json:"oom_kills"`  // since boot
 	// AgentMemory is the agent's own resident memory in bytes.
 	AgentMemory int64 `json:"agent_memory"`
-	// Events are those that were asked for, the oldest first; the agent keeps the latest ones only.
+	// Events are the requested events, oldest first; the agent keeps only the latest MaxEvents.
 	Events []Event `json:"events,omitempty" max:"512"`
 }
 
@@ -306,7 +309,8 @@ const (
 	TypeOther   = "other"
 )
 
-// FileInfo describes a file. It is the target's for Stat, the link's own in a directory listing, and where links were asked for.
+// FileInfo describes a file. For a symlink, Stat describes its target; directory listings, and requests for links, describe the link
+// itself.
 type FileInfo struct {
 	Path   string            `json:"path"`
 	Type   string            `json:"type"`
@@ -317,21 +321,21 @@ type FileInfo struct {
 	MTime  time.Time         `json:"mtime"`
 	Target string            `json:"target,omitempty"` // of a symlink
 	Attrs  map[string]string `json:"attrs,omitempty"`  // user.* extended attributes, without the prefix
-	Link   *Link             `json:"link,omitempty"`   // where links were asked for
+	Link   *Link             `json:"link,omitempty"`   // if links were asked for
 }
 
-// Link is what a file is apart from where it leads to, as far as FileInfo does not tell.
+// Link is what FileInfo does not tell about a file itself, and about where a symlink leads.
 type Link struct {
-	Permissions string `json:"permissions"` // as fs.FileMode shows them
-	// Target is the path that a symlink leads to in the end, and Type and Mode are of what is there; "" is nothing.
+	Permissions string `json:"permissions"` // in the format of fs.FileMode
+	// Target is the path to which a symlink finally leads, Type and Mode describe the file there. "" means that there is no file.
 	Target string `json:"target,omitempty"`
 	Type   string `json:"type,omitempty"`
 	Mode   string `json:"mode,omitempty"`
-	// Real is the path without symlinks, of a file that was asked for by itself.
+	// Real is the path without symlinks; a directory listing does not set it.
 	Real string `json:"real,omitempty"`
 }
 
-// UserRequest names a user: by name, uid or uid:gid; "" is the sandbox' own.
+// UserRequest names a user: by name, uid or uid:gid; "" is the sandbox's default user.
 type UserRequest struct {
 	User string `json:"user,omitempty"`
 }
@@ -342,11 +346,11 @@ type User struct {
 	UID  uint32 `json:"uid"`
 	GID  uint32 `json:"gid"`
 	Home string `json:"home"`
-	Cwd  string `json:"cwd"` // where his processes start that name no directory
+	Cwd  string `json:"cwd"` // where the user's processes start if they name no directory
 }
 
-// DirRequest lists a directory down to Depth levels (at least 1), at most Limit entries, those behind the path After if it is set. With
-// Links each entry has what Link tells, and its attributes.
+// DirRequest lists a directory down to Depth levels (at least 1). It returns at most Limit entries, only those after the path After if that
+// is set. With Links each entry also has its Link and its attributes.
 type DirRequest struct {
 	Path  string `json:"path"`
 	Depth int    `json:"depth,omitempty"`
@@ -355,14 +359,14 @@ type DirRequest struct {
 	Links bool   `json:"links,omitempty"`
 }
 
-// DirResult is a listing in tree order. More says that entries were left out.
+// DirResult is a listing in tree order. More reports whether entries were left out.
 type DirResult struct {
 	Entries []FileInfo `json:"entries"`
 	More    bool       `json:"more,omitempty"`
 }
 
-// PathRequest names one file; User owns what is created; Recursive extends Remove to whole trees; Links has a file described that is a
-// link, not what it leads to.
+// PathRequest names one file. User owns what is created. Recursive makes Remove remove whole trees. Links describes a symlink itself
+// instead of its target.
 type PathRequest struct {
 	Path      string            `json:"path"`
 	User      string            `json:"user,omitempty"`
@@ -372,14 +376,14 @@ type PathRequest struct {
 	Links     bool              `json:"links,omitempty"`
 }
 
-// MoveRequest renames From to To, across file systems if need be.
+// MoveRequest renames From to To, across file systems if necessary.
 type MoveRequest struct {
 	From string `json:"from"`
 	To   string `json:"to"`
-	User string `json:"user,omitempty"` // whom directories are given that are made for it
+	User string `json:"user,omitempty"` // owner of the directories that are created for To
 }
 
-// EditRequest replaces Old, which must occur exactly once unless All, or inserts New behind line InsertLine.
+// EditRequest replaces Old, which must occur exactly once unless All is set, or inserts New after line InsertLine.
 type EditRequest struct {
 	Path       string `json:"path"`
 	Old        string `json:"old,omitempty"`
@@ -388,13 +392,13 @@ type EditRequest struct {
 	InsertLine *int   `json:"insert_line,omitempty"` // 0 is before the first line
 }
 
-// EditResult tells what an edit did; Line is the first line that changed, and Snippet the lines around it.
+// EditResult is the outcome of an edit. Line is the first changed line, Snippet the lines around it.
 type EditResult struct {
 	Info     FileInfo `json:"info"`
 	Replaced int      `json:"replaced"`
 	Line     int      `json:"line"`
 	Snippet  string   `json:"snippet"`
-	CRLF     bool     `json:"crlf,omitempty"` // ends of lines were matched or written as the file has them
+	CRLF     bool     `json:"crlf,omitempty"` // the file's CRLF line ends were matched or written
 }
 
 // SearchRequest finds files under Path by Glob (** spans directories) and, with Pattern (RE2), lines in them.
@@ -405,21 +409,21 @@ type SearchRequest struct {
 	Limit   int    `json:"limit,omitempty"`
 }
 
-// SearchResult holds the matches in path order. More says that the limit or the time ended the search.
+// SearchResult holds the matches in path order. More reports whether the limit or the time ended the search early.
 type SearchResult struct {
 	Matches []Match `json:"matches"`
-	Files   int     `json:"files"` // files looked at
+	Files   int     `json:"files"` // files searched
 	More    bool    `json:"more,omitempty"`
 }
 
-// Match is a file, or with Line > 0 a line in it.
+// Match is a file or, if Line > 0, a line in it.
 type Match struct {
 	Path string `json:"path"`
 	Line int    `json:"line,omitempty"`
 	Text string `json:"text,omitempty"`
 }
 
-// WriteMessage writes v as a length and JSON.
+// WriteMessage writes v as a length followed by JSON.
 func WriteMessage(w io.Writer, v any) error {
 	body, err := json.Marshal(v)
 	if err != nil {
@@ -434,7 +438,7 @@ func WriteMessage(w io.Writer, v any) error {
 	return err
 }
 
-// ReadMessage reads what writeMessage wrote.
+// ReadMessage reads what WriteMessage wrote.
 func ReadMessage(r io.Reader, v any) error {
 	body, err := readBlock(r, MaxMessage)
 	if err != nil {
@@ -446,7 +450,7 @@ func ReadMessage(r io.Reader, v any) error {
 	return nil
 }
 
-// readBlock reads a length of at most limit and that many bytes.
+// readBlock reads a length of at most limit, then that many bytes.
 func readBlock(r io.Reader, limit uint32) ([]byte, error) {
 	var size [4]byte
 	if _, err := io.ReadFull(r, size[:]); err != nil {
@@ -463,7 +467,7 @@ func readBlock(r io.Reader, limit uint32) ([]byte, error) {
 	return body, nil
 }
 
-// cutOff makes the end of a stream in the middle of something an error of its own.
+// cutOff turns an end of file in the middle of something into an error.
 func cutOff(err error) error {
 	if err == io.EOF {
 		return io.ErrUnexpectedEOF

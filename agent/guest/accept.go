@@ -11,20 +11,20 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// acceptWait is how long a connection waits for a host that takes it; maxPending is how many wait.
+// acceptWait is how long a connection waits for a host to take it; maxPending is how many connections may wait.
 const (
 	acceptWait = 30 * time.Second
 	maxPending = 128
 )
 
-// acceptors are the addresses of the sandbox' loopback on which a host takes connections. They go on from one host to the next. It is safe
-// for concurrent use.
+// acceptors are the addresses of the sandbox's loopback on which a host takes connections. They stay open from one host to the next. It is
+// safe for concurrent use.
 type acceptors struct {
 	mu     sync.Mutex
 	byAddr map[string]chan net.Conn
 }
 
-// on gives the connections to an address, which is listened on from the first time on.
+// on returns the channel of connections to an address; the first call begins to listen on the address.
 func (a *acceptors) on(ctx context.Context, address string) (chan net.Conn, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -33,7 +33,7 @@ func (a *acceptors) on(ctx context.Context, address string) (chan net.Conn, erro
 	}
 	host, _, err := net.SplitHostPort(address)
 	if err != nil || net.ParseIP(host) == nil || !net.ParseIP(host).IsLoopback() {
-		return nil, agent.Invalid("accept on %q: only the sandbox' own loopback can be listened on", agent.Clip(address, 80))
+		return nil, agent.Invalid("accept on %q: only the sandbox's own loopback can be listened on", agent.Clip(address, 80))
 	}
 	l, err := net.Listen("tcp", address)
 	if err != nil {
@@ -50,7 +50,7 @@ func (a *acceptors) on(ctx context.Context, address string) (chan net.Conn, erro
 		for {
 			slots <- struct{}{}
 			conn, err := l.Accept()
-			if err != nil { // the agent is at its end, or out of descriptors: who asks again listens anew
+			if err != nil { // the agent is closing, or out of descriptors: the next call listens again
 				a.mu.Lock()
 				delete(a.byAddr, address)
 				a.mu.Unlock()
@@ -72,7 +72,7 @@ func (a *acceptors) on(ctx context.Context, address string) (chan net.Conn, erro
 	return conns, nil
 }
 
-// serveAccept waits for a connection to an address of the loopback, and gives it to the host.
+// serveAccept waits for a connection to an address of the loopback, and passes it to the host.
 func (s *Server) serveAccept(ctx context.Context, stream *yamux.Stream, h agent.Header) {
 	conns, err := s.acceptors.on(s.ctx, h.Address)
 	if err != nil {
@@ -94,10 +94,10 @@ func (s *Server) serveAccept(ctx context.Context, stream *yamux.Stream, h agent.
 	}
 }
 
-// lingerTime is how long a connection may stay that its host has done with.
+// lingerTime is how long a connection may stay open after the host has closed its half.
 const lingerTime = 5 * time.Second
 
-// giveOver is splice with a host that says the last word: once it has closed its half, the sandbox has a moment to close its own.
+// giveOver is splice, but the host decides the end: once it has closed its half, the sandbox has lingerTime to close its own.
 func giveOver(stream *yamux.Stream, conn net.Conn) {
 	var both sync.WaitGroup
 	both.Go(func() {

@@ -65,7 +65,7 @@ func pair(t testing.TB) (*agent.Client, string) {
 	return client, dir
 }
 
-// run runs a command to its end.
+// run runs a command until it ends.
 func run(t testing.TB, c *agent.Client, req agent.StartRequest) agent.Snapshot {
 	t.Helper()
 	req.WaitMS = 60_000
@@ -250,7 +250,7 @@ func TestStdin(t *testing.T) {
 	}
 }
 
-// TestStdinBackPressure: who does not read holds up its own writer, and nobody else.
+// TestStdinBackPressure: a process that does not read blocks only its own writer.
 func TestStdinBackPressure(t *testing.T) {
 	c, _ := pair(t)
 	var n int64
@@ -422,7 +422,7 @@ func TestVersionMismatch(t *testing.T) {
 	}
 }
 
-// TestHostileGuest: whatever a guest sends, the host gets a clear error.
+// TestHostileGuest: whatever a guest sends, the host returns a clear error.
 func TestHostileGuest(t *testing.T) {
 	greet := func(guest net.Conn) {
 		var h agent.Hello
@@ -493,7 +493,7 @@ func TestHostileGuest(t *testing.T) {
 	}
 }
 
-// TestForgedRead: a guest cannot make the host take more than it asked for.
+// TestForgedRead: a guest cannot make the host accept more than it asked for.
 func TestForgedRead(t *testing.T) {
 	host, g := net.Pipe()
 	go func() {
@@ -510,7 +510,7 @@ func TestForgedRead(t *testing.T) {
 			return
 		}
 		_ = agent.WriteMessage(s, agent.Answer{Info: &agent.FileInfo{}})
-		_, _ = agent.WriteChunks(s, readerFunc(func(p []byte) (int, error) { return len(p), nil })) // for ever
+		_, _ = agent.WriteChunks(s, readerFunc(func(p []byte) (int, error) { return len(p), nil })) // without end
 	}()
 	c, err := agent.NewClient(t.Context(), host, "test")
 	if err != nil {
@@ -527,7 +527,7 @@ func TestForgedRead(t *testing.T) {
 	}
 }
 
-// TestLargeAnswers are cut, or are an error: they are never lost.
+// TestLargeAnswers: large answers are cut or become an error, but are never lost.
 func TestLargeAnswers(t *testing.T) {
 	c, dir := pair(t)
 	for i := range 4000 {
@@ -553,7 +553,7 @@ func TestLargeAnswers(t *testing.T) {
 	run(t, c, agent.StartRequest{Command: "true"})
 }
 
-// TestCancelReachesGuest: a wait that is given up ends in the guest too.
+// TestCancelReachesGuest: cancelling a wait on the host also ends it in the guest.
 func TestCancelReachesGuest(t *testing.T) {
 	c, _ := pair(t)
 	s, err := c.Start(t.Context(), agent.StartRequest{Command: "exec sleep 600"})
@@ -573,7 +573,7 @@ func TestCancelReachesGuest(t *testing.T) {
 	eventually(t, "no wait", func() bool { return waiting() == 0 })
 }
 
-// TestOrphan: an agent that no host talks to ends by itself, also with a connection open that it was asked to make.
+// TestOrphan: an agent without a host ends by itself, even with an open connection that a host asked for.
 func TestOrphan(t *testing.T) {
 	server, err := NewServer(Options{Version: "test"})
 	if err != nil {

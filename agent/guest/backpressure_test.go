@@ -7,7 +7,8 @@ import (
 	"time"
 )
 
-// TestNobodyReads: of what a server in the sandbox sends, little waits for who does not read, and all of it comes once that reads.
+// TestNobodyReads: if the host's reader stops, only little of what a server in the sandbox sends is buffered; all of it arrives once the
+// reader continues.
 func TestNobodyReads(t *testing.T) {
 	c, _ := pair(t)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -28,7 +29,7 @@ func TestNobodyReads(t *testing.T) {
 		sent, part := 0, make([]byte, 16<<10)
 		for first := true; sent < all; {
 			if first {
-				_ = conn.SetWriteDeadline(time.Now().Add(time.Second)) // nothing moves for so long
+				_ = conn.SetWriteDeadline(time.Now().Add(time.Second)) // nothing moves for that long
 			}
 			n, err := conn.Write(part[:min(len(part), all-sent)])
 			sent += n

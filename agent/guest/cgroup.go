@@ -16,28 +16,28 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// cgroups is the part of the guest's cgroup tree that holds all user processes. It is reached by descriptors only: what users
-// see at /sys/fs/cgroup is read-only, so that root in the sandbox cannot lift its limits.
+// cgroups is the part of the guest's cgroup tree that holds all user processes. The agent reaches it by descriptors only: what users see at
+// /sys/fs/cgroup is read-only, so that root in the sandbox cannot lift its limits.
 type cgroups struct {
 	dir *os.File
-	// What the guard looks at is kept open, as are the files of each cgroup: a system call of the guest costs tens of microseconds.
+	// The files that the guard reads stay open, as do those of each cgroup: a system call of the guest costs tens of microseconds.
 	memory, tasks *os.File
 	bridges       *os.File // the processes of the agent's own cgroup
 	limits        atomic.Pointer[groupLimits]
-	seq           atomic.Int64 // names of cgroups
-	// ready holds cgroups made ahead, or used before and left empty: making one costs about as much as a tenth of a short command.
+	seq           atomic.Int64 // for the names of cgroups
+	// ready holds cgroups made in advance, and empty ones for reuse: making a cgroup takes about a tenth of the time of a short command.
 	ready chan *cgroup
-	cpu   atomic.Int64 // milliseconds used in cgroups that are removed
+	cpu   atomic.Int64 // milliseconds used in cgroups that were removed
 }
 
-// groupLimits is what a cgroup is made with: one that was made with others is not used again.
+// groupLimits are the limits that a cgroup was made with: a cgroup with other limits than the current ones is not reused.
 type groupLimits struct {
 	pids, memory int64
 	cpu          float64
 }
 
-// write sets the limits of a cgroup, of which gVisor enforces that of tasks alone: the others tell programs what the guard and the host
-// enforce. They look in their own cgroup, or at the root of what is mounted. Zero is no limit.
+// write sets the limits of a cgroup. gVisor enforces only the number of tasks; the other limits tell programs, which look in their own
+// cgroup or at the root of the mount, what the guard and the host enforce. Zero is no limit.
 func (l groupLimits) write(dir *os.File) error {
 	most := func(n int64) string {
 		if n <= 0 {
@@ -56,16 +56,16 @@ func (l groupLimits) write(dir *os.File) error {
 	return nil
 }
 
-// cpuPeriod is the time in which cpu.max counts what is used, in microseconds: what Linux begins with.
+// cpuPeriod is the period of cpu.max in microseconds: the default of Linux.
 const cpuPeriod = 100_000
 
-// cgroup holds one process and everything it started. A nil cgroup is one outside a sandbox: it is empty.
+// cgroup holds one process and everything it started. Outside a sandbox it is nil, and empty.
 type cgroup struct {
 	*groupDir
-	cpuBefore, refusedBefore int64 // by those who used the directory before: milliseconds, and refused forks
+	cpuBefore, refusedBefore int64 // by earlier users of the directory: milliseconds, and refused forks
 
 	mu   sync.Mutex
-	gone bool // the directory is removed, or another's
+	gone bool // the directory was removed, or has another user
 }
 
 // groupDir is a cgroup's directory.
@@ -79,9 +79,9 @@ type groupDir struct {
 
 const cgroupMount = "/sys/fs/cgroup"
 
-// mountCgroups moves the agent out of the way, makes the users' cgroup, and hides the writable tree. Each user process begins in a cgroup
-// namespace of its own (spawnAttr.group): whatever root in a user namespace of its own mounts, it sees its own cgroup and none beside or
-// above it.
+// mountCgroups moves the agent into a cgroup of its own, makes the users' cgroup, and hides the writable tree. Each user process begins in
+// a cgroup namespace of its own (spawnAttr.group): root of another user namespace that mounts cgroups sees only its own cgroup, and none
+// beside or above it.
 func mountCgroups() (*cgroups, error) {
 	agent, user := filepath.Join(cgroupMount, "agent"), filepath.Join(cgroupMount, "user")
 	for _, dir := range []string{agent, user} {
@@ -109,7 +109,7 @@ func mountCgroups() (*cgroups, error) {
 			return nil, fmt.Errorf("enable cgroup controllers: %w", err)
 		}
 	}
-	// There is a cgroup for each process and none below: what is not needed is not there to be counted.
+	// Each process has one cgroup without children: programs cannot make more of them, so nothing has to bound their number.
 	if err := writeAt(dir, "cgroup.max.depth", "1"); err != nil {
 		return nil, fmt.Errorf("limit the depth of cgroups: %w", err)
 	}
@@ -125,8 +125,8 @@ func mountCgroups() (*cgroups, error) {
 	return c, err
 }
 
-// showCgroup mounts the cgroup in dir, and what is below it, where programs look for cgroups: read-only, and in place of all others. What
-// is mounted is the root of the caller's namespace, which for that time is this one.
+// showCgroup mounts the cgroup in dir and its children where programs look for cgroups: read-only, and in place of all others. A mount
+// shows the root of the caller's cgroup namespace, so the thread enters a namespace with this root for that time.
 func showCgroup(dir *os.File) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -156,7 +156,7 @@ func showCgroup(dir *os.File) error {
 // limit sets the limits of all user processes together.
 func (c *cgroups) limit(l groupLimits) error {
 	c.limits.Store(&l)
-	for stale := true; stale; { // they have the old limit
+	for stale := true; stale; { // ready cgroups have the old limits
 		select {
 		case g := <-c.ready:
 			g.remove()
@@ -167,7 +167,8 @@ func (c *cgroups) limit(l groupLimits) error {
 	return l.write(c.dir)
 }
 
-// add gives a cgroup for a process. It may fill all but an eighth of the users' cgroup, so that a fork bomb in one leaves room for others.
+// add returns a cgroup for a process. The process may fill seven eighths of the users' cgroup, so that a fork bomb in it leaves room for
+// others.
 func (c *cgroups) add() (*cgroup, error) {
 	select {
 	case g := <-c.ready:
@@ -177,14 +178,14 @@ func (c *cgroups) add() (*cgroup, error) {
 	}
 }
 
-// stock makes a cgroup ahead, if there is none; it is called when nobody waits.
+// stock makes a cgroup in advance if there is none; it is called when no caller waits.
 func (c *cgroups) stock() {
 	if len(c.ready) > 0 {
 		return
 	}
 	g, err := c.make()
 	if err != nil {
-		return // add will meet the same error, and tell it
+		return // add will get the same error, and report it
 	}
 	select {
 	case c.ready <- g:
@@ -222,11 +223,11 @@ func (c *cgroups) make() (*cgroup, error) {
 	return g, nil
 }
 
-// leftMemory is how much memory a cgroup that is used again may have: who is in it next would be held to have taken it.
+// leftMemory is how much memory an empty cgroup may still have to be reused: it would be charged to the next process.
 const leftMemory = 4 << 20
 
-// release gives the cgroup back to be used again, if nothing is left in it; otherwise it does what remove does. Who has not lasted cannot
-// have left much memory, as files: to look for it takes a part of a short command's time.
+// release keeps the cgroup for reuse if it is empty, and removes it otherwise. A process that did not last cannot have left much memory as
+// files, so release does not look for it: that would take a part of a short command's time.
 func (g *cgroup) release(lasted bool) {
 	if g == nil {
 		return
@@ -249,7 +250,7 @@ func (g *cgroup) release(lasted bool) {
 	}
 }
 
-// remove takes the cgroup away if nothing is left in it.
+// remove removes the cgroup if it is empty, and reports whether it is gone.
 func (g *cgroup) remove() bool {
 	if g == nil {
 		return true
@@ -259,25 +260,25 @@ func (g *cgroup) remove() bool {
 	if g.gone {
 		return true
 	}
-	cpu := g.groupDir.cpuMS() // the parent forgets it
+	cpu := g.groupDir.cpuMS() // the parent's count loses it
 	if err := unix.Unlinkat(int(g.parent.dir.Fd()), g.name, unix.AT_REMOVEDIR); err != nil {
 		return false
 	}
 	g.parent.cpu.Add(cpu)
 	g.gone = true
 	for _, f := range []*os.File{g.dir, g.procs, g.groupDir.cpu, g.refused} {
-		_ = f.Close() // nil where it could not be opened
+		_ = f.Close() // nil if it could not be opened
 	}
 	return true
 }
 
-// cpuMS is the CPU time used in the directory since it was made, in milliseconds.
+// cpuMS returns the CPU time used in the directory since it was made, in milliseconds.
 func (d *groupDir) cpuMS() int64 { return keyed(readFile(d.cpu), "usage_usec") / 1000 }
 
-// refusals counts the forks that were refused in the directory since it was made.
+// refusals counts the forks refused in the directory since it was made.
 func (d *groupDir) refusals() int64 { return keyed(readFile(d.refused), "max") }
 
-// pids lists what runs in the cgroup.
+// pids lists the processes in the cgroup.
 func (g *cgroup) pids() []int {
 	if g == nil {
 		return nil
@@ -290,7 +291,7 @@ func (g *cgroup) pids() []int {
 	return parsePIDs(readFile(g.procs))
 }
 
-// parsePIDs reads a list of processes; the agent is left out.
+// parsePIDs parses a list of processes and leaves out the agent.
 func parsePIDs(list string) (pids []int) {
 	for _, word := range strings.Fields(list) {
 		if pid, err := strconv.Atoi(word); err == nil && pid > 1 {
@@ -300,7 +301,7 @@ func parsePIDs(list string) (pids []int) {
 	return pids
 }
 
-// kill ends everything in the cgroup.
+// kill kills every process in the cgroup.
 func (g *cgroup) kill() {
 	if g == nil {
 		return
@@ -312,7 +313,7 @@ func (g *cgroup) kill() {
 	}
 }
 
-// hitLimit says whether a fork in the cgroup was refused for its number of tasks.
+// hitLimit reports whether a fork in the cgroup was refused because of its number of tasks.
 func (g *cgroup) hitLimit() bool {
 	if g == nil {
 		return false
@@ -322,7 +323,7 @@ func (g *cgroup) hitLimit() bool {
 	return !g.gone && g.refusals() > g.refusedBefore
 }
 
-// usage gives CPU milliseconds and memory bytes of the cgroup, or outside a sandbox of the process.
+// usage returns the CPU time in milliseconds and the memory in bytes of the cgroup or, outside a sandbox, of the process.
 func (g *cgroup) usage(pid int) (cpuMS, memory int64) {
 	if g == nil {
 		return procUsage(pid)
@@ -344,7 +345,7 @@ func procUsage(pid int) (cpuMS, memory int64) {
 	return (number(fields[11]) + number(fields[12])) * tick, number(fields[21]) * int64(os.Getpagesize())
 }
 
-// procStat is what proc(5) tells of a process from its state on; nil where there is none.
+// procStat returns the fields of a process's stat file (proc(5)) from its state on; nil if there is no such process.
 func procStat(pid int) []string {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
@@ -353,7 +354,7 @@ func procStat(pid int) []string {
 	return strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
 }
 
-// usage is the consumption of all user processes.
+// usage returns the resource usage of all user processes.
 func (c *cgroups) usage() agent.Usage {
 	return agent.Usage{
 		Memory:    number(readFile(c.memory)),
@@ -362,7 +363,7 @@ func (c *cgroups) usage() agent.Usage {
 	}
 }
 
-// openAt opens a file of a cgroup, or a cgroup, to read.
+// openAt opens a cgroup, or a file in it, for reading.
 func openAt(dir *os.File, name string) (*os.File, error) {
 	fd, err := unix.Openat(int(dir.Fd()), name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -371,7 +372,7 @@ func openAt(dir *os.File, name string) (*os.File, error) {
 	return os.NewFile(uintptr(fd), name), nil
 }
 
-// readAt reads a file of a cgroup; "" where that fails.
+// readAt reads a file of a cgroup; "" if that fails.
 func readAt(dir *os.File, name string) string {
 	f, err := openAt(dir, name)
 	if err != nil {
@@ -381,7 +382,7 @@ func readAt(dir *os.File, name string) string {
 	return readFile(f)
 }
 
-// readFile reads a file of a cgroup as it is now; "" where that fails.
+// readFile reads the current content of an open file of a cgroup; "" if that fails.
 func readFile(f *os.File) string {
 	var all []byte
 	buf := make([]byte, 4<<10)
@@ -392,7 +393,7 @@ func readFile(f *os.File) string {
 		}
 		all = append(all, buf[:n]...)
 		if n < len(buf)/2 {
-			break // cgroupfs gives a small file at once
+			break // cgroupfs returns a small file in one read
 		}
 	}
 	return string(all)
@@ -409,7 +410,7 @@ func writeAt(dir *os.File, name, text string) error {
 }
 
 func number(text string) int64 {
-	n, _ := strconv.ParseInt(strings.TrimSpace(text), 10, 64) // unreadable is 0
+	n, _ := strconv.ParseInt(strings.TrimSpace(text), 10, 64) // 0 if unreadable
 	return n
 }
 

@@ -12,10 +12,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// collector moves what all processes write into their spools, and tells when they end. One epoll waits for all pipes, and tells them in the
-// order in which they became readable: so stdout and stderr of a process keep their order but for bursts within microseconds.
+// collector moves the output of all processes into their spools, and tells when processes end. One epoll waits for all pipes and reports
+// them in the order in which they became readable: so stdout and stderr of a process keep their order except within bursts of microseconds.
 type collector struct {
-	epoll *os.File // waited for by the Go runtime like any other file: a thread of its own would hold back a processor, and wake late
+	epoll *os.File // the Go runtime waits for it like for any file: a thread of its own would occupy a processor and wake late
 	done  chan struct{}
 
 	mu    sync.Mutex
@@ -24,10 +24,10 @@ type collector struct {
 	ends  map[token]processEnd
 }
 
-// token names what is waited for. No two have the same one, while descriptors are used again: an event that comes late is nobody's.
+// token identifies what is waited for. Descriptors are reused but tokens are not: so a late event cannot be taken for another descriptor's.
 type token uint64
 
-// processEnd is a process whose end is waited for.
+// processEnd is a process whose end is awaited.
 type processEnd struct {
 	pidfd int
 	ended func()
@@ -39,13 +39,13 @@ type outputPipe struct {
 	fd     int
 	stream int
 	output *spool
-	eof    chan struct{} // closed when nobody can write any more
+	eof    chan struct{} // closed when no process can write any more
 
 	mu      sync.Mutex // held while bytes are between pipe and spool
-	over    bool       // nothing is in it any more, nor will be
+	over    bool       // it is empty and will stay so
 	closed  bool
-	stalled bool // it is not read, as somebody holds the output
-	freed   bool // it is read whoever holds the output: its process has just ended
+	stalled bool // it is not read, because a holder of the output is too far behind
+	freed   bool // it is read regardless of holders: its process has just ended
 }
 
 func newCollector() (*collector, error) {
@@ -53,7 +53,7 @@ func newCollector() (*collector, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make epoll: %w", err)
 	}
-	if err := unix.SetNonblock(fd, true); err != nil { // os.NewFile goes by it
+	if err := unix.SetNonblock(fd, true); err != nil { // os.NewFile checks this
 		return nil, errors.Join(fmt.Errorf("make epoll: %w", err), unix.Close(fd))
 	}
 	c := &collector{epoll: os.NewFile(uintptr(fd), "epoll"), pipes: map[token]*outputPipe{}, ends: map[token]processEnd{},
@@ -62,11 +62,11 @@ func newCollector() (*collector, error) {
 	return c, nil
 }
 
-// close ends the collector, and with it what is still open.
+// close ends the collector and closes the remaining pipes.
 func (c *collector) close() {
 	_ = c.epoll.Close()
 	<-c.done
-	for _, p := range c.pipes { // nobody else is left
+	for _, p := range c.pipes { // no other goroutine uses them any more
 		c.finish(p)
 	}
 }
@@ -80,24 +80,24 @@ func (c *collector) add(fd, stream int, output *spool) *outputPipe {
 	c.pipes[p.token] = p
 	c.mu.Unlock()
 	if err := c.control(unix.EPOLL_CTL_ADD, fd, p.token); err != nil {
-		c.finish(p) // no memory for it: the output is lost, the process is not
+		c.finish(p) // no memory for it: the output is lost, but the process runs
 	}
 	return p
 }
 
-// resume reads pipes again that were stalled.
+// resume continues to read pipes that were stalled.
 func (c *collector) resume(pipes ...*outputPipe) {
 	for _, p := range pipes {
 		p.mu.Lock()
 		if p.stalled && !p.closed {
-			_ = c.control(unix.EPOLL_CTL_ADD, p.fd, p.token) // as at first
+			_ = c.control(unix.EPOLL_CTL_ADD, p.fd, p.token) // as in add
 		}
 		p.stalled = false
 		p.mu.Unlock()
 	}
 }
 
-// await has ended called once the process behind a pidfd, which it takes over, has ended.
+// await calls ended once the process behind a pidfd has ended. It takes over the pidfd.
 func (c *collector) await(pidfd int, ended func()) {
 	c.mu.Lock()
 	c.seq++
@@ -111,14 +111,14 @@ func (c *collector) await(pidfd int, ended func()) {
 	}
 }
 
-// over ends the wait for a process, whose pidfd is then to be closed.
+// over ends the wait for a process; the caller must then close its pidfd.
 func (c *collector) over(t token) (pidfd int, ok bool) {
 	c.mu.Lock()
 	end, ok := c.ends[t]
 	delete(c.ends, t)
 	c.mu.Unlock()
 	if !ok {
-		return -1, false // another one was first
+		return -1, false // another caller was first
 	}
 	end.ended()
 	return end.pidfd, true
@@ -132,7 +132,7 @@ func (c *collector) control(op, fd int, t token) error {
 
 func tokenOf(e unix.EpollEvent) token { return token(uint32(e.Fd)) | token(uint32(e.Pad))<<32 }
 
-// finish ends a pipe, once.
+// finish closes a pipe, once.
 func (c *collector) finish(p *outputPipe) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -143,7 +143,7 @@ func (c *collector) finish(p *outputPipe) {
 	c.mu.Lock()
 	delete(c.pipes, p.token)
 	c.mu.Unlock()
-	// Not by closing alone: a child between fork and exec holds the pipe for a moment.
+	// Closing it is not enough: a child between fork and exec keeps the pipe open for a moment.
 	_ = c.control(unix.EPOLL_CTL_DEL, p.fd, p.token)
 	quickClose(p.fd)
 	close(p.eof)
@@ -159,17 +159,17 @@ func (c *collector) run() {
 	// Read returns when the file is closed.
 	_ = raw.Read(func(epoll uintptr) (end bool) {
 		for round := 1; c.poll(int(epoll), events, buf) > 0; round++ {
-			runtime.Gosched() // others are to have a turn, which no call of quick.go tells the scheduler
+			runtime.Gosched() // let other goroutines run: the calls of quick.go do not tell the scheduler
 			if round%16 == 0 {
-				_, _, _ = syscall.Syscall(unix.SYS_GETPID, 0, 0, 0) // an ordinary call: now its monitor looks at the rest, too
+				_, _, _ = syscall.Syscall(unix.SYS_GETPID, 0, 0, 0) // an ordinary call, after which the runtime's monitor looks around
 			}
 		}
 		return false
 	})
 }
 
-// poll moves what is there, in the order in which it came, and tells how many descriptors had something. It may be called by several at
-// once: each pipe is read under its lock. Who waits for the end of a process hears of it before its pipes are put away.
+// poll moves the output that is available, in the order in which it came, and returns how many descriptors had an event. Several goroutines
+// may call it at once: each pipe is read under its lock. It reports the end of a process before it closes the process's pipes.
 func (c *collector) poll(epoll int, events []unix.EpollEvent, buf []byte) int {
 	n := quickPoll(epoll, events)
 	var over []*outputPipe
@@ -181,7 +181,7 @@ func (c *collector) poll(epoll int, events []unix.EpollEvent, buf []byte) int {
 		switch {
 		case p == nil:
 			ended = append(ended, tokenOf(e))
-		case e.Events&unix.EPOLLIN == 0: // nothing in it, and nobody to write
+		case e.Events&unix.EPOLLIN == 0: // it is empty and has no writer
 			p.dry()
 			over = append(over, p)
 		case p.read(c, buf):
@@ -190,7 +190,7 @@ func (c *collector) poll(epoll int, events []unix.EpollEvent, buf []byte) int {
 	}
 	for _, t := range ended {
 		if pidfd, ok := c.over(t); ok {
-			runtime.Gosched() // whoever waits for the end of the process hears of it before everything is put away
+			runtime.Gosched() // the goroutines that wait for the end of the process run before the cleanup
 			_ = c.control(unix.EPOLL_CTL_DEL, pidfd, t)
 			quickClose(pidfd)
 		}
@@ -201,8 +201,8 @@ func (c *collector) poll(epoll int, events []unix.EpollEvent, buf []byte) int {
 	return n
 }
 
-// drain moves what a process wrote before its end. It does not wait for the collector, which may be late on a busy machine. What a child
-// goes on writing does not hold it up: a pipe holds 1 MiB at most (pipe(7)), and that much is moved here.
+// drain moves what a process wrote before its end. It does not wait for the collector, which may be late on a busy machine. A child that
+// continues to write cannot delay it: a pipe holds 1 MiB at most (pipe(7)), and drain moves no more than that.
 func (c *collector) drain(pipes ...*outputPipe) {
 	for _, p := range pipes {
 		p.mu.Lock()
@@ -210,7 +210,7 @@ func (c *collector) drain(pipes ...*outputPipe) {
 		p.mu.Unlock()
 	}
 	c.resume(pipes...)
-	defer func() { // what children go on writing waits again for who is behind
+	defer func() { // output of children waits for holders again
 		for _, p := range pipes {
 			p.mu.Lock()
 			p.freed = false
@@ -240,7 +240,7 @@ const readPart = 64 << 10
 // drainPart is how many bytes drain reads at once.
 const drainPart = 16 << 10
 
-// read moves what is there, up to the size of buf, and says whether that was the end.
+// read moves up to len(buf) available bytes, and reports whether the pipe is at its end.
 func (p *outputPipe) read(c *collector, buf []byte) (end bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -249,7 +249,7 @@ func (p *outputPipe) read(c *collector, buf []byte) (end bool) {
 	}
 	if !p.freed && p.output.stall(p) {
 		p.stalled = true
-		_ = c.control(unix.EPOLL_CTL_DEL, p.fd, p.token) // it would be told for ever
+		_ = c.control(unix.EPOLL_CTL_DEL, p.fd, p.token) // otherwise epoll would report it without end
 		return false
 	}
 	n, err := quickRead(p.fd, buf)
@@ -261,7 +261,7 @@ func (p *outputPipe) read(c *collector, buf []byte) (end bool) {
 	return end
 }
 
-// dry notes that nothing is left to read: what somebody else has just read is in the spool by then.
+// dry notes that nothing is left to read: what another goroutine has just read is in the spool by then.
 func (p *outputPipe) dry() {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -5,19 +5,19 @@ import (
 	"time"
 )
 
-// countdown calls something when a time has run, in which the sandbox did: a pause is not part of it. The guest's clocks go on while its
-// machine is frozen or saved, all at once as it seems to it, so a countdown is made of steps, and of each as much counts as it should have
-// taken, and half as much again.
+// countdown calls a function after a time in which the sandbox runs: a pause does not count. For the guest, its clocks jump ahead by the
+// time its machine was frozen or saved. So a countdown consists of steps, and each step counts as at most one and a half times its planned
+// length.
 type countdown struct {
 	mu      sync.Mutex
 	timer   *time.Timer
 	stopped bool
 }
 
-// steps is how many a countdown has at least: its error after a pause is as large as one of them, and a half.
+// steps is the smallest number of steps of a countdown: a pause adds an error of at most one and a half steps.
 const steps = 20
 
-// longestStep bounds how long a step is. Shorter ones would wake an idle sandbox for nothing.
+// longestStep bounds the length of a step. Shorter steps would wake an idle sandbox for nothing.
 const longestStep = time.Second
 
 // after starts a countdown.
@@ -43,13 +43,13 @@ func after(left time.Duration, do func()) *countdown {
 		c.mu.Unlock()
 		do()
 	}
-	c.mu.Lock() // next finds the timer
+	c.mu.Lock() // so that next finds the timer set
 	c.timer = time.AfterFunc(min(step, left), next)
 	c.mu.Unlock()
 	return c
 }
 
-// stop ends a countdown that is not over. Of nil it does nothing.
+// stop ends a countdown that is not over. For nil it does nothing.
 func (c *countdown) stop() {
 	if c == nil {
 		return

@@ -17,10 +17,10 @@ const (
 	snippetLines = 4        // around the first change
 )
 
-// editTries is how often an edit is made anew of a file that others have changed meanwhile.
+// editTries is how often an edit is tried again when others have changed the file meanwhile.
 const editTries = 5
 
-// edit replaces or inserts text in a file, in its turn.
+// edit replaces or inserts text in a file, while no other call changes the file.
 func (s *Server) edit(r agent.EditRequest) (agent.EditResult, error) {
 	if err := checkPath("edit", r.Path); err != nil {
 		return agent.EditResult{}, err
@@ -42,7 +42,7 @@ func (s *Server) edit(r agent.EditRequest) (agent.EditResult, error) {
 	return agent.EditResult{}, fmt.Errorf("edit %s: %w", quoted(r.Path), agent.ErrChanging)
 }
 
-// editOnce edits a file as it is found. Whoever calls it has the turn of the file.
+// editOnce edits the current content of a file. The caller has the turn of the file.
 func (s *Server) editOnce(r agent.EditRequest) (agent.EditResult, error) {
 	old, was, err := readText(r.Path)
 	if err != nil {
@@ -79,7 +79,7 @@ func (s *Server) editOnce(r agent.EditRequest) (agent.EditResult, error) {
 	return result, err
 }
 
-// snippet shows the lines around a change with their numbers.
+// snippet returns the lines around a change with their numbers.
 func snippet(text string, line, extra int) string {
 	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
 	from, to := max(line-1-snippetLines, 0), min(line+min(extra, 40)+snippetLines, len(lines))
@@ -90,7 +90,7 @@ func snippet(text string, line, extra int) string {
 	return b.String()
 }
 
-// readText reads a whole text file, and tells what the file was then.
+// readText reads a whole text file, and returns its FileInfo from before reading.
 func readText(name string) (string, os.FileInfo, error) {
 	f, err := openRegular(name)
 	if err != nil {

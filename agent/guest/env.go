@@ -10,7 +10,7 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// envFile keeps the environment of all processes for an agent that boots on the same files: the host does not know it, as it may be secret.
+// envFile keeps the environment of all processes for a later agent on the same files: the host does not keep it, as it may be secret.
 const envFile = "env.json"
 
 func (s *Server) saveEnv(env map[string]string) error {
@@ -28,7 +28,7 @@ func (s *Server) saveEnv(env map[string]string) error {
 	return os.Rename(name+".new", name)
 }
 
-// loadEnv reads what saveEnv has written. What is not there, or not from us, is nothing.
+// loadEnv reads what saveEnv has written. A missing or invalid file counts as an empty environment.
 func (s *Server) loadEnv() {
 	f, err := os.Open(filepath.Join(s.opts.SpoolDir, envFile))
 	if err != nil {
@@ -42,7 +42,7 @@ func (s *Server) loadEnv() {
 	}
 }
 
-// configure takes what the host says of the sandbox, and keeps its environment.
+// configure applies the host's configuration, and saves the environment.
 func (s *Server) configure(c agent.Config) error {
 	s.mu.Lock()
 	env := maps.Clone(s.config.Env)
@@ -66,7 +66,7 @@ func (s *Server) configure(c agent.Config) error {
 	return s.groups.limit(groupLimits{c.MaxProcesses, c.MaxMemory, c.MaxCPU})
 }
 
-// givenEnv is what processes are given beside what each of them names.
+// givenEnv returns the environment that Configure has given to all processes.
 func (s *Server) givenEnv() map[string]string {
 	s.mu.Lock()
 	defer s.mu.Unlock()

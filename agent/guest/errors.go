@@ -9,7 +9,7 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// wireError turns any error into one that can cross the pipe. The text is bounded: file names may be in it.
+// wireError turns any error into one that can cross the pipe. The text is bounded, because it may contain file names.
 func wireError(err error) *agent.Error {
 	var e *agent.Error
 	if errors.As(err, &e) {
@@ -33,7 +33,7 @@ func wireError(err error) *agent.Error {
 	return e
 }
 
-// replyError is an error as the answer of a call.
+// replyError turns an error into the answer of a call.
 func replyError(err error) *jsonrpc2.Error {
 	e := wireError(err)
 	reply := &jsonrpc2.Error{Code: jsonrpc2.CodeInternalError, Message: e.Message}

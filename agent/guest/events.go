@@ -8,14 +8,14 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// events are the latest events. It is safe for concurrent use.
+// events keeps the latest events. It is safe for concurrent use.
 type events struct {
 	mu   sync.Mutex
-	next int64         // of the next one; the first is 1
-	last []agent.Event // at most twice maxEvents: they are not moved with each
+	next int64         // number of the latest event; the first is 1
+	last []agent.Event // at most 2*MaxEvents, so that not every add moves them
 }
 
-// add notes an event.
+// add adds an event.
 func (e *events) add(ev agent.Event) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -27,7 +27,7 @@ func (e *events) add(ev agent.Event) {
 	e.last = append(e.last, ev)
 }
 
-// since gives the events after a number.
+// since returns the kept events after a number.
 func (e *events) since(seq int64) []agent.Event {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -40,12 +40,12 @@ func (e *events) since(seq int64) []agent.Event {
 	return nil
 }
 
-// noteStart notes the start of a process.
+// noteStart adds the start of a process to the events.
 func (s *Server) noteStart(p *process) {
 	s.events.add(agent.Event{Time: p.started, Kind: agent.EventStarted, Process: p.id, Tag: p.req.Tag, User: p.user.name})
 }
 
-// noteEnd notes the end of a process.
+// noteEnd adds the end of a process to the events.
 func (s *Server) noteEnd(p *process) {
 	p.mu.Lock()
 	ended, status, cause := p.ended, p.status, p.cause
@@ -56,7 +56,7 @@ func (s *Server) noteEnd(p *process) {
 		TookMS: ended.Sub(p.started).Milliseconds()})
 }
 
-// noteKill notes what was killed for the memory that it took.
+// noteKill adds what was killed because of its memory to the events.
 func (s *Server) noteKill(r agent.Relieved, limit int64) {
 	s.events.add(agent.Event{
 		Time: time.Now(), Kind: agent.EventKilled, Process: r.Process, Tag: r.Tag, Cause: agent.CauseOOM,

@@ -21,7 +21,7 @@ const (
 	maxAttrs = 64
 )
 
-// checkPath takes clean absolute paths only, so that a path means one thing.
+// checkPath allows only clean absolute paths, so that a path has one meaning.
 func checkPath(op, name string) error {
 	switch {
 	case name == "":
@@ -38,7 +38,7 @@ func checkPath(op, name string) error {
 	return nil
 }
 
-// openRegular opens a regular file for reading without ever blocking: not on a FIFO, a device or a lease.
+// openRegular opens a regular file for reading and never blocks, neither on a FIFO nor on a device or a lease.
 func openRegular(name string) (*os.File, error) {
 	fd, err := unix.Open(name, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC|unix.O_NOCTTY, 0)
 	if err != nil {
@@ -71,7 +71,7 @@ func describeMode(m fs.FileMode) string {
 	return "special file"
 }
 
-// describeFile makes a FileInfo; name is as the caller wrote it.
+// describeFile makes a FileInfo; name is the path as the caller wrote it.
 func describeFile(name string, info fs.FileInfo, owners ownerNames) agent.FileInfo {
 	f := agent.FileInfo{Path: name, Type: agent.TypeOther, Size: info.Size(), Mode: fmt.Sprintf("%04o", unixMode(info.Mode())),
 		MTime: info.ModTime()}
@@ -92,7 +92,7 @@ func describeFile(name string, info fs.FileInfo, owners ownerNames) agent.FileIn
 	return f
 }
 
-// describeLink tells what a file is by itself, and where it leads.
+// describeLink describes a file itself, and where it leads if it is a symlink.
 func describeLink(name string, info fs.FileInfo) *agent.Link {
 	l := &agent.Link{Permissions: info.Mode().String()}
 	if info.Mode()&fs.ModeSymlink == 0 {
@@ -125,7 +125,7 @@ func (s *Server) stat(r agent.PathRequest) (agent.FileInfo, error) {
 	}
 	info, err := os.Stat(r.Path)
 	if r.Links || errors.Is(err, fs.ErrNotExist) {
-		info, err = os.Lstat(r.Path) // a dangling link is there
+		info, err = os.Lstat(r.Path) // a dangling link exists
 	}
 	if err != nil {
 		return agent.FileInfo{}, err
@@ -133,13 +133,13 @@ func (s *Server) stat(r agent.PathRequest) (agent.FileInfo, error) {
 	f := describeFile(r.Path, info, s.ownerNames())
 	if r.Links {
 		f.Link = describeLink(r.Path, info)
-		f.Link.Real, _ = filepath.EvalSymlinks(r.Path) // a link that leads nowhere has none
+		f.Link.Real, _ = filepath.EvalSymlinks(r.Path) // empty for a link that leads nowhere
 	}
 	f.Attrs = readAttrs(r.Path)
 	return f, nil
 }
 
-// dir lists a tree, breadth within depth, in path order, without following symlinks.
+// dir lists a tree, depth first and in path order, without following symlinks.
 func (s *Server) dir(r agent.DirRequest) (agent.DirResult, error) {
 	if err := checkPath("list", r.Path); err != nil {
 		return agent.DirResult{}, err
@@ -161,8 +161,8 @@ type lister struct {
 	owners ownerNames
 	limit  int
 	links  bool
-	after  []string // the elements of the path behind which the list begins
-	room   int      // bytes of names left
+	after  []string // the elements of the path after which the list begins
+	room   int      // bytes left in the message
 	result agent.DirResult
 }
 
@@ -171,13 +171,13 @@ func (l *lister) list(dir string, depth int) error {
 	if err != nil {
 		return err
 	}
-	// Read in bounded batches: a directory may have millions of entries.
+	// Read in batches up to a bound: a directory may have millions of entries.
 	var names []string
 	for len(names) <= 4*agent.MaxEntries {
 		batch, err := f.Readdirnames(1000)
 		names = append(names, batch...)
 		if err != nil {
-			break // io.EOF, or what could be read is shown
+			break // io.EOF; after another error, what could be read is listed
 		}
 	}
 	_ = f.Close()
@@ -200,7 +200,7 @@ func (l *lister) list(dir string, depth int) error {
 		}
 		info, err := os.Lstat(full)
 		if err != nil {
-			continue // gone since
+			continue // removed meanwhile
 		}
 		entry := describeFile(full, info, l.owners)
 		size := encodedSize(full, entry.Target, entry.Owner, entry.Group) + 300
@@ -226,7 +226,7 @@ func (l *lister) list(dir string, depth int) error {
 	return nil
 }
 
-// below lists what is in a directory of the tree, if that is not too deep. One that is gone since has nothing.
+// below lists a subdirectory of the tree, unless that is too deep. A subdirectory that was removed meanwhile counts as empty.
 func (l *lister) below(dir string, depth int) error {
 	if depth <= 1 {
 		return nil
@@ -238,7 +238,7 @@ func (l *lister) below(dir string, depth int) error {
 	return err
 }
 
-// isKnown says whether a file is not behind the path behind which the list begins, and whether that path is it, or is below it.
+// isKnown reports whether a file is not after the path l.after, and whether it is that path or a directory above it.
 func (l *lister) isKnown(name string) (known, above bool) {
 	if l.after == nil {
 		return false, false
@@ -270,7 +270,7 @@ func (s *Server) mkdir(r agent.PathRequest) (agent.FileInfo, error) {
 	return s.stat(agent.PathRequest{Path: r.Path})
 }
 
-// makeDirs makes the missing directories of a path and gives them to owner.
+// makeDirs creates the missing directories of a path and gives them to owner.
 func (s *Server) makeDirs(dir string, owner identity) error {
 	if info, err := os.Stat(dir); err == nil {
 		if !info.IsDir() {
@@ -289,7 +289,7 @@ func (s *Server) makeDirs(dir string, owner identity) error {
 	return s.give(dir, owner)
 }
 
-// give changes the owner of what was just made. Outside a sandbox everything belongs to the agent's user.
+// give changes the owner of a new file. Outside a sandbox everything belongs to the agent's user.
 func (s *Server) give(name string, owner identity) error {
 	if !s.opts.Init {
 		return nil
@@ -327,7 +327,7 @@ func (s *Server) move(r agent.MoveRequest) (agent.FileInfo, error) {
 	return describeFile(r.To, info, s.ownerNames()), nil
 }
 
-// moveAcross moves between file systems by mv(1)'s way: copy all, then remove. Every sandbox image has cp.
+// moveAcross moves between file systems with mv(1), which copies everything, then removes it. Every sandbox image has mv.
 func (s *Server) moveAcross(from, to string) error {
 	_, lerr := os.Lstat(to)
 	fresh := errors.Is(lerr, fs.ErrNotExist)
@@ -339,7 +339,7 @@ func (s *Server) moveAcross(from, to string) error {
 	d := p.describe()
 	if d.ExitCode != 0 {
 		if fresh {
-			_ = os.RemoveAll(to) // the half that was copied
+			_ = os.RemoveAll(to) // the incomplete copy
 		}
 		out, _ := p.output.window(agent.Window{Head: 1000})
 		return fmt.Errorf("move across file systems: %s", strings.TrimSpace(string(out.Head)))
@@ -400,7 +400,7 @@ func checkAttrs(attrs map[string]string) error {
 	return nil
 }
 
-// setAttrs sets attributes; those that are empty are removed.
+// setAttrs sets attributes; an empty value removes one.
 func setAttrs(file string, attrs map[string]string) error {
 	for _, name := range slices.Sorted(maps.Keys(attrs)) {
 		var err error

@@ -121,7 +121,7 @@ func TestWriteThroughLink(t *testing.T) {
 	}
 }
 
-// TestSpecialFiles: none of them may hold the agent up (other agents hang for good on a FIFO).
+// TestSpecialFiles: none of them may block the agent (other agents hang forever on a FIFO).
 func TestSpecialFiles(t *testing.T) {
 	c, dir := pair(t)
 	fifo := filepath.Join(dir, "fifo")
@@ -155,7 +155,7 @@ func TestSpecialFiles(t *testing.T) {
 	if got := get(t, c, sparse, 1<<39, 10); got != strings.Repeat("\x00", 10) {
 		t.Errorf("%q", got)
 	}
-	r, _, err := c.ReadFile(t.Context(), sparse, 0, -1) // closing ends it, however much there is
+	r, _, err := c.ReadFile(t.Context(), sparse, 0, -1) // Close ends the read, however large the file is
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -306,7 +306,7 @@ func TestEdit(t *testing.T) {
 	}
 }
 
-// TestEditsAtOnce: edits of one file, by whatever name, are in turn, so that each is there in the end.
+// TestEditsAtOnce: edits of one file wait for each other, whatever name they use, so that the result has all of them.
 func TestEditsAtOnce(t *testing.T) {
 	c, dir := pair(t)
 	name := filepath.Join(dir, "f")
@@ -335,8 +335,8 @@ func TestEditsAtOnce(t *testing.T) {
 	}
 }
 
-// TestWritesAtOnce: of many that create a file one does, what is appended to a new one is all there, and what one takes back is its own
-// alone.
+// TestWritesAtOnce: of many calls that create a file one succeeds; what calls append to a new file is complete; an aborted call removes
+// only its own data.
 func TestWritesAtOnce(t *testing.T) {
 	c, dir := pair(t)
 	const n = 20
@@ -468,7 +468,7 @@ func TestAttributes(t *testing.T) {
 	}
 }
 
-// TestSpoolDegrades: on a disk that fills up, the last output is still kept, and what is kept is exact.
+// TestSpoolDegrades: when a disk fills up, the last output is still kept, and what is kept is exact.
 func TestSpoolDegrades(t *testing.T) {
 	s := newSpool(t.TempDir())
 	defer s.discard()
@@ -494,7 +494,7 @@ type failingRing struct{ ring }
 
 func (f *failingRing) writeAt([]byte, int64) error { return syscall.ENOSPC }
 
-// TestSpoolRagged: a change of stream at every byte neither costs unbounded memory nor mixes streams up.
+// TestSpoolRagged: a change of stream at every byte neither takes unbounded memory nor mixes up the streams.
 func TestSpoolRagged(t *testing.T) {
 	s := newSpool(t.TempDir())
 	defer s.discard()

@@ -19,14 +19,14 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// fileWriter writes a file; nothing of it is left unless commit succeeds.
+// fileWriter writes a file; unless commit succeeds, nothing of it remains.
 type fileWriter struct {
 	file   *os.File
-	temp   string // becomes target by commit; "" when the file is written in place
+	temp   string // commit renames it to target; "" if the file is written in place
 	target string
-	mode   string // of what was not there when it was begun: what commit does if it is by then
+	mode   string // of a file that did not exist when openWrite began: decides what commit does if it exists by then
 	turns  *turns
-	size   int64 // of a file that is written in place, before
+	size   int64 // of a file that is written in place, before the writing
 	wrote  int64
 	done   bool
 }
@@ -77,7 +77,7 @@ func (s *Server) openWrite(h agent.Header) (_ *fileWriter, err error) {
 		return nil, agent.Invalid("write: mode %q is none of replace, append, create", agent.Clip(h.Mode, 40))
 	}
 	if exists {
-		// Replace what a link points to, not the link.
+		// Replace the target of a link, not the link.
 		if target, err = resolve(target); err != nil {
 			return nil, err
 		}
@@ -93,8 +93,8 @@ func (s *Server) openWrite(h agent.Header) (_ *fileWriter, err error) {
 	return w, err
 }
 
-// attrsOver are the attributes that a file is to have which is written over another: those that are given, with what they leave of the old
-// ones.
+// attrsOver returns the attributes of a file that is written over another: the given ones and, with AttrsBelow, the old ones that they do
+// not replace.
 func attrsOver(target string, h agent.Header) map[string]string {
 	if h.Attrs == nil || h.AttrsBelow == "" {
 		return h.Attrs
@@ -119,7 +119,7 @@ func resolve(name string) (string, error) {
 	return os.Readlink("/proc/self/fd/" + strconv.Itoa(fd))
 }
 
-// openAppend begins to write at the end of a file that is there.
+// openAppend opens an existing file to write at its end.
 func openAppend(target string, turns *turns) (*fileWriter, error) {
 	f, err := os.OpenFile(target, os.O_WRONLY|os.O_APPEND|syscall.O_NONBLOCK, 0)
 	if err != nil {
@@ -132,7 +132,7 @@ func openAppend(target string, turns *turns) (*fileWriter, error) {
 	return &fileWriter{file: f, target: target, turns: turns, size: st.Size()}, nil
 }
 
-// openTemp begins a file that is to become target, with the attributes that it is given, or else those of the target.
+// openTemp creates a file that will become target. Its attributes are the given ones, or else those of the target.
 func (s *Server) openTemp(target string, perm fs.FileMode, owner identity, attrs map[string]string) (*fileWriter, error) {
 	if err := checkAttrs(attrs); err != nil {
 		return nil, err
@@ -155,14 +155,14 @@ func (s *Server) openTemp(target string, perm fs.FileMode, owner identity, attrs
 	return w, nil
 }
 
-// commit makes the file what its name leads to, in its turn.
+// commit makes the written file visible under its name, while no other call changes that.
 func (w *fileWriter) commit() error {
 	done := w.turns.take(fileOf(w.target))
 	defer done()
 	return w.commitNow()
 }
 
-// commitNow is commit by whoever has the turn of the target.
+// commitNow is commit for a caller that has the turn of the target.
 func (w *fileWriter) commitNow() error {
 	if err := w.file.Close(); err != nil {
 		return err
@@ -176,8 +176,8 @@ func (w *fileWriter) commitNow() error {
 	return nil
 }
 
-// rename gives the file its name. What was not to be there, and is, by somebody who was faster, is not replaced: it is appended to, or left
-// as it is.
+// rename gives the file its name. A target that did not exist when openWrite began, but has been created meanwhile, is not replaced: in mode
+// append the content is appended to it, and mode create fails.
 func (w *fileWriter) rename() error {
 	if w.mode != agent.ModeCreate && w.mode != agent.ModeAppend {
 		return os.Rename(w.temp, w.target)
@@ -205,18 +205,18 @@ func (w *fileWriter) rename() error {
 	if err := to.commitNow(); err != nil {
 		return err
 	}
-	_ = os.Remove(w.temp) // all of it is where it should be
+	_ = os.Remove(w.temp) // its content is in the target
 	return nil
 }
 
-// abort takes back everything unless commit has succeeded. What others have appended meanwhile stays.
+// abort undoes everything unless commit has succeeded. What others have appended meanwhile stays.
 func (w *fileWriter) abort() {
 	if w.done {
 		return
 	}
 	if w.temp == "" {
 		if st, err := w.file.Stat(); err == nil && st.Size() == w.size+w.wrote {
-			_ = w.file.Truncate(w.size) // the disk may be gone; there is nothing else to try
+			_ = w.file.Truncate(w.size) // after an error, such as of a lost disk, there is nothing else to try
 		}
 	}
 	_ = w.file.Close()
@@ -225,5 +225,5 @@ func (w *fileWriter) abort() {
 	}
 }
 
-// tempPrefix begins the names of files that become others when they are whole.
+// tempPrefix begins the names of temporary files that are renamed once they are complete.
 const tempPrefix = ".soulbox-"

@@ -14,7 +14,7 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// TestFollow: a process waits for who follows it, however slow he is, and for nobody else; nothing is lost.
+// TestFollow: a process waits for its follower, however slow that is, and for no other reader; nothing is lost.
 func TestFollow(t *testing.T) {
 	c, _ := pair(t)
 	const size = 40 << 20
@@ -71,7 +71,7 @@ func TestFollow(t *testing.T) {
 	}
 }
 
-// TestFollowerGone: a process does not wait for somebody who has gone, nor at its end.
+// TestFollowerGone: a process does not wait for a follower that has gone, not even at its end.
 func TestFollowerGone(t *testing.T) {
 	c, _ := pair(t)
 	s, err := c.Start(t.Context(), agent.StartRequest{Command: "head -c 40000000 /dev/zero"})
@@ -86,7 +86,7 @@ func TestFollowerGone(t *testing.T) {
 	if err != nil || end.Process.State != agent.StateExited || end.Process.Output != 40_000_000 {
 		t.Fatalf("%+v %v", end.Process, err)
 	}
-	// One that is killed while it waits ends, and its follower hears of it.
+	// A process that is killed while it waits ends, and its follower is told.
 	s, err = c.Start(t.Context(), agent.StartRequest{Command: "yes"})
 	if err != nil {
 		t.Fatal(err)
@@ -108,7 +108,7 @@ func TestFollowerGone(t *testing.T) {
 	}
 }
 
-// TestListGoesOn: a listing in parts is the same as one at once, wherever it is cut.
+// TestListGoesOn: a listing in parts equals the listing in one part, wherever it is cut.
 func TestListGoesOn(t *testing.T) {
 	c, dir := pair(t)
 	for _, name := range []string{"a/1", "a/2/x", "a-b/3", "a.b", "b/4", "c", "a/2/y/z"} {
@@ -137,7 +137,7 @@ func TestListGoesOn(t *testing.T) {
 	}
 }
 
-// TestLinks: a link is described by itself and by where it leads; attributes of a file stay when it is replaced, unless others are given.
+// TestLinks: a link is described by itself and by its target; the attributes of a file stay when it is replaced, unless others are given.
 func TestLinks(t *testing.T) {
 	c, dir := pair(t)
 	target, link, dead, loop := filepath.Join(dir, "file"), filepath.Join(dir, "link"), filepath.Join(dir, "dead"),
@@ -194,7 +194,7 @@ func TestLinks(t *testing.T) {
 	}
 }
 
-// TestWho: users by name, and the environment that was set.
+// TestWho: users are found by name, and the environment that was set is returned.
 func TestWho(t *testing.T) {
 	c, dir := pair(t)
 	u, err := c.User(t.Context(), "")
@@ -212,7 +212,7 @@ func TestWho(t *testing.T) {
 	}
 }
 
-// TestFollowBeforeFlood: what the leader wrote is not given up for what its child writes after its end, while somebody is behind.
+// TestFollowBeforeFlood: the leader's output is not dropped for what its child writes after its end, while a follower is behind.
 func TestFollowBeforeFlood(t *testing.T) {
 	c, _ := pair(t)
 	s, err := c.Start(t.Context(), agent.StartRequest{Command: "head -c 8000000 /dev/zero; (yes &)", Hold: true})
@@ -226,7 +226,7 @@ func TestFollowBeforeFlood(t *testing.T) {
 		if f.Offset != at {
 			return fmt.Errorf("a gap: %d, want %d", f.Offset, at)
 		}
-		if at == 0 { // the leader is over, and the child writes as much as it may
+		if at == 0 { // the leader has ended, and the child writes as much as it may
 			last := int64(-1)
 			eventually(t, "all stands still", func() bool {
 				w, _ := c.Wait(t.Context(), agent.WaitRequest{Process: s.Process.ID})
@@ -245,7 +245,7 @@ func TestFollowBeforeFlood(t *testing.T) {
 	}
 }
 
-// TestHoldRaggedOutput: neither streams that alternate, nor a ring that has become small, cost a holder what he has not read.
+// TestHoldRaggedOutput: neither alternating streams nor a ring that has become small make a holder lose unread output.
 func TestHoldRaggedOutput(t *testing.T) {
 	s := newSpool(t.TempDir())
 	defer s.discard()

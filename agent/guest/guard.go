@@ -12,42 +12,42 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// guard keeps the memory of all user processes under a limit, which gVisor's memory.max does not. When more is used all of them are stopped
-// at once, for many that grow would outrun the guard; then what takes most is killed, and the others go on when its memory is free. It
-// looks often when little is left or much is taken quickly, seldom otherwise, and not at all while nothing runs.
+// guard keeps the memory of all user processes under a limit, which gVisor's memory.max does not. When they use more, it stops all of them
+// at once, because many growing processes would outrun it; then it kills the largest, and resumes the others when the memory is free. It
+// looks often when little memory is left or the use grows quickly, rarely otherwise, and never while nothing runs.
 type guard struct {
 	server *Server
 	woken  chan struct{}
 	awake  atomic.Bool                   // it will look again by itself
-	gate   atomic.Pointer[chan struct{}] // closed when who begins may go on; nil is at once
+	gate   atomic.Pointer[chan struct{}] // closed when new processes may begin; nil lets them begin at once
 
-	// What follows is the guard's own goroutine's.
+	// The fields below belong to the guard's own goroutine.
 	used    int64 // at the last look
 	looked  time.Time
-	pause   time.Duration // after it
-	frozen  time.Time     // since when the others are stopped; zero is not
-	victims []victim      // that may still be there
-	freed   time.Time     // when memory was last seen to become free since
-	owed    int64         // what of the memory of those who were killed was not seen to become free yet
-	given   int64         // what may be used beyond the limit, as no process has it
-	stopped map[int]bool  // processes that others had stopped when the others were
+	pause   time.Duration // until the next look
+	frozen  time.Time     // when the other processes were stopped; zero if they run
+	victims []victim      // killed processes that may still exist
+	freed   time.Time     // when memory was last seen to become free
+	owed    int64         // memory of killed processes that was not seen to become free yet
+	given   int64         // how much may be used above the limit, because it belongs to no process
+	stopped map[int]bool  // processes that were already stopped, not by the guard, when it stopped the others
 
 	known    atomic.Pointer[knowledge]
 	learning atomic.Bool  // known is about to change
-	freezes  atomic.Int64 // how often the others were stopped
+	freezes  atomic.Int64 // how often the processes were stopped
 }
 
-// knowledge is what takes many system calls, and so, on a busy machine, seconds.
+// knowledge takes many system calls to gather and so, on a busy machine, seconds.
 type knowledge struct {
 	at      time.Time
-	others  int64        // what is used by the agent, and of files that are mapped
-	stopped map[int]bool // processes that others have stopped: they must not go on with those that the guard stops
+	others  int64        // memory of the agent, and of mapped files
+	stopped map[int]bool // processes that were stopped, but not by the guard: it must not resume them
 }
 
-// victim is what the guard has killed: one process, or all of a group.
+// victim is what the guard has killed: one process, or everything in a group.
 type victim struct {
 	group *cgroup
-	pid   int // 0 is all of the group
+	pid   int // 0 means everything in the group
 	size  int64
 }
 
@@ -55,15 +55,15 @@ const (
 	firstLook  = 10 * time.Millisecond // after a start
 	shortPause = 2 * time.Millisecond
 	longPause  = 100 * time.Millisecond
-	// settleTime is how long the memory of who has ended may take to be free, and owedTime while it is known to be still in use:
-	// gVisor gives it back in the background, which on a busy machine takes its time.
+	// settleTime is how long the memory of ended processes may take to become free; owedTime is how long if it is known to be still in use:
+	// gVisor frees it in the background, which is slow on a busy machine.
 	settleTime = 300 * time.Millisecond
 	owedTime   = 2 * time.Second
-	// freezeTime is how long the others are stopped at most.
+	// freezeTime is how long the other processes are stopped at most.
 	freezeTime = 5 * time.Second
-	// learnTime is how old the guard's knowledge may be.
+	// learnTime is the largest age of the guard's knowledge.
 	learnTime = time.Second
-	// smallest is the part of the limit that who is killed must have.
+	// smallest: a process with less than the limit divided by this is not killed.
 	smallest = 256
 )
 
@@ -90,15 +90,15 @@ func (g *guard) run() {
 		case <-g.server.ctx.Done():
 			return
 		case <-g.woken:
-			// Most commands have ended by then, and a look at the memory costs about as much as a tenth of one. It cannot fill much
-			// meanwhile.
+			// Most commands have ended after firstLook, and a look at the memory costs about a tenth of such a command. Little memory can
+			// be filled in that time.
 			if !g.awake.Swap(true) {
 				timer.Reset(firstLook)
 			}
 			continue
 		case <-timer.C:
 		}
-		g.awake.Store(false) // who starts a process from here on wakes it again
+		g.awake.Store(false) // a process that starts from here on wakes it again
 		if pause := g.look(); pause > 0 {
 			g.awake.Store(true)
 			timer.Reset(pause)
@@ -106,7 +106,7 @@ func (g *guard) run() {
 	}
 }
 
-// look does what is to be done now, and gives the time until the next look; 0 is the next start.
+// look does what is necessary now, and returns the time until the next look; 0 means the next start.
 func (g *guard) look() time.Duration {
 	s := g.server
 	s.mu.Lock()
@@ -125,7 +125,7 @@ func (g *guard) look() time.Duration {
 	g.used, g.looked = used, now
 	g.pause = min(2*max(g.pause, firstLook/2), longPause)
 	switch {
-	case limit <= 0 && !g.frozen.IsZero(): // there is no limit any more
+	case limit <= 0 && !g.frozen.IsZero(): // the limit was removed
 		g.thaw()
 		g.pause = shortPause
 	case limit > 0 && (used > limit+g.given || !g.frozen.IsZero()):
@@ -137,17 +137,17 @@ func (g *guard) look() time.Duration {
 	case tasks == 0:
 		g.pause = 0
 		return 0 // until the next start
-	case most > 0 && tasks > most/2: // orphans that have ended may be among them
+	case most > 0 && tasks > most/2: // some of the tasks may be orphans that have ended
 		g.pause = min(g.pause, firstLook)
 	}
-	if grown > 0 && limit > used { // what goes on like that must not reach the limit unseen
+	if grown > 0 && limit > used { // growth at this rate must not reach the limit between two looks
 		g.pause = min(g.pause, max(shortPause, time.Duration(float64(limit-used)/float64(grown)*float64(since)/4)))
 	}
 	return g.pause
 }
 
-// machineMemory is all that is used in the sandbox, wherever it is counted. To read a cgroup's own takes gVisor a thousand times as long
-// while much is taken: it asks the host for each page.
+// machineMemory returns all memory used in the sandbox, wherever it is counted. While much is in use, gVisor takes a thousand times as long
+// to read a cgroup's own memory, because it asks the host about each page.
 func machineMemory() int64 {
 	var info unix.Sysinfo_t
 	if err := unix.Sysinfo(&info); err != nil {
@@ -156,7 +156,7 @@ func machineMemory() int64 {
 	return int64(info.Totalram-info.Freeram) * int64(info.Unit)
 }
 
-// learn renews what is known, in the background: the guard looks on.
+// learn renews the knowledge in the background, so that the guard continues to look.
 func (g *guard) learn() {
 	if time.Since(g.known.Load().at) < learnTime || g.learning.Swap(true) {
 		return
@@ -172,7 +172,7 @@ func (g *guard) learn() {
 				}
 			}
 		}
-		if k.at = time.Now(); g.gate.Load() == nil && g.freezes.Load() == freezes { // those that the guard has stopped are not meant
+		if k.at = time.Now(); g.gate.Load() == nil && g.freezes.Load() == freezes { // processes that the guard stopped must not be in it
 			g.known.Store(&k)
 		}
 	}()
@@ -183,8 +183,8 @@ func isStopped(pid int) bool {
 	return len(fields) > 0 && fields[0] == "T"
 }
 
-// stillStopped gives those of some processes that are stopped now. Of many it looks at some only, since the others take more memory
-// meanwhile: who is not among them goes on, which is better than never to go on.
+// stillStopped returns those of the given processes that are stopped now. It checks at most maxStopped of them, since the other processes
+// take more memory meanwhile. A process that it does not check is resumed, which is better than one that stays stopped forever.
 func stillStopped(pids map[int]bool) map[int]bool {
 	still, looks := map[int]bool{}, 0
 	for pid := range pids {
@@ -198,23 +198,23 @@ func stillStopped(pids map[int]bool) map[int]bool {
 	return still
 }
 
-// maxStopped is how many stopped processes the guard looks at.
+// maxStopped is how many stopped processes the guard checks.
 const maxStopped = 64
 
-// otherMemory is what of the machine's memory is the agent's, or of files that are mapped.
+// otherMemory returns how much of the machine's memory belongs to the agent or to mapped files.
 func otherMemory() int64 {
 	_, own := procUsage(os.Getpid())
-	info, _ := os.ReadFile("/proc/meminfo") // without it all counts
+	info, _ := os.ReadFile("/proc/meminfo") // an unreadable file counts as no mapped memory
 	return own + keyed(strings.ReplaceAll(string(info), ":", ""), "Mapped")<<10
 }
 
-// relieve stops all others and kills until what is left is under the limit: the largest process where that is enough, else all that is in
-// its group, else that of the next ones, too. What has ended is given time until its memory is free: nobody dies for it. Then the others go
-// on.
+// relieve stops all processes and kills some until the rest is under the limit: the largest process if that is enough, else everything in
+// its group, else also that of the next groups. It waits for the memory of ended processes to become free before it kills others. Then it
+// resumes the rest.
 func (g *guard) relieve(limit int64) {
 	if g.frozen.IsZero() {
 		g.freeze()
-		if g.used < limit+limit/4 { // it may be others'
+		if g.used < limit+limit/4 { // it may be memory of the agent or of files
 			k := *g.known.Load()
 			k.others = otherMemory()
 			g.known.Store(&k)
@@ -238,7 +238,7 @@ func (g *guard) relieve(limit int64) {
 		}
 	}
 	done := len(g.victims) == 0 && (over <= 0 || settled)
-	if done && over > 0 { // files in memory, of who has ended: to kill others would free nothing
+	if done && over > 0 { // files in memory of ended processes: killing others would free nothing
 		g.given = over + limit/16
 		g.server.log("out of memory: %d of %d bytes used, by no process", g.used, limit)
 	}
@@ -247,7 +247,8 @@ func (g *guard) relieve(limit int64) {
 	}
 }
 
-// settled says whether no more memory becomes free of who has ended. The next largest dies only if that is so: it is the wrong one else.
+// settled reports whether no more memory of ended processes becomes free. Only then is the next largest killed: before, that could be the
+// wrong one.
 func (g *guard) settled(now time.Time) bool {
 	if g.owed > 0 {
 		return now.Sub(g.freed) > owedTime
@@ -255,8 +256,7 @@ func (g *guard) settled(now time.Time) bool {
 	return now.Sub(g.freed) > settleTime
 }
 
-// choose gives the largest process, and makes l that alone, where that frees as much as is needed and most of what its group has; else all
-// of the group.
+// choose picks the largest process, and reduces l to it, if that frees enough and most of what its group has; else everything in the group.
 func choose(l *load, need int64) victim {
 	largest, _ := l.measure(residentMemory)
 	if size := min(largest, l.Memory); l.Processes > 1 && size >= need && size >= l.Memory/2 {
@@ -266,7 +266,7 @@ func choose(l *load, need int64) victim {
 	return victim{l.p.group, 0, l.Memory}
 }
 
-// kill kills a victim, and notes who it was.
+// kill kills a victim, and reports it in the events and the log.
 func (g *guard) kill(l load, v victim, limit int64) {
 	l.p.blame(agent.CauseOOM)
 	if v.pid > 0 {
@@ -282,7 +282,7 @@ func (g *guard) kill(l load, v victim, limit int64) {
 		g.used, limit, l.Processes, l.Process, l.PID, l.Memory)
 }
 
-// dying is how much memory is still to be free of what is killed already.
+// dying returns how much memory killed processes still have to free.
 func (g *guard) dying() (memory int64) {
 	before := len(g.victims)
 	g.victims = slices.DeleteFunc(g.victims, func(v victim) bool {
@@ -299,14 +299,14 @@ func (g *guard) dying() (memory int64) {
 	return memory
 }
 
-// isVictim says whether all of a group is killed already.
+// isVictim reports whether everything in a group is already killed.
 func (g *guard) isVictim(group *cgroup) bool {
 	return slices.ContainsFunc(g.victims, func(v victim) bool { return v.pid == 0 && v.group == group })
 }
 
-// freeze stops all processes but bridges, and holds back new ones. It is one system call: on a busy machine each takes long, and who is not
-// stopped takes more memory meanwhile. What is known of processes that others have stopped is old by now: they may go on already, or be
-// gone and their pids be others'.
+// freeze stops all processes but bridges, and holds back new ones. It stops them with one system call: on a busy machine each call takes
+// long, and processes that still run take more memory meanwhile. The knowledge of stopped processes is old by now: they may have been
+// resumed, or have ended and their pids belong to others.
 func (g *guard) freeze() {
 	g.frozen = time.Now()
 	g.freezes.Add(1)
@@ -319,7 +319,7 @@ func (g *guard) freeze() {
 	}
 }
 
-// thaw has go on who was not stopped before.
+// thaw resumes the processes that were not stopped before freeze.
 func (g *guard) thaw() {
 	g.frozen, g.victims, g.owed = time.Time{}, nil, 0
 	defer func() { close(*g.gate.Swap(nil)) }()
@@ -329,7 +329,7 @@ func (g *guard) thaw() {
 	}
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
-		g.server.log("list the processes that are to go on: %v", err)
+		g.server.log("list the processes to resume: %v", err)
 		_ = unix.Kill(-1, unix.SIGCONT)
 	}
 	for _, e := range entries {
@@ -339,7 +339,7 @@ func (g *guard) thaw() {
 	}
 }
 
-// pass waits until processes may begin, which is not while others are stopped for their memory.
+// pass waits until new processes may begin: not while others are stopped because of their memory.
 func (g *guard) pass() {
 	if g == nil {
 		return

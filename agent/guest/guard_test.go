@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestStillStopped: who goes on since the guard has learnt that it is stopped, and who is gone, is stopped for the guard's sake alone, and
-// goes on with the others.
+// TestStillStopped: a process that was resumed, or has ended, since the guard learned that it was stopped counts as stopped by the guard,
+// and is resumed with the others.
 func TestStillStopped(t *testing.T) {
 	var pids []int
 	for range 2 {
@@ -45,14 +45,14 @@ func TestStillStopped(t *testing.T) {
 	}
 }
 
-// TestLearnFrozen: what the guard sees while it has others stopped is not taken for knowledge, also where they go on before it has looked
-// at all.
+// TestLearnFrozen: what the guard sees while it has stopped the processes does not become knowledge, even if they are resumed before it has
+// looked.
 func TestLearnFrozen(t *testing.T) {
 	s := &Server{procs: map[string]*process{}}
 	g := newGuard(s)
 	for _, frozen := range []bool{true, false} {
 		before := g.known.Load()
-		s.mu.Lock() // learn waits for it
+		s.mu.Lock() // learn waits for this lock
 		g.learn()
 		if frozen {
 			g.freezes.Add(1)
@@ -65,7 +65,7 @@ func TestLearnFrozen(t *testing.T) {
 	}
 }
 
-// TestSettled: while the memory of who has ended is known to be still in use, nobody else dies for it, but not for ever.
+// TestSettled: while memory of an ended process is known to be still in use, no other process is killed for it, but not forever.
 func TestSettled(t *testing.T) {
 	now := time.Now()
 	for _, test := range []struct {

@@ -9,13 +9,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// inotify is an instance of inotify(7). fsnotify keeps the cookies to itself that tell which two events are one rename.
+// inotify is an instance of inotify(7). The package fsnotify does not expose the cookies that tell which two events are one rename.
 type inotify struct {
 	file *os.File
 	buf  []byte
 }
 
-// rawEvent is one event as the kernel tells it.
+// rawEvent is an event of the kernel.
 type rawEvent struct {
 	wd     int32
 	mask   uint32
@@ -36,7 +36,7 @@ func newInotify() (*inotify, error) {
 	return &inotify{file: os.NewFile(uintptr(fd), "inotify"), buf: make([]byte, 64<<10)}, nil
 }
 
-// add watches a directory, and follows no symlink but where it is told to.
+// add watches a directory; it follows a symlink only if follow is set.
 func (n *inotify) add(dir string, follow bool) (wd int32, err error) {
 	mask := uint32(inotifyMask)
 	if !follow {
@@ -51,13 +51,13 @@ func (n *inotify) add(dir string, follow bool) (wd int32, err error) {
 }
 
 func (n *inotify) remove(wd int32) {
-	_ = control(n.file, func(fd uintptr) error { // one that is gone by itself is what is wanted
+	_ = control(n.file, func(fd uintptr) error { // an error means that the watch is gone already
 		_, err := unix.InotifyRmWatch(int(fd), uint32(wd))
 		return err
 	})
 }
 
-// read waits for events, until the deadline of the file or its closing.
+// read waits for events, until the file's deadline or until it is closed.
 func (n *inotify) read() ([]rawEvent, error) {
 	size, err := n.file.Read(n.buf)
 	if err != nil {

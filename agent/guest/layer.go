@@ -21,24 +21,24 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// maxMarked bounds the files that a mark remembers.
+// maxMarked bounds the number of files that a mark remembers.
 const maxMarked = 2_000_000
 
-// fileKey tells whether a file is as it was: the kernel sets the time of the last status change, and nobody else can.
+// fileKey tells whether a file has changed: only the kernel can set the time of the last status change.
 type fileKey struct {
 	ino   uint64
 	ctime unix.Timespec
 }
 
-// marked is what the file system was like when it was last looked at: of each directory, its own key as "." and those of what is in it. It
-// is safe for concurrent use, by one after the other.
+// marked is the state of the file system when it was last looked at: for each directory, its own key as "." and the keys of its entries. It
+// is safe for concurrent use; calls wait for each other.
 type marked struct {
 	mu   sync.Mutex
 	dirs map[string]map[string]fileKey
 }
 
-// serveChanges sends what has changed since the last time as a layer, a tar in which what is gone is a whiteout. The first time, with
-// h.Mode "mark", nothing is sent; with "all" all is, and nothing is remembered.
+// serveChanges sends the changes since the last time as a layer, a tar in which whiteouts stand for removed files. With h.Mode "mark" it
+// only remembers the state and sends nothing; with "all" it sends everything and remembers nothing.
 func (s *Server) serveChanges(ctx context.Context, stream *yamux.Stream, h agent.Header) {
 	if h.Mode != agent.ModeAll {
 		s.marked.mu.Lock()
@@ -50,7 +50,7 @@ func (s *Server) serveChanges(ctx context.Context, stream *yamux.Stream, h agent
 	}
 	shells := s.shells.dir
 	if err := errors.Join(os.MkdirAll(s.opts.SpoolDir, 0o700),
-		os.MkdirAll(shells, 0o700)); err != nil { // whatever is above them then is no change
+		os.MkdirAll(shells, 0o700)); err != nil { // now, so that their parents do not count as changed later
 		_ = agent.WriteMessage(stream, agent.Answer{Error: wireError(err)})
 		return
 	}
@@ -60,7 +60,7 @@ func (s *Server) serveChanges(ctx context.Context, stream *yamux.Stream, h agent
 	ctx, cancel := untilClosed(ctx, stream)
 	defer cancel()
 	from, to := io.Pipe()
-	defer from.Close() // the walk ends with its reader
+	defer from.Close() // ends the walk if the reader stops early
 	out := bufio.NewWriterSize(to, 128<<10)
 	w := &layerWriter{ctx: ctx, now: map[string]map[string]fileKey{}, links: map[uint64]string{},
 		skip: map[string]bool{path.Clean(s.opts.SpoolDir): true, path.Clean(shells): true, agentPath: true, agent.BuildDir: true}}
@@ -76,7 +76,7 @@ func (s *Server) serveChanges(ctx context.Context, stream *yamux.Stream, h agent
 		if err == nil {
 			err = out.Flush()
 		}
-		_ = to.CloseWithError(err) // nil is the end
+		_ = to.CloseWithError(err) // nil closes it with io.EOF
 	})
 	src := &agent.SourceReader{R: from}
 	_, err := agent.WriteChunks(stream, src)
@@ -95,16 +95,16 @@ func (s *Server) serveChanges(ctx context.Context, stream *yamux.Stream, h agent
 }
 
 const (
-	// agentPath is where the agent's binary is: it is no part of the sandbox' files.
+	// agentPath is the path of the agent's binary, which is not one of the sandbox's files.
 	agentPath = "/.soulbox"
 )
 
-// layerWriter walks a file system. Directories that are mounted there are not entered.
+// layerWriter walks a file system. It does not enter directories that are mounted in it.
 type layerWriter struct {
-	ctx      context.Context // where nothing is written; else the pipe ends it, too
-	tar      *tar.Writer     // nil only looks
+	ctx      context.Context // needed if nothing is written; otherwise the end of the pipe also ends the walk
+	tar      *tar.Writer     // nil writes nothing
 	old, now map[string]map[string]fileKey
-	links    map[uint64]string // the first name of a file that has several, by inode
+	links    map[uint64]string // the first name of a file with several links, by inode
 	skip     map[string]bool
 	device   uint64
 	count    int
@@ -128,14 +128,14 @@ func (w *layerWriter) run(root string) error {
 	return w.tar.Close()
 }
 
-// dir writes what has changed in a directory, whose path in the layer is name.
+// dir writes the changes in a directory; name is its path in the layer.
 func (w *layerWriter) dir(full, name string, st *unix.Stat_t) error {
 	if w.ctx.Err() != nil {
 		return context.Cause(w.ctx)
 	}
 	names, err := readNames(full)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
-		return nil // gone since
+		return nil // removed meanwhile
 	}
 	if err != nil {
 		return err
@@ -155,7 +155,7 @@ func (w *layerWriter) dir(full, name string, st *unix.Stat_t) error {
 	for i, base := range names {
 		if name := filepath.Join(full, base); w.skip[name] || unix.Lstat(name, &stats[i]) != nil {
 			stats[i].Mode = 0
-			continue // not to be seen, or gone since
+			continue // hidden, or removed meanwhile
 		}
 		keys[base] = fileKey{stats[i].Ino, stats[i].Ctim}
 	}
@@ -180,7 +180,7 @@ func (w *layerWriter) dir(full, name string, st *unix.Stat_t) error {
 	return nil
 }
 
-// whiteouts says what is gone from a directory, before anything else of it.
+// whiteouts writes what was removed from a directory, before its other entries.
 func (w *layerWriter) whiteouts(name string, old, keys map[string]fileKey) error {
 	if w.tar == nil {
 		return nil
@@ -211,13 +211,13 @@ func readNames(dir string) ([]string, error) {
 	return names, err
 }
 
-// entry writes a file as it is now.
+// entry writes a file in its current state.
 func (w *layerWriter) entry(full, name string, st *unix.Stat_t) error {
 	if w.tar == nil {
 		return nil
 	}
 	h := &tar.Header{Name: name, Mode: int64(st.Mode & 0o7777), Uid: int(st.Uid), Gid: int(st.Gid),
-		ModTime: time.Unix(int64(st.Mtim.Sec), 0)} // layers have seconds
+		ModTime: time.Unix(int64(st.Mtim.Sec), 0)} // layers have a resolution of seconds
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFDIR:
 		h.Typeflag, h.Name = tar.TypeDir, name+"/"
@@ -245,12 +245,12 @@ func (w *layerWriter) entry(full, name string, st *unix.Stat_t) error {
 		}
 		return w.file(full, h)
 	default:
-		return nil // a socket is of a process
+		return nil // a socket is nothing without its process
 	}
 	return w.tar.WriteHeader(h)
 }
 
-// file writes a regular file with as many bytes as it has when it is opened, whatever else is done to it meanwhile.
+// file writes a regular file with the size that it has when it is opened, even if others change it meanwhile.
 func (w *layerWriter) file(full string, h *tar.Header) error {
 	f, err := openRegular(full)
 	if err != nil {
@@ -272,7 +272,7 @@ func (w *layerWriter) file(full string, h *tar.Header) error {
 	return err
 }
 
-// ifThere makes nothing of the error that a file is gone.
+// ifThere returns nil instead of an error that says that the file is gone.
 func ifThere(err error) error {
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, agent.ErrNotRegular) {
 		return nil
@@ -287,8 +287,8 @@ func (zeroReader) Read(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// serveUnpack unpacks a tar from the host below the directory h.Path. It is no layer: whiteouts are names as others. What is there is
-// replaced, but for directories.
+// serveUnpack unpacks a tar from the host below the directory h.Path. The tar is not a layer: whiteouts are ordinary names. Existing files
+// are replaced, existing directories stay.
 func (s *Server) serveUnpack(stream *yamux.Stream, h agent.Header) {
 	if err := checkPath("unpack", h.Path); err != nil {
 		_ = agent.WriteMessage(stream, agent.Answer{Error: wireError(err)})
@@ -301,7 +301,7 @@ func (s *Server) serveUnpack(stream *yamux.Stream, h agent.Header) {
 	from := bufio.NewReaderSize(&agent.ChunkReader{R: stream}, 128<<10)
 	err := unpack(path.Clean(h.Path), tar.NewReader(from))
 	if err == nil {
-		_, err = io.Copy(io.Discard, from) // what follows the tar, to the end
+		_, err = io.Copy(io.Discard, from) // reads what follows the tar, to the end
 	}
 	if err != nil {
 		a.Error = wireError(err)
@@ -310,7 +310,7 @@ func (s *Server) serveUnpack(stream *yamux.Stream, h agent.Header) {
 }
 
 func unpack(root string, from *tar.Reader) error {
-	var dirs []*tar.Header // whose times are set when nothing changes them any more
+	var dirs []*tar.Header // their times are set last, when nothing changes them any more
 	for {
 		h, err := from.Next()
 		if err == io.EOF {
@@ -319,7 +319,7 @@ func unpack(root string, from *tar.Reader) error {
 		if err != nil {
 			return err
 		}
-		if h.Typeflag == tar.TypeXGlobalHeader { // of git archive, which says nothing of files
+		if h.Typeflag == tar.TypeXGlobalHeader { // of git archive; it does not describe a file
 			continue
 		}
 		if err := unpackOne(root, h, from); err != nil {
@@ -337,7 +337,7 @@ func unpack(root string, from *tar.Reader) error {
 	return nil
 }
 
-// below is a path below root whatever the name says.
+// below returns a path below root, whatever the name is.
 func below(root, name string) string { return path.Join(root, path.Clean("/"+name)) }
 
 func unpackOne(root string, h *tar.Header, from io.Reader) error {
@@ -356,7 +356,7 @@ func unpackOne(root string, h *tar.Header, from io.Reader) error {
 	}
 	switch h.Typeflag {
 	case tar.TypeDir:
-		if st, err := os.Stat(name); err == nil && st.IsDir() { // a link to a directory stays one
+		if st, err := os.Stat(name); err == nil && st.IsDir() { // a link to a directory stays
 			break
 		}
 		err = os.Mkdir(name, 0o755)
@@ -373,7 +373,7 @@ func unpackOne(root string, h *tar.Header, from io.Reader) error {
 	case tar.TypeBlock:
 		err = unix.Mknod(name, unix.S_IFBLK|0o600, int(unix.Mkdev(uint32(h.Devmajor), uint32(h.Devminor))))
 	default:
-		return agent.Invalid("unpack %q: it is of kind %q, which is none of a file", agent.Clip(h.Name, 200), h.Typeflag)
+		return agent.Invalid("unpack %q: entries of type %q are not supported", agent.Clip(h.Name, 200), h.Typeflag)
 	}
 	if err != nil {
 		return err

@@ -37,7 +37,7 @@ func layerOf(t *testing.T, c *agent.Client, root string) (names []string, body [
 	}
 }
 
-// apply applies a layer as whoever reads one does.
+// apply applies a layer as a reader of layers does.
 func apply(t *testing.T, c *agent.Client, root string, body []byte) {
 	t.Helper()
 	var rest bytes.Buffer
@@ -76,7 +76,7 @@ func apply(t *testing.T, c *agent.Client, root string, body []byte) {
 	}
 }
 
-// listing says of every file below a directory what a layer has of it.
+// listing describes every file below a directory, as far as a layer does.
 func listing(t *testing.T, root string) string {
 	t.Helper()
 	out, err := exec.Command("bash", "-c",
@@ -88,7 +88,7 @@ func listing(t *testing.T, root string) string {
 	return string(out)
 }
 
-// TestChanges: layers on top of each other make the same files again, whatever was done.
+// TestChanges: layers on top of each other recreate the same files, whatever was changed.
 func TestChanges(t *testing.T) {
 	c, dir := pair(t)
 	root, copied := dir+"/root", dir+"/copied"
@@ -132,7 +132,7 @@ func TestChanges(t *testing.T) {
 	}
 }
 
-// TestUnpack: names stay below the directory, and what cannot be unpacked is said.
+// TestUnpack: names stay below the directory, and what cannot be unpacked is an error.
 func TestUnpack(t *testing.T) {
 	c, dir := pair(t)
 	pack := func(headers ...tar.Header) io.Reader {

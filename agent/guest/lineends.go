@@ -9,16 +9,16 @@ import (
 
 const (
 	crlf    = "\r\n"
-	byteBOM = "\ufeff" // may begin a file; it stays there
-	endsIn  = 64 << 10 // bytes of a line in which its end is looked for
+	byteBOM = "\ufeff" // may begin a file, and stays there
+	endsIn  = 64 << 10 // bytes of a line that are searched for its end
 )
 
-// replaceIn replaces what an edit asks for. A text whose lines end otherwise than the file's matches as well, and what is put there has the
-// file's own ends: models and people write \n. It gives the first place that has changed, and whether ends were made CRLF.
+// replaceIn does the replacement of an edit. A text matches even if its line ends differ from the file's, and the new text gets the file's
+// line ends: models and people write \n. It returns the offset of the first change, and whether line ends were made CRLF.
 func replaceIn(old string, r agent.EditRequest) (text string, at int, toCRLF bool, n int, err error) {
 	m := matcher{text: old, find: r.Old}
 	n = strings.Count(old, r.Old)
-	exact := n == 1 && !r.All && !strings.HasPrefix(r.Old, "\n") // which may begin within an end
+	exact := n == 1 && !r.All && !strings.HasPrefix(r.Old, "\n") // a \n at its start may be a part of a CRLF
 	if !exact && strings.Contains(r.Old, "\n") && (strings.Contains(old, crlf) || strings.Contains(r.Old, crlf)) {
 		m = flattened(old, r.Old)
 		n = strings.Count(m.text, m.find)
@@ -48,13 +48,13 @@ func replaceIn(old string, r agent.EditRequest) (text string, at int, toCRLF boo
 	return b.String(), at, toCRLF || len(m.removed) > 0 && strings.Contains(m.find, "\n"), n, nil
 }
 
-// matcher finds a text in another, which may have lost the \r of its CRLF.
+// matcher finds a text in another one, whose CRLF may have lost their \r.
 type matcher struct {
 	text, find string
-	removed    []int32 // where in text a \r was before the \n, ascending
+	removed    []int32 // offsets in text of each \n that had a \r before it, ascending
 }
 
-// flattened is a matcher to which all ends of lines are \n.
+// flattened returns a matcher to which all line ends are \n.
 func flattened(text, find string) matcher {
 	m := matcher{find: strings.ReplaceAll(find, crlf, "\n")}
 	var b strings.Builder
@@ -65,15 +65,15 @@ func flattened(text, find string) matcher {
 			m.text = b.String()
 			return m
 		}
-		m.removed = append(m.removed, int32(b.Len())) // below maxEdit
+		m.removed = append(m.removed, int32(b.Len())) // fits: text is at most maxEdit bytes
 		b.WriteByte('\n')
 		text = after
 	}
 }
 
-// each gives the places of what is found, as they are in the text that nothing was removed from.
+// each yields the matches, with their offsets in the original text.
 func (m matcher) each(yield func(start, end int) bool) {
-	before := 0 // of m.removed
+	before := 0 // number of removed \r before the offset
 	whole := func(at int) int {
 		for before < len(m.removed) && int(m.removed[before]) < at {
 			before++
@@ -93,7 +93,7 @@ func (m matcher) each(yield func(start, end int) bool) {
 	}
 }
 
-// endAt tells how the line at a place of a text ends, or, if it is the last one without an end, the line before it.
+// endAt returns how the line at an offset of a text ends; for a last line without an end, it looks at the line before.
 func endAt(text string, at int) string {
 	i := strings.IndexByte(text[at:min(len(text), at+endsIn)], '\n')
 	if i < 0 {
@@ -105,7 +105,7 @@ func endAt(text string, at int) string {
 	return "\n"
 }
 
-// withEnds gives the lines of a text a file's ends. A text that has CRLF on purpose keeps it.
+// withEnds gives the lines of a text the line ends of the file. A text with CRLF keeps it in a file with \n.
 func withEnds(text, end string) (_ string, changed bool) {
 	if end != crlf || !strings.Contains(text, "\n") {
 		return text, false
@@ -114,7 +114,7 @@ func withEnds(text, end string) (_ string, changed bool) {
 	return whole, whole != text
 }
 
-// insertAt inserts text behind a line, with that line's end, and completes its last line.
+// insertAt inserts text after a line, with that line's end, and ends the last line of the text.
 func insertAt(old string, line int, add string) (text string, at int, toCRLF bool, err error) {
 	mark := ""
 	if strings.HasPrefix(old, byteBOM) {

@@ -16,10 +16,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// attachSocket is where a bridge finds the agent: abstract, so that nothing in the file system can be removed or replaced.
+// attachSocket is the socket where bridges reach the agent. It is abstract, so no program can remove or replace it in the file system.
 const attachSocket = "@soulbox-agent"
 
-// setUpMachine makes a freshly booted sandbox habitable.
+// setUpMachine prepares a freshly booted sandbox.
 func setUpMachine(image bool) (*cgroups, error) {
 	groups, err := mountCgroups()
 	if err != nil {
@@ -28,17 +28,18 @@ func setUpMachine(image bool) (*cgroups, error) {
 	if err := boundSockets(); err != nil {
 		return nil, fmt.Errorf("bound the buffers of sockets: %w", err)
 	}
-	// As where Docker runs, and not only for a process' own children: who may look at a process is decided by its user. Nobody may look at
-	// the agent, or at a bridge to it, since they have capabilities that nobody else has.
+	// Allow tracing as hosts of Docker do, not only by a parent: whether a process may be traced then depends on its user. No program may
+	// trace the agent or a bridge to it, since they have capabilities that no other process has.
 	if err := os.WriteFile("/proc/sys/kernel/yama/ptrace_scope", []byte("0"), 0o644); err != nil {
 		return nil, fmt.Errorf("let programs be traced: %w", err)
 	}
-	// A child has the agent's memory until it executes, and its user's id before that: nobody with that id may look at it.
+	// A child shares the agent's memory until it executes, and already has its user's id before that: other processes with that id must not
+	// read it.
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		return nil, fmt.Errorf("keep the agent's memory from others: %w", err)
 	}
 	if image {
-		// gVisor mounts memory on an empty /tmp; it is to be a directory as others, on disk, and in what a build makes.
+		// gVisor mounts memory on an empty /tmp; it must be an ordinary directory, on disk, which is part of what a build makes.
 		if err := unix.Unmount("/tmp", 0); err != nil && err != unix.EINVAL && err != unix.ENOENT && err != unix.ENOTDIR {
 			return nil, fmt.Errorf("unmount /tmp: %w", err)
 		}
@@ -57,7 +58,7 @@ func setUpMachine(image bool) (*cgroups, error) {
 	return groups, errors.Join(dropCapabilities(), forgetChildren())
 }
 
-// giveHome makes a home and gives it, and what the template put there, to its user.
+// giveHome creates a home directory and gives it, with what the template put there, to its user.
 func giveHome(home string, uid, gid int) error {
 	if err := os.MkdirAll(home, 0o755); err != nil {
 		return err
@@ -70,8 +71,8 @@ func giveHome(home string, uid, gid int) error {
 	})
 }
 
-// dropCapabilities takes from the children, also from those of root, what only the agent needs, and where the kernel does not keep the
-// agent from who traces, the right to trace. Their bounding set is inherited from the thread that forks, so all threads drop it.
+// dropCapabilities takes from all children, also from those of root, the capabilities that only the agent needs and, if the kernel does not
+// protect the agent from tracing, the right to trace. Children inherit the bounding set of the thread that forks, so all threads drop them.
 func dropCapabilities() error {
 	drop := []uintptr{unix.CAP_SYS_ADMIN}
 	if !isGuarded() {
@@ -85,18 +86,18 @@ func dropCapabilities() error {
 	return nil
 }
 
-// guardMark is told to the first process, as the first of the loads, by a kernel with our patches (gvisor/runsc/main.go); another has 0
-// there.
+// guardMark is what a kernel with our patches (gvisor/runsc/main.go) tells the first process as the first load average; other kernels tell
+// 0.
 const guardMark = 0x536f756c426f78
 
-// isGuarded says whether the kernel keeps the first process from who may trace (gvisor/runsc/patches/guarded-init.patch).
+// isGuarded reports whether the kernel protects the first process from tracing (gvisor/runsc/patches/guarded-init.patch).
 func isGuarded() bool {
 	var info unix.Sysinfo_t
 	return unix.Sysinfo(&info) == nil && info.Loads[0] == guardMark
 }
 
-// ListenAttach serves bridges until the machine ends. A bridge is root's, and in the agent's own cgroup, where only the runtime can put a
-// process: whoever speaks to the agent can lift the limits, so no process of a user may, not even root's.
+// ListenAttach serves bridges until the machine ends. A bridge runs as root in the agent's own cgroup, where only the runtime can put a
+// process: a client of the agent can lift the limits, so no user's process may be one, not even root's.
 func (s *Server) ListenAttach() error {
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: attachSocket, Net: "unix"})
 	if err != nil {
@@ -111,7 +112,7 @@ func (s *Server) ListenAttach() error {
 			_ = conn.Close()
 			continue
 		}
-		go func() { _ = s.Serve(conn) }() // its end is the bridge's own affair
+		go func() { _ = s.Serve(conn) }() // how it ends matters only to the bridge
 	}
 }
 
@@ -130,7 +131,7 @@ func isBridge(conn *net.UnixConn) bool {
 	return err == nil && strings.TrimSpace(string(in)) == "0::/agent"
 }
 
-// Attach is the bridge: it splices stdio to the agent of the machine it runs in.
+// Attach is the bridge: it connects stdio with the agent of the machine that it runs in.
 func Attach(in io.Reader, out io.WriteCloser) error {
 	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: attachSocket, Net: "unix"})
 	if err != nil {
@@ -139,16 +140,16 @@ func Attach(in io.Reader, out io.WriteCloser) error {
 	defer conn.Close()
 	go func() {
 		_, _ = io.Copy(conn, in)
-		_ = conn.Close() // the host has gone
+		_ = conn.Close() // the host has closed its end
 	}()
 	_, err = io.Copy(out, conn)
 	return errors.Join(err, out.Close())
 }
 
-// forgetChildren takes SIGCHLD from the Go runtime's hands, whose handler would run at the end of every process: pidfds tell of those that
+// forgetChildren takes SIGCHLD away from the Go runtime, whose handler would run at the end of every process: pidfds report the ends that
 // matter.
 func forgetChildren() error {
-	signal.Ignore(syscall.SIGCHLD) // now the runtime does not handle it, but the kernel would reap children by itself
+	signal.Ignore(syscall.SIGCHLD) // stops the runtime's handler, but makes the kernel reap children by itself
 	byDefault := make([]uint64, 4) // struct sigaction of the kernel: SIG_DFL, no flags, no mask
 	_, _, errno := syscall.RawSyscall6(syscall.SYS_RT_SIGACTION, uintptr(syscall.SIGCHLD), uintptr(unsafe.Pointer(&byDefault[0])), 0, 8, 0,
 		0)

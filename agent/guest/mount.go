@@ -63,7 +63,7 @@ func mountOn(target string, r agent.MountRequest) error {
 	return nil
 }
 
-// makeTarget makes what something is mounted on, and says how many files and directories it made.
+// makeTarget creates the mount point, and returns how many files and directories it created.
 func makeTarget(target string, isFile bool) (made int, err error) {
 	if _, err := os.Stat(target); err == nil {
 		return 0, nil
@@ -88,7 +88,7 @@ func makeTarget(target string, isFile bool) (made int, err error) {
 	return missing, f.Close()
 }
 
-// removeMade removes what makeTarget made. A directory that has got something else in it stays.
+// removeMade removes what makeTarget created. A directory that is no longer empty stays.
 func removeMade(target string, made int) error {
 	for ; made > 0; made-- {
 		err := os.Remove(target)

@@ -10,10 +10,10 @@ import (
 	"soulbox.dev/soulbox/internal/names"
 )
 
-// quoted is a name in the text of an error.
+// quoted returns a name for the text of an error.
 func quoted(name string) string { return `"` + names.Show(agent.Clip(name, 200)) + `"` }
 
-// errorText is the text of an error, whose names are shown in the notation.
+// errorText returns the text of an error with its file names in the notation.
 func errorText(err error) string {
 	text := err.Error()
 	var in []string

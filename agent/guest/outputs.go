@@ -7,23 +7,23 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// outputs are where a process without a terminal writes to, and what becomes of it.
+// outputs are the pipes of a process without a terminal, and the spool where its output goes.
 type outputs struct {
 	spool *spool
 	pipes []*outputPipe
-	ends  [2]int   // for the process: stdout and stderr
-	owner identity // whose pipes they are
+	ends  [2]int   // of the process: stdout and stderr
+	owner identity // owner of the pipes
 }
 
-// outputStock has outputs made ahead, so that a short command need not wait for them.
+// outputStock holds outputs made in advance, so that a short command need not wait for them.
 type outputStock struct {
 	mu     sync.Mutex
 	ready  *outputs
-	owner  identity // who had the last ones, and so, most likely, has the next
+	owner  identity // the last user of outputs, and so probably the next one
 	closed bool
 }
 
-// takeOutputs gives outputs of a user, whose ends the caller closes once a process has them.
+// takeOutputs returns outputs for a user. The caller closes their ends once a process has them.
 func (s *Server) takeOutputs(user identity) (o *outputs, err error) {
 	s.stock.mu.Lock()
 	o = s.stock.ready
@@ -39,7 +39,8 @@ func (s *Server) takeOutputs(user identity) (o *outputs, err error) {
 	return o, nil
 }
 
-// giveOutputs makes outputs a user's: who opens /dev/stdout or /proc/self/fd/1 opens the pipe anew, which its owner alone may, and root.
+// giveOutputs makes a user the owner of outputs: opening /dev/stdout or /proc/self/fd/1 opens the pipe again, which only its owner and root
+// may.
 func (s *Server) giveOutputs(o *outputs, user identity) error {
 	for _, end := range o.ends {
 		if err := s.givePipe(end, o.owner, user); err != nil {
@@ -50,7 +51,7 @@ func (s *Server) giveOutputs(o *outputs, user identity) error {
 	return nil
 }
 
-// givePipe makes a pipe another user's. What the agent opens is root's, the zero identity's.
+// givePipe changes the owner of a pipe. What the agent opens belongs to root, the zero identity.
 func (s *Server) givePipe(end int, from, user identity) error {
 	if !s.opts.Init || from.uid == user.uid && from.gid == user.gid {
 		return nil
@@ -61,16 +62,16 @@ func (s *Server) givePipe(end int, from, user identity) error {
 	return nil
 }
 
-// stockOutputs makes outputs ahead, if there are none; it is called when nobody waits.
+// stockOutputs makes outputs in advance if there are none; it is called when no caller waits.
 func (s *Server) stockOutputs() {
 	s.stock.mu.Lock()
 	defer s.stock.mu.Unlock()
 	if s.stock.ready == nil && !s.stock.closed {
-		s.stock.ready, _ = s.makeOutputs(s.stock.owner) // takeOutputs will meet the error, and tell it
+		s.stock.ready, _ = s.makeOutputs(s.stock.owner) // takeOutputs will get the error again, and report it
 	}
 }
 
-// closeStock gives back what was made ahead. Nothing is made ahead any more.
+// closeStock closes what was made in advance, and prevents that more is made.
 func (s *Server) closeStock() {
 	s.stock.mu.Lock()
 	defer s.stock.mu.Unlock()
@@ -94,7 +95,7 @@ func (s *Server) makeOutputs(user identity) (*outputs, error) {
 			return nil, fmt.Errorf("start: open pipe: %w", err)
 		}
 	}
-	// Before a process has them: pipes that are added when both have output would be taken in the order of adding.
+	// Add them before a process has them: when both have output, epoll would report pipes added later in the order of adding.
 	o.pipes = []*outputPipe{s.collector.add(made[0][0], agent.OnStdout, o.spool), s.collector.add(made[1][0], agent.OnStderr, o.spool)}
 	o.ends = [2]int{made[0][1], made[1][1]}
 	if err := s.giveOutputs(o, user); err != nil {
@@ -104,7 +105,7 @@ func (s *Server) makeOutputs(user identity) (*outputs, error) {
 	return o, nil
 }
 
-// closeEnds closes what a process writes to. The collector then sees the end of the pipes by itself.
+// closeEnds closes the writing ends. The collector then sees the end of the pipes by itself.
 func (o *outputs) closeEnds() {
 	quickClose(o.ends[0])
 	quickClose(o.ends[1])

@@ -19,10 +19,10 @@ import (
 )
 
 const (
-	endedKept   = 256             // ended processes that can still be asked for
+	endedKept   = 256             // ended processes that are kept for queries
 	killGrace   = 2 * time.Second // between SIGTERM and SIGKILL at a timeout
 	maxTag      = 64
-	commandEcho = 4 << 10 // bytes of a command line that are repeated in answers
+	commandEcho = 4 << 10 // bytes of a command line that answers repeat
 )
 
 // process is a process that a user asked for, and what it left behind.
@@ -33,25 +33,25 @@ type process struct {
 	user      identity
 	cwd       string
 	args      []string
-	child     // its leader
+	child     // the leader
 	started   time.Time
 	output    *spool
 	group     *cgroup // nil outside a sandbox
 	pipes     []*outputPipe
 	collector *collector
-	prepared  func()      // gives its turn to the next start
-	release   func()      // takes back StartRequest.Hold; nil has none
-	shell     *shellRun   // nil where none remembers
+	prepared  func()      // lets the next start begin
+	release   func()      // undoes StartRequest.Hold; nil without it
+	shell     *shellRun   // nil if no shell keeps its state
 	stop      *countdown  // at its timeout
-	ready     atomic.Bool // everything above is set: others may see it
-	// namesake had the tag before; it gets it back if this one cannot be started.
+	ready     atomic.Bool // everything above is set, and others may see the process
+	// namesake had the tag before; it gets the tag back if this process cannot be started.
 	namesake *process
 	done     chan struct{} // closed when the leader has ended and its output is drained
 
-	writing chan struct{} // has a token while somebody writes to stdin
+	writing chan struct{} // holds a token while a caller writes to stdin
 
 	mu    sync.Mutex
-	stdin *os.File // nil when closed; of a terminal our end of it
+	stdin *os.File // nil when closed; of a terminal it is our end
 	// terminal is its size; nil without one.
 	terminal  *agent.Terminal
 	ended     time.Time
@@ -60,12 +60,12 @@ type process struct {
 	cause     string
 	shellCwd  string
 	forgotten bool
-	// limitHit says that it wanted more processes than it may have.
+	// limitHit reports whether it tried to have more processes than it may.
 	limitHit bool
-	left     bool // processes, when it ended
+	left     bool // it left processes behind when it ended
 }
 
-// running says whether the leader is alive.
+// running reports whether the leader is alive.
 func (p *process) running() bool {
 	select {
 	case <-p.done:
@@ -75,7 +75,7 @@ func (p *process) running() bool {
 	}
 }
 
-// blame notes why the process is about to end; the first cause stands.
+// blame records why the process is about to end; the first cause counts.
 func (p *process) blame(cause string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -84,10 +84,10 @@ func (p *process) blame(cause string) {
 	}
 }
 
-// finish notes the end of the leader, and tells those who wait for it.
+// finish records the end of the leader, and wakes the callers that wait for it.
 func (p *process) finish(status exitStatus) {
 	p.collector.drain(p.pipes...)
-	// Reading cgroups is a good part of a short command's time: one that ended well and left nothing behind is not asked further.
+	// Reading cgroups takes a large part of a short command's time, so limitHit is not read if it ended well and left nothing behind.
 	left := len(p.group.pids()) > 0
 	limitHit := (left || status.status != 0) && p.group.hitLimit()
 	cwd, err := p.shell.leave()
@@ -104,7 +104,7 @@ func (p *process) finish(status exitStatus) {
 	close(p.done)
 }
 
-// expire ends the process at its timeout, politely first.
+// expire ends the process at its timeout: with SIGTERM and, after killGrace, with SIGKILL.
 func (p *process) expire() {
 	p.blame(agent.CauseTimeout)
 	_ = p.signal(syscall.SIGTERM)
@@ -118,7 +118,7 @@ func (p *process) expire() {
 	p.killAll()
 }
 
-// signal sends a signal to the process group of the leader or, when that has ended, to what it left behind.
+// signal sends a signal to the process group of the leader or, if the leader has ended, to the processes that it left behind.
 func (p *process) signal(sig syscall.Signal) error {
 	if p.running() {
 		done, err := p.signalTerminal(sig)
@@ -130,9 +130,9 @@ func (p *process) signal(sig syscall.Signal) error {
 		}
 		return nil
 	}
-	// The leader's pid may belong to another process by now: go by the cgroup.
+	// The leader's pid may belong to another process by now, so go by the cgroup.
 	if sig == syscall.SIGKILL && p.group != nil {
-		p.group.kill() // at once: a fork bomb outruns a list of pids
+		p.group.kill() // all at once: a fork bomb is faster than a list of pids
 		return nil
 	}
 	pids := p.group.pids()
@@ -147,16 +147,16 @@ func (p *process) signal(sig syscall.Signal) error {
 	return nil
 }
 
-// killAll ends the leader's group and everything that left it.
+// killAll kills the leader's group and everything that left the group.
 func (p *process) killAll() {
-	// Without a cgroup, outside a sandbox, the group is all there is: also of a leader that has ended, whose children go on.
+	// Outside a sandbox there is no cgroup, only the group. It may have members even if the leader has ended.
 	if p.running() || p.group == nil {
 		_ = syscall.Kill(-p.pid, syscall.SIGKILL) // ESRCH: it has just ended
 	}
 	p.group.kill()
 }
 
-// describe tells the process as the protocol does.
+// describe returns the process in the protocol's form.
 func (p *process) describe() agent.Process {
 	d := agent.Process{
 		ID: p.id, Tag: p.req.Tag, State: agent.StateRunning, Command: agent.Clip(p.req.Command, commandEcho), Cwd: p.cwd,
@@ -185,7 +185,7 @@ func (p *process) describe() agent.Process {
 	d.ExitCode, d.Signal = exitCode(p.status)
 	d.CPUMS = (p.usage.Utime.Nano() + p.usage.Stime.Nano()) / 1e6
 	if peak := p.usage.Maxrss << 10; peak > agentPeak() {
-		d.Memory = peak // a smaller one is the agent's own, which the fork began with
+		d.Memory = peak // a smaller peak is the agent's own, with which the fork began
 	}
 	if p.left {
 		d.Children = len(p.group.pids())
@@ -193,7 +193,7 @@ func (p *process) describe() agent.Process {
 	return d
 }
 
-// exitCode tells an end as a shell does, and the signal if there was one.
+// exitCode returns the exit code as in a shell, and the signal if one ended the process.
 func exitCode(status syscall.WaitStatus) (code int, signal string) {
 	if status.Signaled() {
 		return 128 + int(status.Signal()), unix.SignalName(status.Signal())
@@ -201,20 +201,20 @@ func exitCode(status syscall.WaitStatus) (code int, signal string) {
 	return status.ExitStatus(), ""
 }
 
-// agentPeak is the agent's own largest resident memory so far, in bytes.
+// agentPeak returns the agent's own peak resident memory, in bytes.
 func agentPeak() int64 {
 	var u syscall.Rusage
 	_ = syscall.Getrusage(syscall.RUSAGE_SELF, &u) // cannot fail
 	return u.Maxrss << 10
 }
 
-// wait waits for the end or, if beyond is set, for output beyond it, at most for that long, and describes.
+// wait waits at most that long for the process to end or, if beyond is set, for output beyond it; then it describes the process.
 func (p *process) wait(ctx context.Context, wait time.Duration, beyond *int64, w agent.Window) (agent.Snapshot, error) {
 	if wait > 0 && p.running() {
 		timer := time.NewTimer(wait)
 		defer timer.Stop()
 		for waiting := true; waiting; {
-			var more <-chan struct{} // nil: only the end counts
+			var more <-chan struct{} // nil: wait for the end only
 			if beyond != nil {
 				written, changed := p.output.progress()
 				if written > *beyond {
@@ -232,13 +232,13 @@ func (p *process) wait(ctx context.Context, wait time.Duration, beyond *int64, w
 			waiting = false
 		}
 	}
-	s := agent.Snapshot{Process: p.describe()} // first: output that comes later must not belong to an "exited" snapshot
+	s := agent.Snapshot{Process: p.describe()} // before the output: later output must not appear in a snapshot that says "exited"
 	var err error
 	s.Output, err = p.output.window(w)
 	return s, err
 }
 
-// writeStdin writes what r gives to stdin and closes it if eof. It blocks while the process does not read.
+// writeStdin writes everything from r to stdin, and closes stdin if eof is set. It blocks while the process does not read.
 func (p *process) writeStdin(ctx context.Context, r io.Reader, eof bool) (int64, error) {
 	p.mu.Lock()
 	stdin, terminal := p.stdin, p.terminal != nil
@@ -249,7 +249,7 @@ func (p *process) writeStdin(ctx context.Context, r io.Reader, eof bool) (int64,
 	if stdin == nil {
 		return 0, fmt.Errorf("write to process %s: %w", p.id, agent.ErrStdin)
 	}
-	select { // one writer at a time: their bytes do not mix, nor their deadlines
+	select { // one writer at a time, so that their bytes and deadlines do not mix
 	case p.writing <- struct{}{}:
 		defer func() { <-p.writing }()
 	case <-ctx.Done():
@@ -263,7 +263,7 @@ func (p *process) writeStdin(ctx context.Context, r io.Reader, eof bool) (int64,
 		close(late)
 	})
 	typed := int64(0)
-	if eof && terminal { // what ends input at a terminal is typed: ctrl-d
+	if eof && terminal { // at a terminal ctrl-d ends the input
 		r, typed = io.MultiReader(r, bytes.NewReader([]byte{4})), 1
 	}
 	n, err := io.Copy(onlyWriter{stdin}, r)
@@ -272,7 +272,7 @@ func (p *process) writeStdin(ctx context.Context, r io.Reader, eof bool) (int64,
 	}
 	if !stop() {
 		<-late
-		_ = stdin.SetWriteDeadline(time.Time{}) // the next writer is not late
+		_ = stdin.SetWriteDeadline(time.Time{}) // the next writer has no deadline
 	}
 	if errors.Is(err, syscall.EPIPE) || errors.Is(err, os.ErrClosed) {
 		err = fmt.Errorf("write to process %s: %w", p.id, agent.ErrStdin)
@@ -286,10 +286,10 @@ func (p *process) writeStdin(ctx context.Context, r io.Reader, eof bool) (int64,
 	return n, err
 }
 
-// takeTime is how long a process has at least to take what is written to it.
+// takeTime is the least time that a process has to take its input.
 const takeTime = time.Second
 
-// input writes to a process and listens to its answer.
+// input writes to a process and waits for its answer.
 func (s *Server) input(ctx context.Context, r agent.InputRequest) (agent.InputResult, error) {
 	p, err := s.find(r.Process)
 	if err != nil {
@@ -306,7 +306,7 @@ func (s *Server) input(ctx context.Context, r agent.InputRequest) (agent.InputRe
 	if len(r.Data) > 0 || r.EOF {
 		taking, cancel := context.WithTimeout(ctx, max(wait, takeTime))
 		result.Written, err = p.writeStdin(taking, bytes.NewReader(r.Data), r.EOF)
-		result.Blocked = taking.Err() != nil // also where the machine is about to stand still: what was written is told
+		result.Blocked = taking.Err() != nil // also before a pause: then the answer says how much was written
 		cancel()
 		if err != nil && !result.Blocked {
 			return agent.InputResult{}, err
@@ -314,19 +314,19 @@ func (s *Server) input(ctx context.Context, r agent.InputRequest) (agent.InputRe
 	}
 	settle := time.Duration(r.SettleMS) * time.Millisecond
 	if p.req.Terminal == nil {
-		settle /= 3 // at a terminal programs paint in between
+		settle /= 3 // at a terminal programs pause between parts of the screen
 	}
 	result.Offset = r.Window.Offset
-	p.listen(ctx, r.Window.Offset, max(0, wait-time.Since(begin)), settle) // one time for both: what is not taken must not wait twice
+	p.listen(ctx, r.Window.Offset, max(0, wait-time.Since(begin)), settle) // writing and listening share one wait
 	result.Snapshot, err = p.wait(ctx, 0, nil, r.Window)
 	return result, err
 }
 
-// listen waits until a process has written beyond an offset and is silent, has ended, or the time is over.
+// listen waits until the process has written beyond an offset and is then silent, until it has ended, or until the time is over.
 func (p *process) listen(ctx context.Context, heard int64, wait, settle time.Duration) {
 	end := time.NewTimer(wait)
 	defer end.Stop()
-	var quiet <-chan time.Time // nil: nothing was heard
+	var quiet <-chan time.Time // nil: no output yet
 	for p.running() {
 		written, changed := p.output.progress()
 		if written > heard {
@@ -334,7 +334,7 @@ func (p *process) listen(ctx context.Context, heard int64, wait, settle time.Dur
 		}
 		select {
 		case <-changed:
-			select { // one that writes without end is not looked at without end
+			select { // do not check a process that writes all the time at each write
 			case <-time.After(settle / 4):
 			case <-end.C:
 				return
@@ -353,7 +353,7 @@ func (p *process) listen(ctx context.Context, heard int64, wait, settle time.Dur
 // onlyWriter hides ReadFrom, which would splice and ignore deadlines.
 type onlyWriter struct{ io.Writer }
 
-// parseSignal takes "SIGTERM", "term" or "15".
+// parseSignal accepts "SIGTERM", "term" or "15".
 func parseSignal(name string) (syscall.Signal, error) {
 	if n, err := strconv.Atoi(name); err == nil && n > 0 && n <= 64 {
 		return syscall.Signal(n), nil
@@ -368,12 +368,12 @@ func parseSignal(name string) (syscall.Signal, error) {
 	return 0, fmt.Errorf("signal %q: %w", agent.Clip(name, 40), agent.ErrNoSignal)
 }
 
-// list describes the processes that are asked for, as many as fit into a message.
+// list describes the selected processes, as many as fit into a message.
 func (s *Server) list(r agent.ListRequest) ([]agent.Process, error) {
 	list := []agent.Process{}
 	size := 0
 	all := s.all()
-	for i := len(all) - 1; i >= 0; i-- { // newest first: they are kept where the size is cut
+	for i := len(all) - 1; i >= 0; i-- { // newest first, so that the oldest are left out
 		d := all[i].describe()
 		if r.Tag != "" && d.Tag != r.Tag || r.State != "" && d.State != r.State {
 			continue
@@ -386,7 +386,7 @@ func (s *Server) list(r agent.ListRequest) ([]agent.Process, error) {
 	return list, nil
 }
 
-// signal sends a signal to what is asked for.
+// signal sends a signal to the named process.
 func (s *Server) signal(r agent.SignalRequest) (agent.Process, error) {
 	sig, err := parseSignal(r.Signal)
 	if err != nil {
@@ -399,7 +399,7 @@ func (s *Server) signal(r agent.SignalRequest) (agent.Process, error) {
 	return p.describe(), p.signal(sig)
 }
 
-// kill ends what is asked for, and everything that it has started.
+// kill kills the named process and everything it started.
 func (s *Server) kill(r agent.WaitRequest) (agent.Process, error) {
 	p, err := s.find(r.Process)
 	if err != nil {

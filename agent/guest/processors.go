@@ -8,24 +8,24 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// processors gives the agent a second processor for as long as something is at work that keeps one busy. With a second one each step of a
-// call wakes another thread, which costs more in gVisor than the step: a short command takes half as many system calls with one. It is safe
-// for concurrent use; nil does nothing.
+// processors gives the agent a second processor while work lasts that keeps one busy. With two processors each step of a call wakes another
+// thread, which costs more in gVisor than the step itself: with one, a short command takes half as many system calls. It is safe for
+// concurrent use; nil does nothing.
 type processors struct {
 	mu   sync.Mutex
 	busy int
-	off  *time.Timer // takes the second one away again
-	work *work       // is told
+	off  *time.Timer // takes the second processor away
+	work *work       // is told when there is such work
 }
 
-// To change the number stops everything for a moment: so what is soon done gets no second one, and it stays for a while when nothing needs
-// it any more.
+// Changing the number of processors stops all goroutines for a moment. So short work gets no second processor, and it stays for a while
+// after the last use.
 const (
 	soonDone   = 5 * time.Millisecond
 	secondStay = time.Second
 )
 
-// newProcessors begins with one processor, where there are more.
+// newProcessors begins with one processor; it returns nil if there is only one.
 func newProcessors(w *work) *processors {
 	if runtime.GOMAXPROCS(0) < 2 {
 		return nil
@@ -34,7 +34,7 @@ func newProcessors(w *work) *processors {
 	return &processors{work: w}
 }
 
-// hold has a second processor as long as something lasts whose end is told, once, by what it returns.
+// hold gives the agent a second processor until the caller calls release, once.
 func (p *processors) hold() (release func()) {
 	if p == nil {
 		return func() {}
@@ -50,7 +50,7 @@ func (p *processors) hold() (release func()) {
 func (p *processors) take() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.busy++; p.busy == 1 { // 0: what it was for is over
+	if p.busy++; p.busy == 1 { // 0: the work is over already
 		if p.off == nil || !p.off.Stop() {
 			p.work.look(func() { p.work.labour = true })
 			runtime.GOMAXPROCS(2)
@@ -78,7 +78,7 @@ func (p *processors) giveBack() {
 	p.off = off
 }
 
-// laborious are the streams that may keep a processor busy. Others wait for most of their time.
+// laborious are the streams that may keep a processor busy. Other streams wait most of the time.
 var laborious = map[string]bool{agent.StreamRead: true, agent.StreamWrite: true, agent.StreamOutput: true, agent.StreamStdin: true,
 	agent.StreamDial:    true,
 	agent.StreamChanges: true, agent.StreamUnpack: true}

@@ -8,12 +8,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The system calls of this file do not block, and the Go scheduler is not told of them. It would wake its monitor for each that comes out
-// of idleness, which then sleeps and wakes every 20 µs for a millisecond. But the monitor is who takes the processor from a goroutine that
-// keeps it: whatever goes on for long must make an ordinary call in time. What the host asks for begins with one, as its request is read
-// (stdio.go).
+// The system calls of this file do not block, and bypass the Go scheduler. The scheduler would wake its monitor for each call after an idle
+// time; the monitor then wakes every 20 µs for a millisecond. But only the monitor takes the processor from a goroutine that keeps it, so
+// code that runs for long must make an ordinary call in time. Work for the host begins with one, which reads the request (stdio.go).
 
-// quick makes a system call. What its arguments point to escapes to the heap and stays alive.
+// quick makes a system call. The memory that its arguments point to escapes to the heap and stays alive.
 //
 //go:uintptrescapes
 func quick(number, a, b, c, d, e uintptr) (int, error) {
@@ -28,22 +27,22 @@ func quick(number, a, b, c, d, e uintptr) (int, error) {
 	}
 }
 
-// quickRead reads what a non-blocking descriptor has.
+// quickRead reads what is available on a non-blocking descriptor.
 func quickRead(fd int, p []byte) (int, error) {
 	return quick(unix.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), 0, 0)
 }
 
-// quickPread reads a file of a cgroup, which is memory.
+// quickPread reads a file of a cgroup, which is in memory.
 func quickPread(fd int, p []byte, offset int64) (int, error) {
 	return quick(unix.SYS_PREAD64, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), uintptr(offset), 0)
 }
 
-// quickClose closes a pipe, or another descriptor that has nothing to finish.
+// quickClose closes a pipe, or another descriptor whose close does no work.
 func quickClose(fd int) {
-	_, _, _ = syscall.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0) // once: it is closed whatever it says
+	_, _, _ = syscall.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0) // once: the descriptor is closed even after an error
 }
 
-// quickPipe makes a pipe whose end for us does not block.
+// quickPipe makes a pipe; our end of it does not block.
 func quickPipe(ours int) (fds [2]int, err error) {
 	var made [2]int32
 	if _, err := quick(unix.SYS_PIPE2, uintptr(unsafe.Pointer(&made)), unix.O_CLOEXEC, 0, 0, 0); err != nil {
@@ -51,24 +50,24 @@ func quickPipe(ours int) (fds [2]int, err error) {
 	}
 	fds = [2]int{int(made[0]), int(made[1])}
 	if _, err = quick(unix.SYS_FCNTL, uintptr(fds[ours]), unix.F_SETFL, unix.O_NONBLOCK, 0,
-		0); err != nil { // a fresh pipe has no other flags
+		0); err != nil { // a new pipe has no other flags
 		quickClose(fds[0])
 		quickClose(fds[1])
 	}
 	return fds, err
 }
 
-// quickChown gives a pipe to somebody.
+// quickChown changes the owner of a pipe.
 func quickChown(fd int, uid, gid uint32) error {
 	_, err := quick(unix.SYS_FCHOWN, uintptr(fd), uintptr(uid), uintptr(gid), 0, 0)
 	return err
 }
 
-// quickPoll asks an epoll what has happened.
+// quickPoll returns the events of an epoll without waiting.
 func quickPoll(epoll int, events []unix.EpollEvent) int {
 	n, err := quick(unix.SYS_EPOLL_PWAIT, uintptr(epoll), uintptr(unsafe.Pointer(unsafe.SliceData(events))), uintptr(len(events)), 0, 0)
 	if err != nil {
-		return 0 // the next one sees it
+		return 0 // the next call sees the events
 	}
 	return n
 }
@@ -78,7 +77,7 @@ func quickEpollCtl(epoll, op, fd int, event *unix.EpollEvent) error {
 	return err
 }
 
-// quickStat describes a file, following links.
+// quickStat describes a file and follows symlinks.
 func quickStat(name string) (st unix.Statx_t, err error) {
 	path, err := syscall.BytePtrFromString(name)
 	if err != nil {
@@ -97,14 +96,14 @@ func isDir(name string) bool {
 	return err == nil && st.Mode&unix.S_IFMT == unix.S_IFDIR
 }
 
-// quickWait takes the status of a child that has ended, or of any with -1; 0 is none.
+// quickWait takes the status of a child that has ended; pid -1 means any child. got is 0 if there is none.
 func quickWait(pid int) (got int, s exitStatus, err error) {
 	got, err = quick(unix.SYS_WAIT4, uintptr(pid), uintptr(unsafe.Pointer(&s.status)), unix.WALL|unix.WNOHANG,
 		uintptr(unsafe.Pointer(&s.usage)), 0)
 	return got, s, err
 }
 
-// pendingBytes is how much a pipe has in it.
+// pendingBytes returns how many bytes a pipe holds.
 func pendingBytes(fd int) (int, error) {
 	var n int32
 	_, err := quick(unix.SYS_IOCTL, uintptr(fd), unix.TIOCINQ, uintptr(unsafe.Pointer(&n)), 0, 0)

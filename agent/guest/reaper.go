@@ -11,19 +11,19 @@ type exitStatus struct {
 	usage  syscall.Rusage
 }
 
-// reaper waits for children. As init it waits for every process of the sandbox, orphans too, so that no zombie stays.
+// reaper waits for children. As init it waits for every process of the sandbox, including orphans, so that no zombies remain.
 type reaper struct {
 	init      bool
-	collector *collector // tells when a child has ended
+	collector *collector // reports the end of children
 
 	mu       sync.Mutex
-	starting int // forks whose child nobody waits for yet
+	starting int // forks whose child is not awaited yet
 	waiting  map[int]func(exitStatus)
-	reaped   int               // how many were, for whom nobody waited
-	early    map[int]earlyExit // ended before somebody waited for them
+	reaped   int               // how many children without a waiter were reaped
+	early    map[int]earlyExit // children that ended before they were awaited, by pid
 }
 
-// earlyExit is an exitStatus that may be an orphan's: of a start that came after it, whose child may have its pid, it is none.
+// earlyExit is an exit that may be an orphan's. A child that was started after it may have the same pid; the number tells them apart.
 type earlyExit struct {
 	exitStatus
 	number int
@@ -33,7 +33,7 @@ func newReaper(init bool, c *collector) *reaper {
 	return &reaper{init: init, collector: c, waiting: map[int]func(exitStatus){}, early: map[int]earlyExit{}}
 }
 
-// forkExec starts a child. If that works, await must follow with what it returns.
+// forkExec starts a child. If it succeeds, the caller must pass the result to await.
 func (r *reaper) forkExec(name string, args []string, attr spawnAttr) (c child, err error) {
 	attr.pidfd = r.init
 	r.mu.Lock()
@@ -52,10 +52,10 @@ func (r *reaper) forkExec(name string, args []string, attr spawnAttr) (c child, 
 // child is what forkExec started.
 type child struct {
 	pid, pidfd int
-	since      int // reaper.reaped before
+	since      int // reaper.reaped before the start
 }
 
-// await has ended called, once, when the child of forkExec has ended. It must be short.
+// await calls ended, once, when the child of forkExec has ended. ended must be short.
 func (r *reaper) await(c child, ended func(exitStatus)) {
 	r.mu.Lock()
 	status, over := r.early[c.pid]
@@ -76,14 +76,14 @@ func (r *reaper) await(c child, ended func(exitStatus)) {
 	}
 }
 
-// settled says that a fork has failed, or that its child is awaited. r.mu is held.
+// settled notes that a fork has failed, or that its child is awaited. The caller holds r.mu.
 func (r *reaper) settled() {
 	if r.starting--; r.starting == 0 {
-		clear(r.early) // orphans: nobody waits for them
+		clear(r.early) // only orphans are left, and no caller waits for them
 	}
 }
 
-// waitOne waits for one child; it is used outside a sandbox, where other children belong to others.
+// waitOne waits for one child. It is used outside a sandbox, where the process has children that are not the agent's.
 func waitOne(pid int, ended func(exitStatus)) {
 	var s exitStatus
 	for {
@@ -94,13 +94,13 @@ func waitOne(pid int, ended func(exitStatus)) {
 	}
 }
 
-// reap takes the status of every child that has ended. The guard calls it now and then for orphans, of which nothing tells.
+// reap takes the status of all children that have ended. The guard calls it from time to time for orphans, whose end nothing reports.
 func (r *reaper) reap() {
 	for r.reapOne(-1) {
 	}
 }
 
-// reapOne takes the status of a child that has ended, or of any with -1, and says whether there was one.
+// reapOne takes the status of a child that has ended, and reports whether there was one; pid -1 means any child.
 func (r *reaper) reapOne(pid int) bool {
 	pid, s, err := quickWait(pid)
 	if err == syscall.EINTR {

@@ -14,18 +14,18 @@ import (
 
 const (
 	maxName     = 64      // bytes of a program's name
-	manyObjects = 1000    // of the kernel's: who has fewer dies for nothing
-	objectSize  = 4 << 10 // bytes of the kernel's memory that a descriptor or a task takes, about
+	manyObjects = 1000    // of the kernel: a process with fewer is not killed, since that frees too little
+	objectSize  = 4 << 10 // approximate bytes of the kernel's memory for a descriptor or a task
 )
 
-// load is what a process, and all that it has started, takes.
+// load is what a process and everything it started uses.
 type load struct {
 	agent.Relieved
 	p    *process
 	pids []int
 }
 
-// loads measures the memory of all user processes that are alive, the largest first.
+// loads measures the memory of all running user processes, largest first.
 func (s *Server) loads() []load {
 	var all []load
 	for _, p := range s.all() {
@@ -41,7 +41,7 @@ func (s *Server) loads() []load {
 	return all
 }
 
-// measure measures each process, finds the largest one, and gives its size and the sum.
+// measure measures each process of l, makes the largest one l's PID and Name, and returns its size and the sum.
 func (l *load) measure(size func(pid int) int64) (largest, sum int64) {
 	for _, pid := range l.pids {
 		n := size(pid)
@@ -58,7 +58,7 @@ func residentMemory(pid int) int64 {
 	return memory
 }
 
-// groupPIDs lists what the process has started and is alive; outside a sandbox the leader alone.
+// groupPIDs lists the running processes that p started, with p itself; outside a sandbox only p.
 func (p *process) groupPIDs() []int {
 	if p.group == nil && p.running() {
 		return []int{p.pid}
@@ -66,7 +66,7 @@ func (p *process) groupPIDs() []int {
 	return p.group.pids()
 }
 
-// relieve kills what takes most.
+// relieve kills the processes that use most.
 func (s *Server) relieve(r agent.RelieveRequest) (agent.RelieveResult, error) {
 	var weight func(load) int64
 	switch r.Kind {
@@ -113,8 +113,8 @@ func (s *Server) relieve(r agent.RelieveRequest) (agent.RelieveResult, error) {
 	return result, nil
 }
 
-// kernelDetail tells what there is most of. Files that nobody has open, and connections that are over, are in no list: they are what is
-// left.
+// kernelDetail tells what there is most of. Files that no process has open, and connections that have ended, are in no list: it names them
+// if the rest is small.
 func kernelDetail(loads []load) string {
 	var descriptors, tasks int64
 	for _, l := range loads {
@@ -134,7 +134,7 @@ func kernelDetail(loads []load) string {
 	return thousands(files) + " open files"
 }
 
-// thousands writes a number as people read it.
+// thousands formats a number for people.
 func thousands(n int64) string {
 	text := strconv.FormatInt(n, 10)
 	for i := len(text) - 3; i > 0; i -= 3 {
@@ -164,7 +164,7 @@ func countSockets() (n int64) {
 	for _, name := range []string{"tcp", "tcp6", "udp", "udp6", "unix"} {
 		f, err := os.Open("/proc/net/" + name)
 		if err != nil {
-			continue // the kernel does not list those
+			continue // the kernel does not list this kind
 		}
 		lines, buf := int64(-1), make([]byte, 64<<10) // without the heading
 		for {
@@ -180,7 +180,7 @@ func countSockets() (n int64) {
 	return n
 }
 
-// programName is the name of a program, as the process itself may have set it.
+// programName returns the name of a program, which the process itself may have set.
 func programName(pid int) string {
 	name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
 	if err != nil {

@@ -17,25 +17,25 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// What a machine is told once it goes on from what was saved, as one of perhaps many copies: its kernel's boot_id is another one from then
-// on, and the file generation in ShellDir has a higher number, which programs may watch. Its hooks the host starts (sandbox/restored.go).
+// A machine that is restored from a saved state may be one of many copies. So it gets a new boot_id, and the file "generation" in ShellDir
+// a higher number, which programs may watch. The host starts its hooks (sandbox/restored.go).
 
 const (
 	bootIDFile     = "/proc/sys/kernel/random/boot_id"
 	generationFile = "generation"
 )
 
-// restored makes of the machine one that is not the one it was saved as. What fails leaves the rest done.
+// restored makes the machine distinct from the one that was saved. If one step fails, the others are still done.
 func (s *Server) restored() (r agent.Restored, err error) {
 	if !s.opts.Init {
-		return r, nil // the machine is somebody else's
+		return r, nil // the machine is not a sandbox
 	}
 	r.Generation, err = s.nextGeneration()
 	return r, errors.Join(err, s.renewBootID())
 }
 
-// nextGeneration counts on, in the file that programs see; in a machine that has none it is 0. It never goes back, whatever is written
-// there.
+// nextGeneration increments the number in the file that programs see; the first one is 0. The number never decreases, whatever programs
+// write to the file.
 func (s *Server) nextGeneration() (int64, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -53,12 +53,12 @@ func (s *Server) nextGeneration() (int64, error) {
 		was = max(was, n)
 	}
 	s.generation = was + 1
-	_, err = f.WriteAt(fmt.Appendf(nil, "%d\n", s.generation), 0) // in one write, and never shorter: who reads it sees a number
+	_, err = f.WriteAt(fmt.Appendf(nil, "%d\n", s.generation), 0) // one write, and never shorter, so that readers always see a number
 	return s.generation, err
 }
 
-// openOwn opens a file of the agent's that others may read, with what is in it. What else has its name is removed: it was made by somebody
-// else.
+// openOwn opens a file of the agent that others may read, and returns its content. Anything else of that name is removed: a program of the
+// sandbox made it.
 func openOwn(name string, perm fs.FileMode) (f *os.File, text string, err error) {
 	for range 3 {
 		f, err = os.OpenFile(name, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK, perm)
@@ -67,9 +67,9 @@ func openOwn(name string, perm fs.FileMode) (f *os.File, text string, err error)
 			if err = unix.Fstat(int(f.Fd()), &st); err == nil && st.Mode&unix.S_IFMT == unix.S_IFREG && int(st.Uid) == os.Geteuid() &&
 				st.Nlink == 1 {
 				body, err := io.ReadAll(io.LimitReader(f, 64))
-				return f, string(body), errors.Join(err, f.Chmod(perm)) // the umask may have taken bits away
+				return f, string(body), errors.Join(err, f.Chmod(perm)) // the umask may have removed bits
 			}
-			_ = f.Close() // nothing was written
+			_ = f.Close() // without having written to it
 		}
 		if err := os.RemoveAll(name); err != nil {
 			return nil, "", err
@@ -78,7 +78,7 @@ func openOwn(name string, perm fs.FileMode) (f *os.File, text string, err error)
 	return nil, "", errors.Join(fmt.Errorf("%s is not the agent's", name), err)
 }
 
-// renewBootID has the kernel show another boot_id: gVisor's is saved with the machine.
+// renewBootID makes the kernel show a new boot_id: gVisor saves the old one with the machine.
 func (s *Server) renewBootID() error {
 	var id [16]byte
 	rand.Read(id[:])

@@ -22,14 +22,14 @@ import (
 const (
 	searchTime  = 20 * time.Second
 	searchLimit = 1000
-	searchLine  = 300      // bytes of a line that are shown
+	searchLine  = 300      // bytes of a line in an answer
 	maxLine     = 64 << 10 // bytes of a line that are searched
 	maxPattern  = 4 << 10
-	maxProgram  = 2000    // instructions of a pattern: its cost for each byte
-	sniff       = 8 << 10 // bytes that tell a binary file by a NUL
+	maxProgram  = 2000    // instructions of a pattern: the cost for each byte
+	sniff       = 8 << 10 // bytes that are checked for NUL, which means a binary file
 )
 
-// search walks a tree without following symlinks.
+// search searches a tree without following symlinks.
 func (s *Server) search(ctx context.Context, r agent.SearchRequest) (agent.SearchResult, error) {
 	if err := checkPath("search", r.Path); err != nil {
 		return agent.SearchResult{}, err
@@ -38,7 +38,7 @@ func (s *Server) search(ctx context.Context, r agent.SearchRequest) (agent.Searc
 		return agent.SearchResult{}, agent.Invalid("search: give a pattern, a glob, or both")
 	}
 	if len(r.Pattern) > maxPattern || len(r.Glob) > maxPattern {
-		return agent.SearchResult{}, agent.Invalid("search: pattern and glob may have %d bytes", maxPattern)
+		return agent.SearchResult{}, agent.Invalid("search: pattern and glob may have at most %d bytes each", maxPattern)
 	}
 	q := &searcher{ctx: ctx, root: path.Clean(r.Path), limit: r.Limit, room: agent.MaxMessage * 9 / 10,
 		result: agent.SearchResult{Matches: []agent.Match{}}}
@@ -69,7 +69,7 @@ func (s *Server) search(ctx context.Context, r agent.SearchRequest) (agent.Searc
 	return q.result, err
 }
 
-// compilePattern compiles a pattern whose cost is bounded: matching cannot be interrupted.
+// compilePattern compiles a pattern if its cost is within bounds: matching cannot be interrupted.
 func compilePattern(pattern string) (*regexp.Regexp, error) {
 	parsed, err := syntax.Parse(pattern, syntax.Perl)
 	if err != nil {
@@ -101,7 +101,7 @@ func (q *searcher) visit(name string, entry fs.DirEntry, err error) error {
 		return fs.SkipAll
 	}
 	if err != nil {
-		return nil // gone since, or unreadable
+		return nil // removed meanwhile, or unreadable
 	}
 	if entry.IsDir() {
 		if name != q.root && (entry.Name() == ".git" || name == "/proc" || name == "/sys") {
@@ -139,11 +139,11 @@ func (q *searcher) add(m agent.Match) error {
 	return nil
 }
 
-// grep looks for the pattern in the lines of a text file.
+// grep searches the lines of a text file for the pattern.
 func (q *searcher) grep(name string) error {
 	f, err := openRegular(name)
 	if err != nil {
-		return nil // gone since, or unreadable
+		return nil // removed meanwhile, or unreadable
 	}
 	defer f.Close()
 	r := bufio.NewReaderSize(f, 64<<10)
@@ -166,7 +166,7 @@ func (q *searcher) grep(name string) error {
 	}
 }
 
-// readLine reads a line and keeps at most maxLine of it.
+// readLine reads a line and keeps at most maxLine bytes of it.
 func readLine(r *bufio.Reader) ([]byte, error) {
 	var line []byte
 	for {
@@ -185,7 +185,8 @@ func readLine(r *bufio.Reader) ([]byte, error) {
 	}
 }
 
-// around cuts a long line to what surrounds its match, at whole characters. It is inert: JSON has no bytes that are not text.
+// around cuts a long line to the part around its match, at character boundaries. The result is inert: JSON cannot carry bytes that are not
+// text.
 func around(line []byte, at []int) string {
 	if len(line) <= searchLine {
 		return agent.Inert(line)
@@ -198,7 +199,7 @@ func around(line []byte, at []int) string {
 	return "…" + agent.Inert(agent.Whole(shown)) + "…"
 }
 
-// compileGlob turns a glob into a regexp: * and ? stay within a name, ** spans directories, [a-z] and {a,b} are as in shells. A glob
+// compileGlob turns a glob into a regexp: * and ? match within a name, ** spans directories, [a-z] and {a,b} work as in shells. A glob
 // without a slash matches names at any depth.
 func compileGlob(glob string) (*regexp.Regexp, error) {
 	var b strings.Builder

@@ -25,24 +25,24 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// Options is what a Server needs. The zero value serves the process' own user on this machine, as tests do.
+// Options configures a Server. With the zero value it serves the process's own user on this machine, as in tests.
 type Options struct {
 	Version  string
-	SpoolDir string // where large outputs are kept; default a directory in os.TempDir
-	ShellDir string // where shells report what they leave; default a directory in SpoolDir
+	SpoolDir string // for large outputs; default os.TempDir
+	ShellDir string // for what shells leave; default a directory in SpoolDir
 	Home     string // home of the only user outside a sandbox
 	Init     bool   // be the first process of a sandbox: reap orphans, use cgroups, switch users
-	Image    bool   // the root is an image: its files, such as homes, belong to whom they should already
+	Image    bool   // the root is an image, in which files such as homes already have the right owners
 	Log      func(format string, args ...any)
 }
 
-// Server is the guest's end. All methods are safe for concurrent use.
+// Server is the guest's end of the protocol. All methods are safe for concurrent use.
 type Server struct {
 	opts      Options
 	boot      string
 	shell     string
 	null      int         // descriptor of /dev/null
-	files     unix.Rlimit // how many descriptors processes may have; inside a sandbox only
+	files     unix.Rlimit // limit of descriptors of processes; only in a sandbox
 	reaper    *reaper
 	second    *processors // nil outside a sandbox
 	stock     outputStock
@@ -56,7 +56,7 @@ type Server struct {
 
 	oomKills atomic.Int64
 	watches  atomic.Int64
-	dials    sync.Map // of the names of connections that the host may hang up: what does it
+	dials    sync.Map // functions that end a connection, by its name, for the host
 	fields   fieldCache
 	shells   *shells
 	trees    *trees
@@ -67,16 +67,16 @@ type Server struct {
 	events    events
 
 	mu sync.Mutex
-	// waits ends when the calls that wait for something in the sandbox are to return with what is there.
+	// waits ends when calls that wait for something in the sandbox must return what they have.
 	waits       context.Context
 	cancelWaits context.CancelFunc
 	config      agent.Config
 	procs       map[string]*process // by id
 	tags        map[string]*process // the last one started under each tag
 	seq         int
-	hosts       int // sessions
+	hosts       int // number of sessions
 	orphan      *countdown
-	generation  int64 // of the machine; -1 until it is counted
+	generation  int64 // of the machine; -1 until it is known
 }
 
 // NewServer makes a Server; with opts.Init it also sets up the machine.
@@ -115,7 +115,7 @@ func NewServer(opts Options) (*Server, error) {
 		if s.groups, err = setUpMachine(opts.Image); err != nil {
 			return nil, err
 		}
-		if _, err := s.nextGeneration(); err != nil { // before there is anybody else
+		if _, err := s.nextGeneration(); err != nil { // before any other process exists
 			return nil, fmt.Errorf("count the generation: %w", err)
 		}
 		s.guard = newGuard(s)
@@ -124,7 +124,7 @@ func NewServer(opts Options) (*Server, error) {
 	return s, nil
 }
 
-// Close ends every process and waits for them. It is for tests: as init the agent ends with the machine.
+// Close kills every process and waits for their end. It is for tests: as init the agent ends with the machine.
 func (s *Server) Close() {
 	s.cancel(errors.New("agent closed"))
 	for _, p := range s.all() {
@@ -147,7 +147,7 @@ func (s *Server) Close() {
 	}
 }
 
-// Done is closed when the agent has lived too long without a host, and should end.
+// Done is closed when the agent has been without a host for too long, and should end.
 func (s *Server) Done() <-chan struct{} { return s.ctx.Done() }
 
 func (s *Server) log(format string, args ...any) {
@@ -156,12 +156,12 @@ func (s *Server) log(format string, args ...any) {
 	}
 }
 
-// Serve speaks the protocol on one pipe until it ends. Several pipes may be served at once.
+// Serve speaks the protocol on a pipe until the pipe ends. Several pipes may be served at once.
 func (s *Server) Serve(conn io.ReadWriteCloser) error {
 	return s.serve(conn, bufio.NewReaderSize(conn, agent.MaxHello))
 }
 
-// serve is Serve with what reads from the pipe.
+// serve is Serve with a reader of the pipe.
 func (s *Server) serve(conn io.ReadWriteCloser, reader *bufio.Reader) error {
 	defer conn.Close()
 	s.present(1)
@@ -193,7 +193,7 @@ func (s *Server) serve(conn io.ReadWriteCloser, reader *bufio.Reader) error {
 		stream, err := session.AcceptStream()
 		if err != nil {
 			cancel()
-			return nil // the pipe is at its end
+			return nil // the pipe has ended
 		}
 		streams.Go(func() {
 			defer stream.Close()
@@ -202,7 +202,7 @@ func (s *Server) serve(conn io.ReadWriteCloser, reader *bufio.Reader) error {
 	}
 }
 
-// present counts hosts, and ends the agent when it has been without one for too long.
+// present counts the hosts, and ends the agent when it has been without one for too long.
 func (s *Server) present(n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -214,7 +214,7 @@ func (s *Server) present(n int) {
 	}
 }
 
-// serveStream serves one stream by its header. A panic ends the stream, not the machine.
+// serveStream serves one stream according to its header. A panic ends the stream, not the machine.
 func (s *Server) serveStream(ctx context.Context, stream *yamux.Stream) {
 	defer func() {
 		if r := recover(); r != nil {
@@ -277,7 +277,7 @@ func (s *Server) enter(p *process) error {
 	return nil
 }
 
-// leave takes back what enter did.
+// leave undoes enter.
 func (s *Server) leave(p *process) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -290,7 +290,7 @@ func (s *Server) leave(p *process) {
 	}
 }
 
-// settle tidies up after the end of p: its cgroup goes when it is empty, and only the last ended processes are kept.
+// settle cleans up after the end of p: it releases the cgroup if that is empty, and forgets all but the last ended processes.
 func (s *Server) settle(p *process) {
 	p.group.release(p.ended.Sub(p.started) > firstLook)
 	if s.groups != nil {
@@ -318,7 +318,7 @@ func (s *Server) settle(p *process) {
 		q := ended[oldest]
 		ended = append(ended[:oldest], ended[oldest+1:]...)
 		if !q.group.remove() {
-			continue // something it started still runs
+			continue // something that it started still runs
 		}
 		drop = append(drop, q)
 		delete(s.procs, q.id)
@@ -332,7 +332,7 @@ func (s *Server) settle(p *process) {
 	}
 }
 
-// find gets a process by id or tag.
+// find returns a process by id or tag.
 func (s *Server) find(name string) (*process, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -345,7 +345,7 @@ func (s *Server) find(name string) (*process, error) {
 	return nil, fmt.Errorf("process %q: %w", agent.Clip(name, 80), agent.ErrNoProcess)
 }
 
-// all lists the processes by their start.
+// all returns the processes in the order of their start.
 func (s *Server) all() []*process {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -359,7 +359,7 @@ func (s *Server) all() []*process {
 	return all
 }
 
-// serveRPC serves calls on the control channel, each in a goroutine of its own.
+// serveRPC serves the calls on the control channel, each in its own goroutine.
 func (s *Server) serveRPC(ctx context.Context, stream *yamux.Stream) {
 	var mu sync.Mutex
 	cancels := map[uint64]context.CancelFunc{}
@@ -394,7 +394,7 @@ func (s *Server) serveRPC(ctx context.Context, stream *yamux.Stream) {
 			delete(cancels, req.ID.Num)
 			mu.Unlock()
 			if err != nil {
-				_ = conn.ReplyWithError(callCtx, req.ID, replyError(err)) // the pipe is gone otherwise
+				_ = conn.ReplyWithError(callCtx, req.ID, replyError(err)) // an error means that the pipe has ended
 				return
 			}
 			if err := conn.Reply(callCtx, req.ID, result); errors.Is(err, agent.ErrTooLarge) {
@@ -406,7 +406,7 @@ func (s *Server) serveRPC(ctx context.Context, stream *yamux.Stream) {
 	<-conn.DisconnectNotify()
 }
 
-// call does one call.
+// call executes one call.
 func (s *Server) call(ctx context.Context, req *jsonrpc2.Request) (result any, err error) {
 	defer func() {
 		if r := recover(); r != nil {
@@ -461,7 +461,7 @@ func (s *Server) call(ctx context.Context, req *jsonrpc2.Request) (result any, e
 	return s.callFiles(ctx, req)
 }
 
-// callFiles answers the calls that concern files.
+// callFiles executes the calls that concern files.
 func (s *Server) callFiles(ctx context.Context, req *jsonrpc2.Request) (any, error) {
 	defer s.second.hold()()
 	switch req.Method {
@@ -487,7 +487,7 @@ func (s *Server) callFiles(ctx context.Context, req *jsonrpc2.Request) (any, err
 	return nil, agent.Invalid(agent.UnknownCall+" %q", agent.Clip(req.Method, 40))
 }
 
-// on decodes the arguments of a call and makes it.
+// on decodes the arguments of a call and executes it.
 func on[A, R any](req *jsonrpc2.Request, do func(A) (R, error)) (any, error) {
 	var args A
 	if req.Params != nil {

@@ -25,23 +25,23 @@ import (
 // Bounds of what shells remember.
 const (
 	maxShells     = 64
-	maxShellState = 256 << 10 // bytes, in all
-	maxShellDump  = 1 << 20   // bytes that a shell may write about itself
-	envPart       = 100 << 10 // bytes of one variable: Linux takes 128 KiB
+	maxShellState = 256 << 10 // bytes, in total
+	maxShellDump  = 1 << 20   // bytes that a shell may report about itself
+	envPart       = 100 << 10 // bytes of one variable: Linux allows 128 KiB
 )
 
-// shells are what bash remembers from one command to the next. Every command runs in a bash of its own, which gets what its predecessors
-// left and says at its end what it leaves: so nothing that a command does to its shell can break the next one. It is safe for concurrent
-// use, and commands that run at the same time lose nothing of each other: what counts is what each has changed.
+// shells is what bash remembers from one command to the next. Each command runs in its own bash, which gets the state that earlier commands
+// left and reports its own state at its end: so no command can break the shell of the next one. It is safe for concurrent use. Commands
+// that run at the same time keep each other's changes, because only what each of them has changed is stored.
 type shells struct {
-	dir string // where bash writes to
+	dir string // where bash writes its reports
 
 	mu   sync.Mutex
 	seq  int
 	byID map[shellID]*shellEntry
 }
 
-// shellID names a shell: each user has their own.
+// shellID identifies a shell: each user has separate ones.
 type shellID struct{ name, user string }
 
 type shellEntry struct {
@@ -49,19 +49,19 @@ type shellEntry struct {
 	used  int
 }
 
-// shellState is what is remembered. It is never changed, but replaced.
+// shellState is what a shell remembers. It is never changed, only replaced.
 type shellState struct {
 	cwd    string
-	env    map[string]string // exported variables that differ from the environment a process is given
-	unset  map[string]bool   // variables of that environment which are not to be there
-	decls  map[string]string // all other variables: the declaration that makes them
+	env    map[string]string // exported variables that differ from the process's given environment
+	unset  map[string]bool   // variables of that environment that the shell has removed
+	decls  map[string]string // all other variables: the declaration of each
 	umask  string            // the command that sets it; "" is the default
-	alias  string            // the commands that make them
-	funcs  string            // their definitions
+	alias  string            // the commands that define the aliases
+	funcs  string            // the definitions of the functions
 	names  []string          // of the functions, sorted
-	public []string          // those of them that are exported
+	public []string          // of these, the exported ones
 	set    []string          // options of set that differ from the default: "+o" or "-o", and the name
-	shopt  []string          // options of shopt that do: "-s" or "-u", and the name
+	shopt  []string          // options of shopt that differ: "-s" or "-u", and the name
 	args   []string          // positional parameters
 }
 
@@ -69,18 +69,18 @@ type shellState struct {
 type shellRun struct {
 	shells *shells
 	id     shellID
-	file   string            // where it will be; "" where it leaves nothing behind
-	begin  *shellState       // what it began with
-	base   map[string]string // the environment without the shell
+	file   string            // where bash writes its report; "" if it makes none
+	begin  *shellState       // the state it began with
+	base   map[string]string // the environment without the shell's changes
 	env    map[string]string // the environment it began with
-	given  map[string]string // what of it is for this command only
+	given  map[string]string // the part of it that is for this command only
 	cwd    string
-	gone   string // where the shell was, which does not exist any more
+	gone   string // the shell's directory, if that does not exist any more
 }
 
 func newShells(dir string) *shells { return &shells{dir: dir, byID: map[shellID]*shellEntry{}} }
 
-// get finds what a shell remembers.
+// get returns what a shell remembers.
 func (s *shells) get(id shellID) *shellState {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -92,7 +92,7 @@ func (s *shells) get(id shellID) *shellState {
 	return &shellState{}
 }
 
-// update changes what a shell remembers. The shell that was not used for longest makes room for a new one.
+// update changes what a shell remembers. A new shell replaces the one that was unused for longest if there are too many.
 func (s *shells) update(id shellID, change func(*shellState) *shellState) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -138,12 +138,12 @@ func (s *shellState) size() int {
 	return n
 }
 
-// plain says that a command which needs no shell may do without.
+// plain reports whether a command that needs no shell can run without one.
 func (s *shellState) plain() bool {
 	return len(s.decls) == 0 && s.umask == "" && s.alias == "" && s.funcs == "" && len(s.set)+len(s.shopt)+len(s.args) == 0
 }
 
-// environment is what a process gets: base, changed as the shell has changed it.
+// environment returns the environment of a process: base with the shell's changes.
 func (s *shellState) environment(base map[string]string) map[string]string {
 	env := maps.Clone(base)
 	maps.Copy(env, s.env)
@@ -153,7 +153,7 @@ func (s *shellState) environment(base map[string]string) map[string]string {
 	return env
 }
 
-// existing is where the shell is or, where that is gone, the nearest directory above.
+// existing returns the directory of the shell or, if that is gone, the nearest existing directory above it.
 func (s *shellState) existing(home string) (dir, gone string) {
 	if s.cwd == "" {
 		return home, ""
@@ -167,12 +167,12 @@ func (s *shellState) existing(home string) (dir, gone string) {
 //go:embed shell.bash
 var saveShell string
 
-// script is what bash does before the command: it becomes what its predecessors left.
+// script returns what bash runs before the command, to restore the state that earlier commands left.
 func (s *shellState) script(file string, given map[string]string) string {
 	var b strings.Builder
 	line := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
 	own := func(name string) bool { _, ok := given[name]; return !ok }
-	line(`unset "${!%s@}"`, ownPrefix) // what this came in
+	line(`unset "${!%s@}"`, ownPrefix) // the variables that carried this script
 	line("__soulbox_command=$1 __soulbox_fo=$SHELLOPTS __soulbox_fb=$BASHOPTS")
 	line("set -- %s", quoteAll(s.args))
 	line("unset -v -- %s", quoteAll(slices.DeleteFunc(slices.Sorted(maps.Keys(s.unset)), func(name string) bool { return !own(name) })))
@@ -182,7 +182,8 @@ func (s *shellState) script(file string, given map[string]string) string {
 		}
 	}
 	line("%s", s.umask)
-	// Functions may need an option to be read, and stand in for any builtin from there on; aliases and options of set do so at once.
+	// Functions may need a shopt option to be parsed, and may replace any builtin once defined; aliases and options of set have an effect
+	// at once.
 	for _, o := range s.shopt {
 		if o != expandAliases {
 			line("shopt %s", o)
@@ -193,7 +194,7 @@ func (s *shellState) script(file string, given map[string]string) string {
 	if len(s.public) > 0 { // without names it would list them
 		line(`\builtin declare -fx -- %s`, quoteAll(s.public))
 	}
-	if file != "" { // after those of the user, one of which may have its name
+	if file != "" { // after the user's functions, one of which may have this name
 		line(`\builtin unset -f %ssave`, ownPrefix)
 		line("__soulbox_file=%s", quoteShell(file))
 		line("%s", saveShell)
@@ -217,11 +218,11 @@ func quoteAll(words []string) string {
 	return strings.Join(quoted, " ")
 }
 
-// quoteShell makes one word of s for any POSIX shell.
+// quoteShell quotes s as one word for any POSIX shell.
 func quoteShell(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 
-// wrap is the argument list and the environment with which bash runs a command. The script goes by the environment, in parts: that needs no
-// file, so it works on a full disk. bash takes it from there before anything else runs.
+// wrap returns the argument list and the environment with which bash runs a command. The environment carries the script, in parts: this
+// needs no file, so it also works on a full disk. bash removes it from there before anything else runs.
 func (r *shellRun) wrap(bash, command string) (args, env []string) {
 	script := r.begin.script(r.file, r.given)
 	var restore strings.Builder
@@ -242,25 +243,25 @@ func (r *shellRun) wrap(bash, command string) (args, env []string) {
 // enter begins a command of a shell.
 func (s *shells) enter(id shellID) *shellRun { return &shellRun{shells: s, id: id, begin: s.get(id)} }
 
-// report makes the command leave behind what it changes.
+// report makes the command report its changes at its end.
 func (r *shellRun) report() {
 	dir := r.shells.dir
-	// Everybody may make a file in it, nobody may see or remove those of others: their names are random.
+	// Everyone may create a file in it, but not see or remove the files of others: their names are random.
 	err := os.Mkdir(dir, 0o733)
 	if errors.Is(err, os.ErrNotExist) {
 		err = os.MkdirAll(dir, 0o733)
 	}
 	if err == nil {
-		_ = os.Chmod(dir, 0o733|os.ModeSticky) // the umask may have taken bits away: then less is remembered, and no more is seen
+		_ = os.Chmod(dir, 0o733|os.ModeSticky) // the umask may have removed bits: then less is remembered, and no more is visible
 	}
 	r.file = filepath.Join(dir, rand.Text())
 }
 
-// needed says whether even a command of plain words must run in the shell.
+// needed reports whether even a command of plain words must run in the shell.
 func (r *shellRun) needed() bool { return r != nil && !r.begin.plain() }
 
-// leave takes over what a command that has ended left behind, and tells where the shell is now if it has moved. What it did not say,
-// because it was killed or replaced its shell, is as before.
+// leave stores what an ended command has reported, and returns the shell's new directory if that has changed. A command that was killed or
+// has replaced its shell reports nothing, and changes nothing.
 func (r *shellRun) leave() (cwd string, err error) {
 	if r == nil || r.file == "" {
 		return "", nil
@@ -285,7 +286,7 @@ func (r *shellRun) leave() (cwd string, err error) {
 	return end.cwd, nil
 }
 
-// readDump reads a file that a process of the guest made, and removes it. It may be anything.
+// readDump reads and removes a file that a process of the guest made. It may contain anything.
 func readDump(name string) ([]byte, error) {
 	fd, err := unix.Open(name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -296,10 +297,10 @@ func readDump(name string) ([]byte, error) {
 	}
 	f := os.NewFile(uintptr(fd), name)
 	defer f.Close()
-	_ = os.Remove(name) // its directory holds nothing that is used twice
+	_ = os.Remove(name) // no other file in this directory has its name
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG {
-		return nil, fmt.Errorf("the shell's report is no regular file: %w", syscall.EINVAL)
+		return nil, fmt.Errorf("the shell's report is not a regular file: %w", syscall.EINVAL)
 	}
 	body, err := io.ReadAll(io.LimitReader(f, maxShellDump+1))
 	if len(body) > maxShellDump {
@@ -308,14 +309,14 @@ func readDump(name string) ([]byte, error) {
 	return body, err
 }
 
-// merge is what is remembered now, with what one command has changed.
+// merge returns the shell's current state with the changes of one command.
 func (r *shellRun) merge(now *shellState, end *shellState) *shellState {
 	next := *now
 	if end.cwd != r.cwd || r.gone != "" {
 		next.cwd = end.cwd
 	}
 	next.env, next.unset, next.decls = cloned(now.env), cloned(now.unset), cloned(now.decls)
-	// What was given for this command, and is as it was given, is not the shell's.
+	// A variable that was given for this command, and still has that value, is not part of the shell's state.
 	own := func(name string) bool { v, given := r.given[name]; return !given || end.env[name] != v }
 	if end.env == nil {
 		end.env, end.decls, end.args = r.env, r.begin.decls, r.begin.args
@@ -367,14 +368,14 @@ func change(now *string, begin, end string) {
 	}
 }
 
-// cloned is a copy that can be written to.
+// cloned returns a copy that is never nil.
 func cloned[K comparable, V any](m map[K]V) map[K]V {
 	c := make(map[K]V, len(m))
 	maps.Copy(c, m)
 	return c
 }
 
-// describeShell tells what a shell remembers.
+// describeShell returns what a shell remembers.
 func (s *Server) describeShell(r agent.ShellRequest) (agent.ShellInfo, error) {
 	user, err := s.lookup(r.User)
 	if err != nil {

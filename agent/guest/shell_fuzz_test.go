@@ -13,14 +13,14 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// shellValues are what variables get: as hard to quote as they come.
+// shellValues are values of variables that are hard to quote.
 var shellValues = []string{
 	"", "1", "a b", "two\nlines", `q"u'o$t\e` + "`", "\t\x01\x7f", "é ☃ 𝄞", bytesThatAreNoText, "  lead", "trail  ", "*", "~", "=", "-n",
 	"$(false)", "a:b:c", "declare -x A=\"1\"\n",
 	"}\n", "'", `\`, `\'`, `"`, "0",
 }
 
-const bytesThatAreNoText = "\x00" // stands for them: a command itself is text
+const bytesThatAreNoText = "\x00" // stands for them, because a command itself is text
 
 // shellStep is a random command that changes its shell.
 func shellStep(r *rand.Rand, dir string) string {
@@ -94,7 +94,7 @@ func shellStep(r *rand.Rand, dir string) string {
 	return step
 }
 
-// shellReport shows all that is to be the same in the end.
+// shellReport prints everything that must be the same at the end.
 const shellReport = `
 set +o noclobber
 PATH=/usr/bin:/bin
@@ -105,7 +105,7 @@ declare -p A B C D E F ${!arr@} ${!map@} ${!int@} ${!lines@} TZ
 printf '\n-----\n'; env -0; } 2>/dev/null
 `
 
-// sameAsOneShell runs n random sequences of commands, each in a remembering shell and in one long bash, and compares where they end.
+// sameAsOneShell runs n random sequences of commands, each both in a remembering shell and in one long bash, and compares the final states.
 func sameAsOneShell(t *testing.T, c *agent.Client, dir string, n int, seed uint64) {
 	for i := range n {
 		r := rand.New(rand.NewPCG(seed, uint64(i)))
@@ -119,7 +119,7 @@ func sameAsOneShell(t *testing.T, c *agent.Client, dir string, n int, seed uint6
 				os.Symlink("a", filepath.Join(at, "link"))); err != nil {
 				t.Fatal(err)
 			}
-			// Both places have names of the same length: what shows them is compared without.
+			// Both directories have names of the same length: the reports are compared without them.
 			mine := make([]string, len(steps))
 			for j, s := range steps {
 				mine[j] = strings.ReplaceAll(s, "DIR", at)
@@ -128,7 +128,7 @@ func sameAsOneShell(t *testing.T, c *agent.Client, dir string, n int, seed uint6
 		}
 		long, script := place("long")
 		var one strings.Builder
-		one.WriteString("exec 2>/dev/null\n") // its errors have no place among the lines of the report
+		one.WriteString("exec 2>/dev/null\n") // errors must not appear among the lines of the report
 		for _, s := range script {
 			fmt.Fprintf(&one, "eval %s\n", quoteShell(s))
 		}
@@ -160,7 +160,7 @@ func start(t *testing.T, c *agent.Client, req agent.StartRequest) agent.Snapshot
 	return s
 }
 
-// differing shows the lines that only one of two texts has.
+// differing returns the lines that only one of two texts has.
 func differing(got, want string) string {
 	g, w := strings.Split(got, "\n"), strings.Split(want, "\n")
 	var b strings.Builder
@@ -177,7 +177,7 @@ func differing(got, want string) string {
 	return b.String()
 }
 
-// report is what a command said behind everything its steps said, without its place.
+// report returns the report at the end of a command's output, without the directory's name.
 func report(s agent.Snapshot, place string) string {
 	_, said, _ := strings.Cut(string(s.Output.Head), "\n=====\n")
 	said, env, _ := strings.Cut(said, "\n-----\n")

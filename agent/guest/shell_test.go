@@ -41,7 +41,7 @@ func (r remembering) expect(command, want string) {
 	}
 }
 
-// TestShellRemembers: what a command leaves is what the next one gets.
+// TestShellRemembers: the next command gets what a command leaves.
 func TestShellRemembers(t *testing.T) {
 	c, dir := pair(t)
 	r := remembering{t, c}
@@ -66,12 +66,12 @@ func TestShellRemembers(t *testing.T) {
 	}
 }
 
-// TestShellUnbroken: whatever a command does to its shell, the next one finds a whole one.
+// TestShellUnbroken: whatever a command does to its shell, the next command has a working one.
 func TestShellUnbroken(t *testing.T) {
 	for name, test := range map[string]struct {
 		command string
-		kept    bool // what it changed before is remembered
-		moved   bool // its directory is, but no variables
+		kept    bool // earlier changes are remembered
+		moved   bool // its new directory is remembered, but no variables
 		shows   string
 	}{
 		"exit":               {command: "cd sub; export V=1; exit 3", kept: true},
@@ -127,7 +127,7 @@ func TestShellUnbroken(t *testing.T) {
 	}
 }
 
-// TestShellParallel: commands that run at the same time lose nothing of each other.
+// TestShellParallel: commands that run at the same time keep each other's changes.
 func TestShellParallel(t *testing.T) {
 	c, dir := pair(t)
 	r := remembering{t, c}
@@ -156,7 +156,7 @@ func TestShellParallel(t *testing.T) {
 	r.expect(`echo "$V0$V9 $SLOW ${GONE-gone}"; pwd`, "09 1 gone\n"+dir+"/sub\n")
 }
 
-// TestShellForks: what is not the shell's own command gets what the shell has, and changes nothing.
+// TestShellForks: a forked command gets the shell's state and changes none of it.
 func TestShellForks(t *testing.T) {
 	c, dir := pair(t)
 	r := remembering{t, c}
@@ -185,7 +185,7 @@ func TestShellForks(t *testing.T) {
 	p.shows("terminal-1")
 }
 
-// TestShellsBounded: shells that nobody uses make room.
+// TestShellsBounded: unused shells are dropped for new ones.
 func TestShellsBounded(t *testing.T) {
 	c, _ := pair(t)
 	for i := range maxShells + 1 {
@@ -203,7 +203,7 @@ func TestShellsBounded(t *testing.T) {
 	}
 }
 
-// TestChangesNothing: what may change the shell is never taken for what cannot.
+// TestChangesNothing: a command that may change the shell is never classified as one that cannot.
 func TestChangesNothing(t *testing.T) {
 	for command, want := range map[string]bool{
 		"ls -la | head -3": true, "grep -n 'a b' \"$HOME/x\" > out 2>&1": true, "echo hi && git status; make -j4 || echo no": true,
@@ -231,7 +231,7 @@ func TestChangesNothing(t *testing.T) {
 	}
 }
 
-// FuzzShellReport: what bash tells may come from anybody.
+// FuzzShellReport: any program may have written what bash reports.
 func FuzzShellReport(f *testing.F) {
 	good := strings.Join([]string{"a:b", "a", "", "", "/x\n", "umask 0022\n", "", "declare -f g\n", "g () \n{ \n    :\n}\n",
 		"declare -x A=\"1\"\ndeclare -a B=([0]=\"x\ny\")\n", "end", ""}, "\x00")
@@ -246,7 +246,7 @@ func FuzzShellReport(f *testing.F) {
 	})
 }
 
-// TestShellRepaired: what a model may do by mistake can be undone by the next command.
+// TestShellRepaired: the next command can undo what a model may do by mistake.
 func TestShellRepaired(t *testing.T) {
 	c, dir := pair(t)
 	r := remembering{t, c}
@@ -280,7 +280,7 @@ func TestShellRepaired(t *testing.T) {
 		}
 		r.expect("pwd; chmod 700 closed", dir+"\n")
 	}
-	// A report that the command itself writes, as large as it may be, costs nobody anything.
+	// A report of the largest size, written by the command itself, costs no other command anything.
 	s := start(t, c, agent.StartRequest{Command: "perl -e 'print join \":\", map { \"o$_\" =~ tr/0-9/a-j/r } 1 .. 50000' > /tmp/o " +
 		"2>/dev/null; " +
 		"(cat /tmp/o; printf '\\0'; cat /tmp/o; printf '\\0\\0\\0/\\0\\0\\0\\0\\0\\0end\\0') > \"$__soulbox_file\"; kill -9 $$",
@@ -291,7 +291,7 @@ func TestShellRepaired(t *testing.T) {
 	r.expect("pwd", dir+"\n")
 }
 
-// TestOlderAgent: a call that the agent does not know is said to be one of versions.
+// TestOlderAgent: the error of a call that the agent does not know says that the versions differ.
 func TestOlderAgent(t *testing.T) {
 	c, _ := pair(t)
 	if _, err := agent.Call[struct{}](t.Context(), c, "of the future", nil); !errors.Is(err, agent.ErrVersion) {

@@ -13,10 +13,10 @@ import (
 
 var errShellReport = errors.New("not understood")
 
-// dumpFields is how many fields come before the positional parameters (shell.bash).
+// dumpFields is the number of fields before the positional parameters (shell.bash).
 const dumpFields = 10
 
-// parseShell reads what bash wrote at its end. It may come from anybody: what is not understood is refused as a whole.
+// parseShell parses what bash reported at its end. Any program may have written it: a report that is not understood is refused as a whole.
 func parseShell(dump []byte) (*shellState, error) {
 	fields := strings.Split(string(dump), "\x00")
 	n := len(fields)
@@ -30,8 +30,8 @@ func parseShell(dump []byte) (*shellState, error) {
 	}
 	end := &shellState{}
 	end.set = optionChanges(fields[0], fields[1], "-o", "+o")
-	// An option that ends or silences a shell holds for the command that sets it: the next one would end or say nothing for no visible
-	// reason.
+	// An option that ends or silences a shell holds only for the command that sets it: otherwise the next command would end or be silent
+	// for no visible reason.
 	end.set = slices.DeleteFunc(end.set, func(o string) bool { return slices.Contains(passing, o) })
 	end.shopt = optionChanges(fields[2], fields[3], "-s", "-u")
 	end.cwd = strings.Clone(strings.TrimSuffix(fields[4], "\n"))
@@ -47,7 +47,7 @@ func parseShell(dump []byte) (*shellState, error) {
 		if !ok || strings.HasPrefix(name, ownPrefix) {
 			continue
 		}
-		name = strings.Clone(name) // what is kept must not keep all that was reported
+		name = strings.Clone(name) // so that the rest of the report can be freed
 		end.names = append(end.names, name)
 		if strings.Contains(flags, "x") {
 			end.public = append(end.public, name)
@@ -55,13 +55,13 @@ func parseShell(dump []byte) (*shellState, error) {
 	}
 	slices.Sort(end.names)
 	end.funcs = strings.Clone(fields[8])
-	if fields[9] == "" { // it ended within a function, whose own variables and parameters are not the shell's
+	if fields[9] == "" { // it ended in a function, whose own variables and parameters are not the shell's
 		return end, nil
 	}
 	for _, arg := range fields[dumpFields : n-2] {
 		end.args = append(end.args, strings.Clone(arg))
 	}
-	// Every bash begins with an exported OLDPWD that has no value: where it has another one, or none, it was made anew.
+	// Every bash begins with an exported OLDPWD without a value. If the shell's is different or missing, a declaration recreates that.
 	end.env, end.decls = map[string]string{}, map[string]string{"OLDPWD": "unset -v OLDPWD"}
 	for _, decl := range declarations(fields[9]) {
 		if err := end.take(decl); err != nil {
@@ -80,7 +80,7 @@ const (
 // passing are the options of set that are not remembered.
 var passing = []string{"-o errexit", "-o nounset", "-o noexec", "-o onecmd", "-o privileged"}
 
-// optionChanges compares two lists like "braceexpand:hashall", of a fresh shell and of this one.
+// optionChanges compares two lists such as "braceexpand:hashall", of a new shell and of this one.
 func optionChanges(fresh, now, on, off string) []string {
 	was, is := strings.Split(fresh, ":"), strings.Split(now, ":")
 	var changes []string
@@ -105,11 +105,11 @@ func isOption(name string) bool {
 func declarations(text string) []string {
 	var list []string
 	begin := 0
-	quote := byte(0) // '"', '\” of $'…' and '…', or none
+	quote := byte(0) // a double quote, a single quote (of $'…' and '…'), or 0 for none
 	for i := 0; i < len(text); i++ {
 		switch c := text[i]; {
 		case c == '\\':
-			i++ // whatever it is; within '…' bash writes none
+			i++ // skips any character; within '…' bash writes no backslash
 		case quote == 0 && (c == '"' || c == '\''):
 			quote = c
 		case c == quote:
@@ -122,7 +122,7 @@ func declarations(text string) []string {
 	return list
 }
 
-// take enters one declaration, such as: declare -x NAME="value".
+// take adds one declaration, such as: declare -x NAME="value".
 func (s *shellState) take(decl string) error {
 	flags, rest, ok := strings.Cut(strings.TrimPrefix(decl, "declare "), " ")
 	if !ok || !strings.HasPrefix(decl, "declare -") {
@@ -157,25 +157,25 @@ func (s *shellState) take(decl string) error {
 	return nil
 }
 
-// maxExported bounds what bash is given by its environment, in bytes: Linux takes 128 KiB. What is longer it is told by the script, so that
-// it starts, and says itself that programs cannot.
+// maxExported bounds what bash gets in its environment, in bytes: Linux allows 128 KiB. The script sets longer variables, so that bash
+// starts and itself reports that programs cannot.
 const maxExported = 64 << 10
 
-// startUp are the variables that bash itself acts on when it starts: it must not, for they were set after that.
+// startUp are the variables on which bash acts when it starts: it must not act on these, which were set later.
 var startUp = []string{"BASH_ENV", "ENV"}
 
-// ownVariables belong to bash: they are what they are in every shell (bash(1), "Shell Variables").
+// ownVariables belong to bash, which sets them in every shell (bash(1), "Shell Variables").
 var ownVariables = strings.Fields(`BASH BASHOPTS BASHPID BASH_ALIASES BASH_ARGC BASH_ARGV BASH_ARGV0 BASH_CMDS BASH_COMMAND
 	BASH_EXECUTION_STRING BASH_LINENO BASH_LOADABLES_PATH BASH_MONOSECONDS BASH_REMATCH BASH_SOURCE BASH_SUBSHELL BASH_TRAPSIG BASH_VERSINFO
 	BASH_VERSION COMP_WORDBREAKS COPROC DIRSTACK EPOCHREALTIME EPOCHSECONDS EUID FUNCNAME GROUPS HISTCMD LINENO OPTARG OPTIND PIPESTATUS
 	POSIXLY_CORRECT PPID PWD RANDOM SECONDS SHELLOPTS SHLVL SRANDOM UID _`)
 
-// byDefault are the variables that bash makes by itself, and does not export.
+// byDefault are the variables that bash itself sets but does not export.
 var byDefault = strings.Fields("COLUMNS HOSTNAME HOSTTYPE LINES MACHTYPE OPTERR OSTYPE PS4 TERM")
 
 func shellOwn(name string) bool { return slices.Contains(ownVariables, name) }
 
-// isName says whether bash can have a variable of that name.
+// isName reports whether bash can have a variable of that name.
 func isName(name string) bool {
 	for i, c := range []byte(name) {
 		if !(c == '_' || c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || i > 0 && c >= '0' && c <= '9') {
@@ -185,7 +185,7 @@ func isName(name string) bool {
 	return name != ""
 }
 
-// unquote is the value of a word as "declare -p" writes it: "…", $'…' or plain.
+// unquote returns the value of a word that "declare -p" wrote: "…", $'…' or plain.
 func unquote(word string) (string, error) {
 	switch {
 	case len(word) >= 2 && word[0] == '"' && word[len(word)-1] == '"':
@@ -198,7 +198,7 @@ func unquote(word string) (string, error) {
 	return word, nil
 }
 
-// unescape takes away the backslash before each of the given characters.
+// unescape removes the backslash before each of the given characters.
 func unescape(text, special string) string {
 	if !strings.Contains(text, `\`) {
 		return text
@@ -213,11 +213,11 @@ func unescape(text, special string) string {
 	return b.String()
 }
 
-// ansiEscapes are those of bash(1), "QUOTING", that stand for one byte.
+// ansiEscapes are the escapes that stand for one byte (bash(1), "QUOTING").
 var ansiEscapes = map[byte]byte{'a': 7, 'b': 8, 'e': 27, 'E': 27, 'f': 12, 'n': 10, 'r': 13, 't': 9, 'v': 11, '\\': '\\', '\'': '\'',
 	'"': '"', '?': '?'}
 
-// unquoteANSI is the value of what stands between $' and '.
+// unquoteANSI returns the value of the text between $' and '.
 func unquoteANSI(text string) (string, error) {
 	var b strings.Builder
 	for i := 0; i < len(text); i++ {
@@ -251,7 +251,7 @@ func unquoteANSI(text string) (string, error) {
 		}
 		code, err := strconv.ParseUint(text[i:stop], base, 32)
 		if err != nil {
-			return "", fmt.Errorf("the shell reports an escape that is no number: %w", errShellReport)
+			return "", fmt.Errorf("the shell reports an escape that is not a number: %w", errShellReport)
 		}
 		if c == 'u' || c == 'U' {
 			b.Write(utf8.AppendRune(nil, rune(code)))

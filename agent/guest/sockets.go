@@ -10,17 +10,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// socketBuffer is what the kernel keeps of a connection of the host's for each direction, in bytes.
+// socketBuffer is how much the kernel buffers for a connection that the host dials, in each direction, in bytes.
 const socketBuffer = 64 << 10
 
-// What it keeps of any TCP connection, in bytes. It would be 4 MB for each direction, and what many connections that nobody reads hold is
-// in the sandbox' kernel, outside of any process' memory. Root can have more.
+// How much the kernel buffers for other TCP connections, in bytes. The default is 4 MB for each direction, and the data of many unread
+// connections would be in the memory of the sandbox's kernel, not in that of any process. Root can raise these bounds.
 const (
 	maxReceive = 256 << 10
 	maxSend    = 128 << 10
 )
 
-// keepLittle is the Control of a Dialer whose connections keep little.
+// keepLittle is the Control function of a Dialer; it gives connections small buffers.
 func keepLittle(network, _ string, c syscall.RawConn) error {
 	if !strings.HasPrefix(network, "tcp") {
 		return nil
@@ -32,7 +32,7 @@ func keepLittle(network, _ string, c syscall.RawConn) error {
 	}), err)
 }
 
-// boundSockets bounds the buffers of the sandbox' TCP connections.
+// boundSockets bounds the buffers of the sandbox's TCP connections.
 func boundSockets() error {
 	write := func(name string, most int) error {
 		return os.WriteFile("/proc/sys/net/ipv4/"+name, fmt.Appendf(nil, "4096 %d %d\n", most, most), 0o644)

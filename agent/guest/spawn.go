@@ -13,26 +13,26 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// softFiles is how many descriptors a process may have until it asks for more: the agent has all, and programs that close every descriptor
-// which they might have would take seconds.
+// softFiles is how many descriptors a process may have unless it asks for more. The agent's own limit is the maximum, with which programs
+// that close every possible descriptor would take seconds.
 const softFiles = 4096
 
-// spawnAttr is how spawn starts a process.
+// spawnAttr says how spawn starts a process.
 type spawnAttr struct {
 	dir   string
 	env   []string
-	stdio [3]int    // descriptors that become 0, 1 and 2; none may be another one of those
-	group int       // descriptor of the cgroup that it begins in; 0 is the caller's
-	user  *identity // nil is the caller's
+	stdio [3]int    // descriptors that become 0, 1 and 2; each is its own target or above 2
+	group int       // descriptor of the cgroup to start in; 0 means the caller's
+	user  *identity // nil means the caller's
 	tty   bool      // descriptor 0 becomes its controlling terminal
 	pidfd bool
-	files *unix.Rlimit  // of its descriptors; nil is the caller's
-	limit time.Duration // a child that has not executed by then is killed, where there is a pidfd; 0 is none
+	files *unix.Rlimit  // limit of its descriptors; nil means the caller's
+	limit time.Duration // a child that has not executed by then is killed, if pidfd is set; 0 means no limit
 }
 
-// spawn starts a program as the leader of a session of its own. It does the same as syscall.ForkExec, with a third of its system calls,
-// each of which costs microseconds in gVisor: signal handlers are reset by the kernel (CLONE_CLEAR_SIGHAND), and an error comes back by
-// shared memory. Until the child has executed, which may take as long as the guest wants, the calling thread waits, and no other.
+// spawn starts a program as the leader of a new session. It does the same as syscall.ForkExec with a third of the system calls, each of
+// which costs microseconds in gVisor: the kernel resets the signal handlers (CLONE_CLEAR_SIGHAND), and an error comes back in shared
+// memory. Only the calling thread waits until the child has executed, which may take as long as the guest wants.
 func spawn(name string, args []string, attr spawnAttr) (c child, err error) {
 	c.pidfd = -1
 	path, err := syscall.BytePtrFromString(name)
@@ -81,7 +81,7 @@ func spawn(name string, args []string, attr spawnAttr) (c child, err error) {
 	return child{pidfd: -1}, syscall.Errno(m.failed)
 }
 
-// plan sets what the child is made with and what it does before it executes, in a directory if that is not nil.
+// plan sets the attributes of the child and its system calls before execve; dir is its directory, or nil for the caller's.
 func (m *spawnMemory) plan(attr spawnAttr, dir *byte) {
 	m.clone.flags, m.clone.exitSignal = unix.CLONE_VM|unix.CLONE_VFORK|unix.CLONE_CLEAR_SIGHAND, uint64(syscall.SIGCHLD)
 	if attr.group > 0 {
@@ -93,7 +93,7 @@ func (m *spawnMemory) plan(attr spawnAttr, dir *byte) {
 		m.clone.pidfd = uint64(uintptr(unsafe.Pointer(&m.pidfd)))
 	}
 	m.add(unix.SYS_SETSID)
-	if attr.group > 0 { // its cgroup is the root of all that it can mount, and its limits are not its own to change
+	if attr.group > 0 { // its cgroup becomes the root of all that it can mount, so it cannot change its own limits
 		m.add(unix.SYS_UNSHARE, unix.CLONE_NEWCGROUP)
 	}
 	for to, from := range attr.stdio {
@@ -101,7 +101,7 @@ func (m *spawnMemory) plan(attr spawnAttr, dir *byte) {
 			m.add(unix.SYS_DUP3, uintptr(from), uintptr(to))
 		}
 	}
-	// Not by executing alone, which may take as long as the guest wants: it would have everybody's pipes for so long.
+	// Closing on exec is not enough: exec may take as long as the guest wants, and the child would hold everyone's pipes until then.
 	m.add(unix.SYS_CLOSE_RANGE, 3, math.MaxUint32, 0)
 	if attr.files != nil {
 		m.files = *attr.files
@@ -122,7 +122,7 @@ func (m *spawnMemory) plan(attr spawnAttr, dir *byte) {
 	m.add(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&m.none)), 0, 8)
 }
 
-// watch kills a child that has not executed in time. What it gives is called when the child has, or has ended.
+// watch kills a child that has not executed in time. The caller calls done when the child has executed or ended.
 func (m *spawnMemory) watch(limit time.Duration) (done func()) {
 	if limit <= 0 {
 		return func() {}
@@ -133,7 +133,7 @@ func (m *spawnMemory) watch(limit time.Duration) (done func()) {
 		mu.Lock()
 		defer mu.Unlock()
 		if fd := atomic.LoadInt32(&m.pidfd); !over && fd >= 0 {
-			_ = unix.PidfdSendSignal(int(fd), unix.SIGKILL, nil, 0) // it has ended otherwise
+			_ = unix.PidfdSendSignal(int(fd), unix.SIGKILL, nil, 0) // an error means that it has ended
 		}
 	})
 	return func() {
@@ -157,15 +157,15 @@ type spawnMemory struct {
 	clone  cloneArgs
 	steps  [14]step
 	n      int
-	masks  [2]uint64 // of signals: all, and where the caller's is kept
-	none   uint64    // the child's
-	failed uintptr   // errno of the child's step that has failed
+	masks  [2]uint64 // signal masks: all signals, and the caller's
+	none   uint64    // the child's signal mask
+	failed uintptr   // errno of the child's system call that failed
 	pidfd  int32
 	files  unix.Rlimit
 	groups []uint32
 }
 
-// cloneArgs is struct clone_args, see clone3(2).
+// cloneArgs is struct clone_args of clone3(2).
 type cloneArgs struct {
 	flags, pidfd uint64
 	_            [2]uint64 // child_tid, parent_tid
@@ -186,13 +186,13 @@ func (m *spawnMemory) add(number uintptr, args ...uintptr) {
 	m.n++
 }
 
-// cloneAndRun makes a process by clone3(2) that makes n system calls, the last of which should be execve. The first that fails ends it, its
-// errno is left in failed. All signals are blocked meanwhile: masks[0] is all of them, masks[1] gets the caller's. The Go scheduler is told
-// that the thread waits.
+// cloneAndRun creates a process with clone3(2) that makes n system calls, the last of which should be execve. The first call that fails
+// ends the process and leaves its errno in failed. All signals are blocked meanwhile: masks[0] is the set of all signals, masks[1] receives
+// the caller's mask. The Go scheduler knows that the thread waits.
 func cloneAndRun(args *cloneArgs, size uintptr, steps *step, n uintptr, masks *[2]uint64, failed *uintptr) (pid uintptr)
 
-// TimeSpawn tells how long it takes to start a program with this process' own descriptors and to wait for its end: the floor of what a
-// sandbox can do.
+// TimeSpawn measures how long it takes to start a program with this process's own descriptors and to wait for its end: the minimum for any
+// process in a sandbox.
 func TimeSpawn(name string) (time.Duration, error) {
 	begin := time.Now()
 	c, err := spawn(name, []string{name}, spawnAttr{stdio: [3]int{0, 1, 2}})

@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// spawnOutput runs a program by spawn, and gives what it writes and how it ends.
+// spawnOutput runs a program with spawn, and returns its output and status.
 func spawnOutput(t *testing.T, attr spawnAttr, args ...string) (string, syscall.WaitStatus) {
 	t.Helper()
 	r, w, err := os.Pipe()
@@ -47,7 +47,7 @@ func spawnOutput(t *testing.T, attr spawnAttr, args ...string) (string, syscall.
 	return b.String(), status
 }
 
-// TestSpawn looks at a process that spawn has started: it has what it was given, and nothing of ours.
+// TestSpawn checks a process that spawn has started: it has what it was given, and nothing of ours.
 func TestSpawn(t *testing.T) {
 	dir := t.TempDir()
 	leak, err := os.Create(dir + "/leak")
@@ -55,12 +55,12 @@ func TestSpawn(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer leak.Close()
-	if inherited, err := unix.Dup(int(leak.Fd())); err != nil { // by who only executes
+	if inherited, err := unix.Dup(int(leak.Fd())); err != nil { // by a fork that only executes
 		t.Fatal(err)
 	} else {
 		defer unix.Close(inherited)
 	}
-	ignored := "" // by whoever has started the test; spawn leaves that, as every fork does
+	ignored := "" // by the process that started the test; spawn keeps that, as every fork does
 	own, err := os.ReadFile("/proc/self/status")
 	if err != nil {
 		t.Fatal(err)
@@ -78,7 +78,7 @@ func TestSpawn(t *testing.T) {
 	}
 }
 
-// TestSpawnFails has every step before the program fail: the error is that step's, and no process is left.
+// TestSpawnFails makes every step before the program fail: the error is that step's, and no process is left.
 func TestSpawnFails(t *testing.T) {
 	dir := t.TempDir()
 	script := dir + "/script"
@@ -118,7 +118,7 @@ func TestSpawnFails(t *testing.T) {
 	}
 }
 
-// TestSpawnAtOnce starts processes from many threads while signals come in and the collector of garbage moves stacks.
+// TestSpawnAtOnce starts processes from many threads while signals arrive and the garbage collector moves stacks.
 func TestSpawnAtOnce(t *testing.T) {
 	stop := make(chan struct{})
 	var noise, all sync.WaitGroup
@@ -129,7 +129,7 @@ func TestSpawnAtOnce(t *testing.T) {
 				return
 			default:
 				runtime.GC()
-				_ = syscall.Kill(os.Getpid(), syscall.SIGURG) // the scheduler's own
+				_ = syscall.Kill(os.Getpid(), syscall.SIGURG) // as the scheduler does
 			}
 		}
 	})
@@ -150,7 +150,7 @@ func TestSpawnAtOnce(t *testing.T) {
 	}
 }
 
-// TestProcessors has long and short work at once: there is a second processor while something lasts, and for a while longer.
+// TestProcessors runs long and short work at once: there is a second processor while work lasts, and for a while longer.
 func TestProcessors(t *testing.T) {
 	before := runtime.GOMAXPROCS(2)
 	defer runtime.GOMAXPROCS(before)
@@ -167,7 +167,7 @@ func TestProcessors(t *testing.T) {
 	}
 	first()
 	var short sync.WaitGroup
-	for range 100 { // its end and the timer meet, in either order
+	for range 100 { // its end and the timer coincide, in either order
 		short.Go(p.giveBack)
 		short.Go(p.take)
 	}

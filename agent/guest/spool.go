@@ -12,32 +12,32 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// Sizes of a spool in bytes: the first spoolHead bytes are kept for ever in memory, the last ones in a ring: of
-// spoolRing bytes in a file, or of spoolFallback bytes in memory where the disk is full.
+// Sizes of a spool in bytes. The first spoolHead bytes always stay in memory. The last bytes are in a ring: spoolRing bytes in a file, or
+// spoolFallback bytes in memory if the disk is full.
 const (
 	spoolHead     = 16 << 10
 	spoolRing     = 16<<20 - spoolHead
 	spoolFallback = 64 << 10
-	spoolRuns     = 16 << 10 // changes between stdout and stderr that are remembered
+	spoolRuns     = 16 << 10 // remembered changes between stdout and stderr
 )
 
-// spool keeps the output of one process: the first bytes and the last ones. It is safe for concurrent use.
+// spool keeps the first and the last bytes of a process's output. It is safe for concurrent use.
 type spool struct {
-	dir string // where the ring file is made, then unlinked
+	dir string // where the file of the ring is created, then unlinked
 
 	mu      sync.Mutex
 	head    []byte
 	ring    ring
-	start   int64   // oldest offset that the ring keeps; everything from here to end is kept
+	start   int64   // oldest offset in the ring; everything from there to end is kept
 	end     int64   // bytes written so far
-	runs    []int64 // offset<<1 | stream, where the stream changes
+	runs    []int64 // offset<<1 | stream, for each change of the stream
 	closed  bool    // no more output will come
 	holders map[*holder]bool
-	stalled []*outputPipe // that are not read because a holder is too far behind
+	stalled []*outputPipe // not read, because a holder is too far behind
 	changed chan struct{}
 }
 
-// ring keeps the last bytes of a sequence. at is the offset of the first byte behind the head.
+// ring keeps the last bytes of a sequence. Offsets (at) count from the start of the output.
 type ring interface {
 	size() int64
 	writeAt(p []byte, at int64) error
@@ -49,7 +49,7 @@ func newSpool(dir string) *spool {
 	return &spool{dir: dir, start: spoolHead, changed: make(chan struct{})}
 }
 
-// append adds output. It never fails: where the disk is full, less is kept.
+// append adds output. It never fails: if the disk is full, less is kept.
 func (s *spool) append(stream int, p []byte) {
 	if len(p) == 0 {
 		return
@@ -70,17 +70,17 @@ func (s *spool) append(stream int, p []byte) {
 	s.changed = make(chan struct{})
 }
 
-// mark remembers that stream writes from the current end on.
+// mark records that stream writes from the current end on.
 func (s *spool) mark(stream int) {
 	if n := len(s.runs); n > 0 && s.runs[n-1]&1 == int64(stream) {
 		return
 	}
 	if len(s.runs) >= spoolRuns {
-		// Give up the older half behind the head: its bytes go with its marks, so that no byte is shown as the wrong stream.
+		// Drop the older half of the marks after the head, with their bytes, so that no byte is shown as the wrong stream.
 		cut := len(s.runs) / 2
 		keep := sort.Search(len(s.runs), func(i int) bool { return s.runs[i]>>1 >= spoolHead })
 		if keep >= cut {
-			return // the head alone is that ragged: its tail is shown as one stream
+			return // the head has too many changes: what follows is shown as one stream
 		}
 		s.start = max(s.start, s.runs[cut]>>1)
 		s.runs = append(s.runs[:keep], s.runs[cut:]...)
@@ -88,7 +88,7 @@ func (s *spool) mark(stream int) {
 	s.runs = append(s.runs, s.end<<1|int64(stream))
 }
 
-// keep writes p to the ring, which it makes first where there is none.
+// keep writes p to the ring, and creates the ring if there is none.
 func (s *spool) keep(p []byte) {
 	if s.ring == nil {
 		file, err := newFileRing(s.dir)
@@ -110,13 +110,13 @@ func (s *spool) keep(p []byte) {
 	}
 }
 
-// shrink moves the last bytes from a ring on a full disk to one in memory.
+// shrink moves the last bytes from a ring on a full disk to a ring in memory.
 func (s *spool) shrink() {
 	small := &memoryRing{}
 	from := max(s.start, s.end-small.size())
 	last := make([]byte, s.end-from)
 	if err := s.ring.readAt(last, from); err == nil {
-		_ = small.writeAt(last, from) // memory: cannot fail
+		_ = small.writeAt(last, from) // cannot fail: it is memory
 		s.start = from
 	} else {
 		s.start = s.end
@@ -125,13 +125,13 @@ func (s *spool) shrink() {
 	s.ring = small
 }
 
-// holdRoom is how far a holder may be behind, in bytes: with what a pipe holds besides that fits the ring.
+// holdRoom is how many bytes a holder may be behind: together with the content of a pipe they fit into the ring.
 const holdRoom = 8 << 20
 
-// holder is a reader for whom output is kept: what writes waits for him.
+// holder is a reader for whom output is kept: processes that write wait for this reader.
 type holder struct{ at int64 }
 
-// hold keeps what is behind an offset until it is told that it was read.
+// hold keeps the output from an offset on until advance says that it was read.
 func (s *spool) hold(at int64) *holder {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -143,7 +143,7 @@ func (s *spool) hold(at int64) *holder {
 	return h
 }
 
-// advance says how far a holder has read, or that he reads no more, and gives the pipes that may be read again.
+// advance records how far a holder has read, or with over that it reads no more, and returns the pipes that may be read again.
 func (s *spool) advance(h *holder, at int64, over bool) (resumed []*outputPipe) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -157,7 +157,7 @@ func (s *spool) advance(h *holder, at int64, over bool) (resumed []*outputPipe) 
 	return resumed
 }
 
-// stall says whether a pipe must wait for a holder, who then has it read again.
+// stall reports whether a pipe must wait for a holder. If so, advance returns the pipe when it may be read again.
 func (s *spool) stall(p *outputPipe) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -168,8 +168,8 @@ func (s *spool) stall(p *outputPipe) bool {
 	return true
 }
 
-// isHeld says whether what one more read brings could cost a holder what he has not read: bytes, or changes of the stream, of which half
-// are given up when there are too many.
+// isHeld reports whether one more read could drop what a holder has not read: bytes, or changes of the stream, half of which are dropped
+// when there are too many.
 func (s *spool) isHeld() bool {
 	room := int64(holdRoom)
 	if s.ring != nil {
@@ -187,7 +187,7 @@ func (s *spool) isHeld() bool {
 	return false
 }
 
-// finish says that no more output will come.
+// finish records that no more output will come.
 func (s *spool) finish() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -209,14 +209,14 @@ func (s *spool) discard() {
 	s.head, s.start = nil, s.end
 }
 
-// sizes tells how much was written and how much of that is no longer kept.
+// sizes returns how many bytes were written, and how many of them are no longer kept.
 func (s *spool) sizes() (written, dropped int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.end, s.lost(0, s.end)
 }
 
-// progress tells how much was written, and what is closed when that changes.
+// progress returns how many bytes were written, and a channel that is closed when that changes.
 func (s *spool) progress() (written int64, changed <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -228,8 +228,8 @@ func (s *spool) lost(from, to int64) int64 {
 	return max(0, min(to, s.start)-max(from, int64(len(s.head))))
 }
 
-// next returns up to len(p) kept bytes at or behind offset that belong to one stream, their true offset and stream. n == 0 means
-// that nothing is there yet; then wait is closed at the next change, and ended says whether any will come.
+// next returns up to len(p) kept bytes of one stream at or after offset, with their actual offset and stream. If n is 0, nothing is
+// available yet: wait is closed at the next change, and ended reports whether no more will come.
 func (s *spool) next(p []byte, offset int64) (n int, at int64, stream int, wait <-chan struct{}, ended bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -260,7 +260,7 @@ func (s *spool) next(p []byte, offset int64) (n int, at int64, stream int, wait 
 	return len(p), at, stream, nil, false, nil
 }
 
-// window collects what w asks for.
+// window returns the output that w selects.
 func (s *spool) window(w agent.Window) (agent.Output, error) {
 	head, tail := min(max(w.Head, 0), agent.MaxWindow), min(max(w.Tail, 0), agent.MaxWindow)
 	end, _ := s.sizes()
@@ -283,7 +283,7 @@ func (s *spool) window(w agent.Window) (agent.Output, error) {
 	return out, err
 }
 
-// collect returns up to limit bytes of a stream ("" is both) from [from, to), and the offset behind the last one.
+// collect returns up to limit bytes of a stream ("" means both) from [from, to), and the offset after the last one.
 func (s *spool) collect(from, to int64, limit int, stream string) ([]byte, int64, error) {
 	var all []byte
 	buf := make([]byte, min(int64(limit), to-from, 32<<10))
@@ -296,7 +296,7 @@ func (s *spool) collect(from, to int64, limit int, stream string) ([]byte, int64
 			return all, to, err
 		}
 		if found > at && len(all) > 0 {
-			return all, at, nil // what lies between is no longer kept: do not join what it has parted
+			return all, at, nil // the bytes between are no longer kept: do not join what they separated
 		}
 		if stream == "" || stream == agent.StreamName(on) {
 			all = append(all, buf[:n]...)
@@ -306,7 +306,7 @@ func (s *spool) collect(from, to int64, limit int, stream string) ([]byte, int64
 	return all, to, nil
 }
 
-// fileRing is a ring in an unlinked file: nothing can open it, and nothing is left of it when the agent ends.
+// fileRing is a ring in an unlinked file: no program can open it, and it disappears when the agent ends.
 type fileRing struct{ file *os.File }
 
 func newFileRing(dir string) (*fileRing, error) {
@@ -334,12 +334,12 @@ func (r *fileRing) readAt(p []byte, at int64) error {
 }
 
 func (r *fileRing) close() {
-	// Give the space back even where a reader still holds the file.
+	// Free the space even if a reader still holds the file.
 	_ = unix.Ftruncate(int(r.file.Fd()), 0)
 	_ = r.file.Close()
 }
 
-// memoryRing is the ring for a full disk.
+// memoryRing is the ring that is used when the disk is full.
 type memoryRing struct{ buf [spoolFallback]byte }
 
 func (r *memoryRing) size() int64 { return spoolFallback }
@@ -354,7 +354,7 @@ func (r *memoryRing) readAt(p []byte, at int64) error {
 
 func (r *memoryRing) close() {}
 
-// wrap does an operation on a ring of the given size in at most two pieces.
+// wrap performs an operation on a ring of the given size, in at most two parts.
 func wrap(p []byte, at, size int64, do func([]byte, int64) error) error {
 	for len(p) > 0 {
 		pos := at % size

@@ -24,7 +24,7 @@ const (
 	maxEnv      = 1 << 20
 )
 
-// start starts a process, waits for its end as long as asked, and describes it.
+// start starts a process, waits for its end up to the requested time, and describes it.
 func (s *Server) start(ctx context.Context, req agent.StartRequest) (agent.Snapshot, error) {
 	p, err := s.spawn(req)
 	if err != nil {
@@ -33,17 +33,17 @@ func (s *Server) start(ctx context.Context, req agent.StartRequest) (agent.Snaps
 	return p.wait(ctx, time.Duration(req.WaitMS)*time.Millisecond, nil, req.Window)
 }
 
-// starters is how many starts are prepared at once: the guard of the memory must not wait for hundreds of them.
+// starters is how many starts are prepared at a time, so that the memory guard does not wait for hundreds of them.
 const starters = 2
 
-// takeTurn waits for the turn of a start. It is given back before the program is executed, which may take as long as the guest wants.
+// takeTurn waits for the turn of a start. The turn ends before the program is executed, which may take as long as the guest wants.
 func (s *Server) takeTurn() (done func()) {
 	s.starting <- struct{}{}
 	s.guard.pass()
 	return sync.OnceFunc(func() { <-s.starting })
 }
 
-// spawn starts a process and enters it in the table.
+// spawn starts a process and adds it to the table.
 func (s *Server) spawn(req agent.StartRequest) (_ *process, err error) {
 	done := s.takeTurn()
 	defer done()
@@ -78,10 +78,10 @@ func (s *Server) spawn(req agent.StartRequest) (_ *process, err error) {
 	return p, nil
 }
 
-// holdTime is how long output is held for a stream that does not come.
+// holdTime is how long output is held for a stream that has not opened.
 const holdTime = 10 * time.Second
 
-// holdFirst holds the output, where that is asked for, until somebody else does.
+// holdFirst holds the output, if the request asks for it, until a stream holds it.
 func (p *process) holdFirst() {
 	if !p.req.Hold {
 		return
@@ -91,7 +91,7 @@ func (p *process) holdFirst() {
 	after(holdTime, p.release)
 }
 
-// runOnPipes starts a process with pipes, and returns the writing end of its stdin if it has one.
+// runOnPipes starts a process with pipes, and returns the writing end of its stdin, if it has one.
 func (s *Server) runOnPipes(p *process, env []string) (stdin *os.File, err error) {
 	made, err := s.takeOutputs(p.user)
 	if err != nil {
@@ -121,7 +121,7 @@ func (s *Server) runOnPipes(p *process, env []string) (stdin *os.File, err error
 	return os.NewFile(uintptr(input[1]), "stdin"), nil
 }
 
-// runOnTerminal starts a process with a terminal, and returns our end of it.
+// runOnTerminal starts a process with a terminal, and returns our end of the terminal.
 func (s *Server) runOnTerminal(p *process, env []string) (*os.File, error) {
 	child, master, reader, err := s.openTerminal(*p.terminal, p.user)
 	if err != nil {
@@ -141,7 +141,7 @@ func (s *Server) runOnTerminal(p *process, env []string) (*os.File, error) {
 	return master, nil
 }
 
-// checked is a request that can be carried out, with its defaults.
+// checked returns a valid request with its defaults filled in.
 func (s *Server) checked(req agent.StartRequest) (agent.StartRequest, error) {
 	if req.Terminal != nil {
 		size := agent.Terminal{Rows: cmp.Or(req.Terminal.Rows, defaultRows), Cols: cmp.Or(req.Terminal.Cols, defaultCols)}
@@ -217,11 +217,11 @@ func (s *Server) prepare(req agent.StartRequest) (*process, []string, error) {
 	}
 	p := &process{shell: run, req: req, terminal: req.Terminal, user: user, cwd: cwd, args: req.Args, done: make(chan struct{}),
 		writing: make(chan struct{}, 1)}
-	p.req.Env = nil // not kept: it may be secret
+	p.req.Env = nil // dropped, since it may be secret
 	return p, env, nil
 }
 
-// environment is what every process of a user is given.
+// environment returns the variables that every process of a user gets.
 func (s *Server) environment(user identity, terminal bool) map[string]string {
 	vars := map[string]string{
 		"PATH": defaultPath, "HOME": user.home, "USER": user.name, "LOGNAME": user.name, "SHELL": s.shell, "LANG": "C.UTF-8",
@@ -235,7 +235,7 @@ func (s *Server) environment(user identity, terminal bool) map[string]string {
 	return vars
 }
 
-// environ is the environment as execve takes it.
+// environ returns the environment in the form that execve takes.
 func environ(vars map[string]string) ([]string, error) {
 	for k, v := range vars {
 		if k == "" || strings.ContainsAny(k, "=\x00") || strings.IndexByte(v, 0) >= 0 {
@@ -258,10 +258,10 @@ func environ(vars map[string]string) ([]string, error) {
 	return env, nil
 }
 
-// startTime is how long a program may take to be executed, which may hang on what the guest has made of it: then it is killed.
+// startTime is how long the execution of a program may take before it is killed: it may hang on files that the guest controls.
 const startTime = 10 * time.Second
 
-// launch forks and executes. A command of plain words skips the shell: it would only execute them in turn.
+// launch forks and executes. A command of plain words is executed without the shell, which would only execute it in turn.
 func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
 	attr := spawnAttr{limit: startTime, dir: p.cwd, env: env, stdio: stdio, tty: p.terminal != nil}
 	if p.group != nil {
@@ -302,7 +302,7 @@ func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
 				file = path.Join(p.cwd, file)
 			}
 			if _, err := os.Stat(file); err == nil {
-				return fmt.Errorf("start %q: it is no program: %w", agent.Clip(p.args[0], 200), syscall.EACCES)
+				return fmt.Errorf("start %q: it is not a program: %w", agent.Clip(p.args[0], 200), syscall.EACCES)
 			}
 		}
 		return fmt.Errorf("start %q: command not found: %w", agent.Clip(p.args[0], 200), syscall.ENOENT)
@@ -317,8 +317,8 @@ func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
 	return err
 }
 
-// fork starts a process. A directory that the shell remembers, but its user may not enter any more, is given up for the root: otherwise no
-// command could leave it.
+// fork starts a process. If the user may no longer enter the directory that the shell remembers, the process starts in the root directory:
+// otherwise no command could leave that directory.
 func (s *Server) fork(p *process, name string, args []string, attr spawnAttr) (child, error) {
 	p.prepared()
 	c, err := s.reaper.forkExec(name, args, attr)
@@ -330,13 +330,13 @@ func (s *Server) fork(p *process, name string, args []string, attr spawnAttr) (c
 	again.dir, again.env = "/", append(env, "PWD=/")
 	c, err2 := s.reaper.forkExec(name, args, again)
 	if err2 != nil {
-		return c, err // it was not the directory
+		return c, err // the directory was not the reason
 	}
 	p.shell.gone, p.shell.cwd, p.cwd = p.shell.begin.cwd, "/", "/"
 	return c, nil
 }
 
-// explainFork names the limit behind a refused fork.
+// explainFork names the limit that made a fork fail.
 func explainFork(err error) error {
 	if errors.Is(err, syscall.EAGAIN) {
 		return fmt.Errorf("the sandbox has as many processes as it may have: %w", agent.ErrLimit)
@@ -344,7 +344,7 @@ func explainFork(err error) error {
 	return err
 }
 
-// follow starts what serves a running process.
+// follow starts what a running process needs: its input, its timeout, and the wait for its end.
 func (s *Server) follow(p *process, stdin *os.File) {
 	if stdin != nil {
 		p.mu.Lock()
@@ -352,7 +352,7 @@ func (s *Server) follow(p *process, stdin *os.File) {
 		p.mu.Unlock()
 		if input := p.req.Stdin; len(input) > 0 {
 			p.req.Stdin = nil
-			// The feeder ends with the process at the latest: watch closes stdin.
+			// The feeder ends with the process at the latest, because finish closes stdin.
 			go func() { _, _ = p.writeStdin(s.ctx, bytes.NewReader(input), !p.req.KeepStdin && p.terminal == nil) }()
 		}
 	}
@@ -368,11 +368,11 @@ func (s *Server) follow(p *process, stdin *os.File) {
 			p.finish(status)
 		}
 		go func() {
-			if reports { // which takes as long as the guest wants, within bounds: not on the thread that all others wait for
+			if reports { // not on the thread that all others wait for: it may take as long as the guest wants, within bounds
 				p.finish(status)
 			}
 			s.noteEnd(p)
-			// What it left behind may still write: the spool is finished when nobody can.
+			// Children that it left behind may still write: the spool is finished only when none can.
 			for _, pipe := range p.pipes {
 				<-pipe.eof
 			}

@@ -13,13 +13,13 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// ServeStdio serves the pipe that the agent was started with until Done. A machine that is restored has another host at the other end of
-// the same descriptors, in the middle of a session: a signal says so. Then the session ends, the mark is said, and a new one begins.
+// ServeStdio serves the pipe that the agent was started with, until Done. After a restore the same descriptors lead to another host while a
+// session is open, and a signal tells that. Then ServeStdio ends the session, writes the mark and begins a new session.
 func (s *Server) ServeStdio(in, out *os.File, again <-chan os.Signal) {
 	for serve := s.Serve; ; serve = s.ServeAnew {
 		pipe := &stdio{in: in, out: out}
 		go func() {
-			if err := serve(pipe); err != nil { // its end is not ours: another host may attach
+			if err := serve(pipe); err != nil { // the error ends only this session: another host may attach
 				s.log("session on stdio: %v", err)
 			}
 		}()
@@ -46,22 +46,22 @@ func (s *Server) ServeAnew(conn io.ReadWriteCloser) error {
 	return s.serve(conn, reader)
 }
 
-// stdio is one session's view of a pipe whose descriptors outlast it.
+// stdio is one session's view of a pipe whose descriptors outlast the session.
 type stdio struct {
 	in, out *os.File
 
-	mu      sync.RWMutex // held for reading by who reads or writes
+	mu      sync.RWMutex // held for reading during a read or write
 	retired bool
-	short   bool // the last read, by the only one who reads, took all that was there
+	short   bool // the last read, by the only reader, took everything that was available
 }
 
-// past is a deadline that interrupts whoever reads or writes.
+// past is a deadline that interrupts reads and writes.
 var past = time.Unix(1, 0)
 
 // Read implements io.Reader.
 func (s *stdio) Read(p []byte) (int, error) {
 	if s.short {
-		runtime.Gosched() // what was read is taken care of before more is asked for, which will not be there
+		runtime.Gosched() // handle what was read before the next read, which would find nothing
 	}
 	s.mu.RLock()
 	defer s.mu.RUnlock()
@@ -83,17 +83,17 @@ func (s *stdio) Write(p []byte) (int, error) {
 	return s.out.Write(p)
 }
 
-// Close implements io.Closer: whoever reads or writes is interrupted. The descriptors stay open.
+// Close implements io.Closer: it interrupts reads and writes. The descriptors stay open.
 func (s *stdio) Close() error {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	if s.retired { // they are another session's by now
+	if s.retired { // they belong to another session by now
 		return nil
 	}
 	return errors.Join(s.in.SetDeadline(past), s.out.SetDeadline(past))
 }
 
-// retire takes the descriptors away from the session, for the next: nobody of this one reads or writes any more when it returns.
+// retire takes the descriptors away from the session, for the next one: when it returns, this session reads and writes no more.
 func (s *stdio) retire() error {
 	err := s.Close()
 	s.mu.Lock()

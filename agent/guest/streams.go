@@ -13,7 +13,7 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// giveUpOnClose ends writes to a stream when the host closes its half, which is how it cancels what it only reads.
+// giveUpOnClose ends writes to a stream when the host closes its half: this is how a host cancels a stream that it only reads.
 func giveUpOnClose(stream *yamux.Stream) {
 	go func() {
 		discard(stream)
@@ -21,7 +21,7 @@ func giveUpOnClose(stream *yamux.Stream) {
 	}()
 }
 
-// untilClosed is a context that also ends when the host, which only listens, closes its half; then writes end, too.
+// untilClosed returns a context that also ends when a host that only reads closes its half; then writes end, too.
 func untilClosed(ctx context.Context, stream *yamux.Stream) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancel(ctx)
 	go func() {
@@ -32,7 +32,7 @@ func untilClosed(ctx context.Context, stream *yamux.Stream) (context.Context, co
 	return ctx, cancel
 }
 
-// discard reads what the host still sends until it closes: closing first would reset the stream, and our answer with it.
+// discard reads what the host still sends until it closes: if we closed first, that would reset the stream and lose our answer.
 func discard(stream *yamux.Stream) { _, _ = io.Copy(io.Discard, stream) }
 
 // serveDial connects the stream to a socket of the guest.
@@ -44,7 +44,7 @@ func (s *Server) serveDial(ctx context.Context, stream *yamux.Stream, h agent.He
 	}
 	if host, _, err := net.SplitHostPort(h.Address); h.Network == "tcp" &&
 		(err != nil || net.ParseIP(host) == nil || !net.ParseIP(host).IsLoopback()) {
-		_ = agent.WriteMessage(stream, agent.Answer{Error: wireError(agent.Invalid("dial %q: only the sandbox' own loopback can be dialled",
+		_ = agent.WriteMessage(stream, agent.Answer{Error: wireError(agent.Invalid("dial %q: only the sandbox's own loopback is allowed",
 			agent.Clip(h.Address, 80)))})
 		return
 	}
@@ -61,7 +61,7 @@ func (s *Server) serveDial(ctx context.Context, stream *yamux.Stream, h agent.He
 		s.dials.Store(h.Dial, hangUp)
 		defer s.dials.Delete(h.Dial)
 	}
-	defer context.AfterFunc(ctx, func() { // the host is gone, or wants no more of it
+	defer context.AfterFunc(ctx, func() { // the host is gone, or has hung up
 		_ = conn.Close()
 		_ = stream.SetDeadline(time.Unix(1, 0))
 	})()
@@ -71,7 +71,7 @@ func (s *Server) serveDial(ctx context.Context, stream *yamux.Stream, h agent.He
 	splice(stream, conn)
 }
 
-// splice copies both ways and keeps half-closes.
+// splice copies in both directions and passes on half-closes.
 func splice(a, b io.ReadWriteCloser) {
 	var both sync.WaitGroup
 	oneWay := func(dst, src io.ReadWriteCloser) {
@@ -90,7 +90,7 @@ func splice(a, b io.ReadWriteCloser) {
 	both.Wait()
 }
 
-// serveStdin writes what comes to a process.
+// serveStdin writes the host's data to the stdin of a process.
 func (s *Server) serveStdin(ctx context.Context, stream *yamux.Stream, h agent.Header) {
 	p, err := s.find(h.Process)
 	if err != nil {
@@ -105,7 +105,7 @@ func (s *Server) serveStdin(ctx context.Context, stream *yamux.Stream, h agent.H
 			agent.MaxStdin))})
 		return
 	}
-	// All is read before any is written: then a read of the stream returns when the host gives up, however long the process does not read.
+	// Read everything before writing: then a read of the stream returns when the host gives up, even while the process does not read.
 	body := make([]byte, h.Size)
 	if _, err := io.ReadFull(stream, body); err != nil {
 		return // the host is gone
@@ -149,7 +149,7 @@ func (s *Server) serveOutput(ctx context.Context, stream *yamux.Stream, h agent.
 	for at := h.Offset; ; {
 		n, found, on, wait, ended, err := p.output.next(buf, at)
 		if err != nil {
-			return // cut off: the host sees no end frame
+			return // without an end frame the host sees that the output was cut off
 		}
 		if n > 0 {
 			if writeFrame(stream, agent.FrameStdout+on, found, buf[:n]) != nil {

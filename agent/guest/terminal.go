@@ -19,8 +19,8 @@ const (
 	defaultCols = 80
 )
 
-// openTerminal makes a pseudo-terminal: its end for the process, as stdin, stdout and stderr, and ours, once for writing and once for the
-// collector to read.
+// openTerminal opens a pseudo-terminal. It returns the process's end, for stdin, stdout and stderr, and our end twice: for writing, and for
+// the collector to read.
 func (s *Server) openTerminal(size agent.Terminal, user identity) (child *os.File, master *os.File, reader int, err error) {
 	ours, theirs, err := pty.Open()
 	if err != nil {
@@ -38,7 +38,7 @@ func (s *Server) openTerminal(size agent.Terminal, user identity) (child *os.Fil
 	if err = resizeTerminal(ours, size); err != nil {
 		return nil, nil, -1, err
 	}
-	// os.File has made it non-blocking, which the programs on it would share.
+	// os.File has made it non-blocking, and the programs on it would share that.
 	if err = control(theirs, func(fd uintptr) error { return unix.SetNonblock(int(fd), false) }); err != nil {
 		return nil, nil, -1, err
 	}
@@ -56,7 +56,7 @@ func (s *Server) openTerminal(size agent.Terminal, user identity) (child *os.Fil
 	return theirs, ours, reader, err
 }
 
-// control does something with a file's descriptor without making it blocking.
+// control uses a file's descriptor without making it blocking.
 func control(f *os.File, do func(fd uintptr) error) error {
 	raw, err := f.SyscallConn()
 	if err != nil {
@@ -75,7 +75,7 @@ func resizeTerminal(master *os.File, size agent.Terminal) error {
 	})
 }
 
-// resize changes the size of a process' terminal; the kernel tells its programs by SIGWINCH.
+// resize changes the size of a process's terminal; the kernel tells its programs by SIGWINCH.
 func (s *Server) resize(req agent.ResizeRequest) (agent.Process, error) {
 	p, err := s.find(req.Process)
 	if err != nil {
@@ -102,14 +102,14 @@ func (s *Server) resize(req agent.ResizeRequest) (agent.Process, error) {
 	return p.describe(), nil
 }
 
-// terminalKeys are the signals that a terminal itself sends, to its foreground group, when a key is typed.
+// terminalKeys are the signals that a terminal itself sends to its foreground group when these keys are typed.
 var terminalKeys = map[syscall.Signal]byte{syscall.SIGINT: 3, syscall.SIGQUIT: 0x1c, syscall.SIGTSTP: 0x1a}
 
-// typeTime is how long a terminal that nobody reads may keep a key from being typed.
+// typeTime is how long typing a key may wait for a terminal that no program reads.
 const typeTime = time.Second
 
-// signalTerminal sends a signal as the terminal would: it says whether it did. gVisor does not tell which group is in the foreground, so
-// there the keys are typed, and other signals go to the leader's group.
+// signalTerminal sends a signal as the terminal would, and reports whether it did. gVisor does not tell which group is in the foreground:
+// there it types the keys, and other signals go to the leader's group.
 func (p *process) signalTerminal(sig syscall.Signal) (done bool, err error) {
 	p.mu.Lock()
 	master, terminal := p.stdin, p.terminal
@@ -127,12 +127,12 @@ func (p *process) signalTerminal(sig syscall.Signal) (done bool, err error) {
 		ctx, cancel := context.WithTimeout(context.Background(), typeTime)
 		defer cancel()
 		_, err := p.writeStdin(ctx, bytes.NewReader([]byte{key}), false)
-		return err == nil, nil // where it cannot be typed, the leader's group gets the signal
+		return err == nil, nil // if the key cannot be typed, the leader's group gets the signal
 	}
 	return false, nil
 }
 
-// ignoreGone takes a process that is gone for one that has got the signal.
+// ignoreGone treats a process that is gone as one that got the signal.
 func ignoreGone(err error) error {
 	if err == syscall.ESRCH {
 		return nil
@@ -140,7 +140,7 @@ func ignoreGone(err error) error {
 	return err
 }
 
-// foreground is the process group that has the terminal, to which its signals go; 0 where there is none.
+// foreground returns the foreground process group of the terminal; 0 if there is none.
 func (p *process) foreground() int {
 	p.mu.Lock()
 	master, terminal := p.stdin, p.terminal
@@ -159,8 +159,8 @@ func (p *process) foreground() int {
 	return group
 }
 
-// hangUp ends what is on a terminal as its closing would. What has not ended soon after, because it was about to start something when the
-// signal came, is killed: its terminal would be gone.
+// hangUp ends the programs on a terminal as closing it would. What still runs after killGrace, because it was about to start something when
+// the signal came, is killed: its terminal would be gone.
 func (p *process) hangUp() error {
 	for _, group := range []int{p.foreground(), p.pid} {
 		if group <= 1 {

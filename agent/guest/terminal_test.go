@@ -9,7 +9,7 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// terminal is a process on a terminal, and what it has written.
+// terminal is a process on a terminal, and its output.
 type terminal struct {
 	t  *testing.T
 	c  *agent.Client
@@ -82,7 +82,7 @@ func TestTerminal(t *testing.T) {
 		})
 	}
 	runs("sleep 600")
-	p.typed("\x03") // ctrl-c ends sleep and not bash
+	p.typed("\x03") // ctrl-c ends sleep but not bash
 	p.typed("echo still-$((40 + 2))\n")
 	p.shows("still-42")
 	runs("sleep 601")
@@ -95,7 +95,7 @@ func TestTerminal(t *testing.T) {
 		t.Fatal("bash has ended")
 	}
 	eventually(t, "the end of bash", func() bool {
-		_, err := c.WriteStdin(t.Context(), p.id, nil, true) // ctrl-d, which is lost where bash is just about to read
+		_, err := c.WriteStdin(t.Context(), p.id, nil, true) // ctrl-d, which is lost if bash is just about to read
 		if err != nil && !errors.Is(err, agent.ErrEnded) {
 			t.Fatal(err)
 		}
@@ -103,7 +103,7 @@ func TestTerminal(t *testing.T) {
 	})
 }
 
-// TestTerminalHangUp: SIGHUP ends the shell and what is in its foreground.
+// TestTerminalHangUp: SIGHUP ends the shell and its foreground programs.
 func TestTerminalHangUp(t *testing.T) {
 	c, _ := pair(t)
 	p := openTerminal(t, c, agent.StartRequest{Env: map[string]string{"PS1": "$ "}})
@@ -114,7 +114,7 @@ func TestTerminalHangUp(t *testing.T) {
 	eventually(t, "the end", func() bool { return p.process().State == agent.StateExited })
 }
 
-// TestTerminalOutput: all that is written before the end is there at the end.
+// TestTerminalOutput: everything that is written before the end is in the output.
 func TestTerminalOutput(t *testing.T) {
 	c, _ := pair(t)
 	for range 20 {
@@ -144,7 +144,8 @@ func TestTerminalRefuses(t *testing.T) {
 	}
 }
 
-// TestInputBlocked: a terminal that takes no more ends the call in its time, also at the end of input, and the next one is not held up.
+// TestInputBlocked: if a terminal accepts no more input, the call ends in its time, even with end of input, and the next call is not
+// delayed.
 func TestInputBlocked(t *testing.T) {
 	c, _ := pair(t)
 	p := openTerminal(t, c, agent.StartRequest{Command: "stty raw -echo; echo ready; sleep 600"})

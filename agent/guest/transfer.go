@@ -55,7 +55,7 @@ func (s *Server) openRead(h agent.Header) (*os.File, agent.FileInfo, error) {
 	return f, describeFile(h.Path, st, s.ownerNames()), nil
 }
 
-// serveWrite receives a file. A replaced file is the old one until all has arrived, then the new one.
+// serveWrite receives a file. A file that is replaced keeps the old content until all of the new has arrived.
 func (s *Server) serveWrite(stream *yamux.Stream, h agent.Header) {
 	w, err := s.openWrite(h)
 	if err != nil {

@@ -21,7 +21,7 @@ const (
 	maxTreeEvents = 8192
 	maxTreeDirs   = 16 << 10
 	maxTreeBytes  = 4 << 20 // of the paths in its events
-	maxKnown      = 8 << 20 // bytes of the names of files that all trees together remember
+	maxKnown      = 8 << 20 // bytes of the file names that all trees together remember
 	readDirPart   = 500
 	maxIgnore     = 32
 	pairTime      = 10 * time.Millisecond // between the two halves of a rename
@@ -32,43 +32,43 @@ const (
 	opCreate = "create"
 	opWrite  = "write"
 	opRemove = "remove"
-	opRename = "rename" // From is where it was
-	opSave   = "save"   // From was renamed onto an existing file, as editors save
+	opRename = "rename" // From is the old path
+	opSave   = "save"   // From was renamed to an existing file, as editors save
 	opAttrib = "attrib"
 	opLost   = "lost" // events are missing here
 )
 
-// tree watches a directory, and with recursive all that are in it, also those made later. Events are kept in a ring, so that they can be
+// tree watches a directory and, if recursive, all directories in it, including later ones. It keeps events in a ring, so that they can be
 // read again. It is safe for concurrent use.
 type tree struct {
 	id     string
-	root   string // as it was named
-	only   string // the name of the one file that counts, or ""
+	root   string // the path in the request
+	only   string // the name of the only file that counts, or ""
 	ignore []*regexp.Regexp
 	deep   bool
 	notify *inotify
-	known  *atomic.Int64 // names that all trees remember
+	known  *atomic.Int64 // size of the names that all trees remember
 
-	// Of the goroutine that follows.
+	// The fields below belong to the goroutine that follows.
 	dirs  map[int32]string // watched directories, by watch descriptor
 	wds   map[string]int32
-	files map[string]bool // what is known to exist, to tell saving from renaming, and what was found from what is made
-	// missing are directories that were not there when they were looked at. An event will say what became of them, which may come much
-	// later: a name changes first, and then the kernel tells. Where it is a rename, what is in them is looked at under the new name.
+	files map[string]bool // known files: to tell save from rename, and new files from those found before
+	// missing are directories that were gone when they were looked at. An event will tell what became of them, perhaps much later, because
+	// the kernel changes a name before it reports that. If they were renamed, their content is looked at under the new name.
 	missing map[string]bool
 
 	mu        sync.Mutex
 	ring      []agent.TreeEvent
-	bytes     int              // of the paths in it
+	bytes     int              // of the paths in ring
 	first     int64            // sequence number of ring[0]
-	delivered int64            // all events before this one were read
-	written   map[string]int64 // the last opWrite of a path
+	delivered int64            // all events before this number were read
+	written   map[string]int64 // number of the last opWrite of each path
 	changed   chan struct{}
-	gone      bool // the directory is not there any more
+	gone      bool // the directory does not exist any more
 	used      time.Time
 }
 
-// openTree begins to watch. Once it returns, nothing is missed.
+// openTree begins a watch. Once it returns, no change is missed.
 func openTree(id string, r agent.TreeRequest, known *atomic.Int64) (_ *tree, err error) {
 	if err := checkPath("watch", r.Path); err != nil {
 		return nil, err
@@ -108,8 +108,7 @@ func openTree(id string, r agent.TreeRequest, known *atomic.Int64) (_ *tree, err
 	return t, nil
 }
 
-// enter watches a directory and looks at what is in it: first the one, then the other, so that nothing is made unseen. With tell, what is
-// found is told as made.
+// enter watches a directory, then reads it: in this order nothing is created unseen. With tell, what it finds is reported as created.
 func (t *tree) enter(dir string, tell bool) error {
 	if len(t.dirs) >= maxTreeDirs {
 		t.lost()
@@ -125,7 +124,7 @@ func (t *tree) enter(dir string, tell bool) error {
 	t.dirs[wd], t.wds[dir] = dir, wd
 	f, err := os.Open(dir)
 	if errors.Is(err, fs.ErrNotExist) {
-		return err // it was removed, or renamed, since it is watched
+		return err // it was removed or renamed after add
 	}
 	if err != nil {
 		t.lost()
@@ -134,7 +133,7 @@ func (t *tree) enter(dir string, tell bool) error {
 	defer f.Close()
 	delete(t.missing, dir)
 	for {
-		entries, err := f.ReadDir(readDirPart) // a directory may be larger than memory
+		entries, err := f.ReadDir(readDirPart) // in parts: a directory may be larger than memory
 		for _, e := range entries {
 			name := path.Join(dir, e.Name())
 			if t.ignored(name) {
@@ -158,18 +157,18 @@ func (t *tree) enter(dir string, tell bool) error {
 	}
 }
 
-// descend enters a directory of the tree, if it is still there.
+// descend enters a directory of the tree, if it still exists.
 func (t *tree) descend(name string, tell bool) {
 	err := t.enter(name, tell)
 	switch {
 	case (errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR)) && len(t.missing) < maxTreeDirs:
 		t.missing[name] = true
 	case err != nil:
-		t.lost() // such as no more watches: what happens there is not seen
+		t.lost() // for example no more watches: changes there are not seen
 	}
 }
 
-// ignored says whether a path is not to be told: its name, or the path below the root, matches a pattern.
+// ignored reports whether changes of a path are not reported: its name, or its path below the root, matches a pattern.
 func (t *tree) ignored(name string) bool {
 	below := strings.TrimPrefix(name, strings.TrimSuffix(t.root, "/")+"/")
 	if t.only != "" && below != t.only || strings.HasPrefix(path.Base(name), tempPrefix) {
@@ -183,7 +182,7 @@ func (t *tree) ignored(name string) bool {
 	return false
 }
 
-// learn notes that a path exists, and says whether that is new.
+// learn records that a path exists, and reports whether that is new.
 func (t *tree) learn(name string) (isNew bool) {
 	if t.files[name] {
 		return false
@@ -195,10 +194,10 @@ func (t *tree) learn(name string) (isNew bool) {
 	return true
 }
 
-// nameCost is what a name takes beside its bytes.
+// nameCost is the memory that a name takes besides its bytes.
 const nameCost = 48
 
-// unlearn notes that a path does not exist any more.
+// unlearn records that a path does not exist any more.
 func (t *tree) unlearn(name string) {
 	if t.files[name] {
 		delete(t.files, name)
@@ -213,7 +212,7 @@ func (t *tree) forget() {
 	t.files = nil
 }
 
-// follow takes events until the watch is closed.
+// follow handles events until the watch is closed.
 func (t *tree) follow() {
 	defer t.forget()
 	var from *rawEvent // the first half of a rename
@@ -232,7 +231,7 @@ func (t *tree) follow() {
 			}
 		}
 		if err != nil {
-			return // closed
+			return // the watch is closed
 		}
 		for _, e := range events {
 			if from != nil && !(e.has(unix.IN_MOVED_TO) && e.cookie == from.cookie) {
@@ -254,7 +253,7 @@ func (t *tree) follow() {
 	}
 }
 
-// take enters one event that is no rename within the tree.
+// take handles one event that is not a rename within the tree.
 func (t *tree) take(e rawEvent) {
 	if e.has(unix.IN_Q_OVERFLOW) {
 		t.again()
@@ -262,7 +261,7 @@ func (t *tree) take(e rawEvent) {
 	}
 	dir, ok := t.dirs[e.wd]
 	if !ok {
-		return // one that is not watched any more
+		return // its directory is not watched any more
 	}
 	isDir := e.has(unix.IN_ISDIR)
 	name := path.Join(dir, e.name)
@@ -277,7 +276,7 @@ func (t *tree) take(e rawEvent) {
 		}
 	case e.has(unix.IN_MOVE_SELF) && dir == t.root:
 		t.end()
-	case e.name == "" || t.ignored(name): // of the directory itself: its parent tells it
+	case e.name == "" || t.ignored(name): // of the directory itself: the event of its parent counts
 	case e.has(unix.IN_CREATE | unix.IN_MOVED_TO):
 		t.arrived(e, name, false)
 	case e.has(unix.IN_DELETE):
@@ -291,7 +290,7 @@ func (t *tree) take(e rawEvent) {
 	}
 }
 
-// arrived enters what has come to a name that is told; whole is of a file that a call of the host has written.
+// arrived handles a new name; whole means a file that a call of the host has written.
 func (t *tree) arrived(e rawEvent, name string, whole bool) {
 	isDir := e.has(unix.IN_ISDIR)
 	whole = whole && !isDir
@@ -308,7 +307,7 @@ func (t *tree) arrived(e rawEvent, name string, whole bool) {
 	}
 }
 
-// movedAway enters the first half of a rename whose second is not in the tree.
+// movedAway handles the first half of a rename whose second half is not in the tree.
 func (t *tree) movedAway(e rawEvent) {
 	dir, ok := t.dirs[e.wd]
 	if !ok {
@@ -326,11 +325,11 @@ func (t *tree) movedAway(e rawEvent) {
 	t.emit(agent.TreeEvent{Op: opRemove, Path: name, Dir: e.has(unix.IN_ISDIR)})
 }
 
-// renamed enters both halves of a rename.
+// renamed handles both halves of a rename.
 func (t *tree) renamed(from, to rawEvent) {
 	source, ok1 := t.dirs[from.wd]
 	target, ok2 := t.dirs[to.wd]
-	if !ok1 || !ok2 { // each half for itself
+	if !ok1 || !ok2 { // handle each half by itself
 		t.movedAway(from)
 		t.take(to)
 		return
@@ -366,14 +365,14 @@ func (t *tree) renamed(from, to rawEvent) {
 	}
 }
 
-// mistaken says whether another directory is at a path than the one that is watched as that: an old name may have been another's when it
-// was looked at.
+// mistaken reports whether a path is now another directory than the one that is watched under it: the old name may have been another
+// directory's when it was looked at.
 func (t *tree) mistaken(dir string) bool {
 	wd, err := t.notify.add(dir, false)
 	return err == nil && t.dirs[wd] != dir
 }
 
-// found gives the missing directories at or below a path, of which it is known now what became of them.
+// found removes from t.missing the directories at or below a path whose fate is now known, and returns them.
 func (t *tree) found(name string) (all []string) {
 	for p := range t.missing {
 		if p == name || strings.HasPrefix(p, name+"/") {
@@ -384,7 +383,7 @@ func (t *tree) found(name string) (all []string) {
 	return all
 }
 
-// rebase gives all that is below a directory its new name.
+// rebase gives everything below a directory its new path.
 func (t *tree) rebase(old, name string) {
 	moved := func(p string) (string, bool) {
 		if p == old {
@@ -417,7 +416,7 @@ func (t *tree) rebase(old, name string) {
 	}
 }
 
-// leave ends the watching of all that was at or below a path.
+// leave ends the watching of everything at or below a path.
 func (t *tree) leave(name string) {
 	t.found(name)
 	below := func(p string) bool { return p == name || strings.HasPrefix(p, name+"/") }
@@ -435,7 +434,7 @@ func (t *tree) leave(name string) {
 	}
 }
 
-// again looks at everything anew, after events were lost.
+// again looks at the whole tree again after events were lost.
 func (t *tree) again() {
 	t.lost()
 	t.forget()
@@ -453,10 +452,10 @@ func (t *tree) again() {
 	}
 }
 
-// lost says that events are missing.
+// lost records that events are missing.
 func (t *tree) lost() { t.emit(agent.TreeEvent{Op: opLost, Path: t.root}) }
 
-// end says that there is nothing to watch any more.
+// end records that there is nothing left to watch.
 func (t *tree) end() {
 	t.mu.Lock()
 	t.gone = true

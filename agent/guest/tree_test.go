@@ -15,7 +15,7 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// rebuilt is a tree as its events tell it.
+// rebuilt is a tree as the events describe it.
 type rebuilt map[string]bool
 
 func (t rebuilt) apply(e agent.TreeEvent) {
@@ -43,7 +43,7 @@ func (t rebuilt) apply(e agent.TreeEvent) {
 	}
 }
 
-// same compares with what is there.
+// same compares the tree with the actual files.
 func (t rebuilt) same(root string) string {
 	var diff []string
 	there := map[string]bool{}
@@ -64,7 +64,7 @@ func (t rebuilt) same(root string) string {
 	return strings.Join(diff[:min(len(diff), 20)], "\n")
 }
 
-// treeReader reads a watch to where it is now.
+// treeReader reads all current events of a watch.
 type treeReader struct {
 	t    *testing.T
 	c    *agent.Client
@@ -93,7 +93,7 @@ func (r *treeReader) read(waitMS int64) agent.TreeResult {
 	return got
 }
 
-// until reads until an event is seen.
+// until reads until an event is found.
 func (r *treeReader) until(want agent.TreeEvent) {
 	r.t.Helper()
 	defer func() {
@@ -147,7 +147,7 @@ func TestTree(t *testing.T) {
 			t.Errorf("not told: %+v", want)
 		}
 	}
-	for _, op := range []string{opCreate, opSave} { // as the file tools write: what they write to first is not told
+	for _, op := range []string{opCreate, opSave} { // as the file tools write: their temporary file is not reported
 		if _, err := c.WriteFile(t.Context(), in("new/tool"), strings.NewReader("x"), agent.WriteOptions{}); err != nil {
 			t.Fatal(err)
 		}
@@ -160,7 +160,7 @@ func TestTree(t *testing.T) {
 	if slices.ContainsFunc(flat.seen, func(e agent.TreeEvent) bool { return path.Dir(e.Path) != dir+"/w" }) {
 		t.Errorf("%+v", flat.seen)
 	}
-	// Again from the beginning: the same.
+	// From the beginning again: the same.
 	again := &treeReader{t: t, c: c, id: r.id}
 	again.until(agent.TreeEvent{Op: opWrite, Path: in("end")})
 	if !slices.Equal(again.seen, r.seen[:len(again.seen)]) {
@@ -170,7 +170,7 @@ func TestTree(t *testing.T) {
 	eventually(t, "the end of the tree", func() bool { return r.read(1000).Gone })
 }
 
-// TestTreeErrors: what cannot be watched is said, and there are 64 watches at most.
+// TestTreeErrors: what cannot be watched is an error, and there are at most 64 watches.
 func TestTreeErrors(t *testing.T) {
 	c, dir := pair(t)
 	for want, bad := range map[error]agent.TreeRequest{
@@ -202,7 +202,7 @@ func TestTreeErrors(t *testing.T) {
 	}
 }
 
-// TestTreeRebuilt: whatever happens in a tree, its events tell how it is in the end, or that some are missing.
+// TestTreeRebuilt: whatever happens in a tree, the events describe the final state, or say that some are missing.
 func TestTreeRebuilt(t *testing.T) {
 	for name, script := range map[string]string{
 		"made and removed": "for i in $(seq 60); do mkdir -p n/p$i/lib/deep; for j in 1 2 3 4 5; do echo $j > n/p$i/lib/deep/f$j; done; " +
@@ -258,11 +258,11 @@ func TestTreeRebuilt(t *testing.T) {
 	}
 }
 
-// TestTreeLost: a reader that comes too late is told so, and goes on with what is kept.
+// TestTreeLost: a reader that is too late is told, and continues with the events that are kept.
 func TestTreeLost(t *testing.T) {
 	c, dir := pair(t)
 	r := watchTree(t, c, agent.TreeRequest{Path: dir, Recursive: true, Ignore: []string{"spool"}})
-	// More than a watch keeps, and the kernel beside it, and in parts: so whether the agent is in time or, on a busy machine, late itself.
+	// More events than a watch and the kernel keep, in parts: so the test holds whether the agent keeps up or, on a busy machine, does not.
 	const rounds, files = 30, 1000
 	for round := range rounds {
 		run(t, c, agent.StartRequest{Command: fmt.Sprintf("cd %s; for i in {1..%d}; do echo > f%d.$i; done", dir, files, round)})

@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestTreeMissing has the kernel tell of a rename long after the name has changed, with other events between:
-// what is in the directory is told all the same.
+// TestTreeMissing makes the kernel report a rename long after the name has changed, with other events between: the content of the directory
+// is reported all the same.
 func TestTreeMissing(t *testing.T) {
 	root := t.TempDir()
 	notify, err := newInotify()

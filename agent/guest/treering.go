@@ -6,7 +6,7 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// emit puts an event into the ring. A write that says no more than one that nobody has read yet is left out, as is a second loss.
+// emit adds an event to the ring. It leaves out a write that adds nothing to an unread earlier one, and a second loss in a row.
 func (t *tree) emit(e agent.TreeEvent) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -16,7 +16,7 @@ func (t *tree) emit(e agent.TreeEvent) {
 			return
 		}
 		t.written[e.Path] = next
-	} else if e.Dir { // what is below has other names, or is gone
+	} else if e.Dir { // the paths below have changed or are gone
 		clear(t.written)
 	} else {
 		delete(t.written, e.Path)
@@ -27,7 +27,7 @@ func (t *tree) emit(e agent.TreeEvent) {
 	}
 	t.ring = append(t.ring, e)
 	t.bytes += len(e.Path) + len(e.From)
-	if len(t.ring) > 2*maxTreeEvents || t.bytes > maxTreeBytes { // in large steps: what is cut is copied
+	if len(t.ring) > 2*maxTreeEvents || t.bytes > maxTreeBytes { // in large steps, because the rest is copied
 		cut := max(len(t.ring)-maxTreeEvents, len(t.ring)/2)
 		for _, old := range t.ring[:cut] {
 			t.bytes -= len(old.Path) + len(old.From)
@@ -42,7 +42,7 @@ func (t *tree) emit(e agent.TreeEvent) {
 	}
 }
 
-// tell wakes those who wait.
+// tell wakes the callers that wait.
 func (t *tree) tell() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -50,7 +50,8 @@ func (t *tree) tell() {
 	t.changed = make(chan struct{})
 }
 
-// read gives the kept events from a sequence number on, at most limit and as many as fit into a message. Lost says that others are missing.
+// read returns the kept events from a sequence number on: at most limit, and as many as fit into a message. Lost means that others are
+// missing.
 func (t *tree) read(from int64, limit int) (r agent.TreeResult, changed <-chan struct{}, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

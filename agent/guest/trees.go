@@ -12,7 +12,7 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// trees are the watches that outlast the calls and the hosts that ask for them. It is safe for concurrent use.
+// trees are the watches that outlast a call and the host that began them. It is safe for concurrent use.
 type trees struct {
 	known atomic.Int64
 
@@ -21,13 +21,13 @@ type trees struct {
 }
 
 const (
-	treeIdle   = 10 * time.Minute // after which a watch that nobody reads makes room
+	treeIdle   = 10 * time.Minute // a watch unread for longer may be ended for a new one
 	treeGather = 2 * time.Millisecond
 )
 
 func newTrees() *trees { return &trees{byID: map[string]*tree{}} }
 
-// watchTree begins a watch, or reads one: then it waits for an event as long as asked.
+// watchTree begins or reads a watch: it waits for an event up to the requested time.
 func (s *Server) watchTree(ctx context.Context, r agent.TreeRequest) (agent.TreeResult, error) {
 	t, err := s.trees.find(r.Watch)
 	if r.Watch == "" {
@@ -53,7 +53,7 @@ func (s *Server) watchTree(ctx context.Context, r agent.TreeRequest) (agent.Tree
 		}
 		select {
 		case <-changed:
-			select { // what belongs together comes within a moment
+			select { // related events arrive within a moment
 			case <-time.After(treeGather):
 			case <-ctx.Done():
 			}
@@ -65,13 +65,13 @@ func (s *Server) watchTree(ctx context.Context, r agent.TreeRequest) (agent.Tree
 	}
 }
 
-// open makes a watch. It counts with the streams that watch.
+// open begins a watch. It counts together with the watch streams.
 func (s *trees) open(r agent.TreeRequest, watches *atomic.Int64) (*tree, error) {
 	if watches.Add(1) > maxWatches && !s.evict(watches) {
 		watches.Add(-1)
 		return nil, fmt.Errorf("watch %s: there are %d watches already: %w", quoted(r.Path), maxWatches, agent.ErrWatches)
 	}
-	id := "w" + strings.ToLower(rand.Text()[:8]) // no other sandbox' watch has it: a cursor that goes to the wrong one is refused
+	id := "w" + strings.ToLower(rand.Text()[:8]) // unique among all sandboxes, so that a cursor for another sandbox is refused
 	t, err := openTree(id, r, &s.known)
 	if err != nil {
 		watches.Add(-1)
@@ -83,7 +83,7 @@ func (s *trees) open(r agent.TreeRequest, watches *atomic.Int64) (*tree, error) 
 	return t, nil
 }
 
-// evict ends the watch that nobody has read for longest, if that is long enough.
+// evict ends the watch that was unread for longest, if that is longer than treeIdle.
 func (s *trees) evict(watches *atomic.Int64) bool {
 	s.mu.Lock()
 	var oldest *tree

@@ -7,23 +7,23 @@ import (
 	"sync"
 )
 
-// turns has what changes a name done one after the other: an edit is of the text that it has read, and what is to be new finds no other. It
-// is of our own calls alone; a program of the guest is seen by what it has changed (editOnce). Its zero value is ready for use, and safe
-// for concurrent use.
+// turns makes changes of one name wait for each other: so an edit changes the text that it has read, and a file that must be new replaces
+// no other. This covers only the agent's own calls; changes by programs of the guest are detected (editOnce). The zero value is ready for
+// use, and safe for concurrent use.
 type turns struct {
 	mu    sync.Mutex
 	names map[string]*turn
 }
 
-// turn is that of one name.
+// turn is the turn of one name.
 type turn struct {
 	mu   sync.Mutex
 	want int // callers that have it or wait for it; guarded by turns.mu
 }
 
-// take waits for the turn of some names, each as placeOf gives it.
+// take waits for the turns of some names, each in the form of placeOf.
 func (t *turns) take(names ...string) (done func()) {
-	slices.Sort(names) // two that want the same ones do not wait for each other
+	slices.Sort(names) // in one order for all, so that two callers cannot wait for each other
 	names = slices.Compact(names)
 	var taken []*turn
 	for _, name := range names {
@@ -53,7 +53,8 @@ func (t *turns) take(names ...string) (done func()) {
 	}
 }
 
-// placeOf is the one name of what has several by links of its directory. What cannot be told fails where the name is used.
+// placeOf returns the one name of a path that may have several because of symlinks in its directory. If the directory cannot be resolved,
+// the use of the name will fail.
 func placeOf(name string) string {
 	name = path.Clean(name)
 	dir, err := resolve(path.Dir(name))
@@ -63,7 +64,7 @@ func placeOf(name string) string {
 	return strings.TrimSuffix(dir, "/") + "/" + path.Base(name)
 }
 
-// fileOf is placeOf the file that a name leads to by links of its own, too.
+// fileOf is placeOf, but also follows the symlinks of the name itself.
 func fileOf(name string) string {
 	if real, err := resolve(name); err == nil {
 		return real

@@ -8,7 +8,7 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// waiting is ctx for a call that waits: it ends with suspend, too.
+// waiting returns ctx for a call that waits: it also ends with suspend.
 func (s *Server) waiting(ctx context.Context) context.Context {
 	s.mu.Lock()
 	waits := s.waits
@@ -19,7 +19,7 @@ func (s *Server) waiting(ctx context.Context) context.Context {
 	return ctx
 }
 
-// suspend has all calls that wait return with what is there: the machine is about to stand still.
+// suspend makes all calls that wait return what they have: the machine is about to be paused.
 func (s *Server) suspend() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -27,7 +27,7 @@ func (s *Server) suspend() {
 	s.waits, s.cancelWaits = context.WithCancel(s.ctx)
 }
 
-// usage tells what the sandbox has used.
+// usage returns the resource usage of the sandbox.
 func (s *Server) usage(r agent.UsageRequest) agent.Usage {
 	var u agent.Usage
 	if s.groups != nil {

@@ -14,7 +14,7 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// identity is who a process runs as.
+// identity is the user, with groups and home, as which a process runs.
 type identity struct {
 	name   string
 	uid    uint32
@@ -23,13 +23,13 @@ type identity struct {
 	home   string
 }
 
-// builtin are the users that every sandbox has.
+// builtin are the users of every sandbox.
 var builtin = map[string]identity{
 	"root": {name: "root", home: "/root"},
 	"user": {name: "user", uid: 1000, gid: 1000, home: "/home/user"},
 }
 
-// lookup finds a user by name, uid or uid:gid; "" is the sandbox' own user. Outside a sandbox there is only the agent's own.
+// lookup finds a user by name, uid or uid:gid; "" is the sandbox's default user. Outside a sandbox there is only the agent's own user.
 func (s *Server) lookup(spec string) (identity, error) {
 	if !s.opts.Init {
 		self := identity{name: strconv.Itoa(os.Getuid()), uid: uint32(os.Getuid()), gid: uint32(os.Getgid()), home: s.opts.Home}
@@ -58,11 +58,11 @@ func (s *Server) lookup(spec string) (identity, error) {
 		}
 	}
 	if known, ok := builtin[name]; ok && !found {
-		id, found = known, true // the guest has lost its /etc/passwd: it can still be worked in
+		id, found = known, true // the sandbox stays usable even if the guest has lost its /etc/passwd
 	}
 	if !found {
 		uid, err := strconv.ParseUint(name, 10, 32)
-		if err != nil || uid == 1<<32-1 { // which means "no change" to the kernel
+		if err != nil || uid == 1<<32-1 { // 1<<32-1 means "no change" to the kernel
 			return identity{}, fmt.Errorf("user %q: %w", agent.Clip(spec, 80), agent.ErrNoUser)
 		}
 		id = identity{name: name, uid: uint32(uid), gid: uint32(uid), home: "/"}
@@ -78,8 +78,8 @@ func (s *Server) lookup(spec string) (identity, error) {
 	return id, nil
 }
 
-// groupsOf are the groups that a login gives a user: first its own, then those that /etc/group names. Who is given with a group has that
-// alone (Docker).
+// groupsOf returns the groups that a login gives a user: first the user's own, then those in /etc/group. A user given as uid:gid has only
+// that group, as in Docker.
 func (s *Server) groupsOf(id identity, named bool) []uint32 {
 	groups := []uint32{id.gid}
 	if !named {
@@ -107,7 +107,7 @@ func (s *Server) describeUser(r agent.UserRequest) (agent.User, error) {
 	return agent.User{Name: id.name, UID: id.uid, GID: id.gid, Home: id.home, Cwd: cmp.Or(s.config.Cwd, id.home)}, nil
 }
 
-// fieldCache keeps the fields of passwd(5) and group(5) files for as long as the files stay the same.
+// fieldCache keeps the fields of passwd(5) and group(5) files as long as the files do not change.
 type fieldCache struct {
 	mu    sync.Mutex
 	files map[string]cachedFields
@@ -118,13 +118,13 @@ type cachedFields struct {
 	fields [][]string
 }
 
-// read gives the fields of each line that has at least n.
+// read returns the fields of each line that has at least n.
 func (c *fieldCache) read(name string, n int) [][]string {
 	st, err := quickStat(name)
 	if err != nil {
 		return nil
 	}
-	st.Atime = unix.StatxTimestamp{} // reading it changes nothing
+	st.Atime = unix.StatxTimestamp{} // reading the file is not a change
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if old, ok := c.files[name]; ok && old.stat == st {
@@ -138,7 +138,7 @@ func (c *fieldCache) read(name string, n int) [][]string {
 	return fields
 }
 
-// passwdFields reads a file of passwd(5) or group(5), whose content is the guest's: bounded, and broken lines are skipped.
+// passwdFields reads a file of passwd(5) or group(5). The guest controls its content, so its size is bounded and broken lines are skipped.
 func passwdFields(name string, n int) [][]string {
 	f, err := openRegular(name)
 	if err != nil {
@@ -155,7 +155,7 @@ func passwdFields(name string, n int) [][]string {
 	return all
 }
 
-// ownerNames maps ids to names for listings.
+// ownerNames maps ids to names, for listings.
 type ownerNames struct{ users, groups map[string]string }
 
 func (s *Server) ownerNames() ownerNames {

@@ -16,12 +16,12 @@ import (
 )
 
 const (
-	maxWatches = 64 // at once in one sandbox
+	maxWatches = 64 // at the same time in one sandbox
 	watchBatch = 10 * time.Millisecond
 )
 
-// serveWatch tells what changes in a directory, or of a file: then its directory is watched, since editors replace files. What is reached
-// by a symlink is watched where it is, too. A directory that is removed is watched again as soon as there is one of that name.
+// serveWatch reports the changes in a directory, or of a file: for a file it watches the directory, since editors replace files. Behind a
+// symlink it watches the real place, too. A directory that is removed is watched again as soon as that name exists again.
 func (s *Server) serveWatch(ctx context.Context, stream *yamux.Stream, h agent.Header) {
 	refuse := func(err error) { _ = agent.WriteMessage(stream, agent.Answer{Error: wireError(err)}) }
 	if err := checkPath("watch", h.Path); err != nil {
@@ -62,15 +62,15 @@ func (s *Server) serveWatch(ctx context.Context, stream *yamux.Stream, h agent.H
 	}
 }
 
-// watcher watches one path under the names that it has.
+// watcher watches one path under all its names.
 type watcher struct {
 	*fsnotify.Watcher
 	isDir bool
-	names map[string]bool // of the file, or of the directory whose entries count: as it was named, and where its symlinks lead
-	dirs  map[string]bool // directories that lead to it, in which only the next step counts
+	names map[string]bool // of the file, or of the directory whose entries count: the requested name, and where its symlinks lead
+	dirs  map[string]bool // directories above it, in which only the next path element counts
 }
 
-// begin watches the path and what leads to it.
+// begin watches the path and the directories above it.
 func (w *watcher) begin(path string) error {
 	real, err := filepath.EvalSymlinks(path)
 	if err != nil {
@@ -86,7 +86,7 @@ func (w *watcher) begin(path string) error {
 		for dir := filepath.Dir(name); ; dir = filepath.Dir(dir) {
 			w.dirs[dir] = true
 			if err := w.Add(dir); err != nil && dir == filepath.Dir(name) && !w.isDir {
-				return err // without those above, only what becomes of the directory itself is missed
+				return err // without those further above, only changes of the directory itself are missed
 			}
 			if dir == filepath.Dir(dir) {
 				break
@@ -96,11 +96,11 @@ func (w *watcher) begin(path string) error {
 	return nil
 }
 
-// again watches anew what has come back: a directory of a name that led to the path, and what is in it by now.
+// again watches a directory of this name that has come back, and what is below it by now.
 func (w *watcher) again(name string) {
 	for dir := range w.dirs {
 		if dir == name || strings.HasPrefix(dir, name+"/") {
-			_ = w.Add(dir) // one that is not there yet comes later
+			_ = w.Add(dir) // an error means that it does not exist yet and comes later
 		}
 	}
 	if w.isDir {
@@ -112,7 +112,7 @@ func (w *watcher) again(name string) {
 	}
 }
 
-// counts says whether an event is of what is watched, or leads to it (then it says no more than that something changed).
+// counts reports whether an event concerns the watched path (own) or a directory above it (above, which only says that something changed).
 func (w *watcher) counts(e fsnotify.Event) (own, above bool) {
 	if w.names[e.Name] || w.isDir && w.names[filepath.Dir(e.Name)] {
 		return true, w.names[e.Name] && w.isDir && e.Has(fsnotify.Create)
@@ -120,7 +120,7 @@ func (w *watcher) counts(e fsnotify.Event) (own, above bool) {
 	return false, w.dirs[e.Name] && e.Has(fsnotify.Create|fsnotify.Remove|fsnotify.Rename)
 }
 
-// next waits for a change, and a moment for more.
+// next waits for a change, then for watchBatch for more.
 func (w *watcher) next(ctx context.Context) (b agent.WatchBatch, ok bool) {
 	var full <-chan time.Time
 	for {
@@ -141,7 +141,7 @@ func (w *watcher) next(ctx context.Context) (b agent.WatchBatch, ok bool) {
 			own, above := w.counts(e)
 			if above && e.Has(fsnotify.Create) {
 				w.again(e.Name)
-				b.Overflow = true // what was made before it was watched again is not known one by one
+				b.Overflow = true // what was created before the new watch is not known individually
 			}
 			b.Overflow = b.Overflow || above
 			if own && !b.Overflow {

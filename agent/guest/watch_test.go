@@ -13,7 +13,7 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// watch begins to watch a path and gives what changes to a channel.
+// watch begins to watch a path and sends the changes to a channel.
 func watch(t *testing.T, c *agent.Client, path string) <-chan agent.WatchBatch {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -31,7 +31,7 @@ func watch(t *testing.T, c *agent.Client, path string) <-chan agent.WatchBatch {
 	return batches
 }
 
-// await collects events until all are there that are wanted.
+// await collects events until all wanted ones have come.
 func await(t *testing.T, batches <-chan agent.WatchBatch, want ...agent.WatchEvent) {
 	t.Helper()
 	missing := map[agent.WatchEvent]bool{}
@@ -78,7 +78,7 @@ func TestWatch(t *testing.T) {
 	await(t, one, agent.WatchEvent{Op: "create", Path: in("there")})
 }
 
-// TestWatchBounds: what cannot be watched is said, many events are cut and said to be, and there are 64 watches at most.
+// TestWatchBounds: what cannot be watched is an error, many events are cut and marked as cut, and there are at most 64 watches.
 func TestWatchBounds(t *testing.T) {
 	c, dir := pair(t)
 	for path, want := range map[string]error{filepath.Join(dir, "no"): fs.ErrNotExist, "relative": agent.ErrInvalid, dir +
@@ -109,7 +109,7 @@ func TestWatchBounds(t *testing.T) {
 	}
 }
 
-// TestWatchAgain: a directory that is removed and made anew is watched on, and so is the target of a symlink.
+// TestWatchAgain: a directory that is removed and created again is still watched, and so is the target of a symlink.
 func TestWatchAgain(t *testing.T) {
 	c, dir := pair(t)
 	in := func(name string) string { return filepath.Join(dir, name) }
@@ -129,7 +129,7 @@ func TestWatchAgain(t *testing.T) {
 				return false
 			}
 		})
-		for quiet := false; !quiet; { // what belongs to it comes within a moment
+		for quiet := false; !quiet; { // related events come within a moment
 			select {
 			case <-batches:
 			case <-time.After(10 * watchBatch):

@@ -4,7 +4,7 @@ import (
 	"strings"
 )
 
-// encodedSize is how many bytes texts take in JSON at most: encoding/json writes some bytes as six.
+// encodedSize returns how many bytes the texts take in JSON at most: encoding/json writes some bytes as six.
 func encodedSize(texts ...string) int {
 	n := 0
 	for _, text := range texts {

@@ -5,7 +5,7 @@ import (
 	"strings"
 )
 
-// plainWords splits a command that means the same to execve as to the shell; nil where only the shell can tell.
+// plainWords splits a command that means the same to execve as to the shell; nil if only the shell can tell.
 func plainWords(command string, env []string) []string {
 	for _, r := range command {
 		plain := r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("_@%+:,./=- \t", r)
@@ -29,11 +29,11 @@ var shellWords = strings.Fields(`. : [ alias bg bind break builtin caller case c
 	history if in jobs kill let local logout mapfile popd printf pushd pwd read readarray readonly return select set shift shopt
 	source suspend test then time times trap true type typeset ulimit umask unalias unset until wait while`)
 
-// quietWords are those of them that change nothing of the shell.
+// quietWords are those shellWords that do not change the shell.
 var quietWords = []string{"[", "echo", "false", "pwd", "test", "times", "true", "type"}
 
-// changesNothing says that a command cannot change the shell that runs it, if that has no functions and aliases: it calls programs, with
-// arguments that have no side effects. Where it is not sure it says no: then the shell tells at its end what it leaves, which takes longer.
+// changesNothing reports whether a command surely cannot change the shell that runs it, if that has no functions and aliases: it only calls
+// programs, with arguments that have no side effects. Otherwise the shell must report its state at its end, which takes longer.
 func changesNothing(command string, env []string) bool {
 	s := wordScanner{text: command, first: true}
 	for s.at < len(s.text) {
@@ -44,16 +44,16 @@ func changesNothing(command string, env []string) bool {
 	return s.endWord() && !startsShellCode(env)
 }
 
-// wordScanner reads a command, as far as it understands it.
+// wordScanner parses a command as far as it understands it.
 type wordScanner struct {
 	text  string
 	at    int
-	first bool   // the word is that of a command, not an argument
-	word  string // as far as it was read
+	first bool   // the next word is that of a command, not an argument
+	word  string // the part that was read
 	begun bool   // there is a word, which may be empty
 }
 
-// step reads a character or a quoted text, and says whether that is understood.
+// step reads a character or a quoted text, and reports whether it understands that.
 func (s *wordScanner) step() bool {
 	c := s.text[s.at]
 	s.at++
@@ -66,13 +66,13 @@ func (s *wordScanner) step() bool {
 		return ok
 	case c == '&':
 		if s.at > 1 && (s.text[s.at-2] == '>' || s.text[s.at-2] == '<') {
-			return true // of a redirection
+			return true // part of a redirection
 		}
 		ok := s.endWord()
 		s.first = true
 		return ok
 	case c == '<' || c == '>':
-		// Before the command's word, also as 2>, it would hide which word that is.
+		// Before the command word, also as 2>, it would hide which word that is.
 		return !s.first && s.endWord() && !strings.HasPrefix(s.text[s.at-1:], "<<")
 	case c == '\'':
 		end := strings.IndexByte(s.text[s.at:], '\'')
@@ -125,7 +125,7 @@ func (s *wordScanner) quoted() bool {
 	return false
 }
 
-// variable reads what follows a "$": only a plain name has no side effects, and none may be a command's word.
+// variable reads what follows a "$": only a plain name has no side effects, and a command word must not contain any.
 func (s *wordScanner) variable() bool {
 	if s.first || s.at == len(s.text) {
 		return false
@@ -136,7 +136,7 @@ func (s *wordScanner) variable() bool {
 	return c == '_' || c == '?' || c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
 }
 
-// endWord ends a word, and says whether it may be there.
+// endWord ends a word, and reports whether the word is allowed there.
 func (s *wordScanner) endWord() bool {
 	if !s.begun {
 		return true
@@ -146,7 +146,7 @@ func (s *wordScanner) endWord() bool {
 	return ok
 }
 
-// startsShellCode says that bash finds code of its own in an environment.
+// startsShellCode reports whether bash finds code to run in an environment.
 func startsShellCode(env []string) bool {
 	return slices.ContainsFunc(env, func(kv string) bool {
 		return strings.HasPrefix(kv, "BASH_ENV=") ||

@@ -7,15 +7,15 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// work is whether the sandbox is at work: whether it has processes that last, or the agent something to do that does. It is safe for
+// work tells whether the sandbox is at work: whether it has processes that last, or the agent itself has work that lasts. It is safe for
 // concurrent use; the zero value is not at work.
 type work struct {
 	mu            sync.Mutex
 	tasks, labour bool
-	changed       chan struct{} // closed at the next change; nil where nobody waits for it
+	changed       chan struct{} // closed at the next change; nil if no caller waits for it
 }
 
-// look notes what has changed. What it is found by is done while no other one looks.
+// look records what find sets. No two calls of find overlap.
 func (w *work) look(find func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -50,7 +50,7 @@ func (s *Server) atWork(ctx context.Context, r agent.WorkRequest) agent.WorkResu
 	}
 }
 
-// lookForTasks notes whether processes last.
+// lookForTasks records whether there are processes.
 func (s *Server) lookForTasks() (tasks int64) {
 	s.work.look(func() {
 		tasks = number(readFile(s.groups.tasks))

@@ -1,4 +1,4 @@
-// Command soulbox-agent is the first process of every sandbox. It is started by the runtime, never by hand.
+// Command soulbox-agent is the first process of every sandbox. The runtime starts it, never a person.
 package main
 
 import (
@@ -26,7 +26,7 @@ func main() {
 	}
 }
 
-// maxProcs is as many processors as the agent ever uses, see agent/guest/processors.go.
+// maxProcs is the largest number of processors that the agent uses, see agent/guest/processors.go.
 const maxProcs = 2
 
 func run(args []string) error {
@@ -38,7 +38,7 @@ func run(args []string) error {
 	if len(args) == 2 && args[0] == "forkexec" {
 		return forkExec(args[1])
 	}
-	image := len(args) == 2 && args[1] == "image" // the root is one, whose files are what they should be
+	image := len(args) == 2 && args[1] == "image" // the root is an image, in which files have the right owners
 	if len(args) == 0 || args[0] != "init" || len(args) > 1 && !image || os.Getpid() != 1 {
 		return errors.New("this is the first process of a SoulBox sandbox; it is of no use elsewhere")
 	}
@@ -49,7 +49,7 @@ func run(args []string) error {
 	if err != nil {
 		return err
 	}
-	// Neither a host that is gone ends the sandbox, as writing to its pipe would, nor what Linux would not let end an init.
+	// Catch these signals, so that the sandbox survives a host that closes the pipe, and signals that Linux would not let end an init.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE, syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM,
 		syscall.SIGABRT, syscall.SIGUSR1, syscall.SIGALRM,
 		syscall.SIGVTALRM, syscall.SIGPROF, syscall.SIGIO, syscall.SIGPWR, syscall.SIGXCPU, syscall.SIGXFSZ, syscall.SIGSTKFLT,
@@ -67,7 +67,7 @@ func run(args []string) error {
 	return nil
 }
 
-// forkExec tells the median of how many microseconds fork, exec and wait of /bin/true take here: the floor of every exec, for the
+// forkExec prints the median time, in microseconds, of fork, exec and wait of /bin/true here: the minimum for every exec, for the
 // benchmark.
 func forkExec(count string) error {
 	n, err := strconv.Atoi(count)

@@ -12,10 +12,10 @@ import (
 	"time"
 )
 
-// BenchmarkCommandLine is the command line as a person uses it: a command, and a gigabyte through a pipe, in and out, with its checksum.
+// BenchmarkCommandLine uses the command line as a person does: one command, and a gigabyte through a pipe, in and out, with its checksum.
 func BenchmarkCommandLine(b *testing.B) {
 	if b.N > 1 {
-		return // it does its own counting, once
+		return // it counts for itself, once
 	}
 	s := newSurroundings(b)
 	id := strings.TrimSpace(s.run(b, "sandbox", "create", "--timeout", "2h"))
@@ -55,7 +55,7 @@ func BenchmarkCommandLine(b *testing.B) {
 		size/outTime.Seconds()/1e6)
 }
 
-// repeated reads a part again and again.
+// repeated reads a part repeatedly, without end.
 type repeated []byte
 
 // Read implements io.Reader.

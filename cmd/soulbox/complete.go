@@ -13,10 +13,10 @@ import (
 	"soulbox.dev/soulbox/api/client"
 )
 
-// completeTime bounds what is asked for while somebody waits for the end of a word.
+// completeTime bounds the requests that a completion makes, since the user waits for it.
 const completeTime = 3 * time.Second
 
-// completeSandboxes completes a first argument that is an id. It starts no server.
+// completeSandboxes completes a first argument that is a sandbox's id. It starts no server.
 func (a *app) completeSandboxes(c *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
 	if len(args) > 0 && !strings.Contains(c.Use, "...") {
 		return nil, cobra.ShellCompDirectiveNoFileComp
@@ -32,7 +32,7 @@ func (a *app) sandboxNames(ctx context.Context) []string {
 	defer cancel()
 	all, err := a.known(ctx)
 	if err != nil {
-		return nil // there is no place for an error here
+		return nil // a completion cannot show an error
 	}
 	var names []string
 	for _, s := range all {
@@ -47,7 +47,7 @@ func (a *app) sandboxNames(ctx context.Context) []string {
 	return names
 }
 
-// known are the servers that there are.
+// known returns the servers that exist already.
 func (a *app) known(ctx context.Context) ([]server, error) {
 	if _, _, remote, err := a.chosen(); err != nil || remote {
 		return a.servers(ctx)
@@ -66,7 +66,7 @@ func (a *app) completeTemplates(c *cobra.Command, args []string, _ string) ([]st
 	for _, s := range all {
 		list, err := s.Templates(ctx)
 		if err != nil {
-			continue // there is no place for an error here
+			continue // a completion cannot show an error
 		}
 		for _, t := range list {
 			names = append(names, t.Name)
@@ -78,7 +78,7 @@ func (a *app) completeTemplates(c *cobra.Command, args []string, _ string) ([]st
 	return names, cobra.ShellCompDirectiveNoFileComp
 }
 
-// completeCopy completes ID: and, behind it, paths in the sandbox.
+// completeCopy completes "ID:" and, after it, paths in the sandbox.
 func (a *app) completeCopy(c *cobra.Command, _ []string, typed string) ([]string, cobra.ShellCompDirective) {
 	id, name, ok := remote(typed)
 	if !ok {
@@ -110,20 +110,20 @@ func (a *app) completeCopy(c *cobra.Command, _ []string, typed string) ([]string
 	}
 	var safe []string
 	for _, n := range names {
-		if strings.Trim(n, harmless) == "" { // a shell would run what a guest can write into a name
+		if strings.Trim(n, harmless) == "" { // the shell would run what a guest may write into a name
 			safe = append(safe, id+":"+dir+n)
 		}
 	}
 	return safe, cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveNoSpace
 }
 
-// harmless are the characters of names that mean nothing to a shell.
+// harmless are the characters of names that have no meaning to a shell.
 const harmless = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._/@%+,:=-"
 
 // manCommand writes the manual.
 func (a *app) manCommand() *cobra.Command {
 	return &cobra.Command{Use: "man DIRECTORY", Short: "Write the manual as man pages", Args: exactly("DIRECTORY"),
-		Long:    "Write a man page for each command into a directory, which is made if it is not there.",
+		Long:    "Write a man page for each command into a directory, which is created if it does not exist.",
 		Example: "  soulbox man ~/.local/share/man/man1\n  man soulbox-sandbox-create",
 		RunE: func(c *cobra.Command, args []string) error {
 			if err := os.MkdirAll(args[0], 0o755); err != nil {

@@ -25,10 +25,10 @@ import (
 	"soulbox.dev/soulbox/internal/durable"
 )
 
-// localContext names this machine's servers.
+// localContext is the name of this machine's servers.
 const localContext = "local"
 
-// contexts are the servers that a user has logged in to, in a file that is his alone.
+// contexts are the servers that a user has logged in to; the file that holds them is readable only by the user.
 type contexts struct {
 	Current string           `json:"current,omitempty"`
 	Known   map[string]login `json:"contexts"`
@@ -61,12 +61,12 @@ func (a *app) readContexts() (c contexts, err error) {
 		c.Known = map[string]login{}
 	}
 	if err != nil {
-		return c, fmt.Errorf("read the logins in %s: %w; mend or remove that file", a.contextsFile(), err)
+		return c, fmt.Errorf("read the logins in %s: %w; fix or remove that file", a.contextsFile(), err)
 	}
 	return c, nil
 }
 
-// writeContexts replaces the file: whole, or not at all.
+// writeContexts replaces the file atomically.
 func (a *app) writeContexts(c contexts) error {
 	name := a.contextsFile()
 	body, err := json.MarshalIndent(c, "", "  ")
@@ -79,7 +79,7 @@ func (a *app) writeContexts(c contexts) error {
 	return durable.Disk{}.Replace(name, append(body, '\n'), 0o600)
 }
 
-// chosen is the login that is to be used, by flag, environment or choice; ok is false for this machine.
+// chosen returns the login to use, chosen by flag, environment or 'auth use'; ok is false for this machine.
 func (a *app) chosen() (l login, name string, ok bool, err error) {
 	name = cmp.Or(a.context, a.getenv("SOULBOX_CONTEXT"))
 	if name == "" && a.getenv("SOULBOX_URL") != "" {
@@ -94,19 +94,19 @@ func (a *app) chosen() (l login, name string, ok bool, err error) {
 	}
 	l, ok = c.Known[name]
 	if !ok {
-		return l, name, false, fmt.Errorf("there is no login %q; 'soulbox auth info' lists those that there are", name)
+		return l, name, false, fmt.Errorf("there is no login %q; 'soulbox auth info' lists them", name)
 	}
 	return l, name, true, nil
 }
 
 func (a *app) authCommand() *cobra.Command {
-	auth := &cobra.Command{Use: "auth", Short: "Log in to a server, and out again",
+	auth := &cobra.Command{Use: "auth", Short: "Log in to a server, and log out",
 		Long:    "Logins are kept in a file that only you can read. Without one, soulbox uses the servers that you run on this machine.",
 		Example: "  soulbox auth login --url https://box.example.com\n  soulbox auth info"}
 	var at, name, key string
 	in := &cobra.Command{Use: "login", Short: "Log in to a server", Args: exactly(),
-		Long: "Log in to a server, with a key that its operator has made by 'soulbox-mcp key create'. The key is asked for, or read " +
-			"from stdin with --key -; it is never an argument,\nwhich other users could see.",
+		Long: "Log in to a server, with a key that its operator has made with 'soulbox-mcp key create'. soulbox asks for the key, or " +
+			"reads it from stdin with\n--key -; it is never an argument, since other users could see that.",
 		Example: "  soulbox auth login --url https://box.example.com\n  soulbox auth login --url https://box.example.com --name team " +
 			"--key - <key.txt",
 		RunE: func(c *cobra.Command, _ []string) error { return a.login(c.Context(), at, name, key) }}
@@ -114,16 +114,16 @@ func (a *app) authCommand() *cobra.Command {
 	in.Flags().StringVar(&name, "name", "", "`name` of the login; default the server's host")
 	in.Flags().StringVar(&key, "key", "", "\"-\" reads the key from stdin")
 	out := &cobra.Command{Use: "logout [NAME]", Short: "Forget a login", Args: cobra.MaximumNArgs(1),
-		Long: "Forget a login and its key, without a name the current one. The key goes on to be valid; 'soulbox-mcp key revoke' ends " +
+		Long: "Forget a login and its key; without a name, the current login. The key stays valid; 'soulbox-mcp key revoke' revokes " +
 			"it.",
 		Example: "  soulbox auth logout\n  soulbox auth logout team",
 		RunE:    func(_ *cobra.Command, args []string) error { return a.logout(args) }}
 	use := &cobra.Command{Use: "use NAME", Short: "Use another login from now on", Args: exactly("NAME"),
 		Long: "Use another login from now on; \"local\" is this machine.", Example: "  soulbox auth use team\n  soulbox auth use local",
 		RunE: func(_ *cobra.Command, args []string) error { return a.useContext(args[0]) }}
-	info := &cobra.Command{Use: "info", Short: "Show the logins, and as whom the server knows you", Args: exactly(),
+	info := &cobra.Command{Use: "info", Short: "Show the logins, and who you are to the server", Args: exactly(),
 		Example: "  soulbox auth info",
-		Long:    "Show the logins, which of them is used, and as whom its server knows you. Keys are not shown.",
+		Long:    "Show the logins, which of them is used, and who you are to its server. Keys are not shown.",
 		RunE:    func(c *cobra.Command, _ []string) error { return a.authInfo(c.Context()) }}
 	auth.AddCommand(in, out, use, info)
 	return auth
@@ -131,11 +131,11 @@ func (a *app) authCommand() *cobra.Command {
 
 func (a *app) login(ctx context.Context, at, name, key string) error {
 	if at = cmp.Or(at, a.getenv("SOULBOX_URL")); at == "" {
-		return usageError{errors.New("give the server's URL by --url")}
+		return usageError{errors.New("give the server's URL with --url")}
 	}
 	if key != "" && key != "-" {
 		return usageError{errors.New("a key is not given as an argument, where other users could see it: leave --key out to be asked, or " +
-			"say --key - to read it from stdin")}
+			"use --key - to read it from stdin")}
 	}
 	u, err := url.Parse(at)
 	if err != nil || u.Host == "" {
@@ -145,11 +145,11 @@ func (a *app) login(ctx context.Context, at, name, key string) error {
 		return usageError{fmt.Errorf("%q cannot be the name of a login", name)}
 	}
 	if ip, err := netip.ParseAddr(u.Hostname()); u.Scheme == "http" && u.Hostname() != "localhost" && (err != nil || !ip.IsLoopback()) {
-		fmt.Fprintf(a.stderr, "soulbox: whoever is on the way to %s can read the key: use https\n", u.Host) // nobody else can be told
+		fmt.Fprintf(a.stderr, "soulbox: anyone on the network between here and %s can read the key: use https\n", u.Host) // best effort
 	}
 	secret := ""
 	if key == "-" {
-		defer context.AfterFunc(ctx, func() { os.Exit(128 + int(syscall.SIGINT)) })() // a read of stdin knows nothing of it
+		defer context.AfterFunc(ctx, func() { os.Exit(128 + int(syscall.SIGINT)) })() // a read of stdin does not end with ctx
 		line, err := bufio.NewReader(io.LimitReader(a.stdin, 4096)).ReadString('\n')
 		if err != nil && err != io.EOF {
 			return err
@@ -181,18 +181,18 @@ func (a *app) login(ctx context.Context, at, name, key string) error {
 	return a.printf("You are %s at %s; the login is called %s.\n", who, at, name)
 }
 
-// askSecret asks at the terminal, without showing the answer.
+// askSecret asks at the terminal and hides the answer.
 func (a *app) askSecret(prompt string) (string, error) {
 	fd, ok := terminalOf(a.stdin)
 	if !ok {
-		return "", usageError{errors.New("there is no terminal to ask for the key at: say --key - and send it on stdin")}
+		return "", usageError{errors.New("there is no terminal to ask for the key: use --key - and send it on stdin")}
 	}
 	saved, err := term.GetState(fd)
 	if err != nil {
 		return "", err
 	}
 	defer restoreAtSignal(fd, saved)()
-	fmt.Fprint(a.stderr, prompt) // who does not see it is not at the terminal
+	fmt.Fprint(a.stderr, prompt) // if stderr fails, no user is at the terminal
 	text, err := term.ReadPassword(fd)
 	fmt.Fprintln(a.stderr) // as above
 	return strings.TrimSpace(string(text)), err
@@ -208,7 +208,7 @@ func (a *app) logout(args []string) error {
 		name = args[0]
 	}
 	if _, ok := all.Known[name]; !ok {
-		return fmt.Errorf("there is no login %q to forget; 'soulbox auth info' lists those that there are", name)
+		return fmt.Errorf("there is no login %q to forget; 'soulbox auth info' lists them", name)
 	}
 	delete(all.Known, name)
 	if all.Current == name {

@@ -25,8 +25,10 @@ func (a *app) copyCommand() *cobra.Command {
 	var quiet bool
 	c := &cobra.Command{Use: "cp SOURCE DESTINATION", Short: "Copy files into a sandbox, or out of it",
 		Args: exactly("SOURCE", "DESTINATION"), ValidArgsFunction: a.completeCopy,
-		Long: `Copy files and directories into a sandbox, or out of it. One side is ID:PATH, a path that does not begin with / is below the user's home. "-" is a tar on stdin or stdout. A
-directory goes into one that is there, or becomes it; "SOURCE/." is what is in it. Links stay links, what is there is replaced. What a sandbox sends is written below the destination, and nowhere else.`,
+		Long: `Copy files and directories into a sandbox, or out of it. One side is ID:PATH; a path that does not begin with / is relative
+to the user's home. "-" is a tar on stdin or stdout. A directory is copied into an existing directory, or becomes the destination;
+"SOURCE/." is its content. Symbolic links stay links, existing files are replaced. What a sandbox sends is written below the destination
+and nowhere else.`,
 		Example: "  soulbox cp report.csv ID:/tmp/\n  soulbox cp project ID:project\n  soulbox cp ID:/home/user/out .\n  soulbox cp " +
 			"ID:/var/log - | tar tf -\n  tar cf - src | soulbox cp - ID:/home/user",
 		RunE: func(c *cobra.Command, args []string) error {
@@ -45,12 +47,12 @@ directory goes into one that is there, or becomes it; "SOURCE/." is what is in i
 			}
 			return asExec(t.out(c.Context(), from, to))
 		}}
-	c.Flags().StringVarP(&user, "user", "u", "", "`name` of the user to do it as; default that of the sandbox")
+	c.Flags().StringVarP(&user, "user", "u", "", "`name` of the user in the sandbox; default the sandbox's user")
 	c.Flags().BoolVarP(&quiet, "quiet", "q", false, "show no progress")
 	return c
 }
 
-// remote splits ID:PATH. Paths of this machine that have a colon begin with . or /.
+// remote splits ID:PATH. A path of this machine that contains a colon must begin with . or /.
 func remote(arg string) (id, name string, ok bool) {
 	id, name, ok = strings.Cut(arg, ":")
 	if !ok || id == "" || strings.Trim(id, "abcdefghijklmnopqrstuvwxyz0123456789") != "" {
@@ -62,7 +64,7 @@ func remote(arg string) (id, name string, ok bool) {
 	return id, names.Parse(name), true
 }
 
-// transfer copies files by the sandbox' tar.
+// transfer copies files with the sandbox's tar.
 type transfer struct {
 	*app
 	box   box
@@ -70,7 +72,7 @@ type transfer struct {
 	quiet bool
 }
 
-// progress shows how much was copied, at a terminal; total is -1 where it is not known.
+// progress shows how much was copied, if stderr is a terminal; total is -1 if unknown.
 func (t transfer) progress(total int64) *progressbar.ProgressBar {
 	_, shown := terminalOf(t.stderr)
 	return progressbar.NewOptions64(total, progressbar.OptionSetWriter(t.stderr), progressbar.OptionSetVisibility(shown && !t.quiet),
@@ -87,7 +89,7 @@ func (t transfer) tar(ctx context.Context, stdin io.Reader, stdout io.Writer, ar
 	var start *client.StartError
 	if errors.As(err, &start) && start.Exit == 127 {
 		return exitError{exitExec,
-			errors.New("the sandbox has no tar, which copies are made by: install it there, or copy single files by 'soulbox exec ID -- " +
+			errors.New("the sandbox has no tar, which cp needs: install it there, or copy single files with 'soulbox exec ID -- " +
 				"cat FILE'")}
 	}
 	if err != nil {
@@ -147,7 +149,7 @@ func (t transfer) in(ctx context.Context, from, to string) error {
 	go func() {
 		out := tar.NewWriter(w)
 		_, err := walk(ctx, from, func(rel string, info fs.FileInfo, link string) error {
-			if path.Join(name, rel) == "." { // it is there, and may be another user's
+			if path.Join(name, rel) == "." { // the directory exists, and may belong to another user
 				return nil
 			}
 			return add(out, from, rel, path.Join(name, rel), info, link, bar)
@@ -157,7 +159,7 @@ func (t transfer) in(ctx context.Context, from, to string) error {
 	return t.tar(ctx, r, io.Discard, "-xopf", "-", "-C", into)
 }
 
-// walk visits a file, or a directory and all below it, and sums their sizes; rel is below root, and "." is that itself.
+// walk visits a file, or a directory and everything below it, and sums the sizes; rel is relative to root, "." is root itself.
 func walk(ctx context.Context, root string, each func(rel string, info fs.FileInfo, link string) error) (total int64, err error) {
 	err = filepath.WalkDir(root, func(name string, d fs.DirEntry, err error) error {
 		if err == nil {
@@ -190,7 +192,7 @@ func walk(ctx context.Context, root string, each func(rel string, info fs.FileIn
 	return total, err
 }
 
-// add writes one file to a tar, as nobody's in particular.
+// add writes one file to a tar, without its owner.
 func add(out *tar.Writer, root, rel, name string, info fs.FileInfo, link string, shown io.Writer) error {
 	h, err := tar.FileInfoHeader(info, link)
 	if err != nil {
@@ -227,7 +229,7 @@ func (t transfer) out(ctx context.Context, from, to string) error {
 	bar := t.progress(-1)
 	defer bar.Close()
 	if _, shown := terminalOf(t.stdout); to == "-" && shown {
-		return usageError{errors.New("a tar is nothing for a terminal: redirect it, or name a destination")}
+		return usageError{errors.New("stdout is a terminal, which cannot show a tar: redirect it, or name a destination")}
 	}
 	if to == "-" {
 		return t.tar(ctx, nil, io.MultiWriter(t.stdout, bar), "-cf", "-", "-C", into, "--", base)
@@ -245,9 +247,9 @@ func (t transfer) out(ctx context.Context, from, to string) error {
 	}()
 	err = unpack(ctx, r, base, target, inertly(t.stderr))
 	if err == nil {
-		_, err = io.Copy(io.Discard, r) // what tar fills its last block with
+		_, err = io.Copy(io.Discard, r) // the padding of tar's last block
 	}
-	_ = r.CloseWithError(err) // the other side ends by it, and says no more than that, unless it was first
+	_ = r.CloseWithError(err) // makes tar's writer end, with no other error unless it failed first
 	if serr := <-sent; serr != nil && (err == nil || errors.Is(err, serr) || !errors.Is(serr, err)) {
 		return serr
 	}

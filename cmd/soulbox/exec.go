@@ -23,12 +23,12 @@ import (
 )
 
 const (
-	execLinger    = time.Minute     // in which a command that this program has lost is killed, if nobody comes back to it
-	connectLinger = 5 * time.Minute // the same of a terminal
+	execLinger    = time.Minute     // how long a command without its soulbox runs before the server kills it, unless a client returns to it
+	connectLinger = 5 * time.Minute // the same for a terminal
 	killTime      = 5 * time.Second
 )
 
-// execution is a command that is to be run in a sandbox.
+// execution describes a command to run in a sandbox.
 type execution struct {
 	input, terminal, detach bool
 	user, cwd               string
@@ -37,7 +37,7 @@ type execution struct {
 
 func (e *execution) flags(c *cobra.Command) {
 	f := c.Flags()
-	f.StringVarP(&e.user, "user", "u", "", "`name` of the user; default that of the sandbox")
+	f.StringVarP(&e.user, "user", "u", "", "`name` of the user; default the sandbox's user")
 	f.StringVarP(&e.cwd, "cwd", "w", "", "`directory` to run in; default the user's home")
 	f.StringArrayVarP(&e.env, "env", "e", nil, "`KEY=VALUE` of its environment; may be repeated")
 }
@@ -46,9 +46,10 @@ func (a *app) execCommand() *cobra.Command {
 	var e execution
 	c := &cobra.Command{Use: "exec ID [flags] -- COMMAND [ARGUMENT]...", Short: "Run a command in a sandbox",
 		ValidArgsFunction: a.completeSandboxes,
-		Long: `Run a command in a sandbox. Its output is ours, and so is its exit code: 126 is of a command that cannot be run, 127 of one that is not there, 125 of a failure
-of soulbox itself, 128 and more of a signal. Signals are passed on; Ctrl-C three times, or SIGTERM twice, kills it. Nothing of its output is lost when the connection or the server
-is: it goes on where it was. A command whose soulbox was killed by SIGKILL is killed by its server after a minute, if not begun with --detach.`,
+		Long: `Run a command in a sandbox. soulbox prints its output and exits with its exit code; 125 is a failure of soulbox itself, 126
+a command that cannot be run, 127 a command that does not exist, 128 and more a signal. Signals are passed on; Ctrl-C three times, or
+SIGTERM twice, kills the command. No output is lost with the connection or the server: soulbox reconnects and continues where it was. If
+soulbox is killed with SIGKILL, the server kills the command after a minute, unless it was started with --detach.`,
 		Example: "  soulbox exec ID -- uname -a\n  soulbox exec ID -- sh -c 'echo $HOME'\n  tar cf - dir | soulbox exec -i ID -- tar xf " +
 			"-\n  soulbox exec -it ID -- bash\n  soulbox exec ID --detach -- python3 -m http.server",
 		Args: func(c *cobra.Command, args []string) error {
@@ -64,12 +65,12 @@ is: it goes on where it was. A command whose soulbox was killed by SIGKILL is ki
 	f := c.Flags()
 	f.BoolVarP(&e.input, "interactive", "i", false, "send stdin")
 	f.BoolVarP(&e.terminal, "tty", "t", false, "give it a terminal")
-	f.BoolVarP(&e.detach, "detach", "d", false, "let it run, and print its process number")
+	f.BoolVarP(&e.detach, "detach", "d", false, "start it in the background, and print its process number")
 	e.flags(c)
 	return c
 }
 
-// asExec gives the failures of ours a code that no command has.
+// asExec gives failures of soulbox itself an exit code that no command has.
 func asExec(err error) error {
 	var start *client.StartError
 	var exit exitError
@@ -126,7 +127,7 @@ func (e execution) command(args []string) (client.Command, error) {
 
 func (a *app) detached(ctx context.Context, b box, cmd client.Command) error {
 	ctx, cancel := context.WithCancel(ctx)
-	defer cancel() // nobody follows it
+	defer cancel() // it is not followed
 	s, err := b.at.Start(ctx, b.ID, cmd, a.again(b.ID))
 	if err != nil {
 		return err
@@ -134,9 +135,9 @@ func (a *app) detached(ctx context.Context, b box, cmd client.Command) error {
 	return a.printf("%d\n", s.PID)
 }
 
-// piped runs a command with our own streams.
+// piped runs a command with soulbox's own streams.
 func (a *app) piped(outer context.Context, b box, cmd client.Command) error {
-	a.release() // signals are the command's
+	a.release() // signals are for the command
 	if outer.Err() != nil {
 		return context.Cause(outer)
 	}
@@ -170,7 +171,7 @@ func (a *app) piped(outer context.Context, b box, cmd client.Command) error {
 	return result(exit)
 }
 
-// send sends all of a stream to a process. One that has ended, or has closed its stdin, takes no more.
+// send sends a whole stream to a process. A process that has ended, or has closed its stdin, takes no more, which is not an error.
 func send(ctx context.Context, s *client.Session, from io.Reader) error {
 	in := newGathered(from)
 	defer in.stop()
@@ -190,10 +191,10 @@ func send(ctx context.Context, s *client.Session, from io.Reader) error {
 	}
 }
 
-// gatherMost is how much is read ahead, in bytes.
+// gatherMost is how many bytes are read ahead.
 const gatherMost = 2 << 20
 
-// gathered reads ahead: what comes while a part is on its way is the next part, for each takes as long as a large one.
+// gathered reads ahead: what arrives while a part is being sent becomes the next part, because a small part takes as long as a large one.
 type gathered struct {
 	mu      sync.Mutex
 	changed *sync.Cond
@@ -225,7 +226,7 @@ func newGathered(from io.Reader) *gathered {
 	return g
 }
 
-// take waits for something, and gives all there is.
+// take waits for data, and returns everything available.
 func (g *gathered) take() ([]byte, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -238,7 +239,7 @@ func (g *gathered) take() ([]byte, error) {
 	return part, g.err
 }
 
-// stop ends the reading, at the latest with what comes next.
+// stop ends the reading, at the latest after the next read.
 func (g *gathered) stop() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -246,7 +247,7 @@ func (g *gathered) stop() {
 	g.changed.Broadcast()
 }
 
-// unlessOver is nil for the errors of a process that reads no more.
+// unlessOver returns nil for the errors of a process that reads no more.
 func unlessOver(err error) error {
 	var told *client.Error
 	if errors.As(err, &told) && (told.Status == 404 || told.Status == 409) || errors.Is(err, context.Canceled) {
@@ -258,8 +259,8 @@ func unlessOver(err error) error {
 	return nil
 }
 
-// passSignals passes signals on, as if the command were here. The third Ctrl-C, the second SIGTERM and the end of our terminal kill it.
-// Those that come before there is a command wait for it for a while.
+// passSignals passes signals on, as if the command ran here. The third Ctrl-C, the second SIGTERM and the end of our terminal kill the
+// command. Signals that come before the command has started wait killTime for it.
 func (a *app) passSignals(ctx context.Context, begun <-chan *client.Session, signals <-chan os.Signal, cancel context.CancelCauseFunc) {
 	var s *client.Session
 	counts := map[syscall.Signal]int{}
@@ -286,7 +287,7 @@ func (a *app) passSignals(ctx context.Context, begun <-chan *client.Session, sig
 		counts[sig]++
 		if sig == syscall.SIGINT && counts[sig] == 3 || sig == syscall.SIGTERM && counts[sig] == 2 {
 			cancel(over)
-			time.AfterFunc(2*killTime, func() { os.Exit(over.code) }) // who reads our output may never do so again
+			time.AfterFunc(2*killTime, func() { os.Exit(over.code) }) // the reader of our output may block forever
 			return
 		}
 		if sig == syscall.SIGHUP && atTerminal {
@@ -296,13 +297,13 @@ func (a *app) passSignals(ctx context.Context, begun <-chan *client.Session, sig
 			ctx, stop := context.WithTimeout(ctx, killTime)
 			defer stop()
 			if err := s.Signal(ctx, sig); err != nil && unlessOver(err) != nil {
-				fmt.Fprintf(inertly(a.stderr), "soulbox: pass %s on: %v\n", unix.SignalName(sig), err) // it goes on all the same
+				fmt.Fprintf(inertly(a.stderr), "soulbox: pass %s on: %v\n", unix.SignalName(sig), err) // the command continues to run
 			}
 		}()
 	}
 }
 
-// end kills a process that nobody waits for any more, and says why that is so. One in a paused sandbox stays as it is.
+// end kills a process that soulbox no longer follows, and returns why. A process in a paused sandbox is left as it is.
 func (a *app) end(s *client.Session, why error) error {
 	if errors.Is(why, client.ErrPaused) {
 		return why
@@ -314,19 +315,19 @@ func (a *app) end(s *client.Session, why error) error {
 		return err
 	}
 	if err != nil && unlessOver(err) != nil {
-		fmt.Fprintf(inertly(a.stderr), "soulbox: process %d could not be killed, and may go on for a while: %v\n", s.PID,
-			err) // nobody else can be told
+		fmt.Fprintf(inertly(a.stderr), "soulbox: process %d could not be killed, and may run for a while: %v\n", s.PID,
+			err) // if stderr fails, there is no other place to report
 	}
 	return why
 }
 
-// result is the end of a command as our own.
+// result turns the end of a command into our own.
 func result(e client.Exit) error {
 	if e.Code == 0 {
 		return nil
 	}
 	var err error
-	if text, more := strings.CutPrefix(e.Status, "signal: killed: "); more { // why, which the code does not tell
+	if text, more := strings.CutPrefix(e.Status, "signal: killed: "); more { // the reason, which the code does not tell
 		err = fmt.Errorf("the command was killed: %s", text)
 	}
 	return exitError{e.Code, err}
@@ -336,8 +337,8 @@ func (a *app) psCommand() *cobra.Command {
 	var all bool
 	var out format
 	c := &cobra.Command{Use: "ps ID", Short: "List the processes of a sandbox", Args: exactly("ID"), ValidArgsFunction: a.completeSandboxes,
-		Long: "List the processes that were started in a sandbox and run; with --all also those that have ended and are still known. " +
-			"A sandbox that is paused is not woken by this.",
+		Long: "List the running processes that were started in a sandbox; with --all also those that have ended and are still known. " +
+			"This does not wake a paused sandbox.",
 		Example: "  soulbox ps ID\n  soulbox ps ID --all -o json",
 		RunE: func(c *cobra.Command, args []string) error {
 			b, err := a.find(c.Context(), args[0])
@@ -374,7 +375,7 @@ func (a *app) psCommand() *cobra.Command {
 			}
 			return t.flush()
 		}}
-	c.Flags().BoolVarP(&all, "all", "a", false, "also those that have ended")
+	c.Flags().BoolVarP(&all, "all", "a", false, "also processes that have ended")
 	out.flag(c, formatTable, formatJSON)
 	return c
 }
@@ -386,13 +387,13 @@ func clip(text string, most int) string {
 	return text
 }
 
-// process finds a process by its number or its tag. One that runs is meant before one that has ended.
+// process finds a process by its number or tag. A running process is preferred to one that has ended.
 func process(ctx context.Context, b box, name string) (client.Process, error) {
 	list, err := b.at.Processes(ctx, b.ID)
 	if err != nil {
 		return client.Process{}, err
 	}
-	pid, _ := strconv.Atoi(name) // 0 is none
+	pid, _ := strconv.Atoi(name) // 0 matches none
 	var found *client.Process
 	for i, p := range list {
 		if (p.PID == pid || p.Tag == name && name != "") &&
@@ -401,7 +402,7 @@ func process(ctx context.Context, b box, name string) (client.Process, error) {
 		}
 	}
 	if found == nil {
-		return client.Process{}, fmt.Errorf("there is no process %q in sandbox %s; 'soulbox ps %s --all' lists those that there are", name,
+		return client.Process{}, fmt.Errorf("there is no process %q in sandbox %s; 'soulbox ps %s --all' lists them", name,
 			b.ID, b.ID)
 	}
 	return *found, nil
@@ -411,7 +412,7 @@ func (a *app) killCommand() *cobra.Command {
 	var name string
 	c := &cobra.Command{Use: "kill ID PID|TAG", Short: "Send a signal to a process of a sandbox", Args: exactly("ID", "PID or TAG"),
 		ValidArgsFunction: a.completeSandboxes,
-		Long: "Send a signal to a process of a sandbox and its group. KILL ends all that it has started. ('soulbox sandbox " +
+		Long: "Send a signal to a process of a sandbox and its group. KILL also kills everything it has started. ('soulbox sandbox " +
 			"kill' ends sandboxes.)", Example: "  soulbox kill ID 42\n  soulbox kill ID server -s HUP",
 		RunE: func(c *cobra.Command, args []string) error {
 			sig, err := signalOf(name)
@@ -446,7 +447,7 @@ func signalOf(name string) (syscall.Signal, error) {
 	return 0, usageError{fmt.Errorf("there is no signal %q", name)}
 }
 
-// counter counts what passes.
+// counter counts the bytes written to it.
 type counter struct{ n atomic.Int64 }
 
 // Write implements io.Writer.

@@ -14,7 +14,7 @@ import (
 	"soulbox.dev/soulbox/api/client"
 )
 
-// TestHelpGolden: the help of every command is what is recorded, and has an example.
+// TestHelpGolden: the help of every command equals the recorded help, and has an example.
 func TestHelpGolden(t *testing.T) {
 	a := &app{getenv: func(string) string { return "" }}
 	root := a.root()
@@ -57,7 +57,7 @@ func TestHelpGolden(t *testing.T) {
 	}
 }
 
-// TestVersions: a server and a client that are too far apart say which of them to update.
+// TestVersions: if a server and a client are too far apart, the error says which of them to update.
 func TestVersions(t *testing.T) {
 	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set(client.APIHeader, "0")
@@ -72,7 +72,7 @@ func TestVersions(t *testing.T) {
 	}
 }
 
-// TestPrintable: what comes from a guest does nothing to the terminal.
+// TestPrintable: output of a guest cannot act on the terminal.
 func TestPrintable(t *testing.T) {
 	var shown bytes.Buffer
 	w := &inert{to: &shown}

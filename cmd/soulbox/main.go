@@ -1,5 +1,5 @@
-// Command soulbox is the command line for people: it sees, enters and steers the sandboxes of this machine's servers, or of a team's. It is
-// a client of the HTTP API and knows nothing else.
+// Command soulbox is the command line for people: it shows, enters and controls the sandboxes of this machine's servers, or of a team's
+// server. It is a client of the HTTP API and knows nothing else.
 package main
 
 import (
@@ -24,13 +24,13 @@ import (
 // version is set by the linker.
 var version = "dev"
 
-// app is a run of the program: its surroundings, and what the flags say that all commands have.
+// app is one run of the program: its surroundings, and the flags that all commands have.
 type app struct {
 	stdin          *os.File
 	stdout, stderr io.Writer
 	getenv         func(string) string
 
-	release func() // leaves signals to the caller: they end nothing any more
+	release func() // leaves signals to the caller: they no longer end the context
 
 	context string // as named by --context
 	owner   string
@@ -42,15 +42,15 @@ func main() {
 	os.Exit(a.run(os.Args[1:]))
 }
 
-// Exit codes of our own, as docker has them. Those of commands in a sandbox are theirs.
+// Exit codes of soulbox itself, as docker uses them. A command in a sandbox has its own exit code.
 const (
-	exitFailed = 1   // a command of ours has failed
-	exitUsage  = 2   // it was not understood
-	exitExec   = 125 // exec has failed before its command, or has lost it
+	exitFailed = 1   // a command of soulbox has failed
+	exitUsage  = 2   // the command line is wrong
+	exitExec   = 125 // exec failed before its command started, or lost the command
 	exitPipe   = 128 + int(syscall.SIGPIPE)
 )
 
-// exitError ends the program with a code. What it says was said already if err is nil.
+// exitError ends the program with a code. If err is nil, the reason was already printed.
 type exitError struct {
 	code int
 	err  error
@@ -64,18 +64,18 @@ func (e exitError) Error() string {
 	return e.err.Error()
 }
 
-// Unwrap implements what errors.Is needs.
+// Unwrap makes errors.Is see the cause.
 func (e exitError) Unwrap() error { return e.err }
 
-// usageError is of a wrong flag or argument.
+// usageError is the error of a wrong flag or argument.
 type usageError struct{ error }
 
-// run is main with its surroundings as a receiver.
+// run is main, with the surroundings as its receiver.
 func (a *app) run(args []string) int {
 	signal.Notify(make(chan os.Signal, 1),
-		syscall.SIGPIPE) // a reader that is gone is an error of a write, after which there is something to tidy up
+		syscall.SIGPIPE) // a closed reader shows as an error of a write, after which cleanup follows
 	if a.getenv(guardVar) != "" {
-		syscall.CloseOnExec(guardFile) // of a server that is started it is no business
+		syscall.CloseOnExec(guardFile) // a server that is started must not inherit it
 	}
 	root := a.root()
 	root.SetArgs(args)
@@ -98,13 +98,13 @@ func (a *app) run(args []string) int {
 		exit.code, exit.err = exitFailed, err
 	}
 	if exit.err != nil {
-		fmt.Fprintf(inertly(a.stderr), "soulbox: %s\n", a.explain(exit.err)) // there is nobody left to tell
+		fmt.Fprintf(inertly(a.stderr), "soulbox: %s\n", a.explain(exit.err)) // if stderr fails, there is no other place to report
 	}
 	return exit.code
 }
 
-// interruptible is a context that ends with the first signal. A second Ctrl-C ends the program at once; other signals may come many times,
-// as from the kernel for each thread of a parent that dies.
+// interruptible returns a context that ends with the first signal. A second Ctrl-C ends the program at once; other signals may come many
+// times, for example from the kernel for each thread of a parent that dies.
 func interruptible() (ctx context.Context, signalled func() syscall.Signal, stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	signals := make(chan os.Signal, 1)
@@ -122,32 +122,32 @@ func interruptible() (ctx context.Context, signalled func() syscall.Signal, stop
 	return ctx, func() syscall.Signal { return syscall.Signal(which.Load()) }, func() { signal.Stop(signals) }
 }
 
-// isPipe says whether an error is that of our stdout, which nobody reads any more.
+// isPipe reports whether an error says that the reader of stdout has closed it.
 func isPipe(err error) bool {
 	var pe *fs.PathError
 	return errors.Is(err, syscall.EPIPE) && errors.As(err, &pe) && pe.Path == "/dev/stdout"
 }
 
-// explain adds to an error what to do, where that is known.
+// explain adds to an error what to do, if that is known.
 func (a *app) explain(err error) string {
 	text := strings.TrimSuffix(err.Error(), "\n")
 	var told *client.Error
 	switch {
 	case errors.As(err, &told) && told.Status == 401:
-		text += "; log in by 'soulbox auth login --url URL'"
+		text += "; log in with 'soulbox auth login --url URL'"
 	case errors.As(err, new(usageError)):
 		text += "; --help shows how"
 	}
 	return text
 }
 
-// root is the tree of commands.
+// root returns the tree of commands.
 func (a *app) root() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "soulbox",
-		Short: "See, enter and steer the sandboxes of AI agents",
-		Long: `soulbox sees, enters and steers the sandboxes of AI agents: on this machine those of every soulbox-mcp that this user runs, such as the one an IDE
-has started; after 'soulbox auth login', those of a team's server.`,
+		Short: "Show, enter and control the sandboxes of AI agents",
+		Long: `soulbox shows, enters and controls the sandboxes of AI agents: on this machine those of every soulbox-mcp that this user
+runs, such as one that an IDE has started; after 'soulbox auth login', those of a team's server.`,
 		Example:           "  soulbox sandbox create\n  soulbox exec ID -- uname -a\n  soulbox sandbox connect ID",
 		Version:           version,
 		SilenceUsage:      true,
@@ -161,7 +161,7 @@ has started; after 'soulbox auth login', those of a team's server.`,
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	flags := root.PersistentFlags()
 	flags.StringVar(&a.context, "context", "",
-		"use the server that this `name` was given by 'auth login'; \"local\" is this machine (SOULBOX_CONTEXT)")
+		"use the server with this `name`, which 'auth login' gave it; \"local\" is this machine (SOULBOX_CONTEXT)")
 	flags.StringVar(&a.owner, "owner", "", "act as this `owner` of a server on this machine that has keys")
 	flags.BoolVar(&a.debug, "debug", false, "show requests on stderr, without secrets")
 	check(root.RegisterFlagCompletionFunc("context", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
@@ -176,14 +176,14 @@ has started; after 'soulbox auth login', those of a team's server.`,
 	return root
 }
 
-// check is for errors of wiring, which every test would see.
+// check panics on wiring errors, which every test would show.
 func check(err error) {
 	if err != nil {
 		panic(err)
 	}
 }
 
-// exactly wants so many arguments, and says which.
+// exactly requires these arguments, and names the one that is missing or too many.
 func exactly(names ...string) cobra.PositionalArgs {
 	return func(_ *cobra.Command, args []string) error {
 		if len(args) < len(names) {
@@ -196,7 +196,7 @@ func exactly(names ...string) cobra.PositionalArgs {
 	}
 }
 
-// atLeast wants one argument or more.
+// atLeast requires one argument or more.
 func atLeast(name string) cobra.PositionalArgs {
 	return func(_ *cobra.Command, args []string) error {
 		if len(args) == 0 {
@@ -206,7 +206,7 @@ func atLeast(name string) cobra.PositionalArgs {
 	}
 }
 
-// terminalOf says whether a stream is a terminal, and which.
+// terminalOf reports whether a stream is a terminal, and returns its descriptor.
 func terminalOf(stream any) (fd int, ok bool) {
 	f, isFile := stream.(*os.File)
 	if !isFile {
@@ -215,13 +215,13 @@ func terminalOf(stream any) (fd int, ok bool) {
 	return int(f.Fd()), term.IsTerminal(int(f.Fd()))
 }
 
-// colours says whether to colour what is written to stdout (no-color.org).
+// colours reports whether to colour the output to stdout (no-color.org).
 func (a *app) colours() bool {
 	_, ok := terminalOf(a.stdout)
 	return ok && a.getenv("NO_COLOR") == "" && a.getenv("TERM") != "dumb"
 }
 
-// soon bounds a call that is to be answered at once.
+// soon bounds a call that should return at once.
 const soon = 30 * time.Second
 
 func (a *app) printf(format string, args ...any) error {

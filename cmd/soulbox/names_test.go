@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// TestNames: a file of a sandbox whose name is no text is named by its bytes, or as names are shown, by every command that takes a path.
+// TestNames: every command that takes a path accepts a sandbox's file whose name is not text, by its bytes or in the notation of names.
 func TestNames(t *testing.T) {
 	s := newSurroundings(t)
 	id := strings.TrimSpace(s.run(t, "sandbox", "create"))
@@ -41,7 +41,7 @@ func TestNames(t *testing.T) {
 	s.watchNames(t, id)
 }
 
-// watchNames has a watch show such a name.
+// watchNames checks that a watch shows such a name.
 func (s surroundings) watchNames(t *testing.T, id string) {
 	events := filepath.Join(s.dir, "events")
 	out, err := os.Create(events)
@@ -55,7 +55,7 @@ func (s surroundings) watchNames(t *testing.T, id string) {
 		t.Fatal(err)
 	}
 	sawIt := false
-	for range 100 { // it takes a moment to begin
+	for range 100 { // the watch takes a moment to begin
 		s.run(t, "exec", id, "-w", "d\xe9\nx", "--", "sh", "-c", `touch "$(printf 'new\376\nline')"; rm -f "$(printf 'new\376\nline')"`)
 		body, err := os.ReadFile(events)
 		if err != nil {

@@ -22,8 +22,8 @@ func (a *app) logsCommand() *cobra.Command {
 	var limit int
 	c := &cobra.Command{Use: "logs ID", Short: "Show what happened to a sandbox", Args: exactly("ID"),
 		ValidArgsFunction: a.completeSandboxes,
-		Long: "Show what happened to a sandbox: its changes of state, the starts and ends of its processes; also of one " +
-			"that has ended not longer than a day ago.",
+		Long: "Show what happened to a sandbox: changes of its state, starts and ends of its processes. A sandbox that has ended " +
+			"is remembered for a day.",
 		Example: "  soulbox sandbox logs ID\n  soulbox sandbox logs ID --follow --since 10m\n  soulbox sandbox logs ID --source process " +
 			"--level warn",
 		RunE: func(c *cobra.Command, args []string) error {
@@ -41,11 +41,11 @@ func (a *app) logsCommand() *cobra.Command {
 			return a.logs(c.Context(), b, q, follow)
 		}}
 	f := c.Flags()
-	f.BoolVarP(&follow, "follow", "f", false, "go on until the sandbox has ended")
+	f.BoolVarP(&follow, "follow", "f", false, "continue until the sandbox has ended")
 	f.DurationVar(&since, "since", 0, "only what happened in the last `time`, such as 10m")
-	f.IntVarP(&limit, "tail", "n", 100, "the last so many `entries`, if not since a time")
-	f.StringVar(&source, "source", "", "only of this `source`: system, process or build")
-	f.StringVar(&level, "level", "", "only this grave or more: debug, info, warn, error")
+	f.IntVarP(&limit, "tail", "n", 100, "number of `entries` from the end, without --since")
+	f.StringVar(&source, "source", "", "only entries of this `source`: system, process or build")
+	f.StringVar(&level, "level", "", "only entries of this level or above: debug, info, warn, error")
 	check(c.RegisterFlagCompletionFunc("source", cobra.FixedCompletions([]string{"system", "process", "build"},
 		cobra.ShellCompDirectiveNoFileComp)))
 	check(c.RegisterFlagCompletionFunc("level", cobra.FixedCompletions([]string{"debug", "info", "warn", "error"},
@@ -55,19 +55,19 @@ func (a *app) logsCommand() *cobra.Command {
 
 const maxLogs = 1000
 
-// logs shows a log, in pages, and goes on if that is wanted.
+// logs prints a log page by page, and with follow continues with new entries.
 func (a *app) logs(ctx context.Context, b box, q client.LogQuery, follow bool) error {
-	seen := map[string]bool{} // those of the last moment, which the next page begins with again
+	seen := map[string]bool{} // entries of the last millisecond, with which the next page begins again
 	for {
 		list, err := b.at.Logs(ctx, b.ID, q)
 		if err != nil {
 			if ctx.Err() != nil {
-				return nil // Ctrl-C is how this ends
+				return nil // Ctrl-C is the usual end
 			}
 			return err
 		}
 		slices.SortStableFunc(list,
-			func(x, y client.LogEntry) int { return x.Time.Compare(y.Time) }) // ends of processes are told when they are asked for
+			func(x, y client.LogEntry) int { return x.Time.Compare(y.Time) }) // ends of processes are logged only when they are queried
 		fresh := 0
 		for _, e := range list {
 			key := e.Time.String() + e.Message
@@ -133,7 +133,7 @@ func (a *app) metricsCommand() *cobra.Command {
 				}
 			}
 		}}
-	c.Flags().BoolVarP(&watch, "watch", "w", false, "go on")
+	c.Flags().BoolVarP(&watch, "watch", "w", false, "update until Ctrl-C")
 	c.Flags().DurationVar(&since, "since", 5*time.Minute, "of the last `time`")
 	out.flag(c, formatTable, formatJSON)
 	return c
@@ -144,7 +144,7 @@ const plotWidth = 40 // samples
 // plotted shows the last samples.
 func plotted(list []client.Metric) string {
 	if len(list) == 0 {
-		return "nothing is measured yet; it is every five seconds\n"
+		return "nothing is measured yet; measurements are taken every five seconds\n"
 	}
 	list = list[max(0, len(list)-plotWidth):]
 	last := list[len(list)-1]
@@ -163,7 +163,7 @@ func plotted(list []client.Metric) string {
 			func(m client.Metric) float64 { return share(m.DiskUsed, m.DiskTotal) })
 }
 
-// spark plots shares of a hundred, each as one block (Unicode, U+2581 to U+2588).
+// spark plots percentages, each as one block (Unicode, U+2581 to U+2588).
 func spark(values []float64) string {
 	var b strings.Builder
 	for _, v := range values {
@@ -176,8 +176,8 @@ func (a *app) watchCommand() *cobra.Command {
 	var recursive bool
 	c := &cobra.Command{Use: "watch ID PATH", Short: "Show what changes in a directory of a sandbox", Args: exactly("ID", "PATH"),
 		ValidArgsFunction: a.completeSandboxes,
-		Long: "Show what changes in a directory of a sandbox, a line for each change, until Ctrl-C. What changes while the " +
-			"connection is lost is not told, which is said then.",
+		Long: "Show what changes in a directory of a sandbox, a line for each change, until Ctrl-C. Changes while the " +
+			"connection is lost are not shown; a message says so.",
 		Example: "  soulbox watch ID /home/user/project\n  soulbox watch ID --recursive=false /tmp",
 		RunE: func(c *cobra.Command, args []string) error {
 			ctx := c.Context()
@@ -191,13 +191,13 @@ func (a *app) watchCommand() *cobra.Command {
 				err := at.Watch(ctx, b.ID, names.Parse(args[1]), recursive, func() {
 					if !lost.IsZero() {
 						fmt.Fprintf(a.stderr, "soulbox: watching again; what changed in the last %s was not seen\n",
-							short(time.Since(lost))) // nobody else can be told
+							short(time.Since(lost))) // if stderr fails, there is no other place to report
 					}
 					lost = time.Time{}
 				}, func(e client.Event) error { return a.printf("%-7s %s\n", e.Op, names.Show(e.Name)) })
 				var told *client.Error
 				if ctx.Err() != nil {
-					return nil // Ctrl-C is how this ends
+					return nil // Ctrl-C is the usual end
 				}
 				if errors.As(err, &told) && told.Status < 500 {
 					return err
@@ -217,12 +217,12 @@ func (a *app) watchCommand() *cobra.Command {
 				if err == nil && (sb.State == "killed" || sb.State == "failed") {
 					return fmt.Errorf("sandbox %s has ended: %s", b.ID, sb.Cause)
 				}
-				if err == nil && sb.State == "paused" { // to watch it would wake it
-					return fmt.Errorf("sandbox %s was paused; 'soulbox sandbox resume %s' has it go on", b.ID, b.ID)
+				if err == nil && sb.State == "paused" { // watching would wake it
+					return fmt.Errorf("sandbox %s was paused; 'soulbox sandbox resume %s' resumes it", b.ID, b.ID)
 				}
 			}
 		}}
-	c.Flags().BoolVarP(&recursive, "recursive", "r", true, "also below it")
+	c.Flags().BoolVarP(&recursive, "recursive", "r", true, "also in all directories below it")
 	return c
 }
 
@@ -249,11 +249,11 @@ func (a *app) portCommand() *cobra.Command {
 				return err
 			}
 			if !p.Listening {
-				fmt.Fprintf(a.stderr, "soulbox: nothing listens on port %d yet\n", n) // nobody else can be told
+				fmt.Fprintf(a.stderr, "soulbox: nothing listens on port %d yet\n", n) // if stderr fails, there is no other place to report
 			}
 			return a.printf("%s\n", p.URL)
 		}}
-	expose.Flags().BoolVar(&public, "public", false, "also for those who do not show the sandbox' token")
+	expose.Flags().BoolVar(&public, "public", false, "also for clients without the sandbox's token")
 	list := &cobra.Command{Use: "list ID", Aliases: []string{"ls"}, Short: "List ports", Args: exactly("ID"),
 		ValidArgsFunction: a.completeSandboxes, Long: "List the ports that are exposed, and those on which something listens.",
 		Example: "  soulbox port list ID",
@@ -277,7 +277,7 @@ func (a *app) portCommand() *cobra.Command {
 			return t.flush()
 		}}
 	end := &cobra.Command{Use: "close ID PORT", Short: "Make a port unreachable again", Args: exactly("ID", "PORT"),
-		ValidArgsFunction: a.completeSandboxes, Long: "End what 'port expose' began, and the connections to it.",
+		ValidArgsFunction: a.completeSandboxes, Long: "Undo 'port expose' of a port, and close the connections to it.",
 		Example: "  soulbox port close ID 8000",
 		RunE: func(c *cobra.Command, args []string) error {
 			n, err := portNumber(args[1])
@@ -307,7 +307,7 @@ func (a *app) urlCommand() *cobra.Command {
 	var valid time.Duration
 	c := &cobra.Command{Use: "url ID PATH", Short: "Sign a URL for a file of a sandbox", Args: exactly("ID", "PATH"),
 		ValidArgsFunction: a.completeSandboxes,
-		Long: "Sign a URL by which whoever has it reads a file of a sandbox, or with --write writes it, until a time. It " +
+		Long: "Sign a URL with which anyone can read a file of a sandbox, or with --write write it, until the URL expires. It " +
 			"needs a server that is reached by HTTP.",
 		Example: "  soulbox url ID /home/user/report.pdf\n  curl --data-binary @data.csv -H 'Content-Type: application/octet-stream' " +
 			"\"$(soulbox url ID /tmp/data.csv --write)\"",

@@ -18,8 +18,8 @@ import (
 )
 
 func (a *app) sandboxCommand() *cobra.Command {
-	sandbox := &cobra.Command{Use: "sandbox", Aliases: []string{"sb"}, Short: "Make, list and steer sandboxes",
-		Long:    "Make, list and steer sandboxes. An ID may be cut short as long as no other sandbox begins so.",
+	sandbox := &cobra.Command{Use: "sandbox", Aliases: []string{"sb"}, Short: "Make, list and control sandboxes",
+		Long:    "Make, list and control sandboxes. An ID may be cut short as long as no other sandbox's ID begins with it.",
 		Example: "  soulbox sandbox create --template python\n  soulbox sandbox list\n  soulbox sandbox connect ID"}
 	sandbox.AddCommand(a.createCommand(), a.listCommand(), a.infoCommand(), a.connectCommand(), a.endCommand(), a.pauseCommand(),
 		a.resumeCommand(), a.forkCommand(), a.snapshotCommand(),
@@ -75,14 +75,14 @@ func (a *app) createCommand() *cobra.Command {
 	f.StringVarP(&n.Template, "template", "t", "", "`name` of a template or snapshot to begin from; default that of the server")
 	f.StringArrayVarP(&metadata, "metadata", "m", nil, "`KEY=VALUE` to find it by; may be repeated")
 	f.StringArrayVarP(&env, "env", "e", nil, "`KEY=VALUE` that all its processes have; may be repeated")
-	f.DurationVar(&life, "timeout", 0, "its life `time`; default that of the server, one hour")
-	f.StringVar(&n.OnTimeout, "on-timeout", "", "what happens at the end of it: `pause` or kill")
+	f.DurationVar(&life, "timeout", 0, "`time` that it lives; default that of the server, one hour")
+	f.StringVar(&n.OnTimeout, "on-timeout", "", "what happens at the end of that time: `pause` or kill")
 	f.Float64Var(&n.CPU, "cpu", 0, "`cores` that it may use; default 2")
 	f.Int64Var(&n.MemoryMB, "memory", 0, "memory in `MB`; default 1024")
 	f.Int64Var(&n.DiskMB, "disk", 0, "disk that it may write, in `MB`; default 10240")
 	f.DurationVar(&protect, "protect", 0,
-		"save it in the background every so much `time`, to be resumed if it fails; default that of the server, never")
-	f.BoolVar(&protectMemory, "protect-memory", false, "with --protect: save its processes too, not its files alone")
+		"save it in the background at this interval of `time`, to resume it if it fails; default that of the server, never")
+	f.BoolVar(&protectMemory, "protect-memory", false, "with --protect: save its processes too, not only its files")
 	f.StringVar(&n.Network.Mode, "network", "", "`mode`: none, full, or allowlist with --allow; default none")
 	f.StringArrayVar(&n.Network.Allow, "allow", nil, "`host` or range of addresses that it may reach; may be repeated")
 	out.flag(c, formatName, formatJSON)
@@ -98,7 +98,7 @@ func (a *app) listCommand() *cobra.Command {
 	var out format
 	var watch bool
 	c := &cobra.Command{Use: "list", Aliases: []string{"ls"}, Short: "List sandboxes", Args: exactly(),
-		Long: "List the sandboxes that run or are paused, the newest first. --state also shows ended ones, which are remembered for a " +
+		Long: "List the running and paused sandboxes, newest first. --state also shows ended ones, which are remembered for a " +
 			"day.",
 		Example: "  soulbox sandbox list\n  soulbox sandbox list --filter project=demo -o wide\n  soulbox sandbox list --state " +
 			"killed,failed\n  soulbox sandbox list --watch\n  soulbox sandbox kill $(soulbox sandbox list -o name)",
@@ -116,7 +116,7 @@ func (a *app) listCommand() *cobra.Command {
 	f := c.Flags()
 	f.StringArrayVarP(&filter, "filter", "f", nil, "only those with the metadata `KEY=VALUE`; may be repeated")
 	f.StringSliceVar(&states, "state", nil, "only those in these `states`: creating, running, paused, killed, failed")
-	f.BoolVarP(&watch, "watch", "w", false, "go on, and show what changes")
+	f.BoolVarP(&watch, "watch", "w", false, "update until Ctrl-C")
 	out.flag(c, formatTable, formatWide, formatJSON, formatName)
 	check(c.RegisterFlagCompletionFunc("state", cobra.FixedCompletions([]string{"creating", "running", "paused", "killed", "failed"},
 		cobra.ShellCompDirectiveNoFileComp)))
@@ -152,7 +152,7 @@ func (a *app) list(ctx context.Context, l client.List, out format) error {
 	for _, b := range all {
 		ends := until(b.ExpiresAt)
 		if b.State == "paused" {
-			ends = "" // its clock stands
+			ends = "" // its clock is stopped
 		}
 		row := []string{b.ID, b.Template, b.State, short(time.Since(b.Created)), ends, pairs(b.Metadata)}
 		if out == formatWide {
@@ -166,7 +166,7 @@ func (a *app) list(ctx context.Context, l client.List, out format) error {
 
 const watchEvery = time.Second
 
-// watchList shows the list anew whenever it is another one.
+// watchList prints the list again whenever it has changed.
 func (a *app) watchList(ctx context.Context, l client.List, out format) error {
 	last := ""
 	for {
@@ -177,7 +177,7 @@ func (a *app) watchList(ctx context.Context, l client.List, out format) error {
 			return err
 		}
 		if ctx.Err() != nil {
-			return nil // Ctrl-C is how this ends
+			return nil // Ctrl-C is the usual end
 		}
 		if text.String() != last {
 			last = text.String()
@@ -191,7 +191,7 @@ func (a *app) watchList(ctx context.Context, l client.List, out format) error {
 	}
 }
 
-// pause waits, and says whether to go on.
+// pause waits, and reports whether to continue.
 func pause(ctx context.Context, d time.Duration) bool {
 	select {
 	case <-time.After(d):
@@ -204,7 +204,7 @@ func pause(ctx context.Context, d time.Duration) bool {
 func (a *app) infoCommand() *cobra.Command {
 	var out format
 	c := &cobra.Command{Use: "info ID", Short: "Describe a sandbox", Args: exactly("ID"), ValidArgsFunction: a.completeSandboxes,
-		Long:    "Describe a sandbox, also one that has ended not longer than a day ago.",
+		Long:    "Describe a sandbox. One that has ended is remembered for a day.",
 		Example: "  soulbox sandbox info ID\n  soulbox sandbox info ID -o json",
 		RunE: func(c *cobra.Command, args []string) error {
 			b, err := a.remembered(c.Context(), args[0])
@@ -271,7 +271,7 @@ func (a *app) describe(b box) error {
 	return t.flush()
 }
 
-// each does something to several sandboxes, and tells of those that it could not be done to.
+// each does something with several sandboxes, and returns the errors of those that failed.
 func (a *app) each(ctx context.Context, ids []string, do func(context.Context, box) (string, error)) error {
 	errs, said := make([]error, len(ids)), make([]string, len(ids))
 	var all sync.WaitGroup
@@ -300,7 +300,7 @@ func (a *app) each(ctx context.Context, ids []string, do func(context.Context, b
 
 func (a *app) endCommand() *cobra.Command {
 	return &cobra.Command{Use: "kill ID...", Aliases: []string{"rm"}, Short: "End sandboxes", Args: atLeast("ID"),
-		ValidArgsFunction: a.completeSandboxes, Long: "End sandboxes, with all that is in them.",
+		ValidArgsFunction: a.completeSandboxes, Long: "End sandboxes, and delete everything in them.",
 		Example: "  soulbox sandbox kill ID\n  soulbox sandbox kill $(soulbox sandbox list -o name)",
 		RunE: func(c *cobra.Command, args []string) error {
 			return a.each(c.Context(), args, func(ctx context.Context, b box) (string, error) { return b.ID, b.at.Kill(ctx, b.ID) })
@@ -311,7 +311,7 @@ func (a *app) pauseCommand() *cobra.Command {
 	var p client.Pause
 	c := &cobra.Command{Use: "pause ID...", Short: "Pause sandboxes", Args: atLeast("ID"), ValidArgsFunction: a.completeSandboxes,
 		Long: "Pause sandboxes: save their memory and files to disk, so that they take no memory and outlive a restart. 'resume' or " +
-			"any command has them go on.",
+			"any command resumes them.",
 		Example: "  soulbox sandbox pause ID\n  soulbox sandbox pause --in-memory ID",
 		RunE: func(c *cobra.Command, args []string) error {
 			return a.each(c.Context(), args, func(ctx context.Context, b box) (string, error) {
@@ -320,16 +320,16 @@ func (a *app) pauseCommand() *cobra.Command {
 			})
 		}}
 	c.Flags().BoolVar(&p.InMemory, "in-memory", false, "freeze them where they are, which is faster and frees no memory")
-	c.Flags().BoolVar(&p.FilesOnly, "files-only", false, "save their files alone: their processes end, and they boot anew")
+	c.Flags().BoolVar(&p.FilesOnly, "files-only", false, "save only their files: their processes end, and they boot again when resumed")
 	return c
 }
 
 func (a *app) resumeCommand() *cobra.Command {
 	var o client.Resume
 	c := &cobra.Command{Use: "resume ID...", Short: "Resume sandboxes", Args: atLeast("ID"), ValidArgsFunction: a.completeSandboxes,
-		Long: "Resume paused sandboxes where they were, and those that have failed from what was saved of them, which is said then. " +
-			"Those that no server has are resumed\n" +
-			"by one that is started for them.",
+		Long: "Resume paused sandboxes where they were, and failed ones from what was saved of them; a message says so. " +
+			"A server is started for\n" +
+			"sandboxes that no running server has.",
 		Example: "  soulbox sandbox resume ID\n  soulbox sandbox resume --files-only ID",
 		RunE: func(c *cobra.Command, args []string) error {
 			return a.each(c.Context(), args, func(ctx context.Context, b box) (string, error) {
@@ -338,13 +338,13 @@ func (a *app) resumeCommand() *cobra.Command {
 				}
 				s, err := b.at.ResumeAs(ctx, b.ID, o)
 				if s.Notice != "" {
-					fmt.Fprintf(inertly(a.stderr), "soulbox: %s: %s\n", b.ID, s.Notice) // it is resumed all the same
+					fmt.Fprintf(inertly(a.stderr), "soulbox: %s: %s\n", b.ID, s.Notice) // the sandbox is resumed all the same
 				}
 				return b.ID, err
 			})
 		}}
 	c.Flags().BoolVar(&o.FilesOnly, "files-only", false,
-		"boot their files anew, without the processes that were saved: where these are wedged or damaged")
+		"boot from their files, without the saved processes, if these hang or are damaged")
 	c.Flags().Int64Var(&o.MemoryMB, "memory", 0, "a larger memory limit in `MB`")
 	return c
 }
@@ -353,7 +353,7 @@ func (a *app) forkCommand() *cobra.Command {
 	var count int
 	var life time.Duration
 	c := &cobra.Command{Use: "fork ID", Short: "Make copies of a sandbox", Args: exactly("ID"), ValidArgsFunction: a.completeSandboxes,
-		Long:    "Make copies of a sandbox, which goes on: each with its memory, files and processes as they are. Their ids are printed.",
+		Long:    "Make copies of a running sandbox, each with its memory, files and processes as they are, and print their ids.",
 		Example: "  soulbox sandbox fork ID\n  soulbox sandbox fork ID --count 10 --timeout 10m",
 		RunE: func(c *cobra.Command, args []string) error {
 			b, err := a.find(c.Context(), args[0])
@@ -374,9 +374,9 @@ func (a *app) forkCommand() *cobra.Command {
 func (a *app) snapshotCommand() *cobra.Command {
 	c := &cobra.Command{Use: "snapshot ID [NAME]", Short: "Save a sandbox under a name", Args: cobra.RangeArgs(1, 2),
 		ValidArgsFunction: a.completeSandboxes,
-		Long: "Save a sandbox' memory and files under a name, and let it go on. Sandboxes begin from it by 'soulbox sandbox create " +
-			"--template NAME', any number of times. A snapshot that\n" +
-			"had the name is replaced; 'soulbox template delete NAME' removes it.",
+		Long: "Save a sandbox's memory and files under a name; the sandbox continues to run. 'soulbox sandbox create --template NAME' " +
+			"makes sandboxes from it, any number of times.\n" +
+			"An existing snapshot of that name is replaced; 'soulbox template delete NAME' removes it.",
 		Example: "  soulbox sandbox snapshot ID ready\n  soulbox sandbox create --template ready\n  soulbox sandbox snapshot list",
 		RunE: func(c *cobra.Command, args []string) error {
 			b, err := a.find(c.Context(), args[0])
@@ -393,7 +393,7 @@ func (a *app) snapshotCommand() *cobra.Command {
 			return a.printf("%s\n", name)
 		}}
 	c.AddCommand(&cobra.Command{Use: "list", Short: "List snapshots", Args: exactly(), Example: "  soulbox sandbox snapshot list",
-		Long: "List the names of snapshots, the newest first.",
+		Long: "List the names of snapshots, newest first.",
 		RunE: func(c *cobra.Command, _ []string) error {
 			all, err := a.servers(c.Context())
 			if err != nil {
@@ -421,12 +421,12 @@ func (a *app) snapshotCommand() *cobra.Command {
 
 func (a *app) extendCommand() *cobra.Command {
 	return &cobra.Command{Use: "extend ID TIME", Short: "Let a sandbox live longer", Args: exactly("ID", "TIME"),
-		ValidArgsFunction: a.completeSandboxes, Long: "Add a time to what is left of a sandbox' life.",
+		ValidArgsFunction: a.completeSandboxes, Long: "Add a time to the remaining life of a sandbox.",
 		Example: "  soulbox sandbox extend ID 2h",
 		RunE: func(c *cobra.Command, args []string) error {
 			d, err := time.ParseDuration(args[1])
 			if err != nil || d < time.Second {
-				return usageError{fmt.Errorf("%q is no time such as 90s, 30m or 2h", args[1])}
+				return usageError{fmt.Errorf("%q is not a time such as 90s, 30m or 2h", args[1])}
 			}
 			b, err := a.find(c.Context(), args[0])
 			if err != nil {
@@ -438,7 +438,7 @@ func (a *app) extendCommand() *cobra.Command {
 				return err
 			}
 			if sb.State == "paused" {
-				return a.printf("%s will have %s when it goes on.\n", sb.ID, short(time.Duration(sb.LeftS)*time.Second))
+				return a.printf("%s will have %s left when it is resumed.\n", sb.ID, short(time.Duration(sb.LeftS)*time.Second))
 			}
 			return a.printf("%s ends in %s.\n", sb.ID, until(sb.ExpiresAt))
 		}}

@@ -24,7 +24,7 @@ func TestMain(m *testing.M) {
 	sandboxtest.Main(m, "TestWithoutServer", "TestConnect", "TestHelpGolden", "TestUnpackHostile", "TestVersions")
 }
 
-// surroundings are a user's machine: a home, a state directory, the programs, and no server yet.
+// surroundings are a user's machine: a home, a state directory and the programs, but no server yet.
 type surroundings struct {
 	dir string
 	env []string
@@ -33,7 +33,7 @@ type surroundings struct {
 func newSurroundings(t testing.TB) surroundings {
 	t.Helper()
 	dir := sandboxtest.Dir(t)
-	run, err := os.MkdirTemp("", "run-") // paths of sockets are short (unix(7))
+	run, err := os.MkdirTemp("", "run-") // paths of sockets must be short (unix(7))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -61,14 +61,14 @@ func (s surroundings) get(name string) string {
 	return ""
 }
 
-// command is the program, with this user's environment.
+// command returns the program as a command with this user's environment.
 func (s surroundings) command(args ...string) *exec.Cmd {
 	cmd := exec.Command(filepath.Join(strings.Split(s.get("PATH"), ":")[0], "soulbox"), args...)
 	cmd.Env, cmd.Dir = s.env, s.get("HOME")
 	return cmd
 }
 
-// run runs the program, which must succeed, and gives what it has written.
+// run runs the program, which must succeed, and returns its output.
 func (s surroundings) run(t testing.TB, args ...string) string {
 	t.Helper()
 	var stderr strings.Builder
@@ -81,7 +81,7 @@ func (s surroundings) run(t testing.TB, args ...string) string {
 	return string(out)
 }
 
-// servers are the process numbers of the servers that were started.
+// servers returns the process numbers of the servers that were started.
 func (s surroundings) servers(t testing.TB) (pids []int) {
 	t.Helper()
 	paths, err := client.Sockets(s.get("SOULBOX_RUNTIME_DIR"))
@@ -100,7 +100,7 @@ func (s surroundings) servers(t testing.TB) (pids []int) {
 func (s surroundings) end(t testing.TB) {
 	t.Helper()
 	if _, err := os.Stat(s.get("SOULBOX_STATE_DIR")); err != nil {
-		return // there never was one
+		return // no server was ever started
 	}
 	if ids := strings.Fields(s.run(t, "sandbox", "list", "-o", "name")); len(ids) > 0 {
 		s.run(t, append([]string{"sandbox", "kill"}, ids...)...)
@@ -110,7 +110,7 @@ func (s surroundings) end(t testing.TB) {
 	}
 }
 
-// stop ends a server that a command has started, which is nobody's child.
+// stop ends a server that a command has started, and that is not our child.
 func stop(t testing.TB, pid int, sig syscall.Signal) {
 	t.Helper()
 	if err := syscall.Kill(pid, sig); err != nil && !errors.Is(err, syscall.ESRCH) {
@@ -118,11 +118,11 @@ func stop(t testing.TB, pid int, sig syscall.Signal) {
 	}
 	sandboxtest.Eventually(t, "the server has ended", func() bool {
 		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-		return err != nil || strings.Contains(string(stat), ") Z ") // nobody may collect it here
+		return err != nil || strings.Contains(string(stat), ") Z ") // no parent may reap it here
 	})
 }
 
-// TestScripts: every command, with real servers and sandboxes.
+// TestScripts runs every command with real servers and sandboxes.
 func TestScripts(t *testing.T) {
 	all, err := filepath.Glob("testdata/script/*.txtar")
 	if err != nil || len(all) == 0 {
@@ -158,12 +158,12 @@ func TestScripts(t *testing.T) {
 	}
 }
 
-// take sets a variable to what was last written to stdout, without the end of the line.
+// take sets a variable to the last output on stdout, without the end of the line.
 func take(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Setenv(args[0], strings.TrimSpace(ts.ReadFile("stdout")))
 }
 
-// within runs a command until it succeeds and writes a text: within TEXT COMMAND...
+// within repeats a command until it succeeds and prints a text: within TEXT COMMAND...
 func within(ts *testscript.TestScript, neg bool, args []string) {
 	for end := time.Now().Add(60 * time.Second); ; time.Sleep(50 * time.Millisecond) {
 		err := ts.Exec(args[1], args[2:]...)
@@ -176,7 +176,7 @@ func within(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// web starts an HTTP server with the flags given, and sets URL to where it is. It ends with the test.
+// web starts an HTTP server with the given flags, and sets URL to its address. The server ends with the test.
 func web(t *testing.T, ts *testscript.TestScript, s surroundings, args []string) {
 	cmd := exec.Command(filepath.Join(strings.Split(s.get("PATH"), ":")[0], "soulbox-mcp"),
 		append([]string{"http", "--listen", "127.0.0.1:0", "--log-level", "warn"}, args...)...)
@@ -202,7 +202,7 @@ func image(t *testing.T, ts *testscript.TestScript, args []string) {
 	ts.Check(os.Rename(sandboxtest.ImageTar(t, dir), ts.MkAbs(args[0])))
 }
 
-// fetch asks for a URL until its answer has a text: fetch TEXT URL.
+// fetch requests a URL until the answer contains a text: fetch TEXT URL.
 func fetch(ts *testscript.TestScript, _ bool, args []string) {
 	last := ""
 	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
@@ -231,14 +231,14 @@ func upload(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// count checks how many servers there are: servers N.
+// count checks the number of servers: servers N.
 func count(t *testing.T, ts *testscript.TestScript, s surroundings, args []string) {
 	if got := s.servers(t); strconv.Itoa(len(got)) != args[0] {
 		ts.Fatalf("there are %d servers", len(got))
 	}
 }
 
-// TestWithoutServer: what is paused on disk is shown and goes on where no server runs, and two servers' sandboxes are one list.
+// TestWithoutServer: a sandbox paused on disk is shown and resumed when no server runs, and the sandboxes of two servers are one list.
 func TestWithoutServer(t *testing.T) {
 	s := newSurroundings(t)
 	id := strings.TrimSpace(s.run(t, "sandbox", "create"))
@@ -253,7 +253,7 @@ func TestWithoutServer(t *testing.T) {
 	if list := s.run(t, "sandbox", "list"); !strings.Contains(list, id) || !strings.Contains(list, "paused") {
 		t.Error(list)
 	}
-	// An IDE's server beside it: its sandboxes are found, too.
+	// Next to it an IDE's server: its sandboxes are found, too.
 	ide := exec.Command(filepath.Join(filepath.Dir(s.command().Path), "soulbox-mcp"), "stdio", "--log-level", "error")
 	ide.Env, ide.Stderr = s.env, os.Stderr
 	in, err := ide.StdinPipe()
@@ -275,7 +275,7 @@ func TestWithoutServer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	go func() { _, _ = io.Copy(io.Discard, out) }() // it is seen below what came of it
+	go func() { _, _ = io.Copy(io.Discard, out) }() // the effect is checked below
 	other := ""
 	sandboxtest.Eventually(t, "the agent's sandbox is listed", func() bool {
 		for _, one := range strings.Fields(s.run(t, "sandbox", "list", "-o", "name")) {

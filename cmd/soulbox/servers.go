@@ -21,21 +21,21 @@ func (a *app) newClient(o client.Options) (*client.Client, error) {
 	o.Agent = "soulbox/" + version
 	if a.debug {
 		o.Trace = func(method, path string, status int, took time.Duration) {
-			fmt.Fprintf(a.stderr, "%s %s -> %d in %s\n", method, path, status, took.Round(time.Millisecond/10)) // nobody misses it
+			fmt.Fprintf(a.stderr, "%s %s -> %d in %s\n", method, path, status, took.Round(time.Millisecond/10)) // debug output may be lost
 		}
 	}
 	return client.New(o)
 }
 
-// server is one that was asked.
+// server is a server that has described itself.
 type server struct {
 	*client.Client
 	client.Server
 }
 
-const lookTime = 5 * time.Second // in which a server on this machine answers, or is not well
+const lookTime = 5 * time.Second // how long a server on this machine may take to answer
 
-// running are the servers of this user on this machine that answer.
+// running returns this user's servers on this machine that answer.
 func (a *app) running(ctx context.Context) ([]server, error) {
 	paths, err := client.Sockets(client.RuntimeDir(a.getenv))
 	if err != nil {
@@ -76,7 +76,7 @@ func (a *app) running(ctx context.Context) ([]server, error) {
 	return live, nil
 }
 
-// servers are those to ask: the one that was logged in to, or all of this machine, where one is started if there is none.
+// servers returns the servers to ask: the one of the chosen login, or all on this machine, of which one is started if there is none.
 func (a *app) servers(ctx context.Context) ([]server, error) {
 	l, _, remote, err := a.chosen()
 	if err != nil {
@@ -93,7 +93,7 @@ func (a *app) servers(ctx context.Context) ([]server, error) {
 	return a.start(ctx)
 }
 
-// home is the server that makes what is new: one that outlives its client, as an IDE's does not.
+// home returns the server that creates new things: one that outlives its client, which an IDE's server does not.
 func (a *app) home(ctx context.Context) (server, error) {
 	all, err := a.servers(ctx)
 	if err != nil {
@@ -120,7 +120,7 @@ const (
 	startPoll = 20 * time.Millisecond
 )
 
-// start starts a server that serves this user alone, and ends by itself when nobody needs it.
+// start starts a server for this user alone, which ends by itself when it is not needed any more.
 func (a *app) start(ctx context.Context) ([]server, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, startTime,
 		errors.New("no server could be started in time; its log is local.log in its state directory"))
@@ -142,7 +142,7 @@ func (a *app) start(ctx context.Context) ([]server, error) {
 	if err := cmd.Start(); err != nil {
 		return nil, errors.Join(fmt.Errorf("start a server: %w", err), r.Close(), w.Close())
 	}
-	_ = w.Close() // it is the server's
+	_ = w.Close() // the server has its own copy
 	over := make(chan error, 1)
 	go func() {
 		_, _ = said.ReadFrom(r) // until the server has ended
@@ -167,7 +167,7 @@ func (a *app) start(ctx context.Context) ([]server, error) {
 			if !pause(ctx, 10*startPoll) {
 				return nil, context.Cause(ctx)
 			}
-			return a.start(ctx) // another one was faster, or is just about to end
+			return a.start(ctx) // another server was faster, or is about to end
 		case <-time.After(startPoll):
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
@@ -175,7 +175,7 @@ func (a *app) start(ctx context.Context) ([]server, error) {
 	}
 }
 
-// findServer finds soulbox-mcp: by the environment, beside this program, in PATH.
+// findServer finds soulbox-mcp: by the environment, next to this program, or in PATH.
 func (a *app) findServer() (string, error) {
 	if path := a.getenv("SOULBOX_MCP"); path != "" {
 		return path, nil
@@ -189,17 +189,17 @@ func (a *app) findServer() (string, error) {
 	if path, err := exec.LookPath("soulbox-mcp"); err == nil {
 		return path, nil
 	}
-	return "", errors.New("no server of yours runs on this machine, and soulbox-mcp is not here to start one: put it beside soulbox or " +
-		"into PATH, or log in to a server by 'soulbox auth login'")
+	return "", errors.New("no server of yours runs on this machine, and soulbox-mcp is not here to start one: put it next to soulbox or " +
+		"into PATH, or log in to a server with 'soulbox auth login'")
 }
 
-// box is a sandbox, and where it is.
+// box is a sandbox and the client of its server.
 type box struct {
 	client.Sandbox
 	at *client.Client
 }
 
-// boxes lists the sandboxes of all servers. One that two know of is that which has it in its memory.
+// boxes lists the sandboxes of all servers. If two servers know a sandbox, the one that has it in memory counts.
 func (a *app) boxes(ctx context.Context, l client.List) ([]box, error) {
 	all, err := a.servers(ctx)
 	if err != nil {
@@ -211,7 +211,7 @@ func (a *app) boxes(ctx context.Context, l client.List) ([]box, error) {
 		list, err := s.Sandboxes(ctx, l)
 		if err != nil {
 			if len(all) > 1 && client.Unreachable(err) {
-				continue // it has just ended
+				continue // the server has just ended
 			}
 			return nil, err
 		}
@@ -238,7 +238,7 @@ func (a *app) find(ctx context.Context, id string) (box, error) {
 	return b, err
 }
 
-// remembered finds a sandbox by its id, or by as much of the beginning as no other has; also one that has ended.
+// remembered finds a sandbox by its id or an unambiguous beginning of it, even one that has ended.
 func (a *app) remembered(ctx context.Context, id string) (box, error) {
 	all, err := a.servers(ctx)
 	if err != nil {
@@ -259,14 +259,14 @@ func (a *app) remembered(ctx context.Context, id string) (box, error) {
 	}
 	switch len(found) {
 	case 0:
-		return box{}, fmt.Errorf("there is no sandbox %q; 'soulbox sandbox list' shows those that there are", id)
+		return box{}, fmt.Errorf("there is no sandbox %q; 'soulbox sandbox list' shows them", id)
 	case 1:
 		return found[0], nil
 	}
-	return box{}, fmt.Errorf("%q is the beginning of %d sandboxes: %s and others; give more of the id", id, len(found), found[0].ID)
+	return box{}, fmt.Errorf("%q is the beginning of %d ids: %s and others; give more of the id", id, len(found), found[0].ID)
 }
 
-// findAmong asks servers for a sandbox. That which runs it is meant before one that only remembers it.
+// findAmong asks servers for a sandbox. The server that runs it is preferred to those that only remember it.
 func findAmong(ctx context.Context, all []server, id string) (found box, err error) {
 	err = &client.Error{Status: 404, Message: "there is no sandbox " + id}
 	for _, s := range all {
@@ -284,10 +284,10 @@ func findAmong(ctx context.Context, all []server, id string) (found box, err err
 	return box{}, err
 }
 
-// startAfter is how long a session waits for its server to come back before it starts one.
+// startAfter is how long a session waits for its server to come back before it starts a new one.
 const startAfter = 10 * time.Second
 
-// again finds the server of a sandbox once more, for a session whose server is gone: a new one may be just about to take it over.
+// again finds a sandbox's server again for a session whose server is gone: a new server may be about to take the sandbox over.
 func (a *app) again(id string) func(context.Context) (*client.Client, error) {
 	var gone time.Time
 	return func(ctx context.Context) (*client.Client, error) {
@@ -311,7 +311,7 @@ func (a *app) again(id string) func(context.Context) (*client.Client, error) {
 		}
 		b, err := findAmong(ctx, all, id)
 		if client.IsNotFound(err) && !remote {
-			return nil, errors.New("no server has it") // yet
+			return nil, errors.New("no server has it") // not yet
 		}
 		return b.at, err
 	}

@@ -14,7 +14,7 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// table shows rows in columns.
+// table prints rows in columns.
 type table struct {
 	w   *tabwriter.Writer
 	err error
@@ -44,7 +44,7 @@ func (t *table) flush() error {
 	return t.w.Flush()
 }
 
-// printable takes out of a text, which may be a guest's, what would act on the terminal or break a line.
+// printable replaces the characters of a text that would act on the terminal or break a line; the text may be a guest's.
 func printable(text string) string {
 	return strings.Map(func(r rune) rune {
 		if unicode.IsPrint(r) {
@@ -54,15 +54,15 @@ func printable(text string) string {
 	}, text)
 }
 
-// inert writes what a guest has written to a terminal, so that nothing of it acts there but ends of lines, tabs and returns: a program that
-// is to act on the terminal is given one. Bytes that are not text are shown as \xNN, and a character waits for its end: the other stream
-// may come between. What is written elsewhere is passed on as it is.
+// inert writes a guest's output to a terminal so that only line ends, tabs and returns act on the terminal: a program that needs a terminal
+// is given one. Bytes that are not text become \xNN, and an incomplete character is held back, because output of the other stream may come
+// between. If w is not a terminal, inertly passes everything on unchanged.
 type inert struct {
 	to   io.Writer
-	part []byte // of a character
+	part []byte // of an incomplete character
 }
 
-// inertly is w, made inert if it is a terminal. Who has written all of it calls settle.
+// inertly returns w, made inert if it is a terminal. The caller calls settle after its last write.
 func inertly(w io.Writer) io.Writer {
 	if _, ok := terminalOf(w); ok {
 		return &inert{to: w}
@@ -70,7 +70,7 @@ func inertly(w io.Writer) io.Writer {
 	return w
 }
 
-// settle has what is left of a character shown, of which no more comes.
+// settle writes what is held back of an incomplete character.
 func settle(w io.Writer) error {
 	i, ok := w.(*inert)
 	if !ok || len(i.part) == 0 {
@@ -89,7 +89,7 @@ func (i *inert) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// taken takes the characters that are there to their end, or with all what is left, too.
+// taken removes and returns the complete characters, with all also an incomplete one.
 func (i *inert) taken(all bool) []byte {
 	out := make([]byte, 0, len(i.part)+16)
 	p := i.part
@@ -113,7 +113,7 @@ func (i *inert) taken(all bool) []byte {
 	return out
 }
 
-// json shows a value as JSON, with C1 controls escaped as it has C0 ones escaped anyway.
+// json prints a value as JSON, with C1 controls escaped; encoding/json escapes C0 controls itself.
 func (a *app) json(v any) error {
 	text, err := json.MarshalIndent(v, "", "  ")
 	if err != nil {
@@ -130,7 +130,7 @@ func (a *app) json(v any) error {
 	return a.printf("%s\n", out.String())
 }
 
-// format is how results are shown.
+// format is how results are printed.
 type format string
 
 const (
@@ -166,7 +166,7 @@ func (f formatFlag) Set(text string) error {
 	return nil
 }
 
-// ago tells a time as people do.
+// ago formats a past time for people.
 func ago(t time.Time) string {
 	if t.IsZero() {
 		return ""
@@ -174,7 +174,7 @@ func ago(t time.Time) string {
 	return short(time.Since(t)) + " ago"
 }
 
-// until tells a time to come.
+// until formats a future time for people.
 func until(t time.Time) string {
 	if t.IsZero() {
 		return ""
@@ -207,7 +207,7 @@ func bytesOf(n int64) string {
 	return fmt.Sprintf("%.1f %ciB", value, "KMGTP"[i])
 }
 
-// pairs shows a map, sorted.
+// pairs formats a map, sorted.
 func pairs(m map[string]string) string {
 	var all []string
 	for k, v := range m {
@@ -217,7 +217,7 @@ func pairs(m map[string]string) string {
 	return strings.Join(all, ",")
 }
 
-// readPairs reads KEY=VALUE arguments.
+// readPairs parses KEY=VALUE arguments.
 func readPairs(what string, given []string) (map[string]string, error) {
 	out := map[string]string{}
 	for _, g := range given {
@@ -230,7 +230,7 @@ func readPairs(what string, given []string) (map[string]string, error) {
 	return out, nil
 }
 
-// Colours of what is shown at a terminal (ECMA-48, SGR).
+// Colours of output on a terminal (ECMA-48, SGR).
 const (
 	green  = "\x1b[32m"
 	yellow = "\x1b[33m"
@@ -246,8 +246,7 @@ func (a *app) coloured(colour, text string) string {
 	return colour + text + plain
 }
 
-// repaint shows a text, in the place of the one before if it is shown again and again at a terminal; elsewhere what is new is written
-// below.
+// repaint writes a text. If again is set and w is a terminal, it replaces the text before; otherwise it is added below.
 func (a *app) repaint(w io.Writer, text string, again bool) error {
 	if _, ok := terminalOf(w); ok && again {
 		text = "\x1b[H\x1b[2J" + text

@@ -25,10 +25,10 @@ import (
 	"soulbox.dev/soulbox/api/client"
 )
 
-// configName is the file beside a Dockerfile that says what it does not.
+// configName is the name of the file next to a Dockerfile with the settings that a Dockerfile cannot express.
 const configName = "soulbox.toml"
 
-// templateConfig is what that file says.
+// templateConfig is the content of that file.
 type templateConfig struct {
 	Name       string            `toml:"name"`
 	Dockerfile string            `toml:"dockerfile"`
@@ -55,20 +55,20 @@ func (a *app) initCommand() *cobra.Command {
 	var conf templateConfig
 	var from string
 	c := &cobra.Command{Use: "init [DIRECTORY]", Short: "Begin a template", Args: cobra.MaximumNArgs(1),
-		Long: "Write a commented Dockerfile and soulbox.toml into a directory. What no flag says is asked for, if there is a " +
-			"terminal. Files that are there are left alone.",
+		Long: "Write a commented Dockerfile and soulbox.toml into a directory. What no flag gives is asked for, if there is a " +
+			"terminal. Existing files are left alone.",
 		Example: "  soulbox template init\n  soulbox template init web --name web --from base --start 'python3 -m http.server'",
 		RunE: func(c *cobra.Command, args []string) error {
 			dir := "."
 			if len(args) > 0 {
 				dir = args[0]
 			}
-			defer context.AfterFunc(c.Context(), func() { os.Exit(128 + int(syscall.SIGINT)) })() // a read of stdin knows nothing of it
+			defer context.AfterFunc(c.Context(), func() { os.Exit(128 + int(syscall.SIGINT)) })() // a read of stdin does not end with ctx
 			return a.init(dir, conf, from)
 		}}
 	c.Flags().StringVar(&conf.Name, "name", "", "`name` of the template")
-	c.Flags().StringVar(&from, "from", "", "`template` or image that it begins from; default base")
-	c.Flags().StringVar(&conf.Start, "start", "", "`command` that runs in every sandbox of it from the beginning")
+	c.Flags().StringVar(&from, "from", "", "`template` or image to begin from; default base")
+	c.Flags().StringVar(&conf.Start, "start", "", "`command` that runs in each of its sandboxes from the beginning")
 	return c
 }
 
@@ -85,7 +85,7 @@ func (a *app) init(dir string, conf templateConfig, from string) error {
 	}{{&conf.Name, "Name of the template", strings.ToLower(filepath.Base(abs))}, {&from, "It begins from", "base"},
 		{&conf.Start, "Command that runs in it from the beginning", ""}} {
 		if *q.to == "" && asked {
-			fmt.Fprintf(a.stderr, "%s [%s]: ", q.what, q.unless) // who does not see it is not there
+			fmt.Fprintf(a.stderr, "%s [%s]: ", q.what, q.unless) // if stderr fails, no user is at the terminal
 			line, err := in.ReadString('\n')
 			if err != nil && err != io.EOF {
 				return err
@@ -103,7 +103,7 @@ func (a *app) init(dir string, conf templateConfig, from string) error {
 	} {
 		file, err := os.OpenFile(filepath.Join(dir, f.name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
 		if errors.Is(err, fs.ErrExist) {
-			if err := a.printf("%s is there already, and left alone.\n", filepath.Join(dir, f.name)); err != nil {
+			if err := a.printf("%s exists already, and is left alone.\n", filepath.Join(dir, f.name)); err != nil {
 				return err
 			}
 			continue
@@ -119,37 +119,37 @@ func (a *app) init(dir string, conf templateConfig, from string) error {
 			return err
 		}
 	}
-	return a.printf("Build it by: soulbox template build %s\n", dir)
+	return a.printf("Build it with: soulbox template build %s\n", dir)
 }
 
-const newDockerfile = `# What sandboxes of this template have. Build it by 'soulbox template build'.
-# A template of the server (soulbox template list), or an image where the server may pull.
+const newDockerfile = `# The files of this template's sandboxes. Build it with 'soulbox template build'.
+# A template of the server (soulbox template list), or an image if the server may pull it.
 FROM %s
 
 # Packages, as root:
 # RUN apt-get update && apt-get install -y --no-install-recommends ripgrep
 
-# Files beside this one; Dockerfile.dockerignore or else .dockerignore names those that are not sent:
+# Files next to this one; Dockerfile.dockerignore or else .dockerignore names those that are not sent:
 # COPY . /home/user/project
 
-# Where and as whom commands run:
+# The directory and the user of commands:
 # WORKDIR /home/user/project
 # USER user
 `
 
-const newConfig = `# What 'soulbox template build' needs to know beside the Dockerfile.
+const newConfig = `# Settings of 'soulbox template build' that are not in the Dockerfile.
 name = %q
 
-# Runs in every sandbox from the beginning: it is started once, saved with its memory, and there at once.
+# Runs in every sandbox from the beginning: it is started once and saved with its memory, so it is ready at once.
 start_cmd = %q
-# Succeeds when that is ready; without it a port that something listens on is waited for.
+# Succeeds when start_cmd is ready; without it the build waits until something listens on a port.
 # ready_cmd = "curl -s localhost:8000"
 
 # Limits of its sandboxes:
 # cpu = 2
 # memory_mb = 1024
 # disk_mb = 10240
-# Save them every so often, to be resumed if they fail: their files, or with protect_memory their processes, too.
+# Save them at this interval, to resume them if they fail: their files, and with protect_memory also their processes.
 # protect = "5m"
 # protect_memory = true
 
@@ -164,8 +164,8 @@ func (a *app) buildCommand() *cobra.Command {
 	var target, push string
 	var noCache bool
 	c := &cobra.Command{Use: "build [DIRECTORY]", Short: "Build a template", Args: cobra.MaximumNArgs(1),
-		Long: "Build a template of the Dockerfile in a directory, with the files beside it that Dockerfile.dockerignore, or else " +
-			".dockerignore, does not name; soulbox.toml there says the rest.",
+		Long: "Build a template from the Dockerfile in a directory, with the files next to it, except those in Dockerfile.dockerignore " +
+			"or else .dockerignore. The file soulbox.toml there has the other settings.",
 		Example: "  soulbox template build\n  soulbox template build web --name web:v2 --no-cache\n  soulbox template build --push " +
 			"registry.example.com/team/web:1",
 		RunE: func(c *cobra.Command, given []string) error {
@@ -189,19 +189,19 @@ func (a *app) buildCommand() *cobra.Command {
 	f := c.Flags()
 	f.StringVar(&conf.Name, "name", "", "`name` of the template, perhaps with a :tag")
 	f.StringVarP(&conf.Dockerfile, "file", "f", "", "`path` of the Dockerfile, below the directory; default Dockerfile")
-	f.StringVar(&conf.Start, "start", "", "`command` that runs in every sandbox of it from the beginning")
-	f.StringVar(&conf.Ready, "ready", "", "`command` that succeeds when that is ready")
+	f.StringVar(&conf.Start, "start", "", "`command` that runs in each of its sandboxes from the beginning")
+	f.StringVar(&conf.Ready, "ready", "", "`command` that succeeds when the start command is ready")
 	f.IntVar(&conf.CPU, "cpu", 0, "`cores` of its sandboxes")
 	f.Int64Var(&conf.MemoryMB, "memory", 0, "memory of its sandboxes, in `MB`")
 	f.Int64Var(&conf.DiskMB, "disk", 0, "disk of its sandboxes, in `MB`")
 	f.StringArrayVar(&args, "build-arg", nil, "`KEY=VALUE` of an ARG; may be repeated")
 	f.StringVar(&target, "target", "", "`stage` to build; default the last one")
-	f.BoolVar(&noCache, "no-cache", false, "run every step anew")
-	f.StringVar(&push, "push", "", "give it to a registry afterwards, as `REF`")
+	f.BoolVar(&noCache, "no-cache", false, "run every step again")
+	f.StringVar(&push, "push", "", "then push it to a registry, as `REF`")
 	return c
 }
 
-// read adds to what flags say what the file in a directory says.
+// read adds the settings of the file in a directory to those of the flags, which come first.
 func (flags templateConfig) read(dir string) (templateConfig, error) {
 	conf := templateConfig{}
 	meta, err := toml.DecodeFile(filepath.Join(dir, configName), &conf)
@@ -209,7 +209,7 @@ func (flags templateConfig) read(dir string) (templateConfig, error) {
 		return conf, fmt.Errorf("%s: %w", filepath.Join(dir, configName), err)
 	}
 	if unknown := meta.Undecoded(); len(unknown) > 0 {
-		return conf, fmt.Errorf("%s: %s is not known; the names are name, dockerfile, start_cmd, ready_cmd, cpu, memory_mb, disk_mb, "+
+		return conf, fmt.Errorf("%s: unknown name %s; the names are name, dockerfile, start_cmd, ready_cmd, cpu, memory_mb, disk_mb, "+
 			"protect, protect_memory and args", filepath.Join(dir, configName), unknown[0])
 	}
 	conf.Name, conf.Dockerfile = cmp.Or(flags.Name, conf.Name), cmp.Or(flags.Dockerfile, conf.Dockerfile, "Dockerfile")
@@ -220,7 +220,7 @@ func (flags templateConfig) read(dir string) (templateConfig, error) {
 		conf.Args = map[string]string{}
 	}
 	if conf.Name == "" {
-		return conf, usageError{fmt.Errorf("the template has no name: say --name, or name it in %s", configName)}
+		return conf, usageError{fmt.Errorf("the template has no name: use --name, or name it in %s", configName)}
 	}
 	return conf, nil
 }
@@ -262,7 +262,7 @@ func (a *app) build(ctx context.Context, dir string, conf templateConfig, n clie
 	return a.push(ctx, at.Client, conf.Name, push)
 }
 
-// sendContext sends the files of a build, if the server has not got them, and gives the hash by which it has them.
+// sendContext sends the files of a build, unless the server has them, and returns the hash by which the server finds them.
 func (a *app) sendContext(ctx context.Context, at *client.Client, conf templateConfig, dir string) (string, error) {
 	ignored, err := readIgnored(dir, conf.Dockerfile)
 	if err != nil {
@@ -285,8 +285,8 @@ func (a *app) sendContext(ctx context.Context, at *client.Client, conf templateC
 	return hash, at.SendContext(ctx, conf.Name, hash, r)
 }
 
-// readIgnored reads what is not sent: the file beside the Dockerfile that has its name and .dockerignore, else .dockerignore in the
-// directory; nil is none.
+// readIgnored reads which files are not sent: from DOCKERFILE.dockerignore, named after the Dockerfile, or else from .dockerignore in the
+// directory; nil means that all are sent.
 func readIgnored(dir, dockerfile string) (*patternmatcher.PatternMatcher, error) {
 	for _, name := range []string{dockerfile + ".dockerignore", ".dockerignore"} {
 		f, err := os.Open(filepath.Join(dir, name))
@@ -310,7 +310,7 @@ func readIgnored(dir, dockerfile string) (*patternmatcher.PatternMatcher, error)
 	return nil, nil
 }
 
-// writeContext writes the files of a build as a tar, the same for the same files.
+// writeContext writes the files of a build as a tar that is identical for identical files.
 func writeContext(ctx context.Context, to io.Writer, dir string, ignored *patternmatcher.PatternMatcher) error {
 	out := tar.NewWriter(to)
 	_, err := walk(ctx, dir, func(rel string, info fs.FileInfo, link string) error {
@@ -336,14 +336,14 @@ func writeContext(ctx context.Context, to io.Writer, dir string, ignored *patter
 
 const buildPoll = 200 * time.Millisecond
 
-// followBuild shows the log of a build, to its end if that is wanted, and gives its failure.
+// followBuild prints the log of a build, to its end if toEnd is set, and returns the build's failure.
 func (a *app) followBuild(ctx context.Context, at *client.Client, name, id string, toEnd bool) error {
 	step, began := "", time.Now()
 	for n := 0; ; {
 		s, err := at.BuildStatus(ctx, name, id, n)
 		if err != nil {
 			if ctx.Err() != nil {
-				return fmt.Errorf("the build goes on at the server; 'soulbox template logs %s' shows it", id)
+				return fmt.Errorf("the build continues at the server; 'soulbox template logs %s' shows it", id)
 			}
 			return err
 		}
@@ -374,7 +374,7 @@ func (a *app) followBuild(ctx context.Context, at *client.Client, name, id strin
 		case len(s.Lines) > 0:
 			continue // there may be more
 		case s.Status == "error" && toEnd:
-			reason := "it was not said why"
+			reason := "the server gave no reason"
 			if s.Reason != nil {
 				reason = strings.TrimSpace(s.Reason.Message)
 			}
@@ -383,14 +383,14 @@ func (a *app) followBuild(ctx context.Context, at *client.Client, name, id strin
 			return nil
 		}
 		if !pause(ctx, buildPoll) {
-			return fmt.Errorf("the build goes on at the server; 'soulbox template logs %s' shows it", id)
+			return fmt.Errorf("the build continues at the server; 'soulbox template logs %s' shows it", id)
 		}
 	}
 }
 
 func (a *app) buildLogsCommand() *cobra.Command {
 	return &cobra.Command{Use: "logs NAME|BUILD", Short: "Show the log of a build", Args: exactly("NAME or BUILD"),
-		ValidArgsFunction: a.completeTemplates, Long: "Show the log of the build that has made a template, or of any build by its id.",
+		ValidArgsFunction: a.completeTemplates, Long: "Show the log of the build that made a template, or of any build by its id.",
 		Example: "  soulbox template logs web",
 		RunE: func(c *cobra.Command, args []string) error {
 			at, err := a.home(c.Context())
@@ -416,7 +416,7 @@ func (a *app) buildLogsCommand() *cobra.Command {
 func (a *app) templateListCommand() *cobra.Command {
 	var out format
 	c := &cobra.Command{Use: "list", Aliases: []string{"ls"}, Short: "List templates", Args: exactly(),
-		Long:    "List templates: yours, and the operator's, which everybody sees.",
+		Long:    "List templates: yours, and the operator's, which all users see.",
 		Example: "  soulbox template list\n  soulbox template list -o name",
 		RunE: func(c *cobra.Command, _ []string) error {
 			at, err := a.home(c.Context())
@@ -441,7 +441,7 @@ func (a *app) templateListCommand() *cobra.Command {
 			t := a.table("NAME", "SIZE", "AGE", "CPU", "MEMORY", "START")
 			for _, one := range list {
 				name, size, age := one.Name, fmt.Sprintf("%d MB", one.SizeMB), short(time.Since(one.Created))
-				if one.Created.IsZero() { // the programs of the server's machine were not made
+				if one.Created.IsZero() { // the template of the host's programs has no size and age
 					size, age = "-", "-"
 				}
 				if len(one.Aliases) > 0 {

@@ -11,7 +11,7 @@ import (
 
 func (a *app) templateDeleteCommand() *cobra.Command {
 	return &cobra.Command{Use: "delete NAME...", Aliases: []string{"rm"}, Short: "Delete templates or snapshots", Args: atLeast("NAME"),
-		ValidArgsFunction: a.completeTemplates, Long: "Delete templates or snapshots. Sandboxes that began from them go on.",
+		ValidArgsFunction: a.completeTemplates, Long: "Delete templates or snapshots. Sandboxes made from them continue to run.",
 		Example: "  soulbox template delete web",
 		RunE: func(c *cobra.Command, args []string) error {
 			at, err := a.home(c.Context())
@@ -33,8 +33,8 @@ func (a *app) templateDeleteCommand() *cobra.Command {
 func (a *app) templateCopyCommand() *cobra.Command {
 	return &cobra.Command{Use: "copy NAME NEW", Aliases: []string{"cp", "tag"}, Short: "Give a template another name",
 		Args: exactly("NAME", "NEW"), ValidArgsFunction: a.completeTemplates,
-		Long: "Give a template another name, perhaps with a :tag. It keeps the one it has, and each goes its own way: a build of one " +
-			"leaves the other as it is. It takes no room.",
+		Long: "Give a template another name, perhaps with a :tag. It keeps its old name, and the two are independent: a build of one " +
+			"leaves the other as it is. The copy takes no space.",
 		Example: "  soulbox template copy web web:v2\n  soulbox template tag base ours",
 		RunE: func(c *cobra.Command, args []string) error {
 			at, err := a.home(c.Context())
@@ -50,9 +50,9 @@ func (a *app) templateCopyCommand() *cobra.Command {
 }
 
 func (a *app) pullCommand() *cobra.Command {
-	return &cobra.Command{Use: "pull REF NAME", Short: "Make a template of an image of a registry", Args: exactly("REF", "NAME"),
-		Long: "Make a template of an image of a registry, with the credentials of the server's user: it works on the machine of the " +
-			"server alone.",
+	return &cobra.Command{Use: "pull REF NAME", Short: "Make a template from an image of a registry", Args: exactly("REF", "NAME"),
+		Long: "Make a template from an image of a registry, with the credentials of the server's user: it works only on the machine of " +
+			"the server.",
 		Example: "  soulbox template pull docker.io/library/alpine:3 alpine",
 		RunE: func(c *cobra.Command, args []string) error {
 			at, err := a.home(c.Context())
@@ -63,15 +63,15 @@ func (a *app) pullCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return a.printf("%s is there: %d MB\n", t.Name, t.SizeMB)
+			return a.printf("%s is ready: %d MB\n", t.Name, t.SizeMB)
 		}}
 }
 
 func (a *app) pushCommand() *cobra.Command {
-	return &cobra.Command{Use: "push NAME REF", Short: "Give a template to a registry", Args: exactly("NAME", "REF"),
+	return &cobra.Command{Use: "push NAME REF", Short: "Push a template to a registry", Args: exactly("NAME", "REF"),
 		ValidArgsFunction: a.completeTemplates,
-		Long: "Give a template to a registry, with the credentials of the server's user: it works on the machine of the " +
-			"server alone.",
+		Long: "Push a template to a registry, with the credentials of the server's user: it works only on the machine of the " +
+			"server.",
 		Example: "  soulbox template push web registry.example.com/team/web:1",
 		RunE: func(c *cobra.Command, args []string) error {
 			at, err := a.home(c.Context())

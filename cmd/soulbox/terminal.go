@@ -25,9 +25,10 @@ func (a *app) connectCommand() *cobra.Command {
 	var e execution
 	c := &cobra.Command{Use: "connect ID [PID|TAG]", Short: "Enter a sandbox with a terminal", Args: cobra.RangeArgs(1, 2),
 		ValidArgsFunction: a.completeSandboxes,
-		Long: `Enter a sandbox: a shell of its user at this terminal. Ctrl-P Ctrl-Q leaves it without ending it, and says how to come back: with the number of its process. A tag or number
-of any process with a terminal enters that, also an agent's: it goes on whatever becomes of this program. The shell goes on when the connection is lost or the server
-restarts, and so does this; when this program is gone, the shell is ended.`,
+		Long: `Enter a sandbox: run a shell of its user at this terminal. Ctrl-P Ctrl-Q leaves the shell without ending it, and prints how
+to return to it by its process number. The tag or number of any process with a terminal enters that process, also one of an agent; it
+continues even if soulbox is killed. The shell and soulbox survive a lost connection and a restart of the server; if soulbox is killed, the
+shell ends.`,
 		Example: "  soulbox sandbox connect ID\n  soulbox sandbox connect ID --user root\n  soulbox sandbox connect ID 42",
 		RunE: func(c *cobra.Command, args []string) error {
 			if _, ok := terminalOf(a.stdin); !ok {
@@ -68,10 +69,10 @@ func (a *app) shell(ctx context.Context, b box, e execution, size client.Size) (
 	return nil, err
 }
 
-// shownAgain is how much of a terminal's output is shown to who comes back, in bytes.
+// shownAgain is how many bytes of a terminal's output are shown again to a user who returns.
 const shownAgain = 16 << 10
 
-// attach enters a terminal that there is. What was last written is shown again.
+// attach enters an existing terminal, and shows its last output again.
 func (a *app) attach(ctx context.Context, b box, name string) (*client.Session, error) {
 	p, err := process(ctx, b, name)
 	if err != nil {
@@ -88,7 +89,7 @@ func (a *app) attach(ctx context.Context, b box, name string) (*client.Session, 
 
 var errDetached = errors.New("detached")
 
-// atTerminal is at a process' terminal until it ends, or its user leaves. One that is ours ends with us.
+// atTerminal connects to a process's terminal until the process ends or the user leaves. A process that we started (ours) ends with us.
 func (a *app) atTerminal(outer context.Context, b box, begin func(context.Context, client.Size) (*client.Session, error), input,
 	ours bool) error {
 	fd, here := terminalOf(a.stdin)
@@ -110,13 +111,13 @@ func (a *app) atTerminal(outer context.Context, b box, begin func(context.Contex
 	}
 	raw := here && input
 	if raw {
-		// Whose guard was killed is in the background, where to read or restore the terminal would stop it (termios(3), tcsetattr).
+		// If our guard was killed, we are in the background, where reading or restoring the terminal would stop us (termios(3), tcsetattr).
 		signal.Ignore(syscall.SIGTTIN, syscall.SIGTTOU)
 		saved, err := term.MakeRaw(fd)
 		if err != nil {
 			return a.endOurs(s, ours, err)
 		}
-		defer func() { _ = term.Restore(fd, saved) }() // a terminal that is gone needs it no more
+		defer func() { _ = term.Restore(fd, saved) }() // an error means that the terminal is gone
 		go func() {
 			cancel(typed(ctx, s, a.stdin, cancel))
 		}()
@@ -127,13 +128,13 @@ func (a *app) atTerminal(outer context.Context, b box, begin func(context.Contex
 		if lost {
 			text = "the connection is lost; waiting for it"
 		}
-		fmt.Fprintf(a.stderr, "\r\n[%s]\r\n", text) // who does not see it is gone
+		fmt.Fprintf(a.stderr, "\r\n[%s]\r\n", text) // if stderr fails, the user is gone
 	})
 	if errors.Is(err, errDetached) {
 		return a.leave(b, s, ours)
 	}
 	if err != nil {
-		fmt.Fprint(a.stderr, "\r\n") // what comes next begins a line
+		fmt.Fprint(a.stderr, "\r\n") // what follows begins a new line
 		return a.endOurs(s, ours, err)
 	}
 	return result(exit)
@@ -146,7 +147,7 @@ func (a *app) endOurs(s *client.Session, ours bool, why error) error {
 	return why
 }
 
-// leave lets a process go on without us.
+// leave lets a process continue without us.
 func (a *app) leave(b box, s *client.Session, ours bool) error {
 	ctx, cancel := context.WithTimeout(context.Background(), killTime)
 	defer cancel()
@@ -165,11 +166,11 @@ const (
 	keyNow   = 'Q' & 0x1f
 )
 
-// maxTyped is how much may wait for a process that reads nothing, in bytes; more is lost, as at a terminal.
+// maxTyped is how many typed bytes may wait for a process that does not read; more are lost, as at a terminal.
 const maxTyped = 1 << 20
 
-// typed sends what is typed, and knows the keys that leave also while nothing can be sent. It gives errDetached for them; failed is told
-// when nothing can be sent ever more.
+// typed sends what is typed, and recognizes the keys that leave, even while nothing can be sent; for them it returns errDetached. It calls
+// failed when nothing can be sent any more.
 func typed(ctx context.Context, s *client.Session, from io.Reader, failed context.CancelCauseFunc) error {
 	keys := &queue{changed: make(chan struct{}, 1)}
 	sent := make(chan struct{})
@@ -180,7 +181,7 @@ func typed(ctx context.Context, s *client.Session, from io.Reader, failed contex
 		}
 	}()
 	part := make([]byte, 4096)
-	held := false // keyLeave was typed
+	held := false // keyLeave was typed and may begin the sequence
 	for {
 		n, err := from.Read(part)
 		left := false
@@ -202,7 +203,7 @@ func typed(ctx context.Context, s *client.Session, from io.Reader, failed contex
 		}
 		if left {
 			keys.end()
-			select { // what was typed before
+			select { // wait until what was typed before is sent
 			case <-sent:
 			case <-time.After(time.Second):
 			}
@@ -214,7 +215,7 @@ func typed(ctx context.Context, s *client.Session, from io.Reader, failed contex
 	}
 }
 
-// queue are keys that are to be sent.
+// queue holds typed keys that are to be sent.
 type queue struct {
 	mu      sync.Mutex
 	keys    []byte
@@ -252,7 +253,7 @@ func (q *queue) take() (keys []byte, over bool) {
 	return keys, q.over
 }
 
-// send sends what comes, until there is no more. What was on its way while the connection broke may be lost: who misses it types it again.
+// send sends the keys until the queue ends. Keys in transit when the connection breaks may be lost; the user types them again.
 func (q *queue) send(ctx context.Context, s *client.Session) error {
 	for {
 		select {
@@ -274,7 +275,8 @@ func (q *queue) send(ctx context.Context, s *client.Session) error {
 	}
 }
 
-// followSize tells the process of our terminal's size whenever it changes, and once at first: who comes back may have another one.
+// followSize sends our terminal's size to the process whenever it changes, and once at the start: a user who returns may have another
+// terminal.
 func (a *app) followSize(ctx context.Context, s *client.Session, size client.Size) {
 	fd, ok := terminalOf(a.stdout)
 	if !ok {
@@ -284,7 +286,7 @@ func (a *app) followSize(ctx context.Context, s *client.Session, size client.Siz
 	signal.Notify(changed, syscall.SIGWINCH)
 	defer signal.Stop(changed)
 	for {
-		_ = s.Resize(ctx, size) // the next change tries again
+		_ = s.Resize(ctx, size) // after an error, the next change tries again
 		select {
 		case <-changed:
 		case <-ctx.Done():
@@ -304,7 +306,7 @@ func restoreAtSignal(fd int, saved *term.State) (done func()) {
 	go func() {
 		select {
 		case s := <-signals:
-			_ = term.Restore(fd, saved) // a terminal that is gone needs it no more
+			_ = term.Restore(fd, saved) // an error means that the terminal is gone
 			os.Exit(128 + int(s.(syscall.Signal)))
 		case <-over:
 		}
@@ -315,14 +317,14 @@ func restoreAtSignal(fd int, saved *term.State) (done func()) {
 	})
 }
 
-// guardVar says to this program that another one of it watches over the terminal, and hears at descriptor 3 what runs.
+// guardVar tells this program that a parent guards its terminal, and reads from descriptor 3 what it runs.
 const (
 	guardVar  = "SOULBOX_GUARDED"
 	guardFile = 3
 )
 
-// guard runs this program once more and watches over it: whatever becomes of it, SIGKILL too, the terminal is what it was, and nothing of
-// it goes on in the sandbox. done is false in the program that is watched.
+// guard runs this program again as a child and watches it: however the child ends, even by SIGKILL, the terminal is restored and nothing
+// that the child started continues in the sandbox. done is false in the child.
 func (a *app) guard() (err error, done bool) {
 	fd, ok := terminalOf(a.stdin)
 	if !ok || a.getenv(guardVar) != "" {
@@ -330,7 +332,7 @@ func (a *app) guard() (err error, done bool) {
 	}
 	saved, err := term.GetState(fd)
 	if err != nil {
-		return nil, false // it is no terminal that could be spoilt
+		return nil, false // not a terminal, so there is nothing to restore
 	}
 	self, err := os.Executable()
 	if err != nil {
@@ -341,7 +343,7 @@ func (a *app) guard() (err error, done bool) {
 		return asExec(err), true
 	}
 	defer r.Close()
-	runtime.LockOSThread() // the watched one ends with the thread that has begun it (prctl(2), PR_SET_PDEATHSIG)
+	runtime.LockOSThread() // the child is killed when the thread that started it ends (prctl(2), PR_SET_PDEATHSIG)
 	defer runtime.UnlockOSThread()
 	cmd := exec.Command(self, os.Args[1:]...)
 	cmd.Args[0] = os.Args[0]
@@ -357,7 +359,7 @@ func (a *app) guard() (err error, done bool) {
 	told := make(chan string, 1)
 	go func() { told <- lastLine(r) }()
 	werr := cmd.Wait()
-	_ = term.Restore(fd, saved) // a terminal that is gone needs it no more
+	_ = term.Restore(fd, saved) // an error means that the terminal is gone
 	var died *exec.ExitError
 	if werr == nil {
 		return nil, true
@@ -372,12 +374,12 @@ func (a *app) guard() (err error, done bool) {
 	select {
 	case text := <-told:
 		a.tidyUp(text)
-	case <-time.After(killTime): // somebody else holds it open
+	case <-time.After(killTime): // another process holds the pipe open
 	}
 	return exitError{code: code}, true
 }
 
-// passOn passes signals on to the watched program that the terminal does not send to both, until stop is called.
+// passOn passes those signals on to the child that the terminal does not send to both, until stop is called.
 func passOn(to *os.Process) (stop func()) {
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGHUP)
@@ -387,7 +389,7 @@ func passOn(to *os.Process) (stop func()) {
 			select {
 			case s := <-signals:
 				if s == syscall.SIGTERM || s == syscall.SIGHUP {
-					_ = to.Signal(s) // it may be over
+					_ = to.Signal(s) // an error means that it has ended
 				}
 			case <-over:
 				return
@@ -407,7 +409,7 @@ func lastLine(r io.Reader) (last string) {
 	return last
 }
 
-// tellGuard says what runs in which sandbox: nothing any more, where id is empty.
+// tellGuard tells the guard which process runs in which sandbox; an empty id means none.
 func (a *app) tellGuard(id string, p client.Process) {
 	if a.getenv(guardVar) == "" {
 		return
@@ -416,17 +418,17 @@ func (a *app) tellGuard(id string, p client.Process) {
 	if id != "" {
 		text = fmt.Sprintf("%s %d %s\n", id, p.PID, p.ID)
 	}
-	_, _ = syscall.Write(guardFile, []byte(text)) // a guard that is gone watches no more
+	_, _ = syscall.Write(guardFile, []byte(text)) // an error means that the guard is gone
 }
 
-// tidyUp ends what the watched program has left in a sandbox, and what it has left of the screen.
+// tidyUp ends the process that the child has left in a sandbox, and resets the screen.
 func (a *app) tidyUp(told string) {
 	var id string
 	var p client.Process
 	if _, err := fmt.Sscan(told, &id, &p.PID, &p.ID); err != nil {
 		return // nothing runs
 	}
-	fmt.Fprint(a.stderr, "\x1b[?1049l\x1b[?25h\x1b[0m\r\n[soulbox was killed]\r\n") // who does not see it is gone
+	fmt.Fprint(a.stderr, "\x1b[?1049l\x1b[?25h\x1b[0m\r\n[soulbox was killed]\r\n") // if stderr fails, the user is gone
 	ctx, cancel := context.WithTimeout(context.Background(), killTime)
 	defer cancel()
 	b, err := a.find(ctx, id)
@@ -434,9 +436,9 @@ func (a *app) tidyUp(told string) {
 		err = b.at.Signal(ctx, b.ID, p, syscall.SIGKILL)
 	}
 	if err != nil && unlessOver(err) != nil {
-		fmt.Fprintf(inertly(a.stderr), "soulbox: process %d of sandbox %s may go on for a while: %v\n", p.PID, id, err)
+		fmt.Fprintf(inertly(a.stderr), "soulbox: process %d of sandbox %s may run for a while: %v\n", p.PID, id, err)
 	}
 }
 
-// tick is how often something is looked at that does not tell.
+// tick is how often a state is polled that has no notification.
 const tick = 500 * time.Millisecond

@@ -17,7 +17,7 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// screen is a terminal that is driven by tmux: a user's, with a shell in it.
+// screen is a user's terminal with a shell in it, driven by tmux.
 type screen struct {
 	*testing.T
 	socket string
@@ -89,14 +89,14 @@ func (c *screen) shows(pattern string) []string {
 	return found
 }
 
-// sane checks that the terminal is as a shell has it.
+// sane checks that the terminal is in the state of a shell.
 func (c *screen) sane() {
 	c.Helper()
 	c.typed("clear; stty -a | grep -o -w -e '-*icanon' -e '-*echo' -e '-*isig' -e '-*opost' | tr '\\n' ,; echo\n")
 	c.shows("^opost,isig,icanon,echo,$|^opost,icanon,echo,isig,$|^isig,icanon,echo,opost,$|^opost,isig,icanon,echo")
 }
 
-// child is the process below another one whose command line has a text.
+// child returns the process below another one whose command line contains a text.
 func child(t *testing.T, text string, of int) (pid int) {
 	t.Helper()
 	sandboxtest.Eventually(t, "there is a process "+text, func() bool {
@@ -130,7 +130,7 @@ func (c *screen) shell() int {
 	return pid
 }
 
-// TestConnect (must show 1): a person types, changes the size, leaves, comes back, and the server is killed in between.
+// TestConnect (must show 1): a person types, changes the size, leaves and returns, and the server is killed in between.
 func TestConnect(t *testing.T) {
 	s := newSurroundings(t)
 	id := strings.TrimSpace(s.run(t, "sandbox", "create"))
@@ -160,7 +160,7 @@ func TestConnect(t *testing.T) {
 	c.typed("clear; echo $A\n")
 	c.shows("^kept$")
 
-	// What is written while nobody is there is not lost, and told once.
+	// What is written while no client is connected is not lost, and shown once.
 	c.typed("clear; for i in $(seq 40); do echo line=$i; sleep 0.1; done; echo over=$A\n")
 	c.shows("^line=5$")
 	for _, pid := range s.servers(t) {
@@ -182,7 +182,7 @@ func TestConnect(t *testing.T) {
 	c.sane()
 }
 
-// TestKilledAtTerminal (must show 4): whatever of it is killed, and however, the terminal is sane and nothing goes on in the sandbox.
+// TestKilledAtTerminal (must show 4): whichever part is killed, and however, the terminal is sane and nothing continues in the sandbox.
 func TestKilledAtTerminal(t *testing.T) {
 	s := newSurroundings(t)
 	id := strings.TrimSpace(s.run(t, "sandbox", "create"))
@@ -206,7 +206,7 @@ func TestKilledAtTerminal(t *testing.T) {
 				func() bool { return strings.Count(s.run(t, "ps", id), "\n") == 1 })
 		}
 	}
-	// What somebody else has begun, as an agent may have, is not ours to end.
+	// What another program has begun, such as an agent, is not ours to end.
 	c.typed("clear; soulbox sandbox connect " + id + "\n")
 	c.shows(`\$ $`)
 	c.keys("C-p", "C-q")
@@ -225,7 +225,8 @@ func TestKilledAtTerminal(t *testing.T) {
 	}
 }
 
-// TestKilledExec: a command without a terminal is killed with its soulbox, by the signals that it is told of, and its exit says by which.
+// TestKilledExec: a command without a terminal is killed with its soulbox by the signals that soulbox gets, and the exit code says which
+// one.
 func TestKilledExec(t *testing.T) {
 	s := newSurroundings(t)
 	id := strings.TrimSpace(s.run(t, "sandbox", "create"))
@@ -249,7 +250,7 @@ func TestKilledExec(t *testing.T) {
 		}
 		sandboxtest.Eventually(t, "nothing goes on", func() bool { return strings.Count(s.run(t, "ps", id), "\n") == 1 })
 	}
-	// One that takes no notice: the second SIGTERM kills it, and the third Ctrl-C. And a reload is no end.
+	// A command that ignores signals: the second SIGTERM kills it, and the third Ctrl-C. A SIGHUP for a reload does not end it.
 	for _, steps := range [][]step{
 		{{"begun", syscall.SIGHUP}, {"reloaded", syscall.SIGTERM}, {"again", syscall.SIGTERM}},
 		{{"begun", syscall.SIGINT}, {"again", syscall.SIGINT}, {"again", syscall.SIGINT}},
@@ -277,7 +278,7 @@ func TestKilledExec(t *testing.T) {
 		}
 		sandboxtest.Eventually(t, "nothing goes on", func() bool { return strings.Count(s.run(t, "ps", id), "\n") == 1 })
 	}
-	// A reader that has enough.
+	// A reader that stops early.
 	cmd := exec.Command("sh", "-c", "soulbox exec "+id+" -- yes | head -1")
 	cmd.Env = s.env
 	if out, err := cmd.CombinedOutput(); err != nil || string(out) != "y\n" {
@@ -291,7 +292,7 @@ type step struct {
 	then syscall.Signal
 }
 
-// TestPausedExec: to pause a sandbox is not undone by who follows a process in it, nor is that killed.
+// TestPausedExec: a client that follows a process neither undoes a pause of the sandbox nor kills the process.
 func TestPausedExec(t *testing.T) {
 	s := newSurroundings(t)
 	id := strings.TrimSpace(s.run(t, "sandbox", "create"))
@@ -301,7 +302,7 @@ func TestPausedExec(t *testing.T) {
 		follower.Stdin = endless{}
 		var said strings.Builder
 		follower.Stderr = &said
-		follower.WaitDelay = time.Second // of what still reads for it
+		follower.WaitDelay = time.Second // for what still reads its output
 		if err := follower.Start(); err != nil {
 			t.Fatal(err)
 		}

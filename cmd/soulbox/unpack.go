@@ -18,16 +18,16 @@ import (
 	"soulbox.dev/soulbox/internal/names"
 )
 
-// maxDirs bounds the directories of one copy, of which something is remembered.
+// maxDirs bounds the directories of one copy, since each is remembered.
 const maxDirs = 1 << 20
 
-// archive is a tar of a sandbox, which may be anything.
+// archive is a tar from a sandbox; its content must not be trusted.
 type archive struct {
 	*tar.Reader
 	ctx context.Context
 }
 
-// next is the next entry. Entries that make more of themselves than was sent are refused: tar makes none if it is not told to.
+// next returns the next entry. It refuses sparse files, which grow beyond what was sent: tar makes none unless told to.
 func (a archive) next() (*tar.Header, error) {
 	if err := context.Cause(a.ctx); err != nil {
 		return nil, err
@@ -41,12 +41,12 @@ func (a archive) next() (*tar.Header, error) {
 		sparse = sparse || strings.HasPrefix(k, "GNU.sparse.")
 	}
 	if sparse {
-		return nil, fmt.Errorf("the sandbox sends %.60q as a file with holes, which its tar was not told to", printable(h.Name))
+		return nil, fmt.Errorf("the sandbox sends %.60q as a sparse file, which its tar was not asked for", printable(h.Name))
 	}
 	return h, nil
 }
 
-// write writes what an entry has to a file, as long as it is wanted.
+// write writes the content of an entry to a file, until the context ends.
 func (a archive) write(f *os.File) error {
 	part := make([]byte, 256<<10)
 	for {
@@ -63,15 +63,15 @@ func (a archive) write(f *os.File) error {
 	}
 }
 
-// place is where a copy goes: a name in a directory, or "." for what is in it. The directory was named by the user, the name may be the
-// sandbox'.
+// place is where a copy goes: a name in a directory, or "." for its content. The user named the directory; the name may come from the
+// sandbox.
 type place struct {
 	dir, name string
-	slash     bool // only a directory is meant
-	within    bool // the user has named the directory alone
+	slash     bool // the destination must be a directory
+	within    bool // the user named only the directory
 }
 
-// placeOf is where something called base goes that the user wants at to; whole says that its contents alone are wanted.
+// placeOf returns where something called base goes if the user named the destination to; whole means that only its content is copied.
 func placeOf(to, base string, whole bool) (place, error) {
 	there, err := os.Stat(to)
 	switch {
@@ -87,12 +87,12 @@ func placeOf(to, base string, whole bool) (place, error) {
 	clean := filepath.Clean(to)
 	name := filepath.Base(clean)
 	if to == "" || name == "." || name == ".." {
-		return place{}, fmt.Errorf("%q is no name of a file or a directory", to)
+		return place{}, fmt.Errorf("%q is not the name of a file or directory", to)
 	}
 	return place{dir: filepath.Dir(clean), name: name, slash: strings.HasSuffix(to, "/") || strings.HasSuffix(to, "/.")}, nil
 }
 
-// unpack writes a tar to a place: one file, or a directory with all that is in it, by what comes first.
+// unpack writes a tar to a place: one file, or a directory with everything in it, depending on the first entry.
 func unpack(ctx context.Context, from io.Reader, base string, to place, warn io.Writer) error {
 	in := archive{tar.NewReader(from), ctx}
 	h, err := in.next()
@@ -137,8 +137,8 @@ func unpack(ctx context.Context, from io.Reader, base string, to place, warn io.
 	return nil
 }
 
-// free says whether something may be written at a place. A link there is not followed, nor replaced by anything but a link: an earlier copy
-// may have brought it, and it may lead anywhere. Where the user has named it, it is not replaced at all.
+// free checks that an entry may be written at a place. A link there is not followed, since an earlier copy may have brought it and it may
+// lead anywhere. It is replaced only by a link, and never if the user named it.
 func free(parent *os.Root, to place, h *tar.Header) error {
 	there, err := parent.Lstat(to.name)
 	name := filepath.Join(to.dir, to.name)
@@ -150,23 +150,23 @@ func free(parent *os.Root, to place, h *tar.Header) error {
 	case there.IsDir() == (h.Typeflag == tar.TypeDir) && (there.IsDir() || there.Mode().IsRegular()):
 		return nil
 	case there.IsDir():
-		return fmt.Errorf("%s is a directory, and what the sandbox sends is none", name)
+		return fmt.Errorf("%s is a directory, but what the sandbox sends is not", name)
 	case there.Mode()&fs.ModeSymlink != 0:
 		if to.within && h.Typeflag == tar.TypeSymlink {
 			return nil
 		}
-		return fmt.Errorf("%s is a symbolic link, through which nothing is written: remove it, or name what it leads to", name)
+		return fmt.Errorf("%s is a symbolic link, and cp does not write through it: remove it, or name its target", name)
 	case there.Mode().IsRegular():
-		return fmt.Errorf("%s is a file, and what the sandbox sends is a directory", name)
+		return fmt.Errorf("%s is a file, but the sandbox sends a directory", name)
 	}
 	return fmt.Errorf("%s is neither file nor directory; the destination - is stdout", name)
 }
 
-// tree is where a tar is written. Everything stays below its root: links that lead out of it are not followed.
+// tree is the target of a tar. Everything stays below its root: links that lead out of it are not followed.
 type tree struct {
 	root *os.Root
-	made []madeDir   // directories that are ours: what is in them is written first
-	mask fs.FileMode // that new ones obey
+	made []madeDir   // directories that we created: their modes and times are set last
+	mask fs.FileMode // for new directories
 }
 
 type madeDir struct {
@@ -200,7 +200,7 @@ func unpackDir(in archive, h *tar.Header, base string, parent *os.Root, name str
 	return nil
 }
 
-// finish gives directories their modes and times, also of a copy that was not completed.
+// finish sets the modes and times of directories, even after an incomplete copy.
 func (t *tree) finish() (err error) {
 	for _, d := range slices.Backward(t.made) {
 		err = errors.Join(err, t.root.Chmod(d.name, d.mode), t.root.Chtimes(d.name, d.at, d.at))
@@ -208,15 +208,15 @@ func (t *tree) finish() (err error) {
 	return err
 }
 
-// umask is that of this process. No file is made at the same time.
+// umask returns the umask of this process. No file may be created at the same time.
 func umask() fs.FileMode {
 	mask := syscall.Umask(0o077)
 	syscall.Umask(mask)
 	return fs.FileMode(mask)
 }
 
-// makeDir makes a directory, and notes it by another name if it is new. One that is there keeps its mode; if nothing could be written to
-// it, after that.
+// makeDir creates a directory, and adds it to t.made as noted. An existing directory keeps its mode; if the mode prevents writing into it,
+// finish restores the mode afterwards.
 func (t *tree) makeDir(root *os.Root, name string, h *tar.Header, noted string) error {
 	mode := fs.FileMode(h.Mode) & 0o777 &^ t.mask
 	there, err := root.Stat(name)
@@ -237,7 +237,7 @@ func (t *tree) makeDir(root *os.Root, name string, h *tar.Header, noted string) 
 	return nil
 }
 
-// below is a name of a tar below its base.
+// below returns the path below base of a name in a tar, and reports whether it is there.
 func below(name, base string) (string, bool) {
 	name = path.Clean(name)
 	if base = path.Clean(base); base != "." {
@@ -250,21 +250,21 @@ func below(name, base string) (string, bool) {
 	return name, name == "." || filepath.IsLocal(name)
 }
 
-// put writes one entry. What is there is replaced, not written to: it may be a link, or a file that is another one, too.
+// put writes one entry. An existing file is replaced, never written to: it may be a link, or a hard link of another file.
 func (t *tree) put(in archive, h *tar.Header, name, base string, warn io.Writer) error {
 	if h.Typeflag == tar.TypeDir {
 		return t.makeDir(t.root, name, h, name)
 	}
 	if h.Typeflag != tar.TypeReg && h.Typeflag != tar.TypeSymlink && h.Typeflag != tar.TypeLink {
 		fmt.Fprintf(warn, "soulbox: %s is neither file, directory nor link, and is left out\n",
-			names.Show(h.Name)) // nobody else can be told
+			names.Show(h.Name)) // best effort
 		return nil
 	}
 	if err := t.root.MkdirAll(path.Dir(name), 0o755); err != nil {
 		return err
 	}
 	if there, err := t.root.Lstat(name); err == nil && there.IsDir() {
-		return fmt.Errorf("%s is a directory here, and none in the sandbox", filepath.Join(t.root.Name(), name))
+		return fmt.Errorf("%s is a directory here, but not in the sandbox", filepath.Join(t.root.Name(), name))
 	}
 	if err := t.root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err

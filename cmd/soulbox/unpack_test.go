@@ -13,7 +13,7 @@ import (
 	"testing"
 )
 
-// TestUnpackHostile: nothing that a sandbox sends is written beside what was asked for.
+// TestUnpackHostile: nothing that a sandbox sends is written outside of what was asked for.
 func TestUnpackHostile(t *testing.T) {
 	file := func(name string) *tar.Header {
 		return &tar.Header{Name: name, Typeflag: tar.TypeReg, Mode: 0o4755, Size: 1}
@@ -50,7 +50,7 @@ func TestUnpackHostile(t *testing.T) {
 			if err := os.Mkdir(filepath.Join(root, "in"), 0o755); err != nil {
 				t.Fatal(err)
 			}
-			if headers[0].Name != "dir" { // as honest ones begin
+			if headers[0].Name != "dir" { // as honest tars begin
 				var whole bytes.Buffer
 				first := tar.NewWriter(&whole)
 				if err := errors.Join(first.WriteHeader(&tar.Header{Name: "dir/", Typeflag: tar.TypeDir, Mode: 0o755}),
@@ -75,8 +75,7 @@ func TestUnpackHostile(t *testing.T) {
 	}
 }
 
-// copied is a tar of what "dir" or "file" is made of: a name with / at its end is a directory, one with -> a link, others are files of one
-// byte.
+// copied returns a tar of files of one byte, with these names; a name that ends in / is a directory, one with -> a link.
 func copied(t *testing.T, mode int64, names ...string) io.Reader {
 	t.Helper()
 	var text bytes.Buffer
@@ -101,7 +100,7 @@ func copied(t *testing.T, mode int64, names ...string) io.Reader {
 	return &text
 }
 
-// TestUnpackPlanted: what an earlier copy has brought leads no later one out of the destination.
+// TestUnpackPlanted: what an earlier copy has brought cannot lead a later copy out of the destination.
 func TestUnpackPlanted(t *testing.T) {
 	home, here := t.TempDir(), t.TempDir()
 	for name, copies := range map[string][][]string{
@@ -131,7 +130,7 @@ func TestUnpackPlanted(t *testing.T) {
 	}
 }
 
-// TestUnpackAgain: the same copy works twice, of what may not be written to, too; what was there keeps its mode, and what is new obeys the
+// TestUnpackAgain: the same copy works twice, even of read-only files; existing directories keep their mode, and new entries obey the
 // umask.
 func TestUnpackAgain(t *testing.T) {
 	here := t.TempDir()
@@ -186,13 +185,13 @@ func TestUnpackAgain(t *testing.T) {
 	}
 }
 
-// TestPlaceOf: a destination is what its user has named, or in it.
+// TestPlaceOf: a destination is the path that the user named, or in it.
 func TestPlaceOf(t *testing.T) {
 	t.Chdir(t.TempDir())
 	if err := errors.Join(os.Mkdir("d", 0o755), os.WriteFile("f", nil, 0o644)); err != nil {
 		t.Fatal(err)
 	}
-	for to, want := range map[string][2]string{ // of a thing called base, and of its contents
+	for to, want := range map[string][2]string{ // for a thing called base, and for its content
 		"d": {"d base", "d ."}, "d/": {"d/ base", "d/ ."}, ".": {". base", ". ."}, "f": {". f", ""}, "new": {". new", ". new"},
 		"new/":  {". new/", ". new/"},
 		"new/.": {". new/", ". new/"}, "d/new/.": {"d new/", "d new/"}, "": {"", ""}, "new/..": {"", ""}, "d/..": {"d/.. base", "d/.. ."},
@@ -213,7 +212,7 @@ func TestPlaceOf(t *testing.T) {
 	}
 }
 
-// TestUnpackBroken: a copy that is broken off leaves no directory of the user's with another mode.
+// TestUnpackBroken: a copy that is cut off leaves no directory of the user's with another mode.
 func TestUnpackBroken(t *testing.T) {
 	here := t.TempDir()
 	if err := errors.Join(os.Mkdir(filepath.Join(here, "dir"), 0o700), os.Chmod(filepath.Join(here, "dir"), 0o500)); err != nil {
