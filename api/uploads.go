@@ -19,7 +19,7 @@ import (
 
 var filesHash = regexp.MustCompile(`^[0-9a-zA-Z]{16,128}$`)
 
-// fileLink says whether files of a build are here, and where they can be sent to.
+// fileLink answers whether the server has the files of a build, and with a URL to send them to.
 func (c *Control) fileLink(r *call) error {
 	hash := r.PathValue("hash")
 	if !filesHash.MatchString(hash) {
@@ -40,7 +40,7 @@ func (c *Control) fileLink(r *call) error {
 	return r.answer(http.StatusCreated, out)
 }
 
-// sign makes the proof of an upload: who has it sends files of that name to that owner's builds, until then.
+// sign makes the signature of an upload URL. Its holder can send files of that name for that owner's builds until the given time.
 func (c *Control) sign(parts ...string) string {
 	mac := hmac.New(sha256.New, []byte(c.secret))
 	for _, p := range parts {
@@ -49,7 +49,7 @@ func (c *Control) sign(parts ...string) string {
 	return hex.EncodeToString(mac.Sum(nil))
 }
 
-// upload takes files of a build.
+// upload stores the files of a build.
 func (c *Control) upload(w http.ResponseWriter, r *http.Request) {
 	q := r.URL.Query()
 	owner, until := q.Get("owner"), q.Get("until")
@@ -78,7 +78,7 @@ func (c *Control) upload(w http.ResponseWriter, r *http.Request) {
 // maxDockerfile bounds the text of a Dockerfile, in bytes.
 const maxDockerfile = 1 << 20
 
-// buildDockerfile begins a build that was announced: of a Dockerfile and of files that were sent.
+// buildDockerfile starts an announced build, with a Dockerfile and files that were sent before.
 func (c *Control) buildDockerfile(r *call) error {
 	var body client.NewBuild
 	if err := r.body(&body); err != nil {
@@ -105,7 +105,7 @@ func (c *Control) buildDockerfile(r *call) error {
 	return r.done(http.StatusAccepted)
 }
 
-// sendContext takes the files of a build: a tar, which may be compressed.
+// sendContext stores the files of a build: a tar, which may be compressed.
 func (c *Control) sendContext(r *call) error {
 	hash := r.PathValue("hash")
 	if !filesHash.MatchString(hash) {
@@ -119,7 +119,7 @@ func (c *Control) sendContext(r *call) error {
 	return r.done(http.StatusCreated)
 }
 
-// hasContext says whether files of a build are here.
+// hasContext answers whether the server has the files of a build.
 func (c *Control) hasContext(r *call) error {
 	if hash := r.PathValue("hash"); !filesHash.MatchString(hash) || !c.Store.HasUpload(r.owner, hash) {
 		return refuse(http.StatusNotFound, "they are not here")
