@@ -76,7 +76,7 @@ func findSources(etc, codename string) ([]aptSource, error) {
 			strings.HasSuffix(s.suite, "-proposed")
 	})
 	if len(all) == 0 {
-		return nil, fmt.Errorf("the apt of this machine has no source of %q; name a mirror by --mirror and --suite", codename)
+		return nil, fmt.Errorf("apt on this machine has no source for %q; name a mirror by --mirror and --suite", codename)
 	}
 	for i := range all {
 		if all[i].keyring == "" {
@@ -203,7 +203,7 @@ func (a archive) get(ctx context.Context, address string, limit int64) ([]byte, 
 func (a archive) packages(ctx context.Context, s aptSource) ([]aptPackage, error) {
 	base, err := url.Parse(s.uri)
 	if err != nil || base.Scheme != "http" && base.Scheme != "https" {
-		return nil, fmt.Errorf("the source %q is none of http or https; name a mirror by --mirror", s.uri)
+		return nil, fmt.Errorf("the source %q is neither http nor https; name a mirror by --mirror", s.uri)
 	}
 	suite := base.JoinPath("dists", s.suite)
 	release, err := a.get(ctx, suite.JoinPath("InRelease").String(), maxRelease)
@@ -219,7 +219,7 @@ func (a archive) packages(ctx context.Context, s aptSource) ([]aptPackage, error
 		return nil, fmt.Errorf("%s: its InRelease is empty", suite)
 	}
 	if until, err := time.Parse(time.RFC1123, fields[0]["valid-until"]); err == nil && time.Now().After(until) {
-		return nil, fmt.Errorf("%s: its InRelease was valid until %s only; use another mirror, or set the clock", suite,
+		return nil, fmt.Errorf("%s: its InRelease expired at %s; use another mirror, or set the clock", suite,
 			until.Format(time.RFC3339))
 	}
 	name := path.Join("main", "binary-"+debArch(), "Packages.xz")
@@ -278,7 +278,7 @@ func verify(text []byte, keyring string) ([]byte, error) {
 	}
 	if _, err := openpgp.CheckDetachedSignature(keys, bytes.NewReader(block.Bytes), block.ArmoredSignature.Body,
 		&packet.Config{}); err != nil {
-		return nil, fmt.Errorf("the signature of its InRelease is not good: %w", err)
+		return nil, fmt.Errorf("check the signature of its InRelease: %w", err)
 	}
 	return block.Plaintext, nil
 }

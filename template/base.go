@@ -52,7 +52,7 @@ func (b *Builder) BuildBase(ctx context.Context, o BaseOptions) (Built, error) {
 	o.Name = cmp.Or(o.Name, BaseName)
 	extra, ok := variants[o.Variant]
 	if !ok {
-		return Built{}, fmt.Errorf("there is no variant %q; there are node and python", o.Variant)
+		return Built{}, fmt.Errorf("there is no variant %q; the variants are node and python", o.Variant)
 	}
 	if o.Variant != "" && o.Name == BaseName {
 		o.Name = o.Variant
@@ -118,7 +118,7 @@ func (b *Builder) distribution(ctx context.Context, o BaseOptions) (Manifest, er
 		return Manifest{}, err
 	}
 	if m, err := b.Store.Get("", name); err == nil && o.Mirror == "" && o.Keyring == "" {
-		o.Say("using the template %s, which is there already", name)
+		o.Say("using the template %s, which exists already", name)
 		return m, nil
 	}
 	return b.bootstrap(ctx, name, sources, o.Say)
@@ -374,7 +374,7 @@ func debData(body []byte) (io.Reader, error) {
 	r := bufio.NewReader(bytes.NewReader(body))
 	magic := make([]byte, 8)
 	if _, err := io.ReadFull(r, magic); err != nil || string(magic) != "!<arch>\n" {
-		return nil, errors.New("it is no package")
+		return nil, errors.New("it is not a package")
 	}
 	for {
 		head := make([]byte, 60)

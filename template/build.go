@@ -42,7 +42,7 @@ func (b *Builder) MayName(owner string, names ...string) error {
 	}
 	mine := slices.DeleteFunc(list, func(m Manifest) bool { return m.Owner != owner || slices.Contains(names, m.Name) })
 	if len(mine)+len(names) > maxTemplates {
-		return fmt.Errorf("you have %d templates, the most one may have; delete one: %w", len(mine), sandbox.ErrTooMany)
+		return fmt.Errorf("you have %d templates, which is the limit; delete one: %w", len(mine), sandbox.ErrTooMany)
 	}
 	return nil
 }
@@ -172,7 +172,7 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 	defer j.end()
 	done, err := j.wait(ctx, access.Builds, 1)
 	if err != nil {
-		return Built{}, fmt.Errorf("build %s: it waits for its turn: %w", req.Name, err)
+		return Built{}, fmt.Errorf("build %s: wait for its turn: %w", req.Name, err)
 	}
 	defer done()
 	plan, err := j.parse(ctx, req)

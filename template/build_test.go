@@ -247,12 +247,12 @@ func TestDockerfileErrors(t *testing.T) {
 		"FROM mini\nCOPY main.g /\n":               `line 2: COPY main.g /: "main.g": file does not exist; / of it has main.go`,
 		"FROM mini\nCOPY lib/*.rs /\n":             `"lib/*.rs": file does not exist; /lib of it has`,
 		"FROM mini\nCOPY --chown=nouser a.txt /\n": `--chown=nouser: there is no "nouser" in /etc/passwd`,
-		"FROM mini\nCOPY --chmod=abc a.txt /\n":    "--chmod=abc is no mode",
+		"FROM mini\nCOPY --chmod=abc a.txt /\n":    "--chmod=abc is not a mode",
 		"FROM mini\nUSER nobodyx\nRUN true\n":      `USER nobodyx: there is no "nobodyx" in /etc/passwd`,
 		"FROM mini\nRUN echo why; echo because >&2; exit 7\n": "line 2: RUN echo why; echo because >&2; exit 7: exit code 7\nThe last " +
 			"lines of its output:\nwhy\nbecause",
 		"FROM mini\nRUN [\"/nothere\"]\n": "line 2: ",
-		"FROM mini\nEXPOSE 99999\n":       `"99999" is no port`,
+		"FROM mini\nEXPOSE 99999\n":       `"99999" is not a port`,
 		"FROM mini\nRUN kill -9 $$\n":     "it was ended by SIGKILL",
 	} {
 		_, _, err := w.try(t.Context(), BuildRequest{Name: "wrong", Dockerfile: dockerfile},
@@ -287,8 +287,8 @@ func TestBuildLimits(t *testing.T) {
 	for command, want := range map[string]string{
 		"yes | head -c 50000000":                        "",
 		"head -c 200000000 /dev/zero > /big":            "no room: more needed, 0 MB free of the 64 MB of disk of this build's sandbox",
-		"a=x; while :; do a=$a$a; done":                 "more memory than it may",
-		"for i in $(seq 500); do sleep 60 & done; wait": "more processes than it may",
+		"a=x; while :; do a=$a$a; done":                 "exceeded its memory limit",
+		"for i in $(seq 500); do sleep 60 & done; wait": "exceeded its limit of processes",
 		"sleep 1000": "the build took longer than 5s",
 	} {
 		req := BuildRequest{Name: "limits", Dockerfile: "FROM mini\nRUN " + command + "\n", Limits: limits}

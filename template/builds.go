@@ -112,7 +112,7 @@ func (s *Builds) Announce(req BuildRequest, others ...string) (*Announced, error
 		delete(s.byID, old.ID)
 	}
 	if open >= maxWaiting {
-		return nil, fmt.Errorf("%d builds of yours wait or are under way: %w", open, sandbox.ErrTooMany)
+		return nil, fmt.Errorf("%d of your builds wait or run: %w", open, sandbox.ErrTooMany)
 	}
 	s.byID[b.ID] = b
 	return b, nil

@@ -108,7 +108,7 @@ func (s *Store) ContextFiles(ctx context.Context, owner string, texts map[string
 	for name, text := range texts {
 		clean := path.Clean("/" + name)
 		if clean == "/" || strings.HasSuffix(name, "/") {
-			return nil, fmt.Errorf("build context: %q is no name of a file: %w", clip(name), sandbox.ErrInvalid)
+			return nil, fmt.Errorf("build context: %q is not a file name: %w", clip(name), sandbox.ErrInvalid)
 		}
 		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: clean[1:], Mode: 0o644, Size: int64(len(text))}); err != nil {
 			return nil, fmt.Errorf("build context: %q: %w", clip(name), err)

@@ -75,7 +75,7 @@ func (s *stageRun) put(ctx context.Context, c copying, files *Files, all []picke
 	mode := int64(-1)
 	if c.chmod != "" {
 		if mode, err = strconv.ParseInt(c.chmod, 8, 32); err != nil || mode < 0 || mode > 0o7777 {
-			return fmt.Errorf("--chmod=%s is no mode; write it as an octal number, such as 755", clip(c.chmod))
+			return fmt.Errorf("--chmod=%s is not a mode; write it as an octal number, such as 755", clip(c.chmod))
 		}
 	}
 	dest := s.absolute(c.DestPath)

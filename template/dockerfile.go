@@ -204,7 +204,7 @@ func (p *plan) stage(s instructions.Stage, index int) (stage, error) {
 		return st, err
 	}
 	if st.base == "" {
-		return st, &SyntaxError{Line: st.line, Message: fmt.Sprintf("FROM %s names nothing, as its variable is empty", s.BaseName),
+		return st, &SyntaxError{Line: st.line, Message: fmt.Sprintf("FROM %s names nothing, because its variable is empty", s.BaseName),
 			Hint: "give the ARG a default before the first FROM"}
 	}
 	platform, err := expand(s.Platform)
@@ -327,7 +327,7 @@ func supported(cmd instructions.Command) error {
 		for _, flag := range c.FlagsUsed {
 			if flag != "mount" {
 				return refuse("RUN --"+flag+" is not supported",
-					"leave it out: a build has the network that it is given as a whole, and no privileges")
+					"leave it out: the network is set for the whole build, and a build has no privileges")
 			}
 		}
 		// A mount's type may hold variables, whose values are not known yet. Types without variables are checked now.
@@ -346,12 +346,12 @@ func supported(cmd instructions.Command) error {
 			}
 		}
 		if len(c.ExcludePatterns) > 0 || c.Checksum != "" || c.KeepGitDir != nil {
-			return refuse("ADD --exclude, --checksum and --keep-git-dir are not supported", "name what is not to be there in .dockerignore")
+			return refuse("ADD --exclude, --checksum and --keep-git-dir are not supported", "name the files to leave out in .dockerignore")
 		}
 	case *instructions.CopyCommand:
 		if len(c.ExcludePatterns) > 0 || c.Parents {
 			return refuse("COPY --exclude and --parents are not supported",
-				"name what is not to be there in .dockerignore, and the directories one by one")
+				"name the files to leave out in .dockerignore, and copy the directories one by one")
 		}
 	case *instructions.WorkdirCommand:
 		if strings.Contains(path.Clean(c.Path), "\x00") {

@@ -41,7 +41,7 @@ func (e *expansion) words(lex *shell.Lex, word string, vars pairs) ([]string, er
 func (e *expansion) add(word string, size int, values *bounded, err error) error {
 	switch {
 	case values.over && values.left > 0:
-		return fmt.Errorf("%q puts too much in the place of too much; write it with shorter values, or do it in a RUN", clip(word))
+		return fmt.Errorf("%q replaces too much text; use shorter values, or do it in a RUN", clip(word))
 	case values.over || size > max(maxValue, len(word)):
 		return fmt.Errorf("%q has more than %d KB with the values of its variables; write it shorter, or keep the text in a file",
 			clip(word), maxValue>>10)

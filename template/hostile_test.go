@@ -54,7 +54,7 @@ func TestExpansion(t *testing.T) {
 		"in all":         {"FROM scratch\nARG a=" + value + "\n" + many("ENV b%d=$a\n", 20), "longer; use shorter values"},
 		"EXPOSE":         {"FROM scratch\nARG a=\"" + strings.Repeat("1 ", 30<<10) + "\"\nEXPOSE $a$a\n", "line 3: "},
 		"replaced":       {"FROM scratch\nARG a=" + value + "\nENV b=${a//x/" + strings.Repeat("y", 60<<10) + "}\n", "line 3: "},
-		"replaced in it": {"FROM scratch\nARG a=" + value[:1000] + "\nENV b=${a//x/${a//x/${a//x/xxxx}}}\n", "puts too much in the place"},
+		"replaced in it": {"FROM scratch\nARG a=" + value[:1000] + "\nENV b=${a//x/${a//x/${a//x/xxxx}}}\n", "replaces too much text"},
 		"instructions":   {"FROM scratch\n" + many("USER u%d\n", maxInstructions+1), "at most 2000 are possible"},
 		"stages":         {many("FROM scratch AS s%d\n", maxInstructions+1), "at most 2000 are possible"},
 		"variables":      {"FROM scratch\n" + many("ARG a%d\n", maxVariables+1), "at most 1000 are possible"},

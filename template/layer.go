@@ -122,7 +122,7 @@ func (l layer) entry(h *tar.Header, from io.Reader) error {
 		return nil
 	}
 	if strings.IndexByte(name, 0) >= 0 || strings.Count(name, "/") >= maxDepth {
-		return fmt.Errorf("%w: it is no path", ErrLayer)
+		return fmt.Errorf("%w: its name is not a path", ErrLayer)
 	}
 	parent, err := l.dir(path.Dir(name))
 	if err != nil {
@@ -230,7 +230,7 @@ func (l layer) node(h *tar.Header, from io.Reader, old *erofs.Node) (*erofs.Node
 	case tar.TypeLink:
 		target, err := l.find(h.Linkname)
 		if err != nil || target.IsDir() {
-			return nil, fmt.Errorf("%w: a hard link to %q, which is no file of it", ErrLayer, clip(h.Linkname))
+			return nil, fmt.Errorf("%w: a hard link to %q, which is not one of its files", ErrLayer, clip(h.Linkname))
 		}
 		return target, nil
 	case tar.TypeFifo:

@@ -96,7 +96,7 @@ func decompress(ctx context.Context, p payer, f io.ReadCloser, mediaType string)
 	case strings.HasSuffix(mediaType, ".tar"):
 		return f, nil
 	}
-	return nil, fmt.Errorf("%w: its kind %q is none that can be read", ErrLayer, mediaType)
+	return nil, fmt.Errorf("%w: its media type %q cannot be read", ErrLayer, mediaType)
 }
 
 // atMost fails if there are more than left bytes to read.

@@ -79,7 +79,7 @@ func (s *Store) Pull(ctx context.Context, m Manifest, reference string) (_ Manif
 func (j *job) pull(ctx context.Context, reference string, by http.RoundTripper) (Manifest, error) {
 	ref, err := name.ParseReference(reference)
 	if err != nil {
-		return Manifest{}, fmt.Errorf("image %q: it is no name of an image: %w", clip(reference), sandbox.ErrInvalid)
+		return Manifest{}, fmt.Errorf("image %q: it is not the name of an image: %w", clip(reference), sandbox.ErrInvalid)
 	}
 	img, err := remote.Image(ref, remote.WithContext(ctx), remote.WithAuthFromKeychain(authn.DefaultKeychain),
 		remote.WithPlatform(platform), remote.WithTransport(by))
@@ -100,7 +100,7 @@ func pullError(ref name.Reference, err error) error {
 	var lost net.Error
 	switch {
 	case errors.As(err, &refused) && (refused.StatusCode == http.StatusUnauthorized || refused.StatusCode == http.StatusForbidden):
-		return fmt.Errorf("image %s: %s wants other credentials, or has no such image; log in with docker login: %w", ref,
+		return fmt.Errorf("image %s: %s requires other credentials, or has no such image; log in with docker login: %w", ref,
 			ref.Context().RegistryStr(), ErrPull)
 	case errors.As(err, &refused) && refused.StatusCode == http.StatusNotFound:
 		return fmt.Errorf("image %s: %s has no such image: %w", ref, ref.Context().RegistryStr(), ErrPull)
@@ -122,7 +122,7 @@ func (j *job) take(ctx context.Context, img v1.Image) (Manifest, error) {
 		return Manifest{}, err
 	}
 	if config.Architecture != "" && config.Architecture != runtime.GOARCH || config.OS != "" && config.OS != "linux" {
-		return Manifest{}, fmt.Errorf("it is of %s/%s, and this machine is linux/%s: %w", config.OS, config.Architecture, runtime.GOARCH,
+		return Manifest{}, fmt.Errorf("it is for %s/%s, but this machine is linux/%s: %w", config.OS, config.Architecture, runtime.GOARCH,
 			sandbox.ErrInvalid)
 	}
 	layers, err := img.Layers()
@@ -332,7 +332,7 @@ func (s *Store) oci(m Manifest) (v1.Image, error) {
 func (s *Store) Push(ctx context.Context, m Manifest, reference string) (string, error) {
 	ref, err := name.ParseReference(reference)
 	if err != nil {
-		return "", fmt.Errorf("image %q: it is no name of an image: %w", clip(reference), sandbox.ErrInvalid)
+		return "", fmt.Errorf("image %q: it is not the name of an image: %w", clip(reference), sandbox.ErrInvalid)
 	}
 	img, err := s.oci(m)
 	if err != nil {
@@ -359,7 +359,7 @@ func (s *Store) Export(m Manifest, to string) error {
 		return tarball.WriteToFile(to, tag, img)
 	}
 	if exists(to) {
-		return fmt.Errorf("export: %s is there already", to)
+		return fmt.Errorf("export: %s exists already", to)
 	}
 	p, err := layout.Write(to, nothing.Index)
 	if err != nil {

@@ -121,7 +121,7 @@ func TestPullErrors(t *testing.T) {
 	}
 	for ref, want := range map[string]string{
 		host + "/nothere:1":   "has no such image",
-		host + "/private/x:1": "wants other credentials",
+		host + "/private/x:1": "requires other credentials",
 		"127.0.0.1:1/x:1":     "cannot be reached",
 	} {
 		if _, err := store.Pull(t.Context(), Manifest{Name: "pulled"}, ref); !errors.Is(err, ErrPull) ||

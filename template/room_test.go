@@ -18,7 +18,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// again returns a command that runs the test once more in another process; the environment holds what is said to it.
+// again returns a command that runs the test once more in another process, which finds said in the environment variable againVar.
 func again(t *testing.T, said string) *exec.Cmd {
 	cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.count=1")
 	cmd.Env = append(os.Environ(), againVar+"="+said)

@@ -192,9 +192,9 @@ func (s *stageRun) ifFull(ctx context.Context, err error, tail string) error {
 func howEnded(p agent.Process) error {
 	switch {
 	case p.Cause == agent.CauseOOM:
-		return errors.New("it was killed as it used more memory than it may; give the build more memory")
+		return errors.New("it was killed because it exceeded its memory limit; give the build more memory")
 	case p.LimitHit:
-		return fmt.Errorf("exit code %d; it started more processes than it may", p.ExitCode)
+		return fmt.Errorf("exit code %d; it exceeded its limit of processes", p.ExitCode)
 	case p.Signal != "":
 		return fmt.Errorf("it was ended by %s", p.Signal)
 	}

@@ -247,7 +247,7 @@ func (s *stageRun) expose(c *instructions.ExposeCommand) error {
 			from, err := strconv.ParseUint(first, 10, 16)
 			to, lastErr := strconv.ParseUint(cmp.Or(last, first), 10, 16)
 			if err != nil || lastErr != nil || to < from || protocol != "tcp" && protocol != "udp" && protocol != "sctp" {
-				return fmt.Errorf("%q is no port; write a number up to 65535, such as 8080 or 8080/udp", clip(word))
+				return fmt.Errorf("%q is not a port; write a number up to 65535, such as 8080 or 8080/udp", clip(word))
 			}
 			for n := from; n <= to; n++ {
 				s.config.ExposedPorts[fmt.Sprintf("%d/%s", n, protocol)] = struct{}{}

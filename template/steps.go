@@ -170,7 +170,7 @@ func (s Step) check() error {
 	}
 	for n := 0; s.Type == "ENV" && n < len(s.Args); n += 2 {
 		if strings.ContainsAny(s.Args[n], " \t\r\n=\"'\\$#") || s.Args[n] == "" {
-			return fmt.Errorf("%q is no name of a variable", clip(s.Args[n]))
+			return fmt.Errorf("%q is not the name of a variable", clip(s.Args[n]))
 		}
 	}
 	for _, a := range s.Args {

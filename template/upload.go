@@ -71,7 +71,7 @@ func (s *Store) roomForUploads(owner string) (int64, error) {
 func (s *Store) OpenUpload(ctx context.Context, owner, name string) (*Files, error) {
 	f, err := os.Open(s.uploadFile(owner, name))
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("the files %s were not sent, or too long ago; send them again: %w", clip(name), sandbox.ErrInvalid)
+		return nil, fmt.Errorf("the files %s were not sent, or have expired; send them again: %w", clip(name), sandbox.ErrInvalid)
 	}
 	if err != nil {
 		return nil, err

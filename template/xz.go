@@ -23,7 +23,7 @@ type xzReader struct {
 	block   int64 // bytes of the block so far, for its padding
 }
 
-var errXZ = errors.New("it is not what xz writes")
+var errXZ = errors.New("it is not a valid xz file")
 
 // Read implements io.Reader.
 func (x *xzReader) Read(p []byte) (int, error) {
@@ -109,7 +109,7 @@ func (x *xzReader) blockHeader() error {
 		fields = fields[n:]
 	}
 	if head[0]&0x3f != 0 || len(fields) < 3 || fields[0] != 0x21 || fields[1] != 1 {
-		return errors.New("it is compressed by xz with other filters than LZMA2; compress it without")
+		return errors.New("it is compressed by xz with filters other than LZMA2; compress it without them")
 	}
 	window, err := lzma.DecodeDictCap(fields[2])
 	if err != nil {
