@@ -47,7 +47,7 @@ func (s startRequest) from(c *Control, owner string) (from template.From, err er
 	switch {
 	case given(s.Registry):
 		return from, refuse(http.StatusNotImplemented,
-			"this server pulls with the operator's credentials alone: 'soulbox-mcp template pull' makes a template of a private image")
+			"this server pulls only with the operator's credentials: 'soulbox-mcp template pull' makes a template from a private image")
 	case s.FromTemplate != "" && s.FromImage != "":
 		return from, refuse(http.StatusBadRequest, "give fromImage or fromTemplate, not both")
 	case s.FromTemplate != "":
@@ -87,7 +87,7 @@ func (c *Control) startBuild(r *call) error {
 		step := template.Step{Type: s.Type, Args: s.Args, Anew: s.Force}
 		if s.FilesHash != "" {
 			if !filesHash.MatchString(s.FilesHash) {
-				return refuse(http.StatusBadRequest, "step %d: %.40q is no hash of files", i+1, s.FilesHash)
+				return refuse(http.StatusBadRequest, "step %d: %.40q is not a hash of files", i+1, s.FilesHash)
 			}
 			step.Files = strings.ToLower("files-" + s.FilesHash)
 			sent = append(sent, s.FilesHash)

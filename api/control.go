@@ -203,7 +203,7 @@ func (c *Control) handler(do func(*call) error) http.Handler {
 func tooOld(h http.Header) error {
 	if own := h.Get(client.APIHeader); own != "" {
 		if v, err := strconv.Atoi(own); err != nil || v < client.Oldest {
-			return refuse(http.StatusBadRequest, "this server speaks version %d of the API, and nothing older than %d: update your soulbox",
+			return refuse(http.StatusBadRequest, "this server speaks version %d of the API, and none older than %d: update your soulbox",
 				client.API, client.Oldest)
 		}
 	}
@@ -315,7 +315,7 @@ func (r *call) body(to any) error {
 		return nil
 	}
 	if err := wholenum.Unmarshal(text, to); err != nil {
-		return refuse(http.StatusBadRequest, "the body is not the JSON object that is wanted: %v", err)
+		return refuse(http.StatusBadRequest, "the body is not the expected JSON object: %v", err)
 	}
 	return nil
 }

@@ -72,7 +72,7 @@ func (n newSandbox) options(c *Control, owner string, life int64) (o sandbox.Cre
 	}
 	if saved && (n.Network == nil && n.Internet == nil || !snap.Network.On()) {
 		if n.Network != nil && (len(n.Network.AllowOut) > 0 || len(n.Network.DenyOut) > 0) || n.Internet != nil && *n.Internet {
-			return o, refuse(http.StatusBadRequest, "snapshot %q was made of a sandbox without a network, so what begins from it has none",
+			return o, refuse(http.StatusBadRequest, "snapshot %q was made from a sandbox without a network, so its sandboxes have none",
 				o.Template)
 		}
 		return o, nil // the network stays as it was saved

@@ -271,7 +271,7 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 	leave, ok := g.visitors.enter(r.RemoteAddr)
 	if !ok {
 		failure{SandboxID: id, Code: http.StatusServiceUnavailable,
-			Message: fmt.Sprintf("Your address has %d requests and tunnels here, the most one may have; close some", maxVisitor)}.write(w,
+			Message: fmt.Sprintf("Your address has %d open requests and tunnels, which is the limit; close some", maxVisitor)}.write(w,
 			r)
 		return
 	}
@@ -299,7 +299,7 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 	if !open || !public {
 		secret := sb.TrafficToken()
 		if !g.admits(r, secret) {
-			failure{SandboxID: id, Code: http.StatusForbidden, Message: "This port needs the sandbox' traffic token, as header " +
+			failure{SandboxID: id, Code: http.StatusForbidden, Message: "This port needs the sandbox's traffic token, as header " +
 				TokenHeader + " or in the URL that port_expose gave"}.write(w, r)
 			return
 		}
@@ -467,9 +467,9 @@ func (g *Gateway) proxy(sb *sandbox.Sandbox, port int) *httputil.ReverseProxy {
 			case errors.As(err, &full):
 				f.Code, f.Message = http.StatusServiceUnavailable, full.Error()
 			case errors.Is(err, sandbox.ErrBusy):
-				f.Code, f.Message = http.StatusServiceUnavailable, "The sandbox has as many connections as it may have"
+				f.Code, f.Message = http.StatusServiceUnavailable, "The sandbox has reached its limit of connections"
 			case !errors.Is(err, sandbox.ErrNothingListens):
-				f.Message = "The server on this port of the sandbox broke off"
+				f.Message = "The server on this port of the sandbox closed the connection"
 			}
 			f.write(w, r)
 		},

@@ -30,7 +30,7 @@ func (n *network) egress(internet *bool, none bool) (sandbox.Network, error) {
 		n = &network{}
 	}
 	if given(n.EgressProxy) {
-		return sandbox.Network{}, refuse(http.StatusNotImplemented, "network.egressProxy: this server knows no proxies of others")
+		return sandbox.Network{}, refuse(http.StatusNotImplemented, "network.egressProxy: this server does not support egress proxies")
 	}
 	if given(n.Rules) && string(n.Rules) != "{}" {
 		return sandbox.Network{}, refuse(http.StatusNotImplemented,

@@ -46,7 +46,7 @@ func (c *Control) metrics(r *call) error {
 		return err
 	}
 	if until != 0 && until < from {
-		return refuse(http.StatusBadRequest, "the end of the time is before its start")
+		return refuse(http.StatusBadRequest, "the end is before the start")
 	}
 	sb.Refresh(r.Context())
 	samples, err := sb.Samples(unix(from), unix(until))

@@ -210,7 +210,7 @@ func metadataQuery(text string) (map[string]string, error) {
 		out[key] = value
 	}
 	if err != nil {
-		return nil, refuse(http.StatusBadRequest, "metadata is no list of key=value pairs: %v", err)
+		return nil, refuse(http.StatusBadRequest, "metadata is not a list of key=value pairs: %v", err)
 	}
 	return out, nil
 }

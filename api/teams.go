@@ -46,7 +46,7 @@ func (c *Control) teamMetrics(r *call) error {
 		return err
 	}
 	if until != 0 && until < from {
-		return refuse(http.StatusBadRequest, "the end of the time is before its start")
+		return refuse(http.StatusBadRequest, "the end is before the start")
 	}
 	m, err := c.teamNow(r)
 	if err != nil {

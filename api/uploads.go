@@ -23,7 +23,7 @@ var filesHash = regexp.MustCompile(`^[0-9a-zA-Z]{16,128}$`)
 func (c *Control) fileLink(r *call) error {
 	hash := r.PathValue("hash")
 	if !filesHash.MatchString(hash) {
-		return refuse(http.StatusBadRequest, "%.40q is no hash of files", hash)
+		return refuse(http.StatusBadRequest, "%.40q is not a hash of files", hash)
 	}
 	out := map[string]any{"present": c.Store.HasUpload(r.owner, hash)}
 	base := c.URL
@@ -56,7 +56,7 @@ func (c *Control) upload(w http.ResponseWriter, r *http.Request) {
 	last, err := strconv.ParseInt(until, 10, 64)
 	if want := c.sign(owner, r.PathValue("id"), r.PathValue("hash"), until); err != nil ||
 		!hmac.Equal([]byte(want), []byte(q.Get("signature"))) || time.Now().Unix() > last {
-		c.fail(w, r, refuse(http.StatusForbidden, "the URL is not valid, or not any more; ask for another one"))
+		c.fail(w, r, refuse(http.StatusForbidden, "the URL is invalid or has expired; request another one"))
 		return
 	}
 	release, err := takeRequest(r.Context(), c.Manager, owner, agent.FileBuffers)
@@ -94,7 +94,8 @@ func (c *Control) buildDockerfile(r *call) error {
 			maxDockerfile)
 	}
 	if body.Context != "" && !c.Store.HasUpload(r.owner, body.Context) {
-		return refuse(http.StatusBadRequest, "the files %.20s… of the build are not here, or not any more: send them again", body.Context)
+		return refuse(http.StatusBadRequest, "the files %.20s… of the build are not on this server, or have expired: send them again",
+			body.Context)
 	}
 	req := b.Request
 	req.Dockerfile, req.Filtered, req.Args, req.Target, req.NoCache = body.Dockerfile, body.Filtered, body.Args, body.Target, body.NoCache
@@ -109,7 +110,7 @@ func (c *Control) buildDockerfile(r *call) error {
 func (c *Control) sendContext(r *call) error {
 	hash := r.PathValue("hash")
 	if !filesHash.MatchString(hash) {
-		return refuse(http.StatusBadRequest, "%.40q is no hash of files", hash)
+		return refuse(http.StatusBadRequest, "%.40q is not a hash of files", hash)
 	}
 	idle := envd.NewIdle(r.w, bodyTime)
 	defer idle.Over()
@@ -122,7 +123,7 @@ func (c *Control) sendContext(r *call) error {
 // hasContext answers whether the server has the files of a build.
 func (c *Control) hasContext(r *call) error {
 	if hash := r.PathValue("hash"); !filesHash.MatchString(hash) || !c.Store.HasUpload(r.owner, hash) {
-		return refuse(http.StatusNotFound, "they are not here")
+		return refuse(http.StatusNotFound, "the files are not on this server")
 	}
 	return r.done(http.StatusOK)
 }

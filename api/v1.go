@@ -182,7 +182,7 @@ func (c *Control) pauseAs(r *call) error {
 		return err
 	}
 	if body.InMemory && body.FilesOnly {
-		return refuse(http.StatusBadRequest, "what is paused in memory has its memory: give inMemory or filesOnly")
+		return refuse(http.StatusBadRequest, "a sandbox paused in memory keeps its memory: give inMemory or filesOnly")
 	}
 	err = sb.Pause(r.Context(), sandbox.PauseOptions{ToDisk: !body.InMemory, FilesOnly: body.FilesOnly,
 		AutoResume: !sb.Info().Times.NoAutoResume})
@@ -363,7 +363,7 @@ func (c *Control) fileURL(r *call) error {
 		return err
 	}
 	if c.Gateway.Base == nil && c.Gateway.Own == nil {
-		return refuse(http.StatusConflict, "this server is reached by its socket alone, so it has no URLs: start 'soulbox-mcp http'")
+		return refuse(http.StatusConflict, "this server has only a socket, so it has no URLs: start 'soulbox-mcp http'")
 	}
 	return r.answer(http.StatusOK, map[string]string{"url": c.Gateway.FileURL(sb, names.Parse(body.Path), body.Operation,
 		time.Now().Add(life))})
@@ -423,7 +423,7 @@ func (c *Control) registry(r *call) (reference string, err error) {
 	}
 	if r.owner != "" || !c.Local {
 		return "", refuse(http.StatusForbidden,
-			"registries are asked with the operator's credentials: only he pulls and pushes, on the machine of the server")
+			"registries get the operator's credentials: only the operator can pull and push, on the machine of the server")
 	}
 	if body.Reference == "" {
 		return "", refuse(http.StatusBadRequest, "reference is missing, such as docker.io/library/alpine:3")

@@ -222,7 +222,7 @@ func (c *Client) callWith(ctx context.Context, method, path string, query url.Va
 		return res.Header, err
 	}
 	if err := json.NewDecoder(res.Body).Decode(out); err != nil {
-		return nil, fmt.Errorf("%s: what it answers cannot be read: %w", c.Where(), err)
+		return nil, fmt.Errorf("read the answer of %s: %w", c.Where(), err)
 	}
 	return res.Header, nil
 }

@@ -339,7 +339,7 @@ const (
 )
 
 // ErrPaused ends a session whose sandbox was paused. The process still exists when the sandbox is resumed.
-var ErrPaused = errors.New("the sandbox was paused, with the process in it; 'soulbox sandbox resume' has it go on")
+var ErrPaused = errors.New("the sandbox was paused, with the process in it; 'soulbox sandbox resume' resumes it")
 
 // back follows the process again, on whichever server has its sandbox now.
 func (s *Session) back(ctx context.Context, lost error) error {
@@ -372,7 +372,7 @@ func (s *Session) back(ctx context.Context, lost error) error {
 			told.Status != http.StatusConflict: // it was just paused
 			return err
 		case time.Since(began) > patience:
-			return fmt.Errorf("the connection was lost (%w), and is not back after %s: %w", lost, patience, err)
+			return fmt.Errorf("reconnect: the connection was lost (%w) and did not come back within %s: %w", lost, patience, err)
 		}
 		select {
 		case <-time.After(pause):

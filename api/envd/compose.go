@@ -24,7 +24,7 @@ func (s *Server) compose(w http.ResponseWriter, r *http.Request) {
 		User        string   `json:"username"`
 	}
 	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxMessage)).Decode(&body); err != nil {
-		fail(w, http.StatusBadRequest, "the body is no JSON object with source_paths and destination: "+err.Error())
+		fail(w, http.StatusBadRequest, "the body is not a JSON object with source_paths and destination: "+err.Error())
 		return
 	}
 	if len(body.Sources) == 0 || len(body.Sources) > maxComposed || body.Destination == "" {

@@ -110,7 +110,7 @@ func (s *Server) Serve(w http.ResponseWriter, r *http.Request, t Target) {
 	}
 	if client.Level() < level {
 		fail(w, http.StatusNotImplemented,
-			"the sandbox was made by an older version of SoulBox, which does not know this; it can be used by MCP, or made anew")
+			"the sandbox was made by an older version of SoulBox, which does not support this: use it through MCP, or create a new sandbox")
 		return
 	}
 	ctx, cancel := t.Sandbox.Bind(r.Context())
@@ -353,7 +353,7 @@ func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 		EnvVars map[string]string `json:"envVars"`
 	}
 	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxMessage)).Decode(&body); err != nil {
-		fail(w, http.StatusBadRequest, "the body is no JSON object with envVars: "+err.Error())
+		fail(w, http.StatusBadRequest, "the body is not a JSON object with envVars: "+err.Error())
 		return
 	}
 	if err := p.Sandbox.AddEnv(r.Context(), body.EnvVars); err != nil {

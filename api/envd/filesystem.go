@@ -235,11 +235,11 @@ func (f files) ListDir(ctx context.Context, req *connect.Request[pb.ListDirReque
 		}
 		if len(out.Entries) >= maxListed || size > maxListing {
 			return nil, errorf(connect.CodeResourceExhausted,
-				"there are more files than one answer can have (%d, with names of %d MB): list directories below it, or less deep",
+				"more files than one answer can hold (%d, with names of %d MB): list its subdirectories, or a smaller depth",
 				maxListed, maxListing>>20)
 		}
 		if len(part.Entries) == 0 {
-			return nil, errorf(connect.CodeInternal, "the sandbox has broken off its listing")
+			return nil, errorf(connect.CodeInternal, "the sandbox broke off its listing")
 		}
 		last := part.Entries[len(part.Entries)-1].Path
 		if slices.Compare(strings.Split(last, "/"), strings.Split(ask.After, "/")) <= 0 {

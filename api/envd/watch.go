@@ -49,7 +49,7 @@ func begin(ctx context.Context, req connect.AnyRequest, r request) (*place, *wat
 	}
 	first, err := p.client.WatchTree(ctx, agent.TreeRequest{Path: dir, Recursive: r.GetRecursive()})
 	if err == nil && (first.Watch == "" || len(first.Watch) > maxWatchID) {
-		err = errorf(connect.CodeInternal, "the sandbox gives the watch no name")
+		err = errorf(connect.CodeInternal, "the sandbox returned no id for the watch")
 	}
 	return p, &watcher{id: first.Watch, dir: dir, entries: r.GetIncludeEntry(), turn: make(chan struct{}, 1)}, err
 }
@@ -68,7 +68,7 @@ func (w *watcher) read(ctx context.Context, p *place, wait time.Duration) ([]*pb
 		return nil, false, err
 	}
 	if r.Lost {
-		return nil, false, errorf(connect.CodeResourceExhausted, "more has changed below %s than is kept: look at it anew, and watch again",
+		return nil, false, errorf(connect.CodeResourceExhausted, "more changes below %s than are kept: list it and watch again",
 			w.dir)
 	}
 	var events []*pb.FilesystemEvent
