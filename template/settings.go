@@ -22,7 +22,7 @@ import (
 //   - those that the packages of /usr own: with dpkg their conffiles, otherwise files named like something in /usr;
 //   - links to any of these, and to /usr.
 //
-// It does not show passwords, keys, and files that say who and where this machine is. They are recognized by name (denied), by mode, and by
+// It does not show passwords, keys, or files that say who and where this machine is. They are recognized by name (denied), by mode, and by
 // content (secret); a file that is exactly as its package brought it is exempt from the last test.
 
 // settings are the files of /etc that programs need, whatever made them, as globs.
