@@ -12,7 +12,8 @@ import (
 	"soulbox.dev/soulbox/template"
 )
 
-// announcement is a build that is to come. What older clients build is in it; the others send steps when they start it.
+// announcement describes a build that will be started later. Older clients put the Dockerfile into it; newer ones send steps when they
+// start the build.
 type announcement struct {
 	Name     string   `json:"name"`
 	Alias    string   `json:"alias"`
@@ -36,8 +37,8 @@ func (c *Control) newTemplate(r *call) error {
 	return c.announce(r, body, template.BuildRequest{})
 }
 
-// newOldTemplate announces a build as clients before E2B's build system 2.0 do: of a Dockerfile, whose image they push next. Here it is
-// built from the Dockerfile alone.
+// newOldTemplate announces a build as clients before E2B's build system 2.0 do: with a Dockerfile, whose image they push next. This server
+// ignores that image and builds the Dockerfile.
 func (c *Control) newOldTemplate(r *call) error {
 	var body announcement
 	if err := r.body(&body); err != nil {
@@ -50,13 +51,13 @@ func (c *Control) newOldTemplate(r *call) error {
 	return c.announce(r, body, template.BuildRequest{Dockerfile: body.Dockerfile, StartCmd: body.StartCmd, ReadyCmd: body.ReadyCmd})
 }
 
-// maxOldDockerfile bounds the text of a Dockerfile that is kept until its build is started, in bytes.
+// maxOldDockerfile bounds the text of a Dockerfile that is kept until its build starts, in bytes.
 const maxOldDockerfile = 64 << 10
 
-// shortID is how long the names are that this server gives to templates and snapshots without one, as their ids are with E2B.
+// shortID is the length of the names that this server generates for templates and snapshots without a name, as long as E2B's ids.
 const shortID = 20
 
-// startOldBuild begins a build that was announced with its Dockerfile.
+// startOldBuild starts a build that was announced with its Dockerfile.
 func (c *Control) startOldBuild(r *call) error {
 	b, err := c.announced(r, r.PathValue("id"))
 	if err != nil {
@@ -72,7 +73,7 @@ func (c *Control) startOldBuild(r *call) error {
 	return r.done(http.StatusAccepted)
 }
 
-// announce keeps what is to be built until it is started.
+// announce registers a build, which is started later.
 func (c *Control) announce(r *call, body announcement, req template.BuildRequest) error {
 	if err := errors.Join(r.isTeam(body.TeamID), checkTags(cmp.Or(body.Name, body.Alias), body.Tags)); err != nil {
 		return err

@@ -17,15 +17,15 @@ import (
 )
 
 const (
-	maxStepText  = 500 // bytes of a step that are shown where it fails
+	maxStepText  = 500 // bytes of a step that are shown if it fails
 	maxSteps     = 1000
 	logPage      = 100
 	maxMB        = 1 << 30
-	uploadTime   = time.Hour // in which files can be sent to a URL
+	uploadTime   = time.Hour // how long files can be sent to a URL
 	defaultImage = "e2bdev/base"
 )
 
-// startRequest is what is to be built.
+// startRequest describes what to build.
 type startRequest struct {
 	FromImage    string          `json:"fromImage"`
 	FromTemplate string          `json:"fromTemplate"`
@@ -41,13 +41,13 @@ type startRequest struct {
 	ReadyCmd string `json:"readyCmd"`
 }
 
-// from is what the build begins from. The image that clients begin from who name none is this server's own. A template keeps its user and
-// its directory.
+// from returns what the build begins from. The image from which clients begin by default means this server's own base. A template keeps its
+// user and its directory.
 func (s startRequest) from(c *Control, owner string) (from template.From, err error) {
 	switch {
 	case given(s.Registry):
 		return from, refuse(http.StatusNotImplemented,
-			"this server pulls with the operator's credentials alone: 'soulbox-mcp template pull' makes a template of a private image")
+			"this server pulls only with the operator's credentials: 'soulbox-mcp template pull' makes a template from a private image")
 	case s.FromTemplate != "" && s.FromImage != "":
 		return from, refuse(http.StatusBadRequest, "give fromImage or fromTemplate, not both")
 	case s.FromTemplate != "":
@@ -64,7 +64,7 @@ func (s startRequest) from(c *Control, owner string) (from template.From, err er
 	return template.From{Name: image}, nil
 }
 
-// startBuild begins a build that was announced.
+// startBuild starts an announced build.
 func (c *Control) startBuild(r *call) error {
 	var body startRequest
 	if err := r.body(&body); err != nil {
@@ -87,7 +87,7 @@ func (c *Control) startBuild(r *call) error {
 		step := template.Step{Type: s.Type, Args: s.Args, Anew: s.Force}
 		if s.FilesHash != "" {
 			if !filesHash.MatchString(s.FilesHash) {
-				return refuse(http.StatusBadRequest, "step %d: %.40q is no hash of files", i+1, s.FilesHash)
+				return refuse(http.StatusBadRequest, "step %d: %.40q is not a hash of files", i+1, s.FilesHash)
 			}
 			step.Files = strings.ToLower("files-" + s.FilesHash)
 			sent = append(sent, s.FilesHash)
@@ -107,7 +107,7 @@ func (c *Control) startBuild(r *call) error {
 	req.Dockerfile, req.Shown, req.Login, req.NoCache, req.StartCmd, req.ReadyCmd = dockerfile, shown, true, body.Force, body.StartCmd,
 		body.ReadyCmd
 	if !c.NoNetwork {
-		req.Network = sandbox.Network{Mode: sandbox.NetworkFull} // its sandboxes have one, so that its service is saved with one
+		req.Network = sandbox.Network{Mode: sandbox.NetworkFull} // its sandboxes get a network, so its service is saved with one
 	}
 	if err := c.launch(b, req, sent, ""); err != nil {
 		return err
@@ -115,7 +115,7 @@ func (c *Control) startBuild(r *call) error {
 	return r.done(http.StatusAccepted)
 }
 
-// announced finds the build of a caller's that a path names.
+// announced finds the caller's build that a path names.
 func (c *Control) announced(r *call, name string) (*template.Announced, error) {
 	if err := r.hasBuildID(); err != nil {
 		return nil, err
@@ -128,7 +128,7 @@ func (c *Control) announced(r *call, name string) (*template.Announced, error) {
 	return b, nil
 }
 
-// hasBuildID says what is wrong with the id of a build in a path.
+// hasBuildID checks the id of a build in a path.
 func (r *call) hasBuildID() error {
 	if id := r.PathValue("bid"); !template.ValidBuildID(id) {
 		return refuse(http.StatusBadRequest, "the build id %.60q is malformed: it is a UUID", id)
@@ -136,7 +136,8 @@ func (r *call) hasBuildID() error {
 	return nil
 }
 
-// launch begins a build that was announced: of a Dockerfile, files that were sent by their names, and a context that was.
+// launch starts an announced build. sent are the hashes of uploaded files that COPY uses; files, if not empty, is the hash of an uploaded
+// context.
 func (c *Control) launch(b *template.Announced, req template.BuildRequest, sent []string, files string) error {
 	var whole *template.Files
 	req.Files = map[string]*template.Files{}
@@ -194,7 +195,7 @@ func entries(lines []template.Line) []buildEntry {
 	return out
 }
 
-// standing finds where the build of a path stands.
+// standing returns the state of the build that a path names.
 func (c *Control) standing(r *call) (template.Standing, error) {
 	if err := r.hasBuildID(); err != nil {
 		return template.Standing{}, err
@@ -229,7 +230,7 @@ func (c *Control) buildStatus(r *call) error {
 	return r.answer(http.StatusOK, out)
 }
 
-// reason says why a build has failed, and at which of the client's steps.
+// reason says why a build failed, and at which of the client's steps.
 func reason(err error, steps []template.Shown) map[string]any {
 	out := map[string]any{"message": err.Error(), "logEntries": []buildEntry{}}
 	var failed *template.StepError

@@ -25,37 +25,37 @@ import (
 	"soulbox.dev/soulbox/template"
 )
 
-// Control is the control plane: it serves sandboxes, snapshots and templates as E2B's REST API does (docs/e2b.md, docs/protocol.md). It is safe
-// for concurrent use.
+// Control is the control plane. It serves sandboxes, snapshots and templates as E2B's REST API does (docs/e2b.md, docs/protocol.md). It is
+// safe for concurrent use.
 type Control struct {
 	Manager *sandbox.Manager
 	Store   *template.Store
 	Builds  *template.Builds
-	// Owner says whose a request is. Its error is shown to the client.
+	// Owner returns the owner of a request. Its error is shown to the client.
 	Owner func(*http.Request) (string, error)
-	// MayAsk says whether an owner may ask now, MayRead whether he may send a body of a size (-1 is not known), and is given back by done;
-	// nil is always.
+	// MayAsk reports whether an owner may send a request now. MayRead reports whether the owner may send a body of a size (-1 means
+	// unknown); done releases that. If one of them is nil, it always allows.
 	MayAsk  func(owner string) bool
 	MayRead func(owner string, size int64) (done func(), ok bool)
-	// Gateway is where sandboxes are reached.
+	// Gateway serves the ports of sandboxes.
 	Gateway *Gateway
-	// URL is where the control plane is reached, for the URLs that it gives; nil is where a client has reached it.
+	// URL is the control plane's address in the URLs that it returns; if nil, the address that the client used.
 	URL *url.URL
-	// Self is what the server says of itself.
+	// Self is what the server says about itself.
 	Self client.Server
-	// Local says that it serves its own user alone, who is the operator.
+	// Local says that the server serves only its own user, who is the operator.
 	Local bool
-	// NoNetwork says that sandboxes have none.
+	// NoNetwork says that sandboxes have no network.
 	NoNetwork bool
 	Log       *slog.Logger
 
 	begin  sync.Once
-	secret string          // of signatures of uploads
+	secret string          // for signatures of uploads
 	ctx    context.Context // ends with Close
 	cancel context.CancelCauseFunc
 }
 
-// start makes what is not given; it may be called again.
+// start sets the unexported fields; it may be called again.
 func (c *Control) start() {
 	c.begin.Do(func() {
 		c.secret = rand.Text()
@@ -65,11 +65,11 @@ func (c *Control) start() {
 
 const (
 	maxBody  = 4 << 20
-	freeBody = 64 << 10    // bytes that every call may send, without a word of MayRead
-	bodyTime = time.Minute // for all of it
+	freeBody = 64 << 10    // bytes of a body that are read without asking MayRead
+	bodyTime = time.Minute // for the whole body
 )
 
-// Routes are the paths that a Control serves, as patterns of http.ServeMux.
+// Routes returns the handlers of a Control, by patterns of http.ServeMux.
 func (c *Control) Routes() map[string]http.Handler {
 	c.start()
 	routes := map[string]http.Handler{}
@@ -132,11 +132,11 @@ func (c *Control) Routes() map[string]http.Handler {
 		"/snapshots/", "/teams", "/teams/"} {
 		routes[path] = c.handler(func(r *call) error { return refuse(http.StatusNotFound, "there is no %s %.200s", r.Method, r.URL.Path) })
 	}
-	routes["PUT /templates/{id}/files/{hash}"] = http.HandlerFunc(c.upload) // the URL is its own proof
+	routes["PUT /templates/{id}/files/{hash}"] = http.HandlerFunc(c.upload) // the signed URL is the proof
 	return routes
 }
 
-// Close ends the streams that have no end of their own.
+// Close ends the streams that do not end by themselves.
 func (c *Control) Close() {
 	c.start()
 	c.cancel(sandbox.ErrClosed)
@@ -147,11 +147,11 @@ type call struct {
 	*http.Request
 	w       http.ResponseWriter
 	owner   string
-	whole   io.ReadCloser                                         // its body, unbounded
+	whole   io.ReadCloser                                         // its body without a limit
 	mayRead func(owner string, size int64) (done func(), ok bool) // may be nil
 }
 
-// refusal is an answer that is an error.
+// refusal is an error with its HTTP status.
 type refusal struct {
 	code    int
 	message string
@@ -164,7 +164,7 @@ func refuse(code int, format string, args ...any) error {
 	return refusal{code, fmt.Sprintf(format, args...)}
 }
 
-// handler answers requests of owners.
+// handler authenticates, limits and charges a request before do serves it.
 func (c *Control) handler(do func(*call) error) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Cache-Control", "no-store")
@@ -199,11 +199,11 @@ func (c *Control) handler(do func(*call) error) http.Handler {
 	})
 }
 
-// tooOld refuses SDKs that speak another protocol, which ended with version 1.
+// tooOld refuses clients with an older protocol: a soulbox older than client.Oldest, and E2B's SDKs before version 1.
 func tooOld(h http.Header) error {
 	if own := h.Get(client.APIHeader); own != "" {
 		if v, err := strconv.Atoi(own); err != nil || v < client.Oldest {
-			return refuse(http.StatusBadRequest, "this server speaks version %d of the API, and nothing older than %d: update your soulbox",
+			return refuse(http.StatusBadRequest, "this server speaks version %d of the API, and none older than %d: update your soulbox",
 				client.API, client.Oldest)
 		}
 	}
@@ -218,7 +218,7 @@ func tooOld(h http.Header) error {
 	return nil
 }
 
-// statuses are the classes of the domain's errors, the first that fits.
+// statuses maps the domain's errors to HTTP statuses; the first match counts.
 var statuses = []struct {
 	err  error
 	code int
@@ -255,7 +255,7 @@ func (c *Control) fail(w http.ResponseWriter, r *http.Request, err error) {
 	h := w.Header()
 	h.Set("Content-Type", "application/json")
 	w.WriteHeader(told.Code)
-	_ = json.NewEncoder(w).Encode(told) // a client that is gone misses nothing
+	_ = json.NewEncoder(w).Encode(told) // the client may be gone
 }
 
 // told is an error in E2B's form.
@@ -284,11 +284,11 @@ func tell(err error) told {
 func (r *call) answer(code int, body any) error {
 	r.w.Header().Set("Content-Type", "application/json")
 	r.w.WriteHeader(code)
-	_ = json.NewEncoder(r.w).Encode(body) // as above
+	_ = json.NewEncoder(r.w).Encode(body) // the client may be gone
 	return nil
 }
 
-// done answers that it is done; a body of no bytes must be said to be one.
+// done answers without a body. Content-Length must say so, except for 204.
 func (r *call) done(code int) error {
 	if code != http.StatusNoContent {
 		r.w.Header().Set("Content-Length", "0")
@@ -297,7 +297,7 @@ func (r *call) done(code int) error {
 	return nil
 }
 
-// body reads the JSON of a request. No body is one without fields.
+// body reads the JSON of a request. An empty body is an object without fields.
 func (r *call) body(to any) error {
 	text, err := r.read()
 	var large *http.MaxBytesError
@@ -315,12 +315,12 @@ func (r *call) body(to any) error {
 		return nil
 	}
 	if err := wholenum.Unmarshal(text, to); err != nil {
-		return refuse(http.StatusBadRequest, "the body is not the JSON object that is wanted: %v", err)
+		return refuse(http.StatusBadRequest, "the body is not the expected JSON object: %v", err)
 	}
 	return nil
 }
 
-// read reads all of a body. Of a large one room is reserved, as long as it is read.
+// read reads a whole body. For a large one it reserves room until the body is read.
 func (r *call) read() ([]byte, error) {
 	idle := envd.NewIdle(r.w, bodyTime)
 	idle.Moves()
@@ -354,7 +354,7 @@ func (r *call) number(name string, least, most, without int64) (int64, error) {
 	return n, nil
 }
 
-// page cuts what is listed, in the order of its keys, to the page that is asked for: what is behind the key that ended the page before.
+// page cuts a sorted list to the requested page, which begins after the key that ended the previous page.
 func page[T any](r *call, all []T, falling bool, key func(T) string) ([]T, error) {
 	limit, err := r.number("limit", 1, maxPage, maxPage)
 	if err != nil {
@@ -370,12 +370,12 @@ func page[T any](r *call, all []T, falling bool, key func(T) string) ([]T, error
 	return all, nil
 }
 
-// moment is a text that sorts as times do.
+// moment returns a text that sorts as times do.
 func moment(t time.Time, name string) string { return fmt.Sprintf("%019d.%s", t.UnixNano(), name) }
 
 const maxPage = 100
 
-// isTeam refuses the id of another team than the caller's; none is his own.
+// isTeam refuses the id of a team that is not the caller's; an empty id means the caller's own.
 func (r *call) isTeam(id string) error {
 	if own := access.Name(r.owner); id != "" && id != own {
 		return refuse(http.StatusForbidden, "the team %.60q is not that of your key, which is %q", id, own)
@@ -383,7 +383,7 @@ func (r *call) isTeam(id string) error {
 	return nil
 }
 
-// teams are whom a key is of, for the command line of E2B.
+// teams answers with the team of a key, for E2B's command line.
 func (c *Control) teams(r *call) error {
 	name := access.Name(r.owner)
 	return r.answer(http.StatusOK, []map[string]any{{"teamID": name, "name": name, "apiKey": "", "isDefault": true}})

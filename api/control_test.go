@@ -24,7 +24,7 @@ import (
 	"soulbox.dev/soulbox/template"
 )
 
-// apiTest is the whole HTTP face before the Fake, for the owners whose names are their keys.
+// apiTest is the whole HTTP face in front of the Fake. An owner's key is the owner's name.
 type apiTest struct {
 	*testing.T
 	m       *sandbox.Manager
@@ -84,7 +84,7 @@ type reply struct {
 	body   any
 }
 
-// ask sends a request: headers are name, value, …; a header Host is the host.
+// ask sends a request: headers are name, value, …; a header Host sets the host.
 func (a *apiTest) ask(method, path, body string, headers ...string) reply {
 	a.Helper()
 	req, err := http.NewRequestWithContext(a.Context(), method, a.front.URL+path, strings.NewReader(body))
@@ -122,13 +122,13 @@ func (a *apiTest) ask(method, path, body string, headers ...string) reply {
 	return r
 }
 
-// as asks with a key.
+// as sends a request with an owner's key.
 func (a *apiTest) as(owner, method, path, body string) reply {
 	a.Helper()
 	return a.ask(method, path, body, "X-API-Key", owner)
 }
 
-// field is a field of an answer, by its path.
+// field returns a field of an answer by its path.
 func (r reply) field(names ...string) any {
 	at := r.body
 	for _, n := range names {
@@ -138,7 +138,7 @@ func (r reply) field(names ...string) any {
 	return at
 }
 
-// create makes a sandbox and gives its id and token.
+// create makes a sandbox and returns its id and token.
 func (a *apiTest) create(owner, body string) (id, token string) {
 	a.Helper()
 	r := a.as(owner, "POST", "/v2/sandboxes", body)
@@ -209,7 +209,7 @@ func TestControlPlane(t *testing.T) {
 		{"PUT", "/sandboxes/" + id + "/network", `{"denyOut":["10.0.0.0/8"]}`, 204, ""},
 		{"POST", "/v2/sandboxes/" + id + "/connect", ``, 200, id},
 		{"POST", "/sandboxes/" + id + "/resume", `{}`, 409, `"code":409`},
-		{"GET", "/sandboxes/" + id + "/metrics?start=2&end=1", "", 400, "before its start"},
+		{"GET", "/sandboxes/" + id + "/metrics?start=2&end=1", "", 400, "before the start"},
 		{"GET", "/sandboxes/" + id + "/metrics", "", 200, "["},
 		{"GET", "/sandboxes/metrics?sandbox_ids=" + id + ",sbother", "", 200, `{"sandboxes":{`},
 		{"GET", "/sandboxes/" + id + "/logs", "", 200, `"logEntries":[{`},
@@ -241,7 +241,7 @@ func TestControlPlane(t *testing.T) {
 		{"GET", "/templates/x/builds/bdnothere/logs", "", 400, "malformed"},
 		{"POST", "/v2/templates/x/builds/2f7c0b3e-0000-4000-8000-0123456789ab", `{}`, 404, "no such build"},
 		{"GET", "/templates/x/builds/2f7c0b3e-0000-4000-8000-0123456789ab/status", "", 404, "no such build"},
-		{"GET", "/templates/x/files/..%2f..", "", 400, "no hash"},
+		{"GET", "/templates/x/files/..%2f..", "", 400, "not a hash"},
 		{"POST", "/templates", `{"alias":"a"}`, 400, "give a dockerfile"},
 		{"POST", "/templates/a", `{"dockerfile":"FROM x","teamID":"bob"}`, 403, "is not that of your key"},
 		{"POST", "/templates/a/builds/bdnothere", "", 400, "malformed"},
@@ -278,7 +278,7 @@ func TestControlPlane(t *testing.T) {
 	}
 }
 
-// TestPages: every sandbox is on one page and no more, whatever is made and ended between two pages.
+// TestPages: every sandbox is on exactly one page, whatever is made and ended between two pages.
 func TestPages(t *testing.T) {
 	a := newAPITest(t)
 	var made []string
@@ -296,7 +296,7 @@ func TestPages(t *testing.T) {
 				seen = append(seen, fmt.Sprint(one.(map[string]any)["sandboxID"]))
 			}
 			if n == 0 {
-				a.as("ann", "DELETE", "/sandboxes/"+seen[2], "") // the one that the page ended with
+				a.as("ann", "DELETE", "/sandboxes/"+seen[2], "") // the one that ended the page
 			}
 			if token = r.header.Get("X-Next-Token"); token == "" {
 				break
@@ -313,7 +313,7 @@ func TestPages(t *testing.T) {
 	}
 }
 
-// TestNobodyElses: on every path what is another's is answered in the words of what is missing.
+// TestNobodyElses: on every path, what belongs to another owner is answered in the words of what does not exist.
 func TestNobodyElses(t *testing.T) {
 	a := newAPITest(t)
 	id, token := a.create("ann", `{"templateID":"base","autoPause":true,"autoResume":{"enabled":true}}`)
@@ -341,7 +341,7 @@ func TestNobodyElses(t *testing.T) {
 			return r
 		}
 		theirs, none := ask(mine[missing], mine["nothere"], mine["bdaaaaaaaaaaaaaaaa"]), ask(missing, "nothere", "bdaaaaaaaaaaaaaaaa")
-		if strings.Contains(pattern, "/files/") { // the same for every name: files are the asker's own
+		if strings.Contains(pattern, "/files/") { // the same answer for every name: uploads belong to the caller
 			theirs.text, none.text = "", ""
 		}
 		if theirs.code != none.code || theirs.text != none.text || theirs.code < 400 && !strings.Contains(pattern, "/files/") &&
@@ -361,7 +361,7 @@ func TestNobodyElses(t *testing.T) {
 		t.Error(r.text)
 	}
 
-	// What is in it: by its own token or a signature, and by nothing else.
+	// The sandbox's inside: only its own token or a signature gives access.
 	_, foreign := a.create("bob", `{"templateID":"base"}`)
 	host := fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain)
 	for _, headers := range [][]string{
@@ -373,7 +373,7 @@ func TestNobodyElses(t *testing.T) {
 			filesystemconnect.FilesystemStatProcedure, "/files?path=/etc/passwd", "/metrics", "/envs", "/files/compose", "/init"} {
 			r := a.ask("POST", path, "{}", append([]string{"Host", host}, headers...)...)
 			want := 401.
-			if path == "/init" { // is not there for anybody
+			if path == "/init" { // this path exists for no client
 				want = 404
 			}
 			if float64(r.code) != want || r.field("code") != want {
@@ -391,7 +391,7 @@ func TestNobodyElses(t *testing.T) {
 	}
 }
 
-// TestHosts: the host of a sandbox is right whatever headers say; headers count on this machine's own names alone.
+// TestHosts: a host that names a sandbox takes precedence over headers; headers count only on this machine's own names.
 func TestHosts(t *testing.T) {
 	a := newAPITest(t)
 	id, token := a.create("ann", `{"templateID":"base"}`)
@@ -436,7 +436,7 @@ func TestHosts(t *testing.T) {
 	}
 }
 
-// TestSignedURLs: a signature is good for one operation on one file as one user, until its time.
+// TestSignedURLs: a signature is valid for one operation on one file as one user, until its time.
 func TestSignedURLs(t *testing.T) {
 	if got := envd.Sign("hello.txt", envd.OpRead, "user", "0tQG31xiMp0IOQfaz9dcwi72L1CPo8e0",
 		time.Time{}); got != "v1_gUtH/s9YCJWgCizjfUxuWfhFE4QSydOWEIIvfLwDr6E" {
@@ -511,7 +511,7 @@ func TestSignedURLs(t *testing.T) {
 	}
 }
 
-// TestDocs: docs/e2b.md and docs/api.md list all that is served, and nothing else.
+// TestDocs: docs/e2b.md and docs/api.md list everything that is served, and nothing else.
 func TestDocs(t *testing.T) {
 	var text []byte
 	for _, name := range []string{"../docs/e2b.md", "../docs/api.md"} {
@@ -539,7 +539,7 @@ func TestDocs(t *testing.T) {
 		filesystemconnect.FilesystemGetWatcherEventsProcedure, filesystemconnect.FilesystemRemoveWatcherProcedure} {
 		served = append(served, "POST "+p)
 	}
-	served = append(served, "GET /v1/sandboxes/{id}/files", "POST /v1/sandboxes/{id}/files") // beside the control plane
+	served = append(served, "GET /v1/sandboxes/{id}/files", "POST /v1/sandboxes/{id}/files") // in addition to the control plane
 	served = append(served, "GET /health", "GET /metrics", "GET /envs", "POST /init", "GET /files", "POST /files", "POST /files/compose")
 	listed := map[string]bool{}
 	for _, m := range regexp.MustCompile("(?m)^\\| `([A-Z]+ /[^`]*)`").FindAllStringSubmatch(string(text), -1) {
@@ -556,7 +556,7 @@ func TestDocs(t *testing.T) {
 	}
 }
 
-// TestHealthWakesNobody: who only asks whether a sandbox lives does not wake one that is not open to him.
+// TestHealthWakesNobody: a health check without the token of a sandbox that is not public does not wake it.
 func TestHealthWakesNobody(t *testing.T) {
 	a := newAPITest(t)
 	id, token := a.create("ann",
@@ -575,7 +575,7 @@ func TestHealthWakesNobody(t *testing.T) {
 	}
 }
 
-// TestCompose: files are joined, and what is joined is not removed with them, whatever they are called.
+// TestCompose: files are joined and removed, but the result stays, even if a source names it by another path.
 func TestCompose(t *testing.T) {
 	a := newAPITest(t)
 	id, token := a.create("ann", `{"templateID":"base"}`)
@@ -608,7 +608,7 @@ func TestCompose(t *testing.T) {
 	}
 }
 
-// TestWatchersAreASandbox: one owner's watchers cost others none.
+// TestWatchersAreASandbox: one owner's watchers do not use up another's.
 func TestWatchersAreASandbox(t *testing.T) {
 	a := newAPITest(t)
 	dir := t.TempDir()
@@ -640,7 +640,7 @@ func TestWatchersAreASandbox(t *testing.T) {
 	sandboxtest.Eventually(t, "it is told", func() bool { return strings.Contains(poll(other, theirs).text, `"name":"new"`) })
 }
 
-// TestOnlyLargeBodiesAreCounted: SDKs send small bodies of unknown length, as many at once as they like.
+// TestOnlyLargeBodiesAreCounted: SDKs may send any number of small bodies of unknown length at once.
 func TestOnlyLargeBodiesAreCounted(t *testing.T) {
 	a := newAPITest(t)
 	asked := 0
@@ -655,7 +655,7 @@ func TestOnlyLargeBodiesAreCounted(t *testing.T) {
 	}
 }
 
-// TestSnapshotsOfOthers: what MCP clients have saved, who give sandboxes no network, is begun from like anything else.
+// TestSnapshotsOfOthers: a sandbox can begin from snapshots of MCP clients, whose sandboxes have no network, as from any other.
 func TestSnapshotsOfOthers(t *testing.T) {
 	a := newAPITest(t)
 	sb, err := a.m.Create(t.Context(), sandbox.CreateOptions{Owner: "ann"})
@@ -677,7 +677,7 @@ func TestSnapshotsOfOthers(t *testing.T) {
 	}
 }
 
-// TestOldBuild: a Dockerfile that comes with the announcement, as clients before build system 2.0 send it, is what is built.
+// TestOldBuild: a Dockerfile that comes with the announcement, as clients before build system 2.0 send it, is built.
 func TestOldBuild(t *testing.T) {
 	a := newAPITest(t)
 	for path, name := range map[string]string{"/templates": "^[a-z0-9]{20}$", "/templates/old": "^old$"} {
@@ -703,7 +703,7 @@ func TestOldBuild(t *testing.T) {
 	}
 }
 
-// TestBuildsAreBounded: what is announced is counted, and what has failed is not kept for long.
+// TestBuildsAreBounded: announced builds are counted, and failed ones are not kept for long.
 func TestBuildsAreBounded(t *testing.T) {
 	a := newAPITest(t)
 	announce := func() reply { return a.as("ann", "POST", "/v3/templates", `{"name":"t"}`) }

@@ -9,7 +9,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// newSandbox is what a client wants to have made.
+// newSandbox is a client's request for a sandbox.
 type newSandbox struct {
 	TemplateID      string `json:"templateID"`
 	Secure          *bool  `json:"secure"`
@@ -30,7 +30,7 @@ type newSandbox struct {
 
 func given(raw json.RawMessage) bool { return len(raw) > 0 && string(raw) != "null" }
 
-// options are those of the sandbox.
+// options translates the request into the options of a sandbox.
 func (n newSandbox) options(c *Control, owner string, life int64) (o sandbox.CreateOptions, err error) {
 	switch {
 	case n.TemplateID == "":
@@ -72,16 +72,16 @@ func (n newSandbox) options(c *Control, owner string, life int64) (o sandbox.Cre
 	}
 	if saved && (n.Network == nil && n.Internet == nil || !snap.Network.On()) {
 		if n.Network != nil && (len(n.Network.AllowOut) > 0 || len(n.Network.DenyOut) > 0) || n.Internet != nil && *n.Internet {
-			return o, refuse(http.StatusBadRequest, "snapshot %q was made of a sandbox without a network, so what begins from it has none",
+			return o, refuse(http.StatusBadRequest, "snapshot %q was made from a sandbox without a network, so its sandboxes have none",
 				o.Template)
 		}
-		return o, nil // as it was saved
+		return o, nil // the network stays as it was saved
 	}
 	o.Network, err = n.Network.egress(n.Internet, c.NoNetwork)
 	return o, err
 }
 
-// seconds is a time that a client names.
+// seconds reads and checks a time that a client gives.
 func seconds(name string, given *int64, without, most int64) (time.Duration, error) {
 	if given != nil {
 		without = *given
@@ -111,7 +111,7 @@ func (c *Control) create(r *call, life int64) error {
 	return r.answer(http.StatusCreated, c.created(sb))
 }
 
-// snapshotOf finds a snapshot of an owner, where no template has the name.
+// snapshotOf finds an owner's snapshot, unless a template has the name.
 func (c *Control) snapshotOf(owner, name string) (snap sandbox.Snapshot, found bool, err error) {
 	if _, err := c.Store.Get(owner, name); err == nil || name == "" {
 		return snap, false, nil

@@ -14,15 +14,15 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// inside asks envd of a sandbox.
+// inside sends a request to envd of a sandbox.
 func (a *apiTest) inside(id, token, method, path, body string, headers ...string) reply {
 	a.Helper()
 	return a.ask(method, path, body, append([]string{"Host", fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain), envd.TokenHeader, token},
 		headers...)...)
 }
 
-// TestUploadIsToldAsWritten: an upload is told as envd's own, which writes to the file itself: one over an existing file is a write, a new
-// one is made and written. What others rename stays a rename.
+// TestUploadIsToldAsWritten: an upload gives the events of envd's own, which writes to the file itself: over an existing file a write, for
+// a new one a create and a write. Other renames stay renames.
 func TestUploadIsToldAsWritten(t *testing.T) {
 	a := newAPITest(t)
 	id, token := a.create("ann", `{"templateID":"base"}`)
@@ -61,8 +61,7 @@ func TestUploadIsToldAsWritten(t *testing.T) {
 	}
 }
 
-// TestUploadReplacesMetadata: a file that is written over has the metadata of the new one alone, by each way of writing it; other
-// attributes are the user's.
+// TestUploadReplacesMetadata: a file that is overwritten, in any way, keeps only the new metadata; its other attributes stay the user's.
 func TestUploadReplacesMetadata(t *testing.T) {
 	a := newAPITest(t)
 	id, token := a.create("ann", `{"templateID":"base"}`)

@@ -23,8 +23,8 @@ func waiting(function string) int {
 	return n
 }
 
-// TestPausesAtOnce: who pauses a sandbox that is just being paused waits, and is told that it is done; who connects to it has it resumed.
-// One that was paused before is told to be so, as E2B does.
+// TestPausesAtOnce: a pause of a sandbox that is being paused waits and succeeds; a connect resumes the sandbox afterwards. A pause of a
+// paused sandbox is refused, as E2B does.
 func TestPausesAtOnce(t *testing.T) {
 	fake := &sandboxtest.Fake{HangSave: make(chan struct{})}
 	a := newAPITestOn(t, fake)
@@ -52,7 +52,7 @@ func TestPausesAtOnce(t *testing.T) {
 	}
 }
 
-// TestConnectWhilePausing: who connects to a sandbox that is just being paused finds it running.
+// TestConnectWhilePausing: a client that connects to a sandbox that is being paused finds it running.
 func TestConnectWhilePausing(t *testing.T) {
 	for path, want := range map[string]int{"/v2/sandboxes/%s/connect": 201, "/sandboxes/%s/resume": 201} {
 		fake := &sandboxtest.Fake{HangSave: make(chan struct{})}
@@ -73,8 +73,8 @@ func TestConnectWhilePausing(t *testing.T) {
 	}
 }
 
-// TestTrafficWakes: a request that wakes a sandbox gives it the time with which it was made; asking whether it lives wakes none, whoever
-// may reach it; one whose files alone were saved is resumed by those alone who ask for that.
+// TestTrafficWakes: a request that wakes a sandbox gives it the life with which it was made. A health check wakes none. A sandbox that was
+// saved without memory is resumed only by clients that ask for that.
 func TestTrafficWakes(t *testing.T) {
 	a := newAPITest(t)
 	id, token := a.create("ann", `{"templateID":"base","timeout":7200,"autoPause":true,"autoResume":{"enabled":true}}`)
@@ -112,7 +112,7 @@ func TestTrafficWakes(t *testing.T) {
 	}
 }
 
-// TestNetworkAsGiven: what a client says of its network comes back in its own words, and "*" is every name.
+// TestNetworkAsGiven: a client gets its network back in its own words, and "*" is every name.
 func TestNetworkAsGiven(t *testing.T) {
 	a := newAPITest(t)
 	for _, test := range []struct{ allow, deny string }{{`["8.8.8.8"]`, `["0.0.0.0/0"]`}, {`["*"]`, `["8.8.8.8"]`}, {`["*"]`, ``},
@@ -145,8 +145,8 @@ func TestNetworkAsGiven(t *testing.T) {
 	}
 }
 
-// TestInsecure: a sandbox that is made without a token needs none where the operator allows it, and has one anywhere else; what is the
-// operator's alone is not there.
+// TestInsecure: a sandbox that is made without a token needs none if the operator allows that, and has one otherwise; paths for the
+// operator alone are not served.
 func TestInsecure(t *testing.T) {
 	a := newAPITest(t)
 	make := func(body string) (string, string) {
@@ -196,8 +196,8 @@ func TestInsecure(t *testing.T) {
 	}
 }
 
-// TestGatewayAnswers: what the gateway says itself has its charset, and names sandbox and port, for people, too; what is E2B's own servers'
-// is not there.
+// TestGatewayAnswers: the gateway's own answers have their charset, and name sandbox and port, also on pages for people; paths for E2B's
+// own servers are not served.
 func TestGatewayAnswers(t *testing.T) {
 	a := newAPITest(t)
 	id, token := a.create("ann", `{"templateID":"base"}`)

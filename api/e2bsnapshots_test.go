@@ -9,7 +9,8 @@ import (
 	"soulbox.dev/soulbox/template"
 )
 
-// TestSnapshotNames: snapshots have ids, names and tags as E2B gives them, are used and deleted by each, and what begins from one says so.
+// TestSnapshotNames: snapshots have ids, names and tags as in E2B, can be used and deleted by each of them, and sandboxes made from one
+// name it.
 func TestSnapshotNames(t *testing.T) {
 	a := newAPITest(t)
 	id, _ := a.create("ann", `{"templateID":"base"}`)
@@ -45,7 +46,7 @@ func TestSnapshotNames(t *testing.T) {
 	}
 }
 
-// TestTemplatesByBuild: a template is found by the id of its build, too; lists have pages, and say which templates are public.
+// TestTemplatesByBuild: a template is also found by the id of its build; lists have pages, and say which templates are public.
 func TestTemplatesByBuild(t *testing.T) {
 	a := newAPITest(t)
 	for _, m := range []template.Manifest{{Name: "tool", Owner: "ann", Build: template.NewBuildID(), Image: "sha256:1"},
@@ -76,7 +77,7 @@ func TestTemplatesByBuild(t *testing.T) {
 	}
 }
 
-// TestTeamMetrics: an owner is told of his own sandboxes.
+// TestTeamMetrics: an owner sees the metrics of their own sandboxes only.
 func TestTeamMetrics(t *testing.T) {
 	a := newAPITest(t)
 	id, _ := a.create("ann", `{"templateID":"base"}`)

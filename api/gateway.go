@@ -24,7 +24,8 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// Names by which a client shows a sandbox' traffic token. The header is E2B's; the query is for links, and becomes the cookie.
+// Names under which a client sends a sandbox's traffic token. The header is E2B's; the query parameter is for links, and becomes the
+// cookie.
 const (
 	TokenHeader = "E2b-Traffic-Access-Token"
 	TokenQuery  = "traffic_token"
@@ -32,23 +33,23 @@ const (
 )
 
 const (
-	maxHeader  = 64 << 10 // bytes of an answer's headers, which the guest fills
+	maxHeader  = 64 << 10 // bytes of an answer's headers, which come from the guest
 	cookieLife = 24 * time.Hour
 )
 
-// Gateway serves the ports of all sandboxes, and what is in them as envd does, at {port}-{id}.{domain}; on this machine's own names and
-// addresses a request says by headers which it means. It passes HTTP/1.1, HTTP/2 (also without TLS), WebSocket and streams. It is safe for
-// concurrent use.
+// Gateway serves the ports of all sandboxes, and envd's services, at {port}-{id}.{domain}. On this machine's own names and addresses,
+// headers name the sandbox and the port. It passes HTTP/1.1, HTTP/2 (also without TLS), WebSocket and streams. It is safe for concurrent
+// use.
 type Gateway struct {
 	Manager *sandbox.Manager
-	Base    *url.URL // scheme, domain and port by which clients reach it, such as https://box.example.com; nil has no domain
-	Own     *url.URL // of the server itself, where what has no domain of its own is reached; nil is not known
+	Base    *url.URL // scheme, domain and port by which clients reach it, such as https://box.example.com; nil if there is no domain
+	Own     *url.URL // of the server itself, for what has no domain; nil if unknown
 	Log     *slog.Logger
-	// Insecure says that sandboxes that were made so are reached without their access token; others than loopback's do so where the
-	// operator says it.
+	// Insecure lets clients reach sandboxes that were made without an access token. On loopback it is the default; otherwise the operator
+	// sets it.
 	Insecure bool
-	// Admit says whether the sandboxes of an owner may still be reached by their tokens and by URLs with a signature, and has the request
-	// of ctx end as soon as they may not; nil is always.
+	// Admit returns an error if the sandboxes of an owner may no longer be reached by their tokens and signed URLs, and ends the request of
+	// ctx as soon as that becomes true. If nil, they always may.
 	Admit func(ctx context.Context, owner string) error
 
 	inside   *envd.Server
@@ -67,10 +68,10 @@ func NewGateway(m *sandbox.Manager, base *url.URL, log *slog.Logger) *Gateway {
 	return g
 }
 
-// Close ends all requests that are being passed on.
+// Close ends all requests that are in progress.
 func (g *Gateway) Close() { g.close() }
 
-// URL is where a port of a sandbox is reached. Unless it is public the URL carries the token.
+// URL returns the URL of a port of a sandbox. Unless the port is public, the URL carries the token.
 func (g *Gateway) URL(sb *sandbox.Sandbox, p sandbox.Port) string {
 	u := *g.Base
 	u.Host = fmt.Sprintf("%d-%s.%s", p.Port, sb.ID(), g.Base.Host)
@@ -81,20 +82,20 @@ func (g *Gateway) URL(sb *sandbox.Sandbox, p sandbox.Port) string {
 	return u.String()
 }
 
-// Headers that name a sandbox and its port where the host does not.
+// Headers that name a sandbox and its port if the host does not.
 const (
 	SandboxHeader = "E2b-Sandbox-Id"
 	PortHeader    = "E2b-Sandbox-Port"
 )
 
-// Names below the domain that are no sandbox': of the control plane, and of one host for all sandboxes, which headers tell apart.
+// Names below the domain that are not sandboxes: the control plane, and a shared host of all sandboxes, which headers tell apart.
 const (
 	controlLabel = "api"
 	sharedLabel  = "sandbox"
 )
 
-// FileURL is where whoever has it reads or writes one file of a sandbox, until a time: at the sandbox' own name, or without a domain at the
-// server's.
+// FileURL returns a URL with which anyone can read or write one file of a sandbox until a time. It is at the sandbox's own name, or at the
+// server's if there is no domain.
 func (g *Gateway) FileURL(sb *sandbox.Sandbox, path, operation string, until time.Time) string {
 	u := url.URL{}
 	if g.Base != nil {
@@ -107,8 +108,8 @@ func (g *Gateway) FileURL(sb *sandbox.Sandbox, path, operation string, until tim
 	return u.String()
 }
 
-// Files serves the URLs of FileURL at the server's own name, as /v1/sandboxes/{id}/files. A browser must not run there what comes from a
-// sandbox.
+// Files serves the URLs of FileURL at the server's own name, as /v1/sandboxes/{id}/files. Its headers keep browsers from running there what
+// comes from a sandbox.
 func (g *Gateway) Files() http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		id := r.PathValue("id")
@@ -123,7 +124,7 @@ func (g *Gateway) Files() http.Handler {
 	})
 }
 
-// asAttachment has browsers save an answer.
+// asAttachment makes browsers save an answer instead of showing it.
 type asAttachment struct{ http.ResponseWriter }
 
 // WriteHeader implements http.ResponseWriter.
@@ -143,13 +144,13 @@ func (a asAttachment) Write(p []byte) (int, error) {
 	return a.ResponseWriter.Write(p)
 }
 
-// Flush implements http.Flusher, which connect asks for.
-func (a asAttachment) Flush() { _ = http.NewResponseController(a.ResponseWriter).Flush() } // where there is none it comes with the end
+// Flush implements http.Flusher, which connect requires.
+func (a asAttachment) Flush() { _ = http.NewResponseController(a.ResponseWriter).Flush() } // without a Flusher the data is sent at the end
 
-// Unwrap lets http.ResponseController find deadlines.
+// Unwrap lets http.ResponseController set deadlines.
 func (a asAttachment) Unwrap() http.ResponseWriter { return a.ResponseWriter }
 
-// Handler serves sandboxes, and leaves all other requests to next. A host that names a sandbox is right, whatever headers say.
+// Handler serves requests for sandboxes and passes all others to next. A host that names a sandbox takes precedence over headers.
 func (g *Gateway) Handler(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		id, port, ours := g.address(r)
@@ -166,7 +167,8 @@ func (g *Gateway) Handler(next http.Handler) http.Handler {
 	})
 }
 
-// address is the sandbox and the port that a request is for, if it is for one. What cannot be read is port 0.
+// address returns the sandbox and the port of a request; ours is false if the request is not for a sandbox. A port that cannot be read is
+// 0.
 func (g *Gateway) address(r *http.Request) (id string, port int, ours bool) {
 	host := access.BareHost(r.Host)
 	label := ""
@@ -178,7 +180,7 @@ func (g *Gateway) address(r *http.Request) (id string, port int, ours bool) {
 	}
 	text := ""
 	if ours && label != sharedLabel {
-		parts := strings.SplitN(label, "-", 3) // behind another hyphen is whatever a client adds
+		parts := strings.SplitN(label, "-", 3) // after another hyphen clients may add anything
 		if len(parts) > 1 {
 			text, id = parts[0], parts[1]
 		}
@@ -204,7 +206,7 @@ func (g *Gateway) address(r *http.Request) (id string, port int, ours bool) {
 	return id, port, true
 }
 
-// failure is an answer of the gateway itself, as E2B's clients know it.
+// failure is an error of the gateway itself, in the form that E2B's clients know.
 type failure struct {
 	SandboxID string `json:"sandboxId"`
 	Message   string `json:"message"`
@@ -232,18 +234,18 @@ func (f failure) write(w http.ResponseWriter, r *http.Request) {
 			where += "</p>"
 		}
 		_, _ = fmt.Fprintf(w, "<html><head><title>SoulBox</title></head><body><h1>%d</h1><p>%s</p>%s</body></html>\n", f.Code,
-			html.EscapeString(f.Message), where) // a client that is gone misses nothing
+			html.EscapeString(f.Message), where) // the client may be gone
 		return
 	}
 	h.Set("Content-Type", "application/json; charset=utf-8")
 	w.WriteHeader(f.Code)
-	_ = json.NewEncoder(w).Encode(f) // as above
+	_ = json.NewEncoder(w).Encode(f) // the client may be gone
 }
 
-// autoLife is how long a sandbox lives at least that a request has woken; more, where it was made with more.
+// autoLife is how long a sandbox lives at least after a request has woken it; longer if it was made with a longer life.
 const autoLife = 5 * time.Minute
 
-// serve answers a request for a port of a sandbox. One that other nodes have would be asked for there.
+// serve answers a request for a port of a sandbox. With several nodes, requests for sandboxes of other nodes will be forwarded here.
 func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port int) {
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()
@@ -261,7 +263,7 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 	leave, ok := g.visitors.enter(r.RemoteAddr)
 	if !ok {
 		failure{SandboxID: id, Code: http.StatusServiceUnavailable,
-			Message: fmt.Sprintf("Your address has %d requests and tunnels here, the most one may have; close some", maxVisitor)}.write(w,
+			Message: fmt.Sprintf("Your address has %d open requests and tunnels, which is the limit; close some", maxVisitor)}.write(w,
 			r)
 		return
 	}
@@ -277,7 +279,7 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 			return
 		}
 		defer release()
-		if sb.Info().State == sandbox.Paused && !target.Proven(r) { // asking whether it lives must not wake it
+		if sb.Info().State == sandbox.Paused && !target.Proven(r) { // without proof, a health check must not wake it
 			notFound(id).write(w, r)
 			return
 		}
@@ -289,14 +291,14 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 	if !open || !public {
 		secret := sb.TrafficToken()
 		if !g.admits(r, secret) {
-			failure{SandboxID: id, Code: http.StatusForbidden, Message: "This port needs the sandbox' traffic token, as header " +
+			failure{SandboxID: id, Code: http.StatusForbidden, Message: "This port needs the sandbox's traffic token, as header " +
 				TokenHeader + " or in the URL that port_expose gave"}.write(w, r)
 			return
 		}
 		if !g.stillOwned(w, r, sb) {
 			return
 		}
-		// A browser keeps the token as a cookie, and shows an address that can be passed on. Programs have none.
+		// A browser gets the token as a cookie, and an address without it, which can be passed on. Programs get no cookie.
 		if r.URL.Query().Has(TokenQuery) && r.Method == http.MethodGet && r.Header.Get("Upgrade") == "" && isBrowser(r) {
 			g.remember(w, r, secret)
 			return
@@ -318,13 +320,13 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 	}
 }
 
-// insecure says whether sandboxes may be made that need no token.
+// insecure reports whether sandboxes may be made that need no token.
 func (g *Gateway) insecure() bool { return g != nil && g.Insecure }
 
-// free says whether a sandbox is reached without its token.
+// free reports whether a sandbox needs no access token.
 func (g *Gateway) free(i sandbox.Info) bool { return g.insecure() && i.Ingress.Insecure }
 
-// stillOwned says whether a sandbox's tokens are worth anything, and answers where they are not.
+// stillOwned reports whether a sandbox's tokens are still valid, and answers the request if they are not.
 func (g *Gateway) stillOwned(w http.ResponseWriter, r *http.Request, sb *sandbox.Sandbox) bool {
 	if g.Admit == nil {
 		return true
@@ -338,7 +340,7 @@ func (g *Gateway) stillOwned(w http.ResponseWriter, r *http.Request, sb *sandbox
 	return true
 }
 
-// awake wakes a sandbox that a request may wake, and answers where that cannot be.
+// awake wakes a paused sandbox if a request may wake it. If the sandbox cannot be woken, it answers the request and returns false.
 func (g *Gateway) awake(w http.ResponseWriter, r *http.Request, sb *sandbox.Sandbox) bool {
 	if sb.Info().State != sandbox.Paused {
 		return true
@@ -347,7 +349,7 @@ func (g *Gateway) awake(w http.ResponseWriter, r *http.Request, sb *sandbox.Sand
 	if err == nil {
 		life := max(autoLife, sb.Info().Times.First)
 		if _, err := sb.Update(r.Context(), sandbox.Update{AtLeast: &life}); err != nil {
-			g.Log.Debug("give a sandbox that was woken time", "sandbox", sb.ID(), "error", err) // it may not have more
+			g.Log.Debug("give a sandbox that was woken time", "sandbox", sb.ID(), "error", err) // a limit may forbid more time
 		}
 		return true
 	}
@@ -366,7 +368,8 @@ func (g *Gateway) awake(w http.ResponseWriter, r *http.Request, sb *sandbox.Sand
 	return false
 }
 
-// cookie is the name of the cookie with the token. With TLS it is one that no other host of the domain can set (RFC 6265bis, 4.1.3.2).
+// cookie returns the name of the cookie with the token. With TLS no other host of the domain can set a cookie of that name (RFC 6265bis,
+// 4.1.3.2).
 func (g *Gateway) cookie() string {
 	if g.secure() {
 		return "__Host-" + tokenCookie
@@ -376,7 +379,7 @@ func (g *Gateway) cookie() string {
 
 func (g *Gateway) secure() bool { return g.Base != nil && g.Base.Scheme == "https" }
 
-// admits says whether a request shows the token, by any of its means.
+// admits reports whether a request carries the token: as header, query parameter or cookie.
 func (g *Gateway) admits(r *http.Request, secret string) bool {
 	shown := append(r.Header.Values(TokenHeader), r.URL.Query()[TokenQuery]...)
 	for _, c := range r.CookiesNamed(g.cookie()) {
@@ -391,7 +394,7 @@ func (g *Gateway) admits(r *http.Request, secret string) bool {
 
 func isBrowser(r *http.Request) bool { return strings.Contains(r.UserAgent(), "Mozilla/") }
 
-// remember turns a token of a link into a cookie of that host, and takes it out of the address.
+// remember turns the token of a link into a cookie of that host, and redirects to the address without it.
 func (g *Gateway) remember(w http.ResponseWriter, r *http.Request, shown string) {
 	http.SetCookie(w, &http.Cookie{
 		Name: g.cookie(), Value: shown, Path: "/", MaxAge: int(cookieLife.Seconds()), HttpOnly: true, Secure: g.secure(),
@@ -399,7 +402,7 @@ func (g *Gateway) remember(w http.ResponseWriter, r *http.Request, shown string)
 	})
 	w.Header().Set("Cache-Control", "no-store")
 	w.Header().Set("Referrer-Policy", "no-referrer")
-	// Relative to this host, whatever the path looks like: "//elsewhere" would lead away.
+	// The path must stay on this host: "//elsewhere" would lead to another one.
 	http.Redirect(w, r, "/"+strings.TrimLeft(withoutToken(r.URL).RequestURI(), "/"), http.StatusFound)
 }
 
@@ -414,7 +417,7 @@ func withoutToken(u *url.URL) *url.URL {
 	return &c
 }
 
-// proxy passes a request on. What shows the token stays here.
+// proxy passes a request on to the sandbox, without the token.
 func (g *Gateway) proxy(sb *sandbox.Sandbox, port int) *httputil.ReverseProxy {
 	id, in := sb.ID(), sb.Info().Ingress
 	secure := slices.Contains(in.TLS, port)
@@ -444,7 +447,7 @@ func (g *Gateway) proxy(sb *sandbox.Sandbox, port int) *httputil.ReverseProxy {
 			}
 		},
 		Transport:     transport{g},
-		FlushInterval: -1, // at once: events and long answers
+		FlushInterval: -1, // flush at once: for events and long answers
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
 			if r.Context().Err() != nil {
 				panic(http.ErrAbortHandler) // the client is gone
@@ -456,9 +459,9 @@ func (g *Gateway) proxy(sb *sandbox.Sandbox, port int) *httputil.ReverseProxy {
 			case errors.As(err, &full):
 				f.Code, f.Message = http.StatusServiceUnavailable, full.Error()
 			case errors.Is(err, sandbox.ErrBusy):
-				f.Code, f.Message = http.StatusServiceUnavailable, "The sandbox has as many connections as it may have"
+				f.Code, f.Message = http.StatusServiceUnavailable, "The sandbox has reached its limit of connections"
 			case !errors.Is(err, sandbox.ErrNothingListens):
-				f.Message = "The server on this port of the sandbox broke off"
+				f.Message = "The server on this port of the sandbox closed the connection"
 			}
 			f.write(w, r)
 		},
@@ -466,7 +469,7 @@ func (g *Gateway) proxy(sb *sandbox.Sandbox, port int) *httputil.ReverseProxy {
 	}
 }
 
-// otherCookies takes one cookie out of Cookie headers, and leaves all others as they are.
+// otherCookies removes one cookie from Cookie headers and leaves all others as they are.
 func otherCookies(headers []string, name string) []string {
 	var kept []string
 	for _, h := range headers {
@@ -481,7 +484,7 @@ func otherCookies(headers []string, name string) []string {
 	return kept
 }
 
-// Base makes the base of a gateway's URLs: the domain at the scheme and port of the server's own URL.
+// Base makes the base of a gateway's URLs: the domain, with the scheme and port of the server's own URL.
 func Base(domain, server string) (*url.URL, error) {
 	u, err := url.Parse(server)
 	if err != nil {

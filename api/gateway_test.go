@@ -21,7 +21,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// gatewayTest is a gateway before a sandbox of the Fake, in which a web server runs.
+// gatewayTest is a gateway in front of a sandbox of the Fake, in which a web server runs.
 type gatewayTest struct {
 	*testing.T
 	sb     *sandbox.Sandbox
@@ -33,7 +33,7 @@ type gatewayTest struct {
 	broken chan struct{} // gets a token for each flood that has ended
 }
 
-// app is what runs in the sandbox.
+// app is the server that runs in the sandbox.
 func app(broken chan<- struct{}) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/flood", func(w http.ResponseWriter, r *http.Request) {
@@ -127,7 +127,7 @@ func newGatewayTest(t *testing.T, change ...func(*sandbox.Options)) *gatewayTest
 	g.front.Config.Protocols = inside.Config.Protocols
 	g.front.Start()
 	t.Cleanup(g.front.Close)
-	// Every name leads to the front.
+	// Every name leads to the front server.
 	dialer := func(ctx context.Context, network, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, network, g.front.Listener.Addr().String())
 	}
@@ -140,7 +140,7 @@ func newGatewayTest(t *testing.T, change ...func(*sandbox.Options)) *gatewayTest
 
 func (g *gatewayTest) host(port int) string { return fmt.Sprintf("%d-%s.box.test", port, g.sb.ID()) }
 
-// get asks for a path at a host; headers are names and values in turn.
+// get requests a path at a host; headers are names and values in turn.
 func (g *gatewayTest) get(host, path string, headers ...string) (*http.Response, string) {
 	g.Helper()
 	req, err := http.NewRequestWithContext(g.Context(), http.MethodGet, "http://"+host+path, nil)
@@ -162,8 +162,7 @@ func (g *gatewayTest) get(host, path string, headers ...string) (*http.Response,
 	return res, string(body)
 }
 
-// TestGatewayToken: a port that is not public is for those who show the sandbox' token, by header, link or cookie; the sandbox sees none of
-// it.
+// TestGatewayToken: a port that is not public requires the sandbox's token, in a header, link or cookie; the sandbox never sees the token.
 func TestGatewayToken(t *testing.T) {
 	g := newGatewayTest(t)
 	host, secret := g.host(g.port), g.sb.TrafficToken()
@@ -238,7 +237,7 @@ func TestGatewayToken(t *testing.T) {
 	}
 }
 
-// TestGatewayErrors: what is not there is said as E2B says it, as a page to a browser.
+// TestGatewayErrors: the gateway answers for missing sandboxes and ports as E2B does, with a page for browsers.
 func TestGatewayErrors(t *testing.T) {
 	g := newGatewayTest(t)
 	if _, err := g.sb.Expose(1, true); err != nil {
@@ -279,7 +278,7 @@ func TestGatewayErrors(t *testing.T) {
 	}
 }
 
-// TestGatewayPasses: large bodies, events as they come, upgrades, HTTP/2 and gRPC's way of it.
+// TestGatewayPasses: large bodies, events as they come, upgrades, HTTP/2 and gRPC pass.
 func TestGatewayPasses(t *testing.T) {
 	g := newGatewayTest(t)
 	if _, err := g.sb.Expose(g.port, true); err != nil {
@@ -341,7 +340,7 @@ func TestGatewayPasses(t *testing.T) {
 	}
 }
 
-// TestGatewayEnds: what a client gives up ends in the sandbox too, and what a port carries ends with the port.
+// TestGatewayEnds: a request that a client gives up ends in the sandbox too, and closing a port ends its connections.
 func TestGatewayEnds(t *testing.T) {
 	g := newGatewayTest(t)
 	expose := func(public bool) {
@@ -392,7 +391,7 @@ func TestGatewayEnds(t *testing.T) {
 	_ = res.Body.Close()
 }
 
-// socket opens a WebSocket that answers what it is told.
+// socket opens a WebSocket that echoes what it gets.
 func (g *gatewayTest) socket() *bufio.Reader {
 	g.Helper()
 	conn, err := net.Dial("tcp", g.front.Listener.Addr().String())
@@ -432,8 +431,8 @@ func TestBase(t *testing.T) {
 	}
 }
 
-// TestGatewayIngress: ports that are open need not be exposed; their servers may speak TLS and be told another host; headers name them
-// where the host does not; a request wakes who may be woken, once it has shown that it may.
+// TestGatewayIngress: open ports need not be exposed; their servers may speak TLS and see another host; headers name them if the host does
+// not; a request wakes a sandbox that may be woken, once it has proof.
 func TestGatewayIngress(t *testing.T) {
 	g := newGatewayTest(t)
 	inside := httptest.NewTLSServer(app(g.broken))

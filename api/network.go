@@ -9,7 +9,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// network is what clients say of a sandbox' network, in and out.
+// network is a sandbox's network, in and out, as clients describe it.
 type network struct {
 	AllowOut    []string        `json:"allowOut,omitempty"`
 	DenyOut     []string        `json:"denyOut,omitempty"`
@@ -20,16 +20,17 @@ type network struct {
 	HTTPSPorts  []int           `json:"httpsPorts,omitempty"`
 }
 
-// everything is what an owner denies who wants a list of what is allowed.
+// everything is what a client denies in order to allow only what it lists.
 var everything = []string{"0.0.0.0/0", "::/0"}
 
-// egress is what a sandbox reaches. There always is a network, so that it can be changed: at first perhaps one in which nothing is allowed.
+// egress returns what a sandbox may reach. Unless none is set, the sandbox always has a network, so that its rules can be changed later,
+// even if they allow nothing at first.
 func (n *network) egress(internet *bool, none bool) (sandbox.Network, error) {
 	if n == nil {
 		n = &network{}
 	}
 	if given(n.EgressProxy) {
-		return sandbox.Network{}, refuse(http.StatusNotImplemented, "network.egressProxy: this server knows no proxies of others")
+		return sandbox.Network{}, refuse(http.StatusNotImplemented, "network.egressProxy: this server does not support egress proxies")
 	}
 	if given(n.Rules) && string(n.Rules) != "{}" {
 		return sandbox.Network{}, refuse(http.StatusNotImplemented,
@@ -49,7 +50,7 @@ func (n *network) egress(internet *bool, none bool) (sandbox.Network, error) {
 	named := slices.ContainsFunc(n.AllowOut, func(a string) bool {
 		_, aerr := netip.ParseAddr(a)
 		_, perr := netip.ParsePrefix(a)
-		return aerr != nil && perr != nil && a != "*" // which allows nothing that is not
+		return aerr != nil && perr != nil && a != "*" // "*" allows nothing that is not allowed already
 	})
 	if named && !all && (internet == nil || *internet) {
 		return sandbox.Network{}, refuse(http.StatusBadRequest,
@@ -72,7 +73,7 @@ func (n *network) egress(internet *bool, none bool) (sandbox.Network, error) {
 	return out, nil
 }
 
-// ingress is who reaches a sandbox. Without a word, everybody does who knows its id.
+// ingress returns who may reach a sandbox. By default, everyone who knows its id may.
 func (n *network) ingress() sandbox.Ingress {
 	in := sandbox.Ingress{Open: sandbox.OpenPublic}
 	if n == nil {
@@ -85,7 +86,7 @@ func (n *network) ingress() sandbox.Ingress {
 	return in
 }
 
-// networkOf is a sandbox' network as clients say it.
+// networkOf describes a sandbox's network in the words of clients.
 func networkOf(i sandbox.Info) network {
 	public := i.Ingress.Open == sandbox.OpenPublic
 	n := network{AllowPublic: &public, MaskHost: i.Ingress.Host, HTTPSPorts: i.Ingress.TLS, AllowOut: i.Network.Allow,

@@ -23,8 +23,8 @@ type metric struct {
 	DiskTotal int64     `json:"diskTotal"`
 }
 
-// metricOf tells the use of CPUs in percent of all that the sandbox may use. As of E2B's machines, its kernel's is in it: one that does
-// nothing takes some.
+// metricOf gives the CPU usage in percent of what the sandbox may use. As for E2B's machines, it includes the sandbox's kernel, so an idle
+// sandbox uses some CPU.
 func metricOf(s sandbox.Sample, l sandbox.Limits) metric {
 	return metric{Timestamp: s.Time, Unix: s.Time.Unix(), CPUCount: max(1, int(l.CPU+0.5)), CPUUsed: max(s.CPU, s.HostCPU) / max(l.CPU, 1),
 		MemUsed: max(s.Memory, s.HostMemory), MemTotal: l.Memory, DiskUsed: s.DiskUsed, DiskTotal: l.Disk}
@@ -46,7 +46,7 @@ func (c *Control) metrics(r *call) error {
 		return err
 	}
 	if until != 0 && until < from {
-		return refuse(http.StatusBadRequest, "the end of the time is before its start")
+		return refuse(http.StatusBadRequest, "the end is before the start")
 	}
 	sb.Refresh(r.Context())
 	samples, err := sb.Samples(unix(from), unix(until))
@@ -60,7 +60,7 @@ func (c *Control) metrics(r *call) error {
 	return r.answer(http.StatusOK, out)
 }
 
-// unix is a moment; 0 is none.
+// unix converts Unix seconds; 0 means no time.
 func unix(seconds int64) time.Time {
 	if seconds == 0 {
 		return time.Time{}
@@ -68,7 +68,7 @@ func unix(seconds int64) time.Time {
 	return time.Unix(seconds, 0)
 }
 
-// allMetrics tells what some sandboxes use now. Those that are not the caller's are not in it.
+// allMetrics answers with the current usage of some sandboxes. It leaves out sandboxes that are not the caller's.
 func (c *Control) allMetrics(r *call) error {
 	ids := strings.Split(r.URL.Query().Get("sandbox_ids"), ",")
 	if len(ids) > maxPage || ids[0] == "" {
@@ -102,7 +102,7 @@ type logEntry struct {
 const maxLogs = 1000
 
 func (c *Control) readLogs(r *call, q sandbox.LogQuery) ([]logEntry, error) {
-	sb, err := c.known(r) // one that has ended is still told of
+	sb, err := c.known(r) // the logs of an ended sandbox can still be read
 	if err != nil {
 		return nil, err
 	}
@@ -118,7 +118,7 @@ func (c *Control) readLogs(r *call, q sandbox.LogQuery) ([]logEntry, error) {
 	return out, nil
 }
 
-// oldLogs gives the same twice: as lines, which are JSON as E2B's command line reads it, and as entries.
+// oldLogs returns the same log twice: as lines of JSON, which E2B's command line reads, and as entries.
 func (c *Control) oldLogs(r *call) error {
 	start, err := r.number("start", 0, maxSeconds*1000, 0)
 	if err != nil {

@@ -16,7 +16,7 @@ import (
 	"soulbox.dev/soulbox/template"
 )
 
-// Lives of sandboxes whose clients name none, in seconds.
+// Lifetimes of sandboxes whose clients give none, and the largest allowed ones, in seconds.
 const (
 	oldLife    = 15
 	newLife    = 300
@@ -24,17 +24,17 @@ const (
 	maxRefresh = 3600
 )
 
-// clientID was the node of a sandbox, and must be there.
+// clientID named the node of a sandbox in E2B's API; clients still require the field.
 const clientID = "soulbox"
 
-// created is a sandbox as it is told to who made it or connects to it.
+// created describes a sandbox to a client that made it or connects to it.
 type created struct {
 	TemplateID   string  `json:"templateID"`
 	SandboxID    string  `json:"sandboxID"`
 	ClientID     string  `json:"clientID"`
 	EnvdVersion  string  `json:"envdVersion"`
 	Alias        string  `json:"alias,omitempty"`
-	AccessToken  string  `json:"envdAccessToken,omitempty"` // not of one that needs none
+	AccessToken  string  `json:"envdAccessToken,omitempty"` // empty if the sandbox needs none
 	TrafficToken *string `json:"trafficAccessToken"`
 	Domain       *string `json:"domain"`
 }
@@ -56,7 +56,7 @@ type listed struct {
 	VolumeMounts []struct{}        `json:"volumeMounts"`
 }
 
-// detail is all there is to know of a sandbox.
+// detail is everything about a sandbox.
 type detail struct {
 	listed
 	AccessToken string    `json:"envdAccessToken,omitempty"`
@@ -82,7 +82,7 @@ func (c *Control) created(sb *sandbox.Sandbox) created {
 	return out
 }
 
-// tokenOf is the token that clients of a sandbox need.
+// tokenOf returns the access token that clients of a sandbox need.
 func (c *Control) tokenOf(sb *sandbox.Sandbox) string {
 	if c.Gateway.free(sb.Info()) {
 		return ""
@@ -90,7 +90,7 @@ func (c *Control) tokenOf(sb *sandbox.Sandbox) string {
 	return sb.AccessToken()
 }
 
-// domain is where sandboxes are reached, if that is what clients take it for: they put https:// before it.
+// domain returns the domain of sandboxes, or nil without TLS, because clients always put https:// before it.
 func (c *Control) domain() *string {
 	if c.Gateway == nil || !c.Gateway.secure() {
 		return nil
@@ -98,10 +98,10 @@ func (c *Control) domain() *string {
 	return &c.Gateway.Base.Host
 }
 
-// templateOf is what a sandbox began from.
+// templateOf returns the template from which a sandbox began.
 func templateOf(i sandbox.Info) string { return cmp.Or(i.Template, template.HostName) }
 
-// originOf is what clients take for its template: a snapshot, where it began from one.
+// originOf returns what clients see as a sandbox's template: its snapshot, if it began from one.
 func originOf(i sandbox.Info) string { return cmp.Or(i.Origin, templateOf(i)) }
 
 func list(i sandbox.Info) listed {
@@ -122,9 +122,9 @@ func began(i sandbox.Info) time.Time {
 	return i.Ready
 }
 
-// known finds a sandbox of the caller's, which may have ended.
+// known finds a sandbox of the caller, which may have ended.
 func (c *Control) known(r *call) (*sandbox.Sandbox, error) {
-	id, _, _ := strings.Cut(r.PathValue("id"), "-") // a client's id may follow
+	id, _, _ := strings.Cut(r.PathValue("id"), "-") // a client id may follow
 	sb, err := c.Manager.Get(r.owner, id)
 	if err != nil {
 		return nil, missing(r.PathValue("id"))
@@ -132,7 +132,7 @@ func (c *Control) known(r *call) (*sandbox.Sandbox, error) {
 	return sb, nil
 }
 
-// find finds a sandbox of the caller's that has not ended.
+// find finds a sandbox of the caller that has not ended.
 func (c *Control) find(r *call) (*sandbox.Sandbox, error) {
 	sb, err := c.known(r)
 	if i := info(sb, err); i.State.Ended() && !i.OnDisk {
@@ -141,7 +141,7 @@ func (c *Control) find(r *call) (*sandbox.Sandbox, error) {
 	return sb, err
 }
 
-// info describes what was found.
+// info describes the sandbox that was found.
 func info(sb *sandbox.Sandbox, err error) sandbox.Info {
 	if err != nil {
 		return sandbox.Info{}
@@ -149,7 +149,7 @@ func info(sb *sandbox.Sandbox, err error) sandbox.Info {
 	return sb.Info()
 }
 
-// bodyOf reads what a caller wants, and finds the sandbox that it is for.
+// bodyOf reads the body of a request and finds the sandbox of its path.
 func (c *Control) bodyOf(r *call, body any) (*sandbox.Sandbox, error) {
 	if err := r.body(body); err != nil {
 		return nil, err
@@ -157,12 +157,12 @@ func (c *Control) bodyOf(r *call, body any) (*sandbox.Sandbox, error) {
 	return c.find(r)
 }
 
-// missing is the error of a sandbox that there is not for the caller.
+// missing is the error for a sandbox that does not exist or is not the caller's.
 func missing(id string) error {
 	return refuse(http.StatusNotFound, "sandbox %.60q doesn't exist or you don't have access to it", id)
 }
 
-// gone is the error of an act on a sandbox that has ended meanwhile.
+// gone turns an error into missing if the sandbox has ended meanwhile.
 func gone(sb *sandbox.Sandbox, err error) error {
 	if err != nil && sb.Info().State.Ended() {
 		return missing(sb.ID())
@@ -170,7 +170,7 @@ func gone(sb *sandbox.Sandbox, err error) error {
 	return err
 }
 
-// living are the owner's sandboxes that a query selects, the newest first.
+// living returns the owner's sandboxes that a query selects, the newest first.
 func (c *Control) living(r *call, states map[string]bool) ([]sandbox.Info, error) {
 	q := r.URL.Query()
 	metadata, err := metadataQuery(q.Get("metadata"))
@@ -187,7 +187,7 @@ func (c *Control) living(r *call, states map[string]bool) ([]sandbox.Info, error
 	if name := q.Get("template"); name != "" {
 		filter.Template = cmp.Or(c.templateName(r.owner, name), template.HostName)
 	}
-	c.Manager.AwaitSettled(r.Context()) // those that another server has left are its own in a moment
+	c.Manager.AwaitSettled(r.Context()) // sandboxes that another server left behind are adopted in a moment
 	all := slices.DeleteFunc(c.Manager.List(filter), func(i sandbox.Info) bool {
 		return i.State != sandbox.Running && i.State != sandbox.Paused || !states[list(i).State] || began(i).Before(since)
 	})
@@ -195,7 +195,7 @@ func (c *Control) living(r *call, states map[string]bool) ([]sandbox.Info, error
 	return all, nil
 }
 
-// metadataQuery reads pairs that clients have encoded once more than a query needs, and each key and value once more than that.
+// metadataQuery reads pairs that clients encode once more than a query needs, and each key and value once more again.
 func metadataQuery(text string) (map[string]string, error) {
 	if text == "" {
 		return nil, nil
@@ -210,7 +210,7 @@ func metadataQuery(text string) (map[string]string, error) {
 		out[key] = value
 	}
 	if err != nil {
-		return nil, refuse(http.StatusBadRequest, "metadata is no list of key=value pairs: %v", err)
+		return nil, refuse(http.StatusBadRequest, "metadata is not a list of key=value pairs: %v", err)
 	}
 	return out, nil
 }
@@ -288,7 +288,7 @@ func (c *Control) kill(r *call) error {
 		return err
 	}
 	err = sb.Kill(sandbox.CauseKilled)
-	if errors.Is(err, sandbox.ErrState) { // somebody else does
+	if errors.Is(err, sandbox.ErrState) { // another call is killing it
 		return missing(sb.ID())
 	}
 	if err != nil {
@@ -305,7 +305,7 @@ func (c *Control) pause(r *call) error {
 	if err != nil {
 		return err
 	}
-	filesOnly := body.Memory != nil && !*body.Memory // what would boot anew is resumed by those alone who ask for that
+	filesOnly := body.Memory != nil && !*body.Memory // a sandbox without memory boots anew, so only clients that ask for that resume it
 	err = sb.Pause(r.Context(), sandbox.PauseOptions{ToDisk: true, FilesOnly: filesOnly, AutoResume: !filesOnly &&
 		!sb.Info().Times.NoAutoResume})
 	if err != nil {
@@ -314,7 +314,7 @@ func (c *Control) pause(r *call) error {
 	return r.done(http.StatusNoContent)
 }
 
-// connectTo has a sandbox run, and for as long as is asked for at least.
+// connectTo makes sure that a sandbox runs, and that it lives at least as long as the client asks.
 func (c *Control) connectTo(r *call) error {
 	var body struct {
 		Timeout *int64 `json:"timeout"`
@@ -330,7 +330,7 @@ func (c *Control) connectTo(r *call) error {
 	}
 	code := http.StatusOK
 	for range connectTries {
-		if err := sb.Settle(r.Context()); err != nil { // one that is just being paused is resumed
+		if err := sb.Settle(r.Context()); err != nil { // a sandbox that is being paused is resumed afterwards
 			return err
 		}
 		i := sb.Info()
@@ -344,14 +344,14 @@ func (c *Control) connectTo(r *call) error {
 				return gone(sb, err)
 			}
 		}
-		if sb.Info().State == sandbox.Running { // nobody has paused it meanwhile
+		if sb.Info().State == sandbox.Running { // no other call has paused it meanwhile
 			break
 		}
 	}
 	return r.answer(code, c.created(sb))
 }
 
-// connectTries is how often a sandbox is resumed that others pause.
+// connectTries is how often connectTo resumes a sandbox that other calls pause.
 const connectTries = 3
 
 func (c *Control) resume(r *call) error {
@@ -371,7 +371,7 @@ func (c *Control) resume(r *call) error {
 	if err := sb.Settle(r.Context()); err != nil {
 		return err
 	}
-	if was == sandbox.Running && sb.Info().State == was { // else somebody has just resumed it
+	if was == sandbox.Running && sb.Info().State == was { // otherwise another call has just resumed it
 		return refuse(http.StatusConflict, "sandbox %q is already running", sb.ID())
 	}
 	u := sandbox.Update{AtLeast: &life}
@@ -421,7 +421,7 @@ func (c *Control) refresh(r *call) error {
 	return c.setLife(r, sandbox.Update{AtLeast: &life})
 }
 
-// setLife changes how long a sandbox lives, which one that is paused does not do: clients are told that there is none that runs.
+// setLife changes the lifetime of a running sandbox. For a paused one clients expect "not found".
 func (c *Control) setLife(r *call, u sandbox.Update) error {
 	sb, err := c.find(r)
 	if err != nil {
@@ -455,7 +455,7 @@ func (c *Control) setNetwork(r *call) error {
 	return r.done(http.StatusNoContent)
 }
 
-// fork makes copies. Each is told by itself, those that could not be made with what was wrong.
+// fork makes copies. The answer lists each copy by itself; one that could not be made has its error.
 func (c *Control) fork(r *call) error {
 	var body struct {
 		Timeout *int64 `json:"timeout"`

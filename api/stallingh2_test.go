@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// TestStallingSilence: an answer that has nothing to say for longer than a client may stall goes on, in HTTP/1.1 and HTTP/2.
+// TestStallingSilence: an answer that is silent for longer than a client may stall continues, in HTTP/1.1 and HTTP/2.
 func TestStallingSilence(t *testing.T) {
 	const limit = 300 * time.Millisecond
 	silent := make(chan struct{})

@@ -7,7 +7,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// startWindow is the time over which the rate of starts is told.
+// startWindow is the time over which the rate of starts is measured.
 const startWindow = 5 * time.Minute
 
 // teamMetric is how much of the server an owner uses.
@@ -18,7 +18,7 @@ type teamMetric struct {
 	StartRate  float64   `json:"sandboxStartRate"` // per second
 }
 
-// teamNow is what the caller uses at this moment.
+// teamNow returns what the caller uses now.
 func (c *Control) teamNow(r *call) (teamMetric, error) {
 	if err := r.isTeam(r.PathValue("id")); err != nil {
 		return teamMetric{}, err
@@ -35,7 +35,7 @@ func (c *Control) teamNow(r *call) (teamMetric, error) {
 	return out, nil
 }
 
-// teamMetrics tells what the caller uses, where now is in the time that is asked for: what was used before is not kept by owner.
+// teamMetrics answers with what the caller uses now, if the requested time includes now. Earlier usage is not kept per owner.
 func (c *Control) teamMetrics(r *call) error {
 	from, err := r.number("start", 0, maxSeconds, 0)
 	if err != nil {
@@ -46,7 +46,7 @@ func (c *Control) teamMetrics(r *call) error {
 		return err
 	}
 	if until != 0 && until < from {
-		return refuse(http.StatusBadRequest, "the end of the time is before its start")
+		return refuse(http.StatusBadRequest, "the end is before the start")
 	}
 	m, err := c.teamNow(r)
 	if err != nil {
@@ -59,7 +59,7 @@ func (c *Control) teamMetrics(r *call) error {
 	return r.answer(http.StatusOK, out)
 }
 
-// teamMaximum tells the largest of what teamMetrics tells.
+// teamMaximum answers with the largest value of teamMetrics.
 func (c *Control) teamMaximum(r *call) error {
 	m, err := c.teamNow(r)
 	if err != nil {

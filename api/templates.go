@@ -19,8 +19,8 @@ import (
 // defaultTag is the tag of a name without one.
 const defaultTag = "default"
 
-// plainName is a name of a template or snapshot as it is kept here: clients may put the owner before it, and the tag that every template
-// has.
+// plainName returns the stored form of a template's or snapshot's name. Clients may put the owner before the name, and the default tag
+// after it.
 func plainName(owner, name string) string {
 	name = strings.ToLower(strings.TrimSpace(name))
 	if owner == "" {
@@ -30,11 +30,11 @@ func plainName(owner, name string) string {
 	return strings.TrimSuffix(strings.TrimSuffix(name, ":"+defaultTag), ":latest")
 }
 
-// templateName is what the domain knows a template by. "base" is what there is, where none was built.
+// templateName returns the domain's name of a template. If "base" has not been built, it is the server's default template.
 func (c *Control) templateName(owner, name string) string {
 	name = plainName(owner, name)
 	if plain, id := tagged(name); template.ValidBuildID(id) {
-		if all, err := c.Store.List(owner); err == nil { // else it is not found below
+		if all, err := c.Store.List(owner); err == nil { // otherwise the domain will not find it
 			for _, m := range all {
 				if of, _ := tagged(m.Name); of == plain && m.BuildID() == id {
 					return m.Name
@@ -122,7 +122,7 @@ func (c *Control) getTemplate(r *call) error {
 	return r.answer(http.StatusOK, out)
 }
 
-// deleteTemplate removes a template or a snapshot; both are templates to clients. That of the operator is not theirs.
+// deleteTemplate deletes a template or a snapshot; clients see both as templates. Clients cannot delete the operator's.
 func (c *Control) deleteTemplate(r *call) error {
 	name := plainName(r.owner, r.PathValue("id"))
 	err := c.Store.Delete(r.owner, name)
@@ -185,13 +185,13 @@ func tagged(name string) (plain, tag string) {
 	return plain, cmp.Or(tag, defaultTag)
 }
 
-// plainOf is a name without its tag.
+// plainOf returns a name without its tag.
 func plainOf(name string) string {
 	plain, _ := tagged(name)
 	return plain
 }
 
-// checkTags refuses tags that are none: that of a name, and others.
+// checkTags refuses empty tags, in the name and in tags.
 func checkTags(name string, tags []string) error {
 	if strings.HasSuffix(strings.TrimSpace(name), ":") ||
 		slices.ContainsFunc(tags, func(t string) bool { return strings.TrimSpace(t) == "" }) {
@@ -200,7 +200,7 @@ func checkTags(name string, tags []string) error {
 	return nil
 }
 
-// withTag is the name that a template has under a tag.
+// withTag returns the name that a template has under a tag.
 func withTag(plain, tag string) string {
 	if tag = strings.ToLower(strings.TrimSpace(tag)); tag == defaultTag || tag == "latest" || tag == "" {
 		return plain
@@ -210,7 +210,7 @@ func withTag(plain, tag string) string {
 
 const maxTags = 32
 
-// addTags gives a template names with other tags.
+// addTags stores a template under further tags.
 func (c *Control) addTags(r *call) error {
 	var body struct {
 		Target string   `json:"target"`
@@ -238,7 +238,7 @@ func (c *Control) addTags(r *call) error {
 	return r.answer(http.StatusCreated, map[string]any{"tags": body.Tags, "buildID": m.BuildID()})
 }
 
-// tag names a template by its name with each of some tags, all or none.
+// tag stores a template under its name with each of the tags.
 func (c *Control) tag(m template.Manifest, tags []string) error {
 	names := make([]string, len(tags))
 	for i, t := range tags {
@@ -291,7 +291,7 @@ func (c *Control) listTags(r *call) error {
 	return r.answer(http.StatusOK, out)
 }
 
-// snapshot saves a sandbox. One of the same name takes the place of the older one, as with clients' other templates.
+// snapshot saves a sandbox. A snapshot replaces an older one of the same name, as clients expect of templates.
 func (c *Control) snapshot(r *call) error {
 	var body struct {
 		Name string `json:"name"`
@@ -317,7 +317,7 @@ func (c *Control) snapshot(r *call) error {
 	return r.answer(http.StatusCreated, r.snapshotOf(snap))
 }
 
-// snapshotOf is a snapshot as clients know it: a template of the caller's team, or without a name one that its id names.
+// snapshotOf describes a snapshot as clients know it: a template of the caller's team, or, if unnamed, one that only its id names.
 func (r *call) snapshotOf(s sandbox.Snapshot) map[string]any {
 	name, tag := tagged(s.Name)
 	names := []string{}

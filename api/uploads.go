@@ -19,11 +19,11 @@ import (
 
 var filesHash = regexp.MustCompile(`^[0-9a-zA-Z]{16,128}$`)
 
-// fileLink says whether files of a build are here, and where they can be sent to.
+// fileLink answers whether the server has the files of a build, and with a URL to send them to.
 func (c *Control) fileLink(r *call) error {
 	hash := r.PathValue("hash")
 	if !filesHash.MatchString(hash) {
-		return refuse(http.StatusBadRequest, "%.40q is no hash of files", hash)
+		return refuse(http.StatusBadRequest, "%.40q is not a hash of files", hash)
 	}
 	out := map[string]any{"present": c.Store.HasUpload(r.owner, hash)}
 	base := c.URL
@@ -40,7 +40,7 @@ func (c *Control) fileLink(r *call) error {
 	return r.answer(http.StatusCreated, out)
 }
 
-// sign makes the proof of an upload: who has it sends files of that name to that owner's builds, until then.
+// sign makes the signature of an upload URL. Its holder can send files of that name for that owner's builds until the given time.
 func (c *Control) sign(parts ...string) string {
 	mac := hmac.New(sha256.New, []byte(c.secret))
 	for _, p := range parts {
@@ -49,14 +49,14 @@ func (c *Control) sign(parts ...string) string {
 	return hex.EncodeToString(mac.Sum(nil))
 }
 
-// upload takes files of a build.
+// upload stores the files of a build.
 func (c *Control) upload(w http.ResponseWriter, r *http.Request) {
 	q := r.URL.Query()
 	owner, until := q.Get("owner"), q.Get("until")
 	last, err := strconv.ParseInt(until, 10, 64)
 	if want := c.sign(owner, r.PathValue("id"), r.PathValue("hash"), until); err != nil ||
 		!hmac.Equal([]byte(want), []byte(q.Get("signature"))) || time.Now().Unix() > last {
-		c.fail(w, r, refuse(http.StatusForbidden, "the URL is not valid, or not any more; ask for another one"))
+		c.fail(w, r, refuse(http.StatusForbidden, "the URL is invalid or has expired; request another one"))
 		return
 	}
 	release, err := takeRequest(r.Context(), c.Manager, owner, agent.FileBuffers)
@@ -78,7 +78,7 @@ func (c *Control) upload(w http.ResponseWriter, r *http.Request) {
 // maxDockerfile bounds the text of a Dockerfile, in bytes.
 const maxDockerfile = 1 << 20
 
-// buildDockerfile begins a build that was announced: of a Dockerfile and of files that were sent.
+// buildDockerfile starts an announced build, with a Dockerfile and files that were sent before.
 func (c *Control) buildDockerfile(r *call) error {
 	var body client.NewBuild
 	if err := r.body(&body); err != nil {
@@ -94,7 +94,8 @@ func (c *Control) buildDockerfile(r *call) error {
 			maxDockerfile)
 	}
 	if body.Context != "" && !c.Store.HasUpload(r.owner, body.Context) {
-		return refuse(http.StatusBadRequest, "the files %.20s… of the build are not here, or not any more: send them again", body.Context)
+		return refuse(http.StatusBadRequest, "the files %.20s… of the build are not on this server, or have expired: send them again",
+			body.Context)
 	}
 	req := b.Request
 	req.Dockerfile, req.Filtered, req.Args, req.Target, req.NoCache = body.Dockerfile, body.Filtered, body.Args, body.Target, body.NoCache
@@ -105,11 +106,11 @@ func (c *Control) buildDockerfile(r *call) error {
 	return r.done(http.StatusAccepted)
 }
 
-// sendContext takes the files of a build: a tar, which may be compressed.
+// sendContext stores the files of a build: a tar, which may be compressed.
 func (c *Control) sendContext(r *call) error {
 	hash := r.PathValue("hash")
 	if !filesHash.MatchString(hash) {
-		return refuse(http.StatusBadRequest, "%.40q is no hash of files", hash)
+		return refuse(http.StatusBadRequest, "%.40q is not a hash of files", hash)
 	}
 	idle := envd.NewIdle(r.w, bodyTime)
 	defer idle.Over()
@@ -119,10 +120,10 @@ func (c *Control) sendContext(r *call) error {
 	return r.done(http.StatusCreated)
 }
 
-// hasContext says whether files of a build are here.
+// hasContext answers whether the server has the files of a build.
 func (c *Control) hasContext(r *call) error {
 	if hash := r.PathValue("hash"); !filesHash.MatchString(hash) || !c.Store.HasUpload(r.owner, hash) {
-		return refuse(http.StatusNotFound, "they are not here")
+		return refuse(http.StatusNotFound, "the files are not on this server")
 	}
 	return r.done(http.StatusOK)
 }

@@ -18,7 +18,7 @@ import (
 	"soulbox.dev/soulbox/template"
 )
 
-// ownRoutes are what this server has beside E2B's API, for the command line: all below /v1.
+// ownRoutes returns the routes that this server has in addition to E2B's API, for the command line. All are below /v1.
 func (c *Control) ownRoutes() map[string]func(*call) error {
 	return map[string]func(*call) error{
 		"GET /v1/server":                           c.describeServer,
@@ -54,7 +54,7 @@ func (c *Control) describeServer(r *call) error {
 	return r.answer(http.StatusOK, s)
 }
 
-// described is a sandbox in the words of the command line.
+// described describes a sandbox in the form of /v1.
 func (c *Control) described(i sandbox.Info, ports []sandbox.Port) client.Sandbox {
 	out := client.Sandbox{ID: i.ID, Template: templateOf(i), State: string(i.State), Cause: i.Cause, Parent: i.Parent, Metadata: i.Metadata,
 		CPU:      i.Limits.CPU,
@@ -78,7 +78,7 @@ func (c *Control) described(i sandbox.Info, ports []sandbox.Port) client.Sandbox
 	return out
 }
 
-// listAll lists sandboxes, the newest first; those that have ended only where their state is asked for.
+// listAll lists sandboxes, the newest first; ended ones only if the query asks for their state.
 func (c *Control) listAll(r *call) error {
 	q := r.URL.Query()
 	metadata, err := metadataQuery(q.Get("metadata"))
@@ -92,10 +92,10 @@ func (c *Control) listAll(r *call) error {
 		}
 		states[s] = true
 	}
-	c.Manager.AwaitSettled(r.Context()) // those that another server has left are its own in a moment
+	c.Manager.AwaitSettled(r.Context()) // sandboxes that another server left behind are adopted in a moment
 	out := []client.Sandbox{}
 	for _, i := range c.Manager.List(sandbox.Filter{Owner: r.owner, Metadata: metadata}) {
-		if states[string(i.State)] || q.Get("state") == "" && i.OnDisk { // what has failed and can be resumed
+		if states[string(i.State)] || q.Get("state") == "" && i.OnDisk { // failed sandboxes that can be resumed
 			out = append(out, c.described(i, nil))
 		}
 	}
@@ -113,7 +113,7 @@ func joined[T ~string](all []T) string {
 	return strings.Join(texts, ", ")
 }
 
-// createOwn makes a sandbox with the server's own defaults, which has no network if none is asked for.
+// createOwn makes a sandbox with the server's defaults. It has no network unless the client asks for one.
 func (c *Control) createOwn(r *call) error {
 	var body client.NewSandbox
 	if err := r.body(&body); err != nil {
@@ -182,7 +182,7 @@ func (c *Control) pauseAs(r *call) error {
 		return err
 	}
 	if body.InMemory && body.FilesOnly {
-		return refuse(http.StatusBadRequest, "what is paused in memory has its memory: give inMemory or filesOnly")
+		return refuse(http.StatusBadRequest, "a sandbox paused in memory keeps its memory: give inMemory or filesOnly")
 	}
 	err = sb.Pause(r.Context(), sandbox.PauseOptions{ToDisk: !body.InMemory, FilesOnly: body.FilesOnly,
 		AutoResume: !sb.Info().Times.NoAutoResume})
@@ -192,7 +192,7 @@ func (c *Control) pauseAs(r *call) error {
 	return r.answer(http.StatusOK, c.described(sb.Info(), sb.Ports()))
 }
 
-// protectOf is a protection as it is asked for: 0 seconds are off.
+// protectOf translates a requested protection: nil is the server's default, 0 seconds mean off.
 func protectOf(p *client.Protect) sandbox.Protect {
 	switch {
 	case p == nil:
@@ -203,7 +203,7 @@ func protectOf(p *client.Protect) sandbox.Protect {
 	return sandbox.Protect{Every: time.Duration(min(p.EveryS, maxLife)) * time.Second, Memory: p.Memory}
 }
 
-// resumeAs resumes a sandbox that is paused, or has failed and was saved.
+// resumeAs resumes a sandbox that is paused, or one that has failed and was saved.
 func (c *Control) resumeAs(r *call) error {
 	var body client.Resume
 	sb, err := c.bodyOf(r, &body)
@@ -220,7 +220,7 @@ func (c *Control) resumeAs(r *call) error {
 	return r.answer(http.StatusOK, c.described(sb.Info(), sb.Ports()))
 }
 
-// processes lists the processes of a sandbox, also those that have ended and are still known. It wakes none that is paused.
+// processes lists the processes of a sandbox, also ended ones that are still known. It does not wake a paused sandbox.
 func (c *Control) processes(r *call) error {
 	sb, err := c.find(r)
 	if err != nil {
@@ -245,7 +245,7 @@ func (c *Control) processes(r *call) error {
 	return r.answer(http.StatusOK, out)
 }
 
-// inside serves what is in a sandbox, as envd does, to its owner: his key is proof enough. A sandbox that may be woken by calls is.
+// inside serves envd's services to the sandbox's owner, without a token of the sandbox. A call wakes a paused sandbox if it may.
 func (c *Control) inside(r *call) error {
 	sb, err := c.find(r)
 	if err != nil {
@@ -257,7 +257,7 @@ func (c *Control) inside(r *call) error {
 	inner := r.Clone(ctx)
 	inner.URL.Path, inner.URL.RawPath = "/"+r.PathValue("path"), ""
 	inner.Body = r.whole
-	r.w.Header().Set("Content-Security-Policy", "sandbox") // what comes from a sandbox must not run at the server's own name
+	r.w.Header().Set("Content-Security-Policy", "sandbox") // content of a sandbox must not run at the server's own name
 	c.Gateway.inside.Serve(asAttachment{r.w}, inner, envd.Target{Sandbox: sb})
 	return nil
 }
@@ -282,7 +282,7 @@ func (c *Control) portOf(sb *sandbox.Sandbox, p sandbox.Port) client.Port {
 	return out
 }
 
-// listPorts lists the ports that are exposed, and on which something listens.
+// listPorts lists the ports that are exposed, and those on which something listens.
 func (c *Control) listPorts(r *call) error {
 	sb, err := c.find(r)
 	if err != nil {
@@ -290,7 +290,7 @@ func (c *Control) listPorts(r *call) error {
 	}
 	out := []client.Port{}
 	listening, err := sb.Listening(r.Context())
-	if err != nil && !errors.Is(err, sandbox.ErrState) { // of one that is paused nobody knows
+	if err != nil && !errors.Is(err, sandbox.ErrState) { // in a paused sandbox it is unknown what listens
 		return gone(sb, err)
 	}
 	exposed := map[int]bool{}
@@ -343,7 +343,7 @@ func (c *Control) closePort(r *call) error {
 
 const maxURLLife = 7 * 24 * 3600 // seconds
 
-// fileURL signs a URL for one file, for whoever has it.
+// fileURL signs a URL for one file; everyone who has the URL can use it.
 func (c *Control) fileURL(r *call) error {
 	var body struct {
 		Path      string `json:"path"`
@@ -363,7 +363,7 @@ func (c *Control) fileURL(r *call) error {
 		return err
 	}
 	if c.Gateway.Base == nil && c.Gateway.Own == nil {
-		return refuse(http.StatusConflict, "this server is reached by its socket alone, so it has no URLs: start 'soulbox-mcp http'")
+		return refuse(http.StatusConflict, "this server has only a socket, so it has no URLs: start 'soulbox-mcp http'")
 	}
 	return r.answer(http.StatusOK, map[string]string{"url": c.Gateway.FileURL(sb, names.Parse(body.Path), body.Operation,
 		time.Now().Add(life))})
@@ -391,7 +391,7 @@ func (c *Control) listOwnTemplates(r *call) error {
 	return r.answer(http.StatusOK, append(out, host))
 }
 
-// copyTemplate gives a template that the caller sees another name, as his own.
+// copyTemplate stores a template that the caller sees under another name, as the caller's own.
 func (c *Control) copyTemplate(r *call) error {
 	var body struct {
 		To string `json:"to"`
@@ -413,7 +413,7 @@ func (c *Control) copyTemplate(r *call) error {
 	return r.answer(http.StatusCreated, c.describedTemplate(m))
 }
 
-// registry is what a template is pulled from or pushed to. It is for the operator, as registries are asked with his credentials.
+// registry reads the reference of an image in a registry. It is for the operator only, because registries get the operator's credentials.
 func (c *Control) registry(r *call) (reference string, err error) {
 	var body struct {
 		Reference string `json:"reference"`
@@ -423,7 +423,7 @@ func (c *Control) registry(r *call) (reference string, err error) {
 	}
 	if r.owner != "" || !c.Local {
 		return "", refuse(http.StatusForbidden,
-			"registries are asked with the operator's credentials: only he pulls and pushes, on the machine of the server")
+			"registries get the operator's credentials: only the operator can pull and push, on the machine of the server")
 	}
 	if body.Reference == "" {
 		return "", refuse(http.StatusBadRequest, "reference is missing, such as docker.io/library/alpine:3")

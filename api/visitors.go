@@ -18,7 +18,7 @@ import (
 
 const (
 	maxVisitor = 128              // requests and tunnels of one address at once
-	stallTime  = 60 * time.Second // that a client may read nothing while there is something for it
+	stallTime  = 60 * time.Second // how long a client may read nothing while there is something to send
 )
 
 // visitors counts the requests and tunnels of each address. It is safe for concurrent use.
@@ -27,8 +27,8 @@ type visitors struct {
 	by map[netip.Prefix]int
 }
 
-// enter counts one more until leave is called, if the address may have it. An address of this machine is that of a proxy before it, or of a
-// user of this machine, and has no bound of its own.
+// enter counts one more until leave is called, if the address may have it. An address of this machine belongs to a local user or to a proxy
+// in front of the gateway, and has no bound.
 func (v *visitors) enter(remote string) (leave func(), ok bool) {
 	from, err := netip.ParseAddrPort(remote)
 	if err != nil || from.Addr().Unmap().IsLoopback() {
@@ -36,11 +36,11 @@ func (v *visitors) enter(remote string) (leave func(), ok bool) {
 	}
 	addr, bits := from.Addr().Unmap().WithZone(""), 32
 	if addr.Is6() {
-		bits = 64 // one customer has at least that
+		bits = 64 // one customer has at least a /64
 	}
 	network, err := addr.Prefix(bits)
 	if err != nil {
-		return func() {}, true // cannot be: the bits fit the address
+		return func() {}, true // cannot happen: the bits fit the address
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -60,13 +60,12 @@ func (v *visitors) enter(remote string) (leave func(), ok bool) {
 	}), true
 }
 
-// isHealth says whether a request only asks whether a sandbox lives, which nobody's full account may hide.
+// isHealth reports whether a request only asks whether a sandbox lives. Such a request must work even when the owner's account is full.
 func isHealth(r *http.Request, port int) bool {
 	return port == envd.Port && r.Method == http.MethodGet && r.URL.Path == "/health"
 }
 
-// charge takes what a request for a port of a sandbox takes from the account of the sandbox' owner; a connection into the sandbox takes
-// more.
+// charge takes the cost of a request for a port from the account of the sandbox's owner. A connection into the sandbox costs more.
 func (g *Gateway) charge(sb *sandbox.Sandbox, r *http.Request, port int) (release func(), err error) {
 	if isHealth(r, port) {
 		return func() {}, nil
@@ -78,7 +77,7 @@ func (g *Gateway) charge(sb *sandbox.Sandbox, r *http.Request, port int) (releas
 	return takeRequest(r.Context(), g.Manager, sb.Info().Owner, buffers)
 }
 
-// charged is charge, and answers where the account is full.
+// charged is charge; if the account is full, it answers the request and returns false.
 func (g *Gateway) charged(w http.ResponseWriter, r *http.Request, sb *sandbox.Sandbox, port int) (release func(), ok bool) {
 	release, err := g.charge(sb, r, port)
 	if err == nil {
@@ -90,7 +89,7 @@ func (g *Gateway) charged(w http.ResponseWriter, r *http.Request, sb *sandbox.Sa
 	return nil, false
 }
 
-// insideBuffers is what a request to what is in a sandbox holds at most.
+// insideBuffers returns how many bytes of buffers a request to envd's services holds at most.
 func insideBuffers(path string) int64 {
 	if strings.HasSuffix(path, "/files") {
 		return agent.FileBuffers
@@ -98,8 +97,8 @@ func insideBuffers(path string) int64 {
 	return agent.StreamBuffers
 }
 
-// charge takes what a request takes from its owner's account. What only looks, and what frees something, is not charged: it works when the
-// account is full.
+// charge takes the cost of a request from its owner's account. Requests that only read, or that free something, are not charged, so that
+// they work when the account is full.
 func (c *Control) charge(r *http.Request, owner string) (release func(), err error) {
 	switch {
 	case strings.Contains(r.URL.Path, "/envd/"):
@@ -115,13 +114,13 @@ func (c *Control) charge(r *http.Request, owner string) (release func(), err err
 	return func() {}, nil
 }
 
-// takeRequest takes what one request takes from an owner's account. It waits for a while where that is full.
+// takeRequest takes the cost of one request from an owner's account. It waits for a while if the account is full.
 func takeRequest(ctx context.Context, m *sandbox.Manager, owner string, buffers int64) (release func(), err error) {
 	return m.Accounts().TakeAll(ctx, m.ConnWait(), owner, access.Part{Of: access.Connections, N: 1},
 		access.Part{Of: access.Buffers, N: buffers})
 }
 
-// stalling is an answer whose client is gone once it has taken nothing for long, also when it has become a tunnel.
+// stalling ends an answer, or the tunnel that it becomes, when its client has read nothing for too long.
 type stalling struct {
 	http.ResponseWriter
 	limit time.Duration
@@ -133,19 +132,20 @@ func (s stalling) Write(p []byte) (int, error) {
 	return s.ResponseWriter.Write(p)
 }
 
-// FlushError sends what is still in a buffer.
+// FlushError sends what is still buffered.
 func (s stalling) FlushError() error {
 	defer s.begin()()
 	return http.NewResponseController(s.ResponseWriter).Flush()
 }
 
-// begin bounds what is written until over is called: in HTTP/2 a deadline ends the answer also while there is nothing to write.
+// begin bounds the time of a write; over removes the bound, because in HTTP/2 a deadline ends the answer even while there is nothing to
+// write.
 func (s stalling) begin() (over func()) {
-	_ = http.NewResponseController(s.ResponseWriter).SetWriteDeadline(time.Now().Add(s.limit)) // where there is none it goes on without
+	_ = http.NewResponseController(s.ResponseWriter).SetWriteDeadline(time.Now().Add(s.limit)) // without deadlines it continues unbounded
 	return s.over
 }
 
-// Unwrap lets http.ResponseController find the rest.
+// Unwrap lets http.ResponseController find the wrapped writer.
 func (s stalling) Unwrap() http.ResponseWriter { return s.ResponseWriter }
 
 // Hijack implements http.Hijacker.
@@ -157,9 +157,9 @@ func (s stalling) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return stallingConn{conn, s.limit}, rw, nil
 }
 
-// over leaves the connection to the next request.
+// over removes the deadline for the next request.
 func (s stalling) over() {
-	_ = http.NewResponseController(s.ResponseWriter).SetWriteDeadline(time.Time{}) // a tunnel has none any more
+	_ = http.NewResponseController(s.ResponseWriter).SetWriteDeadline(time.Time{}) // a tunnel has no deadline to remove
 }
 
 type stallingConn struct {
@@ -169,6 +169,6 @@ type stallingConn struct {
 
 // Write implements io.Writer.
 func (c stallingConn) Write(p []byte) (int, error) {
-	_ = c.SetWriteDeadline(time.Now().Add(c.limit)) // one that has ended says so below
+	_ = c.SetWriteDeadline(time.Now().Add(c.limit)) // a closed connection gives its error below
 	return c.Conn.Write(p)
 }

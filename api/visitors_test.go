@@ -17,8 +17,8 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestVisitorsOfOneAddress: one address has so many requests and tunnels at once, an IPv6 network counts as one, a proxy of this machine is
-// not bounded.
+// TestVisitorsOfOneAddress: requests and tunnels of one address are bounded, an IPv6 network counts as one address, and a proxy on this
+// machine has no bound.
 func TestVisitorsOfOneAddress(t *testing.T) {
 	var v visitors
 	var all []func()
@@ -48,7 +48,7 @@ func TestVisitorsOfOneAddress(t *testing.T) {
 	}
 }
 
-// tunnel opens a tunnel through the gateway, and says how it was answered.
+// tunnel opens a tunnel through the gateway, and returns the status and body of the answer.
 func (g *gatewayTest) tunnel() (conn net.Conn, status int, body string) {
 	g.Helper()
 	conn, err := net.Dial("tcp", g.front.Listener.Addr().String())
@@ -70,8 +70,8 @@ func (g *gatewayTest) tunnel() (conn net.Conn, status int, body string) {
 	return conn, res.StatusCode, ""
 }
 
-// TestTunnelsAreCharged: each tunnel is taken from the account of the sandbox' owner; a full account is told, other owners' sandboxes are
-// not concerned, health, kill and pause are answered, and what has ended is given back.
+// TestTunnelsAreCharged: each tunnel is charged to the account of the sandbox's owner. A full account is an error that names it; other
+// owners' sandboxes are unaffected; health, kill and pause still work; and what has ended is returned to the account.
 func TestTunnelsAreCharged(t *testing.T) {
 	const share = 8 // a tunnel is a request and a connection into the sandbox
 	accounts := access.NewAccounts(map[access.Resource]access.Bound{access.Connections: {Total: 100, Share: share},
@@ -129,7 +129,7 @@ func TestTunnelsAreCharged(t *testing.T) {
 	sandboxtest.Eventually(t, "all is given back", func() bool { return len(accounts.Uses()) == 0 })
 }
 
-// TestVisitorStalls: a client that reads nothing while there is something for it is ended.
+// TestVisitorStalls: a client that reads nothing while there is something to send is cut off.
 func TestVisitorStalls(t *testing.T) {
 	g := newGatewayTest(t)
 	g.g.stall = 200 * time.Millisecond

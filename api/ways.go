@@ -10,26 +10,26 @@ import (
 	"time"
 )
 
-// Connections to sandboxes that may be used again.
+// Bounds of idle connections to sandboxes.
 const (
 	proxyIdle    = 60 * time.Second
 	maxProxyIdle = 128 // to all sandboxes
 )
 
-// way is how a server in a sandbox is spoken to.
+// way is how the gateway speaks to a server in a sandbox.
 type way struct {
-	two bool // in HTTP/2 alone
+	two bool // only HTTP/2
 	tls bool
 }
 
-// newWays makes the ways to servers in sandboxes.
+// newWays makes one transport per way.
 func (g *Gateway) newWays() map[way]*http.Transport {
 	ways := map[way]*http.Transport{}
 	for _, w := range []way{{}, {two: true}, {tls: true}, {two: true, tls: true}} {
 		t := &http.Transport{DialContext: g.dial, IdleConnTimeout: proxyIdle, MaxIdleConns: maxProxyIdle, MaxIdleConnsPerHost: 16,
 			DisableCompression: true, MaxResponseHeaderBytes: maxHeader,
 			HTTP2: &http.HTTP2Config{MaxReceiveBufferPerStream: 64 << 10, MaxReceiveBufferPerConnection: 2 << 20},
-			// The connection ends in the sandbox that was asked for, whatever name its certificate has.
+			// The connection always ends in the requested sandbox, whatever name the certificate has.
 			TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}
 		if w.two {
 			t.Protocols = new(http.Protocols)
@@ -41,7 +41,7 @@ func (g *Gateway) newWays() map[way]*http.Transport {
 	return ways
 }
 
-// transport speaks HTTP/2 to servers that are spoken to in it by gRPC, which knows nothing else, and HTTP/1.1 to all others.
+// transport speaks HTTP/2 to servers that clients call by gRPC over HTTP/2, because gRPC needs it, and HTTP/1.1 to all others.
 type transport struct{ *Gateway }
 
 // RoundTrip implements http.RoundTripper.
@@ -50,7 +50,7 @@ func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	return t.ways[way{two: two, tls: r.URL.Scheme == "https"}].RoundTrip(r)
 }
 
-// dial connects to a port of a sandbox; the address is its id and the port.
+// dial connects to a port of a sandbox; the address is the sandbox's id and the port.
 func (g *Gateway) dial(ctx context.Context, _, address string) (net.Conn, error) {
 	id, text, err := net.SplitHostPort(address)
 	if err != nil {
@@ -64,7 +64,7 @@ func (g *Gateway) dial(ctx context.Context, _, address string) (net.Conn, error)
 	if err != nil {
 		return nil, err
 	}
-	// Connections that nobody uses now make room for one that has to wait.
+	// If the sandbox has no free connection, close idle ones after a second to make room.
 	defer time.AfterFunc(time.Second, g.closeIdle).Stop()
 	return sb.Dial(ctx, port)
 }

@@ -13,8 +13,8 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// TestAccountsOfBuilds: an owner whose merges and builds never end keeps nobody else from building; what waits leaves the queue when it
-// is cancelled, what runs ends.
+// TestAccountsOfBuilds: an owner whose merges and builds never end does not keep other owners from building. A waiting build leaves the
+// queue when it is cancelled; a running one ends.
 func TestAccountsOfBuilds(t *testing.T) {
 	w := newWorkshop(t)
 	w.store.Accounts = access.NewAccounts(map[access.Resource]access.Bound{
@@ -32,7 +32,7 @@ func TestAccountsOfBuilds(t *testing.T) {
 			_, err := w.store.ReadContext(ctx, "ann", from)
 			failed <- err
 		})
-		all.Go(func() { // a file that grows for as long as somebody reads it
+		all.Go(func() { // a file that grows as long as it is read
 			h := pack(t, file("big", strings.Repeat("x", 1<<20)))
 			for _, err := io.WriteString(to, h[:512+1<<20]); err == nil; _, err = io.WriteString(to, h[:512+1<<20]) {
 			}

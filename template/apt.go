@@ -25,7 +25,7 @@ import (
 	"github.com/ulikunitz/xz"
 )
 
-// aptSource is a suite of an archive of packages.
+// aptSource is one suite of a package archive.
 type aptSource struct {
 	uri, suite string
 	keyring    string // file
@@ -35,21 +35,21 @@ type aptSource struct {
 type aptPackage struct {
 	name, version, priority, file, sha256, uri string
 	essential                                  bool
-	depends                                    [][]string // any of each
+	depends                                    [][]string // groups; one package of each group is enough
 	provides                                   []string
 }
 
-// Bounds of what an archive says.
+// Bounds of what an archive sends, in bytes.
 const (
 	maxRelease  = 4 << 20
 	maxPackages = 256 << 20
 	maxDeb      = 512 << 20
 )
 
-// Keyrings that Debian and Ubuntu have, for sources that name none.
+// keyrings are those of Debian and Ubuntu, for sources that name none.
 var keyrings = []string{"/usr/share/keyrings/debian-archive-keyring.gpg", "/usr/share/keyrings/ubuntu-archive-keyring.gpg"}
 
-// findSources reads the sources of this machine's apt that are of its own distribution (sources.list(5)).
+// findSources reads the apt sources of this machine that belong to its own distribution (sources.list(5)).
 func findSources(etc, codename string) ([]aptSource, error) {
 	var all []aptSource
 	names, err := filepath.Glob(filepath.Join(etc, "sources.list.d", "*"))
@@ -76,7 +76,7 @@ func findSources(etc, codename string) ([]aptSource, error) {
 			strings.HasSuffix(s.suite, "-proposed")
 	})
 	if len(all) == 0 {
-		return nil, fmt.Errorf("the apt of this machine has no source of %q; name a mirror by --mirror and --suite", codename)
+		return nil, fmt.Errorf("apt on this machine has no source for %q; name a mirror by --mirror and --suite", codename)
 	}
 	for i := range all {
 		if all[i].keyring == "" {
@@ -137,7 +137,7 @@ func oneLine(body []byte) []aptSource {
 	return all
 }
 
-// paragraphs reads fields in paragraphs, with lower-case names (deb822(5)). Continued lines are joined by newlines.
+// paragraphs reads paragraphs of fields (deb822(5)). Field names become lower case. Continuation lines are joined by newlines.
 func paragraphs(r io.Reader) []map[string]string {
 	var all []map[string]string
 	fields, last := map[string]string{}, ""
@@ -169,13 +169,13 @@ func paragraphs(r io.Reader) []map[string]string {
 	return all
 }
 
-// archive reads packages of an archive. Nothing of it is believed that is not signed.
+// archive reads packages of an archive. It trusts only what a signature covers.
 type archive struct {
 	client *http.Client
 	say    func(format string, args ...any)
 }
 
-// get fetches a file of at most so many bytes.
+// get fetches a file of at most limit bytes.
 func (a archive) get(ctx context.Context, address string, limit int64) ([]byte, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, address, nil)
 	if err != nil {
@@ -199,11 +199,11 @@ func (a archive) get(ctx context.Context, address string, limit int64) ([]byte, 
 	return body, nil
 }
 
-// packages reads the index of a source.
+// packages reads the package index of a source.
 func (a archive) packages(ctx context.Context, s aptSource) ([]aptPackage, error) {
 	base, err := url.Parse(s.uri)
 	if err != nil || base.Scheme != "http" && base.Scheme != "https" {
-		return nil, fmt.Errorf("the source %q is none of http or https; name a mirror by --mirror", s.uri)
+		return nil, fmt.Errorf("the source %q is neither http nor https; name a mirror by --mirror", s.uri)
 	}
 	suite := base.JoinPath("dists", s.suite)
 	release, err := a.get(ctx, suite.JoinPath("InRelease").String(), maxRelease)
@@ -219,7 +219,7 @@ func (a archive) packages(ctx context.Context, s aptSource) ([]aptPackage, error
 		return nil, fmt.Errorf("%s: its InRelease is empty", suite)
 	}
 	if until, err := time.Parse(time.RFC1123, fields[0]["valid-until"]); err == nil && time.Now().After(until) {
-		return nil, fmt.Errorf("%s: its InRelease was valid until %s only; use another mirror, or set the clock", suite,
+		return nil, fmt.Errorf("%s: its InRelease expired at %s; use another mirror, or set the clock", suite,
 			until.Format(time.RFC3339))
 	}
 	name := path.Join("main", "binary-"+debArch(), "Packages.xz")
@@ -250,7 +250,7 @@ func (a archive) packages(ctx context.Context, s aptSource) ([]aptPackage, error
 	return parsePackages(io.LimitReader(plain, maxPackages), s.uri), nil
 }
 
-// verify gives what is signed in a clear-signed text, if one of the keys has signed it.
+// verify returns the signed part of a clear-signed text if a key of the keyring has signed it.
 func verify(text []byte, keyring string) ([]byte, error) {
 	block, _ := clearsign.Decode(text)
 	if block == nil {
@@ -260,7 +260,7 @@ func verify(text []byte, keyring string) ([]byte, error) {
 		return nil, errors.New("there is no keyring to check it with; install debian-archive-keyring, or name one by --keyring")
 	}
 	var body []byte
-	if strings.Contains(keyring, "-----BEGIN") { // a key in the source itself
+	if strings.Contains(keyring, "-----BEGIN") { // the source itself holds the key
 		body = []byte(strings.ReplaceAll(keyring, "\n.\n", "\n\n"))
 	} else {
 		var err error
@@ -278,12 +278,12 @@ func verify(text []byte, keyring string) ([]byte, error) {
 	}
 	if _, err := openpgp.CheckDetachedSignature(keys, bytes.NewReader(block.Bytes), block.ArmoredSignature.Body,
 		&packet.Config{}); err != nil {
-		return nil, fmt.Errorf("the signature of its InRelease is not good: %w", err)
+		return nil, fmt.Errorf("check the signature of its InRelease: %w", err)
 	}
 	return block.Plaintext, nil
 }
 
-// debArch is this machine's architecture as Debian calls it.
+// debArch returns this machine's architecture by Debian's name.
 func debArch() string {
 	return cmp.Or(map[string]string{"arm": "armhf", "386": "i386", "ppc64le": "ppc64el"}[runtime.GOARCH], runtime.GOARCH)
 }
@@ -319,7 +319,7 @@ func parsePackages(r io.Reader, uri string) []aptPackage {
 	return all
 }
 
-// packageName takes the version and the architecture off a dependency.
+// packageName strips the version and the architecture from a dependency.
 func packageName(text string) string {
 	name, _, _ := strings.Cut(strings.TrimSpace(text), " ")
 	name, _, _ = strings.Cut(name, "(")
@@ -327,7 +327,7 @@ func packageName(text string) string {
 	return name
 }
 
-// choose finds what is to be installed so that some packages, and all that every system needs, are.
+// choose returns the packages to install: those of want, those that every system needs, and all that they depend on.
 func choose(all []aptPackage, want ...string) ([]aptPackage, error) {
 	best, providers := map[string]aptPackage{}, map[string][]string{}
 	for _, p := range all {
@@ -374,7 +374,7 @@ func choose(all []aptPackage, want ...string) ([]aptPackage, error) {
 	return list, nil
 }
 
-// pick finds what satisfies a dependency: something that is chosen already, else the first that there is.
+// pick finds a package that satisfies a dependency: one that is chosen already, otherwise the first that exists.
 func pick(group []string, chosen map[string]bool, best map[string]aptPackage, providers map[string][]string) string {
 	for _, name := range group {
 		if chosen[name] {
@@ -397,7 +397,7 @@ func pick(group []string, chosen map[string]bool, best map[string]aptPackage, pr
 	return ""
 }
 
-// compareVersions orders versions as deb-version(7) says.
+// compareVersions compares versions as deb-version(7) defines.
 func compareVersions(a, b string) int {
 	split := func(v string) (epoch, upstream, revision string) {
 		epoch = "0"
@@ -434,7 +434,7 @@ func comparePart(a, b string) int {
 
 func isDigit(c byte) bool { return c >= '0' && c <= '9' }
 
-// order is the weight of the first character: a tilde comes before the end, letters before the rest.
+// order returns the weight of the first character: a tilde sorts before the end, letters before all others.
 func order(s string) int {
 	switch {
 	case s == "" || isDigit(s[0]):
@@ -454,7 +454,7 @@ func tail(s string) string {
 	return s[1:]
 }
 
-// digits cuts a number off the front, without its zeros.
+// digits cuts a number off the front and drops its leading zeros.
 func digits(s string) (number, rest string) {
 	i := 0
 	for i < len(s) && isDigit(s[i]) {

@@ -28,14 +28,14 @@ import (
 // BaseOptions say where the base template comes from.
 type BaseOptions struct {
 	Name    string // default "base"
-	Variant string // "", "node" or "python": packages beside those of every base
-	Mirror  string // of an archive of packages; default those of this machine's apt
+	Variant string // "", "node" or "python": packages in addition to those of every base
+	Mirror  string // a package archive; default those of this machine's apt
 	Suite   string // of the mirror; default this machine's
-	Keyring string // that the mirror's signatures are checked with; default this machine's
+	Keyring string // that checks the mirror's signatures; default this machine's
 	Say     func(format string, args ...any)
 }
 
-// packagesOf are what the base has beside a minimal system.
+// basePackages are what the base template has in addition to a minimal system.
 const basePackages = "bash-completion build-essential ca-certificates curl file git gnupg jq less libnss-myhostname ncurses-term netbase " +
 	"openssh-client procps python3 python3-pip python3-venv " +
 	"python-is-python3 rsync sudo tmux tzdata unzip vim-tiny wget xz-utils zip"
@@ -43,16 +43,16 @@ const basePackages = "bash-completion build-essential ca-certificates curl file 
 var variants = map[string]string{"": "", "node": "nodejs npm",
 	"python": "python3-dev python3-numpy python3-pandas python3-matplotlib python3-requests ipython3 pipx"}
 
-// minimal are the packages of which a system consists that can install others.
+// minimal are the packages of the smallest system that can install others.
 var minimal = []string{"apt", "debian-archive-keyring", "ca-certificates"}
 
 // BuildBase makes the base template from a distribution's archive: first a minimal system, which is kept as "debian:CODENAME" or the like,
-// then the rest with its own apt. As the operator's it is everybody's.
+// then the rest with that system's apt. The operator owns the template, so everybody may use it.
 func (b *Builder) BuildBase(ctx context.Context, o BaseOptions) (Built, error) {
 	o.Name = cmp.Or(o.Name, BaseName)
 	extra, ok := variants[o.Variant]
 	if !ok {
-		return Built{}, fmt.Errorf("there is no variant %q; there are node and python", o.Variant)
+		return Built{}, fmt.Errorf("there is no variant %q; the variants are node and python", o.Variant)
 	}
 	if o.Variant != "" && o.Name == BaseName {
 		o.Name = o.Variant
@@ -68,7 +68,7 @@ func (b *Builder) BuildBase(ctx context.Context, o BaseOptions) (Built, error) {
 	return b.Build(ctx, BuildRequest{Name: o.Name, Dockerfile: dockerfile}, func(l Line) { o.Say("%s", l.Text) })
 }
 
-// baseDockerfile is what makes of a minimal system one for everyday work.
+// baseDockerfile turns a minimal system into one for everyday work.
 const baseDockerfile = `FROM %s
 ENV DEBIAN_FRONTEND=noninteractive LANG=C.UTF-8
 RUN apt-get update && apt-get install -y --no-install-recommends %s && apt-get clean && rm -rf /var/lib/apt/lists/* /var/log/*.log /var/log/apt/* /var/cache/debconf/*-old
@@ -84,8 +84,8 @@ ln -sf vim.tiny /usr/bin/vim
 ` + noContainers + `EOF
 `
 
-// noContainers says what to do instead where programs that start containers are called, which do not work in a sandbox: they want
-// mounts and cgroups of their own. A package of that name replaces it, and what is found earlier in PATH comes first.
+// noContainers installs stand-ins for docker and podman, which do not work in a sandbox because they need mounts and cgroups of their own.
+// A stand-in says what to do instead. A package with that command replaces it, and a command found earlier in PATH comes first.
 const noContainers = `for name in docker podman; do
   if command -v $name >/dev/null; then continue; fi
   { echo '#!/bin/sh'
@@ -95,7 +95,7 @@ const noContainers = `for name in docker podman; do
 done
 `
 
-// distribution makes, or finds, a minimal system.
+// distribution makes a minimal system, or finds one that exists.
 func (b *Builder) distribution(ctx context.Context, o BaseOptions) (Manifest, error) {
 	id, codename, err := osRelease("/etc/os-release")
 	if err != nil && (o.Mirror == "" || o.Suite == "") {
@@ -118,13 +118,13 @@ func (b *Builder) distribution(ctx context.Context, o BaseOptions) (Manifest, er
 		return Manifest{}, err
 	}
 	if m, err := b.Store.Get("", name); err == nil && o.Mirror == "" && o.Keyring == "" {
-		o.Say("using the template %s, which is there already", name)
+		o.Say("using the template %s, which exists already", name)
 		return m, nil
 	}
 	return b.bootstrap(ctx, name, sources, o.Say)
 }
 
-// osRelease reads which distribution this machine is (os-release(5)).
+// osRelease reads the distribution of this machine (os-release(5)).
 func osRelease(file string) (id, codename string, err error) {
 	body, err := os.ReadFile(file)
 	if err != nil {
@@ -144,10 +144,11 @@ func osRelease(file string) (id, codename string, err error) {
 	return id, codename, nil
 }
 
-// debsDir is where the packages are that the minimal system is made of, while it is made.
+// debsDir holds the packages of the minimal system while it is made.
 const debsDir = "/.soulbox-build/debs"
 
-// bootstrap makes a minimal system: packages are fetched and verified here, and unpacked into an image; their scripts run in a sandbox.
+// bootstrap makes a minimal system. The host fetches the packages, verifies them and unpacks them into an image; their scripts run in a
+// sandbox.
 func (b *Builder) bootstrap(ctx context.Context, name string, sources []aptSource, say func(string, ...any)) (_ Manifest, err error) {
 	a := archive{client: &http.Client{Timeout: 10 * time.Minute}, say: say}
 	var all []aptPackage
@@ -176,7 +177,7 @@ func (b *Builder) bootstrap(ctx context.Context, name string, sources []aptSourc
 	return b.secondStage(ctx, name, files, sources, say)
 }
 
-// secondStage runs the scripts of the packages, and keeps what comes of it.
+// secondStage runs the scripts of the packages and keeps the result.
 func (b *Builder) secondStage(ctx context.Context, name string, files *Files, sources []aptSource, say func(string, ...any)) (_ Manifest,
 	err error) {
 	j := b.Store.begin("")
@@ -218,7 +219,7 @@ func (b *Builder) secondStage(ctx context.Context, name string, files *Files, so
 
 func ptr[T any](v T) *T { return &v }
 
-// installScript is what debootstrap(8) calls the second stage.
+// installScript is the second stage of debootstrap(8).
 const installScript = `export DEBIAN_FRONTEND=noninteractive DEBCONF_NONINTERACTIVE_SEEN=true LC_ALL=C PATH=/usr/sbin:/usr/bin:/sbin:/bin
 cd ` + debsDir + `
 printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d; chmod 755 /usr/sbin/policy-rc.d
@@ -240,7 +241,7 @@ chmod 1777 /tmp
 [ -z "$(dpkg --audit)" ]
 `
 
-// flatten makes one layer of some, without what was only there to make them.
+// flatten merges layers into one and leaves out what only the build needed.
 func (j *job) flatten(ctx context.Context, m Manifest, layers []Layer) (Manifest, error) {
 	image, err := j.image(ctx, layers)
 	if err != nil {
@@ -266,7 +267,7 @@ func (j *job) flatten(ctx context.Context, m Manifest, layers []Layer) (Manifest
 	return j.finish(ctx, m)
 }
 
-// packedLayer keeps files as a layer.
+// packedLayer stores files as a layer.
 func (j *job) packedLayer(ctx context.Context, files *Files, createdBy string) (l Layer, err error) {
 	err = files.packed(func(r io.Reader) error {
 		l, err = j.newLayer(ctx, r, maxImage, createdBy)
@@ -335,7 +336,7 @@ func (a archive) fill(ctx context.Context, m *merger, chosen []aptPackage) error
 	return nil
 }
 
-// deb fetches a package.
+// deb fetches a package and checks it against the index.
 func (a archive) deb(ctx context.Context, p aptPackage) ([]byte, error) {
 	base, err := url.Parse(p.uri)
 	if err != nil {
@@ -351,7 +352,7 @@ func (a archive) deb(ctx context.Context, p aptPackage) ([]byte, error) {
 	return body, nil
 }
 
-// addDeb unpacks a package (deb(5)) into the tree, and puts it there.
+// addDeb unpacks a package (deb(5)) into the tree and stores the package itself in debsDir.
 func (m *merger) addDeb(name string, body []byte) error {
 	data, err := debData(body)
 	if err != nil {
@@ -368,12 +369,12 @@ func (m *merger) addDeb(name string, body []byte) error {
 	return layer{m, map[place]bool{}}.entry(h, bytes.NewReader(body))
 }
 
-// debData finds the files in a package, which is an ar(5) archive.
+// debData finds the files of a package, which is an ar(5) archive.
 func debData(body []byte) (io.Reader, error) {
 	r := bufio.NewReader(bytes.NewReader(body))
 	magic := make([]byte, 8)
 	if _, err := io.ReadFull(r, magic); err != nil || string(magic) != "!<arch>\n" {
-		return nil, errors.New("it is no package")
+		return nil, errors.New("it is not a package")
 	}
 	for {
 		head := make([]byte, 60)

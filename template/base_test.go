@@ -8,7 +8,8 @@ import (
 	"testing"
 )
 
-// TestNoContainers calls what the base has in place of programs that start containers: one sentence, and nothing in place of what is there.
+// TestNoContainers calls the base's stand-ins for programs that start containers: each says one sentence, and none replaces a program that
+// exists.
 func TestNoContainers(t *testing.T) {
 	bin := t.TempDir()
 	own := filepath.Join(bin, "podman")
@@ -19,7 +20,7 @@ func TestNoContainers(t *testing.T) {
 		t.Helper()
 		cmd := exec.Command("/bin/sh", "-ec", script)
 		cmd.Env = []string{"PATH=" + bin + ":" + bin + "/system"}
-		out, _ := cmd.CombinedOutput() // its exit code tells
+		out, _ := cmd.CombinedOutput() // the test checks its exit code
 		return string(out), cmd.ProcessState.ExitCode()
 	}
 	if err := os.Mkdir(filepath.Join(bin, "system"), 0o755); err != nil {

@@ -20,21 +20,21 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// Builder makes templates from Dockerfiles. Whatever a Dockerfile runs, it runs in a sandbox. It is safe for concurrent use.
+// Builder makes templates from Dockerfiles. All commands of a Dockerfile run in a sandbox. It is safe for concurrent use.
 type Builder struct {
 	Store   *Store
 	Manager *sandbox.Manager
-	// Pull finds an image that is no template; nil refuses them.
+	// Pull fetches an image that is not a template. If it is nil, such images are refused.
 	Pull Puller
-	// NoNetwork says that sandboxes have none.
+	// NoNetwork says that sandboxes have no network.
 	NoNetwork bool
 	Log       *slog.Logger
 }
 
-// maxTemplates bounds the names of an owner.
+// maxTemplates bounds the number of an owner's templates.
 const maxTemplates = 200
 
-// MayName says whether an owner may have templates of some names, beside those that he has.
+// MayName returns nil if an owner may have templates with these names in addition to those that exist.
 func (b *Builder) MayName(owner string, names ...string) error {
 	list, err := b.Store.List(owner)
 	if err != nil {
@@ -42,12 +42,12 @@ func (b *Builder) MayName(owner string, names ...string) error {
 	}
 	mine := slices.DeleteFunc(list, func(m Manifest) bool { return m.Owner != owner || slices.Contains(names, m.Name) })
 	if len(mine)+len(names) > maxTemplates {
-		return fmt.Errorf("you have %d templates, the most one may have; delete one: %w", len(mine), sandbox.ErrTooMany)
+		return fmt.Errorf("you have %d templates, which is the limit; delete one: %w", len(mine), sandbox.ErrTooMany)
 	}
 	return nil
 }
 
-// Name gives a template other names, all or none of them.
+// Name gives a template further names. It checks all names before it stores the first.
 func (b *Builder) Name(m Manifest, names ...string) (err error) {
 	names = slices.Clone(names)
 	for i, name := range names {
@@ -71,44 +71,44 @@ type BuildRequest struct {
 	ID          string // default one of NewBuildID
 	Owner, Name string
 	Dockerfile  string
-	Context     *Files            // nil has none; it stays the caller's
-	Files       map[string]*Files // others that --from names; they stay the caller's
-	Filtered    bool              // who sent Context has left out what is to be ignored
-	// Open, if not nil, opens Context and Files once it is the build's turn: one that waits holds none. It sees to their end itself.
+	Context     *Files            // nil means none; the caller closes it
+	Files       map[string]*Files // further sources, by the name that --from gives; the caller closes them
+	Filtered    bool              // the sender of Context has already left out the ignored files
+	// Open, if not nil, opens Context and Files when it is the build's turn, so that a waiting build holds none. It also closes them.
 	Open    func(context.Context, *BuildRequest) error
 	Target  string            // a stage; default the last one
-	Args    map[string]string // of ARG
+	Args    map[string]string // values of ARG
 	Secrets map[string][]byte // of RUN --mount=type=secret, by id
 	NoCache bool
-	// Login is of a Dockerfile of FromSteps: as E2B's clients expect, RUN is done by bash as at a login, variables have the values of
-	// root's login where nothing else is said, and WORKDIR makes its directory for the user.
+	// Login is set for a Dockerfile of FromSteps, as E2B's clients expect: bash runs RUN as a login shell, variables have the values of
+	// root's login unless the steps set them, and WORKDIR creates its directory for the user.
 	Login bool
-	// Limits are those of sandboxes of the template, where they ask for none, and of the build itself. Zero values are the server's.
+	// Limits apply to the build itself, and to sandboxes of the template that ask for none. Zero values are the server's.
 	Limits sandbox.Limits
-	// Protect is that of sandboxes of the template, where they ask for none.
+	// Protect applies to sandboxes of the template that ask for none.
 	Protect sandbox.Protect
-	// Network is that of its RUNs, default NetworkFull where the operator gives one; and that which its service needs while it is started,
-	// default none.
+	// Network is the network of the build's RUNs; the default is NetworkFull if the operator provides one. It is also the network that the
+	// template's service has while it starts; there the default is none.
 	Network            sandbox.Network
 	StartCmd, ReadyCmd string
 	Timeout            time.Duration // of the whole build; default DefaultBuildTime
 	Shown              []Shown       // the steps as the client has written them
 
-	each func(Line) // of Builds.Run
+	each func(Line) // for Builds.Run
 }
 
-// DefaultBuildTime is how long a build may take that asks for no other time.
+// DefaultBuildTime is how long a build may take that sets no Timeout.
 const DefaultBuildTime = 30 * time.Minute
 
 // Line is a line of a build's log.
 type Line struct {
 	Time  time.Time `json:"time"`
-	Level string    `json:"level"`          // info, or error
+	Level string    `json:"level"`          // info or error
 	Step  string    `json:"step,omitempty"` // such as "builder 2/7"; "" is the build as a whole
 	Text  string    `json:"text"`
 }
 
-// Built is what has come of a build.
+// Built is the result of a build.
 type Built struct {
 	Manifest
 	ID            string
@@ -133,10 +133,10 @@ func (e *StepError) Error() string {
 	return text
 }
 
-// Unwrap gives the cause.
+// Unwrap returns the cause.
 func (e *StepError) Unwrap() error { return e.Err }
 
-// run is a build that goes on.
+// run is a build in progress.
 type run struct {
 	*Builder
 	job    *job
@@ -144,7 +144,7 @@ type run struct {
 	id     string
 	plan   *plan
 	log    *buildLog
-	done   map[int]*result // stages
+	done   map[int]*result // by stage
 	opened map[string]*Files
 	steps  int
 	cached int
@@ -158,8 +158,8 @@ type result struct {
 	parent string
 }
 
-// Build carries out a build; each, if not nil, is told of every line of its log. When it fails nothing of it has a name. Steps that were
-// carried out are kept, and not done again.
+// Build runs a build. It calls each, if not nil, with every line of the log. A build that fails names no template, but the steps that
+// succeeded are kept and not run again.
 func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) (_ Built, err error) {
 	began := time.Now()
 	if req.Name, err = CheckName(req.Name); err != nil {
@@ -172,7 +172,7 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 	defer j.end()
 	done, err := j.wait(ctx, access.Builds, 1)
 	if err != nil {
-		return Built{}, fmt.Errorf("build %s: it waits for its turn: %w", req.Name, err)
+		return Built{}, fmt.Errorf("build %s: wait for its turn: %w", req.Name, err)
 	}
 	defer done()
 	plan, err := j.parse(ctx, req)
@@ -206,7 +206,7 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 	return r.all(ctx, service, began)
 }
 
-// all carries out all stages that are needed, and names what has come of them.
+// all runs every stage that the target needs and names the result.
 func (r *run) all(ctx context.Context, service sandbox.Network, began time.Time) (built Built, err error) {
 	built.ID = r.id
 	for _, i := range r.plan.needed() {
@@ -233,7 +233,7 @@ func (r *run) all(ctx context.Context, service sandbox.Network, began time.Time)
 	return built, nil
 }
 
-// over ends a build, with an error or without.
+// over ends a build, with or without an error.
 func (r *run) over(err error) error {
 	for _, f := range r.opened {
 		err = errors.Join(err, f.Close())
@@ -244,7 +244,7 @@ func (r *run) over(err error) error {
 		err = &BuildError{ID: r.id, Err: err}
 	}
 	err = errors.Join(err, r.log.close())
-	r.job.end() // what it has made has a name, or is of no use
+	r.job.end() // what it made has a name by now, or is not needed
 	if cerr := r.Store.Collect(); cerr != nil {
 		r.Log.Error("collect what builds have left", "error", cerr)
 	}
@@ -265,7 +265,7 @@ func (j *job) parse(ctx context.Context, req BuildRequest) (*plan, error) {
 	return p, nil
 }
 
-// BuildError is the failure of a build, of which there is a log.
+// BuildError is the failure of a build that has a log.
 type BuildError struct {
 	ID  string
 	Err error
@@ -274,11 +274,11 @@ type BuildError struct {
 // Error implements error.
 func (e *BuildError) Error() string { return fmt.Sprintf("build %s: %v", e.ID, e.Err) }
 
-// Unwrap gives the cause.
+// Unwrap returns the cause.
 func (e *BuildError) Unwrap() error { return e.Err }
 
-// startUp starts the service of a template and saves the sandbox once it is ready. Where a sandbox cannot be saved, that is said, and each
-// starts its own.
+// startUp starts the service of a template and saves the sandbox once it is ready. If the sandbox cannot be saved, the log says so, and
+// every sandbox of the template starts its own service.
 func (r *run) startUp(ctx context.Context, m Manifest, network sandbox.Network) (*Started, error) {
 	image, err := r.job.image(ctx, m.Layers)
 	if err != nil {
@@ -296,7 +296,7 @@ func (r *run) startUp(ctx context.Context, m Manifest, network sandbox.Network) 
 	if err != nil {
 		return nil, fmt.Errorf("start %s: %w", m.Name, err)
 	}
-	defer func() { _ = sb.Kill(errors.New("the build is done with it")) }() // what could not be ended is logged
+	defer func() { _ = sb.Kill(errors.New("the build is done with it")) }() // Kill logs what it could not end
 	out := newLines(func(text string) { r.log.line("info", "start", text) })
 	err = sb.StartService(ctx, service, out.add)
 	if out.end(); err != nil {
@@ -318,7 +318,7 @@ func (r *run) startUp(ctx context.Context, m Manifest, network sandbox.Network) 
 	return started, nil
 }
 
-// healthCommand is a HEALTHCHECK as a command of a shell.
+// healthCommand turns a HEALTHCHECK into a shell command.
 func healthCommand(test []string) string {
 	if test[0] == "CMD-SHELL" {
 		return strings.Join(test[1:], " ")
@@ -330,7 +330,7 @@ func healthCommand(test []string) string {
 	return strings.Join(words, " ")
 }
 
-// defaultUser is whom processes run as that name nobody: as the image says, else "user" where there is one, else root.
+// defaultUser returns the user of processes that name none: the image's user, otherwise "user" if it exists, otherwise root.
 func defaultUser(image, configured string) (string, error) {
 	files, err := openFiles(image)
 	if err != nil {
@@ -346,8 +346,8 @@ func defaultUser(image, configured string) (string, error) {
 	return "root", nil
 }
 
-// numbered is a user as an image names him, with the number of his group where that is named, or where no entry of the user tells it
-// (Docker: 0).
+// numbered returns the user of an image's config. It replaces the name of a group by its number, and adds group 0, as Docker does, if the
+// user is a number without an entry in /etc/passwd.
 func (f *Files) numbered(user string) string {
 	name, group, both := strings.Cut(user, ":")
 	if both {
@@ -362,7 +362,7 @@ func (f *Files) numbered(user string) string {
 	return user
 }
 
-// base finds what a stage begins from.
+// base finds the layers and the config that a stage begins with.
 func (r *run) base(ctx context.Context, s stage) (*result, error) {
 	if s.from >= 0 {
 		of := r.done[s.from]
@@ -386,12 +386,13 @@ func (r *run) base(ctx context.Context, s stage) (*result, error) {
 		nil
 }
 
-// firstKey is what all steps depend on. What one owner's builds have done is not taken for another's: he can reach into their sandboxes.
+// firstKey is the part of the key that all steps depend on. It includes the owner: an owner can reach into the sandboxes of their builds,
+// so no other owner uses what these builds made.
 func (r *run) firstKey(image, config string) string {
 	return hashOf("FROM", r.req.Owner, r.req.Network.Mode, strings.Join(r.req.Network.Allow, ","), image, config)
 }
 
-// named finds a template, or an image of a registry.
+// named finds a template, or pulls an image from a registry.
 func (r *run) named(ctx context.Context, name string) (Manifest, error) {
 	m, err := r.Store.Get(r.req.Owner, name)
 	if err == nil || !errors.Is(err, sandbox.ErrNoTemplate) {
@@ -413,7 +414,7 @@ func (r *run) named(ctx context.Context, name string) (Manifest, error) {
 	return r.Pull(ctx, r.job, name)
 }
 
-// hashOf stands for some texts in their order.
+// hashOf hashes texts in their order.
 func hashOf(parts ...string) string {
 	sum := sha256.New()
 	for _, p := range parts {

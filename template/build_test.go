@@ -21,7 +21,7 @@ import (
 
 func TestMain(m *testing.M) { sandboxtest.Main(m, "TestBuild", "TestStart", "TestImageUser") }
 
-// workshop is a real builder with a real runtime, and a template "mini" of this machine's programs.
+// workshop is a real builder on a real runtime, with a template "mini" of this machine's programs.
 type workshop struct {
 	*testing.T
 	store   *Store
@@ -53,7 +53,7 @@ func newWorkshop(t *testing.T) *workshop {
 	return w
 }
 
-// mini makes a template of an image.
+// mini makes a template from an image.
 func (w *workshop) mini(image string) {
 	w.Helper()
 	files, err := openFiles(image)
@@ -70,7 +70,7 @@ func (w *workshop) mini(image string) {
 	}
 }
 
-// build builds a Dockerfile with some files, and must succeed.
+// build builds a Dockerfile with some files; the build must succeed.
 func (w *workshop) build(name, dockerfile string, files map[string]string) Built {
 	w.Helper()
 	built, log, err := w.try(w.Context(), BuildRequest{Name: name, Dockerfile: dockerfile}, files)
@@ -95,7 +95,7 @@ func (w *workshop) try(ctx context.Context, req BuildRequest, files map[string]s
 	return built, log.String(), err
 }
 
-// in runs a command in a new sandbox of a
+// in runs a command as a user in a new sandbox of a template.
 func (w *workshop) in(name, user, command string) string {
 	w.Helper()
 	sb, err := w.manager.Create(w.Context(), sandbox.CreateOptions{Template: name})
@@ -155,7 +155,7 @@ EXPOSE 80 8000-8002/udp
 	}
 }
 
-// TestHeredocs: what the oracle does not know.
+// TestHeredocs checks heredocs, which the conformance cases do not cover.
 func TestHeredocs(t *testing.T) {
 	w := newWorkshop(t)
 	w.build("heredocs", `FROM mini
@@ -187,7 +187,7 @@ B
 	}
 }
 
-// TestRunMounts: secrets and caches are seen by their RUN alone, and are in no layer.
+// TestRunMounts: only their RUN sees secrets and caches, and no layer holds them.
 func TestRunMounts(t *testing.T) {
 	w := newWorkshop(t)
 	dockerfile := `FROM mini
@@ -226,7 +226,7 @@ RUN --mount=type=tmpfs,target=/t,size=1m head -c 10000000 /dev/zero > /t/x || ec
 	}
 }
 
-// TestDockerfileErrors: what is wrong is said with its line and what to do.
+// TestDockerfileErrors: an error names the line and says what to do.
 func TestDockerfileErrors(t *testing.T) {
 	w := newWorkshop(t)
 	for dockerfile, want := range map[string]string{
@@ -247,12 +247,12 @@ func TestDockerfileErrors(t *testing.T) {
 		"FROM mini\nCOPY main.g /\n":               `line 2: COPY main.g /: "main.g": file does not exist; / of it has main.go`,
 		"FROM mini\nCOPY lib/*.rs /\n":             `"lib/*.rs": file does not exist; /lib of it has`,
 		"FROM mini\nCOPY --chown=nouser a.txt /\n": `--chown=nouser: there is no "nouser" in /etc/passwd`,
-		"FROM mini\nCOPY --chmod=abc a.txt /\n":    "--chmod=abc is no mode",
+		"FROM mini\nCOPY --chmod=abc a.txt /\n":    "--chmod=abc is not a mode",
 		"FROM mini\nUSER nobodyx\nRUN true\n":      `USER nobodyx: there is no "nobodyx" in /etc/passwd`,
 		"FROM mini\nRUN echo why; echo because >&2; exit 7\n": "line 2: RUN echo why; echo because >&2; exit 7: exit code 7\nThe last " +
 			"lines of its output:\nwhy\nbecause",
 		"FROM mini\nRUN [\"/nothere\"]\n": "line 2: ",
-		"FROM mini\nEXPOSE 99999\n":       `"99999" is no port`,
+		"FROM mini\nEXPOSE 99999\n":       `"99999" is not a port`,
 		"FROM mini\nRUN kill -9 $$\n":     "it was ended by SIGKILL",
 	} {
 		_, _, err := w.try(t.Context(), BuildRequest{Name: "wrong", Dockerfile: dockerfile},
@@ -272,7 +272,7 @@ func TestDockerfileErrors(t *testing.T) {
 	w.none()
 }
 
-// none says that no sandbox is left.
+// none checks that no sandbox is left.
 func (w *workshop) none() {
 	w.Helper()
 	if list := w.manager.List(sandbox.Filter{}); len(list) > 0 {
@@ -280,15 +280,15 @@ func (w *workshop) none() {
 	}
 }
 
-// TestBuildLimits: a step that floods, forks, fills or never ends is ended, the limit is named, and nothing is left.
+// TestBuildLimits: a step that floods, forks, fills the disk or never ends is ended, the error names the limit, and nothing is left.
 func TestBuildLimits(t *testing.T) {
 	w := newWorkshop(t)
 	limits := sandbox.Limits{Memory: 256 << 20, Disk: 64 << 20, Processes: 64}
 	for command, want := range map[string]string{
 		"yes | head -c 50000000":                        "",
 		"head -c 200000000 /dev/zero > /big":            "no room: more needed, 0 MB free of the 64 MB of disk of this build's sandbox",
-		"a=x; while :; do a=$a$a; done":                 "more memory than it may",
-		"for i in $(seq 500); do sleep 60 & done; wait": "more processes than it may",
+		"a=x; while :; do a=$a$a; done":                 "exceeded its memory limit",
+		"for i in $(seq 500); do sleep 60 & done; wait": "exceeded its limit of processes",
 		"sleep 1000": "the build took longer than 5s",
 	} {
 		req := BuildRequest{Name: "limits", Dockerfile: "FROM mini\nRUN " + command + "\n", Limits: limits}
@@ -317,8 +317,8 @@ func TestBuildLimits(t *testing.T) {
 	w.none()
 }
 
-// TestStart: a template's service is ready in every sandbox of it, with the memory that it had when it was built; with other limits it is
-// started anew.
+// TestStart: a template's service is ready in every sandbox of the template, with the memory that it had after the build; with other limits
+// the service is started anew.
 func TestStart(t *testing.T) {
 	w := newWorkshop(t)
 	dockerfile := "FROM mini\nENV GREETING=hello\nRUN printf 'n=$RANDOM$RANDOM\\nsleep 0.3\\nwhile :; do echo $n > /tmp/value.new; mv " +
@@ -349,7 +349,7 @@ func TestStart(t *testing.T) {
 	if err := sb.Kill(errors.New("done")); err != nil {
 		t.Fatal(err)
 	}
-	// Of files alone it boots, and the service starts again.
+	// Without the saved memory the sandbox boots from files, and the service starts again.
 	if sb, err = w.manager.Create(t.Context(), sandbox.CreateOptions{Template: "service"}); err != nil {
 		t.Fatal(err)
 	}
@@ -367,7 +367,7 @@ func TestStart(t *testing.T) {
 	if err := sb.Kill(errors.New("done")); err != nil {
 		t.Fatal(err)
 	}
-	// A checkpoint that is broken is no end of the template.
+	// A broken checkpoint does not make the template unusable.
 	if err := os.Truncate(filepath.Join(w.store.file("started", built.Started.Name), "pages.img"), 0); err != nil {
 		t.Fatal(err)
 	}
@@ -381,7 +381,7 @@ func TestStart(t *testing.T) {
 	w.none()
 }
 
-// TestImageUser: whom processes run as in an image that says so by a name, a number, or with a group.
+// TestImageUser: processes run as the image's user, which is given by name, by number, or with a group.
 func TestImageUser(t *testing.T) {
 	w := newWorkshop(t)
 	for user, want := range map[string]string{"user": "1000:1000", "1000": "1000:1000", "4321": "4321:0", "4321:77": "4321:77",
@@ -393,7 +393,7 @@ func TestImageUser(t *testing.T) {
 	}
 }
 
-// TestBuildsAtOnce: builds of the same thing at the same time do each step once, those of one name leave one of them, whole.
+// TestBuildsAtOnce: builds of the same thing at the same time run each step once; builds of one name leave one complete template.
 func TestBuildsAtOnce(t *testing.T) {
 	w := newWorkshop(t)
 	var mu sync.Mutex
@@ -422,7 +422,7 @@ func TestBuildsAtOnce(t *testing.T) {
 	w.none()
 }
 
-// TestCollect: what a template, a sandbox or a snapshot needs stays, the rest goes when it was not used for a while.
+// TestCollect: what a template, a sandbox or a snapshot needs stays; the rest is removed after it was not used for a while.
 func TestCollect(t *testing.T) {
 	w := newWorkshop(t)
 	built := w.build("kept", "FROM mini\nRUN echo kept > /kept\n", nil)

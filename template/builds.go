@@ -13,9 +13,9 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// Builds are the builds of one server, whoever asks for them: MCP, the HTTP API or the command line. A build is announced, waits for its
-// owner's turn, is under way, and is over. Those that are over are kept for a while; of others, and of other servers' on the same state
-// directory, there are logs. It is safe for concurrent use.
+// Builds is the registry of the builds of one server, for all its faces: MCP, the HTTP API and the command line. A build is announced,
+// waits for its owner's turn, runs, and ends. Builds that have ended are kept for a while; of older ones, and of those of other servers on
+// the same state directory, only logs remain. It is safe for concurrent use.
 type Builds struct {
 	*Builder
 
@@ -34,34 +34,34 @@ func NewBuilds(b *Builder) *Builds {
 	return s
 }
 
-// Status is where a build stands.
+// Status is the state of a build.
 type Status string
 
 // The values of Status, as E2B names them.
 const (
-	BuildWaiting Status = "waiting" // announced, or waits for its turn
+	BuildWaiting Status = "waiting" // announced, or waiting for its turn
 	BuildRunning Status = "building"
 	BuildReady   Status = "ready"
 	BuildFailed  Status = "error"
 )
 
 const (
-	maxWaiting  = 64        // builds of an owner that are announced or under way
-	maxFinished = 32        // of those that are over
-	buildKept   = time.Hour // after it has changed for the last time
+	maxWaiting  = 64        // builds of an owner that are announced or running
+	maxFinished = 32        // builds of an owner that have ended
+	buildKept   = time.Hour // since the last change
 	maxKeptLog  = 20_000    // lines in memory
 )
 
 // Announced is a build that this server knows. It is safe for concurrent use.
 type Announced struct {
 	ID, Owner string
-	Names     []string     // of the template that comes of it
-	Request   BuildRequest // what was said of it when it was announced, until it is started
+	Names     []string     // of the template that it makes
+	Request   BuildRequest // as announced; emptied when the build starts
 	made      time.Time
 
 	mu      sync.Mutex
 	started bool
-	done    chan struct{} // closed when it is over
+	done    chan struct{} // closed when the build has ended
 	status  Status
 	lines   []Line
 	shown   []Shown
@@ -70,13 +70,13 @@ type Announced struct {
 	changed time.Time
 }
 
-// Shown is a step as its client has written it, and the line of the Dockerfile at which it begins.
+// Shown is a step as its client has written it, with the line of the Dockerfile at which it begins.
 type Shown struct {
 	Line int
 	Text string
 }
 
-// Standing is where a build stands, with its log.
+// Standing is the state of a build, with its log.
 type Standing struct {
 	Status Status
 	Lines  []Line
@@ -84,7 +84,8 @@ type Standing struct {
 	Err    error // why it has failed
 }
 
-// Announce adds a build that is to be started, of a template that gets other names, too. It fails if the owner has as many as may wait.
+// Announce adds a build, to be started later, whose template also gets the names in others. It fails if too many builds of the owner wait
+// or run.
 func (s *Builds) Announce(req BuildRequest, others ...string) (*Announced, error) {
 	now := time.Now()
 	owner := req.Owner
@@ -111,13 +112,13 @@ func (s *Builds) Announce(req BuildRequest, others ...string) (*Announced, error
 		delete(s.byID, old.ID)
 	}
 	if open >= maxWaiting {
-		return nil, fmt.Errorf("%d builds of yours wait or are under way: %w", open, sandbox.ErrTooMany)
+		return nil, fmt.Errorf("%d of your builds wait or run: %w", open, sandbox.ErrTooMany)
 	}
 	s.byID[b.ID] = b
 	return b, nil
 }
 
-// open says whether a build is not over.
+// open reports whether a build has not ended.
 func (s Status) open() bool { return s == BuildWaiting || s == BuildRunning }
 
 func (b *Announced) look() (status Status, started bool, changed time.Time) {
@@ -126,7 +127,7 @@ func (b *Announced) look() (status Status, started bool, changed time.Time) {
 	return b.status, b.started, b.changed
 }
 
-// Find finds a build of an owner's that this server knows; nil is none.
+// Find returns a build of the owner that this server knows, or nil.
 func (s *Builds) Find(owner, id string) *Announced {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -136,7 +137,7 @@ func (s *Builds) Find(owner, id string) *Announced {
 	return nil
 }
 
-// UnderWay reports whether there is a build that is carried out, or waits for its turn.
+// UnderWay reports whether a build is running, or started and waiting for its turn.
 func (s *Builds) UnderWay() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -148,11 +149,12 @@ func (s *Builds) UnderWay() bool {
 	return false
 }
 
-// ErrStarted is of a build that was started before.
+// ErrStarted means that the build was started before.
 var ErrStarted = errors.New("the build was started already")
 
-// Start has an announced build carried out as soon as it is its owner's turn, until ctx or the registry ends. req is its Request, with what
-// has become known since. after, if not nil, is called once it is over, and its error is the build's, too.
+// Start runs an announced build as soon as it is its owner's turn. The build is cancelled when ctx or the registry ends. req is the build's
+// Request, completed with what has become known since. Start calls after, if not nil, when the build has ended, and adds its error to the
+// build's.
 func (s *Builds) Start(ctx context.Context, b *Announced, req BuildRequest, after func() error) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -182,7 +184,8 @@ func (s *Builds) Start(ctx context.Context, b *Announced, req BuildRequest, afte
 	return nil
 }
 
-// Run announces a build, starts it and waits for its end; each, if not nil, is told of each line of its log. The build ends with ctx.
+// Run announces a build, starts it and waits for its end. It calls each, if not nil, with every line of the log. The build is cancelled
+// with ctx.
 func (s *Builds) Run(ctx context.Context, req BuildRequest, each func(Line)) (Built, error) {
 	b, err := s.Announce(req)
 	if err != nil {
@@ -196,7 +199,7 @@ func (s *Builds) Run(ctx context.Context, req BuildRequest, each func(Line)) (Bu
 	return b.built, b.err
 }
 
-// line keeps a line of the log. The first one says that it is the build's turn.
+// line keeps a line of the log. The first line means that the build's turn has come.
 func (b *Announced) line(l Line) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -217,7 +220,7 @@ func (b *Announced) end(built Built, err error) {
 	close(b.done)
 }
 
-// Standing finds where a build of an owner's stands: one of this server, or what is left of another's.
+// Standing returns the state of a build of the owner: of this server's build, or what the files tell about another server's.
 func (s *Builds) Standing(owner, id string) (Standing, error) {
 	b := s.Find(owner, id)
 	if b != nil {
@@ -231,12 +234,12 @@ func (s *Builds) Standing(owner, id string) (Standing, error) {
 	if err != nil && b == nil {
 		all, lerr := s.Store.List(owner)
 		if lerr == nil && slices.ContainsFunc(all, func(m Manifest) bool { return m.Owner == owner && m.BuildID() == id }) {
-			return Standing{Status: BuildReady}, nil // it was made without a log, such as by an import
+			return Standing{Status: BuildReady}, nil // it was made without a log, for example by an import
 		}
 		return Standing{}, err
 	}
 	lines := parseLog(text)
-	if b != nil { // one that has failed before it began has no log
+	if b != nil { // a build that failed before it began has no log
 		return Standing{b.status, lines, b.shown, b.err}, nil
 	}
 	all, err := s.Store.List(owner)
@@ -253,7 +256,7 @@ func (s *Builds) Standing(owner, id string) (Standing, error) {
 	return Standing{Status: BuildFailed, Lines: lines, Err: failed}, nil
 }
 
-// parseLog reads a log. A line that is being written is left out.
+// parseLog reads a log. It skips a line that is still being written.
 func parseLog(text []byte) (lines []Line) {
 	for line := range strings.Lines(string(text)) {
 		var l Line
@@ -264,7 +267,7 @@ func parseLog(text []byte) (lines []Line) {
 	return lines
 }
 
-// Close ends the builds that were begun here, and waits for them.
+// Close cancels the builds of this registry and waits for them.
 func (s *Builds) Close() {
 	s.cancel(sandbox.ErrClosed)
 	s.work.Wait()

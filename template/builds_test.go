@@ -13,7 +13,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestBuildsInTurn: of many builds that are announced some are carried out at once, the others wait for their turn, and all end.
+// TestBuildsInTurn: of many announced builds some run at once, the others wait for their turn, and all end.
 func TestBuildsInTurn(t *testing.T) {
 	w := newWorkshop(t)
 	w.store.Accounts = access.NewAccounts(map[access.Resource]access.Bound{access.Builds: {Total: 4, Share: 4}})
@@ -27,7 +27,7 @@ func TestBuildsInTurn(t *testing.T) {
 			t.Fatal(err)
 		}
 		req := b.Request
-		req.Open = func(context.Context, *BuildRequest) error { // it is its turn
+		req.Open = func(context.Context, *BuildRequest) error { // the build's turn has come
 			for _, u := range w.store.Accounts.Uses() {
 				if u.Resource == access.Builds {
 					most.Store(max(most.Load(), u.Used))
@@ -61,7 +61,8 @@ func TestBuildsInTurn(t *testing.T) {
 	w.none()
 }
 
-// TestBuildsSeen: a build of one face, or of another server on the same directory, is seen while it goes on, and after its server's end.
+// TestBuildsSeen: a build of another face, or of another server on the same directory, is visible while it runs and after its server has
+// ended.
 func TestBuildsSeen(t *testing.T) {
 	w := newWorkshop(t)
 	builds, other := NewBuilds(w.builder), NewBuilds(w.builder)
@@ -96,7 +97,7 @@ func TestBuildsSeen(t *testing.T) {
 	w.none()
 }
 
-// TestBuildsBounded: what is announced is counted, and what has failed is not kept for long.
+// TestBuildsBounded: announced builds are counted, and failed ones are not kept for long.
 func TestBuildsBounded(t *testing.T) {
 	w := newWorkshop(t)
 	builds := NewBuilds(w.builder)

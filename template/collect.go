@@ -19,9 +19,9 @@ import (
 	"soulbox.dev/soulbox/internal/durable"
 )
 
-// step is what a step has made, as steps/KEY.json keeps it.
+// step is what a step of a build has made, as steps/KEY.json keeps it.
 type step struct {
-	Layer *Layer `json:"layer,omitempty"` // nil has changed no files
+	Layer *Layer `json:"layer,omitempty"` // nil if no files changed
 }
 
 func (s *Store) remember(key string, st step) error {
@@ -32,7 +32,7 @@ func (s *Store) remember(key string, st step) error {
 	return s.writeText("steps", s.file("steps", key+".json"), body)
 }
 
-// lock keeps two from making the same thing at the same time, those of other servers too. It waits as long as ctx lasts.
+// lock keeps others, including other servers, from making the same thing at the same time. It waits until ctx ends.
 func (s *Store) lock(ctx context.Context, kind, key string) (unlock func(), err error) {
 	if err := s.makeKind(kind); err != nil {
 		return nil, err
@@ -45,7 +45,7 @@ func (s *Store) lock(ctx context.Context, kind, key string) (unlock func(), err 
 				_ = lock.Close()
 			}), nil
 		}
-		if err == nil { // who had it has just removed it
+		if err == nil { // the last holder has just removed the file
 			if err := lock.Close(); err != nil {
 				return nil, err
 			}
@@ -64,38 +64,37 @@ func (s *Store) lock(ctx context.Context, kind, key string) (unlock func(), err 
 
 const lockPoll = 20 * time.Millisecond
 
-// Collect removes what no template, sandbox, snapshot or build needs any more, and what dead servers have left half made.
+// Collect removes what no template, sandbox, snapshot or build needs, and what dead servers left half made.
 func (s *Store) Collect() error { return s.collect(0) }
 
-// collect is Collect; where that gives back fewer bytes than are wanted, what is only kept to be faster follows, the longest unused
-// first.
+// collect is Collect; if that frees fewer than want bytes, it also removes files that only save time, the longest unused first.
 func (s *Store) collect(want int64) error {
 	gone, err := s.sweep(want)
 	err = errors.Join(err, s.secure())
-	for _, name := range gone { // takes long, and by now nobody finds it
+	for _, name := range gone { // takes long; nothing can find the files any more
 		err = errors.Join(err, os.RemoveAll(name))
 	}
 	return err
 }
 
-// How long what is not needed is kept after it was last used.
+// How long files that nothing needs are kept after their last use.
 const (
 	stepKept   = 7 * 24 * time.Hour // makes builds faster
 	logKept    = 7 * 24 * time.Hour
 	uploadKept = 24 * time.Hour // was sent for a build
-	uploadSafe = time.Hour      // may be sent for one that is about to begin
-	// halfMadeKept is of what versions before this one were making, whose files have no locks.
+	uploadSafe = time.Hour      // may be meant for a build that is about to begin
+	// halfMadeKept is for half-made files of earlier versions, which have no locks.
 	halfMadeKept = 24 * time.Hour
 )
 
-// spare is a file that nobody needs.
+// spare is a file that nothing needs.
 type spare struct {
 	kind, name string
 	used       time.Time // the last time
-	due        bool      // it is useless; another one makes something faster
+	due        bool      // to be removed now; others still make something faster
 }
 
-// sweep takes the names of what is to go. Nobody can say meanwhile what he needs.
+// sweep renames the files that are to be removed. It holds the collecting lock, so that no job declares a need meanwhile.
 func (s *Store) sweep(want int64) (gone []string, err error) {
 	if !exists(s.Dir) {
 		return nil, nil
@@ -147,7 +146,7 @@ func (s *Store) sweep(want int64) (gone []string, err error) {
 	return gone, err
 }
 
-// spare says whether nobody needs a file, and what is known of it.
+// spare reports whether nothing needs a file, and returns what is known of it.
 func (s *Store) spare(kind string, e os.DirEntry, needed *needs) (spare, bool) {
 	info, err := e.Info()
 	if err != nil { // it is gone
@@ -179,17 +178,17 @@ func (s *Store) spare(kind string, e os.DirEntry, needed *needs) (spare, bool) {
 	case "uploads":
 		sp.due = age > uploadKept
 		return sp, age > uploadSafe
-	default: // names, and jobs, which are tidied up
+	default: // names, and jobs, which tidy handles
 		return sp, false
 	}
 	return sp, !needed.files[rel]
 }
 
-// needs are the files that somebody needs, by their names below Dir.
+// needs are the files that are needed, by their paths below Dir.
 type needs struct {
 	files   map[string]bool // of templates, sandboxes, snapshots and jobs
 	steps   map[string]bool // layers of steps
-	unknown bool            // what sandboxes and snapshots need
+	unknown bool            // whether it is unknown what sandboxes and snapshots need
 }
 
 func (s *Store) needed() (*needs, error) {
@@ -227,7 +226,7 @@ func (s *Store) needed() (*needs, error) {
 	}
 	err = s.each("steps", func(name string) error {
 		var st step
-		if readJSON(name, &st) == nil && st.Layer != nil { // what cannot be read is as good as none
+		if readJSON(name, &st) == nil && st.Layer != nil { // a file that cannot be read counts as missing
 			n.steps[filepath.Join("layers", filepath.Base(s.layerFile(st.Layer.Digest)))] = true
 		}
 		return nil
@@ -238,7 +237,7 @@ func (s *Store) needed() (*needs, error) {
 	return n, s.jobs(n)
 }
 
-// jobs adds what jobs need that go on.
+// jobs adds what running jobs need.
 func (s *Store) jobs(n *needs) error {
 	entries, err := os.ReadDir(s.file(jobsKind, ""))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -267,7 +266,7 @@ func (s *Store) jobs(n *needs) error {
 	return nil
 }
 
-// secure has only those read the files of the store who have to. Versions before this one left images to everybody.
+// secure restricts the files of the store to those who must read them. Earlier versions left images readable to everybody.
 func (s *Store) secure() (err error) {
 	for _, kind := range kinds {
 		dir := s.file(kind, "")

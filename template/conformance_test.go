@@ -25,17 +25,18 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// recordName is what buildah has made of the cases: of each what differs from the template mini, which is of this machine's programs. It is
-// recorded, as buildah needs root and minutes: as root, with Debian's buildah, UPDATE_GOLDEN=1 records it anew ('make golden').
+// recordName holds what buildah makes of each case: the differences from the template mini, which consists of this machine's programs. They
+// are recorded because buildah needs root and minutes. UPDATE_GOLDEN=1 ('make golden') records them anew, as root and with Debian's
+// buildah.
 const recordName = "testdata/buildah.json"
 
-// record is what buildah has made of one case.
+// record is what buildah makes of one case.
 type record struct {
-	Case  string            `json:"case"`  // its hash: a case that has changed is to be recorded anew
-	Files map[string]string `json:"files"` // by path; "" has been removed
+	Case  string            `json:"case"`  // its hash: a case that has changed must be recorded anew
+	Files map[string]string `json:"files"` // by path; "" means removed
 }
 
-// TestConformance: what a Dockerfile makes is what buildah makes of it, file by file.
+// TestConformance: a build makes the same files as buildah makes of the same Dockerfile.
 func TestConformance(t *testing.T) {
 	update := os.Getenv("UPDATE_GOLDEN") != ""
 	if !update {
@@ -83,7 +84,7 @@ func TestConformance(t *testing.T) {
 	}
 }
 
-// differences are what is there, or has gone, in other trees than the base. One that has no file of the base has not begun from it.
+// differences returns the files that a tree adds to, or removes from, the base. A tree without any file of the base did not begin from it.
 func differences(base, files map[string]string) map[string]string {
 	all, begun := map[string]string{}, false
 	for path, is := range base {
@@ -105,7 +106,7 @@ func differences(base, files map[string]string) map[string]string {
 	return all
 }
 
-// oracle is buildah, from Debian, with a store of its own.
+// oracle is buildah, from Debian, with its own store.
 type oracle struct {
 	*testing.T
 	root string
@@ -144,7 +145,7 @@ func (o oracle) prepare(w *workshop) {
 	o.run("bud", "-t", "mini", mini)
 }
 
-// made is what buildah makes of a case.
+// made returns what buildah makes of a case.
 func (o oracle) made(name, dir string) (files map[string]string) {
 	o.run("bud", "--isolation", "chroot", "--pull-never", "--format", "oci", "-t", name, dir)
 	container := o.run("from", "--pull-never", name)
@@ -154,7 +155,7 @@ func (o oracle) made(name, dir string) (files map[string]string) {
 	return files
 }
 
-// describe is what is in an image.
+// describe returns the files of an image.
 func (w *workshop) describe(image string) map[string]string {
 	w.Helper()
 	files, err := openFiles(w.store.file("images", strings.TrimPrefix(image, "sha256:")+".erofs"))
@@ -196,7 +197,7 @@ func compare(t *testing.T, w *workshop, name, dir string, base, want map[string]
 	}
 }
 
-// unpackCases gives the directories of the cases, and a hash of each.
+// unpackCases returns the directories of the cases, and a hash of each.
 func unpackCases(t *testing.T, name string) (cases, hashes map[string]string) {
 	t.Helper()
 	archive, err := txtar.ParseFile(name)
@@ -250,7 +251,7 @@ func writeFile(t *testing.T, name string, from io.Reader) {
 	}
 }
 
-// foreign is what a builder puts there itself, and no file of the image.
+// foreign reports whether a path belongs to the builder, not to the image.
 func foreign(path string) bool {
 	for _, p := range []string{"/proc", "/sys", "/dev", "/etc/hosts", "/etc/resolv.conf", "/etc/hostname", "/run/.containerenv",
 		"/run/secrets", "/.soulbox", "/var/lib/soulbox", "/run/soulbox"} {

@@ -26,14 +26,14 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// Files are what a build copies from: those of its caller, of another stage or of another image.
+// Files are what a build copies from: the caller's files, another stage or another image.
 type Files struct {
 	image *erofs.Image
 	root  *erofs.Node
-	temp  *os.File // removed at the end; its lock says that somebody needs it
+	temp  *os.File // removed by Close; its lock says that it is in use
 }
 
-// Close gives back what the files take.
+// Close releases the files.
 func (f *Files) Close() error {
 	err := f.image.Close()
 	if f.temp != nil {
@@ -42,8 +42,8 @@ func (f *Files) Close() error {
 	return err
 }
 
-// ReadContext reads the files of a build from a tar, which may be compressed. What is to be ignored is left out by the build. Nothing of it
-// becomes a file of the host's but one image, which Close removes.
+// ReadContext reads the files of a build from a tar, which may be compressed. The build itself leaves out ignored files. On the host the
+// files become a single image, which Close removes.
 func (s *Store) ReadContext(ctx context.Context, owner string, from io.Reader) (_ *Files, err error) {
 	return s.newContext(ctx, owner, func(m *merger) error {
 		plain, err := uncompressed(ctx, s.payer(owner), from)
@@ -101,14 +101,14 @@ func openFiles(name string) (*Files, error) {
 	return &Files{image: image, root: root}, nil
 }
 
-// ContextFiles is a build context of texts by name.
+// ContextFiles makes a build context from texts by name.
 func (s *Store) ContextFiles(ctx context.Context, owner string, texts map[string]string) (*Files, error) {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
 	for name, text := range texts {
 		clean := path.Clean("/" + name)
 		if clean == "/" || strings.HasSuffix(name, "/") {
-			return nil, fmt.Errorf("build context: %q is no name of a file: %w", clip(name), sandbox.ErrInvalid)
+			return nil, fmt.Errorf("build context: %q is not a file name: %w", clip(name), sandbox.ErrInvalid)
 		}
 		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: clean[1:], Mode: 0o644, Size: int64(len(text))}); err != nil {
 			return nil, fmt.Errorf("build context: %q: %w", clip(name), err)
@@ -123,7 +123,7 @@ func (s *Store) ContextFiles(ctx context.Context, owner string, texts map[string
 	return s.ReadContext(ctx, owner, &b)
 }
 
-// ContextDir is a build context of a directory of the host, which links in it do not lead out of.
+// ContextDir makes a build context from a directory of the host. Links in it cannot lead outside.
 func (s *Store) ContextDir(ctx context.Context, owner, dir string) (*Files, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
@@ -153,17 +153,17 @@ func (s *Store) ContextDir(ctx context.Context, owner, dir string) (*Files, erro
 	return files, err
 }
 
-// packDir writes a directory as a tar. What is ignored is not read.
+// packDir writes a directory as a tar. It does not read ignored files.
 func packDir(to io.Writer, root *os.Root, ignore func(string) bool) error {
 	w := tar.NewWriter(to)
 	err := fs.WalkDir(root.FS(), ".", func(name string, d fs.DirEntry, err error) error {
 		ignored := name != "." && ignore != nil && ignore(name)
 		switch {
 		case err != nil && ignored && d != nil && d.IsDir():
-			return fs.SkipDir // what cannot be read is not wanted either
+			return fs.SkipDir // an ignored directory may be unreadable
 		case err != nil || name == ".":
 			return err
-		case ignored && !d.IsDir(): // in a directory there may be what is wanted all the same
+		case ignored && !d.IsDir(): // an ignored directory may still hold files that are not ignored
 			return nil
 		}
 		info, err := root.Lstat(name)
@@ -177,7 +177,7 @@ func packDir(to io.Writer, root *os.Root, ignore func(string) bool) error {
 				return err
 			}
 		case !info.Mode().IsRegular() && !info.IsDir():
-			return nil // a socket or a pipe is no file of a project
+			return nil // skip sockets, pipes and devices
 		}
 		h, err := tar.FileInfoHeader(info, link)
 		if err != nil {
@@ -201,14 +201,14 @@ func packDir(to io.Writer, root *os.Root, ignore func(string) bool) error {
 	return errors.Join(err, w.Close())
 }
 
-// ignoreNames are the files that say what a build ignores; the first one that is there counts, and the others do not, as with docker.
-// Dockerfiles come as texts: they have the usual name.
+// ignoreNames are the files that say what a build ignores. The first that exists counts, as with docker. A Dockerfile arrives as text, so
+// its name is always "Dockerfile".
 var ignoreNames = []string{"Dockerfile.dockerignore", ".dockerignore"}
 
-// maxIgnore bounds such a file, in bytes.
+// maxIgnore bounds an ignore file, in bytes.
 const maxIgnore = 1 << 20
 
-// leaveOut takes out of the files what their ignore file names.
+// leaveOut removes the files that the ignore file names.
 func (f *Files) leaveOut() error {
 	for _, name := range ignoreNames {
 		n, err := walk(f.root, name, true, nil)
@@ -239,7 +239,7 @@ func readIgnore(name string, r io.Reader) (func(string) bool, error) {
 	}, nil
 }
 
-// prune takes what is ignored out of a tree. A directory stays for what is in it and is not ignored.
+// prune removes ignored files from a tree. An ignored directory stays if something in it is not ignored.
 func prune(dir *erofs.Node, name string, ignore func(string) bool) {
 	for base, n := range dir.Children {
 		full := path.Join(name, base)
@@ -252,7 +252,7 @@ func prune(dir *erofs.Node, name string, ignore func(string) bool) {
 	}
 }
 
-// digest stands for a file with all that is in it, as COPY sees it.
+// digest returns a hash of a file with everything in it, as COPY sees it.
 func (f *Files) digest(ctx context.Context, n *erofs.Node) (string, error) {
 	sum := sha256.New()
 	err := f.sum(ctx, sum, "", n)
@@ -274,7 +274,7 @@ func (f *Files) sum(ctx context.Context, to hash.Hash, name string, n *erofs.Nod
 	return nil
 }
 
-// find gives the files that a pattern of COPY names, by their paths, sorted.
+// find returns the files that a pattern of COPY matches, by path.
 func (f *Files) find(pattern string) (map[string]*erofs.Node, error) {
 	parts := splitPath(path.Clean("/" + pattern))
 	found := map[string]*erofs.Node{}
@@ -295,7 +295,7 @@ func (f *Files) find(pattern string) (map[string]*erofs.Node, error) {
 	return found, nil
 }
 
-// noFile says what a lookup in the tree has found.
+// noFile turns a lookup's ENOENT or ENOTDIR into fs.ErrNotExist.
 func noFile(err error) error {
 	if err == unix.ENOENT || err == unix.ENOTDIR {
 		return fs.ErrNotExist
@@ -323,7 +323,7 @@ func glob(dir *erofs.Node, name string, parts []string, found map[string]*erofs.
 	return nil
 }
 
-// near names files that may be meant.
+// near suggests file names that may have been meant.
 func (f *Files) near(parts []string) string {
 	dir := f.root
 	for i, part := range parts {
@@ -347,7 +347,7 @@ func (f *Files) near(parts []string) string {
 	return ""
 }
 
-// distance is a rough measure of how much two names differ.
+// distance roughly measures how much two names differ.
 func distance(a, b string) int {
 	a, b = strings.ToLower(clip(a)), strings.ToLower(clip(b))
 	row := make([]int, len(b)+1)

@@ -30,7 +30,7 @@ type copying struct {
 	unpack             bool // archives
 }
 
-// picked is a file to copy, with the path that it had.
+// picked is a file to copy, with its path in the source.
 type picked struct {
 	name string
 	node *erofs.Node
@@ -75,7 +75,7 @@ func (s *stageRun) put(ctx context.Context, c copying, files *Files, all []picke
 	mode := int64(-1)
 	if c.chmod != "" {
 		if mode, err = strconv.ParseInt(c.chmod, 8, 32); err != nil || mode < 0 || mode > 0o7777 {
-			return fmt.Errorf("--chmod=%s is no mode; write it as an octal number, such as 755", clip(c.chmod))
+			return fmt.Errorf("--chmod=%s is not a mode; write it as an octal number, such as 755", clip(c.chmod))
 		}
 	}
 	dest := s.absolute(c.DestPath)
@@ -113,13 +113,13 @@ func (s *stageRun) put(ctx context.Context, c copying, files *Files, all []picke
 	return nil
 }
 
-// isDir says whether a link leads to a directory.
+// isDir reports whether a link leads to a directory.
 func (s *stageRun) isDir(ctx context.Context, name string) bool {
 	_, err := s.client.Dir(ctx, agent.DirRequest{Path: name})
 	return err == nil
 }
 
-// ids are an owner and a group by number; nil leaves files to whom they belong.
+// ids are the numbers of an owner and a group; nil keeps each file's own.
 type ids struct{ uid, gid int }
 
 // packer writes files as a tar.
@@ -127,9 +127,9 @@ type packer struct {
 	files *Files
 	w     *tar.Writer
 	owner *ids
-	mode  int64 // -1 leaves it
-	plain bool  // no program of the caller's files gets somebody's rights by being copied
-	there bool  // where a directory is copied to there is one, which stays as it is
+	mode  int64 // -1 keeps the file's own
+	plain bool  // drop setuid and setgid bits: a copied program of the caller must not run with another user's rights
+	there bool  // the destination is a directory already, which keeps its mode and owner
 }
 
 func (p packer) all(c copying, dest string, into bool, all []picked) error {
@@ -158,7 +158,7 @@ func (p packer) all(c copying, dest string, into bool, all []picked) error {
 	return nil
 }
 
-// copied writes what is copied: of a directory what is in it, into one as any other that is made.
+// copied writes a source: a file, or what is in a directory. A destination that does not exist becomes a directory with the default mode.
 func (p packer) copied(target string, n *erofs.Node) error {
 	if !n.IsDir() {
 		return p.add(target, n)
@@ -177,7 +177,7 @@ func (p packer) copied(target string, n *erofs.Node) error {
 	return nil
 }
 
-// add writes a file, and all that is in it.
+// add writes a file and everything in it.
 func (p packer) add(name string, n *erofs.Node) error {
 	h := &tar.Header{Name: strings.TrimPrefix(name, "/"), Mode: int64(n.Mode & 0o7777), Uid: int(n.UID), Gid: int(n.GID), ModTime: n.Time,
 		Linkname: n.Target}
@@ -191,7 +191,7 @@ func (p packer) add(name string, n *erofs.Node) error {
 	case unix.S_IFIFO:
 		h.Typeflag = tar.TypeFifo
 	default:
-		return nil // a device is of its machine
+		return nil // a device belongs to its machine
 	}
 	if h.Name != "/" {
 		if err := p.header(h); err != nil {
@@ -224,7 +224,7 @@ func (p packer) header(h *tar.Header) error {
 	return p.w.WriteHeader(h)
 }
 
-// isArchive says whether ADD unpacks a file: by what is in it, not by its name.
+// isArchive reports whether ADD unpacks a file. It looks at the content, not at the name.
 func (s *stageRun) isArchive(ctx context.Context, files *Files, n *erofs.Node) (bool, error) {
 	if n.Type() != unix.S_IFREG || n.Data.Size == 0 {
 		return false, nil
@@ -241,7 +241,7 @@ func (s *stageRun) isArchive(ctx context.Context, files *Files, n *erofs.Node) (
 	return is, errors.Join(err, r.Close())
 }
 
-// unpackArchive unpacks a file that is an archive.
+// unpackArchive unpacks an archive into dest.
 func (s *stageRun) unpackArchive(ctx context.Context, files *Files, n *erofs.Node, dest string) error {
 	r, err := uncompressed(ctx, s.job.payer, files.image.Content(n.Data))
 	if err != nil {
@@ -250,7 +250,7 @@ func (s *stageRun) unpackArchive(ctx context.Context, files *Files, n *erofs.Nod
 	return errors.Join(s.client.Unpack(ctx, dest, &atMost{r: r, left: maxContext}), r.Close())
 }
 
-// owner gives the numbers of --chown; the default is root, and for files of other stages and images whose they are there.
+// owner returns the numbers of --chown. The default is root; files of other stages and images keep their owners.
 func (s *stageRun) owner(ctx context.Context, c copying) (*ids, error) {
 	chown := c.chown
 	if chown == "" && c.from != "" {
@@ -274,7 +274,7 @@ func (s *stageRun) owner(ctx context.Context, c copying) (*ids, error) {
 	return &ids{uid, gid}, nil
 }
 
-// lookup finds a name, or a number, in a file of passwd(5) or group(5): its id, and of a user that of his group, or -1.
+// lookup finds a name or a number in a passwd(5) or group(5) file and returns its id. For a user it also returns the group's id, or -1.
 func (s *stageRun) lookup(ctx context.Context, file, name string) (id, group int, err error) {
 	r, _, err := s.client.ReadFile(ctx, file, 0, maxPasswd)
 	if err == nil {
@@ -299,7 +299,7 @@ func (s *stageRun) lookup(ctx context.Context, file, name string) (id, group int
 	return 0, 0, fmt.Errorf("there is no %q in %s", clip(name), file)
 }
 
-// passwd reads the lines of a file of passwd(5) of an image.
+// passwd reads the lines of an image's passwd(5) file.
 func (f *Files) passwd(name string) [][]string {
 	n, err := walk(f.root, name, true, nil)
 	if err != nil || n.Type() != unix.S_IFREG {
@@ -308,10 +308,10 @@ func (f *Files) passwd(name string) [][]string {
 	return passwdLines(f.image.Content(n.Data))
 }
 
-// maxPasswd bounds a file of passwd(5), in bytes.
+// maxPasswd bounds a passwd(5) file, in bytes.
 const maxPasswd = 1 << 20
 
-// passwdLines reads passwd(5) and group(5), whoever has written it: what is no entry is passed over.
+// passwdLines reads passwd(5) and group(5). The file is not trusted: lines that are no entry are skipped.
 func passwdLines(r io.Reader) (all [][]string) {
 	for lines := bufio.NewScanner(io.LimitReader(r, maxPasswd)); lines.Scan(); {
 		if fields := strings.Split(lines.Text(), ":"); len(fields) >= 4 {
@@ -321,7 +321,7 @@ func passwdLines(r io.Reader) (all [][]string) {
 	return all
 }
 
-// entryOf finds an entry by its name, or its number; nil is none.
+// entryOf finds an entry by its name or its number, or returns nil.
 func entryOf(entries [][]string, name string) []string {
 	for _, f := range entries {
 		if f[0] == name || f[2] == name {
@@ -331,7 +331,7 @@ func entryOf(entries [][]string, name string) []string {
 	return nil
 }
 
-// streamed has a packer write a tar while another reads it.
+// streamed runs a packer that writes a tar while read reads it.
 func streamed(p packer, write func(packer) error, read func(io.Reader) error) error {
 	return piped(func(to io.Writer) error {
 		p.w = tar.NewWriter(to)
@@ -339,18 +339,18 @@ func streamed(p packer, write func(packer) error, read func(io.Reader) error) er
 	}, read)
 }
 
-// piped has one write what another reads. It returns when both are done; whoever fails ends the other.
+// piped runs write while read reads its output. It returns when both are done; an error of one ends the other.
 func piped(write func(io.Writer) error, read func(io.Reader) error) error {
 	from, to := io.Pipe()
 	var writing sync.WaitGroup
-	writing.Go(func() { _ = to.CloseWithError(write(to)) }) // its error is the reader's
+	writing.Go(func() { _ = to.CloseWithError(write(to)) }) // the reader gets its error
 	err := read(from)
 	_ = from.Close()
 	writing.Wait()
 	return err
 }
 
-// packed gives all files as a tar.
+// packed passes all files to read as a tar.
 func (f *Files) packed(read func(io.Reader) error) error {
 	return streamed(packer{files: f, mode: -1}, func(p packer) error { return p.add("/", f.root) }, read)
 }

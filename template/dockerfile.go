@@ -14,9 +14,9 @@ import (
 	"github.com/moby/buildkit/frontend/dockerfile/shell"
 )
 
-// SyntaxError is what is wrong with a Dockerfile, and what to do.
+// SyntaxError says what is wrong with a Dockerfile and what to do.
 type SyntaxError struct {
-	Line    int // the first is 1; 0 is not known
+	Line    int // the first is 1; 0 means unknown
 	Message string
 	Hint    string
 }
@@ -34,20 +34,20 @@ func (e *SyntaxError) Error() string {
 	return text
 }
 
-// plan is a Dockerfile that can be carried out.
+// plan is a Dockerfile that can be built.
 type plan struct {
 	stages []stage
 	target int
 	lex    *shell.Lex
 	global []instructions.KeyValuePairOptional // ARGs before the first FROM, with their values
-	args   map[string]string                   // what the caller has given
-	grown  expansion                           // of the words before the first stage, and of those of all FROMs
+	args   map[string]string                   // given by the caller
+	grown  expansion                           // of the words before the first stage and of all FROMs
 }
 
-// stage is a part of a Dockerfile from FROM to FROM.
+// stage is the part of a Dockerfile from one FROM to the next.
 type stage struct {
 	name     string
-	base     string // what FROM names, if not a stage
+	base     string // what FROM names, unless it is a stage
 	from     int    // the stage that it begins from, or -1
 	line     int
 	commands []instructions.Command
@@ -59,7 +59,7 @@ const scratch = "scratch"
 // maxDockerfile bounds a Dockerfile, in bytes.
 const maxDockerfile = 1 << 20
 
-// parse reads a Dockerfile and refuses what cannot be carried out.
+// parse reads a Dockerfile and refuses one that cannot be built.
 func parse(text, target string, args map[string]string) (*plan, error) {
 	if len(text) > maxDockerfile {
 		return nil, &SyntaxError{Message: fmt.Sprintf("it has %d bytes, at most %d are possible", len(text), maxDockerfile)}
@@ -92,7 +92,7 @@ func parse(text, target string, args map[string]string) (*plan, error) {
 	return p, p.aim(target)
 }
 
-// countable refuses a Dockerfile with more in it than anybody writes: each instruction costs work for each variable.
+// countable refuses a Dockerfile with too many instructions or variables: each instruction costs work for each variable.
 func countable(stages []instructions.Stage, meta []instructions.ArgCommand, args map[string]string) error {
 	n := len(meta)
 	for _, s := range stages {
@@ -121,7 +121,7 @@ func tooManyVariables(n int) error {
 	return fmt.Errorf("there are %d variables, at most %d are possible; put them into a file", n, maxVariables)
 }
 
-// located gives an error of the parser its line.
+// located turns a parser's error into a SyntaxError with its line.
 func located(err error) error {
 	e := &SyntaxError{Message: err.Error()}
 	var where *parser.LocationError
@@ -142,7 +142,7 @@ func lineOf(ranges []parser.Range) int {
 	return ranges[0].Start.Line
 }
 
-// setGlobal works out the ARGs before the first FROM.
+// setGlobal sets the ARGs before the first FROM.
 func (p *plan) setGlobal(meta []instructions.ArgCommand) error {
 	for _, cmd := range meta {
 		for _, arg := range cmd.Args {
@@ -162,7 +162,7 @@ func (p *plan) setGlobal(meta []instructions.ArgCommand) error {
 	return nil
 }
 
-// pairs are variables for the parser's words; the last of a name counts.
+// pairs are the variables for the parser's words; the last value of a name counts.
 type pairs []instructions.KeyValuePairOptional
 
 // Get implements shell.EnvGetter.
@@ -184,7 +184,7 @@ func (p pairs) Keys() []string {
 	return keys
 }
 
-// platformArgs are those that FROM knows without an ARG.
+// platformArgs are the variables that FROM knows without an ARG.
 var platformArgs = map[string]string{
 	"TARGETPLATFORM": "linux/" + runtime.GOARCH, "TARGETOS": "linux", "TARGETARCH": runtime.GOARCH, "BUILDPLATFORM": "linux/" +
 		runtime.GOARCH, "BUILDOS": "linux", "BUILDARCH": runtime.GOARCH,
@@ -204,7 +204,7 @@ func (p *plan) stage(s instructions.Stage, index int) (stage, error) {
 		return st, err
 	}
 	if st.base == "" {
-		return st, &SyntaxError{Line: st.line, Message: fmt.Sprintf("FROM %s names nothing, as its variable is empty", s.BaseName),
+		return st, &SyntaxError{Line: st.line, Message: fmt.Sprintf("FROM %s names nothing, because its variable is empty", s.BaseName),
 			Hint: "give the ARG a default before the first FROM"}
 	}
 	platform, err := expand(s.Platform)
@@ -230,13 +230,13 @@ func (p *plan) stage(s instructions.Stage, index int) (stage, error) {
 	return st, nil
 }
 
-// refers says whether a number names a stage that is not before this one.
+// refers reports whether from is the number of this stage or a later one.
 func (p *plan) refers(from string, index int) bool {
 	n, err := strconv.Atoi(from)
 	return err == nil && n >= index
 }
 
-// find gives the number of an earlier stage by its name, or -1.
+// find returns the number of an earlier stage by its name, or -1.
 func (p *plan) find(name string) int {
 	for i, s := range slices.Backward(p.stages) {
 		if s.name != "" && strings.EqualFold(s.name, name) {
@@ -246,7 +246,7 @@ func (p *plan) find(name string) int {
 	return -1
 }
 
-// findFrom is find for --from, which may be a number too.
+// findFrom is find for --from, which may also be a number.
 func (p *plan) findFrom(from string) int {
 	if n, err := strconv.Atoi(from); err == nil && n >= 0 && n < len(p.stages) {
 		return n
@@ -273,7 +273,7 @@ func (p *plan) aim(target string) error {
 	return &SyntaxError{Message: fmt.Sprintf("it has no stage %q", target), Hint: "its stages are " + strings.Join(names, ", ")}
 }
 
-// needed are the stages that the target needs, in their order.
+// needed returns the stages that the target needs, in their order.
 func (p *plan) needed() []int {
 	want := map[int]bool{p.target: true}
 	for i := p.target; i >= 0; i-- {
@@ -300,7 +300,7 @@ func (p *plan) needed() []int {
 	return all
 }
 
-// sources are the stages and images that a command takes files from.
+// sources returns the stages and images from which a command takes files.
 func sources(cmd instructions.Command) []string {
 	switch c := cmd.(type) {
 	case *instructions.CopyCommand:
@@ -315,7 +315,7 @@ func sources(cmd instructions.Command) []string {
 	return nil
 }
 
-// supported refuses a command that cannot be carried out.
+// supported refuses a command that cannot be built.
 func supported(cmd instructions.Command) error {
 	refuse := func(message, hint string) error {
 		return &SyntaxError{Line: lineOf(cmd.Location()), Message: message, Hint: hint}
@@ -327,10 +327,10 @@ func supported(cmd instructions.Command) error {
 		for _, flag := range c.FlagsUsed {
 			if flag != "mount" {
 				return refuse("RUN --"+flag+" is not supported",
-					"leave it out: a build has the network that it is given as a whole, and no privileges")
+					"leave it out: the network is set for the whole build, and a build has no privileges")
 			}
 		}
-		// Types are known once variables have values; what has none is known now.
+		// A mount's type may hold variables, whose values are not known yet. Types without variables are checked now.
 		if err := c.Expand(func(word string) (string, error) { return word, nil }); err != nil {
 			break
 		}
@@ -346,12 +346,12 @@ func supported(cmd instructions.Command) error {
 			}
 		}
 		if len(c.ExcludePatterns) > 0 || c.Checksum != "" || c.KeepGitDir != nil {
-			return refuse("ADD --exclude, --checksum and --keep-git-dir are not supported", "name what is not to be there in .dockerignore")
+			return refuse("ADD --exclude, --checksum and --keep-git-dir are not supported", "name the files to leave out in .dockerignore")
 		}
 	case *instructions.CopyCommand:
 		if len(c.ExcludePatterns) > 0 || c.Parents {
 			return refuse("COPY --exclude and --parents are not supported",
-				"name what is not to be there in .dockerignore, and the directories one by one")
+				"name the files to leave out in .dockerignore, and copy the directories one by one")
 		}
 	case *instructions.WorkdirCommand:
 		if strings.Contains(path.Clean(c.Path), "\x00") {

@@ -8,26 +8,26 @@ import (
 	"github.com/moby/buildkit/frontend/dockerfile/shell"
 )
 
-// Bounds of what a Dockerfile grows to when the values of variables are put into it.
+// Bounds of the growth of a Dockerfile by the values of variables.
 const (
 	maxValue        = 64 << 10 // bytes of a word, and of the values put into one
-	maxExpanded     = 1 << 20  // bytes by which the words of a stage grow, or those before the first
+	maxExpanded     = 1 << 20  // bytes by which the words of a stage, or those before the first, may grow
 	maxReplaced     = 16 << 20 // bytes that ${name//pattern/text} may have to write, at worst
 	maxVariables    = 1000     // of a stage
 	maxInstructions = 2000     // of a Dockerfile
 )
 
-// expansion is what the words of a stage have grown by.
+// expansion counts the bytes by which the words of a stage have grown.
 type expansion struct{ grown int }
 
-// word puts the values of variables into a word. What would be too large is not made: the parser is given no more values.
+// word puts the values of variables into a word. A word that would be too large is never made: the parser gets no more values.
 func (e *expansion) word(lex *shell.Lex, word string, vars pairs) (string, error) {
 	values := newBounded(word, vars)
 	out, _, err := lex.ProcessWord(word, values)
 	return out, e.add(word, len(out), values, err)
 }
 
-// words is word of one that may become several.
+// words is word for a word that may become several.
 func (e *expansion) words(lex *shell.Lex, word string, vars pairs) ([]string, error) {
 	values := newBounded(word, vars)
 	out, err := lex.ProcessWords(word, values)
@@ -41,7 +41,7 @@ func (e *expansion) words(lex *shell.Lex, word string, vars pairs) ([]string, er
 func (e *expansion) add(word string, size int, values *bounded, err error) error {
 	switch {
 	case values.over && values.left > 0:
-		return fmt.Errorf("%q puts too much in the place of too much; write it with shorter values, or do it in a RUN", clip(word))
+		return fmt.Errorf("%q replaces too much text; use shorter values, or do it in a RUN", clip(word))
 	case values.over || size > max(maxValue, len(word)):
 		return fmt.Errorf("%q has more than %d KB with the values of its variables; write it shorter, or keep the text in a file",
 			clip(word), maxValue>>10)
@@ -56,16 +56,17 @@ func (e *expansion) add(word string, size int, values *bounded, err error) error
 	return nil
 }
 
-// bounded gives the parser the values of variables until they are too large together.
+// bounded gives the parser the values of variables until their total is too large.
 type bounded struct {
 	pairs
 	text  int // bytes of the word and of the values in it
 	left  int // bytes that values may still have
-	power int // the text may be multiplied with itself so often
+	power int // how many times the text may be multiplied by itself
 	over  bool
 }
 
-// replacement begins a text that is put in the place of each of many. One may be in the other, so that all of them multiply.
+// replacement matches the beginning of ${name//pattern/text}, which replaces every match. Replacements can be nested, so that they
+// multiply.
 var replacement = regexp.MustCompile(`\$\{[^/}]*//`)
 
 func newBounded(word string, vars pairs) *bounded {
@@ -85,7 +86,7 @@ func (b *bounded) Get(key string) (string, bool) {
 	return v, ok
 }
 
-// tooMuch says whether the replacements could write too much.
+// tooMuch reports whether the replacements could write too much.
 func (b *bounded) tooMuch() bool {
 	size := b.text
 	for range b.power {

@@ -15,11 +15,11 @@ import (
 // HostName is the name of the template that shows this machine's programs.
 const HostName = "host"
 
-// programs are the directories of programs and libraries; where they are links into /usr, the links are kept.
+// programs are the directories of programs and libraries. Those that are links into /usr stay links.
 var programs = []string{"usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32"}
 
-// empty are directories that a machine has, with their modes. The hidden one in /tmp keeps runsc from mounting a tmpfs there,
-// whose content would be memory of the sandbox.
+// empty are the directories that every machine has, with their modes. The hidden one in /tmp keeps runsc from mounting a tmpfs there, whose
+// content would count as the sandbox's memory.
 var empty = map[string]fs.FileMode{
 	"dev": 0o755, "proc": 0o755, "sys": 0o755, "run": 0o755, "run/lock": fs.ModeSticky | 0o777, "tmp": fs.ModeSticky | 0o777,
 	"tmp/.X11-unix": fs.ModeSticky | 0o777, "root": 0o700, "home": 0o755,
@@ -28,8 +28,8 @@ var empty = map[string]fs.FileMode{
 	"var/lib":   0o755, "var/lib/soulbox": 0o700, "var/spool": 0o755, "etc": 0o755, ".soulbox": 0o755,
 }
 
-// files are written, not copied. Of the users that packages count on there are those whose numbers are the same on all of Debian's
-// machines.
+// files are written, not copied from the machine. Their users are the ones that packages expect and whose numbers are the same on all
+// Debian machines.
 var files = map[string]string{
 	"etc/passwd": "root:x:0:0:root:/root:/bin/bash\ndaemon:x:1:1:daemon:/usr/sbin:/usr/sbin/nologin\n" +
 		"man:x:6:12:man:/var/cache/man:/usr/sbin/nologin\nwww-data:x:33:33:www-data:/var/www:/usr/sbin/nologin\n" +
@@ -46,7 +46,8 @@ var files = map[string]string{
 		"~/.bashrc\nPATH=\"$HOME/.local/bin:$HOME/bin:$PATH\"\n",
 }
 
-// host makes the root of the host template once per server. It is content-addressed and never changed: sandboxes of other servers use it.
+// host makes the root of the host template once per server. The root is content-addressed and never changed, because sandboxes of other
+// servers use it.
 func (s *Store) host() (sandbox.Template, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -89,7 +90,7 @@ func (s *Store) makeRoot(mounts []sandbox.Mount, links map[string]string) (strin
 	})
 }
 
-// giveAway gives a tree to whom sandboxes run as.
+// giveAway makes the user that sandboxes run as the owner of a tree.
 func (s *Store) giveAway(root string) error {
 	if s.UID == 0 {
 		return nil
@@ -102,7 +103,7 @@ func (s *Store) giveAway(root string) error {
 	})
 }
 
-// hostTree is what the root has of itself, with what programs need of the machine's /etc.
+// hostTree returns the root's own files and what programs need of the machine's /etc.
 func hostTree(machine string, mounts []sandbox.Mount, links map[string]string) (*rootTree, error) {
 	t := newRootTree()
 	for name, mode := range empty {

@@ -33,7 +33,7 @@ func TestHost(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	// Nothing of the host that not everybody may read, nor anything that names its users, peers or file systems.
+	// The root shows no file of the host that is not readable for everybody, and none that names its users, peers or file systems.
 	for _, never := range []string{"etc/gshadow", "etc/sudoers", "etc/sudoers.d", "etc/ssh/ssh_host_rsa_key", "etc/ssl/private",
 		"etc/resolv.conf", "etc/machine-id", "etc/cron.d", "etc/environment", "etc/apt"} {
 		if _, err := os.Lstat(filepath.Join(host.Root, never)); !errors.Is(err, fs.ErrNotExist) {
@@ -52,7 +52,7 @@ func TestHost(t *testing.T) {
 	}
 }
 
-// TestHostIsShared: servers that start together agree on one directory, and leave nothing else.
+// TestHostIsShared: servers that start at the same time agree on one directory, and leave nothing else.
 func TestHostIsShared(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "templates")
 	var mu sync.Mutex
@@ -76,14 +76,14 @@ func TestHostIsShared(t *testing.T) {
 	}
 }
 
-// TestHostIsFound: another server on the same state finds the root by what is in it: it writes nothing and waits for nobody.
+// TestHostIsFound: another server on the same state finds the root by its content. It writes nothing and waits for no lock.
 func TestHostIsFound(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "templates")
 	first, err := (&Store{Dir: dir}).Template(t.Context(), "", HostName)
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Whoever writes needs the lock, and changes the directory.
+	// A writer would need the lock and change the directory.
 	lock, err := durable.Lock(filepath.Join(dir, ".lock"), false)
 	if err != nil {
 		t.Fatal(err)
@@ -102,7 +102,7 @@ func TestHostIsFound(t *testing.T) {
 	}
 }
 
-// TestHostIsWhole: what is written is what was digested.
+// TestHostIsWhole: what is written is exactly what was digested.
 func TestHostIsWhole(t *testing.T) {
 	tree, err := hostTree("/", nil, map[string]string{"bin": "usr/bin"})
 	if err != nil {
@@ -138,7 +138,7 @@ func TestHostIsWhole(t *testing.T) {
 	}
 	for name, e := range tree.entries {
 		if e.mode.IsRegular() {
-			e.mode |= 0o600 // the server's user may always write
+			e.mode |= 0o600 // the server's user can always write
 			tree.entries[name] = e
 		}
 	}

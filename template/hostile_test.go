@@ -19,7 +19,7 @@ import (
 	"soulbox.dev/soulbox/access"
 )
 
-// allocated is how many bytes something takes of memory, one after the other.
+// allocated returns how many bytes do allocates in total.
 func allocated(do func()) uint64 {
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
@@ -28,8 +28,8 @@ func allocated(do func()) uint64 {
 	return after.TotalAlloc - before.TotalAlloc
 }
 
-// TestExpansion: a short Dockerfile whose variables grow and grow is refused with its line before it takes memory; one that does what
-// people do is not.
+// TestExpansion: a short Dockerfile whose variables grow without bound is refused with its line before it takes memory; ordinary ones are
+// not.
 func TestExpansion(t *testing.T) {
 	doubled := func(verb string) string {
 		text := verb + " a0=0123456789abcdef\n"
@@ -54,7 +54,7 @@ func TestExpansion(t *testing.T) {
 		"in all":         {"FROM scratch\nARG a=" + value + "\n" + many("ENV b%d=$a\n", 20), "longer; use shorter values"},
 		"EXPOSE":         {"FROM scratch\nARG a=\"" + strings.Repeat("1 ", 30<<10) + "\"\nEXPOSE $a$a\n", "line 3: "},
 		"replaced":       {"FROM scratch\nARG a=" + value + "\nENV b=${a//x/" + strings.Repeat("y", 60<<10) + "}\n", "line 3: "},
-		"replaced in it": {"FROM scratch\nARG a=" + value[:1000] + "\nENV b=${a//x/${a//x/${a//x/xxxx}}}\n", "puts too much in the place"},
+		"replaced in it": {"FROM scratch\nARG a=" + value[:1000] + "\nENV b=${a//x/${a//x/${a//x/xxxx}}}\n", "replaces too much text"},
 		"instructions":   {"FROM scratch\n" + many("USER u%d\n", maxInstructions+1), "at most 2000 are possible"},
 		"stages":         {many("FROM scratch AS s%d\n", maxInstructions+1), "at most 2000 are possible"},
 		"variables":      {"FROM scratch\n" + many("ARG a%d\n", maxVariables+1), "at most 1000 are possible"},
@@ -80,7 +80,7 @@ func TestExpansion(t *testing.T) {
 	}
 }
 
-// xzFile compresses a text by xz, in blocks of some bytes, and says that it needs another dictionary: 40 is 4 GB.
+// xzFile compresses a text with xz, in blocks of the given size, and makes the file claim a dictionary size: 40 means 4 GB.
 func xzFile(t *testing.T, text string, block int64, dictionary byte) []byte {
 	t.Helper()
 	var b bytes.Buffer
@@ -104,14 +104,14 @@ func xzFile(t *testing.T, text string, block int64, dictionary byte) []byte {
 	return body
 }
 
-// zstdFrame is a text as zstd has it, that says it needs a window of 1 << (10+exponent) bytes.
+// zstdFrame returns a text as a zstd frame that claims to need a window of 1 << (10+exponent) bytes.
 func zstdFrame(text string, exponent byte) []byte {
 	head := uint32(len(text)<<3 | 1)
 	return append([]byte{0x28, 0xb5, 0x2f, 0xfd, 0, exponent << 3, byte(head), byte(head >> 8), byte(head >> 16)}, text...)
 }
 
-// TestWindows: what names a large dictionary is refused before it is made, wherever it names it; what is read is charged to its owner
-// meanwhile.
+// TestWindows: a file that names a large dictionary is refused before the dictionary is allocated, wherever the file names it. While a file
+// is read, its owner is charged.
 func TestWindows(t *testing.T) {
 	s := &Store{Dir: t.TempDir(), Accounts: access.NewAccounts(map[access.Resource]access.Bound{
 		access.Buffers: {Total: 200 << 20, Share: 100 << 20}, access.Work: {Total: 2, Share: 1},
@@ -166,7 +166,7 @@ func TestWindows(t *testing.T) {
 
 func slicesOf(parts ...[]byte) []byte { return bytes.Join(parts, nil) }
 
-// FuzzXZ: whatever a file is, the reader gives it on as it is, or ends.
+// FuzzXZ: the reader passes any file on unchanged, or ends.
 func FuzzXZ(f *testing.F) {
 	f.Add([]byte("\xfd7zXZ\x00\x00\x04"))
 	f.Fuzz(func(t *testing.T, body []byte) {

@@ -11,8 +11,8 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestIgnoreFiles: Dockerfile.dockerignore counts where it is there, and .dockerignore then does not; neither does where who sent the files
-// has left out what is to be.
+// TestIgnoreFiles: if Dockerfile.dockerignore exists, it counts and .dockerignore does not. Neither counts if the sender has already left
+// out the ignored files.
 func TestIgnoreFiles(t *testing.T) {
 	w := newWorkshop(t)
 	files := map[string]string{"a": "a", "b": "b", ".dockerignore": "a\n", "Dockerfile.dockerignore": "b\n*.dockerignore\n.dockerignore\n"}

@@ -14,7 +14,7 @@ import (
 	"soulbox.dev/soulbox/internal/erofs"
 )
 
-// image gives the EROFS file of layers, and makes it if it is missing. Those who need the same one at the same time wait for each other.
+// image returns the EROFS file of layers and makes it if it is missing. Jobs that need the same image at the same time wait for each other.
 func (j *job) image(ctx context.Context, layers []Layer) (string, error) {
 	id := chainID(layers)
 	file := j.imageFile(id)
@@ -24,7 +24,7 @@ func (j *job) image(ctx context.Context, layers []Layer) (string, error) {
 	if exists(file) {
 		return file, j.sealed(file, true)
 	}
-	free, err := j.wait(ctx, access.Merges, 1) // before the lock: whoever has that never waits for another one's account
+	free, err := j.wait(ctx, access.Merges, 1) // before the lock: its holder never waits for another owner's account
 	if err != nil {
 		return "", err
 	}
@@ -40,12 +40,12 @@ func (j *job) image(ctx context.Context, layers []Layer) (string, error) {
 	return file, j.noRoom(j.write(ctx, "images", func(f *os.File) (string, error) { return file, j.assemble(ctx, f, layers) }))
 }
 
-// imageFile is where the image of a chain ID is.
+// imageFile returns the path of the image of a chain ID.
 func (s *Store) imageFile(id string) string {
 	return s.file("images", strings.TrimPrefix(id, "sha256:")+".erofs")
 }
 
-// assemble writes the image of layers, beginning with the largest part of it that is there.
+// assemble writes the image of layers. It begins with the image of the most layers that exists.
 func (j *job) assemble(ctx context.Context, f *os.File, layers []Layer) error {
 	m := &merger{ctx: ctx, root: newRoot(), w: erofs.NewWriter(f)}
 	have := len(layers) - 1
@@ -77,7 +77,7 @@ func (j *job) assemble(ctx context.Context, f *os.File, layers []Layer) error {
 	return errors.Join(m.w.Finish(m.root), j.seal(f, true), unpin(f))
 }
 
-// roomFor makes room for an image on top of another.
+// roomFor makes room for an image that is built on top of another.
 func (s *Store) roomFor(base *erofs.Image, layers []Layer) error {
 	needed, err := base.Used()
 	if err != nil {
@@ -89,7 +89,7 @@ func (s *Store) roomFor(base *erofs.Image, layers []Layer) error {
 	return s.room(needed)
 }
 
-// applyLayer applies a layer, whose content must be what its digest says.
+// applyLayer applies a layer and checks that its content matches its digest.
 func (j *job) applyLayer(ctx context.Context, m *merger, l Layer) error {
 	r, err := j.open(ctx, j.payer, l)
 	if err != nil {

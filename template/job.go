@@ -15,34 +15,34 @@ import (
 	"soulbox.dev/soulbox/internal/durable"
 )
 
-// payer is whose account is charged for what is done. The zero value is charged nothing.
+// payer is the owner whose account is charged for work. The zero value charges nothing.
 type payer struct {
 	accounts *access.Accounts
 	owner    string
 }
 
-// wait takes some of a resource of the server as soon as the owner's account has it. It leaves the queue when ctx ends.
+// wait takes n units of a server's resource as soon as the owner's account has them. It leaves the queue when ctx ends.
 func (p payer) wait(ctx context.Context, r access.Resource, n int64) (free func(), err error) {
 	return p.accounts.Wait(ctx, p.owner, r, n)
 }
 
 func (s *Store) payer(owner string) payer { return payer{s.Accounts, owner} }
 
-// job is one piece of work on the store, such as a build or an import: who pays for it, and what it needs while it goes on, which no
-// server's Collect removes. It is not for concurrent use.
+// job is one piece of work on the store, such as a build or an import. It knows which owner pays and what it needs while it runs; no
+// server's Collect removes that. It is not for concurrent use.
 type job struct {
 	*Store
 	payer
-	needs *os.File // lines of names below Dir; its lock says that the job goes on
+	needs *os.File // lines of names below Dir; its lock says that the job is running
 }
 
-// jobsKind is where jobs say what they need.
+// jobsKind is the directory in which jobs record what they need.
 const jobsKind = "jobs"
 
-// begin begins a job, which is to be ended.
+// begin begins a job. The caller ends it.
 func (s *Store) begin(owner string) *job { return &job{Store: s, payer: s.payer(owner)} }
 
-// end ends the job. A file that cannot be removed is tidied up later, as its lock is free.
+// end ends the job. If its file cannot be removed, tidy removes it later, as its lock is free.
 func (j *job) end() {
 	if j.needs != nil {
 		_ = os.Remove(j.needs.Name())
@@ -51,7 +51,7 @@ func (j *job) end() {
 	}
 }
 
-// need keeps files, whether they are there already or not.
+// need protects files from Collect, whether they exist already or not.
 func (j *job) need(ctx context.Context, files ...string) error {
 	unlock, err := j.collecting(ctx, unix.LOCK_SH)
 	if err != nil {
@@ -61,7 +61,7 @@ func (j *job) need(ctx context.Context, files ...string) error {
 	return j.note(files...)
 }
 
-// note is need of one who has the lock of collecting.
+// note is need for a caller that holds the collecting lock.
 func (j *job) note(files ...string) (err error) {
 	if j.needs == nil {
 		if j.needs, err = j.temp(jobsKind); err != nil {
@@ -80,7 +80,7 @@ func (j *job) note(files ...string) (err error) {
 	return err
 }
 
-// needLayers is need of layers.
+// needLayers is need for layers.
 func (j *job) needLayers(ctx context.Context, layers []Layer) error {
 	var files []string
 	for _, l := range layers {
@@ -89,7 +89,7 @@ func (j *job) needLayers(ctx context.Context, layers []Layer) error {
 	return j.need(ctx, files...)
 }
 
-// write is Store.write of a file that the job needs from the moment that it has its name.
+// write is Store.write for a file that the job needs from the moment it has its name.
 func (j *job) write(ctx context.Context, kind string, fill func(*os.File) (name string, err error)) error {
 	return j.writeNamed(kind, fill, func(temp, name string) error {
 		unlock, err := j.collecting(ctx, unix.LOCK_SH)
@@ -104,7 +104,7 @@ func (j *job) write(ctx context.Context, kind string, fill func(*os.File) (name 
 	})
 }
 
-// known gives a step that was carried out before.
+// known returns a step that was run before, and reports whether there is one.
 func (j *job) known(ctx context.Context, key string) (step, bool, error) {
 	var st step
 	unlock, err := j.collecting(ctx, unix.LOCK_SH)
@@ -114,7 +114,7 @@ func (j *job) known(ctx context.Context, key string) (step, bool, error) {
 	defer unlock()
 	file := j.file("steps", key+".json")
 	if err := readJSON(file, &st); err != nil {
-		return st, false, nil //nolint:nilerr // as good as none
+		return st, false, nil //nolint:nilerr // an unreadable step counts as missing
 	}
 	if st.Layer != nil {
 		if touch(j.layerFile(st.Layer.Digest)) != nil {
@@ -127,7 +127,7 @@ func (j *job) known(ctx context.Context, key string) (step, bool, error) {
 	return st, touch(file) == nil, nil
 }
 
-// pin keeps a file for a while in which somebody begins to use it, and says whether it is there.
+// pin protects a file for a while, in which a caller begins to use it, and reports whether the file exists.
 func (s *Store) pin(ctx context.Context, name string) (bool, error) {
 	unlock, err := s.collecting(ctx, unix.LOCK_SH)
 	if err != nil {
@@ -141,10 +141,10 @@ func (s *Store) pin(ctx context.Context, name string) (bool, error) {
 	return err == nil, err
 }
 
-// pinned is how long that is: whoever boots a sandbox has said by then what it needs (Manager.Images).
+// pinned is how long pin protects: by then a sandbox that boots has declared what it needs (Manager.Images).
 const pinned = 10 * time.Minute
 
-// unpin has a file that is made count as one that nobody begins to use.
+// unpin marks a new file as one that no caller is beginning to use.
 func unpin(f *os.File) error {
 	then := time.Now().Add(-pinned)
 	return os.Chtimes(f.Name(), then, then)

@@ -20,7 +20,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// Bounds of an image, whatever its layers say.
+// Bounds of an image, whatever its layers contain.
 const (
 	maxEntries  = 2_000_000
 	maxImage    = 64 << 30 // bytes of all contents
@@ -31,21 +31,21 @@ const (
 	defaultPerm = 0o755
 )
 
-// ErrLayer is of a layer that is not one, or is beyond a bound.
+// ErrLayer means that a layer is malformed or exceeds a bound.
 var ErrLayer = errors.New("broken layer")
 
-// merger applies layers to a tree. Nothing of a layer is trusted: names stay in the tree, and sizes are bounded.
+// merger applies layers to a tree. It trusts nothing in a layer: names stay in the tree, and sizes are bounded.
 type merger struct {
-	ctx   context.Context // of the one operation that a merger is
-	meta  int64           // bytes of memory that the tree takes, about
+	ctx   context.Context // for the single operation that a merger serves
+	meta  int64           // bytes of memory that the tree takes, roughly
 	root  *erofs.Node
 	w     *erofs.Writer
-	plain bool // what is applied is no layer: names of whiteouts are names
-	// keepLinks has a directory that is there as a link to one stay that.
+	plain bool // the tar is no layer: names of whiteouts are ordinary names
+	// keepLinks keeps a link to a directory if an entry names it as a directory.
 	keepLinks bool
 	entries   int
 	bytes     int64
-	// Dropped counts what images cannot have: extended attributes, such as capabilities of programs.
+	// dropped counts what images cannot hold: extended attributes, such as capabilities of programs.
 	dropped int
 }
 
@@ -53,10 +53,10 @@ func newRoot() *erofs.Node {
 	return &erofs.Node{Mode: unix.S_IFDIR | defaultPerm, Children: map[string]*erofs.Node{}}
 }
 
-// layer is one that is being applied: its whiteouts concern what was there before, in whatever order it has them.
+// layer is a layer that is being applied. Its whiteouts affect only what earlier layers put there, whatever the order of the entries.
 type layer struct {
 	*merger
-	mine map[place]bool // what it has put there itself
+	mine map[place]bool // what this layer has put there
 }
 
 type place struct {
@@ -90,7 +90,7 @@ func (m *merger) apply(r io.Reader) error {
 	}
 }
 
-// notOfLayer says whether a layer could not be read for a cause that is not its own.
+// notOfLayer reports whether reading a layer failed for a reason outside the layer.
 func notOfLayer(err error) bool {
 	for _, class := range []error{sandbox.ErrNoDisk, syscall.ENOSPC, syscall.EDQUOT, syscall.EIO, access.ErrFull, errWindow,
 		context.Canceled,
@@ -102,7 +102,7 @@ func notOfLayer(err error) bool {
 	return false
 }
 
-// clip bounds a name for an error.
+// clip shortens a name for an error message.
 func clip(s string) string {
 	if len(s) > 200 {
 		return string(agent.Whole([]byte(s[:200]))) + "…"
@@ -122,7 +122,7 @@ func (l layer) entry(h *tar.Header, from io.Reader) error {
 		return nil
 	}
 	if strings.IndexByte(name, 0) >= 0 || strings.Count(name, "/") >= maxDepth {
-		return fmt.Errorf("%w: it is no path", ErrLayer)
+		return fmt.Errorf("%w: its name is not a path", ErrLayer)
 	}
 	parent, err := l.dir(path.Dir(name))
 	if err != nil {
@@ -158,7 +158,7 @@ func (l layer) entry(h *tar.Header, from io.Reader) error {
 	return nil
 }
 
-// take counts what another name takes in memory.
+// take counts the memory that one more name takes.
 func (m *merger) take(name, target string) error {
 	if m.meta += int64(nodeCost + len(name) + len(target)); m.meta > maxMeta {
 		return fmt.Errorf("%w: it has too many files", ErrLayer)
@@ -166,13 +166,13 @@ func (m *merger) take(name, target string) error {
 	return nil
 }
 
-// nodeCost is about what a file of a tree takes in memory beside its names, in bytes; maxMeta bounds all of them.
+// nodeCost is roughly the memory that a file of a tree takes in addition to its names, in bytes; maxMeta bounds the sum.
 const (
 	nodeCost = 400
 	maxMeta  = 512 << 20
 )
 
-// whiteout removes what was there before the layer.
+// whiteout removes what was there before this layer.
 func (l layer) whiteout(dir *erofs.Node, name string, opaque bool) {
 	if opaque {
 		for name := range dir.Children {
@@ -185,7 +185,7 @@ func (l layer) whiteout(dir *erofs.Node, name string, opaque bool) {
 	case old == nil:
 	case !l.mine[place{dir, name}]:
 		delete(dir.Children, name)
-		if old.IsDir() { // what the layer has put into it already, stays
+		if old.IsDir() { // what this layer has put into it stays
 			l.keep(dir, name, old)
 		}
 	case old.IsDir():
@@ -193,7 +193,7 @@ func (l layer) whiteout(dir *erofs.Node, name string, opaque bool) {
 	}
 }
 
-// keep has what the layer has put into a directory that it says is gone.
+// keep keeps what this layer has put into a directory that it also removes.
 func (l layer) keep(parent *erofs.Node, name string, dir *erofs.Node) {
 	l.whiteout(dir, "", true)
 	if len(dir.Children) > 0 {
@@ -201,11 +201,11 @@ func (l layer) keep(parent *erofs.Node, name string, dir *erofs.Node) {
 	}
 }
 
-// node makes what an entry describes; old is what has its name.
+// node makes the file that an entry describes; old is the file that has its name so far.
 func (l layer) node(h *tar.Header, from io.Reader, old *erofs.Node) (*erofs.Node, error) {
 	n := &erofs.Node{}
 	switch h.Typeflag {
-	case tar.TypeReg, 0: // 0 is of old archives
+	case tar.TypeReg, 0: // old archives use 0
 		if h.Size < 0 || h.Size > maxImage-l.bytes {
 			return nil, fmt.Errorf("%w: its files are too large", ErrLayer)
 		}
@@ -230,7 +230,7 @@ func (l layer) node(h *tar.Header, from io.Reader, old *erofs.Node) (*erofs.Node
 	case tar.TypeLink:
 		target, err := l.find(h.Linkname)
 		if err != nil || target.IsDir() {
-			return nil, fmt.Errorf("%w: a hard link to %q, which is no file of it", ErrLayer, clip(h.Linkname))
+			return nil, fmt.Errorf("%w: a hard link to %q, which is not one of its files", ErrLayer, clip(h.Linkname))
 		}
 		return target, nil
 	case tar.TypeFifo:
@@ -259,7 +259,7 @@ func (l layer) describe(n *erofs.Node, h *tar.Header) {
 	n.UID, n.GID, n.Time = uint32(h.Uid), uint32(h.Gid), h.ModTime.Truncate(time.Second)
 }
 
-// dir finds a directory of the tree, following links in it, and makes what is missing.
+// dir finds a directory of the tree, follows links on the way and makes missing directories.
 func (l layer) dir(name string) (*erofs.Node, error) {
 	at, err := walk(l.root, name, true, func(parent *erofs.Node, base string) (*erofs.Node, error) {
 		if len(base) > maxName {
@@ -282,11 +282,11 @@ func (l layer) dir(name string) (*erofs.Node, error) {
 	return at, nil
 }
 
-// find finds a file of the tree by the name that an entry gave it; links on the way are followed, the last one is not.
+// find finds a file of the tree by the name in an entry. It follows links on the way, but not the last one.
 func (l layer) find(name string) (*erofs.Node, error) { return walk(l.root, name, false, nil) }
 
-// walk finds a file below root as a kernel would whose root that is. Symbolic links are followed, the last one if follow says so. What is
-// missing is made by missing, or is unix.ENOENT.
+// walk finds a file below root, as a kernel with that root would. It follows symbolic links; the last one only if follow is set. For a
+// missing file it calls missing, or returns unix.ENOENT if missing is nil.
 func walk(root *erofs.Node, name string, follow bool, missing func(parent *erofs.Node, base string) (*erofs.Node, error)) (*erofs.Node,
 	error) {
 	parts, trail, links := splitPath(name), []*erofs.Node{root}, 0
@@ -327,7 +327,7 @@ func walk(root *erofs.Node, name string, follow bool, missing func(parent *erofs
 	return trail[len(trail)-1], nil
 }
 
-// splitPath gives the parts of a path that lead somewhere.
+// splitPath splits a path and drops empty parts and ".".
 func splitPath(name string) []string {
 	return slices.DeleteFunc(strings.Split(name, "/"), func(p string) bool { return p == "" || p == "." })
 }

@@ -19,7 +19,7 @@ import (
 	"soulbox.dev/soulbox/internal/erofs"
 )
 
-// tarOf is a tar of texts.
+// tarOf returns a tar of texts.
 func tarOf(t *testing.T, files map[string]string) string {
 	t.Helper()
 	var headers []tar.Header
@@ -29,7 +29,7 @@ func tarOf(t *testing.T, files map[string]string) string {
 	return pack(t, headers...)
 }
 
-// pack makes a tar; the content of a regular file is what stands as its link.
+// pack makes a tar; Linkname holds the content of a regular file.
 func pack(t *testing.T, headers ...tar.Header) string {
 	t.Helper()
 	var b bytes.Buffer
@@ -66,7 +66,7 @@ func hard(name, to string) tar.Header {
 	return tar.Header{Typeflag: tar.TypeLink, Name: name, Linkname: to}
 }
 
-// merged applies layers and lists what they make: names, of files with their text.
+// merged applies layers and lists the result: names, and the texts of files.
 func merged(t *testing.T, layers ...string) (string, error) {
 	t.Helper()
 	f, err := os.Create(filepath.Join(t.TempDir(), "image"))
@@ -113,7 +113,7 @@ func merged(t *testing.T, layers ...string) (string, error) {
 	return strings.Join(list, " "), nil
 }
 
-// TestLayers: layers on top of each other, with whiteouts in whatever order (OCI image specification, layers).
+// TestLayers applies layers on top of each other, with whiteouts in any order (OCI image specification, layers).
 func TestLayers(t *testing.T) {
 	base := pack(t, folder("d"), file("d/a", "1"), file("d/b", "2"), file("f", "3"), folder("e"), file("e/x", "4"), link("l", "d"))
 	for _, test := range []struct {
@@ -143,7 +143,7 @@ func TestLayers(t *testing.T) {
 	}
 }
 
-// TestHostileLayers: no name leads out of the image, and what is broken or beyond a bound is an error.
+// TestHostileLayers: no name leads out of the image, and a layer that is malformed or exceeds a bound gives an error.
 func TestHostileLayers(t *testing.T) {
 	contained := pack(t, file("../../up", "1"), file("/abs", "2"), link("out", "/../../etc"), file("out/passwd", "3"), link("a", "b"),
 		hard("h", "../abs"))
@@ -196,7 +196,7 @@ func TestHostileLayers(t *testing.T) {
 	}
 }
 
-// FuzzLayer: whatever a layer is, applying it ends, without a panic.
+// FuzzLayer: applying any layer ends without a panic.
 func FuzzLayer(f *testing.F) {
 	t := &testing.T{}
 	f.Add([]byte(pack(t, folder("d"), file("d/a", "1"), link("l", "d"), hard("h", "d/a"), file("d/.wh.a", ""), file("d/.wh..wh..opq", ""))))
@@ -216,7 +216,7 @@ func FuzzLayer(f *testing.F) {
 	})
 }
 
-// TestChainID: as the specification has it.
+// TestChainID checks the chain ID against the specification.
 func TestChainID(t *testing.T) {
 	one, two := Layer{DiffID: "sha256:" + strings.Repeat("a", 64)}, Layer{DiffID: "sha256:" + strings.Repeat("b", 64)}
 	if got := chainID([]Layer{one}); got != one.DiffID {

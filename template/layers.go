@@ -14,14 +14,14 @@ import (
 	"github.com/klauspost/compress/gzip"
 )
 
-// mediaTypes of layers that can be read.
+// Media types of the layers that can be read.
 const (
 	mediaTar  = "application/vnd.oci.image.layer.v1.tar"
 	mediaGzip = mediaTar + "+gzip"
 	mediaZstd = mediaTar + "+zstd"
 )
 
-// newLayer keeps a tar of at most so many bytes as a layer.
+// newLayer stores a tar of at most limit bytes as a layer.
 func (j *job) newLayer(ctx context.Context, from io.Reader, limit int64, createdBy string) (Layer, error) {
 	l := Layer{MediaType: mediaGzip, CreatedBy: createdBy}
 	whole, inner := sha256.New(), sha256.New()
@@ -55,7 +55,7 @@ func (s *Store) layerFile(digest string) string {
 	return s.file("layers", strings.TrimPrefix(digest, "sha256:"))
 }
 
-// open reads the tar of a layer.
+// open opens the tar of a layer.
 func (s *Store) open(ctx context.Context, p payer, l Layer) (io.ReadCloser, error) {
 	f, err := os.Open(s.layerFile(l.Digest))
 	if err != nil {
@@ -76,8 +76,8 @@ type readCloser struct {
 // Close implements io.Closer.
 func (r readCloser) Close() error { return r.close() }
 
-// decompress reads what a layer's file has in it, as its media type says (also Docker's). Closing it closes f. The memory of the decoder
-// is on the payer's account.
+// decompress reads the content of a layer's file according to its media type, also Docker's. Closing the result closes f. The payer's
+// account is charged for the decoder's memory.
 func decompress(ctx context.Context, p payer, f io.ReadCloser, mediaType string) (io.ReadCloser, error) {
 	switch {
 	case strings.HasSuffix(mediaType, "gzip"):
@@ -96,10 +96,10 @@ func decompress(ctx context.Context, p payer, f io.ReadCloser, mediaType string)
 	case strings.HasSuffix(mediaType, ".tar"):
 		return f, nil
 	}
-	return nil, fmt.Errorf("%w: its kind %q is none that can be read", ErrLayer, mediaType)
+	return nil, fmt.Errorf("%w: its media type %q cannot be read", ErrLayer, mediaType)
 }
 
-// atMost fails when there is more than there may be.
+// atMost fails if there are more than left bytes to read.
 type atMost struct {
 	r    io.Reader
 	left int64
@@ -126,5 +126,5 @@ func (u *untilDone) Read(p []byte) (int, error) {
 	return u.r.Read(p)
 }
 
-// layerSlack is what a layer may have beside the bytes of its files.
+// layerSlack is how many bytes a layer may have in addition to its files.
 const layerSlack = 1 << 30

@@ -20,34 +20,34 @@ import (
 	"soulbox.dev/soulbox/internal/durable"
 )
 
-// Bounds of a build's log. What is beyond them is counted, and not kept.
+// Bounds of a build's log. What exceeds them is counted and dropped.
 const (
 	maxLine     = 4 << 10
 	maxLogBytes = 8 << 20
 	tailLines   = 20
 )
 
-// buildID is what NewBuildID makes, or what it made in older servers.
+// buildID matches what NewBuildID makes, and what it made in older servers.
 var buildID = regexp.MustCompile(`^(bd[a-z0-9]{16}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})$`)
 
-// NewBuildID makes an id that cannot be guessed: a random UUID (RFC 9562, 5.4).
+// NewBuildID returns an id that cannot be guessed: a random UUID (RFC 9562, 5.4).
 func NewBuildID() string {
 	var random [16]byte
 	rand.Read(random[:])
 	return asUUID(random, 4)
 }
 
-// asUUID writes bytes as a UUID of a version.
+// asUUID formats bytes as a UUID of a version.
 func asUUID(b [16]byte, version byte) string {
 	b[6], b[8] = b[6]&0x0f|version<<4, b[8]&0x3f|0x80
 	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 }
 
-// ValidBuildID says whether a text may be the id of a build.
+// ValidBuildID reports whether a text has the form of a build's id.
 func ValidBuildID(id string) bool { return buildID.MatchString(id) }
 
-// BuildID is the id of the build that has made a template. One that was not built here has one all the same, which is always the same (RFC
-// 9562, 5.8).
+// BuildID returns the id of the build that made a template. A template that was not built here gets an id derived from its manifest, always
+// the same one (RFC 9562, 5.8).
 func (m Manifest) BuildID() string {
 	if m.Build != "" {
 		return m.Build
@@ -79,7 +79,7 @@ func (s *Store) newLog(id, owner string, each func(Line)) (*buildLog, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := durable.Flock(f, unix.LOCK_EX); err != nil { // it tells other servers that it is being built
+	if err := durable.Flock(f, unix.LOCK_EX); err != nil { // tells other servers that the build is running
 		return nil, errors.Join(err, f.Close())
 	}
 	return &buildLog{f: f, each: each}, nil
@@ -87,7 +87,7 @@ func (s *Store) newLog(id, owner string, each func(Line)) (*buildLog, error) {
 
 const logFile = "log.jsonl"
 
-// beingBuilt says whether a server, this one or another, is at work on a build that has a log.
+// beingBuilt reports whether this or another server works on a build that has a log.
 func (s *Store) beingBuilt(id string) bool {
 	return !abandoned(filepath.Join(s.file("builds", id), logFile))
 }
@@ -121,10 +121,10 @@ func (l *buildLog) close() error {
 	return errors.Join(l.err, l.f.Close())
 }
 
-// ErrNoBuild is of a build of which there is no log.
+// ErrNoBuild means that there is no log of a build.
 var ErrNoBuild = errors.New("no such build")
 
-// BuildLog gives the log of an owner's build, as it is now, as JSON lines.
+// BuildLog returns the current log of an owner's build as JSON lines.
 func (s *Store) BuildLog(owner, id string) ([]byte, error) {
 	dir := s.file("builds", id)
 	if !buildID.MatchString(id) {
@@ -145,11 +145,11 @@ func (s *Store) BuildLog(owner, id string) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, 2*maxLogBytes))
 }
 
-// lines makes lines of what a command writes, and remembers the last ones. It is safe for concurrent use.
+// lines splits the output of a command into lines and remembers the last ones. It is safe for concurrent use.
 type lines struct {
 	mu   sync.Mutex
 	each func(string)
-	part map[string][]byte // what has no end yet, by stream
+	part map[string][]byte // the unfinished line of each stream
 	last []string
 }
 
@@ -175,7 +175,7 @@ func (l *lines) add(f agent.OutputFrame) {
 }
 
 func (l *lines) put(line []byte) {
-	// What a progress bar has written over is gone.
+	// Keep only what follows the last carriage return: a progress bar has overwritten the rest.
 	line = bytes.TrimRight(line, "\r")
 	if i := bytes.LastIndexByte(line, '\r'); i >= 0 {
 		line = line[i+1:]
@@ -187,7 +187,7 @@ func (l *lines) put(line []byte) {
 	}
 }
 
-// end puts what has no end.
+// end emits the unfinished lines.
 func (l *lines) end() {
 	l.mu.Lock()
 	defer l.mu.Unlock()

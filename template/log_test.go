@@ -7,7 +7,7 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// TestLogLines: a line that is too long, and one that comes in pieces, are cut at whole characters; what is no text is shown as bytes.
+// TestLogLines: lines that are too long or arrive in pieces are cut at whole characters; bytes that are not text are escaped.
 func TestLogLines(t *testing.T) {
 	var got []string
 	l := newLines(func(line string) { got = append(got, line) })

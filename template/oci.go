@@ -31,19 +31,20 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// Original is what an image was described by where it came from: as long as it is not changed, it goes out as it came.
+// Original is an image's description from its source. An image that is not changed is pushed exactly as it was pulled.
 type Original struct {
 	MediaType string `json:"media_type"`
 	Manifest  []byte `json:"manifest"`
 	Config    []byte `json:"config"`
 }
 
-// ErrPull is of an image that cannot be pulled or pushed; its text says whether that is for the name, the network or the rights.
+// ErrPull means that an image cannot be pulled or pushed; the text says whether the name, the network or the credentials are the cause.
 var ErrPull = errors.New("the registry does not give it")
 
 var platform = v1.Platform{OS: "linux", Architecture: runtime.GOARCH}
 
-// Puller pulls images for builds of others than the operator: of registries at public addresses, and of those that the operator names.
+// Puller returns the Puller for builds of owners other than the operator. It pulls from registries at public addresses, and from those in
+// private.
 func (s *Store) Puller(private []string) Puller {
 	public := remote.DefaultTransport.(*http.Transport).Clone()
 	public.Proxy = nil
@@ -60,7 +61,7 @@ func (s *Store) Puller(private []string) Puller {
 // Puller pulls an image for a build.
 type Puller func(ctx context.Context, j *job, reference string) (Manifest, error)
 
-// Pull makes a template of an image of a registry, with the credentials that the server's user has for it (~/.docker/config.json).
+// Pull makes a template from an image of a registry, with the credentials of the server's user (~/.docker/config.json).
 func (s *Store) Pull(ctx context.Context, m Manifest, reference string) (_ Manifest, err error) {
 	if m.Name, err = CheckName(m.Name); err != nil {
 		return m, err
@@ -78,7 +79,7 @@ func (s *Store) Pull(ctx context.Context, m Manifest, reference string) (_ Manif
 func (j *job) pull(ctx context.Context, reference string, by http.RoundTripper) (Manifest, error) {
 	ref, err := name.ParseReference(reference)
 	if err != nil {
-		return Manifest{}, fmt.Errorf("image %q: it is no name of an image: %w", clip(reference), sandbox.ErrInvalid)
+		return Manifest{}, fmt.Errorf("image %q: it is not the name of an image: %w", clip(reference), sandbox.ErrInvalid)
 	}
 	img, err := remote.Image(ref, remote.WithContext(ctx), remote.WithAuthFromKeychain(authn.DefaultKeychain),
 		remote.WithPlatform(platform), remote.WithTransport(by))
@@ -93,13 +94,13 @@ func (j *job) pull(ctx context.Context, reference string, by http.RoundTripper) 
 	return m, nil
 }
 
-// pullError says why an image cannot be had.
+// pullError says why an image cannot be pulled or pushed.
 func pullError(ref name.Reference, err error) error {
 	var refused *transport.Error
 	var lost net.Error
 	switch {
 	case errors.As(err, &refused) && (refused.StatusCode == http.StatusUnauthorized || refused.StatusCode == http.StatusForbidden):
-		return fmt.Errorf("image %s: %s wants other credentials, or has no such image; log in with docker login: %w", ref,
+		return fmt.Errorf("image %s: %s requires other credentials, or has no such image; log in with docker login: %w", ref,
 			ref.Context().RegistryStr(), ErrPull)
 	case errors.As(err, &refused) && refused.StatusCode == http.StatusNotFound:
 		return fmt.Errorf("image %s: %s has no such image: %w", ref, ref.Context().RegistryStr(), ErrPull)
@@ -114,14 +115,14 @@ func pullError(ref name.Reference, err error) error {
 	return fmt.Errorf("image %s: %w", ref, err)
 }
 
-// take keeps the layers of an image.
+// take stores the layers of an image.
 func (j *job) take(ctx context.Context, img v1.Image) (Manifest, error) {
 	config, err := img.ConfigFile()
 	if err != nil {
 		return Manifest{}, err
 	}
 	if config.Architecture != "" && config.Architecture != runtime.GOARCH || config.OS != "" && config.OS != "linux" {
-		return Manifest{}, fmt.Errorf("it is of %s/%s, and this machine is linux/%s: %w", config.OS, config.Architecture, runtime.GOARCH,
+		return Manifest{}, fmt.Errorf("it is for %s/%s, but this machine is linux/%s: %w", config.OS, config.Architecture, runtime.GOARCH,
 			sandbox.ErrInvalid)
 	}
 	layers, err := img.Layers()
@@ -164,7 +165,7 @@ func (j *job) take(ctx context.Context, img v1.Image) (Manifest, error) {
 // maxLayers bounds the layers of an image.
 const maxLayers = 256
 
-// takeLayer keeps a layer as it comes, if it is what its digest says.
+// takeLayer stores a layer unchanged and checks its digest.
 func (j *job) takeLayer(ctx context.Context, l v1.Layer) (Layer, error) {
 	digest, err := l.Digest()
 	if err != nil {
@@ -217,14 +218,14 @@ func (j *job) takeLayer(ctx context.Context, l v1.Layer) (Layer, error) {
 	return kept, j.verifyLayer(ctx, kept)
 }
 
-// verifiedSuffix ends the name of a file that says what is in the layer of that name. It is worked out once.
+// verifiedSuffix ends the name of a file that holds the digest of a layer's content, which is computed once.
 const verifiedSuffix = ".diff"
 
-// verifyLayer says whether what is in a layer is what its image says: images are kept by that.
+// verifyLayer checks that the content of a layer matches its DiffID, because images are stored under the IDs of their layers' content.
 func (j *job) verifyLayer(ctx context.Context, l Layer) error {
 	known := j.layerFile(l.Digest) + verifiedSuffix
 	got, err := os.ReadFile(known)
-	if err != nil { // of one that was never looked at, too
+	if err != nil { // also if the layer was never verified
 		free, err := j.wait(ctx, access.Work, 1)
 		if err != nil {
 			return err
@@ -250,7 +251,7 @@ func (j *job) verifyLayer(ctx context.Context, l Layer) error {
 	return nil
 }
 
-// fileLayer is a layer of the store as go-containerregistry sees one.
+// fileLayer presents a layer of the store to go-containerregistry.
 type fileLayer struct {
 	s *Store
 	l Layer
@@ -276,7 +277,7 @@ func (f fileLayer) Size() (int64, error) { return f.l.Size, nil }
 // MediaType implements v1.Layer.
 func (f fileLayer) MediaType() (types.MediaType, error) { return types.MediaType(f.l.MediaType), nil }
 
-// original is an image as it came.
+// original is an image as it was pulled.
 type original struct {
 	s *Store
 	m Manifest
@@ -303,7 +304,7 @@ func (o original) LayerByDigest(h v1.Hash) (partial.CompressedLayer, error) {
 	return nil, fmt.Errorf("layer %s: %w", h, os.ErrNotExist)
 }
 
-// oci is a template as an OCI image. The same template is always the same image.
+// oci returns a template as an OCI image. The same template always gives the same image.
 func (s *Store) oci(m Manifest) (v1.Image, error) {
 	if m.Original != nil {
 		return partial.CompressedToImage(original{s, m})
@@ -327,11 +328,11 @@ func (s *Store) oci(m Manifest) (v1.Image, error) {
 	return mutate.ConfigFile(img, config)
 }
 
-// Push gives a template to a registry, and tells the digest that it has there.
+// Push pushes a template to a registry and returns its digest there.
 func (s *Store) Push(ctx context.Context, m Manifest, reference string) (string, error) {
 	ref, err := name.ParseReference(reference)
 	if err != nil {
-		return "", fmt.Errorf("image %q: it is no name of an image: %w", clip(reference), sandbox.ErrInvalid)
+		return "", fmt.Errorf("image %q: it is not the name of an image: %w", clip(reference), sandbox.ErrInvalid)
 	}
 	img, err := s.oci(m)
 	if err != nil {
@@ -344,7 +345,7 @@ func (s *Store) Push(ctx context.Context, m Manifest, reference string) (string,
 	return digest.String(), err
 }
 
-// Export writes a template as an OCI layout in a new directory, or where the name ends in .tar as an archive such as docker save writes.
+// Export writes a template as an OCI layout into a new directory, or as an archive like those of docker save if the name ends in .tar.
 func (s *Store) Export(m Manifest, to string) error {
 	img, err := s.oci(m)
 	if err != nil {
@@ -358,7 +359,7 @@ func (s *Store) Export(m Manifest, to string) error {
 		return tarball.WriteToFile(to, tag, img)
 	}
 	if exists(to) {
-		return fmt.Errorf("export: %s is there already", to)
+		return fmt.Errorf("export: %s exists already", to)
 	}
 	p, err := layout.Write(to, nothing.Index)
 	if err != nil {
@@ -367,7 +368,7 @@ func (s *Store) Export(m Manifest, to string) error {
 	return p.AppendImage(img, layout.WithAnnotations(map[string]string{"org.opencontainers.image.ref.name": m.Name}))
 }
 
-// ImportFile makes a template of what Export writes, or of a tar with a whole file system.
+// ImportFile makes a template from a file that Export has written, or from a tar of a whole file system.
 func (s *Store) ImportFile(ctx context.Context, m Manifest, from string) (_ Manifest, err error) {
 	if m.Name, err = CheckName(m.Name); err != nil {
 		return m, err
@@ -394,7 +395,7 @@ func (s *Store) ImportFile(ctx context.Context, m Manifest, from string) (_ Mani
 	return j.finish(ctx, got)
 }
 
-// readImage opens an OCI layout or an archive of docker save; nil is neither.
+// readImage opens an OCI layout or an archive of docker save. It returns nil for a file that is neither.
 func readImage(from string) (v1.Image, error) {
 	info, err := os.Stat(from)
 	if err != nil {
@@ -402,7 +403,7 @@ func readImage(from string) (v1.Image, error) {
 	}
 	if !info.IsDir() {
 		if _, err := tarball.LoadManifest(func() (io.ReadCloser, error) { return os.Open(from) }); err != nil {
-			return nil, nil //nolint:nilerr // it may still be a file system
+			return nil, nil //nolint:nilerr // it may still be a tar of a file system
 		}
 		return tarball.ImageFromPath(from, nil)
 	}

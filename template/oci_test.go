@@ -15,7 +15,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestRegistry: what was pulled, changed and pushed is the same by digest where it should be, here and in another store.
+// TestRegistry: an image that was pulled, changed and pushed keeps its digest where it should, in this store and in another.
 func TestRegistry(t *testing.T) {
 	server := httptest.NewServer(registry.New(registry.Logger(log.New(testWriter{t}, "", 0))))
 	defer server.Close()
@@ -85,7 +85,7 @@ type testWriter struct{ *testing.T }
 
 func (w testWriter) Write(p []byte) (int, error) { return len(p), nil }
 
-// TestPullErrors: name, network and rights are told apart, and what is not what it says is refused.
+// TestPullErrors: errors distinguish name, network and credentials, and content that does not match its digest is refused.
 func TestPullErrors(t *testing.T) {
 	store := &Store{Dir: t.TempDir()}
 	inner := registry.New(registry.Logger(log.New(testWriter{t}, "", 0)))
@@ -121,7 +121,7 @@ func TestPullErrors(t *testing.T) {
 	}
 	for ref, want := range map[string]string{
 		host + "/nothere:1":   "has no such image",
-		host + "/private/x:1": "wants other credentials",
+		host + "/private/x:1": "requires other credentials",
 		"127.0.0.1:1/x:1":     "cannot be reached",
 	} {
 		if _, err := store.Pull(t.Context(), Manifest{Name: "pulled"}, ref); !errors.Is(err, ErrPull) ||
@@ -162,7 +162,7 @@ func randomFiles() map[string]string {
 	return files
 }
 
-// puller pulls for a build in a store of its own.
+// puller returns a function that pulls for a build in a store of its own.
 func puller(t *testing.T, private []string) func(reference string) (Manifest, error) {
 	s := &Store{Dir: t.TempDir()}
 	return func(reference string) (Manifest, error) {

@@ -12,7 +12,7 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// TestImportOrder: an import that waits for a merge has given back its decoder, for whoever has the merge may wait for one.
+// TestImportOrder: an import that waits for a merge has released its decoder, because the holder of the merge may wait for one.
 func TestImportOrder(t *testing.T) {
 	s := &Store{Dir: t.TempDir()}
 	s.Accounts = access.NewAccounts(map[access.Resource]access.Bound{access.Merges: {Total: 1, Share: 1},

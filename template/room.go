@@ -13,15 +13,15 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// Disk is what the templates take of the disk, and may take, in bytes.
+// Disk is the disk space that the templates take and may take, in bytes.
 type Disk struct{ Used, Budget int64 }
 
-// Disk says what all of the store takes: images, layers, what builds keep to be faster, and what is being made.
+// Disk returns the disk space of the whole store: images, layers, what builds keep to save time, and what is being made.
 func (s *Store) Disk() (Disk, error) {
 	d := Disk{Budget: s.Budget}
 	var disk unix.Statfs_t
 	err := unix.Statfs(s.Dir, &disk)
-	if err == unix.ENOENT { // nothing was made yet
+	if err == unix.ENOENT { // nothing has been made yet
 		err = unix.Statfs(filepath.Dir(s.Dir), &disk)
 	}
 	if err != nil {
@@ -34,13 +34,13 @@ func (s *Store) Disk() (Disk, error) {
 	return d, err
 }
 
-// The budget of a store that names none is a tenth of the disk, but no less than a base template with a build on it takes.
+// The default budget is a tenth of the disk, but at least what a base template with a build on it takes.
 const (
 	defaultBudget = 20 << 30
 	leastBudget   = 4 << 30
 )
 
-// sizeOf sums what a file or a directory takes on disk. What goes meanwhile does not count.
+// sizeOf returns the disk space of a file or a directory. Files that disappear meanwhile do not count.
 func sizeOf(name string) (sum int64, err error) {
 	err = filepath.WalkDir(name, func(name string, _ fs.DirEntry, err error) error {
 		var n int64
@@ -56,13 +56,13 @@ func sizeOf(name string) (sum int64, err error) {
 	return sum, err
 }
 
-// NoRoomError says that the templates' disk is full, or their part of it.
+// NoRoomError says that the disk, or the templates' share of it, is full.
 type NoRoomError struct {
-	Needed int64 // bytes; 0 is not known
+	Needed int64 // bytes; 0 means unknown
 	Free   int64 // bytes
-	Budget int64 // of the templates, if that is what ends; 0 is the disk itself
-	Step   int64 // of the sandbox in which a step ran, if that is what ends
-	Err    error // of the system, or of the step; nil where it was not asked for more
+	Budget int64 // of the templates, if that is used up; 0 if it is the disk itself
+	Step   int64 // disk of the sandbox in which a step ran, if that is used up
+	Err    error // of the system or of the step; nil if the check itself found no room
 }
 
 // Error implements error.
@@ -87,13 +87,13 @@ func (e *NoRoomError) Error() string {
 	return text
 }
 
-// Is makes it a sandbox.ErrNoDisk.
+// Is makes a NoRoomError match sandbox.ErrNoDisk.
 func (e *NoRoomError) Is(target error) bool { return target == sandbox.ErrNoDisk }
 
-// Unwrap gives the system's error.
+// Unwrap returns the cause.
 func (e *NoRoomError) Unwrap() error { return e.Err }
 
-// room makes room for so many bytes, if there is none, of what is only kept to be faster.
+// room makes sure that there is room for needed bytes. If there is not, it removes files that only save time.
 func (s *Store) room(needed int64) error {
 	lack, short, err := s.lack(needed)
 	if err != nil || lack == nil {
@@ -108,7 +108,7 @@ func (s *Store) room(needed int64) error {
 	return lack
 }
 
-// lack says whether there is no room for so many bytes, and how many have to go for them.
+// lack returns nil if there is room for needed bytes, otherwise the error and how many bytes must be removed.
 func (s *Store) lack(needed int64) (lack *NoRoomError, short int64, err error) {
 	d, err := s.Disk()
 	if err != nil {
@@ -128,7 +128,7 @@ func (s *Store) lack(needed int64) (lack *NoRoomError, short int64, err error) {
 	return &NoRoomError{Needed: needed, Free: max(0, left), Budget: of}, needed - left, nil
 }
 
-// free is what the disk has left, and how much of it the store leaves to others.
+// free returns the free bytes of the disk, and how many of them the store leaves to others.
 func (s *Store) free() (free, spare int64, err error) {
 	var disk unix.Statfs_t
 	if err := unix.Statfs(s.Dir, &disk); err != nil {
@@ -137,13 +137,14 @@ func (s *Store) free() (free, spare int64, err error) {
 	return int64(disk.Bavail) * disk.Bsize, min(spareDisk, int64(disk.Blocks)*disk.Bsize/20), nil
 }
 
-// spareDisk is what the store leaves free on its disk, in bytes, of a small one a twentieth; roomEvery is after how many bytes it looks.
+// spareDisk is how many bytes the store leaves free on its disk, at most a twentieth of it; roomEvery is how many bytes are read between
+// checks.
 const (
 	spareDisk = 512 << 20
 	roomEvery = 32 << 20
 )
 
-// whileRoom reads as long as there is room for what comes of it: an archive may be small and its content large.
+// whileRoom returns a reader that fails when there is no room for what it reads: a small archive may have a large content.
 func (s *Store) whileRoom(r io.Reader) io.Reader { return &roomReader{r: r, s: s} }
 
 type roomReader struct {
@@ -165,10 +166,11 @@ func (r *roomReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// fullDisk is when a disk counts as full, in bytes: the sandbox' kernel takes some more at a time.
+// fullDisk is the number of free bytes below which a disk counts as full. It is not 0, because the sandbox's kernel takes several at a
+// time.
 const fullDisk = 4 << 20
 
-// ifFull gives an error its sentence that may well be of a full disk, as the disk is full.
+// ifFull turns an error into a NoRoomError if the disk is full, because that is the likely cause.
 func (s *Store) ifFull(err error) error {
 	free, _, ferr := s.free()
 	if ferr != nil || free >= fullDisk || errors.As(err, new(*NoRoomError)) {
@@ -177,7 +179,7 @@ func (s *Store) ifFull(err error) error {
 	return &NoRoomError{Free: free, Err: err}
 }
 
-// noRoom gives an error of a full disk its sentence.
+// noRoom turns the system's error for a full disk into a NoRoomError.
 func (s *Store) noRoom(err error) error {
 	if !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, syscall.EDQUOT) || errors.As(err, new(*NoRoomError)) {
 		return err

@@ -18,7 +18,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// again runs a test once more as another process: with what is said to it in its environment, which asked gives.
+// again returns a command that runs the test once more in another process, which finds said in the environment variable againVar.
 func again(t *testing.T, said string) *exec.Cmd {
 	cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.count=1")
 	cmd.Env = append(os.Environ(), againVar+"="+said)
@@ -27,7 +27,7 @@ func again(t *testing.T, said string) *exec.Cmd {
 
 const againVar = "SOULBOX_TEST_AGAIN"
 
-// half are the files that are being made, or that jobs need.
+// half returns the files that are being made or that jobs need.
 func half(t *testing.T, s *Store) []string {
 	t.Helper()
 	names, err := filepath.Glob(filepath.Join(s.Dir, "*", ".*"))
@@ -37,7 +37,7 @@ func half(t *testing.T, s *Store) []string {
 	return names
 }
 
-// TestKilledMaker: what a server was making when it was killed is gone at the next look, what a living one makes is not.
+// TestKilledMaker: what a killed server was making is removed at the next collection; what a living one makes stays.
 func TestKilledMaker(t *testing.T) {
 	if dir := os.Getenv(againVar); dir != "" {
 		makeForEver(t, &Store{Dir: dir})
@@ -74,7 +74,7 @@ func TestKilledMaker(t *testing.T) {
 	}
 }
 
-// makeForEver has half a context, a whole one, half a layer, a lock and a job that needs a layer.
+// makeForEver leaves half a context, a whole one, half a layer, a lock, and a job that needs a layer.
 func makeForEver(t *testing.T, s *Store) {
 	whole, err := s.ContextFiles(t.Context(), "", map[string]string{"a": "a"})
 	if err != nil {
@@ -108,8 +108,8 @@ func makeForEver(t *testing.T, s *Store) {
 	t.Fatal(err)
 }
 
-// TestBuildBudget: builds one after the other leave no more than the last one's image; what is deleted is gone at once; what only makes
-// builds faster goes when the budget is used up, and what somebody needs never does.
+// TestBuildBudget: successive builds leave only the last one's image. What is deleted is removed at once. What only makes builds faster is
+// removed when the budget is used up; what is needed never is.
 func TestBuildBudget(t *testing.T) {
 	w := newWorkshop(t)
 	used := func() int64 {
@@ -136,7 +136,7 @@ func TestBuildBudget(t *testing.T) {
 		t.Errorf("%d MB before a build, %d MB after its template was deleted", empty>>20, now>>20)
 	}
 	w.store.Budget = used() + 8<<20
-	random := func() string { // that gzip makes no smaller
+	random := func() string { // gzip cannot make it smaller
 		b := make([]byte, 5<<20)
 		_, _ = rand.NewChaCha8([32]byte{byte(len(half(t, w.store)))}).Read(b)
 		return string(b)
@@ -169,8 +169,8 @@ func TestBuildBudget(t *testing.T) {
 	}
 }
 
-// TestBuildOnFullDisk: on a disk that is full, a build ends by saying so, wherever it wants to write; nothing half made is left, and it
-// works once there is room.
+// TestBuildOnFullDisk: on a full disk a build fails with an error that says so, wherever it writes. Nothing half made is left, and the
+// build works once there is room.
 func TestBuildOnFullDisk(t *testing.T) {
 	sandboxtest.OnSmallDisk(t, 400<<20, func(dir string) { fullDiskTest(t, dir) })
 }
@@ -192,7 +192,8 @@ func fullDiskTest(t *testing.T, dir string) {
 	}
 	noise := make([]byte, 60<<20)
 	_, _ = rand.NewChaCha8([32]byte{}).Read(noise)
-	tight := int64(22 << 20) // a little more than the store leaves to others: it looks only now and then, so that the disk itself is full
+	// a little more than the store leaves to others: the store checks only now and then, so the disk itself fills up
+	tight := int64(22 << 20)
 	for name, c := range map[string]func() error{
 		"a context": func() error {
 			leave(tight)
@@ -207,7 +208,7 @@ func fullDiskTest(t *testing.T, dir string) {
 			_, err := w.store.Import(t.Context(), Manifest{Name: "layer"}, strings.NewReader(pack(t, file("noise", string(noise)))))
 			return err
 		},
-		"an image": func() error { // which is a copy
+		"an image": func() error { // a copy of another
 			leave(tight)
 			_, _, err := w.try(t.Context(), BuildRequest{Name: "full", Dockerfile: "FROM mini\nRUN echo r > /r\n"}, nil)
 			return err
@@ -240,8 +241,8 @@ func fullDiskTest(t *testing.T, dir string) {
 	}
 }
 
-// TestBuildModes: nobody but the server's user and, of what sandboxes boot from, their group reads the store, also where an older version
-// has left it open.
+// TestBuildModes: only the server's user can read the store, and for files that sandboxes boot from also their group, even if an older
+// version left the files open.
 func TestBuildModes(t *testing.T) {
 	w := newWorkshop(t)
 	dockerfile := "FROM mini\nRUN --mount=type=cache,target=/c echo 1 > /c/x; echo 1 > /r\n"

@@ -12,8 +12,8 @@ import (
 	"slices"
 )
 
-// rootTree is the root of the host template in memory, by names below it: so its digest is known before anything is written, and what is
-// written is what was digested, whatever becomes of the machine's files meanwhile.
+// rootTree is the root of the host template in memory, by path. Its digest is known before anything is written, and what is written is what
+// was digested, even if the machine's files change meanwhile.
 type rootTree struct {
 	entries map[string]rootEntry
 	size    int // of all texts, in bytes
@@ -55,7 +55,7 @@ func (t *rootTree) parents(name string) {
 	}
 }
 
-// digest sums names, modes and contents.
+// digest hashes names, modes and contents.
 func (t *rootTree) digest() string {
 	sum := sha256.New()
 	for _, name := range slices.Sorted(maps.Keys(t.entries)) {
@@ -68,7 +68,7 @@ func (t *rootTree) digest() string {
 
 // write makes the tree in an empty directory.
 func (t *rootTree) write(root string) error {
-	for _, name := range slices.Sorted(maps.Keys(t.entries)) { // a directory comes before what is in it
+	for _, name := range slices.Sorted(maps.Keys(t.entries)) { // a directory comes before its content
 		e, to := t.entries[name], filepath.Join(root, name)
 		var err error
 		switch {

@@ -19,17 +19,16 @@ import (
 	"soulbox.dev/soulbox/internal/erofs"
 )
 
-// mounts are what a RUN sees beside its files while it runs.
+// mounts are the mounts of a RUN while it runs.
 type mounts struct {
 	s    *stageRun
 	env  map[string]string
 	undo []func(context.Context) error
-	// caches are the directories of those that are in the sandbox already, by key.
+	// caches are the directories of the caches that are in the sandbox already, by key.
 	caches map[string]string
 }
 
-// lockCaches has this build alone use the caches of a RUN, each once and in one order: two builds that wait for each other would wait for
-// ever.
+// lockCaches locks the caches of a RUN for this build, each once and in a fixed order, so that two builds never deadlock.
 func (m *mounts) lockCaches(ctx context.Context, all []*instructions.Mount) error {
 	keys := map[string]bool{}
 	for _, want := range all {
@@ -51,12 +50,12 @@ func (m *mounts) cacheKey(want *instructions.Mount) string {
 	return hashOf(m.s.req.Owner, cmp.Or(want.CacheID, path.Clean(m.s.absolute(want.Target))))
 }
 
-// secretID is the name of the secret that a mount wants.
+// secretID returns the name of a mount's secret.
 func secretID(want *instructions.Mount) string {
 	return cmp.Or(want.CacheID, want.Source, path.Base(want.Target))
 }
 
-// mount mounts all that a RUN names. What it has mounted is taken away by end, also when it fails.
+// mount makes all mounts of a RUN. The caller calls end even after an error, to undo the mounts made so far.
 func (s *stageRun) mount(ctx context.Context, c *instructions.RunCommand) (*mounts, error) {
 	m := &mounts{s: s, env: map[string]string{}, caches: map[string]string{}}
 	if err := m.lockCaches(ctx, instructions.GetMounts(c)); err != nil {
@@ -70,7 +69,7 @@ func (s *stageRun) mount(ctx context.Context, c *instructions.RunCommand) (*moun
 	return m, nil
 }
 
-// end takes the mounts away, the last one first, and keeps what is in the caches.
+// end undoes the mounts, the last one first, and keeps the content of the caches.
 func (m *mounts) end(ctx context.Context) (err error) {
 	for len(m.undo) > 0 {
 		last := len(m.undo) - 1
@@ -102,7 +101,7 @@ func (m *mounts) add(ctx context.Context, want *instructions.Mount, dir string) 
 	return fmt.Errorf("it is not supported")
 }
 
-// on is show of something that is there for this mount alone.
+// on is show for a source that exists for this mount alone: end also removes it.
 func (m *mounts) on(ctx context.Context, r agent.MountRequest) error {
 	if r.Source != "" {
 		m.undo = append(m.undo, func(ctx context.Context) error {
@@ -112,7 +111,7 @@ func (m *mounts) on(ctx context.Context, r agent.MountRequest) error {
 	return m.show(ctx, r)
 }
 
-// show mounts, and notes how that is undone.
+// show mounts, and records how to undo that.
 func (m *mounts) show(ctx context.Context, r agent.MountRequest) error {
 	made, err := m.s.client.Mount(ctx, r)
 	if err != nil {
@@ -138,15 +137,15 @@ func (s *stageRun) bound(ctx context.Context, want *instructions.Mount) (*erofs.
 	return n, files, nil
 }
 
-// fill writes a tree to a directory of the sandbox, or a file.
+// fill writes a tree to a directory, or a file, of the sandbox.
 func (m *mounts) fill(ctx context.Context, name string, p packer, n *erofs.Node) error {
 	return streamed(p, func(p packer) error { return p.add(name, n) }, func(r io.Reader) error { return m.s.client.Unpack(ctx, "/", r) })
 }
 
-// cache mounts a directory that is kept from build to build. One build at a time has it.
+// cache mounts a directory that is kept from build to build. One build at a time uses it.
 func (m *mounts) cache(ctx context.Context, want *instructions.Mount, dir, target string) error {
 	key := m.cacheKey(want)
-	if there := m.caches[key]; there != "" { // a second place of the same
+	if there := m.caches[key]; there != "" { // a second mount of the same cache
 		return m.show(ctx, agent.MountRequest{Target: target, Source: there, ReadOnly: want.ReadOnly})
 	}
 	m.caches[key] = dir
@@ -196,11 +195,11 @@ func (m *mounts) cache(ctx context.Context, want *instructions.Mount, dir, targe
 	return nil
 }
 
-// secret mounts a file that only the RUN sees, or gives it as a variable.
+// secret mounts a file that only the RUN sees, or sets a variable.
 func (m *mounts) secret(ctx context.Context, want *instructions.Mount, dir string) error {
 	id := secretID(want)
 	value, ok := m.s.req.Secrets[id]
-	if !ok { // one that is required was missed before
+	if !ok { // runCommand has refused a missing secret that is required
 		return nil
 	}
 	if want.Env != nil {

@@ -20,7 +20,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// runCommand carries out a RUN.
+// runCommand runs a RUN.
 func (s *stageRun) runCommand(ctx context.Context, where string, c *instructions.RunCommand) error {
 	args, err := s.runArgs(c)
 	if err != nil {
@@ -32,7 +32,7 @@ func (s *stageRun) runCommand(ctx context.Context, where string, c *instructions
 	}
 	for _, m := range instructions.GetMounts(c) {
 		plain := *m
-		plain.Env, plain.Mode, plain.UID, plain.GID = nil, nil, nil, nil // which are addresses
+		plain.Env, plain.Mode, plain.UID, plain.GID = nil, nil, nil, nil // they are pointers
 		by = append(by, fmt.Sprintf("%+v", plain), told(m.Env), told(m.Mode), told(m.UID), told(m.GID))
 		if id := secretID(m); m.Type == instructions.MountTypeSecret && m.Required && s.req.Secrets[id] == nil {
 			return fmt.Errorf("--mount=type=secret: there is no secret %q; give it with the build", clip(id))
@@ -59,7 +59,7 @@ func (s *stageRun) runCommand(ctx context.Context, where string, c *instructions
 	})
 }
 
-// told is a value that may be missing.
+// told formats a value that may be missing.
 func told[T any](v *T) string {
 	if v == nil {
 		return ""
@@ -67,8 +67,8 @@ func told[T any](v *T) string {
 	return fmt.Sprint("=", *v)
 }
 
-// runArgs is the command of a RUN. A heredoc alone is a script for the shell, or one with an interpreter of its own; any other is for the
-// shell to read (Dockerfile reference, "Here-Documents").
+// runArgs returns the command of a RUN. A single heredoc is a script for the shell, or for the interpreter that it names; the shell reads
+// all other heredocs (Dockerfile reference, "Here-Documents").
 func (s *stageRun) runArgs(c *instructions.RunCommand) ([]string, error) {
 	if len(c.Files) == 0 {
 		return s.words(c.ShellDependantCmdLine), nil
@@ -87,13 +87,13 @@ func (s *stageRun) runArgs(c *instructions.RunCommand) ([]string, error) {
 		return append(slices.Clone(s.shell), b.String()), nil
 	}
 	data := c.Files[0].Data
-	if s.req.Login { // it is for the shell, however it begins
+	if s.req.Login { // always for the shell, even if it begins with #!
 		return append(slices.Clone(s.shell), data), nil
 	}
 	if c.Files[0].Chomp {
 		data = parser.ChompHeredocContent(data)
 	}
-	if rest, ok := strings.CutPrefix(data, "#!"); ok { // the interpreter reads it from its standard input's stead
+	if rest, ok := strings.CutPrefix(data, "#!"); ok { // the script names its interpreter, which reads it from a file
 		first, _, _ := strings.Cut(rest, "\n")
 		words := strings.Fields(first)
 		if len(words) == 0 {
@@ -104,13 +104,13 @@ func (s *stageRun) runArgs(c *instructions.RunCommand) ([]string, error) {
 	return append(slices.Clone(s.shell), data), nil
 }
 
-// scriptArg stands before a script that is to be a file.
+// scriptArg precedes a script that must become a file.
 const scriptArg = "\x00script"
 
-// scriptFile is where a script is while it runs; it is no part of what the step changes.
+// scriptFile is where a script is while it runs; it is not among the changes of the step.
 const scriptFile = agent.BuildDir + "/script"
 
-// exec runs a command to its end, and ends all that it has started.
+// exec runs a command to its end, and then kills everything that it started.
 func (s *stageRun) exec(ctx context.Context, where string, args []string, secret map[string]string) error {
 	env := map[string]string{"PATH": defaultPath}
 	for _, kv := range s.args {
@@ -150,7 +150,7 @@ func (s *stageRun) exec(ctx context.Context, where string, args []string, secret
 		over <- s.client.Output(following, snap.Process.ID, 0, true, func(f agent.OutputFrame) error { out.add(f); return nil })
 	}()
 	p, err := s.wait(ctx, snap.Process.ID)
-	// Whatever it has left behind ends with it: the next step begins with files alone.
+	// Kill what the command left behind, so that the next step begins with the files alone.
 	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), killTime)
 	defer cancel()
 	if _, kerr := s.client.Kill(ending, snap.Process.ID); kerr != nil && !errors.Is(kerr, agent.ErrEnded) {
@@ -175,7 +175,7 @@ func (s *stageRun) exec(ctx context.Context, where string, args []string, secret
 	return &StepError{Err: s.ifFull(ctx, howEnded(p), tail), Tail: tail}
 }
 
-// ifFull says that a step has failed as its disk was full: if it is, or was by its own words.
+// ifFull turns the error of a step into a NoRoomError if the disk is full, or if the step's output says that it was.
 func (s *stageRun) ifFull(ctx context.Context, err error, tail string) error {
 	if host := s.Store.ifFull(err); errors.Is(host, sandbox.ErrNoDisk) {
 		return host
@@ -188,13 +188,13 @@ func (s *stageRun) ifFull(ctx context.Context, err error, tail string) error {
 	return &NoRoomError{Step: u.DiskTotal, Free: free, Err: err}
 }
 
-// howEnded says how a command has ended that failed.
+// howEnded says how a failed command ended.
 func howEnded(p agent.Process) error {
 	switch {
 	case p.Cause == agent.CauseOOM:
-		return errors.New("it was killed as it used more memory than it may; give the build more memory")
+		return errors.New("it was killed because it exceeded its memory limit; give the build more memory")
 	case p.LimitHit:
-		return fmt.Errorf("exit code %d; it started more processes than it may", p.ExitCode)
+		return fmt.Errorf("exit code %d; it exceeded its limit of processes", p.ExitCode)
 	case p.Signal != "":
 		return fmt.Errorf("it was ended by %s", p.Signal)
 	}
@@ -211,7 +211,7 @@ func (s *stageRun) wait(ctx context.Context, id string) (agent.Process, error) {
 	}
 }
 
-// withShell is a command with a shell that is there: minimal images have no bash.
+// withShell replaces the login shell by plainShell if the image has no bash, as minimal images have none.
 func (s *stageRun) withShell(ctx context.Context, args []string) ([]string, error) {
 	if n := len(loginShell); !s.req.Login || len(args) < n || !slices.Equal(args[:n], loginShell) {
 		return args, nil
@@ -223,7 +223,7 @@ func (s *stageRun) withShell(ctx context.Context, args []string) ([]string, erro
 	return args, err
 }
 
-// userOf is whom a RUN runs as: a number that no user has, has the group 0 (Docker).
+// userOf returns the user of a RUN. A number that belongs to no user gets group 0, as with Docker.
 func (s *stageRun) userOf(ctx context.Context, configured string) (string, error) {
 	user := cmp.Or(configured, "root")
 	name, group, both := strings.Cut(user, ":")
@@ -249,10 +249,10 @@ func (s *stageRun) userOf(ctx context.Context, configured string) (string, error
 	return name + ":" + strconv.Itoa(gid), nil
 }
 
-// sortedKeys are the keys of a map in their order.
+// sortedKeys returns the sorted keys of a map.
 func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
 
-// killTime bounds how long it takes to end what a step has left behind; waitPart is a part of the wait for its end.
+// killTime bounds the time to kill what a step left behind; waitPart is the longest single wait for a process, in milliseconds.
 const (
 	killTime = 10 * time.Second
 	waitPart = 60_000

@@ -3,7 +3,7 @@ package template
 import (
 	"bufio"
 	"bytes"
-	"crypto/md5" // what dpkg has
+	"crypto/md5" // dpkg records MD5 sums
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -16,16 +16,16 @@ import (
 	"strings"
 )
 
-// What comes of the machine's /etc into the host template, of what everybody may read:
+// Of the machine's /etc, the host template shows these files, if everybody may read them:
 //
-//   - what settings names: programs of all kinds need that;
-//   - what the packages of /usr have there as theirs: with dpkg their conffiles, else what has the name of something in /usr;
-//   - links to any of that, and to /usr.
+//   - those that settings names: programs of all kinds need them;
+//   - those that the packages of /usr own: with dpkg their conffiles, otherwise files named like something in /usr;
+//   - links to any of these, and to /usr.
 //
-// Passwords, keys, and what says who and where this machine is, does not: by its name (denied), by its mode, and by what is written in it
-// (secret), unless it is what the package brought, to the letter.
+// It does not show passwords, keys, or files that say who and where this machine is. They are recognized by name (denied), by mode, and by
+// content (secret); a file that is exactly as its package brought it is exempt from the last test.
 
-// settings are the files of /etc that programs need, whoever has made them, as globs.
+// settings are the files of /etc that programs need, whatever made them, as globs.
 var settings = []string{
 	"alternatives", "bash.bashrc", "ca-certificates.conf", "ca-certificates", "crypto-policies", "debian_version", "environment.d",
 	"fonts", "gai.conf", "inputrc", "java*", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "locale.alias", "locale.conf", "localtime",
@@ -34,20 +34,20 @@ var settings = []string{
 	"rpc", "services", "sgml", "shells", "ssl/cert.pem", "ssl/certs", "ssl/openssl.cnf", "terminfo", "timezone", "vim", "xml",
 }
 
-// denied are names that never come, wherever they are; in lower case.
+// denied are names that are never shown, in any directory; in lower case.
 var denied = []string{
-	// Passwords and keys, and backups of files that have them.
+	// Passwords and keys, and backups of files that hold them.
 	"*.cred", "*.jks", "*.kdbx", "*.key", "*.keystore", "*.keytab", "*.ovpn", "*.p12", "*.pfx", "*.ppk", "*.psk", "*.secret", "*_key",
 	"*credential*", "*htpasswd*", "*passwords*", "*secrets*", "*token", "*tokens", "auth.conf*", "auth.json", "authorized_keys*",
 	"bindpw*", "chap-secrets", "doas.conf", "gshadow*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "id_rsa*", "netrc", ".netrc", "opasswd*",
 	"passwd.client", "pap-secrets", ".pgpass", "private", "sasl_passwd*", "shadow*", "ssh_host_*", "sudoers*", "*~", "*-", "#*#", "*.bak",
 	"*.dpkg-*", "*.old", "*.orig", "*.rpmnew", "*.rpmsave", "*.swp", "*.ucf-*",
-	// Who and where this machine is, and whom it knows.
+	// Who and where this machine is, and which machines it knows.
 	"*known_hosts*", "hostid", "hostnqn", "machine-id", "machine-info",
-	".git", ".svn", ".hg", ".bzr", // of who keeps /etc in one
+	".git", ".svn", ".hg", ".bzr", // for those who keep /etc in version control
 }
 
-// deniedPaths are what says who and where this machine is, what it starts, and how it is reached; as globs below /etc.
+// deniedPaths are files that say who and where this machine is, what it starts, and how it is reached; as globs below /etc.
 var deniedPaths = []string{
 	"NetworkManager", "adjtime", "aliases*", "anacrontab", "apt", "bluetooth", "ceph", "cloud", "cron*", "crypttab", "default/grub*",
 	"dhcp", "docker", "environment", "exim4", "exports*", "fstab*", "group*", "grub*", "hostname", "hosts*", "init.d", "ipsec*", "iscsi",
@@ -57,7 +57,7 @@ var deniedPaths = []string{
 	"wpa_supplicant",
 }
 
-// secret is what a password or a key looks like in a text: NAME = VALUE, <name>VALUE<, //user:password@host, "machine … password …".
+// secret matches what looks like a password or a key in a text: NAME = VALUE, <name>VALUE<, //user:password@host, "machine … password …".
 var secret = regexp.MustCompile(`(?im)^[^#;\n]*(?:(?:passw(?:or)?d|passphrase|secret|token|api_?key|access_?key|bindpw|credentials?|_auth)["']?` +
 	`(?:[ \t]*[:=][ \t]*|>)["']?[^\s"'<]|//[^/\s:@]+:[^/\s@]+@|\bpassword[ \t]+\S+[ \t]*$)`)
 
@@ -65,27 +65,26 @@ var privateKey = []byte("PRIVATE KEY-----")
 
 const (
 	maxSetting   = 4 << 20  // of one file, in bytes
-	maxSettings  = 64 << 20 // of all
-	maxWalked    = 50_000   // entries of /etc that are looked at
+	maxSettings  = 64 << 20 // of all files, in bytes
+	maxWalked    = 50_000   // entries of /etc that are visited
 	maxEtcDepth  = 16
 	dpkgStatus   = "var/lib/dpkg/status"
 	maxDpkgLine  = 1 << 20
 	installedPkg = "install ok installed"
 )
 
-// etc walks through /etc of a machine.
+// etc collects files from a machine's /etc.
 type etc struct {
 	tree    *rootTree
-	machine string // the directory that is its root
-	// shipped are the conffiles of the packages that are installed, below /etc, with the MD5 sums of what the packages brought; nil without
-	// dpkg.
+	machine string // the directory that is the machine's root
+	// shipped are the conffiles below /etc of the installed packages, with the MD5 sums of what the packages brought; nil without dpkg.
 	shipped map[string]string
-	usr     map[string]bool   // names in /usr, without dpkg
-	links   map[string]string // that come if they lead to what comes
+	usr     map[string]bool   // names in /usr, for machines without dpkg
+	links   map[string]string // shown if they lead to something that is shown
 	walked  int
 }
 
-// addSettings adds what programs need of the machine's /etc.
+// addSettings adds the files of the machine's /etc that programs need.
 func addSettings(t *rootTree, machine string) error {
 	e := &etc{tree: t, machine: machine, links: map[string]string{}}
 	var err error
@@ -100,7 +99,7 @@ func addSettings(t *rootTree, machine string) error {
 	if err := e.walk("", false, 0); err != nil {
 		return err
 	}
-	for more := true; more; { // links to links
+	for more := true; more; { // links may lead to other links
 		more = false
 		for name, target := range e.links {
 			if e.leads(name, target) {
@@ -113,7 +112,7 @@ func addSettings(t *rootTree, machine string) error {
 	return nil
 }
 
-// walk looks at what is in a directory below /etc; all of it is wanted or some.
+// walk visits the entries of a directory below /etc. If all is set, every entry is wanted.
 func (e *etc) walk(dir string, all bool, depth int) error {
 	entries, err := os.ReadDir(filepath.Join(e.machine, "etc", dir))
 	if missing(err) || depth > maxEtcDepth {
@@ -133,7 +132,7 @@ func (e *etc) walk(dir string, all bool, depth int) error {
 		wanted := all || matches(settings, name) || dir == "" && e.named(name)
 		info, err := entry.Info()
 		if missing(err) {
-			continue // gone since
+			continue // it has been removed since
 		}
 		if err == nil {
 			err = e.take(name, info, wanted, depth)
@@ -145,7 +144,7 @@ func (e *etc) walk(dir string, all bool, depth int) error {
 	return nil
 }
 
-// take adds what is wanted of what everybody may read, and walks on.
+// take adds an entry that is wanted and that everybody may read; it walks into directories.
 func (e *etc) take(name string, info fs.FileInfo, wanted bool, depth int) error {
 	sum, shipped := e.shipped[name]
 	perm := info.Mode().Perm()
@@ -174,7 +173,7 @@ func (e *etc) take(name string, info fs.FileInfo, wanted bool, depth int) error 
 	return nil
 }
 
-// read adds a file, if it is as its package brought it or has nothing in it that looks like a secret.
+// read adds a file if it is as its package brought it, or if nothing in it looks like a secret.
 func (e *etc) read(name string, perm fs.FileMode, shipped string) error {
 	text, err := os.ReadFile(filepath.Join(e.machine, "etc", name))
 	if err != nil {
@@ -191,7 +190,7 @@ func (e *etc) read(name string, perm fs.FileMode, shipped string) error {
 	return nil
 }
 
-// hasSecret tells whether a text has a password or a key in it. A binary file is asked for keys alone.
+// hasSecret reports whether a text has a password or a key in it. In a binary file it looks for keys only.
 func hasSecret(text []byte) bool {
 	if bytes.Contains(text, privateKey) {
 		return true
@@ -199,7 +198,7 @@ func hasSecret(text []byte) bool {
 	return !bytes.Contains(text, []byte{0}) && !bytes.HasPrefix(text, []byte("-----BEGIN CERTIFICATE-----")) && secret.Match(text)
 }
 
-// leads tells whether a link of /etc leads to something that a sandbox sees.
+// leads reports whether a link of /etc leads to something that a sandbox sees.
 func (e *etc) leads(name, target string) bool {
 	if !path.IsAbs(target) {
 		target = path.Join("/etc", path.Dir(name), target)
@@ -208,8 +207,8 @@ func (e *etc) leads(name, target string) bool {
 	return strings.HasPrefix(target, "/usr/") || strings.HasPrefix(target, "/etc/") && e.tree.has(target[1:])
 }
 
-// named tells whether something right below /etc has the name of something in /usr, such as nginx, resolvconf.conf or logrotate.d: without
-// dpkg it is taken for its.
+// named reports whether an entry directly below /etc has the name of something in /usr, such as nginx, resolvconf.conf or logrotate.d.
+// Without dpkg it counts as belonging to that.
 func (e *etc) named(name string) bool {
 	stem := strings.ToLower(name)
 	for _, end := range []string{"", ".d", ".conf", ".conf.d", "rc", ".cfg", ".ini"} {
@@ -220,7 +219,7 @@ func (e *etc) named(name string) bool {
 	return false
 }
 
-// namesOfUsr are the names, in lower case, of what packages have put into /usr.
+// namesOfUsr returns the names, in lower case, of what packages have put into /usr.
 func namesOfUsr(machine string) (map[string]bool, error) {
 	names := map[string]bool{}
 	for _, dir := range []string{"bin", "sbin", "lib", "lib64", "libexec", "share", "share/doc"} {
@@ -235,7 +234,7 @@ func namesOfUsr(machine string) (map[string]bool, error) {
 	return names, nil
 }
 
-// conffiles reads from dpkg's status file which conffiles the packages that are installed have below /etc, with the MD5 sums of what they
+// conffiles reads from dpkg's status file the conffiles below /etc of the installed packages, with the MD5 sums of what the packages
 // brought.
 func conffiles(name string) (map[string]string, error) {
 	f, err := os.Open(name)
@@ -247,13 +246,14 @@ func conffiles(name string) (map[string]string, error) {
 	}
 	defer f.Close()
 	found := map[string]string{}
-	there, within := false, false // the package is installed; the line is of its conffiles
+	there, within := false, false // whether the package is installed; whether the line belongs to its conffiles
 	lines := bufio.NewScanner(f)
 	lines.Buffer(make([]byte, 64<<10), maxDpkgLine)
 	for lines.Scan() {
 		line := lines.Bytes()
 		if within && len(line) > 0 && line[0] == ' ' {
-			// "/etc/name md5", and "obsolete" or "remove-on-upgrade" where the package of now does not have it. A name may have spaces.
+			// "/etc/name md5", then "obsolete" or "remove-on-upgrade" if the current package does not have the file. A name may have
+			// spaces.
 			line := string(line[1:])
 			at := strings.LastIndexByte(line, ' ')
 			if rel, ok := strings.CutPrefix(line, "/etc/"); ok && there && at > len("/etc/") && len(line)-at-1 == md5.Size*2 {
@@ -274,7 +274,7 @@ func isDenied(name string) bool {
 	return matches(deniedPaths, name) || slices.ContainsFunc(denied, func(glob string) bool { return globbed(glob, base) })
 }
 
-// matches tells whether a name is, or is below, what one of the globs matches.
+// matches reports whether one of the globs matches a name or a directory above it.
 func matches(globs []string, name string) bool {
 	return slices.ContainsFunc(globs, func(glob string) bool {
 		head, rest := name, strings.Count(glob, "/")
@@ -292,7 +292,8 @@ func matches(globs []string, name string) bool {
 	})
 }
 
-// globbed is path.Match with a pattern of ours, which is well formed. Most names differ in the first or last letter.
+// globbed is path.Match with one of our own patterns, which are well formed. It first compares the first and last letters, in which most
+// names differ.
 func globbed(glob, name string) bool {
 	if first := glob[0]; first != '*' && first != name[0] {
 		return false
@@ -304,7 +305,7 @@ func globbed(glob, name string) bool {
 	return ok
 }
 
-// missing tells whether something is not there or not for the server's user: what he cannot read is no business of a sandbox either.
+// missing reports whether a file does not exist or the server's user cannot read it: such a file is not for sandboxes either.
 func missing(err error) bool {
 	return errors.Is(err, fs.ErrPermission) || errors.Is(err, fs.ErrNotExist)
 }

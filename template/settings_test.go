@@ -11,7 +11,7 @@ import (
 	"testing"
 )
 
-// machineOf makes a machine of files; those of mode zero are links with their text as target.
+// machineOf makes a machine's root from files; a file of mode zero becomes a link to its text.
 func machineOf(t *testing.T, files map[string]madeFile) string {
 	t.Helper()
 	root := t.TempDir()
@@ -45,7 +45,7 @@ func md5Of(text string) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// settingsOf are the names of what comes along from /etc of a machine, less directories.
+// settingsOf returns the names of what a machine's /etc adds to the root, without directories.
 func settingsOf(t *testing.T, files map[string]madeFile) (names []string, tree *rootTree) {
 	t.Helper()
 	tree, err := hostTree(machineOf(t, files), nil, nil)
@@ -82,7 +82,8 @@ func wantNames(t *testing.T, got []string, want ...string) {
 
 const mavenSettings = "<settings>\n<!--\n<password>repopwd</password> is how it looks\n-->\n</settings>\n"
 
-// TestConffiles: what packages brought to /etc comes along, changed or not; what is nobody's, secret or of this machine does not.
+// TestConffiles: files that packages brought to /etc are shown, changed or not; files that belong to no package, secrets, and files about
+// this machine are not.
 func TestConffiles(t *testing.T) {
 	status := "Package: chromium\nStatus: install ok installed\nConffiles:\n /etc/chromium.d/default-flags " + md5Of("flags") +
 		"\n /etc/chromium/a name " + md5Of("x") +
@@ -132,7 +133,7 @@ func TestConffiles(t *testing.T) {
 	}
 }
 
-// TestSettingsWithoutDpkg: where no package manager of Debian's tells, what has the name of something in /usr comes along.
+// TestSettingsWithoutDpkg: without Debian's package manager, files named like something in /usr are shown.
 func TestSettingsWithoutDpkg(t *testing.T) {
 	files := map[string]madeFile{
 		"usr/bin/chromium": plain(""), "usr/share/maven/x": plain(""), "usr/sbin/nginx": plain(""), "usr/bin/ssh": plain(""),
@@ -153,7 +154,7 @@ func TestSettingsWithoutDpkg(t *testing.T) {
 		"wgetrc"}
 	got, _ := settingsOf(t, files)
 	wantNames(t, got, want...)
-	files["var/lib/dpkg/status"] = plain("") // dpkg as a tool on a machine of another's
+	files["var/lib/dpkg/status"] = plain("") // dpkg as a tool on a machine of another distribution
 	got, _ = settingsOf(t, files)
 	wantNames(t, got, want...)
 }

@@ -23,31 +23,31 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// stageRun is a stage that is being built. Its sandbox is made for the first step that is not known.
+// stageRun is a stage that is being built. Its sandbox is made for the first step that is not cached.
 type stageRun struct {
 	*run
 	stage
 	*result
 	index  int
 	name   string // in the log
-	args   pairs  // in their order, with ENVs: the last of a name counts
+	args   pairs  // in their order, with ENVs: the last value of a name counts
 	grown  expansion
 	shell  []string
-	dirs   []newDir // of WORKDIRs, that the next step makes
+	dirs   []newDir // of WORKDIRs and VOLUMEs, made by the next step
 	sb     *sandbox.Sandbox
 	client *agent.Client
 }
 
-// newDir is a directory that is to be, and whose it is if it is made.
+// newDir is a directory to make, with its owner; an existing directory stays as it is.
 type newDir struct{ path, owner string }
 
-// plainShell is that of a RUN; loginShell that of BuildRequest.Login, where there is one.
+// plainShell is the default shell of a RUN; loginShell that of a build with BuildRequest.Login, if the image has it.
 var (
 	plainShell = []string{"/bin/sh", "-c"}
 	loginShell = []string{"/bin/bash", "-l", "-c"}
 )
 
-// defaultPath is that of images that say none.
+// defaultPath is the PATH of images that set none.
 const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 // stage builds a stage.
@@ -86,13 +86,13 @@ func (r *run) stage(ctx context.Context, index int) (_ *result, err error) {
 			return nil, &StepError{Line: lineOf(cmd.Location()), Command: shown(cmd), Err: s.Store.ifFull(s.Store.noRoom(err))}
 		}
 	}
-	if len(s.dirs) > 0 { // a WORKDIR is the last word
+	if len(s.dirs) > 0 { // the stage ends with directories to make
 		err = s.change(ctx, s.name, "WORKDIR", func(context.Context) error { return nil })
 	}
 	return s.result, err
 }
 
-// variables are what words are expanded with: ARGs, and ENVs over them.
+// variables returns the variables for words: ARGs, overridden by ENVs.
 func (s *stageRun) variables() pairs {
 	var all pairs
 	if s.req.Login {
@@ -106,7 +106,7 @@ func (s *stageRun) variables() pairs {
 	return all
 }
 
-// command carries out one command.
+// command runs one command.
 func (s *stageRun) command(ctx context.Context, where string, cmd instructions.Command) error {
 	if err := s.expand(ctx, cmd); err != nil {
 		return err
@@ -127,7 +127,7 @@ func (s *stageRun) command(ctx context.Context, where string, cmd instructions.C
 		}
 		s.dirs = append(s.dirs, newDir{s.config.WorkingDir, cmp.Or(owner, "root")})
 	case *instructions.ArgCommand:
-		return s.arg(c) // its values are in the key
+		return s.arg(c) // arg adds its values to the key
 	default:
 		if err := s.configure(cmd); err != nil {
 			return err
@@ -158,7 +158,7 @@ func (s *stageRun) expand(ctx context.Context, cmd instructions.Command) error {
 	return nil
 }
 
-// countVariables refuses more of them than there may be.
+// countVariables refuses too many variables.
 func (s *stageRun) countVariables() error {
 	if n := len(s.args) + len(s.config.Env); n > maxVariables {
 		return tooManyVariables(n)
@@ -180,7 +180,7 @@ func (s *stageRun) arg(c *instructions.ArgCommand) error {
 	return s.countVariables()
 }
 
-// configure enters what a command says of the image alone.
+// configure records a command that changes only the image's config.
 func (s *stageRun) configure(cmd instructions.Command) error {
 	cfg := &s.config
 	switch c := cmd.(type) {
@@ -247,7 +247,7 @@ func (s *stageRun) expose(c *instructions.ExposeCommand) error {
 			from, err := strconv.ParseUint(first, 10, 16)
 			to, lastErr := strconv.ParseUint(cmp.Or(last, first), 10, 16)
 			if err != nil || lastErr != nil || to < from || protocol != "tcp" && protocol != "udp" && protocol != "sctp" {
-				return fmt.Errorf("%q is no port; write a number up to 65535, such as 8080 or 8080/udp", clip(word))
+				return fmt.Errorf("%q is not a port; write a number up to 65535, such as 8080 or 8080/udp", clip(word))
 			}
 			for n := from; n <= to; n++ {
 				s.config.ExposedPorts[fmt.Sprintf("%d/%s", n, protocol)] = struct{}{}
@@ -257,7 +257,7 @@ func (s *stageRun) expose(c *instructions.ExposeCommand) error {
 	return nil
 }
 
-// words are a command with the shell that it needs.
+// words returns a command, with the shell if it needs one.
 func (s *stageRun) words(line instructions.ShellDependantCmdLine) []string {
 	if line.PrependShell {
 		return append(slices.Clone(s.shell), strings.Join(line.CmdLine, " "))
@@ -272,10 +272,10 @@ func (s *stageRun) absolute(name string) string {
 	return path.Clean(name)
 }
 
-// change carries out a step that changes files, or takes what it made when it was carried out before. by stands for all that it depends on.
+// change runs a step that changes files, or takes the layer of an earlier run. by must cover everything that the step depends on.
 func (s *stageRun) change(ctx context.Context, where, by string, do func(context.Context) error) error {
 	dirs := ""
-	for i, d := range s.dirs { // the key of one of root's is as it always was
+	for i, d := range s.dirs { // a directory of root adds only its path, so that old keys stay valid
 		if i > 0 {
 			dirs += "\x00"
 		}
@@ -353,7 +353,7 @@ func (s *stageRun) begin(ctx context.Context) error {
 	return s.client.MarkFiles(ctx)
 }
 
-// makeDir makes a directory, if there is none.
+// makeDir makes a directory if it does not exist.
 func (s *stageRun) makeDir(ctx context.Context, dir newDir) error {
 	if dir.path == "/" {
 		return nil
@@ -369,7 +369,7 @@ func (s *stageRun) makeDir(ctx context.Context, dir newDir) error {
 	return err
 }
 
-// capture keeps what has changed as a layer.
+// capture stores the changed files as a layer.
 func (s *stageRun) capture(ctx context.Context, by string) (step, error) {
 	from, err := s.client.Changes(ctx)
 	if err != nil {
@@ -379,7 +379,7 @@ func (s *stageRun) capture(ctx context.Context, by string) (step, error) {
 	body := bufio.NewReaderSize(from, 64<<10)
 	if head, err := body.Peek(1024); err == nil && !slices.ContainsFunc(head, func(b byte) bool { return b != 0 }) {
 		_, err := io.Copy(io.Discard, body)
-		return step{}, err // nothing: only the end of a tar
+		return step{}, err // no changes: only the end of a tar
 	}
 	l, err := s.job.newLayer(ctx, body, s.sb.Info().Limits.Disk+layerSlack, clip(by))
 	if err != nil {
@@ -388,7 +388,7 @@ func (s *stageRun) capture(ctx context.Context, by string) (step, error) {
 	return step{Layer: &l}, nil
 }
 
-// shown is a command as a reader of the log wants it: of one whose text is in here-documents, that text.
+// shown formats a command for the log. It shows the texts of here-documents.
 func shown(cmd instructions.Command) string {
 	text := fmt.Sprint(cmd)
 	if run, ok := cmd.(*instructions.RunCommand); ok && len(run.Files) > 0 {

@@ -14,17 +14,17 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// Step is a step of a build that is given as a list, as E2B's clients give it.
+// Step is a step of a build that is given as a list, as E2B's clients do.
 type Step struct {
 	Type string   // RUN, COPY, ENV, WORKDIR or USER
 	Args []string // RUN: command, user; COPY: from, to, owner, mode; ENV: names and values; WORKDIR: path; USER: name
-	// Files names those of BuildRequest.Files that COPY copies from.
+	// Files is the name of the entry of BuildRequest.Files that COPY copies from.
 	Files string
-	// Anew carries it out, and all behind it, whatever is known of them.
+	// Anew runs this step and all later ones even if they are cached.
 	Anew bool
 }
 
-// makeUser makes a user, where an image has not got him, who may use sudo.
+// makeUser makes a user if the image does not have it.
 const makeUser = `USER root
 RUN <<'END_OF_STEP'
 set -e
@@ -55,8 +55,8 @@ chmod 0440 /etc/sudoers.d/90-soulbox%[2]s
 END_OF_STEP
 `
 
-// trustCerts has programs trust the certificates of authorities that a build has put where they belong, as E2B's sandboxes do once they
-// boot.
+// trustCerts makes programs trust the CA certificates that a build has put into /usr/local/share/ca-certificates, as E2B's sandboxes do
+// when they boot.
 const trustCerts = `USER root
 RUN <<'END_OF_STEP'
 ls /usr/local/share/ca-certificates/*.crt >/dev/null 2>&1 || exit 0
@@ -65,13 +65,13 @@ update-ca-certificates || echo 'the certificates in /usr/local/share/ca-certific
 END_OF_STEP
 `
 
-// Names of what the values of variables cannot have in a Dockerfile as it is.
+// Names of variables for characters that a value cannot contain in a Dockerfile.
 const (
 	lineFeed       = "SOULBOX_LINE_FEED"
 	carriageReturn = "SOULBOX_CARRIAGE_RETURN"
 )
 
-// loginVariables are those that the values of others may name, as at root's login.
+// loginVariables are the variables of root's login, which values of other variables may name.
 var loginVariables = func() (all pairs) {
 	for _, kv := range [][2]string{{"PATH", defaultPath}, {"HOME", "/root"}, {"USER", "root"}, {"LOGNAME", "root"}, {"SHELL", "/bin/bash"},
 		{lineFeed, "\n"}, {carriageReturn, "\r"}} {
@@ -80,14 +80,15 @@ var loginVariables = func() (all pairs) {
 	return all
 }()
 
-// userName is of users who are made.
+// userName matches the names of users that makeUser makes.
 var userName = regexp.MustCompile(`^[a-z_][a-z0-9_-]{0,31}$`)
 
-// From is what steps begin from. User and Cwd are those of a template; an image's are not taken: its steps begin as "user", in his home.
+// From is what steps begin from. User and Cwd are those of a template; an image's are ignored: its steps begin as "user", in that user's
+// home.
 type From struct{ Name, User, Cwd string }
 
-// FromSteps is a list of steps as a Dockerfile for a build with Login, and the line at which each begins: they are carried out, cached and
-// told as any other. As those clients expect, "user" is there, and so is whom they change to.
+// FromSteps turns a list of steps into a Dockerfile for a build with Login, and returns the line at which each step begins. The steps are
+// run, cached and logged like any others. As E2B's clients expect, "user" exists, and so does every user that a step changes to.
 func FromSteps(from From, steps []Step) (dockerfile string, lines []int, err error) {
 	var b strings.Builder
 	user := cmp.Or(from.User, "user")
@@ -109,7 +110,7 @@ func FromSteps(from From, steps []Step) (dockerfile string, lines []int, err err
 		arg := s.arg
 		switch s.Type {
 		case "RUN":
-			if as := arg(1); as != "" && as != user { // for this one
+			if as := arg(1); as != "" && as != user { // for this step only
 				fmt.Fprintf(&b, "USER %s\n", literal(as))
 			}
 			end := heredocEnd(arg(0))
@@ -169,7 +170,7 @@ func (s Step) check() error {
 	}
 	for n := 0; s.Type == "ENV" && n < len(s.Args); n += 2 {
 		if strings.ContainsAny(s.Args[n], " \t\r\n=\"'\\$#") || s.Args[n] == "" {
-			return fmt.Errorf("%q is no name of a variable", clip(s.Args[n]))
+			return fmt.Errorf("%q is not the name of a variable", clip(s.Args[n]))
 		}
 	}
 	for _, a := range s.Args {
@@ -180,7 +181,7 @@ func (s Step) check() error {
 	return nil
 }
 
-// heredocEnd is a word that is no line of a text.
+// heredocEnd returns a word that does not occur in a text.
 func heredocEnd(text string) string {
 	end := "END_OF_STEP"
 	for strings.Contains(text, end) {
@@ -189,12 +190,12 @@ func heredocEnd(text string) string {
 	return end
 }
 
-// literal keeps the Dockerfile from reading anything into a text.
+// literal escapes a text so that the Dockerfile's parser expands nothing in it.
 func literal(text string) string {
 	return strings.NewReplacer(`\`, `\\`, `$`, `\$`, `"`, `\"`, `'`, `\'`).Replace(text)
 }
 
-// quoted is the value of a variable, in which others are named by $NAME. Commands are not run.
+// quoted quotes the value of a variable. $NAME in it still names other variables; commands are not run.
 func quoted(text string) string {
 	return `"` + strings.NewReplacer(`\`, `\\`, `$(`, `\$(`, `"`, `\"`, "\n", "${"+lineFeed+"}", "\r", "${"+carriageReturn+
 		"}").Replace(text) + `"`

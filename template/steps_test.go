@@ -9,7 +9,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestSteps: a list of steps does what a Dockerfile does, and nothing is read into its texts.
+// TestSteps: a list of steps does the same as a Dockerfile, and nothing in its texts is expanded.
 func TestSteps(t *testing.T) {
 	w := newWorkshop(t)
 	files, err := w.store.ContextFiles(context.Background(), "", map[string]string{"a $x.txt": "a", "d/b": "b"})
@@ -50,8 +50,8 @@ func TestSteps(t *testing.T) {
 	}
 }
 
-// TestStepsAsE2B: what E2B's own builder does otherwise than Docker: RUN is bash's as at a login, users are made, directories are the
-// user's, and what begins from a template goes on where that has ended.
+// TestStepsAsE2B checks how E2B's own builder differs from Docker: bash runs RUN as a login shell, users are created, directories belong to
+// the user, and steps on a template continue where it ended.
 func TestStepsAsE2B(t *testing.T) {
 	w := newWorkshop(t)
 	build := func(name string, from From, steps ...Step) (string, error) {
@@ -102,7 +102,7 @@ func TestStepsAsE2B(t *testing.T) {
 	}
 }
 
-// TestBuildID: ids are UUIDs, those of older servers are still known, and what was not built has one, which stays.
+// TestBuildID: ids are UUIDs, those of older servers are still valid, and a template that was not built has an id that stays the same.
 func TestBuildID(t *testing.T) {
 	made := NewBuildID()
 	imported := Manifest{Name: "a", Image: "sha256:1"}

@@ -27,17 +27,18 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// Store keeps templates. It is safe for concurrent use, also by many servers.
+// Store keeps templates. It is safe for concurrent use, also by several servers.
 type Store struct {
 	Dir string // made if missing
-	// UID and GID are given what is made; zero leaves it to the server's user. Sandboxes see them as root.
+	// UID and GID are the user and group that sandboxes run as and see as root; they get access to what sandboxes boot from. Zero means the
+	// server's user.
 	UID, GID int
-	// InUse tells the IDs of the images that sandboxes and snapshots need. Nothing is collected without it.
+	// InUse returns the IDs of the images that sandboxes and snapshots need. If it is nil, no image is collected.
 	InUse func() (map[string]bool, error)
 
-	// Accounts are charged for what owners have the store do; nil has no bounds.
+	// Accounts are charged for the work of owners; nil sets no bounds.
 	Accounts *access.Accounts
-	// Budget is how many bytes of disk all of it may take; default a tenth of the disk, at least 4 and at most 20 GB.
+	// Budget is how many bytes of disk the whole store may take; default a tenth of the disk, at least 4 and at most 20 GB.
 	Budget int64
 	Log    *slog.Logger // default none
 
@@ -51,7 +52,7 @@ var _ sandbox.Templates = (*Store)(nil)
 type Manifest struct {
 	Name  string `json:"name"`
 	Owner string `json:"owner,omitempty"` // "" is the operator, whose templates everybody sees
-	// Image stands for all layers together: the chain ID of the OCI image specification, which is also the name of its EROFS file.
+	// Image identifies all layers together: the chain ID of the OCI image specification, which is also the name of the EROFS file.
 	Image    string          `json:"image"`
 	Layers   []Layer         `json:"layers"`
 	Config   v1.Config       `json:"config"`
@@ -59,25 +60,25 @@ type Manifest struct {
 	Protect  sandbox.Protect `json:"protect,omitzero"` // as Limits
 	StartCmd string          `json:"start_cmd,omitempty"`
 	ReadyCmd string          `json:"ready_cmd,omitempty"`
-	Started  *Started        `json:"started,omitempty"` // nil where it has no StartCmd, or cannot be restored
+	Started  *Started        `json:"started,omitempty"` // nil without StartCmd, or if the sandbox cannot be saved
 	Parent   string          `json:"parent,omitempty"`  // what it was made from
 	Build    string          `json:"build,omitempty"`   // the id of the build that made it
 	Created  time.Time       `json:"created"`
 	Size     int64           `json:"size"` // of the image on disk, in bytes
-	// DefaultUser is whom processes run as that name nobody: "user" where there is one.
+	// DefaultUser is the user of processes that name none; empty means "user".
 	DefaultUser string `json:"default_user,omitempty"`
-	// Original is of an image that came from elsewhere and was not changed.
+	// Original is set for an image that came from elsewhere and was not changed.
 	Original *Original `json:"original,omitempty"`
 }
 
-// Started is a sandbox of a template in which its StartCmd runs and is ready: others begin from there.
+// Started is a saved sandbox of a template whose StartCmd runs and is ready. New sandboxes of the template begin from it.
 type Started struct {
 	Name    string         `json:"name"` // of its directory
 	Limits  sandbox.Limits `json:"limits"`
 	Network bool           `json:"network,omitempty"`
 }
 
-// Layer is a change of files, as a compressed tar.
+// Layer is a set of changed files, as a compressed tar.
 type Layer struct {
 	Digest    string `json:"digest"`  // of the file, as "sha256:…"
 	DiffID    string `json:"diff_id"` // of the tar in it
@@ -88,7 +89,7 @@ type Layer struct {
 
 var namePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}(:[a-zA-Z0-9_][a-zA-Z0-9._-]{0,62})?$`)
 
-// CheckName gives a name in the form in which it is kept: "name" or "name:tag", where the tag "latest" is none.
+// CheckName returns a name in the form in which it is stored: "name" or "name:tag"; the tag "latest" is dropped.
 func CheckName(name string) (string, error) {
 	plain := strings.TrimSuffix(name, ":latest")
 	if !namePattern.MatchString(plain) || strings.HasPrefix(plain, "sha256:") {
@@ -108,7 +109,7 @@ func (s *Store) nameFile(owner, name string) string {
 	return s.file("names", hex.EncodeToString(sum[:20])+".json")
 }
 
-// Get gives a template that an owner sees, by name: his own, or the operator's.
+// Get returns a template that an owner sees: the owner's, or the operator's of that name.
 func (s *Store) Get(owner, name string) (Manifest, error) {
 	plain, err := CheckName(name)
 	if err != nil {
@@ -127,7 +128,7 @@ func (s *Store) Get(owner, name string) (Manifest, error) {
 	return Manifest{}, fmt.Errorf("template %q: %w", name, sandbox.ErrNoTemplate)
 }
 
-// Template implements sandbox.Templates. The default is "base" where it was built, else the host's programs.
+// Template implements sandbox.Templates. The default is "base" if it has been built, otherwise the host's programs.
 func (s *Store) Template(ctx context.Context, owner, name string) (sandbox.Template, error) {
 	if id, ok := strings.CutPrefix(name, "sha256:"); ok {
 		file, there := s.imageFile(id), false
@@ -177,7 +178,7 @@ func (s *Store) template(ctx context.Context, m Manifest, image string) sandbox.
 	}
 	if m.StartCmd != "" {
 		t.Service = &sandbox.Service{Start: m.StartCmd, Ready: m.ReadyCmd}
-		if m.Started != nil { // it is gone where another build of that name has had it collected
+		if m.Started != nil { // it is gone if another build of that name has let it be collected
 			saved := s.file("started", m.Started.Name)
 			if there, err := s.pin(ctx, saved); err == nil && there {
 				t.Service.Saved, t.Service.Limits, t.Service.Network = saved, m.Started.Limits, m.Started.Network
@@ -187,7 +188,7 @@ func (s *Store) template(ctx context.Context, m Manifest, image string) sandbox.
 	return t
 }
 
-// Import makes a template of a tar with a whole file system, which may be compressed.
+// Import makes a template from a tar of a whole file system, which may be compressed.
 func (s *Store) Import(ctx context.Context, m Manifest, from io.Reader) (_ Manifest, err error) {
 	if m.Name, err = CheckName(m.Name); err != nil {
 		return m, err
@@ -203,14 +204,14 @@ func (j *job) importTar(ctx context.Context, m Manifest, from io.Reader) (Manife
 		return m, fmt.Errorf("import: %w", err)
 	}
 	l, err := j.newLayer(ctx, plain, maxImage, "import")
-	if err = errors.Join(err, plain.Close()); err != nil { // before the image is made: whoever has a decoder never waits for a merge
+	if err = errors.Join(err, plain.Close()); err != nil { // before the image is made: a job that has a decoder must never wait for a merge
 		return m, fmt.Errorf("import: %w", j.noRoom(err))
 	}
 	m.Layers = []Layer{l}
 	return j.finish(ctx, m)
 }
 
-// finish makes the image of a template that has its layers, and gives it its name.
+// finish makes the image of a template that has its layers, and stores the template under its name.
 func (j *job) finish(ctx context.Context, m Manifest) (Manifest, error) {
 	m, err := j.prepare(ctx, m)
 	if err != nil {
@@ -219,7 +220,7 @@ func (j *job) finish(ctx context.Context, m Manifest) (Manifest, error) {
 	return m, j.Put(m)
 }
 
-// prepare makes the image of a template that has its layers, and works out what follows from it.
+// prepare makes the image of a template that has its layers, and fills in what follows from it.
 func (j *job) prepare(ctx context.Context, m Manifest) (Manifest, error) {
 	file, err := j.image(ctx, m.Layers)
 	if err != nil {
@@ -241,7 +242,7 @@ func (j *job) prepare(ctx context.Context, m Manifest) (Manifest, error) {
 	return m, nil
 }
 
-// List gives the templates that an owner sees, sorted by name.
+// List returns the templates that an owner sees, sorted by name.
 func (s *Store) List(owner string) ([]Manifest, error) {
 	var all []Manifest
 	err := s.each("names", func(name string) error {
@@ -258,7 +259,7 @@ func (s *Store) List(owner string) ([]Manifest, error) {
 	return all, err
 }
 
-// each calls do for every finished file of a kind. Those that go meanwhile are passed over.
+// each calls do for every finished file of a kind. It skips files that are removed meanwhile.
 func (s *Store) each(kind string, do func(name string) error) error {
 	entries, err := os.ReadDir(filepath.Join(s.Dir, kind))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -275,7 +276,7 @@ func (s *Store) each(kind string, do func(name string) error) error {
 	return err
 }
 
-// Put gives a template its name; one that had it loses it.
+// Put stores a template under its name, in place of the one that had it.
 func (s *Store) Put(m Manifest) error {
 	body, err := json.MarshalIndent(m, "", "  ")
 	if err != nil {
@@ -291,10 +292,10 @@ func (s *Store) Put(m Manifest) error {
 			return fmt.Errorf("template %q: it was deleted meanwhile: %w", m.Name, sandbox.ErrNoTemplate)
 		}
 	}
-	return s.noRoom(s.writeText("names", s.nameFile(m.Owner, m.Name), body)) // a temp may not even be made
+	return s.noRoom(s.writeText("names", s.nameFile(m.Owner, m.Name), body)) // even making the temporary file may fail
 }
 
-// Copy gives a template that an owner sees another name, as his own. Both are of the same layers, which are kept once.
+// Copy stores a template that an owner sees under another name, as the owner's. Both share their layers, which are stored once.
 func (s *Store) Copy(owner, name, to string) (Manifest, error) {
 	m, err := s.Get(owner, name)
 	if err != nil {
@@ -307,8 +308,8 @@ func (s *Store) Copy(owner, name, to string) (Manifest, error) {
 	return m, s.Put(m)
 }
 
-// Delete removes the name of an owner's own template, and what only that has needed. What sandboxes and snapshots need of it stays until
-// they are gone.
+// Delete removes the name of an owner's own template, and what only that template needed. What sandboxes and snapshots need of it stays
+// until they are gone.
 func (s *Store) Delete(owner, name string) error {
 	plain, err := CheckName(name)
 	if err != nil {
@@ -324,19 +325,19 @@ func (s *Store) Delete(owner, name string) error {
 	return err
 }
 
-// collectNow collects what has just become useless. What fails is done by the next one.
+// collectNow collects what has just become useless. If it fails, the next collection does the rest.
 func (s *Store) collectNow() {
 	if err := s.Collect(); err != nil && s.Log != nil {
 		s.Log.Error("collect what builds have left", "error", err)
 	}
 }
 
-// write makes a file that is whole when it has its name. Only the server's user reads it.
+// write makes a file that is complete when it gets its name. Only the server's user can read it.
 func (s *Store) write(kind, name string, fill func(*os.File) error) error {
 	return s.writeNamed(kind, func(f *os.File) (string, error) { return name, fill(f) }, durable.Disk{}.Rename)
 }
 
-// writeNamed is write of a file whose name follows from its content; place gives it that.
+// writeNamed is write for a file whose name follows from its content; place renames it.
 func (s *Store) writeNamed(kind string, fill func(*os.File) (name string, err error), place func(temp, name string) error) (err error) {
 	f, err := s.temp(kind)
 	if err != nil {
@@ -346,16 +347,16 @@ func (s *Store) writeNamed(kind string, fill func(*os.File) (name string, err er
 		if err != nil {
 			err = errors.Join(err, os.Remove(f.Name()))
 		}
-		err = errors.Join(err, f.Close()) // until then it is locked
+		err = errors.Join(err, f.Close()) // it is locked until here
 	}()
 	name, err := fill(f)
 	if err := errors.Join(err, f.Sync()); err != nil {
-		return s.noRoom(err) // as long as what was written takes its room
+		return s.noRoom(err) // before the file is removed, while it still takes up the disk
 	}
 	return place(f.Name(), name)
 }
 
-// writeText is write of a text.
+// writeText is write for a text.
 func (s *Store) writeText(kind, name string, text []byte) error {
 	return s.write(kind, name, func(f *os.File) error {
 		_, err := f.Write(text)
@@ -379,7 +380,7 @@ func exists(name string) bool {
 	return err == nil
 }
 
-// touch notes that a file is used: it is not collected for a while.
+// touch marks a file as used now, so that it is not collected for a while.
 func touch(name string) error {
 	now := time.Now()
 	return os.Chtimes(name, now, now)
@@ -387,7 +388,7 @@ func touch(name string) error {
 
 func isHex(s string) bool { return len(s) == 64 && strings.Trim(s, "0123456789abcdef") == "" }
 
-// chainID stands for layers on top of each other (OCI image specification, configuration). That of none is of the empty image.
+// chainID identifies layers on top of each other (OCI image specification, configuration). Without layers it is the hash of nothing.
 func chainID(layers []Layer) string {
 	sum := sha256.Sum256(nil)
 	chain := "sha256:" + hex.EncodeToString(sum[:])
@@ -402,7 +403,7 @@ func chainID(layers []Layer) string {
 	return chain
 }
 
-// size is how many bytes a file takes on disk.
+// size returns the disk space of a file in bytes.
 func size(name string) (int64, error) {
 	var st unix.Stat_t
 	err := unix.Stat(name, &st)

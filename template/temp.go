@@ -13,14 +13,14 @@ import (
 	"soulbox.dev/soulbox/internal/durable"
 )
 
-// How names begin of what is not there for good. As long as somebody has the lock of a file, its maker lives; else tidy removes it.
+// Prefixes of temporary names. While a file's lock is held, its maker lives; otherwise tidy removes the file.
 const (
-	tempPrefix = ".temp-" // is being made
-	gonePrefix = ".gone-" // is being removed
-	lockPrefix = ".lock-" // keeps two from making the same
+	tempPrefix = ".temp-" // being made
+	gonePrefix = ".gone-" // being removed
+	lockPrefix = ".lock-" // keeps two jobs from making the same thing
 )
 
-// walkable are the kinds of files that sandboxes boot from: their user walks to them, and to no others.
+// walkable are the directories of files that sandboxes boot from: the sandboxes' user may enter these and no others.
 var walkable = map[string]fs.FileMode{"images": 0o711, "started": 0o711}
 
 // kinds are all directories of the store.
@@ -41,8 +41,8 @@ func (s *Store) makeKind(kind string) error {
 	return err
 }
 
-// temp makes a file of a kind that is removed when its maker dies before it has another name. Whoever made it closes it once it has, or
-// is removed.
+// temp makes a file of a kind. The file is removed if its maker dies before it is renamed. The caller closes it after it has renamed or
+// removed it.
 func (s *Store) temp(kind string) (*os.File, error) {
 	if err := s.makeKind(kind); err != nil {
 		return nil, err
@@ -56,19 +56,19 @@ func (s *Store) temp(kind string) (*os.File, error) {
 		if err == nil && linked(f) {
 			return f, nil
 		}
-		if cerr := f.Close(); err != nil && err != unix.EWOULDBLOCK || cerr != nil { // else tidy was here
+		if cerr := f.Close(); err != nil && err != unix.EWOULDBLOCK || cerr != nil { // otherwise tidy has removed it: try again
 			return nil, errors.Join(err, cerr, os.Remove(f.Name()))
 		}
 	}
 }
 
-// linked says whether an open file still has a name.
+// linked reports whether an open file still has a name.
 func linked(f *os.File) bool {
 	var st unix.Stat_t
 	return unix.Fstat(int(f.Fd()), &st) == nil && st.Nlink > 0
 }
 
-// abandoned says whether nobody has the lock of a file.
+// abandoned reports whether the lock of a file is free.
 func abandoned(name string) bool {
 	f, err := os.Open(name)
 	if err != nil {
@@ -78,7 +78,7 @@ func abandoned(name string) bool {
 	return durable.Flock(f, unix.LOCK_EX|unix.LOCK_NB) == nil
 }
 
-// tidy removes what servers that are dead were making, or removing.
+// tidy removes what dead servers were making or removing.
 func (s *Store) tidy(kind string, entries []os.DirEntry) (err error) {
 	for _, e := range entries {
 		name := e.Name()
@@ -91,8 +91,8 @@ func (s *Store) tidy(kind string, entries []os.DirEntry) (err error) {
 	return err
 }
 
-// collecting takes the lock between Collect (unix.LOCK_EX), which removes what nobody needs, and those who say what they need
-// (unix.LOCK_SH). Both have it for a moment.
+// collecting takes the lock between Collect (unix.LOCK_EX), which removes what is not needed, and jobs that declare what they need
+// (unix.LOCK_SH). Both hold it only briefly.
 func (s *Store) collecting(ctx context.Context, how int) (unlock func(), err error) {
 	if err := os.MkdirAll(s.Dir, 0o711); err != nil {
 		return nil, err
@@ -117,7 +117,7 @@ func (s *Store) collecting(ctx context.Context, how int) (unlock func(), err err
 	}
 }
 
-// seal has only those read a file who have to: the server's user, and of an image also whom sandboxes run as.
+// seal restricts a file to those who must read it: the server's user, and for an image also the sandboxes' user.
 func (s *Store) seal(f *os.File, image bool) error {
 	if image && s.UID != 0 {
 		return errors.Join(f.Chown(os.Geteuid(), s.GID), f.Chmod(0o640))
@@ -125,7 +125,7 @@ func (s *Store) seal(f *os.File, image bool) error {
 	return f.Chmod(0o600)
 }
 
-// sealed is seal of a file that is there: older versions left some to everybody.
+// sealed is seal for an existing file: older versions left some readable to everybody.
 func (s *Store) sealed(name string, image bool) error {
 	info, err := os.Lstat(name)
 	if err != nil || !info.Mode().IsRegular() || info.Mode().Perm()&0o007 == 0 {

@@ -17,14 +17,14 @@ import (
 	"soulbox.dev/soulbox/access"
 )
 
-// maxWindow is how far back what is compressed may refer, in bytes: the decoder keeps that much in memory. It is what xz -9 needs.
+// maxWindow is how far back compressed data may refer, in bytes: the decoder keeps that much in memory. It is what xz -9 needs.
 const maxWindow = 64 << 20
 
-// errWindow is of what refers back too far.
+// errWindow means that compressed data refers back too far.
 var errWindow = errors.New("it is compressed with a window")
 
-// uncompressed reads an archive whatever it is compressed with. Until it is closed, a decoder's work and memory are on the payer's
-// account.
+// uncompressed reads an archive with any known compression. Until it is closed, the payer's account is charged for the decoder's work and
+// memory.
 func uncompressed(ctx context.Context, p payer, from io.Reader) (io.ReadCloser, error) {
 	r := bufio.NewReaderSize(from, 64<<10)
 	head, err := r.Peek(6)
@@ -59,7 +59,7 @@ func uncompressed(ctx context.Context, p payer, from io.Reader) (io.ReadCloser, 
 	return readCloser{plain, c.Close}, nil
 }
 
-// charge is what a decoder has taken from its payer's account. It lives as long as the one read that it is for.
+// charge is what a decoder has taken from its payer's account. It lives as long as the one read that it serves.
 type charge struct {
 	ctx context.Context
 	payer
@@ -67,7 +67,7 @@ type charge struct {
 	free  []func()
 }
 
-// window takes memory for a window before it is made, if it is not larger than one may be.
+// window takes memory for a window before it is allocated. It refuses a window larger than maxWindow.
 func (c *charge) window(n int64) error {
 	if n > maxWindow {
 		return fmt.Errorf("%w of %d MB, at most %d MB are possible; compress it with a smaller one, such as by xz -6 or zstd -19",
@@ -84,7 +84,7 @@ func (c *charge) window(n int64) error {
 	return nil
 }
 
-// zstd opens what is compressed by zstd, whose frames name their windows one by one: the largest is taken.
+// zstd opens zstd data. Each frame names its own window, so the largest possible one is charged.
 func (c *charge) zstd(r io.Reader) (io.Reader, error) {
 	if err := c.window(maxWindow); err != nil {
 		return nil, err
@@ -97,7 +97,7 @@ func (c *charge) zstd(r io.Reader) (io.Reader, error) {
 	return z, nil
 }
 
-// Close gives all of it back.
+// Close returns everything to the account.
 func (c *charge) Close() error {
 	for _, free := range c.free {
 		free()

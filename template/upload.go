@@ -13,24 +13,24 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// Bounds of what an owner may have sent and not used for a day.
+// Bounds of what an owner may have uploaded and not used for a day.
 const (
 	maxUploads     = 200
 	maxUploadBytes = 2 * maxContext
 )
 
-// uploadsOf begins the names of the files of an owner, and uploadFile is where files are by the name that his client gave them. Neither
-// name becomes part of a path.
+// uploadsOf begins the names of an owner's files, and uploadFile is where a file is that the client has named. Both names are hashed, so
+// neither becomes part of a path.
 func uploadsOf(owner string) string { return hashOf(owner)[:20] + "-" }
 
 func (s *Store) uploadFile(owner, name string) string {
 	return s.file("uploads", uploadsOf(owner)+hashOf(name)+".tar")
 }
 
-// HasUpload says whether an owner has sent files of a name, which then are kept for a while.
+// HasUpload reports whether an owner has uploaded files under a name. It keeps them for a while.
 func (s *Store) HasUpload(owner, name string) bool { return touch(s.uploadFile(owner, name)) == nil }
 
-// SaveUpload keeps files of an owner's builds: a tar, which may be compressed, and is not looked at yet.
+// SaveUpload stores files for an owner's builds: a tar, which may be compressed. It does not read the tar.
 func (s *Store) SaveUpload(owner, name string, from io.Reader) error {
 	left, err := s.roomForUploads(owner)
 	if err != nil {
@@ -47,7 +47,7 @@ func (s *Store) SaveUpload(owner, name string, from io.Reader) error {
 	return nil
 }
 
-// roomForUploads is how many bytes an owner may still send.
+// roomForUploads returns how many bytes an owner may still upload.
 func (s *Store) roomForUploads(owner string) (int64, error) {
 	n, left := 0, int64(maxUploadBytes)
 	err := s.each("uploads", func(name string) error {
@@ -67,11 +67,11 @@ func (s *Store) roomForUploads(owner string) (int64, error) {
 	return left, err
 }
 
-// OpenUpload gives files that an owner has sent.
+// OpenUpload opens files that an owner has uploaded.
 func (s *Store) OpenUpload(ctx context.Context, owner, name string) (*Files, error) {
 	f, err := os.Open(s.uploadFile(owner, name))
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("the files %s were not sent, or too long ago; send them again: %w", clip(name), sandbox.ErrInvalid)
+		return nil, fmt.Errorf("the files %s were not sent, or have expired; send them again: %w", clip(name), sandbox.ErrInvalid)
 	}
 	if err != nil {
 		return nil, err

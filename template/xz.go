@@ -10,20 +10,20 @@ import (
 	"github.com/ulikunitz/xz/lzma"
 )
 
-// xzReader gives an .xz file on as it is (https://tukaani.org/xz/xz-file-format.txt), and asks before each block whether its window may
-// be made: the decoder makes whatever a block names, up to 4 GB.
+// xzReader passes an .xz file on unchanged (https://tukaani.org/xz/xz-file-format.txt). Before each block it asks whether the block's
+// window may be allocated, because the decoder allocates whatever a block names, up to 4 GB.
 type xzReader struct {
 	from   *bufio.Reader
 	window func(bytes int64) error
 
-	pending []byte // was looked at, and is to be given
-	raw     int64  // bytes behind that, to be given as they are
+	pending []byte // parsed, still to be returned
+	raw     int64  // bytes after pending that are returned without parsing
 	next    func() error
 	check   int64 // bytes of the checksum of a block
-	block   int64 // bytes of the block so far that its padding counts
+	block   int64 // bytes of the block so far, for its padding
 }
 
-var errXZ = errors.New("it is not what xz writes")
+var errXZ = errors.New("it is not a valid xz file")
 
 // Read implements io.Reader.
 func (x *xzReader) Read(p []byte) (int, error) {
@@ -45,7 +45,7 @@ func (x *xzReader) Read(p []byte) (int, error) {
 	return n, cutShort(err)
 }
 
-// cutShort is the error of a file that ends too early.
+// cutShort turns io.EOF into the error of a file that ends too early.
 func cutShort(err error) error {
 	if err == io.EOF {
 		return io.ErrUnexpectedEOF
@@ -53,7 +53,7 @@ func cutShort(err error) error {
 	return err
 }
 
-// look reads n bytes that are given later.
+// look reads n bytes, which Read returns later.
 func (x *xzReader) look(n int) ([]byte, error) {
 	at := len(x.pending)
 	x.pending = append(x.pending, make([]byte, n)...)
@@ -61,7 +61,7 @@ func (x *xzReader) look(n int) ([]byte, error) {
 	return x.pending[at:], cutShort(err)
 }
 
-// streamHeader is before the first block; more streams may follow, with zeros between them.
+// streamHeader reads the header of a stream. More streams may follow, with zeros between them.
 func (x *xzReader) streamHeader() error {
 	head, err := x.from.Peek(4)
 	if err == io.EOF && len(head) == 0 {
@@ -83,7 +83,7 @@ func (x *xzReader) streamHeader() error {
 	return nil
 }
 
-// blockHeader is before a block, or there is an index.
+// blockHeader reads the header of a block, or the index.
 func (x *xzReader) blockHeader() error {
 	size, err := x.look(1)
 	if err != nil {
@@ -98,7 +98,7 @@ func (x *xzReader) blockHeader() error {
 		return err
 	}
 	fields := head[1:]
-	for _, has := range []byte{0x40, 0x80} { // sizes
+	for _, has := range []byte{0x40, 0x80} { // optional sizes
 		if head[0]&has == 0 {
 			continue
 		}
@@ -109,7 +109,7 @@ func (x *xzReader) blockHeader() error {
 		fields = fields[n:]
 	}
 	if head[0]&0x3f != 0 || len(fields) < 3 || fields[0] != 0x21 || fields[1] != 1 {
-		return errors.New("it is compressed by xz with other filters than LZMA2; compress it without")
+		return errors.New("it is compressed by xz with filters other than LZMA2; compress it without them")
 	}
 	window, err := lzma.DecodeDictCap(fields[2])
 	if err != nil {
@@ -119,7 +119,7 @@ func (x *xzReader) blockHeader() error {
 	return x.window(window)
 }
 
-// chunk is a part of a block.
+// chunk reads the header of a chunk of a block.
 func (x *xzReader) chunk() error {
 	control, err := x.look(1)
 	if err != nil {
@@ -127,7 +127,7 @@ func (x *xzReader) chunk() error {
 	}
 	x.block++
 	switch c := control[0]; {
-	case c == 0: // the end of the block, whose length is made a multiple of four
+	case c == 0: // the end of the block, padded to a multiple of four
 		x.raw, x.next = (4-x.block%4)%4+x.check, x.blockHeader
 		return nil
 	case c <= 2: // stored
@@ -152,9 +152,9 @@ func (x *xzReader) chunk() error {
 	return nil
 }
 
-// index is behind the blocks, with the end of the stream.
+// index reads the index after the blocks, and the end of the stream.
 func (x *xzReader) index() error {
-	size := int64(1) // its first byte was read
+	size := int64(1) // the first byte has been read
 	number := func() (n uint64, err error) {
 		for shift := 0; ; shift += 7 {
 			b, err := x.look(1)
@@ -184,5 +184,5 @@ func (x *xzReader) index() error {
 	return nil
 }
 
-// maxIndex bounds the index of a file, in bytes: it is in memory at once.
+// maxIndex bounds the index of a file, in bytes: all of it is in memory at once.
 const maxIndex = 4 << 20

@@ -15,14 +15,14 @@ import (
 	"time"
 )
 
-// Options say which server a Client calls, and as whom.
+// Options say which server a Client calls, and as which owner.
 type Options struct {
 	URL    string // of the server, such as https://box.example.com
 	Socket string // of a server on this machine, instead of a URL
 	Key    string // of the owner; a socket needs none
-	Owner  string // as whom to act at a socket
+	Owner  string // the owner to act as, at a socket
 	Agent  string // this program and its version
-	// Trace, if not nil, is told of every request when its answer begins; status is 0 where none came. It is never told of a key.
+	// Trace, if not nil, is called for every request when its answer begins; status is 0 if there is no answer. It never sees the key.
 	Trace func(method, path string, status int, took time.Duration)
 }
 
@@ -38,11 +38,11 @@ const (
 	pingTime = 15 * time.Second
 )
 
-// New makes a Client. Nothing is asked yet.
+// New makes a Client. It does not connect yet.
 func New(o Options) (*Client, error) {
 	transport := &http.Transport{Proxy: http.ProxyFromEnvironment, ForceAttemptHTTP2: true, MaxIdleConnsPerHost: 16,
 		IdleConnTimeout: 30 * time.Second, DisableCompression: true,
-		HTTP2: &http.HTTP2Config{SendPingTimeout: pingTime, PingTimeout: pingTime}} // a connection that has died in silence is found out
+		HTTP2: &http.HTTP2Config{SendPingTimeout: pingTime, PingTimeout: pingTime}} // detects a connection that has died silently
 	dialer := &net.Dialer{Timeout: dialTime}
 	transport.DialContext = dialer.DialContext
 	if o.Socket != "" {
@@ -63,10 +63,10 @@ func New(o Options) (*Client, error) {
 	return c, nil
 }
 
-// Close closes the connections that are not used.
+// Close closes idle connections.
 func (c *Client) Close() { c.plain.CloseIdleConnections() }
 
-// Where is where the server is: its URL, or its socket.
+// Where returns the server's address: its URL or its socket.
 func (c *Client) Where() string {
 	if c.o.Socket != "" {
 		return c.o.Socket
@@ -74,7 +74,7 @@ func (c *Client) Where() string {
 	return c.base.String()
 }
 
-// signed adds to requests what proves whose they are.
+// signed adds the headers that identify the client to requests.
 type signed struct {
 	*Client
 	next http.RoundTripper
@@ -110,7 +110,7 @@ func (s signed) RoundTrip(r *http.Request) (*http.Response, error) {
 	return res, err
 }
 
-// ErrServerOld is of a server that speaks an older API than this client.
+// ErrServerOld means that the server speaks an older API than this client.
 var ErrServerOld = errors.New("the server is older than this client: update soulbox-mcp there, or use a soulbox of its version")
 
 func fits(h http.Header) error {
@@ -121,7 +121,7 @@ func fits(h http.Header) error {
 	return nil
 }
 
-// Error is what a server has refused.
+// Error is a server's refusal of a request.
 type Error struct {
 	Status  int
 	Message string
@@ -130,7 +130,8 @@ type Error struct {
 // Error implements error.
 func (e *Error) Error() string { return e.Message }
 
-// refusal is what a server has refused. In E2B's API a user that a sandbox does not have is refused as a wrong key is.
+// refusal makes an Error. E2B's API refuses a user that the sandbox does not have with the status of a wrong key; refusal makes that a bad
+// request.
 func refusal(status int, message string) *Error {
 	for _, begin := range []string{"invalid username: ", "error looking up user "} {
 		if who, ok := strings.CutPrefix(message, begin); ok && status == http.StatusUnauthorized {
@@ -141,13 +142,13 @@ func refusal(status int, message string) *Error {
 	return &Error{status, message}
 }
 
-// IsNotFound says whether an error is that of something that is not there.
+// IsNotFound reports whether an error means that something does not exist.
 func IsNotFound(err error) bool {
 	var e *Error
 	return errors.As(err, &e) && e.Status == http.StatusNotFound
 }
 
-// Unreachable says whether an error is that of a server which does not answer.
+// Unreachable reports whether an error means that the server does not respond.
 func Unreachable(err error) bool {
 	var e *Error
 	return err != nil && !errors.As(err, &e) && !errors.Is(err, ErrServerOld) && !errors.Is(err, context.Canceled) &&
@@ -169,7 +170,7 @@ func errorOf(res *http.Response) error {
 	return &Error{res.StatusCode, "the server answers " + res.Status}
 }
 
-// send sends a request, and gives its answer if that is not an error. The body is the caller's to close.
+// send sends a request and returns its answer unless that is an error. The caller closes the body.
 func (c *Client) send(ctx context.Context, method, path string, query url.Values, kind string, body io.Reader) (*http.Response, error) {
 	u := c.base.JoinPath(path)
 	u.RawQuery = query.Encode()
@@ -182,7 +183,7 @@ func (c *Client) send(ctx context.Context, method, path string, query url.Values
 	}
 	res, err := c.plain.Do(r)
 	if err != nil {
-		var ue *url.Error // says again which URL, and how
+		var ue *url.Error // repeats the method and the URL
 		if errors.As(err, &ue) {
 			err = ue.Err
 		}
@@ -221,7 +222,7 @@ func (c *Client) callWith(ctx context.Context, method, path string, query url.Va
 		return res.Header, err
 	}
 	if err := json.NewDecoder(res.Body).Decode(out); err != nil {
-		return nil, fmt.Errorf("%s: what it answers cannot be read: %w", c.Where(), err)
+		return nil, fmt.Errorf("read the answer of %s: %w", c.Where(), err)
 	}
 	return res.Header, nil
 }
@@ -232,7 +233,7 @@ func (c *Client) Server(ctx context.Context) (s Server, err error) {
 	return s, err
 }
 
-// Caller is as whom the server knows this client.
+// Caller returns the name under which the server knows this client.
 func (c *Client) Caller(ctx context.Context) (string, error) {
 	var teams []struct{ Name string }
 	if err := c.call(ctx, "GET", "/teams", nil, nil, &teams); err != nil || len(teams) == 0 {

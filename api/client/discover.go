@@ -13,7 +13,7 @@ import (
 	"syscall"
 )
 
-// RuntimeDir is the directory of the sockets of a user's servers; it need not be there. The environment is the caller's to give.
+// RuntimeDir returns the directory of the sockets of a user's servers, which need not exist. The caller passes the environment.
 func RuntimeDir(getenv func(string) string) string {
 	if dir := getenv("SOULBOX_RUNTIME_DIR"); dir != "" {
 		return dir
@@ -24,7 +24,7 @@ func RuntimeDir(getenv func(string) string) string {
 	return filepath.Join(os.TempDir(), "soulbox-"+strconv.Itoa(os.Geteuid()))
 }
 
-// CheckRuntimeDir refuses a directory that others could have made, or may write to.
+// CheckRuntimeDir refuses a directory that other users could have made or may write to.
 func CheckRuntimeDir(dir string) error {
 	info, err := os.Lstat(dir)
 	if err != nil {
@@ -40,10 +40,10 @@ func CheckRuntimeDir(dir string) error {
 
 const socketSuffix = ".sock"
 
-// Socket is the path of the socket of a server.
+// Socket returns the path of a server's socket.
 func Socket(dir string, pid int) string { return filepath.Join(dir, strconv.Itoa(pid)+socketSuffix) }
 
-// Sockets lists the sockets of a user's servers, by their age, the oldest first. Of a server that is gone there may still be one.
+// Sockets lists the sockets of a user's servers, the oldest first. A server that has ended may have left its socket.
 func Sockets(dir string) ([]string, error) {
 	if err := CheckRuntimeDir(dir); errors.Is(err, fs.ErrNotExist) {
 		return nil, nil

@@ -18,14 +18,14 @@ func (c *Client) envd(sandbox string) string {
 	return c.base.JoinPath("v1", "sandboxes", sandbox, "envd").String()
 }
 
-// uncompressed asks for no compression, which takes longer than any network that this is used on.
+// uncompressed asks for no compression, which would be slower than any network that this is used on.
 var uncompressed = connect.WithAcceptCompression("gzip", nil, nil)
 
 func (c *Client) files(sandbox string) filesystemconnect.FilesystemClient {
 	return filesystemconnect.NewFilesystemClient(c.plain, c.envd(sandbox), uncompressed)
 }
 
-// withNames is a request whose names, and those of its answer, are in the notation of package names.
+// withNames makes a request whose names, and those of its answer, are in the notation of package names.
 func withNames[T any](msg *T) *connect.Request[T] {
 	req := connect.NewRequest(msg)
 	req.Header().Set(NamesHeader, "shown")
@@ -41,7 +41,7 @@ type File struct {
 	Modified time.Time
 }
 
-// Stat describes a file; a path that does not begin with / is below the home of the user.
+// Stat describes a file. A path that does not begin with / is below the user's home.
 func (c *Client) Stat(ctx context.Context, sandbox, path string) (File, error) {
 	res, err := c.files(sandbox).Stat(ctx, withNames(&fs.StatRequest{Path: names.Show(path)}))
 	if err != nil {
@@ -52,7 +52,7 @@ func (c *Client) Stat(ctx context.Context, sandbox, path string) (File, error) {
 		Modified: e.GetModifiedTime().AsTime()}, nil
 }
 
-// Names lists what is in a directory of a sandbox, directories with a slash behind.
+// Names lists the names in a directory of a sandbox; those of directories end in a slash.
 func (c *Client) Names(ctx context.Context, sandbox, dir string) (all []string, err error) {
 	res, err := c.files(sandbox).ListDir(ctx, withNames(&fs.ListDirRequest{Path: names.Show(dir), Depth: 1}))
 	if err != nil {
@@ -77,7 +77,7 @@ func (c *Client) Download(ctx context.Context, sandbox, path string) (io.ReadClo
 	return res.Body, nil
 }
 
-// Upload writes a file of a sandbox, and makes the directories above it.
+// Upload writes a file of a sandbox and makes the directories above it.
 func (c *Client) Upload(ctx context.Context, sandbox, path string, from io.Reader) error {
 	res, err := c.send(ctx, "POST", "/v1/sandboxes/"+url.PathEscape(sandbox)+"/envd/files", url.Values{"path": {path}},
 		"application/octet-stream", from)
@@ -97,7 +97,7 @@ var ops = map[fs.EventType]string{fs.EventType_EVENT_TYPE_CREATE: "create", fs.E
 	fs.EventType_EVENT_TYPE_REMOVE: "remove",
 	fs.EventType_EVENT_TYPE_RENAME: "rename", fs.EventType_EVENT_TYPE_CHMOD: "chmod"}
 
-// Watch tells what changes in a directory until ctx ends; began is called once it does.
+// Watch calls each for every change in a directory until ctx ends. It calls began once the watch is active.
 func (c *Client) Watch(ctx context.Context, sandbox, dir string, recursive bool, began func(), each func(Event) error) error {
 	stream, err := c.files(sandbox).WatchDir(ctx, withNames(&fs.WatchDirRequest{Path: names.Show(dir), Recursive: recursive}))
 	if err != nil {
@@ -120,13 +120,13 @@ func (c *Client) Watch(ctx context.Context, sandbox, dir string, recursive bool,
 	return io.ErrUnexpectedEOF
 }
 
-// statuses are the codes of Connect as those of HTTP.
+// statuses maps Connect's codes to HTTP statuses.
 var statuses = map[connect.Code]int{connect.CodeNotFound: 404, connect.CodeUnimplemented: 404, connect.CodeInvalidArgument: 400,
 	connect.CodeUnauthenticated: 401, connect.CodePermissionDenied: 403,
 	connect.CodeAlreadyExists: 409, connect.CodeFailedPrecondition: 409, connect.CodeResourceExhausted: 429,
 	connect.CodeDeadlineExceeded: 504, connect.CodeInternal: 500, connect.CodeDataLoss: 500}
 
-// plainError makes what a server has refused an Error. What has not come from the server stays.
+// plainError turns a server's refusal into an Error. It keeps an error that does not come from the server.
 func (c *Client) plainError(err error) error {
 	var ce *connect.Error
 	if !errors.As(err, &ce) || !connect.IsWireError(err) {

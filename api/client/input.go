@@ -12,8 +12,8 @@ import (
 	"soulbox.dev/soulbox/api/envd/spec/process/processconnect"
 )
 
-// tell calls the server that has the process, and the next one if that is gone. What may have arrived is not said again, unless twice is as
-// good as once.
+// tell calls the server that has the process, or the next one if that server is gone. It does not repeat a call that may have arrived,
+// unless twice says that repeating it does no harm.
 func (s *Session) tell(ctx context.Context, twice bool, do func(processconnect.ProcessClient) error) error {
 	for pause, began := firstPause, time.Now(); ; pause = min(2*pause, lastPause) {
 		c := s.current()
@@ -35,10 +35,10 @@ func (s *Session) tell(ctx context.Context, twice bool, do func(processconnect.P
 	}
 }
 
-// maxInput is how much is written to a process at once, in bytes.
+// maxInput is how many bytes are written to a process at once.
 const maxInput = 2 << 20
 
-// Write writes to the process' stdin, or its terminal. It blocks while the process does not read.
+// Write writes to the process's stdin or its terminal. It blocks while the process does not read.
 func (s *Session) Write(ctx context.Context, p []byte) error {
 	s.inputs.Lock()
 	defer s.inputs.Unlock()
@@ -60,7 +60,7 @@ func (s *Session) Write(ctx context.Context, p []byte) error {
 	return nil
 }
 
-// CloseInput ends the process' stdin.
+// CloseInput closes the process's stdin.
 func (s *Session) CloseInput(ctx context.Context) error {
 	s.inputs.Lock()
 	defer s.inputs.Unlock()
@@ -70,7 +70,7 @@ func (s *Session) CloseInput(ctx context.Context) error {
 	})
 }
 
-// Resize gives the terminal another size.
+// Resize changes the size of the terminal.
 func (s *Session) Resize(ctx context.Context, size Size) error {
 	return s.tell(ctx, true, func(c processconnect.ProcessClient) error {
 		_, err := c.Update(ctx, asked(s, &pb.UpdateRequest{Process: by(s.PID), Pty: pty(size)}))
@@ -78,7 +78,7 @@ func (s *Session) Resize(ctx context.Context, size Size) error {
 	})
 }
 
-// Signal sends a signal to the process' group.
+// Signal sends a signal to the process's group.
 func (s *Session) Signal(ctx context.Context, sig syscall.Signal) error {
 	return s.tell(ctx, false, func(c processconnect.ProcessClient) error { return s.signal(ctx, c, sig) })
 }
@@ -88,7 +88,7 @@ func (s *Session) signal(ctx context.Context, c processconnect.ProcessClient, si
 	return err
 }
 
-// unlessPaused is an error of a call, or ErrPaused where that is why it was refused.
+// unlessPaused returns the error of a call, or ErrPaused if the call was refused because the sandbox is paused.
 func (s *Session) unlessPaused(ctx context.Context, c *Client, err error) error {
 	if connect.CodeOf(err) == connect.CodeFailedPrecondition {
 		if box, berr := c.Sandbox(ctx, s.sandbox); berr == nil && box.State == "paused" {
@@ -101,11 +101,11 @@ func (s *Session) unlessPaused(ctx context.Context, c *Client, err error) error 
 	return err
 }
 
-// Process is what the session follows.
+// Process returns the process that the session follows.
 func (s *Session) Process() Process { return Process{PID: s.PID, ID: s.id} }
 
-// Kill ends the process and all that it has started, on whichever server has its sandbox now: for who follows it no longer. A sandbox that
-// is paused is not woken: that is ErrPaused.
+// Kill ends the process and everything that it has started, on whichever server has its sandbox now. It is for callers that no longer
+// follow the process. It does not wake a paused sandbox, but returns ErrPaused.
 func (s *Session) Kill(ctx context.Context) error {
 	c := s.current()
 	for {
@@ -124,11 +124,11 @@ func (s *Session) Kill(ctx context.Context) error {
 	}
 }
 
-// Release lets the process go on without followers, whatever was asked for when it was started.
+// Release lets the process continue without followers, even if it was started with Linger.
 func (s *Session) Release(ctx context.Context) error {
 	return s.tell(ctx, true, func(c processconnect.ProcessClient) error {
 		ctx, cancel := context.WithCancel(ctx)
-		defer cancel() // breaks it off
+		defer cancel() // closes the stream
 		res, err := c.Connect(ctx, asked(s, &pb.ConnectRequest{Process: by(s.PID)}))
 		if err == nil && !res.Receive() {
 			err = ended(res.Err())
@@ -137,7 +137,7 @@ func (s *Session) Release(ctx context.Context) error {
 	})
 }
 
-// Signal sends a signal to a process of a sandbox, and what it has started in its group.
+// Signal sends a signal to a process of a sandbox and to its group.
 func (c *Client) Signal(ctx context.Context, sandbox string, p Process, sig syscall.Signal) error {
 	s := &Session{PID: p.PID, id: p.ID}
 	if err := s.signal(ctx, c.processes(sandbox), sig); err != nil {

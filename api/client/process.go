@@ -20,30 +20,30 @@ import (
 	"soulbox.dev/soulbox/internal/names"
 )
 
-// Size is that of a terminal, in characters.
+// Size is the size of a terminal, in characters.
 type Size struct{ Rows, Cols int }
 
-// Command is a process that is to be started.
+// Command is a process to start.
 type Command struct {
 	Args  []string
 	Env   map[string]string
-	Cwd   string // default the home of the user
-	User  string // default that of the sandbox
-	Tag   string // a name; no two that run have the same
-	Stdin bool   // stdin is a pipe, otherwise it is at its end
-	// Terminal gives it one. Stdin is that.
+	Cwd   string // default the user's home
+	User  string // default the sandbox's
+	Tag   string // a name that no two running processes share
+	Stdin bool   // stdin is a pipe; otherwise it is empty
+	// Terminal, if not nil, gives the process a terminal, which is also its stdin.
 	Terminal *Size
-	// Linger has it killed when nobody has followed it for so long; 0 lets it go on.
+	// Linger is how long the process may run without followers before it is killed; 0 sets no limit.
 	Linger time.Duration
 }
 
 // Exit is how a process has ended.
 type Exit struct {
-	Code   int    // as shells have it: 128 and the number of the signal that has killed it
-	Status string // such as "signal: killed: …"; "" where it has exited by itself
+	Code   int    // as in shells: 128 plus the number of the signal that killed it
+	Status string // such as "signal: killed: …"; "" if it has exited by itself
 }
 
-// StartError is of a process that could not be started, with the exit status that a shell would have: 126 or 127.
+// StartError means that a process could not be started. Exit is the exit status that a shell would have: 126 or 127.
 type StartError struct {
 	Exit    int
 	Message string
@@ -52,25 +52,25 @@ type StartError struct {
 // Error implements error.
 func (e *StartError) Error() string { return e.Message }
 
-// Session follows a process, over the ends of connections and of servers: it comes back, and goes on at the byte that it had reached. Its
-// methods may be called at the same time, but Follow once.
+// Session follows a process, even when connections break and servers end: it reconnects and continues at the byte that it had reached. Its
+// methods may be called concurrently, but Follow only once.
 type Session struct {
-	PID     int // it never changes
+	PID     int // never changes
 	sandbox string
 	id      string // of the process, as its server knows it
 	linger  time.Duration
 	pty     bool
-	again   func(context.Context) (*Client, error) // finds the sandbox' server once more
+	again   func(context.Context) (*Client, error) // finds the server that now has the sandbox
 
 	mu      sync.Mutex
 	client  *Client
 	reached int64
 	stream  stream
 
-	inputs sync.Mutex // in their order
+	inputs sync.Mutex // keeps inputs in their order
 }
 
-// stream is what Start and Connect answer.
+// stream is the answer of Start or Connect.
 type stream interface {
 	receive() (*pb.ProcessEvent, error)
 	ResponseHeader() http.Header
@@ -101,10 +101,10 @@ func (s connected) receive() (*pb.ProcessEvent, error) {
 	return nil, ended(s.Err())
 }
 
-// Close breaks the stream off, whatever it waits for.
+// Close closes the stream, whatever it waits for.
 func (s started) Close() error { s.cancel(); return s.ServerStreamForClient.Close() }
 
-// Close is that of started.
+// Close closes the stream, whatever it waits for.
 func (s connected) Close() error { s.cancel(); return s.ServerStreamForClient.Close() }
 
 func ended(err error) error {
@@ -122,10 +122,10 @@ func by(pid int) *pb.ProcessSelector {
 	return &pb.ProcessSelector{Selector: &pb.ProcessSelector_Pid{Pid: uint32(pid)}}
 }
 
-// Start starts a process and follows it; again finds the sandbox' server once more when this one is gone.
+// Start starts a process and follows it. When the server is gone, again finds the server that now has the sandbox.
 func (c *Client) Start(ctx context.Context, sandbox string, cmd Command, again func(context.Context) (*Client, error)) (*Session, error) {
 	bytes := !utf8.ValidString(cmd.Cwd) || slices.ContainsFunc(cmd.Args, func(arg string) bool { return !utf8.ValidString(arg) })
-	if bytes { // otherwise older servers understand it, too
+	if bytes { // otherwise older servers understand it too
 		cmd.Args, cmd.Cwd = slices.Clone(cmd.Args), names.Show(cmd.Cwd)
 		for i, arg := range cmd.Args {
 			cmd.Args[i] = names.Show(arg)
@@ -146,7 +146,7 @@ func (c *Client) Start(ctx context.Context, sandbox string, cmd Command, again f
 		req.Header().Set(NamesHeader, "shown")
 	}
 	if cmd.User != "" {
-		plain, _ := http.NewRequest("GET", "/", nil) // for its way to write the name
+		plain, _ := http.NewRequest("GET", "/", nil) // to encode the name
 		plain.SetBasicAuth(cmd.User, "")
 		req.Header().Set("Authorization", plain.Header.Get("Authorization"))
 	}
@@ -165,7 +165,7 @@ func pty(s Size) *pb.PTY {
 	return &pb.PTY{Size: &pb.PTY_Size{Rows: uint32(s.Rows), Cols: uint32(s.Cols)}}
 }
 
-// keepAliveEvery is how often a server tells that it is there. One that has not told for three times as long is not.
+// keepAliveEvery is how often a server shows that it lives. A server that is silent for three times as long counts as gone.
 const keepAliveEvery = 20 * time.Second
 
 func (s *Session) ask(h http.Header) {
@@ -175,7 +175,7 @@ func (s *Session) ask(h http.Header) {
 	}
 }
 
-// Attach follows a process that there is, from a byte of its output on; one that has ended, too. It goes on without its followers.
+// Attach follows an existing process from a byte of its output on, also one that has ended. The process continues without followers.
 func (c *Client) Attach(ctx context.Context, sandbox string, p Process, from int64, again func(context.Context) (*Client, error)) (*Session,
 	error) {
 	s := &Session{sandbox: sandbox, client: c, again: again, reached: from, pty: p.Terminal}
@@ -183,7 +183,7 @@ func (c *Client) Attach(ctx context.Context, sandbox string, p Process, from int
 	return s, s.connect(ctx, c)
 }
 
-// connect follows the process anew, from what was reached on.
+// connect follows the process again, from the byte that was reached.
 func (s *Session) connect(ctx context.Context, c *Client) error {
 	req := asked(s, &pb.ConnectRequest{Process: by(s.PID)})
 	s.ask(req.Header())
@@ -201,10 +201,10 @@ func (s *Session) connect(ctx context.Context, c *Client) error {
 	return s.first(c, connected{res, cancel})
 }
 
-// attemptTime bounds one try to come back.
+// attemptTime bounds one attempt to reconnect.
 const attemptTime = 20 * time.Second
 
-// asked is a call that means this process, whatever has its number by now.
+// asked makes a call for this process by its id, because its number may belong to another one by now.
 func asked[T any](s *Session, msg *T) *connect.Request[T] {
 	req := connect.NewRequest(msg)
 	if s.id != "" {
@@ -213,16 +213,16 @@ func asked[T any](s *Session, msg *T) *connect.Request[T] {
 	return req
 }
 
-// first reads the event that a stream begins with.
+// first reads the first event of a stream.
 func (s *Session) first(c *Client, in stream) error {
 	e, err := in.receive()
 	if err != nil {
-		_ = in.Close() // it is at its end
+		_ = in.Close() // it has ended anyway
 		return c.startError(err)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.PID == 0 { // it never changes
+	if s.PID == 0 { // never changes
 		s.PID, s.id = int(e.GetStart().GetPid()), in.ResponseHeader().Get(ProcessHeader)
 	}
 	s.client, s.stream = c, in
@@ -239,8 +239,8 @@ func (c *Client) startError(err error) error {
 	return c.plainError(err)
 }
 
-// Follow writes what the process writes, until it has ended: a terminal's output to stdout. reconnecting, if not nil, is told when the
-// connection is lost (true), and when it is back.
+// Follow writes the process's output until the process has ended; a terminal's output goes to stdout. It calls reconnecting, if not nil,
+// with true when the connection is lost and with false when it is back.
 func (s *Session) Follow(ctx context.Context, stdout, stderr io.Writer, reconnecting func(bool)) (Exit, error) {
 	for {
 		exit, err := s.read(ctx, stdout, stderr)
@@ -248,7 +248,7 @@ func (s *Session) Follow(ctx context.Context, stdout, stderr io.Writer, reconnec
 		if err == nil || ctx.Err() != nil || errors.As(err, new(writeError)) || errors.As(err, &told) &&
 			told.Status != http.StatusBadGateway {
 			if err != nil && ctx.Err() != nil {
-				err = context.Cause(ctx) // what it has broken off says nothing
+				err = context.Cause(ctx) // an error that the end of ctx causes says nothing
 			}
 			return exit, err
 		}
@@ -264,18 +264,18 @@ func (s *Session) Follow(ctx context.Context, stdout, stderr io.Writer, reconnec
 	}
 }
 
-// writeError is of those that output is written to.
+// writeError is an error of the writers that get the output.
 type writeError struct{ error }
 
-// Unwrap implements what errors.Is needs.
+// Unwrap returns the writer's error.
 func (w writeError) Unwrap() error { return w.error }
 
-// read reads one stream to its end, or that of the process.
+// read reads one stream until it, or the process, ends.
 func (s *Session) read(ctx context.Context, stdout, stderr io.Writer) (Exit, error) {
 	s.mu.Lock()
 	in := s.stream
 	s.mu.Unlock()
-	silent := time.AfterFunc(3*keepAliveEvery, func() { _ = in.Close() }) // the other side is gone, and nothing has told
+	silent := time.AfterFunc(3*keepAliveEvery, func() { _ = in.Close() }) // the server is silent: it is gone without notice
 	defer silent.Stop()
 	stop := context.AfterFunc(ctx, func() { _ = in.Close() })
 	defer stop()
@@ -294,7 +294,7 @@ func (s *Session) read(ctx context.Context, stdout, stderr io.Writer) (Exit, err
 			case *pb.ProcessEvent_DataEvent_Pty:
 				out = e.Data.GetPty()
 			}
-			silent.Stop() // a slow reader is ours
+			silent.Stop() // the time that a slow writer takes does not count
 			if _, err := to.Write(out); err != nil {
 				return Exit{}, writeError{err}
 			}
@@ -303,7 +303,7 @@ func (s *Session) read(ctx context.Context, stdout, stderr io.Writer) (Exit, err
 			s.reached += int64(len(out))
 			s.mu.Unlock()
 		case *pb.ProcessEvent_End:
-			_ = in.Close() // it is at its end
+			_ = in.Close() // it has ended anyway
 			return exitOf(e.End), nil
 		}
 	}
@@ -338,13 +338,13 @@ const (
 	patience   = 2 * time.Minute // with a server that does not come back
 )
 
-// ErrPaused ends a session whose sandbox was paused: the process is there when it goes on.
-var ErrPaused = errors.New("the sandbox was paused, with the process in it; 'soulbox sandbox resume' has it go on")
+// ErrPaused ends a session whose sandbox was paused. The process still exists when the sandbox is resumed.
+var ErrPaused = errors.New("the sandbox was paused, with the process in it; 'soulbox sandbox resume' resumes it")
 
 // back follows the process again, on whichever server has its sandbox now.
 func (s *Session) back(ctx context.Context, lost error) error {
 	for pause, began := firstPause, time.Now(); ; pause = min(2*pause, lastPause) {
-		s.current().Close() // no connection that may be dead is used again
+		s.current().Close() // do not reuse a connection that may be dead
 		attempt, cancel := context.WithTimeout(ctx, attemptTime)
 		c, err := s.again(attempt)
 		var box Sandbox
@@ -356,7 +356,7 @@ func (s *Session) back(ctx context.Context, lost error) error {
 		case err != nil:
 		case box.State == "killed" || box.State == "failed":
 			return &Error{http.StatusNotFound, fmt.Sprintf("sandbox %s has ended: %s", s.sandbox, box.Cause)}
-		case box.State == "paused": // to come back would wake it
+		case box.State == "paused": // reconnecting would wake it
 			return ErrPaused
 		}
 		if err == nil {
@@ -372,7 +372,7 @@ func (s *Session) back(ctx context.Context, lost error) error {
 			told.Status != http.StatusConflict: // it was just paused
 			return err
 		case time.Since(began) > patience:
-			return fmt.Errorf("the connection was lost (%w), and is not back after %s: %w", lost, patience, err)
+			return fmt.Errorf("reconnect: the connection was lost (%w) and did not come back within %s: %w", lost, patience, err)
 		}
 		select {
 		case <-time.After(pause):

@@ -28,7 +28,7 @@ func (c *Client) Sandboxes(ctx context.Context, l List) (all []Sandbox, err erro
 	if len(l.Metadata) > 0 {
 		pairs := url.Values{}
 		for k, v := range l.Metadata {
-			pairs.Set(url.QueryEscape(k), url.QueryEscape(v)) // the query has them encoded twice, as E2B's clients send them
+			pairs.Set(url.QueryEscape(k), url.QueryEscape(v)) // the query encodes them twice, as E2B's clients do
 		}
 		q.Set("metadata", pairs.Encode())
 	}
@@ -60,12 +60,12 @@ func (c *Client) Pause(ctx context.Context, id string, p Pause) (s Sandbox, err 
 	return s, err
 }
 
-// Resume has a paused sandbox go on, for at least so long; 0 leaves its time as it is.
+// Resume resumes a paused sandbox, which then lives at least for life; 0 leaves its time as it is.
 func (c *Client) Resume(ctx context.Context, id string, life time.Duration) error {
 	return c.call(ctx, "POST", "/sandboxes/"+url.PathEscape(id)+"/connect", nil, map[string]any{"timeout": int64(life.Seconds())}, nil)
 }
 
-// ResumeAs resumes a sandbox that is paused, or has failed and was saved.
+// ResumeAs resumes a sandbox that is paused, or one that has failed and was saved.
 func (c *Client) ResumeAs(ctx context.Context, id string, r Resume) (s Sandbox, err error) {
 	err = c.call(ctx, "POST", "/v1/sandboxes/"+url.PathEscape(id)+"/resume", nil, r, &s)
 	return s, err
@@ -76,7 +76,8 @@ func (c *Client) Kill(ctx context.Context, id string) error {
 	return c.call(ctx, "DELETE", "/sandboxes/"+url.PathEscape(id), nil, nil, nil)
 }
 
-// Fork makes copies of a sandbox, each with so long to live, and gives their ids. err is of those that could not be made.
+// Fork makes copies of a sandbox, each of which lives for life, and returns their ids. err has the errors of the copies that could not be
+// made.
 func (c *Client) Fork(ctx context.Context, id string, count int, life time.Duration) (ids []string, err error) {
 	var out []struct {
 		Sandbox *struct{ SandboxID string }
@@ -96,7 +97,8 @@ func (c *Client) Fork(ctx context.Context, id string, count int, life time.Durat
 	return ids, err
 }
 
-// Snapshot saves a sandbox under a name, in place of the one that had it; "" has the server make one. It gives the name.
+// Snapshot saves a sandbox under a name, in place of an older snapshot of that name, and returns the name. If name is "", the server
+// chooses one.
 func (c *Client) Snapshot(ctx context.Context, id, name string) (string, error) {
 	var out struct{ SnapshotID string }
 	body := map[string]any{}
@@ -107,7 +109,7 @@ func (c *Client) Snapshot(ctx context.Context, id, name string) (string, error) 
 	return snapshotName(out.SnapshotID), err
 }
 
-// snapshotName is the name by which its owner knows a snapshot, whose id has his own name and the tag that every one has.
+// snapshotName returns the name by which its owner knows a snapshot. The id also has the owner's name, and the tag that every snapshot has.
 func snapshotName(id string) string {
 	return strings.TrimSuffix(id[strings.LastIndexByte(id, '/')+1:], ":default")
 }
@@ -133,7 +135,7 @@ func (c *Client) Snapshots(ctx context.Context) (names []string, err error) {
 	}
 }
 
-// Processes lists the processes of a sandbox, also those that have ended and are still known.
+// Processes lists the processes of a sandbox, also ended ones that are still known.
 func (c *Client) Processes(ctx context.Context, id string) (all []Process, err error) {
 	err = c.call(ctx, "GET", "/v1/sandboxes/"+url.PathEscape(id)+"/processes", nil, nil, &all)
 	return all, err
@@ -151,12 +153,12 @@ func (c *Client) Expose(ctx context.Context, id string, port int, public bool) (
 	return p, err
 }
 
-// ClosePort ends what Expose began.
+// ClosePort undoes Expose.
 func (c *Client) ClosePort(ctx context.Context, id string, port int) error {
 	return c.call(ctx, "DELETE", fmt.Sprintf("/v1/sandboxes/%s/ports/%d", url.PathEscape(id), port), nil, nil, nil)
 }
 
-// FileURL signs a URL by which whoever has it reads or writes a file.
+// FileURL signs a URL with which anyone can read, or write, a file until valid is over.
 func (c *Client) FileURL(ctx context.Context, id, path string, write bool, valid time.Duration) (string, error) {
 	operation := "read"
 	if write {
@@ -178,14 +180,14 @@ type LogEntry struct {
 
 // LogQuery selects entries of a log.
 type LogQuery struct {
-	Since  time.Time // zero: the last Limit of all
-	Level  string    // that grave, or more
+	Since  time.Time // zero: the last Limit entries
+	Level  string    // this level or a graver one
 	Source string    // system, process or build
 	Search string
 	Limit  int // at most 1000
 }
 
-// Logs reads the log of a sandbox, also of one that has ended, in the order of time.
+// Logs reads the log of a sandbox, also of one that has ended, in order of time.
 func (c *Client) Logs(ctx context.Context, id string, l LogQuery) ([]LogEntry, error) {
 	q := url.Values{"limit": {strconv.Itoa(l.Limit)}, "direction": {"backward"}}
 	if !l.Since.IsZero() {
@@ -213,8 +215,8 @@ func (c *Client) Logs(ctx context.Context, id string, l LogQuery) ([]LogEntry, e
 type Metric struct {
 	Time      time.Time `json:"timestamp"`
 	CPUCount  int       `json:"cpuCount"`
-	CPUPct    float64   `json:"cpuUsedPct"` // of all that it may use
-	MemUsed   int64     `json:"memUsed"`    // bytes, as all that follow
+	CPUPct    float64   `json:"cpuUsedPct"` // of what the sandbox may use
+	MemUsed   int64     `json:"memUsed"`    // bytes, as all below
 	MemTotal  int64     `json:"memTotal"`
 	DiskUsed  int64     `json:"diskUsed"`
 	DiskTotal int64     `json:"diskTotal"`
@@ -230,7 +232,7 @@ func (c *Client) Metrics(ctx context.Context, id string, since time.Time) (all [
 	return all, err
 }
 
-// UnmarshalJSON reads what the server says of one of several.
+// UnmarshalJSON reads the error of one of several items.
 func (e *Error) UnmarshalJSON(text []byte) error {
 	var told struct {
 		Code    int    `json:"code"`

@@ -9,36 +9,36 @@ import (
 	"time"
 )
 
-// Templates lists the templates that a caller sees.
+// Templates lists the templates that the caller sees.
 func (c *Client) Templates(ctx context.Context) (all []Template, err error) {
 	err = c.call(ctx, "GET", "/v1/templates", nil, nil, &all)
 	return all, err
 }
 
-// DeleteTemplate removes a template or a snapshot. Sandboxes of it go on.
+// DeleteTemplate deletes a template or a snapshot. Its sandboxes keep running.
 func (c *Client) DeleteTemplate(ctx context.Context, name string) error {
 	return c.call(ctx, "DELETE", "/templates/"+url.PathEscape(name), nil, nil, nil)
 }
 
-// Pull makes a template of an image of a registry.
+// Pull makes a template from an image of a registry.
 func (c *Client) Pull(ctx context.Context, name, reference string) (t Template, err error) {
 	err = c.call(ctx, "PUT", "/v1/templates/"+url.PathEscape(name), nil, map[string]string{"reference": reference}, &t)
 	return t, err
 }
 
-// Push gives a template to a registry.
+// Push pushes a template to a registry.
 func (c *Client) Push(ctx context.Context, name, reference string) (t Template, err error) {
 	err = c.call(ctx, "POST", "/v1/templates/"+url.PathEscape(name)+"/push", nil, map[string]string{"reference": reference}, &t)
 	return t, err
 }
 
-// CopyTemplate gives a template another name; it keeps the one it has.
+// CopyTemplate stores a template under a further name.
 func (c *Client) CopyTemplate(ctx context.Context, name, to string) (t Template, err error) {
 	err = c.call(ctx, "POST", "/v1/templates/"+url.PathEscape(name)+"/copy", nil, map[string]string{"to": to}, &t)
 	return t, err
 }
 
-// Announce announces a build of a template, and gives the name as it is kept and the id of the build. Zero limits are the server's.
+// Announce announces a build of a template. It returns the name in its stored form and the id of the build. Zero limits are the server's.
 func (c *Client) Announce(ctx context.Context, name string, cpu int, memoryMB, diskMB int64) (kept, build string, err error) {
 	body := map[string]any{"name": name}
 	if cpu > 0 {
@@ -55,7 +55,7 @@ func (c *Client) Announce(ctx context.Context, name string, cpu int, memoryMB, d
 	return out.TemplateID, out.BuildID, err
 }
 
-// HasContext says whether the server has the files of a build.
+// HasContext reports whether the server has the files of a build.
 func (c *Client) HasContext(ctx context.Context, name, hash string) (bool, error) {
 	err := c.call(ctx, "HEAD", "/v1/templates/"+url.PathEscape(name)+"/context/"+hash, nil, nil, nil)
 	if IsNotFound(err) {
@@ -64,7 +64,7 @@ func (c *Client) HasContext(ctx context.Context, name, hash string) (bool, error
 	return err == nil, err
 }
 
-// SendContext sends the files of a build, a tar.
+// SendContext sends the files of a build as a tar.
 func (c *Client) SendContext(ctx context.Context, name, hash string, body io.Reader) error {
 	res, err := c.send(ctx, http.MethodPut, "/v1/templates/"+url.PathEscape(name)+"/context/"+hash, nil, "application/x-tar", body)
 	if err != nil {
@@ -73,7 +73,7 @@ func (c *Client) SendContext(ctx context.Context, name, hash string, body io.Rea
 	return res.Body.Close()
 }
 
-// Build begins a build that was announced.
+// Build starts an announced build.
 func (c *Client) Build(ctx context.Context, name, build string, n NewBuild) error {
 	return c.call(ctx, "POST", "/v1/templates/"+url.PathEscape(name)+"/builds/"+build, nil, n, nil)
 }
@@ -86,7 +86,7 @@ type BuildLine struct {
 	Step    string    `json:"step"`
 }
 
-// BuildStatus is where a build stands.
+// BuildStatus is the state of a build.
 type BuildStatus struct {
 	Status string      `json:"status"` // waiting, building, ready or error
 	Lines  []BuildLine `json:"logEntries"`
@@ -96,7 +96,7 @@ type BuildStatus struct {
 	} `json:"reason"`
 }
 
-// BuildStatus tells where a build stands, and some lines of its log from the nth on.
+// BuildStatus returns the state of a build, and some lines of its log from the nth on.
 func (c *Client) BuildStatus(ctx context.Context, name, build string, n int) (s BuildStatus, err error) {
 	q := url.Values{"logsOffset": {strconv.Itoa(n)}}
 	err = c.call(ctx, "GET", "/templates/"+url.PathEscape(name)+"/builds/"+build+"/status", q, nil, &s)

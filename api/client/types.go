@@ -1,40 +1,40 @@
-// Package client is the client of a SoulBox server's HTTP API, for the command line and for Go programs: sandboxes, what runs in them,
-// files, ports, templates. It knows nothing of how sandboxes are made. What the server says beside E2B's API (paths below /v1) has its
-// types here.
+// Package client is the client of a SoulBox server's HTTP API, for the command line and for Go programs: sandboxes and what runs in them,
+// files, ports, templates. It knows nothing of how sandboxes are made. It also defines the types of the paths below /v1, which are
+// SoulBox's additions to E2B's API.
 package client
 
 import "time"
 
-// API is the version of what is below /v1 that this client speaks, and that a server built with it does. Oldest is the oldest that it
-// understands.
+// API is the version of the paths below /v1 that this client, and a server of the same build, speaks. Oldest is the oldest version of a
+// client that such a server understands.
 const (
 	API    = 1
 	Oldest = 1
 )
 
-// Headers of requests and answers beside E2B's.
+// Headers of requests and answers, in addition to E2B's.
 const (
-	// APIHeader has the version that the other side speaks.
+	// APIHeader is the version that the sender speaks.
 	APIHeader = "Soulbox-Api"
-	// OwnerHeader says on a server's socket as whom its user acts; without it as himself.
+	// OwnerHeader names, on a server's socket, the owner as whom the user acts; the default is the user's own account.
 	OwnerHeader = "Soulbox-Owner"
-	// FromHeader of Process.Connect is the offset in bytes, stdout and stderr together, from which the output is wanted. One that has ended
-	// is told, too.
+	// FromHeader of Process.Connect is the offset from which the output is wanted, in bytes, counting stdout and stderr together. With it,
+	// Connect also finds processes that have ended.
 	FromHeader = "Soulbox-From"
-	// LingerHeader of Process.Start and Process.Connect has a process that nobody follows any more killed after so many milliseconds. A
-	// Connect without it lets the process go on.
+	// LingerHeader of Process.Start and Process.Connect is how many milliseconds a process may run without followers before it is killed. A
+	// Connect without it removes the limit.
 	LingerHeader = "Soulbox-Linger-Ms"
-	// ProcessHeader is the id of a process, which is never used again, as its number is: Start and Connect tell it, and calls may name it
-	// beside the number.
+	// ProcessHeader is the id of a process. Unlike a number, an id is never reused. Start and Connect return it, and calls may send it in
+	// addition to the number.
 	ProcessHeader = "Soulbox-Process"
-	// NamesHeader says that names of files, and arguments of programs, are in the notation of package names on a call, and asks for it in
-	// the answer.
+	// NamesHeader of a call says that file names and program arguments are in the notation of package names, and asks for the same in the
+	// answer.
 	NamesHeader = "Soulbox-Names"
 	// ExitHeader of an error of Process.Start is the exit status that a shell would have: 126 or 127.
 	ExitHeader = "Soulbox-Exit"
 )
 
-// Server is what a server says of itself.
+// Server is what a server says about itself.
 type Server struct {
 	Version string `json:"version"`
 	API     int    `json:"api"`
@@ -67,27 +67,27 @@ type Sandbox struct {
 	Network    Network           `json:"network"`
 	Ports      []Port            `json:"ports,omitempty"`
 	Protect    *Protect          `json:"protect,omitempty"`
-	// SavedAt is when what it is resumed from was saved if it fails, SavedFilesOnly that that has no memory, Notice what was lost at its
-	// last resume.
+	// SavedAt is when the copy was saved from which the sandbox is resumed if it fails. SavedFilesOnly says that this copy has no memory.
+	// Notice says what was lost at the last resume.
 	SavedAt        time.Time `json:"savedAt,omitzero"`
 	SavedFilesOnly bool      `json:"savedFilesOnly,omitempty"`
 	Notice         string    `json:"notice,omitempty"`
 }
 
-// Protect says how often a sandbox is saved in the background: what it is resumed from if it fails. 0 seconds are off.
+// Protect says how often a sandbox is saved in the background, to be resumed from that copy if it fails. 0 seconds mean never.
 type Protect struct {
 	EveryS int64 `json:"everySeconds"`
-	Memory bool  `json:"memory,omitempty"` // processes too, not files alone
+	Memory bool  `json:"memory,omitempty"` // save processes too, not only files
 }
 
-// Network is what a sandbox reaches.
+// Network is what a sandbox may reach.
 type Network struct {
 	Mode  string   `json:"mode"` // none, allowlist or full
 	Allow []string `json:"allow,omitempty"`
 	Deny  []string `json:"deny,omitempty"`
 }
 
-// NewSandbox is a sandbox that is to be made. Zero values are the server's.
+// NewSandbox describes a sandbox to make. Zero values are the server's defaults.
 type NewSandbox struct {
 	Template  string            `json:"template,omitempty"`
 	Metadata  map[string]string `json:"metadata,omitempty"`
@@ -102,7 +102,7 @@ type NewSandbox struct {
 	Protect   *Protect          `json:"protect,omitempty"`
 }
 
-// Update changes a sandbox. What is nil stays.
+// Update changes a sandbox. Fields that are nil or empty change nothing.
 type Update struct {
 	ExtendS   *int64             `json:"extendSeconds,omitempty"`
 	TimeoutS  *int64             `json:"timeoutSeconds,omitempty"` // from now on
@@ -111,7 +111,7 @@ type Update struct {
 	Protect   *Protect           `json:"protect,omitempty"`
 }
 
-// Pause says how a sandbox is paused: to disk, if not otherwise said.
+// Pause says how a sandbox is paused; the default is to disk.
 type Pause struct {
 	InMemory  bool `json:"inMemory,omitempty"`
 	FilesOnly bool `json:"filesOnly,omitempty"`
@@ -119,11 +119,11 @@ type Pause struct {
 
 // Resume says how a sandbox is resumed.
 type Resume struct {
-	FilesOnly bool  `json:"filesOnly,omitempty"` // boot its files anew, without the processes that were saved
-	MemoryMB  int64 `json:"memoryMB,omitempty"`  // a larger memory limit; 0 leaves it
+	FilesOnly bool  `json:"filesOnly,omitempty"` // boot from the saved files, without the saved processes
+	MemoryMB  int64 `json:"memoryMB,omitempty"`  // a larger memory limit; 0 keeps it
 }
 
-// Process is a process of a sandbox, which runs or has ended.
+// Process is a process of a sandbox, running or ended.
 type Process struct {
 	ID        string    `json:"id"`
 	PID       int       `json:"pid"`
@@ -144,7 +144,7 @@ type Process struct {
 	StdinOpen bool      `json:"stdinOpen,omitempty"`
 }
 
-// Port is a port of a sandbox that is exposed.
+// Port is an exposed port of a sandbox, or one on which something listens.
 type Port struct {
 	Port      int    `json:"port"`
 	URL       string `json:"url"`
@@ -152,24 +152,24 @@ type Port struct {
 	Listening bool   `json:"listening"`
 }
 
-// NewBuild is a build of a Dockerfile, of the files that were sent under a name before.
+// NewBuild describes a build of a Dockerfile, with files that were sent before.
 type NewBuild struct {
 	Dockerfile string `json:"dockerfile"`
-	Context    string `json:"context,omitempty"` // the hash they were sent by
-	// Filtered says that what is to be ignored was not sent; otherwise the server leaves out what Dockerfile.dockerignore or else
-	// .dockerignore names.
+	Context    string `json:"context,omitempty"` // the hash under which the files were sent
+	// Filtered says that the client has left out the ignored files. Otherwise the server leaves out what Dockerfile.dockerignore names, or
+	// .dockerignore if that does not exist.
 	Filtered bool              `json:"filtered,omitempty"`
 	Args     map[string]string `json:"args,omitempty"`
 	Target   string            `json:"target,omitempty"`
 	NoCache  bool              `json:"noCache,omitempty"`
 	StartCmd string            `json:"startCmd,omitempty"`
 	ReadyCmd string            `json:"readyCmd,omitempty"`
-	Protect  *Protect          `json:"protect,omitempty"` // of its sandboxes, where they ask for none
+	Protect  *Protect          `json:"protect,omitempty"` // of its sandboxes that ask for none
 }
 
-// Template is a template that a caller sees.
+// Template is a template that the caller sees.
 type Template struct {
-	// Aliases are other names: of the server's own programs "base", where no base was built.
+	// Aliases are other names: "base" for the server's own programs if no base has been built.
 	Aliases  []string  `json:"aliases,omitempty"`
 	Name     string    `json:"name"`
 	Build    string    `json:"build,omitempty"`
@@ -180,5 +180,5 @@ type Template struct {
 	MemoryMB int64     `json:"memoryMB"`
 	DiskMB   int64     `json:"diskMB"`
 	StartCmd string    `json:"startCmd,omitempty"`
-	Digest   string    `json:"digest,omitempty"` // of a registry, where it was pushed to
+	Digest   string    `json:"digest,omitempty"` // in the registry it was pushed to
 }

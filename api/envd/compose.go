@@ -15,7 +15,7 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// compose makes one file of several, which are removed.
+// compose joins several files into one and removes them.
 func (s *Server) compose(w http.ResponseWriter, r *http.Request) {
 	p := placeOf(r.Context())
 	var body struct {
@@ -24,7 +24,7 @@ func (s *Server) compose(w http.ResponseWriter, r *http.Request) {
 		User        string   `json:"username"`
 	}
 	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxMessage)).Decode(&body); err != nil {
-		fail(w, http.StatusBadRequest, "the body is no JSON object with source_paths and destination: "+err.Error())
+		fail(w, http.StatusBadRequest, "the body is not a JSON object with source_paths and destination: "+err.Error())
 		return
 	}
 	if len(body.Sources) == 0 || len(body.Sources) > maxComposed || body.Destination == "" {
@@ -66,7 +66,7 @@ func (s *Server) compose(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	for _, name := range sources {
-		if real[name] == made { // whatever it was called
+		if real[name] == made { // never remove the result, under whatever name it was given
 			continue
 		}
 		if err := p.client.Remove(r.Context(), agent.PathRequest{Path: name}); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -77,7 +77,7 @@ func (s *Server) compose(w http.ResponseWriter, r *http.Request) {
 	answer(w, uploaded{Path: info.Path, Name: path.Base(info.Path), Type: "file"})
 }
 
-// real is the path of a file without links.
+// real returns the path of a file with all links resolved.
 func (p *place) real(ctx context.Context, file string) (string, error) {
 	info, err := p.client.Lstat(ctx, file)
 	if err == nil && (info.Link == nil || info.Link.Real == "") {
@@ -89,13 +89,13 @@ func (p *place) real(ctx context.Context, file string) (string, error) {
 	return info.Link.Real, nil
 }
 
-// oneAfterAnother reads files of a sandbox, each when it is its turn.
+// oneAfterAnother reads files of a sandbox one after the other; it opens each when the previous one has ended.
 type oneAfterAnother struct {
 	ctx    context.Context
 	client *agent.Client
 	names  []string
 	body   io.ReadCloser
-	failed string // the one that could not be read
+	failed string // the file that could not be read
 }
 
 // Read implements io.Reader.

@@ -1,5 +1,6 @@
-// Package envd serves what is in a sandbox as E2B's envd does, at port 49983 of each: processes and files by Connect RPC, whole files and
-// some facts by plain HTTP (docs/protocol.md). Nothing of it runs in the sandbox: it is spoken from here to the sandbox' agent.
+// Package envd serves the processes and files of a sandbox as E2B's envd does, at port 49983 of each sandbox: processes and files by
+// Connect RPC, whole files and some facts by plain HTTP (docs/protocol.md). None of it runs in the sandbox: this package speaks to the
+// sandbox's agent.
 package envd
 
 import (
@@ -22,24 +23,24 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// Version is what clients are told: it has all that their gates ask for (docs/protocol.md).
+// Version is the version that clients see. The package has everything that clients require of it (docs/protocol.md).
 const Version = "0.6.13"
 
-// Port is where clients look for it in a sandbox.
+// Port is the port of a sandbox on which clients expect envd.
 const Port = 49983
 
-// TokenHeader has the sandbox' access token.
+// TokenHeader carries the sandbox's access token.
 const TokenHeader = "X-Access-Token"
 
-// maxMessage bounds one message of a client; files go through /files.
+// maxMessage bounds one message of a client, in bytes; files go through /files.
 const maxMessage = 8 << 20
 
 // Target is the sandbox that a request is for.
 type Target struct {
 	Sandbox *sandbox.Sandbox
-	// Open says that no token is asked for, and that what is for the operator alone is served, too: only this machine's user comes here.
+	// Open says that no token is required, and that paths for the operator alone are served too: only this machine's user can come here.
 	Open bool
-	// Free says that no token is asked for: the sandbox was made so.
+	// Free says that no token is required, because the sandbox was made so.
 	Free bool
 }
 
@@ -50,7 +51,7 @@ type Server struct {
 	watchers watchers
 	leases   leases
 	reading  atomic.Int64  // bytes of bodies in memory
-	listings chan struct{} // a place for each listing that is under way
+	listings chan struct{} // holds one token per running listing
 }
 
 // New makes a Server.
@@ -70,17 +71,18 @@ func New(log *slog.Logger) *Server {
 	return s
 }
 
-// Proven says whether a request shows the sandbox' token or a signature, and not only asks what everybody may.
+// Proven reports whether a request has proof that it may act: the sandbox's token, a signature, or a sandbox that needs none. A health
+// check proves nothing without the token.
 func (t Target) Proven(r *http.Request) bool {
 	return t.hasToken(r) || t.Free && r.URL.Path != "/health" || r.URL.Path == "/files" && t.wrong(r) == ""
 }
 
-// Admits says whether a request may act in a sandbox, and answers those that may not and those that ask what they may send.
+// Admits reports whether a request may act in a sandbox. It answers those that may not, and CORS preflights.
 func (s *Server) Admits(w http.ResponseWriter, r *http.Request, t Target) bool {
 	if allowAll(w, r) {
 		return false
 	}
-	if internal[r.URL.Path] && !t.Open { // it is not there for anybody, whatever he shows
+	if internal[r.URL.Path] && !t.Open { // the path exists for no client, whatever token it has
 		fail(w, http.StatusNotFound, "there is no "+r.URL.Path)
 		return false
 	}
@@ -91,12 +93,12 @@ func (s *Server) Admits(w http.ResponseWriter, r *http.Request, t Target) bool {
 	return true
 }
 
-// internal are the paths by which E2B's own servers speak to envd.
+// internal are the paths that only E2B's own servers use.
 var internal = map[string]bool{"/init": true, "/freeze": true, "/unfreeze": true, "/collapse": true, "/fsfreeze": true, "/fsthaw": true,
 	"/upgrade": true}
 
-// Serve answers a request that is admitted. Where the sandbox ends meanwhile, the connection is broken off: a client must not take it for
-// the end of what it asked for.
+// Serve answers an admitted request. If the sandbox ends meanwhile, it breaks off the connection, so that the client does not take that for
+// the end of the answer.
 func (s *Server) Serve(w http.ResponseWriter, r *http.Request, t Target) {
 	client, err := t.agent(r)
 	if err != nil && follows(r) && errors.Is(err, sandbox.ErrState) && Refuse(w, r, http.StatusConflict, err.Error()) {
@@ -108,7 +110,7 @@ func (s *Server) Serve(w http.ResponseWriter, r *http.Request, t Target) {
 	}
 	if client.Level() < level {
 		fail(w, http.StatusNotImplemented,
-			"the sandbox was made by an older version of SoulBox, which does not know this; it can be used by MCP, or made anew")
+			"the sandbox was made by an older version of SoulBox, which does not support this: use it through MCP, or create a new sandbox")
 		return
 	}
 	ctx, cancel := t.Sandbox.Bind(r.Context())
@@ -116,7 +118,7 @@ func (s *Server) Serve(w http.ResponseWriter, r *http.Request, t Target) {
 	p := &place{Target: t, client: client, process: r.Header.Get(ours.ProcessHeader), shown: r.Header.Get(ours.NamesHeader) != ""}
 	over := p.keep(ctx, w)
 	defer over()
-	if r.URL.Path != "/files" { // what is passed on is not held
+	if r.URL.Path != "/files" { // bodies of /files are passed on, not held in memory
 		body := &counted{ReadCloser: r.Body, all: &s.reading}
 		defer body.release()
 		r.Body = body
@@ -124,12 +126,13 @@ func (s *Server) Serve(w http.ResponseWriter, r *http.Request, t Target) {
 	s.mux.ServeHTTP(w, r.WithContext(context.WithValue(ctx, placeKey{}, p)))
 }
 
-// follows says whether a request is of who follows a process, and does things to it, by himself.
+// follows reports whether a request comes from a client that follows a process: such a client sends an offset, or the process's id.
 func follows(r *http.Request) bool {
 	return r.Header.Get(ours.FromHeader) != "" || r.Header.Get(ours.ProcessHeader) != ""
 }
 
-// agent is the sandbox' agent. A call wakes the sandbox if it may; who follows a process does not: it was paused on purpose.
+// agent returns the sandbox's agent. A call wakes a paused sandbox if it may. A client that follows a process does not wake it: the sandbox
+// was paused on purpose.
 func (t Target) agent(r *http.Request) (*agent.Client, error) {
 	if follows(r) {
 		return t.Sandbox.AgentAwake(r.Context(), "follow a process in")
@@ -137,7 +140,7 @@ func (t Target) agent(r *http.Request) (*agent.Client, error) {
 	return t.Sandbox.Agent(r.Context(), "act in")
 }
 
-// level is what agents must know.
+// level is the level that an agent must have.
 const level = 1
 
 const (
@@ -146,8 +149,8 @@ const (
 	maxBodies = 256 << 20        // bytes of the bodies of all calls together
 )
 
-// keep ends the connection of a request when nothing moves on it for long, and when ctx ends: a client that does not read must not hold up
-// what the sandbox had. over is called when the request is served.
+// keep ends the connection of a request when nothing moves on it for long, and when ctx ends: a client that does not read must not keep
+// what belongs to an ended sandbox. The caller calls over when the request has been served.
 func (p *place) keep(ctx context.Context, w http.ResponseWriter) (over func()) {
 	idle := NewIdle(w, idleTime)
 	idle.Moves()
@@ -159,13 +162,13 @@ func (p *place) keep(ctx context.Context, w http.ResponseWriter) (over func()) {
 	})
 	return func() {
 		if !stop() {
-			<-cut // it uses w
+			<-cut // it still uses w
 		}
 		idle.Over()
 	}
 }
 
-// counted is the body of a call, which is held in memory: beyond a bound of all together there is none.
+// counted is the body of a call, which is held in memory. Read fails when all bodies together exceed maxBodies.
 type counted struct {
 	io.ReadCloser
 	all     *atomic.Int64
@@ -195,23 +198,23 @@ type placeKey struct{}
 type place struct {
 	Target
 	client *agent.Client
-	idle   *Idle // is told when something is sent or taken
-	// process is the agent's id of the process that is meant, where a client names it: numbers may be used again.
+	idle   *Idle // is told when something is sent or received
+	// process is the agent's id of the requested process, if the client sends it: numbers may be reused.
 	process string
-	shown   bool // names of files are in the notation of package names, which E2B does not know
+	shown   bool // file names are in the notation of package names, which E2B does not know
 }
 
 func placeOf(ctx context.Context) *place { return ctx.Value(placeKey{}).(*place) }
 
-// over says whether an error is the end of what a request acts on: the sandbox was killed, or is being paused.
+// over reports whether an error means that the sandbox has ended or is being paused.
 func (p *place) over(err error) bool { return p.dead() || errors.Is(err, sandbox.ErrState) }
 
-// broken says whether an error is such an end, or that of the server or of the client: of these no end frame tells.
+// broken reports whether an error means such an end, or that the server or the client has gone. Such a call gets no end frame.
 func (p *place) broken(ctx context.Context, err error) bool {
 	return p.over(err) || errors.Is(ctx.Err(), context.Canceled)
 }
 
-// dead says whether what a request acts on is not there any more.
+// dead reports whether the agent's connection or the sandbox has ended.
 func (p *place) dead() bool {
 	select {
 	case <-p.client.Done():
@@ -221,7 +224,7 @@ func (p *place) dead() bool {
 	}
 }
 
-// aborter breaks off the calls that a sandbox has ended under.
+// aborter breaks off calls whose sandbox has ended.
 type aborter struct{}
 
 // WrapUnary implements connect.Interceptor.
@@ -251,7 +254,7 @@ func (aborter) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.S
 	}
 }
 
-// wrong says what is wrong with the proof of a request; "" is nothing. Files may be signed for.
+// wrong says why a request is not authorized; "" means that it is. A signature authorizes requests for files.
 func (t Target) wrong(r *http.Request) string {
 	switch {
 	case t.Open, t.Free, t.hasToken(r):
@@ -271,7 +274,8 @@ func (t Target) hasToken(r *http.Request) bool {
 	return len(shown) == 1 && secret != "" && subtle.ConstantTimeCompare([]byte(shown[0]), []byte(secret)) == 1
 }
 
-// allowAll lets web pages of whatever origin use it, as envd does: they have to show the token, which no browser adds by itself.
+// allowAll lets web pages of any origin use the server, as envd does: they must send the token, which no browser adds by itself. It answers
+// preflights.
 func allowAll(w http.ResponseWriter, r *http.Request) (answered bool) {
 	h := w.Header()
 	h.Set("Access-Control-Allow-Origin", "*")
@@ -289,7 +293,7 @@ func allowAll(w http.ResponseWriter, r *http.Request) (answered bool) {
 	return true
 }
 
-// user is whom a call acts as: the name of Basic authentication, which has no password.
+// user returns the user as whom a call acts: the name in Basic authentication without a password.
 func user(h http.Header) (string, error) {
 	given := h.Get("Authorization")
 	if given == "" {
@@ -302,7 +306,7 @@ func user(h http.Header) (string, error) {
 	return name, nil
 }
 
-// metrics tells what the sandbox uses.
+// metrics answers with what the sandbox uses.
 func (s *Server) metrics(w http.ResponseWriter, r *http.Request) {
 	p := placeOf(r.Context())
 	inside, outside, err := p.Sandbox.Usage(r.Context())
@@ -319,9 +323,9 @@ func (s *Server) metrics(w http.ResponseWriter, r *http.Request) {
 	if len(samples) > 0 {
 		cpu = max(samples[len(samples)-1].CPU, samples[len(samples)-1].HostCPU)
 	}
-	used := max(inside.Memory, outside.Memory) // its kernel is in it, as in E2B's machines
+	used := max(inside.Memory, outside.Memory) // includes the sandbox's kernel, as in E2B's machines
 	limits := p.Sandbox.Info().Limits
-	cpu /= max(limits.CPU, 1) // of all that it may use
+	cpu /= max(limits.CPU, 1) // of what it may use
 	answer(w, map[string]any{
 		"ts": time.Now().Unix(), "cpu_count": max(1, int(limits.CPU+0.5)), "cpu_used_pct": cpu, "mem_total": limits.Memory,
 		"mem_used": used, "mem_cache": 0,
@@ -338,7 +342,7 @@ func (s *Server) envs(w http.ResponseWriter, r *http.Request) {
 	answer(w, env)
 }
 
-// init takes what E2B's own servers tell a new sandbox, as far as it makes sense here: variables.
+// init sets the variables that E2B's own servers send to a new sandbox, and ignores the rest of the message.
 func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 	p := placeOf(r.Context())
 	if !p.Open {
@@ -349,7 +353,7 @@ func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 		EnvVars map[string]string `json:"envVars"`
 	}
 	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxMessage)).Decode(&body); err != nil {
-		fail(w, http.StatusBadRequest, "the body is no JSON object with envVars: "+err.Error())
+		fail(w, http.StatusBadRequest, "the body is not a JSON object with envVars: "+err.Error())
 		return
 	}
 	if err := p.Sandbox.AddEnv(r.Context(), body.EnvVars); err != nil {
@@ -362,7 +366,7 @@ func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 func answer(w http.ResponseWriter, body any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Cache-Control", "no-store")
-	_ = json.NewEncoder(w).Encode(body) // a client that is gone misses nothing
+	_ = json.NewEncoder(w).Encode(body) // the client may be gone
 }
 
 // fail answers with an error in E2B's form.
@@ -371,5 +375,5 @@ func fail(w http.ResponseWriter, code int, message string) {
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	w.Header().Del("Content-Encoding")
 	w.WriteHeader(code)
-	_ = json.NewEncoder(w).Encode(map[string]any{"code": code, "message": agent.Inert([]byte(message))}) // as above
+	_ = json.NewEncoder(w).Encode(map[string]any{"code": code, "message": agent.Inert([]byte(message))}) // the client may be gone
 }

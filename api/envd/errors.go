@@ -15,7 +15,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// codes are the classes of errors as clients know them, the first that fits: of a call, and of plain HTTP.
+// codes maps errors to the codes that clients know, for Connect and for plain HTTP; the first match counts.
 var codes = []struct {
 	err  error
 	code connect.Code
@@ -59,7 +59,7 @@ var codes = []struct {
 	{agent.ErrLost, connect.CodeUnavailable, http.StatusBadGateway},
 }
 
-// rpcError gives an error its code.
+// rpcError gives an error its Connect code.
 func rpcError(err error) error {
 	var known *connect.Error
 	if err == nil || errors.As(err, &known) {
@@ -73,7 +73,7 @@ func rpcError(err error) error {
 	return connect.NewError(connect.CodeInternal, err)
 }
 
-// refuse answers with an error. The end of the sandbox breaks off.
+// refuse answers with an error. If the sandbox has ended or the client is gone, it breaks off the connection.
 func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	if p, ok := r.Context().Value(placeKey{}).(*place); ok && p.over(err) || r.Context().Err() != nil {
 		panic(http.ErrAbortHandler)
@@ -91,23 +91,24 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	fail(w, code, err.Error())
 }
 
-// refusals are what Connect calls the statuses of plain HTTP.
+// refusals maps the statuses of plain HTTP to Connect's codes.
 var refusals = map[int]connect.Code{400: connect.CodeInvalidArgument, 401: connect.CodeUnauthenticated, 403: connect.CodePermissionDenied,
 	404: connect.CodeNotFound, 409: connect.CodeFailedPrecondition,
 	429: connect.CodeResourceExhausted, 501: connect.CodeUnimplemented, 503: connect.CodeUnavailable, 504: connect.CodeDeadlineExceeded}
 
-// Refuse answers a call of Connect's with a refusal in its form, by the status that it would have elsewhere; it says whether it was one.
+// Refuse answers a Connect call with an error in Connect's form, given its HTTP status. It returns false, and does nothing, if the request
+// is no Connect call.
 func Refuse(w http.ResponseWriter, r *http.Request, status int, message string) bool {
 	told := connect.NewErrorWriter()
 	if !told.IsSupported(r) {
 		return false
 	}
 	_ = told.Write(w, r, connect.NewError(cmp.Or(refusals[status], connect.CodeInternal),
-		errors.New(message))) // a client that is gone misses nothing
+		errors.New(message))) // the client may be gone
 	return true
 }
 
-// errorf is an error of a code.
+// errorf makes an error with a code.
 func errorf(code connect.Code, format string, args ...any) *connect.Error {
 	return connect.NewError(code, fmt.Errorf(format, args...))
 }

@@ -14,8 +14,8 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestCodes: errors have the codes that clients make their own errors of (docs/protocol.md), however they are wrapped, and keep those that
-// they have.
+// TestCodes: errors get the codes from which clients make their own errors (docs/protocol.md), however they are wrapped; an error that has
+// a code keeps it.
 func TestCodes(t *testing.T) {
 	for err, want := range map[error]connect.Code{
 		fs.ErrNotExist: connect.CodeNotFound, agent.ErrNoProcess: connect.CodeNotFound, agent.ErrNoUser: connect.CodeUnauthenticated,
@@ -36,7 +36,7 @@ func TestCodes(t *testing.T) {
 	}
 }
 
-// TestEncoding: who wants gzip alone gets it, and who takes nothing that there is is told (RFC 9110, 12.5.3).
+// TestEncoding: a client that accepts only gzip gets it, and one that accepts no available encoding gets an error (RFC 9110, 12.5.3).
 func TestEncoding(t *testing.T) {
 	for accept, want := range map[string][2]bool{
 		"": {false, true}, "gzip": {true, true}, "gzip, deflate, br": {false, true}, "identity": {false, true}, "*": {false, true},

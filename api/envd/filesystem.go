@@ -21,17 +21,17 @@ import (
 // metadataPrefix begins the names of the extended attributes that clients set and see as metadata.
 const metadataPrefix = "e2b."
 
-// Bounds of listings, which are made in memory.
+// Bounds of listings, which are built in memory.
 const (
-	maxListed   = 100_000  // entries of one
-	maxListing  = 16 << 20 // bytes of the names in one
+	maxListed   = 100_000  // entries of one listing
+	maxListing  = 16 << 20 // bytes of the names in one listing
 	maxListings = 8        // at once
 )
 
-// files is the service filesystem.Filesystem.
+// files implements the service filesystem.Filesystem.
 type files struct{ *Server }
 
-// absolute is a path as the agent takes it: relative ones, and ~, are below the user's directory.
+// absolute returns the path that the agent takes. A relative path is below the user's directory, and ~ is the user's home.
 func (p *place) absolute(ctx context.Context, name, who string) (string, error) {
 	if strings.IndexByte(name, 0) >= 0 {
 		return "", errorf(connect.CodeInvalidArgument, "the path has a NUL byte")
@@ -58,7 +58,7 @@ func (p *place) absolute(ctx context.Context, name, who string) (string, error) 
 	return path.Join(u.Cwd, name), nil
 }
 
-// asked is the absolute path of a call, and whom it is for.
+// asked returns the absolute path of a call and its user.
 func asked(ctx context.Context, req connect.AnyRequest, name string) (p *place, file, who string, err error) {
 	p = placeOf(ctx)
 	if who, err = user(req.Header()); err == nil {
@@ -67,7 +67,7 @@ func asked(ctx context.Context, req connect.AnyRequest, name string) (p *place, 
 	return p, file, who, err
 }
 
-// given is a name as a client has given it.
+// given decodes a name from a client.
 func (p *place) given(name string) string {
 	if p.shown {
 		return names.Parse(name)
@@ -75,7 +75,7 @@ func (p *place) given(name string) string {
 	return name
 }
 
-// told is a name as a client takes it. Protocol buffers have no bytes that are not text.
+// told encodes a name for a client. Strings of protocol buffers must be valid UTF-8.
 func (p *place) told(name string) string {
 	if p.shown {
 		return names.Show(name)
@@ -83,7 +83,7 @@ func (p *place) told(name string) string {
 	return valid(name)
 }
 
-// entry is a file as clients see it.
+// entry describes a file for clients.
 func (p *place) entry(f agent.FileInfo) *pb.EntryInfo {
 	e := &pb.EntryInfo{Name: p.told(path.Base(f.Path)), Type: typeOf(f.Type), Path: p.told(f.Path), Size: f.Size, Mode: modeOf(f.Mode),
 		Owner: f.Owner, Group: f.Group, ModifiedTime: timestamppb.New(f.MTime)}
@@ -118,7 +118,7 @@ func typeOf(t string) pb.FileType {
 	return pb.FileType_FILE_TYPE_UNSPECIFIED
 }
 
-// modeOf is the permissions alone.
+// modeOf returns the permission bits of a mode.
 func modeOf(octal string) uint32 {
 	n, err := strconv.ParseUint(octal, 8, 32)
 	if err != nil {
@@ -235,11 +235,11 @@ func (f files) ListDir(ctx context.Context, req *connect.Request[pb.ListDirReque
 		}
 		if len(out.Entries) >= maxListed || size > maxListing {
 			return nil, errorf(connect.CodeResourceExhausted,
-				"there are more files than one answer can have (%d, with names of %d MB): list directories below it, or less deep",
+				"more files than one answer can hold (%d, with names of %d MB): list its subdirectories, or a smaller depth",
 				maxListed, maxListing>>20)
 		}
 		if len(part.Entries) == 0 {
-			return nil, errorf(connect.CodeInternal, "the sandbox has broken off its listing")
+			return nil, errorf(connect.CodeInternal, "the sandbox broke off its listing")
 		}
 		last := part.Entries[len(part.Entries)-1].Path
 		if slices.Compare(strings.Split(last, "/"), strings.Split(ask.After, "/")) <= 0 {
@@ -249,7 +249,7 @@ func (f files) ListDir(ctx context.Context, req *connect.Request[pb.ListDirReque
 	}
 }
 
-// isDir says what is wrong with a path that is no directory.
+// isDir returns an error if a path is not a directory.
 func (p *place) isDir(ctx context.Context, dir string) error {
 	info, err := p.client.Stat(ctx, dir)
 	switch {

@@ -9,17 +9,17 @@ import (
 	"time"
 )
 
-// Idle ends the connection of a request on which nothing moves for long. It is safe for concurrent use, as long as the request is served.
+// Idle ends the connection of a request on which nothing moves for a long time. It is safe for concurrent use while the request is served.
 type Idle struct {
 	c     *http.ResponseController
 	limit time.Duration
 
 	mu    sync.Mutex
 	last  time.Time
-	ended bool // by Cut or Over: what moves later is no business of this connection
+	ended bool // by Cut or Over: later moves do not belong to this request
 }
 
-// NewIdle makes one that waits for the first move.
+// NewIdle makes an Idle that waits for the first move.
 func NewIdle(w http.ResponseWriter, limit time.Duration) *Idle {
 	return &Idle{c: http.NewResponseController(w), limit: limit}
 }
@@ -27,7 +27,7 @@ func NewIdle(w http.ResponseWriter, limit time.Duration) *Idle {
 // Moves says that something has moved.
 func (i *Idle) Moves() { i.move() }
 
-// move is Moves, and says whether the request is still served.
+// move is Moves, and reports whether the request is still served.
 func (i *Idle) move() bool {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -48,7 +48,8 @@ func (i *Idle) Cut() {
 	}
 }
 
-// Over leaves the connection to the next request. Where a write has failed before, net/http sends no more on it.
+// Over removes the deadlines, for the next request on the connection. If a write has failed before, net/http does not use the connection
+// again.
 func (i *Idle) Over() {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -57,10 +58,10 @@ func (i *Idle) Over() {
 }
 
 func (i *Idle) until(t time.Time) {
-	_ = errors.Join(i.c.SetReadDeadline(t), i.c.SetWriteDeadline(t)) // where there are none it goes on without
+	_ = errors.Join(i.c.SetReadDeadline(t), i.c.SetWriteDeadline(t)) // without deadlines the request continues unbounded
 }
 
-// Waits keeps the connection while something is waited for that may take any time, until over is called.
+// Waits keeps the connection open during a wait of any length, until over is called.
 func (i *Idle) Waits() (over func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var next func()
@@ -73,7 +74,7 @@ func (i *Idle) Waits() (over func()) {
 	return func() { cancel(); timer.Stop() }
 }
 
-// Reader is a body of which every read is a move.
+// Reader returns a reader on which every read counts as a move.
 func (i *Idle) Reader(r io.Reader) io.Reader { return movingReader{r, i} }
 
 type movingReader struct {
@@ -87,7 +88,7 @@ func (m movingReader) Read(p []byte) (int, error) {
 	return m.Reader.Read(p)
 }
 
-// writer is a response of which every write is a move.
+// writer returns a response on which every write counts as a move.
 func (i *Idle) writer(w http.ResponseWriter) http.ResponseWriter { return movingWriter{w, i} }
 
 type movingWriter struct {

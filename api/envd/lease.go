@@ -10,9 +10,9 @@ import (
 	"soulbox.dev/soulbox/api/client"
 )
 
-// leases end processes that hang on those who follow them: where all of these are gone, and nobody has come for a while, it is killed.
-// E2B's clients ask for no such thing. They are of this server alone: a process that it has left to another goes on there until its starter
-// has come back, and is gone again. The zero value is ready, and safe for concurrent use.
+// leases end processes that need followers: when the last follower has gone and no other has come for a while, the process is killed. E2B's
+// clients do not ask for this. Only this server knows its leases: after another server has adopted the sandbox, the process runs on until
+// its starter has reconnected and left again. The zero value is ready, and safe for concurrent use.
 type leases struct {
 	mu  sync.Mutex
 	all map[leaseKey]*lease
@@ -21,9 +21,9 @@ type leases struct {
 type leaseKey struct{ sandbox, process string }
 
 type lease struct {
-	linger    time.Duration // 0 is for ever
+	linger    time.Duration // 0 sets no limit
 	followers int
-	timer     *time.Timer // while there are none
+	timer     *time.Timer // runs while there are no followers
 }
 
 const (
@@ -31,7 +31,7 @@ const (
 	killTime  = 10 * time.Second
 )
 
-// follow counts somebody who follows a process, until gone is called. What he says of its end holds from now on, if anybody has asked for
+// follow counts one more follower of a process until gone is called. If the process has a lease, the follower's linger replaces the earlier
 // one.
 func (l *leases) follow(ctx context.Context, p *place, process string, h http.Header) (gone func()) {
 	linger := lingerOf(h)
@@ -57,7 +57,7 @@ func (l *leases) follow(ctx context.Context, p *place, process string, h http.He
 	return func() { l.leave(ctx, p, key, one) }
 }
 
-// lingerOf is how long a client wants a process to be there for that nobody follows; 0 is for ever.
+// lingerOf returns how long a client lets a process run without followers; 0 sets no limit.
 func lingerOf(h http.Header) time.Duration {
 	ms, err := strconv.ParseInt(h.Get(client.LingerHeader), 10, 64)
 	if err != nil || ms <= 0 || ms > maxLinger.Milliseconds() {
@@ -66,8 +66,8 @@ func lingerOf(h http.Header) time.Duration {
 	return time.Duration(ms) * time.Millisecond
 }
 
-// leave counts one less. The call's own end, as that of the process, asks for nothing more, and where the sandbox is paused everything in
-// it stays.
+// leave counts one follower less. After the last one, it starts the timer that kills the process, except when the process needs no
+// follower, when the call ended by itself, as it does with the process, or when the sandbox is paused, where everything stays.
 func (l *leases) leave(ctx context.Context, p *place, key leaseKey, one *lease) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -81,7 +81,7 @@ func (l *leases) leave(ctx context.Context, p *place, key leaseKey, one *lease) 
 	one.timer = time.AfterFunc(one.linger, func() { l.kill(p, key, one) })
 }
 
-// kill ends a process that nobody follows. Where its sandbox is paused it waits for that to go on.
+// kill ends a process without followers. While its sandbox is paused, kill waits for it to be resumed.
 func (l *leases) kill(p *place, key leaseKey, one *lease) {
 	ctx, cancel := context.WithTimeout(context.Background(), killTime)
 	defer cancel()
@@ -99,6 +99,6 @@ func (l *leases) kill(p *place, key leaseKey, one *lease) {
 	delete(l.all, key)
 	l.mu.Unlock()
 	if err == nil {
-		_, _ = client.Kill(ctx, key.process) // one that has ended is ended
+		_, _ = client.Kill(ctx, key.process) // it may have ended already
 	}
 }

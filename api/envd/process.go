@@ -24,17 +24,17 @@ import (
 )
 
 const (
-	keepAlive    = 90 * time.Second // where the client names no other interval
+	keepAlive    = 90 * time.Second // if the client names no other interval
 	minKeepAlive = time.Second
 	maxKeepAlive = 300              // seconds: less than idleTime
-	endedKept    = 30 * time.Second // in which the end of a process is still told
-	waitPart     = time.Hour        // of a wait that has no end of its own
+	endedKept    = 30 * time.Second // how long the end of a process can still be asked for
+	waitPart     = time.Hour        // of a wait without an end of its own
 )
 
-// processes is the service process.Process.
+// processes implements the service process.Process.
 type processes struct{ *Server }
 
-// Start implements processconnect.ProcessHandler. The process does not hang on the stream, but is killed at the deadline of the call.
+// Start implements processconnect.ProcessHandler. The process does not depend on the stream, but it is killed at the deadline of the call.
 func (s processes) Start(ctx context.Context, req *connect.Request[pb.StartRequest], stream *connect.ServerStream[pb.StartResponse]) error {
 	p := placeOf(ctx)
 	start, err := p.startRequest(ctx, req)
@@ -52,8 +52,8 @@ func (s processes) Start(ctx context.Context, req *connect.Request[pb.StartReque
 	return f.run(ctx, began.Process, 0)
 }
 
-// start starts a process. That is not cancelled: whether it was started would be unknown. hangs says that it is to end with those who
-// follow it: one whose starter is gone by then is known to nobody.
+// start starts a process. ctx does not cancel the start, because it would be unknown whether the process was started. hangs says that the
+// process ends with its followers: if the caller has gone meanwhile, the process is killed, because no client knows of it.
 func (p *place) start(ctx context.Context, req agent.StartRequest, hangs bool) (agent.Snapshot, error) {
 	begin := func() (agent.Snapshot, error) { return p.client.Start(context.WithoutCancel(ctx), req) }
 	if !hangs {
@@ -62,11 +62,11 @@ func (p *place) start(ctx context.Context, req agent.StartRequest, hangs bool) (
 	return agent.OrGiveUp(ctx, begin, func(began agent.Snapshot) {
 		ending, cancel := context.WithTimeout(context.Background(), killTime)
 		defer cancel()
-		_, _ = p.client.Kill(ending, began.Process.ID) // one that has ended is ended
+		_, _ = p.client.Kill(ending, began.Process.ID) // it may have ended already
 	})
 }
 
-// startRequest is what a client wants to start, in the agent's words.
+// startRequest translates a client's request into the agent's.
 func (p *place) startRequest(ctx context.Context, req *connect.Request[pb.StartRequest]) (agent.StartRequest, error) {
 	config := req.Msg.GetProcess()
 	if config.GetCmd() == "" {
@@ -96,7 +96,7 @@ func (p *place) startRequest(ctx context.Context, req *connect.Request[pb.StartR
 	return start, nil
 }
 
-// startError says what is wrong in the words that clients know.
+// startError returns the error in the words that clients know.
 func startError(err error, config *pb.ProcessConfig, who string) error {
 	switch {
 	case errors.Is(err, agent.ErrNoUser):
@@ -105,7 +105,7 @@ func startError(err error, config *pb.ProcessConfig, who string) error {
 		return errorf(connect.CodeInvalidArgument, "cwd '%s' does not exist", config.GetCwd())
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.ENOEXEC), errors.Is(err, syscall.EISDIR):
 		told := errorf(connect.CodeInvalidArgument, "the program %q cannot be started: %w", config.GetCmd(), err)
-		status := "126" // as shells have it (POSIX, 2.8.2)
+		status := "126" // as in shells (POSIX, 2.8.2)
 		if errors.Is(err, fs.ErrNotExist) {
 			status = "127"
 		}
@@ -115,8 +115,8 @@ func startError(err error, config *pb.ProcessConfig, who string) error {
 	return err
 }
 
-// Connect implements processconnect.ProcessHandler: what comes from now on, or from an offset, where also one that has ended long ago is
-// told of.
+// Connect implements processconnect.ProcessHandler. It sends the output from now on, or from an offset if the client sends one; with an
+// offset it also finds processes that ended long ago.
 func (s processes) Connect(ctx context.Context, req *connect.Request[pb.ConnectRequest],
 	stream *connect.ServerStream[pb.ConnectResponse]) error {
 	p := placeOf(ctx)
@@ -142,7 +142,7 @@ func (s processes) Connect(ctx context.Context, req *connect.Request[pb.ConnectR
 	return f.run(ctx, process, from)
 }
 
-// interval is how often a client wants to be told that the stream lives.
+// interval returns how often a client wants a sign that the stream lives.
 func interval(h http.Header) time.Duration {
 	n, err := strconv.Atoi(h.Get("Keepalive-Ping-Interval"))
 	if err != nil || n <= 0 || n > maxKeepAlive {
@@ -151,12 +151,12 @@ func interval(h http.Header) time.Duration {
 	return max(time.Duration(n)*time.Second, minKeepAlive)
 }
 
-// feed tells a client what a process does.
+// feed sends a client the events of a process.
 type feed struct {
 	place    *place
 	id       string
 	terminal bool
-	late     bool // what came before it is not missed; used by who follows alone
+	late     bool // output before the first frame may be missing; only Follow's goroutine uses it
 	every    time.Duration
 
 	mu   sync.Mutex // of send
@@ -169,7 +169,7 @@ type feed struct {
 
 var errOver = errors.New("all is told")
 
-// run tells all until the end of the process. What its children write after that is not waited for.
+// run sends all events until the end of the process. It does not wait for what the process's children write after that.
 func (f *feed) run(ctx context.Context, p agent.Process, from int64) error {
 	if err := f.tell(&pb.ProcessEvent{Event: &pb.ProcessEvent_Start{Start: &pb.ProcessEvent_StartEvent{Pid: uint32(p.PID)}}}); err != nil {
 		return err
@@ -184,7 +184,7 @@ func (f *feed) run(ctx context.Context, p agent.Process, from int64) error {
 	all.Go(func() {
 		err := f.place.client.Follow(telling, f.id, from, f.frame)
 		if err != nil {
-			stop(err) // it is not waited for either
+			stop(err) // await stops too
 		}
 		followed <- err
 	})
@@ -222,7 +222,7 @@ func (f *feed) tell(e *pb.ProcessEvent) error {
 	return f.send(e)
 }
 
-// frame tells some output.
+// frame sends some output.
 func (f *feed) frame(o agent.OutputFrame) error {
 	if o.End != nil {
 		return nil
@@ -250,7 +250,7 @@ func (f *feed) frame(o agent.OutputFrame) error {
 	return nil
 }
 
-// keepAlive sends something where there was nothing for a while, so that no proxy takes the stream for dead.
+// keepAlive sends a sign of life after a silence, so that no proxy takes the stream for dead.
 func (f *feed) keepAlive(ctx context.Context, stop context.CancelCauseFunc) {
 	timer := time.NewTimer(f.every)
 	defer timer.Stop()
@@ -273,7 +273,7 @@ func (f *feed) keepAlive(ctx context.Context, stop context.CancelCauseFunc) {
 	}
 }
 
-// endOf tells the end of a process in the words of Go's os.ProcessState.
+// endOf describes the end of a process in the words of Go's os.ProcessState.
 func endOf(p agent.Process) *pb.ProcessEvent_EndEvent {
 	e := &pb.ProcessEvent_EndEvent{ExitCode: int32(p.ExitCode), Exited: true, Status: "exit status " + strconv.Itoa(p.ExitCode)}
 	if p.Signal != "" {
@@ -296,7 +296,7 @@ func signalText(name string) string {
 	return name
 }
 
-// find finds the process that a client means, also one that ended not longer ago than that.
+// find finds the process that a client selects: one that runs, or one that ended at most ended ago.
 func (p *place) find(ctx context.Context, s *pb.ProcessSelector, ended time.Duration) (agent.Process, error) {
 	list, err := p.client.List(ctx, agent.ListRequest{Tag: s.GetTag()})
 	if err != nil {
@@ -319,7 +319,7 @@ func (p *place) find(ctx context.Context, s *pb.ProcessSelector, ended time.Dura
 	if len(list) == 0 {
 		return agent.Process{}, errorf(connect.CodeNotFound, "process with %s not found", what)
 	}
-	// A number may have been used again: the one that runs is meant, or the last one.
+	// A number may be reused: prefer the process that runs, otherwise the last one.
 	return slices.MinFunc(list, func(a, b agent.Process) int {
 		return cmp.Or(cmp.Compare(b.State, a.State), b.Started.Compare(a.Started))
 	}), nil
@@ -349,7 +349,7 @@ func (processes) List(ctx context.Context, _ *connect.Request[pb.ListRequest]) (
 	return connect.NewResponse(out), nil
 }
 
-// valid makes a text of a guest one that protocol buffers take.
+// valid makes a guest's text valid UTF-8, which protocol buffers require.
 func valid(text string) string { return strings.ToValidUTF8(text, "\uFFFD") }
 
 func validAll(texts []string) []string {
@@ -397,7 +397,7 @@ func (p *place) write(ctx context.Context, process agent.Process, input *pb.Proc
 	default:
 		return errorf(connect.CodeInvalidArgument, "there is no input: give stdin or pty")
 	}
-	defer p.idle.Waits()() // a process may not read for long
+	defer p.idle.Waits()() // a process may not read for a long time
 	_, err := p.client.WriteStdin(ctx, process.ID, text, false)
 	return err
 }
@@ -426,8 +426,8 @@ func (processes) StreamInput(ctx context.Context,
 	return connect.NewResponse(&pb.StreamInputResponse{}), stream.Err()
 }
 
-// SendSignal implements processconnect.ProcessHandler. SIGKILL ends all that the process has started. E2B names two signals, by their
-// numbers; here every signal has its own.
+// SendSignal implements processconnect.ProcessHandler. SIGKILL ends everything that the process has started. E2B defines two signals by
+// their numbers; this server takes every signal's number.
 func (processes) SendSignal(ctx context.Context, req *connect.Request[pb.SendSignalRequest]) (*connect.Response[pb.SendSignalResponse],
 	error) {
 	p := placeOf(ctx)

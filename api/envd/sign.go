@@ -17,7 +17,7 @@ const (
 	OpWrite = "write"
 )
 
-// Sign makes the signature of a URL for one file: who has it does that one operation without the sandbox' token, until a time (zero: as
+// Sign makes the signature of a URL for one file. Its holder can do that one operation without the sandbox's token, until a time (zero: as
 // long as the token lasts). path and user are as in the URL, which is not normalised. The form is E2B's (docs/protocol.md).
 func Sign(path, operation, user, token string, until time.Time) string {
 	raw := path + ":" + operation + ":" + user + ":" + token
@@ -28,7 +28,7 @@ func Sign(path, operation, user, token string, until time.Time) string {
 	return "v1_" + base64.RawStdEncoding.EncodeToString(sum[:])
 }
 
-// SignedQuery is the query of a signed URL of /files.
+// SignedQuery returns the query of a signed URL of /files.
 func SignedQuery(path, operation, user, token string, until time.Time) url.Values {
 	q := url.Values{"path": {path}, "signature": {Sign(path, operation, user, token, until)}}
 	if user != "" {
@@ -40,7 +40,7 @@ func SignedQuery(path, operation, user, token string, until time.Time) url.Value
 	return q
 }
 
-// unsigned says what is wrong with the signature of a request for a file; "" is nothing.
+// unsigned says what is wrong with the signature of a request for a file; "" means nothing.
 func (t Target) unsigned(r *http.Request, operation string) string {
 	if r.Header.Get(TokenHeader) != "" {
 		return "the access token is not that of this sandbox"
@@ -55,7 +55,7 @@ func (t Target) unsigned(r *http.Request, operation string) string {
 			return "invalid signature"
 		}
 	}
-	if strings.Contains(q.Get("username"), ":") { // the parts of what is signed must stay apart
+	if strings.Contains(q.Get("username"), ":") { // the parts of the signed text must stay distinct
 		return "invalid signature"
 	}
 	var until time.Time

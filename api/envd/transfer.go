@@ -26,7 +26,7 @@ const (
 	metadataHeader = "X-Metadata-"
 )
 
-// uploaded is a file as it is told to who has written it.
+// uploaded describes a written file to the client.
 type uploaded struct {
 	Path     string            `json:"path"`
 	Name     string            `json:"name"`
@@ -34,14 +34,14 @@ type uploaded struct {
 	Metadata map[string]string `json:"metadata,omitempty"`
 }
 
-// target is the file that a request is for, and whom it is for; ok is false where that was answered.
+// target returns the file of a request and its user; ok is false if the request has been answered with an error.
 func (s *Server) target(w http.ResponseWriter, r *http.Request) (p *place, file, who string, ok bool) {
 	p, who = placeOf(r.Context()), r.URL.Query().Get("username")
 	file, ok = s.resolve(w, r, p, r.URL.Query().Get("path"), who)
 	return p, file, who, ok
 }
 
-// resolve is absolute, with its errors as plain HTTP has them. An empty path stays empty.
+// resolve is absolute, but answers errors in the form of plain HTTP. An empty path stays empty.
 func (s *Server) resolve(w http.ResponseWriter, r *http.Request, p *place, name, who string) (string, bool) {
 	if name == "" {
 		return "", true
@@ -61,7 +61,7 @@ func (s *Server) resolve(w http.ResponseWriter, r *http.Request, p *place, name,
 	return "", false
 }
 
-// wrong answers with what is wrong with a file.
+// wrong answers with the error of a file.
 func (s *Server) wrong(w http.ResponseWriter, r *http.Request, file string, err error) {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -75,7 +75,7 @@ func (s *Server) wrong(w http.ResponseWriter, r *http.Request, file string, err 
 	}
 }
 
-// download gives a file.
+// download sends a file.
 func (s *Server) download(w http.ResponseWriter, r *http.Request) {
 	p, file, _, ok := s.target(w, r)
 	if !ok {
@@ -113,18 +113,18 @@ func (s *Server) download(w http.ResponseWriter, r *http.Request) {
 		if err == nil {
 			err = out.Close()
 		}
-	case info.Size == 0 && strings.HasPrefix(file, "/proc/"): // which tells no size
+	case info.Size == 0 && strings.HasPrefix(file, "/proc/"): // its files have no size
 		_, err = io.Copy(p.idle.writer(w), f)
 	default:
 		http.ServeContent(p.idle.writer(w), r, path.Base(file), info.MTime, f)
 		err = f.err
 	}
-	if err != nil { // it must not look whole
+	if err != nil { // the answer must not look complete
 		panic(http.ErrAbortHandler)
 	}
 }
 
-// escape is a text as a parameter of a header (RFC 8187).
+// escape encodes a text as a header's parameter (RFC 8187).
 func escape(text string) string {
 	var b strings.Builder
 	for _, c := range []byte(text) {
@@ -137,8 +137,8 @@ func escape(text string) string {
 	return b.String()
 }
 
-// encoding says whether a client wants gzip, and whether it takes anything that there is (RFC 9110, 12.5.3). Where it likes both, it gets
-// the file as it is: that is faster on most ways, and has ranges.
+// encoding reports whether to send gzip, and whether the client accepts any encoding that there is (RFC 9110, 12.5.3). A client that
+// accepts both equally gets the file uncompressed, which is faster on most networks and supports ranges.
 func encoding(accept []string) (zip, acceptable bool) {
 	weight := map[string]float64{"identity": -1, "gzip": -1, "*": -1}
 	for _, one := range strings.Split(strings.Join(accept, ","), ",") {
@@ -156,7 +156,7 @@ func encoding(accept []string) (zip, acceptable bool) {
 			weight[name] = weight["*"]
 		}
 	}
-	if weight["identity"] < 0 { // it is always acceptable, unless it is said not to be
+	if weight["identity"] < 0 { // always acceptable unless the client excludes it
 		return weight["gzip"] > 0 && len(accept) == 1 && strings.TrimSpace(accept[0]) == "gzip", true
 	}
 	if weight["gzip"] > weight["identity"] {
@@ -165,15 +165,15 @@ func encoding(accept []string) (zip, acceptable bool) {
 	return false, weight["identity"] > 0
 }
 
-// guestFile reads a file of a sandbox from wherever it is asked to.
+// guestFile reads a file of a sandbox from any offset.
 type guestFile struct {
 	ctx    context.Context
 	client *agent.Client
 	name   string
 	size   int64
 	at     int64
-	body   io.ReadCloser // from at on; nil is not opened
-	err    error         // other than the end of it
+	body   io.ReadCloser // from at on; nil if not opened
+	err    error         // except the end of the file
 }
 
 // Seek implements io.Seeker.
@@ -194,7 +194,7 @@ func (f *guestFile) Seek(offset int64, whence int) (int64, error) {
 	return offset, nil
 }
 
-// Read implements io.Reader. A file that has become shorter is an error: its length was told.
+// Read implements io.Reader. A file that has become shorter is an error, because its length has been announced.
 func (f *guestFile) Read(p []byte) (int, error) {
 	if f.body == nil {
 		if f.body, _, f.err = f.client.ReadFile(f.ctx, f.name, f.at, -1); f.err != nil {
@@ -252,7 +252,7 @@ func (s *Server) upload(w http.ResponseWriter, r *http.Request) {
 		}
 		return false
 	}
-	kind, params, _ := mime.ParseMediaType(r.Header.Get("Content-Type")) // what cannot be parsed is neither
+	kind, params, _ := mime.ParseMediaType(r.Header.Get("Content-Type")) // an unknown type is refused below
 	switch kind {
 	case "application/octet-stream":
 		if file == "" {
@@ -273,7 +273,7 @@ func (s *Server) upload(w http.ResponseWriter, r *http.Request) {
 	answer(w, written)
 }
 
-// unzipped is the body of a request as it is meant; where that is not known, it is answered.
+// unzipped returns the decoded body of a request. It answers a request whose encoding is unknown.
 func unzipped(w http.ResponseWriter, r *http.Request, body io.Reader) (io.Reader, bool) {
 	switch e := strings.ToLower(r.Header.Get("Content-Encoding")); e {
 	case "", "identity":
@@ -290,7 +290,7 @@ func unzipped(w http.ResponseWriter, r *http.Request, body io.Reader) (io.Reader
 	}
 }
 
-// source remembers what was wrong with the client's body.
+// source remembers the error of the client's body.
 type source struct {
 	r   io.Reader
 	err error
@@ -304,7 +304,7 @@ func (s *source) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// parts writes each file of a form, as it comes.
+// parts writes each file of a form as it arrives.
 func (s *Server) parts(w http.ResponseWriter, r *http.Request, p *place, form *multipart.Reader, file, who string,
 	put func(string, io.Reader) bool) bool {
 	for n := 0; ; {
@@ -327,7 +327,7 @@ func (s *Server) parts(w http.ResponseWriter, r *http.Request, p *place, form *m
 		}
 		to := file
 		if n++; to == "" {
-			// FileName has the last element of the path alone.
+			// Part.FileName would return only the last element of the path.
 			_, params, _ := mime.ParseMediaType(part.Header.Get("Content-Disposition"))
 			if params["filename"] == "" {
 				fail(w, http.StatusBadRequest, "a file has no name: name it by ?path= or the filename of its part")
@@ -347,7 +347,8 @@ func (s *Server) parts(w http.ResponseWriter, r *http.Request, p *place, form *m
 	}
 }
 
-// metadataOf is what a request wants to be kept with its files, as it is told and as attributes: all of it, what a file had before goes.
+// metadataOf returns the metadata that a request sets on its files, as clients see it and as attributes. It replaces all earlier metadata
+// of a file.
 func metadataOf(h http.Header) (metadata, attrs map[string]string, err error) {
 	size := 0
 	attrs = map[string]string{}

@@ -15,8 +15,8 @@ import (
 )
 
 const (
-	watchWait   = 30 * time.Second // of one look at a watch
-	maxWatchers = 64               // that clients have begun in a sandbox and not ended; its agent has no more either
+	watchWait   = 30 * time.Second // of one read of a watch
+	maxWatchers = 64               // of one sandbox that clients have created and not removed; its agent allows no more either
 	maxWatchID  = 64               // bytes
 	maxPolled   = 8192             // events in one answer; an agent keeps no more
 )
@@ -30,12 +30,12 @@ type request interface {
 
 // watcher is a watch of a directory.
 type watcher struct {
-	id      string // as the agent has it
+	id      string // the agent's id
 	dir     string
 	entries bool
 	next    int64
 
-	turn chan struct{} // has a token while somebody reads it
+	turn chan struct{} // holds a token while a call reads the watch
 }
 
 // begin begins a watch.
@@ -49,26 +49,26 @@ func begin(ctx context.Context, req connect.AnyRequest, r request) (*place, *wat
 	}
 	first, err := p.client.WatchTree(ctx, agent.TreeRequest{Path: dir, Recursive: r.GetRecursive()})
 	if err == nil && (first.Watch == "" || len(first.Watch) > maxWatchID) {
-		err = errorf(connect.CodeInternal, "the sandbox gives the watch no name")
+		err = errorf(connect.CodeInternal, "the sandbox returned no id for the watch")
 	}
 	return p, &watcher{id: first.Watch, dir: dir, entries: r.GetIncludeEntry(), turn: make(chan struct{}, 1)}, err
 }
 
-// end ends a watch, also when the call is over.
+// end ends a watch, even after the call has ended.
 func (w *watcher) end(p *place) {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	_, _ = p.client.WatchTree(ctx, agent.TreeRequest{Watch: w.id, Close: true}) // one that is not there any more is ended
+	_, _ = p.client.WatchTree(ctx, agent.TreeRequest{Watch: w.id, Close: true}) // it may have ended already
 }
 
-// read gives what has happened since the last time, and says whether there is more; it waits for something if there is nothing.
+// read returns what has happened since the last read, and whether there is more. If there is nothing, it waits for something.
 func (w *watcher) read(ctx context.Context, p *place, wait time.Duration) ([]*pb.FilesystemEvent, bool, error) {
 	r, err := p.client.WatchTree(ctx, agent.TreeRequest{Watch: w.id, From: w.next, WaitMS: wait.Milliseconds()})
 	if err != nil {
 		return nil, false, err
 	}
 	if r.Lost {
-		return nil, false, errorf(connect.CodeResourceExhausted, "more has changed below %s than is kept: look at it anew, and watch again",
+		return nil, false, errorf(connect.CodeResourceExhausted, "more changes below %s than are kept: list it and watch again",
 			w.dir)
 	}
 	var events []*pb.FilesystemEvent
@@ -82,7 +82,7 @@ func (w *watcher) read(ctx context.Context, p *place, wait time.Duration) ([]*pb
 	return events, r.More, nil
 }
 
-// tell is what happened as clients know it: the words are inotify's, where a move is two events.
+// tell translates an event for clients, whose words are inotify's: a move is two events.
 func (w *watcher) tell(ctx context.Context, p *place, e agent.TreeEvent) []*pb.FilesystemEvent {
 	one := func(t pb.EventType, file string) *pb.FilesystemEvent {
 		out := &pb.FilesystemEvent{Name: p.told(strings.TrimPrefix(strings.TrimPrefix(file, w.dir), "/")), Type: t}
@@ -93,7 +93,7 @@ func (w *watcher) tell(ctx context.Context, p *place, e agent.TreeEvent) []*pb.F
 		}
 		return out
 	}
-	if e.Whole { // clients know an upload as what envd does, which writes to the file itself
+	if e.Whole { // clients expect an upload to look like envd's, which writes to the file itself
 		written := one(pb.EventType_EVENT_TYPE_WRITE, e.Path)
 		if e.Op == "create" {
 			return []*pb.FilesystemEvent{one(pb.EventType_EVENT_TYPE_CREATE, e.Path), written}
@@ -154,13 +154,13 @@ func (files) WatchDir(ctx context.Context, req *connect.Request[pb.WatchDirReque
 	}
 }
 
-// watchers are the watches of clients that ask again and again, by sandbox. It is safe for concurrent use.
+// watchers are the watches that clients poll, by sandbox. It is safe for concurrent use.
 type watchers struct {
 	mu   sync.Mutex
 	byID map[string]map[string]*watcher // by sandbox, then by the agent's id
 }
 
-// add keeps a watch, as long as its sandbox lives.
+// add keeps a watch as long as its sandbox lives.
 func (s *watchers) add(p *place, w *watcher) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -214,7 +214,7 @@ func (f files) CreateWatcher(ctx context.Context,
 	return connect.NewResponse(&pb.CreateWatcherResponse{WatcherId: w.id}), nil
 }
 
-// GetWatcherEvents implements filesystemconnect.FilesystemHandler. What its agent does not know any more is forgotten here, too.
+// GetWatcherEvents implements filesystemconnect.FilesystemHandler. It forgets a watch that the agent no longer knows.
 func (f files) GetWatcherEvents(ctx context.Context,
 	req *connect.Request[pb.GetWatcherEventsRequest]) (*connect.Response[pb.GetWatcherEventsResponse], error) {
 	p := placeOf(ctx)

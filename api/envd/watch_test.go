@@ -7,7 +7,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestWatchersEnd: what clients watch in a sandbox is forgotten with it, and what others watch is not.
+// TestWatchersEnd: the watches of a sandbox are forgotten when it ends; those of others are not.
 func TestWatchersEnd(t *testing.T) {
 	m, err := sandbox.NewManager(sandbox.Options{Dir: t.TempDir(), Runtime: &sandboxtest.Fake{}, Templates: sandboxtest.Templates{},
 		Version: "test"})
