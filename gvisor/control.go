@@ -134,13 +134,15 @@ func isSaving(stacks string) bool {
 	return false
 }
 
-// allStopped reports whether no task runs.
+// allStopped reports whether no task runs. A task that was just woken, at the end of a save, has the stack of a stopped one until it is its
+// turn on a core; only its state tells.
 func allStopped(stacks string) bool {
 	tasks, stopped := 0, 0
 	for goroutine := range strings.SplitSeq(stacks, "\n\n") {
 		if strings.Contains(goroutine, "kernel.(*Task).run(") {
 			tasks++
-			if strings.Contains(goroutine, "kernel.(*Task).doStop(") {
+			head, _, _ := strings.Cut(goroutine, "\n")
+			if strings.Contains(head, "[sync.Cond.Wait") && strings.Contains(goroutine, "kernel.(*Task).doStop(") {
 				stopped++
 			}
 		}

@@ -617,7 +617,7 @@ func TestRefusesToServe(t *testing.T) {
 		"--listen=0.0.0.0:0 --allow-remote":                            "--origin",
 		"--listen=0.0.0.0:0 --allow-remote --origin=x":                 "give scheme and host",
 		"--listen=0.0.0.0:0 --allow-remote --origin=https://a.example": "needs a key",
-		"--toolsets=core,nothing":                                      "there is no toolset",
+		"--listen=127.0.0.1:0 --toolsets=core,nothing":                 "there is no toolset",
 		"--on-exit=explode":                                            "keep or kill",
 		"--oidc-issuer=https://a.example":                              "go together",
 	} {
