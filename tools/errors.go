@@ -12,7 +12,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// advice is the next call to make for each class of error: the one place where errors become advice. The first that fits is given.
+// advice is the next call to make for each class of error. Errors become advice only here. The first entry that matches is used.
 var advice = []struct {
 	class error
 	text  string
@@ -108,7 +108,7 @@ func explain(tool string, err error) string {
 	return what
 }
 
-// sentence makes a sentence of an error's text; what the guest put into it is made inert.
+// sentence turns an error's text into a sentence. Text from the guest is made inert.
 func sentence(err error) string {
 	text := render([]byte(err.Error()))
 	for _, plain := range []error{agent.ErrInvalid, sandbox.ErrInvalid} {

@@ -28,7 +28,7 @@ func (s *Service) lifecycleTools() []server.ServerTool {
 	}
 }
 
-// own finds a sandbox that is to be as it is: it is neither made nor woken.
+// own finds a sandbox whose state must not change: the call neither makes nor wakes it.
 func (s *Service) own(ctx context.Context, t target) (*sandbox.Sandbox, error) {
 	own, owner, err := s.session(ctx)
 	if err != nil {
@@ -56,7 +56,7 @@ type sandboxPauseInput struct {
 	target
 }
 
-// sandboxPause of one that is paused so already is no error: what was wanted is the case.
+// sandboxPause succeeds if the sandbox is already paused in the wanted way.
 func (s *Service) sandboxPause(ctx context.Context, in sandboxPauseInput) (sandboxInfo, error) {
 	sb, err := s.own(ctx, in.target)
 	if err != nil {
@@ -66,7 +66,7 @@ func (s *Service) sandboxPause(ctx context.Context, in sandboxPauseInput) (sandb
 	if info := sb.Info(); err != nil && !(info.State == sandbox.Paused && (info.OnDisk || !in.ToDisk)) {
 		return sandboxInfo{}, err
 	}
-	if info := sb.Info(); info.State == sandbox.Paused && in.AutoResume && !info.AutoResume { // it was paused before
+	if info := sb.Info(); info.State == sandbox.Paused && in.AutoResume && !info.AutoResume { // it was already paused
 		if _, err := sb.Update(ctx, sandbox.Update{AutoResume: &in.AutoResume}); err != nil {
 			return sandboxInfo{}, err
 		}
@@ -160,7 +160,7 @@ func (o sandboxForkOutput) text() string {
 		"restart it, or have a hook do it]"
 }
 
-// sandboxFork fails as a whole only where no copy could be made.
+// sandboxFork fails as a whole only if no copy could be made.
 func (s *Service) sandboxFork(ctx context.Context, in sandboxForkInput) (sandboxForkOutput, error) {
 	sb, err := s.own(ctx, in.target)
 	if err != nil {

@@ -21,7 +21,7 @@ func (s *Service) observeTools() []server.ServerTool {
 	}
 }
 
-// moment reads a time: RFC 3339, or a duration, which is so long ago.
+// moment parses a time: RFC 3339, or a duration, which means that long ago.
 func moment(name, value string) (time.Time, error) {
 	if value == "" {
 		return time.Time{}, nil
@@ -190,7 +190,7 @@ func (s *Service) sandboxMetrics(ctx context.Context, in sandboxMetricsInput) (s
 	}}
 	step := (len(samples) + in.Points - 1) / in.Points
 	for i := range samples {
-		if (len(samples)-1-i)%max(1, step) != 0 { // the last one is always among them
+		if (len(samples)-1-i)%max(1, step) != 0 { // the last sample is always included
 			continue
 		}
 		m := samples[i]
@@ -202,5 +202,5 @@ func (s *Service) sandboxMetrics(ctx context.Context, in sandboxMetricsInput) (s
 	return out, nil
 }
 
-// round leaves one digit.
+// round keeps one decimal.
 func round(v float64) float64 { return float64(int64(v*10+0.5)) / 10 }

@@ -83,7 +83,7 @@ func (s *Service) portClose(ctx context.Context, in portCloseInput) (portCloseOu
 	return portCloseOutput{sb.ID(), in.Port}, sb.Unexpose(in.Port)
 }
 
-// portURL is where the user reaches a port: by the gateway where there is one, else on this machine's loopback.
+// portURL is where the user reaches a port: through the gateway if there is one, else on this machine's loopback.
 func (s *Service) portURL(sb *sandbox.Sandbox, p sandbox.Port) string {
 	if s.PortURL != nil {
 		return s.PortURL(sb, p)

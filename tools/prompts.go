@@ -9,7 +9,7 @@ import (
 	"github.com/mark3labs/mcp-go/server"
 )
 
-// prompt is a task that people give often, in the words that get the most out of a sandbox.
+// prompt is a common task, worded to get the most out of a sandbox.
 type prompt struct {
 	name, title, description string
 	args                     []promptArg

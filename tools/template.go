@@ -76,7 +76,7 @@ func (s *Service) templateBuild(ctx context.Context, in templateBuildInput) (_ t
 		Network: parseNetwork(in.Network), StartCmd: in.StartCmd, ReadyCmd: in.ReadyCmd,
 		Limits: sandbox.Limits{CPU: in.CPU, Memory: in.MemoryMB << 20},
 	}
-	if in.ContextPath != "" { // before anything of the build is said
+	if in.ContextPath != "" { // before any progress of the build is reported
 		if _, err := s.sandbox(ctx, in.SandboxID); err != nil {
 			return templateBuildOutput{}, err
 		}
@@ -102,7 +102,7 @@ func (s *Service) templateBuild(ctx context.Context, in templateBuildInput) (_ t
 	return templateBuildOutput{built.Name, built.ID, built.Size >> 20, built.Steps, built.Cached, built.Took.Milliseconds()}, nil
 }
 
-// buildContext finds the files of a build.
+// buildContext returns the files of a build.
 func (s *Service) buildContext(ctx context.Context, owner string, in templateBuildInput) (*template.Files, error) {
 	given := 0
 	for _, is := range []bool{len(in.Files) > 0, in.ContextPath != "", in.HostPath != ""} {
@@ -130,7 +130,7 @@ func (s *Service) buildContext(ctx context.Context, owner string, in templateBui
 	return s.Store.ContextFiles(ctx, owner, in.Files)
 }
 
-// hostDir is a directory of the host that the operator allows, by the name that it really has.
+// hostDir returns the real path (symlinks resolved) of a host directory that the operator allows.
 func (s *Service) hostDir(name string) (string, error) {
 	real, err := filepath.EvalSymlinks(name)
 	if err == nil && filepath.IsAbs(name) {
@@ -144,7 +144,7 @@ func (s *Service) hostDir(name string) (string, error) {
 		shorten(name, 200))
 }
 
-// contextIn reads a directory of a sandbox, or an archive that is a file there.
+// contextIn reads a directory of a sandbox, or an archive that is a file in it.
 func (s *Service) contextIn(ctx context.Context, owner string, client *agent.Client, name string) (*template.Files, error) {
 	info, err := client.Stat(ctx, name)
 	if err != nil {
@@ -166,7 +166,7 @@ func (s *Service) contextIn(ctx context.Context, owner string, client *agent.Cli
 	return s.Store.ReadContext(ctx, owner, r)
 }
 
-// parseNetwork reads the argument "network": none, full, or the entries of an allowlist.
+// parseNetwork parses the argument "network": none, full, or the entries of an allowlist.
 func parseNetwork(text string) sandbox.Network {
 	switch text {
 	case "", sandbox.NetworkNone, sandbox.NetworkFull:
@@ -183,7 +183,7 @@ type templateListInput struct{}
 
 type templateListOutput struct {
 	Templates []snapshotInfo `json:"templates"`
-	// DiskMB is what all templates of this server take, with what builds keep, and DiskBudgetMB what they may.
+	// DiskMB is what all templates of this server take, including what builds keep; DiskBudgetMB is the limit.
 	DiskMB       int64 `json:"disk_mb,omitempty"`
 	DiskBudgetMB int64 `json:"disk_budget_mb,omitempty"`
 }

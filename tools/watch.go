@@ -77,7 +77,7 @@ func (o fileWatchOutput) text() string {
 	return strings.Join(append(lines, "["+status+"]"), "\n")
 }
 
-// maxWatchEvents is how many changes a call gives at most.
+// maxWatchEvents bounds how many changes one call returns.
 const maxWatchEvents = 1000
 
 func (s *Service) fileWatch(ctx context.Context, in fileWatchInput) (fileWatchOutput, error) {
@@ -116,7 +116,7 @@ func (s *Service) fileWatch(ctx context.Context, in fileWatchInput) (fileWatchOu
 	return watchTree(ctx, client, req)
 }
 
-// watchTree reads a watch. A client that leaves while it waits gets what there is.
+// watchTree reads a watch. If the client leaves while it waits, it returns what there is.
 func watchTree(ctx context.Context, client *agent.Client, req agent.TreeRequest) (fileWatchOutput, error) {
 	ctx, cancel := client.Patience(ctx, time.Duration(req.WaitMS)*time.Millisecond, agent.Silence)
 	defer cancel()
