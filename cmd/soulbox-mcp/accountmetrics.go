@@ -10,14 +10,14 @@ import (
 	"soulbox.dev/soulbox/access"
 )
 
-// accountUses collects what owners use of the server's own resources.
+// accountUses collects how much of the server's own resources each owner uses.
 type accountUses struct{ accounts *access.Accounts }
 
 // descriptorUse collects the server's descriptors.
 type descriptorUse struct{ budget *descriptorBudget }
 
 const (
-	maxOwners   = 100 // that are told apart: those who use most of a resource
+	maxOwners   = 100 // owners with a label of their own: those who use most of a resource
 	otherOwners = "(others)"
 	maxLabel    = 64
 )
@@ -45,7 +45,7 @@ func (a accountUses) Collect(ch chan<- prometheus.Metric) {
 	}
 	for resource, uses := range byResource {
 		slices.SortStableFunc(uses, func(x, y access.Use) int { return cmp.Compare(y.Used, x.Used) })
-		sums := map[string]int64{} // two names may be one label
+		sums := map[string]int64{} // two names may give the same label
 		for i, u := range uses {
 			name := otherOwners
 			if i < maxOwners {
@@ -60,7 +60,7 @@ func (a accountUses) Collect(ch chan<- prometheus.Metric) {
 	}
 }
 
-// ownerLabel is an owner's name as a label: a provider's names may have any letters.
+// ownerLabel turns an owner's name into a label: a provider's names may contain any letters.
 func ownerLabel(owner string) string {
 	name := access.Name(owner)
 	return strings.Map(func(r rune) rune {

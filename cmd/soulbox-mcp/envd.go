@@ -17,8 +17,8 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// runEnvd serves one sandbox as E2B's SDKs look for it in debug mode (E2B_DEBUG=true): on this machine, without a control plane and without
-// a token. The sandbox ends with it.
+// runEnvd serves one sandbox as E2B's SDKs expect it in debug mode (E2B_DEBUG=true): on this machine, without a control plane and without a
+// token. The sandbox ends with the server.
 func runEnvd(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) (err error) {
 	c, listen, name, err := parseEnvd(args, getenv, stderr)
 	if err != nil {
@@ -87,14 +87,14 @@ func runEnvd(ctx context.Context, args []string, getenv func(string) string, std
 }
 
 const (
-	portsEvery  = 200 * time.Millisecond // between two looks at which ports there are
-	ownPorts    = 1024                   // that this machine's own services may want
-	maxReported = 64                     // ports of which it is told that they are taken
-	maxServed   = 256                    // ports at once
+	portsEvery  = 200 * time.Millisecond // between two checks which ports are open
+	ownPorts    = 1024                   // ports below may belong to this machine's own services
+	maxReported = 64                     // taken ports that are logged
+	maxServed   = 256                    // ports served at once
 )
 
-// servePorts serves the ports of a sandbox at the same numbers of this machine's loopback, where debug mode looks for them, as long as
-// something listens on them in the sandbox. What is taken here stays whose it is.
+// servePorts serves the ports of a sandbox at the same numbers of this machine's loopback, where debug mode looks for them, while something
+// in the sandbox listens on them. A port that is already in use here is left alone.
 func servePorts(ctx context.Context, sb *sandbox.Sandbox, log *slog.Logger) {
 	ticker := time.NewTicker(portsEvery)
 	defer ticker.Stop()
@@ -148,10 +148,11 @@ func parseEnvd(args []string, getenv func(string) string, stderr io.Writer) (c c
 	return c, listen, name, nil
 }
 
-// maxEnvdLife is longer than anybody debugs.
+// maxEnvdLife is longer than any debugging session.
 const maxEnvdLife = 30 * 24 * 3600e9
 
-// onLoopback refuses web pages: any page could ask a server that wants no token, by its own name (DNS rebinding) or from its own place.
+// onLoopback refuses web pages. Any page could reach a server that needs no token, by the page's own name (DNS rebinding) or from its own
+// origin.
 func onLoopback(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		host, _, err := net.SplitHostPort(r.Host)

@@ -12,7 +12,7 @@ import (
 	"soulbox.dev/soulbox/access"
 )
 
-// runKey makes, lists and revokes keys. The server sees the change at once.
+// runKey makes, lists and revokes keys. A running server sees the change at once.
 func runKey(args []string, getenv func(string) string, stdout, stderr io.Writer) error {
 	verb := ""
 	if len(args) > 0 {

@@ -14,7 +14,7 @@ import (
 	"soulbox.dev/soulbox/mcpserver"
 )
 
-// runStdio serves one client until it closes stdin or a signal comes.
+// runStdio serves one client until the client closes stdin or a signal comes.
 func runStdio(ctx context.Context, args []string, getenv func(string) string, stdin io.Reader, stdout, stderr io.Writer) (err error) {
 	c := config{onExit: "pause"}
 	var remote, keyFile string
@@ -39,7 +39,7 @@ func runStdio(ctx context.Context, args []string, getenv func(string) string, st
 	return mcpserver.Stdio{Server: s.mcp}.Serve(ctx, stdin, stdout)
 }
 
-// connect passes everything on to a remote server.
+// connect passes all messages on to a remote server.
 func (c config) connect(ctx context.Context, remote, keyFile, key string, stdin io.Reader, stdout, stderr io.Writer) (err error) {
 	u, err := url.Parse(remote)
 	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {

@@ -42,7 +42,7 @@ Usage:
 
 // runTemplate makes and shows templates.
 func runTemplate(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
-	debug.SetMemoryLimit(math.MaxInt64) // an index of packages is large, and this ends soon
+	debug.SetMemoryLimit(math.MaxInt64) // an index of packages is large, and this process is short-lived
 	command := ""
 	if len(args) > 0 {
 		command, args = args[0], args[1:]
@@ -109,7 +109,7 @@ func (c config) buildBase(ctx context.Context, o template.BaseOptions, stdout, s
 	return err
 }
 
-// moveTemplate does what concerns one template.
+// moveTemplate carries out the commands that concern one template.
 func (c config) moveTemplate(ctx context.Context, command string, names []string, stdout io.Writer) error {
 	store, err := c.newStore()
 	if err != nil {
@@ -176,16 +176,16 @@ func (c config) listTemplates(stdout io.Writer) error {
 	return err
 }
 
-// describeDisk says what the templates of all owners take.
+// describeDisk says how much disk the templates of all owners take.
 func describeDisk(d template.Disk) string {
 	return fmt.Sprintf("All templates, with what builds keep, take %d of %d MB of disk (--template-budget-mb).", d.Used>>20, d.Budget>>20)
 }
 
-// progress shows lines as they come: on a terminal the last one only, in one place.
+// progress shows lines as they come; on a terminal only the last one, in place.
 type progress struct {
 	to    io.Writer
 	began time.Time
-	width int // of a terminal; 0 is none
+	width int // columns of the terminal; 0 if there is none
 }
 
 func newProgress(to io.Writer) *progress {
