@@ -16,7 +16,7 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// notRunHere are the blocks of commands that TestDocCommands does not run, by a line of theirs, with the reason.
+// notRunHere are the blocks of commands that TestDocCommands does not run, by one of their lines, with the reason.
 var notRunHere = map[string]string{
 	"make demo":                      "TestDoctorAndDemo runs the demo; this is make test",
 	"claude mcp add":                 "a client's command; TestWork starts the program as it says",
@@ -30,13 +30,13 @@ var notRunHere = map[string]string{
 	"export E2B_API_KEY=e2b_…":       "settings; make conformance",
 }
 
-// documents are the pages whose commands are run.
+// documents are the pages whose commands the test runs.
 var documents = []string{
 	"README.md", "examples/README.md", "docs/tools.md", "docs/sandboxes.md", "docs/templates.md", "docs/network.md", "docs/http.md",
 	"docs/cli.md", "docs/e2b.md", "docs/api.md", "docs/limits.md", "docs/threats.md", "docs/troubleshooting.md",
 }
 
-// repository is where a file or directory of the repository is that tests read: as an ordinary user it is a copy (sandboxtest.Main).
+// repository is the path of a file or directory of the repository that tests read; for an ordinary user it is a copy (sandboxtest.Main).
 func repository(t *testing.T, name string) string {
 	t.Helper()
 	for _, root := range []string{"../..", "."} {
@@ -54,7 +54,7 @@ func repository(t *testing.T, name string) string {
 	return ""
 }
 
-// block is some commands of a document.
+// block is a block of commands in a document.
 type block struct {
 	file  string
 	lines []string
@@ -75,7 +75,7 @@ func docBlocks(t *testing.T, name string) (all []block) {
 		}
 		if open = ok; ok {
 			b := &all[len(all)-1]
-			if strings.HasPrefix(command, "  ") && len(b.lines) > 0 { // of the command before
+			if strings.HasPrefix(command, "  ") && len(b.lines) > 0 { // a continuation of the command before
 				b.lines[len(b.lines)-1] += "\n" + command
 				continue
 			}
@@ -85,8 +85,8 @@ func docBlocks(t *testing.T, name string) (all []block) {
 	return all
 }
 
-// TestDocCommands runs the commands of all documents as they are printed, each document's in one shell, in a checkout of its own with a home
-// of its own. Only the port of 'http' is another, as this machine may have a server.
+// TestDocCommands runs the commands of all documents as they are printed, each document's in one shell, in a checkout and a home of its
+// own. Only the port of 'http' differs, as this machine may run a server.
 func TestDocCommands(t *testing.T) {
 	for _, name := range documents {
 		t.Run(name, func(t *testing.T) {
