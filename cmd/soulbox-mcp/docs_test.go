@@ -119,8 +119,8 @@ func skipped(block string) string {
 	return ""
 }
 
-// asPrinted is a line of a document as a line of a script: a server goes on in the background once it answers, and what needs a terminal
-// gets one.
+// asPrinted turns a line of a document into a line of a script: a server moves to the background once it answers, and a command that needs
+// a terminal gets one.
 func asPrinted(line string) string {
 	command, _, _ := strings.Cut(line, " #")
 	command = strings.TrimSuffix(strings.TrimSpace(command), " &")
@@ -129,7 +129,7 @@ func asPrinted(line string) string {
 	case strings.HasPrefix(command, "bin/soulbox-mcp http"):
 		return echo + "serve " + strings.TrimPrefix(command, "bin/soulbox-mcp ") + "\n"
 	case strings.Contains(command, "sandbox connect"):
-		// What is typed before the shell is there may be lost, so it is typed until that has ended. TestConnect types more.
+		// Input that is typed before the shell has started may be lost, so it is typed until the shell has ended. TestConnect types more.
 		return echo + fmt.Sprintf("{ trap '' PIPE; while echo exit 2>/dev/null; do sleep 0.2; done; } | script -qec \"%s\" /dev/null "+
 			">/dev/null\n", command)
 	}
@@ -148,11 +148,11 @@ func runDoc(t *testing.T, script string) {
 	if err := errors.Join(os.Symlink(bin, filepath.Join(dir, "bin")), os.Symlink(examples, filepath.Join(dir, "examples"))); err != nil {
 		t.Fatal(err)
 	}
-	if strings.Contains(script, "template build") { // a small one stands for the base that takes minutes to build
+	if strings.Contains(script, "template build") { // a small image stands for the base, which takes minutes to build
 		sandboxtest.ImageTar(t, dir)
 		script = "bin/soulbox-mcp template import image.tar base >/dev/null\n" + script
 	}
-	if !strings.Contains(script, "serve ") { // an IDE has one; without any, soulbox would leave its own behind
+	if !strings.Contains(script, "serve ") { // an IDE has a server; without one, soulbox would leave its own behind
 		script = "serve http\n" + script
 	}
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -163,7 +163,7 @@ func runDoc(t *testing.T, script string) {
 	if err := listener.Close(); err != nil {
 		t.Fatal(err)
 	}
-	// A server has its pid written, and is ended by it; the next one has the port only after that.
+	// The script keeps the pid of a server and ends the server by it; only after that can the next server have the port.
 	prelude := fmt.Sprintf(`set -euo pipefail
 stop() { if [ -n "${SERVER:-}" ]; then kill $SERVER; wait $SERVER || true; SERVER=; fi; }
 trap stop EXIT
