@@ -60,7 +60,7 @@ func (a Access) HostGuard(next http.Handler) http.Handler {
 	})
 }
 
-const foreignHost = "this server is not called that; name it by --allow-host"
+const foreignHost = "this server does not have that name; add it by --allow-host"
 
 // Private is Guard for what only one owner may see: if tokens are required, other owners are refused.
 func (a Access) Private(owner string, next http.Handler) http.Handler {

@@ -236,7 +236,7 @@ func (l *bridge) note(m message, line []byte) {
 	select {
 	case l.notes <- func() { l.send(m, line) }:
 	default:
-		l.Log.Warn("the server is away; a note is dropped", "method", m.Method)
+		l.Log.Warn("the server is away; a notification is dropped", "method", m.Method)
 	}
 }
 
@@ -417,7 +417,7 @@ func (l *bridge) receive(ctx context.Context, res *http.Response, m message) par
 			if err := l.renew(ctx, s); err != nil {
 				return part{why: withoutURL(err).Error(), forgotten: true, away: true}
 			}
-			return part{why: "the session was begun anew", atOnce: true, forgotten: true}
+			return part{why: "a new session was begun", atOnce: true, forgotten: true}
 		}
 	case http.StatusTooManyRequests,
 		http.StatusServiceUnavailable: // not begun, if the server itself says so and not something in front of it
@@ -430,10 +430,10 @@ func (l *bridge) receive(ctx context.Context, res *http.Response, m message) par
 	case http.StatusBadGateway, http.StatusGatewayTimeout:
 		return part{why: res.Status, sent: true, away: true}
 	case http.StatusUnauthorized:
-		return part{final: strings.TrimSuffix("the server does not take this key: "+l.NewKey, ": ")}
+		return part{final: strings.TrimSuffix("the server does not accept this key: "+l.NewKey, ": ")}
 	case http.StatusBadRequest:
 		if res.Request.Header.Get(mcp.HeaderLastEventID) != "" {
-			return part{why: "the stream is not kept any more", forgotten: true, sent: true}
+			return part{why: "the stream is no longer kept", forgotten: true, sent: true}
 		}
 	}
 	if strings.HasPrefix(res.Header.Get("Content-Type"), "text/event-stream") {
@@ -445,12 +445,12 @@ func (l *bridge) receive(ctx context.Context, res *http.Response, m message) par
 	}
 	var line bytes.Buffer
 	if json.Compact(&line, body) != nil || line.Len() == 0 {
-		return part{final: "the server at " + l.shown + " answered " + res.Status + ", which is no MCP"}
+		return part{final: "the server at " + l.shown + " answered " + res.Status + ", which is not MCP"}
 	}
 	got, err := parse(line.Bytes())
 	switch {
 	case err != nil || got.Method != "":
-		return part{final: "the server at " + l.shown + " answered " + res.Status + ", which is no MCP"}
+		return part{final: "the server at " + l.shown + " answered " + res.Status + ", which is not MCP"}
 	case got.key() != m.key(): // refused before it was read
 		if got.Error == nil {
 			return part{final: "the server at " + l.shown + " answered another request"}

@@ -63,7 +63,7 @@ func (l *bridge) do(r *http.Request) (*http.Response, error) {
 		}
 		r = next
 	}
-	return nil, errors.New("the server redirects without end")
+	return nil, errors.New("the server redirects too many times")
 }
 
 var errDowngrade = errors.New("the server redirects from https to http, which is not followed")

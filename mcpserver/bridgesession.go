@@ -55,10 +55,10 @@ func (l *bridge) renew(ctx context.Context, old string) error {
 	defer res.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(res.Body, 1<<20))
 	if err != nil || res.StatusCode != http.StatusOK {
-		return fmt.Errorf("begin the session anew: %s %w", res.Status, err)
+		return fmt.Errorf("begin a new session: %s %w", res.Status, err)
 	}
 	l.begun(res.Header, body)
-	l.Log.Warn("the server did not know the session any more; it was begun anew")
+	l.Log.Warn("the server no longer knew the session; a new one was begun")
 	if ready {
 		l.send(message{Method: "notifications/initialized"}, []byte(`{"jsonrpc":"2.0","method":"notifications/initialized"}`))
 	}

@@ -224,14 +224,14 @@ func (h *HTTP) session(w http.ResponseWriter, r *http.Request, owner string) {
 		return
 	}
 	if !strings.Contains(r.Header.Get("Accept"), "text/event-stream") {
-		refuse(w, http.StatusNotAcceptable, nil, codeInvalid, "a GET of this endpoint is answered by text/event-stream; accept it")
+		refuse(w, http.StatusNotAcceptable, nil, codeInvalid, "a GET of this endpoint returns text/event-stream; accept it")
 		return
 	}
 	defer c.attach()()
 	if last := r.Header.Get(mcp.HeaderLastEventID); last != "" {
 		old, since, found := c.findStream(last)
 		if !found {
-			refuse(w, http.StatusBadRequest, nil, codeInvalid, "that stream is not kept any more")
+			refuse(w, http.StatusBadRequest, nil, codeInvalid, "that stream is no longer kept")
 			return
 		}
 		old.resume(w, since)
@@ -277,7 +277,7 @@ func (h *HTTP) find(w http.ResponseWriter, r *http.Request, owner string, id jso
 	c := h.sessions[name]
 	h.mu.Unlock()
 	if c == nil || c.owner != owner {
-		refuse(w, http.StatusNotFound, id, codeInvalid, "there is no such session; initialize anew")
+		refuse(w, http.StatusNotFound, id, codeInvalid, "there is no such session; initialize again")
 		return nil
 	}
 	return c
@@ -492,7 +492,7 @@ func (h *HTTP) checkHeaders(r *http.Request, m message) *Error {
 	case meta == "":
 		return &Error{Code: codeParams, Message: "missing or invalid _meta field " + mcp.MetaKeyProtocolVersion}
 	case header != meta:
-		return mismatch("the header MCP-Protocol-Version says another version than the message")
+		return mismatch("the header MCP-Protocol-Version differs from the version in the message")
 	}
 	if e := checkModern(m); e != nil {
 		return e
@@ -502,7 +502,7 @@ func (h *HTTP) checkHeaders(r *http.Request, m message) *Error {
 	}
 	if m.Method == methodTasksGet || m.Method == methodTasksUpdate || m.Method == methodTasksCancel {
 		if name, ok := mcp.DecodeHeaderValue(r.Header.Get(mcp.HeaderName)); !ok || name != m.head.TaskID {
-			return mismatch("the header Mcp-Name is not the task of the message")
+			return mismatch("the header Mcp-Name does not name the task of the message")
 		}
 	}
 	if m.tool() == "" {

@@ -84,7 +84,7 @@ func (s *Server) complete(ctx context.Context, _ *Session, m message) (mcp.Resul
 		} `json:"context"`
 	}
 	if err := json.Unmarshal(m.Params, &params); err != nil {
-		return nil, &Error{Code: codeParams, Message: "the parameters of completion/complete are not what they should be"}
+		return nil, &Error{Code: codeParams, Message: "the parameters of completion/complete are invalid"}
 	}
 	values, err := s.Resources.Complete(ctx, params.Ref.URI, params.Argument.Name, params.Argument.Value, params.Context.Arguments)
 	if err != nil {

@@ -164,7 +164,7 @@ func (c *conversation) unwatch(uri string) {
 func (s *Server) listen(ctx context.Context, session *Session, m message) (mcp.ResultMetadata, error) {
 	var params mcp.SubscriptionsListenParams
 	if err := json.Unmarshal(m.Params, &params); err != nil {
-		return nil, &Error{Code: codeParams, Message: "the parameters of subscriptions/listen are not what they should be"}
+		return nil, &Error{Code: codeParams, Message: "the parameters of subscriptions/listen are invalid"}
 	}
 	want := params.Notifications
 	if len(want.ResourceSubscriptions) > maxWatched {

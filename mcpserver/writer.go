@@ -37,7 +37,7 @@ const (
 )
 
 // errUnread is the error for a client that has closed its end and does not read.
-var errUnread = errors.New("the client has closed its end, and reads nothing of what was to be written")
+var errUnread = errors.New("the client has closed its end and does not read")
 
 func (w *writer) write(v any) error {
 	line, err := encode(v)

@@ -62,7 +62,7 @@ func (s *Service) List(ctx context.Context, cursor string) ([]mcp.Resource, stri
 
 type invalidCursor struct{}
 
-func (invalidCursor) Error() string { return "the cursor is not one that resources/list gave" }
+func (invalidCursor) Error() string { return "the cursor does not come from resources/list" }
 
 // ProtocolError says that the request was wrong.
 func (e invalidCursor) ProtocolError() (code int, message string) {

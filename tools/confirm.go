@@ -46,7 +46,7 @@ func (s *Service) confirm(ctx context.Context, what, question string) error {
 		return &inputNeeded{ask.ToolResult()}
 	}
 	if !s.signed(ctx, what, params.RequestState) {
-		return &protocolError{"the request state is not the one that was given for this call, or is too old; call again without it"}
+		return &protocolError{"the request state does not belong to this call, or is too old; call again without it"}
 	}
 	content, _ := answer.Content.(map[string]any)
 	if yes, _ := content["confirm"].(bool); answer.Action != mcp.ElicitationResponseActionAccept || !yes {

@@ -38,7 +38,7 @@ func (s *Service) execTools() []server.ServerTool {
 }
 
 type execInput struct {
-	Command    string            `json:"command,omitempty" jsonschema:"with tty it may be left out: a login shell"`
+	Command    string            `json:"command,omitempty" jsonschema:"optional with tty: a login shell"`
 	Cwd        filename          `json:"cwd,omitempty" jsonschema:"absolute directory; default where the last command left the shell"`
 	Env        map[string]string `json:"env,omitempty" jsonschema:"extra environment variables"`
 	User       string            `json:"user,omitempty" jsonschema:"user name or uid; default user"`
@@ -116,7 +116,7 @@ func (in execInput) check() error {
 		return badArgument("The argument \"command\" is missing. Give a shell command.")
 	}
 	if !in.TTY && (in.Rows != 0 || in.Cols != 0) {
-		return badArgument("The arguments \"rows\" and \"cols\" are of a terminal. Set tty, or leave them out.")
+		return badArgument("The arguments \"rows\" and \"cols\" need a terminal. Set tty, or leave them out.")
 	}
 	if len(in.Command) > maxCommand {
 		return badArgument("The argument \"command\" has %d bytes, at most %d can be given. Write it to a file with file_write and run "+
@@ -208,7 +208,7 @@ func bounds(yieldMS *int64, maxOutput *int) (yield time.Duration, chars int, err
 		chars = *maxOutput
 	}
 	if ms < 0 || ms > maxYield {
-		return 0, 0, badArgument("The argument \"yield_ms\" must be from 0 to %d; a command that takes longer goes on, and process_wait "+
+		return 0, 0, badArgument("The argument \"yield_ms\" must be from 0 to %d; a longer command keeps running, and process_wait "+
 			"waits for it.", maxYield)
 	}
 	if chars < 100 || chars > maxChars {
@@ -343,7 +343,7 @@ func shellNotices(p agent.Process) []string {
 			names.Show(p.Cwd)))
 	}
 	if p.Forgotten {
-		notices = append(notices, "what it changed of the shell is not remembered: at most 256 KB of variables and functions are")
+		notices = append(notices, "its changes to the shell are not remembered: at most 256 KB of variables and functions are")
 	}
 	return notices
 }
@@ -352,7 +352,7 @@ func shellNotices(p agent.Process) []string {
 func (o execOutput) notes() []string {
 	notes := slices.Clone(o.notices)
 	if o.limitHit {
-		notes = append(notes, "it wanted more processes than a command may have")
+		notes = append(notes, "it tried to start more processes than a command may have")
 	}
 	if o.Children > 0 {
 		notes = append(notes, fmt.Sprintf("%s it started still running, process_signal reaches them", plural(int64(o.Children), "process")))

@@ -21,7 +21,7 @@ func (s *Service) lifecycleTools() []server.ServerTool {
 		define(s, "sandbox_resume", "Resume a paused sandbox where it was, or a failed one from what was saved.",
 			hints{title: "Resume a sandbox", idempotent: true}, s.sandboxResume),
 		define(s, "sandbox_snapshot",
-			"Save a running sandbox, with its processes, under a name; sandbox_create with template NAME begins there.",
+			"Save a running sandbox, with its processes, under a name; sandbox_create with template NAME starts from it.",
 			hints{title: "Save a snapshot"}, s.sandboxSnapshot),
 		define(s, "sandbox_fork", "Make copies of a sandbox, memory and processes too; it continues.",
 			hints{title: "Fork a sandbox"}, s.sandboxFork),
@@ -46,7 +46,7 @@ func (s *Service) own(ctx context.Context, t target) (*sandbox.Sandbox, error) {
 		return sb, nil
 	}
 	return nil, badArgument("The argument \"sandbox_id\" is missing, and this session has no sandbox of its own yet. Call sandbox_list " +
-		"to see those there are.")
+		"to see the existing ones.")
 }
 
 type sandboxPauseInput struct {

@@ -20,7 +20,7 @@ func (s *Service) processTools() []server.ServerTool {
 			hints{title: "Wait for a process", readOnly: true, idempotent: true, long: true}, s.processWait),
 		define(s, "process_write", "Write to the stdin of a background or tty process, and return what it answers.",
 			hints{title: "Write to a process"}, s.processWrite),
-		define(s, "process_resize", "Change the size of a process' terminal.",
+		define(s, "process_resize", "Change the size of a process's terminal.",
 			hints{title: "Resize a terminal", idempotent: true}, s.processResize),
 		define(s, "process_signal", "Send a signal to a process and its group.",
 			hints{title: "Signal a process", destructive: true}, s.processSignal),

@@ -20,7 +20,7 @@ import (
 func (s *Service) sandboxTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "sandbox_create",
-			"Make another sandbox, an isolated Linux machine. Not needed for one: exec makes this session's own.",
+			"Make another sandbox, an isolated Linux machine. Not needed for the first: exec makes this session's own.",
 			hints{title: "Create a sandbox"}, s.sandboxCreate),
 		define(s, "sandbox_list", "List sandboxes, newest first.",
 			hints{title: "List sandboxes", readOnly: true, idempotent: true}, s.sandboxList),
@@ -46,7 +46,7 @@ type sandboxCreateInput struct {
 	DiskMB        int64               `json:"disk_mb,omitempty" jsonschema:"default 10240"`
 	Pids          int64               `json:"pids,omitempty" jsonschema:"processes at once; default 512"`
 	Network       string              `json:"network,omitempty" jsonschema:"by HTTP proxy: none (default), full, or domains and ranges: pypi.org,*.debian.org"`
-	Protect       *sandbox.Protection `json:"protect,omitempty" jsonschema:"save it regularly, for a resume if it fails"`
+	Protect       *sandbox.Protection `json:"protect,omitempty" jsonschema:"save it regularly, to resume from if it fails"`
 	DiskInMemory  bool                `json:"disk_in_memory,omitempty" jsonschema:"half of memory at most; smaller when idle"`
 }
 
@@ -118,9 +118,9 @@ func (i sandboxInfo) text() string {
 	}
 	switch {
 	case i.State == string(sandbox.Failed) && i.OnDisk:
-		fmt.Fprintf(&b, ", its %s as of %s can be resumed by sandbox_resume", what, i.SavedAt)
+		fmt.Fprintf(&b, ", its %s saved at %s can be resumed by sandbox_resume", what, i.SavedAt)
 	case i.SavedS != nil:
-		fmt.Fprintf(&b, ", its %s as of %s are saved", what, i.SavedAt)
+		fmt.Fprintf(&b, ", its %s were saved at %s", what, i.SavedAt)
 	}
 	if i.Protect != nil {
 		fmt.Fprintf(&b, ", saved every %s", i.Protect.Every)
@@ -233,7 +233,7 @@ func (s *Service) sandboxList(ctx context.Context, in sandboxListInput) (sandbox
 		created, perr := time.Parse(time.RFC3339Nano, at)
 		if err != nil || !ok || perr != nil {
 			return sandboxListOutput{},
-				badArgument("The argument \"cursor\" is not one that sandbox_list gave; leave it out to begin anew.")
+				badArgument("The argument \"cursor\" does not come from sandbox_list; leave it out to start again.")
 		}
 		list = slices.DeleteFunc(list, func(i sandbox.Info) bool {
 			return i.Created.After(created) || i.Created.Equal(created) && i.ID <= id
@@ -452,7 +452,7 @@ func millis(name string, ms *int64) (*time.Duration, error) {
 
 type sandboxKillInput struct {
 	SandboxID string `json:"sandbox_id" header:"Sandbox-Id" jsonschema:"from sandbox_list or an earlier result"`
-	Confirm   bool   `json:"confirm,omitempty" jsonschema:"end it though processes run in it"`
+	Confirm   bool   `json:"confirm,omitempty" jsonschema:"even if processes run in it"`
 }
 
 type sandboxKillOutput struct {

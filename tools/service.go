@@ -189,7 +189,7 @@ func (s *Service) inherit(ctx context.Context, own *session, owner string) error
 		return errDefaultGone
 	}
 	own.own(sb)
-	logTo(ctx, "sandbox "+id+" is still this session's own, though the server was started anew")
+	logTo(ctx, "sandbox "+id+" is still this session's own, though the server was restarted")
 	return nil
 }
 
@@ -207,7 +207,7 @@ var errDefaultEnded = errors.New("this session's sandbox has ended, and its file
 	"makes a new one")
 
 // errDefaultGone is returned once when a session continues in a server that does not have its sandbox.
-var errDefaultGone = errors.New("the server was started anew, and this session's sandbox is not there any more; the next call without " +
+var errDefaultGone = errors.New("the server was restarted, and this session's sandbox no longer exists; the next call without " +
 	"sandbox_id makes a new one")
 
 // sandbox finds the sandbox that a call addresses. Without an id that is the session's own, made at first use.
@@ -239,7 +239,7 @@ func (s *Service) sandbox(ctx context.Context, id string) (*sandbox.Sandbox, err
 	}
 	if s.ReadOnly {
 		return nil, badArgument("The argument \"sandbox_id\" is missing: this server only reads, so it makes no sandbox. Call " +
-			"sandbox_list to see those there are.")
+			"sandbox_list to see the existing ones.")
 	}
 	sb, err := s.Manager.Create(ctx, sandbox.CreateOptions{Owner: owner})
 	if err != nil {

@@ -33,13 +33,13 @@ type templateBuildInput struct {
 	Dockerfile  string            `json:"dockerfile" jsonschema:"its text; FROM a template or an image"`
 	Files       map[string]string `json:"files,omitempty" jsonschema:"texts by path, for COPY"`
 	ContextPath filename          `json:"context_path,omitempty" jsonschema:"instead of files: a directory in the sandbox"`
-	HostPath    string            `json:"host_path,omitempty" jsonschema:"or one of the host, where the operator allows it"`
+	HostPath    string            `json:"host_path,omitempty" jsonschema:"or one of the host, if the operator allows it"`
 	target
 	Stage    string            `json:"stage,omitempty" jsonschema:"default the last"`
-	Args     map[string]string `json:"args,omitempty" jsonschema:"of ARG"`
+	Args     map[string]string `json:"args,omitempty" jsonschema:"values for ARG"`
 	NoCache  bool              `json:"no_cache,omitempty"`
-	Network  string            `json:"network,omitempty" jsonschema:"as of sandbox_create; default full"`
-	StartCmd string            `json:"start_cmd,omitempty" jsonschema:"a service that runs in every sandbox of it"`
+	Network  string            `json:"network,omitempty" jsonschema:"as in sandbox_create; default full"`
+	StartCmd string            `json:"start_cmd,omitempty" jsonschema:"a service to run in its sandboxes"`
 	ReadyCmd string            `json:"ready_cmd,omitempty" jsonschema:"succeeds once it is ready"`
 	CPU      float64           `json:"cpu,omitempty"`
 	MemoryMB int64             `json:"memory_mb,omitempty"`
@@ -140,7 +140,7 @@ func (s *Service) hostDir(name string) (string, error) {
 			}
 		}
 	}
-	return "", badArgument("The directory %q of the host is not one that builds may read. The operator names those by --build-contexts.",
+	return "", badArgument("The directory %q of the host is not one that builds may read. The operator allows some by --build-contexts.",
 		shorten(name, 200))
 }
 
@@ -243,7 +243,7 @@ func (s *Service) templateDelete(ctx context.Context, in templateDeleteInput) (t
 		return templateDeleteOutput{}, err
 	}
 	if in.Name == template.HostName {
-		return templateDeleteOutput{}, badArgument("%q is a template of this server, which stays. template_list shows what can be deleted.",
+		return templateDeleteOutput{}, badArgument("%q is a template of this server and cannot be deleted. template_list shows what can.",
 			in.Name)
 	}
 	if s.Store != nil {
@@ -257,7 +257,7 @@ func (s *Service) templateDelete(ctx context.Context, in templateDeleteInput) (t
 		}
 		if slices.ContainsFunc(all, func(m template.Manifest) bool { return m.Name == in.Name }) {
 			return templateDeleteOutput{},
-				badArgument("%q is a template of this server's operator, which stays. template_list shows what can be deleted.",
+				badArgument("%q is a template of this server's operator and cannot be deleted. template_list shows what can.",
 					shorten(in.Name, 60))
 		}
 	}

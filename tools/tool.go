@@ -152,7 +152,7 @@ func tidy(s *jsonschema.Schema, t reflect.Type, input bool) {
 				p.Extra = map[string]any{"x-mcp-header": header} // so that a proxy can route by it (SEP-2243)
 			}
 			if other := f.Tag.Get("as"); other != "" { // the other tool has described it
-				p.Types, p.Type, p.Properties, p.Required, p.Description = nil, "object", nil, nil, "as of "+other
+				p.Types, p.Type, p.Properties, p.Required, p.Description = nil, "object", nil, nil, "as in "+other
 			}
 			tidy(p, f.Type, input)
 		}

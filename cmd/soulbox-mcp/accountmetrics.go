@@ -24,9 +24,9 @@ const (
 
 var (
 	accountUsedDesc = prometheus.NewDesc("soulbox_account_used",
-		"What an owner uses of a resource of the server; beyond 100 owners they are one, (others).", []string{"resource", "owner"}, nil)
+		"What an owner uses of a resource of the server; owners beyond 100 count as one, (others).", []string{"resource", "owner"}, nil)
 	accountShareDesc = prometheus.NewDesc("soulbox_account_share",
-		"What one owner may use of a resource of the server, as far as it is used; 0 is not bounded.", []string{"resource"}, nil)
+		"What one owner may use of a resource of the server, if it is used; 0 is unbounded.", []string{"resource"}, nil)
 	descriptorsDesc = prometheus.NewDesc("soulbox_descriptors",
 		"File descriptors of the server: used, limit, the reserve that connections leave, and connections.", []string{"kind"}, nil)
 )

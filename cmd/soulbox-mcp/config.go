@@ -81,14 +81,14 @@ func (c *config) parse(name string, args []string, getenv func(string) string, s
 	flags.TextVar(&c.logLevel, "log-level", slog.LevelInfo, "`level`: debug, info, warn or error")
 	c.times.OnTimeout = sandbox.ActionPause // a timeout must not lose anything by default
 	flags.DurationVar(&c.times.Life, "lifetime", sandbox.DefaultLifetime, "life time of sandboxes that ask for none")
-	flags.DurationVar(&c.times.Idle, "idle", 0, "`time` after which a sandbox that nobody uses is paused or killed; default never")
+	flags.DurationVar(&c.times.Idle, "idle", 0, "`time` after which an unused sandbox is paused or killed; default never")
 	flags.DurationVar(&c.saving.paused, "paused-for", 7*24*time.Hour, "`time` for which a paused sandbox is kept")
 	flags.DurationVar(&c.protect.Every, "protect", 0,
-		"`time` between two copies of a sandbox that runs, which it is resumed from if it fails; default no copies")
+		"`time` between two copies of a running sandbox, from which it is resumed if it fails; default no copies")
 	flags.BoolVar(&c.protect.Memory, "protect-memory", false, "with --protect: copy memory and processes too, not files alone")
 	saved := flags.Int64("disk-budget-mb", 0,
-		"disk of all paused sandboxes and snapshots together, in MB; default what the disk has, but 512")
-	flags.StringVar(&c.saving.reclaim, "reclaim", "never", "where that is used up: `never` end a paused sandbox, or the oldest")
+		"disk of all paused sandboxes and snapshots together, in MB; default all of the disk but 512")
+	flags.StringVar(&c.saving.reclaim, "reclaim", "never", "when that is used up: `never` end a paused sandbox, or the oldest")
 	templates := flags.Int64("template-budget-mb", 0, "disk of all templates, in MB; default a tenth of the disk, from 4096 to 20480")
 	memory := flags.Int64("memory-mb", 0, "memory of sandboxes that ask for none, in MB; default 1024")
 	disk := flags.Int64("disk-mb", 0, "disk of sandboxes that ask for none, in MB; default 10240")
@@ -175,7 +175,7 @@ func (c config) openLog(stderr io.Writer) (*slog.Logger, func() error, error) {
 // serving adds the flags of the commands that serve clients.
 func (c *config) serving(flags *flag.FlagSet) {
 	flags.StringVar(&c.onExit, "on-exit", c.onExit,
-		"what becomes of sandboxes when the server ends: `pause` (to disk), keep (they go on) or kill; the next server has the first two")
+		"what happens to sandboxes when the server ends: `pause` (to disk), keep (they run on) or kill; the next server has the first two")
 	flags.StringVar(&c.toolsets, "toolsets", "", "`names` of the tools that are offered, of "+strings.Join(tools.Toolsets(), ",")+
 		"; default all")
 	flags.BoolVar(&c.readOnly, "read-only", false, "offer only tools that change nothing")

@@ -116,8 +116,8 @@ func servePorts(ctx context.Context, sb *sandbox.Sandbox, log *slog.Logger) {
 			}
 			if _, err := sb.ExposeAt(port, false, port); err != nil && !told[port] && len(told) < maxReported {
 				told[port] = true
-				log.Warn("a port of the sandbox cannot be served at its own number; end what has that, or take another port", "port", port,
-					"error", err)
+				log.Warn("a port of the sandbox cannot be served at its own number; stop what uses it here, or use another port",
+					"port", port, "error", err)
 			}
 		}
 		if err != nil && ctx.Err() == nil {
@@ -135,7 +135,7 @@ func parseEnvd(args []string, getenv func(string) string, stderr io.Writer) (c c
 	c.onExit = "kill"
 	err = c.parse("envd", args, getenv, stderr, func(f *flag.FlagSet) {
 		f.StringVar(&listen, "listen", fmt.Sprintf("127.0.0.1:%d", envd.Port), "`address` to listen on, on loopback")
-		f.StringVar(&name, "template", "", "`name` of the template of the sandbox; default that of all sandboxes")
+		f.StringVar(&name, "template", "", "`name` of the sandbox's template; default that of all sandboxes")
 		f.BoolVar(&c.noNetwork, "no-network", false, "the sandbox has no network")
 	})
 	if err != nil {
@@ -143,7 +143,7 @@ func parseEnvd(args []string, getenv func(string) string, stderr io.Writer) (c c
 	}
 	host, _, err := net.SplitHostPort(listen)
 	if ip, perr := netip.ParseAddr(host); err != nil || host != "localhost" && (perr != nil || !ip.IsLoopback()) {
-		return c, listen, name, fmt.Errorf("--listen %q is not on loopback: whoever reaches it has the sandbox", listen)
+		return c, listen, name, fmt.Errorf("--listen %q is not on loopback: anyone who reaches it controls the sandbox", listen)
 	}
 	return c, listen, name, nil
 }

@@ -70,7 +70,7 @@ func parseHTTP(args []string, getenv func(string) string, stderr io.Writer) (c h
 		f.BoolVar(&c.allowRemote, "allow-remote", false, "listen on more than loopback; needs keys or an OpenID provider, and --origin")
 		f.Var(&c.origins, "origin", "`origin` of web pages that may use the server, such as https://ide.example.com; may be repeated")
 		f.Var(&c.hosts, "allow-host",
-			"`name` by which clients may call the server, beside loopback and the hosts of --origin; may be repeated")
+			"`name` by which clients may call the server, besides loopback and the hosts of --origin; may be repeated")
 		f.StringVar(&c.publicURL, "public-url", "",
 			"`URL` by which clients reach the server, such as https://box.example.com; default the address it listens on")
 		f.StringVar(&c.domain, "domain", "",
@@ -78,9 +78,9 @@ func parseHTTP(args []string, getenv func(string) string, stderr io.Writer) (c h
 				"box.example.com; its wildcard must lead here, as *.localhost does by itself in browsers and curl")
 		c.tls.flags(f)
 		f.StringVar(&c.operator, "operator", "operator", "`owner` whose key may read /metrics, once keys are needed")
-		f.StringVar(&c.issuer, "oidc-issuer", "", "`URL` of an OpenID provider whose tokens are taken beside keys")
+		f.StringVar(&c.issuer, "oidc-issuer", "", "`URL` of an OpenID provider whose tokens are accepted besides keys")
 		f.StringVar(&c.audience, "oidc-audience", "", "`audience` that its tokens must have")
-		f.DurationVar(&c.idle, "session-idle", 30*time.Minute, "after which a session that nobody uses ends")
+		f.DurationVar(&c.idle, "session-idle", 30*time.Minute, "after which an unused session ends")
 		f.Float64Var(&c.rate, "rate", 200, "requests per second of one owner")
 	})
 	if err != nil {
@@ -131,7 +131,7 @@ func (c *httpConfig) check() error {
 		return nil
 	}
 	if !c.allowRemote {
-		return fmt.Errorf("--listen %q is not on loopback: give --allow-remote too if everybody who can reach it may try keys", c.listen)
+		return fmt.Errorf("--listen %q is not on loopback: give --allow-remote too if everyone who can reach it may try keys", c.listen)
 	}
 	if len(c.origins) == 0 {
 		return errors.New("--allow-remote needs --origin: the origins of web pages that may use the server, or its own URL if there are " +
@@ -200,7 +200,7 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 		return err
 	case <-ctx.Done():
 	}
-	s.log.Info("ending: no new connections; calls in flight may go on for a moment")
+	s.log.Info("ending: no new connections; calls in flight have a moment to finish")
 	over, cancel := context.WithTimeout(context.Background(), shutdownTime)
 	defer cancel()
 	stopped := make(chan error, 1)
@@ -208,7 +208,7 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 	endpoint.Close(drainTime)
 	s.gateway.Close() // streams of sandboxes do not end by themselves
 	if err := <-stopped; err != nil {
-		s.log.Info("what has no end of its own is broken off", "error", err)
+		s.log.Info("connections that do not end by themselves are broken off", "error", err)
 		return web.Close()
 	}
 	return nil

@@ -237,7 +237,7 @@ func runLocal(ctx context.Context, args []string, getenv func(string) string, st
 		case <-ticker.C:
 		}
 		if l.quiet() >= idle && !s.manager.Busy() && !s.builds.UnderWay() {
-			s.log.Info("nobody needs this server any more")
+			s.log.Info("this server is no longer needed")
 			return nil
 		}
 	}

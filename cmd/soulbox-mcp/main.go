@@ -22,7 +22,7 @@ const usage = `soulbox-mcp gives AI agents computers of their own: isolated Linu
 Usage:
   soulbox-mcp stdio [flags]    serve one MCP client on stdin and stdout
   soulbox-mcp http [flags]     serve many MCP clients, and E2B's SDKs, over HTTP
-  soulbox-mcp local [flags]    serve the command line 'soulbox' alone, which starts it where there is no server
+  soulbox-mcp local [flags]    serve only the command line 'soulbox', which starts it if there is no server
   soulbox-mcp envd [flags]     serve one sandbox to an E2B SDK in debug mode, in the foreground
   soulbox-mcp cert [flags]     make a certificate authority and a certificate for a domain of yours
   soulbox-mcp key create|list|revoke [flags]

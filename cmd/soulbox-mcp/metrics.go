@@ -102,7 +102,7 @@ type room struct{ manager *sandbox.Manager }
 var (
 	sandboxesDesc = prometheus.NewDesc("soulbox_sandboxes", "Sandboxes, by state; ended ones as long as they are remembered.",
 		[]string{"state"}, nil)
-	runDesc = prometheus.NewDesc("soulbox_sandboxes_running_seconds_total", "Time that sandboxes have run, those that have ended too.",
+	runDesc = prometheus.NewDesc("soulbox_sandboxes_running_seconds_total", "Time that sandboxes have run, including ended ones.",
 		nil, nil)
 	cpuDesc    = prometheus.NewDesc("soulbox_sandboxes_cpu_seconds_total", "CPU time of sandboxes, as last measured.", nil, nil)
 	memoryDesc = prometheus.NewDesc("soulbox_sandboxes_memory_gb_seconds_total",

@@ -61,7 +61,7 @@ func TestHandleIsNoRight(t *testing.T) {
 	bob := &sandboxtest.MCP{URL: w.url, Key: bobKey, Header: http.Header{"Soulbox-Session-Handle": {id + "/shell"}}}
 	bob.Open(t)
 	if a, err := bob.Call(t.Context(), "exec", map[string]any{"command": "cat f"}); err != nil ||
-		!strings.Contains(a.Text(), "not there any more") || strings.Contains(a.Text(), "secret") {
+		!strings.Contains(a.Text(), "no longer exists") || strings.Contains(a.Text(), "secret") {
 		t.Fatal(err, a.Text())
 	}
 	for _, handle := range []string{"", "/", "x/y", strings.Repeat("a", 300), id, "sb/../../x", "<script>"} {

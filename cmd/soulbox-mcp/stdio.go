@@ -63,5 +63,5 @@ func (c config) connect(ctx context.Context, remote, keyFile, key string, stdin 
 	defer func() { err = errors.Join(err, closeLog()) }()
 	log.Info("connecting", "version", version, "url", (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String())
 	return mcpserver.Bridge{URL: remote, Key: key, Log: log,
-		NewKey: "set SOULBOX_KEY, or --key-file, to one that 'soulbox-mcp key create' made there"}.Serve(ctx, stdin, stdout)
+		NewKey: "set SOULBOX_KEY, or --key-file, to a key that 'soulbox-mcp key create' made on the server"}.Serve(ctx, stdin, stdout)
 }

@@ -20,24 +20,24 @@ import (
 	"soulbox.dev/soulbox/template"
 )
 
-const templateUsage = `soulbox-mcp template makes and shows the root file systems of sandboxes. Those of the operator are everybody's.
+const templateUsage = `soulbox-mcp template makes and shows the root file systems of sandboxes. The operator's are for everyone.
 
 Usage:
   soulbox-mcp template base [--variant node|python] [flags]
                                make the template for everyday work, from the packages of this machine's distribution
   soulbox-mcp template list    show the templates
   soulbox-mcp template delete NAME
-                               remove one; sandboxes of it go on
+                               remove a template; its sandboxes keep running
   soulbox-mcp template copy NAME NEW
-                               give one another name, perhaps with a :tag; it keeps the one it has
+                               give a template a second name, perhaps with a :tag; the first one stays
   soulbox-mcp template pull IMAGE NAME
-                               make one of an image of a registry
+                               make a template from an image of a registry
   soulbox-mcp template push NAME IMAGE
-                               give one to a registry
+                               push a template to a registry
   soulbox-mcp template import FILE NAME
-                               make one of an OCI layout, of what docker save writes, or of a tar of a file system
+                               make a template from an OCI layout, from the output of docker save, or from a tar of a file system
   soulbox-mcp template export NAME FILE
-                               write one as an OCI layout in a directory, or for docker load where FILE ends in .tar
+                               write a template as an OCI layout in a directory, or for docker load if FILE ends in .tar
 `
 
 // runTemplate makes and shows templates.

@@ -46,7 +46,7 @@ func (t *tlsConfig) flags(f *flag.FlagSet) {
 	f.StringVar(&t.cert, "tls-cert", "", "`file` of a certificate, PEM, for the domain, api. and its wildcard; read again when it changes")
 	f.StringVar(&t.key, "tls-key", "", "`file` of its key")
 	f.StringVar(&t.email, "acme", "",
-		"`address` of who gets certificates by ACME, one for each name that is asked for; port 443 must lead here")
+		"contact `address` to get certificates by ACME, one for each requested name; port 443 must lead here")
 	f.StringVar(&t.directory, "acme-directory", acme.LetsEncryptURL, "`URL` of the ACME server")
 }
 
@@ -66,7 +66,7 @@ func (t *tlsConfig) check(domain, public string) error {
 	case t.cert != "" && t.email != "":
 		return errors.New("give a certificate, or --acme to get some, not both")
 	case t.email != "" && domain == "":
-		return errors.New("--acme needs --domain: the names that certificates are got for")
+		return errors.New("--acme needs --domain: the certificates are for its names")
 	case t.on() && strings.HasPrefix(public, "http://"):
 		return errors.New("--public-url is http://, but the server is to speak TLS")
 	}
@@ -130,7 +130,7 @@ func (n *names) may(host string) error {
 			return n.count(sb.ID(), host, open || port == envd.Port)
 		}
 	}
-	return fmt.Errorf("%q is no name of this server or of a sandbox", host)
+	return fmt.Errorf("%q is not a name of this server or of a sandbox", host)
 }
 
 // count counts a new name of a sandbox, or refuses it.
@@ -141,7 +141,7 @@ func (n *names) count(id, host string, open bool) error {
 		return nil
 	}
 	if !open || len(n.got[id]) >= namesEach {
-		return fmt.Errorf("%q is not reached, or one name too many of its sandbox", host)
+		return fmt.Errorf("%q does not lead to an open port, or its sandbox has too many names", host)
 	}
 	if n.got == nil {
 		n.got = map[string][]string{}
@@ -224,8 +224,8 @@ func runCert(args []string, getenv func(string) string, stdout, stderr io.Writer
 	var domain, dir string
 	flags := flag.NewFlagSet("soulbox-mcp cert", flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	flags.StringVar(&domain, "domain", "soulbox.localhost", "`domain` of the certificate, which is for all names below it, too")
-	flags.StringVar(&dir, "out", filepath.Join(defaultStateDir(getenv), "tls"), "`directory` that ca.pem, cert.pem and key.pem are put in")
+	flags.StringVar(&domain, "domain", "soulbox.localhost", "`domain` of the certificate, which is also for all names below it")
+	flags.StringVar(&dir, "out", filepath.Join(defaultStateDir(getenv), "tls"), "`directory` for ca.pem, cert.pem and key.pem")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -292,7 +292,7 @@ func authority(dir string) (*x509.Certificate, *ecdsa.PrivateKey, error) {
 		ca, err := x509.ParseCertificate(pair.Certificate[0])
 		key, ok := pair.PrivateKey.(*ecdsa.PrivateKey)
 		if err != nil || !ok || time.Until(ca.NotAfter) < certLife {
-			return nil, nil, fmt.Errorf("%s is none of ours, or ends soon: remove it and ca.key, or name another --out", certFile)
+			return nil, nil, fmt.Errorf("%s was not made by 'cert', or expires soon: remove it and ca.key, or name another --out", certFile)
 		}
 		return ca, key, nil
 	}
