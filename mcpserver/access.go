@@ -186,7 +186,7 @@ func (a Access) still(r *http.Request) bool {
 	return err == nil
 }
 
-// portOf is the port of a host, as it is named or as the scheme has it.
+// portOf is the port of a host: the one it names, else the scheme's default.
 func portOf(host, scheme string) string {
 	if _, port, err := net.SplitHostPort(host); err == nil {
 		return port

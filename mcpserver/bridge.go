@@ -251,7 +251,7 @@ func (l *bridge) send(m message, line []byte) {
 		if err == nil {
 			var res *http.Response
 			if res, err = l.do(r); err == nil {
-				_ = res.Body.Close() // the body is empty
+				_ = res.Body.Close() // the body does not matter
 				if res.StatusCode >= http.StatusInternalServerError || res.StatusCode == http.StatusTooManyRequests {
 					err = errors.New(res.Status)
 				}

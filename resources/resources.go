@@ -198,7 +198,7 @@ func asJSON(uri string, v any) ([]mcp.ResourceContents, error) {
 	return asText(uri, "application/json", string(body), nil), nil
 }
 
-// template is a template, or the log of a build of it.
+// template returns a template, or the log of one of its builds.
 func (s *Service) template(ctx context.Context, uri string, n name) ([]mcp.ResourceContents, error) {
 	who, _ := owner(ctx) // find has checked that there is one
 	if n.build != "" {

@@ -25,7 +25,7 @@ const (
 	maxCommand   = 128<<10 - 1 // the longest argument that Linux accepts
 	progressTick = 500 * time.Millisecond
 	taskYield    = 24 * time.Hour  // no client waits for a task's answer
-	ttyYield     = 2 * time.Second // at most; a call on a terminal returns earlier, when the program is silent
+	ttyYield     = 2 * time.Second // at most; a call returns earlier, when the program at the terminal is silent
 )
 
 func (s *Service) execTools() []server.ServerTool {
@@ -195,7 +195,7 @@ func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
 	return s.show(ctx, client, sb.ID(), snap, w, chars, false)
 }
 
-// startSlice bounds the round trip that starts a process and waits for it, because that one is not cancelled.
+// startSlice bounds the round trip that starts a process and waits for it, since that round trip is not cancelled.
 const startSlice = 200 * time.Millisecond
 
 // bounds checks the two arguments that all waiting tools share.

@@ -162,7 +162,8 @@ type processWriteInput struct {
 	target
 }
 
-// settleTerminal is how long a process must be silent before its answer counts as complete: programs start and draw with short pauses.
+// settleTerminal is how long a process must be silent before its answer counts as complete: programs pause briefly while they start and
+// draw.
 const settleTerminal = 120 * time.Millisecond
 
 func (s *Service) processWrite(ctx context.Context, in processWriteInput) (execOutput, error) {

@@ -72,13 +72,13 @@ func New(o Options) (*Service, error) {
 	return s, nil
 }
 
-// group is some tools that are offered together, or not.
+// group is a group of tools, which are offered together or not at all.
 type group struct {
 	set   string
 	tools func(*Service) []server.ServerTool
 }
 
-// groups are all tools.
+// groups are the groups of all tools.
 func groups() []group {
 	return []group{
 		{"core", (*Service).execTools}, {"core", (*Service).processTools}, {"core", (*Service).sandboxTools},

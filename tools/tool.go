@@ -104,7 +104,7 @@ func brief(body json.RawMessage) json.RawMessage {
 			continue
 		}
 		kind := &jsonschema.Schema{Type: p.Type}
-		if p.Items != nil { // some clients take no array without
+		if p.Items != nil { // some clients refuse arrays without items
 			kind.Items = &jsonschema.Schema{Type: p.Items.Type}
 		}
 		s.Properties[name] = kind

@@ -272,7 +272,7 @@ func (c httpConfig) control(s *service, endpoint *mcpserver.HTTP, door *access.D
 	return control
 }
 
-// door decides who may use the server. Once there is a key or a provider, every request needs one.
+// door decides who may use the server. Once there is a key or a provider, clients need a token.
 func (c httpConfig) door(log *slog.Logger) *access.Door {
 	door := &access.Door{Keys: &access.Keys{Dir: c.stateDir}, Closed: c.allowRemote, Admitted: admitted, Log: log}
 	if c.issuer != "" {
