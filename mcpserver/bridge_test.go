@@ -314,7 +314,7 @@ func TestBridgeServerDies(t *testing.T) {
 	}
 }
 
-// TestBridgeUntrusted: a certificate that is not trusted is named as what it is, and so is the way out; names below localhost are this machine.
+// TestBridgeUntrusted: the error for an untrusted certificate says so, and what to do; names below localhost mean this machine.
 func TestBridgeUntrusted(t *testing.T) {
 	web := httptest.NewUnstartedServer(http.NotFoundHandler())
 	web.Config.ErrorLog = log.New(io.Discard, "", 0)

@@ -185,7 +185,7 @@ func (s *Service) sandboxFork(ctx context.Context, in sandboxForkInput) (sandbox
 		case err == nil:
 			continue
 		case last != nil && errors.Is(err, sandbox.ErrNoRoom) && errors.Is(last, sandbox.ErrNoRoom):
-			same++ // one of them says it all
+			same++ // one message says it all
 		default:
 			out.Failed = append(out.Failed, fmt.Sprintf("copy %d: %s", i+1, explain("sandbox_fork", err)))
 		}

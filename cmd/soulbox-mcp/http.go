@@ -214,7 +214,7 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 	return nil
 }
 
-// listenTCP listens, or says what else can be done.
+// listenTCP listens; its error says what else can be done.
 func listenTCP(address string) (net.Listener, error) {
 	l, err := net.Listen("tcp", address)
 	switch {

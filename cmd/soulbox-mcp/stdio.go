@@ -45,7 +45,7 @@ func (c config) connect(ctx context.Context, remote, keyFile, key string, stdin 
 	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
 		return errors.New("--connect: give the URL of the server's endpoint, such as https://box.example.com/mcp")
 	}
-	if strings.Trim(u.Path, "/") == "" { // of the server, as the command line wants it
+	if strings.Trim(u.Path, "/") == "" { // the server's URL, as for the command line
 		u.Path = "/mcp"
 		remote = u.String()
 	}
