@@ -1,4 +1,4 @@
-// Package soulbox_test holds the rules of the house that concern all packages.
+// Package soulbox_test holds the rules of the repository that concern all packages.
 package soulbox_test
 
 import (
@@ -17,7 +17,7 @@ import (
 
 const module = "soulbox.dev/soulbox"
 
-// mayImport is the graph of docs/architecture.md: which of our packages each may import. Tests may also use internal/sandboxtest.
+// mayImport is the graph of docs/architecture.md: which of our packages each package may import. Tests may also use internal/sandboxtest.
 var mayImport = map[string][]string{
 	"access":               {"internal/durable"},
 	"agent":                {"internal/names"},
@@ -51,7 +51,7 @@ var mayImport = map[string][]string{
 	"cmd/soulbox": {"api/client", "internal/names", "internal/durable"},
 }
 
-// testsMayImport adds to mayImport for tests: a runtime is tested with the domain on top and a template below.
+// testsMayImport adds to mayImport for tests: a runtime is tested with the domain above it and a template below.
 var testsMayImport = map[string][]string{
 	"sandbox":   {"internal/sandboxtest", "agent/guest"},
 	"gvisor":    {"internal/sandboxtest", "internal/erofs", "agent", "template"},
@@ -63,7 +63,7 @@ var testsMayImport = map[string][]string{
 	"agent":     {},
 }
 
-// onlyIn says who may import a library. Those not named here are free to all but the agent.
+// onlyIn says which packages may import a library. Libraries not named here are free to all packages but the agent.
 var onlyIn = map[string][]string{
 	"github.com/mark3labs/mcp-go":            {"tools", "resources", "mcpserver", "cmd/soulbox-mcp"},
 	"github.com/opencontainers/runtime-spec": {"gvisor", "template"},
@@ -88,7 +88,7 @@ var onlyIn = map[string][]string{
 	"golang.org/x/term":               {"cmd/soulbox"},
 }
 
-// agentMayUse are the libraries of the agent, which must stay small.
+// agentMayUse are the libraries that the agent may use; it must stay small.
 var agentMayUse = []string{"github.com/sourcegraph/jsonrpc2", "github.com/hashicorp/yamux", "github.com/creack/pty",
 	"github.com/fsnotify/fsnotify", "golang.org/x/sys", module + "/internal/names", module + "/agent"}
 
@@ -135,7 +135,7 @@ func TestImports(t *testing.T) {
 	}
 }
 
-// TestEnvironment keeps reading of the environment in cmd.
+// TestEnvironment: only cmd reads the environment.
 func TestEnvironment(t *testing.T) {
 	for file := range allImports(t) {
 		if strings.HasPrefix(file, "cmd/") || strings.HasPrefix(file, "internal/") || strings.HasSuffix(file, "_test.go") {
@@ -153,7 +153,7 @@ func TestEnvironment(t *testing.T) {
 	}
 }
 
-// TestPackageDocs wants a paragraph on every package that somebody has written.
+// TestPackageDocs: every package that is not generated has a paragraph on what it is for.
 func TestPackageDocs(t *testing.T) {
 	for pkg := range mayImport {
 		if strings.HasPrefix(pkg, "api/envd/spec/") {
@@ -177,7 +177,7 @@ func TestPackageDocs(t *testing.T) {
 	}
 }
 
-// TestThreats wants every test that docs/threats.md names.
+// TestThreats: every test that docs/threats.md names exists.
 func TestThreats(t *testing.T) {
 	doc, err := os.ReadFile("docs/threats.md")
 	if err != nil {

@@ -17,11 +17,11 @@ import (
 	"unicode/utf8"
 )
 
-// maxColumns is how long a line of a document or of code may be.
+// maxColumns is the maximum length of a line of a document or of code.
 const maxColumns = 140
 
-// repositoryFiles are the files of the repository, those that are not committed yet too. Where there is no checkout, as in an unpacked
-// archive, they are all that are there.
+// repositoryFiles are the files of the repository, including those that are not committed yet. Without a checkout, as in an unpacked
+// archive, they are all files of the directory.
 func repositoryFiles(t *testing.T) []string {
 	t.Helper()
 	var files []string
@@ -30,7 +30,7 @@ func repositoryFiles(t *testing.T) []string {
 		for name := range strings.SplitSeq(strings.TrimSuffix(string(out), "\x00"), "\x00") {
 			if info, err := os.Lstat(name); err == nil && info.Mode().IsRegular() {
 				files = append(files, name)
-			} else if err != nil && !errors.Is(err, fs.ErrNotExist) { // one that was removed, and is not committed
+			} else if err != nil && !errors.Is(err, fs.ErrNotExist) { // a file that was removed, and the removal is not committed
 				t.Fatal(err)
 			}
 		}
@@ -63,7 +63,7 @@ func read(t *testing.T, name string) string {
 // link is a link in Markdown: [text](target) or ![text](target).
 var link = regexp.MustCompile(`\]\(([^)\s]+)\)`)
 
-// TestDocLinks: every relative link of a document leads to a file of the repository, and to a heading that is there.
+// TestDocLinks: every relative link of a document leads to a file of the repository, and to a heading that exists.
 func TestDocLinks(t *testing.T) {
 	files := repositoryFiles(t)
 	for _, name := range files {
@@ -92,7 +92,7 @@ func TestDocLinks(t *testing.T) {
 	}
 }
 
-// withoutCode leaves out blocks of commands and what is in backquotes.
+// withoutCode removes indented code and text in backquotes.
 func withoutCode(text string) string {
 	var b strings.Builder
 	for line := range strings.Lines(text) {
@@ -103,7 +103,7 @@ func withoutCode(text string) string {
 	return b.String()
 }
 
-// anchors are the names by which a document's headings are linked to, as GitHub makes them, and those that it gives itself.
+// anchors are the names by which links reach a document's headings, as GitHub makes them, and those that the document defines.
 func anchors(text string) (all []string) {
 	for _, id := range regexp.MustCompile(`<a id="([^"]+)">`).FindAllStringSubmatch(text, -1) {
 		all = append(all, id[1])
@@ -117,13 +117,13 @@ func anchors(text string) (all []string) {
 	return all
 }
 
-// document is the name of a document in a text. What is behind a host's name is on the web.
+// document is the name of a document in a text. A name behind a host's name is on the web.
 var document = regexp.MustCompile(`(https?://\S*)?[A-Za-z0-9_./-]*[A-Za-z0-9_-]\.md\b`)
 
-// named are the endings of files in which documents are named.
+// named are the extensions of the files in which documents are named.
 var named = []string{".md", ".go", ".proto", ".patch", ".sh", ".bash", ".mjs", ".txt", ""}
 
-// TestDocNames: no document, comment or message names a document that is not in the repository, such as notes that only its makers have.
+// TestDocNames: no document, comment or message names a document that is not in the repository, such as its makers' private notes.
 func TestDocNames(t *testing.T) {
 	files := repositoryFiles(t)
 	documents := map[string]bool{}
@@ -149,13 +149,13 @@ func TestDocNames(t *testing.T) {
 	}
 }
 
-// isTestData says whether a file is the material of a test, such as a recorded answer.
+// isTestData reports whether a file is material of a test, such as a recorded answer.
 func isTestData(name string) bool {
 	return strings.Contains(name, "testdata/") || name == "docs_test.go"
 }
 
-// TestDocColumns: lines of documents are short enough to be read side by side. What models read has a line for each paragraph, and reports
-// are written as they are to be filed.
+// TestDocColumns: lines of documents are short enough to be read side by side. The text for models has one line per paragraph, and reports
+// to upstream are written as they are filed.
 func TestDocColumns(t *testing.T) {
 	for _, name := range repositoryFiles(t) {
 		if path.Ext(name) != ".md" || name == "tools/instructions.md" || strings.HasPrefix(name, "docs/upstream/") {
@@ -169,8 +169,8 @@ func TestDocColumns(t *testing.T) {
 	}
 }
 
-// TestDocCode: the files and names of code that the documents for people who change it speak of are there. It is no proof that a sentence is
-// right, but what was renamed or moved is noticed.
+// TestDocCode: the files and names of code that the documents for contributors mention exist. That does not prove a sentence right, but it
+// catches what was renamed or moved.
 func TestDocCode(t *testing.T) {
 	files := repositoryFiles(t)
 	words := map[string]bool{}
@@ -197,7 +197,7 @@ func TestDocCode(t *testing.T) {
 	}
 }
 
-// wordsOf adds the words of code, and of texts in it, such as names of tools. Those of comments are no proof of anything.
+// wordsOf adds the words of code, and of strings in it, such as names of tools. Words of comments do not count.
 func wordsOf(code string, words map[string]bool) {
 	set := token.NewFileSet()
 	var s scanner.Scanner
@@ -221,7 +221,7 @@ func wordsOf(code string, words map[string]bool) {
 func TestDocLayout(t *testing.T) {
 	_, layout, _ := strings.Cut(read(t, "docs/architecture.md"), "\n## Layout\n")
 	layout, _, _ = strings.Cut(layout, "\n## ")
-	shown := map[string]bool{"gvisor/runsc": true} // a module of its own, which the graph does not have
+	shown := map[string]bool{"gvisor/runsc": true} // a module of its own, which is not in the graph
 	for _, row := range regexp.MustCompile("(?m)^\\| `([^`]+)` \\|").FindAllStringSubmatch(layout, -1) {
 		name := strings.TrimSuffix(row[1], "/")
 		if _, known := mayImport[name]; !known && !shown[name] {

@@ -14,31 +14,31 @@ import (
 	"soulbox.dev/soulbox/access"
 )
 
-// Access decides whose a request is, and whether it may come from where it comes. The zero value admits everybody on loopback.
+// Access decides who owns a request and whether its source is allowed. The zero value admits every request on loopback.
 type Access struct {
-	// Authenticate finds the owner of a bearer token; an error says why it is not one, for the log. Nil: no token is looked at.
+	// Authenticate finds the owner of a bearer token; an error says, for the log, why the token is not valid. Nil: tokens are ignored.
 	Authenticate func(ctx context.Context, token string) (owner string, err error)
-	// Until is how long what a request begins may go on beyond the request: it ends when what has let the request in is not valid any more.
-	// Nil, or one that gives nil: for good.
+	// Until returns a context that ends when the credential of a request is no longer valid; what the request began ends with it. If Until
+	// is nil, or returns nil, it never ends.
 	Until func(ctx context.Context) context.Context
-	// Required says whether a request without a token is refused; else it is the user's of this machine. Nil: never.
+	// Required reports whether a request without a token is refused; if not, its owner is the user of this machine. Nil: never.
 	Required func() bool
-	// Origins are the origins of web pages that may ask, such as https://ide.example.com, beside the server's own on loopback.
+	// Origins are the origins of web pages that are allowed, such as https://ide.example.com, besides the server's own on loopback.
 	Origins []string
-	// Hosts are the names by which this server may be called, beside those of loopback. A page of another name that resolves to this
+	// Hosts are the names by which this server may be called, besides those of loopback. A page with another name that resolves to this
 	// machine (DNS rebinding) is refused.
 	Hosts []string
-	// Metadata is the URL of the protected resource's metadata (RFC 9728), told to clients without a token; "" is none.
+	// Metadata is the URL of the protected resource metadata (RFC 9728), given to clients without a token; "" means none.
 	Metadata string
-	// NewKey says how a client gets a key, for those that have none; "" says nothing.
+	// NewKey says how to get a key, for clients that have none; "" says nothing.
 	NewKey string
 	Log    *slog.Logger // default discards
 }
 
-// ErrDenied is of a token that is not, or no longer, valid.
+// ErrDenied is the error for a token that is not, or no longer, valid.
 var ErrDenied = errors.New("the token is not valid")
 
-// Guard refuses requests that come by a foreign name or from a foreign web page.
+// Guard refuses requests with a foreign host name or from a foreign web page.
 func (a Access) Guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if a.admitSource(w, r) {
@@ -47,7 +47,8 @@ func (a Access) Guard(next http.Handler) http.Handler {
 	})
 }
 
-// HostGuard is Guard for what shows a proof of its own, which no web page has by itself: they may ask.
+// HostGuard checks only the host name. It is for handlers whose requests carry a proof of their own, which a web page does not send by
+// itself, so requests of web pages are allowed.
 func (a Access) HostGuard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !a.knowsHost(r.Host) {
@@ -59,9 +60,9 @@ func (a Access) HostGuard(next http.Handler) http.Handler {
 	})
 }
 
-const foreignHost = "this server is not called that; name it by --allow-host"
+const foreignHost = "this server does not have that name; add it by --allow-host"
 
-// Private is Guard for what is shown only to one owner, where tokens are needed.
+// Private is Guard for what only one owner may see: if tokens are required, other owners are refused.
 func (a Access) Private(owner string, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		who, ok := a.admit(w, r)
@@ -90,7 +91,7 @@ func (a Access) admitSource(w http.ResponseWriter, r *http.Request) bool {
 	return false
 }
 
-// cors lets the web pages that are admitted read answers (Fetch standard, 3.2), and answers their question beforehand.
+// cors lets admitted web pages read answers (Fetch standard, 3.2), and answers their preflight requests.
 func (a Access) cors(w http.ResponseWriter, r *http.Request) (answered bool) {
 	origin := r.Header.Get("Origin")
 	if origin == "" {
@@ -118,7 +119,7 @@ func (a Access) log(r *http.Request, why string) {
 	}
 }
 
-// admit checks a request, and says whose it is.
+// admit checks a request, and returns its owner.
 func (a Access) admit(w http.ResponseWriter, r *http.Request) (owner string, ok bool) {
 	if !a.admitSource(w, r) {
 		return "", false
@@ -153,7 +154,7 @@ func (a Access) admit(w http.ResponseWriter, r *http.Request) (owner string, ok 
 
 var errNoToken = errors.New("no token")
 
-// owner finds whose a request is.
+// owner finds the owner of a request.
 func (a Access) owner(r *http.Request) (string, error) {
 	given := r.Header.Values("Authorization")
 	if a.Authenticate == nil || len(given) == 0 {
@@ -169,7 +170,7 @@ func (a Access) owner(r *http.Request) (string, error) {
 	return a.Authenticate(r.Context(), strings.TrimSpace(token))
 }
 
-// until is how long what a request begins may go on.
+// until is how long what a request began may continue.
 func (a Access) until(r *http.Request) context.Context {
 	if a.Until != nil {
 		if ctx := a.Until(r.Context()); ctx != nil {
@@ -179,13 +180,13 @@ func (a Access) until(r *http.Request) context.Context {
 	return context.Background()
 }
 
-// still says whether a request that was admitted would still be.
+// still reports whether an admitted request would still be admitted.
 func (a Access) still(r *http.Request) bool {
 	_, err := a.owner(r)
 	return err == nil
 }
 
-// portOf is the port of a host, as it is named or as the scheme has it.
+// portOf is the port of a host: the one it names, else the scheme's default.
 func portOf(host, scheme string) string {
 	if _, port, err := net.SplitHostPort(host); err == nil {
 		return port
@@ -209,8 +210,8 @@ func (a Access) knowsHost(host string) bool {
 	return isLoopback(name) || slices.ContainsFunc(a.Hosts, func(h string) bool { return access.BareHost(h) == name })
 }
 
-// knowsOrigin admits requests of no web page (no header), of this server's own, and of those that are listed. A page on another port of
-// this machine may be anybody's: for one, of a server in a sandbox.
+// knowsOrigin admits requests of no web page (no header), of this server's own pages, and of the listed origins. A page on another port of
+// this machine is not trusted: it may come, for instance, from a server in a sandbox.
 func (a Access) knowsOrigin(origins []string, host string) bool {
 	if len(origins) == 0 {
 		return true

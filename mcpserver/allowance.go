@@ -8,17 +8,17 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// allowance is what an owner has in use.
+// allowance is what an owner currently uses.
 type allowance struct {
 	rate     *rate.Limiter
 	inflight int
 	sessions int
 	programs int
 	reading  int64
-	kept     atomic.Int64 // bytes of answers that are kept for clients that come back
+	kept     atomic.Int64 // bytes of answers kept for clients that reconnect
 }
 
-// allowance is an owner's. h.mu is held.
+// allowance returns the allowance of an owner. h.mu is held.
 func (h *HTTP) allowance(owner string) *allowance {
 	a := h.owners[owner]
 	if a == nil {
@@ -28,14 +28,14 @@ func (h *HTTP) allowance(owner string) *allowance {
 	return a
 }
 
-// MayAsk counts a request of an owner, and says whether it is one too many.
+// MayAsk counts a request of an owner, and reports whether the rate allows it.
 func (h *HTTP) MayAsk(owner string) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.allowance(owner).rate.Allow()
 }
 
-// MayRead reserves room for a body, whose size may be unknown (-1); the caller calls done.
+// MayRead reserves room for a body, whose size may be unknown (-1). The caller must call done.
 func (h *HTTP) MayRead(owner string, size int64) (done func(), ok bool) {
 	if size < 0 || size > h.MaxBody {
 		size = h.MaxBody
@@ -56,7 +56,7 @@ func (h *HTTP) MayRead(owner string, size int64) (done func(), ok bool) {
 	}, true
 }
 
-// take takes one call from what an owner may ask for; the caller calls done.
+// take takes one call from the owner's allowance. The caller must call done.
 func (h *HTTP) take(owner string) (done func(), ok bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

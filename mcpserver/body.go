@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// read reads a request's message.
+// read reads the message of a request.
 func (h *HTTP) read(w http.ResponseWriter, r *http.Request, owner string) (m message, body []byte, ok bool) {
 	if kind, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";"); !strings.EqualFold(strings.TrimSpace(kind), "application/json") {
 		refuse(w, http.StatusUnsupportedMediaType, nil, codeInvalid, "the content type must be application/json")
@@ -27,7 +27,7 @@ func (h *HTTP) read(w http.ResponseWriter, r *http.Request, owner string) (m mes
 	}
 	body, err := io.ReadAll(http.MaxBytesReader(w, moving{r.Body, http.NewResponseController(w), time.Now().Add(readTime)}, h.MaxBody))
 	done()
-	_ = http.NewResponseController(w).SetReadDeadline(time.Time{}) // a ResponseWriter that has none is a test's
+	_ = http.NewResponseController(w).SetReadDeadline(time.Time{}) // only a ResponseWriter of a test has no deadline
 	var tooLarge *http.MaxBytesError
 	if errors.As(err, &tooLarge) {
 		refuse(w, http.StatusRequestEntityTooLarge, nil, codeInvalid,
@@ -53,13 +53,13 @@ func (h *HTTP) read(w http.ResponseWriter, r *http.Request, owner string) (m mes
 	return m, body, true
 }
 
-// readTime is how long a request's body may take to arrive, stallTime how long none of it may.
+// readTime bounds how long a request's body takes to arrive; stallTime bounds how long nothing of it arrives.
 const (
 	readTime  = time.Minute
 	stallTime = 10 * time.Second
 )
 
-// moving is a body that must keep coming.
+// moving is a body that must keep arriving.
 type moving struct {
 	io.ReadCloser
 	web *http.ResponseController

@@ -20,19 +20,19 @@ import (
 	"github.com/mark3labs/mcp-go/mcp"
 )
 
-// Bridge lets a client that only knows stdio use a server over HTTP. A call is carried out once: what had not reached the server when the
-// connection broke is sent again, and what had is asked for again under its call id, which our server remembers. A session that the server
-// no longer knows is begun anew. Zero values mean the documented defaults.
+// Bridge lets a client that only knows stdio use a server over HTTP. Each call is carried out once: if it had not reached the server when
+// the connection broke, it is sent again; if it had, its answer is asked for again under its call id, which our server remembers. If the
+// server no longer knows the session, a new one is begun. Zero values mean the documented defaults.
 type Bridge struct {
 	URL      string        // of the endpoint; required
 	Key      string        // sent as bearer token; "" sends none
-	NewKey   string        // says how a client gets a key and gives it, for where the server takes none; "" says nothing
+	NewKey   string        // says how to get and set a key, in the error of a refused request; "" says nothing
 	Log      *slog.Logger  // default discards
-	Patience time.Duration // how long a server that is away is waited for; default 2 min
+	Patience time.Duration // how long to wait for a server that is away; default 2 min
 	MaxLine  int           // bytes of one message; default 4 MiB
 }
 
-// headerCall names a call, so that a client whose connection broke gets its answer instead of calling twice.
+// headerCall names a call, so that a client whose connection broke gets the answer instead of calling twice.
 const headerCall = "Soulbox-Call"
 
 // bridge is one conversation.
@@ -41,30 +41,30 @@ type bridge struct {
 	http *http.Client
 	out  *writer
 	ctx  context.Context // ends with the conversation
-	// leaving ends, by last, when the client sends no more: a server that is not there is not waited for any longer.
+	// leaving ends, through last, when the client sends no more. From then on a server that is away is no longer waited for.
 	leaving context.Context
 	last    context.CancelFunc
 	work    sync.WaitGroup
-	// shown is the URL without what may be secret in it.
+	// shown is the URL without possible secrets.
 	shown string
-	notes chan func() // that are still to be sent, in their order
+	notes chan func() // notifications still to be sent, in order
 
 	mu       sync.Mutex
 	session  string
-	version  string // the revision that initialize has settled
+	version  string // the revision that initialize has agreed on
 	hello    []byte // the client's initialize
-	kept     string // the handle: what the session has that another may go on with
-	ready    bool   // it has said that it is initialized
+	kept     string // the handle: what another session may continue with
+	ready    bool   // the client has said that it is initialized
 	dedupes  bool   // the server remembers calls by their names
 	watched  map[string]bool
-	listened bool // to what the server says beside answers, once or more often
+	listened bool // the stream of the server's own messages was opened at least once
 	inflight map[string]context.CancelFunc
-	tools    map[string]*mcp.Tool // nil: not asked for yet
+	tools    map[string]*mcp.Tool // nil: not requested yet
 
-	renewing sync.Mutex // held while a session is begun anew
+	renewing sync.Mutex // held while a new session is begun
 }
 
-// Serve passes messages on until in ends or ctx does. Only a failing pipe is an error.
+// Serve passes messages on until in or ctx ends. Only a failing pipe is an error.
 func (b Bridge) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 	b.MaxLine, b.Patience = cmp.Or(b.MaxLine, 4<<20), cmp.Or(b.Patience, 2*time.Minute)
 	if b.Log == nil {
@@ -104,7 +104,7 @@ func (b Bridge) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 	return err
 }
 
-// dialLocalhost dials, and takes names below localhost for this machine (RFC 6761, 6.3), which not every resolver does.
+// dialLocalhost dials. Names below localhost mean this machine (RFC 6761, 6.3), which not every resolver knows.
 func dialLocalhost(ctx context.Context, network, address string) (net.Conn, error) {
 	var d net.Dialer
 	if host, port, err := net.SplitHostPort(address); err == nil && strings.HasSuffix(strings.ToLower(host), ".localhost") {
@@ -113,10 +113,10 @@ func dialLocalhost(ctx context.Context, network, address string) (net.Conn, erro
 	return d.DialContext(ctx, network, address)
 }
 
-// maxNotes bounds the notes that wait for a server that is away; more are dropped.
+// maxNotes bounds the notifications that wait for a server that is away; more are dropped.
 const maxNotes = 1000
 
-// sendNotes sends what wants no answer, in its order.
+// sendNotes sends messages that need no answer, in order.
 func (l *bridge) sendNotes() {
 	for {
 		select {
@@ -128,7 +128,7 @@ func (l *bridge) sendNotes() {
 	}
 }
 
-// end lets calls in flight finish, and takes leave of the server. Calls that wait for a server which is not there are told so.
+// end lets calls in flight finish, and ends the session at the server. Calls that wait for a server that is away get an error.
 func (l *bridge) end(cancel context.CancelFunc, givenUp context.Context) {
 	l.last()
 	done := make(chan struct{})
@@ -143,13 +143,13 @@ func (l *bridge) end(cancel context.CancelFunc, givenUp context.Context) {
 		ctx, stop := context.WithTimeout(context.WithoutCancel(l.ctx), yieldTime)
 		if r, err := l.request(ctx, http.MethodDelete, nil, message{}); err == nil {
 			if res, err := l.do(r); err == nil {
-				_ = res.Body.Close() // a session that is not taken leave of ends by itself
+				_ = res.Body.Close() // a session that is not ended here expires
 			}
 		}
 		stop()
 	}
 	cancel()
-	if givenUp.Err() == nil { // calls that have not ended are told so
+	if givenUp.Err() == nil { // calls that have not ended get an error
 		select {
 		case <-done:
 		case <-givenUp.Done():
@@ -180,7 +180,7 @@ func (l *bridge) fail(id json.RawMessage, code int, text string) {
 	_ = l.out.write(failure(id, &Error{Code: code, Message: text})) // a failing pipe shows at the end
 }
 
-// handle passes a message on. Notes, answers and the handshake keep their order; calls run beside each other.
+// handle passes a message on. Notifications, answers and the handshake keep their order; calls run concurrently.
 func (l *bridge) handle(line []byte) {
 	m, err := parse(line)
 	if err != nil {
@@ -215,13 +215,13 @@ func (l *bridge) handle(line []byte) {
 	}
 }
 
-// note sends what wants no answer. A cancellation also ends our own waiting; in 2026-07-28 that is all it takes.
+// note sends a message that needs no answer. A cancellation also ends our own waiting; in 2026-07-28 nothing else is needed.
 func (l *bridge) note(m message, line []byte) {
 	if m.Method == "notifications/cancelled" {
 		var params struct {
 			RequestID json.RawMessage `json:"requestId"`
 		}
-		_ = json.Unmarshal(m.Params, &params) // one that names nothing cancels nothing
+		_ = json.Unmarshal(m.Params, &params) // one that names no request cancels nothing
 		l.mu.Lock()
 		cancel := l.inflight[string(params.RequestID)]
 		stateless := l.session == ""
@@ -236,14 +236,14 @@ func (l *bridge) note(m message, line []byte) {
 	select {
 	case l.notes <- func() { l.send(m, line) }:
 	default:
-		l.Log.Warn("the server is away; a note is dropped", "method", m.Method)
+		l.Log.Warn("the server is away; a notification is dropped", "method", m.Method)
 	}
 }
 
-// noteTries is how often a note, or an answer to the server's question, is sent to a server that is away.
+// noteTries is how often a notification, or an answer to the server's question, is sent to a server that is away.
 const noteTries = 8
 
-// send sends what wants no answer.
+// send sends a message that needs no answer.
 func (l *bridge) send(m message, line []byte) {
 	for try := range noteTries {
 		ctx, cancel := context.WithTimeout(l.ctx, readTime)
@@ -251,7 +251,7 @@ func (l *bridge) send(m message, line []byte) {
 		if err == nil {
 			var res *http.Response
 			if res, err = l.do(r); err == nil {
-				_ = res.Body.Close() // it says nothing
+				_ = res.Body.Close() // the body does not matter
 				if res.StatusCode >= http.StatusInternalServerError || res.StatusCode == http.StatusTooManyRequests {
 					err = errors.New(res.Status)
 				}
@@ -277,8 +277,8 @@ func (l *bridge) send(m message, line []byte) {
 	}
 }
 
-// call carries one request to its answer, over as many connections as that takes. A tool is called once: what may have reached a server
-// that does not know the call any more is not sent again.
+// call carries one request to its answer, over as many connections as that takes. A tool is called once: a call that may have reached a
+// server which no longer knows it is not sent again.
 func (l *bridge) call(ctx context.Context, m message, line []byte) {
 	id, lastEvent, sent := randomID(), "", false
 	patience := l.Patience
@@ -288,12 +288,12 @@ func (l *bridge) call(ctx context.Context, m message, line []byte) {
 	deadline := time.Now().Add(patience)
 	first := l.current()
 	for try := 0; ; try++ {
-		only := "" // the session that may be asked again
+		only := "" // the only session that may be asked again
 		if sent && m.tool() != "" {
 			only = first
 		}
 		p := l.attempt(ctx, m, line, id, lastEvent, only)
-		over := l.ctx.Err() != nil // the conversation, and this call with it
+		over := l.ctx.Err() != nil // the conversation is over, and so is this call
 		if p.answered || ctx.Err() != nil && !over {
 			return
 		}
@@ -302,7 +302,7 @@ func (l *bridge) call(ctx context.Context, m message, line []byte) {
 		}
 		sent = sent || p.sent
 		if lastEvent = cmp.Or(p.lastEvent, lastEvent); p.forgotten {
-			lastEvent = "" // what is not a tool's is asked anew
+			lastEvent = "" // a request that calls no tool is sent again
 		}
 		if sent && m.tool() != "" && (p.forgotten || lastEvent == "" && !l.remembers(m)) {
 			p.final = unknownOutcome
@@ -322,7 +322,7 @@ func (l *bridge) call(ctx context.Context, m message, line []byte) {
 	}
 }
 
-// pause waits before the next attempt: until the client leaves, at most.
+// pause waits before the next attempt, but not beyond the moment the client leaves.
 func (l *bridge) pause(ctx context.Context, try int) error {
 	if l.leaving.Err() != nil {
 		return backoff(ctx, try)
@@ -330,41 +330,41 @@ func (l *bridge) pause(ctx context.Context, try int) error {
 	wait, stop := context.WithCancel(ctx)
 	defer stop()
 	defer context.AfterFunc(l.leaving, stop)()
-	_ = backoff(wait, try) // cut short, the next attempt is the last one to a server that is away
+	_ = backoff(wait, try) // if cut short, the next attempt is the last one to a server that is away
 	return ctx.Err()
 }
 
-// unknownOutcome is told of a call of which nobody knows what became.
+// unknownOutcome is the error for a call whose outcome is unknown.
 const unknownOutcome = "the connection to the server broke in the middle of the call, which may have been carried out; look, with " +
 	"process_list or file_read, before you call it again"
 
-// current is the session at hand.
+// current is the id of the current session.
 func (l *bridge) current() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.session
 }
 
-// helloTime is how long the handshake may take: clients give up on a server that does not answer it.
+// helloTime bounds the handshake: clients give up on a server that does not answer it.
 const helloTime = 8 * time.Second
 
-// remembers says whether the server keeps the answer of a call for a client that asks for it again.
+// remembers reports whether the server keeps the answer of a call for a client that asks for it again.
 func (l *bridge) remembers(m message) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.dedupes && !m.modern()
 }
 
-// part is what came of one attempt.
+// part is the result of one attempt.
 type part struct {
 	answered  bool
-	progress  bool   // something came
-	lastEvent string // id of the last event that came
-	final     string // no further attempt can help
+	progress  bool   // something arrived
+	lastEvent string // id of the last event that arrived
+	final     string // the error, if no further attempt can help
 	atOnce    bool   // the next attempt need not wait
 	sent      bool   // the server may have begun the call
-	forgotten bool   // the server does not know the session, or the stream, any more
-	away      bool   // nobody answered
+	forgotten bool   // the server no longer knows the session, or the stream
+	away      bool   // no server answered
 	why       string
 }
 
@@ -377,7 +377,7 @@ func (l *bridge) attempt(ctx context.Context, m message, line []byte, id, lastEv
 	if err != nil {
 		return part{final: err.Error()}
 	}
-	if only != "" && r.Header.Get(mcp.HeaderSessionID) != only { // begun anew meanwhile
+	if only != "" && r.Header.Get(mcp.HeaderSessionID) != only { // a new session was begun meanwhile
 		return part{final: unknownOutcome}
 	}
 	if lastEvent != "" {
@@ -408,7 +408,7 @@ func (l *bridge) attempt(ctx context.Context, m message, line []byte, id, lastEv
 	return l.receive(ctx, res, m)
 }
 
-// receive reads what comes back for a request.
+// receive reads the response to a request.
 func (l *bridge) receive(ctx context.Context, res *http.Response, m message) part {
 	l.keepHandle(res.Header.Get(headerHandle))
 	switch res.StatusCode {
@@ -417,10 +417,10 @@ func (l *bridge) receive(ctx context.Context, res *http.Response, m message) par
 			if err := l.renew(ctx, s); err != nil {
 				return part{why: withoutURL(err).Error(), forgotten: true, away: true}
 			}
-			return part{why: "the session was begun anew", atOnce: true, forgotten: true}
+			return part{why: "a new session was begun", atOnce: true, forgotten: true}
 		}
 	case http.StatusTooManyRequests,
-		http.StatusServiceUnavailable: // not begun, if it is the server that says so and not something before it
+		http.StatusServiceUnavailable: // not begun, if the server itself says so and not something in front of it
 		body, err := io.ReadAll(io.LimitReader(res.Body, 64<<10))
 		var refusal struct {
 			Error *Error `json:"error"`
@@ -430,10 +430,10 @@ func (l *bridge) receive(ctx context.Context, res *http.Response, m message) par
 	case http.StatusBadGateway, http.StatusGatewayTimeout:
 		return part{why: res.Status, sent: true, away: true}
 	case http.StatusUnauthorized:
-		return part{final: strings.TrimSuffix("the server does not take this key: "+l.NewKey, ": ")}
+		return part{final: strings.TrimSuffix("the server does not accept this key: "+l.NewKey, ": ")}
 	case http.StatusBadRequest:
 		if res.Request.Header.Get(mcp.HeaderLastEventID) != "" {
-			return part{why: "the stream is not kept any more", forgotten: true, sent: true}
+			return part{why: "the stream is no longer kept", forgotten: true, sent: true}
 		}
 	}
 	if strings.HasPrefix(res.Header.Get("Content-Type"), "text/event-stream") {
@@ -445,12 +445,12 @@ func (l *bridge) receive(ctx context.Context, res *http.Response, m message) par
 	}
 	var line bytes.Buffer
 	if json.Compact(&line, body) != nil || line.Len() == 0 {
-		return part{final: "the server at " + l.shown + " answered " + res.Status + ", which is no MCP"}
+		return part{final: "the server at " + l.shown + " answered " + res.Status + ", which is not MCP"}
 	}
 	got, err := parse(line.Bytes())
 	switch {
 	case err != nil || got.Method != "":
-		return part{final: "the server at " + l.shown + " answered " + res.Status + ", which is no MCP"}
+		return part{final: "the server at " + l.shown + " answered " + res.Status + ", which is not MCP"}
 	case got.key() != m.key(): // refused before it was read
 		if got.Error == nil {
 			return part{final: "the server at " + l.shown + " answered another request"}

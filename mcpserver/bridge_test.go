@@ -21,13 +21,13 @@ import (
 	"soulbox.dev/soulbox/mcpserver"
 )
 
-// bridged is a client on stdio of a site, with a proxy between that the test can break.
+// bridged is a client on stdio of a site, with a proxy in between that the test can break.
 type bridged struct {
 	*client
 	proxy *proxy
 }
 
-// proxy passes connections on until it is told to break them.
+// proxy passes connections on until the test breaks them.
 type proxy struct {
 	net.Listener
 	to    string
@@ -46,7 +46,7 @@ func (p *proxy) serve() {
 			_ = in.Close()
 			continue
 		}
-		p.mu.Lock() // until it is known: none that goes to the old address is there after a break
+		p.mu.Lock() // held until the connection is registered, so that none to the old address remains after a break
 		out, err := net.Dial("tcp", p.to)
 		if err == nil {
 			p.conns[in], p.conns[out] = true, true
@@ -70,7 +70,7 @@ func (p *proxy) breakAll() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for c := range p.conns {
-		_ = c.(*net.TCPConn).SetLinger(0) // a reset, not an end
+		_ = c.(*net.TCPConn).SetLinger(0) // a reset, not an orderly end
 		_ = c.Close()
 		delete(p.conns, c)
 	}
@@ -111,7 +111,7 @@ func (b *bridged) hello() {
 
 const modernMeta = `"_meta":{"io.modelcontextprotocol/protocolVersion":"2026-07-28","io.modelcontextprotocol/clientCapabilities":{}}`
 
-// TestBridge: what a client on stdio asks, the server over HTTP answers, in both eras, with notes, updates and cancellation.
+// TestBridge: the server over HTTP answers what a client on stdio asks, in both eras, with notifications, updates and cancellation.
 func TestBridge(t *testing.T) {
 	s := newSite(t, nil)
 	b := newBridge(t, s, nil)
@@ -149,12 +149,12 @@ func TestBridge(t *testing.T) {
 	if rest := b.end(); len(rest) > 0 {
 		t.Fatalf("%+v", rest)
 	}
-	if n := s.http.Sessions(); n > 1 { // the stateless one goes by itself
+	if n := s.http.Sessions(); n > 1 { // the stateless one ends by itself
 		t.Errorf("%d sessions are left", n)
 	}
 }
 
-// TestBridgeBreaks: connections break at any moment, and the server forgets its sessions; every call is carried out once and answered once.
+// TestBridgeBreaks: connections break at any moment and the server forgets its sessions; each call is still carried out and answered once.
 func TestBridgeBreaks(t *testing.T) {
 	s := newSite(t, nil)
 	var mu sync.Mutex
@@ -176,7 +176,7 @@ func TestBridgeBreaks(t *testing.T) {
 			case <-stop:
 				return
 			case <-time.After(20*time.Millisecond +
-				time.Duration(i%25/24)*time.Second): // a busy machine answers something now and then, too
+				time.Duration(i%25/24)*time.Second): // long enough that a busy machine answers something too
 				b.proxy.down.Store(i%5 == 0)
 				b.proxy.breakAll()
 			}
@@ -212,8 +212,8 @@ func TestBridgeBreaks(t *testing.T) {
 	}
 }
 
-// TestBridgeBeginsAnew: a server that has forgotten the session gets the handshake and the subscriptions again, and the client notices
-// nothing.
+// TestBridgeBeginsAnew: a server that has forgotten the session gets the handshake and the subscriptions again, and the client does not
+// notice.
 func TestBridgeBeginsAnew(t *testing.T) {
 	s := newSite(t, func(o *mcpserver.HTTPOptions) { o.SessionIdle = 30 * time.Millisecond })
 	b := newBridge(t, s, nil)
@@ -282,7 +282,7 @@ func TestBridgeRefused(t *testing.T) {
 	}
 }
 
-// TestBridgeServerDies: a call that was in a server that is no more is not made again in the next one; the client is told.
+// TestBridgeServerDies: a call that was in a server that died is not repeated in the next server; the client gets an error.
 func TestBridgeServerDies(t *testing.T) {
 	first, second := newSite(t, nil), newSite(t, nil)
 	b := newBridge(t, first, nil)
@@ -314,7 +314,7 @@ func TestBridgeServerDies(t *testing.T) {
 	}
 }
 
-// TestBridgeUntrusted: a certificate that is not trusted is named as what it is, and so is the way out; names below localhost are this machine.
+// TestBridgeUntrusted: the error for an untrusted certificate says so, and what to do; names below localhost mean this machine.
 func TestBridgeUntrusted(t *testing.T) {
 	web := httptest.NewUnstartedServer(http.NotFoundHandler())
 	web.Config.ErrorLog = log.New(io.Discard, "", 0)

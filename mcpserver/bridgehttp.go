@@ -16,7 +16,7 @@ import (
 	"github.com/mark3labs/mcp-go/mcp"
 )
 
-// withoutSecrets is a URL that can be shown to anybody.
+// withoutSecrets is a URL that is safe to show.
 func withoutSecrets(raw string) string {
 	u, err := url.Parse(raw)
 	if err != nil {
@@ -25,11 +25,11 @@ func withoutSecrets(raw string) string {
 	return (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
 }
 
-// maxRedirects is how many redirects one request follows.
+// maxRedirects is how many redirects one request follows at most.
 const maxRedirects = 5
 
-// do sends a request and follows redirects: the message stays a message (Go would make a GET of it), the key is not shown to another
-// server, and nothing goes over plain HTTP that was to go over TLS.
+// do sends a request and follows redirects. The method and body stay (Go would turn the request into a GET), the key is not sent to another
+// server, and what was to go over TLS never goes over plain HTTP.
 func (l *bridge) do(r *http.Request) (*http.Response, error) {
 	for range maxRedirects {
 		res, err := l.http.Do(r)
@@ -42,7 +42,7 @@ func (l *bridge) do(r *http.Request) (*http.Response, error) {
 			return res, nil
 		}
 		to, err := res.Location()
-		_ = res.Body.Close() // it says nothing
+		_ = res.Body.Close() // the body does not matter
 		if err != nil {
 			return nil, fmt.Errorf("redirect: %w", err)
 		}
@@ -63,12 +63,12 @@ func (l *bridge) do(r *http.Request) (*http.Response, error) {
 		}
 		r = next
 	}
-	return nil, errors.New("the server redirects without end")
+	return nil, errors.New("the server redirects too many times")
 }
 
 var errDowngrade = errors.New("the server redirects from https to http, which is not followed")
 
-// withoutURL is an error of a request without its URL, which may hold secrets.
+// withoutURL is the error of a request without its URL, which may contain secrets.
 func withoutURL(err error) error {
 	var u *url.Error
 	if errors.As(err, &u) {
@@ -77,7 +77,7 @@ func withoutURL(err error) error {
 	return err
 }
 
-// request makes an HTTP request of a message.
+// request makes an HTTP request for a message.
 func (l *bridge) request(ctx context.Context, method string, body []byte, m message) (*http.Request, error) {
 	r, err := http.NewRequestWithContext(ctx, method, l.URL, bytes.NewReader(body))
 	if err != nil {
@@ -114,7 +114,7 @@ func (l *bridge) request(ctx context.Context, method string, body []byte, m mess
 	return r, nil
 }
 
-// backoff waits longer each time, and never as long as others do.
+// backoff waits longer after each try, with a random part so that clients do not retry in step.
 func backoff(ctx context.Context, try int) error {
 	d := min(50*time.Millisecond<<min(try, 7), 5*time.Second)
 	timer := time.NewTimer(d/2 + rand.N(d))

@@ -11,7 +11,7 @@ import (
 	"github.com/mark3labs/mcp-go/mcp"
 )
 
-// begun notes the session that initialize has begun.
+// begun records the session that initialize has begun.
 func (l *bridge) begun(header http.Header, body []byte) {
 	var answer struct {
 		Result struct {
@@ -24,7 +24,7 @@ func (l *bridge) begun(header http.Header, body []byte) {
 	l.session, l.version, l.dedupes = header.Get(mcp.HeaderSessionID), answer.Result.Version, header.Get(headerCall) != ""
 }
 
-// renew begins a session anew in place of one that the server no longer knows. Of many calls that notice, one does.
+// renew replaces a session that the server no longer knows with a new one. If many calls notice that, only one does it.
 func (l *bridge) renew(ctx context.Context, old string) error {
 	l.renewing.Lock()
 	defer l.renewing.Unlock()
@@ -55,14 +55,14 @@ func (l *bridge) renew(ctx context.Context, old string) error {
 	defer res.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(res.Body, 1<<20))
 	if err != nil || res.StatusCode != http.StatusOK {
-		return fmt.Errorf("begin the session anew: %s %w", res.Status, err)
+		return fmt.Errorf("begin a new session: %s %w", res.Status, err)
 	}
 	l.begun(res.Header, body)
-	l.Log.Warn("the server did not know the session any more; it was begun anew")
+	l.Log.Warn("the server no longer knew the session; a new one was begun")
 	if ready {
 		l.send(message{Method: "notifications/initialized"}, []byte(`{"jsonrpc":"2.0","method":"notifications/initialized"}`))
 	}
-	for i, uri := range uris { // what the client was subscribed to, it is again
+	for i, uri := range uris { // renew the client's subscriptions
 		line, err := encode(note{JSONRPC: mcp.JSONRPC_VERSION, ID: "soulbox-again-" + strconv.Itoa(i), Method: methodSubscribe,
 			Params: map[string]string{"uri": uri}})
 		if err != nil {
@@ -76,12 +76,12 @@ func (l *bridge) renew(ctx context.Context, old string) error {
 		if err != nil {
 			return err
 		}
-		_ = res.Body.Close() // what is not there any more has no updates
+		_ = res.Body.Close() // what no longer exists has no updates
 	}
 	return nil
 }
 
-// listen passes on what the server says beside answers, for as long as the conversation lasts.
+// listen passes on the server's own messages, which answer nothing, for as long as the conversation lasts.
 func (l *bridge) listen() {
 	for try := 0; backoff(l.ctx, try) == nil; try++ {
 		r, err := l.request(l.ctx, http.MethodGet, nil, message{})
@@ -110,7 +110,7 @@ func (l *bridge) listen() {
 	}
 }
 
-// retell tells the client that everything it watches may have changed: what did while nobody listened is not known.
+// retell tells the client that everything it watches may have changed: changes made while the bridge did not listen are unknown.
 func (l *bridge) retell() {
 	l.mu.Lock()
 	again := l.listened
@@ -129,7 +129,7 @@ func (l *bridge) retell() {
 	}
 }
 
-// tool is what the server says of a tool, which tells the headers that its calls need. One that is not known needs none.
+// tool is the server's description of a tool, which says what headers its calls need. A tool that is not known needs none.
 func (l *bridge) tool(ctx context.Context, m message) *mcp.Tool {
 	l.mu.Lock()
 	known := l.tools
@@ -167,7 +167,7 @@ func (l *bridge) askTools(ctx context.Context, m message) map[string]*mcp.Tool {
 	}
 	res, err := l.do(r)
 	if err != nil {
-		return nil // the call itself tells what is wrong
+		return nil // the call itself will report what is wrong
 	}
 	defer res.Body.Close()
 	var answer struct {

@@ -5,25 +5,25 @@ import (
 	"strings"
 )
 
-// headerHandle is what a session has that its client may go on with in another session, when the server has forgotten the first: a handle
-// is a name, not a right. Whoever uses it looks whether it is the owner's.
+// headerHandle carries the handle of a session: what a client presents to a new session to continue there when the server has forgotten the
+// first one. A handle is a name, not a right: its user must check that what it names belongs to the owner.
 const headerHandle = "Soulbox-Session-Handle"
 
 const maxHandle = 256
 
-// validHandle says whether a handle can be passed on as a header, and in a comment of a stream.
+// validHandle reports whether a handle can be passed on as a header and in a comment of a stream.
 func validHandle(handle string) bool {
 	return len(handle) <= maxHandle && strings.Trim(handle, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_./") == ""
 }
 
-// Handle is what the session was told to go on with by its client, or by SetHandle; "" is nothing.
+// Handle is what the session continues with, as given by its client or by SetHandle; "" means nothing.
 func (s *Session) Handle() string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.handle
 }
 
-// SetHandle has the client know what a session after this one may go on with: up to 256 letters, digits and - _ . / of Handle's.
+// SetHandle tells the client what a later session may continue with: up to 256 letters, digits and - _ . /
 func (s *Session) SetHandle(handle string) {
 	if !validHandle(handle) {
 		return
@@ -33,7 +33,7 @@ func (s *Session) SetHandle(handle string) {
 	s.handle = handle
 }
 
-// takeHandle takes what a client wants to go on with in a new session.
+// takeHandle stores the handle with which a client continues in a new session.
 func (c *conversation) takeHandle(r *http.Request) {
 	if handle := r.Header.Get(headerHandle); validHandle(handle) {
 		c.mu.Lock()
@@ -42,7 +42,7 @@ func (c *conversation) takeHandle(r *http.Request) {
 	}
 }
 
-// tellHandle has an answer carry the handle: as a header, or if those are sent as a comment of the stream. st.mu is held.
+// tellHandle puts the handle into an answer: as a header, or as a comment of the stream if the headers are already sent. st.mu is held.
 func (st *stream) tellHandle() {
 	if st.handle == nil || st.w == nil {
 		return
@@ -61,7 +61,7 @@ func (st *stream) tellHandle() {
 
 const handleComment = ": handle "
 
-// keepHandle remembers what a session after this one is to go on with.
+// keepHandle remembers what a later session is to continue with.
 func (l *bridge) keepHandle(handle string) {
 	if handle == "" || !validHandle(handle) {
 		return

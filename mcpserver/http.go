@@ -13,21 +13,21 @@ import (
 	"github.com/mark3labs/mcp-go/mcp"
 )
 
-// HTTPOptions configure the HTTP transport; zero values mean the documented defaults.
+// HTTPOptions configures the HTTP transport; zero values mean the documented defaults.
 type HTTPOptions struct {
 	Access      Access
 	MaxBody     int64         // bytes of a request; default 4 MiB
-	SessionIdle time.Duration // after which a session that nobody uses ends; default 30 min
-	Beat        time.Duration // between two signs of life on a stream; default 15 s
-	MaxSessions int           // of one owner, and four times as many in all; default 2,500
-	MaxReading  int64         // bytes of bodies that are being read of one owner, and four times as many in all; default 64 MiB
-	Rate        float64       // requests per second of one owner; default 200
+	SessionIdle time.Duration // after which an unused session ends; default 30 min
+	Beat        time.Duration // between two keep-alives on a stream; default 15 s
+	MaxSessions int           // per owner, and four times as many in all; default 2,500
+	MaxReading  int64         // bytes of bodies being read, per owner, and four times as many in all; default 64 MiB
+	Rate        float64       // requests per second and owner; default 200
 	Burst       int           // requests of one owner at once beyond Rate; default 1000
-	InFlight    int           // calls of one owner at once, in all its sessions; default 1024
+	InFlight    int           // concurrent calls of one owner in all its sessions; default 1024
 }
 
-// HTTP is one endpoint for all revisions of MCP: those with sessions (2024-11-05 to 2025-11-25) and the stateless one (2026-07-28). A
-// request says itself of which it is. It is an http.Handler.
+// HTTP is one endpoint for all revisions of MCP: those with sessions (2024-11-05 to 2025-11-25) and the stateless one (2026-07-28). Each
+// request says which revision it uses. HTTP is an http.Handler.
 type HTTP struct {
 	HTTPOptions
 	s      *Server
@@ -40,18 +40,18 @@ type HTTP struct {
 	sessions map[string]*conversation  // by id
 	clients  map[program]*conversation // of stateless requests
 	owners   map[string]*allowance
-	all      allowance // without a rate
+	all      allowance // totals; its rate is not used
 }
 
-// program is an owner's client of stateless requests.
+// program identifies a client of stateless requests: its owner and its name.
 type program struct{ owner, name string }
 
 const (
-	maxPrograms = 100     // stateless clients of one owner that are told apart by their names; the rest is one
-	maxOwnKept  = 8 << 20 // of one owner
+	maxPrograms = 100     // stateless clients of one owner that are told apart by name; all others count as one
+	maxOwnKept  = 8 << 20 // bytes kept for one owner
 )
 
-// HTTP makes the HTTP transport. It is to be closed.
+// HTTP makes the HTTP transport. The caller must call Close.
 func (s *Server) HTTP(o HTTPOptions) *HTTP {
 	o.MaxBody, o.SessionIdle, o.MaxSessions = cmp.Or(o.MaxBody, 4<<20), cmp.Or(o.SessionIdle, 30*time.Minute), cmp.Or(o.MaxSessions, 2500)
 	o.MaxReading = cmp.Or(o.MaxReading, 64<<20)
@@ -83,7 +83,7 @@ func (h *HTTP) Close(patience time.Duration) {
 	h.work.Wait()
 }
 
-// conversations are all there are. h.mu is held.
+// conversations returns all conversations. h.mu is held.
 func (h *HTTP) conversations() []*conversation {
 	all := make([]*conversation, 0, len(h.sessions)+len(h.clients))
 	for _, c := range h.sessions {
@@ -95,14 +95,14 @@ func (h *HTTP) conversations() []*conversation {
 	return all
 }
 
-// Sessions counts the sessions there are, those of stateless clients too.
+// Sessions counts the sessions, including those of stateless clients.
 func (h *HTTP) Sessions() int {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return len(h.sessions) + len(h.clients)
 }
 
-// expire ends the sessions that nobody uses.
+// expire ends unused sessions.
 func (h *HTTP) expire() {
 	ticker := time.NewTicker(max(min(h.SessionIdle/4, time.Minute), time.Millisecond))
 	defer ticker.Stop()
@@ -124,7 +124,7 @@ func (h *HTTP) expire() {
 	}
 }
 
-// idleFor is how long nobody has used the conversation.
+// idleFor is how long the conversation has been unused.
 func (c *conversation) idleFor() time.Duration {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -134,7 +134,7 @@ func (c *conversation) idleFor() time.Duration {
 	return time.Since(c.used)
 }
 
-// attach counts an HTTP request at work on the conversation; the caller calls what it returns.
+// attach counts an HTTP request that uses the conversation. The caller must call detach.
 func (c *conversation) attach() (detach func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -193,7 +193,7 @@ func (h *HTTP) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// refuse answers a request that is not taken.
+// refuse answers a request that is not accepted.
 func refuse(w http.ResponseWriter, status int, id json.RawMessage, code int, text string) {
 	refuseWith(w, status, id, &Error{Code: code, Message: text})
 }
@@ -205,7 +205,7 @@ func refuseWith(w http.ResponseWriter, status int, id json.RawMessage, e *Error)
 	}
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	_, _ = w.Write(body) // a client that is gone misses nothing
+	_, _ = w.Write(body) // an error means that the client is gone
 }
 
 // session answers GET, which listens to a session or resumes a stream of it, and DELETE, which ends it.
@@ -224,14 +224,14 @@ func (h *HTTP) session(w http.ResponseWriter, r *http.Request, owner string) {
 		return
 	}
 	if !strings.Contains(r.Header.Get("Accept"), "text/event-stream") {
-		refuse(w, http.StatusNotAcceptable, nil, codeInvalid, "a GET of this endpoint is answered by text/event-stream; accept it")
+		refuse(w, http.StatusNotAcceptable, nil, codeInvalid, "a GET of this endpoint returns text/event-stream; accept it")
 		return
 	}
 	defer c.attach()()
 	if last := r.Header.Get(mcp.HeaderLastEventID); last != "" {
 		old, since, found := c.findStream(last)
 		if !found {
-			refuse(w, http.StatusBadRequest, nil, codeInvalid, "that stream is not kept any more")
+			refuse(w, http.StatusBadRequest, nil, codeInvalid, "that stream is no longer kept")
 			return
 		}
 		old.resume(w, since)
@@ -241,7 +241,7 @@ func (h *HTTP) session(w http.ResponseWriter, r *http.Request, owner string) {
 	h.listenTo(c, newStream(w, r, h.Beat), r)
 }
 
-// listenTo sends a session's notes that belong to no call. The latest listener gets them.
+// listenTo sends a session's notifications that belong to no call. The latest listener gets them.
 func (h *HTTP) listenTo(c *conversation, st *stream, r *http.Request) {
 	ctx, cancel := context.WithCancelCause(r.Context())
 	defer cancel(nil)
@@ -260,13 +260,13 @@ func (h *HTTP) listenTo(c *conversation, st *stream, r *http.Request) {
 		cancel(err)
 	}
 	st.mu.Unlock()
-	_ = c.feed.tell(ctx, st, nil) // what a client that is gone has missed is due again
+	_ = c.feed.tell(ctx, st, nil) // what a client that is gone has missed becomes due again
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	st.end()
 }
 
-// find finds the session that a request names. One of another owner is not there.
+// find finds the session that a request names. A session of another owner counts as not found.
 func (h *HTTP) find(w http.ResponseWriter, r *http.Request, owner string, id json.RawMessage) *conversation {
 	name := r.Header.Get(mcp.HeaderSessionID)
 	if name == "" {
@@ -277,7 +277,7 @@ func (h *HTTP) find(w http.ResponseWriter, r *http.Request, owner string, id jso
 	c := h.sessions[name]
 	h.mu.Unlock()
 	if c == nil || c.owner != owner {
-		refuse(w, http.StatusNotFound, id, codeInvalid, "there is no such session; initialize anew")
+		refuse(w, http.StatusNotFound, id, codeInvalid, "there is no such session; initialize again")
 		return nil
 	}
 	return c
@@ -295,7 +295,7 @@ func (h *HTTP) post(w http.ResponseWriter, r *http.Request, owner string) {
 			refuseWith(w, http.StatusBadRequest, m.ID, e)
 			return
 		}
-		if !m.isRequest() { // a cancellation by note would be anybody's; here a client cancels by leaving
+		if !m.isRequest() { // a stateless cancellation could come from anyone; here a client cancels by leaving
 			w.WriteHeader(http.StatusAccepted)
 			return
 		}
@@ -354,22 +354,22 @@ func (h *HTTP) initialize(w http.ResponseWriter, r *http.Request, owner string, 
 	}
 	stop := h.s.follow(c.feed, subscription{owner: owner, by: &c.client})
 	context.AfterFunc(c.ctx, stop)
-	revoked := context.AfterFunc(h.Access.until(r), func() { h.end(c) }) // a session is the key's that has begun it
+	revoked := context.AfterFunc(h.Access.until(r), func() { h.end(c) }) // a session ends with the key that began it
 	context.AfterFunc(c.ctx, func() { revoked() })
 	w.Header().Set(mcp.HeaderSessionID, c.id)
-	w.Header().Set(headerCall, "1") // calls may carry names, by which they are asked for again
+	w.Header().Set(headerCall, "1") // calls may have names, by which their answers are asked for again
 	h.call(w, r, c, m, body)
 	if !c.session(m, nil).Initialized() {
 		h.end(c)
 	}
 }
 
-// client finds the conversation of stateless requests: those of one owner with one program.
+// client finds the conversation of stateless requests: those of one owner and one program share it.
 func (h *HTTP) client(owner string, m message) *conversation {
 	var info struct {
 		Name string `json:"name"`
 	}
-	_ = json.Unmarshal(m.head.Meta.Client, &info) // it need not say what it is
+	_ = json.Unmarshal(m.head.Meta.Client, &info) // clients need not give a name
 	key := program{owner, info.Name[:min(len(info.Name), 64)]}
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -386,13 +386,14 @@ func (h *HTTP) client(owner string, m message) *conversation {
 	return c
 }
 
-// call runs a request and answers it. The client of a session may leave and come back for the answer; a stateless one that leaves cancels.
+// call runs a request and answers it. A client with a session may leave and come back for the answer; a stateless client cancels by
+// leaving.
 func (h *HTTP) call(w http.ResponseWriter, r *http.Request, c *conversation, m message, body []byte) {
 	defer c.attach()()
 	again := ""
 	if !m.modern() {
 		again = r.Header.Get(headerCall)
-		if st := c.findCall(again); st != nil { // it was made before, and its client did not get the answer
+		if st := c.findCall(again); st != nil { // made before; its client did not get the answer
 			st.resume(w, 0)
 			st.wait(r.Context())
 			return
@@ -404,7 +405,7 @@ func (h *HTTP) call(w http.ResponseWriter, r *http.Request, c *conversation, m m
 		return
 	}
 	inner := m
-	if m.modern() { // ids are the client's own: two of its programs may use the same at once
+	if m.modern() { // clients choose ids, so two instances of a program may use the same one at once
 		inner.ID = json.RawMessage(`"` + randomID() + `"`)
 	}
 	f, refusal := c.begin(inner, len(body), h.s.Pending)
@@ -430,7 +431,7 @@ func (h *HTTP) call(w http.ResponseWriter, r *http.Request, c *conversation, m m
 	}
 }
 
-// newCallStream is the stream of a call; again is the name by which its client may ask for it again.
+// newCallStream makes the stream of a call; again is the name by which the client may ask for it again.
 func (h *HTTP) newCallStream(w http.ResponseWriter, r *http.Request, c *conversation, m message, again string, f *flight) *stream {
 	st := newStream(w, r, h.Beat)
 	st.mu.Lock()
@@ -443,7 +444,7 @@ func (h *HTTP) newCallStream(w http.ResponseWriter, r *http.Request, c *conversa
 	if !m.modern() {
 		st.handle = c.session(m, nil).Handle
 	}
-	if kept.Load() > maxOwnKept { // answers are never dropped, so older ones are
+	if kept.Load() > maxOwnKept { // the new answer is kept whatever its size, so older ones must go
 		c.forgetStreams(keptTime / 20)
 	}
 	if st.call = again; st.call != "" && st.events {
@@ -458,7 +459,7 @@ func (h *HTTP) newCallStream(w http.ResponseWriter, r *http.Request, c *conversa
 	return st
 }
 
-// answer runs a request and writes what comes of it.
+// answer runs a request and writes the answer.
 func (h *HTTP) answer(f *flight, session *Session, m message, body []byte, st *stream) {
 	answered := false
 	h.s.run(f, session, m, body, func(response any) {
@@ -474,12 +475,12 @@ func (h *HTTP) answer(f *flight, session *Session, m message, body []byte, st *s
 		st.end()
 		st.mu.Unlock()
 	}
-	if session.over() { // nobody can come back any more
+	if session.over() { // no client can come back any more
 		st.forget()
 	}
 }
 
-// checkHeaders checks what 2026-07-28 wants a request's headers to say, which is what its body says.
+// checkHeaders checks that a request's headers say the same as its body, as 2026-07-28 demands.
 func (h *HTTP) checkHeaders(r *http.Request, m message) *Error {
 	header, meta := r.Header.Get(mcp.HeaderProtocolVersion), m.head.Meta.Version
 	mismatch := func(text string) *Error { return &Error{Code: mcp.HEADER_MISMATCH, Message: text} }
@@ -491,7 +492,7 @@ func (h *HTTP) checkHeaders(r *http.Request, m message) *Error {
 	case meta == "":
 		return &Error{Code: codeParams, Message: "missing or invalid _meta field " + mcp.MetaKeyProtocolVersion}
 	case header != meta:
-		return mismatch("the header MCP-Protocol-Version says another version than the message")
+		return mismatch("the header MCP-Protocol-Version differs from the version in the message")
 	}
 	if e := checkModern(m); e != nil {
 		return e
@@ -501,7 +502,7 @@ func (h *HTTP) checkHeaders(r *http.Request, m message) *Error {
 	}
 	if m.Method == methodTasksGet || m.Method == methodTasksUpdate || m.Method == methodTasksCancel {
 		if name, ok := mcp.DecodeHeaderValue(r.Header.Get(mcp.HeaderName)); !ok || name != m.head.TaskID {
-			return mismatch("the header Mcp-Name is not the task of the message")
+			return mismatch("the header Mcp-Name does not name the task of the message")
 		}
 	}
 	if m.tool() == "" {

@@ -21,17 +21,17 @@ import (
 	"soulbox.dev/soulbox/mcpserver"
 )
 
-// site is an endpoint with tools that show what it does.
+// site is an endpoint whose tools show what it does.
 type site struct {
 	*httptest.Server
 	mcp     *mcpserver.Server
 	http    *mcpserver.HTTP
 	started chan string
 	ended   chan error
-	changed atomic.Pointer[func()] // tells the watcher of test://it
+	changed atomic.Pointer[func()] // notifies the watcher of test://it
 }
 
-// watched is one resource, test://it, that changes when the test says so.
+// watched is one resource, test://it, which changes when the test says so.
 type watched struct{ s *site }
 
 func (w watched) List(context.Context, string) ([]mcp.Resource, string, error) {
@@ -133,7 +133,8 @@ func eras(t *testing.T, do func(t *testing.T, modern bool)) {
 	}
 }
 
-// Trap 6, must show 2: 1,000 calls with three notes each, 16 at once: each note arrives, in order, before its answer, at its own caller.
+// Trap 6, must show 2: 1,000 calls with three notifications each, 16 at once: each notification arrives, in order, before its answer, at
+// its own caller.
 func TestNotesOverHTTP(t *testing.T) {
 	eras(t, func(t *testing.T, modern bool) {
 		s := newSite(t, nil)
@@ -147,7 +148,7 @@ func TestNotesOverHTTP(t *testing.T) {
 					a, err := shared.Do(t.Context(), "tools/call",
 						map[string]any{"name": "notes", "arguments": map[string]any{}, "_meta": map[string]any{"progressToken": token}})
 					notes := a.Notes
-					if len(notes) > 0 && notes[0].Method == "" { // the event that is there for its id
+					if len(notes) > 0 && notes[0].Method == "" { // the empty event that only carries an id
 						notes = notes[1:]
 					}
 					if err != nil || a.Text() != "done" || len(notes) != 3 || len(a.Late) > 0 {
@@ -167,7 +168,7 @@ func TestNotesOverHTTP(t *testing.T) {
 	})
 }
 
-// Traps are what bare mcp-go gets wrong, checked on any endpoint.
+// traps are what bare mcp-go gets wrong, as checks that run on any endpoint.
 var traps = []struct {
 	name  string
 	check func(t *testing.T, s *site, url string) error
@@ -194,7 +195,7 @@ var traps = []struct {
 			return fmt.Errorf("the call was ended: %w", err)
 		case <-time.After(100 * time.Millisecond):
 		}
-		cancel() // leaving is how it cancels
+		cancel() // a client cancels by leaving
 		if err := <-s.ended; !errors.Is(err, mcpserver.ErrCancelled) && !errors.Is(err, context.Canceled) {
 			return err
 		}
@@ -283,7 +284,7 @@ func TestTraps(t *testing.T) {
 	}
 }
 
-// TestTrapsAreThere: each check fails on bare mcp-go. One that does not any more is a reason to use mcp-go's own transport there.
+// TestTrapsAreThere: each check fails on bare mcp-go. A check that passes is a reason to use mcp-go's own transport for it.
 func TestTrapsAreThere(t *testing.T) {
 	for _, trap := range traps {
 		t.Run(trap.name, func(t *testing.T) {
@@ -300,7 +301,7 @@ func TestTrapsAreThere(t *testing.T) {
 	}
 }
 
-// TestLeaving (trap 9): a client of a session that leaves has cancelled nothing; one of 2026-07-28 has.
+// TestLeaving (trap 9): a client with a session cancels nothing by leaving; a client of 2026-07-28 does.
 func TestLeaving(t *testing.T) {
 	eras(t, func(t *testing.T, modern bool) {
 		s := newSite(t, nil)
@@ -309,7 +310,7 @@ func TestLeaving(t *testing.T) {
 		gone := make(chan struct{})
 		go func() {
 			defer close(gone)
-			_, _ = c.Call(ctx, "block", nil) // it has left
+			_, _ = c.Call(ctx, "block", nil) // an error means that it left
 		}()
 		<-s.started
 		id := c.ID.Load()
@@ -332,7 +333,7 @@ func TestLeaving(t *testing.T) {
 	})
 }
 
-// TestComingBack: a client whose stream broke gets what it has missed, once.
+// TestComingBack: a client whose stream broke gets what it has missed, exactly once.
 func TestComingBack(t *testing.T) {
 	s := newSite(t, nil)
 	c := s.client(false).Open(t)
@@ -352,7 +353,7 @@ func TestComingBack(t *testing.T) {
 	}
 }
 
-// TestKeepAlive: an answer that is long in coming shows signs of life.
+// TestKeepAlive: the stream of a slow answer carries keep-alives.
 func TestKeepAlive(t *testing.T) {
 	eras(t, func(t *testing.T, modern bool) {
 		s := newSite(t, func(o *mcpserver.HTTPOptions) { o.Beat = 30 * time.Millisecond })
@@ -389,7 +390,7 @@ func TestSessionsEnd(t *testing.T) {
 	}
 }
 
-// TestBadHTTP: what is not right gets the status of the specification, and disturbs nothing.
+// TestBadHTTP: bad requests get the status that the specification demands, and disturb nothing.
 func TestBadHTTP(t *testing.T) {
 	s := newSite(t, nil)
 	legacy, modern := s.client(false).Open(t), s.client(true)
@@ -476,7 +477,7 @@ func TestBadHTTP(t *testing.T) {
 	}
 }
 
-// TestOwners: a key opens its owner's sessions and no others, and none any more when it is revoked.
+// TestHTTPOwners: a key opens its owner's sessions and no others; once revoked, it opens none.
 func TestHTTPOwners(t *testing.T) {
 	var revoked atomic.Bool
 	s := newSite(t, func(o *mcpserver.HTTPOptions) {
@@ -519,7 +520,7 @@ func TestHTTPOwners(t *testing.T) {
 	}
 }
 
-// TestLimits: an owner that asks for too much is told so, and others are not disturbed.
+// TestLimits: an owner that asks for too much gets an error, and others are not disturbed.
 func TestLimits(t *testing.T) {
 	s := newSite(t, func(o *mcpserver.HTTPOptions) {
 		o.InFlight, o.Rate, o.Burst = 2, 1, 100
@@ -550,7 +551,7 @@ func TestLimits(t *testing.T) {
 	}
 }
 
-// TestSlowListener: one that stops reading costs bounded memory and disturbs nobody; what it is owed is told when it reads again.
+// TestSlowListener: a listener that stops reading costs bounded memory and disturbs no other; it gets what is due when it reads again.
 func TestSlowListener(t *testing.T) {
 	s := newSite(t, nil)
 	c := s.client(false).Open(t)
@@ -580,7 +581,7 @@ func TestSlowListener(t *testing.T) {
 	}
 }
 
-// TestShutdown: calls in flight are asked to yield and are answered; nothing is begun after.
+// TestShutdown: calls in flight are asked to yield and are answered; no new call begins.
 func TestShutdown(t *testing.T) {
 	eras(t, func(t *testing.T, modern bool) {
 		s := newSite(t, nil)

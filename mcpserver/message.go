@@ -16,12 +16,12 @@ const (
 	codeNoMethod   = mcp.METHOD_NOT_FOUND
 	codeParams     = mcp.INVALID_PARAMS
 	codeInternal   = mcp.INTERNAL_ERROR
-	codeBusy       = -32000 // of the range for implementations
+	codeBusy       = -32000 // in the range for implementations
 	codeNoResource = mcp.RESOURCE_NOT_FOUND
 	codeCapability = mcp.MISSING_REQUIRED_CLIENT_CAPABILITY
 )
 
-// Error is an error of the protocol: a client gets it as it is.
+// Error is a protocol error, which the client gets unchanged.
 type Error struct {
 	Code    int    `json:"code"`
 	Message string `json:"message"`
@@ -31,7 +31,7 @@ type Error struct {
 // Error implements error.
 func (e *Error) Error() string { return e.Message }
 
-// asError makes any error one of the protocol.
+// asError turns any error into a protocol error.
 func asError(err error) *Error {
 	var e *Error
 	if errors.As(err, &e) {
@@ -81,10 +81,10 @@ type params struct {
 func (m message) isRequest() bool { return m.Method != "" && m.hasID() }
 func (m message) hasID() bool     { return len(m.ID) > 0 && string(m.ID) != "null" }
 
-// key is the id as the client spells it; 1 and "1" are two.
+// key is the id as the client spells it; 1 and "1" differ.
 func (m message) key() string { return string(m.ID) }
 
-// modern says whether the message is of the era that began with 2026-07-28, in which requests stand for themselves.
+// modern reports whether the message belongs to the era that began with 2026-07-28, in which each request is self-contained.
 func (m message) modern() bool { return mcp.IsModernProtocol(m.head.Meta.Version) }
 
 // tool is the tool that a request calls.
@@ -118,12 +118,12 @@ func parse(line []byte) (message, error) {
 		return message{}, errors.New("the id is neither a string nor a number")
 	}
 	if len(m.Params) > 0 && m.Params[0] == '{' {
-		_ = json.Unmarshal(m.Params, &m.head) // what does not fit is missed where it is needed, with an error of its own
+		_ = json.Unmarshal(m.Params, &m.head) // fields of the wrong type stay empty; the code that needs them reports it
 	}
 	return m, nil
 }
 
-// checkModern checks the fields of 2026-07-28 that every request must have; mcp-go does so for the methods it answers.
+// checkModern checks the fields that every request of 2026-07-28 must have. For the methods that mcp-go answers, mcp-go checks them.
 func checkModern(m message) *Error {
 	if !m.modern() {
 		return nil
@@ -138,7 +138,7 @@ func checkModern(m message) *Error {
 	return nil
 }
 
-// checkDepth bounds nesting without building anything.
+// checkDepth bounds the nesting without decoding anything.
 func checkDepth(line []byte) error {
 	depth, inString, escaped := 0, false, false
 	for _, c := range line {
@@ -180,7 +180,7 @@ func failure(id json.RawMessage, e *Error) mcp.JSONRPCError {
 		Error: mcp.NewJSONRPCErrorDetails(e.Code, e.Message, e.Data)}
 }
 
-// note is a message that wants no answer; a question wants one.
+// note is a message that needs no answer, or with an ID a question, which needs one.
 type note struct {
 	JSONRPC string `json:"jsonrpc"`
 	ID      string `json:"id,omitempty"`

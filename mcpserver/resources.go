@@ -8,23 +8,23 @@ import (
 	"github.com/mark3labs/mcp-go/mcp"
 )
 
-// Resources is what can be read and watched by the client whose session is in a call's context. Errors that are ErrNoResource say that
-// there is no such thing for this client.
+// Resources is what the client whose session is in a call's context can read and watch. An error that is ErrNoResource means that the
+// resource does not exist for this client.
 type Resources interface {
-	// List gives a page of resources, and the cursor of the next page if there is one.
+	// List returns a page of resources, and the cursor of the next page if there is one.
 	List(ctx context.Context, cursor string) (page []mcp.Resource, next string, err error)
 	Templates() []mcp.ResourceTemplate
 	Read(ctx context.Context, uri string) ([]mcp.ResourceContents, error)
-	// Watch calls changed, from any goroutine, after every change until ctx ends; it returns when no later change is missed.
+	// Watch calls changed, from any goroutine, after every change until ctx ends. When it returns, no later change is missed.
 	Watch(ctx context.Context, uri string, changed func()) error
-	// Complete completes a variable of a template, given the variables that are known already.
+	// Complete completes a variable of a template, given the variables that are already known.
 	Complete(ctx context.Context, template, variable, value string, known map[string]string) ([]string, error)
 }
 
-// ErrNoResource is of a URI that leads nowhere.
+// ErrNoResource is the error for a URI that names nothing.
 var ErrNoResource = errors.New("resource not found")
 
-// noResource gives the error of a URI the code of the client's revision.
+// noResource gives ErrNoResource the error code of the client's revision.
 func noResource(err error, uri string, m message) error {
 	if !errors.Is(err, ErrNoResource) {
 		return err
@@ -66,7 +66,7 @@ func (s *Server) resourceMethod(ctx context.Context, _ *Session, m message) (mcp
 	return result, nil
 }
 
-// maxCompletions is the most that the protocol allows.
+// maxCompletions is the maximum that the protocol allows.
 const maxCompletions = 100
 
 // complete answers completion/complete of a resource template.
@@ -84,7 +84,7 @@ func (s *Server) complete(ctx context.Context, _ *Session, m message) (mcp.Resul
 		} `json:"context"`
 	}
 	if err := json.Unmarshal(m.Params, &params); err != nil {
-		return nil, &Error{Code: codeParams, Message: "the parameters of completion/complete are not what they should be"}
+		return nil, &Error{Code: codeParams, Message: "the parameters of completion/complete are invalid"}
 	}
 	values, err := s.Resources.Complete(ctx, params.Ref.URI, params.Argument.Name, params.Argument.Value, params.Context.Arguments)
 	if err != nil {

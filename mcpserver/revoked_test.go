@@ -10,7 +10,7 @@ import (
 	"soulbox.dev/soulbox/mcpserver"
 )
 
-// TestRevoked: what a key has begun ends when it is not valid any more: calls, which yield and undo nothing, tasks, and sessions.
+// TestRevoked: when a key is no longer valid, what it began ends: calls, which yield and undo nothing, tasks, and sessions.
 func TestRevoked(t *testing.T) {
 	valid, revoke := context.WithCancel(t.Context())
 	s := newSite(t, func(o *mcpserver.HTTPOptions) {
@@ -19,7 +19,7 @@ func TestRevoked(t *testing.T) {
 	session := s.client(false).Open(t)
 	stateless := s.client(true)
 	for _, c := range []*sandboxtest.MCP{session, stateless} {
-		go func() { _, _ = c.Call(t.Context(), "block", nil) }() // what it answers matters to nobody
+		go func() { _, _ = c.Call(t.Context(), "block", nil) }() // the answer does not matter
 		<-s.started
 	}
 	withTasks := s.client(true)

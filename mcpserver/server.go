@@ -15,10 +15,10 @@ import (
 	"github.com/mark3labs/mcp-go/server"
 )
 
-// ErrCancelled is the cause of a call's context when the client has cancelled it: what the call began is to be undone.
+// ErrCancelled is the cause of a call's context when the client has cancelled it: the handler must undo what the call began.
 var ErrCancelled = errors.New("cancelled by the client")
 
-// gone is the cause of a call's context when its client is leaving: the call is to return what it has, and undo nothing.
+// gone is the cause of a call's context when its client is leaving: the call must return what it has, and undo nothing.
 type gone struct{ text string }
 
 func (g gone) Error() string { return g.text }
@@ -26,18 +26,18 @@ func (g gone) Error() string { return g.text }
 // Yield tells a handler to return what it has.
 func (gone) Yield() bool { return true }
 
-// Options configure a Server; zero values mean the documented defaults.
+// Options configures a Server; zero values mean the documented defaults.
 type Options struct {
 	MCP       *server.MCPServer   // tools, prompts, and the methods it knows; required
 	Resources Resources           // nil: none
-	Tasks     map[string]TaskRule // tools that may go on as tasks, by name
+	Tasks     map[string]TaskRule // tools that may run as tasks, by name
 	Log       *slog.Logger        // default discards
 	Parallel  int                 // calls of one conversation that run at once; more wait; default 64
 	Pending   int                 // calls of one conversation that run or wait; more are refused; default 4096
-	// Observe is told of every request that was answered: its tool if it called one, and how it ended. It must not block.
+	// Observe is called for every answered request with its tool, if it called one, and its outcome. It must not block.
 	Observe func(method, tool, outcome string, took time.Duration)
 
-	Name, Version string // what the server calls itself in the answers that are not mcp-go's
+	Name, Version string // what the server calls itself in answers that mcp-go does not make
 }
 
 // Server answers MCP requests of any number of conversations, on any transport. It is safe for concurrent use.
@@ -46,10 +46,10 @@ type Server struct {
 	tasks tasks
 
 	mu    sync.Mutex
-	feeds map[*feed]subscription // everybody who is told of changed lists
+	feeds map[*feed]subscription // all subscribers to changed lists
 }
 
-// New makes a server. It adds to o.MCP what lets tools answer with an *Error.
+// New makes a server. It adds middleware to o.MCP that lets tools and prompts answer with an *Error.
 func New(o Options) *Server {
 	o.Parallel, o.Pending = cmp.Or(o.Parallel, 64), cmp.Or(o.Pending, 4096)
 	if o.Log == nil {
@@ -65,7 +65,7 @@ func New(o Options) *Server {
 	return s
 }
 
-// keepError remembers the error of a tool that is meant for the client as it is: mcp-go would call it an internal one.
+// keepError remembers a tool's *Error, which the client must get unchanged: mcp-go would report it as an internal error.
 func keepError(next server.ToolHandlerFunc) server.ToolHandlerFunc {
 	return func(ctx context.Context, req mcp.CallToolRequest) (*mcp.CallToolResult, error) {
 		result, err := next(ctx, req)
@@ -74,7 +74,7 @@ func keepError(next server.ToolHandlerFunc) server.ToolHandlerFunc {
 	}
 }
 
-// keepPromptError does the same for prompts.
+// keepPromptError is keepError for prompts.
 func keepPromptError(next server.PromptHandlerFunc) server.PromptHandlerFunc {
 	return func(ctx context.Context, req mcp.GetPromptRequest) (*mcp.GetPromptResult, error) {
 		result, err := next(ctx, req)
@@ -94,16 +94,16 @@ func keep(ctx context.Context, err error) {
 // maxHeld bounds the bytes of all requests in flight of one conversation.
 const maxHeld = 64 << 20
 
-// run answers a request that is in flight. respond is not called when the client has cancelled it, which forbids an answer.
+// run answers a request in flight. If the client has cancelled it, respond is not called, since an answer is then forbidden.
 func (s *Server) run(f *flight, session *Session, m message, raw []byte, respond func(any)) {
 	defer f.done()
 	began := time.Now()
 	ctx := s.MCP.WithContext(f.ctx, session)
 	if m.Method != methodListen && !inline[m.Method] && !strings.HasPrefix(m.Method,
-		"tasks/") { // which cost nothing, or must not wait for calls
+		"tasks/") { // these cost nothing, or must not wait for calls
 		select {
 		case f.c.slots <- struct{}{}:
-			// A call that is cancelled gives its slot back at once, however long its handler takes to notice.
+			// A cancelled call returns its slot at once, however long its handler takes to notice.
 			free := sync.OnceFunc(func() { <-f.c.slots })
 			defer free()
 			defer context.AfterFunc(ctx, free)()
@@ -148,7 +148,7 @@ func toolResult(v any) (mcp.CallToolResult, bool) {
 	return mcp.CallToolResult{}, false
 }
 
-// answer finds who knows a method.
+// answer answers a request itself or lets mcp-go do it.
 func (s *Server) answer(ctx context.Context, session *Session, m message, raw []byte) (response any) {
 	defer s.recover(m, &response)
 	if own := s.own(m); own != nil {
@@ -170,7 +170,7 @@ func (s *Server) answer(ctx context.Context, session *Session, m message, raw []
 	return s.dispatch(ctx, session, m, raw)
 }
 
-// recover turns a panic into one failed request: it is not the end of the server.
+// recover turns a panic into a failed request, so that it does not end the server.
 func (s *Server) recover(m message, response *any) {
 	if r := recover(); r != nil {
 		s.Log.Error("panic in a handler", "method", m.Method, "panic", r, "stack", string(debug.Stack()))
@@ -178,7 +178,7 @@ func (s *Server) recover(m message, response *any) {
 	}
 }
 
-// dispatch lets mcp-go answer. Its answers carry the id as the client wrote it: mcp-go turns numbers into floats.
+// dispatch lets mcp-go answer. The answer carries the id as the client wrote it, since mcp-go turns numbers into floats.
 func (s *Server) dispatch(ctx context.Context, session *Session, m message, raw []byte) (response any) {
 	defer s.recover(m, &response)
 	id := mcp.NewRequestId(m.ID)
@@ -199,7 +199,7 @@ func (s *Server) dispatch(ctx context.Context, session *Session, m message, raw 
 	return nil
 }
 
-// withoutTask takes out by what clients of 2025-11-25 ask for that revision's tasks, which mcp-go offers and we do not.
+// withoutTask removes the parameter by which clients of 2025-11-25 ask for that revision's tasks, which mcp-go offers and we do not.
 func withoutTask(raw []byte) []byte {
 	var request, params map[string]json.RawMessage
 	if json.Unmarshal(raw, &request) != nil || json.Unmarshal(request["params"], &params) != nil {
@@ -216,7 +216,7 @@ func withoutTask(raw []byte) []byte {
 	return raw
 }
 
-// method is a method that mcp-go does not know, or not as it should be.
+// method answers a method that mcp-go does not know or gets wrong.
 type method func(ctx context.Context, session *Session, m message) (mcp.ResultMetadata, error)
 
 func (s *Server) own(m message) method {
@@ -245,7 +245,7 @@ func (s *Server) own(m message) method {
 		if s.Resources != nil && m.completesResource() {
 			return s.complete
 		}
-	case "tasks/list", "tasks/result": // of a revision whose tasks mcp-go offers; nobody may think we do
+	case "tasks/list", "tasks/result": // of a revision whose tasks mcp-go offers; clients must not think that we do
 		return func(context.Context, *Session, message) (mcp.ResultMetadata, error) {
 			return nil, &Error{Code: codeNoMethod, Message: "there is no method " + m.Method}
 		}
@@ -253,7 +253,7 @@ func (s *Server) own(m message) method {
 	return nil
 }
 
-// decorate adds what 2026-07-28 wants in every result.
+// decorate adds the fields that 2026-07-28 requires in every result.
 func (s *Server) decorate(method string, result mcp.ResultMetadata) {
 	if result.GetResultType() == "" {
 		result.SetResultType(mcp.ResultTypeComplete)

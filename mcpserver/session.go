@@ -18,22 +18,22 @@ import (
 
 // sender is where the messages of a call go.
 type sender interface {
-	// write writes a message whole before it returns, so that it precedes whatever its caller writes later.
+	// write writes a whole message before it returns, so that the message precedes whatever the caller writes later.
 	write(v any) error
 }
 
-// Session is a client's conversation as one call of it sees it: what the client is and may do, and where notes about the call go. It
+// Session is a client's conversation as one call sees it: what the client is and may do, and where notifications about the call go. It
 // implements the session interfaces of mcp-go.
 type Session struct {
 	*conversation
 	client *client // of the conversation; a call of 2026-07-28 has its own
-	out    sender  // nil: notes go nowhere
+	out    sender  // nil: notifications go nowhere
 	inTask bool
-	until  context.Context // ends with what has let the call in; nil: it does not
+	until  context.Context // ends when the call's credential is no longer valid; nil: never
 	failed atomic.Pointer[Error]
 }
 
-// SessionFrom is the session of a call; nil where there is none.
+// SessionFrom is the session of a call; nil if there is none.
 func SessionFrom(ctx context.Context) *Session {
 	s, _ := server.ClientSessionFromContext(ctx).(*Session)
 	return s
@@ -48,7 +48,7 @@ var (
 	_ server.SessionWithProtocolVersion = (*Session)(nil)
 )
 
-// client is what a client has told about itself.
+// client is what a client has said about itself.
 type client struct {
 	mu sync.Mutex
 	clientState
@@ -62,13 +62,13 @@ type clientState struct {
 	level        mcp.LoggingLevel
 }
 
-// conversation is what outlasts the calls of a session.
+// conversation is what the calls of a session share and what outlives them.
 type conversation struct {
 	id     string
-	owner  string // whose it is, as authenticated; "" is the user of this machine
+	owner  string // the authenticated owner; "" is the user of this machine
 	ctx    context.Context
 	cancel context.CancelCauseFunc
-	open   context.Context // ends when nothing is begun any more; what lasts ends with it
+	open   context.Context // ends when nothing new may begin; long-lived requests end with it
 	shut   context.CancelFunc
 	client client
 	slots  chan struct{}
@@ -82,12 +82,12 @@ type conversation struct {
 	held      int // bytes of the requests in flight
 	closing   bool
 	asked     int
-	handle    string                             // what a session after this one may go on with
-	questions map[string]chan message            // put to the client, by id
+	handle    string                             // what a later session may continue with
+	questions map[string]chan message            // sent to the client and not answered yet, by id
 	watched   map[string]context.CancelCauseFunc // subscriptions, by URI
-	streams   []*stream                          // of HTTP, that a client may come back to
-	attached  int                                // HTTP requests at work on it
-	listener  context.CancelCauseFunc            // of the HTTP request that gets what belongs to no call
+	streams   []*stream                          // HTTP streams that a client may reconnect to
+	attached  int                                // HTTP requests that are using the conversation
+	listener  context.CancelCauseFunc            // of the HTTP request that gets the messages of no call
 	used      time.Time
 }
 
@@ -99,19 +99,19 @@ func newConversation(ctx context.Context, owner string, parallel int) *conversat
 	return c
 }
 
-// randomID cannot be guessed: 128 random bits.
+// randomID cannot be guessed: it has 128 random bits.
 func randomID() string {
 	var random [16]byte
 	rand.Read(random[:])
 	return hex.EncodeToString(random[:])
 }
 
-// session is the conversation for one call.
+// session returns the conversation as seen by one call.
 func (c *conversation) session(m message, out sender) *Session {
 	s := &Session{conversation: c, client: &c.client, out: out}
 	if m.modern() {
 		s.client = &client{}
-		_ = json.Unmarshal(m.head.Meta.Capabilities, &s.client.capabilities) // what is wrong with them is answered by who reads the request
+		_ = json.Unmarshal(m.head.Meta.Capabilities, &s.client.capabilities) // whoever reads the request reports errors in them
 	}
 	return s
 }
@@ -125,7 +125,7 @@ type flight struct {
 	size   int
 }
 
-// begin enters a request among those in flight. Whoever gets a flight calls land and then done.
+// begin adds a request to those in flight. The caller must call land and then done on the flight.
 func (c *conversation) begin(m message, size, limit int) (*flight, *Error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -146,7 +146,7 @@ func (c *conversation) begin(m message, size, limit int) (*flight, *Error) {
 	return f, nil
 }
 
-// land takes the request out of those that can be cancelled, and says whether it has been cancelled, which forbids an answer.
+// land removes the request from those that can be cancelled, and reports whether it was cancelled: then it must not be answered.
 func (f *flight) land() (cancelled bool) {
 	f.c.mu.Lock()
 	delete(f.c.inflight, f.key)
@@ -155,13 +155,13 @@ func (f *flight) land() (cancelled bool) {
 	return errors.Is(context.Cause(f.ctx), ErrCancelled)
 }
 
-// done is called when the answer is written.
+// done must be called when the answer is written.
 func (f *flight) done() {
 	f.cancel(nil)
 	f.c.calls.Done()
 }
 
-// cancelCall cancels the request that a notifications/cancelled names. One that is not known has ended already, which is no error.
+// cancelCall cancels the request that a notifications/cancelled names. An unknown request has already ended, which is no error.
 func (c *conversation) cancelCall(m message) {
 	var params struct {
 		RequestID json.RawMessage `json:"requestId"`
@@ -177,7 +177,7 @@ func (c *conversation) cancelCall(m message) {
 	}
 }
 
-// close lets nothing be begun any more.
+// close makes the conversation refuse new requests.
 func (c *conversation) close() {
 	c.mu.Lock()
 	c.closing = true
@@ -185,7 +185,7 @@ func (c *conversation) close() {
 	c.shut()
 }
 
-// drain waits for the calls in flight, then asks them to yield; nothing is begun any more. It reports whether all have ended.
+// drain waits for the calls in flight, then asks them to yield; new requests are refused. It reports whether all calls have ended.
 func (c *conversation) drain(patience time.Duration) bool {
 	c.close()
 	done := make(chan struct{})
@@ -204,19 +204,19 @@ func (c *conversation) drain(patience time.Duration) bool {
 	return false
 }
 
-// yieldTime is how long calls have to yield before their answers are given up.
+// yieldTime is how long calls may take to yield before their answers are given up.
 const yieldTime = 3 * time.Second
 
 // SessionID implements server.ClientSession.
 func (s *Session) SessionID() string { return s.id }
 
-// Owner is whose the conversation is, as authenticated; "" is the user of this machine.
+// Owner is the authenticated owner of the conversation; "" is the user of this machine.
 func (s *Session) Owner() string { return s.owner }
 
-// InTask says whether the call goes on as a task: nobody waits for its answer, so it may take its time.
+// InTask reports whether the call runs as a task: no client waits for its answer, so it may take its time.
 func (s *Session) InTask() bool { return s.inTask }
 
-// Value is what a package keeps for the conversation under a key of its own type; make makes it at first use. It goes with the
+// Value is what a package keeps for the conversation under a key of a type of its own; make makes it at first use. It lives as long as the
 // conversation.
 func (s *Session) Value(key any, make func() any) any {
 	if v, ok := s.values.Load(key); ok {
@@ -232,7 +232,7 @@ func (s *Session) Initialize() { s.client.set(func(c *client) { c.initialized = 
 // Initialized implements server.ClientSession.
 func (s *Session) Initialized() bool { return s.client.get().initialized }
 
-// NotificationChannel implements server.ClientSession. Only mcp-go would use it, for clients that are registered with it: ours are not.
+// NotificationChannel implements server.ClientSession. Only mcp-go uses it, for clients registered with mcp-go, which ours are not.
 func (s *Session) NotificationChannel() chan<- mcp.JSONRPCNotification { return nil }
 
 func (c *client) get() clientState {
@@ -266,7 +266,7 @@ func (s *Session) SetClientCapabilities(capabilities mcp.ClientCapabilities) {
 // ProtocolVersion implements server.SessionWithProtocolVersion.
 func (s *Session) ProtocolVersion() string { return s.client.get().version }
 
-// SetProtocolVersion is told by mcp-go what initialize has settled.
+// SetProtocolVersion is called by mcp-go with the version that initialize has agreed on.
 func (s *Session) SetProtocolVersion(version string) {
 	s.client.set(func(c *client) { c.version = version })
 }
@@ -279,7 +279,7 @@ func (s *Session) SetLogLevel(level mcp.LoggingLevel) {
 // GetLogLevel implements server.SessionWithLogging.
 func (s *Session) GetLogLevel() mcp.LoggingLevel { return s.client.get().level }
 
-// Notify writes a note about the call at hand before it returns, so that it precedes the call's answer.
+// Notify writes a notification about the current call before it returns, so that it precedes the call's answer.
 func (s *Session) Notify(method string, params map[string]any) error {
 	if s.out == nil {
 		return nil
@@ -287,10 +287,10 @@ func (s *Session) Notify(method string, params map[string]any) error {
 	return s.out.write(newNote(method, params))
 }
 
-// errRevoked ends what a key has begun that is not valid any more. What runs in a sandbox is the owner's, and goes on.
+// errRevoked ends what a key has begun when the key is no longer valid. What runs in a sandbox belongs to the owner and continues.
 var errRevoked = gone{"the key is no longer valid"}
 
-// whenRevoked does something once what has let the call in is not valid any more, until stop is called.
+// whenRevoked calls do once the call's credential is no longer valid, unless stop is called before.
 func (s *Session) whenRevoked(do func()) (stop func() bool) {
 	if s.until == nil {
 		return func() bool { return true }
@@ -298,12 +298,12 @@ func (s *Session) whenRevoked(do func()) (stop func() bool) {
 	return context.AfterFunc(s.until, do)
 }
 
-// levels are the levels of MCP's log messages, the least serious first.
+// levels are the levels of MCP's log messages, least serious first.
 var levels = []mcp.LoggingLevel{mcp.LoggingLevelDebug, mcp.LoggingLevelInfo, mcp.LoggingLevelNotice, mcp.LoggingLevelWarning,
 	mcp.LoggingLevelError, mcp.LoggingLevelCritical, mcp.LoggingLevelAlert, mcp.LoggingLevelEmergency}
 
-// Log sends a client a log message about the call at hand if it wants messages of this level: from info on where it has not said so,
-// none before its handshake, and none in 2026-07-28, where a request says so itself.
+// Log sends the client a log message about the current call if the client wants messages of this level. The default is info and above.
+// Nothing is sent before the handshake, nor in 2026-07-28 unless the request itself names a level.
 func (s *Session) Log(ctx context.Context, level mcp.LoggingLevel, logger string, data any) error {
 	least := s.GetLogLevel()
 	if info := server.RequestProtocolInfoFromContext(ctx); info != nil && info.Modern {
@@ -321,13 +321,13 @@ func (s *Session) Log(ctx context.Context, level mcp.LoggingLevel, logger string
 	return s.Notify("notifications/message", map[string]any{"level": level, "logger": logger, "data": data})
 }
 
-// askTime is how long a client's user may take to answer.
+// askTime is how long the user of a client may take to answer.
 const askTime = 10 * time.Minute
 
-// errNotAsked is of a call that has no way to its client.
+// errNotAsked is the error of a call that cannot reach its client.
 var errNotAsked = errors.New("the client cannot be asked here")
 
-// ask puts a question to the client on the stream of the call at hand and waits for the answer.
+// ask sends a question to the client on the stream of the current call and waits for the answer.
 func (s *Session) ask(ctx context.Context, method string, params, answer any) error {
 	if st, http := s.out.(*stream); s.out == nil || http && !st.events {
 		return errNotAsked
@@ -369,7 +369,7 @@ func (s *Session) ask(ctx context.Context, method string, params, answer any) er
 	}
 }
 
-// answered takes a client's answer to a question. One that nobody waits for is dropped.
+// answered accepts a client's answer to a question. An answer that is not waited for is dropped.
 func (c *conversation) answered(m message) {
 	var id string
 	if json.Unmarshal(m.ID, &id) != nil {

@@ -18,19 +18,19 @@ import (
 type Stdio struct {
 	Server  *Server // required
 	MaxLine int     // bytes of one message; default 4 MiB
-	// Drain is how long calls may still run once the client has closed its end; then they are asked to yield. Default 10 s.
+	// Drain is how long calls may keep running once the client has closed its end; then they are asked to yield. Default 10 s.
 	Drain time.Duration
 }
 
-// loop is one conversation on pipes.
+// loop is one conversation over pipes.
 type loop struct {
 	Stdio
 	c   *conversation
 	out *writer
 }
 
-// Serve reads from in until its end or the end of ctx, answers everything it was asked, and returns. A message that is not
-// valid gets an error answer and ends nothing. Only a failing pipe is an error.
+// Serve reads from in until its end or the end of ctx, answers every request, and returns. An invalid message gets an error answer and ends
+// nothing. Only a failing pipe is an error.
 func (s Stdio) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 	s.MaxLine, s.Drain = cmp.Or(s.MaxLine, 4<<20), cmp.Or(s.Drain, 10*time.Second)
 	l := &loop{Stdio: s, c: newConversation(context.WithoutCancel(ctx), "", s.Server.Parallel), out: &writer{w: out}}
@@ -39,7 +39,7 @@ func (s Stdio) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 	go func() {
 		_ = l.c.feed.tell(l.c.ctx, l.out,
 			nil)
-	}() // not waited for: a client that does not read may hold it; a failing pipe is told below
+	}() // not waited for, since a client that does not read may block it; a failing pipe is reported below
 
 	ended := make(chan error, 1)
 	go func() { ended <- l.read(in) }() // a blocked read of stdin ends with the process
@@ -65,7 +65,7 @@ func (s Stdio) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 	return err
 }
 
-// read handles message after message.
+// read handles one message after the other.
 func (l *loop) read(in io.Reader) error {
 	r := bufio.NewReaderSize(in, 64<<10)
 	for {
@@ -85,7 +85,7 @@ func (l *loop) read(in io.Reader) error {
 	}
 }
 
-// readLine reads a line; of one that is too long it keeps nothing.
+// readLine reads a line. A line that is too long is discarded.
 func readLine(r *bufio.Reader, limit int) (line []byte, tooLong bool, err error) {
 	for {
 		part, err := r.ReadSlice('\n')
@@ -100,10 +100,10 @@ func readLine(r *bufio.Reader, limit int) (line []byte, tooLong bool, err error)
 	}
 }
 
-// inline are the methods that are answered on the read loop: they are cheap, and what follows them may depend on them.
+// inline are the methods answered on the read loop: they are cheap, and the messages after them may depend on them.
 var inline = map[string]bool{"initialize": true, "ping": true, "server/discover": true}
 
-// handle starts what a message asks for; it never waits for a call.
+// handle starts what a message asks for. It never waits for a call.
 func (l *loop) handle(line []byte) {
 	m, err := parse(line)
 	if err != nil {
@@ -116,12 +116,12 @@ func (l *loop) handle(line []byte) {
 		l.c.cancelCall(m)
 	case m.Method == "":
 		l.c.answered(m)
-	case !m.isRequest(): // mcp-go wants notes in their order
+	case !m.isRequest(): // mcp-go needs notifications in order
 		l.Server.dispatch(l.Server.MCP.WithContext(l.c.ctx, session), session, m, line)
 	default:
 		f, refusal := l.c.begin(m, len(line), l.Server.Pending)
 		switch {
-		case refusal != nil && l.c.over(): // nothing that comes now is read
+		case refusal != nil && l.c.over(): // the conversation is over; what comes now is ignored
 		case refusal != nil:
 			l.respond(failure(m.ID, refusal))
 		case inline[m.Method]:
@@ -138,7 +138,7 @@ func (c *conversation) over() bool {
 	return c.closing
 }
 
-// malformed is the error of what is no message.
+// malformed is the error for a line that is not a message.
 func malformed(line []byte, err error) *Error {
 	code := codeInvalid
 	if !json.Valid(line) {

@@ -20,7 +20,7 @@ import (
 	"soulbox.dev/soulbox/mcpserver"
 )
 
-// newServer has tools that show what the loop does.
+// newServer makes a server whose tools show what the loop does.
 func newServer(started chan<- string, ended chan<- error, limits ...int) *mcpserver.Server {
 	m := server.NewMCPServer("test", "1")
 	text := func(s string) *mcp.CallToolResult { return mcp.NewToolResultText(s) }
@@ -132,7 +132,7 @@ func (c *client) receive() reply {
 	return r
 }
 
-// end closes the client's half and collects what is still said.
+// end closes the client's half and collects what the server still sends.
 func (c *client) end() []reply {
 	c.t.Helper()
 	_ = c.in.Close()
@@ -156,7 +156,7 @@ func (c *client) end() []reply {
 	return rest
 }
 
-// Trap 1: slow calls hold up neither others nor cancellations.
+// TestManySlowCalls (trap 1): slow calls hold up neither other calls nor cancellations.
 func TestManySlowCalls(t *testing.T) {
 	started, ended := make(chan string, 200), make(chan error, 200)
 	c := connect(t, mcpserver.Stdio{Server: newServer(started, ended, 100, 0)})
@@ -176,7 +176,7 @@ func TestManySlowCalls(t *testing.T) {
 	}
 }
 
-// Beyond the calls that run at once others wait; even those can be cancelled.
+// TestWaitingCalls: calls beyond those that run at once wait, and can be cancelled while they wait.
 func TestWaitingCalls(t *testing.T) {
 	started := make(chan string, 10)
 	c := connect(t, mcpserver.Stdio{Server: newServer(started, nil, 2, 4)})
@@ -199,7 +199,7 @@ func TestWaitingCalls(t *testing.T) {
 	}
 	c.call("last", "echo", `{"text":"hi"}`)
 	for {
-		// A slot is free only when a cancelled call has ended: until then this one may be refused.
+		// A slot is free only when a cancelled call has ended; until then this call may be refused.
 		r := c.receive()
 		if r.Error == nil {
 			if string(r.ID) != `"last"` {
@@ -215,7 +215,7 @@ func TestWaitingCalls(t *testing.T) {
 	}
 }
 
-// Trap 2: 5,000 notes arrive, in order, before the response.
+// TestNotesPrecedeTheirResponse (trap 2): 5,000 notifications arrive, in order, before the response.
 func TestNotesPrecedeTheirResponse(t *testing.T) {
 	c := connect(t, mcpserver.Stdio{Server: newServer(nil, nil)})
 	c.call(1, "notes", `{"count":5000}`)
@@ -229,7 +229,7 @@ func TestNotesPrecedeTheirResponse(t *testing.T) {
 	}
 }
 
-// Trap 3: nothing is answered to a cancelled call.
+// TestCancelledIsNotAnswered (trap 3): a cancelled call gets no answer.
 func TestCancelledIsNotAnswered(t *testing.T) {
 	started, ended := make(chan string), make(chan error)
 	c := connect(t, mcpserver.Stdio{Server: newServer(started, ended)})
@@ -245,7 +245,7 @@ func TestCancelledIsNotAnswered(t *testing.T) {
 	}
 }
 
-// Trap 4: whatever was asked before the end of stdin is answered.
+// TestEndOfInputDrains (trap 4): every request before the end of stdin is answered.
 func TestEndOfInputDrains(t *testing.T) {
 	for range 100 {
 		c := connect(t, mcpserver.Stdio{Server: newServer(nil, nil)})
@@ -264,7 +264,7 @@ func TestEndOfInputDrains(t *testing.T) {
 	}
 }
 
-// At the end of stdin a call that takes long is asked to yield, not cancelled: its answer is given.
+// TestEndOfInputYields: at the end of stdin a long call is asked to yield, not cancelled, and its answer is sent.
 func TestEndOfInputYields(t *testing.T) {
 	started, ended := make(chan string, 1), make(chan error, 1)
 	c := connect(t, mcpserver.Stdio{Server: newServer(started, ended), Drain: 10 * time.Millisecond})
@@ -280,7 +280,7 @@ func TestEndOfInputYields(t *testing.T) {
 	}
 }
 
-// Trap 5: two conversations in one process have two sessions.
+// TestTwoConversations (trap 5): two conversations in one process have two sessions.
 func TestTwoConversations(t *testing.T) {
 	var mu sync.Mutex
 	ids := map[string]bool{}
@@ -315,7 +315,7 @@ func TestSignalEndsServing(t *testing.T) {
 	}
 }
 
-// TestBadInput: each bad message gets one error, and the server goes on.
+// TestBadInput: each bad message gets one error, and the server continues.
 func TestBadInput(t *testing.T) {
 	c := connect(t, mcpserver.Stdio{Server: newServer(nil, nil), MaxLine: 10_000})
 	for name, test := range map[string]struct {
@@ -344,14 +344,14 @@ func TestBadInput(t *testing.T) {
 	}
 	c.send("")
 	c.send(`{"jsonrpc":"2.0","method":"notifications/unknown"}`)
-	c.send(`{"jsonrpc":"2.0","id":7,"result":{}}`) // an answer to nothing
+	c.send(`{"jsonrpc":"2.0","id":7,"result":{}}`) // an answer to no question
 	c.call(1, "echo", `{"text":"still here"}`)
 	if r := c.receive(); r.Result.Content[0].Text != "still here" {
 		t.Fatalf("%+v", r)
 	}
 }
 
-// TestIDs come back as they were: large numbers, floats, strings.
+// TestIDs: ids come back as they were sent: large numbers, floats, strings.
 func TestIDs(t *testing.T) {
 	c := connect(t, mcpserver.Stdio{Server: newServer(nil, nil)})
 	for _, id := range []string{"0", "-1", "9007199254740993", "12345678901234567890", "1.5", `"a"`, `"\u0000"`, `""`} {
@@ -362,7 +362,7 @@ func TestIDs(t *testing.T) {
 	}
 }
 
-// TestNegotiation: every revision up to the newest is spoken.
+// TestNegotiation: the server speaks every revision up to the newest.
 func TestNegotiation(t *testing.T) {
 	for _, revision := range []string{"2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25"} {
 		c := connect(t, mcpserver.Stdio{Server: newServer(nil, nil)})
@@ -407,8 +407,8 @@ type brokenWriter struct{}
 
 func (brokenWriter) Write([]byte) (int, error) { return 0, errors.New("broken") }
 
-// TestNotesOnStdio (must show 2): 1,000 calls with three notes each, 16 at once, in both eras: each note arrives, in order, before its
-// answer.
+// TestNotesOnStdio (must show 2): 1,000 calls with three notifications each, 16 at once, in both eras: each notification arrives, in order,
+// before its answer.
 func TestNotesOnStdio(t *testing.T) {
 	eras(t, func(t *testing.T, modern bool) {
 		s := &site{started: make(chan string, 1), ended: make(chan error, 1)}
@@ -452,8 +452,8 @@ func TestNotesOnStdio(t *testing.T) {
 	})
 }
 
-// TestUnreadStdout: a client that has closed its end and reads nothing does not hold the server, neither by calls nor by what is answered
-// at once.
+// TestUnreadStdout: a client that has closed its end and reads nothing does not block the server, neither by calls nor by requests that are
+// answered at once.
 func TestUnreadStdout(t *testing.T) {
 	for name, line := range map[string]string{
 		"answered at once": `{"jsonrpc":"2.0","id":1,"method":"ping"}`,
@@ -482,7 +482,7 @@ func TestUnreadStdout(t *testing.T) {
 					if strings.Contains(line, "%d") {
 						text = fmt.Sprintf(line, i)
 					}
-					_ = feed.SetWriteDeadline(time.Now().Add(time.Second)) // once it is full, it is closed
+					_ = feed.SetWriteDeadline(time.Now().Add(time.Second)) // once the pipe is full, close it
 					if _, err := io.WriteString(feed, text+"\n"); err != nil {
 						return
 					}
@@ -493,7 +493,7 @@ func TestUnreadStdout(t *testing.T) {
 			case <-time.After(time.Minute):
 				t.Error("it is still there")
 			}
-			_ = unread.Close() // who is still writing may go
+			_ = unread.Close() // unblocks a writer
 		})
 	}
 }

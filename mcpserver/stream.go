@@ -17,14 +17,14 @@ import (
 
 const (
 	writeTime = 30 * time.Second // for one message, to a client that reads slowly
-	retryMS   = 500              // when a client is to come back to a stream that broke
+	retryMS   = 500              // after which a client should reconnect to a broken stream
 
-	maxKept        = 256 << 10 // bytes of one stream, for a client that comes back
-	maxKeptStreams = 1000      // of one conversation, after their end
+	maxKept        = 256 << 10 // bytes kept of one stream, for a client that reconnects
+	maxKeptStreams = 1000      // streams that one conversation keeps after their end
 	keptTime       = 5 * time.Minute
 )
 
-// event is a message of a stream, as it goes over the wire.
+// event is a message of a stream as sent over the wire.
 type event struct {
 	seq  int
 	data []byte
@@ -32,26 +32,26 @@ type event struct {
 }
 
 // stream is the answer to one HTTP request: a single JSON body if nothing precedes it, else server-sent events. In the revisions with
-// sessions its client may go and come back for what it has missed.
+// sessions a client may leave and come back for what it has missed.
 type stream struct {
 	id        string
-	events    bool          // the client takes a stream of events
+	events    bool          // the client accepts a stream of events
 	resumable bool          // events have ids and are kept
-	priming   bool          // the first event is empty: it is there for its id (2025-11-25)
-	allowed   func() bool   // nil, or whether the client may still listen; asked now and then
+	priming   bool          // the first event is empty and only carries an id (2025-11-25)
+	allowed   func() bool   // nil, or reports whether the client may still listen; called at each keep-alive
 	refused   func()        // called once when it may not
-	handle    func() string // nil, or what its client is to know of the session
-	told      string        // of that
-	opened    func()        // nil, or called when it becomes a stream of events
-	call      string        // by which a client that got no answer asks for it again; "" is none
-	kept      *atomic.Int64 // nil, or what all streams of the owner keep
+	handle    func() string // nil, or the session's handle, which the client must know
+	told      string        // the handle that the client was last given
+	opened    func()        // nil, or called when the answer becomes a stream of events
+	call      string        // name by which a client that got no answer asks for it again; "" means none
+	kept      *atomic.Int64 // nil, or the bytes that all streams of the owner keep
 	ended     atomic.Bool
 
 	mu      sync.Mutex
 	w       http.ResponseWriter // nil while no client is attached
-	away    chan struct{}       // closed when the client at hand is detached
-	isOpen  bool                // it is a stream of events
-	missed  []event             // what is kept for a client that comes back
+	away    chan struct{}       // closed when the current client is detached
+	isOpen  bool                // the answer is a stream of events
+	missed  []event             // kept for a client that comes back
 	size    int
 	seq     int
 	endedAt time.Time
@@ -59,7 +59,7 @@ type stream struct {
 	beat    time.Duration
 }
 
-// newStream is the answer to r. After a third of beat an answer that is not there becomes a stream, so that nobody on the way gives up.
+// newStream makes the answer to r. If there is no answer after a third of beat, it becomes a stream, so that no client or proxy gives up.
 func newStream(w http.ResponseWriter, r *http.Request, beat time.Duration) *stream {
 	accept := r.Header.Get("Accept")
 	st := &stream{id: randomID()[:16], w: w, beat: beat, away: make(chan struct{})}
@@ -70,7 +70,8 @@ func newStream(w http.ResponseWriter, r *http.Request, beat time.Duration) *stre
 	return st
 }
 
-// write implements sender for notes and questions: the first makes the answer a stream. A client that takes none misses them.
+// write implements sender for notifications and questions. The first one makes the answer a stream. A client that accepts no stream misses
+// them.
 func (st *stream) write(v any) error {
 	if !st.events {
 		return nil
@@ -93,7 +94,7 @@ func (st *stream) finish(status int, v any) error {
 	}
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	if st.call != "" && st.events && !st.isOpen { // kept for a client that does not get it
+	if st.call != "" && st.events && !st.isOpen { // kept in case the client does not get it
 		st.keep(event{seq: 1, data: bytes.TrimSuffix(body, []byte("\n"))})
 	}
 	st.tellHandle()
@@ -119,7 +120,7 @@ func (st *stream) end() {
 	st.detach()
 }
 
-// detach lets the client at hand go; nothing is written to it any more. st.mu is held.
+// detach lets the current client go; nothing more is written to it. st.mu is held.
 func (st *stream) detach() {
 	if st.w != nil {
 		st.w = nil
@@ -141,7 +142,7 @@ func (st *stream) open() {
 	if st.priming {
 		st.missed = append(st.missed, event{seq: st.seq})
 		_ = st.put(fmt.Appendf(nil, "id: %s-%d\nretry: %d\ndata: \n\n", st.id, st.seq,
-			retryMS)) // a client that is gone is noticed by the next
+			retryMS)) // the next write notices a client that is gone
 	}
 }
 
@@ -156,7 +157,7 @@ func (st *stream) headers() {
 	st.w.WriteHeader(http.StatusOK)
 }
 
-// send writes an event to the client at hand and keeps it for one that comes back. st.mu is held.
+// send writes an event to the current client and keeps it for one that comes back. st.mu is held.
 func (st *stream) send(line []byte, isNote bool) error {
 	st.seq++
 	e := event{seq: st.seq, data: bytes.TrimSuffix(line, []byte("\n")), note: isNote}
@@ -166,10 +167,10 @@ func (st *stream) send(line []byte, isNote bool) error {
 	return st.put(st.encode(e))
 }
 
-// keep bounds what is kept: the oldest notes go first, the answer never. st.mu is held.
+// keep adds an event to those kept, and bounds them: the oldest notifications go first, the answer never. st.mu is held.
 func (st *stream) keep(e event) {
 	if e.note && st.kept != nil && st.kept.Load()+int64(len(e.data)) > maxOwnKept {
-		return // the owner keeps too much already: a client that comes back misses this, but never an answer
+		return // the owner keeps too much already; a client that comes back misses this, but never an answer
 	}
 	st.missed = append(st.missed, e)
 	st.grow(len(e.data))
@@ -186,7 +187,7 @@ func (st *stream) grow(n int) {
 	}
 }
 
-// forget lets go of what is kept.
+// forget drops what is kept.
 func (st *stream) forget() {
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -205,7 +206,7 @@ func (st *stream) encode(e event) []byte {
 	return b.Bytes()
 }
 
-// put writes to the client at hand. One that cannot be written to is let go; with a stream that can be resumed that is no error.
+// put writes to the current client. If that fails, the client is detached, which is no error if the stream can be resumed.
 func (st *stream) put(p []byte) error {
 	if st.w == nil {
 		if st.resumable {
@@ -230,10 +231,10 @@ func (st *stream) put(p []byte) error {
 var errGone = gone{"the client has gone"}
 
 func (st *stream) deadline() {
-	_ = http.NewResponseController(st.w).SetWriteDeadline(time.Now().Add(writeTime)) // a ResponseWriter that has none is a test's
+	_ = http.NewResponseController(st.w).SetWriteDeadline(time.Now().Add(writeTime)) // only a ResponseWriter of a test has no deadline
 }
 
-// keepAlive sends what means nothing, so that no proxy ends the stream, and looks whether the client may still have it.
+// keepAlive sends a comment, so that no proxy ends the stream, and checks whether the client may still have the stream.
 func (st *stream) keepAlive() {
 	st.mu.Lock()
 	allowed, refused := st.allowed, st.refused
@@ -249,12 +250,12 @@ func (st *stream) keepAlive() {
 	}
 	if st.w != nil {
 		st.open()
-		_ = st.put([]byte(": keep-alive\n\n")) // put lets a client go that cannot be written to
+		_ = st.put([]byte(": keep-alive\n\n")) // put detaches a client that cannot be written to
 	}
 	st.beats.Reset(st.beat)
 }
 
-// wait returns when the client at hand is done with: answered, sent away or gone. Afterwards nothing is written to it.
+// wait returns when the current client is answered, detached or gone. Afterwards nothing is written to it.
 func (st *stream) wait(ctx context.Context) {
 	st.mu.Lock()
 	away := st.away
@@ -274,12 +275,12 @@ func (st *stream) wait(ctx context.Context) {
 func (st *stream) resume(w http.ResponseWriter, since int) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	st.detach() // a client that has been away for less time than we know
+	st.detach() // the old connection may still count as attached
 	st.w, st.away, st.isOpen = w, make(chan struct{}), true
 	st.headers()
 	for _, e := range st.missed {
 		if e.seq > since {
-			_ = st.put(st.encode(e)) // put lets a client go that cannot be written to
+			_ = st.put(st.encode(e)) // put detaches a client that cannot be written to
 		}
 	}
 	if st.ended.Load() {
@@ -287,7 +288,7 @@ func (st *stream) resume(w http.ResponseWriter, since int) {
 	}
 }
 
-// findCall finds the stream of a call that was made before.
+// findCall finds the stream of an earlier call by its name.
 func (c *conversation) findCall(call string) *stream {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -299,7 +300,7 @@ func (c *conversation) findCall(call string) *stream {
 	return nil
 }
 
-// forgetStreams lets go of what clients have had so much time to come back for.
+// forgetStreams drops the streams that ended at least age ago.
 func (c *conversation) forgetStreams(age time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -331,7 +332,7 @@ func (c *conversation) findStream(lastEvent string) (st *stream, since int, foun
 	return nil, 0, false
 }
 
-// remember keeps a stream for clients that come back; of those that have ended only the latest. Lock order: stream.mu, conversation.mu.
+// remember keeps a stream for clients that come back. Of the ended ones only the latest are kept. Lock order: stream.mu, conversation.mu.
 func (c *conversation) remember(st *stream) {
 	c.mu.Lock()
 	over := -maxKeptStreams
@@ -354,7 +355,7 @@ func (c *conversation) remember(st *stream) {
 	forgetAll(gone)
 }
 
-// forgetAll lets go of streams that have ended; apart, since the caller may hold the lock of another.
+// forgetAll drops ended streams. It does so in a goroutine, since the caller may hold the lock of another stream.
 func forgetAll(gone []*stream) {
 	if len(gone) > 0 {
 		go func() {
@@ -365,8 +366,8 @@ func forgetAll(gone []*stream) {
 	}
 }
 
-// Disconnect ends the HTTP response of the call at hand though the call goes on; its client comes back for the answer (SEP-1699). It
-// does nothing where the client could not.
+// Disconnect ends the HTTP response of the current call while the call continues; the client comes back for the answer (SEP-1699). If the
+// client cannot do that, Disconnect does nothing.
 func (s *Session) Disconnect() {
 	st, ok := s.out.(*stream)
 	if !ok || !st.resumable || !st.events {
@@ -378,7 +379,7 @@ func (s *Session) Disconnect() {
 	st.detach()
 }
 
-// statusOf is the HTTP status of an answer: 2026-07-28 gives each class of errors one, the revisions before it none.
+// statusOf is the HTTP status of an answer. 2026-07-28 gives classes of errors their own status; earlier revisions always use 200.
 func statusOf(m message, response any) int {
 	e, failed := response.(mcp.JSONRPCError)
 	if !failed || !m.modern() {

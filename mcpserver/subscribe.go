@@ -17,7 +17,7 @@ const (
 
 	noteAcknowledged = "notifications/subscriptions/acknowledged"
 	noteUpdated      = "notifications/resources/updated"
-	// NoteToolsChanged, NotePromptsChanged and NoteResourcesChanged tell clients to ask for a list anew.
+	// NoteToolsChanged, NotePromptsChanged and NoteResourcesChanged tell clients to request a list again.
 	NoteToolsChanged     = "notifications/tools/list_changed"
 	NotePromptsChanged   = "notifications/prompts/list_changed"
 	NoteResourcesChanged = "notifications/resources/list_changed"
@@ -26,11 +26,11 @@ const (
 // maxWatched bounds the resources that one conversation, or one stream of 2026-07-28, may be subscribed to.
 const maxWatched = 64
 
-// subject is what a subscriber is told of: a list that changed, or a resource.
+// subject is what a subscriber is notified of: a list that changed, or a resource.
 type subject struct{ method, uri string }
 
-// feed is what a subscriber is still to be told. A subject that changes often meanwhile is told once, so that a slow reader costs no more
-// than its subjects; what changes while it is being told is told again.
+// feed holds the notifications that a subscriber has yet to get. A subject that changes often meanwhile is sent once, so that a slow reader
+// costs no more than its subjects. A subject that changes while it is being sent is sent again.
 type feed struct {
 	mu    sync.Mutex
 	due   []subject
@@ -59,7 +59,7 @@ func (f *feed) take() []subject {
 	return due
 }
 
-// tell writes what becomes due until ctx ends or a write fails. What could not be written is due again.
+// tell sends what becomes due until ctx ends or a write fails. What could not be sent is due again.
 func (f *feed) tell(ctx context.Context, out sender, meta map[string]any) error {
 	for {
 		select {
@@ -86,14 +86,14 @@ func (f *feed) tell(ctx context.Context, out sender, meta map[string]any) error 
 	}
 }
 
-// subscription is what a feed is told of changed lists.
+// subscription says which list changes a feed gets.
 type subscription struct {
 	owner string
-	lists map[string]bool // by method; nil is all
-	by    *client         // nil, or who must have finished its handshake
+	lists map[string]bool // by method; nil means all
+	by    *client         // nil, or the client that must have finished its handshake
 }
 
-// Changed tells all subscribers that a list has changed; owner, if not nil, bounds it to one owner's.
+// Changed tells all subscribers that a list has changed; owner, if not nil, restricts it to the subscribers of one owner.
 func (s *Server) Changed(method string, owner *string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -118,7 +118,7 @@ func (s *Server) follow(f *feed, sub subscription) (stop func()) {
 
 var errTooManyWatched = &Error{Code: codeBusy, Message: "there are 64 subscriptions already; end one of them first"}
 
-// subscribe is the subscription of the revisions with sessions.
+// subscribe answers subscription requests of the revisions with sessions.
 func (s *Server) subscribe(_ context.Context, session *Session, m message) (mcp.ResultMetadata, error) {
 	uri := m.head.URI
 	c := session.conversation
@@ -160,11 +160,11 @@ func (c *conversation) unwatch(uri string) {
 	}
 }
 
-// listen is the subscription of 2026-07-28: a request that lasts, whose notes carry its id. What is not asked for is never sent.
+// listen is the subscription of 2026-07-28: a long request whose notifications carry its id. What was not asked for is never sent.
 func (s *Server) listen(ctx context.Context, session *Session, m message) (mcp.ResultMetadata, error) {
 	var params mcp.SubscriptionsListenParams
 	if err := json.Unmarshal(m.Params, &params); err != nil {
-		return nil, &Error{Code: codeParams, Message: "the parameters of subscriptions/listen are not what they should be"}
+		return nil, &Error{Code: codeParams, Message: "the parameters of subscriptions/listen are invalid"}
 	}
 	want := params.Notifications
 	if len(want.ResourceSubscriptions) > maxWatched {
@@ -186,7 +186,7 @@ func (s *Server) listen(ctx context.Context, session *Session, m message) (mcp.R
 			}
 			if err := s.Resources.Watch(ctx, uri, func() { f.add(subject{noteUpdated, uri}) }); err != nil {
 				if errors.Is(err, ErrNoResource) {
-					continue // what is not acknowledged is not watched
+					continue // left out of the acknowledgement, so not watched
 				}
 				return nil, err
 			}

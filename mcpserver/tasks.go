@@ -11,7 +11,7 @@ import (
 	"github.com/mark3labs/mcp-go/mcp"
 )
 
-// TasksExtension is the extension by which a call that lasts goes on as a task (SEP-2663). Clients declare it in their capabilities.
+// TasksExtension is the extension by which a long call continues as a task (SEP-2663). Clients declare it in their capabilities.
 const TasksExtension = "io.modelcontextprotocol/tasks"
 
 const (
@@ -19,17 +19,17 @@ const (
 	methodTasksUpdate = "tasks/update"
 	methodTasksCancel = "tasks/cancel"
 
-	maxTasks    = 64 // unfinished ones of one owner; a call beyond them is answered as any other
+	maxTasks    = 64 // unfinished tasks per owner; further calls are answered as ordinary calls
 	maxFinished = 256
-	taskTTL     = time.Hour // from its creation, and again from its end
+	taskTTL     = time.Hour // counted from its creation, and again from its end
 	taskPoll    = time.Second
 )
 
-// TaskRule says when a tool's call goes on as a task.
+// TaskRule says when a tool's call continues as a task.
 type TaskRule struct {
-	After    time.Duration // it is answered as any other call if it ends within this time
+	After    time.Duration // a call that ends within this time is answered as an ordinary call
 	Required bool          // clients without the extension are refused
-	AskFirst bool          // what it asks of the client it asks before the task is made
+	AskFirst bool          // the tool's questions to the client come before the task is made
 }
 
 // The statuses of a task.
@@ -56,7 +56,7 @@ type taskInfo struct {
 	Error         any               `json:"error,omitempty"`
 }
 
-// task is a call that goes on without its client.
+// task is a call that continues without its client.
 type task struct {
 	id, owner string
 	cancel    context.CancelCauseFunc
@@ -64,13 +64,13 @@ type task struct {
 
 	expires time.Time // zero while it is unfinished; guarded by tasks.mu
 
-	telling   sync.Mutex // held while a note is written, and while the task is announced: before mu
+	telling   sync.Mutex // held while a notification is written, and while the task is announced; taken before mu
 	mu        sync.Mutex
-	announced bool   // notes no longer go to the call's stream but are its message
+	announced bool   // notifications no longer go to the call's stream but become the task's message
 	stream    sender // of the call
 	info      taskInfo
 	responses map[string]json.RawMessage
-	answered  chan struct{} // closed when nothing it asked for is missing
+	answered  chan struct{} // closed when everything it asked for is answered
 }
 
 // tasks are all tasks of a server.
@@ -79,7 +79,7 @@ type tasks struct {
 	byID map[string]*task
 }
 
-// of are an owner's tasks: how many are unfinished, and the finished ones. t.mu is held.
+// of returns the number of an owner's unfinished tasks, and the finished ones. t.mu is held.
 func (t *tasks) of(owner string) (unfinished int, finished []*task) {
 	for _, n := range t.byID {
 		switch {
@@ -93,7 +93,7 @@ func (t *tasks) of(owner string) (unfinished int, finished []*task) {
 	return unfinished, finished
 }
 
-// room says whether an owner may have another task.
+// room reports whether an owner may have another task.
 func (t *tasks) room(owner string) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -101,7 +101,7 @@ func (t *tasks) room(owner string) bool {
 	return unfinished < maxTasks
 }
 
-// add enters a task if there is room. Of the finished ones the oldest go.
+// add adds a task if there is room. The oldest finished tasks are dropped.
 func (t *tasks) add(n *task) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -118,14 +118,14 @@ func (t *tasks) add(n *task) bool {
 	return true
 }
 
-// finished notes the end of a task, from which on it is kept for some time.
+// finished records the end of a task. From then on it is kept for taskTTL.
 func (t *tasks) finished(n *task) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	n.expires = time.Now().Add(taskTTL)
 }
 
-// find finds a task of an owner. Another owner's is not there.
+// find finds a task of an owner. A task of another owner counts as not found.
 func (t *tasks) find(owner, id string) (*task, *Error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -139,9 +139,10 @@ func (n *task) expired() bool {
 	return !n.expires.IsZero() && time.Now().After(n.expires)
 }
 
-// write implements sender: until the client knows the task, notes are the call's; then the last progress is the task's message.
+// write implements sender. Until the client knows the task, notifications go to the call's stream; then the last progress becomes the
+// task's message.
 func (n *task) write(v any) error {
-	n.telling.Lock() // a note that is being written precedes the announcement
+	n.telling.Lock() // a notification that is being written precedes the announcement
 	defer n.telling.Unlock()
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -165,7 +166,7 @@ func (n *task) write(v any) error {
 	return nil
 }
 
-// touch notes the time of a change. n.mu is held.
+// touch records the time of a change. n.mu is held.
 func (n *task) touch() { n.info.UpdatedAt = stamp(time.Now()) }
 
 func stamp(t time.Time) string { return t.UTC().Format("2006-01-02T15:04:05.000Z") }
@@ -178,7 +179,8 @@ func declaresTasks(session *Session) bool {
 var errNoTasks = &Error{Code: codeCapability, Message: "this needs a client that declares the extension " + TasksExtension,
 	Data: map[string]any{"requiredCapabilities": map[string]any{"extensions": map[string]any{TasksExtension: map[string]any{}}}}}
 
-// mayBecomeTask answers a call of a tool whose calls may go on as tasks. The client does not ask for that: it can, or it can't.
+// mayBecomeTask answers a call of a tool that may run as a task. Clients do not ask for a task; those that declare the extension may get
+// one.
 func (s *Server) mayBecomeTask(ctx context.Context, session *Session, m message, raw []byte, rule TaskRule) any {
 	if !m.modern() || !declaresTasks(session) {
 		if rule.Required {
@@ -214,7 +216,7 @@ func (s *Server) mayBecomeTask(ctx context.Context, session *Session, m message,
 	timer := time.NewTimer(rule.After)
 	defer timer.Stop()
 	select {
-	case <-n.ended: // so soon that it need not be a task
+	case <-n.ended: // it ended so soon that it need not be a task
 		return response
 	case <-ctx.Done():
 		cancel(context.Cause(ctx))
@@ -222,7 +224,7 @@ func (s *Server) mayBecomeTask(ctx context.Context, session *Session, m message,
 		return response
 	case <-timer.C:
 	}
-	if !s.tasks.add(n) { // there are too many: it is a call that lasts
+	if !s.tasks.add(n) { // too many tasks: it stays a long call
 		select {
 		case <-n.ended:
 		case <-ctx.Done():
@@ -238,13 +240,13 @@ func (s *Server) mayBecomeTask(ctx context.Context, session *Session, m message,
 	n.mu.Unlock()
 	n.telling.Unlock()
 	result.Status, result.InputRequests, result.Outcome, result.Error = taskWorking, nil, nil,
-		nil // what has become of it since, tasks/get tells
+		nil // tasks/get reports what has happened since
 	result.SetResultType("task")
 	s.decorate(m.Method, &result)
 	return mcp.NewJSONRPCResultResponse(mcp.NewRequestId(m.ID), &result)
 }
 
-// work calls the tool, and again with what it asks for.
+// work calls the tool, and calls it again with the answers to what it asks for.
 func (s *Server) work(ctx context.Context, n *task, session *Session, m message, raw []byte) any {
 	call := &Session{conversation: session.conversation, client: session.client, out: n, inTask: true}
 	ctx = s.MCP.WithContext(ctx, call)
@@ -288,7 +290,7 @@ func (n *task) askFor(ctx context.Context, requests mcp.InputRequests) (map[stri
 	return n.responses, nil
 }
 
-// withInput is a request with the client's answers in it.
+// withInput returns a request with the client's answers in it.
 func withInput(raw []byte, responses map[string]json.RawMessage, state string) ([]byte, error) {
 	var request, params map[string]json.RawMessage
 	if err := json.Unmarshal(raw, &request); err != nil {
@@ -310,7 +312,7 @@ func withInput(raw []byte, responses map[string]json.RawMessage, state string) (
 	return json.Marshal(request)
 }
 
-// settle notes the outcome. A task that was cancelled stays so.
+// settle records the outcome. A cancelled task stays cancelled.
 func (n *task) settle(response any) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -351,14 +353,14 @@ func (s *Server) taskMethod(_ context.Context, session *Session, m message) (mcp
 		}
 	default:
 		info := n.info
-		info.Meta = nil // it is decorated for this answer alone
+		info.Meta = nil // each answer gets its own
 		info.InputRequests = maps.Clone(info.InputRequests)
 		return &info, nil
 	}
 	return &mcp.Result{}, nil
 }
 
-// take keeps the answers that were asked for. n.mu is held.
+// take keeps those answers that were asked for. n.mu is held.
 func (n *task) take(responses map[string]json.RawMessage) {
 	if n.info.Status != taskInput {
 		return

@@ -15,7 +15,7 @@ import (
 	"soulbox.dev/soulbox/mcpserver"
 )
 
-// taskOf reads a task of an answer.
+// taskOf is the task in an answer.
 type taskOf struct {
 	ResultType, TaskID, Status, StatusMessage string
 	Result                                    json.RawMessage
@@ -40,7 +40,7 @@ func task(t *testing.T, c *sandboxtest.MCP, method string, params map[string]any
 	return got
 }
 
-// TestTaskCancel: cancelling a task ends its call as a cancellation does, and it stays cancelled.
+// TestTaskCancel: cancelling a task ends its call as a cancellation does, and the task stays cancelled.
 func TestTaskCancel(t *testing.T) {
 	s := newSite(t, nil)
 	c := s.taskClient("")
@@ -61,7 +61,7 @@ func TestTaskCancel(t *testing.T) {
 	}
 }
 
-// TestTaskSurvivesItsClient: a client that leaves once it knows the task has cancelled nothing; one that leaves before has.
+// TestTaskSurvivesItsClient: a client that leaves once it knows the task cancels nothing; one that leaves earlier does.
 func TestTaskSurvivesItsClient(t *testing.T) {
 	s := newSite(t, nil)
 	c := s.taskClient("")
@@ -78,14 +78,14 @@ func TestTaskSurvivesItsClient(t *testing.T) {
 	<-s.started
 	ctx, cancel := context.WithCancel(t.Context())
 	go func() { <-s.started; cancel() }()
-	_, _ = c.Do(ctx, "tools/call", map[string]any{"name": "slow", "arguments": map[string]any{"ms": 60_000}}) // it has left
+	_, _ = c.Do(ctx, "tools/call", map[string]any{"name": "slow", "arguments": map[string]any{"ms": 60_000}}) // an error means that it left
 	if err := <-s.ended; !errors.Is(err, mcpserver.ErrCancelled) {
 		t.Fatal(err)
 	}
 }
 
-// TestTaskBounds: an owner has 64 unfinished tasks at most, beyond which calls are answered as any other; and another owner's are not
-// there.
+// TestTaskBounds: an owner has at most 64 unfinished tasks, and further calls are answered as ordinary calls. Another owner's tasks are not
+// found.
 func TestTaskBounds(t *testing.T) {
 	s := newSite(t, func(o *mcpserver.HTTPOptions) {
 		o.Access.Authenticate = func(_ context.Context, token string) (string, error) { return token, nil }
@@ -98,7 +98,7 @@ func TestTaskBounds(t *testing.T) {
 			first = got
 		}
 	}
-	a, err := ann.Call(t.Context(), "slow", map[string]any{"ms": 100}) // one more is a call as any other
+	a, err := ann.Call(t.Context(), "slow", map[string]any{"ms": 100}) // one more is an ordinary call
 	if err != nil || a.Text() != "done" {
 		t.Fatalf("%v %+v", err, a)
 	}
@@ -110,7 +110,7 @@ func TestTaskBounds(t *testing.T) {
 	}
 }
 
-// TestToolErrors: a tool's own error stays one of the tool, and one that is meant for the protocol is one of the protocol.
+// TestToolErrors: a tool's own error stays an error of the tool, and a protocol error stays a protocol error.
 func TestToolErrors(t *testing.T) {
 	s := newSite(t, nil)
 	s.mcp.MCP.AddTool(mcp.NewTool("refuse"), func(context.Context, mcp.CallToolRequest) (*mcp.CallToolResult, error) {

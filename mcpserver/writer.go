@@ -12,13 +12,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// writer writes messages whole, one after the other, a line each.
+// writer writes whole messages, one after the other, one per line.
 type writer struct {
-	mu     sync.Mutex // held while a client does not read
+	mu     sync.Mutex // stays held while a client does not read
 	w      io.Writer
-	failed atomic.Pointer[error] // of the first write that failed; nothing is written after it
-	stuck  atomic.Int64          // since when a part is being written, in Unix nanoseconds; 0 is none
-	left   atomic.Int64          // since when the client is known to have closed its end
+	failed atomic.Pointer[error] // the first write error; nothing is written after it
+	stuck  atomic.Int64          // when the write in progress began, in Unix nanoseconds; 0 if there is none
+	left   atomic.Int64          // when the client was found to have closed its end, in Unix nanoseconds; 0 if it has not
 }
 
 func (w *writer) err() error {
@@ -31,13 +31,13 @@ func (w *writer) err() error {
 var errEncode = errors.New("encode message")
 
 const (
-	partSize   = 64 << 10 // bytes that are written at once: each that is taken is a sign of life
+	partSize   = 64 << 10 // bytes per write: each part that is taken is a sign of life
 	unreadTime = 5 * time.Second
 	unreadLook = 500 * time.Millisecond
 )
 
-// errUnread is of a client that has closed its end and does not read.
-var errUnread = errors.New("the client has closed its end, and reads nothing of what was to be written")
+// errUnread is the error for a client that has closed its end and does not read.
+var errUnread = errors.New("the client has closed its end and does not read")
 
 func (w *writer) write(v any) error {
 	line, err := encode(v)
@@ -60,8 +60,9 @@ func (w *writer) write(v any) error {
 // leave notes that the client has closed its end.
 func (w *writer) leave() { w.left.CompareAndSwap(0, time.Now().UnixNano()) }
 
-// watch gives a context that ends when the client has closed its end and takes nothing more: then whoever writes waits in vain. It may hold
-// who reads from in, too, so that the end of in is not read: where in is a pipe the kernel tells of it. It watches until ctx ends.
+// watch returns a context that ends when the client has closed its end and reads nothing more, since a writer would then wait forever. The
+// stuck writer may also block the reader of in, so that the end of in is not read; if in is a pipe, the kernel is asked instead. watch runs
+// until ctx ends.
 func (w *writer) watch(ctx context.Context, in io.Reader) (givenUp context.Context) {
 	givenUp, giveUp := context.WithCancel(context.Background())
 	go func() {
@@ -70,7 +71,7 @@ func (w *writer) watch(ctx context.Context, in io.Reader) (givenUp context.Conte
 		for {
 			select {
 			case <-ctx.Done():
-				giveUp() // nobody waits for it any more
+				giveUp() // the caller is done; this only frees the context
 				return
 			case <-ticker.C:
 			}
@@ -92,7 +93,7 @@ func (w *writer) watch(ctx context.Context, in io.Reader) (givenUp context.Conte
 	return givenUp
 }
 
-// hungUp says whether the other end of a pipe or socket is closed, though there may be something left to read (poll(2)).
+// hungUp reports whether the other end of a pipe or socket is closed, even if there is still something to read (poll(2)).
 func hungUp(in io.Reader) bool {
 	f, ok := in.(syscall.Conn)
 	if !ok {

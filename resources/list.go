@@ -17,12 +17,12 @@ import (
 )
 
 const (
-	pageSize   = 10 // sandboxes in a page
-	maxOutputs = 50 // processes listed of one sandbox, the latest
+	pageSize   = 10 // sandboxes per page
+	maxOutputs = 50 // processes listed per sandbox, the latest
 )
 
-// List lists the caller's sandboxes, the newest first, and what can be read of each; templates come last. It pages by the last sandbox
-// shown: sandboxes made or ended meanwhile repeat or hide none of the others.
+// List lists the caller's sandboxes, newest first, with what can be read of each; templates come last. It pages by the last sandbox shown,
+// so sandboxes made or ended meanwhile neither repeat nor hide others.
 func (s *Service) List(ctx context.Context, cursor string) ([]mcp.Resource, string, error) {
 	who, known := owner(ctx)
 	if !known {
@@ -62,7 +62,7 @@ func (s *Service) List(ctx context.Context, cursor string) ([]mcp.Resource, stri
 
 type invalidCursor struct{}
 
-func (invalidCursor) Error() string { return "the cursor is not one that resources/list gave" }
+func (invalidCursor) Error() string { return "the cursor does not come from resources/list" }
 
 // ProtocolError says that the request was wrong.
 func (e invalidCursor) ProtocolError() (code int, message string) {
@@ -92,7 +92,7 @@ func (s *Service) of(ctx context.Context, who string, i sandbox.Info) []mcp.Reso
 	if err != nil {
 		return list
 	}
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second) // one that is silent does not keep the others from being listed
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second) // a silent sandbox does not keep the others from being listed
 	defer cancel()
 	processes, err := client.List(ctx, agent.ListRequest{})
 	if err != nil {
@@ -112,7 +112,7 @@ func (s *Service) of(ctx context.Context, who string, i sandbox.Info) []mcp.Reso
 	return list
 }
 
-// Complete completes ids of sandboxes and processes, paths and names of templates.
+// Complete completes ids of sandboxes and processes, paths, and names of templates.
 func (s *Service) Complete(ctx context.Context, template, variable, value string, known map[string]string) ([]string, error) {
 	var all []string
 	who, ok := owner(ctx)
@@ -133,7 +133,7 @@ func (s *Service) Complete(ctx context.Context, template, variable, value string
 	case variable == "process_id" || variable == "path" || variable == "+path":
 		sb, err := s.Manager.Get(who, known["id"])
 		if err != nil {
-			return nil, nil // nothing completes what is not there
+			return nil, nil // what does not exist has no completions
 		}
 		client, err := sb.Look("complete")
 		if err != nil {
@@ -153,13 +153,13 @@ func (s *Service) Complete(ctx context.Context, template, variable, value string
 	return slices.DeleteFunc(all, func(v string) bool { return !strings.HasPrefix(v, value) }), nil
 }
 
-// paths completes a path, which in the URI has no slash before it.
+// paths completes a path, which has no leading slash in the URI.
 func paths(ctx context.Context, client *agent.Client, value string) []string {
-	value = strings.TrimPrefix(value, "/") // as models write it
+	value = strings.TrimPrefix(value, "/") // models write one
 	dir, _ := path.Split("/" + value)
 	list, err := client.Dir(ctx, agent.DirRequest{Path: names.Parse(path.Clean(dir)), Depth: 1, Limit: 1000})
 	if err != nil {
-		return nil // nothing completes what is not there
+		return nil // what does not exist has no completions
 	}
 	var all []string
 	for _, e := range list.Entries {

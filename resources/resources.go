@@ -26,24 +26,24 @@ import (
 	"soulbox.dev/soulbox/template"
 )
 
-// maxRead is how much one read gives, in bytes; the rest is read by ranges.
+// maxRead is how many bytes one read returns at most; the rest is read by ranges.
 const maxRead = 1 << 20
 
-// Options configure the resources.
+// Options configures the resources.
 type Options struct {
 	Manager *sandbox.Manager
 	Store   *template.Store
-	// NotFound is the error that says that a URI leads nowhere, of whoever asks.
+	// NotFound is the error for a URI that names nothing, in the class that the caller of this package expects.
 	NotFound error
 }
 
-// Service is the resources of a Manager. It is safe for concurrent use.
+// Service provides the resources of a Manager. It is safe for concurrent use.
 type Service struct{ Options }
 
-// New makes the resources of a Manager.
+// New makes the Service of a Manager.
 func New(o Options) *Service { return &Service{o} }
 
-// owner finds whose a call is. A call of nobody finds nothing.
+// owner is the owner of a call. A call without an owner finds nothing.
 func owner(ctx context.Context) (string, bool) {
 	c, ok := server.ClientSessionFromContext(ctx).(interface{ Owner() string })
 	if !ok {
@@ -52,7 +52,7 @@ func owner(ctx context.Context) (string, bool) {
 	return c.Owner(), true
 }
 
-// notFound says the same of everything that is not there for the caller, whether or not it is for others.
+// notFound is the error for everything the caller cannot see, in the same words whether or not it exists for others.
 func (s *Service) notFound(uri string) error {
 	if len(uri) > 200 {
 		uri = uri[:200] + "…"
@@ -77,7 +77,7 @@ func (s *Service) find(ctx context.Context, uri string) (name, *sandbox.Sandbox,
 	return n, sb, nil
 }
 
-// Templates are the shapes of all URIs.
+// Templates are the URI templates of all resources.
 func (s *Service) Templates() []mcp.ResourceTemplate {
 	var all []mcp.ResourceTemplate
 	for _, t := range []struct{ uri, name, description, mime string }{
@@ -98,7 +98,7 @@ func (s *Service) Templates() []mcp.ResourceTemplate {
 	return all
 }
 
-// unreadable is of what is there but cannot be read: the request is at fault, not the server.
+// unreadable is an error for what exists but cannot be read: the request is at fault, not the server.
 type unreadable struct{ error }
 
 // ProtocolError says that the request was wrong.
@@ -140,10 +140,10 @@ func (s *Service) read(ctx context.Context, uri string) ([]mcp.ResourceContents,
 	return s.file(ctx, client, uri, n)
 }
 
-// logsRead is how many entries one read gives.
+// logsRead is how many entries one read returns at most.
 const logsRead = 1000
 
-// logs are the entries of a log as JSON lines: the last ones, or those after the offset, which counts entries.
+// logs returns entries of a log as JSON lines: the last ones, or those after the offset, which counts entries.
 func (s *Service) logs(ctx context.Context, sb *sandbox.Sandbox, uri string, n name) ([]mcp.ResourceContents, error) {
 	sb.Refresh(ctx)
 	page, err := sb.Logs(sandbox.LogQuery{After: n.offset, Limit: logsRead})
@@ -165,7 +165,7 @@ func (s *Service) logs(ctx context.Context, sb *sandbox.Sandbox, uri string, n n
 	return asText(uri, "application/jsonl", b.String(), meta), nil
 }
 
-// metrics are what a sandbox uses now, if it runs, what it has used in its life, and its samples of the last hour.
+// metrics returns what a sandbox uses now, if it runs, what it has used in its life, and its samples of the last hour.
 func metrics(ctx context.Context, sb *sandbox.Sandbox, uri string) ([]mcp.ResourceContents, error) {
 	d := map[string]any{"time": time.Now().UTC().Format(time.RFC3339Nano)}
 	if sb.Info().State == sandbox.Running {
@@ -198,9 +198,9 @@ func asJSON(uri string, v any) ([]mcp.ResourceContents, error) {
 	return asText(uri, "application/json", string(body), nil), nil
 }
 
-// template is a template, or the log of a build of it.
+// template returns a template, or the log of one of its builds.
 func (s *Service) template(ctx context.Context, uri string, n name) ([]mcp.ResourceContents, error) {
-	who, _ := owner(ctx) // find knows it
+	who, _ := owner(ctx) // find has checked that there is one
 	if n.build != "" {
 		log, err := s.Store.BuildLog(who, n.build)
 		if errors.Is(err, template.ErrNoBuild) {
@@ -227,7 +227,7 @@ func (s *Service) template(ctx context.Context, uri string, n name) ([]mcp.Resou
 	return asJSON(uri, m)
 }
 
-// templates are the names of those that an owner sees.
+// templates returns the names of the templates that an owner sees.
 func (s *Service) templates(who string) ([]string, error) {
 	all, err := s.Store.List(who)
 	names := []string{template.HostName}
@@ -237,7 +237,7 @@ func (s *Service) templates(who string) ([]string, error) {
 	return names, err
 }
 
-// missing turns the error of a file or process that is not there into that of a resource.
+// missing turns the error for a missing file or process into the error for a missing resource.
 func (s *Service) missing(uri string, err error) error {
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, agent.ErrNoProcess) || errors.Is(err, agent.ErrInvalid) {
 		return s.notFound(uri)
@@ -245,7 +245,7 @@ func (s *Service) missing(uri string, err error) error {
 	return err
 }
 
-// room is how much of a range one read gives.
+// room is how much of a range one read returns.
 func (n name) room() int64 {
 	if n.limit > 0 {
 		return min(n.limit, maxRead)
@@ -253,7 +253,7 @@ func (n name) room() int64 {
 	return maxRead
 }
 
-// rest tells how to read on.
+// rest is the metadata that says where the next read continues.
 func rest(uri string, size, next int64) map[string]any {
 	meta := map[string]any{"size": size}
 	if next < size {
@@ -281,7 +281,7 @@ func (s *Service) file(ctx context.Context, client *agent.Client, uri string, n 
 	}
 	next := n.offset + int64(len(body))
 	kind := mimeType(n.path, body)
-	if next < info.Size { // a character that the range cuts in two is left for the next
+	if next < info.Size { // a character that the range cuts in two is left for the next read
 		if whole := agent.Whole(body); isText(whole) && len(whole) > 0 {
 			next -= int64(len(body) - len(whole))
 			body = whole
@@ -295,12 +295,12 @@ func (s *Service) file(ctx context.Context, client *agent.Client, uri string, n 
 		Meta: meta}}, nil
 }
 
-// isText says whether p can be shown as it is: valid UTF-8 without terminal escapes.
+// isText reports whether p can be shown as it is: valid UTF-8 without terminal escapes.
 func isText(p []byte) bool {
 	return utf8.Valid(p) && bytes.IndexFunc(p, func(r rune) bool { return unicode.IsControl(r) && r != '\n' && r != '\t' && r != '\r' }) < 0
 }
 
-// mimeType is told by the name where that is known, else by the content.
+// mimeType goes by the name if its extension is known, else by the content.
 func mimeType(name string, body []byte) string {
 	if t := mime.TypeByExtension(path.Ext(name)); t != "" {
 		return t
@@ -308,7 +308,7 @@ func mimeType(name string, body []byte) string {
 	return http.DetectContentType(body)
 }
 
-// directory lists a directory, a line for each entry.
+// directory lists a directory, one line per entry.
 func (s *Service) directory(ctx context.Context, client *agent.Client, uri string, n name) ([]mcp.ResourceContents, error) {
 	list, err := client.Dir(ctx, agent.DirRequest{Path: n.path, Depth: 1, Limit: 10_000})
 	if err != nil {
@@ -328,12 +328,12 @@ func (s *Service) directory(ctx context.Context, client *agent.Client, uri strin
 	return asText(uri, "text/plain", b.String(), nil), nil
 }
 
-// output reads a range of what a process has written, terminal escapes made inert. A character that the range cuts in two, or that the
-// process has not written to its end yet, is left for the next.
+// output reads a range of what a process has written, with terminal escapes made inert. A character that the range cuts in two, or that the
+// process has not finished writing, is left for the next read.
 func (s *Service) output(ctx context.Context, client *agent.Client, uri string, n name) ([]mcp.ResourceContents, error) {
 	var body []byte
 	var p agent.Process
-	first, over := int64(-1), false // over: what would go on with body's last character is no longer kept
+	first, over := int64(-1), false // over: the bytes that follow body are no longer kept
 	err := client.Output(ctx, n.process, n.offset, false, func(f agent.OutputFrame) error {
 		if f.End != nil {
 			p = *f.End

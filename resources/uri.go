@@ -21,18 +21,18 @@ const (
 	kindTemplate
 )
 
-// name is a URI taken apart.
+// name is a parsed URI.
 type name struct {
 	kind    kind
 	sandbox string // or the name of a template
-	build   string // of a template, whose log is meant
-	path    string // of a file, absolute
+	build   string // id of a build, if its log is meant
+	path    string // absolute path of a file
 	process string
-	offset  int64 // of a range; of a process' output counted from its beginning
-	limit   int64 // 0: as much as one read gives
+	offset  int64 // start of a range; for a process's output counted from its beginning
+	limit   int64 // 0: as much as one read returns
 }
 
-// parse takes a URI apart. One that is none of ours, in whatever way, is not there.
+// parse parses a URI. A URI that is not ours, for whatever reason, is treated as not found.
 func parse(uri string) (name, bool) {
 	if rest, ok := strings.CutPrefix(uri, "template://"); ok {
 		return parseTemplate(rest)
@@ -66,7 +66,7 @@ func parse(uri string) (name, bool) {
 	return n, true
 }
 
-// parseTemplate takes the URI of a template apart: NAME, or NAME/builds/ID/log. A name may have a colon, which is none of a port.
+// parseTemplate parses the URI of a template: NAME, or NAME/builds/ID/log. A name may contain a colon, which does not begin a port.
 func parseTemplate(rest string) (name, bool) {
 	rest, query, _ := strings.Cut(rest, "?")
 	n := name{kind: kindTemplate}
@@ -85,7 +85,7 @@ func parseTemplate(rest string) (name, bool) {
 	return name{}, false
 }
 
-// ranged reads the range of a URI: offset and limit in bytes.
+// ranged parses the range of a URI: offset and limit in bytes.
 func (n *name) ranged(query string) bool {
 	values, err := url.ParseQuery(query)
 	if err != nil {

@@ -10,12 +10,12 @@ import (
 
 const (
 	metricsEvery = 5 * time.Second
-	outputPause  = 50 * time.Millisecond // between two looks at a process that writes without end
+	outputPause  = 50 * time.Millisecond // between two reads of a process that writes without end
 	filePause    = 20 * time.Millisecond // between two batches of changed files
-	rewatchPause = time.Second           // before a watch that has ended is begun anew
+	rewatchPause = time.Second           // before a watch that has ended is started again
 )
 
-// Watch tells of every change of a resource until ctx ends. It returns when no later change is missed.
+// Watch reports every change of a resource until ctx ends. When it returns, no later change is missed.
 func (s *Service) Watch(ctx context.Context, uri string, changed func()) error {
 	n, sb, err := s.find(ctx, uri)
 	if err != nil {
@@ -23,7 +23,7 @@ func (s *Service) Watch(ctx context.Context, uri string, changed func()) error {
 	}
 	switch n.kind {
 	case kindTemplate:
-		_, err := s.Read(ctx, uri) // templates never change, but must be there
+		_, err := s.Read(ctx, uri) // templates never change, but must exist
 		return err
 	case kindSandbox, kindLogs:
 		go watchState(ctx, sb, changed, sb.Changed(), 0)
@@ -50,8 +50,8 @@ func (s *Service) Watch(ctx context.Context, uri string, changed func()) error {
 	return nil
 }
 
-// keepWatching begins a watch anew when the sandbox was paused to disk, and runs again: it has ended then. What changed meanwhile may be
-// anything.
+// keepWatching restarts a watch that ended because the sandbox was paused to disk, once the sandbox runs again. It then reports a change,
+// because anything may have changed meanwhile.
 func keepWatching(ctx context.Context, sb *sandbox.Sandbox, over <-chan struct{}, watch func(context.Context) (<-chan struct{}, error),
 	changed func()) {
 	for {
@@ -61,7 +61,7 @@ func keepWatching(ctx context.Context, sb *sandbox.Sandbox, over <-chan struct{}
 			return
 		}
 		changed()
-		select { // a guest that ends each watch at once is asked no faster than that
+		select { // a guest that ends each watch at once is asked no faster than this
 		case <-time.After(rewatchPause):
 		case <-ctx.Done():
 			return
@@ -79,14 +79,14 @@ func keepWatching(ctx context.Context, sb *sandbox.Sandbox, over <-chan struct{}
 			}
 		}
 		var err error
-		if over, err = watch(ctx); err != nil { // it is gone, which is to be seen by reading
+		if over, err = watch(ctx); err != nil { // the resource is gone; the client sees that when it reads
 			return
 		}
 		changed()
 	}
 }
 
-// watchState tells of changes of the sandbox itself, and now and then besides, if every is not 0, while it runs.
+// watchState reports changes of the sandbox itself; if every is not 0, also one at that interval while the sandbox runs.
 func watchState(ctx context.Context, sb *sandbox.Sandbox, changed func(), next <-chan struct{}, every time.Duration) {
 	var tick <-chan time.Time
 	if every > 0 {
@@ -110,8 +110,8 @@ func watchState(ctx context.Context, sb *sandbox.Sandbox, changed func(), next <
 	}
 }
 
-// watchOutput tells that a process has written more, and that it has ended, until over is closed. What it wrote meanwhile is not looked at,
-// and does not pile up: while we pause, the agent waits.
+// watchOutput reports that a process has written more, and that it has ended, until over is closed. What it wrote meanwhile is not read
+// separately and does not pile up: while we pause, the agent waits.
 func watchOutput(ctx context.Context, client *agent.Client, process string, changed func()) (<-chan struct{}, error) {
 	begin, cancel := client.Patience(ctx, 0, agent.Silence)
 	defer cancel()
@@ -130,14 +130,14 @@ func watchOutput(ctx context.Context, client *agent.Client, process string, chan
 				return context.Cause(ctx)
 			}
 		})
-		if err != nil { // otherwise the process has ended: there will be no more
+		if err != nil { // without an error the process has ended, and no more follows
 			close(over)
 		}
 	}()
 	return over, nil
 }
 
-// watchFile returns when the agent has begun to watch; over is closed when it ends.
+// watchFile returns when the agent has started to watch; over is closed when the watch ends.
 func watchFile(ctx context.Context, client *agent.Client, path string, changed func()) (<-chan struct{}, error) {
 	began, over := make(chan error, 1), make(chan struct{})
 	ctx, cancel := context.WithCancelCause(ctx)

@@ -6,18 +6,19 @@ import (
 	"github.com/charmbracelet/x/ansi"
 )
 
-// The emulator joins characters that come in one write, gives a flag and emoji with joiners two columns, forgets what is combined when it
-// comes alone, and loses a wide character at the margin (docs/upstream/x-vt.md). Programs count as wcwidth does, and xterm with them: each
-// character by itself. So characters that are not ASCII are placed here, one by one.
+// Characters that are not ASCII are placed here, one by one, because the emulator differs from what programs expect. Programs count columns
+// as wcwidth does, and so does xterm: each character by itself. The emulator joins characters that come in one write, gives a flag or an
+// emoji with joiners two columns, drops a combining character that comes alone, and loses a wide character at the margin
+// (docs/upstream/x-vt.md).
 
-// nextLine goes to the begin of the next line, as a character does that has no room in its own.
+// nextLine moves to the start of the next line, as a character does that has no room left in its own.
 const nextLine = "\r\x1bD"
 
-// placeholder is a character of one column, in whose place another is put.
+// placeholder is a character of one column. It is written first, and the real character then replaces it in its cell.
 const placeholder = "x"
 
-// char renders a character that is not ASCII. atMargin says that the one before it was wide and ends at the margin, and margin that this
-// one is such.
+// char renders a character that is not ASCII. atMargin says that the character before it is wide and ends at the margin; margin says the
+// same of this one.
 func (sc *screen) char(c rune, atMargin bool) (margin bool, err error) {
 	e, width := sc.shown(), charWidth(c)
 	if width == 0 {
@@ -39,7 +40,7 @@ func (sc *screen) char(c rune, atMargin bool) (margin bool, err error) {
 		return false, err
 	}
 	at := e.CursorPosition()
-	if !(before == last && at.X == last) { // where it stays, it is behind what was written
+	if !(before == last && at.X == last) { // if the cursor stays, it is behind what was written
 		at.X--
 	}
 	if cell := e.CellAt(at.X, at.Y); cell != nil {
@@ -50,7 +51,7 @@ func (sc *screen) char(c rune, atMargin bool) (margin bool, err error) {
 	return false, nil
 }
 
-// combine adds a character without a width of its own to the one before it.
+// combine adds a character that has no width of its own to the one before it.
 func (sc *screen) combine(c rune, atMargin bool) {
 	e := sc.shown()
 	at, last := e.CursorPosition(), sc.size.Cols-1
@@ -58,11 +59,11 @@ func (sc *screen) combine(c rune, atMargin bool) {
 	switch {
 	case atMargin:
 		at.X = last - 1
-	case at.X == last && cell != nil && cell.Content != "" && cell.Content != " ": // written, and the cursor stays on it
+	case at.X == last && cell != nil && cell.Content != "" && cell.Content != " ": // the last column is written, and the cursor stays on it
 	default:
 		at.X--
 	}
-	if cell = e.CellAt(at.X, at.Y); cell != nil && cell.Width == 0 { // the second half of a wide one
+	if cell = e.CellAt(at.X, at.Y); cell != nil && cell.Width == 0 { // the second half of a wide character
 		at.X--
 		cell = e.CellAt(at.X, at.Y)
 	}
@@ -77,12 +78,12 @@ func (sc *screen) combine(c rune, atMargin bool) {
 // isRegional reports whether a character is half of a flag.
 func isRegional(c rune) bool { return c >= 0x1f1e6 && c <= 0x1f1ff }
 
-// charWidth is how many columns a character has by itself, as wcwidth and xterm have it.
+// charWidth is how many columns a character takes by itself, as in wcwidth and xterm.
 func charWidth(c rune) int {
 	switch {
 	case isRegional(c):
 		return 1
-	case c >= 0x1160 && c < 0x1200: // vowels and ends of Korean syllables, which are combined
+	case c >= 0x1160 && c < 0x1200: // vowels and final consonants of Korean syllables, which combine
 		return 0
 	}
 	_, width := ansi.FirstGraphemeCluster(string(c), ansi.GraphemeWidth)

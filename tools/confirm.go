@@ -12,7 +12,7 @@ import (
 	"github.com/mark3labs/mcp-go/server"
 )
 
-// inputNeeded is the answer of a call that must ask its client's user first.
+// inputNeeded is returned by a call that must ask the client's user first. Its result carries the question.
 type inputNeeded struct{ result *mcp.CallToolResult }
 
 func (*inputNeeded) Error() string { return "the client's user is asked first" }
@@ -22,14 +22,14 @@ type protocolError struct{ text string }
 
 func (e *protocolError) Error() string { return e.text }
 
-// ProtocolError tells the transport to answer with an error of JSON-RPC.
+// ProtocolError makes the transport answer with a JSON-RPC error.
 func (e *protocolError) ProtocolError() (code int, message string) { return mcp.INVALID_PARAMS, e.text }
 
-// confirmTime is how long a question may take to be answered.
+// confirmTime is how long the user has to answer a question.
 const confirmTime = 15 * time.Minute
 
-// confirm asks the person behind the client whether something that destroys work is meant. It returns nil when it is. A client that
-// cannot ask is told to give the argument "confirm".
+// confirm asks the user of the client whether something that destroys work is meant, and returns nil if it is. If the client cannot ask,
+// the error says to set the argument "confirm".
 func (s *Service) confirm(ctx context.Context, what, question string) error {
 	client, ok := server.ClientSessionFromContext(ctx).(server.SessionWithClientInfo)
 	if !ok || client.GetClientCapabilities().Elicitation == nil {
@@ -46,7 +46,7 @@ func (s *Service) confirm(ctx context.Context, what, question string) error {
 		return &inputNeeded{ask.ToolResult()}
 	}
 	if !s.signed(ctx, what, params.RequestState) {
-		return &protocolError{"the request state is not the one that was given for this call, or is too old; call again without it"}
+		return &protocolError{"the request state does not belong to this call, or is too old; call again without it"}
 	}
 	content, _ := answer.Content.(map[string]any)
 	if yes, _ := content["confirm"].(bool); answer.Action != mcp.ElicitationResponseActionAccept || !yes {
@@ -55,7 +55,7 @@ func (s *Service) confirm(ctx context.Context, what, question string) error {
 	return nil
 }
 
-// sign makes a request state: it is good for one owner, one thing and some time, and cannot be made by anybody else.
+// sign makes a request state. It is valid for one owner, one action and a limited time, and cannot be forged.
 func (s *Service) sign(ctx context.Context, what string, until time.Time) string {
 	var expiry [8]byte
 	binary.BigEndian.PutUint64(expiry[:], uint64(until.Unix()))

@@ -12,7 +12,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// advice is the next call to make for each class of error: the one place where errors become advice. The first that fits is given.
+// advice is the next call to make for each class of error. Errors become advice only here. The first entry that matches is used.
 var advice = []struct {
 	class error
 	text  string
@@ -30,11 +30,11 @@ var advice = []struct {
 	{agent.ErrNoProcess, "Call process_list to see the processes there are."},
 	{agent.ErrTagInUse, "Use another tag, or end that process with process_signal."},
 	{agent.ErrEnded, "Its output is still there: call process_wait."},
-	{sandbox.ErrNotExposed, "Call sandbox_get to see the ports that are."},
-	{agent.ErrNoWatch, "Begin anew with file_watch and a path: watches end with close, and when nobody reads them while " +
-		"others are wanted."},
+	{sandbox.ErrNotExposed, "Call sandbox_get to see the exposed ports."},
+	{agent.ErrNoWatch, "Start again with file_watch and a path: a watch ends with close, and when it is not read while " +
+		"others are needed."},
 	{agent.ErrWatches, "End one with file_watch, its cursor and close."},
-	{sandbox.ErrUnfit, "It goes on running, sandbox_get and sandbox_kill work; make a new one with sandbox_create, or start the version " +
+	{sandbox.ErrUnfit, "It keeps running, sandbox_get and sandbox_kill work; make a new one with sandbox_create, or start the version " +
 		"that made it."},
 	{agent.ErrVersion, "Commands and files still work in it; for this, make a new one with sandbox_create."},
 	{agent.ErrNoTerminal, "Start it with tty to give it one."},
@@ -50,21 +50,21 @@ var advice = []struct {
 	{agent.ErrCommand, "Write it to a file with file_write and run that."},
 	{agent.ErrTooLarge, "Use exec to work with it in parts."},
 	{agent.ErrLimit, "End some processes with process_signal; process_list shows them."},
-	{agent.ErrSilent, "Try again: one that never answers is paused with its files within some minutes; the next call says so."},
-	{sandbox.ErrPutOff, "Nothing of it is lost: try again in a minute, or tell the operator of this server what it says."},
+	{agent.ErrSilent, "Try again: a sandbox that never answers is paused with its files within some minutes; the next call says so."},
+	{sandbox.ErrPutOff, "Nothing is lost: try again in a minute, or report this error to the operator of this server."},
 	{sandbox.ErrDamaged, "Call sandbox_resume with files_only, or sandbox_create with a snapshot of it."},
 	{agent.ErrLost, "The sandbox has ended. Call sandbox_create for a new one."},
-	{syscall.ENOSPC, "The sandbox' disk is full: remove files with file_remove or exec; sandbox_get shows how much is used."},
+	{syscall.ENOSPC, "The sandbox's disk is full: remove files with file_remove or exec; sandbox_get shows how much is used."},
 	{syscall.EISDIR, "Use file_list to see what is in it, or give the path of a file."},
 	{syscall.ENOTDIR, "A part of the path is not a directory: check it with file_list."},
-	{syscall.ENOTEMPTY, "Set recursive to remove it with all that is in it."},
+	{syscall.ENOTEMPTY, "Set recursive to remove it and everything in it."},
 	{syscall.EROFS, "This part of the sandbox is read-only; use a path in /home/user, /tmp or /opt."},
 	{syscall.ELOOP, "Its symlinks lead in a circle: look at them with file_list."},
 	{syscall.EINVAL, "Correct the arguments and call it again."},
 	{syscall.ENAMETOOLONG, "Use a shorter path."},
 	{fs.ErrNotExist, "Check the path with file_list."},
 	{fs.ErrExist, "Use another path, or mode replace."},
-	{fs.ErrPermission, "Run a command as user root with exec if it has to be."},
+	{fs.ErrPermission, "If it has to be done, run a command as user root with exec."},
 	{context.DeadlineExceeded, "Try again, or do it in smaller steps."},
 }
 
@@ -90,7 +90,7 @@ func explain(tool string, err error) string {
 			return what + " Try again: any call resumes it."
 		}
 		if state.State == sandbox.Paused {
-			return what + " Call sandbox_resume to have it go on."
+			return what + " Call sandbox_resume to resume it."
 		}
 		return what + " Call sandbox_get to see what it does."
 	}
@@ -108,7 +108,7 @@ func explain(tool string, err error) string {
 	return what
 }
 
-// sentence makes a sentence of an error's text; what the guest put into it is made inert.
+// sentence turns an error's text into a sentence. Text from the guest is made inert.
 func sentence(err error) string {
 	text := render([]byte(err.Error()))
 	for _, plain := range []error{agent.ErrInvalid, sandbox.ErrInvalid} {

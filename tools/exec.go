@@ -22,10 +22,10 @@ const (
 	defaultChars = 30_000
 	maxChars     = 100_000
 	maxStdin     = 256 << 10
-	maxCommand   = 128<<10 - 1 // as much as Linux takes in one argument
+	maxCommand   = 128<<10 - 1 // the longest argument that Linux accepts
 	progressTick = 500 * time.Millisecond
-	taskYield    = 24 * time.Hour  // a task has nobody who gives up
-	ttyYield     = 2 * time.Second // at most, until a program at a terminal is silent
+	taskYield    = 24 * time.Hour  // no client waits for a task's answer
+	ttyYield     = 2 * time.Second // at most; a call returns earlier, when the program at the terminal is silent
 )
 
 func (s *Service) execTools() []server.ServerTool {
@@ -38,7 +38,7 @@ func (s *Service) execTools() []server.ServerTool {
 }
 
 type execInput struct {
-	Command    string            `json:"command,omitempty" jsonschema:"with tty it may be left out: a login shell"`
+	Command    string            `json:"command,omitempty" jsonschema:"optional with tty: a login shell"`
 	Cwd        filename          `json:"cwd,omitempty" jsonschema:"absolute directory; default where the last command left the shell"`
 	Env        map[string]string `json:"env,omitempty" jsonschema:"extra environment variables"`
 	User       string            `json:"user,omitempty" jsonschema:"user name or uid; default user"`
@@ -55,7 +55,7 @@ type execInput struct {
 	target
 }
 
-// execOutput tells how a process is and what it wrote.
+// execOutput is the state of a process and what it wrote.
 type execOutput struct {
 	SandboxID  string      `json:"sandbox_id"`
 	ProcessID  string      `json:"process_id"`
@@ -110,13 +110,13 @@ func (o execOutput) text() string {
 	return o.Output + newline + "[" + status + "]"
 }
 
-// check refuses what needs no sandbox to be seen as wrong.
+// check refuses arguments that are wrong whatever the sandbox.
 func (in execInput) check() error {
 	if in.Command == "" && !in.TTY {
 		return badArgument("The argument \"command\" is missing. Give a shell command.")
 	}
 	if !in.TTY && (in.Rows != 0 || in.Cols != 0) {
-		return badArgument("The arguments \"rows\" and \"cols\" are of a terminal. Set tty, or leave them out.")
+		return badArgument("The arguments \"rows\" and \"cols\" need a terminal. Set tty, or leave them out.")
 	}
 	if len(in.Command) > maxCommand {
 		return badArgument("The argument \"command\" has %d bytes, at most %d can be given. Write it to a file with file_write and run "+
@@ -156,7 +156,8 @@ func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
 		return execOutput{}, err
 	}
 	w := agent.Window{Head: chars / 2, Tail: chars - chars/2}
-	// The start itself is not cancelled: whether it happened would be unknown. A cancellation that comes meanwhile is seen below.
+	// The start itself is not cancelled, since then it would be unknown whether the process runs. A cancellation that comes meanwhile is
+	// handled below.
 	if ctx.Err() != nil {
 		return execOutput{}, context.Cause(ctx)
 	}
@@ -180,7 +181,7 @@ func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
 			snap = heard.Snapshot
 		}
 		if ctx.Err() != nil {
-			err = nil // what becomes of it is seen below
+			err = nil // handled below
 		}
 	} else {
 		snap, err = follow(ctx, client, snap, w, yield-startSlice)
@@ -194,10 +195,10 @@ func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
 	return s.show(ctx, client, sb.ID(), snap, w, chars, false)
 }
 
-// startSlice bounds the one round trip that starts a process and waits, since it is not cancelled.
+// startSlice bounds the round trip that starts a process and waits for it, since that round trip is not cancelled.
 const startSlice = 200 * time.Millisecond
 
-// bounds checks the two arguments that all waiting tools have.
+// bounds checks the two arguments that all waiting tools share.
 func bounds(yieldMS *int64, maxOutput *int) (yield time.Duration, chars int, err error) {
 	ms, chars := int64(defaultYield), defaultChars
 	if yieldMS != nil {
@@ -207,7 +208,7 @@ func bounds(yieldMS *int64, maxOutput *int) (yield time.Duration, chars int, err
 		chars = *maxOutput
 	}
 	if ms < 0 || ms > maxYield {
-		return 0, 0, badArgument("The argument \"yield_ms\" must be from 0 to %d; a command that takes longer goes on, and process_wait "+
+		return 0, 0, badArgument("The argument \"yield_ms\" must be from 0 to %d; a longer command keeps running, and process_wait "+
 			"waits for it.", maxYield)
 	}
 	if chars < 100 || chars > maxChars {
@@ -217,7 +218,7 @@ func bounds(yieldMS *int64, maxOutput *int) (yield time.Duration, chars int, err
 	return time.Duration(ms) * time.Millisecond, chars, nil
 }
 
-// follow waits for the end of a process, and tells its last line meanwhile. When ctx ends it returns what it has.
+// follow waits for a process to end and reports its last line as progress meanwhile. When ctx ends it returns what it has.
 func follow(ctx context.Context, client *agent.Client, snap agent.Snapshot, w agent.Window, yield time.Duration) (agent.Snapshot, error) {
 	p := newProgress(ctx)
 	for end := time.Now().Add(yield); snap.Process.State == agent.StateRunning && time.Now().Before(end); {
@@ -227,7 +228,7 @@ func follow(ctx context.Context, client *agent.Client, snap agent.Snapshot, w ag
 			slice = min(slice, progressTick)
 		}
 		next, err := client.Wait(ctx, agent.WaitRequest{Process: snap.Process.ID, WaitMS: max(1, slice.Milliseconds()), Window: w})
-		if ctx.Err() != nil || errors.Is(err, sandbox.ErrState) { // paused: it goes on when the sandbox does
+		if ctx.Err() != nil || errors.Is(err, sandbox.ErrState) { // paused: the process continues when the sandbox does
 			return snap, nil
 		}
 		if err != nil {
@@ -238,7 +239,7 @@ func follow(ctx context.Context, client *agent.Client, snap agent.Snapshot, w ag
 	return snap, nil
 }
 
-// giveUp handles the end of a call's context: a client that leaves gets what there is; one that cancels wants the command ended.
+// giveUp handles the end of a call's context. A client that leaves gets the output so far; a client that cancels wants the command ended.
 func giveUp(ctx context.Context, client *agent.Client, snap agent.Snapshot, w agent.Window) (agent.Snapshot, error) {
 	cause := context.Cause(ctx)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
@@ -253,7 +254,7 @@ func giveUp(ctx context.Context, client *agent.Client, snap agent.Snapshot, w ag
 	return snap, cause
 }
 
-// show turns a snapshot into a result of at most chars characters of output. What it leaves out can be got from the offset that it names.
+// show turns a snapshot into a result with at most chars characters of output. What it leaves out can be read from the offset it names.
 func (s *Service) show(ctx context.Context, client *agent.Client, sandboxID string, snap agent.Snapshot, w agent.Window, chars int,
 	raw bool) (execOutput, error) {
 	if snap.Process.Terminal != nil && !raw {
@@ -266,8 +267,8 @@ func (s *Service) show(ctx context.Context, client *agent.Client, sandboxID stri
 	head := snap.Output.Head
 	left, used := renderHead(head, room, lastOf(snap.Output, w, snap.Process.State == agent.StateExited))
 	if used < len(head) {
-		// Not all of it fits, since escapes take more room than the bytes they stand for, or it ends within a character. Ask for just what
-		// is shown, so that the offset behind it is exact.
+		// Not all of it fits, since an escape is longer than the byte it stands for, or it ends within a character. Ask again for exactly
+		// what is shown, so that the offset behind it is exact.
 		w.Head = used
 		var err error
 		if snap, err = client.Wait(ctx, agent.WaitRequest{Process: snap.Process.ID, Window: w}); err != nil {
@@ -292,7 +293,7 @@ func (s *Service) show(ctx context.Context, client *agent.Client, sandboxID stri
 	switch {
 	case w.Tail == 0:
 		out.Output, out.NextOffset = left, o.HeadEnd
-		if out.LeftOut <= int64(len(head)-len(agent.Whole(head))) { // no more than a character that has no end yet
+		if out.LeftOut <= int64(len(head)-len(agent.Whole(head))) { // no more than a character that is not complete yet
 			out.LeftOut = 0
 			break
 		}
@@ -306,14 +307,15 @@ func (s *Service) show(ctx context.Context, client *agent.Client, sandboxID stri
 	return out, nil
 }
 
-// behind is the offset behind the first n bytes of a tail: of one stream there are others between them.
+// behind is the offset behind the first n bytes of a tail. It asks the agent, because bytes of the other stream may lie between those of
+// one stream.
 func behind(ctx context.Context, client *agent.Client, snap agent.Snapshot, w agent.Window, n int) (int64, error) {
 	w.Offset, w.Head, w.Tail = snap.Output.TailStart, n, 0
 	again, err := client.Wait(ctx, agent.WaitRequest{Process: snap.Process.ID, Window: w})
 	return again.Output.HeadEnd, err
 }
 
-// describe is a snapshot without its output.
+// describe returns a snapshot without its output.
 func describe(sandboxID string, snap agent.Snapshot) execOutput {
 	p := snap.Process
 	out := execOutput{
@@ -330,7 +332,7 @@ func describe(sandboxID string, snap agent.Snapshot) execOutput {
 	return out
 }
 
-// shellNotices are what a model should know of the shell that its commands share.
+// shellNotices says what a model should know about the shell that its commands share.
 func shellNotices(p agent.Process) []string {
 	var notices []string
 	if p.ShellCwd != "" {
@@ -341,16 +343,16 @@ func shellNotices(p agent.Process) []string {
 			names.Show(p.Cwd)))
 	}
 	if p.Forgotten {
-		notices = append(notices, "what it changed of the shell is not remembered: at most 256 KB of variables and functions are")
+		notices = append(notices, "its changes to the shell are not remembered: at most 256 KB of variables and functions are")
 	}
 	return notices
 }
 
-// notes are what a model should know beside the output.
+// notes says what a model should know besides the output.
 func (o execOutput) notes() []string {
 	notes := slices.Clone(o.notices)
 	if o.limitHit {
-		notes = append(notes, "it wanted more processes than a command may have")
+		notes = append(notes, "it tried to start more processes than a command may have")
 	}
 	if o.Children > 0 {
 		notes = append(notes, fmt.Sprintf("%s it started still running, process_signal reaches them", plural(int64(o.Children), "process")))

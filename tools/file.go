@@ -23,7 +23,7 @@ import (
 const (
 	maxFile     = 1 << 20  // bytes of a file in one call
 	maxSkip     = 64 << 20 // bytes that are read to find a line
-	defaultTree = 500      // entries of a listing
+	defaultTree = 500      // entries in a listing
 )
 
 func (s *Service) fileTools() []server.ServerTool {
@@ -168,7 +168,7 @@ func readImage(r io.Reader, info agent.FileInfo, kind string) (fileReadOutput, e
 	return fileReadOutput{Path: names.Show(info.Path), Encoding: "image", Size: info.Size, image: &image}, nil
 }
 
-// readLines reads whole lines from line in.Offset on; only the first one shown is cut where it is too long by itself.
+// readLines reads whole lines, beginning with line in.Offset. Only the first line shown is cut, if it alone is too long.
 func readLines(r *bufio.Reader, info agent.FileInfo, in fileReadInput) (fileReadOutput, error) {
 	first := max(in.Offset, 1)
 	room, lines := defaultChars, in.Limit
@@ -215,7 +215,7 @@ func readLines(r *bufio.Reader, info agent.FileInfo, in fileReadInput) (fileRead
 	return out, nil
 }
 
-// readPart reads a line, keeps at most room bytes of it (at least 1), and tells its length.
+// readPart reads a line, keeps at most room bytes of it (at least 1), and returns its full length as n.
 func readPart(r *bufio.Reader, room int) (part []byte, n int64, err error) {
 	for {
 		piece, err := r.ReadSlice('\n')
@@ -242,7 +242,7 @@ type fileToPut struct {
 	Encoding string   `json:"encoding,omitempty" enum:"text,base64"`
 }
 
-// fileInfo is a file in results.
+// fileInfo describes a file in results.
 type fileInfo struct {
 	Path     string `json:"path"`
 	Type     string `json:"type"`
@@ -323,7 +323,7 @@ func (s *Service) fileWrite(ctx context.Context, in fileWriteInput) (fileWriteOu
 	case len(puts) == 0:
 		puts = []fileToPut{{Path: in.Path, Content: *in.Content, Encoding: in.Encoding}}
 	}
-	// All is checked before anything is written.
+	// Everything is checked before anything is written.
 	bodies := make([][]byte, len(puts))
 	for i, f := range puts {
 		bodies[i] = []byte(f.Content)

@@ -15,7 +15,7 @@ const (
 	maxURLLife = 7 * 24 * time.Hour
 )
 
-// urlTools are there where the server has an address of its own.
+// urlTools exist only if the server has a URL of its own.
 func (s *Service) urlTools() []server.ServerTool {
 	if s.FileURL == nil {
 		return nil

@@ -21,14 +21,14 @@ func (s *Service) lifecycleTools() []server.ServerTool {
 		define(s, "sandbox_resume", "Resume a paused sandbox where it was, or a failed one from what was saved.",
 			hints{title: "Resume a sandbox", idempotent: true}, s.sandboxResume),
 		define(s, "sandbox_snapshot",
-			"Save a running sandbox, with its processes, under a name; sandbox_create with template NAME begins there.",
+			"Save a running sandbox, with its processes, under a name; sandbox_create with template NAME starts from it.",
 			hints{title: "Save a snapshot"}, s.sandboxSnapshot),
 		define(s, "sandbox_fork", "Make copies of a sandbox, memory and processes too; it continues.",
 			hints{title: "Fork a sandbox"}, s.sandboxFork),
 	}
 }
 
-// own finds a sandbox that is to be as it is: it is neither made nor woken.
+// own finds a sandbox whose state must not change: the call neither makes nor wakes it.
 func (s *Service) own(ctx context.Context, t target) (*sandbox.Sandbox, error) {
 	own, owner, err := s.session(ctx)
 	if err != nil {
@@ -46,7 +46,7 @@ func (s *Service) own(ctx context.Context, t target) (*sandbox.Sandbox, error) {
 		return sb, nil
 	}
 	return nil, badArgument("The argument \"sandbox_id\" is missing, and this session has no sandbox of its own yet. Call sandbox_list " +
-		"to see those there are.")
+		"to see the existing ones.")
 }
 
 type sandboxPauseInput struct {
@@ -56,7 +56,7 @@ type sandboxPauseInput struct {
 	target
 }
 
-// sandboxPause of one that is paused so already is no error: what was wanted is the case.
+// sandboxPause succeeds if the sandbox is already paused in the wanted way.
 func (s *Service) sandboxPause(ctx context.Context, in sandboxPauseInput) (sandboxInfo, error) {
 	sb, err := s.own(ctx, in.target)
 	if err != nil {
@@ -66,7 +66,7 @@ func (s *Service) sandboxPause(ctx context.Context, in sandboxPauseInput) (sandb
 	if info := sb.Info(); err != nil && !(info.State == sandbox.Paused && (info.OnDisk || !in.ToDisk)) {
 		return sandboxInfo{}, err
 	}
-	if info := sb.Info(); info.State == sandbox.Paused && in.AutoResume && !info.AutoResume { // it was paused before
+	if info := sb.Info(); info.State == sandbox.Paused && in.AutoResume && !info.AutoResume { // it was already paused
 		if _, err := sb.Update(ctx, sandbox.Update{AutoResume: &in.AutoResume}); err != nil {
 			return sandboxInfo{}, err
 		}
@@ -160,7 +160,7 @@ func (o sandboxForkOutput) text() string {
 		"restart it, or have a hook do it]"
 }
 
-// sandboxFork fails as a whole only where no copy could be made.
+// sandboxFork fails as a whole only if no copy could be made.
 func (s *Service) sandboxFork(ctx context.Context, in sandboxForkInput) (sandboxForkOutput, error) {
 	sb, err := s.own(ctx, in.target)
 	if err != nil {
@@ -185,7 +185,7 @@ func (s *Service) sandboxFork(ctx context.Context, in sandboxForkInput) (sandbox
 		case err == nil:
 			continue
 		case last != nil && errors.Is(err, sandbox.ErrNoRoom) && errors.Is(last, sandbox.ErrNoRoom):
-			same++ // one of them says it all
+			same++ // one message says it all
 		default:
 			out.Failed = append(out.Failed, fmt.Sprintf("copy %d: %s", i+1, explain("sandbox_fork", err)))
 		}

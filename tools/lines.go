@@ -9,10 +9,10 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// maxHeld bounds, in bytes, what is held back of a sequence whose end is still to come.
+// maxHeld bounds, in bytes, what is held back of a sequence that is not complete yet.
 const maxHeld = 4 << 10
 
-// terminalText is output of a terminal as lines of text: without escapes, and of a line that was written over only what stands there.
+// terminalText is a terminal's output as lines of text, without escapes. Of a line that was overwritten, only the last text remains.
 func terminalText(p []byte) string {
 	p = bytes.ReplaceAll(p, []byte("\r\n"), []byte("\n"))
 	var done, line []string
@@ -37,7 +37,7 @@ func terminalText(p []byte) string {
 	return strings.Join(append(done, line...), "")
 }
 
-// escapeLen is the length of the sequence that p begins with (ECMA-48, 5.3 to 5.6), and whether all of it is there.
+// escapeLen is the length of the sequence that p begins with (ECMA-48, 5.3 to 5.6), and whether the sequence is complete.
 func escapeLen(p []byte) (n int, whole bool) {
 	if len(p) < 2 {
 		return len(p), false
@@ -48,7 +48,7 @@ func escapeLen(p []byte) (n int, whole bool) {
 			switch c := p[i]; {
 			case c >= 0x40 && c < 0x7f, c == 0x18, c == 0x1a:
 				return i + 1, true
-			case c == 0x1b, c >= 0x80: // which ends it
+			case c == 0x1b, c >= 0x80: // these end the sequence
 				return i, true
 			}
 		}
@@ -64,10 +64,10 @@ func escapeLen(p []byte) (n int, whole bool) {
 	case c > 0x30 && c < 0x7f:
 		return 2, true
 	}
-	return 1, true // what follows is not of it
+	return 1, true // what follows is not part of it
 }
 
-// stringLen is the same of a control string.
+// stringLen is escapeLen for a control string.
 func stringLen(p []byte) (n int, whole bool) {
 	for i := 2; i < len(p); i++ {
 		switch c := p[i]; {
@@ -84,8 +84,8 @@ func stringLen(p []byte) (n int, whole bool) {
 	return len(p), false
 }
 
-// held is how many bytes at the end of a terminal's output are better read with what follows: part of a character or a sequence, or a
-// return, which means something else before a line feed.
+// held is how many bytes at the end of a terminal's output are better read together with what follows: an incomplete character or sequence,
+// or a carriage return, which means something else before a line feed.
 func held(p []byte) int {
 	for at := 0; at < len(p); {
 		next := bytes.IndexByte(p[at:], 0x1b)
@@ -107,8 +107,8 @@ func held(p []byte) int {
 	return len(p) - len(agent.Whole(p))
 }
 
-// terminalHead shows as much from the start of a terminal's output as fits into room characters, and tells how many bytes that is. Unless p
-// is whole, what is better read with what follows is left for later.
+// terminalHead shows as much from the start of a terminal's output as fits into room characters, and returns as used how many bytes that
+// is. Unless p is whole, what is better read together with what follows is left for later.
 func terminalHead(p []byte, room int, whole bool) (text string, used int) {
 	used = len(p)
 	if !whole {
@@ -125,8 +125,8 @@ func terminalHead(p []byte, room int, whole bool) (text string, used int) {
 	}
 }
 
-// terminalTail shows as much of the end of a terminal's output as fits into room characters, and tells how many bytes before that it
-// skipped, and how many behind that it left for later.
+// terminalTail shows as much from the end of a terminal's output as fits into room characters. skipped is how many bytes before that it
+// left out, and later how many behind it.
 func terminalTail(p []byte, room int, whole bool) (text string, skipped, later int) {
 	if !whole {
 		later = held(p)
@@ -144,7 +144,7 @@ func terminalTail(p []byte, room int, whole bool) (text string, skipped, later i
 	}
 }
 
-// showTerminal shows output of a terminal as text. Offsets count its bytes, escapes too.
+// showTerminal shows a terminal's output as text. Offsets count its bytes, including escapes.
 func showTerminal(sandboxID string, snap agent.Snapshot, w agent.Window, chars int) execOutput {
 	out, o := describe(sandboxID, snap), snap.Output
 	ended := snap.Process.State == agent.StateExited
@@ -154,7 +154,7 @@ func showTerminal(sandboxID string, snap agent.Snapshot, w agent.Window, chars i
 	if len(o.Tail) == 0 {
 		more := o.HeadEnd < o.End
 		left, used := terminalHead(o.Head, chars, lastOf(o, w, ended))
-		if used == 0 && more { // a sequence that is longer than what is asked for
+		if used == 0 && more { // a sequence longer than what was asked for
 			left, used = terminalHead(o.Head, chars, true)
 		}
 		out.Output, out.NextOffset = left, o.HeadEnd-int64(len(o.Head)-used)
@@ -172,26 +172,26 @@ func showTerminal(sandboxID string, snap agent.Snapshot, w agent.Window, chars i
 	return out
 }
 
-// lastOf reports whether nothing comes that could go on with the last character of a head.
+// lastOf reports whether nothing follows that could complete the last character of a head.
 func lastOf(o agent.Output, w agent.Window, ended bool) bool {
 	if o.HeadEnd < o.End {
-		return len(o.Head) < w.Head // what lies behind it is no longer kept
+		return len(o.Head) < w.Head // the bytes behind it are no longer kept
 	}
 	return ended
 }
 
-// rest says how to get what is left out of an output.
+// rest says how to read what is left out of an output.
 func rest(process string, offset int64) string {
 	return fmt.Sprintf("process_wait with process_id %q and offset %d gives the rest", process, offset)
 }
 
-// leaveOut says that output of so many bytes is left out behind an offset.
+// leaveOut notes that n bytes of output behind an offset are left out.
 func (o *execOutput) leaveOut(n, offset int64) {
 	o.LeftOut = n
 	o.Note = strings.Join(append(o.notes(), rest(o.ProcessID, offset)), "; ")
 }
 
-// progressText is what a running process has written, as far as its characters have their ends.
+// progressText is what a running process has written, without incomplete characters at the ends.
 func progressText(snap agent.Snapshot) string {
 	o := snap.Output
 	if len(o.Tail) == 0 {

@@ -8,7 +8,7 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// TestTerminalPieces: a terminal's output that is read in pieces, cut anywhere, is shown as if it was read at once.
+// TestTerminalPieces: a terminal's output that is read in pieces, cut anywhere, is shown as if it were read at once.
 func TestTerminalPieces(t *testing.T) {
 	out := "日本語 café 👨‍👩‍👧\r\n20%\r\n\x1b[1;31mred\x1b[0m\x1b]0;日本\x07 \x1b(Bx\x1bP1q~\x1b\\\r\ncaf\xe9 \xff\r\nend\xe6\x97"
 	want := "日本語 café 👨‍👩‍👧\n20%\nred x\n" + `caf\xe9 \xff` + "\n" + `end\xe6\x97`
@@ -24,7 +24,7 @@ func TestTerminalPieces(t *testing.T) {
 	}
 }
 
-// TestTerminalRoom: what does not fit is left for later, and nothing of it is lost.
+// TestTerminalRoom: what does not fit is left for later, and no part of it is lost.
 func TestTerminalRoom(t *testing.T) {
 	p := []byte(strings.Repeat("é\xe9\x1b[1m", 1000))
 	want, got := terminalText(p), ""
@@ -45,7 +45,7 @@ func TestTerminalRoom(t *testing.T) {
 	}
 }
 
-// TestRenderTail: of a tail, characters that are cut at its beginning are skipped and at its end left for later.
+// TestRenderTail: a character cut at the start of a tail is skipped; one cut at its end is left for later.
 func TestRenderTail(t *testing.T) {
 	text, skipped, later := renderTail([]byte("\x97\xa5a日\xe6\x97"), 100, true, false)
 	if text != "a日" || skipped != 2 || later != 2 {
@@ -57,7 +57,7 @@ func TestRenderTail(t *testing.T) {
 	}
 }
 
-// TestProgressText: a note on progress has no half characters.
+// TestProgressText: a progress notification has no incomplete characters.
 func TestProgressText(t *testing.T) {
 	snap := agent.Snapshot{Output: agent.Output{Head: []byte("caf\xe9 日\xe6\x97"), HeadEnd: 9, TailStart: 9, End: 9}}
 	if got := progressText(snap); got != `caf\xe9 日` {

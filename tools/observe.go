@@ -14,14 +14,14 @@ import (
 
 func (s *Service) observeTools() []server.ServerTool {
 	return []server.ServerTool{
-		define(s, "sandbox_logs", "Tell what has happened to a sandbox and its processes, also after its end, for a day.",
-			hints{title: "Read a sandbox' log", readOnly: true, idempotent: true}, s.sandboxLogs),
-		define(s, "sandbox_metrics", "Tell what a sandbox used in the last hour (samples) and in its life.",
-			hints{title: "Read a sandbox' metrics", readOnly: true, idempotent: true}, s.sandboxMetrics),
+		define(s, "sandbox_logs", "Report what has happened to a sandbox and its processes, until a day after its end.",
+			hints{title: "Read a sandbox's log", readOnly: true, idempotent: true}, s.sandboxLogs),
+		define(s, "sandbox_metrics", "Report what a sandbox used in the last hour (samples) and in its life.",
+			hints{title: "Read a sandbox's metrics", readOnly: true, idempotent: true}, s.sandboxMetrics),
 	}
 }
 
-// moment reads a time: RFC 3339, or a duration, which is so long ago.
+// moment parses a time: RFC 3339, or a duration, which means that long ago.
 func moment(name, value string) (time.Time, error) {
 	if value == "" {
 		return time.Time{}, nil
@@ -39,7 +39,7 @@ func moment(name, value string) (time.Time, error) {
 type sandboxLogsInput struct {
 	Since  string `json:"since,omitempty" jsonschema:"time (RFC 3339), or how long ago, such as 10m"`
 	Until  string `json:"until,omitempty"`
-	Level  string `json:"level,omitempty" enum:"debug,info,warn,error" jsonschema:"that grave or more"`
+	Level  string `json:"level,omitempty" enum:"debug,info,warn,error" jsonschema:"this level and above"`
 	Source string `json:"source,omitempty" enum:"system,process,build"`
 	Text   string `json:"text,omitempty" jsonschema:"in the message"`
 	Limit  int    `json:"limit,omitempty" jsonschema:"default 100: the last, or with cursor the next"`
@@ -89,7 +89,7 @@ func (s *Service) sandboxLogs(ctx context.Context, in sandboxLogsInput) (sandbox
 	if in.Cursor != "" {
 		if q.After, err = strconv.ParseInt(in.Cursor, 10, 64); err != nil || q.After < 0 {
 			return sandboxLogsOutput{},
-				badArgument("The argument \"cursor\" is not one that sandbox_logs gave; leave it out for the last entries.")
+				badArgument("The argument \"cursor\" does not come from sandbox_logs; leave it out for the last entries.")
 		}
 	}
 	sb, err := s.own(ctx, in.target)
@@ -190,7 +190,7 @@ func (s *Service) sandboxMetrics(ctx context.Context, in sandboxMetricsInput) (s
 	}}
 	step := (len(samples) + in.Points - 1) / in.Points
 	for i := range samples {
-		if (len(samples)-1-i)%max(1, step) != 0 { // the last one is always among them
+		if (len(samples)-1-i)%max(1, step) != 0 { // the last sample is always included
 			continue
 		}
 		m := samples[i]
@@ -202,5 +202,5 @@ func (s *Service) sandboxMetrics(ctx context.Context, in sandboxMetricsInput) (s
 	return out, nil
 }
 
-// round leaves one digit.
+// round keeps one decimal.
 func round(v float64) float64 { return float64(int64(v*10+0.5)) / 10 }

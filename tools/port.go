@@ -14,15 +14,15 @@ func (s *Service) portTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "port_expose", "Make a TCP port of the sandbox reachable: returns a URL on the host's loopback.",
 			hints{title: "Expose a port", idempotent: true}, s.portExpose),
-		define(s, "port_close", "End what port_expose began, and the connections to it.",
+		define(s, "port_close", "Undo port_expose, and end the connections to the port.",
 			hints{title: "Close a port", destructive: true, idempotent: true}, s.portClose),
 	}
 }
 
 type portExposeInput struct {
-	Port   int   `json:"port" jsonschema:"on which a server in the sandbox listens, on 127.0.0.1 or 0.0.0.0"`
+	Port   int   `json:"port" jsonschema:"of a server in the sandbox, on 127.0.0.1 or 0.0.0.0"`
 	WaitMS int64 `json:"wait_ms,omitempty" jsonschema:"wait until something listens, up to 50000; default 5000"`
-	Public bool  `json:"public,omitempty" jsonschema:"open to everybody"`
+	Public bool  `json:"public,omitempty" jsonschema:"open to everyone"`
 	target
 }
 
@@ -72,7 +72,7 @@ type portCloseOutput struct {
 }
 
 func (o portCloseOutput) text() string {
-	return fmt.Sprintf("Port %d of sandbox %s is not exposed any more.", o.Port, o.SandboxID)
+	return fmt.Sprintf("Port %d of sandbox %s is no longer exposed.", o.Port, o.SandboxID)
 }
 
 func (s *Service) portClose(ctx context.Context, in portCloseInput) (portCloseOutput, error) {
@@ -83,7 +83,7 @@ func (s *Service) portClose(ctx context.Context, in portCloseInput) (portCloseOu
 	return portCloseOutput{sb.ID(), in.Port}, sb.Unexpose(in.Port)
 }
 
-// portURL is where the user reaches a port: by the gateway where there is one, else on this machine's loopback.
+// portURL is where the user reaches a port: through the gateway if there is one, else on this machine's loopback.
 func (s *Service) portURL(sb *sandbox.Sandbox, p sandbox.Port) string {
 	if s.PortURL != nil {
 		return s.PortURL(sb, p)

@@ -20,7 +20,7 @@ func (s *Service) processTools() []server.ServerTool {
 			hints{title: "Wait for a process", readOnly: true, idempotent: true, long: true}, s.processWait),
 		define(s, "process_write", "Write to the stdin of a background or tty process, and return what it answers.",
 			hints{title: "Write to a process"}, s.processWrite),
-		define(s, "process_resize", "Change the size of a process' terminal.",
+		define(s, "process_resize", "Change the size of a process's terminal.",
 			hints{title: "Resize a terminal", idempotent: true}, s.processResize),
 		define(s, "process_signal", "Send a signal to a process and its group.",
 			hints{title: "Signal a process", destructive: true}, s.processSignal),
@@ -29,7 +29,7 @@ func (s *Service) processTools() []server.ServerTool {
 	}
 }
 
-// processTarget names a process by one of its two names.
+// processTarget names a process by its id or its tag.
 type processTarget struct {
 	ProcessID string `json:"process_id,omitempty" jsonschema:"from exec or process_list"`
 	Tag       string `json:"tag,omitempty" jsonschema:"instead of process_id"`
@@ -87,9 +87,9 @@ func (s *Service) processWait(ctx context.Context, in processWaitInput) (execOut
 		return s.processScreen(ctx, client, sb.ID(), snap.Process, in, yield)
 	}
 	if in.Offset != nil && snap.Output.HeadEnd < snap.Output.End {
-		yield = 0 // there is more than is shown: nothing to wait for
+		yield = 0 // there is more output than is shown, so there is nothing to wait for
 	}
-	// Cancelling a wait ends the wait, never the process: it was not begun by this call.
+	// Cancelling a wait ends the wait, never the process: this call did not start it.
 	if snap, err = follow(ctx, client, snap, w, yield); err != nil {
 		return execOutput{}, err
 	}
@@ -103,7 +103,7 @@ func (s *Service) processScreen(ctx context.Context, client *agent.Client, sandb
 		return execOutput{}, badArgument("Process %s has no terminal, so it has no screen. Start it with tty.", p.ID)
 	}
 	if in.YieldMS == nil {
-		yield = settleTerminal // what is on the screen now, once it is silent
+		yield = settleTerminal // what is on the screen now, once the program is silent
 	}
 	heard, err := listen(ctx, client, agent.InputRequest{Process: p.ID, Window: agent.Window{Offset: p.Output}}, yield)
 	if err != nil {
@@ -162,7 +162,8 @@ type processWriteInput struct {
 	target
 }
 
-// settleTerminal is how long a process must be silent for its answer to be complete: programs start and paint in between.
+// settleTerminal is how long a process must be silent before its answer counts as complete: programs pause briefly while they start and
+// draw.
 const settleTerminal = 120 * time.Millisecond
 
 func (s *Service) processWrite(ctx context.Context, in processWriteInput) (execOutput, error) {
@@ -189,7 +190,7 @@ func (s *Service) processWrite(ctx context.Context, in processWriteInput) (execO
 		return execOutput{}, err
 	}
 	w := agent.Window{Offset: -1, Head: chars}
-	written, early := int64(0), max(0, len(in.Input)-agent.MaxInput) // what goes ahead of the one call that also listens
+	written, early := int64(0), max(0, len(in.Input)-agent.MaxInput) // early bytes are written before the one call that also listens
 	if early > 0 {
 		before, err := client.Wait(ctx, agent.WaitRequest{Process: name})
 		if err != nil {
@@ -226,7 +227,7 @@ func (s *Service) processWrite(ctx context.Context, in processWriteInput) (execO
 	return out, nil
 }
 
-// typed is what is written for an input: keys as the program wants them, and a paste in brackets if it has asked for them.
+// typed is what to write for an input: keys as the program wants them, and a paste in brackets if the program asked for them.
 func (s *Service) typed(ctx context.Context, client *agent.Client, sandboxID, name string, in processWriteInput) (string, error) {
 	if len(in.Keys) == 0 && !in.Paste {
 		return in.Input, nil
@@ -253,8 +254,8 @@ func (s *Service) typed(ctx context.Context, client *agent.Client, sandboxID, na
 
 var errSlowReader = badArgument("The process does not read its stdin.")
 
-// listen writes to a process, if there is something to write, and waits until it has answered and is silent, has ended, or the time is
-// over. Who gives it less time is content with less silence.
+// listen writes to a process, if there is something to write, and waits until the process has answered and is silent, has ended, or the
+// time is over. A short yield also shortens the silence that it waits for.
 func listen(ctx context.Context, client *agent.Client, req agent.InputRequest, yield time.Duration) (agent.InputResult, error) {
 	quiet := min(settleTerminal, max(time.Millisecond, yield/25))
 	req.WaitMS, req.SettleMS = yield.Milliseconds(), quiet.Milliseconds()
@@ -361,7 +362,7 @@ func (s *Service) processSignal(ctx context.Context, in processSignalInput) (pro
 	if err != nil {
 		return processSignalOutput{}, err
 	}
-	// Most signals end a process at once: tell the state that the model will find.
+	// Most signals end a process at once, so report the state that the model will find.
 	after, err := client.Wait(ctx, agent.WaitRequest{Process: before.ID, WaitMS: 100})
 	if err != nil {
 		return processSignalOutput{}, err

@@ -7,7 +7,7 @@ import (
 	"github.com/mark3labs/mcp-go/server"
 )
 
-// requestKey carries a call's parameters beside its arguments; they are request-scoped data, which is what context values are for.
+// requestKey carries a call's parameters besides its arguments. They are request-scoped data, which is what context values are for.
 type requestKey struct{}
 
 func withRequest(ctx context.Context, params *mcp.CallToolParams) context.Context {
@@ -21,13 +21,14 @@ func request(ctx context.Context) *mcp.CallToolParams {
 	return &mcp.CallToolParams{}
 }
 
-// inTask says whether a call goes on as a task: nobody waits for its answer.
+// inTask reports whether a call runs as a task, which means that no client waits for its answer.
 func inTask(ctx context.Context) bool {
 	s, ok := server.ClientSessionFromContext(ctx).(interface{ InTask() bool })
 	return ok && s.InTask()
 }
 
-// logTo tells a client that listens what a call has done beside its result. One that is gone is noticed by whoever answers it.
+// logTo tells a client that listens what a call has done besides its result. It ignores a client that is gone: whoever sends the answer
+// notices that.
 func logTo(ctx context.Context, text string) {
 	if s, ok := server.ClientSessionFromContext(ctx).(interface {
 		Log(ctx context.Context, level mcp.LoggingLevel, logger string, data any) error
@@ -36,12 +37,12 @@ func logTo(ctx context.Context, text string) {
 	}
 }
 
-// notifier is the ability of a session to write a note at once, before the answer that follows it.
+// notifier is a session that can send a notification at once, before the answer that follows it.
 type notifier interface {
 	Notify(method string, params map[string]any) error
 }
 
-// progress tells a client that asked for it how a call is getting on.
+// progress reports how a call is getting on, to clients that asked for it.
 type progress struct {
 	token  any
 	always bool // a task's message, which needs no token
@@ -61,7 +62,7 @@ func newProgress(ctx context.Context) *progress {
 
 func (p *progress) wanted() bool { return (p.token != nil || p.always) && p.to != nil }
 
-// tell sends a note if there is something new. A client that is gone is noticed by whoever answers it.
+// tell sends a notification if there is something new. It ignores a client that is gone: whoever sends the answer notices that.
 func (p *progress) tell(message string) {
 	if !p.wanted() || message == "" || message == p.last {
 		return

@@ -9,7 +9,7 @@ import (
 	"github.com/mark3labs/mcp-go/server"
 )
 
-// prompt is a task that people give often, in the words that get the most out of a sandbox.
+// prompt is a common task, worded to get the most out of a sandbox.
 type prompt struct {
 	name, title, description string
 	args                     []promptArg
@@ -24,7 +24,7 @@ var prompts = []prompt{
 	{"set_up_project", "Set up a project",
 		"Set up a project in a sandbox: get it to build and its tests to pass, without touching this machine.", []promptArg{
 			{"project", "what it is: a path of this workspace, or a description", ""},
-			{"goal", "what is to work in the end", "it builds and its tests pass"},
+			{"goal", "what must work in the end", "it builds and its tests pass"},
 		}, `Set up this project in a SoulBox sandbox: {project}
 
 Goal: {goal}.
@@ -37,7 +37,7 @@ Goal: {goal}.
 
 Tell me at the end: the commands that build and test it, what you had to change and why, and what is still open. Leave the sandbox running.`},
 	{"debug_failing_test", "Debug a failing test",
-		"Find out why a test fails in a sandbox of its own, so that nothing that is tried there does harm.", []promptArg{
+		"Find out why a test fails, in a sandbox of its own, where experiments do no harm.", []promptArg{
 			{"command", "the command that fails", ""},
 			{"sandbox_id", "the sandbox that has the project; without it, bring the files into a new one",
 				"a new one: bring in the files that are needed with file_write"},
@@ -54,7 +54,7 @@ Tell me: the cause, how you know, the fix as a diff, and whether the whole comma
 	{"review_repository", "Review a repository", "Read and run code that is not trusted, in isolation, and report what it does.",
 		[]promptArg{
 			{"subject", "what to review: files of this workspace, or a description", ""},
-			{"question", "what is to be found out", "is it safe to run, what does it do, and what is wrong with it"},
+			{"question", "what to find out", "is it safe to run, what does it do, and what is wrong with it"},
 		}, `Review this in a SoulBox sandbox, which it cannot leave and which has no network: {subject}
 
 Question: {question}.

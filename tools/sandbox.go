@@ -20,7 +20,7 @@ import (
 func (s *Service) sandboxTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "sandbox_create",
-			"Make another sandbox, an isolated Linux machine. Not needed for one: exec makes this session's own.",
+			"Make another sandbox, an isolated Linux machine. Not needed for the first: exec makes this session's own.",
 			hints{title: "Create a sandbox"}, s.sandboxCreate),
 		define(s, "sandbox_list", "List sandboxes, newest first.",
 			hints{title: "List sandboxes", readOnly: true, idempotent: true}, s.sandboxList),
@@ -46,17 +46,17 @@ type sandboxCreateInput struct {
 	DiskMB        int64               `json:"disk_mb,omitempty" jsonschema:"default 10240"`
 	Pids          int64               `json:"pids,omitempty" jsonschema:"processes at once; default 512"`
 	Network       string              `json:"network,omitempty" jsonschema:"by HTTP proxy: none (default), full, or domains and ranges: pypi.org,*.debian.org"`
-	Protect       *sandbox.Protection `json:"protect,omitempty" jsonschema:"save it regularly, for a resume if it fails"`
+	Protect       *sandbox.Protection `json:"protect,omitempty" jsonschema:"save it regularly, to resume from if it fails"`
 	DiskInMemory  bool                `json:"disk_in_memory,omitempty" jsonschema:"half of memory at most; smaller when idle"`
 }
 
-// sandboxInfo is a sandbox in results.
+// sandboxInfo describes a sandbox in results.
 type sandboxInfo struct {
 	sandbox.Description
 	Default bool `json:"default,omitempty" jsonschema:"it is this session's own"`
 }
 
-// parseProtection reads the argument "protect".
+// parseProtection parses the argument "protect".
 func parseProtection(p *sandbox.Protection) (out sandbox.Protect, err error) {
 	if p == nil {
 		return out, nil
@@ -118,9 +118,9 @@ func (i sandboxInfo) text() string {
 	}
 	switch {
 	case i.State == string(sandbox.Failed) && i.OnDisk:
-		fmt.Fprintf(&b, ", its %s as of %s can be resumed by sandbox_resume", what, i.SavedAt)
+		fmt.Fprintf(&b, ", its %s saved at %s can be resumed by sandbox_resume", what, i.SavedAt)
 	case i.SavedS != nil:
-		fmt.Fprintf(&b, ", its %s as of %s are saved", what, i.SavedAt)
+		fmt.Fprintf(&b, ", its %s were saved at %s", what, i.SavedAt)
 	}
 	if i.Protect != nil {
 		fmt.Fprintf(&b, ", saved every %s", i.Protect.Every)
@@ -207,7 +207,7 @@ func (o sandboxListOutput) text() string {
 	return strings.Join(lines, "\n")
 }
 
-// sandboxList pages by the last id shown: the order is by age, so sandboxes made or ended meanwhile repeat or hide none of the others.
+// sandboxList pages by the last id shown. The order is by age, so sandboxes made or ended meanwhile neither repeat nor hide others.
 func (s *Service) sandboxList(ctx context.Context, in sandboxListInput) (sandboxListOutput, error) {
 	if in.Limit <= 0 || in.Limit > 200 {
 		in.Limit = 50
@@ -233,7 +233,7 @@ func (s *Service) sandboxList(ctx context.Context, in sandboxListInput) (sandbox
 		created, perr := time.Parse(time.RFC3339Nano, at)
 		if err != nil || !ok || perr != nil {
 			return sandboxListOutput{},
-				badArgument("The argument \"cursor\" is not one that sandbox_list gave; leave it out to begin anew.")
+				badArgument("The argument \"cursor\" does not come from sandbox_list; leave it out to start again.")
 		}
 		list = slices.DeleteFunc(list, func(i sandbox.Info) bool {
 			return i.Created.After(created) || i.Created.Equal(created) && i.ID <= id
@@ -265,7 +265,7 @@ type shellInfo struct {
 	Kept map[string][]string `json:"kept,omitempty" jsonschema:"names by kind"`
 }
 
-// text is a clause for each kind of thing that is remembered.
+// text is one clause for each kind of thing that the shell remembers.
 func (i *shellInfo) text() string {
 	if i == nil {
 		return ""
@@ -277,7 +277,7 @@ func (i *shellInfo) text() string {
 	return text
 }
 
-// shellOf tells what the shell of a call's session remembers.
+// shellOf reports what the shell of a call's session remembers.
 func (s *Service) shellOf(ctx context.Context, client *agent.Client) (*shellInfo, error) {
 	name, err := s.shell(ctx, false)
 	if err != nil {
@@ -345,13 +345,13 @@ func (s *Service) sandboxGet(ctx context.Context, in sandboxGetInput) (sandboxGe
 		return out, err
 	}
 	err = s.lookInto(ctx, sb, &out)
-	if errors.Is(err, sandbox.ErrState) || errors.Is(err, sandbox.ErrUnfit) { // it cannot be asked, or was paused, or ended, meanwhile
+	if errors.Is(err, sandbox.ErrState) || errors.Is(err, sandbox.ErrUnfit) { // it cannot be asked, or was paused or ended meanwhile
 		out.sandboxInfo, err = s.describe(ctx, sb.Info()), nil
 	}
 	return out, err
 }
 
-// lookInto tells what only a sandbox that runs can tell.
+// lookInto reports what only a running sandbox can tell.
 func (s *Service) lookInto(ctx context.Context, sb *sandbox.Sandbox, out *sandboxGetOutput) error {
 	inside, outside, err := sb.Usage(ctx)
 	if err != nil {
@@ -374,7 +374,7 @@ func (s *Service) lookInto(ctx context.Context, sb *sandbox.Sandbox, out *sandbo
 	return nil
 }
 
-// lastUsage is what a sandbox that does not run used when it was last measured.
+// lastUsage is the last measured usage of a sandbox that does not run.
 func lastUsage(sb *sandbox.Sandbox) (*usageInfo, error) {
 	samples, err := sb.Samples(time.Time{}, time.Time{})
 	if err != nil || len(samples) == 0 {
@@ -452,7 +452,7 @@ func millis(name string, ms *int64) (*time.Duration, error) {
 
 type sandboxKillInput struct {
 	SandboxID string `json:"sandbox_id" header:"Sandbox-Id" jsonschema:"from sandbox_list or an earlier result"`
-	Confirm   bool   `json:"confirm,omitempty" jsonschema:"end it though processes run in it"`
+	Confirm   bool   `json:"confirm,omitempty" jsonschema:"even if processes run in it"`
 }
 
 type sandboxKillOutput struct {
@@ -462,8 +462,7 @@ type sandboxKillOutput struct {
 
 func (o sandboxKillOutput) text() string { return "Sandbox " + o.SandboxID + " is " + o.State + "." }
 
-// sandboxKill asks first where processes still run: their work is lost. What cannot be asked, such as a sandbox that does not answer, is
-// no reason to keep it.
+// sandboxKill asks first if processes still run, because their work is lost. A sandbox that does not answer is killed without asking.
 func (s *Service) sandboxKill(ctx context.Context, in sandboxKillInput) (sandboxKillOutput, error) {
 	who, err := caller(ctx)
 	if err != nil {
@@ -486,7 +485,7 @@ func (s *Service) sandboxKill(ctx context.Context, in sandboxKillInput) (sandbox
 	return sandboxKillOutput{SandboxID: sb.ID(), State: string(sb.Info().State)}, nil
 }
 
-// running counts the processes that run in a sandbox, as far as it answers soon.
+// running counts the processes that run in a sandbox; 0 if it does not answer soon.
 func running(ctx context.Context, sb *sandbox.Sandbox) int {
 	client, err := sb.Look("list processes of")
 	if err != nil {

@@ -16,28 +16,28 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// Bounds of rendering, which is work that a guest can make us do.
+// Bounds of rendering, since a guest decides how much work it is.
 const (
-	maxScreens  = 8       // small terminals that are kept rendered; others are rendered anew from their output
-	maxCells    = 50_000  // of a small one, of both its screens and above
-	cellSize    = 128     // bytes of memory of a cell, about
-	maxReplay   = 1 << 20 // bytes of output that are rendered at most: what was before has long scrolled away
-	renderPart  = 512     // bytes between two looks at the time
+	maxScreens  = 8       // small terminals that stay rendered; others are rendered again from their output
+	maxCells    = 50_000  // cells of a small terminal: both its screens and the lines above
+	cellSize    = 128     // approximate memory of a cell, in bytes
+	maxReplay   = 1 << 20 // bytes of output that are rendered at most: earlier output has long scrolled away
+	renderPart  = 512     // bytes between two checks of the time
 	renderTime  = 2 * time.Second
 	scrollLines = 200 // lines above the screen
 	maxParams   = 64  // bytes of parameters of one sequence
-	maxDigits   = 3   // of one parameter: nothing on a screen is further away
-	maxCell     = 32  // bytes of one character with what is combined with it
+	maxDigits   = 3   // digits of one parameter: nothing on a screen is further away
+	maxCell     = 32  // bytes of one character including those combined with it
 )
 
-// screens are the terminals that somebody has looked at, the latest last.
+// screens are the rendered terminals, the one used last at the end.
 type screens struct {
 	mu  sync.Mutex
 	all []*screen
 }
 
-// screen is the rendered output of a process, up to an offset. A full-screen program has an emulator of its own: the library's second
-// screen would keep 10,000 lines that nobody sees.
+// screen is the rendered output of a process, up to an offset. A full-screen program gets an emulator of its own, because the library's
+// second screen would keep 10,000 lines that are never shown.
 type screen struct {
 	key string // sandbox and process
 
@@ -48,12 +48,12 @@ type screen struct {
 	offset int64
 	title  string
 	feed   sequence
-	// appCursor and brackets are what the program has asked of the keyboard.
+	// appCursor and brackets are the keyboard modes that the program has set.
 	appCursor, brackets bool
-	noWrap              bool // the program has asked that lines are not continued at the margin
+	noWrap              bool // the program has turned off wrapping at the margin
 }
 
-// sizeOf is the size at which a process' terminal is rendered, and how many cells that takes at most.
+// sizeOf is the size at which a process's terminal is rendered, and how many cells that takes at most.
 func sizeOf(p agent.Process) (size agent.Terminal, cells int) {
 	size = agent.Terminal{Rows: 24, Cols: 80}
 	if p.Terminal != nil {
@@ -62,7 +62,7 @@ func sizeOf(p agent.Process) (size agent.Terminal, cells int) {
 	return size, (2*size.Rows + scrollLines) * size.Cols
 }
 
-// screen finds the screen of a process, up to date, and does something with it, in the account of whose call it is.
+// screen brings the screen of a process up to date and passes it to do, on the account of the call's owner.
 func (s *Service) screen(ctx context.Context, client *agent.Client, sandboxID string, p agent.Process, do func(*screen) error) error {
 	_, cells := sizeOf(p)
 	done, err := s.heavy(ctx, maxReplay+int64(cells)*cellSize)
@@ -73,7 +73,7 @@ func (s *Service) screen(ctx context.Context, client *agent.Client, sandboxID st
 	return s.screens.with(ctx, client, sandboxID, p, do)
 }
 
-// with finds the screen of a process, up to date, and does something with it.
+// with brings the screen of a process up to date and passes it to do.
 func (s *screens) with(ctx context.Context, client *agent.Client, sandboxID string, p agent.Process, do func(*screen) error) error {
 	key := sandboxID + "/" + p.ID
 	s.mu.Lock()
@@ -90,7 +90,7 @@ func (s *screens) with(ctx context.Context, client *agent.Client, sandboxID stri
 	if _, cells := sizeOf(p); p.Terminal != nil && cells <= maxCells {
 		s.all = append(s.all, sc)
 		if len(s.all) > maxScreens {
-			s.all = slices.Delete(s.all, 0, 1) // it has nothing to close but memory
+			s.all = slices.Delete(s.all, 0, 1) // nothing to close; its memory is freed
 		}
 	}
 	s.mu.Unlock()
@@ -102,7 +102,7 @@ func (s *screens) with(ctx context.Context, client *agent.Client, sandboxID stri
 	return do(sc)
 }
 
-// reset begins with an empty screen at an offset. sc.mu is held.
+// reset starts with an empty screen at an offset. sc.mu is held.
 func (sc *screen) reset(size agent.Terminal, offset int64) {
 	sc.size, sc.offset, sc.title, sc.appCursor, sc.brackets, sc.noWrap, sc.feed = size, offset, "", false, false, false, sequence{}
 	sc.main, sc.alt = sc.emulator(scrollLines), nil
@@ -111,7 +111,7 @@ func (sc *screen) reset(size agent.Terminal, offset int64) {
 func (sc *screen) emulator(above int) *vt.Emulator {
 	e := vt.NewEmulator(sc.size.Cols, sc.size.Rows)
 	e.SetScrollbackSize(above)
-	if answers, ok := e.InputPipe().(io.Closer); ok { // what a terminal would answer goes nowhere, instead of waiting to be read
+	if answers, ok := e.InputPipe().(io.Closer); ok { // discards what a terminal would answer, so that no write waits for a reader
 		_ = answers.Close()
 	}
 	mode := func(on bool) func(ansi.Mode) {
@@ -130,7 +130,7 @@ func (sc *screen) emulator(above int) *vt.Emulator {
 	return e
 }
 
-// shown is the emulator that has the screen.
+// shown is the emulator of the screen that is shown.
 func (sc *screen) shown() *vt.Emulator {
 	if sc.alt != nil {
 		return sc.alt
@@ -143,7 +143,7 @@ func (sc *screen) write(p []byte) error {
 	return sc.feed.each(p, sc.stage())
 }
 
-// stage is where output is rendered.
+// stage renders parsed output on this screen.
 func (sc *screen) stage() stage {
 	return stage{flush: func(b []byte) error {
 		if len(b) == 0 {
@@ -161,13 +161,13 @@ func (sc *screen) stage() stage {
 	}, char: sc.char, title: func(t string) { sc.title = shorten(t, 200) }}
 }
 
-// errTooMuch is of output that takes too long to render.
+// errTooMuch is returned for output that takes too long to render.
 var errTooMuch = badArgument("What the terminal shows takes too long to render. Read it with process_wait and raw.")
 
-// update renders what the process has written since.
+// update renders what the process has written since the last update.
 func (sc *screen) update(ctx context.Context, client *agent.Client, p agent.Process) (err error) {
 	defer func() {
-		if r := recover(); r != nil { // a guest's bytes must not end more than their own screen
+		if r := recover(); r != nil { // a guest's bytes must break no more than their own screen
 			sc.main = nil
 			err = fmt.Errorf("render the terminal of %s: %v", p.ID, r)
 		}
@@ -183,12 +183,12 @@ func (sc *screen) update(ctx context.Context, client *agent.Client, p agent.Proc
 			sc.alt.Resize(size.Cols, size.Rows)
 		}
 	}
-	deadline, budget, again := time.Now().Add(renderTime), 2*maxReplay, true // it may write on while we read
+	deadline, budget, again := time.Now().Add(renderTime), 2*maxReplay, true // the process may keep writing while we read
 	err = client.Output(ctx, p.ID, sc.offset, false, func(f agent.OutputFrame) error {
 		if budget -= max(1, len(f.Data)); budget < 0 {
 			return errEnoughOutput
 		}
-		if f.Offset > sc.offset && len(f.Data) > 0 { // what lies between is no longer kept
+		if f.Offset > sc.offset && len(f.Data) > 0 { // the bytes between are no longer kept
 			if !again {
 				return errEnoughOutput
 			}
@@ -218,7 +218,7 @@ func (sc *screen) update(ctx context.Context, client *agent.Client, p agent.Proc
 
 var errEnoughOutput = errors.New("enough output")
 
-// screenInfo tells about a rendered screen beside its text.
+// screenInfo describes a rendered screen besides its text.
 type screenInfo struct {
 	Rows      int    `json:"rows"`
 	Cols      int    `json:"cols"`
@@ -229,15 +229,15 @@ type screenInfo struct {
 	Above     int    `json:"lines_above,omitempty" jsonschema:"that have scrolled away"`
 }
 
-// text renders the screen, a line for each row, with up to above lines that have scrolled away before it, in at most chars characters.
-// sc.mu is held.
+// text renders the screen, one line per row, preceded by up to above lines that have scrolled away, in at most chars characters. sc.mu is
+// held.
 func (sc *screen) text(above, chars int) (string, *screenInfo) {
 	e := sc.shown()
 	at := e.CursorPosition()
 	info := &screenInfo{Rows: sc.size.Rows, Cols: sc.size.Cols, CursorRow: at.Y + 1, CursorCol: at.X + 1, Title: render([]byte(sc.title)),
 		Alternate: sc.alt != nil, Above: e.ScrollbackLen()}
 	if info.Alternate {
-		info.Above = 0 // it has none
+		info.Above = 0 // the alternate screen has none
 	}
 	var lines []string
 	for y := max(0, info.Above-above); y < info.Above; y++ {

@@ -8,42 +8,42 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// sequence takes output apart as far as it must be: parameters of control sequences (ECMA-48, 5.4) are cut to what can be on a screen,
-// since an emulator would repeat a character as often as it is told, the switch to the alternate screen is ours, and so are control strings
-// (5.6), of which only titles say something. Bytes that are not text become characters of their own (byteRune), a cell for each, as a
-// terminal has it.
+// sequence parses output as far as the screen needs it. Parameters of control sequences (ECMA-48, 5.4) are cut to what can be on a screen,
+// since an emulator repeats a character as often as it is told. We handle the switch to the alternate screen ourselves, and also control
+// strings (5.6), of which only titles matter. Each byte that is not text becomes a character of its own (byteRune), one cell each, as in a
+// terminal.
 type sequence struct {
 	state  int
-	part   []byte // of a character whose end is still to come
+	part   []byte // of a character that is not complete yet
 	params []byte
-	long   bool // the parameters are longer than any that means something
+	long   bool // the parameters are longer than any that mean something
 	osc    bool // the control string is an operating system command
-	margin bool // the last character was a wide one that ends at the margin: the next one begins the next line
+	margin bool // the last character was a wide one that ends at the margin: the next one starts the next line
 }
 
 const (
 	inText = iota
 	afterEscape
-	inEscape // behind its intermediates
+	inEscape // behind its intermediate bytes
 	inControl
 	inString
 )
 
-// maxTitle bounds what is kept of a control string, in bytes.
+// maxTitle bounds, in bytes, what is kept of a control string.
 const maxTitle = 1 << 10
 
 // alternate are the private modes that switch to the alternate screen.
 var alternate = []string{"47", "1047", "1049"}
 
-// stage is what output acts on.
+// stage receives the parsed output.
 type stage struct {
-	flush     func([]byte) error                                   // what is to be rendered
-	alternate func(on bool)                                        // comes between
-	char      func(c rune, atMargin bool) (margin bool, err error) // the same of a character that is not ASCII
+	flush     func([]byte) error                                   // renders what came so far
+	alternate func(on bool)                                        // switches screens, between two flushes
+	char      func(c rune, atMargin bool) (margin bool, err error) // renders a character that is not ASCII
 	title     func(string)
 }
 
-// each gives a stage its output.
+// each parses output and passes it to a stage.
 func (s *sequence) each(p []byte, to stage) (err error) {
 	var out []byte
 	for _, c := range p {
@@ -69,7 +69,7 @@ func (s *sequence) each(p []byte, to stage) (err error) {
 			s.string(c, to.title)
 		case inControl:
 			switch {
-			case c >= 0x20 && c < 0x40: // parameters and intermediates
+			case c >= 0x20 && c < 0x40: // parameters and intermediate bytes
 				if s.long = s.long || len(s.params) >= maxParams; !s.long {
 					s.params = append(s.params, c)
 				}
@@ -78,7 +78,7 @@ func (s *sequence) each(p []byte, to stage) (err error) {
 				if s.long {
 					continue
 				}
-				s.margin = s.margin && strings.IndexByte("mhlnc", c) >= 0 // the others move the cursor, or what is below it
+				s.margin = s.margin && strings.IndexByte("mhlnc", c) >= 0 // the others move the cursor, or what is under it
 				params, on, switches := s.finish(c)
 				if switches {
 					if err := to.flush(out); err != nil {
@@ -94,7 +94,7 @@ func (s *sequence) each(p []byte, to stage) (err error) {
 				s.state = afterEscape
 			case c == 0x18 || c == 0x1a: // cancelled
 				s.state = inText
-			default: // a control character within a sequence is carried out
+			default: // a control character within a sequence is executed
 				out = append(out, c)
 			}
 		}
@@ -102,7 +102,7 @@ func (s *sequence) each(p []byte, to stage) (err error) {
 	return to.flush(out)
 }
 
-// end gives what is left of a character that will have no end.
+// end passes on what is left of a character that will never be complete.
 func (s *sequence) end(to stage) error {
 	out, err := s.drain(nil, to, true)
 	if err != nil {
@@ -111,7 +111,7 @@ func (s *sequence) end(to stage) error {
 	return to.flush(out)
 }
 
-// drain adds the characters that are there to their end, or with all what is left, too.
+// drain takes the complete characters out of s.part; if all, it takes the rest too.
 func (s *sequence) drain(out []byte, to stage, all bool) ([]byte, error) {
 	for len(s.part) > 0 && (all || utf8.FullRune(s.part)) {
 		r, n := utf8.DecodeRune(s.part)
@@ -142,7 +142,7 @@ func (s *sequence) drain(out []byte, to stage, all bool) ([]byte, error) {
 	return out, nil
 }
 
-// escape takes what follows an escape.
+// escape handles the byte that follows an escape.
 func (s *sequence) escape(out []byte, c byte) []byte {
 	switch c {
 	case '[':
@@ -153,7 +153,7 @@ func (s *sequence) escape(out []byte, c byte) []byte {
 	default:
 		s.state = inText
 		switch {
-		case c >= 0x80: // of a character, which ends the escape
+		case c >= 0x80: // part of a character, which ends the escape
 			s.part = append(s.part, c)
 			return out
 		case c >= 0x20 && c < 0x30:
@@ -166,7 +166,7 @@ func (s *sequence) escape(out []byte, c byte) []byte {
 	return out
 }
 
-// string takes what is in a control string, whose end may be BEL if it is a command, else ESC \.
+// string handles a byte of a control string. An operating system command may end with BEL; every string may end with ESC \.
 func (s *sequence) string(c byte, title func(string)) {
 	switch {
 	case c == 0x18 || c == 0x1a: // cancelled
@@ -190,7 +190,7 @@ func (s *sequence) string(c byte, title func(string)) {
 	}
 }
 
-// finish gives the parameters of a sequence that are to be rendered (nil: none of it), and whether it switches screens.
+// finish returns the parameters of a sequence to render (nil: do not render the sequence), and whether it switches screens.
 func (s *sequence) finish(final byte) (params []byte, on, switches bool) {
 	if len(s.params) > 0 && s.params[0] == '?' {
 		if final != 'h' && final != 'l' {

@@ -20,43 +20,43 @@ import (
 	"soulbox.dev/soulbox/template"
 )
 
-// Instructions is what a client's model is told about the server as a whole.
+// Instructions is what a client's model is told about the whole server.
 //
 //go:embed instructions.md
 var Instructions string
 
-// Options configure the tools; zero values mean the documented defaults.
+// Options configures the tools; zero values mean the documented defaults.
 type Options struct {
 	Manager *sandbox.Manager // required
-	// Toolsets are the names of those that are offered, of Toolsets; default all.
+	// Toolsets are the names of the toolsets to offer (see the function Toolsets); default all.
 	Toolsets []string
 	// PortURL is where a user reaches an exposed port; default on this machine's loopback.
 	PortURL func(*sandbox.Sandbox, sandbox.Port) string
-	// FileURL is where whoever has it reads or writes a file until a time; nil where the server is not reached by URLs.
+	// FileURL is a URL by which anyone who has it reads or writes a file until a given time; nil if the server is not reached by URLs.
 	FileURL func(sb *sandbox.Sandbox, path, operation string, until time.Time) string
-	// Store has the templates that there are beside the host's; Builds are of new ones. Default none are, and none can be made.
+	// Store has the templates besides the host's; Builds makes new ones. By default there are none, and none can be made.
 	Store  *template.Store
 	Builds *template.Builds
-	// ContextDirs are the directories of the host that builds may read, by the names that they really have; default none.
+	// ContextDirs are the directories of the host that builds may read, as real paths (symlinks resolved); default none.
 	ContextDirs []string
-	// ReadOnly leaves out every tool that changes anything, and makes no sandbox by itself.
+	// ReadOnly leaves out every tool that changes anything; no call makes a sandbox.
 	ReadOnly bool
 }
 
-// Service is the tools on one Manager. It is safe for concurrent use.
+// Service implements the tools on one Manager. It is safe for concurrent use.
 type Service struct {
 	Options
-	secret  [32]byte // signs what a client gives back
+	secret  [32]byte // signs what a client returns to us
 	screens screens
 }
 
-// session is what one client's conversation has: its default sandbox.
+// session is the state of one client's conversation, above all its default sandbox.
 type session struct {
-	heir    heir       // nil where its client cannot go on in another
-	shell   string     // what its commands share; each sandbox has one of that name
-	making  sync.Mutex // held while the default sandbox is made: calls at the same time get the same one
+	heir    heir       // nil if its client cannot continue in another session
+	shell   string     // the shell that its commands share; each sandbox has one of this name
+	making  sync.Mutex // held while the default sandbox is made, so that concurrent calls get the same one
 	current atomic.Pointer[sandbox.Sandbox]
-	// inherited is the sandbox of the session before, until it is found; guarded by making.
+	// inherited is the id of the previous session's sandbox, until that is found; guarded by making.
 	inherited string
 }
 
@@ -72,13 +72,13 @@ func New(o Options) (*Service, error) {
 	return s, nil
 }
 
-// group is some tools that are offered together, or not.
+// group is a group of tools, which are offered together or not at all.
 type group struct {
 	set   string
 	tools func(*Service) []server.ServerTool
 }
 
-// groups are all tools.
+// groups are the groups of all tools.
 func groups() []group {
 	return []group{
 		{"core", (*Service).execTools}, {"core", (*Service).processTools}, {"core", (*Service).sandboxTools},
@@ -98,9 +98,9 @@ func Toolsets() (sets []string) {
 	return sets
 }
 
-// Register adds the tools that are offered to a server, and the prompts that use them.
+// Register adds the offered tools to a server, and the prompts that use them.
 func (s *Service) Register(m *server.MCPServer) {
-	if !s.ReadOnly && len(s.Toolsets) == 0 { // they name tools of all sets
+	if !s.ReadOnly && len(s.Toolsets) == 0 { // prompts name tools of all sets
 		registerPrompts(m)
 	}
 	for _, g := range groups() {
@@ -115,16 +115,16 @@ func (s *Service) Register(m *server.MCPServer) {
 	}
 }
 
-// conversation is what the tools need of the session of a call.
+// conversation is what the tools need of a call's session.
 type conversation interface {
 	Owner() string
 	Value(key any, make func() any) any
 }
 
-// errNoSession is a fault of the server: a call without a session is nobody's.
+// errNoSession is a fault of the server: a call without a session has no owner.
 var errNoSession = errors.New("the call belongs to no session")
 
-// caller finds whose a call is.
+// caller finds the conversation that a call belongs to.
 func caller(ctx context.Context) (conversation, error) {
 	if c, ok := server.ClientSessionFromContext(ctx).(conversation); ok {
 		return c, nil
@@ -134,7 +134,7 @@ func caller(ctx context.Context) (conversation, error) {
 
 type sessionKey struct{ *Service }
 
-// session finds what a call's conversation has.
+// session finds the session of a call's conversation.
 func (s *Service) session(ctx context.Context) (own *session, owner string, err error) {
 	c, err := caller(ctx)
 	if err != nil {
@@ -143,14 +143,14 @@ func (s *Service) session(ctx context.Context) (own *session, owner string, err 
 	return c.Value(sessionKey{s}, func() any { return s.begin(c) }).(*session), c.Owner(), nil
 }
 
-// heir is a conversation whose client may go on in it with what it had in one before, which the server has forgotten: the handle names
-// that.
+// heir is a conversation in which a client can continue with the sandbox and shell of an earlier one that the server has forgotten. The
+// handle names them.
 type heir interface {
 	Handle() string
 	SetHandle(handle string)
 }
 
-// begin begins a session: anew, or with the sandbox and the shell of one before.
+// begin begins a session: a new one, or one with the sandbox and the shell of an earlier one.
 func (s *Service) begin(c conversation) *session {
 	own := &session{shell: rand.Text()}
 	if h, ok := c.(heir); ok {
@@ -162,10 +162,10 @@ func (s *Service) begin(c conversation) *session {
 	return own
 }
 
-// maxShell bounds the name of a shell that a client gives back.
+// maxShell bounds the name of a shell that a client returns in a handle.
 const maxShell = 64
 
-// own makes a sandbox the session's own, and has its client know. making is held.
+// own makes a sandbox the session's own and puts it into the client's handle. making is held.
 func (own *session) own(sb *sandbox.Sandbox) {
 	own.current.Store(sb)
 	if own.heir != nil {
@@ -173,13 +173,13 @@ func (own *session) own(sb *sandbox.Sandbox) {
 	}
 }
 
-// inherit finds the sandbox that the session was to go on with. One that is not there any more is told once. making is held.
+// inherit finds the sandbox that the session is to continue with. If that no longer exists, the error is returned once. making is held.
 func (s *Service) inherit(ctx context.Context, own *session, owner string) error {
 	id := own.inherited
 	if id == "" {
 		return nil
 	}
-	s.Manager.AwaitSettled(ctx) // a server that has just begun has those of the one before in a moment
+	s.Manager.AwaitSettled(ctx) // a server that has just started takes over its predecessor's sandboxes in a moment
 	sb, err := s.Manager.Get(owner, id)
 	if err != nil && !errors.Is(err, sandbox.ErrNotFound) {
 		return err
@@ -189,11 +189,11 @@ func (s *Service) inherit(ctx context.Context, own *session, owner string) error
 		return errDefaultGone
 	}
 	own.own(sb)
-	logTo(ctx, "sandbox "+id+" is still this session's own, though the server was started anew")
+	logTo(ctx, "sandbox "+id+" is still this session's own, though the server was restarted")
 	return nil
 }
 
-// shell is the name of the shell that the commands of a call's session share; "" for one on its own.
+// shell is the name of the shell that the commands of a call's session share; "" for a command on its own.
 func (s *Service) shell(ctx context.Context, isolated bool) (string, error) {
 	own, _, err := s.session(ctx)
 	if err != nil || isolated {
@@ -202,15 +202,15 @@ func (s *Service) shell(ctx context.Context, isolated bool) (string, error) {
 	return own.shell, nil
 }
 
-// errDefaultEnded is told once when the default sandbox of a session has ended; the next call makes a new one.
+// errDefaultEnded is returned once when the default sandbox of a session has ended; the next call makes a new one.
 var errDefaultEnded = errors.New("this session's sandbox has ended, and its files with it; the next call without sandbox_id " +
 	"makes a new one")
 
-// errDefaultGone is told once when a session goes on in a server that does not have its sandbox.
-var errDefaultGone = errors.New("the server was started anew, and this session's sandbox is not there any more; the next call without " +
+// errDefaultGone is returned once when a session continues in a server that does not have its sandbox.
+var errDefaultGone = errors.New("the server was restarted, and this session's sandbox no longer exists; the next call without " +
 	"sandbox_id makes a new one")
 
-// sandbox finds the sandbox that a call goes to. Without an id that is the session's own, made at first use.
+// sandbox finds the sandbox that a call addresses. Without an id that is the session's own, made at first use.
 func (s *Service) sandbox(ctx context.Context, id string) (*sandbox.Sandbox, error) {
 	own, owner, err := s.session(ctx)
 	if err != nil {
@@ -239,7 +239,7 @@ func (s *Service) sandbox(ctx context.Context, id string) (*sandbox.Sandbox, err
 	}
 	if s.ReadOnly {
 		return nil, badArgument("The argument \"sandbox_id\" is missing: this server only reads, so it makes no sandbox. Call " +
-			"sandbox_list to see those there are.")
+			"sandbox_list to see the existing ones.")
 	}
 	sb, err := s.Manager.Create(ctx, sandbox.CreateOptions{Owner: owner})
 	if err != nil {
@@ -254,7 +254,7 @@ func (s *Service) sandbox(ctx context.Context, id string) (*sandbox.Sandbox, err
 func (s *Service) adopt(ctx context.Context, sb *sandbox.Sandbox) {
 	own, owner, err := s.session(ctx)
 	if err != nil {
-		return // it was made for somebody, so this cannot be
+		return // cannot happen: the sandbox was made for this call's owner
 	}
 	own.making.Lock()
 	defer own.making.Unlock()
@@ -266,7 +266,7 @@ func (s *Service) adopt(ctx context.Context, sb *sandbox.Sandbox) {
 	}
 }
 
-// isDefault says whether a sandbox is the session's own.
+// isDefault reports whether a sandbox is the session's own.
 func (s *Service) isDefault(ctx context.Context, id string) bool {
 	own, _, err := s.session(ctx)
 	if err != nil {
@@ -276,11 +276,11 @@ func (s *Service) isDefault(ctx context.Context, id string) bool {
 	return current != nil && current.ID() == id
 }
 
-// heavyTime is how long a call waits for room to work: clients give up after a minute.
+// heavyTime is how long a call waits for a slot: clients give up after a minute.
 const heavyTime = 45 * time.Second
 
-// heavy takes a slot for work that takes much of the server's processor, and memory for it, from the account of whose call it is. It waits
-// for heavyTime where there is no room: other owners go on meanwhile.
+// heavy takes a slot for work that needs much of the server's processor, and memory for it, from the account of the call's owner. If there
+// is no slot it waits, heavyTime at most; other owners are not held up meanwhile.
 func (s *Service) heavy(ctx context.Context, buffers int64) (done func(), err error) {
 	c, err := caller(ctx)
 	if err != nil {
@@ -297,7 +297,7 @@ type target struct {
 
 func (t target) id() string { return t.SandboxID }
 
-// whyLost finds out why a sandbox ended under a call: its end is known a moment after its agent is gone.
+// whyLost finds out why a sandbox ended during a call: the end is known a moment after the agent is gone.
 func (s *Service) whyLost(ctx context.Context, id string, lost error) error {
 	own, owner, err := s.session(ctx)
 	if err != nil {
@@ -305,7 +305,7 @@ func (s *Service) whyLost(ctx context.Context, id string, lost error) error {
 	}
 	sb := own.current.Load()
 	if id != "" {
-		sb, _ = s.Manager.Get(owner, id) // nil where it is not known: then lost is all there is to say
+		sb, _ = s.Manager.Get(owner, id) // nil if it is not found: then lost is all there is to say
 	}
 	if sb == nil {
 		return lost

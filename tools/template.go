@@ -33,13 +33,13 @@ type templateBuildInput struct {
 	Dockerfile  string            `json:"dockerfile" jsonschema:"its text; FROM a template or an image"`
 	Files       map[string]string `json:"files,omitempty" jsonschema:"texts by path, for COPY"`
 	ContextPath filename          `json:"context_path,omitempty" jsonschema:"instead of files: a directory in the sandbox"`
-	HostPath    string            `json:"host_path,omitempty" jsonschema:"or one of the host, where the operator allows it"`
+	HostPath    string            `json:"host_path,omitempty" jsonschema:"or one of the host, if the operator allows it"`
 	target
 	Stage    string            `json:"stage,omitempty" jsonschema:"default the last"`
-	Args     map[string]string `json:"args,omitempty" jsonschema:"of ARG"`
+	Args     map[string]string `json:"args,omitempty" jsonschema:"values for ARG"`
 	NoCache  bool              `json:"no_cache,omitempty"`
-	Network  string            `json:"network,omitempty" jsonschema:"as of sandbox_create; default full"`
-	StartCmd string            `json:"start_cmd,omitempty" jsonschema:"a service that runs in every sandbox of it"`
+	Network  string            `json:"network,omitempty" jsonschema:"as in sandbox_create; default full"`
+	StartCmd string            `json:"start_cmd,omitempty" jsonschema:"a service to run in its sandboxes"`
 	ReadyCmd string            `json:"ready_cmd,omitempty" jsonschema:"succeeds once it is ready"`
 	CPU      float64           `json:"cpu,omitempty"`
 	MemoryMB int64             `json:"memory_mb,omitempty"`
@@ -76,7 +76,7 @@ func (s *Service) templateBuild(ctx context.Context, in templateBuildInput) (_ t
 		Network: parseNetwork(in.Network), StartCmd: in.StartCmd, ReadyCmd: in.ReadyCmd,
 		Limits: sandbox.Limits{CPU: in.CPU, Memory: in.MemoryMB << 20},
 	}
-	if in.ContextPath != "" { // before anything of the build is said
+	if in.ContextPath != "" { // before any progress of the build is reported
 		if _, err := s.sandbox(ctx, in.SandboxID); err != nil {
 			return templateBuildOutput{}, err
 		}
@@ -102,7 +102,7 @@ func (s *Service) templateBuild(ctx context.Context, in templateBuildInput) (_ t
 	return templateBuildOutput{built.Name, built.ID, built.Size >> 20, built.Steps, built.Cached, built.Took.Milliseconds()}, nil
 }
 
-// buildContext finds the files of a build.
+// buildContext returns the files of a build.
 func (s *Service) buildContext(ctx context.Context, owner string, in templateBuildInput) (*template.Files, error) {
 	given := 0
 	for _, is := range []bool{len(in.Files) > 0, in.ContextPath != "", in.HostPath != ""} {
@@ -130,7 +130,7 @@ func (s *Service) buildContext(ctx context.Context, owner string, in templateBui
 	return s.Store.ContextFiles(ctx, owner, in.Files)
 }
 
-// hostDir is a directory of the host that the operator allows, by the name that it really has.
+// hostDir returns the real path (symlinks resolved) of a host directory that the operator allows.
 func (s *Service) hostDir(name string) (string, error) {
 	real, err := filepath.EvalSymlinks(name)
 	if err == nil && filepath.IsAbs(name) {
@@ -140,11 +140,11 @@ func (s *Service) hostDir(name string) (string, error) {
 			}
 		}
 	}
-	return "", badArgument("The directory %q of the host is not one that builds may read. The operator names those by --build-contexts.",
+	return "", badArgument("The directory %q of the host is not one that builds may read. The operator allows some by --build-contexts.",
 		shorten(name, 200))
 }
 
-// contextIn reads a directory of a sandbox, or an archive that is a file there.
+// contextIn reads a directory of a sandbox, or an archive that is a file in it.
 func (s *Service) contextIn(ctx context.Context, owner string, client *agent.Client, name string) (*template.Files, error) {
 	info, err := client.Stat(ctx, name)
 	if err != nil {
@@ -166,7 +166,7 @@ func (s *Service) contextIn(ctx context.Context, owner string, client *agent.Cli
 	return s.Store.ReadContext(ctx, owner, r)
 }
 
-// parseNetwork reads the argument "network": none, full, or the entries of an allowlist.
+// parseNetwork parses the argument "network": none, full, or the entries of an allowlist.
 func parseNetwork(text string) sandbox.Network {
 	switch text {
 	case "", sandbox.NetworkNone, sandbox.NetworkFull:
@@ -183,7 +183,7 @@ type templateListInput struct{}
 
 type templateListOutput struct {
 	Templates []snapshotInfo `json:"templates"`
-	// DiskMB is what all templates of this server take, with what builds keep, and DiskBudgetMB what they may.
+	// DiskMB is what all templates of this server take, including what builds keep; DiskBudgetMB is the limit.
 	DiskMB       int64 `json:"disk_mb,omitempty"`
 	DiskBudgetMB int64 `json:"disk_budget_mb,omitempty"`
 }
@@ -243,7 +243,7 @@ func (s *Service) templateDelete(ctx context.Context, in templateDeleteInput) (t
 		return templateDeleteOutput{}, err
 	}
 	if in.Name == template.HostName {
-		return templateDeleteOutput{}, badArgument("%q is a template of this server, which stays. template_list shows what can be deleted.",
+		return templateDeleteOutput{}, badArgument("%q is a template of this server and cannot be deleted. template_list shows what can.",
 			in.Name)
 	}
 	if s.Store != nil {
@@ -257,7 +257,7 @@ func (s *Service) templateDelete(ctx context.Context, in templateDeleteInput) (t
 		}
 		if slices.ContainsFunc(all, func(m template.Manifest) bool { return m.Name == in.Name }) {
 			return templateDeleteOutput{},
-				badArgument("%q is a template of this server's operator, which stays. template_list shows what can be deleted.",
+				badArgument("%q is a template of this server's operator and cannot be deleted. template_list shows what can.",
 					shorten(in.Name, 60))
 		}
 	}

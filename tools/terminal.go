@@ -6,7 +6,7 @@ import (
 	uv "github.com/charmbracelet/ultraviolet"
 )
 
-// keyBytes are what keys send (xterm's control sequences, "PC-Style Function Keys").
+// keyBytes are the bytes that keys send (xterm's control sequences, "PC-Style Function Keys").
 var keyBytes = map[string]string{
 	"enter": "\r", "tab": "\t", "shift-tab": "\x1b[Z", "esc": "\x1b", "space": " ", "backspace": "\x7f", "delete": "\x1b[3~",
 	"insert": "\x1b[2~",
@@ -19,11 +19,11 @@ var keyBytes = map[string]string{
 	"ctrl-up": "\x1b[1;5A", "ctrl-down": "\x1b[1;5B", "ctrl-right": "\x1b[1;5C", "ctrl-left": "\x1b[1;5D",
 }
 
-// keyNames are other names of keys.
+// keyNames are alternative names of keys.
 var keyNames = map[string]string{"return": "enter", "escape": "esc", "pgup": "page-up", "pageup": "page-up", "pgdn": "page-down",
 	"pagedown": "page-down", "del": "delete", "bs": "backspace"}
 
-// encodeKeys turns names of keys into what they send. appCursor is the mode in which programs want other arrows.
+// encodeKeys turns names of keys into the bytes they send. appCursor is the mode in which programs want other codes for the arrow keys.
 func encodeKeys(keys []string, appCursor bool) (string, error) {
 	var b strings.Builder
 	for _, key := range keys {
@@ -43,7 +43,7 @@ func encodeKeys(keys []string, appCursor bool) (string, error) {
 		case strings.HasPrefix(name, "ctrl-") && len(name) == 6 && name[5] >= 'a' && name[5] <= 'z':
 			text = string(rune(name[5] - 'a' + 1))
 		case len([]rune(strings.TrimSpace(key))) == 1 || alt && len([]rune(name)) == 1:
-			letters := []rune(strings.TrimSpace(key)) // as it was written: A is not a
+			letters := []rune(strings.TrimSpace(key)) // with its case: A is not a
 			text = string(letters[len(letters)-1])
 		default:
 			return "", badArgument("There is no key %q. Keys are: enter, tab, shift-tab, esc, backspace, delete, insert, space, up, "+

@@ -41,7 +41,7 @@ func TestEncodeKeys(t *testing.T) {
 	}
 }
 
-// rendered is what a screen shows of some output.
+// rendered is what a screen shows after some output.
 func rendered(t *testing.T, size agent.Terminal, output string) (string, *screenInfo, *screen) {
 	t.Helper()
 	sc := &screen{}
@@ -97,7 +97,7 @@ func TestScreen(t *testing.T) {
 	}
 }
 
-// TestScreenHostile: what a guest writes to cost us time or memory costs little.
+// TestScreenHostile: output that is meant to cost us time or memory costs little.
 func TestScreenHostile(t *testing.T) {
 	for name, one := range map[string]string{
 		"repeat": "x\x1b[2147483646b", "erase": "\x1b[2147483646X", "tabs": "\x1b[2147483646I", "back tabs": "\x1b[2147483646Z",

@@ -10,11 +10,11 @@ import (
 	"soulbox.dev/soulbox/internal/names"
 )
 
-// render makes bytes of a guest safe and readable.
+// render makes bytes from a guest safe and readable.
 func render(p []byte) string { return agent.Inert(p) }
 
-// renderHead renders as much from the start of p as fits into room characters, and tells how many bytes that is. Unless p is whole, a
-// character that p cuts off at its end is left for later.
+// renderHead renders as much from the start of p as fits into room characters, and returns as used how many bytes that is. Unless p is
+// whole, a character that is cut off at the end of p is left for later.
 func renderHead(p []byte, room int, whole bool) (text string, used int) {
 	var b strings.Builder
 	for used < len(p) {
@@ -29,8 +29,9 @@ func renderHead(p []byte, room int, whole bool) (text string, used int) {
 	return b.String(), used
 }
 
-// renderTail renders as much of the end of p as fits into room characters, and tells how many bytes before that it skipped, and how many
-// behind that it left for later: unless p is whole, a character that p cuts off at its end. One that was cut before p is skipped.
+// renderTail renders as much from the end of p as fits into room characters. skipped is how many bytes before that it left out, and later
+// how many behind it: unless p is whole, a character that is cut off at the end of p is left for later. If cut, p may begin within a
+// character, and the rest of that character is skipped.
 func renderTail(p []byte, room int, cut, whole bool) (text string, skipped, later int) {
 	if all := len(p); !whole {
 		p = agent.Whole(p)
@@ -48,11 +49,11 @@ func renderTail(p []byte, room int, cut, whole bool) (text string, skipped, late
 	return render(p[skipped:]), skipped, later
 }
 
-// byteRune+0x80 to byteRune+0xff are characters that stand for bytes that are not text, where only characters can be worked with. They are
-// of the private use area of plane 16; who uses them for something else finds the bytes of them.
+// byteRune+0x80 to byteRune+0xff are characters that stand for bytes that are not text, for code that works on characters only. They are in
+// the private use area of plane 16; a program that uses these characters for something else sees the bytes of them.
 const byteRune = 0x10ff00
 
-// appendBytes adds characters that stand for bytes.
+// appendBytes appends the characters that stand for bytes.
 func appendBytes(out, p []byte) []byte {
 	for _, b := range p {
 		out = utf8.AppendRune(out, byteRune+rune(b))
@@ -60,7 +61,7 @@ func appendBytes(out, p []byte) []byte {
 	return out
 }
 
-// renderRunes renders a text in which such characters are.
+// renderRunes renders a text that contains such characters.
 func renderRunes(text string) string {
 	var b strings.Builder
 	for _, r := range text {
@@ -73,12 +74,12 @@ func renderRunes(text string) string {
 	return b.String()
 }
 
-// renderLine renders a text of the guest's for a line of its own.
+// renderLine renders a text from the guest as a single line.
 func renderLine(text string) string {
 	return strings.ReplaceAll(render([]byte(text)), "\n", `\x0a`)
 }
 
-// filename is a name of a file: the bytes that it is. Models give it, and are given it, in the notation of package names.
+// filename is the name of a file as bytes. Models read and write it in the notation of package names.
 type filename string
 
 // UnmarshalJSON implements json.Unmarshaler.
@@ -92,7 +93,7 @@ func (f *filename) UnmarshalJSON(body []byte) error {
 // String implements fmt.Stringer.
 func (f filename) String() string { return names.Show(string(f)) }
 
-// lastLine is the last line that says something, for progress notes.
+// lastLine is the last line that is not blank, for progress notifications.
 func lastLine(text string) string {
 	text = strings.TrimRight(text, "\n\t ")
 	if i := strings.LastIndexByte(text, '\n'); i >= 0 {
@@ -111,7 +112,7 @@ func plural(n int64, noun string) string {
 	return fmt.Sprintf("%d %ss", n, noun)
 }
 
-// are is a number of things and the verb that goes with it.
+// are is a number of things and the matching verb.
 func are(n int, noun string) string {
 	if n == 1 {
 		return plural(1, noun) + " is"

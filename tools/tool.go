@@ -24,20 +24,20 @@ type hints struct {
 	readOnly    bool
 	destructive bool
 	idempotent  bool
-	long        bool // its results may be long, which some clients want to know
+	long        bool // its results may be long; some clients want to know
 }
 
-// maxResult is what a client is asked to show of a long result, in characters.
+// maxResult is how many characters of a long result a client is asked to show.
 const maxResult = 200_000
 
 // output is what a tool returns: structured content, and the same as text.
 type output interface{ text() string }
 
-// define makes a tool of a method. In and Out are structs whose fields carry their descriptions; a field without omitempty is required.
+// define makes a tool from a method. In and Out are structs whose fields carry their descriptions; a field without omitempty is required.
 func define[In any, Out output](s *Service, name, description string, h hints,
 	do func(context.Context, In) (Out, error)) server.ServerTool {
 	tool := mcp.NewToolWithRawSchema(name, description, schema[In](true))
-	tool.RawOutputSchema = brief(schema[Out](false)) // the list is read by models with every conversation, and is to be short
+	tool.RawOutputSchema = brief(schema[Out](false)) // models read the list in every conversation, so it must be short
 	tool.Annotations = mcp.ToolAnnotation{
 		Title: h.title, ReadOnlyHint: &h.readOnly, DestructiveHint: &h.destructive, IdempotentHint: &h.idempotent, OpenWorldHint: new(bool),
 	}
@@ -73,12 +73,12 @@ func define[In any, Out output](s *Service, name, description string, h hints,
 	return server.ServerTool{Tool: tool, Handler: handle}
 }
 
-// schema is the JSON Schema of a struct. Fields may say enum:"a,b", and as:"tool" where that tool has described them. Optional is said by
-// omission, not by null.
+// schema is the JSON Schema of a struct. A field may have the tag enum:"a,b", or as:"tool" if that tool already describes it. A field is
+// optional by omission, not by null.
 func schema[T any](input bool) json.RawMessage {
 	s, err := jsonschema.For[T](nil)
 	if err != nil {
-		panic(err) // a type of this package is at fault: every test fails
+		panic(err) // a fault in a type of this package, which every test shows
 	}
 	tidy(s, reflect.TypeFor[T](), input)
 	body, err := json.Marshal(s)
@@ -88,14 +88,14 @@ func schema[T any](input bool) json.RawMessage {
 	return body
 }
 
-// briefFields is how many fields a brief schema names: the list of all tools is to stay short.
+// briefFields is how many fields a brief schema names: the list of all tools must stay short.
 const briefFields = 3
 
-// brief is a schema of the first things that are always there, with their types.
+// brief reduces a schema to the first fields that are always present, with their types.
 func brief(body json.RawMessage) json.RawMessage {
 	var s *jsonschema.Schema
 	if err := json.Unmarshal(body, &s); err != nil {
-		panic(err) // we have just written it: every test fails
+		panic(err) // it was written above, so every test would fail
 	}
 	always := s.Required[:min(briefFields, len(s.Required))] // in the order of the fields
 	for name, p := range s.Properties {
@@ -104,12 +104,12 @@ func brief(body json.RawMessage) json.RawMessage {
 			continue
 		}
 		kind := &jsonschema.Schema{Type: p.Type}
-		if p.Items != nil { // some clients take no array without
+		if p.Items != nil { // some clients refuse arrays without items
 			kind.Items = &jsonschema.Schema{Type: p.Items.Type}
 		}
 		s.Properties[name] = kind
 	}
-	s.Required = nil // it would say all names once more
+	s.Required = nil // it would repeat all names
 	short, err := json.Marshal(s)
 	if err != nil {
 		panic(err)
@@ -132,7 +132,7 @@ func tidy(s *jsonschema.Schema, t reflect.Type, input bool) {
 	if len(s.Required) == 0 {
 		s.Required = nil
 	}
-	s.AdditionalProperties = nil // of a result there may be more later; what is too much in a call, decode says better
+	s.AdditionalProperties = nil // results may get more fields later; for arguments that do not exist, decode has the better error
 	switch {
 	case s.Items != nil:
 		tidy(s.Items, t.Elem(), input)
@@ -151,8 +151,8 @@ func tidy(s *jsonschema.Schema, t reflect.Type, input bool) {
 			if header := f.Tag.Get("header"); header != "" && input {
 				p.Extra = map[string]any{"x-mcp-header": header} // so that a proxy can route by it (SEP-2243)
 			}
-			if other := f.Tag.Get("as"); other != "" { // what another tool has said need not be said again
-				p.Types, p.Type, p.Properties, p.Required, p.Description = nil, "object", nil, nil, "as of "+other
+			if other := f.Tag.Get("as"); other != "" { // the other tool has described it
+				p.Types, p.Type, p.Properties, p.Required, p.Description = nil, "object", nil, nil, "as in "+other
 			}
 			tidy(p, f.Type, input)
 		}
@@ -168,11 +168,11 @@ func badArgument(format string, args ...any) error {
 	return argumentError(fmt.Sprintf(format, args...))
 }
 
-// aliases are other tools' names of our arguments, which models know.
+// aliases are the names that other tools give our arguments and that models know.
 var aliases = map[string]string{"cmd": "command", "workdir": "cwd", "file_path": "path", "old_string": "old_str", "new_string": "new_str",
 	"yield_time_ms": "yield_ms"}
 
-// decode fills a struct from a call's arguments, argument by argument, so that an error names the one that is wrong.
+// decode fills a struct from a call's arguments, one by one, so that an error names the wrong one.
 func decode(raw json.RawMessage, in any) error {
 	given := map[string]json.RawMessage{}
 	if len(raw) > 0 && string(raw) != "null" {
@@ -221,7 +221,7 @@ func decode(raw json.RawMessage, in any) error {
 	return nil
 }
 
-// setArgument decodes one argument. Numbers and booleans in quotes are taken as what they stand for: models write them.
+// setArgument decodes one argument. Numbers and booleans in quotes are accepted, because models write them.
 func setArgument(field reflect.Value, arg json.RawMessage) error {
 	err := wholenum.Unmarshal(arg, field.Addr().Interface())
 	if err == nil {
@@ -260,7 +260,7 @@ func shorten(s string, n int) string {
 	return s
 }
 
-// fail is the result of a call that did not work.
+// fail is the result of a call that failed.
 func fail(tool string, err error) *mcp.CallToolResult {
 	return &mcp.CallToolResult{IsError: true, Content: []mcp.Content{mcp.NewTextContent(explain(tool, err))}}
 }

@@ -22,7 +22,7 @@ import (
 	"soulbox.dev/soulbox/tools"
 )
 
-// newServer is the tools on a Fake: commands run on this machine.
+// newServer returns the tools on a Fake: commands run on this machine.
 func newServer(t *testing.T) (*server.MCPServer, *sandbox.Manager) {
 	t.Helper()
 	m, err := sandbox.NewManager(sandbox.Options{Dir: t.TempDir(), Runtime: &sandboxtest.Fake{}, Templates: sandboxtest.Templates{},
@@ -60,7 +60,7 @@ func listTools(t *testing.T, s *server.MCPServer) []mcp.Tool {
 	return list.Result.Tools
 }
 
-// golden compares with a recorded output, or records it.
+// golden compares an output with the recorded one, or records it.
 func golden(t *testing.T, name string, got []byte) {
 	t.Helper()
 	path := filepath.Join("testdata", name)
@@ -105,7 +105,7 @@ func TestGoldenList(t *testing.T) {
 	golden(t, "tools.json", append(pretty, '\n'))
 }
 
-// TestEveryTool: every tool has what docs/protocol.md asks of tools.
+// TestEveryTool: every tool has what docs/protocol.md requires of tools.
 func TestEveryTool(t *testing.T) {
 	s, _ := newServer(t)
 	name := regexp.MustCompile(`^[a-z]+(_[a-z]+)*$`)
@@ -158,7 +158,7 @@ func TestWholeNumbers(t *testing.T) {
 	}
 }
 
-// conversation runs a script of tool calls through the stdio loop and records what is answered. Lines: "> tool {arguments}".
+// conversation runs a script of tool calls through the stdio loop and records the answers. Lines: "> tool {arguments}".
 func conversation(t *testing.T, script string) []byte {
 	t.Helper()
 	s, _ := newServer(t)
@@ -190,7 +190,7 @@ func conversation(t *testing.T, script string) []byte {
 			}
 		}
 		var answer reply
-		for answer.ID == nil { // notes come before the answer
+		for answer.ID == nil { // notifications come before the answer
 			answer = reply{}
 			if err := answers.Decode(&answer); err != nil {
 				t.Fatal(err)
@@ -254,7 +254,7 @@ func TestGoldenConversations(t *testing.T) {
 	}
 }
 
-// TestToolsets: what is not asked for is not offered, and a server that only reads offers nothing that changes anything.
+// TestToolsets: only the requested toolsets are offered, and a read-only server offers nothing that changes anything.
 func TestToolsets(t *testing.T) {
 	_, m := newServer(t)
 	offered := func(o tools.Options) string {
@@ -288,7 +288,7 @@ func TestToolsets(t *testing.T) {
 	}
 }
 
-// TestPrompts: every prompt names only tools that there are, and says what is missing.
+// TestPrompts: every prompt names only existing tools, and says which argument is missing.
 func TestPrompts(t *testing.T) {
 	s, _ := newServer(t)
 	get := func(method, params string) string {

@@ -16,7 +16,7 @@ import (
 func (s *Service) watchTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "file_watch",
-			"See what changes in files. Begin with path; then the cursor gives the changes since, or waits for the first.",
+			"Watch files for changes. Start with path; then the cursor gives the changes since, or waits for the first.",
 			hints{title: "Watch files", readOnly: true, idempotent: true, long: true}, s.fileWatch),
 	}
 }
@@ -67,7 +67,7 @@ func (o fileWatchOutput) text() string {
 		status += ", there are more"
 	}
 	if o.Lost {
-		status += ", others are missing: there were too many, so look at the files anew with file_list"
+		status += ", others are missing: there were too many, so look at the files again with file_list"
 	}
 	if o.Gone {
 		status += "; the watch has ended"
@@ -77,7 +77,7 @@ func (o fileWatchOutput) text() string {
 	return strings.Join(append(lines, "["+status+"]"), "\n")
 }
 
-// maxWatchEvents is how many changes a call gives at most.
+// maxWatchEvents bounds how many changes one call returns.
 const maxWatchEvents = 1000
 
 func (s *Service) fileWatch(ctx context.Context, in fileWatchInput) (fileWatchOutput, error) {
@@ -86,12 +86,12 @@ func (s *Service) fileWatch(ctx context.Context, in fileWatchInput) (fileWatchOu
 	case err != nil:
 		return fileWatchOutput{}, err
 	case (in.Path == "") == (in.Cursor == ""):
-		return fileWatchOutput{}, badArgument("Give either the argument \"path\", to begin, or \"cursor\", to read on.")
+		return fileWatchOutput{}, badArgument("Give either the argument \"path\", to start, or \"cursor\", to continue.")
 	case in.Cursor != "" && (in.Flat || len(in.Ignore) > 0):
 		return fileWatchOutput{},
-			badArgument("The arguments \"flat\" and \"ignore\" go with \"path\": they are those of the beginning. Leave them out.")
+			badArgument("The arguments \"flat\" and \"ignore\" go with \"path\", when a watch starts. Leave them out.")
 	case in.Path != "" && in.Close:
-		return fileWatchOutput{}, badArgument("The argument \"close\" goes with \"cursor\". Leave it out to begin.")
+		return fileWatchOutput{}, badArgument("The argument \"close\" goes with \"cursor\". Leave it out to start.")
 	case in.Limit < 0 || in.Limit > maxWatchEvents:
 		return fileWatchOutput{}, badArgument("The argument \"limit\" must be from 1 to %d.", maxWatchEvents)
 	}
@@ -103,7 +103,7 @@ func (s *Service) fileWatch(ctx context.Context, in fileWatchInput) (fileWatchOu
 	if in.Cursor != "" {
 		watch, from, ok := strings.Cut(in.Cursor, ".")
 		if req.From, err = strconv.ParseInt(from, 10, 64); err != nil || !ok || req.From < 0 {
-			return fileWatchOutput{}, badArgument("The argument \"cursor\" is not one that file_watch gave; give a path to begin anew.")
+			return fileWatchOutput{}, badArgument("The argument \"cursor\" does not come from file_watch; give a path to start again.")
 		}
 		req.Watch = watch
 	} else if in.YieldMS == nil {
@@ -116,7 +116,7 @@ func (s *Service) fileWatch(ctx context.Context, in fileWatchInput) (fileWatchOu
 	return watchTree(ctx, client, req)
 }
 
-// watchTree reads a watch. A client that leaves while it waits gets what there is.
+// watchTree reads a watch. If the client leaves while it waits, it returns what there is.
 func watchTree(ctx context.Context, client *agent.Client, req agent.TreeRequest) (fileWatchOutput, error) {
 	ctx, cancel := client.Patience(ctx, time.Duration(req.WaitMS)*time.Millisecond, agent.Silence)
 	defer cancel()

@@ -10,23 +10,23 @@ import (
 	"soulbox.dev/soulbox/access"
 )
 
-// accountUses collects what owners use of the server's own resources.
+// accountUses collects how much of the server's own resources each owner uses.
 type accountUses struct{ accounts *access.Accounts }
 
 // descriptorUse collects the server's descriptors.
 type descriptorUse struct{ budget *descriptorBudget }
 
 const (
-	maxOwners   = 100 // that are told apart: those who use most of a resource
+	maxOwners   = 100 // owners with a label of their own: those who use most of a resource
 	otherOwners = "(others)"
 	maxLabel    = 64
 )
 
 var (
 	accountUsedDesc = prometheus.NewDesc("soulbox_account_used",
-		"What an owner uses of a resource of the server; beyond 100 owners they are one, (others).", []string{"resource", "owner"}, nil)
+		"What an owner uses of a resource of the server; owners beyond 100 count as one, (others).", []string{"resource", "owner"}, nil)
 	accountShareDesc = prometheus.NewDesc("soulbox_account_share",
-		"What one owner may use of a resource of the server, as far as it is used; 0 is not bounded.", []string{"resource"}, nil)
+		"What one owner may use of a resource of the server, if it is used; 0 is unbounded.", []string{"resource"}, nil)
 	descriptorsDesc = prometheus.NewDesc("soulbox_descriptors",
 		"File descriptors of the server: used, limit, the reserve that connections leave, and connections.", []string{"kind"}, nil)
 )
@@ -45,7 +45,7 @@ func (a accountUses) Collect(ch chan<- prometheus.Metric) {
 	}
 	for resource, uses := range byResource {
 		slices.SortStableFunc(uses, func(x, y access.Use) int { return cmp.Compare(y.Used, x.Used) })
-		sums := map[string]int64{} // two names may be one label
+		sums := map[string]int64{} // two names may give the same label
 		for i, u := range uses {
 			name := otherOwners
 			if i < maxOwners {
@@ -60,7 +60,7 @@ func (a accountUses) Collect(ch chan<- prometheus.Metric) {
 	}
 }
 
-// ownerLabel is an owner's name as a label: a provider's names may have any letters.
+// ownerLabel turns an owner's name into a label: a provider's names may contain any letters.
 func ownerLabel(owner string) string {
 	name := access.Name(owner)
 	return strings.Map(func(r rune) rune {

@@ -10,7 +10,7 @@ import (
 	"soulbox.dev/soulbox/access"
 )
 
-// TestAccountMetrics: what owners use is told, of a bounded number of them, whatever they are called.
+// TestAccountMetrics: metrics report what owners use, for a bounded number of owners, whatever their names.
 func TestAccountMetrics(t *testing.T) {
 	a := access.NewAccounts(map[access.Resource]access.Bound{access.Buffers: {Total: 1e6, Share: 1000}})
 	take := func(owner string, n int64) {

@@ -17,10 +17,10 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// BenchmarkE2B is the HTTP API as E2B's clients use it: commands, and large files beside nginx on the same ones.
+// BenchmarkE2B uses the HTTP API as E2B's clients do: commands, and large files compared with nginx on the same ones.
 func BenchmarkE2B(b *testing.B) {
 	if b.N > 1 {
-		return // it does its own counting, once
+		return // it counts its own iterations, once
 	}
 	var t table
 	defer func() { t.print() }()

@@ -16,7 +16,7 @@ import (
 	"soulbox.dev/soulbox/mcpserver"
 )
 
-// benchHTTP is the HTTP transport beside that of bare mcp-go, and commands through it.
+// benchHTTP compares the HTTP transport with that of bare mcp-go, and times commands through it.
 func benchHTTP(b *testing.B, t *table) {
 	echo := func() *server.MCPServer {
 		m := server.NewMCPServer("echo", "1")
@@ -37,7 +37,7 @@ func benchHTTP(b *testing.B, t *table) {
 			defer s.CloseClientConnections()
 			clients[i] = (&sandboxtest.MCP{URL: s.URL, Modern: modern}).Open(b)
 		}
-		for range 2000 { // in turn, so that both have the same machine
+		for range 2000 { // in turn, so that both see the same load of the machine
 			for i, c := range clients {
 				begin := time.Now()
 				a, err := c.Call(b.Context(), "echo", map[string]any{"text": "hi"})

@@ -15,7 +15,7 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// benchLiving is terminals, watches and ports.
+// benchLiving measures terminals, watches and ports.
 func benchLiving(b *testing.B, t *table, p *program) {
 	y := p.call("exec", map[string]any{"command": "stty -icanon; exec cat > /dev/null", "tty": true}).Result.StructuredContent["process_id"]
 	t.measure(b, "a key typed at a terminal and its echo by MCP stdio", 300, func() {
@@ -61,14 +61,14 @@ func benchPort(b *testing.B, t *table, p *program) {
 		b.Fatal(err)
 	}
 	port := l.Addr().(*net.TCPAddr).Port
-	_ = l.Close() // it was for its number
+	_ = l.Close() // only its port number was needed
 	server := exec.Command("/bin/sh", "-c", "exec "+fmt.Sprintf(helloServer, port))
 	if err := server.Start(); err != nil {
 		b.Fatal(err)
 	}
 	defer func() {
 		_ = server.Process.Kill()
-		_ = server.Wait() // it was killed
+		_ = server.Wait() // an error, since it was killed
 	}()
 	own := fmt.Sprintf("http://127.0.0.1:%d", port)
 	sandboxtest.Eventually(b, "the server on this machine", func() bool { n, _ := load(1, 10*time.Millisecond, own); return n > 0 })
@@ -78,7 +78,7 @@ func benchPort(b *testing.B, t *table, p *program) {
 			inside/outside))
 }
 
-// load asks for a URL by many connections at once, and gives requests per second and errors.
+// load requests a URL over many connections at once, and returns requests per second and the number of errors.
 func load(conns int, long time.Duration, url string) (perSecond float64, errors int64) {
 	var good, bad atomic.Int64
 	transport := &http.Transport{MaxIdleConnsPerHost: conns}

@@ -27,7 +27,7 @@ type row struct {
 // table collects rows.
 type table []row
 
-// measure times do n times and enters it.
+// measure times do n times and adds a row.
 func (t *table) measure(b *testing.B, what string, n int, do func()) time.Duration {
 	b.Helper()
 	times := make([]time.Duration, n)
@@ -38,7 +38,7 @@ func (t *table) measure(b *testing.B, what string, n int, do func()) time.Durati
 	return p50
 }
 
-// enter enters times that were taken, and gives their median and 99th percentile.
+// enter adds a row for measured times, and returns their median and 99th percentile.
 func (t *table) enter(what string, times []time.Duration) (p50, p99 time.Duration) {
 	slices.Sort(times)
 	r := row{what: what, p50: times[len(times)/2], p99: times[len(times)*99/100]}
@@ -69,7 +69,7 @@ func (t table) print() {
 // BenchmarkSoulBox drives the real program through MCP on stdio, and prints figures beside baselines taken in the same minute.
 func BenchmarkSoulBox(b *testing.B) {
 	if b.N > 1 || os.Geteuid() == 0 {
-		return // it does its own counting, once; started as root it runs again as an ordinary user
+		return // it counts its own iterations, once; started as root it runs again as an ordinary user
 	}
 	var t table
 	p := launch(b, "")
@@ -113,7 +113,7 @@ func benchExec(b *testing.B, t *table, p *program, id string) {
 		fmt.Sprintf("%.1f times faster, wanted at least 5", runsc.Seconds()/truth.Seconds()))
 }
 
-// benchTrue measures the same command by each way in turns: a machine that others use is fast in one second and slow in the next.
+// benchTrue measures the same command in each way, in turn: a shared machine is fast in one second and slow in the next.
 func benchTrue(b *testing.B, t *table, p *program, id string) (own, exec, runsc time.Duration) {
 	b.Helper()
 	const rounds = 20
@@ -133,7 +133,7 @@ func benchTrue(b *testing.B, t *table, p *program, id string) (own, exec, runsc 
 	return own, exec, runsc
 }
 
-// keepBusy loads every core with a process that computes, as a machine on which agents work is loaded.
+// keepBusy loads every core with a computing process, as on a machine on which agents work.
 func keepBusy(b *testing.B) (stop func()) {
 	b.Helper()
 	var busy []*exec.Cmd
@@ -147,12 +147,12 @@ func keepBusy(b *testing.B) (stop func()) {
 	return func() {
 		for _, cmd := range busy {
 			_ = cmd.Process.Kill()
-			_ = cmd.Wait() // it was killed
+			_ = cmd.Wait() // an error, since it was killed
 		}
 	}
 }
 
-// ownForkExec asks the agent's binary, run in the sandbox, how long fork, exec and wait take there: the median of n.
+// ownForkExec runs the agent's binary in the sandbox to measure fork, exec and wait there; it returns the median of n.
 func ownForkExec(b *testing.B, p *program, n int) time.Duration {
 	b.Helper()
 	out := p.exec(fmt.Sprintf("/.soulbox/soulbox-agent forkexec %d", n))
@@ -186,7 +186,7 @@ func benchFiles(b *testing.B, t *table, p *program) {
 	t.measure(b, "file_read 1 MB", 20, func() { p.call("file_read", map[string]any{"path": "/home/user/l", "limit": 100_000}) })
 }
 
-// benchMany is 8 callers at once.
+// benchMany measures 8 callers at once.
 func benchMany(_ *testing.B, t *table, p *program) {
 	const callers, each = 8, 50
 	begin := time.Now()
@@ -202,7 +202,7 @@ func benchMany(_ *testing.B, t *table, p *program) {
 	t.say("8 callers at once, exec /bin/true", fmt.Sprintf("%.0f commands/s", callers*each/time.Since(begin).Seconds()))
 }
 
-// benchLoad is much output and many commands, and what they cost in memory.
+// benchLoad measures much output and many commands, and what they cost in memory.
 func benchLoad(b *testing.B, t *table, p *program) {
 	begin := time.Now()
 	m := p.call("exec", map[string]any{"command": "yes | head -c 2G", "yield_ms": 50_000})
@@ -240,7 +240,7 @@ func benchLife(b *testing.B, t *table) {
 	benchPause(b, t)
 }
 
-// benchPause is pauses, snapshots and copies.
+// benchPause measures pauses, snapshots and copies.
 func benchPause(b *testing.B, t *table) {
 	p := launch(b, "", "--on-exit=kill", "--memory-mb=512")
 	defer p.close()
@@ -273,7 +273,7 @@ func benchPause(b *testing.B, t *table) {
 	benchFork(b, t)
 }
 
-// benchFork is ten copies of a sandbox with 200 MB in use.
+// benchFork measures ten copies of a sandbox with 200 MB in use.
 func benchFork(b *testing.B, t *table) {
 	p := launch(b, "", "--on-exit=kill", "--memory-mb=512")
 	defer p.close()
@@ -308,14 +308,14 @@ func cpuOf(state string) time.Duration {
 		}
 		fields := strings.Fields(string(body)[strings.LastIndexByte(string(body), ')')+1:])
 		for _, f := range fields[11:13] { // utime and stime, proc(5)
-			n, _ := strconv.ParseInt(f, 10, 64) // they are numbers
+			n, _ := strconv.ParseInt(f, 10, 64) // both are numbers
 			ticks += n
 		}
 	}
 	return time.Duration(ticks) * 10 * time.Millisecond
 }
 
-// benchIdle is the memory of idle sandboxes, shared pages counted in part.
+// benchIdle measures the memory of idle sandboxes, with shared pages counted in part.
 func benchIdle(b *testing.B, t *table) {
 	const n = 20
 	p := launch(b, "", "--memory-mb=256")

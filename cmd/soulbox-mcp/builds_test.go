@@ -13,7 +13,7 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// TestBuildsOfAllFaces: a build that MCP has begun is under way for the HTTP API, and one of the HTTP API has its log as a resource.
+// TestBuildsOfAllFaces: the HTTP API shows a build that MCP began as building, and a build of the HTTP API has its log as a resource.
 func TestBuildsOfAllFaces(t *testing.T) {
 	w := serve(t, importMini(t))
 	at, c := strings.TrimSuffix(w.url, "/mcp"), w.client("", true)
@@ -32,14 +32,14 @@ func TestBuildsOfAllFaces(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		_ = json.Unmarshal(text, &answer) // some have no body
+		_ = json.Unmarshal(text, &answer) // some answers have no body
 		return res.StatusCode, answer
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		_, _ = c.Call(ctx, "template_build", map[string]any{"name": "long", "dockerfile": "FROM mini\nRUN sleep 1000\n"}) // it is cancelled
+		_, _ = c.Call(ctx, "template_build", map[string]any{"name": "long", "dockerfile": "FROM mini\nRUN sleep 1000\n"}) // cancelled
 	}()
 	id := ""
 	sandboxtest.Eventually(t, "it has a sandbox", func() bool {

@@ -21,7 +21,7 @@ func TestMain(m *testing.M) {
 		"TestErrorTable", "TestForks", "TestCertUnreadable")
 }
 
-// program is a running soulbox-mcp stdio and a client of it, in plain JSON lines.
+// program is a running soulbox-mcp stdio and its client, which speaks plain JSON lines.
 type program struct {
 	t     testing.TB
 	state string
@@ -35,7 +35,7 @@ type program struct {
 	nextID  int
 }
 
-// message is what the server says.
+// message is a message from the server.
 type message struct {
 	ID     json.RawMessage `json:"id"`
 	Method string          `json:"method"`
@@ -95,7 +95,7 @@ func launch(t testing.TB, state string, flags ...string) *program {
 	return p
 }
 
-// close ends the conversation and waits for the server's own end. It may be called twice.
+// close ends the conversation and waits for the server to end by itself. It may be called twice.
 func (p *program) close() {
 	_ = p.in.Close()
 	<-p.ended
@@ -159,7 +159,7 @@ func (p *program) request(method string, params map[string]any) pending {
 	return r
 }
 
-// await waits for an answer; a server that ends instead fails the test.
+// await waits for an answer. If the server ends instead, the test fails.
 func (p *program) await(r pending) message {
 	p.t.Helper()
 	select {
@@ -181,7 +181,7 @@ func (p *program) start(tool string, args map[string]any) pending {
 	return p.request("tools/call", map[string]any{"name": tool, "arguments": args})
 }
 
-// call makes a tool call that must work.
+// call makes a tool call that must succeed.
 func (p *program) call(tool string, args map[string]any) message {
 	p.t.Helper()
 	m := p.await(p.start(tool, args))
@@ -191,7 +191,7 @@ func (p *program) call(tool string, args map[string]any) message {
 	return m
 }
 
-// exec runs a command that must end, and gives its output.
+// exec runs a command that must end, and returns its output.
 func (p *program) exec(command string) string {
 	p.t.Helper()
 	m := p.call("exec", map[string]any{"command": command, "yield_ms": 50_000})

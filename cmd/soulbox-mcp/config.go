@@ -38,37 +38,37 @@ type config struct {
 	saving   saving
 	limits   sandbox.Limits
 	budget   int64 // bytes
-	// templateBudget is the disk of all templates, in bytes; 0 is the store's default.
+	// templateBudget is the disk space for all templates, in bytes; 0 is the store's default.
 	templateBudget int64
 	perOwner       int
 	onExit         string
 	toolsets       string
 	readOnly       bool
 	fixtures       bool
-	// noNetwork gives sandboxes none, whatever they ask for; contextDirs are what builds may read of the host.
+	// noNetwork denies sandboxes a network, whatever they ask for; contextDirs are the directories of the host that builds may read.
 	noNetwork   bool
-	allowPull   bool // builds begin from images of registries
+	allowPull   bool // builds may start from images of registries
 	contextDirs []string
-	registries  []string // in private networks, that builds may pull from
-	gateway     *url.URL // where ports of sandboxes are reached by name; nil is nowhere
+	registries  []string // registries in private networks that builds may pull from
+	gateway     *url.URL // where sandboxes' ports are reached by name; nil if they are not
 	insecure    bool     // see api.Gateway
-	own         *url.URL // where the server is reached; nil is not by URLs
+	own         *url.URL // the server's URL; nil if it is not reached by URLs
 }
 
 // saving is what the operator allows to be saved on disk.
 type saving struct {
 	paused  time.Duration // how long a paused sandbox is kept
-	budget  int64         // bytes; 0 is what the disk has
+	budget  int64         // bytes; 0 is all that the disk has
 	reclaim string        // never or oldest
 }
 
-// parseConfig reads the flags that all commands have.
+// parseConfig parses the flags that all commands have.
 func parseConfig(name string, args []string, getenv func(string) string, stderr io.Writer) (config, error) {
 	c := config{onExit: "kill"}
 	return c, c.parse(name, args, getenv, stderr)
 }
 
-// parse reads the flags that all commands have, and those that more adds. What is set before is a default.
+// parse parses the flags that all commands have, and those that more adds. Values set before are the defaults.
 func (c *config) parse(name string, args []string, getenv func(string) string, stderr io.Writer, more ...func(*flag.FlagSet)) error {
 	flags := flag.NewFlagSet("soulbox-mcp "+name, flag.ContinueOnError)
 	flags.SetOutput(stderr)
@@ -79,16 +79,16 @@ func (c *config) parse(name string, args []string, getenv func(string) string, s
 		"`directory` of all state; default $XDG_STATE_HOME/soulbox, as root /var/lib/soulbox (SOULBOX_STATE_DIR)")
 	flags.StringVar(&c.logFile, "log-file", getenv("SOULBOX_LOG_FILE"), "`path` of the log; default stderr (SOULBOX_LOG_FILE)")
 	flags.TextVar(&c.logLevel, "log-level", slog.LevelInfo, "`level`: debug, info, warn or error")
-	c.times.OnTimeout = sandbox.ActionPause // nothing is lost that nobody wanted to be
+	c.times.OnTimeout = sandbox.ActionPause // a timeout must not lose anything by default
 	flags.DurationVar(&c.times.Life, "lifetime", sandbox.DefaultLifetime, "life time of sandboxes that ask for none")
-	flags.DurationVar(&c.times.Idle, "idle", 0, "`time` after which a sandbox that nobody uses is paused or killed; default never")
+	flags.DurationVar(&c.times.Idle, "idle", 0, "`time` after which an unused sandbox is paused or killed; default never")
 	flags.DurationVar(&c.saving.paused, "paused-for", 7*24*time.Hour, "`time` for which a paused sandbox is kept")
 	flags.DurationVar(&c.protect.Every, "protect", 0,
-		"`time` between two copies of a sandbox that runs, which it is resumed from if it fails; default no copies")
+		"`time` between two copies of a running sandbox, from which it is resumed if it fails; default no copies")
 	flags.BoolVar(&c.protect.Memory, "protect-memory", false, "with --protect: copy memory and processes too, not files alone")
 	saved := flags.Int64("disk-budget-mb", 0,
-		"disk of all paused sandboxes and snapshots together, in MB; default what the disk has, but 512")
-	flags.StringVar(&c.saving.reclaim, "reclaim", "never", "where that is used up: `never` end a paused sandbox, or the oldest")
+		"disk of all paused sandboxes and snapshots together, in MB; default all of the disk but 512")
+	flags.StringVar(&c.saving.reclaim, "reclaim", "never", "when that is used up: `never` end a paused sandbox, or the oldest")
 	templates := flags.Int64("template-budget-mb", 0, "disk of all templates, in MB; default a tenth of the disk, from 4096 to 20480")
 	memory := flags.Int64("memory-mb", 0, "memory of sandboxes that ask for none, in MB; default 1024")
 	disk := flags.Int64("disk-mb", 0, "disk of sandboxes that ask for none, in MB; default 10240")
@@ -133,7 +133,7 @@ func (c *config) parse(name string, args []string, getenv func(string) string, s
 	return nil
 }
 
-// defaultStateDir is where XDG says; as root it is a place that the sandboxes' unprivileged user can reach.
+// defaultStateDir follows XDG; for root it is a directory that the sandboxes' unprivileged user can reach.
 func defaultStateDir(getenv func(string) string) string {
 	if os.Geteuid() == 0 {
 		return "/var/lib/soulbox"
@@ -141,7 +141,7 @@ func defaultStateDir(getenv func(string) string) string {
 	return filepath.Join(cmp.Or(getenv("XDG_STATE_HOME"), filepath.Join(getenv("HOME"), ".local/state")), "soulbox")
 }
 
-// findPrograms looks for what was not named. What is not found stays empty, and is an error when it is needed.
+// findPrograms looks for programs that were not named. The name of one that is not found stays empty, which is an error when it is needed.
 func (c *config) findPrograms() {
 	if self, err := os.Executable(); err == nil {
 		beside := func(name string) string {
@@ -155,11 +155,11 @@ func (c *config) findPrograms() {
 		c.agent = cmp.Or(c.agent, beside("soulbox-agent"))
 	}
 	if c.runsc == "" {
-		c.runsc, _ = exec.LookPath("runsc") // "" is an error later
+		c.runsc, _ = exec.LookPath("runsc") // "" becomes an error later
 	}
 }
 
-// openLog makes the log. stdout is never used: it belongs to the protocol.
+// openLog opens the log. It never writes to stdout, which belongs to the protocol.
 func (c config) openLog(stderr io.Writer) (*slog.Logger, func() error, error) {
 	out, closeLog := stderr, func() error { return nil }
 	if c.logFile != "" {
@@ -172,10 +172,10 @@ func (c config) openLog(stderr io.Writer) (*slog.Logger, func() error, error) {
 	return slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: c.logLevel})), closeLog, nil
 }
 
-// serving are the flags of the commands that serve clients.
+// serving adds the flags of the commands that serve clients.
 func (c *config) serving(flags *flag.FlagSet) {
 	flags.StringVar(&c.onExit, "on-exit", c.onExit,
-		"what becomes of sandboxes when the server ends: `pause` (to disk), keep (they go on) or kill; the next server has the first two")
+		"what happens to sandboxes when the server ends: `pause` (to disk), keep (they run on) or kill; the next server has the first two")
 	flags.StringVar(&c.toolsets, "toolsets", "", "`names` of the tools that are offered, of "+strings.Join(tools.Toolsets(), ",")+
 		"; default all")
 	flags.BoolVar(&c.readOnly, "read-only", false, "offer only tools that change nothing")
@@ -200,7 +200,7 @@ func (c *config) serving(flags *flag.FlagSet) {
 	flags.BoolVar(&c.fixtures, "conformance", false, "offer what the official conformance suite needs, too")
 }
 
-// newManager wires the domain to gVisor and the templates.
+// newManager connects the domain to gVisor and the templates.
 func (c config) newManager(log *slog.Logger, watch func(*sandbox.Options)) (*sandbox.Manager, *template.Store, error) {
 	templates, err := c.newStore()
 	if err != nil {
@@ -226,7 +226,7 @@ func (c config) newManager(log *slog.Logger, watch func(*sandbox.Options)) (*san
 	return manager, templates, err
 }
 
-// promised is how many sandboxes a server may promise: what one owner may have, or as many as memory is enough for.
+// promised is how many sandboxes a server may promise: as many as one owner may have, but no more than fit into memory.
 func (c config) promised() (int, error) {
 	budget := c.budget
 	if budget == 0 {
@@ -248,9 +248,9 @@ func machineMemory() (int64, error) {
 	return int64(info.Totalram) * int64(info.Unit), nil
 }
 
-// newStore is the store of templates.
+// newStore makes the store of templates.
 func (c config) newStore() (*template.Store, error) {
-	// Sandboxes may run as another user, who needs to walk through; what is inside is protected by itself.
+	// Sandboxes may run as another user, who must be able to walk through; what is inside has permissions of its own.
 	if err := os.MkdirAll(c.stateDir, 0o711); err != nil {
 		return nil, fmt.Errorf("make state directory: %w", err)
 	}
@@ -269,7 +269,7 @@ func (c config) newBuilder(store *template.Store, manager *sandbox.Manager, log 
 	return b
 }
 
-// installAgent copies the agent to a directory named by its content, so that an upgrade changes nothing under running sandboxes.
+// installAgent copies the agent to a directory named by its content, so that an upgrade does not affect running sandboxes.
 func installAgent(from, dir string) (string, error) {
 	body, err := os.ReadFile(from)
 	if err != nil {

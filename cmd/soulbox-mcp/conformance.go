@@ -18,7 +18,7 @@ import (
 	"soulbox.dev/soulbox/mcpserver"
 )
 
-// fixtures are the tools, prompts and resources that the official conformance suite asks for, on our transports. They are there only with
+// fixtures are the tools, prompts and resources that the official conformance suite needs, on our transports. They exist only with
 // --conformance.
 type fixtures struct {
 	server *mcpserver.Server
@@ -30,16 +30,16 @@ type (
 	callResult  = mcp.CallToolResult
 )
 
-// The smallest PNG and WAV.
+// pngPixel and wavSilent are the smallest PNG and WAV.
 const (
 	pngPixel  = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8DwHwAFBQIAX8jx0gAAAABJRU5ErkJggg=="
 	wavSilent = "UklGRiQAAABXQVZFZm10IBAAAAABAAEAQB8AAIA+AAACABAAZGF0YQAAAAA="
 )
 
-// pause is how long the suite wants a fixture to take between two steps.
+// pause is how long the suite wants a fixture to wait between two steps.
 const pause = 50 * time.Millisecond
 
-// withFixtures makes the server with the fixtures beside what it offers.
+// withFixtures makes a server that offers the fixtures in addition to o.
 func withFixtures(o mcpserver.Options) *mcpserver.Server {
 	f := &fixtures{secret: make([]byte, 32)}
 	rand.Read(f.secret)
@@ -65,7 +65,7 @@ func addTool(m *server.MCPServer, name string, do func(context.Context, callRequ
 
 func says(text string) *callResult { return mcp.NewToolResultText(text) }
 
-// contents are tools that return each kind of content.
+// contents adds tools that return each kind of content.
 func (f *fixtures) contents(m *server.MCPServer) {
 	fixed := func(name string, content ...mcp.Content) {
 		addTool(m, name, func(context.Context, callRequest) (*callResult, error) { return &callResult{Content: content}, nil })
@@ -92,7 +92,7 @@ func (f *fixtures) contents(m *server.MCPServer) {
 		func(context.Context, callRequest) (*callResult, error) { return says("ok"), nil })
 }
 
-// conversations are tools that speak to the client before they answer.
+// conversations adds tools that send messages to the client before they answer.
 func (f *fixtures) conversations(m *server.MCPServer) {
 	addTool(m, "test_tool_with_logging", func(ctx context.Context, _ callRequest) (*callResult, error) {
 		s := mcpserver.SessionFrom(ctx)
@@ -202,7 +202,7 @@ func textOf(content any) string {
 	return ""
 }
 
-// elicit asks once, and then goes on with an answer that is an object.
+// elicit asks once, and continues with then when the client has answered.
 func elicit(r callRequest, id, state, message string, schema map[string]any, then func(content any) (*callResult, error)) (*callResult,
 	error) {
 	if a := server.ElicitationResponse(r.Params.InputResponses, id); a != nil && a.Action != "" {
@@ -217,7 +217,7 @@ func field(content any, name string) string {
 	return fmt.Sprint(m[name])
 }
 
-// sign makes a state that cannot be made by anybody else.
+// sign makes a state that cannot be forged.
 func (f *fixtures) sign(text string) string {
 	h := hmac.New(sha256.New, f.secret)
 	h.Write([]byte(text))
@@ -231,7 +231,7 @@ func (f *fixtures) check(state, text string) error {
 	return nil
 }
 
-// inputs are tools of multi round-trip requests (SEP-2322).
+// inputs adds tools of multi round-trip requests (SEP-2322).
 func (f *fixtures) inputs(m *server.MCPServer) {
 	const prefix = "test_input_required_result_"
 	addTool(m, prefix+"elicitation", func(_ context.Context, r callRequest) (*callResult, error) {
@@ -295,7 +295,7 @@ func (f *fixtures) inputs(m *server.MCPServer) {
 	})
 }
 
-// changes are tools that change lists.
+// changes adds tools that change lists.
 func (f *fixtures) changes(m *server.MCPServer) {
 	addTool(m, "test_trigger_tool_change", func(context.Context, callRequest) (*callResult, error) {
 		f.server.Changed(mcpserver.NoteToolsChanged, nil)
@@ -307,7 +307,7 @@ func (f *fixtures) changes(m *server.MCPServer) {
 	})
 }
 
-// tasks are tools of the tasks extension (SEP-2663).
+// tasks adds tools of the tasks extension (SEP-2663).
 func (f *fixtures) tasks(m *server.MCPServer) {
 	addTool(m, "greet", func(_ context.Context, r callRequest) (*callResult, error) {
 		return says("Hello, " + r.GetString("name", "") + "!"), nil
@@ -388,7 +388,7 @@ func (f *fixtures) prompts(m *server.MCPServer) {
 		})
 }
 
-// fixtureResources are the resources of the suite before those of the server.
+// fixtureResources puts the suite's resources before those of the server.
 type fixtureResources struct{ mcpserver.Resources }
 
 var fixed = []mcp.ResourceContents{

@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// counted is a listener whose connections are counted among the descriptors.
+// counted is a listener whose connections count towards the descriptor budget.
 type counted struct {
 	net.Listener
 	d    *descriptorBudget
@@ -22,14 +22,14 @@ type counted struct {
 	close func() error
 }
 
-// counted counts the connections of a listener.
+// counted makes a listener whose connections are counted.
 func (d *descriptorBudget) counted(l net.Listener, k kind) net.Listener {
 	c := &counted{Listener: l, d: d, kind: k, over: make(chan struct{})}
 	c.close = sync.OnceValue(func() error { close(c.over); return l.Close() })
 	return c
 }
 
-// Listen is net.Listen for ports of sandboxes.
+// Listen is net.Listen for the ports of sandboxes.
 func (d *descriptorBudget) Listen(network, address string) (net.Listener, error) {
 	l, err := net.Listen(network, address)
 	if err != nil {
@@ -38,10 +38,10 @@ func (d *descriptorBudget) Listen(network, address string) (net.Listener, error)
 	return d.counted(l, port), nil
 }
 
-// acceptAgain is how soon it is looked again whether a connection can be had.
+// acceptAgain is the time between two checks whether a connection can be accepted.
 const acceptAgain = 50 * time.Millisecond
 
-// Accept implements net.Listener. While there are no descriptors clients wait in the kernel's queue.
+// Accept implements net.Listener. While there are no descriptors, clients wait in the kernel's queue.
 func (c *counted) Accept() (net.Conn, error) {
 	for {
 		if c.d.mayAccept(c.kind) {
@@ -62,7 +62,7 @@ func (c *counted) Accept() (net.Conn, error) {
 	}
 }
 
-// passing says whether an error is one of the machine's, which may be over in a moment.
+// passing reports whether an error is a temporary one of the machine.
 func passing(err error) bool {
 	for _, e := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.ECONNABORTED, syscall.EINTR} {
 		if errors.Is(err, e) {
@@ -75,7 +75,7 @@ func passing(err error) bool {
 // Close implements net.Listener.
 func (c *counted) Close() error { return c.close() }
 
-// accepted is a connection that is counted.
+// accepted is a counted connection.
 type accepted struct {
 	net.Conn
 	d      *descriptorBudget
@@ -83,17 +83,18 @@ type accepted struct {
 	from   netip.Addr
 	opened time.Time
 
-	began atomic.Bool // a byte has come
+	began atomic.Bool // a byte has arrived
 
 	// Guarded by d.mu.
 	closed bool
-	proven bool // its client has shown a key, or needs none
-	active int  // requests that are served
+	proven bool // the client has shown a key, or needs none
+	active int  // requests being served
 	at     *queue.Element
 }
 
-// headTime is how long the head of a request may take to come, and a body that nobody reads. aheadTime is how long a connection may be
-// open ahead of its first byte: clients open more of them than they need at once, and net/http would break those off after headTime.
+// headTime bounds how long the head of a request may take to arrive, and a body that the handler did not read. aheadTime bounds how long a
+// connection may be open before its first byte: clients open more connections than they need at once, and net/http would break those off
+// after headTime.
 const (
 	headTime  = 10 * time.Second
 	aheadTime = time.Minute
@@ -116,7 +117,7 @@ func (a *accepted) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// CloseWrite ends what is written, where the other end can still be read.
+// CloseWrite ends the sending direction; the other end can still be read.
 func (a *accepted) CloseWrite() error {
 	if half, ok := a.Conn.(interface{ CloseWrite() error }); ok {
 		return half.CloseWrite()
@@ -124,7 +125,7 @@ func (a *accepted) CloseWrite() error {
 	return errors.ErrUnsupported
 }
 
-// SetWriteBuffer bounds what the kernel keeps for a client that does not read, in bytes.
+// SetWriteBuffer bounds, in bytes, what the kernel buffers for a client that does not read.
 func (a *accepted) SetWriteBuffer(bytes int) error {
 	if tcp, ok := a.Conn.(*net.TCPConn); ok {
 		return tcp.SetWriteBuffer(bytes)
@@ -147,7 +148,7 @@ func (a *accepted) Close() error {
 	return a.Conn.Close()
 }
 
-// begin notes that a request has come whole; end that it is served.
+// begin records that a request's head has arrived; end records that the request is served.
 func (a *accepted) begin() {
 	a.d.mu.Lock()
 	defer a.d.mu.Unlock()
@@ -163,7 +164,7 @@ func (a *accepted) end() {
 	}
 }
 
-// prove notes that the client has shown a key.
+// prove records that the client has shown a key.
 func (a *accepted) prove() {
 	a.d.mu.Lock()
 	defer a.d.mu.Unlock()
@@ -175,7 +176,7 @@ func (a *accepted) prove() {
 	}
 }
 
-// acceptedOf finds what is behind a connection of net/http.
+// acceptedOf finds the counted connection under a connection of net/http.
 func acceptedOf(c net.Conn) *accepted {
 	if t, ok := c.(*tls.Conn); ok {
 		c = t.NetConn()

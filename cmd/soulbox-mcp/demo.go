@@ -17,7 +17,7 @@ import (
 	"soulbox.dev/soulbox/template"
 )
 
-// step is one call of the demo; check says what is to be in its text.
+// step is one call of the demo; check is a text that its result must contain.
 type step struct {
 	say   string
 	tool  string
@@ -25,8 +25,8 @@ type step struct {
 	check string
 }
 
-// demoSteps are what the demo does. A bare Debian has perl but no python; a sandbox of the host template has what the host has, one of the
-// base template its own, and a network for installing more.
+// demoSteps are the steps of the demo. A bare Debian has perl but no python. A sandbox of the host template has the host's programs; one of
+// the base template has its own, and a network for installing more.
 func demoSteps(home string, hasBase bool) []step {
 	compute, serve := "python3 -c 'print(sum(i * i for i in range(10**6)))'", "python3 -u -m http.server 8000 --directory /home/user/site"
 	if _, err := os.Stat("/usr/bin/python3"); err != nil && !hasBase {
@@ -90,11 +90,11 @@ func demoSteps(home string, hasBase bool) []step {
 		step{"What does it cost?", "sandbox_get", map[string]any{}, "is running"})
 }
 
-// installTree installs a package, or says that it cannot be had in the time that the demo takes for it.
+// installTree installs a package, or says that this took longer than the demo's limit.
 const installTree = `timeout 45 bash -c 'sudo apt-get update -qq && sudo apt-get install -qq -y tree' >log 2>&1
 echo "installed: $(tree --version 2>/dev/null || tail -n 1 log | grep . || echo 'nothing, in 45 s')"`
 
-// runDemo lets a real MCP client talk to this program in a process of its own, as an IDE would, and prints what is said.
+// runDemo connects a real MCP client to this program in a process of its own, as an IDE does, and prints the conversation.
 func runDemo(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) (err error) {
 	c, err := parseConfig("demo", args, getenv, stderr)
 	if err != nil {
@@ -153,13 +153,13 @@ func runDemo(ctx context.Context, args []string, getenv func(string) string, std
 	return nil
 }
 
-// lastCursor stands for the cursor that the last step with one has given, lastSandbox for the sandbox that the last step was about.
+// lastCursor stands for the last cursor that a step returned, lastSandbox for the sandbox of the last step.
 const (
 	lastCursor  = "the last cursor"
 	lastSandbox = "the last sandbox"
 )
 
-// runStep makes one call, shows it, and notes what later ones may need of its result.
+// runStep makes one call, shows it, and keeps what later steps may need of its result.
 func runStep(ctx context.Context, mc *client.Client, s step, stdout io.Writer, given map[string]any) error {
 	var call mcp.CallToolRequest
 	call.Params.Name, call.Params.Arguments = s.tool, s.args

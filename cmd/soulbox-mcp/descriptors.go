@@ -15,35 +15,35 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// descriptorBudget is the server's number of file descriptors, as far as connections may have them. A part is kept free for what
-// sandboxes need: runsc, pipes, state files. When connections would take more, those are closed that nobody uses: of clients that have
-// not shown a key first, the oldest first. Where none can be closed no more are accepted. The Go runtime has raised the soft limit to the
-// hard one before main, and gives children the one that was.
+// descriptorBudget bounds how many file descriptors connections may use. It keeps a part free for what sandboxes need: runsc, pipes, state
+// files. When connections would take more, it closes idle ones: first those of clients that have not shown a key, the oldest first. If none
+// can be closed, it accepts no more. The Go runtime has raised the soft limit to the hard one before main, and child processes get the
+// original one.
 type descriptorBudget struct {
 	log *slog.Logger
-	dir *os.File // /proc/self/fd, open while there are descriptors
+	dir *os.File // /proc/self/fd, opened while there are descriptors
 
 	mu        sync.Mutex
-	limit     int // as last looked at: whoever may can change it while we run
-	others    int // what is no accepted connection, as last counted
+	limit     int // when last checked: it can be changed while we run
+	others    int // descriptors that are not accepted connections, when last counted
 	countedAt time.Time
 	total     int // accepted connections
-	raw       int // of them those to ports of sandboxes
+	raw       int // those of them that lead to ports of sandboxes
 	strangers *queue.List
 	known     *queue.List
 	from      map[netip.Addr]int // strangers by address
-	short     bool               // it has been said that there are too few
+	short     bool               // the warning about too few descriptors was logged
 }
 
 const (
 	countEvery    = 100 * time.Millisecond
 	relieveEvery  = time.Second
-	perSandbox    = 4  // descriptors of the server for one sandbox that runs; TestDescriptorsOfSandbox counts them
-	ownNeed       = 32 // of a server without sandboxes and connections
+	perSandbox    = 4  // descriptors of the server per running sandbox; TestDescriptorsOfSandbox counts them
+	ownNeed       = 32 // descriptors of a server without sandboxes and connections
 	leastReserve  = 16
 	mostReserve   = 1024
 	leastServed   = 64 // connections that a server should be able to have at once
-	reserveShares = 4  // a quarter of all is kept
+	reserveShares = 4  // a quarter is kept
 )
 
 func newDescriptorBudget(log *slog.Logger) (*descriptorBudget, error) {
@@ -58,7 +58,7 @@ func newDescriptorBudget(log *slog.Logger) (*descriptorBudget, error) {
 	return d, nil
 }
 
-// open keeps to the bounds until the function that it gives is called.
+// open starts to enforce the bounds, until end is called.
 func (d *descriptorBudget) open() (end func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	over := make(chan struct{})
@@ -73,16 +73,16 @@ func (d *descriptorBudget) open() (end func()) {
 	}
 }
 
-// reserve is what connections leave of a limit.
+// reserve is the part of a limit that is not for connections.
 func reserve(limit int) int { return min(max(limit/reserveShares, leastReserve), mostReserve) }
 
-// descriptorsFor is the limit that a server needs for so many sandboxes.
+// descriptorsFor is the limit that a server needs for this many sandboxes.
 func descriptorsFor(sandboxes int) int {
 	need := ownNeed + leastServed + sandboxes*perSandbox
 	return max(need*reserveShares/(reserveShares-1), need+leastReserve)
 }
 
-// enoughDescriptors says whether the limit is enough for so many sandboxes.
+// enoughDescriptors checks that the limit is enough for this many sandboxes.
 func enoughDescriptors(sandboxes int) (found string, err error) {
 	limit, err := softLimit()
 	if err != nil {
@@ -105,7 +105,7 @@ func softLimit() (int, error) {
 	return int(min(r.Cur, 1<<30)), nil
 }
 
-// count looks how many descriptors there are. What cannot be asked for stays as it was. d.mu is held.
+// count counts the descriptors. A figure that cannot be read keeps its last value. d.mu is held.
 func (d *descriptorBudget) count() {
 	d.countedAt = time.Now()
 	if limit, err := softLimit(); err == nil {
@@ -116,7 +116,7 @@ func (d *descriptorBudget) count() {
 	}
 }
 
-// entries counts the entries of an open directory, without names.
+// entries counts the entries of an open directory without reading their names.
 func entries(dir *os.File) (n int, err error) {
 	if _, err := dir.Seek(0, 0); err != nil {
 		return 0, err
@@ -155,12 +155,12 @@ func (d *descriptorBudget) room() int {
 type kind int
 
 const (
-	stranger kind = iota // a client that has yet to show a key
+	stranger kind = iota // a client that has not shown a key yet
 	friend               // this machine's user
-	port                 // anybody, and it leads to a sandbox: nobody can say from here whether it is idle
+	port                 // anyone; it leads to a sandbox, so the server cannot tell whether it is idle
 )
 
-// mayAccept says whether one more connection can be had, if need be in place of one that nobody uses.
+// mayAccept reports whether one more connection is possible, if necessary in place of an idle one.
 func (d *descriptorBudget) mayAccept(k kind) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -171,7 +171,7 @@ func (d *descriptorBudget) mayAccept(k kind) bool {
 	return d.total < room || d.strangers.Len()+d.known.Len() > 0
 }
 
-// enter adds a connection, and closes those that are too many then.
+// enter adds a connection, and closes those that are then too many.
 func (d *descriptorBudget) enter(c net.Conn, k kind) *accepted {
 	a := &accepted{Conn: c, d: d, kind: k, proven: k == friend, opened: time.Now()}
 	if tcp, ok := c.RemoteAddr().(*net.TCPAddr); ok {
@@ -187,12 +187,12 @@ func (d *descriptorBudget) enter(c net.Conn, k kind) *accepted {
 	victims := d.tooMany(a)
 	d.mu.Unlock()
 	for _, v := range victims {
-		_ = v.Close() // whoever had it sees that it ends
+		_ = v.Close() // the client sees that it ends
 	}
 	return a
 }
 
-// tooMany takes connections off the lists that must be closed. The one that has just come stays if any other can go. d.mu is held.
+// tooMany takes those connections off the lists that must be closed. The latest one stays if any other can go. d.mu is held.
 func (d *descriptorBudget) tooMany(latest *accepted) (victims []*accepted) {
 	room := d.room()
 	take := func(from *queue.List, of func(*accepted) bool) bool {
@@ -217,7 +217,7 @@ func (d *descriptorBudget) tooMany(latest *accepted) (victims []*accepted) {
 	return victims
 }
 
-// relieve closes what is too much after others have taken descriptors, or the limit was lowered, until ctx ends.
+// relieve closes surplus connections when others have taken descriptors or the limit was lowered, until ctx ends.
 func (d *descriptorBudget) relieve(ctx context.Context) {
 	ticker := time.NewTicker(relieveEvery)
 	defer ticker.Stop()
@@ -245,11 +245,11 @@ func (d *descriptorBudget) relieveOnce() {
 			"limit", limit, "connections", total, "others", others)
 	}
 	for _, v := range victims {
-		_ = v.Close() // whoever had it sees that it ends
+		_ = v.Close() // the client sees that it ends
 	}
 }
 
-// rest enters a connection that nobody uses just now. d.mu is held.
+// rest adds an idle connection to the lists. d.mu is held.
 func (d *descriptorBudget) rest(a *accepted) {
 	if a.proven {
 		a.at = d.known.PushBack(a)
@@ -275,7 +275,7 @@ func (d *descriptorBudget) wake(a *accepted) {
 	a.at = nil
 }
 
-// state is what is told of descriptors.
+// descriptorState is what metrics report about descriptors.
 type descriptorState struct{ used, limit, reserve, connections int }
 
 func (d *descriptorBudget) state() descriptorState {

@@ -54,7 +54,7 @@ func strangers(t testing.TB, w *web, n int) {
 	all.Wait()
 }
 
-// TestDescriptorsOfStrangers: however many connections strangers open, those who have a key work, health is told, and no sandbox ends.
+// TestDescriptorsOfStrangers: however many connections strangers open, clients with a key work, health answers, and no sandbox ends.
 func TestDescriptorsOfStrangers(t *testing.T) {
 	state := sandboxtest.Dir(t)
 	key := makeKey(t, state, "ann")
@@ -104,19 +104,19 @@ func entriesOf(t testing.TB, pid int) int {
 	return len(list)
 }
 
-// TestDescriptorsTakenAway: the limit is lowered below what the running server uses. Nothing ends, and all is well when it is raised again.
+// TestDescriptorsTakenAway: the limit is lowered below what the running server uses. Nothing ends, and all works when it is raised again.
 func TestDescriptorsTakenAway(t *testing.T) {
 	t.Parallel()
 	w := serve(t, "")
 	c := w.client("", false)
 	id := must2(t)(c.Call(t.Context(), "exec", map[string]any{"command": "echo kept > f"})).Field("sandbox_id")
 	limitOf(t, w.cmd.Process.Pid, 8)
-	// It is not answered while it cannot be accepted.
+	// A request gets no answer while its connection cannot be accepted.
 	asking := &http.Client{Timeout: time.Second}
-	// As long as ten looks at the sandbox take.
+	// As long as ten checks of the sandbox take.
 	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
 		if res, err := asking.Get(strings.TrimSuffix(w.url, "/mcp") + "/health"); err == nil {
-			_ = res.Body.Close() // it may be refused meanwhile
+			_ = res.Body.Close() // requests may be refused meanwhile
 		}
 	}
 	limitOf(t, w.cmd.Process.Pid, 4096)
@@ -126,7 +126,7 @@ func TestDescriptorsTakenAway(t *testing.T) {
 	}
 }
 
-// TestDescriptorsFew: a server that is started with few descriptors has the sandboxes of the one before, and says that they are too few.
+// TestDescriptorsFew: a server started with few descriptors takes over its predecessor's sandboxes, and warns that they are too few.
 func TestDescriptorsFew(t *testing.T) {
 	state := sandboxtest.Dir(t)
 	w := serve(t, state, "--on-exit=keep")
@@ -151,7 +151,7 @@ func TestDescriptorsFew(t *testing.T) {
 	}
 }
 
-// TestDescriptorsOfSandbox: one that runs costs the server no more descriptors than doctor reckons with.
+// TestDescriptorsOfSandbox: a running sandbox costs the server no more descriptors than doctor assumes.
 func TestDescriptorsOfSandbox(t *testing.T) {
 	w := serve(t, "")
 	c := w.client("", false)
@@ -181,8 +181,8 @@ func TestDescriptorsOfSandbox(t *testing.T) {
 	}
 }
 
-// TestSlowRequests: a head or a body that does not come is not waited for long, and the answer to who has no key does not wait for a body
-// at all.
+// TestSlowRequests: the server does not wait long for a head or a body that does not arrive, and answers a client without a key without
+// waiting for a body at all.
 func TestSlowRequests(t *testing.T) {
 	t.Parallel()
 	state := sandboxtest.Dir(t)

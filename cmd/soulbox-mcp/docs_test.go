@@ -16,7 +16,7 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// notRunHere are the blocks of commands that TestDocCommands does not run, by a line of theirs, with the reason.
+// notRunHere are the blocks of commands that TestDocCommands does not run, by one of their lines, with the reason.
 var notRunHere = map[string]string{
 	"make demo":                      "TestDoctorAndDemo runs the demo; this is make test",
 	"claude mcp add":                 "a client's command; TestWork starts the program as it says",
@@ -30,13 +30,13 @@ var notRunHere = map[string]string{
 	"export E2B_API_KEY=e2b_…":       "settings; make conformance",
 }
 
-// documents are the pages whose commands are run.
+// documents are the pages whose commands the test runs.
 var documents = []string{
 	"README.md", "examples/README.md", "docs/tools.md", "docs/sandboxes.md", "docs/templates.md", "docs/network.md", "docs/http.md",
 	"docs/cli.md", "docs/e2b.md", "docs/api.md", "docs/limits.md", "docs/threats.md", "docs/troubleshooting.md",
 }
 
-// repository is where a file or directory of the repository is that tests read: as an ordinary user it is a copy (sandboxtest.Main).
+// repository is the path of a file or directory of the repository that tests read; for an ordinary user it is a copy (sandboxtest.Main).
 func repository(t *testing.T, name string) string {
 	t.Helper()
 	for _, root := range []string{"../..", "."} {
@@ -54,7 +54,7 @@ func repository(t *testing.T, name string) string {
 	return ""
 }
 
-// block is some commands of a document.
+// block is a block of commands in a document.
 type block struct {
 	file  string
 	lines []string
@@ -75,7 +75,7 @@ func docBlocks(t *testing.T, name string) (all []block) {
 		}
 		if open = ok; ok {
 			b := &all[len(all)-1]
-			if strings.HasPrefix(command, "  ") && len(b.lines) > 0 { // of the command before
+			if strings.HasPrefix(command, "  ") && len(b.lines) > 0 { // a continuation of the command before
 				b.lines[len(b.lines)-1] += "\n" + command
 				continue
 			}
@@ -85,8 +85,8 @@ func docBlocks(t *testing.T, name string) (all []block) {
 	return all
 }
 
-// TestDocCommands runs the commands of all documents as they are printed, each document's in one shell, in a checkout of its own with a home
-// of its own. Only the port of 'http' is another, as this machine may have a server.
+// TestDocCommands runs the commands of all documents as they are printed, each document's in one shell, in a checkout and a home of its
+// own. Only the port of 'http' differs, as this machine may run a server.
 func TestDocCommands(t *testing.T) {
 	for _, name := range documents {
 		t.Run(name, func(t *testing.T) {
@@ -119,8 +119,8 @@ func skipped(block string) string {
 	return ""
 }
 
-// asPrinted is a line of a document as a line of a script: a server goes on in the background once it answers, and what needs a terminal
-// gets one.
+// asPrinted turns a line of a document into a line of a script: a server moves to the background once it answers, and a command that needs
+// a terminal gets one.
 func asPrinted(line string) string {
 	command, _, _ := strings.Cut(line, " #")
 	command = strings.TrimSuffix(strings.TrimSpace(command), " &")
@@ -129,7 +129,7 @@ func asPrinted(line string) string {
 	case strings.HasPrefix(command, "bin/soulbox-mcp http"):
 		return echo + "serve " + strings.TrimPrefix(command, "bin/soulbox-mcp ") + "\n"
 	case strings.Contains(command, "sandbox connect"):
-		// What is typed before the shell is there may be lost, so it is typed until that has ended. TestConnect types more.
+		// Input that is typed before the shell has started may be lost, so it is typed until the shell has ended. TestConnect types more.
 		return echo + fmt.Sprintf("{ trap '' PIPE; while echo exit 2>/dev/null; do sleep 0.2; done; } | script -qec \"%s\" /dev/null "+
 			">/dev/null\n", command)
 	}
@@ -148,11 +148,11 @@ func runDoc(t *testing.T, script string) {
 	if err := errors.Join(os.Symlink(bin, filepath.Join(dir, "bin")), os.Symlink(examples, filepath.Join(dir, "examples"))); err != nil {
 		t.Fatal(err)
 	}
-	if strings.Contains(script, "template build") { // a small one stands for the base that takes minutes to build
+	if strings.Contains(script, "template build") { // a small image stands for the base, which takes minutes to build
 		sandboxtest.ImageTar(t, dir)
 		script = "bin/soulbox-mcp template import image.tar base >/dev/null\n" + script
 	}
-	if !strings.Contains(script, "serve ") { // an IDE has one; without any, soulbox would leave its own behind
+	if !strings.Contains(script, "serve ") { // an IDE has a server; without one, soulbox would leave its own behind
 		script = "serve http\n" + script
 	}
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -163,7 +163,7 @@ func runDoc(t *testing.T, script string) {
 	if err := listener.Close(); err != nil {
 		t.Fatal(err)
 	}
-	// A server has its pid written, and is ended by it; the next one has the port only after that.
+	// The script keeps the pid of a server and ends the server by it; only after that can the next server have the port.
 	prelude := fmt.Sprintf(`set -euo pipefail
 stop() { if [ -n "${SERVER:-}" ]; then kill $SERVER; wait $SERVER || true; SERVER=; fi; }
 trap stop EXIT

@@ -47,7 +47,7 @@ var checks = []check{
 		checkSandbox},
 }
 
-// runDoctor runs all checks and tells what is wrong and how to mend it.
+// runDoctor runs all checks, and says what is wrong and how to fix it.
 func runDoctor(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
 	c, err := parseConfig("doctor", args, getenv, stderr)
 	if err != nil {
@@ -154,8 +154,8 @@ func checkDisk(_ context.Context, c config) (string, error) {
 	return fmt.Sprintf("%d GB free", free>>30), nil
 }
 
-// checkDescriptors looks whether a server could have as many sandboxes as it may promise. The Go runtime has raised the soft limit to the
-// hard one.
+// checkDescriptors checks that a server can have as many sandboxes as it may promise. The Go runtime has raised the soft limit to the hard
+// one.
 func checkDescriptors(_ context.Context, c config) (string, error) {
 	sandboxes, err := c.promised()
 	if err != nil {
@@ -187,7 +187,7 @@ func checkMemory(context.Context, config) (string, error) {
 	return fmt.Sprintf("%d GB, of which sandboxes may be promised 80 %%", total>>30), nil
 }
 
-// checkHardLimits only tells: sandboxes work either way.
+// checkHardLimits never fails: sandboxes work either way.
 func checkHardLimits(context.Context, config) (string, error) {
 	if (&gvisor.Runtime{}).HardLimits() {
 		return "memory, CPU and processes by the host's cgroups, above what the sandbox itself enforces", nil

@@ -14,11 +14,11 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// sdkDomain is below a name that nobody has (RFC 2606).
+// sdkDomain is below a name that does not exist (RFC 2606).
 const sdkDomain = "soulbox.test"
 
-// TestE2BSDK drives the real program by E2B's SDK as npm has it, in its latest version and in the last one that speaks the older API: over
-// TLS by wildcard names, by one URL for everything, and in debug mode.
+// TestE2BSDK drives the real program with E2B's SDK from npm, in its latest version and in the last one with the older API: over TLS with
+// wildcard names, by one URL for everything, and in debug mode.
 func TestE2BSDK(t *testing.T) {
 	if os.Getenv("SOULBOX_TEST_PROGRAMS") != "" {
 		t.Skip("the second run, as an ordinary user, has no source tree: such a user's 'make conformance' runs it")

@@ -17,8 +17,8 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// runEnvd serves one sandbox as E2B's SDKs look for it in debug mode (E2B_DEBUG=true): on this machine, without a control plane and without
-// a token. The sandbox ends with it.
+// runEnvd serves one sandbox as E2B's SDKs expect it in debug mode (E2B_DEBUG=true): on this machine, without a control plane and without a
+// token. The sandbox ends with the server.
 func runEnvd(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) (err error) {
 	c, listen, name, err := parseEnvd(args, getenv, stderr)
 	if err != nil {
@@ -87,14 +87,14 @@ func runEnvd(ctx context.Context, args []string, getenv func(string) string, std
 }
 
 const (
-	portsEvery  = 200 * time.Millisecond // between two looks at which ports there are
-	ownPorts    = 1024                   // that this machine's own services may want
-	maxReported = 64                     // ports of which it is told that they are taken
-	maxServed   = 256                    // ports at once
+	portsEvery  = 200 * time.Millisecond // between two checks which ports are open
+	ownPorts    = 1024                   // ports below may belong to this machine's own services
+	maxReported = 64                     // taken ports that are logged
+	maxServed   = 256                    // ports served at once
 )
 
-// servePorts serves the ports of a sandbox at the same numbers of this machine's loopback, where debug mode looks for them, as long as
-// something listens on them in the sandbox. What is taken here stays whose it is.
+// servePorts serves the ports of a sandbox at the same numbers of this machine's loopback, where debug mode looks for them, while something
+// in the sandbox listens on them. A port that is already in use here is left alone.
 func servePorts(ctx context.Context, sb *sandbox.Sandbox, log *slog.Logger) {
 	ticker := time.NewTicker(portsEvery)
 	defer ticker.Stop()
@@ -116,8 +116,8 @@ func servePorts(ctx context.Context, sb *sandbox.Sandbox, log *slog.Logger) {
 			}
 			if _, err := sb.ExposeAt(port, false, port); err != nil && !told[port] && len(told) < maxReported {
 				told[port] = true
-				log.Warn("a port of the sandbox cannot be served at its own number; end what has that, or take another port", "port", port,
-					"error", err)
+				log.Warn("a port of the sandbox cannot be served at its own number; stop what uses it here, or use another port",
+					"port", port, "error", err)
 			}
 		}
 		if err != nil && ctx.Err() == nil {
@@ -135,7 +135,7 @@ func parseEnvd(args []string, getenv func(string) string, stderr io.Writer) (c c
 	c.onExit = "kill"
 	err = c.parse("envd", args, getenv, stderr, func(f *flag.FlagSet) {
 		f.StringVar(&listen, "listen", fmt.Sprintf("127.0.0.1:%d", envd.Port), "`address` to listen on, on loopback")
-		f.StringVar(&name, "template", "", "`name` of the template of the sandbox; default that of all sandboxes")
+		f.StringVar(&name, "template", "", "`name` of the sandbox's template; default that of all sandboxes")
 		f.BoolVar(&c.noNetwork, "no-network", false, "the sandbox has no network")
 	})
 	if err != nil {
@@ -143,15 +143,16 @@ func parseEnvd(args []string, getenv func(string) string, stderr io.Writer) (c c
 	}
 	host, _, err := net.SplitHostPort(listen)
 	if ip, perr := netip.ParseAddr(host); err != nil || host != "localhost" && (perr != nil || !ip.IsLoopback()) {
-		return c, listen, name, fmt.Errorf("--listen %q is not on loopback: whoever reaches it has the sandbox", listen)
+		return c, listen, name, fmt.Errorf("--listen %q is not on loopback: anyone who reaches it controls the sandbox", listen)
 	}
 	return c, listen, name, nil
 }
 
-// maxEnvdLife is longer than anybody debugs.
+// maxEnvdLife is longer than any debugging session.
 const maxEnvdLife = 30 * 24 * 3600e9
 
-// onLoopback refuses web pages: any page could ask a server that wants no token, by its own name (DNS rebinding) or from its own place.
+// onLoopback refuses web pages. Any page could reach a server that needs no token, by the page's own name (DNS rebinding) or from its own
+// origin.
 func onLoopback(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		host, _, err := net.SplitHostPort(r.Host)

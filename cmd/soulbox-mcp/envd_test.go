@@ -50,7 +50,7 @@ func newBox(t testing.TB, w *web, body string) *remoteBox {
 	return b
 }
 
-// control calls the REST API, and gives the status.
+// control calls the REST API, and returns the status.
 func (b *remoteBox) control(method, path, body string) int {
 	b.t.Helper()
 	req, err := http.NewRequest(method, b.at+path, strings.NewReader(body))
@@ -80,7 +80,7 @@ func (b *remoteBox) request(ctx context.Context, method, path string, body io.Re
 	return b.client.Do(req)
 }
 
-// rest is a request of plain HTTP: its status and body.
+// rest makes a plain HTTP request, and returns its status and body.
 func (b *remoteBox) rest(method, path, body string, headers ...string) (int, string) {
 	b.t.Helper()
 	res, err := b.request(b.t.Context(), method, path, strings.NewReader(body), headers...)
@@ -95,12 +95,12 @@ func (b *remoteBox) rest(method, path, body string, headers ...string) (int, str
 	return res.StatusCode, string(text)
 }
 
-// streamed is what came of a call that is answered by a stream.
+// streamed is the outcome of a call that is answered by a stream.
 type streamed struct {
 	status   int
 	messages []map[string]any
-	end      map[string]any // of the end frame; nil where none came
-	err      error          // that the body ended with
+	end      map[string]any // of the end frame; nil if there was none
+	err      error          // the error with which the body ended
 }
 
 func (s streamed) code() string {
@@ -108,7 +108,7 @@ func (s streamed) code() string {
 	return fmt.Sprint(e["code"])
 }
 
-// stream calls a method of envd as the SDK does (Connect protocol, JSON); each is told of every message.
+// stream calls a method of envd as the SDK does (Connect protocol, JSON); each is called with every message.
 func (b *remoteBox) stream(method, body string, each func(map[string]any), headers ...string) (s streamed) {
 	frame := make([]byte, 5, 5+len(body))
 	binary.BigEndian.PutUint32(frame[1:], uint32(len(body)))
@@ -149,7 +149,7 @@ func (b *remoteBox) stream(method, body string, each func(map[string]any), heade
 	}
 }
 
-// command is a StartRequest of a shell's command.
+// command is a StartRequest for a shell command.
 func command(text string) string {
 	body, err := json.Marshal(map[string]any{"process": map[string]any{"cmd": "/bin/bash", "args": []string{"-c", text}}})
 	if err != nil {
@@ -172,8 +172,8 @@ func (s streamed) stdout() string {
 	return string(all)
 }
 
-// TestDebugPorts: in debug mode a server of the sandbox is reached at its own number as long as it is there. A port that this machine has in
-// use stays whose it is, and low ones are not served.
+// TestDebugPorts: in debug mode a server of the sandbox is reached at its own port number while it runs. A port that is already in use on
+// this machine is left alone, and low ports are not served.
 func TestDebugPorts(t *testing.T) {
 	cmd := exec.Command(sandboxtest.Program(t, "soulbox-mcp"), "envd", "--listen=127.0.0.1:0", "--state-dir="+sandboxtest.Dir(t))
 	log := &lockedBuffer{}
@@ -223,7 +223,7 @@ s.accept()'`, taken, port)), nil)
 		}
 		defer c.Close()
 		text := make([]byte, 6)
-		_, _ = io.ReadFull(c, text) // nothing is not what is asked for
+		_, _ = io.ReadFull(c, text) // on an error the text does not match
 		return string(text)
 	}
 	sandboxtest.Eventually(t, "it is reached", func() bool { return say() == "inside" })
@@ -234,7 +234,7 @@ s.accept()'`, taken, port)), nil)
 	if strings.Contains(log.String(), "port=80 ") {
 		t.Error("a low port is served, or tried")
 	}
-	_ = b.stream(startCall, command("pkill -f create_server"), nil) // it ends itself, too
+	_ = b.stream(startCall, command("pkill -f create_server"), nil) // pkill also ends its own shell
 	<-ended
 	sandboxtest.Eventually(t, "it is closed", func() bool { return strings.Contains(say(), "refused") })
 }
@@ -245,7 +245,7 @@ const (
 	watchCall   = "/filesystem.Filesystem/WatchDir"
 )
 
-// TestErrorTable: every row of the table of errors in docs/protocol.md, as the wire shows it; e2b.mjs has what users see of it.
+// TestErrorTable: every row of the table of errors in docs/protocol.md, as sent over the wire; e2b.mjs has what users see of it.
 func TestErrorTable(t *testing.T) {
 	w := serve(t, "", "--memory-budget-mb=700", "--memory-mb=256", "--disk-mb=64")
 	b := newBox(t, w, `{"templateID":"base","timeout":600}`)
@@ -310,7 +310,7 @@ func TestErrorTable(t *testing.T) {
 	if status, _ := b.rest("GET", "/files?path=/tmp/big", ""); status != 404 {
 		t.Errorf("half a file is left: %d", status)
 	}
-	// One that is paused and finds no room is told of as a limit; one that nobody may wake as not there.
+	// A paused sandbox for which there is no room is reported as a limit; one that calls may not wake is reported as not found.
 	sleeper := newBox(t, w, `{"templateID":"base","timeout":600,"autoPause":true,"autoResume":{"enabled":true}}`)
 	if code := sleeper.control("POST", "/sandboxes/"+sleeper.id+"/pause", "{}"); code != 204 {
 		t.Fatal(code)
@@ -353,7 +353,7 @@ func (b *remoteBox) kill() {
 	}
 }
 
-// TestKilledAborts: streams and transfers of a sandbox that is killed, or paused to disk, break off; nothing that has ended well looks so.
+// TestKilledAborts: streams and transfers of a sandbox that is killed, or paused to disk, break off and do not look properly ended.
 func TestKilledAborts(t *testing.T) {
 	w := serve(t, "", "--memory-mb=256")
 	two := &http.Transport{Protocols: new(http.Protocols)}
@@ -427,7 +427,7 @@ func TestKilledAborts(t *testing.T) {
 	}
 }
 
-// TestNobodyReads: a client that does not read is broken off, too, when its sandbox ends, and so is one that sends nothing.
+// TestNobodyReads: the connection of a client that reads nothing, or sends nothing, is also broken off when its sandbox ends.
 func TestNobodyReads(t *testing.T) {
 	w := serve(t, "", "--memory-mb=256")
 	b := newBox(t, w, `{"templateID":"base","timeout":600}`)
@@ -453,7 +453,7 @@ func TestNobodyReads(t *testing.T) {
 		}
 		conns = append(conns, c)
 	}
-	waiting := func() (all string) { // what the kernel has for each that was not read
+	waiting := func() (all string) { // the bytes in the kernel's queues that each connection has not read
 		body, err := os.ReadFile("/proc/net/tcp")
 		if err != nil {
 			t.Fatal(err)
@@ -487,7 +487,7 @@ func TestNobodyReads(t *testing.T) {
 	}
 }
 
-// TestLargeFile: a large file goes in and out whole, and the server gets no larger by it. The benchmark has 1 GiB.
+// TestLargeFile: a large file goes in and out whole, and the server's memory does not grow with it. The benchmark uses 1 GiB.
 func TestLargeFile(t *testing.T) {
 	w := serve(t, "")
 	b := newBox(t, w, `{"templateID":"base","timeout":1200}`)
@@ -500,7 +500,7 @@ func TestLargeFile(t *testing.T) {
 	}
 }
 
-// transfer sends a file and gets it back, and tells how fast, in MB/s.
+// transfer sends a file and gets it back, and returns the speeds in MB/s.
 func (b *remoteBox) transfer(size int64) (in, out float64) {
 	b.t.Helper()
 	part := make([]byte, 1<<20)
@@ -531,12 +531,12 @@ func (b *remoteBox) transfer(size int64) (in, out float64) {
 	return in, float64(size) / time.Since(began).Seconds() / 1e6
 }
 
-// endless repeats a part.
+// endless is a reader that repeats a part.
 type endless struct{ part []byte }
 
 func (e endless) Read(p []byte) (int, error) { return copy(p, e.part), nil }
 
-// peakMemory is the most that a process had in memory, in bytes (proc(5), VmHWM).
+// peakMemory is the most memory that a process has had, in bytes (proc(5), VmHWM).
 func peakMemory(t testing.TB, pid int) int64 {
 	t.Helper()
 	body, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
@@ -556,7 +556,7 @@ func peakMemory(t testing.TB, pid int) int64 {
 	return 0
 }
 
-// TestThousandRequests: 1,000 requests at once to 20 sandboxes are all answered, and each by its own sandbox.
+// TestThousandRequests: 1,000 requests at once to 20 sandboxes are all answered, each by its own sandbox.
 func TestThousandRequests(t *testing.T) {
 	w := serve(t, "", "--memory-mb=128")
 	boxes := make([]*remoteBox, 20)
@@ -595,7 +595,7 @@ func TestThousandRequests(t *testing.T) {
 	}
 }
 
-// oneOf makes one of several kinds of requests.
+// oneOf makes a request of one of several kinds.
 func (b *remoteBox) oneOf(n int) error {
 	switch n % 5 {
 	case 0:
@@ -634,7 +634,7 @@ func (b *remoteBox) expect(method, path, body string, status int, want string) e
 	return nil
 }
 
-// TestOneDomain: what the SDK makes MCP clients find, and the other way round; a link to a file works for whoever has it.
+// TestOneDomain: MCP clients find what the SDK makes, and the other way round; a link to a file works for anyone who has it.
 func TestOneDomain(t *testing.T) {
 	w := serve(t, "", "--memory-mb=256")
 	b := newBox(t, w, `{"templateID":"base","timeout":600,"metadata":{"by":"sdk"}}`)

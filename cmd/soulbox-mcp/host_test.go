@@ -9,8 +9,8 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// TestHostPrograms: programs of this machine find what they have in /etc, and nothing that is not theirs. Those that are not installed here
-// are tested with made-up packages (template, TestConffiles).
+// TestHostPrograms: programs of this machine find their files in /etc, and no others. Programs that are not installed here are tested with
+// made-up packages (template, TestConffiles).
 func TestHostPrograms(t *testing.T) {
 	p := launch(t, "")
 	for _, try := range []struct{ file, command, want string }{
@@ -39,11 +39,11 @@ func TestHostPrograms(t *testing.T) {
 	}
 }
 
-// TestNextServerFindsHost: another server on the same state writes nothing among the templates.
+// TestNextServerFindsHost: another server on the same state directory writes nothing among the templates.
 func TestNextServerFindsHost(t *testing.T) {
 	state := sandboxtest.Dir(t)
 	var p *program
-	for range 2 { // the second makes what is made once, too, such as the lock of the collector
+	for range 2 { // the second server also makes what is made once, such as the lock of the collector
 		p = launch(t, state, "--on-exit=kill")
 		p.exec("true")
 		p.close()

@@ -24,7 +24,7 @@ import (
 	"soulbox.dev/soulbox/mcpserver"
 )
 
-// httpConfig is what flags say of the HTTP server.
+// httpConfig is what flags say about the HTTP server.
 type httpConfig struct {
 	config
 	listen      string
@@ -41,7 +41,7 @@ type httpConfig struct {
 	rate        float64
 }
 
-// list is a flag that may be given more than once, or with commas.
+// list is a flag that may be repeated, or have values separated by commas.
 type list []string
 
 // String implements flag.Value.
@@ -70,7 +70,7 @@ func parseHTTP(args []string, getenv func(string) string, stderr io.Writer) (c h
 		f.BoolVar(&c.allowRemote, "allow-remote", false, "listen on more than loopback; needs keys or an OpenID provider, and --origin")
 		f.Var(&c.origins, "origin", "`origin` of web pages that may use the server, such as https://ide.example.com; may be repeated")
 		f.Var(&c.hosts, "allow-host",
-			"`name` by which clients may call the server, beside loopback and the hosts of --origin; may be repeated")
+			"`name` by which clients may call the server, besides loopback and the hosts of --origin; may be repeated")
 		f.StringVar(&c.publicURL, "public-url", "",
 			"`URL` by which clients reach the server, such as https://box.example.com; default the address it listens on")
 		f.StringVar(&c.domain, "domain", "",
@@ -78,9 +78,9 @@ func parseHTTP(args []string, getenv func(string) string, stderr io.Writer) (c h
 				"box.example.com; its wildcard must lead here, as *.localhost does by itself in browsers and curl")
 		c.tls.flags(f)
 		f.StringVar(&c.operator, "operator", "operator", "`owner` whose key may read /metrics, once keys are needed")
-		f.StringVar(&c.issuer, "oidc-issuer", "", "`URL` of an OpenID provider whose tokens are taken beside keys")
+		f.StringVar(&c.issuer, "oidc-issuer", "", "`URL` of an OpenID provider whose tokens are accepted besides keys")
 		f.StringVar(&c.audience, "oidc-audience", "", "`audience` that its tokens must have")
-		f.DurationVar(&c.idle, "session-idle", 30*time.Minute, "after which a session that nobody uses ends")
+		f.DurationVar(&c.idle, "session-idle", 30*time.Minute, "after which an unused session ends")
 		f.Float64Var(&c.rate, "rate", 200, "requests per second of one owner")
 	})
 	if err != nil {
@@ -92,13 +92,13 @@ func parseHTTP(args []string, getenv func(string) string, stderr io.Writer) (c h
 
 const insecureFlag = "allow-insecure-sandboxes"
 
-// isGiven says whether a flag was given, whatever its value.
+// isGiven reports whether a flag was given, whatever its value.
 func isGiven(f *flag.FlagSet, name string) (given bool) {
 	f.Visit(func(one *flag.Flag) { given = given || one.Name == name })
 	return given
 }
 
-// check refuses what would serve strangers.
+// check refuses settings that would serve strangers.
 func (c *httpConfig) check() error {
 	host, _, err := net.SplitHostPort(c.listen)
 	if err != nil || host == "" {
@@ -131,7 +131,7 @@ func (c *httpConfig) check() error {
 		return nil
 	}
 	if !c.allowRemote {
-		return fmt.Errorf("--listen %q is not on loopback: give --allow-remote too if everybody who can reach it may try keys", c.listen)
+		return fmt.Errorf("--listen %q is not on loopback: give --allow-remote too if everyone who can reach it may try keys", c.listen)
 	}
 	if len(c.origins) == 0 {
 		return errors.New("--allow-remote needs --origin: the origins of web pages that may use the server, or its own URL if there are " +
@@ -152,13 +152,13 @@ func (c *httpConfig) check() error {
 	return errors.New("--allow-remote needs a key: make one with 'soulbox-mcp key create --owner NAME'")
 }
 
-// runHTTP serves any number of clients until a signal comes.
+// runHTTP serves any number of clients until it gets a signal.
 func runHTTP(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) (err error) {
 	c, err := parseHTTP(args, getenv, stderr)
 	if err != nil {
 		return err
 	}
-	listener, err := listenTCP(c.listen) // first: one that cannot serve must not touch the sandboxes of one that does
+	listener, err := listenTCP(c.listen) // first: a server that cannot listen must not touch the sandboxes of one that runs
 	if err != nil {
 		return err
 	}
@@ -200,21 +200,21 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 		return err
 	case <-ctx.Done():
 	}
-	s.log.Info("ending: no new connections; calls in flight may go on for a moment")
+	s.log.Info("ending: no new connections; calls in flight have a moment to finish")
 	over, cancel := context.WithTimeout(context.Background(), shutdownTime)
 	defer cancel()
 	stopped := make(chan error, 1)
 	go func() { stopped <- web.Shutdown(over) }()
 	endpoint.Close(drainTime)
-	s.gateway.Close() // streams of sandboxes have no end of their own
+	s.gateway.Close() // streams of sandboxes do not end by themselves
 	if err := <-stopped; err != nil {
-		s.log.Info("what has no end of its own is broken off", "error", err)
+		s.log.Info("connections that do not end by themselves are broken off", "error", err)
 		return web.Close()
 	}
 	return nil
 }
 
-// listenTCP listens, or says what else can be done.
+// listenTCP listens; its error says what else can be done.
 func listenTCP(address string) (net.Listener, error) {
 	l, err := net.Listen("tcp", address)
 	switch {
@@ -234,7 +234,7 @@ func serveOn(web *http.Server, listener net.Listener) error {
 	return web.Serve(listener)
 }
 
-// web is the HTTP server of everything.
+// web makes the HTTP server for all paths.
 func (c httpConfig) web(s *service, endpoint *mcpserver.HTTP, control *api.Control, public string) (*http.Server, error) {
 	web := newWeb(s.gateway.Handler(c.routes(s, endpoint, control, public)), s.log)
 	web.Protocols.SetHTTP2(true)
@@ -243,7 +243,7 @@ func (c httpConfig) web(s *service, endpoint *mcpserver.HTTP, control *api.Contr
 	return web, err
 }
 
-// setDomain settles where sandboxes are reached.
+// setDomain decides where sandboxes are reached.
 func (c *httpConfig) setDomain(public string) (err error) {
 	if c.domain == "" {
 		return nil
@@ -261,7 +261,7 @@ func (c *httpConfig) setDomain(public string) (err error) {
 	return nil
 }
 
-// control is the E2B API.
+// control makes the E2B API.
 func (c httpConfig) control(s *service, endpoint *mcpserver.HTTP, door *access.Door) *api.Control {
 	control := &api.Control{Manager: s.manager, Store: s.templates, Builds: s.builds, Gateway: s.gateway, NoNetwork: c.noNetwork,
 		Log: s.log, Owner: door.Caller, MayAsk: endpoint.MayAsk, MayRead: endpoint.MayRead,
@@ -272,17 +272,17 @@ func (c httpConfig) control(s *service, endpoint *mcpserver.HTTP, door *access.D
 	return control
 }
 
-// door says who may use the server. Once it has a key, or a provider, nobody may without one.
+// door decides who may use the server. Once there is a key or a provider, clients need a token.
 func (c httpConfig) door(log *slog.Logger) *access.Door {
 	door := &access.Door{Keys: &access.Keys{Dir: c.stateDir}, Closed: c.allowRemote, Admitted: admitted, Log: log}
 	if c.issuer != "" {
 		door.Provider = &access.Provider{Issuer: c.issuer, Audience: c.audience}
 	}
-	door.Required() // it tells of keys that are there
+	door.Required() // logs that there are keys
 	return door
 }
 
-// access is the door as MCP has it.
+// access is the door in the form that mcpserver needs.
 func (c httpConfig) access(at string, door *access.Door) mcpserver.Access {
 	a := mcpserver.Access{Origins: c.origins, Hosts: c.hosts, Log: door.Log, Until: untilOf, Required: door.Required,
 		Authenticate: door.Authenticate, NewKey: newKeyHint}
@@ -292,12 +292,12 @@ func (c httpConfig) access(at string, door *access.Door) mcpserver.Access {
 	return a
 }
 
-// newKeyHint says how a key is made.
+// newKeyHint says how to make a key.
 const newKeyHint = "soulbox-mcp key create makes one"
 
 const metadataPath = "/.well-known/oauth-protected-resource"
 
-// routes are all paths of the server.
+// routes handles all paths of the server.
 func (c httpConfig) routes(s *service, endpoint *mcpserver.HTTP, control *api.Control, at string) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/mcp", s.metrics.count(endpoint))
@@ -321,7 +321,7 @@ func (c httpConfig) routes(s *service, endpoint *mcpserver.HTTP, control *api.Co
 	return mux
 }
 
-// health tells whether the server works, and what room it has. It tells nothing of anybody's sandboxes.
+// health reports whether the server works, and how much room it has. It reveals nothing about any sandbox.
 func (s *service) health() http.Handler {
 	began, hard := time.Now(), (&gvisor.Runtime{}).HardLimits()
 	return answerJSON(func() (any, error) {
@@ -344,6 +344,6 @@ func answerJSON(of func() (any, error)) http.Handler {
 		w.Header().Set("Content-Type", "application/json")
 		w.Header().Set("Cache-Control", "no-store")
 		w.WriteHeader(status)
-		_ = json.NewEncoder(w).Encode(v) // a client that is gone misses nothing
+		_ = json.NewEncoder(w).Encode(v) // an error means that the client is gone
 	})
 }

@@ -35,7 +35,7 @@ type web struct {
 	log   *lockedBuffer
 }
 
-// lockedBuffer keeps what a process writes while it is read.
+// lockedBuffer keeps what a process writes, and can be read meanwhile.
 type lockedBuffer struct {
 	mu sync.Mutex
 	b  strings.Builder
@@ -60,7 +60,7 @@ func serve(t testing.TB, state string, flags ...string) *web {
 	return serveBy(t, state, func(*exec.Cmd) {}, flags...)
 }
 
-// serveBy is serve with a command that is changed before it is started.
+// serveBy is serve with a command that is changed before it starts.
 func serveBy(t testing.TB, state string, change func(*exec.Cmd), flags ...string) *web {
 	t.Helper()
 	if state == "" {
@@ -90,12 +90,12 @@ func serveBy(t testing.TB, state string, change func(*exec.Cmd), flags ...string
 	return w
 }
 
-// stop ends the server as an operator would. It may be called twice.
+// stop ends the server as an operator does. It may be called twice.
 func (w *web) stop() {
 	if w.cmd.ProcessState != nil {
 		return
 	}
-	_ = w.cmd.Process.Signal(syscall.SIGTERM) // one that has ended already shows below
+	_ = w.cmd.Process.Signal(syscall.SIGTERM) // if it has already ended, that shows below
 	if err := w.cmd.Wait(); err != nil {
 		w.t.Errorf("the server ended with %v\n%s", err, w.log)
 	}
@@ -147,7 +147,7 @@ func (w *web) get(path, key string) (status int, body string) {
 }
 
 // TestOneOwnersThings: bob, who knows every name of ann's things, finds none of them by any tool, resource, subscription, completion, task,
-// session or path, and is told the same as of what does not exist.
+// session or path, and gets the same answer as for what does not exist.
 func TestOneOwnersThings(t *testing.T) {
 	state := sandboxtest.Dir(t)
 	annKey, bobKey := makeKey(t, state, "ann"), makeKey(t, state, "bob")
@@ -302,7 +302,7 @@ func TestOneOwnersThings(t *testing.T) {
 	}
 }
 
-// TestUpdates: 500 writes to a file in a watched directory are told at least once after the last one, on both eras and both transports.
+// TestUpdates: 500 writes to a file in a watched directory cause at least one update after the last one, in both eras and transports.
 func TestUpdates(t *testing.T) {
 	const writes = "for i in $(seq 500); do echo $i > /home/user/d/f$((i % 7)); done; echo last > /home/user/d/f0"
 	w := serve(t, "")
@@ -340,7 +340,7 @@ func TestUpdates(t *testing.T) {
 	}
 }
 
-// updatesOnStdio is the same on stdio.
+// updatesOnStdio is TestUpdates on stdio.
 func updatesOnStdio(t *testing.T, modern bool, writes string) {
 	p := launch(t, "")
 	home := p.await(p.request("tools/call", map[string]any{"name": "exec",
@@ -376,7 +376,7 @@ func updatesOnStdio(t *testing.T, modern bool, writes string) {
 	}
 	p.exec(writes)
 	await("notifications/resources/updated", 0)
-	// What is still to come is of the writes, too.
+	// Updates that are still to come may belong to the writes, too.
 	for before := -1; before != told("notifications/resources/updated"); time.Sleep(100 * time.Millisecond) {
 		before = told("notifications/resources/updated")
 	}
@@ -389,7 +389,7 @@ func drainUpdates(messages <-chan sandboxtest.Message) {
 	for {
 		select {
 		case <-messages:
-		case <-time.After(100 * time.Millisecond): // what is still to come is of the writes, too
+		case <-time.After(100 * time.Millisecond): // updates that are still to come may belong to the writes, too
 			return
 		}
 	}
@@ -412,7 +412,7 @@ func awaitUpdate(t *testing.T, messages <-chan sandboxtest.Message) sandboxtest.
 	}
 }
 
-// TestResources: every kind of resource can be listed and read, and its changes are told.
+// TestResources: every kind of resource can be listed and read, and reports its changes.
 func TestResources(t *testing.T) {
 	w := serve(t, "")
 	c := w.client("", true)
@@ -487,7 +487,7 @@ func TestResources(t *testing.T) {
 	}
 }
 
-// TestConfirm: a client that can ask its user is made to, in both eras; what was asked for one thing is no answer for another.
+// TestConfirm: a client that can ask its user must do so, in both eras; the answer to one question is not accepted for another.
 func TestConfirm(t *testing.T) {
 	w := serve(t, "")
 	c := w.client("", true)
@@ -573,7 +573,7 @@ func TestManySessions(t *testing.T) {
 	calls.Wait()
 }
 
-// TestKeptSandboxes: an HTTP server that ends in good order, and one that is killed, leaves its sandboxes to the next one.
+// TestKeptSandboxes: an HTTP server leaves its sandboxes to the next one, whether it ends in good order or is killed.
 func TestKeptSandboxes(t *testing.T) {
 	state := sandboxtest.Dir(t)
 	w := serve(t, state, "--on-exit=keep")
@@ -583,7 +583,7 @@ func TestKeptSandboxes(t *testing.T) {
 	id := must(t, a, err).Field("sandbox_id")
 	for _, end := range []func(){w.stop, func() {
 		_ = w.cmd.Process.Kill()
-		_ = w.cmd.Wait() // it was killed
+		_ = w.cmd.Wait() // an error, since it was killed
 	}} {
 		end()
 		w = serve(t, state, "--on-exit=keep")
@@ -608,7 +608,7 @@ func TestKeptSandboxes(t *testing.T) {
 	must(t, a, err)
 }
 
-// TestRefusesToServe: what would serve strangers does not start.
+// TestRefusesToServe: a server with settings that would serve strangers does not start.
 func TestRefusesToServe(t *testing.T) {
 	state := sandboxtest.Dir(t)
 	for flags, want := range map[string]string{
@@ -629,7 +629,7 @@ func TestRefusesToServe(t *testing.T) {
 	}
 }
 
-// TestHealthAndMetrics: the names of all metrics are recorded; what clients make up does not become one.
+// TestHealthAndMetrics: the names of all metrics are recorded; a client cannot create one.
 func TestHealthAndMetrics(t *testing.T) {
 	w := serve(t, "")
 	c := w.client("", false)
@@ -657,7 +657,7 @@ func TestHealthAndMetrics(t *testing.T) {
 	names = slices.DeleteFunc(names, func(n string) bool {
 		return strings.HasPrefix(n,
 			"soulbox_account_")
-	}) // those are there once something is used
+	}) // these exist once something is used
 	const want = "soulbox_agent_round_trip_seconds histogram\nsoulbox_descriptors gauge\nsoulbox_http_bytes_total " +
 		"counter\nsoulbox_http_sessions gauge\nsoulbox_mcp_request_seconds histogram\nsoulbox_mcp_requests_total counter\n" +
 		"soulbox_memory_free_bytes gauge\nsoulbox_sandbox_operation_seconds histogram\nsoulbox_sandbox_operations_total " +
@@ -690,7 +690,7 @@ func TestHealthAndMetrics(t *testing.T) {
 	}
 }
 
-// TestConnect: an IDE that only knows stdio uses a server with a key; the key is nowhere to be seen.
+// TestConnect: an IDE that only knows stdio uses a server with a key, and the key is never shown.
 func TestConnect(t *testing.T) {
 	state := sandboxtest.Dir(t)
 	key := makeKey(t, state, "ann")
@@ -717,7 +717,7 @@ func must2(t testing.TB) func(sandboxtest.Answer, error) sandboxtest.Answer {
 	return func(a sandboxtest.Answer, err error) sandboxtest.Answer { t.Helper(); return must(t, a, err) }
 }
 
-// TestOpenID: tokens of the provider are taken, those of others, for others and out of date are not.
+// TestOpenID: tokens of the provider are accepted; those of another issuer, for another audience or out of date are not.
 func TestOpenID(t *testing.T) {
 	private, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
@@ -785,7 +785,7 @@ func TestOpenID(t *testing.T) {
 	}
 }
 
-// TestIdleConnections: a thousand connections that say nothing, or speak very slowly, disturb nobody and cost little.
+// TestIdleConnections: a thousand connections that send nothing, or very slowly, disturb no client and cost little.
 func TestIdleConnections(t *testing.T) {
 	w := serve(t, "")
 	at := strings.TrimSuffix(strings.TrimPrefix(w.url, "http://"), "/mcp")

@@ -12,7 +12,7 @@ import (
 	"soulbox.dev/soulbox/access"
 )
 
-// runKey makes, lists and revokes keys. The server sees the change at once.
+// runKey makes, lists and revokes keys. A running server sees the change at once.
 func runKey(args []string, getenv func(string) string, stdout, stderr io.Writer) error {
 	verb := ""
 	if len(args) > 0 {
@@ -25,8 +25,8 @@ func runKey(args []string, getenv func(string) string, stdout, stderr io.Writer)
 	err := c.parse("key "+verb, args, getenv, stderr, func(f *flag.FlagSet) {
 		switch verb {
 		case "create":
-			f.StringVar(&owner, "owner", "", "`name` of whose the key is; sandboxes belong to owners")
-			f.DurationVar(&expires, "expires", 0, "how long it is valid; default for good")
+			f.StringVar(&owner, "owner", "", "`name` of the key's owner; sandboxes belong to owners")
+			f.DurationVar(&expires, "expires", 0, "how long it is valid; default forever")
 		case "revoke":
 			f.StringVar(&id, "id", "", "`id` of the key, from 'soulbox-mcp key list'")
 		}
@@ -48,7 +48,7 @@ func runKey(args []string, getenv func(string) string, stdout, stderr io.Writer)
 			return fmt.Errorf("the key %s was made, but not shown: %v; revoke it by 'soulbox-mcp key revoke --id %s'", key.ID, err,
 				key.ID) //nolint:errorlint // a broken pipe is not quiet here
 		}
-		fmt.Fprintf(stderr, "key %s of %s; it is shown this once\n", key.ID, key.Owner)
+		fmt.Fprintf(stderr, "key %s of %s; it is shown only once\n", key.ID, key.Owner)
 		return nil
 	case "revoke":
 		return keys.Revoke(id)

@@ -14,7 +14,7 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// TestKeysFileOfNobody: a server with a file of keys lets nobody in by none, whatever is in the file, and says so.
+// TestKeysFileOfNobody: a server that has a file of keys admits no request without a key, whatever is in the file, and says so.
 func TestKeysFileOfNobody(t *testing.T) {
 	for _, body := range []string{"[]", "null", "", `[{"id":"1","ow`} {
 		state := sandboxtest.Dir(t)
@@ -43,8 +43,8 @@ func TestKeysFileOfNobody(t *testing.T) {
 	}
 }
 
-// TestKeyRevoked: within a moment of the end of a key all streams end that it has let in, and its session; what another key of its owner
-// has let in goes on. With the owner's last key end the tokens of the owner's sandboxes. Another owner notices nothing.
+// TestKeyRevoked: within a moment of the end of a key, all streams that it admitted end, and so does its session. What another key of the
+// same owner admitted continues. With the owner's last key, the tokens of the owner's sandboxes end. Another owner notices nothing.
 func TestKeyRevoked(t *testing.T) {
 	state := sandboxtest.Dir(t)
 	first, second, bobs := makeKey(t, state, "ann"), makeKey(t, state, "ann"), makeKey(t, state, "bob")

@@ -18,11 +18,11 @@ import (
 func (w *web) kill9(flags ...string) *web {
 	w.t.Helper()
 	_ = w.cmd.Process.Kill()
-	_ = w.cmd.Wait() // it was killed
+	_ = w.cmd.Wait() // an error, since it was killed
 	return serve(w.t, w.state, flags...)
 }
 
-// lives drives one sandbox of a server, also of the one that comes after it.
+// lives drives one sandbox of a server, and of the servers that come after it.
 type lives struct {
 	t  *testing.T
 	w  *web
@@ -46,13 +46,13 @@ func (l *lives) with(args map[string]any) map[string]any {
 	return all
 }
 
-// run runs a command and gives its output without white space around it.
+// run runs a command and returns its output without surrounding white space.
 func (l *lives) run(command string) string {
 	l.t.Helper()
 	return strings.TrimSpace(l.call("exec", map[string]any{"command": command, "isolated": true}).Field("output"))
 }
 
-// there waits until the sandbox is one of the server's.
+// there waits until the server has adopted the sandbox.
 func (l *lives) there() {
 	l.t.Helper()
 	sandboxtest.Eventually(l.t, "the sandbox is adopted", func() bool {
@@ -72,7 +72,7 @@ func fetchText(url string) (string, error) {
 	return string(body), err
 }
 
-// TestNothingIsLost (issue 5, must show 1): a process that counts in memory, a server, an editor with an unsaved text: all go on after a
+// TestNothingIsLost (issue 5, must show 1): a process that counts in memory, a server, and an editor with unsaved text all continue after a
 // pause to disk and kill -9 of the server, ten times, with writes in between.
 func TestNothingIsLost(t *testing.T) {
 	w := serve(t, "", "--on-exit=keep")
@@ -87,7 +87,7 @@ for i in itertools.count(): print(i); time.sleep(0.02)'`
 	l.call("exec", map[string]any{"command": perlServer, "background": true})
 	url := l.call("port_expose", map[string]any{"port": 8000}).Field("url")
 	editor := "vim"
-	if !needs(t, "vim") { // then it is not that editor, but a program with an unsaved text at a terminal all the same
+	if !needs(t, "vim") { // without the editor, another program with unsaved text at a terminal
 		editor = "cat; read -r l"
 	}
 	vim := l.call("exec", map[string]any{"tty": true, "command": editor + " /home/user/unsaved", "rows": 24,
@@ -96,7 +96,7 @@ for i in itertools.count(): print(i); time.sleep(0.02)'`
 	screen := func() string {
 		return l.call("process_wait", map[string]any{"process_id": vim, "screen": true}).Text()
 	}
-	// The editor writes its own record of the unsaved text whenever it likes.
+	// The editor writes its own record of the unsaved text at any time.
 	const tree = `cd / && find home/user tmp opt -xdev -type f ! -name '.*.sw?' -print0 | sort -z | xargs -0 sha256sum | sha256sum`
 	counted := 0
 	for round := range 10 {
@@ -148,7 +148,7 @@ for i in itertools.count(): print(i); time.sleep(0.02)'`
 	l.call("sandbox_kill", map[string]any{"confirm": true})
 }
 
-// TestForks (must show 2): ten copies of a sandbox with 200 MB in use answer, and each goes its own way.
+// TestForks (must show 2): ten copies of a sandbox with 200 MB in use answer, and are independent of each other.
 func TestForks(t *testing.T) {
 	w := serve(t, "", "--pids=64")
 	l := &lives{t: t, w: w, c: w.client("", true)}
@@ -189,7 +189,7 @@ func TestForks(t *testing.T) {
 	}
 }
 
-// TestTimeoutPauses (must show 6): a life of 3 s with pause is paused by 5 s, and a call wakes it.
+// TestTimeoutPauses (must show 6): a sandbox with a life of 3 s and pause is paused by 5 s, and a call wakes it.
 func TestTimeoutPauses(t *testing.T) {
 	w := serve(t, "")
 	l := &lives{t: t, w: w, c: w.client("", true)}
@@ -197,7 +197,7 @@ func TestTimeoutPauses(t *testing.T) {
 	born := time.Now()
 	l.run("echo kept > file")
 	sandboxtest.Eventually(t, "it is paused", func() bool { return strings.Contains(l.call("sandbox_get", nil).Text(), "is paused") })
-	if took := time.Since(born); took > 20*time.Second { // it is to be 5; this machine may be slow
+	if took := time.Since(born); took > 20*time.Second { // the goal is 5; this machine may be slow
 		t.Errorf("it was paused after %s", took)
 	} else {
 		t.Logf("paused %s after it was ready", took.Round(10*time.Millisecond))
@@ -210,7 +210,8 @@ func TestTimeoutPauses(t *testing.T) {
 	}
 }
 
-// TestLimitsNeighbours (must show 7): whatever one sandbox does to itself, its limit is named, it lives, and its neighbour works as before.
+// TestLimitsNeighbours (must show 7): whatever one sandbox does to itself, its limit is named, it survives, and its neighbour works as
+// before.
 func TestLimitsNeighbours(t *testing.T) {
 	w := serve(t, "")
 	c := w.client("", true)
@@ -218,7 +219,7 @@ func TestLimitsNeighbours(t *testing.T) {
 	bad.id = bad.call("sandbox_create", map[string]any{"memory_mb": 256, "disk_mb": 128, "pids": 64}).Field("sandbox_id")
 	good := &lives{t: t, w: w, c: c}
 	good.id = good.call("sandbox_create", nil).Field("sandbox_id")
-	// median is how long an exec takes in the neighbour, as long as something goes on.
+	// median is how long an exec takes in the neighbour, until over is closed.
 	median := func(over <-chan struct{}) time.Duration {
 		var all []time.Duration
 		for goesOn := true; goesOn || len(all) < 15; {
@@ -244,9 +245,9 @@ func TestLimitsNeighbours(t *testing.T) {
 		{"files", `mkdir -p many; cd many && for d in $(seq 100); do mkdir $d; (cd $d; seq 1000 | xargs touch); done; find . -type f | wc -l; cd; rm -rf many`, "100000"},
 		{"processes", `for i in $(seq 10000); do (:) ; done; echo done`, "done"},
 	} {
-		var said string // by the time that it is over
+		var said string // set when over is closed
 		limit := 120_000
-		if test.name == "processes" { // which ends by itself, and on a slow machine takes minutes
+		if test.name == "processes" { // it ends by itself, and on a slow machine takes minutes
 			limit = 900_000
 		}
 		over := make(chan struct{})
@@ -255,7 +256,7 @@ func TestLimitsNeighbours(t *testing.T) {
 			a, err := c.Call(t.Context(), "exec", bad.with(map[string]any{"command": test.command, "yield_ms": 50_000, "timeout_ms": limit,
 				"isolated": true}))
 			all := a.Text()
-			for err == nil && a.Field("state") == "running" { // which its timeout ends; what it has started may go on
+			for err == nil && a.Field("state") == "running" { // its timeout ends it; what it has started may continue
 				a, err = c.Call(t.Context(), "process_wait",
 					bad.with(map[string]any{"process_id": a.Field("process_id"), "yield_ms": 50_000}))
 				all += a.Text()
@@ -267,7 +268,7 @@ func TestLimitsNeighbours(t *testing.T) {
 			t.Errorf("%s: %q is not said: %s", test.name, test.says, said)
 		}
 		t.Logf("%s: the neighbour's exec takes %s, else %s", test.name, busy.Round(10*time.Microsecond), quiet.Round(10*time.Microsecond))
-		if busy > 30*quiet { // it is to be 3 times; this machine has two cores, and may be slow
+		if busy > 30*quiet { // the goal is 3 times; this machine has two cores, and may be slow
 			t.Errorf("%s: the neighbour is disturbed", test.name)
 		}
 		bad.call("process_signal", map[string]any{"process_id": "p1", "signal": "SIGKILL"})

@@ -13,8 +13,8 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// TestLinger: what is to end with those who follow it does so whenever they are gone: at once, while it is started, or on a server that has
-// taken it over. What is not goes on.
+// TestLinger: a sandbox that must end with the clients that follow it does so whenever they are gone: at once, while it is started, or on a
+// server that has taken it over. Any other sandbox continues.
 func TestLinger(t *testing.T) {
 	state := sandboxtest.Dir(t)
 	w := serve(t, state, "--on-exit=keep")
@@ -81,7 +81,7 @@ func TestLinger(t *testing.T) {
 		over <- err
 	}()
 	_ = w.cmd.Process.Kill()
-	_ = w.cmd.Wait() // it was killed
+	_ = w.cmd.Wait() // an error, since it was killed
 	next := serve(t, state, "--on-exit=keep")
 	mu.Lock()
 	w = next

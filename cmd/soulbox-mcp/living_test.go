@@ -18,7 +18,8 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// TestShellOfSession: the commands of a session share a shell in a real sandbox, whatever one does to it, and no other session has it.
+// TestShellOfSession: the commands of a session share a shell in a real sandbox, whatever one of them does to it, and no other session has
+// it.
 func TestShellOfSession(t *testing.T) {
 	p := launch(t, "", "--disk-mb=64")
 	p.exec("mkdir -p app/sub; cd app; export TOKEN=s3cret; greet() { echo hi $1; }; n=5")
@@ -58,14 +59,14 @@ func TestShellOfSession(t *testing.T) {
 	if strings.Contains(m.text(), "s3cret") {
 		t.Error("a value is told:", m.text())
 	}
-	// On a full disk commands still begin with what is remembered.
+	// On a full disk commands still begin with what the shell remembers.
 	p.exec("head -c 1G /dev/zero > /home/user/full 2>/dev/null")
 	expect("echo $TOKEN; pwd", "s3cret\n/home/user/app/sub\n")
 	p.exec("rm /home/user/full")
 	expect("cd ..; pwd", "/home/user/app\n")
 }
 
-// rebuild keeps a tree as the events of file_watch tell it.
+// rebuild applies the events of file_watch to a tree.
 func rebuild(tree map[string]bool, events []any) {
 	below := func(p, dir string) bool { return p == dir || strings.HasPrefix(p, dir+"/") }
 	for _, e := range events {
@@ -98,8 +99,8 @@ func rebuild(tree map[string]bool, events []any) {
 	}
 }
 
-// TestWatchedTrees (must show 3): what file_watch tells of a clone, of trees made and removed, and of renames, is the tree as it is in the
-// end, or it says that changes are missing.
+// TestWatchedTrees (must show 3): the tree that file_watch reports for a clone, for trees made and removed, and for renames, is the tree as
+// it is in the end, or file_watch says that changes are missing.
 func TestWatchedTrees(t *testing.T) {
 	p := launch(t, "")
 	if needs(t, "git") {
@@ -157,13 +158,13 @@ func TestWatchedTrees(t *testing.T) {
 	}
 }
 
-// TestTerminalExact (must show 2): 100 MB through a terminal are read as they were written.
+// TestTerminalExact (must show 2): 100 MB through a terminal are read exactly as they were written.
 func TestTerminalExact(t *testing.T) {
 	p := launch(t, "")
 	m := p.call("exec", map[string]any{"command": "head -c 75000000 /dev/urandom | base64 -w0 > /home/user/text; sha256sum < " +
 		"/home/user/text | cut -c1-64"})
 	id, sum := m.Result.StructuredContent["sandbox_id"], strings.TrimSpace(fmt.Sprint(m.Result.StructuredContent["output"]))
-	// In parts: a terminal's output is kept as far as the last 16 MB.
+	// In parts: only the last 16 MB of a terminal's output are kept.
 	y := openTTY(t, p, map[string]any{"command": "stty raw -echo; for ((i = 0; i < 100000000; i += 4000000)); do dd if=/home/user/text " +
 		"iflag=skip_bytes,count_bytes skip=$i count=4000000 bs=100000 status=none; read -rn1; done", "yield_ms": 0})
 	h, offset := sha256.New(), 0
@@ -187,7 +188,7 @@ func TestTerminalExact(t *testing.T) {
 	}
 }
 
-// TestKilledInUse (must show 6): a terminal, a watch and a port outlast the server: nothing of them is lost.
+// TestKilledInUse (must show 6): a terminal, a watch and a port outlive the server, and nothing of them is lost.
 func TestKilledInUse(t *testing.T) {
 	state := sandboxtest.Dir(t)
 	w := serve(t, state, "--on-exit=keep")
@@ -208,13 +209,13 @@ func TestKilledInUse(t *testing.T) {
 	call("exec", map[string]any{"command": perlServer, "background": true})
 	base := call("port_expose", map[string]any{"port": 8000}).Field("url")
 	first := call("process_wait", map[string]any{"process_id": sh, "offset": 0, "raw": true, "yield_ms": 0}).Field("output")
-	// While nobody is there: the shell goes on, a file is made.
+	// While no server is there, the shell continues and a file is made.
 	call("process_write", map[string]any{"process_id": sh,
 		"input": "while ! [ -e go ]; do sleep 0.1; done; for i in $(seq 51 100); do echo line-$i; done; echo 2 > watched/meanwhile\n"})
 	call("exec", map[string]any{"command": "(sleep 1; touch go) & disown"})
 
 	_ = w.cmd.Process.Kill()
-	_ = w.cmd.Wait() // it was killed
+	_ = w.cmd.Wait() // an error, since it was killed
 	w = serve(t, state, "--on-exit=keep")
 	c.URL = w.url
 	sandboxtest.Eventually(t, "the sandbox is adopted", func() bool {
@@ -255,7 +256,7 @@ func TestKilledInUse(t *testing.T) {
 	call("sandbox_kill", map[string]any{"confirm": true})
 }
 
-// TestGatewayOfServer: an exposed port of a real sandbox is reached by its name, with the URL that the tool gives.
+// TestGatewayOfServer: an exposed port of a real sandbox is reached by its name, with the URL that the tool returns.
 func TestGatewayOfServer(t *testing.T) {
 	w := serve(t, "", "--domain=box.localhost")
 	c := w.client("", true)

@@ -23,7 +23,7 @@ import (
 	"soulbox.dev/soulbox/internal/durable"
 )
 
-// local serves the HTTP API to the server's own user on a socket, for the command line: whoever is at its other end is asked of the kernel.
+// local serves the HTTP API on a socket for the command line of the server's own user. The kernel says who is at the other end.
 type local struct {
 	path    string
 	web     *http.Server
@@ -35,7 +35,7 @@ type local struct {
 	last    atomic.Int64 // when a request ended, in Unix nanoseconds
 }
 
-// serveLocal begins to serve.
+// serveLocal starts to serve.
 func (s *service) serveLocal(kind string, getenv func(string) string) (*local, error) {
 	dir := client.RuntimeDir(getenv)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -68,8 +68,8 @@ func (s *service) serveLocal(kind string, getenv func(string) string) (*local, e
 	return l, nil
 }
 
-// listenLocal makes a socket that only its user can open, and removes those of servers that are gone. One of several servers at a time does
-// so: a socket that is made, and not listened at yet, looks like one of those.
+// listenLocal makes a socket that only its user can open, and removes those of servers that are gone. A lock admits one server at a time,
+// because a socket that is made but not listened on yet looks like one of a server that is gone.
 func listenLocal(dir, path string) (_ net.Listener, err error) {
 	lock, err := durable.Lock(filepath.Join(dir, "sockets.lock"), true)
 	if err != nil {
@@ -89,7 +89,7 @@ func listenLocal(dir, path string) (_ net.Listener, err error) {
 	return listener, nil
 }
 
-// alsoLocal is serveLocal for servers that serve others, too: where there can be no socket they go on without.
+// alsoLocal is serveLocal for servers that also serve others: without a socket they run all the same.
 func (s *service) alsoLocal(kind string, getenv func(string) string) (end func()) {
 	l, err := s.serveLocal(kind, getenv)
 	if err != nil {
@@ -99,7 +99,7 @@ func (s *service) alsoLocal(kind string, getenv func(string) string) (end func()
 	return l.Close
 }
 
-// Close ends it. Nobody finds it any more; what is being served has a moment, and is broken off then.
+// Close removes the socket, so that no new client finds it. Requests being served have localDrain to end and are then broken off.
 func (l *local) Close() {
 	over, cancel := context.WithTimeout(context.Background(), localDrain)
 	defer cancel()
@@ -115,10 +115,10 @@ func (l *local) Close() {
 	l.control.Close()
 }
 
-// localDrain is for calls in flight when a server ends; those that follow something have no end of their own.
+// localDrain is the time for calls in flight when a server ends; calls that follow something do not end by themselves.
 const localDrain = 300 * time.Millisecond
 
-// count knows when the last request has ended.
+// count tracks requests, so that quiet knows when the last one ended.
 func (l *local) count(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		l.serving.Add(1)
@@ -130,7 +130,7 @@ func (l *local) count(next http.Handler) http.Handler {
 	})
 }
 
-// quiet is how long nobody has asked for anything.
+// quiet is the time since the last request ended; 0 while one is served.
 func (l *local) quiet() time.Duration {
 	if l.serving.Load() > 0 {
 		return 0
@@ -144,7 +144,7 @@ func tidySockets(dir string) error {
 	for _, path := range paths {
 		c, derr := net.DialTimeout("unix", path, time.Second)
 		if derr == nil {
-			_ = c.Close() // it was only tried
+			_ = c.Close() // the connection was only a test
 		} else if errors.Is(derr, syscall.ECONNREFUSED) {
 			if rerr := os.Remove(path); !errors.Is(rerr, fs.ErrNotExist) {
 				err = errors.Join(err, rerr)
@@ -154,7 +154,7 @@ func tidySockets(dir string) error {
 	return err
 }
 
-// ownUser accepts connections of the server's own user, and of root.
+// ownUser accepts only connections of the server's own user, and of root.
 type ownUser struct{ net.Listener }
 
 // Accept implements net.Listener.
@@ -167,7 +167,7 @@ func (o ownUser) Accept() (net.Conn, error) {
 		if uid, err := peer(c); err == nil && (uid == 0 || int(uid) == os.Geteuid()) {
 			return c, nil
 		}
-		_ = c.Close() // a stranger is told nothing
+		_ = c.Close() // a stranger gets no answer
 	}
 }
 
@@ -185,11 +185,11 @@ func peer(c net.Conn) (uid uint32, err error) {
 	return cred.Uid, nil
 }
 
-// idleLook is how often a server of the socket alone looks whether it is needed.
+// idleLook is how often a server that serves only the socket checks whether it is still needed.
 const idleLook = time.Second
 
-// runLocal serves the socket alone, as the command line starts it where there is no server: until no sandbox runs, and nobody asks for
-// anything.
+// runLocal serves only the socket. The command line starts it if there is no server. It ends when no sandbox runs and no request has come
+// for some time.
 func runLocal(ctx context.Context, args []string, getenv func(string) string, stderr io.Writer) (err error) {
 	c := config{onExit: "keep"}
 	var idle time.Duration
@@ -211,7 +211,7 @@ func runLocal(ctx context.Context, args []string, getenv func(string) string, st
 	}
 	lock, err := durable.Lock(filepath.Join(dir, "local.lock"), false)
 	if errors.Is(err, syscall.EWOULDBLOCK) {
-		return nil // there is one
+		return nil // another server is running
 	}
 	if err != nil {
 		return err
@@ -237,7 +237,7 @@ func runLocal(ctx context.Context, args []string, getenv func(string) string, st
 		case <-ticker.C:
 		}
 		if l.quiet() >= idle && !s.manager.Busy() && !s.builds.UnderWay() {
-			s.log.Info("nobody needs this server any more")
+			s.log.Info("this server is no longer needed")
 			return nil
 		}
 	}

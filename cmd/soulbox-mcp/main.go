@@ -22,7 +22,7 @@ const usage = `soulbox-mcp gives AI agents computers of their own: isolated Linu
 Usage:
   soulbox-mcp stdio [flags]    serve one MCP client on stdin and stdout
   soulbox-mcp http [flags]     serve many MCP clients, and E2B's SDKs, over HTTP
-  soulbox-mcp local [flags]    serve the command line 'soulbox' alone, which starts it where there is no server
+  soulbox-mcp local [flags]    serve only the command line 'soulbox', which starts it if there is no server
   soulbox-mcp envd [flags]     serve one sandbox to an E2B SDK in debug mode, in the foreground
   soulbox-mcp cert [flags]     make a certificate authority and a certificate for a domain of yours
   soulbox-mcp key create|list|revoke [flags]
@@ -38,12 +38,12 @@ Run 'soulbox-mcp COMMAND --help' for the flags of a command.
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
-	// A client that is gone is an error of a write, which ends the server in good order; the signal would end it at once.
+	// A client that is gone makes a write fail, which ends the server in good order; the signal would kill it at once.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	err := run(ctx, os.Args[1:], os.Getenv, os.Stdin, os.Stdout, os.Stderr)
 	stop()
 	if isPipe(err) && os.Args[1] != "stdio" {
-		os.Exit(128 + int(syscall.SIGPIPE)) // who reads had enough, such as grep -q
+		os.Exit(128 + int(syscall.SIGPIPE)) // the reader has read enough, such as grep -q
 	}
 	if err != nil && !errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintln(os.Stderr, "soulbox-mcp:", err)
@@ -51,17 +51,17 @@ func main() {
 	}
 }
 
-// isPipe says whether an error is that of our stdout, which nobody reads any more.
+// isPipe reports whether an error comes from our stdout, which is no longer read.
 func isPipe(err error) bool {
 	var pe *fs.PathError
 	return errors.Is(err, syscall.EPIPE) && errors.As(err, &pe) && pe.Path == os.Stdout.Name()
 }
 
-// run is main with its surroundings as arguments.
+// run is main with its environment as arguments.
 func run(ctx context.Context, args []string, getenv func(string) string, stdin io.Reader, stdout, stderr io.Writer) error {
-	// What a sandbox is to read must not depend on who started us; private files are made 0600 and 0700 explicitly.
+	// What a sandbox may read must not depend on our caller's umask; private files are made 0600 and 0700 explicitly.
 	syscall.Umask(0o022)
-	debug.SetMemoryLimit(48 << 20) // soft: the server is to stay small beside what it serves
+	debug.SetMemoryLimit(48 << 20) // soft: the server must stay small compared with its sandboxes
 	command := ""
 	if len(args) > 0 {
 		command, args = args[0], args[1:]

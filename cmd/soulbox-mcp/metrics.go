@@ -13,7 +13,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// metrics are what Prometheus is told. No label carries what a client or a guest can make up.
+// metrics are what Prometheus collects. No label has a value that a client or a guest can choose.
 type metrics struct {
 	registry *prometheus.Registry
 	requests *prometheus.CounterVec
@@ -49,7 +49,7 @@ func newMetrics() *metrics {
 	return m
 }
 
-// watch adds what is asked for only when somebody looks.
+// watch adds the metrics that are computed only when they are collected.
 func (m *metrics) watch(manager *sandbox.Manager, d *descriptorBudget, sessions func() int) {
 	m.registry.MustRegister(room{manager}, accountUses{manager.Accounts()}, descriptorUse{d},
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "soulbox_http_sessions", Help: "MCP sessions over HTTP."},
@@ -60,7 +60,7 @@ func (m *metrics) handler() http.Handler {
 	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: 10 * time.Second})
 }
 
-// known are the methods of MCP; whatever else a client asks for is "other".
+// known are the methods of MCP; any other method counts as "other".
 var known = map[string]bool{
 	"initialize": true, "ping": true, "server/discover": true, "tools/list": true, "tools/call": true, "prompts/list": true,
 	"prompts/get": true, "resources/list": true,
@@ -96,13 +96,13 @@ func (m *metrics) observeSandbox(what string, took time.Duration, err error) {
 	m.changes.WithLabelValues(what, outcome).Inc()
 }
 
-// room collects the sandboxes by state and the memory that is left.
+// room collects the sandboxes by state, and the memory that is left.
 type room struct{ manager *sandbox.Manager }
 
 var (
 	sandboxesDesc = prometheus.NewDesc("soulbox_sandboxes", "Sandboxes, by state; ended ones as long as they are remembered.",
 		[]string{"state"}, nil)
-	runDesc = prometheus.NewDesc("soulbox_sandboxes_running_seconds_total", "Time that sandboxes have run, those that have ended too.",
+	runDesc = prometheus.NewDesc("soulbox_sandboxes_running_seconds_total", "Time that sandboxes have run, including ended ones.",
 		nil, nil)
 	cpuDesc    = prometheus.NewDesc("soulbox_sandboxes_cpu_seconds_total", "CPU time of sandboxes, as last measured.", nil, nil)
 	memoryDesc = prometheus.NewDesc("soulbox_sandboxes_memory_gb_seconds_total",

@@ -11,10 +11,10 @@ import (
 	"unicode/utf8"
 )
 
-// scene is a step of the demo that the picture shows, by the beginning of what it says; lines are those of its output that are shown.
+// scene is a step of the demo in the picture: the beginning of what it says, and which lines of its output are shown.
 type scene struct{ say, lines string }
 
-// scenes are those that look the same on all machines.
+// scenes are the steps that look the same on all machines.
 var scenes = []scene{
 	{"Who am I, and where?", `^uid=|^Linux`},
 	{"Commands share a shell", `the shell is now`},
@@ -32,7 +32,7 @@ const (
 	pictureRows    = 34
 )
 
-// checkPicture compares docs/demo.svg with what the demo has said, but for ids and numbers; UPDATE_GOLDEN=1 writes it anew.
+// checkPicture compares docs/demo.svg with the demo's output, except for ids and numbers; UPDATE_GOLDEN=1 writes it anew.
 func checkPicture(t *testing.T, said string) {
 	t.Helper()
 	rows := pictureOf(said)
@@ -61,7 +61,8 @@ func checkPicture(t *testing.T, said string) {
 	}
 }
 
-// masked is a picture without what is another one each time: ids, numbers, a program of this machine. What is cut at the right edge ends earlier or later.
+// masked is a picture without what differs each time: ids, numbers, a program of this machine. Text that is cut at the right edge may be
+// cut at another place.
 func masked(picture string) string {
 	for _, m := range []struct{ found, shown string }{
 		{`sb[a-z0-9]{20}`, "ID"}, {`/usr/bin/[^ ;]*&`, "PROGRAM&"}, {`[0-9]+(\.[0-9]+)?`, "N"}, {`[^<>]*…`, "…"},
@@ -71,7 +72,7 @@ func masked(picture string) string {
 	return picture
 }
 
-// pictureOf takes from what the demo has said the rows of the picture.
+// pictureOf takes the rows of the picture from the demo's output.
 func pictureOf(said string) []string {
 	parts := strings.Split(said, "\n# ")
 	first := regexp.MustCompile(`An MCP client .*`).FindString(parts[0])
@@ -125,7 +126,7 @@ func drawTerminal(title string, rows []string) string {
 			class = "out"
 		}
 		var text strings.Builder
-		_ = xml.EscapeText(&text, []byte(row)) // a Builder takes all
+		_ = xml.EscapeText(&text, []byte(row)) // a Builder accepts everything
 		fmt.Fprintf(&b, `<text class="%s" x="%d" y="%d" xml:space="preserve">%s</text>`+"\n", class, pad, bar+pad+i*line, text.String())
 	}
 	b.WriteString("</svg>\n")

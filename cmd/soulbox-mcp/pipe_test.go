@@ -12,8 +12,8 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// TestReaderGone: what is read by 'grep -q' or 'head' ends quietly once that has enough, as other programs do. A key that nobody has seen
-// is no quiet matter.
+// TestReaderGone: a command whose output goes to 'grep -q' or 'head' ends quietly once they have read enough, as other programs do. A key
+// that was made but not shown is an error.
 func TestReaderGone(t *testing.T) {
 	dir := sandboxtest.Dir(t)
 	for _, args := range []string{"template list", "template help", "key list", "cert --out " + filepath.Join(dir, "tls"), "help",

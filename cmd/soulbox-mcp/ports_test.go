@@ -21,8 +21,8 @@ const perlServer = `perl -MIO::Socket::INET -e '$l = IO::Socket::INET->new(Local
 	while ($c = $l->accept) { if (fork) { close $c; next } $line = <$c>; while (<$c>) { last if /^\r\n$/ } $line =~ m{GET /(\S*)}; open F, "/home/user/$1"; binmode F; print $c "HTTP/1.0 200 OK\r\n\r\n";
 	while (read F, $b, 65536) { print $c $b } exit }'`
 
-// TestPortsOfSandbox: a server in a real sandbox is reached from this machine, by many at once and with many bytes, and only while it is to
-// be.
+// TestPortsOfSandbox: a server in a real sandbox is reached from this machine, by many clients at once and with many bytes, and only while
+// its port is exposed.
 func TestPortsOfSandbox(t *testing.T) {
 	state := sandboxtest.Dir(t)
 	w := serve(t, state, "--on-exit=keep")
@@ -79,7 +79,7 @@ func TestPortsOfSandbox(t *testing.T) {
 		t.Errorf("%d bytes, %s, want %s", n, got, sum)
 	}
 
-	// A reader that is slow stalls only itself.
+	// A slow reader stalls only itself.
 	slow, err := net.Dial("tcp", strings.TrimPrefix(base, "http://"))
 	if err != nil {
 		t.Fatal(err)
@@ -95,7 +95,7 @@ func TestPortsOfSandbox(t *testing.T) {
 
 	// The next server has the port at the same number.
 	_ = w.cmd.Process.Kill()
-	_ = w.cmd.Wait() // it was killed
+	_ = w.cmd.Wait() // an error, since it was killed
 	w = serve(t, state, "--on-exit=keep")
 	c.URL = w.url
 	for {

@@ -21,7 +21,7 @@ import (
 	"soulbox.dev/soulbox/tools"
 )
 
-// TestWork is a model's ordinary hour with the real program.
+// TestWork is an ordinary hour of a model with the real program.
 func TestWork(t *testing.T) {
 	p := launch(t, "")
 	if got := p.exec("id -un; pwd"); got != "user\n/home/user\n" {
@@ -82,7 +82,7 @@ func TestWork(t *testing.T) {
 	}
 }
 
-// TestDefaultSandboxEnds: the model is told once, and goes on with a new one.
+// TestDefaultSandboxEnds: the model is told once, and continues with a new sandbox.
 func TestDefaultSandboxEnds(t *testing.T) {
 	p := launch(t, "")
 	id := p.call("exec", map[string]any{"command": "true"}).Result.StructuredContent["sandbox_id"]
@@ -96,7 +96,7 @@ func TestDefaultSandboxEnds(t *testing.T) {
 	}
 }
 
-// TestEndUnderCall: a call whose sandbox ends is told why.
+// TestEndUnderCall: if a sandbox ends during a call, the call's error says why.
 func TestEndUnderCall(t *testing.T) {
 	p := launch(t, "")
 	id := p.call("sandbox_create", map[string]any{"timeout_ms": 2000, "on_timeout": "kill"}).Result.StructuredContent["sandbox_id"]
@@ -106,7 +106,7 @@ func TestEndUnderCall(t *testing.T) {
 	}
 }
 
-// TestUmask: how private the files of whoever starts the server are does not matter to sandboxes.
+// TestUmask: the umask of the user who starts the server does not affect sandboxes.
 func TestUmask(t *testing.T) {
 	defer syscall.Umask(syscall.Umask(0o077))
 	p := launch(t, "")
@@ -115,7 +115,7 @@ func TestUmask(t *testing.T) {
 	}
 }
 
-// TestFiftyInFlight: one long call delays none of the others; cancelling it ends its whole group, and it is not answered.
+// TestFiftyInFlight: one long call delays none of the others; cancelling it ends its whole process group, and it gets no answer.
 func TestFiftyInFlight(t *testing.T) {
 	p := launch(t, "")
 	p.exec("true")
@@ -139,7 +139,7 @@ func TestFiftyInFlight(t *testing.T) {
 			!strings.Contains(p.exec("cat /proc/[0-9]*/cmdline | tr '\\0' ' ' | grep -o '[s]leep 6[0]' | head -1"), "sleep")
 	})
 	t.Logf("gone after %s", time.Since(begin))
-	p.close() // an answer to the cancelled call would be an error of the reader
+	p.close() // an answer to the cancelled call would be a read error
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.waiting[fmt.Sprint(long.id)] == nil {
@@ -147,7 +147,7 @@ func TestFiftyInFlight(t *testing.T) {
 	}
 }
 
-// TestProgress: while a command runs, its last line is told, before the answer.
+// TestProgress: while a command runs, its last line is reported, before the answer.
 func TestProgress(t *testing.T) {
 	p := launch(t, "")
 	m := p.await(p.request("tools/call", map[string]any{
@@ -175,7 +175,7 @@ func TestProgress(t *testing.T) {
 	}
 }
 
-// TestPipeIntoStdio is `printf … | soulbox-mcp stdio`, 100 times: all is answered, whatever comes first, the end of stdin or the work.
+// TestPipeIntoStdio is `printf … | soulbox-mcp stdio`, 100 times: every request is answered, whether stdin or the work ends first.
 func TestPipeIntoStdio(t *testing.T) {
 	state := sandboxtest.Dir(t)
 	var input strings.Builder
@@ -183,7 +183,7 @@ func TestPipeIntoStdio(t *testing.T) {
 		fmt.Fprintf(&input, `{"jsonrpc":"2.0","id":%d,"method":"tools/call","params":{"name":"sandbox_list","arguments":{}}}`+"\n", i)
 	}
 	for i := range 100 {
-		if i == 50 { // also with a sandbox that is not there yet when stdin ends
+		if i == 50 { // also with a sandbox that does not exist yet when stdin ends
 			input.WriteString(`{"jsonrpc":"2.0","id":5,"method":"tools/call","params":{"name":"exec","arguments":{"command":"echo hi"}}}` +
 				"\n")
 		}
@@ -222,7 +222,7 @@ func TestFloods(t *testing.T) {
 	}
 }
 
-// TestServerKilled: kill -9 at random moments, and after the next start nothing is left of sandboxes that are not to outlive their server.
+// TestServerKilled: after kill -9 at random moments and the next start, nothing is left of sandboxes that must not outlive their server.
 func TestServerKilled(t *testing.T) {
 	state := sandboxtest.Dir(t)
 	for i := range 20 {
@@ -230,11 +230,11 @@ func TestServerKilled(t *testing.T) {
 		p.start("exec", map[string]any{"command": "sleep 600 & sleep 600"})
 		p.start("sandbox_create", nil)
 		p.start("file_write", map[string]any{"path": "/home/user/x", "content": strings.Repeat("x", 100_000)})
-		time.Sleep(time.Duration(rand.IntN(250)) * time.Millisecond) // the random moment: this is what is tested, not a wait
+		time.Sleep(time.Duration(rand.IntN(250)) * time.Millisecond) // the random moment is what is tested; this is not a wait
 		if err := p.cmd.Process.Kill(); err != nil {
 			t.Fatal(err)
 		}
-		_ = p.cmd.Wait() // it was killed
+		_ = p.cmd.Wait() // an error, since it was killed
 		<-p.ended
 		if i%5 != 4 {
 			continue // leave it to a later start
@@ -263,8 +263,8 @@ func TestServerKilled(t *testing.T) {
 	}
 }
 
-// TestClientGone: when a client ends with all its pipes, or its terminal is closed, its sandboxes are paused to disk, and the next has
-// them.
+// TestClientGone: when a client ends and closes all its pipes, or its terminal is closed, its sandboxes are paused to disk, and the next
+// client has them.
 func TestClientGone(t *testing.T) {
 	for name, leave := range map[string]func(*exec.Cmd, ...*os.File){
 		"pipes closed": func(_ *exec.Cmd, ends ...*os.File) {
@@ -292,7 +292,7 @@ func TestClientGone(t *testing.T) {
 		for i := range 3 {
 			fmt.Fprintf(inW, `{"jsonrpc":"2.0","id":%d,"method":"tools/call","params":{"name":"sandbox_create","arguments":{}}}`+"\n", i)
 		}
-		answers := bufio.NewReader(outR) // log lines come on the same pipe
+		answers := bufio.NewReader(outR) // log lines come through the same pipe
 		for told := 0; told < 3; {
 			line, err := answers.ReadString('\n')
 			if err != nil {
@@ -303,7 +303,7 @@ func TestClientGone(t *testing.T) {
 			}
 		}
 		leave(cmd, inW, outR)
-		_ = cmd.Wait() // it may say that the client is gone
+		_ = cmd.Wait() // the error may be that the client is gone
 		_, _ = inW.Close(), outR.Close()
 		if left := sandboxtest.Processes(state); len(left) > 0 || len(directories(t, state)) != 3 {
 			t.Errorf("%s: left: %v %v", name, left, directories(t, state))
@@ -336,7 +336,7 @@ func directories(t *testing.T, state string) []string {
 	return dirs
 }
 
-// TestTwoServers share a state directory: neither touches the other's sandboxes.
+// TestTwoServers: two servers share a state directory, and neither touches the other's sandboxes.
 func TestTwoServers(t *testing.T) {
 	state := sandboxtest.Dir(t)
 	a := launch(t, state)
@@ -370,7 +370,7 @@ func TestSignalEndsServer(t *testing.T) {
 	}
 }
 
-// TestMissingPrograms: the server still speaks, and says what to do.
+// TestMissingPrograms: the server still answers, and says what to do.
 func TestMissingPrograms(t *testing.T) {
 	dir := sandboxtest.Dir(t)
 	alone := filepath.Join(dir, "soulbox-mcp")
@@ -431,7 +431,7 @@ func TestCommandLine(t *testing.T) {
 	}
 }
 
-// TestReadme: the table of tools in docs/tools.md is the list that the program gives.
+// TestReadme: the table of tools in docs/tools.md equals the program's list.
 func TestReadme(t *testing.T) {
 	text, err := os.ReadFile(repository(t, "docs/tools.md"))
 	if err != nil {

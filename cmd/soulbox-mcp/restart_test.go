@@ -11,7 +11,7 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// TestServerRestartedUnderBridge: a client of 'stdio --connect' goes on in its own sandbox and shell when the server was started anew, also
+// TestServerRestartedUnderBridge: a client of 'stdio --connect' continues in its own sandbox and shell after the server was restarted, also
 // after kill -9, and is told once when its sandbox is gone. A client that leaves while the server is away gets an error for its last call.
 func TestServerRestartedUnderBridge(t *testing.T) {
 	w := serve(t, "", "--on-exit=keep")
@@ -24,7 +24,7 @@ func TestServerRestartedUnderBridge(t *testing.T) {
 	p.exec("echo kept > f; V=remembered")
 	id := p.call("sandbox_get", nil).Result.StructuredContent["sandbox_id"]
 	_ = w.cmd.Process.Signal(syscall.SIGKILL)
-	_ = w.cmd.Wait() // it was killed
+	_ = w.cmd.Wait() // an error, since it was killed
 	w2 := again("--on-exit=keep")
 	if got := p.exec("cat f; echo $V"); got != "kept\nremembered\n" {
 		t.Fatalf("after kill -9: %q", got)
@@ -52,7 +52,7 @@ func TestServerRestartedUnderBridge(t *testing.T) {
 	t.Logf("the last call had its answer after %s", time.Since(begin))
 }
 
-// TestHandleIsNoRight: who begins a session with the name of another's sandbox, or with what is no name, gets neither.
+// TestHandleIsNoRight: a session that begins with the name of another owner's sandbox, or with an invalid name, gets neither.
 func TestHandleIsNoRight(t *testing.T) {
 	state := sandboxtest.Dir(t)
 	annKey, bobKey := makeKey(t, state, "ann"), makeKey(t, state, "bob")
@@ -61,7 +61,7 @@ func TestHandleIsNoRight(t *testing.T) {
 	bob := &sandboxtest.MCP{URL: w.url, Key: bobKey, Header: http.Header{"Soulbox-Session-Handle": {id + "/shell"}}}
 	bob.Open(t)
 	if a, err := bob.Call(t.Context(), "exec", map[string]any{"command": "cat f"}); err != nil ||
-		!strings.Contains(a.Text(), "not there any more") || strings.Contains(a.Text(), "secret") {
+		!strings.Contains(a.Text(), "no longer exists") || strings.Contains(a.Text(), "secret") {
 		t.Fatal(err, a.Text())
 	}
 	for _, handle := range []string{"", "/", "x/y", strings.Repeat("a", 300), id, "sb/../../x", "<script>"} {

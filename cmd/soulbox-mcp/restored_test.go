@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// TestProgramsAfterRestore: a program that draws ahead, as Python's random does, is told by a hook that it is another's copy, and one that
-// watches the generation sees it change.
+// TestProgramsAfterRestore: a program that draws random numbers ahead, as Python's random does, learns from a hook that it is now a copy,
+// and one that watches the generation sees it change.
 func TestProgramsAfterRestore(t *testing.T) {
 	p := launch(t, "", "--on-exit=kill")
 	p.call("exec", map[string]any{"user": "root", "command": `mkdir -p /etc/soulbox/after-restore.d

@@ -36,7 +36,7 @@ type service struct {
 	stopCollecting, stopRelieving func()
 }
 
-// newService wires everything. It is to be closed.
+// newService connects all parts. The caller must call Close.
 func newService(c config, stderr io.Writer) (_ *service, err error) {
 	s := &service{config: c, metrics: newMetrics()}
 	if s.log, s.closeLog, err = c.openLog(stderr); err != nil {
@@ -57,7 +57,7 @@ func newService(c config, stderr io.Writer) (_ *service, err error) {
 			s.stopRelieving()
 		}
 	}()
-	ready := make(chan struct{}) // sandboxes may be adopted before there is anybody to tell
+	ready := make(chan struct{}) // sandboxes may be adopted before there are clients to notify
 	manager, templates, err := c.newManager(s.log, func(o *sandbox.Options) {
 		o.Listen = s.descriptors.Listen
 		o.Observe = s.metrics.observeSandbox
@@ -106,7 +106,7 @@ func newService(c config, stderr io.Writer) (_ *service, err error) {
 	return s, nil
 }
 
-// warnDescriptors says so where there are too few descriptors for the sandboxes that may be promised.
+// warnDescriptors logs a warning if there are too few descriptors for the sandboxes that may be promised.
 func (s *service) warnDescriptors() {
 	sandboxes, err := s.promised()
 	if err == nil {
@@ -118,7 +118,7 @@ func (s *service) warnDescriptors() {
 	}
 }
 
-// collectEvery is how often what no template, sandbox or build needs any more is removed.
+// collectEvery is how often files that no template, sandbox or build needs are removed.
 const collectEvery = 10 * time.Minute
 
 func (s *service) collect(ctx context.Context, templates *template.Store) {
@@ -143,7 +143,7 @@ func (s *service) Close() error {
 	return errors.Join(err, s.closeLog())
 }
 
-// newMCP is the MCP server with everything it offers.
+// newMCP makes the MCP server with everything it offers.
 func newMCP(o tools.Options, fixtures bool, m *metrics, log *slog.Logger) (*mcpserver.Server, error) {
 	offered, err := tools.New(o)
 	if err != nil {
@@ -171,5 +171,5 @@ func newMCP(o tools.Options, fixtures bool, m *metrics, log *slog.Logger) (*mcps
 	return mcpserver.New(options), nil
 }
 
-// taskAfter is how long a command may run before the client that can is given a task instead of waiting.
+// taskAfter is how long a command runs before a client that supports tasks gets one instead of waiting.
 const taskAfter = 2 * time.Second

@@ -22,13 +22,13 @@ import (
 
 const (
 	soakVar      = "SOULBOX_SOAK" // how long, such as 30m; default 20s
-	soakClients  = 3              // of one owner
+	soakClients  = 3              // per owner
 	soakOwners   = 3
-	soakOwn      = 3           // sandboxes of one client at most
-	soakPatience = time.Minute // for a sandbox of a server that was killed to be there again
+	soakOwn      = 3           // sandboxes per client at most
+	soakPatience = time.Minute // for a sandbox of a killed server to be available again
 )
 
-// soak is two servers on one state directory that are killed now and then, and what their clients know.
+// soak is two servers on one state directory, which are killed now and then, and what their clients know.
 type soak struct {
 	t       *testing.T
 	state   string
@@ -36,12 +36,12 @@ type soak struct {
 	servers [2]*soakServer
 	done    sync.Map // counts of what was done, by name
 	shot    sync.Map // ids of sandboxes whose sentry was killed
-	asked   sync.Map // ids of sandboxes whose end was asked for
+	asked   sync.Map // ids of sandboxes that a client has asked to end
 }
 
 // soakServer is one of the servers.
 type soakServer struct {
-	mu       sync.RWMutex // held by who kills it
+	mu       sync.RWMutex // held while the server is killed
 	w        *web
 	kills    int
 	squeezes atomic.Int64 // odd while it has too few descriptors
@@ -53,15 +53,15 @@ func (s *soakServer) now() (*web, int) {
 	return s.w, s.kills
 }
 
-// counts are those from low to high.
+// counts is a range of counts.
 type counts struct{ low, high int }
 
-// box is a sandbox as its client knows it: a file in it counts, another one has random bytes.
+// box is a sandbox as its client knows it: one file in it holds a count, another one random bytes.
 type box struct {
 	owner, server int
 	id, sum       string
-	may           []counts // what it may have counted
-	saved         []counts // the same of what was saved of it last
+	may           []counts // the counts that it may have reached
+	saved         []counts // the counts that its last saved state may have
 	paused        bool
 }
 
@@ -69,7 +69,7 @@ func (b *box) allows(n int) bool {
 	return slices.ContainsFunc(b.may, func(c counts) bool { return c.low <= n && n <= c.high })
 }
 
-// errKilled is of a call whose server was killed, or had too few descriptors to keep the connection: whether it was done is not known.
+// errKilled is the error of a call whose server was killed, or had too few descriptors to keep the connection: its outcome is unknown.
 var errKilled = errors.New("the server was killed")
 
 func (s *soak) count(what string) {
@@ -86,7 +86,7 @@ func (s *soak) call(owner, server int, tool string, args map[string]any) (sandbo
 	ctx, cancel := context.WithTimeout(s.t.Context(), 2*time.Minute)
 	defer cancel()
 	a, err := c.Call(ctx, tool, args)
-	if err == nil && a.Status >= http.StatusInternalServerError { // without a word of ours
+	if err == nil && a.Status >= http.StatusInternalServerError { // the answer is not the server's own
 		err = fmt.Errorf("status %d: %s", a.Status, a.Text())
 	}
 	if ctx.Err() != nil {
@@ -105,7 +105,7 @@ func (s *soak) call(owner, server int, tool string, args map[string]any) (sandbo
 	return a, nil
 }
 
-// elsewhere says of an error that another server may have the sandbox, or will.
+// elsewhere reports whether an error means that another server may have the sandbox, or will have it.
 func elsewhere(err error) bool {
 	for _, text := range []string{"No such sandbox", "shutting down", "could not take it over"} {
 		if err != nil && strings.Contains(err.Error(), text) {
@@ -115,7 +115,7 @@ func elsewhere(err error) bool {
 	return false
 }
 
-// onBox is call for a sandbox, which one of the servers has, or is about to adopt.
+// onBox is call for a sandbox that one of the servers has, or is about to adopt.
 func (s *soak) onBox(b *box, tool string, args map[string]any) (a sandboxtest.Answer, err error) {
 	all := map[string]any{"sandbox_id": b.id}
 	for k, v := range args {
@@ -130,7 +130,7 @@ func (s *soak) onBox(b *box, tool string, args map[string]any) (a sandboxtest.An
 	}
 }
 
-// newer counts in a sandbox, after who may still do so for a server that was killed; sumOf makes the random file where it is not there.
+// newer counts in a sandbox; it waits for a command of a killed server that may still count. sumOf makes the random file if it is missing.
 const (
 	newer = "exec 9>lock; flock 9; n=$(($(cat n 2>/dev/null || echo 0) + 1)); echo $n > n.new && mv n.new n; echo $n; sha256sum < r"
 	sumOf = "[ -e r ] || { head -c 200000 /dev/urandom > r.new && mv r.new r; }; sha256sum < r"
@@ -145,7 +145,7 @@ func (s *soak) run(b *box, command string) ([]string, error) {
 	return strings.Fields(a.Field("output")), err
 }
 
-// exec counts in the sandbox, and looks whether all its files are as they were.
+// exec counts in the sandbox, and checks that all its files are unchanged.
 func (s *soak) exec(b *box) error {
 	out, err := s.run(b, newer)
 	if err != nil { // it may have counted
@@ -174,7 +174,7 @@ func (s *soak) create(owner, server int, from *box) (*box, error) {
 		if _, err := s.onBox(from, "sandbox_snapshot", map[string]any{"name": name}); err != nil {
 			return nil, err
 		}
-		defer func() { _, _ = s.call(owner, server, "template_delete", map[string]any{"name": name}) }() // clean tries again
+		defer func() { _, _ = s.call(owner, server, "template_delete", map[string]any{"name": name}) }() // if it fails, clean tries again
 		b.may, b.sum = slices.Clone(from.may), from.sum
 		args = map[string]any{"template": name}
 	}
@@ -228,7 +228,7 @@ func (s *soak) resume(b *box) error {
 	return err
 }
 
-// told notes an error of a call, unless it is one of what we do to the servers.
+// told reports an error of a call, unless it follows from what the test does to the servers.
 func (s *soak) told(what string, b *box, err error) {
 	switch {
 	case err == nil:
@@ -238,14 +238,14 @@ func (s *soak) told(what string, b *box, err error) {
 		s.count("no room")
 	case strings.Contains(err.Error(), "too many open files"):
 		s.count("no descriptors")
-	case strings.Contains(err.Error(), "was not ready in time"): // nothing is made, or it is where it was
+	case strings.Contains(err.Error(), "was not ready in time"): // nothing was made, or nothing has changed
 		s.count("too slow a machine")
 	default:
 		s.t.Errorf("%s %s: %v", what, b.id, err)
 	}
 }
 
-// client does something at random until ctx ends, and returns the sandboxes that it knows to live.
+// client acts at random until ctx ends, and returns the sandboxes that it knows to be alive.
 func (s *soak) client(ctx context.Context, owner int) (own []*box) {
 	for ctx.Err() == nil {
 		if len(own) == 0 {
@@ -287,7 +287,7 @@ func (s *soak) client(ctx context.Context, owner int) (own []*box) {
 	return own
 }
 
-// use counts in a sandbox, which is resumed first where it is paused.
+// use counts in a sandbox, after resuming it if it is paused.
 func (s *soak) use(b *box) {
 	if b.paused {
 		s.told("resume", b, s.resume(b))
@@ -297,7 +297,7 @@ func (s *soak) use(b *box) {
 	}
 }
 
-// kill kills a sandbox, and looks for its tombstone.
+// kill kills a sandbox, and checks its tombstone.
 func (s *soak) kill(b *box) {
 	s.asked.Store(b.id, true)
 	_, err := s.onBox(b, "sandbox_kill", map[string]any{"confirm": true})
@@ -319,11 +319,11 @@ func (s *soak) kill(b *box) {
 	}
 }
 
-// resumable is told of a sandbox that has failed, and of which something was saved.
+// resumable is said about a sandbox that has failed and of which something was saved.
 const resumable = "can be resumed by sandbox_resume"
 
-// TestSoak (issue 18, must show 4): the clients of three owners do everything at random on two servers, which are killed now and then, have
-// no descriptors, or machines that stand still. Nothing is lost but what was killed, and nothing is left.
+// TestSoak (issue 18, must show 4): the clients of three owners do everything at random on two servers. Now and then a server is killed or
+// has no descriptors, or a machine stands still. Nothing is lost but what was killed, and nothing is left over.
 func TestSoak(t *testing.T) {
 	length := 20 * time.Second
 	if v := os.Getenv(soakVar); v != "" {
@@ -363,7 +363,7 @@ func TestSoak(t *testing.T) {
 		}
 	}
 	all.Wait()
-	for _, b := range left { // every one that was told is there, with all that it counted
+	for _, b := range left { // every sandbox that a client knows exists, with all that it counted
 		all.Go(func() {
 			s.told("resume at the end", b, s.resume(b))
 			if err := s.exec(b); err != nil {
@@ -387,7 +387,7 @@ func TestSoak(t *testing.T) {
 
 var soakFlags = []string{"--on-exit=keep", "--rate=100000"}
 
-// quiet is how many descriptors a server has that has done everything once.
+// quiet is how many descriptors a server has after it has done everything once.
 func (s *soak) quiet(server int) int {
 	b, err := s.create(0, server, nil)
 	if err != nil {
@@ -398,11 +398,11 @@ func (s *soak) quiet(server int) int {
 	}
 	s.kill(b)
 	http.DefaultClient.CloseIdleConnections()
-	time.Sleep(100 * time.Millisecond) // the server has a moment to see that
+	time.Sleep(100 * time.Millisecond) // gives the server a moment to see that
 	return len(descriptors(s.servers[server].w))
 }
 
-// clean kills all sandboxes, those too of which no client was told because the server was killed.
+// clean kills all sandboxes, including those that no client knows because the server was killed.
 func (s *soak) clean() {
 	sandboxes := filepath.Join(s.state, "sandboxes", "sb*")
 	for end := time.Now().Add(2 * soakPatience); ; {
@@ -440,14 +440,14 @@ func (s *soak) clean() {
 	}
 }
 
-// listed is a sandbox as a list has it.
+// listed is a sandbox as a list shows it.
 type listed struct {
 	owner, server int
 	ID            string `json:"sandbox_id"`
 	Cause         string `json:"cause"`
 }
 
-// list lists the sandboxes of all owners on both servers in a state; "" is all that have not ended.
+// list lists the sandboxes of all owners on both servers that are in a state; "" means all that have not ended.
 func (s *soak) list(state string) (all []listed) {
 	for at := range len(s.keys) * len(s.servers) {
 		args := map[string]any{"limit": 200}
@@ -478,7 +478,7 @@ func (s *soak) list(state string) (all []listed) {
 	return all
 }
 
-// descriptors are those of a server, as what they are.
+// descriptors are a server's open descriptors, by what they refer to.
 func descriptors(w *web) (open []string) {
 	dir := fmt.Sprintf("/proc/%d/fd", w.cmd.Process.Pid)
 	entries, _ := os.ReadDir(dir)

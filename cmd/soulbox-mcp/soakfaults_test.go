@@ -29,7 +29,7 @@ func (s *soak) kill9(server int) {
 	s.count("fault: a server is killed")
 }
 
-// faults makes one fault after the other until ctx ends, and undoes each.
+// faults causes one fault after the other until ctx ends, and undoes each.
 func (s *soak) faults(ctx context.Context) {
 	for ctx.Err() == nil {
 		lasts := time.Second + time.Duration(rand.Int64N(int64(3*time.Second)))
@@ -45,7 +45,7 @@ func (s *soak) faults(ctx context.Context) {
 	}
 }
 
-// stop stops sentry and gofer of a sandbox for a while.
+// stop stops the sentry and gofer of a sandbox for a while.
 func (s *soak) stop(lasts time.Duration) {
 	all, err := filepath.Glob(filepath.Join(s.state, "sandboxes", "sb*"))
 	if err != nil || len(all) == 0 {
@@ -57,20 +57,20 @@ func (s *soak) stop(lasts time.Duration) {
 		return // it is on disk
 	}
 	for _, pid := range stopped {
-		_ = syscall.Kill(pid, syscall.SIGSTOP) // it may have ended meanwhile
+		_ = syscall.Kill(pid, syscall.SIGSTOP) // an error if it has ended meanwhile
 	}
 	time.Sleep(lasts)
 	for _, pid := range sandboxtest.Processes(dir) {
-		_ = syscall.Kill(pid, syscall.SIGCONT) // no harm to one that runs
+		_ = syscall.Kill(pid, syscall.SIGCONT) // does no harm if it runs
 	}
 	s.count("fault: a machine is stopped")
 }
 
-// squeeze leaves a server three descriptors more than it has, for a while.
+// squeeze leaves a server only three descriptors more than it uses, for a while.
 func (s *soak) squeeze(lasts time.Duration) {
 	at := s.servers[rand.IntN(2)]
 	var old unix.Rlimit
-	at.mu.RLock() // it is not killed now
+	at.mu.RLock() // so that the server is not killed now
 	pid, kills := at.w.cmd.Process.Pid, at.kills
 	err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &old)
 	if err == nil {
@@ -93,7 +93,7 @@ func (s *soak) squeeze(lasts time.Duration) {
 	s.count("fault: a server has no descriptors")
 }
 
-// sentriesOf are the processes of a sandbox' kernel.
+// sentriesOf are the processes of a sandbox's kernel.
 func (s *soak) sentriesOf(b *box) (pids []int) {
 	for _, pid := range sandboxtest.Processes(filepath.Join(s.state, "sandboxes", b.id)) {
 		line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
@@ -104,8 +104,8 @@ func (s *soak) sentriesOf(b *box) (pids []int) {
 	return pids
 }
 
-// shoot kills the kernel of a sandbox while it is used, or is at rest. It says whether the sandbox is there afterwards: from what was saved
-// of it last.
+// shoot kills the kernel of a sandbox while the sandbox is used, or is at rest. It reports whether the sandbox exists afterwards, resumed
+// from what was last saved of it.
 func (s *soak) shoot(b *box) bool {
 	if len(s.sentriesOf(b)) == 0 {
 		return true // it is on disk
@@ -118,7 +118,7 @@ func (s *soak) shoot(b *box) bool {
 			s.shot.Store(b.id, true)
 		}
 		for _, pid := range pids {
-			_ = syscall.Kill(pid, syscall.SIGKILL) // it may have ended meanwhile
+			_ = syscall.Kill(pid, syscall.SIGKILL) // an error if it has ended meanwhile
 		}
 		fired <- len(pids) > 0
 	}()
@@ -131,7 +131,7 @@ func (s *soak) shoot(b *box) bool {
 	return s.recover(b)
 }
 
-// useAnyhow does something with a sandbox that may be killed meanwhile.
+// useAnyhow uses a sandbox that may be killed meanwhile.
 func (s *soak) useAnyhow(b *box) (err error) {
 	switch rand.IntN(4) {
 	case 0:
@@ -152,8 +152,8 @@ func (s *soak) useAnyhow(b *box) (err error) {
 	return err
 }
 
-// recover waits for what becomes of a sandbox whose kernel was killed, and says whether it is there: it has failed, unless it was on its
-// way to disk.
+// recover waits for the outcome for a sandbox whose kernel was killed, and reports whether the sandbox still exists: it has failed, unless
+// it was already on its way to disk.
 func (s *soak) recover(b *box) bool {
 	said, back := "", false
 	for end := time.Now().Add(2 * soakPatience); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
@@ -185,10 +185,10 @@ func (s *soak) recover(b *box) bool {
 	return false
 }
 
-// notMade are causes of what has failed before its client was told of it.
+// notMade are causes of sandboxes that failed before a client knew of them.
 var notMade = []string{"while it was made", "it could not be made", "cancelled by the client"}
 
-// checkFailed: nothing has failed but what we have ended, or what was not made yet.
+// checkFailed: only those sandboxes have failed that the test has ended, or that were not made yet.
 func (s *soak) checkFailed() {
 	for _, i := range s.list("failed") {
 		_, shot := s.shot.Load(i.ID)
@@ -199,13 +199,13 @@ func (s *soak) checkFailed() {
 	}
 }
 
-// tree is all that is in the state directory, but for what is remembered of sandboxes that have ended.
+// tree is everything in the state directory, except what is remembered of sandboxes that have ended.
 func (s *soak) tree() (names []string) {
 	err := filepath.WalkDir(s.state, func(name string, d fs.DirEntry, err error) error {
 		if err == nil && filepath.Base(filepath.Dir(name)) == "ended" {
 			return filepath.SkipDir
 		}
-		if d != nil && d.Name() == ".collecting" { // a lock that stays
+		if d != nil && d.Name() == ".collecting" { // a lock that is never removed
 			return err
 		}
 		names = append(names, name)
@@ -217,7 +217,7 @@ func (s *soak) tree() (names []string) {
 	return names
 }
 
-// checkLeft: no process, mount, directory or descriptor is left. fds and before are those of quiet servers.
+// checkLeft: no process, mount, directory or descriptor is left. fds and before are the descriptors of quiet servers.
 func (s *soak) checkLeft(fds int, before []string) {
 	http.DefaultClient.CloseIdleConnections()
 	for _, at := range s.servers {

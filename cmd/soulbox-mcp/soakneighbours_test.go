@@ -25,8 +25,8 @@ import (
 
 const (
 	mayRise  = 10                     // times: the p99 of a neighbour's command under an attack, compared with its quiet one
-	mayLast  = 100 * time.Millisecond // which is no rise, whatever the quiet one is
-	visitors = 505                    // as many as one sandbox takes, but for some
+	mayLast  = 100 * time.Millisecond // counts as no rise, whatever the quiet one is
+	visitors = 505                    // almost as many as one sandbox accepts
 )
 
 // neighbours are two owners of one server: ann attacks, bob works.
@@ -34,9 +34,9 @@ type neighbours struct {
 	t        *testing.T
 	w        *web
 	ann, bob *sandboxtest.MCP
-	hers     string // her sandbox
+	hers     string // ann's sandbox
 	his      string
-	sum      string // of his file
+	sum      string // checksum of bob's file
 	fresh    *http.Client
 }
 
@@ -58,8 +58,8 @@ var attacks = []attack{
 	{"row 11, 256 tunnels of one visitor", (*neighbours).tunnels},
 }
 
-// TestSoakNeighbours (issue 18, must show 3): whatever one owner does to the server, the commands of another are answered nearly as before,
-// and nobody loses anything.
+// TestSoakNeighbours (issue 18, must show 3): whatever one owner does to the server, the commands of another are answered nearly as fast as
+// before, and neither owner loses anything.
 func TestSoakNeighbours(t *testing.T) {
 	v := os.Getenv(soakVar)
 	if v == "" {
@@ -91,7 +91,7 @@ func TestSoakNeighbours(t *testing.T) {
 	t.Logf("for %s each\n%s", length, table)
 }
 
-// under measures bob's commands, quiet and under an attack, looks that nobody has lost anything, and gives a row of the table.
+// under measures bob's commands, quiet and under an attack, checks that nothing is lost, and returns a row of the table.
 func (n *neighbours) under(a attack, length time.Duration) string {
 	n.t.Helper()
 	n.hers = n.call(n.ann, "sandbox_create", map[string]any{"network": "full"}).Field("sandbox_id")
@@ -111,7 +111,7 @@ func (n *neighbours) under(a attack, length time.Duration) string {
 	if then.p99 > bound {
 		n.t.Errorf("%s: the p99 of bob's commands is %s, more than %s", a.name, then.p99, bound)
 	}
-	for _, i := range n.listOf(n.ann) { // builds, too
+	for _, i := range n.listOf(n.ann) { // also the sandboxes of builds
 		n.call(n.ann, "sandbox_kill", map[string]any{"sandbox_id": i, "confirm": true})
 	}
 	row := fmt.Sprintf("%-45s %10s %10s %10s %10s %8d  %v; %v\n", a.name, millisecondsOf(quiet.p50), millisecondsOf(quiet.p99),
@@ -125,14 +125,14 @@ func millisecondsOf(d time.Duration) string {
 	return fmt.Sprintf("%.1f ms", d.Seconds()*1000)
 }
 
-// answerTimes are those of a command.
+// answerTimes are the times of a command.
 type answerTimes struct {
 	p50, p99 time.Duration
 	count    int
-	most     costs // of the server meanwhile
+	most     costs // of the server during the measurement
 }
 
-// costs are what a server takes of the machine.
+// costs are what a server uses of the machine.
 type costs struct {
 	descriptors int
 	memory      int64
@@ -146,7 +146,7 @@ func (n *neighbours) costs() costs {
 	return costs{entriesOf(n.t, n.w.cmd.Process.Pid), rssOf(n.t, n.w.cmd.Process.Pid)}
 }
 
-// measure runs bob's command again and again, in turn on a connection that is there and on a new one.
+// measure runs bob's command again and again, alternating between an open connection and a new one.
 func (n *neighbours) measure(length time.Duration) answerTimes {
 	n.t.Helper()
 	var all []time.Duration
@@ -178,7 +178,7 @@ func (n *neighbours) measure(length time.Duration) answerTimes {
 	return answerTimes{all[len(all)/2], all[len(all)*99/100], len(all), most}
 }
 
-// nothingLost: bob has his file and his process, and ann her sandbox.
+// nothingLost checks that bob has his file and his process, and ann her sandbox.
 func (n *neighbours) nothingLost(what string) {
 	n.t.Helper()
 	if got := n.call(n.bob, "exec", map[string]any{"sandbox_id": n.his, "command": "sha256sum < f"}).Field("output"); got != n.sum {
@@ -217,7 +217,7 @@ func (n *neighbours) listOf(c *sandboxtest.MCP) (ids []string) {
 	return ids
 }
 
-// hits has ann call a tool in her sandbox again and again, so many at once, until ctx ends. It is refused, or takes its time.
+// hits makes ann call a tool in her sandbox again and again, atOnce calls at a time, until ctx ends. The calls are refused, or take long.
 func (n *neighbours) hits(ctx context.Context, atOnce int, tool string, args func(i int) map[string]any) {
 	var all sync.WaitGroup
 	var mu sync.Mutex
@@ -229,7 +229,7 @@ func (n *neighbours) hits(ctx context.Context, atOnce int, tool string, args fun
 				given["sandbox_id"] = n.hers
 				a, err := n.ann.Call(ctx, tool, given)
 				if err != nil {
-					continue // ctx has ended, or that is what comes of it
+					continue // ctx has ended, or the attack makes the call fail
 				}
 				mu.Lock()
 				count++
@@ -248,8 +248,8 @@ func (n *neighbours) begin(command string) {
 	n.call(n.ann, "exec", map[string]any{"sandbox_id": n.hers, "command": command, "background": true})
 }
 
-// idleStrangers opens 20,800 connections in ten seconds, or as many as this process may have, and new ones in place of the oldest from then
-// on.
+// idleStrangers opens 20,800 connections in ten seconds, or as many as this process may have; from then on it replaces the oldest with new
+// ones.
 func (n *neighbours) idleStrangers(ctx context.Context) {
 	soft, err := softLimit()
 	if err != nil {
@@ -281,7 +281,7 @@ func (n *neighbours) idleStrangers(ctx context.Context) {
 	all.Wait()
 }
 
-// throughProxy opens connections in ann's sandbox to its proxy, some of which go to where nobody answers.
+// throughProxy opens connections from ann's sandbox to its proxy, some of them to an address that does not answer.
 func (n *neighbours) throughProxy(ctx context.Context) {
 	for range 8 {
 		n.begin(`perl -MIO::Socket::INET -e '$SIG{PIPE} = "IGNORE"; while (1) { $c = IO::Socket::INET->new(PeerAddr => "127.0.0.1:3128", Timeout => 5) or select(undef, undef, undef, 0.1), next;
@@ -292,13 +292,13 @@ func (n *neighbours) throughProxy(ctx context.Context) {
 	n.t.Logf("ann has %s sockets", strings.TrimSpace(a.Field("output")))
 }
 
-// floodServer answers everybody at once with as much as they take, also those who want a tunnel. It reads heads alone.
+// floodServer answers every client at once with as much as it takes, also clients that want a tunnel. It reads only heads.
 const floodServer = `perl -MIO::Socket::INET -MIO::Select -e '$l = IO::Socket::INET->new(LocalAddr => "127.0.0.1", LocalPort => 8000, Listen => 1024, ReuseAddr => 1) or die; $l->blocking(0); $SIG{PIPE} = "IGNORE";
 	$b = "x" x 65536; $in = IO::Select->new($l); $out = IO::Select->new; while (1) { ($r, $w) = IO::Select->select($in, $out, undef, 1); for $s (@$r) { if ($s == $l) { while ($c = $l->accept) { $c->blocking(0); $in->add($c) } }
 	else { $in->remove($s); if (!sysread $s, $q, 65536) { close $s; next } syswrite $s, $q =~ /upgrade/i ? "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n" :
 	"HTTP/1.1 200 OK\r\nContent-Length: 41943040\r\n\r\n"; $out->add($s) } } for $s (@$w) { defined syswrite $s, $b or $!{EAGAIN} or do { $out->remove($s); close $s } } }'`
 
-// public has ann's sandbox serve floods to everybody, and gives its address.
+// public makes ann's sandbox serve floods to everyone, and returns its address.
 func (n *neighbours) public() (address string) {
 	n.begin(floodServer)
 	sandboxtest.Eventually(n.t, "ann's server listens", func() bool {
@@ -309,7 +309,7 @@ func (n *neighbours) public() (address string) {
 	return address
 }
 
-// readLittle has so many visitors send a head, read the first line of what comes, and nothing else for a while, again and again.
+// readLittle makes count visitors, again and again, send a head, read the first line of the answer, and then nothing for a while.
 func readLittle(ctx context.Context, address string, count int, head string) {
 	var all sync.WaitGroup
 	for range count {
@@ -346,7 +346,7 @@ func (n *neighbours) tunnels(ctx context.Context) {
 		"\r\nE2b-Sandbox-Port: 8000\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
 }
 
-// takeMemory has processes take more than there is, again and again: what began them may be ended with them.
+// takeMemory starts processes that take more memory than there is, again and again: the command that started them may be ended with them.
 func (n *neighbours) takeMemory(ctx context.Context) {
 	n.hits(ctx, 1, "exec", func(int) map[string]any {
 		return map[string]any{"isolated": true, "command": `perl -e 'for (1..64) { $p = fork; defined $p or last; $p or
@@ -354,7 +354,7 @@ func (n *neighbours) takeMemory(ctx context.Context) {
 	})
 }
 
-// bomb is an archive of a few hundred KB, in streams of xz, with a file of gigabytes in it.
+// bomb is an archive of a few hundred KB, in streams of xz, that contains a file of gigabytes.
 func bomb(t *testing.T) []byte {
 	var head bytes.Buffer
 	if err := tar.NewWriter(&head).WriteHeader(&tar.Header{Name: "big", Mode: 0o644, Size: 6 << 30}); err != nil {
@@ -375,7 +375,7 @@ func bomb(t *testing.T) []byte {
 	return append(stream(head.Bytes()), bytes.Repeat(stream(make([]byte, 16<<20)), 128)...)
 }
 
-// layBomb writes a bomb in ann's sandbox.
+// layBomb writes a bomb into ann's sandbox.
 func (n *neighbours) layBomb() {
 	all := bomb(n.t)
 	for at := 0; at < len(all); at += 500_000 {
@@ -392,7 +392,7 @@ func (n *neighbours) bombs(ctx context.Context) {
 	})
 }
 
-// slowBuilds has two merges go on that take long, more builds than an owner has places for, and bob build something meanwhile.
+// slowBuilds runs two merges that take long and more builds than an owner has places for, while bob builds something.
 func (n *neighbours) slowBuilds(ctx context.Context) {
 	n.layBomb()
 	var all sync.WaitGroup
@@ -427,7 +427,7 @@ func (n *neighbours) doubledArguments(ctx context.Context) {
 	})
 }
 
-// screens has ann look at 60 large terminals at once, all the time.
+// screens makes ann look at 60 large terminals at once, all the time.
 func (n *neighbours) screens(ctx context.Context) {
 	const count = 60
 	var all sync.WaitGroup

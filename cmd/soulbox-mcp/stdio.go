@@ -14,7 +14,7 @@ import (
 	"soulbox.dev/soulbox/mcpserver"
 )
 
-// runStdio serves one client until it closes stdin or a signal comes.
+// runStdio serves one client until the client closes stdin or a signal comes.
 func runStdio(ctx context.Context, args []string, getenv func(string) string, stdin io.Reader, stdout, stderr io.Writer) (err error) {
 	c := config{onExit: "pause"}
 	var remote, keyFile string
@@ -39,13 +39,13 @@ func runStdio(ctx context.Context, args []string, getenv func(string) string, st
 	return mcpserver.Stdio{Server: s.mcp}.Serve(ctx, stdin, stdout)
 }
 
-// connect passes everything on to a remote server.
+// connect passes all messages on to a remote server.
 func (c config) connect(ctx context.Context, remote, keyFile, key string, stdin io.Reader, stdout, stderr io.Writer) (err error) {
 	u, err := url.Parse(remote)
 	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
 		return errors.New("--connect: give the URL of the server's endpoint, such as https://box.example.com/mcp")
 	}
-	if strings.Trim(u.Path, "/") == "" { // of the server, as the command line wants it
+	if strings.Trim(u.Path, "/") == "" { // the server's URL, as for the command line
 		u.Path = "/mcp"
 		remote = u.String()
 	}
@@ -63,5 +63,5 @@ func (c config) connect(ctx context.Context, remote, keyFile, key string, stdin 
 	defer func() { err = errors.Join(err, closeLog()) }()
 	log.Info("connecting", "version", version, "url", (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String())
 	return mcpserver.Bridge{URL: remote, Key: key, Log: log,
-		NewKey: "set SOULBOX_KEY, or --key-file, to one that 'soulbox-mcp key create' made there"}.Serve(ctx, stdin, stdout)
+		NewKey: "set SOULBOX_KEY, or --key-file, to a key that 'soulbox-mcp key create' made on the server"}.Serve(ctx, stdin, stdout)
 }

@@ -20,29 +20,29 @@ import (
 	"soulbox.dev/soulbox/template"
 )
 
-const templateUsage = `soulbox-mcp template makes and shows the root file systems of sandboxes. Those of the operator are everybody's.
+const templateUsage = `soulbox-mcp template makes and shows the root file systems of sandboxes. The operator's are for everyone.
 
 Usage:
   soulbox-mcp template base [--variant node|python] [flags]
                                make the template for everyday work, from the packages of this machine's distribution
   soulbox-mcp template list    show the templates
   soulbox-mcp template delete NAME
-                               remove one; sandboxes of it go on
+                               remove a template; its sandboxes keep running
   soulbox-mcp template copy NAME NEW
-                               give one another name, perhaps with a :tag; it keeps the one it has
+                               give a template a second name, perhaps with a :tag; the first one stays
   soulbox-mcp template pull IMAGE NAME
-                               make one of an image of a registry
+                               make a template from an image of a registry
   soulbox-mcp template push NAME IMAGE
-                               give one to a registry
+                               push a template to a registry
   soulbox-mcp template import FILE NAME
-                               make one of an OCI layout, of what docker save writes, or of a tar of a file system
+                               make a template from an OCI layout, from the output of docker save, or from a tar of a file system
   soulbox-mcp template export NAME FILE
-                               write one as an OCI layout in a directory, or for docker load where FILE ends in .tar
+                               write a template as an OCI layout in a directory, or for docker load if FILE ends in .tar
 `
 
 // runTemplate makes and shows templates.
 func runTemplate(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
-	debug.SetMemoryLimit(math.MaxInt64) // an index of packages is large, and this ends soon
+	debug.SetMemoryLimit(math.MaxInt64) // an index of packages is large, and this process is short-lived
 	command := ""
 	if len(args) > 0 {
 		command, args = args[0], args[1:]
@@ -109,7 +109,7 @@ func (c config) buildBase(ctx context.Context, o template.BaseOptions, stdout, s
 	return err
 }
 
-// moveTemplate does what concerns one template.
+// moveTemplate carries out the commands that concern one template.
 func (c config) moveTemplate(ctx context.Context, command string, names []string, stdout io.Writer) error {
 	store, err := c.newStore()
 	if err != nil {
@@ -176,16 +176,16 @@ func (c config) listTemplates(stdout io.Writer) error {
 	return err
 }
 
-// describeDisk says what the templates of all owners take.
+// describeDisk says how much disk the templates of all owners take.
 func describeDisk(d template.Disk) string {
 	return fmt.Sprintf("All templates, with what builds keep, take %d of %d MB of disk (--template-budget-mb).", d.Used>>20, d.Budget>>20)
 }
 
-// progress shows lines as they come: on a terminal the last one only, in one place.
+// progress shows lines as they come; on a terminal only the last one, in place.
 type progress struct {
 	to    io.Writer
 	began time.Time
-	width int // of a terminal; 0 is none
+	width int // columns of the terminal; 0 if there is none
 }
 
 func newProgress(to io.Writer) *progress {

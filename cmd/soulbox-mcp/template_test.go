@@ -12,7 +12,7 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// importMini gives a state directory the template "mini", of this machine's shell and tools.
+// importMini makes a state directory with the template "mini", made of this machine's shell and tools.
 func importMini(t testing.TB) (state string) {
 	t.Helper()
 	state = sandboxtest.Dir(t)
@@ -31,8 +31,8 @@ USER user
 WORKDIR /site
 `
 
-// TestTemplatesOverStdio: a template is built from files given here, from a directory of a sandbox and from one of the host, and sandboxes
-// begin from it.
+// TestTemplatesOverStdio: a template is built from files in the call, from a directory of a sandbox and from one of the host, and sandboxes
+// start from it.
 func TestTemplatesOverStdio(t *testing.T) {
 	state := importMini(t)
 	allowed := sandboxtest.Dir(t)
@@ -120,7 +120,7 @@ func TestTemplatesOverStdio(t *testing.T) {
 	}
 }
 
-// TestTemplatesOverHTTP: an owner's templates are his alone, the operator's are everybody's.
+// TestTemplatesOverHTTP: an owner's templates are visible only to that owner, the operator's to all.
 func TestTemplatesOverHTTP(t *testing.T) {
 	state := importMini(t)
 	ann, bob := makeKey(t, state, "ann"), makeKey(t, state, "bob")
@@ -155,7 +155,7 @@ func TestTemplatesOverHTTP(t *testing.T) {
 		!strings.Contains(got.Text(), "mini") {
 		t.Error(got.Text())
 	}
-	// What one owner's build has made is not taken for another's.
+	// What one owner's build has cached is not used for another owner.
 	if same, err := b.Call(t.Context(), "template_build",
 		map[string]any{"name": "same", "dockerfile": "FROM mini\nRUN echo ann > /who\n"}); must(t, same, err).Field("cached") != "0" {
 		t.Error(same.Text())
@@ -172,7 +172,7 @@ func TestTemplatesOverHTTP(t *testing.T) {
 	}
 }
 
-// TestTemplateCommands: what an operator does by hand.
+// TestTemplateCommands runs the commands that an operator uses by hand.
 func TestTemplateCommands(t *testing.T) {
 	state := importMini(t)
 	run := func(args ...string) (string, error) {
@@ -198,7 +198,7 @@ func TestTemplateCommands(t *testing.T) {
 	}
 }
 
-// TestKilledInBuild: a server that is killed in the middle of a build leaves nothing that the next one does not end.
+// TestKilledInBuild: if a server is killed in the middle of a build, the next one removes everything it left.
 func TestKilledInBuild(t *testing.T) {
 	state := importMini(t)
 	p := launch(t, state, "--on-exit=keep")
@@ -209,7 +209,7 @@ func TestKilledInBuild(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-p.ended
-	_ = p.cmd.Wait() // it was killed
+	_ = p.cmd.Wait() // an error, since it was killed
 	if left, err := filepath.Glob(filepath.Join(state, "templates", "*", ".*")); err != nil || len(left) < 3 {
 		t.Errorf("the build has left %v, %v: of its files, its step and itself", left, err)
 	}
@@ -225,10 +225,10 @@ func TestKilledInBuild(t *testing.T) {
 	next.call("template_build", map[string]any{"name": "slow", "dockerfile": "FROM mini\nRUN echo first > /first\n"})
 }
 
-// BenchmarkTemplates is builds, beside those of buildah where it is root's turn, and sandboxes that begin from them.
+// BenchmarkTemplates measures builds, compared with buildah's if run as root, and sandboxes that start from them.
 func BenchmarkTemplates(b *testing.B) {
 	if b.N > 1 {
-		return // as BenchmarkSoulBox
+		return // as in BenchmarkSoulBox
 	}
 	t := &table{}
 	defer func() { t.print() }()
@@ -286,7 +286,7 @@ func BenchmarkTemplates(b *testing.B) {
 		fmt.Sprintf("PSS %.1f MB; %.1f MB with what of its memory is not mapped", pssOf(b, state)/idle, all/idle))
 	host := p.call("sandbox_create", map[string]any{"template": "host"}).Result.StructuredContent["sandbox_id"]
 	var times [2][]time.Duration
-	for range 300 { // one after the other: the machine is the same for both
+	for range 300 { // in turn, so that both see the same load of the machine
 		for i, id := range []any{host, ids[0]} {
 			times[i] = append(times[i], timed(func() {
 				p.call("exec",
@@ -298,7 +298,7 @@ func BenchmarkTemplates(b *testing.B) {
 	t.enter("exec of true in a sandbox of an image, in memory", times[1])
 }
 
-// pssOf is the memory of all processes of sandboxes in a state directory, shared pages in part, in MB (proc(5), smaps_rollup).
+// pssOf is the memory of all processes of sandboxes in a state directory, with shared pages counted in part, in MB (proc(5), smaps_rollup).
 func pssOf(b *testing.B, state string) (sum float64) {
 	for _, pid := range sandboxtest.Processes(state) {
 		body, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))

@@ -37,7 +37,7 @@ func (y *tty) screen() string {
 	return y.p.call("process_wait", map[string]any{"process_id": y.id, "screen": true}).text()
 }
 
-// shows waits until the screen shows something, hides until it does not.
+// shows waits until the screen shows a text, hides until it no longer does.
 func (y *tty) shows(what string) { y.t.Helper(); y.await(what, true) }
 func (y *tty) hides(what string) { y.t.Helper(); y.await(what, false) }
 
@@ -54,7 +54,7 @@ func (y *tty) await(what string, there bool) {
 	}
 }
 
-// needs says whether a program of this machine is there, and so in the sandbox. In CI all of them are.
+// needs reports whether a program exists on this machine, and so in the sandbox. In CI every one must exist.
 func needs(t *testing.T, program string) bool {
 	t.Helper()
 	_, err := os.Stat("/usr/bin/" + program)
@@ -64,7 +64,7 @@ func needs(t *testing.T, program string) bool {
 	return err == nil
 }
 
-// TestTerminals: real programs at a terminal in a real sandbox, by the tools that a model has.
+// TestTerminals: real programs at a terminal in a real sandbox, driven by the tools that a model has.
 func TestTerminals(t *testing.T) {
 	p := launch(t, "")
 	sh := openTTY(t, p, nil)
@@ -81,7 +81,7 @@ func TestTerminals(t *testing.T) {
 	sh.write("", "enter")
 	sh.shows("got WINCH")
 
-	// Job control: ctrl-c ends what is in the foreground and not the shell, ctrl-z stops it, bg and fg go on with it.
+	// Job control: ctrl-c ends the foreground process and not the shell, ctrl-z stops it, bg and fg resume it.
 	sh.write("clear; sleep 600\n")
 	sh.write("", "ctrl-c")
 	sh.write("echo alive-$((40 + 2))\n")
@@ -96,7 +96,7 @@ func TestTerminals(t *testing.T) {
 	sh.write("echo alive-$((40 + 3))\n")
 	sh.shows("alive-43")
 
-	// A prompt without echo: what is typed is not seen.
+	// A prompt without echo: what is typed does not appear.
 	sh.write("clear; read -s -p 'Password: ' x; echo; echo got ${#x}\n")
 	sh.shows("Password:")
 	sh.write("secret\n")
@@ -139,7 +139,7 @@ func TestTerminals(t *testing.T) {
 		sh.write("clear; htop\n")
 		sh.shows("F10")
 		p.call("process_resize", map[string]any{"process_id": sh.id, "rows": 12, "cols": 60})
-		// Its line of keys is the last one: it has seen the new size.
+		// Once its line of keys is the last row, it has seen the new size.
 		sandboxtest.Eventually(t, "htop in its new size", func() bool {
 			rows := strings.Split(sh.screen(), "\n")
 			return len(rows) >= 12 && strings.Contains(rows[11], "F1")
@@ -173,7 +173,7 @@ func TestTerminals(t *testing.T) {
 	}
 }
 
-// TestTerminalOutput (must show 2): 100 MB through a terminal arrive as they were written, and others are not held up meanwhile.
+// TestTerminalFlood (must show 2): 100 MB through a terminal arrive as they were written, and other calls are not held up meanwhile.
 func TestTerminalFlood(t *testing.T) {
 	p := launch(t, "")
 	y := openTTY(t, p, map[string]any{"command": "stty raw; head -c 100000000 /dev/zero | tr '\\0' x; echo; echo the-end; sleep 600",

@@ -8,7 +8,7 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// halves writes the first bytes of a character, waits for a line, and then writes what follows, in which there is Latin-1, too.
+// halves writes the first bytes of a character, waits for a line, and then writes the rest, in which there is also Latin-1.
 const halves = `printf 'caf\351 \346\227'; read x; printf '\245!\n'; read x; printf 'end\360\237'`
 
 // piecewise is a process whose output is read in pieces.
@@ -25,7 +25,7 @@ func startPiecewise(t *testing.T, p *program, command string, tty bool) piecewis
 	return piecewise{t, p, m.Result.StructuredContent["sandbox_id"], m.Result.StructuredContent["process_id"]}
 }
 
-// wrote waits until it has written so many bytes.
+// wrote waits until the process has written n bytes.
 func (w piecewise) wrote(n int) {
 	w.t.Helper()
 	sandboxtest.Eventually(w.t, fmt.Sprintf("%d bytes are written", n), func() bool {
@@ -38,7 +38,7 @@ func (w piecewise) wrote(n int) {
 	})
 }
 
-// goOn gives it the line that it waits for.
+// goOn sends the line that the process waits for.
 func (w piecewise) goOn() {
 	w.p.call("process_write", map[string]any{"process_id": w.id, "input": "\n", "yield_ms": 0})
 }
@@ -66,8 +66,8 @@ func (w piecewise) expectResource(from int, want string) {
 	}
 }
 
-// TestCharactersCut: a character of which the rest is still to come is shown whole with it, in every answer that tells of output; what has
-// no end when the process ends is shown as bytes, as Latin-1 is everywhere.
+// TestCharactersCut: a character that is not complete yet is shown whole once it is, in every answer that shows output. If it is incomplete
+// when the process ends, it is shown as bytes, as Latin-1 is everywhere.
 func TestCharactersCut(t *testing.T) {
 	p := launch(t, "")
 	for _, tty := range []bool{false, true} {
@@ -100,7 +100,7 @@ func TestCharactersCut(t *testing.T) {
 	}
 }
 
-// TestCharactersOfStream: of one stream the offset to go on from is exact, though the other one has written behind it.
+// TestCharactersOfStream: the offset at which to continue one stream is exact, even if the other stream has written behind it.
 func TestCharactersOfStream(t *testing.T) {
 	p := launch(t, "")
 	w := startPiecewise(t, p, `printf 'a\346\227'; read x; printf XY >&2; read x; printf '\245b'`, false)
@@ -115,7 +115,7 @@ func TestCharactersOfStream(t *testing.T) {
 	}
 }
 
-// TestCharactersFound: lines that a search shows are cut at whole characters.
+// TestCharactersFound: lines shown by a search are cut only between whole characters.
 func TestCharactersFound(t *testing.T) {
 	p := launch(t, "")
 	p.exec(`printf 'caf\351 %s\346\227\245%s\n' "$(head -c 293 /dev/zero | tr '\0' x)" "$(head -c 400 /dev/zero | tr '\0' y)" > /home/user/latin; printf 'caf\351 short\n' > /home/user/short`)
@@ -126,11 +126,11 @@ func TestCharactersFound(t *testing.T) {
 	}
 }
 
-// oddNames are names of files that are no harmless text, as they are shown and given back.
+// oddNames are names of files that are not harmless text, in the notation in which they are shown and given back.
 var oddNames = []string{`caf\xe9.txt`, `two\x0alines`, `\x1b[31mred`, `\x5cxe9`, `back\slash\n`, `日本 é`, `a\xe2\x80\xaeb`}
 
-// TestOddNames: every answer shows a name in one notation that stays on its line, and every tool that takes a path takes it, for the same
-// file.
+// TestOddNames: every answer shows a name in one notation that stays on its line, and every tool that takes a path accepts that notation
+// for the same file.
 func TestOddNames(t *testing.T) {
 	p := launch(t, "")
 	ok := func(tool string, args map[string]any) message {
@@ -149,7 +149,7 @@ func TestOddNames(t *testing.T) {
 	for i, name := range oddNames {
 		ok("file_write", map[string]any{"path": dir + "/" + name, "content": fmt.Sprintf("text %d\n", i)})
 	}
-	// What programs find are the very bytes.
+	// What programs find are exactly these bytes.
 	if got := p.exec("cd " + dir +
 		`; cat $'caf\xe9.txt' $'two\nlines' $'\e[31mred' '\xe9' 'back\slash\n' '日本 é' $'a\xe2\x80\xaeb'; ls | wc -l`); got != "text 0\ntext 1\ntext 2\ntext 3\ntext 4\ntext 5\ntext 6\n8\n" {
 		t.Errorf("%q", got)
@@ -191,7 +191,7 @@ func TestOddNames(t *testing.T) {
 	}
 }
 
-// TestOddDirectories: a directory may have such a name where a command runs, where a shell is, in a listing and in a resource.
+// TestOddDirectories: a directory may have such a name as the cwd of a command or a shell, in a listing and in a resource.
 func TestOddDirectories(t *testing.T) {
 	p := launch(t, "")
 	dir := `/home/user/d\xe9\x0ax`
@@ -220,7 +220,7 @@ func TestOddDirectories(t *testing.T) {
 	if m := p.call("file_list", map[string]any{"path": dir, "depth": 2}); !strings.Contains(m.text(), dir+"/sub/f") {
 		t.Errorf("%q", m.text())
 	}
-	for _, path := range []string{"d%E9%0Ax", `d%5Cxe9%5Cx0ax`} { // as URIs have it, and as it is shown
+	for _, path := range []string{"d%E9%0Ax", `d%5Cxe9%5Cx0ax`} { // as in a URI, and as it is shown
 		r := p.await(p.request("resources/read", map[string]any{"uri": fmt.Sprintf("sandbox://%s/files/home/user/%s/sub/f", id, path)}))
 		if len(r.Result.Contents) != 1 || r.Result.Contents[0].Text != "hi\n" {
 			t.Errorf("%s: %+v", path, r)

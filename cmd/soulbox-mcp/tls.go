@@ -35,18 +35,18 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// tlsConfig is what flags say of TLS. The zero value has none.
+// tlsConfig is what flags say about TLS. The zero value means no TLS.
 type tlsConfig struct {
 	cert, key string
-	email     string // of who asks for certificates by ACME
-	directory string // of the ACME server
+	email     string // contact address for certificates by ACME
+	directory string // URL of the ACME server
 }
 
 func (t *tlsConfig) flags(f *flag.FlagSet) {
 	f.StringVar(&t.cert, "tls-cert", "", "`file` of a certificate, PEM, for the domain, api. and its wildcard; read again when it changes")
 	f.StringVar(&t.key, "tls-key", "", "`file` of its key")
 	f.StringVar(&t.email, "acme", "",
-		"`address` of who gets certificates by ACME, one for each name that is asked for; port 443 must lead here")
+		"contact `address` to get certificates by ACME, one for each requested name; port 443 must lead here")
 	f.StringVar(&t.directory, "acme-directory", acme.LetsEncryptURL, "`URL` of the ACME server")
 }
 
@@ -66,14 +66,14 @@ func (t *tlsConfig) check(domain, public string) error {
 	case t.cert != "" && t.email != "":
 		return errors.New("give a certificate, or --acme to get some, not both")
 	case t.email != "" && domain == "":
-		return errors.New("--acme needs --domain: the names that certificates are got for")
+		return errors.New("--acme needs --domain: the certificates are for its names")
 	case t.on() && strings.HasPrefix(public, "http://"):
 		return errors.New("--public-url is http://, but the server is to speak TLS")
 	}
 	return nil
 }
 
-// config is how the server speaks TLS; nil where it does not.
+// config is the server's TLS configuration; nil if it does not use TLS.
 func (t *tlsConfig) config(stateDir, domain string, m *sandbox.Manager, log *slog.Logger) (*tls.Config, error) {
 	switch {
 	case t.cert != "":
@@ -101,11 +101,11 @@ func (t *tlsConfig) config(stateDir, domain string, m *sandbox.Manager, log *slo
 	return nil, nil
 }
 
-// namesEach is how many names of one sandbox certificates are got for.
+// namesEach is for how many names of one sandbox certificates are requested.
 const namesEach = 8
 
-// names are those that certificates are got for: of the server, and some of each sandbox that there is. Anybody may ask for a name, and
-// ACME servers give so many and no more.
+// names decides which names get certificates: those of the server, and some of each existing sandbox. Anyone may ask for a name, and ACME
+// servers limit how many certificates they issue.
 type names struct {
 	domain  string
 	manager *sandbox.Manager
@@ -114,7 +114,7 @@ type names struct {
 	got map[string][]string // by sandbox
 }
 
-// may says whether a certificate is got for a name.
+// may returns an error if no certificate may be requested for a name.
 func (n *names) may(host string) error {
 	domain, m := n.domain, n.manager
 	host, domain = strings.ToLower(host), strings.ToLower(domain)
@@ -130,10 +130,10 @@ func (n *names) may(host string) error {
 			return n.count(sb.ID(), host, open || port == envd.Port)
 		}
 	}
-	return fmt.Errorf("%q is no name of this server or of a sandbox", host)
+	return fmt.Errorf("%q is not a name of this server or of a sandbox", host)
 }
 
-// count counts the names of a sandbox.
+// count counts a new name of a sandbox, or refuses it.
 func (n *names) count(id, host string, open bool) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -141,12 +141,12 @@ func (n *names) count(id, host string, open bool) error {
 		return nil
 	}
 	if !open || len(n.got[id]) >= namesEach {
-		return fmt.Errorf("%q is not reached, or one name too many of its sandbox", host)
+		return fmt.Errorf("%q does not lead to an open port, or its sandbox has too many names", host)
 	}
 	if n.got == nil {
 		n.got = map[string][]string{}
 	}
-	if len(n.got[id]) == 0 { // a new one comes: those that have ended go
+	if len(n.got[id]) == 0 { // a new sandbox: forget those that have ended
 		maps.DeleteFunc(n.got, func(old string, _ []string) bool {
 			sb, err := n.manager.Any(old)
 			return err != nil || sb.Info().State.Ended()
@@ -156,23 +156,23 @@ func (n *names) count(id, host string, open bool) error {
 	return nil
 }
 
-// certFiles are a certificate and its key in files, which are read again when they change.
+// certFiles is a certificate and its key in files, which are read again when they change.
 type certFiles struct {
 	cert, key string
 	log       *slog.Logger
 
 	mu    sync.Mutex
 	known *tls.Certificate
-	at    time.Time // when the files were changed
-	next  time.Time // when they are looked at again
+	at    time.Time // when the files last changed
+	next  time.Time // when to check them again
 }
 
 const (
 	certLook  = 10 * time.Second
-	certRetry = time.Minute // after files that are not right
+	certRetry = time.Minute // after invalid files
 )
 
-// get is a tls.Config's GetCertificate. While new files are not right, the old ones stay.
+// get is a tls.Config's GetCertificate. While new files are invalid, the old certificate stays in use.
 func (c *certFiles) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -202,7 +202,7 @@ func (c *certFiles) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	return nil, fmt.Errorf("read certificate: %w", err)
 }
 
-// changed is when either file was changed for the last time.
+// changed is when either file last changed.
 func (c *certFiles) changed() (last time.Time, err error) {
 	for _, name := range []string{c.cert, c.key} {
 		info, err := os.Stat(name)
@@ -216,16 +216,16 @@ func (c *certFiles) changed() (last time.Time, err error) {
 	return last, nil
 }
 
-// certLife is how long what 'cert' makes is valid; clients take no longer ones.
+// certLife is how long the certificates of 'cert' are valid; clients accept no longer validity.
 const certLife = 397 * 24 * time.Hour
 
-// runCert makes a certificate authority, if there is none yet, and a certificate for a domain and all below it: for development.
+// runCert makes a certificate authority, if there is none yet, and a certificate for a domain and all names below it: for development.
 func runCert(args []string, getenv func(string) string, stdout, stderr io.Writer) error {
 	var domain, dir string
 	flags := flag.NewFlagSet("soulbox-mcp cert", flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	flags.StringVar(&domain, "domain", "soulbox.localhost", "`domain` of the certificate, which is for all names below it, too")
-	flags.StringVar(&dir, "out", filepath.Join(defaultStateDir(getenv), "tls"), "`directory` that ca.pem, cert.pem and key.pem are put in")
+	flags.StringVar(&domain, "domain", "soulbox.localhost", "`domain` of the certificate, which is also for all names below it")
+	flags.StringVar(&dir, "out", filepath.Join(defaultStateDir(getenv), "tls"), "`directory` for ca.pem, cert.pem and key.pem")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -263,7 +263,7 @@ clients trust it by %[3]s/ca.pem: NODE_EXTRA_CA_CERTS for Node, SSL_CERT_FILE fo
 	return err
 }
 
-// readers says who can read what 'cert' has made: whoever made it alone, who may not be whom the server runs as.
+// readers says who can read the key of 'cert': only the user who made it, which may not be the user that the server runs as.
 func readers(dir string, getenv func(string) string) string {
 	who := fmt.Sprintf("uid %d", os.Geteuid())
 	if u, err := user.Current(); err == nil {
@@ -284,7 +284,7 @@ func certificate(name string) *x509.Certificate {
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(certLife), BasicConstraintsValid: true}
 }
 
-// authority is the certificate authority of a directory.
+// authority reads the certificate authority of a directory, or makes it.
 func authority(dir string) (*x509.Certificate, *ecdsa.PrivateKey, error) {
 	certFile, keyFile := filepath.Join(dir, "ca.pem"), filepath.Join(dir, "ca.key")
 	pair, err := tls.LoadX509KeyPair(certFile, keyFile)
@@ -292,7 +292,7 @@ func authority(dir string) (*x509.Certificate, *ecdsa.PrivateKey, error) {
 		ca, err := x509.ParseCertificate(pair.Certificate[0])
 		key, ok := pair.PrivateKey.(*ecdsa.PrivateKey)
 		if err != nil || !ok || time.Until(ca.NotAfter) < certLife {
-			return nil, nil, fmt.Errorf("%s is none of ours, or ends soon: remove it and ca.key, or name another --out", certFile)
+			return nil, nil, fmt.Errorf("%s was not made by 'cert', or expires soon: remove it and ca.key, or name another --out", certFile)
 		}
 		return ca, key, nil
 	}

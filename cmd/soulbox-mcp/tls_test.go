@@ -18,7 +18,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestInsecureByDefault: sandboxes without a token are possible on loopback alone, unless the operator says otherwise.
+// TestInsecureByDefault: sandboxes without a token are possible only on loopback, unless the operator says otherwise.
 func TestInsecureByDefault(t *testing.T) {
 	for args, want := range map[string]bool{"": true, "--allow-insecure-sandboxes=false": false,
 		"--public-url=https://box.example.com":                            false,
@@ -35,7 +35,7 @@ func TestInsecureByDefault(t *testing.T) {
 	}
 }
 
-// makeCert makes a certificate as 'soulbox-mcp cert' does, and gives its directory.
+// makeCert makes a certificate as 'soulbox-mcp cert' does, and returns its directory.
 func makeCert(t *testing.T, dir, domain string) string {
 	t.Helper()
 	if err := runCert([]string{"--domain", domain, "--out", dir}, func(string) string { return "" }, io.Discard, io.Discard); err != nil {
@@ -44,8 +44,8 @@ func makeCert(t *testing.T, dir, domain string) string {
 	return dir
 }
 
-// TestCert: clients that trust the authority trust the certificate, for the domain and all right below it; another certificate keeps the
-// authority.
+// TestCert: clients that trust the authority trust the certificate, for the domain and all names directly below it; a second certificate
+// keeps the authority.
 func TestCert(t *testing.T) {
 	dir := makeCert(t, filepath.Join(t.TempDir(), "tls"), "box.test")
 	ca, err := os.ReadFile(filepath.Join(dir, "ca.pem"))
@@ -78,7 +78,7 @@ func TestCert(t *testing.T) {
 	if again, err := os.ReadFile(filepath.Join(dir, "ca.pem")); err != nil || string(again) != string(ca) {
 		t.Error("the authority is another one", err)
 	}
-	// The new one is served; broken files are not, and end nothing.
+	// A new certificate is served; broken files are not, and end nothing.
 	files.next = time.Time{}
 	second, err := files.get(nil)
 	if err != nil || slices.Equal(second.Certificate[0], first.Certificate[0]) {
@@ -96,7 +96,7 @@ func TestCert(t *testing.T) {
 	}
 }
 
-// TestCertUnreadable: the server's user may be another than who made the certificate; both are told.
+// TestCertUnreadable: the server may run as another user than the one who made the certificate; 'cert' and the server say what to do.
 func TestCertUnreadable(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "tls")
 	var out strings.Builder
@@ -108,7 +108,7 @@ func TestCertUnreadable(t *testing.T) {
 	}
 	files := &certFiles{cert: filepath.Join(dir, "cert.pem"), key: filepath.Join(dir, "key.pem")}
 	if os.Geteuid() == 0 {
-		return // reads everything; as an ordinary user this goes on
+		return // root can read everything; an ordinary user continues
 	}
 	if err := os.Chmod(dir, 0); err != nil {
 		t.Fatal(err)
@@ -122,7 +122,7 @@ func TestCertUnreadable(t *testing.T) {
 	}
 }
 
-// TestMayHave: certificates are got for names of this server, and of sandboxes that there are.
+// TestMayHave: certificates are requested only for names of this server, and of existing sandboxes.
 func TestMayHave(t *testing.T) {
 	m, err := sandbox.NewManager(sandbox.Options{Dir: t.TempDir(), Runtime: &sandboxtest.Fake{}, Templates: sandboxtest.Templates{}})
 	if err != nil {
@@ -152,7 +152,7 @@ func TestMayHave(t *testing.T) {
 	}
 }
 
-// TestTLSFlags: what cannot work is said at once.
+// TestTLSFlags: flags that cannot work are refused at once.
 func TestTLSFlags(t *testing.T) {
 	dir := makeCert(t, t.TempDir(), "box.test")
 	cert, key := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")

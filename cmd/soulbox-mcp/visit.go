@@ -15,14 +15,14 @@ import (
 )
 
 const (
-	idleTime   = 2 * time.Minute // of a connection without a request
+	idleTime   = 2 * time.Minute // idle time of a connection between requests
 	maxHeaders = 64 << 10
-	maxStreams = 250                    // of one connection in HTTP/2
-	quietTime  = time.Minute            // after which the other end of HTTP/2 is asked whether it is there
-	cutTime    = 300 * time.Millisecond // from the end of a key to that of the connections of its requests
+	maxStreams = 250                    // per HTTP/2 connection
+	quietTime  = time.Minute            // of silence, after which HTTP/2 pings the other end
+	cutTime    = 300 * time.Millisecond // from the end of a key to the end of its requests' connections
 )
 
-// newWeb makes an HTTP server with the bounds that all of ours have. d may count its connections, if they were accepted by it.
+// newWeb makes an HTTP server with the bounds that all of our servers have.
 func newWeb(handler http.Handler, log *slog.Logger) *http.Server {
 	web := &http.Server{
 		Handler: visited(handler), ReadHeaderTimeout: headTime, IdleTimeout: idleTime, MaxHeaderBytes: maxHeaders,
@@ -34,7 +34,7 @@ func newWeb(handler http.Handler, log *slog.Logger) *http.Server {
 		},
 	}
 	web.Protocols.SetHTTP1(true)
-	web.Protocols.SetUnencryptedHTTP2(true) // a proxy that speaks TLS, and gRPC, may use it
+	web.Protocols.SetUnencryptedHTTP2(true) // for a proxy that terminates TLS, and for gRPC
 	return web
 }
 
@@ -43,20 +43,20 @@ type (
 	visitKey struct{}
 )
 
-// visit is one request, for as long as it is served.
+// visit is one request, while it is served.
 type visit struct {
-	conn   *accepted // nil where nobody counts it
+	conn   *accepted // nil if the connection is not counted
 	web    *http.ResponseController
 	cancel context.CancelCauseFunc
 
 	mu    sync.Mutex
-	until context.Context // ends when what let it in is not valid any more; nil: nothing has yet
-	token bool            // that was a token of a provider, whose client has others later
+	until context.Context // ends when the request's credential is no longer valid; nil: it has none yet
+	token bool            // the credential is a provider's token, which its client replaces with others
 	stop  []func()
 	ended bool
 }
 
-// visited has requests end with what has let them in, and their bodies come in time.
+// visited ends requests when their credential is no longer valid, and bounds the time for unread bodies.
 func visited(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithCancelCause(r.Context())
@@ -77,7 +77,7 @@ func visited(next http.Handler) http.Handler {
 		if errors.Is(context.Cause(ctx), access.ErrKey) {
 			panic(http.ErrAbortHandler) // it must not look like a proper end
 		}
-		switch { // net/http reads what nobody has read, to use the connection again. A ResponseWriter without deadlines is a test's
+		switch { // net/http reads what the handler left, to reuse the connection. Only a test's ResponseWriter has no deadlines
 		case body.failed.Load():
 			_ = v.web.SetReadDeadline(time.Unix(1, 0))
 		case !body.whole.Load():
@@ -86,7 +86,7 @@ func visited(next http.Handler) http.Handler {
 	})
 }
 
-// body knows whether it has been read.
+// body records whether a request's body has been read to its end.
 type body struct {
 	io.ReadCloser
 	whole, failed atomic.Bool
@@ -103,7 +103,7 @@ func (b *body) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// admitted notes what has let the request of ctx in: it ends with that.
+// admitted records the credential that has admitted the request of ctx; the request ends with it.
 func admitted(ctx context.Context, g access.Grant) {
 	v, _ := ctx.Value(visitKey{}).(*visit)
 	if v == nil {
@@ -131,7 +131,7 @@ func admitted(ctx context.Context, g access.Grant) {
 	v.stop = append(v.stop, func() { stop() })
 }
 
-// untilOf is how long what the request of ctx begins may go on beyond it; nil is for good.
+// untilOf is a context that bounds what the request of ctx begins and leaves running; nil means no bound.
 func untilOf(ctx context.Context) context.Context {
 	v, _ := ctx.Value(visitKey{}).(*visit)
 	if v == nil {
@@ -145,11 +145,11 @@ func untilOf(ctx context.Context) context.Context {
 	return v.until
 }
 
-// cut breaks off a request that hangs on its client.
+// cut breaks off a request that waits for its client.
 func (v *visit) cut() {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if !v.ended { // a connection that was taken over ends with the context
+	if !v.ended { // a hijacked connection ends with the context
 		_ = errors.Join(v.web.SetReadDeadline(time.Unix(1, 0)), v.web.SetWriteDeadline(time.Unix(1, 0)))
 	}
 }
@@ -158,7 +158,7 @@ func (v *visit) end() {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.ended = true
-	for _, stop := range v.stop { // in this order: a deadline is cancelled when nobody waits for it any more
+	for _, stop := range v.stop { // in this order: a deadline is cancelled once nothing waits for it
 		stop()
 	}
 	v.cancel(nil)

@@ -15,15 +15,15 @@ import (
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
-// greedyServer is a web server of one process that gives each client all that its connection takes, and makes /tmp/full when the
-// connections of all 505 take little more.
+// greedyServer is a web server of one process that gives each client all that its connection accepts, and makes /tmp/full when the
+// connections of all 505 accept hardly more.
 const greedyServer = `perl -MIO::Socket::INET -MIO::Select -e '$l = IO::Socket::INET->new(LocalAddr => "127.0.0.1", LocalPort => 8000, Listen => 1024, ReuseAddr => 1) or die; $l->blocking(0); $SIG{PIPE} = "IGNORE";
 	$b = "x" x 65536; $in = IO::Select->new($l); while (1) { for $s ($in->can_read(0.5)) { if ($s == $l) { while ($c = $l->accept) { $c->blocking(0); $in->add($c) } }
 	else { sysread $s, $q, 65536; $in->remove($s); syswrite $s, "HTTP/1.0 200 OK\r\n\r\n"; push @out, $s } } next if @out < 505;
 	$n = 0; for $s (@out) { while ($w = syswrite $s, $b) { $n += $w } } if ($n < 10_000_000) { open F, ">/tmp/full"; sleep } }'`
 
-// TestVisitorsReadNothing: whoever asks for much and reads nothing costs the server and the sandbox' kernel a little for each connection,
-// and nobody anything else. The visitors are as many as one sandbox takes.
+// TestVisitorsReadNothing: clients that ask for much and read nothing cost the server and the sandbox's kernel a little per connection, and
+// do not affect others. There are as many visitors as one sandbox accepts.
 func TestVisitorsReadNothing(t *testing.T) {
 	state := sandboxtest.Dir(t)
 	w := serve(t, state)
@@ -41,7 +41,7 @@ func TestVisitorsReadNothing(t *testing.T) {
 	sentry := sentryOf(t, state)
 	serverBefore, sentryBefore := anonymous(t, w.cmd.Process.Pid), anonymous(t, sentry)
 	const visitors = 505
-	for len(conns) < visitors { // some at a time: on a busy machine their connections would not be taken in time
+	for len(conns) < visitors { // some at a time: on a busy machine more connections would not be accepted in time
 		from := len(conns)
 		for range min(25, visitors-from) {
 			conn, err := net.Dial("tcp", strings.TrimPrefix(a.Field("url"), "http://"))
@@ -81,7 +81,7 @@ func TestVisitorsReadNothing(t *testing.T) {
 	call("sandbox_kill", map[string]any{"sandbox_id": id, "confirm": true})
 }
 
-// sentryOf is the process of the only sandbox' kernel of a state directory.
+// sentryOf is the kernel process of the only sandbox of a state directory.
 func sentryOf(t *testing.T, state string) int {
 	t.Helper()
 	names, err := filepath.Glob("/proc/[0-9]*/cmdline")
@@ -103,7 +103,7 @@ func sentryOf(t *testing.T, state string) int {
 	return 0
 }
 
-// anonymous is how much memory of its own a process has, in bytes.
+// anonymous is how much memory of its own (anonymous pages) a process has, in bytes.
 func anonymous(t *testing.T, pid int) int64 {
 	t.Helper()
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
@@ -127,7 +127,7 @@ func TestScreensAtOnce(t *testing.T) {
 		t.Helper()
 		return must2(t)(c.Call(t.Context(), tool, args))
 	}
-	// Both screens are used; every cell takes its place, whatever is in it.
+	// Both screens are used; every cell takes its space, whatever is in it.
 	fill := `perl -e '$| = 1; print "line\n" x 320, "\e[?1049h\e[Hdone"; sleep'`
 	a := call("exec", map[string]any{"command": fill, "background": true, "tty": true, "rows": 300, "cols": 500, "tag": "tty"})
 	id := a.Field("sandbox_id")
