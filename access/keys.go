@@ -72,7 +72,8 @@ var (
 func (k *Keys) Create(owner string, valid time.Duration) (secret string, key Key, err error) {
 	if !ownerPattern.MatchString(owner) || valid < 0 {
 		return "", Key{},
-			fmt.Errorf("create key: an owner (--owner) is 1 to 64 letters, digits or . _ @ - and a key is valid for a positive time: %w", ErrInvalid)
+			fmt.Errorf("create key: an owner (--owner) is 1 to 64 letters, digits or . _ @ - and a key is valid for a positive time: %w",
+				ErrInvalid)
 	}
 	var random [24]byte
 	rand.Read(random[:])

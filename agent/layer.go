@@ -13,8 +13,8 @@ import (
 const Whiteout = ".wh."
 
 const (
-	ModeMark = "mark"
-	ModeAll  = "all"
+	ModeMark = "mark" // of Changes: remember what there is, and send nothing
+	ModeAll  = "all"  // send all, and remember nothing
 	// BuildDir holds what a build needs in its sandbox; like the agent's own files it is never part of a layer.
 	BuildDir = "/.soulbox-build"
 )

@@ -39,6 +39,5 @@ type TreeResult struct {
 	Gone bool `json:"gone,omitempty"`
 }
 
-const (
-	MaxTreeBatch = 2000
-)
+// MaxTreeBatch bounds the events of one answer.
+const MaxTreeBatch = 2000

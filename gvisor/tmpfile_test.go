@@ -56,7 +56,8 @@ func TestTmpfileInImage(t *testing.T) {
 			limits.DiskInMemory = inMemory
 			spec := sandbox.Spec{ID: "sbtest", Dir: sandboxtest.Dir(t), Template: sandbox.Template{Image: image}, Limits: limits}
 			c := sandboxtest.Greet(t, boot(t, runtime, spec))
-			for dir, user := range map[string]string{"/": "root", "/usr/bin": "root", "/tmp": "user", "/home/user": "user", "/dev/shm": "user"} {
+			for dir, user := range map[string]string{"/": "root", "/usr/bin": "root", "/tmp": "user", "/home/user": "user",
+				"/dev/shm": "user"} {
 				says(t, c, user, "LC_ALL=C perl -e '"+open(dir)+named(dir)+"'", "0 1 1\n")
 			}
 			says(t, c, "user", "LC_ALL=C perl -e '"+open("/usr/bin")+"'", "13\n")

@@ -17,7 +17,10 @@ const (
 
 	noteAcknowledged = "notifications/subscriptions/acknowledged"
 	noteUpdated      = "notifications/resources/updated"
-	// NoteToolsChanged, NotePromptsChanged and NoteResourcesChanged tell clients to request a list again.
+)
+
+// Notifications that tell clients to request a list again.
+const (
 	NoteToolsChanged     = "notifications/tools/list_changed"
 	NotePromptsChanged   = "notifications/prompts/list_changed"
 	NoteResourcesChanged = "notifications/resources/list_changed"

@@ -176,8 +176,8 @@ func (w *fileWriter) commitNow() error {
 	return nil
 }
 
-// rename gives the file its name. A target that did not exist when openWrite began, but has been created meanwhile, is not replaced: in mode
-// append the content is appended to it, and mode create fails.
+// rename gives the file its name. A target that did not exist when openWrite began, but has been created meanwhile, is not replaced: in
+// mode append the content is appended to it, and mode create fails.
 func (w *fileWriter) rename() error {
 	if w.mode != agent.ModeCreate && w.mode != agent.ModeAppend {
 		return os.Rename(w.temp, w.target)

@@ -45,6 +45,7 @@ type soakServer struct {
 	w        *web
 	kills    int
 	squeezes atomic.Int64 // odd while it has too few descriptors
+	eased    atomic.Int64 // when it last had them again, in ns; it takes the server a moment to see that
 }
 
 func (s *soakServer) now() (*web, int) {
@@ -69,6 +70,9 @@ func (b *box) allows(n int) bool {
 	return slices.ContainsFunc(b.may, func(c counts) bool { return c.low <= n && n <= c.high })
 }
 
+// easeTime is how long a server that had too few descriptors may refuse connections once it has them again.
+const easeTime = 5 * time.Second
+
 // errKilled is the error of a call whose server was killed, or had too few descriptors to keep the connection: its outcome is unknown.
 var errKilled = errors.New("the server was killed")
 
@@ -81,7 +85,7 @@ func (s *soak) count(what string) {
 func (s *soak) call(owner, server int, tool string, args map[string]any) (sandboxtest.Answer, error) {
 	to := s.servers[server]
 	w, kills := to.now()
-	squeezes := to.squeezes.Load()
+	squeezes, began := to.squeezes.Load(), time.Now()
 	c := &sandboxtest.MCP{URL: w.url, Key: s.keys[owner], Modern: true}
 	ctx, cancel := context.WithTimeout(s.t.Context(), 2*time.Minute)
 	defer cancel()
@@ -93,7 +97,8 @@ func (s *soak) call(owner, server int, tool string, args map[string]any) (sandbo
 		return a, fmt.Errorf("%s is not answered: %w", tool, err)
 	}
 	if err != nil {
-		if _, now := to.now(); now != kills || squeezes%2 == 1 || to.squeezes.Load() != squeezes {
+		if _, now := to.now(); now != kills || squeezes%2 == 1 || to.squeezes.Load() != squeezes ||
+			began.Sub(time.Unix(0, to.eased.Load())) < easeTime {
 			return a, fmt.Errorf("%w: %w", errKilled, err)
 		}
 		return a, err

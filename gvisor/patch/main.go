@@ -28,7 +28,9 @@ func main() {
 func run(args []string, stdin io.Reader, stdout io.Writer) error {
 	flags := flag.NewFlagSet("patch", flag.ContinueOnError)
 	module := flags.String("module", "gvisor/runsc", "the module that pins gVisor; its patches/*.patch are applied")
-	to := flags.String("to", "", "write the patched gVisor to `DIR`, which is replaced, and the go.mod and go.sum to build with it to DIR.mod and DIR.sum")
+	to := flags.String("to", "",
+		"write the patched gVisor to `DIR`, which is replaced, and the go.mod and go.sum to build with "+
+			"it to DIR.mod and DIR.sum")
 	record := flags.Bool("record", false,
 		"make a patch of the output of 'git diff -U0' on stdin, for the pinned gVisor; -module says where that is pinned")
 	if err := flags.Parse(args); err != nil {

@@ -1,0 +1,115 @@
+package soulbox_test
+
+import (
+	"go/ast"
+	"go/parser"
+	"go/scanner"
+	"go/token"
+	"path"
+	"strings"
+	"testing"
+	"unicode/utf8"
+)
+
+// sources calls each with every Go file of the repository that somebody has written.
+func sources(t *testing.T, each func(name string, src []byte)) {
+	t.Helper()
+	for _, name := range repositoryFiles(t) {
+		if path.Ext(name) == ".go" && !strings.HasPrefix(name, "api/envd/spec/") {
+			each(name, []byte(read(t, name)))
+		}
+	}
+}
+
+// TestGoColumns: lines of code are short enough to be read side by side. A raw string is data: what is in it, such as a program, stays as
+// it is.
+func TestGoColumns(t *testing.T) {
+	sources(t, func(name string, src []byte) {
+		raw := rawLines(src)
+		for number, line := range strings.Split(string(src), "\n") {
+			if n := utf8.RuneCountInString(strings.ReplaceAll(line, "\t", "    ")); n > maxColumns && !raw[number+1] {
+				t.Errorf("%s:%d has %d columns, at most %d are allowed", name, number+1, n, maxColumns)
+			}
+		}
+	})
+}
+
+// rawLines are the lines in which raw strings are.
+func rawLines(src []byte) map[int]bool {
+	files := token.NewFileSet()
+	file := files.AddFile("", files.Base(), len(src))
+	var s scanner.Scanner
+	s.Init(file, src, nil, 0)
+	raw := map[int]bool{}
+	for {
+		pos, kind, text := s.Scan()
+		if kind == token.EOF {
+			return raw
+		}
+		if kind == token.STRING && text[0] == '`' {
+			first := file.Line(pos)
+			for i := range strings.Count(text, "\n") + 1 {
+				raw[first+i] = true
+			}
+		}
+	}
+}
+
+// TestExportedDocs: each exported name has a sentence. Names in a group may share the group's.
+func TestExportedDocs(t *testing.T) {
+	sources(t, func(name string, src []byte) {
+		if strings.HasSuffix(name, "_test.go") {
+			return
+		}
+		files := token.NewFileSet()
+		parsed, err := parser.ParseFile(files, name, src, parser.ParseComments)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if parsed.Name.Name == "main" {
+			return
+		}
+		want := func(id *ast.Ident, docs ...*ast.CommentGroup) {
+			for _, doc := range docs {
+				if doc != nil {
+					return
+				}
+			}
+			if id.IsExported() {
+				t.Errorf("%s: %s has no comment", files.Position(id.Pos()), id.Name)
+			}
+		}
+		for _, d := range parsed.Decls {
+			switch d := d.(type) {
+			case *ast.FuncDecl:
+				if d.Recv == nil || exportedType(d.Recv.List[0].Type) {
+					want(d.Name, d.Doc)
+				}
+			case *ast.GenDecl:
+				for _, s := range d.Specs {
+					switch s := s.(type) {
+					case *ast.TypeSpec:
+						want(s.Name, d.Doc, s.Doc, s.Comment)
+					case *ast.ValueSpec:
+						for _, id := range s.Names {
+							want(id, d.Doc, s.Doc, s.Comment)
+						}
+					}
+				}
+			}
+		}
+	})
+}
+
+// exportedType says whether the receiver of a method is of a type that others see.
+func exportedType(e ast.Expr) bool {
+	switch e := e.(type) {
+	case *ast.StarExpr:
+		return exportedType(e.X)
+	case *ast.IndexExpr:
+		return exportedType(e.X)
+	case *ast.Ident:
+		return e.IsExported()
+	}
+	return false
+}
