@@ -277,7 +277,15 @@ func (e *egress) fail(w http.ResponseWriter, to string, tunnel bool, err error) 
 		http.Error(w, "SoulBox: "+err.Error()+".", http.StatusServiceUnavailable)
 		return
 	}
-	http.Error(w, "SoulBox: "+err.Error(), http.StatusBadGateway)
+	why := err.Error()
+	var dns *net.DNSError
+	if errors.As(err, &dns) { // whom this machine asks for names is nobody's business
+		why = fmt.Sprintf("%s: %s", dns.Name, dns.Err)
+	}
+	if e.notes.Allow() && !errors.Is(err, context.Canceled) {
+		e.note("no connection to %s: %s", agent.Inert([]byte(to)), agent.Inert([]byte(why)))
+	}
+	http.Error(w, "SoulBox: "+why, http.StatusBadGateway)
 }
 
 // connect makes a tunnel.
