@@ -86,6 +86,7 @@ var onlyIn = map[string][]string{
 	"github.com/BurntSushi/toml":      {"cmd/soulbox"},
 	"github.com/rogpeppe/go-internal": {"cmd/soulbox"},
 	"golang.org/x/term":               {"cmd/soulbox"},
+	"go.uber.org/goleak":              {"internal/sandboxtest"},
 }
 
 // agentMayUse are the libraries that the agent may use; it must stay small.
