@@ -70,7 +70,8 @@ func TestFiles(t *testing.T) {
 		}
 	}
 	broken := errors.New("broken")
-	if err := c.Upload(ctx, box.ID, dir+"/half", io.MultiReader(strings.NewReader("half"), errorReader{broken})); !errors.Is(err, broken) {
+	half := io.MultiReader(strings.NewReader("half"), errorReader{broken})
+	if err := c.Upload(ctx, box.ID, dir+"/half", half); !errors.Is(err, broken) {
 		t.Error(err)
 	}
 	if _, err := os.Stat(dir + "/half"); !errors.Is(err, os.ErrNotExist) {
@@ -213,11 +214,12 @@ func TestSession(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(again.Write(ctx, bytes.Repeat([]byte("x"), 3<<20)), again.CloseInput(ctx)); err != nil { // more than goes at once
+	more := strings.Repeat("x", 3<<20) // than goes at once
+	if err := errors.Join(again.Write(ctx, []byte(more)), again.CloseInput(ctx)); err != nil {
 		t.Error(err)
 	}
 	var rest output
-	if exit, err := again.Follow(ctx, &rest, &rest, nil); err != nil || exit != (client.Exit{}) || rest.String() != "e\n"+strings.Repeat("x", 3<<20) {
+	if exit, err := again.Follow(ctx, &rest, &rest, nil); err != nil || exit != (client.Exit{}) || rest.String() != "e\n"+more {
 		t.Errorf("%d bytes, %+v %v", len(rest.String()), exit, err)
 	}
 	if err := again.Write(ctx, []byte("late")); err == nil || client.Unreachable(err) {
@@ -244,7 +246,8 @@ func TestTerminal(t *testing.T) {
 	s := newSite(t)
 	c, ctx := s.as("ann"), t.Context()
 	box := s.create(c)
-	p, out := s.start(c, box, client.Command{Args: []string{"sh", "-c", "stty size; read x; stty size"}, Terminal: &client.Size{Rows: 10, Cols: 20}})
+	p, out := s.start(c, box, client.Command{Args: []string{"sh", "-c", "stty size; read x; stty size"},
+		Terminal: &client.Size{Rows: 10, Cols: 20}})
 	done := make(chan error, 1)
 	go func() {
 		_, err := p.Follow(ctx, out, nil, nil)
@@ -305,6 +308,11 @@ func TestComingBack(t *testing.T) {
 		}
 		if err := p.Kill(ctx); !test.want(err) {
 			t.Errorf("%s: kill: %v", name, err)
+		}
+		if name == "paused" { // what follows in the server writes to it, and ends once it is read, or gone
+			if err := c.Kill(ctx, box.ID); err != nil {
+				t.Error(err)
+			}
 		}
 	}
 }

@@ -62,7 +62,8 @@ func TestSandboxLife(t *testing.T) {
 	if got := list(client.List{Metadata: map[string]string{"a b": "1&2=ä", "x": "y"}}); !slices.Equal(got, []string{box.ID}) {
 		t.Errorf("%q", got)
 	}
-	if _, err := c.Sandboxes(ctx, client.List{States: []string{"asleep"}}); err == nil || !strings.Contains(err.Error(), `there is no state "asleep"`) {
+	if _, err := c.Sandboxes(ctx, client.List{States: []string{"asleep"}}); err == nil ||
+		!strings.Contains(err.Error(), `there is no state "asleep"`) {
 		t.Error(err)
 	}
 	box, err = c.Update(ctx, box.ID, client.Update{TimeoutS: ptr(int64(1000)), Metadata: map[string]*string{"x": nil, "z": ptr("1")}})
