@@ -206,7 +206,8 @@ func TestSession(t *testing.T) {
 		t.Error(err)
 	}
 	all, err := c.Processes(ctx, box.ID)
-	if err != nil || len(all) != 1 || all[0].Tag != "kept" || all[0].State != "running" || all[0].PID != p.PID || all[0].ID != p.Process().ID ||
+	if err != nil || len(all) != 1 || all[0].Tag != "kept" || all[0].State != "running" || all[0].PID != p.PID ||
+		all[0].ID != p.Process().ID ||
 		!all[0].StdinOpen || all[0].Output != 4 {
 		t.Fatalf("%+v %v", all, err)
 	}
