@@ -344,7 +344,7 @@ func TestReadSandbox(t *testing.T) {
 	if err := sb.Pause(t.Context(), sandbox.PauseOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	fields(uri, "state=paused paused_at cause on_disk=false auto_resume=false life_left_ms removed_at", "ends_at", "ended_at")
+	fields(uri, "state=paused paused_at cause life_left_ms", "on_disk", "auto_resume", "ended_at")
 	fields(uri+"/metrics", "time totals samples", "now")
 	if err := sb.Kill(sandbox.CauseKilled); err != nil {
 		t.Fatal(err)
