@@ -296,7 +296,7 @@ func TestArchiveRefused(t *testing.T) {
 		"a package without a sum": {do: func(d *debian) { d.list[0] = strings.Replace(d.list[0], "SHA256: ", "SHA256: no", 1) },
 			want: "the archive has no package apt"},
 		"a package that is none": {do: func(d *debian) { d.bad("!<arch>\n") }, want: "package bad: it has no files"},
-		"a package of nothing":   {do: func(d *debian) { d.bad("") }, want: "package bad: it is no package"},
+		"a package of nothing":   {do: func(d *debian) { d.bad("") }, want: "package bad: it is not a package"},
 		"a package cut short":    {do: func(d *debian) { d.bad(string(deb([]byte("x"))[:70])) }, want: "package bad: it is cut short"},
 		"a package that says so": {do: func(d *debian) {
 			d.bad("!<arch>\n" + fmt.Sprintf("%-48s%-10d`\n", "data.tar", -1))
@@ -349,7 +349,7 @@ func TestArchiveOptions(t *testing.T) {
 		}
 	}
 	if _, err := (&Builder{}).BuildBase(t.Context(), BaseOptions{Variant: "rust"}); err == nil ||
-		err.Error() != `there is no variant "rust"; there are node and python` {
+		err.Error() != `there is no variant "rust"; the variants are node and python` {
 		t.Error(err)
 	}
 	release, err := archive{client: http.DefaultClient}.get(t.Context(), d.url+"/"+inRelease, maxRelease)
