@@ -53,14 +53,15 @@ var mayImport = map[string][]string{
 
 // testsMayImport adds to mayImport for tests: a runtime is tested with the domain above it and a template below.
 var testsMayImport = map[string][]string{
-	"sandbox":   {"internal/sandboxtest", "agent/guest"},
-	"gvisor":    {"internal/sandboxtest", "internal/erofs", "agent", "template"},
-	"template":  {"internal/sandboxtest", "gvisor"},
-	"tools":     {"internal/sandboxtest", "mcpserver"},
-	"resources": {"internal/sandboxtest", "mcpserver"},
-	"api":       {"internal/sandboxtest", "api/envd/spec/process/processconnect", "api/envd/spec/filesystem/filesystemconnect"},
-	"api/envd":  {"internal/sandboxtest"},
-	"agent":     {},
+	"sandbox":    {"internal/sandboxtest", "agent/guest"},
+	"gvisor":     {"internal/sandboxtest", "internal/erofs", "agent", "template"},
+	"template":   {"internal/sandboxtest", "gvisor"},
+	"tools":      {"internal/sandboxtest", "mcpserver"},
+	"resources":  {"internal/sandboxtest", "mcpserver"},
+	"api":        {"internal/sandboxtest", "api/envd/spec/process/processconnect", "api/envd/spec/filesystem/filesystemconnect"},
+	"api/envd":   {"internal/sandboxtest"},
+	"api/client": {"api", "sandbox", "template", "internal/sandboxtest"},
+	"agent":      {},
 }
 
 // onlyIn says which packages may import a library. Libraries not named here are free to all packages but the agent.
@@ -86,6 +87,7 @@ var onlyIn = map[string][]string{
 	"github.com/BurntSushi/toml":      {"cmd/soulbox"},
 	"github.com/rogpeppe/go-internal": {"cmd/soulbox"},
 	"golang.org/x/term":               {"cmd/soulbox"},
+	"go.uber.org/goleak":              {"internal/sandboxtest"},
 }
 
 // agentMayUse are the libraries that the agent may use; it must stay small.

@@ -226,6 +226,7 @@ var statuses = []struct {
 	{sandbox.ErrNotFound, http.StatusNotFound},
 	{sandbox.ErrNoTemplate, http.StatusNotFound},
 	{sandbox.ErrNoSnapshot, http.StatusNotFound},
+	{sandbox.ErrNotExposed, http.StatusNotFound},
 	{template.ErrNoBuild, http.StatusNotFound},
 	{sandbox.ErrTooMany, http.StatusTooManyRequests},
 	{sandbox.ErrNoRoom, http.StatusServiceUnavailable},

@@ -98,7 +98,7 @@ func (s *Service) of(ctx context.Context, who string, i sandbox.Info) []mcp.Reso
 	if err != nil {
 		return list
 	}
-	for _, p := range processes[max(0, len(processes)-maxOutputs):] {
+	for _, p := range processes[:min(maxOutputs, len(processes))] { // the newest come first
 		what := "Output of a process that has exited"
 		if p.State == agent.StateRunning {
 			what = "Output of a running process"

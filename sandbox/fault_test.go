@@ -84,6 +84,7 @@ func (o *outage) step(_, _ string, size int) (int, error) {
 func TestPowerFails(t *testing.T) {
 	for at := 1; ; at++ {
 		dir, fake := t.TempDir(), &mortal{Fake: &sandboxtest.Fake{}}
+		fake.EndAfter(t)
 		power := &outage{at: at, runtime: fake}
 		first, err := sandbox.NewManager(faulty(dir, fake, power))
 		if err != nil {

@@ -19,6 +19,7 @@ import (
 // newManager makes a Manager on the Fake. Its state directory can be given to another Manager.
 func newManager(t *testing.T, dir string, fake *sandboxtest.Fake, change func(*sandbox.Options)) *sandbox.Manager {
 	t.Helper()
+	fake.EndAfter(t)
 	o := sandbox.Options{Dir: dir, Runtime: fake, Templates: sandboxtest.Templates{}, Version: "test", MemoryBudget: 8 << 30}
 	if change != nil {
 		change(&o)
@@ -45,7 +46,9 @@ func create(t *testing.T, m *sandbox.Manager, o sandbox.CreateOptions) *sandbox.
 }
 
 func TestFake(t *testing.T) {
-	sandboxtest.Suite(t, &sandboxtest.Fake{}, sandbox.Template{Name: "host"}, sandbox.DefaultLimits())
+	fake := &sandboxtest.Fake{}
+	fake.EndAfter(t)
+	sandboxtest.Suite(t, fake, sandbox.Template{Name: "host"}, sandbox.DefaultLimits())
 }
 
 func TestLife(t *testing.T) {

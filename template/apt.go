@@ -66,7 +66,11 @@ func findSources(etc, codename string) ([]aptSource, error) {
 		}
 		switch filepath.Ext(name) {
 		case ".sources":
-			all = append(all, deb822(body)...)
+			more, err := deb822(body)
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", name, err)
+			}
+			all = append(all, more...)
 		case ".list":
 			all = append(all, oneLine(body)...)
 		}
@@ -95,9 +99,13 @@ func defaultKeyring() string {
 	return ""
 }
 
-func deb822(body []byte) []aptSource {
+func deb822(body []byte) ([]aptSource, error) {
+	parts, err := paragraphs(bytes.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
 	var all []aptSource
-	for _, fields := range paragraphs(bytes.NewReader(body)) {
+	for _, fields := range parts {
 		if !slices.Contains(strings.Fields(fields["types"]), "deb") || !slices.Contains(strings.Fields(fields["components"]), "main") ||
 			fields["enabled"] == "no" {
 			continue
@@ -108,7 +116,7 @@ func deb822(body []byte) []aptSource {
 			}
 		}
 	}
-	return all
+	return all, nil
 }
 
 func oneLine(body []byte) []aptSource {
@@ -138,7 +146,7 @@ func oneLine(body []byte) []aptSource {
 }
 
 // paragraphs reads paragraphs of fields (deb822(5)). Field names become lower case. Continuation lines are joined by newlines.
-func paragraphs(r io.Reader) []map[string]string {
+func paragraphs(r io.Reader) ([]map[string]string, error) {
 	var all []map[string]string
 	fields, last := map[string]string{}, ""
 	flush := func() {
@@ -166,7 +174,7 @@ func paragraphs(r io.Reader) []map[string]string {
 		}
 	}
 	flush()
-	return all
+	return all, in.Err() // half of an index is none
 }
 
 // archive reads packages of an archive. It trusts only what a signature covers.
@@ -214,13 +222,15 @@ func (a archive) packages(ctx context.Context, s aptSource) ([]aptPackage, error
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", suite, err)
 	}
-	fields := paragraphs(bytes.NewReader(signed))
+	fields, err := paragraphs(bytes.NewReader(signed))
+	if err != nil {
+		return nil, fmt.Errorf("%s: read its InRelease: %w", suite, err)
+	}
 	if len(fields) == 0 {
 		return nil, fmt.Errorf("%s: its InRelease is empty", suite)
 	}
-	if until, err := time.Parse(time.RFC1123, fields[0]["valid-until"]); err == nil && time.Now().After(until) {
-		return nil, fmt.Errorf("%s: its InRelease expired at %s; use another mirror, or set the clock", suite,
-			until.Format(time.RFC3339))
+	if err := current(fields[0], s.suite); err != nil {
+		return nil, fmt.Errorf("%s: %w", suite, err)
 	}
 	name := path.Join("main", "binary-"+debArch(), "Packages.xz")
 	sum := ""
@@ -247,7 +257,35 @@ func (a archive) packages(ctx context.Context, s aptSource) ([]aptPackage, error
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", file, err)
 	}
-	return parsePackages(io.LimitReader(plain, maxPackages), s.uri), nil
+	list, err := parsePackages(io.LimitReader(plain, maxPackages), s.uri)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	return list, nil
+}
+
+// current says whether a signed release is of the suite, and still to be used: a mirror can give one that was signed for another suite, or
+// long ago. Releases without Valid-Until last, such as those of Debian's stable suites.
+func current(release map[string]string, suite string) error {
+	if release["suite"] != suite && release["codename"] != suite {
+		return fmt.Errorf("its InRelease is of the suite %q, %q; use another mirror, or name that suite by --suite", release["suite"],
+			release["codename"])
+	}
+	text := release["valid-until"]
+	if text == "" {
+		return nil
+	}
+	until, err := time.Parse(time.RFC1123, text)
+	if err != nil {
+		until, err = time.Parse(time.RFC1123Z, text)
+	}
+	if err != nil {
+		return fmt.Errorf("its InRelease is valid until %q, which is no date; use another mirror", text)
+	}
+	if time.Now().After(until) {
+		return fmt.Errorf("its InRelease expired at %s; use another mirror, or set the clock", until.Format(time.RFC3339))
+	}
+	return nil
 }
 
 // verify returns the signed part of a clear-signed text if a key of the keyring has signed it.
@@ -288,9 +326,13 @@ func debArch() string {
 	return cmp.Or(map[string]string{"arm": "armhf", "386": "i386", "ppc64le": "ppc64el"}[runtime.GOARCH], runtime.GOARCH)
 }
 
-func parsePackages(r io.Reader, uri string) []aptPackage {
+func parsePackages(r io.Reader, uri string) ([]aptPackage, error) {
+	parts, err := paragraphs(r)
+	if err != nil {
+		return nil, err
+	}
 	var all []aptPackage
-	for _, f := range paragraphs(r) {
+	for _, f := range parts {
 		p := aptPackage{name: f["package"], version: f["version"], priority: f["priority"], file: f["filename"], sha256: f["sha256"],
 			uri: uri, essential: f["essential"] == "yes"}
 		if p.name == "" || p.file == "" || !isHex(p.sha256) || strings.Contains(p.file, "..") {
@@ -316,7 +358,7 @@ func parsePackages(r io.Reader, uri string) []aptPackage {
 		}
 		all = append(all, p)
 	}
-	return all
+	return all, nil
 }
 
 // packageName strips the version and the architecture from a dependency.
@@ -395,70 +437,4 @@ func pick(group []string, chosen map[string]bool, best map[string]aptPackage, pr
 		}
 	}
 	return ""
-}
-
-// compareVersions compares versions as deb-version(7) defines.
-func compareVersions(a, b string) int {
-	split := func(v string) (epoch, upstream, revision string) {
-		epoch = "0"
-		if e, rest, ok := strings.Cut(v, ":"); ok {
-			epoch, v = e, rest
-		}
-		if i := strings.LastIndexByte(v, '-'); i >= 0 {
-			return epoch, v[:i], v[i+1:]
-		}
-		return epoch, v, ""
-	}
-	ea, ua, ra := split(a)
-	eb, ub, rb := split(b)
-	return cmp.Or(comparePart(ea, eb), comparePart(ua, ub), comparePart(ra, rb))
-}
-
-func comparePart(a, b string) int {
-	for a != "" || b != "" {
-		for a != "" && !isDigit(a[0]) || b != "" && !isDigit(b[0]) {
-			if c := cmp.Compare(order(a), order(b)); c != 0 {
-				return c
-			}
-			a, b = tail(a), tail(b)
-		}
-		var na, nb string
-		na, a = digits(a)
-		nb, b = digits(b)
-		if c := cmp.Or(cmp.Compare(len(na), len(nb)), cmp.Compare(na, nb)); c != 0 {
-			return c
-		}
-	}
-	return 0
-}
-
-func isDigit(c byte) bool { return c >= '0' && c <= '9' }
-
-// order returns the weight of the first character: a tilde sorts before the end, letters before all others.
-func order(s string) int {
-	switch {
-	case s == "" || isDigit(s[0]):
-		return 0
-	case s[0] == '~':
-		return -1
-	case s[0] >= 'a' && s[0] <= 'z' || s[0] >= 'A' && s[0] <= 'Z':
-		return int(s[0])
-	}
-	return int(s[0]) + 256
-}
-
-func tail(s string) string {
-	if s == "" || isDigit(s[0]) {
-		return s
-	}
-	return s[1:]
-}
-
-// digits cuts a number off the front and drops its leading zeros.
-func digits(s string) (number, rest string) {
-	i := 0
-	for i < len(s) && isDigit(s[i]) {
-		i++
-	}
-	return strings.TrimLeft(s[:i], "0"), s[i:]
 }

@@ -215,7 +215,10 @@ func decode(raw json.RawMessage, in any) error {
 	}
 	for _, name := range names {
 		if f, missing := fields[name]; missing && !strings.Contains(f.Tag.Get("json"), ",omit") {
-			return badArgument("The argument %q is missing: %s.", name, f.Tag.Get("jsonschema"))
+			if what := f.Tag.Get("jsonschema"); what != "" {
+				return badArgument("The argument %q is missing: %s.", name, what)
+			}
+			return badArgument("The argument %q is missing.", name) // its name says what it is
 		}
 	}
 	return nil

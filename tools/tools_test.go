@@ -2,10 +2,8 @@ package tools_test
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -17,7 +15,6 @@ import (
 	"github.com/mark3labs/mcp-go/server"
 
 	"soulbox.dev/soulbox/internal/sandboxtest"
-	"soulbox.dev/soulbox/mcpserver"
 	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/tools"
 )
@@ -36,14 +33,16 @@ func newServer(t *testing.T) (*server.MCPServer, *sandbox.Manager) {
 		}
 	})
 	s := server.NewMCPServer("test", "1", server.WithOutputSchemaValidation())
-	service, err := tools.New(tools.Options{Manager: m, FileURL: func(sb *sandbox.Sandbox, path, operation string, until time.Time) string {
-		return "http://127.0.0.1:8787/v1/sandboxes/" + sb.ID() + "/files?path=" + path
-	}})
+	service, err := tools.New(tools.Options{Manager: m, FileURL: fileURL})
 	if err != nil {
 		t.Fatal(err)
 	}
 	service.Register(s)
 	return s, m
+}
+
+func fileURL(sb *sandbox.Sandbox, path, operation string, until time.Time) string {
+	return "http://127.0.0.1:8787/v1/sandboxes/" + sb.ID() + "/files?path=" + path
 }
 
 func listTools(t *testing.T, s *server.MCPServer) []mcp.Tool {
@@ -158,73 +157,19 @@ func TestWholeNumbers(t *testing.T) {
 	}
 }
 
-// conversation runs a script of tool calls through the stdio loop and records the answers. Lines: "> tool {arguments}".
-func conversation(t *testing.T, script string) []byte {
-	t.Helper()
-	s, _ := newServer(t)
-	inR, inW := io.Pipe()
-	outR, outW := io.Pipe()
-	done := make(chan error, 1)
-	go func() {
-		done <- mcpserver.Stdio{Server: mcpserver.New(mcpserver.Options{MCP: s})}.Serve(context.Background(), inR, outW)
-	}()
-	answers := json.NewDecoder(outR)
-	var out bytes.Buffer
-	for i, line := range strings.Split(strings.TrimSpace(script), "\n") {
-		if !strings.HasPrefix(line, "> ") {
-			continue
-		}
-		tool, args, _ := strings.Cut(strings.TrimPrefix(line, "> "), " ")
-		fmt.Fprintln(&out, line)
-		if _, err := fmt.Fprintf(inW, `{"jsonrpc":"2.0","id":%d,"method":"tools/call","params":{"name":%q,"arguments":%s}}`+"\n", i, tool,
-			args); err != nil {
-			t.Fatal(err)
-		}
-		type reply struct {
-			ID     any
-			Error  any
-			Result struct {
-				IsError           bool
-				StructuredContent map[string]any
-				Content           []struct{ Type, Text, MimeType string }
-			}
-		}
-		var answer reply
-		for answer.ID == nil { // notifications come before the answer
-			answer = reply{}
-			if err := answers.Decode(&answer); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if answer.Error != nil {
-			fmt.Fprintf(&out, "error: %v\n", answer.Error)
-		}
-		if answer.Result.IsError {
-			out.WriteString("isError: ")
-		} else if answer.Result.StructuredContent == nil {
-			t.Errorf("%s: no structured content", line)
-		}
-		for _, c := range answer.Result.Content {
-			fmt.Fprintln(&out, strings.TrimSpace(c.Type+" "+c.MimeType)+":", c.Text)
-		}
-		if structured, err := json.Marshal(answer.Result.StructuredContent); err == nil && answer.Result.StructuredContent != nil {
-			fmt.Fprintf(&out, "= %s\n", structured)
-		}
+// steady replaces what differs from run to run, beside what the conversation itself knows.
+func steady(out []byte, known map[string]string) []byte {
+	if port := known["port"]; port != "" {
+		out = regexp.MustCompile(`\b`+port+`\b`).ReplaceAll(out, []byte("PORT"))
 	}
-	_ = inW.Close()
-	if err := <-done; err != nil {
-		t.Fatal(err)
-	}
-	return steady(out.Bytes())
-}
-
-// steady replaces what differs from run to run.
-func steady(out []byte) []byte {
 	for _, r := range []struct{ pattern, with string }{
 		{`sb[a-z2-7]{20}`, "SANDBOX"},
 		{`/tmp/[^ "'\n\\]*?/sandboxes/SANDBOX`, "HOME"},
 		{`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z`, "TIME"},
 		{`"life_left_ms":\d+`, `"life_left_ms":N`}, {`"saved_age_s":\d+`, `"saved_age_s":N`}, {`leaves [0-9hms.]+ from`, "leaves N from"},
+		{`127\.0\.0\.1:\d{4,5}`, "127.0.0.1:N"}, {`[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f-]{21}`, "BUILD"},
+		{`"took_ms":\d+`, `"took_ms":N`}, {`MB, \d+\.\d s\.`, "MB, N s."},
+		{`(cursor |"cursor":"|Watch ")w[a-z2-7]{8}`, "${1}WATCH"},
 		{`ended after [0-9.]+m?s`, "ended after N"}, {`after \d+ ms`, "after N ms"}, {`"duration_ms":\d+`, `"duration_ms":N`},
 		{`cpu \d+ ms, memory \d+ MB`, "cpu N ms, memory N MB"}, {`"cpu_ms":\d+`, `"cpu_ms":N`}, {`,"memory_mb":\d+,"output`, `,"output`},
 		{`,"listening_ports":\[[^\]]*\]`, ""}, {`usage: .*`, "usage: N"}, {`"usage":\{[^}]*\}`, `"usage":{}`},

@@ -65,6 +65,8 @@ func (a *acceptors) on(ctx context.Context, address string) (chan net.Conn, erro
 				case conns <- conn:
 				case <-timer.C:
 					_ = conn.Close()
+				case <-ctx.Done(): // the agent is at its end
+					_ = conn.Close()
 				}
 			}()
 		}

@@ -22,24 +22,6 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// TestMain checks that no goroutine outlives the tests.
-func TestMain(m *testing.M) {
-	code := m.Run()
-	for end := time.Now().Add(10 * time.Second); code == 0; time.Sleep(10 * time.Millisecond) {
-		buf := make([]byte, 1<<20)
-		stacks := string(buf[:runtime.Stack(buf, true)])
-		if !strings.Contains(stacks, "soulbox/agent.(") && !strings.Contains(stacks, "soulbox/agent/guest.(") &&
-			!strings.Contains(stacks, "yamux") {
-			break
-		}
-		if time.Now().After(end) {
-			fmt.Fprintf(os.Stderr, "goroutines are left:\n%s", stacks)
-			code = 1
-		}
-	}
-	os.Exit(code)
-}
-
 // pair is a client and a server on an in-memory pipe, with real processes of this machine.
 func pair(t testing.TB) (*agent.Client, string) {
 	t.Helper()

@@ -111,12 +111,38 @@ func attrsOver(target string, h agent.Header) map[string]string {
 
 // resolve follows the links of an existing path.
 func resolve(name string) (string, error) {
+	for range resolveTries {
+		real, err := resolveOnce(name)
+		if err != nil || real != "" {
+			return real, err
+		}
+	}
+	return "", &fs.PathError{Op: "open", Path: name, Err: fs.ErrNotExist}
+}
+
+// resolveTries is how often a name is looked up of whose file another one takes the place.
+const resolveTries = 100
+
+// resolveOnce gives nothing if another file has taken the place of the one that it found: the kernel then names it "NAME (deleted)", which
+// must not be taken for a name.
+func resolveOnce(name string) (string, error) {
 	fd, err := unix.Open(name, unix.O_PATH|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return "", &fs.PathError{Op: "open", Path: name, Err: err}
 	}
 	defer unix.Close(fd)
-	return os.Readlink("/proc/self/fd/" + strconv.Itoa(fd))
+	real, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(fd))
+	if err != nil || !strings.HasSuffix(real, " (deleted)") {
+		return real, err
+	}
+	var found, there unix.Stat_t
+	if err := unix.Fstat(fd, &found); err != nil {
+		return "", &fs.PathError{Op: "stat", Path: name, Err: err}
+	}
+	if unix.Lstat(real, &there) == nil && there.Dev == found.Dev && there.Ino == found.Ino {
+		return real, nil // it has that name
+	}
+	return "", nil
 }
 
 // openAppend opens an existing file to write at its end.

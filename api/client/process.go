@@ -124,6 +124,9 @@ func by(pid int) *pb.ProcessSelector {
 
 // Start starts a process and follows it. When the server is gone, again finds the server that now has the sandbox.
 func (c *Client) Start(ctx context.Context, sandbox string, cmd Command, again func(context.Context) (*Client, error)) (*Session, error) {
+	if len(cmd.Args) == 0 {
+		return nil, errors.New("there is no command: give its name, and its arguments")
+	}
 	bytes := !utf8.ValidString(cmd.Cwd) || slices.ContainsFunc(cmd.Args, func(arg string) bool { return !utf8.ValidString(arg) })
 	if bytes { // otherwise older servers understand it too
 		cmd.Args, cmd.Cwd = slices.Clone(cmd.Args), names.Show(cmd.Cwd)

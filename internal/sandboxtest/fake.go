@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"testing"
 
 	"soulbox.dev/soulbox/agent/guest"
 
@@ -36,6 +37,27 @@ type Fake struct {
 	saved    map[string]*guest.Server // of machines that have ended, by the name of their checkpoint
 	unwell   error
 	asked    int
+	ends     sync.Once
+}
+
+// EndAfter has what runs in machines, or is saved, end with the test: what a test left is nothing that its package has lost. The first test
+// that asks for it is the one; what it closes itself is to be asked for later.
+func (f *Fake) EndAfter(t testing.TB) {
+	f.ends.Do(func() { t.Cleanup(f.end) })
+}
+
+func (f *Fake) end() {
+	f.mu.Lock()
+	machines, saved := f.machines, f.saved
+	f.machines, f.saved = nil, nil
+	f.mu.Unlock()
+	for _, m := range machines {
+		m.stop()
+		m.server.Close()
+	}
+	for _, server := range saved {
+		server.Close()
+	}
 }
 
 // Sicken makes every Check fail.
