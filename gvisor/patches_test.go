@@ -43,7 +43,8 @@ func TestPatches(t *testing.T) {
 			`for i in 1 2 3 4 5 6 7 8 9; do mkdir -p n/d$i; echo > n/f$i; done; find n /etc /usr/bin -xdev -printf "%D %i %n %y\n" | awk '$3 == 1 || $4 == "d"' | sort | uniq -d | wc -l`, "0"},
 		{"hard links", `echo > h1; ln h1 h2; stat -c %i h1 h2 | uniq | wc -l; test h1 -ef h2 && echo same`, "1\nsame"},
 
-		{"a device on a read-only mount", `for d in null fuse; do test -r /dev/$d && test -w /dev/$d && echo $d; done; test -w /dev; echo $?`,
+		{"a device on a read-only mount",
+			`for d in null fuse; do test -r /dev/$d && test -w /dev/$d && echo $d; done; test -w /dev; echo $?`,
 			"null\nfuse\n1"},
 		{"vmstat", `awk '$1 == "nr_free_pages" && $2 > 0 || $1 == "pgpgin" || $1 == "pswpout" {print $1}' /proc/vmstat`,
 			"nr_free_pages\npgpgin\npswpout"},

@@ -281,7 +281,8 @@ func TestReadFiles(t *testing.T) {
 		names = append(names, strings.TrimPrefix(strings.Join(f[:2], " "), dir+"/"))
 	}
 	slices.Sort(names)
-	if got := strings.Join(names, ","); !strings.HasPrefix(got, "a.txt 7,b.bin 3,big 1048586,d/ ") || !strings.HasSuffix(got, ",odd %?# 3") {
+	if got := strings.Join(names, ","); !strings.HasPrefix(got, "a.txt 7,b.bin 3,big 1048586,d/ ") ||
+		!strings.HasSuffix(got, ",odd %?# 3") {
 		t.Error(got)
 	}
 }
@@ -422,11 +423,13 @@ func TestNotFound(t *testing.T) {
 			t.Errorf("%s: %s, but %s", rest, got, want)
 		}
 	}
-	if got, want := s.missing("bob", "template://mine"), s.missing("bob", "template://none"); got != strings.Replace(want, "none", "mine", 1) {
+	if got, want := s.missing("bob", "template://mine"),
+		s.missing("bob", "template://none"); got != strings.Replace(want, "none", "mine", 1) {
 		t.Errorf("%s, but %s", got, want)
 	}
 	for _, uri := range []string{"sandbox://" + sb.ID() + "/files/no/such", "sandbox://" + sb.ID() + "/processes/p9/output",
-		"file:///etc/hosts", "sandbox://" + sb.ID() + "/files/a?offset=-1", "template://mine/builds/x/log", "x" + strings.Repeat("€", 3000)} {
+		"file:///etc/hosts", "sandbox://" + sb.ID() + "/files/a?offset=-1", "template://mine/builds/x/log", "x" +
+			strings.Repeat("€", 3000)} {
 		s.missing("ann", uri)
 	}
 	a, err := s.client("ann").Do(t.Context(), "resources/read", map[string]any{"uri": "sandbox://" + sb.ID() + "/files/dev/null"})

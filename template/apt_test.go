@@ -288,7 +288,10 @@ func TestArchiveRefused(t *testing.T) {
 			want: "package apt is not what the archive says it is"},
 		"a package that is not there": {then: func(d *debian, _ string) { d.put("pool/main/mawk_1.0.deb", nil) },
 			want: "pool/main/mawk_1.0.deb: 404 Not Found"},
-		"a package that nobody has": {do: func(d *debian) { d.add("base", "1", nil, "Essential: yes", "Depends: no-such | nor-this (>= 1)") },
+		"a package that nobody has": {do: func(d *debian) {
+			d.add("base", "1", nil, "Essential: yes",
+				"Depends: no-such | nor-this (>= 1)")
+		},
 			want: "the archive has no package no-such or nor-this"},
 		"a package from elsewhere": {do: func(d *debian) {
 			d.list[0] = strings.Replace(d.list[0], "pool/main/", "../../other/", 1) // the first is apt
@@ -386,7 +389,8 @@ func TestArchive(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if again, err := a.packages(t.Context(), aptSource{uri: d.url, suite: suite, keyring: d.armored()}); err != nil || len(again) != len(all) {
+	if again, err := a.packages(t.Context(), aptSource{uri: d.url, suite: suite, keyring: d.armored()}); err != nil ||
+		len(again) != len(all) {
 		t.Errorf("by a key in the source itself: %d packages, %v", len(again), err)
 	}
 	slices.Reverse(all) // an older index after the newer one changes nothing
@@ -459,7 +463,8 @@ func TestSources(t *testing.T) {
 		"sources.list": "# deb http://a/ one main\ndeb [arch=amd64 signed-by=/k.gpg] http://b/ one contrib main # why\n" +
 			"deb-src http://c/ one main\ndeb http://d/ one contrib\ndeb http://e/ two main\ndeb http://f/ one-backports main\n" +
 			"deb [signed-by=/l.gpg] http://g/ one-security main\n",
-		"sources.list.d/x.sources": "Types: deb deb-src\nURIs: http://h/ http://i/\nSuites: one one-updates\n one-proposed\nComponents: main\n" +
+		"sources.list.d/x.sources": "Types: deb deb-src\nURIs: http://h/ http://i/\nSuites: one one-updates\n one-proposed\nComponents: " +
+			"main\n" +
 			"Signed-By:\n -----BEGIN\n .\n key\n\n# a comment\nEnabled: no\nTypes: deb\nURIs: http://j/\nSuites: one\nComponents: main\n",
 		"sources.list.d/y.disabled": "deb http://k/ one main\n",
 	} {

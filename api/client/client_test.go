@@ -368,8 +368,9 @@ func TestOthers(t *testing.T) {
 		"nothing":            {200, "", "", "read the answer of " + web.URL + ": EOF"},
 		"a refusal":          {409, "1", `{"code":409,"message":"it is paused"}`, "it is paused"},
 		"a user that is not": {401, "1", `{"message":"invalid username: 'joe'"}`, "the sandbox has no user 'joe': name one of its "},
-		"without end":        {500, "1", `{"message":"` + strings.Repeat("x", 2<<20) + `"}`, "the server answers 500 Internal Server Error"},
-		"elsewhere":          {307, "", "", "the server answers 307 Temporary Redirect"},
+		"without end": {500, "1", `{"message":"` + strings.Repeat("x", 2<<20) + `"}`,
+			"the server answers 500 Internal Server Error"},
+		"elsewhere": {307, "", "", "the server answers 307 Temporary Redirect"},
 	} {
 		do := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 			if test.header != "" {
@@ -400,11 +401,13 @@ func TestOthers(t *testing.T) {
 // TestNew: what is the URL of a server, and what is none. A socket is called as one, and the trace is told no key.
 func TestNew(t *testing.T) {
 	for _, bad := range []string{"", "box.example.com", "ftp://box", "http://", "http://me:secret@box", "http://box:x", "://"} {
-		if _, err := client.New(client.Options{URL: bad}); err == nil || !strings.Contains(err.Error(), "is not the URL of a server; give one") {
+		if _, err := client.New(client.Options{URL: bad}); err == nil ||
+			!strings.Contains(err.Error(), "is not the URL of a server; give one") {
 			t.Errorf("%q: %v", bad, err)
 		}
 	}
-	for given, want := range map[string]string{"http://box:1": "http://box:1", "https://box/": "https://box", "https://box/mcp": "https://box",
+	for given, want := range map[string]string{"http://box:1": "http://box:1", "https://box/": "https://box",
+		"https://box/mcp":            "https://box",
 		"https://box/sub/mcp/?a=b#c": "https://box/sub"} {
 		if got := newClient(t, client.Options{URL: given}).Where(); got != want {
 			t.Errorf("%s: %s, want %s", given, got, want)

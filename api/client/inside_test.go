@@ -55,7 +55,8 @@ func TestFiles(t *testing.T) {
 	if slices.Sort(all); err != nil || !slices.Equal(all, []string{"%FF", "a", "odd %?#&+ ", "\xff\xfe"}) {
 		t.Errorf("%q %v", all, err)
 	}
-	for name, err := range map[string]error{"stat": nothing(c.Stat(ctx, box.ID, dir+"/no")), "names": nothing(c.Names(ctx, box.ID, dir+"/no")),
+	for name, err := range map[string]error{"stat": nothing(c.Stat(ctx, box.ID, dir+"/no")),
+		"names":    nothing(c.Names(ctx, box.ID, dir+"/no")),
 		"download": nothing(c.Download(ctx, box.ID, dir+"/no"))} {
 		if !client.IsNotFound(err) {
 			t.Errorf("%s: %v", name, err)
@@ -155,11 +156,13 @@ func TestProcess(t *testing.T) {
 		out, err string
 		exit     client.Exit
 	}{
-		"both outputs": {client.Command{Args: []string{"sh", "-c", "echo out; echo err >&2; exit 3"}}, "out\n", "err\n", client.Exit{Code: 3}},
-		"arguments":    {client.Command{Args: []string{"printf", "%s|", "a b", "$c", "\xff"}}, "a b|$c|\xff|", "", client.Exit{}},
-		"a directory":  {client.Command{Args: []string{"pwd"}, Cwd: dir}, dir + "\n", "", client.Exit{}},
-		"a variable":   {client.Command{Args: []string{"sh", "-c", `echo "$X"`}, Env: map[string]string{"X": "1 2"}}, "1 2\n", "", client.Exit{}},
-		"no input":     {client.Command{Args: []string{"cat"}}, "", "", client.Exit{}},
+		"both outputs": {client.Command{Args: []string{"sh", "-c", "echo out; echo err >&2; exit 3"}}, "out\n", "err\n",
+			client.Exit{Code: 3}},
+		"arguments":   {client.Command{Args: []string{"printf", "%s|", "a b", "$c", "\xff"}}, "a b|$c|\xff|", "", client.Exit{}},
+		"a directory": {client.Command{Args: []string{"pwd"}, Cwd: dir}, dir + "\n", "", client.Exit{}},
+		"a variable": {client.Command{Args: []string{"sh", "-c", `echo "$X"`}, Env: map[string]string{"X": "1 2"}}, "1 2\n", "",
+			client.Exit{}},
+		"no input": {client.Command{Args: []string{"cat"}}, "", "", client.Exit{}},
 		"a signal": {client.Command{Args: []string{"sh", "-c", "kill -TERM $$"}}, "", "",
 			client.Exit{Code: 143, Status: "signal: terminated"}},
 	} {

@@ -38,7 +38,8 @@ func TestSandboxLife(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if box.State != "running" || box.MemoryMB != 256 || box.DiskMB != 100 || box.CPU != 1 || box.Processes != 99 || box.OnTimeout != "kill" ||
+	if box.State != "running" || box.MemoryMB != 256 || box.DiskMB != 100 || box.CPU != 1 || box.Processes != 99 ||
+		box.OnTimeout != "kill" ||
 		box.Metadata["a b"] != "1&2=ä" || box.Protect == nil || box.Protect.EveryS != 3600 || box.Network.Mode != "none" ||
 		time.Until(box.ExpiresAt) > 600*time.Second || time.Until(box.ExpiresAt) < 500*time.Second {
 		t.Errorf("%+v", box)
