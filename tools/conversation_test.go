@@ -26,7 +26,7 @@ import (
 //	> tool {arguments}   a call. In the arguments {cursor} is the last one of file_watch, and what @ sets
 //	@ listen             a program on this machine listens on {port}: the Fake's sandboxes are this machine
 //	@ home               {home} is the home directory of the session's sandbox
-//	@ template           there is a template "mini", and templates can be built: of steps that change no files, as those are this machine's
+//	@ template           there is a template "mini", and others can be built, by steps that change no file: those are this machine's
 type talk struct {
 	*testing.T
 	in      io.Writer
