@@ -100,9 +100,9 @@ func (a *app) chosen() (l login, name string, ok bool, err error) {
 }
 
 func (a *app) authCommand() *cobra.Command {
-	auth := &cobra.Command{Use: "auth", Short: "Log in to a server, and log out",
+	auth := group(&cobra.Command{Use: "auth", Short: "Log in to a server, and log out",
 		Long:    "Logins are kept in a file that only you can read. Without one, soulbox uses the servers that you run on this machine.",
-		Example: "  soulbox auth login --url https://box.example.com\n  soulbox auth info"}
+		Example: "  soulbox auth login --url https://box.example.com\n  soulbox auth info"})
 	var at, name, key string
 	in := &cobra.Command{Use: "login", Short: "Log in to a server", Args: exactly(),
 		Long: "Log in to a server, with a key that its operator has made with 'soulbox-mcp key create'. soulbox asks for the key, or " +
@@ -113,7 +113,7 @@ func (a *app) authCommand() *cobra.Command {
 	in.Flags().StringVar(&at, "url", "", "`URL` of the server (SOULBOX_URL)")
 	in.Flags().StringVar(&name, "name", "", "`name` of the login; default the server's host, with its port if that is an unusual one")
 	in.Flags().StringVar(&key, "key", "", "\"-\" reads the key from stdin")
-	out := &cobra.Command{Use: "logout [NAME]", Short: "Forget a login", Args: cobra.MaximumNArgs(1),
+	out := &cobra.Command{Use: "logout [NAME]", Short: "Forget a login", Args: between(0, "NAME"),
 		Long: "Forget a login and its key; without a name, the current login. The key stays valid; 'soulbox-mcp key revoke' revokes " +
 			"it.",
 		Example: "  soulbox auth logout\n  soulbox auth logout team",

@@ -111,6 +111,33 @@ func TestLogins(t *testing.T) {
 	}
 }
 
+// TestAway: who reaches no server is told what else there is.
+func TestAway(t *testing.T) {
+	at := team(t)
+	me := user{home: t.TempDir()}
+	if code, said := me.run(t, "k", "auth", "login", "--url", at.String(), "--key", "-", "--name", "box"); code != 0 {
+		t.Fatal(said)
+	}
+	gone := httptest.NewServer(http.NotFoundHandler())
+	gone.Close()
+	body, err := json.Marshal(contexts{Current: "box", Known: map[string]login{"box": {URL: gone.URL}}})
+	if err == nil {
+		err = os.WriteFile(filepath.Join(me.home, ".config", "soulbox", "contexts.json"), body, 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for want, args := range map[string][]string{"'soulbox auth use local'": {"sandbox", "list"}, "'soulbox-mcp http'": {"exec", "x", "ls"}} {
+		if code, said := me.run(t, "", args...); code == 0 || !strings.Contains(said, "refused") || !strings.Contains(said, want) {
+			t.Errorf("%v: %d %s", args, code, said)
+		}
+	}
+	me.env = map[string]string{"SOULBOX_URL": gone.URL}
+	if _, said := me.run(t, "", "sandbox", "list"); !strings.Contains(said, "SOULBOX_URL") {
+		t.Error(said)
+	}
+}
+
 func loginTo(u *url.URL, key string) login { return login{URL: u.String(), Key: key} }
 
 // TestHostOf: the port is part of a login's name unless it is the scheme's own.
