@@ -208,8 +208,8 @@ func (a *app) loginName(given string, u *url.URL) (string, error) {
 // mayReplace refuses to forget a login to another server, whose key may be nowhere else, if its name was not said.
 func mayReplace(all contexts, name string, u *url.URL, named bool) error {
 	if old, ok := all.Known[name]; ok && !named && !sameServer(old.URL, u) {
-		return fmt.Errorf("the login %s is to %s: give this one another name by --name, or say --name %s to put it in the place of that one",
-			name, old.URL, name)
+		return fmt.Errorf("the login %s is for %s: choose another name with --name, or say --name %s to replace that login", name,
+			old.URL, name)
 	}
 	return nil
 }

@@ -127,7 +127,8 @@ func TestAway(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for want, args := range map[string][]string{"'soulbox auth use local'": {"sandbox", "list"}, "'soulbox-mcp http'": {"exec", "x", "ls"}} {
+	for want, args := range map[string][]string{"'soulbox auth use local'": {"sandbox", "list"},
+		"'soulbox-mcp http'": {"exec", "x", "ls"}} {
 		if code, said := me.run(t, "", args...); code == 0 || !strings.Contains(said, "refused") || !strings.Contains(said, want) {
 			t.Errorf("%v: %d %s", args, code, said)
 		}
@@ -143,7 +144,8 @@ func loginTo(u *url.URL, key string) login { return login{URL: u.String(), Key: 
 // TestHostOf: the port is part of a login's name unless it is the scheme's own.
 func TestHostOf(t *testing.T) {
 	for at, want := range map[string]string{"https://Box.example.com": "box.example.com", "https://box:443": "box",
-		"http://box:443": "box:443", "http://[::1]:8787": "[::1]:8787", "http://[::1]": "::1", "https://127.0.0.1:8787/mcp": "127.0.0.1:8787"} {
+		"http://box:443": "box:443", "http://[::1]:8787": "[::1]:8787", "http://[::1]": "::1",
+		"https://127.0.0.1:8787/mcp": "127.0.0.1:8787"} {
 		u, err := url.Parse(at)
 		if err != nil {
 			t.Fatal(err)

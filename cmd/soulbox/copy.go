@@ -247,7 +247,7 @@ func (t transfer) out(ctx context.Context, from, to string) error {
 	if nameless := base == "." || base == ".." || base == "/"; whole || nameless {
 		// What has no name of the user's gets none of the sandbox', and is not strewn among his files: a home has a .bashrc, too.
 		if there, err := os.Stat(to); err == nil && there.IsDir() && !whole && to != "-" {
-			return usageError{fmt.Errorf("%s is there: name a directory that %s:%s is to become, or say %s:%s/. to put what is in it there", to,
+			return usageError{fmt.Errorf("%s exists: name a directory that does not, to become %s:%s, or say %s:%s/. for its content", to,
 				t.box.ID, from, t.box.ID, strings.TrimSuffix(from, "/"))}
 		}
 		whole, into, base = true, from, "."

@@ -150,9 +150,9 @@ func (a *app) explain(err error) string {
 func (a *app) elsewhere() string {
 	_, name, _, err := a.chosen()
 	if err == nil && name == "SOULBOX_URL" {
-		return "start that server by 'soulbox-mcp http', or correct or unset SOULBOX_URL"
+		return "start that server with 'soulbox-mcp http', or correct or unset SOULBOX_URL"
 	}
-	return "start that server by 'soulbox-mcp http', or use another one by 'soulbox auth use NAME', this machine's by 'soulbox auth use local'"
+	return "start that server with 'soulbox-mcp http', or use another with 'soulbox auth use NAME' ('soulbox auth use local')"
 }
 
 // root returns the tree of commands.

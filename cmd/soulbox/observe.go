@@ -279,8 +279,8 @@ func (a *app) exposeCommand() *cobra.Command {
 	var wait time.Duration
 	c := &cobra.Command{Use: "expose ID PORT", Short: "Make a port reachable", Args: exactly("ID", "PORT"),
 		ValidArgsFunction: a.completeSandboxes,
-		Long: "Make a TCP port reachable, and print where: a URL on this machine, or below the domain of the server. A server that has just " +
-			"been started is waited for.",
+		Long: "Make a TCP port reachable, and print where: a URL on this machine, or below the domain of the server. Waits a moment for " +
+			"a program that has just been started.",
 		Example: "  soulbox port expose ID 8000\n  curl $(soulbox port expose ID 8000)",
 		RunE: func(c *cobra.Command, args []string) error {
 			n, err := portNumber(args[1])

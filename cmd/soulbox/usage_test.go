@@ -50,8 +50,8 @@ func TestUsage(t *testing.T) {
 // TestSize: sizes are in MB, or have a unit.
 func TestSize(t *testing.T) {
 	for text, want := range map[string]int64{"1024": 1024, "512M": 512, "1g": 1024, "1.5G": 1536, "2GiB": 2048, "2GB": 2048, "1T": 1 << 20,
-		"100MB": 100, "0": 0, "": -1, "1K": -1, "G": -1, "B": -1, "12B": -1, "0.5": -1, "1e3": -1, "-1": -1, "0x10": -1, "inf": -1, "NaN": -1,
-		"99999999999999999999": -1, "1 G": -1, ".": -1} {
+		"100MB": 100, "0": 0, "": -1, "1K": -1, "G": -1, "B": -1, "12B": -1, "0.5": -1, "1e3": -1, "-1": -1, "0x10": -1, "inf": -1,
+		"NaN": -1, "99999999999999999999": -1, "1 G": -1, ".": -1} {
 		got := int64(-1)
 		if err := (size{&got}).Set(text); (err != nil) != (want < 0) || got != want {
 			t.Errorf("%q: %d %v, want %d", text, got, err, want)
