@@ -193,6 +193,10 @@ runs, such as one that an IDE has started; after 'soulbox auth login', those of 
 	if c, _, err := root.Find([]string{"completion"}); err == nil {
 		group(c)
 	}
+	root.InitDefaultHelpCmd()
+	if c, _, err := root.Find([]string{"help"}); err == nil {
+		c.Args = helpArgs
+	}
 	return root
 }
 

@@ -35,6 +35,15 @@ func group(c *cobra.Command) *cobra.Command {
 	return c
 }
 
+// helpArgs refuses the help for a command that there is not.
+func helpArgs(c *cobra.Command, args []string) error {
+	found, rest, err := c.Root().Find(args)
+	if err == nil && len(rest) > 0 && found.HasSubCommands() && found.Args != nil {
+		err = found.Args(found, rest)
+	}
+	return err
+}
+
 // between wants the first so many of these arguments, and takes the others.
 func between(needed int, names ...string) cobra.PositionalArgs {
 	return func(c *cobra.Command, args []string) error {
