@@ -695,6 +695,13 @@ func TestOldBuild(t *testing.T) {
 		sandboxtest.Eventually(t, "it has failed", func() bool {
 			return strings.Contains(a.as("ann", "GET", build+"/status", "").text, "nothere")
 		})
+		last := fmt.Sprintf("/v1/templates/%v/builds/last", r.field("templateID"))
+		if l := a.as("ann", "GET", last, ""); l.code != 200 || l.field("build") != r.field("buildID") {
+			t.Errorf("the last build is not found: %d %s", l.code, l.text)
+		}
+		if l := a.as("bob", "GET", last, ""); l.code != 404 {
+			t.Errorf("%d %s", l.code, l.text)
+		}
 	}
 	r := a.as("ann", "POST", "/v3/templates", `{"name":"new"}`)
 	if r := a.as("ann", "POST", fmt.Sprintf("/templates/new/builds/%v", r.field("buildID")), ""); r.code != 400 ||

@@ -46,6 +46,41 @@ func TestSnapshotNames(t *testing.T) {
 	}
 }
 
+// TestSnapshotKept: a snapshot of the same name is replaced by E2B's call, as it does, and by ours only if that is wanted.
+func TestSnapshotKept(t *testing.T) {
+	a := newAPITest(t)
+	id, _ := a.create("ann", `{"templateID":"base"}`)
+	other, _ := a.create("ann", `{"templateID":"base"}`)
+	for _, c := range []struct {
+		id, path, body string
+		code           int
+		text, of       string
+	}{
+		{id, "/v1/sandboxes/", `{"name":"s"}`, 201, `"ann/s:default"`, id},
+		{other, "/v1/sandboxes/", `{"name":"s"}`, 409, `there is a snapshot \"s\": delete it, take another name, or ask to replace it`, id},
+		{other, "/v1/sandboxes/", `{"name":"s","replace":true}`, 201, `"ann/s:default"`, other},
+		{id, "/sandboxes/", `{"name":"s"}`, 201, `"ann/s:default"`, id},
+		{id, "/v1/sandboxes/", `{}`, 201, `"names":[]`, id},
+		{id, "/v1/sandboxes/", `{"name":"s:"}`, 400, "a tag is empty", id},
+		{"sbnothere", "/v1/sandboxes/", `{"name":"s"}`, 404, "sbnothere", id},
+	} {
+		if r := a.as("ann", "POST", c.path+c.id+"/snapshots", c.body); r.code != c.code || !strings.Contains(r.text, c.text) {
+			t.Errorf("%s %s: %d %s", c.path, c.body, r.code, r.text)
+		}
+		if s, err := a.m.FindSnapshot("ann", "s"); err != nil || s.Sandbox != c.of {
+			t.Errorf("%s %s: it is of %s, want %s; %v", c.path, c.body, s.Sandbox, c.of, err)
+		}
+	}
+	for wait, want := range map[string]int{"1": 200, "-1": 400, "50001": 400} {
+		if r := a.as("ann", "PUT", "/v1/sandboxes/"+id+"/ports/80", `{"waitMs":`+wait+`}`); r.code != want {
+			t.Errorf("wait for %s: %d %s", wait, r.code, r.text)
+		}
+	}
+	if r := a.as("ann", "DELETE", "/v1/sandboxes/"+id+"/ports/82", ""); r.code != 404 || !strings.Contains(r.text, "port is not exposed") {
+		t.Errorf("%d %s", r.code, r.text)
+	}
+}
+
 // TestTemplatesByBuild: a template is also found by the id of its build; lists have pages, and say which templates are public.
 func TestTemplatesByBuild(t *testing.T) {
 	a := newAPITest(t)

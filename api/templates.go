@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"soulbox.dev/soulbox/access"
+	"soulbox.dev/soulbox/api/client"
 	"soulbox.dev/soulbox/api/envd"
 	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/template"
@@ -306,11 +307,32 @@ func (c *Control) snapshot(r *call) error {
 	if err := checkTags(body.Name, nil); err != nil {
 		return err
 	}
-	o := sandbox.SnapshotOptions{Name: plainName(r.owner, body.Name), Unnamed: body.Name == "", Replace: body.Name != ""}
+	return r.save(sb, body.Name, true)
+}
+
+// snapshotOwn saves a sandbox without a loss: one of the same name is replaced only if that is wanted.
+func (c *Control) snapshotOwn(r *call) error {
+	var body client.NewSnapshot
+	sb, err := c.bodyOf(r, &body)
+	if err != nil {
+		return err
+	}
+	if err := checkTags(body.Name, nil); err != nil {
+		return err
+	}
+	return r.save(sb, body.Name, body.Replace)
+}
+
+// save makes a snapshot, and answers with it.
+func (r *call) save(sb *sandbox.Sandbox, name string, replace bool) error {
+	o := sandbox.SnapshotOptions{Name: plainName(r.owner, name), Unnamed: name == "", Replace: replace && name != ""}
 	if o.Unnamed {
 		o.Name = strings.ToLower(rand.Text()[:shortID])
 	}
 	snap, err := sb.Snapshot(r.Context(), o)
+	if errors.Is(err, sandbox.ErrSnapshot) {
+		return refuse(http.StatusConflict, "there is a snapshot %q: delete it, take another name, or ask to replace it (--replace)", o.Name)
+	}
 	if err != nil {
 		return gone(sb, err)
 	}

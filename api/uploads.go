@@ -106,6 +106,15 @@ func (c *Control) buildDockerfile(r *call) error {
 	return r.done(http.StatusAccepted)
 }
 
+// lastBuild says which build of a template was begun last, also one that has failed.
+func (c *Control) lastBuild(r *call) error {
+	id, err := c.Builds.Last(r.owner, plainName(r.owner, r.PathValue("name")))
+	if err != nil {
+		return err
+	}
+	return r.answer(http.StatusOK, map[string]string{"build": id})
+}
+
 // sendContext stores the files of a build: a tar, which may be compressed.
 func (c *Control) sendContext(r *call) error {
 	hash := r.PathValue("hash")

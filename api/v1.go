@@ -28,6 +28,7 @@ func (c *Control) ownRoutes() map[string]func(*call) error {
 		"PATCH /v1/sandboxes/{id}":                 c.change,
 		"POST /v1/sandboxes/{id}/pause":            c.pauseAs,
 		"POST /v1/sandboxes/{id}/resume":           c.resumeAs,
+		"POST /v1/sandboxes/{id}/snapshots":        c.snapshotOwn,
 		"GET /v1/sandboxes/{id}/processes":         c.processes,
 		"GET /v1/sandboxes/{id}/envd/{path...}":    c.inside,
 		"POST /v1/sandboxes/{id}/envd/{path...}":   c.inside,
@@ -40,6 +41,7 @@ func (c *Control) ownRoutes() map[string]func(*call) error {
 		"POST /v1/templates/{name}/push":           c.pushTemplate,
 		"POST /v1/templates/{name}/copy":           c.copyTemplate,
 		"POST /v1/templates/{name}/builds/{bid}":   c.buildDockerfile,
+		"GET /v1/templates/{name}/builds/last":     c.lastBuild,
 		"PUT /v1/templates/{name}/context/{hash}":  c.sendContext,
 		"HEAD /v1/templates/{name}/context/{hash}": c.hasContext,
 	}
@@ -308,9 +310,14 @@ func (c *Control) listPorts(r *call) error {
 	return r.answer(http.StatusOK, out)
 }
 
+// maxPortWait is how long a call waits until something listens, as MCP's port_expose does.
+const maxPortWait = 50 * time.Second
+
+// exposePort makes a port reachable, and says whether something listens there, now or after a while.
 func (c *Control) exposePort(r *call) error {
 	var body struct {
-		Public bool `json:"public"`
+		Public bool  `json:"public"`
+		WaitMS int64 `json:"waitMs"`
 	}
 	if err := r.body(&body); err != nil {
 		return err
@@ -319,12 +326,15 @@ func (c *Control) exposePort(r *call) error {
 	if err != nil {
 		return err
 	}
+	if body.WaitMS < 0 || body.WaitMS > maxPortWait.Milliseconds() {
+		return refuse(http.StatusBadRequest, "waitMs is from 0 to %d", maxPortWait.Milliseconds())
+	}
 	p, err := sb.Expose(port, body.Public)
 	if err != nil {
 		return gone(sb, err)
 	}
 	out := c.portOf(sb, p)
-	if out.Listening, err = sb.AwaitPort(r.Context(), port, 0); err != nil {
+	if out.Listening, err = sb.AwaitPort(r.Context(), port, time.Duration(body.WaitMS)*time.Millisecond); err != nil {
 		return gone(sb, err)
 	}
 	return r.answer(http.StatusOK, out)

@@ -183,7 +183,7 @@ func (b *Builder) secondStage(ctx context.Context, name string, files *Files, so
 	j := b.Store.begin("")
 	defer j.end()
 	r := &run{Builder: b, job: j, req: BuildRequest{Name: name}, id: NewBuildID()}
-	if r.log, err = b.Store.newLog(r.id, "", func(l Line) { say("%s", l.Text) }); err != nil {
+	if r.log, err = b.Store.newLog(r.id, "", BaseName, func(l Line) { say("%s", l.Text) }); err != nil {
 		return Manifest{}, err
 	}
 	defer func() { err = errors.Join(err, r.log.close()) }()

@@ -188,7 +188,7 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 	defer cancel()
 	r := &run{Builder: b, job: j, req: req, id: cmp.Or(req.ID, NewBuildID()), plan: plan, done: map[int]*result{},
 		opened: map[string]*Files{}}
-	if r.log, err = b.Store.newLog(r.id, req.Owner, each); err != nil {
+	if r.log, err = b.Store.newLog(r.id, req.Owner, req.Name, each); err != nil {
 		return Built{}, err
 	}
 	defer func() { err = r.over(err) }()

@@ -137,6 +137,26 @@ func (s *Builds) Find(owner, id string) *Announced {
 	return nil
 }
 
+// Last is the id of the build of an owner's template that was begun last, whether it has failed or goes on: one of this server, or one that
+// another has left a log of.
+func (s *Builds) Last(owner, name string) (id string, err error) {
+	id, began, err := s.Store.lastLog(owner, name)
+	if err != nil {
+		return "", err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, b := range s.byID {
+		if _, started, _ := b.look(); started && b.Owner == owner && slices.Contains(b.Names, name) && b.made.After(began) {
+			id, began = b.ID, b.made
+		}
+	}
+	if id == "" {
+		return "", fmt.Errorf("build of template %q: %w", clip(name), ErrNoBuild)
+	}
+	return id, nil
+}
+
 // UnderWay reports whether a build is running, or started and waiting for its turn.
 func (s *Builds) UnderWay() bool {
 	s.mu.Lock()

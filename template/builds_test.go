@@ -82,6 +82,9 @@ func TestBuildsSeen(t *testing.T) {
 		if s, err := of.Standing("ann", id); err != nil || s.Status != BuildRunning || len(s.Lines) == 0 {
 			t.Errorf("%s: %+v, %v", name, s, err)
 		}
+		if last, err := of.Last("ann", "long"); err != nil || last != id {
+			t.Errorf("%s: the last one is %q, %v", name, last, err)
+		}
 	}
 	cancel(errors.New("enough"))
 	if err := <-failed; err == nil {
@@ -92,6 +95,25 @@ func TestBuildsSeen(t *testing.T) {
 		if s, err := of.Standing("ann", id); err != nil || s.Status != BuildFailed || s.Err == nil ||
 			!strings.Contains(s.Err.Error(), "enough") {
 			t.Errorf("%s: %+v, %v", name, s, err)
+		}
+	}
+	again, err := other.Announce(BuildRequest{Owner: "ann", Name: "more", Dockerfile: "FROM nothere\n"}, "long")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if last, err := other.Last("ann", "long"); err != nil || last != id { // one that was announced has not begun
+		t.Errorf("the last one is %q, %v", last, err)
+	}
+	if err := other.Start(t.Context(), again, again.Request, nil); err != nil {
+		t.Fatal(err)
+	}
+	if last, err := other.Last("ann", "long"); err != nil || last != again.ID {
+		t.Errorf("the last one is %q, %v", last, err)
+	}
+	<-again.done
+	for _, c := range [][2]string{{"bob", "long"}, {"ann", "lon"}, {"", "long"}} {
+		if last, err := other.Last(c[0], c[1]); !errors.Is(err, ErrNoBuild) {
+			t.Errorf("%v: %q %v", c, last, err)
 		}
 	}
 	w.none()

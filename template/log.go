@@ -67,12 +67,13 @@ type buildLog struct {
 }
 
 // newLog begins the log of a build.
-func (s *Store) newLog(id, owner string, each func(Line)) (*buildLog, error) {
+func (s *Store) newLog(id, owner, name string, each func(Line)) (*buildLog, error) {
 	dir := s.file("builds", id)
 	if err := errors.Join(s.makeKind("builds"), os.MkdirAll(dir, 0o700)); err != nil {
 		return nil, err
 	}
-	if err := os.WriteFile(filepath.Join(dir, "owner"), []byte(owner), 0o600); err != nil {
+	if err := errors.Join(os.WriteFile(filepath.Join(dir, "owner"), []byte(owner), 0o600),
+		os.WriteFile(filepath.Join(dir, "name"), []byte(name), 0o600)); err != nil {
 		return nil, err
 	}
 	f, err := os.OpenFile(filepath.Join(dir, logFile), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
@@ -143,6 +144,27 @@ func (s *Store) BuildLog(owner, id string) ([]byte, error) {
 	}
 	defer f.Close()
 	return io.ReadAll(io.LimitReader(f, 2*maxLogBytes))
+}
+
+// lastLog is the build of an owner's template that has begun last, of those that there are logs of, and when that was; "" is none.
+func (s *Store) lastLog(owner, name string) (id string, began time.Time, err error) {
+	entries, err := os.ReadDir(s.file("builds", ""))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return "", began, err
+	}
+	for _, e := range entries {
+		dir := s.file("builds", e.Name())
+		info, err := os.Stat(filepath.Join(dir, "name"))
+		if err != nil || !info.ModTime().After(began) {
+			continue // older servers did not write it, or it is just being removed
+		}
+		of, err := os.ReadFile(filepath.Join(dir, "name"))
+		whose, werr := os.ReadFile(filepath.Join(dir, "owner"))
+		if err == nil && werr == nil && string(of) == name && string(whose) == owner {
+			id, began = e.Name(), info.ModTime()
+		}
+	}
+	return id, began, nil
 }
 
 // lines splits the output of a command into lines and remembers the last ones. It is safe for concurrent use.

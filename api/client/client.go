@@ -40,11 +40,11 @@ const (
 
 // New makes a Client. It does not connect yet.
 func New(o Options) (*Client, error) {
-	transport := &http.Transport{Proxy: http.ProxyFromEnvironment, ForceAttemptHTTP2: true, MaxIdleConnsPerHost: 16,
+	transport := &http.Transport{Proxy: proxyOf, ForceAttemptHTTP2: true, MaxIdleConnsPerHost: 16,
 		IdleConnTimeout: 30 * time.Second, DisableCompression: true,
 		HTTP2: &http.HTTP2Config{SendPingTimeout: pingTime, PingTimeout: pingTime}} // detects a connection that has died silently
 	dialer := &net.Dialer{Timeout: dialTime}
-	transport.DialContext = dialer.DialContext
+	transport.DialContext = dialLocal(dialer)
 	if o.Socket != "" {
 		o.URL, transport.Proxy = "http://localhost", nil
 		transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -187,7 +187,7 @@ func (c *Client) send(ctx context.Context, method, path string, query url.Values
 		if errors.As(err, &ue) {
 			err = ue.Err
 		}
-		return nil, fmt.Errorf("%s: %w", c.Where(), err)
+		return nil, fmt.Errorf("%s: %w", c.Where(), untrusted(err))
 	}
 	if res.StatusCode >= 300 {
 		defer res.Body.Close()

@@ -134,7 +134,13 @@ var ofSandbox = map[string]call{
 	"Fork": func(ctx context.Context, c *client.Client, id string) error {
 		return nothing(c.Fork(ctx, id, 1, time.Minute))
 	},
-	"Snapshot":  func(ctx context.Context, c *client.Client, id string) error { return nothing(c.Snapshot(ctx, id, "x")) },
+	"Snapshot": func(ctx context.Context, c *client.Client, id string) error { return nothing(c.Snapshot(ctx, id, "x")) },
+	"SnapshotAs": func(ctx context.Context, c *client.Client, id string) error {
+		return nothing(c.SnapshotAs(ctx, id, client.NewSnapshot{Name: "x", Replace: true}))
+	},
+	"ExposeWithin": func(ctx context.Context, c *client.Client, id string) error {
+		return nothing(c.ExposeWithin(ctx, id, 80, false, time.Millisecond))
+	},
 	"Processes": func(ctx context.Context, c *client.Client, id string) error { return nothing(c.Processes(ctx, id)) },
 	"Ports":     func(ctx context.Context, c *client.Client, id string) error { return nothing(c.Ports(ctx, id)) },
 	"Expose": func(ctx context.Context, c *client.Client, id string) error {
@@ -180,6 +186,7 @@ var ofTemplate = map[string]call{
 	"Push": func(ctx context.Context, c *client.Client, name string) error {
 		return nothing(c.Push(ctx, name, "registry.test/x:1"))
 	},
+	"LastBuild": func(ctx context.Context, c *client.Client, name string) error { return nothing(c.LastBuild(ctx, name)) },
 	"CopyTemplate": func(ctx context.Context, c *client.Client, name string) error {
 		return nothing(c.CopyTemplate(ctx, name, "y"))
 	},

@@ -97,15 +97,16 @@ func (c *Client) Fork(ctx context.Context, id string, count int, life time.Durat
 	return ids, err
 }
 
-// Snapshot saves a sandbox under a name, in place of an older snapshot of that name, and returns the name. If name is "", the server
-// chooses one.
+// Snapshot saves a sandbox under a new name and returns the name. If name is "", the server chooses one. If there is a snapshot of that
+// name, it fails.
 func (c *Client) Snapshot(ctx context.Context, id, name string) (string, error) {
+	return c.SnapshotAs(ctx, id, NewSnapshot{Name: name})
+}
+
+// SnapshotAs saves a sandbox and returns the name of the snapshot.
+func (c *Client) SnapshotAs(ctx context.Context, id string, n NewSnapshot) (string, error) {
 	var out struct{ SnapshotID string }
-	body := map[string]any{}
-	if name != "" {
-		body["name"] = name
-	}
-	err := c.call(ctx, "POST", "/sandboxes/"+url.PathEscape(id)+"/snapshots", nil, body, &out)
+	err := c.call(ctx, "POST", "/v1/sandboxes/"+url.PathEscape(id)+"/snapshots", nil, n, &out)
 	return snapshotName(out.SnapshotID), err
 }
 
@@ -149,7 +150,13 @@ func (c *Client) Ports(ctx context.Context, id string) (all []Port, err error) {
 
 // Expose makes a port reachable.
 func (c *Client) Expose(ctx context.Context, id string, port int, public bool) (p Port, err error) {
-	err = c.call(ctx, "PUT", fmt.Sprintf("/v1/sandboxes/%s/ports/%d", url.PathEscape(id), port), nil, map[string]bool{"public": public}, &p)
+	return c.ExposeWithin(ctx, id, port, public, 0)
+}
+
+// ExposeWithin makes a port reachable, and waits for so long until something listens there.
+func (c *Client) ExposeWithin(ctx context.Context, id string, port int, public bool, wait time.Duration) (p Port, err error) {
+	err = c.call(ctx, "PUT", fmt.Sprintf("/v1/sandboxes/%s/ports/%d", url.PathEscape(id), port), nil,
+		map[string]any{"public": public, "waitMs": wait.Milliseconds()}, &p)
 	return p, err
 }
 

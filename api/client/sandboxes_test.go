@@ -1,6 +1,7 @@
 package client_test
 
 import (
+	"errors"
 	"io"
 	"net"
 	"net/http"
@@ -123,6 +124,13 @@ func TestCopies(t *testing.T) {
 	}
 	if name, err := c.Snapshot(ctx, box.ID, "first"); err != nil || name != "first" {
 		t.Fatal(name, err)
+	}
+	var told *client.Error
+	if _, err := c.Snapshot(ctx, box.ID, "first"); !errors.As(err, &told) || told.Status != http.StatusConflict {
+		t.Errorf("a name that is taken: %v", err)
+	}
+	if name, err := c.SnapshotAs(ctx, box.ID, client.NewSnapshot{Name: "first", Replace: true}); err != nil || name != "first" {
+		t.Error(name, err)
 	}
 	made, err := c.Snapshot(ctx, box.ID, "")
 	if err != nil || made == "" {

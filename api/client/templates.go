@@ -78,6 +78,13 @@ func (c *Client) Build(ctx context.Context, name, build string, n NewBuild) erro
 	return c.call(ctx, "POST", "/v1/templates/"+url.PathEscape(name)+"/builds/"+build, nil, n, nil)
 }
 
+// LastBuild is the id of the build of a template that was begun last, also of one that has failed.
+func (c *Client) LastBuild(ctx context.Context, name string) (id string, err error) {
+	var out struct{ Build string }
+	err = c.call(ctx, "GET", "/v1/templates/"+url.PathEscape(name)+"/builds/last", nil, nil, &out)
+	return out.Build, err
+}
+
 // BuildLine is a line of a build's log.
 type BuildLine struct {
 	Time    time.Time `json:"timestamp"`

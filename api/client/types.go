@@ -123,6 +123,12 @@ type Resume struct {
 	MemoryMB  int64 `json:"memoryMB,omitempty"`  // a larger memory limit; 0 keeps it
 }
 
+// NewSnapshot is a snapshot that is to be made.
+type NewSnapshot struct {
+	Name    string `json:"name,omitempty"`    // "" has the server make one
+	Replace bool   `json:"replace,omitempty"` // take the place of the snapshot that has the name, instead of being refused
+}
+
 // Process is a process of a sandbox, running or ended.
 type Process struct {
 	ID        string    `json:"id"`

@@ -62,6 +62,20 @@ type saving struct {
 	reclaim string        // never or oldest
 }
 
+// wanted adds to the error of a flag that is a time how a time is written, which package flag does not say.
+func wanted(flags *flag.FlagSet, err error) error {
+	_, name, _ := strings.Cut(err.Error(), "for flag -")
+	name, _, _ = strings.Cut(name, ":")
+	if f := flags.Lookup(name); f != nil {
+		if v, ok := f.Value.(flag.Getter); ok {
+			if _, ok := v.Get().(time.Duration); ok {
+				return fmt.Errorf("%w; give a time such as 90s, 5m or 2h", err)
+			}
+		}
+	}
+	return err
+}
+
 // parseConfig parses the flags that all commands have.
 func parseConfig(name string, args []string, getenv func(string) string, stderr io.Writer) (config, error) {
 	c := config{onExit: "kill"}
@@ -100,7 +114,7 @@ func (c *config) parse(name string, args []string, getenv func(string) string, s
 		add(flags)
 	}
 	if err := flags.Parse(args); err != nil {
-		return err
+		return wanted(flags, err)
 	}
 	if c.onExit != "pause" && c.onExit != "keep" && c.onExit != "kill" {
 		return fmt.Errorf("--on-exit is pause, keep or kill, not %q", c.onExit)

@@ -420,6 +420,7 @@ func TestCommandLine(t *testing.T) {
 		{[]string{"bogus"}, 1, "there is no command"},
 		{[]string{"stdio", "--bogus"}, 1, "-bogus"}, {[]string{"stdio", "more"}, 1, "there is no argument"},
 		{[]string{"stdio", "--memory-mb=-1"}, 1, "must be positive"},
+		{[]string{"stdio", "--lifetime", "5"}, 1, "for flag -lifetime: parse error; give a time such as 90s, 5m or 2h"},
 		{[]string{"stdio", "--help"}, 0, "-state-dir"}, {[]string{"stdio", "--log-level=loud"}, 1, "loud"},
 	} {
 		cmd := exec.Command(sandboxtest.Program(t, "soulbox-mcp"), test.args...)

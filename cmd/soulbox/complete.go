@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/cobra/doc"
+	"github.com/spf13/pflag"
 
 	"soulbox.dev/soulbox/api/client"
 )
@@ -22,6 +23,22 @@ func (a *app) completeSandboxes(c *cobra.Command, args []string, _ string) ([]st
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}
 	return a.sandboxNames(c.Context()), cobra.ShellCompDirectiveNoFileComp
+}
+
+// completeExec completes the id, and our flags behind it, which cobra takes for the command's.
+func (a *app) completeExec(c *cobra.Command, args []string, typed string) (flags []string, _ cobra.ShellCompDirective) {
+	if len(args) == 0 {
+		return a.completeSandboxes(c, args, typed)
+	}
+	if len(args) == 1 && strings.HasPrefix(typed, "-") {
+		c.Flags().VisitAll(func(f *pflag.Flag) {
+			if name := "--" + f.Name; strings.HasPrefix(name, typed) && !f.Hidden {
+				_, usage := pflag.UnquoteUsage(f)
+				flags = append(flags, name+"\t"+usage)
+			}
+		})
+	}
+	return flags, cobra.ShellCompDirectiveNoFileComp
 }
 
 func (a *app) sandboxNames(ctx context.Context) []string {

@@ -10,7 +10,7 @@ import (
 	"io"
 	"io/fs"
 	"maps"
-	"net/netip"
+	"net"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -100,9 +100,9 @@ func (a *app) chosen() (l login, name string, ok bool, err error) {
 }
 
 func (a *app) authCommand() *cobra.Command {
-	auth := &cobra.Command{Use: "auth", Short: "Log in to a server, and log out",
+	auth := group(&cobra.Command{Use: "auth", Short: "Log in to a server, and log out",
 		Long:    "Logins are kept in a file that only you can read. Without one, soulbox uses the servers that you run on this machine.",
-		Example: "  soulbox auth login --url https://box.example.com\n  soulbox auth info"}
+		Example: "  soulbox auth login --url https://box.example.com\n  soulbox auth info"})
 	var at, name, key string
 	in := &cobra.Command{Use: "login", Short: "Log in to a server", Args: exactly(),
 		Long: "Log in to a server, with a key that its operator has made with 'soulbox-mcp key create'. soulbox asks for the key, or " +
@@ -111,9 +111,9 @@ func (a *app) authCommand() *cobra.Command {
 			"--key - <key.txt",
 		RunE: func(c *cobra.Command, _ []string) error { return a.login(c.Context(), at, name, key) }}
 	in.Flags().StringVar(&at, "url", "", "`URL` of the server (SOULBOX_URL)")
-	in.Flags().StringVar(&name, "name", "", "`name` of the login; default the server's host")
+	in.Flags().StringVar(&name, "name", "", "`name` of the login; default the server's host, with its port if that is an unusual one")
 	in.Flags().StringVar(&key, "key", "", "\"-\" reads the key from stdin")
-	out := &cobra.Command{Use: "logout [NAME]", Short: "Forget a login", Args: cobra.MaximumNArgs(1),
+	out := &cobra.Command{Use: "logout [NAME]", Short: "Forget a login", Args: between(0, "NAME"),
 		Long: "Forget a login and its key; without a name, the current login. The key stays valid; 'soulbox-mcp key revoke' revokes " +
 			"it.",
 		Example: "  soulbox auth logout\n  soulbox auth logout team",
@@ -141,10 +141,11 @@ func (a *app) login(ctx context.Context, at, name, key string) error {
 	if err != nil || u.Host == "" {
 		return usageError{fmt.Errorf("%q is not the URL of a server, such as https://box.example.com", at)}
 	}
-	if name = cmp.Or(name, u.Hostname()); name == localContext || strings.ContainsAny(name, " \t\n/") {
-		return usageError{fmt.Errorf("%q cannot be the name of a login", name)}
+	named := name != ""
+	if name, err = a.loginName(name, u); err != nil {
+		return err
 	}
-	if ip, err := netip.ParseAddr(u.Hostname()); u.Scheme == "http" && u.Hostname() != "localhost" && (err != nil || !ip.IsLoopback()) {
+	if u.Scheme == "http" && !client.Loopback(u.Hostname()) {
 		fmt.Fprintf(a.stderr, "soulbox: anyone on the network between here and %s can read the key: use https\n", u.Host) // best effort
 	}
 	secret := ""
@@ -174,11 +175,62 @@ func (a *app) login(ctx context.Context, at, name, key string) error {
 	if err != nil {
 		return err
 	}
+	if err := mayReplace(all, name, u, named); err != nil { // another soulbox may have made it meanwhile
+		return err
+	}
 	all.Known[name], all.Current = login{at, secret}, name
 	if err := a.writeContexts(all); err != nil {
 		return err
 	}
 	return a.printf("You are %s at %s; the login is called %s.\n", who, at, name)
+}
+
+// loginName is what a login to a server is called: as its user says, or by the server's host and an unusual port. A login to the same
+// server that an older soulbox has called by the host alone keeps its name.
+func (a *app) loginName(given string, u *url.URL) (string, error) {
+	if given == localContext || strings.ContainsAny(given, " \t\n/") {
+		return "", usageError{fmt.Errorf("%q cannot be the name of a login", given)}
+	}
+	all, err := a.readContexts()
+	if err != nil {
+		return "", err
+	}
+	name := cmp.Or(given, hostOf(u))
+	if old, ok := all.Known[u.Hostname()]; given == "" && ok && sameServer(old.URL, u) {
+		name = u.Hostname()
+	}
+	if name == localContext {
+		return "", usageError{fmt.Errorf("%q cannot be the name of a login: say --name", name)}
+	}
+	return name, mayReplace(all, name, u, given != "")
+}
+
+// mayReplace refuses to forget a login to another server, whose key may be nowhere else, if its name was not said.
+func mayReplace(all contexts, name string, u *url.URL, named bool) error {
+	if old, ok := all.Known[name]; ok && !named && !sameServer(old.URL, u) {
+		return fmt.Errorf("the login %s is for %s: choose another name with --name, or say --name %s to replace that login", name,
+			old.URL, name)
+	}
+	return nil
+}
+
+// defaultPorts are those of schemes.
+var defaultPorts = map[string]string{"http": "80", "https": "443"}
+
+// hostOf is the host of a URL, with its port if that is not the scheme's own.
+func hostOf(u *url.URL) string {
+	host := strings.ToLower(u.Hostname())
+	if port := u.Port(); port != "" && port != defaultPorts[u.Scheme] {
+		return net.JoinHostPort(host, port)
+	}
+	return host
+}
+
+// sameServer says whether the URL of a login is that of a server, however it is written.
+func sameServer(known string, u *url.URL) bool {
+	k, err := url.Parse(known)
+	end := func(u *url.URL) string { return strings.TrimSuffix(strings.TrimSuffix(u.Path, "/"), "/mcp") }
+	return err == nil && k.Scheme == u.Scheme && hostOf(k) == hostOf(u) && end(k) == end(u)
 }
 
 // askSecret asks at the terminal and hides the answer.
@@ -206,6 +258,9 @@ func (a *app) logout(args []string) error {
 	name := all.Current
 	if len(args) > 0 {
 		name = args[0]
+	}
+	if name == "" {
+		return errors.New("no login is used, so there is none to forget: name one of those that 'soulbox auth info' lists")
 	}
 	if _, ok := all.Known[name]; !ok {
 		return fmt.Errorf("there is no login %q to forget; 'soulbox auth info' lists them", name)

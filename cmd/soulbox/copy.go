@@ -27,8 +27,8 @@ func (a *app) copyCommand() *cobra.Command {
 		Args: exactly("SOURCE", "DESTINATION"), ValidArgsFunction: a.completeCopy,
 		Long: `Copy files and directories into a sandbox, or out of it. One side is ID:PATH; a path that does not begin with / is relative
 to the user's home. "-" is a tar on stdin or stdout. A directory is copied into an existing directory, or becomes the destination;
-"SOURCE/." is its content. Symbolic links stay links, existing files are replaced. What a sandbox sends is written below the destination
-and nowhere else.`,
+"SOURCE/." is its content. "ID:.", the home directory, only becomes a new directory. Symbolic links stay links, existing files are
+replaced. What a sandbox sends is written below the destination and nowhere else.`,
 		Example: "  soulbox cp report.csv ID:/tmp/\n  soulbox cp project ID:project\n  soulbox cp ID:/home/user/out .\n  soulbox cp " +
 			"ID:/var/log - | tar tf -\n  tar cf - src | soulbox cp - ID:/home/user",
 		RunE: func(c *cobra.Command, args []string) error {
@@ -36,6 +36,9 @@ and nowhere else.`,
 			toID, to, toBox := remote(args[1])
 			if fromBox == toBox {
 				return usageError{errors.New("one of the two is in a sandbox, as ID:PATH")}
+			}
+			if fromBox && args[0] == fromID+":" { // a slip, after which files of a home would be among the user's own
+				return usageError{fmt.Errorf("name a path: %s:. is the home directory", fromID)}
 			}
 			b, err := a.find(c.Context(), fromID+toID)
 			if err != nil {
@@ -102,15 +105,33 @@ func (t transfer) tar(ctx context.Context, stdin io.Reader, stdout io.Writer, ar
 			}
 		}()
 	}
-	stderr := inertly(t.stderr)
-	exit, err := s.Follow(ctx, stdout, stderr, nil)
+	stderr, denied := inertly(t.stderr), &seen{text: "Permission denied"}
+	exit, err := s.Follow(ctx, stdout, io.MultiWriter(denied, stderr), nil)
 	if err = errors.Join(err, settle(stderr)); err != nil {
 		return t.end(s, err)
+	}
+	if exit.Code != 0 && denied.is && t.user != "root" {
+		return exitError{exitFailed, errors.New("tar in the sandbox may not do that as its user: -u root does it as root")}
 	}
 	if exit.Code != 0 {
 		return exitError{exitFailed, fmt.Errorf("tar in the sandbox has failed with exit code %d", exit.Code)}
 	}
 	return nil
+}
+
+// seen says whether a text has passed, whichever way it was cut.
+type seen struct {
+	text string
+	last string
+	is   bool
+}
+
+// Write implements io.Writer.
+func (s *seen) Write(p []byte) (int, error) {
+	s.last += string(p)
+	s.is = s.is || strings.Contains(s.last, s.text)
+	s.last = s.last[max(0, len(s.last)-len(s.text)):]
+	return len(p), nil
 }
 
 // in copies into the sandbox.
@@ -223,8 +244,13 @@ func (t transfer) out(ctx context.Context, from, to string) error {
 	whole := strings.HasSuffix(from, "/.")
 	from = path.Clean(from)
 	into, base := path.Dir(from), path.Base(from)
-	if whole = whole || base == "." || base == ".." || base == "/"; whole {
-		into, base = from, "."
+	if nameless := base == "." || base == ".." || base == "/"; whole || nameless {
+		// What has no name of the user's gets none of the sandbox', and is not strewn among his files: a home has a .bashrc, too.
+		if there, err := os.Stat(to); err == nil && there.IsDir() && !whole && to != "-" {
+			return usageError{fmt.Errorf("%s exists: name a directory that does not, to become %s:%s, or say %s:%s/. for its content", to,
+				t.box.ID, from, t.box.ID, strings.TrimSuffix(from, "/"))}
+		}
+		whole, into, base = true, from, "."
 	}
 	bar := t.progress(-1)
 	defer bar.Close()

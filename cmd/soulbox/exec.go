@@ -28,6 +28,9 @@ const (
 	killTime      = 5 * time.Second
 )
 
+// execName is the command whose exit codes are those of what it runs.
+const execName = "exec"
+
 // execution describes a command to run in a sandbox.
 type execution struct {
 	input, terminal, detach bool
@@ -44,25 +47,36 @@ func (e *execution) flags(c *cobra.Command) {
 
 func (a *app) execCommand() *cobra.Command {
 	var e execution
-	c := &cobra.Command{Use: "exec ID [flags] -- COMMAND [ARGUMENT]...", Short: "Run a command in a sandbox",
-		ValidArgsFunction: a.completeSandboxes,
+	c := &cobra.Command{Use: execName + " ID [flags] [--] COMMAND [ARGUMENT]...", Short: "Run a command in a sandbox",
+		ValidArgsFunction: a.completeExec,
 		Long: `Run a command in a sandbox. soulbox prints its output and exits with its exit code; 125 is a failure of soulbox itself, 126
 a command that cannot be run, 127 a command that does not exist, 128 and more a signal. Signals are passed on; Ctrl-C three times, or
-SIGTERM twice, kills the command. No output is lost with the connection or the server: soulbox reconnects and continues where it was. If
-soulbox is killed with SIGKILL, the server kills the command after a minute, unless it was started with --detach.`,
-		Example: "  soulbox exec ID -- uname -a\n  soulbox exec ID -- sh -c 'echo $HOME'\n  tar cf - dir | soulbox exec -i ID -- tar xf " +
+SIGTERM twice, kills the command. Flags after COMMAND belong to it; "--" may stand before COMMAND. No output is lost with the connection
+or the server: soulbox reconnects and continues where it was. If soulbox is killed with SIGKILL, the server kills the command after a
+minute, unless it was started with --detach.`,
+		Example: "  soulbox exec ID uname -a\n  soulbox exec ID -- sh -c 'echo $HOME'\n  tar cf - dir | soulbox exec -i ID -- tar xf " +
 			"-\n  soulbox exec -it ID -- bash\n  soulbox exec ID --detach -- python3 -m http.server",
 		Args: func(c *cobra.Command, args []string) error {
 			if len(args) == 0 || c.ArgsLenAtDash() == 0 {
 				return usageError{errors.New("ID is missing")}
 			}
-			if at := c.ArgsLenAtDash(); len(args) == 1 || at > 1 {
-				return usageError{errors.New("give a command after the ID and --, such as: soulbox exec ID -- ls -l")}
-			}
 			return nil
 		},
-		RunE: func(c *cobra.Command, args []string) error { return a.exec(c.Context(), args[0], args[1:], e) }}
+		RunE: func(c *cobra.Command, args []string) error {
+			id := args[0]
+			if err := c.Flags().Parse(args[1:]); err != nil { // those behind the id, as far as the command
+				return flagError(c, err)
+			}
+			if help, err := c.Flags().GetBool("help"); err == nil && help {
+				return c.Help()
+			}
+			if args = c.Flags().Args(); len(args) == 0 {
+				return usageError{errors.New("give a command after the ID, such as: soulbox exec ID ls -l")}
+			}
+			return a.exec(c.Context(), id, args, e)
+		}}
 	f := c.Flags()
+	f.SetInterspersed(false)
 	f.BoolVarP(&e.input, "interactive", "i", false, "send stdin")
 	f.BoolVarP(&e.terminal, "tty", "t", false, "give it a terminal")
 	f.BoolVarP(&e.detach, "detach", "d", false, "start it in the background, and print its process number")

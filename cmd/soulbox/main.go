@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
 	"os"
 	"os/signal"
 	"strings"
@@ -82,7 +83,7 @@ func (a *app) run(args []string) int {
 	ctx, signalled, stop := interruptible()
 	defer stop()
 	a.release = stop
-	err := root.ExecuteContext(ctx)
+	ran, err := root.ExecuteContextC(ctx)
 	var exit exitError
 	switch {
 	case err == nil:
@@ -93,7 +94,9 @@ func (a *app) run(args []string) int {
 	case ctx.Err() != nil:
 		return 128 + int(signalled())
 	case errors.As(err, new(usageError)), strings.HasPrefix(err.Error(), "unknown "):
-		exit.code, exit.err = exitUsage, err
+		if exit.code, exit.err = exitUsage, err; ran.Name() == execName {
+			exit.code = exitExec // 2 may be its command's
+		}
 	default:
 		exit.code, exit.err = exitFailed, err
 	}
@@ -135,15 +138,26 @@ func (a *app) explain(err error) string {
 	switch {
 	case errors.As(err, &told) && told.Status == 401:
 		text += "; log in with 'soulbox auth login --url URL'"
+	case errors.Is(err, syscall.ECONNREFUSED), errors.As(err, new(*net.DNSError)):
+		text += "; " + a.elsewhere()
 	case errors.As(err, new(usageError)):
 		text += "; --help shows how"
 	}
 	return text
 }
 
+// elsewhere says what to do where no server answers.
+func (a *app) elsewhere() string {
+	_, name, _, err := a.chosen()
+	if err == nil && name == "SOULBOX_URL" {
+		return "start that server with 'soulbox-mcp http', or correct or unset SOULBOX_URL"
+	}
+	return "start that server with 'soulbox-mcp http', or use another with 'soulbox auth use NAME' ('soulbox auth use local')"
+}
+
 // root returns the tree of commands.
 func (a *app) root() *cobra.Command {
-	root := &cobra.Command{
+	root := group(&cobra.Command{
 		Use:   "soulbox",
 		Short: "Show, enter and control the sandboxes of AI agents",
 		Long: `soulbox shows, enters and controls the sandboxes of AI agents: on this machine those of every soulbox-mcp that this user
@@ -153,12 +167,14 @@ runs, such as one that an IDE has started; after 'soulbox auth login', those of 
 		SilenceUsage:      true,
 		SilenceErrors:     true,
 		DisableAutoGenTag: true,
-	}
+	})
 	root.SetOut(a.stdout)
 	root.SetErr(a.stderr)
 	root.SetIn(a.stdin)
 	root.SetVersionTemplate("soulbox {{.Version}}\n")
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
+	root.SetFlagErrorFunc(flagError)
+	root.SetUsageTemplate(strings.Replace(root.UsageTemplate(), "{{if .Runnable}}", "{{if and .Runnable (ne .UseLine .CommandPath)}}",
+		1)) // a group does nothing by itself
 	flags := root.PersistentFlags()
 	flags.StringVar(&a.context, "context", "",
 		"use the server with this `name`, which 'auth login' gave it; \"local\" is this machine (SOULBOX_CONTEXT)")
@@ -173,6 +189,14 @@ runs, such as one that an IDE has started; after 'soulbox auth login', those of 
 	}))
 	root.AddCommand(a.sandboxCommand(), a.execCommand(), a.psCommand(), a.killCommand(), a.copyCommand(), a.watchCommand(), a.portCommand(),
 		a.urlCommand(), a.templateCommand(), a.authCommand(), a.manCommand())
+	root.InitDefaultCompletionCmd()
+	if c, _, err := root.Find([]string{"completion"}); err == nil {
+		group(c)
+	}
+	root.InitDefaultHelpCmd()
+	if c, _, err := root.Find([]string{"help"}); err == nil {
+		c.Args = helpArgs
+	}
 	return root
 }
 

@@ -227,33 +227,9 @@ func (a *app) watchCommand() *cobra.Command {
 }
 
 func (a *app) portCommand() *cobra.Command {
-	port := &cobra.Command{Use: "port", Short: "Make ports of a sandbox reachable",
+	port := group(&cobra.Command{Use: "port", Short: "Make ports of a sandbox reachable",
 		Long:    "Make ports of a sandbox reachable from this machine, or at a domain of its server.",
-		Example: "  soulbox port expose ID 8000\n  soulbox port list ID"}
-	var public bool
-	expose := &cobra.Command{Use: "expose ID PORT", Short: "Make a port reachable", Args: exactly("ID", "PORT"),
-		ValidArgsFunction: a.completeSandboxes,
-		Long:              "Make a TCP port reachable, and print where: a URL on this machine, or below the domain of the server.",
-		Example:           "  soulbox port expose ID 8000\n  curl $(soulbox port expose ID 8000)",
-		RunE: func(c *cobra.Command, args []string) error {
-			n, err := portNumber(args[1])
-			if err != nil {
-				return err
-			}
-			b, err := a.find(c.Context(), args[0])
-			if err != nil {
-				return err
-			}
-			p, err := b.at.Expose(c.Context(), b.ID, n, public)
-			if err != nil {
-				return err
-			}
-			if !p.Listening {
-				fmt.Fprintf(a.stderr, "soulbox: nothing listens on port %d yet\n", n) // if stderr fails, there is no other place to report
-			}
-			return a.printf("%s\n", p.URL)
-		}}
-	expose.Flags().BoolVar(&public, "public", false, "also for clients without the sandbox's token")
+		Example: "  soulbox port expose ID 8000\n  soulbox port list ID"})
 	list := &cobra.Command{Use: "list ID", Aliases: []string{"ls"}, Short: "List ports", Args: exactly("ID"),
 		ValidArgsFunction: a.completeSandboxes, Long: "List the ports that are exposed, and those on which something listens.",
 		Example: "  soulbox port list ID",
@@ -288,11 +264,53 @@ func (a *app) portCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return b.at.ClosePort(c.Context(), b.ID, n)
+			err = b.at.ClosePort(c.Context(), b.ID, n)
+			if client.IsNotFound(err) {
+				return fmt.Errorf("%w; 'soulbox port list %s' shows those that are", err, b.ID)
+			}
+			return err
 		}}
-	port.AddCommand(expose, list, end)
+	port.AddCommand(a.exposeCommand(), list, end)
 	return port
 }
+
+func (a *app) exposeCommand() *cobra.Command {
+	var public bool
+	var wait time.Duration
+	c := &cobra.Command{Use: "expose ID PORT", Short: "Make a port reachable", Args: exactly("ID", "PORT"),
+		ValidArgsFunction: a.completeSandboxes,
+		Long: "Make a TCP port reachable, and print where: a URL on this machine, or below the domain of the server. Waits a moment for " +
+			"a program that has just been started.",
+		Example: "  soulbox port expose ID 8000\n  curl $(soulbox port expose ID 8000)",
+		RunE: func(c *cobra.Command, args []string) error {
+			n, err := portNumber(args[1])
+			if err != nil {
+				return err
+			}
+			if wait < 0 || wait > maxPortWait {
+				return usageError{fmt.Errorf("--wait is a time up to %s", short(maxPortWait))}
+			}
+			b, err := a.find(c.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			p, err := b.at.ExposeWithin(c.Context(), b.ID, n, public, wait)
+			if err != nil {
+				return err
+			}
+			if !p.Listening {
+				fmt.Fprintf(a.stderr, "soulbox: nothing listens on port %d yet, after %s; 'soulbox ps %s' lists what runs\n", n,
+					wait, b.ID) // nobody else can be told
+			}
+			return a.printf("%s\n", p.URL)
+		}}
+	c.Flags().BoolVar(&public, "public", false, "also for clients without the sandbox's token")
+	c.Flags().DurationVar(&wait, "wait", 5*time.Second, "`time` to wait for something that listens")
+	return c
+}
+
+// maxPortWait is how long a server waits for something that listens.
+const maxPortWait = 50 * time.Second
 
 func portNumber(text string) (int, error) {
 	n, err := strconv.Atoi(text)

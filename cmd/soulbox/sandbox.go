@@ -18,9 +18,9 @@ import (
 )
 
 func (a *app) sandboxCommand() *cobra.Command {
-	sandbox := &cobra.Command{Use: "sandbox", Aliases: []string{"sb"}, Short: "Make, list and control sandboxes",
+	sandbox := group(&cobra.Command{Use: "sandbox", Aliases: []string{"sb"}, Short: "Make, list and control sandboxes",
 		Long:    "Make, list and control sandboxes. An ID may be cut short as long as no other sandbox's ID begins with it.",
-		Example: "  soulbox sandbox create --template python\n  soulbox sandbox list\n  soulbox sandbox connect ID"}
+		Example: "  soulbox sandbox create --template python\n  soulbox sandbox list\n  soulbox sandbox connect ID"})
 	sandbox.AddCommand(a.createCommand(), a.listCommand(), a.infoCommand(), a.connectCommand(), a.endCommand(), a.pauseCommand(),
 		a.resumeCommand(), a.forkCommand(), a.snapshotCommand(),
 		a.extendCommand(), a.logsCommand(), a.metricsCommand())
@@ -64,7 +64,7 @@ func (a *app) createCommand() *cobra.Command {
 			}
 			sb, err := at.Create(c.Context(), n)
 			if err != nil {
-				return err
+				return noTemplate(err)
 			}
 			if out == formatJSON {
 				return a.json(sb)
@@ -78,8 +78,8 @@ func (a *app) createCommand() *cobra.Command {
 	f.DurationVar(&life, "timeout", 0, "`time` that it lives; default that of the server, one hour")
 	f.StringVar(&n.OnTimeout, "on-timeout", "", "what happens at the end of that time: `pause` or kill")
 	f.Float64Var(&n.CPU, "cpu", 0, "`cores` that it may use; default 2")
-	f.Int64Var(&n.MemoryMB, "memory", 0, "memory in `MB`; default 1024")
-	f.Int64Var(&n.DiskMB, "disk", 0, "disk that it may write, in `MB`; default 10240")
+	f.Var(size{&n.MemoryMB}, "memory", "memory in `MB`, or such as 4G; default 1024")
+	f.Var(size{&n.DiskMB}, "disk", "disk that it may write, in `MB`, or such as 20G; default 10240")
 	f.DurationVar(&protect, "protect", 0,
 		"save it in the background at this interval of `time`, to resume it if it fails; default that of the server, never")
 	f.BoolVar(&protectMemory, "protect-memory", false, "with --protect: save its processes too, not only its files")
@@ -345,7 +345,7 @@ func (a *app) resumeCommand() *cobra.Command {
 		}}
 	c.Flags().BoolVar(&o.FilesOnly, "files-only", false,
 		"boot from their files, without the saved processes, if these hang or are damaged")
-	c.Flags().Int64Var(&o.MemoryMB, "memory", 0, "a larger memory limit in `MB`")
+	c.Flags().Var(size{&o.MemoryMB}, "memory", "a larger memory limit in `MB`, or such as 4G")
 	return c
 }
 
@@ -372,26 +372,28 @@ func (a *app) forkCommand() *cobra.Command {
 }
 
 func (a *app) snapshotCommand() *cobra.Command {
-	c := &cobra.Command{Use: "snapshot ID [NAME]", Short: "Save a sandbox under a name", Args: cobra.RangeArgs(1, 2),
+	var n client.NewSnapshot
+	c := &cobra.Command{Use: "snapshot ID [NAME]", Short: "Save a sandbox under a name", Args: between(1, "ID", "NAME"),
 		ValidArgsFunction: a.completeSandboxes,
 		Long: "Save a sandbox's memory and files under a name; the sandbox continues to run. 'soulbox sandbox create --template NAME' " +
 			"makes sandboxes from it, any number of times.\n" +
-			"An existing snapshot of that name is replaced; 'soulbox template delete NAME' removes it.",
+			"If there is a snapshot of that name, this fails, unless --replace is given; 'soulbox template delete NAME' removes it.",
 		Example: "  soulbox sandbox snapshot ID ready\n  soulbox sandbox create --template ready\n  soulbox sandbox snapshot list",
 		RunE: func(c *cobra.Command, args []string) error {
 			b, err := a.find(c.Context(), args[0])
 			if err != nil {
 				return err
 			}
-			name := ""
 			if len(args) > 1 {
-				name = args[1]
+				n.Name = args[1]
 			}
-			if name, err = b.at.Snapshot(c.Context(), b.ID, name); err != nil {
+			name, err := b.at.SnapshotAs(c.Context(), b.ID, n)
+			if err != nil {
 				return err
 			}
 			return a.printf("%s\n", name)
 		}}
+	c.Flags().BoolVar(&n.Replace, "replace", false, "take the place of the snapshot that has the name")
 	c.AddCommand(&cobra.Command{Use: "list", Short: "List snapshots", Args: exactly(), Example: "  soulbox sandbox snapshot list",
 		Long: "List the names of snapshots, newest first.",
 		RunE: func(c *cobra.Command, _ []string) error {

@@ -238,6 +238,9 @@ func (a *app) find(ctx context.Context, id string) (box, error) {
 	return b, err
 }
 
+// shortestID is how much of an id is needed: all of them begin with the same two letters.
+const shortestID = 3
+
 // remembered finds a sandbox by its id or an unambiguous beginning of it, even one that has ended.
 func (a *app) remembered(ctx context.Context, id string) (box, error) {
 	all, err := a.servers(ctx)
@@ -253,14 +256,17 @@ func (a *app) remembered(ctx context.Context, id string) (box, error) {
 	}
 	var found []box
 	for _, b := range list {
-		if strings.HasPrefix(b.ID, id) && len(id) > 2 {
+		if strings.HasPrefix(b.ID, id) && id != "" {
 			found = append(found, b)
 		}
 	}
-	switch len(found) {
-	case 0:
+	switch {
+	case len(found) == 0:
 		return box{}, fmt.Errorf("there is no sandbox %q; 'soulbox sandbox list' shows them", id)
-	case 1:
+	case len(id) < shortestID:
+		return box{}, fmt.Errorf("%q is too short for an ID: give %d characters of it or more, such as %s", id, shortestID,
+			found[0].ID[:min(len(found[0].ID), shortestID+2)])
+	case len(found) == 1:
 		return found[0], nil
 	}
 	return box{}, fmt.Errorf("%q is the beginning of %d ids: %s and others; give more of the id", id, len(found), found[0].ID)

@@ -43,9 +43,9 @@ type templateConfig struct {
 }
 
 func (a *app) templateCommand() *cobra.Command {
-	t := &cobra.Command{Use: "template", Short: "Build, list and move templates",
+	t := group(&cobra.Command{Use: "template", Short: "Build, list and move templates",
 		Long:    "Build, list and move templates: the file systems that sandboxes begin from.",
-		Example: "  soulbox template init --name web\n  soulbox template build\n  soulbox sandbox create --template web"}
+		Example: "  soulbox template init --name web\n  soulbox template build\n  soulbox sandbox create --template web"})
 	t.AddCommand(a.initCommand(), a.buildCommand(), a.templateListCommand(), a.templateDeleteCommand(), a.templateCopyCommand(),
 		a.pullCommand(), a.pushCommand(), a.buildLogsCommand())
 	return t
@@ -54,7 +54,7 @@ func (a *app) templateCommand() *cobra.Command {
 func (a *app) initCommand() *cobra.Command {
 	var conf templateConfig
 	var from string
-	c := &cobra.Command{Use: "init [DIRECTORY]", Short: "Begin a template", Args: cobra.MaximumNArgs(1),
+	c := &cobra.Command{Use: "init [DIRECTORY]", Short: "Begin a template", Args: between(0, "DIRECTORY"),
 		Long: "Write a commented Dockerfile and soulbox.toml into a directory. What no flag gives is asked for, if there is a " +
 			"terminal. Existing files are left alone.",
 		Example: "  soulbox template init\n  soulbox template init web --name web --from base --start 'python3 -m http.server'",
@@ -163,7 +163,7 @@ func (a *app) buildCommand() *cobra.Command {
 	var args []string
 	var target, push string
 	var noCache bool
-	c := &cobra.Command{Use: "build [DIRECTORY]", Short: "Build a template", Args: cobra.MaximumNArgs(1),
+	c := &cobra.Command{Use: "build [DIRECTORY]", Short: "Build a template", Args: between(0, "DIRECTORY"),
 		Long: "Build a template from the Dockerfile in a directory, with the files next to it, except those in Dockerfile.dockerignore " +
 			"or else .dockerignore. The file soulbox.toml there has the other settings.",
 		Example: "  soulbox template build\n  soulbox template build web --name web:v2 --no-cache\n  soulbox template build --push " +
@@ -192,8 +192,8 @@ func (a *app) buildCommand() *cobra.Command {
 	f.StringVar(&conf.Start, "start", "", "`command` that runs in each of its sandboxes from the beginning")
 	f.StringVar(&conf.Ready, "ready", "", "`command` that succeeds when the start command is ready")
 	f.IntVar(&conf.CPU, "cpu", 0, "`cores` of its sandboxes")
-	f.Int64Var(&conf.MemoryMB, "memory", 0, "memory of its sandboxes, in `MB`")
-	f.Int64Var(&conf.DiskMB, "disk", 0, "disk of its sandboxes, in `MB`")
+	f.Var(size{&conf.MemoryMB}, "memory", "memory of its sandboxes, in `MB`, or such as 4G")
+	f.Var(size{&conf.DiskMB}, "disk", "disk of its sandboxes, in `MB`, or such as 20G")
 	f.StringArrayVar(&args, "build-arg", nil, "`KEY=VALUE` of an ARG; may be repeated")
 	f.StringVar(&target, "target", "", "`stage` to build; default the last one")
 	f.BoolVar(&noCache, "no-cache", false, "run every step again")
@@ -204,6 +204,11 @@ func (a *app) buildCommand() *cobra.Command {
 // read adds the settings of the file in a directory to those of the flags, which come first.
 func (flags templateConfig) read(dir string) (templateConfig, error) {
 	conf := templateConfig{}
+	if there, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) || err == nil && !there.IsDir() {
+		return conf, fmt.Errorf("there is no directory %s; 'soulbox template init %s' begins a template there", dir, dir)
+	} else if err != nil {
+		return conf, err
+	}
 	meta, err := toml.DecodeFile(filepath.Join(dir, configName), &conf)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return conf, fmt.Errorf("%s: %w", filepath.Join(dir, configName), err)
@@ -390,24 +395,17 @@ func (a *app) followBuild(ctx context.Context, at *client.Client, name, id strin
 
 func (a *app) buildLogsCommand() *cobra.Command {
 	return &cobra.Command{Use: "logs NAME|BUILD", Short: "Show the log of a build", Args: exactly("NAME or BUILD"),
-		ValidArgsFunction: a.completeTemplates, Long: "Show the log of the build that made a template, or of any build by its id.",
-		Example: "  soulbox template logs web",
+		ValidArgsFunction: a.completeTemplates,
+		Long:              "Show the log of the last build of a template, even if it failed, or of any build by its id.",
+		Example:           "  soulbox template logs web",
 		RunE: func(c *cobra.Command, args []string) error {
 			at, err := a.home(c.Context())
 			if err != nil {
 				return err
 			}
-			list, err := at.Templates(c.Context())
+			id, err := lastBuild(c.Context(), at.Client, args[0])
 			if err != nil {
 				return err
-			}
-			id := args[0]
-			for _, t := range list {
-				if t.Name == args[0] {
-					if id = t.Build; id == "" {
-						return fmt.Errorf("%s was not built here, so there is no log", t.Name)
-					}
-				}
 			}
 			return a.followBuild(c.Context(), at.Client, args[0], id, false)
 		}}

@@ -3,11 +3,48 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
+	"regexp"
 
 	"github.com/spf13/cobra"
 
 	"soulbox.dev/soulbox/api/client"
 )
+
+// buildID is how ids of builds look, of older servers too.
+var buildID = regexp.MustCompile(`^(bd[a-z0-9]{16}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})$`)
+
+// lastBuild is the build that is meant by a name of a template, or by its own id.
+func lastBuild(ctx context.Context, at *client.Client, name string) (id string, err error) {
+	id, err = at.LastBuild(ctx, name)
+	if err == nil || !client.IsNotFound(err) {
+		return id, err
+	}
+	list, err := at.Templates(ctx)
+	if err != nil {
+		return "", err
+	}
+	for _, t := range list { // such as one that was built under another name
+		if t.Name == name && t.Build == "" {
+			return "", fmt.Errorf("%s was not built here, so there is no log", t.Name)
+		}
+		if t.Name == name {
+			return t.Build, nil
+		}
+	}
+	if buildID.MatchString(name) {
+		return name, nil
+	}
+	return "", fmt.Errorf("there is no template %q, nor a build of one: 'soulbox template list' shows the templates that there are", name)
+}
+
+// noTemplate says of what is not there how to see what is.
+func noTemplate(err error) error {
+	if client.IsNotFound(err) {
+		return fmt.Errorf("%w; 'soulbox template list' and 'soulbox sandbox snapshot list' show what there is", err)
+	}
+	return err
+}
 
 func (a *app) templateDeleteCommand() *cobra.Command {
 	return &cobra.Command{Use: "delete NAME...", Aliases: []string{"rm"}, Short: "Delete templates or snapshots", Args: atLeast("NAME"),
@@ -21,7 +58,7 @@ func (a *app) templateDeleteCommand() *cobra.Command {
 			var errs error
 			for _, name := range args {
 				if err := at.DeleteTemplate(c.Context(), name); err != nil {
-					errs = errors.Join(errs, err)
+					errs = errors.Join(errs, noTemplate(err))
 				} else {
 					errs = errors.Join(errs, a.printf("%s\n", name))
 				}
@@ -43,7 +80,7 @@ func (a *app) templateCopyCommand() *cobra.Command {
 			}
 			t, err := at.CopyTemplate(c.Context(), args[0], args[1])
 			if err != nil {
-				return err
+				return noTemplate(err)
 			}
 			return a.printf("%s\n", t.Name)
 		}}
@@ -85,7 +122,7 @@ func (a *app) pushCommand() *cobra.Command {
 func (a *app) push(ctx context.Context, at *client.Client, name, reference string) error {
 	t, err := at.Push(ctx, name, reference)
 	if err != nil {
-		return err
+		return noTemplate(err)
 	}
 	return a.printf("%s is %s@%s\n", t.Name, reference, t.Digest)
 }
