@@ -416,7 +416,7 @@ func TestCommandLine(t *testing.T) {
 		code int
 		want string
 	}{
-		{nil, 0, "Usage:"}, {[]string{"help"}, 0, "Usage:"}, {[]string{"version"}, 0, "soulbox-mcp "},
+		{nil, 1, "name a command"}, {[]string{"help"}, 0, "Usage:"}, {[]string{"version"}, 0, "soulbox-mcp "},
 		{[]string{"bogus"}, 1, "there is no command"},
 		{[]string{"stdio", "--bogus"}, 1, "-bogus"}, {[]string{"stdio", "more"}, 1, "there is no argument"},
 		{[]string{"stdio", "--memory-mb=-1"}, 1, "must be positive"},

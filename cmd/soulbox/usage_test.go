@@ -12,9 +12,10 @@ func TestUsage(t *testing.T) {
 		code int
 		text string
 	}{
-		"sandbox lst":                         {exitUsage, `no command "soulbox sandbox lst"; did you mean 'soulbox sandbox list'?`},
-		"template bild":                       {exitUsage, "did you mean 'soulbox template build'?"},
-		"port foo":                            {exitUsage, `no command "soulbox port foo"; those of "soulbox port" are close, expose, list`},
+		"sandbox lst":   {exitUsage, `no command "soulbox sandbox lst"; did you mean 'soulbox sandbox list'?`},
+		"template bild": {exitUsage, "did you mean 'soulbox template build'?"},
+		"port foo": {exitUsage,
+			`no command "soulbox port foo"; those of "soulbox port" are close, expose, list`},
 		"--owner x auth foo bar":              {exitUsage, "are info, login, logout, use"},
 		"sandox list":                         {exitUsage, "did you mean 'soulbox sandbox'?"},
 		"sandbox":                             {0, "soulbox sandbox [command]"},
