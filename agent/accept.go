@@ -35,7 +35,7 @@ func (c *Client) Accept(ctx context.Context, address string) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	conn := &acceptedConn{narrowStream: narrowStream{stream, c.windows}}
+	conn := &acceptedConn{narrowStream: newNarrowStream(stream, c.windows)}
 	conn.stop = context.AfterFunc(ctx, func() {
 		_ = stream.SetReadDeadline(time.Unix(1, 0))
 		_ = stream.Close()

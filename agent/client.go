@@ -365,22 +365,22 @@ func (c *Client) giveUp(stream *yamux.Stream) {
 
 // begin opens a stream that ends with ctx at the latest, and reads the guest's answer. The caller calls end when it is done with the
 // stream.
-func (c *Client) begin(ctx context.Context, h Header) (*yamux.Stream, Answer, func(), error) {
+func (c *Client) begin(ctx context.Context, h Header) (narrowStream, Answer, func(), error) {
 	stream, a, end, err := c.handshake(ctx, h)
 	if err != nil {
-		return nil, a, nil, err
+		return narrowStream{}, a, nil, err
 	}
 	stop := context.AfterFunc(ctx, end)
 	return stream, a, func() { stop(); end() }, nil
 }
 
 // handshake opens a stream and reads the guest's answer; ctx bounds only these two steps.
-func (c *Client) handshake(ctx context.Context, h Header) (stream *yamux.Stream, a Answer, end func(), err error) {
+func (c *Client) handshake(ctx context.Context, h Header) (stream narrowStream, a Answer, end func(), err error) {
 	if err := ctx.Err(); err != nil {
-		return nil, a, nil, context.Cause(ctx)
+		return narrowStream{}, a, nil, context.Cause(ctx)
 	}
 	if err := c.use.enter(); err != nil {
-		return nil, a, nil, fmt.Errorf("%s: %w", h.Stream, err)
+		return narrowStream{}, a, nil, fmt.Errorf("%s: %w", h.Stream, err)
 	}
 	leave := sync.OnceFunc(c.use.leave)
 	defer func() {
@@ -388,33 +388,32 @@ func (c *Client) handshake(ctx context.Context, h Header) (stream *yamux.Stream,
 			leave()
 		}
 	}()
-	stream, err = OrGiveUp(ctx, func() (*yamux.Stream, error) { return c.open(h) }, c.giveUp)
+	opened, err := OrGiveUp(ctx, func() (*yamux.Stream, error) { return c.open(h) }, c.giveUp)
 	if err != nil {
-		return nil, a, nil, err
+		return narrowStream{}, a, nil, err
 	}
-	opened := stream
+	stream = newNarrowStream(opened, nil)
+	if narrow[h.Stream] {
+		stream.windows = c.windows
+	}
 	end = sync.OnceFunc(func() {
 		leave()
 		// The guest sees that our half is closed and closes its own; what it sends until then is dropped with the stream.
 		_ = opened.SetReadDeadline(time.Unix(1, 0)) // first, so that a read does not take the guest's close for the regular end
 		_ = opened.Close()
 		_ = opened.SetDeadline(time.Unix(1, 0))
-		if narrow[h.Stream] {
-			narrowStream{opened, c.windows}.letGo()
+		if stream.windows != nil {
+			stream.letGo()
 		}
 	})
 	defer context.AfterFunc(ctx, end)()
-	answered := io.Reader(stream)
-	if narrow[h.Stream] {
-		answered = narrowStream{stream, c.windows}
-	}
-	if err := ReadMessage(answered, &a); err != nil {
+	if err := ReadMessage(stream, &a); err != nil {
 		end()
-		return nil, a, nil, c.streamError(ctx, h.Stream, err)
+		return narrowStream{}, a, nil, c.streamError(ctx, h.Stream, err)
 	}
 	if a.Error != nil {
 		end()
-		return nil, a, nil, a.Error
+		return narrowStream{}, a, nil, a.Error
 	}
 	return stream, a, end, nil
 }

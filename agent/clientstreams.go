@@ -84,7 +84,7 @@ func (c *Client) WriteFile(ctx context.Context, path string, r io.Reader, o Writ
 		return FileInfo{}, err
 	}
 	defer end()
-	answered := awaitAnswer(stream)
+	answered := awaitAnswer(stream.Stream)
 	src := &SourceReader{R: r}
 	if _, err := WriteChunks(stream, src); err == nil {
 		_ = EndChunks(stream, Answer{}) // the answer below tells of a failure
@@ -162,7 +162,7 @@ func (c *Client) writeStdin(ctx context.Context, process string, input []byte, e
 		_ = stream.SetReadDeadline(time.Now().Add(2 * time.Second))
 	})
 	defer stop()
-	answered := awaitAnswer(stream)
+	answered := awaitAnswer(stream.Stream)
 	_, _ = io.Copy(stream, bytes.NewReader(input)) // the answer below tells of a failure
 	a, err := answered()
 	if err != nil {
@@ -202,9 +202,8 @@ func (c *Client) output(ctx context.Context, h Header, each func(OutputFrame) er
 		return err
 	}
 	defer end()
-	from := narrowStream{stream, c.windows}
 	for {
-		kind, at, body, err := ReadFrame(from)
+		kind, at, body, err := ReadFrame(stream)
 		if err != nil {
 			return c.streamError(ctx, StreamOutput, err)
 		}
@@ -233,7 +232,7 @@ func (c *Client) Dial(ctx context.Context, network, address string) (net.Conn, e
 		// Closing a stream says only that we write no more: the guest would still send what the socket gives while there is room for it.
 		_ = c.rpc.Notify(context.Background(), NoteHangUp, map[string]string{"dial": name}) // an error means that the guest is gone
 	})
-	return narrowStream{stream, c.windows}, nil
+	return stream, nil
 }
 
 // Watch calls each with the changes in a directory, or of a file, until ctx ends or each fails. After it has called started, no change is
@@ -245,10 +244,9 @@ func (c *Client) Watch(ctx context.Context, path string, started func(), each fu
 	}
 	defer end()
 	started()
-	from := narrowStream{stream, c.windows}
 	for {
 		var batch WatchBatch
-		if err := ReadMessage(from, &batch); err != nil {
+		if err := ReadMessage(stream, &batch); err != nil {
 			return c.streamError(ctx, StreamWatch, err)
 		}
 		if len(batch.Events) > MaxWatchEvents {

@@ -59,7 +59,7 @@ func (c *Client) Unpack(ctx context.Context, dir string, r io.Reader) error {
 		return err
 	}
 	defer end()
-	answered := awaitAnswer(stream)
+	answered := awaitAnswer(stream.Stream)
 	src := &SourceReader{R: r}
 	if _, err := WriteChunks(stream, src); err == nil {
 		_ = EndChunks(stream, Answer{}) // the answer below tells of a failure

@@ -150,16 +150,23 @@ func (w *windows) drop(id uint32) {
 // narrow are the kinds of streams that windows manages: those that may be open for long without being read.
 var narrow = map[string]bool{StreamDial: true, StreamAccept: true, StreamOutput: true, StreamWatch: true}
 
-// narrowStream is a stream of which only connWindow bytes may be unread.
+// narrowStream is a stream, of which only connWindow bytes may be unread if it has windows. Copies of it are the same stream.
 type narrowStream struct {
 	*yamux.Stream
-	windows *windows
+	windows *windows    // nil if yamux' own window is enough
+	reading *sync.Mutex // two reads of one yamux stream at the same time can lock each other out for good
+}
+
+func newNarrowStream(s *yamux.Stream, w *windows) narrowStream {
+	return narrowStream{s, w, new(sync.Mutex)}
 }
 
 // Read implements io.Reader.
 func (s narrowStream) Read(p []byte) (int, error) {
+	s.reading.Lock()
+	defer s.reading.Unlock()
 	n, err := s.Stream.Read(p)
-	if n > 0 {
+	if n > 0 && s.windows != nil {
 		err = errors.Join(err, s.windows.took(s.StreamID(), n))
 	}
 	return n, err
@@ -168,7 +175,9 @@ func (s narrowStream) Read(p []byte) (int, error) {
 // letGo frees everything that is kept of the stream.
 func (s narrowStream) letGo() {
 	s.windows.drop(s.StreamID())
-	_ = s.SetReadDeadline(time.Unix(1, 0))
+	_ = s.SetReadDeadline(time.Unix(1, 0)) // it ends a read that waits, too
+	s.reading.Lock()
+	defer s.reading.Unlock()
 	_, _ = io.Copy(io.Discard, s.Stream) // reads what was received, until the deadline ends it
 	s.Shrink()
 }
