@@ -523,7 +523,7 @@ await check("template: build from a Dockerfile, tags, use", remote, async () => 
 
 await check("template: a Dockerfile by the API before build system 2.0", remote && modern, async () => {
   const ask = async (method, path, body) => {
-    const r = await fetch(process.env.E2B_API_URL + path, { method, headers: { "X-API-Key": process.env.E2B_API_KEY }, body: body && JSON.stringify(body) });
+    const r = await fetch((process.env.E2B_API_URL ?? `https://api.${process.env.E2B_DOMAIN}`) + path, { method, headers: { "X-API-Key": process.env.E2B_API_KEY }, body: body && JSON.stringify(body) });
     assert.equal(r.status, method === "GET" ? 200 : 202, path);
     return r.headers.get("content-length") === "0" ? undefined : r.json();
   };

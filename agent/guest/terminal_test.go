@@ -97,7 +97,7 @@ func TestTerminal(t *testing.T) {
 	eventually(t, "the end of bash", func() bool {
 		_, err := c.WriteStdin(t.Context(), p.id, nil, true) // ctrl-d, which is lost if bash is just about to read
 		if err != nil && !errors.Is(err, agent.ErrEnded) &&
-			!errors.Is(err, agent.ErrStdin) { // the second is of a bash that is about to end
+			!errors.Is(err, agent.ErrStdin) { // of a bash that is about to end
 			t.Fatal(err)
 		}
 		return p.process().State == agent.StateExited
