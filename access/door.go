@@ -19,7 +19,7 @@ type Door struct {
 	Provider *Provider // nil means none
 	// Closed means that a token is always needed. Otherwise one is needed once there is a key, and from then on for good.
 	Closed bool
-	// Admitted is called for each request that is admitted, with the request's ctx and for how long it is admitted.
+	// Admitted, if not nil, is called for each request that is admitted, with its ctx and for how long it is admitted.
 	Admitted func(ctx context.Context, g Grant)
 	Log      *slog.Logger
 
@@ -54,15 +54,22 @@ func (d *Door) Authenticate(ctx context.Context, token string) (owner string, er
 	if d.Provider != nil && !strings.HasPrefix(token, keyPrefix) {
 		owner, expires, err := d.Provider.owner(ctx, token)
 		if err == nil {
-			d.Admitted(ctx, Grant{Expires: expires})
+			d.admit(ctx, Grant{Expires: expires})
 		}
 		return owner, err
 	}
 	owner, valid, err := d.Keys.Admit(token)
 	if err == nil {
-		d.Admitted(ctx, Grant{Valid: valid})
+		d.admit(ctx, Grant{Valid: valid})
 	}
 	return owner, err
+}
+
+// admit tells Admitted of a request that is let in.
+func (d *Door) admit(ctx context.Context, g Grant) {
+	if d.Admitted != nil {
+		d.Admitted(ctx, g)
+	}
 }
 
 // Errors of Caller, in words for its client.
@@ -75,7 +82,7 @@ var (
 // E2B's SDKs always send a key.
 func (d *Door) Caller(r *http.Request) (owner string, err error) {
 	if !d.Required() {
-		d.Admitted(r.Context(), Grant{})
+		d.admit(r.Context(), Grant{})
 		return "", nil
 	}
 	given := r.Header.Values("X-API-Key")
@@ -95,12 +102,12 @@ func (d *Door) Caller(r *http.Request) (owner string, err error) {
 // machine's user and owners from the provider need none.
 func (d *Door) AdmitOwner(ctx context.Context, owner string) error {
 	if !d.Required() || owner == "" || strings.HasPrefix(owner, providerOwner) {
-		d.Admitted(ctx, Grant{})
+		d.admit(ctx, Grant{})
 		return nil
 	}
 	valid, err := d.Keys.OwnerValid(owner)
 	if err == nil {
-		d.Admitted(ctx, Grant{Valid: valid})
+		d.admit(ctx, Grant{Valid: valid})
 	}
 	return err
 }

@@ -32,21 +32,28 @@ func metricOf(s sandbox.Sample, l sandbox.Limits) metric {
 
 const maxSeconds = 1 << 40
 
+// period reads the arguments start and end, in seconds since 1970; 0 is no bound.
+func (r *call) period() (from, until int64, err error) {
+	if from, err = r.number("start", 0, maxSeconds, 0); err != nil {
+		return 0, 0, err
+	}
+	if until, err = r.number("end", 0, maxSeconds, 0); err != nil {
+		return 0, 0, err
+	}
+	if until != 0 && until < from {
+		return 0, 0, refuse(http.StatusBadRequest, "the end is before the start")
+	}
+	return from, until, nil
+}
+
 func (c *Control) metrics(r *call) error {
 	sb, err := c.find(r)
 	if err != nil {
 		return err
 	}
-	from, err := r.number("start", 0, maxSeconds, 0)
+	from, until, err := r.period()
 	if err != nil {
 		return err
-	}
-	until, err := r.number("end", 0, maxSeconds, 0)
-	if err != nil {
-		return err
-	}
-	if until != 0 && until < from {
-		return refuse(http.StatusBadRequest, "the end is before the start")
 	}
 	sb.Refresh(r.Context())
 	samples, err := sb.Samples(unix(from), unix(until))

@@ -37,16 +37,9 @@ func (c *Control) teamNow(r *call) (teamMetric, error) {
 
 // teamMetrics answers with what the caller uses now, if the requested time includes now. Earlier usage is not kept per owner.
 func (c *Control) teamMetrics(r *call) error {
-	from, err := r.number("start", 0, maxSeconds, 0)
+	from, until, err := r.period()
 	if err != nil {
 		return err
-	}
-	until, err := r.number("end", 0, maxSeconds, 0)
-	if err != nil {
-		return err
-	}
-	if until != 0 && until < from {
-		return refuse(http.StatusBadRequest, "the end is before the start")
 	}
 	m, err := c.teamNow(r)
 	if err != nil {

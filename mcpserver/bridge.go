@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/mark3labs/mcp-go/mcp"
+	"soulbox.dev/soulbox/internal/loopback"
 )
 
 // Bridge lets a client that only knows stdio use a server over HTTP. Each call is carried out once: if it had not reached the server when
@@ -72,7 +73,7 @@ func (b Bridge) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 	}
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.MaxIdleConnsPerHost = 64
-	transport.DialContext = dialLocalhost
+	transport.Proxy, transport.DialContext = loopback.Proxy, loopback.Dial(&net.Dialer{Timeout: dialTime, KeepAlive: dialTime})
 	defer transport.CloseIdleConnections()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -104,14 +105,8 @@ func (b Bridge) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 	return err
 }
 
-// dialLocalhost dials. Names below localhost mean this machine (RFC 6761, 6.3), which not every resolver knows.
-func dialLocalhost(ctx context.Context, network, address string) (net.Conn, error) {
-	var d net.Dialer
-	if host, port, err := net.SplitHostPort(address); err == nil && strings.HasSuffix(strings.ToLower(host), ".localhost") {
-		address = net.JoinHostPort("localhost", port)
-	}
-	return d.DialContext(ctx, network, address)
-}
+// dialTime is how long a connection to the server may take, and how often a silent one is asked.
+const dialTime = 30 * time.Second
 
 // maxNotes bounds the notifications that wait for a server that is away; more are dropped.
 const maxNotes = 1000

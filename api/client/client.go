@@ -13,6 +13,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"soulbox.dev/soulbox/internal/loopback"
 )
 
 // Options say which server a Client calls, and as which owner.
@@ -40,11 +42,11 @@ const (
 
 // New makes a Client. It does not connect yet.
 func New(o Options) (*Client, error) {
-	transport := &http.Transport{Proxy: proxyOf, ForceAttemptHTTP2: true, MaxIdleConnsPerHost: 16,
+	transport := &http.Transport{Proxy: loopback.Proxy, ForceAttemptHTTP2: true, MaxIdleConnsPerHost: 16,
 		IdleConnTimeout: 30 * time.Second, DisableCompression: true,
 		HTTP2: &http.HTTP2Config{SendPingTimeout: pingTime, PingTimeout: pingTime}} // detects a connection that has died silently
 	dialer := &net.Dialer{Timeout: dialTime}
-	transport.DialContext = dialLocal(dialer)
+	transport.DialContext = loopback.Dial(dialer)
 	if o.Socket != "" {
 		o.URL, transport.Proxy = "http://localhost", nil
 		transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {

@@ -23,6 +23,7 @@ import (
 
 	"soulbox.dev/soulbox/api/client"
 	"soulbox.dev/soulbox/internal/durable"
+	"soulbox.dev/soulbox/internal/loopback"
 )
 
 // localContext is the name of this machine's servers.
@@ -145,7 +146,7 @@ func (a *app) login(ctx context.Context, at, name, key string) error {
 	if name, err = a.loginName(name, u); err != nil {
 		return err
 	}
-	if u.Scheme == "http" && !client.Loopback(u.Hostname()) {
+	if u.Scheme == "http" && !loopback.Is(u.Hostname()) {
 		fmt.Fprintf(a.stderr, "soulbox: anyone on the network between here and %s can read the key: use https\n", u.Host) // best effort
 	}
 	secret := ""

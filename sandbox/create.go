@@ -1,0 +1,270 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"strings"
+	"time"
+)
+
+// CreateOptions describe a new sandbox; zero values mean the defaults.
+type CreateOptions struct {
+	Owner    string // the owner; only the owner finds it. "" is the user of this machine
+	Template string // or the name of one of the owner's snapshots
+	// Base is what the sandbox begins from, instead of Template. If it is not a template yet, it must have a name that no other template
+	// uses.
+	Base *Template
+	// Transient ends the sandbox with its server, even if the server keeps other sandboxes.
+	Transient bool
+	Metadata  map[string]string
+	Env       map[string]string // of every process; it is only in the sandbox itself, its files and its checkpoints
+	Limits    Limits            // a sandbox that begins with a snapshot's memory has the snapshot's limits
+	Times     Times
+	Network   Network // default none, or the snapshot's
+	Ingress   Ingress
+	Protect   Protect // default the Manager's
+
+	from   string // a checkpoint
+	whole  bool   // with memory
+	parent string
+	origin string
+	ports  []Port
+}
+
+// Create boots a sandbox and returns when its agent responds. If ctx ends before that, nothing is left.
+func (m *Manager) Create(ctx context.Context, o CreateOptions) (*Sandbox, error) {
+	began := time.Now()
+	sb, err := m.create(ctx, o)
+	m.opts.Observe("create", time.Since(began), err)
+	return sb, err
+}
+
+func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error) {
+	// Close waits for a creation that has begun; no creation begins after it.
+	m.mu.Lock()
+	if m.closed {
+		m.mu.Unlock()
+		return nil, fmt.Errorf("create sandbox: %w", ErrClosed)
+	}
+	m.work.Add(1)
+	m.mu.Unlock()
+	defer m.work.Done()
+	template, done, err := m.basis(ctx, &o)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	o.Times = o.Times.or(m.opts.Times)
+	if err := o.check(); err != nil {
+		return nil, err
+	}
+	if o.Network, err = o.Network.check(); err != nil {
+		return nil, fmt.Errorf("create sandbox: %w", err)
+	}
+	if err := errors.Join(o.Ingress.check(), o.Protect.check(o.Limits)); err != nil {
+		return nil, fmt.Errorf("create sandbox: %w", err)
+	}
+	if o.Network.On() && m.opts.NoNetwork {
+		return nil, fmt.Errorf("create sandbox: the operator of this server gives sandboxes no network: %w", ErrInvalid)
+	}
+	sb := m.conceive(o, template)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(sb.ctx, func() { cancel(context.Cause(sb.ctx)) })()
+	defer context.AfterFunc(m.ctx, func() { cancel(context.Cause(m.ctx)) })()
+	if err := m.promise(sb); err != nil {
+		sb.cancel(err)
+		return nil, err
+	}
+	served, err := sb.boot(ctx, template, o.from, o.whole)
+	if service := template.Service; err == nil && service != nil && !o.whole && !served {
+		err = sb.StartService(ctx, *service, nil)
+	}
+	if err != nil {
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		_ = sb.end(Failed, fmt.Errorf("it could not be made: %w", err)) // end logs its error; err is the cause
+		return nil, fmt.Errorf("create sandbox: %w", err)
+	}
+	for _, p := range o.ports {
+		if _, err := sb.Expose(p.Port, p.Public); err != nil {
+			m.log.Error("expose a port of a copy", "sandbox", sb.id, "port", p.Port, "error", err)
+		}
+	}
+	return sb, nil
+}
+
+// conceive makes the Sandbox that is asked for; it is not entered anywhere yet.
+func (m *Manager) conceive(o CreateOptions, template Template) *Sandbox {
+	now := time.Now()
+	sb := m.newSandbox(record{
+		Version: recordVersion, ID: newID(), Owner: o.Owner, Keep: m.opts.Keep && !o.Transient, State: Creating, Template: template.Name,
+		Image: template.ID,
+		User:  template.User, Cwd: template.Cwd, Parent: o.parent, Origin: o.origin, Metadata: maps.Clone(o.Metadata),
+		Limits: o.Limits.or(template.Limits).or(m.opts.Defaults),
+		Times:  o.Times, Network: o.Network, Ingress: o.Ingress, Created: now, Changed: now,
+		Protect: o.Protect.or(template.Protect).or(m.opts.Protect),
+	})
+	sb.rec.giveSecrets()
+	if service := template.Service; service != nil {
+		sb.rec.StartCmd, sb.rec.ReadyCmd = service.Start, service.Ready
+	}
+	sb.env = maps.Clone(template.Env)
+	if sb.env == nil {
+		sb.env = map[string]string{}
+	}
+	if o.Network.On() {
+		maps.Copy(sb.env, proxyEnv())
+	}
+	maps.Copy(sb.env, o.Env)
+	return sb
+}
+
+// basis finds what a sandbox begins from: a template, or a snapshot of its owner, which is kept until done is called.
+func (m *Manager) basis(ctx context.Context, o *CreateOptions) (template Template, done func(), err error) {
+	if o.Base != nil {
+		return *o.Base, func() {}, nil
+	}
+	if isID(o.Template) { // an ID would be found whoever owns it
+		return Template{}, nil, fmt.Errorf("create sandbox: template %q: %w", o.Template, ErrNoTemplate)
+	}
+	template, err = m.opts.Templates.Template(ctx, o.Owner, o.Template)
+	if err == nil {
+		return template, func() {}, nil
+	}
+	if !errors.Is(err, ErrNoTemplate) {
+		return Template{}, nil, fmt.Errorf("create sandbox: %w", err)
+	}
+	snap, from, release, serr := m.snapshot(o.Owner, o.Template)
+	if errors.Is(serr, ErrNoSnapshot) {
+		return Template{}, nil, fmt.Errorf("create sandbox: %w", err)
+	}
+	if serr != nil {
+		return Template{}, nil, fmt.Errorf("create sandbox: %w", serr)
+	}
+	defer func() {
+		if err != nil {
+			release()
+		}
+	}()
+	if want := o.Limits.or(snap.Limits); !snap.FilesOnly && want != snap.Limits {
+		return Template{}, nil, fmt.Errorf("create sandbox: snapshot %q has memory, so its limits stay as they are: %w", snap.Name,
+			ErrInvalid)
+	}
+	o.from, o.whole, o.parent, o.origin = from, !snap.FilesOnly, snap.Name, snap.Name
+	o.Limits, o.Times, o.ports = o.Limits.or(snap.Limits), o.Times.or(snap.Times), snap.Ports
+	if o.Network.Mode == "" {
+		o.Network = snap.Network
+	}
+	if o.Ingress.Open == "" {
+		o.Ingress = snap.Ingress
+	}
+	if !snap.FilesOnly && o.Network.On() != snap.Network.On() {
+		return Template{}, nil, fmt.Errorf("create sandbox: snapshot %q has memory, so whether it has a network cannot change: %w",
+			snap.Name, ErrInvalid)
+	}
+	template, err = m.again(ctx, record{Owner: o.Owner, Template: snap.Template, Image: snap.Image, User: snap.User, Cwd: snap.Cwd,
+		StartCmd: snap.StartCmd, ReadyCmd: snap.ReadyCmd})
+	if err != nil {
+		return Template{}, nil, fmt.Errorf("create sandbox: %w", err)
+	}
+	return template, release, nil
+}
+
+// again returns the template for a sandbox that begins from a checkpoint of r. The template's environment is in the checkpoint.
+func (m *Manager) again(ctx context.Context, r record) (Template, error) {
+	t, err := m.opts.Templates.Template(ctx, r.Owner, r.basis())
+	t.Name, t.User, t.Cwd, t.Env, t.Service = r.Template, r.User, r.Cwd, nil, r.service()
+	return t, err
+}
+
+// isID reports whether a name is the ID of a template's content.
+func isID(name string) bool { return strings.HasPrefix(name, "sha256:") }
+
+// newSandbox makes the Sandbox of a record; it is not entered anywhere yet.
+func (m *Manager) newSandbox(r record) *Sandbox {
+	s := &Sandbox{m: m, id: r.ID, owner: r.Owner, rec: r, booted: make(chan struct{}), left: make(chan struct{}),
+		ended: make(chan struct{}),
+		turn:  make(chan struct{}, 1), retime: make(chan struct{}, 1), guard: make(chan struct{}, 1),
+		connSlots: make(chan struct{}, maxConns)}
+	s.ctx, s.cancel = context.WithCancelCause(context.Background())
+	return s
+}
+
+// promise finds room for a sandbox and enters it into the Manager.
+func (m *Manager) promise(sb *Sandbox) error {
+	done, err := m.lockRoom()
+	if err != nil {
+		return fmt.Errorf("create sandbox: %w", err)
+	}
+	defer done()
+	if n := len(m.List(Filter{Owner: sb.owner})); n >= asleepFactor*m.opts.MaxPerOwner {
+		return fmt.Errorf("create sandbox: you have %d, those on disk too, the most one may have: %w", n, ErrTooMany)
+	}
+	if err := m.admitOne(sb.owner); err != nil {
+		return fmt.Errorf("create sandbox: %w", err)
+	}
+	if err := m.admit(sb.owner, sb.rec.Limits); err != nil {
+		return fmt.Errorf("create sandbox: %w", err)
+	}
+	if sb.lock, err = m.store.claim(sb.rec.ID); err != nil {
+		return fmt.Errorf("create sandbox: %w", err)
+	}
+	if err := m.store.save(sb.rec); err != nil {
+		return errors.Join(err, m.store.discard(sb.rec.ID, sb.lock))
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.sandboxes[sb.rec.ID] = sb
+	sb.mu.Lock()
+	defer sb.mu.Unlock()
+	sb.record("%s", Creating)
+	return nil
+}
+
+func (o CreateOptions) check() error {
+	if err := checkMetadata(o.Metadata); err != nil {
+		return err
+	}
+	if err := checkEnv(o.Env); err != nil {
+		return fmt.Errorf("create sandbox: %w", err)
+	}
+	if err := o.Times.check(); err != nil {
+		return fmt.Errorf("create sandbox: %w", err)
+	}
+	l := o.Limits
+	if l.CPU < 0 || l.CPU > maxCPU || min(l.Memory, l.KernelMemory) < 0 || l.Disk < 0 || l.Processes < 0 {
+		return fmt.Errorf("create sandbox: limits cannot be negative, nor cpu more than 1024: %w", ErrInvalid)
+	}
+	if l.Memory != 0 && l.Memory < 64<<20 || l.Disk != 0 && l.Disk < 16<<20 || l.Processes != 0 && l.Processes < 8 {
+		return fmt.Errorf("create sandbox: at least 64 MB of memory, 16 MB of disk and 8 processes are needed: %w", ErrInvalid)
+	}
+	if l.KernelMemory != 0 && l.KernelMemory < 64<<20 {
+		return fmt.Errorf("create sandbox: its kernel needs at least 64 MB of memory for itself: %w", ErrInvalid)
+	}
+	return nil
+}
+
+func checkEnv(env map[string]string) error {
+	for k, v := range env {
+		if k == "" || strings.ContainsAny(k, "=\x00") || strings.IndexByte(v, 0) >= 0 || len(v) > maxEnvValue {
+			return fmt.Errorf("%q is not a valid name of an environment variable, or its value is not valid: %w", k, ErrInvalid)
+		}
+	}
+	return nil
+}
+
+func checkMetadata(metadata map[string]string) error {
+	if len(metadata) > maxMetadata {
+		return fmt.Errorf("metadata: %d pairs, at most %d are allowed: %w", len(metadata), maxMetadata, ErrInvalid)
+	}
+	for k, v := range metadata {
+		if k == "" || len(k) > maxMetadataLen || len(v) > maxMetadataLen {
+			return fmt.Errorf("metadata: a key has 1 to %d bytes, a value at most %d: %w", maxMetadataLen, maxMetadataLen, ErrInvalid)
+		}
+	}
+	return nil
+}
