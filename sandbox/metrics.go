@@ -156,7 +156,10 @@ func (s *Sandbox) sample(ctx context.Context, client *agent.Client, machine Mach
 	ticker := time.NewTicker(s.m.opts.SampleEvery)
 	defer ticker.Stop()
 	last, lastCPU := time.Now(), s.meter.totals().CPUMS
-	before, _ := machine.IO() // if it cannot be read now, it cannot be read later
+	var cpu hostCPU
+	if io, err := machine.IO(); err == nil { // else the first sample has none
+		cpu = hostCPU{last, io.CPUMS}
+	}
 	var host int64
 	for n := 0; ; n++ {
 		select {
@@ -168,6 +171,7 @@ func (s *Sandbox) sample(ctx context.Context, client *agent.Client, machine Mach
 		}
 		if !s.runs() {
 			last = time.Now()
+			cpu.at = last
 			continue
 		}
 		usage, err := s.ask(ctx, client)
@@ -183,8 +187,7 @@ func (s *Sandbox) sample(ctx context.Context, client *agent.Client, machine Mach
 			Totals: totals, Seen: s.meter.haveSeen()}
 		if io, err := machine.IO(); err == nil {
 			sample.DiskRead, sample.DiskWritten = io.Read, io.Written
-			sample.HostCPU = float64(max(0, io.CPUMS-before.CPUMS)) / float64(max(1, now.Sub(last).Milliseconds())) * 100
-			before = io
+			sample.HostCPU = cpu.percent(now, io.CPUMS)
 		} else {
 			s.m.log.Debug("read a machine's input and output", "sandbox", s.id, "error", err)
 		}
@@ -202,6 +205,21 @@ func (s *Sandbox) sample(ctx context.Context, client *agent.Client, machine Mach
 			s.m.log.Warn("keep a sample", "sandbox", s.id, "error", err)
 		}
 	}
+}
+
+// hostCPU is how long a machine had been on CPUs at a time, in ms.
+type hostCPU struct {
+	at time.Time
+	ms int64
+}
+
+// percent returns the use since the last look, in percent of one core, and remembers this look. The first look has nothing to compare with.
+func (c *hostCPU) percent(now time.Time, ms int64) (used float64) {
+	if c.ms > 0 {
+		used = float64(max(0, ms-c.ms)) / float64(max(1, now.Sub(c.at).Milliseconds())) * 100
+	}
+	c.at, c.ms = now, ms
+	return used
 }
 
 // hostMemoryEvery is how many samples share one measurement of the machine's memory on the host.

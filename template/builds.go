@@ -251,6 +251,9 @@ func (s *Builds) Standing(owner, id string) (Standing, error) {
 		}
 	}
 	text, err := s.Store.BuildLog(owner, id)
+	if err != nil && !errors.Is(err, ErrNoBuild) { // the host does not let it be read: that says nothing of the build
+		return Standing{}, err
+	}
 	if err != nil && b == nil {
 		all, lerr := s.Store.List(owner)
 		if lerr == nil && slices.ContainsFunc(all, func(m Manifest) bool { return m.Owner == owner && m.BuildID() == id }) {

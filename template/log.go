@@ -139,6 +139,9 @@ func (s *Store) BuildLog(owner, id string) ([]byte, error) {
 		return nil, err
 	}
 	f, err := os.Open(filepath.Join(dir, logFile))
+	if errors.Is(err, os.ErrNotExist) { // its server died just then
+		return nil, fmt.Errorf("build %q: %w", id, ErrNoBuild)
+	}
 	if err != nil {
 		return nil, err
 	}
