@@ -23,11 +23,6 @@ const (
 	filesTime = 2 * time.Minute
 )
 
-// Continuer is implemented by a Runtime that can continue a machine whose processes were stopped from outside.
-type Continuer interface {
-	Continue(dir string) error
-}
-
 // tries counts failed attempts. It is safe for concurrent use.
 type tries struct {
 	mu    sync.Mutex

@@ -1,5 +1,27 @@
 package sandbox
 
+import "cmp"
+
+// Limits bound a sandbox. Zero values mean the defaults of DefaultLimits.
+type Limits struct {
+	CPU    float64 `json:"cpu"`    // cores
+	Memory int64   `json:"memory"` // bytes
+	Disk   int64   `json:"disk"`   // bytes that may be written
+	// DiskInMemory keeps written files in memory, up to half of Memory. A sandbox that boots from an image is then one process on the host
+	// and takes less memory while it is idle; with other templates DiskInMemory changes nothing.
+	DiskInMemory bool  `json:"disk_in_memory,omitempty"`
+	Processes    int64 `json:"processes"` // tasks
+	// KernelMemory bounds, in bytes, what the sandbox's kernel uses itself: for files, connections and other objects that no other limit
+	// counts. 0 means the default for Memory (see Kernel). It is not part of the saved sandbox: a sandbox can be resumed with more than it
+	// was paused with.
+	KernelMemory int64 `json:"kernel_memory,omitempty"`
+}
+
+// DefaultLimits are the limits of a sandbox that asks for none.
+func DefaultLimits() Limits {
+	return Limits{CPU: 2, Memory: 1 << 30, Disk: 10 << 30, Processes: 512}
+}
+
 // leastKernel is what the kernel of the smallest sandbox may use: enough for about 90,000 files.
 const leastKernel = 256 << 20
 
@@ -41,4 +63,11 @@ func (l Limits) grown(memory int64, whole bool) Limits {
 		l.Memory = memory
 	}
 	return l
+}
+
+// or fills in what is not set.
+func (l Limits) or(d Limits) Limits {
+	return Limits{CPU: cmp.Or(l.CPU, d.CPU), Memory: cmp.Or(l.Memory, d.Memory), Disk: cmp.Or(l.Disk, d.Disk),
+		Processes: cmp.Or(l.Processes, d.Processes), DiskInMemory: l.DiskInMemory || d.DiskInMemory,
+		KernelMemory: cmp.Or(l.KernelMemory, d.KernelMemory)}
 }

@@ -156,12 +156,6 @@ func NewManager(opts Options) (*Manager, error) {
 	return m, nil
 }
 
-func (l Limits) or(d Limits) Limits {
-	return Limits{CPU: cmp.Or(l.CPU, d.CPU), Memory: cmp.Or(l.Memory, d.Memory), Disk: cmp.Or(l.Disk, d.Disk),
-		Processes: cmp.Or(l.Processes, d.Processes), DiskInMemory: l.DiskInMemory || d.DiskInMemory,
-		KernelMemory: cmp.Or(l.KernelMemory, d.KernelMemory)}
-}
-
 // Limits fills in the default for each limit that is not set.
 func (m *Manager) Limits(l Limits) Limits { return l.or(m.opts.Defaults) }
 

@@ -10,6 +10,9 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
+// DefaultLifetime is how long a sandbox lives that asks for no other time, counted from when it is ready.
+const DefaultLifetime = time.Hour
+
 // Action is what happens to a sandbox when its time is over.
 type Action string
 
