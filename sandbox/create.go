@@ -79,8 +79,8 @@ func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 		return nil, err
 	}
 	served, err := sb.boot(ctx, template, o.from, o.whole)
-	if service := template.Service; err == nil && service != nil && !o.whole && !served {
-		err = sb.StartService(ctx, *service, nil)
+	if start := template.Start; err == nil && start != nil && !o.whole && !served {
+		err = sb.RunStartCommand(ctx, *start, nil)
 	}
 	if err != nil {
 		if ctx.Err() != nil {
@@ -109,8 +109,8 @@ func (m *Manager) conceive(o CreateOptions, template Template) *Sandbox {
 		Protect: o.Protect.or(template.Protect).or(m.opts.Protect),
 	})
 	sb.rec.giveSecrets()
-	if service := template.Service; service != nil {
-		sb.rec.StartCmd, sb.rec.ReadyCmd = service.Start, service.Ready
+	if start := template.Start; start != nil {
+		sb.rec.StartCmd, sb.rec.ReadyCmd = start.Command, start.Ready
 	}
 	sb.env = maps.Clone(template.Env)
 	if sb.env == nil {
@@ -177,7 +177,7 @@ func (m *Manager) basis(ctx context.Context, o *CreateOptions) (template Templat
 // again returns the template for a sandbox that begins from a checkpoint of r. The template's environment is in the checkpoint.
 func (m *Manager) again(ctx context.Context, r record) (Template, error) {
 	t, err := m.opts.Templates.Template(ctx, r.Owner, r.basis())
-	t.Name, t.User, t.Cwd, t.Env, t.Service = r.Template, r.User, r.Cwd, nil, r.service()
+	t.Name, t.User, t.Cwd, t.Env, t.Start = r.Template, r.User, r.Cwd, nil, r.startCommand()
 	return t, err
 }
 

@@ -112,8 +112,8 @@ type Template struct {
 	Cwd     string            // for those processes; default the user's home
 	Limits  Limits            // for sandboxes that ask for none; zero values mean the Manager's
 	Protect Protect           // for sandboxes that ask for none; default the Manager's
-	// Service runs in every sandbox of the template; nil means none.
-	Service *Service
+	// Start starts the service that runs in every sandbox of the template; nil means none.
+	Start *StartCommand
 }
 
 // Mount shows a host directory, read-only, in the sandbox.

@@ -159,8 +159,8 @@ func (s *Sandbox) wrong(verb string) error {
 // boot boots a new sandbox, from a checkpoint if there is one, and reports whether the service of its template already runs in it.
 func (s *Sandbox) boot(ctx context.Context, template Template, from string, whole bool) (served bool, err error) {
 	defer close(s.booted)
-	if from == "" && template.Service != nil {
-		served, err = s.bootWithService(ctx, template)
+	if from == "" && template.Start != nil {
+		served, err = s.bootWithStartCommand(ctx, template)
 	} else if err = s.start(ctx, template, from, whole); err == nil && whole {
 		err = s.skip(ctx)
 	}

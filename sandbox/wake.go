@@ -77,9 +77,9 @@ func (s *Sandbox) awake(was record, filesOnly bool) error {
 		s.write(LogEntry{Time: s.rec.Changed, Level: LevelWarn, Source: SourceSystem, Message: notice})
 	}
 	s.begin()
-	if service := was.service(); service != nil && filesOnly {
+	if start := was.startCommand(); start != nil && filesOnly {
 		s.m.work.Go(func() { // it waits until this turn ends
-			if err := s.StartService(s.ctx, *service, nil); err != nil && s.ctx.Err() == nil {
+			if err := s.RunStartCommand(s.ctx, *start, nil); err != nil && s.ctx.Err() == nil {
 				s.note(LevelError, "the service of its template is not up: %v", err)
 			}
 		})

@@ -285,10 +285,10 @@ func (r *run) startUp(ctx context.Context, m Manifest, network sandbox.Network) 
 		return nil, err
 	}
 	base := r.Store.template(ctx, m, image)
-	service := *base.Service
-	base.Service = nil
+	start := *base.Start
+	base.Start = nil
 	began := time.Now()
-	r.log.line("info", "start", service.Start)
+	r.log.line("info", "start", start.Command)
 	sb, err := r.Manager.Create(ctx, sandbox.CreateOptions{Owner: r.req.Owner, Base: &base, Transient: true, Limits: r.req.Limits,
 		Network:  network,
 		Times:    sandbox.Times{Life: DefaultBuildTime, OnTimeout: sandbox.ActionKill},
@@ -298,7 +298,7 @@ func (r *run) startUp(ctx context.Context, m Manifest, network sandbox.Network) 
 	}
 	defer func() { _ = sb.Kill(errors.New("the build is done with it")) }() // Kill logs what it could not end
 	out := newLines(func(text string) { r.log.line("info", "start", text) })
-	err = sb.StartService(ctx, service, out.add)
+	err = sb.RunStartCommand(ctx, start, out.add)
 	if out.end(); err != nil {
 		return nil, fmt.Errorf("start %s: %w", m.Name, err)
 	}

@@ -177,11 +177,11 @@ func (s *Store) template(ctx context.Context, m Manifest, image string) sandbox.
 		t.Env[k] = v
 	}
 	if m.StartCmd != "" {
-		t.Service = &sandbox.Service{Start: m.StartCmd, Ready: m.ReadyCmd}
+		t.Start = &sandbox.StartCommand{Command: m.StartCmd, Ready: m.ReadyCmd}
 		if m.Started != nil { // it is gone if another build of that name has let it be collected
 			saved := s.file("started", m.Started.Name)
 			if there, err := s.pin(ctx, saved); err == nil && there {
-				t.Service.Saved, t.Service.Limits, t.Service.Network = saved, m.Started.Limits, m.Started.Network
+				t.Start.Saved, t.Start.Limits, t.Start.Network = saved, m.Started.Limits, m.Started.Network
 			}
 		}
 	}

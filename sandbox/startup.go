@@ -9,26 +9,26 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// Service is a program that runs in every sandbox of a template.
-type Service struct {
-	Start string // a shell command, run as the template's user
-	Ready string // a command that succeeds once the service is ready; "" waits until something listens on a port, or a short while
+// StartCommand starts the service of a template, a program that runs in every sandbox of that template.
+type StartCommand struct {
+	Command string // for a shell, run as the template's user
+	Ready   string // a command that succeeds once the service is ready; "" waits until something listens on a port, or a short while
 	// Saved is the directory of a checkpoint in which the service is ready already, of a sandbox with these Limits; "" if there is none.
 	Saved   string
 	Limits  Limits
 	Network bool // the saved sandbox has a network, and its processes know that
 }
 
-// service returns the service of a sandbox's template, without a checkpoint; nil if there is none.
-func (r record) service() *Service {
+// startCommand returns the start command of a sandbox's template, without a checkpoint; nil if there is none.
+func (r record) startCommand() *StartCommand {
 	if r.StartCmd == "" {
 		return nil
 	}
-	return &Service{Start: r.StartCmd, Ready: r.ReadyCmd}
+	return &StartCommand{Command: r.StartCmd, Ready: r.ReadyCmd}
 }
 
-// ServiceTag is the tag of a service's process.
-const ServiceTag = "start"
+// StartTag is the tag of the process of a start command.
+const StartTag = "start"
 
 // Bounds of the wait for a service.
 const (
@@ -41,14 +41,14 @@ const (
 // errService means that the service ended before it was ready.
 var errService = errors.New("the service of the template has ended before it was ready")
 
-// StartService starts a service in the sandbox and waits until it is ready. Its error includes the end of the service's output; each, if
-// not nil, gets all of the output.
-func (s *Sandbox) StartService(ctx context.Context, service Service, each func(agent.OutputFrame)) error {
+// RunStartCommand starts a service in the sandbox and waits until it is ready. Its error includes the end of the service's output; each,
+// if not nil, gets all of the output.
+func (s *Sandbox) RunStartCommand(ctx context.Context, start StartCommand, each func(agent.OutputFrame)) error {
 	client, err := s.Agent(ctx, "start the service of")
 	if err != nil {
 		return err
 	}
-	started, err := client.Start(ctx, agent.StartRequest{Command: service.Start, Tag: ServiceTag})
+	started, err := client.Start(ctx, agent.StartRequest{Command: start.Command, Tag: StartTag})
 	if err != nil {
 		return fmt.Errorf("start service: %w", err)
 	}
@@ -58,8 +58,8 @@ func (s *Sandbox) StartService(ctx context.Context, service Service, each func(a
 	ctx, cancel := context.WithTimeoutCause(ctx, readyTime, fmt.Errorf("the service of the template was not ready within %s", readyTime))
 	defer cancel()
 	await := s.awaitPort
-	if service.Ready != "" {
-		await = func(ctx context.Context, client *agent.Client) error { return awaitReady(ctx, client, service.Ready) }
+	if start.Ready != "" {
+		await = func(ctx context.Context, client *agent.Client) error { return awaitReady(ctx, client, start.Ready) }
 	}
 	if err := await(ctx, client); err != nil {
 		if ctx.Err() != nil {
@@ -139,7 +139,7 @@ func (s *Sandbox) awaitPort(ctx context.Context, client *agent.Client) error {
 
 // hasEnded returns an error if the service has ended, unless it ended with exit code 0, having done its work.
 func hasEnded(ctx context.Context, client *agent.Client) error {
-	got, err := client.Wait(ctx, agent.WaitRequest{Process: ServiceTag})
+	got, err := client.Wait(ctx, agent.WaitRequest{Process: StartTag})
 	if err == nil && got.Process.State == agent.StateExited && got.Process.ExitCode != 0 {
 		err = fmt.Errorf("%w: exit code %d", errService, got.Process.ExitCode)
 	}
@@ -150,7 +150,7 @@ func hasEnded(ctx context.Context, client *agent.Client) error {
 func (s *Sandbox) withOutput(client *agent.Client, err error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), tellTime)
 	defer cancel()
-	got, werr := client.Wait(ctx, agent.WaitRequest{Process: ServiceTag, Window: agent.Window{Tail: 2000}})
+	got, werr := client.Wait(ctx, agent.WaitRequest{Process: StartTag, Window: agent.Window{Tail: 2000}})
 	if werr != nil || len(got.Output.Tail)+len(got.Output.Head) == 0 {
 		return err
 	}
@@ -171,12 +171,12 @@ func (s *Sandbox) SaveTo(ctx context.Context, dir string) error {
 	return nil
 }
 
-// bootWithService boots a new sandbox from its template's saved service if possible; otherwise the service is still to be started.
-func (s *Sandbox) bootWithService(ctx context.Context, template Template) (served bool, err error) {
-	service := *template.Service
+// bootWithStartCommand boots a new sandbox from its template's saved service if possible; otherwise the service is still to be started.
+func (s *Sandbox) bootWithStartCommand(ctx context.Context, template Template) (served bool, err error) {
+	saved := *template.Start
 	r := s.current()
-	if service.Saved != "" && service.Limits.fits(r.Limits) && service.Network == r.Network.On() {
-		err := s.start(ctx, template, service.Saved, true)
+	if saved.Saved != "" && saved.Limits.fits(r.Limits) && saved.Network == r.Network.On() {
+		err := s.start(ctx, template, saved.Saved, true)
 		if err == nil {
 			err = s.skip(ctx)
 		}
