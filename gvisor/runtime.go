@@ -52,15 +52,18 @@ type manifest struct {
 
 const manifestName = "machine.json"
 
+// writeManifest writes machine.json without fsync: after a power cut there is no process, without which Attach does not read the file, and
+// no cgroup, for which Reap reads it.
 func (r *Runtime) writeManifest(dir string, mf manifest) error {
 	body, err := json.Marshal(mf)
 	if err != nil {
 		return err
 	}
-	return r.ask("write manifest", func() error { return durable.Disk{}.Replace(filepath.Join(dir, manifestName), body, 0o600) })
+	return r.ask("write manifest", func() error { return durable.Disk{}.ReplaceVolatile(filepath.Join(dir, manifestName), body, 0o600) })
 }
 
-// readManifest reads machine.json. If it does not exist or is half written, the error is errNoManifest: its machine has no cgroup yet.
+// readManifest reads machine.json. If it does not exist or is not complete, the error is errNoManifest: its machine has no cgroup, not yet
+// or not any more.
 func (r *Runtime) readManifest(dir string) (manifest, error) {
 	var mf manifest
 	body, err := r.readFile("read manifest", filepath.Join(dir, manifestName))

@@ -31,9 +31,19 @@ func (d Disk) Replace(name string, body []byte, perm fs.FileMode) error {
 	return d.Make(name, perm, func(f *os.File) error { return d.write(f, body) })
 }
 
+// ReplaceVolatile is Replace without fsync, which takes some ms. A process that dies at any moment leaves the old or the new content; a
+// power cut may leave an empty file. So it is only for what means nothing after a power cut, such as a note about running processes.
+func (d Disk) ReplaceVolatile(name string, body []byte, perm fs.FileMode) error {
+	return d.put(name, perm, func(f *os.File) error { return d.write(f, body) }, false)
+}
+
 // Make writes a file by way of a temporary file, fsync, rename and fsync of the directory; fill writes the content. A reader of the name
 // finds the old or the new content. A failure leaves the old content and no temporary file.
-func (d Disk) Make(name string, perm fs.FileMode, fill func(*os.File) error) (err error) {
+func (d Disk) Make(name string, perm fs.FileMode, fill func(*os.File) error) error {
+	return d.put(name, perm, fill, true)
+}
+
+func (d Disk) put(name string, perm fs.FileMode, fill func(*os.File) error, sync bool) (err error) {
 	if _, err := d.Step("create", name, 0); err != nil {
 		return err
 	}
@@ -51,10 +61,13 @@ func (d Disk) Make(name string, perm fs.FileMode, fill func(*os.File) error) (er
 	if err := errors.Join(f.Chmod(perm), fill(f)); err != nil {
 		return errors.Join(err, f.Close())
 	}
-	if err := errors.Join(f.Sync(), f.Close()); err != nil {
+	if sync {
+		err = f.Sync()
+	}
+	if err := errors.Join(err, f.Close()); err != nil {
 		return err
 	}
-	return d.Rename(f.Name(), name)
+	return d.rename(f.Name(), name, sync)
 }
 
 func (d Disk) write(f *os.File, body []byte) error {
@@ -92,7 +105,9 @@ func (d Disk) Append(name string, line []byte) (err error) {
 }
 
 // Rename renames a file or directory so that the new name survives a power cut. Its content must be on disk already.
-func (d Disk) Rename(from, to string) error {
+func (d Disk) Rename(from, to string) error { return d.rename(from, to, true) }
+
+func (d Disk) rename(from, to string, sync bool) error {
 	if _, err := d.Step("rename", to, 0); err != nil {
 		return err
 	}
@@ -100,7 +115,7 @@ func (d Disk) Rename(from, to string) error {
 	if err != nil {
 		return err
 	}
-	if err := os.Rename(from, to); err != nil {
+	if err := os.Rename(from, to); err != nil || !sync {
 		return errors.Join(err, dir.Close())
 	}
 	return errors.Join(dir.Sync(), dir.Close())

@@ -2,6 +2,7 @@ package durable
 
 import (
 	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,6 +16,12 @@ var errPower = errors.New("no power")
 
 // TestReplaceFails cuts the power at each step: the old or the new content is there, and at most one file that no reader uses.
 func TestReplaceFails(t *testing.T) {
+	replaceFails(t, Disk.Replace)
+	replaceFails(t, Disk.ReplaceVolatile)
+}
+
+func replaceFails(t *testing.T, replace func(d Disk, name string, body []byte, perm fs.FileMode) error) {
+	t.Helper()
 	for cut := range 10 {
 		dir := t.TempDir()
 		name := filepath.Join(dir, "state")
@@ -22,12 +29,12 @@ func TestReplaceFails(t *testing.T) {
 			t.Fatal(err)
 		}
 		n := 0
-		err := Disk{Fault: func(_, _ string, size int) (int, error) {
+		err := replace(Disk{Fault: func(_, _ string, size int) (int, error) {
 			if n++; n > cut {
 				return size / 2, errPower
 			}
 			return size, nil
-		}}.Replace(name, []byte("new!"), 0o640)
+		}}, name, []byte("new!"), 0o640)
 		body, rerr := os.ReadFile(name)
 		if rerr != nil || string(body) != "old" && string(body) != "new!" || (err == nil) != (string(body) == "new!") {
 			t.Errorf("cut %d: %q, %v, %v", cut, body, err, rerr)
