@@ -225,7 +225,7 @@ func (m *Manager) adoptWedged(r record, lock *os.File, over *OverError) (taken b
 	}
 	sb := m.newSandbox(r)
 	sb.lock, sb.machine = lock, machine
-	sb.recall()
+	sb.meter.recall(r)
 	close(sb.booted)
 	sb.mu.Lock()
 	sb.begin()
@@ -255,7 +255,7 @@ func (m *Manager) adopt(r record, lock *os.File) (err error) {
 	r.Keep = m.opts.Keep // this server decides what happens to it when this server ends
 	sb := m.newSandbox(r)
 	sb.lock = lock
-	sb.recall()
+	sb.meter.recall(r)
 	close(sb.booted)
 	if !r.onDisk() {
 		err := sb.rejoin(ctx)
@@ -289,7 +289,7 @@ func (m *Manager) enter(sb *Sandbox, how string) error {
 	if sb.rec.ended() { // meanwhile
 		return nil
 	}
-	sb.record("%s", how)
+	sb.logChange("%s", how)
 	sb.serveAgain()
 	m.work.Go(sb.keepTime)
 	return nil
@@ -302,7 +302,7 @@ func (m *Manager) keep(r record, lock *os.File) error {
 	m.tidyUp(ctx, r)
 	sb := m.newSandbox(r)
 	sb.lock = lock
-	sb.recall()
+	sb.meter.recall(r)
 	close(sb.booted)
 	at := r.Copy.At.UTC().Format(time.RFC3339)
 	err := m.enter(sb, "what was saved of it at "+at+" is kept, and can be resumed")
@@ -363,10 +363,10 @@ func (m *Manager) bury(id string, r record, lock *os.File, cause Cause) {
 			r.turnClock(was, Failed, r.Changed, m.opts.PausedFor)
 		}
 		sb := m.newSandbox(r)
-		sb.recall()
+		sb.meter.recall(r)
 		sb.meter.since = time.Time{} // how long it ran without a server is not known
 		r.Totals = sb.meter.totals()
-		sb.write(LogEntry{Time: r.Changed, Level: LevelError, Source: SourceSystem, Message: string(r.State) + ": " + r.Cause})
+		sb.log.add(LogEntry{Time: r.Changed, Level: LevelError, Source: SourceSystem, Message: string(r.State) + ": " + r.Cause})
 		sb.cancel(cause)
 	}
 	if r.onDisk() {

@@ -82,7 +82,7 @@ func (s *Sandbox) contain(machine Machine, over *OverError) {
 	if err == nil || !s.runs() || s.ctx.Err() != nil {
 		return
 	}
-	s.note(LevelError, "it could not be paused to disk: %v", err)
+	s.log.note(LevelError, "it could not be paused to disk: %v", err)
 	o.ToDisk = false
 	if err = s.pause(s.ctx, o); err == nil || !s.runs() || s.ctx.Err() != nil {
 		return
@@ -180,7 +180,7 @@ func (s *Sandbox) copy(ctx context.Context, filesOnly bool) error {
 		return errors.Join(err, s.m.store.RemoveAll(dir))
 	}
 	s.rec, s.unchanged = r, at
-	s.tellChange()
+	s.log.announce()
 	if old != "" {
 		return s.m.store.RemoveAll(old)
 	}
@@ -270,7 +270,7 @@ func (s *Sandbox) relieve(machine Machine, over *OverError) bool {
 	if len(result.Killed) == 0 {
 		return false
 	}
-	s.note(LevelWarn, "%v: these were ended to make room: %s", over, describeRelieved(result.Killed))
+	s.log.note(LevelWarn, "%v: these were ended to make room: %s", over, describeRelieved(result.Killed))
 	for sleepFor(ctx, gracePoll) {
 		now := machine.Check()
 		var still *OverError

@@ -191,6 +191,8 @@ func (m *Manager) newSandbox(r record) *Sandbox {
 		turn:  make(chan struct{}, 1), retime: make(chan struct{}, 1), guard: make(chan struct{}, 1),
 		connSlots: make(chan struct{}, maxConns)}
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
+	s.log = &journal{store: m.store, id: r.ID, log: m.log}
+	s.meter = &meter{store: m.store, id: r.ID, log: m.log, journal: s.log}
 	return s
 }
 
@@ -221,7 +223,7 @@ func (m *Manager) promise(sb *Sandbox) error {
 	m.sandboxes[sb.rec.ID] = sb
 	sb.mu.Lock()
 	defer sb.mu.Unlock()
-	sb.record("%s", Creating)
+	sb.logChange("%s", Creating)
 	return nil
 }
 

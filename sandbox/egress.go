@@ -136,15 +136,15 @@ func newEgress() *egress {
 // serveNetwork runs the proxy of a sandbox until ctx ends.
 func (s *Sandbox) serveNetwork(ctx context.Context, client *agent.Client) {
 	e := newEgress()
-	e.network, e.meter, e.log = s.network, &s.meter, s.m.log
-	e.note = func(format string, args ...any) { s.note(LevelWarn, format, args...) }
+	e.network, e.meter, e.log = s.network, s.meter, s.m.log
+	e.note = func(format string, args ...any) { s.log.note(LevelWarn, format, args...) }
 	e.take = func() (func(), error) { return s.m.opts.Accounts.Take(s.owner, access.Connections, 1) }
 	defer e.plain.CloseIdleConnections()
 	l := &parkedListener{ctx: ctx, client: client, conns: make(chan net.Conn), slots: make(chan struct{}, maxEgress),
 		take: func() (func(), error) { return s.connection(ctx, 0) }}
 	var once sync.Once
 	l.failed = func(err error) {
-		once.Do(func() { s.note(LevelWarn, "the network of this sandbox does not work; it is tried again: %v", err) })
+		once.Do(func() { s.log.note(LevelWarn, "the network of this sandbox does not work; it is tried again: %v", err) })
 	}
 	server := &http.Server{Handler: e, ReadHeaderTimeout: 30 * time.Second, MaxHeaderBytes: egressHeaders, IdleTimeout: time.Minute,
 		BaseContext: func(net.Listener) context.Context { return ctx },
@@ -152,7 +152,7 @@ func (s *Sandbox) serveNetwork(ctx context.Context, client *agent.Client) {
 	defer context.AfterFunc(ctx, func() { _ = server.Close() })()
 	l.start()
 	if err := server.Serve(l); err != nil && ctx.Err() == nil {
-		s.note(LevelWarn, "the network of this sandbox does not work: %v", err)
+		s.log.note(LevelWarn, "the network of this sandbox does not work: %v", err)
 	}
 	l.wait.Wait()
 }

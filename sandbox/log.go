@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -54,13 +55,18 @@ type LogEntry struct {
 	Message string    `json:"message"`
 }
 
-// journal is a file of JSON lines of bounded size: when it is full, it replaces the older file, and a new one begins. It is safe for
-// concurrent use.
+// journal is the log of a sandbox, a file of JSON lines of bounded size: when it is full, it replaces the older file, and a new one begins.
+// It also tells those who wait that the sandbox has changed. It is safe for concurrent use.
 type journal struct {
-	mu   sync.Mutex
-	seq  int64 // of the last entry
-	size int64 // of the file
-	know bool  // seq and size are known
+	store store
+	id    string
+	log   *slog.Logger // for the operator
+
+	mu      sync.Mutex
+	seq     int64         // of the last entry
+	size    int64         // of the file
+	know    bool          // seq and size are known
+	changed chan struct{} // closed at the next change; nil if nobody waits
 }
 
 // append adds an entry to the log in dir.
@@ -155,52 +161,54 @@ func eachLine(name string, each func([]byte) error) error {
 	}
 }
 
-// record adds to the log and announces a change of the sandbox. s.mu is held.
-func (s *Sandbox) record(format string, args ...any) {
-	s.write(LogEntry{Time: time.Now(), Level: LevelInfo, Source: SourceSystem, Message: fmt.Sprintf(format, args...)})
-	s.tellChange()
-	if s.m.opts.Changed != nil {
-		s.m.opts.Changed(s.info())
-	}
-}
-
-// note adds to the log.
-func (s *Sandbox) note(level Level, format string, args ...any) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.write(LogEntry{Time: time.Now(), Level: level, Source: SourceSystem, Message: fmt.Sprintf(format, args...)})
-	s.tellChange()
-}
-
-// tellChange announces a change. s.mu is held.
-func (s *Sandbox) tellChange() {
-	if s.changed != nil {
-		close(s.changed)
-		s.changed = nil
-	}
-}
-
-func (s *Sandbox) write(e LogEntry) {
-	if err := s.log.append(s.m.store.Disk, s.m.store.path(s.id), e); err != nil {
-		s.m.log.Error("write the log of a sandbox", "sandbox", s.id, "error", err, "entry", e.Message)
-	}
+// note adds to the log what happened to the sandbox.
+func (j *journal) note(level Level, format string, args ...any) {
+	j.add(LogEntry{Time: time.Now(), Level: level, Source: SourceSystem, Message: fmt.Sprintf(format, args...)})
 }
 
 // noteEvents adds what happened to processes.
-func (s *Sandbox) noteEvents(events []agent.Event) {
-	if len(events) == 0 {
-		return
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
+func (j *journal) noteEvents(events []agent.Event) {
+	var entries []LogEntry
 	for _, ev := range events {
 		e := LogEntry{Time: ev.Time, Level: LevelInfo, Source: SourceProcess, Message: describeEvent(ev)}
 		if ev.Cause != "" {
 			e.Level = LevelWarn
 		}
-		s.write(e)
+		entries = append(entries, e)
 	}
-	s.tellChange()
+	j.add(entries...)
+}
+
+// add adds entries to the log, and announces that there are some.
+func (j *journal) add(entries ...LogEntry) {
+	for _, e := range entries {
+		if err := j.append(j.store.Disk, j.store.path(j.id), e); err != nil {
+			j.log.Error("write the log of a sandbox", "sandbox", j.id, "error", err, "entry", e.Message)
+		}
+	}
+	if len(entries) > 0 {
+		j.announce()
+	}
+}
+
+// announce tells those who wait that the sandbox has changed.
+func (j *journal) announce() {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.changed != nil {
+		close(j.changed)
+		j.changed = nil
+	}
+}
+
+// nextChange returns a channel that is closed at the next change.
+func (j *journal) nextChange() <-chan struct{} {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.changed == nil {
+		j.changed = make(chan struct{})
+	}
+	return j.changed
 }
 
 func describeEvent(ev agent.Event) string {
@@ -262,14 +270,14 @@ type LogPage struct {
 	Last    int64 // the After for later entries
 }
 
-// Logs returns log entries of the sandbox.
-func (s *Sandbox) Logs(q LogQuery) (LogPage, error) {
+// page returns entries of the log.
+func (j *journal) page(q LogQuery) (LogPage, error) {
 	page := LogPage{Entries: []LogEntry{}, Last: q.After}
 	if q.Limit <= 0 || q.Limit > maxLogLimit {
 		q.Limit = 100
 	}
 	least := slices.Index(Levels(), q.Level)
-	err := s.eachRemembered(logName, func(line []byte) error {
+	err := j.store.eachLine(j.id, logName, func(line []byte) error {
 		var e LogEntry
 		if json.Unmarshal(line, &e) != nil {
 			return nil // it was cut off
@@ -294,26 +302,16 @@ func (s *Sandbox) Logs(q LogQuery) (LogPage, error) {
 	return page, nil
 }
 
-// eachRemembered reads the lines of a file of the sandbox, wherever it is by now, after those of the older file.
-func (s *Sandbox) eachRemembered(name string, each func([]byte) error) error {
-	dir := s.m.store.path(s.id)
-	if !isThere(filepath.Join(dir, "state.json")) {
-		dir = s.m.store.tomb(s.id)
-	}
-	for _, name := range []string{name + olderSuffix, name} {
-		if err := eachLine(filepath.Join(dir, name), each); err != nil {
-			return err
-		}
-	}
-	return nil
-}
+// Logs returns log entries of the sandbox.
+func (s *Sandbox) Logs(q LogQuery) (LogPage, error) { return s.log.page(q) }
 
 // Changed is closed at the next change of what Info or Logs tell.
-func (s *Sandbox) Changed() <-chan struct{} {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.changed == nil {
-		s.changed = make(chan struct{})
+func (s *Sandbox) Changed() <-chan struct{} { return s.log.nextChange() }
+
+// logChange adds to the log, and announces a change of the sandbox. s.mu is held.
+func (s *Sandbox) logChange(format string, args ...any) {
+	s.log.note(LevelInfo, format, args...)
+	if s.m.opts.Changed != nil {
+		s.m.opts.Changed(s.info())
 	}
-	return s.changed
 }

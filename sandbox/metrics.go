@@ -3,6 +3,7 @@ package sandbox
 import (
 	"context"
 	"encoding/json"
+	"log/slog"
 	"math"
 	"path/filepath"
 	"sync"
@@ -56,8 +57,13 @@ type seen struct {
 	Event int64 `json:"event,omitempty"`
 }
 
-// meter sums what a sandbox uses. It is safe for concurrent use.
+// meter sums what a sandbox uses, and keeps the samples of it. It is safe for concurrent use.
 type meter struct {
+	store   store
+	id      string
+	log     *slog.Logger // for the operator
+	journal *journal     // of the sandbox
+
 	mu      sync.Mutex
 	sum     Totals
 	since   time.Time // start of the running time; zero while it does not run
@@ -110,13 +116,6 @@ func (m *meter) cpu(told int64) {
 	m.seen.CPUMS, m.told = max(0, told), time.Now()
 }
 
-// sampled stores the latest sample.
-func (m *meter) sampled(s Sample) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.latest = s
-}
-
 // now returns the latest sample.
 func (m *meter) now() Sample {
 	m.mu.Lock()
@@ -151,6 +150,101 @@ func (m *meter) lastTraffic() time.Time {
 	return m.traffic
 }
 
+// ask asks the agent for its usage and for what happened to processes since the last time.
+func (m *meter) ask(ctx context.Context, client *agent.Client) (agent.Usage, error) {
+	ctx, cancel := context.WithTimeout(ctx, tellTime)
+	defer cancel()
+	m.mu.Lock()
+	since := m.seen.Event
+	m.mu.Unlock()
+	usage, err := client.Usage(ctx, &since)
+	if err != nil {
+		return usage, err
+	}
+	m.cpu(usage.CPUMS)
+	var fresh []agent.Event
+	m.mu.Lock()
+	m.latest.Memory, m.latest.DiskUsed, m.latest.Processes = usage.Memory, usage.DiskUsed, usage.Processes
+	for _, ev := range usage.Events { // two callers may ask at once
+		if ev.Seq > m.seen.Event {
+			m.seen.Event = ev.Seq
+			fresh = append(fresh, ev)
+		}
+	}
+	m.mu.Unlock()
+	if len(fresh) > 0 && fresh[0].Seq > since+1 {
+		m.journal.note(LevelWarn, "%d starts and ends of processes are missing here: there were too many", fresh[0].Seq-since-1)
+	}
+	m.journal.noteEvents(fresh)
+	return usage, nil
+}
+
+// keep stores the latest sample, in its file too.
+func (m *meter) keep(sample Sample) error {
+	line, err := json.Marshal(sample)
+	if err != nil {
+		return err
+	}
+	name := filepath.Join(m.store.path(m.id), metricsName)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.latest = sample
+	if m.lines >= samplesKept {
+		if err := m.store.Rename(name, name+olderSuffix); err != nil {
+			return err
+		}
+		m.lines = 0
+	}
+	if err := m.store.Append(name, line); err != nil {
+		return err
+	}
+	m.lines++
+	return nil
+}
+
+// recall restores the totals and the latest sample as the last server of the sandbox r left them.
+func (m *meter) recall(r record) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.sum, m.seen = r.Totals, r.Seen
+	since := r.Changed
+	name := filepath.Join(m.store.path(m.id), metricsName)
+	for _, name := range []string{name + olderSuffix, name} {
+		m.lines = 0
+		err := eachLine(name, func(line []byte) error {
+			var sample Sample
+			if json.Unmarshal(line, &sample) == nil && sample.RunMS >= m.sum.RunMS {
+				m.sum, m.seen, m.latest, since = sample.Totals, sample.Seen, sample, sample.Time
+			}
+			m.lines++
+			return nil
+		})
+		if err != nil {
+			m.log.Warn("read the samples of a sandbox", "sandbox", m.id, "error", err) // the state has older totals
+		}
+	}
+	if r.State == Running { // it ran without a server
+		m.since, m.memory = since, r.Limits.Memory
+	}
+	m.traffic = time.Now() // without a server it could not be used
+}
+
+// skipPast starts the meter where the agent's counters stand, because this agent has already run in the sandbox that this one was made
+// from.
+func (m *meter) skipPast(ctx context.Context, client *agent.Client) error {
+	var none int64
+	usage, err := client.Usage(ctx, &none)
+	if err != nil {
+		return err
+	}
+	past := seen{CPUMS: usage.CPUMS}
+	for _, ev := range usage.Events {
+		past.Event = max(past.Event, ev.Seq)
+	}
+	m.see(past)
+	return nil
+}
+
 // sample takes samples as long as the machine runs.
 func (s *Sandbox) sample(ctx context.Context, client *agent.Client, machine Machine) {
 	ticker := time.NewTicker(s.m.opts.SampleEvery)
@@ -174,7 +268,7 @@ func (s *Sandbox) sample(ctx context.Context, client *agent.Client, machine Mach
 			cpu.at = last
 			continue
 		}
-		usage, err := s.ask(ctx, client)
+		usage, err := s.meter.ask(ctx, client)
 		if err != nil {
 			continue // ping notices a silent agent
 		}
@@ -200,8 +294,7 @@ func (s *Sandbox) sample(ctx context.Context, client *agent.Client, machine Mach
 		}
 		sample.HostMemory = host
 		last, lastCPU = now, totals.CPUMS
-		s.meter.sampled(sample)
-		if err := s.keepSample(sample); err != nil && ctx.Err() == nil {
+		if err := s.meter.keep(sample); err != nil && ctx.Err() == nil {
 			s.m.log.Warn("keep a sample", "sandbox", s.id, "error", err)
 		}
 	}
@@ -225,35 +318,6 @@ func (c *hostCPU) percent(now time.Time, ms int64) (used float64) {
 // hostMemoryEvery is how many samples share one measurement of the machine's memory on the host.
 const hostMemoryEvery = 12
 
-// ask asks the agent for its usage and for what happened to processes since the last time.
-func (s *Sandbox) ask(ctx context.Context, client *agent.Client) (agent.Usage, error) {
-	ctx, cancel := context.WithTimeout(ctx, tellTime)
-	defer cancel()
-	s.meter.mu.Lock()
-	since := s.meter.seen.Event
-	s.meter.mu.Unlock()
-	usage, err := client.Usage(ctx, &since)
-	if err != nil {
-		return usage, err
-	}
-	s.meter.cpu(usage.CPUMS)
-	var fresh []agent.Event
-	s.meter.mu.Lock()
-	s.meter.latest.Memory, s.meter.latest.DiskUsed, s.meter.latest.Processes = usage.Memory, usage.DiskUsed, usage.Processes
-	for _, ev := range usage.Events { // two callers may ask at once
-		if ev.Seq > s.meter.seen.Event {
-			s.meter.seen.Event = ev.Seq
-			fresh = append(fresh, ev)
-		}
-	}
-	s.meter.mu.Unlock()
-	if len(fresh) > 0 && fresh[0].Seq > since+1 {
-		s.note(LevelWarn, "%d starts and ends of processes are missing here: there were too many", fresh[0].Seq-since-1)
-	}
-	s.noteEvents(fresh)
-	return usage, nil
-}
-
 // Refresh updates the log with what happened to processes until now, and the meter with what is used. If the sandbox does not run or its
 // agent is silent, Refresh changes nothing.
 func (s *Sandbox) Refresh(ctx context.Context) {
@@ -261,36 +325,15 @@ func (s *Sandbox) Refresh(ctx context.Context) {
 	client, running := s.client, s.rec.State == Running
 	s.mu.Unlock()
 	if client != nil && running {
-		_, _ = s.ask(ctx, client) // ping notices a silent agent
+		_, _ = s.meter.ask(ctx, client) // ping notices a silent agent
 	}
-}
-
-func (s *Sandbox) keepSample(sample Sample) error {
-	line, err := json.Marshal(sample)
-	if err != nil {
-		return err
-	}
-	name := filepath.Join(s.m.store.path(s.id), metricsName)
-	s.meter.mu.Lock()
-	defer s.meter.mu.Unlock()
-	if s.meter.lines >= samplesKept {
-		if err := s.m.store.Rename(name, name+olderSuffix); err != nil {
-			return err
-		}
-		s.meter.lines = 0
-	}
-	if err := s.m.store.Append(name, line); err != nil {
-		return err
-	}
-	s.meter.lines++
-	return nil
 }
 
 // Samples returns the sandbox's samples between two times, the oldest first; zero times are no bounds. For times of which nothing is kept
 // there are no samples.
 func (s *Sandbox) Samples(from, until time.Time) ([]Sample, error) {
 	samples := []Sample{}
-	err := s.eachRemembered(metricsName, func(line []byte) error {
+	err := s.m.store.eachLine(s.id, metricsName, func(line []byte) error {
 		var sample Sample
 		if json.Unmarshal(line, &sample) != nil || !from.IsZero() && sample.Time.Before(from) || !until.IsZero() &&
 			!sample.Time.Before(until) {
@@ -303,46 +346,4 @@ func (s *Sandbox) Samples(from, until time.Time) ([]Sample, error) {
 		samples = samples[n-maxSamples:]
 	}
 	return samples, err
-}
-
-// recall restores the totals and the latest sample as the sandbox's last server left them.
-func (s *Sandbox) recall() {
-	m := &s.meter
-	m.sum, m.seen = s.rec.Totals, s.rec.Seen
-	since := s.rec.Changed
-	name := filepath.Join(s.m.store.path(s.id), metricsName)
-	for _, name := range []string{name + olderSuffix, name} {
-		m.lines = 0
-		err := eachLine(name, func(line []byte) error {
-			var sample Sample
-			if json.Unmarshal(line, &sample) == nil && sample.RunMS >= m.sum.RunMS {
-				m.sum, m.seen, m.latest, since = sample.Totals, sample.Seen, sample, sample.Time
-			}
-			m.lines++
-			return nil
-		})
-		if err != nil {
-			s.m.log.Warn("read the samples of a sandbox", "sandbox", s.id, "error", err) // the state has older totals
-		}
-	}
-	if s.rec.State == Running { // it ran without a server
-		m.since, m.memory = since, s.rec.Limits.Memory
-	}
-	m.traffic = time.Now() // without a server it could not be used
-}
-
-// skipPast starts the meter where the agent's counters stand, because this agent has already run in the sandbox that this one was made
-// from.
-func (s *Sandbox) skipPast(ctx context.Context) error {
-	var none int64
-	usage, err := s.client.Usage(ctx, &none)
-	if err != nil {
-		return err
-	}
-	past := seen{CPUMS: usage.CPUMS}
-	for _, ev := range usage.Events {
-		past.Event = max(past.Event, ev.Seq)
-	}
-	s.meter.see(past)
-	return nil
 }

@@ -180,7 +180,7 @@ func (s *Sandbox) SetNetwork(n Network) error {
 		s.endRules()
 		s.rules = nil
 	}
-	s.record("its network was changed")
+	s.logChange("its network was changed")
 	return nil
 }
 

@@ -96,7 +96,7 @@ func (s *Sandbox) ExposeAt(port int, public bool, host int) (Port, error) {
 	}
 	s.rec = r
 	s.ports[port] = e
-	s.record("port %d is exposed", port)
+	s.logChange("port %d is exposed", port)
 	return e.Port, nil
 }
 
@@ -119,7 +119,7 @@ func (s *Sandbox) publish(e *exposed, public bool) error {
 	e.Public = public
 	e.shutGate() // connections that were made without the token end
 	e.openGate()
-	s.record("port %d is public: %t", e.Port.Port, public)
+	s.logChange("port %d is public: %t", e.Port.Port, public)
 	return nil
 }
 
@@ -228,7 +228,7 @@ func (s *Sandbox) Unexpose(port int) error {
 	if err == nil {
 		s.rec = r
 		delete(s.ports, port)
-		s.record("port %d is not exposed any more", port)
+		s.logChange("port %d is not exposed any more", port)
 	}
 	s.mu.Unlock()
 	if err == nil {

@@ -60,7 +60,7 @@ func (s *Sandbox) protect(ctx context.Context, client *agent.Client) {
 		}
 		now, err := s.protectOnce(client, p, saw)
 		if err != nil && ctx.Err() == nil && !errors.Is(err, ErrState) {
-			s.note(LevelWarn, "it could not be saved in the background: %v", err)
+			s.log.note(LevelWarn, "it could not be saved in the background: %v", err)
 		}
 		if err != nil {
 			if !sleepFor(ctx, minProtect) {

@@ -42,13 +42,13 @@ func (s *Sandbox) afterRestore(ctx context.Context, client *agent.Client, whole 
 		switch {
 		case errors.Is(err, agent.ErrVersion): // an older version saved it
 		case err != nil:
-			s.note(LevelWarn, "it has the same boot_id as the sandbox that was saved: %v", err)
+			s.log.note(LevelWarn, "it has the same boot_id as the sandbox that was saved: %v", err)
 		default:
 			env["SOULBOX_GENERATION"] = strconv.FormatInt(told.Generation, 10)
 		}
 	}
 	if err := s.runHooks(ctx, client, env); err != nil {
-		s.note(LevelWarn, "the hooks of %s: %v", HookDir, err)
+		s.log.note(LevelWarn, "the hooks of %s: %v", HookDir, err)
 	}
 }
 
@@ -75,7 +75,7 @@ func (s *Sandbox) runHooks(ctx context.Context, client *agent.Client, env map[st
 	case p.ExitCode != 0 || p.Cause != "":
 		err = fmt.Errorf("they have failed, with exit code %d", p.ExitCode)
 	default:
-		s.note(LevelInfo, "the hooks of %s have run", HookDir)
+		s.log.note(LevelInfo, "the hooks of %s have run", HookDir)
 		return nil
 	}
 	if out := append(got.Output.Head, got.Output.Tail...); len(out) > 0 {

@@ -26,8 +26,8 @@ type Sandbox struct {
 	turn   chan struct{}           // holds a token during a pause, resume, save or destroy
 	retime chan struct{}           // tells keepTime to look again
 	guard  chan struct{}           // tells protect to look again
-	log    journal
-	meter  meter
+	log    *journal
+	meter  *meter
 	// contained counts the attempts to pause the sandbox when it must not continue.
 	contained tries
 
@@ -47,9 +47,8 @@ type Sandbox struct {
 	endRules context.CancelFunc
 	// connSlots bounds the connections to all ports.
 	connSlots chan struct{}
-	changed   chan struct{} // closed at the next change of what Info or Logs return
-	unchanged time.Time     // until when the sandbox had not changed since its copy
-	relinked  []time.Time   // when the connection to its agent was restored
+	unchanged time.Time   // until when the sandbox had not changed since its copy
+	relinked  []time.Time // when the connection to its agent was restored
 }
 
 // Info is a sandbox at one moment.
@@ -143,9 +142,9 @@ func (s *Sandbox) turnTo(verb string, next State, cause error, must bool, change
 	}
 	s.rec = r
 	if r.Cause != "" {
-		s.record("%s: %s", next, r.Cause)
+		s.logChange("%s: %s", next, r.Cause)
 	} else {
-		s.record("%s", next)
+		s.logChange("%s", next)
 	}
 	s.wakeKeeper()
 	return nil
@@ -177,11 +176,11 @@ func (s *Sandbox) boot(ctx context.Context, template Template, from string, whol
 	return served, nil
 }
 
-// skip is skipPast within the time of a boot, whose last step it is.
+// skip is meter.skipPast within the time of a boot, whose last step it is.
 func (s *Sandbox) skip(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, s.m.opts.BootTimeout, errNotReady)
 	defer cancel()
-	return s.skipPast(ctx)
+	return s.meter.skipPast(ctx, s.client)
 }
 
 // errNotReady means that an agent has not responded in time: the host may have been busy.
@@ -434,7 +433,7 @@ func (s *Sandbox) update(u Update) (info Info, retimed bool, err error) {
 	}
 	retimed = !r.ExpiresAt.Equal(s.rec.ExpiresAt)
 	s.rec = r
-	s.record("updated")
+	s.logChange("updated")
 	s.wakeKeeper()
 	poke(s.guard)
 	return s.info(), retimed, nil

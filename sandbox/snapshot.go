@@ -123,7 +123,7 @@ func (s *Sandbox) Snapshot(ctx context.Context, o SnapshotOptions) (_ Snapshot, 
 	if err := s.m.placeSnapshot(temp, dir, o.Replace); err != nil {
 		return Snapshot{}, fmt.Errorf("snapshot %q: %w", name, err)
 	}
-	s.note(LevelInfo, "saved as snapshot %s", name)
+	s.log.note(LevelInfo, "saved as snapshot %s", name)
 	return snap, nil
 }
 
@@ -374,7 +374,7 @@ func (s *Sandbox) Fork(ctx context.Context, count int, metadata map[string]strin
 	}
 	all.Wait()
 	copies = slices.DeleteFunc(made, func(sb *Sandbox) bool { return sb == nil })
-	s.note(LevelInfo, "%d copies of it were made", len(copies))
+	s.log.note(LevelInfo, "%d copies of it were made", len(copies))
 	return copies, failed, nil
 }
 

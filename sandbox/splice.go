@@ -88,7 +88,7 @@ func (s *Sandbox) dial(ctx context.Context, client *agent.Client, port int) (con
 		timer := time.AfterFunc(dialTime, cancel)
 		conn, err := client.Dial(life, "tcp", net.JoinHostPort(host, strconv.Itoa(port)))
 		if err == nil && timer.Stop() {
-			return countedConn{conn, &s.meter}, cancel, nil
+			return countedConn{conn, s.meter}, cancel, nil
 		}
 		timer.Stop()
 		cancel()

@@ -183,7 +183,7 @@ func (s *Sandbox) bootWithStartCommand(ctx context.Context, template Template) (
 		if err == nil || ctx.Err() != nil {
 			return true, err
 		}
-		s.note(LevelWarn, "the service of template %s cannot be restored here, so it is started again: %v", template.Name, err)
+		s.log.note(LevelWarn, "the service of template %s cannot be restored here, so it is started again: %v", template.Name, err)
 		if err := s.clear(ctx); err != nil {
 			return false, err
 		}

@@ -258,6 +258,20 @@ func (s store) promisedEach(each func(record)) error {
 // remembered are the files that are kept of an ended sandbox.
 var remembered = []string{"state.json", logName, logName + olderSuffix, metricsName, metricsName + olderSuffix}
 
+// eachLine reads the lines of a file of JSON lines of a sandbox, wherever it is by now, after those of the older file.
+func (s store) eachLine(id, name string, each func([]byte) error) error {
+	dir := s.path(id)
+	if !isThere(filepath.Join(dir, "state.json")) {
+		dir = s.tomb(id)
+	}
+	for _, name := range []string{name + olderSuffix, name} {
+		if err := eachLine(filepath.Join(dir, name), each); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // entomb removes an ended sandbox except for the remembered files, and releases its lock. The lock file goes last, because the rest is
 // owned as long as it exists.
 func (s store) entomb(r record, lock *os.File) (err error) {

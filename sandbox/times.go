@@ -288,10 +288,10 @@ func (s *Sandbox) expire(at time.Time, cause Cause) (next time.Duration) {
 		return checkEvery
 	}
 	s.m.log.Error("pause sandbox to disk; it is frozen in memory instead", "sandbox", s.id, "error", err)
-	s.note(LevelError, "it could not be paused to disk, and is frozen in memory: %v", err)
+	s.log.note(LevelError, "it could not be paused to disk, and is frozen in memory: %v", err)
 	if err := s.pause(s.ctx, PauseOptions{Cause: cause, AutoResume: !times.NoAutoResume}); err != nil && s.ctx.Err() == nil {
 		s.m.log.Error("pause sandbox; it runs on, and the pause is tried again", "sandbox", s.id, "error", err)
-		s.note(LevelError, "its time is over, and it could not be paused: it runs on, and the pause is tried again: %v", err)
+		s.log.note(LevelError, "its time is over, and it could not be paused: it runs on, and the pause is tried again: %v", err)
 		return unknownPause // if it is wedged, ping or watch notices
 	}
 	return checkEvery
@@ -311,7 +311,7 @@ func (s *Sandbox) giveGrace(at time.Time, cause Cause, times Times) bool {
 	if client == nil {
 		return over()
 	}
-	s.note(LevelInfo, "its time is over; calls and processes in it have %s to finish", times.Grace)
+	s.log.note(LevelInfo, "its time is over; calls and processes in it have %s to finish", times.Grace)
 	if times.OnTimeout == ActionKill {
 		s.terminate(client)
 	}

@@ -74,13 +74,13 @@ func (s *Sandbox) awake(was record, filesOnly bool) error {
 	}
 	s.contained.reset()
 	if notice != "" {
-		s.write(LogEntry{Time: s.rec.Changed, Level: LevelWarn, Source: SourceSystem, Message: notice})
+		s.log.add(LogEntry{Time: s.rec.Changed, Level: LevelWarn, Source: SourceSystem, Message: notice})
 	}
 	s.begin()
 	if start := was.startCommand(); start != nil && filesOnly {
 		s.m.work.Go(func() { // it waits until this turn ends
 			if err := s.RunStartCommand(s.ctx, *start, nil); err != nil && s.ctx.Err() == nil {
-				s.note(LevelError, "the service of its template is not up: %v", err)
+				s.log.note(LevelError, "the service of its template is not up: %v", err)
 			}
 		})
 	}

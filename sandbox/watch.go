@@ -71,7 +71,7 @@ func (w *watching) found(err error) (next time.Duration) {
 	stopped := errors.As(err, &over) && over.Kind == OverStopped
 	if !stopped && !w.stopped.IsZero() {
 		w.stopped = time.Time{}
-		s.note(LevelInfo, "its processes were continued")
+		s.log.note(LevelInfo, "its processes were continued")
 	}
 	switch {
 	case finding == Gone:
@@ -80,7 +80,7 @@ func (w *watching) found(err error) (next time.Duration) {
 		s.contained.reset()
 	case stopped && w.stopped.IsZero():
 		w.stopped = time.Now()
-		s.note(LevelWarn, "%v from outside; the sandbox runs again once that process is continued", err)
+		s.log.note(LevelWarn, "%v from outside; the sandbox runs again once that process is continued", err)
 	case stopped && time.Since(w.stopped) < s.m.opts.WedgedAfter:
 	case s.runs(): // a frozen machine takes no more than it has
 		s.contain(w.machine, over)
@@ -181,7 +181,7 @@ func (s *Sandbox) relink(watch context.Context) error {
 	s.mu.Lock()
 	s.relinked = append(s.relinked, time.Now())
 	s.mu.Unlock()
-	s.note(LevelWarn, "the connection to its agent was lost and restored")
+	s.log.note(LevelWarn, "the connection to its agent was lost and restored")
 	return nil
 }
 
