@@ -275,10 +275,10 @@ func (m *Manager) adopt(r record, lock *os.File) (err error) {
 func (m *Manager) enter(sb *Sandbox, how string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	sb.mu.Lock()
-	defer sb.mu.Unlock()
 	if m.closed {
 		sb.cancel(ErrClosed)
+		sb.mu.Lock()
+		defer sb.mu.Unlock()
 		if sb.client != nil {
 			_ = sb.client.Close()
 		}
@@ -286,12 +286,16 @@ func (m *Manager) enter(sb *Sandbox, how string) error {
 	}
 	m.sandboxes[sb.id] = sb
 	delete(m.later, sb.id)
-	if sb.rec.ended() { // meanwhile
-		return nil
+	sb.mu.Lock()
+	ended := sb.rec.ended() // meanwhile
+	if !ended {
+		sb.logChange("%s", how)
 	}
-	sb.logChange("%s", how)
-	sb.serveAgain()
-	m.work.Go(sb.keepTime)
+	sb.mu.Unlock()
+	if !ended {
+		sb.ports.restore()
+		m.work.Go(sb.keepTime)
+	}
 	return nil
 }
 
@@ -408,7 +412,7 @@ func (s *Sandbox) leave() bool {
 	if err := s.m.store.save(r); err != nil {
 		s.m.log.Warn("save what a sandbox has used", "sandbox", s.id, "error", err) // its last sample tells nearly as much
 	}
-	wait := s.stopPorts()
+	wait := s.ports.stop()
 	if client != nil {
 		_ = client.Close() // the agent handles the end of its pipe
 	}

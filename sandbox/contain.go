@@ -176,10 +176,10 @@ func (s *Sandbox) copy(ctx context.Context, filesOnly bool) error {
 	old := s.m.store.kept(s.rec)
 	r := s.rec
 	r.Saves, r.Copy = number, &savedCopy{Dir: name, At: at, FilesOnly: filesOnly, Size: size}
-	if err := s.m.store.save(r); err != nil {
+	if err := s.commit(r); err != nil {
 		return errors.Join(err, s.m.store.RemoveAll(dir))
 	}
-	s.rec, s.unchanged = r, at
+	s.unchanged = at
 	s.log.announce()
 	if old != "" {
 		return s.m.store.RemoveAll(old)
@@ -241,10 +241,9 @@ func (s *Sandbox) forgetCopy() (dir string, size int64, err error) {
 	dir, size = s.m.store.kept(s.rec), s.rec.Copy.Size
 	r := s.rec
 	r.Copy = nil
-	if err := s.m.store.save(r); err != nil {
+	if err := s.commit(r); err != nil {
 		return "", 0, err
 	}
-	s.rec = r
 	return dir, size, nil
 }
 

@@ -45,7 +45,7 @@ func (m *Manager) AdoptWedged(id string) error {
 }
 
 // Connections returns how many connections to its ports the sandbox has.
-func (s *Sandbox) Connections() int { return len(s.connSlots) }
+func (s *Sandbox) Connections() int { return len(s.ports.slots) }
 
 // Closing is closed when Close has begun.
 func (m *Manager) Closing() <-chan struct{} { return m.ctx.Done() }

@@ -172,10 +172,9 @@ func (s *Sandbox) SetNetwork(n Network) error {
 	}
 	r := s.rec
 	r.Network, r.Updated = n, time.Now()
-	if err := s.m.store.save(r); err != nil {
+	if err := s.commit(r); err != nil {
 		return err
 	}
-	s.rec = r
 	if s.rules != nil {
 		s.endRules()
 		s.rules = nil

@@ -37,7 +37,7 @@ func TestPeer(t *testing.T) {
 			t.Error(name, uid, err)
 		}
 	}
-	if err := known(conn); err != nil {
+	if err := checkPeer(conn); err != nil {
 		t.Error(err)
 	}
 	_ = mine.Close()
@@ -46,7 +46,7 @@ func TestPeer(t *testing.T) {
 			t.Error(name, "tells the user of a closed one:", uid)
 		}
 	}
-	if err := known(conn); err == nil {
+	if err := checkPeer(conn); err == nil {
 		t.Error("a closed one is known")
 	}
 	if os.Geteuid() != 0 {
@@ -63,7 +63,7 @@ func TestPeer(t *testing.T) {
 			t.Error(name, uid, err)
 		}
 	}
-	if err := known(conn); !errors.Is(err, errStranger) {
+	if err := checkPeer(conn); !errors.Is(err, errStranger) {
 		t.Error(err)
 	}
 	_ = conn.Close()

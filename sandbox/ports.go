@@ -52,82 +52,129 @@ type exposed struct {
 	shutGate context.CancelFunc
 }
 
+// ports are the exposed ports of a sandbox, and the connections to all of its ports. It is safe for concurrent use. Its lock is taken before
+// the sandbox's.
+type ports struct {
+	sb    *Sandbox
+	slots chan struct{} // one for each connection
+
+	mu      sync.Mutex
+	open    map[int]*exposed
+	stopped bool // for good
+}
+
+func newPorts(sb *Sandbox) ports {
+	return ports{sb: sb, slots: make(chan struct{}, maxConns), open: map[int]*exposed{}}
+}
+
 func (e *exposed) openGate() { e.gate, e.shutGate = context.WithCancel(context.Background()) }
 
 // Expose makes a port of the sandbox reachable through a gateway, and on the host's loopback at a number that stays the same as long as the
 // sandbox lives. If the port is exposed already, its number stays, and public applies to it.
-func (s *Sandbox) Expose(port int, public bool) (Port, error) { return s.ExposeAt(port, public, 0) }
+func (p *ports) Expose(port int, public bool) (Port, error) { return p.ExposeAt(port, public, 0) }
 
 // ExposeAt is Expose at a loopback port of the host that the caller chose, and at no other; 0 leaves the choice to the server.
-func (s *Sandbox) ExposeAt(port int, public bool, host int) (Port, error) {
+func (p *ports) ExposeAt(port int, public bool, host int) (Port, error) {
 	if port < 1 || port > 65535 {
 		return Port{}, fmt.Errorf("expose port %d: a port is from 1 to 65535: %w", port, ErrInvalid)
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.rec.State != Running && s.rec.State != Paused || s.isLeft() {
-		return Port{}, s.wrong("expose a port of")
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	r, err := p.sb.alive("expose a port of")
+	if err != nil {
+		return Port{}, err
 	}
-	if e := s.ports[port]; e != nil {
-		return e.Port, s.publish(e, public)
+	if e := p.open[port]; e != nil {
+		err := p.publish(e, public)
+		return e.Port, err
 	}
-	if len(s.ports) >= maxExposed {
+	if len(p.open) >= maxExposed {
 		return Port{}, fmt.Errorf("expose port %d: %d are exposed already: %w", port, maxExposed, ErrInvalid)
 	}
-	r := s.rec
-	r.Ports = slices.Clone(r.Ports)
+	same := func(p Port) bool { return p.Port == port }
 	want := Port{Port: port, Public: public, Host: host}
-	if i := slices.IndexFunc(r.Ports,
-		func(p Port) bool { return p.Port == port }); i >= 0 { // it could not be exposed again when the sandbox was adopted
+	if i := slices.IndexFunc(r.Ports, same); i >= 0 { // it could not be exposed again when the sandbox was adopted
 		want.Host = cmp.Or(host, r.Ports[i].Host)
-		r.Ports = slices.Delete(r.Ports, i, i+1)
 	}
-	e, err := s.serve(want)
+	e, err := p.serve(want)
 	if err != nil && want.Host != 0 && host == 0 {
-		e, err = s.serve(Port{Port: port, Public: public})
+		e, err = p.serve(Port{Port: port, Public: public})
 	}
 	if err != nil {
 		return Port{}, fmt.Errorf("expose port %d: %w", port, err)
 	}
-	r.Ports = append(r.Ports, e.Port)
-	if err := s.m.store.save(r); err != nil {
+	if _, err = p.sb.alive("expose a port of"); err == nil {
+		err = p.record(func(all []Port) []Port { return append(slices.DeleteFunc(all, same), e.Port) }, "port %d is exposed", port)
+	}
+	if err != nil {
 		e.stop()
 		return Port{}, err
 	}
-	s.rec = r
-	s.ports[port] = e
-	s.logChange("port %d is exposed", port)
+	p.open[port] = e
 	return e.Port, nil
 }
 
-// publish makes an exposed port public or not public. s.mu is held.
-func (s *Sandbox) publish(e *exposed, public bool) error {
+// record changes the list of ports in the sandbox's record, and logs that.
+func (p *ports) record(change func([]Port) []Port, format string, args ...any) error {
+	s := p.sb
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r := s.rec
+	r.Ports = change(slices.Clone(r.Ports))
+	if err := s.commit(r); err != nil {
+		return err
+	}
+	s.logChange(format, args...)
+	return nil
+}
+
+// publish makes an exposed port public or not public. p.mu is held.
+func (p *ports) publish(e *exposed, public bool) error {
 	if e.Public == public {
 		return nil
 	}
-	r := s.rec
-	r.Ports = slices.Clone(r.Ports)
-	for i := range r.Ports {
-		if r.Ports[i].Port == e.Port.Port {
-			r.Ports[i].Public = public
+	err := p.record(func(all []Port) []Port {
+		for i := range all {
+			if all[i].Port == e.Port.Port {
+				all[i].Public = public
+			}
 		}
-	}
-	if err := s.m.store.save(r); err != nil {
+		return all
+	}, "port %d is public: %t", e.Port.Port, public)
+	if err != nil {
 		return err
 	}
-	s.rec = r
 	e.Public = public
 	e.shutGate() // connections that were made without the token end
 	e.openGate()
-	s.logChange("port %d is public: %t", e.Port.Port, public)
 	return nil
 }
 
 // TrafficToken is what a gateway's clients show to reach a port that is not public. It is a secret.
-func (s *Sandbox) TrafficToken() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.rec.Traffic
+func (p *ports) TrafficToken() string { return p.sb.current().Traffic }
+
+// Reachable reports whether a gateway can reach a port, and whether everybody can.
+func (p *ports) Reachable(port int) (public, ok bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if e := p.open[port]; e != nil {
+		return e.Public, true
+	}
+	r := p.sb.current()
+	return r.Ingress.Open == OpenPublic, r.Ingress.Open != "" && !r.ended()
+}
+
+// gate returns the context that bounds a gateway's connections to a port; nil if they are not allowed.
+func (p *ports) gate(port int) context.Context {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if e := p.open[port]; e != nil {
+		return e.gate
+	}
+	if r := p.sb.current(); r.Ingress.Open == "" || r.ended() {
+		return nil
+	}
+	return p.sb.ctx
 }
 
 // ErrNothingListens means that nothing in the sandbox listens on the port.
@@ -139,21 +186,19 @@ var ErrBusy = errors.New("too many connections to the sandbox")
 // Dial connects a gateway to a port of the sandbox that is exposed or open. Closing the connection ends both directions; it also ends when
 // the port is closed or when its Public changes. If the sandbox or its owner has as many connections as allowed, Dial waits for a while;
 // then the error is ErrBusy.
-func (s *Sandbox) Dial(ctx context.Context, port int) (net.Conn, error) {
-	client, err := s.Agent(ctx, "connect to a port of")
+func (p *ports) Dial(ctx context.Context, port int) (net.Conn, error) {
+	client, err := p.sb.Agent(ctx, "connect to a port of")
 	if err != nil {
 		return nil, err
 	}
-	s.mu.Lock()
-	gate := s.gate(port)
-	s.mu.Unlock()
+	gate := p.gate(port)
 	if gate == nil {
 		return nil, fmt.Errorf("port %d: %w", port, ErrNotExposed)
 	}
 	busy := time.NewTimer(dialTime)
 	defer busy.Stop()
 	select {
-	case s.connSlots <- struct{}{}:
+	case p.slots <- struct{}{}:
 	case <-gate.Done():
 		return nil, fmt.Errorf("port %d: %w", port, ErrNotExposed)
 	case <-busy.C:
@@ -161,15 +206,15 @@ func (s *Sandbox) Dial(ctx context.Context, port int) (net.Conn, error) {
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
-	giveBack, err := s.connection(ctx, s.m.opts.ConnWait)
+	giveBack, err := p.sb.connection(ctx, p.sb.m.opts.ConnWait)
 	if err != nil {
-		<-s.connSlots
+		<-p.slots
 		return nil, fmt.Errorf("port %d: %w: %w", port, ErrBusy, err)
 	}
 	// The connection outlives the request that it is made for.
 	life, cancel := context.WithCancel(gate)
 	stop := context.AfterFunc(ctx, cancel)
-	stream, release, err := s.dial(life, client, port)
+	stream, release, err := p.dial(life, client, port)
 	if !stop() && err == nil {
 		release()
 		err = context.Cause(ctx)
@@ -177,14 +222,14 @@ func (s *Sandbox) Dial(ctx context.Context, port int) (net.Conn, error) {
 	if err != nil {
 		cancel()
 		giveBack()
-		<-s.connSlots
+		<-p.slots
 		return nil, fmt.Errorf("port %d: %w: %w", port, ErrNothingListens, err)
 	}
 	return &portConn{Conn: stream, life: life, end: sync.OnceFunc(func() {
 		cancel()
 		release()
 		giveBack()
-		<-s.connSlots
+		<-p.slots
 	})}, nil
 }
 
@@ -215,54 +260,46 @@ func (c *portConn) Close() error {
 var ErrNotExposed = errors.New("port is not exposed")
 
 // Unexpose undoes Expose and ends the connections to the port.
-func (s *Sandbox) Unexpose(port int) error {
-	s.mu.Lock()
-	e := s.ports[port]
+func (p *ports) Unexpose(port int) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	e := p.open[port]
 	if e == nil {
-		s.mu.Unlock()
 		return fmt.Errorf("close port %d: %w", port, ErrNotExposed)
 	}
-	r := s.rec
-	r.Ports = slices.DeleteFunc(slices.Clone(r.Ports), func(p Port) bool { return p.Port == port })
-	err := s.m.store.save(r)
-	if err == nil {
-		s.rec = r
-		delete(s.ports, port)
-		s.logChange("port %d is not exposed any more", port)
+	err := p.record(func(all []Port) []Port {
+		return slices.DeleteFunc(all, func(p Port) bool { return p.Port == port })
+	}, "port %d is not exposed any more", port)
+	if err != nil {
+		return err
 	}
-	s.mu.Unlock()
-	if err == nil {
-		e.stop()
-		s.m.work.Go(e.conns.Wait)
-	}
-	return err
+	delete(p.open, port)
+	e.stop()
+	p.sb.m.work.Go(e.conns.Wait)
+	return nil
 }
 
 // Ports lists the exposed ports.
-func (s *Sandbox) Ports() []Port {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+func (p *ports) Ports() []Port {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	var list []Port
-	for _, port := range slices.Sorted(maps.Keys(s.ports)) {
-		list = append(list, s.ports[port].Port)
+	for _, port := range slices.Sorted(maps.Keys(p.open)) {
+		list = append(list, p.open[port].Port)
 	}
 	return list
 }
 
-// serve starts to listen for a port, at p.Host if that is not 0. s.mu is held.
-func (s *Sandbox) serve(p Port) (*exposed, error) {
-	l, err := s.m.opts.Listen("tcp", p.Address())
+// serve starts to listen for a port, at port.Host if that is not 0.
+func (p *ports) serve(port Port) (*exposed, error) {
+	l, err := p.sb.m.opts.Listen("tcp", port.Address())
 	if err != nil {
 		return nil, err
 	}
-	if s.ports == nil {
-		s.ports = map[int]*exposed{}
-	}
-	p.Host = l.Addr().(*net.TCPAddr).Port
+	port.Host = l.Addr().(*net.TCPAddr).Port
 	ctx, cancel := context.WithCancel(context.Background())
-	e := &exposed{Port: p, listener: l, cancel: cancel, strangers: make(chan struct{}, maxStrangers)}
+	e := &exposed{Port: port, listener: l, cancel: cancel, strangers: make(chan struct{}, maxStrangers)}
 	e.openGate()
-	slots := s.connSlots
 	e.conns.Go(func() {
 		for {
 			conn, err := l.Accept()
@@ -273,56 +310,70 @@ func (s *Sandbox) serve(p Port) (*exposed, error) {
 				time.Sleep(listenPoll)
 				continue
 			}
-			if err := s.lets(e, conn); err != nil {
-				e.turnAway(conn,
-					fmt.Sprintf("This port is not public, and your connection is refused: %v. Open it as the user whose server this is, "+
-						"or expose the port as public.\n", err))
-				continue
-			}
-			select {
-			case slots <- struct{}{}:
-			case <-ctx.Done():
-				_ = conn.Close()
+			if !p.accept(ctx, e, conn) {
 				return
 			}
-			if tcp, ok := conn.(interface{ SetWriteBuffer(bytes int) error }); ok {
-				_ = tcp.SetWriteBuffer(hostBuffer) // if the connection has ended, that shows later
-			}
-			giveBack, err := s.connection(ctx,
-				s.m.opts.ConnWait) // the next ones wait in the listener, where they use no descriptor of the server
-			e.conns.Go(func() {
-				defer func() { <-slots }()
-				defer conn.Close()
-				if err != nil {
-					sayNot(conn, http.StatusServiceUnavailable, fmt.Sprintf("There is no room for this connection: %v.\n", err))
-					return
-				}
-				defer giveBack()
-				s.splice(ctx, conn, p.Port)
-			})
 		}
 	})
 	return e, nil
 }
 
-// serveAgain serves the ports of an adopted sandbox. s.mu is held.
-func (s *Sandbox) serveAgain() {
-	for _, p := range s.rec.Ports {
-		e, err := s.serve(p)
+// accept looks after a connection to the host's loopback, and reports whether more may come.
+func (p *ports) accept(ctx context.Context, e *exposed, conn net.Conn) (more bool) {
+	if err := p.admit(e, conn); err != nil {
+		e.turnAway(conn,
+			fmt.Sprintf("This port is not public, and your connection is refused: %v. Open it as the user whose server this is, "+
+				"or expose the port as public.\n", err))
+		return true
+	}
+	select {
+	case p.slots <- struct{}{}:
+	case <-ctx.Done():
+		_ = conn.Close()
+		return false
+	}
+	if tcp, ok := conn.(interface{ SetWriteBuffer(bytes int) error }); ok {
+		_ = tcp.SetWriteBuffer(hostBuffer) // if the connection has ended, that shows later
+	}
+	// The next ones wait in the listener, where they use no descriptor of the server.
+	giveBack, err := p.sb.connection(ctx, p.sb.m.opts.ConnWait)
+	e.conns.Go(func() {
+		defer func() { <-p.slots }()
+		defer conn.Close()
 		if err != nil {
-			s.m.log.Error("expose port again", "sandbox", s.id, "port", p.Port, "error", err)
+			sayNot(conn, http.StatusServiceUnavailable, fmt.Sprintf("There is no room for this connection: %v.\n", err))
+			return
+		}
+		defer giveBack()
+		p.splice(ctx, conn, e.Port.Port)
+	})
+	return true
+}
+
+// restore serves the ports that another server served.
+func (p *ports) restore() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.stopped {
+		return
+	}
+	for _, port := range p.sb.current().Ports {
+		e, err := p.serve(port)
+		if err != nil {
+			p.sb.m.log.Error("expose port again", "sandbox", p.sb.id, "port", port.Port, "error", err)
 			continue
 		}
-		s.ports[p.Port] = e
+		p.open[port.Port] = e
 	}
 }
 
-// stopPorts closes all ports. Call wait after the agent's pipe is closed. stopPorts is called without locks.
-func (s *Sandbox) stopPorts() (wait func()) {
-	s.mu.Lock()
-	all := slices.Collect(maps.Values(s.ports))
-	s.ports = nil
-	s.mu.Unlock()
+// stop closes all ports for good. Call wait after the agent's pipe is closed. stop is called without locks.
+func (p *ports) stop() (wait func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	all := slices.Collect(maps.Values(p.open))
+	clear(p.open)
+	p.stopped = true
 	for _, e := range all {
 		e.stop()
 	}
@@ -341,8 +392,8 @@ func (e *exposed) stop() {
 }
 
 // Listening lists the TCP ports on which the user's programs listen in the sandbox.
-func (s *Sandbox) Listening(ctx context.Context) ([]int, error) {
-	client, err := s.Look("look for listening ports in")
+func (p *ports) Listening(ctx context.Context) ([]int, error) {
+	client, err := p.sb.Look("look for listening ports in")
 	if err != nil {
 		return nil, err
 	}
@@ -363,7 +414,7 @@ func (s *Sandbox) Listening(ctx context.Context) ([]int, error) {
 			}
 		}
 	}
-	if s.current().Network.On() {
+	if p.sb.current().Network.On() {
 		delete(found, proxyPort)
 	}
 	return slices.Sorted(maps.Keys(found)), nil
@@ -384,9 +435,9 @@ func listeningPort(line string) (int, bool) {
 }
 
 // AwaitPort waits until something listens on a port, for at most wait, and reports whether it does.
-func (s *Sandbox) AwaitPort(ctx context.Context, port int, wait time.Duration) (bool, error) {
+func (p *ports) AwaitPort(ctx context.Context, port int, wait time.Duration) (bool, error) {
 	for end := time.Now().Add(wait); ; {
-		list, err := s.Listening(ctx)
+		list, err := p.Listening(ctx)
 		if err != nil || slices.Contains(list, port) || !time.Now().Before(end) {
 			return slices.Contains(list, port), err
 		}

@@ -79,28 +79,5 @@ func (r *record) giveSecrets() (some bool) {
 
 // AccessToken is what clients show that act in the sandbox without its owner's key. It is a secret.
 func (s *Sandbox) AccessToken() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.rec.Access
-}
-
-// Reachable reports whether a gateway can reach a port, and whether everybody can.
-func (s *Sandbox) Reachable(port int) (public, ok bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if e := s.ports[port]; e != nil {
-		return e.Public, true
-	}
-	return s.rec.Ingress.Open == OpenPublic, s.rec.Ingress.Open != "" && !s.rec.ended()
-}
-
-// gate returns the context that bounds a gateway's connections to a port; nil if they are not allowed. s.mu is held.
-func (s *Sandbox) gate(port int) context.Context {
-	if e := s.ports[port]; e != nil {
-		return e.gate
-	}
-	if s.rec.Ingress.Open == "" || s.rec.ended() {
-		return nil
-	}
-	return s.ctx
+	return s.current().Access
 }

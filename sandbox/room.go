@@ -124,11 +124,7 @@ func (s *Sandbox) setWaking(waking bool) error {
 	p := *r.Pause
 	p.Waking = waking
 	r.Pause = &p
-	if err := s.m.store.save(r); err != nil {
-		return err
-	}
-	s.rec = r
-	return nil
+	return s.commit(r)
 }
 
 // roomOnDisk returns an error unless need bytes of a checkpoint may be written for an owner, and reserves them until done is called. If

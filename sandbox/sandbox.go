@@ -14,6 +14,7 @@ import (
 
 // Sandbox is one sandbox of this server. It is safe for concurrent use.
 type Sandbox struct {
+	ports  // its exported methods are the sandbox's
 	m      *Manager
 	id     string
 	owner  string
@@ -41,12 +42,9 @@ type Sandbox struct {
 	hold    chan struct{} // closed when a change between running and paused is over; nil if there is none
 	shifts  int           // how many such changes there were
 	ending  chan struct{} // closed when nothing is left of an ended sandbox
-	ports   map[int]*exposed
 	// rules ends when the network changes; nil until it is first needed.
-	rules    context.Context
-	endRules context.CancelFunc
-	// connSlots bounds the connections to all ports.
-	connSlots chan struct{}
+	rules     context.Context
+	endRules  context.CancelFunc
 	unchanged time.Time   // until when the sandbox had not changed since its copy
 	relinked  []time.Time // when the connection to its agent was restored
 }
@@ -148,6 +146,25 @@ func (s *Sandbox) turnTo(verb string, next State, cause error, must bool, change
 	}
 	s.wakeKeeper()
 	return nil
+}
+
+// commit makes r the record, on disk first; it is for changes of anything but the state. s.mu is held.
+func (s *Sandbox) commit(r record) error {
+	if err := s.m.store.save(r); err != nil {
+		return err
+	}
+	s.rec = r
+	return nil
+}
+
+// alive returns the record of a sandbox that runs or is paused; if it does not, the error says why the verb is not possible.
+func (s *Sandbox) alive(verb string) (record, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.rec.State != Running && s.rec.State != Paused || s.isLeft() {
+		return record{}, s.wrong(verb)
+	}
+	return s.rec, nil
 }
 
 func (s *Sandbox) wrong(verb string) error {
@@ -316,7 +333,7 @@ func (s *Sandbox) end(final State, cause error) error {
 	machine, client := s.machine, s.client
 	s.mu.Unlock()
 
-	wait := s.stopPorts()
+	wait := s.ports.stop()
 	err = s.destroy(machine, dead && machine == doomed)
 	if client != nil {
 		client.CloseFor(s.asError("continue in")) // even if the machine could not be ended: this frees callers that wait for it
@@ -428,11 +445,10 @@ func (s *Sandbox) update(u Update) (info Info, retimed bool, err error) {
 		r.Protect = *u.Protect
 	}
 	r.Updated = time.Now()
-	if err := s.m.store.save(r); err != nil {
+	retimed = !r.ExpiresAt.Equal(s.rec.ExpiresAt)
+	if err := s.commit(r); err != nil {
 		return Info{}, false, err
 	}
-	retimed = !r.ExpiresAt.Equal(s.rec.ExpiresAt)
-	s.rec = r
 	s.logChange("updated")
 	s.wakeKeeper()
 	poke(s.guard)

@@ -15,16 +15,16 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// lets returns nil if a connection to this machine's loopback may come in: if the port is not public, only the server's own user and root
+// admit returns nil if a connection to this machine's loopback may come in: if the port is not public, only the server's own user and root
 // may.
-func (s *Sandbox) lets(e *exposed, conn net.Conn) error {
-	s.mu.Lock()
+func (p *ports) admit(e *exposed, conn net.Conn) error {
+	p.mu.Lock()
 	public := e.Public
-	s.mu.Unlock()
+	p.mu.Unlock()
 	if public {
 		return nil
 	}
-	return known(conn)
+	return checkPeer(conn)
 }
 
 // turnAway tells a client why it is refused; if it is telling maxStrangers already, it only closes the connection.
@@ -43,16 +43,16 @@ func (e *exposed) turnAway(conn net.Conn, why string) {
 }
 
 // splice connects a client to a port of the sandbox in both directions, and keeps half-closes, until both sides have closed or ctx ends.
-func (s *Sandbox) splice(ctx context.Context, conn net.Conn, port int) {
+func (p *ports) splice(ctx context.Context, conn net.Conn, port int) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
-	client, err := s.Agent(ctx, "connect to a port of")
+	client, err := p.sb.Agent(ctx, "connect to a port of")
 	if err != nil {
 		sayNot(conn, http.StatusBadGateway, fmt.Sprintf("The sandbox of this port does not run: %v.\n", err))
 		return
 	}
-	guest, release, err := s.dial(ctx, client, port)
+	guest, release, err := p.dial(ctx, client, port)
 	if err != nil {
 		sayNot(conn, http.StatusBadGateway,
 			fmt.Sprintf("Nothing listens on port %d of this sandbox. Start a server there (on 127.0.0.1 or 0.0.0.0), then try again.\n",
@@ -64,7 +64,7 @@ func (s *Sandbox) splice(ctx context.Context, conn net.Conn, port int) {
 	back := make(chan struct{})
 	go func() {
 		defer close(back)
-		if _, err := io.Copy(stallingConn{conn, s.m.opts.StallTime}, guest); err != nil {
+		if _, err := io.Copy(stallingConn{conn, p.sb.m.opts.StallTime}, guest); err != nil {
 			cancel()
 			return
 		}
@@ -80,7 +80,7 @@ func (s *Sandbox) splice(ctx context.Context, conn net.Conn, port int) {
 }
 
 // dial connects to a server on either loopback of the sandbox. The connection lives until release is called; its bytes are counted.
-func (s *Sandbox) dial(ctx context.Context, client *agent.Client, port int) (conn net.Conn, release func(), err error) {
+func (p *ports) dial(ctx context.Context, client *agent.Client, port int) (conn net.Conn, release func(), err error) {
 	var errs error
 	for _, host := range []string{"127.0.0.1", "::1"} {
 		// The context bounds the connection's life, so the time for the dial is bounded separately.
@@ -88,7 +88,7 @@ func (s *Sandbox) dial(ctx context.Context, client *agent.Client, port int) (con
 		timer := time.AfterFunc(dialTime, cancel)
 		conn, err := client.Dial(life, "tcp", net.JoinHostPort(host, strconv.Itoa(port)))
 		if err == nil && timer.Stop() {
-			return countedConn{conn, s.meter}, cancel, nil
+			return countedConn{conn, p.sb.meter}, cancel, nil
 		}
 		timer.Stop()
 		cancel()
