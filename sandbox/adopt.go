@@ -294,7 +294,7 @@ func (m *Manager) enter(sb *Sandbox, how string) error {
 	sb.mu.Unlock()
 	if !ended {
 		sb.ports.restore()
-		m.work.Go(sb.keepTime)
+		m.work.Go(sb.keeper.run)
 	}
 	return nil
 }

@@ -201,7 +201,7 @@ func (s *Sandbox) takeTurn(ctx context.Context, verb string) (_ context.Context,
 		s.hold = nil
 		s.mu.Unlock()
 		close(hold)
-		s.wakeKeeper() // it did not look at the idle time meanwhile
+		s.keeper.look() // it did not look at the idle time meanwhile
 		<-s.turn
 	}, nil
 }

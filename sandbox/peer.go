@@ -19,8 +19,8 @@ import (
 // errStranger means that another user of this machine made the connection.
 var errStranger = errors.New("another user of this machine made it")
 
-// checkPeer returns nil if the server's own user or root made a connection to this machine's loopback. If that cannot be found out, it is an
-// error, because the connection carries no other proof.
+// checkPeer returns nil if the server's own user or root made a connection to this machine's loopback. If that cannot be found out, it is
+// an error, because the connection carries no other proof.
 func checkPeer(conn net.Conn) error {
 	from, err := netip.ParseAddrPort(conn.RemoteAddr().String())
 	if err != nil {

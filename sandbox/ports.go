@@ -52,8 +52,8 @@ type exposed struct {
 	shutGate context.CancelFunc
 }
 
-// ports are the exposed ports of a sandbox, and the connections to all of its ports. It is safe for concurrent use. Its lock is taken before
-// the sandbox's.
+// ports are the exposed ports of a sandbox, and the connections to all of its ports. It is safe for concurrent use. Its lock is taken
+// before the sandbox's.
 type ports struct {
 	sb    *Sandbox
 	slots chan struct{} // one for each connection

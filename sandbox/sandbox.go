@@ -25,10 +25,10 @@ type Sandbox struct {
 	left   chan struct{}           // closed when this server leaves it to the next
 	ended  chan struct{}           // closed when its end has begun, with a cause
 	turn   chan struct{}           // holds a token during a pause, resume, save or destroy
-	retime chan struct{}           // tells keepTime to look again
 	guard  chan struct{}           // tells protect to look again
 	log    *journal
 	meter  *meter
+	keeper keeper
 	// contained counts the attempts to pause the sandbox when it must not continue.
 	contained tries
 
@@ -144,7 +144,7 @@ func (s *Sandbox) turnTo(verb string, next State, cause error, must bool, change
 	} else {
 		s.logChange("%s", next)
 	}
-	s.wakeKeeper()
+	s.keeper.look()
 	return nil
 }
 
@@ -189,7 +189,7 @@ func (s *Sandbox) boot(ctx context.Context, template Template, from string, whol
 		return false, err // killed meanwhile
 	}
 	s.begin()
-	s.m.work.Go(s.keepTime)
+	s.m.work.Go(s.keeper.run)
 	return served, nil
 }
 
@@ -450,7 +450,7 @@ func (s *Sandbox) update(u Update) (info Info, retimed bool, err error) {
 		return Info{}, false, err
 	}
 	s.logChange("updated")
-	s.wakeKeeper()
+	s.keeper.look()
 	poke(s.guard)
 	return s.info(), retimed, nil
 }
