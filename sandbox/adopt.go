@@ -233,7 +233,7 @@ func (m *Manager) adoptWedged(r record, lock *os.File, over *OverError) (taken b
 	if err := m.enter(sb, "taken over by a new server, and its agent is silent"); err != nil {
 		return false, err
 	}
-	sb.contain(machine, over)
+	(&session{s: sb, machine: machine}).contain(over)
 	return true, nil
 }
 

@@ -246,12 +246,13 @@ func (m *meter) skipPast(ctx context.Context, client *agent.Client) error {
 }
 
 // sample takes samples as long as the machine runs.
-func (s *Sandbox) sample(ctx context.Context, client *agent.Client, machine Machine) {
+func (c *session) sample(ctx context.Context) {
+	s := c.s
 	ticker := time.NewTicker(s.m.opts.SampleEvery)
 	defer ticker.Stop()
 	last, lastCPU := time.Now(), s.meter.totals().CPUMS
 	var cpu hostCPU
-	if io, err := machine.IO(); err == nil { // else the first sample has none
+	if io, err := c.machine.IO(); err == nil { // else the first sample has none
 		cpu = hostCPU{last, io.CPUMS}
 	}
 	var host int64
@@ -259,7 +260,7 @@ func (s *Sandbox) sample(ctx context.Context, client *agent.Client, machine Mach
 		select {
 		case <-ctx.Done():
 			return
-		case <-client.Done():
+		case <-c.client.Done():
 			return
 		case <-ticker.C:
 		}
@@ -268,7 +269,7 @@ func (s *Sandbox) sample(ctx context.Context, client *agent.Client, machine Mach
 			cpu.at = last
 			continue
 		}
-		usage, err := s.meter.ask(ctx, client)
+		usage, err := s.meter.ask(ctx, c.client)
 		if err != nil {
 			continue // ping notices a silent agent
 		}
@@ -279,14 +280,14 @@ func (s *Sandbox) sample(ctx context.Context, client *agent.Client, machine Mach
 		sample := Sample{Time: now, CPU: float64(used) / float64(max(1, now.Sub(last).Milliseconds())) * 100, Memory: usage.Memory,
 			MemoryPct: float64(usage.Memory) / float64(limits.Memory) * 100, DiskUsed: usage.DiskUsed, Processes: usage.Processes,
 			Totals: totals, Seen: s.meter.haveSeen()}
-		if io, err := machine.IO(); err == nil {
+		if io, err := c.machine.IO(); err == nil {
 			sample.DiskRead, sample.DiskWritten = io.Read, io.Written
 			sample.HostCPU = cpu.percent(now, io.CPUMS)
 		} else {
 			s.m.log.Debug("read a machine's input and output", "sandbox", s.id, "error", err)
 		}
 		if n%hostMemoryEvery == 0 { // not every time: the host looks at all of the machine's pages
-			if outside, err := machine.Usage(ctx); err == nil {
+			if outside, err := c.machine.Usage(ctx); err == nil {
 				host = outside.Memory
 			} else {
 				s.m.log.Debug("measure a machine's memory", "sandbox", s.id, "error", err)

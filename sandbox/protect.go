@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"slices"
 	"time"
-
-	"soulbox.dev/soulbox/agent"
 )
 
 // Protect says how often a running sandbox is saved in the background, so that it can be resumed if it fails. A copy replaces the previous
@@ -41,24 +39,25 @@ func (p Protect) check(l Limits) error {
 }
 
 // protect saves the sandbox as often as its user wants, until ctx ends.
-func (s *Sandbox) protect(ctx context.Context, client *agent.Client) {
+func (c *session) protect(ctx context.Context) {
+	s := c.s
 	var saw seen // at the last copy
 	for {
 		p := s.current().Protect
 		var due <-chan time.Time
 		if p.on() {
-			due = time.After(max(0, time.Until(s.nextCopy(p))))
+			due = time.After(max(0, time.Until(c.nextCopy(p))))
 		}
 		select {
 		case <-ctx.Done():
 			return
-		case <-client.Done():
+		case <-c.client.Done():
 			return
 		case <-s.guard:
 			continue
 		case <-due:
 		}
-		now, err := s.protectOnce(client, p, saw)
+		now, err := c.protectOnce(p, saw)
 		if err != nil && ctx.Err() == nil && !errors.Is(err, ErrState) {
 			s.log.note(LevelWarn, "it could not be saved in the background: %v", err)
 		}
@@ -73,11 +72,12 @@ func (s *Sandbox) protect(ctx context.Context, client *agent.Client) {
 }
 
 // nextCopy returns when the next copy is due.
-func (s *Sandbox) nextCopy(p Protect) time.Time {
+func (c *session) nextCopy(p Protect) time.Time {
+	s := c.s
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	last := s.rec.Changed
-	for _, at := range []time.Time{s.unchanged, s.copied()} {
+	for _, at := range []time.Time{s.unchanged, s.rec.copied()} {
 		if at.After(last) {
 			last = at
 		}
@@ -85,16 +85,9 @@ func (s *Sandbox) nextCopy(p Protect) time.Time {
 	return last.Add(p.Every)
 }
 
-// copied returns when the last copy was made; zero means never. s.mu is held.
-func (s *Sandbox) copied() time.Time {
-	if s.rec.Copy == nil {
-		return time.Time{}
-	}
-	return s.rec.Copy.At
-}
-
 // protectOnce makes a copy, unless nothing has happened since saw, and returns what it has seen then.
-func (s *Sandbox) protectOnce(client *agent.Client, p Protect, saw seen) (seen, error) {
+func (c *session) protectOnce(p Protect, saw seen) (seen, error) {
+	s := c.s
 	if !s.runs() { // a paused sandbox has not changed
 		s.mu.Lock()
 		s.unchanged = time.Now()
@@ -106,10 +99,9 @@ func (s *Sandbox) protectOnce(client *agent.Client, p Protect, saw seen) (seen, 
 		return saw, err
 	}
 	defer over()
-	calls, last := client.Activity()
-	s.mu.Lock()
-	copied, made := s.copied(), s.rec.Copy
-	s.mu.Unlock()
+	calls, last := c.client.Activity()
+	r := s.current()
+	copied, made := r.copied(), r.Copy
 	now := time.Now()
 	s.Refresh(ctx)
 	next := s.meter.haveSeen()

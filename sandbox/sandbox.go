@@ -264,26 +264,6 @@ func (s *Sandbox) current() record {
 	return s.rec
 }
 
-// begin starts the goroutines that run as long as the machine does. s.mu is held.
-func (s *Sandbox) begin() {
-	ctx, cancel := context.WithCancel(s.ctx)
-	s.stop = cancel
-	machine, client := s.machine, s.client
-	s.m.work.Go(func() { s.watch(ctx, machine, client) })
-	if client == nil { // its agent is silent
-		return
-	}
-	s.m.work.Go(func() { s.ping(ctx, machine, client) })
-	s.m.work.Go(func() { s.sample(ctx, client, machine) })
-	s.m.work.Go(func() { s.protect(ctx, client) })
-	if g, ok := machine.(Gatherer); ok {
-		s.m.work.Go(func() { s.gather(ctx, client, g) })
-	}
-	if s.rec.Network.On() && !s.m.opts.NoNetwork {
-		s.m.work.Go(func() { s.serveNetwork(ctx, client) })
-	}
-}
-
 func (s *Sandbox) runs() bool { return s.current().State == Running }
 
 // AwaitEnd waits until the sandbox or ctx has ended, and returns the sandbox's Info.

@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"time"
-
-	"soulbox.dev/soulbox/agent"
 )
 
 const (
@@ -20,26 +18,26 @@ const (
 )
 
 // watch checks the machine as long as the sandbox has it, and decides by the findings whether the sandbox continues.
-func (s *Sandbox) watch(ctx context.Context, machine Machine, client *agent.Client) {
-	if client == nil { // no server has reached its agent yet
-		s.lost(ctx, machine)
+func (c *session) watch(ctx context.Context) {
+	if c.client == nil { // no server has reached its agent yet
+		c.lost(ctx)
 		return
 	}
 	timer := time.NewTimer(checkEvery)
 	defer timer.Stop()
-	w := watching{s: s, machine: machine}
+	w := watching{session: c}
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-client.Done():
+		case <-c.client.Done():
 			if ctx.Err() == nil {
-				s.lost(ctx, machine)
+				c.lost(ctx)
 			}
 			return
 		case <-timer.C:
 		}
-		if err := machine.Check(); ctx.Err() == nil {
+		if err := c.machine.Check(); ctx.Err() == nil {
 			timer.Reset(w.found(err))
 		}
 	}
@@ -47,8 +45,7 @@ func (s *Sandbox) watch(ctx context.Context, machine Machine, client *agent.Clie
 
 // watching is what was found about a machine so far.
 type watching struct {
-	s       *Sandbox
-	machine Machine
+	*session
 	unknown time.Duration // until the next question, while the machine cannot be asked about
 	stopped time.Time     // since when it has been stopped
 }
@@ -83,16 +80,17 @@ func (w *watching) found(err error) (next time.Duration) {
 		s.log.note(LevelWarn, "%v from outside; the sandbox runs again once that process is continued", err)
 	case stopped && time.Since(w.stopped) < s.m.opts.WedgedAfter:
 	case s.runs(): // a frozen machine takes no more than it has
-		s.contain(w.machine, over)
+		w.contain(over)
 	}
 	return checkEvery
 }
 
 // lost finds out about a machine whose pipe has ended: if it has no processes it is gone, else its agent is reconnected.
-func (s *Sandbox) lost(ctx context.Context, machine Machine) {
-	w := watching{s: s, machine: machine}
+func (c *session) lost(ctx context.Context) {
+	s := c.s
+	w := watching{session: c}
 	for end := time.Now().Add(lostTime); time.Now().Before(end) || w.unknown > 0; {
-		err := machine.Check()
+		err := c.machine.Check()
 		wait := lostPoll
 		if finding := FindingOf(err); finding == Gone || finding == Unknown || w.unknown > 0 {
 			if wait = w.found(err); finding == Gone {
@@ -106,20 +104,21 @@ func (s *Sandbox) lost(ctx context.Context, machine Machine) {
 		}
 	}
 	s.m.log.Warn("the connection to the agent of a sandbox was lost; reconnecting", "sandbox", s.id)
-	for !s.meetAnew(ctx) {
+	for !c.reconnect(ctx) {
 		if s.runs() {
-			s.contain(machine, &OverError{Kind: OverSilent})
+			c.contain(&OverError{Kind: OverSilent})
 		}
-		if !s.awaitThaw(ctx, machine) { // a pause to disk that has begun ends ctx
+		if !c.awaitThaw(ctx) { // a pause to disk that has begun ends ctx
 			return
 		}
 	}
 }
 
 // awaitThaw waits for a while, then for as long as the sandbox is frozen, and reports whether it then runs with this machine.
-func (s *Sandbox) awaitThaw(ctx context.Context, machine Machine) bool {
+func (c *session) awaitThaw(ctx context.Context) bool {
+	s := c.s
 	for sleepFor(ctx, checkEvery) {
-		if FindingOf(machine.Check()) == Gone {
+		if FindingOf(c.machine.Check()) == Gone {
 			_ = s.end(Failed, CauseLost) // end logs its error
 			return false
 		}
@@ -130,13 +129,14 @@ func (s *Sandbox) awaitThaw(ctx context.Context, machine Machine) bool {
 	return false
 }
 
-// meetAnew tries several times to reconnect to the agent of a machine, and reports whether nothing is left to do.
-func (s *Sandbox) meetAnew(watch context.Context) (done bool) {
+// reconnect tries several times to reconnect to the agent of a machine, and reports whether nothing is left to do.
+func (c *session) reconnect(watch context.Context) (done bool) {
+	s := c.s
 	for try := range adoptTries {
 		if try > 0 && !sleepFor(watch, adoptPauseOf(try)) {
 			return true
 		}
-		err := s.relink(watch)
+		err := c.relink(watch)
 		switch {
 		case err == nil || watch.Err() != nil || errors.Is(err, ErrState):
 			return true
@@ -150,7 +150,8 @@ func (s *Sandbox) meetAnew(watch context.Context) (done bool) {
 }
 
 // relink reconnects to the agent of a machine whose session has ended. If watch has ended, that is no longer this caller's job.
-func (s *Sandbox) relink(watch context.Context) error {
+func (c *session) relink(watch context.Context) error {
+	s := c.s
 	ctx, over, err := s.takeTurn(s.ctx, "reach")
 	if err != nil {
 		return err
@@ -183,82 +184,4 @@ func (s *Sandbox) relink(watch context.Context) error {
 	s.mu.Unlock()
 	s.log.note(LevelWarn, "the connection to its agent was lost and restored")
 	return nil
-}
-
-// ping contains a sandbox whose agent is silent. It is separate from watch, because waiting for a silent agent must not delay the checks of
-// a machine whose root user may have silenced the agent.
-func (s *Sandbox) ping(ctx context.Context, machine Machine, client *agent.Client) {
-	ticker := time.NewTicker(s.m.opts.PingEvery)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-client.Done():
-			return
-		case <-ticker.C:
-			if s.answers(ctx, client) || ctx.Err() != nil {
-				continue
-			}
-			if err := machine.Check(); err == nil { // else watch knows better why the agent is silent
-				s.contain(machine, &OverError{Kind: OverSilent})
-			}
-		}
-	}
-}
-
-// answers reports whether the agent responds. A sandbox that is paused, or was paused meanwhile, counts as responding.
-func (s *Sandbox) answers(ctx context.Context, client *agent.Client) bool {
-	ctx, cancel := client.Patience(ctx, 0, s.m.opts.PingTime)
-	defer cancel()
-	before, can := s.shift()
-	if !can {
-		return true
-	}
-	began := time.Now()
-	err := client.Ping(ctx)
-	s.m.opts.Observe("ping", time.Since(began), err)
-	if err == nil {
-		return true
-	}
-	after, can := s.shift()
-	return !can || after != before || context.Cause(ctx) != agent.ErrSilent
-}
-
-// gather keeps a machine on one core while nothing in it runs for long. After releasing it to all cores, gather releases it once more a
-// moment later: the kernel may leave out processes that begin or end meanwhile (proc(5), children), and they would stay on one core.
-func (s *Sandbox) gather(ctx context.Context, client *agent.Client, machine Gatherer) {
-	var known *bool // whether it has all of its cores; nil means not known
-	one := false    // some of it may be on one core
-	for {
-		going, err := client.AtWork(ctx, known)
-		if err != nil {
-			break // the machine has ended, it stays for another server, or its agent does not know this call
-		}
-		wait, began, again := gatherEvery, time.Now(), false
-		if known != nil && going == *known { // the agent returns no change when the machine is about to be frozen
-			wait = time.Second
-		} else if err := machine.Gather(!going); err != nil {
-			s.m.log.Warn("bind a sandbox to its cores", "sandbox", s.id, "error", err)
-			known, one, wait = nil, true, time.Minute
-		} else { // an agent that answers whatever it likes must not keep the server busy
-			known, one, wait, again = &going, !going, max(gatherEvery, 20*time.Since(began)), going
-		}
-		if sleepFor(ctx, wait) && again && machine.Gather(false) != nil { // the next round logs why
-			known, one = nil, true
-		}
-	}
-	if one {
-		_ = machine.Gather(false) // so that it runs on without this server on all cores; an error does no harm if it has ended
-	}
-}
-
-// gatherEvery is the least time between two changes of a machine's pinning.
-const gatherEvery = 50 * time.Millisecond
-
-// shift counts the changes between running and paused, including saves, and reports whether the agent can respond now.
-func (s *Sandbox) shift() (count int, answers bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.shifts, s.rec.State == Running && s.hold == nil
 }
