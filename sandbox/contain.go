@@ -92,14 +92,15 @@ func (c *session) contain(over *OverError) {
 		return
 	}
 	if s.contained.failed() {
-		if s.saveFiles(); s.runs() {
+		if c.saveFiles(); s.runs() {
 			_ = s.end(Failed, cause) // end logs its error
 		}
 	}
 }
 
 // saveFiles saves what it can of a sandbox that is about to fail: its files.
-func (s *Sandbox) saveFiles() {
+func (c *session) saveFiles() {
+	s := c.s
 	ctx, over, err := s.takeTurn(s.ctx, "save the files of")
 	if err != nil {
 		return // it has ended
@@ -107,7 +108,7 @@ func (s *Sandbox) saveFiles() {
 	defer over()
 	ctx, cancel := context.WithTimeout(ctx, filesTime)
 	defer cancel()
-	if err := s.copy(ctx, true); err != nil {
+	if err := s.copies.make(ctx, true); err != nil {
 		s.m.log.Error("save the files of a sandbox that has failed", "sandbox", s.id, "error", err)
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"path/filepath"
 	"strconv"
+	"sync"
 	"time"
 )
 
@@ -19,8 +20,31 @@ type savedCopy struct {
 // copyName begins the names of copies of sandboxes that continue; copies of paused sandboxes are named checkpoint-N.
 const copyName = "copy-"
 
-// copy saves the sandbox as it is in place of its last copy; the sandbox continues. The caller has the turn.
-func (s *Sandbox) copy(ctx context.Context, filesOnly bool) error {
+// copies makes the copies that a sandbox is resumed from if it fails. It is safe for concurrent use; its lock is taken after the sandbox's.
+type copies struct {
+	s     *Sandbox
+	again chan struct{} // tells session.protect to look again
+
+	mu        sync.Mutex
+	unchanged time.Time
+}
+
+// current returns until when the sandbox had not changed since its copy.
+func (c *copies) current() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.unchanged
+}
+
+func (c *copies) setUnchanged(until time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.unchanged = until
+}
+
+// make saves the sandbox as it is in place of its last copy; the sandbox continues. The caller has the turn.
+func (c *copies) make(ctx context.Context, filesOnly bool) error {
+	s := c.s
 	number := s.current().Saves + 1
 	name := copyName + strconv.Itoa(number)
 	dir := filepath.Join(s.m.store.path(s.id), name)
@@ -50,7 +74,7 @@ func (s *Sandbox) copy(ctx context.Context, filesOnly bool) error {
 	if err := s.commit(r); err != nil {
 		return errors.Join(err, s.m.store.RemoveAll(dir))
 	}
-	s.unchanged = at
+	c.setUnchanged(at)
 	s.log.announce()
 	if old != "" {
 		return s.m.store.RemoveAll(old)
@@ -93,7 +117,7 @@ func (m *Manager) dropCopies(owner string, lack int64) {
 		if lack <= 0 {
 			return
 		}
-		size, err := s.dropCopy()
+		size, err := s.copies.drop()
 		if err != nil {
 			m.log.Error("remove a copy to make room", "sandbox", s.id, "error", err)
 		}
@@ -101,8 +125,9 @@ func (m *Manager) dropCopies(owner string, lack int64) {
 	}
 }
 
-// dropCopy removes the last copy of a running sandbox, from its record first, and returns how many bytes that frees.
-func (s *Sandbox) dropCopy() (int64, error) {
+// drop removes the last copy of a running sandbox, from its record first, and returns how many bytes that frees.
+func (c *copies) drop() (int64, error) {
+	s := c.s
 	s.mu.Lock()
 	r := s.rec
 	if r.Copy == nil || r.State != Running || s.hold != nil {

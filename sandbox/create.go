@@ -188,9 +188,10 @@ func isID(name string) bool { return strings.HasPrefix(name, "sha256:") }
 func (m *Manager) newSandbox(r record) *Sandbox {
 	s := &Sandbox{m: m, id: r.ID, owner: r.Owner, rec: r, booted: make(chan struct{}), left: make(chan struct{}),
 		ended: make(chan struct{}),
-		turn:  make(chan struct{}, 1), guard: make(chan struct{}, 1)}
+		turn:  make(chan struct{}, 1)}
 	s.ports = newPorts(s)
 	s.keeper = keeper{s: s, again: make(chan struct{}, 1)}
+	s.copies.s, s.copies.again = s, make(chan struct{}, 1)
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 	s.log = &journal{store: m.store, id: r.ID, log: m.log}
 	s.meter = &meter{store: m.store, id: r.ID, log: m.log, journal: s.log}

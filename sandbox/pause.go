@@ -4,19 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
-	"syscall"
 	"time"
 
 	"soulbox.dev/soulbox/agent"
 )
-
-// suspendTime is how long calls that are under way may take to return before a sandbox is saved.
-const suspendTime = 5 * time.Second
-
-// saveTime bounds how long saving a sandbox may take.
-const saveTime = 5 * time.Minute
 
 // PauseOptions say how a sandbox is paused.
 type PauseOptions struct {
@@ -41,7 +32,7 @@ func (s *Sandbox) Pause(ctx context.Context, o PauseOptions) error {
 }
 
 func (s *Sandbox) pause(ctx context.Context, o PauseOptions) (err error) {
-	began, moved := time.Now(), s.moves(Running)
+	began, changing := time.Now(), s.mayBeIn(Running)
 	ctx, over, err := s.takeTurn(ctx, "pause")
 	if err != nil {
 		return err
@@ -53,15 +44,18 @@ func (s *Sandbox) pause(ctx context.Context, o PauseOptions) (err error) {
 	if o.Cause == "" {
 		o.Cause = CauseRequest
 	}
-	if r := s.current(); moved && r.isAs(o) {
+	s.mu.Lock()
+	r, hasAgent := s.rec, s.client != nil
+	s.mu.Unlock()
+	if changing && r.isAs(o) {
 		return nil // another call was faster
 	} else if r.State != Running && (r.State != Paused || !o.ToDisk || r.onDisk()) {
 		return s.asError("pause")
-	} else if o.forced && r.State == Paused && s.met() { // its user paused it meanwhile: it takes no more than it has
+	} else if o.forced && r.State == Paused && hasAgent { // its user paused it meanwhile: it takes no more than it has
 		return s.asError("pause")
 	}
 	if o.ToDisk {
-		err = s.sleep(ctx, o)
+		err = (&sleeping{s: s, o: o}).run(ctx)
 	} else {
 		err = s.freeze(ctx, o)
 	}
@@ -71,9 +65,9 @@ func (s *Sandbox) pause(ctx context.Context, o PauseOptions) (err error) {
 	return err
 }
 
-// moves reports whether a sandbox is in a state or is just being changed. A caller that wants another state, and finds it when its turn
+// mayBeIn reports whether a sandbox is in a state or is just being changed. A caller that wants another state, and finds it when its turn
 // comes, has what it wants.
-func (s *Sandbox) moves(from State) bool {
+func (s *Sandbox) mayBeIn(from State) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.rec.State == from || s.hold != nil && !s.rec.State.Ended()
@@ -101,13 +95,6 @@ func (s *Sandbox) Settle(ctx context.Context) error {
 	}
 }
 
-// met reports whether there is a session with the agent.
-func (s *Sandbox) met() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.client != nil
-}
-
 // ResumeOptions say how a sandbox is resumed.
 type ResumeOptions struct {
 	// FilesOnly boots the files without the processes that were saved. It helps if those are wedged or damaged.
@@ -122,7 +109,7 @@ func (s *Sandbox) Resume(ctx context.Context) error { return s.ResumeWith(ctx, R
 
 // ResumeWith is Resume with options. Info.Notice says what is missing afterwards.
 func (s *Sandbox) ResumeWith(ctx context.Context, o ResumeOptions) (err error) {
-	began, moved := time.Now(), s.moves(Paused)
+	began, changing := time.Now(), s.mayBeIn(Paused)
 	ctx, over, err := s.takeTurn(ctx, "resume")
 	if err != nil {
 		return err
@@ -132,7 +119,7 @@ func (s *Sandbox) ResumeWith(ctx context.Context, o ResumeOptions) (err error) {
 		s.m.opts.Observe("resume", time.Since(began), err)
 	}()
 	r := s.current()
-	if moved && r.State == Running && o == (ResumeOptions{}) {
+	if changing && r.State == Running && o == (ResumeOptions{}) {
 		return nil // another call was faster
 	}
 	if r.State != Paused && !r.onDisk() {
@@ -150,7 +137,7 @@ func (s *Sandbox) ResumeWith(ctx context.Context, o ResumeOptions) (err error) {
 		return fmt.Errorf("resume sandbox %s: its maximum life time is over; a longer one can be set: %w", s.id, ErrInvalid)
 	}
 	if r.onDisk() {
-		err = s.wake(ctx, o)
+		err = (&waking{s: s, o: o}).run(ctx)
 	} else {
 		err = s.thaw(ctx)
 	}
@@ -231,49 +218,44 @@ func (s *Sandbox) freeze(ctx context.Context, o PauseOptions) error {
 		r.Pause, r.Notice = &pause{AutoResume: o.AutoResume, Wedged: o.wedged, Since: r.Changed}, ""
 	})
 	if err != nil && !s.rec.State.Ended() {
-		err = errors.Join(err, s.goOn(ctx, machine))
+		err = errors.Join(err, s.thawLater(ctx, machine))
 	}
 	return err
 }
 
-// goOnPause is the time until the next attempt to thaw a machine; it doubles, up to unknownPause.
-const goOnPause = 100 * time.Millisecond
+// thawPause is the time until the next attempt to thaw a machine; it doubles, up to unknownPause.
+const thawPause = 100 * time.Millisecond
 
-// goOn thaws a machine whose pause failed. If that fails too, it tries again in the background until the machine is thawed or is no longer
-// its job, because every observer sees the sandbox as running.
-func (s *Sandbox) goOn(ctx context.Context, machine Machine) error {
+// thawLater thaws a machine whose pause failed. If that fails too, it tries again in the background until the machine is thawed or is no
+// longer its job, because every observer sees the sandbox as running.
+func (s *Sandbox) thawLater(ctx context.Context, machine Machine) error {
 	err := machine.Resume(ctx)
 	if err == nil {
 		return nil
 	}
+	thawed := func() (done bool) {
+		ctx, over, err := s.takeTurn(s.ctx, "continue in")
+		if err != nil {
+			return true // it has ended, or this server has left it to another
+		}
+		defer over()
+		s.mu.Lock()
+		ours := s.machine == machine && s.rec.State == Running
+		s.mu.Unlock()
+		if !ours {
+			return true
+		}
+		err = machine.Resume(ctx)
+		if err != nil {
+			s.m.log.Warn("thaw a sandbox whose pause has failed", "sandbox", s.id, "error", err)
+		}
+		return err == nil
+	}
 	s.m.work.Go(func() {
-		for wait := goOnPause; sleepFor(s.ctx, wait); wait = min(2*wait, unknownPause) {
-			if s.goneOn(machine) {
-				return
-			}
+		for wait := thawPause; sleepFor(s.ctx, wait) && !thawed(); wait = min(2*wait, unknownPause) {
 		}
 	})
 	return err
-}
-
-// goneOn tries once more to thaw a machine, and reports whether nothing is left to do.
-func (s *Sandbox) goneOn(machine Machine) bool {
-	ctx, over, err := s.takeTurn(s.ctx, "continue in")
-	if err != nil {
-		return true // it has ended, or this server has left it to another
-	}
-	defer over()
-	s.mu.Lock()
-	ours := s.machine == machine && s.rec.State == Running
-	s.mu.Unlock()
-	if !ours {
-		return true
-	}
-	if err := machine.Resume(ctx); err != nil {
-		s.m.log.Warn("thaw a sandbox whose pause has failed", "sandbox", s.id, "error", err)
-		return false
-	}
-	return true
 }
 
 // thaw resumes a sandbox that freeze paused.
@@ -320,121 +302,4 @@ func (s *Sandbox) rejoin(ctx context.Context) error {
 	s.machine, s.client = machine, client
 	s.begin()
 	return nil
-}
-
-// sleep saves the sandbox to disk and ends its machine. The machine stays frozen until state.json says that the checkpoint exists, so a
-// crash at any point leaves one of the two.
-func (s *Sandbox) sleep(ctx context.Context, o PauseOptions) (err error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, saveTime, errors.New("it was not saved in time"))
-	defer cancel()
-	s.mu.Lock()
-	machine, client, stop, r := s.machine, s.client, s.stop, s.rec
-	s.mu.Unlock()
-	saved, err := s.roomToSave(ctx, !o.wedged)
-	if err != nil {
-		return err
-	}
-	defer saved()
-	paused := &StateError{ID: s.id, Verb: "continue in", State: Paused, At: time.Now(), Cause: o.Cause.Error(), Wakes: o.AutoResume}
-	if r.State == Running && client != nil && !o.wedged { // calls that wait for a frozen agent end by CloseFor below
-		suspending, done := context.WithTimeout(ctx, suspendTime)
-		err = client.Suspend(suspending, paused)
-		done()
-		if err != nil && !o.forced {
-			client.GoOn()
-			return err
-		}
-	}
-	stop() // from here on, the end of the machine is expected
-	target := s.m.store.checkpoint(s.id, r.Saves+1)
-	if err = errors.Join(s.m.store.RemoveAll(target+unfinishedSave),
-		s.m.store.RemoveAll(target)); err == nil { // left by a pause that failed
-		err = machine.Checkpoint(ctx, target+unfinishedSave, CheckpointOptions{FilesOnly: o.FilesOnly})
-	}
-	if err == nil {
-		err = s.m.store.finish(target, o.FilesOnly)
-	}
-	s.mu.Lock()
-	older := s.m.store.kept(s.rec)
-	if err == nil {
-		err = s.become("pause", Paused, o.Cause, func(r *record) {
-			since := r.pausedSince(r.Changed)
-			size, _ := sizeOf(target) // only shown; no decision depends on it
-			r.Saves++
-			r.Pause = &pause{Disk: true, FilesOnly: o.FilesOnly, AutoResume: o.AutoResume, Wedged: o.wedged || r.Pause != nil &&
-				r.Pause.Wedged, Since: since}
-			r.Copy, r.Notice = &savedCopy{Dir: filepath.Base(target), At: since, FilesOnly: o.FilesOnly, Size: size}, ""
-		})
-	}
-	if err != nil {
-		defer s.mu.Unlock()
-		if s.rec.State.Ended() {
-			return err // whoever killed it ends the machine
-		}
-		err = errors.Join(noDisk(err), s.m.store.RemoveAll(target+unfinishedSave), s.m.store.RemoveAll(target))
-		if r.State == Running {
-			err = errors.Join(err, s.goOn(ctx, machine))
-			if client != nil {
-				client.GoOn()
-			}
-		}
-		s.begin() // its watch finds out if the machine has not survived
-		return err
-	}
-	s.machine, s.client = nil, nil
-	s.mu.Unlock()
-	if client != nil {
-		client.CloseFor(paused)
-	}
-	if err := s.endMachine(machine); err != nil {
-		s.m.log.Error("end the machine of a paused sandbox", "sandbox", s.id, "error", err) // the next resume tries again
-	}
-	if older != "" {
-		if err := s.m.store.RemoveAll(older); err != nil {
-			s.m.log.Error("remove the last copy of a paused sandbox", "sandbox", s.id, "error", err) // it is removed with the sandbox
-		}
-	}
-	return nil
-}
-
-// noDisk adds ErrNoDisk to the error of a full disk.
-func noDisk(err error) error {
-	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-		return fmt.Errorf("%w: %w", ErrNoDisk, err)
-	}
-	return err
-}
-
-func (s *Sandbox) endMachine(machine Machine) error {
-	ctx, cancel := context.WithTimeout(context.Background(), destroyTimeout)
-	defer cancel()
-	return machine.Destroy(ctx)
-}
-
-// roomToSave reports an error unless a checkpoint may be made: within the budget for checkpoints, and with some room left on the machine's
-// disk. That room is reserved until done is called. With ask, the agent is asked for its usage first. What the guest says it uses is
-// believed only between what the host sees and the limits; a frozen guest has said it earlier.
-func (s *Sandbox) roomToSave(ctx context.Context, ask bool) (done func(), err error) {
-	if ask {
-		s.Refresh(ctx)
-	}
-	s.mu.Lock()
-	limits, machine := s.rec.Limits, s.machine
-	s.mu.Unlock()
-	said := s.meter.now()
-	seen, err := machine.Usage(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return s.m.roomOnDisk(s.owner, baseSave+max(seen.Memory, min(said.Memory, 2*limits.Memory))+
-		max(seen.Disk, min(said.DiskUsed, limits.Disk)))
-}
-
-// baseSave is about the size of an empty sandbox's checkpoint, in bytes.
-const baseSave = 8 << 20
-
-// isThere reports whether a file of that name exists.
-func isThere(name string) bool {
-	_, err := os.Lstat(name)
-	return err == nil
 }

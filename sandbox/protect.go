@@ -53,7 +53,7 @@ func (c *session) protect(ctx context.Context) {
 			return
 		case <-c.client.Done():
 			return
-		case <-s.guard:
+		case <-s.copies.again:
 			continue
 		case <-due:
 		}
@@ -74,10 +74,9 @@ func (c *session) protect(ctx context.Context) {
 // nextCopy returns when the next copy is due.
 func (c *session) nextCopy(p Protect) time.Time {
 	s := c.s
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	last := s.rec.Changed
-	for _, at := range []time.Time{s.unchanged, s.rec.copied()} {
+	r := s.current()
+	last := r.Changed
+	for _, at := range []time.Time{s.copies.current(), r.copied()} {
 		if at.After(last) {
 			last = at
 		}
@@ -89,9 +88,7 @@ func (c *session) nextCopy(p Protect) time.Time {
 func (c *session) protectOnce(p Protect, saw seen) (seen, error) {
 	s := c.s
 	if !s.runs() { // a paused sandbox has not changed
-		s.mu.Lock()
-		s.unchanged = time.Now()
-		s.mu.Unlock()
+		s.copies.setUnchanged(time.Now())
 		return saw, nil
 	}
 	ctx, over, err := s.takeTurn(s.ctx, "protect")
@@ -107,12 +104,10 @@ func (c *session) protectOnce(p Protect, saw seen) (seen, error) {
 	next := s.meter.haveSeen()
 	if made != nil && made.FilesOnly != p.Memory && calls == 0 && last.Before(copied) && saw == next &&
 		s.meter.lastTraffic().Before(copied) {
-		s.mu.Lock()
-		s.unchanged = now
-		s.mu.Unlock()
+		s.copies.setUnchanged(now)
 		return next, nil
 	}
-	return next, s.copy(ctx, !p.Memory)
+	return next, s.copies.make(ctx, !p.Memory)
 }
 
 // sleepFor waits for d, and reports whether ctx had not ended by then.

@@ -35,25 +35,25 @@ exit ${failed:-0}`
 // afterRestore makes a restored machine distinct from the one that was saved: if it has the saved memory, it gets another boot_id and the
 // next generation (a machine that boots needs neither); then its hooks run. A failure does not stop the sandbox; it is noted in
 // the sandbox's log.
-func (s *Sandbox) afterRestore(ctx context.Context, client *agent.Client, whole bool) {
+func afterRestore(ctx context.Context, client *agent.Client, whole bool, log *journal) {
 	env := map[string]string{}
 	if whole {
 		told, err := client.Restored(ctx)
 		switch {
 		case errors.Is(err, agent.ErrVersion): // an older version saved it
 		case err != nil:
-			s.log.note(LevelWarn, "it has the same boot_id as the sandbox that was saved: %v", err)
+			log.note(LevelWarn, "it has the same boot_id as the sandbox that was saved: %v", err)
 		default:
 			env["SOULBOX_GENERATION"] = strconv.FormatInt(told.Generation, 10)
 		}
 	}
-	if err := s.runHooks(ctx, client, env); err != nil {
-		s.log.note(LevelWarn, "the hooks of %s: %v", HookDir, err)
+	if err := runHooks(ctx, client, env, log); err != nil {
+		log.note(LevelWarn, "the hooks of %s: %v", HookDir, err)
 	}
 }
 
 // runHooks runs the sandbox's hooks, if it has any, and waits for them.
-func (s *Sandbox) runHooks(ctx context.Context, client *agent.Client, env map[string]string) error {
+func runHooks(ctx context.Context, client *agent.Client, env map[string]string, log *journal) error {
 	if _, err := client.Stat(ctx, HookDir); err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil
@@ -75,7 +75,7 @@ func (s *Sandbox) runHooks(ctx context.Context, client *agent.Client, env map[st
 	case p.ExitCode != 0 || p.Cause != "":
 		err = fmt.Errorf("they have failed, with exit code %d", p.ExitCode)
 	default:
-		s.log.note(LevelInfo, "the hooks of %s have run", HookDir)
+		log.note(LevelInfo, "the hooks of %s have run", HookDir)
 		return nil
 	}
 	if out := append(got.Output.Head, got.Output.Tail...); len(out) > 0 {

@@ -25,10 +25,10 @@ type Sandbox struct {
 	left   chan struct{}           // closed when this server leaves it to the next
 	ended  chan struct{}           // closed when its end has begun, with a cause
 	turn   chan struct{}           // holds a token during a pause, resume, save or destroy
-	guard  chan struct{}           // tells protect to look again
 	log    *journal
 	meter  *meter
 	keeper keeper
+	copies copies
 	// contained counts the attempts to pause the sandbox when it must not continue.
 	contained tries
 
@@ -43,10 +43,9 @@ type Sandbox struct {
 	shifts  int           // how many such changes there were
 	ending  chan struct{} // closed when nothing is left of an ended sandbox
 	// rules ends when the network changes; nil until it is first needed.
-	rules     context.Context
-	endRules  context.CancelFunc
-	unchanged time.Time   // until when the sandbox had not changed since its copy
-	relinked  []time.Time // when the connection to its agent was restored
+	rules    context.Context
+	endRules context.CancelFunc
+	relinked []time.Time // when the connection to its agent was restored
 }
 
 // Info is a sandbox at one moment.
@@ -102,7 +101,7 @@ func (s *Sandbox) info() Info {
 		i.OnDisk, i.AutoResume = r.Pause.Disk, r.Pause.AutoResume
 	}
 	if r.Copy != nil && !r.ended() {
-		i.Saved, i.SavedFiles, i.Current = r.Copy.At, r.Copy.FilesOnly, s.unchanged
+		i.Saved, i.SavedFiles, i.Current = r.Copy.At, r.Copy.FilesOnly, s.copies.current()
 	}
 	return i
 }
@@ -172,92 +171,6 @@ func (s *Sandbox) wrong(verb string) error {
 		Wakes: s.rec.Pause != nil && s.rec.Pause.AutoResume, Saved: s.rec.State == Failed && s.rec.onDisk()}
 }
 
-// boot boots a new sandbox, from a checkpoint if there is one, and reports whether the service of its template already runs in it.
-func (s *Sandbox) boot(ctx context.Context, template Template, from string, whole bool) (served bool, err error) {
-	defer close(s.booted)
-	if from == "" && template.Start != nil {
-		served, err = s.bootWithStartCommand(ctx, template)
-	} else if err = s.start(ctx, template, from, whole); err == nil && whole {
-		err = s.skip(ctx)
-	}
-	if err != nil {
-		return false, err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if err := s.become("start", Running, nil, nil); err != nil {
-		return false, err // killed meanwhile
-	}
-	s.begin()
-	s.m.work.Go(s.keeper.run)
-	return served, nil
-}
-
-// skip is meter.skipPast within the time of a boot, whose last step it is.
-func (s *Sandbox) skip(ctx context.Context) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, s.m.opts.BootTimeout, errNotReady)
-	defer cancel()
-	return s.meter.skipPast(ctx, s.client)
-}
-
-// errNotReady means that an agent has not responded in time: the host may have been busy.
-var errNotReady = fmt.Errorf("the sandbox was not ready in time: %w", context.DeadlineExceeded)
-
-// start boots the machine and connects to its agent. s holds whatever was started, even if start fails.
-func (s *Sandbox) start(ctx context.Context, template Template, from string, whole bool) error {
-	return s.startWith(ctx, template, from, whole, s.current().Limits, false)
-}
-
-// startWith is start with limits that the sandbox does not have yet. With hurry, it waits only a short time for the agent.
-func (s *Sandbox) startWith(ctx context.Context, template Template, from string, whole bool, limits Limits, hurry bool) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, s.m.opts.BootTimeout, errNotReady)
-	defer cancel()
-	r := s.current()
-	r.Limits = limits
-	machine, err := s.m.opts.Runtime.Boot(ctx, Spec{ID: s.id, Dir: s.m.store.path(s.id), Template: template, Limits: limits, From: from})
-	if err != nil {
-		return err
-	}
-	s.mu.Lock()
-	s.machine = machine
-	s.mu.Unlock()
-	if hurry {
-		var done context.CancelFunc
-		ctx, done = context.WithTimeoutCause(ctx, min(wedgedTime, s.m.opts.BootTimeout), agent.ErrLost)
-		defer done()
-	}
-	greet := agent.NewClient
-	if whole {
-		greet = agent.Rejoin
-	} else {
-		s.meter.see(seen{}) // a new agent counts from zero
-	}
-	client, err := greet(ctx, machine.Pipe(), s.m.opts.Version)
-	if err != nil {
-		return err
-	}
-	s.mu.Lock()
-	s.client = client
-	s.mu.Unlock()
-	config := r.configuration()
-	config.Env = s.env
-	if err := client.Configure(ctx, config); err != nil {
-		return err
-	}
-	if from != "" {
-		s.afterRestore(ctx, client, whole)
-	}
-	return nil
-}
-
-// configuration is what the agent is told when it starts and after changes.
-func (r record) configuration() agent.Config {
-	return agent.Config{
-		User: r.User, Cwd: r.Cwd, MaxProcesses: r.Limits.Processes, MaxMemory: r.Limits.Memory, MaxCPU: r.Limits.CPU,
-		OrphanMS: r.orphanTime().Milliseconds(),
-	}
-}
-
 func (s *Sandbox) current() record {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -306,7 +219,7 @@ func (s *Sandbox) end(final State, cause error) error {
 	s.mu.Lock()
 	doomed := s.machine
 	s.mu.Unlock()
-	dead := doomed != nil && s.endMachine(doomed) == nil // at once, because a save that is under way does not have to complete
+	dead := doomed != nil && endMachine(doomed) == nil // at once, because a save that is under way does not have to complete
 	// A pause or resume that is under way sees that the sandbox has ended; no turn is given after this one.
 	s.turn <- struct{}{}
 	s.mu.Lock()
@@ -345,7 +258,7 @@ func (s *Sandbox) destroy(machine Machine, dead bool) (err error) {
 	switch {
 	case dead:
 	case machine != nil:
-		err = s.endMachine(machine)
+		err = endMachine(machine)
 	default: // the boot failed, or the sandbox is on disk
 		ctx, cancel := context.WithTimeout(context.Background(), destroyTimeout)
 		defer cancel()
@@ -431,7 +344,7 @@ func (s *Sandbox) update(u Update) (info Info, retimed bool, err error) {
 	}
 	s.logChange("updated")
 	s.keeper.look()
-	poke(s.guard)
+	poke(s.copies.again)
 	return s.info(), retimed, nil
 }
 

@@ -179,6 +179,20 @@ func (s *Sandbox) save(ctx context.Context, to string, filesOnly bool) (record, 
 	return r, filesOnly, machine.Checkpoint(ctx, to, CheckpointOptions{GoOn: true, FilesOnly: filesOnly})
 }
 
+// SaveTo saves the sandbox, including memory and processes, in a directory that it creates; the sandbox continues. A sandbox that begins
+// from there needs the same template and the same limits.
+func (s *Sandbox) SaveTo(ctx context.Context, dir string) error {
+	ctx, over, err := s.takeTurn(ctx, "save")
+	if err != nil {
+		return err
+	}
+	defer over()
+	if _, _, err := s.save(ctx, dir, false); err != nil {
+		return fmt.Errorf("save sandbox %s: %w", s.id, s.whyEnded(noDisk(err)))
+	}
+	return nil
+}
+
 // linkAll makes a directory of links to the files of another directory: checkpoints never change.
 func linkAll(from, to string) error {
 	entries, err := os.ReadDir(from)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"time"
 
 	"soulbox.dev/soulbox/agent"
@@ -53,25 +54,26 @@ func (s *Sandbox) RunStartCommand(ctx context.Context, start StartCommand, each 
 		return fmt.Errorf("start service: %w", err)
 	}
 	if each != nil {
-		defer s.tellOutput(ctx, client, started.Process.ID, each)()
+		defer tellOutput(ctx, client, started.Process.ID, each, s.m.log.With("sandbox", s.id))()
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, readyTime, fmt.Errorf("the service of the template was not ready within %s", readyTime))
 	defer cancel()
-	await := s.awaitPort
 	if start.Ready != "" {
-		await = func(ctx context.Context, client *agent.Client) error { return awaitReady(ctx, client, start.Ready) }
+		err = awaitReady(ctx, client, start.Ready)
+	} else {
+		err = awaitAnyPort(ctx, client, s.Listening)
 	}
-	if err := await(ctx, client); err != nil {
+	if err != nil {
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
-		return s.withOutput(client, err)
+		return withOutput(client, err)
 	}
 	return nil
 }
 
 // tellOutput passes on what a process writes, until over is called, which passes on the rest.
-func (s *Sandbox) tellOutput(ctx context.Context, client *agent.Client, process string, each func(agent.OutputFrame)) (over func()) {
+func tellOutput(ctx context.Context, client *agent.Client, process string, each func(agent.OutputFrame), log *slog.Logger) (over func()) {
 	var next int64
 	tell := func(f agent.OutputFrame) error {
 		if f.End == nil {
@@ -92,7 +94,7 @@ func (s *Sandbox) tellOutput(ctx context.Context, client *agent.Client, process 
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), tellTime)
 		defer cancel()
 		if err := client.Output(ctx, process, next, false, tell); err != nil {
-			s.m.log.Debug("read the output of a service", "sandbox", s.id, "error", err)
+			log.Debug("read the output of a service", "error", err)
 		}
 	}
 }
@@ -118,10 +120,10 @@ func awaitReady(ctx context.Context, client *agent.Client, ready string) error {
 	}
 }
 
-// awaitPort waits until something listens on a port, or for silentTime.
-func (s *Sandbox) awaitPort(ctx context.Context, client *agent.Client) error {
+// awaitAnyPort waits until something listens on a port, or for silentTime.
+func awaitAnyPort(ctx context.Context, client *agent.Client, listening func(context.Context) ([]int, error)) error {
 	for end := time.Now().Add(silentTime); time.Now().Before(end); {
-		ports, err := s.Listening(ctx)
+		ports, err := listening(ctx)
 		if err != nil || len(ports) > 0 {
 			return err
 		}
@@ -147,7 +149,7 @@ func hasEnded(ctx context.Context, client *agent.Client) error {
 }
 
 // withOutput adds the end of the service's output to an error.
-func (s *Sandbox) withOutput(client *agent.Client, err error) error {
+func withOutput(client *agent.Client, err error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), tellTime)
 	defer cancel()
 	got, werr := client.Wait(ctx, agent.WaitRequest{Process: StartTag, Window: agent.Window{Tail: 2000}})
@@ -155,55 +157,4 @@ func (s *Sandbox) withOutput(client *agent.Client, err error) error {
 		return err
 	}
 	return fmt.Errorf("%w; its output ends with:\n%s", err, agent.InertEnds(got.Output))
-}
-
-// SaveTo saves the sandbox, including memory and processes, in a directory that it creates; the sandbox continues. A sandbox that begins
-// from there needs the same template and the same limits.
-func (s *Sandbox) SaveTo(ctx context.Context, dir string) error {
-	ctx, over, err := s.takeTurn(ctx, "save")
-	if err != nil {
-		return err
-	}
-	defer over()
-	if _, _, err := s.save(ctx, dir, false); err != nil {
-		return fmt.Errorf("save sandbox %s: %w", s.id, s.whyEnded(noDisk(err)))
-	}
-	return nil
-}
-
-// bootWithStartCommand boots a new sandbox from its template's saved service if possible; otherwise the service is still to be started.
-func (s *Sandbox) bootWithStartCommand(ctx context.Context, template Template) (served bool, err error) {
-	saved := *template.Start
-	r := s.current()
-	if saved.Saved != "" && saved.Limits.fits(r.Limits) && saved.Network == r.Network.On() {
-		err := s.start(ctx, template, saved.Saved, true)
-		if err == nil {
-			err = s.skip(ctx)
-		}
-		if err == nil || ctx.Err() != nil {
-			return true, err
-		}
-		s.log.note(LevelWarn, "the service of template %s cannot be restored here, so it is started again: %v", template.Name, err)
-		if err := s.clear(ctx); err != nil {
-			return false, err
-		}
-	}
-	return false, s.start(ctx, template, "", false)
-}
-
-// clear removes what a failed start left.
-func (s *Sandbox) clear(ctx context.Context) error {
-	s.mu.Lock()
-	machine, client := s.machine, s.client
-	s.machine, s.client = nil, nil
-	s.mu.Unlock()
-	if client != nil {
-		_ = client.Close()
-	}
-	if machine != nil {
-		if err := s.endMachine(machine); err != nil {
-			return err
-		}
-	}
-	return s.m.opts.Runtime.Reap(ctx, s.m.store.path(s.id))
 }

@@ -17,35 +17,46 @@ const rescueName = "files-"
 // the host may have been at fault.
 const wedgedTime = 15 * time.Second
 
-// wake boots a machine from what was saved. The copy stays until another is saved, because the sandbox is resumed from it if it fails.
-func (s *Sandbox) wake(ctx context.Context, o ResumeOptions) error {
-	r := s.current()
-	filesOnly := r.Pause.FilesOnly
-	r.Limits = r.Limits.grown(o.Memory, !filesOnly && !o.FilesOnly)
-	if err := s.m.promiseAgain(s, r.Limits); err != nil {
+// waking is one resume of a sandbox from what was saved. The copy stays until another is saved, because the sandbox is resumed from it if
+// it fails.
+type waking struct {
+	s    *Sandbox
+	o    ResumeOptions
+	was  record   // before, with the limits that it gets
+	plan bootPlan // from what was saved last
+}
+
+// run boots a machine from what was saved.
+func (w *waking) run(ctx context.Context) error {
+	s := w.s
+	w.was = s.current()
+	filesOnly := w.was.Pause.FilesOnly
+	w.was.Limits = w.was.Limits.grown(w.o.Memory, !filesOnly && !w.o.FilesOnly)
+	if err := s.m.promiseAgain(s, w.was.Limits); err != nil {
 		return err
 	}
-	template, err := s.m.opts.Templates.Template(ctx, s.owner, r.basis())
+	template, err := s.m.opts.Templates.Template(ctx, s.owner, w.was.basis())
 	if err == nil {
 		err = s.m.opts.Runtime.Reap(ctx, s.m.store.path(s.id)) // left by an end that failed
 	}
-	from, rescued := s.m.store.kept(r), ""
-	if err == nil && !(o.FilesOnly && !filesOnly) {
-		err = s.startWith(ctx, template, from, !filesOnly, r.Limits, r.Pause.Wedged)
+	wedged, rescued := w.was.Pause.Wedged, ""
+	w.plan = bootPlan{template: template, limits: w.was.Limits, from: s.m.store.kept(w.was), whole: !filesOnly, hurry: wedged}
+	if err == nil && !(w.o.FilesOnly && !filesOnly) {
+		err = s.start(ctx, w.plan)
 	}
-	if again := !filesOnly && r.Pause.Wedged && errors.Is(err, agent.ErrLost); again || err == nil && o.FilesOnly && !filesOnly {
+	if again := !filesOnly && wedged && errors.Is(err, agent.ErrLost); again || err == nil && w.o.FilesOnly && !filesOnly {
 		if err = s.clear(ctx); err == nil {
-			rescued, err = s.rescue(ctx, template, from)
+			rescued, err = w.rescue(ctx)
 		}
 		if filesOnly = true; err == nil {
-			err = s.startWith(ctx, template, rescued, false, r.Limits, false)
+			err = s.start(ctx, bootPlan{template: template, limits: w.was.Limits, from: rescued})
 		}
 	}
 	if err == nil {
-		err = s.awake(r, filesOnly)
+		err = w.done(filesOnly)
 	}
 	if err != nil {
-		err = errors.Join(s.wakeHint(r, err), s.lieDown())
+		err = errors.Join(w.hint(err), w.undo())
 	}
 	if rescued != "" {
 		if rerr := s.m.store.RemoveAll(rescued); rerr != nil {
@@ -55,8 +66,9 @@ func (s *Sandbox) wake(ctx context.Context, o ResumeOptions) error {
 	return err
 }
 
-// awake records that the sandbox runs again.
-func (s *Sandbox) awake(was record, filesOnly bool) error {
+// done records that the sandbox runs again.
+func (w *waking) done(filesOnly bool) error {
+	s, was := w.s, w.was
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.isLeft() { // on disk it is safe
@@ -105,12 +117,13 @@ func (r record) missing(filesOnly bool) string {
 }
 
 // rescue takes the files out of a checkpoint with memory, and returns their directory.
-func (s *Sandbox) rescue(ctx context.Context, template Template, from string) (string, error) {
+func (w *waking) rescue(ctx context.Context) (string, error) {
+	s := w.s
 	rescuer, ok := s.m.opts.Runtime.(Rescuer)
 	if !ok {
 		return "", fmt.Errorf("its files cannot be taken out of what was saved with its memory: %w", ErrInvalid)
 	}
-	r := s.current()
+	limits := s.current().Limits // those that it was saved with
 	to := filepath.Join(s.m.store.path(s.id), rescueName+"1")
 	if err := s.m.store.RemoveAll(to); err != nil {
 		return "", err
@@ -120,24 +133,25 @@ func (s *Sandbox) rescue(ctx context.Context, template Template, from string) (s
 		return "", err
 	}
 	defer saved()
-	err = rescuer.Rescue(ctx, Spec{ID: s.id, Dir: s.m.store.path(s.id), Template: template, Limits: r.Limits, From: from}, to)
+	err = rescuer.Rescue(ctx, Spec{ID: s.id, Dir: s.m.store.path(s.id), Template: w.plan.template, Limits: limits, From: w.plan.from}, to)
 	if err != nil {
 		return "", errors.Join(fmt.Errorf("take the files out of what was saved: %w", noDisk(err)), s.m.store.RemoveAll(to))
 	}
 	return to, nil
 }
 
-// wakeHint adds to the error of a failed resume what may help.
-func (s *Sandbox) wakeHint(r record, err error) error {
-	_, ok := s.m.opts.Runtime.(Rescuer)
-	if errors.Is(err, ErrDamaged) && ok && !r.Pause.FilesOnly {
+// hint adds to the error of a failed resume what may help.
+func (w *waking) hint(err error) error {
+	_, ok := w.s.m.opts.Runtime.(Rescuer)
+	if errors.Is(err, ErrDamaged) && ok && !w.was.Pause.FilesOnly {
 		return fmt.Errorf("%w; what was saved is kept, and can be resumed with its files alone (files_only)", err)
 	}
 	return err
 }
 
-// lieDown undoes a failed resume.
-func (s *Sandbox) lieDown() (err error) {
+// undo undoes a failed resume.
+func (w *waking) undo() (err error) {
+	s := w.s
 	s.mu.Lock()
 	machine, client := s.machine, s.client
 	if !s.rec.ended() {
@@ -148,7 +162,7 @@ func (s *Sandbox) lieDown() (err error) {
 		_ = client.Close()
 	}
 	if machine != nil {
-		err = s.endMachine(machine)
+		err = endMachine(machine)
 	}
 	return errors.Join(err, s.m.unpromise(s))
 }
