@@ -33,27 +33,41 @@ const (
 	forgetEvery = 10 * time.Minute
 )
 
-// reap clears what dead servers left, and takes over what servers left on purpose: sandboxes on disk and, if this server keeps sandboxes,
+// adoption takes over or ends what other servers left: it looks at the sandboxes that no living server has. It is safe for concurrent use.
+type adoption struct {
+	m       *Manager
+	settled chan struct{} // closed once all have been looked at once
+	// tidied has the IDs of unowned sandboxes that have been tidied up.
+	tidied sync.Map
+	// foreign has the IDs of sandboxes on disk that another server was found to have.
+	foreign  sync.Map
+	claiming sync.Mutex // held while a sandbox on disk is claimed
+
+	mu    sync.Mutex
+	later map[string]postponed // sandboxes of dead servers that could not be taken over
+}
+
+// run clears what dead servers left, and takes over what servers left on purpose: sandboxes on disk and, if this server keeps sandboxes,
 // also those that run. What cannot be looked at now stays as it is and is looked at again.
-func (m *Manager) reap() {
-	ticker := time.NewTicker(m.opts.RescanEvery)
+func (a *adoption) run() {
+	ticker := time.NewTicker(a.m.opts.RescanEvery)
 	defer ticker.Stop()
 	var forgot time.Time
 	for first := true; ; first = false {
-		if m.store.untidy.Swap(false) || time.Since(forgot) >= forgetEvery {
+		if a.m.store.untidy.Swap(false) || time.Since(forgot) >= forgetEvery {
 			forgot = time.Now()
-			err := errors.Join(m.store.forget(forgot.Add(-remember)), m.store.tidySnapshots())
+			err := errors.Join(a.m.store.forget(forgot.Add(-remember)), a.m.store.tidySnapshots())
 			if err != nil {
-				m.store.untidy.Store(true)
-				m.log.Error("remove old tombstones and unfinished snapshots", "error", err)
+				a.m.store.untidy.Store(true)
+				a.m.log.Error("remove old tombstones and unfinished snapshots", "error", err)
 			}
 		}
-		m.lookAtAll()
+		a.lookAtAll()
 		if first {
-			close(m.settled)
+			close(a.settled)
 		}
 		select {
-		case <-m.ctx.Done():
+		case <-a.m.ctx.Done():
 			return
 		case <-ticker.C:
 		}
@@ -62,43 +76,43 @@ func (m *Manager) reap() {
 
 // lookAtAll looks once at all sandboxes that no living server owns. They are independent: one that cannot be looked at does not stop the
 // others.
-func (m *Manager) lookAtAll() {
-	ids, err := m.store.ids()
+func (a *adoption) lookAtAll() {
+	ids, err := a.m.store.ids()
 	if err != nil {
-		m.log.Error("look for sandboxes of dead servers", "error", err)
+		a.m.log.Error("look for sandboxes of dead servers", "error", err)
 	}
 	var all sync.WaitGroup
 	defer all.Wait()
 	slots := make(chan struct{}, adoptAtOnce) // a silent one must not delay the others
 	for _, id := range ids {
-		if sb := m.known(id); sb != nil && !sb.current().ended() || m.isPutOff(id) {
+		if sb := a.m.sandboxes.get(id); sb != nil && !sb.current().ended() || time.Now().Before(a.postponed(id).next) {
 			continue // an ended one is looked at, because something of it may be left
 		}
-		lock, err := m.store.orphan(id)
+		lock, err := a.m.store.orphan(id)
 		if err != nil {
-			m.putOff(id, fmt.Errorf("lock it: %w", err))
+			a.putOff(id, fmt.Errorf("lock it: %w", err))
 			continue
 		}
 		if lock == nil {
 			continue
 		}
-		r, err := m.store.load(id)
+		r, err := a.m.store.load(id)
 		if err == nil && r.onDisk() { // at once, because calls for it find it locked meanwhile
-			m.letSleep(r, lock)
+			a.leaveOnDisk(r, lock)
 			continue
 		}
 		slots <- struct{}{}
 		all.Go(func() {
 			defer func() { <-slots }()
-			m.takeOver(id, r, err, lock)
+			a.takeOver(id, r, err, lock)
 		})
 	}
 }
 
 // takeOver adopts, ends or leaves alone a sandbox that no server owns and that is not on disk; err is from loading its record.
-func (m *Manager) takeOver(id string, r record, err error, lock *os.File) {
+func (a *adoption) takeOver(id string, r record, err error, lock *os.File) {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) { // it cannot be read now, or another version wrote it: this server must not end it
-		m.putOff(id, fmt.Errorf("read its state: %w", err))
+		a.putOff(id, fmt.Errorf("read its state: %w", err))
 		_ = lock.Close() // it was only read
 		return
 	}
@@ -109,70 +123,70 @@ func (m *Manager) takeOver(id string, r record, err error, lock *os.File) {
 	case r.State.Ended():
 		cause = Cause(r.Cause)
 	case r.Keep && (!r.isOver() || r.Times.OnTimeout == ActionPause):
-		if !m.opts.Keep {
+		if !a.m.opts.Keep {
 			_ = lock.Close() // it was only read
 			return
 		}
-		taken, err := m.adoptRunning(r, lock)
+		taken, err := a.adoptRunning(r, lock)
 		switch {
 		case taken:
-			m.report(id, err)
+			a.report(id, err)
 			return
-		case m.ctx.Err() != nil:
-			m.report(id, errors.Join(err, lock.Close()))
+		case a.m.ctx.Err() != nil:
+			a.report(id, errors.Join(err, lock.Close()))
 			return
 		case FindingOf(err) != Gone:
-			m.putOff(id, err)
+			a.putOff(id, err)
 			_ = lock.Close() // whoever comes next may have it
 			return
 		}
-		m.log.Error("cannot adopt sandbox: nothing of it runs", "sandbox", id, "error", err)
+		a.m.log.Error("cannot adopt sandbox: nothing of it runs", "sandbox", id, "error", err)
 		cause = CauseGone
 	case r.Keep:
 		cause = CauseTimeout
 	}
-	m.bury(id, r, lock, cause)
+	a.endOrphan(id, r, lock, cause)
 }
 
 // isOver reports whether the life of a running sandbox is over.
 func (r record) isOver() bool { return r.State == Running && !time.Now().Before(r.ExpiresAt) }
 
-func (m *Manager) report(id string, err error) {
+func (a *adoption) report(id string, err error) {
 	if err != nil {
-		m.log.Error("adopt sandbox", "sandbox", id, "error", err)
+		a.m.log.Error("adopt sandbox", "sandbox", id, "error", err)
 		return
 	}
-	m.log.Info("adopted sandbox", "sandbox", id)
+	a.m.log.Info("adopted sandbox", "sandbox", id)
 }
 
 // adoptRunning adopts a sandbox that had a machine. If it does not take the sandbox, err says why, and the lock is still the caller's.
-func (m *Manager) adoptRunning(r record, lock *os.File) (taken bool, err error) {
+func (a *adoption) adoptRunning(r record, lock *os.File) (taken bool, err error) {
 	for try := range adoptTries {
 		if try > 0 {
-			if !sleepFor(m.ctx, adoptPauseOf(try)) {
+			if !sleepFor(a.m.ctx, adoptPauseOf(try)) {
 				return true, errors.Join(ErrClosed, lock.Close())
 			}
-			m.log.Warn("adopt sandbox; trying again", "sandbox", r.ID, "try", try+1, "error", err)
+			a.m.log.Warn("adopt sandbox; trying again", "sandbox", r.ID, "try", try+1, "error", err)
 		}
-		if err = m.adopt(r, lock); err == nil {
+		if err = a.adopt(r, lock); err == nil {
 			return true, nil
 		}
 		if errors.Is(err, ErrClosed) {
 			return true, errors.Join(err, lock.Close())
 		}
 		if FindingOf(err) == Gone {
-			return m.adoptSaved(r, lock, err)
+			return a.adoptSaved(r, lock, err)
 		}
 	}
 	var over *OverError
-	since := m.putOffSince(r.ID)
-	if !errors.As(err, &over) || since.IsZero() || time.Since(since) < m.opts.WedgedAfter {
+	since := a.postponed(r.ID).since
+	if !errors.As(err, &over) || since.IsZero() || time.Since(since) < a.m.opts.WedgedAfter {
 		return false, err
 	}
-	if c, ok := m.opts.Runtime.(Continuer); ok && over.Kind == OverStopped { // the next try finds it running
-		return false, errors.Join(err, c.Continue(m.store.path(r.ID)))
+	if c, ok := a.m.opts.Runtime.(Continuer); ok && over.Kind == OverStopped { // the next try finds it running
+		return false, errors.Join(err, c.Continue(a.m.store.path(r.ID)))
 	}
-	return m.adoptWedged(r, lock, over)
+	return a.adoptWedged(r, lock, over)
 }
 
 // adoptPauseOf returns how long to wait before an attempt.
@@ -182,8 +196,8 @@ func adoptPauseOf(try int) time.Duration {
 }
 
 // adoptSaved adopts a sandbox without a machine whose server died after the checkpoint was complete and before state.json said so.
-func (m *Manager) adoptSaved(r record, lock *os.File, gone error) (taken bool, err error) {
-	next := m.store.checkpoint(r.ID, r.Saves+1)
+func (a *adoption) adoptSaved(r record, lock *os.File, gone error) (taken bool, err error) {
+	next := a.m.store.checkpoint(r.ID, r.Saves+1)
 	if _, err := os.Lstat(next); errors.Is(err, fs.ErrNotExist) {
 		return false, gone
 	} else if err != nil {
@@ -197,11 +211,11 @@ func (m *Manager) adoptSaved(r record, lock *os.File, gone error) (taken bool, e
 	} else {
 		r.Cause = string(CauseRequest)
 	}
-	r.turnClock(r.State, Paused, since, m.opts.PausedFor)
+	r.turnClock(r.State, Paused, since, a.m.opts.PausedFor)
 	r.State, r.Changed, r.Pause = Paused, since, &p
 	r.Copy = &savedCopy{Dir: filepath.Base(next), At: since, FilesOnly: p.FilesOnly}
-	if err = m.store.save(r); err == nil {
-		err = m.adopt(r, lock)
+	if err = a.m.store.save(r); err == nil {
+		err = a.adopt(r, lock)
 	}
 	if err != nil {
 		err = errors.Join(err, lock.Close())
@@ -210,10 +224,10 @@ func (m *Manager) adoptSaved(r record, lock *os.File, gone error) (taken bool, e
 }
 
 // adoptWedged adopts a sandbox whose machine runs and whose agent has been silent for long: the sandbox is saved and waits for its owner.
-func (m *Manager) adoptWedged(r record, lock *os.File, over *OverError) (taken bool, err error) {
-	ctx, cancel := context.WithTimeout(m.ctx, adoptTime)
+func (a *adoption) adoptWedged(r record, lock *os.File, over *OverError) (taken bool, err error) {
+	ctx, cancel := context.WithTimeout(a.m.ctx, adoptTime)
 	defer cancel()
-	machine, err := m.opts.Runtime.Attach(ctx, m.store.path(r.ID))
+	machine, err := a.m.opts.Runtime.Attach(ctx, a.m.store.path(r.ID))
 	if err != nil {
 		return false, err
 	}
@@ -223,14 +237,14 @@ func (m *Manager) adoptWedged(r record, lock *os.File, over *OverError) (taken b
 			return false, err
 		}
 	}
-	sb := m.newSandbox(r)
+	sb := a.m.newSandbox(r)
 	sb.lock, sb.machine = lock, machine
 	sb.meter.recall(r)
 	close(sb.booted)
 	sb.mu.Lock()
 	sb.begin()
 	sb.mu.Unlock()
-	if err := m.enter(sb, "taken over by a new server, and its agent is silent"); err != nil {
+	if err := a.register(sb, "taken over by a new server, and its agent is silent"); err != nil {
 		return false, err
 	}
 	(&session{s: sb, machine: machine}).contain(over)
@@ -244,16 +258,16 @@ func hasMemory(dir string) bool { return !isThere(filepath.Join(dir, filesOnlyMa
 
 // adopt takes over a sandbox that a server left on purpose or when it died. If adopt fails, it has changed nothing, and the lock is still
 // the caller's.
-func (m *Manager) adopt(r record, lock *os.File) (err error) {
-	ctx, cancel := context.WithTimeout(m.ctx, adoptTime)
+func (a *adoption) adopt(r record, lock *os.File) (err error) {
+	ctx, cancel := context.WithTimeout(a.m.ctx, adoptTime)
 	defer cancel()
 	if r.giveSecrets() { // an older version did not make all of them
-		if err := m.store.save(r); err != nil {
+		if err := a.m.store.save(r); err != nil {
 			return err
 		}
 	}
-	r.Keep = m.opts.Keep // this server decides what happens to it when this server ends
-	sb := m.newSandbox(r)
+	r.Keep = a.m.opts.Keep // this server decides what happens to it when this server ends
+	sb := a.m.newSandbox(r)
 	sb.lock = lock
 	sb.meter.recall(r)
 	close(sb.booted)
@@ -261,55 +275,53 @@ func (m *Manager) adopt(r record, lock *os.File) (err error) {
 		err := sb.rejoin(ctx)
 		if errors.Is(err, agent.ErrVersion) { // it runs on by itself; here it can be seen and killed
 			sb.unfit = fmt.Errorf("sandbox %s: %w: %w", r.ID, ErrUnfit, err)
-			m.log.Error("a sandbox was made by a version that this server is not compatible with", "sandbox", r.ID, "error", err)
+			a.m.log.Error("a sandbox was made by a version that this server is not compatible with", "sandbox", r.ID, "error", err)
 		} else if err != nil {
 			sb.cancel(err)
 			return err
 		}
 	}
-	m.tidyUp(ctx, r)
-	return m.enter(sb, "adopted by a new server")
+	a.tidyUp(ctx, r)
+	return a.register(sb, "adopted by a new server")
 }
 
-// enter adds a sandbox that was not made here to the Manager, which looks after it from now on.
-func (m *Manager) enter(sb *Sandbox, how string) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.closed {
-		sb.cancel(ErrClosed)
+// register adds a sandbox that was not made here to the Manager, which looks after it from now on.
+func (a *adoption) register(sb *Sandbox, how string) error {
+	err := a.m.sandboxes.add(sb, func() {
+		a.forget(sb.id)
+		sb.mu.Lock()
+		ended := sb.rec.ended() // meanwhile
+		if !ended {
+			sb.logChange("%s", how)
+		}
+		sb.mu.Unlock()
+		if !ended {
+			sb.ports.restore()
+			a.m.work.Go(sb.keeper.run)
+		}
+	})
+	if err != nil {
+		sb.cancel(err)
 		sb.mu.Lock()
 		defer sb.mu.Unlock()
 		if sb.client != nil {
 			_ = sb.client.Close()
 		}
-		return ErrClosed
 	}
-	m.sandboxes[sb.id] = sb
-	delete(m.later, sb.id)
-	sb.mu.Lock()
-	ended := sb.rec.ended() // meanwhile
-	if !ended {
-		sb.logChange("%s", how)
-	}
-	sb.mu.Unlock()
-	if !ended {
-		sb.ports.restore()
-		m.work.Go(sb.keeper.run)
-	}
-	return nil
+	return err
 }
 
-// keep enters a failed sandbox that has a saved copy into the Manager, so that it can be resumed.
-func (m *Manager) keep(r record, lock *os.File) error {
+// keepFailed enters a failed sandbox that has a saved copy into the Manager, so that it can be resumed.
+func (a *adoption) keepFailed(r record, lock *os.File) error {
 	ctx, cancel := context.WithTimeout(context.Background(), destroyTimeout)
 	defer cancel()
-	m.tidyUp(ctx, r)
-	sb := m.newSandbox(r)
+	a.tidyUp(ctx, r)
+	sb := a.m.newSandbox(r)
 	sb.lock = lock
 	sb.meter.recall(r)
 	close(sb.booted)
 	at := r.Copy.At.UTC().Format(time.RFC3339)
-	err := m.enter(sb, "what was saved of it at "+at+" is kept, and can be resumed")
+	err := a.register(sb, "what was saved of it at "+at+" is kept, and can be resumed")
 	if errors.Is(err, ErrClosed) { // the next server takes it
 		return lock.Close()
 	}
@@ -317,44 +329,44 @@ func (m *Manager) keep(r record, lock *os.File) error {
 }
 
 // tidyUp is tidy for callers to whom leftovers do no harm: they go with the sandbox, and the next resume ends the machine.
-func (m *Manager) tidyUp(ctx context.Context, r record) {
-	if err := m.tidy(ctx, r); err != nil {
-		m.log.Error("remove what a dead server left", "sandbox", r.ID, "error", err)
+func (a *adoption) tidyUp(ctx context.Context, r record) {
+	if err := a.tidy(ctx, r); err != nil {
+		a.m.log.Error("remove what a dead server left", "sandbox", r.ID, "error", err)
 	}
 }
 
 // tidy removes what a dead server had begun to make or to remove.
-func (m *Manager) tidy(ctx context.Context, r record) error {
+func (a *adoption) tidy(ctx context.Context, r record) error {
 	keep := ""
-	if dir := m.store.kept(r); dir != "" {
+	if dir := a.m.store.kept(r); dir != "" {
 		keep = filepath.Base(dir)
 	}
 	if r.onDisk() {
-		if err := m.opts.Runtime.Reap(ctx, m.store.path(r.ID)); err != nil { // left by a resume or a pause that was cut off
+		if err := a.m.opts.Runtime.Reap(ctx, a.m.store.path(r.ID)); err != nil { // left by a resume or a pause that was cut off
 			return err
 		}
 	}
-	left, err := filepath.Glob(filepath.Join(m.store.path(r.ID), "*-*"))
+	left, err := filepath.Glob(filepath.Join(a.m.store.path(r.ID), "*-*"))
 	for _, name := range left {
 		if base := filepath.Base(name); base != keep {
-			err = errors.Join(err, m.store.RemoveAll(name))
+			err = errors.Join(err, a.m.store.RemoveAll(name))
 		}
 	}
 	return err
 }
 
-// bury ends what is left of a sandbox and makes its tombstone.
-func (m *Manager) bury(id string, r record, lock *os.File, cause Cause) {
+// endOrphan ends what is left of a sandbox and makes its tombstone.
+func (a *adoption) endOrphan(id string, r record, lock *os.File, cause Cause) {
 	ctx, cancel := context.WithTimeout(context.Background(), destroyTimeout)
 	defer cancel()
-	if err := m.opts.Runtime.Reap(ctx, m.store.path(id)); err != nil {
-		m.log.Error("reap sandbox of a dead server", "sandbox", id, "error", err)
+	if err := a.m.opts.Runtime.Reap(ctx, a.m.store.path(id)); err != nil {
+		a.m.log.Error("reap sandbox of a dead server", "sandbox", id, "error", err)
 		_ = lock.Close() // the next look tries again
 		return
 	}
 	if r.ID != id { // there is nothing to remember
-		if err := m.store.discard(id, lock); err != nil {
-			m.log.Error("remove sandbox of a dead server", "sandbox", id, "error", err)
+		if err := a.m.store.discard(id, lock); err != nil {
+			a.m.log.Error("remove sandbox of a dead server", "sandbox", id, "error", err)
 		}
 		return
 	}
@@ -364,9 +376,9 @@ func (m *Manager) bury(id string, r record, lock *os.File, cause Cause) {
 		if cause == CauseTimeout || cause == CauseForgotten {
 			r.State = Killed
 		} else if r.Pause = r.afterFailure(r.Changed); r.Pause != nil {
-			r.turnClock(was, Failed, r.Changed, m.opts.PausedFor)
+			r.turnClock(was, Failed, r.Changed, a.m.opts.PausedFor)
 		}
-		sb := m.newSandbox(r)
+		sb := a.m.newSandbox(r)
 		sb.meter.recall(r)
 		sb.meter.since = time.Time{} // how long it ran without a server is not known
 		r.Totals = sb.meter.totals()
@@ -374,61 +386,18 @@ func (m *Manager) bury(id string, r record, lock *os.File, cause Cause) {
 		sb.cancel(cause)
 	}
 	if r.onDisk() {
-		err := m.store.save(r)
+		err := a.m.store.save(r)
 		if err == nil {
-			err = m.keep(r, lock)
+			err = a.keepFailed(r, lock)
 		}
 		if err != nil {
-			m.putOff(id, fmt.Errorf("keep what was saved of it: %w", errors.Join(err, lock.Close())))
+			a.putOff(id, fmt.Errorf("keep what was saved of it: %w", errors.Join(err, lock.Close())))
 		}
 		return
 	}
-	if err := m.store.entomb(r, lock); err != nil {
-		m.log.Error("remove sandbox of a dead server", "sandbox", id, "error", err)
+	if err := a.m.store.entomb(r, lock); err != nil {
+		a.m.log.Error("remove sandbox of a dead server", "sandbox", id, "error", err)
 		return
 	}
-	m.log.Info("reaped sandbox of a dead server", "sandbox", id, "cause", cause)
-}
-
-// leave gives up a sandbox, which stays as it is, running or on disk, until the next server adopts it. It reports whether it did.
-func (s *Sandbox) leave() bool {
-	s.mu.Lock()
-	if s.isLeft() {
-		s.mu.Unlock()
-		return true
-	}
-	if s.ending != nil || !s.rec.onDisk() && (!s.rec.Keep || s.rec.State != Running && s.rec.State != Paused) {
-		s.mu.Unlock()
-		return false
-	}
-	close(s.left)
-	s.mu.Unlock()
-	s.cancel(ErrClosed)
-	s.turn <- struct{}{} // wait for a change that is under way; no turn is given after this one
-	s.mu.Lock()
-	client, lock, r := s.client, s.lock, s.rec
-	s.mu.Unlock()
-	r.Totals, r.Seen = s.meter.totals(), s.meter.haveSeen()
-	if err := s.m.store.save(r); err != nil {
-		s.m.log.Warn("save what a sandbox has used", "sandbox", s.id, "error", err) // its last sample tells nearly as much
-	}
-	wait := s.ports.stop()
-	if client != nil {
-		_ = client.Close() // the agent handles the end of its pipe
-	}
-	wait()
-	if err := lock.Close(); err != nil {
-		s.m.log.Error("leave sandbox", "sandbox", s.id, "error", err)
-	}
-	s.m.log.Info("left sandbox to the next server", "sandbox", s.id)
-	return true
-}
-
-func (s *Sandbox) isLeft() bool {
-	select {
-	case <-s.left:
-		return true
-	default:
-		return false
-	}
+	a.m.log.Info("reaped sandbox of a dead server", "sandbox", id, "cause", cause)
 }

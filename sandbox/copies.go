@@ -98,33 +98,6 @@ func (r record) afterFailure(now time.Time) *pause {
 	return &pause{Disk: true, FilesOnly: r.Copy.FilesOnly, Since: now}
 }
 
-// dropCopies removes copies that an owner's sandboxes would need only if they failed, the oldest first, until lack bytes are freed.
-// Sandboxes with Protect keep their copies.
-func (m *Manager) dropCopies(owner string, lack int64) {
-	var old []*Sandbox
-	for _, s := range m.all() {
-		if r := s.current(); s.owner == owner && r.Copy != nil && !r.onDisk() && !r.Protect.on() {
-			old = append(old, s)
-		}
-	}
-	sortBy(old, func(s *Sandbox) time.Time {
-		if c := s.current().Copy; c != nil {
-			return c.At
-		}
-		return time.Time{}
-	})
-	for _, s := range old {
-		if lack <= 0 {
-			return
-		}
-		size, err := s.copies.drop()
-		if err != nil {
-			m.log.Error("remove a copy to make room", "sandbox", s.id, "error", err)
-		}
-		lack -= size
-	}
-}
-
 // drop removes the last copy of a running sandbox, from its record first, and returns how many bytes that frees.
 func (c *copies) drop() (int64, error) {
 	s := c.s

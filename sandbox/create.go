@@ -43,13 +43,9 @@ func (m *Manager) Create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 
 func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error) {
 	// Close waits for a creation that has begun; no creation begins after it.
-	m.mu.Lock()
-	if m.closed {
-		m.mu.Unlock()
-		return nil, fmt.Errorf("create sandbox: %w", ErrClosed)
+	if err := m.sandboxes.whileOpen(func() { m.work.Add(1) }); err != nil {
+		return nil, fmt.Errorf("create sandbox: %w", err)
 	}
-	m.work.Add(1)
-	m.mu.Unlock()
 	defer m.work.Done()
 	template, done, err := m.basis(ctx, &o)
 	if err != nil {
@@ -69,7 +65,7 @@ func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 	if o.Network.On() && m.opts.NoNetwork {
 		return nil, fmt.Errorf("create sandbox: the operator of this server gives sandboxes no network: %w", ErrInvalid)
 	}
-	sb := m.conceive(o, template)
+	sb := m.newRecord(o, template)
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer context.AfterFunc(sb.ctx, func() { cancel(context.Cause(sb.ctx)) })()
@@ -97,8 +93,8 @@ func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 	return sb, nil
 }
 
-// conceive makes the Sandbox that is asked for; it is not entered anywhere yet.
-func (m *Manager) conceive(o CreateOptions, template Template) *Sandbox {
+// newRecord makes the Sandbox that is asked for; it is not entered anywhere yet.
+func (m *Manager) newRecord(o CreateOptions, template Template) *Sandbox {
 	now := time.Now()
 	sb := m.newSandbox(record{
 		Version: recordVersion, ID: newID(), Owner: o.Owner, Keep: m.opts.Keep && !o.Transient, State: Creating, Template: template.Name,
@@ -138,7 +134,7 @@ func (m *Manager) basis(ctx context.Context, o *CreateOptions) (template Templat
 	if !errors.Is(err, ErrNoTemplate) {
 		return Template{}, nil, fmt.Errorf("create sandbox: %w", err)
 	}
-	snap, from, release, serr := m.snapshot(o.Owner, o.Template)
+	snap, from, release, serr := m.snapshots.open(o.Owner, o.Template)
 	if errors.Is(serr, ErrNoSnapshot) {
 		return Template{}, nil, fmt.Errorf("create sandbox: %w", err)
 	}
@@ -166,7 +162,7 @@ func (m *Manager) basis(ctx context.Context, o *CreateOptions) (template Templat
 		return Template{}, nil, fmt.Errorf("create sandbox: snapshot %q has memory, so whether it has a network cannot change: %w",
 			snap.Name, ErrInvalid)
 	}
-	template, err = m.again(ctx, record{Owner: o.Owner, Template: snap.Template, Image: snap.Image, User: snap.User, Cwd: snap.Cwd,
+	template, err = m.templateOf(ctx, record{Owner: o.Owner, Template: snap.Template, Image: snap.Image, User: snap.User, Cwd: snap.Cwd,
 		StartCmd: snap.StartCmd, ReadyCmd: snap.ReadyCmd})
 	if err != nil {
 		return Template{}, nil, fmt.Errorf("create sandbox: %w", err)
@@ -174,8 +170,8 @@ func (m *Manager) basis(ctx context.Context, o *CreateOptions) (template Templat
 	return template, release, nil
 }
 
-// again returns the template for a sandbox that begins from a checkpoint of r. The template's environment is in the checkpoint.
-func (m *Manager) again(ctx context.Context, r record) (Template, error) {
+// templateOf returns the template for a sandbox that begins from a checkpoint of r. The template's environment is in the checkpoint.
+func (m *Manager) templateOf(ctx context.Context, r record) (Template, error) {
 	t, err := m.opts.Templates.Template(ctx, r.Owner, r.basis())
 	t.Name, t.User, t.Cwd, t.Env, t.Start = r.Template, r.User, r.Cwd, nil, r.startCommand()
 	return t, err
@@ -200,7 +196,7 @@ func (m *Manager) newSandbox(r record) *Sandbox {
 
 // promise finds room for a sandbox and enters it into the Manager.
 func (m *Manager) promise(sb *Sandbox) error {
-	done, err := m.lockRoom()
+	done, err := m.capacity.lock()
 	if err != nil {
 		return fmt.Errorf("create sandbox: %w", err)
 	}
@@ -208,10 +204,10 @@ func (m *Manager) promise(sb *Sandbox) error {
 	if n := len(m.List(Filter{Owner: sb.owner})); n >= asleepFactor*m.opts.MaxPerOwner {
 		return fmt.Errorf("create sandbox: you have %d, those on disk too, the most one may have: %w", n, ErrTooMany)
 	}
-	if err := m.admitOne(sb.owner); err != nil {
+	if err := m.capacity.checkCount(sb.owner); err != nil {
 		return fmt.Errorf("create sandbox: %w", err)
 	}
-	if err := m.admit(sb.owner, sb.rec.Limits); err != nil {
+	if err := m.capacity.checkMemory(sb.owner, sb.rec.Limits); err != nil {
 		return fmt.Errorf("create sandbox: %w", err)
 	}
 	if sb.lock, err = m.store.claim(sb.rec.ID); err != nil {
@@ -220,12 +216,14 @@ func (m *Manager) promise(sb *Sandbox) error {
 	if err := m.store.save(sb.rec); err != nil {
 		return errors.Join(err, m.store.discard(sb.rec.ID, sb.lock))
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.sandboxes[sb.rec.ID] = sb
-	sb.mu.Lock()
-	defer sb.mu.Unlock()
-	sb.logChange("%s", Creating)
+	err = m.sandboxes.add(sb, func() {
+		sb.mu.Lock()
+		defer sb.mu.Unlock()
+		sb.logChange("%s", Creating)
+	})
+	if err != nil {
+		return errors.Join(fmt.Errorf("create sandbox: %w", err), m.store.discard(sb.rec.ID, sb.lock))
+	}
 	return nil
 }
 

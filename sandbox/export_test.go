@@ -9,7 +9,7 @@ func (o *Options) SetFault(fault func(step, name string, size int) (int, error))
 func (m *Manager) Dir() string { return m.opts.Dir }
 
 // Settled is closed once what earlier servers left has been looked at.
-func (m *Manager) Settled() <-chan struct{} { return m.settled }
+func (m *Manager) Settled() <-chan struct{} { return m.adoption.settled }
 
 // ProtectNow makes the copy that is due.
 func (s *Sandbox) ProtectNow() error {
@@ -39,7 +39,7 @@ func (m *Manager) AdoptWedged(id string) error {
 	}
 	r, err := m.store.load(id)
 	if err == nil {
-		_, err = m.adoptWedged(r, lock, &OverError{Kind: OverSilent})
+		_, err = m.adoption.adoptWedged(r, lock, &OverError{Kind: OverSilent})
 	}
 	return err
 }

@@ -13,37 +13,32 @@ type postponed struct {
 const putOffLongest = time.Minute
 
 // putOff leaves a sandbox that cannot be looked at or taken over now as it is, until the next try. The operator is told once.
-func (m *Manager) putOff(id string, err error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	p := m.later[id]
+func (a *adoption) putOff(id string, err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	every := a.m.opts.RescanEvery
+	p := a.later[id]
 	if p.pause == 0 {
-		m.log.Error("a sandbox of a dead server cannot be taken over now; it is left as it is, and tried again", "sandbox", id, "error",
+		a.m.log.Error("a sandbox of a dead server cannot be taken over now; it is left as it is, and tried again", "sandbox", id, "error",
 			err)
 		p.since = time.Now()
 	}
-	p.pause = min(putOffLongest, max(m.opts.RescanEvery, 2*p.pause))
+	p.pause = min(putOffLongest, max(every, 2*p.pause))
 	p.why = err
-	p.next = time.Now().Add(p.pause - m.opts.RescanEvery/2)
-	m.later[id] = p
+	p.next = time.Now().Add(p.pause - every/2)
+	a.later[id] = p
 }
 
-func (m *Manager) isPutOff(id string) bool {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return time.Now().Before(m.later[id].next)
+// postponed returns since when, why and until when a sandbox is put off; zero if it is not.
+func (a *adoption) postponed(id string) postponed {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.later[id]
 }
 
-// putOffSince returns since when a sandbox could not be taken over; zero if it is not put off.
-func (m *Manager) putOffSince(id string) time.Time {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.later[id].since
-}
-
-// whyPutOff returns why a sandbox could not be taken over; nil if it is not put off.
-func (m *Manager) whyPutOff(id string) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.later[id].why
+// forget ends that a sandbox is put off.
+func (a *adoption) forget(id string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.later, id)
 }

@@ -10,7 +10,6 @@ import (
 	"os"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"soulbox.dev/soulbox/access"
@@ -75,7 +74,6 @@ const (
 	checkEvery     = 500 * time.Millisecond
 	destroyTimeout = 20 * time.Second
 	exitTime       = 30 * time.Second // for a sandbox to be paused when its server ends
-	endedKept      = 100              // ended sandboxes kept in Manager.sandboxes, so that they need no look at their tombstones
 	maxMetadata    = 64
 	maxMetadataLen = 1024
 	maxEnvValue    = 100_000
@@ -84,6 +82,8 @@ const (
 
 // Manager knows all sandboxes of this server. It is safe for concurrent use.
 type Manager struct {
+	snapshots // its exported methods are the manager's
+
 	opts  Options
 	store store
 	log   *slog.Logger
@@ -92,21 +92,9 @@ type Manager struct {
 	cancel context.CancelCauseFunc
 	work   sync.WaitGroup // goroutines of the manager and its sandboxes
 
-	mu        sync.Mutex
-	closed    bool
-	sandboxes map[string]*Sandbox
-	ended     []string   // ids of ended sandboxes in sandboxes, oldest first
-	room      sync.Mutex // held while memory is promised, so that two creations do not take the same memory
-	inUse     map[string]int
-	past      Totals // of sandboxes that are no longer in sandboxes
-	settled   chan struct{}
-	later     map[string]postponed // sandboxes of dead servers that could not be taken over
-	// tidied has the IDs of unowned sandboxes that have been tidied up.
-	tidied sync.Map
-	// foreign has the IDs of sandboxes on disk that another server was found to have.
-	foreign  sync.Map
-	claiming sync.Mutex   // held while a sandbox on disk is claimed
-	saving   atomic.Int64 // bytes of the checkpoints being made
+	sandboxes registry
+	capacity  capacity
+	adoption  adoption
 }
 
 // NewManager opens the state directory and starts to reap what dead servers left in it.
@@ -143,16 +131,18 @@ func NewManager(opts Options) (*Manager, error) {
 		}
 		opts.MemoryBudget = total / 10 * 8
 	}
-	m := &Manager{opts: opts, store: newStore(opts.Dir), log: opts.Log, sandboxes: map[string]*Sandbox{}, inUse: map[string]int{},
-		later: map[string]postponed{}, settled: make(chan struct{})}
+	m := &Manager{opts: opts, store: newStore(opts.Dir), log: opts.Log, sandboxes: registry{byID: map[string]*Sandbox{}}}
 	m.store.Fault = opts.fault
+	m.snapshots = snapshots{store: m.store, log: m.log, inUse: map[string]int{}}
+	m.capacity.m = m
+	m.adoption = adoption{m: m, settled: make(chan struct{}), later: map[string]postponed{}}
 	for _, dir := range []string{m.store.dir, m.store.ended, m.store.snapshots} {
 		if err := os.MkdirAll(dir, 0o711); err != nil {
 			return nil, fmt.Errorf("open state directory: %w", err)
 		}
 	}
 	m.ctx, m.cancel = context.WithCancelCause(context.Background())
-	m.work.Go(m.reap)
+	m.work.Go(m.adoption.run)
 	return m, nil
 }
 
@@ -169,7 +159,7 @@ func (m *Manager) ConnWait() time.Duration { return m.opts.ConnWait }
 func (m *Manager) Room() (free int64, states map[State]int, err error) {
 	promised, err := m.store.promised()
 	states = map[State]int{}
-	for _, sb := range m.all() {
+	for _, sb := range m.sandboxes.all() {
 		states[sb.Info().State]++
 	}
 	return max(0, m.opts.MemoryBudget-promised), states, err
@@ -177,27 +167,19 @@ func (m *Manager) Room() (free int64, states map[State]int, err error) {
 
 // Busy reports whether a sandbox of this server is in memory, so that the server is needed to end it in time.
 func (m *Manager) Busy() bool {
-	return slices.ContainsFunc(m.all(), func(sb *Sandbox) bool {
+	return slices.ContainsFunc(m.sandboxes.all(), func(sb *Sandbox) bool {
 		i := sb.Info()
 		return !i.State.Ended() && !i.OnDisk
 	})
 }
 
 // Used returns what all sandboxes of this server have used, including those that have ended.
-func (m *Manager) Used() Totals {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	sum := m.past
-	for _, sb := range m.sandboxes {
-		sum = sum.plus(sb.meter.totals())
-	}
-	return sum
-}
+func (m *Manager) Used() Totals { return m.sandboxes.used() }
 
 // Now returns what all running sandboxes of this server use, as last measured, and how many bytes all checkpoints and snapshots take on
 // disk.
 func (m *Manager) Now() (sum Sample, saved int64, err error) {
-	for _, sb := range m.all() {
+	for _, sb := range m.sandboxes.all() {
 		if sb.runs() {
 			latest := sb.meter.now()
 			sum.Memory += latest.Memory
@@ -211,42 +193,17 @@ func (m *Manager) Now() (sum Sample, saved int64, err error) {
 	return sum, saved, err
 }
 
-// letGo forgets a failed sandbox whose machine could not be fully ended; the next look treats it like a dead server's sandbox.
-func (m *Manager) letGo(s *Sandbox) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.sandboxes[s.id] == s {
-		delete(m.sandboxes, s.id)
-	}
-}
-
-// retire forgets the oldest ended sandboxes beyond endedKept. Their tombstones stay.
-func (m *Manager) retire(id string) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.ended = append(m.ended, id)
-	for len(m.ended) > endedKept {
-		if sb := m.sandboxes[m.ended[0]]; sb != nil {
-			m.past = m.past.plus(sb.meter.totals())
-		}
-		delete(m.sandboxes, m.ended[0])
-		m.ended = m.ended[1:]
-	}
-}
-
 // Close leaves this server's sandboxes as Options say, and waits until nothing is left of those that are not kept. It may be called twice.
 func (m *Manager) Close() error {
 	m.cancel(ErrClosed)
-	m.mu.Lock()
-	m.closed = true
-	m.mu.Unlock()
+	m.sandboxes.close()
 	var ends sync.WaitGroup
 	var mu sync.Mutex
 	var errs error
-	for _, sb := range m.all() {
+	for _, sb := range m.sandboxes.all() {
 		ends.Go(func() {
 			if m.opts.PauseOnExit && sb.current().Keep {
-				sb.putToSleep()
+				pauseAtExit(sb)
 			}
 			if sb.leave() {
 				return
@@ -261,23 +218,4 @@ func (m *Manager) Close() error {
 	ends.Wait()
 	m.work.Wait()
 	return errs
-}
-
-// putToSleep pauses the sandbox to disk if it is not there yet. If that fails, the sandbox runs on without a server until the next one
-// adopts it.
-func (s *Sandbox) putToSleep() {
-	r := s.current()
-	if r.onDisk() || r.State != Running && r.State != Paused || s.isLeft() {
-		return
-	}
-	ctx, cancel := context.WithTimeout(s.ctx, exitTime)
-	defer cancel()
-	o := PauseOptions{ToDisk: true, AutoResume: !r.Times.NoAutoResume, Cause: CauseShutdown}
-	if r.State == Paused { // keep how it was paused
-		o.AutoResume, o.Cause = r.Pause.AutoResume, Cause(r.Cause)
-	}
-	err := s.pause(ctx, o)
-	if err != nil && !errors.Is(err, ErrState) && !errors.Is(err, ErrClosed) {
-		s.m.log.Error("pause sandbox at the end of its server; it runs on", "sandbox", s.id, "error", err)
-	}
 }

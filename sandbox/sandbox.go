@@ -239,9 +239,9 @@ func (s *Sandbox) end(final State, cause error) error {
 		s.m.log.Info("sandbox ended", "sandbox", s.id, "state", final, "cause", cause)
 	}
 	if r := s.current(); r.ended() {
-		s.m.retire(s.id)
+		s.m.sandboxes.retire(s.id)
 	} else if err != nil {
-		s.m.letGo(s)
+		s.m.sandboxes.remove(s)
 	}
 	close(s.ending)
 	return err
@@ -268,7 +268,7 @@ func (s *Sandbox) destroy(machine Machine, dead bool) (err error) {
 		return errors.Join(err, s.lock.Close()) // the directory stays for the next start to reap
 	}
 	if r := s.current(); r.onDisk() {
-		return s.m.keep(r, s.lock)
+		return s.m.adoption.keepFailed(r, s.lock)
 	}
 	return s.m.store.entomb(s.current(), s.lock)
 }

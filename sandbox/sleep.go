@@ -171,7 +171,7 @@ func (s *Sandbox) roomToSave(ctx context.Context, ask bool) (done func(), err er
 	if err != nil {
 		return nil, err
 	}
-	return s.m.roomOnDisk(s.owner, baseSave+max(seen.Memory, min(said.Memory, 2*limits.Memory))+
+	return s.m.capacity.reserveDisk(s.owner, baseSave+max(seen.Memory, min(said.Memory, 2*limits.Memory))+
 		max(seen.Disk, min(said.DiskUsed, limits.Disk)))
 }
 

@@ -2,8 +2,6 @@ package sandbox
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,10 +9,8 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -22,43 +18,11 @@ import (
 	"soulbox.dev/soulbox/internal/durable"
 )
 
-// Snapshot is a sandbox's memory and files, saved under a name that its owner chose. Any number of sandboxes can begin from it.
-type Snapshot struct {
-	Name     string    `json:"name"`
-	Owner    string    `json:"owner,omitempty"`
-	Sandbox  string    `json:"sandbox"` // the sandbox that it was made from
-	Template string    `json:"template"`
-	Image    string    `json:"image,omitempty"` // the template's ID
-	User     string    `json:"user,omitempty"`  // the sandbox's
-	Cwd      string    `json:"cwd,omitempty"`
-	StartCmd string    `json:"start_cmd,omitempty"` // the sandbox's
-	ReadyCmd string    `json:"ready_cmd,omitempty"`
-	Limits   Limits    `json:"limits"`
-	Times    Times     `json:"times"`
-	Network  Network   `json:"network,omitzero"`
-	Ingress  Ingress   `json:"ingress,omitzero"`
-	Ports    []Port    `json:"ports,omitempty"`
-	Created  time.Time `json:"created"`
-	Size     int64     `json:"size"` // bytes on disk
-	// FilesOnly means that it has no memory: a sandbox that begins from it boots.
-	FilesOnly bool `json:"files_only,omitempty"`
-	// Unnamed means that its owner gave it no name: the server chose one.
-	Unnamed bool `json:"unnamed,omitempty"`
-}
-
 // MaxFork bounds the copies of one fork.
 const MaxFork = 100
 
 // forkAtOnce is how many copies are started at the same time.
 const forkAtOnce = 4
-
-var snapshotPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}(:[a-zA-Z0-9_][a-zA-Z0-9._-]{0,62})?$`)
-
-// snapshotDir is the directory of a snapshot: a hash of owner and name, because an owner's name need not be valid in a path.
-func (s store) snapshotDir(owner, name string) string {
-	sum := sha256.Sum256([]byte(owner + "\x00" + name))
-	return filepath.Join(s.snapshots, hex.EncodeToString(sum[:20]))
-}
 
 // SnapshotOptions say what is saved, and under which name.
 type SnapshotOptions struct {
@@ -120,38 +84,11 @@ func (s *Sandbox) Snapshot(ctx context.Context, o SnapshotOptions) (_ Snapshot, 
 	if err := s.m.store.Replace(filepath.Join(temp, "snapshot.json"), body, 0o600); err != nil {
 		return Snapshot{}, noDisk(err)
 	}
-	if err := s.m.placeSnapshot(temp, dir, o.Replace); err != nil {
+	if err := s.m.snapshots.place(temp, dir, o.Replace); err != nil {
 		return Snapshot{}, fmt.Errorf("snapshot %q: %w", name, err)
 	}
 	s.log.note(LevelInfo, "saved as snapshot %s", name)
 	return snap, nil
-}
-
-// placeSnapshot gives a snapshot its name. A snapshot that it replaces is in temp afterwards.
-func (m *Manager) placeSnapshot(temp, dir string, replace bool) error {
-	for {
-		err := m.store.Rename(temp, dir)
-		if err == nil || !errors.Is(err, fs.ErrExist) {
-			return err
-		}
-		if !replace {
-			return ErrSnapshot // another caller was faster
-		}
-		if err = m.exchange(temp, dir); !errors.Is(err, fs.ErrNotExist) { // it was deleted meanwhile
-			return err
-		}
-	}
-}
-
-// exchange swaps two snapshots, unless a sandbox is just being made from the named one. It does not ask other servers: there, a sandbox
-// that is being made may begin from the new one instead of the old one.
-func (m *Manager) exchange(temp, dir string) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.inUse[dir] > 0 {
-		return fmt.Errorf("a sandbox is just being made from the one of that name: %w", ErrBusySnapshot)
-	}
-	return m.store.Exchange(temp, dir)
 }
 
 // save makes a checkpoint of the sandbox in whatever state it is, and leaves it in that state. The caller has the turn. save also reports
@@ -234,100 +171,6 @@ func sizeOf(dir string) (int64, error) {
 	return sum, nil
 }
 
-// Snapshots lists the snapshots of an owner, the newest first.
-func (m *Manager) Snapshots(owner string) ([]Snapshot, error) {
-	entries, err := os.ReadDir(m.store.snapshots)
-	if err != nil {
-		return nil, err
-	}
-	list := []Snapshot{}
-	for _, e := range entries {
-		body, err := os.ReadFile(filepath.Join(m.store.snapshots, e.Name(), "snapshot.json"))
-		if err != nil {
-			continue // it is being made or removed
-		}
-		var snap Snapshot
-		if err := json.Unmarshal(body, &snap); err != nil {
-			m.log.Error("read a snapshot", "directory", e.Name(), "error", err)
-			continue
-		}
-		if snap.Owner == owner && m.store.snapshotDir(owner, snap.Name) == filepath.Join(m.store.snapshots, e.Name()) {
-			list = append(list, snap)
-		}
-	}
-	slices.SortFunc(list, func(a, b Snapshot) int { return b.Created.Compare(a.Created) })
-	return list, nil
-}
-
-// FindSnapshot returns an owner's snapshot, or ErrNoSnapshot if there is none of that name.
-func (m *Manager) FindSnapshot(owner, name string) (Snapshot, error) {
-	snap, _, done, err := m.snapshot(owner, name)
-	if err == nil {
-		done()
-	}
-	return snap, err
-}
-
-// snapshot finds an owner's snapshot, and keeps it from being removed until done is called.
-func (m *Manager) snapshot(owner, name string) (snap Snapshot, dir string, done func(), err error) {
-	if !snapshotPattern.MatchString(name) {
-		return snap, "", nil, fmt.Errorf("snapshot %q: %w", name, ErrNoSnapshot)
-	}
-	dir = m.store.snapshotDir(owner, name)
-	done = m.use(dir) // before it is read: it must not be replaced in between
-	body, err := os.ReadFile(filepath.Join(dir, "snapshot.json"))
-	if errors.Is(err, fs.ErrNotExist) {
-		err = ErrNoSnapshot
-	}
-	if err == nil {
-		err = json.Unmarshal(body, &snap)
-	}
-	if err != nil {
-		done()
-		return snap, "", nil, fmt.Errorf("snapshot %q: %w", name, err)
-	}
-	return snap, filepath.Join(dir, "checkpoint"), done, nil
-}
-
-// use keeps a directory from being removed until done is called.
-func (m *Manager) use(dir string) (done func()) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.inUse[dir]++
-	return sync.OnceFunc(func() {
-		m.mu.Lock()
-		defer m.mu.Unlock()
-		if m.inUse[dir]--; m.inUse[dir] == 0 {
-			delete(m.inUse, dir)
-		}
-	})
-}
-
-// DeleteSnapshot removes an owner's snapshot. Sandboxes that began from it do not need it, but one that is just being made does.
-func (m *Manager) DeleteSnapshot(owner, name string) error {
-	_, _, done, err := m.snapshot(owner, name)
-	if err != nil {
-		return err
-	}
-	done()
-	dir := m.store.snapshotDir(owner, name)
-	m.mu.Lock()
-	busy := m.inUse[dir] > 0
-	m.mu.Unlock()
-	if busy {
-		return fmt.Errorf("delete snapshot %q: a sandbox is just being made from it: %w", name, ErrBusySnapshot)
-	}
-	away := filepath.Join(m.store.snapshots, unfinished+newID())
-	if err := m.store.Rename(dir, away); err != nil {
-		return fmt.Errorf("delete snapshot %q: %w", name, err)
-	}
-	if err := m.store.RemoveAll(away); err != nil {
-		m.store.untidy.Store(true) // the next look tries again
-		m.log.Error("remove a deleted snapshot", "error", err)
-	}
-	return nil
-}
-
 // Fork makes copies of the sandbox, which continues. Each copy has the memory, files and processes of the sandbox, and its own ID, host
 // name, ports and life. Fork returns the copies that could be made; failed has the errors of the others, by their number from 1.
 func (s *Sandbox) Fork(ctx context.Context, count int, metadata map[string]string) (copies []*Sandbox, failed map[int]error, err error) {
@@ -360,7 +203,7 @@ func (s *Sandbox) Fork(ctx context.Context, count int, metadata map[string]strin
 	if err != nil {
 		return nil, nil, fmt.Errorf("fork sandbox %s: %w", s.id, noDisk(err))
 	}
-	template, err := s.m.again(ctx, r)
+	template, err := s.m.templateOf(ctx, r)
 	if err != nil {
 		return nil, nil, fmt.Errorf("fork sandbox %s: %w", s.id, err)
 	}
@@ -390,53 +233,6 @@ func (s *Sandbox) Fork(ctx context.Context, count int, metadata map[string]strin
 	copies = slices.DeleteFunc(made, func(sb *Sandbox) bool { return sb == nil })
 	s.log.note(LevelInfo, "%d copies of it were made", len(copies))
 	return copies, failed, nil
-}
-
-// tempSnapshot makes a directory for a snapshot that is being made; done removes what is left of it. While its maker lives, the maker holds
-// its lock.
-func (s store) tempSnapshot() (dir string, done func() error, err error) {
-	dir = filepath.Join(s.snapshots, unfinished+newID())
-	lock, err := durable.Lock(dir+lockSuffix, false)
-	if err != nil {
-		return "", nil, err
-	}
-	done = func() error {
-		err := errors.Join(s.RemoveAll(dir), s.RemoveAll(dir+lockSuffix), lock.Close())
-		if err != nil {
-			s.untidy.Store(true) // the next look tries again
-		}
-		return err
-	}
-	if err := s.Mkdir(dir); err != nil {
-		return "", nil, errors.Join(err, done())
-	}
-	return dir, done, nil
-}
-
-const (
-	lockSuffix = ".lock"
-	unfinished = ".new-" // begins the names of snapshots that are being made or removed
-)
-
-// tidySnapshots removes what dead servers had begun to make or to remove.
-func (s store) tidySnapshots() error {
-	names, err := filepath.Glob(filepath.Join(s.snapshots, unfinished+"*"))
-	for _, name := range names {
-		base := strings.TrimSuffix(name, lockSuffix)
-		if name != base && isThere(base) {
-			continue // it is removed with the directory
-		}
-		lock, lerr := durable.Lock(base+lockSuffix, false)
-		if errors.Is(lerr, syscall.EWOULDBLOCK) {
-			continue
-		}
-		if lerr != nil {
-			err = errors.Join(err, lerr)
-			continue
-		}
-		err = errors.Join(err, s.RemoveAll(base), s.RemoveAll(base+lockSuffix), lock.Close())
-	}
-	return err
 }
 
 // sizeOnDisk returns how many bytes a file takes on disk.

@@ -255,6 +255,33 @@ func (s store) promisedEach(each func(record)) error {
 	return nil
 }
 
+// saved returns how many bytes all checkpoints and snapshots take on disk.
+func (s store) saved() (int64, error) {
+	var sum int64
+	seen := map[uint64]bool{} // a snapshot of a paused sandbox shares its files
+	for _, pattern := range []string{filepath.Join(s.dir, "*", "checkpoint-*", "*"), filepath.Join(s.dir, "*", copyName+"*", "*"),
+		filepath.Join(s.snapshots, "*", "checkpoint", "*")} {
+		names, err := filepath.Glob(pattern)
+		if err != nil {
+			return 0, err
+		}
+		for _, name := range names {
+			info, err := os.Lstat(name)
+			if errors.Is(err, fs.ErrNotExist) {
+				continue // removed meanwhile
+			}
+			if err != nil {
+				return 0, err
+			}
+			if st, ok := info.Sys().(*syscall.Stat_t); ok && !seen[st.Ino] {
+				seen[st.Ino] = true
+				sum += sizeOnDisk(info)
+			}
+		}
+	}
+	return sum, nil
+}
+
 // remembered are the files that are kept of an ended sandbox.
 var remembered = []string{"state.json", logName, logName + olderSuffix, metricsName, metricsName + olderSuffix}
 

@@ -32,7 +32,7 @@ func (w *waking) run(ctx context.Context) error {
 	w.was = s.current()
 	filesOnly := w.was.Pause.FilesOnly
 	w.was.Limits = w.was.Limits.grown(w.o.Memory, !filesOnly && !w.o.FilesOnly)
-	if err := s.m.promiseAgain(s, w.was.Limits); err != nil {
+	if err := s.m.capacity.promise(s, w.was.Limits); err != nil {
 		return err
 	}
 	template, err := s.m.opts.Templates.Template(ctx, s.owner, w.was.basis())
@@ -128,7 +128,7 @@ func (w *waking) rescue(ctx context.Context) (string, error) {
 	if err := s.m.store.RemoveAll(to); err != nil {
 		return "", err
 	}
-	saved, err := s.m.roomOnDisk(s.owner, baseSave+s.meter.now().DiskUsed)
+	saved, err := s.m.capacity.reserveDisk(s.owner, baseSave+s.meter.now().DiskUsed)
 	if err != nil {
 		return "", err
 	}
@@ -164,5 +164,5 @@ func (w *waking) undo() (err error) {
 	if machine != nil {
 		err = endMachine(machine)
 	}
-	return errors.Join(err, s.m.unpromise(s))
+	return errors.Join(err, s.m.capacity.takeBack(s))
 }
