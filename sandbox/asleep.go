@@ -28,7 +28,7 @@ func (a *adoption) leaveOnDisk(r record, lock *os.File) {
 		a.endOrphan(r.ID, r, lock, CauseForgotten)
 		return
 	}
-	if len(r.Ports) > 0 && r.Pause.AutoResume && a.m.opts.Keep { // a server has to listen for the clients that wake it, and to leave it again
+	if len(r.Ports) > 0 && r.Pause.AutoResume && a.m.opts.Keep { // a server has to listen for clients that wake it, and to leave it again
 		if err := a.adopt(r, lock); err != nil {
 			a.report(r.ID, errors.Join(err, lock.Close()))
 		}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"strings"
 	"time"
 )
@@ -48,10 +49,10 @@ func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 	}
 	defer m.work.Done()
 	template, done, err := m.basis(ctx, &o)
-	if err != nil {
-		return nil, err
-	}
 	defer done()
+	if err != nil {
+		return nil, fmt.Errorf("create sandbox: %w", err)
+	}
 	o.Times = o.Times.or(m.opts.Times)
 	if err := o.check(); err != nil {
 		return nil, err
@@ -65,24 +66,12 @@ func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 	if o.Network.On() && m.opts.NoNetwork {
 		return nil, fmt.Errorf("create sandbox: the operator of this server gives sandboxes no network: %w", ErrInvalid)
 	}
-	sb := m.newRecord(o, template)
+	sb := m.sandboxFor(o, template)
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer context.AfterFunc(sb.ctx, func() { cancel(context.Cause(sb.ctx)) })()
 	defer context.AfterFunc(m.ctx, func() { cancel(context.Cause(m.ctx)) })()
-	if err := m.promise(sb); err != nil {
-		sb.cancel(err)
-		return nil, err
-	}
-	served, err := sb.boot(ctx, template, o.from, o.whole)
-	if start := template.Start; err == nil && start != nil && !o.whole && !served {
-		err = sb.RunStartCommand(ctx, *start, nil)
-	}
-	if err != nil {
-		if ctx.Err() != nil {
-			err = context.Cause(ctx)
-		}
-		_ = sb.end(Failed, fmt.Errorf("it could not be made: %w", err)) // end logs its error; err is the cause
+	if err := m.make(ctx, sb, template, o); err != nil {
 		return nil, fmt.Errorf("create sandbox: %w", err)
 	}
 	for _, p := range o.ports {
@@ -93,8 +82,43 @@ func (m *Manager) create(ctx context.Context, o CreateOptions) (*Sandbox, error)
 	return sb, nil
 }
 
-// newRecord makes the Sandbox that is asked for; it is not entered anywhere yet.
-func (m *Manager) newRecord(o CreateOptions, template Template) *Sandbox {
+// undoStack has what undoes the steps of a creation, the first step first.
+type undoStack []func(cause error) error
+
+// run undoes all steps, the last one first, and returns cause with what could not be undone.
+func (u undoStack) run(cause error) error {
+	err := cause
+	for _, undo := range slices.Backward(u) {
+		if uerr := undo(cause); uerr != nil {
+			err = errors.Join(err, uerr)
+		}
+	}
+	return err
+}
+
+// make gives a new sandbox its directory, boots it, and returns when it is ready. If a step fails, the steps before it are undone.
+func (m *Manager) make(ctx context.Context, sb *Sandbox, template Template, o CreateOptions) (err error) {
+	undo := undoStack{func(cause error) error { sb.cancel(cause); return nil }}
+	defer func() {
+		if err != nil {
+			err = undo.run(err)
+		}
+	}()
+	if err := m.reserve(sb, &undo); err != nil {
+		return err
+	}
+	served, err := sb.boot(ctx, template, o.from, o.whole)
+	if start := template.Start; err == nil && start != nil && !o.whole && !served {
+		err = sb.RunStartCommand(ctx, *start, nil)
+	}
+	if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	return err
+}
+
+// sandboxFor makes the Sandbox that is asked for; it is not entered anywhere yet.
+func (m *Manager) sandboxFor(o CreateOptions, template Template) *Sandbox {
 	now := time.Now()
 	sb := m.newSandbox(record{
 		Version: recordVersion, ID: newID(), Owner: o.Owner, Keep: m.opts.Keep && !o.Transient, State: Creating, Template: template.Name,
@@ -119,36 +143,29 @@ func (m *Manager) newRecord(o CreateOptions, template Template) *Sandbox {
 	return sb
 }
 
-// basis finds what a sandbox begins from: a template, or a snapshot of its owner, which is kept until done is called.
+// basis finds what a sandbox begins from: a template, or a snapshot of its owner, which is kept until done is called, even after an error.
 func (m *Manager) basis(ctx context.Context, o *CreateOptions) (template Template, done func(), err error) {
+	done = func() {}
 	if o.Base != nil {
-		return *o.Base, func() {}, nil
+		return *o.Base, done, nil
 	}
 	if isID(o.Template) { // an ID would be found whoever owns it
-		return Template{}, nil, fmt.Errorf("create sandbox: template %q: %w", o.Template, ErrNoTemplate)
+		return Template{}, done, fmt.Errorf("template %q: %w", o.Template, ErrNoTemplate)
 	}
 	template, err = m.opts.Templates.Template(ctx, o.Owner, o.Template)
-	if err == nil {
-		return template, func() {}, nil
-	}
-	if !errors.Is(err, ErrNoTemplate) {
-		return Template{}, nil, fmt.Errorf("create sandbox: %w", err)
+	if err == nil || !errors.Is(err, ErrNoTemplate) {
+		return template, done, err
 	}
 	snap, from, release, serr := m.snapshots.open(o.Owner, o.Template)
 	if errors.Is(serr, ErrNoSnapshot) {
-		return Template{}, nil, fmt.Errorf("create sandbox: %w", err)
+		return Template{}, done, err
 	}
 	if serr != nil {
-		return Template{}, nil, fmt.Errorf("create sandbox: %w", serr)
+		return Template{}, done, serr
 	}
-	defer func() {
-		if err != nil {
-			release()
-		}
-	}()
+	done = release
 	if want := o.Limits.or(snap.Limits); !snap.FilesOnly && want != snap.Limits {
-		return Template{}, nil, fmt.Errorf("create sandbox: snapshot %q has memory, so its limits stay as they are: %w", snap.Name,
-			ErrInvalid)
+		return Template{}, done, fmt.Errorf("snapshot %q has memory, so its limits stay as they are: %w", snap.Name, ErrInvalid)
 	}
 	o.from, o.whole, o.parent, o.origin = from, !snap.FilesOnly, snap.Name, snap.Name
 	o.Limits, o.Times, o.ports = o.Limits.or(snap.Limits), o.Times.or(snap.Times), snap.Ports
@@ -159,15 +176,11 @@ func (m *Manager) basis(ctx context.Context, o *CreateOptions) (template Templat
 		o.Ingress = snap.Ingress
 	}
 	if !snap.FilesOnly && o.Network.On() != snap.Network.On() {
-		return Template{}, nil, fmt.Errorf("create sandbox: snapshot %q has memory, so whether it has a network cannot change: %w",
-			snap.Name, ErrInvalid)
+		return Template{}, done, fmt.Errorf("snapshot %q has memory, so whether it has a network cannot change: %w", snap.Name, ErrInvalid)
 	}
 	template, err = m.templateOf(ctx, record{Owner: o.Owner, Template: snap.Template, Image: snap.Image, User: snap.User, Cwd: snap.Cwd,
 		StartCmd: snap.StartCmd, ReadyCmd: snap.ReadyCmd})
-	if err != nil {
-		return Template{}, nil, fmt.Errorf("create sandbox: %w", err)
-	}
-	return template, release, nil
+	return template, done, err
 }
 
 // templateOf returns the template for a sandbox that begins from a checkpoint of r. The template's environment is in the checkpoint.
@@ -194,37 +207,41 @@ func (m *Manager) newSandbox(r record) *Sandbox {
 	return s
 }
 
-// promise finds room for a sandbox and enters it into the Manager.
-func (m *Manager) promise(sb *Sandbox) error {
+// reserve finds room for a sandbox and enters it into the Manager.
+func (m *Manager) reserve(sb *Sandbox, undo *undoStack) error {
 	done, err := m.capacity.lock()
 	if err != nil {
-		return fmt.Errorf("create sandbox: %w", err)
+		return err
 	}
 	defer done()
 	if n := len(m.List(Filter{Owner: sb.owner})); n >= asleepFactor*m.opts.MaxPerOwner {
-		return fmt.Errorf("create sandbox: you have %d, those on disk too, the most one may have: %w", n, ErrTooMany)
+		return fmt.Errorf("you have %d, those on disk too, the most one may have: %w", n, ErrTooMany)
 	}
 	if err := m.capacity.checkCount(sb.owner); err != nil {
-		return fmt.Errorf("create sandbox: %w", err)
+		return err
 	}
 	if err := m.capacity.checkMemory(sb.owner, sb.rec.Limits); err != nil {
-		return fmt.Errorf("create sandbox: %w", err)
+		return err
 	}
-	if sb.lock, err = m.store.claim(sb.rec.ID); err != nil {
-		return fmt.Errorf("create sandbox: %w", err)
+	if sb.lock, err = m.store.claim(sb.id); err != nil {
+		return err
 	}
+	*undo = append(*undo, func(error) error { return m.store.discard(sb.id, sb.lock) })
 	if err := m.store.save(sb.rec); err != nil {
-		return errors.Join(err, m.store.discard(sb.rec.ID, sb.lock))
+		return err
 	}
 	err = m.sandboxes.add(sb, func() {
 		sb.mu.Lock()
 		defer sb.mu.Unlock()
 		sb.logChange("%s", Creating)
 	})
-	if err != nil {
-		return errors.Join(fmt.Errorf("create sandbox: %w", err), m.store.discard(sb.rec.ID, sb.lock))
+	if err == nil { // from here on it can be seen, and its end undoes all of this
+		*undo = undoStack{func(cause error) error {
+			_ = sb.end(Failed, fmt.Errorf("it could not be made: %w", cause)) // end logs its error
+			return nil
+		}}
 	}
-	return nil
+	return err
 }
 
 func (o CreateOptions) check() error {

@@ -13,6 +13,6 @@
 // Every change between running and paused takes the sandbox's turn (pause.go); callers of Agent wait meanwhile. Every write goes through
 // store.Disk, so that tests can stop it anywhere (TestPowerFails, TestCutAtEveryByte).
 //
-// Lock order: capacity.mu, registry.mu, ports.mu, Sandbox.mu, then the locks of the log, the meter and the copies. A turn is taken while none
-// of them is held.
+// Lock order: capacity.mu, registry.mu, ports.mu, Sandbox.mu, then the locks of the log, the meter and the copies. A turn is taken while
+// none of them is held.
 package sandbox
