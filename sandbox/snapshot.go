@@ -213,6 +213,14 @@ func (s *Sandbox) Fork(ctx context.Context, count int, metadata map[string]strin
 	if metadata != nil {
 		o.Metadata = metadata
 	}
+	copies, failed = s.m.createSame(ctx, o, count)
+	s.log.note(LevelInfo, "%d copies of it were made", len(copies))
+	return copies, failed, nil
+}
+
+// createSame makes count sandboxes with the same options, a few at a time. failed has the errors of those that could not be made, by their
+// number from 1.
+func (m *Manager) createSame(ctx context.Context, o CreateOptions, count int) (created []*Sandbox, failed map[int]error) {
 	var mu sync.Mutex
 	var all sync.WaitGroup
 	made, failed := make([]*Sandbox, count), map[int]error{}
@@ -221,7 +229,7 @@ func (s *Sandbox) Fork(ctx context.Context, count int, metadata map[string]strin
 		slots <- struct{}{}
 		all.Go(func() {
 			defer func() { <-slots }()
-			sb, err := s.m.Create(ctx, o)
+			sb, err := m.Create(ctx, o)
 			mu.Lock()
 			defer mu.Unlock()
 			if made[i] = sb; err != nil {
@@ -230,9 +238,7 @@ func (s *Sandbox) Fork(ctx context.Context, count int, metadata map[string]strin
 		})
 	}
 	all.Wait()
-	copies = slices.DeleteFunc(made, func(sb *Sandbox) bool { return sb == nil })
-	s.log.note(LevelInfo, "%d copies of it were made", len(copies))
-	return copies, failed, nil
+	return slices.DeleteFunc(made, func(sb *Sandbox) bool { return sb == nil }), failed
 }
 
 // sizeOnDisk returns how many bytes a file takes on disk.

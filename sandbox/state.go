@@ -11,7 +11,7 @@ import (
 // State is where a sandbox is in its life.
 type State string
 
-// The states; moves says which state may follow which.
+// The states; transitions says which state may follow which.
 const (
 	Creating State = "creating"
 	Running  State = "running"
@@ -20,15 +20,15 @@ const (
 	Failed   State = "failed"
 )
 
-// moves are the allowed changes of state.
-var moves = map[State][]State{
+// transitions are the allowed changes of state.
+var transitions = map[State][]State{
 	Creating: {Running, Killed, Failed},
 	Running:  {Paused, Killed, Failed},
 	Paused:   {Running, Paused, Killed, Failed}, // from memory to disk
 	Failed:   {Running, Killed},                 // from what was saved of it
 }
 
-func (s State) mayBecome(next State) bool { return slices.Contains(moves[s], next) }
+func (s State) mayBecome(next State) bool { return slices.Contains(transitions[s], next) }
 
 // Ended reports whether nothing of the sandbox runs and nothing resumes it by itself. A failed sandbox may have a saved copy, from which
 // Resume starts it again.

@@ -1,40 +1,11 @@
 package sandbox
 
 import (
-	"context"
 	"crypto/rand"
 	"fmt"
 	"slices"
 	"strings"
 )
-
-// Bind returns a context that also ends when the sandbox ends or when this server leaves it to another.
-func (s *Sandbox) Bind(ctx context.Context) (context.Context, context.CancelFunc) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	stop := context.AfterFunc(s.ctx, func() { cancel(context.Cause(s.ctx)) })
-	return ctx, func() {
-		stop()
-		cancel(nil)
-	}
-}
-
-// Gone reports whether the sandbox has ended or this server has left it to another.
-func (s *Sandbox) Gone() bool { return s.ctx.Err() != nil }
-
-// AddEnv adds to the environment of processes that are started from now on. It wakes no sandbox, and the addition is lost when the sandbox
-// boots again.
-func (s *Sandbox) AddEnv(ctx context.Context, env map[string]string) error {
-	if err := checkEnv(env); err != nil {
-		return fmt.Errorf("update sandbox %s: %w", s.id, err)
-	}
-	client, err := s.Look("tell")
-	if err != nil {
-		return err
-	}
-	config := s.current().configuration()
-	config.Env = env
-	return client.Configure(ctx, config)
-}
 
 // Ingress says how a gateway reaches the ports that are not exposed, and how it speaks to the servers on them.
 type Ingress struct {
