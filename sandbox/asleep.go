@@ -129,9 +129,9 @@ const (
 	listPause = 10 * time.Millisecond
 )
 
-// await claims a sandbox on disk that no server has, and waits for a sandbox that this server may be about to adopt because it has
-// just started. If a sandbox is locked, another server may just be looking at it, which does not last; a sandbox that another server has is
-// not found here.
+// await claims a sandbox on disk that no server has, and waits for a sandbox that this server may be about to adopt because it has just
+// started. If a sandbox is locked, another server may just be looking at it, which does not last; a sandbox that another server has is not
+// found here.
 func (a *adoption) await(id string) (*Sandbox, error) {
 	begin := time.Now()
 	for wait := adoptWait; isThere(a.m.store.path(id)) && time.Since(begin) < wait; {

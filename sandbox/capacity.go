@@ -9,7 +9,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
-	"time"
 
 	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/internal/durable"
@@ -277,12 +276,7 @@ func (c *capacity) dropCopies(owner string, lack int64) {
 			old = append(old, s)
 		}
 	}
-	sortBy(old, func(s *Sandbox) time.Time {
-		if c := s.current().Copy; c != nil {
-			return c.At
-		}
-		return time.Time{}
-	})
+	slices.SortFunc(old, func(a, b *Sandbox) int { return a.current().copied().Compare(b.current().copied()) })
 	for _, s := range old {
 		if lack <= 0 {
 			return

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 )
 
@@ -120,8 +119,4 @@ func sleepFor(ctx context.Context, d time.Duration) bool {
 	case <-ctx.Done():
 		return false
 	}
-}
-
-func sortBy(list []*Sandbox, at func(*Sandbox) time.Time) {
-	slices.SortFunc(list, func(a, b *Sandbox) int { return at(a).Compare(at(b)) })
 }
