@@ -75,7 +75,6 @@ var onlyIn = map[string][]string{
 	"github.com/google/jsonschema-go":        {"tools"},
 	"github.com/sourcegraph/jsonrpc2":        {"agent", "agent/guest"},
 	"github.com/hashicorp/yamux":             {"agent", "agent/guest"},
-	"github.com/fsnotify/fsnotify":           {"agent/guest"},
 	"github.com/modelcontextprotocol/go-sdk": {"cmd/soulbox-mcp"}, // in tests only
 	"github.com/coreos/go-oidc":              {"access"},
 	"github.com/charmbracelet":               {"tools"},
@@ -93,7 +92,7 @@ var onlyIn = map[string][]string{
 
 // agentMayUse are the libraries that the agent may use; it must stay small.
 var agentMayUse = []string{"github.com/sourcegraph/jsonrpc2", "github.com/hashicorp/yamux", "github.com/creack/pty",
-	"github.com/fsnotify/fsnotify", "golang.org/x/sys", module + "/internal/names", module + "/agent"}
+	"golang.org/x/sys", module + "/internal/names", module + "/agent"}
 
 func TestImports(t *testing.T) {
 	seen := map[string]bool{}

@@ -55,11 +55,10 @@ type Server struct {
 	cancel    context.CancelCauseFunc
 
 	oomKills atomic.Int64
-	watches  atomic.Int64
 	dials    sync.Map // functions that end a connection, by its name, for the host
 	fields   fieldCache
 	shells   *shells
-	trees    *trees
+	watches  *watches
 	turns    turns
 	marked   marked
 
@@ -88,7 +87,7 @@ func NewServer(opts Options) (*Server, error) {
 	boot := make([]byte, 8)
 	rand.Read(boot)
 	s := &Server{opts: opts, boot: hex.EncodeToString(boot), shell: "/bin/sh", null: null, procs: map[string]*process{},
-		tags: map[string]*process{}, trees: newTrees(), generation: -1, starting: make(chan struct{}, starters)}
+		tags: map[string]*process{}, watches: newWatches(), generation: -1, starting: make(chan struct{}, starters)}
 	if lookPath("/bin/bash", "/", nil) != "" {
 		s.shell = "/bin/bash"
 	}
@@ -135,7 +134,7 @@ func (s *Server) Close() {
 	}
 	s.closeStock()
 	s.collector.close()
-	s.trees.closeAll(&s.watches)
+	s.watches.endAll()
 	for _, p := range s.all() {
 		p.output.discard()
 	}
