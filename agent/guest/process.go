@@ -123,7 +123,7 @@ func (p *process) signal(sig syscall.Signal) error {
 	if p.running() {
 		done, err := p.signalTerminal(sig)
 		if !done {
-			err = ignoreGone(syscall.Kill(-p.pid, sig))
+			err = ignoreGone(syscall.Kill(-p.PID, sig))
 		}
 		if err != nil {
 			return fmt.Errorf("signal process %s: %w", p.id, err)
@@ -151,7 +151,7 @@ func (p *process) signal(sig syscall.Signal) error {
 func (p *process) killAll() {
 	// Outside a sandbox there is no cgroup, only the group. It may have members even if the leader has ended.
 	if p.running() || p.group == nil {
-		_ = syscall.Kill(-p.pid, syscall.SIGKILL) // ESRCH: it has just ended
+		_ = syscall.Kill(-p.PID, syscall.SIGKILL) // ESRCH: it has just ended
 	}
 	p.group.kill()
 }
@@ -160,7 +160,7 @@ func (p *process) killAll() {
 func (p *process) describe() agent.Process {
 	d := agent.Process{
 		ID: p.id, Tag: p.req.Tag, State: agent.StateRunning, Command: agent.Clip(p.req.Command, commandEcho), Cwd: p.cwd,
-		User: p.user.name, PID: p.pid, Started: p.started,
+		User: p.user.name, PID: p.PID, Started: p.started,
 	}
 	if d.Command == "" {
 		d.Command = agent.Clip(strings.Join(p.args, " "), commandEcho)
@@ -177,7 +177,7 @@ func (p *process) describe() agent.Process {
 		d.LimitHit = p.limitHit || p.group.hitLimit()
 	}
 	if !done {
-		d.CPUMS, d.Memory = p.group.usage(p.pid)
+		d.CPUMS, d.Memory = p.group.usage(p.PID)
 		return d
 	}
 	d.ShellCwd, d.Forgotten = p.shellCwd, p.forgotten

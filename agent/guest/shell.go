@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/agent/guest/rawsys"
 
 	_ "embed"
 	"errors"
@@ -158,7 +159,7 @@ func (s *shellState) existing(home string) (dir, gone string) {
 	if s.cwd == "" {
 		return home, ""
 	}
-	for dir = s.cwd; !isDir(dir) && dir != "/"; dir = path.Dir(dir) {
+	for dir = s.cwd; !rawsys.IsDir(dir) && dir != "/"; dir = path.Dir(dir) {
 		gone = s.cwd
 	}
 	return dir, gone

@@ -162,7 +162,7 @@ func (p *process) foreground() int {
 // hangUp ends the programs on a terminal as closing it would. What still runs after killGrace, because it was about to start something when
 // the signal came, is killed: its terminal would be gone.
 func (p *process) hangUp() error {
-	for _, group := range []int{p.foreground(), p.pid} {
+	for _, group := range []int{p.foreground(), p.PID} {
 		if group <= 1 {
 			continue
 		}
