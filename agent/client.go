@@ -149,9 +149,13 @@ func Call[R any](ctx context.Context, c *Client, method string, args any) (resul
 		}
 		defer c.use.leave()
 	}
+	params, err := Marshal(args)
+	if err != nil {
+		return result, fmt.Errorf("%s: %w", method, err)
+	}
 	id := c.lastID.Add(1)
 	waiter, err := OrGiveUp(ctx, func() (jsonrpc2.Waiter, error) {
-		return c.rpc.DispatchCall(ctx, method, args, jsonrpc2.PickID(jsonrpc2.ID{Num: id}))
+		return c.rpc.DispatchCall(ctx, method, params, jsonrpc2.PickID(jsonrpc2.ID{Num: id}))
 	}, nil)
 	if errors.Is(err, ErrTooLarge) {
 		return result, fmt.Errorf("%s: %w", method, err) // our own request was too large and was not sent
@@ -171,7 +175,7 @@ func Call[R any](ctx context.Context, c *Client, method string, args any) (resul
 		return result, nil
 	case errors.As(err, &reply):
 		var e Error
-		if reply.Data == nil || json.Unmarshal(*reply.Data, &e) != nil {
+		if reply.Data == nil || Unmarshal(*reply.Data, &e) != nil {
 			e = Error{Message: reply.Message}
 		}
 		if e.Kind == "invalid" && strings.HasPrefix(e.Message, UnknownCall) {

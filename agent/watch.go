@@ -7,7 +7,7 @@ const MaxWatchEvents = 256
 // attrib.
 type WatchEvent struct {
 	Op   string `json:"op"`
-	Path string `json:"path"`
+	Path string `json:"path" is:"name"`
 }
 
 // WatchBatch holds the changes within a short time. Overflow means that there were more, or that the path leads elsewhere now: the reader
@@ -20,7 +20,7 @@ type WatchBatch struct {
 // TreeRequest begins, reads or ends a watch that outlasts the call.
 type TreeRequest struct {
 	// Path, Recursive and Ignore begin a watch of a directory or of one file. Ignore holds globs that match names, or paths below Path.
-	Path      string   `json:"path,omitempty"`
+	Path      string   `json:"path,omitempty" is:"name"`
 	Recursive bool     `json:"recursive,omitempty"`
 	Ignore    []string `json:"ignore,omitempty"`
 	// Watch names an existing watch. From is the number of the first event to read; events that are still kept can be read again.
@@ -36,8 +36,8 @@ type TreeRequest struct {
 // file; From is the path of the new file before, if that was in the tree) or attrib.
 type TreeEvent struct {
 	Op   string `json:"op"`
-	Path string `json:"path"`
-	From string `json:"from,omitempty"`
+	Path string `json:"path" is:"name"`
+	From string `json:"from,omitempty" is:"name"`
 	Dir  bool   `json:"dir,omitempty"`
 	// Whole, for create and save, means that a call of the host has written the file, which got its name only when it was complete: no
 	// write event follows.

@@ -37,6 +37,8 @@ func wireError(err error) *agent.Error {
 func replyError(err error) *jsonrpc2.Error {
 	e := wireError(err)
 	reply := &jsonrpc2.Error{Code: jsonrpc2.CodeInternalError, Message: e.Message}
-	reply.SetError(e)
+	if body, err := agent.Marshal(e); err == nil { // a struct of plain fields
+		reply.Data = &body
+	}
 	return reply
 }

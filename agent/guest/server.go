@@ -388,7 +388,11 @@ func (s *Server) serveRPC(ctx context.Context, stream *yamux.Stream) {
 		mu.Unlock()
 		go func() {
 			defer cancel()
+			var answer json.RawMessage
 			result, err := s.call(callCtx, req)
+			if err == nil {
+				answer, err = agent.Marshal(result)
+			}
 			mu.Lock()
 			delete(cancels, req.ID.Num)
 			mu.Unlock()
@@ -396,7 +400,7 @@ func (s *Server) serveRPC(ctx context.Context, stream *yamux.Stream) {
 				_ = conn.ReplyWithError(callCtx, req.ID, replyError(err)) // an error means that the pipe has ended
 				return
 			}
-			if err := conn.Reply(callCtx, req.ID, result); errors.Is(err, agent.ErrTooLarge) {
+			if err := conn.Reply(callCtx, req.ID, answer); errors.Is(err, agent.ErrTooLarge) {
 				_ = conn.ReplyWithError(callCtx, req.ID, replyError(err))
 			}
 		}()
@@ -490,7 +494,7 @@ func (s *Server) callFiles(ctx context.Context, req *jsonrpc2.Request) (any, err
 func on[A, R any](req *jsonrpc2.Request, do func(A) (R, error)) (any, error) {
 	var args A
 	if req.Params != nil {
-		if err := json.Unmarshal(*req.Params, &args); err != nil {
+		if err := agent.Unmarshal(*req.Params, &args); err != nil {
 			return nil, agent.Invalid("%s: %v", req.Method, err)
 		}
 	}

@@ -3,7 +3,6 @@ package guest
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"io"
 	"net"
 	"sync"
@@ -160,7 +159,7 @@ func (s *Server) serveOutput(ctx context.Context, stream *yamux.Stream, h agent.
 			continue
 		}
 		if ended || !h.Follow {
-			body, _ := json.Marshal(p.describe()) // a struct of plain fields
+			body, _ := agent.Marshal(p.describe()) // a struct of plain fields
 			_ = writeFrame(stream, agent.FrameEnd, found, body)
 			return
 		}
