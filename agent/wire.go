@@ -68,7 +68,7 @@ const (
 	CallSearch    = "search"
 	CallSetattr   = "setattr"
 	CallUsage     = "usage"
-	CallWork      = "work"
+	CallBusy      = "work"
 	CallShell     = "shell"
 	CallTree      = "tree"
 	CallInput     = "input"

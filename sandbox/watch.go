@@ -231,7 +231,7 @@ func (s *Sandbox) gather(ctx context.Context, client *agent.Client, machine Gath
 	var known *bool // whether it has all of its cores; nil means not known
 	one := false    // some of it may be on one core
 	for {
-		going, err := client.AtWork(ctx, known)
+		going, err := client.Busy(ctx, known)
 		if err != nil {
 			break // the machine has ended, it stays for another server, or its agent does not know this call
 		}

@@ -7,54 +7,54 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// work tells whether the sandbox is at work: whether it has processes that last, or the agent itself has work that lasts. It is safe for
-// concurrent use; the zero value is not at work.
-type work struct {
-	mu            sync.Mutex
-	tasks, labour bool
-	changed       chan struct{} // closed at the next change; nil if no caller waits for it
+// activity tells whether the sandbox is busy: whether it has processes that last, or the agent itself has work that lasts. It is safe for
+// concurrent use; the zero value is not busy.
+type activity struct {
+	mu             sync.Mutex
+	processes, own bool
+	changed        chan struct{} // closed at the next change; nil if no caller waits for it
 }
 
-// look records what find sets. No two calls of find overlap.
-func (w *work) look(find func()) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	before := w.tasks || w.labour
-	find()
-	if before != (w.tasks || w.labour) && w.changed != nil {
-		close(w.changed)
-		w.changed = nil
+// update records what set sets. No two calls of set overlap.
+func (a *activity) update(set func()) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	before := a.processes || a.own
+	set()
+	if before != (a.processes || a.own) && a.changed != nil {
+		close(a.changed)
+		a.changed = nil
 	}
 }
 
-func (w *work) is() (going bool, changed <-chan struct{}) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.changed == nil {
-		w.changed = make(chan struct{})
+func (a *activity) now() (busy bool, changed <-chan struct{}) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.changed == nil {
+		a.changed = make(chan struct{})
 	}
-	return w.tasks || w.labour, w.changed
+	return a.processes || a.own, a.changed
 }
 
-func (s *Server) atWork(ctx context.Context, r agent.WorkRequest) agent.WorkResult {
+func (s *Server) busy(ctx context.Context, r agent.BusyRequest) agent.BusyResult {
 	for {
-		going, changed := s.work.is()
-		if r.Known == nil || going != *r.Known {
-			return agent.WorkResult{Going: going}
+		busy, changed := s.activity.now()
+		if r.Known == nil || busy != *r.Known {
+			return agent.BusyResult{Busy: busy}
 		}
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			return agent.WorkResult{Going: going}
+			return agent.BusyResult{Busy: busy}
 		}
 	}
 }
 
-// lookForTasks records whether there are processes.
-func (s *Server) lookForTasks() (tasks int64) {
-	s.work.look(func() {
+// countProcesses counts the tasks of users, and records whether there are any.
+func (s *Server) countProcesses() (tasks int64) {
+	s.activity.update(func() {
 		tasks = number(readFile(s.groups.tasks))
-		s.work.tasks = tasks > 0
+		s.activity.processes = tasks > 0
 	})
 	return tasks
 }

@@ -90,7 +90,7 @@ func (p *process) finish(status exitStatus) {
 	// Reading cgroups takes a large part of a short command's time, so limitHit is not read if it ended well and left nothing behind.
 	left := len(p.group.pids()) > 0
 	limitHit := (left || status.status != 0) && p.group.hitLimit()
-	cwd, err := p.shell.leave()
+	cwd, err := p.shell.end()
 	p.mu.Lock()
 	p.ended, p.status, p.usage, p.limitHit, p.left = time.Now(), status.status, status.usage, limitHit, left
 	p.shellCwd, p.forgotten = cwd, err != nil
@@ -291,7 +291,7 @@ const takeTime = time.Second
 
 // input writes to a process and waits for its answer.
 func (s *Server) input(ctx context.Context, r agent.InputRequest) (agent.InputResult, error) {
-	p, err := s.find(r.Process)
+	p, err := s.processByName(r.Process)
 	if err != nil {
 		return agent.InputResult{}, err
 	}
@@ -392,7 +392,7 @@ func (s *Server) signal(r agent.SignalRequest) (agent.Process, error) {
 	if err != nil {
 		return agent.Process{}, err
 	}
-	p, err := s.find(r.Process)
+	p, err := s.processByName(r.Process)
 	if err != nil {
 		return agent.Process{}, err
 	}
@@ -401,7 +401,7 @@ func (s *Server) signal(r agent.SignalRequest) (agent.Process, error) {
 
 // kill kills the named process and everything it started.
 func (s *Server) kill(r agent.WaitRequest) (agent.Process, error) {
-	p, err := s.find(r.Process)
+	p, err := s.processByName(r.Process)
 	if err != nil {
 		return agent.Process{}, err
 	}

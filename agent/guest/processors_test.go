@@ -10,15 +10,15 @@ import (
 func TestProcessors(t *testing.T) {
 	before := runtime.GOMAXPROCS(2)
 	defer runtime.GOMAXPROCS(before)
-	w := &work{}
-	p := newProcessors(w)
+	a := &activity{}
+	p := newProcessors(a)
 	p.hold()() // soon done
 	if got := runtime.GOMAXPROCS(0); got != 1 {
 		t.Fatalf("%d processors for nothing", got)
 	}
 	first, second := p.hold(), p.hold()
 	eventually(t, "two processors", func() bool { return runtime.GOMAXPROCS(0) == 2 })
-	if going, _ := w.is(); !going {
+	if busy, _ := a.now(); !busy {
 		t.Error("what lasts is no work")
 	}
 	first()
@@ -33,7 +33,7 @@ func TestProcessors(t *testing.T) {
 	}
 	second()
 	eventually(t, "one processor", func() bool { return runtime.GOMAXPROCS(0) == 1 })
-	if going, _ := w.is(); going {
+	if busy, _ := a.now(); busy {
 		t.Error("nothing is work")
 	}
 	eventually(t, "nothing at work", func() bool {

@@ -52,12 +52,12 @@ func (s *Server) spawn(req agent.StartRequest) (_ *process, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := s.enter(p); err != nil {
+	if err := s.addProcess(p); err != nil {
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
-			s.leave(p)
+			s.removeProcess(p)
 		}
 	}()
 	if s.groups != nil {
@@ -186,7 +186,7 @@ func (s *Server) prepare(req agent.StartRequest) (*process, []string, error) {
 	}
 	run, state := (*shellRun)(nil), &shellState{}
 	if req.Shell != "" && path.Base(s.shell) == "bash" {
-		run = s.shells.enter(shellID{req.Shell, user.name})
+		run = s.shells.begin(shellID{req.Shell, user.name})
 		state = run.begin
 	}
 	s.mu.Lock()
@@ -282,7 +282,7 @@ func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
 	}
 	p.started = time.Now()
 	if p.req.Command != "" {
-		if words := plainWords(p.req.Command, env); words != nil && !p.shell.needed() {
+		if words := simpleCommand(p.req.Command, env); words != nil && !p.shell.needed() {
 			if name := lookPath(words[0], p.cwd, env); name != "" {
 				if p.child, err = s.fork(p, name, words, attr); err == nil || errors.Is(err, syscall.EAGAIN) {
 					return explainFork(err)
@@ -384,7 +384,7 @@ func (s *Server) follow(p *process, stdin *os.File) {
 				<-pipe.eof
 			}
 			p.output.finish()
-			s.settle(p)
+			s.forgetEnded(p)
 		}()
 	})
 	if s.guard != nil {

@@ -77,7 +77,7 @@ func resizeTerminal(master *os.File, size agent.Terminal) error {
 
 // resize changes the size of a process's terminal; the kernel tells its programs by SIGWINCH.
 func (s *Server) resize(req agent.ResizeRequest) (agent.Process, error) {
-	p, err := s.find(req.Process)
+	p, err := s.processByName(req.Process)
 	if err != nil {
 		return agent.Process{}, err
 	}
