@@ -149,13 +149,9 @@ func Call[R any](ctx context.Context, c *Client, method string, args any) (resul
 		}
 		defer c.inFlight.end()
 	}
-	params, err := Marshal(args)
-	if err != nil {
-		return result, fmt.Errorf("%s: %w", method, err)
-	}
 	id := c.lastID.Add(1)
 	waiter, err := OrGiveUp(ctx, func() (jsonrpc2.Waiter, error) {
-		return c.rpc.DispatchCall(ctx, method, params, jsonrpc2.PickID(jsonrpc2.ID{Num: id}))
+		return c.rpc.DispatchCall(ctx, method, ForWire(args), jsonrpc2.PickID(jsonrpc2.ID{Num: id}))
 	}, nil)
 	if errors.Is(err, ErrTooLarge) {
 		return result, fmt.Errorf("%s: %w", method, err) // our own request was too large and was not sent

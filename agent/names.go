@@ -12,15 +12,15 @@ import (
 // JSON cannot carry bytes that are not text. So file names cross the pipe in the notation of package names, and are plain bytes on both
 // sides of it (PROTOCOL.md, section 2). A field that holds one has the tag `is:"name"`.
 
-// Marshal encodes what crosses the pipe.
-func Marshal(v any) (json.RawMessage, error) {
+// ForWire returns v as it is encoded to cross the pipe: names are in the notation.
+func ForWire(v any) any {
 	if r := reflect.ValueOf(v); r.IsValid() {
-		v = renamed(r, names.Text).Interface()
+		return renamed(r, names.Text).Interface()
 	}
-	return json.Marshal(v)
+	return nil
 }
 
-// Unmarshal decodes what Marshal wrote. Names that are too long are refused later.
+// Unmarshal decodes what was encoded ForWire. Names that are too long are refused later.
 func Unmarshal(body []byte, v any) error {
 	err := json.Unmarshal(body, v)
 	if r := reflect.ValueOf(v).Elem(); err == nil {

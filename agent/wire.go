@@ -2,6 +2,7 @@ package agent
 
 import (
 	"encoding/binary"
+	"encoding/json"
 	"fmt"
 	"io"
 	"time"
@@ -424,7 +425,7 @@ type Match struct {
 
 // WriteMessage writes v as a length followed by JSON.
 func WriteMessage(w io.Writer, v any) error {
-	body, err := Marshal(v)
+	body, err := json.Marshal(ForWire(v))
 	if err != nil {
 		return fmt.Errorf("encode message: %w", err)
 	}

@@ -37,8 +37,6 @@ func wireError(err error) *agent.Error {
 func replyError(err error) *jsonrpc2.Error {
 	e := wireError(err)
 	reply := &jsonrpc2.Error{Code: jsonrpc2.CodeInternalError, Message: e.Message}
-	if body, err := agent.Marshal(e); err == nil { // a struct of plain fields
-		reply.Data = &body
-	}
+	reply.SetError(agent.ForWire(e))
 	return reply
 }

@@ -287,11 +287,7 @@ func (s *Server) serveRPC(ctx context.Context, stream *yamux.Stream) {
 		mu.Unlock()
 		go func() {
 			defer cancel()
-			var answer json.RawMessage
 			result, err := s.call(callCtx, req)
-			if err == nil {
-				answer, err = agent.Marshal(result)
-			}
 			mu.Lock()
 			delete(cancels, req.ID.Num)
 			mu.Unlock()
@@ -299,7 +295,7 @@ func (s *Server) serveRPC(ctx context.Context, stream *yamux.Stream) {
 				_ = conn.ReplyWithError(callCtx, req.ID, replyError(err)) // an error means that the pipe has ended
 				return
 			}
-			if err := conn.Reply(callCtx, req.ID, answer); errors.Is(err, agent.ErrTooLarge) {
+			if err := conn.Reply(callCtx, req.ID, agent.ForWire(result)); errors.Is(err, agent.ErrTooLarge) {
 				_ = conn.ReplyWithError(callCtx, req.ID, replyError(err))
 			}
 		}()

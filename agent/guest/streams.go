@@ -3,6 +3,7 @@ package guest
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"io"
 	"net"
 	"sync"
@@ -159,7 +160,7 @@ func (s *Server) serveOutput(ctx context.Context, stream *yamux.Stream, h agent.
 			continue
 		}
 		if ended || !h.Follow {
-			body, _ := agent.Marshal(p.describe()) // a struct of plain fields
+			body, _ := json.Marshal(agent.ForWire(p.describe())) // a struct of plain fields
 			_ = writeFrame(stream, agent.FrameEnd, found, body)
 			return
 		}
