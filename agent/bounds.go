@@ -21,7 +21,7 @@ func decodeAnswer(raw json.RawMessage, result any) error {
 		return fmt.Errorf("the answer has %d parts, at most %d are possible: %w", n, maxObjects, ErrTooLarge)
 	}
 	if len(raw) > 0 {
-		if err := json.Unmarshal(raw, result); err != nil {
+		if err := Unmarshal(raw, result); err != nil {
 			return fmt.Errorf("decode the answer: %w", err)
 		}
 	}

@@ -33,7 +33,7 @@ type Client struct {
 	mu    sync.Mutex
 	cause error // why the session ended, if not because the pipe did
 
-	use usage
+	inFlight inFlight
 }
 
 // NewClient does the handshake with the agent at the other end of conn, and owns conn from then on. ctx bounds the handshake only.
@@ -80,7 +80,7 @@ func NewClient(ctx context.Context, conn io.ReadWriteCloser, version string) (_ 
 	}
 	c.rpc = jsonrpc2.NewConn(context.Background(), MessageStream{Conn: stream}, HandlerFunc(refuse), Quiet)
 	close(whole)
-	go c.watch()
+	go c.refuseStreams()
 	go func() {
 		<-c.rpc.DisconnectNotify()
 		c.fail(errors.New("the control channel has ended"))
@@ -88,8 +88,8 @@ func NewClient(ctx context.Context, conn io.ReadWriteCloser, version string) (_ 
 	return c, nil
 }
 
-// watch ends the session when the guest opens a stream, which it never does.
-func (c *Client) watch() {
+// refuseStreams ends the session when the guest opens a stream, which it never does.
+func (c *Client) refuseStreams() {
 	if stream, err := c.session.AcceptStream(); err == nil {
 		_ = stream.Close()
 		c.fail(errors.New("the guest opened a stream"))
@@ -144,14 +144,14 @@ func (c *Client) lost(op string, err error) error {
 // Call makes one call. When ctx ends, Call tells the guest and returns without the answer.
 func Call[R any](ctx context.Context, c *Client, method string, args any) (result R, err error) {
 	if !ownCalls[method] {
-		if err := c.use.enter(); err != nil {
+		if err := c.inFlight.begin(); err != nil {
 			return result, fmt.Errorf("%s: %w", method, err)
 		}
-		defer c.use.leave()
+		defer c.inFlight.end()
 	}
 	id := c.lastID.Add(1)
 	waiter, err := OrGiveUp(ctx, func() (jsonrpc2.Waiter, error) {
-		return c.rpc.DispatchCall(ctx, method, args, jsonrpc2.PickID(jsonrpc2.ID{Num: id}))
+		return c.rpc.DispatchCall(ctx, method, ForWire(args), jsonrpc2.PickID(jsonrpc2.ID{Num: id}))
 	}, nil)
 	if errors.Is(err, ErrTooLarge) {
 		return result, fmt.Errorf("%s: %w", method, err) // our own request was too large and was not sent
@@ -171,7 +171,7 @@ func Call[R any](ctx context.Context, c *Client, method string, args any) (resul
 		return result, nil
 	case errors.As(err, &reply):
 		var e Error
-		if reply.Data == nil || json.Unmarshal(*reply.Data, &e) != nil {
+		if reply.Data == nil || Unmarshal(*reply.Data, &e) != nil {
 			e = Error{Message: reply.Message}
 		}
 		if e.Kind == "invalid" && strings.HasPrefix(e.Message, UnknownCall) {
@@ -379,10 +379,10 @@ func (c *Client) handshake(ctx context.Context, h Header) (stream narrowStream, 
 	if err := ctx.Err(); err != nil {
 		return narrowStream{}, a, nil, context.Cause(ctx)
 	}
-	if err := c.use.enter(); err != nil {
+	if err := c.inFlight.begin(); err != nil {
 		return narrowStream{}, a, nil, fmt.Errorf("%s: %w", h.Stream, err)
 	}
-	leave := sync.OnceFunc(c.use.leave)
+	leave := sync.OnceFunc(c.inFlight.end)
 	defer func() {
 		if err != nil || !transfers[h.Stream] {
 			leave()

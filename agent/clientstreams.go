@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -210,7 +209,7 @@ func (c *Client) output(ctx context.Context, h Header, each func(OutputFrame) er
 		frame := OutputFrame{Offset: at, Data: body, Stream: StreamName(kind - FrameStdout)}
 		if kind == FrameEnd {
 			frame = OutputFrame{Offset: at, End: &Process{}}
-			if err := json.Unmarshal(body, frame.End); err != nil {
+			if err := Unmarshal(body, frame.End); err != nil {
 				return c.lost(StreamOutput, err)
 			}
 		}

@@ -46,7 +46,7 @@ var Kinds = map[string]error{
 type Error struct {
 	Kind    string        `json:"kind,omitempty"`
 	Op      string        `json:"op,omitempty"`
-	Path    string        `json:"path,omitempty"`
+	Path    string        `json:"path,omitempty" is:"name"`
 	Errno   syscall.Errno `json:"errno,omitempty"`
 	Message string        `json:"message"`
 }

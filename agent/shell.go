@@ -8,7 +8,7 @@ type ShellRequest struct {
 
 // ShellInfo is what a shell remembers. It has names only, since values may be secret. Each list is cut at 100 names.
 type ShellInfo struct {
-	Cwd       string   `json:"cwd"`
+	Cwd       string   `json:"cwd" is:"name"`
 	Env       []string `json:"env,omitempty"`       // exported variables that were set
 	Unset     []string `json:"unset,omitempty"`     // variables of the environment that were removed
 	Variables []string `json:"variables,omitempty"` // all other variables

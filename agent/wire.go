@@ -69,7 +69,7 @@ const (
 	CallSearch    = "search"
 	CallSetattr   = "setattr"
 	CallUsage     = "usage"
-	CallWork      = "work"
+	CallBusy      = "work"
 	CallShell     = "shell"
 	CallTree      = "tree"
 	CallInput     = "input"
@@ -98,7 +98,7 @@ type Hello struct {
 // Header opens every stream.
 type Header struct {
 	Stream  string `json:"stream"`
-	Path    string `json:"path,omitempty"`
+	Path    string `json:"path,omitempty" is:"name"`
 	User    string `json:"user,omitempty"`
 	Offset  int64  `json:"offset,omitempty"`
 	Limit   int64  `json:"limit,omitempty"`
@@ -135,7 +135,7 @@ type Config struct {
 	// User and Cwd are the defaults for processes that name none. If they are empty, the user is "user" and the directory is the user's
 	// home.
 	User string `json:"user,omitempty"`
-	Cwd  string `json:"cwd,omitempty"`
+	Cwd  string `json:"cwd,omitempty" is:"name"`
 	// MaxProcesses bounds the tasks of all user processes together; zero means no bound.
 	MaxProcesses int64 `json:"max_processes,omitempty"`
 	// MaxMemory bounds the memory of all user processes together, in bytes: above it the largest process is killed with cause "oom". Zero
@@ -151,10 +151,10 @@ type Config struct {
 type StartRequest struct {
 	Command string            `json:"command,omitempty"`
 	Args    []string          `json:"args,omitempty"`
-	Shown   bool              `json:"shown,omitempty"` // on the pipe: Args are in the notation of names, since they are not text
-	Cwd     string            `json:"cwd,omitempty"`   // absolute; default the shell's directory, Config.Cwd or the user's home
-	Env     map[string]string `json:"env,omitempty"`   // added to the sandbox's environment
-	User    string            `json:"user,omitempty"`  // name, uid or uid:gid; default Config.User
+	Shown   bool              `json:"shown,omitempty"`         // on the pipe: Args are in the notation of names, since they are not text
+	Cwd     string            `json:"cwd,omitempty" is:"name"` // absolute; default the shell's directory, Config.Cwd or the user's home
+	Env     map[string]string `json:"env,omitempty"`           // added to the sandbox's environment
+	User    string            `json:"user,omitempty"`          // name, uid or uid:gid; default Config.User
 	// Stdin is written to the process; then its stdin is closed, unless KeepStdin keeps it open for WriteStdin.
 	Stdin     []byte `json:"stdin,omitempty"`
 	KeepStdin bool   `json:"keep_stdin,omitempty"`
@@ -235,7 +235,7 @@ type Process struct {
 	State   string    `json:"state" max:"128"`
 	Command string    `json:"command,omitempty" max:"16384"`
 	Args    []string  `json:"args,omitempty"`
-	Cwd     string    `json:"cwd"`
+	Cwd     string    `json:"cwd" is:"name"`
 	User    string    `json:"user"`
 	PID     int       `json:"pid"`
 	Started time.Time `json:"started"`
@@ -257,9 +257,9 @@ type Process struct {
 	// Terminal is the size of its terminal, if it has one.
 	Terminal *Terminal `json:"terminal,omitempty"`
 	// ShellCwd is the directory where its shell is now, if the command has changed it.
-	ShellCwd string `json:"shell_cwd,omitempty"`
+	ShellCwd string `json:"shell_cwd,omitempty" is:"name"`
 	// GoneCwd is the directory where its shell was, if that is gone or closed to the user; the process was started in a directory above it.
-	GoneCwd string `json:"gone_cwd,omitempty"`
+	GoneCwd string `json:"gone_cwd,omitempty" is:"name"`
 	// Forgotten reports whether its changes to the shell could not be remembered.
 	Forgotten bool `json:"forgotten,omitempty"`
 }
@@ -312,27 +312,27 @@ const (
 // FileInfo describes a file. For a symlink, Stat describes its target; directory listings, and requests for links, describe the link
 // itself.
 type FileInfo struct {
-	Path   string            `json:"path"`
+	Path   string            `json:"path" is:"name"`
 	Type   string            `json:"type"`
 	Size   int64             `json:"size"`
 	Mode   string            `json:"mode"` // permissions, octal
 	Owner  string            `json:"owner"`
 	Group  string            `json:"group"`
 	MTime  time.Time         `json:"mtime"`
-	Target string            `json:"target,omitempty"` // of a symlink
-	Attrs  map[string]string `json:"attrs,omitempty"`  // user.* extended attributes, without the prefix
-	Link   *Link             `json:"link,omitempty"`   // if links were asked for
+	Target string            `json:"target,omitempty" is:"name"` // of a symlink
+	Attrs  map[string]string `json:"attrs,omitempty"`            // user.* extended attributes, without the prefix
+	Link   *Link             `json:"link,omitempty"`             // if links were asked for
 }
 
 // Link is what FileInfo does not tell about a file itself, and about where a symlink leads.
 type Link struct {
 	Permissions string `json:"permissions"` // in the format of fs.FileMode
 	// Target is the path to which a symlink finally leads, Type and Mode describe the file there. "" means that there is no file.
-	Target string `json:"target,omitempty"`
+	Target string `json:"target,omitempty" is:"name"`
 	Type   string `json:"type,omitempty"`
 	Mode   string `json:"mode,omitempty"`
 	// Real is the path without symlinks; a directory listing does not set it.
-	Real string `json:"real,omitempty"`
+	Real string `json:"real,omitempty" is:"name"`
 }
 
 // UserRequest names a user: by name, uid or uid:gid; "" is the sandbox's default user.
@@ -345,17 +345,17 @@ type User struct {
 	Name string `json:"name"`
 	UID  uint32 `json:"uid"`
 	GID  uint32 `json:"gid"`
-	Home string `json:"home"`
-	Cwd  string `json:"cwd"` // where the user's processes start if they name no directory
+	Home string `json:"home" is:"name"`
+	Cwd  string `json:"cwd" is:"name"` // where the user's processes start if they name no directory
 }
 
 // DirRequest lists a directory down to Depth levels (at least 1). It returns at most Limit entries, only those after the path After if that
 // is set. With Links each entry also has its Link and its attributes.
 type DirRequest struct {
-	Path  string `json:"path"`
+	Path  string `json:"path" is:"name"`
 	Depth int    `json:"depth,omitempty"`
 	Limit int    `json:"limit,omitempty"`
-	After string `json:"after,omitempty"`
+	After string `json:"after,omitempty" is:"name"`
 	Links bool   `json:"links,omitempty"`
 }
 
@@ -368,7 +368,7 @@ type DirResult struct {
 // PathRequest names one file. User owns what is created. Recursive makes Remove remove whole trees. Links describes a symlink itself
 // instead of its target.
 type PathRequest struct {
-	Path      string            `json:"path"`
+	Path      string            `json:"path" is:"name"`
 	User      string            `json:"user,omitempty"`
 	Recursive bool              `json:"recursive,omitempty"`
 	Perm      uint32            `json:"perm,omitempty"`
@@ -378,14 +378,14 @@ type PathRequest struct {
 
 // MoveRequest renames From to To, across file systems if necessary.
 type MoveRequest struct {
-	From string `json:"from"`
-	To   string `json:"to"`
+	From string `json:"from" is:"name"`
+	To   string `json:"to" is:"name"`
 	User string `json:"user,omitempty"` // owner of the directories that are created for To
 }
 
 // EditRequest replaces Old, which must occur exactly once unless All is set, or inserts New after line InsertLine.
 type EditRequest struct {
-	Path       string `json:"path"`
+	Path       string `json:"path" is:"name"`
 	Old        string `json:"old,omitempty"`
 	New        string `json:"new"`
 	All        bool   `json:"all,omitempty"`
@@ -403,7 +403,7 @@ type EditResult struct {
 
 // SearchRequest finds files under Path by Glob (** spans directories) and, with Pattern (RE2), lines in them.
 type SearchRequest struct {
-	Path    string `json:"path"`
+	Path    string `json:"path" is:"name"`
 	Pattern string `json:"pattern,omitempty"`
 	Glob    string `json:"glob,omitempty"`
 	Limit   int    `json:"limit,omitempty"`
@@ -418,14 +418,14 @@ type SearchResult struct {
 
 // Match is a file or, if Line > 0, a line in it.
 type Match struct {
-	Path string `json:"path"`
+	Path string `json:"path" is:"name"`
 	Line int    `json:"line,omitempty"`
 	Text string `json:"text,omitempty"`
 }
 
 // WriteMessage writes v as a length followed by JSON.
 func WriteMessage(w io.Writer, v any) error {
-	body, err := json.Marshal(v)
+	body, err := json.Marshal(ForWire(v))
 	if err != nil {
 		return fmt.Errorf("encode message: %w", err)
 	}
@@ -444,7 +444,7 @@ func ReadMessage(r io.Reader, v any) error {
 	if err != nil {
 		return err
 	}
-	if err := json.Unmarshal(body, v); err != nil {
+	if err := Unmarshal(body, v); err != nil {
 		return fmt.Errorf("decode message: %w", err)
 	}
 	return nil

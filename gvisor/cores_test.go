@@ -115,7 +115,7 @@ func TestOneCore(t *testing.T) {
 	if _, err := c.Start(t.Context(), agent.StartRequest{Command: "sleep 1000"}); err != nil {
 		t.Fatal(err)
 	}
-	if going, err := c.AtWork(t.Context(), new(bool)); err != nil || !going { // it returns when that is so
+	if going, err := c.Busy(t.Context(), new(bool)); err != nil || !going { // it returns when that is so
 		t.Fatal(going, err)
 	}
 	if cores := coresOfThreads(t, filepath.Join(dir, "sandboxes", sb.ID())); !allHave(cores, 1) {

@@ -93,7 +93,7 @@ func (c *session) gather(ctx context.Context, machine Gatherer) {
 	var known *bool // whether it has all of its cores; nil means not known
 	one := false    // some of it may be on one core
 	for {
-		going, err := c.client.AtWork(ctx, known)
+		going, err := c.client.Busy(ctx, known)
 		if err != nil {
 			break // the machine has ended, it stays for another server, or its agent does not know this call
 		}

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/agent/guest/rawsys"
 )
 
 // cgroups is the part of the guest's cgroup tree that holds all user processes. The agent reaches it by descriptors only: what users see at
@@ -80,7 +81,7 @@ type groupDir struct {
 const cgroupMount = "/sys/fs/cgroup"
 
 // mountCgroups moves the agent into a cgroup of its own, makes the users' cgroup, and hides the writable tree. Each user process begins in
-// a cgroup namespace of its own (spawnAttr.group): root of another user namespace that mounts cgroups sees only its own cgroup, and none
+// a cgroup namespace of its own (rawsys.Attr.Group): root of another user namespace that mounts cgroups sees only its own cgroup, and none
 // beside or above it.
 func mountCgroups() (*cgroups, error) {
 	agent, user := filepath.Join(cgroupMount, "agent"), filepath.Join(cgroupMount, "user")
@@ -387,7 +388,7 @@ func readFile(f *os.File) string {
 	var all []byte
 	buf := make([]byte, 4<<10)
 	for len(all) < 1<<20 {
-		n, err := quickPread(int(f.Fd()), buf, int64(len(all)))
+		n, err := rawsys.Pread(int(f.Fd()), buf, int64(len(all)))
 		if n <= 0 || err != nil {
 			break
 		}

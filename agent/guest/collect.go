@@ -10,6 +10,7 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+	"soulbox.dev/soulbox/agent/guest/rawsys"
 )
 
 // collector moves the output of all processes into their spools, and tells when processes end. One epoll waits for all pipes and reports
@@ -106,7 +107,7 @@ func (c *collector) await(pidfd int, ended func()) {
 	c.mu.Unlock()
 	if err := c.control(unix.EPOLL_CTL_ADD, pidfd, t); err != nil {
 		if pidfd, ok := c.over(t); ok {
-			quickClose(pidfd)
+			rawsys.Close(pidfd)
 		}
 	}
 }
@@ -126,7 +127,7 @@ func (c *collector) over(t token) (pidfd int, ok bool) {
 
 func (c *collector) control(op, fd int, t token) error {
 	return control(c.epoll, func(epoll uintptr) error {
-		return quickEpollCtl(int(epoll), op, fd, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(t), Pad: int32(t >> 32)})
+		return rawsys.EpollCtl(int(epoll), op, fd, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(t), Pad: int32(t >> 32)})
 	})
 }
 
@@ -145,7 +146,7 @@ func (c *collector) finish(p *outputPipe) {
 	c.mu.Unlock()
 	// Closing it is not enough: a child between fork and exec keeps the pipe open for a moment.
 	_ = c.control(unix.EPOLL_CTL_DEL, p.fd, p.token)
-	quickClose(p.fd)
+	rawsys.Close(p.fd)
 	close(p.eof)
 }
 
@@ -159,7 +160,7 @@ func (c *collector) run() {
 	// Read returns when the file is closed.
 	_ = raw.Read(func(epoll uintptr) (end bool) {
 		for round := 1; c.poll(int(epoll), events, buf) > 0; round++ {
-			runtime.Gosched() // let other goroutines run: the calls of quick.go do not tell the scheduler
+			runtime.Gosched() // let other goroutines run: the calls of rawsys do not tell the scheduler
 			if round%16 == 0 {
 				_, _, _ = syscall.Syscall(unix.SYS_GETPID, 0, 0, 0) // an ordinary call, after which the runtime's monitor looks around
 			}
@@ -171,7 +172,7 @@ func (c *collector) run() {
 // poll moves the output that is available, in the order in which it came, and returns how many descriptors had an event. Several goroutines
 // may call it at once: each pipe is read under its lock. It reports the end of a process before it closes the process's pipes.
 func (c *collector) poll(epoll int, events []unix.EpollEvent, buf []byte) int {
-	n := quickPoll(epoll, events)
+	n := rawsys.Poll(epoll, events)
 	var over []*outputPipe
 	var ended []token
 	for _, e := range events[:n] {
@@ -192,7 +193,7 @@ func (c *collector) poll(epoll int, events []unix.EpollEvent, buf []byte) int {
 		if pidfd, ok := c.over(t); ok {
 			runtime.Gosched() // the goroutines that wait for the end of the process run before the cleanup
 			_ = c.control(unix.EPOLL_CTL_DEL, pidfd, t)
-			quickClose(pidfd)
+			rawsys.Close(pidfd)
 		}
 	}
 	for _, p := range over {
@@ -252,7 +253,7 @@ func (p *outputPipe) read(c *collector, buf []byte) (end bool) {
 		_ = c.control(unix.EPOLL_CTL_DEL, p.fd, p.token) // otherwise epoll would report it without end
 		return false
 	}
-	n, err := quickRead(p.fd, buf)
+	n, err := rawsys.Read(p.fd, buf)
 	if n > 0 {
 		p.output.append(p.stream, buf[:n])
 	}
@@ -274,6 +275,6 @@ func (p *outputPipe) empty() bool {
 	if p.over || p.closed {
 		return true
 	}
-	n, err := pendingBytes(p.fd)
+	n, err := rawsys.Pending(p.fd)
 	return err != nil || n == 0
 }

@@ -37,6 +37,6 @@ func wireError(err error) *agent.Error {
 func replyError(err error) *jsonrpc2.Error {
 	e := wireError(err)
 	reply := &jsonrpc2.Error{Code: jsonrpc2.CodeInternalError, Message: e.Message}
-	reply.SetError(e)
+	reply.SetError(agent.ForWire(e))
 	return reply
 }

@@ -113,7 +113,7 @@ func (g *guard) look() time.Duration {
 	limit := s.config.MaxMemory
 	s.mu.Unlock()
 	s.reaper.reap()
-	tasks, most := s.lookForTasks(), s.groups.limits.Load().pids
+	tasks, most := s.countProcesses(), s.groups.limits.Load().pids
 	used, now := machineMemory()-g.known.Load().others, time.Now()
 	if used < g.used-1<<20 {
 		g.freed, g.owed = now, max(0, g.owed-(g.used-used))

@@ -5,6 +5,7 @@ import (
 	"sync"
 
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/agent/guest/rawsys"
 )
 
 // outputs are the pipes of a process without a terminal, and the spool where its output goes.
@@ -56,7 +57,7 @@ func (s *Server) givePipe(end int, from, user identity) error {
 	if !s.opts.Init || from.uid == user.uid && from.gid == user.gid {
 		return nil
 	}
-	if err := quickChown(end, user.uid, user.gid); err != nil {
+	if err := rawsys.Chown(end, user.uid, user.gid); err != nil {
 		return fmt.Errorf("start: give a pipe to %s: %w", user.name, err)
 	}
 	return nil
@@ -87,10 +88,10 @@ func (s *Server) makeOutputs(user identity) (*outputs, error) {
 	var made [2][2]int
 	for i := range made {
 		var err error
-		if made[i], err = quickPipe(0); err != nil {
+		if made[i], err = rawsys.Pipe(0); err != nil {
 			if i == 1 {
-				quickClose(made[0][0])
-				quickClose(made[0][1])
+				rawsys.Close(made[0][0])
+				rawsys.Close(made[0][1])
 			}
 			return nil, fmt.Errorf("start: open pipe: %w", err)
 		}
@@ -107,6 +108,6 @@ func (s *Server) makeOutputs(user identity) (*outputs, error) {
 
 // closeEnds closes the writing ends. The collector then sees the end of the pipes by itself.
 func (o *outputs) closeEnds() {
-	quickClose(o.ends[0])
-	quickClose(o.ends[1])
+	rawsys.Close(o.ends[0])
+	rawsys.Close(o.ends[1])
 }

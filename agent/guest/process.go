@@ -90,7 +90,7 @@ func (p *process) finish(status exitStatus) {
 	// Reading cgroups takes a large part of a short command's time, so limitHit is not read if it ended well and left nothing behind.
 	left := len(p.group.pids()) > 0
 	limitHit := (left || status.status != 0) && p.group.hitLimit()
-	cwd, err := p.shell.leave()
+	cwd, err := p.shell.end()
 	p.mu.Lock()
 	p.ended, p.status, p.usage, p.limitHit, p.left = time.Now(), status.status, status.usage, limitHit, left
 	p.shellCwd, p.forgotten = cwd, err != nil
@@ -123,7 +123,7 @@ func (p *process) signal(sig syscall.Signal) error {
 	if p.running() {
 		done, err := p.signalTerminal(sig)
 		if !done {
-			err = ignoreGone(syscall.Kill(-p.pid, sig))
+			err = ignoreGone(syscall.Kill(-p.PID, sig))
 		}
 		if err != nil {
 			return fmt.Errorf("signal process %s: %w", p.id, err)
@@ -151,7 +151,7 @@ func (p *process) signal(sig syscall.Signal) error {
 func (p *process) killAll() {
 	// Outside a sandbox there is no cgroup, only the group. It may have members even if the leader has ended.
 	if p.running() || p.group == nil {
-		_ = syscall.Kill(-p.pid, syscall.SIGKILL) // ESRCH: it has just ended
+		_ = syscall.Kill(-p.PID, syscall.SIGKILL) // ESRCH: it has just ended
 	}
 	p.group.kill()
 }
@@ -160,7 +160,7 @@ func (p *process) killAll() {
 func (p *process) describe() agent.Process {
 	d := agent.Process{
 		ID: p.id, Tag: p.req.Tag, State: agent.StateRunning, Command: agent.Clip(p.req.Command, commandEcho), Cwd: p.cwd,
-		User: p.user.name, PID: p.pid, Started: p.started,
+		User: p.user.name, PID: p.PID, Started: p.started,
 	}
 	if d.Command == "" {
 		d.Command = agent.Clip(strings.Join(p.args, " "), commandEcho)
@@ -177,7 +177,7 @@ func (p *process) describe() agent.Process {
 		d.LimitHit = p.limitHit || p.group.hitLimit()
 	}
 	if !done {
-		d.CPUMS, d.Memory = p.group.usage(p.pid)
+		d.CPUMS, d.Memory = p.group.usage(p.PID)
 		return d
 	}
 	d.ShellCwd, d.Forgotten = p.shellCwd, p.forgotten
@@ -291,7 +291,7 @@ const takeTime = time.Second
 
 // input writes to a process and waits for its answer.
 func (s *Server) input(ctx context.Context, r agent.InputRequest) (agent.InputResult, error) {
-	p, err := s.find(r.Process)
+	p, err := s.processByName(r.Process)
 	if err != nil {
 		return agent.InputResult{}, err
 	}
@@ -392,7 +392,7 @@ func (s *Server) signal(r agent.SignalRequest) (agent.Process, error) {
 	if err != nil {
 		return agent.Process{}, err
 	}
-	p, err := s.find(r.Process)
+	p, err := s.processByName(r.Process)
 	if err != nil {
 		return agent.Process{}, err
 	}
@@ -401,7 +401,7 @@ func (s *Server) signal(r agent.SignalRequest) (agent.Process, error) {
 
 // kill kills the named process and everything it started.
 func (s *Server) kill(r agent.WaitRequest) (agent.Process, error) {
-	p, err := s.find(r.Process)
+	p, err := s.processByName(r.Process)
 	if err != nil {
 		return agent.Process{}, err
 	}

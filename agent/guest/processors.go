@@ -12,10 +12,10 @@ import (
 // thread, which costs more in gVisor than the step itself: with one, a short command takes half as many system calls. It is safe for
 // concurrent use; nil does nothing.
 type processors struct {
-	mu   sync.Mutex
-	busy int
-	off  *time.Timer // takes the second processor away
-	work *work       // is told when there is such work
+	mu       sync.Mutex
+	busy     int
+	off      *time.Timer // takes the second processor away
+	activity *activity   // is told when there is such work
 }
 
 // Changing the number of processors stops all goroutines for a moment. So short work gets no second processor, and it stays for a while
@@ -26,12 +26,12 @@ const (
 )
 
 // newProcessors begins with one processor; it returns nil if there is only one.
-func newProcessors(w *work) *processors {
+func newProcessors(a *activity) *processors {
 	if runtime.GOMAXPROCS(0) < 2 {
 		return nil
 	}
 	runtime.GOMAXPROCS(1)
-	return &processors{work: w}
+	return &processors{activity: a}
 }
 
 // hold gives the agent a second processor until the caller calls release, once.
@@ -52,7 +52,7 @@ func (p *processors) take() {
 	defer p.mu.Unlock()
 	if p.busy++; p.busy == 1 { // 0: the work is over already
 		if p.off == nil || !p.off.Stop() {
-			p.work.look(func() { p.work.labour = true })
+			p.activity.update(func() { p.activity.own = true })
 			runtime.GOMAXPROCS(2)
 		}
 		p.off = nil
@@ -70,7 +70,7 @@ func (p *processors) giveBack() {
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		if p.off == off {
-			p.work.look(func() { p.work.labour = false })
+			p.activity.update(func() { p.activity.own = false })
 			runtime.GOMAXPROCS(1)
 			p.off = nil
 		}

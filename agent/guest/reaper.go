@@ -3,6 +3,8 @@ package guest
 import (
 	"sync"
 	"syscall"
+
+	"soulbox.dev/soulbox/agent/guest/rawsys"
 )
 
 // exitStatus is how a process ended.
@@ -34,13 +36,13 @@ func newReaper(init bool, c *collector) *reaper {
 }
 
 // forkExec starts a child. If it succeeds, the caller must pass the result to await.
-func (r *reaper) forkExec(name string, args []string, attr spawnAttr) (c child, err error) {
-	attr.pidfd = r.init
+func (r *reaper) forkExec(name string, args []string, attr rawsys.Attr) (c child, err error) {
+	attr.Pidfd = r.init
 	r.mu.Lock()
 	r.starting++
 	since := r.reaped
 	r.mu.Unlock()
-	if c, err = spawn(name, args, attr); err != nil {
+	if c.Child, err = rawsys.Spawn(name, args, attr); err != nil {
 		r.mu.Lock()
 		r.settled()
 		r.mu.Unlock()
@@ -51,25 +53,25 @@ func (r *reaper) forkExec(name string, args []string, attr spawnAttr) (c child, 
 
 // child is what forkExec started.
 type child struct {
-	pid, pidfd int
-	since      int // reaper.reaped before the start
+	rawsys.Child
+	since int // reaper.reaped before the start
 }
 
 // await calls ended, once, when the child of forkExec has ended. ended must be short.
 func (r *reaper) await(c child, ended func(exitStatus)) {
 	r.mu.Lock()
-	status, over := r.early[c.pid]
+	status, over := r.early[c.PID]
 	if over = over && status.number > c.since; over {
-		delete(r.early, c.pid)
+		delete(r.early, c.PID)
 	} else if r.init {
-		r.waiting[c.pid] = ended
+		r.waiting[c.PID] = ended
 	}
 	r.settled()
 	r.mu.Unlock()
 	if r.init {
-		r.collector.await(c.pidfd, func() { r.reapOne(c.pid) })
+		r.collector.await(c.Pidfd, func() { r.reapOne(c.PID) })
 	} else {
-		go waitOne(c.pid, ended)
+		go waitOne(c.PID, ended)
 	}
 	if over {
 		ended(status.exitStatus)
@@ -102,7 +104,8 @@ func (r *reaper) reap() {
 
 // reapOne takes the status of a child that has ended, and reports whether there was one; pid -1 means any child.
 func (r *reaper) reapOne(pid int) bool {
-	pid, s, err := quickWait(pid)
+	var s exitStatus
+	pid, err := rawsys.Wait(pid, &s.status, &s.usage)
 	if err == syscall.EINTR {
 		return true
 	}

@@ -33,7 +33,7 @@ func (s *Server) loads() []load {
 		if len(pids) == 0 {
 			continue
 		}
-		_, memory := p.group.usage(p.pid)
+		_, memory := p.group.usage(p.PID)
 		all = append(all, load{p: p, pids: pids, Relieved: agent.Relieved{Process: p.id, Tag: p.req.Tag, PID: pids[0], Processes: len(pids),
 			Memory: memory}})
 	}
@@ -61,7 +61,7 @@ func residentMemory(pid int) int64 {
 // groupPIDs lists the running processes that p started, with p itself; outside a sandbox only p.
 func (p *process) groupPIDs() []int {
 	if p.group == nil && p.running() {
-		return []int{p.pid}
+		return []int{p.PID}
 	}
 	return p.group.pids()
 }

@@ -13,8 +13,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"slices"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -46,7 +44,7 @@ type Server struct {
 	reaper    *reaper
 	second    *processors // nil outside a sandbox
 	stock     outputStock
-	work      work
+	activity  activity
 	collector *collector
 	groups    *cgroups // nil outside a sandbox
 	guard     *guard   // nil outside a sandbox
@@ -55,11 +53,10 @@ type Server struct {
 	cancel    context.CancelCauseFunc
 
 	oomKills atomic.Int64
-	watches  atomic.Int64
 	dials    sync.Map // functions that end a connection, by its name, for the host
 	fields   fieldCache
 	shells   *shells
-	trees    *trees
+	watches  *watches
 	turns    turns
 	marked   marked
 
@@ -88,7 +85,7 @@ func NewServer(opts Options) (*Server, error) {
 	boot := make([]byte, 8)
 	rand.Read(boot)
 	s := &Server{opts: opts, boot: hex.EncodeToString(boot), shell: "/bin/sh", null: null, procs: map[string]*process{},
-		tags: map[string]*process{}, trees: newTrees(), generation: -1, starting: make(chan struct{}, starters)}
+		tags: map[string]*process{}, watches: newWatches(), generation: -1, starting: make(chan struct{}, starters)}
 	if lookPath("/bin/bash", "/", nil) != "" {
 		s.shell = "/bin/bash"
 	}
@@ -111,8 +108,8 @@ func NewServer(opts Options) (*Server, error) {
 			return nil, fmt.Errorf("get the limit of descriptors: %w", err)
 		}
 		s.files.Cur = min(s.files.Max, softFiles)
-		s.second = newProcessors(&s.work)
-		if s.groups, err = setUpMachine(opts.Image); err != nil {
+		s.second = newProcessors(&s.activity)
+		if s.groups, err = setUpSandbox(opts.Image); err != nil {
 			return nil, err
 		}
 		if _, err := s.nextGeneration(); err != nil { // before any other process exists
@@ -135,7 +132,7 @@ func (s *Server) Close() {
 	}
 	s.closeStock()
 	s.collector.close()
-	s.trees.closeAll(&s.watches)
+	s.watches.endAll()
 	for _, p := range s.all() {
 		p.output.discard()
 	}
@@ -260,105 +257,6 @@ func (s *Server) serveStream(ctx context.Context, stream *yamux.Stream) {
 	}
 }
 
-// enter gives a process its id and checks its tag.
-func (s *Server) enter(p *process) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if old := s.tags[p.req.Tag]; p.req.Tag != "" && old != nil && old.running() {
-		return fmt.Errorf("tag %q belongs to process %s: %w", p.req.Tag, old.id, agent.ErrTagInUse)
-	}
-	s.seq++
-	p.seq, p.id = s.seq, "p"+strconv.Itoa(s.seq)
-	s.procs[p.id] = p
-	if p.req.Tag != "" {
-		p.namesake = s.tags[p.req.Tag]
-		s.tags[p.req.Tag] = p
-	}
-	return nil
-}
-
-// leave undoes enter.
-func (s *Server) leave(p *process) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.procs, p.id)
-	if s.tags[p.req.Tag] == p {
-		delete(s.tags, p.req.Tag)
-		if p.namesake != nil {
-			s.tags[p.req.Tag] = p.namesake
-		}
-	}
-}
-
-// settle cleans up after the end of p: it releases the cgroup if that is empty, and forgets all but the last ended processes.
-func (s *Server) settle(p *process) {
-	p.group.release(p.ended.Sub(p.started) > firstLook)
-	if s.groups != nil {
-		s.groups.stock()
-		if going, _ := s.work.is(); going {
-			s.lookForTasks()
-		}
-	}
-	s.stockOutputs()
-	s.mu.Lock()
-	var ended []*process
-	for _, q := range s.procs {
-		if q.ready.Load() && !q.running() {
-			ended = append(ended, q)
-		}
-	}
-	var drop []*process
-	for len(ended) > endedKept {
-		oldest := 0
-		for i, q := range ended {
-			if q.seq < ended[oldest].seq {
-				oldest = i
-			}
-		}
-		q := ended[oldest]
-		ended = append(ended[:oldest], ended[oldest+1:]...)
-		if !q.group.remove() {
-			continue // something that it started still runs
-		}
-		drop = append(drop, q)
-		delete(s.procs, q.id)
-		if s.tags[q.req.Tag] == q {
-			delete(s.tags, q.req.Tag)
-		}
-	}
-	s.mu.Unlock()
-	for _, q := range drop {
-		q.output.discard()
-	}
-}
-
-// find returns a process by id or tag.
-func (s *Server) find(name string) (*process, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if p := s.procs[name]; p != nil && p.ready.Load() {
-		return p, nil
-	}
-	if p := s.tags[name]; p != nil && p.ready.Load() {
-		return p, nil
-	}
-	return nil, fmt.Errorf("process %q: %w", agent.Clip(name, 80), agent.ErrNoProcess)
-}
-
-// all returns the processes in the order of their start.
-func (s *Server) all() []*process {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	var all []*process
-	for _, p := range s.procs {
-		if p.ready.Load() {
-			all = append(all, p)
-		}
-	}
-	slices.SortFunc(all, func(a, b *process) int { return cmp.Compare(a.seq, b.seq) })
-	return all
-}
-
 // serveRPC serves the calls on the control channel, each in its own goroutine.
 func (s *Server) serveRPC(ctx context.Context, stream *yamux.Stream) {
 	var mu sync.Mutex
@@ -397,7 +295,7 @@ func (s *Server) serveRPC(ctx context.Context, stream *yamux.Stream) {
 				_ = conn.ReplyWithError(callCtx, req.ID, replyError(err)) // an error means that the pipe has ended
 				return
 			}
-			if err := conn.Reply(callCtx, req.ID, result); errors.Is(err, agent.ErrTooLarge) {
+			if err := conn.Reply(callCtx, req.ID, agent.ForWire(result)); errors.Is(err, agent.ErrTooLarge) {
 				_ = conn.ReplyWithError(callCtx, req.ID, replyError(err))
 			}
 		}()
@@ -420,7 +318,7 @@ func (s *Server) call(ctx context.Context, req *jsonrpc2.Request) (result any, e
 		return on(req, func(r agent.StartRequest) (agent.Snapshot, error) { return s.start(s.waiting(ctx), r) })
 	case agent.CallWait:
 		return on(req, func(r agent.WaitRequest) (agent.Snapshot, error) {
-			p, err := s.find(r.Process)
+			p, err := s.processByName(r.Process)
 			if err != nil {
 				return agent.Snapshot{}, err
 			}
@@ -448,8 +346,8 @@ func (s *Server) call(ctx context.Context, req *jsonrpc2.Request) (result any, e
 		return struct{}{}, nil
 	case agent.CallUsage:
 		return on(req, func(r agent.UsageRequest) (agent.Usage, error) { return s.usage(r), nil })
-	case agent.CallWork:
-		return on(req, func(r agent.WorkRequest) (agent.WorkResult, error) { return s.atWork(s.waiting(ctx), r), nil })
+	case agent.CallBusy:
+		return on(req, func(r agent.BusyRequest) (agent.BusyResult, error) { return s.busy(s.waiting(ctx), r), nil })
 	case agent.CallRelieve:
 		return on(req, s.relieve)
 	case agent.CallRestored:
@@ -491,7 +389,7 @@ func (s *Server) callFiles(ctx context.Context, req *jsonrpc2.Request) (any, err
 func on[A, R any](req *jsonrpc2.Request, do func(A) (R, error)) (any, error) {
 	var args A
 	if req.Params != nil {
-		if err := json.Unmarshal(*req.Params, &args); err != nil {
+		if err := agent.Unmarshal(*req.Params, &args); err != nil {
 			return nil, agent.Invalid("%s: %v", req.Method, err)
 		}
 	}

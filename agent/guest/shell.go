@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/agent/guest/rawsys"
 
 	_ "embed"
 	"errors"
@@ -158,7 +159,7 @@ func (s *shellState) existing(home string) (dir, gone string) {
 	if s.cwd == "" {
 		return home, ""
 	}
-	for dir = s.cwd; !isDir(dir) && dir != "/"; dir = path.Dir(dir) {
+	for dir = s.cwd; !rawsys.IsDir(dir) && dir != "/"; dir = path.Dir(dir) {
 		gone = s.cwd
 	}
 	return dir, gone
@@ -240,8 +241,8 @@ func (r *shellRun) wrap(bash, command string) (args, env []string) {
 	return []string{bash, "-c", line, "bash", command}, env
 }
 
-// enter begins a command of a shell.
-func (s *shells) enter(id shellID) *shellRun { return &shellRun{shells: s, id: id, begin: s.get(id)} }
+// begin begins a command of a shell.
+func (s *shells) begin(id shellID) *shellRun { return &shellRun{shells: s, id: id, begin: s.get(id)} }
 
 // report makes the command report its changes at its end.
 func (r *shellRun) report() {
@@ -260,9 +261,9 @@ func (r *shellRun) report() {
 // needed reports whether even a command of plain words must run in the shell.
 func (r *shellRun) needed() bool { return r != nil && !r.begin.plain() }
 
-// leave stores what an ended command has reported, and returns the shell's new directory if that has changed. A command that was killed or
+// end stores what an ended command has reported, and returns the shell's new directory if that has changed. A command that was killed or
 // has replaced its shell reports nothing, and changes nothing.
-func (r *shellRun) leave() (cwd string, err error) {
+func (r *shellRun) end() (cwd string, err error) {
 	if r == nil || r.file == "" {
 		return "", nil
 	}

@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/agent/guest/rawsys"
 )
 
 const (
@@ -51,12 +52,12 @@ func (s *Server) spawn(req agent.StartRequest) (_ *process, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := s.enter(p); err != nil {
+	if err := s.addProcess(p); err != nil {
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
-			s.leave(p)
+			s.removeProcess(p)
 		}
 	}()
 	if s.groups != nil {
@@ -104,18 +105,18 @@ func (s *Server) runOnPipes(p *process, env []string) (stdin *os.File, err error
 	if !p.req.KeepStdin && len(p.req.Stdin) == 0 {
 		return nil, s.launch(p, env, stdio)
 	}
-	input, err := quickPipe(1)
+	input, err := rawsys.Pipe(1)
 	if err != nil {
 		return nil, fmt.Errorf("start: open pipe: %w", err)
 	}
-	defer quickClose(input[0])
+	defer rawsys.Close(input[0])
 	stdio[0] = input[0]
 	err = s.givePipe(input[0], identity{}, p.user)
 	if err == nil {
 		err = s.launch(p, env, stdio)
 	}
 	if err != nil {
-		quickClose(input[1])
+		rawsys.Close(input[1])
 		return nil, err
 	}
 	return os.NewFile(uintptr(input[1]), "stdin"), nil
@@ -185,7 +186,7 @@ func (s *Server) prepare(req agent.StartRequest) (*process, []string, error) {
 	}
 	run, state := (*shellRun)(nil), &shellState{}
 	if req.Shell != "" && path.Base(s.shell) == "bash" {
-		run = s.shells.enter(shellID{req.Shell, user.name})
+		run = s.shells.begin(shellID{req.Shell, user.name})
 		state = run.begin
 	}
 	s.mu.Lock()
@@ -195,7 +196,7 @@ func (s *Server) prepare(req agent.StartRequest) (*process, []string, error) {
 	if !path.IsAbs(cwd) || strings.IndexByte(cwd, 0) >= 0 {
 		return nil, nil, agent.Invalid("start in %s: the working directory must be an absolute path", quoted(cwd))
 	}
-	if !isDir(cwd) {
+	if !rawsys.IsDir(cwd) {
 		if req.Cwd != "" {
 			return nil, nil, fmt.Errorf("start in %s: %w", quoted(cwd), agent.ErrCwd)
 		}
@@ -258,24 +259,30 @@ func environ(vars map[string]string) ([]string, error) {
 	return env, nil
 }
 
+// softFiles is how many descriptors a process may have unless it asks for more. The agent's own limit is the maximum, with which programs
+// that close every possible descriptor would take seconds.
+const softFiles = 4096
+
 // startTime is how long the execution of a program may take before it is killed: it may hang on files that the guest controls.
 const startTime = 10 * time.Second
 
 // launch forks and executes. A command of plain words is executed without the shell, which would only execute it in turn.
 func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
-	attr := spawnAttr{limit: startTime, dir: p.cwd, env: env, stdio: stdio, tty: p.terminal != nil}
+	limit := startTime
+	if own := time.Duration(p.req.TimeoutMS) * time.Millisecond; own > 0 {
+		limit = min(own, startTime)
+	}
+	attr := rawsys.Attr{Dir: p.cwd, Env: env, Stdio: stdio, TTY: p.terminal != nil,
+		Limit: func(kill func()) func() { return after(limit, kill).stop }}
 	if p.group != nil {
-		attr.group = int(p.group.dir.Fd())
+		attr.Group = int(p.group.dir.Fd())
 	}
 	if s.opts.Init {
-		attr.user, attr.files = &p.user, &s.files
-	}
-	if own := time.Duration(p.req.TimeoutMS) * time.Millisecond; own > 0 {
-		attr.limit = min(own, startTime)
+		attr.User, attr.Files = &rawsys.Credential{UID: p.user.uid, GID: p.user.gid, Groups: p.user.groups}, &s.files
 	}
 	p.started = time.Now()
 	if p.req.Command != "" {
-		if words := plainWords(p.req.Command, env); words != nil && !p.shell.needed() {
+		if words := simpleCommand(p.req.Command, env); words != nil && !p.shell.needed() {
 			if name := lookPath(words[0], p.cwd, env); name != "" {
 				if p.child, err = s.fork(p, name, words, attr); err == nil || errors.Is(err, syscall.EAGAIN) {
 					return explainFork(err)
@@ -291,7 +298,7 @@ func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
 			if p.shell.file != "" || p.shell.needed() {
 				var more []string
 				p.args, more = p.shell.wrap(s.shell, p.req.Command)
-				attr.env = append(env, more...)
+				attr.Env = append(env, more...)
 			}
 		}
 	}
@@ -319,15 +326,15 @@ func (s *Server) launch(p *process, env []string, stdio [3]int) (err error) {
 
 // fork starts a process. If the user may no longer enter the directory that the shell remembers, the process starts in the root directory:
 // otherwise no command could leave that directory.
-func (s *Server) fork(p *process, name string, args []string, attr spawnAttr) (child, error) {
+func (s *Server) fork(p *process, name string, args []string, attr rawsys.Attr) (child, error) {
 	p.prepared()
 	c, err := s.reaper.forkExec(name, args, attr)
-	if !errors.Is(err, syscall.EACCES) || p.shell == nil || p.req.Cwd != "" || p.shell.begin.cwd == "" || attr.dir == "/" {
+	if !errors.Is(err, syscall.EACCES) || p.shell == nil || p.req.Cwd != "" || p.shell.begin.cwd == "" || attr.Dir == "/" {
 		return c, err
 	}
 	again := attr
-	env := slices.DeleteFunc(slices.Clone(attr.env), func(kv string) bool { return strings.HasPrefix(kv, "PWD=") })
-	again.dir, again.env = "/", append(env, "PWD=/")
+	env := slices.DeleteFunc(slices.Clone(attr.Env), func(kv string) bool { return strings.HasPrefix(kv, "PWD=") })
+	again.Dir, again.Env = "/", append(env, "PWD=/")
 	c, err2 := s.reaper.forkExec(name, args, again)
 	if err2 != nil {
 		return c, err // the directory was not the reason
@@ -377,7 +384,7 @@ func (s *Server) follow(p *process, stdin *os.File) {
 				<-pipe.eof
 			}
 			p.output.finish()
-			s.settle(p)
+			s.forgetEnded(p)
 		}()
 	})
 	if s.guard != nil {
@@ -403,7 +410,7 @@ func lookPath(name, cwd string, env []string) string {
 				full = path.Join(cwd, full)
 			}
 		}
-		if st, err := quickStat(full); err == nil && st.Mode&unix.S_IFMT == unix.S_IFREG && st.Mode&0o111 != 0 {
+		if st, err := rawsys.Stat(full); err == nil && st.Mode&unix.S_IFMT == unix.S_IFREG && st.Mode&0o111 != 0 {
 			return full
 		}
 	}

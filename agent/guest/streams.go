@@ -92,7 +92,7 @@ func splice(a, b io.ReadWriteCloser) {
 
 // serveStdin writes the host's data to the stdin of a process.
 func (s *Server) serveStdin(ctx context.Context, stream *yamux.Stream, h agent.Header) {
-	p, err := s.find(h.Process)
+	p, err := s.processByName(h.Process)
 	if err != nil {
 		_ = agent.WriteMessage(stream, agent.Answer{Error: wireError(err)})
 		return
@@ -126,7 +126,7 @@ func (s *Server) serveStdin(ctx context.Context, stream *yamux.Stream, h agent.H
 
 // serveOutput replays and follows the output of a process.
 func (s *Server) serveOutput(ctx context.Context, stream *yamux.Stream, h agent.Header) {
-	p, err := s.find(h.Process)
+	p, err := s.processByName(h.Process)
 	if err != nil {
 		_ = agent.WriteMessage(stream, agent.Answer{Error: wireError(err)})
 		return
@@ -160,7 +160,7 @@ func (s *Server) serveOutput(ctx context.Context, stream *yamux.Stream, h agent.
 			continue
 		}
 		if ended || !h.Follow {
-			body, _ := json.Marshal(p.describe()) // a struct of plain fields
+			body, _ := json.Marshal(agent.ForWire(p.describe())) // a struct of plain fields
 			_ = writeFrame(stream, agent.FrameEnd, found, body)
 			return
 		}

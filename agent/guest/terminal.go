@@ -77,7 +77,7 @@ func resizeTerminal(master *os.File, size agent.Terminal) error {
 
 // resize changes the size of a process's terminal; the kernel tells its programs by SIGWINCH.
 func (s *Server) resize(req agent.ResizeRequest) (agent.Process, error) {
-	p, err := s.find(req.Process)
+	p, err := s.processByName(req.Process)
 	if err != nil {
 		return agent.Process{}, err
 	}
@@ -162,7 +162,7 @@ func (p *process) foreground() int {
 // hangUp ends the programs on a terminal as closing it would. What still runs after killGrace, because it was about to start something when
 // the signal came, is killed: its terminal would be gone.
 func (p *process) hangUp() error {
-	for _, group := range []int{p.foreground(), p.pid} {
+	for _, group := range []int{p.foreground(), p.PID} {
 		if group <= 1 {
 			continue
 		}

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/agent/guest/rawsys"
 )
 
 // identity is the user, with groups and home, as which a process runs.
@@ -120,7 +121,7 @@ type cachedFields struct {
 
 // read returns the fields of each line that has at least n.
 func (c *fieldCache) read(name string, n int) [][]string {
-	st, err := quickStat(name)
+	st, err := rawsys.Stat(name)
 	if err != nil {
 		return nil
 	}

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"soulbox.dev/soulbox/agent/guest"
+	"soulbox.dev/soulbox/agent/guest/rawsys"
 )
 
 // version is set by the linker.
@@ -76,7 +77,7 @@ func forkExec(count string) error {
 	}
 	times := make([]time.Duration, n)
 	for i := range times {
-		if times[i], err = guest.TimeSpawn("/bin/true"); err != nil {
+		if times[i], err = rawsys.TimeSpawn("/bin/true"); err != nil {
 			return err
 		}
 	}

@@ -58,7 +58,7 @@ func tellAgent() {
 }
 
 // guardMark tells the agent that this sentry has SoulBox's patches, so that CAP_SYS_PTRACE does not reach the agent
-// (agent/guest/machine.go). It is in the load averages, which gVisor leaves zero.
+// (agent/guest/setup.go). It is in the load averages, which gVisor leaves zero.
 const guardMark = 0x536f756c426f78
 
 func sysinfo(t *kernel.Task, number uintptr, args arch.SyscallArguments) (uintptr, *kernel.SyscallControl, error) {

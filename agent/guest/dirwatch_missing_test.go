@@ -17,11 +17,11 @@ func TestTreeMissing(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer notify.file.Close()
-	tr := &tree{
-		root: root, deep: true, notify: notify, known: &atomic.Int64{}, dirs: map[int32]string{}, wds: map[string]int32{},
-		files: map[string]bool{}, missing: map[string]bool{}, written: map[string]int64{}, changed: make(chan struct{}),
+	tr := &dirWatch{
+		eventRing: newEventRing(), path: root, root: root, deep: true, notify: notify, known: &atomic.Int64{},
+		dirs: map[int32]string{}, wds: map[string]int32{}, files: map[string]bool{}, missing: map[string]bool{},
 	}
-	if err := tr.enter(root, false); err != nil {
+	if err := tr.watchDir(root, false); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.MkdirAll(root+"/new/x/y", 0o755); err != nil { // it was made as "old", and renamed
@@ -32,16 +32,16 @@ func TestTreeMissing(t *testing.T) {
 	tr.take(event(unix.IN_CREATE|unix.IN_ISDIR, "old"))
 	for range 3 {
 		tr.take(event(unix.IN_MODIFY, "other"))
-		tr.tell()
+		tr.wake()
 	}
 	tr.renamed(event(unix.IN_MOVED_FROM|unix.IN_ISDIR, "old"), event(unix.IN_MOVED_TO|unix.IN_ISDIR, "new"))
 	told := rebuilt{}
-	for _, e := range tr.ring {
+	for _, e := range tr.kept {
 		told.apply(e)
 	}
 	for _, want := range []string{"/new", "/new/x", "/new/x/y"} {
 		if !told[root+want] {
-			t.Errorf("%s was not told: %+v", want, tr.ring)
+			t.Errorf("%s was not told: %+v", want, tr.kept)
 		}
 	}
 	if told[root+"/old"] || len(tr.missing) > 0 {

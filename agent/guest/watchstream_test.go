@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"soulbox.dev/soulbox/agent"
 )
 
@@ -121,21 +122,7 @@ func TestWatchAgain(t *testing.T) {
 	tree, file, link := watch(t, c, in("a/d")), watch(t, c, in("a/d/f")), watch(t, c, in("link"))
 	something := func(what string, batches <-chan agent.WatchBatch) {
 		t.Helper()
-		eventually(t, what, func() bool {
-			select {
-			case <-batches:
-				return true
-			default:
-				return false
-			}
-		})
-		for quiet := false; !quiet; { // related events come within a moment
-			select {
-			case <-batches:
-			case <-time.After(10 * watchBatch):
-				quiet = true
-			}
-		}
+		changed(t, what, "true", sh, batches)
 	}
 	sh("echo 2 >> a/d/f")
 	something("a change of the target", link)
@@ -151,4 +138,101 @@ func TestWatchAgain(t *testing.T) {
 	something("the file again", file)
 	sh("echo 4 >> a/d/f")
 	something("a change of the new file", file)
+}
+
+// TestWatchFollows: a watch of a stream goes where its path leads now: through chains of links, also of directories, when one of them leads
+// elsewhere, when a directory on the way is replaced, and when a file becomes a link.
+func TestWatchFollows(t *testing.T) {
+	c, dir := pair(t)
+	in := func(name string) string { return filepath.Join(dir, name) }
+	sh := func(command string) {
+		t.Helper()
+		if s := run(t, c, agent.StartRequest{Command: "cd " + dir + " && " + command}); s.Process.ExitCode != 0 {
+			t.Fatalf("%s: %s", command, s.Output.Head)
+		}
+	}
+	sh("mkdir -p one/d two/d other/e && echo 1 > one/d/f && echo 2 > two/d/f && echo 3 > other/e/g && ln -s one now && " +
+		"ln -s now/../now up && ln -s up/d/f file && ln -s up/d tree && ln -s loop loop")
+	if err := c.Watch(t.Context(), in("loop"), func() { t.Error("started") }, nil); !errors.Is(err, unix.ELOOP) {
+		t.Error(err)
+	}
+	file, tree := watch(t, c, in("file")), watch(t, c, in("tree"))
+	plain := watch(t, c, in("other/e/g"))
+	for _, step := range []struct{ what, command string }{
+		{"the target", "echo >> one/d/f"},
+		{"another target", "ln -sfn two now"},
+		{"what is there now", "echo >> two/d/f"},
+		{"a file that an editor saved", "echo > two/d/new && mv two/d/new two/d/f"},
+		{"that file", "echo >> two/d/f"},
+		{"a directory that was replaced", "mv two away && mkdir -p two/d && echo > two/d/f"},
+		{"the file in it", "echo >> two/d/f"},
+		{"a link that is gone", "rm up"},
+		{"a link that is there again", "ln -s one up"},
+		{"what it leads to", "echo >> one/d/f"},
+	} {
+		t.Log(step.what)
+		changed(t, step.what, step.command, sh, file, tree)
+	}
+	select {
+	case b := <-plain:
+		t.Errorf("told of what does not concern it: %+v", b)
+	default:
+	}
+	changed(t, "a link in place of the file", "ln -sfn "+in("one/d/f")+" other/e/g", sh, plain)
+	changed(t, "its target", "echo >> one/d/f", sh, plain)
+	sh("echo > one/d/unrelated; touch unrelated")
+	select {
+	case b := <-plain:
+		t.Errorf("told of what does not concern it: %+v", b)
+	default:
+	}
+}
+
+// TestWatchComesBack: however often what is watched is removed and made again, in whatever order, the last change is told.
+func TestWatchComesBack(t *testing.T) {
+	c, dir := pair(t)
+	sh := func(command string) {
+		t.Helper()
+		run(t, c, agent.StartRequest{Command: "cd " + dir + " && " + command})
+	}
+	sh("mkdir -p a/b/c && echo > a/b/c/f")
+	tree, file := watch(t, c, filepath.Join(dir, "a/b/c")), watch(t, c, filepath.Join(dir, "a/b/c/f"))
+	for _, command := range []string{
+		"rm -r a && mkdir -p a/b/c && echo > a/b/c/f",
+		"for i in $(seq 50); do rm -r a; mkdir -p a/b/c; echo > a/b/c/f; done",
+		"mv a/b a/x && mkdir -p a/b/c && echo > a/b/c/f && rm -r a/x",
+		"mkdir -p n/b/c && echo > n/b/c/f && mv a old && mv n a && rm -r old",
+		"rm a/b/c/f && mkdir a/b/c/f && rmdir a/b/c/f && echo > a/b/c/f",
+	} {
+		changed(t, command, command, sh, tree, file)
+		changed(t, "a write after "+command, "echo >> a/b/c/f", sh, tree, file)
+	}
+}
+
+// changed runs a command, and waits until all watches have told of a change and are silent.
+func changed(t *testing.T, what, command string, sh func(string), all ...<-chan agent.WatchBatch) {
+	t.Helper()
+	sh(command)
+	for i, batches := range all {
+		eventually(t, fmt.Sprintf("%s, watch %d", what, i), func() bool { return told(batches) })
+	}
+	for _, batches := range all {
+		for quiet := false; !quiet; { // related events come within a moment
+			select {
+			case <-batches:
+			case <-time.After(10 * watchBatch):
+				quiet = true
+			}
+		}
+	}
+}
+
+// told reports whether a watch has told something.
+func told(batches <-chan agent.WatchBatch) bool {
+	select {
+	case <-batches:
+		return true
+	default:
+		return false
+	}
 }

@@ -1,4 +1,4 @@
-package guest
+package rawsys
 
 import (
 	"fmt"
@@ -13,28 +13,35 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// softFiles is how many descriptors a process may have unless it asks for more. The agent's own limit is the maximum, with which programs
-// that close every possible descriptor would take seconds.
-const softFiles = 4096
-
-// spawnAttr says how spawn starts a process.
-type spawnAttr struct {
-	dir   string
-	env   []string
-	stdio [3]int    // descriptors that become 0, 1 and 2; each is its own target or above 2
-	group int       // descriptor of the cgroup to start in; 0 means the caller's
-	user  *identity // nil means the caller's
-	tty   bool      // descriptor 0 becomes its controlling terminal
-	pidfd bool
-	files *unix.Rlimit  // limit of its descriptors; nil means the caller's
-	limit time.Duration // a child that has not executed by then is killed, if pidfd is set; 0 means no limit
+// Attr says how Spawn starts a process.
+type Attr struct {
+	Dir   string
+	Env   []string
+	Stdio [3]int      // descriptors that become 0, 1 and 2; each is its own target or above 2
+	Group int         // descriptor of the cgroup to start in; 0 means the caller's
+	User  *Credential // nil means the caller's
+	TTY   bool        // descriptor 0 becomes its controlling terminal
+	Pidfd bool
+	Files *unix.Rlimit // limit of its descriptors; nil means the caller's
+	// Limit, if not nil, gets a function that kills a child that has not executed yet, if Pidfd is set. It is called before the start; what
+	// it returns is called when the child has executed or ended.
+	Limit func(kill func()) (stop func())
 }
 
-// spawn starts a program as the leader of a new session. It does the same as syscall.ForkExec with a third of the system calls, each of
+// Credential is the user as which a process runs.
+type Credential struct {
+	UID, GID uint32
+	Groups   []uint32
+}
+
+// Child is what Spawn started. Pidfd is -1 if none was asked for.
+type Child struct{ PID, Pidfd int }
+
+// Spawn starts a program as the leader of a new session. It does the same as syscall.ForkExec with a third of the system calls, each of
 // which costs microseconds in gVisor: the kernel resets the signal handlers (CLONE_CLEAR_SIGHAND), and an error comes back in shared
 // memory. Only the calling thread waits until the child has executed, which may take as long as the guest wants.
-func spawn(name string, args []string, attr spawnAttr) (c child, err error) {
-	c.pidfd = -1
+func Spawn(name string, args []string, attr Attr) (c Child, err error) {
+	c.Pidfd = -1
 	path, err := syscall.BytePtrFromString(name)
 	if err != nil {
 		return c, err
@@ -43,20 +50,20 @@ func spawn(name string, args []string, attr spawnAttr) (c child, err error) {
 	if err != nil {
 		return c, err
 	}
-	envv, err := syscall.SlicePtrFromStrings(attr.env)
+	envv, err := syscall.SlicePtrFromStrings(attr.Env)
 	if err != nil {
 		return c, err
 	}
 	var dir *byte
-	if attr.dir != "" {
-		if dir, err = syscall.BytePtrFromString(attr.dir); err != nil {
+	if attr.Dir != "" {
+		if dir, err = syscall.BytePtrFromString(attr.Dir); err != nil {
 			return c, err
 		}
 	}
 	m := &spawnMemory{masks: [2]uint64{^uint64(0), 0}, pidfd: -1}
 	m.plan(attr, dir)
 	m.add(unix.SYS_EXECVE, uintptr(unsafe.Pointer(path)), uintptr(unsafe.Pointer(&argv[0])), uintptr(unsafe.Pointer(&envv[0])))
-	watch := m.watch(attr.limit)
+	watch := m.watch(attr.Limit)
 	pid := cloneAndRun(&m.clone, unsafe.Sizeof(m.clone), &m.steps[0], uintptr(m.n), &m.masks, &m.failed)
 	watch()
 	runtime.KeepAlive(path)
@@ -68,68 +75,68 @@ func spawn(name string, args []string, attr spawnAttr) (c child, err error) {
 		m.failed = uintptr(errno)
 		pid = 0
 	}
-	c = child{pid: int(pid), pidfd: int(m.pidfd)}
+	c = Child{PID: int(pid), Pidfd: int(m.pidfd)}
 	if m.failed == 0 {
 		return c, nil
 	}
-	if c.pidfd >= 0 {
-		_ = unix.Close(c.pidfd)
+	if c.Pidfd >= 0 {
+		_ = unix.Close(c.Pidfd)
 	}
-	if c.pid > 0 {
-		_ = waitFor(c.pid, nil) // ECHILD: the reaper was faster
+	if c.PID > 0 {
+		_ = waitFor(c.PID, nil) // ECHILD: the reaper was faster
 	}
-	return child{pidfd: -1}, syscall.Errno(m.failed)
+	return Child{Pidfd: -1}, syscall.Errno(m.failed)
 }
 
 // plan sets the attributes of the child and its system calls before execve; dir is its directory, or nil for the caller's.
-func (m *spawnMemory) plan(attr spawnAttr, dir *byte) {
+func (m *spawnMemory) plan(attr Attr, dir *byte) {
 	m.clone.flags, m.clone.exitSignal = unix.CLONE_VM|unix.CLONE_VFORK|unix.CLONE_CLEAR_SIGHAND, uint64(syscall.SIGCHLD)
-	if attr.group > 0 {
+	if attr.Group > 0 {
 		m.clone.flags |= unix.CLONE_INTO_CGROUP
-		m.clone.cgroup = uint64(attr.group)
+		m.clone.cgroup = uint64(attr.Group)
 	}
-	if attr.pidfd {
+	if attr.Pidfd {
 		m.clone.flags |= unix.CLONE_PIDFD
 		m.clone.pidfd = uint64(uintptr(unsafe.Pointer(&m.pidfd)))
 	}
 	m.add(unix.SYS_SETSID)
-	if attr.group > 0 { // its cgroup becomes the root of all that it can mount, so it cannot change its own limits
+	if attr.Group > 0 { // its cgroup becomes the root of all that it can mount, so it cannot change its own limits
 		m.add(unix.SYS_UNSHARE, unix.CLONE_NEWCGROUP)
 	}
-	for to, from := range attr.stdio {
+	for to, from := range attr.Stdio {
 		if from != to {
 			m.add(unix.SYS_DUP3, uintptr(from), uintptr(to))
 		}
 	}
 	// Closing on exec is not enough: exec may take as long as the guest wants, and the child would hold everyone's pipes until then.
 	m.add(unix.SYS_CLOSE_RANGE, 3, math.MaxUint32, 0)
-	if attr.files != nil {
-		m.files = *attr.files
+	if attr.Files != nil {
+		m.files = *attr.Files
 		m.add(unix.SYS_PRLIMIT64, 0, unix.RLIMIT_NOFILE, uintptr(unsafe.Pointer(&m.files)), 0)
 	}
-	if u := attr.user; u != nil {
-		m.groups = append(m.groups, u.groups...)
+	if u := attr.User; u != nil {
+		m.groups = append(m.groups, u.Groups...)
 		m.add(unix.SYS_SETGROUPS, uintptr(len(m.groups)), uintptr(unsafe.Pointer(unsafe.SliceData(m.groups))))
-		m.add(unix.SYS_SETGID, uintptr(u.gid))
-		m.add(unix.SYS_SETUID, uintptr(u.uid))
+		m.add(unix.SYS_SETGID, uintptr(u.GID))
+		m.add(unix.SYS_SETUID, uintptr(u.UID))
 	}
 	if dir != nil {
 		m.add(unix.SYS_CHDIR, uintptr(unsafe.Pointer(dir)))
 	}
-	if attr.tty {
+	if attr.TTY {
 		m.add(unix.SYS_IOCTL, 0, unix.TIOCSCTTY, 1)
 	}
 	m.add(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&m.none)), 0, 8)
 }
 
-// watch kills a child that has not executed in time. The caller calls done when the child has executed or ended.
-func (m *spawnMemory) watch(limit time.Duration) (done func()) {
-	if limit <= 0 {
+// watch has limit kill a child that has not executed. The caller calls done when the child has executed or ended.
+func (m *spawnMemory) watch(limit func(kill func()) (stop func())) (done func()) {
+	if limit == nil {
 		return func() {}
 	}
 	var mu sync.Mutex
 	over := false
-	timer := after(limit, func() {
+	stop := limit(func() {
 		mu.Lock()
 		defer mu.Unlock()
 		if fd := atomic.LoadInt32(&m.pidfd); !over && fd >= 0 {
@@ -137,7 +144,7 @@ func (m *spawnMemory) watch(limit time.Duration) (done func()) {
 		}
 	})
 	return func() {
-		timer.stop()
+		stop()
 		mu.Lock()
 		defer mu.Unlock()
 		over = true
@@ -195,12 +202,12 @@ func cloneAndRun(args *cloneArgs, size uintptr, steps *step, n uintptr, masks *[
 // process in a sandbox.
 func TimeSpawn(name string) (time.Duration, error) {
 	begin := time.Now()
-	c, err := spawn(name, []string{name}, spawnAttr{stdio: [3]int{0, 1, 2}})
+	c, err := Spawn(name, []string{name}, Attr{Stdio: [3]int{0, 1, 2}})
 	if err != nil {
 		return 0, err
 	}
 	var status syscall.WaitStatus
-	if err := waitFor(c.pid, &status); err != nil {
+	if err := waitFor(c.PID, &status); err != nil {
 		return 0, err
 	}
 	if status != 0 {

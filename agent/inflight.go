@@ -7,13 +7,13 @@ import (
 )
 
 // ownCalls are the calls that a host makes for itself: they do not count as use of the sandbox, and go through when others are refused.
-var ownCalls = map[string]bool{CallPing: true, CallUsage: true, CallConfigure: true, CallSuspend: true, CallWork: true, CallRelieve: true}
+var ownCalls = map[string]bool{CallPing: true, CallUsage: true, CallConfigure: true, CallSuspend: true, CallBusy: true, CallRelieve: true}
 
 // transfers are the streams that count as use until they end. Other streams, such as a connection to a port, may be open for days.
 var transfers = map[string]bool{StreamRead: true, StreamWrite: true, StreamStdin: true, StreamChanges: true, StreamUnpack: true}
 
-// usage counts the calls and transfers of a client. It is safe for concurrent use.
-type usage struct {
+// inFlight counts the calls and transfers of a client. It is safe for concurrent use.
+type inFlight struct {
 	mu     sync.Mutex
 	calls  int
 	last   time.Time
@@ -21,25 +21,25 @@ type usage struct {
 	none   chan struct{} // closed when calls becomes 0; nil if no Suspend waits for that
 }
 
-func (u *usage) enter() error {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	if u.closed != nil {
-		return u.closed
+func (f *inFlight) begin() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed != nil {
+		return f.closed
 	}
-	u.calls++
-	u.last = time.Now()
+	f.calls++
+	f.last = time.Now()
 	return nil
 }
 
-func (u *usage) leave() {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	u.calls--
-	u.last = time.Now()
-	if u.calls == 0 && u.none != nil {
-		close(u.none)
-		u.none = nil
+func (f *inFlight) end() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.calls--
+	f.last = time.Now()
+	if f.calls == 0 && f.none != nil {
+		close(f.none)
+		f.none = nil
 	}
 }
 
@@ -48,23 +48,23 @@ const suspendTime = 10 * time.Second
 
 // Activity returns how many calls and transfers are in progress, and when the last one began or ended.
 func (c *Client) Activity() (calls int, last time.Time) {
-	c.use.mu.Lock()
-	defer c.use.mu.Unlock()
-	return c.use.calls, c.use.last
+	c.inFlight.mu.Lock()
+	defer c.inFlight.mu.Unlock()
+	return c.inFlight.calls, c.inFlight.last
 }
 
 // Suspend prepares the sandbox for a pause: new calls are refused with cause, calls that wait for something return what they have, and all
 // others may finish until ctx ends. Those that are still in progress then do not matter to the guest.
 func (c *Client) Suspend(ctx context.Context, cause error) error {
-	c.use.mu.Lock()
-	c.use.closed = cause
-	none := c.use.none
-	if c.use.calls > 0 && none == nil {
+	c.inFlight.mu.Lock()
+	c.inFlight.closed = cause
+	none := c.inFlight.none
+	if c.inFlight.calls > 0 && none == nil {
 		none = make(chan struct{})
-		c.use.none = none
+		c.inFlight.none = none
 	}
-	busy := c.use.calls > 0
-	c.use.mu.Unlock()
+	busy := c.inFlight.calls > 0
+	c.inFlight.mu.Unlock()
 	// This call outlasts ctx: if it were given up and arrived late, it would end the waits of calls after the pause.
 	asking, cancel := context.WithTimeout(context.WithoutCancel(ctx), suspendTime)
 	defer cancel()
@@ -85,15 +85,15 @@ func (c *Client) Suspend(ctx context.Context, cause error) error {
 
 // GoOn undoes Suspend.
 func (c *Client) GoOn() {
-	c.use.mu.Lock()
-	defer c.use.mu.Unlock()
-	c.use.closed = nil
+	c.inFlight.mu.Lock()
+	defer c.inFlight.mu.Unlock()
+	c.inFlight.closed = nil
 }
 
 // CloseFor is Close with a cause: calls in progress and later calls get it together with ErrLost.
 func (c *Client) CloseFor(cause error) {
-	c.use.mu.Lock()
-	c.use.closed = cause
-	c.use.mu.Unlock()
+	c.inFlight.mu.Lock()
+	c.inFlight.closed = cause
+	c.inFlight.mu.Unlock()
 	c.fail(cause)
 }

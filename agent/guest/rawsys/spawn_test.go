@@ -1,4 +1,4 @@
-package guest
+package rawsys
 
 import (
 	"errors"
@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// spawnOutput runs a program with spawn, and returns its output and status.
-func spawnOutput(t *testing.T, attr spawnAttr, args ...string) (string, syscall.WaitStatus) {
+// spawnOutput runs a program with Spawn, and returns its output and status.
+func spawnOutput(t *testing.T, attr Attr, args ...string) (string, syscall.WaitStatus) {
 	t.Helper()
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -26,8 +26,8 @@ func spawnOutput(t *testing.T, attr spawnAttr, args ...string) (string, syscall.
 		t.Fatal(err)
 	}
 	defer null.Close()
-	attr.stdio = [3]int{int(null.Fd()), int(w.Fd()), int(w.Fd())}
-	c, err := spawn(args[0], args, attr)
+	attr.Stdio = [3]int{int(null.Fd()), int(w.Fd()), int(w.Fd())}
+	c, err := Spawn(args[0], args, attr)
 	_ = w.Close()
 	if err != nil {
 		t.Fatal(err)
@@ -41,13 +41,13 @@ func spawnOutput(t *testing.T, attr spawnAttr, args ...string) (string, syscall.
 		}
 	}
 	var status syscall.WaitStatus
-	if err := waitFor(c.pid, &status); err != nil {
+	if err := waitFor(c.PID, &status); err != nil {
 		t.Fatal(err)
 	}
 	return b.String(), status
 }
 
-// TestSpawn checks a process that spawn has started: it has what it was given, and nothing of ours.
+// TestSpawn checks a process that Spawn has started: it has what it was given, and nothing of ours.
 func TestSpawn(t *testing.T) {
 	dir := t.TempDir()
 	leak, err := os.Create(dir + "/leak")
@@ -60,7 +60,7 @@ func TestSpawn(t *testing.T) {
 	} else {
 		defer unix.Close(inherited)
 	}
-	ignored := "" // by the process that started the test; spawn keeps that, as every fork does
+	ignored := "" // by the process that started the test; Spawn keeps that, as every fork does
 	own, err := os.ReadFile("/proc/self/status")
 	if err != nil {
 		t.Fatal(err)
@@ -70,7 +70,7 @@ func TestSpawn(t *testing.T) {
 			ignored = line
 		}
 	}
-	out, status := spawnOutput(t, spawnAttr{dir: dir, env: []string{"A=1", "B=two words"}}, "/bin/sh", "-c",
+	out, status := spawnOutput(t, Attr{Dir: dir, Env: []string{"A=1", "B=two words"}}, "/bin/sh", "-c",
 		`pwd; echo "$A,$B,$PATH" | cut -d, -f1,2; ls -l /proc/self/fd | grep -c leak; sed -nE '/^Sig(Blk|Ign|Cgt)/p' /proc/self/status; test $(ps -o sid= -p $$ 2>/dev/null || echo $$) = $$ && echo leader; exit 7`)
 	if want := fmt.Sprintf("%s\n1,two words\n0\nSigBlk:\t%016x\n%sSigCgt:\t%016x\nleader\n", dir, 0, ignored, 0); out != want ||
 		status.ExitStatus() != 7 {
@@ -87,29 +87,29 @@ func TestSpawnFails(t *testing.T) {
 	}
 	for name, test := range map[string]struct {
 		program string
-		attr    spawnAttr
+		attr    Attr
 		want    syscall.Errno
 	}{
-		"no such program":   {dir + "/none", spawnAttr{}, syscall.ENOENT},
-		"no program":        {script, spawnAttr{}, syscall.ENOEXEC},
-		"a directory":       {dir, spawnAttr{}, syscall.EACCES},
-		"no such directory": {"/bin/true", spawnAttr{dir: dir + "/none"}, syscall.ENOENT},
-		"a file as one":     {"/bin/true", spawnAttr{dir: script}, syscall.ENOTDIR},
-		"no descriptor":     {"/bin/true", spawnAttr{stdio: [3]int{0, 1, 1 << 20}}, syscall.EBADF},
-		"no terminal":       {"/bin/true", spawnAttr{tty: true}, syscall.ENOTTY},
-		"no cgroup":         {"/bin/true", spawnAttr{group: 1 << 20}, syscall.EBADF},
-		"a NUL":             {"/bin/true\x00", spawnAttr{}, syscall.EINVAL},
+		"no such program":   {dir + "/none", Attr{}, syscall.ENOENT},
+		"no program":        {script, Attr{}, syscall.ENOEXEC},
+		"a directory":       {dir, Attr{}, syscall.EACCES},
+		"no such directory": {"/bin/true", Attr{Dir: dir + "/none"}, syscall.ENOENT},
+		"a file as one":     {"/bin/true", Attr{Dir: script}, syscall.ENOTDIR},
+		"no descriptor":     {"/bin/true", Attr{Stdio: [3]int{0, 1, 1 << 20}}, syscall.EBADF},
+		"no terminal":       {"/bin/true", Attr{TTY: true}, syscall.ENOTTY},
+		"no cgroup":         {"/bin/true", Attr{Group: 1 << 20}, syscall.EBADF},
+		"a NUL":             {"/bin/true\x00", Attr{}, syscall.EINVAL},
 	} {
-		if test.attr.stdio == [3]int{} {
+		if test.attr.Stdio == [3]int{} {
 			null, err := os.Open(os.DevNull)
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer null.Close()
-			test.attr.stdio = [3]int{int(null.Fd()), 1, 2}
+			test.attr.Stdio = [3]int{int(null.Fd()), 1, 2}
 		}
-		test.attr.pidfd = true
-		if c, err := spawn(test.program, []string{"x"}, test.attr); !errors.Is(err, test.want) || c.pid != 0 || c.pidfd != -1 {
+		test.attr.Pidfd = true
+		if c, err := Spawn(test.program, []string{"x"}, test.attr); !errors.Is(err, test.want) || c.PID != 0 || c.Pidfd != -1 {
 			t.Errorf("%s: got %v, %v", name, c, err)
 		}
 	}
@@ -148,42 +148,4 @@ func TestSpawnAtOnce(t *testing.T) {
 	if _, err := TimeSpawn("/bin/false"); err == nil {
 		t.Error("a program that fails has a time")
 	}
-}
-
-// TestProcessors runs long and short work at once: there is a second processor while work lasts, and for a while longer.
-func TestProcessors(t *testing.T) {
-	before := runtime.GOMAXPROCS(2)
-	defer runtime.GOMAXPROCS(before)
-	w := &work{}
-	p := newProcessors(w)
-	p.hold()() // soon done
-	if got := runtime.GOMAXPROCS(0); got != 1 {
-		t.Fatalf("%d processors for nothing", got)
-	}
-	first, second := p.hold(), p.hold()
-	eventually(t, "two processors", func() bool { return runtime.GOMAXPROCS(0) == 2 })
-	if going, _ := w.is(); !going {
-		t.Error("what lasts is no work")
-	}
-	first()
-	var short sync.WaitGroup
-	for range 100 { // its end and the timer coincide, in either order
-		short.Go(p.giveBack)
-		short.Go(p.take)
-	}
-	short.Wait()
-	if got := runtime.GOMAXPROCS(0); got != 2 {
-		t.Fatalf("%d processors while something lasts", got)
-	}
-	second()
-	eventually(t, "one processor", func() bool { return runtime.GOMAXPROCS(0) == 1 })
-	if going, _ := w.is(); going {
-		t.Error("nothing is work")
-	}
-	eventually(t, "nothing at work", func() bool {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		return p.busy == 0
-	})
-	(*processors)(nil).hold()()
 }

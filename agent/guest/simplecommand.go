@@ -5,8 +5,8 @@ import (
 	"strings"
 )
 
-// plainWords splits a command that means the same to execve as to the shell; nil if only the shell can tell.
-func plainWords(command string, env []string) []string {
+// simpleCommand splits a command that means the same to execve as to the shell; nil if only the shell can tell.
+func simpleCommand(command string, env []string) []string {
 	for _, r := range command {
 		plain := r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("_@%+:,./=- \t", r)
 		if !plain {
@@ -14,7 +14,7 @@ func plainWords(command string, env []string) []string {
 		}
 	}
 	words := strings.Fields(command)
-	if len(words) == 0 || strings.Contains(words[0], "=") || slices.Contains(shellWords, words[0]) {
+	if len(words) == 0 || strings.Contains(words[0], "=") || slices.Contains(shellKeywords, words[0]) {
 		return nil
 	}
 	if startsShellCode(env) {
@@ -23,19 +23,19 @@ func plainWords(command string, env []string) []string {
 	return words
 }
 
-// shellWords are the builtins and reserved words of bash 5 (bash(1), "RESERVED WORDS" and "SHELL BUILTIN COMMANDS").
-var shellWords = strings.Fields(`. : [ alias bg bind break builtin caller case cd command compgen complete compopt continue
+// shellKeywords are the builtins and reserved words of bash 5 (bash(1), "RESERVED WORDS" and "SHELL BUILTIN COMMANDS").
+var shellKeywords = strings.Fields(`. : [ alias bg bind break builtin caller case cd command compgen complete compopt continue
 	coproc declare dirs disown do done echo elif else enable esac eval exec exit export false fc fg fi for function getopts hash help
 	history if in jobs kill let local logout mapfile popd printf pushd pwd read readarray readonly return select set shift shopt
 	source suspend test then time times trap true type typeset ulimit umask unalias unset until wait while`)
 
-// quietWords are those shellWords that do not change the shell.
-var quietWords = []string{"[", "echo", "false", "pwd", "test", "times", "true", "type"}
+// harmlessKeywords are those shellKeywords that do not change the shell.
+var harmlessKeywords = []string{"[", "echo", "false", "pwd", "test", "times", "true", "type"}
 
 // changesNothing reports whether a command surely cannot change the shell that runs it, if that has no functions and aliases: it only calls
 // programs, with arguments that have no side effects. Otherwise the shell must report its state at its end, which takes longer.
 func changesNothing(command string, env []string) bool {
-	s := wordScanner{text: command, first: true}
+	s := commandScanner{text: command, first: true}
 	for s.at < len(s.text) {
 		if !s.step() {
 			return false
@@ -44,8 +44,8 @@ func changesNothing(command string, env []string) bool {
 	return s.endWord() && !startsShellCode(env)
 }
 
-// wordScanner parses a command as far as it understands it.
-type wordScanner struct {
+// commandScanner parses a command as far as it understands it.
+type commandScanner struct {
 	text  string
 	at    int
 	first bool   // the next word is that of a command, not an argument
@@ -54,7 +54,7 @@ type wordScanner struct {
 }
 
 // step reads a character or a quoted text, and reports whether it understands that.
-func (s *wordScanner) step() bool {
+func (s *commandScanner) step() bool {
 	c := s.text[s.at]
 	s.at++
 	switch {
@@ -98,13 +98,13 @@ func (s *wordScanner) step() bool {
 	return true
 }
 
-func (s *wordScanner) add(text string) {
+func (s *commandScanner) add(text string) {
 	s.word += text
 	s.begun = true
 }
 
 // quoted reads to the end of "…".
-func (s *wordScanner) quoted() bool {
+func (s *commandScanner) quoted() bool {
 	s.begun = true
 	for s.at < len(s.text) {
 		c := s.text[s.at]
@@ -126,7 +126,7 @@ func (s *wordScanner) quoted() bool {
 }
 
 // variable reads what follows a "$": only a plain name has no side effects, and a command word must not contain any.
-func (s *wordScanner) variable() bool {
+func (s *commandScanner) variable() bool {
 	if s.first || s.at == len(s.text) {
 		return false
 	}
@@ -137,11 +137,11 @@ func (s *wordScanner) variable() bool {
 }
 
 // endWord ends a word, and reports whether the word is allowed there.
-func (s *wordScanner) endWord() bool {
+func (s *commandScanner) endWord() bool {
 	if !s.begun {
 		return true
 	}
-	ok := !s.first || !slices.Contains(shellWords, s.word) || slices.Contains(quietWords, s.word)
+	ok := !s.first || !slices.Contains(shellKeywords, s.word) || slices.Contains(harmlessKeywords, s.word)
 	s.first, s.word, s.begun = false, "", false
 	return ok
 }

@@ -1,0 +1,299 @@
+package guest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"regexp"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"soulbox.dev/soulbox/agent"
+)
+
+// Bounds of a watch.
+const (
+	maxWatchDirs = 16 << 10
+	maxKnown     = 8 << 20 // bytes of the file names that all watches together remember
+	readDirPart  = 500
+	maxIgnore    = 32
+	pairTime     = 10 * time.Millisecond // between the two halves of a rename
+)
+
+// Ops of a TreeEvent.
+const (
+	opCreate = "create"
+	opWrite  = "write"
+	opRemove = "remove"
+	opRename = "rename" // From is the old path
+	opSave   = "save"   // From was renamed to an existing file, as editors save
+	opAttrib = "attrib"
+	opLost   = "lost" // events are missing here
+)
+
+// dirWatch watches a directory and, if recursive, all directories in it, including later ones; or one file, in its directory, because
+// editors replace files. It is the only engine: a watch that outlasts a call and a watch of a stream read its ring. It is safe for
+// concurrent use.
+type dirWatch struct {
+	*eventRing
+	id     string // "" if the watch belongs to a stream
+	path   string // in the request
+	ignore []*regexp.Regexp
+	notify *inotify
+	known  *atomic.Int64 // size of the names that all watches remember
+	route  *route        // nil if the watch ends when its directory is gone
+
+	// The fields below belong to the goroutine that handles events.
+	root  string // the directory
+	only  string // the name of the only file that counts, or ""
+	deep  bool
+	dirs  map[int32]string // watched directories, by watch descriptor
+	wds   map[string]int32
+	files map[string]bool // known files: to tell save from rename, and new files from those found before
+	// missing are directories that were gone when they were looked at. An event will tell what became of them, perhaps much later, because
+	// the kernel changes a name before it reports that. If they were renamed, their content is looked at under the new name.
+	missing map[string]bool
+}
+
+// newDirWatch begins a watch. Once it returns, no change is missed. With follow the watch goes where the path leads, as long as the caller
+// wants: through symlinks, and back to what was removed and is made again; Recursive and follow exclude each other.
+func newDirWatch(r agent.TreeRequest, follow bool, known *atomic.Int64) (_ *dirWatch, err error) {
+	if err := checkPath("watch", r.Path); err != nil {
+		return nil, err
+	}
+	w := &dirWatch{eventRing: newEventRing(), path: path.Clean(r.Path), deep: r.Recursive, known: known, dirs: map[int32]string{},
+		wds: map[string]int32{}, files: map[string]bool{}, missing: map[string]bool{}}
+	if w.ignore, err = compileIgnore(r.Ignore); err != nil {
+		return nil, err
+	}
+	if _, err := os.Stat(w.path); err != nil {
+		return nil, err
+	}
+	if w.notify, err = newInotify(); err != nil {
+		return nil, err
+	}
+	if follow {
+		w.route = &route{notify: w.notify}
+	}
+	if err := w.locate(); err != nil {
+		_ = w.notify.file.Close()
+		w.forget()
+		return nil, &fs.PathError{Op: "watch", Path: r.Path, Err: err}
+	}
+	go w.run()
+	return w, nil
+}
+
+func compileIgnore(globs []string) (ignore []*regexp.Regexp, err error) {
+	if len(globs) > maxIgnore {
+		return nil, agent.Invalid("watch: %d patterns to ignore, at most %d are possible", len(globs), maxIgnore)
+	}
+	for _, glob := range globs {
+		if glob == "" || len(glob) > maxPattern {
+			return nil, agent.Invalid("watch: a pattern to ignore has %d bytes, it may have 1 to %d", len(glob), maxPattern)
+		}
+		re, err := compileGlob(strings.TrimSuffix(glob, "/"))
+		if err != nil {
+			return nil, err
+		}
+		ignore = append(ignore, re)
+	}
+	return ignore, nil
+}
+
+// locate watches what is at the path now. With a route it watches the way there, too: also if it fails.
+func (w *dirWatch) locate() (err error) {
+	real := w.path
+	if w.route != nil {
+		if real, err = w.route.trace(w.path); err != nil {
+			return err
+		}
+	}
+	info, err := os.Stat(w.path)
+	if err != nil {
+		return err
+	}
+	w.root, w.only = w.path, ""
+	if !info.IsDir() {
+		w.root, w.only, w.deep = path.Dir(real), path.Base(real), false
+	}
+	return w.watchDir(w.root, false)
+}
+
+// close ends the watch, and reports whether that was the first call.
+func (w *dirWatch) close() bool { return w.notify.file.Close() == nil }
+
+// await is read for a caller that waits for an event until ctx ends. Related events arrive within a moment: gather.
+func (w *dirWatch) await(ctx context.Context, from int64, limit int, gather time.Duration) (agent.TreeResult, error) {
+	for {
+		r, changed, err := w.read(from, limit)
+		if err != nil {
+			return r, fmt.Errorf("watch %s: %w", w.id, err)
+		}
+		r.Watch = w.id
+		if ctx.Err() != nil || len(r.Events) > 0 || r.Lost || r.Gone {
+			return r, nil
+		}
+		select {
+		case <-changed:
+			select {
+			case <-time.After(gather):
+			case <-ctx.Done():
+			}
+		case <-ctx.Done():
+		}
+	}
+}
+
+// watchDir watches a directory, then reads it: in this order nothing is created unseen. With tell, what it finds is reported as created.
+func (w *dirWatch) watchDir(dir string, tell bool) error {
+	if len(w.dirs) >= maxWatchDirs {
+		w.lost()
+		return nil
+	}
+	wd, err := w.notify.add(dir, dir == w.root)
+	if err != nil {
+		return err
+	}
+	if old, known := w.dirs[wd]; known {
+		delete(w.wds, old) // it was found under another name
+	}
+	w.dirs[wd], w.wds[dir] = dir, wd
+	f, err := os.Open(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return err // it was removed or renamed after add
+	}
+	if err != nil {
+		w.lost()
+		return nil
+	}
+	defer f.Close()
+	delete(w.missing, dir)
+	for {
+		entries, err := f.ReadDir(readDirPart) // in parts: a directory may be larger than memory
+		for _, e := range entries {
+			name := path.Join(dir, e.Name())
+			if w.ignored(name) {
+				continue
+			}
+			isNew := w.learn(name)
+			if tell && isNew {
+				w.emit(agent.TreeEvent{Op: opCreate, Path: name, Dir: e.IsDir()})
+			}
+			if e.IsDir() && w.deep {
+				w.descend(name, tell)
+			}
+		}
+		if err == io.EOF || errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
+			w.lost()
+			return nil
+		}
+	}
+}
+
+// descend watches a directory of the tree, if it still exists.
+func (w *dirWatch) descend(name string, tell bool) {
+	err := w.watchDir(name, tell)
+	switch {
+	case (errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR)) && len(w.missing) < maxWatchDirs:
+		w.missing[name] = true
+	case err != nil:
+		w.lost() // for example no more watches: changes there are not seen
+	}
+}
+
+// ignored reports whether changes of a path are not reported: its name, or its path below the root, matches a pattern.
+func (w *dirWatch) ignored(name string) bool {
+	below := strings.TrimPrefix(name, strings.TrimSuffix(w.root, "/")+"/")
+	if w.only != "" && below != w.only || strings.HasPrefix(path.Base(name), tempPrefix) {
+		return true
+	}
+	for _, re := range w.ignore {
+		if re.MatchString(below) || re.MatchString(path.Base(name)) {
+			return true
+		}
+	}
+	return false
+}
+
+// learn records that a path exists, and reports whether that is new.
+func (w *dirWatch) learn(name string) (isNew bool) {
+	if w.files[name] {
+		return false
+	}
+	if size := int64(len(name)) + nameCost; w.known.Load()+size < maxKnown {
+		w.files[name] = true
+		w.known.Add(size)
+	}
+	return true
+}
+
+// nameCost is the memory that a name takes besides its bytes.
+const nameCost = 48
+
+// unlearn records that a path does not exist any more.
+func (w *dirWatch) unlearn(name string) {
+	if w.files[name] {
+		delete(w.files, name)
+		w.known.Add(-int64(len(name)) - nameCost)
+	}
+}
+
+func (w *dirWatch) forget() {
+	for name := range w.files {
+		w.known.Add(-int64(len(name)) - nameCost)
+	}
+	w.files = nil
+}
+
+// again looks at everything again after events were lost, or when the path may lead elsewhere.
+func (w *dirWatch) again() {
+	w.lost()
+	w.forget()
+	w.files = map[string]bool{}
+	var before []int32 // what is still watched afterwards keeps its watch
+	for wd, dir := range w.dirs {
+		if dir == w.root || w.route.watches(wd) {
+			before = append(before, wd)
+		} else {
+			w.notify.remove(wd)
+		}
+	}
+	clear(w.dirs)
+	clear(w.wds)
+	clear(w.missing)
+	if w.route == nil {
+		if err := w.watchDir(w.root, false); err != nil {
+			w.end()
+		}
+		return
+	}
+	before = append(before, w.route.wds()...)
+	_ = w.locate() // an error means that there is nothing now: the way to it is watched
+	for _, wd := range before {
+		if _, watched := w.dirs[wd]; !watched && !w.route.watches(wd) {
+			w.notify.remove(wd)
+		}
+	}
+}
+
+// lost records that events are missing.
+func (w *dirWatch) lost() { w.emit(agent.TreeEvent{Op: opLost, Path: w.path}) }
+
+// lostRoot handles the end of the watched directory.
+func (w *dirWatch) lostRoot() {
+	if w.route != nil {
+		w.route.stale = true
+		return
+	}
+	w.end()
+}
