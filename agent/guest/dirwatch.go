@@ -165,6 +165,13 @@ func (w *dirWatch) watchDir(dir string, tell bool) error {
 		delete(w.wds, old) // it was found under another name
 	}
 	w.dirs[wd], w.wds[dir] = dir, wd
+	if w.only != "" { // no other name counts
+		name := path.Join(dir, w.only)
+		if _, err := os.Lstat(name); err == nil {
+			w.learn(name)
+		}
+		return nil
+	}
 	f, err := os.Open(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return err // it was removed or renamed after add
@@ -271,6 +278,7 @@ func (w *dirWatch) again() {
 	clear(w.dirs)
 	clear(w.wds)
 	clear(w.missing)
+	defer w.lost() // a reader may have been told, and have looked, before all was watched again
 	if w.route == nil {
 		if err := w.watchDir(w.root, false); err != nil {
 			w.end()
