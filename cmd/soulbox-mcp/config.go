@@ -44,7 +44,6 @@ type config struct {
 	onExit         string
 	toolsets       string
 	readOnly       bool
-	fixtures       bool
 	// noNetwork denies sandboxes a network, whatever they ask for; contextDirs are the directories of the host that builds may read.
 	noNetwork   bool
 	allowPull   bool // builds may start from images of registries
@@ -211,7 +210,6 @@ func (c *config) serving(flags *flag.FlagSet) {
 			c.contextDirs = append(c.contextDirs, real)
 			return err
 		})
-	flags.BoolVar(&c.fixtures, "conformance", false, "offer what the official conformance suite needs, too")
 }
 
 // newManager connects the domain to gVisor and the templates.

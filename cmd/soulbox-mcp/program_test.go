@@ -442,7 +442,7 @@ func TestReadme(t *testing.T) {
 	for _, row := range regexp.MustCompile("(?m)^\\| `([a-z_]+)` \\|").FindAllStringSubmatch(string(text), -1) {
 		named = append(named, row[1])
 	}
-	server, err := newMCP(tools.Options{FileURL: (&api.Gateway{}).FileURL}, false, nil, nil)
+	server, err := newMCP(tools.Options{FileURL: (&api.Gateway{}).FileURL}, nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -92,7 +92,7 @@ func newService(c config, stderr io.Writer) (_ *service, err error) {
 	if c.toolsets != "" {
 		o.Toolsets = strings.Split(c.toolsets, ",")
 	}
-	if s.mcp, err = newMCP(o, c.fixtures, s.metrics, s.log); err != nil {
+	if s.mcp, err = newMCP(o, s.metrics, s.log); err != nil {
 		return nil, err
 	}
 	close(ready)
@@ -144,7 +144,7 @@ func (s *service) Close() error {
 }
 
 // newMCP makes the MCP server with everything it offers.
-func newMCP(o tools.Options, fixtures bool, m *metrics, log *slog.Logger) (*mcpserver.Server, error) {
+func newMCP(o tools.Options, m *metrics, log *slog.Logger) (*mcpserver.Server, error) {
 	offered, err := tools.New(o)
 	if err != nil {
 		return nil, fmt.Errorf("--toolsets: %w", err)
@@ -164,9 +164,6 @@ func newMCP(o tools.Options, fixtures bool, m *metrics, log *slog.Logger) (*mcps
 		options.Observe = func(method, tool, outcome string, took time.Duration) {
 			m.observeRequest(s, method, tool, outcome, took)
 		}
-	}
-	if fixtures {
-		return withFixtures(options), nil
 	}
 	return mcpserver.New(options), nil
 }
