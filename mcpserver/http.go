@@ -16,14 +16,11 @@ import (
 // HTTPOptions configures the HTTP transport; zero values mean the documented defaults.
 type HTTPOptions struct {
 	Access      Access
-	MaxBody     int64         // bytes of a request; default 4 MiB
 	SessionIdle time.Duration // after which an unused session ends; default 30 min
-	Beat        time.Duration // between two keep-alives on a stream; default 15 s
-	MaxSessions int           // per owner, and four times as many in all; default 2,500
-	MaxReading  int64         // bytes of bodies being read, per owner, and four times as many in all; default 64 MiB
 	Rate        float64       // requests per second and owner; default 200
-	Burst       int           // requests of one owner at once beyond Rate; default 1000
-	InFlight    int           // concurrent calls of one owner in all its sessions; default 1024
+
+	beat     time.Duration // between two keep-alives on a stream
+	inFlight int           // concurrent calls of one owner in all its sessions
 }
 
 // HTTP is one endpoint for all revisions of MCP: those with sessions (2024-11-05 to 2025-11-25) and the stateless one (2026-07-28). Each
@@ -47,16 +44,18 @@ type HTTP struct {
 type program struct{ owner, name string }
 
 const (
-	maxPrograms = 100     // stateless clients of one owner that are told apart by name; all others count as one
-	maxOwnKept  = 8 << 20 // bytes kept for one owner
+	maxBody     = maxMessage
+	maxSessions = 2500     // per owner, and four times as many in all
+	maxReading  = 64 << 20 // bytes of bodies being read, per owner, and four times as many in all
+	leastBurst  = 1000     // requests of one owner at once beyond its rate
+	maxPrograms = 100      // stateless clients of one owner that are told apart by name; all others count as one
+	maxOwnKept  = 8 << 20  // bytes kept for one owner
 )
 
 // HTTP makes the HTTP transport. The caller must call Close.
 func (s *Server) HTTP(o HTTPOptions) *HTTP {
-	o.MaxBody, o.SessionIdle, o.MaxSessions = cmp.Or(o.MaxBody, 4<<20), cmp.Or(o.SessionIdle, 30*time.Minute), cmp.Or(o.MaxSessions, 2500)
-	o.MaxReading = cmp.Or(o.MaxReading, 64<<20)
-	o.Beat = cmp.Or(o.Beat, 15*time.Second)
-	o.Rate, o.Burst, o.InFlight = cmp.Or(o.Rate, 200), cmp.Or(o.Burst, max(1000, int(o.Rate))), cmp.Or(o.InFlight, 1024)
+	o.SessionIdle, o.Rate = cmp.Or(o.SessionIdle, 30*time.Minute), cmp.Or(o.Rate, 200)
+	o.beat, o.inFlight = cmp.Or(o.beat, 15*time.Second), cmp.Or(o.inFlight, 1024)
 	h := &HTTP{HTTPOptions: o, s: s, sessions: map[string]*conversation{}, clients: map[program]*conversation{},
 		owners: map[string]*allowance{}}
 	h.ctx, h.cancel = context.WithCancelCause(context.Background())
@@ -238,7 +237,7 @@ func (h *HTTP) session(w http.ResponseWriter, r *http.Request, owner string) {
 		old.wait(r.Context())
 		return
 	}
-	h.listenTo(c, newStream(w, r, h.Beat), r)
+	h.listenTo(c, newStream(w, r, h.beat), r)
 }
 
 // listenTo sends a session's notifications that belong to no call. The latest listener gets them.
@@ -337,11 +336,11 @@ func (h *HTTP) post(w http.ResponseWriter, r *http.Request, owner string) {
 
 // initialize begins a session.
 func (h *HTTP) initialize(w http.ResponseWriter, r *http.Request, owner string, m message, body []byte) {
-	c := newConversation(h.ctx, owner, h.s.Parallel)
+	c := newConversation(h.ctx, owner, h.s.parallel)
 	c.takeHandle(r)
 	h.mu.Lock()
 	a := h.allowance(owner)
-	full := h.closing || a.sessions >= h.MaxSessions || h.all.sessions >= 4*h.MaxSessions
+	full := h.closing || a.sessions >= maxSessions || h.all.sessions >= 4*maxSessions
 	if !full {
 		h.sessions[c.id] = c
 		a.sessions++
@@ -379,7 +378,7 @@ func (h *HTTP) client(owner string, m message) *conversation {
 	}
 	c := h.clients[key]
 	if c == nil && !h.closing {
-		c = newConversation(h.ctx, owner, h.s.Parallel)
+		c = newConversation(h.ctx, owner, h.s.parallel)
 		h.clients[key] = c
 		a.programs++
 	}
@@ -408,7 +407,7 @@ func (h *HTTP) call(w http.ResponseWriter, r *http.Request, c *conversation, m m
 	if m.modern() { // clients choose ids, so two instances of a program may use the same one at once
 		inner.ID = json.RawMessage(`"` + randomID() + `"`)
 	}
-	f, refusal := c.begin(inner, len(body), h.s.Pending)
+	f, refusal := c.begin(inner, len(body), h.s.pending)
 	if refusal != nil {
 		done()
 		refuseWith(w, http.StatusOK, m.ID, refusal)
@@ -433,7 +432,7 @@ func (h *HTTP) call(w http.ResponseWriter, r *http.Request, c *conversation, m m
 
 // newCallStream makes the stream of a call; again is the name by which the client may ask for it again.
 func (h *HTTP) newCallStream(w http.ResponseWriter, r *http.Request, c *conversation, m message, again string, f *flight) *stream {
-	st := newStream(w, r, h.Beat)
+	st := newStream(w, r, h.beat)
 	st.mu.Lock()
 	st.resumable = !m.modern()
 	st.priming = st.resumable && c.session(m, nil).ProtocolVersion() >= mcp.ProtocolVersion20251125
