@@ -27,10 +27,10 @@ type HTTPOptions struct {
 // request says which revision it uses. HTTP is an http.Handler.
 type HTTP struct {
 	HTTPOptions
-	s      *Server
-	ctx    context.Context
-	cancel context.CancelCauseFunc
-	work   sync.WaitGroup
+	s          *Server
+	ctx        context.Context
+	cancel     context.CancelCauseFunc
+	background sync.WaitGroup
 
 	mu       sync.Mutex
 	closing  bool
@@ -59,7 +59,7 @@ func (s *Server) HTTP(o HTTPOptions) *HTTP {
 	h := &HTTP{HTTPOptions: o, s: s, sessions: map[string]*conversation{}, clients: map[program]*conversation{},
 		owners: map[string]*allowance{}}
 	h.ctx, h.cancel = context.WithCancelCause(context.Background())
-	h.work.Go(h.expire)
+	h.background.Go(h.expire)
 	return h
 }
 
@@ -79,7 +79,7 @@ func (h *HTTP) Close(patience time.Duration) {
 	}
 	drains.Wait()
 	h.cancel(gone{"the server is ending"})
-	h.work.Wait()
+	h.background.Wait()
 }
 
 // conversations returns all conversations. h.mu is held.
@@ -163,7 +163,7 @@ func (h *HTTP) end(c *conversation) {
 	h.mu.Unlock()
 	c.close()
 	c.forgetStreams(0)
-	h.work.Go(func() { c.drain(0) })
+	h.background.Go(func() { c.drain(0) })
 }
 
 // ServeHTTP implements http.Handler.
@@ -213,7 +213,7 @@ func (h *HTTP) session(w http.ResponseWriter, r *http.Request, owner string) {
 		refuse(w, http.StatusBadRequest, nil, codeInvalid, "the protocol version is not known")
 		return
 	}
-	c := h.find(w, r, owner, nil)
+	c := h.sessionOf(w, r, owner, nil)
 	if c == nil {
 		return
 	}
@@ -265,8 +265,8 @@ func (h *HTTP) listenTo(c *conversation, st *stream, r *http.Request) {
 	st.end()
 }
 
-// find finds the session that a request names. A session of another owner counts as not found.
-func (h *HTTP) find(w http.ResponseWriter, r *http.Request, owner string, id json.RawMessage) *conversation {
+// sessionOf returns the session that a request names. A session of another owner counts as not found.
+func (h *HTTP) sessionOf(w http.ResponseWriter, r *http.Request, owner string, id json.RawMessage) *conversation {
 	name := r.Header.Get(mcp.HeaderSessionID)
 	if name == "" {
 		refuse(w, http.StatusBadRequest, id, codeInvalid, "the header Mcp-Session-Id is missing; initialize first")
@@ -313,7 +313,7 @@ func (h *HTTP) post(w http.ResponseWriter, r *http.Request, owner string) {
 		h.initialize(w, r, owner, m, body)
 		return
 	}
-	c := h.find(w, r, owner, m.ID)
+	c := h.sessionOf(w, r, owner, m.ID)
 	if c == nil {
 		return
 	}

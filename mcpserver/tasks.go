@@ -79,8 +79,8 @@ type tasks struct {
 	byID map[string]*task
 }
 
-// of returns the number of an owner's unfinished tasks, and the finished ones. t.mu is held.
-func (t *tasks) of(owner string) (unfinished int, finished []*task) {
+// ofOwner returns the number of an owner's unfinished tasks, and the finished ones. t.mu is held.
+func (t *tasks) ofOwner(owner string) (unfinished int, finished []*task) {
 	for _, n := range t.byID {
 		switch {
 		case n.owner != owner:
@@ -93,11 +93,11 @@ func (t *tasks) of(owner string) (unfinished int, finished []*task) {
 	return unfinished, finished
 }
 
-// room reports whether an owner may have another task.
-func (t *tasks) room(owner string) bool {
+// mayAdd reports whether an owner may have another task.
+func (t *tasks) mayAdd(owner string) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	unfinished, _ := t.of(owner)
+	unfinished, _ := t.ofOwner(owner)
 	return unfinished < maxTasks
 }
 
@@ -106,7 +106,7 @@ func (t *tasks) add(n *task) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	maps.DeleteFunc(t.byID, func(_ string, old *task) bool { return old.expired() })
-	unfinished, finished := t.of(n.owner)
+	unfinished, finished := t.ofOwner(n.owner)
 	if unfinished >= maxTasks {
 		return false
 	}
@@ -125,8 +125,8 @@ func (t *tasks) finished(n *task) {
 	n.expires = time.Now().Add(taskTTL)
 }
 
-// find finds a task of an owner. A task of another owner counts as not found.
-func (t *tasks) find(owner, id string) (*task, *Error) {
+// get returns a task of an owner. A task of another owner counts as not found.
+func (t *tasks) get(owner, id string) (*task, *Error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if n := t.byID[id]; n != nil && n.owner == owner && !n.expired() {
@@ -188,7 +188,7 @@ func (s *Server) mayBecomeTask(ctx context.Context, session *Session, m message,
 		}
 		return s.dispatch(ctx, session, m, raw)
 	}
-	if rule.AskFirst && len(m.head.InputResponses) == 0 || !s.tasks.room(session.owner) {
+	if rule.AskFirst && len(m.head.InputResponses) == 0 || !s.tasks.mayAdd(session.owner) {
 		return s.dispatch(ctx, session, m, raw)
 	}
 	now := time.Now()
@@ -208,7 +208,7 @@ func (s *Server) mayBecomeTask(ctx context.Context, session *Session, m message,
 		defer cancel(nil)
 		defer stop()
 		defer stay()
-		response = s.work(taskCtx, n, session, m, raw)
+		response = s.runTask(taskCtx, n, session, m, raw)
 		n.settle(response)
 		s.tasks.finished(n)
 		close(n.ended)
@@ -246,8 +246,8 @@ func (s *Server) mayBecomeTask(ctx context.Context, session *Session, m message,
 	return mcp.NewJSONRPCResultResponse(mcp.NewRequestId(m.ID), &result)
 }
 
-// work calls the tool, and calls it again with the answers to what it asks for.
-func (s *Server) work(ctx context.Context, n *task, session *Session, m message, raw []byte) any {
+// runTask calls the tool, and calls it again with the answers to what it asks for.
+func (s *Server) runTask(ctx context.Context, n *task, session *Session, m message, raw []byte) any {
 	call := &Session{conversation: session.conversation, client: session.client, out: n, inTask: true}
 	ctx = s.MCP.WithContext(ctx, call)
 	for {
@@ -336,7 +336,7 @@ func (s *Server) taskMethod(_ context.Context, session *Session, m message) (mcp
 	if !declaresTasks(session) {
 		return nil, errNoTasks
 	}
-	n, notFound := s.tasks.find(session.owner, m.head.TaskID)
+	n, notFound := s.tasks.get(session.owner, m.head.TaskID)
 	if notFound != nil {
 		return nil, notFound
 	}

@@ -115,7 +115,7 @@ func (a *app) exec(ctx context.Context, id string, args []string, e execution) e
 	if err != nil {
 		return err
 	}
-	b, err := a.find(ctx, id)
+	b, err := a.liveSandbox(ctx, id)
 	if err != nil {
 		return asExec(err)
 	}
@@ -128,7 +128,7 @@ func (a *app) exec(ctx context.Context, id string, args []string, e execution) e
 		return asExec(a.atTerminal(ctx, b, func(ctx context.Context, size client.Size) (*client.Session, error) {
 			cmd.Terminal = &size
 			cmd.Env["TERM"] = cmp.Or(cmd.Env["TERM"], a.getenv("TERM"), "xterm")
-			return b.at.Start(ctx, b.ID, cmd, a.again(b.ID))
+			return b.at.Start(ctx, b.ID, cmd, a.reconnector(b.ID))
 		}, e.input, true))
 	}
 	return asExec(a.piped(ctx, b, cmd))
@@ -142,7 +142,7 @@ func (e execution) command(args []string) (client.Command, error) {
 func (a *app) detached(ctx context.Context, b box, cmd client.Command) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel() // it is not followed
-	s, err := b.at.Start(ctx, b.ID, cmd, a.again(b.ID))
+	s, err := b.at.Start(ctx, b.ID, cmd, a.reconnector(b.ID))
 	if err != nil {
 		return err
 	}
@@ -162,7 +162,7 @@ func (a *app) piped(outer context.Context, b box, cmd client.Command) error {
 	defer signal.Stop(signals)
 	begun := make(chan *client.Session, 1)
 	go a.passSignals(ctx, begun, signals, cancel)
-	s, err := b.at.Start(ctx, b.ID, cmd, a.again(b.ID))
+	s, err := b.at.Start(ctx, b.ID, cmd, a.reconnector(b.ID))
 	if err != nil && ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
@@ -355,7 +355,7 @@ func (a *app) psCommand() *cobra.Command {
 			"This does not wake a paused sandbox.",
 		Example: "  soulbox ps ID\n  soulbox ps ID --all -o json",
 		RunE: func(c *cobra.Command, args []string) error {
-			b, err := a.find(c.Context(), args[0])
+			b, err := a.liveSandbox(c.Context(), args[0])
 			if err != nil {
 				return err
 			}
@@ -433,7 +433,7 @@ func (a *app) killCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			b, err := a.find(c.Context(), args[0])
+			b, err := a.liveSandbox(c.Context(), args[0])
 			if err != nil {
 				return err
 			}

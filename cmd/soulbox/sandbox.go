@@ -58,7 +58,7 @@ func (a *app) createCommand() *cobra.Command {
 			if n.TimeoutS = int64(life.Seconds()); len(n.Network.Allow) > 0 && n.Network.Mode == "" {
 				n.Network.Mode = "allowlist"
 			}
-			at, err := a.home(c.Context())
+			at, err := a.lastingServer(c.Context())
 			if err != nil {
 				return err
 			}
@@ -207,7 +207,7 @@ func (a *app) infoCommand() *cobra.Command {
 		Long:    "Describe a sandbox. One that has ended is remembered for a day.",
 		Example: "  soulbox sandbox info ID\n  soulbox sandbox info ID -o json",
 		RunE: func(c *cobra.Command, args []string) error {
-			b, err := a.remembered(c.Context(), args[0])
+			b, err := a.anySandbox(c.Context(), args[0])
 			if err != nil {
 				return err
 			}
@@ -280,7 +280,7 @@ func (a *app) each(ctx context.Context, ids []string, do func(context.Context, b
 		slots <- struct{}{}
 		all.Go(func() {
 			defer func() { <-slots }()
-			b, err := a.find(ctx, id)
+			b, err := a.liveSandbox(ctx, id)
 			if err == nil {
 				said[i], err = do(ctx, b)
 			}
@@ -356,7 +356,7 @@ func (a *app) forkCommand() *cobra.Command {
 		Long:    "Make copies of a running sandbox, each with its memory, files and processes as they are, and print their ids.",
 		Example: "  soulbox sandbox fork ID\n  soulbox sandbox fork ID --count 10 --timeout 10m",
 		RunE: func(c *cobra.Command, args []string) error {
-			b, err := a.find(c.Context(), args[0])
+			b, err := a.liveSandbox(c.Context(), args[0])
 			if err != nil {
 				return err
 			}
@@ -380,7 +380,7 @@ func (a *app) snapshotCommand() *cobra.Command {
 			"If there is a snapshot of that name, this fails, unless --replace is given; 'soulbox template delete NAME' removes it.",
 		Example: "  soulbox sandbox snapshot ID ready\n  soulbox sandbox create --template ready\n  soulbox sandbox snapshot list",
 		RunE: func(c *cobra.Command, args []string) error {
-			b, err := a.find(c.Context(), args[0])
+			b, err := a.liveSandbox(c.Context(), args[0])
 			if err != nil {
 				return err
 			}
@@ -430,7 +430,7 @@ func (a *app) extendCommand() *cobra.Command {
 			if err != nil || d < time.Second {
 				return usageError{fmt.Errorf("%q is not a time such as 90s, 30m or 2h", args[1])}
 			}
-			b, err := a.find(c.Context(), args[0])
+			b, err := a.liveSandbox(c.Context(), args[0])
 			if err != nil {
 				return err
 			}

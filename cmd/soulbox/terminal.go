@@ -37,7 +37,7 @@ shell ends.`,
 			if code, done := a.guard(); done {
 				return code
 			}
-			b, err := a.find(c.Context(), args[0])
+			b, err := a.liveSandbox(c.Context(), args[0])
 			if err != nil {
 				return err
 			}
@@ -62,7 +62,7 @@ func (a *app) shell(ctx context.Context, b box, e execution, size client.Size) (
 		cmd.Env["TERM"] = cmp.Or(cmd.Env["TERM"], a.getenv("TERM"), "xterm")
 		cmd.Terminal, cmd.Linger = &size, connectLinger
 		var start *client.StartError
-		if s, err = b.at.Start(ctx, b.ID, cmd, a.again(b.ID)); !errors.As(err, &start) {
+		if s, err = b.at.Start(ctx, b.ID, cmd, a.reconnector(b.ID)); !errors.As(err, &start) {
 			return s, err
 		}
 	}
@@ -84,7 +84,7 @@ func (a *app) attach(ctx context.Context, b box, name string) (*client.Session, 
 	if p.State != "running" {
 		return nil, fmt.Errorf("process %d has ended", p.PID)
 	}
-	return b.at.Attach(ctx, b.ID, p, max(0, p.Output-shownAgain), a.again(b.ID))
+	return b.at.Attach(ctx, b.ID, p, max(0, p.Output-shownAgain), a.reconnector(b.ID))
 }
 
 var errDetached = errors.New("detached")
@@ -431,7 +431,7 @@ func (a *app) tidyUp(told string) {
 	fmt.Fprint(a.stderr, "\x1b[?1049l\x1b[?25h\x1b[0m\r\n[soulbox was killed]\r\n") // if stderr fails, the user is gone
 	ctx, cancel := context.WithTimeout(context.Background(), killTime)
 	defer cancel()
-	b, err := a.find(ctx, id)
+	b, err := a.liveSandbox(ctx, id)
 	if err == nil {
 		err = b.at.Signal(ctx, b.ID, p, syscall.SIGKILL)
 	}
