@@ -290,10 +290,10 @@ func findAmong(ctx context.Context, all []server, id string) (found box, err err
 	return box{}, err
 }
 
-// startAfter is how long a session waits for its server to come back before it starts a new one.
+// startAfter is how long a followed process waits for its server to come back before it starts a new one.
 const startAfter = 10 * time.Second
 
-// reconnector finds a sandbox's server again for a session whose server is gone: a new server may be about to take the sandbox over.
+// reconnector finds a sandbox's server again for a process whose server is gone: a new server may be about to take the sandbox over.
 func (a *app) reconnector(id string) func(context.Context) (*client.Client, error) {
 	var gone time.Time
 	return func(ctx context.Context) (*client.Client, error) {
