@@ -117,8 +117,8 @@ func (k *Keys) Exist() bool {
 	return !errors.Is(err, fs.ErrNotExist)
 }
 
-// Admit returns the owner of a secret, and a context that ends, with ErrKey, once the key is no longer valid. Watch must be running. It takes
-// the same time for every invalid secret.
+// Admit returns the owner of a secret, and a context that ends, with ErrKey, once the key is no longer valid. Watch must be running. It
+// takes the same time for every invalid secret.
 func (k *Keys) Admit(secret string) (owner string, valid context.Context, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()

@@ -143,7 +143,7 @@ func parseEnvd(args []string, getenv func(string) string, stderr io.Writer) (c c
 	}
 	host, _, err := net.SplitHostPort(listen)
 	if ip, perr := netip.ParseAddr(host); err != nil || host != "localhost" && (perr != nil || !ip.IsLoopback()) {
-		return c, listen, name, fmt.Errorf("--listen %q is not on loopback: anyone who reaches it controls the sandbox", listen)
+		return c, listen, name, usageError{fmt.Errorf("--listen %q is not on loopback: anyone who reaches it controls the sandbox", listen)}
 	}
 	return c, listen, name, nil
 }

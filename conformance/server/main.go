@@ -1,5 +1,5 @@
-// Command server is what the official conformance suite is run against: the engine and the HTTP transport of soulbox-mcp (package mcpserver)
-// with the tools, prompts and resources that the suite asks for. It is no part of SoulBox; 'make conformance' builds and starts it.
+// Command server is what the official conformance suite is run against: the engine and the HTTP transport of soulbox-mcp (package
+// mcpserver) with the tools, prompts and resources that the suite asks for. It is not shipped; 'make conformance' builds and starts it.
 package main
 
 import (
