@@ -61,6 +61,7 @@ type task struct {
 	id, owner string
 	cancel    context.CancelCauseFunc
 	ended     chan struct{}
+	response  any // of the call, once it has ended
 
 	expires time.Time // zero while it is unfinished; guarded by tasks.mu
 
@@ -191,59 +192,73 @@ func (s *Server) mayBecomeTask(ctx context.Context, session *Session, m message,
 	if rule.AskFirst && len(m.head.InputResponses) == 0 || !s.tasks.mayAdd(session.owner) {
 		return s.dispatch(ctx, session, m, raw)
 	}
-	now := time.Now()
+	n := s.startTask(ctx, session, m, raw)
+	timer := time.NewTimer(rule.After)
+	defer timer.Stop()
+	select {
+	case <-n.ended: // it ended so soon that it need not be a task
+		return n.response
+	case <-ctx.Done():
+		return n.abort(context.Cause(ctx))
+	case <-timer.C:
+	}
+	if !s.tasks.add(n) { // too many tasks: it stays a long call
+		select {
+		case <-n.ended:
+			return n.response
+		case <-ctx.Done():
+			return n.abort(context.Cause(ctx))
+		}
+	}
+	result := n.announce()
+	s.decorate(m.Method, &result)
+	return mcp.NewJSONRPCResultResponse(mcp.NewRequestId(m.ID), &result)
+}
+
+// startTask runs a call that no longer depends on its request, and may become a task.
+func (s *Server) startTask(ctx context.Context, session *Session, m message, raw []byte) *task {
+	now := stamp(time.Now())
 	n := &task{id: randomID(), owner: session.owner, ended: make(chan struct{}), stream: session.out, info: taskInfo{
-		Status: taskWorking, CreatedAt: stamp(now), UpdatedAt: stamp(now), TTLMS: taskTTL.Milliseconds(), PollMS: taskPoll.Milliseconds()}}
+		Status: taskWorking, CreatedAt: now, UpdatedAt: now, TTLMS: taskTTL.Milliseconds(), PollMS: taskPoll.Milliseconds()}}
 	n.info.TaskID = n.id
 	taskCtx, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	n.cancel = cancel
-	stop := context.AfterFunc(session.ctx, func() { cancel(context.Cause(session.ctx)) })
-	stay := session.whenRevoked(func() { cancel(errRevoked) })
-	var response any
+	stopEnd := context.AfterFunc(session.ctx, func() { cancel(context.Cause(session.ctx)) })
+	stopRevoked := session.whenRevoked(func() { cancel(errRevoked) })
 	session.calls.Add(1)       // the call itself is counted, so drain has not returned
 	detach := session.attach() // a session with a task is not idle
 	go func() {
 		defer session.calls.Done()
 		defer detach()
 		defer cancel(nil)
-		defer stop()
-		defer stay()
-		response = s.runTask(taskCtx, n, session, m, raw)
-		n.settle(response)
+		defer stopEnd()
+		defer stopRevoked()
+		n.response = s.runTask(taskCtx, n, session, m, raw)
+		n.settle(n.response)
 		s.tasks.finished(n)
 		close(n.ended)
 	}()
-	timer := time.NewTimer(rule.After)
-	defer timer.Stop()
-	select {
-	case <-n.ended: // it ended so soon that it need not be a task
-		return response
-	case <-ctx.Done():
-		cancel(context.Cause(ctx))
-		<-n.ended
-		return response
-	case <-timer.C:
-	}
-	if !s.tasks.add(n) { // too many tasks: it stays a long call
-		select {
-		case <-n.ended:
-		case <-ctx.Done():
-			cancel(context.Cause(ctx))
-			<-n.ended
-		}
-		return response
-	}
+	return n
+}
+
+// abort cancels a call that has not become a task, and waits for its end.
+func (n *task) abort(cause error) any {
+	n.cancel(cause)
+	<-n.ended
+	return n.response
+}
+
+// announce returns the answer by which the client learns of the task. tasks/get reports what has happened since it was begun.
+func (n *task) announce() taskInfo {
 	n.telling.Lock()
 	n.mu.Lock()
 	n.announced = true
 	result := n.info
 	n.mu.Unlock()
 	n.telling.Unlock()
-	result.Status, result.InputRequests, result.Outcome, result.Error = taskWorking, nil, nil,
-		nil // tasks/get reports what has happened since
+	result.Status, result.InputRequests, result.Outcome, result.Error = taskWorking, nil, nil, nil
 	result.SetResultType("task")
-	s.decorate(m.Method, &result)
-	return mcp.NewJSONRPCResultResponse(mcp.NewRequestId(m.ID), &result)
+	return result
 }
 
 // runTask calls the tool, and calls it again with the answers to what it asks for.

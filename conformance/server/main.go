@@ -72,6 +72,7 @@ func newServer() *mcpserver.Server {
 	f.questions(m)
 	f.schemas(m)
 	f.inputs(m)
+	f.rounds(m)
 	f.tasks(m)
 	f.prompts(m)
 	f.server = mcpserver.New(mcpserver.Options{MCP: m, Name: "soulbox-conformance", Version: "1", Resources: resources{},

@@ -127,9 +127,11 @@ func (f *fixtures) check(state, text string) error {
 	return nil
 }
 
-// inputs adds tools of multi round-trip requests (SEP-2322).
+// prefix begins the names of the tools of multi round-trip requests (SEP-2322).
+const prefix = "test_input_required_result_"
+
+// inputs adds tools that need one answer of their client.
 func (f *fixtures) inputs(m *server.MCPServer) {
-	const prefix = "test_input_required_result_"
 	addTool(m, prefix+"elicitation", func(_ context.Context, r callRequest) (*callResult, error) {
 		return elicit(r, "user_name", "", "What is your name?", object("name", "string"),
 			func(c any) (*callResult, error) { return says("Hello, " + field(c, "name") + "!"), nil })
@@ -153,6 +155,10 @@ func (f *fixtures) inputs(m *server.MCPServer) {
 				func(any) (*callResult, error) { return says("state-ok"), f.check(r.Params.RequestState, name) })
 		})
 	}
+}
+
+// rounds adds tools that need several answers, at once or one after the other.
+func (f *fixtures) rounds(m *server.MCPServer) {
 	addTool(m, prefix+"multiple_inputs", func(_ context.Context, r callRequest) (*callResult, error) {
 		in := r.Params.InputResponses
 		name, greeting, roots := server.ElicitationResponse(in, "user_name"), server.SamplingResponse(in, "greeting"),
