@@ -45,7 +45,8 @@ golden: build
 	@if [ "$$(id -u)" = 0 ] && command -v buildah >/dev/null; then UPDATE_GOLDEN=1 $(GO) test ./template -run '^TestConformance$$' -count=1 -timeout 30m; \
 	else echo "what buildah makes of Dockerfiles is recorded as root only, with Debian's buildah and crun"; fi
 
-# The official MCP conformance suite, the Inspector, the TypeScript SDKs and E2B's SDK, from npm, against the real program.
+# The official MCP conformance suite, the Inspector, the TypeScript SDKs and E2B's SDK, from npm, against the real program, and the suite's parts
+# that need tools of their own against conformance/server.
 conformance: build
 	@command -v npm >/dev/null || { echo "npm is missing: apt-get install npm"; exit 1; }
 	timeout 1500 conformance/run.sh

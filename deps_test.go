@@ -50,7 +50,8 @@ var mayImport = map[string][]string{
 	"api/envd/spec/filesystem/filesystemconnect": {"api/envd/spec/filesystem"},
 	"cmd/soulbox-mcp": {"access", "agent", "sandbox", "gvisor", "template", "mcpserver", "tools", "resources",
 		"api", "api/envd", "api/client", "internal/durable"},
-	"cmd/soulbox": {"api/client", "internal/loopback", "internal/names", "internal/durable"},
+	"conformance/server": {"mcpserver"},
+	"cmd/soulbox":        {"api/client", "internal/loopback", "internal/names", "internal/durable"},
 }
 
 // testsMayImport adds to mayImport for tests: a runtime is tested with the domain above it and a template below.
@@ -68,7 +69,7 @@ var testsMayImport = map[string][]string{
 
 // onlyIn says which packages may import a library. Libraries not named here are free to all packages but the agent.
 var onlyIn = map[string][]string{
-	"github.com/mark3labs/mcp-go":            {"tools", "resources", "mcpserver", "cmd/soulbox-mcp"},
+	"github.com/mark3labs/mcp-go":            {"tools", "resources", "mcpserver", "cmd/soulbox-mcp", "conformance/server"},
 	"github.com/opencontainers/runtime-spec": {"gvisor", "template"},
 	"github.com/opencontainers/image-spec":   {"gvisor", "template"},
 	"gvisor.dev/gvisor":                      {"gvisor"},

@@ -117,19 +117,12 @@ func (k *Keys) Exist() bool {
 	return !errors.Is(err, fs.ErrNotExist)
 }
 
-// Owner returns the owner of a secret. It takes the same time for every invalid secret.
-func (k *Keys) Owner(secret string) (string, error) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	key, err := k.find(secret)
-	return key.Owner, err
-}
-
-// Admit is Owner with a context that ends, with ErrKey, once the key is no longer valid. Watch must be running.
+// Admit returns the owner of a secret, and a context that ends, with ErrKey, once the key is no longer valid. Watch must be running. It
+// takes the same time for every invalid secret.
 func (k *Keys) Admit(secret string) (owner string, valid context.Context, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	key, err := k.find(secret)
+	key, err := k.validKey(secret)
 	if err != nil {
 		return "", nil, err
 	}
@@ -149,8 +142,8 @@ func (k *Keys) OwnerValid(owner string) (valid context.Context, err error) {
 	return lifeOf(&k.owners, owner), nil
 }
 
-// find returns the valid key of a secret. k.mu is held.
-func (k *Keys) find(secret string) (Key, error) {
+// validKey returns the valid key of a secret. k.mu is held.
+func (k *Keys) validKey(secret string) (Key, error) {
 	if err := k.look(); err != nil {
 		return Key{}, err
 	}

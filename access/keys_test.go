@@ -19,18 +19,18 @@ import (
 func TestKeys(t *testing.T) {
 	dir := t.TempDir()
 	mine, server := &access.Keys{Dir: dir}, &access.Keys{Dir: dir} // two processes
-	if _, err := server.Owner("e2b_" + strings.Repeat("0", 40)); !errors.Is(err, access.ErrKey) {
+	if _, _, err := server.Admit("e2b_" + strings.Repeat("0", 40)); !errors.Is(err, access.ErrKey) {
 		t.Fatal(err)
 	}
 	secret, key, err := mine.Create("ann@example.com", 0)
 	if err != nil || !regexp.MustCompile(`^e2b_[0-9a-f]{40}$`).MatchString(secret) {
 		t.Fatal(secret, err)
 	}
-	if owner, err := server.Owner(secret); owner != "ann@example.com" || err != nil {
+	if owner, _, err := server.Admit(secret); owner != "ann@example.com" || err != nil {
 		t.Fatal(owner, err)
 	}
 	for _, wrong := range []string{"", secret[:43], secret + "0", strings.ToUpper(secret), key.Hash, key.ID} {
-		if _, err := server.Owner(wrong); !errors.Is(err, access.ErrKey) {
+		if _, _, err := server.Admit(wrong); !errors.Is(err, access.ErrKey) {
 			t.Errorf("%q: %v", wrong, err)
 		}
 	}
@@ -44,7 +44,7 @@ func TestKeys(t *testing.T) {
 	if err := mine.Revoke(key.ID); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := server.Owner(secret); !errors.Is(err, access.ErrKey) {
+	if _, _, err := server.Admit(secret); !errors.Is(err, access.ErrKey) {
 		t.Fatal("a revoked key admits", err)
 	}
 	if all, err := server.List(); err != nil || len(all) != 1 {
@@ -57,7 +57,7 @@ func TestKeys(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := server.Owner(brief); !errors.Is(err, access.ErrKey) {
+	if _, _, err := server.Admit(brief); !errors.Is(err, access.ErrKey) {
 		t.Fatal("an expired key admits", err)
 	}
 	for _, owner := range []string{"", "a b", "-x", "../x", strings.Repeat("a", 65), "a\nb"} {
@@ -107,7 +107,7 @@ func TestKeysFileIsThere(t *testing.T) {
 		if !keys.Exist() {
 			t.Errorf("%s: no keys are needed", name)
 		}
-		if owner, err := keys.Owner("e2b_" + strings.Repeat("0", 40)); err == nil {
+		if owner, _, err := keys.Admit("e2b_" + strings.Repeat("0", 40)); err == nil {
 			t.Errorf("%s: it admits %q", name, owner)
 		}
 	}

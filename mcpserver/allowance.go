@@ -22,7 +22,7 @@ type allowance struct {
 func (h *HTTP) allowance(owner string) *allowance {
 	a := h.owners[owner]
 	if a == nil {
-		a = &allowance{rate: rate.NewLimiter(rate.Limit(h.Rate), h.Burst)}
+		a = &allowance{rate: rate.NewLimiter(rate.Limit(h.Rate), max(leastBurst, int(h.Rate)))}
 		h.owners[owner] = a
 	}
 	return a
@@ -37,13 +37,13 @@ func (h *HTTP) MayAsk(owner string) bool {
 
 // MayRead reserves room for a body, whose size may be unknown (-1). The caller must call done.
 func (h *HTTP) MayRead(owner string, size int64) (done func(), ok bool) {
-	if size < 0 || size > h.MaxBody {
-		size = h.MaxBody
+	if size < 0 || size > maxBody {
+		size = maxBody
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	a := h.allowance(owner)
-	if a.reading+size > h.MaxReading || h.all.reading+size > 4*h.MaxReading {
+	if a.reading+size > maxReading || h.all.reading+size > 4*maxReading {
 		return nil, false
 	}
 	a.reading += size
@@ -61,7 +61,7 @@ func (h *HTTP) take(owner string) (done func(), ok bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	a := h.allowance(owner)
-	if a.inflight >= h.InFlight {
+	if a.inflight >= h.inFlight {
 		return nil, false
 	}
 	a.inflight++

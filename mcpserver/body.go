@@ -25,13 +25,13 @@ func (h *HTTP) read(w http.ResponseWriter, r *http.Request, owner string) (m mes
 		tooMany(w, nil)
 		return m, nil, false
 	}
-	body, err := io.ReadAll(http.MaxBytesReader(w, moving{r.Body, http.NewResponseController(w), time.Now().Add(readTime)}, h.MaxBody))
+	body, err := io.ReadAll(http.MaxBytesReader(w, moving{r.Body, http.NewResponseController(w), time.Now().Add(readTime)}, maxBody))
 	done()
 	_ = http.NewResponseController(w).SetReadDeadline(time.Time{}) // only a ResponseWriter of a test has no deadline
 	var tooLarge *http.MaxBytesError
 	if errors.As(err, &tooLarge) {
 		refuse(w, http.StatusRequestEntityTooLarge, nil, codeInvalid,
-			fmt.Sprintf("the message is longer than %d bytes; send large content in parts", h.MaxBody))
+			fmt.Sprintf("the message is longer than %d bytes; send large content in parts", maxBody))
 		return m, nil, false
 	}
 	if err != nil {

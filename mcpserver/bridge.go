@@ -25,12 +25,12 @@ import (
 // the connection broke, it is sent again; if it had, its answer is asked for again under its call id, which our server remembers. If the
 // server no longer knows the session, a new one is begun. Zero values mean the documented defaults.
 type Bridge struct {
-	URL      string        // of the endpoint; required
-	Key      string        // sent as bearer token; "" sends none
-	NewKey   string        // says how to get and set a key, in the error of a refused request; "" says nothing
-	Log      *slog.Logger  // default discards
-	Patience time.Duration // how long to wait for a server that is away; default 2 min
-	MaxLine  int           // bytes of one message; default 4 MiB
+	URL    string       // of the endpoint; required
+	Key    string       // sent as bearer token; "" sends none
+	NewKey string       // says how to get and set a key, in the error of a refused request; "" says nothing
+	Log    *slog.Logger // default discards
+
+	patience time.Duration // how long to wait for a server that is away
 }
 
 // headerCall names a call, so that a client whose connection broke gets the answer instead of calling twice.
@@ -67,7 +67,7 @@ type bridge struct {
 
 // Serve passes messages on until in or ctx ends. Only a failing pipe is an error.
 func (b Bridge) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
-	b.MaxLine, b.Patience = cmp.Or(b.MaxLine, 4<<20), cmp.Or(b.Patience, 2*time.Minute)
+	b.patience = cmp.Or(b.patience, 2*time.Minute)
 	if b.Log == nil {
 		b.Log = slog.New(slog.DiscardHandler)
 	}
@@ -156,9 +156,9 @@ func (l *bridge) end(cancel context.CancelFunc, givenUp context.Context) {
 func (l *bridge) read(in io.Reader) error {
 	r := bufio.NewReaderSize(in, 64<<10)
 	for {
-		line, tooLong, err := readLine(r, l.MaxLine)
+		line, tooLong, err := readLine(r, maxMessage)
 		if tooLong {
-			l.fail(nil, codeInvalid, fmt.Sprintf("the message is longer than %d bytes; send large content in parts", l.MaxLine))
+			l.fail(nil, codeInvalid, fmt.Sprintf("the message is longer than %d bytes; send large content in parts", maxMessage))
 		} else if line = bytes.TrimSpace(line); len(line) > 0 {
 			l.handle(line)
 		}
@@ -276,7 +276,7 @@ func (l *bridge) send(m message, line []byte) {
 // server which no longer knows it is not sent again.
 func (l *bridge) call(ctx context.Context, m message, line []byte) {
 	id, lastEvent, sent := randomID(), "", false
-	patience := l.Patience
+	patience := l.patience
 	if m.Method == "initialize" {
 		patience = min(patience, helloTime)
 	}

@@ -85,7 +85,8 @@ func newBridge(t *testing.T, s *site, change func(*mcpserver.Bridge)) *bridged {
 	p := &proxy{Listener: l, to: s.Listener.Addr().String(), conns: map[net.Conn]bool{}}
 	go p.serve()
 	t.Cleanup(func() { _ = l.Close(); p.breakAll() })
-	b := mcpserver.Bridge{URL: "http://" + l.Addr().String(), Patience: time.Minute}
+	b := mcpserver.Bridge{URL: "http://" + l.Addr().String()}
+	b.SetPatience(time.Minute)
 	if change != nil {
 		change(&b)
 	}
@@ -253,7 +254,7 @@ func TestBridgeRefused(t *testing.T) {
 		strings.Contains(r.Error.Message, "wrong") {
 		t.Errorf("%+v", r)
 	}
-	if r := ask(func(b *mcpserver.Bridge) { b.URL, b.Patience = "http://127.0.0.1:1", time.Millisecond }); r.Error == nil ||
+	if r := ask(func(b *mcpserver.Bridge) { b.URL = "http://127.0.0.1:1"; b.SetPatience(time.Millisecond) }); r.Error == nil ||
 		!strings.Contains(r.Error.Message, "not there") {
 		t.Errorf("%+v", r)
 	}

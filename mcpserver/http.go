@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
-	"errors"
 	"net/http"
 	"strings"
 	"sync"
@@ -16,24 +15,21 @@ import (
 // HTTPOptions configures the HTTP transport; zero values mean the documented defaults.
 type HTTPOptions struct {
 	Access      Access
-	MaxBody     int64         // bytes of a request; default 4 MiB
 	SessionIdle time.Duration // after which an unused session ends; default 30 min
-	Beat        time.Duration // between two keep-alives on a stream; default 15 s
-	MaxSessions int           // per owner, and four times as many in all; default 2,500
-	MaxReading  int64         // bytes of bodies being read, per owner, and four times as many in all; default 64 MiB
 	Rate        float64       // requests per second and owner; default 200
-	Burst       int           // requests of one owner at once beyond Rate; default 1000
-	InFlight    int           // concurrent calls of one owner in all its sessions; default 1024
+
+	beat     time.Duration // between two keep-alives on a stream
+	inFlight int           // concurrent calls of one owner in all its sessions
 }
 
 // HTTP is one endpoint for all revisions of MCP: those with sessions (2024-11-05 to 2025-11-25) and the stateless one (2026-07-28). Each
 // request says which revision it uses. HTTP is an http.Handler.
 type HTTP struct {
 	HTTPOptions
-	s      *Server
-	ctx    context.Context
-	cancel context.CancelCauseFunc
-	work   sync.WaitGroup
+	s          *Server
+	ctx        context.Context
+	cancel     context.CancelCauseFunc
+	background sync.WaitGroup
 
 	mu       sync.Mutex
 	closing  bool
@@ -47,20 +43,22 @@ type HTTP struct {
 type program struct{ owner, name string }
 
 const (
-	maxPrograms = 100     // stateless clients of one owner that are told apart by name; all others count as one
-	maxOwnKept  = 8 << 20 // bytes kept for one owner
+	maxBody     = maxMessage
+	maxSessions = 2500     // per owner, and four times as many in all
+	maxReading  = 64 << 20 // bytes of bodies being read, per owner, and four times as many in all
+	leastBurst  = 1000     // requests of one owner at once beyond its rate
+	maxPrograms = 100      // stateless clients of one owner that are told apart by name; all others count as one
+	maxOwnKept  = 8 << 20  // bytes kept for one owner
 )
 
 // HTTP makes the HTTP transport. The caller must call Close.
 func (s *Server) HTTP(o HTTPOptions) *HTTP {
-	o.MaxBody, o.SessionIdle, o.MaxSessions = cmp.Or(o.MaxBody, 4<<20), cmp.Or(o.SessionIdle, 30*time.Minute), cmp.Or(o.MaxSessions, 2500)
-	o.MaxReading = cmp.Or(o.MaxReading, 64<<20)
-	o.Beat = cmp.Or(o.Beat, 15*time.Second)
-	o.Rate, o.Burst, o.InFlight = cmp.Or(o.Rate, 200), cmp.Or(o.Burst, max(1000, int(o.Rate))), cmp.Or(o.InFlight, 1024)
+	o.SessionIdle, o.Rate = cmp.Or(o.SessionIdle, 30*time.Minute), cmp.Or(o.Rate, 200)
+	o.beat, o.inFlight = cmp.Or(o.beat, 15*time.Second), cmp.Or(o.inFlight, 1024)
 	h := &HTTP{HTTPOptions: o, s: s, sessions: map[string]*conversation{}, clients: map[program]*conversation{},
 		owners: map[string]*allowance{}}
 	h.ctx, h.cancel = context.WithCancelCause(context.Background())
-	h.work.Go(h.expire)
+	h.background.Go(h.expire)
 	return h
 }
 
@@ -80,7 +78,7 @@ func (h *HTTP) Close(patience time.Duration) {
 	}
 	drains.Wait()
 	h.cancel(gone{"the server is ending"})
-	h.work.Wait()
+	h.background.Wait()
 }
 
 // conversations returns all conversations. h.mu is held.
@@ -164,7 +162,7 @@ func (h *HTTP) end(c *conversation) {
 	h.mu.Unlock()
 	c.close()
 	c.forgetStreams(0)
-	h.work.Go(func() { c.drain(0) })
+	h.background.Go(func() { c.drain(0) })
 }
 
 // ServeHTTP implements http.Handler.
@@ -214,7 +212,7 @@ func (h *HTTP) session(w http.ResponseWriter, r *http.Request, owner string) {
 		refuse(w, http.StatusBadRequest, nil, codeInvalid, "the protocol version is not known")
 		return
 	}
-	c := h.find(w, r, owner, nil)
+	c := h.sessionOf(w, r, owner, nil)
 	if c == nil {
 		return
 	}
@@ -238,7 +236,7 @@ func (h *HTTP) session(w http.ResponseWriter, r *http.Request, owner string) {
 		old.wait(r.Context())
 		return
 	}
-	h.listenTo(c, newStream(w, r, h.Beat), r)
+	h.listenTo(c, newStream(w, r, h.beat), r)
 }
 
 // listenTo sends a session's notifications that belong to no call. The latest listener gets them.
@@ -266,8 +264,8 @@ func (h *HTTP) listenTo(c *conversation, st *stream, r *http.Request) {
 	st.end()
 }
 
-// find finds the session that a request names. A session of another owner counts as not found.
-func (h *HTTP) find(w http.ResponseWriter, r *http.Request, owner string, id json.RawMessage) *conversation {
+// sessionOf returns the session that a request names. A session of another owner counts as not found.
+func (h *HTTP) sessionOf(w http.ResponseWriter, r *http.Request, owner string, id json.RawMessage) *conversation {
 	name := r.Header.Get(mcp.HeaderSessionID)
 	if name == "" {
 		refuse(w, http.StatusBadRequest, id, codeInvalid, "the header Mcp-Session-Id is missing; initialize first")
@@ -314,7 +312,7 @@ func (h *HTTP) post(w http.ResponseWriter, r *http.Request, owner string) {
 		h.initialize(w, r, owner, m, body)
 		return
 	}
-	c := h.find(w, r, owner, m.ID)
+	c := h.sessionOf(w, r, owner, m.ID)
 	if c == nil {
 		return
 	}
@@ -337,11 +335,11 @@ func (h *HTTP) post(w http.ResponseWriter, r *http.Request, owner string) {
 
 // initialize begins a session.
 func (h *HTTP) initialize(w http.ResponseWriter, r *http.Request, owner string, m message, body []byte) {
-	c := newConversation(h.ctx, owner, h.s.Parallel)
+	c := newConversation(h.ctx, owner, h.s.parallel)
 	c.takeHandle(r)
 	h.mu.Lock()
 	a := h.allowance(owner)
-	full := h.closing || a.sessions >= h.MaxSessions || h.all.sessions >= 4*h.MaxSessions
+	full := h.closing || a.sessions >= maxSessions || h.all.sessions >= 4*maxSessions
 	if !full {
 		h.sessions[c.id] = c
 		a.sessions++
@@ -379,150 +377,9 @@ func (h *HTTP) client(owner string, m message) *conversation {
 	}
 	c := h.clients[key]
 	if c == nil && !h.closing {
-		c = newConversation(h.ctx, owner, h.s.Parallel)
+		c = newConversation(h.ctx, owner, h.s.parallel)
 		h.clients[key] = c
 		a.programs++
 	}
 	return c
-}
-
-// call runs a request and answers it. A client with a session may leave and come back for the answer; a stateless client cancels by
-// leaving.
-func (h *HTTP) call(w http.ResponseWriter, r *http.Request, c *conversation, m message, body []byte) {
-	defer c.attach()()
-	again := ""
-	if !m.modern() {
-		again = r.Header.Get(headerCall)
-		if st := c.findCall(again); st != nil { // made before; its client did not get the answer
-			st.resume(w, 0)
-			st.wait(r.Context())
-			return
-		}
-	}
-	done, ok := h.take(c.owner)
-	if !ok {
-		tooMany(w, m.ID)
-		return
-	}
-	inner := m
-	if m.modern() { // clients choose ids, so two instances of a program may use the same one at once
-		inner.ID = json.RawMessage(`"` + randomID() + `"`)
-	}
-	f, refusal := c.begin(inner, len(body), h.s.Pending)
-	if refusal != nil {
-		done()
-		refuseWith(w, http.StatusOK, m.ID, refusal)
-		return
-	}
-	st := h.newCallStream(w, r, c, m, again, f)
-	session := c.session(m, st)
-	session.until = h.Access.until(r)
-	go func() {
-		defer done()
-		defer session.whenRevoked(func() { f.cancel(errRevoked) })()
-		h.answer(f, session, m, body, st)
-	}()
-	st.wait(r.Context())
-	if m.modern() && r.Context().Err() != nil {
-		if session.until.Err() != nil {
-			f.cancel(errRevoked)
-		}
-		f.cancel(ErrCancelled)
-	}
-}
-
-// newCallStream makes the stream of a call; again is the name by which the client may ask for it again.
-func (h *HTTP) newCallStream(w http.ResponseWriter, r *http.Request, c *conversation, m message, again string, f *flight) *stream {
-	st := newStream(w, r, h.Beat)
-	st.mu.Lock()
-	st.resumable = !m.modern()
-	st.priming = st.resumable && c.session(m, nil).ProtocolVersion() >= mcp.ProtocolVersion20251125
-	h.mu.Lock()
-	kept := &h.allowance(c.owner).kept
-	h.mu.Unlock()
-	st.kept = kept
-	if !m.modern() {
-		st.handle = c.session(m, nil).Handle
-	}
-	if kept.Load() > maxOwnKept { // the new answer is kept whatever its size, so older ones must go
-		c.forgetStreams(keptTime / 20)
-	}
-	if st.call = again; st.call != "" && st.events {
-		c.remember(st)
-	} else if st.resumable && st.events {
-		st.opened = func() { c.remember(st) }
-	}
-	if m.Method == methodListen {
-		st.allowed, st.refused = func() bool { return h.Access.still(r) }, func() { f.cancel(errRevoked) }
-	}
-	st.mu.Unlock()
-	return st
-}
-
-// answer runs a request and writes the answer.
-func (h *HTTP) answer(f *flight, session *Session, m message, body []byte, st *stream) {
-	answered := false
-	h.s.run(f, session, m, body, func(response any) {
-		answered = true
-		if err := st.finish(statusOf(m, response), response); errors.Is(err, errEncode) {
-			h.s.Log.Error("encode response", "method", m.Method, "error", err)
-			_ = st.finish(http.StatusOK, failure(m.ID, &Error{Code: codeInternal, Message: "the answer could not be encoded"}))
-		}
-	})
-	if !answered { // cancelled: the stream ends without an answer
-		st.mu.Lock()
-		st.open()
-		st.end()
-		st.mu.Unlock()
-	}
-	if session.over() { // no client can come back any more
-		st.forget()
-	}
-}
-
-// checkHeaders checks that a request's headers say the same as its body, as 2026-07-28 demands.
-func (h *HTTP) checkHeaders(r *http.Request, m message) *Error {
-	header, meta := r.Header.Get(mcp.HeaderProtocolVersion), m.head.Meta.Version
-	mismatch := func(text string) *Error { return &Error{Code: mcp.HEADER_MISMATCH, Message: text} }
-	switch {
-	case !m.isRequest():
-		return nil
-	case header == "":
-		return mismatch("the header MCP-Protocol-Version is missing")
-	case meta == "":
-		return &Error{Code: codeParams, Message: "missing or invalid _meta field " + mcp.MetaKeyProtocolVersion}
-	case header != meta:
-		return mismatch("the header MCP-Protocol-Version differs from the version in the message")
-	}
-	if e := checkModern(m); e != nil {
-		return e
-	}
-	if err := mcp.ValidateStandardHeaders(r.Header.Get, meta, mcp.MCPMethod(m.Method), m.Params); err != nil {
-		return mismatch(err.Error())
-	}
-	if m.Method == methodTasksGet || m.Method == methodTasksUpdate || m.Method == methodTasksCancel {
-		if name, ok := mcp.DecodeHeaderValue(r.Header.Get(mcp.HeaderName)); !ok || name != m.head.TaskID {
-			return mismatch("the header Mcp-Name does not name the task of the message")
-		}
-	}
-	if m.tool() == "" {
-		return nil
-	}
-	if tool := h.s.MCP.GetTool(m.tool()); tool != nil {
-		if err := mcp.ValidateParamHeadersLookup(lookup(r.Header), &tool.Tool, m.Params); err != nil {
-			return mismatch(err.Error())
-		}
-	}
-	return nil
-}
-
-// lookup tells an empty header from a missing one.
-func lookup(h http.Header) func(string) (string, bool) {
-	return func(name string) (string, bool) {
-		values := h.Values(name)
-		if len(values) == 0 {
-			return "", false
-		}
-		return values[0], true
-	}
 }

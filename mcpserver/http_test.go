@@ -109,7 +109,7 @@ func newSite(t *testing.T, change func(*mcpserver.HTTPOptions)) *site {
 	s := &site{started: make(chan string, 1000), ended: make(chan error, 1000)}
 	s.mcp = mcpserver.New(mcpserver.Options{MCP: newTools(s), Resources: watched{s}, Name: "test",
 		Tasks: map[string]mcpserver.TaskRule{"slow": {After: 20 * time.Millisecond}}})
-	o := mcpserver.HTTPOptions{Rate: 1e6, Burst: 1e6}
+	o := mcpserver.HTTPOptions{Rate: 1e6}
 	if change != nil {
 		change(&o)
 	}
@@ -356,7 +356,7 @@ func TestComingBack(t *testing.T) {
 // TestKeepAlive: the stream of a slow answer carries keep-alives.
 func TestKeepAlive(t *testing.T) {
 	eras(t, func(t *testing.T, modern bool) {
-		s := newSite(t, func(o *mcpserver.HTTPOptions) { o.Beat = 30 * time.Millisecond })
+		s := newSite(t, func(o *mcpserver.HTTPOptions) { o.SetBeat(30 * time.Millisecond) })
 		a, err := s.client(modern).Open(t).Call(t.Context(), "slow", map[string]any{"ms": 200})
 		if err != nil || a.Text() != "done" || !strings.HasPrefix(a.Header.Get("Content-Type"), "text/event-stream") ||
 			a.Header.Get("X-Accel-Buffering") != "no" {
@@ -481,7 +481,7 @@ func TestBadHTTP(t *testing.T) {
 func TestHTTPOwners(t *testing.T) {
 	var revoked atomic.Bool
 	s := newSite(t, func(o *mcpserver.HTTPOptions) {
-		o.Beat = 15 * time.Millisecond
+		o.SetBeat(15 * time.Millisecond)
 		o.Access.Required = func() bool { return true }
 		o.Access.Authenticate = func(_ context.Context, token string) (string, error) {
 			if token == "key-ann" && !revoked.Load() || token == "key-bob" {
@@ -523,7 +523,8 @@ func TestHTTPOwners(t *testing.T) {
 // TestLimits: an owner that asks for too much gets an error, and others are not disturbed.
 func TestLimits(t *testing.T) {
 	s := newSite(t, func(o *mcpserver.HTTPOptions) {
-		o.InFlight, o.Rate, o.Burst = 2, 1, 100
+		o.Rate = 1
+		o.SetInFlight(2)
 		o.Access.Authenticate = func(_ context.Context, token string) (string, error) { return token, nil }
 	})
 	ann, bob := s.client(true), s.client(true)
@@ -541,7 +542,7 @@ func TestLimits(t *testing.T) {
 	if a, err := bob.Call(t.Context(), "echo", map[string]any{"text": "hi"}); err != nil || a.Text() != "hi" {
 		t.Fatal(a, err)
 	}
-	for range 200 {
+	for range 1100 {
 		if a, err = bob.Call(t.Context(), "echo", nil); err != nil {
 			t.Fatal(err)
 		}

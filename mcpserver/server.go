@@ -32,12 +32,13 @@ type Options struct {
 	Resources Resources           // nil: none
 	Tasks     map[string]TaskRule // tools that may run as tasks, by name
 	Log       *slog.Logger        // default discards
-	Parallel  int                 // calls of one conversation that run at once; more wait; default 64
-	Pending   int                 // calls of one conversation that run or wait; more are refused; default 4096
 	// Observe is called for every answered request with its tool, if it called one, and its outcome. It must not block.
 	Observe func(method, tool, outcome string, took time.Duration)
 
 	Name, Version string // what the server calls itself in answers that mcp-go does not make
+
+	parallel int // calls of one conversation that run at once; more wait
+	pending  int // calls of one conversation that run or wait; more are refused
 }
 
 // Server answers MCP requests of any number of conversations, on any transport. It is safe for concurrent use.
@@ -51,7 +52,7 @@ type Server struct {
 
 // New makes a server. It adds middleware to o.MCP that lets tools and prompts answer with an *Error.
 func New(o Options) *Server {
-	o.Parallel, o.Pending = cmp.Or(o.Parallel, 64), cmp.Or(o.Pending, 4096)
+	o.parallel, o.pending = cmp.Or(o.parallel, 64), cmp.Or(o.pending, 4096)
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}

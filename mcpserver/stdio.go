@@ -14,12 +14,14 @@ import (
 	"github.com/mark3labs/mcp-go/mcp"
 )
 
-// Stdio serves one client on a pair of pipes; zero values mean the documented defaults.
+// maxMessage bounds the bytes of one message.
+const maxMessage = 4 << 20
+
+// Stdio serves one client on a pair of pipes.
 type Stdio struct {
-	Server  *Server // required
-	MaxLine int     // bytes of one message; default 4 MiB
-	// Drain is how long calls may keep running once the client has closed its end; then they are asked to yield. Default 10 s.
-	Drain time.Duration
+	Server *Server // required
+
+	drain time.Duration // how long calls may keep running once the client has closed its end; then they are asked to yield
 }
 
 // loop is one conversation over pipes.
@@ -32,8 +34,8 @@ type loop struct {
 // Serve reads from in until its end or the end of ctx, answers every request, and returns. An invalid message gets an error answer and ends
 // nothing. Only a failing pipe is an error.
 func (s Stdio) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
-	s.MaxLine, s.Drain = cmp.Or(s.MaxLine, 4<<20), cmp.Or(s.Drain, 10*time.Second)
-	l := &loop{Stdio: s, c: newConversation(context.WithoutCancel(ctx), "", s.Server.Parallel), out: &writer{w: out}}
+	s.drain = cmp.Or(s.drain, 10*time.Second)
+	l := &loop{Stdio: s, c: newConversation(context.WithoutCancel(ctx), "", s.Server.parallel), out: &writer{w: out}}
 	defer l.c.cancel(gone{"the conversation has ended"})
 	defer s.Server.follow(l.c.feed, subscription{by: &l.c.client})()
 	go func() {
@@ -46,7 +48,7 @@ func (s Stdio) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 	over, stop := context.WithCancel(context.Background())
 	defer stop()
 	givenUp := l.out.watch(over, in)
-	patience := s.Drain
+	patience := s.drain
 	var err error
 	select {
 	case err = <-ended:
@@ -69,10 +71,10 @@ func (s Stdio) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 func (l *loop) read(in io.Reader) error {
 	r := bufio.NewReaderSize(in, 64<<10)
 	for {
-		line, tooLong, err := readLine(r, l.MaxLine)
+		line, tooLong, err := readLine(r, maxMessage)
 		if tooLong {
 			l.respond(failure(nil, &Error{Code: codeInvalid,
-				Message: fmt.Sprintf("the message is longer than %d bytes; send large content in parts", l.MaxLine)}))
+				Message: fmt.Sprintf("the message is longer than %d bytes; send large content in parts", maxMessage)}))
 		} else if line = bytes.TrimSpace(line); len(line) > 0 {
 			l.handle(line)
 		}
@@ -119,7 +121,7 @@ func (l *loop) handle(line []byte) {
 	case !m.isRequest(): // mcp-go needs notifications in order
 		l.Server.dispatch(l.Server.MCP.WithContext(l.c.ctx, session), session, m, line)
 	default:
-		f, refusal := l.c.begin(m, len(line), l.Server.Pending)
+		f, refusal := l.c.begin(m, len(line), l.Server.pending)
 		switch {
 		case refusal != nil && l.c.over(): // the conversation is over; what comes now is ignored
 		case refusal != nil:

@@ -52,7 +52,7 @@ func newServer(started chan<- string, ended chan<- error, limits ...int) *mcpser
 	m.AddTool(mcp.NewTool("panic"), func(context.Context, mcp.CallToolRequest) (*mcp.CallToolResult, error) { panic("oh") })
 	o := mcpserver.Options{MCP: m}
 	if len(limits) > 0 {
-		o.Parallel, o.Pending = limits[0], limits[1]
+		o.SetCalls(limits[0], limits[1])
 	}
 	return mcpserver.New(o)
 }
@@ -267,7 +267,7 @@ func TestEndOfInputDrains(t *testing.T) {
 // TestEndOfInputYields: at the end of stdin a long call is asked to yield, not cancelled, and its answer is sent.
 func TestEndOfInputYields(t *testing.T) {
 	started, ended := make(chan string, 1), make(chan error, 1)
-	c := connect(t, mcpserver.Stdio{Server: newServer(started, ended), Drain: 10 * time.Millisecond})
+	c := connect(t, mcpserver.Stdio{Server: newServer(started, ended)}.WithDrain(10*time.Millisecond))
 	c.call(1, "block", "{}")
 	<-started
 	if rest := c.end(); len(rest) != 1 || rest[0].Result.Content[0].Text != "yielded" {
@@ -317,7 +317,7 @@ func TestSignalEndsServing(t *testing.T) {
 
 // TestBadInput: each bad message gets one error, and the server continues.
 func TestBadInput(t *testing.T) {
-	c := connect(t, mcpserver.Stdio{Server: newServer(nil, nil), MaxLine: 10_000})
+	c := connect(t, mcpserver.Stdio{Server: newServer(nil, nil)})
 	for name, test := range map[string]struct {
 		line string
 		code int
@@ -331,7 +331,7 @@ func TestBadInput(t *testing.T) {
 		"another RPC":  {`{"jsonrpc":"1.0","id":1,"method":"ping"}`, -32600},
 		"deep": {`{"jsonrpc":"2.0","id":1,"method":"ping","params":` + strings.Repeat("[", 100) + strings.Repeat("]", 100) + `}`,
 			-32600},
-		"long":           {`{"jsonrpc":"2.0","id":1,"method":"ping","params":"` + strings.Repeat("x", 20_000) + `"}`, -32600},
+		"long":           {`{"jsonrpc":"2.0","id":1,"method":"ping","params":"` + strings.Repeat("x", mcpserver.MaxMessage) + `"}`, -32600},
 		"a wrong type":   {`{"jsonrpc":"2.0","id":1,"method":5}`, -32600},
 		"no such method": {`{"jsonrpc":"2.0","id":1,"method":"no/such"}`, -32601},
 		"no such tool":   {`{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"no_such"}}`, -32602},
@@ -473,7 +473,7 @@ func TestUnreadStdout(t *testing.T) {
 			defer unread.Close()
 			served := make(chan error, 1)
 			go func() {
-				served <- mcpserver.Stdio{Server: newServer(nil, nil), Drain: time.Second}.Serve(t.Context(), in, out)
+				served <- mcpserver.Stdio{Server: newServer(nil, nil)}.WithDrain(time.Second).Serve(t.Context(), in, out)
 			}()
 			go func() {
 				defer feed.Close()

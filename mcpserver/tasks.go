@@ -61,6 +61,7 @@ type task struct {
 	id, owner string
 	cancel    context.CancelCauseFunc
 	ended     chan struct{}
+	response  any // of the call, once it has ended
 
 	expires time.Time // zero while it is unfinished; guarded by tasks.mu
 
@@ -79,8 +80,8 @@ type tasks struct {
 	byID map[string]*task
 }
 
-// of returns the number of an owner's unfinished tasks, and the finished ones. t.mu is held.
-func (t *tasks) of(owner string) (unfinished int, finished []*task) {
+// ofOwner returns the number of an owner's unfinished tasks, and the finished ones. t.mu is held.
+func (t *tasks) ofOwner(owner string) (unfinished int, finished []*task) {
 	for _, n := range t.byID {
 		switch {
 		case n.owner != owner:
@@ -93,11 +94,11 @@ func (t *tasks) of(owner string) (unfinished int, finished []*task) {
 	return unfinished, finished
 }
 
-// room reports whether an owner may have another task.
-func (t *tasks) room(owner string) bool {
+// mayAdd reports whether an owner may have another task.
+func (t *tasks) mayAdd(owner string) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	unfinished, _ := t.of(owner)
+	unfinished, _ := t.ofOwner(owner)
 	return unfinished < maxTasks
 }
 
@@ -106,7 +107,7 @@ func (t *tasks) add(n *task) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	maps.DeleteFunc(t.byID, func(_ string, old *task) bool { return old.expired() })
-	unfinished, finished := t.of(n.owner)
+	unfinished, finished := t.ofOwner(n.owner)
 	if unfinished >= maxTasks {
 		return false
 	}
@@ -125,8 +126,8 @@ func (t *tasks) finished(n *task) {
 	n.expires = time.Now().Add(taskTTL)
 }
 
-// find finds a task of an owner. A task of another owner counts as not found.
-func (t *tasks) find(owner, id string) (*task, *Error) {
+// get returns a task of an owner. A task of another owner counts as not found.
+func (t *tasks) get(owner, id string) (*task, *Error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if n := t.byID[id]; n != nil && n.owner == owner && !n.expired() {
@@ -188,66 +189,80 @@ func (s *Server) mayBecomeTask(ctx context.Context, session *Session, m message,
 		}
 		return s.dispatch(ctx, session, m, raw)
 	}
-	if rule.AskFirst && len(m.head.InputResponses) == 0 || !s.tasks.room(session.owner) {
+	if rule.AskFirst && len(m.head.InputResponses) == 0 || !s.tasks.mayAdd(session.owner) {
 		return s.dispatch(ctx, session, m, raw)
 	}
-	now := time.Now()
+	n := s.startTask(ctx, session, m, raw)
+	timer := time.NewTimer(rule.After)
+	defer timer.Stop()
+	select {
+	case <-n.ended: // it ended so soon that it need not be a task
+		return n.response
+	case <-ctx.Done():
+		return n.abort(context.Cause(ctx))
+	case <-timer.C:
+	}
+	if !s.tasks.add(n) { // too many tasks: it stays a long call
+		select {
+		case <-n.ended:
+			return n.response
+		case <-ctx.Done():
+			return n.abort(context.Cause(ctx))
+		}
+	}
+	result := n.announce()
+	s.decorate(m.Method, &result)
+	return mcp.NewJSONRPCResultResponse(mcp.NewRequestId(m.ID), &result)
+}
+
+// startTask runs a call that no longer depends on its request, and may become a task.
+func (s *Server) startTask(ctx context.Context, session *Session, m message, raw []byte) *task {
+	now := stamp(time.Now())
 	n := &task{id: randomID(), owner: session.owner, ended: make(chan struct{}), stream: session.out, info: taskInfo{
-		Status: taskWorking, CreatedAt: stamp(now), UpdatedAt: stamp(now), TTLMS: taskTTL.Milliseconds(), PollMS: taskPoll.Milliseconds()}}
+		Status: taskWorking, CreatedAt: now, UpdatedAt: now, TTLMS: taskTTL.Milliseconds(), PollMS: taskPoll.Milliseconds()}}
 	n.info.TaskID = n.id
 	taskCtx, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	n.cancel = cancel
-	stop := context.AfterFunc(session.ctx, func() { cancel(context.Cause(session.ctx)) })
-	stay := session.whenRevoked(func() { cancel(errRevoked) })
-	var response any
+	stopEnd := context.AfterFunc(session.ctx, func() { cancel(context.Cause(session.ctx)) })
+	stopRevoked := session.whenRevoked(func() { cancel(errRevoked) })
 	session.calls.Add(1)       // the call itself is counted, so drain has not returned
 	detach := session.attach() // a session with a task is not idle
 	go func() {
 		defer session.calls.Done()
 		defer detach()
 		defer cancel(nil)
-		defer stop()
-		defer stay()
-		response = s.work(taskCtx, n, session, m, raw)
-		n.settle(response)
+		defer stopEnd()
+		defer stopRevoked()
+		n.response = s.runTask(taskCtx, n, session, m, raw)
+		n.settle(n.response)
 		s.tasks.finished(n)
 		close(n.ended)
 	}()
-	timer := time.NewTimer(rule.After)
-	defer timer.Stop()
-	select {
-	case <-n.ended: // it ended so soon that it need not be a task
-		return response
-	case <-ctx.Done():
-		cancel(context.Cause(ctx))
-		<-n.ended
-		return response
-	case <-timer.C:
-	}
-	if !s.tasks.add(n) { // too many tasks: it stays a long call
-		select {
-		case <-n.ended:
-		case <-ctx.Done():
-			cancel(context.Cause(ctx))
-			<-n.ended
-		}
-		return response
-	}
+	return n
+}
+
+// abort cancels a call that has not become a task, and waits for its end.
+func (n *task) abort(cause error) any {
+	n.cancel(cause)
+	<-n.ended
+	return n.response
+}
+
+// announce returns the answer by which the client learns of the task. tasks/get reports what has happened since it was begun.
+func (n *task) announce() taskInfo {
 	n.telling.Lock()
 	n.mu.Lock()
 	n.announced = true
 	result := n.info
 	n.mu.Unlock()
 	n.telling.Unlock()
-	result.Status, result.InputRequests, result.Outcome, result.Error = taskWorking, nil, nil,
-		nil // tasks/get reports what has happened since
+	result.Status, result.InputRequests, result.Outcome, result.Error = taskWorking, nil, nil, nil
 	result.SetResultType("task")
-	s.decorate(m.Method, &result)
-	return mcp.NewJSONRPCResultResponse(mcp.NewRequestId(m.ID), &result)
+	return result
 }
 
-// work calls the tool, and calls it again with the answers to what it asks for.
-func (s *Server) work(ctx context.Context, n *task, session *Session, m message, raw []byte) any {
+// runTask calls the tool, and calls it again with the answers to what it asks for.
+func (s *Server) runTask(ctx context.Context, n *task, session *Session, m message, raw []byte) any {
 	call := &Session{conversation: session.conversation, client: session.client, out: n, inTask: true}
 	ctx = s.MCP.WithContext(ctx, call)
 	for {
@@ -336,7 +351,7 @@ func (s *Server) taskMethod(_ context.Context, session *Session, m message) (mcp
 	if !declaresTasks(session) {
 		return nil, errNoTasks
 	}
-	n, notFound := s.tasks.find(session.owner, m.head.TaskID)
+	n, notFound := s.tasks.get(session.owner, m.head.TaskID)
 	if notFound != nil {
 		return nil, notFound
 	}

@@ -14,7 +14,7 @@ import (
 
 // tell calls the server that has the process, or the next one if that server is gone. It does not repeat a call that may have arrived,
 // unless twice says that repeating it does no harm.
-func (s *Session) tell(ctx context.Context, twice bool, do func(processconnect.ProcessClient) error) error {
+func (s *ProcessHandle) tell(ctx context.Context, twice bool, do func(processconnect.ProcessClient) error) error {
 	for pause, began := firstPause, time.Now(); ; pause = min(2*pause, lastPause) {
 		c := s.current()
 		err := do(c.processes(s.sandbox))
@@ -39,7 +39,7 @@ func (s *Session) tell(ctx context.Context, twice bool, do func(processconnect.P
 const maxInput = 2 << 20
 
 // Write writes to the process's stdin or its terminal. It blocks while the process does not read.
-func (s *Session) Write(ctx context.Context, p []byte) error {
+func (s *ProcessHandle) Write(ctx context.Context, p []byte) error {
 	s.inputs.Lock()
 	defer s.inputs.Unlock()
 	for len(p) > 0 {
@@ -61,7 +61,7 @@ func (s *Session) Write(ctx context.Context, p []byte) error {
 }
 
 // CloseInput closes the process's stdin.
-func (s *Session) CloseInput(ctx context.Context) error {
+func (s *ProcessHandle) CloseInput(ctx context.Context) error {
 	s.inputs.Lock()
 	defer s.inputs.Unlock()
 	return s.tell(ctx, true, func(c processconnect.ProcessClient) error {
@@ -71,7 +71,7 @@ func (s *Session) CloseInput(ctx context.Context) error {
 }
 
 // Resize changes the size of the terminal.
-func (s *Session) Resize(ctx context.Context, size Size) error {
+func (s *ProcessHandle) Resize(ctx context.Context, size Size) error {
 	return s.tell(ctx, true, func(c processconnect.ProcessClient) error {
 		_, err := c.Update(ctx, asked(s, &pb.UpdateRequest{Process: by(s.PID), Pty: pty(size)}))
 		return err
@@ -79,17 +79,17 @@ func (s *Session) Resize(ctx context.Context, size Size) error {
 }
 
 // Signal sends a signal to the process's group.
-func (s *Session) Signal(ctx context.Context, sig syscall.Signal) error {
+func (s *ProcessHandle) Signal(ctx context.Context, sig syscall.Signal) error {
 	return s.tell(ctx, false, func(c processconnect.ProcessClient) error { return s.signal(ctx, c, sig) })
 }
 
-func (s *Session) signal(ctx context.Context, c processconnect.ProcessClient, sig syscall.Signal) error {
+func (s *ProcessHandle) signal(ctx context.Context, c processconnect.ProcessClient, sig syscall.Signal) error {
 	_, err := c.SendSignal(ctx, asked(s, &pb.SendSignalRequest{Process: by(s.PID), Signal: pb.Signal(sig)}))
 	return err
 }
 
 // unlessPaused returns the error of a call, or ErrPaused if the call was refused because the sandbox is paused.
-func (s *Session) unlessPaused(ctx context.Context, c *Client, err error) error {
+func (s *ProcessHandle) unlessPaused(ctx context.Context, c *Client, err error) error {
 	if connect.CodeOf(err) == connect.CodeFailedPrecondition {
 		if box, berr := c.Sandbox(ctx, s.sandbox); berr == nil && box.State == "paused" {
 			return ErrPaused
@@ -101,12 +101,12 @@ func (s *Session) unlessPaused(ctx context.Context, c *Client, err error) error 
 	return err
 }
 
-// Process returns the process that the session follows.
-func (s *Session) Process() Process { return Process{PID: s.PID, ID: s.id} }
+// Process returns the process that the handle follows.
+func (s *ProcessHandle) Process() Process { return Process{PID: s.PID, ID: s.id} }
 
 // Kill ends the process and everything that it has started, on whichever server has its sandbox now. It is for callers that no longer
 // follow the process. It does not wake a paused sandbox, but returns ErrPaused.
-func (s *Session) Kill(ctx context.Context) error {
+func (s *ProcessHandle) Kill(ctx context.Context) error {
 	c := s.current()
 	for {
 		err := s.signal(ctx, c.processes(s.sandbox), syscall.SIGKILL)
@@ -125,7 +125,7 @@ func (s *Session) Kill(ctx context.Context) error {
 }
 
 // Release lets the process continue without followers, even if it was started with Linger.
-func (s *Session) Release(ctx context.Context) error {
+func (s *ProcessHandle) Release(ctx context.Context) error {
 	return s.tell(ctx, true, func(c processconnect.ProcessClient) error {
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel() // closes the stream
@@ -139,7 +139,7 @@ func (s *Session) Release(ctx context.Context) error {
 
 // Signal sends a signal to a process of a sandbox and to its group.
 func (c *Client) Signal(ctx context.Context, sandbox string, p Process, sig syscall.Signal) error {
-	s := &Session{PID: p.PID, id: p.ID}
+	s := &ProcessHandle{PID: p.PID, id: p.ID}
 	if err := s.signal(ctx, c.processes(sandbox), sig); err != nil {
 		return c.plainError(err)
 	}

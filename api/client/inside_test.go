@@ -119,7 +119,7 @@ func TestWatch(t *testing.T) {
 }
 
 // start starts a program, and gives what it writes.
-func (s *site) start(c *client.Client, box client.Sandbox, cmd client.Command) (*client.Session, *output) {
+func (s *site) start(c *client.Client, box client.Sandbox, cmd client.Command) (*client.ProcessHandle, *output) {
 	s.Helper()
 	p, err := c.Start(s.Context(), box.ID, cmd, func(context.Context) (*client.Client, error) { return c, nil })
 	if err != nil {
@@ -229,10 +229,10 @@ func TestSession(t *testing.T) {
 	if err := again.Write(ctx, []byte("late")); err == nil || client.Unreachable(err) {
 		t.Errorf("to one that has ended: %v", err)
 	}
-	for name, end := range map[string]func(*client.Session) error{
-		"session": func(p *client.Session) error { return p.Signal(ctx, syscall.SIGTERM) },
-		"client":  func(p *client.Session) error { return c.Signal(ctx, box.ID, p.Process(), syscall.SIGTERM) },
-		"kill":    func(p *client.Session) error { return p.Kill(ctx) },
+	for name, end := range map[string]func(*client.ProcessHandle) error{
+		"session": func(p *client.ProcessHandle) error { return p.Signal(ctx, syscall.SIGTERM) },
+		"client":  func(p *client.ProcessHandle) error { return c.Signal(ctx, box.ID, p.Process(), syscall.SIGTERM) },
+		"kill":    func(p *client.ProcessHandle) error { return p.Kill(ctx) },
 	} {
 		p, out := s.start(c, box, client.Command{Args: []string{"sleep", "600"}})
 		if err := end(p); err != nil {

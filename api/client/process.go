@@ -52,9 +52,9 @@ type StartError struct {
 // Error implements error.
 func (e *StartError) Error() string { return e.Message }
 
-// Session follows a process, even when connections break and servers end: it reconnects and continues at the byte that it had reached. Its
-// methods may be called concurrently, but Follow only once.
-type Session struct {
+// ProcessHandle follows a process, even when connections break and servers end: it reconnects and continues at the byte that it had
+// reached. Its methods may be called concurrently, but Follow only once.
+type ProcessHandle struct {
 	PID     int // never changes
 	sandbox string
 	id      string // of the process, as its server knows it
@@ -123,7 +123,8 @@ func by(pid int) *pb.ProcessSelector {
 }
 
 // Start starts a process and follows it. When the server is gone, again finds the server that now has the sandbox.
-func (c *Client) Start(ctx context.Context, sandbox string, cmd Command, again func(context.Context) (*Client, error)) (*Session, error) {
+func (c *Client) Start(ctx context.Context, sandbox string, cmd Command,
+	again func(context.Context) (*Client, error)) (*ProcessHandle, error) {
 	if len(cmd.Args) == 0 {
 		return nil, errors.New("there is no command: give its name, and its arguments")
 	}
@@ -153,7 +154,7 @@ func (c *Client) Start(ctx context.Context, sandbox string, cmd Command, again f
 		plain.SetBasicAuth(cmd.User, "")
 		req.Header().Set("Authorization", plain.Header.Get("Authorization"))
 	}
-	s := &Session{sandbox: sandbox, client: c, linger: cmd.Linger, again: again, pty: cmd.Terminal != nil}
+	s := &ProcessHandle{sandbox: sandbox, client: c, linger: cmd.Linger, again: again, pty: cmd.Terminal != nil}
 	s.ask(req.Header())
 	ctx, cancel := context.WithCancel(ctx)
 	res, err := c.processes(sandbox).Start(ctx, req)
@@ -171,7 +172,7 @@ func pty(s Size) *pb.PTY {
 // keepAliveEvery is how often a server shows that it lives. A server that is silent for three times as long counts as gone.
 const keepAliveEvery = 20 * time.Second
 
-func (s *Session) ask(h http.Header) {
+func (s *ProcessHandle) ask(h http.Header) {
 	h.Set("Keepalive-Ping-Interval", strconv.Itoa(int(keepAliveEvery.Seconds())))
 	if s.linger > 0 {
 		h.Set(LingerHeader, strconv.FormatInt(s.linger.Milliseconds(), 10))
@@ -179,15 +180,15 @@ func (s *Session) ask(h http.Header) {
 }
 
 // Attach follows an existing process from a byte of its output on, also one that has ended. The process continues without followers.
-func (c *Client) Attach(ctx context.Context, sandbox string, p Process, from int64, again func(context.Context) (*Client, error)) (*Session,
-	error) {
-	s := &Session{sandbox: sandbox, client: c, again: again, reached: from, pty: p.Terminal}
+func (c *Client) Attach(ctx context.Context, sandbox string, p Process, from int64,
+	again func(context.Context) (*Client, error)) (*ProcessHandle, error) {
+	s := &ProcessHandle{sandbox: sandbox, client: c, again: again, reached: from, pty: p.Terminal}
 	s.PID, s.id = p.PID, p.ID
 	return s, s.connect(ctx, c)
 }
 
 // connect follows the process again, from the byte that was reached.
-func (s *Session) connect(ctx context.Context, c *Client) error {
+func (s *ProcessHandle) connect(ctx context.Context, c *Client) error {
 	req := asked(s, &pb.ConnectRequest{Process: by(s.PID)})
 	s.ask(req.Header())
 	s.mu.Lock()
@@ -208,7 +209,7 @@ func (s *Session) connect(ctx context.Context, c *Client) error {
 const attemptTime = 20 * time.Second
 
 // asked makes a call for this process by its id, because its number may belong to another one by now.
-func asked[T any](s *Session, msg *T) *connect.Request[T] {
+func asked[T any](s *ProcessHandle, msg *T) *connect.Request[T] {
 	req := connect.NewRequest(msg)
 	if s.id != "" {
 		req.Header().Set(ProcessHeader, s.id)
@@ -217,7 +218,7 @@ func asked[T any](s *Session, msg *T) *connect.Request[T] {
 }
 
 // first reads the first event of a stream.
-func (s *Session) first(c *Client, in stream) error {
+func (s *ProcessHandle) first(c *Client, in stream) error {
 	e, err := in.receive()
 	if err != nil {
 		_ = in.Close() // it has ended anyway
@@ -244,7 +245,7 @@ func (c *Client) startError(err error) error {
 
 // Follow writes the process's output until the process has ended; a terminal's output goes to stdout. It calls reconnecting, if not nil,
 // with true when the connection is lost and with false when it is back.
-func (s *Session) Follow(ctx context.Context, stdout, stderr io.Writer, reconnecting func(bool)) (Exit, error) {
+func (s *ProcessHandle) Follow(ctx context.Context, stdout, stderr io.Writer, reconnecting func(bool)) (Exit, error) {
 	for {
 		exit, err := s.read(ctx, stdout, stderr)
 		var told *Error
@@ -274,7 +275,7 @@ type writeError struct{ error }
 func (w writeError) Unwrap() error { return w.error }
 
 // read reads one stream until it, or the process, ends.
-func (s *Session) read(ctx context.Context, stdout, stderr io.Writer) (Exit, error) {
+func (s *ProcessHandle) read(ctx context.Context, stdout, stderr io.Writer) (Exit, error) {
 	s.mu.Lock()
 	in := s.stream
 	s.mu.Unlock()
@@ -329,7 +330,7 @@ func exitOf(e *pb.ProcessEvent_EndEvent) Exit {
 	return exit
 }
 
-func (s *Session) current() *Client {
+func (s *ProcessHandle) current() *Client {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.client
@@ -341,11 +342,11 @@ const (
 	patience   = 2 * time.Minute // with a server that does not come back
 )
 
-// ErrPaused ends a session whose sandbox was paused. The process still exists when the sandbox is resumed.
+// ErrPaused ends the following of a process whose sandbox was paused. The process still exists when the sandbox is resumed.
 var ErrPaused = errors.New("the sandbox was paused, with the process in it; 'soulbox sandbox resume' resumes it")
 
 // back follows the process again, on whichever server has its sandbox now.
-func (s *Session) back(ctx context.Context, lost error) error {
+func (s *ProcessHandle) back(ctx context.Context, lost error) error {
 	for pause, began := firstPause, time.Now(); ; pause = min(2*pause, lastPause) {
 		s.current().Close() // do not reuse a connection that may be dead
 		attempt, cancel := context.WithTimeout(ctx, attemptTime)

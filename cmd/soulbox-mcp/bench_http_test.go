@@ -25,7 +25,7 @@ func benchHTTP(b *testing.B, t *table) {
 		})
 		return m
 	}
-	ours := mcpserver.New(mcpserver.Options{MCP: echo()}).HTTP(mcpserver.HTTPOptions{Rate: 1e9, Burst: 1e9})
+	ours := mcpserver.New(mcpserver.Options{MCP: echo()}).HTTP(mcpserver.HTTPOptions{Rate: 1e9})
 	defer ours.Close(0)
 	for _, modern := range []bool{false, true} {
 		era := map[bool]string{false: "2025-11-25", true: "2026-07-28"}[modern]

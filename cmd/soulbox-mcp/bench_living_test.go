@@ -41,7 +41,7 @@ func benchLiving(b *testing.B, t *table, p *program) {
 			cursor = p.call("file_watch", map[string]any{"cursor": cursor, "yield_ms": 0}).Result.StructuredContent["cursor"]
 		}
 	}
-	t.enter("a file written by a tool until file_watch tells it", delays)
+	t.record("a file written by a tool until file_watch tells it", delays)
 	benchPort(b, t, p)
 }
 

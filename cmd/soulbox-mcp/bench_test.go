@@ -34,12 +34,12 @@ func (t *table) measure(b *testing.B, what string, n int, do func()) time.Durati
 	for i := range times {
 		times[i] = timed(do)
 	}
-	p50, _ := t.enter(what, times)
+	p50, _ := t.record(what, times)
 	return p50
 }
 
-// enter adds a row for measured times, and returns their median and 99th percentile.
-func (t *table) enter(what string, times []time.Duration) (p50, p99 time.Duration) {
+// record adds a row for measured times, and returns their median and 99th percentile.
+func (t *table) record(what string, times []time.Duration) (p50, p99 time.Duration) {
 	slices.Sort(times)
 	r := row{what: what, p50: times[len(times)/2], p99: times[len(times)*99/100]}
 	*t = append(*t, r)
@@ -127,9 +127,9 @@ func benchTrue(b *testing.B, t *table, p *program, id string) (own, exec, runsc 
 			runscs = append(runscs, timed(func() { runscExec(b, p, id) }))
 		}
 	}
-	own, _ = t.enter("the agent's own fork+exec of /bin/true in the sandbox", owns)
-	exec, _ = t.enter("exec /bin/true by MCP stdio", execs)
-	runsc, _ = t.enter("the same /bin/true by runsc exec", runscs)
+	own, _ = t.record("the agent's own fork+exec of /bin/true in the sandbox", owns)
+	exec, _ = t.record("exec /bin/true by MCP stdio", execs)
+	runsc, _ = t.record("the same /bin/true by runsc exec", runscs)
 	return own, exec, runsc
 }
 
@@ -255,10 +255,10 @@ func benchPause(b *testing.B, t *table) {
 		sleep = append(sleep, timed(func() { p.call("sandbox_pause", map[string]any{"to_disk": true}) }))
 		wake = append(wake, timed(func() { p.call("sandbox_resume", nil); p.exec("true") }))
 	}
-	t.enter("sandbox_pause in memory by MCP stdio", freeze)
-	t.enter("sandbox_resume from memory", thaw)
-	t.enter("sandbox_pause to disk, a small sandbox", sleep)
-	t.enter("sandbox_resume from disk, and the first exec", wake)
+	t.record("sandbox_pause in memory by MCP stdio", freeze)
+	t.record("sandbox_resume from memory", thaw)
+	t.record("sandbox_pause to disk, a small sandbox", sleep)
+	t.record("sandbox_resume from disk, and the first exec", wake)
 	p.call("sandbox_pause", nil)
 	burnt := cpuOf(p.state)
 	time.Sleep(2 * time.Second)

@@ -13,7 +13,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -44,7 +43,6 @@ type config struct {
 	onExit         string
 	toolsets       string
 	readOnly       bool
-	fixtures       bool
 	// noNetwork denies sandboxes a network, whatever they ask for; contextDirs are the directories of the host that builds may read.
 	noNetwork   bool
 	allowPull   bool // builds may start from images of registries
@@ -62,20 +60,6 @@ type saving struct {
 	reclaim string        // never or oldest
 }
 
-// wanted adds to the error of a flag that is a time how a time is written, which package flag does not say.
-func wanted(flags *flag.FlagSet, err error) error {
-	_, name, _ := strings.Cut(err.Error(), "for flag -")
-	name, _, _ = strings.Cut(name, ":")
-	if f := flags.Lookup(name); f != nil {
-		if v, ok := f.Value.(flag.Getter); ok {
-			if _, ok := v.Get().(time.Duration); ok {
-				return fmt.Errorf("%w; give a time such as 90s, 5m or 2h", err)
-			}
-		}
-	}
-	return err
-}
-
 // parseConfig parses the flags that all commands have.
 func parseConfig(name string, args []string, getenv func(string) string, stderr io.Writer) (config, error) {
 	c := config{onExit: "kill"}
@@ -85,7 +69,28 @@ func parseConfig(name string, args []string, getenv func(string) string, stderr 
 // parse parses the flags that all commands have, and those that more adds. Values set before are the defaults.
 func (c *config) parse(name string, args []string, getenv func(string) string, stderr io.Writer, more ...func(*flag.FlagSet)) error {
 	flags := flag.NewFlagSet("soulbox-mcp "+name, flag.ContinueOnError)
-	flags.SetOutput(stderr)
+	c.placeFlags(flags, getenv)
+	c.timeFlags(flags)
+	var a amounts
+	a.flags(flags)
+	flags.IntVar(&c.perOwner, "max-sandboxes", 0, "living sandboxes of one owner; default 100")
+	for _, add := range more {
+		add(flags)
+	}
+	if err := parseFlags(flags, args, stderr); err != nil {
+		return err
+	}
+	if err := c.checkValues(a); err != nil {
+		return usageError{err}
+	}
+	c.limits = sandbox.Limits{CPU: a.cpu, Memory: a.memory << 20, Disk: a.disk << 20, Processes: a.pids}
+	c.budget, c.saving.budget, c.templateBudget = a.budget<<20, a.saved<<20, a.templates<<20
+	c.findPrograms()
+	return c.findStateDir(getenv)
+}
+
+// placeFlags adds the flags that say where things are.
+func (c *config) placeFlags(flags *flag.FlagSet, getenv func(string) string) {
 	flags.StringVar(&c.runsc, "runsc", getenv("SOULBOX_RUNSC"),
 		"`path` of runsc; default beside this program, then in PATH (SOULBOX_RUNSC)")
 	flags.StringVar(&c.agent, "agent", getenv("SOULBOX_AGENT"), "`path` of soulbox-agent; default beside this program (SOULBOX_AGENT)")
@@ -93,6 +98,10 @@ func (c *config) parse(name string, args []string, getenv func(string) string, s
 		"`directory` of all state; default $XDG_STATE_HOME/soulbox, as root /var/lib/soulbox (SOULBOX_STATE_DIR)")
 	flags.StringVar(&c.logFile, "log-file", getenv("SOULBOX_LOG_FILE"), "`path` of the log; default stderr (SOULBOX_LOG_FILE)")
 	flags.TextVar(&c.logLevel, "log-level", slog.LevelInfo, "`level`: debug, info, warn or error")
+}
+
+// timeFlags adds the flags that say how long sandboxes live, and what is saved of them.
+func (c *config) timeFlags(flags *flag.FlagSet) {
 	c.times.OnTimeout = sandbox.ActionPause // a timeout must not lose anything by default
 	flags.DurationVar(&c.times.Life, "lifetime", sandbox.DefaultLifetime, "life time of sandboxes that ask for none")
 	flags.DurationVar(&c.times.Idle, "idle", 0, "`time` after which an unused sandbox is paused or killed; default never")
@@ -100,49 +109,54 @@ func (c *config) parse(name string, args []string, getenv func(string) string, s
 	flags.DurationVar(&c.protect.Every, "protect", 0,
 		"`time` between two copies of a running sandbox, from which it is resumed if it fails; default no copies")
 	flags.BoolVar(&c.protect.Memory, "protect-memory", false, "with --protect: copy memory and processes too, not files alone")
-	saved := flags.Int64("disk-budget-mb", 0,
+	flags.StringVar(&c.saving.reclaim, "reclaim", "never",
+		"when --disk-budget-mb is used up: `never` end a paused sandbox, or the oldest")
+}
+
+// amounts are what flags say about sizes, in MB, and about numbers. 0 is the default of each.
+type amounts struct {
+	memory, disk, pids       int64 // of a sandbox
+	cpu                      float64
+	budget, saved, templates int64 // of all together
+}
+
+func (a *amounts) flags(flags *flag.FlagSet) {
+	flags.Int64Var(&a.memory, "memory-mb", 0, "memory of sandboxes that ask for none, in MB; default 1024")
+	flags.Int64Var(&a.disk, "disk-mb", 0, "disk of sandboxes that ask for none, in MB; default 10240")
+	flags.Int64Var(&a.pids, "pids", 0, "processes of sandboxes that ask for no number; default 512")
+	flags.Float64Var(&a.cpu, "cpu", 0, "cores of sandboxes that ask for no number; default 2")
+	flags.Int64Var(&a.budget, "memory-budget-mb", 0, "memory of all sandboxes together, in MB; default 80 % of the machine")
+	flags.Int64Var(&a.saved, "disk-budget-mb", 0,
 		"disk of all paused sandboxes and snapshots together, in MB; default all of the disk but 512")
-	flags.StringVar(&c.saving.reclaim, "reclaim", "never", "when that is used up: `never` end a paused sandbox, or the oldest")
-	templates := flags.Int64("template-budget-mb", 0, "disk of all templates, in MB; default a tenth of the disk, from 4096 to 20480")
-	memory := flags.Int64("memory-mb", 0, "memory of sandboxes that ask for none, in MB; default 1024")
-	disk := flags.Int64("disk-mb", 0, "disk of sandboxes that ask for none, in MB; default 10240")
-	pids := flags.Int64("pids", 0, "processes of sandboxes that ask for no number; default 512")
-	cpu := flags.Float64("cpu", 0, "cores of sandboxes that ask for no number; default 2")
-	budget := flags.Int64("memory-budget-mb", 0, "memory of all sandboxes together, in MB; default 80 % of the machine")
-	flags.IntVar(&c.perOwner, "max-sandboxes", 0, "living sandboxes of one owner; default 100")
-	for _, add := range more {
-		add(flags)
-	}
-	if err := flags.Parse(args); err != nil {
-		return wanted(flags, err)
-	}
+	flags.Int64Var(&a.templates, "template-budget-mb", 0, "disk of all templates, in MB; default a tenth of the disk, from 4096 to 20480")
+}
+
+// checkValues refuses values that package flag cannot know to be wrong.
+func (c *config) checkValues(a amounts) error {
 	if c.onExit != "pause" && c.onExit != "keep" && c.onExit != "kill" {
 		return fmt.Errorf("--on-exit is pause, keep or kill, not %q", c.onExit)
 	}
 	if c.saving.reclaim != "never" && c.saving.reclaim != "oldest" {
 		return fmt.Errorf("--reclaim is never or oldest, not %q", c.saving.reclaim)
 	}
-	if flags.NArg() > 0 {
-		return fmt.Errorf("there is no argument %q; run 'soulbox-mcp %s --help'", flags.Arg(0), name)
-	}
-	negative := slices.Min([]int64{*memory, *disk, *pids, *budget, *saved, *templates, int64(c.times.Idle), int64(c.protect.Every)}) < 0 ||
-		*cpu < 0
-	if negative || c.times.Life <= 0 || c.saving.paused <= 0 {
+	least := min(a.memory, a.disk, a.pids, a.budget, a.saved, a.templates, int64(c.times.Idle), int64(c.protect.Every))
+	if least < 0 || a.cpu < 0 || c.times.Life <= 0 || c.saving.paused <= 0 {
 		return errors.New("limits and times must be positive")
 	}
-	c.limits = sandbox.Limits{CPU: *cpu, Memory: *memory << 20, Disk: *disk << 20, Processes: *pids}
-	c.budget, c.saving.budget, c.templateBudget = *budget<<20, *saved<<20, *templates<<20
-	c.findPrograms()
+	return nil
+}
+
+// findStateDir makes the name of the state directory absolute.
+func (c *config) findStateDir(getenv func(string) string) (err error) {
 	if c.stateDir == "" {
 		c.stateDir = defaultStateDir(getenv)
 	}
-	var err error
 	if c.stateDir, err = filepath.Abs(c.stateDir); err != nil {
 		return err
 	}
 	if strings.ContainsAny(c.stateDir, ":,") {
-		return fmt.Errorf("the state directory %s has a ':' or ',' in its name, which runsc cannot take; name another by --state-dir",
-			c.stateDir)
+		return usageError{fmt.Errorf("the state directory %s has a ':' or ',' in its name, which runsc cannot take; name another by "+
+			"--state-dir", c.stateDir)}
 	}
 	return nil
 }
@@ -211,7 +225,6 @@ func (c *config) serving(flags *flag.FlagSet) {
 			c.contextDirs = append(c.contextDirs, real)
 			return err
 		})
-	flags.BoolVar(&c.fixtures, "conformance", false, "offer what the official conformance suite needs, too")
 }
 
 // newManager connects the domain to gVisor and the templates.

@@ -47,7 +47,7 @@ func (c *counted) Accept() (net.Conn, error) {
 		if c.d.mayAccept(c.kind) {
 			conn, err := c.Listener.Accept()
 			if err == nil {
-				return c.d.enter(conn, c.kind), nil
+				return c.d.add(conn, c.kind), nil
 			}
 			if !passing(err) {
 				return nil, err

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"time"
 
@@ -25,19 +26,27 @@ type step struct {
 	check string
 }
 
-// demoSteps are the steps of the demo. A bare Debian has perl but no python. A sandbox of the host template has the host's programs; one of
-// the base template has its own, and a network for installing more.
+// demoSteps are the steps of the demo. A sandbox of the host template has the host's programs; one of the base template has its own, and a
+// network for installing more.
 func demoSteps(home string, hasBase bool) []step {
-	compute, serve := "python3 -c 'print(sum(i * i for i in range(10**6)))'", "python3 -u -m http.server 8000 --directory /home/user/site"
+	compute, serve := demoPrograms(hasBase)
+	return slices.Concat(workSteps(compute), serverSteps(serve), borderSteps(home), lastSteps(hasBase))
+}
+
+// demoPrograms are a program that computes and one that serves files. A bare Debian has perl but no python.
+func demoPrograms(hasBase bool) (compute, serve string) {
+	compute, serve = "python3 -c 'print(sum(i * i for i in range(10**6)))'", "python3 -u -m http.server 8000 --directory /home/user/site"
 	if _, err := os.Stat("/usr/bin/python3"); err != nil && !hasBase {
 		compute = `perl -e '$s += $_ * $_ for 0 .. 10**6 - 1; print "$s\n"'`
 		serve = `perl -MIO::Socket::INET -e '$l = IO::Socket::INET->new(LocalAddr => "127.0.0.1", LocalPort => 8000, Listen => 5, ReuseAddr => 1) or die; $| = 1;
 			while ($c = $l->accept) { print "127.0.0.1 ", scalar <$c>; open F, "/home/user/site/index.html"; print $c "HTTP/1.0 200 OK\r\n\r\n", <F>; close $c }'`
 	}
-	// Asks as soon as the server listens.
-	ask := "for i in $(seq 100); do (exec 3<>/dev/tcp/127.0.0.1/8000 && printf 'GET / HTTP/1.0\\r\\n\\r\\n' >&3 && cat <&3) 2>/dev/null " +
-		"&& break; sleep 0.05; done"
-	steps := []step{
+	return compute, serve
+}
+
+// workSteps run commands and change files.
+func workSteps(compute string) []step {
+	return []step{
 		{"Who am I, and where?", "exec", map[string]any{"command": "id; uname -sr; pwd; nproc"}, "uid=1000(user)"},
 		{"Again: the sandbox is there now, and a command takes milliseconds.", "exec",
 			map[string]any{"command": "echo hello from $(hostname)"}, "hello from"},
@@ -57,6 +66,15 @@ func demoSteps(home string, hasBase bool) []step {
 			"exit code 0"},
 		{"... and see what has changed.", "file_watch", map[string]any{"cursor": lastCursor},
 			"rename /home/user/site/pictures/ from /home/user/site/img"},
+	}
+}
+
+// serverSteps have a server run while its sandbox is paused, resumed and copied.
+func serverSteps(serve string) []step {
+	// Asks as soon as the server listens.
+	ask := "for i in $(seq 100); do (exec 3<>/dev/tcp/127.0.0.1/8000 && printf 'GET / HTTP/1.0\\r\\n\\r\\n' >&3 && cat <&3) 2>/dev/null " +
+		"&& break; sleep 0.05; done"
+	return []step{
 		{"Start a web server in the background ...", "exec", map[string]any{"command": serve, "background": true, "tag": "web"},
 			"is still running"},
 		{"... and ask it.", "exec", map[string]any{"command": ask}, "from a gVisor sandbox"},
@@ -68,6 +86,12 @@ func demoSteps(home string, hasBase bool) []step {
 		{"Make a copy of it, with the server in it and its memory.", "sandbox_fork", map[string]any{}, "made: sb"},
 		{"What has happened so far?", "sandbox_logs", map[string]any{"source": "system"}, "paused: by request"},
 		{"Stop it.", "process_signal", map[string]any{"tag": "web"}, "has exited"},
+	}
+}
+
+// borderSteps show what a sandbox cannot see.
+func borderSteps(home string) []step {
+	return []step{
 		{"What can the sandbox not see? Your home and root's ...", "exec",
 			map[string]any{"command": "ls /home; ls " + home + " 2>&1 | head -3; ls /root 2>&1 | tail -1"}, "user\n"},
 		{"... your processes ...", "exec", map[string]any{"command": "cat /proc/[0-9]*/cmdline | tr '\\0' ' '", "user": "root"},
@@ -75,19 +99,23 @@ func demoSteps(home string, hasBase bool) []step {
 		{"... any network ...", "exec",
 			map[string]any{"command": "tail -n +3 /proc/net/dev | cut -d: -f1; (exec 3<>/dev/tcp/192.0.2.1/53) 2>&1 | tail -1"}, "lo"},
 	}
+}
+
+// lastSteps show that it harms nobody, what it costs, and what a network is for.
+func lastSteps(hasBase bool) []step {
 	if hasBase {
-		return append(steps,
-			step{"... and what it does to its programs, it does to its own.", "exec",
+		return []step{
+			{"... and what it does to its programs, it does to its own.", "exec",
 				map[string]any{"command": "rm -rf /usr/share; ls /usr/share 2>&1", "user": "root"}, "cannot access"},
-			step{"What does it cost?", "sandbox_get", map[string]any{}, "is running"},
-			step{"Another one, with a network ...", "sandbox_create", map[string]any{"network": "full"}, "is running"},
-			step{"... installs a package, where this machine has the network for it.", "exec",
-				map[string]any{"command": installTree, "yield_ms": 50_000, "sandbox_id": lastSandbox}, "installed: "})
+			{"What does it cost?", "sandbox_get", map[string]any{}, "is running"},
+			{"Another one, with a network ...", "sandbox_create", map[string]any{"network": "full"}, "is running"},
+			{"... installs a package, where this machine has the network for it.", "exec",
+				map[string]any{"command": installTree, "yield_ms": 50_000, "sandbox_id": lastSandbox}, "installed: "}}
 	}
-	return append(steps,
-		step{"... and it cannot harm your programs, not even as root.", "exec",
+	return []step{
+		{"... and it cannot harm your programs, not even as root.", "exec",
 			map[string]any{"command": "rm -rf /usr/bin 2>&1 | tail -1; ls /usr/bin | wc -l", "user": "root"}, "Read-only file system"},
-		step{"What does it cost?", "sandbox_get", map[string]any{}, "is running"})
+		{"What does it cost?", "sandbox_get", map[string]any{}, "is running"}}
 }
 
 // installTree installs a package, or says that this took longer than the demo's limit.

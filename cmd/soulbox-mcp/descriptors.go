@@ -143,8 +143,8 @@ func entries(dir *os.File) (n int, err error) {
 	return n - 2, err // . and ..
 }
 
-// room is how many connections there may be. d.mu is held.
-func (d *descriptorBudget) room() int {
+// capacity is how many connections there may be. d.mu is held.
+func (d *descriptorBudget) capacity() int {
 	if time.Since(d.countedAt) > countEvery {
 		d.count()
 	}
@@ -164,15 +164,15 @@ const (
 func (d *descriptorBudget) mayAccept(k kind) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	room := d.room()
+	capacity := d.capacity()
 	if k == port {
-		return d.raw < room/2 && d.total < room
+		return d.raw < capacity/2 && d.total < capacity
 	}
-	return d.total < room || d.strangers.Len()+d.known.Len() > 0
+	return d.total < capacity || d.strangers.Len()+d.known.Len() > 0
 }
 
-// enter adds a connection, and closes those that are then too many.
-func (d *descriptorBudget) enter(c net.Conn, k kind) *accepted {
+// add adds a connection, and closes those that are then too many.
+func (d *descriptorBudget) add(c net.Conn, k kind) *accepted {
 	a := &accepted{Conn: c, d: d, kind: k, proven: k == friend, opened: time.Now()}
 	if tcp, ok := c.RemoteAddr().(*net.TCPAddr); ok {
 		a.from = tcp.AddrPort().Addr().Unmap()
@@ -194,7 +194,7 @@ func (d *descriptorBudget) enter(c net.Conn, k kind) *accepted {
 
 // tooMany takes those connections off the lists that must be closed. The latest one stays if any other can go. d.mu is held.
 func (d *descriptorBudget) tooMany(latest *accepted) (victims []*accepted) {
-	room := d.room()
+	capacity := d.capacity()
 	take := func(from *queue.List, of func(*accepted) bool) bool {
 		for e := from.Front(); e != nil; e = e.Next() {
 			if a := e.Value.(*accepted); a != latest && of(a) {
@@ -206,11 +206,11 @@ func (d *descriptorBudget) tooMany(latest *accepted) (victims []*accepted) {
 		return false
 	}
 	anybody := func(*accepted) bool { return true }
-	if latest != nil && !latest.from.IsLoopback() && d.from[latest.from] > max(room*3/8, 1) {
+	if latest != nil && !latest.from.IsLoopback() && d.from[latest.from] > max(capacity*3/8, 1) {
 		take(d.strangers, func(a *accepted) bool { return a.from == latest.from })
 	}
-	for d.total-len(victims) > max(room, 0) || d.strangers.Len() > max(room*3/4, 1) {
-		if !take(d.strangers, anybody) && (d.total-len(victims) <= room || !take(d.known, anybody)) {
+	for d.total-len(victims) > max(capacity, 0) || d.strangers.Len() > max(capacity*3/4, 1) {
+		if !take(d.strangers, anybody) && (d.total-len(victims) <= capacity || !take(d.known, anybody)) {
 			break
 		}
 	}

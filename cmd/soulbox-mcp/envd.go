@@ -53,6 +53,11 @@ func runEnvd(ctx context.Context, args []string, getenv func(string) string, std
 	if err != nil {
 		return err
 	}
+	return serveEnvd(ctx, sb, d.counted(listener, stranger), log, stdout)
+}
+
+// serveEnvd serves a sandbox and its ports until ctx or the sandbox ends.
+func serveEnvd(ctx context.Context, sb *sandbox.Sandbox, listener net.Listener, log *slog.Logger, stdout io.Writer) (err error) {
 	inside := envd.New(log)
 	web := newWeb(onLoopback(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		target := envd.Target{Sandbox: sb, Open: true}
@@ -61,7 +66,7 @@ func runEnvd(ctx context.Context, args []string, getenv func(string) string, std
 		}
 	})), log)
 	ended := make(chan error, 1)
-	go func() { ended <- web.Serve(d.counted(listener, stranger)) }()
+	go func() { ended <- web.Serve(listener) }()
 	if _, err := fmt.Fprintf(stdout, "http://%s serves sandbox %s; run your program with E2B_DEBUG=true\n", listener.Addr(),
 		sb.ID()); err != nil {
 		log.Warn("tell the address", "error", err)
@@ -143,7 +148,7 @@ func parseEnvd(args []string, getenv func(string) string, stderr io.Writer) (c c
 	}
 	host, _, err := net.SplitHostPort(listen)
 	if ip, perr := netip.ParseAddr(host); err != nil || host != "localhost" && (perr != nil || !ip.IsLoopback()) {
-		return c, listen, name, fmt.Errorf("--listen %q is not on loopback: anyone who reaches it controls the sandbox", listen)
+		return c, listen, name, usageError{fmt.Errorf("--listen %q is not on loopback: anyone who reaches it controls the sandbox", listen)}
 	}
 	return c, listen, name, nil
 }

@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -39,18 +40,6 @@ type httpConfig struct {
 	audience    string
 	idle        time.Duration
 	rate        float64
-}
-
-// list is a flag that may be repeated, or have values separated by commas.
-type list []string
-
-// String implements flag.Value.
-func (l *list) String() string { return strings.Join(*l, ",") }
-
-// Set implements flag.Value.
-func (l *list) Set(v string) error {
-	*l = append(*l, strings.Split(v, ",")...)
-	return nil
 }
 
 const (
@@ -92,50 +81,23 @@ func parseHTTP(args []string, getenv func(string) string, stderr io.Writer) (c h
 
 const insecureFlag = "allow-insecure-sandboxes"
 
-// isGiven reports whether a flag was given, whatever its value.
-func isGiven(f *flag.FlagSet, name string) (given bool) {
-	f.Visit(func(one *flag.Flag) { given = given || one.Name == name })
-	return given
-}
-
-// check refuses settings that would serve strangers.
+// check refuses settings that make no sense, or would serve strangers.
 func (c *httpConfig) check() error {
-	host, _, err := net.SplitHostPort(c.listen)
-	if err != nil || host == "" {
-		return fmt.Errorf("--listen %q: name a host and a port, such as 127.0.0.1:8787; to listen on all addresses say so: 0.0.0.0:8787",
-			c.listen)
-	}
-	if c.publicURL != "" {
-		u, err := url.Parse(c.publicURL)
-		if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
-			return fmt.Errorf("--public-url %q: give scheme and host, such as https://box.example.com", c.publicURL)
-		}
-		c.hosts = append(c.hosts, u.Hostname())
-		c.publicURL = strings.TrimSuffix(c.publicURL, "/")
-	}
-	if err := c.tls.check(c.domain, c.publicURL); err != nil {
-		return err
-	}
-	if (c.issuer == "") != (c.audience == "") {
-		return errors.New("--oidc-issuer and --oidc-audience go together")
-	}
-	for _, o := range c.origins {
-		u, err := url.Parse(o)
-		if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || strings.Trim(u.Path, "/") != "" {
-			return fmt.Errorf("--origin %q: give scheme and host, such as https://ide.example.com", o)
-		}
-		c.hosts = append(c.hosts, u.Hostname())
+	host, err := c.checkNames()
+	if err != nil {
+		return usageError{err}
 	}
 	ip, err := netip.ParseAddr(host)
 	if host == "localhost" || err == nil && ip.IsLoopback() {
 		return nil
 	}
 	if !c.allowRemote {
-		return fmt.Errorf("--listen %q is not on loopback: give --allow-remote too if everyone who can reach it may try keys", c.listen)
+		return usageError{fmt.Errorf("--listen %q is not on loopback: give --allow-remote too if everyone who can reach it may try keys",
+			c.listen)}
 	}
 	if len(c.origins) == 0 {
-		return errors.New("--allow-remote needs --origin: the origins of web pages that may use the server, or its own URL if there are " +
-			"none")
+		return usageError{errors.New("--allow-remote needs --origin: the origins of web pages that may use the server, or its own URL if " +
+			"there are none")}
 	}
 	if c.issuer != "" {
 		return nil
@@ -144,13 +106,45 @@ func (c *httpConfig) check() error {
 	if err != nil {
 		return err
 	}
-	for _, k := range keys {
-		if k.Valid(time.Now()) {
-			return nil
-		}
+	if !slices.ContainsFunc(keys, func(k access.Key) bool { return k.Valid(time.Now()) }) {
+		return errors.New("--allow-remote needs a key: make one with 'soulbox-mcp key create --owner NAME'")
 	}
-	return errors.New("--allow-remote needs a key: make one with 'soulbox-mcp key create --owner NAME'")
+	return nil
 }
+
+// checkNames checks the addresses and URLs, and adds the hosts in them to those by which the server may be called. It returns the host to
+// listen on.
+func (c *httpConfig) checkNames() (host string, err error) {
+	if host, _, err = net.SplitHostPort(c.listen); err != nil || host == "" {
+		return "", fmt.Errorf(
+			"--listen %q: name a host and a port, such as 127.0.0.1:8787; to listen on all addresses say so: 0.0.0.0:8787", c.listen)
+	}
+	if c.publicURL != "" {
+		u, err := url.Parse(c.publicURL)
+		if err != nil || !isWeb(u) {
+			return "", fmt.Errorf("--public-url %q: give scheme and host, such as https://box.example.com", c.publicURL)
+		}
+		c.hosts = append(c.hosts, u.Hostname())
+		c.publicURL = strings.TrimSuffix(c.publicURL, "/")
+	}
+	if err := c.tls.check(c.domain, c.publicURL); err != nil {
+		return "", err
+	}
+	if (c.issuer == "") != (c.audience == "") {
+		return "", errors.New("--oidc-issuer and --oidc-audience go together")
+	}
+	for _, o := range c.origins {
+		u, err := url.Parse(o)
+		if err != nil || !isWeb(u) || strings.Trim(u.Path, "/") != "" {
+			return "", fmt.Errorf("--origin %q: give scheme and host, such as https://ide.example.com", o)
+		}
+		c.hosts = append(c.hosts, u.Hostname())
+	}
+	return host, nil
+}
+
+// isWeb reports whether a URL is one of HTTP, with a host.
+func isWeb(u *url.URL) bool { return (u.Scheme == "http" || u.Scheme == "https") && u.Host != "" }
 
 // runHTTP serves any number of clients until it gets a signal.
 func runHTTP(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) (err error) {

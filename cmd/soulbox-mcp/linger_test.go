@@ -45,7 +45,7 @@ func TestLinger(t *testing.T) {
 		}
 		return tags
 	}
-	begin := func(ctx context.Context, tag string, linger time.Duration) (*client.Session, error) {
+	begin := func(ctx context.Context, tag string, linger time.Duration) (*client.ProcessHandle, error) {
 		return here().Start(ctx, box.ID, client.Command{Args: []string{"sleep", "1000"}, Tag: tag, Linger: linger}, again)
 	}
 	for tag, linger := range map[string]time.Duration{"kept": 0, "left": 100 * time.Millisecond} {

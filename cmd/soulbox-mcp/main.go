@@ -33,7 +33,7 @@ Usage:
   soulbox-mcp doctor [flags]   check this machine, and say what is missing
   soulbox-mcp version          print the version
 
-Run 'soulbox-mcp COMMAND --help' for the flags of a command.
+Run 'soulbox-mcp COMMAND -h' for the flags of a command. A wrong command line ends with exit code 2.
 `
 
 func main() {
@@ -45,11 +45,18 @@ func main() {
 	if isPipe(err) && os.Args[1] != "stdio" {
 		os.Exit(128 + int(syscall.SIGPIPE)) // the reader has read enough, such as grep -q
 	}
-	if err != nil && !errors.Is(err, flag.ErrHelp) {
-		fmt.Fprintln(os.Stderr, "soulbox-mcp:", err)
-		os.Exit(1)
+	if err == nil || errors.Is(err, flag.ErrHelp) {
+		return
 	}
+	fmt.Fprintln(os.Stderr, "soulbox-mcp:", err)
+	if errors.As(err, new(usageError)) {
+		os.Exit(exitUsage)
+	}
+	os.Exit(1)
 }
+
+// exitUsage is the exit code for a wrong command line.
+const exitUsage = 2
 
 // isPipe reports whether an error comes from our stdout, which is no longer read.
 func isPipe(err error) bool {
@@ -90,10 +97,10 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdin i
 		return err
 	case "":
 		_, err := fmt.Fprint(stderr, usage)
-		return errors.Join(errors.New("name a command; MCP clients start 'soulbox-mcp stdio'"), err)
+		return errors.Join(usageError{errors.New("name a command; MCP clients start 'soulbox-mcp stdio'")}, err)
 	case "help", "--help", "-h":
 		_, err := fmt.Fprint(stdout, usage)
 		return err
 	}
-	return fmt.Errorf("there is no command %q; run 'soulbox-mcp help'", command)
+	return noCommand(command, "soulbox-mcp help")
 }

@@ -51,7 +51,7 @@ func newMetrics() *metrics {
 
 // watch adds the metrics that are computed only when they are collected.
 func (m *metrics) watch(manager *sandbox.Manager, d *descriptorBudget, sessions func() int) {
-	m.registry.MustRegister(room{manager}, accountUses{manager.Accounts()}, descriptorUse{d},
+	m.registry.MustRegister(sandboxMetrics{manager}, accountUses{manager.Accounts()}, descriptorUse{d},
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "soulbox_http_sessions", Help: "MCP sessions over HTTP."},
 			func() float64 { return float64(sessions()) }))
 }
@@ -96,8 +96,8 @@ func (m *metrics) observeSandbox(what string, took time.Duration, err error) {
 	m.changes.WithLabelValues(what, outcome).Inc()
 }
 
-// room collects the sandboxes by state, and the memory that is left.
-type room struct{ manager *sandbox.Manager }
+// sandboxMetrics collects the sandboxes by state, and the memory that is left.
+type sandboxMetrics struct{ manager *sandbox.Manager }
 
 var (
 	sandboxesDesc = prometheus.NewDesc("soulbox_sandboxes", "Sandboxes, by state; ended ones as long as they are remembered.",
@@ -118,7 +118,7 @@ var (
 )
 
 // Describe implements prometheus.Collector.
-func (r room) Describe(ch chan<- *prometheus.Desc) {
+func (c sandboxMetrics) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{sandboxesDesc, freeDesc, runDesc, cpuDesc, memoryDesc, netDesc, usedDesc, diskDesc, tasksDesc,
 		savedDesc} {
 		ch <- d
@@ -126,13 +126,13 @@ func (r room) Describe(ch chan<- *prometheus.Desc) {
 }
 
 // Collect implements prometheus.Collector.
-func (r room) Collect(ch chan<- prometheus.Metric) {
-	free, states, err := r.manager.Room()
+func (c sandboxMetrics) Collect(ch chan<- prometheus.Metric) {
+	free, states, err := c.manager.Room()
 	if err != nil {
 		ch <- prometheus.NewInvalidMetric(freeDesc, err)
 		return
 	}
-	now, saved, err := r.manager.Now()
+	now, saved, err := c.manager.Now()
 	if err != nil {
 		ch <- prometheus.NewInvalidMetric(savedDesc, err)
 		return
@@ -140,7 +140,7 @@ func (r room) Collect(ch chan<- prometheus.Metric) {
 	for d, v := range map[*prometheus.Desc]int64{usedDesc: now.Memory, diskDesc: now.DiskUsed, tasksDesc: now.Processes, savedDesc: saved} {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(v))
 	}
-	used := r.manager.Used()
+	used := c.manager.Used()
 	for d, v := range map[*prometheus.Desc]float64{runDesc: float64(used.RunMS) / 1000, cpuDesc: float64(used.CPUMS) / 1000,
 		memoryDesc: used.GBSeconds} {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, v)

@@ -416,18 +416,28 @@ func TestCommandLine(t *testing.T) {
 		code int
 		want string
 	}{
-		{nil, 1, "name a command"}, {[]string{"help"}, 0, "Usage:"}, {[]string{"version"}, 0, "soulbox-mcp "},
-		{[]string{"bogus"}, 1, "there is no command"},
-		{[]string{"stdio", "--bogus"}, 1, "-bogus"}, {[]string{"stdio", "more"}, 1, "there is no argument"},
-		{[]string{"stdio", "--memory-mb=-1"}, 1, "must be positive"},
-		{[]string{"stdio", "--lifetime", "5"}, 1, "for flag -lifetime: parse error; give a time such as 90s, 5m or 2h"},
-		{[]string{"stdio", "--help"}, 0, "-state-dir"}, {[]string{"stdio", "--log-level=loud"}, 1, "loud"},
+		{nil, 2, "name a command"}, {[]string{"help"}, 0, "Usage:"}, {[]string{"version"}, 0, "soulbox-mcp "},
+		{[]string{"bogus"}, 2, "there is no command"},
+		{[]string{"stdio", "--bogus"}, 2, "soulbox-mcp: there is no option --bogus; 'soulbox-mcp stdio -h' lists the options\n"},
+		{[]string{"cert", "--bogus"}, 2, "soulbox-mcp: there is no option --bogus; 'soulbox-mcp cert -h' lists the options\n"},
+		{[]string{"template", "copy", "a", "b", "-x"}, 2, "no option --x; 'soulbox-mcp template copy -h' lists"},
+		{[]string{"template", "copy", "-h"}, 0, "-state-dir"}, {[]string{"template", "copy", "a"}, 2, "needs 2 arguments"},
+		{[]string{"template", "bogus", "-x"}, 2, "'soulbox-mcp template help' lists the commands\n"},
+		{[]string{"key", "bogus"}, 2, "'soulbox-mcp key help' lists the commands\n"}, {[]string{"key"}, 0, "key create --owner NAME"},
+		{[]string{"http", "--listen", "8787"}, 2, "name a host and a port"}, {[]string{"http", "--rate"}, 2, "needs an argument: -rate; "},
+		{[]string{"stdio", "more"}, 2, "there is no argument"},
+		{[]string{"stdio", "--memory-mb=-1"}, 2, "must be positive"},
+		{[]string{"stdio", "--lifetime", "5"}, 2, "for flag -lifetime: parse error; give a time such as 90s, 5m or 2h"},
+		{[]string{"stdio", "--help"}, 0, "-state-dir"}, {[]string{"stdio", "--log-level=loud"}, 2, "loud"},
 	} {
 		cmd := exec.Command(sandboxtest.Program(t, "soulbox-mcp"), test.args...)
 		cmd.Env = []string{sandboxtest.RuntimeEnv(), "HOME=" + sandboxtest.Dir(t)}
 		out, _ := cmd.CombinedOutput()
 		if cmd.ProcessState.ExitCode() != test.code || !strings.Contains(string(out), test.want) {
 			t.Errorf("%v: exit %d, %s", test.args, cmd.ProcessState.ExitCode(), out)
+		}
+		if lines := strings.Count(string(out), "\n"); test.code != 0 && test.args != nil && lines > 1 {
+			t.Errorf("%v: %d lines say what is wrong", test.args, lines)
 		}
 	}
 }
@@ -442,7 +452,7 @@ func TestReadme(t *testing.T) {
 	for _, row := range regexp.MustCompile("(?m)^\\| `([a-z_]+)` \\|").FindAllStringSubmatch(string(text), -1) {
 		named = append(named, row[1])
 	}
-	server, err := newMCP(tools.Options{FileURL: (&api.Gateway{}).FileURL}, false, nil, nil)
+	server, err := newMCP(tools.Options{FileURL: (&api.Gateway{}).FileURL}, nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

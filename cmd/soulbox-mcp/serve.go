@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 	"strings"
 	"time"
 
@@ -23,7 +24,6 @@ import (
 type service struct {
 	config
 	log       *slog.Logger
-	closeLog  func() error
 	manager   *sandbox.Manager
 	mcp       *mcpserver.Server
 	metrics   *metrics
@@ -33,32 +33,51 @@ type service struct {
 
 	descriptors *descriptorBudget
 
-	stopCollecting, stopRelieving func()
+	closers []func() error // of what was opened, in that order
 }
 
 // newService connects all parts. The caller must call Close.
 func newService(c config, stderr io.Writer) (_ *service, err error) {
 	s := &service{config: c, metrics: newMetrics()}
-	if s.log, s.closeLog, err = c.openLog(stderr); err != nil {
-		return nil, err
-	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, s.closeLog())
+			err = errors.Join(err, s.Close())
 		}
 	}()
+	log, closeLog, err := c.openLog(stderr)
+	if err != nil {
+		return nil, err
+	}
+	s.log, s.closers = log, []func() error{closeLog}
 	if s.descriptors, err = newDescriptorBudget(s.log); err != nil {
 		return nil, err
 	}
-	s.stopRelieving = s.descriptors.open()
+	s.onClose(s.descriptors.open())
 	s.warnDescriptors()
-	defer func() {
-		if err != nil {
-			s.stopRelieving()
-		}
-	}()
 	ready := make(chan struct{}) // sandboxes may be adopted before there are clients to notify
-	manager, templates, err := c.newManager(s.log, func(o *sandbox.Options) {
+	if err = s.openManager(ready); err != nil {
+		return nil, err
+	}
+	s.builds = template.NewBuilds(c.newBuilder(s.templates, s.manager, s.log))
+	s.onClose(s.builds.Close)
+	s.gateway = api.NewGateway(s.manager, c.gateway, s.log)
+	s.gateway.Insecure, s.gateway.Own = c.insecure, c.own
+	if s.mcp, err = newMCP(s.toolOptions(), s.metrics, s.log); err != nil {
+		return nil, err
+	}
+	close(ready)
+	s.onClose(s.startCollecting())
+	return s, nil
+}
+
+// onClose has Close call stop, before what was given earlier.
+func (s *service) onClose(stop func()) {
+	s.closers = append(s.closers, func() error { stop(); return nil })
+}
+
+// openManager makes the domain and the store of templates. Once ready is closed, clients are told when their sandboxes change.
+func (s *service) openManager(ready <-chan struct{}) (err error) {
+	s.manager, s.templates, err = s.newManager(s.log, func(o *sandbox.Options) {
 		o.Listen = s.descriptors.Listen
 		o.Observe = s.metrics.observeSandbox
 		o.Changed = func(i sandbox.Info) {
@@ -70,40 +89,26 @@ func newService(c config, stderr io.Writer) (_ *service, err error) {
 		}
 	})
 	if err != nil {
-		return nil, err
+		return err
 	}
-	s.manager = manager
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, manager.Close())
-		}
-	}()
-	templates.InUse = manager.Images
-	s.templates, s.builds = templates, template.NewBuilds(c.newBuilder(templates, manager, s.log))
-	s.gateway = api.NewGateway(manager, c.gateway, s.log)
-	s.gateway.Insecure = c.insecure
-	o := tools.Options{Manager: manager, Store: templates, Builds: s.builds, ContextDirs: c.contextDirs, ReadOnly: c.readOnly}
-	if s.gateway.Own = c.own; c.own != nil {
+	s.closers = append(s.closers, s.manager.Close)
+	s.templates.InUse = s.manager.Images
+	return nil
+}
+
+// toolOptions is what the tools need and may do.
+func (s *service) toolOptions() tools.Options {
+	o := tools.Options{Manager: s.manager, Store: s.templates, Builds: s.builds, ContextDirs: s.contextDirs, ReadOnly: s.readOnly}
+	if s.own != nil {
 		o.FileURL = s.gateway.FileURL
 	}
-	if c.gateway != nil {
+	if s.config.gateway != nil {
 		o.PortURL = s.gateway.URL
 	}
-	if c.toolsets != "" {
-		o.Toolsets = strings.Split(c.toolsets, ",")
+	if s.toolsets != "" {
+		o.Toolsets = strings.Split(s.toolsets, ",")
 	}
-	if s.mcp, err = newMCP(o, c.fixtures, s.metrics, s.log); err != nil {
-		return nil, err
-	}
-	close(ready)
-	collecting, stop := context.WithCancel(context.Background())
-	over := make(chan struct{})
-	go func() {
-		defer close(over)
-		s.collect(collecting, templates)
-	}()
-	s.stopCollecting = func() { stop(); <-over }
-	return s, nil
+	return o
 }
 
 // warnDescriptors logs a warning if there are too few descriptors for the sandboxes that may be promised.
@@ -121,30 +126,36 @@ func (s *service) warnDescriptors() {
 // collectEvery is how often files that no template, sandbox or build needs are removed.
 const collectEvery = 10 * time.Minute
 
-func (s *service) collect(ctx context.Context, templates *template.Store) {
-	for {
-		if err := templates.Collect(); err != nil {
-			s.log.Error("collect what builds have left", "error", err)
+// startCollecting removes such files until stop is called.
+func (s *service) startCollecting() (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		for {
+			if err := s.templates.Collect(); err != nil {
+				s.log.Error("collect what builds have left", "error", err)
+			}
+			select {
+			case <-time.After(collectEvery):
+			case <-ctx.Done():
+				return
+			}
 		}
-		select {
-		case <-time.After(collectEvery):
-		case <-ctx.Done():
-			return
-		}
-	}
+	}()
+	return func() { cancel(); <-over }
 }
 
 // Close ends the sandboxes, or leaves them to the next server.
-func (s *service) Close() error {
-	s.stopCollecting()
-	s.builds.Close()
-	err := s.manager.Close()
-	s.stopRelieving()
-	return errors.Join(err, s.closeLog())
+func (s *service) Close() (err error) {
+	for _, closer := range slices.Backward(s.closers) {
+		err = errors.Join(err, closer())
+	}
+	return err
 }
 
 // newMCP makes the MCP server with everything it offers.
-func newMCP(o tools.Options, fixtures bool, m *metrics, log *slog.Logger) (*mcpserver.Server, error) {
+func newMCP(o tools.Options, m *metrics, log *slog.Logger) (*mcpserver.Server, error) {
 	offered, err := tools.New(o)
 	if err != nil {
 		return nil, fmt.Errorf("--toolsets: %w", err)
@@ -164,9 +175,6 @@ func newMCP(o tools.Options, fixtures bool, m *metrics, log *slog.Logger) (*mcps
 		options.Observe = func(method, tool, outcome string, took time.Duration) {
 			m.observeRequest(s, method, tool, outcome, took)
 		}
-	}
-	if fixtures {
-		return withFixtures(options), nil
 	}
 	return mcpserver.New(options), nil
 }

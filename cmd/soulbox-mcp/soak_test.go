@@ -265,7 +265,7 @@ func (s *soak) client(ctx context.Context, owner int) (own []*box) {
 		drop := false
 		switch n := rand.IntN(42); {
 		case n < 20:
-			s.use(b)
+			s.resumeAndExec(b)
 		case n < 28:
 			if !b.paused || rand.IntN(2) == 0 {
 				s.told("pause", b, s.pause(b, rand.IntN(2) == 0))
@@ -292,8 +292,8 @@ func (s *soak) client(ctx context.Context, owner int) (own []*box) {
 	return own
 }
 
-// use counts in a sandbox, after resuming it if it is paused.
-func (s *soak) use(b *box) {
+// resumeAndExec counts in a sandbox, after resuming it if it is paused.
+func (s *soak) resumeAndExec(b *box) {
 	if b.paused {
 		s.told("resume", b, s.resume(b))
 	}

@@ -123,7 +123,7 @@ func (s *soak) shoot(b *box) bool {
 		}
 		fired <- len(pids) > 0
 	}()
-	err := s.useAnyhow(b)
+	err := s.useDisturbed(b)
 	if !<-fired {
 		s.told("do what is not disturbed in", b, err)
 		return true
@@ -132,8 +132,8 @@ func (s *soak) shoot(b *box) bool {
 	return s.recover(b)
 }
 
-// useAnyhow uses a sandbox that may be killed meanwhile.
-func (s *soak) useAnyhow(b *box) (err error) {
+// useDisturbed uses a sandbox that may be killed meanwhile.
+func (s *soak) useDisturbed(b *box) (err error) {
 	switch rand.IntN(4) {
 	case 0:
 		if err = s.resume(b); err == nil {

@@ -42,8 +42,8 @@ func runStdio(ctx context.Context, args []string, getenv func(string) string, st
 // connect passes all messages on to a remote server.
 func (c config) connect(ctx context.Context, remote, keyFile, key string, stdin io.Reader, stdout, stderr io.Writer) (err error) {
 	u, err := url.Parse(remote)
-	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
-		return errors.New("--connect: give the URL of the server's endpoint, such as https://box.example.com/mcp")
+	if err != nil || !isWeb(u) {
+		return usageError{errors.New("--connect: give the URL of the server's endpoint, such as https://box.example.com/mcp")}
 	}
 	if strings.Trim(u.Path, "/") == "" { // the server's URL, as for the command line
 		u.Path = "/mcp"

@@ -47,13 +47,22 @@ func runTemplate(ctx context.Context, args []string, getenv func(string) string,
 	if len(args) > 0 {
 		command, args = args[0], args[1:]
 	}
+	switch command {
+	case "", "help", "--help", "-h":
+		_, err := fmt.Fprint(stdout, templateUsage)
+		return err
+	}
+	want, known := map[string]int{"base": 0, "list": 0, "delete": 1, "copy": 2, "pull": 2, "push": 2, "import": 2, "export": 2}[command]
+	if !known {
+		return noCommand("template "+command, "soulbox-mcp template help")
+	}
 	var names []string
-	for want := map[string]int{"delete": 1, "copy": 2, "pull": 2, "push": 2, "import": 2,
-		"export": 2}[command]; len(names) < want; args = args[1:] {
-		if len(args) == 0 || strings.HasPrefix(args[0], "-") {
-			return fmt.Errorf("template %s needs %d arguments, and flags behind them; run 'soulbox-mcp template help'", command, want)
-		}
+	for ; len(names) < want && len(args) > 0 && !strings.HasPrefix(args[0], "-"); args = args[1:] {
 		names = append(names, args[0])
+	}
+	if asksHelp := len(args) > 0 && (args[0] == "-h" || args[0] == "--help"); len(names) < want && !asksHelp {
+		return usageError{fmt.Errorf("template %s needs %d arguments, and flags behind them; 'soulbox-mcp template help' shows them",
+			command, want)}
 	}
 	var base template.BaseOptions
 	c := config{onExit: "kill"}
@@ -76,13 +85,8 @@ func runTemplate(ctx context.Context, args []string, getenv func(string) string,
 		return c.buildBase(ctx, base, stdout, stderr)
 	case "list":
 		return c.listTemplates(stdout)
-	case "delete", "copy", "pull", "push", "import", "export":
-		return c.moveTemplate(ctx, command, names, stdout)
-	case "", "help", "--help", "-h":
-		_, err := fmt.Fprint(stdout, templateUsage)
-		return err
 	}
-	return fmt.Errorf("there is no command %q; run 'soulbox-mcp template help'", "template "+command)
+	return c.moveTemplate(ctx, command, names, stdout)
 }
 
 func (c config) buildBase(ctx context.Context, o template.BaseOptions, stdout, stderr io.Writer) (err error) {

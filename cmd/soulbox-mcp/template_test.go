@@ -252,8 +252,8 @@ func BenchmarkTemplates(b *testing.B) {
 		n--
 		cached = append(cached, build())
 	}
-	t.enter("template_build, 3 RUN and COPY, cold", cold)
-	t.enter("template_build, all cached", cached)
+	t.record("template_build, 3 RUN and COPY, cold", cold)
+	t.record("template_build, all cached", cached)
 	benchBuildah(b, t, dockerfile)
 	p.call("template_build", map[string]any{"name": "service", "dockerfile": "FROM mini\n", "start_cmd": fmt.Sprintf(helloServer, 8000),
 		"ready_cmd": "(exec 3<>/dev/tcp/127.0.0.1/8000)"})
@@ -267,7 +267,7 @@ func BenchmarkTemplates(b *testing.B) {
 			}
 		}))
 	}
-	t.enter("sandbox_create from a template with a service, to its first answer", first)
+	t.record("sandbox_create from a template with a service, to its first answer", first)
 	for _, s := range p.call("sandbox_list", nil).Result.StructuredContent["sandboxes"].([]any) {
 		p.call("sandbox_kill", map[string]any{"sandbox_id": s.(map[string]any)["sandbox_id"], "confirm": true})
 	}
@@ -294,8 +294,8 @@ func BenchmarkTemplates(b *testing.B) {
 			}))
 		}
 	}
-	t.enter("exec of true in a sandbox of the host template", times[0])
-	t.enter("exec of true in a sandbox of an image, in memory", times[1])
+	t.record("exec of true in a sandbox of the host template", times[0])
+	t.record("exec of true in a sandbox of an image, in memory", times[1])
 }
 
 // pssOf is the memory of all processes of sandboxes in a state directory, with shared pages counted in part, in MB (proc(5), smaps_rollup).
@@ -348,6 +348,6 @@ func benchBuildah(b *testing.B, t *table, dockerfile string) {
 			*times = append(*times, run("bud", "--isolation", "chroot", "--pull-never", "--layers", "-t", "bench", dir))
 		}
 	}
-	t.enter("the same by buildah (chroot, vfs, layers), cold", cold)
-	t.enter("the same by buildah, all cached", cached)
+	t.record("the same by buildah (chroot, vfs, layers), cold", cold)
+	t.record("the same by buildah, all cached", cached)
 }

@@ -223,14 +223,10 @@ const certLife = 397 * 24 * time.Hour
 func runCert(args []string, getenv func(string) string, stdout, stderr io.Writer) error {
 	var domain, dir string
 	flags := flag.NewFlagSet("soulbox-mcp cert", flag.ContinueOnError)
-	flags.SetOutput(stderr)
 	flags.StringVar(&domain, "domain", "soulbox.localhost", "`domain` of the certificate, which is also for all names below it")
 	flags.StringVar(&dir, "out", filepath.Join(defaultStateDir(getenv), "tls"), "`directory` for ca.pem, cert.pem and key.pem")
-	if err := flags.Parse(args); err != nil {
+	if err := parseFlags(flags, args, stderr); err != nil {
 		return err
-	}
-	if flags.NArg() > 0 {
-		return fmt.Errorf("there is no argument %q; run 'soulbox-mcp cert --help'", flags.Arg(0))
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err

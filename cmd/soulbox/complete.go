@@ -113,7 +113,7 @@ func (a *app) completeCopy(c *cobra.Command, _ []string, typed string) ([]string
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), completeTime)
 	defer cancel()
-	b, err := a.find(ctx, id)
+	b, err := a.liveSandbox(ctx, id)
 	if err != nil || b.State != "running" {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}

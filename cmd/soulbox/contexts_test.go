@@ -58,7 +58,7 @@ func team(t *testing.T) *url.URL {
 func TestLogins(t *testing.T) {
 	one, two := team(t), team(t)
 	me := user{home: t.TempDir()}
-	enter := func(key, at string, args ...string) (int, string) {
+	loginWith := func(key, at string, args ...string) (int, string) {
 		t.Helper()
 		return me.run(t, key, append([]string{"auth", "login", "--url", at, "--key", "-"}, args...)...)
 	}
@@ -78,7 +78,7 @@ func TestLogins(t *testing.T) {
 		t.Errorf("%d %s", code, said)
 	}
 	for _, u := range []*url.URL{one, two} {
-		if code, said := enter("key of "+u.Host, u.String()); code != 0 {
+		if code, said := loginWith("key of "+u.Host, u.String()); code != 0 {
 			t.Fatalf("%d %s", code, said)
 		}
 	}
@@ -86,7 +86,7 @@ func TestLogins(t *testing.T) {
 		c.Known[one.Host] != loginTo(one, "key of "+one.Host) {
 		t.Errorf("%+v", c)
 	}
-	if code, said := enter("new", one.String()+"/mcp"); code != 0 || known().Known[one.Host].Key != "new" {
+	if code, said := loginWith("new", one.String()+"/mcp"); code != 0 || known().Known[one.Host].Key != "new" {
 		t.Errorf("the same server: %d %s", code, said)
 	}
 
@@ -99,14 +99,14 @@ func TestLogins(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if code, said := enter("mine", one.String()); code != 0 || len(known().Known) != 2 || known().Known["127.0.0.1"].Key != "mine" {
+	if code, said := loginWith("mine", one.String()); code != 0 || len(known().Known) != 2 || known().Known["127.0.0.1"].Key != "mine" {
 		t.Errorf("an old name: %d %s", code, said)
 	}
-	if code, said := enter("mine", two.String()); code != exitFailed || !strings.Contains(said, "--name "+two.Host) ||
+	if code, said := loginWith("mine", two.String()); code != exitFailed || !strings.Contains(said, "--name "+two.Host) ||
 		known().Known[two.Host].Key != "rare" {
 		t.Errorf("another scheme: %d %s", code, said)
 	}
-	if code, said := enter("mine", two.String(), "--name", two.Host); code != 0 || known().Known[two.Host] != loginTo(two, "mine") {
+	if code, said := loginWith("mine", two.String(), "--name", two.Host); code != 0 || known().Known[two.Host] != loginTo(two, "mine") {
 		t.Errorf("one that is named: %d %s", code, said)
 	}
 }

@@ -40,7 +40,7 @@ replaced. What a sandbox sends is written below the destination and nowhere else
 			if fromBox && args[0] == fromID+":" { // a slip, after which files of a home would be among the user's own
 				return usageError{fmt.Errorf("name a path: %s:. is the home directory", fromID)}
 			}
-			b, err := a.find(c.Context(), fromID+toID)
+			b, err := a.liveSandbox(c.Context(), fromID+toID)
 			if err != nil {
 				return err
 			}
@@ -88,7 +88,7 @@ func (t transfer) tar(ctx context.Context, stdin io.Reader, stdout io.Writer, ar
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	s, err := t.box.at.Start(ctx, t.box.ID, client.Command{Args: append([]string{"tar"}, args...), User: t.user, Stdin: stdin != nil,
-		Linger: execLinger}, t.again(t.box.ID))
+		Linger: execLinger}, t.reconnector(t.box.ID))
 	var start *client.StartError
 	if errors.As(err, &start) && start.Exit == 127 {
 		return exitError{exitExec,

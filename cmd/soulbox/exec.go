@@ -115,7 +115,7 @@ func (a *app) exec(ctx context.Context, id string, args []string, e execution) e
 	if err != nil {
 		return err
 	}
-	b, err := a.find(ctx, id)
+	b, err := a.liveSandbox(ctx, id)
 	if err != nil {
 		return asExec(err)
 	}
@@ -125,10 +125,10 @@ func (a *app) exec(ctx context.Context, id string, args []string, e execution) e
 	cmd.Stdin, cmd.Linger = e.input, execLinger
 	if e.terminal {
 		cmd.Linger = connectLinger
-		return asExec(a.atTerminal(ctx, b, func(ctx context.Context, size client.Size) (*client.Session, error) {
+		return asExec(a.atTerminal(ctx, b, func(ctx context.Context, size client.Size) (*client.ProcessHandle, error) {
 			cmd.Terminal = &size
 			cmd.Env["TERM"] = cmp.Or(cmd.Env["TERM"], a.getenv("TERM"), "xterm")
-			return b.at.Start(ctx, b.ID, cmd, a.again(b.ID))
+			return b.at.Start(ctx, b.ID, cmd, a.reconnector(b.ID))
 		}, e.input, true))
 	}
 	return asExec(a.piped(ctx, b, cmd))
@@ -142,7 +142,7 @@ func (e execution) command(args []string) (client.Command, error) {
 func (a *app) detached(ctx context.Context, b box, cmd client.Command) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel() // it is not followed
-	s, err := b.at.Start(ctx, b.ID, cmd, a.again(b.ID))
+	s, err := b.at.Start(ctx, b.ID, cmd, a.reconnector(b.ID))
 	if err != nil {
 		return err
 	}
@@ -160,9 +160,9 @@ func (a *app) piped(outer context.Context, b box, cmd client.Command) error {
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2)
 	defer signal.Stop(signals)
-	begun := make(chan *client.Session, 1)
+	begun := make(chan *client.ProcessHandle, 1)
 	go a.passSignals(ctx, begun, signals, cancel)
-	s, err := b.at.Start(ctx, b.ID, cmd, a.again(b.ID))
+	s, err := b.at.Start(ctx, b.ID, cmd, a.reconnector(b.ID))
 	if err != nil && ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
@@ -186,7 +186,7 @@ func (a *app) piped(outer context.Context, b box, cmd client.Command) error {
 }
 
 // send sends a whole stream to a process. A process that has ended, or has closed its stdin, takes no more, which is not an error.
-func send(ctx context.Context, s *client.Session, from io.Reader) error {
+func send(ctx context.Context, s *client.ProcessHandle, from io.Reader) error {
 	in := newGathered(from)
 	defer in.stop()
 	for {
@@ -275,8 +275,9 @@ func unlessOver(err error) error {
 
 // passSignals passes signals on, as if the command ran here. The third Ctrl-C, the second SIGTERM and the end of our terminal kill the
 // command. Signals that come before the command has started wait killTime for it.
-func (a *app) passSignals(ctx context.Context, begun <-chan *client.Session, signals <-chan os.Signal, cancel context.CancelCauseFunc) {
-	var s *client.Session
+func (a *app) passSignals(ctx context.Context, begun <-chan *client.ProcessHandle, signals <-chan os.Signal,
+	cancel context.CancelCauseFunc) {
+	var s *client.ProcessHandle
 	counts := map[syscall.Signal]int{}
 	_, atTerminal := terminalOf(a.stdin)
 	for {
@@ -318,7 +319,7 @@ func (a *app) passSignals(ctx context.Context, begun <-chan *client.Session, sig
 }
 
 // end kills a process that soulbox no longer follows, and returns why. A process in a paused sandbox is left as it is.
-func (a *app) end(s *client.Session, why error) error {
+func (a *app) end(s *client.ProcessHandle, why error) error {
 	if errors.Is(why, client.ErrPaused) {
 		return why
 	}
@@ -355,7 +356,7 @@ func (a *app) psCommand() *cobra.Command {
 			"This does not wake a paused sandbox.",
 		Example: "  soulbox ps ID\n  soulbox ps ID --all -o json",
 		RunE: func(c *cobra.Command, args []string) error {
-			b, err := a.find(c.Context(), args[0])
+			b, err := a.liveSandbox(c.Context(), args[0])
 			if err != nil {
 				return err
 			}
@@ -433,7 +434,7 @@ func (a *app) killCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			b, err := a.find(c.Context(), args[0])
+			b, err := a.liveSandbox(c.Context(), args[0])
 			if err != nil {
 				return err
 			}

@@ -30,7 +30,7 @@ func (a *app) logsCommand() *cobra.Command {
 			if since < 0 || limit < 1 || limit > maxLogs {
 				return usageError{fmt.Errorf("--since is a time such as 10m, and --tail from 1 to %d", maxLogs)}
 			}
-			b, err := a.remembered(c.Context(), args[0])
+			b, err := a.anySandbox(c.Context(), args[0])
 			if err != nil {
 				return err
 			}
@@ -114,7 +114,7 @@ func (a *app) metricsCommand() *cobra.Command {
 			"seconds.", Example: "  soulbox sandbox metrics ID\n  soulbox sandbox metrics ID --watch --since 10m\n  soulbox sandbox " +
 			"metrics ID -o json",
 		RunE: func(c *cobra.Command, args []string) error {
-			b, err := a.remembered(c.Context(), args[0])
+			b, err := a.anySandbox(c.Context(), args[0])
 			if err != nil {
 				return err
 			}
@@ -181,11 +181,11 @@ func (a *app) watchCommand() *cobra.Command {
 		Example: "  soulbox watch ID /home/user/project\n  soulbox watch ID --recursive=false /tmp",
 		RunE: func(c *cobra.Command, args []string) error {
 			ctx := c.Context()
-			b, err := a.find(ctx, args[0])
+			b, err := a.liveSandbox(ctx, args[0])
 			if err != nil {
 				return err
 			}
-			again := a.again(b.ID)
+			reconnect := a.reconnector(b.ID)
 			at, lost := b.at, time.Time{}
 			for {
 				err := at.Watch(ctx, b.ID, names.Parse(args[1]), recursive, func() {
@@ -210,7 +210,7 @@ func (a *app) watchCommand() *cobra.Command {
 				if !pause(ctx, tick) {
 					return nil
 				}
-				if next, err := again(ctx); err == nil {
+				if next, err := reconnect(ctx); err == nil {
 					at = next
 				}
 				sb, err := at.Sandbox(ctx, b.ID)
@@ -234,7 +234,7 @@ func (a *app) portCommand() *cobra.Command {
 		ValidArgsFunction: a.completeSandboxes, Long: "List the ports that are exposed, and those on which something listens.",
 		Example: "  soulbox port list ID",
 		RunE: func(c *cobra.Command, args []string) error {
-			b, err := a.find(c.Context(), args[0])
+			b, err := a.liveSandbox(c.Context(), args[0])
 			if err != nil {
 				return err
 			}
@@ -260,7 +260,7 @@ func (a *app) portCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			b, err := a.find(c.Context(), args[0])
+			b, err := a.liveSandbox(c.Context(), args[0])
 			if err != nil {
 				return err
 			}
@@ -290,7 +290,7 @@ func (a *app) exposeCommand() *cobra.Command {
 			if wait < 0 || wait > maxPortWait {
 				return usageError{fmt.Errorf("--wait is a time up to %s", short(maxPortWait))}
 			}
-			b, err := a.find(c.Context(), args[0])
+			b, err := a.liveSandbox(c.Context(), args[0])
 			if err != nil {
 				return err
 			}
@@ -330,7 +330,7 @@ func (a *app) urlCommand() *cobra.Command {
 		Example: "  soulbox url ID /home/user/report.pdf\n  curl --data-binary @data.csv -H 'Content-Type: application/octet-stream' " +
 			"\"$(soulbox url ID /tmp/data.csv --write)\"",
 		RunE: func(c *cobra.Command, args []string) error {
-			b, err := a.find(c.Context(), args[0])
+			b, err := a.liveSandbox(c.Context(), args[0])
 			if err != nil {
 				return err
 			}

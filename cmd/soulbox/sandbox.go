@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"soulbox.dev/soulbox/api/client"
 )
@@ -27,11 +28,55 @@ func (a *app) sandboxCommand() *cobra.Command {
 	return sandbox
 }
 
+// createOptions are the flags of create.
+type createOptions struct {
+	client.NewSandbox
+	metadata, env []string
+	life, protect time.Duration
+	protectMemory bool
+}
+
+func (o *createOptions) flags(f *pflag.FlagSet) {
+	f.StringVarP(&o.Template, "template", "t", "", "`name` of a template or snapshot to begin from; default that of the server")
+	f.StringArrayVarP(&o.metadata, "metadata", "m", nil, "`KEY=VALUE` to find it by; may be repeated")
+	f.StringArrayVarP(&o.env, "env", "e", nil, "`KEY=VALUE` that all its processes have; may be repeated")
+	f.DurationVar(&o.life, "timeout", 0, "`time` that it lives; default that of the server, one hour")
+	f.StringVar(&o.OnTimeout, "on-timeout", "", "what happens at the end of that time: `pause` or kill")
+	f.Float64Var(&o.CPU, "cpu", 0, "`cores` that it may use; default 2")
+	f.Var(size{&o.MemoryMB}, "memory", "memory in `MB`, or such as 4G; default 1024")
+	f.Var(size{&o.DiskMB}, "disk", "disk that it may write, in `MB`, or such as 20G; default 10240")
+	f.DurationVar(&o.protect, "protect", 0,
+		"save it in the background at this interval of `time`, to resume it if it fails; default that of the server, never")
+	f.BoolVar(&o.protectMemory, "protect-memory", false, "with --protect: save its processes too, not only its files")
+	f.StringVar(&o.Network.Mode, "network", "", "`mode`: none, full, or allowlist with --allow; default none")
+	f.StringArrayVar(&o.Network.Allow, "allow", nil, "`host` or range of addresses that it may reach; may be repeated")
+}
+
+// complete checks the flags, and sets what depends on several.
+func (o *createOptions) complete() (err error) {
+	if o.Metadata, err = readPairs("--metadata", o.metadata); err != nil {
+		return err
+	}
+	if o.Env, err = readPairs("--env", o.env); err != nil {
+		return err
+	}
+	if o.life < 0 || o.life > 0 && o.life < time.Second {
+		return usageError{errors.New("--timeout is a second or more, such as 30m")}
+	}
+	if o.protect < 0 || o.protect > 0 && o.protect < time.Second || o.protectMemory && o.protect == 0 {
+		return usageError{errors.New("--protect is a time such as 5m, and --protect-memory goes with it")}
+	}
+	if o.protect > 0 {
+		o.Protect = &client.Protect{EveryS: int64(o.protect.Seconds()), Memory: o.protectMemory}
+	}
+	if o.TimeoutS = int64(o.life.Seconds()); len(o.Network.Allow) > 0 && o.Network.Mode == "" {
+		o.Network.Mode = "allowlist"
+	}
+	return nil
+}
+
 func (a *app) createCommand() *cobra.Command {
-	var n client.NewSandbox
-	var metadata, env []string
-	var life, protect time.Duration
-	var protectMemory bool
+	var o createOptions
 	var out format
 	c := &cobra.Command{Use: "create", Short: "Make a sandbox", Args: exactly(),
 		Long: "Make a sandbox, and print its id. It has no network unless you ask for one. At the end of its time it is paused to disk, " +
@@ -39,30 +84,15 @@ func (a *app) createCommand() *cobra.Command {
 		Example: "  soulbox sandbox create\n  soulbox sandbox create --template python --metadata project=demo --timeout 2h\n  soulbox " +
 			"sandbox create --memory 4096 --cpu 2 --network full\n" +
 			"  soulbox sandbox create --allow pypi.org --allow files.pythonhosted.org",
-		RunE: func(c *cobra.Command, _ []string) (err error) {
-			if n.Metadata, err = readPairs("--metadata", metadata); err != nil {
+		RunE: func(c *cobra.Command, _ []string) error {
+			if err := o.complete(); err != nil {
 				return err
 			}
-			if n.Env, err = readPairs("--env", env); err != nil {
-				return err
-			}
-			if life < 0 || life > 0 && life < time.Second {
-				return usageError{errors.New("--timeout is a second or more, such as 30m")}
-			}
-			if protect < 0 || protect > 0 && protect < time.Second || protectMemory && protect == 0 {
-				return usageError{errors.New("--protect is a time such as 5m, and --protect-memory goes with it")}
-			}
-			if protect > 0 {
-				n.Protect = &client.Protect{EveryS: int64(protect.Seconds()), Memory: protectMemory}
-			}
-			if n.TimeoutS = int64(life.Seconds()); len(n.Network.Allow) > 0 && n.Network.Mode == "" {
-				n.Network.Mode = "allowlist"
-			}
-			at, err := a.home(c.Context())
+			at, err := a.lastingServer(c.Context())
 			if err != nil {
 				return err
 			}
-			sb, err := at.Create(c.Context(), n)
+			sb, err := at.Create(c.Context(), o.NewSandbox)
 			if err != nil {
 				return noTemplate(err)
 			}
@@ -71,20 +101,7 @@ func (a *app) createCommand() *cobra.Command {
 			}
 			return a.printf("%s\n", sb.ID)
 		}}
-	f := c.Flags()
-	f.StringVarP(&n.Template, "template", "t", "", "`name` of a template or snapshot to begin from; default that of the server")
-	f.StringArrayVarP(&metadata, "metadata", "m", nil, "`KEY=VALUE` to find it by; may be repeated")
-	f.StringArrayVarP(&env, "env", "e", nil, "`KEY=VALUE` that all its processes have; may be repeated")
-	f.DurationVar(&life, "timeout", 0, "`time` that it lives; default that of the server, one hour")
-	f.StringVar(&n.OnTimeout, "on-timeout", "", "what happens at the end of that time: `pause` or kill")
-	f.Float64Var(&n.CPU, "cpu", 0, "`cores` that it may use; default 2")
-	f.Var(size{&n.MemoryMB}, "memory", "memory in `MB`, or such as 4G; default 1024")
-	f.Var(size{&n.DiskMB}, "disk", "disk that it may write, in `MB`, or such as 20G; default 10240")
-	f.DurationVar(&protect, "protect", 0,
-		"save it in the background at this interval of `time`, to resume it if it fails; default that of the server, never")
-	f.BoolVar(&protectMemory, "protect-memory", false, "with --protect: save its processes too, not only its files")
-	f.StringVar(&n.Network.Mode, "network", "", "`mode`: none, full, or allowlist with --allow; default none")
-	f.StringArrayVar(&n.Network.Allow, "allow", nil, "`host` or range of addresses that it may reach; may be repeated")
+	o.flags(c.Flags())
 	out.flag(c, formatName, formatJSON)
 	check(c.RegisterFlagCompletionFunc("template", a.completeTemplates))
 	check(c.RegisterFlagCompletionFunc("on-timeout", cobra.FixedCompletions([]string{"pause", "kill"}, cobra.ShellCompDirectiveNoFileComp)))
@@ -207,7 +224,7 @@ func (a *app) infoCommand() *cobra.Command {
 		Long:    "Describe a sandbox. One that has ended is remembered for a day.",
 		Example: "  soulbox sandbox info ID\n  soulbox sandbox info ID -o json",
 		RunE: func(c *cobra.Command, args []string) error {
-			b, err := a.remembered(c.Context(), args[0])
+			b, err := a.anySandbox(c.Context(), args[0])
 			if err != nil {
 				return err
 			}
@@ -280,7 +297,7 @@ func (a *app) each(ctx context.Context, ids []string, do func(context.Context, b
 		slots <- struct{}{}
 		all.Go(func() {
 			defer func() { <-slots }()
-			b, err := a.find(ctx, id)
+			b, err := a.liveSandbox(ctx, id)
 			if err == nil {
 				said[i], err = do(ctx, b)
 			}
@@ -356,7 +373,7 @@ func (a *app) forkCommand() *cobra.Command {
 		Long:    "Make copies of a running sandbox, each with its memory, files and processes as they are, and print their ids.",
 		Example: "  soulbox sandbox fork ID\n  soulbox sandbox fork ID --count 10 --timeout 10m",
 		RunE: func(c *cobra.Command, args []string) error {
-			b, err := a.find(c.Context(), args[0])
+			b, err := a.liveSandbox(c.Context(), args[0])
 			if err != nil {
 				return err
 			}
@@ -380,7 +397,7 @@ func (a *app) snapshotCommand() *cobra.Command {
 			"If there is a snapshot of that name, this fails, unless --replace is given; 'soulbox template delete NAME' removes it.",
 		Example: "  soulbox sandbox snapshot ID ready\n  soulbox sandbox create --template ready\n  soulbox sandbox snapshot list",
 		RunE: func(c *cobra.Command, args []string) error {
-			b, err := a.find(c.Context(), args[0])
+			b, err := a.liveSandbox(c.Context(), args[0])
 			if err != nil {
 				return err
 			}
@@ -430,7 +447,7 @@ func (a *app) extendCommand() *cobra.Command {
 			if err != nil || d < time.Second {
 				return usageError{fmt.Errorf("%q is not a time such as 90s, 30m or 2h", args[1])}
 			}
-			b, err := a.find(c.Context(), args[0])
+			b, err := a.liveSandbox(c.Context(), args[0])
 			if err != nil {
 				return err
 			}

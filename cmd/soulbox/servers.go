@@ -93,8 +93,8 @@ func (a *app) servers(ctx context.Context) ([]server, error) {
 	return a.start(ctx)
 }
 
-// home returns the server that creates new things: one that outlives its client, which an IDE's server does not.
-func (a *app) home(ctx context.Context) (server, error) {
+// lastingServer returns the server that creates new things: one that outlives its client, which an IDE's server does not.
+func (a *app) lastingServer(ctx context.Context) (server, error) {
 	all, err := a.servers(ctx)
 	if err != nil {
 		return server{}, err
@@ -229,9 +229,9 @@ func (a *app) boxes(ctx context.Context, l client.List) ([]box, error) {
 	return out, nil
 }
 
-// find finds a sandbox that has not ended.
-func (a *app) find(ctx context.Context, id string) (box, error) {
-	b, err := a.remembered(ctx, id)
+// liveSandbox finds a sandbox that has not ended.
+func (a *app) liveSandbox(ctx context.Context, id string) (box, error) {
+	b, err := a.anySandbox(ctx, id)
 	if err == nil && (b.State == "killed" || b.State == "failed") {
 		return box{}, fmt.Errorf("sandbox %s has ended: %s", b.ID, b.Cause)
 	}
@@ -241,8 +241,8 @@ func (a *app) find(ctx context.Context, id string) (box, error) {
 // shortestID is how much of an id is needed: all of them begin with the same two letters.
 const shortestID = 3
 
-// remembered finds a sandbox by its id or an unambiguous beginning of it, even one that has ended.
-func (a *app) remembered(ctx context.Context, id string) (box, error) {
+// anySandbox finds a sandbox by its id or an unambiguous beginning of it, even one that has ended.
+func (a *app) anySandbox(ctx context.Context, id string) (box, error) {
 	all, err := a.servers(ctx)
 	if err != nil {
 		return box{}, err
@@ -290,25 +290,25 @@ func findAmong(ctx context.Context, all []server, id string) (found box, err err
 	return box{}, err
 }
 
-// startAfter is how long a session waits for its server to come back before it starts a new one.
+// startAfter is how long a followed process waits for its server to come back before it starts a new one.
 const startAfter = 10 * time.Second
 
-// again finds a sandbox's server again for a session whose server is gone: a new server may be about to take the sandbox over.
-func (a *app) again(id string) func(context.Context) (*client.Client, error) {
+// reconnector finds a sandbox's server again for a process whose server is gone: a new server may be about to take the sandbox over.
+func (a *app) reconnector(id string) func(context.Context) (*client.Client, error) {
 	var gone time.Time
 	return func(ctx context.Context) (*client.Client, error) {
 		_, _, remote, err := a.chosen()
 		if err != nil {
 			return nil, err
 		}
-		find := a.running
+		ask := a.running
 		if gone.IsZero() || time.Since(gone) > time.Minute {
 			gone = time.Now()
 		}
 		if remote || time.Since(gone) > startAfter {
-			find = a.servers
+			ask = a.servers
 		}
-		all, err := find(ctx)
+		all, err := ask(ctx)
 		if err != nil {
 			return nil, err
 		}

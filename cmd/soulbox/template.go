@@ -235,7 +235,7 @@ func (a *app) build(ctx context.Context, dir string, conf templateConfig, n clie
 	if err != nil {
 		return err
 	}
-	at, err := a.home(ctx)
+	at, err := a.lastingServer(ctx)
 	if err != nil {
 		return err
 	}
@@ -399,7 +399,7 @@ func (a *app) buildLogsCommand() *cobra.Command {
 		Long:              "Show the log of the last build of a template, even if it failed, or of any build by its id.",
 		Example:           "  soulbox template logs web",
 		RunE: func(c *cobra.Command, args []string) error {
-			at, err := a.home(c.Context())
+			at, err := a.lastingServer(c.Context())
 			if err != nil {
 				return err
 			}
@@ -417,7 +417,7 @@ func (a *app) templateListCommand() *cobra.Command {
 		Long:    "List templates: yours, and the operator's, which all users see.",
 		Example: "  soulbox template list\n  soulbox template list -o name",
 		RunE: func(c *cobra.Command, _ []string) error {
-			at, err := a.home(c.Context())
+			at, err := a.lastingServer(c.Context())
 			if err != nil {
 				return err
 			}

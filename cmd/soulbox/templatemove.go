@@ -51,7 +51,7 @@ func (a *app) templateDeleteCommand() *cobra.Command {
 		ValidArgsFunction: a.completeTemplates, Long: "Delete templates or snapshots. Sandboxes made from them continue to run.",
 		Example: "  soulbox template delete web",
 		RunE: func(c *cobra.Command, args []string) error {
-			at, err := a.home(c.Context())
+			at, err := a.lastingServer(c.Context())
 			if err != nil {
 				return err
 			}
@@ -74,7 +74,7 @@ func (a *app) templateCopyCommand() *cobra.Command {
 			"leaves the other as it is. The copy takes no space.",
 		Example: "  soulbox template copy web web:v2\n  soulbox template tag base ours",
 		RunE: func(c *cobra.Command, args []string) error {
-			at, err := a.home(c.Context())
+			at, err := a.lastingServer(c.Context())
 			if err != nil {
 				return err
 			}
@@ -92,7 +92,7 @@ func (a *app) pullCommand() *cobra.Command {
 			"the server.",
 		Example: "  soulbox template pull docker.io/library/alpine:3 alpine",
 		RunE: func(c *cobra.Command, args []string) error {
-			at, err := a.home(c.Context())
+			at, err := a.lastingServer(c.Context())
 			if err != nil {
 				return err
 			}
@@ -111,7 +111,7 @@ func (a *app) pushCommand() *cobra.Command {
 			"server.",
 		Example: "  soulbox template push web registry.example.com/team/web:1",
 		RunE: func(c *cobra.Command, args []string) error {
-			at, err := a.home(c.Context())
+			at, err := a.lastingServer(c.Context())
 			if err != nil {
 				return err
 			}

@@ -37,11 +37,11 @@ shell ends.`,
 			if code, done := a.guard(); done {
 				return code
 			}
-			b, err := a.find(c.Context(), args[0])
+			b, err := a.liveSandbox(c.Context(), args[0])
 			if err != nil {
 				return err
 			}
-			return asExec(a.atTerminal(c.Context(), b, func(ctx context.Context, size client.Size) (*client.Session, error) {
+			return asExec(a.atTerminal(c.Context(), b, func(ctx context.Context, size client.Size) (*client.ProcessHandle, error) {
 				if len(args) > 1 {
 					return a.attach(ctx, b, args[1])
 				}
@@ -53,7 +53,7 @@ shell ends.`,
 }
 
 // shell starts a shell.
-func (a *app) shell(ctx context.Context, b box, e execution, size client.Size) (s *client.Session, err error) {
+func (a *app) shell(ctx context.Context, b box, e execution, size client.Size) (s *client.ProcessHandle, err error) {
 	for _, args := range [][]string{{"/bin/bash", "-l"}, {"/bin/sh", "-l"}} {
 		cmd, cerr := e.command(args)
 		if cerr != nil {
@@ -62,7 +62,7 @@ func (a *app) shell(ctx context.Context, b box, e execution, size client.Size) (
 		cmd.Env["TERM"] = cmp.Or(cmd.Env["TERM"], a.getenv("TERM"), "xterm")
 		cmd.Terminal, cmd.Linger = &size, connectLinger
 		var start *client.StartError
-		if s, err = b.at.Start(ctx, b.ID, cmd, a.again(b.ID)); !errors.As(err, &start) {
+		if s, err = b.at.Start(ctx, b.ID, cmd, a.reconnector(b.ID)); !errors.As(err, &start) {
 			return s, err
 		}
 	}
@@ -73,7 +73,7 @@ func (a *app) shell(ctx context.Context, b box, e execution, size client.Size) (
 const shownAgain = 16 << 10
 
 // attach enters an existing terminal, and shows its last output again.
-func (a *app) attach(ctx context.Context, b box, name string) (*client.Session, error) {
+func (a *app) attach(ctx context.Context, b box, name string) (*client.ProcessHandle, error) {
 	p, err := process(ctx, b, name)
 	if err != nil {
 		return nil, err
@@ -84,13 +84,13 @@ func (a *app) attach(ctx context.Context, b box, name string) (*client.Session, 
 	if p.State != "running" {
 		return nil, fmt.Errorf("process %d has ended", p.PID)
 	}
-	return b.at.Attach(ctx, b.ID, p, max(0, p.Output-shownAgain), a.again(b.ID))
+	return b.at.Attach(ctx, b.ID, p, max(0, p.Output-shownAgain), a.reconnector(b.ID))
 }
 
 var errDetached = errors.New("detached")
 
 // atTerminal connects to a process's terminal until the process ends or the user leaves. A process that we started (ours) ends with us.
-func (a *app) atTerminal(outer context.Context, b box, begin func(context.Context, client.Size) (*client.Session, error), input,
+func (a *app) atTerminal(outer context.Context, b box, begin func(context.Context, client.Size) (*client.ProcessHandle, error), input,
 	ours bool) error {
 	fd, here := terminalOf(a.stdin)
 	size := client.Size{Rows: 24, Cols: 80}
@@ -140,7 +140,7 @@ func (a *app) atTerminal(outer context.Context, b box, begin func(context.Contex
 	return result(exit)
 }
 
-func (a *app) endOurs(s *client.Session, ours bool, why error) error {
+func (a *app) endOurs(s *client.ProcessHandle, ours bool, why error) error {
 	if ours {
 		return a.end(s, why)
 	}
@@ -148,7 +148,7 @@ func (a *app) endOurs(s *client.Session, ours bool, why error) error {
 }
 
 // leave lets a process continue without us.
-func (a *app) leave(b box, s *client.Session, ours bool) error {
+func (a *app) leave(b box, s *client.ProcessHandle, ours bool) error {
 	ctx, cancel := context.WithTimeout(context.Background(), killTime)
 	defer cancel()
 	if ours {
@@ -171,7 +171,7 @@ const maxTyped = 1 << 20
 
 // typed sends what is typed, and recognizes the keys that leave, even while nothing can be sent; for them it returns errDetached. It calls
 // failed when nothing can be sent any more.
-func typed(ctx context.Context, s *client.Session, from io.Reader, failed context.CancelCauseFunc) error {
+func typed(ctx context.Context, s *client.ProcessHandle, from io.Reader, failed context.CancelCauseFunc) error {
 	keys := &queue{changed: make(chan struct{}, 1)}
 	sent := make(chan struct{})
 	go func() {
@@ -254,7 +254,7 @@ func (q *queue) take() (keys []byte, over bool) {
 }
 
 // send sends the keys until the queue ends. Keys in transit when the connection breaks may be lost; the user types them again.
-func (q *queue) send(ctx context.Context, s *client.Session) error {
+func (q *queue) send(ctx context.Context, s *client.ProcessHandle) error {
 	for {
 		select {
 		case <-q.changed:
@@ -277,7 +277,7 @@ func (q *queue) send(ctx context.Context, s *client.Session) error {
 
 // followSize sends our terminal's size to the process whenever it changes, and once at the start: a user who returns may have another
 // terminal.
-func (a *app) followSize(ctx context.Context, s *client.Session, size client.Size) {
+func (a *app) followSize(ctx context.Context, s *client.ProcessHandle, size client.Size) {
 	fd, ok := terminalOf(a.stdout)
 	if !ok {
 		return
@@ -431,7 +431,7 @@ func (a *app) tidyUp(told string) {
 	fmt.Fprint(a.stderr, "\x1b[?1049l\x1b[?25h\x1b[0m\r\n[soulbox was killed]\r\n") // if stderr fails, the user is gone
 	ctx, cancel := context.WithTimeout(context.Background(), killTime)
 	defer cancel()
-	b, err := a.find(ctx, id)
+	b, err := a.liveSandbox(ctx, id)
 	if err == nil {
 		err = b.at.Signal(ctx, b.ID, p, syscall.SIGKILL)
 	}
