@@ -10,7 +10,6 @@ import (
 	"log/slog"
 	"net/http"
 	"net/url"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -20,6 +19,7 @@ import (
 	"soulbox.dev/soulbox/agent"
 	"soulbox.dev/soulbox/api/client"
 	"soulbox.dev/soulbox/api/envd"
+	"soulbox.dev/soulbox/internal/cursor"
 	"soulbox.dev/soulbox/internal/wholenum"
 	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/template"
@@ -356,24 +356,21 @@ func (r *call) number(name string, least, most, without int64) (int64, error) {
 	return n, nil
 }
 
-// page cuts a sorted list to the requested page, which begins after the key that ended the previous page.
+// page sorts a list and cuts it to the requested page.
 func page[T any](r *call, all []T, falling bool, key func(T) string) ([]T, error) {
 	limit, err := r.number("limit", 1, maxPage, maxPage)
 	if err != nil {
 		return nil, err
 	}
-	if last := r.URL.Query().Get("nextToken"); last != "" {
-		all = slices.DeleteFunc(all, func(one T) bool { return key(one) == last || (key(one) > last) == falling })
+	all, next, err := cursor.Page(r.URL.Path, r.URL.Query().Get("nextToken"), all, int(limit), falling, key)
+	if err != nil {
+		return nil, refuse(http.StatusBadRequest, "nextToken: %v", err)
 	}
-	if int64(len(all)) > limit {
-		all = all[:limit]
-		r.w.Header().Set("X-Next-Token", key(all[limit-1]))
+	if next != "" {
+		r.w.Header().Set("X-Next-Token", next)
 	}
 	return all, nil
 }
-
-// moment returns a text that sorts as times do.
-func moment(t time.Time, name string) string { return fmt.Sprintf("%019d.%s", t.UnixNano(), name) }
 
 const maxPage = 100
 

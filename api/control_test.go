@@ -311,6 +311,13 @@ func TestPages(t *testing.T) {
 		}
 		made = slices.DeleteFunc(made, func(id string) bool { return id == seen[2] })
 	}
+	other := a.as("ann", "GET", "/v2/sandboxes?limit=1", "").header.Get("X-Next-Token")
+	for path, want := range map[string]int{"/v2/sandboxes?nextToken=" + other: 200, "/v2/templates?nextToken=" + other: 400,
+		"/v2/sandboxes?nextToken=x": 400, "/snapshots?nextToken=" + url.QueryEscape("1767225600000000000.snapshot"): 400} {
+		if r := a.as("ann", "GET", path, ""); r.code != want {
+			t.Errorf("%s: %d %s, want %d", path, r.code, r.text, want)
+		}
+	}
 }
 
 // TestNobodyElses: on every path, what belongs to another owner is answered in the words of what does not exist.

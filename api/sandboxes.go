@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"soulbox.dev/soulbox/api/envd"
+	"soulbox.dev/soulbox/internal/cursor"
 	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/template"
 )
@@ -249,11 +250,7 @@ func (c *Control) list(r *call) error {
 		return err
 	}
 	order := cmp.Or(r.URL.Query().Get("order"), "desc")
-	switch order {
-	case "desc":
-	case "asc":
-		slices.Reverse(all)
-	default:
+	if order != "asc" && order != "desc" {
 		return refuse(http.StatusBadRequest, "order is asc or desc, not %.40q", order)
 	}
 	running := 0
@@ -263,7 +260,7 @@ func (c *Control) list(r *call) error {
 		}
 	}
 	r.w.Header().Set("X-Total-Running", strconv.Itoa(running))
-	if all, err = page(r, all, order == "desc", func(i sandbox.Info) string { return moment(began(i), i.ID) }); err != nil {
+	if all, err = page(r, all, order == "desc", func(i sandbox.Info) string { return cursor.Key(began(i), i.ID) }); err != nil {
 		return err
 	}
 	return r.answer(http.StatusOK, listAll(all))

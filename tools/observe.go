@@ -3,12 +3,12 @@ package tools
 import (
 	"context"
 	"fmt"
-	"strconv"
 	"strings"
 	"time"
 
 	"github.com/mark3labs/mcp-go/server"
 
+	"soulbox.dev/soulbox/internal/cursor"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -87,9 +87,8 @@ func (s *Service) sandboxLogs(ctx context.Context, in sandboxLogsInput) (sandbox
 		return sandboxLogsOutput{}, err
 	}
 	if in.Cursor != "" {
-		if q.After, err = strconv.ParseInt(in.Cursor, 10, 64); err != nil || q.After < 0 {
-			return sandboxLogsOutput{},
-				badArgument("The argument \"cursor\" does not come from sandbox_logs; leave it out for the last entries.")
+		if cursor.Decode("logs", in.Cursor, &q.After) != nil {
+			return sandboxLogsOutput{}, badCursor("sandbox_logs", "leave it out for the last entries")
 		}
 	}
 	sb, err := s.own(ctx, in.target)
@@ -101,7 +100,7 @@ func (s *Service) sandboxLogs(ctx context.Context, in sandboxLogsInput) (sandbox
 	if err != nil {
 		return sandboxLogsOutput{}, err
 	}
-	out := sandboxLogsOutput{Lines: []logLine{}, Cursor: strconv.FormatInt(page.Last, 10), More: page.More}
+	out := sandboxLogsOutput{Lines: []logLine{}, Cursor: cursor.Encode("logs", page.Last), More: page.More}
 	for _, e := range page.Entries {
 		out.Lines = append(out.Lines, logLine{e.Time.UTC().Format("2006-01-02T15:04:05.000Z"), string(e.Level), e.Source,
 			render([]byte(e.Message))})

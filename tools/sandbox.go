@@ -2,7 +2,6 @@ package tools
 
 import (
 	"context"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"maps"
@@ -13,6 +12,7 @@ import (
 	"github.com/mark3labs/mcp-go/server"
 
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/internal/cursor"
 	"soulbox.dev/soulbox/internal/names"
 	"soulbox.dev/soulbox/sandbox"
 )
@@ -207,7 +207,6 @@ func (o sandboxListOutput) text() string {
 	return strings.Join(lines, "\n")
 }
 
-// sandboxList pages by the last id shown. The order is by age, so sandboxes made or ended meanwhile neither repeat nor hide others.
 func (s *Service) sandboxList(ctx context.Context, in sandboxListInput) (sandboxListOutput, error) {
 	if in.Limit <= 0 || in.Limit > 200 {
 		in.Limit = 50
@@ -227,25 +226,15 @@ func (s *Service) sandboxList(ctx context.Context, in sandboxListInput) (sandbox
 	s.Manager.AwaitSettled(ctx)
 	list := s.Manager.List(sandbox.Filter{Until: until, Owner: who.Owner(), State: sandbox.State(in.State), Template: in.Template,
 		Metadata: in.Metadata, Since: since})
-	if in.Cursor != "" {
-		after, err := base64.RawURLEncoding.DecodeString(in.Cursor)
-		at, id, ok := strings.Cut(string(after), " ")
-		created, perr := time.Parse(time.RFC3339Nano, at)
-		if err != nil || !ok || perr != nil {
-			return sandboxListOutput{},
-				badArgument("The argument \"cursor\" does not come from sandbox_list; leave it out to start again.")
-		}
-		list = slices.DeleteFunc(list, func(i sandbox.Info) bool {
-			return i.Created.After(created) || i.Created.Equal(created) && i.ID <= id
-		})
+	page, next, err := cursor.Page("sandboxes", in.Cursor, list, in.Limit, true, func(i sandbox.Info) string {
+		return cursor.Key(i.Created, i.ID)
+	})
+	if err != nil {
+		return sandboxListOutput{}, badCursor("sandbox_list", "leave it out to start again")
 	}
-	out := sandboxListOutput{Sandboxes: []sandboxInfo{}}
-	for _, i := range list[:min(in.Limit, len(list))] {
+	out := sandboxListOutput{Sandboxes: []sandboxInfo{}, NextCursor: next}
+	for _, i := range page {
 		out.Sandboxes = append(out.Sandboxes, s.describe(ctx, i))
-	}
-	if n := len(out.Sandboxes); n < len(list) {
-		last := list[n-1]
-		out.NextCursor = base64.RawURLEncoding.EncodeToString([]byte(last.Created.UTC().Format(time.RFC3339Nano) + " " + last.ID))
 	}
 	return out, nil
 }

@@ -168,6 +168,11 @@ func badArgument(format string, args ...any) error {
 	return argumentError(fmt.Sprintf(format, args...))
 }
 
+// badCursor refuses a cursor that a tool did not make.
+func badCursor(tool, instead string) error {
+	return badArgument("The argument \"cursor\" does not come from %s; %s.", tool, instead)
+}
+
 // aliases are the names that other tools give our arguments and that models know.
 var aliases = map[string]string{"cmd": "command", "workdir": "cwd", "file_path": "path", "old_string": "old_str", "new_string": "new_str",
 	"yield_time_ms": "yield_ms"}

@@ -2,6 +2,7 @@ package tools_test
 
 import (
 	"bytes"
+	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -162,14 +163,15 @@ func steady(out []byte, known map[string]string) []byte {
 	if port := known["port"]; port != "" {
 		out = regexp.MustCompile(`\b`+port+`\b`).ReplaceAll(out, []byte("PORT"))
 	}
+	out = regexp.MustCompile(`(?m)^[^>].*$`).ReplaceAllFunc(out, readCursors)
 	for _, r := range []struct{ pattern, with string }{
-		{`sb[a-z2-7]{20}`, "SANDBOX"},
+		{`sb[a-z2-7]{20}`, "SANDBOX"}, {`\d{19}\.SANDBOX`, "TIME.SANDBOX"},
 		{`/tmp/[^ "'\n\\]*?/sandboxes/SANDBOX`, "HOME"},
 		{`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z`, "TIME"},
 		{`"life_left_ms":\d+`, `"life_left_ms":N`}, {`"saved_age_s":\d+`, `"saved_age_s":N`}, {`leaves [0-9hms.]+ from`, "leaves N from"},
 		{`127\.0\.0\.1:\d{4,5}`, "127.0.0.1:N"}, {`[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f-]{21}`, "BUILD"},
 		{`"took_ms":\d+`, `"took_ms":N`}, {`MB, \d+\.\d s\.`, "MB, N s."},
-		{`(cursor |"cursor":"|Watch ")w[a-z2-7]{8}`, "${1}WATCH"},
+		{`(\(watch \d+ |Watch ")w[a-z2-7]{8}`, "${1}WATCH"},
 		{`ended after [0-9.]+m?s`, "ended after N"}, {`after \d+ ms`, "after N ms"}, {`"duration_ms":\d+`, `"duration_ms":N`},
 		{`cpu \d+ ms, memory \d+ MB`, "cpu N ms, memory N MB"}, {`"cpu_ms":\d+`, `"cpu_ms":N`}, {`,"memory_mb":\d+,"output`, `,"output`},
 		{`,"listening_ports":\[[^\]]*\]`, ""}, {`usage: .*`, "usage: N"}, {`"usage":\{[^}]*\}`, `"usage":{}`},
@@ -180,6 +182,18 @@ func steady(out []byte, known map[string]string) []byte {
 		out = regexp.MustCompile(r.pattern).ReplaceAll(out, []byte(r.with))
 	}
 	return out
+}
+
+// readCursors shows what is in the cursors of an answer.
+func readCursors(line []byte) []byte {
+	return regexp.MustCompile(`(cursor |cursor":")[A-Za-z0-9_-]+`).ReplaceAllFunc(line, func(found []byte) []byte {
+		at := bytes.LastIndexAny(found, ` "`) + 1
+		place, err := base64.RawURLEncoding.DecodeString(string(found[at:]))
+		if err != nil || !regexp.MustCompile(`^(watch|logs|sandboxes) `).Match(place) {
+			return found
+		}
+		return fmt.Appendf(nil, "%s(%s)", found[:at], place)
+	})
 }
 
 // TestGoldenConversations replays every testdata/*.txt.
