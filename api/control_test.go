@@ -216,6 +216,7 @@ func TestControlPlane(t *testing.T) {
 		{"GET", "/v2/sandboxes/" + id + "/logs?direction=backward&limit=1&level=info&search=running", "", 200, `"message":"running"`},
 		{"GET", "/v2/sandboxes/" + id + "/logs?direction=up", "", 400, "direction"},
 		{"POST", "/sandboxes/" + id + "/fork", `{"count":101}`, 400, "1 to 100"},
+		{"POST", "/sandboxes/" + id + "/fork", `{"count":0}`, 400, "1 to 100"},
 		{"POST", "/sandboxes/" + id + "/snapshots", `{"name":"Bad Name"}`, 400, "a name is"},
 		{"POST", "/sandboxes/" + id + "/pause", `{}`, 204, ""},
 		{"POST", "/sandboxes/" + id + "/pause", `{}`, 409, `"code":409`},

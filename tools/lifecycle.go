@@ -140,7 +140,7 @@ func (s *Service) sandboxSnapshot(ctx context.Context, in sandboxSnapshotInput) 
 }
 
 type sandboxForkInput struct {
-	Count    int               `json:"count,omitempty" jsonschema:"1 to 100; default 1"`
+	Count    *int              `json:"count,omitempty" least:"1" jsonschema:"at most 100; default 1"`
 	Metadata map[string]string `json:"metadata,omitempty" jsonschema:"of the copies; default as the original"`
 	target
 }
@@ -166,10 +166,11 @@ func (s *Service) sandboxFork(ctx context.Context, in sandboxForkInput) (sandbox
 	if err != nil {
 		return sandboxForkOutput{}, err
 	}
-	if in.Count == 0 {
-		in.Count = 1
+	count := 1
+	if in.Count != nil {
+		count = *in.Count
 	}
-	copies, failed, err := sb.Fork(ctx, in.Count, in.Metadata)
+	copies, failed, err := sb.Fork(ctx, count, in.Metadata)
 	if err != nil {
 		return sandboxForkOutput{}, err
 	}
@@ -179,7 +180,7 @@ func (s *Service) sandboxFork(ctx context.Context, in sandboxForkInput) (sandbox
 	}
 	var last error
 	same := 0
-	for i := range in.Count {
+	for i := range count {
 		err := failed[i+1]
 		switch {
 		case err == nil:

@@ -73,8 +73,8 @@ func define[In any, Out output](s *Service, name, description string, h hints,
 	return server.ServerTool{Tool: tool, Handler: handle}
 }
 
-// schema is the JSON Schema of a struct. A field may have the tag enum:"a,b", or as:"tool" if that tool already describes it. A field is
-// optional by omission, not by null.
+// schema is the JSON Schema of a struct. A field may have the tag enum:"a,b", least:"1" (which the tool checks), or as:"tool" if that
+// tool already describes it. A field is optional by omission, not by null.
 func schema[T any](input bool) json.RawMessage {
 	s, err := jsonschema.For[T](nil)
 	if err != nil {
@@ -146,6 +146,12 @@ func tidy(s *jsonschema.Schema, t reflect.Type, input bool) {
 			if list := f.Tag.Get("enum"); list != "" {
 				for _, v := range strings.Split(list, ",") {
 					p.Enum = append(p.Enum, v)
+				}
+			}
+			if least := f.Tag.Get("least"); least != "" {
+				p.Minimum = new(float64)
+				if _, err := fmt.Sscan(least, p.Minimum); err != nil {
+					panic(err) // a fault in a tag, which every test shows
 				}
 			}
 			if header := f.Tag.Get("header"); header != "" && input {

@@ -22,7 +22,7 @@ func TestCursor(t *testing.T) {
 	for name, text := range map[string]string{
 		"nothing": "", "another list": Encode("logs", "w1", 7), "more": Encode("watch", "w1", "7 8"), "less": Encode("watch", "w1"),
 		"negative": Encode("watch", "w1", -1), "no number": Encode("watch", "w1", "x"),
-		"huge": Encode("watch", "w1", "9223372036854775808"),
+		"huge":       Encode("watch", "w1", "9223372036854775808"),
 		"not base64": "watch w1 7", "padded": own + "==", "a line more": own + "\n", "changed": own[:len(own)-1] + "_",
 		"long":  Encode("watch", strings.Repeat("w", 2000), 7),
 		"plain": base64.RawURLEncoding.EncodeToString([]byte("w1 7")),
