@@ -31,7 +31,7 @@ func (s *Service) fileTools() []server.ServerTool {
 		define(s, "file_read", "Read a text file by lines, an image as an image, or any file as base64. Directories: file_list.",
 			hints{title: "Read a file", readOnly: true, idempotent: true, long: true}, s.fileRead),
 		define(s, "file_write",
-			"Create, replace (atomically) or append to a file, or several at once. Missing directories are made.",
+			"As root, create, replace (atomically) or append to files. New ones belong to user. Missing directories are made.",
 			hints{title: "Write a file", destructive: true, idempotent: true}, s.fileWrite),
 		define(s, "file_edit",
 			"Change a text file: replace old_str, which must occur once, by new_str; or insert new_str behind insert_line.",

@@ -15,13 +15,12 @@ const (
 	maxURLLife = 7 * 24 * time.Hour
 )
 
-// urlTools exist only if the server has a URL of its own.
+// urlTool is offered only if the server has a URL of its own.
+const urlTool = "file_url"
+
 func (s *Service) urlTools() []server.ServerTool {
-	if s.FileURL == nil {
-		return nil
-	}
 	return []server.ServerTool{
-		define(s, "file_url", "Make a URL to download one file (GET) or upload it (POST), of any size, without a key.",
+		define(s, urlTool, "Make a URL to download one file (GET) or upload it (POST), of any size, without a key.",
 			hints{title: "Link to a file", idempotent: true}, s.fileURL),
 	}
 }

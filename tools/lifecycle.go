@@ -140,7 +140,7 @@ func (s *Service) sandboxSnapshot(ctx context.Context, in sandboxSnapshotInput) 
 }
 
 type sandboxForkInput struct {
-	Count    *int              `json:"count,omitempty" least:"1" jsonschema:"at most 100; default 1"`
+	Count    *int              `json:"count,omitempty" least:"1" jsonschema:"up to 100; default 1"`
 	Metadata map[string]string `json:"metadata,omitempty" jsonschema:"of the copies; default as the original"`
 	target
 }

@@ -72,49 +72,6 @@ func New(o Options) (*Service, error) {
 	return s, nil
 }
 
-// group is a group of tools, which are offered together or not at all.
-type group struct {
-	set   string
-	tools func(*Service) []server.ServerTool
-}
-
-// groups are the groups of all tools.
-func groups() []group {
-	return []group{
-		{"core", (*Service).execTools}, {"core", (*Service).processTools}, {"core", (*Service).sandboxTools},
-		{"files", (*Service).fileTools}, {"files", (*Service).urlTools}, {"watch", (*Service).watchTools},
-		{"lifecycle", (*Service).lifecycleTools}, {"net", (*Service).portTools}, {"templates", (*Service).templateTools},
-		{"observe", (*Service).observeTools},
-	}
-}
-
-// Toolsets are the names of the groups of tools.
-func Toolsets() (sets []string) {
-	for _, g := range groups() {
-		if !slices.Contains(sets, g.set) {
-			sets = append(sets, g.set)
-		}
-	}
-	return sets
-}
-
-// Register adds the offered tools to a server, and the prompts that use them.
-func (s *Service) Register(m *server.MCPServer) {
-	if !s.ReadOnly && len(s.Toolsets) == 0 { // prompts name tools of all sets
-		registerPrompts(m)
-	}
-	for _, g := range groups() {
-		if len(s.Toolsets) > 0 && !slices.Contains(s.Toolsets, g.set) {
-			continue
-		}
-		for _, t := range g.tools(s) {
-			if !s.ReadOnly || *t.Tool.Annotations.ReadOnlyHint {
-				m.AddTools(t)
-			}
-		}
-	}
-}
-
 // conversation is what the tools need of a call's session.
 type conversation interface {
 	Owner() string

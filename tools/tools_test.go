@@ -213,10 +213,11 @@ func TestGoldenConversations(t *testing.T) {
 	}
 }
 
-// TestToolsets: only the requested toolsets are offered, and a read-only server offers nothing that changes anything.
+// TestToolsets: only the requested toolsets are offered, and a read-only server offers nothing that changes anything. A call of a tool that
+// is not offered says why.
 func TestToolsets(t *testing.T) {
 	_, m := newServer(t)
-	offered := func(o tools.Options) string {
+	register := func(o tools.Options) *server.MCPServer {
 		o.Manager = m
 		service, err := tools.New(o)
 		if err != nil {
@@ -224,6 +225,10 @@ func TestToolsets(t *testing.T) {
 		}
 		s := server.NewMCPServer("test", "1")
 		service.Register(s)
+		return s
+	}
+	offered := func(o tools.Options) string {
+		s := register(o)
 		var names []string
 		for _, tool := range listTools(t, s) {
 			if o.ReadOnly && !*tool.Annotations.ReadOnlyHint {
@@ -239,8 +244,20 @@ func TestToolsets(t *testing.T) {
 	if got := offered(tools.Options{ReadOnly: true}); !strings.Contains(got, "file_read") || strings.Contains(got, "file_write") {
 		t.Error(got)
 	}
-	if a, b := offered(tools.Options{}), offered(tools.Options{}); a != b {
-		t.Error("the order differs")
+	if a, b := offered(tools.Options{}), offered(tools.Options{}); a != b || strings.Contains(a, "file_url") {
+		t.Errorf("the order differs, or there is a tool too many: %s, %s", a, b)
+	}
+	for tool, c := range map[string]struct {
+		o   tools.Options
+		why string
+	}{"file_watch": {tools.Options{Toolsets: []string{"files", "core"}}, `it is in the toolset \"watch\", and this server was started with ` +
+		`--toolsets files,core`}, "sandbox_kill": {tools.Options{ReadOnly: true}, "--read-only"}, "nothing": {tools.Options{}, "not found"},
+		"file_url": {tools.Options{}, "file_read with encoding base64"}} {
+		answer, err := json.Marshal(register(c.o).HandleMessage(t.Context(),
+			json.RawMessage(`{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"`+tool+`","arguments":{}}}`)))
+		if err != nil || !strings.Contains(string(answer), `"error"`) || !strings.Contains(string(answer), c.why) {
+			t.Errorf("%s: %s %v", tool, answer, err)
+		}
 	}
 	if _, err := tools.New(tools.Options{Toolsets: []string{"nope"}}); err == nil || !strings.Contains(err.Error(), "core") {
 		t.Error(err)
