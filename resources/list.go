@@ -22,7 +22,7 @@ const (
 )
 
 // List lists the caller's sandboxes, newest first, with what can be read of each; templates come last.
-func (s *Service) List(ctx context.Context, after string) ([]mcp.Resource, string, error) {
+func (s *Catalog) List(ctx context.Context, after string) ([]mcp.Resource, string, error) {
 	who, known := owner(ctx)
 	if !known {
 		return nil, "", nil
@@ -63,7 +63,7 @@ func (e invalidCursor) ProtocolError() (code int, message string) {
 }
 
 // of lists what can be read of a sandbox.
-func (s *Service) of(ctx context.Context, who string, i sandbox.Info) []mcp.Resource {
+func (s *Catalog) of(ctx context.Context, who string, i sandbox.Info) []mcp.Resource {
 	add := func(uri, name, description, kind string) mcp.Resource {
 		return mcp.NewResource(uri, name, mcp.WithResourceDescription(description), mcp.WithMIMEType(kind))
 	}
@@ -106,7 +106,7 @@ func (s *Service) of(ctx context.Context, who string, i sandbox.Info) []mcp.Reso
 }
 
 // Complete completes ids of sandboxes and processes, paths, and names of templates.
-func (s *Service) Complete(ctx context.Context, template, variable, value string, known map[string]string) ([]string, error) {
+func (s *Catalog) Complete(ctx context.Context, template, variable, value string, known map[string]string) ([]string, error) {
 	var all []string
 	who, ok := owner(ctx)
 	if !ok {

@@ -28,7 +28,7 @@ const (
 	ttyYield     = 2 * time.Second // at most; a call returns earlier, when the program at the terminal is silent
 )
 
-func (s *Service) execTools() []server.ServerTool {
+func (s *Toolbox) execTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "exec",
 			"Run a shell command (bash) in the sandbox and return its output and exit code. After yield_ms it continues in the "+
@@ -129,7 +129,7 @@ func (in execInput) check() error {
 	return nil
 }
 
-func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
+func (s *Toolbox) exec(ctx context.Context, in execInput) (execOutput, error) {
 	if err := in.check(); err != nil {
 		return execOutput{}, err
 	}
@@ -255,7 +255,7 @@ func giveUp(ctx context.Context, client *agent.Client, snap agent.Snapshot, w ag
 }
 
 // show turns a snapshot into a result with at most chars characters of output. What it leaves out can be read from the offset it names.
-func (s *Service) show(ctx context.Context, client *agent.Client, sandboxID string, snap agent.Snapshot, w agent.Window, chars int,
+func (s *Toolbox) show(ctx context.Context, client *agent.Client, sandboxID string, snap agent.Snapshot, w agent.Window, chars int,
 	raw bool) (execOutput, error) {
 	if snap.Process.Terminal != nil && !raw {
 		return showTerminal(sandboxID, snap, w, chars), nil

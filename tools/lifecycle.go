@@ -12,7 +12,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-func (s *Service) lifecycleTools() []server.ServerTool {
+func (s *Toolbox) lifecycleTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "sandbox_update", "Change the metadata or the life time of a sandbox.",
 			hints{title: "Update a sandbox"}, s.sandboxUpdate),
@@ -29,7 +29,7 @@ func (s *Service) lifecycleTools() []server.ServerTool {
 }
 
 // own finds a sandbox whose state must not change: the call neither makes nor wakes it.
-func (s *Service) own(ctx context.Context, t target) (*sandbox.Sandbox, error) {
+func (s *Toolbox) own(ctx context.Context, t target) (*sandbox.Sandbox, error) {
 	own, owner, err := s.session(ctx)
 	if err != nil {
 		return nil, err
@@ -57,7 +57,7 @@ type sandboxPauseInput struct {
 }
 
 // sandboxPause succeeds if the sandbox is already paused in the wanted way.
-func (s *Service) sandboxPause(ctx context.Context, in sandboxPauseInput) (sandboxInfo, error) {
+func (s *Toolbox) sandboxPause(ctx context.Context, in sandboxPauseInput) (sandboxInfo, error) {
 	sb, err := s.own(ctx, in.target)
 	if err != nil {
 		return sandboxInfo{}, err
@@ -80,7 +80,7 @@ type sandboxResumeInput struct {
 	target
 }
 
-func (s *Service) sandboxResume(ctx context.Context, in sandboxResumeInput) (sandboxInfo, error) {
+func (s *Toolbox) sandboxResume(ctx context.Context, in sandboxResumeInput) (sandboxInfo, error) {
 	sb, err := s.own(ctx, in.target)
 	if err != nil {
 		return sandboxInfo{}, err
@@ -130,7 +130,7 @@ func (i snapshotInfo) text() string {
 		i.SandboxID, i.CreatedAt, i.SizeMB, i.Name)
 }
 
-func (s *Service) sandboxSnapshot(ctx context.Context, in sandboxSnapshotInput) (snapshotInfo, error) {
+func (s *Toolbox) sandboxSnapshot(ctx context.Context, in sandboxSnapshotInput) (snapshotInfo, error) {
 	sb, err := s.own(ctx, in.target)
 	if err != nil {
 		return snapshotInfo{}, err
@@ -161,7 +161,7 @@ func (o sandboxForkOutput) text() string {
 }
 
 // sandboxFork fails as a whole only if no copy could be made.
-func (s *Service) sandboxFork(ctx context.Context, in sandboxForkInput) (sandboxForkOutput, error) {
+func (s *Toolbox) sandboxFork(ctx context.Context, in sandboxForkInput) (sandboxForkOutput, error) {
 	sb, err := s.own(ctx, in.target)
 	if err != nil {
 		return sandboxForkOutput{}, err

@@ -12,7 +12,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-func (s *Service) observeTools() []server.ServerTool {
+func (s *Toolbox) observeTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "sandbox_logs", "Report what has happened to a sandbox and its processes, until a day after its end.",
 			hints{title: "Read a sandbox's log", readOnly: true, idempotent: true}, s.sandboxLogs),
@@ -77,7 +77,7 @@ func (o sandboxLogsOutput) text() string {
 	return b.String()
 }
 
-func (s *Service) sandboxLogs(ctx context.Context, in sandboxLogsInput) (sandboxLogsOutput, error) {
+func (s *Toolbox) sandboxLogs(ctx context.Context, in sandboxLogsInput) (sandboxLogsOutput, error) {
 	q := sandbox.LogQuery{Level: sandbox.Level(in.Level), Source: in.Source, Text: in.Text, Limit: in.Limit}
 	var err error
 	if q.Since, err = moment("since", in.Since); err != nil {
@@ -159,7 +159,7 @@ func (o sandboxMetricsOutput) text() string {
 
 const maxPoints = 720
 
-func (s *Service) sandboxMetrics(ctx context.Context, in sandboxMetricsInput) (sandboxMetricsOutput, error) {
+func (s *Toolbox) sandboxMetrics(ctx context.Context, in sandboxMetricsInput) (sandboxMetricsOutput, error) {
 	from, err := moment("start", in.Start)
 	if err != nil {
 		return sandboxMetricsOutput{}, err

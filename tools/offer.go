@@ -13,16 +13,16 @@ import (
 // group is a group of tools, which are offered together or not at all.
 type group struct {
 	set   string
-	tools func(*Service) []server.ServerTool
+	tools func(*Toolbox) []server.ServerTool
 }
 
 // groups are the groups of all tools.
 func groups() []group {
 	return []group{
-		{"core", (*Service).execTools}, {"core", (*Service).processTools}, {"core", (*Service).sandboxTools},
-		{"files", (*Service).fileTools}, {"files", (*Service).urlTools}, {"watch", (*Service).watchTools},
-		{"lifecycle", (*Service).lifecycleTools}, {"net", (*Service).portTools}, {"templates", (*Service).templateTools},
-		{"observe", (*Service).observeTools},
+		{"core", (*Toolbox).execTools}, {"core", (*Toolbox).processTools}, {"core", (*Toolbox).sandboxTools},
+		{"files", (*Toolbox).fileTools}, {"files", (*Toolbox).urlTools}, {"watch", (*Toolbox).watchTools},
+		{"lifecycle", (*Toolbox).lifecycleTools}, {"net", (*Toolbox).portTools}, {"templates", (*Toolbox).templateTools},
+		{"observe", (*Toolbox).observeTools},
 	}
 }
 
@@ -37,7 +37,7 @@ func Toolsets() (sets []string) {
 }
 
 // Register adds the offered tools to a server, and the prompts that use them. The others are in no list; a call of one is told why.
-func (s *Service) Register(m *server.MCPServer) {
+func (s *Toolbox) Register(m *server.MCPServer) {
 	if !s.ReadOnly && len(s.Toolsets) == 0 { // prompts name tools of all sets
 		registerPrompts(m)
 	}
@@ -62,7 +62,7 @@ func (s *Service) Register(m *server.MCPServer) {
 }
 
 // leftOut says why a tool is not offered, and what helps; "" if it is.
-func (s *Service) leftOut(set string, t mcp.Tool) string {
+func (s *Toolbox) leftOut(set string, t mcp.Tool) string {
 	switch {
 	case len(s.Toolsets) > 0 && !slices.Contains(s.Toolsets, set):
 		return fmt.Sprintf("it is in the toolset %q, and this server was started with --toolsets %s", set, strings.Join(s.Toolsets, ","))

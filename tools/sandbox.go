@@ -17,7 +17,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-func (s *Service) sandboxTools() []server.ServerTool {
+func (s *Toolbox) sandboxTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "sandbox_create",
 			"Make another sandbox, an isolated Linux machine. Not needed for the first: exec makes this session's own.",
@@ -71,7 +71,7 @@ func parseProtection(p *sandbox.Protection) (out sandbox.Protect, err error) {
 	return out, nil
 }
 
-func (s *Service) describe(ctx context.Context, i sandbox.Info) sandboxInfo {
+func (s *Toolbox) describe(ctx context.Context, i sandbox.Info) sandboxInfo {
 	return sandboxInfo{i.Describe(), s.isDefault(ctx, i.ID)}
 }
 
@@ -138,7 +138,7 @@ func (i sandboxInfo) text() string {
 	return b.String()
 }
 
-func (s *Service) sandboxCreate(ctx context.Context, in sandboxCreateInput) (sandboxInfo, error) {
+func (s *Toolbox) sandboxCreate(ctx context.Context, in sandboxCreateInput) (sandboxInfo, error) {
 	times := sandbox.Times{OnTimeout: sandbox.Action(in.OnTimeout), NoAutoResume: in.AutoResume != nil && !*in.AutoResume}
 	for _, t := range []struct {
 		name string
@@ -207,7 +207,7 @@ func (o sandboxListOutput) text() string {
 	return strings.Join(lines, "\n")
 }
 
-func (s *Service) sandboxList(ctx context.Context, in sandboxListInput) (sandboxListOutput, error) {
+func (s *Toolbox) sandboxList(ctx context.Context, in sandboxListInput) (sandboxListOutput, error) {
 	if in.Limit <= 0 || in.Limit > 200 {
 		in.Limit = 50
 	}
@@ -267,7 +267,7 @@ func (i *shellInfo) text() string {
 }
 
 // shellOf reports what the shell of a call's session remembers.
-func (s *Service) shellOf(ctx context.Context, client *agent.Client) (*shellInfo, error) {
+func (s *Toolbox) shellOf(ctx context.Context, client *agent.Client) (*shellInfo, error) {
 	name, err := s.shell(ctx, false)
 	if err != nil {
 		return nil, err
@@ -320,7 +320,7 @@ func (o sandboxGetOutput) text() string {
 		o.sandboxInfo.text(), u.MemoryMB, u.HostMemoryMB, u.DiskMB, u.CPUMS, u.Processes, u.OOMKills) + ports + o.Shell.text()
 }
 
-func (s *Service) sandboxGet(ctx context.Context, in sandboxGetInput) (sandboxGetOutput, error) {
+func (s *Toolbox) sandboxGet(ctx context.Context, in sandboxGetInput) (sandboxGetOutput, error) {
 	sb, err := s.sandbox(ctx, in.SandboxID)
 	if err != nil {
 		return sandboxGetOutput{}, err
@@ -341,7 +341,7 @@ func (s *Service) sandboxGet(ctx context.Context, in sandboxGetInput) (sandboxGe
 }
 
 // lookInto reports what only a running sandbox can tell.
-func (s *Service) lookInto(ctx context.Context, sb *sandbox.Sandbox, out *sandboxGetOutput) error {
+func (s *Toolbox) lookInto(ctx context.Context, sb *sandbox.Sandbox, out *sandboxGetOutput) error {
 	inside, outside, err := sb.Usage(ctx)
 	if err != nil {
 		return err
@@ -386,7 +386,7 @@ type sandboxUpdateInput struct {
 	target
 }
 
-func (s *Service) sandboxUpdate(ctx context.Context, in sandboxUpdateInput) (sandboxInfo, error) {
+func (s *Toolbox) sandboxUpdate(ctx context.Context, in sandboxUpdateInput) (sandboxInfo, error) {
 	if in.Metadata == nil && in.ExtendMS == nil && in.TimeoutMS == nil && in.MaxLifetimeMS == nil && in.IdleMS == nil &&
 		in.OnTimeout == "" && in.GraceMS == nil && in.AutoResume == nil && in.Protect == nil {
 		return sandboxInfo{},
@@ -452,7 +452,7 @@ type sandboxKillOutput struct {
 func (o sandboxKillOutput) text() string { return "Sandbox " + o.SandboxID + " is " + o.State + "." }
 
 // sandboxKill asks first if processes still run, because their work is lost. A sandbox that does not answer is killed without asking.
-func (s *Service) sandboxKill(ctx context.Context, in sandboxKillInput) (sandboxKillOutput, error) {
+func (s *Toolbox) sandboxKill(ctx context.Context, in sandboxKillInput) (sandboxKillOutput, error) {
 	who, err := caller(ctx)
 	if err != nil {
 		return sandboxKillOutput{}, err

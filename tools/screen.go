@@ -63,7 +63,7 @@ func sizeOf(p agent.Process) (size agent.Terminal, cells int) {
 }
 
 // screen brings the screen of a process up to date and passes it to do, on the account of the call's owner.
-func (s *Service) screen(ctx context.Context, client *agent.Client, sandboxID string, p agent.Process, do func(*screen) error) error {
+func (s *Toolbox) screen(ctx context.Context, client *agent.Client, sandboxID string, p agent.Process, do func(*screen) error) error {
 	_, cells := sizeOf(p)
 	done, err := s.heavy(ctx, maxReplay+int64(cells)*cellSize)
 	if err != nil {

@@ -34,7 +34,7 @@ const maxResult = 200_000
 type output interface{ text() string }
 
 // define makes a tool from a method. In and Out are structs whose fields carry their descriptions; a field without omitempty is required.
-func define[In any, Out output](s *Service, name, description string, h hints,
+func define[In any, Out output](s *Toolbox, name, description string, h hints,
 	do func(context.Context, In) (Out, error)) server.ServerTool {
 	tool := mcp.NewToolWithRawSchema(name, description, schema[In](true))
 	tool.RawOutputSchema = brief(schema[Out](false)) // models read the list in every conversation, so it must be short

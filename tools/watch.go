@@ -12,7 +12,7 @@ import (
 	"soulbox.dev/soulbox/internal/names"
 )
 
-func (s *Service) watchTools() []server.ServerTool {
+func (s *Toolbox) watchTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "file_watch",
 			"Watch files for changes. Start with path; then the cursor gives the changes since, or waits for the first.",
@@ -79,7 +79,7 @@ func (o fileWatchOutput) text() string {
 // maxWatchEvents bounds how many changes one call returns.
 const maxWatchEvents = 1000
 
-func (s *Service) fileWatch(ctx context.Context, in fileWatchInput) (fileWatchOutput, error) {
+func (s *Toolbox) fileWatch(ctx context.Context, in fileWatchInput) (fileWatchOutput, error) {
 	yield, _, err := bounds(in.YieldMS, nil)
 	switch {
 	case err != nil:

@@ -43,8 +43,8 @@ type Options struct {
 	ReadOnly bool
 }
 
-// Service implements the tools on one Manager. It is safe for concurrent use.
-type Service struct {
+// Toolbox implements the tools on one Manager. It is safe for concurrent use.
+type Toolbox struct {
 	Options
 	secret  [32]byte // signs what a client returns to us
 	screens screens
@@ -61,13 +61,13 @@ type session struct {
 }
 
 // New makes the tools of a Manager.
-func New(o Options) (*Service, error) {
+func New(o Options) (*Toolbox, error) {
 	for _, set := range o.Toolsets {
 		if !slices.Contains(Toolsets(), set) {
 			return nil, fmt.Errorf("there is no toolset %q; there are %s", set, strings.Join(Toolsets(), ", "))
 		}
 	}
-	s := &Service{Options: o}
+	s := &Toolbox{Options: o}
 	rand.Read(s.secret[:])
 	return s, nil
 }
@@ -89,10 +89,10 @@ func caller(ctx context.Context) (conversation, error) {
 	return nil, errNoSession
 }
 
-type sessionKey struct{ *Service }
+type sessionKey struct{ *Toolbox }
 
 // session finds the session of a call's conversation.
-func (s *Service) session(ctx context.Context) (own *session, owner string, err error) {
+func (s *Toolbox) session(ctx context.Context) (own *session, owner string, err error) {
 	c, err := caller(ctx)
 	if err != nil {
 		return nil, "", err
@@ -108,7 +108,7 @@ type heir interface {
 }
 
 // begin begins a session: a new one, or one with the sandbox and the shell of an earlier one.
-func (s *Service) begin(c conversation) *session {
+func (s *Toolbox) begin(c conversation) *session {
 	own := &session{shell: rand.Text()}
 	if h, ok := c.(heir); ok {
 		own.heir = h
@@ -131,7 +131,7 @@ func (own *session) own(sb *sandbox.Sandbox) {
 }
 
 // inherit finds the sandbox that the session is to continue with. If that no longer exists, the error is returned once. making is held.
-func (s *Service) inherit(ctx context.Context, own *session, owner string) error {
+func (s *Toolbox) inherit(ctx context.Context, own *session, owner string) error {
 	id := own.inherited
 	if id == "" {
 		return nil
@@ -151,7 +151,7 @@ func (s *Service) inherit(ctx context.Context, own *session, owner string) error
 }
 
 // shell is the name of the shell that the commands of a call's session share; "" for a command on its own.
-func (s *Service) shell(ctx context.Context, isolated bool) (string, error) {
+func (s *Toolbox) shell(ctx context.Context, isolated bool) (string, error) {
 	own, _, err := s.session(ctx)
 	if err != nil || isolated {
 		return "", err
@@ -168,7 +168,7 @@ var errDefaultGone = errors.New("the server was restarted, and this session's sa
 	"sandbox_id makes a new one")
 
 // sandbox finds the sandbox that a call addresses. Without an id that is the session's own, made at first use.
-func (s *Service) sandbox(ctx context.Context, id string) (*sandbox.Sandbox, error) {
+func (s *Toolbox) sandbox(ctx context.Context, id string) (*sandbox.Sandbox, error) {
 	own, owner, err := s.session(ctx)
 	if err != nil {
 		return nil, err
@@ -208,7 +208,7 @@ func (s *Service) sandbox(ctx context.Context, id string) (*sandbox.Sandbox, err
 }
 
 // adopt makes a sandbox the session's own if it has none.
-func (s *Service) adopt(ctx context.Context, sb *sandbox.Sandbox) {
+func (s *Toolbox) adopt(ctx context.Context, sb *sandbox.Sandbox) {
 	own, owner, err := s.session(ctx)
 	if err != nil {
 		return // cannot happen: the sandbox was made for this call's owner
@@ -224,7 +224,7 @@ func (s *Service) adopt(ctx context.Context, sb *sandbox.Sandbox) {
 }
 
 // isDefault reports whether a sandbox is the session's own.
-func (s *Service) isDefault(ctx context.Context, id string) bool {
+func (s *Toolbox) isDefault(ctx context.Context, id string) bool {
 	own, _, err := s.session(ctx)
 	if err != nil {
 		return false
@@ -238,7 +238,7 @@ const heavyTime = 45 * time.Second
 
 // heavy takes a slot for work that needs much of the server's processor, and memory for it, from the account of the call's owner. If there
 // is no slot it waits, heavyTime at most; other owners are not held up meanwhile.
-func (s *Service) heavy(ctx context.Context, buffers int64) (done func(), err error) {
+func (s *Toolbox) heavy(ctx context.Context, buffers int64) (done func(), err error) {
 	c, err := caller(ctx)
 	if err != nil {
 		return nil, err
@@ -255,7 +255,7 @@ type target struct {
 func (t target) id() string { return t.SandboxID }
 
 // whyLost finds out why a sandbox ended during a call: the end is known a moment after the agent is gone.
-func (s *Service) whyLost(ctx context.Context, id string, lost error) error {
+func (s *Toolbox) whyLost(ctx context.Context, id string, lost error) error {
 	own, owner, err := s.session(ctx)
 	if err != nil {
 		return lost
@@ -277,7 +277,7 @@ func (s *Service) whyLost(ctx context.Context, id string, lost error) error {
 }
 
 // agent finds the agent of a target's sandbox.
-func (s *Service) agent(ctx context.Context, t target, verb string) (*sandbox.Sandbox, *agent.Client, error) {
+func (s *Toolbox) agent(ctx context.Context, t target, verb string) (*sandbox.Sandbox, *agent.Client, error) {
 	sb, err := s.sandbox(ctx, t.SandboxID)
 	if err != nil {
 		return nil, nil, err
