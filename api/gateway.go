@@ -222,7 +222,7 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 		notFound(id).write(w, r)
 		return
 	}
-	leave, ok := g.visitors.enter(r.RemoteAddr)
+	leave, ok := g.visitors.admit(r.RemoteAddr)
 	if !ok {
 		failure{SandboxID: id, Code: http.StatusServiceUnavailable,
 			Message: fmt.Sprintf("Your address has %d open requests and tunnels, which is the limit; close some", maxVisitor)}.write(w,
@@ -277,7 +277,7 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 	defer release()
 	if g.awake(w, r, sb) {
 		answer := stalling{w, g.stall}
-		defer answer.over()
+		defer answer.clearDeadline()
 		g.proxy(sb, port).ServeHTTP(answer, r)
 	}
 }

@@ -123,8 +123,8 @@ func began(i sandbox.Info) time.Time {
 	return i.Ready
 }
 
-// known finds a sandbox of the caller, which may have ended.
-func (c *Control) known(r *call) (*sandbox.Sandbox, error) {
+// anySandbox finds a sandbox of the caller, which may have ended.
+func (c *Control) anySandbox(r *call) (*sandbox.Sandbox, error) {
 	id, _, _ := strings.Cut(r.PathValue("id"), "-") // a client id may follow
 	sb, err := c.Manager.Get(r.owner, id)
 	if err != nil {
@@ -133,9 +133,9 @@ func (c *Control) known(r *call) (*sandbox.Sandbox, error) {
 	return sb, nil
 }
 
-// find finds a sandbox of the caller that has not ended.
-func (c *Control) find(r *call) (*sandbox.Sandbox, error) {
-	sb, err := c.known(r)
+// liveSandbox finds a sandbox of the caller that has not ended.
+func (c *Control) liveSandbox(r *call) (*sandbox.Sandbox, error) {
+	sb, err := c.anySandbox(r)
 	if i := info(sb, err); i.State.Ended() && !i.OnDisk {
 		return nil, missing(r.PathValue("id"))
 	}
@@ -155,7 +155,7 @@ func (c *Control) bodyOf(r *call, body any) (*sandbox.Sandbox, error) {
 	if err := r.body(body); err != nil {
 		return nil, err
 	}
-	return c.find(r)
+	return c.liveSandbox(r)
 }
 
 // missing is the error for a sandbox that does not exist or is not the caller's.
@@ -267,7 +267,7 @@ func (c *Control) list(r *call) error {
 }
 
 func (c *Control) get(r *call) error {
-	sb, err := c.find(r)
+	sb, err := c.liveSandbox(r)
 	if err != nil {
 		return err
 	}
@@ -280,7 +280,7 @@ func (c *Control) get(r *call) error {
 }
 
 func (c *Control) kill(r *call) error {
-	sb, err := c.find(r)
+	sb, err := c.liveSandbox(r)
 	if err != nil {
 		return err
 	}
@@ -420,7 +420,7 @@ func (c *Control) refresh(r *call) error {
 
 // setLife changes the lifetime of a running sandbox. For a paused one clients expect "not found".
 func (c *Control) setLife(r *call, u sandbox.Update) error {
-	sb, err := c.find(r)
+	sb, err := c.liveSandbox(r)
 	if err != nil {
 		return err
 	}

@@ -301,7 +301,7 @@ func (c *Control) snapshot(r *call) error {
 	if err := r.body(&body); err != nil {
 		return err
 	}
-	sb, err := c.find(r)
+	sb, err := c.liveSandbox(r)
 	if err != nil {
 		return err
 	}

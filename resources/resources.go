@@ -60,8 +60,8 @@ func (s *Catalog) notFound(uri string) error {
 	return fmt.Errorf("%w: %q; resources/list shows the sandboxes there are, and the URI of a directory its files", s.NotFound, uri)
 }
 
-// find finds the sandbox of a URI.
-func (s *Catalog) find(ctx context.Context, uri string) (name, *sandbox.Sandbox, error) {
+// resolve finds the sandbox of a URI.
+func (s *Catalog) resolve(ctx context.Context, uri string) (parsedURI, *sandbox.Sandbox, error) {
 	n, ok := parse(uri)
 	who, known := owner(ctx)
 	if !ok || !known {
@@ -116,7 +116,7 @@ func (s *Catalog) Read(ctx context.Context, uri string) ([]mcp.ResourceContents,
 }
 
 func (s *Catalog) read(ctx context.Context, uri string) ([]mcp.ResourceContents, error) {
-	n, sb, err := s.find(ctx, uri)
+	n, sb, err := s.resolve(ctx, uri)
 	if err != nil {
 		return nil, err
 	}
@@ -144,7 +144,7 @@ func (s *Catalog) read(ctx context.Context, uri string) ([]mcp.ResourceContents,
 const logsRead = 1000
 
 // logs returns entries of a log as JSON lines: the last ones, or those after the offset, which counts entries.
-func (s *Catalog) logs(ctx context.Context, sb *sandbox.Sandbox, uri string, n name) ([]mcp.ResourceContents, error) {
+func (s *Catalog) logs(ctx context.Context, sb *sandbox.Sandbox, uri string, n parsedURI) ([]mcp.ResourceContents, error) {
 	sb.Refresh(ctx)
 	page, err := sb.Logs(sandbox.LogQuery{After: n.offset, Limit: logsRead})
 	if err != nil {
@@ -199,7 +199,7 @@ func asJSON(uri string, v any) ([]mcp.ResourceContents, error) {
 }
 
 // template returns a template, or the log of one of its builds.
-func (s *Catalog) template(ctx context.Context, uri string, n name) ([]mcp.ResourceContents, error) {
+func (s *Catalog) template(ctx context.Context, uri string, n parsedURI) ([]mcp.ResourceContents, error) {
 	who, _ := owner(ctx) // find has checked that there is one
 	if n.build != "" {
 		log, err := s.Store.BuildLog(who, n.build)
@@ -210,7 +210,7 @@ func (s *Catalog) template(ctx context.Context, uri string, n name) ([]mcp.Resou
 			return nil, err
 		}
 		from := min(n.offset, int64(len(log)))
-		part := log[from:min(from+n.room(), int64(len(log)))]
+		part := log[from:min(from+n.readLimit(), int64(len(log)))]
 		return asText(uri, "application/jsonl", string(part), rest(uri, int64(len(log)), from+int64(len(part)))), nil
 	}
 	if n.sandbox == template.HostName {
@@ -245,8 +245,8 @@ func (s *Catalog) missing(uri string, err error) error {
 	return err
 }
 
-// room is how much of a range one read returns.
-func (n name) room() int64 {
+// readLimit is how much of a range one read returns.
+func (n parsedURI) readLimit() int64 {
 	if n.limit > 0 {
 		return min(n.limit, maxRead)
 	}
@@ -262,7 +262,7 @@ func rest(uri string, size, next int64) map[string]any {
 	return meta
 }
 
-func (s *Catalog) file(ctx context.Context, client *agent.Client, uri string, n name) ([]mcp.ResourceContents, error) {
+func (s *Catalog) file(ctx context.Context, client *agent.Client, uri string, n parsedURI) ([]mcp.ResourceContents, error) {
 	info, err := client.Stat(ctx, n.path)
 	if err != nil {
 		return nil, s.missing(uri, err)
@@ -270,7 +270,7 @@ func (s *Catalog) file(ctx context.Context, client *agent.Client, uri string, n 
 	if info.Type == agent.TypeDir {
 		return s.directory(ctx, client, uri, n)
 	}
-	r, info, err := client.ReadFile(ctx, n.path, n.offset, n.room())
+	r, info, err := client.ReadFile(ctx, n.path, n.offset, n.readLimit())
 	if err != nil {
 		return nil, s.missing(uri, err)
 	}
@@ -309,7 +309,7 @@ func mimeType(name string, body []byte) string {
 }
 
 // directory lists a directory, one line per entry.
-func (s *Catalog) directory(ctx context.Context, client *agent.Client, uri string, n name) ([]mcp.ResourceContents, error) {
+func (s *Catalog) directory(ctx context.Context, client *agent.Client, uri string, n parsedURI) ([]mcp.ResourceContents, error) {
 	list, err := client.Dir(ctx, agent.DirRequest{Path: n.path, Depth: 1, Limit: 10_000})
 	if err != nil {
 		return nil, s.missing(uri, err)
@@ -330,7 +330,7 @@ func (s *Catalog) directory(ctx context.Context, client *agent.Client, uri strin
 
 // output reads a range of what a process has written, with terminal escapes made inert. A character that the range cuts in two, or that the
 // process has not finished writing, is left for the next read.
-func (s *Catalog) output(ctx context.Context, client *agent.Client, uri string, n name) ([]mcp.ResourceContents, error) {
+func (s *Catalog) output(ctx context.Context, client *agent.Client, uri string, n parsedURI) ([]mcp.ResourceContents, error) {
 	var body []byte
 	var p agent.Process
 	first, over := int64(-1), false // over: the bytes that follow body are no longer kept
@@ -345,8 +345,8 @@ func (s *Catalog) output(ctx context.Context, client *agent.Client, uri string, 
 		if over = f.Offset > first+int64(len(body)); over {
 			return errEnough
 		}
-		body = append(body, f.Data[:min(int64(len(f.Data)), n.room()-int64(len(body)))]...)
-		if int64(len(body)) >= n.room() {
+		body = append(body, f.Data[:min(int64(len(f.Data)), n.readLimit()-int64(len(body)))]...)
+		if int64(len(body)) >= n.readLimit() {
 			return errEnough
 		}
 		return nil
@@ -360,7 +360,7 @@ func (s *Catalog) output(ctx context.Context, client *agent.Client, uri string, 
 	}
 	first = max(first, n.offset)
 	ended := p.State == agent.StateExited && first+int64(len(body)) >= p.Output
-	if whole := agent.Whole(body); !over && !ended && (len(whole) > 0 || int64(len(body)) < n.room()) {
+	if whole := agent.Whole(body); !over && !ended && (len(whole) > 0 || int64(len(body)) < n.readLimit()) {
 		body = whole
 	}
 	meta := rest(uri, p.Output, first+int64(len(body)))

@@ -40,7 +40,7 @@ func (s *stageRun) runCommand(ctx context.Context, where string, c *instructions
 		if m.Type != instructions.MountTypeBind {
 			continue
 		}
-		n, files, err := s.bound(ctx, m)
+		n, files, err := s.bindSource(ctx, m)
 		if err != nil {
 			return fmt.Errorf("--mount=type=bind: %w", err)
 		}
@@ -71,7 +71,7 @@ func told[T any](v *T) string {
 // all other heredocs (Dockerfile reference, "Here-Documents").
 func (s *stageRun) runArgs(c *instructions.RunCommand) ([]string, error) {
 	if len(c.Files) == 0 {
-		return s.words(c.ShellDependantCmdLine), nil
+		return s.commandLine(c.ShellDependantCmdLine), nil
 	}
 	line := strings.Join(c.CmdLine, " ")
 	heredoc, err := parser.ParseHeredoc(line)

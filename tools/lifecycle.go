@@ -28,8 +28,8 @@ func (s *Toolbox) lifecycleTools() []server.ServerTool {
 	}
 }
 
-// own finds a sandbox whose state must not change: the call neither makes nor wakes it.
-func (s *Toolbox) own(ctx context.Context, t target) (*sandbox.Sandbox, error) {
+// sandboxAsIs finds a sandbox whose state must not change: the call neither makes nor wakes it.
+func (s *Toolbox) sandboxAsIs(ctx context.Context, t target) (*sandbox.Sandbox, error) {
 	own, owner, err := s.session(ctx)
 	if err != nil {
 		return nil, err
@@ -58,7 +58,7 @@ type sandboxPauseInput struct {
 
 // sandboxPause succeeds if the sandbox is already paused in the wanted way.
 func (s *Toolbox) sandboxPause(ctx context.Context, in sandboxPauseInput) (sandboxInfo, error) {
-	sb, err := s.own(ctx, in.target)
+	sb, err := s.sandboxAsIs(ctx, in.target)
 	if err != nil {
 		return sandboxInfo{}, err
 	}
@@ -81,7 +81,7 @@ type sandboxResumeInput struct {
 }
 
 func (s *Toolbox) sandboxResume(ctx context.Context, in sandboxResumeInput) (sandboxInfo, error) {
-	sb, err := s.own(ctx, in.target)
+	sb, err := s.sandboxAsIs(ctx, in.target)
 	if err != nil {
 		return sandboxInfo{}, err
 	}
@@ -131,7 +131,7 @@ func (i snapshotInfo) text() string {
 }
 
 func (s *Toolbox) sandboxSnapshot(ctx context.Context, in sandboxSnapshotInput) (snapshotInfo, error) {
-	sb, err := s.own(ctx, in.target)
+	sb, err := s.sandboxAsIs(ctx, in.target)
 	if err != nil {
 		return snapshotInfo{}, err
 	}
@@ -162,7 +162,7 @@ func (o sandboxForkOutput) text() string {
 
 // sandboxFork fails as a whole only if no copy could be made.
 func (s *Toolbox) sandboxFork(ctx context.Context, in sandboxForkInput) (sandboxForkOutput, error) {
-	sb, err := s.own(ctx, in.target)
+	sb, err := s.sandboxAsIs(ctx, in.target)
 	if err != nil {
 		return sandboxForkOutput{}, err
 	}

@@ -91,7 +91,7 @@ func (s *Toolbox) sandboxLogs(ctx context.Context, in sandboxLogsInput) (sandbox
 			return sandboxLogsOutput{}, badCursor("sandbox_logs", "leave it out for the last entries")
 		}
 	}
-	sb, err := s.own(ctx, in.target)
+	sb, err := s.sandboxAsIs(ctx, in.target)
 	if err != nil {
 		return sandboxLogsOutput{}, err
 	}
@@ -174,7 +174,7 @@ func (s *Toolbox) sandboxMetrics(ctx context.Context, in sandboxMetricsInput) (s
 	if in.Points <= 0 || in.Points > maxPoints {
 		in.Points = 30
 	}
-	sb, err := s.own(ctx, in.target)
+	sb, err := s.sandboxAsIs(ctx, in.target)
 	if err != nil {
 		return sandboxMetricsOutput{}, err
 	}

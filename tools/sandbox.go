@@ -462,9 +462,9 @@ func (s *Toolbox) sandboxKill(ctx context.Context, in sandboxKillInput) (sandbox
 		return sandboxKillOutput{}, err
 	}
 	if n := running(ctx, sb); n > 0 && !in.Confirm {
-		err := s.confirm(ctx, "kill "+sb.ID(),
-			fmt.Sprintf("In sandbox %s %s still running; their work and its files are lost when it ends.", sb.ID(), are(n, "process")))
-		if err != nil {
+		question := fmt.Sprintf("In sandbox %s %s still running; their work and its files are lost when it ends.", sb.ID(),
+			pluralAre(n, "process"))
+		if err := s.confirm(ctx, "kill "+sb.ID(), question); err != nil {
 			return sandboxKillOutput{}, err
 		}
 	}

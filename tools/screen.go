@@ -140,12 +140,12 @@ func (sc *screen) shown() *vt.Emulator {
 
 // write renders output.
 func (sc *screen) write(p []byte) error {
-	return sc.feed.each(p, sc.stage())
+	return sc.feed.each(p, sc.sink())
 }
 
-// stage renders parsed output on this screen.
-func (sc *screen) stage() stage {
-	return stage{flush: func(b []byte) error {
+// sink renders parsed output on this screen.
+func (sc *screen) sink() sink {
+	return sink{flush: func(b []byte) error {
 		if len(b) == 0 {
 			return nil
 		}
@@ -211,7 +211,7 @@ func (sc *screen) update(ctx context.Context, client *agent.Client, p agent.Proc
 		return nil
 	}
 	if err == nil && p.State == agent.StateExited {
-		return sc.feed.end(sc.stage())
+		return sc.feed.end(sc.sink())
 	}
 	return err
 }

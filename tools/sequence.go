@@ -65,8 +65,8 @@ const maxTitle = 1 << 10
 // alternate are the private modes that switch to the alternate screen.
 var alternate = []string{"47", "1047", "1049"}
 
-// stage receives the parsed output.
-type stage struct {
+// sink receives the parsed output.
+type sink struct {
 	flush     func([]byte) error                                   // renders what came so far
 	alternate func(on bool)                                        // switches screens, between two flushes
 	char      func(c rune, atMargin bool) (margin bool, err error) // renders a character that is not ASCII
@@ -74,7 +74,7 @@ type stage struct {
 }
 
 // each parses output and passes it to a stage.
-func (s *sequence) each(p []byte, to stage) (err error) {
+func (s *sequence) each(p []byte, to sink) (err error) {
 	var out []byte
 	for _, c := range p {
 		in, action := s.next(c)
@@ -114,7 +114,7 @@ func (s *sequence) keep(c byte, most int) {
 }
 
 // end passes on what is left of a character that will never be complete.
-func (s *sequence) end(to stage) error {
+func (s *sequence) end(to sink) error {
 	out, err := s.drain(nil, to, true)
 	if err != nil {
 		return err
@@ -123,7 +123,7 @@ func (s *sequence) end(to stage) error {
 }
 
 // drain takes the complete characters out of s.part; if all, it takes the rest too.
-func (s *sequence) drain(out []byte, to stage, all bool) ([]byte, error) {
+func (s *sequence) drain(out []byte, to sink, all bool) ([]byte, error) {
 	for len(s.part) > 0 && (all || utf8.FullRune(s.part)) {
 		r, n := utf8.DecodeRune(s.part)
 		switch {
@@ -154,7 +154,7 @@ func (s *sequence) drain(out []byte, to stage, all bool) ([]byte, error) {
 }
 
 // dispatch renders a sequence that is complete.
-func (s *sequence) dispatch(in parser.State, final byte, out []byte, to stage) ([]byte, error) {
+func (s *sequence) dispatch(in parser.State, final byte, out []byte, to sink) ([]byte, error) {
 	if in == parser.EscapeState || in == parser.EscapeIntermediateState {
 		s.margin = s.margin && in == parser.EscapeIntermediateState // these choose character sets; the others may move the cursor
 		return append(append(append(out, 0x1b), s.params...), final), nil

@@ -122,8 +122,8 @@ func (s *Toolbox) begin(c conversation) *session {
 // maxShell bounds the name of a shell that a client returns in a handle.
 const maxShell = 64
 
-// own makes a sandbox the session's own and puts it into the client's handle. making is held.
-func (own *session) own(sb *sandbox.Sandbox) {
+// setCurrent makes a sandbox the session's own and puts it into the client's handle. making is held.
+func (own *session) setCurrent(sb *sandbox.Sandbox) {
 	own.current.Store(sb)
 	if own.heir != nil {
 		own.heir.SetHandle(sb.ID() + "/" + own.shell)
@@ -145,7 +145,7 @@ func (s *Toolbox) inherit(ctx context.Context, own *session, owner string) error
 	if err != nil {
 		return errDefaultGone
 	}
-	own.own(sb)
+	own.setCurrent(sb)
 	logTo(ctx, "sandbox "+id+" is still this session's own, though the server was restarted")
 	return nil
 }
@@ -202,7 +202,7 @@ func (s *Toolbox) sandbox(ctx context.Context, id string) (*sandbox.Sandbox, err
 	if err != nil {
 		return nil, err
 	}
-	own.own(sb)
+	own.setCurrent(sb)
 	logTo(ctx, "sandbox "+sb.ID()+" is this session's own")
 	return sb, nil
 }
@@ -219,7 +219,7 @@ func (s *Toolbox) adopt(ctx context.Context, sb *sandbox.Sandbox) {
 		logTo(ctx, err.Error())
 	}
 	if current := own.current.Load(); current == nil || current.Info().State.Ended() {
-		own.own(sb)
+		own.setCurrent(sb)
 	}
 }
 
