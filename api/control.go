@@ -73,7 +73,29 @@ const (
 func (c *Control) Routes() map[string]http.Handler {
 	c.start()
 	routes := map[string]http.Handler{}
-	for pattern, do := range map[string]func(*call) error{
+	for _, table := range []map[string]func(*call) error{c.e2bRoutes(), c.ownRoutes()} {
+		for pattern, do := range table {
+			routes[pattern] = c.handler(do)
+		}
+	}
+	for _, path := range []string{"/volumes", "/volumes/", "/volumecontent/", "/secrets", "/secrets/", "/access-tokens", "/access-tokens/",
+		"/api-keys", "/api-keys/", "/nodes", "/nodes/", "/admin/"} {
+		routes[path] = c.handler(func(r *call) error {
+			return refusal{http.StatusNotImplemented, "this server has no " + strings.Split(r.URL.Path, "/")[1] +
+				" (docs/e2b.md says what it has)"}
+		})
+	}
+	for _, path := range []string{"/sandboxes", "/sandboxes/", "/v1/", "/v2/", "/v3/", "/templates", "/templates/", "/snapshots",
+		"/snapshots/", "/teams", "/teams/"} {
+		routes[path] = c.handler(func(r *call) error { return refuse(http.StatusNotFound, "there is no %s %.200s", r.Method, r.URL.Path) })
+	}
+	routes["PUT /templates/{id}/files/{hash}"] = http.HandlerFunc(c.upload) // the signed URL is the proof
+	return routes
+}
+
+// e2bRoutes are the calls of E2B's API (docs/e2b.md).
+func (c *Control) e2bRoutes() map[string]func(*call) error {
+	return map[string]func(*call) error{
 		"GET /sandboxes":                          c.listRunning,
 		"GET /v2/sandboxes":                       c.list,
 		"POST /sandboxes":                         func(r *call) error { return c.create(r, oldLife) },
@@ -115,25 +137,7 @@ func (c *Control) Routes() map[string]http.Handler {
 		"POST /templates/tags":                    c.addTags,
 		"DELETE /templates/tags":                  c.removeTags,
 		"GET /templates/{id}/{what}":              c.templatePart,
-	} {
-		routes[pattern] = c.handler(do)
 	}
-	for pattern, do := range c.ownRoutes() {
-		routes[pattern] = c.handler(do)
-	}
-	for _, path := range []string{"/volumes", "/volumes/", "/volumecontent/", "/secrets", "/secrets/", "/access-tokens", "/access-tokens/",
-		"/api-keys", "/api-keys/", "/nodes", "/nodes/", "/admin/"} {
-		routes[path] = c.handler(func(r *call) error {
-			return refusal{http.StatusNotImplemented, "this server has no " + strings.Split(r.URL.Path, "/")[1] +
-				" (docs/e2b.md says what it has)"}
-		})
-	}
-	for _, path := range []string{"/sandboxes", "/sandboxes/", "/v1/", "/v2/", "/v3/", "/templates", "/templates/", "/snapshots",
-		"/snapshots/", "/teams", "/teams/"} {
-		routes[path] = c.handler(func(r *call) error { return refuse(http.StatusNotFound, "there is no %s %.200s", r.Method, r.URL.Path) })
-	}
-	routes["PUT /templates/{id}/files/{hash}"] = http.HandlerFunc(c.upload) // the signed URL is the proof
-	return routes
 }
 
 // Close ends the streams that do not end by themselves.

@@ -112,16 +112,6 @@ const scriptFile = agent.BuildDir + "/script"
 
 // exec runs a command to its end, and then kills everything that it started.
 func (s *stageRun) exec(ctx context.Context, where string, args []string, secret map[string]string) error {
-	env := map[string]string{"PATH": defaultPath}
-	for _, kv := range s.args {
-		if kv.Value != nil {
-			env[kv.Key] = *kv.Value
-		}
-	}
-	for _, kv := range s.config.Env {
-		k, v, _ := strings.Cut(kv, "=")
-		env[k] = v
-	}
 	if n := len(args); n > 2 && args[n-2] == scriptArg {
 		if _, err := s.client.WriteFile(ctx, scriptFile, strings.NewReader(args[n-1]),
 			agent.WriteOptions{User: "root", Perm: 0o755}); err != nil {
@@ -136,7 +126,7 @@ func (s *stageRun) exec(ctx context.Context, where string, args []string, secret
 	if args, err = s.withShell(ctx, args); err != nil {
 		return err
 	}
-	req := agent.StartRequest{Args: args, Env: env, User: user, Cwd: cmp.Or(s.config.WorkingDir, "/")}
+	req := agent.StartRequest{Args: args, Env: s.environment(), User: user, Cwd: cmp.Or(s.config.WorkingDir, "/")}
 	maps.Copy(req.Env, secret)
 	snap, err := s.client.Start(ctx, req)
 	if err != nil {
@@ -173,6 +163,21 @@ func (s *stageRun) exec(ctx context.Context, where string, args []string, secret
 	}
 	tail := out.tail()
 	return &StepError{Err: s.ifFull(ctx, howEnded(p), tail), Tail: tail}
+}
+
+// environment is that of a step: the arguments of the build that have a value, and above them the variables of the image.
+func (s *stageRun) environment() map[string]string {
+	env := map[string]string{"PATH": defaultPath}
+	for _, kv := range s.args {
+		if kv.Value != nil {
+			env[kv.Key] = *kv.Value
+		}
+	}
+	for _, kv := range s.config.Env {
+		k, v, _ := strings.Cut(kv, "=")
+		env[k] = v
+	}
+	return env
 }
 
 // ifFull turns the error of a step into a NoRoomError if the disk is full, or if the step's output says that it was.

@@ -126,7 +126,8 @@ func (in execInput) check() error {
 		return badArgument("The argument \"stdin\" has %d bytes, at most %d can be given. Write it to a file with file_write and "+
 			"redirect it: command < file.", len(in.Stdin), maxStdin)
 	}
-	return nil
+	_, err := millis("timeout_ms", &in.TimeoutMS)
+	return err
 }
 
 func (s *Toolbox) exec(ctx context.Context, in execInput) (execOutput, error) {
@@ -137,15 +138,8 @@ func (s *Toolbox) exec(ctx context.Context, in execInput) (execOutput, error) {
 	if err != nil {
 		return execOutput{}, err
 	}
-	if _, err := millis("timeout_ms", &in.TimeoutMS); err != nil {
-		return execOutput{}, err
-	}
-	if in.Background && in.YieldMS == nil {
-		yield = 0
-	} else if in.TTY && in.YieldMS == nil {
-		yield = ttyYield
-	} else if in.YieldMS == nil && inTask(ctx) {
-		yield = taskYield
+	if in.YieldMS == nil {
+		yield = in.ownYield(ctx, yield)
 	}
 	sb, client, err := s.agent(ctx, in.target, "run a command in")
 	if err != nil {
@@ -193,6 +187,19 @@ func (s *Toolbox) exec(ctx context.Context, in execInput) (execOutput, error) {
 		return execOutput{}, err
 	}
 	return s.show(ctx, client, sb.ID(), snap, w, chars, false)
+}
+
+// ownYield is how long a call waits that does not say it.
+func (in execInput) ownYield(ctx context.Context, usual time.Duration) time.Duration {
+	switch {
+	case in.Background:
+		return 0
+	case in.TTY:
+		return ttyYield
+	case inTask(ctx):
+		return taskYield
+	}
+	return usual
 }
 
 // startSlice bounds the round trip that starts a process and waits for it, since that round trip is not cancelled.

@@ -95,6 +95,55 @@ func (s *Toolbox) sandboxResume(ctx context.Context, in sandboxResumeInput) (san
 	return s.describe(ctx, sb.Info()), nil
 }
 
+type sandboxUpdateInput struct {
+	Metadata      map[string]*string  `json:"metadata,omitempty" jsonschema:"pairs to set; null removes one"`
+	ExtendMS      *int64              `json:"extend_ms,omitempty" jsonschema:"add to its life time"`
+	TimeoutMS     *int64              `json:"timeout_ms,omitempty" jsonschema:"life time from now on; may shorten it"`
+	MaxLifetimeMS *int64              `json:"max_lifetime_ms,omitempty" jsonschema:"bound of all extensions, from its start"`
+	IdleMS        *int64              `json:"idle_timeout_ms,omitempty"`
+	OnTimeout     string              `json:"on_timeout,omitempty" enum:"pause,kill"`
+	GraceMS       *int64              `json:"grace_ms,omitempty"`
+	AutoResume    *bool               `json:"auto_resume,omitempty"`
+	Protect       *sandbox.Protection `json:"protect,omitempty" as:"sandbox_create"`
+	target
+}
+
+func (s *Toolbox) sandboxUpdate(ctx context.Context, in sandboxUpdateInput) (sandboxInfo, error) {
+	if in.Metadata == nil && in.ExtendMS == nil && in.TimeoutMS == nil && in.MaxLifetimeMS == nil && in.IdleMS == nil &&
+		in.OnTimeout == "" && in.GraceMS == nil && in.AutoResume == nil && in.Protect == nil {
+		return sandboxInfo{},
+			badArgument("There is nothing to change: give metadata, extend_ms, timeout_ms, max_lifetime_ms, idle_timeout_ms, on_timeout, " +
+				"grace_ms, auto_resume or protect.")
+	}
+	sb, err := s.sandbox(ctx, in.SandboxID)
+	if err != nil {
+		return sandboxInfo{}, err
+	}
+	u := sandbox.Update{Metadata: in.Metadata, OnTimeout: sandbox.Action(in.OnTimeout), AutoResume: in.AutoResume}
+	for name, to := range map[string]struct {
+		ms *int64
+		d  **time.Duration
+	}{"extend_ms": {in.ExtendMS, &u.Extend}, "timeout_ms": {in.TimeoutMS, &u.Lifetime},
+		"max_lifetime_ms": {in.MaxLifetimeMS, &u.MaxLifetime},
+		"idle_timeout_ms": {in.IdleMS, &u.Idle}, "grace_ms": {in.GraceMS, &u.Grace}} {
+		if *to.d, err = millis(name, to.ms); err != nil {
+			return sandboxInfo{}, err
+		}
+	}
+	if in.Protect != nil {
+		protect, err := parseProtection(in.Protect)
+		if err != nil {
+			return sandboxInfo{}, err
+		}
+		u.Protect = &protect
+	}
+	info, err := sb.Update(ctx, u)
+	if err != nil {
+		return sandboxInfo{}, err
+	}
+	return s.describe(ctx, info), nil
+}
+
 type sandboxSnapshotInput struct {
 	Name      string `json:"name" jsonschema:"of the snapshot: lower-case letters, digits, . _ -"`
 	FilesOnly bool   `json:"files_only,omitempty" jsonschema:"without memory and processes"`

@@ -88,43 +88,8 @@ func (i sandboxInfo) text() string {
 	if i.Parent != "" {
 		fmt.Fprintf(&b, " from %s", i.Parent)
 	}
-	if i.PausedAt != "" {
-		where, how := "in memory", "by sandbox_resume"
-		if i.OnDisk {
-			where = "on disk"
-		}
-		if i.Resumes {
-			how = "by any call"
-		}
-		fmt.Fprintf(&b, ", paused %s since %s, resumed %s", where, i.PausedAt, how)
-	}
-	for _, at := range []struct{ what, when string }{{"ends", i.EndsAt}, {"ended", i.EndedAt}, {"kept until", i.RemovedAt}} {
-		if at.when != "" {
-			fmt.Fprintf(&b, ", %s %s", at.what, at.when)
-		}
-	}
-	if i.OnTimeout == string(sandbox.ActionPause) && i.PausedAt == "" {
-		b.WriteString(" (then paused to disk)")
-	}
-	if i.IdleMS > 0 && i.PausedAt == "" {
-		fmt.Fprintf(&b, ", or when it was idle for %d ms", i.IdleMS)
-	}
-	if i.MaxMS > 0 && i.PausedAt == "" {
-		fmt.Fprintf(&b, ", at most %d ms after its start", i.MaxMS)
-	}
-	what := "memory and files"
-	if i.FilesOnly {
-		what = "files"
-	}
-	switch {
-	case i.State == string(sandbox.Failed) && i.OnDisk:
-		fmt.Fprintf(&b, ", its %s saved at %s can be resumed by sandbox_resume", what, i.SavedAt)
-	case i.SavedS != nil:
-		fmt.Fprintf(&b, ", its %s were saved at %s", what, i.SavedAt)
-	}
-	if i.Protect != nil {
-		fmt.Fprintf(&b, ", saved every %s", i.Protect.Every)
-	}
+	i.writeTimes(&b)
+	i.writeSaves(&b)
 	if i.Notice != "" {
 		fmt.Fprintf(&b, ", notice: %s", i.Notice)
 	}
@@ -136,6 +101,54 @@ func (i sandboxInfo) text() string {
 		fmt.Fprintf(&b, ", %s=%s", k, i.Metadata[k])
 	}
 	return b.String()
+}
+
+// writeTimes says since when a sandbox is paused, and when it ends.
+func (i sandboxInfo) writeTimes(b *strings.Builder) {
+	if i.PausedAt != "" {
+		where, how := "in memory", "by sandbox_resume"
+		if i.OnDisk {
+			where = "on disk"
+		}
+		if i.Resumes {
+			how = "by any call"
+		}
+		fmt.Fprintf(b, ", paused %s since %s, resumed %s", where, i.PausedAt, how)
+	}
+	for _, at := range []struct{ what, when string }{{"ends", i.EndsAt}, {"ended", i.EndedAt}, {"kept until", i.RemovedAt}} {
+		if at.when != "" {
+			fmt.Fprintf(b, ", %s %s", at.what, at.when)
+		}
+	}
+	if i.PausedAt != "" {
+		return
+	}
+	if i.OnTimeout == string(sandbox.ActionPause) {
+		b.WriteString(" (then paused to disk)")
+	}
+	if i.IdleMS > 0 {
+		fmt.Fprintf(b, ", or when it was idle for %d ms", i.IdleMS)
+	}
+	if i.MaxMS > 0 {
+		fmt.Fprintf(b, ", at most %d ms after its start", i.MaxMS)
+	}
+}
+
+// writeSaves says what is saved of a sandbox, and how often.
+func (i sandboxInfo) writeSaves(b *strings.Builder) {
+	what := "memory and files"
+	if i.FilesOnly {
+		what = "files"
+	}
+	switch {
+	case i.State == string(sandbox.Failed) && i.OnDisk:
+		fmt.Fprintf(b, ", its %s saved at %s can be resumed by sandbox_resume", what, i.SavedAt)
+	case i.SavedS != nil:
+		fmt.Fprintf(b, ", its %s were saved at %s", what, i.SavedAt)
+	}
+	if i.Protect != nil {
+		fmt.Fprintf(b, ", saved every %s", i.Protect.Every)
+	}
 }
 
 func (s *Toolbox) sandboxCreate(ctx context.Context, in sandboxCreateInput) (sandboxInfo, error) {
@@ -371,55 +384,6 @@ func lastUsage(sb *sandbox.Sandbox) (*usageInfo, error) {
 	}
 	last := samples[len(samples)-1]
 	return &usageInfo{MemoryMB: last.Memory >> 20, DiskMB: last.DiskUsed >> 20, CPUMS: last.CPUMS, Processes: last.Processes}, nil
-}
-
-type sandboxUpdateInput struct {
-	Metadata      map[string]*string  `json:"metadata,omitempty" jsonschema:"pairs to set; null removes one"`
-	ExtendMS      *int64              `json:"extend_ms,omitempty" jsonschema:"add to its life time"`
-	TimeoutMS     *int64              `json:"timeout_ms,omitempty" jsonschema:"life time from now on; may shorten it"`
-	MaxLifetimeMS *int64              `json:"max_lifetime_ms,omitempty" jsonschema:"bound of all extensions, from its start"`
-	IdleMS        *int64              `json:"idle_timeout_ms,omitempty"`
-	OnTimeout     string              `json:"on_timeout,omitempty" enum:"pause,kill"`
-	GraceMS       *int64              `json:"grace_ms,omitempty"`
-	AutoResume    *bool               `json:"auto_resume,omitempty"`
-	Protect       *sandbox.Protection `json:"protect,omitempty" as:"sandbox_create"`
-	target
-}
-
-func (s *Toolbox) sandboxUpdate(ctx context.Context, in sandboxUpdateInput) (sandboxInfo, error) {
-	if in.Metadata == nil && in.ExtendMS == nil && in.TimeoutMS == nil && in.MaxLifetimeMS == nil && in.IdleMS == nil &&
-		in.OnTimeout == "" && in.GraceMS == nil && in.AutoResume == nil && in.Protect == nil {
-		return sandboxInfo{},
-			badArgument("There is nothing to change: give metadata, extend_ms, timeout_ms, max_lifetime_ms, idle_timeout_ms, on_timeout, " +
-				"grace_ms, auto_resume or protect.")
-	}
-	sb, err := s.sandbox(ctx, in.SandboxID)
-	if err != nil {
-		return sandboxInfo{}, err
-	}
-	u := sandbox.Update{Metadata: in.Metadata, OnTimeout: sandbox.Action(in.OnTimeout), AutoResume: in.AutoResume}
-	for name, to := range map[string]struct {
-		ms *int64
-		d  **time.Duration
-	}{"extend_ms": {in.ExtendMS, &u.Extend}, "timeout_ms": {in.TimeoutMS, &u.Lifetime},
-		"max_lifetime_ms": {in.MaxLifetimeMS, &u.MaxLifetime},
-		"idle_timeout_ms": {in.IdleMS, &u.Idle}, "grace_ms": {in.GraceMS, &u.Grace}} {
-		if *to.d, err = millis(name, to.ms); err != nil {
-			return sandboxInfo{}, err
-		}
-	}
-	if in.Protect != nil {
-		protect, err := parseProtection(in.Protect)
-		if err != nil {
-			return sandboxInfo{}, err
-		}
-		u.Protect = &protect
-	}
-	info, err := sb.Update(ctx, u)
-	if err != nil {
-		return sandboxInfo{}, err
-	}
-	return s.describe(ctx, info), nil
 }
 
 const (
