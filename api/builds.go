@@ -195,8 +195,8 @@ func entries(lines []template.Line) []buildEntry {
 	return out
 }
 
-// standing returns the state of the build that a path names.
-func (c *Control) standing(r *call) (template.Standing, error) {
+// buildState returns the state of the build that a path names.
+func (c *Control) buildState(r *call) (template.Standing, error) {
 	if err := r.hasBuildID(); err != nil {
 		return template.Standing{}, err
 	}
@@ -212,7 +212,7 @@ func (c *Control) buildStatus(r *call) error {
 	if err != nil {
 		return err
 	}
-	b, err := c.standing(r)
+	b, err := c.buildState(r)
 	if err != nil {
 		return err
 	}
@@ -264,7 +264,7 @@ func (c *Control) buildLogs(r *call) error {
 	if err != nil {
 		return err
 	}
-	b, err := c.standing(r)
+	b, err := c.buildState(r)
 	if err != nil {
 		return err
 	}

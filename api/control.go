@@ -10,7 +10,6 @@ import (
 	"log/slog"
 	"net/http"
 	"net/url"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -20,6 +19,7 @@ import (
 	"soulbox.dev/soulbox/agent"
 	"soulbox.dev/soulbox/api/client"
 	"soulbox.dev/soulbox/api/envd"
+	"soulbox.dev/soulbox/internal/cursor"
 	"soulbox.dev/soulbox/internal/wholenum"
 	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/template"
@@ -73,7 +73,29 @@ const (
 func (c *Control) Routes() map[string]http.Handler {
 	c.start()
 	routes := map[string]http.Handler{}
-	for pattern, do := range map[string]func(*call) error{
+	for _, table := range []map[string]func(*call) error{c.e2bRoutes(), c.ownRoutes()} {
+		for pattern, do := range table {
+			routes[pattern] = c.handler(do)
+		}
+	}
+	for _, path := range []string{"/volumes", "/volumes/", "/volumecontent/", "/secrets", "/secrets/", "/access-tokens", "/access-tokens/",
+		"/api-keys", "/api-keys/", "/nodes", "/nodes/", "/admin/"} {
+		routes[path] = c.handler(func(r *call) error {
+			return refusal{http.StatusNotImplemented, "this server has no " + strings.Split(r.URL.Path, "/")[1] +
+				" (docs/e2b.md says what it has)"}
+		})
+	}
+	for _, path := range []string{"/sandboxes", "/sandboxes/", "/v1/", "/v2/", "/v3/", "/templates", "/templates/", "/snapshots",
+		"/snapshots/", "/teams", "/teams/"} {
+		routes[path] = c.handler(func(r *call) error { return refuse(http.StatusNotFound, "there is no %s %.200s", r.Method, r.URL.Path) })
+	}
+	routes["PUT /templates/{id}/files/{hash}"] = http.HandlerFunc(c.upload) // the signed URL is the proof
+	return routes
+}
+
+// e2bRoutes are the calls of E2B's API (docs/e2b.md).
+func (c *Control) e2bRoutes() map[string]func(*call) error {
+	return map[string]func(*call) error{
 		"GET /sandboxes":                          c.listRunning,
 		"GET /v2/sandboxes":                       c.list,
 		"POST /sandboxes":                         func(r *call) error { return c.create(r, oldLife) },
@@ -115,25 +137,7 @@ func (c *Control) Routes() map[string]http.Handler {
 		"POST /templates/tags":                    c.addTags,
 		"DELETE /templates/tags":                  c.removeTags,
 		"GET /templates/{id}/{what}":              c.templatePart,
-	} {
-		routes[pattern] = c.handler(do)
 	}
-	for pattern, do := range c.ownRoutes() {
-		routes[pattern] = c.handler(do)
-	}
-	for _, path := range []string{"/volumes", "/volumes/", "/volumecontent/", "/secrets", "/secrets/", "/access-tokens", "/access-tokens/",
-		"/api-keys", "/api-keys/", "/nodes", "/nodes/", "/admin/"} {
-		routes[path] = c.handler(func(r *call) error {
-			return refusal{http.StatusNotImplemented, "this server has no " + strings.Split(r.URL.Path, "/")[1] +
-				" (docs/e2b.md says what it has)"}
-		})
-	}
-	for _, path := range []string{"/sandboxes", "/sandboxes/", "/v1/", "/v2/", "/v3/", "/templates", "/templates/", "/snapshots",
-		"/snapshots/", "/teams", "/teams/"} {
-		routes[path] = c.handler(func(r *call) error { return refuse(http.StatusNotFound, "there is no %s %.200s", r.Method, r.URL.Path) })
-	}
-	routes["PUT /templates/{id}/files/{hash}"] = http.HandlerFunc(c.upload) // the signed URL is the proof
-	return routes
 }
 
 // Close ends the streams that do not end by themselves.
@@ -356,24 +360,21 @@ func (r *call) number(name string, least, most, without int64) (int64, error) {
 	return n, nil
 }
 
-// page cuts a sorted list to the requested page, which begins after the key that ended the previous page.
+// page sorts a list and cuts it to the requested page.
 func page[T any](r *call, all []T, falling bool, key func(T) string) ([]T, error) {
 	limit, err := r.number("limit", 1, maxPage, maxPage)
 	if err != nil {
 		return nil, err
 	}
-	if last := r.URL.Query().Get("nextToken"); last != "" {
-		all = slices.DeleteFunc(all, func(one T) bool { return key(one) == last || (key(one) > last) == falling })
+	all, next, err := cursor.Page(r.URL.Path, r.URL.Query().Get("nextToken"), all, int(limit), falling, key)
+	if err != nil {
+		return nil, refuse(http.StatusBadRequest, "nextToken: %v", err)
 	}
-	if int64(len(all)) > limit {
-		all = all[:limit]
-		r.w.Header().Set("X-Next-Token", key(all[limit-1]))
+	if next != "" {
+		r.w.Header().Set("X-Next-Token", next)
 	}
 	return all, nil
 }
-
-// moment returns a text that sorts as times do.
-func moment(t time.Time, name string) string { return fmt.Sprintf("%019d.%s", t.UnixNano(), name) }
 
 const maxPage = 100
 

@@ -216,6 +216,7 @@ func TestControlPlane(t *testing.T) {
 		{"GET", "/v2/sandboxes/" + id + "/logs?direction=backward&limit=1&level=info&search=running", "", 200, `"message":"running"`},
 		{"GET", "/v2/sandboxes/" + id + "/logs?direction=up", "", 400, "direction"},
 		{"POST", "/sandboxes/" + id + "/fork", `{"count":101}`, 400, "1 to 100"},
+		{"POST", "/sandboxes/" + id + "/fork", `{"count":0}`, 400, "1 to 100"},
 		{"POST", "/sandboxes/" + id + "/snapshots", `{"name":"Bad Name"}`, 400, "a name is"},
 		{"POST", "/sandboxes/" + id + "/pause", `{}`, 204, ""},
 		{"POST", "/sandboxes/" + id + "/pause", `{}`, 409, `"code":409`},
@@ -310,6 +311,13 @@ func TestPages(t *testing.T) {
 			t.Errorf("%s: %v, want %v", order, seen, want)
 		}
 		made = slices.DeleteFunc(made, func(id string) bool { return id == seen[2] })
+	}
+	other := a.as("ann", "GET", "/v2/sandboxes?limit=1", "").header.Get("X-Next-Token")
+	for path, want := range map[string]int{"/v2/sandboxes?nextToken=" + other: 200, "/v2/templates?nextToken=" + other: 400,
+		"/v2/sandboxes?nextToken=x": 400, "/snapshots?nextToken=" + url.QueryEscape("1767225600000000000.snapshot"): 400} {
+		if r := a.as("ann", "GET", path, ""); r.code != want {
+			t.Errorf("%s: %d %s, want %d", path, r.code, r.text, want)
+		}
 	}
 }
 

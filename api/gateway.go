@@ -222,38 +222,47 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 		notFound(id).write(w, r)
 		return
 	}
-	leave, ok := g.visitors.enter(r.RemoteAddr)
+	leave, ok := g.visitors.admit(r.RemoteAddr)
 	if !ok {
 		failure{SandboxID: id, Code: http.StatusServiceUnavailable,
-			Message: fmt.Sprintf("Your address has %d open requests and tunnels, which is the limit; close some", maxVisitor)}.write(w,
-			r)
+			Message: fmt.Sprintf("Your address has %d open requests and tunnels, which is the limit; close some", maxVisitor)}.write(w, r)
 		return
 	}
 	defer leave()
-	public, open := sb.Reachable(port)
 	if port == envd.Port {
-		target := envd.Target{Sandbox: sb, Free: g.free(sb.Info())}
-		if !g.inside.Admits(w, r, target) || !g.stillOwned(w, r, sb) {
-			return
-		}
-		release, ok := g.charged(w, r, sb, port)
-		if !ok {
-			return
-		}
-		defer release()
-		if sb.Info().State == sandbox.Paused && !target.Proven(r) { // without proof, a health check must not wake it
-			notFound(id).write(w, r)
-			return
-		}
-		if g.awake(w, r, sb) {
-			g.inside.Serve(w, r, target)
-		}
+		g.serveInside(w, r, sb)
 		return
 	}
+	g.servePort(w, r, sb, port)
+}
+
+// serveInside answers a request for what is in a sandbox.
+func (g *Gateway) serveInside(w http.ResponseWriter, r *http.Request, sb *sandbox.Sandbox) {
+	target := envd.Target{Sandbox: sb, Free: g.free(sb.Info())}
+	if !g.inside.Admits(w, r, target) || !g.stillOwned(w, r, sb) {
+		return
+	}
+	release, ok := g.charged(w, r, sb, envd.Port)
+	if !ok {
+		return
+	}
+	defer release()
+	if sb.Info().State == sandbox.Paused && !target.Proven(r) { // without proof, a health check must not wake it
+		notFound(sb.ID()).write(w, r)
+		return
+	}
+	if g.awake(w, r, sb) {
+		g.inside.Serve(w, r, target)
+	}
+}
+
+// servePort answers a request for what listens on an exposed port.
+func (g *Gateway) servePort(w http.ResponseWriter, r *http.Request, sb *sandbox.Sandbox, port int) {
+	public, open := sb.Reachable(port)
 	if !open || !public {
 		secret := sb.TrafficToken()
 		if !g.admits(r, secret) {
-			failure{SandboxID: id, Code: http.StatusForbidden, Message: "This port needs the sandbox's traffic token, as header " +
+			failure{SandboxID: sb.ID(), Code: http.StatusForbidden, Message: "This port needs the sandbox's traffic token, as header " +
 				TokenHeader + " or in the URL that port_expose gave"}.write(w, r)
 			return
 		}
@@ -267,7 +276,8 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 		}
 	}
 	if !open {
-		failure{SandboxID: id, Port: port, Code: http.StatusBadGateway, Message: "The port is not exposed: call port_expose"}.write(w, r)
+		failure{SandboxID: sb.ID(), Port: port, Code: http.StatusBadGateway,
+			Message: "The port is not exposed: call port_expose"}.write(w, r)
 		return
 	}
 	release, ok := g.charged(w, r, sb, port)
@@ -277,7 +287,7 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 	defer release()
 	if g.awake(w, r, sb) {
 		answer := stalling{w, g.stall}
-		defer answer.over()
+		defer answer.clearDeadline()
 		g.proxy(sb, port).ServeHTTP(answer, r)
 	}
 }

@@ -47,7 +47,7 @@ func (r *call) period() (from, until int64, err error) {
 }
 
 func (c *Control) metrics(r *call) error {
-	sb, err := c.find(r)
+	sb, err := c.liveSandbox(r)
 	if err != nil {
 		return err
 	}
@@ -109,7 +109,7 @@ type logEntry struct {
 const maxLogs = 1000
 
 func (c *Control) readLogs(r *call, q sandbox.LogQuery) ([]logEntry, error) {
-	sb, err := c.known(r) // the logs of an ended sandbox can still be read
+	sb, err := c.anySandbox(r) // the logs of an ended sandbox can still be read
 	if err != nil {
 		return nil, err
 	}

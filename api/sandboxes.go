@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"soulbox.dev/soulbox/api/envd"
+	"soulbox.dev/soulbox/internal/cursor"
 	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/template"
 )
@@ -122,8 +123,8 @@ func began(i sandbox.Info) time.Time {
 	return i.Ready
 }
 
-// known finds a sandbox of the caller, which may have ended.
-func (c *Control) known(r *call) (*sandbox.Sandbox, error) {
+// anySandbox finds a sandbox of the caller, which may have ended.
+func (c *Control) anySandbox(r *call) (*sandbox.Sandbox, error) {
 	id, _, _ := strings.Cut(r.PathValue("id"), "-") // a client id may follow
 	sb, err := c.Manager.Get(r.owner, id)
 	if err != nil {
@@ -132,9 +133,9 @@ func (c *Control) known(r *call) (*sandbox.Sandbox, error) {
 	return sb, nil
 }
 
-// find finds a sandbox of the caller that has not ended.
-func (c *Control) find(r *call) (*sandbox.Sandbox, error) {
-	sb, err := c.known(r)
+// liveSandbox finds a sandbox of the caller that has not ended.
+func (c *Control) liveSandbox(r *call) (*sandbox.Sandbox, error) {
+	sb, err := c.anySandbox(r)
 	if i := info(sb, err); i.State.Ended() && !i.OnDisk {
 		return nil, missing(r.PathValue("id"))
 	}
@@ -154,7 +155,7 @@ func (c *Control) bodyOf(r *call, body any) (*sandbox.Sandbox, error) {
 	if err := r.body(body); err != nil {
 		return nil, err
 	}
-	return c.find(r)
+	return c.liveSandbox(r)
 }
 
 // missing is the error for a sandbox that does not exist or is not the caller's.
@@ -249,11 +250,7 @@ func (c *Control) list(r *call) error {
 		return err
 	}
 	order := cmp.Or(r.URL.Query().Get("order"), "desc")
-	switch order {
-	case "desc":
-	case "asc":
-		slices.Reverse(all)
-	default:
+	if order != "asc" && order != "desc" {
 		return refuse(http.StatusBadRequest, "order is asc or desc, not %.40q", order)
 	}
 	running := 0
@@ -263,14 +260,14 @@ func (c *Control) list(r *call) error {
 		}
 	}
 	r.w.Header().Set("X-Total-Running", strconv.Itoa(running))
-	if all, err = page(r, all, order == "desc", func(i sandbox.Info) string { return moment(began(i), i.ID) }); err != nil {
+	if all, err = page(r, all, order == "desc", func(i sandbox.Info) string { return cursor.Key(began(i), i.ID) }); err != nil {
 		return err
 	}
 	return r.answer(http.StatusOK, listAll(all))
 }
 
 func (c *Control) get(r *call) error {
-	sb, err := c.find(r)
+	sb, err := c.liveSandbox(r)
 	if err != nil {
 		return err
 	}
@@ -283,7 +280,7 @@ func (c *Control) get(r *call) error {
 }
 
 func (c *Control) kill(r *call) error {
-	sb, err := c.find(r)
+	sb, err := c.liveSandbox(r)
 	if err != nil {
 		return err
 	}
@@ -423,7 +420,7 @@ func (c *Control) refresh(r *call) error {
 
 // setLife changes the lifetime of a running sandbox. For a paused one clients expect "not found".
 func (c *Control) setLife(r *call, u sandbox.Update) error {
-	sb, err := c.find(r)
+	sb, err := c.liveSandbox(r)
 	if err != nil {
 		return err
 	}

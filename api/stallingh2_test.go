@@ -14,7 +14,7 @@ func TestStallingSilence(t *testing.T) {
 	silent := make(chan struct{})
 	web := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		answer := stalling{w, limit}
-		defer answer.over()
+		defer answer.clearDeadline()
 		for range 2 {
 			if _, err := io.WriteString(answer, "word\n"); err != nil {
 				t.Error(err)

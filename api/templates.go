@@ -13,6 +13,7 @@ import (
 	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/api/client"
 	"soulbox.dev/soulbox/api/envd"
+	"soulbox.dev/soulbox/internal/cursor"
 	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/template"
 )
@@ -300,7 +301,7 @@ func (c *Control) snapshot(r *call) error {
 	if err := r.body(&body); err != nil {
 		return err
 	}
-	sb, err := c.find(r)
+	sb, err := c.liveSandbox(r)
 	if err != nil {
 		return err
 	}
@@ -362,10 +363,7 @@ func (c *Control) listSnapshots(r *call) error {
 		plain, _ := tagged(s.Name)
 		return of != "" && s.Sandbox != of || name != "" && s.Name != name && plain != name
 	})
-	slices.SortFunc(all, func(a, b sandbox.Snapshot) int {
-		return cmp.Or(b.Created.Compare(a.Created), cmp.Compare(b.Name, a.Name))
-	})
-	if all, err = page(r, all, true, func(s sandbox.Snapshot) string { return moment(s.Created, s.Name) }); err != nil {
+	if all, err = page(r, all, true, func(s sandbox.Snapshot) string { return cursor.Key(s.Created, s.Name) }); err != nil {
 		return err
 	}
 	out := []map[string]any{}

@@ -142,7 +142,7 @@ func (c *Control) createOwn(r *call) error {
 
 // describe describes a sandbox, also one that has ended.
 func (c *Control) describe(r *call) error {
-	sb, err := c.known(r)
+	sb, err := c.anySandbox(r)
 	if err != nil {
 		return err
 	}
@@ -224,7 +224,7 @@ func (c *Control) resumeAs(r *call) error {
 
 // processes lists the processes of a sandbox, also ended ones that are still known. It does not wake a paused sandbox.
 func (c *Control) processes(r *call) error {
-	sb, err := c.find(r)
+	sb, err := c.liveSandbox(r)
 	if err != nil {
 		return err
 	}
@@ -249,7 +249,7 @@ func (c *Control) processes(r *call) error {
 
 // inside serves envd's services to the sandbox's owner, without a token of the sandbox. A call wakes a paused sandbox if it may.
 func (c *Control) inside(r *call) error {
-	sb, err := c.find(r)
+	sb, err := c.liveSandbox(r)
 	if err != nil {
 		return err
 	}
@@ -265,7 +265,7 @@ func (c *Control) inside(r *call) error {
 }
 
 func (c *Control) port(r *call) (*sandbox.Sandbox, int, error) {
-	sb, err := c.find(r)
+	sb, err := c.liveSandbox(r)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -286,7 +286,7 @@ func (c *Control) portOf(sb *sandbox.Sandbox, p sandbox.Port) client.Port {
 
 // listPorts lists the ports that are exposed, and those on which something listens.
 func (c *Control) listPorts(r *call) error {
-	sb, err := c.find(r)
+	sb, err := c.liveSandbox(r)
 	if err != nil {
 		return err
 	}

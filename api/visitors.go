@@ -27,9 +27,9 @@ type visitors struct {
 	by map[netip.Prefix]int
 }
 
-// enter counts one more until leave is called, if the address may have it. An address of this machine belongs to a local user or to a proxy
+// admit counts one more until leave is called, if the address may have it. An address of this machine belongs to a local user or to a proxy
 // in front of the gateway, and has no bound.
-func (v *visitors) enter(remote string) (leave func(), ok bool) {
+func (v *visitors) admit(remote string) (leave func(), ok bool) {
 	from, err := netip.ParseAddrPort(remote)
 	if err != nil || from.Addr().Unmap().IsLoopback() {
 		return func() {}, true
@@ -128,21 +128,21 @@ type stalling struct {
 
 // Write implements io.Writer.
 func (s stalling) Write(p []byte) (int, error) {
-	defer s.begin()()
+	defer s.setDeadline()()
 	return s.ResponseWriter.Write(p)
 }
 
 // FlushError sends what is still buffered.
 func (s stalling) FlushError() error {
-	defer s.begin()()
+	defer s.setDeadline()()
 	return http.NewResponseController(s.ResponseWriter).Flush()
 }
 
-// begin bounds the time of a write; over removes the bound, because in HTTP/2 a deadline ends the answer even while there is nothing to
-// write.
-func (s stalling) begin() (over func()) {
+// setDeadline bounds the time of a write; over is clearDeadline, because in HTTP/2 a deadline ends the answer even while there is nothing
+// to write.
+func (s stalling) setDeadline() (over func()) {
 	_ = http.NewResponseController(s.ResponseWriter).SetWriteDeadline(time.Now().Add(s.limit)) // without deadlines it continues unbounded
-	return s.over
+	return s.clearDeadline
 }
 
 // Unwrap lets http.ResponseController find the wrapped writer.
@@ -157,8 +157,8 @@ func (s stalling) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return stallingConn{conn, s.limit}, rw, nil
 }
 
-// over removes the deadline for the next request.
-func (s stalling) over() {
+// clearDeadline removes the deadline for the next request.
+func (s stalling) clearDeadline() {
 	_ = http.NewResponseController(s.ResponseWriter).SetWriteDeadline(time.Time{}) // a tunnel has no deadline to remove
 }
 

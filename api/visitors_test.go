@@ -23,17 +23,17 @@ func TestVisitorsOfOneAddress(t *testing.T) {
 	var v visitors
 	var all []func()
 	for i := range maxVisitor {
-		leave, ok := v.enter(fmt.Sprintf("[2001:db8::%x]:%d", i, 1000+i))
+		leave, ok := v.admit(fmt.Sprintf("[2001:db8::%x]:%d", i, 1000+i))
 		if !ok {
 			t.Fatal(i)
 		}
 		all = append(all, leave)
 	}
-	if _, ok := v.enter("[2001:db8::ffff]:80"); ok {
+	if _, ok := v.admit("[2001:db8::ffff]:80"); ok {
 		t.Error("one more has come in")
 	}
 	for _, other := range []string{"[2001:db8:0:1::1]:80", "192.0.2.1:80", "127.0.0.1:80", "@"} {
-		leave, ok := v.enter(other)
+		leave, ok := v.admit(other)
 		if !ok {
 			t.Fatal(other)
 		}

@@ -2,7 +2,6 @@ package resources
 
 import (
 	"context"
-	"encoding/base64"
 	"fmt"
 	"path"
 	"slices"
@@ -12,6 +11,7 @@ import (
 	"github.com/mark3labs/mcp-go/mcp"
 
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/internal/cursor"
 	"soulbox.dev/soulbox/internal/names"
 	"soulbox.dev/soulbox/sandbox"
 )
@@ -21,33 +21,26 @@ const (
 	maxOutputs = 50 // processes listed per sandbox, the latest
 )
 
-// List lists the caller's sandboxes, newest first, with what can be read of each; templates come last. It pages by the last sandbox shown,
-// so sandboxes made or ended meanwhile neither repeat nor hide others.
-func (s *Service) List(ctx context.Context, cursor string) ([]mcp.Resource, string, error) {
+// List lists the caller's sandboxes, newest first, with what can be read of each; templates come last.
+func (s *Catalog) List(ctx context.Context, after string) ([]mcp.Resource, string, error) {
 	who, known := owner(ctx)
 	if !known {
 		return nil, "", nil
 	}
 	s.Manager.AwaitSettled(ctx)
 	list := s.Manager.List(sandbox.Filter{Owner: who})
-	if cursor != "" {
-		after, err := base64.RawURLEncoding.DecodeString(cursor)
-		at, id, ok := strings.Cut(string(after), " ")
-		created, perr := time.Parse(time.RFC3339Nano, at)
-		if err != nil || !ok || perr != nil {
-			return nil, "", invalidCursor{}
-		}
-		list = slices.DeleteFunc(list, func(i sandbox.Info) bool {
-			return i.Created.After(created) || i.Created.Equal(created) && i.ID <= id
-		})
+	part, next, err := cursor.Page("resources", after, list, pageSize, true, func(i sandbox.Info) string {
+		return cursor.Key(i.Created, i.ID)
+	})
+	if err != nil {
+		return nil, "", invalidCursor{}
 	}
 	var page []mcp.Resource
-	for _, i := range list[:min(pageSize, len(list))] {
+	for _, i := range part {
 		page = append(page, s.of(ctx, who, i)...)
 	}
-	if len(list) > pageSize {
-		last := list[pageSize-1]
-		return page, base64.RawURLEncoding.EncodeToString([]byte(last.Created.UTC().Format(time.RFC3339Nano) + " " + last.ID)), nil
+	if next != "" {
+		return page, next, nil
 	}
 	templates, err := s.templates(who)
 	if err != nil {
@@ -70,7 +63,7 @@ func (e invalidCursor) ProtocolError() (code int, message string) {
 }
 
 // of lists what can be read of a sandbox.
-func (s *Service) of(ctx context.Context, who string, i sandbox.Info) []mcp.Resource {
+func (s *Catalog) of(ctx context.Context, who string, i sandbox.Info) []mcp.Resource {
 	add := func(uri, name, description, kind string) mcp.Resource {
 		return mcp.NewResource(uri, name, mcp.WithResourceDescription(description), mcp.WithMIMEType(kind))
 	}
@@ -113,7 +106,7 @@ func (s *Service) of(ctx context.Context, who string, i sandbox.Info) []mcp.Reso
 }
 
 // Complete completes ids of sandboxes and processes, paths, and names of templates.
-func (s *Service) Complete(ctx context.Context, template, variable, value string, known map[string]string) ([]string, error) {
+func (s *Catalog) Complete(ctx context.Context, template, variable, value string, known map[string]string) ([]string, error) {
 	var all []string
 	who, ok := owner(ctx)
 	if !ok {

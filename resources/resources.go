@@ -37,11 +37,11 @@ type Options struct {
 	NotFound error
 }
 
-// Service provides the resources of a Manager. It is safe for concurrent use.
-type Service struct{ Options }
+// Catalog provides the resources of a Manager. It is safe for concurrent use.
+type Catalog struct{ Options }
 
-// New makes the Service of a Manager.
-func New(o Options) *Service { return &Service{o} }
+// New makes the Catalog of a Manager.
+func New(o Options) *Catalog { return &Catalog{o} }
 
 // owner is the owner of a call. A call without an owner finds nothing.
 func owner(ctx context.Context) (string, bool) {
@@ -53,15 +53,15 @@ func owner(ctx context.Context) (string, bool) {
 }
 
 // notFound is the error for everything the caller cannot see, in the same words whether or not it exists for others.
-func (s *Service) notFound(uri string) error {
+func (s *Catalog) notFound(uri string) error {
 	if len(uri) > 200 {
 		uri = uri[:200] + "…"
 	}
 	return fmt.Errorf("%w: %q; resources/list shows the sandboxes there are, and the URI of a directory its files", s.NotFound, uri)
 }
 
-// find finds the sandbox of a URI.
-func (s *Service) find(ctx context.Context, uri string) (name, *sandbox.Sandbox, error) {
+// resolve finds the sandbox of a URI.
+func (s *Catalog) resolve(ctx context.Context, uri string) (parsedURI, *sandbox.Sandbox, error) {
 	n, ok := parse(uri)
 	who, known := owner(ctx)
 	if !ok || !known {
@@ -78,7 +78,7 @@ func (s *Service) find(ctx context.Context, uri string) (name, *sandbox.Sandbox,
 }
 
 // Templates are the URI templates of all resources.
-func (s *Service) Templates() []mcp.ResourceTemplate {
+func (s *Catalog) Templates() []mcp.ResourceTemplate {
 	var all []mcp.ResourceTemplate
 	for _, t := range []struct{ uri, name, description, mime string }{
 		{"sandbox://{id}", "sandbox", "State, limits and life time of a sandbox.", "application/json"},
@@ -107,7 +107,7 @@ func (e unreadable) ProtocolError() (code int, message string) {
 }
 
 // Read reads a resource.
-func (s *Service) Read(ctx context.Context, uri string) ([]mcp.ResourceContents, error) {
+func (s *Catalog) Read(ctx context.Context, uri string) ([]mcp.ResourceContents, error) {
 	contents, err := s.read(ctx, uri)
 	if err != nil && ctx.Err() == nil && !errors.Is(err, agent.ErrLost) && !errors.Is(err, s.NotFound) {
 		err = unreadable{err}
@@ -115,8 +115,8 @@ func (s *Service) Read(ctx context.Context, uri string) ([]mcp.ResourceContents,
 	return contents, err
 }
 
-func (s *Service) read(ctx context.Context, uri string) ([]mcp.ResourceContents, error) {
-	n, sb, err := s.find(ctx, uri)
+func (s *Catalog) read(ctx context.Context, uri string) ([]mcp.ResourceContents, error) {
+	n, sb, err := s.resolve(ctx, uri)
 	if err != nil {
 		return nil, err
 	}
@@ -144,7 +144,7 @@ func (s *Service) read(ctx context.Context, uri string) ([]mcp.ResourceContents,
 const logsRead = 1000
 
 // logs returns entries of a log as JSON lines: the last ones, or those after the offset, which counts entries.
-func (s *Service) logs(ctx context.Context, sb *sandbox.Sandbox, uri string, n name) ([]mcp.ResourceContents, error) {
+func (s *Catalog) logs(ctx context.Context, sb *sandbox.Sandbox, uri string, n parsedURI) ([]mcp.ResourceContents, error) {
 	sb.Refresh(ctx)
 	page, err := sb.Logs(sandbox.LogQuery{After: n.offset, Limit: logsRead})
 	if err != nil {
@@ -199,7 +199,7 @@ func asJSON(uri string, v any) ([]mcp.ResourceContents, error) {
 }
 
 // template returns a template, or the log of one of its builds.
-func (s *Service) template(ctx context.Context, uri string, n name) ([]mcp.ResourceContents, error) {
+func (s *Catalog) template(ctx context.Context, uri string, n parsedURI) ([]mcp.ResourceContents, error) {
 	who, _ := owner(ctx) // find has checked that there is one
 	if n.build != "" {
 		log, err := s.Store.BuildLog(who, n.build)
@@ -210,7 +210,7 @@ func (s *Service) template(ctx context.Context, uri string, n name) ([]mcp.Resou
 			return nil, err
 		}
 		from := min(n.offset, int64(len(log)))
-		part := log[from:min(from+n.room(), int64(len(log)))]
+		part := log[from:min(from+n.readLimit(), int64(len(log)))]
 		return asText(uri, "application/jsonl", string(part), rest(uri, int64(len(log)), from+int64(len(part)))), nil
 	}
 	if n.sandbox == template.HostName {
@@ -228,7 +228,7 @@ func (s *Service) template(ctx context.Context, uri string, n name) ([]mcp.Resou
 }
 
 // templates returns the names of the templates that an owner sees.
-func (s *Service) templates(who string) ([]string, error) {
+func (s *Catalog) templates(who string) ([]string, error) {
 	all, err := s.Store.List(who)
 	names := []string{template.HostName}
 	for _, m := range all {
@@ -238,15 +238,15 @@ func (s *Service) templates(who string) ([]string, error) {
 }
 
 // missing turns the error for a missing file or process into the error for a missing resource.
-func (s *Service) missing(uri string, err error) error {
+func (s *Catalog) missing(uri string, err error) error {
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, agent.ErrNoProcess) || errors.Is(err, agent.ErrInvalid) {
 		return s.notFound(uri)
 	}
 	return err
 }
 
-// room is how much of a range one read returns.
-func (n name) room() int64 {
+// readLimit is how much of a range one read returns.
+func (n parsedURI) readLimit() int64 {
 	if n.limit > 0 {
 		return min(n.limit, maxRead)
 	}
@@ -262,7 +262,7 @@ func rest(uri string, size, next int64) map[string]any {
 	return meta
 }
 
-func (s *Service) file(ctx context.Context, client *agent.Client, uri string, n name) ([]mcp.ResourceContents, error) {
+func (s *Catalog) file(ctx context.Context, client *agent.Client, uri string, n parsedURI) ([]mcp.ResourceContents, error) {
 	info, err := client.Stat(ctx, n.path)
 	if err != nil {
 		return nil, s.missing(uri, err)
@@ -270,7 +270,7 @@ func (s *Service) file(ctx context.Context, client *agent.Client, uri string, n 
 	if info.Type == agent.TypeDir {
 		return s.directory(ctx, client, uri, n)
 	}
-	r, info, err := client.ReadFile(ctx, n.path, n.offset, n.room())
+	r, info, err := client.ReadFile(ctx, n.path, n.offset, n.readLimit())
 	if err != nil {
 		return nil, s.missing(uri, err)
 	}
@@ -309,7 +309,7 @@ func mimeType(name string, body []byte) string {
 }
 
 // directory lists a directory, one line per entry.
-func (s *Service) directory(ctx context.Context, client *agent.Client, uri string, n name) ([]mcp.ResourceContents, error) {
+func (s *Catalog) directory(ctx context.Context, client *agent.Client, uri string, n parsedURI) ([]mcp.ResourceContents, error) {
 	list, err := client.Dir(ctx, agent.DirRequest{Path: n.path, Depth: 1, Limit: 10_000})
 	if err != nil {
 		return nil, s.missing(uri, err)
@@ -330,7 +330,7 @@ func (s *Service) directory(ctx context.Context, client *agent.Client, uri strin
 
 // output reads a range of what a process has written, with terminal escapes made inert. A character that the range cuts in two, or that the
 // process has not finished writing, is left for the next read.
-func (s *Service) output(ctx context.Context, client *agent.Client, uri string, n name) ([]mcp.ResourceContents, error) {
+func (s *Catalog) output(ctx context.Context, client *agent.Client, uri string, n parsedURI) ([]mcp.ResourceContents, error) {
 	var body []byte
 	var p agent.Process
 	first, over := int64(-1), false // over: the bytes that follow body are no longer kept
@@ -345,8 +345,8 @@ func (s *Service) output(ctx context.Context, client *agent.Client, uri string, 
 		if over = f.Offset > first+int64(len(body)); over {
 			return errEnough
 		}
-		body = append(body, f.Data[:min(int64(len(f.Data)), n.room()-int64(len(body)))]...)
-		if int64(len(body)) >= n.room() {
+		body = append(body, f.Data[:min(int64(len(f.Data)), n.readLimit()-int64(len(body)))]...)
+		if int64(len(body)) >= n.readLimit() {
 			return errEnough
 		}
 		return nil
@@ -360,7 +360,7 @@ func (s *Service) output(ctx context.Context, client *agent.Client, uri string, 
 	}
 	first = max(first, n.offset)
 	ended := p.State == agent.StateExited && first+int64(len(body)) >= p.Output
-	if whole := agent.Whole(body); !over && !ended && (len(whole) > 0 || int64(len(body)) < n.room()) {
+	if whole := agent.Whole(body); !over && !ended && (len(whole) > 0 || int64(len(body)) < n.readLimit()) {
 		body = whole
 	}
 	meta := rest(uri, p.Output, first+int64(len(body)))

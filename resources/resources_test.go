@@ -207,7 +207,7 @@ func TestList(t *testing.T) {
 		!slices.Contains(got, "template://his") {
 		t.Errorf("%q", got)
 	}
-	for _, cursor := range []string{"x", "!", base64.RawURLEncoding.EncodeToString([]byte("yesterday " + own[0].ID()))} {
+	for _, cursor := range []string{"x", "!", base64.RawURLEncoding.EncodeToString([]byte("sandboxes " + own[0].ID()))} {
 		a, err := s.client("ann").Do(t.Context(), "resources/list", map[string]any{"cursor": cursor})
 		if err != nil || a.Error == nil || a.Error.Code != -32602 || a.Error.Message != "the cursor does not come from resources/list" {
 			t.Errorf("%s: %v %+v", cursor, err, a.Error)

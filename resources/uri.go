@@ -21,8 +21,8 @@ const (
 	kindTemplate
 )
 
-// name is a parsed URI.
-type name struct {
+// parsedURI is a parsed URI.
+type parsedURI struct {
 	kind    kind
 	sandbox string // or the name of a template
 	build   string // id of a build, if its log is meant
@@ -33,20 +33,20 @@ type name struct {
 }
 
 // parse parses a URI. A URI that is not ours, for whatever reason, is treated as not found.
-func parse(uri string) (name, bool) {
+func parse(uri string) (parsedURI, bool) {
 	if rest, ok := strings.CutPrefix(uri, "template://"); ok {
 		return parseTemplate(rest)
 	}
 	u, err := url.Parse(uri)
 	if err != nil || u.User != nil || u.Fragment != "" || u.Opaque != "" || u.ForceQuery || len(uri) > 8192 {
-		return name{}, false
+		return parsedURI{}, false
 	}
-	n := name{sandbox: u.Host}
-	if !n.ranged(u.RawQuery) {
-		return name{}, false
+	n := parsedURI{sandbox: u.Host}
+	if !n.parseRange(u.RawQuery) {
+		return parsedURI{}, false
 	}
 	if u.Scheme != "sandbox" || !sandbox.ValidID(u.Host) {
-		return name{}, false
+		return parsedURI{}, false
 	}
 	switch rest := u.Path; {
 	case rest == "" && u.RawQuery == "":
@@ -61,17 +61,17 @@ func parse(uri string) (name, bool) {
 		n.kind, n.process = kindOutput, strings.TrimSuffix(strings.TrimPrefix(rest, "/processes/"), "/output")
 		return n, n.process != "" && !strings.Contains(n.process, "/")
 	default:
-		return name{}, false
+		return parsedURI{}, false
 	}
 	return n, true
 }
 
 // parseTemplate parses the URI of a template: NAME, or NAME/builds/ID/log. A name may contain a colon, which does not begin a port.
-func parseTemplate(rest string) (name, bool) {
+func parseTemplate(rest string) (parsedURI, bool) {
 	rest, query, _ := strings.Cut(rest, "?")
-	n := name{kind: kindTemplate}
-	if !n.ranged(query) || len(rest) > 256 {
-		return name{}, false
+	n := parsedURI{kind: kindTemplate}
+	if !n.parseRange(query) || len(rest) > 256 {
+		return parsedURI{}, false
 	}
 	parts := strings.Split(rest, "/")
 	n.sandbox = parts[0]
@@ -82,11 +82,11 @@ func parseTemplate(rest string) (name, bool) {
 		n.build = parts[2]
 		return n, n.build != ""
 	}
-	return name{}, false
+	return parsedURI{}, false
 }
 
-// ranged parses the range of a URI: offset and limit in bytes.
-func (n *name) ranged(query string) bool {
+// parseRange parses the range of a URI: offset and limit in bytes.
+func (n *parsedURI) parseRange(query string) bool {
 	values, err := url.ParseQuery(query)
 	if err != nil {
 		return false

@@ -10,7 +10,7 @@ const id = "sbaaaaaaaaaaaaaaaaaaaa"
 
 // TestURIs takes URIs apart. What is none of ours is not there, in whatever way it is none.
 func TestURIs(t *testing.T) {
-	for uri, want := range map[string]name{
+	for uri, want := range map[string]parsedURI{
 		"sandbox://" + id:                                      {kind: kindSandbox, sandbox: id},
 		"sandbox://" + id + "/logs":                            {kind: kindLogs, sandbox: id},
 		"sandbox://" + id + "/logs?offset=7":                   {kind: kindLogs, sandbox: id, offset: 7},

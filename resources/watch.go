@@ -16,8 +16,8 @@ const (
 )
 
 // Watch reports every change of a resource until ctx ends. When it returns, no later change is missed.
-func (s *Service) Watch(ctx context.Context, uri string, changed func()) error {
-	n, sb, err := s.find(ctx, uri)
+func (s *Catalog) Watch(ctx context.Context, uri string, changed func()) error {
+	n, sb, err := s.resolve(ctx, uri)
 	if err != nil {
 		return err
 	}

@@ -197,7 +197,7 @@ func (b *Builder) secondStage(ctx context.Context, name string, files *Files, so
 			err = errors.Join(err, s.sb.Kill(errors.New("the build is done with it")))
 		}
 	}()
-	if err := s.begin(ctx); err != nil {
+	if err := s.bootSandbox(ctx); err != nil {
 		return Manifest{}, err
 	}
 	var list strings.Builder

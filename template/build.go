@@ -191,7 +191,7 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 	if r.log, err = b.Store.newLog(r.id, req.Owner, req.Name, each); err != nil {
 		return Built{}, err
 	}
-	defer func() { err = r.over(err) }()
+	defer func() { err = r.finish(err) }()
 	r.log.line("info", "", fmt.Sprintf("build %s of %s begins", r.id, req.Name))
 	if req.Open != nil {
 		if err := req.Open(ctx, &r.req); err != nil {
@@ -203,11 +203,11 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 			return Built{}, fmt.Errorf("build context: %w", err)
 		}
 	}
-	return r.all(ctx, service, began)
+	return r.runStages(ctx, service, began)
 }
 
-// all runs every stage that the target needs and names the result.
-func (r *run) all(ctx context.Context, service sandbox.Network, began time.Time) (built Built, err error) {
+// runStages runs every stage that the target needs and names the result.
+func (r *run) runStages(ctx context.Context, service sandbox.Network, began time.Time) (built Built, err error) {
 	built.ID = r.id
 	for _, i := range r.plan.needed() {
 		if r.done[i], err = r.stage(ctx, i); err != nil {
@@ -233,8 +233,8 @@ func (r *run) all(ctx context.Context, service sandbox.Network, began time.Time)
 	return built, nil
 }
 
-// over ends a build, with or without an error.
-func (r *run) over(err error) error {
+// finish ends a build, with or without an error.
+func (r *run) finish(err error) error {
 	for _, f := range r.opened {
 		err = errors.Join(err, f.Close())
 	}
@@ -438,7 +438,7 @@ func (r *run) files(ctx context.Context, from string) (*Files, error) {
 		return f, nil
 	}
 	var layers []Layer
-	if n := r.plan.findFrom(from); n >= 0 && r.done[n] != nil {
+	if n := r.plan.stageFrom(from); n >= 0 && r.done[n] != nil {
 		layers = r.done[n].layers
 	} else {
 		m, err := r.named(ctx, from)

@@ -116,7 +116,7 @@ func (s *Store) sweep(want int64) (gone []string, err error) {
 		}
 		err = errors.Join(err, rerr, s.tidy(kind, entries))
 		for _, e := range entries {
-			if sp, ok := s.spare(kind, e, needed); ok {
+			if sp, ok := s.unneeded(kind, e, needed); ok {
 				spares = append(spares, sp)
 			}
 		}
@@ -146,8 +146,8 @@ func (s *Store) sweep(want int64) (gone []string, err error) {
 	return gone, err
 }
 
-// spare reports whether nothing needs a file, and returns what is known of it.
-func (s *Store) spare(kind string, e os.DirEntry, needed *needs) (spare, bool) {
+// unneeded reports whether nothing needs a file, and returns what is known of it.
+func (s *Store) unneeded(kind string, e os.DirEntry, needed *needs) (spare, bool) {
 	info, err := e.Info()
 	if err != nil { // it is gone
 		return spare{}, false

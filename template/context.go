@@ -274,8 +274,8 @@ func (f *Files) sum(ctx context.Context, to hash.Hash, name string, n *erofs.Nod
 	return nil
 }
 
-// find returns the files that a pattern of COPY matches, by path.
-func (f *Files) find(pattern string) (map[string]*erofs.Node, error) {
+// matching returns the files that a pattern of COPY matches, by path.
+func (f *Files) matching(pattern string) (map[string]*erofs.Node, error) {
 	parts := splitPath(path.Clean("/" + pattern))
 	found := map[string]*erofs.Node{}
 	if !strings.ContainsAny(pattern, "*?[\\") {

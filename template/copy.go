@@ -46,7 +46,7 @@ func (s *stageRun) copy(ctx context.Context, where string, c copying) error {
 			return err
 		}
 		for _, pattern := range c.SourcePaths {
-			found, err := files.find(pattern)
+			found, err := files.matching(pattern)
 			if err != nil {
 				return err
 			}
@@ -63,11 +63,11 @@ func (s *stageRun) copy(ctx context.Context, where string, c copying) error {
 	for _, inline := range c.SourceContents {
 		by = append(by, inline.Path, inline.Data)
 	}
-	return s.change(ctx, where, hashOf(by...), func(ctx context.Context) error { return s.put(ctx, c, files, all) })
+	return s.change(ctx, where, hashOf(by...), func(ctx context.Context) error { return s.copyIn(ctx, c, files, all) })
 }
 
-// put copies files into the sandbox.
-func (s *stageRun) put(ctx context.Context, c copying, files *Files, all []picked) error {
+// copyIn copies files into the sandbox.
+func (s *stageRun) copyIn(ctx context.Context, c copying, files *Files, all []picked) error {
 	owner, err := s.owner(ctx, c)
 	if err != nil {
 		return err

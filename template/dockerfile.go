@@ -89,7 +89,7 @@ func parse(text, target string, args map[string]string) (*plan, error) {
 	if len(p.stages) == 0 {
 		return nil, &SyntaxError{Message: "it has no FROM", Hint: "begin with FROM and the name of a template or an image"}
 	}
-	return p, p.aim(target)
+	return p, p.setTarget(target)
 }
 
 // countable refuses a Dockerfile with too many instructions or variables: each instruction costs work for each variable.
@@ -150,7 +150,7 @@ func (p *plan) setGlobal(meta []instructions.ArgCommand) error {
 			if given {
 				arg.Value = &value
 			} else if arg.Value != nil {
-				v, err := p.grown.word(p.lex, *arg.Value, p.global)
+				v, err := p.grown.expandWord(p.lex, *arg.Value, p.global)
 				if err != nil {
 					return &SyntaxError{Line: lineOf(cmd.Location()), Message: err.Error()}
 				}
@@ -193,7 +193,7 @@ var platformArgs = map[string]string{
 func (p *plan) stage(s instructions.Stage, index int) (stage, error) {
 	st := stage{name: s.Name, from: -1, line: lineOf(s.Location), commands: s.Commands}
 	expand := func(word string) (string, error) {
-		v, err := p.grown.word(p.lex, word, p.global)
+		v, err := p.grown.expandWord(p.lex, word, p.global)
 		if err != nil {
 			return "", &SyntaxError{Line: st.line, Message: err.Error()}
 		}
@@ -215,7 +215,7 @@ func (p *plan) stage(s instructions.Stage, index int) (stage, error) {
 		return st, &SyntaxError{Line: st.line, Message: fmt.Sprintf("the platform %q cannot be built here", platform),
 			Hint: "leave --platform out, or use linux/" + runtime.GOARCH}
 	}
-	if st.from = p.find(st.base); st.from >= 0 {
+	if st.from = p.stageNamed(st.base); st.from >= 0 {
 		st.base = ""
 	}
 	for _, cmd := range s.Commands {
@@ -236,8 +236,8 @@ func (p *plan) refers(from string, index int) bool {
 	return err == nil && n >= index
 }
 
-// find returns the number of an earlier stage by its name, or -1.
-func (p *plan) find(name string) int {
+// stageNamed returns the number of an earlier stage by its name, or -1.
+func (p *plan) stageNamed(name string) int {
 	for i, s := range slices.Backward(p.stages) {
 		if s.name != "" && strings.EqualFold(s.name, name) {
 			return i
@@ -246,21 +246,21 @@ func (p *plan) find(name string) int {
 	return -1
 }
 
-// findFrom is find for --from, which may also be a number.
-func (p *plan) findFrom(from string) int {
+// stageFrom is stageNamed for --from, which may also be a number.
+func (p *plan) stageFrom(from string) int {
 	if n, err := strconv.Atoi(from); err == nil && n >= 0 && n < len(p.stages) {
 		return n
 	}
-	return p.find(from)
+	return p.stageNamed(from)
 }
 
-// aim finds the stage to build.
-func (p *plan) aim(target string) error {
+// setTarget finds the stage to build.
+func (p *plan) setTarget(target string) error {
 	p.target = len(p.stages) - 1
 	if target == "" {
 		return nil
 	}
-	if p.target = p.findFrom(target); p.target >= 0 {
+	if p.target = p.stageFrom(target); p.target >= 0 {
 		return nil
 	}
 	var names []string
@@ -285,7 +285,7 @@ func (p *plan) needed() []int {
 		}
 		for _, cmd := range p.stages[i].commands {
 			for _, from := range sources(cmd) {
-				if n := p.findFrom(from); n >= 0 && n < i {
+				if n := p.stageFrom(from); n >= 0 && n < i {
 					want[n] = true
 				}
 			}

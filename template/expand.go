@@ -20,15 +20,15 @@ const (
 // expansion counts the bytes by which the words of a stage have grown.
 type expansion struct{ grown int }
 
-// word puts the values of variables into a word. A word that would be too large is never made: the parser gets no more values.
-func (e *expansion) word(lex *shell.Lex, word string, vars pairs) (string, error) {
+// expandWord puts the values of variables into a word. A word that would be too large is never made: the parser gets no more values.
+func (e *expansion) expandWord(lex *shell.Lex, word string, vars pairs) (string, error) {
 	values := newBounded(word, vars)
 	out, _, err := lex.ProcessWord(word, values)
 	return out, e.add(word, len(out), values, err)
 }
 
-// words is word for a word that may become several.
-func (e *expansion) words(lex *shell.Lex, word string, vars pairs) ([]string, error) {
+// expandWords is expandWord for a word that may become several.
+func (e *expansion) expandWords(lex *shell.Lex, word string, vars pairs) ([]string, error) {
 	values := newBounded(word, vars)
 	out, err := lex.ProcessWords(word, values)
 	size := 0

@@ -59,7 +59,7 @@ func (j *job) assemble(ctx context.Context, f *os.File, layers []Layer) error {
 		}
 		m.root, err = base.Tree()
 		if err == nil {
-			err = j.roomFor(base, layers[have:])
+			err = j.ensureRoomOn(base, layers[have:])
 		}
 		if err == nil {
 			err = m.w.Base(ctx, base)
@@ -77,8 +77,8 @@ func (j *job) assemble(ctx context.Context, f *os.File, layers []Layer) error {
 	return errors.Join(m.w.Finish(m.root), j.seal(f, true), unpin(f))
 }
 
-// roomFor makes room for an image that is built on top of another.
-func (s *Store) roomFor(base *erofs.Image, layers []Layer) error {
+// ensureRoomOn makes room for an image that is built on top of another.
+func (s *Store) ensureRoomOn(base *erofs.Image, layers []Layer) error {
 	needed, err := base.Used()
 	if err != nil {
 		return err
@@ -86,7 +86,7 @@ func (s *Store) roomFor(base *erofs.Image, layers []Layer) error {
 	for _, l := range layers {
 		needed += l.Size
 	}
-	return s.room(needed)
+	return s.ensureRoom(needed)
 }
 
 // applyLayer applies a layer and checks that its content matches its digest.

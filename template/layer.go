@@ -146,7 +146,7 @@ func (l layer) entry(h *tar.Header, from io.Reader) error {
 			l.dropped++
 		}
 	}
-	if err := l.take(base, h.Linkname); err != nil {
+	if err := l.countMemory(base, h.Linkname); err != nil {
 		return err
 	}
 	node, err := l.node(h, from, parent.Children[base])
@@ -158,8 +158,8 @@ func (l layer) entry(h *tar.Header, from io.Reader) error {
 	return nil
 }
 
-// take counts the memory that one more name takes.
-func (m *merger) take(name, target string) error {
+// countMemory counts the memory that one more name takes.
+func (m *merger) countMemory(name, target string) error {
 	if m.meta += int64(nodeCost + len(name) + len(target)); m.meta > maxMeta {
 		return fmt.Errorf("%w: it has too many files", ErrLayer)
 	}
@@ -228,7 +228,7 @@ func (l layer) node(h *tar.Header, from io.Reader, old *erofs.Node) (*erofs.Node
 		}
 		n.Mode, n.Target = unix.S_IFLNK, h.Linkname
 	case tar.TypeLink:
-		target, err := l.find(h.Linkname)
+		target, err := l.lookup(h.Linkname)
 		if err != nil || target.IsDir() {
 			return nil, fmt.Errorf("%w: a hard link to %q, which is not one of its files", ErrLayer, clip(h.Linkname))
 		}
@@ -265,7 +265,7 @@ func (l layer) dir(name string) (*erofs.Node, error) {
 		if len(base) > maxName {
 			return nil, fmt.Errorf("%w: a name has %d bytes", ErrLayer, len(base))
 		}
-		if err := l.take(base, ""); err != nil {
+		if err := l.countMemory(base, ""); err != nil {
 			return nil, err
 		}
 		n := &erofs.Node{Mode: unix.S_IFDIR | defaultPerm, Children: map[string]*erofs.Node{}}
@@ -282,8 +282,8 @@ func (l layer) dir(name string) (*erofs.Node, error) {
 	return at, nil
 }
 
-// find finds a file of the tree by the name in an entry. It follows links on the way, but not the last one.
-func (l layer) find(name string) (*erofs.Node, error) { return walk(l.root, name, false, nil) }
+// lookup finds a file of the tree by the name in an entry. It follows links on the way, but not the last one.
+func (l layer) lookup(name string) (*erofs.Node, error) { return walk(l.root, name, false, nil) }
 
 // walk finds a file below root, as a kernel with that root would. It follows symbolic links; the last one only if follow is set. For a
 // missing file it calls missing, or returns unix.ENOENT if missing is nil.

@@ -199,7 +199,7 @@ func (j *job) takeLayer(ctx context.Context, l v1.Layer) (Layer, error) {
 		return kept, err
 	}
 	defer from.Close()
-	if err := j.room(size); err != nil {
+	if err := j.ensureRoom(size); err != nil {
 		return kept, err
 	}
 	err = j.write(ctx, "layers", func(f *os.File) (string, error) {

@@ -93,23 +93,23 @@ func (e *NoRoomError) Is(target error) bool { return target == sandbox.ErrNoDisk
 // Unwrap returns the cause.
 func (e *NoRoomError) Unwrap() error { return e.Err }
 
-// room makes sure that there is room for needed bytes. If there is not, it removes files that only save time.
-func (s *Store) room(needed int64) error {
-	lack, short, err := s.lack(needed)
+// ensureRoom makes sure that there is room for needed bytes. If there is not, it removes files that only save time.
+func (s *Store) ensureRoom(needed int64) error {
+	lack, short, err := s.shortage(needed)
 	if err != nil || lack == nil {
 		return err
 	}
 	if err := s.collect(short); err != nil {
 		return errors.Join(lack, err)
 	}
-	if lack, _, err = s.lack(needed); lack == nil {
+	if lack, _, err = s.shortage(needed); lack == nil {
 		return err
 	}
 	return lack
 }
 
-// lack returns nil if there is room for needed bytes, otherwise the error and how many bytes must be removed.
-func (s *Store) lack(needed int64) (lack *NoRoomError, short int64, err error) {
+// shortage returns nil if there is room for needed bytes, otherwise the error and how many bytes must be removed.
+func (s *Store) shortage(needed int64) (lack *NoRoomError, short int64, err error) {
 	d, err := s.Disk()
 	if err != nil {
 		return nil, 0, err
@@ -157,7 +157,7 @@ type roomReader struct {
 func (r *roomReader) Read(p []byte) (int, error) {
 	if r.left <= 0 {
 		r.left = roomEvery
-		if err := r.s.room(1); err != nil {
+		if err := r.s.ensureRoom(1); err != nil {
 			return 0, err
 		}
 	}

@@ -85,7 +85,7 @@ func (m *mounts) add(ctx context.Context, want *instructions.Mount, dir string) 
 	case instructions.MountTypeTmpfs:
 		return m.on(ctx, agent.MountRequest{Target: target, Size: want.SizeLimit})
 	case instructions.MountTypeBind:
-		n, files, err := m.s.bound(ctx, want)
+		n, files, err := m.s.bindSource(ctx, want)
 		if err != nil {
 			return err
 		}
@@ -124,8 +124,8 @@ func (m *mounts) show(ctx context.Context, r agent.MountRequest) error {
 	return nil
 }
 
-// bound finds what a bind mount shows.
-func (s *stageRun) bound(ctx context.Context, want *instructions.Mount) (*erofs.Node, *Files, error) {
+// bindSource finds what a bind mount shows.
+func (s *stageRun) bindSource(ctx context.Context, want *instructions.Mount) (*erofs.Node, *Files, error) {
 	files, err := s.files(ctx, want.From)
 	if err != nil {
 		return nil, nil, err

@@ -40,7 +40,7 @@ func (s *stageRun) runCommand(ctx context.Context, where string, c *instructions
 		if m.Type != instructions.MountTypeBind {
 			continue
 		}
-		n, files, err := s.bound(ctx, m)
+		n, files, err := s.bindSource(ctx, m)
 		if err != nil {
 			return fmt.Errorf("--mount=type=bind: %w", err)
 		}
@@ -71,7 +71,7 @@ func told[T any](v *T) string {
 // all other heredocs (Dockerfile reference, "Here-Documents").
 func (s *stageRun) runArgs(c *instructions.RunCommand) ([]string, error) {
 	if len(c.Files) == 0 {
-		return s.words(c.ShellDependantCmdLine), nil
+		return s.commandLine(c.ShellDependantCmdLine), nil
 	}
 	line := strings.Join(c.CmdLine, " ")
 	heredoc, err := parser.ParseHeredoc(line)
@@ -112,16 +112,6 @@ const scriptFile = agent.BuildDir + "/script"
 
 // exec runs a command to its end, and then kills everything that it started.
 func (s *stageRun) exec(ctx context.Context, where string, args []string, secret map[string]string) error {
-	env := map[string]string{"PATH": defaultPath}
-	for _, kv := range s.args {
-		if kv.Value != nil {
-			env[kv.Key] = *kv.Value
-		}
-	}
-	for _, kv := range s.config.Env {
-		k, v, _ := strings.Cut(kv, "=")
-		env[k] = v
-	}
 	if n := len(args); n > 2 && args[n-2] == scriptArg {
 		if _, err := s.client.WriteFile(ctx, scriptFile, strings.NewReader(args[n-1]),
 			agent.WriteOptions{User: "root", Perm: 0o755}); err != nil {
@@ -136,7 +126,7 @@ func (s *stageRun) exec(ctx context.Context, where string, args []string, secret
 	if args, err = s.withShell(ctx, args); err != nil {
 		return err
 	}
-	req := agent.StartRequest{Args: args, Env: env, User: user, Cwd: cmp.Or(s.config.WorkingDir, "/")}
+	req := agent.StartRequest{Args: args, Env: s.environment(), User: user, Cwd: cmp.Or(s.config.WorkingDir, "/")}
 	maps.Copy(req.Env, secret)
 	snap, err := s.client.Start(ctx, req)
 	if err != nil {
@@ -173,6 +163,21 @@ func (s *stageRun) exec(ctx context.Context, where string, args []string, secret
 	}
 	tail := out.tail()
 	return &StepError{Err: s.ifFull(ctx, howEnded(p), tail), Tail: tail}
+}
+
+// environment is that of a step: the arguments of the build that have a value, and above them the variables of the image.
+func (s *stageRun) environment() map[string]string {
+	env := map[string]string{"PATH": defaultPath}
+	for _, kv := range s.args {
+		if kv.Value != nil {
+			env[kv.Key] = *kv.Value
+		}
+	}
+	for _, kv := range s.config.Env {
+		k, v, _ := strings.Cut(kv, "=")
+		env[k] = v
+	}
+	return env
 }
 
 // ifFull turns the error of a step into a NoRoomError if the disk is full, or if the step's output says that it was.

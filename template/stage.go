@@ -146,14 +146,14 @@ func (s *stageRun) expand(ctx context.Context, cmd instructions.Command) error {
 	defer free()
 	vars := s.variables()
 	if c, ok := cmd.(instructions.SupportsSingleWordExpansion); ok {
-		if err := c.Expand(func(word string) (string, error) { return s.grown.word(s.plan.lex, word, vars) }); err != nil {
+		if err := c.Expand(func(word string) (string, error) { return s.grown.expandWord(s.plan.lex, word, vars) }); err != nil {
 			return err
 		}
 	}
 	if c, ok := cmd.(instructions.SupportsSingleWordExpansionRaw); ok { // texts in the Dockerfile, whose quotes stay
 		lex := shell.NewLex('\\')
 		lex.SkipProcessQuotes = true
-		return c.ExpandRaw(func(word string) (string, error) { return s.grown.word(lex, word, vars) })
+		return c.ExpandRaw(func(word string) (string, error) { return s.grown.expandWord(lex, word, vars) })
 	}
 	return nil
 }
@@ -202,9 +202,9 @@ func (s *stageRun) configure(cmd instructions.Command) error {
 	case *instructions.ShellCommand:
 		s.shell, cfg.Shell = c.Shell, c.Shell
 	case *instructions.CmdCommand:
-		cfg.Cmd = s.words(c.ShellDependantCmdLine)
+		cfg.Cmd = s.commandLine(c.ShellDependantCmdLine)
 	case *instructions.EntrypointCommand:
-		cfg.Entrypoint = s.words(c.ShellDependantCmdLine)
+		cfg.Entrypoint = s.commandLine(c.ShellDependantCmdLine)
 		cfg.Cmd = nil
 	case *instructions.ExposeCommand:
 		return s.expose(c)
@@ -234,7 +234,7 @@ func (s *stageRun) expose(c *instructions.ExposeCommand) error {
 	}
 	vars := s.variables()
 	for _, p := range c.Ports {
-		words, err := s.grown.words(s.plan.lex, p, vars)
+		words, err := s.grown.expandWords(s.plan.lex, p, vars)
 		if err != nil {
 			return err
 		}
@@ -257,8 +257,8 @@ func (s *stageRun) expose(c *instructions.ExposeCommand) error {
 	return nil
 }
 
-// words returns a command, with the shell if it needs one.
-func (s *stageRun) words(line instructions.ShellDependantCmdLine) []string {
+// commandLine returns a command, with the shell if it needs one.
+func (s *stageRun) commandLine(line instructions.ShellDependantCmdLine) []string {
 	if line.PrependShell {
 		return append(slices.Clone(s.shell), strings.Join(line.CmdLine, " "))
 	}
@@ -301,7 +301,7 @@ func (s *stageRun) change(ctx context.Context, where, by string, do func(context
 			return nil
 		}
 	}
-	if err := s.begin(ctx); err != nil {
+	if err := s.bootSandbox(ctx); err != nil {
 		return err
 	}
 	for _, dir := range s.dirs {
@@ -327,8 +327,8 @@ func (s *stageRun) take(made step) {
 	}
 }
 
-// begin boots the sandbox in which the rest of the stage is built.
-func (s *stageRun) begin(ctx context.Context) error {
+// bootSandbox boots the sandbox in which the rest of the stage is built.
+func (s *stageRun) bootSandbox(ctx context.Context) error {
 	if s.sb != nil {
 		return nil
 	}

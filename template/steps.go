@@ -107,48 +107,56 @@ func FromSteps(from From, steps []Step) (dockerfile string, lines []int, err err
 		if s.Anew {
 			fmt.Fprintf(&b, "ARG SOULBOX_STEP=%s\n", rand.Text())
 		}
-		arg := s.arg
-		switch s.Type {
-		case "RUN":
-			if as := arg(1); as != "" && as != user { // for this step only
-				fmt.Fprintf(&b, "USER %s\n", literal(as))
-			}
-			end := heredocEnd(arg(0))
-			fmt.Fprintf(&b, "RUN <<'%s'\n%s\n%s\n", end, arg(0), end)
-			if as := arg(1); as != "" && as != user {
-				fmt.Fprintf(&b, "USER %s\n", literal(user))
-			}
-		case "COPY":
-			flags := "--chown=" + literal(cmp.Or(arg(2), user))
-			if arg(3) != "" {
-				flags += " --chmod=" + literal(arg(3))
-			}
-			if s.Files != "" {
-				flags += " --from=" + s.Files
-			}
-			paths, err := json.Marshal([]string{literal(arg(0)), literal(arg(1))})
-			if err != nil {
-				return "", nil, err
-			}
-			fmt.Fprintf(&b, "COPY %s %s\n", flags, paths)
-		case "ENV":
-			for n := 0; n < len(s.Args); n += 2 {
-				fmt.Fprintf(&b, "ENV %s=%s\n", s.Args[n], quoted(s.Args[n+1]))
-			}
-		case "WORKDIR":
-			fmt.Fprintf(&b, "WORKDIR %s\n", literal(arg(0)))
-		case "USER":
-			if user = arg(0); userName.MatchString(user) && user != "root" && user != "user" {
-				fmt.Fprintf(&b, makeUser, user)
-				if arg(1) == "true" {
-					fmt.Fprintf(&b, maySudo, user, "-"+user)
-				}
-			}
-			fmt.Fprintf(&b, "USER %s\n", literal(user))
+		if user, err = s.write(&b, user); err != nil {
+			return "", nil, err
 		}
 	}
 	fmt.Fprintf(&b, trustCerts+"USER %s\n", literal(user))
 	return b.String(), lines, nil
+}
+
+// write writes the instructions of a step that runs as a user, and returns the user of the next one.
+func (s Step) write(b *strings.Builder, user string) (next string, err error) {
+	arg := s.arg
+	switch s.Type {
+	case "RUN":
+		if as := arg(1); as != "" && as != user { // for this step only
+			fmt.Fprintf(b, "USER %s\n", literal(as))
+		}
+		end := heredocEnd(arg(0))
+		fmt.Fprintf(b, "RUN <<'%s'\n%s\n%s\n", end, arg(0), end)
+		if as := arg(1); as != "" && as != user {
+			fmt.Fprintf(b, "USER %s\n", literal(user))
+		}
+	case "COPY":
+		flags := "--chown=" + literal(cmp.Or(arg(2), user))
+		if arg(3) != "" {
+			flags += " --chmod=" + literal(arg(3))
+		}
+		if s.Files != "" {
+			flags += " --from=" + s.Files
+		}
+		paths, err := json.Marshal([]string{literal(arg(0)), literal(arg(1))})
+		if err != nil {
+			return "", err
+		}
+		fmt.Fprintf(b, "COPY %s %s\n", flags, paths)
+	case "ENV":
+		for n := 0; n < len(s.Args); n += 2 {
+			fmt.Fprintf(b, "ENV %s=%s\n", s.Args[n], quoted(s.Args[n+1]))
+		}
+	case "WORKDIR":
+		fmt.Fprintf(b, "WORKDIR %s\n", literal(arg(0)))
+	case "USER":
+		if user = arg(0); userName.MatchString(user) && user != "root" && user != "user" {
+			fmt.Fprintf(b, makeUser, user)
+			if arg(1) == "true" {
+				fmt.Fprintf(b, maySudo, user, "-"+user)
+			}
+		}
+		fmt.Fprintf(b, "USER %s\n", literal(user))
+	}
+	return user, nil
 }
 
 func (s Step) arg(n int) string {

@@ -30,7 +30,7 @@ const confirmTime = 15 * time.Minute
 
 // confirm asks the user of the client whether something that destroys work is meant, and returns nil if it is. If the client cannot ask,
 // the error says to set the argument "confirm".
-func (s *Service) confirm(ctx context.Context, what, question string) error {
+func (s *Toolbox) confirm(ctx context.Context, what, question string) error {
 	client, ok := server.ClientSessionFromContext(ctx).(server.SessionWithClientInfo)
 	if !ok || client.GetClientCapabilities().Elicitation == nil {
 		return badArgument("%s Set \"confirm\" to true if that is meant.", question)
@@ -56,13 +56,13 @@ func (s *Service) confirm(ctx context.Context, what, question string) error {
 }
 
 // sign makes a request state. It is valid for one owner, one action and a limited time, and cannot be forged.
-func (s *Service) sign(ctx context.Context, what string, until time.Time) string {
+func (s *Toolbox) sign(ctx context.Context, what string, until time.Time) string {
 	var expiry [8]byte
 	binary.BigEndian.PutUint64(expiry[:], uint64(until.Unix()))
 	return base64.RawURLEncoding.EncodeToString(append(expiry[:], s.mac(ctx, what, expiry)...))
 }
 
-func (s *Service) mac(ctx context.Context, what string, expiry [8]byte) []byte {
+func (s *Toolbox) mac(ctx context.Context, what string, expiry [8]byte) []byte {
 	owner := ""
 	if c, err := caller(ctx); err == nil {
 		owner = c.Owner()
@@ -73,7 +73,7 @@ func (s *Service) mac(ctx context.Context, what string, expiry [8]byte) []byte {
 	return h.Sum(nil)
 }
 
-func (s *Service) signed(ctx context.Context, what, state string) bool {
+func (s *Toolbox) signed(ctx context.Context, what, state string) bool {
 	raw, err := base64.RawURLEncoding.Strict().DecodeString(state)
 	if err != nil || len(raw) != 8+sha256.Size {
 		return false

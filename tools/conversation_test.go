@@ -116,7 +116,7 @@ func (c *talk) call(id int, line string) {
 	}
 	if answer.Result.IsError {
 		c.out.WriteString("isError: ")
-	} else if answer.Result.StructuredContent == nil {
+	} else if answer.Error == nil && answer.Result.StructuredContent == nil {
 		c.Errorf("%s: no structured content", line)
 	}
 	for _, content := range answer.Result.Content {

@@ -28,7 +28,7 @@ const (
 	ttyYield     = 2 * time.Second // at most; a call returns earlier, when the program at the terminal is silent
 )
 
-func (s *Service) execTools() []server.ServerTool {
+func (s *Toolbox) execTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "exec",
 			"Run a shell command (bash) in the sandbox and return its output and exit code. After yield_ms it continues in the "+
@@ -126,10 +126,11 @@ func (in execInput) check() error {
 		return badArgument("The argument \"stdin\" has %d bytes, at most %d can be given. Write it to a file with file_write and "+
 			"redirect it: command < file.", len(in.Stdin), maxStdin)
 	}
-	return nil
+	_, err := millis("timeout_ms", &in.TimeoutMS)
+	return err
 }
 
-func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
+func (s *Toolbox) exec(ctx context.Context, in execInput) (execOutput, error) {
 	if err := in.check(); err != nil {
 		return execOutput{}, err
 	}
@@ -137,15 +138,8 @@ func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
 	if err != nil {
 		return execOutput{}, err
 	}
-	if _, err := millis("timeout_ms", &in.TimeoutMS); err != nil {
-		return execOutput{}, err
-	}
-	if in.Background && in.YieldMS == nil {
-		yield = 0
-	} else if in.TTY && in.YieldMS == nil {
-		yield = ttyYield
-	} else if in.YieldMS == nil && inTask(ctx) {
-		yield = taskYield
+	if in.YieldMS == nil {
+		yield = in.ownYield(ctx, yield)
 	}
 	sb, client, err := s.agent(ctx, in.target, "run a command in")
 	if err != nil {
@@ -193,6 +187,19 @@ func (s *Service) exec(ctx context.Context, in execInput) (execOutput, error) {
 		return execOutput{}, err
 	}
 	return s.show(ctx, client, sb.ID(), snap, w, chars, false)
+}
+
+// ownYield is how long a call waits that does not say it.
+func (in execInput) ownYield(ctx context.Context, usual time.Duration) time.Duration {
+	switch {
+	case in.Background:
+		return 0
+	case in.TTY:
+		return ttyYield
+	case inTask(ctx):
+		return taskYield
+	}
+	return usual
 }
 
 // startSlice bounds the round trip that starts a process and waits for it, since that round trip is not cancelled.
@@ -255,7 +262,7 @@ func giveUp(ctx context.Context, client *agent.Client, snap agent.Snapshot, w ag
 }
 
 // show turns a snapshot into a result with at most chars characters of output. What it leaves out can be read from the offset it names.
-func (s *Service) show(ctx context.Context, client *agent.Client, sandboxID string, snap agent.Snapshot, w agent.Window, chars int,
+func (s *Toolbox) show(ctx context.Context, client *agent.Client, sandboxID string, snap agent.Snapshot, w agent.Window, chars int,
 	raw bool) (execOutput, error) {
 	if snap.Process.Terminal != nil && !raw {
 		return showTerminal(sandboxID, snap, w, chars), nil

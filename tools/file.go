@@ -26,12 +26,12 @@ const (
 	defaultTree = 500      // entries in a listing
 )
 
-func (s *Service) fileTools() []server.ServerTool {
+func (s *Toolbox) fileTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "file_read", "Read a text file by lines, an image as an image, or any file as base64. Directories: file_list.",
 			hints{title: "Read a file", readOnly: true, idempotent: true, long: true}, s.fileRead),
 		define(s, "file_write",
-			"Create, replace (atomically) or append to a file, or several at once. Missing directories are made.",
+			"As root, create, replace (atomically) or append to files. New ones belong to user. Missing directories are made.",
 			hints{title: "Write a file", destructive: true, idempotent: true}, s.fileWrite),
 		define(s, "file_edit",
 			"Change a text file: replace old_str, which must occur once, by new_str; or insert new_str behind insert_line.",
@@ -98,7 +98,7 @@ func (o fileReadOutput) content() []mcp.Content {
 	return []mcp.Content{*o.image}
 }
 
-func (s *Service) fileRead(ctx context.Context, in fileReadInput) (fileReadOutput, error) {
+func (s *Toolbox) fileRead(ctx context.Context, in fileReadInput) (fileReadOutput, error) {
 	if in.Offset < 0 || in.Limit < 0 {
 		return fileReadOutput{}, badArgument("The arguments \"offset\" and \"limit\" cannot be negative.")
 	}
@@ -311,7 +311,7 @@ func (o fileWriteOutput) text() string {
 	return strings.Join(lines, "\n")
 }
 
-func (s *Service) fileWrite(ctx context.Context, in fileWriteInput) (fileWriteOutput, error) {
+func (s *Toolbox) fileWrite(ctx context.Context, in fileWriteInput) (fileWriteOutput, error) {
 	puts := in.Files
 	switch {
 	case len(puts) > 0 && (in.Path != "" || in.Content != nil):
@@ -364,7 +364,7 @@ type fileListInput struct {
 	target
 }
 
-func (s *Service) fileList(ctx context.Context, in fileListInput) (filesOutput, error) {
+func (s *Toolbox) fileList(ctx context.Context, in fileListInput) (filesOutput, error) {
 	if in.Path == "" {
 		in.Path = "/home/user"
 	}
@@ -429,7 +429,7 @@ func (o fileSearchOutput) text() string {
 	return b.String() + "[" + status + "]"
 }
 
-func (s *Service) fileSearch(ctx context.Context, in fileSearchInput) (fileSearchOutput, error) {
+func (s *Toolbox) fileSearch(ctx context.Context, in fileSearchInput) (fileSearchOutput, error) {
 	if in.Path == "" {
 		in.Path = "/home/user"
 	}
@@ -457,7 +457,7 @@ type fileMoveInput struct {
 	target
 }
 
-func (s *Service) fileMove(ctx context.Context, in fileMoveInput) (written, error) {
+func (s *Toolbox) fileMove(ctx context.Context, in fileMoveInput) (written, error) {
 	_, client, err := s.agent(ctx, in.target, "move a file in")
 	if err != nil {
 		return written{}, err
@@ -481,7 +481,7 @@ type fileRemoveOutput struct {
 
 func (o fileRemoveOutput) text() string { return "Removed " + o.Removed + "." }
 
-func (s *Service) fileRemove(ctx context.Context, in fileRemoveInput) (fileRemoveOutput, error) {
+func (s *Toolbox) fileRemove(ctx context.Context, in fileRemoveInput) (fileRemoveOutput, error) {
 	_, client, err := s.agent(ctx, in.target, "remove a file in")
 	if err != nil {
 		return fileRemoveOutput{}, err

@@ -34,7 +34,7 @@ func (o fileEditOutput) text() string {
 		o.Size)
 }
 
-func (s *Service) fileEdit(ctx context.Context, in fileEditInput) (fileEditOutput, error) {
+func (s *Toolbox) fileEdit(ctx context.Context, in fileEditInput) (fileEditOutput, error) {
 	_, client, err := s.agent(ctx, in.target, "edit a file in")
 	if err != nil {
 		return fileEditOutput{}, err

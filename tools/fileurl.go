@@ -15,13 +15,12 @@ const (
 	maxURLLife = 7 * 24 * time.Hour
 )
 
-// urlTools exist only if the server has a URL of its own.
-func (s *Service) urlTools() []server.ServerTool {
-	if s.FileURL == nil {
-		return nil
-	}
+// urlTool is offered only if the server has a URL of its own.
+const urlTool = "file_url"
+
+func (s *Toolbox) urlTools() []server.ServerTool {
 	return []server.ServerTool{
-		define(s, "file_url", "Make a URL to download one file (GET) or upload it (POST), of any size, without a key.",
+		define(s, urlTool, "Make a URL to download one file (GET) or upload it (POST), of any size, without a key.",
 			hints{title: "Link to a file", idempotent: true}, s.fileURL),
 	}
 }
@@ -48,7 +47,7 @@ func (o fileURLOutput) text() string {
 	return fmt.Sprintf("%s downloads the file until %s.", o.URL, o.Expires.Format(time.RFC3339))
 }
 
-func (s *Service) fileURL(ctx context.Context, in fileURLInput) (fileURLOutput, error) {
+func (s *Toolbox) fileURL(ctx context.Context, in fileURLInput) (fileURLOutput, error) {
 	if !path.IsAbs(string(in.Path)) || strings.ContainsRune(string(in.Path), 0) {
 		return fileURLOutput{}, badArgument("The argument \"path\" must be an absolute path.")
 	}

@@ -12,7 +12,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-func (s *Service) lifecycleTools() []server.ServerTool {
+func (s *Toolbox) lifecycleTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "sandbox_update", "Change the metadata or the life time of a sandbox.",
 			hints{title: "Update a sandbox"}, s.sandboxUpdate),
@@ -28,8 +28,8 @@ func (s *Service) lifecycleTools() []server.ServerTool {
 	}
 }
 
-// own finds a sandbox whose state must not change: the call neither makes nor wakes it.
-func (s *Service) own(ctx context.Context, t target) (*sandbox.Sandbox, error) {
+// sandboxAsIs finds a sandbox whose state must not change: the call neither makes nor wakes it.
+func (s *Toolbox) sandboxAsIs(ctx context.Context, t target) (*sandbox.Sandbox, error) {
 	own, owner, err := s.session(ctx)
 	if err != nil {
 		return nil, err
@@ -57,8 +57,8 @@ type sandboxPauseInput struct {
 }
 
 // sandboxPause succeeds if the sandbox is already paused in the wanted way.
-func (s *Service) sandboxPause(ctx context.Context, in sandboxPauseInput) (sandboxInfo, error) {
-	sb, err := s.own(ctx, in.target)
+func (s *Toolbox) sandboxPause(ctx context.Context, in sandboxPauseInput) (sandboxInfo, error) {
+	sb, err := s.sandboxAsIs(ctx, in.target)
 	if err != nil {
 		return sandboxInfo{}, err
 	}
@@ -80,8 +80,8 @@ type sandboxResumeInput struct {
 	target
 }
 
-func (s *Service) sandboxResume(ctx context.Context, in sandboxResumeInput) (sandboxInfo, error) {
-	sb, err := s.own(ctx, in.target)
+func (s *Toolbox) sandboxResume(ctx context.Context, in sandboxResumeInput) (sandboxInfo, error) {
+	sb, err := s.sandboxAsIs(ctx, in.target)
 	if err != nil {
 		return sandboxInfo{}, err
 	}
@@ -93,6 +93,55 @@ func (s *Service) sandboxResume(ctx context.Context, in sandboxResumeInput) (san
 		return sandboxInfo{}, err
 	}
 	return s.describe(ctx, sb.Info()), nil
+}
+
+type sandboxUpdateInput struct {
+	Metadata      map[string]*string  `json:"metadata,omitempty" jsonschema:"pairs to set; null removes one"`
+	ExtendMS      *int64              `json:"extend_ms,omitempty" jsonschema:"add to its life time"`
+	TimeoutMS     *int64              `json:"timeout_ms,omitempty" jsonschema:"life time from now on; may shorten it"`
+	MaxLifetimeMS *int64              `json:"max_lifetime_ms,omitempty" jsonschema:"bound of all extensions, from its start"`
+	IdleMS        *int64              `json:"idle_timeout_ms,omitempty"`
+	OnTimeout     string              `json:"on_timeout,omitempty" enum:"pause,kill"`
+	GraceMS       *int64              `json:"grace_ms,omitempty"`
+	AutoResume    *bool               `json:"auto_resume,omitempty"`
+	Protect       *sandbox.Protection `json:"protect,omitempty" as:"sandbox_create"`
+	target
+}
+
+func (s *Toolbox) sandboxUpdate(ctx context.Context, in sandboxUpdateInput) (sandboxInfo, error) {
+	if in.Metadata == nil && in.ExtendMS == nil && in.TimeoutMS == nil && in.MaxLifetimeMS == nil && in.IdleMS == nil &&
+		in.OnTimeout == "" && in.GraceMS == nil && in.AutoResume == nil && in.Protect == nil {
+		return sandboxInfo{},
+			badArgument("There is nothing to change: give metadata, extend_ms, timeout_ms, max_lifetime_ms, idle_timeout_ms, on_timeout, " +
+				"grace_ms, auto_resume or protect.")
+	}
+	sb, err := s.sandbox(ctx, in.SandboxID)
+	if err != nil {
+		return sandboxInfo{}, err
+	}
+	u := sandbox.Update{Metadata: in.Metadata, OnTimeout: sandbox.Action(in.OnTimeout), AutoResume: in.AutoResume}
+	for name, to := range map[string]struct {
+		ms *int64
+		d  **time.Duration
+	}{"extend_ms": {in.ExtendMS, &u.Extend}, "timeout_ms": {in.TimeoutMS, &u.Lifetime},
+		"max_lifetime_ms": {in.MaxLifetimeMS, &u.MaxLifetime},
+		"idle_timeout_ms": {in.IdleMS, &u.Idle}, "grace_ms": {in.GraceMS, &u.Grace}} {
+		if *to.d, err = millis(name, to.ms); err != nil {
+			return sandboxInfo{}, err
+		}
+	}
+	if in.Protect != nil {
+		protect, err := parseProtection(in.Protect)
+		if err != nil {
+			return sandboxInfo{}, err
+		}
+		u.Protect = &protect
+	}
+	info, err := sb.Update(ctx, u)
+	if err != nil {
+		return sandboxInfo{}, err
+	}
+	return s.describe(ctx, info), nil
 }
 
 type sandboxSnapshotInput struct {
@@ -130,8 +179,8 @@ func (i snapshotInfo) text() string {
 		i.SandboxID, i.CreatedAt, i.SizeMB, i.Name)
 }
 
-func (s *Service) sandboxSnapshot(ctx context.Context, in sandboxSnapshotInput) (snapshotInfo, error) {
-	sb, err := s.own(ctx, in.target)
+func (s *Toolbox) sandboxSnapshot(ctx context.Context, in sandboxSnapshotInput) (snapshotInfo, error) {
+	sb, err := s.sandboxAsIs(ctx, in.target)
 	if err != nil {
 		return snapshotInfo{}, err
 	}
@@ -140,7 +189,7 @@ func (s *Service) sandboxSnapshot(ctx context.Context, in sandboxSnapshotInput) 
 }
 
 type sandboxForkInput struct {
-	Count    int               `json:"count,omitempty" jsonschema:"1 to 100; default 1"`
+	Count    *int              `json:"count,omitempty" least:"1" jsonschema:"up to 100; default 1"`
 	Metadata map[string]string `json:"metadata,omitempty" jsonschema:"of the copies; default as the original"`
 	target
 }
@@ -161,15 +210,16 @@ func (o sandboxForkOutput) text() string {
 }
 
 // sandboxFork fails as a whole only if no copy could be made.
-func (s *Service) sandboxFork(ctx context.Context, in sandboxForkInput) (sandboxForkOutput, error) {
-	sb, err := s.own(ctx, in.target)
+func (s *Toolbox) sandboxFork(ctx context.Context, in sandboxForkInput) (sandboxForkOutput, error) {
+	sb, err := s.sandboxAsIs(ctx, in.target)
 	if err != nil {
 		return sandboxForkOutput{}, err
 	}
-	if in.Count == 0 {
-		in.Count = 1
+	count := 1
+	if in.Count != nil {
+		count = *in.Count
 	}
-	copies, failed, err := sb.Fork(ctx, in.Count, in.Metadata)
+	copies, failed, err := sb.Fork(ctx, count, in.Metadata)
 	if err != nil {
 		return sandboxForkOutput{}, err
 	}
@@ -179,7 +229,7 @@ func (s *Service) sandboxFork(ctx context.Context, in sandboxForkInput) (sandbox
 	}
 	var last error
 	same := 0
-	for i := range in.Count {
+	for i := range count {
 		err := failed[i+1]
 		switch {
 		case err == nil:

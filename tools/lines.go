@@ -6,6 +6,8 @@ import (
 	"strings"
 	"unicode/utf8"
 
+	"github.com/charmbracelet/x/ansi/parser"
+
 	"soulbox.dev/soulbox/agent"
 )
 
@@ -37,48 +39,16 @@ func terminalText(p []byte) string {
 	return strings.Join(append(done, line...), "")
 }
 
-// escapeLen is the length of the sequence that p begins with (ECMA-48, 5.3 to 5.6), and whether the sequence is complete.
+// escapeLen is the length of the sequence or string that p begins with, and whether it is complete. What ends a string is a sequence of
+// its own (ST), or part of it (BEL).
 func escapeLen(p []byte) (n int, whole bool) {
-	if len(p) < 2 {
-		return len(p), false
-	}
-	switch c := p[1]; {
-	case c == '[':
-		for i := 2; i < len(p); i++ {
-			switch c := p[i]; {
-			case c >= 0x40 && c < 0x7f, c == 0x18, c == 0x1a:
-				return i + 1, true
-			case c == 0x1b, c >= 0x80: // these end the sequence
-				return i, true
-			}
-		}
-		return len(p), false
-	case bytes.IndexByte([]byte("]PX^_"), c) >= 0:
-		return stringLen(p)
-	case c >= 0x20 && c < 0x30:
-		i := 2
-		for i < len(p) && p[i] >= 0x20 && p[i] < 0x30 {
-			i++
-		}
-		return min(i+1, len(p)), i < len(p)
-	case c > 0x30 && c < 0x7f:
-		return 2, true
-	}
-	return 1, true // what follows is not part of it
-}
-
-// stringLen is escapeLen for a control string.
-func stringLen(p []byte) (n int, whole bool) {
-	for i := 2; i < len(p); i++ {
-		switch c := p[i]; {
-		case c == 0x07 && p[1] == ']', c == 0x18, c == 0x1a:
+	var s scanner
+	for i, c := range p {
+		switch in, action := s.next(c); {
+		case i > 0 && (c == 0x1b || action == parser.PrintAction), in == parser.EscapeState && action == parser.ExecuteAction:
+			return i, true // these end it, and are not part of it
+		case s.state == parser.GroundState:
 			return i + 1, true
-		case c == 0x1b && i+1 == len(p):
-			return len(p), false
-		case c == 0x1b && p[i+1] == '\\':
-			return i + 2, true
-		case c == 0x1b:
-			return i, true
 		}
 	}
 	return len(p), false

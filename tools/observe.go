@@ -3,16 +3,16 @@ package tools
 import (
 	"context"
 	"fmt"
-	"strconv"
 	"strings"
 	"time"
 
 	"github.com/mark3labs/mcp-go/server"
 
+	"soulbox.dev/soulbox/internal/cursor"
 	"soulbox.dev/soulbox/sandbox"
 )
 
-func (s *Service) observeTools() []server.ServerTool {
+func (s *Toolbox) observeTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "sandbox_logs", "Report what has happened to a sandbox and its processes, until a day after its end.",
 			hints{title: "Read a sandbox's log", readOnly: true, idempotent: true}, s.sandboxLogs),
@@ -77,7 +77,7 @@ func (o sandboxLogsOutput) text() string {
 	return b.String()
 }
 
-func (s *Service) sandboxLogs(ctx context.Context, in sandboxLogsInput) (sandboxLogsOutput, error) {
+func (s *Toolbox) sandboxLogs(ctx context.Context, in sandboxLogsInput) (sandboxLogsOutput, error) {
 	q := sandbox.LogQuery{Level: sandbox.Level(in.Level), Source: in.Source, Text: in.Text, Limit: in.Limit}
 	var err error
 	if q.Since, err = moment("since", in.Since); err != nil {
@@ -87,12 +87,11 @@ func (s *Service) sandboxLogs(ctx context.Context, in sandboxLogsInput) (sandbox
 		return sandboxLogsOutput{}, err
 	}
 	if in.Cursor != "" {
-		if q.After, err = strconv.ParseInt(in.Cursor, 10, 64); err != nil || q.After < 0 {
-			return sandboxLogsOutput{},
-				badArgument("The argument \"cursor\" does not come from sandbox_logs; leave it out for the last entries.")
+		if cursor.Decode("logs", in.Cursor, &q.After) != nil {
+			return sandboxLogsOutput{}, badCursor("sandbox_logs", "leave it out for the last entries")
 		}
 	}
-	sb, err := s.own(ctx, in.target)
+	sb, err := s.sandboxAsIs(ctx, in.target)
 	if err != nil {
 		return sandboxLogsOutput{}, err
 	}
@@ -101,7 +100,7 @@ func (s *Service) sandboxLogs(ctx context.Context, in sandboxLogsInput) (sandbox
 	if err != nil {
 		return sandboxLogsOutput{}, err
 	}
-	out := sandboxLogsOutput{Lines: []logLine{}, Cursor: strconv.FormatInt(page.Last, 10), More: page.More}
+	out := sandboxLogsOutput{Lines: []logLine{}, Cursor: cursor.Encode("logs", page.Last), More: page.More}
 	for _, e := range page.Entries {
 		out.Lines = append(out.Lines, logLine{e.Time.UTC().Format("2006-01-02T15:04:05.000Z"), string(e.Level), e.Source,
 			render([]byte(e.Message))})
@@ -160,7 +159,7 @@ func (o sandboxMetricsOutput) text() string {
 
 const maxPoints = 720
 
-func (s *Service) sandboxMetrics(ctx context.Context, in sandboxMetricsInput) (sandboxMetricsOutput, error) {
+func (s *Toolbox) sandboxMetrics(ctx context.Context, in sandboxMetricsInput) (sandboxMetricsOutput, error) {
 	from, err := moment("start", in.Start)
 	if err != nil {
 		return sandboxMetricsOutput{}, err
@@ -175,7 +174,7 @@ func (s *Service) sandboxMetrics(ctx context.Context, in sandboxMetricsInput) (s
 	if in.Points <= 0 || in.Points > maxPoints {
 		in.Points = 30
 	}
-	sb, err := s.own(ctx, in.target)
+	sb, err := s.sandboxAsIs(ctx, in.target)
 	if err != nil {
 		return sandboxMetricsOutput{}, err
 	}

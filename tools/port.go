@@ -10,7 +10,7 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-func (s *Service) portTools() []server.ServerTool {
+func (s *Toolbox) portTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "port_expose", "Make a TCP port of the sandbox reachable: returns a URL on the host's loopback.",
 			hints{title: "Expose a port", idempotent: true}, s.portExpose),
@@ -41,7 +41,7 @@ func (o portExposeOutput) text() string {
 	return text
 }
 
-func (s *Service) portExpose(ctx context.Context, in portExposeInput) (portExposeOutput, error) {
+func (s *Toolbox) portExpose(ctx context.Context, in portExposeInput) (portExposeOutput, error) {
 	wait := 5 * time.Second
 	if in.WaitMS != 0 {
 		if in.WaitMS < 0 || in.WaitMS > maxYield {
@@ -75,7 +75,7 @@ func (o portCloseOutput) text() string {
 	return fmt.Sprintf("Port %d of sandbox %s is no longer exposed.", o.Port, o.SandboxID)
 }
 
-func (s *Service) portClose(ctx context.Context, in portCloseInput) (portCloseOutput, error) {
+func (s *Toolbox) portClose(ctx context.Context, in portCloseInput) (portCloseOutput, error) {
 	sb, err := s.sandbox(ctx, in.SandboxID)
 	if err != nil {
 		return portCloseOutput{}, err
@@ -84,7 +84,7 @@ func (s *Service) portClose(ctx context.Context, in portCloseInput) (portCloseOu
 }
 
 // portURL is where the user reaches a port: through the gateway if there is one, else on this machine's loopback.
-func (s *Service) portURL(sb *sandbox.Sandbox, p sandbox.Port) string {
+func (s *Toolbox) portURL(sb *sandbox.Sandbox, p sandbox.Port) string {
 	if s.PortURL != nil {
 		return s.PortURL(sb, p)
 	}

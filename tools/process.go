@@ -12,7 +12,7 @@ import (
 	"soulbox.dev/soulbox/internal/names"
 )
 
-func (s *Service) processTools() []server.ServerTool {
+func (s *Toolbox) processTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "process_wait",
 			"Wait for a process to end and read its output, also later. Without offset: head and tail of it all. With the "+
@@ -59,7 +59,7 @@ type processWaitInput struct {
 	target
 }
 
-func (s *Service) processWait(ctx context.Context, in processWaitInput) (execOutput, error) {
+func (s *Toolbox) processWait(ctx context.Context, in processWaitInput) (execOutput, error) {
 	name, err := in.name()
 	if err != nil {
 		return execOutput{}, err
@@ -97,7 +97,7 @@ func (s *Service) processWait(ctx context.Context, in processWaitInput) (execOut
 }
 
 // processScreen waits until a terminal is silent and renders it.
-func (s *Service) processScreen(ctx context.Context, client *agent.Client, sandboxID string, p agent.Process, in processWaitInput,
+func (s *Toolbox) processScreen(ctx context.Context, client *agent.Client, sandboxID string, p agent.Process, in processWaitInput,
 	yield time.Duration) (execOutput, error) {
 	if p.Terminal == nil {
 		return execOutput{}, badArgument("Process %s has no terminal, so it has no screen. Start it with tty.", p.ID)
@@ -139,7 +139,7 @@ func (o processResizeOutput) text() string {
 	return fmt.Sprintf("The terminal of process %s has %d rows and %d columns.", o.ProcessID, o.Rows, o.Cols)
 }
 
-func (s *Service) processResize(ctx context.Context, in processResizeInput) (processResizeOutput, error) {
+func (s *Toolbox) processResize(ctx context.Context, in processResizeInput) (processResizeOutput, error) {
 	name, err := in.name()
 	if err != nil {
 		return processResizeOutput{}, err
@@ -166,7 +166,7 @@ type processWriteInput struct {
 // draw.
 const settleTerminal = 120 * time.Millisecond
 
-func (s *Service) processWrite(ctx context.Context, in processWriteInput) (execOutput, error) {
+func (s *Toolbox) processWrite(ctx context.Context, in processWriteInput) (execOutput, error) {
 	name, err := in.name()
 	if err != nil {
 		return execOutput{}, err
@@ -228,7 +228,7 @@ func (s *Service) processWrite(ctx context.Context, in processWriteInput) (execO
 }
 
 // typed is what to write for an input: keys as the program wants them, and a paste in brackets if the program asked for them.
-func (s *Service) typed(ctx context.Context, client *agent.Client, sandboxID, name string, in processWriteInput) (string, error) {
+func (s *Toolbox) typed(ctx context.Context, client *agent.Client, sandboxID, name string, in processWriteInput) (string, error) {
 	if len(in.Keys) == 0 && !in.Paste {
 		return in.Input, nil
 	}
@@ -346,7 +346,7 @@ func (o processSignalOutput) text() string {
 	return fmt.Sprintf("Process %s has exited with %d.", o.ProcessID, *o.ExitCode)
 }
 
-func (s *Service) processSignal(ctx context.Context, in processSignalInput) (processSignalOutput, error) {
+func (s *Toolbox) processSignal(ctx context.Context, in processSignalInput) (processSignalOutput, error) {
 	name, err := in.name()
 	if err != nil {
 		return processSignalOutput{}, err
@@ -402,7 +402,7 @@ func (o processListOutput) text() string {
 	return b.String()
 }
 
-func (s *Service) processList(ctx context.Context, in processListInput) (processListOutput, error) {
+func (s *Toolbox) processList(ctx context.Context, in processListInput) (processListOutput, error) {
 	sb, client, err := s.agent(ctx, in.target, "list processes in")
 	if err != nil {
 		return processListOutput{}, err

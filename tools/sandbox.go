@@ -2,7 +2,6 @@ package tools
 
 import (
 	"context"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"maps"
@@ -13,11 +12,12 @@ import (
 	"github.com/mark3labs/mcp-go/server"
 
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/internal/cursor"
 	"soulbox.dev/soulbox/internal/names"
 	"soulbox.dev/soulbox/sandbox"
 )
 
-func (s *Service) sandboxTools() []server.ServerTool {
+func (s *Toolbox) sandboxTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "sandbox_create",
 			"Make another sandbox, an isolated Linux machine. Not needed for the first: exec makes this session's own.",
@@ -71,7 +71,7 @@ func parseProtection(p *sandbox.Protection) (out sandbox.Protect, err error) {
 	return out, nil
 }
 
-func (s *Service) describe(ctx context.Context, i sandbox.Info) sandboxInfo {
+func (s *Toolbox) describe(ctx context.Context, i sandbox.Info) sandboxInfo {
 	return sandboxInfo{i.Describe(), s.isDefault(ctx, i.ID)}
 }
 
@@ -88,43 +88,8 @@ func (i sandboxInfo) text() string {
 	if i.Parent != "" {
 		fmt.Fprintf(&b, " from %s", i.Parent)
 	}
-	if i.PausedAt != "" {
-		where, how := "in memory", "by sandbox_resume"
-		if i.OnDisk {
-			where = "on disk"
-		}
-		if i.Resumes {
-			how = "by any call"
-		}
-		fmt.Fprintf(&b, ", paused %s since %s, resumed %s", where, i.PausedAt, how)
-	}
-	for _, at := range []struct{ what, when string }{{"ends", i.EndsAt}, {"ended", i.EndedAt}, {"kept until", i.RemovedAt}} {
-		if at.when != "" {
-			fmt.Fprintf(&b, ", %s %s", at.what, at.when)
-		}
-	}
-	if i.OnTimeout == string(sandbox.ActionPause) && i.PausedAt == "" {
-		b.WriteString(" (then paused to disk)")
-	}
-	if i.IdleMS > 0 && i.PausedAt == "" {
-		fmt.Fprintf(&b, ", or when it was idle for %d ms", i.IdleMS)
-	}
-	if i.MaxMS > 0 && i.PausedAt == "" {
-		fmt.Fprintf(&b, ", at most %d ms after its start", i.MaxMS)
-	}
-	what := "memory and files"
-	if i.FilesOnly {
-		what = "files"
-	}
-	switch {
-	case i.State == string(sandbox.Failed) && i.OnDisk:
-		fmt.Fprintf(&b, ", its %s saved at %s can be resumed by sandbox_resume", what, i.SavedAt)
-	case i.SavedS != nil:
-		fmt.Fprintf(&b, ", its %s were saved at %s", what, i.SavedAt)
-	}
-	if i.Protect != nil {
-		fmt.Fprintf(&b, ", saved every %s", i.Protect.Every)
-	}
+	i.writeTimes(&b)
+	i.writeSaves(&b)
 	if i.Notice != "" {
 		fmt.Fprintf(&b, ", notice: %s", i.Notice)
 	}
@@ -138,7 +103,55 @@ func (i sandboxInfo) text() string {
 	return b.String()
 }
 
-func (s *Service) sandboxCreate(ctx context.Context, in sandboxCreateInput) (sandboxInfo, error) {
+// writeTimes says since when a sandbox is paused, and when it ends.
+func (i sandboxInfo) writeTimes(b *strings.Builder) {
+	if i.PausedAt != "" {
+		where, how := "in memory", "by sandbox_resume"
+		if i.OnDisk {
+			where = "on disk"
+		}
+		if i.Resumes {
+			how = "by any call"
+		}
+		fmt.Fprintf(b, ", paused %s since %s, resumed %s", where, i.PausedAt, how)
+	}
+	for _, at := range []struct{ what, when string }{{"ends", i.EndsAt}, {"ended", i.EndedAt}, {"kept until", i.RemovedAt}} {
+		if at.when != "" {
+			fmt.Fprintf(b, ", %s %s", at.what, at.when)
+		}
+	}
+	if i.PausedAt != "" {
+		return
+	}
+	if i.OnTimeout == string(sandbox.ActionPause) {
+		b.WriteString(" (then paused to disk)")
+	}
+	if i.IdleMS > 0 {
+		fmt.Fprintf(b, ", or when it was idle for %d ms", i.IdleMS)
+	}
+	if i.MaxMS > 0 {
+		fmt.Fprintf(b, ", at most %d ms after its start", i.MaxMS)
+	}
+}
+
+// writeSaves says what is saved of a sandbox, and how often.
+func (i sandboxInfo) writeSaves(b *strings.Builder) {
+	what := "memory and files"
+	if i.FilesOnly {
+		what = "files"
+	}
+	switch {
+	case i.State == string(sandbox.Failed) && i.OnDisk:
+		fmt.Fprintf(b, ", its %s saved at %s can be resumed by sandbox_resume", what, i.SavedAt)
+	case i.SavedS != nil:
+		fmt.Fprintf(b, ", its %s were saved at %s", what, i.SavedAt)
+	}
+	if i.Protect != nil {
+		fmt.Fprintf(b, ", saved every %s", i.Protect.Every)
+	}
+}
+
+func (s *Toolbox) sandboxCreate(ctx context.Context, in sandboxCreateInput) (sandboxInfo, error) {
 	times := sandbox.Times{OnTimeout: sandbox.Action(in.OnTimeout), NoAutoResume: in.AutoResume != nil && !*in.AutoResume}
 	for _, t := range []struct {
 		name string
@@ -207,8 +220,7 @@ func (o sandboxListOutput) text() string {
 	return strings.Join(lines, "\n")
 }
 
-// sandboxList pages by the last id shown. The order is by age, so sandboxes made or ended meanwhile neither repeat nor hide others.
-func (s *Service) sandboxList(ctx context.Context, in sandboxListInput) (sandboxListOutput, error) {
+func (s *Toolbox) sandboxList(ctx context.Context, in sandboxListInput) (sandboxListOutput, error) {
 	if in.Limit <= 0 || in.Limit > 200 {
 		in.Limit = 50
 	}
@@ -227,25 +239,15 @@ func (s *Service) sandboxList(ctx context.Context, in sandboxListInput) (sandbox
 	s.Manager.AwaitSettled(ctx)
 	list := s.Manager.List(sandbox.Filter{Until: until, Owner: who.Owner(), State: sandbox.State(in.State), Template: in.Template,
 		Metadata: in.Metadata, Since: since})
-	if in.Cursor != "" {
-		after, err := base64.RawURLEncoding.DecodeString(in.Cursor)
-		at, id, ok := strings.Cut(string(after), " ")
-		created, perr := time.Parse(time.RFC3339Nano, at)
-		if err != nil || !ok || perr != nil {
-			return sandboxListOutput{},
-				badArgument("The argument \"cursor\" does not come from sandbox_list; leave it out to start again.")
-		}
-		list = slices.DeleteFunc(list, func(i sandbox.Info) bool {
-			return i.Created.After(created) || i.Created.Equal(created) && i.ID <= id
-		})
+	page, next, err := cursor.Page("sandboxes", in.Cursor, list, in.Limit, true, func(i sandbox.Info) string {
+		return cursor.Key(i.Created, i.ID)
+	})
+	if err != nil {
+		return sandboxListOutput{}, badCursor("sandbox_list", "leave it out to start again")
 	}
-	out := sandboxListOutput{Sandboxes: []sandboxInfo{}}
-	for _, i := range list[:min(in.Limit, len(list))] {
+	out := sandboxListOutput{Sandboxes: []sandboxInfo{}, NextCursor: next}
+	for _, i := range page {
 		out.Sandboxes = append(out.Sandboxes, s.describe(ctx, i))
-	}
-	if n := len(out.Sandboxes); n < len(list) {
-		last := list[n-1]
-		out.NextCursor = base64.RawURLEncoding.EncodeToString([]byte(last.Created.UTC().Format(time.RFC3339Nano) + " " + last.ID))
 	}
 	return out, nil
 }
@@ -278,7 +280,7 @@ func (i *shellInfo) text() string {
 }
 
 // shellOf reports what the shell of a call's session remembers.
-func (s *Service) shellOf(ctx context.Context, client *agent.Client) (*shellInfo, error) {
+func (s *Toolbox) shellOf(ctx context.Context, client *agent.Client) (*shellInfo, error) {
 	name, err := s.shell(ctx, false)
 	if err != nil {
 		return nil, err
@@ -331,7 +333,7 @@ func (o sandboxGetOutput) text() string {
 		o.sandboxInfo.text(), u.MemoryMB, u.HostMemoryMB, u.DiskMB, u.CPUMS, u.Processes, u.OOMKills) + ports + o.Shell.text()
 }
 
-func (s *Service) sandboxGet(ctx context.Context, in sandboxGetInput) (sandboxGetOutput, error) {
+func (s *Toolbox) sandboxGet(ctx context.Context, in sandboxGetInput) (sandboxGetOutput, error) {
 	sb, err := s.sandbox(ctx, in.SandboxID)
 	if err != nil {
 		return sandboxGetOutput{}, err
@@ -352,7 +354,7 @@ func (s *Service) sandboxGet(ctx context.Context, in sandboxGetInput) (sandboxGe
 }
 
 // lookInto reports what only a running sandbox can tell.
-func (s *Service) lookInto(ctx context.Context, sb *sandbox.Sandbox, out *sandboxGetOutput) error {
+func (s *Toolbox) lookInto(ctx context.Context, sb *sandbox.Sandbox, out *sandboxGetOutput) error {
 	inside, outside, err := sb.Usage(ctx)
 	if err != nil {
 		return err
@@ -382,55 +384,6 @@ func lastUsage(sb *sandbox.Sandbox) (*usageInfo, error) {
 	}
 	last := samples[len(samples)-1]
 	return &usageInfo{MemoryMB: last.Memory >> 20, DiskMB: last.DiskUsed >> 20, CPUMS: last.CPUMS, Processes: last.Processes}, nil
-}
-
-type sandboxUpdateInput struct {
-	Metadata      map[string]*string  `json:"metadata,omitempty" jsonschema:"pairs to set; null removes one"`
-	ExtendMS      *int64              `json:"extend_ms,omitempty" jsonschema:"add to its life time"`
-	TimeoutMS     *int64              `json:"timeout_ms,omitempty" jsonschema:"life time from now on; may shorten it"`
-	MaxLifetimeMS *int64              `json:"max_lifetime_ms,omitempty" jsonschema:"bound of all extensions, from its start"`
-	IdleMS        *int64              `json:"idle_timeout_ms,omitempty"`
-	OnTimeout     string              `json:"on_timeout,omitempty" enum:"pause,kill"`
-	GraceMS       *int64              `json:"grace_ms,omitempty"`
-	AutoResume    *bool               `json:"auto_resume,omitempty"`
-	Protect       *sandbox.Protection `json:"protect,omitempty" as:"sandbox_create"`
-	target
-}
-
-func (s *Service) sandboxUpdate(ctx context.Context, in sandboxUpdateInput) (sandboxInfo, error) {
-	if in.Metadata == nil && in.ExtendMS == nil && in.TimeoutMS == nil && in.MaxLifetimeMS == nil && in.IdleMS == nil &&
-		in.OnTimeout == "" && in.GraceMS == nil && in.AutoResume == nil && in.Protect == nil {
-		return sandboxInfo{},
-			badArgument("There is nothing to change: give metadata, extend_ms, timeout_ms, max_lifetime_ms, idle_timeout_ms, on_timeout, " +
-				"grace_ms, auto_resume or protect.")
-	}
-	sb, err := s.sandbox(ctx, in.SandboxID)
-	if err != nil {
-		return sandboxInfo{}, err
-	}
-	u := sandbox.Update{Metadata: in.Metadata, OnTimeout: sandbox.Action(in.OnTimeout), AutoResume: in.AutoResume}
-	for name, to := range map[string]struct {
-		ms *int64
-		d  **time.Duration
-	}{"extend_ms": {in.ExtendMS, &u.Extend}, "timeout_ms": {in.TimeoutMS, &u.Lifetime},
-		"max_lifetime_ms": {in.MaxLifetimeMS, &u.MaxLifetime},
-		"idle_timeout_ms": {in.IdleMS, &u.Idle}, "grace_ms": {in.GraceMS, &u.Grace}} {
-		if *to.d, err = millis(name, to.ms); err != nil {
-			return sandboxInfo{}, err
-		}
-	}
-	if in.Protect != nil {
-		protect, err := parseProtection(in.Protect)
-		if err != nil {
-			return sandboxInfo{}, err
-		}
-		u.Protect = &protect
-	}
-	info, err := sb.Update(ctx, u)
-	if err != nil {
-		return sandboxInfo{}, err
-	}
-	return s.describe(ctx, info), nil
 }
 
 const (
@@ -463,7 +416,7 @@ type sandboxKillOutput struct {
 func (o sandboxKillOutput) text() string { return "Sandbox " + o.SandboxID + " is " + o.State + "." }
 
 // sandboxKill asks first if processes still run, because their work is lost. A sandbox that does not answer is killed without asking.
-func (s *Service) sandboxKill(ctx context.Context, in sandboxKillInput) (sandboxKillOutput, error) {
+func (s *Toolbox) sandboxKill(ctx context.Context, in sandboxKillInput) (sandboxKillOutput, error) {
 	who, err := caller(ctx)
 	if err != nil {
 		return sandboxKillOutput{}, err
@@ -473,9 +426,9 @@ func (s *Service) sandboxKill(ctx context.Context, in sandboxKillInput) (sandbox
 		return sandboxKillOutput{}, err
 	}
 	if n := running(ctx, sb); n > 0 && !in.Confirm {
-		err := s.confirm(ctx, "kill "+sb.ID(),
-			fmt.Sprintf("In sandbox %s %s still running; their work and its files are lost when it ends.", sb.ID(), are(n, "process")))
-		if err != nil {
+		question := fmt.Sprintf("In sandbox %s %s still running; their work and its files are lost when it ends.", sb.ID(),
+			pluralAre(n, "process"))
+		if err := s.confirm(ctx, "kill "+sb.ID(), question); err != nil {
 			return sandboxKillOutput{}, err
 		}
 	}

@@ -63,7 +63,7 @@ func sizeOf(p agent.Process) (size agent.Terminal, cells int) {
 }
 
 // screen brings the screen of a process up to date and passes it to do, on the account of the call's owner.
-func (s *Service) screen(ctx context.Context, client *agent.Client, sandboxID string, p agent.Process, do func(*screen) error) error {
+func (s *Toolbox) screen(ctx context.Context, client *agent.Client, sandboxID string, p agent.Process, do func(*screen) error) error {
 	_, cells := sizeOf(p)
 	done, err := s.heavy(ctx, maxReplay+int64(cells)*cellSize)
 	if err != nil {
@@ -140,12 +140,12 @@ func (sc *screen) shown() *vt.Emulator {
 
 // write renders output.
 func (sc *screen) write(p []byte) error {
-	return sc.feed.each(p, sc.stage())
+	return sc.feed.each(p, sc.sink())
 }
 
-// stage renders parsed output on this screen.
-func (sc *screen) stage() stage {
-	return stage{flush: func(b []byte) error {
+// sink renders parsed output on this screen.
+func (sc *screen) sink() sink {
+	return sink{flush: func(b []byte) error {
 		if len(b) == 0 {
 			return nil
 		}
@@ -211,7 +211,7 @@ func (sc *screen) update(ctx context.Context, client *agent.Client, p agent.Proc
 		return nil
 	}
 	if err == nil && p.State == agent.StateExited {
-		return sc.feed.end(sc.stage())
+		return sc.feed.end(sc.sink())
 	}
 	return err
 }

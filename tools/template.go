@@ -16,7 +16,7 @@ import (
 	"soulbox.dev/soulbox/template"
 )
 
-func (s *Service) templateTools() []server.ServerTool {
+func (s *Toolbox) templateTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "template_build",
 			"Make a template from a Dockerfile. Takes minutes; steps done before are cached.",
@@ -60,7 +60,7 @@ func (o templateBuildOutput) text() string {
 		o.SizeMB, float64(o.TookMS)/1000, o.Name, o.Name, o.BuildID)
 }
 
-func (s *Service) templateBuild(ctx context.Context, in templateBuildInput) (_ templateBuildOutput, err error) {
+func (s *Toolbox) templateBuild(ctx context.Context, in templateBuildInput) (_ templateBuildOutput, err error) {
 	who, err := caller(ctx)
 	if err != nil {
 		return templateBuildOutput{}, err
@@ -103,7 +103,7 @@ func (s *Service) templateBuild(ctx context.Context, in templateBuildInput) (_ t
 }
 
 // buildContext returns the files of a build.
-func (s *Service) buildContext(ctx context.Context, owner string, in templateBuildInput) (*template.Files, error) {
+func (s *Toolbox) buildContext(ctx context.Context, owner string, in templateBuildInput) (*template.Files, error) {
 	given := 0
 	for _, is := range []bool{len(in.Files) > 0, in.ContextPath != "", in.HostPath != ""} {
 		if is {
@@ -131,7 +131,7 @@ func (s *Service) buildContext(ctx context.Context, owner string, in templateBui
 }
 
 // hostDir returns the real path (symlinks resolved) of a host directory that the operator allows.
-func (s *Service) hostDir(name string) (string, error) {
+func (s *Toolbox) hostDir(name string) (string, error) {
 	real, err := filepath.EvalSymlinks(name)
 	if err == nil && filepath.IsAbs(name) {
 		for _, allowed := range s.ContextDirs {
@@ -145,7 +145,7 @@ func (s *Service) hostDir(name string) (string, error) {
 }
 
 // contextIn reads a directory of a sandbox, or an archive that is a file in it.
-func (s *Service) contextIn(ctx context.Context, owner string, client *agent.Client, name string) (*template.Files, error) {
+func (s *Toolbox) contextIn(ctx context.Context, owner string, client *agent.Client, name string) (*template.Files, error) {
 	info, err := client.Stat(ctx, name)
 	if err != nil {
 		return nil, err
@@ -199,7 +199,7 @@ func (o templateListOutput) text() string {
 	return strings.Join(lines, "\n")
 }
 
-func (s *Service) templateList(ctx context.Context, _ templateListInput) (templateListOutput, error) {
+func (s *Toolbox) templateList(ctx context.Context, _ templateListInput) (templateListOutput, error) {
 	who, err := caller(ctx)
 	if err != nil {
 		return templateListOutput{}, err
@@ -237,7 +237,7 @@ type templateDeleteOutput struct {
 
 func (o templateDeleteOutput) text() string { return o.Name + " is deleted." }
 
-func (s *Service) templateDelete(ctx context.Context, in templateDeleteInput) (templateDeleteOutput, error) {
+func (s *Toolbox) templateDelete(ctx context.Context, in templateDeleteInput) (templateDeleteOutput, error) {
 	who, err := caller(ctx)
 	if err != nil {
 		return templateDeleteOutput{}, err

@@ -13,7 +13,8 @@ func TestTerminalText(t *testing.T) {
 		"plain\r\nlines\r\n": "plain\nlines\n", "\x1b[1;31mred\x1b[0m": "red", "10%\r20%\r30%\r\n": "30%\n", "abc\b\bX": "aX",
 		"\x1b]0;title\x07x": "x", "\b\bx": "x",
 		"\x1b]52;c;ZXZpbA==\x07safe": "safe", "\xff\xfe": `\xff\xfe`, "é\b": "", "\xe9\bx": "x", "\x1b]0;日本語\x07x": "x", "\x1b(Bx": "x",
-		"\x1bPq\x07#\x1b\\x": "x",
+		"\x1bPq\x07#\x1b\\x": "x", "\x1bP\x1b\\x": "x", "\x1b]0;t\x1b\\x": "x", "\x1b\nx": "\nx", "\x1b[3\x18x": "x", "\x1b[1<2mx": "x",
+		"\x1b[3é": "é", "\x1b[" + strings.Repeat("9;", 200) + "mx": "x",
 	} {
 		if got := terminalText([]byte(in)); got != want {
 			t.Errorf("%q: %q, want %q", in, got, want)
@@ -63,7 +64,7 @@ func TestScreen(t *testing.T) {
 		{"\x1b[6n\x1b[c\x1b]10;?\x07after", "after"},
 		{"1\r\n2\r\n3\r\n4\r\n5", "1\n2\n3\n4\n5"}, {"ě2024", "ě2024"}, {"\x1b]0;a title\x07x", "x"},
 		{"caf\xe9 \xfft\xe9\r\nx\x1b[1;6H!", `caf\xe9 !t\xe9` + "\nx"}, {"\U0010ffe9", `\xf4\x8f\xbf\xa9`}, {"\xe6\x1b[1;4Hx", `\xe6  x`},
-		{"\x1bP1;2q\x07#~\x1b\\x", "x"},
+		{"\x1bP1;2q\x07#~\x1b\\x", "x"}, {"\x1bP\x1b\\x", "x"}, {"\x1b[3é", "é"}, {"\x1b[1\n;3Hx", "  x"}, {"\x1b(\x1b[2;2Hx", "\n x"},
 	} {
 		if got, _, _ := rendered(t, small, c.in); got != c.want {
 			t.Errorf("%q: %q, want %q", c.in, got, c.want)

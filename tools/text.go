@@ -112,8 +112,8 @@ func plural(n int64, noun string) string {
 	return fmt.Sprintf("%d %ss", n, noun)
 }
 
-// are is a number of things and the matching verb.
-func are(n int, noun string) string {
+// pluralAre is a number of things and the matching verb.
+func pluralAre(n int, noun string) string {
 	if n == 1 {
 		return plural(1, noun) + " is"
 	}

@@ -34,7 +34,7 @@ const maxResult = 200_000
 type output interface{ text() string }
 
 // define makes a tool from a method. In and Out are structs whose fields carry their descriptions; a field without omitempty is required.
-func define[In any, Out output](s *Service, name, description string, h hints,
+func define[In any, Out output](s *Toolbox, name, description string, h hints,
 	do func(context.Context, In) (Out, error)) server.ServerTool {
 	tool := mcp.NewToolWithRawSchema(name, description, schema[In](true))
 	tool.RawOutputSchema = brief(schema[Out](false)) // models read the list in every conversation, so it must be short
@@ -73,8 +73,8 @@ func define[In any, Out output](s *Service, name, description string, h hints,
 	return server.ServerTool{Tool: tool, Handler: handle}
 }
 
-// schema is the JSON Schema of a struct. A field may have the tag enum:"a,b", or as:"tool" if that tool already describes it. A field is
-// optional by omission, not by null.
+// schema is the JSON Schema of a struct. A field may have the tag enum:"a,b", least:"1" (which the tool checks), or as:"tool" if that
+// tool already describes it. A field is optional by omission, not by null.
 func schema[T any](input bool) json.RawMessage {
 	s, err := jsonschema.For[T](nil)
 	if err != nil {
@@ -148,6 +148,12 @@ func tidy(s *jsonschema.Schema, t reflect.Type, input bool) {
 					p.Enum = append(p.Enum, v)
 				}
 			}
+			if least := f.Tag.Get("least"); least != "" {
+				p.Minimum = new(float64)
+				if _, err := fmt.Sscan(least, p.Minimum); err != nil {
+					panic(err) // a fault in a tag, which every test shows
+				}
+			}
 			if header := f.Tag.Get("header"); header != "" && input {
 				p.Extra = map[string]any{"x-mcp-header": header} // so that a proxy can route by it (SEP-2243)
 			}
@@ -166,6 +172,11 @@ func (e argumentError) Error() string { return string(e) }
 
 func badArgument(format string, args ...any) error {
 	return argumentError(fmt.Sprintf(format, args...))
+}
+
+// badCursor refuses a cursor that a tool did not make.
+func badCursor(tool, instead string) error {
+	return badArgument("The argument \"cursor\" does not come from %s; %s.", tool, instead)
 }
 
 // aliases are the names that other tools give our arguments and that models know.

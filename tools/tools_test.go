@@ -2,6 +2,7 @@ package tools_test
 
 import (
 	"bytes"
+	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -162,14 +163,15 @@ func steady(out []byte, known map[string]string) []byte {
 	if port := known["port"]; port != "" {
 		out = regexp.MustCompile(`\b`+port+`\b`).ReplaceAll(out, []byte("PORT"))
 	}
+	out = regexp.MustCompile(`(?m)^[^>].*$`).ReplaceAllFunc(out, readCursors)
 	for _, r := range []struct{ pattern, with string }{
-		{`sb[a-z2-7]{20}`, "SANDBOX"},
+		{`sb[a-z2-7]{20}`, "SANDBOX"}, {`\d{19}\.SANDBOX`, "TIME.SANDBOX"},
 		{`/tmp/[^ "'\n\\]*?/sandboxes/SANDBOX`, "HOME"},
 		{`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z`, "TIME"},
 		{`"life_left_ms":\d+`, `"life_left_ms":N`}, {`"saved_age_s":\d+`, `"saved_age_s":N`}, {`leaves [0-9hms.]+ from`, "leaves N from"},
 		{`127\.0\.0\.1:\d{4,5}`, "127.0.0.1:N"}, {`[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f-]{21}`, "BUILD"},
 		{`"took_ms":\d+`, `"took_ms":N`}, {`MB, \d+\.\d s\.`, "MB, N s."},
-		{`(cursor |"cursor":"|Watch ")w[a-z2-7]{8}`, "${1}WATCH"},
+		{`(\(watch \d+ |Watch ")w[a-z2-7]{8}`, "${1}WATCH"},
 		{`ended after [0-9.]+m?s`, "ended after N"}, {`after \d+ ms`, "after N ms"}, {`"duration_ms":\d+`, `"duration_ms":N`},
 		{`cpu \d+ ms, memory \d+ MB`, "cpu N ms, memory N MB"}, {`"cpu_ms":\d+`, `"cpu_ms":N`}, {`,"memory_mb":\d+,"output`, `,"output`},
 		{`,"listening_ports":\[[^\]]*\]`, ""}, {`usage: .*`, "usage: N"}, {`"usage":\{[^}]*\}`, `"usage":{}`},
@@ -180,6 +182,18 @@ func steady(out []byte, known map[string]string) []byte {
 		out = regexp.MustCompile(r.pattern).ReplaceAll(out, []byte(r.with))
 	}
 	return out
+}
+
+// readCursors shows what is in the cursors of an answer.
+func readCursors(line []byte) []byte {
+	return regexp.MustCompile(`(cursor |cursor":")[A-Za-z0-9_-]+`).ReplaceAllFunc(line, func(found []byte) []byte {
+		at := bytes.LastIndexAny(found, ` "`) + 1
+		place, err := base64.RawURLEncoding.DecodeString(string(found[at:]))
+		if err != nil || !regexp.MustCompile(`^(watch|logs|sandboxes) `).Match(place) {
+			return found
+		}
+		return fmt.Appendf(nil, "%s(%s)", found[:at], place)
+	})
 }
 
 // TestGoldenConversations replays every testdata/*.txt.
@@ -199,10 +213,11 @@ func TestGoldenConversations(t *testing.T) {
 	}
 }
 
-// TestToolsets: only the requested toolsets are offered, and a read-only server offers nothing that changes anything.
+// TestToolsets: only the requested toolsets are offered, and a read-only server offers nothing that changes anything. A call of a tool that
+// is not offered says why.
 func TestToolsets(t *testing.T) {
 	_, m := newServer(t)
-	offered := func(o tools.Options) string {
+	register := func(o tools.Options) *server.MCPServer {
 		o.Manager = m
 		service, err := tools.New(o)
 		if err != nil {
@@ -210,6 +225,10 @@ func TestToolsets(t *testing.T) {
 		}
 		s := server.NewMCPServer("test", "1")
 		service.Register(s)
+		return s
+	}
+	offered := func(o tools.Options) string {
+		s := register(o)
 		var names []string
 		for _, tool := range listTools(t, s) {
 			if o.ReadOnly && !*tool.Annotations.ReadOnlyHint {
@@ -225,8 +244,20 @@ func TestToolsets(t *testing.T) {
 	if got := offered(tools.Options{ReadOnly: true}); !strings.Contains(got, "file_read") || strings.Contains(got, "file_write") {
 		t.Error(got)
 	}
-	if a, b := offered(tools.Options{}), offered(tools.Options{}); a != b {
-		t.Error("the order differs")
+	if a, b := offered(tools.Options{}), offered(tools.Options{}); a != b || strings.Contains(a, "file_url") {
+		t.Errorf("the order differs, or there is a tool too many: %s, %s", a, b)
+	}
+	for tool, c := range map[string]struct {
+		o   tools.Options
+		why string
+	}{"file_watch": {tools.Options{Toolsets: []string{"files", "core"}}, `it is in the toolset \"watch\", and this server was started with ` +
+		`--toolsets files,core`}, "sandbox_kill": {tools.Options{ReadOnly: true}, "--read-only"}, "nothing": {tools.Options{}, "not found"},
+		"file_url": {tools.Options{}, "file_read with encoding base64"}} {
+		answer, err := json.Marshal(register(c.o).HandleMessage(t.Context(),
+			json.RawMessage(`{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"`+tool+`","arguments":{}}}`)))
+		if err != nil || !strings.Contains(string(answer), `"error"`) || !strings.Contains(string(answer), c.why) {
+			t.Errorf("%s: %s %v", tool, answer, err)
+		}
 	}
 	if _, err := tools.New(tools.Options{Toolsets: []string{"nope"}}); err == nil || !strings.Contains(err.Error(), "core") {
 		t.Error(err)

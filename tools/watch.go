@@ -2,18 +2,17 @@ package tools
 
 import (
 	"context"
-	"fmt"
-	"strconv"
 	"strings"
 	"time"
 
 	"github.com/mark3labs/mcp-go/server"
 
 	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/internal/cursor"
 	"soulbox.dev/soulbox/internal/names"
 )
 
-func (s *Service) watchTools() []server.ServerTool {
+func (s *Toolbox) watchTools() []server.ServerTool {
 	return []server.ServerTool{
 		define(s, "file_watch",
 			"Watch files for changes. Start with path; then the cursor gives the changes since, or waits for the first.",
@@ -80,7 +79,7 @@ func (o fileWatchOutput) text() string {
 // maxWatchEvents bounds how many changes one call returns.
 const maxWatchEvents = 1000
 
-func (s *Service) fileWatch(ctx context.Context, in fileWatchInput) (fileWatchOutput, error) {
+func (s *Toolbox) fileWatch(ctx context.Context, in fileWatchInput) (fileWatchOutput, error) {
 	yield, _, err := bounds(in.YieldMS, nil)
 	switch {
 	case err != nil:
@@ -101,11 +100,9 @@ func (s *Service) fileWatch(ctx context.Context, in fileWatchInput) (fileWatchOu
 	req := agent.TreeRequest{Path: string(in.Path), Recursive: !in.Flat, Ignore: in.Ignore, Close: in.Close, Limit: in.Limit,
 		WaitMS: yield.Milliseconds()}
 	if in.Cursor != "" {
-		watch, from, ok := strings.Cut(in.Cursor, ".")
-		if req.From, err = strconv.ParseInt(from, 10, 64); err != nil || !ok || req.From < 0 {
-			return fileWatchOutput{}, badArgument("The argument \"cursor\" does not come from file_watch; give a path to start again.")
+		if cursor.Decode("watch", in.Cursor, &req.From, &req.Watch) != nil {
+			return fileWatchOutput{}, badCursor("file_watch", "give a path to start again")
 		}
-		req.Watch = watch
 	} else if in.YieldMS == nil {
 		req.WaitMS = 0
 	}
@@ -124,7 +121,7 @@ func watchTree(ctx context.Context, client *agent.Client, req agent.TreeRequest)
 	if err != nil {
 		return fileWatchOutput{}, err
 	}
-	out := fileWatchOutput{Cursor: fmt.Sprintf("%s.%d", render([]byte(r.Watch)), r.Next), Events: []watchEvent{}, More: r.More,
+	out := fileWatchOutput{Cursor: cursor.Encode("watch", r.Next, r.Watch), Events: []watchEvent{}, More: r.More,
 		Lost: r.Lost, Gone: r.Gone}
 	for _, e := range r.Events {
 		out.Events = append(out.Events, watchEvent{renderLine(e.Op), names.Show(e.Path), names.Show(e.From), e.Dir})

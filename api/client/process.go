@@ -259,7 +259,7 @@ func (s *ProcessHandle) Follow(ctx context.Context, stdout, stderr io.Writer, re
 		if reconnecting != nil {
 			reconnecting(true)
 		}
-		if err := s.back(ctx, err); err != nil {
+		if err := s.reconnect(ctx, err); err != nil {
 			return Exit{}, err
 		}
 		if reconnecting != nil {
@@ -345,8 +345,8 @@ const (
 // ErrPaused ends the following of a process whose sandbox was paused. The process still exists when the sandbox is resumed.
 var ErrPaused = errors.New("the sandbox was paused, with the process in it; 'soulbox sandbox resume' resumes it")
 
-// back follows the process again, on whichever server has its sandbox now.
-func (s *ProcessHandle) back(ctx context.Context, lost error) error {
+// reconnect follows the process again, on whichever server has its sandbox now.
+func (s *ProcessHandle) reconnect(ctx context.Context, lost error) error {
 	for pause, began := firstPause, time.Now(); ; pause = min(2*pause, lastPause) {
 		s.current().Close() // do not reuse a connection that may be dead
 		attempt, cancel := context.WithTimeout(ctx, attemptTime)

@@ -112,6 +112,9 @@ func TestCopies(t *testing.T) {
 	s := newSite(t)
 	c, ctx := s.as("ann"), t.Context()
 	box := s.create(c)
+	if ids, err := c.Fork(ctx, box.ID, 0, 500*time.Second); err == nil || !strings.Contains(err.Error(), "1 to 100") {
+		t.Error(ids, err)
+	}
 	ids, err := c.Fork(ctx, box.ID, 2, 500*time.Second)
 	if err != nil || len(ids) != 2 {
 		t.Fatal(ids, err)

@@ -17,7 +17,7 @@ import (
 
 // compose joins several files into one and removes them.
 func (s *Server) compose(w http.ResponseWriter, r *http.Request) {
-	p := placeOf(r.Context())
+	p := scopeOf(r.Context())
 	var body struct {
 		Sources     []string `json:"source_paths"`
 		Destination string   `json:"destination"`
@@ -45,7 +45,7 @@ func (s *Server) compose(w http.ResponseWriter, r *http.Request) {
 			err = syscall.EISDIR
 		}
 		if err == nil {
-			real[sources[i]], err = p.real(r.Context(), sources[i])
+			real[sources[i]], err = p.resolveLinks(r.Context(), sources[i])
 		}
 		if err != nil {
 			s.wrong(w, r, sources[i], err)
@@ -60,7 +60,7 @@ func (s *Server) compose(w http.ResponseWriter, r *http.Request) {
 		s.wrong(w, r, cmp.Or(all.failed, to), err)
 		return
 	}
-	made, err := p.real(r.Context(), to)
+	made, err := p.resolveLinks(r.Context(), to)
 	if err != nil {
 		s.wrong(w, r, to, err)
 		return
@@ -77,8 +77,8 @@ func (s *Server) compose(w http.ResponseWriter, r *http.Request) {
 	answer(w, uploaded{Path: info.Path, Name: path.Base(info.Path), Type: "file"})
 }
 
-// real returns the path of a file with all links resolved.
-func (p *place) real(ctx context.Context, file string) (string, error) {
+// resolveLinks returns the path of a file with all links resolved.
+func (p *scope) resolveLinks(ctx context.Context, file string) (string, error) {
 	info, err := p.client.Lstat(ctx, file)
 	if err == nil && (info.Link == nil || info.Link.Real == "") {
 		err = &fs.PathError{Op: "resolve", Path: file, Err: fs.ErrNotExist}

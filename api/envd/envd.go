@@ -115,15 +115,15 @@ func (s *Server) Serve(w http.ResponseWriter, r *http.Request, t Target) {
 	}
 	ctx, cancel := t.Sandbox.Bind(r.Context())
 	defer cancel()
-	p := &place{Target: t, client: client, process: r.Header.Get(ours.ProcessHeader), shown: r.Header.Get(ours.NamesHeader) != ""}
-	over := p.keep(ctx, w)
+	p := &scope{Target: t, client: client, process: r.Header.Get(ours.ProcessHeader), shown: r.Header.Get(ours.NamesHeader) != ""}
+	over := p.guardConnection(ctx, w)
 	defer over()
 	if r.URL.Path != "/files" { // bodies of /files are passed on, not held in memory
 		body := &counted{ReadCloser: r.Body, all: &s.reading}
 		defer body.release()
 		r.Body = body
 	}
-	s.mux.ServeHTTP(w, r.WithContext(context.WithValue(ctx, placeKey{}, p)))
+	s.mux.ServeHTTP(w, r.WithContext(context.WithValue(ctx, scopeKey{}, p)))
 }
 
 // follows reports whether a request comes from a client that follows a process: such a client sends an offset, or the process's id.
@@ -149,9 +149,9 @@ const (
 	maxBodies = 256 << 20        // bytes of the bodies of all calls together
 )
 
-// keep ends the connection of a request when nothing moves on it for long, and when ctx ends: a client that does not read must not keep
-// what belongs to an ended sandbox. The caller calls over when the request has been served.
-func (p *place) keep(ctx context.Context, w http.ResponseWriter) (over func()) {
+// guardConnection ends the connection of a request when nothing moves on it for long, and when ctx ends: a client that does not read must
+// not keep what belongs to an ended sandbox. The caller calls over when the request has been served.
+func (p *scope) guardConnection(ctx context.Context, w http.ResponseWriter) (over func()) {
 	idle := NewIdle(w, idleTime)
 	idle.Moves()
 	p.idle = idle
@@ -192,10 +192,10 @@ func (c *counted) Read(p []byte) (int, error) {
 
 func (c *counted) release() { c.all.Add(-c.held) }
 
-type placeKey struct{}
+type scopeKey struct{}
 
-// place is where a request acts.
-type place struct {
+// scope is where a request acts.
+type scope struct {
 	Target
 	client *agent.Client
 	idle   *Idle // is told when something is sent or received
@@ -204,18 +204,18 @@ type place struct {
 	shown   bool // file names are in the notation of package names, which E2B does not know
 }
 
-func placeOf(ctx context.Context) *place { return ctx.Value(placeKey{}).(*place) }
+func scopeOf(ctx context.Context) *scope { return ctx.Value(scopeKey{}).(*scope) }
 
-// over reports whether an error means that the sandbox has ended or is being paused.
-func (p *place) over(err error) bool { return p.dead() || errors.Is(err, sandbox.ErrState) }
+// hasEnded reports whether an error means that the sandbox has ended or is being paused.
+func (p *scope) hasEnded(err error) bool { return p.dead() || errors.Is(err, sandbox.ErrState) }
 
 // broken reports whether an error means such an end, or that the server or the client has gone. Such a call gets no end frame.
-func (p *place) broken(ctx context.Context, err error) bool {
-	return p.over(err) || errors.Is(ctx.Err(), context.Canceled)
+func (p *scope) broken(ctx context.Context, err error) bool {
+	return p.hasEnded(err) || errors.Is(ctx.Err(), context.Canceled)
 }
 
 // dead reports whether the agent's connection or the sandbox has ended.
-func (p *place) dead() bool {
+func (p *scope) dead() bool {
 	select {
 	case <-p.client.Done():
 		return true
@@ -231,7 +231,7 @@ type aborter struct{}
 func (aborter) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
 		res, err := next(ctx, req)
-		if err != nil && placeOf(ctx).broken(ctx, err) {
+		if err != nil && scopeOf(ctx).broken(ctx, err) {
 			panic(http.ErrAbortHandler)
 		}
 		return res, rpcError(err)
@@ -247,7 +247,7 @@ func (aborter) WrapStreamingClient(next connect.StreamingClientFunc) connect.Str
 func (aborter) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
 	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
 		err := next(ctx, conn)
-		if err != nil && placeOf(ctx).broken(ctx, err) {
+		if err != nil && scopeOf(ctx).broken(ctx, err) {
 			panic(http.ErrAbortHandler)
 		}
 		return rpcError(err)
@@ -308,7 +308,7 @@ func user(h http.Header) (string, error) {
 
 // metrics answers with what the sandbox uses.
 func (s *Server) metrics(w http.ResponseWriter, r *http.Request) {
-	p := placeOf(r.Context())
+	p := scopeOf(r.Context())
 	inside, outside, err := p.Sandbox.Usage(r.Context())
 	if err != nil {
 		s.refuse(w, r, err)
@@ -334,7 +334,7 @@ func (s *Server) metrics(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *Server) envs(w http.ResponseWriter, r *http.Request) {
-	env, err := placeOf(r.Context()).client.Environment(r.Context())
+	env, err := scopeOf(r.Context()).client.Environment(r.Context())
 	if err != nil {
 		s.refuse(w, r, err)
 		return
@@ -344,7 +344,7 @@ func (s *Server) envs(w http.ResponseWriter, r *http.Request) {
 
 // init sets the variables that E2B's own servers send to a new sandbox, and ignores the rest of the message.
 func (s *Server) init(w http.ResponseWriter, r *http.Request) {
-	p := placeOf(r.Context())
+	p := scopeOf(r.Context())
 	if !p.Open {
 		fail(w, http.StatusNotFound, "there is no "+r.URL.Path)
 		return

@@ -75,7 +75,7 @@ func rpcError(err error) error {
 
 // refuse answers with an error. If the sandbox has ended or the client is gone, it breaks off the connection.
 func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
-	if p, ok := r.Context().Value(placeKey{}).(*place); ok && p.over(err) || r.Context().Err() != nil {
+	if p, ok := r.Context().Value(scopeKey{}).(*scope); ok && p.hasEnded(err) || r.Context().Err() != nil {
 		panic(http.ErrAbortHandler)
 	}
 	code := http.StatusInternalServerError

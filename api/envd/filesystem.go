@@ -32,7 +32,7 @@ const (
 type files struct{ *Server }
 
 // absolute returns the path that the agent takes. A relative path is below the user's directory, and ~ is the user's home.
-func (p *place) absolute(ctx context.Context, name, who string) (string, error) {
+func (p *scope) absolute(ctx context.Context, name, who string) (string, error) {
 	if strings.IndexByte(name, 0) >= 0 {
 		return "", errorf(connect.CodeInvalidArgument, "the path has a NUL byte")
 	}
@@ -59,24 +59,24 @@ func (p *place) absolute(ctx context.Context, name, who string) (string, error) 
 }
 
 // asked returns the absolute path of a call and its user.
-func asked(ctx context.Context, req connect.AnyRequest, name string) (p *place, file, who string, err error) {
-	p = placeOf(ctx)
+func asked(ctx context.Context, req connect.AnyRequest, name string) (p *scope, file, who string, err error) {
+	p = scopeOf(ctx)
 	if who, err = user(req.Header()); err == nil {
-		file, err = p.absolute(ctx, p.given(name), who)
+		file, err = p.absolute(ctx, p.decodeName(name), who)
 	}
 	return p, file, who, err
 }
 
-// given decodes a name from a client.
-func (p *place) given(name string) string {
+// decodeName decodes a name from a client.
+func (p *scope) decodeName(name string) string {
 	if p.shown {
 		return names.Parse(name)
 	}
 	return name
 }
 
-// told encodes a name for a client. Strings of protocol buffers must be valid UTF-8.
-func (p *place) told(name string) string {
+// encodeName encodes a name for a client. Strings of protocol buffers must be valid UTF-8.
+func (p *scope) encodeName(name string) string {
 	if p.shown {
 		return names.Show(name)
 	}
@@ -84,16 +84,16 @@ func (p *place) told(name string) string {
 }
 
 // entry describes a file for clients.
-func (p *place) entry(f agent.FileInfo) *pb.EntryInfo {
-	e := &pb.EntryInfo{Name: p.told(path.Base(f.Path)), Type: typeOf(f.Type), Path: p.told(f.Path), Size: f.Size, Mode: modeOf(f.Mode),
-		Owner: f.Owner, Group: f.Group, ModifiedTime: timestamppb.New(f.MTime)}
+func (p *scope) entry(f agent.FileInfo) *pb.EntryInfo {
+	e := &pb.EntryInfo{Name: p.encodeName(path.Base(f.Path)), Type: typeOf(f.Type), Path: p.encodeName(f.Path), Size: f.Size,
+		Mode: modeOf(f.Mode), Owner: f.Owner, Group: f.Group, ModifiedTime: timestamppb.New(f.MTime)}
 	if f.Link != nil {
 		e.Permissions = f.Link.Permissions
 		if f.Type == agent.TypeSymlink {
 			e.Type = typeOf(f.Link.Type)
 		}
 		if f.Link.Target != "" {
-			target := p.told(f.Link.Target)
+			target := p.encodeName(f.Link.Target)
 			e.SymlinkTarget, e.Mode = &target, modeOf(f.Link.Mode)
 		}
 	}
@@ -128,7 +128,7 @@ func modeOf(octal string) uint32 {
 }
 
 // stat describes a file.
-func (p *place) stat(ctx context.Context, file string) (*pb.EntryInfo, error) {
+func (p *scope) stat(ctx context.Context, file string) (*pb.EntryInfo, error) {
 	info, err := p.client.Lstat(ctx, file)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, errorf(connect.CodeNotFound, "path '%s' does not exist", file)
@@ -175,7 +175,7 @@ func (files) Move(ctx context.Context, req *connect.Request[pb.MoveRequest]) (*c
 	if err != nil {
 		return nil, err
 	}
-	to, err := p.absolute(ctx, p.given(req.Msg.GetDestination()), who)
+	to, err := p.absolute(ctx, p.decodeName(req.Msg.GetDestination()), who)
 	if err != nil {
 		return nil, err
 	}
@@ -250,7 +250,7 @@ func (f files) ListDir(ctx context.Context, req *connect.Request[pb.ListDirReque
 }
 
 // isDir returns an error if a path is not a directory.
-func (p *place) isDir(ctx context.Context, dir string) error {
+func (p *scope) isDir(ctx context.Context, dir string) error {
 	info, err := p.client.Stat(ctx, dir)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):

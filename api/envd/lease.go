@@ -33,7 +33,7 @@ const (
 
 // follow counts one more follower of a process until gone is called. If the process has a lease, the follower's linger replaces the earlier
 // one.
-func (l *leases) follow(ctx context.Context, p *place, process string, h http.Header) (gone func()) {
+func (l *leases) follow(ctx context.Context, p *scope, process string, h http.Header) (gone func()) {
 	linger := lingerOf(h)
 	key := leaseKey{p.Sandbox.ID(), process}
 	l.mu.Lock()
@@ -68,7 +68,7 @@ func lingerOf(h http.Header) time.Duration {
 
 // leave counts one follower less. After the last one, it starts the timer that kills the process, except when the process needs no
 // follower, when the call ended by itself, as it does with the process, or when the sandbox is paused, where everything stays.
-func (l *leases) leave(ctx context.Context, p *place, key leaseKey, one *lease) {
+func (l *leases) leave(ctx context.Context, p *scope, key leaseKey, one *lease) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if one.followers--; one.followers > 0 {
@@ -82,7 +82,7 @@ func (l *leases) leave(ctx context.Context, p *place, key leaseKey, one *lease) 
 }
 
 // kill ends a process without followers. While its sandbox is paused, kill waits for it to be resumed.
-func (l *leases) kill(p *place, key leaseKey, one *lease) {
+func (l *leases) kill(p *scope, key leaseKey, one *lease) {
 	ctx, cancel := context.WithTimeout(context.Background(), killTime)
 	defer cancel()
 	client, err := p.Sandbox.Look("end a process in")

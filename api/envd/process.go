@@ -36,7 +36,7 @@ type processes struct{ *Server }
 
 // Start implements processconnect.ProcessHandler. The process does not depend on the stream, but it is killed at the deadline of the call.
 func (s processes) Start(ctx context.Context, req *connect.Request[pb.StartRequest], stream *connect.ServerStream[pb.StartResponse]) error {
-	p := placeOf(ctx)
+	p := scopeOf(ctx)
 	start, err := p.startRequest(ctx, req)
 	if err != nil {
 		return err
@@ -45,7 +45,7 @@ func (s processes) Start(ctx context.Context, req *connect.Request[pb.StartReque
 	if err != nil {
 		return startError(err, req.Msg.GetProcess(), start.User)
 	}
-	f := feed{place: p, id: began.Process.ID, terminal: start.Terminal != nil, every: interval(req.Header()),
+	f := feed{scope: p, id: began.Process.ID, terminal: start.Terminal != nil, every: interval(req.Header()),
 		send: func(e *pb.ProcessEvent) error { return stream.Send(&pb.StartResponse{Event: e}) }}
 	defer s.leases.follow(ctx, p, began.Process.ID, req.Header())()
 	stream.ResponseHeader().Set(client.ProcessHeader, began.Process.ID)
@@ -54,7 +54,7 @@ func (s processes) Start(ctx context.Context, req *connect.Request[pb.StartReque
 
 // start starts a process. ctx does not cancel the start, because it would be unknown whether the process was started. hangs says that the
 // process ends with its followers: if the caller has gone meanwhile, the process is killed, because no client knows of it.
-func (p *place) start(ctx context.Context, req agent.StartRequest, hangs bool) (agent.Snapshot, error) {
+func (p *scope) start(ctx context.Context, req agent.StartRequest, hangs bool) (agent.Snapshot, error) {
 	begin := func() (agent.Snapshot, error) { return p.client.Start(context.WithoutCancel(ctx), req) }
 	if !hangs {
 		return agent.OrGiveUp(ctx, begin, nil)
@@ -67,7 +67,7 @@ func (p *place) start(ctx context.Context, req agent.StartRequest, hangs bool) (
 }
 
 // startRequest translates a client's request into the agent's.
-func (p *place) startRequest(ctx context.Context, req *connect.Request[pb.StartRequest]) (agent.StartRequest, error) {
+func (p *scope) startRequest(ctx context.Context, req *connect.Request[pb.StartRequest]) (agent.StartRequest, error) {
 	config := req.Msg.GetProcess()
 	if config.GetCmd() == "" {
 		return agent.StartRequest{}, errorf(connect.CodeInvalidArgument, "no command is given")
@@ -80,10 +80,10 @@ func (p *place) startRequest(ctx context.Context, req *connect.Request[pb.StartR
 		Tag:       req.Msg.GetTag(),
 		KeepStdin: req.Msg.Stdin == nil || req.Msg.GetStdin()}
 	for i, arg := range start.Args {
-		start.Args[i] = p.given(arg)
+		start.Args[i] = p.decodeName(arg)
 	}
 	if config.GetCwd() != "" {
-		if start.Cwd, err = p.absolute(ctx, p.given(config.GetCwd()), who); err != nil {
+		if start.Cwd, err = p.absolute(ctx, p.decodeName(config.GetCwd()), who); err != nil {
 			return start, err
 		}
 	}
@@ -119,7 +119,7 @@ func startError(err error, config *pb.ProcessConfig, who string) error {
 // offset it also finds processes that ended long ago.
 func (s processes) Connect(ctx context.Context, req *connect.Request[pb.ConnectRequest],
 	stream *connect.ServerStream[pb.ConnectResponse]) error {
-	p := placeOf(ctx)
+	p := scopeOf(ctx)
 	kept, from, late := endedKept, int64(-1), true
 	if text := req.Header().Get(client.FromHeader); text != "" {
 		var err error
@@ -128,14 +128,14 @@ func (s processes) Connect(ctx context.Context, req *connect.Request[pb.ConnectR
 		}
 		kept, late = math.MaxInt64, false
 	}
-	process, err := p.find(ctx, req.Msg.GetProcess(), kept)
+	process, err := p.findProcess(ctx, req.Msg.GetProcess(), kept)
 	if err != nil {
 		return err
 	}
 	if late {
 		from = process.Output
 	}
-	f := feed{place: p, id: process.ID, terminal: process.Terminal != nil, late: late, every: interval(req.Header()),
+	f := feed{scope: p, id: process.ID, terminal: process.Terminal != nil, late: late, every: interval(req.Header()),
 		send: func(e *pb.ProcessEvent) error { return stream.Send(&pb.ConnectResponse{Event: e}) }}
 	defer s.leases.follow(ctx, p, process.ID, req.Header())()
 	stream.ResponseHeader().Set(client.ProcessHeader, process.ID)
@@ -153,7 +153,7 @@ func interval(h http.Header) time.Duration {
 
 // feed sends a client the events of a process.
 type feed struct {
-	place    *place
+	scope    *scope
 	id       string
 	terminal bool
 	late     bool // output before the first frame may be missing; only Follow's goroutine uses it
@@ -182,7 +182,7 @@ func (f *feed) run(ctx context.Context, p agent.Process, from int64) error {
 	defer stop(nil)
 	followed := make(chan error, 1)
 	all.Go(func() {
-		err := f.place.client.Follow(telling, f.id, from, f.frame)
+		err := f.scope.client.Follow(telling, f.id, from, f.frame)
 		if err != nil {
 			stop(err) // await stops too
 		}
@@ -207,7 +207,7 @@ func (f *feed) run(ctx context.Context, p agent.Process, from int64) error {
 // await waits for the end of the process.
 func (f *feed) await(ctx context.Context) (agent.Process, error) {
 	for {
-		s, err := f.place.client.Wait(ctx, agent.WaitRequest{Process: f.id, WaitMS: waitPart.Milliseconds()})
+		s, err := f.scope.client.Wait(ctx, agent.WaitRequest{Process: f.id, WaitMS: waitPart.Milliseconds()})
 		if err != nil || s.Process.State != agent.StateRunning {
 			return s.Process, err
 		}
@@ -218,7 +218,7 @@ func (f *feed) tell(e *pb.ProcessEvent) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.last.Store(time.Now().UnixNano())
-	f.place.idle.Moves()
+	f.scope.idle.Moves()
 	return f.send(e)
 }
 
@@ -296,8 +296,8 @@ func signalText(name string) string {
 	return name
 }
 
-// find finds the process that a client selects: one that runs, or one that ended at most ended ago.
-func (p *place) find(ctx context.Context, s *pb.ProcessSelector, ended time.Duration) (agent.Process, error) {
+// findProcess finds the process that a client selects: one that runs, or one that ended at most ended ago.
+func (p *scope) findProcess(ctx context.Context, s *pb.ProcessSelector, ended time.Duration) (agent.Process, error) {
 	list, err := p.client.List(ctx, agent.ListRequest{Tag: s.GetTag()})
 	if err != nil {
 		return agent.Process{}, err
@@ -327,7 +327,7 @@ func (p *place) find(ctx context.Context, s *pb.ProcessSelector, ended time.Dura
 
 // List implements processconnect.ProcessHandler.
 func (processes) List(ctx context.Context, _ *connect.Request[pb.ListRequest]) (*connect.Response[pb.ListResponse], error) {
-	list, err := placeOf(ctx).client.List(ctx, agent.ListRequest{State: agent.StateRunning})
+	list, err := scopeOf(ctx).client.List(ctx, agent.ListRequest{State: agent.StateRunning})
 	if err != nil {
 		return nil, err
 	}
@@ -362,8 +362,8 @@ func validAll(texts []string) []string {
 
 // Update implements processconnect.ProcessHandler.
 func (processes) Update(ctx context.Context, req *connect.Request[pb.UpdateRequest]) (*connect.Response[pb.UpdateResponse], error) {
-	p := placeOf(ctx)
-	process, err := p.find(ctx, req.Msg.GetProcess(), 0)
+	p := scopeOf(ctx)
+	process, err := p.findProcess(ctx, req.Msg.GetProcess(), 0)
 	if err != nil {
 		return nil, err
 	}
@@ -377,8 +377,8 @@ func (processes) Update(ctx context.Context, req *connect.Request[pb.UpdateReque
 // SendInput implements processconnect.ProcessHandler.
 func (processes) SendInput(ctx context.Context, req *connect.Request[pb.SendInputRequest]) (*connect.Response[pb.SendInputResponse],
 	error) {
-	p := placeOf(ctx)
-	process, err := p.find(ctx, req.Msg.GetProcess(), 0)
+	p := scopeOf(ctx)
+	process, err := p.findProcess(ctx, req.Msg.GetProcess(), 0)
 	if err != nil {
 		return nil, err
 	}
@@ -386,7 +386,7 @@ func (processes) SendInput(ctx context.Context, req *connect.Request[pb.SendInpu
 }
 
 // write writes to a process.
-func (p *place) write(ctx context.Context, process agent.Process, input *pb.ProcessInput) error {
+func (p *scope) write(ctx context.Context, process agent.Process, input *pb.ProcessInput) error {
 	text := input.GetStdin()
 	switch input.GetInput().(type) {
 	case *pb.ProcessInput_Pty:
@@ -405,14 +405,14 @@ func (p *place) write(ctx context.Context, process agent.Process, input *pb.Proc
 // StreamInput implements processconnect.ProcessHandler.
 func (processes) StreamInput(ctx context.Context,
 	stream *connect.ClientStream[pb.StreamInputRequest]) (*connect.Response[pb.StreamInputResponse], error) {
-	p := placeOf(ctx)
+	p := scopeOf(ctx)
 	var process agent.Process
 	for stream.Receive() {
 		p.idle.Moves()
 		var err error
 		switch e := stream.Msg().GetEvent().(type) {
 		case *pb.StreamInputRequest_Start:
-			process, err = p.find(ctx, e.Start.GetProcess(), 0)
+			process, err = p.findProcess(ctx, e.Start.GetProcess(), 0)
 		case *pb.StreamInputRequest_Data:
 			if process.ID == "" {
 				return nil, errorf(connect.CodeInvalidArgument, "the first message must say which process is written to")
@@ -430,8 +430,8 @@ func (processes) StreamInput(ctx context.Context,
 // their numbers; this server takes every signal's number.
 func (processes) SendSignal(ctx context.Context, req *connect.Request[pb.SendSignalRequest]) (*connect.Response[pb.SendSignalResponse],
 	error) {
-	p := placeOf(ctx)
-	process, err := p.find(ctx, req.Msg.GetProcess(), 0)
+	p := scopeOf(ctx)
+	process, err := p.findProcess(ctx, req.Msg.GetProcess(), 0)
 	if err != nil {
 		return nil, err
 	}
@@ -450,8 +450,8 @@ func (processes) SendSignal(ctx context.Context, req *connect.Request[pb.SendSig
 // CloseStdin implements processconnect.ProcessHandler.
 func (processes) CloseStdin(ctx context.Context, req *connect.Request[pb.CloseStdinRequest]) (*connect.Response[pb.CloseStdinResponse],
 	error) {
-	p := placeOf(ctx)
-	process, err := p.find(ctx, req.Msg.GetProcess(), 0)
+	p := scopeOf(ctx)
+	process, err := p.findProcess(ctx, req.Msg.GetProcess(), 0)
 	if err != nil {
 		return nil, err
 	}

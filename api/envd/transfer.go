@@ -35,14 +35,14 @@ type uploaded struct {
 }
 
 // target returns the file of a request and its user; ok is false if the request has been answered with an error.
-func (s *Server) target(w http.ResponseWriter, r *http.Request) (p *place, file, who string, ok bool) {
-	p, who = placeOf(r.Context()), r.URL.Query().Get("username")
+func (s *Server) target(w http.ResponseWriter, r *http.Request) (p *scope, file, who string, ok bool) {
+	p, who = scopeOf(r.Context()), r.URL.Query().Get("username")
 	file, ok = s.resolve(w, r, p, r.URL.Query().Get("path"), who)
 	return p, file, who, ok
 }
 
 // resolve is absolute, but answers errors in the form of plain HTTP. An empty path stays empty.
-func (s *Server) resolve(w http.ResponseWriter, r *http.Request, p *place, name, who string) (string, bool) {
+func (s *Server) resolve(w http.ResponseWriter, r *http.Request, p *scope, name, who string) (string, bool) {
 	if name == "" {
 		return "", true
 	}
@@ -243,7 +243,7 @@ func (s *Server) upload(w http.ResponseWriter, r *http.Request) {
 		case err == nil:
 			written = append(written, uploaded{Path: info.Path, Name: path.Base(info.Path), Type: "file", Metadata: metadata})
 			return true
-		case in.err != nil && r.Context().Err() == nil && !p.over(err):
+		case in.err != nil && r.Context().Err() == nil && !p.hasEnded(err):
 			fail(w, http.StatusBadRequest, "the body broke off: "+in.err.Error())
 		case errors.Is(err, fs.ErrNotExist):
 			s.refuse(w, r, err)
@@ -305,7 +305,7 @@ func (s *source) Read(p []byte) (int, error) {
 }
 
 // parts writes each file of a form as it arrives.
-func (s *Server) parts(w http.ResponseWriter, r *http.Request, p *place, form *multipart.Reader, file, who string,
+func (s *Server) parts(w http.ResponseWriter, r *http.Request, p *scope, form *multipart.Reader, file, who string,
 	put func(string, io.Reader) bool) bool {
 	for n := 0; ; {
 		part, err := form.NextPart()

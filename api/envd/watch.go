@@ -39,7 +39,7 @@ type watcher struct {
 }
 
 // begin begins a watch.
-func begin(ctx context.Context, req connect.AnyRequest, r request) (*place, *watcher, error) {
+func begin(ctx context.Context, req connect.AnyRequest, r request) (*scope, *watcher, error) {
 	p, dir, _, err := asked(ctx, req, r.GetPath())
 	if err == nil {
 		err = p.isDir(ctx, dir)
@@ -55,14 +55,14 @@ func begin(ctx context.Context, req connect.AnyRequest, r request) (*place, *wat
 }
 
 // end ends a watch, even after the call has ended.
-func (w *watcher) end(p *place) {
+func (w *watcher) end(p *scope) {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
 	_, _ = p.client.WatchTree(ctx, agent.TreeRequest{Watch: w.id, Close: true}) // it may have ended already
 }
 
 // read returns what has happened since the last read, and whether there is more. If there is nothing, it waits for something.
-func (w *watcher) read(ctx context.Context, p *place, wait time.Duration) ([]*pb.FilesystemEvent, bool, error) {
+func (w *watcher) read(ctx context.Context, p *scope, wait time.Duration) ([]*pb.FilesystemEvent, bool, error) {
 	r, err := p.client.WatchTree(ctx, agent.TreeRequest{Watch: w.id, From: w.next, WaitMS: wait.Milliseconds()})
 	if err != nil {
 		return nil, false, err
@@ -83,9 +83,9 @@ func (w *watcher) read(ctx context.Context, p *place, wait time.Duration) ([]*pb
 }
 
 // tell translates an event for clients, whose words are inotify's: a move is two events.
-func (w *watcher) tell(ctx context.Context, p *place, e agent.TreeEvent) []*pb.FilesystemEvent {
+func (w *watcher) tell(ctx context.Context, p *scope, e agent.TreeEvent) []*pb.FilesystemEvent {
 	one := func(t pb.EventType, file string) *pb.FilesystemEvent {
-		out := &pb.FilesystemEvent{Name: p.told(strings.TrimPrefix(strings.TrimPrefix(file, w.dir), "/")), Type: t}
+		out := &pb.FilesystemEvent{Name: p.encodeName(strings.TrimPrefix(strings.TrimPrefix(file, w.dir), "/")), Type: t}
 		if w.entries && t != pb.EventType_EVENT_TYPE_REMOVE && t != pb.EventType_EVENT_TYPE_RENAME {
 			if entry, err := p.stat(ctx, path.Clean(file)); err == nil { // it may be gone by now
 				out.Entry = entry
@@ -161,7 +161,7 @@ type watchers struct {
 }
 
 // add keeps a watch as long as its sandbox lives.
-func (s *watchers) add(p *place, w *watcher) error {
+func (s *watchers) add(p *scope, w *watcher) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.byID == nil {
@@ -184,7 +184,7 @@ func (s *watchers) add(p *place, w *watcher) error {
 	return nil
 }
 
-func (s *watchers) find(p *place, id string) (*watcher, error) {
+func (s *watchers) get(p *scope, id string) (*watcher, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	w := s.byID[p.Sandbox.ID()][id]
@@ -194,7 +194,7 @@ func (s *watchers) find(p *place, id string) (*watcher, error) {
 	return w, nil
 }
 
-func (s *watchers) remove(p *place, id string) {
+func (s *watchers) remove(p *scope, id string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.byID[p.Sandbox.ID()], id)
@@ -217,8 +217,8 @@ func (f files) CreateWatcher(ctx context.Context,
 // GetWatcherEvents implements filesystemconnect.FilesystemHandler. It forgets a watch that the agent no longer knows.
 func (f files) GetWatcherEvents(ctx context.Context,
 	req *connect.Request[pb.GetWatcherEventsRequest]) (*connect.Response[pb.GetWatcherEventsResponse], error) {
-	p := placeOf(ctx)
-	w, err := f.watchers.find(p, req.Msg.GetWatcherId())
+	p := scopeOf(ctx)
+	w, err := f.watchers.get(p, req.Msg.GetWatcherId())
 	if err != nil {
 		return nil, err
 	}
@@ -246,8 +246,8 @@ func (f files) GetWatcherEvents(ctx context.Context,
 // RemoveWatcher implements filesystemconnect.FilesystemHandler.
 func (f files) RemoveWatcher(ctx context.Context,
 	req *connect.Request[pb.RemoveWatcherRequest]) (*connect.Response[pb.RemoveWatcherResponse], error) {
-	p := placeOf(ctx)
-	w, err := f.watchers.find(p, req.Msg.GetWatcherId())
+	p := scopeOf(ctx)
+	w, err := f.watchers.get(p, req.Msg.GetWatcherId())
 	if err != nil {
 		return nil, err
 	}

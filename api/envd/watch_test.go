@@ -31,7 +31,7 @@ func TestWatchersEnd(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := all.add(&place{Target: Target{Sandbox: sb}}, &watcher{id: "w"}); err != nil {
+		if err := all.add(&scope{Target: Target{Sandbox: sb}}, &watcher{id: "w"}); err != nil {
 			t.Fatal(err)
 		}
 		first = sb

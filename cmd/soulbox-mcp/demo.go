@@ -61,7 +61,7 @@ func workSteps(compute string) []step {
 			"the shell is now in /home/user/site"},
 		{"... and the next one, even after an exit, has them.", "exec", map[string]any{"command": "greet $WHO; cd ..; exit 3"},
 			"hello you in /home/user/site"},
-		{"Watch the files ...", "file_watch", map[string]any{"path": "/home/user/site"}, "with cursor w"},
+		{"Watch the files ...", "file_watch", map[string]any{"path": "/home/user/site"}, "call file_watch with cursor"},
 		{"... change some ...", "exec", map[string]any{"command": "mkdir site/img; touch site/img/a.png; mv site/img site/pictures"},
 			"exit code 0"},
 		{"... and see what has changed.", "file_watch", map[string]any{"cursor": lastCursor},

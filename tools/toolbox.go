@@ -43,8 +43,8 @@ type Options struct {
 	ReadOnly bool
 }
 
-// Service implements the tools on one Manager. It is safe for concurrent use.
-type Service struct {
+// Toolbox implements the tools on one Manager. It is safe for concurrent use.
+type Toolbox struct {
 	Options
 	secret  [32]byte // signs what a client returns to us
 	screens screens
@@ -61,58 +61,15 @@ type session struct {
 }
 
 // New makes the tools of a Manager.
-func New(o Options) (*Service, error) {
+func New(o Options) (*Toolbox, error) {
 	for _, set := range o.Toolsets {
 		if !slices.Contains(Toolsets(), set) {
 			return nil, fmt.Errorf("there is no toolset %q; there are %s", set, strings.Join(Toolsets(), ", "))
 		}
 	}
-	s := &Service{Options: o}
+	s := &Toolbox{Options: o}
 	rand.Read(s.secret[:])
 	return s, nil
-}
-
-// group is a group of tools, which are offered together or not at all.
-type group struct {
-	set   string
-	tools func(*Service) []server.ServerTool
-}
-
-// groups are the groups of all tools.
-func groups() []group {
-	return []group{
-		{"core", (*Service).execTools}, {"core", (*Service).processTools}, {"core", (*Service).sandboxTools},
-		{"files", (*Service).fileTools}, {"files", (*Service).urlTools}, {"watch", (*Service).watchTools},
-		{"lifecycle", (*Service).lifecycleTools}, {"net", (*Service).portTools}, {"templates", (*Service).templateTools},
-		{"observe", (*Service).observeTools},
-	}
-}
-
-// Toolsets are the names of the groups of tools.
-func Toolsets() (sets []string) {
-	for _, g := range groups() {
-		if !slices.Contains(sets, g.set) {
-			sets = append(sets, g.set)
-		}
-	}
-	return sets
-}
-
-// Register adds the offered tools to a server, and the prompts that use them.
-func (s *Service) Register(m *server.MCPServer) {
-	if !s.ReadOnly && len(s.Toolsets) == 0 { // prompts name tools of all sets
-		registerPrompts(m)
-	}
-	for _, g := range groups() {
-		if len(s.Toolsets) > 0 && !slices.Contains(s.Toolsets, g.set) {
-			continue
-		}
-		for _, t := range g.tools(s) {
-			if !s.ReadOnly || *t.Tool.Annotations.ReadOnlyHint {
-				m.AddTools(t)
-			}
-		}
-	}
 }
 
 // conversation is what the tools need of a call's session.
@@ -132,10 +89,10 @@ func caller(ctx context.Context) (conversation, error) {
 	return nil, errNoSession
 }
 
-type sessionKey struct{ *Service }
+type sessionKey struct{ *Toolbox }
 
 // session finds the session of a call's conversation.
-func (s *Service) session(ctx context.Context) (own *session, owner string, err error) {
+func (s *Toolbox) session(ctx context.Context) (own *session, owner string, err error) {
 	c, err := caller(ctx)
 	if err != nil {
 		return nil, "", err
@@ -151,7 +108,7 @@ type heir interface {
 }
 
 // begin begins a session: a new one, or one with the sandbox and the shell of an earlier one.
-func (s *Service) begin(c conversation) *session {
+func (s *Toolbox) begin(c conversation) *session {
 	own := &session{shell: rand.Text()}
 	if h, ok := c.(heir); ok {
 		own.heir = h
@@ -165,8 +122,8 @@ func (s *Service) begin(c conversation) *session {
 // maxShell bounds the name of a shell that a client returns in a handle.
 const maxShell = 64
 
-// own makes a sandbox the session's own and puts it into the client's handle. making is held.
-func (own *session) own(sb *sandbox.Sandbox) {
+// setCurrent makes a sandbox the session's own and puts it into the client's handle. making is held.
+func (own *session) setCurrent(sb *sandbox.Sandbox) {
 	own.current.Store(sb)
 	if own.heir != nil {
 		own.heir.SetHandle(sb.ID() + "/" + own.shell)
@@ -174,7 +131,7 @@ func (own *session) own(sb *sandbox.Sandbox) {
 }
 
 // inherit finds the sandbox that the session is to continue with. If that no longer exists, the error is returned once. making is held.
-func (s *Service) inherit(ctx context.Context, own *session, owner string) error {
+func (s *Toolbox) inherit(ctx context.Context, own *session, owner string) error {
 	id := own.inherited
 	if id == "" {
 		return nil
@@ -188,13 +145,13 @@ func (s *Service) inherit(ctx context.Context, own *session, owner string) error
 	if err != nil {
 		return errDefaultGone
 	}
-	own.own(sb)
+	own.setCurrent(sb)
 	logTo(ctx, "sandbox "+id+" is still this session's own, though the server was restarted")
 	return nil
 }
 
 // shell is the name of the shell that the commands of a call's session share; "" for a command on its own.
-func (s *Service) shell(ctx context.Context, isolated bool) (string, error) {
+func (s *Toolbox) shell(ctx context.Context, isolated bool) (string, error) {
 	own, _, err := s.session(ctx)
 	if err != nil || isolated {
 		return "", err
@@ -211,7 +168,7 @@ var errDefaultGone = errors.New("the server was restarted, and this session's sa
 	"sandbox_id makes a new one")
 
 // sandbox finds the sandbox that a call addresses. Without an id that is the session's own, made at first use.
-func (s *Service) sandbox(ctx context.Context, id string) (*sandbox.Sandbox, error) {
+func (s *Toolbox) sandbox(ctx context.Context, id string) (*sandbox.Sandbox, error) {
 	own, owner, err := s.session(ctx)
 	if err != nil {
 		return nil, err
@@ -245,13 +202,13 @@ func (s *Service) sandbox(ctx context.Context, id string) (*sandbox.Sandbox, err
 	if err != nil {
 		return nil, err
 	}
-	own.own(sb)
+	own.setCurrent(sb)
 	logTo(ctx, "sandbox "+sb.ID()+" is this session's own")
 	return sb, nil
 }
 
 // adopt makes a sandbox the session's own if it has none.
-func (s *Service) adopt(ctx context.Context, sb *sandbox.Sandbox) {
+func (s *Toolbox) adopt(ctx context.Context, sb *sandbox.Sandbox) {
 	own, owner, err := s.session(ctx)
 	if err != nil {
 		return // cannot happen: the sandbox was made for this call's owner
@@ -262,12 +219,12 @@ func (s *Service) adopt(ctx context.Context, sb *sandbox.Sandbox) {
 		logTo(ctx, err.Error())
 	}
 	if current := own.current.Load(); current == nil || current.Info().State.Ended() {
-		own.own(sb)
+		own.setCurrent(sb)
 	}
 }
 
 // isDefault reports whether a sandbox is the session's own.
-func (s *Service) isDefault(ctx context.Context, id string) bool {
+func (s *Toolbox) isDefault(ctx context.Context, id string) bool {
 	own, _, err := s.session(ctx)
 	if err != nil {
 		return false
@@ -281,7 +238,7 @@ const heavyTime = 45 * time.Second
 
 // heavy takes a slot for work that needs much of the server's processor, and memory for it, from the account of the call's owner. If there
 // is no slot it waits, heavyTime at most; other owners are not held up meanwhile.
-func (s *Service) heavy(ctx context.Context, buffers int64) (done func(), err error) {
+func (s *Toolbox) heavy(ctx context.Context, buffers int64) (done func(), err error) {
 	c, err := caller(ctx)
 	if err != nil {
 		return nil, err
@@ -298,7 +255,7 @@ type target struct {
 func (t target) id() string { return t.SandboxID }
 
 // whyLost finds out why a sandbox ended during a call: the end is known a moment after the agent is gone.
-func (s *Service) whyLost(ctx context.Context, id string, lost error) error {
+func (s *Toolbox) whyLost(ctx context.Context, id string, lost error) error {
 	own, owner, err := s.session(ctx)
 	if err != nil {
 		return lost
@@ -320,7 +277,7 @@ func (s *Service) whyLost(ctx context.Context, id string, lost error) error {
 }
 
 // agent finds the agent of a target's sandbox.
-func (s *Service) agent(ctx context.Context, t target, verb string) (*sandbox.Sandbox, *agent.Client, error) {
+func (s *Toolbox) agent(ctx context.Context, t target, verb string) (*sandbox.Sandbox, *agent.Client, error) {
 	sb, err := s.sandbox(ctx, t.SandboxID)
 	if err != nil {
 		return nil, nil, err
