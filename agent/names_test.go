@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// TestNames: names cross the pipe in the notation and arrive as the bytes they are, wherever they stand; the sender's value stays unchanged.
+// TestNames: names cross the pipe in the notation and arrive as their bytes, wherever they stand; the sender's value stays unchanged.
 func TestNames(t *testing.T) {
 	const name, shown = "/caf\xe9/\\xe9", `/caf\\xe9/\\x5cxe9` // shown as it is in JSON
 	all := []any{
