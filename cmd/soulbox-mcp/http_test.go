@@ -416,8 +416,10 @@ func awaitUpdate(t *testing.T, messages <-chan sandboxtest.Message) sandboxtest.
 func TestResources(t *testing.T) {
 	w := serve(t, "")
 	c := w.client("", true)
-	a, err := c.Call(t.Context(), "exec",
-		map[string]any{"command": `printf 'a\033[31mb' ; printf '\000\001' > bin; echo text > 'a b.txt'; head -c 1500000 /dev/zero | tr '\0' x > big; sleep 600`, "yield_ms": 1000})
+	a, err := c.Call(t.Context(), "exec", map[string]any{"command": `printf '\000\001' > bin; echo text > 'a b.txt'
+		head -c 1500000 /dev/zero | tr '\0' x > big`})
+	must(t, a, err)
+	a, err = c.Call(t.Context(), "exec", map[string]any{"command": `printf 'a\033[31mb'; sleep 600`, "yield_ms": 1000})
 	id, process := must(t, a, err).Field("sandbox_id"), a.Field("process_id")
 	base := "sandbox://" + id
 	list, err := c.Do(t.Context(), "resources/list", nil)
@@ -427,6 +429,9 @@ func TestResources(t *testing.T) {
 		a, err := c.Do(t.Context(), "resources/read", map[string]any{"uri": uri})
 		return string(must(t, a, err).Result)
 	}
+	sandboxtest.Eventually(t, "the process has written", func() bool {
+		return strings.Contains(read(base+"/processes/"+process+"/output"), `a\\x1b[31mb`)
+	})
 	for uri, want := range map[string]string{
 		base: `\"running\"`, base + "/logs": "running", base + "/metrics": "memory_bytes", base + "/files/home/user": "a b.txt", base +
 			"/files/home/user/a%20b.txt": `"text":"text\n"`,
@@ -470,6 +475,7 @@ func TestResources(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-messages
+	drainUpdates(messages) // what the commands before have changed
 	a, err = c.Call(t.Context(), "exec", map[string]any{"command": "echo new > 'a b.txt.tmp'; mv 'a b.txt.tmp' 'a b.txt'"})
 	must(t, a, err)
 	if m := awaitUpdate(t, messages); m.Params["uri"] != watched[3] {
