@@ -26,8 +26,8 @@ import (
 )
 
 // Signatures, xz and the order of versions are libraries' (pault.ag/go/debian/version). What is read by hand here is what its packages
-// control and dependency do otherwise than apt or than we need: lines have a bound, names of fields may have any case (deb822(5)), a package
-// whose fields make no sense is left out instead of failing the whole index, and of a dependency only the name counts.
+// control and dependency do otherwise than apt, or than we need: lines have a bound, names of fields may have any case (deb822(5)), a
+// package whose fields make no sense is left out instead of failing the whole index, and of a dependency only the name counts.
 
 // aptSource is one suite of a package archive.
 type aptSource struct {
