@@ -99,7 +99,7 @@ func (s *sequence) each(p []byte, to sink) (err error) {
 		if err != nil {
 			return err
 		}
-		if s.state != in && (action == parser.ClearAction || action == parser.StartAction && !inString(in)) {
+		if c == 0x1b || s.state != in && (action == parser.ClearAction || action == parser.StartAction && !inString(in)) { // one begins
 			s.params, s.long = s.params[:0], false
 		}
 	}
