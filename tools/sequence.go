@@ -99,8 +99,8 @@ func (s *sequence) each(p []byte, to sink) (err error) {
 		if err != nil {
 			return err
 		}
-		if c == 0x1b || s.state != in && (action == parser.ClearAction || action == parser.StartAction && !inString(in)) { // one begins
-			s.params, s.long = s.params[:0], false
+		if c == 0x1b || s.state != in && (inString(in) || action == parser.ClearAction || action == parser.StartAction) {
+			s.params, s.long = s.params[:0], false // of a string nothing may reach the emulator, as part of the ST that ends it
 		}
 	}
 	return to.flush(out)

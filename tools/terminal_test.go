@@ -64,7 +64,9 @@ func TestScreen(t *testing.T) {
 		{"\x1b[6n\x1b[c\x1b]10;?\x07after", "after"},
 		{"1\r\n2\r\n3\r\n4\r\n5", "1\n2\n3\n4\n5"}, {"ě2024", "ě2024"}, {"\x1b]0;a title\x07x", "x"},
 		{"caf\xe9 \xfft\xe9\r\nx\x1b[1;6H!", `caf\xe9 !t\xe9` + "\nx"}, {"\U0010ffe9", `\xf4\x8f\xbf\xa9`}, {"\xe6\x1b[1;4Hx", `\xe6  x`},
-		{"\x1bP1;2q\x07#~\x1b\\x", "x"}, {"\x1bP\x1b\\x", "x"}, {"\x1b]2;日本\x1b\\x", "x"}, {"\x1b[3é", "é"}, {"\x1b[1\n;3Hx", "  x"}, {"\x1b(\x1b[2;2Hx", "\n x"},
+		{"\x1bP1;2q\x07#~\x1b\\x", "x"}, {"\x1bP\x1b\\x", "x"}, {"\x1b]2;日本\x1b\\x", "x"}, {"\x1b[3é", "é"},
+		{"\x1b[1\n;3Hx", "  x"}, {"\x1b(\x1b[2;2Hx", "\n x"},
+		{"\x1b]0;title\x1b\\x", "x"}, {"\x1b]0;title\x1b(Bx", "x"}, {"\x1b]0;title\x1b7x", "x"}, {"\x1b]7;y\x9b99999999by\x1b\\x", "x"},
 	} {
 		if got, _, _ := rendered(t, small, c.in); got != c.want {
 			t.Errorf("%q: %q, want %q", c.in, got, c.want)
