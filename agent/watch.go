@@ -46,7 +46,7 @@ type TreeEvent struct {
 
 // TreeResult is the events of a watch that were read.
 type TreeResult struct {
-	Watch  string      `json:"watch"`
+	Watch  string      `json:"watch" max:"64"`
 	Events []TreeEvent `json:"events" max:"2000"`
 	Next   int64       `json:"next"`           // number of the first event after these
 	More   bool        `json:"more,omitempty"` // more events can be read at once

@@ -20,10 +20,11 @@ func (s *Sandbox) leave() bool {
 	s.mu.Unlock()
 	s.cancel(ErrClosed)
 	s.turn <- struct{}{} // wait for a change that is under way; no turn is given after this one
+	totals, seen := s.meter.totals(), s.meter.haveSeen()
 	s.mu.Lock()
+	s.rec.Totals, s.rec.Seen = totals, seen
 	client, lock, r := s.client, s.lock, s.rec
 	s.mu.Unlock()
-	r.Totals, r.Seen = s.meter.totals(), s.meter.haveSeen()
 	if err := s.m.store.save(r); err != nil {
 		s.m.log.Warn("save what a sandbox has used", "sandbox", s.id, "error", err) // its last sample tells nearly as much
 	}

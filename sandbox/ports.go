@@ -103,9 +103,7 @@ func (p *ports) ExposeAt(port int, public bool, host int) (Port, error) {
 	if err != nil {
 		return Port{}, fmt.Errorf("expose port %d: %w", port, err)
 	}
-	if _, err = p.sb.alive("expose a port of"); err == nil {
-		err = p.record(func(all []Port) []Port { return append(slices.DeleteFunc(all, same), e.Port) }, "port %d is exposed", port)
-	}
+	err = p.record(func(all []Port) []Port { return append(slices.DeleteFunc(all, same), e.Port) }, "port %d is exposed", port)
 	if err != nil {
 		e.stop()
 		return Port{}, err
@@ -114,11 +112,15 @@ func (p *ports) ExposeAt(port int, public bool, host int) (Port, error) {
 	return e.Port, nil
 }
 
-// record changes the list of ports in the sandbox's record, and logs that.
+// record changes the list of ports in the sandbox's record, and logs that. The record of a sandbox that has ended, or was left to another
+// server, stays as it is.
 func (p *ports) record(change func([]Port) []Port, format string, args ...any) error {
 	s := p.sb
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.rec.State != Running && s.rec.State != Paused || s.isLeft() {
+		return s.wrong("change the ports of")
+	}
 	r := s.rec
 	r.Ports = change(slices.Clone(r.Ports))
 	if err := s.commit(r); err != nil {

@@ -27,6 +27,8 @@ func TestVersionOrder(t *testing.T) {
 		{"1.2.3", -1, "1.2.3.0"}, {"18446744073709551617", 1, "18446744073709551616"},
 		// The revision is what follows the last hyphen.
 		{"1.0-1-2", 1, "1.0-1"},
+		// What Debian's policy forbids has an order, too.
+		{"v1.10", 1, "v1.9"}, {"1.0_rc1", 1, "0.9"}, {"1.0-", 0, "1.0"},
 	} {
 		if got := compareVersions(test.a, test.b); cmp.Compare(got, 0) != test.want {
 			t.Errorf("%s against %s: got %d, want %d", test.a, test.b, got, test.want)

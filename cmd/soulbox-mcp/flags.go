@@ -12,6 +12,9 @@ import (
 // usageError is the error of a wrong command line.
 type usageError struct{ error }
 
+// Unwrap lets errors.Is and errors.As look at what is wrong.
+func (u usageError) Unwrap() error { return u.error }
+
 // noCommand is the error of a command that there is not; help is the command that lists those there are.
 func noCommand(name, help string) error {
 	return usageError{fmt.Errorf("there is no command %q; '%s' lists the commands", name, help)}
