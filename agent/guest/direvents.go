@@ -13,6 +13,7 @@ import (
 
 // run handles events until the watch is closed.
 func (w *dirWatch) run() {
+	defer w.end() // who waits for an event is told
 	defer w.forget()
 	var from *rawEvent // the first half of a rename
 	for {

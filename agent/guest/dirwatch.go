@@ -62,8 +62,9 @@ type dirWatch struct {
 }
 
 // newDirWatch begins a watch. Once it returns, no change is missed. With follow the watch goes where the path leads, as long as the caller
-// wants: through symlinks, and back to what was removed and is made again; Recursive and follow exclude each other.
-func newDirWatch(r agent.TreeRequest, follow bool, known *atomic.Int64) (_ *dirWatch, err error) {
+// wants: through symlinks, and back to what was removed and is made again; Recursive and follow exclude each other. A look at a large tree
+// takes minutes: it ends with ctx.
+func newDirWatch(ctx context.Context, r agent.TreeRequest, follow bool, known *atomic.Int64) (_ *dirWatch, err error) {
 	if err := checkPath("watch", r.Path); err != nil {
 		return nil, err
 	}
@@ -81,7 +82,12 @@ func newDirWatch(r agent.TreeRequest, follow bool, known *atomic.Int64) (_ *dirW
 	if follow {
 		w.route = &route{notify: w.notify}
 	}
-	if err := w.locate(); err != nil {
+	unwanted := context.AfterFunc(ctx, func() { _ = w.close() }) // then no directory can be added
+	err = w.locate()
+	if !unwanted() && err == nil {
+		err = context.Cause(ctx)
+	}
+	if err != nil {
 		_ = w.notify.file.Close()
 		w.forget()
 		return nil, &fs.PathError{Op: "watch", Path: r.Path, Err: err}
@@ -172,9 +178,13 @@ func (w *dirWatch) watchDir(dir string, tell bool) error {
 		}
 		return nil
 	}
-	f, err := os.Open(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return err // it was removed or renamed after add
+	flags := os.O_RDONLY | unix.O_DIRECTORY | unix.O_NONBLOCK // a FIFO that took its place would hold the watch for ever
+	if dir != w.root {
+		flags |= unix.O_NOFOLLOW
+	}
+	f, err := os.OpenFile(dir, flags, 0)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
+		return err // it was removed, renamed or replaced after add
 	}
 	if err != nil {
 		w.lost()
@@ -211,7 +221,7 @@ func (w *dirWatch) watchDir(dir string, tell bool) error {
 func (w *dirWatch) descend(name string, tell bool) {
 	err := w.watchDir(name, tell)
 	switch {
-	case (errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR)) && len(w.missing) < maxWatchDirs:
+	case (errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP)) && len(w.missing) < maxWatchDirs:
 		w.missing[name] = true
 	case err != nil:
 		w.lost() // for example no more watches: changes there are not seen

@@ -1,6 +1,7 @@
 package guest
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -193,12 +194,37 @@ func TestTreeErrors(t *testing.T) {
 	if _, err := c.WatchTree(t.Context(), agent.TreeRequest{Path: dir}); !errors.Is(err, agent.ErrWatches) {
 		t.Error(err)
 	}
+	waiting := make(chan agent.TreeResult, 1)
+	go func() {
+		r, _ := c.WatchTree(t.Context(), agent.TreeRequest{Watch: first.id, WaitMS: 600_000})
+		waiting <- r
+	}()
 	if _, err := c.WatchTree(t.Context(), agent.TreeRequest{Watch: first.id, Close: true}); err != nil {
 		t.Error(err)
+	}
+	if r := <-waiting; !r.Gone && r.Watch != "" { // it has begun to wait before, or was refused
+		t.Errorf("a reader of a watch that was ended got %+v", r)
 	}
 	watchTree(t, c, agent.TreeRequest{Path: dir})
 	if _, err := c.WatchTree(t.Context(), agent.TreeRequest{Watch: first.id}); !errors.Is(err, agent.ErrNoWatch) {
 		t.Error(err)
+	}
+}
+
+// TestTreeUnwanted: a watch that nobody wants any more does not begin, and leaves nothing.
+func TestTreeUnwanted(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Mkdir(filepath.Join(dir, "below"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	s := newWatches()
+	if _, err := s.keep(ctx, agent.TreeRequest{Path: dir, Recursive: true}); err == nil {
+		t.Error("it begins")
+	}
+	if s.open != 0 || s.known.Load() != 0 || len(s.byID) != 0 {
+		t.Errorf("%d are open, %d bytes are known", s.open, s.known.Load())
 	}
 }
 

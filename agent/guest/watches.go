@@ -34,7 +34,7 @@ func newWatches() *watches { return &watches{byID: map[string]*dirWatch{}} }
 func (s *Server) watchTree(ctx context.Context, r agent.TreeRequest) (agent.TreeResult, error) {
 	w, err := s.watches.get(r.Watch)
 	if r.Watch == "" {
-		w, err = s.watches.keep(r)
+		w, err = s.watches.keep(ctx, r)
 	}
 	if err != nil {
 		return agent.TreeResult{}, err
@@ -53,11 +53,11 @@ func (s *Server) watchTree(ctx context.Context, r agent.TreeRequest) (agent.Tree
 }
 
 // begin begins a watch, if there are not too many. The caller ends it.
-func (s *watches) begin(r agent.TreeRequest, follow bool) (*dirWatch, error) {
+func (s *watches) begin(ctx context.Context, r agent.TreeRequest, follow bool) (*dirWatch, error) {
 	if !s.admit() {
 		return nil, fmt.Errorf("watch %s: there are %d watches already: %w", quoted(r.Path), maxWatches, agent.ErrWatches)
 	}
-	w, err := newDirWatch(r, follow, &s.known)
+	w, err := newDirWatch(ctx, r, follow, &s.known)
 	if err != nil {
 		s.left()
 	}
@@ -93,8 +93,8 @@ func (s *watches) left() {
 }
 
 // keep begins a watch that outlasts the call.
-func (s *watches) keep(r agent.TreeRequest) (*dirWatch, error) {
-	w, err := s.begin(r, false)
+func (s *watches) keep(ctx context.Context, r agent.TreeRequest) (*dirWatch, error) {
+	w, err := s.begin(ctx, r, false)
 	if err != nil {
 		return nil, err
 	}

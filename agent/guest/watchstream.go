@@ -14,7 +14,7 @@ const watchBatch = 10 * time.Millisecond
 // serveWatch sends the changes in a directory, or of a file, until the stream ends. The watch follows the path: also where its symlinks
 // lead, and when what was there is removed and comes back.
 func (s *Server) serveWatch(ctx context.Context, stream *yamux.Stream, h agent.Header) {
-	w, err := s.watches.begin(agent.TreeRequest{Path: h.Path}, true)
+	w, err := s.watches.begin(ctx, agent.TreeRequest{Path: h.Path}, true)
 	if err != nil {
 		_ = agent.WriteMessage(stream, agent.Answer{Error: wireError(err)})
 		return

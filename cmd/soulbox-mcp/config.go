@@ -139,7 +139,8 @@ func (c *config) checkValues(a amounts) error {
 	if c.saving.reclaim != "never" && c.saving.reclaim != "oldest" {
 		return fmt.Errorf("--reclaim is never or oldest, not %q", c.saving.reclaim)
 	}
-	least := min(a.memory, a.disk, a.pids, a.budget, a.saved, a.templates, int64(c.times.Idle), int64(c.protect.Every))
+	least := min(a.memory, a.disk, a.pids, a.budget, a.saved, a.templates, int64(c.times.Idle), int64(c.protect.Every),
+		int64(c.perOwner))
 	if least < 0 || a.cpu < 0 || c.times.Life <= 0 || c.saving.paused <= 0 {
 		return errors.New("limits and times must be positive")
 	}

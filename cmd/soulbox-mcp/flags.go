@@ -5,6 +5,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -42,7 +43,7 @@ func parseFlags(flags *flag.FlagSet, args []string, stderr io.Writer) error {
 // explain words an error of package flag, and adds how a time is written, which it does not say.
 func explain(flags *flag.FlagSet, err error) error {
 	if name, ok := strings.CutPrefix(err.Error(), "flag provided but not defined: -"); ok {
-		return fmt.Errorf("there is no option --%s", name)
+		return fmt.Errorf("there is no option --%s", strings.Trim(strconv.Quote(name), `"`))
 	}
 	_, name, _ := strings.Cut(err.Error(), "for flag -")
 	name, _, _ = strings.Cut(name, ":")

@@ -419,6 +419,7 @@ func TestCommandLine(t *testing.T) {
 		{nil, 2, "name a command"}, {[]string{"help"}, 0, "Usage:"}, {[]string{"version"}, 0, "soulbox-mcp "},
 		{[]string{"bogus"}, 2, "there is no command"},
 		{[]string{"stdio", "--bogus"}, 2, "soulbox-mcp: there is no option --bogus; 'soulbox-mcp stdio -h' lists the options\n"},
+		{[]string{"cert", "--bo\ngus"}, 2, "soulbox-mcp: there is no option --bo\\ngus; 'soulbox-mcp cert -h' lists the options\n"},
 		{[]string{"cert", "--bogus"}, 2, "soulbox-mcp: there is no option --bogus; 'soulbox-mcp cert -h' lists the options\n"},
 		{[]string{"template", "copy", "a", "b", "-x"}, 2, "no option --x; 'soulbox-mcp template copy -h' lists"},
 		{[]string{"template", "copy", "-h"}, 0, "-state-dir"}, {[]string{"template", "copy", "a"}, 2, "needs 2 arguments"},
