@@ -72,6 +72,7 @@ func (w *dirWatch) take(e rawEvent) {
 	switch {
 	case e.has(unix.IN_IGNORED):
 		delete(w.dirs, e.wd)
+		w.count()
 		if w.wds[dir] == e.wd {
 			delete(w.wds, dir)
 		}
@@ -236,6 +237,7 @@ func (w *dirWatch) unwatch(name string) {
 			delete(w.wds, dir)
 		}
 	}
+	w.count()
 	for p := range w.files {
 		if below(p) {
 			w.unlearn(p)

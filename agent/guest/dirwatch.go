@@ -19,7 +19,7 @@ import (
 
 // Bounds of a watch.
 const (
-	maxWatchDirs = 16 << 10
+	maxWatchDirs = 8 << 10 // of all watches together: gVisor's kernel keeps a descriptor of the host for each
 	maxKnown     = 8 << 20 // bytes of the file names that all watches together remember
 	readDirPart  = 500
 	maxIgnore    = 32
@@ -47,6 +47,7 @@ type dirWatch struct {
 	ignore []*regexp.Regexp
 	notify *inotify
 	known  *atomic.Int64 // size of the names that all watches remember
+	all    *atomic.Int64 // directories that all watches have
 	route  *route        // nil if the watch ends when its directory is gone
 
 	// The fields below belong to the goroutine that handles events.
@@ -59,16 +60,17 @@ type dirWatch struct {
 	// missing are directories that were gone when they were looked at. An event will tell what became of them, perhaps much later, because
 	// the kernel changes a name before it reports that. If they were renamed, their content is looked at under the new name.
 	missing map[string]bool
+	counted int // of dirs, in all
 }
 
 // newDirWatch begins a watch. Once it returns, no change is missed. With follow the watch goes where the path leads, as long as the caller
 // wants: through symlinks, and back to what was removed and is made again; Recursive and follow exclude each other. A look at a large tree
 // takes minutes: it ends with ctx.
-func newDirWatch(ctx context.Context, r agent.TreeRequest, follow bool, known *atomic.Int64) (_ *dirWatch, err error) {
+func newDirWatch(ctx context.Context, r agent.TreeRequest, follow bool, known, all *atomic.Int64) (_ *dirWatch, err error) {
 	if err := checkPath("watch", r.Path); err != nil {
 		return nil, err
 	}
-	w := &dirWatch{eventRing: newEventRing(), path: path.Clean(r.Path), deep: r.Recursive, known: known, dirs: map[int32]string{},
+	w := &dirWatch{eventRing: newEventRing(), path: path.Clean(r.Path), deep: r.Recursive, known: known, all: all, dirs: map[int32]string{},
 		wds: map[string]int32{}, files: map[string]bool{}, missing: map[string]bool{}}
 	if w.ignore, err = compileIgnore(r.Ignore); err != nil {
 		return nil, err
@@ -159,7 +161,7 @@ func (w *dirWatch) await(ctx context.Context, from int64, limit int, gather time
 
 // watchDir watches a directory, then reads it: in this order nothing is created unseen. With tell, what it finds is reported as created.
 func (w *dirWatch) watchDir(dir string, tell bool) error {
-	if len(w.dirs) >= maxWatchDirs {
+	if dir != w.root && w.all.Load() >= maxWatchDirs {
 		w.lost()
 		return nil
 	}
@@ -171,6 +173,7 @@ func (w *dirWatch) watchDir(dir string, tell bool) error {
 		delete(w.wds, old) // it was found under another name
 	}
 	w.dirs[wd], w.wds[dir] = dir, wd
+	w.count()
 	if w.only != "" { // no other name counts
 		name := path.Join(dir, w.only)
 		if _, err := os.Lstat(name); err == nil {
@@ -183,7 +186,7 @@ func (w *dirWatch) watchDir(dir string, tell bool) error {
 		flags |= unix.O_NOFOLLOW
 	}
 	f, err := os.OpenFile(dir, flags, 0)
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
+	if isAbsent(err) {
 		return err // it was removed, renamed or replaced after add
 	}
 	if err != nil {
@@ -221,11 +224,16 @@ func (w *dirWatch) watchDir(dir string, tell bool) error {
 func (w *dirWatch) descend(name string, tell bool) {
 	err := w.watchDir(name, tell)
 	switch {
-	case (errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP)) && len(w.missing) < maxWatchDirs:
+	case isAbsent(err) && len(w.missing) < maxWatchDirs:
 		w.missing[name] = true
 	case err != nil:
 		w.lost() // for example no more watches: changes there are not seen
 	}
+}
+
+// isAbsent reports whether an error means that there is no such directory now.
+func isAbsent(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP)
 }
 
 // ignored reports whether changes of a path are not reported: its name, or its path below the root, matches a pattern.
@@ -265,7 +273,16 @@ func (w *dirWatch) unlearn(name string) {
 	}
 }
 
+// count counts the directories of this watch among those of all.
+func (w *dirWatch) count() {
+	w.all.Add(int64(len(w.dirs) - w.counted))
+	w.counted = len(w.dirs)
+}
+
+// forget gives back what the watch has taken of what all watches share.
 func (w *dirWatch) forget() {
+	w.all.Add(-int64(w.counted))
+	w.counted = 0
 	for name := range w.files {
 		w.known.Add(-int64(len(name)) - nameCost)
 	}
@@ -277,6 +294,7 @@ func (w *dirWatch) again() {
 	w.lost()
 	w.forget()
 	w.files = map[string]bool{}
+	w.count()          // forget gave the directories back
 	var before []int32 // what is still watched afterwards keeps its watch
 	for wd, dir := range w.dirs {
 		if dir == w.root || w.route.watches(wd) {
@@ -286,6 +304,7 @@ func (w *dirWatch) again() {
 		}
 	}
 	clear(w.dirs)
+	w.count()
 	clear(w.wds)
 	clear(w.missing)
 	defer w.lost() // a reader may have been told, and have looked, before all was watched again
@@ -296,7 +315,10 @@ func (w *dirWatch) again() {
 		return
 	}
 	before = append(before, w.route.wds()...)
-	_ = w.locate() // an error means that there is nothing now: the way to it is watched
+	if err := w.locate(); err != nil && !isAbsent(err) { // where nothing is, the way to it is watched
+		w.end()
+		return
+	}
 	for _, wd := range before {
 		if _, watched := w.dirs[wd]; !watched && !w.route.watches(wd) {
 			w.notify.remove(wd)

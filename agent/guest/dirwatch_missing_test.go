@@ -18,7 +18,7 @@ func TestTreeMissing(t *testing.T) {
 	}
 	defer notify.file.Close()
 	tr := &dirWatch{
-		eventRing: newEventRing(), path: root, root: root, deep: true, notify: notify, known: &atomic.Int64{},
+		eventRing: newEventRing(), path: root, root: root, deep: true, notify: notify, known: &atomic.Int64{}, all: &atomic.Int64{},
 		dirs: map[int32]string{}, wds: map[string]int32{}, files: map[string]bool{}, missing: map[string]bool{},
 	}
 	if err := tr.watchDir(root, false); err != nil {

@@ -223,8 +223,8 @@ func TestTreeUnwanted(t *testing.T) {
 	if _, err := s.keep(ctx, agent.TreeRequest{Path: dir, Recursive: true}); err == nil {
 		t.Error("it begins")
 	}
-	if s.open != 0 || s.known.Load() != 0 || len(s.byID) != 0 {
-		t.Errorf("%d are open, %d bytes are known", s.open, s.known.Load())
+	if s.open != 0 || s.known.Load() != 0 || s.dirs.Load() != 0 || len(s.byID) != 0 {
+		t.Errorf("%d are open, %d bytes and %d directories are known", s.open, s.known.Load(), s.dirs.Load())
 	}
 }
 
@@ -301,5 +301,26 @@ func TestTreeLost(t *testing.T) {
 	})
 	if !r.lost || len(r.seen) >= 2*rounds*files {
 		t.Fatal(r.lost, len(r.seen))
+	}
+}
+
+// TestWatchedDirs: all watches together have a bound. Beyond it a watch sees its own directory, and says that it does not see all.
+func TestWatchedDirs(t *testing.T) {
+	root := t.TempDir()
+	if err := os.Mkdir(root+"/sub", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	s := newWatches()
+	s.dirs.Store(maxWatchDirs)
+	w, err := s.keep(t.Context(), agent.TreeRequest{Path: root, Recursive: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.endAll()
+	if got := s.dirs.Load() - maxWatchDirs; got != 1 {
+		t.Errorf("%d directories are watched, want the watch's own", got)
+	}
+	if r, err := w.await(t.Context(), 0, 10, 0); err != nil || !r.Lost {
+		t.Errorf("%+v, %v: want lost", r, err)
 	}
 }

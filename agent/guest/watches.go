@@ -22,6 +22,7 @@ const (
 // use.
 type watches struct {
 	known atomic.Int64 // size of the names that all watches remember
+	dirs  atomic.Int64 // directories that they have
 
 	mu   sync.Mutex
 	open int
@@ -57,7 +58,7 @@ func (s *watches) begin(ctx context.Context, r agent.TreeRequest, follow bool) (
 	if !s.admit() {
 		return nil, fmt.Errorf("watch %s: there are %d watches already: %w", quoted(r.Path), maxWatches, agent.ErrWatches)
 	}
-	w, err := newDirWatch(ctx, r, follow, &s.known)
+	w, err := newDirWatch(ctx, r, follow, &s.known, &s.dirs)
 	if err != nil {
 		s.left()
 	}

@@ -27,7 +27,7 @@ func (s *Server) serveWatch(ctx context.Context, stream *yamux.Stream, h agent.H
 	defer cancel()
 	for next := int64(0); ; {
 		r, err := w.await(ctx, next, agent.MaxWatchEvents/2, watchBatch) // a half, since a rename becomes two events
-		if err != nil || ctx.Err() != nil || agent.WriteMessage(stream, watchBatchOf(r)) != nil {
+		if err != nil || ctx.Err() != nil || agent.WriteMessage(stream, watchBatchOf(r)) != nil || r.Gone {
 			return
 		}
 		next = r.Next
