@@ -25,7 +25,7 @@ import (
 	"soulbox.dev/soulbox/tools"
 )
 
-// config is what flags and environment say. Nothing else reads them.
+// config is what the flags that all commands share, and their environment, say.
 type config struct {
 	runsc    string
 	agent    string
