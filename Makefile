@@ -9,7 +9,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 RACE    := $(shell command -v gcc >/dev/null && echo -race '-gcflags=github.com/klauspost/compress/...=-race=false')
 export CGO_ENABLED = $(if $(findstring -race,$(RACE)),1,0)
 
-.PHONY: build demo test lint golden bench conformance suites clean
+.PHONY: build demo test lint golden bench soak conformance suites clean
 .DELETE_ON_ERROR:
 
 build: bin/runsc

@@ -3,6 +3,8 @@ package soulbox_test
 import (
 	"bytes"
 	"errors"
+	"go/ast"
+	"go/parser"
 	"go/scanner"
 	"go/token"
 	"io/fs"
@@ -169,21 +171,26 @@ func TestDocColumns(t *testing.T) {
 	}
 }
 
-// TestDocCode: the files and names of code that the documents for contributors mention exist. That does not prove a sentence right, but it
-// catches what was renamed or moved.
+// TestDocCode: the files and names of code that the documents for contributors mention exist, and are of the package or type that they are
+// said to be of. That does not prove a sentence right, but it catches what was renamed or moved.
 func TestDocCode(t *testing.T) {
 	files := repositoryFiles(t)
-	words := map[string]bool{}
+	words, of := map[string]bool{}, members{}
 	for _, name := range files {
 		if path.Ext(name) == ".go" {
-			wordsOf(read(t, name), words)
+			code := read(t, name)
+			wordsOf(code, words)
+			if err := of.add(code); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
 	quoted, code := regexp.MustCompile("`([^`\n]+)`"), regexp.MustCompile(`^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$`)
-	for _, name := range []string{"AGENTS.md", "docs/architecture.md", "docs/gvisor.md"} {
+	for _, name := range []string{"AGENTS.md", "docs/architecture.md", "docs/gvisor.md", "docs/threats.md"} {
 		for _, found := range quoted.FindAllStringSubmatch(read(t, name), -1) {
 			text := found[1]
 			switch {
+			case text == "machine.json": // a file of a sandbox
 			case path.Ext(text) == ".go" && !strings.Contains(text, "*"):
 				if !slices.ContainsFunc(files, func(file string) bool { return file == text || strings.HasSuffix(file, "/"+text) }) {
 					t.Errorf("%s names the file %s, which is not in the repository", name, text)
@@ -192,9 +199,109 @@ func TestDocCode(t *testing.T) {
 				if word := text[strings.LastIndex(text, ".")+1:]; !words[word] {
 					t.Errorf("%s names %s, and no code has the word %s", name, text, word)
 				}
+				parts := strings.Split(text, ".")
+				for i, owner := range parts[:len(parts)-1] {
+					if len(of[owner]) > 0 && !of.has(owner, parts[i+1]) {
+						t.Errorf("%s names %s, and %s has no %s", name, text, owner, parts[i+1])
+					}
+				}
 			}
 		}
 	}
+}
+
+// members has, by the names of packages and types, what is declared in them: "" is the key of no name.
+type members map[string]map[string]bool
+
+// embedded marks a name that a type embeds, whose members are the type's, too.
+const embedded = "embedded "
+
+func (m members) put(owner, name string) {
+	if m[owner] == nil {
+		m[owner] = map[string]bool{}
+	}
+	m[owner][name] = true
+}
+
+// add adds what a file declares.
+func (m members) add(code string) error {
+	file, err := parser.ParseFile(token.NewFileSet(), "", code, parser.SkipObjectResolution)
+	if err != nil {
+		return err
+	}
+	for _, d := range file.Decls {
+		switch d := d.(type) {
+		case *ast.FuncDecl:
+			if d.Recv == nil {
+				m.put(file.Name.Name, d.Name.Name)
+			} else {
+				m.put(baseName(d.Recv.List[0].Type), d.Name.Name)
+			}
+		case *ast.GenDecl:
+			for _, s := range d.Specs {
+				switch s := s.(type) {
+				case *ast.TypeSpec:
+					m.put(file.Name.Name, s.Name.Name)
+					m.addType(s)
+				case *ast.ValueSpec:
+					for _, id := range s.Names {
+						m.put(file.Name.Name, id.Name)
+					}
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// addType adds the fields of a struct, or the methods of an interface.
+func (m members) addType(s *ast.TypeSpec) {
+	var list *ast.FieldList
+	switch of := s.Type.(type) {
+	case *ast.StructType:
+		list = of.Fields
+	case *ast.InterfaceType:
+		list = of.Methods
+	default:
+		return
+	}
+	for _, f := range list.List {
+		for _, id := range f.Names {
+			m.put(s.Name.Name, id.Name)
+		}
+		if base := baseName(f.Type); len(f.Names) == 0 && base != "" {
+			m.put(s.Name.Name, base)
+			m.put(s.Name.Name, embedded+base)
+		}
+	}
+}
+
+// baseName is the name of a type without its package, pointer and parameters.
+func baseName(e ast.Expr) string {
+	switch e := e.(type) {
+	case *ast.StarExpr:
+		return baseName(e.X)
+	case *ast.IndexExpr:
+		return baseName(e.X)
+	case *ast.SelectorExpr:
+		return e.Sel.Name
+	case *ast.Ident:
+		return e.Name
+	}
+	return ""
+}
+
+// has reports whether a package or type declares a name, or embeds a type that does.
+func (m members) has(owner, name string) bool {
+	if m[owner][name] {
+		return true
+	}
+	for member := range m[owner] {
+		if base, ok := strings.CutPrefix(member, embedded); ok && base != owner && m.has(base, name) {
+			return true
+		}
+	}
+	return false
 }
 
 // wordsOf adds the words of code, and of strings in it, such as names of tools. Words of comments do not count.

@@ -101,6 +101,36 @@ func TestExportedDocs(t *testing.T) {
 	})
 }
 
+// Bounds of what one reads at once, in lines. Tests are excepted: they may tell long stories.
+const (
+	maxFile = 500
+	maxFunc = 60
+)
+
+// TestLengths: files and functions are short enough to be read at once.
+func TestLengths(t *testing.T) {
+	sources(t, func(name string, src []byte) {
+		if strings.HasSuffix(name, "_test.go") {
+			return
+		}
+		files := token.NewFileSet()
+		parsed, err := parser.ParseFile(files, name, src, parser.SkipObjectResolution)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := strings.Count(string(src), "\n"); n > maxFile {
+			t.Errorf("%s has %d lines, at most %d are allowed", name, n, maxFile)
+		}
+		for _, d := range parsed.Decls {
+			if d, ok := d.(*ast.FuncDecl); ok {
+				if n := files.Position(d.End()).Line - files.Position(d.Pos()).Line + 1; n > maxFunc {
+					t.Errorf("%s: %s has %d lines, at most %d are allowed", files.Position(d.Pos()), d.Name.Name, n, maxFunc)
+				}
+			}
+		}
+	})
+}
+
 // exportedType says whether the receiver of a method is of a type that others see.
 func exportedType(e ast.Expr) bool {
 	switch e := e.(type) {

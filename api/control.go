@@ -232,7 +232,6 @@ var statuses = []struct {
 	{sandbox.ErrNoSnapshot, http.StatusNotFound},
 	{sandbox.ErrNotExposed, http.StatusNotFound},
 	{template.ErrNoBuild, http.StatusNotFound},
-	{sandbox.ErrNotExposed, http.StatusNotFound},
 	{sandbox.ErrTooMany, http.StatusTooManyRequests},
 	{sandbox.ErrNoRoom, http.StatusServiceUnavailable},
 	{access.ErrFull, http.StatusServiceUnavailable},

@@ -207,7 +207,7 @@ func (g *Gateway) address(r *http.Request) (id string, port int, ours bool) {
 // autoLife is how long a sandbox lives at least after a request has woken it; longer if it was made with a longer life.
 const autoLife = 5 * time.Minute
 
-// serve answers a request for a port of a sandbox. With several nodes, requests for sandboxes of other nodes will be forwarded here.
+// serve answers a request for a port of a sandbox.
 func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port int) {
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()

@@ -184,7 +184,8 @@ func (c *Control) pauseAs(r *call) error {
 		return err
 	}
 	if body.InMemory && body.FilesOnly {
-		return refuse(http.StatusBadRequest, "a sandbox paused in memory keeps its memory: give inMemory or filesOnly")
+		return refuse(http.StatusBadRequest, "give either inMemory or filesOnly, not both: a sandbox paused in memory keeps its "+
+			"memory")
 	}
 	err = sb.Pause(r.Context(), sandbox.PauseOptions{ToDisk: !body.InMemory, FilesOnly: body.FilesOnly,
 		AutoResume: !sb.Info().Times.NoAutoResume})

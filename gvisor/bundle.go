@@ -111,8 +111,8 @@ func writeBundle(dir string, spec sandbox.Spec, agent string) error {
 	if spec.Template.Image != "" {
 		config.Process.Args = append(config.Process.Args, "image")
 		config.Root.Path = "rootfs" // it must be set, but is not used
-		upper, size := "dir=/disk",
-			spec.Limits.Disk // the flag says where it is; the annotation is the same for all, as a restore requires
+		// The flag says where it is; the annotation is the same for all, as a restore requires.
+		upper, size := "dir=/disk", spec.Limits.Disk
 		if inMemory(spec) {
 			upper, size = "memory", min(size, spec.Limits.Memory/2)
 		}

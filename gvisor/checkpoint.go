@@ -123,9 +123,8 @@ func (m *machine) save(ctx context.Context, dir string, filesOnly bool) (err err
 	defer cancel()
 	m.setSaving(true)
 	defer func() {
-		if serr := m.settle(); serr != nil && err == nil {
-			m.runtime.log().Warn("look at a sandbox that was saved", "dir", filepath.Base(m.dir), "error",
-				serr) // it has been saved anyway
+		if serr := m.settle(); serr != nil && err == nil { // it has been saved anyway
+			m.runtime.log().Warn("look at a sandbox that was saved", "dir", filepath.Base(m.dir), "error", serr)
 		}
 		m.setSaving(false)
 	}()

@@ -104,8 +104,8 @@ func (m *machine) Gather(one bool) error {
 				continue
 			}
 			bound[thread] = true
-			if err := bind(thread, cores); err != nil && err != unix.ESRCH &&
-				err != unix.EPERM { // it has ended, or is only said to be one of the machine's
+			// With these errors it has ended, or is only said to be one of the machine's.
+			if err := bind(thread, cores); err != nil && err != unix.ESRCH && err != unix.EPERM {
 				failed = fmt.Errorf("bind thread %d to cores: %w", thread, err)
 			}
 		}

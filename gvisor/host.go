@@ -104,16 +104,25 @@ func kilobytes(text string) (int64, error) {
 
 // startOf returns when a process was started, in ticks since the host's own start (proc(5), stat, field 22).
 func (r *Runtime) startOf(pid int) (uint64, error) {
-	body, err := r.readFile("read stat", fmt.Sprintf("/proc/%d/stat", pid))
+	fields, err := r.readStat(pid)
 	if err != nil {
 		return 0, err
+	}
+	return strconv.ParseUint(fields[19], 10, 64)
+}
+
+// readStat returns the fields of proc(5), stat, that follow a process's name, from field 3 on; at least 20.
+func (r *Runtime) readStat(pid int) ([]string, error) {
+	body, err := r.readFile("read stat", fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return nil, err
 	}
 	_, after, _ := strings.Cut(string(body[max(0, strings.LastIndexByte(string(body), ')')):]), " ") // the name may contain anything
 	fields := strings.Fields(after)
 	if len(fields) < 20 {
-		return 0, fmt.Errorf("read stat of process %d: it has %d fields", pid, len(fields))
+		return nil, fmt.Errorf("read stat of process %d: it has %d fields", pid, len(fields))
 	}
-	return strconv.ParseUint(fields[19], 10, 64)
+	return fields, nil
 }
 
 // memoryPrefix begins the name of the memory file in which a sentry keeps what it has for its guest (gVisor, pkg/sentry/pgalloc).

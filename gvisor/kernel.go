@@ -100,7 +100,7 @@ func (m *machine) setSaving(is bool) {
 	m.kernel.saving = is
 }
 
-// settle is called after something made the sentry larger for a while.
+// settle records the sentry's size as slack, after something made it larger for a while, and has it collect garbage if that is large.
 func (m *machine) settle() error {
 	for _, p := range m.processes {
 		if !p.sentry {

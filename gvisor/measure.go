@@ -147,17 +147,12 @@ const clockTick = 10 // ms
 
 // cpuOf returns how much CPU time a process has used, in ms; 0 if it has ended.
 func (m *machine) cpuOf(pid int) (int64, error) {
-	body, err := m.runtime.readFile("read stat", fmt.Sprintf("/proc/%d/stat", pid))
+	fields, err := m.runtime.readStat(pid)
 	if hasEnded(err) {
 		return 0, nil
 	}
 	if err != nil {
 		return 0, err
-	}
-	_, rest, _ := strings.Cut(string(body), ") ") // after the name, which has no parenthesis in a machine's processes
-	fields := strings.Fields(rest)
-	if len(fields) < 13 {
-		return 0, fmt.Errorf("the stat of process %d has %d fields", pid, len(fields))
 	}
 	user, _ := strconv.ParseInt(fields[11], 10, 64) // 0 if the kernel writes something else
 	system, _ := strconv.ParseInt(fields[12], 10, 64)

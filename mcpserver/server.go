@@ -100,8 +100,8 @@ func (s *Server) run(f *flight, session *Session, m message, raw []byte, respond
 	defer f.done()
 	began := time.Now()
 	ctx := s.MCP.WithContext(f.ctx, session)
-	if m.Method != methodListen && !inline[m.Method] && !strings.HasPrefix(m.Method,
-		"tasks/") { // these cost nothing, or must not wait for calls
+	// The other methods cost nothing, or must not wait for calls.
+	if m.Method != methodListen && !inline[m.Method] && !strings.HasPrefix(m.Method, "tasks/") {
 		select {
 		case f.c.slots <- struct{}{}:
 			// A cancelled call returns its slot at once, however long its handler takes to notice.

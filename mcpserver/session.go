@@ -155,7 +155,7 @@ func (f *flight) land() (cancelled bool) {
 	return errors.Is(context.Cause(f.ctx), ErrCancelled)
 }
 
-// done must be called when the answer is written.
+// done ends a request whose answer is written.
 func (f *flight) done() {
 	f.cancel(nil)
 	f.c.calls.Done()

@@ -38,10 +38,8 @@ func (s Stdio) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 	l := &loop{Stdio: s, c: newConversation(context.WithoutCancel(ctx), "", s.Server.parallel), out: &writer{w: out}}
 	defer l.c.cancel(gone{"the conversation has ended"})
 	defer s.Server.follow(l.c.feed, subscription{by: &l.c.client})()
-	go func() {
-		_ = l.c.feed.tell(l.c.ctx, l.out,
-			nil)
-	}() // not waited for, since a client that does not read may block it; a failing pipe is reported below
+	// It is not waited for, since a client that does not read may block it; a failing pipe is reported below.
+	go func() { _ = l.c.feed.tell(l.c.ctx, l.out, nil) }()
 
 	ended := make(chan error, 1)
 	go func() { ended <- l.read(in) }() // a blocked read of stdin ends with the process

@@ -141,8 +141,8 @@ func (st *stream) open() {
 	st.headers()
 	if st.priming {
 		st.missed = append(st.missed, event{seq: st.seq})
-		_ = st.put(fmt.Appendf(nil, "id: %s-%d\nretry: %d\ndata: \n\n", st.id, st.seq,
-			retryMS)) // the next write notices a client that is gone
+		// The next write notices a client that is gone.
+		_ = st.put(fmt.Appendf(nil, "id: %s-%d\nretry: %d\ndata: \n\n", st.id, st.seq, retryMS))
 	}
 }
 

@@ -200,7 +200,7 @@ func asJSON(uri string, v any) ([]mcp.ResourceContents, error) {
 
 // template returns a template, or the log of one of its builds.
 func (s *Catalog) template(ctx context.Context, uri string, n parsedURI) ([]mcp.ResourceContents, error) {
-	who, _ := owner(ctx) // find has checked that there is one
+	who, _ := owner(ctx) // resolve has checked that there is one
 	if n.build != "" {
 		log, err := s.Store.BuildLog(who, n.build)
 		if errors.Is(err, template.ErrNoBuild) {

@@ -328,7 +328,7 @@ func (a *adoption) keepFailed(r record, lock *os.File) error {
 	return err
 }
 
-// tidyUp is tidy for callers to whom leftovers do no harm: they go with the sandbox, and the next resume ends the machine.
+// tidyUp is tidy, but only logs errors: what is left is removed with the sandbox, or by its next resume.
 func (a *adoption) tidyUp(ctx context.Context, r record) {
 	if err := a.tidy(ctx, r); err != nil {
 		a.m.log.Error("remove what a dead server left", "sandbox", r.ID, "error", err)
@@ -346,6 +346,7 @@ func (a *adoption) tidy(ctx context.Context, r record) error {
 			return err
 		}
 	}
+	// Names with a hyphen are checkpoints, copies, and the temporary names of files.
 	left, err := filepath.Glob(filepath.Join(a.m.store.path(r.ID), "*-*"))
 	for _, name := range left {
 		if base := filepath.Base(name); base != keep {

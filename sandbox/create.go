@@ -215,7 +215,7 @@ func (m *Manager) reserve(sb *Sandbox, undo *undoStack) error {
 	}
 	defer done()
 	if n := len(m.List(Filter{Owner: sb.owner})); n >= asleepFactor*m.opts.MaxPerOwner {
-		return fmt.Errorf("you have %d, those on disk too, the most one may have: %w", n, ErrTooMany)
+		return fmt.Errorf("you have %d sandboxes, including those on disk; more are not allowed: %w", n, ErrTooMany)
 	}
 	if err := m.capacity.checkCount(sb.owner); err != nil {
 		return err

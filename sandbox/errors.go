@@ -32,7 +32,7 @@ var (
 	ErrTooMuch = fmt.Errorf("more than there is: %w", ErrNoRoom)
 )
 
-// Cause says why a sandbox ended, in words for its users.
+// Cause says why a sandbox ended or is paused, in words for its users.
 type Cause string
 
 // The causes that the domain itself knows. When a boot fails, its error is the cause.

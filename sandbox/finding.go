@@ -5,7 +5,8 @@ import (
 	"fmt"
 )
 
-// Finding is what is known about a machine. Every decision whether a sandbox continues depends on a Finding, and on nothing else.
+// Finding is what is known about a machine. What is found out about a machine decides about its
+// sandbox by a Finding alone.
 type Finding int
 
 // The findings.

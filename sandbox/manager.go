@@ -34,7 +34,7 @@ type Options struct {
 	Protect Protect
 	// RescanEvery is how often the server looks for sandboxes that other servers left; default 5 s.
 	RescanEvery time.Duration
-	// WedgedAfter is how long a machine may stay stopped from outside before it is continued and saved; default a minute.
+	// WedgedAfter is how long a machine may stay stopped or silent before it is continued or saved; default a minute.
 	WedgedAfter time.Duration
 	// PingEvery is how often agents are pinged; default 10 s. PingTime is how long an agent may be silent (agent.Client.Patience); default
 	// agent.Silence.
@@ -97,7 +97,7 @@ type Manager struct {
 	adoption  adoption
 }
 
-// NewManager opens the state directory and starts to reap what dead servers left in it.
+// NewManager opens the state directory and starts to adopt or end what dead servers left in it.
 func NewManager(opts Options) (*Manager, error) {
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)

@@ -60,7 +60,7 @@ func (g *registry) remove(s *Sandbox) {
 	}
 }
 
-// retire forgets the oldest ended sandboxes beyond endedKept. Their tombstones stay.
+// retire notes that a sandbox has ended, and forgets the oldest ended ones beyond endedKept. Their tombstones stay.
 func (g *registry) retire(id string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()

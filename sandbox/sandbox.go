@@ -111,7 +111,7 @@ func (s *Sandbox) become(verb string, next State, cause error, change func(*reco
 	return s.turnTo(verb, next, cause, next.Ended(), change) // a full disk must not keep a sandbox from its end
 }
 
-// turnTo is become; with must, the state changes even if it cannot be saved, and the next save writes it.
+// turnTo is become, but with must it also changes the state when the record cannot be written; the next save writes it.
 func (s *Sandbox) turnTo(verb string, next State, cause error, must bool, change func(*record)) error {
 	if !s.rec.State.mayBecome(next) {
 		return s.wrong(verb)

@@ -14,7 +14,7 @@ import (
 
 func (s *Toolbox) lifecycleTools() []server.ServerTool {
 	return []server.ServerTool{
-		define(s, "sandbox_update", "Change the metadata or the life time of a sandbox.",
+		define(s, "sandbox_update", "Change metadata, times or protection of a sandbox.",
 			hints{title: "Update a sandbox"}, s.sandboxUpdate),
 		define(s, "sandbox_pause", "Stop a sandbox as it is, memory and processes too; its life time stands still.",
 			hints{title: "Pause a sandbox", idempotent: true}, s.sandboxPause),

@@ -49,8 +49,8 @@ func (s *Server) serveChanges(ctx context.Context, stream *yamux.Stream, h agent
 		return
 	}
 	shells := s.shells.dir
-	if err := errors.Join(os.MkdirAll(s.opts.SpoolDir, 0o700),
-		os.MkdirAll(shells, 0o700)); err != nil { // now, so that their parents do not count as changed later
+	// They are made now, so that their parents do not count as changed later.
+	if err := errors.Join(os.MkdirAll(s.opts.SpoolDir, 0o700), os.MkdirAll(shells, 0o700)); err != nil {
 		_ = agent.WriteMessage(stream, agent.Answer{Error: wireError(err)})
 		return
 	}
@@ -95,7 +95,7 @@ func (s *Server) serveChanges(ctx context.Context, stream *yamux.Stream, h agent
 }
 
 const (
-	// agentPath is the path of the agent's binary, which is not one of the sandbox's files.
+	// agentPath is the directory of the agent's binary, which is not one of the sandbox's files.
 	agentPath = "/.soulbox"
 )
 

@@ -170,8 +170,7 @@ func (s *Server) serve(conn io.ReadWriteCloser, reader *bufio.Reader) error {
 	mine := agent.Hello{Protocol: agent.Protocol, Version: s.opts.Version, Boot: s.boot, Level: agent.Level}
 	if host.Protocol != agent.Protocol {
 		mine.Error = fmt.Sprintf("agent %s speaks protocol %d, host %s speaks %d", s.opts.Version, agent.Protocol,
-			agent.Clip(host.Version, 40),
-			host.Protocol)
+			agent.Clip(host.Version, 40), host.Protocol)
 	}
 	if err := agent.WriteHello(conn, mine); err != nil || mine.Error != "" {
 		return errors.Join(err, conn.Close())

@@ -56,8 +56,8 @@ func run(args []string) error {
 		syscall.SIGVTALRM, syscall.SIGPROF, syscall.SIGIO, syscall.SIGPWR, syscall.SIGXCPU, syscall.SIGXFSZ, syscall.SIGSTKFLT,
 		syscall.SIGTSTP, syscall.SIGTTIN, syscall.SIGTTOU)
 	go func() { _ = server.ListenAttach() }()
-	for _, fd := range []int{0,
-		1} { // then the Go runtime waits for them by epoll: a thread that blocks in a read would hold back a processor
+	// Then the Go runtime waits for stdin and stdout by epoll: a thread that blocks in a read would hold back a processor.
+	for _, fd := range []int{0, 1} {
 		if err := syscall.SetNonblock(fd, true); err != nil {
 			return err
 		}

@@ -25,7 +25,7 @@ import (
 	"soulbox.dev/soulbox/tools"
 )
 
-// config is what flags and environment say. Nothing else reads them.
+// config is what the flags that all commands share, and their environment, say.
 type config struct {
 	runsc    string
 	agent    string
@@ -110,7 +110,7 @@ func (c *config) timeFlags(flags *flag.FlagSet) {
 		"`time` between two copies of a running sandbox, from which it is resumed if it fails; default no copies")
 	flags.BoolVar(&c.protect.Memory, "protect-memory", false, "with --protect: copy memory and processes too, not files alone")
 	flags.StringVar(&c.saving.reclaim, "reclaim", "never",
-		"when --disk-budget-mb is used up: `never` end a paused sandbox, or the oldest")
+		"when --disk-budget-mb is used up: `never` (save nothing more) or oldest (end the sandboxes longest on disk)")
 }
 
 // amounts are what flags say about sizes, in MB, and about numbers. 0 is the default of each.
@@ -204,7 +204,8 @@ func (c config) openLog(stderr io.Writer) (*slog.Logger, func() error, error) {
 // serving adds the flags of the commands that serve clients.
 func (c *config) serving(flags *flag.FlagSet) {
 	flags.StringVar(&c.onExit, "on-exit", c.onExit,
-		"what happens to sandboxes when the server ends: `pause` (to disk), keep (they run on) or kill; the next server has the first two")
+		"what happens to sandboxes when the server ends: `pause` (to disk), keep (they run on) or kill; the next server adopts paused and "+
+			"kept ones")
 	flags.StringVar(&c.toolsets, "toolsets", "", "`names` of the tools that are offered, of "+strings.Join(tools.Toolsets(), ",")+
 		"; default all")
 	flags.BoolVar(&c.readOnly, "read-only", false, "offer only tools that change nothing")

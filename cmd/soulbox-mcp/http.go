@@ -96,8 +96,8 @@ func (c *httpConfig) check() error {
 			c.listen)}
 	}
 	if len(c.origins) == 0 {
-		return usageError{errors.New("--allow-remote needs --origin: the origins of web pages that may use the server, or its own URL if " +
-			"there are none")}
+		return usageError{errors.New("--allow-remote needs --origin: each origin whose web pages may use the server; without such pages " +
+			"give the server's own URL")}
 	}
 	if c.issuer != "" {
 		return nil

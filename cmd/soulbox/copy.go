@@ -27,8 +27,8 @@ func (a *app) copyCommand() *cobra.Command {
 		Args: exactly("SOURCE", "DESTINATION"), ValidArgsFunction: a.completeCopy,
 		Long: `Copy files and directories into a sandbox, or out of it. One side is ID:PATH; a path that does not begin with / is relative
 to the user's home. "-" is a tar on stdin or stdout. A directory is copied into an existing directory, or becomes the destination;
-"SOURCE/." is its content. "ID:.", the home directory, only becomes a new directory. Symbolic links stay links, existing files are
-replaced. What a sandbox sends is written below the destination and nowhere else.`,
+"SOURCE/." is its content. "ID:." is the home directory: it can only be copied to a directory that does not exist yet. Symbolic
+links stay links, existing files are replaced. What a sandbox sends is written below the destination and nowhere else.`,
 		Example: "  soulbox cp report.csv ID:/tmp/\n  soulbox cp project ID:project\n  soulbox cp ID:/home/user/out .\n  soulbox cp " +
 			"ID:/var/log - | tar tf -\n  tar cf - src | soulbox cp - ID:/home/user",
 		RunE: func(c *cobra.Command, args []string) error {
@@ -245,10 +245,10 @@ func (t transfer) out(ctx context.Context, from, to string) error {
 	from = path.Clean(from)
 	into, base := path.Dir(from), path.Base(from)
 	if nameless := base == "." || base == ".." || base == "/"; whole || nameless {
-		// What has no name of the user's gets none of the sandbox', and is not strewn among his files: a home has a .bashrc, too.
+		// A home directory has no name that the user chose, and its dot files must not mix with the user's own.
 		if there, err := os.Stat(to); err == nil && there.IsDir() && !whole && to != "-" {
-			return usageError{fmt.Errorf("%s exists: name a directory that does not, to become %s:%s, or say %s:%s/. for its content", to,
-				t.box.ID, from, t.box.ID, strings.TrimSuffix(from, "/"))}
+			return usageError{fmt.Errorf("%s exists. Name a new directory for a copy of %s:%s, or use %s:%s/. to copy its content into it",
+				to, t.box.ID, from, t.box.ID, strings.TrimSuffix(from, "/"))}
 		}
 		whole, into, base = true, from, "."
 	}

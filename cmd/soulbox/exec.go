@@ -330,8 +330,8 @@ func (a *app) end(s *client.ProcessHandle, why error) error {
 		return err
 	}
 	if err != nil && unlessOver(err) != nil {
-		fmt.Fprintf(inertly(a.stderr), "soulbox: process %d could not be killed, and may run for a while: %v\n", s.PID,
-			err) // if stderr fails, there is no other place to report
+		// If stderr fails, there is no other place to report.
+		fmt.Fprintf(inertly(a.stderr), "soulbox: process %d could not be killed, and may run for a while: %v\n", s.PID, err)
 	}
 	return why
 }

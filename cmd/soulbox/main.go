@@ -73,8 +73,8 @@ type usageError struct{ error }
 
 // run is main, with the surroundings as its receiver.
 func (a *app) run(args []string) int {
-	signal.Notify(make(chan os.Signal, 1),
-		syscall.SIGPIPE) // a closed reader shows as an error of a write, after which cleanup follows
+	// A closed reader shows as an error of a write, after which cleanup follows.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	if a.getenv(guardVar) != "" {
 		syscall.CloseOnExec(guardFile) // a server that is started must not inherit it
 	}
@@ -173,8 +173,9 @@ runs, such as one that an IDE has started; after 'soulbox auth login', those of 
 	root.SetIn(a.stdin)
 	root.SetVersionTemplate("soulbox {{.Version}}\n")
 	root.SetFlagErrorFunc(flagError)
-	root.SetUsageTemplate(strings.Replace(root.UsageTemplate(), "{{if .Runnable}}", "{{if and .Runnable (ne .UseLine .CommandPath)}}",
-		1)) // a group does nothing by itself
+	// A group does nothing by itself.
+	runnable := "{{if and .Runnable (ne .UseLine .CommandPath)}}"
+	root.SetUsageTemplate(strings.Replace(root.UsageTemplate(), "{{if .Runnable}}", runnable, 1))
 	flags := root.PersistentFlags()
 	flags.StringVar(&a.context, "context", "",
 		"use the server with this `name`, which 'auth login' gave it; \"local\" is this machine (SOULBOX_CONTEXT)")

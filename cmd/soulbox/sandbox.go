@@ -344,9 +344,8 @@ func (a *app) pauseCommand() *cobra.Command {
 func (a *app) resumeCommand() *cobra.Command {
 	var o client.Resume
 	c := &cobra.Command{Use: "resume ID...", Short: "Resume sandboxes", Args: atLeast("ID"), ValidArgsFunction: a.completeSandboxes,
-		Long: "Resume paused sandboxes where they were, and failed ones from what was saved of them; a message says so. " +
-			"A server is started for\n" +
-			"sandboxes that no running server has.",
+		Long: "Resume paused sandboxes where they were, and failed ones from what was saved; what is missing is said on stderr. " +
+			"Where no\nserver has them, one is started.",
 		Example: "  soulbox sandbox resume ID\n  soulbox sandbox resume --files-only ID",
 		RunE: func(c *cobra.Command, args []string) error {
 			return a.each(c.Context(), args, func(ctx context.Context, b box) (string, error) {

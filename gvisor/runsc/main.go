@@ -1,5 +1,6 @@
-// Command runsc is gVisor's runsc with two changes: its sentry keeps to a soft limit of its own memory, and it tells programs how much
-// memory their sandbox may have. The bundle names both.
+// Command runsc is gVisor's runsc with patches (docs/upstream/README.md) and three changes: its sentry keeps to a soft limit of its own
+// memory; it tells programs how much memory their sandbox may have; and its sysinfo(2) tells the agent what is used beyond that, and that
+// the patches are there. The bundle names both sizes.
 package main
 
 import (
