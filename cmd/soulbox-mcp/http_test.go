@@ -416,7 +416,7 @@ func awaitUpdate(t *testing.T, messages <-chan sandboxtest.Message) sandboxtest.
 func TestResources(t *testing.T) {
 	w := serve(t, "")
 	c := w.client("", true)
-	a, err := c.Call(t.Context(), "exec", map[string]any{"yield_ms": 60_000,
+	a, err := c.Call(t.Context(), "exec", map[string]any{"yield_ms": 50_000,
 		"command": `printf '\000\001' > bin; echo text > 'a b.txt'; head -c 1500000 /dev/zero | tr '\0' x > big`})
 	must(t, a, err)
 	a, err = c.Call(t.Context(), "exec", map[string]any{"command": `printf 'a\033[31mb'; sleep 600`, "yield_ms": 1000})
