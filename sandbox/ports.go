@@ -118,7 +118,7 @@ func (p *ports) record(change func([]Port) []Port, format string, args ...any) e
 	s := p.sb
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.rec.State != Running && s.rec.State != Paused || s.isLeft() {
+	if !s.isAlive() {
 		return s.wrong("change the ports of")
 	}
 	r := s.rec

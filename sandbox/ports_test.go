@@ -197,3 +197,26 @@ func TestPortsEnd(t *testing.T) {
 	}
 	ends(conn)
 }
+
+// TestExposeWhileKilled: a port that is exposed while its sandbox ends is not exposed, and what is remembered of the sandbox has no port.
+func TestExposeWhileKilled(t *testing.T) {
+	var sb *sandbox.Sandbox
+	killed := make(chan error, 1)
+	m := newManager(t, t.TempDir(), &sandboxtest.Fake{}, func(o *sandbox.Options) {
+		o.Listen = func(network, address string) (net.Listener, error) {
+			go func() { killed <- sb.Kill(nil) }()
+			sandboxtest.Eventually(t, "the sandbox is killed", func() bool { return sb.Info().State == sandbox.Killed })
+			return net.Listen(network, address)
+		}
+	})
+	sb = create(t, m, sandbox.CreateOptions{})
+	if _, err := sb.Expose(8080, false); !errors.Is(err, sandbox.ErrState) {
+		t.Errorf("%v, want an error of its state", err)
+	}
+	if err := <-killed; err != nil {
+		t.Error(err)
+	}
+	if ports := sb.Ports(); len(ports) != 0 {
+		t.Error(ports)
+	}
+}

@@ -160,10 +160,15 @@ func (s *Sandbox) commit(r record) error {
 func (s *Sandbox) alive(verb string) (record, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.rec.State != Running && s.rec.State != Paused || s.isLeft() {
+	if !s.isAlive() {
 		return record{}, s.wrong(verb)
 	}
 	return s.rec, nil
+}
+
+// isAlive reports whether the sandbox runs or is paused, and belongs to this server. s.mu is held.
+func (s *Sandbox) isAlive() bool {
+	return (s.rec.State == Running || s.rec.State == Paused) && !s.isLeft()
 }
 
 func (s *Sandbox) wrong(verb string) error {

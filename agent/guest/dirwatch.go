@@ -67,15 +67,9 @@ type dirWatch struct {
 // wants: through symlinks, and back to what was removed and is made again; Recursive and follow exclude each other. A look at a large tree
 // takes minutes: it ends with ctx.
 func newDirWatch(ctx context.Context, r agent.TreeRequest, follow bool, known, all *atomic.Int64) (_ *dirWatch, err error) {
-	if err := checkPath("watch", r.Path); err != nil {
-		return nil, err
-	}
 	w := &dirWatch{eventRing: newEventRing(), path: path.Clean(r.Path), deep: r.Recursive, known: known, all: all, dirs: map[int32]string{},
 		wds: map[string]int32{}, files: map[string]bool{}, missing: map[string]bool{}}
 	if w.ignore, err = compileIgnore(r.Ignore); err != nil {
-		return nil, err
-	}
-	if _, err := os.Stat(w.path); err != nil {
 		return nil, err
 	}
 	if w.notify, err = newInotify(); err != nil {
@@ -281,20 +275,22 @@ func (w *dirWatch) count() {
 
 // forget gives back what the watch has taken of what all watches share.
 func (w *dirWatch) forget() {
-	w.all.Add(-int64(w.counted))
-	w.counted = 0
+	w.forgetNames()
+	clear(w.dirs)
+	w.count()
+}
+
+func (w *dirWatch) forgetNames() {
 	for name := range w.files {
 		w.known.Add(-int64(len(name)) - nameCost)
 	}
-	w.files = nil
+	clear(w.files)
 }
 
 // again looks at everything again after events were lost, or when the path may lead elsewhere.
 func (w *dirWatch) again() {
 	w.lost()
-	w.forget()
-	w.files = map[string]bool{}
-	w.count()          // forget gave the directories back
+	w.forgetNames()
 	var before []int32 // what is still watched afterwards keeps its watch
 	for wd, dir := range w.dirs {
 		if dir == w.root || w.route.watches(wd) {

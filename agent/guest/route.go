@@ -13,6 +13,9 @@ import (
 // maxLinks is how many symlinks a path may lead through, as in Linux.
 const maxLinks = 40
 
+// maxSteps is how many directories of one route are watched. On a longer way, which only an attacker makes, later changes are missed.
+const maxSteps = 128
+
 // route is the way to a watched path: the directories that it leads through, with those behind symlinks. When a name on it changes, the
 // path may lead elsewhere. All methods can be called on nil, for a watch that does not follow its path.
 type route struct {
@@ -35,13 +38,19 @@ func (r *route) trace(name string) (real string, err error) {
 			at = path.Dir(at)
 			continue
 		}
-		wd, failed := r.notify.add(at, false) // first, so that no change is missed
+		var wd int32
+		watched := len(r.steps) < maxSteps
+		if watched { // first, so that no change is missed; where it fails, only changes of this name are
+			var err error
+			wd, err = r.notify.add(at, false)
+			watched = err == nil
+		}
 		here := path.Join(at, next)
 		info, err := os.Lstat(here)
 		if err == nil && len(rest) == 0 && !info.IsDir() && info.Mode()&os.ModeSymlink == 0 {
 			return here, nil // a file: its own changes are events, and lead nowhere else
 		}
-		if failed == nil { // otherwise only changes of this name are missed
+		if watched {
 			if r.steps[wd] == nil {
 				r.steps[wd] = map[string]bool{}
 			}

@@ -4,6 +4,8 @@ import (
 	"context"
 	"crypto/rand"
 	"fmt"
+	"os"
+	"path"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -53,8 +55,14 @@ func (s *Server) watchTree(ctx context.Context, r agent.TreeRequest) (agent.Tree
 	return w.await(ctx, r.From, limit, watchGather)
 }
 
-// begin begins a watch, if there are not too many. The caller ends it.
+// begin begins a watch, if there are not too many. The caller ends it. A path that cannot be watched costs no other watch its place.
 func (s *watches) begin(ctx context.Context, r agent.TreeRequest, follow bool) (*dirWatch, error) {
+	if err := checkPath("watch", r.Path); err != nil {
+		return nil, err
+	}
+	if _, err := os.Stat(path.Clean(r.Path)); err != nil {
+		return nil, err
+	}
 	if !s.admit() {
 		return nil, fmt.Errorf("watch %s: there are %d watches already: %w", quoted(r.Path), maxWatches, agent.ErrWatches)
 	}
@@ -125,7 +133,7 @@ func (s *watches) end(w *dirWatch) {
 	}
 }
 
-// endAll is for tests.
+// endAll ends the watches that outlast calls.
 func (s *watches) endAll() {
 	s.mu.Lock()
 	var all []*dirWatch
