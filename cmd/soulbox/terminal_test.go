@@ -121,6 +121,12 @@ func child(t *testing.T, text string, of int) (pid int) {
 	return pid
 }
 
+// gone tells whether a process has ended; nobody may have collected it yet.
+func gone(pid int) bool {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	return err != nil || strings.HasPrefix(string(stat)[strings.LastIndex(string(stat), ")")+1:], " Z")
+}
+
 func (c *screen) shell() int {
 	c.Helper()
 	pid, err := strconv.Atoi(strings.TrimSpace(c.tmux("display-message", "-p", "#{pane_pid}")))
@@ -188,21 +194,25 @@ func TestKilledAtTerminal(t *testing.T) {
 	id := strings.TrimSpace(s.run(t, "sandbox", "create"))
 	c := newScreen(t, s)
 	for _, sig := range []syscall.Signal{syscall.SIGKILL, syscall.SIGTERM, syscall.SIGHUP} {
-		for _, inner := range []bool{false, true} {
+		for _, killInner := range []bool{false, true} {
 			c.typed("clear; soulbox sandbox connect " + id + "\n")
 			c.shows(`\$ $`)
 			outer := child(t, "soulbox sandbox connect", c.shell())
-			pid := child(t, "soulbox sandbox connect", outer)
-			if !inner {
-				pid = outer
+			inner := child(t, "soulbox sandbox connect", outer)
+			pid := outer
+			if killInner {
+				pid = inner
 			}
 			if err := syscall.Kill(pid, sig); err != nil {
 				t.Fatal(err)
 			}
+			sandboxtest.Eventually(t, "both are gone", func() bool { // the inner one reads the terminal until it notices
+				return gone(outer) && gone(inner)
+			})
 			c.typed("\n")
 			c.shows(`ready> $`)
 			c.sane()
-			sandboxtest.Eventually(t, fmt.Sprintf("nothing goes on, after %s, inner %v", sig, inner),
+			sandboxtest.Eventually(t, fmt.Sprintf("nothing goes on, after %s, inner %v", sig, killInner),
 				func() bool { return strings.Count(s.run(t, "ps", id), "\n") == 1 })
 		}
 	}
