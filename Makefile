@@ -28,9 +28,9 @@ bin/runsc: gvisor/runsc/go.mod gvisor/runsc/go.sum gvisor/runsc/main.go $(PATCHE
 demo: build
 	timeout 120 bin/soulbox-mcp demo
 
-# Programs are tested from outside, where the race detector sees nothing but the tests.
+# With -short, tests repeat less: 'make soak' has the full amounts. Programs are tested from outside, where the race detector sees nothing but the tests.
 test: build
-	timeout 1380 bash -c '$(GO) test -timeout 20m ./cmd/... & programs=$$!; $(GO) test $(RACE) -timeout 20m $$($(GO) list ./... | grep -v /cmd/); rest=$$?; wait $$programs && exit $$rest'
+	timeout 1380 bash -c '$(GO) test -short -timeout 20m ./cmd/... & programs=$$!; $(GO) test -short $(RACE) -timeout 20m $$($(GO) list ./... | grep -v /cmd/); rest=$$?; wait $$programs && exit $$rest'
 
 lint:
 	@out=$$(find . -name '*.go' -not -path './.cache/*' -exec gofmt -l {} +); test -z "$$out" || { echo "gofmt these:"; echo "$$out"; exit 1; }
@@ -60,6 +60,8 @@ suites: build
 soak: build
 	timeout 2700 env SOULBOX_SOAK=30m $(GO) test ./cmd/soulbox-mcp -run '^TestSoak$$' -timeout 40m -count=1 -v
 	timeout 1500 env SOULBOX_SOAK=30m $(GO) test ./cmd/soulbox-mcp -run '^TestSoakNeighbours$$' -timeout 20m -count=1 -v
+	timeout 1500 $(GO) test ./agent/guest ./cmd/soulbox-mcp -timeout 20m -count=1 \
+		-run '^(TestShellFuzz|TestTreeRebuilt|TestNothingIsLost|TestThousandRequests|TestForks|TestLimitsNeighbours)$$'
 
 bench: build
 	timeout 1200 env CGO_ENABLED=0 $(GO) test ./cmd/... -run '^$$' -bench . -benchtime 1x -timeout 14m -v | grep -v -e '^=== ' -e '^ok'

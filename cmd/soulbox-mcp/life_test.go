@@ -99,7 +99,7 @@ for i in itertools.count(): print(i); time.sleep(0.02)'`
 	// The editor writes its own record of the unsaved text at any time.
 	const tree = `cd / && find home/user tmp opt -xdev -type f ! -name '.*.sw?' -print0 | sort -z | xargs -0 sha256sum | sha256sum`
 	counted := 0
-	for round := range 10 {
+	for round := range sandboxtest.Amount(10, 4) {
 		l.run(fmt.Sprintf("echo %d > hi; mkdir -p d%d/e; head -c 1000000 /dev/urandom > d%d/e/random; ln -sf ../hi d%d/link; rm -rf d%d",
 			round, round, round, round, round-3))
 		l.call("process_write", map[string]any{"process_id": vim, "input": fmt.Sprintf("r%d ", round)})
@@ -160,8 +160,9 @@ func TestForks(t *testing.T) {
 			"ready")
 	})
 	l.run("echo shared > file")
-	ids := strings.Fields(strings.Trim(l.call("sandbox_fork", map[string]any{"count": 10}).Field("sandbox_ids"), "[]"))
-	if len(ids) != 10 {
+	count := sandboxtest.Amount(10, 4)
+	ids := strings.Fields(strings.Trim(l.call("sandbox_fork", map[string]any{"count": count}).Field("sandbox_ids"), "[]"))
+	if len(ids) != count {
 		t.Fatal(ids)
 	}
 	names, random := map[string]bool{}, map[string]bool{}
@@ -178,7 +179,7 @@ func TestForks(t *testing.T) {
 		names[c.run("hostname")] = true
 		random[c.run("head -c 16 /dev/urandom | base64")] = true
 	}
-	if len(names) != 11 || len(random) != 11 || !names[l.id] {
+	if len(names) != count+1 || len(random) != count+1 || !names[l.id] {
 		t.Fatal("the copies have the same host names or random numbers", names, random)
 	}
 	for i, id := range append([]string{l.id}, ids...) {
@@ -238,12 +239,14 @@ func TestLimitsNeighbours(t *testing.T) {
 	none := make(chan struct{})
 	close(none)
 	quiet := median(none)
+	thousands := sandboxtest.Amount(100, 10)
 	for _, test := range []struct{ name, command, says string }{
 		{"fork bomb", `bomb() { bomb | bomb & }; bomb 2>/dev/null; sleep 5`, "processes"},
 		{"memory bomb", `perl -e '$x = "a" x 400_000_000; sleep 1'`, "oom"},
 		{"disk", `head -c 300M /dev/zero > big; ls -l big; rm -f big`, "No space left"},
-		{"files", `mkdir -p many; cd many && for d in $(seq 100); do mkdir $d; (cd $d; seq 1000 | xargs touch); done; find . -type f | wc -l; cd; rm -rf many`, "100000"},
-		{"processes", `for i in $(seq 10000); do (:) ; done; echo done`, "done"},
+		{"files", fmt.Sprintf(`mkdir -p many; cd many && for d in $(seq %d); do mkdir $d; (cd $d; seq 1000 | xargs touch); done
+			find . -type f | wc -l; cd; rm -rf many`, thousands), fmt.Sprintf("%d000", thousands)},
+		{"processes", fmt.Sprintf(`for i in $(seq %d000); do (:) ; done; echo done`, sandboxtest.Amount(10, 1)), "done"},
 	} {
 		var said string // set when over is closed
 		limit := 120_000

@@ -21,7 +21,7 @@ import (
 )
 
 const (
-	soakVar      = "SOULBOX_SOAK" // how long, such as 30m; default 20s
+	soakVar      = "SOULBOX_SOAK" // how long, such as 30m; default 10s
 	soakClients  = 3              // per owner
 	soakOwners   = 3
 	soakOwn      = 3           // sandboxes per client at most
@@ -330,7 +330,7 @@ const resumable = "can be resumed by sandbox_resume"
 // TestSoak (issue 18, must show 4): the clients of three owners do everything at random on two servers. Now and then a server is killed or
 // has no descriptors, or a machine stands still. Nothing is lost but what was killed, and nothing is left over.
 func TestSoak(t *testing.T) {
-	length := 20 * time.Second
+	length := 10 * time.Second
 	if v := os.Getenv(soakVar); v != "" {
 		var err error
 		if length, err = time.ParseDuration(v); err != nil {

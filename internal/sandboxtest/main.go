@@ -171,6 +171,15 @@ func findPrograms() (string, error) {
 	return "", errors.New("the module's root is not found")
 }
 
+// Amount is how much of something a test repeats or makes: the full amount, or with -short, as in 'make test', one that still finds a fault
+// that occurs often.
+func Amount(full, short int) int {
+	if testing.Short() {
+		return short
+	}
+	return full
+}
+
 // AsUserAlone skips a slow test as root: Main runs it again as an ordinary user.
 func AsUserAlone(t testing.TB) {
 	t.Helper()
