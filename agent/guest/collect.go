@@ -203,7 +203,8 @@ func (c *collector) poll(epoll int, events []unix.EpollEvent, buf []byte) int {
 }
 
 // drain moves what a process wrote before its end. It does not wait for the collector, which may be late on a busy machine. A child that
-// continues to write cannot delay it: a pipe holds 1 MiB at most (pipe(7)), and drain moves no more than that.
+// continues to write cannot delay it: a pipe holds 1 MiB at most (pipe(7)), and drain moves no more than that in the order of epoll, and no
+// more than that of each pipe by itself.
 func (c *collector) drain(pipes ...*outputPipe) {
 	for _, p := range pipes {
 		p.mu.Lock()
@@ -218,20 +219,28 @@ func (c *collector) drain(pipes ...*outputPipe) {
 			p.mu.Unlock()
 		}
 	}()
-	var events []unix.EpollEvent
-	var buf []byte
-	for range (1 << 20) / drainPart {
-		full := slices.ContainsFunc(pipes, func(p *outputPipe) bool { return !p.empty() })
-		if !full {
-			return
-		}
-		if buf == nil {
-			events, buf = make([]unix.EpollEvent, 16), make([]byte, drainPart)
-		}
+	full := func() bool { return slices.ContainsFunc(pipes, func(p *outputPipe) bool { return !p.empty() }) }
+	if !full() {
+		return
+	}
+	events, buf := make([]unix.EpollEvent, 16), make([]byte, drainPart)
+	for rounds := (1 << 20) / drainPart; rounds > 0 && full(); rounds-- {
+		n := 0
 		_ = control(c.epoll, func(epoll uintptr) error {
-			c.poll(int(epoll), events, buf)
+			n = c.poll(int(epoll), events, buf)
 			return nil
 		})
+		if n == 0 {
+			break
+		}
+	}
+	// What epoll does not report, the collector was told and has not read yet, or the events were all of other processes.
+	for _, p := range pipes {
+		for rest := (1 << 20) / drainPart; rest > 0 && !p.empty(); rest-- {
+			if p.read(c, buf) {
+				c.finish(p)
+			}
+		}
 	}
 }
 

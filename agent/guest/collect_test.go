@@ -1,0 +1,41 @@
+package guest
+
+import (
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"soulbox.dev/soulbox/agent"
+	"soulbox.dev/soulbox/agent/guest/rawsys"
+)
+
+// TestDrainUnreported: what a process wrote before its end is moved at its end, also if epoll has told another goroutine, which is late.
+func TestDrainUnreported(t *testing.T) {
+	c, err := newCollector()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.close()
+	fds, err := rawsys.Pipe(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := newSpool(t.TempDir())
+	p := c.add(fds[0], agent.OnStdout, s)
+	if err := c.control(unix.EPOLL_CTL_DEL, p.fd, p.token); err != nil {
+		t.Fatal(err)
+	}
+	text := strings.Repeat("x", 3*drainPart+1)
+	if n, err := unix.Write(fds[1], []byte(text)); err != nil || n != len(text) {
+		t.Fatal(n, err)
+	}
+	c.drain(p)
+	if !p.empty() {
+		t.Error("the pipe has bytes left")
+	}
+	if got, _ := s.sizes(); got != int64(len(text)) {
+		t.Errorf("%d bytes are moved, want %d", got, len(text))
+	}
+	rawsys.Close(fds[1])
+}
