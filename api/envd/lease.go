@@ -31,9 +31,9 @@ const (
 	killTime  = 10 * time.Second
 )
 
-// follow counts one more follower of a process until gone is called. If the process has a lease, the follower's linger replaces the earlier
-// one.
-func (l *leases) follow(ctx context.Context, p *scope, process string, h http.Header) (gone func()) {
+// follow counts one more follower of a process until gone is called with the error of following it. If the process has a lease, the
+// follower's linger replaces the earlier one.
+func (l *leases) follow(p *scope, process string, h http.Header) (gone func(error)) {
 	linger := lingerOf(h)
 	key := leaseKey{p.Sandbox.ID(), process}
 	l.mu.Lock()
@@ -44,7 +44,7 @@ func (l *leases) follow(ctx context.Context, p *scope, process string, h http.He
 	one := l.all[key]
 	if one == nil {
 		if linger == 0 {
-			return func() {}
+			return func(error) {}
 		}
 		one = &lease{}
 		l.all[key] = one
@@ -54,7 +54,7 @@ func (l *leases) follow(ctx context.Context, p *scope, process string, h http.He
 		one.timer = nil
 	}
 	one.followers++
-	return func() { l.leave(ctx, p, key, one) }
+	return func(err error) { l.leave(p, key, one, err) }
 }
 
 // lingerOf returns how long a client lets a process run without followers; 0 sets no limit.
@@ -67,14 +67,14 @@ func lingerOf(h http.Header) time.Duration {
 }
 
 // leave counts one follower less. After the last one, it starts the timer that kills the process, except when the process needs no
-// follower, when the call ended by itself, as it does with the process, or when the sandbox is paused, where everything stays.
-func (l *leases) leave(ctx context.Context, p *scope, key leaseKey, one *lease) {
+// follower, when following ended without an error, as it does with the process, or when the sandbox is paused, where everything stays.
+func (l *leases) leave(p *scope, key leaseKey, one *lease, gone error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if one.followers--; one.followers > 0 {
 		return
 	}
-	if _, err := p.Sandbox.Look("follow a process in"); one.linger == 0 || ctx.Err() == nil || err != nil {
+	if _, err := p.Sandbox.Look("follow a process in"); one.linger == 0 || gone == nil || err != nil {
 		delete(l.all, key)
 		return
 	}

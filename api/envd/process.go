@@ -47,9 +47,11 @@ func (s processes) Start(ctx context.Context, req *connect.Request[pb.StartReque
 	}
 	f := feed{scope: p, id: began.Process.ID, terminal: start.Terminal != nil, every: interval(req.Header()),
 		send: func(e *pb.ProcessEvent) error { return stream.Send(&pb.StartResponse{Event: e}) }}
-	defer s.leases.follow(ctx, p, began.Process.ID, req.Header())()
+	gone := s.leases.follow(p, began.Process.ID, req.Header())
 	stream.ResponseHeader().Set(client.ProcessHeader, began.Process.ID)
-	return f.run(ctx, began.Process, 0)
+	err = f.run(ctx, began.Process, 0)
+	gone(err)
+	return err
 }
 
 // start starts a process. ctx does not cancel the start, because it would be unknown whether the process was started. hangs says that the
@@ -137,9 +139,11 @@ func (s processes) Connect(ctx context.Context, req *connect.Request[pb.ConnectR
 	}
 	f := feed{scope: p, id: process.ID, terminal: process.Terminal != nil, late: late, every: interval(req.Header()),
 		send: func(e *pb.ProcessEvent) error { return stream.Send(&pb.ConnectResponse{Event: e}) }}
-	defer s.leases.follow(ctx, p, process.ID, req.Header())()
+	gone := s.leases.follow(p, process.ID, req.Header())
 	stream.ResponseHeader().Set(client.ProcessHeader, process.ID)
-	return f.run(ctx, process, from)
+	err = f.run(ctx, process, from)
+	gone(err)
+	return err
 }
 
 // interval returns how often a client wants a sign that the stream lives.
