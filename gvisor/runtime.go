@@ -474,7 +474,7 @@ func (m *machine) lookFrozen(ctx context.Context) error {
 	return err
 }
 
-// Destroy implements sandbox.Machine. It starts with SIGKILL, which works on a wedged sentry too and leaves nothing.
+// Destroy implements sandbox.Machine. It starts with SIGKILL, which works on a sentry that hangs too and leaves nothing.
 func (m *machine) Destroy(ctx context.Context) error {
 	err := m.runtime.Reap(ctx, m.dir)
 	m.mu.Lock()

@@ -180,13 +180,13 @@ func (a *adoption) adoptRunning(r record, lock *os.File) (taken bool, err error)
 	}
 	var over *OverError
 	since := a.postponed(r.ID).since
-	if !errors.As(err, &over) || since.IsZero() || time.Since(since) < a.m.opts.WedgedAfter {
+	if !errors.As(err, &over) || since.IsZero() || time.Since(since) < a.m.opts.ContainAfter {
 		return false, err
 	}
 	if c, ok := a.m.opts.Runtime.(Continuer); ok && over.Kind == OverStopped { // the next try finds it running
 		return false, errors.Join(err, c.Continue(a.m.store.path(r.ID)))
 	}
-	return a.adoptWedged(r, lock, over)
+	return a.adoptSilent(r, lock, over)
 }
 
 // adoptPauseOf returns how long to wait before an attempt.
@@ -207,7 +207,7 @@ func (a *adoption) adoptSaved(r record, lock *os.File, gone error) (taken bool, 
 	since := time.Now()
 	p := pause{Disk: true, FilesOnly: !hasMemory(next), AutoResume: !r.Times.NoAutoResume, Since: r.pausedSince(since)}
 	if r.Pause != nil { // it was frozen before
-		p.AutoResume, p.Wedged = r.Pause.AutoResume, r.Pause.Wedged
+		p.AutoResume, p.Silent = r.Pause.AutoResume, r.Pause.Silent
 	} else {
 		r.Cause = string(CauseRequest)
 	}
@@ -223,8 +223,8 @@ func (a *adoption) adoptSaved(r record, lock *os.File, gone error) (taken bool, 
 	return true, err
 }
 
-// adoptWedged adopts a sandbox whose machine runs and whose agent has been silent for long: the sandbox is saved and waits for its owner.
-func (a *adoption) adoptWedged(r record, lock *os.File, over *OverError) (taken bool, err error) {
+// adoptSilent adopts a sandbox whose machine runs and whose agent has been silent for long: the sandbox is saved and waits for its owner.
+func (a *adoption) adoptSilent(r record, lock *os.File, over *OverError) (taken bool, err error) {
 	ctx, cancel := context.WithTimeout(a.m.ctx, adoptTime)
 	defer cancel()
 	machine, err := a.m.opts.Runtime.Attach(ctx, a.m.store.path(r.ID))

@@ -76,7 +76,7 @@ func (s *Sandbox) start(ctx context.Context, plan bootPlan) error {
 	s.mu.Unlock()
 	if plan.hurry {
 		var done context.CancelFunc
-		ctx, done = context.WithTimeoutCause(ctx, min(wedgedTime, s.m.opts.BootTimeout), agent.ErrLost)
+		ctx, done = context.WithTimeoutCause(ctx, min(secondChance, s.m.opts.BootTimeout), agent.ErrLost)
 		defer done()
 	}
 	greet := agent.NewClient

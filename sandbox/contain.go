@@ -76,7 +76,7 @@ func (c *session) contain(over *OverError) {
 	}
 	cause := over.cause()
 	s.m.log.Warn("a sandbox is paused, because it must not continue", "sandbox", s.id, "cause", cause)
-	o := PauseOptions{ToDisk: true, Cause: cause, forced: true, wedged: over.Kind == OverSilent}
+	o := PauseOptions{ToDisk: true, Cause: cause, forced: true, silent: over.Kind == OverSilent}
 	err := s.pause(s.ctx, o)
 	if err == nil || !s.runs() || s.ctx.Err() != nil {
 		return
@@ -132,7 +132,7 @@ func (e *OverError) cause() Cause {
 	case OverKernel:
 		return Cause(e.Error() + "; resume it with more memory, or delete files and close connections")
 	case OverStopped:
-		return CauseWedged
+		return CauseStopped
 	}
 	return CauseSilent
 }

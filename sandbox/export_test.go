@@ -31,15 +31,15 @@ func (s *Sandbox) ContainNow(over *OverError) {
 	(&session{s: s, machine: machine}).contain(over)
 }
 
-// AdoptWedged adopts an unowned sandbox as if its agent had been silent for long.
-func (m *Manager) AdoptWedged(id string) error {
+// AdoptSilent adopts an unowned sandbox as if its agent had been silent for long.
+func (m *Manager) AdoptSilent(id string) error {
 	lock, err := m.store.orphan(id)
 	if err != nil {
 		return err
 	}
 	r, err := m.store.load(id)
 	if err == nil {
-		_, err = m.adoption.adoptWedged(r, lock, &OverError{Kind: OverSilent})
+		_, err = m.adoption.adoptSilent(r, lock, &OverError{Kind: OverSilent})
 	}
 	return err
 }

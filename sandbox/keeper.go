@@ -109,7 +109,7 @@ func (k *keeper) expire(at time.Time, cause Cause) (next time.Duration) {
 	if err := s.pause(s.ctx, PauseOptions{Cause: cause, AutoResume: !times.NoAutoResume}); err != nil && s.ctx.Err() == nil {
 		s.m.log.Error("pause sandbox; it runs on, and the pause is tried again", "sandbox", s.id, "error", err)
 		s.log.note(LevelError, "its time is over, and it could not be paused: it runs on, and the pause is tried again: %v", err)
-		return unknownPause // if it is wedged, ping or watch notices
+		return unknownPause // if it is silent or stopped, ping or watch notices
 	}
 	return checkEvery
 }

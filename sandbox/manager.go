@@ -34,8 +34,9 @@ type Options struct {
 	Protect Protect
 	// RescanEvery is how often the server looks for sandboxes that other servers left; default 5 s.
 	RescanEvery time.Duration
-	// WedgedAfter is how long a machine may stay stopped or silent before it is continued or saved; default a minute.
-	WedgedAfter time.Duration
+	// ContainAfter is how long a machine may stay stopped, or silent to a server that adopts it, before it is continued or saved; default a
+	// minute.
+	ContainAfter time.Duration
 	// PingEvery is how often agents are pinged; default 10 s. PingTime is how long an agent may be silent (agent.Client.Patience); default
 	// agent.Silence.
 	PingEvery, PingTime time.Duration
@@ -117,7 +118,7 @@ func NewManager(opts Options) (*Manager, error) {
 	opts.StallTime = cmp.Or(opts.StallTime, time.Minute)
 	opts.SampleEvery = cmp.Or(opts.SampleEvery, 5*time.Second)
 	opts.RescanEvery = cmp.Or(opts.RescanEvery, 5*time.Second)
-	opts.WedgedAfter = cmp.Or(opts.WedgedAfter, time.Minute)
+	opts.ContainAfter = cmp.Or(opts.ContainAfter, time.Minute)
 	if err := opts.Times.check(); err != nil {
 		return nil, err
 	}

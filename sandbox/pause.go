@@ -18,7 +18,7 @@ type PauseOptions struct {
 	Cause      Cause // default CauseRequest
 
 	forced bool // it must not continue: do not wait for its agent
-	wedged bool // its agent is silent
+	silent bool // its agent is silent
 }
 
 // Pause stops the sandbox as it is: its processes and the clock of its life. When it goes to disk, calls that wait for something in it
@@ -97,7 +97,7 @@ func (s *Sandbox) Settle(ctx context.Context) error {
 
 // ResumeOptions say how a sandbox is resumed.
 type ResumeOptions struct {
-	// FilesOnly boots the files without the processes that were saved. It helps if those are wedged or damaged.
+	// FilesOnly boots the files without the processes that were saved. It helps if those hang or are damaged.
 	FilesOnly bool
 	// Memory is a new memory limit in bytes, larger than before; zero leaves it. Processes that were saved keep the old limit, and their
 	// kernel gets the rest: for files and other objects.
@@ -215,7 +215,7 @@ func (s *Sandbox) freeze(ctx context.Context, o PauseOptions) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	err := s.turnTo("pause", Paused, o.Cause, o.forced, func(r *record) {
-		r.Pause, r.Notice = &pause{AutoResume: o.AutoResume, Wedged: o.wedged, Since: r.Changed}, ""
+		r.Pause, r.Notice = &pause{AutoResume: o.AutoResume, Silent: o.silent, Since: r.Changed}, ""
 	})
 	if err != nil && !s.rec.State.Ended() {
 		err = errors.Join(err, s.thawLater(ctx, machine))

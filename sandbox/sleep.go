@@ -39,7 +39,7 @@ func (p *sleeping) run(ctx context.Context) (err error) {
 	stop := s.stop
 	p.machine, p.client, p.was = s.machine, s.client, s.rec
 	s.mu.Unlock()
-	saved, err := s.roomToSave(ctx, !p.o.wedged)
+	saved, err := s.roomToSave(ctx, !p.o.silent)
 	if err != nil {
 		return err
 	}
@@ -68,7 +68,7 @@ func (p *sleeping) run(ctx context.Context) (err error) {
 
 // suspend makes calls that wait return. Calls that wait for a frozen agent end by CloseFor in finish.
 func (p *sleeping) suspend(ctx context.Context) error {
-	if p.was.State != Running || p.client == nil || p.o.wedged {
+	if p.was.State != Running || p.client == nil || p.o.silent {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, suspendTime)
@@ -104,8 +104,8 @@ func (p *sleeping) change(r *record) {
 	since := r.pausedSince(r.Changed)
 	size, _ := sizeOf(p.target) // only shown; no decision depends on it
 	r.Saves++
-	r.Pause = &pause{Disk: true, FilesOnly: p.o.FilesOnly, AutoResume: p.o.AutoResume, Wedged: p.o.wedged || r.Pause != nil &&
-		r.Pause.Wedged, Since: since}
+	r.Pause = &pause{Disk: true, FilesOnly: p.o.FilesOnly, AutoResume: p.o.AutoResume, Silent: p.o.silent || r.Pause != nil &&
+		r.Pause.Silent, Since: since}
 	r.Copy, r.Notice = &savedCopy{Dir: filepath.Base(p.target), At: since, FilesOnly: p.o.FilesOnly, Size: size}, ""
 }
 

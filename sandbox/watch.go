@@ -78,7 +78,7 @@ func (w *watching) found(err error) (next time.Duration) {
 	case stopped && w.stopped.IsZero():
 		w.stopped = time.Now()
 		s.log.note(LevelWarn, "%v from outside; the sandbox runs again once that process is continued", err)
-	case stopped && time.Since(w.stopped) < s.m.opts.WedgedAfter:
+	case stopped && time.Since(w.stopped) < s.m.opts.ContainAfter:
 	case s.runs(): // a frozen machine takes no more than it has
 		w.contain(over)
 	}
