@@ -211,7 +211,7 @@ func (a *adoption) adoptSaved(r record, lock *os.File, gone error) (taken bool, 
 	} else {
 		r.Cause = string(CauseRequest)
 	}
-	r.turnClock(r.State, Paused, since, a.m.opts.PausedFor)
+	r.switchClock(r.State, Paused, since, a.m.opts.PausedFor)
 	r.State, r.Changed, r.Pause = Paused, since, &p
 	r.Copy = &savedCopy{Dir: filepath.Base(next), At: since, FilesOnly: p.FilesOnly}
 	if err = a.m.store.save(r); err == nil {
@@ -247,7 +247,7 @@ func (a *adoption) adoptSilent(r record, lock *os.File, over *OverError) (taken 
 	if err := a.register(sb, "taken over by a new server, and its agent is silent"); err != nil {
 		return false, err
 	}
-	(&session{s: sb, machine: machine}).contain(over)
+	(&link{s: sb, machine: machine}).contain(over)
 	return true, nil
 }
 
@@ -377,7 +377,7 @@ func (a *adoption) endOrphan(id string, r record, lock *os.File, cause Cause) {
 		if cause == CauseTimeout || cause == CauseForgotten {
 			r.State = Killed
 		} else if r.Pause = r.afterFailure(r.Changed); r.Pause != nil {
-			r.turnClock(was, Failed, r.Changed, a.m.opts.PausedFor)
+			r.switchClock(was, Failed, r.Changed, a.m.opts.PausedFor)
 		}
 		sb := a.m.newSandbox(r)
 		sb.meter.recall(r)

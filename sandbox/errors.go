@@ -52,7 +52,7 @@ const (
 	CauseHalfMade  Cause = "its server died while it was made"
 	// CauseStopped means that the sandbox's processes were stopped from outside for too long.
 	CauseStopped Cause = "its processes were stopped from outside and not continued"
-	CauseGone   Cause = "it was gone when a server came back to it: the host had restarted, or its runtime had crashed"
+	CauseGone    Cause = "it was gone when a server came back to it: the host had restarted, or its runtime had crashed"
 )
 
 // Error implements error.

@@ -16,7 +16,7 @@ func (s *Sandbox) ProtectNow() error {
 	s.mu.Lock()
 	client := s.client
 	s.mu.Unlock()
-	_, err := (&session{s: s, client: client}).protectOnce(s.current().Protect, s.meter.haveSeen())
+	_, err := (&link{s: s, client: client}).protectOnce(s.current().Protect, s.meter.haveSeen())
 	return err
 }
 
@@ -28,7 +28,7 @@ func (s *Sandbox) ContainNow(over *OverError) {
 	s.mu.Lock()
 	machine := s.machine
 	s.mu.Unlock()
-	(&session{s: s, machine: machine}).contain(over)
+	(&link{s: s, machine: machine}).contain(over)
 }
 
 // AdoptSilent adopts an unowned sandbox as if its agent had been silent for long.

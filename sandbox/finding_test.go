@@ -259,7 +259,7 @@ func TestFaultyStart(t *testing.T) {
 				t.Fatalf("%s: %v: %d machines", step, fault, fake.Running())
 			}
 			faults.Store(0)
-			fake.Mend()
+			fake.Repair()
 			for _, id := range []string{runs.ID(), sleeps.ID()} {
 				sandboxtest.Eventually(t, step+": it is there", func() bool {
 					sb, err := second.Get("", id)

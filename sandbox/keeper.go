@@ -61,7 +61,7 @@ func (k *keeper) due() (time.Time, Cause) {
 	if r.State != Running {
 		return time.Time{}, ""
 	}
-	if r.Times.Idle > 0 && s.client != nil && s.hold == nil {
+	if r.Times.Idle > 0 && s.client != nil && s.changing == nil {
 		if idle := k.lastUse().Add(r.Times.Idle); idle.Before(r.ExpiresAt) {
 			return idle, CauseIdle
 		}
@@ -156,13 +156,13 @@ func (k *keeper) await(end time.Time) *agent.Client {
 	defer cancel()
 	for {
 		s.mu.Lock()
-		hold, client, running := s.hold, s.client, s.rec.State == Running
+		changing, client, running := s.changing, s.client, s.rec.State == Running
 		s.mu.Unlock()
-		if !running || hold == nil {
+		if !running || changing == nil {
 			return client
 		}
 		select {
-		case <-hold:
+		case <-changing:
 		case <-ctx.Done():
 			return nil
 		}

@@ -77,15 +77,15 @@ func TestTimeOverAndNoPause(t *testing.T) {
 	}
 }
 
-// TestThawedWithoutSession: a sandbox that was frozen because its session was lost has a session again after its resume.
-func TestThawedWithoutSession(t *testing.T) {
+// TestThawedWithoutLink: a sandbox that was frozen because its link was lost has a link again after its resume.
+func TestThawedWithoutLink(t *testing.T) {
 	t.Parallel()
 	fake, dir := &sandboxtest.Fake{FailSave: syscall.ENOSPC}, t.TempDir()
 	sb := create(t, newManager(t, dir, fake, nil), sandbox.CreateOptions{})
 	fake.Refuse(syscall.EMFILE)
 	fake.Cut(filepath.Join(dir, "sandboxes", sb.ID()))
 	sandboxtest.Eventually(t, "it is frozen", func() bool { return sb.Info().State == sandbox.Paused })
-	fake.Mend()
+	fake.Repair()
 	if err := sb.Resume(t.Context()); err != nil {
 		t.Fatal(err)
 	}

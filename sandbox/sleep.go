@@ -36,7 +36,7 @@ func (p *sleeping) run(ctx context.Context) (err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, saveTime, errors.New("it was not saved in time"))
 	defer cancel()
 	s.mu.Lock()
-	stop := s.stop
+	unlink := s.unlink
 	p.machine, p.client, p.was = s.machine, s.client, s.rec
 	s.mu.Unlock()
 	saved, err := s.roomToSave(ctx, !p.o.silent)
@@ -49,7 +49,7 @@ func (p *sleeping) run(ctx context.Context) (err error) {
 	if err := p.suspend(ctx); err != nil {
 		return err
 	}
-	stop() // from here on, the end of the machine is expected
+	unlink() // from here on, the end of the machine is expected
 	err = p.save(ctx)
 	s.mu.Lock()
 	older := s.m.store.kept(s.rec)

@@ -135,7 +135,7 @@ func follows(r *http.Request) bool {
 // was paused on purpose.
 func (t Target) agent(r *http.Request) (*agent.Client, error) {
 	if follows(r) {
-		return t.Sandbox.AgentAwake(r.Context(), "follow a process in")
+		return t.Sandbox.AgentIfAwake(r.Context(), "follow a process in")
 	}
 	return t.Sandbox.Agent(r.Context(), "act in")
 }
