@@ -156,14 +156,19 @@ func (m *Manager) Accounts() *access.Accounts { return m.opts.Accounts }
 // ConnWait is how long a request waits for room in its owner's account.
 func (m *Manager) ConnWait() time.Duration { return m.opts.ConnWait }
 
-// Room returns how much memory can still be promised, in bytes, and how many sandboxes of all owners are in each state.
-func (m *Manager) Room() (free int64, states map[State]int, err error) {
+// FreeMemory returns how much memory can still be promised, in bytes.
+func (m *Manager) FreeMemory() (int64, error) {
 	promised, err := m.store.promised()
-	states = map[State]int{}
+	return max(0, m.opts.MemoryBudget-promised), err
+}
+
+// CountStates returns how many sandboxes of all owners are in each state.
+func (m *Manager) CountStates() map[State]int {
+	states := map[State]int{}
 	for _, sb := range m.sandboxes.all() {
 		states[sb.Info().State]++
 	}
-	return max(0, m.opts.MemoryBudget-promised), states, err
+	return states
 }
 
 // Busy reports whether a sandbox of this server is in memory, so that the server is needed to end it in time.

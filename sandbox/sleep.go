@@ -39,7 +39,7 @@ func (p *sleeping) run(ctx context.Context) (err error) {
 	unlink := s.unlink
 	p.machine, p.client, p.was = s.machine, s.client, s.rec
 	s.mu.Unlock()
-	saved, err := s.roomToSave(ctx, !p.o.silent)
+	saved, err := s.reserveToSave(ctx, !p.o.silent)
 	if err != nil {
 		return err
 	}
@@ -156,10 +156,10 @@ func endMachine(machine Machine) error {
 	return machine.Destroy(ctx)
 }
 
-// roomToSave reports an error unless a checkpoint may be made: within the budget for checkpoints, and with some room left on the machine's
-// disk. That room is reserved until done is called. With ask, the agent is asked for its usage first. What the guest says it uses is
-// believed only between what the host sees and the limits; a frozen guest has said it earlier.
-func (s *Sandbox) roomToSave(ctx context.Context, ask bool) (done func(), err error) {
+// reserveToSave reports an error unless a checkpoint may be made: within the budget for checkpoints, and with some space left on the
+// machine's disk. That space is reserved until done is called. With ask, the agent is asked for its usage first. What the guest says it
+// uses is believed only between what the host sees and the limits; a frozen guest has said it earlier.
+func (s *Sandbox) reserveToSave(ctx context.Context, ask bool) (done func(), err error) {
 	if ask {
 		s.Refresh(ctx)
 	}

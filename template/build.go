@@ -239,7 +239,7 @@ func (r *run) finish(err error) error {
 		err = errors.Join(err, f.Close())
 	}
 	if err != nil {
-		err = r.Store.noRoom(err)
+		err = r.Store.asNoSpace(err)
 		r.log.line("error", "", err.Error())
 		err = &BuildError{ID: r.id, Err: err}
 	}

@@ -83,7 +83,7 @@ func (r *run) stage(ctx context.Context, index int) (_ *result, err error) {
 				e.Line, e.Command = lineOf(cmd.Location()), shown(cmd)
 				return nil, err
 			}
-			return nil, &StepError{Line: lineOf(cmd.Location()), Command: shown(cmd), Err: s.Store.ifFull(s.Store.noRoom(err))}
+			return nil, &StepError{Line: lineOf(cmd.Location()), Command: shown(cmd), Err: s.Store.ifFull(s.Store.asNoSpace(err))}
 		}
 	}
 	if len(s.dirs) > 0 { // the stage ends with directories to make

@@ -315,11 +315,11 @@ func (c httpConfig) routes(s *service, endpoint *mcpserver.HTTP, control *api.Co
 	return mux
 }
 
-// health reports whether the server works, and how much room it has. It reveals nothing about any sandbox.
+// health reports whether the server works, and how much memory is free. It reveals nothing about any sandbox.
 func (s *service) health() http.Handler {
 	began, hard := time.Now(), (&gvisor.Runtime{}).HardLimits()
 	return answerJSON(func() (any, error) {
-		free, _, err := s.manager.Room()
+		free, err := s.manager.FreeMemory()
 		if err != nil {
 			return nil, err
 		}
