@@ -29,9 +29,8 @@ type Runtime struct {
 	Log   *slog.Logger // gets what init writes to stderr, at level debug; the default discards it
 	// Cgroups is where the host's cgroups are mounted; default /sys/fs/cgroup. If the server may write there, they are the hard limit.
 	Cgroups string
-	// Fault is only for tests: it is called before each request to the host, which what names, and its error is then the result of that
-	// request.
-	Fault func(what string) error
+
+	inject func(what string) error // see fault
 }
 
 var (
