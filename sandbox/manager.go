@@ -83,8 +83,6 @@ const (
 
 // Manager knows all sandboxes of this server. It is safe for concurrent use.
 type Manager struct {
-	snapshots // its exported methods are the manager's
-
 	opts  Options
 	store store
 	log   *slog.Logger
@@ -96,6 +94,7 @@ type Manager struct {
 	sandboxes registry
 	capacity  capacity
 	adoption  adoption
+	snapshots snapshots
 }
 
 // NewManager opens the state directory and starts to adopt or end what dead servers left in it.
