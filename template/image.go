@@ -22,7 +22,7 @@ func (j *job) image(ctx context.Context, layers []Layer) (string, error) {
 		return "", err
 	}
 	if exists(file) {
-		return file, j.sealed(file, true)
+		return file, j.sealExisting(file, true)
 	}
 	free, err := j.wait(ctx, access.Merges, 1) // before the lock: its holder never waits for another owner's account
 	if err != nil {

@@ -140,7 +140,7 @@ func (s *Store) free() (free, spare int64, err error) {
 // spareDisk is how many bytes the store leaves free on its disk, at most a twentieth of it; spaceEvery is how many bytes are read between
 // checks.
 const (
-	spareDisk = 512 << 20
+	spareDisk  = 512 << 20
 	spaceEvery = 32 << 20
 )
 

@@ -134,7 +134,7 @@ func (s *Toolbox) exec(ctx context.Context, in execInput) (execOutput, error) {
 	if err := in.check(); err != nil {
 		return execOutput{}, err
 	}
-	yield, chars, err := bounds(in.YieldMS, in.MaxChars)
+	yield, chars, err := waitArguments(in.YieldMS, in.MaxChars)
 	if err != nil {
 		return execOutput{}, err
 	}
@@ -205,8 +205,8 @@ func (in execInput) ownYield(ctx context.Context, usual time.Duration) time.Dura
 // startSlice bounds the round trip that starts a process and waits for it, since that round trip is not cancelled.
 const startSlice = 200 * time.Millisecond
 
-// bounds checks the two arguments that all waiting tools share.
-func bounds(yieldMS *int64, maxOutput *int) (yield time.Duration, chars int, err error) {
+// waitArguments checks the two arguments that all waiting tools share.
+func waitArguments(yieldMS *int64, maxOutput *int) (yield time.Duration, chars int, err error) {
 	ms, chars := int64(defaultYield), defaultChars
 	if yieldMS != nil {
 		ms = *yieldMS

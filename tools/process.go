@@ -64,7 +64,7 @@ func (s *Toolbox) processWait(ctx context.Context, in processWaitInput) (execOut
 	if err != nil {
 		return execOutput{}, err
 	}
-	yield, chars, err := bounds(in.YieldMS, in.MaxChars)
+	yield, chars, err := waitArguments(in.YieldMS, in.MaxChars)
 	if err != nil {
 		return execOutput{}, err
 	}
@@ -178,7 +178,7 @@ func (s *Toolbox) processWrite(ctx context.Context, in processWriteInput) (execO
 		in.YieldMS = new(int64)
 		*in.YieldMS = 2000
 	}
-	yield, chars, err := bounds(in.YieldMS, nil)
+	yield, chars, err := waitArguments(in.YieldMS, nil)
 	if err != nil {
 		return execOutput{}, err
 	}

@@ -80,7 +80,7 @@ func (o fileWatchOutput) text() string {
 const maxWatchEvents = 1000
 
 func (s *Toolbox) fileWatch(ctx context.Context, in fileWatchInput) (fileWatchOutput, error) {
-	yield, _, err := bounds(in.YieldMS, nil)
+	yield, _, err := waitArguments(in.YieldMS, nil)
 	switch {
 	case err != nil:
 		return fileWatchOutput{}, err
