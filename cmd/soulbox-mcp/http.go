@@ -173,7 +173,7 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 	door := c.door(s.log)
 	defer door.Watch()()
 	endpoint := s.mcp.HTTP(mcpserver.HTTPOptions{Access: c.access(public, door), SessionIdle: c.idle, Rate: c.rate})
-	s.gateway.Admit = door.AdmitOwner
+	s.gateway.OwnerValid = door.AdmitOwner
 	s.metrics.watch(s.manager, s.descriptors, endpoint.Sessions)
 	control := c.control(s, endpoint, door)
 	defer control.Close()
