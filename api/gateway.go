@@ -46,8 +46,8 @@ type Gateway struct {
 	// Insecure lets clients reach sandboxes that were made without an access token. On loopback it is the default; otherwise the operator
 	// sets it.
 	Insecure bool
-	// OwnerValid returns an error if the sandboxes of an owner may no longer be reached by their tokens and signed URLs, and ends the request of
-	// ctx as soon as that becomes true. If nil, they always may.
+	// OwnerValid returns an error if the sandboxes of an owner may no longer be reached by their tokens and signed URLs, and ends the
+	// request of ctx as soon as that becomes true. If nil, they always may.
 	OwnerValid func(ctx context.Context, owner string) error
 
 	inside   *envd.Server

@@ -9,8 +9,6 @@ import (
 	"time"
 	"unicode/utf8"
 
-	"github.com/mark3labs/mcp-go/server"
-
 	"soulbox.dev/soulbox/agent"
 	"soulbox.dev/soulbox/internal/names"
 	"soulbox.dev/soulbox/sandbox"
@@ -28,12 +26,12 @@ const (
 	ttyYield     = 2 * time.Second // at most; a call returns earlier, when the program at the terminal is silent
 )
 
-func (s *Toolbox) execTools() []server.ServerTool {
-	return []server.ServerTool{
+func (s *Toolbox) execTools() []tool {
+	return []tool{
 		define(s, "exec",
 			"Run a shell command (bash) in the sandbox and return its output and exit code. After yield_ms it continues in the "+
 				"background; its process_id is for process_wait, process_write and process_signal. Set background for servers.",
-			hints{title: "Run a command", destructive: true, long: true}, s.exec),
+			hints{title: "Run a command", destructive: true, longResult: true, slow: true}, s.exec),
 	}
 }
 

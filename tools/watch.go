@@ -5,18 +5,16 @@ import (
 	"strings"
 	"time"
 
-	"github.com/mark3labs/mcp-go/server"
-
 	"soulbox.dev/soulbox/agent"
 	"soulbox.dev/soulbox/internal/cursor"
 	"soulbox.dev/soulbox/internal/names"
 )
 
-func (s *Toolbox) watchTools() []server.ServerTool {
-	return []server.ServerTool{
+func (s *Toolbox) watchTools() []tool {
+	return []tool{
 		define(s, "file_watch",
 			"Watch files for changes. Start with path; then the cursor gives the changes since, or waits for the first.",
-			hints{title: "Watch files", readOnly: true, idempotent: true, long: true}, s.fileWatch),
+			hints{title: "Watch files", readOnly: true, idempotent: true, longResult: true}, s.fileWatch),
 	}
 }
 
