@@ -19,6 +19,7 @@ import (
 
 	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/api/envd"
+	"soulbox.dev/soulbox/internal/loopback"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -168,7 +169,7 @@ func (g *Gateway) Handler(next http.Handler) http.Handler {
 // address returns the sandbox and the port of a request; ours is false if the request is not for a sandbox. A port that cannot be read is
 // 0.
 func (g *Gateway) address(r *http.Request) (id string, port int, ours bool) {
-	host := access.BareHost(r.Host)
+	host := loopback.Bare(r.Host)
 	label := ""
 	if g.Base != nil {
 		label, ours = strings.CutSuffix(host, "."+strings.ToLower(g.Base.Hostname()))
@@ -185,7 +186,7 @@ func (g *Gateway) address(r *http.Request) (id string, port int, ours bool) {
 	} else {
 		_, err := netip.ParseAddr(host)
 		named := r.Header.Values(SandboxHeader)
-		if !ours && (host != "localhost" && err != nil || len(named) == 0) {
+		if !ours && (err != nil && !loopback.IsItself(host) || len(named) == 0) {
 			return "", 0, false
 		}
 		if ports := r.Header.Values(PortHeader); len(ports) == 1 {

@@ -11,7 +11,6 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"net/netip"
 	"net/url"
 	"slices"
 	"strings"
@@ -22,6 +21,7 @@ import (
 	"soulbox.dev/soulbox/api"
 	"soulbox.dev/soulbox/api/client"
 	"soulbox.dev/soulbox/gvisor"
+	"soulbox.dev/soulbox/internal/loopback"
 	"soulbox.dev/soulbox/mcpserver"
 )
 
@@ -87,8 +87,7 @@ func (c *httpConfig) check() error {
 	if err != nil {
 		return usageError{err}
 	}
-	ip, err := netip.ParseAddr(host)
-	if host == "localhost" || err == nil && ip.IsLoopback() {
+	if loopback.IsItself(host) {
 		return nil
 	}
 	if !c.allowRemote {
