@@ -13,8 +13,8 @@
 // Every change between running and paused takes the sandbox's turn (pause.go); callers of Agent wait meanwhile. Every write goes through
 // store.Disk, so that tests can stop it anywhere (TestPowerFails, TestCutAtEveryByte).
 //
-// A turn is taken while none of these locks is held. Whoever has a turn may wait for that of a sandbox on disk, which is ended to make
-// space (reserveDisk), and for no other. Locks are taken in this order, and two of one line never together:
+// A turn is taken while none of these locks is held. Whoever has a turn may wait for that of a sandbox that was on disk and is ended to
+// make space (reserveDisk), and for no other. Locks are taken in this order, and two of one line never together:
 //
 //	capacity.mu with the flock .room; adoption.claiming
 //	registry.mu; the flock sandboxes/.lock
