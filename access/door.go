@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"net"
 	"net/http"
 	"strings"
 	"sync"
@@ -141,12 +140,4 @@ func (d *Door) tellKeys() {
 	default:
 		d.Log.Info("keys are needed", "valid", valid)
 	}
-}
-
-// BareHost is the host of a request without its port, brackets, trailing dot and case, as names are compared.
-func BareHost(host string) string {
-	if name, _, err := net.SplitHostPort(host); err == nil {
-		host = name
-	}
-	return strings.TrimSuffix(strings.ToLower(strings.Trim(host, "[]")), ".")
 }

@@ -31,7 +31,7 @@ func (c *acceptedConn) CloseWrite() error { return c.Stream.Close() }
 // Accept waits for the next connection that a program in the sandbox makes to an address of its loopback. The agent listens on the address
 // from the first Accept on. Accept does not count as use of the sandbox. The connection ends when ctx ends.
 func (c *Client) Accept(ctx context.Context, address string) (net.Conn, error) {
-	stream, err := OrGiveUp(ctx, func() (*yamux.Stream, error) { return c.open(Header{Stream: StreamAccept, Address: address}) }, c.giveUp)
+	stream, err := UntilDone(ctx, func() (*yamux.Stream, error) { return c.open(Header{Stream: StreamAccept, Address: address}) }, c.giveUp)
 	if err != nil {
 		return nil, err
 	}

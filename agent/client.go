@@ -150,7 +150,7 @@ func Call[R any](ctx context.Context, c *Client, method string, args any) (resul
 		defer c.inFlight.end()
 	}
 	id := c.lastID.Add(1)
-	waiter, err := OrGiveUp(ctx, func() (jsonrpc2.Waiter, error) {
+	waiter, err := UntilDone(ctx, func() (jsonrpc2.Waiter, error) {
 		return c.rpc.DispatchCall(ctx, method, ForWire(args), jsonrpc2.PickID(jsonrpc2.ID{Num: id}))
 	}, nil)
 	if errors.Is(err, ErrTooLarge) {
@@ -187,9 +187,9 @@ func Call[R any](ctx context.Context, c *Client, method string, args any) (resul
 	return result, c.lost(method, err)
 }
 
-// OrGiveUp runs do, which cannot or must not be interrupted: it may block for as long as the guest does not read its pipe. When ctx ends
-// first, OrGiveUp returns, do continues in the background until it is done or the pipe ends, and undo, if not nil, gets its result.
-func OrGiveUp[T any](ctx context.Context, do func() (T, error), undo func(T)) (T, error) {
+// UntilDone waits for do until ctx is done. do cannot or must not be interrupted: it may block for as long as the guest does not read its
+// pipe. When ctx ends first, do continues in the background until it returns or the pipe ends, and undo, if not nil, gets its result.
+func UntilDone[T any](ctx context.Context, do func() (T, error), undo func(T)) (T, error) {
 	type outcome struct {
 		value T
 		err   error
@@ -388,7 +388,7 @@ func (c *Client) handshake(ctx context.Context, h Header) (stream narrowStream, 
 			leave()
 		}
 	}()
-	opened, err := OrGiveUp(ctx, func() (*yamux.Stream, error) { return c.open(h) }, c.giveUp)
+	opened, err := UntilDone(ctx, func() (*yamux.Stream, error) { return c.open(h) }, c.giveUp)
 	if err != nil {
 		return narrowStream{}, a, nil, err
 	}

@@ -373,9 +373,9 @@ func TestNobodyElses(t *testing.T) {
 	_, foreign := a.create("bob", `{"templateID":"base"}`)
 	host := fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain)
 	for _, headers := range [][]string{
-		{}, {envd.TokenHeader, foreign}, {envd.TokenHeader, "ann"}, {envd.TokenHeader, ""},
-		{envd.TokenHeader, token, envd.TokenHeader, token}, {"X-API-Key", "ann"},
-		{"Authorization", "Bearer " + token}, {TokenHeader, token}, {SandboxHeader, id, PortHeader, "49983", envd.TokenHeader, foreign},
+		{}, {envd.AccessHeader, foreign}, {envd.AccessHeader, "ann"}, {envd.AccessHeader, ""},
+		{envd.AccessHeader, token, envd.AccessHeader, token}, {"X-API-Key", "ann"},
+		{"Authorization", "Bearer " + token}, {TrafficHeader, token}, {SandboxHeader, id, PortHeader, "49983", envd.AccessHeader, foreign},
 	} {
 		for _, path := range []string{processconnect.ProcessListProcedure, processconnect.ProcessStartProcedure,
 			filesystemconnect.FilesystemStatProcedure, "/files?path=/etc/passwd", "/metrics", "/envs", "/files/compose", "/init"} {
@@ -389,11 +389,11 @@ func TestNobodyElses(t *testing.T) {
 			}
 		}
 	}
-	if r := a.ask("POST", processconnect.ProcessListProcedure, "{}", "Host", host, envd.TokenHeader, token); r.code != 200 {
+	if r := a.ask("POST", processconnect.ProcessListProcedure, "{}", "Host", host, envd.AccessHeader, token); r.code != 200 {
 		t.Errorf("%d %s", r.code, r.text)
 	}
 	for _, path := range []string{"/init", "/freeze", "/unfreeze", "/upgrade", "/collapse", "/fsfreeze"} {
-		if r := a.ask("POST", path, "{}", "Host", host, envd.TokenHeader, token); r.code != 404 {
+		if r := a.ask("POST", path, "{}", "Host", host, envd.AccessHeader, token); r.code != 404 {
 			t.Errorf("%s: %d", path, r.code)
 		}
 	}
@@ -434,7 +434,7 @@ func TestHosts(t *testing.T) {
 		{"8000-" + id + "." + testDomain, nil, 502, `"message":"The sandbox is running but port is not open"`},
 	} {
 		r := a.ask("POST", processconnect.ProcessListProcedure, "{}",
-			append([]string{"Host", test.host, envd.TokenHeader, token}, test.headers...)...)
+			append([]string{"Host", test.host, envd.AccessHeader, token}, test.headers...)...)
 		if r.code != test.code || !strings.Contains(r.text, test.want) {
 			t.Errorf("%s %v: %d %s, want %d %s", test.host, test.headers, r.code, r.text, test.code, test.want)
 		}
@@ -577,7 +577,7 @@ func TestHealthWakesNobody(t *testing.T) {
 		a.as("ann", "GET", "/sandboxes/"+id, "").field("state") != "paused" {
 		t.Errorf("%d %s", r.code, r.text)
 	}
-	if r := a.ask("GET", "/health", "", "Host", host, envd.TokenHeader, token); r.code != 204 ||
+	if r := a.ask("GET", "/health", "", "Host", host, envd.AccessHeader, token); r.code != 204 ||
 		a.as("ann", "GET", "/sandboxes/"+id, "").field("state") != "running" {
 		t.Errorf("%d %s", r.code, r.text)
 	}
@@ -593,7 +593,7 @@ func TestCompose(t *testing.T) {
 		t.Fatal(err)
 	}
 	compose := func(body string) reply {
-		return a.ask("POST", "/files/compose", body, "Host", fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain), envd.TokenHeader, token)
+		return a.ask("POST", "/files/compose", body, "Host", fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain), envd.AccessHeader, token)
 	}
 	if r := compose(fmt.Sprintf(`{"source_paths":["%[1]s/l/x","%[1]s/d/y"],"destination":"%[1]s/d/x"}`, dir)); r.code != 200 ||
 		r.field("name") != "x" {
@@ -622,7 +622,7 @@ func TestWatchersAreASandbox(t *testing.T) {
 	dir := t.TempDir()
 	watch := func(id, token string) reply {
 		return a.ask("POST", filesystemconnect.FilesystemCreateWatcherProcedure, `{"path":"`+dir+`"}`, "Host",
-			fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain), envd.TokenHeader, token)
+			fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain), envd.AccessHeader, token)
 	}
 	id, token := a.create("ann", `{"templateID":"base"}`)
 	for i := range 65 {
@@ -637,7 +637,7 @@ func TestWatchersAreASandbox(t *testing.T) {
 	}
 	poll := func(id, token string) reply {
 		return a.ask("POST", filesystemconnect.FilesystemGetWatcherEventsProcedure, fmt.Sprintf(`{"watcherId":"%v"}`, r.field("watcherId")),
-			"Host", fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain), envd.TokenHeader, token)
+			"Host", fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain), envd.AccessHeader, token)
 	}
 	if r := poll(id, token); r.code != 404 {
 		t.Errorf("another's watcher: %d %s", r.code, r.text)

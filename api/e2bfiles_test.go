@@ -17,7 +17,7 @@ import (
 // inside sends a request to envd of a sandbox.
 func (a *apiTest) inside(id, token, method, path, body string, headers ...string) reply {
 	a.Helper()
-	return a.ask(method, path, body, append([]string{"Host", fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain), envd.TokenHeader, token},
+	return a.ask(method, path, body, append([]string{"Host", fmt.Sprintf("%d-%s.%s", envd.Port, id, testDomain), envd.AccessHeader, token},
 		headers...)...)
 }
 

@@ -19,15 +19,16 @@ import (
 
 	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/api/envd"
+	"soulbox.dev/soulbox/internal/loopback"
 	"soulbox.dev/soulbox/sandbox"
 )
 
 // Names under which a client sends a sandbox's traffic token. The header is E2B's; the query parameter is for links, and becomes the
 // cookie.
 const (
-	TokenHeader = "E2b-Traffic-Access-Token"
-	TokenQuery  = "traffic_token"
-	tokenCookie = "soulbox-traffic"
+	TrafficHeader = "E2b-Traffic-Access-Token"
+	TrafficQuery  = "traffic_token"
+	trafficCookie = "soulbox-traffic"
 )
 
 const (
@@ -46,9 +47,9 @@ type Gateway struct {
 	// Insecure lets clients reach sandboxes that were made without an access token. On loopback it is the default; otherwise the operator
 	// sets it.
 	Insecure bool
-	// Admit returns an error if the sandboxes of an owner may no longer be reached by their tokens and signed URLs, and ends the request of
-	// ctx as soon as that becomes true. If nil, they always may.
-	Admit func(ctx context.Context, owner string) error
+	// OwnerValid returns an error if the sandboxes of an owner may no longer be reached by their tokens and signed URLs, and ends the
+	// request of ctx as soon as that becomes true. If nil, they always may.
+	OwnerValid func(ctx context.Context, owner string) error
 
 	inside   *envd.Server
 	ways     map[way]*http.Transport
@@ -75,7 +76,7 @@ func (g *Gateway) URL(sb *sandbox.Sandbox, p sandbox.Port) string {
 	u.Host = fmt.Sprintf("%d-%s.%s", p.Port, sb.ID(), g.Base.Host)
 	u.Path = "/"
 	if !p.Public {
-		u.RawQuery = url.Values{TokenQuery: {sb.TrafficToken()}}.Encode()
+		u.RawQuery = url.Values{TrafficQuery: {sb.TrafficToken()}}.Encode()
 	}
 	return u.String()
 }
@@ -168,7 +169,7 @@ func (g *Gateway) Handler(next http.Handler) http.Handler {
 // address returns the sandbox and the port of a request; ours is false if the request is not for a sandbox. A port that cannot be read is
 // 0.
 func (g *Gateway) address(r *http.Request) (id string, port int, ours bool) {
-	host := access.BareHost(r.Host)
+	host := loopback.Bare(r.Host)
 	label := ""
 	if g.Base != nil {
 		label, ours = strings.CutSuffix(host, "."+strings.ToLower(g.Base.Hostname()))
@@ -185,7 +186,7 @@ func (g *Gateway) address(r *http.Request) (id string, port int, ours bool) {
 	} else {
 		_, err := netip.ParseAddr(host)
 		named := r.Header.Values(SandboxHeader)
-		if !ours && (host != "localhost" && err != nil || len(named) == 0) {
+		if !ours && (err != nil && !loopback.IsItself(host) || len(named) == 0) {
 			return "", 0, false
 		}
 		if ports := r.Header.Values(PortHeader); len(ports) == 1 {
@@ -239,7 +240,7 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, id string, port 
 // serveInside answers a request for what is in a sandbox.
 func (g *Gateway) serveInside(w http.ResponseWriter, r *http.Request, sb *sandbox.Sandbox) {
 	target := envd.Target{Sandbox: sb, Free: g.free(sb.Info())}
-	if !g.inside.Admits(w, r, target) || !g.stillOwned(w, r, sb) {
+	if !g.inside.Admits(w, r, target) || !g.ownerValid(w, r, sb) {
 		return
 	}
 	release, ok := g.charged(w, r, sb, envd.Port)
@@ -251,7 +252,7 @@ func (g *Gateway) serveInside(w http.ResponseWriter, r *http.Request, sb *sandbo
 		notFound(sb.ID()).write(w, r)
 		return
 	}
-	if g.awake(w, r, sb) {
+	if g.wake(w, r, sb) {
 		g.inside.Serve(w, r, target)
 	}
 }
@@ -261,16 +262,16 @@ func (g *Gateway) servePort(w http.ResponseWriter, r *http.Request, sb *sandbox.
 	public, open := sb.Reachable(port)
 	if !open || !public {
 		secret := sb.TrafficToken()
-		if !g.admits(r, secret) {
+		if !g.hasToken(r, secret) {
 			failure{SandboxID: sb.ID(), Code: http.StatusForbidden, Message: "This port needs the sandbox's traffic token, as header " +
-				TokenHeader + " or in the URL that port_expose gave"}.write(w, r)
+				TrafficHeader + " or in the URL that port_expose gave"}.write(w, r)
 			return
 		}
-		if !g.stillOwned(w, r, sb) {
+		if !g.ownerValid(w, r, sb) {
 			return
 		}
 		// A browser gets the token as a cookie, and an address without it, which can be passed on. Programs get no cookie.
-		if r.URL.Query().Has(TokenQuery) && r.Method == http.MethodGet && r.Header.Get("Upgrade") == "" && isBrowser(r) {
+		if r.URL.Query().Has(TrafficQuery) && r.Method == http.MethodGet && r.Header.Get("Upgrade") == "" && isBrowser(r) {
 			g.remember(w, r, secret)
 			return
 		}
@@ -285,7 +286,7 @@ func (g *Gateway) servePort(w http.ResponseWriter, r *http.Request, sb *sandbox.
 		return
 	}
 	defer release()
-	if g.awake(w, r, sb) {
+	if g.wake(w, r, sb) {
 		answer := stalling{w, g.stall}
 		defer answer.clearDeadline()
 		g.proxy(sb, port).ServeHTTP(answer, r)
@@ -298,12 +299,12 @@ func (g *Gateway) insecure() bool { return g != nil && g.Insecure }
 // free reports whether a sandbox needs no access token.
 func (g *Gateway) free(i sandbox.Info) bool { return g.insecure() && i.Ingress.Insecure }
 
-// stillOwned reports whether a sandbox's tokens are still valid, and answers the request if they are not.
-func (g *Gateway) stillOwned(w http.ResponseWriter, r *http.Request, sb *sandbox.Sandbox) bool {
-	if g.Admit == nil {
+// ownerValid reports whether a sandbox's tokens are still valid, and answers the request if they are not.
+func (g *Gateway) ownerValid(w http.ResponseWriter, r *http.Request, sb *sandbox.Sandbox) bool {
+	if g.OwnerValid == nil {
 		return true
 	}
-	if err := g.Admit(r.Context(), sb.Info().Owner); err != nil {
+	if err := g.OwnerValid(r.Context(), sb.Info().Owner); err != nil {
 		g.Log.Warn("refused a request", "why", "the sandbox's owner: "+err.Error(), "sandbox", sb.ID(), "from", r.RemoteAddr)
 		failure{SandboxID: sb.ID(), Code: http.StatusUnauthorized,
 			Message: "The sandbox's owner has no valid key any more; soulbox-mcp key create makes one"}.write(w, r)
@@ -312,8 +313,8 @@ func (g *Gateway) stillOwned(w http.ResponseWriter, r *http.Request, sb *sandbox
 	return true
 }
 
-// awake wakes a paused sandbox if a request may wake it. If the sandbox cannot be woken, it answers the request and returns false.
-func (g *Gateway) awake(w http.ResponseWriter, r *http.Request, sb *sandbox.Sandbox) bool {
+// wake wakes a paused sandbox if a request may wake it. If the sandbox cannot be woken, it answers the request and returns false.
+func (g *Gateway) wake(w http.ResponseWriter, r *http.Request, sb *sandbox.Sandbox) bool {
 	if sb.Info().State != sandbox.Paused {
 		return true
 	}
@@ -344,16 +345,16 @@ func (g *Gateway) awake(w http.ResponseWriter, r *http.Request, sb *sandbox.Sand
 // 4.1.3.2).
 func (g *Gateway) cookie() string {
 	if g.secure() {
-		return "__Host-" + tokenCookie
+		return "__Host-" + trafficCookie
 	}
-	return tokenCookie
+	return trafficCookie
 }
 
 func (g *Gateway) secure() bool { return g.Base != nil && g.Base.Scheme == "https" }
 
-// admits reports whether a request carries the token: as header, query parameter or cookie.
-func (g *Gateway) admits(r *http.Request, secret string) bool {
-	shown := append(r.Header.Values(TokenHeader), r.URL.Query()[TokenQuery]...)
+// hasToken reports whether a request carries the token: as header, query parameter or cookie.
+func (g *Gateway) hasToken(r *http.Request, secret string) bool {
+	shown := append(r.Header.Values(TrafficHeader), r.URL.Query()[TrafficQuery]...)
 	for _, c := range r.CookiesNamed(g.cookie()) {
 		shown = append(shown, c.Value)
 	}
@@ -380,10 +381,10 @@ func (g *Gateway) remember(w http.ResponseWriter, r *http.Request, shown string)
 
 func withoutToken(u *url.URL) *url.URL {
 	q := u.Query()
-	if !q.Has(TokenQuery) {
+	if !q.Has(TrafficQuery) {
 		return u
 	}
-	q.Del(TokenQuery)
+	q.Del(TrafficQuery)
 	c := *u
 	c.RawQuery = q.Encode()
 	return &c
@@ -404,10 +405,10 @@ func (g *Gateway) proxy(sb *sandbox.Sandbox, port int) *httputil.ReverseProxy {
 			}
 			r.Out.Header.Del(SandboxHeader)
 			r.Out.Header.Del(PortHeader)
-			if q := r.Out.URL; q.Query().Has(TokenQuery) {
+			if q := r.Out.URL; q.Query().Has(TrafficQuery) {
 				r.Out.URL = withoutToken(q)
 			}
-			r.Out.Header.Del(TokenHeader)
+			r.Out.Header.Del(TrafficHeader)
 			if cookies := otherCookies(r.In.Header.Values("Cookie"), g.cookie()); len(cookies) > 0 {
 				r.Out.Header["Cookie"] = cookies
 			} else {

@@ -53,7 +53,7 @@ func app(broken chan<- struct{}) http.Handler {
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(w, "%s %s host=%s for=%s proto=%s cookie=%q token=%q", r.Method, r.URL.RequestURI(), r.Host,
 			r.Header.Get("X-Forwarded-For"), r.Header.Get("X-Forwarded-Proto"),
-			r.Header.Get("Cookie"), r.Header.Get(TokenHeader))
+			r.Header.Get("Cookie"), r.Header.Get(TrafficHeader))
 	})
 	mux.HandleFunc("/sum", func(w http.ResponseWriter, r *http.Request) {
 		n, err := io.Copy(io.Discard, r.Body)
@@ -173,8 +173,8 @@ func TestGatewayToken(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, headers := range map[string][]string{"none": nil, "empty": {TokenHeader, ""}, "wrong": {TokenHeader, secret + "x"},
-		"wrong cookie": {"Cookie", tokenCookie + "=x"}, "a key": {"Authorization", "Bearer " + secret}} {
+	for name, headers := range map[string][]string{"none": nil, "empty": {TrafficHeader, ""}, "wrong": {TrafficHeader, secret + "x"},
+		"wrong cookie": {"Cookie", trafficCookie + "=x"}, "a key": {"Authorization", "Bearer " + secret}} {
 		res, body := g.get(host, "/", headers...)
 		var f failure
 		if err := json.Unmarshal([]byte(body), &f); err != nil || res.StatusCode != 403 || f.Code != 403 || f.SandboxID != g.sb.ID() ||
@@ -185,10 +185,10 @@ func TestGatewayToken(t *testing.T) {
 	want := func(path, cookie string) string {
 		return fmt.Sprintf("GET %s host=%s for=127.0.0.1 proto=http cookie=%q token=\"\"", path, host, cookie)
 	}
-	if _, body := g.get(host, "/a?b=c%20d", TokenHeader, secret); body != want("/a?b=c%20d", "") {
+	if _, body := g.get(host, "/a?b=c%20d", TrafficHeader, secret); body != want("/a?b=c%20d", "") {
 		t.Error(body)
 	}
-	if _, body := g.get(host, "/a", "Cookie", "mine=1; "+tokenCookie+"="+secret+"; other=2"); body != want("/a", "mine=1; other=2") {
+	if _, body := g.get(host, "/a", "Cookie", "mine=1; "+trafficCookie+"="+secret+"; other=2"); body != want("/a", "mine=1; other=2") {
 		t.Error(body)
 	}
 	link, err := url.Parse(g.g.URL(g.sb, p))
@@ -199,7 +199,7 @@ func TestGatewayToken(t *testing.T) {
 		t.Error("a program with the link:", body)
 	}
 	odd := `a=1; prefs={"dark":true}; n=Zürich; b=2`
-	if _, body := g.get(host, "/", "Cookie", tokenCookie+"=wrong; "+odd+"; "+tokenCookie+"="+secret); body != want("/", odd) {
+	if _, body := g.get(host, "/", "Cookie", trafficCookie+"=wrong; "+odd+"; "+trafficCookie+"="+secret); body != want("/", odd) {
 		t.Error(body)
 	}
 	res, _ := g.get(host, link.RequestURI()+"&x=1", "User-Agent", "Mozilla/5.0")
@@ -218,7 +218,7 @@ func TestGatewayToken(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	fmt.Fprintf(conn, "GET /socket?%s=%s HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", TokenQuery, secret,
+	fmt.Fprintf(conn, "GET /socket?%s=%s HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", TrafficQuery, secret,
 		host)
 	if res, err := http.ReadResponse(bufio.NewReader(conn), nil); err != nil || res.StatusCode != http.StatusSwitchingProtocols {
 		t.Error("a WebSocket with the token in its URL:", res, err)
@@ -261,7 +261,7 @@ func TestGatewayErrors(t *testing.T) {
 		"box.test":                        "200 the server itself",
 		"1-" + g.sb.ID() + ".other.test":  "200 the server itself",
 	} {
-		res, body := g.get(host, "/", TokenHeader, secret)
+		res, body := g.get(host, "/", TrafficHeader, secret)
 		if got := strconv.Itoa(res.StatusCode) + " " + strings.TrimSpace(body); got != want {
 			t.Errorf("%s: %s", host, got)
 		}
@@ -273,7 +273,7 @@ func TestGatewayErrors(t *testing.T) {
 	if err := g.sb.Kill(errors.New("a test")); err != nil {
 		t.Fatal(err)
 	}
-	if res, body := g.get(g.host(1), "/", TokenHeader, secret); res.StatusCode != 502 || !strings.Contains(body, "not found") {
+	if res, body := g.get(g.host(1), "/", TrafficHeader, secret); res.StatusCode != 502 || !strings.Contains(body, "not found") {
 		t.Error(body)
 	}
 }
@@ -446,7 +446,7 @@ func TestGatewayIngress(t *testing.T) {
 	}
 	host := func(port int) string { return fmt.Sprintf("%d-%s.box.test", port, sb.ID()) }
 	for _, p := range []int{port, g.port} {
-		if res, body := g.get(host(p), "/x", TokenHeader, sb.TrafficToken()); res.StatusCode != 200 ||
+		if res, body := g.get(host(p), "/x", TrafficHeader, sb.TrafficToken()); res.StatusCode != 200 ||
 			!strings.Contains(body, fmt.Sprintf("host=inside:%d", p)) || !strings.Contains(body, `token=""`) {
 			t.Errorf("%d: %s %s", p, res.Status, body)
 		}
@@ -454,7 +454,7 @@ func TestGatewayIngress(t *testing.T) {
 	if res, _ := g.get(host(port), "/x"); res.StatusCode != 403 {
 		t.Error(res.Status)
 	}
-	if res, body := g.get("127.0.0.1", "/x", SandboxHeader, sb.ID(), PortHeader, strconv.Itoa(port), TokenHeader,
+	if res, body := g.get("127.0.0.1", "/x", SandboxHeader, sb.ID(), PortHeader, strconv.Itoa(port), TrafficHeader,
 		sb.TrafficToken()); res.StatusCode != 200 || !strings.Contains(body, "GET /x") {
 		t.Errorf("%s %s", res.Status, body)
 	}
@@ -468,12 +468,12 @@ func TestGatewayIngress(t *testing.T) {
 	if res, _ := g.get(host(port), "/x"); res.StatusCode != 403 || sb.Info().State != sandbox.Paused {
 		t.Errorf("%s: who has not shown the token wakes it", res.Status)
 	}
-	if res, _ := g.get(host(port), "/x", TokenHeader, sb.TrafficToken()); res.StatusCode != 200 ||
+	if res, _ := g.get(host(port), "/x", TrafficHeader, sb.TrafficToken()); res.StatusCode != 200 ||
 		time.Until(sb.Info().ExpiresAt) < 4*time.Minute {
 		t.Errorf("%s %s", res.Status, sb.Info().ExpiresAt)
 	}
 	pause(false)
-	if res, body := g.get(host(port), "/x", TokenHeader, sb.TrafficToken()); res.StatusCode != 502 ||
+	if res, body := g.get(host(port), "/x", TrafficHeader, sb.TrafficToken()); res.StatusCode != 502 ||
 		!strings.Contains(body, "The sandbox was not found") || sb.Info().State != sandbox.Paused {
 		t.Errorf("%s %s", res.Status, body)
 	}

@@ -26,8 +26,8 @@ func (c *Control) ownRoutes() map[string]func(*call) error {
 		"POST /v1/sandboxes":                       c.createOwn,
 		"GET /v1/sandboxes/{id}":                   c.describe,
 		"PATCH /v1/sandboxes/{id}":                 c.change,
-		"POST /v1/sandboxes/{id}/pause":            c.pauseAs,
-		"POST /v1/sandboxes/{id}/resume":           c.resumeAs,
+		"POST /v1/sandboxes/{id}/pause":            c.pauseWithOptions,
+		"POST /v1/sandboxes/{id}/resume":           c.resumeWithOptions,
 		"POST /v1/sandboxes/{id}/snapshots":        c.snapshotOwn,
 		"GET /v1/sandboxes/{id}/processes":         c.processes,
 		"GET /v1/sandboxes/{id}/envd/{path...}":    c.inside,
@@ -177,7 +177,8 @@ func (c *Control) change(r *call) error {
 	return r.answer(http.StatusOK, c.described(i, sb.Ports()))
 }
 
-func (c *Control) pauseAs(r *call) error {
+// pauseWithOptions pauses a sandbox as the body says.
+func (c *Control) pauseWithOptions(r *call) error {
 	var body client.Pause
 	sb, err := c.bodyOf(r, &body)
 	if err != nil {
@@ -206,8 +207,8 @@ func protectOf(p *client.Protect) sandbox.Protect {
 	return sandbox.Protect{Every: time.Duration(min(p.EveryS, maxLife)) * time.Second, Memory: p.Memory}
 }
 
-// resumeAs resumes a sandbox that is paused, or one that has failed and was saved.
-func (c *Control) resumeAs(r *call) error {
+// resumeWithOptions resumes as the body says a sandbox that is paused, or one that has failed and was saved.
+func (c *Control) resumeWithOptions(r *call) error {
 	var body client.Resume
 	sb, err := c.bodyOf(r, &body)
 	if err != nil {

@@ -63,7 +63,7 @@ func (m *machine) Checkpoint(ctx context.Context, dir string, o sandbox.Checkpoi
 	if o.FilesOnly && m.noDisk {
 		return fmt.Errorf("its files are in its memory: save its memory too: %w", sandbox.ErrInvalid)
 	}
-	if err := m.roomToSave(); err != nil {
+	if err := m.checkMemoryToSave(); err != nil {
 		return fmt.Errorf("checkpoint: %w", err)
 	}
 	if err := m.runtime.ask("checkpoint mkdir", func() error { return os.Mkdir(dir, 0o711) }); err != nil {

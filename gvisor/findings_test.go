@@ -50,7 +50,7 @@ func logged(t *testing.T, sb *sandbox.Sandbox, text string) bool {
 // TestStoppedFromOutside: a stopped sentry or gofer is reported, runs again when it is continued, and is saved if nothing continues it.
 func TestStoppedFromOutside(t *testing.T) {
 	dir := sandboxtest.Dir(t)
-	m := newManager(t, dir, func(o *sandbox.Options) { o.WedgedAfter = 3 * time.Second })
+	m := newManager(t, dir, func(o *sandbox.Options) { o.ContainAfter = 3 * time.Second })
 	sb, err := m.Create(t.Context(), sandbox.CreateOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -69,10 +69,10 @@ func TestStoppedFromOutside(t *testing.T) {
 	sandboxtest.Eventually(t, "it runs again", func() bool { return logged(t, sb, "were continued") })
 	signalAll(dir, syscall.SIGSTOP)
 	sandboxtest.Eventually(t, "it is saved", func() bool { return sb.Info().State == sandbox.Paused })
-	if i := sb.Info(); !i.OnDisk || i.Cause != sandbox.CauseWedged.Error() {
+	if i := sb.Info(); !i.OnDisk || i.Cause != sandbox.CauseStopped.Error() {
 		t.Fatalf("%+v", i)
 	}
-	if _, err := sb.Agent(t.Context(), "run in"); err == nil || !strings.Contains(err.Error(), sandbox.CauseWedged.Error()) {
+	if _, err := sb.Agent(t.Context(), "run in"); err == nil || !strings.Contains(err.Error(), sandbox.CauseStopped.Error()) {
 		t.Fatal(err)
 	}
 	if err := sb.Resume(t.Context()); err != nil {

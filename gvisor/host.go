@@ -30,12 +30,12 @@ func (r *Runtime) ask(what string, do func() error) error {
 	}
 }
 
-// fault returns the error that a test injects into a request to the host.
+// fault returns the error that a test of this package injects into a request to the host, which what names.
 func (r *Runtime) fault(what string) error {
-	if r.Fault == nil {
+	if r.inject == nil {
 		return nil
 	}
-	return r.Fault(what)
+	return r.inject(what)
 }
 
 func (r *Runtime) readFile(what, name string) (body []byte, err error) {

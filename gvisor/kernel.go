@@ -127,9 +127,9 @@ const saveFactor = 4
 // smallSave is how many bytes a save may take without a look at the host's free memory.
 const smallSave = 64 << 20
 
-// roomToSave refuses a save for which the host has too little memory, because it would end the sentry: while it is saved, a sentry takes
-// saveFactor times the memory that it has.
-func (m *machine) roomToSave() error {
+// checkMemoryToSave refuses a save for which the host has too little memory, because it would end the sentry: while it is saved, a sentry
+// takes saveFactor times the memory that it has.
+func (m *machine) checkMemoryToSave() error {
 	for _, p := range m.processes {
 		if !p.sentry {
 			continue

@@ -80,8 +80,8 @@ func (r runsc) command(ctx context.Context, args ...string) (*exec.Cmd, *os.File
 // fails, as for lack of the pidfd, Go leaks the second pipe (syscall.forkAndExecInChild).
 const forkNeeds = 6
 
-// roomToFork returns an error if there are too few descriptors for a fork.
-func roomToFork(f *os.File) error {
+// checkDescriptors returns an error if there are too few descriptors for a fork.
+func checkDescriptors(f *os.File) error {
 	for range forkNeeds {
 		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 		if err != nil {
@@ -100,7 +100,7 @@ func (r runsc) start(ctx context.Context, args []string, stdin, stdout, stderr *
 	}
 	defer binary.Close()
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = stdin, stdout, stderr
-	if err := roomToFork(binary); err != nil {
+	if err := checkDescriptors(binary); err != nil {
 		return err
 	}
 	if err := cmd.Run(); err != nil {

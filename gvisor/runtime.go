@@ -29,9 +29,8 @@ type Runtime struct {
 	Log   *slog.Logger // gets what init writes to stderr, at level debug; the default discards it
 	// Cgroups is where the host's cgroups are mounted; default /sys/fs/cgroup. If the server may write there, they are the hard limit.
 	Cgroups string
-	// Fault is only for tests: it is called before each request to the host, which what names, and its error is then the result of that
-	// request.
-	Fault func(what string) error
+
+	inject func(what string) error // see fault
 }
 
 var (
@@ -474,7 +473,7 @@ func (m *machine) lookFrozen(ctx context.Context) error {
 	return err
 }
 
-// Destroy implements sandbox.Machine. It starts with SIGKILL, which works on a wedged sentry too and leaves nothing.
+// Destroy implements sandbox.Machine. It starts with SIGKILL, which works on a sentry that hangs too and leaves nothing.
 func (m *machine) Destroy(ctx context.Context) error {
 	err := m.runtime.Reap(ctx, m.dir)
 	m.mu.Lock()

@@ -6,12 +6,11 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"net/netip"
 	"net/url"
 	"slices"
 	"strings"
 
-	"soulbox.dev/soulbox/access"
+	"soulbox.dev/soulbox/internal/loopback"
 )
 
 // Access decides who owns a request and whether its source is allowed. The zero value admits every request on loopback.
@@ -197,17 +196,9 @@ func portOf(host, scheme string) string {
 	return "80"
 }
 
-func isLoopback(host string) bool {
-	if host == "localhost" {
-		return true
-	}
-	ip, err := netip.ParseAddr(host)
-	return err == nil && ip.Unmap().IsLoopback()
-}
-
 func (a Access) knowsHost(host string) bool {
-	name := access.BareHost(host)
-	return isLoopback(name) || slices.ContainsFunc(a.Hosts, func(h string) bool { return access.BareHost(h) == name })
+	name := loopback.Bare(host)
+	return loopback.IsItself(name) || slices.ContainsFunc(a.Hosts, func(h string) bool { return loopback.Bare(h) == name })
 }
 
 // knowsOrigin admits requests of no web page (no header), of this server's own pages, and of the listed origins. A page on another port of
@@ -223,7 +214,8 @@ func (a Access) knowsOrigin(origins []string, host string) bool {
 	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
 		return false
 	}
-	if isLoopback(access.BareHost(u.Host)) && isLoopback(access.BareHost(host)) && portOf(u.Host, u.Scheme) == portOf(host, "http") {
+	local := loopback.IsItself(loopback.Bare(u.Host)) && loopback.IsItself(loopback.Bare(host))
+	if local && portOf(u.Host, u.Scheme) == portOf(host, "http") {
 		return true
 	}
 	return slices.ContainsFunc(a.Origins, func(o string) bool { return strings.EqualFold(strings.TrimSuffix(o, "/"), origins[0]) })

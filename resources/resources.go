@@ -70,7 +70,7 @@ func (s *Catalog) resolve(ctx context.Context, uri string) (parsedURI, *sandbox.
 	if n.kind == kindTemplate {
 		return n, nil, nil
 	}
-	sb, err := s.Manager.Get(who, n.sandbox)
+	sb, err := s.Manager.Get(who, n.name)
 	if err != nil {
 		return n, nil, s.notFound(uri)
 	}
@@ -213,10 +213,10 @@ func (s *Catalog) template(ctx context.Context, uri string, n parsedURI) ([]mcp.
 		part := log[from:min(from+n.readLimit(), int64(len(log)))]
 		return asText(uri, "application/jsonl", string(part), rest(uri, int64(len(log)), from+int64(len(part)))), nil
 	}
-	if n.sandbox == template.HostName {
-		return asJSON(uri, map[string]any{"name": n.sandbox})
+	if n.name == template.HostName {
+		return asJSON(uri, map[string]any{"name": n.name})
 	}
-	m, err := s.Store.Get(who, n.sandbox)
+	m, err := s.Store.Get(who, n.name)
 	if errors.Is(err, sandbox.ErrNoTemplate) {
 		return nil, s.notFound(uri)
 	}

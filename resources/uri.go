@@ -24,7 +24,7 @@ const (
 // parsedURI is a parsed URI.
 type parsedURI struct {
 	kind    kind
-	sandbox string // or the name of a template
+	name    string // of a template, or the id of a sandbox
 	build   string // id of a build, if its log is meant
 	path    string // absolute path of a file
 	process string
@@ -41,7 +41,7 @@ func parse(uri string) (parsedURI, bool) {
 	if err != nil || u.User != nil || u.Fragment != "" || u.Opaque != "" || u.ForceQuery || len(uri) > 8192 {
 		return parsedURI{}, false
 	}
-	n := parsedURI{sandbox: u.Host}
+	n := parsedURI{name: u.Host}
 	if !n.parseRange(u.RawQuery) {
 		return parsedURI{}, false
 	}
@@ -74,10 +74,10 @@ func parseTemplate(rest string) (parsedURI, bool) {
 		return parsedURI{}, false
 	}
 	parts := strings.Split(rest, "/")
-	n.sandbox = parts[0]
+	n.name = parts[0]
 	switch {
 	case len(parts) == 1:
-		return n, n.sandbox != "" && query == ""
+		return n, n.name != "" && query == ""
 	case len(parts) == 4 && parts[1] == "builds" && parts[3] == "log":
 		n.build = parts[2]
 		return n, n.build != ""

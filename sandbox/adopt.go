@@ -180,13 +180,13 @@ func (a *adoption) adoptRunning(r record, lock *os.File) (taken bool, err error)
 	}
 	var over *OverError
 	since := a.postponed(r.ID).since
-	if !errors.As(err, &over) || since.IsZero() || time.Since(since) < a.m.opts.WedgedAfter {
+	if !errors.As(err, &over) || since.IsZero() || time.Since(since) < a.m.opts.ContainAfter {
 		return false, err
 	}
 	if c, ok := a.m.opts.Runtime.(Continuer); ok && over.Kind == OverStopped { // the next try finds it running
 		return false, errors.Join(err, c.Continue(a.m.store.path(r.ID)))
 	}
-	return a.adoptWedged(r, lock, over)
+	return a.adoptSilent(r, lock, over)
 }
 
 // adoptPauseOf returns how long to wait before an attempt.
@@ -207,11 +207,11 @@ func (a *adoption) adoptSaved(r record, lock *os.File, gone error) (taken bool, 
 	since := time.Now()
 	p := pause{Disk: true, FilesOnly: !hasMemory(next), AutoResume: !r.Times.NoAutoResume, Since: r.pausedSince(since)}
 	if r.Pause != nil { // it was frozen before
-		p.AutoResume, p.Wedged = r.Pause.AutoResume, r.Pause.Wedged
+		p.AutoResume, p.Silent = r.Pause.AutoResume, r.Pause.Silent
 	} else {
 		r.Cause = string(CauseRequest)
 	}
-	r.turnClock(r.State, Paused, since, a.m.opts.PausedFor)
+	r.switchClock(r.State, Paused, since, a.m.opts.PausedFor)
 	r.State, r.Changed, r.Pause = Paused, since, &p
 	r.Copy = &savedCopy{Dir: filepath.Base(next), At: since, FilesOnly: p.FilesOnly}
 	if err = a.m.store.save(r); err == nil {
@@ -223,8 +223,8 @@ func (a *adoption) adoptSaved(r record, lock *os.File, gone error) (taken bool, 
 	return true, err
 }
 
-// adoptWedged adopts a sandbox whose machine runs and whose agent has been silent for long: the sandbox is saved and waits for its owner.
-func (a *adoption) adoptWedged(r record, lock *os.File, over *OverError) (taken bool, err error) {
+// adoptSilent adopts a sandbox whose machine runs and whose agent has been silent for long: the sandbox is saved and waits for its owner.
+func (a *adoption) adoptSilent(r record, lock *os.File, over *OverError) (taken bool, err error) {
 	ctx, cancel := context.WithTimeout(a.m.ctx, adoptTime)
 	defer cancel()
 	machine, err := a.m.opts.Runtime.Attach(ctx, a.m.store.path(r.ID))
@@ -247,7 +247,7 @@ func (a *adoption) adoptWedged(r record, lock *os.File, over *OverError) (taken 
 	if err := a.register(sb, "taken over by a new server, and its agent is silent"); err != nil {
 		return false, err
 	}
-	(&session{s: sb, machine: machine}).contain(over)
+	(&link{s: sb, machine: machine}).contain(over)
 	return true, nil
 }
 
@@ -377,7 +377,7 @@ func (a *adoption) endOrphan(id string, r record, lock *os.File, cause Cause) {
 		if cause == CauseTimeout || cause == CauseForgotten {
 			r.State = Killed
 		} else if r.Pause = r.afterFailure(r.Changed); r.Pause != nil {
-			r.turnClock(was, Failed, r.Changed, a.m.opts.PausedFor)
+			r.switchClock(was, Failed, r.Changed, a.m.opts.PausedFor)
 		}
 		sb := a.m.newSandbox(r)
 		sb.meter.recall(r)

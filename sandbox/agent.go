@@ -13,8 +13,8 @@ func (s *Sandbox) Agent(ctx context.Context, verb string) (*agent.Client, error)
 	return s.agentFor(ctx, verb, true)
 }
 
-// AgentAwake is Agent for a caller that returns to something it began earlier: it does not wake a sandbox that was paused meanwhile.
-func (s *Sandbox) AgentAwake(ctx context.Context, verb string) (*agent.Client, error) {
+// AgentIfAwake is Agent for a caller that returns to something it began earlier: it does not wake a sandbox that was paused meanwhile.
+func (s *Sandbox) AgentIfAwake(ctx context.Context, verb string) (*agent.Client, error) {
 	return s.agentFor(ctx, verb, false)
 }
 
@@ -22,15 +22,15 @@ func (s *Sandbox) AgentAwake(ctx context.Context, verb string) (*agent.Client, e
 func (s *Sandbox) agentFor(ctx context.Context, verb string, wake bool) (*agent.Client, error) {
 	for {
 		s.mu.Lock()
-		hold, state, auto := s.hold, s.rec.State, s.rec.Pause != nil && s.rec.Pause.AutoResume
+		changing, state, auto := s.changing, s.rec.State, s.rec.Pause != nil && s.rec.Pause.AutoResume
 		switch {
 		case s.isLeft():
 			s.mu.Unlock()
 			return nil, fmt.Errorf("%s sandbox %s: %w", verb, s.id, ErrClosed)
-		case hold != nil && !state.Ended():
+		case changing != nil && !state.Ended():
 			s.mu.Unlock()
 			select {
-			case <-hold:
+			case <-changing:
 			case <-ctx.Done():
 				return nil, context.Cause(ctx)
 			}
@@ -59,7 +59,7 @@ func (s *Sandbox) Look(verb string) (*agent.Client, error) {
 	if s.unfit != nil {
 		return nil, s.unfit
 	}
-	if s.rec.State != Running || s.hold != nil || s.client == nil {
+	if s.rec.State != Running || s.changing != nil || s.client == nil {
 		return nil, s.wrong(verb)
 	}
 	return s.client, nil

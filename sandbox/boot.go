@@ -61,7 +61,7 @@ var errNotReady = fmt.Errorf("the sandbox was not ready in time: %w", context.De
 
 // start boots the machine and connects to its agent. s holds whatever was started, even if start fails.
 func (s *Sandbox) start(ctx context.Context, plan bootPlan) error {
-	whole := ctx
+	outer := ctx
 	ctx, cancel := context.WithTimeoutCause(ctx, s.m.opts.BootTimeout, errNotReady)
 	defer cancel()
 	r := s.current()
@@ -76,7 +76,7 @@ func (s *Sandbox) start(ctx context.Context, plan bootPlan) error {
 	s.mu.Unlock()
 	if plan.hurry {
 		var done context.CancelFunc
-		ctx, done = context.WithTimeoutCause(ctx, min(wedgedTime, s.m.opts.BootTimeout), agent.ErrLost)
+		ctx, done = context.WithTimeoutCause(ctx, min(secondChance, s.m.opts.BootTimeout), agent.ErrLost)
 		defer done()
 	}
 	greet := agent.NewClient
@@ -101,7 +101,7 @@ func (s *Sandbox) start(ctx context.Context, plan bootPlan) error {
 		afterRestore(ctx, client, plan.whole, s.log)
 	}
 	if plan.foreign {
-		ctx, cancel := context.WithTimeoutCause(whole, s.m.opts.BootTimeout, errNotReady)
+		ctx, cancel := context.WithTimeoutCause(outer, s.m.opts.BootTimeout, errNotReady)
 		defer cancel()
 		return s.meter.skipPast(ctx, client)
 	}

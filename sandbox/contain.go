@@ -59,7 +59,7 @@ func (t *tries) failed() (last bool) {
 // contain deals with a machine that is over its bounds or silent. If ending processes inside is enough, the sandbox continues; otherwise it
 // is paused to disk, or in memory if that fails. Only if it cannot be paused several times does the sandbox fail, with its files if they
 // can be saved.
-func (c *session) contain(over *OverError) {
+func (c *link) contain(over *OverError) {
 	s := c.s
 	if over.Used <= 2*over.Limit && !s.contained.due() { // a machine at more than twice its limit does not wait
 		return
@@ -76,7 +76,7 @@ func (c *session) contain(over *OverError) {
 	}
 	cause := over.cause()
 	s.m.log.Warn("a sandbox is paused, because it must not continue", "sandbox", s.id, "cause", cause)
-	o := PauseOptions{ToDisk: true, Cause: cause, forced: true, wedged: over.Kind == OverSilent}
+	o := PauseOptions{ToDisk: true, Cause: cause, forced: true, silent: over.Kind == OverSilent}
 	err := s.pause(s.ctx, o)
 	if err == nil || !s.runs() || s.ctx.Err() != nil {
 		return
@@ -99,7 +99,7 @@ func (c *session) contain(over *OverError) {
 }
 
 // saveFiles saves what it can of a sandbox that is about to fail: its files.
-func (c *session) saveFiles() {
+func (c *link) saveFiles() {
 	s := c.s
 	ctx, over, err := s.takeTurn(s.ctx, "save the files of")
 	if err != nil {
@@ -132,7 +132,7 @@ func (e *OverError) cause() Cause {
 	case OverKernel:
 		return Cause(e.Error() + "; resume it with more memory, or delete files and close connections")
 	case OverStopped:
-		return CauseWedged
+		return CauseStopped
 	}
 	return CauseSilent
 }
@@ -141,7 +141,7 @@ func (e *OverError) cause() Cause {
 const relieveTime = 5 * time.Second
 
 // relieve makes the agent end what takes most of a machine that is over its bounds, and reports whether that was enough.
-func (c *session) relieve(over *OverError) bool {
+func (c *link) relieve(over *OverError) bool {
 	s := c.s
 	s.mu.Lock()
 	client := s.client

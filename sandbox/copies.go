@@ -23,7 +23,7 @@ const copyName = "copy-"
 // copies makes the copies that a sandbox is resumed from if it fails. It is safe for concurrent use; its lock is taken after the sandbox's.
 type copies struct {
 	s     *Sandbox
-	again chan struct{} // tells session.protect to look again
+	again chan struct{} // tells link.protect to look again
 
 	mu        sync.Mutex
 	unchanged time.Time
@@ -103,7 +103,7 @@ func (c *copies) drop() (int64, error) {
 	s := c.s
 	s.mu.Lock()
 	r := s.rec
-	if r.Copy == nil || r.State != Running || s.hold != nil {
+	if r.Copy == nil || r.State != Running || s.changing != nil {
 		s.mu.Unlock()
 		return 0, nil
 	}

@@ -13,6 +13,14 @@
 // Every change between running and paused takes the sandbox's turn (pause.go); callers of Agent wait meanwhile. Every write goes through
 // store.Disk, so that tests can stop it anywhere (TestPowerFails, TestCutAtEveryByte).
 //
-// Lock order: capacity.mu, registry.mu, ports.mu, Sandbox.mu, then the locks of the log, the meter and the copies. A turn is taken while
-// none of them is held.
+// A turn is taken while none of these locks is held. Whoever has a turn may wait for that of a sandbox that was on disk and is ended to
+// make space (reserveDisk), and for no other. Locks are taken in this order, and two of one line never together:
+//
+//	capacity.mu with the flock .room; adoption.claiming
+//	registry.mu; the flock sandboxes/.lock
+//	adoption.mu; ports.mu
+//	Sandbox.mu
+//	journal.mu; meter.mu; copies.mu; tries.mu; snapshots.mu
+//
+// Those of the last line and adoption.mu are held only within their own type.
 package sandbox

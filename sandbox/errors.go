@@ -50,9 +50,9 @@ const (
 	CauseRequest   Cause = "by request"
 	CauseDied      Cause = "its server died while it ran, and it was not set to outlive its server"
 	CauseHalfMade  Cause = "its server died while it was made"
-	// CauseWedged means that the sandbox's processes were stopped from outside for too long.
-	CauseWedged Cause = "its processes were stopped from outside and not continued"
-	CauseGone   Cause = "it was gone when a server came back to it: the host had restarted, or its runtime had crashed"
+	// CauseStopped means that the sandbox's processes were stopped from outside for too long.
+	CauseStopped Cause = "its processes were stopped from outside and not continued"
+	CauseGone    Cause = "it was gone when a server came back to it: the host had restarted, or its runtime had crashed"
 )
 
 // Error implements error.

@@ -16,7 +16,7 @@ func (s *Sandbox) ProtectNow() error {
 	s.mu.Lock()
 	client := s.client
 	s.mu.Unlock()
-	_, err := (&session{s: s, client: client}).protectOnce(s.current().Protect, s.meter.haveSeen())
+	_, err := (&link{s: s, client: client}).protectOnce(s.current().Protect, s.meter.haveSeen())
 	return err
 }
 
@@ -28,18 +28,18 @@ func (s *Sandbox) ContainNow(over *OverError) {
 	s.mu.Lock()
 	machine := s.machine
 	s.mu.Unlock()
-	(&session{s: s, machine: machine}).contain(over)
+	(&link{s: s, machine: machine}).contain(over)
 }
 
-// AdoptWedged adopts an unowned sandbox as if its agent had been silent for long.
-func (m *Manager) AdoptWedged(id string) error {
+// AdoptSilent adopts an unowned sandbox as if its agent had been silent for long.
+func (m *Manager) AdoptSilent(id string) error {
 	lock, err := m.store.orphan(id)
 	if err != nil {
 		return err
 	}
 	r, err := m.store.load(id)
 	if err == nil {
-		_, err = m.adoption.adoptWedged(r, lock, &OverError{Kind: OverSilent})
+		_, err = m.adoption.adoptSilent(r, lock, &OverError{Kind: OverSilent})
 	}
 	return err
 }

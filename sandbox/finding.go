@@ -36,20 +36,20 @@ func FindingOf(err error) Finding {
 	return Unknown
 }
 
-// Kind is the bound that a machine exceeds, or what else is wrong with it.
-type Kind string
+// OverKind is the bound that a machine exceeds, or what else is wrong with it.
+type OverKind string
 
 // The kinds.
 const (
-	OverMemory  Kind = "memory"  // what the sentry holds for the guest
-	OverKernel  Kind = "kernel"  // what the sentry uses itself, for the guest's files and other objects
-	OverStopped Kind = "stopped" // a process of the machine was stopped from outside
-	OverSilent  Kind = "silent"  // the agent does not respond
+	OverMemory  OverKind = "memory"  // what the sentry holds for the guest
+	OverKernel  OverKind = "kernel"  // what the sentry uses itself, for the guest's files and other objects
+	OverStopped OverKind = "stopped" // a process of the machine was stopped from outside
+	OverSilent  OverKind = "silent"  // the agent does not respond
 )
 
 // OverError says which bound a machine exceeds.
 type OverError struct {
-	Kind        Kind
+	Kind        OverKind
 	Used, Limit int64  // bytes, for OverMemory and OverKernel
 	Detail      string // what the memory is used for, if that is known, such as "150,000 open files"
 }

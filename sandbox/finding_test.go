@@ -108,7 +108,7 @@ func silent(t *testing.T, deaf bool) {
 // TestStopped: a machine that is stopped from outside is reported, and runs again when it is continued; in the end it is saved.
 func TestStopped(t *testing.T) {
 	fake := &sandboxtest.Fake{}
-	m := newManager(t, t.TempDir(), fake, func(o *sandbox.Options) { o.WedgedAfter = 2 * time.Second })
+	m := newManager(t, t.TempDir(), fake, func(o *sandbox.Options) { o.ContainAfter = 2 * time.Second })
 	sb := create(t, m, sandbox.CreateOptions{})
 	says := func(text string) func() bool {
 		return func() bool {
@@ -125,7 +125,7 @@ func TestStopped(t *testing.T) {
 	}
 	fake.Sicken(&sandbox.OverError{Kind: sandbox.OverStopped})
 	sandboxtest.Eventually(t, "it is saved", func() bool { return sb.Info().State == sandbox.Paused })
-	if info := sb.Info(); !info.OnDisk || info.Cause != sandbox.CauseWedged.Error() {
+	if info := sb.Info(); !info.OnDisk || info.Cause != sandbox.CauseStopped.Error() {
 		t.Fatalf("%+v", info)
 	}
 }
@@ -259,7 +259,7 @@ func TestFaultyStart(t *testing.T) {
 				t.Fatalf("%s: %v: %d machines", step, fault, fake.Running())
 			}
 			faults.Store(0)
-			fake.Mend()
+			fake.Repair()
 			for _, id := range []string{runs.ID(), sleeps.ID()} {
 				sandboxtest.Eventually(t, step+": it is there", func() bool {
 					sb, err := second.Get("", id)

@@ -61,7 +61,7 @@ func (k *keeper) due() (time.Time, Cause) {
 	if r.State != Running {
 		return time.Time{}, ""
 	}
-	if r.Times.Idle > 0 && s.client != nil && s.hold == nil {
+	if r.Times.Idle > 0 && s.client != nil && s.changing == nil {
 		if idle := k.lastUse().Add(r.Times.Idle); idle.Before(r.ExpiresAt) {
 			return idle, CauseIdle
 		}
@@ -109,7 +109,7 @@ func (k *keeper) expire(at time.Time, cause Cause) (next time.Duration) {
 	if err := s.pause(s.ctx, PauseOptions{Cause: cause, AutoResume: !times.NoAutoResume}); err != nil && s.ctx.Err() == nil {
 		s.m.log.Error("pause sandbox; it runs on, and the pause is tried again", "sandbox", s.id, "error", err)
 		s.log.note(LevelError, "its time is over, and it could not be paused: it runs on, and the pause is tried again: %v", err)
-		return unknownPause // if it is wedged, ping or watch notices
+		return unknownPause // if it is silent or stopped, ping or watch notices
 	}
 	return checkEvery
 }
@@ -156,13 +156,13 @@ func (k *keeper) await(end time.Time) *agent.Client {
 	defer cancel()
 	for {
 		s.mu.Lock()
-		hold, client, running := s.hold, s.client, s.rec.State == Running
+		changing, client, running := s.changing, s.client, s.rec.State == Running
 		s.mu.Unlock()
-		if !running || hold == nil {
+		if !running || changing == nil {
 			return client
 		}
 		select {
-		case <-hold:
+		case <-changing:
 		case <-ctx.Done():
 			return nil
 		}

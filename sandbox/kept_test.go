@@ -77,15 +77,15 @@ func TestTimeOverAndNoPause(t *testing.T) {
 	}
 }
 
-// TestThawedWithoutSession: a sandbox that was frozen because its session was lost has a session again after its resume.
-func TestThawedWithoutSession(t *testing.T) {
+// TestThawedWithoutLink: a sandbox that was frozen because its link was lost has a link again after its resume.
+func TestThawedWithoutLink(t *testing.T) {
 	t.Parallel()
 	fake, dir := &sandboxtest.Fake{FailSave: syscall.ENOSPC}, t.TempDir()
 	sb := create(t, newManager(t, dir, fake, nil), sandbox.CreateOptions{})
 	fake.Refuse(syscall.EMFILE)
 	fake.Cut(filepath.Join(dir, "sandboxes", sb.ID()))
 	sandboxtest.Eventually(t, "it is frozen", func() bool { return sb.Info().State == sandbox.Paused })
-	fake.Mend()
+	fake.Repair()
 	if err := sb.Resume(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -100,9 +100,9 @@ func answers(t *testing.T, sb *sandbox.Sandbox) {
 	})
 }
 
-// TestAdoptWedged: a sandbox whose agent was silent to the new server is saved; if it cannot be saved, it is frozen, and its agent is
+// TestAdoptSilent: a sandbox whose agent was silent to the new server is saved; if it cannot be saved, it is frozen, and its agent is
 // reconnected when it is resumed.
-func TestAdoptWedged(t *testing.T) {
+func TestAdoptSilent(t *testing.T) {
 	for _, fault := range []error{nil, syscall.ENOSPC} {
 		for _, frozen := range []bool{false, true} {
 			fake, dir := &sandboxtest.Fake{}, t.TempDir()
@@ -117,7 +117,7 @@ func TestAdoptWedged(t *testing.T) {
 			fake.FailSave = fault
 			second := newManager(t, dir, fake, nil) // it adopts none by itself
 			<-second.Settled()
-			if err := second.AdoptWedged(id); err != nil {
+			if err := second.AdoptSilent(id); err != nil {
 				t.Fatal(err)
 			}
 			sb, err := second.Get("", id)

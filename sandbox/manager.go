@@ -34,8 +34,9 @@ type Options struct {
 	Protect Protect
 	// RescanEvery is how often the server looks for sandboxes that other servers left; default 5 s.
 	RescanEvery time.Duration
-	// WedgedAfter is how long a machine may stay stopped or silent before it is continued or saved; default a minute.
-	WedgedAfter time.Duration
+	// ContainAfter is how long a machine may stay stopped, or silent to a server that adopts it, before it is continued or saved; default a
+	// minute.
+	ContainAfter time.Duration
 	// PingEvery is how often agents are pinged; default 10 s. PingTime is how long an agent may be silent (agent.Client.Patience); default
 	// agent.Silence.
 	PingEvery, PingTime time.Duration
@@ -82,8 +83,6 @@ const (
 
 // Manager knows all sandboxes of this server. It is safe for concurrent use.
 type Manager struct {
-	snapshots // its exported methods are the manager's
-
 	opts  Options
 	store store
 	log   *slog.Logger
@@ -95,6 +94,7 @@ type Manager struct {
 	sandboxes registry
 	capacity  capacity
 	adoption  adoption
+	snapshots snapshots
 }
 
 // NewManager opens the state directory and starts to adopt or end what dead servers left in it.
@@ -117,7 +117,7 @@ func NewManager(opts Options) (*Manager, error) {
 	opts.StallTime = cmp.Or(opts.StallTime, time.Minute)
 	opts.SampleEvery = cmp.Or(opts.SampleEvery, 5*time.Second)
 	opts.RescanEvery = cmp.Or(opts.RescanEvery, 5*time.Second)
-	opts.WedgedAfter = cmp.Or(opts.WedgedAfter, time.Minute)
+	opts.ContainAfter = cmp.Or(opts.ContainAfter, time.Minute)
 	if err := opts.Times.check(); err != nil {
 		return nil, err
 	}
@@ -155,14 +155,19 @@ func (m *Manager) Accounts() *access.Accounts { return m.opts.Accounts }
 // ConnWait is how long a request waits for room in its owner's account.
 func (m *Manager) ConnWait() time.Duration { return m.opts.ConnWait }
 
-// Room returns how much memory can still be promised, in bytes, and how many sandboxes of all owners are in each state.
-func (m *Manager) Room() (free int64, states map[State]int, err error) {
+// FreeMemory returns how much memory can still be promised, in bytes.
+func (m *Manager) FreeMemory() (int64, error) {
 	promised, err := m.store.promised()
-	states = map[State]int{}
+	return max(0, m.opts.MemoryBudget-promised), err
+}
+
+// CountStates returns how many sandboxes of all owners are in each state.
+func (m *Manager) CountStates() map[State]int {
+	states := map[State]int{}
 	for _, sb := range m.sandboxes.all() {
 		states[sb.Info().State]++
 	}
-	return max(0, m.opts.MemoryBudget-promised), states, err
+	return states
 }
 
 // Busy reports whether a sandbox of this server is in memory, so that the server is needed to end it in time.

@@ -75,8 +75,8 @@ type meter struct {
 	told    time.Time // when the agent last reported its CPU time
 }
 
-// turn starts or stops the running time.
-func (m *meter) turn(running bool, memory int64, now time.Time) {
+// setRunning starts or stops the running time.
+func (m *meter) setRunning(running bool, memory int64, now time.Time) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.settle(now)
@@ -246,7 +246,7 @@ func (m *meter) skipPast(ctx context.Context, client *agent.Client) error {
 }
 
 // sample takes samples as long as the machine runs.
-func (c *session) sample(ctx context.Context) {
+func (c *link) sample(ctx context.Context) {
 	s := c.s
 	ticker := time.NewTicker(s.m.opts.SampleEvery)
 	defer ticker.Stop()

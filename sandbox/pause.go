@@ -18,7 +18,7 @@ type PauseOptions struct {
 	Cause      Cause // default CauseRequest
 
 	forced bool // it must not continue: do not wait for its agent
-	wedged bool // its agent is silent
+	silent bool // its agent is silent
 }
 
 // Pause stops the sandbox as it is: its processes and the clock of its life. When it goes to disk, calls that wait for something in it
@@ -32,7 +32,7 @@ func (s *Sandbox) Pause(ctx context.Context, o PauseOptions) error {
 }
 
 func (s *Sandbox) pause(ctx context.Context, o PauseOptions) (err error) {
-	began, changing := time.Now(), s.mayBeIn(Running)
+	began, couldChange := time.Now(), s.mayBeIn(Running)
 	ctx, over, err := s.takeTurn(ctx, "pause")
 	if err != nil {
 		return err
@@ -47,7 +47,7 @@ func (s *Sandbox) pause(ctx context.Context, o PauseOptions) (err error) {
 	s.mu.Lock()
 	r, hasAgent := s.rec, s.client != nil
 	s.mu.Unlock()
-	if changing && r.isAs(o) {
+	if couldChange && r.isAs(o) {
 		return nil // another call was faster
 	} else if r.State != Running && (r.State != Paused || !o.ToDisk || r.onDisk()) {
 		return s.asError("pause")
@@ -70,7 +70,7 @@ func (s *Sandbox) pause(ctx context.Context, o PauseOptions) (err error) {
 func (s *Sandbox) mayBeIn(from State) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.rec.State == from || s.hold != nil && !s.rec.State.Ended()
+	return s.rec.State == from || s.changing != nil && !s.rec.State.Ended()
 }
 
 // isAs reports whether a sandbox is already paused as o asks.
@@ -82,13 +82,13 @@ func (r record) isAs(o PauseOptions) bool {
 func (s *Sandbox) Settle(ctx context.Context) error {
 	for {
 		s.mu.Lock()
-		hold := s.hold
+		changing := s.changing
 		s.mu.Unlock()
-		if hold == nil {
+		if changing == nil {
 			return nil
 		}
 		select {
-		case <-hold:
+		case <-changing:
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
@@ -97,7 +97,7 @@ func (s *Sandbox) Settle(ctx context.Context) error {
 
 // ResumeOptions say how a sandbox is resumed.
 type ResumeOptions struct {
-	// FilesOnly boots the files without the processes that were saved. It helps if those are wedged or damaged.
+	// FilesOnly boots the files without the processes that were saved. It helps if those hang or are damaged.
 	FilesOnly bool
 	// Memory is a new memory limit in bytes, larger than before; zero leaves it. Processes that were saved keep the old limit, and their
 	// kernel gets the rest: for files and other objects.
@@ -109,7 +109,7 @@ func (s *Sandbox) Resume(ctx context.Context) error { return s.ResumeWith(ctx, R
 
 // ResumeWith is Resume with options. Info.Notice says what is missing afterwards.
 func (s *Sandbox) ResumeWith(ctx context.Context, o ResumeOptions) (err error) {
-	began, changing := time.Now(), s.mayBeIn(Paused)
+	began, couldChange := time.Now(), s.mayBeIn(Paused)
 	ctx, over, err := s.takeTurn(ctx, "resume")
 	if err != nil {
 		return err
@@ -119,7 +119,7 @@ func (s *Sandbox) ResumeWith(ctx context.Context, o ResumeOptions) (err error) {
 		s.m.opts.Observe("resume", time.Since(began), err)
 	}()
 	r := s.current()
-	if changing && r.State == Running && o == (ResumeOptions{}) {
+	if couldChange && r.State == Running && o == (ResumeOptions{}) {
 		return nil // another call was faster
 	}
 	if r.State != Paused && !r.onDisk() {
@@ -178,16 +178,16 @@ func (s *Sandbox) takeTurn(ctx context.Context, verb string) (_ context.Context,
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	stop := context.AfterFunc(s.ctx, func() { cancel(context.Cause(s.ctx)) })
-	hold := make(chan struct{})
-	s.hold = hold
+	changing := make(chan struct{})
+	s.changing = changing
 	s.shifts++
 	return ctx, func() {
 		stop()
 		cancel(nil)
 		s.mu.Lock()
-		s.hold = nil
+		s.changing = nil
 		s.mu.Unlock()
-		close(hold)
+		close(changing)
 		s.keeper.look() // it did not look at the idle time meanwhile
 		<-s.turn
 	}, nil
@@ -214,8 +214,8 @@ func (s *Sandbox) freeze(ctx context.Context, o PauseOptions) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	err := s.turnTo("pause", Paused, o.Cause, o.forced, func(r *record) {
-		r.Pause, r.Notice = &pause{AutoResume: o.AutoResume, Wedged: o.wedged, Since: r.Changed}, ""
+	err := s.setState("pause", Paused, o.Cause, o.forced, func(r *record) {
+		r.Pause, r.Notice = &pause{AutoResume: o.AutoResume, Silent: o.silent, Since: r.Changed}, ""
 	})
 	if err != nil && !s.rec.State.Ended() {
 		err = errors.Join(err, s.thawLater(ctx, machine))

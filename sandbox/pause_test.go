@@ -72,7 +72,7 @@ func TestPauseToDisk(t *testing.T) {
 		!info.ExpiresAt.IsZero() {
 		t.Fatalf("%d %+v", fake.Running(), info)
 	}
-	if free, _, err := m.Room(); err != nil || free != 8<<30 {
+	if free, err := m.FreeMemory(); err != nil || free != 8<<30 {
 		t.Fatal("one on disk takes memory", free, err)
 	}
 	var state *sandbox.StateError

@@ -323,7 +323,7 @@ func (p *ports) serve(port Port) (*exposed, error) {
 // accept looks after a connection to the host's loopback, and reports whether more may come.
 func (p *ports) accept(ctx context.Context, e *exposed, conn net.Conn) (more bool) {
 	if err := p.admit(e, conn); err != nil {
-		e.turnAway(conn,
+		e.tellRefused(conn,
 			fmt.Sprintf("This port is not public, and your connection is refused: %v. Open it as the user whose server this is, "+
 				"or expose the port as public.\n", err))
 		return true

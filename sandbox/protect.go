@@ -38,7 +38,7 @@ func (p Protect) check(l Limits) error {
 }
 
 // protect saves the sandbox as often as its user wants, until ctx ends.
-func (c *session) protect(ctx context.Context) {
+func (c *link) protect(ctx context.Context) {
 	s := c.s
 	var saw seen // at the last copy
 	for {
@@ -71,7 +71,7 @@ func (c *session) protect(ctx context.Context) {
 }
 
 // nextCopy returns when the next copy is due.
-func (c *session) nextCopy(p Protect) time.Time {
+func (c *link) nextCopy(p Protect) time.Time {
 	s := c.s
 	r := s.current()
 	last := r.Changed
@@ -84,7 +84,7 @@ func (c *session) nextCopy(p Protect) time.Time {
 }
 
 // protectOnce makes a copy, unless nothing has happened since saw, and returns what it has seen then.
-func (c *session) protectOnce(p Protect, saw seen) (seen, error) {
+func (c *link) protectOnce(p Protect, saw seen) (seen, error) {
 	s := c.s
 	if !s.runs() { // a paused sandbox has not changed
 		s.copies.setUnchanged(time.Now())

@@ -32,16 +32,16 @@ type Sandbox struct {
 	// contained counts the attempts to pause the sandbox when it must not continue.
 	contained tries
 
-	mu      sync.Mutex
-	rec     record
-	lock    *os.File
-	machine Machine       // nil before it is booted, and while it is on disk
-	client  *agent.Client // nil if machine is, and while its agent is silent
-	unfit   error         // why this server cannot speak with its agent, though it runs
-	stop    func()        // ends the goroutines that run with the machine
-	hold    chan struct{} // closed when a change between running and paused is over; nil if there is none
-	shifts  int           // how many such changes there were
-	ending  chan struct{} // closed when nothing is left of an ended sandbox
+	mu       sync.Mutex
+	rec      record
+	lock     *os.File
+	machine  Machine       // nil before it is booted, and while it is on disk
+	client   *agent.Client // nil if machine is, and while its agent is silent
+	unfit    error         // why this server cannot speak with its agent, though it runs
+	unlink   func()        // ends the goroutines that run with the machine
+	changing chan struct{} // closed when a change between running and paused is over; nil if there is none
+	shifts   int           // how many such changes there were
+	ending   chan struct{} // closed when nothing is left of an ended sandbox
 	// rules ends when the network changes; nil until it is first needed.
 	rules    context.Context
 	endRules context.CancelFunc
@@ -108,11 +108,11 @@ func (s *Sandbox) info() Info {
 
 // become changes the state, on disk first; change, if not nil, changes the other fields of the record with it. s.mu is held.
 func (s *Sandbox) become(verb string, next State, cause error, change func(*record)) error {
-	return s.turnTo(verb, next, cause, next.Ended(), change) // a full disk must not keep a sandbox from its end
+	return s.setState(verb, next, cause, next.Ended(), change) // a full disk must not keep a sandbox from its end
 }
 
-// turnTo is become, but with must it also changes the state when the record cannot be written; the next save writes it.
-func (s *Sandbox) turnTo(verb string, next State, cause error, must bool, change func(*record)) error {
+// setState is become, but with must it also changes the state when the record cannot be written; the next save writes it.
+func (s *Sandbox) setState(verb string, next State, cause error, must bool, change func(*record)) error {
 	if !s.rec.State.mayBecome(next) {
 		return s.wrong(verb)
 	}
@@ -122,11 +122,11 @@ func (s *Sandbox) turnTo(verb string, next State, cause error, must bool, change
 	if cause != nil {
 		r.Cause = cause.Error()
 	}
-	r.turnClock(s.rec.State, next, now, s.m.opts.PausedFor)
+	r.switchClock(s.rec.State, next, now, s.m.opts.PausedFor)
 	if next == Failed {
 		r.Pause = r.afterFailure(now)
 	}
-	s.meter.turn(next == Running, r.Limits.Memory, now)
+	s.meter.setRunning(next == Running, r.Limits.Memory, now)
 	r.Totals, r.Seen = s.meter.totals(), s.meter.haveSeen()
 	if change != nil {
 		change(&r)
@@ -134,7 +134,7 @@ func (s *Sandbox) turnTo(verb string, next State, cause error, must bool, change
 	if err := s.m.store.save(r); err != nil && must {
 		s.m.log.Error("save the state of a sandbox", "sandbox", s.id, "state", next, "error", err)
 	} else if err != nil {
-		s.meter.turn(s.rec.State == Running, r.Limits.Memory, now)
+		s.meter.setRunning(s.rec.State == Running, r.Limits.Memory, now)
 		return err
 	}
 	s.rec = r

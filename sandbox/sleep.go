@@ -36,10 +36,10 @@ func (p *sleeping) run(ctx context.Context) (err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, saveTime, errors.New("it was not saved in time"))
 	defer cancel()
 	s.mu.Lock()
-	stop := s.stop
+	unlink := s.unlink
 	p.machine, p.client, p.was = s.machine, s.client, s.rec
 	s.mu.Unlock()
-	saved, err := s.roomToSave(ctx, !p.o.wedged)
+	saved, err := s.reserveToSave(ctx, !p.o.silent)
 	if err != nil {
 		return err
 	}
@@ -49,7 +49,7 @@ func (p *sleeping) run(ctx context.Context) (err error) {
 	if err := p.suspend(ctx); err != nil {
 		return err
 	}
-	stop() // from here on, the end of the machine is expected
+	unlink() // from here on, the end of the machine is expected
 	err = p.save(ctx)
 	s.mu.Lock()
 	older := s.m.store.kept(s.rec)
@@ -68,7 +68,7 @@ func (p *sleeping) run(ctx context.Context) (err error) {
 
 // suspend makes calls that wait return. Calls that wait for a frozen agent end by CloseFor in finish.
 func (p *sleeping) suspend(ctx context.Context) error {
-	if p.was.State != Running || p.client == nil || p.o.wedged {
+	if p.was.State != Running || p.client == nil || p.o.silent {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, suspendTime)
@@ -104,8 +104,8 @@ func (p *sleeping) change(r *record) {
 	since := r.pausedSince(r.Changed)
 	size, _ := sizeOf(p.target) // only shown; no decision depends on it
 	r.Saves++
-	r.Pause = &pause{Disk: true, FilesOnly: p.o.FilesOnly, AutoResume: p.o.AutoResume, Wedged: p.o.wedged || r.Pause != nil &&
-		r.Pause.Wedged, Since: since}
+	r.Pause = &pause{Disk: true, FilesOnly: p.o.FilesOnly, AutoResume: p.o.AutoResume, Silent: p.o.silent || r.Pause != nil &&
+		r.Pause.Silent, Since: since}
 	r.Copy, r.Notice = &savedCopy{Dir: filepath.Base(p.target), At: since, FilesOnly: p.o.FilesOnly, Size: size}, ""
 }
 
@@ -156,10 +156,10 @@ func endMachine(machine Machine) error {
 	return machine.Destroy(ctx)
 }
 
-// roomToSave reports an error unless a checkpoint may be made: within the budget for checkpoints, and with some room left on the machine's
-// disk. That room is reserved until done is called. With ask, the agent is asked for its usage first. What the guest says it uses is
-// believed only between what the host sees and the limits; a frozen guest has said it earlier.
-func (s *Sandbox) roomToSave(ctx context.Context, ask bool) (done func(), err error) {
+// reserveToSave reports an error unless a checkpoint may be made: within the budget for checkpoints, and with some space left on the
+// machine's disk. That space is reserved until done is called. With ask, the agent is asked for its usage first. What the guest says it
+// uses is believed only between what the host sees and the limits; a frozen guest has said it earlier.
+func (s *Sandbox) reserveToSave(ctx context.Context, ask bool) (done func(), err error) {
 	if ask {
 		s.Refresh(ctx)
 	}

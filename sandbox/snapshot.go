@@ -108,7 +108,7 @@ func (s *Sandbox) save(ctx context.Context, to string, filesOnly bool) (record, 
 	if r.State != Running && r.State != Paused {
 		return r, false, s.asError("save")
 	}
-	saved, err := s.roomToSave(ctx, true)
+	saved, err := s.reserveToSave(ctx, true)
 	if err != nil {
 		return r, false, err
 	}

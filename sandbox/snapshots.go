@@ -46,6 +46,17 @@ type Snapshot struct {
 
 var snapshotPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}(:[a-zA-Z0-9_][a-zA-Z0-9._-]{0,62})?$`)
 
+// Snapshots lists the snapshots of an owner, the newest first.
+func (m *Manager) Snapshots(owner string) ([]Snapshot, error) { return m.snapshots.list(owner) }
+
+// FindSnapshot returns an owner's snapshot, or ErrNoSnapshot if there is none of that name.
+func (m *Manager) FindSnapshot(owner, name string) (Snapshot, error) {
+	return m.snapshots.find(owner, name)
+}
+
+// DeleteSnapshot removes an owner's snapshot. Sandboxes that began from it do not need it, but one that is just being made does.
+func (m *Manager) DeleteSnapshot(owner, name string) error { return m.snapshots.remove(owner, name) }
+
 // snapshots are the snapshots of all owners. It is safe for concurrent use.
 type snapshots struct {
 	store store
@@ -82,8 +93,8 @@ func (x *snapshots) exchange(temp, dir string) error {
 	return x.store.Exchange(temp, dir)
 }
 
-// Snapshots lists the snapshots of an owner, the newest first.
-func (x *snapshots) Snapshots(owner string) ([]Snapshot, error) {
+// list lists the snapshots of an owner, the newest first.
+func (x *snapshots) list(owner string) ([]Snapshot, error) {
 	entries, err := os.ReadDir(x.store.snapshots)
 	if err != nil {
 		return nil, err
@@ -107,8 +118,8 @@ func (x *snapshots) Snapshots(owner string) ([]Snapshot, error) {
 	return list, nil
 }
 
-// FindSnapshot returns an owner's snapshot, or ErrNoSnapshot if there is none of that name.
-func (x *snapshots) FindSnapshot(owner, name string) (Snapshot, error) {
+// find returns an owner's snapshot, or ErrNoSnapshot if there is none of that name.
+func (x *snapshots) find(owner, name string) (Snapshot, error) {
 	snap, _, done, err := x.open(owner, name)
 	if err == nil {
 		done()
@@ -151,8 +162,8 @@ func (x *snapshots) acquire(dir string) (done func()) {
 	})
 }
 
-// DeleteSnapshot removes an owner's snapshot. Sandboxes that began from it do not need it, but one that is just being made does.
-func (x *snapshots) DeleteSnapshot(owner, name string) error {
+// remove removes an owner's snapshot, unless a sandbox is just being made from it.
+func (x *snapshots) remove(owner, name string) error {
 	_, _, done, err := x.open(owner, name)
 	if err != nil {
 		return err

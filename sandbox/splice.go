@@ -27,8 +27,8 @@ func (p *ports) admit(e *exposed, conn net.Conn) error {
 	return checkPeer(conn)
 }
 
-// turnAway tells a client why it is refused; if it is telling maxStrangers already, it only closes the connection.
-func (e *exposed) turnAway(conn net.Conn, why string) {
+// tellRefused tells a client why it is refused; if it is telling maxStrangers already, it only closes the connection.
+func (e *exposed) tellRefused(conn net.Conn, why string) {
 	select {
 	case e.strangers <- struct{}{}:
 	default:

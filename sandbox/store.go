@@ -65,8 +65,8 @@ type pause struct {
 	Disk       bool `json:"disk,omitempty"`       // nothing of it runs; its checkpoint is all there is
 	FilesOnly  bool `json:"files_only,omitempty"` // its checkpoint has no memory
 	AutoResume bool `json:"auto_resume,omitempty"`
-	// Wedged means that its agent was silent: a resume tries its memory once more, and then boots its files.
-	Wedged bool `json:"wedged,omitempty"`
+	// Silent means that its agent was silent: a resume tries its memory once more, and then boots its files.
+	Silent bool `json:"wedged,omitempty"`
 	// Waking means that memory is promised to it again.
 	Waking bool      `json:"waking,omitempty"`
 	Since  time.Time `json:"since"`

@@ -74,8 +74,8 @@ func (t Times) check() error {
 	return nil
 }
 
-// turnClock starts and stops the clock with the state; paused is how long a paused sandbox is kept.
-func (r *record) turnClock(from, to State, now time.Time, paused time.Duration) {
+// switchClock starts and stops the clock with the state; paused is how long a paused sandbox is kept.
+func (r *record) switchClock(from, to State, now time.Time, paused time.Duration) {
 	switch {
 	case to == Running && from == Creating:
 		r.Ready = now

@@ -13,9 +13,8 @@ import (
 // rescueName begins the names of directories with files taken out of a checkpoint with memory.
 const rescueName = "files-"
 
-// wedgedTime bounds how long an agent may take to respond if it was silent when its sandbox was saved. It gets this second chance because
-// the host may have been at fault.
-const wedgedTime = 15 * time.Second
+// secondChance is how long an agent may take to respond if it was silent when its sandbox was saved: the host may have been at fault.
+const secondChance = 15 * time.Second
 
 // waking is one resume of a sandbox from what was saved. The copy stays until another is saved, because the sandbox is resumed from it if
 // it fails.
@@ -39,12 +38,12 @@ func (w *waking) run(ctx context.Context) error {
 	if err == nil {
 		err = s.m.opts.Runtime.Reap(ctx, s.m.store.path(s.id)) // left by an end that failed
 	}
-	wedged, rescued := w.was.Pause.Wedged, ""
-	w.plan = bootPlan{template: template, limits: w.was.Limits, from: s.m.store.kept(w.was), whole: !filesOnly, hurry: wedged}
+	silent, rescued := w.was.Pause.Silent, ""
+	w.plan = bootPlan{template: template, limits: w.was.Limits, from: s.m.store.kept(w.was), whole: !filesOnly, hurry: silent}
 	if err == nil && !(w.o.FilesOnly && !filesOnly) {
 		err = s.start(ctx, w.plan)
 	}
-	if again := !filesOnly && wedged && errors.Is(err, agent.ErrLost); again || err == nil && w.o.FilesOnly && !filesOnly {
+	if again := !filesOnly && silent && errors.Is(err, agent.ErrLost); again || err == nil && w.o.FilesOnly && !filesOnly {
 		if err = s.clear(ctx); err == nil {
 			rescued, err = w.rescue(ctx)
 		}

@@ -18,14 +18,14 @@ const (
 )
 
 // watch checks the machine as long as the sandbox has it, and decides by the findings whether the sandbox continues.
-func (c *session) watch(ctx context.Context) {
+func (c *link) watch(ctx context.Context) {
 	if c.client == nil { // no server has reached its agent yet
 		c.lost(ctx)
 		return
 	}
 	timer := time.NewTimer(checkEvery)
 	defer timer.Stop()
-	w := watching{session: c}
+	w := watching{link: c}
 	for {
 		select {
 		case <-ctx.Done():
@@ -45,7 +45,7 @@ func (c *session) watch(ctx context.Context) {
 
 // watching is what was found about a machine so far.
 type watching struct {
-	*session
+	*link
 	unknown time.Duration // until the next question, while the machine cannot be asked about
 	stopped time.Time     // since when it has been stopped
 }
@@ -78,7 +78,7 @@ func (w *watching) found(err error) (next time.Duration) {
 	case stopped && w.stopped.IsZero():
 		w.stopped = time.Now()
 		s.log.note(LevelWarn, "%v from outside; the sandbox runs again once that process is continued", err)
-	case stopped && time.Since(w.stopped) < s.m.opts.WedgedAfter:
+	case stopped && time.Since(w.stopped) < s.m.opts.ContainAfter:
 	case s.runs(): // a frozen machine takes no more than it has
 		w.contain(over)
 	}
@@ -86,9 +86,9 @@ func (w *watching) found(err error) (next time.Duration) {
 }
 
 // lost finds out about a machine whose pipe has ended: if it has no processes it is gone, else its agent is reconnected.
-func (c *session) lost(ctx context.Context) {
+func (c *link) lost(ctx context.Context) {
 	s := c.s
-	w := watching{session: c}
+	w := watching{link: c}
 	for end := time.Now().Add(lostTime); time.Now().Before(end) || w.unknown > 0; {
 		err := c.machine.Check()
 		wait := lostPoll
@@ -115,7 +115,7 @@ func (c *session) lost(ctx context.Context) {
 }
 
 // awaitThaw waits for a while, then for as long as the sandbox is frozen, and reports whether it then runs with this machine.
-func (c *session) awaitThaw(ctx context.Context) bool {
+func (c *link) awaitThaw(ctx context.Context) bool {
 	s := c.s
 	for sleepFor(ctx, checkEvery) {
 		if FindingOf(c.machine.Check()) == Gone {
@@ -130,7 +130,7 @@ func (c *session) awaitThaw(ctx context.Context) bool {
 }
 
 // reconnect tries several times to reconnect to the agent of a machine, and reports whether nothing is left to do.
-func (c *session) reconnect(watch context.Context) (done bool) {
+func (c *link) reconnect(watch context.Context) (done bool) {
 	s := c.s
 	for try := range adoptTries {
 		if try > 0 && !sleepFor(watch, adoptPauseOf(try)) {
@@ -149,8 +149,8 @@ func (c *session) reconnect(watch context.Context) (done bool) {
 	return false
 }
 
-// relink reconnects to the agent of a machine whose session has ended. If watch has ended, that is no longer this caller's job.
-func (c *session) relink(watch context.Context) error {
+// relink reconnects to the agent of a machine whose link has ended. If watch has ended, that is no longer this caller's job.
+func (c *link) relink(watch context.Context) error {
 	s := c.s
 	ctx, over, err := s.takeTurn(s.ctx, "reach")
 	if err != nil {
@@ -163,7 +163,7 @@ func (c *session) relink(watch context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, adoptTime)
 	defer cancel()
 	s.mu.Lock()
-	stop, r := s.stop, s.rec
+	unlink, r := s.unlink, s.rec
 	for len(s.relinked) > 0 && time.Since(s.relinked[0]) > relinkTime {
 		s.relinked = s.relinked[1:]
 	}
@@ -178,7 +178,7 @@ func (c *session) relink(watch context.Context) error {
 	if err := s.rejoin(ctx); err != nil {
 		return err
 	}
-	stop() // ends what ran with the old session
+	unlink() // ends what ran with the old link
 	s.mu.Lock()
 	s.relinked = append(s.relinked, time.Now())
 	s.mu.Unlock()

@@ -182,7 +182,7 @@ func (b *Builder) secondStage(ctx context.Context, name string, files *Files, so
 	err error) {
 	j := b.Store.begin("")
 	defer j.end()
-	r := &run{Builder: b, job: j, req: BuildRequest{Name: name}, id: NewBuildID()}
+	r := &buildRun{Builder: b, job: j, req: BuildRequest{Name: name}, id: NewBuildID()}
 	if r.log, err = b.Store.newLog(r.id, "", BaseName, func(l Line) { say("%s", l.Text) }); err != nil {
 		return Manifest{}, err
 	}
@@ -191,7 +191,7 @@ func (b *Builder) secondStage(ctx context.Context, name string, files *Files, so
 	if err != nil {
 		return Manifest{}, err
 	}
-	s := &stageRun{run: r, result: &result{layers: []Layer{l}}, name: "install"}
+	s := &stageRun{buildRun: r, result: &result{layers: []Layer{l}}, name: "install"}
 	defer func() {
 		if s.sb != nil {
 			err = errors.Join(err, s.sb.Kill(errors.New("the build is done with it")))

@@ -136,8 +136,8 @@ func (e *StepError) Error() string {
 // Unwrap returns the cause.
 func (e *StepError) Unwrap() error { return e.Err }
 
-// run is a build in progress.
-type run struct {
+// buildRun is a build in progress.
+type buildRun struct {
 	*Builder
 	job    *job
 	req    BuildRequest
@@ -186,7 +186,7 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 	limit := cmp.Or(req.Timeout, DefaultBuildTime)
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("the build took longer than %s", limit))
 	defer cancel()
-	r := &run{Builder: b, job: j, req: req, id: cmp.Or(req.ID, NewBuildID()), plan: plan, done: map[int]*result{},
+	r := &buildRun{Builder: b, job: j, req: req, id: cmp.Or(req.ID, NewBuildID()), plan: plan, done: map[int]*result{},
 		opened: map[string]*Files{}}
 	if r.log, err = b.Store.newLog(r.id, req.Owner, req.Name, each); err != nil {
 		return Built{}, err
@@ -207,10 +207,10 @@ func (b *Builder) Build(ctx context.Context, req BuildRequest, each func(Line)) 
 }
 
 // runStages runs every stage that the target needs and names the result.
-func (r *run) runStages(ctx context.Context, service sandbox.Network, began time.Time) (built Built, err error) {
+func (r *buildRun) runStages(ctx context.Context, service sandbox.Network, began time.Time) (built Built, err error) {
 	built.ID = r.id
 	for _, i := range r.plan.needed() {
-		if r.done[i], err = r.stage(ctx, i); err != nil {
+		if r.done[i], err = r.buildStage(ctx, i); err != nil {
 			return built, err
 		}
 	}
@@ -234,12 +234,12 @@ func (r *run) runStages(ctx context.Context, service sandbox.Network, began time
 }
 
 // finish ends a build, with or without an error.
-func (r *run) finish(err error) error {
+func (r *buildRun) finish(err error) error {
 	for _, f := range r.opened {
 		err = errors.Join(err, f.Close())
 	}
 	if err != nil {
-		err = r.Store.noRoom(err)
+		err = r.Store.asNoSpace(err)
 		r.log.line("error", "", err.Error())
 		err = &BuildError{ID: r.id, Err: err}
 	}
@@ -279,7 +279,7 @@ func (e *BuildError) Unwrap() error { return e.Err }
 
 // startUp starts the service of a template and saves the sandbox once it is ready. If the sandbox cannot be saved, the log says so, and
 // every sandbox of the template starts its own service.
-func (r *run) startUp(ctx context.Context, m Manifest, network sandbox.Network) (*Started, error) {
+func (r *buildRun) startUp(ctx context.Context, m Manifest, network sandbox.Network) (*Started, error) {
 	image, err := r.job.image(ctx, m.Layers)
 	if err != nil {
 		return nil, err
@@ -363,7 +363,7 @@ func (f *Files) numbered(user string) string {
 }
 
 // base finds the layers and the config that a stage begins with.
-func (r *run) base(ctx context.Context, s stage) (*result, error) {
+func (r *buildRun) base(ctx context.Context, s stage) (*result, error) {
 	if s.from >= 0 {
 		of := r.done[s.from]
 		return &result{layers: slices.Clone(of.layers), config: *of.config.DeepCopy(), key: of.key, parent: of.parent}, nil
@@ -388,12 +388,12 @@ func (r *run) base(ctx context.Context, s stage) (*result, error) {
 
 // firstKey is the part of the key that all steps depend on. It includes the owner: an owner can reach into the sandboxes of their builds,
 // so no other owner uses what these builds made.
-func (r *run) firstKey(image, config string) string {
+func (r *buildRun) firstKey(image, config string) string {
 	return hashOf("FROM", r.req.Owner, r.req.Network.Mode, strings.Join(r.req.Network.Allow, ","), image, config)
 }
 
 // named finds a template, or pulls an image from a registry.
-func (r *run) named(ctx context.Context, name string) (Manifest, error) {
+func (r *buildRun) named(ctx context.Context, name string) (Manifest, error) {
 	m, err := r.Store.Get(r.req.Owner, name)
 	if err == nil || !errors.Is(err, sandbox.ErrNoTemplate) {
 		return m, err
@@ -424,7 +424,7 @@ func hashOf(parts ...string) string {
 }
 
 // files opens the files that --from names.
-func (r *run) files(ctx context.Context, from string) (*Files, error) {
+func (r *buildRun) files(ctx context.Context, from string) (*Files, error) {
 	if from == "" {
 		if r.req.Context == nil {
 			return nil, errors.New("the build has no files to copy from; give it a context")

@@ -164,7 +164,7 @@ func (s *Store) unneeded(kind string, e os.DirEntry, needed *needs) (spare, bool
 		sp.due = age > stepKept || !needed.steps[rel]
 	case "images", "started":
 		sp.due = true
-		if needed.unknown || age < pinned {
+		if needed.unknown || age < pinTime {
 			return sp, false
 		}
 	case "steps":
@@ -282,7 +282,7 @@ func (s *Store) secure() (err error) {
 		entries, rerr := os.ReadDir(dir)
 		err = errors.Join(err, serr, rerr)
 		for _, e := range entries {
-			if serr := s.sealed(s.file(kind, e.Name()), kind == "images"); !errors.Is(serr, fs.ErrNotExist) {
+			if serr := s.sealExisting(s.file(kind, e.Name()), kind == "images"); !errors.Is(serr, fs.ErrNotExist) {
 				err = errors.Join(err, serr)
 			}
 		}

@@ -50,7 +50,7 @@ func (s *Store) ReadContext(ctx context.Context, owner string, from io.Reader) (
 		if err != nil {
 			return err
 		}
-		return errors.Join(m.apply(s.whileRoom(plain)), plain.Close())
+		return errors.Join(m.apply(s.whileSpace(plain)), plain.Close())
 	})
 }
 
@@ -63,11 +63,11 @@ func (s *Store) newContext(ctx context.Context, owner string, fill func(*merger)
 	defer free()
 	f, err := s.temp("builds")
 	if err != nil {
-		return nil, s.noRoom(err)
+		return nil, s.asNoSpace(err)
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(fmt.Errorf("build context: %w", s.noRoom(err)), f.Close(), os.Remove(f.Name()))
+			err = errors.Join(fmt.Errorf("build context: %w", s.asNoSpace(err)), f.Close(), os.Remove(f.Name()))
 		}
 	}()
 	m := &merger{ctx: ctx, root: newRoot(), w: erofs.NewWriter(f), plain: true, bytes: maxImage - maxContext}

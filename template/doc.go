@@ -16,7 +16,7 @@
 //
 // A file is complete when it has its final name. Until then its maker locks it, and it is removed once the maker is dead (temp.go). A job
 // declares what it needs under the lock that Collect also takes (job.go, collect.go), so what nothing needs can be removed at once. The
-// store has a budget (room.go), and each owner's account pays for the owner's work.
+// store has a budget (space.go), and each owner's account pays for the owner's work.
 //
 // Nothing is ever unpacked on the host: layers are streamed into images (layer.go), and a build changes files only in a sandbox (build.go).
 package template

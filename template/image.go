@@ -22,7 +22,7 @@ func (j *job) image(ctx context.Context, layers []Layer) (string, error) {
 		return "", err
 	}
 	if exists(file) {
-		return file, j.sealed(file, true)
+		return file, j.sealExisting(file, true)
 	}
 	free, err := j.wait(ctx, access.Merges, 1) // before the lock: its holder never waits for another owner's account
 	if err != nil {
@@ -37,7 +37,7 @@ func (j *job) image(ctx context.Context, layers []Layer) (string, error) {
 	if exists(file) {
 		return file, nil
 	}
-	return file, j.noRoom(j.write(ctx, "images", func(f *os.File) (string, error) { return file, j.assemble(ctx, f, layers) }))
+	return file, j.asNoSpace(j.write(ctx, "images", func(f *os.File) (string, error) { return file, j.assemble(ctx, f, layers) }))
 }
 
 // imageFile returns the path of the image of a chain ID.
@@ -59,7 +59,7 @@ func (j *job) assemble(ctx context.Context, f *os.File, layers []Layer) error {
 		}
 		m.root, err = base.Tree()
 		if err == nil {
-			err = j.ensureRoomOn(base, layers[have:])
+			err = j.ensureSpaceOn(base, layers[have:])
 		}
 		if err == nil {
 			err = m.w.Base(ctx, base)
@@ -77,8 +77,8 @@ func (j *job) assemble(ctx context.Context, f *os.File, layers []Layer) error {
 	return errors.Join(m.w.Finish(m.root), j.seal(f, true), unpin(f))
 }
 
-// ensureRoomOn makes room for an image that is built on top of another.
-func (s *Store) ensureRoomOn(base *erofs.Image, layers []Layer) error {
+// ensureSpaceOn makes space for an image that is built on top of another.
+func (s *Store) ensureSpaceOn(base *erofs.Image, layers []Layer) error {
 	needed, err := base.Used()
 	if err != nil {
 		return err
@@ -86,7 +86,7 @@ func (s *Store) ensureRoomOn(base *erofs.Image, layers []Layer) error {
 	for _, l := range layers {
 		needed += l.Size
 	}
-	return s.ensureRoom(needed)
+	return s.ensureSpace(needed)
 }
 
 // applyLayer applies a layer and checks that its content matches its digest.
@@ -97,7 +97,7 @@ func (j *job) applyLayer(ctx context.Context, m *merger, l Layer) error {
 	}
 	defer r.Close()
 	sum := sha256.New()
-	body := io.TeeReader(&untilDone{ctx, j.whileRoom(r)}, sum)
+	body := io.TeeReader(&untilDone{ctx, j.whileSpace(r)}, sum)
 	if err := m.apply(body); err != nil {
 		return err
 	}

@@ -141,11 +141,11 @@ func (s *Store) pin(ctx context.Context, name string) (bool, error) {
 	return err == nil, err
 }
 
-// pinned is how long pin protects: by then a sandbox that boots has declared what it needs (Manager.Images).
-const pinned = 10 * time.Minute
+// pinTime is how long pin protects: by then a sandbox that boots has declared what it needs (Manager.Images).
+const pinTime = 10 * time.Minute
 
 // unpin marks a new file as one that no caller is beginning to use.
 func unpin(f *os.File) error {
-	then := time.Now().Add(-pinned)
+	then := time.Now().Add(-pinTime)
 	return os.Chtimes(f.Name(), then, then)
 }

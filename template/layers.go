@@ -25,7 +25,7 @@ const (
 func (j *job) newLayer(ctx context.Context, from io.Reader, limit int64, createdBy string) (Layer, error) {
 	l := Layer{MediaType: mediaGzip, CreatedBy: createdBy}
 	whole, inner := sha256.New(), sha256.New()
-	body := io.TeeReader(j.whileRoom(&atMost{r: &untilDone{ctx, from}, left: limit}), inner)
+	body := io.TeeReader(j.whileSpace(&atMost{r: &untilDone{ctx, from}, left: limit}), inner)
 	err := j.write(ctx, "layers", func(f *os.File) (string, error) {
 		if err := compress(io.MultiWriter(f, whole), body); err != nil {
 			return "", err

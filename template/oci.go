@@ -88,7 +88,7 @@ func (j *job) pull(ctx context.Context, reference string, by http.RoundTripper) 
 	}
 	m, err := j.take(ctx, img)
 	if err != nil {
-		return Manifest{}, pullError(ref, j.noRoom(err))
+		return Manifest{}, pullError(ref, j.asNoSpace(err))
 	}
 	m.Parent = ref.Name()
 	return m, nil
@@ -199,12 +199,12 @@ func (j *job) takeLayer(ctx context.Context, l v1.Layer) (Layer, error) {
 		return kept, err
 	}
 	defer from.Close()
-	if err := j.ensureRoom(size); err != nil {
+	if err := j.ensureSpace(size); err != nil {
 		return kept, err
 	}
 	err = j.write(ctx, "layers", func(f *os.File) (string, error) {
 		sum := sha256.New()
-		if _, err := io.Copy(io.MultiWriter(f, sum), io.LimitReader(j.whileRoom(from), size+1)); err != nil {
+		if _, err := io.Copy(io.MultiWriter(f, sum), io.LimitReader(j.whileSpace(from), size+1)); err != nil {
 			return "", err
 		}
 		if got := digestOf(sum); got != kept.Digest {

@@ -180,7 +180,7 @@ func (s *stageRun) environment() map[string]string {
 	return env
 }
 
-// ifFull turns the error of a step into a NoRoomError if the disk is full, or if the step's output says that it was.
+// ifFull turns the error of a step into a NoSpaceError if the disk is full, or if the step's output says that it was.
 func (s *stageRun) ifFull(ctx context.Context, err error, tail string) error {
 	if host := s.Store.ifFull(err); errors.Is(host, sandbox.ErrNoDisk) {
 		return host
@@ -190,7 +190,7 @@ func (s *stageRun) ifFull(ctx context.Context, err error, tail string) error {
 	if uerr != nil || free >= fullDisk && !strings.Contains(strings.ToLower(tail), unix.ENOSPC.Error()) {
 		return err
 	}
-	return &NoRoomError{Step: u.DiskTotal, Free: free, Err: err}
+	return &NoSpaceError{Step: u.DiskTotal, Free: free, Err: err}
 }
 
 // howEnded says how a failed command ended.

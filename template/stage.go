@@ -25,7 +25,7 @@ import (
 
 // stageRun is a stage that is being built. Its sandbox is made for the first step that is not cached.
 type stageRun struct {
-	*run
+	*buildRun
 	stage
 	*result
 	index  int
@@ -50,9 +50,10 @@ var (
 // defaultPath is the PATH of images that set none.
 const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-// stage builds a stage.
-func (r *run) stage(ctx context.Context, index int) (_ *result, err error) {
-	s := &stageRun{run: r, stage: r.plan.stages[index], index: index, name: cmp.Or(r.plan.stages[index].name, "stage-"+strconv.Itoa(index))}
+// buildStage builds a stage.
+func (r *buildRun) buildStage(ctx context.Context, index int) (_ *result, err error) {
+	of := r.plan.stages[index]
+	s := &stageRun{buildRun: r, stage: of, index: index, name: cmp.Or(of.name, "stage-"+strconv.Itoa(index))}
 	if s.result, err = r.base(ctx, s.stage); err != nil {
 		return nil, err
 	}
@@ -83,7 +84,7 @@ func (r *run) stage(ctx context.Context, index int) (_ *result, err error) {
 				e.Line, e.Command = lineOf(cmd.Location()), shown(cmd)
 				return nil, err
 			}
-			return nil, &StepError{Line: lineOf(cmd.Location()), Command: shown(cmd), Err: s.Store.ifFull(s.Store.noRoom(err))}
+			return nil, &StepError{Line: lineOf(cmd.Location()), Command: shown(cmd), Err: s.Store.ifFull(s.Store.asNoSpace(err))}
 		}
 	}
 	if len(s.dirs) > 0 { // the stage ends with directories to make

@@ -205,7 +205,7 @@ func (j *job) importTar(ctx context.Context, m Manifest, from io.Reader) (Manife
 	}
 	l, err := j.newLayer(ctx, plain, maxImage, "import")
 	if err = errors.Join(err, plain.Close()); err != nil { // before the image is made: a job that has a decoder must never wait for a merge
-		return m, fmt.Errorf("import: %w", j.noRoom(err))
+		return m, fmt.Errorf("import: %w", j.asNoSpace(err))
 	}
 	m.Layers = []Layer{l}
 	return j.finish(ctx, m)
@@ -292,7 +292,7 @@ func (s *Store) Put(m Manifest) error {
 			return fmt.Errorf("template %q: it was deleted meanwhile: %w", m.Name, sandbox.ErrNoTemplate)
 		}
 	}
-	return s.noRoom(s.writeText("names", s.nameFile(m.Owner, m.Name), body)) // even making the temporary file may fail
+	return s.asNoSpace(s.writeText("names", s.nameFile(m.Owner, m.Name), body)) // even making the temporary file may fail
 }
 
 // Copy stores a template that an owner sees under another name, as the owner's. Both share their layers, which are stored once.
@@ -351,7 +351,7 @@ func (s *Store) writeNamed(kind string, fill func(*os.File) (name string, err er
 	}()
 	name, err := fill(f)
 	if err := errors.Join(err, f.Sync()); err != nil {
-		return s.noRoom(err) // before the file is removed, while it still takes up the disk
+		return s.asNoSpace(err) // before the file is removed, while it still takes up the disk
 	}
 	return place(f.Name(), name)
 }

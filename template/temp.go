@@ -125,8 +125,8 @@ func (s *Store) seal(f *os.File, image bool) error {
 	return f.Chmod(0o600)
 }
 
-// sealed is seal for an existing file: older versions left some readable to everybody.
-func (s *Store) sealed(name string, image bool) error {
+// sealExisting is seal for an existing file: older versions left some readable to everybody.
+func (s *Store) sealExisting(name string, image bool) error {
 	info, err := os.Lstat(name)
 	if err != nil || !info.Mode().IsRegular() || info.Mode().Perm()&0o007 == 0 {
 		return err

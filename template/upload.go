@@ -32,23 +32,23 @@ func (s *Store) HasUpload(owner, name string) bool { return touch(s.uploadFile(o
 
 // SaveUpload stores files for an owner's builds: a tar, which may be compressed. It does not read the tar.
 func (s *Store) SaveUpload(owner, name string, from io.Reader) error {
-	left, err := s.roomForUploads(owner)
+	left, err := s.spaceForUploads(owner)
 	if err != nil {
 		return err
 	}
 	body := &atMost{r: from, left: min(left, maxContext)}
 	err = s.write("uploads", s.uploadFile(owner, name), func(f *os.File) error {
-		_, err := io.Copy(f, s.whileRoom(body))
+		_, err := io.Copy(f, s.whileSpace(body))
 		return err
 	})
 	if err != nil {
-		return fmt.Errorf("keep the files of a build: %w", s.noRoom(err))
+		return fmt.Errorf("keep the files of a build: %w", s.asNoSpace(err))
 	}
 	return nil
 }
 
-// roomForUploads returns how many bytes an owner may still upload.
-func (s *Store) roomForUploads(owner string) (int64, error) {
+// spaceForUploads returns how many bytes an owner may still upload.
+func (s *Store) spaceForUploads(owner string) (int64, error) {
 	n, left := 0, int64(maxUploadBytes)
 	err := s.each("uploads", func(name string) error {
 		if !strings.HasPrefix(filepath.Base(name), uploadsOf(owner)) {

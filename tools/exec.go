@@ -9,8 +9,6 @@ import (
 	"time"
 	"unicode/utf8"
 
-	"github.com/mark3labs/mcp-go/server"
-
 	"soulbox.dev/soulbox/agent"
 	"soulbox.dev/soulbox/internal/names"
 	"soulbox.dev/soulbox/sandbox"
@@ -28,12 +26,12 @@ const (
 	ttyYield     = 2 * time.Second // at most; a call returns earlier, when the program at the terminal is silent
 )
 
-func (s *Toolbox) execTools() []server.ServerTool {
-	return []server.ServerTool{
+func (s *Toolbox) execTools() []tool {
+	return []tool{
 		define(s, "exec",
 			"Run a shell command (bash) in the sandbox and return its output and exit code. After yield_ms it continues in the "+
 				"background; its process_id is for process_wait, process_write and process_signal. Set background for servers.",
-			hints{title: "Run a command", destructive: true, long: true}, s.exec),
+			hints{title: "Run a command", destructive: true, longResult: true, slow: true}, s.exec),
 	}
 }
 
@@ -134,7 +132,7 @@ func (s *Toolbox) exec(ctx context.Context, in execInput) (execOutput, error) {
 	if err := in.check(); err != nil {
 		return execOutput{}, err
 	}
-	yield, chars, err := bounds(in.YieldMS, in.MaxChars)
+	yield, chars, err := waitArguments(in.YieldMS, in.MaxChars)
 	if err != nil {
 		return execOutput{}, err
 	}
@@ -205,8 +203,8 @@ func (in execInput) ownYield(ctx context.Context, usual time.Duration) time.Dura
 // startSlice bounds the round trip that starts a process and waits for it, since that round trip is not cancelled.
 const startSlice = 200 * time.Millisecond
 
-// bounds checks the two arguments that all waiting tools share.
-func bounds(yieldMS *int64, maxOutput *int) (yield time.Duration, chars int, err error) {
+// waitArguments checks the two arguments that all waiting tools share.
+func waitArguments(yieldMS *int64, maxOutput *int) (yield time.Duration, chars int, err error) {
 	ms, chars := int64(defaultYield), defaultChars
 	if yieldMS != nil {
 		ms = *yieldMS

@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"github.com/mark3labs/mcp-go/mcp"
-	"github.com/mark3labs/mcp-go/server"
 
 	"soulbox.dev/soulbox/agent"
 	"soulbox.dev/soulbox/internal/names"
@@ -26,10 +25,10 @@ const (
 	defaultTree = 500      // entries in a listing
 )
 
-func (s *Toolbox) fileTools() []server.ServerTool {
-	return []server.ServerTool{
+func (s *Toolbox) fileTools() []tool {
+	return []tool{
 		define(s, "file_read", "Read a text file by lines, an image as an image, or any file as base64. Directories: file_list.",
-			hints{title: "Read a file", readOnly: true, idempotent: true, long: true}, s.fileRead),
+			hints{title: "Read a file", readOnly: true, idempotent: true, longResult: true}, s.fileRead),
 		define(s, "file_write",
 			"As root, create, replace (atomically) or append to files. New ones belong to user. Missing directories are made.",
 			hints{title: "Write a file", destructive: true, idempotent: true}, s.fileWrite),

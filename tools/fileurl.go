@@ -6,8 +6,6 @@ import (
 	"path"
 	"strings"
 	"time"
-
-	"github.com/mark3labs/mcp-go/server"
 )
 
 const (
@@ -18,8 +16,8 @@ const (
 // urlTool is offered only if the server has a URL of its own.
 const urlTool = "file_url"
 
-func (s *Toolbox) urlTools() []server.ServerTool {
-	return []server.ServerTool{
+func (s *Toolbox) urlTools() []tool {
+	return []tool{
 		define(s, urlTool, "Make a URL to download one file (GET) or upload it (POST), of any size, without a key.",
 			hints{title: "Link to a file", idempotent: true}, s.fileURL),
 	}

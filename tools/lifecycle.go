@@ -7,13 +7,11 @@ import (
 	"strings"
 	"time"
 
-	"github.com/mark3labs/mcp-go/server"
-
 	"soulbox.dev/soulbox/sandbox"
 )
 
-func (s *Toolbox) lifecycleTools() []server.ServerTool {
-	return []server.ServerTool{
+func (s *Toolbox) lifecycleTools() []tool {
+	return []tool{
 		define(s, "sandbox_update", "Change metadata, times or protection of a sandbox.",
 			hints{title: "Update a sandbox"}, s.sandboxUpdate),
 		define(s, "sandbox_pause", "Stop a sandbox as it is, memory and processes too; its life time stands still.",
@@ -22,9 +20,9 @@ func (s *Toolbox) lifecycleTools() []server.ServerTool {
 			hints{title: "Resume a sandbox", idempotent: true}, s.sandboxResume),
 		define(s, "sandbox_snapshot",
 			"Save a running sandbox, with its processes, under a name; sandbox_create with template NAME starts from it.",
-			hints{title: "Save a snapshot"}, s.sandboxSnapshot),
+			hints{title: "Save a snapshot", slow: true}, s.sandboxSnapshot),
 		define(s, "sandbox_fork", "Make copies of a sandbox, memory and processes too; it continues.",
-			hints{title: "Fork a sandbox"}, s.sandboxFork),
+			hints{title: "Fork a sandbox", slow: true}, s.sandboxFork),
 	}
 }
 

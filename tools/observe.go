@@ -6,14 +6,12 @@ import (
 	"strings"
 	"time"
 
-	"github.com/mark3labs/mcp-go/server"
-
 	"soulbox.dev/soulbox/internal/cursor"
 	"soulbox.dev/soulbox/sandbox"
 )
 
-func (s *Toolbox) observeTools() []server.ServerTool {
-	return []server.ServerTool{
+func (s *Toolbox) observeTools() []tool {
+	return []tool{
 		define(s, "sandbox_logs", "Report what has happened to a sandbox and its processes, until a day after its end.",
 			hints{title: "Read a sandbox's log", readOnly: true, idempotent: true}, s.sandboxLogs),
 		define(s, "sandbox_metrics", "Report what a sandbox used in the last hour (samples) and in its life.",

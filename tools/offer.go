@@ -13,7 +13,7 @@ import (
 // group is a group of tools, which are offered together or not at all.
 type group struct {
 	set   string
-	tools func(*Toolbox) []server.ServerTool
+	tools func(*Toolbox) []tool
 }
 
 // groups are the groups of all tools.
@@ -36,6 +36,18 @@ func Toolsets() (sets []string) {
 	return sets
 }
 
+// Slow returns the names of the tools whose calls may take long, so that a client that knows tasks gets one.
+func (s *Toolbox) Slow() (names []string) {
+	for _, g := range groups() {
+		for _, t := range g.tools(s) {
+			if t.slow {
+				names = append(names, t.Tool.Name)
+			}
+		}
+	}
+	return names
+}
+
 // Register adds the offered tools to a server, and the prompts that use them. The others are in no list; a call of one is told why.
 func (s *Toolbox) Register(m *server.MCPServer) {
 	if !s.ReadOnly && len(s.Toolsets) == 0 { // prompts name tools of all sets
@@ -50,7 +62,7 @@ func (s *Toolbox) Register(m *server.MCPServer) {
 					return nil, &protocolError{fmt.Sprintf("the tool %q is not offered: %s", t.Tool.Name, why)}
 				}
 			}
-			m.AddTools(t)
+			m.AddTools(t.ServerTool)
 		}
 	}
 	server.WithToolFilter(func(_ context.Context, list []mcp.Tool) []mcp.Tool {

@@ -5,13 +5,11 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/mark3labs/mcp-go/server"
-
 	"soulbox.dev/soulbox/sandbox"
 )
 
-func (s *Toolbox) portTools() []server.ServerTool {
-	return []server.ServerTool{
+func (s *Toolbox) portTools() []tool {
+	return []tool{
 		define(s, "port_expose", "Make a TCP port of the sandbox reachable: returns a URL on the host's loopback.",
 			hints{title: "Expose a port", idempotent: true}, s.portExpose),
 		define(s, "port_close", "Undo port_expose, and end the connections to the port.",

@@ -6,18 +6,16 @@ import (
 	"strings"
 	"time"
 
-	"github.com/mark3labs/mcp-go/server"
-
 	"soulbox.dev/soulbox/agent"
 	"soulbox.dev/soulbox/internal/names"
 )
 
-func (s *Toolbox) processTools() []server.ServerTool {
-	return []server.ServerTool{
+func (s *Toolbox) processTools() []tool {
+	return []tool{
 		define(s, "process_wait",
 			"Wait for a process to end and read its output, also later. Without offset: head and tail of it all. With the "+
 				"next_offset of the last result: what came since.",
-			hints{title: "Wait for a process", readOnly: true, idempotent: true, long: true}, s.processWait),
+			hints{title: "Wait for a process", readOnly: true, idempotent: true, longResult: true}, s.processWait),
 		define(s, "process_write", "Write to the stdin of a background or tty process, and return what it answers.",
 			hints{title: "Write to a process"}, s.processWrite),
 		define(s, "process_resize", "Change the size of a process's terminal.",
@@ -64,7 +62,7 @@ func (s *Toolbox) processWait(ctx context.Context, in processWaitInput) (execOut
 	if err != nil {
 		return execOutput{}, err
 	}
-	yield, chars, err := bounds(in.YieldMS, in.MaxChars)
+	yield, chars, err := waitArguments(in.YieldMS, in.MaxChars)
 	if err != nil {
 		return execOutput{}, err
 	}
@@ -178,7 +176,7 @@ func (s *Toolbox) processWrite(ctx context.Context, in processWriteInput) (execO
 		in.YieldMS = new(int64)
 		*in.YieldMS = 2000
 	}
-	yield, chars, err := bounds(in.YieldMS, nil)
+	yield, chars, err := waitArguments(in.YieldMS, nil)
 	if err != nil {
 		return execOutput{}, err
 	}

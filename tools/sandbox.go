@@ -9,16 +9,14 @@ import (
 	"strings"
 	"time"
 
-	"github.com/mark3labs/mcp-go/server"
-
 	"soulbox.dev/soulbox/agent"
 	"soulbox.dev/soulbox/internal/cursor"
 	"soulbox.dev/soulbox/internal/names"
 	"soulbox.dev/soulbox/sandbox"
 )
 
-func (s *Toolbox) sandboxTools() []server.ServerTool {
-	return []server.ServerTool{
+func (s *Toolbox) sandboxTools() []tool {
+	return []tool{
 		define(s, "sandbox_create",
 			"Make another sandbox, an isolated Linux machine. Not needed for the first: exec makes this session's own.",
 			hints{title: "Create a sandbox"}, s.sandboxCreate),

@@ -9,18 +9,16 @@ import (
 	"strings"
 	"time"
 
-	"github.com/mark3labs/mcp-go/server"
-
 	"soulbox.dev/soulbox/agent"
 	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/template"
 )
 
-func (s *Toolbox) templateTools() []server.ServerTool {
-	return []server.ServerTool{
+func (s *Toolbox) templateTools() []tool {
+	return []tool{
 		define(s, "template_build",
 			"Make a template from a Dockerfile. Takes minutes; steps done before are cached.",
-			hints{title: "Build a template"}, s.templateBuild),
+			hints{title: "Build a template", slow: true}, s.templateBuild),
 		define(s, "template_list", "List templates and your snapshots.",
 			hints{title: "List templates and snapshots", readOnly: true, idempotent: true}, s.templateList),
 		define(s, "template_delete", "Delete a template or snapshot of yours; sandboxes made from it stay.",

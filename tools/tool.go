@@ -18,13 +18,20 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// hints are the four annotations of a tool; every tool states all of them.
+// hints are the four annotations of a tool, of which every tool states all, and what else is said about it.
 type hints struct {
 	title       string
 	readOnly    bool
 	destructive bool
 	idempotent  bool
-	long        bool // its results may be long; some clients want to know
+	longResult  bool // some clients want to know
+	slow        bool // a call may take long
+}
+
+// tool is a tool with what mcp-go does not know about it.
+type tool struct {
+	server.ServerTool
+	slow bool
 }
 
 // maxResult is how many characters of a long result a client is asked to show.
@@ -35,14 +42,14 @@ type output interface{ text() string }
 
 // define makes a tool from a method. In and Out are structs whose fields carry their descriptions; a field without omitempty is required.
 func define[In any, Out output](s *Toolbox, name, description string, h hints,
-	do func(context.Context, In) (Out, error)) server.ServerTool {
-	tool := mcp.NewToolWithRawSchema(name, description, schema[In](true))
-	tool.RawOutputSchema = brief(schema[Out](false)) // models read the list in every conversation, so it must be short
-	tool.Annotations = mcp.ToolAnnotation{
+	do func(context.Context, In) (Out, error)) tool {
+	t := mcp.NewToolWithRawSchema(name, description, schema[In](true))
+	t.RawOutputSchema = brief(schema[Out](false)) // models read the list in every conversation, so it must be short
+	t.Annotations = mcp.ToolAnnotation{
 		Title: h.title, ReadOnlyHint: &h.readOnly, DestructiveHint: &h.destructive, IdempotentHint: &h.idempotent, OpenWorldHint: new(bool),
 	}
-	if h.long {
-		tool.Meta = &mcp.Meta{AdditionalFields: map[string]any{"anthropic/maxResultSizeChars": maxResult}}
+	if h.longResult {
+		t.Meta = &mcp.Meta{AdditionalFields: map[string]any{"anthropic/maxResultSizeChars": maxResult}}
 	}
 	handle := func(ctx context.Context, req mcp.CallToolRequest) (*mcp.CallToolResult, error) {
 		var in In
@@ -59,8 +66,8 @@ func define[In any, Out output](s *Toolbox, name, description string, h hints,
 			return nil, protocol
 		}
 		if err != nil {
-			if t, ok := any(in).(interface{ id() string }); ok && errors.Is(err, agent.ErrLost) && !errors.Is(err, sandbox.ErrState) {
-				err = s.whyLost(ctx, t.id(), err)
+			if of, ok := any(in).(interface{ id() string }); ok && errors.Is(err, agent.ErrLost) && !errors.Is(err, sandbox.ErrState) {
+				err = s.whyLost(ctx, of.id(), err)
 			}
 			return fail(name, err), nil
 		}
@@ -70,7 +77,7 @@ func define[In any, Out output](s *Toolbox, name, description string, h hints,
 		}
 		return result, nil
 	}
-	return server.ServerTool{Tool: tool, Handler: handle}
+	return tool{ServerTool: server.ServerTool{Tool: t, Handler: handle}, slow: h.slow}
 }
 
 // schema is the JSON Schema of a struct. A field may have the tag enum:"a,b", least:"1" (which the tool checks), or as:"tool" if that

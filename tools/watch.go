@@ -5,18 +5,16 @@ import (
 	"strings"
 	"time"
 
-	"github.com/mark3labs/mcp-go/server"
-
 	"soulbox.dev/soulbox/agent"
 	"soulbox.dev/soulbox/internal/cursor"
 	"soulbox.dev/soulbox/internal/names"
 )
 
-func (s *Toolbox) watchTools() []server.ServerTool {
-	return []server.ServerTool{
+func (s *Toolbox) watchTools() []tool {
+	return []tool{
 		define(s, "file_watch",
 			"Watch files for changes. Start with path; then the cursor gives the changes since, or waits for the first.",
-			hints{title: "Watch files", readOnly: true, idempotent: true, long: true}, s.fileWatch),
+			hints{title: "Watch files", readOnly: true, idempotent: true, longResult: true}, s.fileWatch),
 	}
 }
 
@@ -80,7 +78,7 @@ func (o fileWatchOutput) text() string {
 const maxWatchEvents = 1000
 
 func (s *Toolbox) fileWatch(ctx context.Context, in fileWatchInput) (fileWatchOutput, error) {
-	yield, _, err := bounds(in.YieldMS, nil)
+	yield, _, err := waitArguments(in.YieldMS, nil)
 	switch {
 	case err != nil:
 		return fileWatchOutput{}, err

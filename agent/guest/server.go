@@ -121,7 +121,8 @@ func NewServer(opts Options) (*Server, error) {
 	return s, nil
 }
 
-// Close kills every process and waits for their end. It is for tests: as init the agent ends with the machine.
+// Close kills every process and waits for their end. The agent never calls it, since as init it ends with its machine; tests do, and the
+// fake machines of internal/sandboxtest, which run a Server in the test's own process.
 func (s *Server) Close() {
 	s.cancel(errors.New("agent closed"))
 	for _, p := range s.all() {

@@ -37,8 +37,9 @@ func (s *Server) start(ctx context.Context, req agent.StartRequest) (agent.Snaps
 // starters is how many starts are prepared at a time, so that the memory guard does not wait for hundreds of them.
 const starters = 2
 
-// takeTurn waits for the turn of a start. The turn ends before the program is executed, which may take as long as the guest wants.
-func (s *Server) takeTurn() (done func()) {
+// takeSlot waits until one more start may be prepared. The slot is free again before the program is executed, which may take as long as the
+// guest wants.
+func (s *Server) takeSlot() (done func()) {
 	s.starting <- struct{}{}
 	s.guard.pass()
 	return sync.OnceFunc(func() { <-s.starting })
@@ -46,7 +47,7 @@ func (s *Server) takeTurn() (done func()) {
 
 // spawn starts a process and adds it to the table.
 func (s *Server) spawn(req agent.StartRequest) (_ *process, err error) {
-	done := s.takeTurn()
+	done := s.takeSlot()
 	defer done()
 	p, env, err := s.prepare(req)
 	if err != nil {

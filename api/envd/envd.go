@@ -29,8 +29,8 @@ const Version = "0.6.13"
 // Port is the port of a sandbox on which clients expect envd.
 const Port = 49983
 
-// TokenHeader carries the sandbox's access token.
-const TokenHeader = "X-Access-Token"
+// AccessHeader carries the sandbox's access token.
+const AccessHeader = "X-Access-Token"
 
 // maxMessage bounds one message of a client, in bytes; files go through /files.
 const maxMessage = 8 << 20
@@ -135,7 +135,7 @@ func follows(r *http.Request) bool {
 // was paused on purpose.
 func (t Target) agent(r *http.Request) (*agent.Client, error) {
 	if follows(r) {
-		return t.Sandbox.AgentAwake(r.Context(), "follow a process in")
+		return t.Sandbox.AgentIfAwake(r.Context(), "follow a process in")
 	}
 	return t.Sandbox.Agent(r.Context(), "act in")
 }
@@ -270,7 +270,7 @@ func (t Target) wrong(r *http.Request) string {
 }
 
 func (t Target) hasToken(r *http.Request) bool {
-	shown, secret := r.Header.Values(TokenHeader), t.Sandbox.AccessToken()
+	shown, secret := r.Header.Values(AccessHeader), t.Sandbox.AccessToken()
 	return len(shown) == 1 && secret != "" && subtle.ConstantTimeCompare([]byte(shown[0]), []byte(secret)) == 1
 }
 

@@ -59,9 +59,9 @@ func (s processes) Start(ctx context.Context, req *connect.Request[pb.StartReque
 func (p *scope) start(ctx context.Context, req agent.StartRequest, hangs bool) (agent.Snapshot, error) {
 	begin := func() (agent.Snapshot, error) { return p.client.Start(context.WithoutCancel(ctx), req) }
 	if !hangs {
-		return agent.OrGiveUp(ctx, begin, nil)
+		return agent.UntilDone(ctx, begin, nil)
 	}
-	return agent.OrGiveUp(ctx, begin, func(began agent.Snapshot) {
+	return agent.UntilDone(ctx, begin, func(began agent.Snapshot) {
 		ending, cancel := context.WithTimeout(context.Background(), killTime)
 		defer cancel()
 		_, _ = p.client.Kill(ending, began.Process.ID) // it may have ended already

@@ -42,7 +42,7 @@ func SignedQuery(path, operation, user, token string, until time.Time) url.Value
 
 // unsigned says what is wrong with the signature of a request for a file; "" means nothing.
 func (t Target) unsigned(r *http.Request, operation string) string {
-	if r.Header.Get(TokenHeader) != "" {
+	if r.Header.Get(AccessHeader) != "" {
 		return "the access token is not that of this sandbox"
 	}
 	q := r.URL.Query()

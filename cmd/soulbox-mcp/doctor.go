@@ -24,7 +24,7 @@ import (
 // check is one thing that a machine needs.
 type check struct {
 	name string
-	mend string // what to do when it fails
+	fix  string // what to do when it fails
 	do   func(context.Context, config) (found string, err error)
 }
 
@@ -61,7 +61,7 @@ func runDoctor(ctx context.Context, args []string, getenv func(string) string, s
 			continue
 		}
 		failed++
-		fmt.Fprintf(stdout, "FAIL  %-16s %v\n      %-16s %s\n", ch.name, err, "", ch.mend)
+		fmt.Fprintf(stdout, "FAIL  %-16s %v\n      %-16s %s\n", ch.name, err, "", ch.fix)
 	}
 	if failed > 0 {
 		return fmt.Errorf("%d of %d checks failed", failed, len(checks))

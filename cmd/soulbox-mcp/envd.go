@@ -9,11 +9,11 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"net/netip"
 	"slices"
 	"time"
 
 	"soulbox.dev/soulbox/api/envd"
+	"soulbox.dev/soulbox/internal/loopback"
 	"soulbox.dev/soulbox/sandbox"
 )
 
@@ -146,8 +146,7 @@ func parseEnvd(args []string, getenv func(string) string, stderr io.Writer) (c c
 	if err != nil {
 		return c, listen, name, err
 	}
-	host, _, err := net.SplitHostPort(listen)
-	if ip, perr := netip.ParseAddr(host); err != nil || host != "localhost" && (perr != nil || !ip.IsLoopback()) {
+	if host, _, err := net.SplitHostPort(listen); err != nil || !loopback.IsItself(host) {
 		return c, listen, name, usageError{fmt.Errorf("--listen %q is not on loopback: anyone who reaches it controls the sandbox", listen)}
 	}
 	return c, listen, name, nil
@@ -160,13 +159,7 @@ const maxEnvdLife = 30 * 24 * 3600e9
 // origin.
 func onLoopback(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		host, _, err := net.SplitHostPort(r.Host)
-		if err != nil {
-			host = r.Host
-		}
-		ip, err := netip.ParseAddr(host)
-		if host != "localhost" && (err != nil || !ip.IsLoopback()) || r.Header.Get("Origin") != "" ||
-			r.Header.Get("Sec-Fetch-Site") == "cross-site" {
+		if !loopback.IsItself(loopback.Bare(r.Host)) || r.Header.Get("Origin") != "" || r.Header.Get("Sec-Fetch-Site") == "cross-site" {
 			http.Error(w, "only programs on this machine may use this server", http.StatusForbidden)
 			return
 		}

@@ -11,7 +11,6 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"net/netip"
 	"net/url"
 	"slices"
 	"strings"
@@ -22,6 +21,7 @@ import (
 	"soulbox.dev/soulbox/api"
 	"soulbox.dev/soulbox/api/client"
 	"soulbox.dev/soulbox/gvisor"
+	"soulbox.dev/soulbox/internal/loopback"
 	"soulbox.dev/soulbox/mcpserver"
 )
 
@@ -87,8 +87,7 @@ func (c *httpConfig) check() error {
 	if err != nil {
 		return usageError{err}
 	}
-	ip, err := netip.ParseAddr(host)
-	if host == "localhost" || err == nil && ip.IsLoopback() {
+	if loopback.IsItself(host) {
 		return nil
 	}
 	if !c.allowRemote {
@@ -173,7 +172,7 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 	door := c.door(s.log)
 	defer door.Watch()()
 	endpoint := s.mcp.HTTP(mcpserver.HTTPOptions{Access: c.access(public, door), SessionIdle: c.idle, Rate: c.rate})
-	s.gateway.Admit = door.AdmitOwner
+	s.gateway.OwnerValid = door.AdmitOwner
 	s.metrics.watch(s.manager, s.descriptors, endpoint.Sessions)
 	control := c.control(s, endpoint, door)
 	defer control.Close()
@@ -315,11 +314,11 @@ func (c httpConfig) routes(s *service, endpoint *mcpserver.HTTP, control *api.Co
 	return mux
 }
 
-// health reports whether the server works, and how much room it has. It reveals nothing about any sandbox.
+// health reports whether the server works, and how much memory is free. It reveals nothing about any sandbox.
 func (s *service) health() http.Handler {
 	began, hard := time.Now(), (&gvisor.Runtime{}).HardLimits()
 	return answerJSON(func() (any, error) {
-		free, _, err := s.manager.Room()
+		free, err := s.manager.FreeMemory()
 		if err != nil {
 			return nil, err
 		}

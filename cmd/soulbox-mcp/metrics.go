@@ -127,7 +127,7 @@ func (c sandboxMetrics) Describe(ch chan<- *prometheus.Desc) {
 
 // Collect implements prometheus.Collector.
 func (c sandboxMetrics) Collect(ch chan<- prometheus.Metric) {
-	free, states, err := c.manager.Room()
+	free, err := c.manager.FreeMemory()
 	if err != nil {
 		ch <- prometheus.NewInvalidMetric(freeDesc, err)
 		return
@@ -148,6 +148,7 @@ func (c sandboxMetrics) Collect(ch chan<- prometheus.Metric) {
 	ch <- prometheus.MustNewConstMetric(netDesc, prometheus.CounterValue, float64(used.NetIn), "in")
 	ch <- prometheus.MustNewConstMetric(netDesc, prometheus.CounterValue, float64(used.NetOut), "out")
 	ch <- prometheus.MustNewConstMetric(freeDesc, prometheus.GaugeValue, float64(free))
+	states := c.manager.CountStates()
 	for _, s := range sandbox.States() {
 		ch <- prometheus.MustNewConstMetric(sandboxesDesc, prometheus.GaugeValue, float64(states[s]), string(s))
 	}

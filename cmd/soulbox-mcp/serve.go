@@ -168,8 +168,10 @@ func newMCP(o tools.Options, m *metrics, log *slog.Logger) (*mcpserver.Server, e
 	options := mcpserver.Options{
 		MCP: s, Name: "soulbox", Version: version, Log: log,
 		Resources: resources.New(resources.Options{Manager: o.Manager, Store: o.Store, NotFound: mcpserver.ErrNoResource}),
-		Tasks: map[string]mcpserver.TaskRule{"exec": {After: taskAfter}, "sandbox_snapshot": {After: taskAfter},
-			"sandbox_fork": {After: taskAfter}, "template_build": {After: taskAfter}},
+		Tasks:     map[string]mcpserver.TaskRule{},
+	}
+	for _, name := range offered.Slow() {
+		options.Tasks[name] = mcpserver.TaskRule{After: taskAfter}
 	}
 	if m != nil {
 		options.Observe = func(method, tool, outcome string, took time.Duration) {
@@ -179,5 +181,5 @@ func newMCP(o tools.Options, m *metrics, log *slog.Logger) (*mcpserver.Server, e
 	return mcpserver.New(options), nil
 }
 
-// taskAfter is how long a command runs before a client that supports tasks gets one instead of waiting.
+// taskAfter is how long a slow tool runs before a client that supports tasks gets one instead of waiting.
 const taskAfter = 2 * time.Second

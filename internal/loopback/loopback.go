@@ -1,4 +1,5 @@
-// Package loopback tells this machine's own names, and dials them without DNS and proxies. It knows nothing of what is served there.
+// Package loopback reads the hosts of requests and addresses, tells which are this machine's own, and dials those without DNS and proxies.
+// It knows nothing of what is served there.
 package loopback
 
 import (
@@ -19,6 +20,21 @@ func Is(host string) bool {
 	}
 	ip, err := netip.ParseAddr(host)
 	return err == nil && ip.IsLoopback()
+}
+
+// IsItself is Is for servers that trust what they call this machine: localhost and the addresses of loopback, but no name below localhost,
+// since a sandbox may have such a name, with pages of its own. The host is one that Bare returns.
+func IsItself(host string) bool {
+	ip, err := netip.ParseAddr(host)
+	return host == "localhost" || err == nil && ip.Unmap().IsLoopback()
+}
+
+// Bare is the host of a request without its port, brackets, trailing dot and case, as names are compared.
+func Bare(host string) string {
+	if name, _, err := net.SplitHostPort(host); err == nil {
+		host = name
+	}
+	return strings.TrimSuffix(strings.ToLower(strings.Trim(host, "[]")), ".")
 }
 
 func localName(host string) bool {

@@ -81,8 +81,8 @@ func (f *Fake) Refuse(err error) {
 	f.FailAttach = err
 }
 
-// Mend undoes Refuse.
-func (f *Fake) Mend() {
+// Repair undoes Refuse.
+func (f *Fake) Repair() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.FailAttach = nil

@@ -56,17 +56,17 @@ func sizeOf(name string) (sum int64, err error) {
 	return sum, err
 }
 
-// NoRoomError says that the disk, or the templates' share of it, is full.
-type NoRoomError struct {
+// NoSpaceError says that the disk, or the templates' share of it, is full.
+type NoSpaceError struct {
 	Needed int64 // bytes; 0 means unknown
 	Free   int64 // bytes
 	Budget int64 // of the templates, if that is used up; 0 if it is the disk itself
 	Step   int64 // disk of the sandbox in which a step ran, if that is used up
-	Err    error // of the system or of the step; nil if the check itself found no room
+	Err    error // of the system or of the step; nil if the check itself found no space
 }
 
 // Error implements error.
-func (e *NoRoomError) Error() string {
+func (e *NoSpaceError) Error() string {
 	needed := fmt.Sprintf("%d MB", (e.Needed+1<<20-1)>>20)
 	if e.Needed <= e.Free || e.Needed < 1<<20 {
 		needed = "more"
@@ -87,14 +87,14 @@ func (e *NoRoomError) Error() string {
 	return text
 }
 
-// Is makes a NoRoomError match sandbox.ErrNoDisk.
-func (e *NoRoomError) Is(target error) bool { return target == sandbox.ErrNoDisk }
+// Is makes a NoSpaceError match sandbox.ErrNoDisk.
+func (e *NoSpaceError) Is(target error) bool { return target == sandbox.ErrNoDisk }
 
 // Unwrap returns the cause.
-func (e *NoRoomError) Unwrap() error { return e.Err }
+func (e *NoSpaceError) Unwrap() error { return e.Err }
 
-// ensureRoom makes sure that there is room for needed bytes. If there is not, it removes files that only save time.
-func (s *Store) ensureRoom(needed int64) error {
+// ensureSpace makes sure that there is space for needed bytes. If there is not, it removes files that only save time.
+func (s *Store) ensureSpace(needed int64) error {
 	lack, short, err := s.shortage(needed)
 	if err != nil || lack == nil {
 		return err
@@ -108,8 +108,8 @@ func (s *Store) ensureRoom(needed int64) error {
 	return lack
 }
 
-// shortage returns nil if there is room for needed bytes, otherwise the error and how many bytes must be removed.
-func (s *Store) shortage(needed int64) (lack *NoRoomError, short int64, err error) {
+// shortage returns nil if there is space for needed bytes, otherwise the error and how many bytes must be removed.
+func (s *Store) shortage(needed int64) (lack *NoSpaceError, short int64, err error) {
 	d, err := s.Disk()
 	if err != nil {
 		return nil, 0, err
@@ -125,7 +125,7 @@ func (s *Store) shortage(needed int64) (lack *NoRoomError, short int64, err erro
 	if left >= needed {
 		return nil, 0, nil
 	}
-	return &NoRoomError{Needed: needed, Free: max(0, left), Budget: of}, needed - left, nil
+	return &NoSpaceError{Needed: needed, Free: max(0, left), Budget: of}, needed - left, nil
 }
 
 // free returns the free bytes of the disk, and how many of them the store leaves to others.
@@ -137,27 +137,27 @@ func (s *Store) free() (free, spare int64, err error) {
 	return int64(disk.Bavail) * disk.Bsize, min(spareDisk, int64(disk.Blocks)*disk.Bsize/20), nil
 }
 
-// spareDisk is how many bytes the store leaves free on its disk, at most a twentieth of it; roomEvery is how many bytes are read between
+// spareDisk is how many bytes the store leaves free on its disk, at most a twentieth of it; spaceEvery is how many bytes are read between
 // checks.
 const (
-	spareDisk = 512 << 20
-	roomEvery = 32 << 20
+	spareDisk  = 512 << 20
+	spaceEvery = 32 << 20
 )
 
-// whileRoom returns a reader that fails when there is no room for what it reads: a small archive may have a large content.
-func (s *Store) whileRoom(r io.Reader) io.Reader { return &roomReader{r: r, s: s} }
+// whileSpace returns a reader that fails when there is no space for what it reads: a small archive may have a large content.
+func (s *Store) whileSpace(r io.Reader) io.Reader { return &spaceReader{r: r, s: s} }
 
-type roomReader struct {
+type spaceReader struct {
 	r    io.Reader
 	s    *Store
 	left int64
 }
 
 // Read implements io.Reader.
-func (r *roomReader) Read(p []byte) (int, error) {
+func (r *spaceReader) Read(p []byte) (int, error) {
 	if r.left <= 0 {
-		r.left = roomEvery
-		if err := r.s.ensureRoom(1); err != nil {
+		r.left = spaceEvery
+		if err := r.s.ensureSpace(1); err != nil {
 			return 0, err
 		}
 	}
@@ -170,20 +170,20 @@ func (r *roomReader) Read(p []byte) (int, error) {
 // time.
 const fullDisk = 4 << 20
 
-// ifFull turns an error into a NoRoomError if the disk is full, because that is the likely cause.
+// ifFull turns an error into a NoSpaceError if the disk is full, because that is the likely cause.
 func (s *Store) ifFull(err error) error {
 	free, _, ferr := s.free()
-	if ferr != nil || free >= fullDisk || errors.As(err, new(*NoRoomError)) {
+	if ferr != nil || free >= fullDisk || errors.As(err, new(*NoSpaceError)) {
 		return err
 	}
-	return &NoRoomError{Free: free, Err: err}
+	return &NoSpaceError{Free: free, Err: err}
 }
 
-// noRoom turns the system's error for a full disk into a NoRoomError.
-func (s *Store) noRoom(err error) error {
-	if !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, syscall.EDQUOT) || errors.As(err, new(*NoRoomError)) {
+// asNoSpace turns the system's error for a full disk into a NoSpaceError.
+func (s *Store) asNoSpace(err error) error {
+	if !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, syscall.EDQUOT) || errors.As(err, new(*NoSpaceError)) {
 		return err
 	}
 	free, _, ferr := s.free()
-	return errors.Join(&NoRoomError{Free: free, Err: err}, ferr)
+	return errors.Join(&NoSpaceError{Free: free, Err: err}, ferr)
 }

@@ -7,9 +7,9 @@ import (
 	"soulbox.dev/soulbox/agent"
 )
 
-// session is the connection of this server with a machine and the agent in it. What it does runs as long as the sandbox has that machine
+// link is the connection of this server with a machine and the agent in it. What it does runs as long as the sandbox has that machine
 // and that agent.
-type session struct {
+type link struct {
 	s       *Sandbox
 	machine Machine
 	client  *agent.Client // nil if the agent is silent
@@ -18,8 +18,8 @@ type session struct {
 // begin starts what runs as long as the machine does. s.mu is held.
 func (s *Sandbox) begin() {
 	ctx, cancel := context.WithCancel(s.ctx)
-	s.stop = cancel
-	c := &session{s: s, machine: s.machine, client: s.client}
+	s.unlink = cancel
+	c := &link{s: s, machine: s.machine, client: s.client}
 	work := &s.m.work
 	work.Go(func() { c.watch(ctx) })
 	if c.client == nil {
@@ -38,7 +38,7 @@ func (s *Sandbox) begin() {
 
 // ping contains a sandbox whose agent is silent. It is separate from watch, because waiting for a silent agent must not delay the checks of
 // a machine whose root user may have silenced the agent.
-func (c *session) ping(ctx context.Context) {
+func (c *link) ping(ctx context.Context) {
 	s := c.s
 	ticker := time.NewTicker(s.m.opts.PingEvery)
 	defer ticker.Stop()
@@ -60,7 +60,7 @@ func (c *session) ping(ctx context.Context) {
 }
 
 // answers reports whether the agent responds. A sandbox that is paused, or was paused meanwhile, counts as responding.
-func (c *session) answers(ctx context.Context) bool {
+func (c *link) answers(ctx context.Context) bool {
 	s := c.s
 	ctx, cancel := c.client.Patience(ctx, 0, s.m.opts.PingTime)
 	defer cancel()
@@ -79,16 +79,16 @@ func (c *session) answers(ctx context.Context) bool {
 }
 
 // shift counts the changes between running and paused, including saves, and reports whether the agent can respond now.
-func (c *session) shift() (count int, answers bool) {
+func (c *link) shift() (count int, answers bool) {
 	s := c.s
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.shifts, s.rec.State == Running && s.hold == nil
+	return s.shifts, s.rec.State == Running && s.changing == nil
 }
 
 // gather keeps a machine on one core while nothing in it runs for long. After releasing it to all cores, gather releases it once more a
 // moment later: the kernel may leave out processes that begin or end meanwhile (proc(5), children), and they would stay on one core.
-func (c *session) gather(ctx context.Context, machine Gatherer) {
+func (c *link) gather(ctx context.Context, machine Gatherer) {
 	s := c.s
 	var known *bool // whether it has all of its cores; nil means not known
 	one := false    // some of it may be on one core
