@@ -223,13 +223,21 @@ func (c *capacity) reserveDisk(owner string, need int64) (done func(), err error
 	if lack > 0 {
 		return nil, fmt.Errorf("%s: %w", why, ErrNoDisk)
 	}
+	kept := false
 	for _, s := range victims {
 		c.m.log.Warn("a paused sandbox is ended to make room on disk", "sandbox", s.ID(), "paused_since", s.Info().Changed)
-		if err := s.Kill(CauseReclaimed); err != nil && !errors.Is(err, ErrState) {
+		asleep := func() bool { return s.changing == nil && s.rec.onDisk() && !s.rec.Pause.Waking }
+		err := s.endIf(Killed, CauseReclaimed, asleep)
+		if kept = kept || errors.Is(err, errMeanwhile); err != nil && !errors.Is(err, errMeanwhile) && !errors.Is(err, ErrState) {
 			return nil, err
 		}
 	}
-	return release, nil
+	if kept { // its owner has just resumed it
+		if lack, why, err = c.lackOfDisk(c.saving.Load()); err == nil && lack > 0 {
+			err = fmt.Errorf("%s: %w", why, ErrNoDisk)
+		}
+	}
+	return release, err
 }
 
 // onDisk lists an owner's sandboxes on disk that this server has, those that have been there for the longest time first.

@@ -51,9 +51,14 @@ func (k *keeper) run() {
 
 // due returns when the next thing is due, and why.
 func (k *keeper) due() (time.Time, Cause) {
+	k.s.mu.Lock()
+	defer k.s.mu.Unlock()
+	return k.dueNow()
+}
+
+// dueNow is due with s.mu held.
+func (k *keeper) dueNow() (time.Time, Cause) {
 	s := k.s
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	r := s.rec
 	if r.State == Paused || r.onDisk() {
 		return r.RemoveAt, CauseForgotten
@@ -89,7 +94,7 @@ func (k *keeper) expire(at time.Time, cause Cause) (next time.Duration) {
 	s := k.s
 	times := s.current().Times
 	if cause == CauseForgotten {
-		_ = s.Kill(cause) // end logs its error
+		_ = s.endIf(Killed, cause, func() bool { return s.changing == nil && k.isOver(cause) }) // end logs its error
 		return checkEvery
 	}
 	if !k.giveGrace(at, cause, times) {
@@ -97,7 +102,7 @@ func (k *keeper) expire(at time.Time, cause Cause) (next time.Duration) {
 	}
 	times = s.current().Times // they may have changed meanwhile
 	if times.OnTimeout == ActionKill {
-		_ = s.Kill(cause)
+		_ = s.endIf(Killed, cause, func() bool { return k.isOver(cause) })
 		return checkEvery
 	}
 	err := s.pause(s.ctx, PauseOptions{ToDisk: true, FilesOnly: times.FilesOnly, Cause: cause, AutoResume: !times.NoAutoResume})
@@ -114,12 +119,19 @@ func (k *keeper) expire(at time.Time, cause Cause) (next time.Duration) {
 	return checkEvery
 }
 
+// isOver reports whether a time is over. s.mu is held.
+func (k *keeper) isOver(cause Cause) bool {
+	due, why := k.dueNow()
+	return !due.IsZero() && !due.After(time.Now()) && why == cause
+}
+
 // giveGrace waits until no work is under way in the sandbox, for at most its grace, and reports whether its time is still over then.
 func (k *keeper) giveGrace(at time.Time, cause Cause, times Times) bool {
 	s := k.s
 	over := func() bool {
-		due, why := k.due()
-		return !due.IsZero() && !due.After(time.Now()) && why == cause
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return k.isOver(cause)
 	}
 	if times.Grace <= 0 || cause != CauseTimeout {
 		return over()

@@ -2,8 +2,10 @@ package sandbox_test
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -487,6 +489,53 @@ func TestNoDisk(t *testing.T) {
 	if info := old[1].Info(); info.State != sandbox.Killed || info.Cause != string(sandbox.CauseReclaimed) ||
 		old[0].Info().State != sandbox.Paused {
 		t.Fatalf("%+v", info)
+	}
+}
+
+// onRecord is a log that calls a function for every record of one message.
+type onRecord struct {
+	message string
+	do      func()
+}
+
+func (l onRecord) Enabled(context.Context, slog.Level) bool { return true }
+func (l onRecord) WithAttrs([]slog.Attr) slog.Handler       { return l }
+func (l onRecord) WithGroup(string) slog.Handler            { return l }
+
+func (l onRecord) Handle(_ context.Context, r slog.Record) error {
+	if r.Message == l.message {
+		l.do()
+	}
+	return nil
+}
+
+// TestReclaimOfResumed: a sandbox that its owner resumes at that moment is not ended to make room on disk.
+func TestReclaimOfResumed(t *testing.T) {
+	var old *sandbox.Sandbox
+	resumed := 0
+	m := newManager(t, t.TempDir(), &sandboxtest.Fake{}, func(o *sandbox.Options) {
+		o.DiskBudget, o.Reclaim, o.Defaults.Disk = 60<<20, true, 16<<20
+		o.Log = slog.New(onRecord{"a paused sandbox is ended to make room on disk", func() {
+			resumed++
+			if err := old.Resume(t.Context()); err != nil {
+				t.Error(err)
+			}
+		}})
+	})
+	old = create(t, m, sandbox.CreateOptions{Owner: "ann"})
+	if err := old.Pause(t.Context(), sandbox.PauseOptions{ToDisk: true}); err != nil {
+		t.Fatal(err)
+	}
+	large := filepath.Join(m.Dir(), "sandboxes", old.ID(), "checkpoint-1", "large")
+	if err := os.WriteFile(large, make([]byte, 50<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	other := create(t, m, sandbox.CreateOptions{Owner: "ann"})
+	if err := other.Pause(t.Context(), sandbox.PauseOptions{ToDisk: true}); err != nil && !errors.Is(err, sandbox.ErrNoDisk) {
+		t.Fatal(err)
+	}
+	if info := old.Info(); resumed != 1 || info.State != sandbox.Running {
+		t.Fatalf("resumed %d times, and %s: %s", resumed, info.State, info.Cause)
 	}
 }
 

@@ -198,6 +198,15 @@ func (s *Sandbox) Kill(cause error) error { return s.end(Killed, cause) }
 
 // end ends the sandbox in a final state. A second caller waits for the first and gets a StateError.
 func (s *Sandbox) end(final State, cause error) error {
+	return s.endIf(final, cause, func() bool { return true })
+}
+
+// errMeanwhile means that a sandbox was not ended, because the reason for it no longer holds.
+var errMeanwhile = errors.New("its state or time has changed meanwhile")
+
+// endIf is end if still, which is called with s.mu held, returns true, and else returns errMeanwhile. It is for whoever ends a sandbox without
+// being asked by its owner: the owner may resume or extend it at the same moment.
+func (s *Sandbox) endIf(final State, cause error, still func() bool) error {
 	s.mu.Lock()
 	if s.ending != nil {
 		ending := s.ending
@@ -210,6 +219,10 @@ func (s *Sandbox) end(final State, cause error) error {
 	if s.isLeft() { // it belongs to another server by now
 		s.mu.Unlock()
 		return fmt.Errorf("end sandbox %s: %w", s.id, ErrClosed)
+	}
+	if !still() {
+		s.mu.Unlock()
+		return fmt.Errorf("end sandbox %s: %w", s.id, errMeanwhile)
 	}
 	err := s.become("kill", final, cause, nil)
 	if err != nil {
