@@ -146,8 +146,11 @@ func parseEnvd(args []string, getenv func(string) string, stderr io.Writer) (c c
 	if err != nil {
 		return c, listen, name, err
 	}
-	host, _, err := net.SplitHostPort(listen)
-	if ip, perr := netip.ParseAddr(host); err != nil || host != "localhost" && (perr != nil || !ip.IsLoopback()) {
+	host, err := checkListen(listen)
+	if err != nil {
+		return c, listen, name, usageError{err}
+	}
+	if ip, err := netip.ParseAddr(host); host != "localhost" && (err != nil || !ip.IsLoopback()) {
 		return c, listen, name, usageError{fmt.Errorf("--listen %q is not on loopback: anyone who reaches it controls the sandbox", listen)}
 	}
 	return c, listen, name, nil
