@@ -2,6 +2,7 @@ package resources
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"path"
 	"slices"
@@ -32,8 +33,11 @@ func (s *Catalog) List(ctx context.Context, after string) ([]mcp.Resource, strin
 	part, next, err := cursor.Page("resources", after, list, pageSize, true, func(i sandbox.Info) string {
 		return cursor.Key(i.Created, i.ID)
 	})
-	if err != nil {
+	if errors.Is(err, cursor.ErrInvalid) {
 		return nil, "", invalidCursor{}
+	}
+	if err != nil {
+		return nil, "", err
 	}
 	var page []mcp.Resource
 	for _, i := range part {

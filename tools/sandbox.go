@@ -242,8 +242,11 @@ func (s *Toolbox) sandboxList(ctx context.Context, in sandboxListInput) (sandbox
 	page, next, err := cursor.Page("sandboxes", in.Cursor, list, in.Limit, true, func(i sandbox.Info) string {
 		return cursor.Key(i.Created, i.ID)
 	})
-	if err != nil {
+	if errors.Is(err, cursor.ErrInvalid) {
 		return sandboxListOutput{}, badCursor("sandbox_list", "leave it out to start again")
+	}
+	if err != nil {
+		return sandboxListOutput{}, err
 	}
 	out := sandboxListOutput{Sandboxes: []sandboxInfo{}, NextCursor: next}
 	for _, i := range page {
