@@ -6,6 +6,7 @@ import (
 	"go/scanner"
 	"go/token"
 	"path"
+	"slices"
 	"strings"
 	"testing"
 	"unicode/utf8"
@@ -32,6 +33,38 @@ func TestGoColumns(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestScriptColumns: so are the lines of what builds, tests and runs.
+func TestScriptColumns(t *testing.T) {
+	seen := map[string]bool{}
+	for _, name := range repositoryFiles(t) {
+		if isTestData(name) {
+			continue
+		}
+		kind := ""
+		switch base := path.Base(name); {
+		case base == "Makefile", strings.HasPrefix(base, "Dockerfile"):
+			kind = base
+		case slices.Contains([]string{".sh", ".bash", ".py", ".pl", ".s", ".toml", ".proto"}, path.Ext(name)):
+			kind = path.Ext(name)
+		case path.Ext(name) == "" && strings.HasPrefix(read(t, name), "#!"):
+			kind = "#!"
+		}
+		if seen[kind] = true; kind == "" {
+			continue
+		}
+		for number, line := range strings.Split(read(t, name), "\n") {
+			if n := utf8.RuneCountInString(strings.ReplaceAll(line, "\t", "    ")); n > maxColumns {
+				t.Errorf("%s:%d has %d columns, at most %d are allowed", name, number+1, n, maxColumns)
+			}
+		}
+	}
+	for _, kind := range []string{"Makefile", "Dockerfile", ".sh", "#!"} {
+		if !seen[kind] {
+			t.Errorf("no %s was looked at", kind)
+		}
+	}
 }
 
 // rawLines are the lines in which raw strings are.
