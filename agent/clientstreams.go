@@ -37,6 +37,7 @@ type atMost struct {
 	left int64
 }
 
+// Read implements io.Reader.
 func (a *atMost) Read(p []byte) (int, error) {
 	n, err := a.r.Read(p)
 	if a.left -= int64(n); a.left < 0 {

@@ -59,6 +59,7 @@ func (s *Catalog) List(ctx context.Context, after string) ([]mcp.Resource, strin
 
 type invalidCursor struct{}
 
+// Error implements error.
 func (invalidCursor) Error() string { return "the cursor does not come from resources/list" }
 
 // ProtocolError says that the request was wrong.
