@@ -1,0 +1,113 @@
+package sandbox_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"soulbox.dev/soulbox/internal/sandboxtest"
+	"soulbox.dev/soulbox/sandbox"
+)
+
+// TestCreateFails: whichever step of a creation fails, the error is its, and nothing stays behind: no machine, no directory, no lock, no
+// promise of memory. What can be undone is undone, also if something else cannot.
+func TestCreateFails(t *testing.T) {
+	broken, stuck := errors.New("broken"), errors.New("stuck")
+	var m *sandbox.Manager
+	on := func(step, end string, err error) func(string, string) error {
+		return func(s, name string) error {
+			if s == step && strings.HasSuffix(filepath.Base(name), end) {
+				return err
+			}
+			return nil
+		}
+	}
+	for what, test := range map[string]struct {
+		fault func(step, name string) error // of the disk
+		boot  error
+		want  error
+		tomb  bool // it was seen, so it is remembered
+		stays bool
+	}{
+		"claim":                  {fault: on("mkdir", "", broken), want: broken},
+		"the file of its record": {fault: on("create", "state.json", broken), want: broken},
+		"its record":             {fault: on("rename", "state.json", broken), want: broken},
+		"entering, when the server ends": {fault: func(step, name string) error {
+			if step == "rename" && filepath.Base(name) == "state.json" {
+				m.CloseRegistry()
+			}
+			return nil
+		}, want: sandbox.ErrClosed},
+		"boot": {boot: broken, want: broken, tomb: true},
+		"its record, and nothing can be removed": {fault: func(step, name string) error {
+			if step == "rename" {
+				return broken
+			}
+			return on("remove", "", stuck)(step, name)
+		}, want: broken, stays: true},
+	} {
+		t.Run(what, func(t *testing.T) {
+			fake, armed := &sandboxtest.Fake{FailBoot: test.boot}, atomic.Bool{}
+			m = newManager(t, t.TempDir(), fake, func(o *sandbox.Options) {
+				o.SetFault(func(step, name string, size int) (int, error) {
+					if armed.Load() && test.fault != nil {
+						if err := test.fault(step, name); err != nil {
+							return 0, err
+						}
+					}
+					return size, nil
+				})
+			})
+			<-m.Settled()
+			before, _, err := m.Room()
+			if err != nil {
+				t.Fatal(err)
+			}
+			armed.Store(true)
+			sb, err := m.Create(t.Context(), sandbox.CreateOptions{Owner: "ann"})
+			armed.Store(false)
+			if sb != nil || !errors.Is(err, test.want) || errors.Is(err, stuck) != test.stays {
+				t.Errorf("%v, %v", sb, err)
+			}
+			if n := fake.Running(); n != 0 {
+				t.Errorf("%d machines stay", n)
+			}
+			left, err := filepath.Glob(filepath.Join(m.Dir(), "sandboxes", "[^.]*"))
+			if err != nil || (len(left) > 0) != test.stays {
+				t.Errorf("left: %v, %v", left, err)
+			}
+			if held := locked(t, filepath.Join(m.Dir(), "sandboxes")); len(held) > 0 {
+				t.Errorf("these locks are held: %v", held)
+			}
+			if after, _, err := m.Room(); err != nil || !test.stays && after != before {
+				t.Errorf("room for %d bytes, before it was %d, %v", after, before, err)
+			}
+			tombs, err := os.ReadDir(filepath.Join(m.Dir(), "ended"))
+			if err != nil || (len(tombs) == 1) != test.tomb {
+				t.Errorf("%d tombstones, %v", len(tombs), err)
+			}
+			if all := m.List(sandbox.Filter{Owner: "ann", State: sandbox.Creating}); len(all) > 0 {
+				t.Errorf("still in the making: %+v", all)
+			}
+		})
+	}
+}
+
+// locked lists the lock files of sandboxes in a directory that this process has open.
+func locked(t *testing.T, dir string) (names []string) {
+	t.Helper()
+	all, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, fd := range all {
+		name, err := os.Readlink(filepath.Join("/proc/self/fd", fd.Name()))
+		if err == nil && strings.HasPrefix(name, dir+"/") && strings.Contains(name, "/lock") { // the one of ReadDir is closed by now
+			names = append(names, name)
+		}
+	}
+	return names
+}
