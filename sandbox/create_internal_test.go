@@ -6,7 +6,8 @@ import (
 	"testing"
 )
 
-// TestUndoStack: steps are undone from the last to the first, each with the cause, also behind one that cannot be undone; the error tells all.
+// TestUndoStack: steps are undone from the last to the first, each with the cause, also behind one that cannot be undone; the error tells
+// all.
 func TestUndoStack(t *testing.T) {
 	cause, stuck := errors.New("cause"), errors.New("stuck")
 	var undone []int
