@@ -28,3 +28,31 @@ func TestUndoStack(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestGranted: a sandbox gets no more cores than there are, whoever asked for them; but what begins from a memory gets what that has.
+func TestGranted(t *testing.T) {
+	m := &Manager{opts: Options{Cores: 4, Defaults: DefaultLimits()}}
+	many := DefaultLimits()
+	many.CPU = 64
+	saved := Template{Limits: many, Start: &StartCommand{Saved: "saved", Limits: many}}
+	for what, test := range map[string]struct {
+		asked    CreateOptions
+		template Template
+		want     float64
+	}{
+		"nothing": {want: 2}, "half a core": {asked: CreateOptions{Limits: Limits{CPU: 0.5}}, want: 0.5},
+		"all": {asked: CreateOptions{Limits: Limits{CPU: 4}}, want: 4}, "more": {asked: CreateOptions{Limits: Limits{CPU: 4.5}}, want: 4},
+		"a template": {template: Template{Limits: Limits{CPU: 64}}, want: 4},
+		"a memory":   {asked: CreateOptions{Limits: many, whole: true}, want: 64},
+		"files":      {asked: CreateOptions{Limits: many, from: "checkpoint"}, want: 4}, "a saved service": {template: saved, want: 64},
+		"more than a saved service": {asked: CreateOptions{Limits: Limits{CPU: 100}}, template: saved, want: 4},
+	} {
+		if got := m.granted(test.asked, test.template).CPU; got != test.want {
+			t.Errorf("%s: %g cores, want %g", what, got, test.want)
+		}
+	}
+	m.opts.Cores = 1
+	if got := m.granted(CreateOptions{}, Template{}).CPU; got != 1 {
+		t.Errorf("the default is %g of one core", got)
+	}
+}

@@ -111,3 +111,49 @@ func locked(t *testing.T, dir string) (names []string) {
 	}
 	return names
 }
+
+// TestCores: what is granted is the sandbox's limit. A server with fewer cores leaves it to what begins from a memory, which it must match.
+func TestCores(t *testing.T) {
+	dir, fake := t.TempDir(), &sandboxtest.Fake{}
+	cores := func(n int) func(*sandbox.Options) { return func(o *sandbox.Options) { o.Cores, o.Keep = n, true } }
+	is := func(what string, sb *sandbox.Sandbox, want float64) {
+		t.Helper()
+		if got := sb.Info().Limits.CPU; got != want {
+			t.Errorf("%s has %g cores, want %g", what, got, want)
+		}
+	}
+	asking := func(cpu float64, from string) sandbox.CreateOptions {
+		return sandbox.CreateOptions{Template: from, Limits: sandbox.Limits{CPU: cpu}}
+	}
+	m := newManager(t, dir, fake, cores(8))
+	sb := create(t, m, asking(64, ""))
+	is("a sandbox", sb, 8)
+	for _, o := range []sandbox.SnapshotOptions{{Name: "whole"}, {Name: "files", FilesOnly: true}} {
+		if _, err := sb.Snapshot(t.Context(), o); err != nil {
+			t.Fatal(err)
+		}
+	}
+	is("one that asks again", create(t, m, asking(64, "whole")), 8)
+	if err := m.Close(); err != nil {
+		t.Fatal(err)
+	}
+	m = newManager(t, dir, fake, cores(4))
+	<-m.Settled()
+	again, err := m.Get("", sb.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	is("an adopted sandbox", again, 8)
+	copies, failed, err := again.Fork(t.Context(), 1, nil)
+	if err != nil || len(failed) > 0 {
+		t.Fatal(failed, err)
+	}
+	is("its copy", copies[0], 8)
+	is("one from its memory", create(t, m, asking(0, "whole")), 8)
+	is("one from its files", create(t, m, asking(0, "files")), 4)
+	for _, other := range []float64{4, 64} {
+		if _, err := m.Create(t.Context(), asking(other, "whole")); !errors.Is(err, sandbox.ErrInvalid) {
+			t.Errorf("%g cores for a memory that has 8: %v", other, err)
+		}
+	}
+}
