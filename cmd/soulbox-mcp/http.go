@@ -135,6 +135,9 @@ func (c *httpConfig) checkNames() (host string, err error) {
 	if (c.issuer == "") != (c.audience == "") {
 		return "", errors.New("--oidc-issuer and --oidc-audience go together")
 	}
+	if u, err := url.Parse(c.issuer); c.issuer != "" && (err != nil || !isWeb(u)) {
+		return "", fmt.Errorf("--oidc-issuer %q: give the URL of an OpenID provider, such as https://login.example.com", c.issuer)
+	}
 	for _, o := range c.origins {
 		u, err := url.Parse(o)
 		if err != nil || !isWeb(u) || strings.Trim(u.Path, "/") != "" {

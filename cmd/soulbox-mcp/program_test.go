@@ -435,6 +435,7 @@ func TestCommandLine(t *testing.T) {
 		{[]string{"key", "create", "--owner", "a", "--expires=-1h"}, 2, "positive"}, {[]string{"key", "revoke"}, 2, "--id is missing"},
 		{[]string{"key", "revoke", "--id", "nope"}, 1, "no such key"}, {[]string{"http", "--rate=-1"}, 2, "must be positive"},
 		{[]string{"http", "--rate=NaN"}, 2, "must be positive"}, {[]string{"http", "--session-idle=-1s"}, 2, "must be positive"},
+		{[]string{"http", "--oidc-issuer=nope", "--oidc-audience=x"}, 2, "give the URL of an OpenID provider"},
 		{[]string{"http", "--listen=127.0.0.1:nope"}, 2, "a port is a number"},
 		{[]string{"http", "--listen=127.0.0.1:0", "--domain=a_b"}, 2, "is not a domain"},
 		{[]string{"envd", "--listen=127.0.0.1:99999"}, 2, "a port is a number"}, {[]string{"envd", "--listen=nope"}, 2, "--listen"},
