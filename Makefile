@@ -5,7 +5,8 @@ GO      ?= go
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 GVISOR  := $(shell sed -n 's|.*gvisor.dev/gvisor \(v[^ ]*\).*|\1|p' gvisor/runsc/go.mod)
 LDFLAGS := -s -w -X main.version=$(VERSION)
-# The race detector needs a C compiler; a bare machine has none. What compresses is not watched: it shares nothing, and would take ten times as long.
+# The race detector needs a C compiler; a bare machine has none. What compresses is not watched: it shares nothing, and would take ten times
+# as long.
 RACE    := $(shell command -v gcc >/dev/null && echo -race '-gcflags=github.com/klauspost/compress/...=-race=false')
 export CGO_ENABLED = $(if $(findstring -race,$(RACE)),1,0)
 
@@ -28,12 +29,15 @@ bin/runsc: gvisor/runsc/go.mod gvisor/runsc/go.sum gvisor/runsc/main.go $(PATCHE
 demo: build
 	timeout 120 bin/soulbox-mcp demo
 
-# With -short, tests repeat less: 'make soak' has the full amounts. Programs are tested from outside, where the race detector sees nothing but the tests.
+# With -short, tests repeat less: 'make soak' has the full amounts. Programs are tested from outside, where the race detector sees nothing
+# but the tests.
 test: build
-	timeout 1380 bash -c '$(GO) test -short -timeout 20m ./cmd/... & programs=$$!; $(GO) test -short $(RACE) -timeout 20m $$($(GO) list ./... | grep -v /cmd/); rest=$$?; wait $$programs && exit $$rest'
+	timeout 1380 bash -c '$(GO) test -short -timeout 20m ./cmd/... & programs=$$!; \
+		$(GO) test -short $(RACE) -timeout 20m $$($(GO) list ./... | grep -v /cmd/); rest=$$?; wait $$programs && exit $$rest'
 
 lint:
-	@out=$$(find . -name '*.go' -not -path './.cache/*' -exec gofmt -l {} +); test -z "$$out" || { echo "gofmt these:"; echo "$$out"; exit 1; }
+	@out=$$(find . -name '*.go' -not -path './.cache/*' -exec gofmt -l {} +); \
+		test -z "$$out" || { echo "gofmt these:"; echo "$$out"; exit 1; }
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
 	$(GO) mod tidy -diff
@@ -42,11 +46,12 @@ lint:
 # Rewrites the recorded outputs that tests compare with; review them as a diff.
 golden: build
 	UPDATE_GOLDEN=1 $(GO) test ./tools ./mcpserver ./cmd/... ./api/envd/spec -run 'Golden|Readme|Generated|Demo' -count=1
-	@if [ "$$(id -u)" = 0 ] && command -v buildah >/dev/null; then UPDATE_GOLDEN=1 $(GO) test ./template -run '^TestConformance$$' -count=1 -timeout 30m; \
+	@if [ "$$(id -u)" = 0 ] && command -v buildah >/dev/null; then \
+		UPDATE_GOLDEN=1 $(GO) test ./template -run '^TestConformance$$' -count=1 -timeout 30m; \
 	else echo "what buildah makes of Dockerfiles is recorded as root only, with Debian's buildah and crun"; fi
 
-# The official MCP conformance suite, the Inspector, the TypeScript SDKs and E2B's SDK, from npm, against the real program, and the suite's parts
-# that need tools of their own against conformance/server.
+# The official MCP conformance suite, the Inspector, the TypeScript SDKs and E2B's SDK, from npm, against the real program, and the suite's
+# parts that need tools of their own against conformance/server.
 conformance: build
 	@command -v npm >/dev/null || { echo "npm is missing: apt-get install npm"; exit 1; }
 	timeout 1500 conformance/run.sh
@@ -55,8 +60,8 @@ conformance: build
 suites: build
 	timeout 3000 conformance/suites/run.sh
 
-# Half an hour of everything at random on two servers of one state directory, which are killed and starved; then what one owner's attacks do to another's
-# commands, as a table. Tests have a short form of the first.
+# Half an hour of everything at random on two servers of one state directory, which are killed and starved; then what one owner's attacks
+# do to another's commands, as a table. Tests have a short form of the first.
 soak: build
 	timeout 2700 env SOULBOX_SOAK=30m $(GO) test ./cmd/soulbox-mcp -run '^TestSoak$$' -timeout 40m -count=1 -v
 	timeout 1500 env SOULBOX_SOAK=30m $(GO) test ./cmd/soulbox-mcp -run '^TestSoakNeighbours$$' -timeout 20m -count=1 -v

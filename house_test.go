@@ -6,6 +6,7 @@ import (
 	"go/scanner"
 	"go/token"
 	"path"
+	"slices"
 	"strings"
 	"testing"
 	"unicode/utf8"
@@ -34,6 +35,38 @@ func TestGoColumns(t *testing.T) {
 	})
 }
 
+// TestScriptColumns: so are the lines of what builds, tests and runs.
+func TestScriptColumns(t *testing.T) {
+	seen := map[string]bool{}
+	for _, name := range repositoryFiles(t) {
+		if isTestData(name) {
+			continue
+		}
+		kind := ""
+		switch base := path.Base(name); {
+		case base == "Makefile", strings.HasPrefix(base, "Dockerfile"):
+			kind = base
+		case slices.Contains([]string{".sh", ".bash", ".py", ".pl", ".s", ".toml", ".proto"}, path.Ext(name)):
+			kind = path.Ext(name)
+		case path.Ext(name) == "" && strings.HasPrefix(read(t, name), "#!"):
+			kind = "#!"
+		}
+		if seen[kind] = true; kind == "" {
+			continue
+		}
+		for number, line := range strings.Split(read(t, name), "\n") {
+			if n := utf8.RuneCountInString(strings.ReplaceAll(line, "\t", "    ")); n > maxColumns {
+				t.Errorf("%s:%d has %d columns, at most %d are allowed", name, number+1, n, maxColumns)
+			}
+		}
+	}
+	for _, kind := range []string{"Makefile", "Dockerfile", ".sh", "#!"} {
+		if !seen[kind] {
+			t.Errorf("no %s was looked at", kind)
+		}
+	}
+}
+
 // rawLines are the lines in which raw strings are.
 func rawLines(src []byte) map[int]bool {
 	files := token.NewFileSet()
@@ -55,7 +88,8 @@ func rawLines(src []byte) map[int]bool {
 	}
 }
 
-// TestExportedDocs: each exported name has a sentence. Names in a group may share the group's.
+// TestExportedDocs: each exported name has a sentence. Names in a group may share the group's. A method counts whatever its type is called:
+// others call it through a type that embeds its own, or through an interface.
 func TestExportedDocs(t *testing.T) {
 	sources(t, func(name string, src []byte) {
 		if strings.HasSuffix(name, "_test.go") {
@@ -65,9 +99,6 @@ func TestExportedDocs(t *testing.T) {
 		parsed, err := parser.ParseFile(files, name, src, parser.ParseComments)
 		if err != nil {
 			t.Fatal(err)
-		}
-		if parsed.Name.Name == "main" {
-			return
 		}
 		want := func(id *ast.Ident, docs ...*ast.CommentGroup) {
 			for _, doc := range docs {
@@ -82,9 +113,7 @@ func TestExportedDocs(t *testing.T) {
 		for _, d := range parsed.Decls {
 			switch d := d.(type) {
 			case *ast.FuncDecl:
-				if d.Recv == nil || exportedType(d.Recv.List[0].Type) {
-					want(d.Name, d.Doc)
-				}
+				want(d.Name, d.Doc)
 			case *ast.GenDecl:
 				for _, s := range d.Specs {
 					switch s := s.(type) {
@@ -129,17 +158,4 @@ func TestLengths(t *testing.T) {
 			}
 		}
 	})
-}
-
-// exportedType says whether the receiver of a method is of a type that others see.
-func exportedType(e ast.Expr) bool {
-	switch e := e.(type) {
-	case *ast.StarExpr:
-		return exportedType(e.X)
-	case *ast.IndexExpr:
-		return exportedType(e.X)
-	case *ast.Ident:
-		return e.IsExported()
-	}
-	return false
 }

@@ -37,6 +37,7 @@ type atMost struct {
 	left int64
 }
 
+// Read implements io.Reader.
 func (a *atMost) Read(p []byte) (int, error) {
 	n, err := a.r.Read(p)
 	if a.left -= int64(n); a.left < 0 {
@@ -235,7 +236,7 @@ func (c *Client) Dial(ctx context.Context, network, address string) (net.Conn, e
 }
 
 // Watch calls each with the changes in a directory, or of a file, until ctx ends or each fails. After it has called started, no change is
-// missed.
+// missed. If the agent cannot see the changes any more, the error is its own, such as ErrNoWatch.
 func (c *Client) Watch(ctx context.Context, path string, started func(), each func(WatchBatch) error) error {
 	stream, _, end, err := c.begin(ctx, Header{Stream: StreamWatch, Path: path})
 	if err != nil {
@@ -251,8 +252,13 @@ func (c *Client) Watch(ctx context.Context, path string, started func(), each fu
 		if len(batch.Events) > MaxWatchEvents {
 			return c.lost(StreamWatch, errors.New("too many events"))
 		}
-		if err := each(batch); err != nil {
-			return err
+		if batch.Error == nil || batch.Overflow || len(batch.Events) > 0 {
+			if err := each(batch); err != nil {
+				return err
+			}
+		}
+		if batch.Error != nil {
+			return batch.Error
 		}
 	}
 }

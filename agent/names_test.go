@@ -19,7 +19,7 @@ func TestNames(t *testing.T) {
 		&DirResult{Entries: []FileInfo{{Path: "/plain"}, {Path: name, Target: name, Link: &Link{Target: name, Real: name}}}},
 		&EditResult{Info: FileInfo{Path: name}}, &Answer{Info: &FileInfo{Path: name}, Error: &Error{Path: name}},
 		&SearchResult{Matches: []Match{{Path: name, Text: "text"}}}, &TreeResult{Events: []TreeEvent{{Path: name, From: name}}},
-		&WatchBatch{Events: []WatchEvent{{Path: name}}},
+		&WatchBatch{Events: []WatchEvent{{Path: name}}, Error: &Error{Path: name}}, &MountRequest{Target: name, Source: name},
 	}
 	for _, v := range all {
 		before, _ := json.Marshal(v)

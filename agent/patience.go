@@ -50,6 +50,7 @@ type heardReader struct {
 	bytes *atomic.Int64
 }
 
+// Read implements io.Reader.
 func (r heardReader) Read(p []byte) (int, error) {
 	n, err := r.Reader.Read(p)
 	r.bytes.Add(int64(n))

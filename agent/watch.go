@@ -15,6 +15,8 @@ type WatchEvent struct {
 type WatchBatch struct {
 	Events   []WatchEvent `json:"events,omitempty"`
 	Overflow bool         `json:"overflow,omitempty"`
+	// Error is why no more changes follow; older agents end the stream without it.
+	Error *Error `json:"error,omitempty"`
 }
 
 // TreeRequest begins, reads or ends a watch that outlasts the call.

@@ -359,15 +359,18 @@ func (r *call) number(name string, least, most, without int64) (int64, error) {
 	return n, nil
 }
 
-// page sorts a list and cuts it to the requested page.
-func page[T any](r *call, all []T, falling bool, key func(T) string) ([]T, error) {
+// page sorts a list and cuts it to the requested page. The name of the list is in its cursors.
+func page[T any](r *call, list string, all []T, falling bool, key func(T) string) ([]T, error) {
 	limit, err := r.number("limit", 1, maxPage, maxPage)
 	if err != nil {
 		return nil, err
 	}
-	all, next, err := cursor.Page(r.URL.Path, r.URL.Query().Get("nextToken"), all, int(limit), falling, key)
-	if err != nil {
+	all, next, err := cursor.Page(list, r.URL.Query().Get("nextToken"), all, int(limit), falling, key)
+	if errors.Is(err, cursor.ErrInvalid) {
 		return nil, refuse(http.StatusBadRequest, "nextToken: %v", err)
+	}
+	if err != nil {
+		return nil, err
 	}
 	if next != "" {
 		r.w.Header().Set("X-Next-Token", next)

@@ -19,6 +19,7 @@ import (
 	"soulbox.dev/soulbox/api/envd"
 	"soulbox.dev/soulbox/api/envd/spec/filesystem/filesystemconnect"
 	"soulbox.dev/soulbox/api/envd/spec/process/processconnect"
+	"soulbox.dev/soulbox/internal/cursor"
 	"soulbox.dev/soulbox/internal/sandboxtest"
 	"soulbox.dev/soulbox/sandbox"
 	"soulbox.dev/soulbox/template"
@@ -313,6 +314,9 @@ func TestPages(t *testing.T) {
 		made = slices.DeleteFunc(made, func(id string) bool { return id == seen[2] })
 	}
 	other := a.as("ann", "GET", "/v2/sandboxes?limit=1", "").header.Get("X-Next-Token")
+	if last := ""; cursor.Decode("api-sandboxes", other, &last) != nil {
+		t.Errorf("%s is not of the list, but of what the client has called it", other)
+	}
 	for path, want := range map[string]int{"/v2/sandboxes?nextToken=" + other: 200, "/v2/templates?nextToken=" + other: 400,
 		"/v2/sandboxes?nextToken=x": 400, "/snapshots?nextToken=" + url.QueryEscape("1767225600000000000.snapshot"): 400} {
 		if r := a.as("ann", "GET", path, ""); r.code != want {

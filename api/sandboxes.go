@@ -260,7 +260,8 @@ func (c *Control) list(r *call) error {
 		}
 	}
 	r.w.Header().Set("X-Total-Running", strconv.Itoa(running))
-	if all, err = page(r, all, order == "desc", func(i sandbox.Info) string { return cursor.Key(began(i), i.ID) }); err != nil {
+	key := func(i sandbox.Info) string { return cursor.Key(began(i), i.ID) }
+	if all, err = page(r, "api-sandboxes", all, order == "desc", key); err != nil {
 		return err
 	}
 	return r.answer(http.StatusOK, listAll(all))

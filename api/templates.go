@@ -93,7 +93,7 @@ func (c *Control) listTemplates(r *call) error {
 		out = append(out, c.templateInfo(m))
 	}
 	if strings.HasPrefix(r.URL.Path, "/v2/") {
-		if out, err = page(r, out, false, func(t templateInfo) string { return t.TemplateID }); err != nil {
+		if out, err = page(r, "api-templates", out, false, func(t templateInfo) string { return t.TemplateID }); err != nil {
 			return err
 		}
 	}
@@ -363,7 +363,8 @@ func (c *Control) listSnapshots(r *call) error {
 		plain, _ := tagged(s.Name)
 		return of != "" && s.Sandbox != of || name != "" && s.Name != name && plain != name
 	})
-	if all, err = page(r, all, true, func(s sandbox.Snapshot) string { return cursor.Key(s.Created, s.Name) }); err != nil {
+	key := func(s sandbox.Snapshot) string { return cursor.Key(s.Created, s.Name) }
+	if all, err = page(r, "api-snapshots", all, true, key); err != nil {
 		return err
 	}
 	out := []map[string]any{}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The official conformance suite, for the revisions it knows, against conformance/server, which has the tools that it asks for; then what of it
-# needs no such tools, the Inspector, the TypeScript SDKs and E2B's SDK against soulbox-mcp. Prints a line for each and exits 1 if one fails.
-# Needs npm; Node comes from npm.
+# The official conformance suite, for the revisions it knows, against conformance/server, which has the tools that it asks for; then what
+# of it needs no such tools, the Inspector, the TypeScript SDKs and E2B's SDK against soulbox-mcp. Prints a line for each and exits 1 if one
+# fails. Needs npm; Node comes from npm.
 set -euo pipefail
 cd "$(dirname "$0")"
 stamp=node_modules/.installed
@@ -58,12 +58,13 @@ export url out
 run "suite, 2026-07-28 and tasks" bash -eo pipefail -c "suite 0.2 --url '$fixtures' --requirements 2026-07-28"
 run "suite, 2025-11-25" bash -eo pipefail -c "suite 0.2 --url '$fixtures' --requirements 2025-11-25"
 run "suite, version 0.1.16" bash -eo pipefail -c "suite 0.1 --url '$fixtures'"
-run "suite, soulbox-mcp itself" bash -eo pipefail -c "scenarios server-initialize server-session-lifecycle logging-set-level ping completion-complete \
-	tools-list resources-list prompts-list server-sse-multiple-streams sep-2164-resource-not-found dns-rebinding-protection caching \
-	http-header-validation http-custom-header-server-validation"
+run "suite, soulbox-mcp itself" bash -eo pipefail -c "scenarios server-initialize server-session-lifecycle logging-set-level ping \
+	completion-complete tools-list resources-list prompts-list server-sse-multiple-streams \
+	sep-2164-resource-not-found dns-rebinding-protection caching http-header-validation http-custom-header-server-validation"
 run "Inspector over HTTP" bash -c 'inspect "$url" --transport http'
 run "Inspector over stdio" bash -c "inspect '$bin/soulbox-mcp' stdio --state-dir '$state' --log-level error"
 run "TypeScript SDKs" node clients.mjs "$url" "$bin/soulbox-mcp" stdio --state-dir "$state" --log-level error
-limit=600 run "E2B's SDK over TLS, by one URL, in debug mode" bash -c 'cd .. && SOULBOX_E2B=1 "${GO:-go}" test ./cmd/soulbox-mcp -run "^TestE2BSDK$" -count=1 -v'
+limit=600 run "E2B's SDK over TLS, by one URL, in debug mode" bash -c 'cd .. &&
+	SOULBOX_E2B=1 "${GO:-go}" test ./cmd/soulbox-mcp -run "^TestE2BSDK$" -count=1 -v'
 echo "conformance: $passed passed, $failed failed"
 [ "$failed" = 0 ]

@@ -21,6 +21,7 @@ var ErrCancelled = errors.New("cancelled by the client")
 // gone is the cause of a call's context when its client is leaving: the call must return what it has, and undo nothing.
 type gone struct{ text string }
 
+// Error implements error.
 func (g gone) Error() string { return g.text }
 
 // Yield tells a handler to return what it has.

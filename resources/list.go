@@ -2,6 +2,7 @@ package resources
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"path"
 	"slices"
@@ -32,8 +33,11 @@ func (s *Catalog) List(ctx context.Context, after string) ([]mcp.Resource, strin
 	part, next, err := cursor.Page("resources", after, list, pageSize, true, func(i sandbox.Info) string {
 		return cursor.Key(i.Created, i.ID)
 	})
-	if err != nil {
+	if errors.Is(err, cursor.ErrInvalid) {
 		return nil, "", invalidCursor{}
+	}
+	if err != nil {
+		return nil, "", err
 	}
 	var page []mcp.Resource
 	for _, i := range part {
@@ -55,6 +59,7 @@ func (s *Catalog) List(ctx context.Context, after string) ([]mcp.Resource, strin
 
 type invalidCursor struct{}
 
+// Error implements error.
 func (invalidCursor) Error() string { return "the cursor does not come from resources/list" }
 
 // ProtocolError says that the request was wrong.

@@ -124,7 +124,7 @@ func (m *Manager) sandboxFor(o CreateOptions, template Template) *Sandbox {
 		Version: recordVersion, ID: newID(), Owner: o.Owner, Keep: m.opts.Keep && !o.Transient, State: Creating, Template: template.Name,
 		Image: template.ID,
 		User:  template.User, Cwd: template.Cwd, Parent: o.parent, Origin: o.origin, Metadata: maps.Clone(o.Metadata),
-		Limits: o.Limits.or(template.Limits).or(m.opts.Defaults),
+		Limits: m.granted(o, template),
 		Times:  o.Times, Network: o.Network, Ingress: o.Ingress, Created: now, Changed: now,
 		Protect: o.Protect.or(template.Protect).or(m.opts.Protect),
 	})
@@ -141,6 +141,22 @@ func (m *Manager) sandboxFor(o CreateOptions, template Template) *Sandbox {
 	}
 	maps.Copy(sb.env, o.Env)
 	return sb
+}
+
+// granted returns the limits of a new sandbox: what is asked for, or else the defaults, but no more cores than there are. Limits that
+// belong to a saved memory stay as they are, since they must match it.
+func (m *Manager) granted(o CreateOptions, template Template) Limits {
+	l := o.Limits.or(template.Limits).or(m.opts.Defaults)
+	if start := template.Start; o.whole || start != nil && start.Saved != "" && start.Limits.fits(l) {
+		return l
+	}
+	return m.within(l)
+}
+
+// within cuts limits to what the machine has.
+func (m *Manager) within(l Limits) Limits {
+	l.CPU = min(l.CPU, float64(m.opts.Cores))
+	return l
 }
 
 // basis finds what a sandbox begins from: a template, or a snapshot of its owner, which is kept until done is called, even after an error.
@@ -164,11 +180,15 @@ func (m *Manager) basis(ctx context.Context, o *CreateOptions) (template Templat
 		return Template{}, done, serr
 	}
 	done = release
-	if want := o.Limits.or(snap.Limits); !snap.FilesOnly && want != snap.Limits {
+	want := o.Limits.or(snap.Limits)
+	if !snap.FilesOnly && m.within(want) == snap.Limits { // as much was asked for when it was made
+		want = snap.Limits
+	}
+	if !snap.FilesOnly && want != snap.Limits {
 		return Template{}, done, fmt.Errorf("snapshot %q has memory, so its limits stay as they are: %w", snap.Name, ErrInvalid)
 	}
 	o.from, o.whole, o.parent, o.origin = from, !snap.FilesOnly, snap.Name, snap.Name
-	o.Limits, o.Times, o.ports = o.Limits.or(snap.Limits), o.Times.or(snap.Times), snap.Ports
+	o.Limits, o.Times, o.ports = want, o.Times.or(snap.Times), snap.Ports
 	if o.Network.Mode == "" {
 		o.Network = snap.Network
 	}

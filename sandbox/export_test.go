@@ -49,3 +49,6 @@ func (s *Sandbox) Connections() int { return len(s.ports.slots) }
 
 // Closing is closed when Close has begun.
 func (m *Manager) Closing() <-chan struct{} { return m.ctx.Done() }
+
+// CloseRegistry keeps sandboxes from being added, as Close does.
+func (m *Manager) CloseRegistry() { m.sandboxes.close() }

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -26,6 +27,8 @@ type Options struct {
 	Version   string // told to agents
 	Times     Times  // for sandboxes that ask for none; default DefaultLifetime, then kill
 	Defaults  Limits // for sandboxes that ask for none; default DefaultLimits
+	// Cores is how many cores a sandbox may have; default those that the server may use itself.
+	Cores int
 	// MemoryBudget bounds the sum of all sandboxes' memory limits, in bytes; default 80 % of the machine.
 	MemoryBudget int64
 	// BootTimeout bounds the time until a new sandbox's agent responds; default 60 s.
@@ -123,7 +126,7 @@ func NewManager(opts Options) (*Manager, error) {
 	}
 	opts.BootTimeout = cmp.Or(opts.BootTimeout, time.Minute)
 	opts.PingEvery, opts.PingTime = cmp.Or(opts.PingEvery, 10*time.Second), cmp.Or(opts.PingTime, agent.Silence)
-	opts.Defaults = opts.Defaults.or(DefaultLimits())
+	opts.Defaults, opts.Cores = opts.Defaults.or(DefaultLimits()), cmp.Or(opts.Cores, runtime.NumCPU())
 	if opts.MemoryBudget == 0 {
 		total, err := memoryTotal()
 		if err != nil {

@@ -43,6 +43,14 @@ const basePackages = "bash-completion build-essential ca-certificates curl file 
 var variants = map[string]string{"": "", "node": "nodejs npm",
 	"python": "python3-dev python3-numpy python3-pandas python3-matplotlib python3-requests ipython3 pipx"}
 
+// CheckVariant refuses the name of a variant of the base that there is not.
+func CheckVariant(name string) error {
+	if _, ok := variants[name]; !ok {
+		return fmt.Errorf("there is no variant %q; the variants are node and python", name)
+	}
+	return nil
+}
+
 // minimal are the packages of the smallest system that can install others.
 var minimal = []string{"apt", "debian-archive-keyring", "ca-certificates"}
 
@@ -50,9 +58,8 @@ var minimal = []string{"apt", "debian-archive-keyring", "ca-certificates"}
 // then the rest with that system's apt. The operator owns the template, so everybody may use it.
 func (b *Builder) BuildBase(ctx context.Context, o BaseOptions) (Built, error) {
 	o.Name = cmp.Or(o.Name, BaseName)
-	extra, ok := variants[o.Variant]
-	if !ok {
-		return Built{}, fmt.Errorf("there is no variant %q; the variants are node and python", o.Variant)
+	if err := CheckVariant(o.Variant); err != nil {
+		return Built{}, err
 	}
 	if o.Variant != "" && o.Name == BaseName {
 		o.Name = o.Variant
@@ -64,7 +71,7 @@ func (b *Builder) BuildBase(ctx context.Context, o BaseOptions) (Built, error) {
 	if err != nil {
 		return Built{}, fmt.Errorf("build %s: %w", o.Name, err)
 	}
-	dockerfile := fmt.Sprintf(baseDockerfile, root.Name, basePackages+" "+extra)
+	dockerfile := fmt.Sprintf(baseDockerfile, root.Name, basePackages+" "+variants[o.Variant])
 	return b.Build(ctx, BuildRequest{Name: o.Name, Dockerfile: dockerfile}, func(l Line) { o.Say("%s", l.Text) })
 }
 

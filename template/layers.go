@@ -105,6 +105,7 @@ type atMost struct {
 	left int64
 }
 
+// Read implements io.Reader.
 func (a *atMost) Read(p []byte) (int, error) {
 	n, err := a.r.Read(p)
 	if a.left -= int64(n); a.left < 0 {
@@ -119,6 +120,7 @@ type untilDone struct {
 	r   io.Reader
 }
 
+// Read implements io.Reader.
 func (u *untilDone) Read(p []byte) (int, error) {
 	if u.ctx.Err() != nil {
 		return 0, context.Cause(u.ctx)

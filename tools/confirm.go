@@ -15,11 +15,13 @@ import (
 // inputNeeded is returned by a call that must ask the client's user first. Its result carries the question.
 type inputNeeded struct{ result *mcp.CallToolResult }
 
+// Error implements error.
 func (*inputNeeded) Error() string { return "the client's user is asked first" }
 
 // protocolError is an error of the protocol, not of the tool.
 type protocolError struct{ text string }
 
+// Error implements error.
 func (e *protocolError) Error() string { return e.text }
 
 // ProtocolError makes the transport answer with a JSON-RPC error.

@@ -10,7 +10,8 @@ import (
 
 // TestTerminalPieces: a terminal's output that is read in pieces, cut anywhere, is shown as if it were read at once.
 func TestTerminalPieces(t *testing.T) {
-	out := "日本語 café 👨‍👩‍👧\r\n20%\r\n\x1b[1;31mred\x1b[0m\x1b]0;日本\x07 \x1b(Bx\x1bP1q~\x1b\\\r\ncaf\xe9 \xff\r\nend\xe6\x97"
+	out := "日本語 café 👨‍👩‍👧\r\n20%\r\n" +
+		"\x1b[1;31mred\x1b[0m\x1b]0;日本\x07 \x1b(B\x1b[!1p\x1b[1?2hx\x1bP1q~\x1b\\\r\ncaf\xe9 \xff\r\nend\xe6\x97"
 	want := "日本語 café 👨‍👩‍👧\n20%\nred x\n" + `caf\xe9 \xff` + "\n" + `end\xe6\x97`
 	for cut := range len(out) + 1 {
 		first, used := terminalHead([]byte(out[:cut]), 1000, cut == len(out))

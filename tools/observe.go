@@ -98,7 +98,11 @@ func (s *Toolbox) sandboxLogs(ctx context.Context, in sandboxLogsInput) (sandbox
 	if err != nil {
 		return sandboxLogsOutput{}, err
 	}
-	out := sandboxLogsOutput{Lines: []logLine{}, Cursor: cursor.Encode("logs", page.Last), More: page.More}
+	next, err := cursor.Encode("logs", page.Last)
+	if err != nil {
+		return sandboxLogsOutput{}, err
+	}
+	out := sandboxLogsOutput{Lines: []logLine{}, Cursor: next, More: page.More}
 	for _, e := range page.Entries {
 		out.Lines = append(out.Lines, logLine{e.Time.UTC().Format("2006-01-02T15:04:05.000Z"), string(e.Level), e.Source,
 			render([]byte(e.Message))})

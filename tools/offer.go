@@ -48,6 +48,16 @@ func (s *Toolbox) Slow() (names []string) {
 	return names
 }
 
+// CheckToolsets refuses names that are no toolset's.
+func CheckToolsets(names []string) error {
+	for _, name := range names {
+		if !slices.Contains(Toolsets(), name) {
+			return fmt.Errorf("there is no toolset %q; there are %s", name, strings.Join(Toolsets(), ", "))
+		}
+	}
+	return nil
+}
+
 // Register adds the offered tools to a server, and the prompts that use them. The others are in no list; a call of one is told why.
 func (s *Toolbox) Register(m *server.MCPServer) {
 	if !s.ReadOnly && len(s.Toolsets) == 0 { // prompts name tools of all sets

@@ -149,7 +149,19 @@ func (i sandboxInfo) writeSaves(b *strings.Builder) {
 	}
 }
 
-func (s *Toolbox) sandboxCreate(ctx context.Context, in sandboxCreateInput) (sandboxInfo, error) {
+type sandboxCreateOutput struct {
+	sandboxInfo
+	asked float64 // cores
+}
+
+func (o sandboxCreateOutput) text() string {
+	if o.asked > o.CPU {
+		return fmt.Sprintf("%s. The cpu granted is %g: this machine has no more cores.", o.sandboxInfo.text(), o.CPU)
+	}
+	return o.sandboxInfo.text()
+}
+
+func (s *Toolbox) sandboxCreate(ctx context.Context, in sandboxCreateInput) (sandboxCreateOutput, error) {
 	times := sandbox.Times{OnTimeout: sandbox.Action(in.OnTimeout), NoAutoResume: in.AutoResume != nil && !*in.AutoResume}
 	for _, t := range []struct {
 		name string
@@ -159,22 +171,22 @@ func (s *Toolbox) sandboxCreate(ctx context.Context, in sandboxCreateInput) (san
 		{"idle_timeout_ms", in.IdleMS, &times.Idle}, {"grace_ms", in.GraceMS, &times.Grace}} {
 		d, err := millis(t.name, &t.ms)
 		if err != nil {
-			return sandboxInfo{}, err
+			return sandboxCreateOutput{}, err
 		}
 		*t.to = *d
 	}
 	if max(in.MemoryMB, in.DiskMB, in.Pids) > maxNumber || min(in.MemoryMB, in.DiskMB, in.Pids) < 0 {
-		return sandboxInfo{}, badArgument("The arguments \"memory_mb\", \"disk_mb\" and \"pids\" must be from 0 to %d.", maxNumber)
+		return sandboxCreateOutput{}, badArgument("The arguments \"memory_mb\", \"disk_mb\" and \"pids\" must be from 0 to %d.", maxNumber)
 	}
 	p := newProgress(ctx)
 	p.tell("starting a sandbox")
 	who, err := caller(ctx)
 	if err != nil {
-		return sandboxInfo{}, err
+		return sandboxCreateOutput{}, err
 	}
 	protect, err := parseProtection(in.Protect)
 	if err != nil {
-		return sandboxInfo{}, err
+		return sandboxCreateOutput{}, err
 	}
 	sb, err := s.Manager.Create(ctx, sandbox.CreateOptions{
 		Protect: protect, Owner: who.Owner(), Template: in.Template, Metadata: in.Metadata, Env: in.Env, Times: times,
@@ -183,10 +195,10 @@ func (s *Toolbox) sandboxCreate(ctx context.Context, in sandboxCreateInput) (san
 			DiskInMemory: in.DiskInMemory},
 	})
 	if err != nil {
-		return sandboxInfo{}, err
+		return sandboxCreateOutput{}, err
 	}
 	s.adopt(ctx, sb)
-	return s.describe(ctx, sb.Info()), nil
+	return sandboxCreateOutput{s.describe(ctx, sb.Info()), in.CPU}, nil
 }
 
 type sandboxListInput struct {
@@ -240,8 +252,11 @@ func (s *Toolbox) sandboxList(ctx context.Context, in sandboxListInput) (sandbox
 	page, next, err := cursor.Page("sandboxes", in.Cursor, list, in.Limit, true, func(i sandbox.Info) string {
 		return cursor.Key(i.Created, i.ID)
 	})
-	if err != nil {
+	if errors.Is(err, cursor.ErrInvalid) {
 		return sandboxListOutput{}, badCursor("sandbox_list", "leave it out to start again")
+	}
+	if err != nil {
+		return sandboxListOutput{}, err
 	}
 	out := sandboxListOutput{Sandboxes: []sandboxInfo{}, NextCursor: next}
 	for _, i := range page {

@@ -14,13 +14,19 @@ import (
 // state is the library's table (https://vt100.net/emu/dec_ansi_parser). Its decoder (ansi.DecodeSequence) and its parser (ansi.Parser) go
 // by the same rules, but are made for output that means no harm: both take the second half of a UTF-8 character for a C1 control, so that
 // a title in Japanese ends within a character (docs/upstream/x-vt.md); the decoder panics when a sequence has more parameters than its
-// parser has room for; and neither bounds what a parameter is.
-type scanner struct{ state parser.State }
+// parser has room for; and neither bounds what a parameter is. The table has no state for a control sequence that is malformed, which a
+// terminal ignores up to its final byte: it shows the rest of one, and takes the other for a sequence that was not written.
+type scanner struct {
+	state     parser.State
+	malformed bool // the control sequence is
+}
 
 // next takes a byte. It returns the state that the byte came in, and what a terminal does with it. Outside of sequences and strings all
 // bytes from 0x80 on are text: their action is PrintAction.
 func (s *scanner) next(c byte) (in parser.State, action parser.Action) {
 	in = s.state
+	s.malformed = s.malformed && c < 0x80 && c != 0x1b || in == parser.CsiIntermediateState && c >= '0' && c <= '?' ||
+		in == parser.CsiParamState && c >= '<' && c <= '?'
 	switch {
 	case c >= 0x80 && inString(in):
 		return in, parser.PutAction
@@ -33,7 +39,14 @@ func (s *scanner) next(c byte) (in parser.State, action parser.Action) {
 		}
 		return in, parser.ClearAction
 	}
+	if s.malformed && c >= ' ' {
+		if s.malformed = c < '@' || c == 0x7f; !s.malformed {
+			s.state = parser.GroundState
+		}
+		return in, parser.IgnoreAction
+	}
 	s.state, action = parser.Table.Transition(in, c)
+	s.malformed = s.malformed && s.state != parser.GroundState // CAN and SUB cancel it
 	return in, action
 }
 

@@ -15,6 +15,8 @@ func TestTerminalText(t *testing.T) {
 		"\x1b]52;c;ZXZpbA==\x07safe": "safe", "\xff\xfe": `\xff\xfe`, "é\b": "", "\xe9\bx": "x", "\x1b]0;日本語\x07x": "x", "\x1b(Bx": "x",
 		"\x1bPq\x07#\x1b\\x": "x", "\x1bP\x1b\\x": "x", "\x1b]0;t\x1b\\x": "x", "\x1b\nx": "\nx", "\x1b[3\x18x": "x", "\x1b[1<2mx": "x",
 		"\x1b[3é": "é", "\x1b[" + strings.Repeat("9;", 200) + "mx": "x",
+		"\x1b[!1px": "x", "\x1b[1?25hx": "x", "\x1b[!1 1;<?1;\x7f!mx": "x", "\x1b[??1hx": "x", "\x1b[!1\x1b[1mx": "x",
+		"\x1b[!1\x18px": "px", "\x1b[!1\nmx": "x", "\x1b[!1éx": "éx", "\x1b[!1\x1b]0;t\x07x": "x", "\x1b[!p\x1b[0 qx": "x",
 	} {
 		if got := terminalText([]byte(in)); got != want {
 			t.Errorf("%q: %q, want %q", in, got, want)
@@ -65,7 +67,8 @@ func TestScreen(t *testing.T) {
 		{"1\r\n2\r\n3\r\n4\r\n5", "1\n2\n3\n4\n5"}, {"ě2024", "ě2024"}, {"\x1b]0;a title\x07x", "x"},
 		{"caf\xe9 \xfft\xe9\r\nx\x1b[1;6H!", `caf\xe9 !t\xe9` + "\nx"}, {"\U0010ffe9", `\xf4\x8f\xbf\xa9`}, {"\xe6\x1b[1;4Hx", `\xe6  x`},
 		{"\x1bP1;2q\x07#~\x1b\\x", "x"}, {"\x1bP\x1b\\x", "x"}, {"\x1b]2;日本\x1b\\x", "x"}, {"\x1b[3é", "é"},
-		{"\x1b[1\n;3Hx", "  x"}, {"\x1b(\x1b[2;2Hx", "\n x"},
+		{"\x1b[!1px", "x"}, {"\x1b[1?3Cx", "x"}, {"\x1b[1?3;4\x1b[3Cx", "   x"}, {"\x1b[!1\x18px", "px"}, {"\x1b[?3?4Cx\x1b[3Cy", "x   y"},
+		{"\x1b[1?1049hmain", "main"}, {"\x1b[0!1\nCx", "\nx"}, {"\x1b[!1éx", "éx"}, {"\x1b[1\n;3Hx", "  x"}, {"\x1b(\x1b[2;2Hx", "\n x"},
 		{"\x1b]0;title\x1b\\x", "x"}, {"\x1b]0;title\x1b(Bx", "x"}, {"\x1b]0;title\x1b7x", "x"}, {"\x1b]7;y\x9b99999999by\x1b\\x", "x"},
 	} {
 		if got, _, _ := rendered(t, small, c.in); got != c.want {

@@ -175,6 +175,7 @@ func tidy(s *jsonschema.Schema, t reflect.Type, input bool) {
 // argumentError says what is wrong with an argument, in words for a model.
 type argumentError string
 
+// Error implements error.
 func (e argumentError) Error() string { return string(e) }
 
 func badArgument(format string, args ...any) error {

@@ -5,8 +5,6 @@ import (
 	"crypto/rand"
 	_ "embed"
 	"errors"
-	"fmt"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -62,10 +60,8 @@ type session struct {
 
 // New makes the tools of a Manager.
 func New(o Options) (*Toolbox, error) {
-	for _, set := range o.Toolsets {
-		if !slices.Contains(Toolsets(), set) {
-			return nil, fmt.Errorf("there is no toolset %q; there are %s", set, strings.Join(Toolsets(), ", "))
-		}
+	if err := CheckToolsets(o.Toolsets); err != nil {
+		return nil, err
 	}
 	s := &Toolbox{Options: o}
 	rand.Read(s.secret[:])

@@ -24,7 +24,7 @@ import (
 func newServer(t *testing.T) (*server.MCPServer, *sandbox.Manager) {
 	t.Helper()
 	m, err := sandbox.NewManager(sandbox.Options{Dir: t.TempDir(), Runtime: &sandboxtest.Fake{}, Templates: sandboxtest.Templates{},
-		MemoryBudget: 8 << 30, Times: sandbox.Times{OnTimeout: sandbox.ActionPause}})
+		MemoryBudget: 8 << 30, Cores: 4, Times: sandbox.Times{OnTimeout: sandbox.ActionPause}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -119,8 +119,11 @@ func watchTree(ctx context.Context, client *agent.Client, req agent.TreeRequest)
 	if err != nil {
 		return fileWatchOutput{}, err
 	}
-	out := fileWatchOutput{Cursor: cursor.Encode("watch", r.Next, r.Watch), Events: []watchEvent{}, More: r.More,
-		Lost: r.Lost, Gone: r.Gone}
+	next, err := cursor.Encode("watch", r.Next, r.Watch)
+	if err != nil {
+		return fileWatchOutput{}, err
+	}
+	out := fileWatchOutput{Cursor: next, Events: []watchEvent{}, More: r.More, Lost: r.Lost, Gone: r.Gone}
 	for _, e := range r.Events {
 		out.Events = append(out.Events, watchEvent{renderLine(e.Op), names.Show(e.Path), names.Show(e.From), e.Dir})
 	}

@@ -51,12 +51,13 @@ type dirWatch struct {
 	route  *route        // nil if the watch ends when its directory is gone
 
 	// The fields below belong to the goroutine that handles events.
-	root  string // the directory
-	only  string // the name of the only file that counts, or ""
-	deep  bool
-	dirs  map[int32]string // watched directories, by watch descriptor
-	wds   map[string]int32
-	files map[string]bool // known files: to tell save from rename, and new files from those found before
+	root string // the directory
+	only string // the name of the only file that counts, or ""
+	deep bool
+	dirs map[int32]string // watched directories, by watch descriptor
+	wds  map[string]int32
+	// files are known files: to tell save from rename, and new files from those found before. A stream tells neither: its watch has none.
+	files map[string]bool
 	// missing are directories that were gone when they were looked at. An event will tell what became of them, perhaps much later, because
 	// the kernel changes a name before it reports that. If they were renamed, their content is looked at under the new name.
 	missing map[string]bool
@@ -76,7 +77,7 @@ func newDirWatch(ctx context.Context, r agent.TreeRequest, follow bool, known, a
 		return nil, err
 	}
 	if follow {
-		w.route = &route{notify: w.notify}
+		w.route, w.once = &route{notify: w.notify}, true
 	}
 	unwanted := context.AfterFunc(ctx, func() { _ = w.close() }) // then no directory can be added
 	err = w.locate()
@@ -154,6 +155,7 @@ func (w *dirWatch) await(ctx context.Context, from int64, limit int, gather time
 }
 
 // watchDir watches a directory, then reads it: in this order nothing is created unseen. With tell, what it finds is reported as created.
+// The watch of a stream needs no names, so it reads nothing.
 func (w *dirWatch) watchDir(dir string, tell bool) error {
 	if dir != w.root && w.all.Load() >= maxWatchDirs {
 		w.lost()
@@ -168,7 +170,7 @@ func (w *dirWatch) watchDir(dir string, tell bool) error {
 	}
 	w.dirs[wd], w.wds[dir] = dir, wd
 	w.count()
-	if w.only != "" { // no other name counts
+	if w.only != "" || w.route != nil { // no other name counts, or none
 		name := path.Join(dir, w.only)
 		if _, err := os.Lstat(name); err == nil {
 			w.learn(name)
@@ -246,6 +248,9 @@ func (w *dirWatch) ignored(name string) bool {
 
 // learn records that a path exists, and reports whether that is new.
 func (w *dirWatch) learn(name string) (isNew bool) {
+	if w.route != nil {
+		return true
+	}
 	if w.files[name] {
 		return false
 	}

@@ -15,6 +15,8 @@ const (
 
 // eventRing keeps the latest events of a watch, by numbers, so that they can be read again. It is safe for concurrent use.
 type eventRing struct {
+	once bool // what was read is not read again, and not kept
+
 	mu        sync.Mutex
 	kept      []agent.TreeEvent
 	bytes     int              // of the paths in kept
@@ -52,16 +54,20 @@ func (r *eventRing) emit(e agent.TreeEvent) {
 	r.kept = append(r.kept, e)
 	r.bytes += len(e.Path) + len(e.From)
 	if len(r.kept) > 2*maxRingEvents || r.bytes > maxRingBytes { // in large steps, because the rest is copied
-		cut := max(len(r.kept)-maxRingEvents, len(r.kept)/2)
-		for _, old := range r.kept[:cut] {
-			r.bytes -= len(old.Path) + len(old.From)
-		}
-		r.kept = append([]agent.TreeEvent(nil), r.kept[cut:]...)
-		r.first += int64(cut)
-		for p, at := range r.written {
-			if at < r.first {
-				delete(r.written, p)
-			}
+		r.drop(max(len(r.kept)-maxRingEvents, len(r.kept)/2))
+	}
+}
+
+// drop removes the oldest events. r.mu is held.
+func (r *eventRing) drop(n int) {
+	for _, old := range r.kept[:n] {
+		r.bytes -= len(old.Path) + len(old.From)
+	}
+	r.kept = append([]agent.TreeEvent(nil), r.kept[n:]...)
+	r.first += int64(n)
+	for p, at := range r.written {
+		if at < r.first {
+			delete(r.written, p)
 		}
 	}
 }
@@ -114,5 +120,8 @@ func (r *eventRing) read(from int64, limit int) (result agent.TreeResult, change
 		result.Events = append(result.Events, e)
 	}
 	r.delivered = max(r.delivered, result.Next)
+	if read := int(result.Next - r.first); r.once && read > 0 {
+		r.drop(read)
+	}
 	return result, r.changed, nil
 }

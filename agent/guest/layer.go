@@ -282,6 +282,7 @@ func ifThere(err error) error {
 
 type zeroReader struct{}
 
+// Read implements io.Reader.
 func (zeroReader) Read(p []byte) (int, error) {
 	clear(p)
 	return len(p), nil

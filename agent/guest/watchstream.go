@@ -2,6 +2,7 @@ package guest
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"github.com/hashicorp/yamux"
@@ -20,6 +21,11 @@ func (s *Server) serveWatch(ctx context.Context, stream *yamux.Stream, h agent.H
 		return
 	}
 	defer s.watches.end(w)
+	s.sendWatch(ctx, stream, w)
+}
+
+// sendWatch sends what a watch tells, and at last why there is no more.
+func (s *Server) sendWatch(ctx context.Context, stream *yamux.Stream, w *dirWatch) {
 	if err := agent.WriteMessage(stream, agent.Answer{}); err != nil {
 		return
 	}
@@ -27,7 +33,17 @@ func (s *Server) serveWatch(ctx context.Context, stream *yamux.Stream, h agent.H
 	defer cancel()
 	for next := int64(0); ; {
 		r, err := w.await(ctx, next, agent.MaxWatchEvents/2, watchBatch) // a half, since a rename becomes two events
-		if err != nil || ctx.Err() != nil || agent.WriteMessage(stream, watchBatchOf(r)) != nil || r.Gone {
+		if ctx.Err() != nil {
+			return
+		}
+		b := watchBatchOf(r)
+		if r.Gone && !r.More && err == nil {
+			err = fmt.Errorf("watch %s: its changes cannot be seen any more: %w", quoted(w.path), agent.ErrNoWatch)
+		}
+		if err != nil {
+			b.Error = wireError(err)
+		}
+		if agent.WriteMessage(stream, b) != nil || err != nil {
 			return
 		}
 		next = r.Next

@@ -139,12 +139,29 @@ func (c *config) checkValues(a amounts) error {
 	if c.saving.reclaim != "never" && c.saving.reclaim != "oldest" {
 		return fmt.Errorf("--reclaim is never or oldest, not %q", c.saving.reclaim)
 	}
+	if err := tools.CheckToolsets(c.sets()); err != nil {
+		return fmt.Errorf("--toolsets: %w", err)
+	}
 	least := min(a.memory, a.disk, a.pids, a.budget, a.saved, a.templates, int64(c.times.Idle), int64(c.protect.Every),
 		int64(c.perOwner))
-	if least < 0 || a.cpu < 0 || c.times.Life <= 0 || c.saving.paused <= 0 {
+	if least < 0 || !(a.cpu >= 0) || c.times.Life <= 0 || c.saving.paused <= 0 {
 		return errors.New("limits and times must be positive")
 	}
+	if max(a.memory, a.disk, a.budget, a.saved, a.templates) > maxAmount {
+		return fmt.Errorf("limits are in MB, and at most %d", maxAmount)
+	}
 	return nil
+}
+
+// maxAmount bounds sizes in MB, so that they can be counted in bytes.
+const maxAmount = 1 << 40
+
+// sets are the toolsets to offer; none means all.
+func (c config) sets() []string {
+	if c.toolsets == "" {
+		return nil
+	}
+	return strings.Split(c.toolsets, ",")
 }
 
 // findStateDir makes the name of the state directory absolute.

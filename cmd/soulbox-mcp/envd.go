@@ -146,7 +146,11 @@ func parseEnvd(args []string, getenv func(string) string, stderr io.Writer) (c c
 	if err != nil {
 		return c, listen, name, err
 	}
-	if host, _, err := net.SplitHostPort(listen); err != nil || !loopback.IsItself(host) {
+	host, err := checkListen(listen)
+	if err != nil {
+		return c, listen, name, usageError{err}
+	}
+	if !loopback.IsItself(host) {
 		return c, listen, name, usageError{fmt.Errorf("--listen %q is not on loopback: anyone who reaches it controls the sandbox", listen)}
 	}
 	return c, listen, name, nil

@@ -114,9 +114,11 @@ func (c *httpConfig) check() error {
 // checkNames checks the addresses and URLs, and adds the hosts in them to those by which the server may be called. It returns the host to
 // listen on.
 func (c *httpConfig) checkNames() (host string, err error) {
-	if host, _, err = net.SplitHostPort(c.listen); err != nil || host == "" {
-		return "", fmt.Errorf(
-			"--listen %q: name a host and a port, such as 127.0.0.1:8787; to listen on all addresses say so: 0.0.0.0:8787", c.listen)
+	if host, err = checkListen(c.listen); err != nil {
+		return "", err
+	}
+	if !(c.rate >= 0) || c.idle < 0 {
+		return "", errors.New("--rate and --session-idle must be positive")
 	}
 	if c.publicURL != "" {
 		u, err := url.Parse(c.publicURL)
@@ -132,12 +134,28 @@ func (c *httpConfig) checkNames() (host string, err error) {
 	if (c.issuer == "") != (c.audience == "") {
 		return "", errors.New("--oidc-issuer and --oidc-audience go together")
 	}
+	if u, err := url.Parse(c.issuer); c.issuer != "" && (err != nil || !isWeb(u)) {
+		return "", fmt.Errorf("--oidc-issuer %q: give the URL of an OpenID provider, such as https://login.example.com", c.issuer)
+	}
 	for _, o := range c.origins {
 		u, err := url.Parse(o)
 		if err != nil || !isWeb(u) || strings.Trim(u.Path, "/") != "" {
 			return "", fmt.Errorf("--origin %q: give scheme and host, such as https://ide.example.com", o)
 		}
 		c.hosts = append(c.hosts, u.Hostname())
+	}
+	return host, nil
+}
+
+// checkListen returns the host of an address to listen on.
+func checkListen(address string) (host string, err error) {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil || host == "" {
+		return "", fmt.Errorf(
+			"--listen %q: name a host and a port, such as 127.0.0.1:8787; to listen on all addresses say so: 0.0.0.0:8787", address)
+	}
+	if _, err := net.LookupPort("tcp", port); err != nil {
+		return "", fmt.Errorf("--listen %q: a port is a number from 0 to 65535", address)
 	}
 	return host, nil
 }
@@ -242,13 +260,13 @@ func (c *httpConfig) setDomain(public string) (err error) {
 		return nil
 	}
 	if c.gateway, err = api.Base(c.domain, public); err != nil {
-		return fmt.Errorf("--domain: %w", err)
+		return usageError{fmt.Errorf("--domain: %w", err)}
 	}
 	own := "api." + strings.ToLower(c.domain)
 	if u, err := url.Parse(public); err == nil && strings.HasSuffix(strings.ToLower(u.Hostname()), "."+strings.ToLower(c.domain)) &&
 		strings.ToLower(u.Hostname()) != own {
-		return fmt.Errorf("--domain %q contains the server's own name %s: only %s may be below it, the others are sandboxes'", c.domain,
-			u.Hostname(), own)
+		return usageError{fmt.Errorf("--domain %q contains the server's own name %s: only %s may be below it, the others are sandboxes'",
+			c.domain, u.Hostname(), own)}
 	}
 	c.hosts = append(c.hosts, c.domain, own)
 	return nil

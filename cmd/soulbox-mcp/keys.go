@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -54,6 +55,12 @@ func runKey(args []string, getenv func(string) string, stdout, stderr io.Writer)
 	if err := c.parse("key "+verb, args, getenv, stderr, add); err != nil {
 		return err
 	}
+	switch {
+	case verb == "create" && owner == "":
+		return usageError{errors.New("--owner is missing: the name of the key's owner")}
+	case verb == "revoke" && id == "":
+		return usageError{errors.New("--id is missing: the id of the key, from 'soulbox-mcp key list'")}
+	}
 	if err := os.MkdirAll(c.stateDir, 0o711); err != nil {
 		return fmt.Errorf("make state directory: %w", err)
 	}
@@ -63,6 +70,9 @@ func runKey(args []string, getenv func(string) string, stdout, stderr io.Writer)
 // createKey makes a key and shows its secret.
 func createKey(keys *access.Keys, owner string, expires time.Duration, stdout, stderr io.Writer) error {
 	secret, key, err := keys.Create(owner, expires)
+	if errors.Is(err, access.ErrInvalid) {
+		return usageError{err}
+	}
 	if err != nil {
 		return err
 	}

@@ -199,6 +199,9 @@ func runLocal(ctx context.Context, args []string, getenv func(string) string, st
 	if err != nil {
 		return err
 	}
+	if idle < 0 {
+		return usageError{errors.New("--idle-exit must be positive")}
+	}
 	if c.logFile == "" {
 		if err := os.MkdirAll(c.stateDir, 0o711); err != nil {
 			return err

@@ -429,6 +429,18 @@ func TestCommandLine(t *testing.T) {
 		{[]string{"stdio", "more"}, 2, "there is no argument"},
 		{[]string{"stdio", "--memory-mb=-1"}, 2, "must be positive"},
 		{[]string{"stdio", "--lifetime", "5"}, 2, "for flag -lifetime: parse error; give a time such as 90s, 5m or 2h"},
+		{[]string{"stdio", "--toolsets", "core,nope"}, 2, `--toolsets: there is no toolset "nope"; there are core`},
+		{[]string{"stdio", "--cpu=NaN"}, 2, "must be positive"}, {[]string{"stdio", "--memory-mb=9223372036854775807"}, 2, "at most"},
+		{[]string{"key", "create"}, 2, "--owner is missing"}, {[]string{"key", "create", "--owner", "a b"}, 2, "--owner"},
+		{[]string{"key", "create", "--owner", "a", "--expires=-1h"}, 2, "positive"}, {[]string{"key", "revoke"}, 2, "--id is missing"},
+		{[]string{"key", "revoke", "--id", "nope"}, 1, "no such key"}, {[]string{"http", "--rate=-1"}, 2, "must be positive"},
+		{[]string{"http", "--rate=NaN"}, 2, "must be positive"}, {[]string{"http", "--session-idle=-1s"}, 2, "must be positive"},
+		{[]string{"http", "--oidc-issuer=nope", "--oidc-audience=x"}, 2, "give the URL of an OpenID provider"},
+		{[]string{"http", "--listen=127.0.0.1:nope"}, 2, "a port is a number"},
+		{[]string{"http", "--listen=127.0.0.1:0", "--domain=a_b"}, 2, "is not a domain"},
+		{[]string{"envd", "--listen=127.0.0.1:99999"}, 2, "a port is a number"}, {[]string{"envd", "--listen=nope"}, 2, "--listen"},
+		{[]string{"local", "--idle-exit=-1s"}, 2, "must be positive"},
+		{[]string{"template", "base", "--variant=rust"}, 2, "--variant: there is no variant"},
 		{[]string{"stdio", "--help"}, 0, "-state-dir"}, {[]string{"stdio", "--log-level=loud"}, 2, "loud"},
 	} {
 		cmd := exec.Command(sandboxtest.Program(t, "soulbox-mcp"), test.args...)

@@ -3,11 +3,9 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"log/slog"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/mark3labs/mcp-go/server"
@@ -98,15 +96,13 @@ func (s *service) openManager(ready <-chan struct{}) (err error) {
 
 // toolOptions is what the tools need and may do.
 func (s *service) toolOptions() tools.Options {
-	o := tools.Options{Manager: s.manager, Store: s.templates, Builds: s.builds, ContextDirs: s.contextDirs, ReadOnly: s.readOnly}
+	o := tools.Options{Manager: s.manager, Store: s.templates, Builds: s.builds, ContextDirs: s.contextDirs, ReadOnly: s.readOnly,
+		Toolsets: s.sets()}
 	if s.own != nil {
 		o.FileURL = s.gateway.FileURL
 	}
 	if s.config.gateway != nil {
 		o.PortURL = s.gateway.URL
-	}
-	if s.toolsets != "" {
-		o.Toolsets = strings.Split(s.toolsets, ",")
 	}
 	return o
 }
@@ -158,7 +154,7 @@ func (s *service) Close() (err error) {
 func newMCP(o tools.Options, m *metrics, log *slog.Logger) (*mcpserver.Server, error) {
 	offered, err := tools.New(o)
 	if err != nil {
-		return nil, fmt.Errorf("--toolsets: %w", err)
+		return nil, err
 	}
 	s := server.NewMCPServer("soulbox", version, server.WithToolCapabilities(true), server.WithResourceCapabilities(true, true),
 		server.WithPromptCapabilities(true),

@@ -82,6 +82,9 @@ func runTemplate(ctx context.Context, args []string, getenv func(string) string,
 	}
 	switch command {
 	case "base":
+		if err := template.CheckVariant(base.Variant); err != nil {
+			return usageError{fmt.Errorf("--variant: %w", err)}
+		}
 		return c.buildBase(ctx, base, stdout, stderr)
 	case "list":
 		return c.listTemplates(stdout)

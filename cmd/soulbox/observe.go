@@ -46,10 +46,8 @@ func (a *app) logsCommand() *cobra.Command {
 	f.IntVarP(&limit, "tail", "n", 100, "number of `entries` from the end, without --since")
 	f.StringVar(&source, "source", "", "only entries of this `source`: system, process or build")
 	f.StringVar(&level, "level", "", "only entries of this level or above: debug, info, warn, error")
-	check(c.RegisterFlagCompletionFunc("source", cobra.FixedCompletions([]string{"system", "process", "build"},
-		cobra.ShellCompDirectiveNoFileComp)))
-	check(c.RegisterFlagCompletionFunc("level", cobra.FixedCompletions([]string{"debug", "info", "warn", "error"},
-		cobra.ShellCompDirectiveNoFileComp)))
+	oneOf(c, "source", "system", "process", "build")
+	oneOf(c, "level", "debug", "info", "warn", "error")
 	return c
 }
 
@@ -114,6 +112,9 @@ func (a *app) metricsCommand() *cobra.Command {
 			"seconds.", Example: "  soulbox sandbox metrics ID\n  soulbox sandbox metrics ID --watch --since 10m\n  soulbox sandbox " +
 			"metrics ID -o json",
 		RunE: func(c *cobra.Command, args []string) error {
+			if since <= 0 {
+				return usageError{errors.New("--since is a time such as 10m")}
+			}
 			b, err := a.anySandbox(c.Context(), args[0])
 			if err != nil {
 				return err
@@ -320,6 +321,9 @@ func portNumber(text string) (int, error) {
 	return n, nil
 }
 
+// maxURLTime is how long a server lets a signed URL be valid.
+const maxURLTime = 7 * 24 * time.Hour
+
 func (a *app) urlCommand() *cobra.Command {
 	var write bool
 	var valid time.Duration
@@ -330,6 +334,9 @@ func (a *app) urlCommand() *cobra.Command {
 		Example: "  soulbox url ID /home/user/report.pdf\n  curl --data-binary @data.csv -H 'Content-Type: application/octet-stream' " +
 			"\"$(soulbox url ID /tmp/data.csv --write)\"",
 		RunE: func(c *cobra.Command, args []string) error {
+			if valid < time.Second || valid > maxURLTime {
+				return usageError{errors.New("--expires is a time from a second to a week, such as 2h")}
+			}
 			b, err := a.liveSandbox(c.Context(), args[0])
 			if err != nil {
 				return err

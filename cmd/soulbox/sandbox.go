@@ -72,6 +72,12 @@ func (o *createOptions) complete() (err error) {
 	if o.TimeoutS = int64(o.life.Seconds()); len(o.Network.Allow) > 0 && o.Network.Mode == "" {
 		o.Network.Mode = "allowlist"
 	}
+	if len(o.Network.Allow) > 0 && o.Network.Mode != "allowlist" {
+		return usageError{fmt.Errorf("--allow goes with --network allowlist, not %s", o.Network.Mode)}
+	}
+	if !(o.CPU >= 0) {
+		return usageError{errors.New("--cpu is a number of cores, such as 2 or 0.5")}
+	}
 	return nil
 }
 
@@ -96,6 +102,9 @@ func (a *app) createCommand() *cobra.Command {
 			if err != nil {
 				return noTemplate(err)
 			}
+			if o.CPU > sb.CPU { // if stderr fails, the sandbox is there all the same
+				fmt.Fprintf(inertly(a.stderr), "soulbox: the cpu granted is %g: the machine has no more cores\n", sb.CPU)
+			}
 			if out == formatJSON {
 				return a.json(sb)
 			}
@@ -104,9 +113,8 @@ func (a *app) createCommand() *cobra.Command {
 	o.flags(c.Flags())
 	out.flag(c, formatName, formatJSON)
 	check(c.RegisterFlagCompletionFunc("template", a.completeTemplates))
-	check(c.RegisterFlagCompletionFunc("on-timeout", cobra.FixedCompletions([]string{"pause", "kill"}, cobra.ShellCompDirectiveNoFileComp)))
-	check(c.RegisterFlagCompletionFunc("network", cobra.FixedCompletions([]string{"none", "full", "allowlist"},
-		cobra.ShellCompDirectiveNoFileComp)))
+	oneOf(c, "on-timeout", "pause", "kill")
+	oneOf(c, "network", "none", "full", "allowlist")
 	return c
 }
 
@@ -135,8 +143,7 @@ func (a *app) listCommand() *cobra.Command {
 	f.StringSliceVar(&states, "state", nil, "only those in these `states`: creating, running, paused, killed, failed")
 	f.BoolVarP(&watch, "watch", "w", false, "update until Ctrl-C")
 	out.flag(c, formatTable, formatWide, formatJSON, formatName)
-	check(c.RegisterFlagCompletionFunc("state", cobra.FixedCompletions([]string{"creating", "running", "paused", "killed", "failed"},
-		cobra.ShellCompDirectiveNoFileComp)))
+	oneOf(c, "state", "creating", "running", "paused", "killed", "failed")
 	return c
 }
 
@@ -331,6 +338,9 @@ func (a *app) pauseCommand() *cobra.Command {
 			"any command resumes them.",
 		Example: "  soulbox sandbox pause ID\n  soulbox sandbox pause --in-memory ID",
 		RunE: func(c *cobra.Command, args []string) error {
+			if p.InMemory && p.FilesOnly {
+				return usageError{errors.New("--in-memory saves nothing, so --files-only does not go with it")}
+			}
 			return a.each(c.Context(), args, func(ctx context.Context, b box) (string, error) {
 				_, err := b.at.Pause(ctx, b.ID, p)
 				return b.ID, err
@@ -372,6 +382,12 @@ func (a *app) forkCommand() *cobra.Command {
 		Long:    "Make copies of a running sandbox, each with its memory, files and processes as they are, and print their ids.",
 		Example: "  soulbox sandbox fork ID\n  soulbox sandbox fork ID --count 10 --timeout 10m",
 		RunE: func(c *cobra.Command, args []string) error {
+			if count < 1 || count > maxForks {
+				return usageError{fmt.Errorf("--count is a number from 1 to %d", maxForks)}
+			}
+			if life < 0 || life > 0 && life < time.Second {
+				return usageError{errors.New("--timeout is a second or more, such as 30m")}
+			}
 			b, err := a.liveSandbox(c.Context(), args[0])
 			if err != nil {
 				return err
@@ -386,6 +402,9 @@ func (a *app) forkCommand() *cobra.Command {
 	c.Flags().DurationVar(&life, "timeout", time.Hour, "life `time` of each")
 	return c
 }
+
+// maxForks is how many copies a server makes at once.
+const maxForks = 100
 
 func (a *app) snapshotCommand() *cobra.Command {
 	var n client.NewSnapshot

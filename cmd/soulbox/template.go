@@ -173,6 +173,9 @@ func (a *app) buildCommand() *cobra.Command {
 			if len(given) > 0 {
 				dir = given[0]
 			}
+			if conf.CPU < 0 {
+				return usageError{errors.New("--cpu is a number of cores, such as 2")}
+			}
 			conf, err := conf.read(dir)
 			if err != nil {
 				return err

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -66,6 +67,33 @@ func flagError(c *cobra.Command, err error) error {
 		return usageError{err}
 	}
 	return usageError{fmt.Errorf("--%s is %s, not %q", bad.GetFlag().Name, wants, bad.GetValue())}
+}
+
+// oneOf completes a flag whose values are words, and refuses others before the command runs.
+func oneOf(c *cobra.Command, flag string, words ...string) {
+	check(c.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(words, cobra.ShellCompDirectiveNoFileComp)))
+	before := c.PreRunE
+	c.PreRunE = func(c *cobra.Command, args []string) error {
+		given := []string{c.Flag(flag).Value.String()}
+		if several, ok := c.Flag(flag).Value.(pflag.SliceValue); ok {
+			given = several.GetSlice()
+		}
+		for _, one := range given {
+			if one != "" && !slices.Contains(words, one) {
+				return usageError{fmt.Errorf("--%s is %s, not %q", flag, either(words), one)}
+			}
+		}
+		if before != nil {
+			return before(c, args)
+		}
+		return nil
+	}
+}
+
+// either lists words of which one is meant.
+func either(words []string) string {
+	last := len(words) - 1
+	return strings.Join(words[:last], ", ") + " or " + words[last]
 }
 
 const (

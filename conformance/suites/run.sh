@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Test suites of well-known programs, outside and in a sandbox of this checkout. Prints each test that passes outside and does not inside, and exits 1
-# for one that differences.txt does not know. Needs what the suites come from: Go's module proxy and Debian's archive.
+# Test suites of well-known programs, outside and in a sandbox of this checkout. Prints each test that passes outside and does not inside,
+# and exits 1 for one that differences.txt does not know. Needs what the suites come from: Go's module proxy and Debian's archive.
 set -euo pipefail
 cd "$(dirname "$0")"
 here=$PWD bin=$(cd ../../bin && pwd) work=$(mktemp -d)
@@ -29,7 +29,8 @@ cp -r "$work/deb/usr/lib/python$version/test/." "$work/suites/python/test"
 cp results.py "$work/suites/python/"
 cp all.sh "$work/suites/"
 
-timeout 3600 "$bin/soulbox-mcp" http --listen 127.0.0.1:0 --state-dir "$work/state" --on-exit kill --log-level error >"$work/url" 2>"$work/log" </dev/null &
+timeout 3600 "$bin/soulbox-mcp" http --listen 127.0.0.1:0 --state-dir "$work/state" --on-exit kill --log-level error \
+	>"$work/url" 2>"$work/log" </dev/null &
 server=$!
 for _ in $(seq 200); do [ -s "$work/url" ] && break; sleep 0.05; done
 SOULBOX_URL=$(sed 's|/mcp$||' "$work/url")
@@ -43,7 +44,8 @@ echo "outside ..."
 sh "$work/suites/all.sh" </dev/null | results >"$work/outside"
 
 # A test that passes outside; its result inside, or nothing.
-awk 'NR == FNR {got[$1 " " $2] = $3; next} $3 == "PASS" && got[$1 " " $2] != "PASS" {print $1, $2, got[$1 " " $2]}' "$work/inside" "$work/outside" >"$work/differ"
+awk 'NR == FNR {got[$1 " " $2] = $3; next} $3 == "PASS" && got[$1 " " $2] != "PASS" {print $1, $2, got[$1 " " $2]}' \
+	"$work/inside" "$work/outside" >"$work/differ"
 grep -v '^#' "$here/differences.txt" | awk 'NF {print "^" $1 " " $2 " "}' >"$work/known"
 echo "$(grep -c PASS "$work/outside") pass outside, $(grep -c PASS "$work/inside") inside, $(wc -l <"$work/differ") of the first not inside"
 cat "$work/differ"

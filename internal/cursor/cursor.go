@@ -20,13 +20,18 @@ var ErrInvalid = errors.New("the cursor does not come from here; leave it out to
 // maxText bounds a cursor, in bytes.
 const maxText = 1 << 10
 
-// Encode makes a cursor: a place in a list. A place has strings and numbers (int64, from 0 on); only its last one may contain spaces.
-func Encode(list string, place ...any) string {
-	text := list
+// Encode makes a cursor: a place in a list. A place has strings and numbers (int64, from 0 on); only its last one may contain spaces. It
+// refuses a place that is too long for a cursor, since Decode would.
+func Encode(list string, place ...any) (string, error) {
+	var text strings.Builder
+	text.WriteString(list)
 	for _, part := range place {
-		text += fmt.Sprintf(" %v", part)
+		fmt.Fprintf(&text, " %v", part)
 	}
-	return base64.RawURLEncoding.EncodeToString([]byte(text))
+	if n := base64.RawURLEncoding.EncodedLen(text.Len()); n > maxText {
+		return "", fmt.Errorf("a cursor of the list %s would have %d bytes, at most %d are possible", list, n, maxText)
+	}
+	return base64.RawURLEncoding.EncodeToString([]byte(text.String())), nil
 }
 
 // Decode reads the place of a cursor that Encode made for the same list into place, which has pointers to strings and to int64.
@@ -90,7 +95,7 @@ func Page[T any](list, after string, all []T, limit int, falling bool, key func(
 		page[i] = rest[i].one
 	}
 	if limit < len(rest) {
-		next = Encode(list, rest[limit-1].key)
+		next, err = Encode(list, rest[limit-1].key)
 	}
-	return page, next, nil
+	return page, next, err
 }

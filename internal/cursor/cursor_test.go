@@ -9,27 +9,59 @@ import (
 	"time"
 )
 
+// made is a cursor.
+func made(t *testing.T, list string, place ...any) string {
+	t.Helper()
+	text, err := Encode(list, place...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
+
 func TestCursor(t *testing.T) {
+	encode := func(list string, place ...any) string { return made(t, list, place...) }
 	var watch string
 	var from int64
-	if err := Decode("watch", Encode("watch", "w 1"), &watch); err != nil || watch != "w 1" {
+	if err := Decode("watch", encode("watch", "w 1"), &watch); err != nil || watch != "w 1" {
 		t.Error(watch, err)
 	}
-	if err := Decode("watch", Encode("watch", "w1", int64(1)<<62), &watch, &from); err != nil || watch != "w1" || from != 1<<62 {
+	if err := Decode("watch", encode("watch", "w1", int64(1)<<62), &watch, &from); err != nil || watch != "w1" || from != 1<<62 {
 		t.Error(watch, from, err)
 	}
-	own := Encode("watch", "w1", 7)
+	own := encode("watch", "w1", 7)
 	for name, text := range map[string]string{
-		"nothing": "", "another list": Encode("logs", "w1", 7), "more": Encode("watch", "w1", "7 8"), "less": Encode("watch", "w1"),
-		"negative": Encode("watch", "w1", -1), "no number": Encode("watch", "w1", "x"),
-		"huge":       Encode("watch", "w1", "9223372036854775808"),
+		"nothing": "", "another list": encode("logs", "w1", 7), "more": encode("watch", "w1", "7 8"), "less": encode("watch", "w1"),
+		"negative": encode("watch", "w1", -1), "no number": encode("watch", "w1", "x"),
+		"huge":       encode("watch", "w1", "9223372036854775808"),
 		"not base64": "watch w1 7", "padded": own + "==", "a line more": own + "\n", "changed": own[:len(own)-1] + "_",
-		"long":  Encode("watch", strings.Repeat("w", 2000), 7),
+		"long":  base64.RawURLEncoding.EncodeToString([]byte("watch " + strings.Repeat("w", 2000) + " 7")),
 		"plain": base64.RawURLEncoding.EncodeToString([]byte("w1 7")),
 	} {
 		if err := Decode("watch", text, &watch, &from); !errors.Is(err, ErrInvalid) {
 			t.Errorf("%s: %v, %q %d", name, err, watch, from)
 		}
+	}
+}
+
+// TestBound: what is made can be read, and what could not be read is not made.
+func TestBound(t *testing.T) {
+	refused := 0
+	for n := range 1000 {
+		place, back := strings.Repeat("w", n), ""
+		text, err := Encode("list", place)
+		if err != nil {
+			refused++
+		} else if err := Decode("list", text, &back); err != nil || back != place {
+			t.Errorf("%d bytes: %d come back, %v", n, len(back), err)
+		}
+	}
+	if refused < 200 || refused > 400 {
+		t.Error(refused)
+	}
+	long := func(n int) string { return strings.Repeat("w", 2000+n) }
+	if page, _, err := Page("list", "", []int{1, 2}, 1, false, long); err == nil {
+		t.Error("a page ends where no other can begin", page)
 	}
 }
 
@@ -58,7 +90,7 @@ func TestPage(t *testing.T) {
 		if !slices.Equal(got, want) {
 			t.Errorf("falling %v: %q, want %q", falling, got, want)
 		}
-		for _, wrong := range []string{"x", Encode("other", want[0])} {
+		for _, wrong := range []string{"x", made(t, "other", want[0])} {
 			if _, _, err := Page("list", wrong, want, 2, falling, same); !errors.Is(err, ErrInvalid) {
 				t.Error(err)
 			}

@@ -406,6 +406,7 @@ type gated struct {
 	gate *gate
 }
 
+// Read implements io.Reader.
 func (g gated) Read(p []byte) (int, error) {
 	n, err := g.Conn.Read(p)
 	g.gate.pass()

@@ -2,7 +2,8 @@
 
 // func cloneAndRun(args *cloneArgs, size uintptr, steps *step, n uintptr, masks *[2]uint64, failed *uintptr) (pid uintptr)
 //
-// The child shares the parent's memory and stack, and the parent waits until it has executed or ended: so it touches neither but for *failed.
+// The child shares the parent's memory and stack, and the parent waits until it has executed or ended: so it touches neither but for
+// *failed.
 TEXT ·cloneAndRun(SB), NOSPLIT, $0-56
 	CALL	runtime·entersyscall(SB)
 	// Block every signal: none may find the child before it has executed.
