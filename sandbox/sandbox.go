@@ -231,8 +231,8 @@ func (s *Sandbox) endIf(final State, cause error, still func() bool) error {
 	}
 	s.ending = make(chan struct{})
 	close(s.ended)
+	s.cancel(cause) // before anyone sees the state: a resume of what was saved must not begin here, but in the sandbox's successor
 	s.mu.Unlock()
-	s.cancel(cause)
 	<-s.booted
 	s.mu.Lock()
 	doomed := s.machine
