@@ -16,6 +16,7 @@ import (
 
 // TestHungStarts: the guest makes the start of programs hang: only their callers wait, and not for ever.
 func TestHungStarts(t *testing.T) {
+	t.Parallel() // it mostly waits
 	_, c := newSandbox(t, sandbox.CreateOptions{})
 	sandboxtest.Run(t, c, "mkfifo -m 755 /tmp/fifo; printf '#!/tmp/fifo\\n' > /tmp/hangs; chmod 755 /tmp/hangs")
 	cat, err := c.Start(t.Context(), agent.StartRequest{Command: "cat", KeepStdin: true})
@@ -62,6 +63,7 @@ func TestHungStarts(t *testing.T) {
 
 // TestStoppedStarts: a process that stops whatever it may stops children between fork and exec.
 func TestStoppedStarts(t *testing.T) {
+	t.Parallel() // it mostly waits
 	_, c := newSandbox(t, sandbox.CreateOptions{})
 	stopper, err := c.Start(t.Context(),
 		agent.StartRequest{Command: `perl -e '$| = 1; print "on"; while (1) { kill "STOP", -1; select undef, undef, undef, 0.0001 }'`})

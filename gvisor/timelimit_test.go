@@ -12,6 +12,7 @@ import (
 // TestPauseInTimeLimit: a command with a time limit is paused for longer than that, in memory and on disk: it is not killed for that, but
 // still when its limit is reached.
 func TestPauseInTimeLimit(t *testing.T) {
+	t.Parallel() // it mostly waits
 	sb, _ := newSandbox(t, sandbox.CreateOptions{})
 	const limit = 3000
 	for _, o := range []sandbox.PauseOptions{{}, {ToDisk: true}} {

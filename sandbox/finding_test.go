@@ -43,6 +43,7 @@ func TestUnknown(t *testing.T) {
 // TestOver: a sandbox that takes more than it may is paused to disk with a cause, or in memory if that fails; it fails only if it cannot be
 // paused at all.
 func TestOver(t *testing.T) {
+	t.Parallel() // it mostly waits
 	over := &sandbox.OverError{Kind: sandbox.OverKernel, Used: 640 << 20, Limit: 512 << 20, Detail: "150,000 open files"}
 	const took, advice = "its kernel took 640 MB for ", ", limit 512 MB; resume it with more memory, or delete files and close connections"
 	for name, test := range map[string]struct {
@@ -107,6 +108,7 @@ func silent(t *testing.T, deaf bool) {
 
 // TestStopped: a machine that is stopped from outside is reported, and runs again when it is continued; in the end it is saved.
 func TestStopped(t *testing.T) {
+	t.Parallel() // it mostly waits
 	fake := &sandboxtest.Fake{}
 	m := newManager(t, t.TempDir(), fake, func(o *sandbox.Options) { o.ContainAfter = 2 * time.Second })
 	sb := create(t, m, sandbox.CreateOptions{})

@@ -103,6 +103,7 @@ func answers(t *testing.T, sb *sandbox.Sandbox) {
 // TestAdoptSilent: a sandbox whose agent was silent to the new server is saved; if it cannot be saved, it is frozen, and its agent is
 // reconnected when it is resumed.
 func TestAdoptSilent(t *testing.T) {
+	t.Parallel() // it mostly waits
 	for _, fault := range []error{nil, syscall.ENOSPC} {
 		for _, frozen := range []bool{false, true} {
 			fake, dir := &sandboxtest.Fake{}, t.TempDir()

@@ -448,6 +448,7 @@ func TestHostileGuest(t *testing.T) {
 		"its own call": stream(message(`{"jsonrpc":"2.0","id":1,"method":"start","params":{}}`)),
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel() // it mostly waits
 			host, g := net.Pipe()
 			go func() {
 				guest(g)
