@@ -6,6 +6,7 @@ import (
 	"go/scanner"
 	"go/token"
 	"path"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -158,4 +159,26 @@ func TestLengths(t *testing.T) {
 			}
 		}
 	})
+}
+
+// private is what refers to notes that only the makers of SoulBox have. What the code or test shows is said instead.
+var private = regexp.MustCompile(`(?i)\bmust[ -]show\b|\btraps? [0-9]|\bissue #?[0-9]|\bissues #[0-9]`)
+
+// TestNoPrivateNotes: no comment or document cites such notes.
+func TestNoPrivateNotes(t *testing.T) {
+	for _, cited := range []string{"issue 5, must show 1", "Trap 6:", "issue #12"} {
+		if !private.MatchString(cited) {
+			t.Errorf("%q passes", cited)
+		}
+	}
+	for _, name := range repositoryFiles(t) {
+		if !slices.Contains(named, path.Ext(name)) || isTestData(name) || name == "house_test.go" {
+			continue
+		}
+		for number, line := range strings.Split(read(t, name), "\n") {
+			if found := private.FindString(line); found != "" {
+				t.Errorf("%s:%d cites %q, which readers do not have: say what is shown instead", name, number+1, found)
+			}
+		}
+	}
 }

@@ -133,8 +133,8 @@ func eras(t *testing.T, do func(t *testing.T, modern bool)) {
 	}
 }
 
-// Trap 6, must show 2: 1,000 calls with three notifications each, 16 at once: each notification arrives, in order, before its answer, at
-// its own caller.
+// TestNotesOverHTTP: 1,000 calls with three notifications each, 16 at once: each notification arrives, in order, before its answer, at its
+// own caller.
 func TestNotesOverHTTP(t *testing.T) {
 	eras(t, func(t *testing.T, modern bool) {
 		s := newSite(t, nil)
@@ -301,7 +301,7 @@ func TestTrapsAreThere(t *testing.T) {
 	}
 }
 
-// TestLeaving (trap 9): a client with a session cancels nothing by leaving; a client of 2026-07-28 does.
+// TestLeaving: a client with a session cancels nothing by leaving; a client of 2026-07-28 does.
 func TestLeaving(t *testing.T) {
 	eras(t, func(t *testing.T, modern bool) {
 		s := newSite(t, nil)

@@ -156,7 +156,7 @@ func (c *client) end() []reply {
 	return rest
 }
 
-// TestManySlowCalls (trap 1): slow calls hold up neither other calls nor cancellations.
+// TestManySlowCalls: slow calls hold up neither other calls nor cancellations.
 func TestManySlowCalls(t *testing.T) {
 	started, ended := make(chan string, 200), make(chan error, 200)
 	c := connect(t, mcpserver.Stdio{Server: newServer(started, ended, 100, 0)})
@@ -215,7 +215,7 @@ func TestWaitingCalls(t *testing.T) {
 	}
 }
 
-// TestNotesPrecedeTheirResponse (trap 2): 5,000 notifications arrive, in order, before the response.
+// TestNotesPrecedeTheirResponse: 5,000 notifications arrive, in order, before the response.
 func TestNotesPrecedeTheirResponse(t *testing.T) {
 	c := connect(t, mcpserver.Stdio{Server: newServer(nil, nil)})
 	c.call(1, "notes", `{"count":5000}`)
@@ -229,7 +229,7 @@ func TestNotesPrecedeTheirResponse(t *testing.T) {
 	}
 }
 
-// TestCancelledIsNotAnswered (trap 3): a cancelled call gets no answer.
+// TestCancelledIsNotAnswered: a cancelled call gets no answer.
 func TestCancelledIsNotAnswered(t *testing.T) {
 	started, ended := make(chan string), make(chan error)
 	c := connect(t, mcpserver.Stdio{Server: newServer(started, ended)})
@@ -245,7 +245,7 @@ func TestCancelledIsNotAnswered(t *testing.T) {
 	}
 }
 
-// TestEndOfInputDrains (trap 4): every request before the end of stdin is answered.
+// TestEndOfInputDrains: every request before the end of stdin is answered.
 func TestEndOfInputDrains(t *testing.T) {
 	for range 100 {
 		c := connect(t, mcpserver.Stdio{Server: newServer(nil, nil)})
@@ -280,7 +280,7 @@ func TestEndOfInputYields(t *testing.T) {
 	}
 }
 
-// TestTwoConversations (trap 5): two conversations in one process have two sessions.
+// TestTwoConversations: two conversations in one process have two sessions.
 func TestTwoConversations(t *testing.T) {
 	var mu sync.Mutex
 	ids := map[string]bool{}
@@ -407,8 +407,8 @@ type brokenWriter struct{}
 
 func (brokenWriter) Write([]byte) (int, error) { return 0, errors.New("broken") }
 
-// TestNotesOnStdio (must show 2): 1,000 calls with three notifications each, 16 at once, in both eras: each notification arrives, in order,
-// before its answer.
+// TestNotesOnStdio: 1,000 calls with three notifications each, 16 at once, in both eras: each notification arrives, in order, before its
+// answer.
 func TestNotesOnStdio(t *testing.T) {
 	eras(t, func(t *testing.T, modern bool) {
 		s := &site{started: make(chan string, 1), ended: make(chan error, 1)}

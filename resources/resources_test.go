@@ -409,7 +409,7 @@ func (s *site) missing(owner, uri string) string {
 	return said
 }
 
-// TestNotFound: what is another owner's is as what there is not, in the same words, for every kind.
+// TestNotFound: what is another owner's gives the same error as what does not exist, for every kind.
 func TestNotFound(t *testing.T) {
 	s := newSite(t)
 	sb := s.create("ann")

@@ -8,7 +8,7 @@ import (
 // id has the form of a sandbox' id.
 const id = "sbaaaaaaaaaaaaaaaaaaaa"
 
-// TestURIs takes URIs apart. What is none of ours is not there, in whatever way it is none.
+// TestURIs parses URIs. Any other URI is not found, whatever is wrong with it.
 func TestURIs(t *testing.T) {
 	for uri, want := range map[string]parsedURI{
 		"sandbox://" + id:                                      {kind: kindSandbox, name: id},

@@ -79,8 +79,8 @@ func (o *outage) step(_, _ string, size int) (int, error) {
 	return 0, errPower
 }
 
-// TestPowerFails (issue 5, must show 5): wherever in a sandbox's life the server and the disk stop, the next server finds the state before
-// or after the last change, and nothing else is left.
+// TestPowerFails: wherever in a sandbox's life the server and the disk stop, the next server finds the state before or after the last
+// change, and nothing else is left.
 func TestPowerFails(t *testing.T) {
 	for at := 1; ; at++ {
 		dir, fake := t.TempDir(), &mortal{Fake: &sandboxtest.Fake{}}

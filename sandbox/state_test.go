@@ -51,8 +51,7 @@ func TestIDs(t *testing.T) {
 	}
 }
 
-// TestCutAtEveryByte (issue 5, must show 5): wherever a write is cut off, in whichever of its steps, a later read finds the old or the new
-// content.
+// TestCutAtEveryByte: wherever a write is cut off, in whichever of its steps, a later read finds the old or the new content.
 func TestCutAtEveryByte(t *testing.T) {
 	old := record{Version: recordVersion, ID: "sbx", State: Running, Metadata: map[string]string{"a": "old"}}
 	fresh := old

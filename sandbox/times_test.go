@@ -48,8 +48,7 @@ func inBubble(t *testing.T, agents int, f func(t *testing.T, fake *sandboxtest.F
 	synctest.Test(t, func(t *testing.T) { f(t, fake) })
 }
 
-// TestTimes (issue 5, must show 6): life and idle time, and both actions; they are independent of the time that a command or a request may
-// take.
+// TestTimes: life and idle time, and both actions; they are independent of the time that a command or a request may take.
 func TestTimes(t *testing.T) {
 	const never = time.Duration(-1)
 	for name, test := range map[string]struct {

@@ -235,7 +235,7 @@ func (d *debian) distribution(ctx context.Context, o BaseOptions) error {
 	return err
 }
 
-// TestArchiveRefused: a mirror that lies in whatever way, or is not whole, is refused, with what is wrong.
+// TestArchiveRefused: a mirror whose files are forged, altered or missing is refused, and the error says what is wrong.
 func TestArchiveRefused(t *testing.T) {
 	const changed = "is not what the InRelease says"
 	for name, test := range map[string]struct {
@@ -332,7 +332,7 @@ func (d *debian) bad(body string) {
 	*last = (*last)[:sum] + fmt.Sprintf("%x", sha256.Sum256([]byte(body))) + (*last)[sum+64:]
 }
 
-// TestArchiveOptions: what is asked for in a wrong way is told so, and a build that is given up ends.
+// TestArchiveOptions: wrong options give an error that says so, and a cancelled build ends.
 func TestArchiveOptions(t *testing.T) {
 	d := newDebian(t).minimal()
 	d.publish()

@@ -290,7 +290,7 @@ func TestPrompts(t *testing.T) {
 		}
 		for _, tool := range regexp.MustCompile(`\b(sandbox|process|file)_[a-z]+\b`).FindAllString(text, -1) {
 			if !names[tool] && tool != "sandbox_id" && tool != "process_id" {
-				t.Errorf("%s names %s, which there is not", p, tool)
+				t.Errorf("%s names %s, which does not exist", p, tool)
 			}
 		}
 	}

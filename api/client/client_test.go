@@ -262,7 +262,7 @@ func TestEveryMethod(t *testing.T) {
 	}
 }
 
-// TestNotThere: what there is not, and what is another owner's, is not found, by every method.
+// TestNotThere: every method returns not found for what does not exist or is another owner's.
 func TestNotThere(t *testing.T) {
 	s := newSite(t)
 	theirs := s.create(s.as("bob"))
@@ -405,7 +405,7 @@ func TestOthers(t *testing.T) {
 	}
 }
 
-// TestNew: what is the URL of a server, and what is none. A socket is called as one, and the trace is told no key.
+// TestNew: which URLs New accepts. A socket is dialled as one, and the trace shows no key.
 func TestNew(t *testing.T) {
 	for _, bad := range []string{"", "box.example.com", "ftp://box", "http://", "http://me:secret@box", "http://box:x", "://"} {
 		if _, err := client.New(client.Options{URL: bad}); err == nil ||

@@ -558,7 +558,7 @@ func TestConfirm(t *testing.T) {
 	}
 }
 
-// TestManySessions (must show 4): 200 sessions at once, each with a command in a sandbox, lose none.
+// TestManySessions: 200 sessions at once, each with a command in a sandbox, lose none.
 func TestManySessions(t *testing.T) {
 	w := serve(t, "")
 	first := w.client("", false)
@@ -690,7 +690,7 @@ func TestHealthAndMetrics(t *testing.T) {
 	for _, name := range regexp.MustCompile(`soulbox_[a-z_]+`).FindAllString(string(dashboard), -1) {
 		name = regexp.MustCompile(`_(bucket|sum|count)$`).ReplaceAllString(name, "")
 		if !strings.Contains(want, name+" ") {
-			t.Errorf("the dashboard shows %s, which there is not", name)
+			t.Errorf("the dashboard shows %s, which does not exist", name)
 		}
 	}
 }

@@ -72,8 +72,8 @@ func fetchText(url string) (string, error) {
 	return string(body), err
 }
 
-// TestNothingIsLost (issue 5, must show 1): a process that counts in memory, a server, and an editor with unsaved text all continue after a
-// pause to disk and kill -9 of the server, ten times, with writes in between.
+// TestNothingIsLost: a process that counts in memory, a server, and an editor with unsaved text all continue after a pause to disk and
+// SIGKILL of the server, ten times, with writes in between.
 func TestNothingIsLost(t *testing.T) {
 	w := serve(t, "", "--on-exit=keep")
 	l := &lives{t: t, w: w, c: w.client("", true)}
@@ -148,7 +148,7 @@ for i in itertools.count(): print(i); time.sleep(0.02)'`
 	l.call("sandbox_kill", map[string]any{"confirm": true})
 }
 
-// TestForks (must show 2): ten copies of a sandbox with 200 MB in use answer, and are independent of each other.
+// TestForks: ten copies of a sandbox with 200 MB in use answer, and are independent of each other.
 func TestForks(t *testing.T) {
 	w := serve(t, "", "--pids=64")
 	l := &lives{t: t, w: w, c: w.client("", true)}
@@ -190,7 +190,7 @@ func TestForks(t *testing.T) {
 	}
 }
 
-// TestTimeoutPauses (must show 6): a sandbox with a life of 3 s and pause is paused by 5 s, and a call wakes it.
+// TestTimeoutPauses: a sandbox with a life of 3 s and pause is paused by 5 s, and a call wakes it.
 func TestTimeoutPauses(t *testing.T) {
 	w := serve(t, "")
 	l := &lives{t: t, w: w, c: w.client("", true)}
@@ -211,8 +211,7 @@ func TestTimeoutPauses(t *testing.T) {
 	}
 }
 
-// TestLimitsNeighbours (must show 7): whatever one sandbox does to itself, its limit is named, it survives, and its neighbour works as
-// before.
+// TestLimitsNeighbours: whatever one sandbox does to itself, its limit is named, it survives, and its neighbour works as before.
 func TestLimitsNeighbours(t *testing.T) {
 	w := serve(t, "")
 	c := w.client("", true)

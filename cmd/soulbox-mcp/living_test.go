@@ -99,8 +99,8 @@ func rebuild(tree map[string]bool, events []any) {
 	}
 }
 
-// TestWatchedTrees (must show 3): the tree that file_watch reports for a clone, for trees made and removed, and for renames, is the tree as
-// it is in the end, or file_watch says that changes are missing.
+// TestWatchedTrees: the tree that file_watch reports for a clone, for trees made and removed, and for renames, is the tree as it is in the
+// end, or file_watch says that changes are missing.
 func TestWatchedTrees(t *testing.T) {
 	p := launch(t, "")
 	if needs(t, "git") {
@@ -158,7 +158,7 @@ func TestWatchedTrees(t *testing.T) {
 	}
 }
 
-// TestTerminalExact (must show 2): 100 MB through a terminal are read exactly as they were written.
+// TestTerminalExact: 100 MB through a terminal are read exactly as they were written.
 func TestTerminalExact(t *testing.T) {
 	p := launch(t, "")
 	m := p.call("exec", map[string]any{"command": "head -c 75000000 /dev/urandom | base64 -w0 > /home/user/text; sha256sum < " +
@@ -188,7 +188,7 @@ func TestTerminalExact(t *testing.T) {
 	}
 }
 
-// TestKilledInUse (must show 6): a terminal, a watch and a port outlive the server, and nothing of them is lost.
+// TestKilledInUse: a terminal, a watch and a port outlive the server, and nothing of them is lost.
 func TestKilledInUse(t *testing.T) {
 	state := sandboxtest.Dir(t)
 	w := serve(t, state, "--on-exit=keep")

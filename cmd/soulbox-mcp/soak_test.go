@@ -327,8 +327,8 @@ func (s *soak) kill(b *box) {
 // resumable is said about a sandbox that has failed and of which something was saved.
 const resumable = "can be resumed by sandbox_resume"
 
-// TestSoak (issue 18, must show 4): the clients of three owners do everything at random on two servers. Now and then a server is killed or
-// has no descriptors, or a machine stands still. Nothing is lost but what was killed, and nothing is left over.
+// TestSoak: the clients of three owners do everything at random on two servers. Now and then a server is killed or has no descriptors, or a
+// machine stands still. Nothing is lost but what was killed, and nothing is left over.
 func TestSoak(t *testing.T) {
 	length := 10 * time.Second
 	if v := os.Getenv(soakVar); v != "" {

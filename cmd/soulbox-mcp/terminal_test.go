@@ -173,7 +173,7 @@ func TestTerminals(t *testing.T) {
 	}
 }
 
-// TestTerminalFlood (must show 2): 100 MB through a terminal arrive as they were written, and other calls are not held up meanwhile.
+// TestTerminalFlood: 100 MB through a terminal arrive as they were written, and other calls are not held up meanwhile.
 func TestTerminalFlood(t *testing.T) {
 	p := launch(t, "")
 	y := openTTY(t, p, map[string]any{"command": "stty raw; head -c 100000000 /dev/zero | tr '\\0' x; echo; echo the-end; sleep 600",

@@ -111,7 +111,7 @@ func TestLogins(t *testing.T) {
 	}
 }
 
-// TestAway: who reaches no server is told what else there is.
+// TestAway: if the chosen server cannot be reached, the error names the other logins.
 func TestAway(t *testing.T) {
 	at := team(t)
 	me := user{home: t.TempDir()}

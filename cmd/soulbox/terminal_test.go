@@ -136,7 +136,7 @@ func (c *screen) shell() int {
 	return pid
 }
 
-// TestConnect (must show 1): a person types, changes the size, leaves and returns, and the server is killed in between.
+// TestConnect: a person types, changes the size, leaves and returns, and the server is killed in between.
 func TestConnect(t *testing.T) {
 	s := newSurroundings(t)
 	id := strings.TrimSpace(s.run(t, "sandbox", "create"))
@@ -188,7 +188,7 @@ func TestConnect(t *testing.T) {
 	c.sane()
 }
 
-// TestKilledAtTerminal (must show 4): whichever part is killed, and however, the terminal is sane and nothing continues in the sandbox.
+// TestKilledAtTerminal: whichever part is killed, and however, the terminal is sane and nothing continues in the sandbox.
 func TestKilledAtTerminal(t *testing.T) {
 	s := newSurroundings(t)
 	id := strings.TrimSpace(s.run(t, "sandbox", "create"))
