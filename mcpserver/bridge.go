@@ -65,7 +65,7 @@ type bridge struct {
 	renewing sync.Mutex // held while a new session is begun
 }
 
-// Serve passes messages on until in or ctx ends. Only a failing pipe is an error.
+// Serve passes messages on until in or ctx ends. Only a broken pipe is an error.
 func (b Bridge) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 	b.patience = cmp.Or(b.patience, 2*time.Minute)
 	if b.Log == nil {
@@ -172,7 +172,7 @@ func (l *bridge) read(in io.Reader) error {
 }
 
 func (l *bridge) fail(id json.RawMessage, code int, text string) {
-	_ = l.out.write(failure(id, &Error{Code: code, Message: text})) // a failing pipe shows at the end
+	_ = l.out.write(failure(id, &Error{Code: code, Message: text})) // a broken pipe is reported when the bridge ends
 }
 
 // handle passes a message on. Notifications, answers and the handshake keep their order; calls run concurrently.
@@ -450,13 +450,13 @@ func (l *bridge) receive(ctx context.Context, res *http.Response, m message) par
 		if got.Error == nil {
 			return part{final: "the server at " + l.shown + " answered another request"}
 		}
-		_ = l.out.write(failure(m.ID, got.Error)) // a failing pipe shows at the end
+		_ = l.out.write(failure(m.ID, got.Error)) // a broken pipe is reported when the bridge ends
 		return part{answered: true}
 	}
 	if m.Method == "initialize" {
 		l.begun(res.Header, body)
 	}
-	_ = l.out.write(json.RawMessage(line.Bytes())) // a failing pipe shows at the end
+	_ = l.out.write(json.RawMessage(line.Bytes())) // a broken pipe is reported when the bridge ends
 	return part{answered: true}
 }
 
@@ -468,7 +468,7 @@ func (l *bridge) events(body io.Reader, m message) (p part) {
 		if len(data) == 0 {
 			return nil
 		}
-		_ = l.out.write(json.RawMessage(data)) // a failing pipe shows at the end
+		_ = l.out.write(json.RawMessage(data)) // a broken pipe is reported when the bridge ends
 		got, err := parse(data)
 		p.answered = p.answered || err == nil && got.Method == "" && got.key() == m.key()
 		return nil

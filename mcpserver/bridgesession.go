@@ -124,7 +124,7 @@ func (l *bridge) retell() {
 	l.mu.Unlock()
 	for _, uri := range uris {
 		if again {
-			_ = l.out.write(newNote(noteUpdated, map[string]string{"uri": uri})) // a failing pipe shows at the end
+			_ = l.out.write(newNote(noteUpdated, map[string]string{"uri": uri})) // a broken pipe is reported when the bridge ends
 		}
 	}
 }

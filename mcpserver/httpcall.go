@@ -53,7 +53,7 @@ func (h *HTTP) call(w http.ResponseWriter, r *http.Request, c *conversation, m m
 	}
 }
 
-// newCallStream makes the stream of a call; again is the name by which the client may ask for it again.
+// newCallStream makes the stream of a call; again is the id under which the client can ask for the answer again.
 func (h *HTTP) newCallStream(w http.ResponseWriter, r *http.Request, c *conversation, m message, again string, f *flight) *stream {
 	st := newStream(w, r, h.beat)
 	st.mu.Lock()

@@ -94,7 +94,7 @@ func (d *Description) saved(i Info) {
 	}
 }
 
-// stamp is a time in results; that which never was is "".
+// stamp formats a time; the zero time is "".
 func stamp(t time.Time) string {
 	if t.IsZero() {
 		return ""

@@ -279,7 +279,7 @@ func (e *egress) fail(w http.ResponseWriter, to string, tunnel bool, err error) 
 	}
 	why := err.Error()
 	var dns *net.DNSError
-	if errors.As(err, &dns) { // whom this machine asks for names is nobody's business
+	if errors.As(err, &dns) { // do not reveal the host's resolver
 		why = fmt.Sprintf("%s: %s", dns.Name, dns.Err)
 	}
 	if e.notes.Allow() && !errors.Is(err, context.Canceled) {

@@ -90,7 +90,7 @@ func checkLists(allow, deny []string) ([]string, error) {
 		}
 		below, wild := strings.CutPrefix(entry, "*.")
 		name, err := hostName(below)
-		if err != nil || !strings.Contains(name, ".") && !wild { // a name without a dot is none of the world's
+		if err != nil || !strings.Contains(name, ".") && !wild { // a name without a dot is not in the public DNS
 			return nil, fmt.Errorf("network: %.300q is neither a domain, such as example.com or *.example.com, nor a range of addresses, "+
 				"such as 192.0.2.0/24; a whole network is %q, no network %q: %w", entry, NetworkFull, NetworkNone, ErrInvalid)
 		}
@@ -164,10 +164,10 @@ func (s *Sandbox) SetNetwork(n Network) error {
 	}
 	if n.On() != s.rec.Network.On() {
 		if !n.On() {
-			return fmt.Errorf("update sandbox %s: it has a network for good; %q without entries allows nothing: %w", s.id, NetworkAllowlist,
-				ErrInvalid)
+			return fmt.Errorf("update sandbox %s: its network cannot be removed; mode %q without entries blocks everything: %w", s.id,
+				NetworkAllowlist, ErrInvalid)
 		}
-		return fmt.Errorf("update sandbox %s: it was made without a network, and its programs know of none; make one with a network: %w",
+		return fmt.Errorf("update sandbox %s: it was made without a network and cannot get one; make another sandbox with a network: %w",
 			s.id, ErrInvalid)
 	}
 	r := s.rec

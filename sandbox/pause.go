@@ -130,7 +130,7 @@ func (s *Sandbox) ResumeWith(ctx context.Context, o ResumeOptions) (err error) {
 			ErrInvalid)
 	}
 	if o.Memory != 0 && o.Memory < r.Limits.Memory {
-		return fmt.Errorf("resume sandbox %s: its memory limit is %d MB, and only more can be given: %w", s.id, r.Limits.Memory>>20,
+		return fmt.Errorf("resume sandbox %s: its memory limit is %d MB and can only be raised: %w", s.id, r.Limits.Memory>>20,
 			ErrInvalid)
 	}
 	if last := r.lastMoment(); !last.IsZero() && !last.Add(time.Since(r.pausedSince(time.Now()))).After(time.Now()) {

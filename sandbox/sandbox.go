@@ -204,7 +204,7 @@ func (s *Sandbox) end(final State, cause error) error {
 // errMeanwhile means that a sandbox was not ended, because the reason for it no longer holds.
 var errMeanwhile = errors.New("its state or time has changed meanwhile")
 
-// endIf is end if still, which is called with s.mu held, returns true, and else returns errMeanwhile. It is for whoever ends a sandbox
+// endIf ends the sandbox only if still() holds, else returns errMeanwhile; still is called with s.mu held. It is for whoever ends a sandbox
 // without being asked by its owner: the owner may resume or extend it at the same moment.
 func (s *Sandbox) endIf(final State, cause error, still func() bool) error {
 	s.mu.Lock()

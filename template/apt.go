@@ -268,8 +268,8 @@ func (a archive) packages(ctx context.Context, s aptSource) ([]aptPackage, error
 	return list, nil
 }
 
-// current says whether a signed release is of the suite, and still to be used: a mirror can give one that was signed for another suite, or
-// long ago. Releases without Valid-Until last, such as those of Debian's stable suites.
+// current checks that a release belongs to the suite and has not expired: a mirror can give one that was signed for another suite, or long
+// ago. Releases without Valid-Until do not expire, such as those of Debian's stable suites.
 func current(release map[string]string, suite string) error {
 	if release["suite"] != suite && release["codename"] != suite {
 		return fmt.Errorf("its InRelease is of the suite %q, %q; use another mirror, or name that suite by --suite", release["suite"],

@@ -43,7 +43,7 @@ const basePackages = "bash-completion build-essential ca-certificates curl file 
 var variants = map[string]string{"": "", "node": "nodejs npm",
 	"python": "python3-dev python3-numpy python3-pandas python3-matplotlib python3-requests ipython3 pipx"}
 
-// CheckVariant refuses the name of a variant of the base that there is not.
+// CheckVariant rejects unknown variants of the base.
 func CheckVariant(name string) error {
 	if _, ok := variants[name]; !ok {
 		return fmt.Errorf("there is no variant %q; the variants are node and python", name)

@@ -137,8 +137,8 @@ func (s *Builds) Find(owner, id string) *Announced {
 	return nil
 }
 
-// Last is the id of the build of an owner's template that was begun last, whether it has failed or goes on: one of this server, or one that
-// another has left a log of.
+// Last is the id of the build of an owner's template that was begun last, whether it has failed or is still running: one of this server, or
+// one that another has left a log of.
 func (s *Builds) Last(owner, name string) (id string, err error) {
 	id, began, err := s.Store.lastLog(owner, name)
 	if err != nil {

@@ -149,7 +149,7 @@ func (s *Store) BuildLog(owner, id string) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, 2*maxLogBytes))
 }
 
-// lastLog is the build of an owner's template that has begun last, of those that there are logs of, and when that was; "" is none.
+// lastLog finds, among the builds of an owner's template that have a log, the one that began last, and when; "" means none.
 func (s *Store) lastLog(owner, name string) (id string, began time.Time, err error) {
 	entries, err := os.ReadDir(s.file("builds", ""))
 	if err != nil && !errors.Is(err, os.ErrNotExist) {

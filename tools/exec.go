@@ -46,7 +46,7 @@ type execInput struct {
 	TimeoutMS  int64             `json:"timeout_ms,omitempty" jsonschema:"kill the command after this time; default never"`
 	MaxChars   *int              `json:"max_output_chars,omitempty" jsonschema:"longer output is cut in the middle; default 30000"`
 	Background bool              `json:"background,omitempty" jsonschema:"return at once, and keep its stdin open"`
-	Isolated   bool              `json:"isolated,omitempty" jsonschema:"without what earlier commands left, and leaving nothing"`
+	Isolated   bool              `json:"isolated,omitempty" jsonschema:"run without the shared shell state, and leave it unchanged"`
 	TTY        bool              `json:"tty,omitempty" jsonschema:"give it a terminal, for interactive programs"`
 	Rows       int               `json:"rows,omitempty" jsonschema:"of the terminal; default 24"`
 	Cols       int               `json:"cols,omitempty" jsonschema:"default 80"`

@@ -48,7 +48,7 @@ func (s *Toolbox) Slow() (names []string) {
 	return names
 }
 
-// CheckToolsets refuses names that are no toolset's.
+// CheckToolsets rejects unknown toolset names.
 func CheckToolsets(names []string) error {
 	for _, name := range names {
 		if !slices.Contains(Toolsets(), name) {

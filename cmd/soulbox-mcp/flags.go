@@ -16,12 +16,12 @@ type usageError struct{ error }
 // Unwrap lets errors.Is and errors.As look at what is wrong.
 func (u usageError) Unwrap() error { return u.error }
 
-// noCommand is the error of a command that there is not; help is the command that lists those there are.
+// noCommand is the error of an unknown command; help is the command that lists the known ones.
 func noCommand(name, help string) error {
 	return usageError{fmt.Errorf("there is no command %q; '%s' lists the commands", name, help)}
 }
 
-// parseFlags parses flags, behind which there must be no arguments. Asked for help it shows the flags on stderr, and returns flag.ErrHelp.
+// parseFlags parses flags, which no arguments may follow. Asked for help it shows the flags on stderr, and returns flag.ErrHelp.
 func parseFlags(flags *flag.FlagSet, args []string, stderr io.Writer) error {
 	flags.SetOutput(io.Discard) // package flag shows all flags for every error
 	err := flags.Parse(args)

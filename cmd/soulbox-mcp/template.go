@@ -61,7 +61,7 @@ func runTemplate(ctx context.Context, args []string, getenv func(string) string,
 		names = append(names, args[0])
 	}
 	if asksHelp := len(args) > 0 && (args[0] == "-h" || args[0] == "--help"); len(names) < want && !asksHelp {
-		return usageError{fmt.Errorf("template %s needs %d arguments, and flags behind them; 'soulbox-mcp template help' shows them",
+		return usageError{fmt.Errorf("template %s needs %d arguments, with flags after them; 'soulbox-mcp template help' shows them",
 			command, want)}
 	}
 	var base template.BaseOptions

@@ -14,7 +14,7 @@ import (
 // buildID is how ids of builds look, of older servers too.
 var buildID = regexp.MustCompile(`^(bd[a-z0-9]{16}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})$`)
 
-// lastBuild is the build that is meant by a name of a template, or by its own id.
+// lastBuild finds a build by id, or a template's last build by name.
 func lastBuild(ctx context.Context, at *client.Client, name string) (id string, err error) {
 	id, err = at.LastBuild(ctx, name)
 	if err == nil || !client.IsNotFound(err) {
@@ -35,10 +35,10 @@ func lastBuild(ctx context.Context, at *client.Client, name string) (id string, 
 	if buildID.MatchString(name) {
 		return name, nil
 	}
-	return "", fmt.Errorf("there is no template %q, nor a build of one: 'soulbox template list' shows the templates that there are", name)
+	return "", fmt.Errorf("there is no template or build %q: 'soulbox template list' shows the templates", name)
 }
 
-// noTemplate says of what is not there how to see what is.
+// noTemplate adds to a not-found error how to list templates.
 func noTemplate(err error) error {
 	if client.IsNotFound(err) {
 		return fmt.Errorf("%w; 'soulbox template list' and 'soulbox sandbox snapshot list' show what there is", err)

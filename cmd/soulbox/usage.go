@@ -36,7 +36,7 @@ func group(c *cobra.Command) *cobra.Command {
 	return c
 }
 
-// helpArgs refuses the help for a command that there is not.
+// helpArgs refuses the help for an unknown command.
 func helpArgs(c *cobra.Command, args []string) error {
 	found, rest, err := c.Root().Find(args)
 	if err == nil && len(rest) > 0 && found.HasSubCommands() && found.Args != nil {
@@ -90,7 +90,7 @@ func oneOf(c *cobra.Command, flag string, words ...string) {
 	}
 }
 
-// either lists words of which one is meant.
+// either joins alternatives: a, b or c.
 func either(words []string) string {
 	last := len(words) - 1
 	return strings.Join(words[:last], ", ") + " or " + words[last]

@@ -1,7 +1,7 @@
 // Package cursor makes the texts by which a client continues a list or a log where an earlier call stopped, and reads them back. Clients
-// give them back unread; what is no such text, or belongs to another list, is refused. A cursor is no proof: it names a place, and who may
-// read there is asked again. What clients may compute themselves is not one, such as an offset in an output, or the cursors of E2B's logs,
-// which are times.
+// give them back unread. Any other text, or a cursor of another list, is refused. A cursor is no proof: it names a place, and who may read
+// there is asked again. What clients may compute themselves is not one, such as an offset in an output, or the cursors of E2B's logs, which
+// are times.
 package cursor
 
 import (
@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// ErrInvalid says that a text is no cursor of the list that was asked for.
+// ErrInvalid says that a text is not a cursor of the list that was asked for.
 var ErrInvalid = errors.New("the cursor does not come from here; leave it out to start again")
 
 // maxText bounds a cursor, in bytes.

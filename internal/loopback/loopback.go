@@ -42,7 +42,7 @@ func localName(host string) bool {
 	return host == "localhost" || strings.HasSuffix(host, ".localhost")
 }
 
-// Dial returns a function that dials as the dialer does, but asks nobody where this machine is.
+// Dial returns a function that dials as the dialer does, but resolves this machine's names without DNS.
 func Dial(d *net.Dialer) func(ctx context.Context, network, addr string) (net.Conn, error) {
 	return func(ctx context.Context, network, addr string) (net.Conn, error) {
 		host, port, err := net.SplitHostPort(addr)

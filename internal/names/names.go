@@ -77,7 +77,7 @@ func escape(text string) (c byte, ok bool) {
 
 func digit(c byte) int { return strings.IndexByte("0123456789abcdef", c) }
 
-// acts reports whether a character does more than show itself.
+// acts reports whether a character has an effect besides being shown.
 func acts(r rune) bool {
 	return unicode.IsControl(r) || r == '\u2028' || r == '\u2029' || unicode.Is(unicode.Bidi_Control, r)
 }
