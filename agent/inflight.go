@@ -83,8 +83,8 @@ func (c *Client) Suspend(ctx context.Context, cause error) error {
 	return nil
 }
 
-// GoOn undoes Suspend.
-func (c *Client) GoOn() {
+// Unsuspend undoes Suspend.
+func (c *Client) Unsuspend() {
 	c.inFlight.mu.Lock()
 	defer c.inFlight.mu.Unlock()
 	c.inFlight.closed = nil

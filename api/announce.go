@@ -59,7 +59,7 @@ const shortID = 20
 
 // startOldBuild starts a build that was announced with its Dockerfile.
 func (c *Control) startOldBuild(r *call) error {
-	b, err := c.announced(r, r.PathValue("id"))
+	b, err := c.findBuild(r, r.PathValue("id"))
 	if err != nil {
 		return err
 	}

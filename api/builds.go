@@ -70,7 +70,7 @@ func (c *Control) startBuild(r *call) error {
 	if err := r.body(&body); err != nil {
 		return err
 	}
-	b, err := c.announced(r, r.PathValue("id"))
+	b, err := c.findBuild(r, r.PathValue("id"))
 	if err != nil {
 		return err
 	}
@@ -115,8 +115,8 @@ func (c *Control) startBuild(r *call) error {
 	return r.done(http.StatusAccepted)
 }
 
-// announced finds the caller's build that a path names.
-func (c *Control) announced(r *call, name string) (*template.Announced, error) {
+// findBuild finds the caller's build that a path names.
+func (c *Control) findBuild(r *call, name string) (*template.Build, error) {
 	if err := r.hasBuildID(); err != nil {
 		return nil, err
 	}
@@ -138,7 +138,7 @@ func (r *call) hasBuildID() error {
 
 // launch starts an announced build. sent are the hashes of uploaded files that COPY uses; files, if not empty, is the hash of an uploaded
 // context.
-func (c *Control) launch(b *template.Announced, req template.BuildRequest, sent []string, files string) error {
+func (c *Control) launch(b *template.Build, req template.BuildRequest, sent []string, files string) error {
 	var whole *template.Files
 	req.Files = map[string]*template.Files{}
 	req.Open = func(ctx context.Context, req *template.BuildRequest) (err error) {

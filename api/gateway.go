@@ -51,19 +51,19 @@ type Gateway struct {
 	// request of ctx as soon as that becomes true. If nil, they always may.
 	OwnerValid func(ctx context.Context, owner string) error
 
-	inside   *envd.Server
-	ways     map[way]*http.Transport
-	visitors visitors
-	stall    time.Duration
-	closing  context.Context
-	close    context.CancelFunc
+	inside     *envd.Server
+	transports map[transportKey]*http.Transport
+	visitors   visitors
+	stall      time.Duration
+	closing    context.Context
+	close      context.CancelFunc
 }
 
 // NewGateway makes a Gateway; base may be nil.
 func NewGateway(m *sandbox.Manager, base *url.URL, log *slog.Logger) *Gateway {
 	g := &Gateway{Manager: m, Base: base, Log: log, inside: envd.New(log), stall: stallTime}
 	g.closing, g.close = context.WithCancel(context.Background())
-	g.ways = g.newWays()
+	g.transports = g.newTransports()
 	return g
 }
 

@@ -84,7 +84,7 @@ func (c *Control) buildDockerfile(r *call) error {
 	if err := r.body(&body); err != nil {
 		return err
 	}
-	b, err := c.announced(r, r.PathValue("name"))
+	b, err := c.findBuild(r, r.PathValue("name"))
 	if err != nil {
 		return err
 	}

@@ -74,7 +74,7 @@ func (m *machine) Checkpoint(ctx context.Context, dir string, o sandbox.Checkpoi
 			err = errors.Join(fmt.Errorf("checkpoint: %w", err), os.RemoveAll(dir))
 		}
 	}()
-	if !o.GoOn && !m.frozen {
+	if !o.Resume && !m.frozen {
 		if err := m.Pause(ctx); err != nil {
 			return err
 		}
@@ -123,7 +123,7 @@ func (m *machine) save(ctx context.Context, dir string, filesOnly bool) (err err
 	defer cancel()
 	m.setSaving(true)
 	defer func() {
-		if serr := m.settle(); serr != nil && err == nil { // it has been saved anyway
+		if serr := m.recordSlack(); serr != nil && err == nil { // it has been saved anyway
 			m.runtime.log().Warn("look at a sandbox that was saved", "dir", filepath.Base(m.dir), "error", serr)
 		}
 		m.setSaving(false)
@@ -140,12 +140,12 @@ func (m *machine) save(ctx context.Context, dir string, filesOnly bool) (err err
 	if err != nil {
 		return fullDisk(err)
 	}
-	return m.runtime.keep(dir, files)
+	return m.runtime.syncAndSeal(dir, files)
 }
 
-// keep syncs the files of a checkpoint to disk and writes their checksums. Both happen at the same time, because one waits for the disk
-// while the other computes.
-func (r *Runtime) keep(dir string, files []*os.File) error {
+// syncAndSeal syncs the files of a checkpoint to disk and writes their checksums. Both happen at the same time, because one waits for the
+// disk while the other computes.
+func (r *Runtime) syncAndSeal(dir string, files []*os.File) error {
 	sealed := make(chan error, 1)
 	go func() { sealed <- r.seal(context.Background(), dir, files) }()
 	err := r.fault("checkpoint sync")

@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"soulbox.dev/soulbox/sandbox"
 )
 
 // pickCores picks as many of the server's cores for a machine as its limit allows: an ordinary user cannot bound CPU time in any other way.
@@ -82,8 +84,10 @@ func onCores(cores []int, do func() error) error {
 	return <-done
 }
 
-// Gather implements sandbox.Gatherer.
-func (m *machine) Gather(one bool) error {
+var _ sandbox.CorePinner = (*machine)(nil)
+
+// Pin implements sandbox.CorePinner.
+func (m *machine) Pin(one bool) error {
 	cores := m.cores
 	if len(cores) < 2 {
 		return nil

@@ -102,7 +102,7 @@ func TestGathered(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer machine.Pipe().Close()
-	if err := machine.(sandbox.Gatherer).Gather(false); err != nil {
+	if err := machine.(sandbox.CorePinner).Pin(false); err != nil {
 		t.Fatal(err)
 	}
 	has("all cores for who attaches", all)

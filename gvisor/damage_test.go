@@ -18,7 +18,7 @@ func TestDamage(t *testing.T) {
 	m, spec := bootIn(t, runtime, host)
 	sandboxtest.Run(t, sandboxtest.Greet(t, m), "head -c 3M /dev/urandom > /home/user/large")
 	whole, files := filepath.Join(sandboxtest.Dir(t), "whole"), filepath.Join(sandboxtest.Dir(t), "files")
-	if err := m.Checkpoint(t.Context(), files, sandbox.CheckpointOptions{FilesOnly: true, GoOn: true}); err != nil {
+	if err := m.Checkpoint(t.Context(), files, sandbox.CheckpointOptions{FilesOnly: true, Resume: true}); err != nil {
 		t.Fatal(err)
 	}
 	if err := m.Checkpoint(t.Context(), whole, sandbox.CheckpointOptions{}); err != nil {

@@ -79,12 +79,12 @@ func TestFaults(t *testing.T) {
 		{"Check", true, m.Check},
 		{"Usage", true, func() error { _, err := m.Usage(t.Context()); return err }},
 		{"IO", true, func() error { _, err := m.IO(); return err }},
-		{"Gather", false, func() error { return m.(sandbox.Gatherer).Gather(true) }},
+		{"Pin", false, func() error { return m.(sandbox.CorePinner).Pin(true) }},
 		{"Pause", false, func() error { return m.Pause(t.Context()) }},
 		{"Resume", false, func() error { return m.Resume(t.Context()) }},
 		{"Checkpoint", true, func() error {
 			saves++
-			return m.Checkpoint(t.Context(), fmt.Sprint(spec.Dir, "/saved-", saves), sandbox.CheckpointOptions{GoOn: true})
+			return m.Checkpoint(t.Context(), fmt.Sprint(spec.Dir, "/saved-", saves), sandbox.CheckpointOptions{Resume: true})
 		}},
 		{"Attach", true, func() error {
 			again, err := runtime.Attach(t.Context(), spec.Dir)

@@ -98,7 +98,7 @@ func TestAttachWhileSaving(t *testing.T) {
 	for i := range 5 {
 		saved := make(chan error, 1)
 		go func() {
-			saved <- m.Checkpoint(t.Context(), filepath.Join(dir, fmt.Sprint("saved-", i)), sandbox.CheckpointOptions{GoOn: true})
+			saved <- m.Checkpoint(t.Context(), filepath.Join(dir, fmt.Sprint("saved-", i)), sandbox.CheckpointOptions{Resume: true})
 		}()
 		time.Sleep(time.Duration(20*i) * time.Millisecond) // at various moments of the save
 		sandboxtest.Run(t, sandboxtest.Greet(t, attach(t, runtime, spec.Dir)), "true")

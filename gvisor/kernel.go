@@ -100,8 +100,8 @@ func (m *machine) setSaving(is bool) {
 	m.kernel.saving = is
 }
 
-// settle records the sentry's size as slack, after something made it larger for a while, and has it collect garbage if that is large.
-func (m *machine) settle() error {
+// recordSlack records the sentry's size as slack, after something made it larger for a while, and has it collect garbage if that is large.
+func (m *machine) recordSlack() error {
 	for _, p := range m.processes {
 		if !p.sentry {
 			continue

@@ -260,7 +260,7 @@ func (m *machine) start(ctx context.Context, spec sandbox.Spec, args []string, c
 		err = fmt.Errorf("its kernel has ended: %s", errOutput.text())
 	}
 	if err == nil && spec.From != "" {
-		err = m.settle()
+		err = m.recordSlack()
 	}
 	if err != nil {
 		_ = m.pipe.Close()
@@ -387,7 +387,7 @@ func (r *Runtime) Attach(ctx context.Context, dir string) (_ sandbox.Machine, er
 	}
 	m.cores, m.memory, m.noDisk, m.agent, m.processes = mf.Cores, mf.Memory, mf.NoDisk, mf.Host, processes
 	m.kernel.bound = cmp.Or(mf.Kernel, oldKernel)
-	if err := m.settle(); err != nil { // it may just have been saved or restored
+	if err := m.recordSlack(); err != nil { // it may just have been saved or restored
 		return nil, err
 	}
 	if m.frozen, err = r.isFrozen(ctx, runDir(dir)); err != nil {

@@ -237,8 +237,8 @@ func TestBridgeBeginsAnew(t *testing.T) {
 // TestBridgeRefused: a wrong key, a wrong address and a redirect.
 func TestBridgeRefused(t *testing.T) {
 	s := newSite(t, func(o *mcpserver.HTTPOptions) {
-		o.Access.Required = func() bool { return true }
-		o.Access.Authenticate = func(_ context.Context, token string) (string, error) {
+		o.Admission.Required = func() bool { return true }
+		o.Admission.Authenticate = func(_ context.Context, token string) (string, error) {
 			if token != "right" {
 				return "", mcpserver.ErrDenied
 			}

@@ -14,7 +14,7 @@ import (
 
 // HTTPOptions configures the HTTP transport; zero values mean the documented defaults.
 type HTTPOptions struct {
-	Access      Access
+	Admission   Admission
 	SessionIdle time.Duration // after which an unused session ends; default 30 min
 	Rate        float64       // requests per second and owner; default 200
 
@@ -168,7 +168,7 @@ func (h *HTTP) end(c *conversation) {
 // ServeHTTP implements http.Handler.
 func (h *HTTP) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("X-Content-Type-Options", "nosniff")
-	owner, ok := h.Access.admit(w, r)
+	owner, ok := h.Admission.admit(w, r)
 	if !ok {
 		return
 	}
@@ -252,7 +252,7 @@ func (h *HTTP) listenTo(c *conversation, st *stream, r *http.Request) {
 		earlier(nil)
 	}
 	st.mu.Lock()
-	st.allowed, st.refused = func() bool { return h.Access.still(r) }, func() { cancel(nil) }
+	st.allowed, st.refused = func() bool { return h.Admission.still(r) }, func() { cancel(nil) }
 	st.open()
 	if err := st.put([]byte(": listening\n\n")); err != nil { // sends the headers
 		cancel(err)
@@ -352,7 +352,7 @@ func (h *HTTP) initialize(w http.ResponseWriter, r *http.Request, owner string, 
 	}
 	stop := h.s.follow(c.feed, subscription{owner: owner, by: &c.client})
 	context.AfterFunc(c.ctx, stop)
-	revoked := context.AfterFunc(h.Access.until(r), func() { h.end(c) }) // a session ends with the key that began it
+	revoked := context.AfterFunc(h.Admission.until(r), func() { h.end(c) }) // a session ends with the key that began it
 	context.AfterFunc(c.ctx, func() { revoked() })
 	w.Header().Set(mcp.HeaderSessionID, c.id)
 	w.Header().Set(headerCall, "1") // calls may have names, by which their answers are asked for again

@@ -482,8 +482,8 @@ func TestHTTPOwners(t *testing.T) {
 	var revoked atomic.Bool
 	s := newSite(t, func(o *mcpserver.HTTPOptions) {
 		o.SetBeat(15 * time.Millisecond)
-		o.Access.Required = func() bool { return true }
-		o.Access.Authenticate = func(_ context.Context, token string) (string, error) {
+		o.Admission.Required = func() bool { return true }
+		o.Admission.Authenticate = func(_ context.Context, token string) (string, error) {
 			if token == "key-ann" && !revoked.Load() || token == "key-bob" {
 				return strings.TrimPrefix(token, "key-"), nil
 			}
@@ -525,7 +525,7 @@ func TestLimits(t *testing.T) {
 	s := newSite(t, func(o *mcpserver.HTTPOptions) {
 		o.Rate = 1
 		o.SetInFlight(2)
-		o.Access.Authenticate = func(_ context.Context, token string) (string, error) { return token, nil }
+		o.Admission.Authenticate = func(_ context.Context, token string) (string, error) { return token, nil }
 	})
 	ann, bob := s.client(true), s.client(true)
 	ann.Key, bob.Key = "ann", "bob"

@@ -38,7 +38,7 @@ func (h *HTTP) call(w http.ResponseWriter, r *http.Request, c *conversation, m m
 	}
 	st := h.newCallStream(w, r, c, m, again, f)
 	session := c.session(m, st)
-	session.until = h.Access.until(r)
+	session.until = h.Admission.until(r)
 	go func() {
 		defer done()
 		defer session.whenRevoked(func() { f.cancel(errRevoked) })()
@@ -75,7 +75,7 @@ func (h *HTTP) newCallStream(w http.ResponseWriter, r *http.Request, c *conversa
 		st.opened = func() { c.remember(st) }
 	}
 	if m.Method == methodListen {
-		st.allowed, st.refused = func() bool { return h.Access.still(r) }, func() { f.cancel(errRevoked) }
+		st.allowed, st.refused = func() bool { return h.Admission.still(r) }, func() { f.cancel(errRevoked) }
 	}
 	st.mu.Unlock()
 	return st

@@ -14,7 +14,7 @@ import (
 func TestRevoked(t *testing.T) {
 	valid, revoke := context.WithCancel(t.Context())
 	s := newSite(t, func(o *mcpserver.HTTPOptions) {
-		o.Access.Until = func(context.Context) context.Context { return valid }
+		o.Admission.Until = func(context.Context) context.Context { return valid }
 	})
 	session := s.client(false).Open(t)
 	stateless := s.client(true)

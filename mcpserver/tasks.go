@@ -234,7 +234,7 @@ func (s *Server) startTask(ctx context.Context, session *Session, m message, raw
 		defer stopEnd()
 		defer stopRevoked()
 		n.response = s.runTask(taskCtx, n, session, m, raw)
-		n.settle(n.response)
+		n.setOutcome(n.response)
 		s.tasks.finished(n)
 		close(n.ended)
 	}()
@@ -327,8 +327,8 @@ func withInput(raw []byte, responses map[string]json.RawMessage, state string) (
 	return json.Marshal(request)
 }
 
-// settle records the outcome. A cancelled task stays cancelled.
-func (n *task) settle(response any) {
+// setOutcome records the outcome. A cancelled task stays cancelled.
+func (n *task) setOutcome(response any) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.info.Status == taskCancelled {

@@ -88,7 +88,7 @@ func TestTaskSurvivesItsClient(t *testing.T) {
 // found.
 func TestTaskBounds(t *testing.T) {
 	s := newSite(t, func(o *mcpserver.HTTPOptions) {
-		o.Access.Authenticate = func(_ context.Context, token string) (string, error) { return token, nil }
+		o.Admission.Authenticate = func(_ context.Context, token string) (string, error) { return token, nil }
 	})
 	ann, bob := s.taskClient("ann"), s.taskClient("bob")
 	var first taskOf

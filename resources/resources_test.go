@@ -45,7 +45,7 @@ func newSite(t *testing.T) *site {
 	store.InUse = m.Images
 	s := mcpserver.New(mcpserver.Options{MCP: server.NewMCPServer("test", "1"), Name: "test",
 		Resources: resources.New(resources.Options{Manager: m, Store: store, NotFound: mcpserver.ErrNoResource})})
-	h := s.HTTP(mcpserver.HTTPOptions{Rate: 1e6, Access: mcpserver.Access{Required: func() bool { return true },
+	h := s.HTTP(mcpserver.HTTPOptions{Rate: 1e6, Admission: mcpserver.Admission{Required: func() bool { return true },
 		Authenticate: func(_ context.Context, token string) (string, error) { return token, nil }}})
 	web := httptest.NewServer(h)
 	t.Cleanup(func() {

@@ -98,7 +98,7 @@ func (a *adoption) lookAtAll() {
 		}
 		r, err := a.m.store.load(id)
 		if err == nil && r.onDisk() { // at once, because calls for it find it locked meanwhile
-			a.leaveOnDisk(r, lock)
+			a.takeOverOnDisk(r, lock)
 			continue
 		}
 		slots <- struct{}{}

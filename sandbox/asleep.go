@@ -14,11 +14,12 @@ import (
 	"soulbox.dev/soulbox/internal/durable"
 )
 
-// leaveOnDisk tidies up a sandbox on disk and leaves it to the first server that is asked for it. If no server was for too long, it ends.
-func (a *adoption) leaveOnDisk(r record, lock *os.File) {
+// takeOverOnDisk tidies up a sandbox on disk that no server owns. It ends the sandbox if nobody asked for it for too long, adopts it if
+// clients can wake it by a port, and otherwise leaves it to the first server that is asked for it.
+func (a *adoption) takeOverOnDisk(r record, lock *os.File) {
 	as := fmt.Sprint(r.ID, r.Saves)
 	if _, tidied := a.tidied.Load(as); !tidied || r.Pause.Waking {
-		if err := a.settle(&r); err != nil {
+		if err := a.tidyOnDisk(&r); err != nil {
 			a.m.log.Error("tidy up after a dead server; the next look tries again", "sandbox", r.ID, "error", err)
 		} else {
 			a.tidied.Store(as, true)
@@ -37,8 +38,8 @@ func (a *adoption) leaveOnDisk(r record, lock *os.File) {
 	_ = lock.Close() // it was only looked at
 }
 
-// settle ends what a dead server began with a sandbox on disk. The sandbox's memory stays promised while its machine may still exist.
-func (a *adoption) settle(r *record) error {
+// tidyOnDisk ends what a dead server began with a sandbox on disk. The sandbox's memory stays promised while its machine may still exist.
+func (a *adoption) tidyOnDisk(r *record) error {
 	ctx, cancel := context.WithTimeout(a.m.ctx, adoptTime)
 	defer cancel()
 	if err := a.tidy(ctx, *r); err != nil || !r.Pause.Waking {

@@ -19,7 +19,7 @@ type Description struct {
 	OnTimeout string            `json:"on_timeout,omitempty"`
 	PausedAt  string            `json:"paused_at,omitempty"`
 	EndedAt   string            `json:"ended_at,omitempty"`
-	RemovedAt string            `json:"removed_at,omitempty" jsonschema:"until then it can be resumed"`
+	RemoveAt  string            `json:"removed_at,omitempty" jsonschema:"until then it can be resumed"`
 	OnDisk    bool              `json:"on_disk,omitempty"`
 	Resumes   bool              `json:"auto_resume,omitempty"`
 	LeftMS    int64             `json:"life_left_ms,omitempty"`
@@ -70,7 +70,7 @@ func (i Info) Describe() Description {
 		d.EndsAt = stamp(i.ExpiresAt)
 	}
 	if i.State == Paused || i.State.Ended() && i.OnDisk {
-		d.RemovedAt, d.LeftMS = stamp(i.RemoveAt), i.Left.Milliseconds()
+		d.RemoveAt, d.LeftMS = stamp(i.RemoveAt), i.Left.Milliseconds()
 	}
 	return d
 }

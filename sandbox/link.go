@@ -18,7 +18,7 @@ type link struct {
 // begin starts what runs as long as the machine does. s.mu is held.
 func (s *Sandbox) begin() {
 	ctx, cancel := context.WithCancel(s.ctx)
-	s.unlink = cancel
+	s.cancelLink = cancel
 	c := &link{s: s, machine: s.machine, client: s.client}
 	work := &s.m.work
 	work.Go(func() { c.watch(ctx) })
@@ -28,8 +28,8 @@ func (s *Sandbox) begin() {
 	work.Go(func() { c.ping(ctx) })
 	work.Go(func() { c.sample(ctx) })
 	work.Go(func() { c.protect(ctx) })
-	if g, ok := c.machine.(Gatherer); ok {
-		work.Go(func() { c.gather(ctx, g) })
+	if g, ok := c.machine.(CorePinner); ok {
+		work.Go(func() { c.pinCores(ctx, g) })
 	}
 	if s.rec.Network.On() && !s.m.opts.NoNetwork {
 		work.Go(func() { s.serveNetwork(ctx, c.client) })
@@ -86,34 +86,34 @@ func (c *link) shift() (count int, answers bool) {
 	return s.shifts, s.rec.State == Running && s.changing == nil
 }
 
-// gather keeps a machine on one core while nothing in it runs for long. After releasing it to all cores, gather releases it once more a
+// pinCores keeps a machine on one core while nothing in it runs for long. After releasing it to all cores, pinCores releases it once more a
 // moment later: the kernel may leave out processes that begin or end meanwhile (proc(5), children), and they would stay on one core.
-func (c *link) gather(ctx context.Context, machine Gatherer) {
+func (c *link) pinCores(ctx context.Context, machine CorePinner) {
 	s := c.s
 	var known *bool // whether it has all of its cores; nil means not known
 	one := false    // some of it may be on one core
 	for {
-		going, err := c.client.Busy(ctx, known)
+		busy, err := c.client.Busy(ctx, known)
 		if err != nil {
 			break // the machine has ended, it stays for another server, or its agent does not know this call
 		}
-		wait, began, again := gatherEvery, time.Now(), false
-		if known != nil && going == *known { // the agent returns no change when the machine is about to be frozen
+		wait, began, again := pinEvery, time.Now(), false
+		if known != nil && busy == *known { // the agent returns no change when the machine is about to be frozen
 			wait = time.Second
-		} else if err := machine.Gather(!going); err != nil {
+		} else if err := machine.Pin(!busy); err != nil {
 			s.m.log.Warn("bind a sandbox to its cores", "sandbox", s.id, "error", err)
 			known, one, wait = nil, true, time.Minute
 		} else { // an agent that answers whatever it likes must not keep the server busy
-			known, one, wait, again = &going, !going, max(gatherEvery, 20*time.Since(began)), going
+			known, one, wait, again = &busy, !busy, max(pinEvery, 20*time.Since(began)), busy
 		}
-		if sleepFor(ctx, wait) && again && machine.Gather(false) != nil { // the next round logs why
+		if sleepFor(ctx, wait) && again && machine.Pin(false) != nil { // the next round logs why
 			known, one = nil, true
 		}
 	}
 	if one {
-		_ = machine.Gather(false) // so that it runs on without this server on all cores; an error does no harm if it has ended
+		_ = machine.Pin(false) // so that it runs on without this server on all cores; an error does no harm if it has ended
 	}
 }
 
-// gatherEvery is the least time between two changes of a machine's pinning.
-const gatherEvery = 50 * time.Millisecond
+// pinEvery is the least time between two changes of a machine's pinning.
+const pinEvery = 50 * time.Millisecond

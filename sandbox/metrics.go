@@ -79,15 +79,15 @@ type meter struct {
 func (m *meter) setRunning(running bool, memory int64, now time.Time) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.settle(now)
+	m.addRunTime(now)
 	m.since, m.memory = time.Time{}, memory
 	if running {
 		m.since = now
 	}
 }
 
-// settle adds the running time so far. m.mu is held.
-func (m *meter) settle(now time.Time) {
+// addRunTime adds the running time so far. m.mu is held.
+func (m *meter) addRunTime(now time.Time) {
 	if m.since.IsZero() || now.Before(m.since) {
 		return
 	}
@@ -100,7 +100,7 @@ func (m *meter) settle(now time.Time) {
 func (m *meter) totals() Totals {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.settle(time.Now())
+	m.addRunTime(time.Now())
 	return m.sum
 }
 

@@ -27,7 +27,7 @@ type Machine interface {
 	// Resume thaws the machine after Pause.
 	Resume(ctx context.Context) error
 	// Checkpoint saves the machine in dir, which it creates; Boot can begin from it. When it fails, dir does not exist, and the machine is
-	// as before if it still responds. Unless o.GoOn resumes it, the machine is frozen afterwards, for Resume or Destroy. Only ctx bounds
+	// as before if it still responds. Unless o.Resume is set, the machine is frozen afterwards, for Resume or Destroy. Only ctx bounds
 	// the time that Checkpoint takes.
 	Checkpoint(ctx context.Context, dir string, o CheckpointOptions) error
 	// Usage returns what the machine takes from the host.
@@ -42,12 +42,12 @@ type Machine interface {
 	Destroy(ctx context.Context) error
 }
 
-// Gatherer is implemented by a Machine that can pin itself to one core. Work that lasts a few milliseconds finishes sooner on one core and
-// takes half the CPU time: the machine's threads hand over to each other all the time, and waking a thread on another, sleeping core takes
-// longer than most of what that thread does.
-type Gatherer interface {
-	// Gather pins the machine to one core, or releases it to all. Calls must not overlap. An error is harmless.
-	Gather(one bool) error
+// CorePinner is implemented by a Machine that can pin itself to one core. Work that lasts a few milliseconds finishes sooner on one core
+// and takes half the CPU time: the machine's threads hand over to each other all the time, and waking a thread on another, sleeping core
+// takes longer than most of what that thread does.
+type CorePinner interface {
+	// Pin pins the machine to one core, or releases it to all. Calls must not overlap. An error is harmless.
+	Pin(one bool) error
 }
 
 // Rescuer is implemented by a Runtime that can get the files out of a checkpoint whose memory cannot be used, because the agent in it is
@@ -67,7 +67,7 @@ type Continuer interface {
 
 // CheckpointOptions say what is saved.
 type CheckpointOptions struct {
-	GoOn      bool // resume the machine afterwards, if it was not frozen before
+	Resume    bool // resume the machine afterwards, if it was not frozen before
 	FilesOnly bool // save the files without memory and processes
 }
 

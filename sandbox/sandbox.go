@@ -32,16 +32,16 @@ type Sandbox struct {
 	// contained counts the attempts to pause the sandbox when it must not continue.
 	contained tries
 
-	mu       sync.Mutex
-	rec      record
-	lock     *os.File
-	machine  Machine       // nil before it is booted, and while it is on disk
-	client   *agent.Client // nil if machine is, and while its agent is silent
-	unfit    error         // why this server cannot speak with its agent, though it runs
-	unlink   func()        // ends the goroutines that run with the machine
-	changing chan struct{} // closed when a change between running and paused is over; nil if there is none
-	shifts   int           // how many such changes there were
-	ending   chan struct{} // closed when nothing is left of an ended sandbox
+	mu         sync.Mutex
+	rec        record
+	lock       *os.File
+	machine    Machine       // nil before it is booted, and while it is on disk
+	client     *agent.Client // nil if machine is, and while its agent is silent
+	unfit      error         // why this server cannot speak with its agent, though it runs
+	cancelLink func()        // ends the goroutines that run with the machine
+	changing   chan struct{} // closed when a change between running and paused is over; nil if there is none
+	shifts     int           // how many such changes there were
+	ending     chan struct{} // closed when nothing is left of an ended sandbox
 	// rules ends when the network changes; nil until it is first needed.
 	rules    context.Context
 	endRules context.CancelFunc

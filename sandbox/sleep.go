@@ -36,7 +36,7 @@ func (p *sleeping) run(ctx context.Context) (err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, saveTime, errors.New("it was not saved in time"))
 	defer cancel()
 	s.mu.Lock()
-	unlink := s.unlink
+	cancelLink := s.cancelLink
 	p.machine, p.client, p.was = s.machine, s.client, s.rec
 	s.mu.Unlock()
 	saved, err := s.reserveToSave(ctx, !p.o.silent)
@@ -49,7 +49,7 @@ func (p *sleeping) run(ctx context.Context) (err error) {
 	if err := p.suspend(ctx); err != nil {
 		return err
 	}
-	unlink() // from here on, the end of the machine is expected
+	cancelLink() // from here on, the end of the machine is expected
 	err = p.save(ctx)
 	s.mu.Lock()
 	older := s.m.store.kept(s.rec)
@@ -77,7 +77,7 @@ func (p *sleeping) suspend(ctx context.Context) error {
 	if err == nil || p.o.forced {
 		return nil
 	}
-	p.client.GoOn()
+	p.client.Unsuspend()
 	return err
 }
 
@@ -119,7 +119,7 @@ func (p *sleeping) undo(ctx context.Context, err error) error {
 	if p.was.State == Running {
 		err = errors.Join(err, s.thawLater(ctx, p.machine))
 		if p.client != nil {
-			p.client.GoOn()
+			p.client.Unsuspend()
 		}
 	}
 	s.begin() // its watch finds out if the machine has not survived

@@ -113,7 +113,7 @@ func (s *Sandbox) save(ctx context.Context, to string, filesOnly bool) (record, 
 		return r, false, err
 	}
 	defer saved()
-	return r, filesOnly, machine.Checkpoint(ctx, to, CheckpointOptions{GoOn: true, FilesOnly: filesOnly})
+	return r, filesOnly, machine.Checkpoint(ctx, to, CheckpointOptions{Resume: true, FilesOnly: filesOnly})
 }
 
 // SaveTo saves the sandbox, including memory and processes, in a directory that it creates; the sandbox continues. A sandbox that begins

@@ -163,7 +163,7 @@ func (c *link) relink(watch context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, adoptTime)
 	defer cancel()
 	s.mu.Lock()
-	unlink, r := s.unlink, s.rec
+	cancelLink, r := s.cancelLink, s.rec
 	for len(s.relinked) > 0 && time.Since(s.relinked[0]) > relinkTime {
 		s.relinked = s.relinked[1:]
 	}
@@ -178,7 +178,7 @@ func (c *link) relink(watch context.Context) error {
 	if err := s.rejoin(ctx); err != nil {
 		return err
 	}
-	unlink() // ends what ran with the old link
+	cancelLink() // ends what ran with the old link
 	s.mu.Lock()
 	s.relinked = append(s.relinked, time.Now())
 	s.mu.Unlock()

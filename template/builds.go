@@ -24,12 +24,12 @@ type Builds struct {
 	work   sync.WaitGroup
 
 	mu   sync.Mutex
-	byID map[string]*Announced
+	byID map[string]*Build
 }
 
 // NewBuilds makes an empty registry.
 func NewBuilds(b *Builder) *Builds {
-	s := &Builds{Builder: b, byID: map[string]*Announced{}}
+	s := &Builds{Builder: b, byID: map[string]*Build{}}
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 	return s
 }
@@ -52,8 +52,8 @@ const (
 	maxKeptLog  = 20_000    // lines in memory
 )
 
-// Announced is a build that this server knows. It is safe for concurrent use.
-type Announced struct {
+// Build is a build that this server knows, whether it waits, runs or has ended. It is safe for concurrent use.
+type Build struct {
 	ID, Owner string
 	Names     []string     // of the template that it makes
 	Request   BuildRequest // as announced; emptied when the build starts
@@ -86,15 +86,15 @@ type Standing struct {
 
 // Announce adds a build, to be started later, whose template also gets the names in others. It fails if too many builds of the owner wait
 // or run.
-func (s *Builds) Announce(req BuildRequest, others ...string) (*Announced, error) {
+func (s *Builds) Announce(req BuildRequest, others ...string) (*Build, error) {
 	now := time.Now()
 	owner := req.Owner
-	b := &Announced{ID: NewBuildID(), Owner: owner, Names: append([]string{req.Name}, others...), Request: req, made: now, changed: now,
+	b := &Build{ID: NewBuildID(), Owner: owner, Names: append([]string{req.Name}, others...), Request: req, made: now, changed: now,
 		status: BuildWaiting,
 		done:   make(chan struct{})}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	open, over := 0, []*Announced{}
+	open, over := 0, []*Build{}
 	for id, old := range s.byID {
 		status, started, changed := old.look()
 		switch {
@@ -107,7 +107,7 @@ func (s *Builds) Announce(req BuildRequest, others ...string) (*Announced, error
 			over = append(over, old)
 		}
 	}
-	slices.SortFunc(over, func(a, b *Announced) int { return b.made.Compare(a.made) })
+	slices.SortFunc(over, func(a, b *Build) int { return b.made.Compare(a.made) })
 	for _, old := range over[min(len(over), maxFinished):] {
 		delete(s.byID, old.ID)
 	}
@@ -121,14 +121,14 @@ func (s *Builds) Announce(req BuildRequest, others ...string) (*Announced, error
 // open reports whether a build has not ended.
 func (s Status) open() bool { return s == BuildWaiting || s == BuildRunning }
 
-func (b *Announced) look() (status Status, started bool, changed time.Time) {
+func (b *Build) look() (status Status, started bool, changed time.Time) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.status, b.started, b.changed
 }
 
 // Find returns a build of the owner that this server knows, or nil.
-func (s *Builds) Find(owner, id string) *Announced {
+func (s *Builds) Find(owner, id string) *Build {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if b := s.byID[id]; b != nil && b.Owner == owner {
@@ -175,7 +175,7 @@ var ErrStarted = errors.New("the build was started already")
 // Start runs an announced build as soon as it is its owner's turn. The build is cancelled when ctx or the registry ends. req is the build's
 // Request, completed with what has become known since. Start calls after, if not nil, when the build has ended, and adds its error to the
 // build's.
-func (s *Builds) Start(ctx context.Context, b *Announced, req BuildRequest, after func() error) error {
+func (s *Builds) Start(ctx context.Context, b *Build, req BuildRequest, after func() error) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.started {
@@ -220,7 +220,7 @@ func (s *Builds) Run(ctx context.Context, req BuildRequest, each func(Line)) (Bu
 }
 
 // line keeps a line of the log. The first line means that the build's turn has come.
-func (b *Announced) line(l Line) {
+func (b *Build) line(l Line) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.status = BuildRunning
@@ -229,7 +229,7 @@ func (b *Announced) line(l Line) {
 	}
 }
 
-func (b *Announced) end(built Built, err error) {
+func (b *Build) end(built Built, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.changed, b.status, b.built, b.err = time.Now(), BuildReady, built, err

@@ -20,7 +20,7 @@ func TestBuildsInTurn(t *testing.T) {
 	builds := NewBuilds(w.builder)
 	defer builds.Close()
 	var most atomic.Int64
-	var all []*Announced
+	var all []*Build
 	for i := range 20 {
 		b, err := builds.Announce(BuildRequest{Owner: "ann", Name: fmt.Sprintf("t%d", i), Dockerfile: "FROM mini\nRUN echo $((1 + 1))\n"})
 		if err != nil {

@@ -113,7 +113,7 @@ func (i sandboxInfo) writeTimes(b *strings.Builder) {
 		}
 		fmt.Fprintf(b, ", paused %s since %s, resumed %s", where, i.PausedAt, how)
 	}
-	for _, at := range []struct{ what, when string }{{"ends", i.EndsAt}, {"ended", i.EndedAt}, {"kept until", i.RemovedAt}} {
+	for _, at := range []struct{ what, when string }{{"ends", i.EndsAt}, {"ended", i.EndedAt}, {"kept until", i.RemoveAt}} {
 		if at.when != "" {
 			fmt.Fprintf(b, ", %s %s", at.what, at.when)
 		}

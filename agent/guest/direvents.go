@@ -34,7 +34,7 @@ func (w *dirWatch) run() {
 			return // the watch is closed
 		}
 		for _, e := range events {
-			w.route.notice(e)
+			w.onPath.notice(e)
 			if from != nil && !(e.has(unix.IN_MOVED_TO) && e.cookie == from.cookie) {
 				w.movedAway(*from)
 				from = nil
@@ -50,7 +50,7 @@ func (w *dirWatch) run() {
 				w.take(e)
 			}
 		}
-		if w.route.isStale() {
+		if w.onPath.isStale() {
 			w.again()
 		}
 		w.wake()
@@ -81,7 +81,7 @@ func (w *dirWatch) take(e rawEvent) {
 		}
 	case e.has(unix.IN_MOVE_SELF) && dir == w.root:
 		w.lostRoot()
-	case e.name == "" && dir == w.root && w.only == "" && w.route != nil && e.has(unix.IN_ATTRIB):
+	case e.name == "" && dir == w.root && w.only == "" && w.onPath != nil && e.has(unix.IN_ATTRIB):
 		w.emit(agent.TreeEvent{Op: opAttrib, Path: w.root, Dir: true})
 	case e.name == "" || w.ignored(name): // of the directory itself: the event of its parent counts
 	case e.has(unix.IN_CREATE | unix.IN_MOVED_TO):
@@ -101,8 +101,8 @@ func (w *dirWatch) take(e rawEvent) {
 func (w *dirWatch) arrived(e rawEvent, name string, whole bool) {
 	isDir := e.has(unix.IN_ISDIR)
 	whole = whole && !isDir
-	if w.only != "" && w.route != nil && !isRegular(name) { // a symlink or a directory took the file's place
-		w.route.stale = true
+	if w.only != "" && w.onPath != nil && !isRegular(name) { // a symlink or a directory took the file's place
+		w.onPath.stale = true
 	}
 	if w.learn(name) {
 		w.emit(agent.TreeEvent{Op: opCreate, Path: name, Dir: isDir, Whole: whole})

@@ -48,7 +48,7 @@ type dirWatch struct {
 	notify *inotify
 	known  *atomic.Int64 // size of the names that all watches remember
 	all    *atomic.Int64 // directories that all watches have
-	route  *route        // nil if the watch ends when its directory is gone
+	onPath *pathWatch    // nil if the watch ends when its directory is gone
 
 	// The fields below belong to the goroutine that handles events.
 	root string // the directory
@@ -77,7 +77,7 @@ func newDirWatch(ctx context.Context, r agent.TreeRequest, follow bool, known, a
 		return nil, err
 	}
 	if follow {
-		w.route, w.once = &route{notify: w.notify}, true
+		w.onPath, w.once = &pathWatch{notify: w.notify}, true
 	}
 	unwanted := context.AfterFunc(ctx, func() { _ = w.close() }) // then no directory can be added
 	err = w.locate()
@@ -110,11 +110,11 @@ func compileIgnore(globs []string) (ignore []*regexp.Regexp, err error) {
 	return ignore, nil
 }
 
-// locate watches what is at the path now. With a route it watches the way there, too: also if it fails.
+// locate watches what is at the path now. With onPath it watches the way there, too: also if it fails.
 func (w *dirWatch) locate() (err error) {
 	real := w.path
-	if w.route != nil {
-		if real, err = w.route.trace(w.path); err != nil {
+	if w.onPath != nil {
+		if real, err = w.onPath.trace(w.path); err != nil {
 			return err
 		}
 	}
@@ -170,7 +170,7 @@ func (w *dirWatch) watchDir(dir string, tell bool) error {
 	}
 	w.dirs[wd], w.wds[dir] = dir, wd
 	w.count()
-	if w.only != "" || w.route != nil { // no other name counts, or none
+	if w.only != "" || w.onPath != nil { // no other name counts, or none
 		name := path.Join(dir, w.only)
 		if _, err := os.Lstat(name); err == nil {
 			w.learn(name)
@@ -248,7 +248,7 @@ func (w *dirWatch) ignored(name string) bool {
 
 // learn records that a path exists, and reports whether that is new.
 func (w *dirWatch) learn(name string) (isNew bool) {
-	if w.route != nil {
+	if w.onPath != nil {
 		return true
 	}
 	if w.files[name] {
@@ -298,7 +298,7 @@ func (w *dirWatch) again() {
 	w.forgetNames()
 	var before []int32 // what is still watched afterwards keeps its watch
 	for wd, dir := range w.dirs {
-		if dir == w.root || w.route.watches(wd) {
+		if dir == w.root || w.onPath.watches(wd) {
 			before = append(before, wd)
 		} else {
 			w.notify.remove(wd)
@@ -309,19 +309,19 @@ func (w *dirWatch) again() {
 	clear(w.wds)
 	clear(w.missing)
 	defer w.lost() // a reader may have been told, and have looked, before all was watched again
-	if w.route == nil {
+	if w.onPath == nil {
 		if err := w.watchDir(w.root, false); err != nil {
 			w.end()
 		}
 		return
 	}
-	before = append(before, w.route.wds()...)
+	before = append(before, w.onPath.wds()...)
 	if err := w.locate(); err != nil && !isAbsent(err) { // where nothing is, the way to it is watched
 		w.end()
 		return
 	}
 	for _, wd := range before {
-		if _, watched := w.dirs[wd]; !watched && !w.route.watches(wd) {
+		if _, watched := w.dirs[wd]; !watched && !w.onPath.watches(wd) {
 			w.notify.remove(wd)
 		}
 	}
@@ -332,8 +332,8 @@ func (w *dirWatch) lost() { w.emit(agent.TreeEvent{Op: opLost, Path: w.path}) }
 
 // lostRoot handles the end of the watched directory.
 func (w *dirWatch) lostRoot() {
-	if w.route != nil {
-		w.route.stale = true
+	if w.onPath != nil {
+		w.onPath.stale = true
 		return
 	}
 	w.end()

@@ -189,7 +189,7 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 	defer func() { err = errors.Join(err, s.Close()) }()
 	door := c.door(s.log)
 	defer door.Watch()()
-	endpoint := s.mcp.HTTP(mcpserver.HTTPOptions{Access: c.access(public, door), SessionIdle: c.idle, Rate: c.rate})
+	endpoint := s.mcp.HTTP(mcpserver.HTTPOptions{Admission: c.admission(public, door), SessionIdle: c.idle, Rate: c.rate})
 	s.gateway.OwnerValid = door.AdmitOwner
 	s.metrics.watch(s.manager, s.descriptors, endpoint.Sessions)
 	control := c.control(s, endpoint, door)
@@ -293,9 +293,9 @@ func (c httpConfig) door(log *slog.Logger) *access.Door {
 	return door
 }
 
-// access is the door in the form that mcpserver needs.
-func (c httpConfig) access(at string, door *access.Door) mcpserver.Access {
-	a := mcpserver.Access{Origins: c.origins, Hosts: c.hosts, Log: door.Log, Until: untilOf, Required: door.Required,
+// admission is the door in the form that mcpserver needs.
+func (c httpConfig) admission(at string, door *access.Door) mcpserver.Admission {
+	a := mcpserver.Admission{Origins: c.origins, Hosts: c.hosts, Log: door.Log, Until: untilOf, Required: door.Required,
 		Authenticate: door.Authenticate, NewKey: newKeyHint}
 	if door.Provider != nil {
 		a.Metadata = at + metadataPath
@@ -312,15 +312,15 @@ const metadataPath = "/.well-known/oauth-protected-resource"
 func (c httpConfig) routes(s *service, endpoint *mcpserver.HTTP, control *api.Control, at string) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/mcp", s.metrics.count(endpoint))
-	guard := endpoint.Access.Guard
+	guard := endpoint.Admission.Guard
 	for _, method := range []string{"GET", "POST", "OPTIONS"} {
-		mux.Handle(method+" /v1/sandboxes/{id}/files", s.metrics.count(endpoint.Access.HostGuard(s.gateway.Files())))
+		mux.Handle(method+" /v1/sandboxes/{id}/files", s.metrics.count(endpoint.Admission.HostGuard(s.gateway.Files())))
 	}
 	for pattern, handler := range control.Routes() {
 		mux.Handle(pattern, guard(handler))
 	}
 	mux.Handle("GET /health", guard(s.health()))
-	mux.Handle("GET /metrics", endpoint.Access.Private(c.operator, s.metrics.handler()))
+	mux.Handle("GET /metrics", endpoint.Admission.Private(c.operator, s.metrics.handler()))
 	if c.issuer != "" {
 		metadata := guard(answerJSON(func() (any, error) {
 			return map[string]any{"resource": at + "/mcp", "authorization_servers": []string{c.issuer},

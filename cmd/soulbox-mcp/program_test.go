@@ -455,8 +455,8 @@ func TestCommandLine(t *testing.T) {
 	}
 }
 
-// TestReadme: the table of tools in docs/tools.md equals the program's list.
-func TestReadme(t *testing.T) {
+// TestToolsDoc: the table of tools in docs/tools.md equals the program's list, and the toolsets there are the program's.
+func TestToolsDoc(t *testing.T) {
 	text, err := os.ReadFile(repository(t, "docs/tools.md"))
 	if err != nil {
 		t.Fatal(err)
@@ -476,5 +476,8 @@ func TestReadme(t *testing.T) {
 	slices.Sort(offered)
 	if !slices.Equal(named, offered) {
 		t.Errorf("docs/tools.md has %v\nthe program has %v", named, offered)
+	}
+	if sets := "`--toolsets " + strings.Join(tools.Toolsets(), ",") + "`"; !strings.Contains(string(text), sets) {
+		t.Errorf("docs/tools.md does not have %s", sets)
 	}
 }

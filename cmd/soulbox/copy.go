@@ -107,7 +107,7 @@ func (t transfer) tar(ctx context.Context, stdin io.Reader, stdout io.Writer, ar
 	}
 	stderr, denied := inertly(t.stderr), &seen{text: "Permission denied"}
 	exit, err := s.Follow(ctx, stdout, io.MultiWriter(denied, stderr), nil)
-	if err = errors.Join(err, settle(stderr)); err != nil {
+	if err = errors.Join(err, writeRest(stderr)); err != nil {
 		return t.end(s, err)
 	}
 	if exit.Code != 0 && denied.is && t.user != "root" {

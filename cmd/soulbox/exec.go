@@ -179,7 +179,7 @@ func (a *app) piped(outer context.Context, b box, cmd client.Command) error {
 	}
 	stdout, stderr := inertly(a.stdout), inertly(a.stderr)
 	exit, err := s.Follow(ctx, stdout, stderr, nil)
-	if err = errors.Join(err, settle(stdout), settle(stderr)); err != nil {
+	if err = errors.Join(err, writeRest(stdout), writeRest(stderr)); err != nil {
 		return a.end(s, err)
 	}
 	return result(exit)

@@ -81,7 +81,7 @@ func TestPrintable(t *testing.T) {
 			t.Error(n, err)
 		}
 	}
-	if err := settle(w); err != nil {
+	if err := writeRest(w); err != nil {
 		t.Error(err)
 	}
 	if got, want := shown.String(), "a^[]0;title^G\tä?31m\r\n^?°caf\\xe9!日\\xf0\\x9f"; got != want {

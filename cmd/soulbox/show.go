@@ -62,7 +62,7 @@ type inert struct {
 	part []byte // of an incomplete character
 }
 
-// inertly returns w, made inert if it is a terminal. The caller calls settle after its last write.
+// inertly returns w, made inert if it is a terminal. The caller calls writeRest after its last write.
 func inertly(w io.Writer) io.Writer {
 	if _, ok := terminalOf(w); ok {
 		return &inert{to: w}
@@ -70,8 +70,8 @@ func inertly(w io.Writer) io.Writer {
 	return w
 }
 
-// settle writes what is held back of an incomplete character.
-func settle(w io.Writer) error {
+// writeRest writes what is held back of an incomplete character.
+func writeRest(w io.Writer) error {
 	i, ok := w.(*inert)
 	if !ok || len(i.part) == 0 {
 		return nil

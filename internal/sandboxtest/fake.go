@@ -215,7 +215,7 @@ func (c *fakeConn) Checkpoint(_ context.Context, dir string, o sandbox.Checkpoin
 	if o.FilesOnly {
 		name = ""
 	}
-	if err := os.WriteFile(filepath.Join(dir, "memory"), []byte(name), 0o600); err != nil || o.GoOn {
+	if err := os.WriteFile(filepath.Join(dir, "memory"), []byte(name), 0o600); err != nil || o.Resume {
 		return err
 	}
 	c.gate.shut()

@@ -19,7 +19,7 @@ func Suite(t *testing.T, runtime sandbox.Runtime, template sandbox.Template, lim
 	t.Run("attach", s.attach)
 	t.Run("pause and resume", s.pause)
 	t.Run("attach to a frozen one", s.attachFrozen)
-	t.Run("checkpoint and go on", s.checkpointGoOn)
+	t.Run("checkpoint and resume", s.checkpointAndResume)
 	t.Run("checkpoint and boot from it", s.checkpoint)
 	t.Run("checkpoint of files", s.checkpointFiles)
 	t.Run("destroy twice", s.destroyTwice)
@@ -159,9 +159,9 @@ func (s suite) attachFrozen(t *testing.T) {
 	}
 }
 
-func (s suite) checkpointGoOn(t *testing.T) {
+func (s suite) checkpointAndResume(t *testing.T) {
 	m, c, spec := s.boot(t)
-	for _, o := range []sandbox.CheckpointOptions{{GoOn: true}, {GoOn: true, FilesOnly: true}} {
+	for _, o := range []sandbox.CheckpointOptions{{Resume: true}, {Resume: true, FilesOnly: true}} {
 		dir := spec.Dir + "-saved"
 		err := m.Checkpoint(t.Context(), dir, o)
 		if o.FilesOnly && s.limits.DiskInMemory {

@@ -16,29 +16,29 @@ const (
 	maxProxyIdle = 128 // to all sandboxes
 )
 
-// way is how the gateway speaks to a server in a sandbox.
-type way struct {
-	two bool // only HTTP/2
-	tls bool
+// transportKey says for which servers in sandboxes a transport is.
+type transportKey struct {
+	http2 bool // only HTTP/2
+	tls   bool
 }
 
-// newWays makes one transport per way.
-func (g *Gateway) newWays() map[way]*http.Transport {
-	ways := map[way]*http.Transport{}
-	for _, w := range []way{{}, {two: true}, {tls: true}, {two: true, tls: true}} {
+// newTransports makes one transport per key.
+func (g *Gateway) newTransports() map[transportKey]*http.Transport {
+	all := map[transportKey]*http.Transport{}
+	for _, key := range []transportKey{{}, {http2: true}, {tls: true}, {http2: true, tls: true}} {
 		t := &http.Transport{DialContext: g.dial, IdleConnTimeout: proxyIdle, MaxIdleConns: maxProxyIdle, MaxIdleConnsPerHost: 16,
 			DisableCompression: true, MaxResponseHeaderBytes: maxHeader,
 			HTTP2: &http.HTTP2Config{MaxReceiveBufferPerStream: 64 << 10, MaxReceiveBufferPerConnection: 2 << 20},
 			// The connection always ends in the requested sandbox, whatever name the certificate has.
 			TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}
-		if w.two {
+		if key.http2 {
 			t.Protocols = new(http.Protocols)
-			t.Protocols.SetUnencryptedHTTP2(!w.tls)
-			t.Protocols.SetHTTP2(w.tls)
+			t.Protocols.SetUnencryptedHTTP2(!key.tls)
+			t.Protocols.SetHTTP2(key.tls)
 		}
-		ways[w] = t
+		all[key] = t
 	}
-	return ways
+	return all
 }
 
 // transport speaks HTTP/2 to servers that clients call by gRPC over HTTP/2, because gRPC needs it, and HTTP/1.1 to all others.
@@ -46,8 +46,8 @@ type transport struct{ *Gateway }
 
 // RoundTrip implements http.RoundTripper.
 func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
-	two := r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc")
-	return t.ways[way{two: two, tls: r.URL.Scheme == "https"}].RoundTrip(r)
+	http2 := r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc")
+	return t.transports[transportKey{http2: http2, tls: r.URL.Scheme == "https"}].RoundTrip(r)
 }
 
 // dial connects to a port of a sandbox; the address is the sandbox's id and the port.
@@ -70,7 +70,7 @@ func (g *Gateway) dial(ctx context.Context, _, address string) (net.Conn, error)
 }
 
 func (g *Gateway) closeIdle() {
-	for _, t := range g.ways {
+	for _, t := range g.transports {
 		t.CloseIdleConnections()
 	}
 }

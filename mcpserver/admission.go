@@ -13,8 +13,8 @@ import (
 	"soulbox.dev/soulbox/internal/loopback"
 )
 
-// Access decides who owns a request and whether its source is allowed. The zero value admits every request on loopback.
-type Access struct {
+// Admission decides who owns a request and whether its source is allowed. The zero value admits every request on loopback.
+type Admission struct {
 	// Authenticate finds the owner of a bearer token; an error says, for the log, why the token is not valid. Nil: tokens are ignored.
 	Authenticate func(ctx context.Context, token string) (owner string, err error)
 	// Until returns a context that ends when the credential of a request is no longer valid; what the request began ends with it. If Until
@@ -38,7 +38,7 @@ type Access struct {
 var ErrDenied = errors.New("the token is not valid")
 
 // Guard refuses requests with a foreign host name or from a foreign web page.
-func (a Access) Guard(next http.Handler) http.Handler {
+func (a Admission) Guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if a.admitSource(w, r) {
 			next.ServeHTTP(w, r)
@@ -48,7 +48,7 @@ func (a Access) Guard(next http.Handler) http.Handler {
 
 // HostGuard checks only the host name. It is for handlers whose requests carry a proof of their own, which a web page does not send by
 // itself, so requests of web pages are allowed.
-func (a Access) HostGuard(next http.Handler) http.Handler {
+func (a Admission) HostGuard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !a.knowsHost(r.Host) {
 			a.log(r, "foreign host")
@@ -62,7 +62,7 @@ func (a Access) HostGuard(next http.Handler) http.Handler {
 const foreignHost = "this server does not have that name; add it by --allow-host"
 
 // Private is Guard for what only one owner may see: if tokens are required, other owners are refused.
-func (a Access) Private(owner string, next http.Handler) http.Handler {
+func (a Admission) Private(owner string, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		who, ok := a.admit(w, r)
 		if !ok {
@@ -76,7 +76,7 @@ func (a Access) Private(owner string, next http.Handler) http.Handler {
 	})
 }
 
-func (a Access) admitSource(w http.ResponseWriter, r *http.Request) bool {
+func (a Admission) admitSource(w http.ResponseWriter, r *http.Request) bool {
 	switch {
 	case !a.knowsHost(r.Host):
 		a.log(r, "foreign host")
@@ -91,7 +91,7 @@ func (a Access) admitSource(w http.ResponseWriter, r *http.Request) bool {
 }
 
 // cors lets admitted web pages read answers (Fetch standard, 3.2), and answers their preflight requests.
-func (a Access) cors(w http.ResponseWriter, r *http.Request) (answered bool) {
+func (a Admission) cors(w http.ResponseWriter, r *http.Request) (answered bool) {
 	origin := r.Header.Get("Origin")
 	if origin == "" {
 		return false
@@ -112,14 +112,14 @@ func (a Access) cors(w http.ResponseWriter, r *http.Request) (answered bool) {
 	return true
 }
 
-func (a Access) log(r *http.Request, why string) {
+func (a Admission) log(r *http.Request, why string) {
 	if a.Log != nil {
 		a.Log.Warn("refused a request", "why", why, "from", r.RemoteAddr, "method", r.Method, "path", r.URL.Path)
 	}
 }
 
 // admit checks a request, and returns its owner.
-func (a Access) admit(w http.ResponseWriter, r *http.Request) (owner string, ok bool) {
+func (a Admission) admit(w http.ResponseWriter, r *http.Request) (owner string, ok bool) {
 	if !a.admitSource(w, r) {
 		return "", false
 	}
@@ -154,7 +154,7 @@ func (a Access) admit(w http.ResponseWriter, r *http.Request) (owner string, ok 
 var errNoToken = errors.New("no token")
 
 // owner finds the owner of a request.
-func (a Access) owner(r *http.Request) (string, error) {
+func (a Admission) owner(r *http.Request) (string, error) {
 	given := r.Header.Values("Authorization")
 	if a.Authenticate == nil || len(given) == 0 {
 		if a.Required != nil && a.Required() {
@@ -170,7 +170,7 @@ func (a Access) owner(r *http.Request) (string, error) {
 }
 
 // until is how long what a request began may continue.
-func (a Access) until(r *http.Request) context.Context {
+func (a Admission) until(r *http.Request) context.Context {
 	if a.Until != nil {
 		if ctx := a.Until(r.Context()); ctx != nil {
 			return ctx
@@ -180,7 +180,7 @@ func (a Access) until(r *http.Request) context.Context {
 }
 
 // still reports whether an admitted request would still be admitted.
-func (a Access) still(r *http.Request) bool {
+func (a Admission) still(r *http.Request) bool {
 	_, err := a.owner(r)
 	return err == nil
 }
@@ -196,14 +196,14 @@ func portOf(host, scheme string) string {
 	return "80"
 }
 
-func (a Access) knowsHost(host string) bool {
+func (a Admission) knowsHost(host string) bool {
 	name := loopback.Bare(host)
 	return loopback.IsItself(name) || slices.ContainsFunc(a.Hosts, func(h string) bool { return loopback.Bare(h) == name })
 }
 
 // knowsOrigin admits requests of no web page (no header), of this server's own pages, and of the listed origins. A page on another port of
 // this machine is not trusted: it may come, for instance, from a server in a sandbox.
-func (a Access) knowsOrigin(origins []string, host string) bool {
+func (a Admission) knowsOrigin(origins []string, host string) bool {
 	if len(origins) == 0 {
 		return true
 	}

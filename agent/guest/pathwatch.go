@@ -13,19 +13,19 @@ import (
 // maxLinks is how many symlinks a path may lead through, as in Linux.
 const maxLinks = 40
 
-// maxSteps is how many directories of one route are watched. On a longer way, which only an attacker makes, later changes are missed.
+// maxSteps is how many directories a pathWatch watches. On a longer way, which only an attacker makes, later changes are missed.
 const maxSteps = 128
 
-// route is the way to a watched path: the directories that it leads through, with those behind symlinks. When a name on it changes, the
-// path may lead elsewhere. All methods can be called on nil, for a watch that does not follow its path.
-type route struct {
+// pathWatch watches the way to a watched path: the directories that it leads through, with those behind symlinks. When a name on it
+// changes, the path may lead elsewhere. All methods can be called on nil, for a watch that does not follow its path.
+type pathWatch struct {
 	notify *inotify
 	steps  map[int32]map[string]bool // watched directories, and the names in them that lead on
 	stale  bool                      // a name on the way has changed since trace
 }
 
 // trace watches the way to a path, and returns the path without symlinks. If nothing is there, it watches the way as far as it goes.
-func (r *route) trace(name string) (real string, err error) {
+func (r *pathWatch) trace(name string) (real string, err error) {
 	r.steps, r.stale = map[int32]map[string]bool{}, false
 	at, rest := "/", strings.Split(name, "/")
 	for links := 0; len(rest) > 0; {
@@ -78,7 +78,7 @@ func (r *route) trace(name string) (real string, err error) {
 }
 
 // notice finds out whether an event changes the way.
-func (r *route) notice(e rawEvent) {
+func (r *pathWatch) notice(e rawEvent) {
 	switch {
 	case r == nil:
 	case e.has(unix.IN_IGNORED):
@@ -89,13 +89,13 @@ func (r *route) notice(e rawEvent) {
 	}
 }
 
-func (r *route) isStale() bool { return r != nil && r.stale }
+func (r *pathWatch) isStale() bool { return r != nil && r.stale }
 
 // watches reports whether a watch belongs to the way.
-func (r *route) watches(wd int32) bool { return r != nil && r.steps[wd] != nil }
+func (r *pathWatch) watches(wd int32) bool { return r != nil && r.steps[wd] != nil }
 
 // wds returns the watches of the way.
-func (r *route) wds() []int32 { return slices.Collect(maps.Keys(r.steps)) }
+func (r *pathWatch) wds() []int32 { return slices.Collect(maps.Keys(r.steps)) }
 
 // isRegular reports whether a path is neither a directory nor a symlink; what does not exist any more counts as such.
 func isRegular(name string) bool {
