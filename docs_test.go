@@ -171,22 +171,36 @@ func TestDocColumns(t *testing.T) {
 	}
 }
 
-// TestDocCode: the files and names of code that the documents for contributors mention exist, and are of the package or type that they are
-// said to be of. That does not prove a sentence right, but it catches what was renamed or moved.
+// contributorDocs are the documents whose names of files and code are checked.
+var contributorDocs = []string{"AGENTS.md", "docs/architecture.md", "docs/gvisor.md", "docs/threats.md"}
+
+// TestDocCode: the files and names of code that the documents for contributors mention exist, are of the package or type that they are said
+// to be of, and are declared in the file that is named beside them. That does not prove a sentence right, but it catches what was renamed
+// or moved.
 func TestDocCode(t *testing.T) {
 	files := repositoryFiles(t)
-	words, of := map[string]bool{}, members{}
+	words, of, inFile := map[string]bool{}, members{}, map[string]members{}
 	for _, name := range files {
 		if path.Ext(name) == ".go" {
 			code := read(t, name)
 			wordsOf(code, words)
-			if err := of.add(code); err != nil {
+			inFile[name] = members{}
+			if err := errors.Join(of.add(code), inFile[name].add(code)); err != nil {
 				t.Fatal(err)
 			}
 		}
 	}
+	for _, name := range contributorDocs {
+		for _, p := range placesIn(read(t, name)) {
+			if !slices.ContainsFunc(files, func(file string) bool {
+				return (file == p.file || strings.HasSuffix(file, "/"+p.file)) && inFile[file].declares(p.name)
+			}) {
+				t.Errorf("%s says that %s is in %s, which does not declare it", name, p.name, p.file)
+			}
+		}
+	}
 	quoted, code := regexp.MustCompile("`([^`\n]+)`"), regexp.MustCompile(`^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$`)
-	for _, name := range []string{"AGENTS.md", "docs/architecture.md", "docs/gvisor.md", "docs/threats.md"} {
+	for _, name := range contributorDocs {
 		for _, found := range quoted.FindAllStringSubmatch(read(t, name), -1) {
 			text := found[1]
 			switch {
@@ -208,6 +222,56 @@ func TestDocCode(t *testing.T) {
 			}
 		}
 	}
+}
+
+// place is a name of code, and the file that a document says it is in.
+type place struct{ name, file string }
+
+// placesIn finds a document's names with files beside them: "`a` and `b` in `x.go`", "`a` is in `x.go`", "`a` (`x.go`)",
+// "(`a`, `b`, `x.go`)" and "`x.go` `a`".
+func placesIn(text string) (all []place) {
+	const (
+		name = "`[A-Za-z_][\\w.]*`"
+		list = name + "(?:(?:,| and|, and| or) " + name + ")*"
+		file = "`([\\w./-]+\\.go)`"
+	)
+	text, single := strings.Join(strings.Fields(text), " "), regexp.MustCompile(name)
+	for _, form := range []string{"(" + list + "),? (?:is |are )?in " + file, "(" + name + ") \\(" + file, "\\((" + list + "), " + file} {
+		for _, found := range regexp.MustCompile(form).FindAllStringSubmatch(text, -1) {
+			for _, one := range single.FindAllString(found[1], -1) {
+				all = append(all, place{strings.Trim(one, "`"), found[2]})
+			}
+		}
+	}
+	for _, found := range regexp.MustCompile(file+" ("+name+")").FindAllStringSubmatch(text, -1) {
+		all = append(all, place{strings.Trim(found[2], "`"), found[1]})
+	}
+	return slices.DeleteFunc(all, func(p place) bool { return path.Ext(p.name) == ".go" || path.Ext(p.name) == ".json" })
+}
+
+// TestPlaces: each form of naming a file beside a name is found.
+func TestPlaces(t *testing.T) {
+	got := placesIn("`a` and `b.C` in `x.go`; `d` is in `x/y.go`, `e`\n(`z.go`), (`f`, `g`, `z.go`) and `v.go` `h`. " +
+		"`state.json` in `x.go`, `i`.")
+	want := []place{{"a", "x.go"}, {"b.C", "x.go"}, {"d", "x/y.go"}, {"e", "z.go"}, {"f", "z.go"}, {"g", "z.go"}, {"h", "v.go"}}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+}
+
+// declares reports whether a name is declared, as a member of the owner that it is written with, or of any.
+func (m members) declares(name string) bool {
+	parts := strings.Split(name, ".")
+	last := parts[len(parts)-1]
+	if len(parts) > 1 {
+		return m[parts[len(parts)-2]][last]
+	}
+	for _, of := range m {
+		if of[last] {
+			return true
+		}
+	}
+	return false
 }
 
 // members has, by the names of packages and types, what is declared in them: "" is the key of no name.
