@@ -233,8 +233,8 @@ func TestListOutputs(t *testing.T) {
 	}
 }
 
-// TestReadFiles reads files in whole and in ranges: text as text, and a character that the range cuts is left for the next; what is none as
-// it is. Each part says how to read on.
+// TestReadFiles reads files in whole and in ranges: text as text, where a character that a range cuts is left for the next range, and other
+// content as bytes. Each part says how to read on.
 func TestReadFiles(t *testing.T) {
 	s := newSite(t)
 	sb, dir := s.create("ann"), t.TempDir()
@@ -438,7 +438,7 @@ func TestNotFound(t *testing.T) {
 	}
 }
 
-// TestComplete completes what is there for the caller.
+// TestComplete completes names that the caller may use.
 func TestComplete(t *testing.T) {
 	s := newSite(t)
 	sb, dir := s.create("ann"), t.TempDir()

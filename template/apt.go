@@ -178,7 +178,7 @@ func paragraphs(r io.Reader) ([]map[string]string, error) {
 		}
 	}
 	flush()
-	return all, in.Err() // half of an index is none
+	return all, in.Err() // half of an index is of no use
 }
 
 // archive reads packages of an archive. It trusts only what a signature covers.

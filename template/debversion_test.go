@@ -20,7 +20,7 @@ func TestVersionOrder(t *testing.T) {
 		{"1.0", 0, "1.0-0"}, {"1.0", -1, "1.0-1"},
 		// Epochs come first. One that is missing is 0.
 		{"9", -1, "1:1"}, {"0:1", 0, "1"}, {"1:0.9", 1, "1.5"}, {"10:1", 1, "9:1"},
-		// Letters come before all that is none.
+		// Letters come before other characters.
 		{"1.0a", 1, "1.0"}, {"1.0a", -1, "1.0+"}, {"1.0Z", -1, "1.0a"}, {"1.0.1", 1, "1.0+"}, {"1.0+b1", 1, "1.0"},
 		// Numbers are compared as numbers, whatever their length.
 		{"1.10", 1, "1.9"}, {"1.01", 0, "1.1"}, {"1.0-10", 1, "1.0-9"}, {"2.36-9+deb12u4", -1, "2.36-9+deb12u10"},

@@ -293,7 +293,7 @@ func TestNotThere(t *testing.T) {
 	}
 }
 
-// TestRefused: without a key nothing is answered, and it is said so.
+// TestRefused: without a key every method is refused, and the error says so.
 func TestRefused(t *testing.T) {
 	s := newSite(t)
 	nobody := s.as("")
@@ -335,7 +335,7 @@ func TestCancelled(t *testing.T) {
 	})
 }
 
-// TestUnreachable: a server that is not there is told from one that refuses, with where it should be.
+// TestUnreachable: the error of a server that does not answer differs from a refusal, and names the server's address.
 func TestUnreachable(t *testing.T) {
 	gone := httptest.NewServer(nil)
 	gone.Close()
@@ -350,7 +350,7 @@ func TestUnreachable(t *testing.T) {
 	}
 }
 
-// TestOthers: what answers and is no server of ours, or one too old, is told so; what it sends is bounded, and redirects are not followed.
+// TestOthers: if another program or too old a server answers, the error says so; the answer is bounded, and redirects are not followed.
 func TestOthers(t *testing.T) {
 	var answer atomic.Pointer[http.HandlerFunc]
 	var keys sync.Map

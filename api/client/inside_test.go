@@ -187,8 +187,8 @@ func TestProcess(t *testing.T) {
 	}
 }
 
-// TestSession writes to a program, resizes its terminal, signals and kills it; one that is left goes on, and is found again with what it
-// wrote meanwhile.
+// TestSession writes to a program, resizes its terminal, signals and kills it; one that is left keeps running, and is found again with
+// what it wrote meanwhile.
 func TestSession(t *testing.T) {
 	s := newSite(t)
 	c, ctx := s.as("ann"), t.Context()

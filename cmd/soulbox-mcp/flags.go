@@ -40,7 +40,7 @@ func parseFlags(flags *flag.FlagSet, args []string, stderr io.Writer) error {
 	return usageError{fmt.Errorf("%w; '%s -h' lists the options", err, flags.Name())}
 }
 
-// explain words an error of package flag, and adds how a time is written, which it does not say.
+// explain rewords an error of package flag, and adds how a time is written.
 func explain(flags *flag.FlagSet, err error) error {
 	if name, ok := strings.CutPrefix(err.Error(), "flag provided but not defined: -"); ok {
 		return fmt.Errorf("there is no option --%s", strings.Trim(strconv.Quote(name), `"`))

@@ -12,7 +12,7 @@ import (
 	"github.com/spf13/pflag"
 )
 
-// group is a command that only has others. It refuses those that it has not, for which cobra would show the help, as if all were well.
+// group is a command that only has subcommands. It refuses unknown ones, for which cobra would show the help and report success.
 func group(c *cobra.Command) *cobra.Command {
 	c.DisableFlagsInUseLine, c.SuggestionsMinimumDistance = true, 2
 	c.Args = func(c *cobra.Command, args []string) error {
@@ -45,7 +45,7 @@ func helpArgs(c *cobra.Command, args []string) error {
 	return err
 }
 
-// between wants the first so many of these arguments, and takes the others.
+// between requires the first of these arguments, as many as needed, and allows the others.
 func between(needed int, names ...string) cobra.PositionalArgs {
 	return func(c *cobra.Command, args []string) error {
 		if len(args) < needed {
@@ -55,7 +55,7 @@ func between(needed int, names ...string) cobra.PositionalArgs {
 	}
 }
 
-// flagError says what a flag wants, which the parsers of its value do not.
+// flagError adds to a flag's error which values it takes, which the parsers of the values do not say.
 func flagError(c *cobra.Command, err error) error {
 	var bad *pflag.InvalidValueError
 	if !errors.As(err, &bad) {

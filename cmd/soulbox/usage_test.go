@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// TestUsage: what is not understood is said to be so, with what is meant and what is wanted, and has the exit code for that.
+// TestUsage: a wrong command line gives an error that names the mistake and what is wanted, and the exit code of wrong usage.
 func TestUsage(t *testing.T) {
 	me := user{home: t.TempDir()}
 	for args, want := range map[string]struct {
