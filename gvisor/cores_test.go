@@ -64,9 +64,9 @@ func allHave(cores []int, want int) bool {
 	return len(cores) > 10 // the sentry's threads alone
 }
 
-// TestGathered keeps a sandbox on one core while it does little, on all its cores while something lasts, and on one again after that. A
+// TestPinned keeps a sandbox on one core while it does little, on all its cores while something lasts, and on one again after that. A
 // server that attaches to it knows all of its cores.
-func TestGathered(t *testing.T) {
+func TestPinned(t *testing.T) {
 	if runtime.NumCPU() < 2 {
 		t.Log("there is one core only")
 		return
