@@ -223,8 +223,8 @@ func (c *capacity) reserveDisk(owner string, need int64) (done func(), err error
 // reclaimTries is how often sandboxes are chosen to be ended: an owner may resume one that was chosen.
 const reclaimTries = 3
 
-// reclaim ends an owner's sandboxes on disk, those that have been there for the longest time first, until lack bytes are freed, provided that
-// this makes enough room. It returns what is missing after that. It stops at one that its owner resumes.
+// reclaim ends an owner's sandboxes on disk, those that have been there for the longest time first, until lack bytes are freed, provided
+// that this makes enough room. It returns what is missing after that. It stops at one that its owner resumes.
 func (c *capacity) reclaim(owner string, lack int64) (missing int64, err error) {
 	if !c.m.opts.Reclaim {
 		return lack, nil
