@@ -60,8 +60,8 @@ conformance: build
 suites: build
 	timeout 3000 conformance/suites/run.sh
 
-# Half an hour of everything at random on two servers of one state directory, which are killed and starved; then what one owner's attacks
-# do to another's commands, as a table. Tests have a short form of the first.
+# Half an hour of everything at random on two servers of one state directory, which are killed and starved (tests have a short form); then
+# what one owner's attacks do to another's commands, as a table; then, in full, the tests of which 'make test' repeats less.
 soak: build
 	timeout 2700 env SOULBOX_SOAK=30m $(GO) test ./cmd/soulbox-mcp -run '^TestSoak$$' -timeout 40m -count=1 -v
 	timeout 1500 env SOULBOX_SOAK=30m $(GO) test ./cmd/soulbox-mcp -run '^TestSoakNeighbours$$' -timeout 20m -count=1 -v

@@ -63,7 +63,6 @@ func TestHungStarts(t *testing.T) {
 
 // TestStoppedStarts: a process that stops whatever it may stops children between fork and exec.
 func TestStoppedStarts(t *testing.T) {
-	t.Parallel() // it mostly waits
 	_, c := newSandbox(t, sandbox.CreateOptions{})
 	stopper, err := c.Start(t.Context(),
 		agent.StartRequest{Command: `perl -e '$| = 1; print "on"; while (1) { kill "STOP", -1; select undef, undef, undef, 0.0001 }'`})

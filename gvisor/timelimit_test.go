@@ -14,7 +14,7 @@ import (
 func TestPauseInTimeLimit(t *testing.T) {
 	t.Parallel() // it mostly waits
 	sb, _ := newSandbox(t, sandbox.CreateOptions{})
-	const limit = 3000
+	const limit = 5000
 	for _, o := range []sandbox.PauseOptions{{}, {ToDisk: true}} {
 		client := func() *agent.Client {
 			t.Helper()

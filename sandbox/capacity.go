@@ -206,45 +206,69 @@ func (c *capacity) reserveDisk(owner string, need int64) (done func(), err error
 	if err != nil || lack <= 0 {
 		return release, err
 	}
-	var victims []*Sandbox
-	if c.m.opts.Reclaim {
-		for _, i := range c.m.adoption.unowned(owner, nil) {
-			c.m.adoption.claimOnDisk(i.ID)
-		}
-		for _, s := range c.onDisk(owner) {
-			size, err := sizeOf(c.m.store.kept(s.current()))
-			if err != nil || lack <= 0 {
-				continue // it is just being resumed
-			}
-			victims = append(victims, s)
-			lack -= size
-		}
-	}
-	if lack > 0 {
-		return nil, fmt.Errorf("%s: %w", why, ErrNoDisk)
-	}
-	kept := false
-	for _, s := range victims {
-		c.m.log.Warn("a paused sandbox is ended to make room on disk", "sandbox", s.ID(), "paused_since", s.Info().Changed)
-		asleep := func() bool { return s.changing == nil && s.rec.onDisk() && !s.rec.Pause.Waking }
-		err := s.endIf(Killed, CauseReclaimed, asleep)
-		if kept = kept || errors.Is(err, errMeanwhile); err != nil && !errors.Is(err, errMeanwhile) && !errors.Is(err, ErrState) {
+	for range reclaimTries {
+		if lack, err = c.reclaim(owner, lack); err != nil {
 			return nil, err
 		}
-	}
-	if kept { // its owner has just resumed it
-		if lack, why, err = c.lackOfDisk(c.saving.Load()); err == nil && lack > 0 {
-			err = fmt.Errorf("%s: %w", why, ErrNoDisk)
+		if lack > 0 {
+			return nil, fmt.Errorf("%s: %w", why, ErrNoDisk)
+		}
+		if lack, why, err = c.lackOfDisk(c.saving.Load()); err != nil || lack <= 0 {
+			return release, err
 		}
 	}
-	return release, err
+	return nil, fmt.Errorf("%s: %w", why, ErrNoDisk)
+}
+
+// reclaimTries is how often sandboxes are chosen to be ended: an owner may resume one that was chosen.
+const reclaimTries = 3
+
+// reclaim ends an owner's sandboxes on disk, those that have been there for the longest time first, until lack bytes are freed, provided
+// that this makes enough room. It returns what is missing after that. It stops at one that its owner resumes.
+func (c *capacity) reclaim(owner string, lack int64) (missing int64, err error) {
+	if !c.m.opts.Reclaim {
+		return lack, nil
+	}
+	for _, i := range c.m.adoption.unowned(owner, nil) {
+		c.m.adoption.claimOnDisk(i.ID)
+	}
+	var victims []*Sandbox
+	for _, s := range c.onDisk(owner) {
+		size, err := sizeOf(c.m.store.kept(s.current()))
+		if err != nil || lack <= 0 {
+			continue // it is just being resumed
+		}
+		victims = append(victims, s)
+		lack -= size
+	}
+	if lack > 0 {
+		return lack, nil
+	}
+	for _, s := range victims {
+		c.m.log.Warn("disk space is needed: a paused sandbox is ended, unless it is just being resumed", "sandbox", s.ID(),
+			"paused_since", s.Info().Changed)
+		if err := s.endIf(Killed, CauseReclaimed, s.isAsleep); errors.Is(err, errMeanwhile) {
+			return lack, nil
+		} else if err != nil && !errors.Is(err, ErrState) {
+			return lack, err
+		}
+	}
+	return lack, nil
+}
+
+// isAsleep reports whether a sandbox is on disk and nothing is about to change that. s.mu is held.
+func (s *Sandbox) isAsleep() bool {
+	return s.changing == nil && s.ending == nil && s.rec.onDisk() && !s.rec.Pause.Waking
 }
 
 // onDisk lists an owner's sandboxes on disk that this server has, those that have been there for the longest time first.
 func (c *capacity) onDisk(owner string) []*Sandbox {
 	var list []*Sandbox
 	for _, s := range c.m.sandboxes.all() {
-		if r := s.current(); s.owner == owner && r.onDisk() && !r.Pause.Waking {
+		s.mu.Lock()
+		asleep := s.isAsleep()
+		s.mu.Unlock()
+		if s.owner == owner && asleep {
 			list = append(list, s)
 		}
 	}

@@ -147,7 +147,8 @@ func (m *Manager) sandboxFor(o CreateOptions, template Template) *Sandbox {
 // belong to a saved memory stay as they are, since they must match it.
 func (m *Manager) granted(o CreateOptions, template Template) Limits {
 	l := o.Limits.or(template.Limits).or(m.opts.Defaults)
-	if start := template.Start; o.whole || start != nil && start.Saved != "" && start.Limits.fits(l) {
+	if start := template.Start; o.whole || start != nil && start.Saved != "" && start.Limits.fits(l) &&
+		start.Network == o.Network.On() {
 		return l
 	}
 	return m.within(l)

@@ -39,7 +39,7 @@ func (k *keeper) run() {
 		}
 		at, cause := k.due()
 		if at.IsZero() {
-			continue // it has ended, and ctx is about to
+			continue // it has ended, and ctx with it
 		}
 		if wait := time.Until(at); wait > 0 {
 			timer.Reset(wait)
@@ -102,7 +102,9 @@ func (k *keeper) expire(at time.Time, cause Cause) (next time.Duration) {
 	}
 	times = s.current().Times // they may have changed meanwhile
 	if times.OnTimeout == ActionKill {
-		_ = s.endIf(Killed, cause, func() bool { return k.isOver(cause) })
+		_ = s.endIf(Killed, cause, func() bool {
+			return s.changing == nil && s.rec.Times.OnTimeout == ActionKill && k.isOver(cause)
+		})
 		return checkEvery
 	}
 	err := s.pause(s.ctx, PauseOptions{ToDisk: true, FilesOnly: times.FilesOnly, Cause: cause, AutoResume: !times.NoAutoResume})

@@ -22,7 +22,7 @@ func (m *Manager) Any(id string) (*Sandbox, error) {
 
 // lookup finds a sandbox that theirs accepts: one at hand, one with a tombstone, or one on disk.
 func (m *Manager) lookup(id string, theirs func(record) bool) (*Sandbox, error) {
-	if sb := m.successor(m.sandboxes.get(id)); sb != nil {
+	if sb := m.sandboxes.get(id); sb != nil {
 		if !theirs(sb.current()) {
 			return nil, ErrNotFound
 		}
@@ -45,26 +45,6 @@ func (m *Manager) lookup(id string, theirs func(record) bool) (*Sandbox, error) 
 		return nil, ErrNotFound
 	}
 	return m.adoption.await(id)
-}
-
-// successor returns the sandbox that takes the place of one that is failing and whose copy on disk stays, nil if there is none at hand, and
-// any other sandbox as it is. It waits for the successor, but not for long.
-func (m *Manager) successor(sb *Sandbox) *Sandbox {
-	if sb == nil {
-		return nil
-	}
-	sb.mu.Lock()
-	ending, kept := sb.ending, sb.rec.onDisk()
-	sb.mu.Unlock()
-	if ending == nil || !kept {
-		return sb
-	}
-	select {
-	case <-ending:
-		return m.sandboxes.get(sb.id)
-	case <-time.After(adoptWait):
-		return sb
-	}
 }
 
 // fromTomb makes an ended Sandbox from its tombstone.

@@ -509,33 +509,39 @@ func (l onRecord) Handle(_ context.Context, r slog.Record) error {
 	return nil
 }
 
-// TestReclaimOfResumed: a sandbox that its owner resumes at that moment is not ended to make room on disk.
+// TestReclaimOfResumed: a sandbox that its owner resumes at that moment is not ended for disk space, and others are not ended in vain.
 func TestReclaimOfResumed(t *testing.T) {
-	var old *sandbox.Sandbox
+	var old []*sandbox.Sandbox
 	resumed := 0
 	m := newManager(t, t.TempDir(), &sandboxtest.Fake{}, func(o *sandbox.Options) {
-		o.DiskBudget, o.Reclaim, o.Defaults.Disk = 60<<20, true, 16<<20
-		o.Log = slog.New(onRecord{"a paused sandbox is ended to make room on disk", func() {
-			resumed++
-			if err := old.Resume(t.Context()); err != nil {
+		o.DiskBudget, o.Reclaim, o.Defaults.Disk = 130<<20, true, 80<<20
+		o.Log = slog.New(onRecord{"disk space is needed: a paused sandbox is ended, unless it is just being resumed", func() {
+			if resumed++; resumed > 1 {
+				t.Error("another one is ended")
+			} else if err := old[0].Resume(t.Context()); err != nil {
 				t.Error(err)
 			}
 		}})
 	})
-	old = create(t, m, sandbox.CreateOptions{Owner: "ann"})
-	if err := old.Pause(t.Context(), sandbox.PauseOptions{ToDisk: true}); err != nil {
-		t.Fatal(err)
-	}
-	large := filepath.Join(m.Dir(), "sandboxes", old.ID(), "checkpoint-1", "large")
-	if err := os.WriteFile(large, make([]byte, 50<<20), 0o600); err != nil {
-		t.Fatal(err)
+	for range 2 {
+		sb := create(t, m, sandbox.CreateOptions{Owner: "ann", Limits: sandbox.Limits{Disk: 16 << 20}})
+		if err := sb.Pause(t.Context(), sandbox.PauseOptions{ToDisk: true}); err != nil {
+			t.Fatal(err)
+		}
+		large := filepath.Join(m.Dir(), "sandboxes", sb.ID(), "checkpoint-1", "large")
+		if err := os.WriteFile(large, make([]byte, 50<<20), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		old = append(old, sb)
 	}
 	other := create(t, m, sandbox.CreateOptions{Owner: "ann"})
-	if err := other.Pause(t.Context(), sandbox.PauseOptions{ToDisk: true}); err != nil && !errors.Is(err, sandbox.ErrNoDisk) {
-		t.Fatal(err)
+	if err := other.Pause(t.Context(), sandbox.PauseOptions{ToDisk: true}); !errors.Is(err, sandbox.ErrNoDisk) {
+		t.Fatal(err) // the copy of the one that was resumed stays, so the other one would not make enough room
 	}
-	if info := old.Info(); resumed != 1 || info.State != sandbox.Running {
-		t.Fatalf("resumed %d times, and %s: %s", resumed, info.State, info.Cause)
+	for i, want := range []sandbox.State{sandbox.Running, sandbox.Paused} {
+		if info := old[i].Info(); resumed != 1 || info.State != want {
+			t.Fatalf("resumed %d times, and %d is %s: %s", resumed, i, info.State, info.Cause)
+		}
 	}
 }
 

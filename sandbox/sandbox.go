@@ -208,6 +208,10 @@ var errMeanwhile = errors.New("its state or time has changed meanwhile")
 // without being asked by its owner: the owner may resume or extend it at the same moment.
 func (s *Sandbox) endIf(final State, cause error, still func() bool) error {
 	s.mu.Lock()
+	if !still() { // before it waits for anything
+		s.mu.Unlock()
+		return fmt.Errorf("end sandbox %s: %w", s.id, errMeanwhile)
+	}
 	if s.ending != nil {
 		ending := s.ending
 		s.mu.Unlock()
@@ -220,10 +224,6 @@ func (s *Sandbox) endIf(final State, cause error, still func() bool) error {
 		s.mu.Unlock()
 		return fmt.Errorf("end sandbox %s: %w", s.id, ErrClosed)
 	}
-	if !still() {
-		s.mu.Unlock()
-		return fmt.Errorf("end sandbox %s: %w", s.id, errMeanwhile)
-	}
 	err := s.become("kill", final, cause, nil)
 	if err != nil {
 		s.mu.Unlock()
@@ -231,7 +231,7 @@ func (s *Sandbox) endIf(final State, cause error, still func() bool) error {
 	}
 	s.ending = make(chan struct{})
 	close(s.ended)
-	s.cancel(cause) // before anyone sees the state: a resume of what was saved must not begin here, but in the sandbox's successor
+	s.cancel(cause) // before anyone sees the state: a resume of what was saved must not begin here, where it would be cut off
 	s.mu.Unlock()
 	<-s.booted
 	s.mu.Lock()

@@ -156,7 +156,7 @@ type sandboxCreateOutput struct {
 
 func (o sandboxCreateOutput) text() string {
 	if o.asked > o.CPU {
-		return fmt.Sprintf("%s. The cpu granted is %g: this machine has no more cores.", o.sandboxInfo.text(), o.CPU)
+		return fmt.Sprintf("%s. The cpu granted is %g: this server has no more cores.", o.sandboxInfo.text(), o.CPU)
 	}
 	return o.sandboxInfo.text()
 }

@@ -170,20 +170,27 @@ func (w *dirWatch) watchDir(dir string, tell bool) error {
 	}
 	w.dirs[wd], w.wds[dir] = dir, wd
 	w.count()
-	if w.only != "" || w.onPath != nil { // no other name counts, or none
-		name := path.Join(dir, w.only)
-		if _, err := os.Lstat(name); err == nil {
-			w.learn(name)
+	if w.onPath != nil { // it keeps no names
+		return nil
+	}
+	if w.only != "" { // no other name counts
+		if _, err := os.Lstat(path.Join(dir, w.only)); err == nil {
+			w.learn(path.Join(dir, w.only))
 		}
 		return nil
 	}
+	return w.readDir(dir, tell)
+}
+
+// readDir learns the names in a directory, and watches those below that are directories.
+func (w *dirWatch) readDir(dir string, tell bool) error {
 	flags := os.O_RDONLY | unix.O_DIRECTORY | unix.O_NONBLOCK // a FIFO that took its place would hold the watch for ever
 	if dir != w.root {
 		flags |= unix.O_NOFOLLOW
 	}
 	f, err := os.OpenFile(dir, flags, 0)
 	if isAbsent(err) {
-		return err // it was removed, renamed or replaced after add
+		return err // it was removed, renamed or replaced after its watch began
 	}
 	if err != nil {
 		w.lost()

@@ -67,7 +67,8 @@ func lingerOf(h http.Header) time.Duration {
 }
 
 // leave counts one follower less. After the last one, it starts the timer that kills the process, except when the process needs no
-// follower, when following ended without an error, as it does with the process, or when the sandbox is paused, where everything stays.
+// follower, when following ended without an error, as it usually does with the process, or when the sandbox is paused: there everything
+// stays.
 func (l *leases) leave(p *scope, key leaseKey, one *lease, gone error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -118,7 +118,7 @@ func (c *httpConfig) checkNames() (host string, err error) {
 		return "", err
 	}
 	if !(c.rate >= 0) || c.idle < 0 {
-		return "", errors.New("--rate and --session-idle must be positive")
+		return "", errors.New("--rate and --session-idle must not be negative")
 	}
 	if c.publicURL != "" {
 		u, err := url.Parse(c.publicURL)

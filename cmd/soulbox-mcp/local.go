@@ -200,7 +200,7 @@ func runLocal(ctx context.Context, args []string, getenv func(string) string, st
 		return err
 	}
 	if idle < 0 {
-		return usageError{errors.New("--idle-exit must be positive")}
+		return usageError{errors.New("--idle-exit must not be negative")}
 	}
 	if c.logFile == "" {
 		if err := os.MkdirAll(c.stateDir, 0o711); err != nil {

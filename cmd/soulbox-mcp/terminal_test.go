@@ -82,16 +82,20 @@ func TestTerminals(t *testing.T) {
 	sh.shows("got WINCH")
 
 	// Job control: ctrl-c ends the foreground process and not the shell, ctrl-z stops it, bg and fg resume it.
-	sh.write("clear; sleep 600\n")
+	// Each says that it runs: a key that is typed before that is the shell's.
+	sh.write("clear; sh -c 'echo runs-$((50 + 1)); exec sleep 600'\n")
+	sh.shows("runs-51")
 	sh.write("", "ctrl-c")
 	sh.write("echo alive-$((40 + 2))\n")
 	sh.shows("alive-42")
-	sh.write("sleep 601\n")
+	sh.write("sh -c 'echo runs-$((50 + 2)); exec sleep 601'\n")
+	sh.shows("runs-52")
 	sh.write("", "ctrl-z")
 	sh.shows("Stopped")
 	sh.write("bg; jobs; kill %1; wait; echo done-$((1 + 1))\n")
 	sh.shows("done-2")
-	sh.write("sleep 602\n")
+	sh.write("sh -c 'echo runs-$((50 + 3)); exec sleep 602'\n")
+	sh.shows("runs-53")
 	p.call("process_signal", map[string]any{"process_id": sh.id, "signal": "SIGINT"})
 	sh.write("echo alive-$((40 + 3))\n")
 	sh.shows("alive-43")

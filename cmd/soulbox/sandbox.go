@@ -103,7 +103,7 @@ func (a *app) createCommand() *cobra.Command {
 				return noTemplate(err)
 			}
 			if o.CPU > sb.CPU { // if stderr fails, the sandbox is there all the same
-				fmt.Fprintf(inertly(a.stderr), "soulbox: the cpu granted is %g: the machine has no more cores\n", sb.CPU)
+				fmt.Fprintf(inertly(a.stderr), "soulbox: the cpu granted is %g: its server has no more cores\n", sb.CPU)
 			}
 			if out == formatJSON {
 				return a.json(sb)
