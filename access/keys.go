@@ -61,7 +61,7 @@ var ErrKey = errors.New("the key is not valid")
 var ErrInvalid = errors.New("invalid")
 
 // ErrNoKey means that no key has this ID.
-var ErrNoKey = errors.New("there is no such key; 'soulbox-mcp key list' shows them")
+var ErrNoKey = errors.New("there is no such key")
 
 var (
 	keyPattern   = regexp.MustCompile(`^e2b_[0-9a-f]{40}$`)
@@ -72,8 +72,7 @@ var (
 func (k *Keys) Create(owner string, valid time.Duration) (secret string, key Key, err error) {
 	if !ownerPattern.MatchString(owner) || valid < 0 {
 		return "", Key{},
-			fmt.Errorf("create key: an owner (--owner) is 1 to 64 letters, digits or . _ @ - and a key is valid for a positive time: %w",
-				ErrInvalid)
+			fmt.Errorf("create key: an owner is 1 to 64 letters, digits or . _ @ - and a key is valid for a positive time: %w", ErrInvalid)
 	}
 	var random [24]byte
 	rand.Read(random[:])
