@@ -24,7 +24,8 @@ import (
 // Keys are the API keys of a state directory, in its file "keys". They are stored hashed, so that reading the file is not enough to use
 // them. Any number of processes may use the file at once: each sees the others' changes at its next look. Keys is safe for concurrent use.
 type Keys struct {
-	Dir string
+	Dir  string
+	Disk durable.Disk // changes the file; its Fault is for tests
 
 	mu     sync.Mutex
 	seen   os.FileInfo
@@ -276,7 +277,7 @@ func (k *Keys) change(to func([]Key) ([]Key, error)) error {
 		return fmt.Errorf("write keys: %w", err)
 	}
 	k.seen = nil
-	if err := (durable.Disk{}).Replace(k.path(), body, 0o600); err != nil {
+	if err := k.Disk.Replace(k.path(), body, 0o600); err != nil {
 		return fmt.Errorf("write keys: %w", err)
 	}
 	return nil
