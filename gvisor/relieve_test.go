@@ -25,7 +25,8 @@ func TestRelieve(t *testing.T) {
 	}
 	start("bystander", "echo ready; sleep 600")
 	start("memory", `perl -e '$| = 1; $x = q(x) x (100 << 20); print "ready\n"; sleep 600'`)
-	start("kernel", `perl -e '$| = 1; for (1 .. 3000) { open(my $f, "<", "/etc/passwd") or die $!; push @x, $f } print "ready\n"; sleep 600'; true`)
+	start("kernel", `perl -e '$| = 1; for (1 .. 3000) { open(my $f, "<", "/etc/passwd") or die $!; push @x, $f } print "ready\n"; `+
+		`sleep 600'; true`)
 	for _, kind := range []string{agent.RelieveMemory, agent.RelieveKernel} {
 		r, err := c.Relieve(t.Context(), agent.RelieveRequest{Kind: kind})
 		if err != nil || len(r.Killed) != 1 || r.Killed[0].Tag != kind || r.Killed[0].Name != "perl" {

@@ -9,8 +9,8 @@ import (
 	"soulbox.dev/soulbox/internal/durable"
 )
 
-// TestPowerFailsInStore cuts the power, or fails a single write, at each step of a change. The next server finds the old or the new template
-// whole, and removes what is half made.
+// TestPowerFailsInStore cuts the power, or fails a single step, at each step of a change. The next server finds the old or the new
+// template whole, and removes what is half made.
 func TestPowerFailsInStore(t *testing.T) {
 	for name, lasts := range map[string]bool{"power cut": true, "one error": false} {
 		t.Run(name, func(t *testing.T) {

@@ -189,8 +189,7 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 	defer func() { err = errors.Join(err, s.Close()) }()
 	door := c.door(s.log)
 	defer door.Watch()()
-	endpoint := s.mcp.HTTP(mcpserver.HTTPOptions{Access: c.access(public, door), SessionIdle: c.idle,
-		Allowances: &door.Allowances})
+	endpoint := s.mcp.HTTP(c.endpoint(public, door))
 	s.gateway.OwnerValid, s.gateway.NewKey = door.AdmitOwner, door.NewKey
 	s.metrics.watch(s.manager, s.descriptors, endpoint.Sessions)
 	control := c.control(s, door)
@@ -295,14 +294,14 @@ func (c httpConfig) door(log *slog.Logger) *access.Door {
 	return door
 }
 
-// access is the door in the form that mcpserver needs.
-func (c httpConfig) access(at string, door *access.Door) mcpserver.Access {
+// endpoint are the options of MCP's endpoint; the door is in them in the form that mcpserver needs.
+func (c httpConfig) endpoint(at string, door *access.Door) mcpserver.HTTPOptions {
 	a := mcpserver.Access{Origins: c.origins, Hosts: c.hosts, Log: door.Log, Until: untilOf, Required: door.Required,
 		Authenticate: door.Authenticate, NewKey: door.NewKey}
 	if door.Provider != nil {
 		a.Metadata = at + metadataPath
 	}
-	return a
+	return mcpserver.HTTPOptions{Access: a, SessionIdle: c.idle, Allowances: &door.Allowances}
 }
 
 // newKeyHint says how to make a key.
