@@ -47,6 +47,12 @@ func TestRelieve(t *testing.T) {
 	if s, err := c.Wait(t.Context(), agent.WaitRequest{Process: "bystander"}); err != nil || s.Process.State != agent.StateRunning {
 		t.Fatalf("the bystander is %s, %v", s.Process.State, err)
 	}
+	start("sockets", `perl -MSocket -e '$| = 1; for (1 .. 1500) { socketpair(my $a, my $b, AF_UNIX, SOCK_STREAM, 0) or die $!; `+
+		`push @x, $a, $b } print "ready\n"; sleep 600'`)
+	if r, err := c.Relieve(t.Context(), agent.RelieveRequest{Kind: agent.RelieveKernel}); err != nil || len(r.Killed) != 1 ||
+		r.Killed[0].Tag != "sockets" || r.Killed[0].Descriptors < 3000 || !strings.Contains(r.Detail, " sockets") {
+		t.Fatalf("sockets: %+v, %v", r, err)
+	}
 	// What is left needs no relief.
 	if r, err := c.Relieve(t.Context(), agent.RelieveRequest{Kind: agent.RelieveKernel}); err != nil || len(r.Killed) != 0 {
 		t.Fatalf("%+v, %v", r, err)
