@@ -69,6 +69,7 @@ soak: build
 		-run '^(TestShellFuzz|TestTreeRebuilt|TestNothingIsLost|TestThousandRequests|TestForks|TestLimitsNeighbours)$$'
 
 bench: build
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o bin/ ./internal/spawntime
 	timeout 1200 env CGO_ENABLED=0 $(GO) test ./cmd/... -run '^$$' -bench . -benchtime 1x -timeout 14m -v | grep -v -e '^=== ' -e '^ok'
 
 clean:

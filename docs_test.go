@@ -151,6 +151,69 @@ func TestDocNames(t *testing.T) {
 	}
 }
 
+// file is the name of a file with a directory in a text. A name behind a host's name is on the web, one behind ~ or / is of a home or a
+// system.
+var file = regexp.MustCompile(`(https?://\S*)?[~$]?[A-Za-z0-9_./-]*/[A-Za-z0-9_.-]*[A-Za-z0-9_-]\.(go|py|toml|sh|json|txt|patch|md)\b`)
+
+// elsewhere are names of files that are not of the repository: in gVisor's own, and in the store of templates, where a word in capitals
+// stands for many.
+var elsewhere = regexp.MustCompile(`^(pkg|runsc|fsimpl)/|(^|/)[A-Z]+\.json$`)
+
+// TestFileNames: every file that a document or a comment names with its directory is in the repository.
+func TestFileNames(t *testing.T) {
+	files := repositoryFiles(t)
+	for _, name := range files {
+		if isTestData(name) {
+			continue
+		}
+		for number, text := range remarks(t, name) {
+			for _, found := range file.FindAllString(text, -1) {
+				if strings.HasPrefix(found, "http") || strings.ContainsAny(found[:1], "~$/") || elsewhere.MatchString(found) {
+					continue
+				}
+				if !slices.Contains(files, found) && !slices.Contains(files, path.Join(path.Dir(name), found)) {
+					t.Errorf("%s:%d names %s, which is not in the repository", name, number, found)
+				}
+			}
+		}
+	}
+}
+
+// remarks are what is said in a file about the code, by line: all lines of a document, and the comments of a program.
+func remarks(t *testing.T, name string) map[int]string {
+	t.Helper()
+	said, mark := map[int]string{}, ""
+	switch path.Ext(name) {
+	case ".go":
+		src := []byte(read(t, name))
+		set := token.NewFileSet()
+		in := set.AddFile("", set.Base(), len(src))
+		var s scanner.Scanner
+		s.Init(in, src, nil, scanner.ScanComments)
+		for {
+			switch pos, kind, text := s.Scan(); kind {
+			case token.EOF:
+				return said
+			case token.COMMENT:
+				said[in.Line(pos)] = text
+			}
+		}
+	case ".md":
+	case ".mjs", ".proto":
+		mark = "//"
+	case ".sh", ".bash", "":
+		mark = "#"
+	default:
+		return nil
+	}
+	for number, line := range strings.Split(read(t, name), "\n") {
+		if at := strings.Index(line, mark); at >= 0 {
+			said[number+1] = line[at:]
+		}
+	}
+	return said
+}
+
 // isTestData reports whether a file is material of a test, such as a recorded answer.
 func isTestData(name string) bool {
 	return strings.Contains(name, "testdata/") || name == "docs_test.go"

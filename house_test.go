@@ -23,8 +23,8 @@ func sources(t *testing.T, each func(name string, src []byte)) {
 	}
 }
 
-// TestGoColumns: lines of code are short enough to be read side by side. A raw string is data: what is in it, such as a program, stays as
-// it is.
+// TestGoColumns: lines of code are short enough to be read side by side. A raw string of several lines is data: what is in it, such as a
+// program, stays as it is.
 func TestGoColumns(t *testing.T) {
 	sources(t, func(name string, src []byte) {
 		raw := rawLines(src)
@@ -68,7 +68,7 @@ func TestScriptColumns(t *testing.T) {
 	}
 }
 
-// rawLines are the lines in which raw strings are.
+// rawLines are the lines of raw strings that have more than one.
 func rawLines(src []byte) map[int]bool {
 	files := token.NewFileSet()
 	file := files.AddFile("", files.Base(), len(src))
@@ -80,7 +80,7 @@ func rawLines(src []byte) map[int]bool {
 		if kind == token.EOF {
 			return raw
 		}
-		if kind == token.STRING && text[0] == '`' {
+		if kind == token.STRING && text[0] == '`' && strings.Contains(text, "\n") {
 			first := file.Line(pos)
 			for i := range strings.Count(text, "\n") + 1 {
 				raw[first+i] = true

@@ -1,6 +1,7 @@
 // Package access decides who may use a server, and how much of it. Door finds the owner of a request by its key (Keys) or by a token of an
 // OpenID provider (Provider). Accounts count what each owner uses of the server's own resources, such as memory in buffers, slots for heavy
-// work and connections: code that uses a resource takes it from the owner's account first. The package knows nothing of sandboxes or MCP.
+// work and connections: code that uses a resource takes it from the owner's account first. Allowances bound the requests of each owner. The
+// package knows nothing of sandboxes, MCP or the commands by which keys are made: who opens the door says how to get one (Door.NewKey).
 package access
 
 import (

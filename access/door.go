@@ -3,6 +3,7 @@ package access
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/http"
 	"strings"
@@ -20,7 +21,12 @@ type Door struct {
 	Closed bool
 	// Admitted, if not nil, is called for each request that is admitted, with its ctx and for how long it is admitted.
 	Admitted func(ctx context.Context, g Grant)
-	Log      *slog.Logger
+	// NewKey says how to get a key, to clients and in the log; "" says nothing.
+	NewKey string
+	Log    *slog.Logger
+
+	// Allowances bound what the requests of each owner take, by whatever face they come.
+	Allowances
 
 	closed atomic.Bool
 }
@@ -73,9 +79,17 @@ func (d *Door) admit(ctx context.Context, g Grant) {
 
 // Errors of Caller, in words for its client.
 var (
-	ErrNoToken  = errors.New("give a valid key as X-API-Key: KEY; soulbox-mcp key create makes one")
-	ErrNotValid = errors.New("the key is not, or no longer, valid; soulbox-mcp key create makes one")
+	ErrNoToken  = errors.New("give a valid key as X-API-Key: KEY")
+	ErrNotValid = errors.New("the key is not, or no longer, valid")
 )
+
+// advise adds to an error how to get a key.
+func (d *Door) advise(err error) error {
+	if d.NewKey == "" {
+		return err
+	}
+	return fmt.Errorf("%w; %s", err, d.NewKey)
+}
 
 // Caller returns the owner of a request to the HTTP API, by X-API-Key or a bearer token. If no token is needed, it ignores any, because
 // E2B's SDKs always send a key.
@@ -89,10 +103,10 @@ func (d *Door) Caller(r *http.Request) (owner string, err error) {
 		given = []string{token}
 	}
 	if len(given) != 1 || given[0] == "" {
-		return "", ErrNoToken
+		return "", d.advise(ErrNoToken)
 	}
 	if owner, err = d.Authenticate(r.Context(), given[0]); err != nil {
-		return "", ErrNotValid
+		return "", d.advise(ErrNotValid)
 	}
 	return owner, nil
 }
@@ -135,8 +149,8 @@ func (d *Door) tellKeys() {
 	case err != nil:
 		d.Log.Error("keys are needed but cannot be read: no key is accepted", "error", err)
 	case valid == 0:
-		d.Log.Warn("keys are needed because the file of keys exists, but none is valid, so no key is accepted; 'soulbox-mcp key create " +
-			"--owner NAME' makes one")
+		err := d.advise(errors.New("keys are needed because the file of keys exists, but none is valid, so no key is accepted"))
+		d.Log.Warn(err.Error())
 	default:
 		d.Log.Info("keys are needed", "valid", valid)
 	}

@@ -24,7 +24,8 @@ import (
 // Keys are the API keys of a state directory, in its file "keys". They are stored hashed, so that reading the file is not enough to use
 // them. Any number of processes may use the file at once: each sees the others' changes at its next look. Keys is safe for concurrent use.
 type Keys struct {
-	Dir string
+	Dir  string
+	Disk durable.Disk // changes the file; its Fault is for tests
 
 	mu     sync.Mutex
 	seen   os.FileInfo
@@ -61,7 +62,7 @@ var ErrKey = errors.New("the key is not valid")
 var ErrInvalid = errors.New("invalid")
 
 // ErrNoKey means that no key has this ID.
-var ErrNoKey = errors.New("there is no such key; 'soulbox-mcp key list' shows them")
+var ErrNoKey = errors.New("there is no such key")
 
 var (
 	keyPattern   = regexp.MustCompile(`^e2b_[0-9a-f]{40}$`)
@@ -72,8 +73,7 @@ var (
 func (k *Keys) Create(owner string, valid time.Duration) (secret string, key Key, err error) {
 	if !ownerPattern.MatchString(owner) || valid < 0 {
 		return "", Key{},
-			fmt.Errorf("create key: an owner (--owner) is 1 to 64 letters, digits or . _ @ - and a key is valid for a positive time: %w",
-				ErrInvalid)
+			fmt.Errorf("create key: an owner is 1 to 64 letters, digits or . _ @ - and a key is valid for a positive time: %w", ErrInvalid)
 	}
 	var random [24]byte
 	rand.Read(random[:])
@@ -277,7 +277,7 @@ func (k *Keys) change(to func([]Key) ([]Key, error)) error {
 		return fmt.Errorf("write keys: %w", err)
 	}
 	k.seen = nil
-	if err := (durable.Disk{}).Replace(k.path(), body, 0o600); err != nil {
+	if err := k.Disk.Replace(k.path(), body, 0o600); err != nil {
 		return fmt.Errorf("write keys: %w", err)
 	}
 	return nil

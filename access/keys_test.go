@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"soulbox.dev/soulbox/access"
+	"soulbox.dev/soulbox/internal/durable"
 	"soulbox.dev/soulbox/internal/sandboxtest"
 )
 
@@ -180,4 +181,31 @@ func TestKeysEnd(t *testing.T) {
 	}
 	ended("the last key's end", two)
 	ended("the owner's end", all)
+}
+
+// TestPowerFailsAtKeys cuts the power at each step of a change: the next process finds the old or the new keys, never a part of them.
+func TestPowerFailsAtKeys(t *testing.T) {
+	for cut := 0; ; cut++ {
+		dir := t.TempDir()
+		if _, _, err := (&access.Keys{Dir: dir}).Create("ann", 0); err != nil {
+			t.Fatal(err)
+		}
+		n := 0
+		_, _, failed := (&access.Keys{Dir: dir, Disk: durable.Disk{Fault: func(_, _ string, size int) (int, error) {
+			if n++; n > cut {
+				return size / 2, errors.New("no power")
+			}
+			return size, nil
+		}}}).Create("bob", 0)
+		all, err := (&access.Keys{Dir: dir}).List()
+		if want := map[bool]int{true: 1, false: 2}[failed != nil]; err != nil || len(all) != want || all[0].Owner != "ann" {
+			t.Fatalf("step %d: %v, then %+v, %v", cut, failed, all, err)
+		}
+		if failed == nil {
+			if cut < 3 {
+				t.Fatalf("there are only %d steps", cut)
+			}
+			return
+		}
+	}
 }

@@ -26,22 +26,23 @@ func (c *Client) ReadFile(ctx context.Context, path string, offset, limit int64)
 	}
 	body := io.Reader(&ChunkReader{R: stream})
 	if limit >= 0 {
-		body = &atMost{r: body, left: limit}
+		body = &AtMost{R: body, Left: limit, Err: fmt.Errorf("read: the guest sent more than was asked for: %w", ErrLost)}
 	}
 	return &streamReader{Reader: body, end: end}, *a.Info, nil
 }
 
-// atMost fails if the guest sends more than it was asked for.
-type atMost struct {
-	r    io.Reader
-	left int64
+// AtMost reads from R, and fails with Err if there are more than Left bytes, where io.LimitReader would take what is cut off for whole.
+type AtMost struct {
+	R    io.Reader
+	Left int64
+	Err  error
 }
 
 // Read implements io.Reader.
-func (a *atMost) Read(p []byte) (int, error) {
-	n, err := a.r.Read(p)
-	if a.left -= int64(n); a.left < 0 {
-		return 0, fmt.Errorf("read: the guest sent more than was asked for: %w", ErrLost)
+func (a *AtMost) Read(p []byte) (int, error) {
+	n, err := a.R.Read(p)
+	if a.Left -= int64(n); a.Left < 0 {
+		return 0, a.Err
 	}
 	return n, err
 }

@@ -162,7 +162,8 @@ func TestControlPlane(t *testing.T) {
 		t.Error(id)
 	}
 	shared := a.as("ann", "POST", "/sandboxes",
-		`{"templateID":"base","network":{"allowPublicTraffic":false,"denyOut":["0.0.0.0/0"],"allowOut":["example.com"]},"autoPause":true,"autoResume":{"enabled":true}}`)
+		`{"templateID":"base","network":{"allowPublicTraffic":false,"denyOut":["0.0.0.0/0"],"allowOut":["example.com"]},`+
+			`"autoPause":true,"autoResume":{"enabled":true}}`)
 	if shared.code != 201 || shared.field("trafficAccessToken") == nil {
 		t.Fatalf("%d %s", shared.code, shared.text)
 	}

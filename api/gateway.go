@@ -50,6 +50,8 @@ type Gateway struct {
 	// OwnerValid returns an error if the sandboxes of an owner may no longer be reached by their tokens and signed URLs, and ends the
 	// request of ctx as soon as that becomes true. If nil, they always may.
 	OwnerValid func(ctx context.Context, owner string) error
+	// NewKey says how to get a key, to clients of sandboxes whose owner has none any more; "" says nothing.
+	NewKey string
 
 	inside     *envd.Server
 	transports map[transportKey]*http.Transport
@@ -307,7 +309,7 @@ func (g *Gateway) ownerValid(w http.ResponseWriter, r *http.Request, sb *sandbox
 	if err := g.OwnerValid(r.Context(), sb.Info().Owner); err != nil {
 		g.Log.Warn("refused a request", "why", "the sandbox's owner: "+err.Error(), "sandbox", sb.ID(), "from", r.RemoteAddr)
 		failure{SandboxID: sb.ID(), Code: http.StatusUnauthorized,
-			Message: "The sandbox's owner has no valid key any more; soulbox-mcp key create makes one"}.write(w, r)
+			Message: strings.TrimSuffix("The sandbox's owner has no valid key any more; "+g.NewKey, "; ")}.write(w, r)
 		return false
 	}
 	return true

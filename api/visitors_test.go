@@ -46,6 +46,22 @@ func TestVisitorsOfOneAddress(t *testing.T) {
 	if len(v.by) != 0 {
 		t.Error(v.by)
 	}
+	g := newGatewayTest(t)
+	if _, err := g.sb.Expose(g.port, true); err != nil {
+		t.Fatal(err)
+	}
+	for range maxVisitor {
+		if _, ok := g.g.visitors.admit("192.0.2.1:80"); !ok {
+			t.Fatal("it is full too early")
+		}
+	}
+	for from, want := range map[string]int{"192.0.2.1:81": http.StatusServiceUnavailable, "192.0.2.2:80": http.StatusOK} {
+		r, w := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+g.host(g.port)+"/", nil), httptest.NewRecorder()
+		r.RemoteAddr = from
+		if g.front.Config.Handler.ServeHTTP(w, r); w.Code != want {
+			t.Errorf("a visitor from %s gets %d: %s", from, w.Code, w.Body)
+		}
+	}
 }
 
 // tunnel opens a tunnel through the gateway, and returns the status and body of the answer.

@@ -67,7 +67,7 @@ func bootIn(t *testing.T, runtime *gvisor.Runtime, host sandbox.Template) (sandb
 func TestFaults(t *testing.T) {
 	runtime, host := newRuntime(t)
 	inject := &injector{}
-	runtime.Inject(inject.fault)
+	runtime.Fault = inject.fault
 	m, spec := bootIn(t, runtime, host)
 	sandboxtest.Run(t, sandboxtest.Greet(t, m), "echo kept > /home/user/kept")
 	saves := 0
@@ -154,7 +154,7 @@ func TestFaultsOfBoot(t *testing.T) {
 	}
 	for _, spec.From = range []string{"", saved} {
 		inject := &injector{done: map[string]bool{}, once: true}
-		runtime.Inject(inject.fault)
+		runtime.Fault = inject.fault
 		for i := 0; ; i++ {
 			spec.Dir = sandboxtest.Dir(t)
 			fault := passing[i%len(passing)]

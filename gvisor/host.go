@@ -30,12 +30,12 @@ func (r *Runtime) ask(what string, do func() error) error {
 	}
 }
 
-// fault returns the error that a test of this package injects into a request to the host, which what names.
+// fault asks Fault about a request to the host. Without Fault, it is made.
 func (r *Runtime) fault(what string) error {
-	if r.inject == nil {
+	if r.Fault == nil {
 		return nil
 	}
-	return r.inject(what)
+	return r.Fault(what)
 }
 
 func (r *Runtime) readFile(what, name string) (body []byte, err error) {

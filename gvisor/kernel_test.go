@@ -14,7 +14,8 @@ import (
 )
 
 // makeFiles makes a number of files in a sandbox, each of which takes about 2.8 KB of its kernel.
-const makeFiles = `perl -e 'for (0 .. $ARGV[0] - 1) { $d = int($_ / 100); mkdir "d$d" if $_ %% 100 == 0; open F, ">", "d$d/$_" or die; print F "x" }' %d`
+const makeFiles = `perl -e 'for (0 .. $ARGV[0] - 1) { $d = int($_ / 100); mkdir "d$d" if $_ %% 100 == 0; open F, ">", "d$d/$_" or die; ` +
+	`print F "x" }' %d`
 
 // TestManyFiles: empty files take no disk, but memory of the sentry on the host.
 func TestManyFiles(t *testing.T) {

@@ -11,7 +11,8 @@ import (
 )
 
 // ask is a shell function that speaks to the proxy as programs do.
-const ask = `ask() { exec 3<>/dev/tcp/127.0.0.1/3128 || return; printf "$1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" >&3; head -1 <&3; exec 3>&-; }; `
+const ask = `ask() { exec 3<>/dev/tcp/127.0.0.1/3128 || return; printf "$1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" >&3; ` +
+	`head -1 <&3; exec 3>&-; }; `
 
 // TestNetwork: a sandbox reaches only its proxy, the proxy reaches nothing of this machine, and what it refuses is in the log. It works
 // again after the sandbox was on disk.

@@ -33,14 +33,18 @@ func TestPatches(t *testing.T) {
 		{"an empty packet", empty("SOCK_SEQPACKET"), "0 1"},
 		{"nothing in a stream", empty("SOCK_STREAM"), "1"},
 
-		{"one device", `mkdir t && echo hi > t/f && ln -s f t/l && mkfifo t/p && stat -c %d t t/f t/l t/p /etc /etc/passwd | sort -u | wc -l`, "1"},
-		{"du -x", `du -xb t/f | cut -f 1; head -c 5000 /dev/zero > t/g; test "$(du -xb t | cut -f 1)" -gt 5000 && find . -xdev -name g | wc -l`,
+		{"one device", `mkdir t && echo hi > t/f && ln -s f t/l && mkfifo t/p && stat -c %d t t/f t/l t/p /etc /etc/passwd | sort -u | ` +
+			`wc -l`, "1"},
+		{"du -x", `du -xb t/f | cut -f 1; head -c 5000 /dev/zero > t/g; test "$(du -xb t | cut -f 1)" -gt 5000 && ` +
+			`find . -xdev -name g | wc -l`,
 			"3\n1"},
 		{"inode numbers",
-			`cd /etc && perl -e 'opendir D, "."; $n = 0; /^\.\.?$/ || -d $_ || $n++ for readdir D; print $n > 1'; ls -i /etc/passwd | cut -d " " -f 1 > /tmp/i; stat -c %i /etc/passwd | cmp - /tmp/i && echo same`,
+			`cd /etc && perl -e 'opendir D, "."; $n = 0; /^\.\.?$/ || -d $_ || $n++ for readdir D; print $n > 1'; ls -i /etc/passwd | ` +
+				`cut -d " " -f 1 > /tmp/i; stat -c %i /etc/passwd | cmp - /tmp/i && echo same`,
 			"1same"},
 		{"inode numbers are apart",
-			`for i in 1 2 3 4 5 6 7 8 9; do mkdir -p n/d$i; echo > n/f$i; done; find n /etc /usr/bin -xdev -printf "%D %i %n %y\n" | awk '$3 == 1 || $4 == "d"' | sort | uniq -d | wc -l`, "0"},
+			`for i in 1 2 3 4 5 6 7 8 9; do mkdir -p n/d$i; echo > n/f$i; done; find n /etc /usr/bin -xdev -printf "%D %i %n %y\n" | ` +
+				`awk '$3 == 1 || $4 == "d"' | sort | uniq -d | wc -l`, "0"},
 		{"hard links", `echo > h1; ln h1 h2; stat -c %i h1 h2 | uniq | wc -l; test h1 -ef h2 && echo same`, "1\nsame"},
 
 		{"a device on a read-only mount",

@@ -52,7 +52,8 @@ func TestStandardStreams(t *testing.T) {
 // TestLogin checks what a login provides: groups, and a limit of descriptors that programs can loop over.
 func TestLogin(t *testing.T) {
 	_, c := newSandbox(t, sandbox.CreateOptions{})
-	says(t, c, "root", `usermod -aG staff,tty user 2>/dev/null || sed -i 's/^\(staff\|tty\):.*/&user/' /etc/group; printf 'more:x:50:user\nbad:x:4294967295:user\nworse:x:x:user\n' >>/etc/group`, "")
+	says(t, c, "root", `usermod -aG staff,tty user 2>/dev/null || sed -i 's/^\(staff\|tty\):.*/&user/' /etc/group; `+
+		`printf 'more:x:50:user\nbad:x:4294967295:user\nworse:x:x:user\n' >>/etc/group`, "")
 	for user, want := range map[string]string{"": "1000 5 50", "root": "0", "1000": "1000 5 50", "user:50": "50", "1234": "1234",
 		"1234:0": "0"} {
 		says(t, c, user, "id -G; perl -e 'print join(q( ), (split q( ), $))[1..20]) =~ s/ +$//r, qq(\n)'", want+"\n"+want+"\n")
@@ -81,8 +82,10 @@ func TestLimitsSeen(t *testing.T) {
 		says(t, c, "", "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max; cat /sys/fs/cgroup/p*/cpu.max | sort -u; cat "+
 			"/sys/fs/cgroup/p*/memory.max | sort -u",
 			fmt.Sprintf("%d\n100000 100000\n100000 100000\n%d\n", limits.Memory, limits.Memory))
-		says(t, c, "", `! type java >/dev/null 2>&1 || java -XX:+PrintFlagsFinal -version 2>&1 | awk '/ MaxHeapSize / && ($4 < 100e6 || $4 > 270e6)'`, "")
-		says(t, c, "", `! type node >/dev/null 2>&1 || node -p '(h => h > 100e6 && h < 400e6 ? "" : h)(v8.getHeapStatistics().heap_size_limit)' | grep .`, "")
+		says(t, c, "", `! type java >/dev/null 2>&1 || java -XX:+PrintFlagsFinal -version 2>&1 | awk '/ MaxHeapSize / && `+
+			`($4 < 100e6 || $4 > 270e6)'`, "")
+		says(t, c, "", `! type node >/dev/null 2>&1 || node -p '(h => h > 100e6 && `+
+			`h < 400e6 ? "" : h)(v8.getHeapStatistics().heap_size_limit)' | grep .`, "")
 	}
 	seen()
 	if err := errors.Join(sb.Pause(t.Context(), sandbox.PauseOptions{ToDisk: true}), sb.Resume(t.Context())); err != nil {

@@ -25,7 +25,8 @@ func TestRelieve(t *testing.T) {
 	}
 	start("bystander", "echo ready; sleep 600")
 	start("memory", `perl -e '$| = 1; $x = q(x) x (100 << 20); print "ready\n"; sleep 600'`)
-	start("kernel", `perl -e '$| = 1; for (1 .. 3000) { open(my $f, "<", "/etc/passwd") or die $!; push @x, $f } print "ready\n"; sleep 600'; true`)
+	start("kernel", `perl -e '$| = 1; for (1 .. 3000) { open(my $f, "<", "/etc/passwd") or die $!; push @x, $f } print "ready\n"; `+
+		`sleep 600'; true`)
 	for _, kind := range []string{agent.RelieveMemory, agent.RelieveKernel} {
 		r, err := c.Relieve(t.Context(), agent.RelieveRequest{Kind: kind})
 		if err != nil || len(r.Killed) != 1 || r.Killed[0].Tag != kind || r.Killed[0].Name != "perl" {
@@ -45,6 +46,12 @@ func TestRelieve(t *testing.T) {
 	}
 	if s, err := c.Wait(t.Context(), agent.WaitRequest{Process: "bystander"}); err != nil || s.Process.State != agent.StateRunning {
 		t.Fatalf("the bystander is %s, %v", s.Process.State, err)
+	}
+	start("sockets", `perl -MSocket -e '$| = 1; for (1 .. 1500) { socketpair(my $a, my $b, AF_UNIX, SOCK_STREAM, 0) or die $!; `+
+		`push @x, $a, $b } print "ready\n"; sleep 600'`)
+	if r, err := c.Relieve(t.Context(), agent.RelieveRequest{Kind: agent.RelieveKernel}); err != nil || len(r.Killed) != 1 ||
+		r.Killed[0].Tag != "sockets" || r.Killed[0].Descriptors < 3000 || !strings.Contains(r.Detail, " sockets") {
+		t.Fatalf("sockets: %+v, %v", r, err)
 	}
 	// What is left needs no relief.
 	if r, err := c.Relieve(t.Context(), agent.RelieveRequest{Kind: agent.RelieveKernel}); err != nil || len(r.Killed) != 0 {

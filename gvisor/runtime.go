@@ -30,7 +30,9 @@ type Runtime struct {
 	// Cgroups is where the host's cgroups are mounted; default /sys/fs/cgroup. If the server may write there, they are the hard limit.
 	Cgroups string
 
-	inject func(what string) error // see fault
+	// Fault is asked before each request to the host, which what names; its error is then the result of that request, as that of
+	// durable.Disk's Fault is. Only tests set it.
+	Fault func(what string) error
 }
 
 var (

@@ -101,7 +101,7 @@ func TestStoppedStarts(t *testing.T) {
 func TestStartedAgain(t *testing.T) {
 	runtime, host := newRuntime(t)
 	tried, fails := 0, 1
-	runtime.Inject(func(what string) error {
+	runtime.Fault = func(what string) error {
 		if what != "start runsc" {
 			return nil
 		}
@@ -109,7 +109,7 @@ func TestStartedAgain(t *testing.T) {
 			return nil
 		}
 		return &exec.ExitError{ProcessState: &os.ProcessState{}}
-	})
+	}
 	m, _ := bootIn(t, runtime, host)
 	sandboxtest.Run(t, sandboxtest.Greet(t, m), "true")
 	if tried != 2 {

@@ -20,7 +20,7 @@ func (h *HTTP) read(w http.ResponseWriter, r *http.Request, owner string) (m mes
 		refuse(w, http.StatusNotAcceptable, nil, codeInvalid, "accept application/json and text/event-stream")
 		return m, nil, false
 	}
-	done, ok := h.MayRead(owner, r.ContentLength)
+	done, ok := h.Allowances.MayRead(owner, r.ContentLength)
 	if !ok {
 		tooMany(w, nil)
 		return m, nil, false

@@ -105,7 +105,8 @@ func newBridge(t *testing.T, s *site, change func(*mcpserver.Bridge)) *bridged {
 
 // hello begins the conversation as clients of the era with sessions do.
 func (b *bridged) hello() {
-	b.send(`{"jsonrpc":"2.0","id":0,"method":"initialize","params":{"protocolVersion":"2025-11-25","capabilities":{},"clientInfo":{"name":"t","version":"1"}}}`)
+	b.send(`{"jsonrpc":"2.0","id":0,"method":"initialize","params":{"protocolVersion":"2025-11-25","capabilities":{},` +
+		`"clientInfo":{"name":"t","version":"1"}}}`)
 	b.receive()
 	b.send(`{"jsonrpc":"2.0","method":"notifications/initialized"}`)
 }
@@ -218,7 +219,8 @@ func TestBridgeBreaks(t *testing.T) {
 func TestBridgeBeginsAnew(t *testing.T) {
 	s := newSite(t, func(o *mcpserver.HTTPOptions) { o.SessionIdle = 30 * time.Millisecond })
 	b := newBridge(t, s, nil)
-	b.send(`{"jsonrpc":"2.0","id":0,"method":"initialize","params":{"protocolVersion":"2025-11-25","capabilities":{},"clientInfo":{"name":"t","version":"1"}}}`)
+	b.send(`{"jsonrpc":"2.0","id":0,"method":"initialize","params":{"protocolVersion":"2025-11-25","capabilities":{},` +
+		`"clientInfo":{"name":"t","version":"1"}}}`)
 	b.receive()
 	b.send(`{"jsonrpc":"2.0","id":2,"method":"resources/subscribe","params":{"uri":"test://it"}}`)
 	b.receive()

@@ -5,9 +5,6 @@ import "time"
 // SetBeat sets the time between two keep-alives on a stream.
 func (o *HTTPOptions) SetBeat(beat time.Duration) { o.beat = beat }
 
-// SetInFlight sets how many calls of one owner may run at once.
-func (o *HTTPOptions) SetInFlight(calls int) { o.inFlight = calls }
-
 // SetCalls sets how many calls of one conversation may run, and how many may run or wait.
 func (o *Options) SetCalls(parallel, pending int) { o.parallel, o.pending = parallel, pending }
 

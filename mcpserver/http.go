@@ -7,19 +7,22 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/mark3labs/mcp-go/mcp"
+
+	"soulbox.dev/soulbox/access"
 )
 
 // HTTPOptions configures the HTTP transport; zero values mean the documented defaults.
 type HTTPOptions struct {
 	Admission   Admission
 	SessionIdle time.Duration // after which an unused session ends; default 30 min
-	Rate        float64       // requests per second and owner; default 200
+	// Allowances bound what the requests of each owner take; the default has allowances of its own, with their defaults.
+	Allowances *access.Allowances
 
-	beat     time.Duration // between two keep-alives on a stream
-	inFlight int           // concurrent calls of one owner in all its sessions
+	beat time.Duration // between two keep-alives on a stream
 }
 
 // HTTP is one endpoint for all revisions of MCP: those with sessions (2024-11-05 to 2025-11-25) and the stateless one (2026-07-28). Each
@@ -35,8 +38,23 @@ type HTTP struct {
 	closing  bool
 	sessions map[string]*conversation  // by id
 	clients  map[program]*conversation // of stateless requests
-	owners   map[string]*allowance
-	all      allowance // totals; its rate is not used
+	owners   map[string]*holding
+}
+
+// holding is what the endpoint itself holds for an owner.
+type holding struct {
+	programs int          // stateless clients
+	kept     atomic.Int64 // bytes of answers kept for clients that reconnect
+}
+
+// holding returns what is held for an owner. h.mu is held.
+func (h *HTTP) holding(owner string) *holding {
+	own := h.owners[owner]
+	if own == nil {
+		own = &holding{}
+		h.owners[owner] = own
+	}
+	return own
 }
 
 // program identifies a client of stateless requests: its owner and its name.
@@ -44,19 +62,18 @@ type program struct{ owner, name string }
 
 const (
 	maxBody     = maxMessage
-	maxSessions = 2500     // per owner, and four times as many in all
-	maxReading  = 64 << 20 // bytes of bodies being read, per owner, and four times as many in all
-	leastBurst  = 1000     // requests of one owner at once beyond its rate
-	maxPrograms = 100      // stateless clients of one owner that are told apart by name; all others count as one
-	maxOwnKept  = 8 << 20  // bytes kept for one owner
+	maxPrograms = 100     // stateless clients of one owner that are told apart by name; all others count as one
+	maxOwnKept  = 8 << 20 // bytes kept for one owner
 )
 
 // HTTP makes the HTTP transport. The caller must call Close.
 func (s *Server) HTTP(o HTTPOptions) *HTTP {
-	o.SessionIdle, o.Rate = cmp.Or(o.SessionIdle, 30*time.Minute), cmp.Or(o.Rate, 200)
-	o.beat, o.inFlight = cmp.Or(o.beat, 15*time.Second), cmp.Or(o.inFlight, 1024)
+	o.SessionIdle, o.beat = cmp.Or(o.SessionIdle, 30*time.Minute), cmp.Or(o.beat, 15*time.Second)
+	if o.Allowances == nil {
+		o.Allowances = &access.Allowances{}
+	}
 	h := &HTTP{HTTPOptions: o, s: s, sessions: map[string]*conversation{}, clients: map[program]*conversation{},
-		owners: map[string]*allowance{}}
+		owners: map[string]*holding{}}
 	h.ctx, h.cancel = context.WithCancelCause(context.Background())
 	h.background.Go(h.expire)
 	return h
@@ -150,8 +167,7 @@ func (h *HTTP) end(c *conversation) {
 	h.mu.Lock()
 	if h.sessions[c.id] == c {
 		delete(h.sessions, c.id)
-		h.owners[c.owner].sessions--
-		h.all.sessions--
+		c.counted()
 	}
 	for key, other := range h.clients {
 		if other == c {
@@ -172,7 +188,7 @@ func (h *HTTP) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if !ok {
 		return
 	}
-	if !h.MayAsk(owner) {
+	if !h.Allowances.MayAsk(owner) {
 		tooMany(w, nil)
 		return
 	}
@@ -189,6 +205,12 @@ func (h *HTTP) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 		refuse(w, http.StatusMethodNotAllowed, nil, codeInvalid, r.Method+" is not a method of this endpoint")
 	}
+}
+
+func tooMany(w http.ResponseWriter, id json.RawMessage) {
+	w.Header().Set("Retry-After", "1")
+	refuse(w, http.StatusTooManyRequests, id, codeBusy,
+		"you have sent too many requests, or have too many calls in flight; wait for some of them")
 }
 
 // refuse answers a request that is not accepted.
@@ -338,15 +360,14 @@ func (h *HTTP) initialize(w http.ResponseWriter, r *http.Request, owner string, 
 	c := newConversation(h.ctx, owner, h.s.parallel)
 	c.takeHandle(r)
 	h.mu.Lock()
-	a := h.allowance(owner)
-	full := h.closing || a.sessions >= maxSessions || h.all.sessions >= 4*maxSessions
-	if !full {
-		h.sessions[c.id] = c
-		a.sessions++
-		h.all.sessions++
+	ok := false
+	if !h.closing {
+		if c.counted, ok = h.Allowances.MayOpen(owner); ok {
+			h.sessions[c.id] = c
+		}
 	}
 	h.mu.Unlock()
-	if full {
+	if !ok {
 		refuse(w, http.StatusServiceUnavailable, m.ID, codeBusy, "the server has too many sessions, or is ending; try again later")
 		return
 	}
@@ -371,7 +392,7 @@ func (h *HTTP) client(owner string, m message) *conversation {
 	key := program{owner, info.Name[:min(len(info.Name), 64)]}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	a := h.allowance(owner)
+	a := h.holding(owner)
 	if h.clients[key] == nil && a.programs >= maxPrograms {
 		key.name = ""
 	}

@@ -17,6 +17,7 @@ import (
 	"github.com/mark3labs/mcp-go/mcp"
 	"github.com/mark3labs/mcp-go/server"
 
+	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/internal/sandboxtest"
 	"soulbox.dev/soulbox/mcpserver"
 )
@@ -109,7 +110,7 @@ func newSite(t *testing.T, change func(*mcpserver.HTTPOptions)) *site {
 	s := &site{started: make(chan string, 1000), ended: make(chan error, 1000)}
 	s.mcp = mcpserver.New(mcpserver.Options{MCP: newTools(s), Resources: watched{s}, Name: "test",
 		Tasks: map[string]mcpserver.TaskRule{"slow": {After: 20 * time.Millisecond}}})
-	o := mcpserver.HTTPOptions{Rate: 1e6}
+	o := mcpserver.HTTPOptions{Allowances: &access.Allowances{Rate: 1e6}}
 	if change != nil {
 		change(&o)
 	}
@@ -523,8 +524,7 @@ func TestHTTPOwners(t *testing.T) {
 // TestLimits: an owner that asks for too much gets an error, and others are not disturbed.
 func TestLimits(t *testing.T) {
 	s := newSite(t, func(o *mcpserver.HTTPOptions) {
-		o.Rate = 1
-		o.SetInFlight(2)
+		o.Allowances = &access.Allowances{Rate: 1, Calls: 2}
 		o.Admission.Authenticate = func(_ context.Context, token string) (string, error) { return token, nil }
 	})
 	ann, bob := s.client(true), s.client(true)

@@ -21,7 +21,7 @@ func (h *HTTP) call(w http.ResponseWriter, r *http.Request, c *conversation, m m
 			return
 		}
 	}
-	done, ok := h.take(c.owner)
+	done, ok := h.Allowances.MayCall(c.owner)
 	if !ok {
 		tooMany(w, m.ID)
 		return
@@ -60,7 +60,7 @@ func (h *HTTP) newCallStream(w http.ResponseWriter, r *http.Request, c *conversa
 	st.resumable = !m.modern()
 	st.priming = st.resumable && c.session(m, nil).ProtocolVersion() >= mcp.ProtocolVersion20251125
 	h.mu.Lock()
-	kept := &h.allowance(c.owner).kept
+	kept := &h.holding(c.owner).kept
 	h.mu.Unlock()
 	st.kept = kept
 	if !m.modern() {

@@ -74,6 +74,8 @@ type conversation struct {
 	slots  chan struct{}
 	feed   *feed
 	values sync.Map // what other packages keep for the conversation
+	// counted gives back what a session takes of its owner's allowance; nil for conversations that are none.
+	counted func()
 
 	calls sync.WaitGroup
 

@@ -380,7 +380,9 @@ func TestNegotiation(t *testing.T) {
 	}
 	// 2026-07-28 has no handshake: each request carries its version.
 	c := connect(t, mcpserver.Stdio{Server: newServer(nil, nil)})
-	c.send(`{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"echo","arguments":{"text":"hi"},"_meta":{"io.modelcontextprotocol/protocolVersion":"2026-07-28","io.modelcontextprotocol/clientInfo":{"name":"t","version":"1"},"io.modelcontextprotocol/clientCapabilities":{}}}}`)
+	c.send(`{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"echo","arguments":{"text":"hi"},` +
+		`"_meta":{"io.modelcontextprotocol/protocolVersion":"2026-07-28","io.modelcontextprotocol/clientInfo":{"name":"t",` +
+		`"version":"1"},"io.modelcontextprotocol/clientCapabilities":{}}}}`)
 	if r := c.receive(); r.Error != nil || len(r.Result.Content) != 1 || r.Result.Content[0].Text != "hi" {
 		t.Errorf("2026-07-28: %+v %+v", r, r.Error)
 	}
@@ -423,7 +425,8 @@ func TestNotesOnStdio(t *testing.T) {
 			for i := range calls {
 				free <- struct{}{}
 				fmt.Fprintf(c.in,
-					`{"jsonrpc":"2.0","id":%d,"method":"tools/call","params":{"name":"notes","arguments":{},"_meta":{%s"progressToken":"t%d"}}}`+"\n", i, meta, i)
+					`{"jsonrpc":"2.0","id":%d,"method":"tools/call","params":{"name":"notes","arguments":{},`+
+						`"_meta":{%s"progressToken":"t%d"}}}`+"\n", i, meta, i)
 			}
 		}()
 		told := map[string]int{}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/mark3labs/mcp-go/server"
 
+	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/agent"
 	"soulbox.dev/soulbox/internal/sandboxtest"
 	"soulbox.dev/soulbox/mcpserver"
@@ -45,7 +46,8 @@ func newSite(t *testing.T) *site {
 	store.InUse = m.Images
 	s := mcpserver.New(mcpserver.Options{MCP: server.NewMCPServer("test", "1"), Name: "test",
 		Resources: resources.New(resources.Options{Manager: m, Store: store, NotFound: mcpserver.ErrNoResource})})
-	h := s.HTTP(mcpserver.HTTPOptions{Rate: 1e6, Admission: mcpserver.Admission{Required: func() bool { return true },
+	h := s.HTTP(mcpserver.HTTPOptions{Allowances: &access.Allowances{Rate: 1e6}, Admission: mcpserver.Admission{
+		Required:     func() bool { return true },
 		Authenticate: func(_ context.Context, token string) (string, error) { return token, nil }}})
 	web := httptest.NewServer(h)
 	t.Cleanup(func() {

@@ -6,7 +6,8 @@ import (
 	"time"
 )
 
-// Description is a sandbox as MCP's results and resources show it. Times are RFC 3339, sizes MiB, durations ms.
+// Description is a sandbox as JSON, with texts for its schema, so that all who show it show the same. Times are RFC 3339, sizes MiB,
+// durations ms.
 type Description struct {
 	SandboxID string            `json:"sandbox_id"`
 	State     string            `json:"state"`
@@ -40,7 +41,7 @@ type Description struct {
 	Notice    string            `json:"notice,omitempty" jsonschema:"what was lost when it was resumed"`
 }
 
-// Protection is Protect in arguments and results.
+// Protection is Protect as JSON.
 type Protection struct {
 	Every  string `json:"every" jsonschema:"such as 5m, or off"`
 	Memory bool   `json:"memory,omitempty" jsonschema:"processes too"`

@@ -31,6 +31,11 @@ func (s *Sandbox) ContainNow(over *OverError) {
 	(&link{s: s, machine: machine}).contain(over)
 }
 
+// EndIfOver ends the sandbox as its keeper does that has just found that its time is over.
+func (s *Sandbox) EndIfOver() error {
+	return s.endIf(Killed, CauseTimeout, func() bool { return (&keeper{s: s}).isOver(CauseTimeout) })
+}
+
 // AdoptSilent adopts an unowned sandbox as if its agent had been silent for long.
 func (m *Manager) AdoptSilent(id string) error {
 	lock, err := m.store.orphan(id)

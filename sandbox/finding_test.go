@@ -66,6 +66,9 @@ func TestOver(t *testing.T) {
 				info.AutoResume {
 				t.Fatalf("%+v", info)
 			}
+			if tried := fake.Pauses(); test.state == sandbox.Failed && tried != 3 {
+				t.Fatalf("it was tried %d times to pause it", tried)
+			}
 			_, err := sb.Agent(t.Context(), "run in")
 			if !errors.Is(err, sandbox.ErrState) || !strings.Contains(err.Error(), took) {
 				t.Fatal("the next call does not tell why:", err)
@@ -132,8 +135,9 @@ func TestStopped(t *testing.T) {
 	}
 }
 
-// TestRelink: the end of a pipe is not the end of a machine whose processes exist.
+// TestRelink: the end of a pipe is not the end of a machine whose processes exist. One whose pipe ends again and again is paused.
 func TestRelink(t *testing.T) {
+	t.Parallel() // it mostly waits
 	fake, dir := &sandboxtest.Fake{}, t.TempDir()
 	m := newManager(t, dir, fake, nil)
 	sb := create(t, m, sandbox.CreateOptions{})
@@ -142,16 +146,24 @@ func TestRelink(t *testing.T) {
 		t.Fatal(err)
 	}
 	sandboxtest.Run(t, client, "true")
-	fake.Cut(filepath.Join(dir, "sandboxes", sb.ID()))
-	sandboxtest.Eventually(t, "its agent is reconnected", func() bool {
-		again, err := sb.Agent(t.Context(), "use")
-		return err == nil && again != client
-	})
-	again, err := sb.Agent(t.Context(), "use")
-	if err != nil || again.Boot() != client.Boot() {
-		t.Fatal(err)
+	for range 3 {
+		fake.Cut(filepath.Join(dir, "sandboxes", sb.ID()))
+		again := client
+		sandboxtest.Eventually(t, "its agent is reconnected", func() bool {
+			again, err = sb.Agent(t.Context(), "use")
+			return err == nil && again != client
+		})
+		if again.Boot() != client.Boot() {
+			t.Fatal("another agent answers")
+		}
+		sandboxtest.Run(t, again, "true")
+		client = again
 	}
-	sandboxtest.Run(t, again, "true")
+	fake.Cut(filepath.Join(dir, "sandboxes", sb.ID()))
+	sandboxtest.Eventually(t, "it is paused", func() bool { return sb.Info().State == sandbox.Paused })
+	if info := sb.Info(); info.Cause != string(sandbox.CauseSilent) || info.AutoResume {
+		t.Fatalf("%+v", info)
+	}
 }
 
 // TestProtect: a failed sandbox is resumed from its last copy, and Notice says what is missing; a copy is made only if something changed.

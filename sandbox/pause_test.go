@@ -545,6 +545,19 @@ func TestReclaimOfResumed(t *testing.T) {
 	}
 }
 
+// TestEndOfExtended: a sandbox whose time was over when its keeper looked, and that its owner has extended since then, is not ended.
+func TestEndOfExtended(t *testing.T) {
+	m := newManager(t, t.TempDir(), &sandboxtest.Fake{}, nil)
+	sb := create(t, m, sandbox.CreateOptions{Times: sandbox.Times{Life: time.Minute, OnTimeout: sandbox.ActionKill}})
+	hour := time.Hour
+	if _, err := sb.Update(t.Context(), sandbox.Update{Extend: &hour}); err != nil {
+		t.Fatal(err)
+	}
+	if err := sb.EndIfOver(); err == nil || sb.Info().State != sandbox.Running {
+		t.Fatal(err, sb.Info().State)
+	}
+}
+
 // TestAsleepIsNobodys: a sandbox on disk belongs to the first server that is asked for it; until then all servers list it.
 func TestAsleepIsNobodys(t *testing.T) {
 	fake, dir := &sandboxtest.Fake{}, t.TempDir()

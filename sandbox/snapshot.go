@@ -197,7 +197,7 @@ func (s *Sandbox) Fork(ctx context.Context, count int, metadata map[string]strin
 	shared, done, err := s.m.store.tempSnapshot()
 	if err == nil {
 		defer func() { err = errors.Join(err, done()) }()
-		err = os.Rename(from, filepath.Join(shared, "checkpoint"))
+		err = s.m.store.RenameVolatile(from, filepath.Join(shared, "checkpoint")) // after a power cut there are no copies that need it
 	}
 	over()
 	if err != nil {

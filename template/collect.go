@@ -136,7 +136,7 @@ func (s *Store) sweep(want int64) (gone []string, err error) {
 		}
 		file, to := s.file(sp.kind, sp.name), s.file(sp.kind, gonePrefix+rand.Text())
 		freed, serr := sizeOf(file)
-		if rerr := os.Rename(file, to); rerr != nil {
+		if rerr := s.Durable.RenameVolatile(file, to); rerr != nil { // what a power cut brings back is as unneeded as before
 			err = errors.Join(err, serr, rerr)
 			continue
 		}

@@ -247,7 +247,7 @@ func (s *stageRun) unpackArchive(ctx context.Context, files *Files, n *erofs.Nod
 	if err != nil {
 		return err
 	}
-	return errors.Join(s.client.Unpack(ctx, dest, &atMost{r: r, left: maxContext}), r.Close())
+	return errors.Join(s.client.Unpack(ctx, dest, atMost(r, maxContext)), r.Close())
 }
 
 // owner returns the numbers of --chown. The default is root; files of other stages and images keep their owners.

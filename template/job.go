@@ -12,7 +12,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"soulbox.dev/soulbox/access"
-	"soulbox.dev/soulbox/internal/durable"
 )
 
 // payer is the owner whose account is charged for work. The zero value charges nothing.
@@ -100,7 +99,7 @@ func (j *job) write(ctx context.Context, kind string, fill func(*os.File) (name 
 		if err := j.note(name); err != nil {
 			return err
 		}
-		return durable.Disk{}.Rename(temp, name)
+		return j.Durable.Rename(temp, name)
 	})
 }
 

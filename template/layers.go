@@ -12,6 +12,8 @@ import (
 	"strings"
 
 	"github.com/klauspost/compress/gzip"
+
+	"soulbox.dev/soulbox/agent"
 )
 
 // Media types of the layers that can be read.
@@ -25,7 +27,7 @@ const (
 func (j *job) newLayer(ctx context.Context, from io.Reader, limit int64, createdBy string) (Layer, error) {
 	l := Layer{MediaType: mediaGzip, CreatedBy: createdBy}
 	whole, inner := sha256.New(), sha256.New()
-	body := io.TeeReader(j.whileSpace(&atMost{r: &untilDone{ctx, from}, left: limit}), inner)
+	body := io.TeeReader(j.whileSpace(atMost(&untilDone{ctx, from}, limit)), inner)
 	err := j.write(ctx, "layers", func(f *os.File) (string, error) {
 		if err := compress(io.MultiWriter(f, whole), body); err != nil {
 			return "", err
@@ -100,18 +102,8 @@ func decompress(ctx context.Context, p payer, f io.ReadCloser, mediaType string)
 }
 
 // atMost fails if there are more than left bytes to read.
-type atMost struct {
-	r    io.Reader
-	left int64
-}
-
-// Read implements io.Reader.
-func (a *atMost) Read(p []byte) (int, error) {
-	n, err := a.r.Read(p)
-	if a.left -= int64(n); a.left < 0 {
-		return 0, fmt.Errorf("%w: its files are too large", ErrLayer)
-	}
-	return n, err
+func atMost(r io.Reader, left int64) io.Reader {
+	return &agent.AtMost{R: r, Left: left, Err: fmt.Errorf("%w: its files are too large", ErrLayer)}
 }
 
 // untilDone reads until ctx ends.

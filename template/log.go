@@ -72,8 +72,10 @@ func (s *Store) newLog(id, owner, name string, each func(Line)) (*buildLog, erro
 	if err := errors.Join(s.makeKind("builds"), os.MkdirAll(dir, 0o700)); err != nil {
 		return nil, err
 	}
-	if err := errors.Join(os.WriteFile(filepath.Join(dir, "owner"), []byte(owner), 0o600),
-		os.WriteFile(filepath.Join(dir, "name"), []byte(name), 0o600)); err != nil {
+	// The owner decides who may read the log, so it is on disk before the first line. The lines themselves are not synced: a power cut ends
+	// the build, and may cost the last of them.
+	if err := errors.Join(s.Durable.Replace(filepath.Join(dir, "owner"), []byte(owner), 0o600),
+		s.Durable.Replace(filepath.Join(dir, "name"), []byte(name), 0o600)); err != nil {
 		return nil, err
 	}
 	f, err := os.OpenFile(filepath.Join(dir, logFile), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)

@@ -237,7 +237,7 @@ func (j *job) verifyLayer(ctx context.Context, l Layer) error {
 		}
 		defer r.Close()
 		sum := sha256.New()
-		if _, err := io.Copy(sum, &atMost{r: &untilDone{ctx, r}, left: maxImage}); err != nil {
+		if _, err := io.Copy(sum, atMost(&untilDone{ctx, r}, maxImage)); err != nil {
 			return err
 		}
 		got = []byte(digestOf(sum))

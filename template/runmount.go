@@ -189,7 +189,7 @@ func (m *mounts) cache(ctx context.Context, want *instructions.Mount, dir, targe
 		limit := m.s.sb.Info().Limits.Disk + layerSlack
 		return m.s.Store.write("caches", file, func(f *os.File) error {
 			return compress(f,
-				&atMost{r: m.s.Store.whileSpace(r), left: limit})
+				atMost(m.s.Store.whileSpace(r), limit))
 		})
 	})
 	return nil

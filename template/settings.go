@@ -58,7 +58,8 @@ var deniedPaths = []string{
 }
 
 // secret matches what looks like a password or a key in a text: NAME = VALUE, <name>VALUE<, //user:password@host, "machine … password …".
-var secret = regexp.MustCompile(`(?im)^[^#;\n]*(?:(?:passw(?:or)?d|passphrase|secret|token|api_?key|access_?key|bindpw|credentials?|_auth)["']?` +
+var secret = regexp.MustCompile(`(?im)^[^#;\n]*(?:(?:passw(?:or)?d|passphrase|secret|token|api_?key|access_?key|bindpw|` +
+	`credentials?|_auth)["']?` +
 	`(?:[ \t]*[:=][ \t]*|>)["']?[^\s"'<]|//[^/\s:@]+:[^/\s@]+@|\bpassword[ \t]+\S+[ \t]*$)`)
 
 var privateKey = []byte("PRIVATE KEY-----")

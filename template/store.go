@@ -41,6 +41,8 @@ type Store struct {
 	// Budget is how many bytes of disk the whole store may take; default a tenth of the disk, at least 4 and at most 20 GB.
 	Budget int64
 	Log    *slog.Logger // default none
+	// Durable changes the files. Its Fault is for tests.
+	Durable durable.Disk
 
 	mu   sync.Mutex
 	root string // of the host template, once it is made
@@ -334,10 +336,11 @@ func (s *Store) collectNow() {
 
 // write makes a file that is complete when it gets its name. Only the server's user can read it.
 func (s *Store) write(kind, name string, fill func(*os.File) error) error {
-	return s.writeNamed(kind, func(f *os.File) (string, error) { return name, fill(f) }, durable.Disk{}.Rename)
+	return s.writeNamed(kind, func(f *os.File) (string, error) { return name, fill(f) }, s.Durable.Rename)
 }
 
-// writeNamed is write for a file whose name follows from its content; place renames it.
+// writeNamed is write for a file whose name follows from its content; place renames it by s.Durable. It is not durable.Disk.Make, since
+// others must see by a lock that the temporary file's maker lives, and may not collect the file between its name and its use.
 func (s *Store) writeNamed(kind string, fill func(*os.File) (name string, err error), place func(temp, name string) error) (err error) {
 	f, err := s.temp(kind)
 	if err != nil {
@@ -345,7 +348,9 @@ func (s *Store) writeNamed(kind string, fill func(*os.File) (name string, err er
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, os.Remove(f.Name()))
+			if _, ferr := s.Durable.Step("remove", f.Name(), 0); ferr == nil { // otherwise tidy removes it
+				err = errors.Join(err, os.Remove(f.Name()))
+			}
 		}
 		err = errors.Join(err, f.Close()) // it is locked until here
 	}()
@@ -359,8 +364,7 @@ func (s *Store) writeNamed(kind string, fill func(*os.File) (name string, err er
 // writeText is write for a text.
 func (s *Store) writeText(kind, name string, text []byte) error {
 	return s.write(kind, name, func(f *os.File) error {
-		_, err := f.Write(text)
-		return err
+		return s.Durable.Write(f, text)
 	})
 }
 

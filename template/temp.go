@@ -47,6 +47,9 @@ func (s *Store) temp(kind string) (*os.File, error) {
 	if err := s.makeKind(kind); err != nil {
 		return nil, err
 	}
+	if _, err := s.Durable.Step("create", s.file(kind, ""), 0); err != nil {
+		return nil, err
+	}
 	for {
 		f, err := os.CreateTemp(s.file(kind, ""), tempPrefix)
 		if err != nil {

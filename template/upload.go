@@ -36,7 +36,7 @@ func (s *Store) SaveUpload(owner, name string, from io.Reader) error {
 	if err != nil {
 		return err
 	}
-	body := &atMost{r: from, left: min(left, maxContext)}
+	body := atMost(from, min(left, maxContext))
 	err = s.write("uploads", s.uploadFile(owner, name), func(f *os.File) error {
 		_, err := io.Copy(f, s.whileSpace(body))
 		return err

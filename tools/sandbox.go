@@ -30,22 +30,25 @@ func (s *Toolbox) sandboxTools() []tool {
 }
 
 type sandboxCreateInput struct {
-	Template      string              `json:"template,omitempty" jsonschema:"or a snapshot; default base, else host: this machine's programs"`
-	Metadata      map[string]string   `json:"metadata,omitempty" jsonschema:"to find it by"`
-	Env           map[string]string   `json:"env,omitempty" jsonschema:"environment of all its processes"`
-	TimeoutMS     int64               `json:"timeout_ms,omitempty" jsonschema:"life time; default 3600000"`
-	MaxLifetimeMS int64               `json:"max_lifetime_ms,omitempty" jsonschema:"bound of all extensions; default none"`
-	IdleMS        int64               `json:"idle_timeout_ms,omitempty" jsonschema:"without a call; default none"`
-	OnTimeout     string              `json:"on_timeout,omitempty" enum:"pause,kill" jsonschema:"default pause: to disk"`
-	GraceMS       int64               `json:"grace_ms,omitempty" jsonschema:"for work to finish at the end"`
-	AutoResume    *bool               `json:"auto_resume,omitempty" jsonschema:"calls resume it after a timeout; default true"`
-	CPU           float64             `json:"cpu,omitempty" jsonschema:"cores; default 2"`
-	MemoryMB      int64               `json:"memory_mb,omitempty" jsonschema:"default 1024"`
-	DiskMB        int64               `json:"disk_mb,omitempty" jsonschema:"default 10240"`
-	Pids          int64               `json:"pids,omitempty" jsonschema:"processes at once; default 512"`
-	Network       string              `json:"network,omitempty" jsonschema:"by HTTP proxy: none (default), full, or domains and ranges: pypi.org,*.debian.org"`
-	Protect       *sandbox.Protection `json:"protect,omitempty" jsonschema:"save it regularly, to resume from if it fails"`
-	DiskInMemory  bool                `json:"disk_in_memory,omitempty" jsonschema:"half of memory at most; smaller when idle"`
+	Template string `json:"template,omitempty" jsonschema:"or a snapshot; default base, else host: this machine's programs"`
+
+	Metadata      map[string]string `json:"metadata,omitempty" jsonschema:"to find it by"`
+	Env           map[string]string `json:"env,omitempty" jsonschema:"environment of all its processes"`
+	TimeoutMS     int64             `json:"timeout_ms,omitempty" jsonschema:"life time; default 3600000"`
+	MaxLifetimeMS int64             `json:"max_lifetime_ms,omitempty" jsonschema:"bound of all extensions; default none"`
+	IdleMS        int64             `json:"idle_timeout_ms,omitempty" jsonschema:"without a call; default none"`
+	OnTimeout     string            `json:"on_timeout,omitempty" enum:"pause,kill" jsonschema:"default pause: to disk"`
+	GraceMS       int64             `json:"grace_ms,omitempty" jsonschema:"for work to finish at the end"`
+	AutoResume    *bool             `json:"auto_resume,omitempty" jsonschema:"calls resume it after a timeout; default true"`
+	CPU           float64           `json:"cpu,omitempty" jsonschema:"cores; default 2"`
+	MemoryMB      int64             `json:"memory_mb,omitempty" jsonschema:"default 1024"`
+	DiskMB        int64             `json:"disk_mb,omitempty" jsonschema:"default 10240"`
+	Pids          int64             `json:"pids,omitempty" jsonschema:"processes at once; default 512"`
+
+	Network string `json:"network,omitempty" jsonschema:"by HTTP proxy: none (default), full, or domains and ranges: pypi.org,*.debian.org"`
+
+	Protect      *sandbox.Protection `json:"protect,omitempty" jsonschema:"save it regularly, to resume from if it fails"`
+	DiskInMemory bool                `json:"disk_in_memory,omitempty" jsonschema:"half of memory at most; smaller when idle"`
 }
 
 // sandboxInfo describes a sandbox in results.
@@ -203,12 +206,14 @@ func (s *Toolbox) sandboxCreate(ctx context.Context, in sandboxCreateInput) (san
 
 type sandboxListInput struct {
 	Metadata map[string]string `json:"metadata,omitempty" jsonschema:"all pairs must match"`
-	State    string            `json:"state,omitempty" enum:"creating,running,paused,killed,failed" jsonschema:"default all that have not ended"`
-	Template string            `json:"template,omitempty"`
-	Since    string            `json:"since,omitempty" jsonschema:"made since then (RFC 3339), or so long ago"`
-	Until    string            `json:"until,omitempty" jsonschema:"made before"`
-	Limit    int               `json:"limit,omitempty" jsonschema:"default 50"`
-	Cursor   string            `json:"cursor,omitempty" jsonschema:"next_cursor of the last page"`
+
+	State string `json:"state,omitempty" enum:"creating,running,paused,killed,failed" jsonschema:"default all that have not ended"`
+
+	Template string `json:"template,omitempty"`
+	Since    string `json:"since,omitempty" jsonschema:"made since then (RFC 3339), or so long ago"`
+	Until    string `json:"until,omitempty" jsonschema:"made before"`
+	Limit    int    `json:"limit,omitempty" jsonschema:"default 50"`
+	Cursor   string `json:"cursor,omitempty" jsonschema:"next_cursor of the last page"`
 }
 
 type sandboxListOutput struct {

@@ -250,7 +250,8 @@ func TestToolsets(t *testing.T) {
 	for tool, c := range map[string]struct {
 		o   tools.Options
 		why string
-	}{"file_watch": {tools.Options{Toolsets: []string{"files", "core"}}, `it is in the toolset \"watch\", and this server was started with ` +
+	}{"file_watch": {tools.Options{Toolsets: []string{"files", "core"}}, `it is in the toolset \"watch\",` +
+		` and this server was started with ` +
 		`--toolsets files,core`}, "sandbox_kill": {tools.Options{ReadOnly: true}, "--read-only"}, "nothing": {tools.Options{}, "not found"},
 		"file_url": {tools.Options{}, "file_read with encoding base64"}} {
 		answer, err := json.Marshal(register(c.o).HandleMessage(t.Context(),

@@ -39,6 +39,9 @@ type outputPipe struct {
 	token  token
 	fd     int
 	stream int
+	// terminal says that it is our end of a pseudo-terminal.
+	terminal bool
+
 	output *spool
 	eof    chan struct{} // closed when no process can write any more
 
@@ -72,9 +75,9 @@ func (c *collector) close() {
 	}
 }
 
-// add takes over the non-blocking reading end of a pipe.
-func (c *collector) add(fd, stream int, output *spool) *outputPipe {
-	p := &outputPipe{fd: fd, stream: stream, output: output, eof: make(chan struct{})}
+// add takes over the non-blocking reading end of a pipe, or of a terminal.
+func (c *collector) add(fd, stream int, terminal bool, output *spool) *outputPipe {
+	p := &outputPipe{fd: fd, stream: stream, terminal: terminal, output: output, eof: make(chan struct{})}
 	c.mu.Lock()
 	c.seq++
 	p.token = c.seq
@@ -285,5 +288,10 @@ func (p *outputPipe) empty() bool {
 		return true
 	}
 	n, err := rawsys.Pending(p.fd)
+	if n == 0 && err == nil && p.terminal { // Linux passes its output on later; poll(2) waits for that (n_tty.c:n_tty_poll)
+		ready := []unix.PollFd{{Fd: int32(p.fd), Events: unix.POLLIN}}
+		_, _ = unix.Poll(ready, 0) // after an error it looks empty
+		return ready[0].Revents&unix.POLLIN == 0
+	}
 	return err != nil || n == 0
 }

@@ -22,7 +22,7 @@ func TestDrainUnreported(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := newSpool(t.TempDir())
-	p := c.add(fds[0], agent.OnStdout, s)
+	p := c.add(fds[0], agent.OnStdout, false, s)
 	if err := c.control(unix.EPOLL_CTL_DEL, p.fd, p.token); err != nil {
 		t.Fatal(err)
 	}
@@ -40,5 +40,17 @@ func TestDrainUnreported(t *testing.T) {
 	}
 	if got, _ := s.sizes(); got != int64(written) {
 		t.Errorf("%d bytes are moved, want %d", got, written)
+	}
+}
+
+// TestTerminalOutputAtEnd: what a program at a terminal wrote right before its end is there at its end.
+func TestTerminalOutputAtEnd(t *testing.T) {
+	c, _ := pair(t)
+	for range 50 {
+		s := start(t, c, agent.StartRequest{Command: "echo hello", Terminal: &agent.Terminal{Rows: 24, Cols: 80}, WaitMS: 60_000,
+			Window: agent.Window{Head: 1000}})
+		if !strings.Contains(string(s.Output.Head), "hello") {
+			t.Fatalf("the output is %q", s.Output.Head)
+		}
 	}
 }

@@ -97,7 +97,8 @@ func (s *Server) makeOutputs(user identity) (*outputs, error) {
 		}
 	}
 	// Add them before a process has them: when both have output, epoll would report pipes added later in the order of adding.
-	o.pipes = []*outputPipe{s.collector.add(made[0][0], agent.OnStdout, o.spool), s.collector.add(made[1][0], agent.OnStderr, o.spool)}
+	o.pipes = []*outputPipe{s.collector.add(made[0][0], agent.OnStdout, false, o.spool),
+		s.collector.add(made[1][0], agent.OnStderr, false, o.spool)}
 	o.ends = [2]int{made[0][1], made[1][1]}
 	if err := s.giveOutputs(o, user); err != nil {
 		o.closeEnds()

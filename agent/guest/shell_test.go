@@ -49,7 +49,8 @@ func TestShellRemembers(t *testing.T) {
 	r.expect("pwd", dir+"/a b/c\n")
 	r.run("cd ..")
 	r.expect("cd - >/dev/null; pwd", dir+"/a b/c\n")
-	r.run(`export X=1 Y=$'two\nlines\t"$\\' Z='é \x'; n=5; arr=(1 "2 3"); declare -A m=([k]='v w'); readonly ro=7; f() { echo "f $1 $n"; }; export -f f`)
+	r.run(`export X=1 Y=$'two\nlines\t"$\\' Z='é \x'; n=5; arr=(1 "2 3"); declare -A m=([k]='v w'); readonly ro=7; ` +
+		`f() { echo "f $1 $n"; }; export -f f`)
 	r.expect(`echo "$X|$Y|$Z|$n|${arr[1]}|${m[k]}|$ro"`, "1|two\nlines\t\"$\\|é \\x|5|2 3|v w|7\n")
 	r.expect("f x; bash -c 'f y'", "f x 5\nf y \n")
 	r.run("unset X n; unset -f f; X2=${X-gone}")

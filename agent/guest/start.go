@@ -132,7 +132,7 @@ func (s *Server) runOnTerminal(p *process, env []string) (*os.File, error) {
 	defer child.Close()
 	p.output = newSpool(s.opts.SpoolDir)
 	p.holdFirst()
-	p.pipes = []*outputPipe{s.collector.add(reader, agent.OnStdout, p.output)}
+	p.pipes = []*outputPipe{s.collector.add(reader, agent.OnStdout, true, p.output)}
 	var launched error
 	if err := control(child, func(fd uintptr) error {
 		launched = s.launch(p, env, [3]int{int(fd), int(fd), int(fd)})

@@ -8,13 +8,9 @@ import (
 	"os/signal"
 	"runtime"
 	"runtime/debug"
-	"slices"
-	"strconv"
 	"syscall"
-	"time"
 
 	"soulbox.dev/soulbox/agent/guest"
-	"soulbox.dev/soulbox/agent/guest/rawsys"
 )
 
 // version is set by the linker.
@@ -35,9 +31,6 @@ func run(args []string) error {
 	runtime.GOMAXPROCS(min(runtime.GOMAXPROCS(0), maxProcs))
 	if len(args) == 1 && args[0] == "attach" {
 		return guest.Attach(os.Stdin, os.Stdout)
-	}
-	if len(args) == 2 && args[0] == "forkexec" {
-		return forkExec(args[1])
 	}
 	image := len(args) == 2 && args[1] == "image" // the root is an image, in which files have the right owners
 	if len(args) == 0 || args[0] != "init" || len(args) > 1 && !image || os.Getpid() != 1 {
@@ -66,22 +59,4 @@ func run(args []string) error {
 	signal.Notify(again, syscall.SIGUSR2)
 	server.ServeStdio(os.NewFile(0, "stdin"), os.NewFile(1, "stdout"), again)
 	return nil
-}
-
-// forkExec prints the median time, in microseconds, of fork, exec and wait of /bin/true here: the minimum for every exec, for the
-// benchmark.
-func forkExec(count string) error {
-	n, err := strconv.Atoi(count)
-	if err != nil || n <= 0 {
-		return errors.New("forkexec: give a number")
-	}
-	times := make([]time.Duration, n)
-	for i := range times {
-		if times[i], err = rawsys.TimeSpawn("/bin/true"); err != nil {
-			return err
-		}
-	}
-	slices.Sort(times)
-	_, err = fmt.Println(times[n/2].Microseconds())
-	return err
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/mark3labs/mcp-go/mcp"
 	"github.com/mark3labs/mcp-go/server"
 
+	"soulbox.dev/soulbox/access"
 	"soulbox.dev/soulbox/internal/sandboxtest"
 	"soulbox.dev/soulbox/mcpserver"
 )
@@ -25,7 +26,7 @@ func benchHTTP(b *testing.B, t *table) {
 		})
 		return m
 	}
-	ours := mcpserver.New(mcpserver.Options{MCP: echo()}).HTTP(mcpserver.HTTPOptions{Rate: 1e9})
+	ours := mcpserver.New(mcpserver.Options{MCP: echo()}).HTTP(mcpserver.HTTPOptions{Allowances: &access.Allowances{Rate: 1e9}})
 	defer ours.Close(0)
 	for _, modern := range []bool{false, true} {
 		era := map[bool]string{false: "2025-11-25", true: "2026-07-28"}[modern]

@@ -19,6 +19,7 @@ import (
 // notRunHere are the blocks of commands that TestDocCommands does not run, by one of their lines, with the reason.
 var notRunHere = map[string]string{
 	"make demo":                      "TestDoctorAndDemo runs the demo; this is make test",
+	"make lint":                      "this is make test",
 	"claude mcp add":                 "a client's command; TestWork starts the program as it says",
 	`{"mcpServers"`:                  "a configuration; TestWork starts the program as it says",
 	"[mcp_servers.soulbox]":          "a configuration; TestWork starts the program as it says",
@@ -30,10 +31,69 @@ var notRunHere = map[string]string{
 	"export E2B_API_KEY=e2b_…":       "settings; make conformance",
 }
 
-// documents are the pages whose commands the test runs.
-var documents = []string{
-	"README.md", "examples/README.md", "docs/tools.md", "docs/sandboxes.md", "docs/templates.md", "docs/network.md", "docs/http.md",
-	"docs/cli.md", "docs/e2b.md", "docs/api.md", "docs/limits.md", "docs/threats.md", "docs/troubleshooting.md",
+// withoutExamples are the documents that have no example for a reader to run, with the reason. A name that ends in / is a directory.
+var withoutExamples = map[string]string{
+	"AGENTS.md":             "its commands are the targets of the Makefile, which run these tests",
+	"CHANGELOG.md":          "a list of changes",
+	"SECURITY.md":           "a policy",
+	"agent/PROTOCOL.md":     "what is said on the pipe between host and agent",
+	"docs/architecture.md":  "how the code is made; its blocks are a drawing and a list of files",
+	"docs/gvisor.md":        "what gVisor does",
+	"docs/protocol.md":      "what MCP and E2B demand",
+	"docs/upstream/":        "reports for other projects, in their checkouts",
+	"tools/instructions.md": "a text for models",
+}
+
+// documents are the documents of the repository whose commands the test runs: all others.
+func documents(t *testing.T) (all []string) {
+	t.Helper()
+	root := filepath.Dir(repository(t, "README.md"))
+	var files []string
+	if out, err := exec.Command("git", "-C", root, "-c", "safe.directory=*", "ls-files", "*.md").Output(); err == nil {
+		files = strings.Fields(string(out))
+	} else if err := fs.WalkDir(os.DirFS(root), ".", func(name string, entry fs.DirEntry, err error) error {
+		if err == nil && entry.IsDir() && (entry.Name() == "node_modules" || name != "." && strings.HasPrefix(entry.Name(), ".")) {
+			return fs.SkipDir
+		}
+		if err != nil && name != "." && errors.Is(err, fs.ErrPermission) { // the home of an ordinary user, who sees only copies
+			return fs.SkipDir
+		}
+		if strings.HasSuffix(name, ".md") {
+			files = append(files, name)
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range files {
+		if withoutExamples[name] == "" && withoutExamples[filepath.Dir(name)+"/"] == "" {
+			all = append(all, name)
+		}
+	}
+	return all
+}
+
+// TestDocExamples: every document has an example that TestDocCommands runs or says why not, or is one of those that have none; those show
+// no command of ours either.
+func TestDocExamples(t *testing.T) {
+	for _, name := range documents(t) {
+		if len(docBlocks(t, name)) == 0 {
+			t.Errorf("%s has no example: give one, or say why not in withoutExamples", name)
+		}
+	}
+	root := filepath.Dir(repository(t, "README.md"))
+	for name, reason := range withoutExamples {
+		if _, err := os.Stat(filepath.Join(root, "go.mod")); err != nil || strings.HasSuffix(name, "/") {
+			continue // an ordinary user has only copies of some documents
+		}
+		for _, b := range docBlocks(t, name) {
+			for _, line := range b.lines {
+				if first, _, _ := strings.Cut(line, " "); strings.HasPrefix(line, "bin/") || first == "soulbox" || first == "curl" {
+					t.Errorf("%s shows %q, and is said to have no examples: %s", name, line, reason)
+				}
+			}
+		}
+	}
 }
 
 // repository is the path of a file or directory of the repository that tests read; for an ordinary user it is a copy (sandboxtest.Main).
@@ -88,7 +148,7 @@ func docBlocks(t *testing.T, name string) (all []block) {
 // TestDocCommands runs the commands of all documents as they are printed, each document's in one shell, in a checkout and a home of its
 // own. Only the port of 'http' differs, as this machine may run a server.
 func TestDocCommands(t *testing.T) {
-	for _, name := range documents {
+	for _, name := range documents(t) {
 		t.Run(name, func(t *testing.T) {
 			var script strings.Builder
 			ran := 0

@@ -95,7 +95,7 @@ const (
 	portsEvery  = 200 * time.Millisecond // between two checks which ports are open
 	ownPorts    = 1024                   // ports below may belong to this machine's own services
 	maxReported = 64                     // taken ports that are logged
-	maxServed   = 256                    // ports served at once
+	maxServed   = 64                     // ports served at once: as many as a sandbox may expose
 )
 
 // servePorts serves the ports of a sandbox at the same numbers of this machine's loopback, where debug mode looks for them, while something

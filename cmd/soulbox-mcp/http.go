@@ -189,10 +189,10 @@ func runHTTP(ctx context.Context, args []string, getenv func(string) string, std
 	defer func() { err = errors.Join(err, s.Close()) }()
 	door := c.door(s.log)
 	defer door.Watch()()
-	endpoint := s.mcp.HTTP(mcpserver.HTTPOptions{Admission: c.admission(public, door), SessionIdle: c.idle, Rate: c.rate})
-	s.gateway.OwnerValid = door.AdmitOwner
+	endpoint := s.mcp.HTTP(c.endpoint(public, door))
+	s.gateway.OwnerValid, s.gateway.NewKey = door.AdmitOwner, door.NewKey
 	s.metrics.watch(s.manager, s.descriptors, endpoint.Sessions)
-	control := c.control(s, endpoint, door)
+	control := c.control(s, door)
 	defer control.Close()
 	defer s.alsoLocal("http", getenv)()
 	web, err := c.web(s, endpoint, control, public)
@@ -273,9 +273,9 @@ func (c *httpConfig) setDomain(public string) (err error) {
 }
 
 // control makes the E2B API.
-func (c httpConfig) control(s *service, endpoint *mcpserver.HTTP, door *access.Door) *api.Control {
+func (c httpConfig) control(s *service, door *access.Door) *api.Control {
 	control := &api.Control{Manager: s.manager, Store: s.templates, Builds: s.builds, Gateway: s.gateway, NoNetwork: c.noNetwork,
-		Log: s.log, Owner: door.Caller, MayAsk: endpoint.MayAsk, MayRead: endpoint.MayRead,
+		Log: s.log, Owner: door.Caller, MayAsk: door.MayAsk, MayRead: door.MayRead,
 		Self: client.Server{Version: version, Kind: "http"}}
 	if u, err := url.Parse(c.publicURL); err == nil && c.publicURL != "" {
 		control.URL = u
@@ -285,7 +285,8 @@ func (c httpConfig) control(s *service, endpoint *mcpserver.HTTP, door *access.D
 
 // door decides who may use the server. Once there is a key or a provider, clients need a token.
 func (c httpConfig) door(log *slog.Logger) *access.Door {
-	door := &access.Door{Keys: &access.Keys{Dir: c.stateDir}, Closed: c.allowRemote, Admitted: admitted, Log: log}
+	door := &access.Door{Keys: &access.Keys{Dir: c.stateDir}, Closed: c.allowRemote, Admitted: admitted, NewKey: newKeyHint, Log: log,
+		Allowances: access.Allowances{Rate: c.rate}}
 	if c.issuer != "" {
 		door.Provider = &access.Provider{Issuer: c.issuer, Audience: c.audience}
 	}
@@ -293,14 +294,14 @@ func (c httpConfig) door(log *slog.Logger) *access.Door {
 	return door
 }
 
-// admission is the door in the form that mcpserver needs.
-func (c httpConfig) admission(at string, door *access.Door) mcpserver.Admission {
+// endpoint are the options of MCP's endpoint; the door is in them in the form that mcpserver needs.
+func (c httpConfig) endpoint(at string, door *access.Door) mcpserver.HTTPOptions {
 	a := mcpserver.Admission{Origins: c.origins, Hosts: c.hosts, Log: door.Log, Until: untilOf, Required: door.Required,
-		Authenticate: door.Authenticate, NewKey: newKeyHint}
+		Authenticate: door.Authenticate, NewKey: door.NewKey}
 	if door.Provider != nil {
 		a.Metadata = at + metadataPath
 	}
-	return a
+	return mcpserver.HTTPOptions{Admission: a, SessionIdle: c.idle, Allowances: &door.Allowances}
 }
 
 // newKeyHint says how to make a key.

@@ -42,7 +42,7 @@ func runKey(args []string, getenv func(string) string, stdout, stderr io.Writer)
 		run = func(keys *access.Keys) error { return createKey(keys, owner, expires, stdout, stderr) }
 	case "revoke":
 		add = func(f *flag.FlagSet) { f.StringVar(&id, "id", "", "`id` of the key, from 'soulbox-mcp key list'") }
-		run = func(keys *access.Keys) error { return keys.Revoke(id) }
+		run = func(keys *access.Keys) error { return revokeKey(keys, id) }
 	case "list":
 		add = func(*flag.FlagSet) {}
 		run = func(keys *access.Keys) error { return listKeys(keys, stdout) }
@@ -82,6 +82,15 @@ func createKey(keys *access.Keys, owner string, expires time.Duration, stdout, s
 	}
 	fmt.Fprintf(stderr, "key %s of %s; it is shown only once\n", key.ID, key.Owner)
 	return nil
+}
+
+// revokeKey ends a key.
+func revokeKey(keys *access.Keys, id string) error {
+	err := keys.Revoke(id)
+	if errors.Is(err, access.ErrNoKey) {
+		err = fmt.Errorf("%w; 'soulbox-mcp key list' shows them", err)
+	}
+	return err
 }
 
 // listKeys shows all keys, without their secrets.

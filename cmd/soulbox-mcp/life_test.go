@@ -154,7 +154,8 @@ func TestForks(t *testing.T) {
 	l := &lives{t: t, w: w, c: w.client("", true)}
 	l.id = l.call("sandbox_create", nil).Field("sandbox_id")
 	l.call("exec", map[string]any{"tag": "holder", "background": true,
-		"command": `perl -e '$x = "ab"; $x x= 105_000_000; $|=1; print "ready\n"; while (<STDIN>) { chomp; $y .= $_; print length($x), " $y\n" }'`})
+		"command": `perl -e '$x = "ab"; $x x= 105_000_000; $|=1; print "ready\n"; while (<STDIN>) { chomp; $y .= $_; ` +
+			`print length($x), " $y\n" }'`})
 	sandboxtest.Eventually(t, "it holds its memory", func() bool {
 		return strings.Contains(l.call("process_wait", map[string]any{"process_id": "holder", "offset": 0, "yield_ms": 0}).Field("output"),
 			"ready")

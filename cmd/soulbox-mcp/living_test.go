@@ -104,7 +104,8 @@ func rebuild(tree map[string]bool, events []any) {
 func TestWatchedTrees(t *testing.T) {
 	p := launch(t, "")
 	if needs(t, "git") {
-		p.exec(`git init -q /tmp/from && cd /tmp/from && git config user.email a@b && git config user.name n && mkdir d{0..49} && for i in $(seq 2000); do echo $i > d$((i % 50))/f$i; done && git add . && git commit -qm all; cd`)
+		p.exec(`git init -q /tmp/from && cd /tmp/from && git config user.email a@b && git config user.name n && mkdir d{0..49} && ` +
+			`for i in $(seq 2000); do echo $i > d$((i % 50))/f$i; done && git add . && git commit -qm all; cd`)
 	}
 	for name, script := range map[string]string{
 		"clone": "git clone -q /tmp/from to",

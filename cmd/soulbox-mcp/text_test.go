@@ -118,7 +118,8 @@ func TestCharactersOfStream(t *testing.T) {
 // TestCharactersFound: lines shown by a search are cut only between whole characters.
 func TestCharactersFound(t *testing.T) {
 	p := launch(t, "")
-	p.exec(`printf 'caf\351 %s\346\227\245%s\n' "$(head -c 293 /dev/zero | tr '\0' x)" "$(head -c 400 /dev/zero | tr '\0' y)" > /home/user/latin; printf 'caf\351 short\n' > /home/user/short`)
+	p.exec(`printf 'caf\351 %s\346\227\245%s\n' "$(head -c 293 /dev/zero | tr '\0' x)" "$(head -c 400 /dev/zero | ` +
+		`tr '\0' y)" > /home/user/latin; printf 'caf\351 short\n' > /home/user/short`)
 	m := p.call("file_search", map[string]any{"pattern": "^caf", "path": "/home/user"})
 	if got := m.text(); !strings.Contains(got, `caf\xe9 xxx`) || !strings.Contains(got, "xxx…\n") ||
 		!strings.Contains(got, "short:1:caf\\xe9 short\n") {
@@ -151,7 +152,8 @@ func TestOddNames(t *testing.T) {
 	}
 	// What programs find are exactly these bytes.
 	if got := p.exec("cd " + dir +
-		`; cat $'caf\xe9.txt' $'two\nlines' $'\e[31mred' '\xe9' 'back\slash\n' '日本 é' $'a\xe2\x80\xaeb'; ls | wc -l`); got != "text 0\ntext 1\ntext 2\ntext 3\ntext 4\ntext 5\ntext 6\n8\n" {
+		`; cat $'caf\xe9.txt' $'two\nlines' $'\e[31mred' '\xe9' 'back\slash\n' '日本 é' $'a\xe2\x80\xaeb'; ls | ` +
+		`wc -l`); got != "text 0\ntext 1\ntext 2\ntext 3\ntext 4\ntext 5\ntext 6\n8\n" {
 		t.Errorf("%q", got)
 	}
 	list, found := ok("file_list", map[string]any{"path": dir}).text(), ok("file_search", map[string]any{"path": dir, "glob": "*"}).text()
@@ -196,7 +198,8 @@ func TestOddDirectories(t *testing.T) {
 	p := launch(t, "")
 	dir := `/home/user/d\xe9\x0ax`
 	id := p.call("exec",
-		map[string]any{"command": `mkdir -p $'d\xe9\nx/sub'; echo hi > $'d\xe9\nx/sub/f'; ln -s $'d\xe9\nx' link`}).Result.StructuredContent["sandbox_id"]
+		map[string]any{"command": `mkdir -p $'d\xe9\nx/sub'; echo hi > $'d\xe9\nx/sub/f'; ` +
+			`ln -s $'d\xe9\nx' link`}).Result.StructuredContent["sandbox_id"]
 	if m := p.call("exec", map[string]any{"command": "cat sub/f", "cwd": dir}); m.Result.StructuredContent["output"] != "hi\n" {
 		t.Error(m.text())
 	}

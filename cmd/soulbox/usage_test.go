@@ -37,7 +37,7 @@ func TestUsage(t *testing.T) {
 		"sandbox create --network full --allow a.example": {exitUsage, "--allow goes with"},
 		"sandbox create --cpu NaN":                        {exitUsage, "--cpu is a number"},
 		"sandbox create --cpu -1":                         {exitUsage, "--cpu is a number"},
-		"sandbox list --state running,gone":               {exitUsage, `--state is creating, running, paused, killed or failed, not "gone"`},
+		"sandbox list --state running,gone":               {exitUsage, `is creating, running, paused, killed or failed, not "gone"`},
 		"sandbox list -o xml":                             {exitUsage, "the formats are"},
 		"sandbox logs x --source nope":                    {exitUsage, `--source is system, process or build, not "nope"`},
 		"sandbox logs x --level loud":                     {exitUsage, `--level is debug, info, warn or error, not "loud"`},

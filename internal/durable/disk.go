@@ -28,13 +28,13 @@ func (d Disk) Step(step, name string, size int) (int, error) {
 
 // Replace writes a file as Make does, with the content body.
 func (d Disk) Replace(name string, body []byte, perm fs.FileMode) error {
-	return d.Make(name, perm, func(f *os.File) error { return d.write(f, body) })
+	return d.Make(name, perm, func(f *os.File) error { return d.Write(f, body) })
 }
 
 // ReplaceVolatile is Replace without fsync, which takes some ms. A process that dies at any moment leaves the old or the new content; a
 // power cut may leave an empty file. So it is only for what means nothing after a power cut, such as a note about running processes.
 func (d Disk) ReplaceVolatile(name string, body []byte, perm fs.FileMode) error {
-	return d.put(name, perm, func(f *os.File) error { return d.write(f, body) }, false)
+	return d.put(name, perm, func(f *os.File) error { return d.Write(f, body) }, false)
 }
 
 // Make writes a file by way of a temporary file, fsync, rename and fsync of the directory; fill writes the content. A reader of the name
@@ -70,7 +70,8 @@ func (d Disk) put(name string, perm fs.FileMode, fill func(*os.File) error, sync
 	return d.rename(f.Name(), name, sync)
 }
 
-func (d Disk) write(f *os.File, body []byte) error {
+// Write writes to an open file. It does not sync to disk.
+func (d Disk) Write(f *os.File, body []byte) error {
 	n, fault := d.Step("write", f.Name(), len(body))
 	if _, err := f.Write(body[:n]); err != nil {
 		return err
@@ -101,11 +102,15 @@ func (d Disk) Append(name string, line []byte) (err error) {
 			line = append([]byte{'\n'}, line...)
 		}
 	}
-	return d.write(f, append(line, '\n'))
+	return d.Write(f, append(line, '\n'))
 }
 
 // Rename renames a file or directory so that the new name survives a power cut. Its content must be on disk already.
 func (d Disk) Rename(from, to string) error { return d.rename(from, to, true) }
+
+// RenameVolatile is Rename without fsync: a power cut may bring the old name back. So it is only for what means the same, or nothing, under
+// either name then.
+func (d Disk) RenameVolatile(from, to string) error { return d.rename(from, to, false) }
 
 func (d Disk) rename(from, to string, sync bool) error {
 	if _, err := d.Step("rename", to, 0); err != nil {

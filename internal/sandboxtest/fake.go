@@ -37,6 +37,7 @@ type Fake struct {
 	saved    map[string]*guest.Server // of machines that have ended, by the name of their checkpoint
 	unwell   error
 	asked    int
+	pauses   int // calls of Pause, also those that failed
 	ends     sync.Once
 }
 
@@ -72,6 +73,13 @@ func (f *Fake) Asked() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.asked
+}
+
+// Pauses counts the calls of Pause.
+func (f *Fake) Pauses() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.pauses
 }
 
 // Refuse makes every Attach fail from now on.
@@ -319,6 +327,9 @@ func (c *fakeConn) Pipe() io.ReadWriteCloser { return c.host }
 
 // Pause implements sandbox.Machine.
 func (c *fakeConn) Pause(context.Context) error {
+	c.fake.mu.Lock()
+	c.fake.pauses++
+	c.fake.mu.Unlock()
 	if c.fake.FailPause != nil {
 		return c.fake.FailPause
 	}

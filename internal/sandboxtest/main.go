@@ -99,7 +99,7 @@ func asUser(dir string) (*exec.Cmd, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, name := range []string{"runsc", "soulbox-agent", "soulbox-mcp", "soulbox"} {
+	for _, name := range []string{"runsc", "soulbox-agent", "soulbox-mcp", "soulbox", "spawntime"} {
 		copies[filepath.Join(programs, name)] = name
 	}
 	for from, to := range copies {

@@ -1,13 +1,11 @@
 package rawsys
 
 import (
-	"fmt"
 	"math"
 	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -197,21 +195,3 @@ func (m *spawnMemory) add(number uintptr, args ...uintptr) {
 // ends the process and leaves its errno in failed. All signals are blocked meanwhile: masks[0] is the set of all signals, masks[1] receives
 // the caller's mask. The Go scheduler knows that the thread waits.
 func cloneAndRun(args *cloneArgs, size uintptr, steps *step, n uintptr, masks *[2]uint64, failed *uintptr) (pid uintptr)
-
-// TimeSpawn measures how long it takes to start a program with this process's own descriptors and to wait for its end: the minimum for any
-// process in a sandbox.
-func TimeSpawn(name string) (time.Duration, error) {
-	begin := time.Now()
-	c, err := Spawn(name, []string{name}, Attr{Stdio: [3]int{0, 1, 2}})
-	if err != nil {
-		return 0, err
-	}
-	var status syscall.WaitStatus
-	if err := waitFor(c.PID, &status); err != nil {
-		return 0, err
-	}
-	if status != 0 {
-		return 0, fmt.Errorf("%s ended with status %#x", name, status)
-	}
-	return time.Since(begin), nil
-}
