@@ -31,7 +31,7 @@ const (
 	leastBurst  = 1000     // requests of one owner at once beyond its rate
 	maxSessions = 2500     // per owner, and four times as many in all
 	maxReading  = 64 << 20 // bytes of bodies being read, per owner, and four times as many in all
-	maxBody     = 4 << 20  // bytes of a body; no face reads a larger one
+	maxBody     = 4 << 20  // bytes of a body that MayRead is asked about
 )
 
 // of returns the allowance of an owner. a.mu is held.

@@ -191,17 +191,17 @@ func setWaking(s *Sandbox, waking bool) error {
 // there is no room and Reclaim is set, it ends those of the owner's sandboxes that have been on disk for the longest time, provided that
 // this makes enough room; their tombstones say so.
 func (c *capacity) reserveDisk(owner string, need int64) (done func(), err error) {
-	c.saving.Add(need)
+	all := c.saving.Add(need) // what is reserved later, waits for this
 	release := sync.OnceFunc(func() { c.saving.Add(-need) })
 	defer func() {
 		if err != nil {
 			release()
 		}
 	}()
-	lack, why, err := c.lackOfDisk(c.saving.Load())
+	lack, why, err := c.lackOfDisk(all)
 	if err == nil && lack > 0 {
 		c.dropCopies(owner, lack)
-		lack, why, err = c.lackOfDisk(c.saving.Load())
+		lack, why, err = c.lackOfDisk(min(all, c.saving.Load()))
 	}
 	if err != nil || lack <= 0 {
 		return release, err
@@ -213,7 +213,7 @@ func (c *capacity) reserveDisk(owner string, need int64) (done func(), err error
 		if lack > 0 {
 			return nil, fmt.Errorf("%s: %w", why, ErrNoDisk)
 		}
-		if lack, why, err = c.lackOfDisk(c.saving.Load()); err != nil || lack <= 0 {
+		if lack, why, err = c.lackOfDisk(min(all, c.saving.Load())); err != nil || lack <= 0 {
 			return release, err
 		}
 	}
@@ -258,7 +258,7 @@ func (c *capacity) reclaim(owner string, lack int64) (missing int64, err error) 
 
 // isAsleep reports whether a sandbox is on disk and nothing is about to change that. s.mu is held.
 func (s *Sandbox) isAsleep() bool {
-	return s.changing == nil && s.ending == nil && s.rec.onDisk() && !s.rec.Pause.Waking
+	return s.changing == nil && s.ending == nil && !s.isLeft() && s.rec.onDisk() && !s.rec.Pause.Waking
 }
 
 // onDisk lists an owner's sandboxes on disk that this server has, those that have been there for the longest time first.

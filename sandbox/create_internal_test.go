@@ -45,6 +45,8 @@ func TestGranted(t *testing.T) {
 		"a template": {template: Template{Limits: Limits{CPU: 64}}, want: 4},
 		"a memory":   {asked: CreateOptions{Limits: many, whole: true}, want: 64},
 		"files":      {asked: CreateOptions{Limits: many, from: "checkpoint"}, want: 4}, "a saved service": {template: saved, want: 64},
+		"a saved service that has a network": {asked: CreateOptions{Limits: many}, template: Template{Limits: many,
+			Start: &StartCommand{Saved: "saved", Limits: many, Network: true}}, want: 4},
 		"more than a saved service": {asked: CreateOptions{Limits: Limits{CPU: 100}}, template: saved, want: 4},
 	} {
 		if got := m.granted(test.asked, test.template).CPU; got != test.want {

@@ -33,7 +33,7 @@ func (s *Sandbox) ContainNow(over *OverError) {
 
 // EndIfOver ends the sandbox as its keeper does that has just found that its time is over.
 func (s *Sandbox) EndIfOver() error {
-	return s.endIf(Killed, CauseTimeout, func() bool { return (&keeper{s: s}).isOver(CauseTimeout) })
+	return s.endIf(Killed, CauseTimeout, func() bool { return (&keeper{s: s}).mayKill(CauseTimeout) })
 }
 
 // AdoptSilent adopts an unowned sandbox as if its agent had been silent for long.

@@ -102,9 +102,7 @@ func (k *keeper) expire(at time.Time, cause Cause) (next time.Duration) {
 	}
 	times = s.current().Times // they may have changed meanwhile
 	if times.OnTimeout == ActionKill {
-		_ = s.endIf(Killed, cause, func() bool {
-			return s.changing == nil && s.rec.Times.OnTimeout == ActionKill && k.isOver(cause)
-		})
+		_ = s.endIf(Killed, cause, func() bool { return k.mayKill(cause) })
 		return checkEvery
 	}
 	err := s.pause(s.ctx, PauseOptions{ToDisk: true, FilesOnly: times.FilesOnly, Cause: cause, AutoResume: !times.NoAutoResume})
@@ -119,6 +117,11 @@ func (k *keeper) expire(at time.Time, cause Cause) (next time.Duration) {
 		return unknownPause // if it is silent or stopped, ping or watch notices
 	}
 	return checkEvery
+}
+
+// mayKill reports whether a sandbox whose time is over still has to be killed for it. s.mu is held.
+func (k *keeper) mayKill(cause Cause) bool {
+	return k.s.changing == nil && k.s.rec.Times.OnTimeout == ActionKill && k.isOver(cause)
 }
 
 // isOver reports whether a time is over. s.mu is held.

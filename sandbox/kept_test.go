@@ -257,3 +257,34 @@ func TestStrangersLeaveNothing(t *testing.T) {
 	}
 	sandboxtest.Eventually(t, "no connection is left", func() bool { return sb.Connections() == 0 })
 }
+
+// TestSuccessor: whoever looks for a sandbox that has failed and is still being ended gets the one that takes its place, and can resume it.
+func TestSuccessor(t *testing.T) {
+	fake, dir := &sandboxtest.Fake{}, t.TempDir()
+	m := newManager(t, dir, fake, nil)
+	sb := create(t, m, sandbox.CreateOptions{Owner: "ann"})
+	if err := errors.Join(sb.Pause(t.Context(), sandbox.PauseOptions{ToDisk: true}), sb.Resume(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	fake.HangEnd = make(chan struct{})
+	fake.Crash(filepath.Join(dir, "sandboxes", sb.ID()))
+	sandboxtest.Eventually(t, "it has failed", func() bool { return sb.Info().State == sandbox.Failed })
+	found := make(chan *sandbox.Sandbox, 1)
+	go func() {
+		next, err := m.Get("ann", sb.ID())
+		if err != nil {
+			t.Error(err)
+		}
+		found <- next
+	}()
+	select {
+	case <-found:
+		t.Fatal("the one that is being ended was found")
+	case <-time.After(50 * time.Millisecond):
+	}
+	close(fake.HangEnd)
+	next := <-found
+	if err := next.Resume(t.Context()); err != nil || next.Info().State != sandbox.Running {
+		t.Fatal(err, next.Info().State)
+	}
+}

@@ -12,6 +12,7 @@ import (
 
 // Get finds an owner's sandbox, including one that ended not long ago. Unknown IDs, and those of other owners, are ErrNotFound.
 func (m *Manager) Get(owner, id string) (*Sandbox, error) {
+	m.awaitSuccessor(owner, id)
 	return m.lookup(id, func(r record) bool { return r.Owner == owner })
 }
 
@@ -45,6 +46,26 @@ func (m *Manager) lookup(id string, theirs func(record) bool) (*Sandbox, error) 
 		return nil, ErrNotFound
 	}
 	return m.adoption.await(id)
+}
+
+// awaitSuccessor waits, but not for long, while an owner's sandbox has failed and is being ended, if a copy of it stays on disk: what its
+// owner does next is meant for the sandbox that takes its place.
+func (m *Manager) awaitSuccessor(owner, id string) {
+	sb := m.sandboxes.get(id)
+	if sb == nil || sb.owner != owner {
+		return
+	}
+	sb.mu.Lock()
+	ending, kept := sb.ending, sb.rec.onDisk()
+	sb.mu.Unlock()
+	if ending == nil || !kept {
+		return
+	}
+	select {
+	case <-ending:
+	case <-time.After(adoptWait):
+	case <-m.ctx.Done():
+	}
 }
 
 // fromTomb makes an ended Sandbox from its tombstone.

@@ -186,6 +186,9 @@ func (s *Sandbox) runs() bool { return s.current().State == Running }
 
 // AwaitEnd waits until the sandbox or ctx has ended, and returns the sandbox's Info.
 func (s *Sandbox) AwaitEnd(ctx context.Context) Info {
+	if i := s.Info(); i.State.Ended() {
+		return i
+	}
 	select {
 	case <-s.ended:
 	case <-ctx.Done():

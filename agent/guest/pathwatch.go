@@ -17,7 +17,7 @@ const maxLinks = 40
 const maxSteps = 128
 
 // pathWatch watches the way to a watched path: the directories that it leads through, with those behind symlinks. When a name on it
-// changes, the path may lead elsewhere. All methods can be called on nil, for a watch that does not follow its path.
+// changes, the path may lead elsewhere. It is nil for a watch that does not follow its path.
 type pathWatch struct {
 	notify *inotify
 	steps  map[int32]map[string]bool // watched directories, and the names in them that lead on

@@ -115,9 +115,15 @@ func servePorts(ctx context.Context, sb *sandbox.Sandbox, log *slog.Logger) {
 		}
 		for _, port := range listening {
 			exposed := sb.Ports()
-			if port < ownPorts || len(exposed) >= maxServed ||
-				slices.ContainsFunc(exposed, func(p sandbox.Port) bool { return p.Port == port }) {
+			if port < ownPorts || slices.ContainsFunc(exposed, func(p sandbox.Port) bool { return p.Port == port }) {
 				continue
+			}
+			if len(exposed) >= maxServed {
+				if !told[0] {
+					told[0] = true
+					log.Warn("more ports of the sandbox are open than are served at once", "port", port, "served", maxServed)
+				}
+				break
 			}
 			if _, err := sb.ExposeAt(port, false, port); err != nil && !told[port] && len(told) < maxReported {
 				told[port] = true

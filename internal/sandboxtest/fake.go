@@ -31,6 +31,7 @@ type Fake struct {
 	Hang   chan struct{} // if set, Boot waits until it is closed or its context ends
 	// If set, every Checkpoint receives two values from it: the first when it has begun, the second before it continues.
 	HangSave chan struct{}
+	HangEnd  chan struct{} // if set, Destroy waits until it is closed
 
 	mu       sync.Mutex
 	machines map[string]*fakeMachine  // by directory
@@ -367,6 +368,9 @@ func (c *fakeConn) Check() error {
 
 // Destroy implements sandbox.Machine.
 func (c *fakeConn) Destroy(ctx context.Context) error {
+	if c.fake.HangEnd != nil {
+		<-c.fake.HangEnd
+	}
 	_ = c.host.Close()
 	return c.fake.Reap(ctx, c.dir)
 }
