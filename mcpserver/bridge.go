@@ -67,7 +67,7 @@ type bridge struct {
 
 // Serve passes messages on until in or ctx ends. Only a broken pipe is an error.
 func (b Bridge) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
-	b.patience = cmp.Or(b.patience, 2*time.Minute)
+	b.patience = cmp.Or(b.patience, 45*time.Second) // clients give up after a minute, and would not learn why
 	if b.Log == nil {
 		b.Log = slog.New(slog.DiscardHandler)
 	}

@@ -23,7 +23,7 @@ import (
 
 func (a *app) connectCommand() *cobra.Command {
 	var e execution
-	c := &cobra.Command{Use: "connect ID [PID|TAG]", Short: "Enter a sandbox with a terminal", Args: cobra.RangeArgs(1, 2),
+	c := &cobra.Command{Use: "connect ID [PID|TAG]", Short: "Enter a sandbox with a terminal", Args: between(1, "ID", "PID or TAG"),
 		ValidArgsFunction: a.completeSandboxes,
 		Long: `Enter a sandbox: run a shell of its user at this terminal. Ctrl-P Ctrl-Q leaves the shell without ending it, and prints how
 to return to it by its process number. The tag or number of any process with a terminal enters that process, also one of an agent; it

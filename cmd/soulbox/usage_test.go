@@ -28,6 +28,8 @@ func TestUsage(t *testing.T) {
 		"help":                              {0, "soulbox [command]"},
 		"sandbox snapshot":                  {exitUsage, "ID is missing"},
 		"sandbox snapshot a b c":            {exitUsage, `one argument too many: "c"`},
+		"sandbox connect":                   {exitUsage, "ID is missing"},
+		"sandbox connect a b c":             {exitUsage, `one argument too many: "c"`},
 		"auth logout a b":                   {exitUsage, `one argument too many: "b"`},
 		"sandbox create --memory lots":      {exitUsage, `--memory is a size in MB, or such as 512M or 4G, not "lots"`},
 		"sandbox create --timeout 5":        {exitUsage, `--timeout is a time such as 90s, 5m or 2h, not "5"`},
