@@ -398,6 +398,7 @@ func TestKilledAborts(t *testing.T) {
 				results[1] = b.stream(watchCall, `{"path":"/tmp"}`, func(map[string]any) { began <- struct{}{} })
 			})
 			var download error
+			read := 0
 			calls.Go(func() {
 				res, err := b.request(t.Context(), "GET", "/files?path=/dev/shm/large", nil)
 				if err != nil {
@@ -417,7 +418,9 @@ func TestKilledAborts(t *testing.T) {
 					case <-ended: // what has arrived before is read at once: it may be megabytes
 					case <-time.After(time.Millisecond): // slower than it is sent
 					}
-					_, err = io.ReadFull(res.Body, make([]byte, 1000))
+					var n int
+					n, err = io.ReadFull(res.Body, make([]byte, 1000))
+					read += n
 				}
 				download = err
 			})
@@ -445,8 +448,8 @@ func TestKilledAborts(t *testing.T) {
 					t.Errorf("%s, %s: stream %d ended like a clean one: %+v", name, how, i, r)
 				}
 			}
-			if download == nil || download == io.EOF {
-				t.Errorf("%s, %s: a download ended like a whole one: %v", name, how, download)
+			if read < 60_000_000-1000 && (download == nil || download == io.EOF) { // a pause may let it come to its end
+				t.Errorf("%s, %s: a download ended after %d bytes like a whole one: %v", name, how, read, download)
 			}
 		}
 	}
