@@ -51,14 +51,8 @@ func logged(t *testing.T, sb *sandbox.Sandbox, text string) bool {
 func TestStoppedFromOutside(t *testing.T) {
 	dir := sandboxtest.Dir(t)
 	m := newManager(t, dir, func(o *sandbox.Options) { o.ContainAfter = 3 * time.Second })
-	sb, err := m.Create(t.Context(), sandbox.CreateOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	c, err := sb.Agent(t.Context(), "test")
-	if err != nil {
-		t.Fatal(err)
-	}
+	sb, c := createIn(t, m, sandbox.CreateOptions{})
+	var err error
 	if _, err := c.Start(t.Context(), agent.StartRequest{Command: "sleep 600", Tag: "kept"}); err != nil {
 		t.Fatal(err)
 	}
@@ -91,14 +85,8 @@ func TestStoppedFromOutside(t *testing.T) {
 func TestKilledIsKept(t *testing.T) {
 	dir := sandboxtest.Dir(t)
 	m := newManager(t, dir, nil)
-	sb, err := m.Create(t.Context(), sandbox.CreateOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	c, err := sb.Agent(t.Context(), "test")
-	if err != nil {
-		t.Fatal(err)
-	}
+	sb, c := createIn(t, m, sandbox.CreateOptions{})
+	var err error
 	sandboxtest.Run(t, c, "echo kept > file")
 	if _, err := c.Start(t.Context(), agent.StartRequest{Command: "sleep 600", Tag: "kept"}); err != nil {
 		t.Fatal(err)

@@ -12,14 +12,7 @@ import (
 // was on a CPU is known to 10 ms, so short commands are run until that is reached.
 func TestMachineTakesSomething(t *testing.T) {
 	m := newManager(t, sandboxtest.Dir(t), func(o *sandbox.Options) { o.SampleEvery = 100 * time.Millisecond })
-	sb, err := m.Create(t.Context(), sandbox.CreateOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	c, err := sb.Agent(t.Context(), "test")
-	if err != nil {
-		t.Fatal(err)
-	}
+	sb, c := createIn(t, m, sandbox.CreateOptions{})
 	sandboxtest.Eventually(t, "there are samples", func() bool {
 		sandboxtest.Run(t, c, "true")
 		samples, err := sb.Samples(time.Now().Add(-time.Hour), time.Time{})

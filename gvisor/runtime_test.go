@@ -62,17 +62,13 @@ func newSandbox(t *testing.T, o sandbox.CreateOptions) (*sandbox.Sandbox, *agent
 
 func newSandboxIn(t *testing.T, dir string, o sandbox.CreateOptions) (*sandbox.Sandbox, *agent.Client) {
 	t.Helper()
-	runtime, _ := newRuntime(t)
-	manager, err := sandbox.NewManager(sandbox.Options{Dir: dir, Runtime: runtime, Templates: newStore(dir), Version: "test"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := manager.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	sb, err := manager.Create(t.Context(), o)
+	return createIn(t, newManager(t, dir, nil), o)
+}
+
+// createIn makes a sandbox of a Manager, and returns it with its agent.
+func createIn(t *testing.T, m *sandbox.Manager, o sandbox.CreateOptions) (*sandbox.Sandbox, *agent.Client) {
+	t.Helper()
+	sb, err := m.Create(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)
 	}

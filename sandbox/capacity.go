@@ -191,7 +191,7 @@ func setWaking(s *Sandbox, waking bool) error {
 // there is no room and Reclaim is set, it ends those of the owner's sandboxes that have been on disk for the longest time, provided that
 // this makes enough room; their tombstones say so.
 func (c *capacity) reserveDisk(owner string, need int64) (done func(), err error) {
-	all := c.saving.Add(need) // what is reserved later, waits for this
+	all := c.saving.Add(need) // what is reserved later does not count here
 	release := sync.OnceFunc(func() { c.saving.Add(-need) })
 	defer func() {
 		if err != nil {

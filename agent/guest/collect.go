@@ -237,7 +237,7 @@ func (c *collector) drain(pipes ...*outputPipe) {
 			break
 		}
 	}
-	// What epoll does not report, the collector was told and has not read yet, or the events were all of other processes.
+	// Epoll reports nothing of a pipe whose event the collector has taken and not acted on yet, or that is behind many other processes.
 	for _, p := range pipes {
 		for rest := (1 << 20) / drainPart; rest > 0 && !p.empty(); rest-- {
 			if p.read(c, buf) {

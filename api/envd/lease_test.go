@@ -13,17 +13,7 @@ import (
 
 // TestLeaseOfGoneFollower: a process whose last follower is gone is killed, also if the first sign of that was an error of sending.
 func TestLeaseOfGoneFollower(t *testing.T) {
-	m, err := sandbox.NewManager(sandbox.Options{Dir: t.TempDir(), Runtime: &sandboxtest.Fake{}, Templates: sandboxtest.Templates{},
-		Version: "test"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := m.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	sb, err := m.Create(t.Context(), sandbox.CreateOptions{})
+	sb, err := newManager(t).Create(t.Context(), sandbox.CreateOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}

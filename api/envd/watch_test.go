@@ -7,8 +7,9 @@ import (
 	"soulbox.dev/soulbox/sandbox"
 )
 
-// TestWatchersEnd: the watches of a sandbox are forgotten when it ends; those of others are not.
-func TestWatchersEnd(t *testing.T) {
+// newManager makes a Manager of sandboxes on the fake Runtime.
+func newManager(t *testing.T) *sandbox.Manager {
+	t.Helper()
 	m, err := sandbox.NewManager(sandbox.Options{Dir: t.TempDir(), Runtime: &sandboxtest.Fake{}, Templates: sandboxtest.Templates{},
 		Version: "test"})
 	if err != nil {
@@ -19,6 +20,12 @@ func TestWatchersEnd(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	return m
+}
+
+// TestWatchersEnd: the watches of a sandbox are forgotten when it ends; those of others are not.
+func TestWatchersEnd(t *testing.T) {
+	m := newManager(t)
 	var all watchers
 	count := func() int {
 		all.mu.Lock()
